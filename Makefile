@@ -1,0 +1,28 @@
+# Every target makes what it needs in .venv first; that is done again only when the list of dependencies changes.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/continual-concepts demo --output demo
+
+# -I keeps this folder off sys.path, where nodes/ would hide ComfyUI's nodes.py.
+test: $(READY)
+	$(BIN)/python -I -m pytest -q -m "not slow and not host and not live" tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "Continual Concepts needs Python 3.10 or newer; '$(PYTHON)' is not one. Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up .venv. PyTorch is a large download: the first time takes some minutes."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test]"
+	@touch $@

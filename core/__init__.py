@@ -1,0 +1,1 @@
+"""Continual concept learning for latent diffusion, independent of any host."""

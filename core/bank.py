@@ -1,0 +1,125 @@
+"""The concept bank: ordered concepts and the state that their methods share. A value: every change gives a new bank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from .concepts import Concept, ConceptInfo
+from .errors import ConceptError
+from .prompts import Vocabulary
+from .sites import SiteLayout
+from .tokens import check_name
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A concept's header and the way to its tensors, read when first used."""
+
+    info: ConceptInfo
+    load: Callable[[], Concept]
+
+
+def _loaded(concept: Concept) -> Entry:
+    return Entry(concept.info, lambda: concept)
+
+
+def _cached(load: Callable[[], Concept]) -> Callable[[], Concept]:
+    memory: list[Concept] = []
+
+    def once() -> Concept:
+        if not memory:
+            memory.append(load())
+        return memory[0]
+
+    return once
+
+
+@dataclass(frozen=True)
+class ConceptBank:
+    """Concepts in the order in which they were learned.
+
+    layout: the sites that all concepts fit; shared: method name -> tensors that the method carries from task to task
+    (CIDM's common subspace, C-LoRA's running sum, ...). Concepts never change in place, so a stored tensor of an old
+    concept cannot be touched by learning a new one.
+    """
+
+    layout: SiteLayout
+    entries: tuple[Entry, ...] = ()
+    shared: Mapping[str, Mapping[str, Tensor]] = None
+
+    def __post_init__(self) -> None:
+        if self.shared is None:
+            object.__setattr__(self, "shared", {})
+        _ = self.vocabulary      # raises when two concepts claim one placeholder
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(entry.info for entry in self.entries)
+
+    @cached_property
+    def infos(self) -> dict[str, ConceptInfo]:
+        return {entry.info.name: entry.info for entry in self.entries}
+
+    @cached_property
+    def _by_name(self) -> dict[str, Entry]:
+        return {entry.info.name: entry for entry in self.entries}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[Concept]:
+        return (entry.load() for entry in self.entries)
+
+    def __getitem__(self, name: str) -> Concept:
+        if name not in self._by_name:
+            raise ConceptError(f"the bank holds no concept '{name}'; it holds {', '.join(self.names) or 'none'}")
+        return self._by_name[name].load()
+
+    def add(self, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]] | None = None) -> ConceptBank:
+        """This bank and one more concept; `shared` replaces the shared state of the methods it names."""
+        if concept.name in self:
+            raise ConceptError(f"the bank already holds a concept '{concept.name}'; choose another name or remove it first")
+        concept.check_fits(self.layout)
+        return replace(self, entries=(*self.entries, _loaded(concept)), shared={**self.shared, **(shared or {})})
+
+    def remove(self, name: str) -> ConceptBank:
+        _ = self[name]
+        return replace(self, entries=tuple(entry for entry in self.entries if entry.info.name != name))
+
+    def rename(self, old: str, new: str) -> ConceptBank:
+        check_name(new)
+        if new in self and new != old:
+            raise ConceptError(f"the bank already holds a concept '{new}'; choose another name")
+        concept = self[old].renamed(new)
+        return replace(self, entries=tuple(_loaded(concept) if entry.info.name == old else entry for entry in self.entries))
+
+    def merge(self, other: ConceptBank) -> ConceptBank:
+        """This bank's concepts, then the other's. Equal names are refused: rename one first, nothing is dropped silently.
+
+        Shared state: where both banks carry a method's state, this bank's is kept, since later tasks go on from it.
+        """
+        if self.layout.fingerprint != other.layout.fingerprint:
+            raise ConceptError(f"the banks belong to different bases: {self.layout.describe()} and {other.layout.describe()}")
+        double = [name for name in other.names if name in self]
+        if double:
+            raise ConceptError(f"both banks hold {', '.join(repr(n) for n in double)}; rename in one of them before merging")
+        return replace(self, entries=(*self.entries, *other.entries), shared={**other.shared, **self.shared})
+
+    def lazily(self, info: ConceptInfo, load: Callable[[], Concept]) -> ConceptBank:
+        """This bank and one more concept whose tensors are read on first use."""
+        return replace(self, entries=(*self.entries, Entry(info, _cached(load))))
+
+    def check_fits(self, layout: SiteLayout) -> None:
+        if self.layout.fingerprint != layout.fingerprint:
+            raise ConceptError(f"the bank was made for another base ({self.layout.describe()}); this one has {layout.describe()}")

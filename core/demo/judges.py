@@ -1,0 +1,87 @@
+"""The world's metric encoder behind the protocol's interface, and its pictures as tasks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..evaluation.classifier import QualityClassifier
+from ..evaluation.encoder import MetricEncoder
+from ..evaluation.protocol import Assignment
+from ..training.data import Picture
+from . import vocabulary, world
+from .base import ASSETS, TOKENIZER
+
+PLACES = ("on a beach", "in a meadow", "in the snow", "at night", "in a room", "on a yellow background")
+SUBJECTS = ("a dog", "a cat", "a duck toy", "a teddy bear", "a car", "a robot", "a fish", "a backpack")
+HELD_OUT_PICTURES = 24
+HELD_OUT_SEED = 90_000
+
+
+class WorldEncoder:
+    """Features of 64×64 pictures of the world, see evaluation.encoder."""
+
+    @cached_property
+    def _encoder(self) -> MetricEncoder:
+        return MetricEncoder.load(ASSETS / "metrics.safetensors")
+
+    @cached_property
+    def _tokenizer(self):
+        return vocabulary.load(TOKENIZER)
+
+    @torch.no_grad()
+    def features(self, images: Tensor, kind: str) -> Tensor:
+        return self._encoder.style_features(images) if kind == "style" else self._encoder.object_features(images)
+
+    @torch.no_grad()
+    def image_text_features(self, images: Tensor) -> Tensor:
+        return self._encoder.image_text_features(images)
+
+    @torch.no_grad()
+    def caption_features(self, captions: Sequence[str]) -> Tensor:
+        ids = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=vocabulary.CONTEXT_LENGTH).input_ids
+        return self._encoder.text_features(torch.tensor(ids))
+
+
+def load_classifier() -> QualityClassifier:
+    return QualityClassifier.load(ASSETS / "classifier.safetensors")
+
+
+def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """uint8 pictures `[H, W, 3]` to `[B, 3, H, W]` in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def assignment(name: str, pictures: int = 5, seed: int = 7) -> Assignment:
+    """A world concept as a task: `pictures` training pictures, held-out real ones from other seeds."""
+    concept = world.CONCEPTS[name]
+    shown = concept.pictures(pictures, seed)
+    images = to_tensor([picture for picture, _ in shown])
+    training = tuple(Picture(image, caption) for image, (_, caption) in zip(images, shown, strict=True))
+    held_out = to_tensor([picture for picture, _ in concept.pictures(HELD_OUT_PICTURES, HELD_OUT_SEED)])
+    if concept.kind == "object":
+        prompts = tuple(f"a photo of <{name}> {place}" for place in PLACES)
+        noun_prompts = tuple(f"a photo of a {concept.class_noun} {place}" for place in PLACES)
+    else:
+        prompts = tuple(f"<{name}> of {subject}" for subject in SUBJECTS)
+        noun_prompts = tuple(f"a {concept.class_noun} of {subject}" for subject in SUBJECTS)
+    return Assignment(name, concept.class_noun, concept.kind, training, images, held_out, prompts, noun_prompts)
+
+
+def held_out_prompts(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Captions of combinations that pretraining never showed: (caption, kind, body colour)."""
+    rng, result = random.Random(seed), []
+    while len(result) < count:
+        thing = world.random_thing(rng, unseen=True)
+        colour = thing.names.get("body")
+        if colour is None:
+            continue
+        scene = world.random_scene(rng, (thing,), "photo")
+        pattern = "" if thing.pattern == "plain" else f" {thing.pattern}"
+        result.append((f"a photo of {world.article(f'{colour}{pattern} {thing.kind}')} {world.background_phrase(scene)}", thing.kind, colour))
+    return result

@@ -1,0 +1,53 @@
+"""Stage 2: text encoder and UNet together, v prediction on cached latents, captions drawn anew each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import networks
+from ..vocabulary import CONTEXT_LENGTH
+from .loop import Run
+
+CAPTION_DROPOUT = 0.1     # share of empty prompts, so that classifier-free guidance has its unconditional half
+
+
+def v_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Noised latents and the v target of Salimans & Ho (2022): `sqrt(a) noise - sqrt(1 - a) latents`."""
+    signal, sigma = alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
+    return signal * latents + sigma * noise, signal * noise - sigma * latents
+
+
+def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
+    """Ids of every caption `[N, captions per picture, tokens]` int16."""
+    flat = [text for group in captions for text in group]
+    ids = tokenizer(flat, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH).input_ids
+    return torch.tensor(ids, dtype=torch.int16).view(len(captions), -1, CONTEXT_LENGTH)
+
+
+def train(tokenizer, latents: Tensor, ids: Tensor, folder: Path, steps: int, batch: int = 64, seed: int = 0) -> nn.ModuleDict:
+    """latents `[N, 4, 16, 16]` at unit variance, ids from `tokenize`."""
+    torch.manual_seed(seed)      # every process starts from the same weights
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batch //= world
+    modules = nn.ModuleDict({"unet": networks.build_unet(), "text_encoder": networks.build_text_encoder(tokenizer)})
+    run = Run(modules, folder / "diffusion.pt", steps, lr=1.2e-3)
+    generator = torch.Generator().manual_seed(1009 * (seed + run.start) + rank)
+    alphas = networks.alphas_cumprod()
+    empty = tokenize(tokenizer, [[""]])[0, 0]
+    for _ in run:
+        index = torch.randint(len(latents), (batch,), generator=generator)
+        x = latents[index].float()
+        tokens = ids[index, torch.randint(ids.shape[1], (batch,), generator=generator)]
+        tokens = torch.where(torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT, empty, tokens).long()
+        t = torch.randint(len(alphas), (batch,), generator=generator)
+        noisy, target = v_target(x, torch.randn(x.shape, generator=generator), alphas[t])
+        with torch.autocast("cpu", torch.bfloat16):
+            context = modules["text_encoder"](tokens).last_hidden_state
+            output = modules["unet"](noisy, t, context, return_dict=False)[0]
+        run.after((output.float() - target).square().mean())
+    run.ema.copy_into_modules()
+    return modules.eval()

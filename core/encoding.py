@@ -1,0 +1,104 @@
+"""Prompts to contexts: text and learned words through a backbone's text encoders, one copy per layer where words have layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ConceptError
+from .hosts.backbone import Backbone, Context, TextEncoder
+from .prompts import Piece, Vocabulary, WordRef
+from .tokens import TokenGroup
+
+SLOT_ID = 0     # stands in the id row where a learned vector goes; never the end token, whose place some encoders look up
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt for one encoder: ids over all chunks, and which position holds which learned word."""
+
+    ids: list[int]
+    slots: dict[int, WordRef]
+
+
+def _units(encoder: TextEncoder, pieces: Sequence[Piece]) -> list[int | WordRef]:
+    units: list[int | WordRef] = []
+    for piece in pieces:
+        units += [piece] if isinstance(piece, WordRef) else encoder.ids(piece)
+    return units
+
+
+def _row(encoder: TextEncoder, units: list[int | WordRef], chunks: int) -> _Row:
+    """Chunks of `length - 2` units, each between begin and end, padded (as ComfyUI and A1111 do with long prompts)."""
+    room = encoder.length - 2
+    ids, slots = [], {}
+    for start in range(0, chunks * room, room):
+        ids.append(encoder.start)
+        for unit in units[start:start + room]:
+            if isinstance(unit, WordRef):
+                slots[len(ids)] = unit
+            ids.append(SLOT_ID if isinstance(unit, WordRef) else unit)
+        ids.append(encoder.end)
+        ids += [encoder.pad] * (-len(ids) % encoder.length)
+    return _Row(ids, slots)
+
+
+def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int, device) -> tuple[Tensor, Tensor | None]:
+    """hidden `[B, L, N, D]`, pooled `[B, L, P]` or None. One batch over prompts, copies and chunks."""
+    batch, length = len(rows), len(rows[0].ids)
+    ids = torch.tensor([row.ids for row in rows], device=device)
+    slots = torch.zeros(ids.shape, dtype=torch.bool, device=device)
+    vectors = []
+    for b, row in enumerate(rows):
+        for position in sorted(row.slots):
+            slots[b, position] = True
+            ref = row.slots[position]
+            vectors.append(tokens[ref.concept].word(ref.position, encoder.name).float().to(device).expand(copies, -1))
+    # Row order of the batch below: prompt, copy, chunk; the vectors follow it, so they are laid out per prompt and copy.
+    counts = [len(row.slots) for row in rows]
+    per_prompt = torch.stack(vectors).split(counts) if vectors else []
+    ordered = [group.transpose(0, 1).reshape(-1, encoder.width) for group in per_prompt]
+    flat = torch.cat(ordered) if ordered else torch.zeros(0, encoder.width, device=device)
+    chunked = ids.unsqueeze(1).expand(-1, copies, -1).reshape(-1, encoder.length)
+    chunked_slots = slots.unsqueeze(1).expand(-1, copies, -1).reshape(-1, encoder.length)
+    hidden, pooled = encoder.encode(chunked, chunked_slots, flat)
+    hidden = hidden.view(batch, copies, length, -1)
+    if pooled is not None:      # of the first chunk, as both hosts do
+        pooled = pooled.view(batch, copies, length // encoder.length, -1)[:, :, 0]
+    return hidden, pooled
+
+
+def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup], chunks: int = 1) -> Context:
+    """Encodes prompts as one batch.
+
+    tokens: token groups by concept name; gradients flow into their vectors. chunks: at least so many chunks per prompt.
+    With several text encoders hidden states lie side by side (SDXL); their pooled output is the mean over layer copies, since the
+    UNet takes one.
+    """
+    parsed = [vocabulary.parse(prompt) for prompt in prompts]
+    used = {piece.concept for pieces in parsed for piece in pieces if isinstance(piece, WordRef)}
+    missing = sorted(used - set(tokens))
+    if missing:
+        raise ConceptError(f"the words of concept '{missing[0]}' are not loaded")
+    copies = max([tokens[name].copies for name in used], default=1)
+    hiddens, pooled = [], None
+    units = [[_units(encoder, pieces) for pieces in parsed] for encoder in backbone.text]
+    longest = max((len(u) / (encoder.length - 2) for group, encoder in zip(units, backbone.text, strict=True) for u in group), default=0)
+    chunks = max(chunks, -int(-longest // 1))
+    for encoder, group in zip(backbone.text, units, strict=True):
+        rows = [_row(encoder, u, chunks) for u in group]
+        hidden, own_pooled = _encode_rows(encoder, rows, tokens, copies, backbone.device)
+        hiddens.append(hidden)
+        pooled = own_pooled if own_pooled is not None else pooled
+    words = tuple(_positions(row) for row in rows)
+    return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words)
+
+
+def _positions(row: _Row) -> dict[str, tuple[int, ...]]:
+    found: dict[str, list[int]] = {}
+    for position, ref in row.slots.items():
+        found.setdefault(ref.concept, []).append(position)
+    return {name: tuple(places) for name, places in found.items()}

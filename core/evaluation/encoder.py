@@ -1,0 +1,148 @@
+"""The metric encoder of the embedded base's world: who is in a picture, how it is drawn, what caption fits it.
+
+It plays the part that DINO and CLIP play for real photos, for 64×64 pictures of the procedural world only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DEFAULT = {"channels": [24, 48, 96], "looks": 8, "hidden": 96, "object_width": 64, "style_width": 32, "text_width": 64,
+           "token_width": 44, "context": 77}
+
+
+class StoredModule(nn.Module):
+    """A module built from one JSON-able dict and kept in one safetensors file: fp16 on disk, fp32 in memory."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.config = dict(config)
+
+    def save(self, path: str | Path) -> None:
+        # The batch norms' step counters are of no use to inference.
+        tensors = {name: value.detach().half().contiguous() for name, value in self.state_dict().items() if value.is_floating_point()}
+        save_file(tensors, str(path), metadata={"config": json.dumps(self.config)})
+
+    @classmethod
+    def load(cls, path: str | Path):
+        """The stored module in eval mode, parameters frozen."""
+        with safe_open(str(path), "pt") as file:
+            module = cls(json.loads(file.metadata()["config"]))
+            module.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+        return module.eval().requires_grad_(False)
+
+
+def convolution(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class Mixer(nn.Module):
+    """Residual depthwise 5×5 and pointwise convolution: reach for few parameters. `[B, C, H, W]` to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 5, 1, 2, groups=channels, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x))
+
+
+class AttentionPool(nn.Module):
+    """`[B, C, H, W]` to `[B, 2C + 2 looks]`: groups of channels averaged where their own attention map looks, the maximum
+    of every channel, and the centre of every map. A plain average would mix the object's colours with the background's.
+    """
+
+    def __init__(self, channels: int, looks: int) -> None:
+        super().__init__()
+        self.attention = nn.Conv2d(channels, looks, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.attention(x).flatten(2).float().softmax(-1)                          # [B, K, HW]
+        values = self.value(x).flatten(2).unflatten(1, (weights.shape[1], -1)).float()      # [B, K, C/K, HW]
+        pooled = torch.einsum("bkn,bkcn->bkc", weights, values).flatten(1)
+        rows, columns = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:])
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)         # [2, HW]
+        return torch.cat([pooled, x.float().amax((2, 3)), (weights @ grid.T).flatten(1)], dim=1)
+
+
+class TextTower(nn.Module):
+    """Caption ids `[B, 77]` to `[B, D]`. The convolution ties each colour word to its noun, one attention layer ties phrases."""
+
+    def __init__(self, vocabulary: int, end: int, context: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.end = end
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(context, width))
+        self.neighbours = nn.Conv1d(width, width, 3, padding=1)
+        self.layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.output = nn.Linear(2 * width, outputs)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ended = ids == self.end
+        real = (ended.cumsum(1) - ended.long()) == 0     # up to and with the first end token; padding is that token again
+        length = int(real.sum(1).max())
+        ids, real = ids[:, :length], real[:, :length]
+        x = (self.token(ids) + self.position[:length]) * real[..., None]
+        x = x + F.gelu(self.neighbours(x.transpose(1, 2)).transpose(1, 2))
+        x = self.layer(x, src_key_padding_mask=~real).float()
+        mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return self.output(torch.cat([mean, x.masked_fill(~real[..., None], -1e4).amax(1)], dim=1))
+
+
+def head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+class MetricEncoder(StoredModule):
+    """Features of pictures `[B, 3, 64, 64]` in -1..1, all of unit length, so that a dot product is a cosine.
+
+    `config` holds at least `vocabulary` (number of tokens) and `end` (id of the end token); the rest falls back to DEFAULT.
+    """
+
+    def __init__(self, config: dict) -> None:
+        super().__init__({**DEFAULT, **config})
+        c = self.config
+        first, second, third = c["channels"]
+        self.stem, self.middle = convolution(3, first), convolution(first, second)
+        self.deep = nn.Sequential(convolution(second, third), Mixer(third), Mixer(third))
+        self.pool = AttentionPool(third, c["looks"])
+        self.pooled_width, self.texture_width = 2 * third + 2 * c["looks"], 2 * (first + second) + third
+        self.object_head = head(self.pooled_width, c["hidden"], c["object_width"])
+        self.style_head = head(self.texture_width, c["hidden"] // 2, c["style_width"])
+        self.picture_head = head(self.pooled_width, c["hidden"], c["text_width"])
+        self.text_tower = TextTower(c["vocabulary"], c["end"], c["context"], c["token_width"], c["text_width"])
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the heads read: pooled content `[B, pooled_width]` and texture statistics `[B, texture_width]`."""
+        fine = self.stem(images)
+        middle = self.middle(fine)
+        deep = self.deep(middle)
+        # Mean and spread of shallow channels say how lines and surfaces look, whatever they depict (Gatys et al., 2016).
+        parts = [moment for x in (fine.float(), middle.float()) for moment in (x.mean((2, 3)), x.flatten(2).std(-1))]
+        return self.pool(deep), torch.cat([*parts, deep.float().mean((2, 3))], dim=1)
+
+    def object_features(self, images: Tensor) -> Tensor:
+        """Which individual: `[B, object_width]`. Two pictures of one individual agree whatever the background and pose."""
+        return F.normalize(self.object_head(self.look(images)[0]).float(), dim=1)
+
+    def style_features(self, images: Tensor) -> Tensor:
+        """How it is drawn: `[B, style_width]`."""
+        return F.normalize(self.style_head(self.look(images)[1]).float(), dim=1)
+
+    def image_text_features(self, images: Tensor) -> Tensor:
+        """What a caption would say: `[B, text_width]`, to compare with `text_features`."""
+        return F.normalize(self.picture_head(self.look(images)[0]).float(), dim=1)
+
+    def text_features(self, token_ids: Tensor) -> Tensor:
+        """Captions `[B, 77]` of the base's own tokenizer to `[B, text_width]`."""
+        return F.normalize(self.text_tower(token_ids).float(), dim=1)

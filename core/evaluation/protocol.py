@@ -1,0 +1,96 @@
+"""The continual protocol: learn tasks in order, after each one look at every concept learned so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..bank import ConceptBank
+from ..hosts.backbone import Backbone
+from ..methods.base import Task, make
+from ..prompts import plain_text
+from ..sampling import SampleSettings, sample
+from ..training.config import TrainingConfig
+from ..training.data import Framing, Picture, prepare
+from ..training.loop import Callback, learn
+from . import metrics
+
+
+class Encoder(Protocol):
+    """What the protocol asks of a metric encoder; features of unit length."""
+
+    def features(self, images: Tensor, kind: str) -> Tensor: ...
+
+    def image_text_features(self, images: Tensor) -> Tensor: ...
+
+    def caption_features(self, captions: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One task of a sequence: training pictures, and what to measure with.
+
+    references: training pictures `[N, 3, H, W]` in -1..1; held_out: real pictures not trained on; prompts: with the placeholder;
+    noun_prompts: the same wishes in the base's words, before anything was learned.
+    """
+
+    name: str
+    class_noun: str
+    kind: str
+    pictures: tuple[Picture, ...]
+    references: Tensor
+    held_out: Tensor
+    prompts: tuple[str, ...]
+    noun_prompts: tuple[str, ...]
+
+
+@dataclass
+class Record:
+    """What a method did on a sequence. image_alignment[i][j] and samples[i][j] belong to concept j after task i."""
+
+    method: str
+    image_alignment: list[list[float]] = field(default_factory=list)
+    text_alignment: list[list[float]] = field(default_factory=list)
+    samples: list[list[Tensor]] = field(default_factory=list)
+    losses: list[tuple[float, ...]] = field(default_factory=list)
+    seconds: float = 0.0
+    bank: ConceptBank | None = None
+
+    @property
+    def retention(self) -> list[float]:
+        return metrics.retention(self.image_alignment)
+
+
+def measure(backbone: Backbone, bank: ConceptBank, task: Assignment, prompts: Sequence[str], encoder: Encoder, settings: SampleSettings,
+            seeds: Sequence[int]) -> tuple[Tensor, float, float]:
+    """Pictures of a task's concept, their IA with the training pictures and their TA. Same seeds, same start."""
+    prompts = [prompts[i % len(prompts)] for i in range(len(seeds))]
+    images = sample(backbone, bank, prompts, seeds, settings)
+    texts = [plain_text(bank.vocabulary.parse(prompt), bank.infos) for prompt in prompts]
+    alignment = metrics.image_alignment(encoder.features(images, task.kind), encoder.features(task.references, task.kind))
+    return images, alignment, metrics.text_alignment(encoder.image_text_features(images), encoder.caption_features(texts))
+
+
+def run_sequence(backbone: Backbone, tasks: Sequence[Assignment], method: str, method_settings: Mapping, training: TrainingConfig, encoder: Encoder,
+                 settings: SampleSettings, seeds: Sequence[int], progress: Callable[[str], Callback | None] = lambda _: None) -> Record:
+    """Learns the tasks in order with one method and measures all concepts so far after each. `progress(name)` gives a step callback."""
+    record, bank = Record(method), ConceptBank(backbone.layout)
+    for i, task in enumerate(tasks):
+        data = prepare(backbone, task.pictures, task.name, task.class_noun, Framing(training.resolution, training.framing, training.flip))
+        began = time.perf_counter()
+        generator = torch.Generator().manual_seed(training.seed)
+        learned = learn(Task(task.name, task.class_noun, backbone, bank, task.kind, generator=generator), make(method, method_settings), data, training,
+                        progress(task.name))
+        record.seconds += time.perf_counter() - began
+        bank = learned.bank
+        measured = [measure(backbone, bank, tasks[j], tasks[j].prompts, encoder, settings, seeds) for j in range(i + 1)]
+        for rows, column in zip((record.samples, record.image_alignment, record.text_alignment), zip(*measured, strict=True), strict=True):
+            rows.append(list(column))
+        record.losses.append(learned.losses)
+    record.bank = bank
+    return record

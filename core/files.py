@@ -1,0 +1,42 @@
+"""Writing files so that a reader only ever sees the old or the new one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import ConceptError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary)`, flushes to disk, then renames over `path`. The old file stays whole if anything fails."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConceptError(f"cannot make the folder '{path.parent}': {error.strerror}") from error
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise ConceptError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable where the system can open folders (not on Windows)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

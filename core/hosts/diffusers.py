@@ -1,0 +1,207 @@
+"""The backbone over diffusers and transformers modules: SD1.5, SD2 and SDXL shapes, and the embedded base."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..deltas import Deltas
+from ..errors import ConceptError
+from ..schedule import NoiseSchedule
+from ..sites import Site, SiteLayout
+from .backbone import Backbone, Context, SiteProgram, TextEncoder
+
+_LAYER_PER_GROUP_ABOVE = 16      # more sites than SD1.5's 16 share a layer copy per transformer group (SDXL: 70 sites, 11 groups)
+
+
+def _attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """attn2 modules by name in execution order: down, middle, up."""
+    found = {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
+    rank = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    return dict(sorted(found.items(), key=lambda item: rank[item[0].split(".")[0]]))
+
+
+def layout_of(unet: nn.Module, text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
+    """The sites of a UNet2DConditionModel."""
+    modules = _attentions(unet)
+    groups = list(dict.fromkeys(name.split(".transformer_blocks")[0] for name in modules))
+    sites = []
+    for index, (name, attention) in enumerate(modules.items()):
+        copy = index if len(modules) <= _LAYER_PER_GROUP_ABOVE else groups.index(name.split(".transformer_blocks")[0])
+        sites.append(Site(index, name, copy, attention.heads, attention.to_q.out_features, attention.to_k.in_features))
+    return SiteLayout(tuple(sites), text_widths)
+
+
+class _SiteProcessor:
+    """diffusers attention processor of one site: picks its layer copy, asks the program, attends."""
+
+    def __init__(self, host: DiffusersBackbone, site: Site) -> None:
+        self.host, self.site = host, site
+
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, **_) -> Tensor:
+        site, program = self.site, self.host.program
+        copies = encoder_hidden_states.shape[1]
+        context = encoder_hidden_states[:, site.copy if copies > 1 else 0]
+        project = self._plain if program is None else self._programmed
+        query, key, value = project(attn, "to_q", hidden_states), project(attn, "to_k", context), project(attn, "to_v", context)
+        plain = self._attention
+        out = plain(query, key, value) if program is None else program.attend(site, query, key, value, plain)
+        return project(attn, "to_out", out)
+
+    def _plain(self, attn, projection: str, x: Tensor) -> Tensor:
+        return _linear(attn, projection)(x)
+
+    def _programmed(self, attn, projection: str, x: Tensor) -> Tensor:
+        return self.host.program.project(self.site, projection, x, _linear(attn, projection)(x))
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return multi_head(query, key, value, self.site.heads)
+
+
+def multi_head(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention over `heads` heads laid side by side: query `[B, S, a]`, key and value `[B, N, a]` to `[B, S, a]`."""
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    return F.scaled_dot_product_attention(split(query), split(key), split(value)).transpose(1, 2).flatten(2)
+
+
+def _linear(attn: nn.Module, projection: str) -> nn.Linear:
+    return attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
+
+
+class ClipText(TextEncoder):
+    """A transformers CLIP text model. Learned vectors enter at the token embedding through a hook, so positions, the causal
+    mask, the search for the end token and the pooled output stay transformers' own, in every version of it."""
+
+    def __init__(self, name: str, model: nn.Module, tokenizer, length: int = 77, penultimate: bool = False) -> None:
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.length, self.penultimate = length, penultimate
+        self.embedding = model.get_input_embeddings()
+        self.width = self.embedding.embedding_dim
+        self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, truncation=False).input_ids
+
+    def vectors(self, ids: list[int]) -> Tensor:
+        return self.embedding.weight[torch.tensor(ids, dtype=torch.long, device=self.embedding.weight.device)].detach().float()
+
+    def encode(self, ids: Tensor, slots: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        def insert(_module, _inputs, embedded: Tensor) -> Tensor:
+            return embedded.masked_scatter(slots.unsqueeze(-1), vectors.to(embedded.dtype))
+
+        hook = self.embedding.register_forward_hook(insert) if vectors.numel() else None
+        try:
+            output = self.model(ids, output_hidden_states=self.penultimate)
+        finally:
+            if hook is not None:
+                hook.remove()
+        hidden = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        return hidden, getattr(output, "text_embeds", None)
+
+
+class DiffusersBackbone(Backbone):
+    """unet: UNet2DConditionModel; vae: AutoencoderKL; text: one ClipText (SD1.5) or two (SDXL: clip_l, clip_g)."""
+
+    def __init__(self, unet: nn.Module, vae: nn.Module, text: tuple[ClipText, ...], schedule: NoiseSchedule) -> None:
+        for module in (unet, vae, *(encoder.model for encoder in text)):
+            module.requires_grad_(False).eval()
+        self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
+        self.layout = layout_of(unet, tuple((encoder.name, encoder.width) for encoder in text))
+        self.latent_channels = unet.config.in_channels
+        self.picture_multiple = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.program: SiteProgram | None = None
+        self._modules = _attentions(unet)
+        for site, attention in zip(self.layout.sites, self._modules.values(), strict=True):
+            attention.set_processor(_SiteProcessor(self, site))
+        self.fingerprint = self._weight_hash()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    def _weight_hash(self) -> str:
+        """Hash of the first and the last site's key weights in fp16: the same for a base saved in fp32 or fp16."""
+        digest = hashlib.sha256()
+        for site in (self.layout.sites[0], self.layout.sites[-1]):
+            digest.update(self._weight(site, "to_k").detach().half().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _linear(self, site: Site, projection: str) -> nn.Linear:
+        return _linear(self._modules[site.name], projection)
+
+    def _weight(self, site: Site, projection: str) -> nn.Parameter:
+        return self._linear(site, projection).weight
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        config = self.vae.config
+        parameter = next(self.vae.parameters())
+        latents = self.vae.encode(images.to(parameter.device, parameter.dtype)).latent_dist.mean.float()
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        unscaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return self.vae.decode(unscaled.to(next(self.vae.parameters()).dtype)).sample.float().clamp(-1, 1)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, program: SiteProgram | None = None) -> Tensor:
+        dtype = self.dtype
+        extra = {}
+        if self.unet.config.addition_embed_type == "text_time":
+            extra["added_cond_kwargs"] = {"text_embeds": context.pooled.to(dtype), "time_ids": self._time_ids(latents)}
+        self.program = program
+        try:
+            output = self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False, **extra)[0]
+        finally:
+            self.program = None
+        return output.float()
+
+    def _time_ids(self, latents: Tensor) -> Tensor:
+        """SDXL's size conditioning: original size, crop corner, target size, all of the picture itself."""
+        height, width = latents.shape[-2] * self.picture_multiple, latents.shape[-1] * self.picture_multiple
+        row = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=self.dtype)
+        return row.expand(latents.shape[0], -1)
+
+    def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
+        return self._linear(site, projection)(x.to(self.dtype))
+
+    @contextmanager
+    def folded(self, deltas: Deltas) -> Iterator[None]:
+        original: dict[tuple[int, str], Tensor] = {}
+        try:
+            for (index, projection), delta in deltas.items():
+                weight = self._weight(self.layout.sites[index], projection)
+                if tuple(delta.shape) != tuple(weight.shape):
+                    raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site {index}, which is {tuple(weight.shape)}")
+                original[index, projection] = weight.data
+                weight.data = (weight.data.float() + delta.dense().to(weight.device)).to(weight.dtype)
+            yield
+        finally:
+            for (index, projection), data in original.items():
+                self._weight(self.layout.sites[index], projection).data = data
+
+    @contextmanager
+    def gradient_checkpointing(self, enabled: bool) -> Iterator[None]:
+        if not enabled:
+            yield
+            return
+        self.unet.enable_gradient_checkpointing()
+        self.unet.train()       # diffusers checkpoints only in training mode; these UNets have no dropout or batch statistics
+        try:
+            yield
+        finally:
+            self.unet.disable_gradient_checkpointing()
+            self.unet.eval()
+
+

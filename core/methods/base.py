@@ -1,0 +1,225 @@
+"""The method interface: a strategy that the one training loop calls, and nothing else of it.
+
+A method is a file: config + maths + strategy + `register(...)` at the bottom. The loop knows no method by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bank import ConceptBank
+from ..deltas import DeltaKey, Deltas, LowRankDelta
+from ..errors import ConceptError
+from ..hosts.backbone import Backbone, Context, SiteProgram
+from ..sites import PROJECTIONS, Site, SiteLayout
+from ..tokens import TokenGroup, default_words, initial_vectors
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned next, on top of which bank. words: names of the learned words (default: two after the concept)."""
+
+    name: str
+    class_noun: str
+    backbone: Backbone
+    bank: ConceptBank
+    kind: str = "object"
+    words: tuple[str, ...] = ()
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    @property
+    def word_names(self) -> tuple[str, ...]:
+        return self.words or default_words(self.name, 2)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch. latents `[B, C, h, w]` clean; prompts: B strings with placeholders; masks `[B, 1, h, w]` in 0..1, the part that
+    counts; is_prior `[B]` bool, True for prior-preservation pictures; weights `[B]` loss weight of each sample."""
+
+    latents: Tensor
+    prompts: tuple[str, ...]
+    masks: Tensor
+    is_prior: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished task leaves: the concept's tokens and deltas, and the method's shared state for the next task."""
+
+    tokens: TokenGroup
+    deltas: Deltas
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One way to learn a concept. An instance lives for one task.
+
+    composition: "route" when a concept's deltas are used by prompts that ask for it, "sum" when the method folds all tasks into one
+    set of weights (its deltas are then always on).
+    """
+
+    name: ClassVar[str]
+    composition: ClassVar[str] = "route"
+
+    @abstractmethod
+    def begin(self, task: Task) -> None:
+        """Creates the trainables for a task."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser: `{"params", "lr"}`; fp32 whatever the base's type."""
+
+    @abstractmethod
+    def token_group(self) -> TokenGroup:
+        """The new concept's words as trained so far, with gradient."""
+
+    @abstractmethod
+    def program(self) -> SiteProgram:
+        """What sites do in training."""
+
+    def on_batch(self, batch: Batch) -> Batch:
+        """May add to or replace the batch (replay)."""
+        return batch
+
+    def penalty(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """Named terms added to the denoising loss, after the forward pass. None before the second task unless the method says so."""
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """After the optimiser's step: masking, clipping, second steps of alternating schemes."""
+
+    @abstractmethod
+    def finish(self) -> Outcome:
+        """The learned concept, detached."""
+
+    @abstractmethod
+    def modules(self) -> nn.ModuleDict:
+        """Everything that a checkpoint of this task must hold."""
+
+
+class LearnedWords(nn.Module):
+    """Trainable token vectors: one parameter `[L, n, D]` per text encoder, started as CIDM does (see tokens.initial_vectors)."""
+
+    def __init__(self, task: Task, layerwise: bool, first_std: float = 0.0) -> None:
+        super().__init__()
+        self.names = task.word_names
+        copies = task.backbone.layout.copies if layerwise else 1
+        self.vectors = nn.ParameterDict()
+        for encoder in task.backbone.text:
+            ids = encoder.ids(task.class_noun) if task.class_noun else []
+            if len(self.names) > 1 and not ids:
+                raise ConceptError(f"class noun of concept '{task.name}' is empty; {len(self.names)} words need one to start from")
+            known = encoder.vectors(ids) if ids else torch.zeros(0, encoder.width)
+            std = first_std or float(encoder.vectors(list(range(256))).std())
+            start = initial_vectors(known, len(self.names), copies, std, task.generator)
+            self.vectors[encoder.name] = nn.Parameter(start.to(task.backbone.device))
+
+    def group(self) -> TokenGroup:
+        return TokenGroup(self.names, dict(self.vectors.items()))
+
+    def stored(self, dtype: torch.dtype) -> TokenGroup:
+        return TokenGroup(self.names, {name: v.detach().to(dtype).cpu().clone() for name, v in self.vectors.items()})
+
+    def mean_norm(self) -> float:
+        """Mean length of the learned vectors, over encoders, copies and words."""
+        return float(torch.stack([v.detach().norm(dim=-1).mean() for v in self.vectors.values()]).mean())
+
+
+def adapter_key(index: int, projection: str) -> str:
+    return f"{index}-{projection}"
+
+
+class LowRankAdapters(nn.Module):
+    """Trainable factors for the chosen projections of every site: `down` Kaiming-uniform, `up` zero, so training starts at the base."""
+
+    def __init__(self, layout: SiteLayout, rank: int, scale: float, generator: torch.Generator, device, projections=PROJECTIONS) -> None:
+        super().__init__()
+        self.scale, self.keys = scale, [(site.index, projection) for site in layout.sites for projection in projections]
+        self.up, self.down = nn.ParameterDict(), nn.ParameterDict()
+        for index, projection in self.keys:
+            a, b = layout.sites[index].shape(projection)
+            bound = (1.0 / b) ** 0.5     # kaiming_uniform_(a=sqrt(5)) of a [r, b] matrix
+            down = (torch.rand(rank, b, generator=generator) * 2 - 1) * bound
+            self.down[adapter_key(index, projection)] = nn.Parameter(down.to(device))
+            self.up[adapter_key(index, projection)] = nn.Parameter(torch.zeros(a, rank, device=device))
+
+    def delta(self, index: int, projection: str) -> LowRankDelta | None:
+        key = adapter_key(index, projection)
+        return LowRankDelta(self.up[key], self.down[key], self.scale) if key in self.up else None
+
+    def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
+        """Detached copies on the CPU in the bank's type."""
+        def keep(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype).cpu().clone()
+
+        return {key: LowRankDelta(keep(d.up), keep(d.down), d.scale) for key in self.keys if (d := self.delta(*key)) is not None}
+
+
+class AdapterProgram(SiteProgram):
+    """Adds trainable deltas to the projections while training."""
+
+    def __init__(self, adapters: LowRankAdapters) -> None:
+        self.adapters = adapters
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        delta = self.adapters.delta(site.index, projection)
+        return y if delta is None else y + delta.apply(x).to(y.dtype)
+
+
+STORED_TYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    if name not in STORED_TYPES:
+        raise ConceptError(f"stored type is {name!r}; allowed: {', '.join(STORED_TYPES)}")
+    return STORED_TYPES[name]
+
+
+def require(condition: bool, setting: str, value, allowed: str) -> None:
+    """Refuses a setting with one sentence."""
+    if not condition:
+        raise ConceptError(f"setting '{setting}' is {value!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class Registered:
+    name: str
+    config: type
+    build: Callable[[Any], Method]
+    summary: str
+    composition: str
+
+
+METHODS: dict[str, Registered] = {}
+
+
+def register(name: str, config: type, method: type[Method], summary: str) -> None:
+    """Called at the bottom of a method's own file."""
+    if name != name.lower() or name in METHODS:
+        raise ConceptError(f"method name {name!r} must be lower case and new; taken: {', '.join(sorted(METHODS))}")
+    method.name = name
+    METHODS[name] = Registered(name, config, method, summary, method.composition)
+
+
+def get(name: str) -> Registered:
+    if name not in METHODS:
+        raise ConceptError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """A method with its settings; unknown settings are refused by name."""
+    entry = get(name)
+    known = {f.name for f in fields(entry.config)}
+    unknown = sorted(set(settings or {}) - known)
+    if unknown:
+        raise ConceptError(f"method '{name}' has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return entry.build(entry.config(**(settings or {})))

@@ -1,0 +1,116 @@
+"""The two consolidation losses of CIDM (Dong et al., NeurIPS 2024, Sec. 3.2) in low-rank algebra.
+
+Symbols as in the paper: task g is being learned, i < g are old; dW_i = A_i B_i (`up`, `down`); W* is the common subspace of all
+tasks and H_i the projection of task i onto it. All functions are per projection of a site; callers sum over sites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..deltas import LowRankDelta
+
+RIDGE = 1e-6     # relative to the mean diagonal, keeps the solves defined when factors are still zero
+
+
+def orthogonality_rr(old_up: Tensor, up: Tensor) -> Tensor:
+    """sum |A_i^T A_g|: r×r products of column spaces, what the cited O-LoRA regularises; our default reading of R1.
+
+    old_up: the A_i of all old tasks side by side `[a, sum r]`, so there is no loop over concepts; up: `[a, r]`.
+    """
+    return (old_up.T @ up).abs().sum()
+
+
+def orthogonality_aa(old_up: Tensor, up: Tensor, rank: int) -> Tensor:
+    """sum_i |A_i A_g^T|: R1 as printed, a×a matrices. With A_i of full rank its only zero is A_g = 0: kept for faithfulness."""
+    old = old_up.unflatten(1, (-1, rank)).permute(1, 0, 2)
+    return (old @ up.T).abs().sum()
+
+
+def weighted_rows(delta: LowRankDelta) -> Tensor:
+    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix: C = chol(A^T A)^T B."""
+    up, down = delta.up.float() * delta.scale, delta.down.float()
+    gram = up.T @ up
+    values, vectors = torch.linalg.eigh(gram)
+    return (values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T) @ down
+
+
+def _ridged(gram: Tensor) -> Tensor:
+    size = gram.shape[-1]
+    return gram + torch.eye(size, device=gram.device, dtype=gram.dtype) * (RIDGE * gram.diagonal().mean().clamp(min=1e-20))
+
+
+def project_onto(delta_up: Tensor, delta_down: Tensor, basis: Tensor) -> Tensor:
+    """M = dW Q^T (Q Q^T)^-1 `[a, s]`: the closed-form H_i W* = M Q for W* with row space Q `[s, b]`."""
+    cross = delta_up @ (delta_down @ basis.T)
+    return torch.linalg.solve(_ridged(basis @ basis.T), cross.T).T
+
+
+def residual(delta_up: Tensor, delta_down: Tensor, projected: Tensor, basis: Tensor) -> Tensor:
+    """||dW - M Q||_F^2 from r×r, r×s and s×s Gram matrices; the a×b matrix is never built."""
+    own = ((delta_up.T @ delta_up) * (delta_down @ delta_down.T)).sum()
+    cross = ((delta_up.T @ projected) * (delta_down @ basis.T)).sum()
+    common = ((projected.T @ projected) * (basis @ basis.T)).sum()
+    return own - 2 * cross + common
+
+
+def als_sweep(rows: Tensor, basis: Tensor) -> Tensor:
+    """One alternating-least-squares sweep for W*'s row space: all H_i in closed form, then W*. `[s, b]`, rows orthonormal.
+
+    rows: C_i of every task stacked `[sum r, b]` (see weighted_rows). With H_i eliminated, W* = K Q S up to an s×s factor,
+    S = sum dW_i^T dW_i = rows^T rows; that factor does not change H_i W*, so rows are re-orthonormalised.
+    """
+    updated = (basis @ rows.T) @ rows
+    if not torch.isfinite(updated).all() or updated.norm() < 1e-20:
+        return basis
+    return torch.linalg.qr(updated.T).Q.T
+
+
+def initial_basis(rows: Tensor, rank: int) -> Tensor:
+    """The `rank` leading right-singular directions of the stacked rows: W* after the first task is that task's own row space."""
+    _, _, right = torch.linalg.svd(rows, full_matrices=False)
+    basis = right[:rank]
+    if basis.shape[0] < rank:      # fewer directions than asked for: fill with orthogonal ones
+        filler = torch.linalg.qr(torch.cat([basis, torch.eye(rows.shape[1])[: rank]]).T).Q.T
+        basis = filler[:rank]
+    return basis
+
+
+@dataclass
+class DenseCommon:
+    """W* `[a, b]` and every H_i `[a, a]` as printed, with the paper's own gradient step on them (Eq. 7).
+
+    Initialisation is not stated in the paper. Ours: H_g = I, W* = mean of the old dW_i the first time, carried over afterwards, and
+    old H_i re-solved by ridge regression instead of stored (they are a×a each). All-zero starts are avoided: both gradients vanish there.
+    """
+
+    common: Tensor
+    projections: Tensor      # [g, a, a], the last one is H_g
+    old: Tensor              # [g - 1, a, b], dW_i of the old tasks
+
+    @classmethod
+    def start(cls, old: Tensor, common: Tensor | None) -> DenseCommon:
+        common = old.mean(0) if common is None else common
+        gram = _ridged(common @ common.T)
+        solved = torch.linalg.solve(gram, (old @ common.T).transpose(1, 2)).transpose(1, 2)
+        return cls(common, torch.cat([solved, torch.eye(common.shape[0]).unsqueeze(0)]), old)
+
+    def loss(self, delta: Tensor) -> Tensor:
+        """||dW_g - H_g W*||_F^2, the only part of R2 that reaches dW_g."""
+        return (delta - self.projections[-1] @ self.common).square().sum()
+
+    def total(self, delta: Tensor) -> Tensor:
+        """R2 = sum_{i<=g} ||dW_i - H_i W*||_F^2."""
+        return (torch.cat([self.old, delta.unsqueeze(0)]) - self.projections @ self.common).square().sum()
+
+    @torch.no_grad()
+    def step(self, delta: Tensor, lr: float) -> None:
+        """Step two: W* and H_i descend R2. The printed update adds the (correct) gradients; we subtract them, or it would ascend."""
+        error = torch.cat([self.old, delta.unsqueeze(0)]) - self.projections @ self.common
+        h_gradient = -2 * error @ self.common.T
+        w_gradient = -2 * (self.projections.transpose(1, 2) @ error).sum(0)
+        self.projections -= lr * h_gradient
+        self.common -= lr * w_gradient

@@ -1,0 +1,88 @@
+"""Regions: a mask or box with its own prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConceptError
+
+
+@dataclass(frozen=True)
+class Region:
+    """box: top, left, bottom, right as fractions of the picture; or mask `[H, W]` in 0..1 (one of the two).
+
+    prompt and negative may hold placeholders; strength 0..1 blends the region over the scene; start and end: part of the sampling
+    in which it is on (0 = first step, 1 = last).
+    """
+
+    prompt: str
+    box: tuple[float, float, float, float] | None = None
+    mask: Tensor | None = None
+    negative: str = ""
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.box is None) == (self.mask is None):
+            raise ConceptError(f"region '{self.prompt}' needs a box or a mask, one of the two")
+        if self.box is not None:
+            top, left, bottom, right = self.box
+            if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+                raise ConceptError(f"box of region '{self.prompt}' is {self.box}; allowed: fractions top < bottom and left < right in 0..1")
+        if not 0 <= self.strength <= 1:
+            raise ConceptError(f"strength of region '{self.prompt}' is {self.strength}; allowed: 0 to 1")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ConceptError(f"start and end of region '{self.prompt}' are {self.start} and {self.end}; allowed: 0 <= start <= end <= 1")
+
+    def active(self, progress: float) -> bool:
+        return self.start <= progress <= self.end
+
+
+def box_mask(box: tuple[float, float, float, float], height: int, width: int) -> Tensor:
+    """Cells of a grid that a box covers, `[height, width]` of 0 and 1: ceil of the start to floor of the end (Mix-of-Show).
+
+    A box too small for that at a coarse grid keeps the cell at its centre, so that small regions survive at the deepest level.
+    """
+    top, left, bottom, right = box
+    rows = _cells(top, bottom, height)
+    columns = _cells(left, right, width)
+    mask = torch.zeros(height, width)
+    mask[rows[0]:rows[1], columns[0]:columns[1]] = 1.0
+    return mask
+
+
+def _cells(start: float, end: float, size: int) -> tuple[int, int]:
+    # A fraction that is a whole cell up to rounding (0.3 * 10 = 3.0000000000000004) counts as that cell.
+    first, last = math.ceil(start * size - 1e-6), math.floor(end * size + 1e-6)
+    if first < last:
+        return first, last
+    centre = min(size - 1, int((start + end) / 2 * size))
+    return centre, centre + 1
+
+
+def region_mask(region: Region, height: int, width: int) -> Tensor:
+    """A region's mask on a grid: boxes by cells, masks by area."""
+    if region.box is not None:
+        return box_mask(region.box, height, width)
+    return F.interpolate(region.mask.float()[None, None], (height, width), mode="area")[0, 0].clamp(0, 1)
+
+
+def masks_of(regions: Sequence[Region], height: int, width: int) -> Tensor:
+    """`[U, height, width]`, each times its region's strength."""
+    return torch.stack([region.strength * region_mask(region, height, width) for region in regions])
+
+
+def shares(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """What each region and the scene contribute at every cell: regions `[U, ...]`, scene `[...]`; they sum to 1.
+
+    Overlaps are averaged by count (Mix-of-Show); where regions cover a cell only in part, the scene keeps the rest.
+    """
+    total = masks.sum(0)
+    return masks / total.clamp(min=1.0), (1 - total).clamp(min=0.0)

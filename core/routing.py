@@ -1,0 +1,109 @@
+"""From a prompt and a bank to the deltas that the weights get: which concepts, how strong, at which site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import aggregation
+from .bank import ConceptBank
+from .deltas import DeltaKey, Deltas, weighted_sum
+from .encoding import encode_prompts
+from .errors import ConceptError
+from .hosts.backbone import Backbone
+from .prompts import named_concepts
+
+MODES = ("sharp", "paper", "released", "equal")
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """weights: `[sites, g]` for `names` in bank order; deltas: their weighted sum, ready to fold."""
+
+    names: tuple[str, ...]
+    weights: Tensor
+    deltas: Deltas
+
+
+def _sum(bank: ConceptBank, weights: Mapping[str, Sequence[float]]) -> dict[DeltaKey, object]:
+    """Weighted deltas of the concepts in `weights` (name -> one weight per site). Concepts of weight 0 everywhere are not even read."""
+    parts: dict[DeltaKey, list] = {}
+    for name, per_site in weights.items():
+        if not any(per_site):
+            continue
+        for key, delta in bank[name].deltas.items():
+            if per_site[key[0]]:
+                parts.setdefault(key, []).append((per_site[key[0]], delta))
+    return {key: weighted_sum(group) for key, group in parts.items()}
+
+
+def _standing(bank: ConceptBank, methods: Mapping) -> list[str]:
+    """Concepts of methods that fold all tasks into one set of weights: always on."""
+    return [name for name, info in bank.infos.items() if info.method in methods and methods[info.method].composition == "sum"]
+
+
+def standing_deltas(bank: ConceptBank, methods: Mapping) -> Deltas:
+    """What is on whatever the prompt says; nothing in a bank of routed concepts."""
+    return _sum(bank, {name: [1.0] * len(bank.layout) for name in _standing(bank, methods)})
+
+
+def _word_states(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
+    """Encoded words of every concept, each on its own: a list of `[L, words, D]`."""
+    tokens = {name: bank[name].tokens for name in names}
+    states = []
+    for name in names:
+        context = encode_prompts(backbone, [f"<{name}>"], bank.vocabulary, tokens)
+        states.append(context.hidden[0][:, list(context.words[0][name])])
+    return states
+
+
+def _word_states_together(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
+    """As the released code: all words in one prompt, so that later concepts see earlier ones; `[L, words, D]` each."""
+    tokens = {name: bank[name].tokens for name in names}
+    context = encode_prompts(backbone, [" ".join(f"<{name}>" for name in names)], bank.vocabulary, tokens)
+    return [context.hidden[0][:, list(context.words[0][name])] for name in names]
+
+
+def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt: str, mode: str) -> Tensor:
+    """EWA weights `[sites, g]` by the paper's or the released code's formula."""
+    used = {n: bank[n].tokens for n in named_concepts(bank.vocabulary.parse(prompt))}
+    states = (_word_states if mode == "paper" else _word_states_together)(backbone, bank, names)
+    copies = max(s.shape[0] for s in states)
+    states = [s.expand(copies, -1, -1) for s in states]
+    hidden = encode_prompts(backbone, [prompt], bank.vocabulary, used).hidden[0]
+    hidden = hidden.expand(copies, -1, -1) if hidden.shape[0] == 1 else hidden
+    if mode == "paper":
+        weights = aggregation.paper_weights(hidden, torch.stack([s.mean(1) for s in states], dim=1).expand(hidden.shape[0], -1, -1))
+    else:
+        words = torch.cat(states, dim=1).expand(hidden.shape[0], -1, -1)
+        weights = aggregation.RELEASED_SCALE * aggregation.released_weights(hidden, words, [s.shape[1] for s in states])
+    return torch.stack([weights[site.copy if weights.shape[0] > 1 else 0] for site in backbone.layout.sites]).cpu()
+
+
+@torch.no_grad()
+def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mapping, mode: str = "sharp", strength: float = 1.0,
+              standing: bool = True) -> Aggregation:
+    """The deltas for one prompt. standing=False leaves out what is on anyway (see `standing_deltas`).
+
+    mode: sharp | paper | released | equal; strength: factor on routed concepts, 0 = the base. Concepts of folding methods
+    (sequential finetuning, ...) have weight 1 in every mode: that is what those methods mean.
+    """
+    if mode not in MODES:
+        raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
+    bank.check_fits(backbone.layout)
+    named, always = named_concepts(bank.vocabulary.parse(prompt)), set(_standing(bank, methods))
+    routed = [name for name in bank.names if name not in always]
+    sites = len(bank.layout)
+    if not routed or mode == "sharp":
+        weights = aggregation.sharp_weights(routed, named, sites)
+    elif mode == "equal":
+        weights = aggregation.equal_weights(len(routed), sites)
+    else:
+        weights = _elastic(backbone, bank, routed, prompt, mode)
+    columns = dict(zip(routed, (strength * weights).T.tolist(), strict=True))
+    columns |= {name: [float(standing)] * sites for name in always}
+    table = torch.tensor([columns[name] for name in bank.names]).T if bank.names else torch.zeros(sites, 0)
+    return Aggregation(tuple(bank.names), table, _sum(bank, columns))

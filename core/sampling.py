@@ -1,0 +1,157 @@
+"""Pictures from prompts: classifier-free guidance with DPM-Solver++ (CIDM's protocol), bank and regions included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bank import ConceptBank
+from .encoding import encode_prompts
+from .errors import ConceptError
+from .hosts.backbone import Backbone, Context, SiteProgram
+from .methods.base import METHODS
+from .prompts import named_concepts
+from .regional.noise import region_noise
+from .regional.program import DeltaProgram, Part, RegionProgram
+from .regional.regions import Region, masks_of
+from .routing import aggregate, standing_deltas
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """steps of DPM-Solver++ (2M); cfg: guidance scale, 1 = none; size: picture height and width in pixels; mode and strength: see routing;
+    alpha: share of the scene's noise inside regions when region noise estimation is on (`region_noise`), `outside` as in regional.noise."""
+
+    steps: int = 25
+    cfg: float = 7.5
+    size: tuple[int, int] = (512, 512)
+    negative: str = ""
+    mode: str = "sharp"
+    strength: float = 1.0
+    region_noise: bool = False
+    alpha: float = 0.1
+    outside: str = "keep"
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.cfg < 0:
+            raise ConceptError(f"steps and cfg are {self.steps} and {self.cfg}; allowed: steps 1 or more, cfg 0 or more")
+
+
+def _scheduler(backbone: Backbone, steps: int):
+    from diffusers import DPMSolverMultistepScheduler
+
+    alphas = backbone.schedule.alphas_cumprod.double()
+    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+    scheduler = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), num_train_timesteps=len(alphas), prediction_type="epsilon",
+                                            algorithm_type="dpmsolver++", solver_order=2)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def starting_noise(backbone: Backbone, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """`[B, C, h, w]`, one generator per seed: a seed's picture does not depend on the batch it is in."""
+    height, width = size[0] // backbone.picture_multiple, size[1] // backbone.picture_multiple
+    return torch.stack([torch.randn(backbone.latent_channels, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], chunks: int = 1) -> Context:
+    named = {name for prompt in prompts for name in named_concepts(bank.vocabulary.parse(prompt))}
+    return encode_prompts(backbone, prompts, bank.vocabulary, {name: bank[name].tokens for name in named}, chunks)
+
+
+def _guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float, program: SiteProgram | None) -> Tensor:
+    """Guided noise estimate: negative + cfg (positive - negative), both halves in one UNet evaluation."""
+    timesteps = torch.full((len(latents),), t, device=latents.device, dtype=torch.long)
+    if cfg == 1.0:
+        return backbone.schedule.to_epsilon(backbone.predict(latents, timesteps, positive, program), latents, timesteps)
+    context = Context.cat([negative, positive])
+    output = backbone.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), context, program)
+    estimate = backbone.schedule.to_epsilon(output, torch.cat([latents, latents]), torch.cat([timesteps, timesteps]))
+    unconditional, conditional = estimate.chunk(2)
+    return unconditional + cfg * (conditional - unconditional)
+
+
+def _repeat(context: Context, count: int) -> Context:
+    return Context.cat([context] * count)
+
+
+def _denoise(backbone: Backbone, latents: Tensor, steps: int, estimate) -> Tensor:
+    """Runs the solver; `estimate(latents, t, progress)` gives the guided noise."""
+    scheduler = _scheduler(backbone, steps)
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        noise = estimate(latents, t, i / max(1, steps - 1))
+        latents = scheduler.step(noise, t, latents, return_dict=False)[0]
+    return latents
+
+
+def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], seeds: list[int], settings: SampleSettings) -> Tensor:
+    """Prompts that share their deltas: folded once, no cost per step."""
+    deltas = aggregate(backbone, bank, prompts[0], METHODS, settings.mode, settings.strength).deltas
+    pictures = []
+    with backbone.folded(deltas):
+        for start in range(0, len(prompts), settings.batch):
+            chunk = slice(start, start + settings.batch)
+            positive = _encode(backbone, bank, prompts[chunk])
+            negative = _repeat(_encode(backbone, bank, [settings.negative]), len(positive))
+            latents = starting_noise(backbone, seeds[chunk], settings.size).to(backbone.device)
+            latents = _denoise(backbone, latents, settings.steps, lambda x, t, _, n=negative, p=positive: _guided(backbone, x, t, n, p, settings.cfg, None))
+            pictures.append(backbone.decode_latents(latents))
+    return torch.cat(pictures)
+
+
+@torch.no_grad()
+def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> Tensor:
+    """One picture per prompt and seed, `[B, 3, H, W]` in -1..1. Prompts that ask for the same deltas run together."""
+    if len(prompts) != len(seeds):
+        raise ConceptError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; one seed per prompt is needed")
+    groups: dict[tuple, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        named = tuple(sorted(named_concepts(bank.vocabulary.parse(prompt))))
+        groups.setdefault(named if settings.mode in ("sharp", "equal") else (prompt,), []).append(i)
+    result: list[Tensor | None] = [None] * len(prompts)
+    for members in groups.values():
+        pictures = _sample_group(backbone, bank, [prompts[i] for i in members], [seeds[i] for i in members], settings)
+        for i, picture in zip(members, pictures, strict=True):
+            result[i] = picture
+    return torch.stack(result)
+
+
+@torch.no_grad()
+def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], seeds: Sequence[int], settings: SampleSettings) -> Tensor:
+    """Pictures of a scene prompt with regions: region attention, and region noise estimation when `settings.region_noise`.
+
+    Without region noise one UNet evaluation per step for any number of regions; with it the paper's form, one more per region.
+    """
+    if not regions:
+        return sample(backbone, bank, [scene] * len(seeds), seeds, settings)
+    count = len(seeds)
+
+    def part(prompt: str, negative: str) -> Part:
+        own = aggregate(backbone, bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
+        return Part(Context.cat([_encode(backbone, bank, [negative]), _encode(backbone, bank, [prompt])]), own)
+
+    with backbone.folded(standing_deltas(bank, METHODS)):
+        whole = part(scene, settings.negative)
+        parts = [part(region.prompt, region.negative or settings.negative) for region in regions]
+        latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
+        rows = torch.tensor([1] * count if settings.cfg == 1.0 else [0] * count + [1] * count, device=backbone.device)
+        program = RegionProgram(backbone, whole, regions, parts, rows, tuple(latents.shape[-2:]))
+        masks = masks_of(regions, *latents.shape[-2:]).to(latents)
+
+        def guided(x: Tensor, t: int, one: Part, sites: SiteProgram) -> Tensor:
+            return _guided(backbone, x, t, _repeat(one.context[0:1], count), _repeat(one.context[1:2], count), settings.cfg, sites)
+
+        def estimate(x: Tensor, t: int, progress: float) -> Tensor:
+            program.progress = progress
+            noise = guided(x, t, whole, program)
+            if settings.region_noise:
+                own = torch.stack([guided(x, t, p, DeltaProgram(p.deltas)) for p in parts])
+                on = torch.tensor([float(region.active(progress)) for region in regions]).to(masks).view(-1, 1, 1)
+                noise = region_noise(noise, own, masks * on, settings.alpha, settings.outside)
+            return noise
+
+        return backbone.decode_latents(_denoise(backbone, latents, settings.steps, estimate))

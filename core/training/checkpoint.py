@@ -1,0 +1,61 @@
+"""A stopped run on disk: safetensors with the nested structure as JSON, so that resuming is exact and loading runs no code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import ConceptError
+from ..files import write_atomically
+
+KEY = "continual_concepts_checkpoint"
+_TENSOR, _TUPLE, _DICT = "__tensor__", "__tuple__", "__items__"
+
+
+def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON of a nested value; its tensors go to `tensors` under running numbers."""
+    if isinstance(value, torch.Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: key}
+    if isinstance(value, dict):      # keys may be integers (optimiser state), which JSON objects cannot hold
+        return {_DICT: [[key, _flatten(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_flatten(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_flatten(item, tensors) for item in value]
+    return value
+
+
+def _restore(value: Any, read) -> Any:
+    if isinstance(value, list):
+        return [_restore(item, read) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return read(value[_TENSOR])
+    if _TUPLE in value:
+        return tuple(_restore(item, read) for item in value[_TUPLE])
+    return {key: _restore(item, read) for key, item in value[_DICT]}
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes atomically: a crash leaves the previous checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    structure = json.dumps(_flatten(state, tensors))
+    write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), {KEY: structure}))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Raises ConceptError for anything that `save` did not write."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            structure = json.loads((file.metadata() or {})[KEY])
+            return _restore(structure, file.get_tensor)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ConceptError(f"'{path}' is not a checkpoint of a learning run ({type(error).__name__})") from error

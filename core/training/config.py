@@ -1,0 +1,59 @@
+"""Settings of a training run, checked where they enter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import ConceptError
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LR_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything about a run that is not the method's.
+
+    steps: optimiser steps; batch_size: own pictures per forward pass (as many prior pictures come on top); accumulation: forward passes
+    per step; resolution in pixels; optimizer: any class of torch.optim by name; schedule: of the learning rates, after `warmup` steps;
+    max_grad_norm: 0 = no clipping; min_snr_gamma: 0 = off, 5 is usual; noise_offset: 0 = off, CIDM's code 0.01; precision: of the
+    frozen base's arithmetic, trainables stay fp32; prior_weight: of prior-preservation pictures; caption_dropout: share of empty prompts.
+    """
+
+    steps: int = 800
+    batch_size: int = 1
+    accumulation: int = 1
+    resolution: int = 512
+    framing: str = "crop"
+    flip: bool = True
+    seed: int = 0
+    optimizer: str = "AdamW"
+    weight_decay: float = 0.01
+    schedule: str = "linear"
+    warmup: int = 0
+    max_grad_norm: float = 1.0
+    min_snr_gamma: float = 0.0
+    noise_offset: float = 0.0
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    prior_weight: float = 1.0
+    caption_dropout: float = 0.0
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "resolution"):
+            self._check(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset", "prior_weight", "checkpoint_every"):
+            self._check(getattr(self, name) >= 0, name, "0 or more")
+        self._check(0 <= self.caption_dropout < 1, "caption_dropout", "0 to below 1")
+        self._check(self.precision in PRECISIONS, "precision", ", ".join(PRECISIONS))
+        self._check(self.schedule in LR_SCHEDULES, "schedule", ", ".join(LR_SCHEDULES))
+        kind = getattr(torch.optim, self.optimizer, None)
+        known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+        self._check(known and self.optimizer != "LBFGS", "optimizer", "a class of torch.optim such as AdamW, Adam, SGD (not LBFGS, which needs closures)")
+
+    def _check(self, condition: bool, name: str, allowed: str) -> None:
+        if not condition:
+            raise ConceptError(f"setting '{name}' is {getattr(self, name)!r}; allowed: {allowed}")

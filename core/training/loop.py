@@ -1,0 +1,213 @@
+"""The one training loop. It calls the method's hooks and nothing else of it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..bank import ConceptBank
+from ..concepts import Concept, ConceptInfo, Provenance
+from ..encoding import encode_prompts
+from ..errors import ConceptError
+from ..hosts.backbone import Context
+from ..methods.base import METHODS, Batch, Method, Task
+from ..prompts import Vocabulary
+from ..routing import standing_deltas
+from . import checkpoint
+from .config import PRECISIONS, TrainingConfig
+from .data import TrainingSet
+from .objective import denoising_loss, draw
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback is told after each optimiser step. loss: the denoising part; terms: the method's penalties, as added."""
+
+    step: int
+    total: int
+    loss: float
+    terms: Mapping[str, float]
+    lr: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The concept, the bank that holds it, and the denoising loss of every step."""
+
+    concept: Concept
+    bank: ConceptBank
+    losses: tuple[float, ...]
+
+
+Callback = Callable[[StepInfo], None]
+
+
+def _lr_factor(config: TrainingConfig) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        share = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return {"constant": 1.0, "linear": 1.0 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}[config.schedule]
+
+    return factor
+
+
+class Run:
+    """State of one learning run: what a checkpoint holds and `learn` advances."""
+
+    def __init__(self, task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> None:
+        self.task, self.method, self.data, self.config = task, method, data, config
+        method.begin(task)
+        self.groups = method.parameter_groups()
+        optimizer = getattr(torch.optim, config.optimizer)
+        decay = {"weight_decay": config.weight_decay} if "weight_decay" in optimizer.__init__.__code__.co_varnames else {}
+        self.optimizer = optimizer([dict(group) for group in self.groups], **decay)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _lr_factor(config))
+        self.scaler = torch.amp.GradScaler(task.backbone.device.type, enabled=config.precision == "float16" and task.backbone.device.type == "cuda")
+        self.generator = torch.Generator().manual_seed(config.seed)
+        info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
+        self.vocabulary = Vocabulary([*task.bank.infos.values(), info])
+        self.losses: list[float] = []
+        self._before: Tensor | None = None      # generator state at the start of a step that is under way
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.groups for p in group["params"]]
+
+    def state(self) -> dict:
+        return {"identity": self.identity(), "modules": dict(self.method.modules().state_dict()), "optimizer": self.optimizer.state_dict(),
+                "scheduler": {"last_epoch": self.scheduler.last_epoch}, "scaler": self.scaler.state_dict(),
+                "generator": self.generator.get_state() if self._before is None else self._before, "losses": list(self.losses)}
+
+    def identity(self) -> dict:
+        """What must agree for a checkpoint to be this run's."""
+        return {"concept": self.task.name, "method": self.method.name, "settings": _settings(self.method), "training": asdict(self.config),
+                "base": self.task.backbone.fingerprint, "images": list(self.data.digests)}
+
+    def restore(self, path: Path) -> None:
+        state = checkpoint.load(path)
+        mine, theirs = self.identity(), state.get("identity", {})
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise ConceptError(f"the checkpoint '{path}' belongs to another run: its {key} is {theirs.get(key)!r}, this run's is {value!r}")
+        self.method.modules().load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        self.losses = list(state["losses"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _context(self, batch: Batch) -> Context:
+        prompts = list(batch.prompts)
+        if self.config.caption_dropout > 0:
+            drop = torch.rand(len(prompts), generator=self.generator) < self.config.caption_dropout
+            prompts = ["" if dropped else prompt for prompt, dropped in zip(prompts, drop.tolist(), strict=True)]
+        tokens = {**{name: self.task.bank[name].tokens for name in self._mentioned(prompts)}, self.task.name: self.method.token_group()}
+        return encode_prompts(self.task.backbone, prompts, self.vocabulary, tokens)
+
+    def _mentioned(self, prompts: list[str]) -> list[str]:
+        return [name for name in self.task.bank.names if any(f"<{name}" in prompt for prompt in prompts)]
+
+    def step(self) -> StepInfo:
+        """One optimiser step over `accumulation` batches."""
+        config, backbone = self.config, self.task.backbone
+        self._before = self.generator.get_state()
+        dtype = PRECISIONS[config.precision]
+        total, terms = 0.0, {}
+        for _ in range(config.accumulation):
+            batch = self.method.on_batch(self.data.draw(config.batch_size, config.prior_weight, self.generator))
+            drawn = draw(batch, len(backbone.schedule), config, self.generator)
+            with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
+                context = self._context(batch)
+                loss = denoising_loss(backbone, batch, context, drawn, self.method.program(), config)
+            penalties = self.method.penalty(batch, context)
+            whole = loss + sum(penalties.values())
+            self._refuse_nan(whole)
+            self.scaler.scale(whole / config.accumulation).backward()
+            total += loss.item() / config.accumulation
+            terms = {name: terms.get(name, 0.0) + value.item() / config.accumulation for name, value in penalties.items()}
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)
+        lr = self.optimizer.param_groups[-1]["lr"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.losses.append(total)
+        self.method.after_step(len(self.losses))
+        self._before = None
+        return StepInfo(len(self.losses), config.steps, total, terms, lr, float(norm))
+
+    def _refuse_nan(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise ConceptError(f"the loss became {loss.item()} at step {len(self.losses) + 1} of concept '{self.task.name}'; "
+                               "lower the learning rates (lr, token_lr) or use precision float32; the bank is unchanged")
+
+
+def _settings(method: Method) -> dict:
+    config = getattr(method, "config", None)
+    return asdict(config) if is_dataclass(config) else {}
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": torch.__version__.split("+")[0]}
+    for name in ("continual-concepts", "diffusers", "transformers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _conclude(run: Run, seconds: float, cover: bytes) -> Learned:
+    outcome, task = run.method.finish(), run.task
+    settings = {"method": _settings(run.method), "training": asdict(run.config)}
+    origin = Provenance(base=task.backbone.fingerprint, images=run.data.digests, settings=settings, versions=_versions(),
+                        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), steps=len(run.losses), seconds=round(seconds, 2))
+    info = ConceptInfo(task.name, task.class_noun, run.method.name, task.word_names, task.kind, origin)
+    concept = Concept(info, outcome.tokens, outcome.deltas, cover)
+    shared = {run.method.name: dict(outcome.shared)} if outcome.shared else {}
+    return Learned(concept, task.bank.add(concept, shared), tuple(run.losses))
+
+
+def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, callback: Callback | None = None,
+          checkpoint_file: Path | None = None, cover: bytes = b"") -> Learned:
+    """Learns one concept; returns it and the grown bank. The bank that came in and the base are what they were.
+
+    callback: called after every step; what it raises ends the run. With `checkpoint_file` the state is saved every
+    `checkpoint_every` steps and whenever the run ends early, and an existing file is resumed exactly; it is deleted at the end.
+    """
+    if task.name in task.bank:
+        raise ConceptError(f"the bank already holds a concept '{task.name}'; choose another name or remove it first")
+    task.bank.check_fits(task.backbone.layout)
+    run, began = Run(task, method, data, config), time.perf_counter()
+    if checkpoint_file is not None and Path(checkpoint_file).exists():
+        run.restore(checkpoint_file)
+    standing = standing_deltas(task.bank, METHODS)
+    try:
+        with torch.enable_grad(), task.backbone.folded(standing), task.backbone.gradient_checkpointing(config.gradient_checkpointing):
+            while len(run.losses) < config.steps:
+                info = run.step()
+                if checkpoint_file is not None and config.checkpoint_every and info.step % config.checkpoint_every == 0:
+                    checkpoint.save(checkpoint_file, run.state())
+                if callback is not None:
+                    callback(info)
+    except BaseException as error:      # a host's cancel is a BaseException; it goes on up after the state is safe
+        if checkpoint_file is not None and run.losses and not isinstance(error, ConceptError):
+            checkpoint.save(checkpoint_file, run.state())
+        raise
+    learned = _conclude(run, time.perf_counter() - began, cover)
+    if checkpoint_file is not None:
+        Path(checkpoint_file).unlink(missing_ok=True)
+    return learned
