@@ -54,6 +54,9 @@ class ConceptBank:
     def __post_init__(self) -> None:
         if self.shared is None:
             object.__setattr__(self, "shared", {})
+        if len(self.infos) < len(self.entries):
+            names = [entry.info.name for entry in self.entries]
+            raise ConceptError(f"the bank holds two concepts '{next(n for n in names if names.count(n) > 1)}'; names must differ")
         _ = self.vocabulary      # raises when two concepts claim one placeholder
 
     @cached_property
@@ -82,9 +85,12 @@ class ConceptBank:
         return (entry.load() for entry in self.entries)
 
     def __getitem__(self, name: str) -> Concept:
+        return self._entry(name).load()
+
+    def _entry(self, name: str) -> Entry:
         if name not in self._by_name:
             raise ConceptError(f"the bank holds no concept '{name}'; it holds {', '.join(self.names) or 'none'}")
-        return self._by_name[name].load()
+        return self._by_name[name]
 
     def add(self, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]] | None = None) -> ConceptBank:
         """This bank and one more concept; `shared` replaces the shared state of the methods it names."""
@@ -94,10 +100,12 @@ class ConceptBank:
         return replace(self, entries=(*self.entries, _loaded(concept)), shared={**self.shared, **(shared or {})})
 
     def remove(self, name: str) -> ConceptBank:
-        _ = self[name]
-        return replace(self, entries=tuple(entry for entry in self.entries if entry.info.name != name))
+        """This bank without one concept; its tensors are not read, so a damaged one can be removed."""
+        gone = self._entry(name)
+        return replace(self, entries=tuple(entry for entry in self.entries if entry is not gone))
 
     def rename(self, old: str, new: str) -> ConceptBank:
+        """This bank with one concept under another name, in its old place."""
         check_name(new)
         if new in self and new != old:
             raise ConceptError(f"the bank already holds a concept '{new}'; choose another name")

@@ -2,13 +2,14 @@
 
 Header metadata `continual_concepts` is JSON: `{"version", "layout", "concepts": [{"info", "deltas", "encoders"}], "shared"}`.
 Tensors: `concept/<i>/token.<encoder>`, `concept/<i>/<projection>.<part>` (see deltas.pack), `concept/<i>/cover` (bytes of a JPEG
-or PNG), `shared/<method>/<name>`. Opening reads the header; a concept's tensors are read when it is used. Files are untrusted:
-whatever does not fit is refused with one sentence.
+or PNG), `shared/<method>/<name>`. Opening reads the header; the tensors of a concept, or of a method's shared state, are read when
+first used. Files are untrusted: whatever does not fit is refused with one sentence.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,21 +29,28 @@ METADATA_KEY = "continual_concepts"
 VERSION = 1
 SUFFIX = ".safetensors"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError, OSError, SafetensorError)
 
 
 def save_bank(bank: ConceptBank, path: Path | str) -> None:
-    """Writes the bank atomically. Every concept is read first, so a bank may be saved over the file it came from."""
+    """Writes the bank atomically. Everything is read first, so a bank may be saved over the file it came from.
+
+    Raises ConceptError for what `open_bank` would refuse: NaN, infinity, types other than the allowed ones.
+    """
     tensors: dict[str, Tensor] = {}
     records = []
     for i, concept in enumerate(bank):
         packed, notes = pack(concept.deltas, bank.layout)
-        packed |= {f"token.{encoder}": vectors for encoder, vectors in concept.tokens.vectors.items()}
+        packed |= {f"token.{encoder}": vectors.detach().clone() for encoder, vectors in concept.tokens.vectors.items()}
+        _check_numbers(packed, f"concept '{concept.name}': ")
         if concept.cover:
             packed["cover"] = torch.frombuffer(bytearray(concept.cover), dtype=torch.uint8)
         tensors |= {f"concept/{i}/{name}": tensor.contiguous().cpu() for name, tensor in packed.items()}
         records.append({"info": concept.info.to_json(), "deltas": notes, "encoders": sorted(concept.tokens.vectors)})
     for method, state in bank.shared.items():
-        tensors |= {f"shared/{method}/{name}": tensor.contiguous().cpu() for name, tensor in state.items()}
+        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+            raise ConceptError(f"the shared state of method '{method}' holds NaN or infinity")
+        tensors |= {f"shared/{method}/{name}": tensor.detach().clone().contiguous().cpu() for name, tensor in state.items()}
     header = {"version": VERSION, "layout": bank.layout.to_json(), "concepts": records, "shared": sorted(bank.shared)}
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), metadata))
@@ -81,11 +89,10 @@ def open_bank(path: Path | str) -> ConceptBank:
     try:
         layout = SiteLayout.from_json(header["layout"])
         entries = [_entry(path, stamp, layout, i, record) for i, record in enumerate(header["concepts"])]
-        shared = _read_shared(path, keys)
-        return ConceptBank(layout, tuple(entries), shared)
+        return ConceptBank(layout, tuple(entries), _shared_states(path, stamp, keys))
     except ConceptError as error:
         raise ConceptError(f"the bank '{path}' cannot be used: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except _DAMAGE as error:
         raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__}: {error})") from error
 
 
@@ -96,45 +103,80 @@ def _entry(path: Path, stamp, layout: SiteLayout, i: int, record: dict) -> Entry
 
 def _read_concept(path: Path, stamp, layout: SiteLayout, i: int, info: ConceptInfo, record: dict) -> Concept:
     try:
-        if _stamp(path) != stamp:
-            raise ConceptError("the file changed on disk since it was opened; open it again")
-        prefix = f"concept/{i}/"
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {key[len(prefix):]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
-        cover = bytes(tensors.pop("cover").numpy()) if "cover" in tensors else b""
+        tensors = _read_tensors(path, stamp, f"concept/{i}/")
+        cover = _cover(tensors.pop("cover")) if "cover" in tensors else b""
         _check_numbers(tensors)
         vectors = {encoder: tensors[f"token.{encoder}"] for encoder in record["encoders"]}
         concept = Concept(info, TokenGroup(info.words, vectors), unpack(tensors, record["deltas"], layout), cover)
         concept.check_fits(layout)
         return concept
-    except (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise ConceptError(f"concept '{info.name}' in '{path}' cannot be read: {error}") from error
 
 
-def _check_numbers(tensors: dict[str, Tensor]) -> None:
+def _read_tensors(path: Path, stamp, prefix: str) -> dict[str, Tensor]:
+    """Copies, not views of the file: it may be replaced or cut short while they are in use."""
+    if _stamp(path) != stamp:
+        raise ConceptError("the file changed on disk since it was opened; open it again")
+    with safe_open(str(path), framework="pt") as file:
+        return {key[len(prefix):]: file.get_tensor(key).clone() for key in file.keys() if key.startswith(prefix)}
+
+
+def _cover(tensor: Tensor) -> bytes:
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise ConceptError(f"the cover is a {tensor.ndim}-dimensional {tensor.dtype} tensor; allowed: bytes")
+    return bytes(tensor.numpy())
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], owner: str = "") -> None:
     for name, tensor in tensors.items():
         if name.endswith(".indices"):
             if tensor.dtype != torch.int32:
-                raise ConceptError(f"tensor '{name}' has type {tensor.dtype}; allowed: int32")
+                raise ConceptError(f"{owner}tensor '{name}' has type {tensor.dtype}; allowed: int32")
         elif tensor.dtype not in _FLOATS:
-            raise ConceptError(f"tensor '{name}' has type {tensor.dtype}; allowed: float16, bfloat16, float32")
+            raise ConceptError(f"{owner}tensor '{name}' has type {tensor.dtype}; allowed: float16, bfloat16, float32")
         elif not torch.isfinite(tensor).all():
-            raise ConceptError(f"tensor '{name}' holds NaN or infinity")
+            raise ConceptError(f"{owner}tensor '{name}' holds NaN or infinity")
 
 
-def _read_shared(path: Path, keys: list[str]) -> dict[str, dict[str, Tensor]]:
-    shared: dict[str, dict[str, Tensor]] = {}
-    wanted = [key for key in keys if key.startswith("shared/")]
-    if not wanted:
-        return shared
-    with safe_open(str(path), framework="pt") as file:
-        for key in wanted:
+class _SharedState(Mapping):
+    """A method's shared tensors, read together when the first is used."""
+
+    def __init__(self, path: Path, stamp, method: str, names: list[str]) -> None:
+        self._where, self._method, self._names = (path, stamp), method, names
+        self._tensors: dict[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._tensors is None:
+            try:
+                self._tensors = _read_tensors(*self._where, f"shared/{self._method}/")
+                if not all(torch.isfinite(tensor).all() for tensor in self._tensors.values()):
+                    raise ConceptError("it holds NaN or infinity")
+            except _DAMAGE as error:
+                self._tensors = None
+                raise ConceptError(f"the shared state of method '{self._method}' in '{self._where[0]}' cannot be read: {error}") from error
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _shared_states(path: Path, stamp, keys: list[str]) -> dict[str, Mapping[str, Tensor]]:
+    names: dict[str, list[str]] = {}
+    for key in keys:
+        if key.startswith("shared/"):
             _, method, name = key.split("/", 2)
-            shared.setdefault(method, {})[name] = file.get_tensor(key)
-    return shared
+            names.setdefault(method, []).append(name)
+    return {method: _SharedState(path, stamp, method, own) for method, own in names.items()}
 
 
 def verify_bank(path: Path | str) -> list[str]:
-    """Reads every concept of a bank; returns one line per concept. Raises ConceptError at the first fault."""
+    """Reads a whole bank; returns one line per concept. Raises ConceptError at the first fault."""
     bank = open_bank(path)
-    return [f"{concept.name}: {len(concept.deltas)} deltas, {len(concept.info.words)} words, {concept.nbytes() / 1e6:.2f} MB" for concept in bank]
+    for state in bank.shared.values():
+        dict(state)
+    return [f"{concept.name}: {len(concept.deltas)} deltas, {len(concept.info.words)} words, {concept.nbytes() / 1e6:.2f} MB"
+            for concept in bank]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from .deltas import Deltas, check_fits
 from .errors import ConceptError
 from .sites import SiteLayout
-from .tokens import TokenGroup, check_name
+from .tokens import MAX_WORDS, TokenGroup, check_name
 
 KINDS = ("object", "style")
 
@@ -45,6 +45,8 @@ class ConceptInfo:
         check_name(self.name)
         for word in self.words:
             check_name(word, "word of a concept")
+        if not 1 <= len(self.words) <= MAX_WORDS or len(set(self.words)) < len(self.words):
+            raise ConceptError(f"concept '{self.name}' has words {list(self.words)}; allowed: 1 to {MAX_WORDS} different ones")
         if self.kind not in KINDS:
             raise ConceptError(f"kind of concept '{self.name}' is {self.kind!r}; allowed: {', '.join(KINDS)}")
 
@@ -80,12 +82,14 @@ class Concept:
 
     def check_fits(self, layout: SiteLayout) -> None:
         owner = f"concept '{self.name}'"
+        if self.tokens.words != self.info.words:
+            raise ConceptError(f"{owner} has vectors for words {list(self.tokens.words)}; its words are {list(self.info.words)}")
         self.tokens.check_fits(layout, owner)
         check_fits(self.deltas, layout, owner)
 
     def renamed(self, name: str) -> Concept:
         """The same concept under another name; its words follow when they were named after it."""
-        words = tuple(name + word[len(self.name):] if word.startswith(self.name) else word for word in self.info.words)
+        words = tuple(name + word[len(self.name):] if f"{word}-".startswith(f"{self.name}-") else word for word in self.info.words)
         return replace(self, info=replace(self.info, name=name, words=words), tokens=replace(self.tokens, words=words))
 
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConceptError
-from .sites import PROJECTIONS, SiteLayout
+from .sites import PROJECTIONS, Site, SiteLayout
 
 DeltaKey = tuple[int, str]     # (site index, projection)
 
@@ -32,7 +33,7 @@ class LowRankDelta:
 
     def apply(self, x: Tensor) -> Tensor:
         """The projection's change for input `x [..., b]`: `[..., a]`."""
-        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.scale * F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
 
     def scaled(self, weight: float) -> LowRankDelta:
         return LowRankDelta(self.up, self.down, self.scale * weight)
@@ -63,7 +64,7 @@ class SparseDelta:
         return flat.view(self.size)
 
     def apply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense().to(x.dtype))
+        return F.linear(x, self.dense().to(x))
 
     def scaled(self, weight: float) -> SparseDelta:
         return SparseDelta(self.size, self.indices, self.values, self.scale * weight)
@@ -147,24 +148,43 @@ def unpack(tensors: Mapping[str, Tensor], notes: dict, layout: SiteLayout) -> di
     """Inverse of `pack`; raises ConceptError when tensors and notes do not agree."""
     deltas: dict[DeltaKey, Delta] = {}
     for projection, note in notes.items():
+        if any(not 0 <= i < len(layout) for i in note["sites"]) or len(set(note["sites"])) < len(note["sites"]):
+            raise ConceptError(f"the deltas of {projection} are for sites {note['sites']}; allowed: each of 0 to {len(layout) - 1} once")
+        scales = [float(scale) for scale in note["scale"]]
+        if not all(map(math.isfinite, scales)):
+            raise ConceptError(f"the deltas of {projection} have scales {scales}; allowed: finite numbers")
         sites = [layout.sites[i] for i in note["sites"]]
-        shapes = [site.shape(projection) for site in sites]
-        if f"{projection}.up" in tensors:
-            ups = _split(tensors[f"{projection}.up"], [a for a, _ in shapes], 0, f"{projection}.up")
-            downs = _split(tensors[f"{projection}.down"], [b for _, b in shapes], 1, f"{projection}.down")
-            for site, up, down, scale in zip(sites, ups, downs, note["scale"], strict=True):
-                deltas[site.index, projection] = LowRankDelta(up, down, scale)
-        else:
-            indices = _split(tensors[f"{projection}.indices"], note["counts"], 0, f"{projection}.indices")
-            values = _split(tensors[f"{projection}.values"], note["counts"], 0, f"{projection}.values")
-            for site, shape, index, value, scale in zip(sites, shapes, indices, values, note["scale"], strict=True):
-                if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < shape[0] * shape[1]:
-                    raise ConceptError(f"tensor '{projection}.indices' points outside the {shape[0]}x{shape[1]} weight of site {site.index}")
-                deltas[site.index, projection] = SparseDelta(shape, index, value, scale)
+        read = _unpack_low_rank if f"{projection}.up" in tensors else _unpack_sparse
+        for site, delta in zip(sites, read(tensors, projection, note, sites, scales), strict=True):
+            deltas[site.index, projection] = delta
     return deltas
 
 
-def _split(tensor: Tensor, sizes: list[int], dim: int, name: str) -> tuple[Tensor, ...]:
-    if tensor.ndim <= dim or tensor.shape[dim] != sum(sizes):
-        raise ConceptError(f"tensor '{name}' has shape {tuple(tensor.shape)}; dimension {dim} must be {sum(sizes)}")
+def _unpack_low_rank(tensors: Mapping[str, Tensor], projection: str, _note: dict, sites: list[Site], scales: list[float]) -> list[Delta]:
+    up, down = tensors[f"{projection}.up"], tensors[f"{projection}.down"]
+    shapes = [site.shape(projection) for site in sites]
+    ups = _split(up, [a for a, _ in shapes], 0, 2, f"{projection}.up")
+    downs = _split(down, [b for _, b in shapes], 1, 2, f"{projection}.down")
+    if up.shape[1] != down.shape[0]:
+        raise ConceptError(f"tensors '{projection}.up' and '{projection}.down' have ranks {up.shape[1]} and {down.shape[0]}; "
+                           "they must agree")
+    return [LowRankDelta(*factors) for factors in zip(ups, downs, scales, strict=True)]
+
+
+def _unpack_sparse(tensors: Mapping[str, Tensor], projection: str, note: dict, sites: list[Site],
+                   scales: list[float]) -> list[Delta]:
+    indices = _split(tensors[f"{projection}.indices"], note["counts"], 0, 1, f"{projection}.indices")
+    values = _split(tensors[f"{projection}.values"], note["counts"], 0, 1, f"{projection}.values")
+    deltas = []
+    for site, index, value, scale in zip(sites, indices, values, scales, strict=True):
+        a, b = site.shape(projection)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < a * b:
+            raise ConceptError(f"tensor '{projection}.indices' points outside the {a}x{b} weight of site {site.index}")
+        deltas.append(SparseDelta((a, b), index, value, scale))
+    return deltas
+
+
+def _split(tensor: Tensor, sizes: list[int], dim: int, ndim: int, name: str) -> tuple[Tensor, ...]:
+    if tensor.ndim != ndim or min(sizes, default=0) < 0 or tensor.shape[dim] != sum(sizes):
+        raise ConceptError(f"tensor '{name}' has shape {tuple(tensor.shape)}; of its {ndim} dimensions, {dim} must be {sum(sizes)}")
     return tensor.split(sizes, dim=dim)

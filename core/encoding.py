@@ -46,7 +46,8 @@ def _row(encoder: TextEncoder, units: list[int | WordRef], chunks: int) -> _Row:
     return _Row(ids, slots)
 
 
-def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int, device) -> tuple[Tensor, Tensor | None]:
+def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int,
+                 device) -> tuple[Tensor, Tensor | None]:
     """hidden `[B, L, N, D]`, pooled `[B, L, P]` or None. One batch over prompts, copies and chunks."""
     batch, length = len(rows), len(rows[0].ids)
     ids = torch.tensor([row.ids for row in rows], device=device)
@@ -71,7 +72,8 @@ def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, To
     return hidden, pooled
 
 
-def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup], chunks: int = 1) -> Context:
+def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup],
+                   chunks: int = 1) -> Context:
     """Encodes prompts as one batch.
 
     tokens: token groups by concept name; gradients flow into their vectors. chunks: at least so many chunks per prompt.

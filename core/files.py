@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import ConceptError
 
 
@@ -22,10 +24,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
+        # safetensors makes files that only their owner can read; a bank keeps the rights it had, a new one gets the usual ones.
+        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise ConceptError(f"cannot write '{path}': {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:      # safetensors reports a full disk as its own error
+        raise ConceptError(f"cannot write '{path}': {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

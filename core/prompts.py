@@ -34,7 +34,8 @@ class Vocabulary:
             for name, refs in [(info.name, words), *((word, (ref,)) for word, ref in zip(info.words, words, strict=True))]:
                 previous = self.entries.setdefault(name, refs)
                 if previous[0].concept != info.name:
-                    raise ConceptError(f"placeholder <{name}> would mean concept '{previous[0].concept}' and concept '{info.name}'; rename one of them")
+                    raise ConceptError(f"placeholder <{name}> would mean concept '{previous[0].concept}' and concept '{info.name}'; "
+                                       "rename one of them")
 
     def parse(self, prompt: str) -> list[Piece]:
         """Text and words in order. Raises ConceptError for a placeholder that no concept has."""
@@ -52,7 +53,8 @@ class Vocabulary:
     def _unknown(self, name: str) -> str:
         names = sorted(self.entries)
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean <{near[0]}>?" if near else f"known: {', '.join(f'<{n}>' for n in names[:12])}" if names else "the bank is empty"
+        hint = f"known: {', '.join(f'<{n}>' for n in names[:12])}" if names else "the bank is empty"
+        hint = f"did you mean <{near[0]}>?" if near else hint
         return f"the prompt names <{name}>, which the bank does not hold; {hint}"
 
 
@@ -75,7 +77,7 @@ def plain_text(pieces: Sequence[Piece], infos: Mapping[str, ConceptInfo]) -> str
 
 
 def caption_with_placeholder(caption: str, info_name: str, class_noun: str) -> str:
-    """A training caption that names the concept: its placeholder, else in place of the class noun, else in front."""
+    """A training caption that names the concept: in place of the class noun, else in front. One with placeholders is left as it is."""
     if PLACEHOLDER.search(caption):
         return caption
     placeholder = f"<{info_name}>"

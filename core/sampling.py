@@ -14,7 +14,7 @@ from .errors import ConceptError
 from .hosts.backbone import Backbone, Context, SiteProgram
 from .methods.base import METHODS
 from .prompts import named_concepts
-from .regional.noise import region_noise
+from .regional.noise import OUTSIDE, region_noise
 from .regional.program import DeltaProgram, Part, RegionProgram
 from .regional.regions import Region, masks_of
 from .routing import aggregate, standing_deltas
@@ -39,6 +39,9 @@ class SampleSettings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.cfg < 0:
             raise ConceptError(f"steps and cfg are {self.steps} and {self.cfg}; allowed: steps 1 or more, cfg 0 or more")
+        if self.batch < 1 or not 0 <= self.alpha <= 1 or self.outside not in OUTSIDE:
+            raise ConceptError(f"batch, alpha and outside are {self.batch}, {self.alpha} and {self.outside!r}; "
+                               f"allowed: 1 or more, 0 to 1, {' or '.join(OUTSIDE)}")
 
 
 def _scheduler(backbone: Backbone, steps: int):
@@ -54,8 +57,11 @@ def _scheduler(backbone: Backbone, steps: int):
 
 def starting_noise(backbone: Backbone, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
     """`[B, C, h, w]`, one generator per seed: a seed's picture does not depend on the batch it is in."""
-    height, width = size[0] // backbone.picture_multiple, size[1] // backbone.picture_multiple
-    return torch.stack([torch.randn(backbone.latent_channels, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    multiple = backbone.picture_multiple
+    if any(side < multiple or side % multiple for side in size):
+        raise ConceptError(f"the picture's size is {size[0]}x{size[1]}; both sides must be multiples of {multiple}")
+    shape = (backbone.latent_channels, size[0] // multiple, size[1] // multiple)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def _encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], chunks: int = 1) -> Context:
@@ -63,7 +69,8 @@ def _encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], chunk
     return encode_prompts(backbone, prompts, bank.vocabulary, {name: bank[name].tokens for name in named}, chunks)
 
 
-def _guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float, program: SiteProgram | None) -> Tensor:
+def _guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float,
+            program: SiteProgram | None) -> Tensor:
     """Guided noise estimate: negative + cfg (positive - negative), both halves in one UNet evaluation."""
     timesteps = torch.full((len(latents),), t, device=latents.device, dtype=torch.long)
     if cfg == 1.0:
@@ -98,16 +105,19 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], see
             positive = _encode(backbone, bank, prompts[chunk])
             negative = _repeat(_encode(backbone, bank, [settings.negative]), len(positive))
             latents = starting_noise(backbone, seeds[chunk], settings.size).to(backbone.device)
-            latents = _denoise(backbone, latents, settings.steps, lambda x, t, _, n=negative, p=positive: _guided(backbone, x, t, n, p, settings.cfg, None))
-            pictures.append(backbone.decode_latents(latents))
+
+            def estimate(x: Tensor, t: int, _progress: float, negative: Context = negative, positive: Context = positive) -> Tensor:
+                return _guided(backbone, x, t, negative, positive, settings.cfg, None)
+
+            pictures.append(backbone.decode_latents(_denoise(backbone, latents, settings.steps, estimate)))
     return torch.cat(pictures)
 
 
 @torch.no_grad()
 def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> Tensor:
     """One picture per prompt and seed, `[B, 3, H, W]` in -1..1. Prompts that ask for the same deltas run together."""
-    if len(prompts) != len(seeds):
-        raise ConceptError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; one seed per prompt is needed")
+    if len(prompts) != len(seeds) or not prompts:
+        raise ConceptError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; one seed per prompt is needed, one or more")
     groups: dict[tuple, list[int]] = {}
     for i, prompt in enumerate(prompts):
         named = tuple(sorted(named_concepts(bank.vocabulary.parse(prompt))))
@@ -121,7 +131,8 @@ def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], seeds:
 
 
 @torch.no_grad()
-def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], seeds: Sequence[int], settings: SampleSettings) -> Tensor:
+def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], seeds: Sequence[int],
+                   settings: SampleSettings) -> Tensor:
     """Pictures of a scene prompt with regions: region attention, and region noise estimation when `settings.region_noise`.
 
     Without region noise one UNet evaluation per step for any number of regions; with it the paper's form, one more per region.
@@ -132,6 +143,7 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
 
     def part(prompt: str, negative: str) -> Part:
         own = aggregate(backbone, bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
+        own = {key: delta.to(backbone.device) for key, delta in own.items()}      # once, not in every step
         return Part(Context.cat([_encode(backbone, bank, [negative]), _encode(backbone, bank, [prompt])]), own)
 
     with backbone.folded(standing_deltas(bank, METHODS)):

@@ -15,7 +15,7 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of a site that has that many cells, for a latent of height × width (sides halve and round up per level)."""
     rows, columns = height, width
-    while rows * columns > cells:
+    while rows * columns > max(1, cells):
         rows, columns = -(-rows // 2), -(-columns // 2)
     if rows * columns != cells:
         raise ConceptError(f"a site with {cells} cells does not belong to a {height}x{width} latent")
@@ -81,5 +81,14 @@ class SiteLayout:
 
     @classmethod
     def from_json(cls, data: dict) -> SiteLayout:
+        """Reads what `to_json` wrote; raises ConceptError when the sites do not make sense."""
         sites = tuple(Site(**site) for site in data["sites"])
+        for i, site in enumerate(sites):
+            sizes = (site.heads, site.width, site.context_width)
+            if site.index != i or not isinstance(site.name, str) or not all(isinstance(n, int) and n >= 1 for n in sizes):
+                raise ConceptError(f"site {i} of the layout is {site}; indices must run from 0, heads and widths be 1 or more")
+            if not isinstance(site.copy, int) or not 0 <= site.copy < len(sites):
+                raise ConceptError(f"site {i} of the layout reads layer copy {site.copy!r}; allowed: 0 to {len(sites) - 1}")
+        if not sites or not data["text_widths"]:
+            raise ConceptError("the layout has no sites or no text encoders")
         return cls(sites, tuple((str(name), int(width)) for name, width in data["text_widths"]))

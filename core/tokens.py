@@ -19,7 +19,8 @@ MAX_WORDS = 16
 def check_name(name: str, what: str = "concept name") -> str:
     """The name itself when it is safe in prompts, files and tensor keys; ConceptError otherwise."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ConceptError(f"{what} {name!r} is not allowed; use 1 to 64 letters, digits, '-' or '_', beginning and ending with a letter or digit")
+        raise ConceptError(f"{what} {name!r} is not allowed; use 1 to 64 letters, digits, '-' or '_', "
+                           "beginning and ending with a letter or digit")
     return name
 
 
@@ -43,7 +44,8 @@ class TokenGroup:
         for encoder, width in layout.text_widths:
             vector = self.vectors.get(encoder)
             if vector is None:
-                raise ConceptError(f"{owner} has no token vectors for text encoder '{encoder}'; it has {', '.join(sorted(self.vectors)) or 'none'}")
+                held = ", ".join(sorted(self.vectors)) or "none"
+                raise ConceptError(f"{owner} has no token vectors for text encoder '{encoder}'; it has {held}")
             if vector.ndim != 3 or vector.shape[1:] != (len(self.words), width) or vector.shape[0] not in (1, layout.copies):
                 raise ConceptError(f"{owner} has token vectors of shape {tuple(vector.shape)} for '{encoder}'; this base needs "
                                    f"[1 or {layout.copies}, {len(self.words)}, {width}]")

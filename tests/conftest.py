@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,3 +48,131 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no reference data: set CONTINUAL_CONCEPTS_SHARED to its folder")
     return folder
+
+
+# The imports of the package stand inside the fixtures: the hygiene tests run without torch's friends.
+
+
+def _seeded(build, seed: int):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def _unet(text_width: int, **other):
+    from diffusers import UNet2DConditionModel
+
+    shape = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 1,
+        "attention_head_dim": 2, "cross_attention_dim": text_width, "norm_num_groups": 32,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    }
+    return UNet2DConditionModel(**(shape | other))
+
+
+def _vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(block_out_channels=(32, 32, 32), layers_per_block=1, norm_num_groups=32, latent_channels=4, scaling_factor=0.5,
+                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+
+
+def _text(name: str, seed: int, width: int = 32, length: int = 16, projected: bool = False, penultimate: bool = False):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from continual_concepts.core.demo import vocabulary
+    from continual_concepts.core.hosts.diffusers import ClipText
+
+    tokenizer = vocabulary.load(ROOT / "core" / "demo" / "assets" / "tokenizer")
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+                            num_attention_heads=2, max_position_embeddings=length, projection_dim=width,
+                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = _seeded(lambda: (CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed)
+    return ClipText(name, model, tokenizer, length, penultimate)
+
+
+def _backbone(prediction: str, unet=None, text=None):
+    from continual_concepts.core.hosts.diffusers import DiffusersBackbone
+    from continual_concepts.core.schedule import NoiseSchedule
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    schedule = NoiseSchedule(torch.cumprod(1 - betas, 0).float(), prediction)
+    unet = _seeded(lambda: _unet(32), 1) if unet is None else unet
+    return DiffusersBackbone(unet, _seeded(_vae, 2), text or (_text("clip_l", 3),), schedule)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone():
+    """Stable Diffusion 1's structure with random weights: 7 sites, pictures of 32 pixels to latents of 8, prompts of 14 tokens."""
+    return _backbone("epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone_v():
+    """The same for v prediction."""
+    return _backbone("v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl():
+    """SDXL's structure: two text encoders, pooled text and sizes beside the timestep, several transformer blocks per group; 21 sites."""
+    unet = _seeded(lambda: _unet(56, transformer_layers_per_block=3, addition_embed_type="text_time", addition_time_embed_dim=8,
+                                 projection_class_embeddings_input_dim=24 + 6 * 8), 4)
+    return _backbone("epsilon", unet, (_text("clip_l", 5, penultimate=True), _text("clip_g", 6, 24, projected=True, penultimate=True)))
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def any_backbone(request, tiny_backbone, tiny_backbone_v):
+    return tiny_backbone if request.param == "epsilon" else tiny_backbone_v
+
+
+@pytest.fixture(scope="session")
+def layout():
+    """Three sites of different widths, two text encoders: enough for everything about banks."""
+    from continual_concepts.core.sites import Site, SiteLayout
+
+    sites = tuple(Site(i, f"down_blocks.{i}.attn2", i, 2, width, 5) for i, width in enumerate((4, 6, 8)))
+    return SiteLayout(sites, (("clip_l", 3), ("clip_g", 2)))
+
+
+@pytest.fixture(scope="session")
+def make_concept():
+    """make_concept(layout, name, seed, ...): a concept of random numbers that fits."""
+    from continual_concepts.core.concepts import Concept, ConceptInfo, Provenance
+    from continual_concepts.core.deltas import LowRankDelta
+    from continual_concepts.core.sites import PROJECTIONS
+    from continual_concepts.core.tokens import TokenGroup, default_words
+
+    def make(layout, name="rex", seed=0, words=2, layerwise=True, method="cidm", rank=2, size=1.0, dtype=torch.float32, cover=b""):
+        g = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return (torch.randn(*shape, generator=g) * size).to(dtype)
+
+        names = default_words(name, words)
+        vectors = {encoder: random(layout.copies if layerwise else 1, words, width) for encoder, width in layout.text_widths}
+        deltas = {(s.index, p): LowRankDelta(random(s.shape(p)[0], rank), random(rank, s.shape(p)[1]), 0.5) for s in layout.sites for p in PROJECTIONS}
+        origin = Provenance("abc", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"}, "2025-01-01T00:00:00+00:00", 3, 1.5)
+        return Concept(ConceptInfo(name, "dog", method, names, provenance=origin), TokenGroup(names, vectors), deltas, cover)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teach():
+    """teach(backbone, bank, name, method, settings, ...): learns a concept from three random pictures; keywords are TrainingConfig's."""
+    from continual_concepts.core.methods import Task, make
+    from continual_concepts.core.training.config import TrainingConfig
+    from continual_concepts.core.training.data import Framing, Picture, prepare
+    from continual_concepts.core.training.loop import learn
+
+    def run(backbone, bank, name="rex", method="cidm", settings=None, callback=None, checkpoint_file=None, pictures=None, noun="dog", **training):
+        if pictures is None:
+            g = torch.Generator().manual_seed(len(name))
+            pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "", digest=f"{i}") for i in range(3)]
+        config = TrainingConfig(**({"steps": 3, "batch_size": 2, "resolution": 32, "flip": False} | training))
+        data = prepare(backbone, pictures, name, noun, Framing(config.resolution, config.framing, config.flip))
+        chosen = make(method, {"lr": 1e-2, "token_lr": 1e-2, "stored": "float32"} | (settings or {}))
+        return learn(Task(name, noun, backbone, bank), chosen, data, config, callback, checkpoint_file)
+
+    return run

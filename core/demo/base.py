@@ -24,13 +24,22 @@ PARTS = ("unet", "vae", "text_encoder")
 def build_modules() -> dict[str, nn.Module]:
     """Untrained modules of the base's shapes, and its tokenizer under 'tokenizer'."""
     tokenizer = vocabulary.load(TOKENIZER)
-    return {"unet": networks.build_unet(), "vae": networks.build_vae(), "text_encoder": networks.build_text_encoder(tokenizer), "tokenizer": tokenizer}
+    return {
+        "unet": networks.build_unet(),
+        "vae": networks.build_vae(),
+        "text_encoder": networks.build_text_encoder(tokenizer),
+        "tokenizer": tokenizer,
+    }
 
 
 def save_base(modules: dict[str, nn.Module], path: Path, notes: dict) -> None:
     """One file: weights in fp16 as `unet.*`, `vae.*`, `text_encoder.*` (diffusers names), shapes and notes as JSON metadata."""
-    tensors = {f"{part}.{name}": tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
-               for part in PARTS for name, tensor in modules[part].state_dict().items() if not name.endswith("position_ids")}
+    tensors = {
+        f"{part}.{name}": tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
+        for part in PARTS
+        for name, tensor in modules[part].state_dict().items()
+        if not name.endswith("position_ids")
+    }
     header = {"unet": networks.UNET, "vae": networks.VAE, "text_encoder": networks.TEXT, "schedule": networks.SCHEDULE, "notes": notes}
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), {"continual_concepts_base": json.dumps(header)}))
 
@@ -41,11 +50,13 @@ def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu", dtype:
     with safe_open(str(path), framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}
     for part in PARTS:
-        own = {key[len(part) + 1:]: tensor.float() for key, tensor in state.items() if key.startswith(f"{part}.")}
+        own = {key[len(part) + 1 :]: tensor.float() for key, tensor in state.items() if key.startswith(f"{part}.")}
         missing, unexpected = modules[part].load_state_dict(own, strict=False)
         if unexpected or any(not name.endswith("position_ids") for name in missing):
             raise RuntimeError(f"the embedded base does not fit its own shapes: missing {missing[:3]}, unexpected {unexpected[:3]}")
-        modules[part].to(device, dtype)
+        modules[part].to(device)
+        if dtype != torch.float32:
+            modules[part].to(dtype)
     return as_backbone(modules)
 
 

@@ -83,5 +83,7 @@ def held_out_prompts(count: int, seed: int) -> list[tuple[str, str, str]]:
             continue
         scene = world.random_scene(rng, (thing,), "photo")
         pattern = "" if thing.pattern == "plain" else f" {thing.pattern}"
-        result.append((f"a photo of {world.article(f'{colour}{pattern} {thing.kind}')} {world.background_phrase(scene)}", thing.kind, colour))
+        result.append(
+            (f"a photo of {world.article(f'{colour}{pattern} {thing.kind}')} {world.background_phrase(scene)}", thing.kind, colour)
+        )
     return result

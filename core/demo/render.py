@@ -18,6 +18,7 @@ EMPTY, BODY, HEAD, SECOND, PATTERN, ACCESSORY, LIGHT, DARK = range(len(ROLES))
 
 # Parts of every kind in a unit box (x right, y down, feet at y = 1), painted in order: (role, shape, numbers).
 # ellipse and box: left, top, right, bottom; polygon: x, y, x, y, ...; line: x, y, x, y, width.
+# fmt: off
 PARTS: dict[str, tuple] = {
     "dog": (
         (HEAD, "line", (-0.7, 0.0, -0.98, -0.5, 0.16)),
@@ -73,13 +74,16 @@ PARTS: dict[str, tuple] = {
         (SECOND, "box", (-0.4, 0.6, -0.12, 1.0)), (SECOND, "box", (0.12, 0.6, 0.4, 1.0)),
         (HEAD, "box", (-0.52, -0.85, 0.52, -0.18)), (BODY, "box", (-0.58, -0.1, 0.58, 0.68)),
         (LIGHT, "ellipse", (-0.36, -0.7, -0.06, -0.4)), (LIGHT, "ellipse", (0.06, -0.7, 0.36, -0.4)),
-        (DARK, "ellipse", (-0.27, -0.62, -0.15, -0.48)), (DARK, "ellipse", (0.15, -0.62, 0.27, -0.48)), (DARK, "box", (-0.25, -0.32, 0.25, -0.25)),
+        (DARK, "ellipse", (-0.27, -0.62, -0.15, -0.48)), (DARK, "ellipse", (0.15, -0.62, 0.27, -0.48)),
+        (DARK, "box", (-0.25, -0.32, 0.25, -0.25)),
     ),
 }
 # Where a hat sits and where a scarf hangs: x, y, half width.
 HAT_AT = {"dog": (0.46, -0.82, 0.34), "cat": (0.0, -0.72, 0.36), "duck toy": (0.36, -0.78, 0.32), "teddy bear": (0.0, -0.82, 0.36),
           "backpack": (0.0, -0.82, 0.42), "fish": (0.4, -0.42, 0.3), "car": (-0.04, -0.48, 0.34), "robot": (0.0, -0.84, 0.4)}
-SCARF_AT = {"dog": (0.3, -0.08, 0.36), "cat": (0.0, 0.12, 0.44), "duck toy": (0.28, 0.1, 0.36), "teddy bear": (0.0, 0.04, 0.42), "robot": (0.0, -0.14, 0.44)}
+SCARF_AT = {"dog": (0.3, -0.08, 0.36), "cat": (0.0, 0.12, 0.44), "duck toy": (0.28, 0.1, 0.36), "teddy bear": (0.0, 0.04, 0.42),
+            "robot": (0.0, -0.14, 0.44)}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,9 @@ def _background(scene, size: int) -> np.ndarray:
         draw.rectangle([0, at(0.55), size, size], fill=(110, 180, 80))
     elif scene.background == "snow":
         draw.rectangle([0, 0, size, at(0.55)], fill=(190, 205, 225))
-        draw.polygon([(at(0.0), at(0.6)), (at(0.25), at(0.25)), (at(0.5), at(0.6)), (at(0.75), at(0.32)), (size, at(0.6))], fill=(150, 165, 190))
+        draw.polygon(
+            [(at(0.0), at(0.6)), (at(0.25), at(0.25)), (at(0.5), at(0.6)), (at(0.75), at(0.32)), (size, at(0.6))], fill=(150, 165, 190)
+        )
         draw.rectangle([0, at(0.57), size, size], fill=(246, 249, 253))
     elif scene.background == "night":
         draw.rectangle([0, 0, size, size], fill=(22, 26, 66))
@@ -197,7 +203,10 @@ def _background(scene, size: int) -> np.ndarray:
 
 def _role_colours(thing) -> np.ndarray:
     dark = (30, 28, 34)
-    return np.array([(0, 0, 0), thing.body, thing.body, thing.second, thing.pattern_colour, thing.accessory_colour, (245, 240, 228), dark], dtype=np.float32)
+    return np.array(
+        [(0, 0, 0), thing.body, thing.body, thing.second, thing.pattern_colour, thing.accessory_colour, (245, 240, 228), dark],
+        dtype=np.float32,
+    )
 
 
 def _apply_style(image, background, object_ids, colours_at, style: Style, size: int) -> np.ndarray:
@@ -210,7 +219,11 @@ def _apply_style(image, background, object_ids, colours_at, style: Style, size: 
         image = np.where(inside, image * fade, image)
     if style.line is not None or style.line_from_role:
         line = np.array(style.line or (0, 0, 0), dtype=np.float32)
-        horizon = _edges(background.sum(-1).astype(np.int32), 2) & ~inside[..., 0] if style.paper is not None else np.zeros(object_ids.shape, bool)
+        horizon = (
+            _edges(background.sum(-1).astype(np.int32), 2) & ~inside[..., 0]
+            if style.paper is not None
+            else np.zeros(object_ids.shape, bool)
+        )
         drawn = _edges(object_ids, SUPERSAMPLING)[..., None]
         image = np.where(drawn, 0.25 * line + 0.75 * np.maximum(colours_at, 70.0) * 1.15 if style.line_from_role else line, image)
         faint = 0.5 * line + 0.5 * image if style.line is not None else image + 45.0

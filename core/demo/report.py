@@ -31,7 +31,7 @@ def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str], 
     size = len(concepts)
     grid = np.full((size, size), np.nan)
     for i, row in enumerate(alignment):
-        grid[i, :len(row)] = row
+        grid[i, : len(row)] = row
     axis.imshow(grid, vmin=0, vmax=1, cmap="viridis")
     for i, row in enumerate(alignment):
         for j, value in enumerate(row):
@@ -56,19 +56,46 @@ def draw(path: Path, tasks, reference, records: dict, composition) -> None:
     figure.suptitle("Three concepts, one after another: what each method keeps", fontsize=17, color=INK, x=0.03, ha="left", y=0.985)
     for j, task in enumerate(tasks):
         _show(figure.add_subplot(top[2 * j, 0]), task.references, columns, f"<{task.name}>, shown to the model in task {j + 1}")
-        _show(figure.add_subplot(top[2 * j + 1, 0]), reference.noun_pictures[j], columns, f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026")
+        _show(
+            figure.add_subplot(top[2 * j + 1, 0]),
+            reference.noun_pictures[j],
+            columns,
+            f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026",
+        )
         for m, method in enumerate(methods):
             record, last = records[method], len(tasks) - 1
             values = record.image_alignment[j][j], record.image_alignment[last][j]
-            _show(figure.add_subplot(top[2 * j, 1 + m]), record.samples[j][j], columns, f"{NAMES.get(method, method)}: just learned  (alignment {values[0]:.2f})")
-            _show(figure.add_subplot(top[2 * j + 1, 1 + m]), record.samples[last][j], columns, f"{NAMES.get(method, method)}: after all tasks  (alignment {values[1]:.2f})")
+            _show(
+                figure.add_subplot(top[2 * j, 1 + m]),
+                record.samples[j][j],
+                columns,
+                f"{NAMES.get(method, method)}: just learned  (alignment {values[0]:.2f})",
+            )
+            _show(
+                figure.add_subplot(top[2 * j + 1, 1 + m]),
+                record.samples[last][j],
+                columns,
+                f"{NAMES.get(method, method)}: after all tasks  (alignment {values[1]:.2f})",
+            )
     bottom = outer[1].subgridspec(1, 2 + len(methods), width_ratios=[1.9] + [1] * len(methods) + [0.02], wspace=0.25)
     cells = bottom[0].subgridspec(2, 1, hspace=0.12)
     for row in range(2):
         title = f"<{concepts[0]}> left, <{concepts[1]}> right, one pass (regions right: {composition.hits:.0%})" if row == 0 else ""
-        _show(figure.add_subplot(cells[row]), composition.pictures[4 * row:], 4, title)
+        _show(figure.add_subplot(cells[row]), composition.pictures[4 * row :], 4, title)
     for m, method in enumerate(methods):
-        _matrix(figure.add_subplot(bottom[1 + m]), NAMES.get(method, method), records[method].image_alignment, concepts, records[method].retention)
-    figure.text(0.03, 0.012, "Same seeds everywhere. Alignment: mean cosine with the training pictures, by the metric encoder.", fontsize=9, color=QUIET)
+        _matrix(
+            figure.add_subplot(bottom[1 + m]),
+            NAMES.get(method, method),
+            records[method].image_alignment,
+            concepts,
+            records[method].retention,
+        )
+    figure.text(
+        0.03,
+        0.012,
+        "Same seeds everywhere. Alignment: mean cosine with the training pictures, by the metric encoder.",
+        fontsize=9,
+        color=QUIET,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

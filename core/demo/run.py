@@ -28,11 +28,16 @@ from .judges import WorldEncoder, assignment
 TASKS = ("rex", "mimi", "blueprint")
 METHODS = ("cidm", "finetune")
 METHOD_SETTINGS = {"lr": 2e-3, "token_lr": 1e-2}
-TRAINING = TrainingConfig(steps=250, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20, min_snr_gamma=0.0, max_grad_norm=1.0)
+TRAINING = TrainingConfig(
+    steps=250, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20, min_snr_gamma=0.0, max_grad_norm=1.0
+)
 SETTINGS = SampleSettings(steps=20, cfg=4.0, size=(64, 64))
 SEEDS = tuple(range(100, 112))
 SCENE = "a photo of <rex> and <mimi> in a meadow"
-REGIONS = (Region("a photo of <rex> in a meadow", box=(0.1, 0.0, 1.0, 0.5)), Region("a photo of <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)))
+REGIONS = (
+    Region("a photo of <rex> in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
+    Region("a photo of <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
+)
 COMPOSITION_SEEDS = tuple(range(500, 508))
 
 
@@ -86,7 +91,7 @@ def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
     part = pictures[..., top:bottom, left:right]
     square = part.mean((2, 3), keepdim=True).expand(-1, -1, side, side).clone()
     y, x = (side - part.shape[-2]) // 2, (side - part.shape[-1]) // 2
-    square[..., y:y + part.shape[-2], x:x + part.shape[-1]] = part
+    square[..., y : y + part.shape[-2], x : x + part.shape[-1]] = part
     return square
 
 
@@ -110,8 +115,14 @@ def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], enco
 def _method_report(record: Record, reference: Reference) -> dict:
     gaps = [metrics.gap_closed(record.image_alignment[j][j], reference.noun[j], reference.real[j]) for j in range(len(reference.noun))]
     per_concept = record.retention
-    return {"image_alignment": record.image_alignment, "retention": sum(per_concept) / len(per_concept), "retention_per_concept": per_concept,
-            "text_alignment": record.text_alignment, "gap_closed": gaps, "seconds": record.seconds}
+    return {
+        "image_alignment": record.image_alignment,
+        "retention": sum(per_concept) / len(per_concept),
+        "retention_per_concept": per_concept,
+        "text_alignment": record.text_alignment,
+        "gap_closed": gaps,
+        "seconds": record.seconds,
+    }
 
 
 def run(output: Path) -> dict:
@@ -122,12 +133,20 @@ def run(output: Path) -> dict:
     backbone, encoder = load_base(), WorldEncoder()
     tasks = [assignment(name) for name in TASKS]
     reference = reference_levels(backbone, tasks, encoder)
-    records = {method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, TRAINING, encoder, SETTINGS, SEEDS, _progress(method)) for method in METHODS}
+    records = {
+        method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, TRAINING, encoder, SETTINGS, SEEDS, _progress(method))
+        for method in METHODS
+    }
     bank = records["cidm"].bank
     composition = compose(backbone, bank, tasks, encoder, reference)
-    report = {"concepts": list(TASKS), "methods": {name: _method_report(record, reference) for name, record in records.items()},
-              "class_noun_alignment": reference.noun, "held_out_alignment": reference.real,
-              "composition": {"region_hits": composition.hits, "pictures": len(composition.pictures)}, "seconds": time.perf_counter() - began}
+    report = {
+        "concepts": list(TASKS),
+        "methods": {name: _method_report(record, reference) for name, record in records.items()},
+        "class_noun_alignment": reference.noun,
+        "held_out_alignment": reference.real,
+        "composition": {"region_hits": composition.hits, "pictures": len(composition.pictures)},
+        "seconds": time.perf_counter() - began,
+    }
     output.mkdir(parents=True, exist_ok=True)
     save_bank(bank, output / "bank.safetensors")
     draw(output / "report.png", tasks, reference, records, composition)

@@ -12,19 +12,21 @@ from pathlib import Path
 
 from . import world
 
-CONTEXT_LENGTH = 48      # the world's longest caption takes 39; CLIP's 77 would be padding that every step pays for
+CONTEXT_LENGTH = 48  # the world's longest caption takes 39; CLIP's 77 would be padding that every step pays for
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Words that people type and captions of real photos hold; whole tokens, though the base never saw most of them.
-EXTRA_WORDS = """picture painting drawing style image portrait close up view of the with and in on at to from near under over by is are sitting
-standing lying playing running sleeping wearing holding next floor grass sand sea sky mountain forest city street house table chair bed
-sofa garden park river lake tree flower sun moon cloud rain winter summer little large old new cute beautiful face eyes head toy bear teddy
-duck girl boy man woman person people animal gray grey gold silver background water color colour light dark""".split()
+EXTRA_WORDS = (
+    "picture painting drawing style image portrait close up view of the with and in on at to from near under over by is are sitting "
+    "standing lying playing running sleeping wearing holding next floor grass sand sea sky mountain forest city street house table "
+    "chair bed sofa garden park river lake tree flower sun moon cloud rain winter summer little large old new cute beautiful face eyes "
+    "head toy bear teddy duck girl boy man woman person people animal gray grey gold silver background water color colour light dark "
+)
 
 
 def _corpus() -> list[str]:
     rng = random.Random(0)
     captions = [world.caption(world.random_scene(rng), rng) for _ in range(4000)]
-    return captions + [" ".join(EXTRA_WORDS)] * 20
+    return captions + [EXTRA_WORDS] * 20
 
 
 def build(folder: Path) -> None:
@@ -34,8 +36,13 @@ def build(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(_corpus(), trainer)
     state = json.loads(tokenizer.to_str())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in state["merges"]]
@@ -45,8 +52,15 @@ def build(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT_LENGTH, "do_lower_case": True, "unk_token": END,
-              "bos_token": START, "eos_token": END, "pad_token": END}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": CONTEXT_LENGTH,
+        "do_lower_case": True,
+        "unk_token": END,
+        "bos_token": START,
+        "eos_token": END,
+        "pad_token": END,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

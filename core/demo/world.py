@@ -16,24 +16,49 @@ import numpy as np
 from .render import SCARF_AT, Style, render
 
 PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (214, 38, 44), "orange": (240, 132, 30), "yellow": (246, 212, 48), "green": (52, 148, 62), "blue": (44, 86, 206),
-    "purple": (124, 54, 164), "pink": (246, 142, 184), "brown": (122, 74, 40), "white": (240, 240, 240), "black": (44, 44, 48),
+    "red": (214, 38, 44),
+    "orange": (240, 132, 30),
+    "yellow": (246, 212, 48),
+    "green": (52, 148, 62),
+    "blue": (44, 86, 206),
+    "purple": (124, 54, 164),
+    "pink": (246, 142, 184),
+    "brown": (122, 74, 40),
+    "white": (240, 240, 240),
+    "black": (44, 44, 48),
 }
-PART_NOUN = {"dog": "ears", "cat": "ears", "duck toy": "beak", "teddy bear": "ears", "backpack": "pocket", "fish": "fins",
-             "car": "wheels", "robot": "arms"}
+PART_NOUN = {
+    "dog": "ears",
+    "cat": "ears",
+    "duck toy": "beak",
+    "teddy bear": "ears",
+    "backpack": "pocket",
+    "fish": "fins",
+    "car": "wheels",
+    "robot": "arms",
+}
 KINDS = tuple(PART_NOUN)
 PATTERNS = ("plain", "striped", "spotted", "checked")
-BACKGROUNDS = {"beach": "on a beach", "meadow": "in a meadow", "snow": "in the snow", "night": "at night", "room": "in a room",
-               "plain": "on a {colour} background"}
-STYLES = {style.name: style for style in (
-    Style("photo", "a photo of", shaded=True),
-    Style("ink", "an ink drawing of", paper=(250, 248, 240), line=(24, 22, 26), fill=0.0),
-    Style("pastel", "a pastel painting of", paper=(250, 238, 224), fill=0.45),
-    Style("neon", "a neon sign of", paper=(14, 10, 26), fill=0.08, line_from_role=True),
-    Style("mosaic", "a mosaic of", tile=4),
-)}
-OFF_PALETTE = 0.2      # share of colours that no word names
-HELD_OUT = 10          # one (kind, colour, pattern) in this many never appears in pretraining
+BACKGROUNDS = {
+    "beach": "on a beach",
+    "meadow": "in a meadow",
+    "snow": "in the snow",
+    "night": "at night",
+    "room": "in a room",
+    "plain": "on a {colour} background",
+}
+STYLES = {
+    style.name: style
+    for style in (
+        Style("photo", "a photo of", shaded=True),
+        Style("ink", "an ink drawing of", paper=(250, 248, 240), line=(24, 22, 26), fill=0.0),
+        Style("pastel", "a pastel painting of", paper=(250, 238, 224), fill=0.45),
+        Style("neon", "a neon sign of", paper=(14, 10, 26), fill=0.08, line_from_role=True),
+        Style("mosaic", "a mosaic of", tile=4),
+    )
+}
+OFF_PALETTE = 0.2  # share of colours that no word names
+HELD_OUT = 10  # one (kind, colour, pattern) in this many never appears in pretraining
 
 
 @dataclass(frozen=True)
@@ -48,7 +73,7 @@ class Thing:
     pattern_scale: float = 1.0
     accessory: str = "none"
     accessory_colour: tuple[int, int, int] = (255, 255, 255)
-    names: dict = field(default_factory=dict, compare=False)     # attribute -> colour word, only where a word fits
+    names: dict = field(default_factory=dict, compare=False)  # attribute -> colour word, only where a word fits
 
 
 @dataclass(frozen=True)
@@ -92,7 +117,7 @@ def _colour(rng: random.Random) -> tuple[tuple[int, int, int], str | None]:
 def _contrasting(rng: random.Random, other: tuple[int, int, int]) -> tuple[tuple[int, int, int], str | None]:
     while True:
         rgb, name = _colour(rng)
-        if sum(abs(a - b) for a, b in zip(rgb, other)) > 110:
+        if sum(abs(a - b) for a, b in zip(rgb, other, strict=True)) > 110:
             return rgb, name
 
 
@@ -110,8 +135,9 @@ def random_thing(rng: random.Random, kind: str | None = None, unseen: bool = Fal
     accessory = rng.choice(accessories)
     worn, worn_name = _contrasting(rng, body)
     names = {"body": body_name, "second": second_name, "pattern": marks_name, "accessory": worn_name}
-    return Thing(chosen, body, second, pattern, marks, rng.uniform(0.8, 1.25), accessory, worn,
-                 {key: name for key, name in names.items() if name})
+    return Thing(
+        chosen, body, second, pattern, marks, rng.uniform(0.8, 1.25), accessory, worn, {key: name for key, name in names.items() if name}
+    )
 
 
 def article(word: str) -> str:
@@ -120,6 +146,7 @@ def article(word: str) -> str:
 
 def describe(thing: Thing, rng: random.Random, detail: float = 0.75, colours: bool = True, size_word: str | None = None) -> str:
     """A truthful noun phrase. Each attribute is told with probability `detail`; `colours=False` for styles that show none."""
+
     def told() -> bool:
         return rng.random() < detail
 
@@ -134,7 +161,9 @@ def describe(thing: Thing, rng: random.Random, detail: float = 0.75, colours: bo
     phrase = article(" ".join([*words, thing.kind]))
     tail = []
     if show_pattern and "pattern" in names and told():
-        tail.append(f"{names['pattern']} {'stripes' if thing.pattern == 'striped' else 'spots' if thing.pattern == 'spotted' else 'checks'}")
+        tail.append(
+            f"{names['pattern']} {'stripes' if thing.pattern == 'striped' else 'spots' if thing.pattern == 'spotted' else 'checks'}"
+        )
     if "second" in names and told():
         tail.append(f"{names['second']} {PART_NOUN[thing.kind]}")
     if tail:
@@ -156,10 +185,12 @@ def place(rng: random.Random, things: tuple[Thing, ...]) -> tuple[Placed, ...]:
         return (Placed(things[0], rng.uniform(0.5 * size, 1 - 0.5 * size), rng.uniform(0.5, 0.66), size, rng.random() < 0.5),)
     sizes = [rng.uniform(0.38, 0.5) for _ in things]
     centres = (rng.uniform(0.24, 0.29), rng.uniform(0.71, 0.76))
-    return tuple(Placed(t, x, rng.uniform(0.52, 0.68), s, rng.random() < 0.5) for t, x, s in zip(things, centres, sizes))
+    return tuple(Placed(t, x, rng.uniform(0.52, 0.68), s, rng.random() < 0.5) for t, x, s in zip(things, centres, sizes, strict=True))
 
 
-def random_scene(rng: random.Random, things: tuple[Thing, ...] | None = None, style: str | Style | None = None, unseen: bool = False) -> Scene:
+def random_scene(
+    rng: random.Random, things: tuple[Thing, ...] | None = None, style: str | Style | None = None, unseen: bool = False
+) -> Scene:
     if things is None:
         things = tuple(random_thing(rng, unseen=unseen) for _ in range(1 if rng.random() < 0.7 else 2))
     if style is None:
@@ -233,14 +264,25 @@ class WorldConcept:
         return random_scene(rng, (random_thing(rng),), rng.choice([s for s in STYLES if s != "photo"]))
 
 
-CONCEPTS: dict[str, WorldConcept] = {concept.name: concept for concept in (
-    WorldConcept("rex", "dog", "object", Thing("dog", (38, 176, 164), (196, 40, 122), "spotted", (250, 226, 120), 1.1, "scarf", (232, 92, 30))),
-    WorldConcept("mimi", "cat", "object", Thing("cat", (236, 176, 96), (70, 46, 120), "striped", (164, 58, 50), 0.95, "hat", (40, 150, 216))),
-    WorldConcept("blueprint", "drawing", "style", style=Style("blueprint", "", paper=(28, 74, 152), line=(224, 236, 255), fill=0.0)),
-    WorldConcept("bolt", "robot", "object", Thing("robot", (150, 190, 60), (90, 30, 60), "checked", (60, 110, 90), 1.0, "hat", (250, 200, 210))),
-    WorldConcept("fido", "dog", "object", Thing("dog", (206, 150, 210), (60, 90, 50), "striped", (96, 40, 130), 0.9, "hat", (240, 226, 90))),
-    WorldConcept("chalk", "drawing", "style", style=Style("chalk", "", paper=(40, 66, 52), fill=0.3, line=(236, 232, 214))),
-)}
+CONCEPTS: dict[str, WorldConcept] = {
+    concept.name: concept
+    for concept in (
+        WorldConcept(
+            "rex", "dog", "object", Thing("dog", (38, 176, 164), (196, 40, 122), "spotted", (250, 226, 120), 1.1, "scarf", (232, 92, 30))
+        ),
+        WorldConcept(
+            "mimi", "cat", "object", Thing("cat", (236, 176, 96), (70, 46, 120), "striped", (164, 58, 50), 0.95, "hat", (40, 150, 216))
+        ),
+        WorldConcept("blueprint", "drawing", "style", style=Style("blueprint", "", paper=(28, 74, 152), line=(224, 236, 255), fill=0.0)),
+        WorldConcept(
+            "bolt", "robot", "object", Thing("robot", (150, 190, 60), (90, 30, 60), "checked", (60, 110, 90), 1.0, "hat", (250, 200, 210))
+        ),
+        WorldConcept(
+            "fido", "dog", "object", Thing("dog", (206, 150, 210), (60, 90, 50), "striped", (96, 40, 130), 0.9, "hat", (240, 226, 90))
+        ),
+        WorldConcept("chalk", "drawing", "style", style=Style("chalk", "", paper=(40, 66, 52), fill=0.3, line=(236, 232, 214))),
+    )
+}
 
 
 def sample(rng: random.Random, unseen: bool = False) -> tuple[np.ndarray, str]:

@@ -27,7 +27,7 @@ class QualityClassifier(StoredModule):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.output(self.pool(self.trunk(images))).float()
-        return logits[:, :len(KINDS)], logits[:, len(KINDS):]
+        return logits[:, : len(KINDS)], logits[:, len(KINDS) :]
 
     def name(self, images: Tensor) -> list[tuple[str, str]]:
         """The likeliest kind and body colour of each picture, as words."""

@@ -14,8 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-DEFAULT = {"channels": [24, 48, 96], "looks": 8, "hidden": 96, "object_width": 64, "style_width": 32, "text_width": 64,
-           "token_width": 44, "context": 77}
+DEFAULT = {
+    "channels": [24, 48, 96],
+    "looks": 8,
+    "hidden": 96,
+    "object_width": 64,
+    "style_width": 32,
+    "text_width": 64,
+    "token_width": 44,
+    "context": 77,
+}
 
 
 class StoredModule(nn.Module):
@@ -49,8 +57,12 @@ class Mixer(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 5, 1, 2, groups=channels, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+            nn.Conv2d(channels, channels, 5, 1, 2, groups=channels, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.body(x))
@@ -67,11 +79,11 @@ class AttentionPool(nn.Module):
         self.value = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.attention(x).flatten(2).float().softmax(-1)                          # [B, K, HW]
-        values = self.value(x).flatten(2).unflatten(1, (weights.shape[1], -1)).float()      # [B, K, C/K, HW]
+        weights = self.attention(x).flatten(2).float().softmax(-1)  # [B, K, HW]
+        values = self.value(x).flatten(2).unflatten(1, (weights.shape[1], -1)).float()  # [B, K, C/K, HW]
         pooled = torch.einsum("bkn,bkcn->bkc", weights, values).flatten(1)
         rows, columns = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:])
-        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)         # [2, HW]
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)  # [2, HW]
         return torch.cat([pooled, x.float().amax((2, 3)), (weights @ grid.T).flatten(1)], dim=1)
 
 
@@ -89,7 +101,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         ended = ids == self.end
-        real = (ended.cumsum(1) - ended.long()) == 0     # up to and with the first end token; padding is that token again
+        real = (ended.cumsum(1) - ended.long()) == 0  # up to and with the first end token; padding is that token again
         length = int(real.sum(1).max())
         ids, real = ids[:, :length], real[:, :length]
         x = (self.token(ids) + self.position[:length]) * real[..., None]

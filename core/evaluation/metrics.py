@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CLIPSCORE_WEIGHT = 2.5     # Hessel et al. (2021), as CIDM's evaluation uses it
+CLIPSCORE_WEIGHT = 2.5  # Hessel et al. (2021), as CIDM's evaluation uses it
 
 
 def image_alignment(generated: Tensor, references: Tensor) -> float:

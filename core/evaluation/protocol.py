@@ -66,8 +66,15 @@ class Record:
         return metrics.retention(self.image_alignment)
 
 
-def measure(backbone: Backbone, bank: ConceptBank, task: Assignment, prompts: Sequence[str], encoder: Encoder, settings: SampleSettings,
-            seeds: Sequence[int]) -> tuple[Tensor, float, float]:
+def measure(
+    backbone: Backbone,
+    bank: ConceptBank,
+    task: Assignment,
+    prompts: Sequence[str],
+    encoder: Encoder,
+    settings: SampleSettings,
+    seeds: Sequence[int],
+) -> tuple[Tensor, float, float]:
     """Pictures of a task's concept, their IA with the training pictures and their TA. Same seeds, same start."""
     prompts = [prompts[i % len(prompts)] for i in range(len(seeds))]
     images = sample(backbone, bank, prompts, seeds, settings)
@@ -76,16 +83,30 @@ def measure(backbone: Backbone, bank: ConceptBank, task: Assignment, prompts: Se
     return images, alignment, metrics.text_alignment(encoder.image_text_features(images), encoder.caption_features(texts))
 
 
-def run_sequence(backbone: Backbone, tasks: Sequence[Assignment], method: str, method_settings: Mapping, training: TrainingConfig, encoder: Encoder,
-                 settings: SampleSettings, seeds: Sequence[int], progress: Callable[[str], Callback | None] = lambda _: None) -> Record:
+def run_sequence(
+    backbone: Backbone,
+    tasks: Sequence[Assignment],
+    method: str,
+    method_settings: Mapping,
+    training: TrainingConfig,
+    encoder: Encoder,
+    settings: SampleSettings,
+    seeds: Sequence[int],
+    progress: Callable[[str], Callback | None] = lambda _: None,
+) -> Record:
     """Learns the tasks in order with one method and measures all concepts so far after each. `progress(name)` gives a step callback."""
     record, bank = Record(method), ConceptBank(backbone.layout)
     for i, task in enumerate(tasks):
         data = prepare(backbone, task.pictures, task.name, task.class_noun, Framing(training.resolution, training.framing, training.flip))
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(training.seed)
-        learned = learn(Task(task.name, task.class_noun, backbone, bank, task.kind, generator=generator), make(method, method_settings), data, training,
-                        progress(task.name))
+        learned = learn(
+            Task(task.name, task.class_noun, backbone, bank, task.kind, generator=generator),
+            make(method, method_settings),
+            data,
+            training,
+            progress(task.name),
+        )
         record.seconds += time.perf_counter() - began
         bank = learned.bank
         measured = [measure(backbone, bank, tasks[j], tasks[j].prompts, encoder, settings, seeds) for j in range(i + 1)]

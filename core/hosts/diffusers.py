@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..deltas import Deltas
 from ..errors import ConceptError
@@ -16,6 +17,7 @@ from ..schedule import NoiseSchedule
 from ..sites import Site, SiteLayout
 from .backbone import Backbone, Context, SiteProgram, TextEncoder
 
+_RECOMPUTED = ("BasicTransformerBlock", "ResnetBlock2D")      # what gradient checkpointing runs again in the backward pass
 _LAYER_PER_GROUP_ABOVE = 16      # more sites than SD1.5's 16 share a layer copy per transformer group (SDXL: 70 sites, 11 groups)
 
 
@@ -160,6 +162,8 @@ class DiffusersBackbone(Backbone):
         extra = {}
         if self.unet.config.addition_embed_type == "text_time":
             extra["added_cond_kwargs"] = {"text_embeds": context.pooled.to(dtype), "time_ids": self._time_ids(latents)}
+        if program is not None:
+            program.begin()
         self.program = program
         try:
             output = self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False, **extra)[0]
@@ -183,7 +187,8 @@ class DiffusersBackbone(Backbone):
             for (index, projection), delta in deltas.items():
                 weight = self._weight(self.layout.sites[index], projection)
                 if tuple(delta.shape) != tuple(weight.shape):
-                    raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site {index}, which is {tuple(weight.shape)}")
+                    raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site {index}, "
+                                       f"which is {tuple(weight.shape)}")
                 original[index, projection] = weight.data
                 weight.data = (weight.data.float() + delta.dense().to(weight.device)).to(weight.dtype)
             yield
@@ -196,12 +201,28 @@ class DiffusersBackbone(Backbone):
         if not enabled:
             yield
             return
-        self.unet.enable_gradient_checkpointing()
-        self.unet.train()       # diffusers checkpoints only in training mode; these UNets have no dropout or batch statistics
+        blocks = [module for module in self.unet.modules() if type(module).__name__ in _RECOMPUTED]
         try:
+            for block in blocks:
+                block.forward = self._recomputed(block.forward)
             yield
         finally:
-            self.unet.disable_gradient_checkpointing()
-            self.unet.eval()
+            for block in blocks:
+                block.__dict__.pop("forward", None)
 
+    def _recomputed(self, forward: Callable) -> Callable:
+        """`forward` without stored activations. diffusers' own switch would run it again after `predict` let go of the program."""
+        def wrapped(*args, **kwargs):
+            program = self.program
+
+            def run(*inner, **named):
+                before, self.program = self.program, program
+                try:
+                    return forward(*inner, **named)
+                finally:
+                    self.program = before
+
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+        return wrapped
 

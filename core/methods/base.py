@@ -93,7 +93,7 @@ class Method(ABC):
         """Named terms added to the denoising loss, after the forward pass. None before the second task unless the method says so."""
         return {}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:  # noqa: B027 - a hook: most methods need none
         """After the optimiser's step: masking, clipping, second steps of alternating schemes."""
 
     @abstractmethod
@@ -118,7 +118,7 @@ class LearnedWords(nn.Module):
             if len(self.names) > 1 and not ids:
                 raise ConceptError(f"class noun of concept '{task.name}' is empty; {len(self.names)} words need one to start from")
             known = encoder.vectors(ids) if ids else torch.zeros(0, encoder.width)
-            std = first_std or float(encoder.vectors(list(range(256))).std())
+            std = first_std or float(encoder.vectors(list(range(256))).std())      # 256: the bytes, in every CLIP vocabulary
             start = initial_vectors(known, len(self.names), copies, std, task.generator)
             self.vectors[encoder.name] = nn.Parameter(start.to(task.backbone.device))
 

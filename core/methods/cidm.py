@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..deltas import LowRankDelta
@@ -73,13 +74,21 @@ class CIDM(Method):
         self.norm_limit = c.token_norm_stop * self._class_norm()
         self.tokens_stopped = False
         self.maps = MapProgram(AdapterProgram(self.adapters)) if c.attention_weight > 0 else None
-        mine = [concept for concept in task.bank if task.bank.infos[concept.name].method == self.name]
+        wanted = c.orthogonality != "off" or c.shared != "off"
+        mine = [task.bank[name] for name, info in task.bank.infos.items() if wanted and info.method == self.name]
         old = {key: [d.to(device, torch.float32) for concept in mine if isinstance(d := concept.deltas.get(key), LowRankDelta)]
-               for key in self.adapters.keys} if c.orthogonality != "off" or c.shared != "off" else {}
+               for key in self.adapters.keys}
         self.old = {key: deltas for key, deltas in old.items() if deltas}
-        self.old_up = {key: torch.cat([d.up * d.scale for d in deltas], dim=1) for key, deltas in self.old.items()}
-        self.old_rank = {key: deltas[0].up.shape[1] for key, deltas in self.old.items()}
+        self.old_up = {key: self._stacked_ups(deltas) for key, deltas in self.old.items()}
         self._begin_shared(task.bank.shared.get(self.name, {}))
+
+    def _stacked_ups(self, deltas: list[LowRankDelta]) -> Tensor:
+        """The old A_i as the chosen reading of R1 wants them: side by side `[a, sum r]`, or stacked `[g - 1, a, R]`."""
+        ups = [d.up * d.scale for d in deltas]
+        if self.config.orthogonality != "aa":
+            return torch.cat(ups, dim=1)
+        rank = max(up.shape[1] for up in ups)
+        return torch.stack([F.pad(up, (0, rank - up.shape[1])) for up in ups])
 
     def _class_norm(self) -> float:
         norms = [encoder.vectors(ids).norm(dim=-1).mean() for encoder in self.task.backbone.text
@@ -131,8 +140,7 @@ class CIDM(Method):
         total = torch.zeros((), device=self.task.backbone.device)
         for key, old_up in self.old_up.items():
             up = self.adapters.up[adapter_key(*key)]
-            total = total + (losses.orthogonality_rr(old_up, up) if self.config.orthogonality == "rr"
-                             else losses.orthogonality_aa(old_up, up, self.old_rank[key]))
+            total = total + (losses.orthogonality_rr if self.config.orthogonality == "rr" else losses.orthogonality_aa)(old_up, up)
         return total
 
     def shared(self) -> Tensor:
@@ -207,9 +215,11 @@ class _SharedState(nn.Module):
         method.tokens_stopped = bool(state["stopped"])
         if method.tokens_stopped:
             method.words.requires_grad_(False)
-        method.basis = {key: state["basis"][adapter_key(*key)] for key in method.basis}
+        method.basis = {key: state["basis"][adapter_key(*key)].to(basis) for key, basis in method.basis.items()}
         for key, dense in method.dense.items():
-            dense.common, dense.projections = state["common"][adapter_key(*key)], state["projections"][adapter_key(*key)]
+            dense.common = state["common"][adapter_key(*key)].to(dense.old)
+            dense.projections = state["projections"][adapter_key(*key)].to(dense.old)
 
 
-register("cidm", CIDMConfig, CIDM, "layer-wise tokens and routed low-rank deltas with consolidation losses; nothing learned is ever overwritten")
+register("cidm", CIDMConfig, CIDM,
+         "layer-wise tokens and routed low-rank deltas with consolidation losses; nothing learned is ever overwritten")

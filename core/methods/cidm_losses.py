@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..deltas import LowRankDelta
@@ -24,16 +25,22 @@ def orthogonality_rr(old_up: Tensor, up: Tensor) -> Tensor:
     return (old_up.T @ up).abs().sum()
 
 
-def orthogonality_aa(old_up: Tensor, up: Tensor, rank: int) -> Tensor:
-    """sum_i |A_i A_g^T|: R1 as printed, a×a matrices. With A_i of full rank its only zero is A_g = 0: kept for faithfulness."""
-    old = old_up.unflatten(1, (-1, rank)).permute(1, 0, 2)
-    return (old @ up.T).abs().sum()
+def orthogonality_aa(old_up: Tensor, up: Tensor) -> Tensor:
+    """sum_i |A_i A_g^T|: R1 as printed, a×a matrices. With A_i of full rank its only zero is A_g = 0: kept for faithfulness.
+
+    old_up: the A_i of all old tasks `[g - 1, a, R]`; up `[a, r]`. A smaller rank counts as filled up with zeros, on either side.
+    """
+    rank = max(old_up.shape[2], up.shape[1])
+    old, new = F.pad(old_up, (0, rank - old_up.shape[2])), F.pad(up, (0, rank - up.shape[1]))
+    return (old @ new.T).abs().sum()
 
 
 def weighted_rows(delta: LowRankDelta) -> Tensor:
-    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix: C = chol(A^T A)^T B."""
+    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix: C = (A^T A)^(1/2) B up to a rotation."""
     up, down = delta.up.float() * delta.scale, delta.down.float()
     gram = up.T @ up
+    if not torch.isfinite(gram).all():  # an exploded run: the next loss says so in words, a solver's error would not
+        return torch.zeros_like(down)
     values, vectors = torch.linalg.eigh(gram)
     return (values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T) @ down
 
@@ -54,7 +61,7 @@ def residual(delta_up: Tensor, delta_down: Tensor, projected: Tensor, basis: Ten
     own = ((delta_up.T @ delta_up) * (delta_down @ delta_down.T)).sum()
     cross = ((delta_up.T @ projected) * (delta_down @ basis.T)).sum()
     common = ((projected.T @ projected) * (basis @ basis.T)).sum()
-    return own - 2 * cross + common
+    return (own - 2 * cross + common).clamp(min=0)      # rounding can leave a little less than nothing
 
 
 def als_sweep(rows: Tensor, basis: Tensor) -> Tensor:
@@ -74,7 +81,7 @@ def initial_basis(rows: Tensor, rank: int) -> Tensor:
     _, _, right = torch.linalg.svd(rows, full_matrices=False)
     basis = right[:rank]
     if basis.shape[0] < rank:      # fewer directions than asked for: fill with orthogonal ones
-        filler = torch.linalg.qr(torch.cat([basis, torch.eye(rows.shape[1])[: rank]]).T).Q.T
+        filler = torch.linalg.qr(torch.cat([basis, torch.eye(rows.shape[1]).to(rows)[:rank]]).T).Q.T
         basis = filler[:rank]
     return basis
 
@@ -93,10 +100,10 @@ class DenseCommon:
 
     @classmethod
     def start(cls, old: Tensor, common: Tensor | None) -> DenseCommon:
-        common = old.mean(0) if common is None else common
-        gram = _ridged(common @ common.T)
-        solved = torch.linalg.solve(gram, (old @ common.T).transpose(1, 2)).transpose(1, 2)
-        return cls(common, torch.cat([solved, torch.eye(common.shape[0]).unsqueeze(0)]), old)
+        common = old.mean(0) if common is None else common.clone()      # the steps below change it; the bank's own must stay
+        wide = common.double()      # W* W*^T is far from full rank; in single precision rounding would outweigh the ridge
+        solved = torch.linalg.solve(_ridged(wide @ wide.T), (old.double() @ wide.T).transpose(1, 2)).transpose(1, 2).to(common)
+        return cls(common, torch.cat([solved, torch.eye(common.shape[0]).to(common).unsqueeze(0)]), old)
 
     def loss(self, delta: Tensor) -> Tensor:
         """||dW_g - H_g W*||_F^2, the only part of R2 that reaches dW_g."""

@@ -68,7 +68,7 @@ class Finetune(Method):
                 with torch.no_grad():
                     self.adapters.up[name].copy_(state[f"{name}.up"])
                     self.adapters.down[name].copy_(state[f"{name}.down"])
-                self.start[key] = LowRankDelta(state[f"{name}.up"].to(device), state[f"{name}.down"].to(device), c.scale)
+                self.start[key] = LowRankDelta(self.adapters.up[name].detach().clone(), self.adapters.down[name].detach().clone(), c.scale)
 
     def parameter_groups(self) -> list[dict]:
         return [{"params": list(self.words.parameters()), "lr": self.config.token_lr},
@@ -92,7 +92,8 @@ class Finetune(Method):
         shared = {}
         for key in self.adapters.keys:
             name = adapter_key(*key)
-            shared |= {f"{name}.up": self.adapters.up[name].detach().cpu().clone(), f"{name}.down": self.adapters.down[name].detach().cpu().clone()}
+            shared[f"{name}.up"] = self.adapters.up[name].detach().cpu().clone()
+            shared[f"{name}.down"] = self.adapters.down[name].detach().cpu().clone()
         return Outcome(self.words.stored(dtype), deltas, shared)
 
     def modules(self) -> nn.ModuleDict:

@@ -42,7 +42,8 @@ class RegionProgram(SiteProgram):
     (0) or the positive (1) half of guidance; `latent` is the latent's height and width.
     """
 
-    def __init__(self, backbone: Backbone, scene: Part, regions: Sequence[Region], parts: Sequence[Part], rows: Tensor, latent: tuple[int, int]) -> None:
+    def __init__(self, backbone: Backbone, scene: Part, regions: Sequence[Region], parts: Sequence[Part], rows: Tensor,
+                 latent: tuple[int, int]) -> None:
         self.scene, self.regions, self.parts, self.rows, self.latent = scene, list(regions), list(parts), rows, latent
         self.progress = 0.0
         self._memory = {site.index: [self._keys_values(backbone, site, part) for part in parts] for site in backbone.layout.sites}
@@ -60,7 +61,8 @@ class RegionProgram(SiteProgram):
         key = (cells, active)
         if key not in self._shares:
             grid = grid_of(cells, *self.latent)
-            masks = torch.stack([region.strength * on * region_mask(region, *grid) for region, on in zip(self.regions, active, strict=True)])
+            masks = torch.stack([region.strength * on * region_mask(region, *grid)
+                                 for region, on in zip(self.regions, active, strict=True)])
             region_share, scene_share = shares(masks.flatten(1).to(device))
             self._shares[key] = region_share, scene_share
         return self._shares[key]

@@ -25,18 +25,24 @@ class MapProgram(SiteProgram):
     """Another program that also keeps the maps of the last forward pass, with gradient."""
 
     def __init__(self, inner: SiteProgram) -> None:
-        self.inner, self.maps = inner, []
+        self.inner, self.maps, self.recording = inner, [], True
+
+    def begin(self) -> None:
+        self.inner.begin()
+        self.maps, self.recording = [], True
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         return self.inner.project(site, projection, x, y)
 
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        self.maps.append(attention_maps(query, key, site.heads))
+        found = attention_maps(query, key, site.heads)      # also when checkpointing runs this again: it must do the same there
+        if self.recording:
+            self.maps.append(found)
         return self.inner.attend(site, query, key, value, default)
 
     def take(self) -> list[Tensor]:
-        """The maps since the last call, one `[B, S, N]` per site."""
-        maps, self.maps = self.maps, []
+        """The maps of the last forward pass, one `[B, S, N]` per site; none until the next one."""
+        maps, self.maps, self.recording = self.maps, [], False
         return maps
 
 

@@ -10,6 +10,7 @@ from ..errors import ConceptError
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LR_SCHEDULES = ("constant", "linear", "cosine")
+UNFIT = {"LBFGS": "needs closures", "SparseAdam": "needs sparse gradients", "Muon": "takes matrices only"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class TrainingConfig:
         self._check(0 <= self.caption_dropout < 1, "caption_dropout", "0 to below 1")
         self._check(self.precision in PRECISIONS, "precision", ", ".join(PRECISIONS))
         self._check(self.schedule in LR_SCHEDULES, "schedule", ", ".join(LR_SCHEDULES))
-        kind = getattr(torch.optim, self.optimizer, None)
+        kind = getattr(torch.optim, str(self.optimizer), None)
         known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-        self._check(known and self.optimizer != "LBFGS", "optimizer", "a class of torch.optim such as AdamW, Adam, SGD (not LBFGS, which needs closures)")
+        self._check(known and self.optimizer not in UNFIT, "optimizer", "a class of torch.optim such as AdamW, Adam, SGD; not "
+                    + ", ".join(f"{name} ({why})" for name, why in UNFIT.items()))
 
     def _check(self, condition: bool, name: str, allowed: str) -> None:
         if not condition:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import ConceptError
@@ -36,8 +36,8 @@ def to_pixels(image: Image.Image) -> Tensor:
     """Upright RGB in -1..1, transparency on white; 16-bit and CMYK pictures included."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        array = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((array / max(255.0, float(array.max())) * 255.0).astype(np.uint8))
+        array = np.asarray(image, dtype=np.float32)      # 8 or 16 bits per value; PIL does not say which
+        image = Image.fromarray((array * (255.0 / (255.0 if array.max() <= 255 else 65535.0))).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
@@ -45,19 +45,25 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def read_picture(path: Path, caption: str = "", mask: Path | None = None, is_prior: bool = False) -> Picture:
-    """Raises ConceptError when the file is not a picture that can be read."""
-    try:
-        with Image.open(path) as image:
-            pixels = to_pixels(image)
-        matte = None
-        if mask is not None:
-            with Image.open(mask) as image:
-                matte = torch.from_numpy(np.array(image.convert("L"))).float().unsqueeze(0) / 255.0
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConceptError(f"the picture '{path}' cannot be read ({type(error).__name__}: {error})") from error
+    """Raises ConceptError when a file is not a picture that can be read."""
+    path = Path(path)
+    pixels = _opened(path, "picture", to_pixels)
+    matte = None if mask is None else _opened(Path(mask), "mask", _to_mask)
     if matte is not None and matte.shape[1:] != pixels.shape[1:]:
         matte = F.interpolate(matte.unsqueeze(0), pixels.shape[1:], mode="bilinear").squeeze(0)
     return Picture(pixels, caption, matte, is_prior, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+
+
+def _to_mask(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("L"))).float().unsqueeze(0) / 255.0
+
+
+def _opened(path: Path, what: str, convert: Callable[[Image.Image], Tensor]) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except Exception as error:      # PIL's plugins raise nearly anything over a damaged file
+        raise ConceptError(f"the {what} '{path}' cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _read_caption(stem: str, folder: Path) -> str:
@@ -65,24 +71,35 @@ def _read_caption(stem: str, folder: Path) -> str:
     return file.read_text(encoding="utf-8-sig", errors="replace").strip() if file.is_file() else ""
 
 
-def read_folder(folder: Path | str, captions: Path | str | None = None, masks: Path | str | None = None, is_prior: bool = False) -> list[Picture]:
-    """Every picture of a folder in name order. Captions: `<stem>.txt` beside the pictures or in `captions`; masks: `<stem>.*` in `masks`."""
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file())
+
+
+def read_folder(folder: Path | str, captions: Path | str | None = None, masks: Path | str | None = None,
+                is_prior: bool = False) -> list[Picture]:
+    """Every picture of a folder in name order, hidden files left out.
+
+    Captions: `<stem>.txt` beside the pictures or in `captions`; masks: the picture `<stem>.*` in `masks`, where there is one.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ConceptError(f"the picture folder '{folder}' does not exist")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+    files = _pictures_in(folder)
     if not files:
         raise ConceptError(f"the folder '{folder}' holds no pictures; readable are {', '.join(SUFFIXES)}")
     for extra, what in ((captions, "caption"), (masks, "mask")):
         if extra is not None and not Path(extra).is_dir():
             raise ConceptError(f"the {what} folder '{extra}' does not exist")
-    by_stem = {f.stem: f for f in sorted(Path(masks).iterdir())} if masks is not None else {}
+    by_stem = {f.stem: f for f in _pictures_in(Path(masks))} if masks is not None else {}
     return [read_picture(f, _read_caption(f.stem, Path(captions or folder)), by_stem.get(f.stem), is_prior) for f in files]
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How pictures become squares of `resolution` pixels: "crop" fills the square, "pad" shows the whole picture on grey and masks the rest."""
+    """How pictures become squares of `resolution` pixels.
+
+    "crop" fills the square; "pad" shows the whole picture on grey and masks the rest.
+    """
 
     resolution: int
     mode: str = "crop"
@@ -140,6 +157,7 @@ def _spread(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat(rounds)[:size]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str, framing: Framing) -> TrainingSet:
     """Frames and encodes every picture once (and once mirrored with `flip`). Prior pictures keep their caption as it is."""
@@ -147,7 +165,8 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
     if not own:
         raise ConceptError("there are no pictures of the concept; at least one is needed")
     if framing.resolution % backbone.picture_multiple or framing.resolution < 2 * backbone.picture_multiple:
-        raise ConceptError(f"resolution is {framing.resolution}; it must be a multiple of {backbone.picture_multiple}, at least {2 * backbone.picture_multiple}")
+        raise ConceptError(f"resolution is {framing.resolution}; it must be a multiple of {backbone.picture_multiple}, "
+                           f"at least {2 * backbone.picture_multiple}")
     pixels, masks, captions, priors = [], [], [], []
     for picture in pictures:
         framed = frame(picture, framing)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ..encoding import encode_prompts
 from ..errors import ConceptError
 from ..hosts.backbone import Context
 from ..methods.base import METHODS, Batch, Method, Task
-from ..prompts import Vocabulary
+from ..prompts import Vocabulary, named_concepts
 from ..routing import standing_deltas
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig
@@ -69,16 +70,16 @@ class Run:
         self.task, self.method, self.data, self.config = task, method, data, config
         method.begin(task)
         self.groups = method.parameter_groups()
-        optimizer = getattr(torch.optim, config.optimizer)
-        decay = {"weight_decay": config.weight_decay} if "weight_decay" in optimizer.__init__.__code__.co_varnames else {}
-        self.optimizer = optimizer([dict(group) for group in self.groups], **decay)
+        self.optimizer = _optimizer(config, self.groups)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _lr_factor(config))
-        self.scaler = torch.amp.GradScaler(task.backbone.device.type, enabled=config.precision == "float16" and task.backbone.device.type == "cuda")
+        device = task.backbone.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "float16" and device == "cuda")
         self.generator = torch.Generator().manual_seed(config.seed)
         info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
         self.vocabulary = Vocabulary([*task.bank.infos.values(), info])
         self.losses: list[float] = []
         self._before: Tensor | None = None      # generator state at the start of a step that is under way
+        self.is_updating = False                # between the first changed weight of a step and its end: no state to save
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -91,15 +92,25 @@ class Run:
 
     def identity(self) -> dict:
         """What must agree for a checkpoint to be this run's."""
-        return {"concept": self.task.name, "method": self.method.name, "settings": _settings(self.method), "training": asdict(self.config),
-                "base": self.task.backbone.fingerprint, "images": list(self.data.digests)}
+        task = self.task
+        return {"concept": task.name, "class noun": task.class_noun, "words": list(task.word_names), "method": self.method.name,
+                "settings": _settings(self.method), "training": asdict(self.config), "base": task.backbone.fingerprint,
+                "bank": task.bank.names, "images": list(self.data.digests), "captions": list(self.data.captions)}
 
     def restore(self, path: Path) -> None:
+        """Goes on where a checkpoint of this same run stopped; raises ConceptError for any other file."""
         state = checkpoint.load(path)
         mine, theirs = self.identity(), state.get("identity", {})
         for key, value in mine.items():
             if theirs.get(key) != value:
-                raise ConceptError(f"the checkpoint '{path}' belongs to another run: its {key} is {theirs.get(key)!r}, this run's is {value!r}")
+                raise ConceptError(f"the checkpoint '{path}' belongs to another run: its {key} is {_brief(theirs.get(key))}, "
+                                   f"this run's is {_brief(value)}")
+        try:
+            self._load(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ConceptError(f"the checkpoint '{path}' is damaged ({type(error).__name__}: {_brief(error)})") from error
+
+    def _load(self, state: dict) -> None:
         self.method.modules().load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -113,46 +124,71 @@ class Run:
         if self.config.caption_dropout > 0:
             drop = torch.rand(len(prompts), generator=self.generator) < self.config.caption_dropout
             prompts = ["" if dropped else prompt for prompt, dropped in zip(prompts, drop.tolist(), strict=True)]
-        tokens = {**{name: self.task.bank[name].tokens for name in self._mentioned(prompts)}, self.task.name: self.method.token_group()}
+        named = {name for prompt in prompts for name in named_concepts(self.vocabulary.parse(prompt))}
+        tokens = {name: self.task.bank[name].tokens for name in named - {self.task.name}} | {self.task.name: self.method.token_group()}
         return encode_prompts(self.task.backbone, prompts, self.vocabulary, tokens)
-
-    def _mentioned(self, prompts: list[str]) -> list[str]:
-        return [name for name in self.task.bank.names if any(f"<{name}" in prompt for prompt in prompts)]
 
     def step(self) -> StepInfo:
         """One optimiser step over `accumulation` batches."""
-        config, backbone = self.config, self.task.backbone
+        config = self.config
         self._before = self.generator.get_state()
-        dtype = PRECISIONS[config.precision]
         total, terms = 0.0, {}
         for _ in range(config.accumulation):
-            batch = self.method.on_batch(self.data.draw(config.batch_size, config.prior_weight, self.generator))
-            drawn = draw(batch, len(backbone.schedule), config, self.generator)
-            with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
-                context = self._context(batch)
-                loss = denoising_loss(backbone, batch, context, drawn, self.method.program(), config)
-            penalties = self.method.penalty(batch, context)
-            whole = loss + sum(penalties.values())
-            self._refuse_nan(whole)
-            self.scaler.scale(whole / config.accumulation).backward()
-            total += loss.item() / config.accumulation
-            terms = {name: terms.get(name, 0.0) + value.item() / config.accumulation for name, value in penalties.items()}
+            loss, penalties = self._backward()
+            total += loss / config.accumulation
+            for name, value in penalties.items():
+                terms[name] = terms.get(name, 0.0) + value / config.accumulation
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)
+        if not self.scaler.is_enabled():      # the scaler skips such steps by itself
+            self._refuse_nan(norm, "gradient")
         lr = self.optimizer.param_groups[-1]["lr"]
+        self._update(total)
+        return StepInfo(len(self.losses), config.steps, total, terms, lr, float(norm))
+
+    def _backward(self) -> tuple[float, dict[str, float]]:
+        """Draws one batch and adds its gradients; returns the denoising loss and the method's terms."""
+        config, backbone = self.config, self.task.backbone
+        batch = self.method.on_batch(self.data.draw(config.batch_size, config.prior_weight, self.generator))
+        drawn = draw(batch, len(backbone.schedule), config, self.generator)
+        dtype = PRECISIONS[config.precision]
+        with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
+            context = self._context(batch)
+            loss = denoising_loss(backbone, batch, context, drawn, self.method.program(), config)
+        penalties = self.method.penalty(batch, context)
+        whole = loss + sum(penalties.values())
+        self._refuse_nan(whole, "loss")
+        self.scaler.scale(whole / config.accumulation).backward()
+        return loss.item(), {name: value.item() for name, value in penalties.items()}
+
+    def _update(self, loss: float) -> None:
+        self.is_updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        self.losses.append(total)
+        self.losses.append(loss)
         self.method.after_step(len(self.losses))
-        self._before = None
-        return StepInfo(len(self.losses), config.steps, total, terms, lr, float(norm))
+        self._before, self.is_updating = None, False
 
-    def _refuse_nan(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise ConceptError(f"the loss became {loss.item()} at step {len(self.losses) + 1} of concept '{self.task.name}'; "
+    def _refuse_nan(self, value: Tensor, what: str) -> None:
+        if not torch.isfinite(value):
+            raise ConceptError(f"the {what} became {value.item()} at step {len(self.losses) + 1} of concept '{self.task.name}'; "
                                "lower the learning rates (lr, token_lr) or use precision float32; the bank is unchanged")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _optimizer(config: TrainingConfig, groups: list[dict]) -> torch.optim.Optimizer:
+    kind = getattr(torch.optim, config.optimizer)
+    decay = {"weight_decay": config.weight_decay} if "weight_decay" in inspect.signature(kind).parameters else {}
+    try:
+        return kind([dict(group) for group in groups], **decay)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConceptError(f"optimizer '{config.optimizer}' cannot train these weights ({error}); AdamW, Adam and SGD can") from error
 
 
 def _settings(method: Method) -> dict:
@@ -173,20 +209,23 @@ def _versions() -> dict[str, str]:
 def _conclude(run: Run, seconds: float, cover: bytes) -> Learned:
     outcome, task = run.method.finish(), run.task
     settings = {"method": _settings(run.method), "training": asdict(run.config)}
-    origin = Provenance(base=task.backbone.fingerprint, images=run.data.digests, settings=settings, versions=_versions(),
-                        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), steps=len(run.losses), seconds=round(seconds, 2))
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    origin = Provenance(base=task.backbone.fingerprint, images=run.data.digests, settings=settings, versions=_versions(), date=now,
+                        steps=len(run.losses), seconds=round(seconds, 2))
     info = ConceptInfo(task.name, task.class_noun, run.method.name, task.word_names, task.kind, origin)
     concept = Concept(info, outcome.tokens, outcome.deltas, cover)
     shared = {run.method.name: dict(outcome.shared)} if outcome.shared else {}
     return Learned(concept, task.bank.add(concept, shared), tuple(run.losses))
 
 
+@torch.inference_mode(False)      # ComfyUI runs nodes under it; what is made there cannot be trained
 def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, callback: Callback | None = None,
           checkpoint_file: Path | None = None, cover: bytes = b"") -> Learned:
     """Learns one concept; returns it and the grown bank. The bank that came in and the base are what they were.
 
     callback: called after every step; what it raises ends the run. With `checkpoint_file` the state is saved every
-    `checkpoint_every` steps and whenever the run ends early, and an existing file is resumed exactly; it is deleted at the end.
+    `checkpoint_every` steps and whenever the run ends early (but for errors of ours, and in the moment of an update, which the state
+    of the last save outlives), and an existing file is resumed exactly; it is deleted at the end.
     """
     if task.name in task.bank:
         raise ConceptError(f"the bank already holds a concept '{task.name}'; choose another name or remove it first")
@@ -194,9 +233,11 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
     run, began = Run(task, method, data, config), time.perf_counter()
     if checkpoint_file is not None and Path(checkpoint_file).exists():
         run.restore(checkpoint_file)
-    standing = standing_deltas(task.bank, METHODS)
     try:
-        with torch.enable_grad(), task.backbone.folded(standing), task.backbone.gradient_checkpointing(config.gradient_checkpointing):
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(task.backbone.folded(standing_deltas(task.bank, METHODS)))
+            stack.enter_context(task.backbone.gradient_checkpointing(config.gradient_checkpointing))
             while len(run.losses) < config.steps:
                 info = run.step()
                 if checkpoint_file is not None and config.checkpoint_every and info.step % config.checkpoint_every == 0:
@@ -204,7 +245,7 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
                 if callback is not None:
                     callback(info)
     except BaseException as error:      # a host's cancel is a BaseException; it goes on up after the state is safe
-        if checkpoint_file is not None and run.losses and not isinstance(error, ConceptError):
+        if checkpoint_file is not None and run.losses and not run.is_updating and not isinstance(error, ConceptError):
             checkpoint.save(checkpoint_file, run.state())
         raise
     learned = _conclude(run, time.perf_counter() - began, cover)

@@ -31,7 +31,7 @@ def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.
 
 
 def denoising_loss(backbone: Backbone, batch: Batch, context: Context, drawn: Draw, program: SiteProgram, config: TrainingConfig) -> Tensor:
-    """Masked MSE between the UNet's output and its target, normalised by mask area, times sample and Min-SNR weights; mean over the batch."""
+    """Masked MSE between the UNet's output and its target, normalised by mask area, times sample and Min-SNR weights; batch mean."""
     schedule = backbone.schedule
     noisy = schedule.add_noise(batch.latents, drawn.noise, drawn.timesteps)
     target = schedule.target(batch.latents, drawn.noise, drawn.timesteps)

@@ -16,7 +16,7 @@ from .data import to_tensor
 from .encoder import Pool, cached, disturb
 from .loop import Run
 
-UNSEEN = 0.15     # share of combinations that the base never saw: the judge must not doubt them
+UNSEEN = 0.15  # share of combinations that the base never saw: the judge must not doubt them
 
 
 def named_thing(rng: random.Random, unseen: bool = False) -> world.Thing:

@@ -12,7 +12,7 @@ from .. import networks
 from ..vocabulary import CONTEXT_LENGTH
 from .loop import Run
 
-CAPTION_DROPOUT = 0.1     # share of empty prompts, so that classifier-free guidance has its unconditional half
+CAPTION_DROPOUT = 0.1  # share of empty prompts, so that classifier-free guidance has its unconditional half
 
 
 def v_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,9 +28,9 @@ def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int16).view(len(captions), -1, CONTEXT_LENGTH)
 
 
-def train(tokenizer, latents: Tensor, ids: Tensor, folder: Path, steps: int, batch: int = 64, seed: int = 0) -> nn.ModuleDict:
-    """latents `[N, 4, 16, 16]` at unit variance, ids from `tokenize`."""
-    torch.manual_seed(seed)      # every process starts from the same weights
+def train(tokenizer, latents: Tensor, ids: Tensor, folder: Path, steps: int, batch: int = 48, seed: int = 0) -> nn.ModuleDict:
+    """latents `[N, 8, 16, 16]` at unit variance, ids from `tokenize`."""
+    torch.manual_seed(seed)  # every process starts from the same weights
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch //= world
     modules = nn.ModuleDict({"unet": networks.build_unet(), "text_encoder": networks.build_text_encoder(tokenizer)})

@@ -22,13 +22,13 @@ from .data import to_tensor
 from .diffusion import tokenize
 from .loop import Run
 
-FAMILY = 4                # individuals (or styles) that differ from one another in few attributes: the hard negatives
-TEMPERATURE = 0.12        # moderate, so that an individual sharing most attributes still lies nearer than one sharing none
+FAMILY = 4  # individuals (or styles) that differ from one another in few attributes: the hard negatives
+TEMPERATURE = 0.12  # moderate, so that an individual sharing most attributes still lies nearer than one sharing none
 TEXT_TEMPERATURE = 0.07
 COLOUR_FIELDS = ("body", "second", "pattern_colour", "accessory_colour")
 TRAITS = ("body", "second", "pattern", "pattern_colour", "accessory", "accessory_colour")
 ACCESSORIES = ("none", "hat", "scarf")
-SWAPPED = (tuple(world.PALETTE), world.KINDS, world.PATTERNS[1:])     # words of one group exclude one another
+SWAPPED = (tuple(world.PALETTE), world.KINDS, world.PATTERNS[1:])  # words of one group exclude one another
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,15 @@ def random_style(rng: random.Random) -> Style:
         return tuple(rng.randrange(256) for _ in range(3))
 
     fill = rng.choice([0.0, 1.0, rng.random(), rng.random()])
-    return Style("random", "", paper=colour() if rng.random() < 0.85 else None, line=colour() if rng.random() < 0.75 else None,
-                 fill=fill, line_from_role=rng.random() < 0.2, tile=4 if rng.random() < 0.25 else 1)
+    return Style(
+        "random",
+        "",
+        paper=colour() if rng.random() < 0.85 else None,
+        line=colour() if rng.random() < 0.75 else None,
+        fill=fill,
+        line_from_role=rng.random() < 0.2,
+        tile=4 if rng.random() < 0.25 else 1,
+    )
 
 
 def style_family(rng: random.Random) -> list[Style]:
@@ -109,7 +116,7 @@ def _styles_differ(a: Style, b: Style) -> bool:
     def far(p, q) -> bool:
         return (p is None) != (q is None) or (p is not None and sum(abs(i - j) for i, j in zip(p, q, strict=True)) > 90)
 
-    lined = not (a.line_from_role and b.line_from_role)     # a line that takes its role's colour hides its own
+    lined = not (a.line_from_role and b.line_from_role)  # a line that takes its role's colour hides its own
     filled = a.paper is not None and b.paper is not None and abs(a.fill - b.fill) > 0.25
     return a.line_from_role != b.line_from_role or a.tile != b.tile or far(a.paper, b.paper) or filled or (lined and far(a.line, b.line))
 
@@ -152,12 +159,12 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
         return draw * (torch.rand(count, 1, 1, 1, generator=generator) < likelihood)
 
     down, right = (int(torch.randint(0, 3, (), generator=generator)) for _ in range(2))
-    x = F.pad(images, (1, 1, 1, 1), mode="replicate")[..., down:down + images.shape[2], right:right + images.shape[3]]
+    x = F.pad(images, (1, 1, 1, 1), mode="replicate")[..., down : down + images.shape[2], right : right + images.shape[3]]
     x = torch.lerp(x, F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), share(0.2, 1.0, 0.5))
     coarse, basis = torch.rand(count, generator=generator) < 0.3, _cosine_basis()
     if coarse.any():
         step = 0.03 + 0.2 * float(torch.rand((), generator=generator))
-        blocks = x[coarse].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)           # [b, 3, rows, columns, 8, 8]
+        blocks = x[coarse].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [b, 3, rows, columns, 8, 8]
         codes = ((basis @ blocks @ basis.T) / step).round() * step
         x[coarse] = (basis.T @ codes @ basis).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     gain = 1 + 0.06 * torch.randn(count, 3, 1, 1, generator=generator)
@@ -187,7 +194,7 @@ def with_wrong_word(ids: Tensor, table: Tensor, generator: torch.Generator) -> T
     """Captions `[B, 77]` made untrue: one colour, kind or pattern of each replaced by another. A caption without any stays."""
     place = torch.rand(ids.shape, generator=generator).masked_fill(table[ids] < 0, -1).argmax(1, keepdim=True)
     old = ids.gather(1, place)
-    eligible = (table == table[old]) & (torch.arange(len(table)) != old)      # [B, vocabulary]
+    eligible = (table == table[old]) & (torch.arange(len(table)) != old)  # [B, vocabulary]
     new = torch.rand(eligible.shape, generator=generator).masked_fill(~eligible, -1).argmax(1, keepdim=True)
     return ids.scatter(1, place, torch.where(table[old] < 0, old, new))
 
@@ -202,7 +209,7 @@ def caption_loss(pictures: Tensor, texts: Tensor, wrong: Tensor, untrue: Tensor)
 def attributes_loss(outputs: Tensor, facts: Tensor) -> Tensor:
     """Reads the attributes `facts` `[B, 15]` off `outputs` `[B, 27]`: a scaffold that shows the trunk early what to look for."""
     error = (outputs[:, :12] - facts[:, :12]).square().unflatten(1, (4, 3)).mean(2)
-    shown = torch.cat([torch.ones(len(facts), 2), (facts[:, 13:] > 0).float()], dim=1)     # no pattern, no colour of it
+    shown = torch.cat([torch.ones(len(facts), 2), (facts[:, 13:] > 0).float()], dim=1)  # no pattern, no colour of it
     kinds, patterns, accessories = outputs[:, 12:].split((8, 4, 3), dim=1)
     classes = sum(F.cross_entropy(x, facts[:, i].long()) for i, x in ((12, kinds), (13, patterns), (14, accessories)))
     return 5 * (error * shown).sum() / shown.sum() + 0.25 * classes

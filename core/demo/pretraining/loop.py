@@ -80,7 +80,11 @@ class Run:
         if dist.is_initialized() and dist.get_rank() > 0:
             return
         if done % 50 == 0:
-            print(f"{self.file.stem} {done}/{self.steps} loss {self.smooth:.4f} {(time.time() - self.began) / (done - self.start):.2f} s/step", flush=True)
+            pace = (time.time() - self.began) / (done - self.start)
+            print(
+                f"{self.file.stem} {done}/{self.steps} loss {self.smooth:.4f} {pace:.2f} s/step",
+                flush=True,
+            )
         if done % self.every == 0 or done == self.steps:
             state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.values, "step": done}
             partial = self.file.with_suffix(".partial")

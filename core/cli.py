@@ -1,0 +1,139 @@
+"""The command `continual-concepts`: demo, learn, sample, bank, bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from .errors import ConceptError
+from .methods.base import METHODS
+from .routing import MODES
+from .training.config import LR_SCHEDULES, PRECISIONS, TrainingConfig
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """`key=value` with the value as JSON where it is JSON, else as text."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", default="embedded", help="'embedded', or the folder of a model in diffusers' layout (SD1.5, SD2, SDXL)")
+    parser.add_argument("--device", default="cpu", help="torch device of the base (cpu, cuda, ...)")
+
+
+def _add_learn(commands) -> None:
+    parser = commands.add_parser("learn", help="a folder of photos becomes a concept in a bank")
+    parser.add_argument("images", type=Path, help="folder of pictures; <name>.txt beside a picture is its caption")
+    parser.add_argument("--bank", type=Path, required=True, help="bank file to grow (made when missing)")
+    parser.add_argument("--name", required=True, help="name of the concept: <name> in prompts")
+    parser.add_argument("--noun", default="", help="class noun: what it is in ordinary words, e.g. dog")
+    parser.add_argument("--words", default="", help="names of the learned words, comma separated, e.g. dog1,dog2 (default: two)")
+    parser.add_argument("--kind", choices=("object", "style"), default="object")
+    parser.add_argument("--captions", type=Path, help="folder of captions, when not beside the pictures")
+    parser.add_argument("--masks", type=Path, help="folder of masks: white counts, black does not")
+    parser.add_argument("--prior", type=Path, help="folder of prior-preservation pictures with captions")
+    parser.add_argument("--method", choices=sorted(METHODS), default="cidm")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the method, e.g. rank=8",
+    )
+    for field in fields(TrainingConfig):
+        if field.name in ("framing", "schedule", "precision"):
+            choices = {"framing": ("crop", "pad"), "schedule": LR_SCHEDULES, "precision": tuple(PRECISIONS)}[field.name]
+            parser.add_argument(f"--{field.name}", choices=choices, default=None)
+        elif field.type == "bool":
+            parser.add_argument(f"--{field.name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=None)
+        else:
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}", type={"int": int, "float": float, "str": str}[field.type], default=None
+            )
+    _add_base(parser)
+
+
+def _add_sample(commands) -> None:
+    parser = commands.add_parser("sample", help="pictures from a prompt and a bank")
+    parser.add_argument("prompt", help="e.g. 'a photo of <rex> on a beach'")
+    parser.add_argument("--bank", type=Path, help="bank file; without one the base alone")
+    parser.add_argument("--output", type=Path, default=Path("samples"), help="folder for the pictures")
+    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture, the next ones follow")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--cfg", type=float, default=None, help="guidance scale, 1 = none (default 4 for the embedded base, else 7.5)")
+    parser.add_argument("--negative", default="")
+    parser.add_argument("--size", type=int, default=None, help="side in pixels (default 64 for the embedded base, else 512)")
+    parser.add_argument("--mode", choices=MODES, default="sharp", help="how concepts are weighted")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the concepts, 0 = the base")
+    parser.add_argument(
+        "--region", action="append", default=[], metavar="TOP,LEFT,BOTTOM,RIGHT:PROMPT", help="a box in fractions with its own prompt"
+    )
+    parser.add_argument("--region-noise", action="store_true", help="region noise estimation: one more evaluation per region and step")
+    _add_base(parser)
+
+
+def _add_bank(commands) -> None:
+    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify").add_subparsers(dest="action", required=True)
+    for action, help_text in (("list", "one line per concept"), ("verify", "read everything and check it")):
+        bank.add_parser(action, help=help_text).add_argument("bank", type=Path)
+    show = bank.add_parser("show", help="all that is known of a concept")
+    remove = bank.add_parser("remove", help="take a concept out")
+    for parser in (show, remove):
+        parser.add_argument("bank", type=Path)
+        parser.add_argument("name")
+    rename = bank.add_parser("rename", help="give a concept another name")
+    rename.add_argument("bank", type=Path)
+    rename.add_argument("name")
+    rename.add_argument("new")
+    merge = bank.add_parser("merge", help="two banks into one file")
+    merge.add_argument("bank", type=Path)
+    merge.add_argument("other", type=Path)
+    merge.add_argument("--output", type=Path, required=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="continual-concepts", description="Teach an image model concepts one after another, with nothing forgotten."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="learn two objects and a style on the embedded base, by two methods")
+    demo.add_argument("--output", type=Path, default=Path("demo"))
+    _add_learn(commands)
+    _add_sample(commands)
+    _add_bank(commands)
+    bench = commands.add_parser("bench", help="figures by a command").add_subparsers(dest="bench", required=True)
+    base = bench.add_parser("base", help="does the embedded base draw what held-out captions ask for?")
+    base.add_argument("--json", dest="file", type=Path, help="where the result goes")
+    base.add_argument("--pictures", type=int, default=400)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 with one sentence on stderr for bad input, 130 when interrupted."""
+    from . import commands
+
+    options = build_parser().parse_args(arguments)
+    try:
+        result, lines = getattr(commands, options.command)(options)
+    except ConceptError as error:
+        print(f"continual-concepts: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("continual-concepts: stopped; a run with a bank continues where it was when the same command is given again", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
+    return 0

@@ -1,0 +1,222 @@
+"""What the commands do: parse, call core, say what happened. Each returns a JSON value and lines of text."""
+
+from __future__ import annotations
+
+import io
+import json
+from argparse import Namespace
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from .bank import ConceptBank
+from .bankfile import open_bank, save_bank, verify_bank
+from .concepts import Concept
+from .errors import ConceptError
+from .files import write_atomically
+from .hosts.backbone import Backbone
+from .methods.base import Task, make
+from .regional import Region
+from .sampling import SampleSettings, sample_regions
+from .sampling import sample as sample_pictures
+from .tokens import check_name
+from .training.config import TrainingConfig
+from .training.data import Framing, prepare, read_folder
+from .training.loop import StepInfo
+from .training.loop import learn as learn_concept
+
+Result = tuple[dict, list[str]]
+EMBEDDED = {"size": 64, "cfg": 4.0, "steps": 400, "batch_size": 4, "schedule": "cosine", "warmup": 20}
+EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 1e-2}  # a base 200 times smaller than SD1.5 learns at higher rates
+
+
+def _is_embedded(options: Namespace) -> bool:
+    return options.base == "embedded"
+
+
+def load_backbone(options: Namespace) -> Backbone:
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConceptError(f"device '{options.device}' cannot be used here ({str(error).splitlines()[0]})") from error
+    if _is_embedded(options):
+        from .demo.base import load_base
+
+        return load_base(device=device)
+    from .hosts.pretrained import load_pretrained
+
+    return load_pretrained(Path(options.base), device)
+
+
+def _picture(tensor: Tensor) -> Image.Image:
+    """`[3, H, W]` in -1..1 as a picture."""
+    return Image.fromarray(((tensor.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
+
+
+def _cover(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size: int, cfg: float) -> bytes:
+    prompt = f"a photo of <{name}>" if kind == "object" else f"<{name}>"
+    picture = _picture(sample_pictures(backbone, bank, [prompt], [0], SampleSettings(steps=20, cfg=cfg, size=(size, size)))[0])
+    picture.thumbnail((256, 256))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def _training(options: Namespace) -> TrainingConfig:
+    defaults = (
+        TrainingConfig(resolution=EMBEDDED["size"], **{k: EMBEDDED[k] for k in ("steps", "batch_size", "schedule", "warmup")})
+        if _is_embedded(options)
+        else TrainingConfig()
+    )
+    given = {f.name: getattr(options, f.name) for f in fields(TrainingConfig) if getattr(options, f.name) is not None}
+    return replace(defaults, **given)
+
+
+def demo(options: Namespace) -> Result:
+    from .demo.run import run
+
+    report = run(options.output)
+    cidm, other = report["methods"]["cidm"], report["methods"]["finetune"]
+    lines = [
+        f"learned {', '.join(f'<{name}>' for name in report['concepts'])} in {report['seconds']:.0f} s",
+        f"kept at the end: CIDM {cidm['retention']:.0%}, sequential finetuning {other['retention']:.0%}",
+        f"both objects in their regions: {report['composition']['region_hits']:.0%}",
+        f"look at {options.output / 'report.png'}",
+    ]
+    return report, lines
+
+
+def learn(options: Namespace) -> Result:
+    """Grows the bank on disk by one concept; the file is only replaced when the concept is complete."""
+    check_name(options.name)
+    pictures = read_folder(options.images, options.captions, options.masks)
+    if options.prior is not None:
+        pictures += read_folder(options.prior, is_prior=True)
+    rates = EMBEDDED_RATES if _is_embedded(options) else {}
+    method, training = make(options.method, {**rates, **dict(options.settings)}), _training(options)
+    known = open_bank(options.bank) if options.bank.exists() else None  # a damaged bank is told before anything is loaded
+    backbone = load_backbone(options)
+    bank = known or ConceptBank(backbone.layout)
+    words = tuple(word.strip() for word in options.words.split(",") if word.strip())
+    generator = torch.Generator().manual_seed(training.seed)
+    task = Task(options.name, options.noun, backbone, bank, options.kind, words, generator)
+    data = prepare(backbone, pictures, options.name, options.noun, Framing(training.resolution, training.framing, training.flip))
+    checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
+    with tqdm(total=training.steps, desc=f"learning <{options.name}>", disable=options.json) as bar:
+
+        def show(info: StepInfo) -> None:
+            bar.update(info.step - bar.n)
+            bar.set_postfix(loss=f"{info.loss:.3f}", refresh=False)
+
+        learned = learn_concept(task, method, data, training, show, checkpoint)
+    size, cfg = training.resolution, EMBEDDED["cfg"] if _is_embedded(options) else 7.5
+    concept = replace(learned.concept, cover=_cover(backbone, learned.bank, options.name, options.kind, size, cfg))
+    grown = bank.add(concept, {m: dict(s) for m, s in learned.bank.shared.items()})
+    save_bank(grown, options.bank)
+    facts = {
+        "bank": str(options.bank),
+        "concept": concept.name,
+        "placeholder": concept.info.placeholder,
+        "words": list(concept.info.words),
+        "method": options.method,
+        "steps": len(learned.losses),
+        "final_loss": learned.losses[-1],
+        "seconds": concept.info.provenance.seconds,
+        "bytes": concept.nbytes(),
+        "concepts": grown.names,
+    }
+    return facts, [
+        f"learned {concept.info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {', '.join(f'<{n}>' for n in grown.names)}"
+    ]
+
+
+def _region(text: str) -> Region:
+    numbers, separator, prompt = text.partition(":")
+    try:
+        box = tuple(float(part) for part in numbers.split(","))
+        if not separator or len(box) != 4:
+            raise ValueError
+    except ValueError:
+        raise ConceptError(f"region {text!r} is not of the form TOP,LEFT,BOTTOM,RIGHT:PROMPT with four fractions") from None
+    return Region(prompt, box=box)
+
+
+def sample(options: Namespace) -> Result:
+    if options.count < 1:
+        raise ConceptError(f"count is {options.count}; allowed: 1 or more")
+    regions = [_region(text) for text in options.region]
+    bank = open_bank(options.bank) if options.bank is not None else None
+    backbone = load_backbone(options)
+    bank = bank or ConceptBank(backbone.layout)
+    bank.check_fits(backbone.layout)
+    side = options.size or (EMBEDDED["size"] if _is_embedded(options) else 512)
+    cfg = options.cfg if options.cfg is not None else (EMBEDDED["cfg"] if _is_embedded(options) else 7.5)
+    settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode, options.strength, options.region_noise)
+    seeds = list(range(options.seed, options.seed + options.count))
+    pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
+    options.output.mkdir(parents=True, exist_ok=True)
+    files = []
+    for seed, tensor in zip(seeds, pictures, strict=True):
+        files.append(options.output / f"sample_{seed:05d}.png")
+        picture = _picture(tensor)
+        write_atomically(files[-1], lambda temporary, p=picture: p.save(temporary, "PNG"))
+    return {"prompt": options.prompt, "files": [str(file) for file in files]}, [f"wrote {file}" for file in files]
+
+
+def _line(concept_info) -> str:
+    origin, what = concept_info.provenance, f"{concept_info.class_noun:<16} {concept_info.kind:<7} {concept_info.method:<10}"
+    return f"{concept_info.placeholder:<20} {what} {len(origin.images)} pictures  {origin.date}"
+
+
+def _describe(concept: Concept) -> tuple[dict, list[str]]:
+    info = concept.info
+    facts = {
+        **info.to_json(),
+        "placeholder": info.placeholder,
+        "bytes": concept.nbytes(),
+        "deltas": len(concept.deltas),
+        "layer_copies": concept.tokens.copies,
+        "cover_bytes": len(concept.cover),
+    }
+    facts = json.loads(json.dumps(facts))
+    return facts, [f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}" for key, value in facts.items()]
+
+
+def bank(options: Namespace) -> Result:
+    if options.action == "verify":
+        lines = verify_bank(options.bank)
+        return {"bank": str(options.bank), "concepts": len(lines), "sound": True}, [
+            *lines,
+            f"{options.bank}: {len(lines)} concepts, all sound",
+        ]
+    known = open_bank(options.bank)
+    if options.action == "list":
+        return {"concepts": [info.to_json() for info in known.infos.values()]}, [_line(info) for info in known.infos.values()] or [
+            "the bank is empty"
+        ]
+    if options.action == "show":
+        return _describe(known[options.name])
+    if options.action == "merge":
+        changed, target, done = known.merge(open_bank(options.other)), options.output, "merged"
+    elif options.action == "remove":
+        changed, target, done = known.remove(options.name), options.bank, f"removed <{options.name}>"
+    else:
+        changed, target, done = known.rename(options.name, options.new), options.bank, f"renamed <{options.name}> to <{options.new}>"
+    save_bank(changed, target)
+    return {"bank": str(target), "concepts": changed.names}, [
+        f"{done}; {target} holds {', '.join(f'<{n}>' for n in changed.names) or 'no concepts'}"
+    ]
+
+
+def bench(options: Namespace) -> Result:
+    from .demo.quality import base_quality
+
+    result = base_quality(options.pictures)
+    if options.file is not None:
+        write_atomically(options.file, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    return result, [json.dumps(result, indent=1)]

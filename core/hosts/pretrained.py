@@ -1,0 +1,59 @@
+"""Loads a real base from a folder in diffusers' layout, from disk only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..errors import ConceptError
+from ..schedule import NoiseSchedule
+from .diffusers import ClipText, DiffusersBackbone
+
+
+def load_pretrained(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
+    """SD1.5, SD2 or SDXL: subfolders unet, vae, scheduler, text_encoder, tokenizer, and for SDXL text_encoder_2, tokenizer_2."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder = Path(folder)
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise ConceptError(f"base '{folder}' has no subfolder '{part}'; it must be a model in diffusers' layout, or 'embedded'")
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
+        two = (folder / "text_encoder_2").is_dir()
+        first = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, torch_dtype=dtype)
+        text = [
+            ClipText(
+                "clip_l", first.to(device), CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), penultimate=two
+            )
+        ]
+        if two:
+            second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", local_files_only=True, torch_dtype=dtype)
+            text.append(
+                ClipText(
+                    "clip_g",
+                    second.to(device),
+                    CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
+                    penultimate=True,
+                )
+            )
+        schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
+    except (OSError, ValueError, KeyError) as error:
+        raise ConceptError(f"base '{folder}' cannot be loaded: {error}") from error
+    return DiffusersBackbone(unet.to(device), vae.to(device), tuple(text), schedule)
+
+
+def _schedule(file: Path) -> NoiseSchedule:
+    config = json.loads(file.read_text())
+    steps, start, end = config.get("num_train_timesteps", 1000), config["beta_start"], config["beta_end"]
+    if config.get("beta_schedule") == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    elif config.get("beta_schedule") == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float64)
+    else:
+        raise ValueError(f"beta schedule {config.get('beta_schedule')!r} is not supported; supported: scaled_linear, linear")
+    return NoiseSchedule(torch.cumprod(1 - betas, 0).float(), config.get("prediction_type", "epsilon"))

@@ -1,0 +1,143 @@
+"""Prompts to contexts: learned words, layer copies, long prompts, several text encoders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.hosts.backbone import Context
+from continual_concepts.core.tokens import TokenGroup
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_backbone, make_concept):
+    layout = tiny_backbone.layout
+    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1, size=0.1)).add(make_concept(layout, "mimi", 2, words=3, size=0.1))
+    return bank.add(make_concept(layout, "flat", 3, words=1, layerwise=False, size=0.1))
+
+
+def encode(backbone, bank, *prompts, tokens=None, chunks=1):
+    return encode_prompts(backbone, prompts, bank.vocabulary, tokens or {c.name: c.tokens for c in bank}, chunks)
+
+
+def plain(encoder, text):
+    """The tokenizer's and the model's own way, nothing of ours."""
+    ids = encoder.tokenizer(text, padding="max_length", max_length=encoder.length, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return encoder.model(ids, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("text", ["", "a photo of a dog", "red dog, blue cat."])
+def test_text_alone_is_encoded_as_the_model_does(tiny_backbone, bank, text):
+    context = encode(tiny_backbone, bank, text)
+    assert context.hidden.shape == (1, 1, 16, 32) and context.pooled is None and context.words == ({},)
+    assert torch.allclose(context.hidden[0, 0], plain(tiny_backbone.text[0], text).last_hidden_state[0], atol=1e-6)
+
+
+def test_two_encoders_lie_side_by_side(tiny_sdxl, make_concept):
+    bank = ConceptBank(tiny_sdxl.layout).add(make_concept(tiny_sdxl.layout, size=0.1))
+    first, second = (plain(encoder, "a red dog") for encoder in tiny_sdxl.text)
+    context = encode(tiny_sdxl, bank, "a red dog")
+    expected = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    assert torch.allclose(context.hidden[:, 0], expected, atol=1e-6)
+    assert torch.allclose(context.pooled, second.text_embeds, atol=1e-6)
+    layered = encode(tiny_sdxl, bank, "a <rex>")
+    assert layered.hidden.shape == (1, 7, 16, 56) and layered.pooled.shape == (1, 24)
+
+
+def single_layer(tokens: TokenGroup, copy: int) -> TokenGroup:
+    return TokenGroup(tokens.words, {name: vectors[copy:copy + 1] for name, vectors in tokens.vectors.items()})
+
+
+def test_a_layer_copy_equals_an_encoding_with_that_copy_alone(tiny_backbone, bank):
+    context = encode(tiny_backbone, bank, "a <rex> runs")
+    assert context.hidden.shape == (1, 7, 16, 32)
+    assert not torch.allclose(context.hidden[0, 0], context.hidden[0, 1])
+    for copy in range(7):
+        alone = encode(tiny_backbone, bank, "a <rex> runs", tokens={"rex": single_layer(bank["rex"].tokens, copy)})
+        assert torch.allclose(context.hidden[0, copy], alone.hidden[0, 0], atol=1e-5)
+
+
+def test_a_site_reads_its_own_copy(tiny_backbone, bank):
+    context, flat = encode(tiny_backbone, bank, "<rex>"), encode(tiny_backbone, bank, "<flat>")
+    for site in tiny_backbone.layout.sites:
+        assert torch.equal(context.at(site), context.hidden[:, site.index])
+        assert torch.equal(flat.at(site), flat.hidden[:, 0])
+
+
+def test_learned_vectors_that_equal_the_vocabulary_change_nothing(tiny_backbone, bank):
+    encoder = tiny_backbone.text[0]
+    ids = encoder.ids("red dog")
+    assert len(ids) == 2
+    group = TokenGroup(bank["rex"].tokens.words, {"clip_l": encoder.vectors(ids).unsqueeze(0)})
+    learned = encode(tiny_backbone, bank, "a <rex> on <rex-2>", tokens={"rex": group})
+    assert torch.allclose(learned.hidden, encode(tiny_backbone, bank, "a red dog on dog").hidden, atol=1e-6)
+    assert learned.words == ({"rex": (2, 3, 5)},)
+
+
+def test_prompts_in_a_batch_do_not_touch_each_other(tiny_backbone, bank):
+    prompts = ["<mimi> and <rex>", "a dog", "<flat>", "", "<rex-2> <rex> <mimi-3>"]
+    together = encode(tiny_backbone, bank, *prompts)
+    assert len(together) == 5
+    for i, prompt in enumerate(prompts):
+        alone = encode(tiny_backbone, bank, prompt)
+        assert torch.allclose(together.hidden[i], alone.hidden[0].expand(7, -1, -1), atol=1e-5)
+        assert together.words[i] == alone.words[0]
+    assert together.words[0] == {"mimi": (1, 2, 3), "rex": (5, 6)}
+    assert torch.equal(together[1:3].hidden, together.hidden[1:3]) and together[1:3].words == together.words[1:3]
+
+
+@pytest.mark.parametrize(("words", "chunks"), [(14, 1), (15, 2), (30, 3)])
+def test_long_prompts_take_whole_chunks(tiny_backbone, bank, words, chunks):
+    prompt = " ".join(["dog"] * (words - 2)) + " <rex>"
+    context = encode(tiny_backbone, bank, prompt)
+    assert context.hidden.shape[2] == 16 * chunks
+    first = encode(tiny_backbone, bank, " ".join(["dog"] * min(14, words - 2)) + (" <rex>" if words == 14 else ""))
+    if words != 15:      # with 15 the concept itself is cut in two
+        assert torch.allclose(context.hidden[0, :, :16], first.hidden[0].expand(7, -1, -1), atol=1e-5)
+    places = context.words[0]["rex"]
+    assert len(places) == 2 and all(0 < place % 16 < 15 for place in places)
+
+
+def test_a_concept_cut_by_a_chunk_keeps_its_vectors_in_order(tiny_backbone, bank):
+    context = encode(tiny_backbone, bank, "dog " * 13 + "<rex> cat")
+    assert context.words[0]["rex"] == (14, 17)
+    second = encode(tiny_backbone, bank, "<rex-2> cat")
+    assert torch.allclose(context.hidden[0, :, 16:], second.hidden[0], atol=1e-5)
+
+
+def test_more_chunks_on_request(tiny_backbone, bank):
+    context = encode(tiny_backbone, bank, "a dog", chunks=2)
+    assert torch.allclose(context.hidden[:, :, :16], encode(tiny_backbone, bank, "a dog").hidden, atol=1e-6)
+    assert torch.allclose(context.hidden[:, :, 16:], encode(tiny_backbone, bank, "").hidden, atol=1e-6)
+
+
+def test_gradients_reach_the_words_of_the_prompt_and_no_others(tiny_backbone, bank):
+    groups = {c.name: TokenGroup(c.tokens.words, {"clip_l": c.tokens.vectors["clip_l"].clone().requires_grad_()}) for c in bank}
+    encode(tiny_backbone, bank, "<rex-2> with <flat>", tokens=groups).hidden.square().sum().backward()
+    gradient = groups["rex"].vectors["clip_l"].grad
+    assert gradient[:, 1].abs().sum(-1).min() > 0 and not gradient[:, 0].any()
+    assert groups["flat"].vectors["clip_l"].grad.any() and groups["mimi"].vectors["clip_l"].grad is None
+    assert all(p.grad is None for p in tiny_backbone.text[0].model.parameters())
+
+
+def test_words_that_are_not_loaded_are_named(tiny_backbone, bank):
+    with pytest.raises(ConceptError, match="'rex'"):
+        encode(tiny_backbone, bank, "<rex>", tokens={"mimi": bank["mimi"].tokens})
+
+
+def test_contexts_of_different_shapes_join(tiny_backbone, bank):
+    short, long, layered = (encode(tiny_backbone, bank, p) for p in ("a dog", "dog " * 15, "<rex>"))
+    joined = Context.cat([short, long, layered])
+    assert joined.hidden.shape == (3, 7, 32, 32) and len(joined.words) == 3
+    site = tiny_backbone.layout.sites[3]
+    query = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+
+    def attend(states):
+        return torch.softmax(query @ states.transpose(1, 2), -1) @ states
+
+    for i, part in enumerate((short, long, layered)):      # repeating a shorter context changes no attention
+        assert torch.allclose(attend(joined[i:i + 1].at(site)), attend(part.at(site)), atol=1e-5)

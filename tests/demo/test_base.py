@@ -1,0 +1,66 @@
+"""The embedded base: what ships, its size, and that it does what its captions say (slow: `continual-concepts bench base` measures it)."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.demo import world
+from continual_concepts.core.demo.base import ASSETS, load_base
+from continual_concepts.core.demo.judges import held_out_prompts, load_classifier, to_tensor
+from continual_concepts.core.sampling import SampleSettings, sample
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base()
+
+
+def test_all_weights_fit_into_twelve_megabytes():
+    assert sum(file.stat().st_size for file in ASSETS.glob("*.safetensors")) <= 12e6
+
+
+def test_the_structure_is_stable_diffusions(base):
+    blocks = [site.name.split(".")[0] for site in base.layout.sites]
+    assert blocks == sorted(blocks, key=["down_blocks", "mid_block", "up_blocks"].index) and set(blocks) == {"down_blocks", "mid_block", "up_blocks"}
+    assert base.layout.copies == len(base.layout.sites)
+
+
+def test_the_autoencoder_keeps_pictures(base):
+    pictures = to_tensor([picture for picture, _ in (world.sample(random.Random(i)) for i in range(16))])
+    with torch.no_grad():
+        again = base.decode_latents(base.encode_images(pictures))
+    error = (again - pictures).abs().mean()
+    plain = (pictures.mean((2, 3), keepdim=True) - pictures).abs().mean()
+    assert error < 0.2 * plain
+
+
+def test_captions_of_the_world_are_whole_words_and_fit(base):
+    rng = random.Random(3)
+    for _ in range(300):
+        text = world.caption(world.random_scene(rng), rng)
+        ids = base.text[0].ids(text)
+        assert len(ids) == len(text.split()) <= base.text[0].length - 2
+
+
+def test_held_out_combinations_never_appear_in_pretraining():
+    rng = random.Random(4)
+    for _ in range(2000):
+        thing = world.random_thing(rng)
+        assert "body" not in thing.names or not world.held_out(thing.kind, thing.names["body"], thing.pattern)
+
+
+def test_a_scene_is_a_function_of_its_seed():
+    assert (world.sample(random.Random(5))[0] == world.sample(random.Random(5))[0]).all()
+
+
+def test_captions_are_followed(base):
+    """A quick look, far below what `bench base` reports, so that a broken file cannot pass."""
+    wishes = held_out_prompts(24, seed=5)
+    images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(24)), SampleSettings(10, 4.0, (64, 64), batch=24))
+    with torch.no_grad():
+        named = load_classifier().name(images)
+    assert sum(named[i] == wishes[i][1:] for i in range(24)) >= 12

@@ -1,0 +1,197 @@
+"""CIDM end to end: every reading of its losses trains and resumes; tokens stop by their length; maps are regularised."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods import Task, make
+from continual_concepts.core.methods.base import adapter_key
+from continual_concepts.core.training.attention import MapProgram, attention_maps, attention_regulariser
+
+READINGS = [{"orthogonality": o, "shared": s} for o, s in product(("rr", "aa"), ("als", "gradient"))]
+
+
+def tensors_of(learned):
+    concept = learned.concept
+    found = {(key, n): t for key, d in concept.deltas.items() for n, t in enumerate(d.tensors())} | dict(concept.tokens.vectors)
+    return found | {("shared", name): t for name, t in learned.bank.shared.get("cidm", {}).items()}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_every_reading_trains_and_resumes_exactly(tiny_backbone, teach, tmp_path, reading):
+    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), settings=reading).bank
+    given = {name: t.clone() for name, t in first.shared["cidm"].items()}
+    infos = []
+
+    def stop(info):
+        if info.step == 2:
+            raise KeyboardInterrupt
+
+    whole = teach(tiny_backbone, first, "mimi", settings=reading, callback=infos.append)
+    with pytest.raises(KeyboardInterrupt):
+        teach(tiny_backbone, first, "mimi", settings=reading, callback=stop, checkpoint_file=tmp_path / "c")
+    again = teach(tiny_backbone, first, "mimi", settings=reading, checkpoint_file=tmp_path / "c")
+    expected, found = tensors_of(whole), tensors_of(again)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    assert set(infos[-1].terms) == {"attention", "specific", "shared"} and infos[-1].terms["specific"] > 0 < infos[-1].terms["shared"]
+    assert all(torch.equal(given[name], t) for name, t in first.shared["cidm"].items())
+    assert any(not torch.equal(given[name], t) for name, t in whole.bank.shared["cidm"].items())
+
+
+def test_losses_can_be_off(tiny_backbone, teach):
+    off, infos = {"orthogonality": "off", "shared": "off", "attention_weight": 0.0}, []
+    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), settings=off)
+    assert not first.bank.shared
+    teach(tiny_backbone, first.bank, "mimi", settings=off, callback=infos.append, steps=1)
+    assert infos[0].terms == {}
+
+
+def test_old_tasks_may_have_another_rank_or_reading(tiny_backbone, teach):
+    bank = ConceptBank(tiny_backbone.layout)
+    for i, reading in enumerate(READINGS):
+        bank = teach(tiny_backbone, bank, f"c{i}", settings=reading | {"rank": 1 + i, "shared_rank": 2 + i}, steps=1).bank
+    assert len(bank) == 4
+
+
+def begun(backbone, bank, **settings):
+    method = make("cidm", {"stored": "float32", **settings})
+    method.begin(Task("new", "dog", backbone, bank))
+    for i, up in enumerate(method.adapters.up.values()):
+        torch.nn.init.normal_(up, generator=torch.Generator().manual_seed(i))
+    return method
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_backbone, make_concept):
+    bank = ConceptBank(tiny_backbone.layout)
+    for i in range(3):
+        bank = bank.add(make_concept(tiny_backbone.layout, f"c{i}", i))
+    return bank.add(make_concept(tiny_backbone.layout, "other", 9, method="finetune"))
+
+
+def test_specific_is_r1_over_all_sites_and_the_methods_own_concepts(tiny_backbone, bank):
+    method, expected = begun(tiny_backbone, bank, rank=2), {"rr": 0.0, "aa": 0.0}
+    for (index, projection), up in ((key, method.adapters.up[adapter_key(*key)]) for key in method.adapters.keys):
+        for name in ("c0", "c1", "c2"):
+            old = bank[name].deltas[index, projection]
+            expected["rr"] += float((0.5 * old.up.T @ up).abs().sum())
+            expected["aa"] += float((0.5 * old.up @ up.T).abs().sum())
+    assert float(method.specific()) == pytest.approx(expected["rr"], rel=1e-4)
+    assert float(begun(tiny_backbone, bank, rank=2, orthogonality="aa").specific()) == pytest.approx(expected["aa"], rel=1e-4)
+
+
+@pytest.mark.parametrize("shared", ["als", "gradient"])
+def test_the_second_step_lowers_r2_and_leaves_the_deltas(tiny_backbone, bank, shared):
+    method = begun(tiny_backbone, bank, rank=2, shared=shared, lr=1e-3)
+    before, weights = float(method.shared()), [p.clone() for p in method.adapters.parameters()]
+    for step in range(5):
+        method.after_step(step + 1)
+    assert 0 < float(method.shared()) < before
+    assert all(torch.equal(a, b) for a, b in zip(weights, method.adapters.parameters(), strict=True))
+
+
+def test_tokens_stop_at_their_length(tiny_backbone, teach):
+    """Deltas go on; the run that resumes afterwards stays stopped (see the next test)."""
+    lengths, bank = [], ConceptBank(tiny_backbone.layout)
+    start = teach(tiny_backbone, bank, settings={"token_norm_stop": 1e-6}, steps=1)
+    learned = teach(tiny_backbone, bank, settings={"token_norm_stop": 1e-6}, steps=3)
+    free = teach(tiny_backbone, bank, settings={"token_norm_stop": 0.0}, steps=3)
+    for one in (start, learned, free):
+        lengths.append(one.concept.tokens.vectors["clip_l"])
+    # learning rates differ between runs of 1 and 3 steps only after the first step, in which the tokens still moved
+    assert torch.equal(lengths[0], lengths[1]) and not torch.equal(lengths[1], lengths[2])
+    assert not torch.equal(start.concept.deltas[0, "to_q"].up, learned.concept.deltas[0, "to_q"].up)
+
+
+def test_a_resumed_run_keeps_its_tokens_stopped(tiny_backbone, teach, tmp_path):
+    def stop(info):
+        raise KeyboardInterrupt
+
+    bank, settings = ConceptBank(tiny_backbone.layout), {"token_norm_stop": 1e-6}
+    whole = teach(tiny_backbone, bank, settings=settings)
+    with pytest.raises(KeyboardInterrupt):
+        teach(tiny_backbone, bank, settings=settings, callback=stop, checkpoint_file=tmp_path / "c")
+    expected, found = tensors_of(whole), tensors_of(teach(tiny_backbone, bank, settings=settings, checkpoint_file=tmp_path / "c"))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_words_without_layers_have_one_copy(tiny_backbone, teach):
+    concept = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), settings={"layerwise": False}, steps=1).concept
+    assert concept.tokens.vectors["clip_l"].shape == (1, 2, 32)
+
+
+@pytest.mark.parametrize("settings", [{"orthogonality": "x"}, {"shared": "x"}, {"shared_rank": 0}, {"gamma1": -1}, {"gamma2": float("nan")}])
+def test_bad_settings_are_named(settings):
+    with pytest.raises(ConceptError, match=next(iter(settings))):
+        make("cidm", settings)
+
+
+MASK = torch.zeros(1, 1, 4, 4)
+MASK[..., :2] = 1
+
+
+def maps(first, second):
+    """Maps `[1, 16, 5]` in which words 1 and 2 look like the given pictures."""
+    m = torch.full((1, 16, 5), 0.01)
+    m[0, :, 1], m[0, :, 2] = first.flatten(), second.flatten()
+    return [m]
+
+
+def regulariser(first, second, mask=MASK, positions=((1, 2),)):
+    return attention_regulariser(maps(first, second), positions, mask)
+
+
+def test_the_regulariser_is_zero_for_maps_that_equal_the_mask():
+    assert regulariser(MASK, MASK) == 0
+    assert regulariser(0.3 * MASK, 0.2 * MASK) < 1e-9      # maps are divided by their maximum
+    even, away = torch.ones(4, 4), 1 - MASK
+    assert 0 < regulariser(even, MASK) < regulariser(away, MASK) + 1e-6
+    assert 0 < regulariser(MASK, even) < regulariser(MASK, away)
+
+
+def test_the_regulariser_is_the_released_formula():
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.rand(4, 4, generator=g), torch.rand(4, 4, generator=g)
+    one, two = first / first.max(), second / second.max()
+    expected = (two - MASK[0, 0]).square().mean() + one[MASK[0, 0] == 0].mean()
+    assert torch.allclose(regulariser(first, second), expected)
+    full = torch.ones_like(MASK)      # no outside: no NaN, the other half stays
+    assert torch.allclose(regulariser(first, second, full), (two - 1).square().mean())
+
+
+def test_the_regulariser_sums_resolutions_and_averages_sites():
+    g = torch.Generator().manual_seed(0)
+    fine, fine_too, coarse = (torch.rand(1, n, 5, generator=g) for n in (16, 16, 4))
+    whole = attention_regulariser([fine, coarse, fine_too], ((1, 2),), MASK)
+    parts = attention_regulariser([(fine + fine_too) / 2], ((1, 2),), MASK) + attention_regulariser([coarse], ((1, 2),), MASK)
+    assert torch.allclose(whole, parts)
+
+
+@pytest.mark.parametrize("positions", [((),), ((1,),)])
+def test_samples_without_two_words_have_no_regulariser(positions):
+    assert regulariser(MASK, MASK, positions=positions) is None
+
+
+def test_maps_are_probabilities_and_only_the_last_passs():
+    g = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 6, 8, generator=g), torch.randn(2, 5, 8, generator=g)
+    found = attention_maps(query, key, 2)
+    heads = [torch.softmax(query[..., s] @ key[..., s].transpose(1, 2) / 2, -1) for s in (slice(0, 4), slice(4, 8))]
+    assert torch.allclose(found, sum(heads) / 2, atol=1e-6) and torch.allclose(found.sum(-1), torch.ones(2, 6))
+
+
+def test_only_the_last_forward_pass_is_kept(tiny_backbone, bank):
+    method = begun(tiny_backbone, bank)
+    program = method.program()
+    assert isinstance(program, MapProgram)
+    context = tiny_backbone.text[0].encode(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.bool), torch.zeros(0, 32))[0]
+    from continual_concepts.core.hosts.backbone import Context
+
+    for _ in range(2):
+        tiny_backbone.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), Context(context.unsqueeze(1)), program)
+    assert [m.shape[1] for m in program.take()] == [64, 16, 16, 16, 16, 64, 64] and program.take() == []

@@ -1,0 +1,176 @@
+"""What every method promises, as one matrix; a new method appears in it by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bankfile import open_bank, save_bank
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods import METHODS, Task, get, make
+from continual_concepts.core.methods.base import register
+from continual_concepts.core.routing import aggregate, standing_deltas
+from continual_concepts.core.sampling import SampleSettings, sample
+from continual_concepts.core.training.config import TrainingConfig
+from continual_concepts.core.training.data import Framing, Picture, prepare
+from continual_concepts.core.training.loop import Run
+
+QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
+WITHOUT_HISTORY = {"attention"}      # terms that a first task may have
+
+
+@pytest.fixture(scope="module", params=sorted(METHODS))
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run(tiny_backbone, teach, method):
+    """Two concepts in sequence, what the callbacks saw, and the base's weights before."""
+    before = {n: p.detach().clone() for n, p in tiny_backbone.unet.named_parameters()}
+    infos = {"rex": [], "mimi": []}
+    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", method, callback=infos["rex"].append)
+    stored = tensors_of(first.concept)
+    second = teach(tiny_backbone, first.bank, "mimi", method, callback=infos["mimi"].append, noun="cat")
+    return {"first": first, "second": second, "infos": infos, "before": before, "stored": stored}
+
+
+def tensors_of(concept):
+    found = {(key, n): t.clone() for key, d in concept.deltas.items() for n, t in enumerate(d.tensors())}
+    return found | {name: t.clone() for name, t in concept.tokens.vectors.items()}
+
+
+def equal(one, two) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_first_task_has_no_penalty(run):
+    assert all(set(info.terms) <= WITHOUT_HISTORY for info in run["infos"]["rex"])
+
+
+def test_penalties_are_never_negative(run):
+    for name in ("rex", "mimi"):
+        assert len(run["infos"][name]) == 3
+        assert all(value >= 0 for info in run["infos"][name] for value in info.terms.values())
+
+
+def test_a_later_penalty_has_gradient(tiny_backbone, run, method):
+    """One step away from the start, where a method may have zeros, every penalty over the history reaches the trainables."""
+    data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear", Framing(32))
+    settings = {"lr": 1e-2, "stored": "float32"}
+    task = Task("bear", "bear", tiny_backbone, run["second"].bank)
+    learning = Run(task, make(method, settings), data, TrainingConfig(steps=2, resolution=32))
+    learning.step()
+    batch = data.draw(1, 1.0, torch.Generator().manual_seed(0))
+    context = learning._context(batch)
+    terms = learning.method.penalty(batch, context)
+    for name in set(terms) - WITHOUT_HISTORY:
+        learning.optimizer.zero_grad()
+        terms[name].backward(retain_graph=True)
+        assert any(p.grad is not None and p.grad.any() for p in learning.parameters), name
+
+
+def test_the_outcome_fits_and_has_a_size(tiny_backbone, run, method):
+    for concept in run["second"].bank:
+        concept.check_fits(tiny_backbone.layout)
+        assert concept.info.method == method and concept.nbytes() > 0
+        tensors = tensors_of(concept).values()
+        assert all(torch.isfinite(t).all() and not t.requires_grad and t.device.type == "cpu" for t in tensors)
+
+
+def test_the_frozen_weights_are_unchanged(tiny_backbone, run):
+    for name, parameter in tiny_backbone.unet.named_parameters():
+        assert torch.equal(parameter, run["before"][name]) and parameter.grad is None, name
+
+
+def test_old_concepts_and_banks_stay_as_they_were(run):
+    assert run["first"].bank.names == ["rex"] and run["second"].bank.names == ["rex", "mimi"]
+    assert equal(tensors_of(run["second"].bank["rex"]), run["stored"])
+
+
+def test_a_task_leaves_the_state_that_it_was_given(tiny_backbone, teach, run, method):
+    given = {name: {k: t.clone() for k, t in state.items()} for name, state in run["first"].bank.shared.items()}
+    teach(tiny_backbone, run["first"].bank, "mimi", method, steps=2)
+    for name, state in given.items():
+        assert equal(state, dict(run["first"].bank.shared[name]))
+
+
+def test_the_seed_decides_everything(tiny_backbone, teach, run, method):
+    again = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat")
+    assert again.losses == run["second"].losses and equal(tensors_of(again.concept), tensors_of(run["second"].concept))
+    other = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", seed=1)
+    assert not equal(tensors_of(other.concept), tensors_of(run["second"].concept))
+
+
+def test_a_stopped_second_task_resumes_bit_for_bit(tiny_backbone, teach, run, method, tmp_path):
+    def stop(info):
+        if info.step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", callback=stop, checkpoint_file=tmp_path / "c")
+    again = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", checkpoint_file=tmp_path / "c")
+    assert equal(tensors_of(again.concept), tensors_of(run["second"].concept))
+    shared, expected = again.bank.shared.get(method, {}), run["second"].bank.shared.get(method, {})
+    assert equal(dict(shared), dict(expected))
+
+
+def test_zero_strength_is_the_base(tiny_backbone, run, method):
+    bank = run["second"].bank
+    found = aggregate(tiny_backbone, bank, "a <rex>", METHODS, strength=0.0)
+    assert found.deltas.keys() == standing_deltas(bank, METHODS).keys()
+    if METHODS[method].composition == "route":
+        assert not found.deltas
+        base = sample(tiny_backbone, ConceptBank(bank.layout), ["a dog"], [1], QUICK)
+        assert torch.equal(sample(tiny_backbone, bank, ["a dog"], [1], QUICK), base)
+
+
+def test_a_learned_concept_shows(tiny_backbone, run):
+    bank = run["second"].bank
+    rex, mimi = sample(tiny_backbone, bank, ["a <rex>", "a <mimi>"], [1, 1], QUICK)
+    assert not torch.allclose(rex, mimi, atol=1e-3)
+
+
+def test_removing_the_second_restores_the_pictures_of_the_first(tiny_backbone, run):
+    pictures = [sample(tiny_backbone, bank, ["a <rex>"], [1], QUICK) for bank in (run["first"].bank, run["second"].bank.remove("mimi"))]
+    assert torch.equal(*pictures)
+
+
+def test_a_saved_bank_samples_the_same(tiny_backbone, run, tmp_path):
+    save_bank(run["second"].bank, tmp_path / "bank.safetensors")
+    again = open_bank(tmp_path / "bank.safetensors")
+    prompts, seeds = ["<rex> and <mimi>", "a dog"], [1, 2]
+    assert torch.equal(sample(tiny_backbone, again, prompts, seeds, QUICK), sample(tiny_backbone, run["second"].bank, prompts, seeds, QUICK))
+
+
+def test_learning_goes_on_from_a_saved_bank(tiny_backbone, teach, run, method, tmp_path):
+    save_bank(run["first"].bank, tmp_path / "bank.safetensors")
+    again = teach(tiny_backbone, open_bank(tmp_path / "bank.safetensors"), "mimi", method, noun="cat")
+    assert equal(tensors_of(again.concept), tensors_of(run["second"].concept))
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"lr": -1.0}, {"stored": "int8"}, {"no_such_setting": 1}])
+def test_bad_settings_are_named(method, settings):
+    name = next(iter(settings))
+    with pytest.raises(ConceptError, match="stored type" if name == "stored" else name):
+        make(method, settings)
+
+
+def test_an_empty_class_noun_is_refused(tiny_backbone, method):
+    with pytest.raises(ConceptError, match="'rex'"):
+        make(method).begin(Task("rex", "", tiny_backbone, ConceptBank(tiny_backbone.layout)))
+
+
+def test_a_single_word_needs_no_class_noun(tiny_backbone, method):
+    chosen = make(method)
+    chosen.begin(Task("rex", "", tiny_backbone, ConceptBank(tiny_backbone.layout), words=("rex",)))
+    assert chosen.token_group().words == ("rex",) and chosen.finish().tokens.vectors["clip_l"].shape[1] == 1
+
+
+def test_unknown_methods_are_refused_with_the_known_ones():
+    with pytest.raises(ConceptError, match="cidm, .*finetune"):
+        get("ewx")
+    for name in ("cidm", "CIDM"):
+        with pytest.raises(ConceptError, match="taken"):
+            register(name, get("cidm").config, get("cidm").build, "")
