@@ -151,7 +151,8 @@ def make_concept():
 
         names = default_words(name, words)
         vectors = {encoder: random(layout.copies if layerwise else 1, words, width) for encoder, width in layout.text_widths}
-        deltas = {(s.index, p): LowRankDelta(random(s.shape(p)[0], rank), random(rank, s.shape(p)[1]), 0.5) for s in layout.sites for p in PROJECTIONS}
+        shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
+        deltas = {key: LowRankDelta(random(a, rank), random(rank, b), 0.5) for key, (a, b) in shapes.items()}
         origin = Provenance("abc", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"}, "2025-01-01T00:00:00+00:00", 3, 1.5)
         return Concept(ConceptInfo(name, "dog", method, names, provenance=origin), TokenGroup(names, vectors), deltas, cover)
 
@@ -166,7 +167,8 @@ def teach():
     from continual_concepts.core.training.data import Framing, Picture, prepare
     from continual_concepts.core.training.loop import learn
 
-    def run(backbone, bank, name="rex", method="cidm", settings=None, callback=None, checkpoint_file=None, pictures=None, noun="dog", **training):
+    def run(backbone, bank, name="rex", method="cidm", settings=None, callback=None, checkpoint_file=None, pictures=None, noun="dog",
+            **training):
         if pictures is None:
             g = torch.Generator().manual_seed(len(name))
             pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "", digest=f"{i}") for i in range(3)]

@@ -85,14 +85,10 @@ def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: World
 
 
 def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
-    """What lies in a box, on a square of its mean colour, at the encoder's size: `[B, 3, 64, 64]`."""
-    side = pictures.shape[-1]
-    top, left, bottom, right = (round(f * side) for f in box)
-    part = pictures[..., top:bottom, left:right]
-    square = part.mean((2, 3), keepdim=True).expand(-1, -1, side, side).clone()
-    y, x = (side - part.shape[-2]) // 2, (side - part.shape[-1]) // 2
-    square[..., y : y + part.shape[-2], x : x + part.shape[-1]] = part
-    return square
+    """A box alone, its border drawn out over the rest: the encoder sees one object at the size and place where it is. `[B, 3, H, W]`."""
+    height, width = pictures.shape[-2:]
+    top, left, bottom, right = (round(f * side) for f, side in zip(box, (height, width, height, width), strict=True))
+    return F.pad(pictures[..., top:bottom, left:right], (left, width - right, top, height - bottom), mode="replicate")
 
 
 def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: WorldEncoder, levels: list[float]) -> float:

@@ -41,7 +41,8 @@ def test_masks_and_captions_from_other_folders(folder, tmp_path):
 
 @pytest.mark.parametrize(("mode", "colour", "expected"), [
     ("RGB", (255, 0, 0), (1, -1, -1)), ("L", 255, (1, 1, 1)), ("1", 1, (1, 1, 1)), ("P", 0, None), ("CMYK", (0, 0, 0, 0), (1, 1, 1)),
-    ("RGBA", (0, 0, 0, 0), (1, 1, 1)), ("LA", (0, 0), (1, 1, 1)), ("I;16", 65535, (1, 1, 1)), ("I;16", 257 * 51, (-0.6, -0.6, -0.6)), ("I", 255, (1, 1, 1)),
+    ("RGBA", (0, 0, 0, 0), (1, 1, 1)), ("LA", (0, 0), (1, 1, 1)), ("I;16", 65535, (1, 1, 1)), ("I;16", 257 * 51, (-0.6, -0.6, -0.6)),
+    ("I", 255, (1, 1, 1)),
 ])
 def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, expected):
     path = tmp_path / ("a.tif" if mode in ("CMYK", "I;16", "I") else "a.png")
@@ -67,7 +68,10 @@ def damaged_png(path):
     path.write_bytes(path.read_bytes()[:2000])
 
 
-@pytest.mark.parametrize("spoil", [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"GIF89a"), lambda p: p.write_text("text"), damaged_png])
+SPOILS = [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"GIF89a"), lambda p: p.write_text("text"), damaged_png]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
 def test_unreadable_pictures_are_named(folder, spoil):
     spoil(folder / "b.png")
     with pytest.raises(ConceptError, match="b.png"):

@@ -193,7 +193,8 @@ def test_terms_are_averaged_over_batches(tiny_backbone, empty, teach):
 
 
 @pytest.mark.parametrize(("schedule", "warmup", "expected"), [
-    ("constant", 0, [1, 1, 1, 1]), ("linear", 0, [1, 0.75, 0.5, 0.25]), ("cosine", 2, [0.5, 1, 1, 0.5]), ("linear", 8, [1 / 8, 2 / 8, 3 / 8, 4 / 8]),
+    ("constant", 0, [1, 1, 1, 1]), ("linear", 0, [1, 0.75, 0.5, 0.25]), ("cosine", 2, [0.5, 1, 1, 0.5]),
+    ("linear", 8, [1 / 8, 2 / 8, 3 / 8, 4 / 8]),
 ])
 def test_learning_rate_schedules(schedule, warmup, expected):
     factor = _lr_factor(TrainingConfig(steps=4, schedule=schedule, warmup=warmup))

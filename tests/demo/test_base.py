@@ -25,7 +25,8 @@ def test_all_weights_fit_into_twelve_megabytes():
 
 def test_the_structure_is_stable_diffusions(base):
     blocks = [site.name.split(".")[0] for site in base.layout.sites]
-    assert blocks == sorted(blocks, key=["down_blocks", "mid_block", "up_blocks"].index) and set(blocks) == {"down_blocks", "mid_block", "up_blocks"}
+    order = ["down_blocks", "mid_block", "up_blocks"]
+    assert blocks == sorted(blocks, key=order.index) and set(blocks) == set(order)
     assert base.layout.copies == len(base.layout.sites)
 
 
@@ -35,7 +36,7 @@ def test_the_autoencoder_keeps_pictures(base):
         again = base.decode_latents(base.encode_images(pictures))
     error = (again - pictures).abs().mean()
     plain = (pictures.mean((2, 3), keepdim=True) - pictures).abs().mean()
-    assert error < 0.2 * plain
+    assert error < 0.15 * plain
 
 
 def test_captions_of_the_world_are_whole_words_and_fit(base):
@@ -60,7 +61,8 @@ def test_a_scene_is_a_function_of_its_seed():
 def test_captions_are_followed(base):
     """A quick look, far below what `bench base` reports, so that a broken file cannot pass."""
     wishes = held_out_prompts(24, seed=5)
-    images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(24)), SampleSettings(10, 4.0, (64, 64), batch=24))
+    settings = SampleSettings(10, 4.0, (64, 64), batch=24)
+    images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(24)), settings)
     with torch.no_grad():
         named = load_classifier().name(images)
     assert sum(named[i] == wishes[i][1:] for i in range(24)) >= 12

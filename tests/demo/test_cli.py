@@ -155,7 +155,8 @@ def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, m
     count["steps"] = 1
     assert main(["learn", str(photos), "--bank", str(stopped), *arguments]) == 0
     one, two = open_bank(whole)["rex"], open_bank(stopped)["rex"]
-    assert all(torch.equal(one.deltas[key].up, two.deltas[key].up) and torch.equal(one.deltas[key].down, two.deltas[key].down) for key in one.deltas)
+    for key, delta in one.deltas.items():
+        assert torch.equal(delta.up, two.deltas[key].up) and torch.equal(delta.down, two.deltas[key].down)
     assert all(torch.equal(vector, two.tokens.vectors[name]) for name, vector in one.tokens.vectors.items())
     assert not list(tmp_path.glob(".*checkpoint"))
 
@@ -167,7 +168,7 @@ def test_devices_that_are_not_there(bank_file, capsys):
 def test_photos_of_the_benchmark_run_through(tmp_path, shared_dir):
     cifc, file = shared_dir / "data" / "cifc", tmp_path / "bank.safetensors"
     for name, noun, folder, words in (("dog", "dog", "dog", "dog1,dog2"), ("duck", "duck toy", "duck_toy", "duck1,duck2,duck3")):
-        assert main(["learn", str(cifc / "images" / folder), "--captions", str(cifc / "caption" / folder), "--bank", str(file), "--name", name,
-                     "--noun", noun, "--words", words, *QUICK]) == 0
+        photos = [str(cifc / "images" / folder), "--captions", str(cifc / "caption" / folder)]
+        assert main(["learn", *photos, "--bank", str(file), "--name", name, "--noun", noun, "--words", words, *QUICK]) == 0
     bank = open_bank(file)
     assert bank.infos["duck"].words == ("duck1", "duck2", "duck3") and len(bank.infos["dog"].provenance.images) == 5

@@ -133,15 +133,15 @@ def test_a_learned_concept_shows(tiny_backbone, run):
 
 
 def test_removing_the_second_restores_the_pictures_of_the_first(tiny_backbone, run):
-    pictures = [sample(tiny_backbone, bank, ["a <rex>"], [1], QUICK) for bank in (run["first"].bank, run["second"].bank.remove("mimi"))]
-    assert torch.equal(*pictures)
+    before = sample(tiny_backbone, run["first"].bank, ["a <rex>"], [1], QUICK)
+    assert torch.equal(sample(tiny_backbone, run["second"].bank.remove("mimi"), ["a <rex>"], [1], QUICK), before)
 
 
 def test_a_saved_bank_samples_the_same(tiny_backbone, run, tmp_path):
     save_bank(run["second"].bank, tmp_path / "bank.safetensors")
     again = open_bank(tmp_path / "bank.safetensors")
-    prompts, seeds = ["<rex> and <mimi>", "a dog"], [1, 2]
-    assert torch.equal(sample(tiny_backbone, again, prompts, seeds, QUICK), sample(tiny_backbone, run["second"].bank, prompts, seeds, QUICK))
+    first, second = (sample(tiny_backbone, bank, ["<rex> and <mimi>", "a dog"], [1, 2], QUICK) for bank in (again, run["second"].bank))
+    assert torch.equal(first, second)
 
 
 def test_learning_goes_on_from_a_saved_bank(tiny_backbone, teach, run, method, tmp_path):

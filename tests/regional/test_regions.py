@@ -50,7 +50,10 @@ def test_masks_are_reduced_by_area():
     assert torch.equal(masks_of([Region("x", LEFT, strength=0.5)], 2, 2), torch.tensor([[[0.5, 0.0]] * 2]))
 
 
-@pytest.mark.parametrize(("latent", "grid"), [((8, 8), (8, 8)), ((8, 8), (2, 2)), ((9, 13), (5, 7)), ((9, 13), (3, 4)), ((96, 64), (12, 8))])
+GRIDS = [((8, 8), (8, 8)), ((8, 8), (2, 2)), ((9, 13), (5, 7)), ((9, 13), (3, 4)), ((96, 64), (12, 8))]
+
+
+@pytest.mark.parametrize(("latent", "grid"), GRIDS)
 def test_grids_follow_from_the_number_of_cells(latent, grid):
     assert grid_of(grid[0] * grid[1], *latent) == grid
 

@@ -29,7 +29,7 @@ def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
 
 
 def train(tokenizer, latents: Tensor, ids: Tensor, folder: Path, steps: int, batch: int = 48, seed: int = 0) -> nn.ModuleDict:
-    """latents `[N, 8, 16, 16]` at unit variance, ids from `tokenize`."""
+    """latents `[N, 12, 16, 16]` at unit variance, ids from `tokenize`."""
     torch.manual_seed(seed)  # every process starts from the same weights
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch //= world
