@@ -91,6 +91,11 @@ def demo(options: Namespace) -> Result:
     return report, lines
 
 
+def _task(options: Namespace, backbone: Backbone, bank: ConceptBank, seed: int) -> Task:
+    words = tuple(word.strip() for word in options.words.split(",") if word.strip())
+    return Task(options.name, options.noun, backbone, bank, options.kind, words, torch.Generator().manual_seed(seed))
+
+
 def learn(options: Namespace) -> Result:
     """Grows the bank on disk by one concept; the file is only replaced when the concept is complete."""
     check_name(options.name)
@@ -102,9 +107,7 @@ def learn(options: Namespace) -> Result:
     known = open_bank(options.bank) if options.bank.exists() else None  # a damaged bank is told before anything is loaded
     backbone = load_backbone(options)
     bank = known or ConceptBank(backbone.layout)
-    words = tuple(word.strip() for word in options.words.split(",") if word.strip())
-    generator = torch.Generator().manual_seed(training.seed)
-    task = Task(options.name, options.noun, backbone, bank, options.kind, words, generator)
+    task = _task(options, backbone, bank, training.seed)
     data = prepare(backbone, pictures, options.name, options.noun, Framing(training.resolution, training.framing, training.flip))
     checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
     with tqdm(total=training.steps, desc=f"learning <{options.name}>", disable=options.json) as bar:
@@ -114,25 +117,32 @@ def learn(options: Namespace) -> Result:
             bar.set_postfix(loss=f"{info.loss:.3f}", refresh=False)
 
         learned = learn_concept(task, method, data, training, show, checkpoint)
-    size, cfg = training.resolution, EMBEDDED["cfg"] if _is_embedded(options) else 7.5
-    concept = replace(learned.concept, cover=_cover(backbone, learned.bank, options.name, options.kind, size, cfg))
-    grown = bank.add(concept, {m: dict(s) for m, s in learned.bank.shared.items()})
+    save_bank(learned.bank, options.bank)  # before the cover, which is only a nicety
+    checkpoint.unlink(missing_ok=True)
+    cfg = EMBEDDED["cfg"] if _is_embedded(options) else 7.5
+    cover = _cover(backbone, learned.bank, options.name, options.kind, training.resolution, cfg)
+    concept = replace(learned.concept, cover=cover)
+    grown = bank.add(concept, learned.bank.shared)
     save_bank(grown, options.bank)
+    return _learned_facts(options, concept, grown, learned.losses)
+
+
+def _learned_facts(options: Namespace, concept: Concept, grown: ConceptBank, losses: tuple[float, ...]) -> Result:
+    info = concept.info
     facts = {
         "bank": str(options.bank),
         "concept": concept.name,
-        "placeholder": concept.info.placeholder,
-        "words": list(concept.info.words),
+        "placeholder": info.placeholder,
+        "words": list(info.words),
         "method": options.method,
-        "steps": len(learned.losses),
-        "final_loss": learned.losses[-1],
-        "seconds": concept.info.provenance.seconds,
+        "steps": len(losses),
+        "final_loss": losses[-1],
+        "seconds": info.provenance.seconds,
         "bytes": concept.nbytes(),
         "concepts": grown.names,
     }
-    return facts, [
-        f"learned {concept.info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {', '.join(f'<{n}>' for n in grown.names)}"
-    ]
+    names = ", ".join(f"<{name}>" for name in grown.names)
+    return facts, [f"learned {info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {names}"]
 
 
 def _region(text: str) -> Region:

@@ -44,8 +44,8 @@ def save_base(modules: dict[str, nn.Module], path: Path, notes: dict) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), {"continual_concepts_base": json.dumps(header)}))
 
 
-def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
-    """The trained base as a backbone."""
+def load_modules(path: Path = BASE_FILE) -> dict[str, nn.Module]:
+    """The trained modules in float32, and the tokenizer."""
     modules = build_modules()
     with safe_open(str(path), framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}
@@ -54,6 +54,13 @@ def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu", dtype:
         missing, unexpected = modules[part].load_state_dict(own, strict=False)
         if unexpected or any(not name.endswith("position_ids") for name in missing):
             raise RuntimeError(f"the embedded base does not fit its own shapes: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    return modules
+
+
+def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
+    """The trained base as a backbone."""
+    modules = load_modules(path)
+    for part in PARTS:
         modules[part].to(device)
         if dtype != torch.float32:
             modules[part].to(dtype)

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 INK, QUIET = "#1d1d24", "#6b6b76"
+COLUMNS = 5
 NAMES = {"cidm": "CIDM", "finetune": "Sequential finetuning"}
 
 
@@ -43,59 +44,44 @@ def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str], 
         side.set_visible(False)
 
 
+def _row(figure, cells, j: int, task, reference, records: dict) -> None:
+    """One concept: what was shown and what came before, then every method just after learning and at the end."""
+    _show(figure.add_subplot(cells[2 * j, 0]), task.references, COLUMNS, f"<{task.name}>, shown to the model in task {j + 1}")
+    _show(figure.add_subplot(cells[2 * j + 1, 0]), reference.noun_pictures[j], COLUMNS, f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026")
+    for m, (method, record) in enumerate(records.items()):
+        name = NAMES.get(method, method)
+        for row, i, when in ((2 * j, j, "just learned"), (2 * j + 1, len(record.samples) - 1, "after all tasks")):
+            title = f"{name}: {when}  (alignment {record.image_alignment[i][j]:.2f})"
+            _show(figure.add_subplot(cells[row, 1 + m]), record.samples[i][j], COLUMNS, title)
+
+
+def _bottom(figure, cell, concepts: list[str], records: dict, composition) -> None:
+    """The composed pictures, and every method's matrix."""
+    cells = cell.subgridspec(1, 2 + len(records), width_ratios=[1.9] + [1] * len(records) + [0.02], wspace=0.25)
+    pictures = cells[0].subgridspec(2, 1, hspace=0.12)
+    title = f"<{concepts[0]}> left, <{concepts[1]}> right, one pass (regions right: {composition.hits:.0%})"
+    for row in range(2):
+        _show(figure.add_subplot(pictures[row]), composition.pictures[4 * row :], 4, "" if row else title)
+    for m, (method, record) in enumerate(records.items()):
+        axis = figure.add_subplot(cells[1 + m])
+        _matrix(axis, NAMES.get(method, method), record.image_alignment, concepts, record.retention)
+
+
 def draw(path: Path, tasks, reference, records: dict, composition) -> None:
     """Writes the report picture. Needs matplotlib (extra `demo`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    methods, concepts, columns = list(records), [task.name for task in tasks], 5
     figure = Figure(figsize=(19, 3.2 * len(tasks) + 6.6), facecolor="white")
     FigureCanvasAgg(figure)
-    outer = figure.add_gridspec(2, 1, height_ratios=[3.2 * len(tasks), 5.2], hspace=0.1, left=0.03, right=0.985, top=0.945, bottom=0.05)
-    top = outer[0].subgridspec(2 * len(tasks), 1 + len(methods), wspace=0.03, hspace=0.32)
+    heights = [3.2 * len(tasks), 5.2]
+    outer = figure.add_gridspec(2, 1, height_ratios=heights, hspace=0.1, left=0.03, right=0.985, top=0.945, bottom=0.05)
     figure.suptitle("Three concepts, one after another: what each method keeps", fontsize=17, color=INK, x=0.03, ha="left", y=0.985)
+    cells = outer[0].subgridspec(2 * len(tasks), 1 + len(records), wspace=0.03, hspace=0.32)
     for j, task in enumerate(tasks):
-        _show(figure.add_subplot(top[2 * j, 0]), task.references, columns, f"<{task.name}>, shown to the model in task {j + 1}")
-        _show(
-            figure.add_subplot(top[2 * j + 1, 0]),
-            reference.noun_pictures[j],
-            columns,
-            f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026",
-        )
-        for m, method in enumerate(methods):
-            record, last = records[method], len(tasks) - 1
-            values = record.image_alignment[j][j], record.image_alignment[last][j]
-            _show(
-                figure.add_subplot(top[2 * j, 1 + m]),
-                record.samples[j][j],
-                columns,
-                f"{NAMES.get(method, method)}: just learned  (alignment {values[0]:.2f})",
-            )
-            _show(
-                figure.add_subplot(top[2 * j + 1, 1 + m]),
-                record.samples[last][j],
-                columns,
-                f"{NAMES.get(method, method)}: after all tasks  (alignment {values[1]:.2f})",
-            )
-    bottom = outer[1].subgridspec(1, 2 + len(methods), width_ratios=[1.9] + [1] * len(methods) + [0.02], wspace=0.25)
-    cells = bottom[0].subgridspec(2, 1, hspace=0.12)
-    for row in range(2):
-        title = f"<{concepts[0]}> left, <{concepts[1]}> right, one pass (regions right: {composition.hits:.0%})" if row == 0 else ""
-        _show(figure.add_subplot(cells[row]), composition.pictures[4 * row :], 4, title)
-    for m, method in enumerate(methods):
-        _matrix(
-            figure.add_subplot(bottom[1 + m]),
-            NAMES.get(method, method),
-            records[method].image_alignment,
-            concepts,
-            records[method].retention,
-        )
-    figure.text(
-        0.03,
-        0.012,
-        "Same seeds everywhere. Alignment: mean cosine with the training pictures, by the metric encoder.",
-        fontsize=9,
-        color=QUIET,
-    )
+        _row(figure, cells, j, task, reference, records)
+    _bottom(figure, outer[1], [task.name for task in tasks], records, composition)
+    note = "Same seeds everywhere. Alignment: mean cosine with the training pictures, by the metric encoder."
+    figure.text(0.03, 0.012, note, fontsize=9, color=QUIET)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

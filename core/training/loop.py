@@ -225,7 +225,8 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
 
     callback: called after every step; what it raises ends the run. With `checkpoint_file` the state is saved every
     `checkpoint_every` steps and whenever the run ends early (but for errors of ours, and in the moment of an update, which the state
-    of the last save outlives), and an existing file is resumed exactly; it is deleted at the end.
+    of the last save outlives), and an existing file is resumed exactly. At the end it holds the finished run: whoever called
+    deletes it once the bank is on disk, so that nothing learned is ever only in memory.
     """
     if task.name in task.bank:
         raise ConceptError(f"the bank already holds a concept '{task.name}'; choose another name or remove it first")
@@ -248,7 +249,6 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
         if checkpoint_file is not None and run.losses and not run.is_updating and not isinstance(error, ConceptError):
             checkpoint.save(checkpoint_file, run.state())
         raise
-    learned = _conclude(run, time.perf_counter() - began, cover)
     if checkpoint_file is not None:
-        Path(checkpoint_file).unlink(missing_ok=True)
-    return learned
+        checkpoint.save(checkpoint_file, run.state())
+    return _conclude(run, time.perf_counter() - began, cover)

@@ -58,6 +58,7 @@ def test_a_scene_is_a_function_of_its_seed():
     assert (world.sample(random.Random(5))[0] == world.sample(random.Random(5))[0]).all()
 
 
+@pytest.mark.slow
 def test_captions_are_followed(base):
     """A quick look, far below what `bench base` reports, so that a broken file cannot pass."""
     wishes = held_out_prompts(24, seed=5)

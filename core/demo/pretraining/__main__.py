@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from .. import networks, vocabulary
-from ..base import BASE_FILE, TOKENIZER
+from ..base import BASE_FILE, TOKENIZER, load_modules
 from . import autoencoder, data, diffusion
 from .export import export
 
@@ -25,7 +25,8 @@ def _diffusion_worker(rank: int, world: int, options: argparse.Namespace) -> Non
         rendezvous = f"file://{(options.folder / 'rendezvous').resolve()}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     cached = torch.load(options.folder / "latents.pt", weights_only=True)
-    diffusion.train(vocabulary.load(TOKENIZER), cached["latents"], cached["ids"], options.folder, options.steps)
+    start = load_modules(BASE_FILE) if options.from_shipped else None
+    diffusion.train(vocabulary.load(TOKENIZER), cached["latents"], cached["ids"], options.folder, options.steps, start=start)
 
 
 def _prepare(options: argparse.Namespace) -> np.ndarray:
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=24, help=f"of {data.SHARD} pictures each")
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=8000, help="of the diffusion model")
+    parser.add_argument("--from-shipped", action="store_true", help="start the diffusion model from the weights that ship")
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
     options = parser.parse_args()
     fitted_on = _prepare(options)

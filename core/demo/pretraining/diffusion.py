@@ -28,12 +28,22 @@ def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int16).view(len(captions), -1, CONTEXT_LENGTH)
 
 
-def train(tokenizer, latents: Tensor, ids: Tensor, folder: Path, steps: int, batch: int = 48, seed: int = 0) -> nn.ModuleDict:
-    """latents `[N, 12, 16, 16]` at unit variance, ids from `tokenize`."""
+def train(
+    tokenizer,
+    latents: Tensor,
+    ids: Tensor,
+    folder: Path,
+    steps: int,
+    batch: int = 48,
+    seed: int = 0,
+    start: dict[str, nn.Module] | None = None,
+) -> nn.ModuleDict:
+    """latents `[N, 12, 16, 16]` at unit variance, ids from `tokenize`; start: trained modules to go on from instead of new ones."""
     torch.manual_seed(seed)  # every process starts from the same weights
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch //= world
-    modules = nn.ModuleDict({"unet": networks.build_unet(), "text_encoder": networks.build_text_encoder(tokenizer)})
+    start = start or {"unet": networks.build_unet(), "text_encoder": networks.build_text_encoder(tokenizer)}
+    modules = nn.ModuleDict({part: start[part] for part in ("unet", "text_encoder")}).requires_grad_(True)
     run = Run(modules, folder / "diffusion.pt", steps, lr=1.2e-3)
     generator = torch.Generator().manual_seed(1009 * (seed + run.start) + rank)
     alphas = networks.alphas_cumprod()
