@@ -47,7 +47,8 @@ def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str], 
 def _row(figure, cells, j: int, task, reference, records: dict) -> None:
     """One concept: what was shown and what came before, then every method just after learning and at the end."""
     _show(figure.add_subplot(cells[2 * j, 0]), task.references, COLUMNS, f"<{task.name}>, shown to the model in task {j + 1}")
-    _show(figure.add_subplot(cells[2 * j + 1, 0]), reference.noun_pictures[j], COLUMNS, f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026")
+    before = f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026"
+    _show(figure.add_subplot(cells[2 * j + 1, 0]), reference.noun_pictures[j], COLUMNS, before)
     for m, (method, record) in enumerate(records.items()):
         name = NAMES.get(method, method)
         for row, i, when in ((2 * j, j, "just learned"), (2 * j + 1, len(record.samples) - 1, "after all tasks")):
