@@ -10,23 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from .. import networks, vocabulary
-from ..base import BASE_FILE, TOKENIZER, load_modules
+from ..base import BASE_FILE, TOKENIZER
 from . import autoencoder, data, diffusion
 from .export import export
-
-
-def _diffusion_worker(rank: int, world: int, options: argparse.Namespace) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // world))
-    if world > 1:
-        rendezvous = f"file://{(options.folder / 'rendezvous').resolve()}"
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-    cached = torch.load(options.folder / "latents.pt", weights_only=True)
-    start = load_modules(BASE_FILE) if options.from_shipped else None
-    diffusion.train(vocabulary.load(TOKENIZER), cached["latents"], cached["ids"], options.folder, options.steps, start=start)
 
 
 def _prepare(options: argparse.Namespace) -> np.ndarray:
@@ -56,9 +45,9 @@ def main() -> None:
     fitted_on = _prepare(options)
     (options.folder / "rendezvous").unlink(missing_ok=True)
     if options.workers > 1:
-        mp.spawn(_diffusion_worker, args=(options.workers, options), nprocs=options.workers)
+        mp.spawn(diffusion.worker, args=(options.workers, options.folder, options.steps, options.from_shipped), nprocs=options.workers)
     else:
-        _diffusion_worker(0, 1, options)
+        diffusion.worker(0, 1, options.folder, options.steps, options.from_shipped)
     export(options.folder, fitted_on, BASE_FILE)
     parameters = sum(p.numel() for p in networks.build_unet().parameters())
     print(f"wrote {BASE_FILE} (UNet of {parameters / 1e6:.1f} M weights)")

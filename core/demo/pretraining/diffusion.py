@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import networks
+from .. import base, networks, vocabulary
 from ..vocabulary import CONTEXT_LENGTH
 from .loop import Run
 
@@ -61,3 +61,14 @@ def train(
         run.after((output.float() - target).square().mean())
     run.ema.copy_into_modules()
     return modules.eval()
+
+
+def worker(rank: int, world: int, folder: Path, steps: int, from_shipped: bool) -> None:
+    """One of `world` processes, with its share of the cores and of every batch. In a module of its own: spawned processes import it."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    if world > 1:
+        rendezvous = f"file://{(folder / 'rendezvous').resolve()}"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    cached = torch.load(folder / "latents.pt", weights_only=True)
+    start = base.load_modules() if from_shipped else None
+    train(vocabulary.load(base.TOKENIZER), cached["latents"], cached["ids"], folder, steps, start=start)
