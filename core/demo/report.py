@@ -58,7 +58,7 @@ def _row(figure, cells, j: int, task, reference, records: dict) -> None:
 
 def _bottom(figure, cell, concepts: list[str], records: dict, composition) -> None:
     """The composed pictures, and every method's matrix."""
-    cells = cell.subgridspec(1, 2 + len(records), width_ratios=[1.9] + [1] * len(records) + [0.02], wspace=0.25)
+    cells = cell.subgridspec(1, 2 + len(records), width_ratios=[1.8] + [0.8] * len(records) + [0.02], wspace=0.45)
     pictures = cells[0].subgridspec(2, 1, hspace=0.12)
     title = f"<{concepts[0]}> left, <{concepts[1]}> right, one pass (regions right: {composition.hits:.0%})"
     for row in range(2):
