@@ -9,7 +9,7 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -289,7 +289,3 @@ def sample(rng: random.Random, unseen: bool = False) -> tuple[np.ndarray, str]:
     """One pretraining pair: picture `[64, 64, 3]` uint8 and its caption."""
     scene = random_scene(rng, unseen=unseen)
     return render(scene), caption(scene, rng)
-
-
-def with_style(scene: Scene, style: Style) -> Scene:
-    return replace(scene, style=style)

@@ -8,17 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...schedule import NoiseSchedule
 from .. import base, networks, vocabulary
 from ..vocabulary import CONTEXT_LENGTH
 from .loop import Run
 
 CAPTION_DROPOUT = 0.1  # share of empty prompts, so that classifier-free guidance has its unconditional half
-
-
-def v_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Noised latents and the v target of Salimans & Ho (2022): `sqrt(a) noise - sqrt(1 - a) latents`."""
-    signal, sigma = alpha_bar.sqrt().view(-1, 1, 1, 1), (1 - alpha_bar).sqrt().view(-1, 1, 1, 1)
-    return signal * latents + sigma * noise, signal * noise - sigma * latents
 
 
 def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
@@ -46,15 +41,16 @@ def train(
     modules = nn.ModuleDict({part: start[part] for part in ("unet", "text_encoder")}).requires_grad_(True)
     run = Run(modules, folder / "diffusion.pt", steps, lr=1.2e-3)
     generator = torch.Generator().manual_seed(1009 * (seed + run.start) + rank)
-    alphas = networks.alphas_cumprod()
+    schedule = NoiseSchedule(networks.alphas_cumprod(), networks.SCHEDULE["prediction_type"])
     empty = tokenize(tokenizer, [[""]])[0, 0]
     for _ in run:
         index = torch.randint(len(latents), (batch,), generator=generator)
         x = latents[index].float()
         tokens = ids[index, torch.randint(ids.shape[1], (batch,), generator=generator)]
         tokens = torch.where(torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT, empty, tokens).long()
-        t = torch.randint(len(alphas), (batch,), generator=generator)
-        noisy, target = v_target(x, torch.randn(x.shape, generator=generator), alphas[t])
+        t = torch.randint(len(schedule), (batch,), generator=generator)
+        noise = torch.randn(x.shape, generator=generator)
+        noisy, target = schedule.add_noise(x, noise, t), schedule.target(x, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
             context = modules["text_encoder"](tokens).last_hidden_state
             output = modules["unet"](noisy, t, context, return_dict=False)[0]
