@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .muon import Muon, split
+
 
 def rate(step: int, total: int, warmup: int = 200, floor: float = 0.02) -> float:
     """Factor on the learning rate: linear warm-up, then cosine down to `floor`."""
@@ -40,20 +42,25 @@ class Ema:
 class Run:
     """A training run with checkpoints: `for step in run:` resumes where the file says, `after(loss)` does the rest."""
 
-    def __init__(self, modules: nn.ModuleDict, file: Path, steps: int, lr: float, weight_decay: float = 0.01, every: int = 250) -> None:
+    def __init__(
+        self, modules: nn.ModuleDict, file: Path, steps: int, lr: float, weight_decay: float = 0.01, every: int = 250, muon: bool = False
+    ) -> None:
         self.modules, self.file, self.steps, self.every, self.lr = modules, file, steps, every, lr
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        matrices, others = split(modules) if muon else ([], list(modules.parameters()))
+        self.optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)]
+        self.optimizers += [Muon(matrices, lr, weight_decay)] if matrices else []
         self.ema, self.start, self.began, self.smooth = Ema(modules), 0, time.time(), None
         if file.exists():
             state = torch.load(file, weights_only=True)
             modules.load_state_dict(state["modules"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(its_state)
             self.ema.values, self.start = state["ema"], state["step"]
 
     def __iter__(self):
         for step in range(self.start, self.steps):
             self.step = step
-            for group in self.optimizer.param_groups:
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = self.lr * rate(step, self.steps)
             yield step
 
@@ -72,8 +79,9 @@ class Run:
         loss.backward()
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.step)
         self.smooth = loss.item() if self.smooth is None else 0.98 * self.smooth + 0.02 * loss.item()
         done = self.step + 1
@@ -86,7 +94,8 @@ class Run:
                 flush=True,
             )
         if done % self.every == 0 or done == self.steps:
-            state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema.values, "step": done}
+            states = [optimizer.state_dict() for optimizer in self.optimizers]
+            state = {"modules": self.modules.state_dict(), "optimizers": states, "ema": self.ema.values, "step": done}
             partial = self.file.with_suffix(".partial")
             torch.save(state, partial)
             partial.rename(self.file)
