@@ -1,0 +1,152 @@
+"""MODELs that carry concepts: deltas by ComfyUI's own weight patches, layer-wise words and regions by its wrappers and attn2 patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import comfy.lora
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ...deltas import Deltas, LowRankDelta
+from ...regional.noise import region_noise
+from ...regional.program import Part, RegionProgram
+from ...regional.regions import Region, masks_of
+from ..backbone import Context
+from .sites import OFFSETS, Before, DiffusionWrapper, UNetSites, program_patches
+
+KEY = "continual_concepts"
+_Wrappers = comfy.patcher_extension.WrappersMP
+
+
+def weight_patches(sites: UNetSites, deltas: Deltas) -> dict:
+    """Deltas as ComfyUI's weight patches: low rank ones as LoRA adapters, sparse ones as differences."""
+    state, keys = {}, {}
+    for (index, projection), delta in deltas.items():
+        name = f"{index}.{projection}"
+        keys[name] = sites.key(sites.layout.sites[index], projection)
+        if isinstance(delta, LowRankDelta):
+            state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"] = delta.up.float(), delta.down.float()
+            state[f"{name}.alpha"] = torch.tensor(delta.scale * delta.down.shape[0])
+        else:
+            state[f"{name}.diff"] = delta.dense()
+    return comfy.lora.load_lora(state, keys)
+
+
+def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
+    """A clone of MODEL with deltas on its weights, which reads layer-wise words when `layerwise`. With neither, MODEL itself."""
+    if not deltas and not layerwise:
+        return model
+    clone = model.clone()
+    if deltas:
+        clone.add_patches(weight_patches(sites, deltas))
+    if layerwise:
+        clone.remove_wrappers_with_key(_Wrappers.DIFFUSION_MODEL, KEY)
+        clone.add_wrapper_with_key(_Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper())
+        _once(clone, "attn2_patch", Before(sites.addresses))
+    return clone
+
+
+def _once(model, name: str, patch) -> None:
+    """Appends a patch unless one of its kind is there (two ElasticWeightAggregate nodes in a row)."""
+    there = model.model_options["transformer_options"].get("patches", {}).get(name, [])
+    if not any(type(other) is type(patch) for other in there):
+        model.set_model_patch(patch, name)
+
+
+def context_of(conditioning, copies: int) -> Context:
+    """The first entry of a CONDITIONING as a context `[1, L, N, D]`."""
+    hidden, extra = conditioning[0]
+    cond = extra.get("model_conds", {}).get(OFFSETS)
+    layers = hidden.unsqueeze(1) if cond is None else hidden.unsqueeze(1) + cond.cond.to(hidden)
+    return Context(layers.expand(-1, copies, -1, -1) if layers.shape[1] == 1 else layers, extra.get("pooled_output"))
+
+
+@dataclass
+class RegionRun:
+    """State of one sampling with regions: programs are built at the first UNet call, when weights are on their device.
+
+    parts: per region its context of two rows (negative, positive) and its deltas.
+    """
+
+    sites: UNetSites
+    scene: Part
+    regions: Sequence[Region]
+    parts: Sequence[Part]
+    only: int | None = None     # region noise estimation: the region whose own picture is being estimated, over the full frame
+    _programs: dict = field(default_factory=dict)
+
+    def __call__(self, options: dict, x: Tensor) -> RegionProgram:
+        which = options["cond_or_uncond"]
+        rows = torch.tensor([1 - kind for kind in which], device=x.device).repeat_interleave(x.shape[0] // len(which))
+        key = (self.only, tuple(x.shape[-2:]))
+        if key not in self._programs:
+            self._programs[key] = self._build(x)
+        program = self._programs[key]
+        program.rows, program.progress = rows, _progress(options)
+        return program
+
+    def _build(self, x: Tensor) -> RegionProgram:
+        parts = [Part(_moved(part.context, x), {key: delta.to(x.device) for key, delta in part.deltas.items()}) for part in self.parts]
+        scene = Part(self.scene.context, {key: delta.to(x.device) for key, delta in self.scene.deltas.items()})
+        regions = list(self.regions)
+        if self.only is not None:
+            regions, parts = [Region(regions[self.only].prompt, box=(0.0, 0.0, 1.0, 1.0))], [parts[self.only]]
+        return RegionProgram(self.sites, scene, regions, parts, torch.zeros(1, dtype=torch.long), tuple(x.shape[-2:]))
+
+
+def _moved(context: Context, x: Tensor) -> Context:
+    return Context(context.hidden.to(x.device, x.dtype), None)
+
+
+def _progress(options: dict) -> float:
+    """Share of the sampling steps behind the current noise level: 0 at the first, 1 at the last."""
+    sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
+    if sigmas is None or sigma is None or len(sigmas) < 3:
+        return 0.0
+    done = int((sigmas[:-1] > sigma.flatten()[0].to(sigmas) + 1e-6).sum())
+    return min(1.0, done / (len(sigmas) - 2))
+
+
+def with_regions(model, run: RegionRun, alpha: float | None = None, outside: str = "keep"):
+    """A clone of MODEL that samples with regions: one evaluation per step, with `alpha` (region noise estimation) one more for each."""
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    patches = program_patches(run.sites, options.get("patches_replace", {}).get("attn2"))
+    for address, replace in patches["patches_replace"]["attn2"].items():
+        clone.set_model_attn2_replace(replace, *address)
+    _once(clone, "attn2_patch", patches["patches"]["attn2_patch"][0])
+    clone.set_model_attn2_output_patch(patches["patches"]["attn2_output_patch"][0])
+    clone.remove_wrappers_with_key(_Wrappers.DIFFUSION_MODEL, KEY)
+    clone.add_wrapper_with_key(_Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(run))
+    if alpha is not None:
+        clone.add_wrapper_with_key(_Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, alpha, outside))
+    return clone
+
+
+class _RegionNoise:
+    """Region noise estimation (CIDM Sec. 3.4): mixes guided predictions of the scene and of every region on its own."""
+
+    def __init__(self, run: RegionRun, alpha: float, outside: str) -> None:
+        self.run, self.alpha, self.outside = run, alpha, outside
+
+    def __call__(self, executor, x, timestep, model_options=None, seed=None):
+        scene = executor(x, timestep, model_options, seed)
+        progress = _progress({**model_options["transformer_options"], "sigmas": timestep})
+        on = [u for u, region in enumerate(self.run.regions) if region.active(progress)]
+        own = []
+        try:
+            for u in on:
+                self.run.only = u
+                own.append(executor(x, timestep, model_options, seed))
+        finally:
+            self.run.only = None
+        if not own:
+            return scene
+        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:])
+        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes.
+        sigma = timestep.view(-1, *[1] * (x.ndim - 1))
+        noises = torch.stack([(x - picture) / sigma for picture in own])
+        return x - sigma * region_noise((x - scene) / sigma, noises, masks, self.alpha, self.outside)

@@ -1,0 +1,163 @@
+"""ComfyUI's text encoders: for learning, and the CLIP that understands `<rex>` in the stock CLIP Text Encode node."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...bank import ConceptBank
+from ...errors import ConceptError
+from ...prompts import PLACEHOLDER, Vocabulary, WordRef
+from ..backbone import TextEncoder
+from .sites import OFFSETS, OffsetCond
+
+NAMES = ("clip_l", "clip_g", "clip_h")
+_MARK = "concept."      # `embedding:concept.<name>` is what a placeholder becomes on its way through ComfyUI's tokenizer
+
+
+def encoder_names(clip) -> tuple[str, ...]:
+    """The CLIP text encoders that a CLIP consists of, in the order in which their outputs lie side by side."""
+    found = tuple(name for name in NAMES if hasattr(clip.cond_stage_model, name) and hasattr(clip.tokenizer, name))
+    if not found:
+        raise ConceptError(f"the CLIP is a {type(clip.cond_stage_model).__name__}, which has no CLIP text encoder; "
+                           "allowed: the CLIP of Stable Diffusion 1.x, 2.x and SDXL checkpoints")
+    return found
+
+
+def text_widths(clip) -> tuple[tuple[str, int], ...]:
+    return tuple((name, _embedding(getattr(clip.cond_stage_model, name)).shape[1]) for name in encoder_names(clip))
+
+
+def _embedding(model) -> Tensor:
+    return model.transformer.get_input_embeddings().weight
+
+
+class ComfyText(TextEncoder):
+    """One of a CLIP's encoders (an SDClipModel and its SDTokenizer)."""
+
+    def __init__(self, name: str, clip) -> None:
+        self.name, self.clip = name, clip
+        self.model, self.tokenizer = getattr(clip.cond_stage_model, name), getattr(clip.tokenizer, name)
+        self.width, self.length = _embedding(self.model).shape[1], self.tokenizer.max_length
+        self.start, self.end, self.pad = self.tokenizer.start_token, self.tokenizer.end_token, self.tokenizer.pad_token
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.tokenizer(text)["input_ids"][self.tokenizer.tokens_start:-1]
+
+    def vectors(self, ids: list[int]) -> Tensor:
+        return _embedding(self.model)[torch.tensor(ids, dtype=torch.long)].detach().float().clone()
+
+    def encode(self, ids: Tensor, slots: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        remaining = iter(vectors)
+        rows = [[next(remaining) if slot else token for token, slot in zip(*row, strict=True)]
+                for row in zip(ids.tolist(), slots.tolist(), strict=True)]
+        self.model.reset_clip_options()
+        if self.clip.layer_idx is not None:
+            self.model.set_clip_options({"layer": self.clip.layer_idx})
+        self.model.set_clip_options({"execution_device": self.clip.patcher.load_device})
+        return self.model(rows)[:2]
+
+
+class _Tokenizer:
+    """A CLIP's tokenizer that knows a bank's placeholders. A learned word is a token `[L, D]`: its vector in every layer copy."""
+
+    def __init__(self, inner, names: tuple[str, ...], vocabulary: Vocabulary, words: Mapping[WordRef, Mapping[str, Tensor]]) -> None:
+        self.inner, self.vocabulary = copy.copy(inner), vocabulary
+        for name in names:
+            setattr(self.inner, name, _with_words(getattr(inner, name), name, vocabulary, words))
+
+    def tokenize_with_weights(self, text: str, *args, **kwargs):
+        self.vocabulary.parse(text)     # an unknown placeholder is an error here, in one sentence
+        return self.inner.tokenize_with_weights(PLACEHOLDER.sub(rf" embedding:{_MARK}\1 ", text), *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["inner"], name)
+
+
+def _with_words(tokenizer, name: str, vocabulary: Vocabulary, words: Mapping[WordRef, Mapping[str, Tensor]]):
+    """A copy of an SDTokenizer whose `embedding:` look-up finds the bank's words before files."""
+    clone = copy.copy(tokenizer)
+    files = tokenizer._try_get_embedding
+    clone.embedding_directory = []
+    arity = len(clone._try_get_embedding("nothing"))      # (embedding, left over), since 0.33 with the name between them
+    clone.embedding_directory = tokenizer.embedding_directory or []
+
+    def look_up(embedding_name: str):
+        first, _, rest = embedding_name.partition(" ")
+        if not first.startswith(_MARK):
+            return files(embedding_name)
+        refs = vocabulary.entries[first.removeprefix(_MARK)]
+        vectors = torch.stack([words[ref][name] for ref in refs])      # [words, L, D]
+        return (vectors, rest.strip()) if arity == 2 else (vectors, first, rest.strip())
+
+    clone._try_get_embedding = look_up
+    return clone
+
+
+class _Encoder:
+    """A CLIP's text model that encodes prompts once per layer copy and hands the copies on inside the CONDITIONING.
+
+    The CONDITIONING itself is the mean over the copies, so that what knows nothing of layers (ControlNet, plain MODELs, averaging)
+    has something sensible; each copy's difference from it travels as a model condition.
+    """
+
+    def __init__(self, inner, copies: int) -> None:
+        self.inner, self.copies = inner, copies
+
+    def encode_token_weights(self, tokens):
+        layers = {token.shape[0] for token in _learned(tokens)}
+        if max(layers, default=1) == 1:
+            output = self.inner.encode_token_weights(_at(tokens, 0))
+            if self.copies == 1:
+                return output
+            hidden = output[0]
+            offsets = hidden.new_zeros(1).expand(hidden.shape[0], self.copies, *hidden.shape[1:])
+            return hidden, output[1], self._extra(output, offsets)
+        outputs = [self.inner.encode_token_weights(_at(tokens, layer)) for layer in range(self.copies)]
+        hidden = torch.stack([output[0] for output in outputs], dim=1)
+        mean = hidden.mean(1)
+        pooled = None if outputs[0][1] is None else torch.stack([output[1] for output in outputs]).mean(0)
+        return mean, pooled, self._extra(outputs[0], hidden - mean.unsqueeze(1))
+
+    @staticmethod
+    def _extra(output, offsets: Tensor) -> dict:
+        extra = dict(output[2]) if len(output) > 2 else {}
+        return extra | {"model_conds": {**extra.get("model_conds", {}), OFFSETS: OffsetCond(offsets)}}
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["inner"], name)
+
+
+def _learned(tokens) -> list[Tensor]:
+    return [token for chunks in tokens.values() for chunk in chunks for token, *_ in chunk if torch.is_tensor(token) and token.ndim == 2]
+
+
+def _at(tokens, layer: int):
+    """The tokens as one layer copy reads them: learned words `[L, D]` become `[D]`."""
+    def pick(token):
+        if not torch.is_tensor(token) or token.ndim != 2:
+            return token
+        return token[layer if token.shape[0] > 1 else 0]
+
+    return {name: [[(pick(token), *rest) for token, *rest in chunk] for chunk in chunks] for name, chunks in tokens.items()}
+
+
+def concept_clip(clip, bank: ConceptBank):
+    """A CLIP that understands the bank's placeholders; the one that came in stays as it is, and an empty bank gives it back."""
+    if not len(bank):
+        return clip
+    names = encoder_names(clip)
+    words: dict[WordRef, dict[str, Tensor]] = {}
+    copies = 1
+    for name in bank.names:
+        tokens = bank[name].tokens
+        copies = max(copies, tokens.copies)
+        for position in range(len(tokens.words)):
+            words[WordRef(name, position)] = {encoder: tokens.word(position, encoder).float() for encoder in names}
+    clone = clip.clone()
+    clone.tokenizer = _Tokenizer(clip.tokenizer, names, bank.vocabulary, words)
+    clone.cond_stage_model = _Encoder(clip.cond_stage_model, copies)
+    return clone

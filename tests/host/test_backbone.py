@@ -1,0 +1,86 @@
+"""The same weights, latents and concept give the same prediction in ComfyUI and in the diffusers host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.methods.base import METHODS
+from continual_concepts.core.prompts import named_concepts
+from continual_concepts.core.regional.program import Part, RegionProgram
+from continual_concepts.core.regional.regions import Region
+from continual_concepts.core.routing import aggregate
+
+TOLERANCE = 1e-4
+PROMPTS = ["a photo of a red dog on a beach", "a photo of <rex> in a meadow", "<blueprint> of a car, <mimi> at night"]
+
+
+@pytest.fixture
+def backbone(demo):
+    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+
+    return ComfyBackbone(*demo)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def noisy(count: int = 2):
+    g = torch.Generator().manual_seed(5)
+    return torch.randn(count, 12, 16, 16, generator=g), torch.tensor([120, 700])[:count]
+
+
+def encoded(host, bank, prompt):
+    names = named_concepts(bank.vocabulary.parse(prompt))
+    return encode_prompts(host, [prompt] * 2, bank.vocabulary, {name: bank[name].tokens for name in names})
+
+
+def test_layout_schedule_and_fingerprint_are_the_same(backbone, reference):
+    assert backbone.layout == reference.layout and backbone.fingerprint == reference.fingerprint
+    assert backbone.schedule.prediction == reference.schedule.prediction
+    assert torch.allclose(backbone.schedule.alphas_cumprod, reference.schedule.alphas_cumprod, rtol=1e-5)
+
+
+def test_pictures_to_latents_and_back(backbone, reference):
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = reference.encode_images(x)
+    assert distance(backbone.encode_images(x), latents) < TOLERANCE
+    assert distance(backbone.decode_latents(latents), reference.decode_latents(latents)) < TOLERANCE
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@torch.no_grad()
+def test_prompts_and_predictions(backbone, reference, bank, prompt):
+    ours, theirs = encoded(backbone, bank, prompt), encoded(reference, bank, prompt)
+    assert distance(ours.hidden, theirs.hidden) < TOLERANCE and ours.words == theirs.words
+    deltas = aggregate(reference, bank, prompt, METHODS).deltas
+    with backbone.folded(deltas), reference.folded(deltas):
+        assert distance(backbone.predict(*noisy(), ours), reference.predict(*noisy(), theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["paper", "released", "equal"])
+def test_aggregation_weights(backbone, reference, bank, mode):
+    ours, theirs = (aggregate(host, bank, PROMPTS[2], METHODS, mode) for host in (backbone, reference))
+    assert torch.allclose(ours.weights, theirs.weights, atol=1e-4)
+
+
+@torch.no_grad()
+def test_regions(backbone, reference, bank):
+    regions = [Region("<rex>", box=(0.0, 0.0, 1.0, 0.5)), Region("<mimi>", box=(0.3, 0.4, 0.9, 1.0))]
+    results = []
+    for host in (backbone, reference):
+        parts = [Part(encoded(host, bank, region.prompt), bank[region.prompt[1:-1]].deltas) for region in regions]
+        scene = Part(encoded(host, bank, "a photo in a meadow"), {})
+        program = RegionProgram(host, scene, regions, parts, torch.tensor([0, 1]), (16, 16))
+        results.append(host.predict(*noisy(), scene.context, program))
+    plain = reference.predict(*noisy(), encoded(reference, bank, "a photo in a meadow"))
+    assert distance(*results) < TOLERANCE < distance(results[0], plain)
+
+
+def test_the_hosts_weights_are_what_they_were(backbone, bank):
+    before = {name: w.clone() for name, w in backbone.unet.state_dict().items()}
+    with backbone.folded(aggregate(backbone, bank, "<rex>", METHODS).deltas):
+        assert any(not torch.equal(before[name], w) for name, w in backbone.unet.state_dict().items())
+    assert all(torch.equal(before[name], w) for name, w in backbone.unet.state_dict().items())
