@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from .errors import ConceptError
+from .interop.export import DEFAULT_FORMATS, FORMATS
+from .interop.factors import DEFAULT_ERROR, DEFAULT_RANK
 from .methods.base import METHODS
 from .routing import MODES
 from .training.config import LR_SCHEDULES, PRECISIONS, TrainingConfig
@@ -86,7 +88,7 @@ def _add_sample(commands) -> None:
 
 
 def _add_bank(commands) -> None:
-    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify").add_subparsers(dest="action", required=True)
+    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify, export").add_subparsers(dest="action", required=True)
     for action, help_text in (("list", "one line per concept"), ("verify", "read everything and check it")):
         bank.add_parser(action, help=help_text).add_argument("bank", type=Path)
     show = bank.add_parser("show", help="all that is known of a concept")
@@ -102,6 +104,25 @@ def _add_bank(commands) -> None:
     merge.add_argument("bank", type=Path)
     merge.add_argument("other", type=Path)
     merge.add_argument("--output", type=Path, required=True)
+    _add_export(bank)
+
+
+def _add_export(bank) -> None:
+    export = bank.add_parser("export", help="a concept as files for other programs")
+    export.add_argument("bank", type=Path)
+    export.add_argument("name")
+    export.add_argument("--output", type=Path, required=True, help="folder for the files; nothing in it is overwritten")
+    export.add_argument(
+        "--format",
+        dest="formats",
+        choices=FORMATS,
+        action="append",
+        help="may be given several times; kohya: LoRA, bundle: LoRA and words in one file, diffusers: LoRA, embedding: words "
+        f"(default: {' and '.join(DEFAULT_FORMATS)})",
+    )
+    export.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA")
+    export.add_argument("--rank", type=int, default=DEFAULT_RANK, help="of LoRA made from sparse deltas (default %(default)s)")
+    export.add_argument("--max-error", type=float, default=DEFAULT_ERROR, help="what that rank may lose, relative (default %(default)s)")
 
 
 def build_parser() -> argparse.ArgumentParser:

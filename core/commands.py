@@ -19,6 +19,7 @@ from .concepts import Concept
 from .errors import ConceptError
 from .files import write_atomically
 from .hosts.backbone import Backbone
+from .interop.export import DEFAULT_FORMATS, export_concept
 from .methods.base import Task, make
 from .regional import Region
 from .sampling import SampleSettings, sample_regions
@@ -197,6 +198,13 @@ def _describe(concept: Concept) -> tuple[dict, list[str]]:
     return facts, [f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}" for key, value in facts.items()]
 
 
+def _exported(known: ConceptBank, options: Namespace) -> Result:
+    formats = options.formats or DEFAULT_FORMATS
+    result = export_concept(known, options.name, options.output, formats, options.strength, options.rank, options.max_error)
+    files = [str(file) for file in result.files]
+    return {"concept": options.name, "files": files, "notes": list(result.notes)}, [*(f"wrote {file}" for file in files), *result.notes]
+
+
 def bank(options: Namespace) -> Result:
     if options.action == "verify":
         lines = verify_bank(options.bank)
@@ -211,6 +219,8 @@ def bank(options: Namespace) -> Result:
         ]
     if options.action == "show":
         return _describe(known[options.name])
+    if options.action == "export":
+        return _exported(known, options)
     if options.action == "merge":
         changed, target, done = known.merge(open_bank(options.other)), options.output, "merged"
     elif options.action == "remove":

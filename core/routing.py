@@ -16,7 +16,7 @@ from .errors import ConceptError
 from .hosts.backbone import Backbone
 from .prompts import named_concepts
 
-MODES = ("sharp", "paper", "released", "equal")
+MODES = ("sharp", "paper", "released", "equal", "one")
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ def _sum(bank: ConceptBank, weights: Mapping[str, Sequence[float]]) -> dict[Delt
     return {key: weighted_sum(group) for key, group in parts.items()}
 
 
-def _standing(bank: ConceptBank, methods: Mapping) -> list[str]:
+def standing_names(bank: ConceptBank, methods: Mapping) -> list[str]:
     """Concepts of methods that fold all tasks into one set of weights: always on."""
     return [name for name, info in bank.infos.items() if info.method in methods and methods[info.method].composition == "sum"]
 
 
 def standing_deltas(bank: ConceptBank, methods: Mapping) -> Deltas:
     """What is on whatever the prompt says; nothing in a bank of routed concepts."""
-    return _sum(bank, {name: [1.0] * len(bank.layout) for name in _standing(bank, methods)})
+    return _sum(bank, {name: [1.0] * len(bank.layout) for name in standing_names(bank, methods)})
 
 
 def _word_states(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
@@ -85,19 +85,22 @@ def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt
 
 @torch.no_grad()
 def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mapping, mode: str = "sharp", strength: float = 1.0,
-              standing: bool = True) -> Aggregation:
+              standing: bool = True, only: str = "") -> Aggregation:
     """The deltas for one prompt. standing=False leaves out what is on anyway (see `standing_deltas`).
 
-    mode: sharp | paper | released | equal; strength: factor on routed concepts, 0 = the base. Concepts of folding methods
-    (sequential finetuning, ...) have weight 1 in every mode: that is what those methods mean.
+    mode: sharp | paper | released | equal | one (the concept `only`, whatever the prompt says); strength: factor on routed concepts,
+    0 = the base. Concepts of folding methods (sequential finetuning, ...) have weight 1 in every mode: that is what those methods mean.
     """
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
     bank.check_fits(backbone.layout)
-    named, always = named_concepts(bank.vocabulary.parse(prompt)), set(_standing(bank, methods))
+    named, always = named_concepts(bank.vocabulary.parse(prompt)), set(standing_names(bank, methods))
     routed = [name for name in bank.names if name not in always]
     sites = len(bank.layout)
-    if not routed or mode == "sharp":
+    if mode == "one":
+        bank[only]      # an unknown name is an error, also in a bank of standing concepts
+        weights = aggregation.sharp_weights(routed, [only], sites)
+    elif not routed or mode == "sharp":
         weights = aggregation.sharp_weights(routed, named, sites)
     elif mode == "equal":
         weights = aggregation.equal_weights(len(routed), sites)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..errors import ConceptError
 
+FINE = 8      # soft edges are drawn this many times finer than the grid
+
 
 @dataclass(frozen=True)
 class Region:
     """box: top, left, bottom, right as fractions of the picture; or mask `[H, W]` in 0..1 (one of the two).
 
     prompt and negative may hold placeholders; strength 0..1 blends the region over the scene; start and end: part of the sampling
-    in which it is on (0 = first step, 1 = last).
+    in which it is on (0 = first step, 1 = last); feather: width of the soft edge as a share of the picture's smaller side, 0 = hard.
     """
 
     prompt: str
@@ -28,6 +30,7 @@ class Region:
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    feather: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.box is None) == (self.mask is None):
@@ -40,6 +43,8 @@ class Region:
             raise ConceptError(f"strength of region '{self.prompt}' is {self.strength}; allowed: 0 to 1")
         if not 0 <= self.start <= self.end <= 1:
             raise ConceptError(f"start and end of region '{self.prompt}' are {self.start} and {self.end}; allowed: 0 <= start <= end <= 1")
+        if not 0 <= self.feather <= 0.5:
+            raise ConceptError(f"feather of region '{self.prompt}' is {self.feather}; allowed: 0 to 0.5 of the picture's smaller side")
 
     def active(self, progress: float) -> bool:
         return self.start <= progress <= self.end
@@ -68,10 +73,23 @@ def _cells(start: float, end: float, size: int) -> tuple[int, int]:
 
 
 def region_mask(region: Region, height: int, width: int) -> Tensor:
-    """A region's mask on a grid: boxes by cells, masks by area."""
-    if region.box is not None:
+    """A region's mask on a grid: boxes by cells, masks by area; soft edges are drawn finely first, the same for every grid."""
+    if region.box is not None and region.feather == 0:
         return box_mask(region.box, height, width)
-    return F.interpolate(region.mask.float()[None, None], (height, width), mode="area")[0, 0].clamp(0, 1)
+    fine = region.mask.float() if region.mask is not None else box_mask(region.box, FINE * height, FINE * width)
+    if region.feather > 0:
+        fine = _soften(F.interpolate(fine[None, None], (FINE * height, FINE * width), mode="area")[0, 0], region.feather)
+    return F.interpolate(fine[None, None], (height, width), mode="area")[0, 0].clamp(0, 1)
+
+
+def _soften(mask: Tensor, feather: float) -> Tensor:
+    """`[H, W]` with edges of about `feather` times the smaller side: a Gaussian whose two sigmas on each side are the edge."""
+    sigma = feather * min(mask.shape) / 4
+    reach = math.ceil(3 * sigma)
+    line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma).square())
+    line = (line / line.sum()).view(1, 1, 1, -1)
+    x = F.pad(mask[None, None], (reach, reach, reach, reach), mode="replicate")
+    return F.conv2d(F.conv2d(x, line), line.transpose(2, 3))[0, 0]
 
 
 def masks_of(regions: Sequence[Region], height: int, width: int) -> Tensor:

@@ -51,6 +51,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), {KEY: structure}))
 
 
+def identity(path: Path) -> dict:
+    """Whose run a checkpoint is (see loop.run_identity), from its header alone; empty for a file that is none."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            structure = json.loads((file.metadata() or {})[KEY])
+        return _restore(dict(structure[_DICT])["identity"], None)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
+        return {}
+
+
 def load(path: Path) -> dict[str, Any]:
     """Raises ConceptError for anything that `save` did not write."""
     try:

@@ -22,7 +22,7 @@ from ..errors import ConceptError
 from ..hosts.backbone import Context
 from ..methods.base import METHODS, Batch, Method, Task
 from ..prompts import Vocabulary, named_concepts
-from ..routing import standing_deltas
+from ..routing import standing_deltas, standing_names
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig
 from .data import TrainingSet
@@ -31,7 +31,8 @@ from .objective import denoising_loss, draw
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback is told after each optimiser step. loss: the denoising part; terms: the method's penalties, as added."""
+    """What a callback is told after each optimiser step. loss: the denoising part; terms: the method's penalties, as added;
+    snapshot: makes a bank to sample from inside the callback, with the concept as it is now."""
 
     step: int
     total: int
@@ -39,6 +40,7 @@ class StepInfo:
     terms: Mapping[str, float]
     lr: float
     grad_norm: float
+    snapshot: Callable[[], ConceptBank]
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Run:
         device = task.backbone.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "float16" and device == "cuda")
         self.generator = torch.Generator().manual_seed(config.seed)
-        info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
-        self.vocabulary = Vocabulary([*task.bank.infos.values(), info])
+        self.info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
+        self.vocabulary = Vocabulary([*task.bank.infos.values(), self.info])
         self.losses: list[float] = []
         self._before: Tensor | None = None      # generator state at the start of a step that is under way
         self.is_updating = False                # between the first changed weight of a step and its end: no state to save
@@ -91,11 +93,14 @@ class Run:
                 "generator": self.generator.get_state() if self._before is None else self._before, "losses": list(self.losses)}
 
     def identity(self) -> dict:
-        """What must agree for a checkpoint to be this run's."""
-        task = self.task
-        return {"concept": task.name, "class noun": task.class_noun, "words": list(task.word_names), "method": self.method.name,
-                "settings": _settings(self.method), "training": asdict(self.config), "base": task.backbone.fingerprint,
-                "bank": task.bank.names, "images": list(self.data.digests), "captions": list(self.data.captions)}
+        return run_identity(self.task, self.method, self.data, self.config)
+
+    def snapshot(self) -> ConceptBank:
+        """What has been learned so far. Old concepts that are always on are left out: while learning they are in the weights already."""
+        bank, outcome = self.task.bank, self.method.finish()
+        for name in standing_names(bank, METHODS):
+            bank = bank.remove(name)
+        return bank.add(Concept(self.info, outcome.tokens, outcome.deltas))
 
     def restore(self, path: Path) -> None:
         """Goes on where a checkpoint of this same run stopped; raises ConceptError for any other file."""
@@ -144,7 +149,7 @@ class Run:
             self._refuse_nan(norm, "gradient")
         lr = self.optimizer.param_groups[-1]["lr"]
         self._update(total)
-        return StepInfo(len(self.losses), config.steps, total, terms, lr, float(norm))
+        return StepInfo(len(self.losses), config.steps, total, terms, lr, float(norm), self.snapshot)
 
     def _backward(self) -> tuple[float, dict[str, float]]:
         """Draws one batch and adds its gradients; returns the denoising loss and the method's terms."""
@@ -177,6 +182,13 @@ class Run:
                                "lower the learning rates (lr, token_lr) or use precision float32; the bank is unchanged")
 
 
+def run_identity(task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> dict:
+    """What must agree for a checkpoint to be a run's. JSON values."""
+    return {"concept": task.name, "class noun": task.class_noun, "words": list(task.word_names), "method": method.name,
+            "settings": method_settings(method), "training": asdict(config), "base": task.backbone.fingerprint,
+            "bank": task.bank.names, "images": list(data.digests), "captions": list(data.captions)}
+
+
 def _brief(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
@@ -191,7 +203,8 @@ def _optimizer(config: TrainingConfig, groups: list[dict]) -> torch.optim.Optimi
         raise ConceptError(f"optimizer '{config.optimizer}' cannot train these weights ({error}); AdamW, Adam and SGD can") from error
 
 
-def _settings(method: Method) -> dict:
+def method_settings(method: Method) -> dict:
+    """The settings of a method that has any, as JSON values."""
     config = getattr(method, "config", None)
     return asdict(config) if is_dataclass(config) else {}
 
@@ -208,7 +221,7 @@ def _versions() -> dict[str, str]:
 
 def _conclude(run: Run, seconds: float, cover: bytes) -> Learned:
     outcome, task = run.method.finish(), run.task
-    settings = {"method": _settings(run.method), "training": asdict(run.config)}
+    settings = {"method": method_settings(run.method), "training": asdict(run.config)}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     origin = Provenance(base=task.backbone.fingerprint, images=run.data.digests, settings=settings, versions=_versions(), date=now,
                         steps=len(run.losses), seconds=round(seconds, 2))

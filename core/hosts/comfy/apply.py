@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...deltas import Deltas, LowRankDelta
 from ...regional.noise import region_noise
-from ...regional.program import Part, RegionProgram
+from ...regional.observe import ObservedRegions
+from ...regional.program import Part
 from ...regional.regions import Region, masks_of
 from ..backbone import Context
 from .sites import OFFSETS, Before, DiffusionWrapper, UNetSites, program_patches
@@ -75,10 +76,11 @@ class RegionRun:
     scene: Part
     regions: Sequence[Region]
     parts: Sequence[Part]
+    words: Sequence[tuple[int, ...]]     # per region the token positions that the picture of the attention looks at
     only: int | None = None     # region noise estimation: the region whose own picture is being estimated, over the full frame
     _programs: dict = field(default_factory=dict)
 
-    def __call__(self, options: dict, x: Tensor) -> RegionProgram:
+    def __call__(self, options: dict, x: Tensor) -> ObservedRegions:
         which = options["cond_or_uncond"]
         rows = torch.tensor([1 - kind for kind in which], device=x.device).repeat_interleave(x.shape[0] // len(which))
         key = (self.only, tuple(x.shape[-2:]))
@@ -86,15 +88,23 @@ class RegionRun:
             self._programs[key] = self._build(x)
         program = self._programs[key]
         program.rows, program.progress = rows, _progress(options)
+        program.is_observing = program.progress == 1.0 and self.only is None and bool(rows.any())
         return program
 
-    def _build(self, x: Tensor) -> RegionProgram:
+    def maps(self, size: tuple[int, int]) -> Tensor:
+        """Attention per region in the last step, `[U, H, W]` in 0..1."""
+        seen = [program for (only, _), program in self._programs.items() if only is None]
+        return seen[-1].picture_maps(size) if seen else torch.zeros(len(self.regions), *size)
+
+    def _build(self, x: Tensor) -> ObservedRegions:
         parts = [Part(_moved(part.context, x), {key: delta.to(x.device) for key, delta in part.deltas.items()}) for part in self.parts]
         scene = Part(self.scene.context, {key: delta.to(x.device) for key, delta in self.scene.deltas.items()})
-        regions = list(self.regions)
+        regions, words = list(self.regions), list(self.words)
         if self.only is not None:
-            regions, parts = [Region(regions[self.only].prompt, box=(0.0, 0.0, 1.0, 1.0))], [parts[self.only]]
-        return RegionProgram(self.sites, scene, regions, parts, torch.zeros(1, dtype=torch.long), tuple(x.shape[-2:]))
+            u = self.only
+            regions, parts, words = [Region(regions[u].prompt, box=(0.0, 0.0, 1.0, 1.0))], [parts[u]], [words[u]]
+        nobody = torch.zeros(1, dtype=torch.long)
+        return ObservedRegions(self.sites, scene, regions, parts, nobody, tuple(x.shape[-2:]), tokens=words)
 
 
 def _moved(context: Context, x: Tensor) -> Context:

@@ -38,6 +38,9 @@ class _Config(comfy.supported_models_base.BASE):
     def model_type(self, state_dict, prefix=""):
         return comfy.model_base.ModelType.V_PREDICTION
 
+    def inpaint_model(self):
+        return False        # the host takes more than four channels for an inpainting model
+
 
 def _unet_config() -> dict:
     """networks.UNET in the host's terms."""

@@ -145,6 +145,21 @@ def _at(tokens, layer: int):
     return {name: [[(pick(token), *rest) for token, *rest in chunk] for chunk in chunks] for name, chunks in tokens.items()}
 
 
+def learned_positions(clip, prompt: str) -> tuple[int, ...]:
+    """Positions of a prompt's learned words in its first chunk; of all its words when none is learned."""
+    chunk = next(iter(clip.tokenize(prompt).values()))[0]
+    learned = [i for i, (token, *_) in enumerate(chunk) if torch.is_tensor(token)]
+    return tuple(learned) or tuple(range(1, max(2, len(chunk) - 1 - _padding(chunk))))
+
+
+def _padding(chunk) -> int:
+    """How many of a chunk's last tokens repeat the one before them."""
+    same = 0
+    while same < len(chunk) - 1 and chunk[-1 - same][0] == chunk[-2 - same][0]:
+        same += 1
+    return same
+
+
 def concept_clip(clip, bank: ConceptBank):
     """A CLIP that understands the bank's placeholders; the one that came in stays as it is, and an empty bank gives it back."""
     if not len(bank):

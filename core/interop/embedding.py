@@ -1,0 +1,37 @@
+"""Embedding files (textual inversion): a concept's words without its deltas, for `embedding:name` in ComfyUI, and for A1111."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import ConceptError
+from ..tokens import TokenGroup
+
+
+def mean_vectors(tokens: TokenGroup) -> dict[str, Tensor]:
+    """The mean over layer copies, `[words, D]` fp32 per text encoder: the nearest thing that a format without layers can hold."""
+    means = {encoder: vectors.detach().float().cpu().mean(0).contiguous() for encoder, vectors in tokens.vectors.items()}
+    for encoder, mean in means.items():
+        if not mean.isfinite().all():
+            raise ConceptError(f"the vectors of {list(tokens.words)} for '{encoder}' hold NaN or infinity; allowed: finite numbers")
+    return means
+
+
+def embedding_state(tokens: TokenGroup) -> dict[str, Tensor]:
+    """One text encoder: `emb_params`, A1111's key; two: `clip_l` and `clip_g`, the keys of SDXL embeddings. `[words, D]` each.
+
+    ComfyUI looks for the encoder's name and else takes the first tensor, so both work there.
+    """
+    vectors = mean_vectors(tokens)
+    return {"emb_params": next(iter(vectors.values()))} if len(vectors) == 1 else vectors
+
+
+def layer_loss(tokens: TokenGroup) -> float:
+    """What the mean copy leaves out: distance between the layer copies and their mean over the norm of the copies, 0 to 1.
+
+    All words and text encoders together. 0 for words with a single copy; 1 would mean that the copies cancel.
+    """
+    vectors = [vector.detach().double() for vector in tokens.vectors.values()]
+    total = sum(float((vector**2).sum()) for vector in vectors)
+    spread = sum(float(((vector - vector.mean(0)) ** 2).sum()) for vector in vectors)
+    return (spread / total) ** 0.5 if total else 0.0

@@ -1,0 +1,129 @@
+"""Small pictures that explain: a loss curve, aggregation weights, regions over attention. Drawn with Pillow, which every ComfyUI has."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+PAPER, INK, QUIET, GRID, ACCENT = (252, 252, 250), (29, 29, 36), (120, 120, 130), (226, 226, 230), (44, 86, 206)
+
+
+def _font(size: int):
+    return ImageFont.load_default(size)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """ComfyUI's IMAGE `[1, H, W, 3]` in 0..1."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).float().div(255).unsqueeze(0)
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """A colour per region or concept, far from its neighbours'."""
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb((index * 0.61803) % 1.0, 0.65, 0.86))
+
+
+def smoothed(losses: Sequence[float], window: int) -> list[float]:
+    """Mean over the last `window` values at every step."""
+    sums = np.cumsum([0.0, *losses])
+    return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)) for i in range(len(losses))]
+
+
+def loss_picture(losses: Sequence[float], title: str, size: tuple[int, int] = (640, 320)) -> Image.Image:
+    """Every step's loss, quiet, and its running mean over a tenth of the steps."""
+    image = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = 64, 40, size[0] - 20, size[1] - 36
+    draw.text((left, 10), title, INK, _font(15))
+    if not losses:
+        return image
+    low, high = 0.0, max(float(np.quantile(losses, 0.98)) * 1.1, 1e-6)
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        x = left + (right - left) * step / max(1, len(losses) - 1)
+        return x, bottom - (bottom - top) * min(1.0, (value - low) / (high - low))
+
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        y = place(0, value)[1]
+        draw.line([(left, y), (right, y)], GRID)
+        draw.text((8, y - 7), f"{value:.3f}", QUIET, _font(12))
+    draw.text((left, bottom + 10), "step 1", QUIET, _font(12))
+    draw.text((right - 70, bottom + 10), f"step {len(losses)}", QUIET, _font(12))
+    draw.line([place(i, v) for i, v in enumerate(losses)] * (2 if len(losses) == 1 else 1), (190, 200, 226), 1)
+    mean = smoothed(losses, max(1, len(losses) // 10))
+    draw.line([place(i, v) for i, v in enumerate(mean)] * (2 if len(mean) == 1 else 1), ACCENT, 3)
+    return image
+
+
+def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.Image:
+    """Aggregation weights `[sites, concepts]` as a table of shades with the mean of each concept: which concept acts where."""
+    sites, count = weights.shape
+    cell, label, row = max(8, min(32, 640 // max(1, sites))), 150, 30
+    image = Image.new("RGB", (label + cell * sites + 84, 62 + row * max(1, count)), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((10, 8), title, INK, _font(15))
+    draw.text((label, 34), "sites, down to up", QUIET, _font(12))
+    draw.text((label + cell * sites + 14, 34), "mean", QUIET, _font(12))
+    peak = max(float(weights.abs().max()) if weights.numel() else 0.0, 1e-6)
+    for j, name in enumerate(names):
+        y = 54 + j * row
+        draw.text((10, y + 7), f"<{name}>"[:20], INK, _font(13))
+        for i in range(sites):
+            share = min(1.0, abs(float(weights[i, j])) / peak)
+            fill = tuple(int(p + (c - p) * share) for p, c in zip((238, 238, 240), colour(j), strict=True))
+            draw.rectangle([label + i * cell, y + 2, label + (i + 1) * cell - 2, y + row - 4], fill)
+        draw.text((label + cell * sites + 14, y + 7), f"{float(weights[:, j].mean()):.2f}", INK, _font(13))
+    if not names:
+        draw.text((10, 60), "the bank is empty", QUIET, _font(13))
+    return image
+
+
+def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: int = 256) -> Image.Image:
+    """Per region its attention map `[U, H, W]` in 0..1 as brightness of its colour, with the outline of its mask `[U, H, W]`."""
+    count, height, width = maps.shape
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = Image.new("RGB", ((size[0] + 8) * max(1, count) + 8, size[1] + 34), PAPER)
+    draw = ImageDraw.Draw(image)
+    for u in range(count):
+        x = 8 + u * (size[0] + 8)
+        shade = maps[u].numpy()[..., None] * np.array(colour(u)) + (1 - maps[u].numpy()[..., None]) * np.array([20, 20, 26])
+        image.paste(Image.fromarray(shade.astype(np.uint8)).resize(size, Image.BILINEAR), (x, 28))
+        edge = np.array(Image.fromarray((masks[u].numpy() * 255).astype(np.uint8)).resize(size, Image.BILINEAR)) > 127
+        inner = edge.copy()
+        inner[1:-1, 1:-1] = edge[1:-1, 1:-1] & edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1, 2:]
+        border = Image.fromarray(((edge & ~inner) * 255).astype(np.uint8))
+        image.paste(Image.new("RGB", size, (255, 255, 255)), (x, 28), border)
+        draw.text((x, 6), labels[u][: max(8, size[0] // 8)], INK, _font(13))
+    return image
+
+
+def _opened(cover: bytes) -> Image.Image | None:
+    """A cover as a picture; None when there is none or it cannot be read, for a bank may come from anywhere."""
+    try:
+        with Image.open(io.BytesIO(cover), formats=("JPEG", "PNG")) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def covers_picture(covers: Sequence[tuple[str, bytes]], side: int = 160) -> Image.Image:
+    """Cover pictures with their names; a grey card where a concept has none or an unreadable one."""
+    columns = max(1, min(5, len(covers)))
+    rows = -(-max(1, len(covers)) // columns)
+    image = Image.new("RGB", (columns * (side + 10) + 10, rows * (side + 34) + 10), PAPER)
+    draw = ImageDraw.Draw(image)
+    for i, (name, cover) in enumerate(covers):
+        x, y = 10 + (i % columns) * (side + 10), 10 + (i // columns) * (side + 34)
+        draw.rectangle([x, y, x + side, y + side], GRID)
+        picture = _opened(cover)
+        if picture is not None:
+            image.paste(ImageOps.fit(picture, (side, side), Image.LANCZOS), (x, y))
+        draw.text((x, y + side + 6), f"<{name}>", INK, _font(14))
+    return image

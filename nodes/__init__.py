@@ -1,0 +1,12 @@
+"""ComfyUI's side: nodes parse, call core and wrap. No maths and no training code here."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension
+
+from . import apply, bank, learn, photos, regions
+
+
+class Extension(ComfyExtension):
+    async def get_node_list(self) -> list[type]:
+        return [*learn.NODES, *apply.NODES, *regions.NODES, *bank.NODES, *photos.NODES]

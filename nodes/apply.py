@@ -1,0 +1,81 @@
+"""ElasticWeightAggregate: concepts into a MODEL and a CLIP."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..core.errors import ConceptError
+from ..core.hosts.comfy import apply as putting
+from ..core.hosts.comfy.backbone import ComfyBackbone
+from ..core.hosts.comfy.text import concept_clip
+from ..core.methods.base import METHODS
+from ..core.pictures import to_tensor, weights_picture
+from ..core.routing import aggregate
+from . import types
+from .schema import Schema
+
+MODES = {"sharp": "sharp", "paper": "paper", "released code": "released", "equal merge": "equal", "one concept": "one"}
+
+
+class ElasticWeightAggregate(io.ComfyNode):
+    """Which concepts act, how strongly, at which layer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ElasticWeightAggregate",
+            display_name="Elastic Weight Aggregate",
+            category=types.USING,
+            search_aliases=["load concept", "apply concept", "EWA", "merge lora", "concept bank"],
+            description="Puts a bank's concepts into a model and a CLIP. Then <rex> works in every prompt of CLIP Text Encode. "
+            "Costs nothing per sampling step: the weights are patched once.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                types.Bank.Input("bank", optional=True, tooltip="Nothing connected, or an empty bank = model and clip as they are."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="a photo of <rex> on a beach",
+                    tooltip="Decides which concepts act. It is also encoded, as the output conditioning.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="sharp",
+                    tooltip="sharp: the concepts the prompt names, at full strength (ours). paper: CIDM's elastic weights. "
+                    "released code: as CIDM's program does it. equal merge: all alike. one concept: the one named below.",
+                ),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Factor on the deltas; 0 = the plain model."),
+                io.String.Input("concept", default="", tooltip="For mode 'one concept': its name."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.Conditioning.Output(display_name="conditioning"),
+                io.Image.Output(display_name="weights"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, prompt, mode, strength, concept="", bank=None) -> io.NodeOutput:
+        if mode not in MODES:
+            raise ConceptError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
+        if bank is None or not len(bank):
+            picture = to_tensor(weights_picture([], torch.zeros(1, 0), "weights: no concepts"))
+            return io.NodeOutput(model, clip, _encoded(clip, prompt), picture)
+        backbone = ComfyBackbone(model, clip)
+        found = aggregate(backbone, bank, prompt, METHODS, MODES[mode], strength, only=concept.strip().strip("<>"))
+        layerwise = any(part.tokens.copies > 1 for part in bank)
+        patched = putting.fold(model, backbone.sites, found.deltas if strength else {}, layerwise)
+        new_clip = concept_clip(clip, bank)
+        picture = to_tensor(weights_picture(found.names, found.weights, f"weights, {mode}, strength {strength:g}"))
+        return io.NodeOutput(patched, new_clip, _encoded(new_clip, prompt), picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+def _encoded(clip, prompt: str):
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+
+NODES = [ElasticWeightAggregate]

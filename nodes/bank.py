@@ -1,0 +1,182 @@
+"""Banks: load, save, merge, edit, inspect, export."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..core.bankfile import open_bank, save_bank
+from ..core.errors import ConceptError
+from ..core.pictures import covers_picture, to_tensor
+from ..core.training import checkpoint
+from . import host, types
+from .schema import Schema
+
+host.register_folders()
+
+
+class ConceptBankLoad(io.ComfyNode):
+    """A bank from disk, or the start of a new one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptBankLoad",
+            display_name="Load Concept Bank",
+            category=types.BANKS,
+            search_aliases=["load bank", "concepts"],
+            description="Reads a bank of concepts. Only its header is read now; a concept's weights are read when they are used.",
+            inputs=[
+                io.Combo.Input(
+                    "bank_name",
+                    options=[host.NEW_BANK, *host.bank_names()],
+                    default=host.NEW_BANK,
+                    tooltip="Banks lie in models/concept_banks and output/concept_banks.",
+                )
+            ],
+            outputs=[types.Bank.Output(display_name="bank")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, bank_name):
+        if bank_name == host.NEW_BANK:
+            return bank_name
+        status = host.bank_file(bank_name).stat()
+        return f"{bank_name} {status.st_mtime_ns} {status.st_size}"
+
+    @classmethod
+    def execute(cls, bank_name) -> io.NodeOutput:
+        return io.NodeOutput(None if bank_name == host.NEW_BANK else open_bank(host.bank_file(bank_name)))
+
+
+class ConceptBankSave(io.ComfyNode):
+    """A bank to disk."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptBankSave",
+            display_name="Save Concept Bank",
+            category=types.BANKS,
+            is_output_node=True,
+            description="Writes a bank to output/concept_banks. The file is replaced only when the new one is complete on disk.",
+            inputs=[
+                types.Bank.Input("bank"),
+                io.String.Input("bank_name", default="my-concepts", tooltip="Letters, digits, - and _."),
+                io.Boolean.Input(
+                    "allow_fewer",
+                    default=False,
+                    tooltip="Off: a bank is not replaced by one that lacks concepts which it holds. On: it may be.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, bank, bank_name, allow_fewer) -> io.NodeOutput:
+        if bank is None:
+            raise ConceptError("there is no bank to save; learn a concept first")
+        path = host.new_bank_file(bank_name)
+        lost = [name for name in open_bank(path).names if name not in bank] if path.exists() else []
+        if lost and not allow_fewer:
+            raise ConceptError(
+                f"'{path.name}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; load that bank into "
+                "Concept Learner first, choose another bank_name, or switch allow_fewer on"
+            )
+        save_bank(bank, path)
+        _forget_runs(bank)
+        names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
+        return io.NodeOutput(ui=ui.PreviewText(f"{path.name}: {names}"))
+
+
+def _forget_runs(bank) -> None:
+    """Removes the checkpoints of runs whose concept is safe in a bank file now."""
+    for file in (host.output_folder() / ".unfinished").glob("*.checkpoint"):
+        run = checkpoint.identity(file)
+        info = bank.infos.get(run.get("concept"))
+        if info is not None and list(info.provenance.images) == run.get("images") and info.provenance.base == run.get("base"):
+            file.unlink(missing_ok=True)
+
+
+class ConceptBankMerge(io.ComfyNode):
+    """Two banks in one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptBankMerge",
+            display_name="Merge Concept Banks",
+            category=types.BANKS,
+            description="All concepts of both banks. Equal names are refused: rename one first.",
+            inputs=[types.Bank.Input("bank"), types.Bank.Input("other")],
+            outputs=[types.Bank.Output(display_name="merged")],
+        )
+
+    @classmethod
+    def execute(cls, bank, other) -> io.NodeOutput:
+        if bank is None or other is None:
+            return io.NodeOutput(other if bank is None else bank)
+        return io.NodeOutput(bank.merge(other))
+
+
+class ConceptBankEdit(io.ComfyNode):
+    """Rename or remove one concept."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptBankEdit",
+            display_name="Edit Concept Bank",
+            category=types.BANKS,
+            search_aliases=["rename concept", "delete concept", "forget"],
+            description="Renames or removes a concept. The other concepts stay bit for bit as they are.",
+            inputs=[
+                types.Bank.Input("bank"),
+                io.Combo.Input("action", options=["rename", "remove"], default="rename"),
+                io.String.Input("concept", default="rex"),
+                io.String.Input("new_name", default="", tooltip="For 'rename'."),
+            ],
+            outputs=[types.Bank.Output(display_name="edited")],
+        )
+
+    @classmethod
+    def execute(cls, bank, action, concept, new_name="") -> io.NodeOutput:
+        if bank is None:
+            raise ConceptError("the bank is new and holds no concept to edit")
+        if action not in ("rename", "remove"):
+            raise ConceptError(f"action is {action!r}; allowed: rename, remove")
+        return io.NodeOutput(bank.remove(concept) if action == "remove" else bank.rename(concept, new_name))
+
+
+class ConceptBankInspect(io.ComfyNode):
+    """What a bank holds."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptBankInspect",
+            display_name="Inspect Concept Bank",
+            category=types.BANKS,
+            is_output_node=True,
+            description="Lists a bank's concepts with their covers, methods, photos, sizes and dates.",
+            inputs=[types.Bank.Input("bank")],
+            outputs=[io.Image.Output(display_name="covers"), io.String.Output(display_name="text")],
+        )
+
+    @classmethod
+    def execute(cls, bank) -> io.NodeOutput:
+        concepts = [] if bank is None else list(bank)
+        lines = [_line(concept) for concept in concepts] or ["the bank is empty"]
+        picture = to_tensor(covers_picture([(concept.name, concept.cover) for concept in concepts]))
+        return io.NodeOutput(picture, "\n".join(lines), ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": ("\n".join(lines),)})
+
+
+def _line(concept) -> str:
+    info, origin = concept.info, concept.info.provenance
+    layers = f"{concept.tokens.copies} layer copies" if concept.tokens.copies > 1 else "one copy"
+    return (
+        f"{info.placeholder}  {info.class_noun}, {info.kind}, {info.method}, {len(info.words)} words in {layers}, "
+        f"{concept.nbytes() / 1e6:.2f} MB, {len(origin.images)} photos, {origin.steps} steps, {origin.date[:10]}"
+    )
+
+
+NODES = [ConceptBankLoad, ConceptBankSave, ConceptBankMerge, ConceptBankEdit, ConceptBankInspect]

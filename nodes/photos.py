@@ -1,0 +1,127 @@
+"""Photos from a folder, and the embedded base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..core.errors import ConceptError
+from ..core.hosts.comfy.demo import load_demo
+from ..core.training.data import SUFFIXES, read_folder
+from . import host, types
+from .schema import Schema
+
+EXAMPLES = "(example photos: rex)"
+
+
+def _folders() -> list[str]:
+    """Folders inside ComfyUI's input folder that hold pictures, as `a/b`; two levels deep."""
+    root = Path(folder_paths.get_input_directory())
+    if not root.is_dir():
+        return []
+    candidates = [path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_dir() and not path.name.startswith(".")]
+    return sorted(path.relative_to(root).as_posix() for path in candidates if any(f.suffix.lower() in SUFFIXES for f in path.iterdir()))
+
+
+def _folder(name: str) -> Path:
+    if name not in _folders():
+        raise ConceptError(f"there is no photo folder {name!r} in ComfyUI's input folder; there are {', '.join(_folders()) or 'none'}")
+    return Path(folder_paths.get_input_directory()) / name
+
+
+class ConceptPhotosLoad(io.ComfyNode):
+    """Photos with captions and masks from a folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptPhotosLoad",
+            display_name="Load Concept Photos",
+            category=types.EXTRAS,
+            search_aliases=["load images from folder", "dataset"],
+            description="Every photo of a folder inside ComfyUI's input folder, any size. Captions are .txt files of the same name; masks "
+            "are pictures of the same name in a subfolder 'masks'.",
+            inputs=[io.Combo.Input("folder", options=_folders() or ["put a folder of photos into ComfyUI's input folder"])],
+            outputs=[
+                io.Image.Output(display_name="images", is_output_list=True),
+                io.String.Output(display_name="captions"),
+                io.Mask.Output(display_name="masks", is_output_list=True),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder):
+        files = sorted(f for f in _folder(folder).rglob("*") if f.is_file())
+        return str([(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files])
+
+    @classmethod
+    def execute(cls, folder) -> io.NodeOutput:
+        path = _folder(folder)
+        masks = path / "masks"
+        pictures = read_folder(path, masks=masks if masks.is_dir() else None)
+        images = [host.to_image(picture.pixels.unsqueeze(0)) for picture in pictures]
+        whole = [torch.ones(1, *picture.pixels.shape[1:]) if picture.mask is None else picture.mask for picture in pictures]
+        captions = [" ".join(picture.caption.split()) for picture in pictures]
+        return io.NodeOutput(images, "\n".join(captions) if all(captions) else "", whole)
+
+
+class ConceptDemoBase(io.ComfyNode):
+    """The embedded base model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptDemoBase",
+            display_name="Concept Demo Base",
+            category=types.EXTRAS,
+            description="A small model that ships with this pack, for a tour with no download: 64-pixel pictures of toys and animals. "
+            "An Empty Latent Image of 128 x 128 gives its usual size.",
+            inputs=[],
+            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip"), io.Vae.Output(display_name="vae")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo(folder_paths.get_folder_paths("embeddings")))
+
+
+class ConceptDemoPhotos(io.ComfyNode):
+    """Photos of the demo's concepts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from ..core.demo.world import CONCEPTS
+
+        return Schema(
+            node_id="ConceptDemoPhotos",
+            display_name="Concept Demo Photos",
+            category=types.EXTRAS,
+            description="A few pictures of a concept that the demo base does not know, to learn from.",
+            inputs=[
+                io.Combo.Input("concept", options=list(CONCEPTS)),
+                io.Int.Input("count", default=5, min=1, max=24),
+                io.Int.Input("seed", default=7, min=0, max=0xFFFFFFFF),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images"),
+                io.String.Output(display_name="captions"),
+                io.String.Output(display_name="class_noun"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, concept, count, seed) -> io.NodeOutput:
+        from ..core.demo.judges import to_tensor
+        from ..core.demo.world import CONCEPTS
+
+        if concept not in CONCEPTS:
+            raise ConceptError(f"concept is {concept!r}; allowed: {', '.join(CONCEPTS)}")
+        shown = CONCEPTS[concept].pictures(count, seed)
+        images = host.to_image(to_tensor([picture for picture, _ in shown]))
+        return io.NodeOutput(images, "\n".join(caption for _, caption in shown), CONCEPTS[concept].class_noun)
+
+
+NODES = [ConceptPhotosLoad, ConceptDemoBase, ConceptDemoPhotos]

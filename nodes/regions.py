@@ -1,0 +1,231 @@
+"""Concept Region and Regional Concept Sampler."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import torch
+from comfy_api.latest import io, ui
+
+from nodes import common_ksampler  # ComfyUI's own: ours are relative imports
+
+from ..core.bank import ConceptBank
+from ..core.errors import ConceptError
+from ..core.hosts.backbone import Context
+from ..core.hosts.comfy import apply as putting
+from ..core.hosts.comfy.sites import UNetSites, find_sites
+from ..core.hosts.comfy.text import concept_clip, learned_positions, text_widths
+from ..core.methods.base import METHODS
+from ..core.pictures import regions_picture, to_tensor
+from ..core.regional.noise import OUTSIDE
+from ..core.regional.program import Part
+from ..core.regional.regions import Region, masks_of
+from ..core.routing import aggregate, standing_deltas
+from . import host, types
+from .schema import Schema
+
+
+class ConceptRegion(io.ComfyNode):
+    """One region: a box or a mask with a prompt of its own. Chain them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def fraction(name: str, default: float, tip: str):
+            return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tip)
+
+        return Schema(
+            node_id="ConceptRegion",
+            display_name="Concept Region",
+            category=types.USING,
+            search_aliases=["regional prompt", "attention couple", "area", "mask prompt"],
+            description="A part of the picture with its own prompt. Chain several through 'regions'.",
+            inputs=[
+                io.String.Input("prompt", multiline=True, default="<rex>", tooltip="What is to be here; concepts by <name>."),
+                fraction("left", 0.0, "Left edge as a share of the picture's width."),
+                fraction("top", 0.0, "Top edge as a share of the height."),
+                fraction("right", 0.5, "Right edge as a share of the width."),
+                fraction("bottom", 1.0, "Bottom edge as a share of the height."),
+                fraction("strength", 1.0, "How much the region's prompt replaces the scene's; 0 = not at all."),
+                fraction("start", 0.0, "From which share of the steps on; 0 = the first."),
+                fraction("end", 1.0, "Until which share of the steps; 1 = the last."),
+                io.Float.Input(
+                    "feather",
+                    default=0.0,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    tooltip="Width of the soft edge as a share of the smaller side; 0 = hard.",
+                ),
+                io.String.Input("negative", multiline=True, default="", tooltip="What is not to be here. Empty = the scene's negative."),
+                io.Mask.Input("mask", optional=True, tooltip="Instead of the box: white where the region is."),
+                types.Regions.Input("regions", optional=True, tooltip="Regions before this one."),
+            ],
+            outputs=[types.Regions.Output(display_name="all_regions")],
+        )
+
+    @classmethod
+    def execute(
+        cls, prompt, left, top, right, bottom, strength, start, end, feather, negative="", mask=None, regions=None
+    ) -> io.NodeOutput:
+        if not prompt.strip():
+            raise ConceptError("the prompt of a region is empty; say what is to be there")
+        matte = host.masks_of(mask)
+        if len(matte) > 1:
+            raise ConceptError(f"the mask of region '{prompt}' holds {len(matte)} masks; one region takes one")
+        where = {"mask": matte[0][0]} if matte else {"box": (top, left, bottom, right)}
+        region = Region(prompt, negative=negative, strength=strength, start=start, end=end, feather=feather, **where)
+        return io.NodeOutput([*(regions or []), region])
+
+
+class RegionalConceptSampler(io.ComfyNode):
+    """KSampler with regions."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="RegionalConceptSampler",
+            display_name="Regional Concept Sampler",
+            category=types.USING,
+            search_aliases=["regional prompt", "ksampler", "attention couple", "multi concept", "region sampler"],
+            description="Several concepts in one picture, each in its own region, at one UNet evaluation per step whatever their number. "
+            "Without regions it is KSampler.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Latent.Input(
+                    "latent_image", tooltip="Empty, or a photo's latent for editing and style transfer (with denoise below 1)."
+                ),
+                io.String.Input(
+                    "scene",
+                    multiline=True,
+                    default="a photo of a dog and a cat in a meadow",
+                    tooltip="The whole picture. Used where no region is.",
+                ),
+                io.String.Input("negative_scene", multiline=True, default="", tooltip="What is not to be in the picture."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input("steps", default=20, min=1, max=10_000),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale; 1 = none."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler"),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal"),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 = from noise; less keeps the latent's structure."
+                ),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Factor on the concepts' deltas; 0 = none."),
+                io.Boolean.Input(
+                    "region_noise",
+                    default=False,
+                    tooltip="CIDM's region noise estimation: sharper regions for one more UNet evaluation per region and step.",
+                ),
+                io.Float.Input(
+                    "alpha", default=0.1, min=0.0, max=1.0, step=0.05, tooltip="Share of the scene inside regions (region_noise)."
+                ),
+                io.Combo.Input(
+                    "outside",
+                    options=list(OUTSIDE),
+                    default="keep",
+                    tooltip="Region noise outside regions: keep the scene, or the literal formula of the paper.",
+                ),
+                types.Bank.Input("bank", optional=True),
+                types.Regions.Input("regions", optional=True),
+                io.Conditioning.Input("positive", optional=True, tooltip="Instead of 'scene', e.g. from Apply ControlNet."),
+                io.Conditioning.Input("negative", optional=True, tooltip="Instead of 'negative_scene'."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent"), io.Image.Output(display_name="attention")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        latent_image,
+        scene,
+        negative_scene,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        denoise,
+        strength,
+        region_noise,
+        alpha,
+        outside,
+        bank=None,
+        regions=None,
+        positive=None,
+        negative=None,
+    ) -> io.NodeOutput:
+        sites = find_sites(model, text_widths(clip))
+        bank = ConceptBank(sites.layout) if bank is None else bank
+        bank.check_fits(sites.layout)
+        layerwise = any(part.tokens.copies > 1 for part in bank)
+        talk = _Talk(concept_clip(clip, bank), bank, sites, strength)
+        positive = talk.encode(scene) if positive is None else positive
+        negative = talk.encode(negative_scene) if negative is None else negative
+        model = putting.fold(model, sites, standing_deltas(bank, METHODS), layerwise)
+        on = [region for region in regions or [] if region.strength > 0]
+        _check_masks(on, latent_image)
+        if not on:
+            model = putting.fold(model, sites, talk.deltas(scene), False)
+        else:
+            run = talk.run(scene, positive, negative, negative_scene, on)
+            model = putting.with_regions(model, run, alpha if region_noise else None, outside)
+        latent = common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise)[0]
+        if not on:
+            return io.NodeOutput(latent, torch.zeros(1, 64, 64, 3))
+        picture = _attention(run, on, latent["samples"])
+        return io.NodeOutput(latent, picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+class _Talk:
+    """Prompts, through the bank and the CLIP."""
+
+    def __init__(self, clip, bank: ConceptBank, sites: UNetSites, strength: float) -> None:
+        self.clip, self.bank, self.sites, self.strength = clip, bank, sites, strength
+
+    def encode(self, text: str):
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def deltas(self, text: str) -> dict:
+        if not len(self.bank) or not self.strength:
+            return {}
+        return aggregate(_LayoutOnly(self.sites.layout), self.bank, text, METHODS, "sharp", self.strength, standing=False).deltas
+
+    def run(self, scene: str, positive, negative, negative_scene: str, regions: list[Region]) -> putting.RegionRun:
+        copies = max([part.tokens.copies for part in self.bank], default=1)
+        below = putting.context_of(negative, copies)
+        parts, words = [], []
+        for region in regions:
+            own = putting.context_of(self.encode(region.negative), copies) if region.negative else below
+            parts.append(Part(Context.cat([own, putting.context_of(self.encode(region.prompt), copies)]), self.deltas(region.prompt)))
+            words.append(learned_positions(self.clip, region.prompt))
+        shown = Part(Context.cat([below, putting.context_of(positive, copies)]), self.deltas(scene))
+        return putting.RegionRun(self.sites, shown, regions, parts, words)
+
+
+class _LayoutOnly:
+    """Sharp routing asks a backbone for its layout and nothing else."""
+
+    def __init__(self, layout) -> None:
+        self.layout = layout
+
+
+def _check_masks(regions: list[Region], latent: dict) -> None:
+    height, width = latent["samples"].shape[-2:]
+    for region in regions:
+        if region.mask is not None:
+            rows, columns = region.mask.shape
+            if abs(columns / rows - width / height) > 0.05 * width / height:
+                raise ConceptError(
+                    f"the mask of region '{region.prompt}' is {columns}x{rows}, the picture's sides are as {width} to {height}; "
+                    "the mask must have the picture's proportions"
+                )
+
+
+def _attention(run: putting.RegionRun, regions: list[Region], samples: torch.Tensor) -> torch.Tensor:
+    height, width = samples.shape[-2:]
+    maps = run.maps((height, width))
+    return to_tensor(regions_picture(masks_of(regions, height, width), maps, [region.prompt for region in regions]))
+
+
+NODES = [ConceptRegion, RegionalConceptSampler]

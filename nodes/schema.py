@@ -1,0 +1,11 @@
+"""`Schema` for every ComfyUI from 0.3.64 on: fields that a version does not know yet are left out."""
+
+import dataclasses
+
+from comfy_api.latest import io
+
+_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def Schema(**fields) -> io.Schema:  # noqa: N802 - node scanners look for a call of this name
+    return io.Schema(**{key: value for key, value in fields.items() if key in _FIELDS})
