@@ -88,7 +88,8 @@ def _add_sample(commands) -> None:
 
 
 def _add_bank(commands) -> None:
-    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify, export").add_subparsers(dest="action", required=True)
+    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify, export")
+    bank = bank.add_subparsers(dest="action", required=True)
     for action, help_text in (("list", "one line per concept"), ("verify", "read everything and check it")):
         bank.add_parser(action, help=help_text).add_argument("bank", type=Path)
     show = bank.add_parser("show", help="all that is known of a concept")

@@ -31,7 +31,7 @@ def layer_loss(tokens: TokenGroup) -> float:
 
     All words and text encoders together. 0 for words with a single copy; 1 would mean that the copies cancel.
     """
-    vectors = [vector.detach().double() for vector in tokens.vectors.values()]
+    vectors = [vector.detach().cpu().double() for vector in tokens.vectors.values()]
     total = sum(float((vector**2).sum()) for vector in vectors)
     spread = sum(float(((vector - vector.mean(0)) ** 2).sum()) for vector in vectors)
     return (spread / total) ** 0.5 if total else 0.0

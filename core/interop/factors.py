@@ -51,7 +51,7 @@ def low_rank(deltas: Deltas, owner: str, rank: int = DEFAULT_RANK, max_error: fl
 
 def _truncated(delta: Delta, rank: int, where: str) -> tuple[LowRankDelta | None, Tensor]:
     """Best approximation of that rank (Eckart and Young, 1936), and all singular values, largest first."""
-    dense = delta.dense()
+    dense = delta.dense().cpu()
     if not torch.isfinite(dense).all():
         raise ConceptError(f"{where} holds NaN or infinity; allowed: finite numbers")
     left, spectrum, right = torch.linalg.svd(dense, full_matrices=False)

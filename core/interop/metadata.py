@@ -1,7 +1,7 @@
 """Metadata of exported files: all text, as safetensors wants it. Keys: kohya's `ss_*`, ModelSpec's `modelspec.*`, cover pictures.
 
 ModelSpec: Stability-AI/ModelSpec 1.0.0. ComfyUI and A1111 show the picture in `ssmd_cover_images`, and ComfyUI takes trigger words
-from `ss_tag_frequency`. Nothing here depends on the day of the export: the same concept gives the same file.
+from `ss_tag_frequency`. Nothing here depends on the day of the export: the same concept gives the same metadata.
 """
 
 from __future__ import annotations

@@ -1,0 +1,143 @@
+"""What the stock ComfyUI does with exported files: every key is used, words are found by name, pictures are those of our own patches."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from continual_concepts.core.interop.export import export_concept
+
+PROMPT, CONCEPT = "a photo of {} in a meadow", "blueprint"      # the concept with a single copy
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@pytest.fixture(scope="module")
+def exported(bank, folder):
+    files = export_concept(bank, CONCEPT, folder, ["kohya", "embedding"]).files
+    return dict(zip(("kohya", "embedding"), files, strict=True))
+
+
+@pytest.fixture(scope="module")
+def clip(comfyui, folder):
+    """The embedded base's CLIP with our folder as its embeddings folder."""
+    from continual_concepts.core.hosts.comfy.demo import load_demo
+
+    with torch.inference_mode():
+        return load_demo(embedding_directory=str(folder))[1]
+
+
+def load_lora(model, clip, file, strength: float = 1.0):
+    """ComfyUI's Load LoRA node, but for its look-up of the file."""
+    import comfy.sd
+    import comfy.utils
+
+    return comfy.sd.load_lora_for_models(model, clip, comfy.utils.load_torch_file(str(file), safe_load=True), strength, strength)
+
+
+def encode(clip, prompt: str):
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+
+def predict(model, conditioning) -> torch.Tensor:
+    """The UNet's view of a noisy latent through the host's whole sampling path, patches and wrappers included."""
+    import comfy.model_management
+    import comfy.samplers
+
+    g = torch.Generator().manual_seed(5)
+    latent = torch.randn(1, 12, 16, 16, generator=g)
+    seen = []
+    sampler = comfy.samplers.KSAMPLER(lambda model, x, sigmas, extra_args, callback, disable, **_: seen.append(
+        model(x, sigmas[0] * x.new_ones([1]), **extra_args)) or seen[0])
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning, conditioning)
+    guider.set_cfg(1.0)
+    with torch.inference_mode():
+        return guider.sample(latent, torch.zeros_like(latent), sampler, torch.tensor([3.0, 0.0]), seed=0).clone()
+
+
+def sites_of(model, clip):
+    from continual_concepts.core.hosts.comfy.sites import find_sites
+    from continual_concepts.core.hosts.comfy.text import text_widths
+
+    return find_sites(model, text_widths(clip))
+
+
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "not loaded" in record.getMessage().lower()]
+
+
+def test_every_key_of_the_lora_is_loaded(demo, bank, exported, caplog):
+    with caplog.at_level(logging.WARNING):
+        model, _ = load_lora(*demo[:2], exported["kohya"])
+    assert not warnings(caplog)
+    assert len(model.patches) == len(bank[CONCEPT].deltas)
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_the_lora_changes_weights_as_our_own_patches_do(demo, bank, exported, strength):
+    from continual_concepts.core.hosts.comfy.apply import fold
+
+    model, sites = demo[0], sites_of(*demo[:2])
+    theirs = load_lora(model, None, exported["kohya"], strength)[0]
+    ours = fold(model, sites, {key: delta.scaled(strength) for key, delta in bank[CONCEPT].deltas.items()}, False)
+    for (index, projection), delta in bank[CONCEPT].deltas.items():
+        key = sites.key(sites.layout.sites[index], projection)
+        changes = [change_of(patched, key) for patched in (theirs, ours)]
+        assert distance(changes[0], changes[1]) < 1.5e-3 and distance(changes[0], strength * delta.dense()) < 1.5e-3
+
+
+def change_of(model, key: str) -> torch.Tensor:
+    import comfy.lora
+    import comfy.utils
+
+    weight = comfy.utils.get_attr(model.model, key)
+    zero = torch.zeros(weight.shape)
+    return comfy.lora.calculate_weight(model.patches[key], zero.clone(), key)
+
+
+def test_the_stock_tokenizer_finds_the_words(clip, bank, exported):
+    tokens = clip.tokenize(PROMPT.format(f"embedding:{exported['embedding'].stem}"))["l"]
+    vectors = [token for chunk in tokens for token, *_ in chunk if torch.is_tensor(token)]
+    assert torch.allclose(torch.stack(vectors), bank[CONCEPT].tokens.vectors["clip_l"][0])
+
+
+def test_a_layerwise_concept_gives_its_mean_copy(clip, bank, folder):
+    exported = export_concept(bank, "rex", folder, ["embedding", "kohya"])
+    tokens = clip.tokenize("embedding:rex, a dog")["l"]
+    vectors = torch.stack([token for chunk in tokens for token, *_ in chunk if torch.is_tensor(token)])
+    assert torch.allclose(vectors, bank["rex"].tokens.mean_copy().vectors["clip_l"][0], atol=1e-6)
+    assert any("layer copies" in note for note in exported.notes)
+
+
+def test_lora_and_embedding_predict_what_our_own_patches_predict(demo, clip, bank, exported):
+    from continual_concepts.core.hosts.comfy.apply import fold
+    from continual_concepts.core.hosts.comfy.text import concept_clip
+
+    lora, loaded = load_lora(demo[0], clip, exported["kohya"])
+    theirs = predict(lora, encode(loaded, PROMPT.format(f"embedding:{CONCEPT}")))
+    alone = bank.remove("rex").remove("mimi")
+    own = fold(demo[0], sites_of(*demo[:2]), bank[CONCEPT].deltas, False)
+    ours = predict(own, encode(concept_clip(demo[1], alone), PROMPT.format(f"<{CONCEPT}>")))
+    plain = predict(demo[0], encode(demo[1], PROMPT.format("a dog")))
+    assert distance(theirs, ours) < 1e-3 < 1e-2 < distance(plain, ours)
+
+
+def test_a_bundle_works_as_embedding_and_warns_only_of_the_words(demo, clip, bank, folder, caplog):
+    file = export_concept(bank, CONCEPT, folder, ["bundle"]).files[0]
+    tokens = clip.tokenize(f"embedding:{file.stem}")["l"]
+    vectors = torch.stack([token for chunk in tokens for token, *_ in chunk if torch.is_tensor(token)])
+    assert torch.allclose(vectors, bank[CONCEPT].tokens.vectors["clip_l"][0])
+    with caplog.at_level(logging.WARNING):
+        model, _ = load_lora(demo[0], clip, file)
+    assert len(model.patches) == len(bank[CONCEPT].deltas)
+    assert warnings(caplog) == [f"lora key not loaded: bundle_emb.{CONCEPT}.string_to_param.*"]
