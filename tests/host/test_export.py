@@ -141,3 +141,37 @@ def test_a_bundle_works_as_embedding_and_warns_only_of_the_words(demo, clip, ban
         model, _ = load_lora(demo[0], clip, file)
     assert len(model.patches) == len(bank[CONCEPT].deltas)
     assert warnings(caplog) == [f"lora key not loaded: bundle_emb.{CONCEPT}.string_to_param.*"]
+
+
+@pytest.fixture(scope="module")
+def small_sdxl(comfyui):
+    """SDXL's UNet in ComfyUI, all 70 sites, with narrow layers."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.SDXL({
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2, 4], "num_res_blocks": [2] * 3,
+        "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10, "num_heads": -1, "num_head_channels": 32, "context_dim": 16, "use_spatial_transformer": True,
+        "use_linear_in_transformer": True, "legacy": False, "adm_in_channels": 32, "num_classes": "sequential",
+        "use_temporal_attention": False, "dtype": torch.float32})
+    device = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(config.get_model({}, device=device), device, device)
+
+
+def test_sdxl_loads_every_key_and_both_word_vectors(small_sdxl, make_concept, tmp_path, caplog):
+    import comfy.sdxl_clip
+
+    from continual_concepts.core.bank import ConceptBank
+    from continual_concepts.core.hosts.comfy.sites import find_sites
+
+    layout = find_sites(small_sdxl, (("clip_l", 768), ("clip_g", 1280))).layout
+    bank = ConceptBank(layout).add(make_concept(layout, words=3))
+    kohya, embedding = export_concept(bank, "rex", tmp_path).files
+    with caplog.at_level(logging.WARNING):
+        model, _ = load_lora(small_sdxl, None, kohya)
+    assert len(layout) == 70 and len(model.patches) == 4 * 70 and not warnings(caplog)
+    tokens = comfy.sdxl_clip.SDXLTokenizer(embedding_directory=str(tmp_path)).tokenize_with_weights(f"embedding:{embedding.stem}")
+    for key, encoder in (("l", "clip_l"), ("g", "clip_g")):
+        vectors = torch.stack([token for chunk in tokens[key] for token, *_ in chunk if torch.is_tensor(token)])
+        assert torch.allclose(vectors, bank["rex"].tokens.vectors[encoder].mean(0), atol=1e-6)
