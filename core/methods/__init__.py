@@ -1,6 +1,6 @@
 """Methods by name. Adding one: a file here, an import below, a test file."""
 
-from . import cidm, finetune
+from . import cidm, cns, finetune
 from .base import METHODS, Method, Task, get, make
 
-__all__ = ["METHODS", "Method", "Task", "cidm", "finetune", "get", "make"]
+__all__ = ["METHODS", "Method", "Task", "cidm", "cns", "finetune", "get", "make"]
