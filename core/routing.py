@@ -16,7 +16,7 @@ from .errors import ConceptError
 from .hosts.backbone import Backbone
 from .prompts import named_concepts
 
-MODES = ("sharp", "paper", "released", "equal", "one")
+MODES = ("sharp", "paper", "released", "equal")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mappi
               standing: bool = True, only: str = "") -> Aggregation:
     """The deltas for one prompt. standing=False leaves out what is on anyway (see `standing_deltas`).
 
-    mode: sharp | paper | released | equal | one (the concept `only`, whatever the prompt says); strength: factor on routed concepts,
-    0 = the base. Concepts of folding methods (sequential finetuning, ...) have weight 1 in every mode: that is what those methods mean.
+    mode: sharp | paper | released | equal; only: one concept that acts alone, whatever prompt and mode say; strength: factor on routed
+    concepts, 0 = the base. Concepts of folding methods (sequential finetuning, ...) have weight 1 in every mode: that is what those methods mean.
     """
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
@@ -97,7 +97,7 @@ def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mappi
     named, always = named_concepts(bank.vocabulary.parse(prompt)), set(standing_names(bank, methods))
     routed = [name for name in bank.names if name not in always]
     sites = len(bank.layout)
-    if mode == "one":
+    if only:
         bank[only]      # an unknown name is an error, also in a bank of standing concepts
         weights = aggregation.sharp_weights(routed, [only], sites)
     elif not routed or mode == "sharp":

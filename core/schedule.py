@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from .errors import ConceptError
@@ -14,6 +15,15 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 def _expand(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def cumulative_alphas(start: float, end: float, steps: int = 1000, kind: str = "scaled_linear") -> Tensor:
+    """`[steps]` for betas that grow linearly ("linear"), or whose roots do ("scaled_linear": Stable Diffusion's)."""
+    if kind not in ("linear", "scaled_linear"):
+        raise ValueError(f"beta schedule {kind!r} is not supported; supported: scaled_linear, linear")
+    power = 2 if kind == "scaled_linear" else 1
+    betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
+    return torch.cumprod(1.0 - betas, dim=0).float()
 
 
 @dataclass(frozen=True)

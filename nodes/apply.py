@@ -15,7 +15,8 @@ from ..core.routing import aggregate
 from . import types
 from .schema import Schema
 
-MODES = {"sharp": "sharp", "paper": "paper", "released code": "released", "equal merge": "equal", "one concept": "one"}
+ONE = "one concept"
+MODES = {"sharp": "sharp", "paper": "paper", "released code": "released", "equal merge": "equal", ONE: "sharp"}
 
 
 class ElasticWeightAggregate(io.ComfyNode):
@@ -66,7 +67,10 @@ class ElasticWeightAggregate(io.ComfyNode):
             picture = to_tensor(weights_picture([], torch.zeros(1, 0), "weights: no concepts"))
             return io.NodeOutput(model, clip, _encoded(clip, prompt), picture)
         backbone = ComfyBackbone(model, clip)
-        found = aggregate(backbone, bank, prompt, METHODS, MODES[mode], strength, only=concept.strip().strip("<>"))
+        only = concept.strip().strip("<>") if mode == ONE else ""
+        if mode == ONE and not only:
+            raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds {', '.join(bank.names)}")
+        found = aggregate(backbone, bank, prompt, METHODS, MODES[mode], strength, only=only)
         layerwise = any(part.tokens.copies > 1 for part in bank)
         patched = putting.fold(model, backbone.sites, found.deltas if strength else {}, layerwise)
         new_clip = concept_clip(clip, bank)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor, nn
 
+from ..schedule import cumulative_alphas
 from .vocabulary import CONTEXT_LENGTH
 
 PICTURE_SIZE = 64
@@ -104,7 +104,5 @@ def build_text_encoder(tokenizer) -> nn.Module:
 
 
 def alphas_cumprod() -> Tensor:
-    """Stable Diffusion's scaled-linear schedule, `[1000]`."""
-    start, end, steps = SCHEDULE["beta_start"], SCHEDULE["beta_end"], SCHEDULE["num_train_timesteps"]
-    betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    return torch.cumprod(1.0 - betas, dim=0).float()
+    """Of Stable Diffusion's schedule, `[1000]`."""
+    return cumulative_alphas(SCHEDULE["beta_start"], SCHEDULE["beta_end"], SCHEDULE["num_train_timesteps"], SCHEDULE["beta_schedule"])

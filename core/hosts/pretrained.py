@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConceptError
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, cumulative_alphas
 from .diffusers import ClipText, DiffusersBackbone
 
 
@@ -49,11 +49,6 @@ def load_pretrained(folder: Path, device: torch.device | str = "cpu", dtype: tor
 
 def _schedule(file: Path) -> NoiseSchedule:
     config = json.loads(file.read_text())
-    steps, start, end = config.get("num_train_timesteps", 1000), config["beta_start"], config["beta_end"]
-    if config.get("beta_schedule") == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    elif config.get("beta_schedule") == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    else:
-        raise ValueError(f"beta schedule {config.get('beta_schedule')!r} is not supported; supported: scaled_linear, linear")
-    return NoiseSchedule(torch.cumprod(1 - betas, 0).float(), config.get("prediction_type", "epsilon"))
+    alphas = cumulative_alphas(config["beta_start"], config["beta_end"], config.get("num_train_timesteps", 1000),
+                               config.get("beta_schedule", "linear"))
+    return NoiseSchedule(alphas, config.get("prediction_type", "epsilon"))

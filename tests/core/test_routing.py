@@ -103,6 +103,13 @@ def test_a_single_concept_has_weight_one_in_paper_mode(tiny_backbone, bank, name
         assert torch.allclose(aggregate(tiny_backbone, alone, prompt, METHODS, "paper").weights, torch.ones(7, 1))
 
 
+def test_one_concept_acts_alone_whatever_the_prompt_says(tiny_backbone, bank):
+    found = aggregate(tiny_backbone, bank, "a photo of <rex>", METHODS, strength=0.5, only="mimi")
+    assert (found.weights == torch.tensor([0.0, 0.5, 0.0])).all()
+    with pytest.raises(ConceptError, match="holds no concept 'nobody'"):
+        aggregate(tiny_backbone, bank, "a photo of <rex>", METHODS, only="nobody")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_an_empty_bank_has_no_deltas(tiny_backbone, mode):
     found = aggregate(tiny_backbone, ConceptBank(tiny_backbone.layout), "a dog", METHODS, mode)
