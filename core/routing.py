@@ -89,7 +89,7 @@ def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mappi
     """The deltas for one prompt. standing=False leaves out what is on anyway (see `standing_deltas`).
 
     mode: sharp | paper | released | equal; only: one concept that acts alone, whatever prompt and mode say; strength: factor on routed
-    concepts, 0 = the base. Concepts of folding methods (sequential finetuning, ...) have weight 1 in every mode: that is what those methods mean.
+    concepts, 0 = the base. Concepts of folding methods (sequential finetuning, ...) have weight 1 in every mode: that is what they mean.
     """
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
