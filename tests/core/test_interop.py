@@ -42,8 +42,7 @@ def kohya_dense(state, name: str) -> torch.Tensor:
 
 
 def metadata(path) -> dict[str, str]:
-    with safe_open(str(path), framework="pt") as file:
-        return file.metadata()
+    return safe_open(str(path), framework="pt").metadata()
 
 
 def sparse(a: int, b: int, count: int, seed: int = 0) -> SparseDelta:
@@ -152,8 +151,8 @@ def test_export_writes_every_format_with_metadata(bank, cover, tmp_path):
     assert data[0]["modelspec.architecture"].endswith("/lora") and data[3]["modelspec.architecture"].endswith("/textual-inversion")
     assert (data[0]["ss_network_dim"], data[0]["ss_network_alpha"], data[0]["ss_steps"]) == ("2", "1.0", "3")
     assert json.loads(data[0]["ss_tag_frequency"]) == {"rex": {"rex": 2}}
-    bundle, lora = load_file(exported.files[1]), load_file(exported.files[0])
-    assert {key for key in bundle if key not in lora} == {"bundle_emb.rex.clip_l", "bundle_emb.rex.clip_g"}
+    lora, bundle = (load_file(file).keys() for file in exported.files[:2])
+    assert bundle - lora == {"bundle_emb.rex.clip_l", "bundle_emb.rex.clip_g"}
     assert any("3 layer copies" in note and f"{layer_loss(bank['rex'].tokens):.3f}" in note for note in exported.notes)
     assert not any("layer copies" in note for note in export_concept(bank, "mimi", tmp_path).notes)
 
@@ -210,8 +209,8 @@ def test_bad_requests_leave_no_file(bank, layout, make_concept, tmp_path, monkey
     monkeypatch.setattr("continual_concepts.core.interop.export.write_atomically", full)
     with pytest.raises(ConceptError, match="full"):
         export_concept(bank, "rex", folder)
-    assert not list(folder.iterdir())
     (tmp_path / "file").write_bytes(b"")
+    assert not list(folder.iterdir())
     with pytest.raises(ConceptError, match="cannot write concept 'rex'"):
         export_concept(bank, "rex", tmp_path / "file")
 
@@ -284,8 +283,7 @@ def test_diffusers_loads_it_and_predicts_the_same(host, make_concept, tmp_path):
     state, *rest = kind.lora_state_dict(str(file))
     unet = plain_unet(host)
     kind.load_lora_into_unet(state, network_alphas=next((r for r in rest if r), None), unet=unet)
-    g = torch.Generator().manual_seed(0)
-    latents, times = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([50, 700])
+    latents, times = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([50, 700])
     context = encode_prompts(host, ["a photo of <rex>"] * 2, bank.vocabulary, {"rex": concept.tokens})
     with host.folded(concept.deltas):
         ours = host.predict(latents, times, context)
