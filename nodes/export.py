@@ -1,0 +1,71 @@
+"""Concept Export: what was learned, for tools that know nothing of banks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..core.errors import ConceptError
+from ..core.interop.export import export_concept
+from . import types
+from .schema import Schema
+
+FORMATS = {
+    "LoRA and embedding": ("kohya", "embedding"),
+    "LoRA": ("kohya",),
+    "embedding": ("embedding",),
+    "LoRA with its words inside": ("bundle",),
+    "diffusers LoRA": ("diffusers",),
+}
+
+
+def register_folders() -> None:
+    """Exported words are found as `embedding:name`: ComfyUI does not look into its output folder for them by itself."""
+    folder_paths.add_model_folder_path("embeddings", os.path.join(folder_paths.get_output_directory(), "embeddings"))
+
+
+def _folder(kind: str) -> Path:
+    return Path(folder_paths.get_output_directory()) / ("embeddings" if kind == "embedding" else "loras")
+
+
+class ConceptExport(io.ComfyNode):
+    """One concept as LoRA and embedding files."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptExport",
+            display_name="Export Concept",
+            category=types.BANKS,
+            is_output_node=True,
+            search_aliases=["save lora", "export lora", "embedding"],
+            description="Writes one concept as files that ComfyUI itself and other programs read, to output/loras and output/embeddings. "
+            "Existing files are never replaced.",
+            inputs=[
+                types.Bank.Input("bank"),
+                io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank."),
+                io.Combo.Input("format", options=list(FORMATS), default="LoRA and embedding"),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Factor on the deltas; 1 = as learned."),
+            ],
+            outputs=[io.String.Output(display_name="notes")],
+        )
+
+    @classmethod
+    def execute(cls, bank, concept, format, strength) -> io.NodeOutput:  # noqa: A002 - an input's name, seen by people
+        if bank is None:
+            raise ConceptError("the bank is new and holds no concept to export")
+        if format not in FORMATS:
+            raise ConceptError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
+        lines = []
+        for kind in FORMATS[format]:
+            done = export_concept(bank, concept.strip().strip("<>"), _folder(kind), (kind,), strength)
+            lines += [f"wrote {file.name}" for file in done.files] + list(done.notes)
+        text = "\n".join(lines)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+register_folders()
+NODES = [ConceptExport]
