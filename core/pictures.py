@@ -127,3 +127,33 @@ def covers_picture(covers: Sequence[tuple[str, bytes]], side: int = 160) -> Imag
             image.paste(ImageOps.fit(picture, (side, side), Image.LANCZOS), (x, y))
         draw.text((x, y + side + 6), f"<{name}>", INK, _font(14))
     return image
+
+
+def selection_picture(selection, sites: int, title: str, share: float) -> Image.Image:
+    """Where selected neurons lie: per site and projection how many of the weight's rows (outputs) they touch, and how many entries.
+
+    Each row of the picture is a projection, each cell a site, split into 16 bands of rows whose shade is the share of selected entries.
+    """
+    projections = sorted({projection for _, projection in selection.indices})
+    cell, label, height = max(14, min(48, 720 // max(1, sites))), 64, 96
+    image = Image.new("RGB", (label + cell * sites + 16, 62 + (height + 22) * max(1, len(projections))), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((10, 8), f"{title}: {len(selection):,} weights, {share:.2%} of the UNet", INK, _font(15))
+    draw.text((label, 34), "sites, down to up; bands are groups of outputs, darker = more of them selected", QUIET, _font(12))
+    bands = {key: _bands(selection, key) for key in selection.indices}
+    peak = max([float(band.max()) for band in bands.values()], default=1.0) or 1.0
+    for j, projection in enumerate(projections):
+        y = 58 + j * (height + 22)
+        draw.text((10, y + height // 2 - 8), projection, INK, _font(13))
+        for index in range(sites):
+            if (index, projection) in bands:
+                shade = (bands[index, projection] / peak).numpy()[:, None, None]
+                pixels = (np.array([238, 238, 240]) * (1 - shade) + np.array(ACCENT) * shade).astype(np.uint8)
+                image.paste(Image.fromarray(pixels).resize((cell - 3, height), Image.NEAREST), (label + index * cell, y))
+    return image
+
+
+def _bands(selection, key, count: int = 16) -> Tensor:
+    """Share of selected entries in `count` groups of a weight's rows."""
+    rows = selection.mask(key).float().mean(1)
+    return torch.stack([part.mean() for part in rows.tensor_split(min(count, len(rows)))])
