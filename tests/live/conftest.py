@@ -1,0 +1,168 @@
+"""Starts a real ComfyUI server on this checkout: free port, CPU, a base directory of its own that is thrown away afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_LIMIT = 240  # seconds
+FOLDER = "continual-concepts"
+
+
+def find_comfyui() -> Path | None:
+    """COMFYUI_PATH, else the ComfyUI whose custom_nodes this checkout lies in, else ~/comfy/ComfyUI."""
+    named = os.environ.get("COMFYUI_PATH")
+    around = [ROOT.parents[1]] if ROOT.parent.name == "custom_nodes" else []
+    candidates = [Path(named)] if named else [*around, Path.home() / "comfy" / "ComfyUI"]
+    return next((path for path in candidates if (path / "main.py").is_file() and (path / "comfy").is_dir()), None)
+
+
+@dataclass
+class Server:
+    port: int
+    base: Path  # its base directory: input, output, models, ...
+    log_file: Path
+    process: subprocess.Popen
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def call(self, path: str, data: dict | None = None, timeout: float = 60):
+        """What the server answers, from JSON. An error's answer comes back too: {"error": ..., "node_errors": ...}."""
+        body = None if data is None else json.dumps(data).encode()
+        request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            return json.loads(error.read() or b'{"error": "no answer"}')
+
+    def queue(self, graph: dict) -> str:
+        """Starts a graph in API format; returns the id of the run."""
+        answer = self.call("/prompt", {"prompt": graph})
+        assert "prompt_id" in answer, f"the server refuses the graph: {json.dumps(answer)[:2000]}"
+        return answer["prompt_id"]
+
+    def wait(self, run: str, limit: float = 900) -> dict:
+        """The run's history: `status` and `outputs`."""
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            entry = self.call(f"/history/{run}").get(run)
+            if entry and entry.get("status", {}).get("status_str"):
+                return entry
+            assert self.process.poll() is None, f"the server ended:\n{self.log[-3000:]}"
+            time.sleep(0.2)
+        raise AssertionError(f"the run took longer than {limit:g} s:\n{self.log[-2000:]}")
+
+    def run(self, graph: dict, limit: float = 900) -> dict:
+        """Runs a graph to its end and returns its history; a failed run is a failed test."""
+        entry = self.wait(self.queue(graph), limit)
+        assert entry["status"]["status_str"] == "success", self.error_of(entry) or self.log[-3000:]
+        return entry
+
+    @staticmethod
+    def error_of(entry: dict) -> str:
+        """The sentence of a failed run, "" for a good one."""
+        found = [message for kind, message in entry["status"]["messages"] if kind == "execution_error"]
+        return f"{found[0]['node_type']}: {found[0]['exception_message']}" if found else ""
+
+    def interrupt(self) -> None:
+        self.call("/interrupt", {})
+
+    def pictures(self, entry: dict, node: str | None = None) -> list[Path]:
+        """The files of the pictures that a run saved (not the previews), of one node or of all."""
+        outputs = [entry["outputs"].get(node, {})] if node else entry["outputs"].values()
+        named = [image for output in outputs for image in output.get("images", []) if image["type"] == "output"]
+        return [self.base / "output" / image.get("subfolder", "") / image["filename"] for image in named]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _why_not(comfyui: Path) -> str:
+    """What this Python lacks to run this ComfyUI, "" if nothing."""
+    check = "import torch, aiohttp, comfy.options, comfyui_frontend_package"
+    tried = subprocess.run([sys.executable, "-c", check], cwd=comfyui, capture_output=True, text=True)
+    return "" if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it ends at once"])[-1]
+
+
+def _start(comfyui: Path, base: Path) -> Server:
+    for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+        (base / name).mkdir(parents=True)
+    (base / "custom_nodes" / FOLDER).symlink_to(ROOT, target_is_directory=True)
+    port, log = _free_port(), base / "server.log"
+    options = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "main.py", *options, "--listen", "127.0.0.1", "--port", str(port)],
+            cwd=comfyui, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+    return Server(port, base, log, process)
+
+
+def _stop(server: Server) -> None:
+    server.process.terminate()
+    try:
+        server.process.wait(20)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        server.process.wait()
+
+
+def _ready(server: Server) -> bool:
+    end = time.monotonic() + START_LIMIT
+    while time.monotonic() < end and server.process.poll() is None:
+        try:
+            return bool(server.call("/system_stats", timeout=5))
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    return False
+
+
+@pytest.fixture(scope="session")
+def comfyui_folder() -> Path:
+    found = find_comfyui()
+    if found is None:
+        pytest.skip("no ComfyUI found: set COMFYUI_PATH to its folder")
+    lacks = _why_not(found)
+    if lacks:
+        pytest.skip(f"this Python cannot run the ComfyUI in {found}: {lacks}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_folder, tmp_path_factory) -> Iterator[Server]:
+    """A running ComfyUI with this checkout as its only custom node pack; one for all tests."""
+    running = _start(comfyui_folder, tmp_path_factory.mktemp("comfyui") / "base")
+    try:
+        if not _ready(running):
+            pytest.fail(f"ComfyUI did not start within {START_LIMIT} s:\n{running.log[-3000:]}")
+        yield running
+    finally:
+        _stop(running)
+
+
+@pytest.fixture(scope="session")
+def object_info(server) -> dict:
+    """What the server says about every node: node id -> inputs, outputs, category."""
+    return server.call("/object_info")
