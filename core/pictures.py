@@ -65,7 +65,7 @@ def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.
     """Aggregation weights `[sites, concepts]` as a table of shades with the mean of each concept: which concept acts where."""
     sites, count = weights.shape
     cell, label, row = max(8, min(32, 640 // max(1, sites))), 150, 30
-    image = Image.new("RGB", (label + cell * sites + 84, 62 + row * max(1, count)), PAPER)
+    image = Image.new("RGB", (max(360, label + cell * sites + 84), 62 + row * max(1, count)), PAPER)
     draw = ImageDraw.Draw(image)
     draw.text((10, 8), title, INK, _font(15))
     draw.text((label, 34), "sites, down to up", QUIET, _font(12))
@@ -135,8 +135,9 @@ def selection_picture(selection, sites: int, title: str, share: float) -> Image.
     Each row of the picture is a projection, each cell a site, split into 16 bands of rows whose shade is the share of selected entries.
     """
     projections = sorted({projection for _, projection in selection.indices})
-    cell, label, height = max(14, min(48, 720 // max(1, sites))), 64, 96
-    image = Image.new("RGB", (label + cell * sites + 16, 62 + (height + 22) * max(1, len(projections))), PAPER)
+    cell, label, height = max(10, min(80, 720 // max(1, sites))), 64, 96
+    width = max(640, label + cell * sites + 16)      # room for the title
+    image = Image.new("RGB", (width, 62 + (height + 22) * max(1, len(projections))), PAPER)
     draw = ImageDraw.Draw(image)
     draw.text((10, 8), f"{title}: {len(selection):,} weights, {share:.2%} of the UNet", INK, _font(15))
     draw.text((label, 34), "sites, down to up; bands are groups of outputs, darker = more of them selected", QUIET, _font(12))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import importlib
 import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,3 +71,101 @@ def bank(reference, make_concept):
     for i, (name, layerwise) in enumerate((("rex", True), ("mimi", True), ("blueprint", False))):
         bank = bank.add(make_concept(reference.layout, name, seed=i, layerwise=layerwise, size=0.3))
     return bank
+
+
+@pytest.fixture(scope="session")
+def pack(comfyui, tmp_path_factory):
+    """Our node classes by their ids. What nodes write goes to folders of this run, `output` and `temp` below `pack.folder`."""
+    import folder_paths
+
+    folder = tmp_path_factory.mktemp("comfyui")
+    folder_paths.models_dir = str(folder / "models")
+    for name in ("output", "temp", "input"):
+        (folder / name).mkdir()
+        getattr(folder_paths, f"set_{name}_directory")(str(folder / name))
+    extension = importlib.import_module("continual_concepts.nodes").Extension()
+    classes = {cls.define_schema().node_id: cls for cls in asyncio.run(extension.get_node_list())}
+    return SimpleNamespace(folder=folder, **classes)
+
+
+@pytest.fixture
+def as_in_comfyui():
+    """ComfyUI runs nodes under inference mode; a module of node tests asks for it with `pytestmark`."""
+    with torch.inference_mode():
+        yield
+
+
+class Studio:
+    """The embedded base, ComfyUI's own nodes and ours, with short defaults: pictures are latents of 12 channels, steps are few."""
+
+    def __init__(self, pack, demo, bank) -> None:
+        import nodes
+
+        self.pack, self.bank, self.stock = pack, bank, nodes
+        self.model, self.clip, self.vae = demo
+
+    @staticmethod
+    def encode(clip, text: str):
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+    @staticmethod
+    def latent(count: int = 1, height: int = 16, width: int = 16, content: bool = False, **more) -> dict:
+        shape = (count, 12, height, width)
+        return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(9)) if content else torch.zeros(shape), **more}
+
+    def ksampler(self, model, positive, negative, latent=None, seed=1, steps=3, cfg=4.0, sampler="euler", scheduler="normal", denoise=1.0):
+        """ComfyUI's KSampler; prompts may be texts for the plain CLIP."""
+        positive, negative = (self.encode(self.clip, p) if isinstance(p, str) else p for p in (positive, negative))
+        latent = self.latent() if latent is None else latent
+        return self.stock.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)[0]["samples"]
+
+    def regional(self, scene, regions=(), bank=None, model=None, clip=None, latent=None, **other):
+        """Our sampler; returns latents. `regions` from `region` below."""
+        settings = {"negative_scene": "", "seed": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+                    "strength": 1.0, "region_noise": False, "alpha": 0.1, "outside": "keep"} | other
+        latent = self.latent() if latent is None else latent
+        node = self.pack.RegionalConceptSampler
+        return node.execute(model=model or self.model, clip=clip or self.clip, latent_image=latent, scene=scene, bank=bank,
+                            regions=list(regions) or None, **settings)[0]["samples"]
+
+    def region(self, prompt, left=0.0, top=0.0, right=1.0, bottom=1.0, strength=1.0, start=0.0, end=1.0, feather=0.0, **other):
+        """One region of our region node."""
+        return self.pack.ConceptRegion.execute(prompt, left, top, right, bottom, strength, start, end, feather, **other)[0][-1]
+
+    def aggregate(self, prompt, bank=None, mode="sharp", strength=1.0, model=None, clip=None, concept=""):
+        """model, clip and conditioning of ElasticWeightAggregate."""
+        node = self.pack.ElasticWeightAggregate
+        return node.execute(model or self.model, clip or self.clip, prompt, mode, strength, concept, bank).args[:3]
+
+    def photos(self, count: int = 2, size: int = 32):
+        """An IMAGE of random photos."""
+        return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(3))
+
+    def learn(self, images=None, name="spot", noun="dog", model=None, clip=None, vae=None, kind="object", method="cidm", **other):
+        """bank of ConceptLearner, which takes lists."""
+        settings = {"steps": 3, "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1, "seed": 0, "preview_every": 0,
+                    "if_known": "keep it"} | other
+        inputs = {"model": model or self.model, "clip": clip or self.clip, "vae": vae or self.vae, "name": name, "class_noun": noun,
+                  "images": self.photos() if images is None else images, "kind": kind, "method": method, **settings}
+        listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
+        return self.pack.ConceptLearner.execute(**listed)[0]
+
+
+@pytest.fixture(scope="session")
+def studio(pack, demo, bank):
+    return Studio(pack, demo, bank)
+
+
+@pytest.fixture
+def count_tensors():
+    """count_tensors(): how many tensors there are, and how many bytes they hold."""
+    def count() -> tuple[int, int]:
+        gc.collect()
+        storages = {}
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return len(tensors), sum(storages.values())
+
+    return count
