@@ -259,3 +259,8 @@ def test_a_program_leaves_other_projections_alone(tiny_backbone):
 def test_settings_out_of_range_are_named(settings):
     with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):
         make("cns", settings)
+
+
+def test_it_learns_on_two_text_encoders(tiny_sdxl, teach):
+    concept = teach(tiny_sdxl, ConceptBank(tiny_sdxl.layout), "rex", "cns", QUICK, steps=3).concept
+    assert len(concept.deltas) == 2 * len(tiny_sdxl.layout) and all(delta.values.any() for delta in concept.deltas.values())
