@@ -98,6 +98,7 @@ class Backbone(ABC):
     latent_channels: int
     picture_multiple: int            # pictures' sides are multiples of this; latents are that much smaller
     fingerprint: str                 # of the weights, for provenance
+    overlay: str = ""                # digest of what lies over them (LoRA patches, clip skip): another one makes it another run
 
     @property
     @abstractmethod

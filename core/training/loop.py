@@ -186,7 +186,7 @@ def run_identity(task: Task, method: Method, data: TrainingSet, config: Training
     """What must agree for a checkpoint to be a run's. JSON values."""
     return {"concept": task.name, "class noun": task.class_noun, "words": list(task.word_names), "method": method.name,
             "settings": method_settings(method), "training": asdict(config), "base": task.backbone.fingerprint,
-            "bank": task.bank.names, "images": list(data.digests), "captions": list(data.captions)}
+            "overlay": task.backbone.overlay, "bank": task.bank.names, "images": list(data.digests), "captions": list(data.captions)}
 
 
 def _brief(value: object) -> str:

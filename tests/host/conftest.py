@@ -162,7 +162,7 @@ def count_tensors():
     def count() -> tuple[int, int]:
         gc.collect()
         storages = {}
-        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
         for tensor in tensors:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

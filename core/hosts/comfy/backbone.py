@@ -36,7 +36,8 @@ def schedule_of(model) -> NoiseSchedule:
 
 def plain_weights(module: nn.Module) -> None:
     """Replaces weights that were made under inference mode, which autograd refuses, by plain clones, one at a time: no second model in
-    memory."""
+    memory. None of them asks for a gradient afterwards."""
+    module.requires_grad_(False)
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_inference():
@@ -78,6 +79,7 @@ class ComfyBackbone(Backbone):
         self._is_loaded = False
         self._patches = program_patches(self.sites)
         self.fingerprint = self._weight_hash()
+        self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx, *(() if vae is None else (_ends(vae),)))
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +133,7 @@ class ComfyBackbone(Backbone):
         return (pixels.float().permute(0, 3, 1, 2) * 2 - 1).clamp(-1, 1)
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context, program: SiteProgram | None = None) -> Tensor:
+        management.throw_exception_if_processing_interrupted()      # also in the middle of a preview
         self.load()
         dtype = self.model.model.get_dtype_inference() if hasattr(self.model.model, "get_dtype_inference") else _dtype(self.model.model)
         hidden = context.hidden.to(dtype)
@@ -195,6 +198,34 @@ def _recomputed(forward: Callable) -> Callable:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return wrapped
+
+
+def _overlay(*parts) -> str:
+    """Digest of what a run's result depends on beside the checkpoint's weights. A few numbers stand for each tensor."""
+    digest = hashlib.sha256()
+
+    def add(thing) -> None:
+        if torch.is_tensor(thing):
+            flat = thing.detach().flatten()
+            digest.update(str(tuple(thing.shape)).encode() + flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+        elif isinstance(thing, dict):
+            add(sorted(thing.items()))
+        elif isinstance(thing, (list, tuple)):
+            for item in thing:
+                add(item)
+        elif hasattr(thing, "weights"):
+            add(thing.weights)
+        else:
+            digest.update(str(getattr(thing, "__qualname__", thing)).encode())
+
+    add(parts)
+    return digest.hexdigest()[:16]
+
+
+def _ends(vae) -> tuple:
+    """First and last weight of an autoencoder."""
+    found = list(vae.first_stage_model.parameters())
+    return (found[0], found[-1]) if found else ()
 
 
 def _multiple(vae) -> int:
