@@ -108,7 +108,7 @@ def test_a_saved_bank_goes_on_with_the_same_masks(banks, tmp_path):
             assert torch.equal(again[name].deltas[key].values, delta.values)
 
 
-@pytest.mark.parametrize("settings", [{"score": "activation"}, {"unit": "row"}, {"calibration": 0}, {"layerwise": True}])
+@pytest.mark.parametrize("settings", [{"score": "activation"}, {"unit": "row"}, {"calibration": 0}, {"layerwise": False}])
 def test_the_other_readings_learn_too(tiny_backbone, teach, settings):
     learned = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "cns", QUICK | settings, steps=3)
     found = selection_of(learned.concept)
