@@ -7,9 +7,9 @@ personalised weights and to the pretrained ones; weights are edited in place, no
 Ours, since the paper's formulas were not available: single weight entries as neurons (`unit`); both scores; selection after some steps
 that train the words alone, from the gradients of those very steps, so that it needs no passes of its own; `L_reg = (tie_previous
 ||M_1:t-1 M_con (W - W_t-1)||^2 + tie_base ||M_con (W - W_0)||^2) / ||M_con W||^2`, relative so that one pair of coefficients fits any base,
-and from the second task on (before it the second tie would be plain weight decay); no weight decay on the deltas; one vector per
-word and layer as in the other methods here, so that a comparison differs in the method alone; general neurons found once per bank. Unknown: score, thresholds, number of prompts, coefficients, learning
-rates, steps.
+and from the second task on (before it the second tie would be plain weight decay); no weight decay on the deltas; one vector per word and
+layer as in the other methods here, so that a comparison differs in the method alone; general neurons found once per bank.
+Unknown: score, thresholds, number of prompts, coefficients, learning rates, steps.
 """
 
 from __future__ import annotations
