@@ -92,17 +92,20 @@ class OffsetCond(comfy.conds.CONDRegular):
 
 
 def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
-    """Offsets `[B, L, n, D]` for a context `[B, N, D]` that other nodes made longer: repeated where the context is a repetition
-    (batching), padded with zeros where something was appended (Conditioning Concat)."""
+    """Offsets `[B, L, n, D]` for a context `[B, N, D]` that other nodes may have changed, row by row: repeated where the context is a
+    repetition (batching), zero where something was appended (Conditioning Concat), zero where all is (Conditioning Zero Out)."""
     if offsets.shape[0] != context.shape[0]:
         raise ConceptError(f"layer-wise words came for {offsets.shape[0]} prompts, but another node made {context.shape[0]} of them; "
                            "put that node before ElasticWeightAggregate")
     n, length = offsets.shape[2], context.shape[1]
-    if n == length:
-        return offsets
-    if length % n == 0 and all(torch.equal(context[:, :n], context[:, i:i + n]) for i in range(n, length, n)):
-        return offsets.repeat(1, 1, length // n, 1)
-    return torch.nn.functional.pad(offsets[:, :, :length], (0, 0, 0, max(0, length - n)))
+    times = -(-length // n)
+    offsets = offsets.repeat(1, 1, times, 1)[:, :, :length]
+    if times > 1:
+        whole = context[:, :length - length % n].unflatten(1, (-1, n))
+        repeated = (whole == whole[:, :1]).all(-1).all(-1).all(-1) & (length % n == 0)
+        first = torch.arange(length, device=context.device) < n
+        offsets = offsets * (repeated[:, None, None, None] | first[:, None])
+    return offsets * (context != 0).any(-1).any(-1)[:, None, None, None]
 
 
 class DiffusionWrapper:

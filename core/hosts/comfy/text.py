@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ...bank import ConceptBank
+from ...concepts import ConceptInfo
 from ...errors import ConceptError
 from ...prompts import PLACEHOLDER, Vocabulary, WordRef
+from ...tokens import TokenGroup
 from ..backbone import TextEncoder
 from .sites import OFFSETS, OffsetCond
 
@@ -61,20 +63,32 @@ class ComfyText(TextEncoder):
         return self.model(rows)[:2]
 
 
-class _Tokenizer:
-    """A CLIP's tokenizer that knows a bank's placeholders. A learned word is a token `[L, D]`: its vector in every layer copy."""
+class _Around:
+    """Something of a CLIP with something of ours before it."""
 
-    def __init__(self, inner, names: tuple[str, ...], vocabulary: Vocabulary, words: Mapping[WordRef, Mapping[str, Tensor]]) -> None:
-        self.inner, self.vocabulary = copy.copy(inner), vocabulary
+    def __init__(self, inner) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str):
+        if name == "inner":     # not there yet: while being copied
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+class _Tokenizer(_Around):
+    """A CLIP's tokenizer that knows placeholders. A learned word is a token `[L, D]`: its vector in every layer copy."""
+
+    def __init__(self, original, names: tuple[str, ...], concepts: dict[str, tuple[ConceptInfo, TokenGroup]]) -> None:
+        super().__init__(copy.copy(original))
+        self.original, self.concepts, self.vocabulary = original, concepts, Vocabulary(info for info, _ in concepts.values())
+        words = {WordRef(info.name, i): {encoder: tokens.word(i, encoder).float() for encoder in names}
+                 for info, tokens in concepts.values() for i in range(len(tokens.words))}
         for name in names:
-            setattr(self.inner, name, _with_words(getattr(inner, name), name, vocabulary, words))
+            setattr(self.inner, name, _with_words(getattr(original, name), name, self.vocabulary, words))
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
         self.vocabulary.parse(text)     # an unknown placeholder is an error here, in one sentence
         return self.inner.tokenize_with_weights(PLACEHOLDER.sub(rf" embedding:{_MARK}\1 ", text), *args, **kwargs)
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["inner"], name)
 
 
 def _with_words(tokenizer, name: str, vocabulary: Vocabulary, words: Mapping[WordRef, Mapping[str, Tensor]]):
@@ -97,7 +111,7 @@ def _with_words(tokenizer, name: str, vocabulary: Vocabulary, words: Mapping[Wor
     return clone
 
 
-class _Encoder:
+class _Encoder(_Around):
     """A CLIP's text model that encodes prompts once per layer copy and hands the copies on inside the CONDITIONING.
 
     The CONDITIONING itself is the mean over the copies, so that what knows nothing of layers (ControlNet, plain MODELs, averaging)
@@ -105,7 +119,8 @@ class _Encoder:
     """
 
     def __init__(self, inner, copies: int) -> None:
-        self.inner, self.copies = inner, copies
+        super().__init__(inner)
+        self.copies = copies
 
     def encode_token_weights(self, tokens):
         layers = {token.shape[0] for token in _learned(tokens)}
@@ -126,9 +141,6 @@ class _Encoder:
     def _extra(output, offsets: Tensor) -> dict:
         extra = dict(output[2]) if len(output) > 2 else {}
         return extra | {"model_conds": {**extra.get("model_conds", {}), OFFSETS: OffsetCond(offsets)}}
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["inner"], name)
 
 
 def _learned(tokens) -> list[Tensor]:
@@ -161,18 +173,15 @@ def _padding(chunk) -> int:
 
 
 def concept_clip(clip, bank: ConceptBank):
-    """A CLIP that understands the bank's placeholders; the one that came in stays as it is, and an empty bank gives it back."""
+    """A CLIP that understands the bank's placeholders, beside those that it understands already (the bank's own go first); the one that
+    came in stays as it is, and an empty bank gives it back."""
     if not len(bank):
         return clip
-    names = encoder_names(clip)
-    words: dict[WordRef, dict[str, Tensor]] = {}
-    copies = 1
-    for name in bank.names:
-        tokens = bank[name].tokens
-        copies = max(copies, tokens.copies)
-        for position in range(len(tokens.words)):
-            words[WordRef(name, position)] = {encoder: tokens.word(position, encoder).float() for encoder in names}
+    tokenizer, encoder = clip.tokenizer, clip.cond_stage_model
+    known = tokenizer.concepts if isinstance(tokenizer, _Tokenizer) else {}
+    concepts = known | {concept.name: (concept.info, concept.tokens) for concept in bank}
     clone = clip.clone()
-    clone.tokenizer = _Tokenizer(clip.tokenizer, names, bank.vocabulary, words)
-    clone.cond_stage_model = _Encoder(clip.cond_stage_model, copies)
+    clone.tokenizer = _Tokenizer(tokenizer.original if isinstance(tokenizer, _Tokenizer) else tokenizer, encoder_names(clip), concepts)
+    clone.cond_stage_model = _Encoder(encoder.inner if isinstance(encoder, _Encoder) else encoder,
+                                      max(tokens.copies for _, tokens in concepts.values()))
     return clone
