@@ -228,7 +228,8 @@ class _Choice(nn.Module):
         m, device = self.method[0], self.method[0].task.backbone.device
         m.steps, m.energy, m.is_chosen = int(state["steps"]), float(state["energy"]), bool(state["is_chosen"])
         m.general = NeuronSelection.from_tensors(state["general"], m.task.backbone.layout) if state["general"] else None
-        m.gradients.sums = {key: state["sums"][adapter_key(*key)].to(device) for key in m.gradients.keys
+        # copies: views into a file lie at odd addresses, where sums may round otherwise
+        m.gradients.sums = {key: state["sums"][adapter_key(*key)].to(device, copy=True) for key in m.gradients.keys
                             if adapter_key(*key) in state["sums"]}
         if m.is_chosen:
             m._tie()
