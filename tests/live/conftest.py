@@ -54,6 +54,10 @@ class Server:
         except urllib.error.HTTPError as error:
             return json.loads(error.read() or b'{"error": "no answer"}')
 
+    def text(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return answer.read().decode()
+
     def queue(self, graph: dict) -> str:
         """Starts a graph in API format; returns the id of the run."""
         answer = self.call("/prompt", {"prompt": graph})

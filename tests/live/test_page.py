@@ -1,0 +1,131 @@
+"""What a person sees: Chromium opens every workflow from the template browser, and the tour runs at a press of Run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+READY = "!!(window.app && app.graph && window.LiteGraph && LiteGraph.registered_node_types['ConceptLearner'])"
+EVERYTHING_IN_SIGHT = """() => {
+    const boxes = [...app.graph._nodes, ...app.graph._groups].map(item => [item.pos[0], item.pos[1] - 30, ...item.size]);
+    const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
+    const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3] + 30));
+    const scale = Math.min(1600 / (right - left), 880 / (bottom - top), 1);
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [80 / scale - left, 80 / scale - top];
+    app.graph.setDirtyCanvas(true, true);
+}"""
+UNKNOWN_NODES = "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type)"
+OVERLAPS = """() => {
+    const boxes = app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+    const found = [];
+    boxes.forEach((a, i) => boxes.slice(i + 1).forEach(b => {
+        if (a[1] < b[3] && b[1] < a[3] && a[2] < b[4] && b[2] < a[4]) found.push(a[0] + " and " + b[0]);
+    }));
+    return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser(server):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page tests need playwright: pip install playwright")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("the page tests need Chromium: none of " + ", ".join(BROWSERS) + " is on the path")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, server, comfyui_folder):
+    """ComfyUI's page, with the photos that the workflows name."""
+    example = comfyui_folder / "input" / "example.png"
+    for folder in ("", "rex", "mimi"):
+        if example.is_file():
+            (server.base / "input" / folder).mkdir(exist_ok=True)
+            shutil.copy(example, server.base / "input" / folder)
+    tab = browser.new_page(viewport={"width": 1800, "height": 1050})
+    tab.set_default_timeout(60_000)
+    tab.errors = []
+    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
+    tab.goto(server.url, wait_until="load", timeout=180_000)
+    tab.wait_for_function(READY, timeout=180_000)
+    tab.wait_for_timeout(1500)
+    yield tab
+    tab.close()
+
+
+def open_template(page, name: str) -> None:
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("continual-concepts", exact=True).first.click()
+    title = page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).first
+    title.scroll_into_view_if_needed()
+    page.wait_for_timeout(700)
+    title.click()
+    page.wait_for_function("name => app.graph._nodes.some(n => n.type === 'MarkdownNote' && n.widgets[0].value.includes(name))", arg=name)
+    page.wait_for_timeout(1500)
+
+
+def shoot(page, folder: Path, name: str) -> Path:
+    page.evaluate(EVERYTHING_IN_SIGHT)
+    page.wait_for_timeout(800)
+    file = folder / f"{name}.png"
+    page.screenshot(path=str(file))
+    print(f"screenshot: {file}")
+    return file
+
+
+def test_the_template_browser_shows_our_workflows_with_their_pictures(page, tmp_path):
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("continual-concepts", exact=True).first.click()
+    for name in NAMES:
+        picture = page.locator(f'img[src*="{name.replace(" ", "%20")}"], img[src*="{name}"]').first
+        picture.scroll_into_view_if_needed()
+        page.wait_for_function("img => img.complete && img.naturalWidth > 0", arg=picture.element_handle())
+    page.screenshot(path=str(tmp_path / "templates.png"))
+    print(f"screenshot: {tmp_path / 'templates.png'}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workflows_open_from_the_template_browser(page, name, tmp_path):
+    open_template(page, name)
+    shoot(page, tmp_path, name)
+    assert not page.evaluate(UNKNOWN_NODES)
+    assert not page.evaluate(OVERLAPS)
+    assert not page.errors
+    graph = page.evaluate("app.graphToPrompt().then(found => found.output)")
+    assert graph and all(node["class_type"] for node in graph.values())
+
+
+def test_the_tour_runs_at_a_press_of_run(page, server, tmp_path):
+    open_template(page, "Ten-second tour")
+    before = set(server.call("/history"))
+    page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
+    end, new = time.monotonic() + 300, set()
+    while not new and time.monotonic() < end:
+        page.wait_for_timeout(500)
+        new = set(server.call("/history")) - before
+    assert new, server.log[-2000:]
+    entry = server.wait(new.pop(), 300)
+    assert entry["status"]["status_str"] == "success", server.error_of(entry)
+    assert len(server.pictures(entry)) == 4
+    page.wait_for_timeout(2500)
+    shoot(page, tmp_path, "tour")
+    assert not page.evaluate(OVERLAPS)
+    assert not page.errors
+
+
+def test_the_help_panel_shows_our_page(page, server):
+    text = page.evaluate("fetch('/extensions/continual-concepts/docs/ConceptLearner.md').then(answer => answer.text())")
+    assert "| `class_noun` |" in text
