@@ -127,7 +127,9 @@ def with_regions(model, run: RegionRun, alpha: float | None = None, outside: str
     patches = program_patches(run.sites, options.get("patches_replace", {}).get("attn2"))
     for address, replace in patches["patches_replace"]["attn2"].items():
         clone.set_model_attn2_replace(replace, *address)
-    _once(clone, "attn2_patch", patches["patches"]["attn2_patch"][0])
+    before, keep = patches["patches"]["attn2_patch"]
+    _once(clone, "attn2_patch", before)
+    clone.set_model_attn2_patch(keep)
     clone.set_model_attn2_output_patch(patches["patches"]["attn2_output_patch"][0])
     clone.remove_wrappers_with_key(_Wrappers.DIFFUSION_MODEL, KEY)
     clone.add_wrapper_with_key(_Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(run))

@@ -128,7 +128,7 @@ class DiffusionWrapper:
 
 
 class Before:
-    """attn2 patch: gives every site its layer copy, and keeps what goes into the projections for the program."""
+    """attn2 patch: gives every site its layer copy."""
 
     def __init__(self, addresses: dict[Address, Site]) -> None:
         self.addresses = addresses
@@ -140,6 +140,13 @@ class Before:
             offset = offsets[:, site.copy].to(context)
             value = context + offset if value is context else value + offset
             context = context + offset
+        return n, context, value
+
+
+class Keep:
+    """attn2 patch, the last one: keeps for the program what goes into the projections."""
+
+    def __call__(self, n, context, value, options):
         options[_INPUTS] = (n, context, value)
         return n, context, value
 
@@ -203,5 +210,5 @@ def program_patches(sites: UNetSites, previous: dict | None = None) -> dict:
     """Everything a program needs, in the form of transformer options; `previous`: attn2 replacements that are there already."""
     previous = previous or {}
     replace = {address: Replace(site, previous.get(address) or previous.get(address[:2])) for address, site in sites.addresses.items()}
-    return {"patches": {"attn2_patch": [Before(sites.addresses)], "attn2_output_patch": [After(sites.addresses)]},
+    return {"patches": {"attn2_patch": [Before(sites.addresses), Keep()], "attn2_output_patch": [After(sites.addresses)]},
             "patches_replace": {"attn2": replace}}

@@ -1,0 +1,241 @@
+"""Regions in real sampling: how much they cost, what they touch, and other people's patches around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+SCENE = "a photo in a meadow"
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def columns(studio, count: int, **other) -> list:
+    prompts = ["<rex>", "a photo of <mimi>", "<blueprint> of a car", "a red ball", "<rex> and <mimi>", "a (<mimi>:1.2) at night"]
+    return [studio.region(prompts[i % 6], left=i / count, right=(i + 1) / count, **other) for i in range(count)]
+
+
+@pytest.fixture
+def calls(studio):
+    """Batch sizes of the UNet's calls from here on."""
+    seen = []
+    hook = studio.model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize("count, sampler", [(1, "euler"), (2, "dpmpp_sde"), (6, "heun"), (12, "euler")])
+def test_any_number_of_regions_costs_what_ksampler_costs(studio, calls, count, sampler):
+    studio.ksampler(studio.model, SCENE, "", sampler=sampler)
+    plain, _ = list(calls), calls.clear()
+    studio.regional(SCENE, columns(studio, count), studio.bank, sampler_name=sampler)
+    assert calls == plain
+
+
+def test_region_noise_costs_one_more_for_each(studio, calls):
+    studio.regional(SCENE, [*columns(studio, 2), studio.region("a ball", end=0.0)], studio.bank, region_noise=True)
+    assert len(calls) == 3 * 3 + 1
+
+
+def test_no_guidance_needs_no_negative_half(studio, calls):
+    studio.regional(SCENE, columns(studio, 2), studio.bank, cfg=1.0)
+    assert calls == [1, 1, 1]
+
+
+CASES = {
+    "batch": {"latent": (3, 16, 16)}, "odd": {"latent": (1, 13, 11)}, "wide": {"latent": (2, 9, 30)}, "large": {"latent": (1, 24, 24)},
+    "feather": {"feather": 0.2}, "half": {"strength": 0.5}, "late": {"start": 0.5}, "early": {"end": 0.4}, "noise": {"region_noise": True},
+    "literal": {"region_noise": True, "outside": "literal"}, "weak": {"scale": -0.5}, "denoise": {"denoise": 0.5},
+}
+
+
+@pytest.mark.parametrize("case, sampler", [*((case, "euler") for case in CASES), ("late", "heun"), ("odd", "dpmpp_2m_sde")])
+def test_settings_work_and_matter(studio, case, sampler):
+    chosen = dict(CASES[case])
+    latent = studio.latent(*chosen.pop("latent", (1, 16, 16)), content=True)
+    per_region = {key: chosen.pop(key) for key in ("feather", "strength", "start", "end") if key in chosen}
+    if "scale" in chosen:
+        chosen["strength"] = chosen.pop("scale")
+
+    def picture(**region):
+        return studio.regional(SCENE, columns(studio, 2, **region), studio.bank, latent=latent, sampler_name=sampler, steps=4, **chosen)
+
+    found, plain = picture(**per_region), studio.regional(SCENE, [], studio.bank, latent=latent, sampler_name=sampler, steps=4,
+                                                          denoise=chosen.get("denoise", 1.0))
+    assert torch.isfinite(found).all() and found.shape == latent["samples"].shape and not torch.equal(found, plain)
+    if per_region:
+        assert not torch.equal(found, picture())
+
+
+def test_a_region_over_everything_is_its_prompt(studio):
+    """One region over the whole frame, with the concept's deltas as activations, is the concept folded into the weights."""
+    regions = [studio.region("<rex> on a beach")]
+    for prompt_model in ("<rex> on a beach", "a dog"):
+        model, clip, _ = studio.aggregate(prompt_model, studio.bank)
+        folded = studio.ksampler(model, studio.encode(clip, "<rex> on a beach"), studio.encode(clip, ""), steps=2)
+        close = distance(studio.regional(SCENE, regions, studio.bank, steps=2), folded) < 1e-3
+        assert close == (prompt_model != "a dog")
+
+
+def test_a_long_region_prompt_and_a_long_scene(studio):
+    long = "a photo of <rex> " + "in a green meadow with a red ball, " * 6
+    found = studio.regional(long, [studio.region(long, right=0.5), studio.region("<mimi>", left=0.5)], studio.bank)
+    assert torch.isfinite(found).all()
+
+
+def test_a_region_over_everything_with_long_prompts_is_its_prompt(studio):
+    long = "a photo of <rex> " + "in a green meadow with a red ball, " * 6
+    model, clip, positive = studio.aggregate(long, studio.bank)
+    folded = studio.ksampler(model, positive, studio.encode(clip, "bad"), steps=2)
+    found = studio.regional(SCENE, [studio.region(long, negative="bad")], studio.bank, steps=2)
+    assert distance(found, folded) < 1e-3
+
+
+def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch):
+    """Where only the scene is, one UNet call differs from the plain one through self-attention and convolutions alone: the sites' own
+    output is the scene's, bit for bit."""
+    from continual_concepts.core.regional import program
+
+    seen, attend = [], program.RegionProgram.attend
+
+    def recording(self, site, query, key, value, default):
+        out = attend(self, site, query, key, value, default)
+        share = self._split(query.shape[1], query.device)[0].sum(0)
+        seen.append(torch.equal(out[:, share == 0], default(query, key, value)[:, share == 0]))
+        return out
+
+    monkeypatch.setattr(program.RegionProgram, "attend", recording)
+    studio.regional(SCENE, [studio.region("<rex>", right=0.5)], studio.bank)
+    assert seen and all(seen)
+
+
+def test_overlapping_regions(studio):
+    regions = [studio.region("<rex>", right=0.7), studio.region("<mimi>", left=0.3), studio.region("a ball", top=0.4, bottom=0.6)]
+    found = studio.regional(SCENE, regions, studio.bank)
+    assert torch.isfinite(found).all() and not torch.equal(found, studio.regional(SCENE, regions[:2], studio.bank))
+    twice = [studio.region("<rex>", right=0.5)] * 2
+    assert distance(studio.regional(SCENE, twice, studio.bank), studio.regional(SCENE, twice[:1], studio.bank)) < 1e-4
+
+
+def test_masks_are_boxes_in_another_form(studio):
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :32] = 1
+    by_mask, by_box = (studio.regional(SCENE, [region], studio.bank) for region in
+                       (studio.region("<rex>", mask=mask), studio.region("<rex>", right=0.5)))
+    assert distance(by_mask, by_box) < 1e-4
+
+
+def test_inpainting_keeps_what_is_outside_its_mask(studio):
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :, :8] = 1
+    latent = studio.latent(content=True, noise_mask=mask)
+    found = studio.regional(SCENE, [studio.region("<rex>", right=0.5)], studio.bank, latent=latent)
+    assert torch.allclose(found[..., 8:], latent["samples"][..., 8:], atol=1e-5)
+    assert not torch.allclose(found[..., :8], latent["samples"][..., :8], atol=1e-2)
+
+
+def test_a_negative_of_its_own(studio):
+    with_own = studio.regional(SCENE, [studio.region("<rex>", right=0.5, negative="a photo of <mimi>")], studio.bank)
+    assert not torch.equal(with_own, studio.regional(SCENE, [studio.region("<rex>", right=0.5)], studio.bank))
+
+
+def extra(module: str, name: str, **inputs):
+    """Output of one of ComfyUI's further nodes, in its old or new form."""
+    import importlib
+
+    cls = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+    return cls.execute(**inputs)[0] if hasattr(cls, "define_schema") else getattr(cls(), cls.FUNCTION)(**inputs)[0]
+
+
+def patched(studio, kind: str):
+    """The model as other nodes leave it."""
+    model = studio.model.clone()
+    if kind == "patch":
+        model.set_model_attn2_patch(lambda n, context, value, options: (n, 1.1 * context, 1.1 * value))
+    elif kind == "output":
+        model.set_model_attn2_output_patch(lambda n, options: 0.9 * n)
+    elif kind.startswith("replace"):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        factor = 0.5 if kind == "replace" else 1.0
+
+        def replace(q, k, v, options):
+            return factor * optimized_attention(q, k, v, options["n_heads"])
+
+        for block in (("input", 1), ("input", 2), ("middle", 0)):
+            model.set_model_attn2_replace(replace, *block, *([0] if kind == "replace" else []))
+    elif kind == "freeu":
+        model = extra("nodes_freelunch", "FreeU", model=model, b1=1.4, b2=1.6, s1=0.9, s2=0.2)
+    elif kind == "pag":
+        model = extra("nodes_pag", "PerturbedAttentionGuidance", model=model, scale=3.0)
+    elif kind == "shrink":
+        where = {"block_number": 2, "downscale_factor": 2.0, "start_percent": 0.0, "end_percent": 0.5, "downscale_after_skip": True}
+        model = extra("nodes_model_downscale", "PatchModelAddDownscale", model=model, downscale_method="bicubic", upscale_method="bicubic",
+                      **where)
+    elif kind == "cfg":
+        model.set_model_sampler_cfg_function(lambda args: args["cond"] + 2 * (args["cond"] - args["uncond"]))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["patch", "output", "replace", "replace whole block", "freeu", "cfg", "pag", "shrink"])
+def test_other_nodes_patches_still_act(studio, kind):
+    """Before us: a region of strength near zero gives what their patch gives alone; a full one gives something else."""
+    model = patched(studio, kind)
+    theirs = studio.ksampler(model, SCENE, "")
+    faint = studio.regional(SCENE, [studio.region("a red ball", right=0.5, strength=1e-6)], model=model)
+    assert distance(faint, theirs) < 1e-4
+    if kind != "replace whole block":
+        assert distance(theirs, studio.ksampler(studio.model, SCENE, "")) > 1e-3
+    full = studio.regional(SCENE, columns(studio, 2), studio.bank, model=model)
+    assert torch.isfinite(full).all() and distance(full, theirs) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["patch", "output", "replace", "freeu"])
+def test_the_incoming_model_keeps_its_patches(studio, kind):
+    model = patched(studio, kind)
+    options = repr(model.model_options)
+    before = studio.ksampler(model, SCENE, "")
+    studio.regional(SCENE, columns(studio, 2), studio.bank, model=model)
+    assert repr(model.model_options) == options and torch.equal(before, studio.ksampler(model, SCENE, ""))
+
+
+def test_a_patch_between_the_aggregation_and_the_sampler(studio):
+    """Deltas of regions are computed from what the last patch hands to the projections, whoever set it and when."""
+    def scaled(n, context, value, options):
+        return n, 1.5 * context, 1.5 * value
+
+    before, after = studio.model.clone(), studio.aggregate("a dog", studio.bank)[0].clone()
+    before.set_model_attn2_patch(scaled)
+    before = studio.aggregate("a dog", studio.bank, model=before)[0]
+    after.set_model_attn2_patch(scaled)
+    scenes = [studio.regional("<blueprint> in a meadow", [studio.region("<blueprint>", right=0.5)], studio.bank, model=model, steps=2)
+              for model in (before, after)]
+    assert distance(*scenes) < 1e-4
+
+
+def test_regions_on_an_aggregated_model(studio):
+    """The aggregation's deltas are in the weights already: regions add theirs to them."""
+    model, clip, _ = studio.aggregate("a dog", studio.bank)
+    plain = studio.regional(SCENE, columns(studio, 2), studio.bank)
+    assert distance(studio.regional(SCENE, columns(studio, 2), studio.bank, model=model, clip=clip), plain) < 1e-5
+
+
+def test_the_picture_of_attention(studio):
+    node = studio.pack.RegionalConceptSampler
+    arguments = {"negative_scene": "", "seed": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+                 "strength": 1.0, "region_noise": False, "alpha": 0.1, "outside": "keep"}
+    out = node.execute(model=studio.model, clip=studio.clip, latent_image=studio.latent(), scene=SCENE, bank=studio.bank,
+                       regions=columns(studio, 2), **arguments)
+    assert out[1].ndim == 4 and out[1].std() > 0.01
+    preview = out.ui.as_dict()["images"][0]
+    assert (studio.pack.folder / "temp" / preview["subfolder"] / preview["filename"]).is_file()
+
+
+def test_deltas_on_a_scaled_latent_format(studio):
+    """Region noise mixes noises: with one region over everything and alpha 0 it is the region's own guided picture."""
+    regions = [studio.region("<rex>")]
+    found = studio.regional(SCENE, regions, studio.bank, region_noise=True, alpha=0.0, steps=2)
+    assert distance(found, studio.regional(SCENE, regions, studio.bank, steps=2)) < 1e-3
