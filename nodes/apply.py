@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..core.errors import ConceptError
 from ..core.hosts.comfy import apply as putting
 from ..core.hosts.comfy.backbone import ComfyBackbone
-from ..core.hosts.comfy.text import concept_clip
+from ..core.hosts.comfy.text import concept_clip, encode
 from ..core.methods.base import METHODS
 from ..core.pictures import to_tensor, weights_picture
 from ..core.routing import aggregate
@@ -65,7 +65,7 @@ class ElasticWeightAggregate(io.ComfyNode):
             raise ConceptError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
         if bank is None or not len(bank):
             picture = to_tensor(weights_picture([], torch.zeros(1, 0), "weights: no concepts"))
-            return io.NodeOutput(model, clip, _encoded(clip, prompt), picture)
+            return io.NodeOutput(model, clip, encode(clip, prompt), picture)
         backbone = ComfyBackbone(model, clip)
         only = concept.strip().strip("<>") if mode == ONE else ""
         if mode == ONE and not only:
@@ -75,11 +75,7 @@ class ElasticWeightAggregate(io.ComfyNode):
         patched = putting.fold(model, backbone.sites, found.deltas if strength else {}, layerwise)
         new_clip = concept_clip(clip, bank)
         picture = to_tensor(weights_picture(found.names, found.weights, f"weights, {mode}, strength {strength:g}"))
-        return io.NodeOutput(patched, new_clip, _encoded(new_clip, prompt), picture, ui=ui.PreviewImage(picture, cls=cls))
-
-
-def _encoded(clip, prompt: str):
-    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture, ui=ui.PreviewImage(picture, cls=cls))
 
 
 NODES = [ElasticWeightAggregate]

@@ -82,12 +82,15 @@ def pictures_of(images: list[Tensor] | Tensor | None, what: str) -> list[Tensor]
     return result
 
 
-def masks_of(masks: list[Tensor] | Tensor | None) -> list[Tensor]:
+def masks_of(masks: list[Tensor] | Tensor | None, what: str) -> list[Tensor]:
     """MASKs `[B, H, W]` or `[H, W]` as single masks `[1, H, W]`."""
     result = []
     for batch in [masks] if torch.is_tensor(masks) else masks or []:
         if batch is not None:
             result += [mask.float().cpu().clone().unsqueeze(0) for mask in (batch if batch.ndim == 3 else batch.unsqueeze(0))]
+    for i, mask in enumerate(result):
+        if not torch.isfinite(mask).all() or mask.max() <= 0:
+            raise ConceptError(f"number {i + 1} of {what} is empty or has values that are no numbers (NaN); white must be somewhere")
     return result
 
 

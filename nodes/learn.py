@@ -112,8 +112,10 @@ class ConceptLearner(io.ComfyNode):
     ) -> io.NodeOutput:
         one = {key: host.first(value) for key, value in inputs.items() if key != "images"}
         name, noun = check_name(one["name"].strip().strip("<>")), one["class_noun"].strip()
+        if one["if_known"] not in (KEEP, AGAIN):
+            raise ConceptError(f"if_known is {one['if_known']!r}; allowed: {KEEP}, {AGAIN}")
         lines = [line for text in captions or [] for line in text.splitlines() if line.strip()]
-        own = host.with_masks(host.pictures_of(inputs["images"], "images"), lines, host.masks_of(masks))
+        own = host.with_masks(host.pictures_of(inputs["images"], "images"), lines, host.masks_of(masks, "masks"))
         prior = [Picture(p, f"a photo of a {noun}", is_prior=True) for p in host.pictures_of(prior_images, "prior_images")]
         method = make(one["method"], _method_settings(one, host.first(method_settings)))
         if host.first(selection) is not None:
@@ -140,6 +142,9 @@ def _method_settings(one: dict, more: dict | None) -> dict:
 
 
 def _training(one: dict, more: dict | None) -> TrainingConfig:
+    unknown = sorted(set(more or {}) - {field.name for field in fields(TrainingConfig)})
+    if unknown:
+        raise ConceptError(f"training_settings holds {unknown[0]!r}, which is no setting of training; connect Concept Training Settings")
     base = TrainingConfig(steps=one["steps"], batch_size=one["batch_size"], resolution=one["resolution"], seed=one["seed"])
     return replace(base, **(more or {}))
 

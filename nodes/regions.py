@@ -13,7 +13,7 @@ from ..core.errors import ConceptError
 from ..core.hosts.backbone import Context
 from ..core.hosts.comfy import apply as putting
 from ..core.hosts.comfy.sites import UNetSites, find_sites
-from ..core.hosts.comfy.text import concept_clip, learned_positions, text_widths
+from ..core.hosts.comfy.text import concept_clip, encode, learned_positions, text_widths
 from ..core.methods.base import METHODS
 from ..core.pictures import regions_picture, to_tensor
 from ..core.regional.noise import OUTSIDE
@@ -68,7 +68,7 @@ class ConceptRegion(io.ComfyNode):
     ) -> io.NodeOutput:
         if not prompt.strip():
             raise ConceptError("the prompt of a region is empty; say what is to be there")
-        matte = host.masks_of(mask)
+        matte = host.masks_of(mask, f"the masks of region '{prompt}'")
         if len(matte) > 1:
             raise ConceptError(f"the mask of region '{prompt}' holds {len(matte)} masks; one region takes one")
         where = {"mask": matte[0][0]} if matte else {"box": (top, left, bottom, right)}
@@ -184,7 +184,7 @@ class _Talk:
         self.clip, self.bank, self.sites, self.strength = clip, bank, sites, strength
 
     def encode(self, text: str):
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+        return encode(self.clip, text)
 
     def deltas(self, text: str) -> dict:
         if not len(self.bank) or not self.strength:

@@ -185,3 +185,10 @@ def concept_clip(clip, bank: ConceptBank):
     clone.cond_stage_model = _Encoder(encoder.inner if isinstance(encoder, _Encoder) else encoder,
                                       max(tokens.copies for _, tokens in concepts.values()))
     return clone
+
+
+def encode(clip, prompt: str):
+    """What CLIP Text Encode gives; a placeholder in a CLIP without concepts is an error, not text."""
+    if not isinstance(clip.tokenizer, _Tokenizer):
+        Vocabulary(()).parse(prompt)
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
