@@ -66,6 +66,6 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})[KEY])
-            return _restore(structure, file.get_tensor)
+            return _restore(structure, lambda key: file.get_tensor(key).clone())
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ConceptError(f"'{path}' is not a checkpoint of a learning run ({type(error).__name__})") from error
