@@ -152,7 +152,7 @@ class ComfyBackbone(Backbone):
         """SDXL's second conditioning: pooled text and the picture's own size."""
         if getattr(self.unet, "num_classes", None) is None:
             return None
-        height, width = (side * 8 for side in latents.shape[-2:])
+        height, width = (side * self.picture_multiple for side in latents.shape[-2:])
         return self.model.model.encode_adm(pooled_output=context.pooled, device=self.device, height=height, width=width,
                                            noise=latents, seed=0)
 

@@ -1,0 +1,218 @@
+"""Other weight types, and SDXL's two encoders, in a size that takes no time."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.encoding import encode_prompts
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+SCENE = "a photo of a dog in a meadow"
+TYPES = {"bf16, cast": (torch.bfloat16, torch.float32), "fp16, cast": (torch.float16, torch.float32), "bf16": (torch.bfloat16, None)}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(autouse=True)
+def own_folder(pack, tmp_path):
+    import folder_paths
+
+    folder_paths.set_output_directory(str(tmp_path))
+
+
+@pytest.fixture(params=list(TYPES))
+def other_type(request, pack, studio, bank, monkeypatch):
+    """The embedded base with weights of another type: stored so and cast for arithmetic, or used as they are."""
+    from continual_concepts.core.hosts.comfy import demo as module
+
+    stored, cast = TYPES[request.param]
+    config = module._unet_config()
+    monkeypatch.setattr(module, "_unet_config", lambda: config | {"dtype": stored})
+    monkeypatch.setattr(module._Config, "manual_cast_dtype", cast)
+    return type(studio)(pack, module.load_demo(), bank), stored
+
+
+@pytest.mark.parametrize("method", ["cidm", "finetune"])
+def test_weights_of_other_types(other_type, studio, method):
+    """Learn, learn another on top, aggregate, sample, regions: all close to what the same weights give in fp32."""
+    ours, stored = other_type
+    before = {name: weight.clone() for name, weight in ours.model.model.state_dict().items()}
+    assert before["diffusion_model.out.2.weight"].dtype == stored
+    banks = []
+    for one in (ours, studio):
+        first = one.learn(steps=2, method=method, training_settings=[{"checkpoint_every": 0, "gradient_checkpointing": True}])
+        banks.append(one.learn(steps=2, method=method, name="tom", noun="cat", bank=[first]))
+    after = ours.model.model.state_dict()
+    assert all(after[name].dtype == weight.dtype and torch.equal(after[name], weight) for name, weight in before.items())
+    results = []
+    for one, bank in zip((ours, studio), banks, strict=True):
+        model, clip, positive = one.aggregate("<spot>", bank)
+        pictures = [one.ksampler(model, positive, one.encode(clip, ""), steps=2),
+                    one.regional(SCENE, [one.region("<spot>", right=0.5), one.region("<tom>", left=0.5)], bank, steps=2)]
+        results.append(torch.cat(pictures))
+    assert torch.isfinite(results[0]).all() and distance(*results) < 0.1
+    assert torch.equal(ours.regional(SCENE), ours.ksampler(ours.model, SCENE, ""))
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(comfyui, tiny_sdxl):
+    """The core tests' SDXL with random weights as MODEL, CLIP and VAE."""
+    with torch.inference_mode():
+        return _model(tiny_sdxl.unet), _clip(tiny_sdxl.text), _Latents()
+
+
+class _Latents:
+    """A VAE whose latents are coarse pictures."""
+
+    downscale_ratio = 4
+
+    def encode(self, pixels):
+        x = torch.nn.functional.avg_pool2d(pixels[..., :3].permute(0, 3, 1, 2), 4)
+        return torch.cat([x, x[:, :1]], 1)
+
+    def decode(self, latents):
+        return torch.nn.functional.interpolate(latents[:, :3], scale_factor=4.0).permute(0, 2, 3, 1)
+
+    first_stage_model = torch.nn.Identity()
+
+
+def _model(unet):
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+    import comfy.utils
+
+    class Config(comfy.supported_models.SDXL):
+        unet_extra_config: dict = {}
+
+    config = Config({
+        "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": [1, 1],
+        "transformer_depth": [3, 3], "transformer_depth_output": [3, 3, 3, 3], "transformer_depth_middle": 3, "num_heads": 2,
+        "num_head_channels": -1, "context_dim": 56, "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False,
+        "adm_in_channels": 24 + 6 * 8, "num_classes": "sequential", "use_temporal_attention": False, "dtype": torch.float32})
+    device = torch.device("cpu")
+    model = config.get_model({}, device=device)
+    model.embedder = comfy.model_base.Timestep(8)
+    names, own = comfy.utils.unet_to_diffusers(config.unet_config), unet.state_dict()
+    missing, unexpected = model.diffusion_model.load_state_dict({names[name]: weight for name, weight in own.items()}, strict=False)
+    assert not missing and not unexpected
+    return comfy.model_patcher.ModelPatcher(model, device, device)
+
+
+def _clip(encoders):
+    import comfy.sd
+    import comfy.sd1_clip
+    import comfy.sdxl_clip
+    import comfy.supported_models_base
+
+    from continual_concepts.core.demo import base
+
+    widths = {encoder.name: encoder.width for encoder in encoders}
+
+    def one(encoder):
+        config, tokens = encoder.model.config, encoder.tokenizer
+        clip = comfy.sd1_clip.SDClipModel(
+            max_length=encoder.length, layer="hidden", layer_idx=0, layer_norm_hidden_state=False, dtype=torch.float32,
+            textmodel_json_config=config.to_dict() | {"eos_token_id": tokens.eos_token_id},
+            return_projected_pooled=encoder.name == "clip_g",
+            special_tokens={"start": tokens.bos_token_id, "end": tokens.eos_token_id, "pad": tokens.pad_token_id})
+        clip.transformer.set_input_embeddings(clip.operations.Embedding(len(tokens), encoder.width, dtype=torch.float32))
+        weights = {name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}": weight
+                   for name, weight in encoder.model.state_dict().items() if not name.endswith("position_ids")}
+        weights.setdefault("text_projection.weight", torch.eye(encoder.width))
+        clip.transformer.load_state_dict(weights)
+        return clip
+
+    class Text(comfy.sdxl_clip.SDXLClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
+            torch.nn.Module.__init__(self)
+            self.clip_l, self.clip_g = (one(encoder) for encoder in encoders)
+            self.dtypes = {torch.float32}
+
+    class Tokenizer(comfy.sdxl_clip.SDXLTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
+            for name, width in widths.items():
+                setattr(self, name, comfy.sd1_clip.SDTokenizer(
+                    str(base.TOKENIZER), max_length=encoders[0].length, embedding_directory=embedding_directory, embedding_size=width,
+                    embedding_key=name, tokenizer_data={}))
+
+    return comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(Tokenizer, Text), embedding_directory=None)
+
+
+@pytest.fixture
+def xl(pack, studio, tiny_xl, tiny_sdxl, make_concept):
+    bank = ConceptBank(tiny_sdxl.layout)
+    for i, name in enumerate(("rex", "mimi")):
+        bank = bank.add(make_concept(tiny_sdxl.layout, name, seed=i, size=0.3))
+    small = type(studio)(pack, tiny_xl, bank)
+    small.latent = lambda count=1: {"samples": torch.zeros(count, 4, 8, 8)}
+    return small
+
+
+def test_sdxl_in_both_hosts(xl, tiny_sdxl):
+    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+
+    ours = ComfyBackbone(xl.model, xl.clip, xl.vae)
+    assert ours.layout == tiny_sdxl.layout and ours.fingerprint == tiny_sdxl.fingerprint and ours.layout.copies == 7
+    x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 800])
+    for prompt in ("a photo of a dog", "<rex> in a meadow", "a photo of <rex> and <mimi> with " + "a red ball and a car and " * 3):
+        contexts = [encode_prompts(host, [prompt] * 2, xl.bank.vocabulary, {name: xl.bank[name].tokens for name in xl.bank.names})
+                    for host in (ours, tiny_sdxl)]
+        assert distance(contexts[0].hidden, contexts[1].hidden) < 1e-5 and distance(contexts[0].pooled, contexts[1].pooled) < 1e-5
+        stock = xl.stock.CLIPTextEncode().encode(xl.aggregate("a dog", xl.bank)[1], prompt)[0]
+        assert distance(stock[0][1]["pooled_output"], contexts[1].pooled[:1]) < 1e-5
+        assert distance(stock[0][0], contexts[1].hidden[:1].mean(1)) < 1e-5
+        with ours.folded(xl.bank["rex"].deltas), tiny_sdxl.folded(xl.bank["rex"].deltas):
+            results = [host.predict(x, t, context) for host, context in zip((ours, tiny_sdxl), contexts, strict=True)]
+        assert distance(*results) < 1e-4
+
+
+def test_sdxl_learns_the_same_in_both_hosts(tiny_xl, tiny_sdxl, teach):
+    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+
+    def as_coarse_pictures(images):
+        return tiny_xl[2].encode(((images + 1) / 2).permute(0, 2, 3, 1))
+
+    losses = []
+    with torch.inference_mode(False):
+        for host in (ComfyBackbone(*tiny_xl), tiny_sdxl):
+            host.encode_images = as_coarse_pictures
+            with host.training() if host is not tiny_sdxl else nullcontext():
+                losses.append(teach(host, ConceptBank(host.layout), steps=5).losses)
+            del host.encode_images
+    assert torch.allclose(*(torch.tensor(one) for one in losses), rtol=1e-4)
+
+
+def test_sdxl_through_the_nodes(xl):
+    plain = xl.ksampler(xl.model, SCENE, "")
+    assert torch.equal(xl.regional(SCENE, bank=xl.bank), plain)
+    model, clip, positive = xl.aggregate(SCENE, xl.bank, strength=0.0)
+    assert torch.equal(xl.ksampler(model, positive, xl.encode(clip, "")), plain)
+    bank = xl.learn(steps=2, bank=[xl.bank], preview_every=1)
+    assert torch.equal(xl.ksampler(xl.model, SCENE, ""), plain)
+    model, clip, positive = xl.aggregate("<spot> and <rex>", bank)
+    picture = xl.ksampler(model, positive, xl.encode(clip, ""))
+    regions = [xl.region("<spot>", right=0.5), xl.region("<mimi>", left=0.4, feather=0.1)]
+    both = [xl.regional(SCENE, regions, bank, latent=xl.latent(2), sampler_name="euler_ancestral") for _ in range(2)]
+    assert torch.equal(*both) and torch.isfinite(both[0]).all() and not torch.equal(picture, plain)
+
+
+def test_sdxl_region_over_everything_is_its_prompt(xl):
+    model, clip, positive = xl.aggregate("<rex> in a meadow", xl.bank)
+    folded = xl.ksampler(model, positive, xl.encode(clip, ""), steps=2)
+    found = xl.regional("<rex> in a meadow", [xl.region("<rex> in a meadow")], xl.bank, steps=2)
+    assert distance(found, folded) < 1e-3
+
+
+def test_banks_of_one_family_are_refused_by_the_other(xl, studio):
+    from continual_concepts.core.errors import ConceptError
+
+    for one, bank in ((xl, studio.bank), (studio, xl.bank)):
+        with pytest.raises(ConceptError, match="another base"):
+            one.aggregate("<rex>", bank)
