@@ -1,4 +1,4 @@
-"""The embedded base: what ships, its size, and that it does what its captions say (slow: `continual-concepts bench base` measures it)."""
+"""The embedded base: what ships, its size, and that it does what its captions say (`continual-concepts bench base` measures how often)."""
 
 from __future__ import annotations
 
@@ -58,12 +58,11 @@ def test_a_scene_is_a_function_of_its_seed():
     assert (world.sample(random.Random(5))[0] == world.sample(random.Random(5))[0]).all()
 
 
-@pytest.mark.slow
 def test_captions_are_followed(base):
-    """A quick look, far below what `bench base` reports, so that a broken file cannot pass."""
+    """A quick look, below what `bench base` reports, so that a broken file cannot pass."""
     wishes = held_out_prompts(24, seed=5)
     settings = SampleSettings(10, 4.0, (64, 64), batch=24)
     images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(24)), settings)
     with torch.no_grad():
         named = load_classifier().name(images)
-    assert sum(named[i] == wishes[i][1:] for i in range(24)) >= 12
+    assert sum(named[i] == wishes[i][1:] for i in range(24)) >= 19

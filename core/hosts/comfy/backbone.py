@@ -135,7 +135,7 @@ class ComfyBackbone(Backbone):
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context, program: SiteProgram | None = None) -> Tensor:
         management.throw_exception_if_processing_interrupted()      # also in the middle of a preview
         self.load()
-        dtype = self.model.model.get_dtype_inference() if hasattr(self.model.model, "get_dtype_inference") else _dtype(self.model.model)
+        dtype = _dtype(self.model.model)
         hidden = context.hidden.to(dtype)
         mean = hidden.mean(1)
         options = dict(self._patches)
@@ -158,7 +158,7 @@ class ComfyBackbone(Backbone):
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
         self.load()
-        return self.sites.project(site, projection, x)
+        return self.sites.project(site, projection, x.to(_dtype(self.model.model)))
 
     @contextmanager
     def folded(self, deltas: Deltas) -> Iterator[None]:
@@ -234,4 +234,5 @@ def _multiple(vae) -> int:
 
 
 def _dtype(base) -> torch.dtype:
+    """The type in which the host computes, whatever its weights are stored as."""
     return base.get_dtype() if base.manual_cast_dtype is None else base.manual_cast_dtype
