@@ -24,7 +24,7 @@ EVERYTHING_IN_SIGHT = """() => {
     app.canvas.ds.offset = [80 / scale - left, 80 / scale - top];
     app.graph.setDirtyCanvas(true, true);
 }"""
-UNKNOWN_NODES = "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type)"
+UNKNOWN_NODES = "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
 OVERLAPS = """() => {
     const boxes = app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
     const found = [];
@@ -47,9 +47,9 @@ def browser(server):
         chromium.close()
 
 
-@pytest.fixture
-def page(browser, server, comfyui_folder):
-    """ComfyUI's page, with the photos that the workflows name."""
+@pytest.fixture(scope="module")
+def tab(browser, server, comfyui_folder):
+    """ComfyUI's page, with the photos that the workflows name. It starts slowly, so one serves all tests."""
     example = comfyui_folder / "input" / "example.png"
     for folder in ("", "rex", "mimi"):
         if example.is_file():
@@ -64,6 +64,13 @@ def page(browser, server, comfyui_folder):
     tab.wait_for_timeout(1500)
     yield tab
     tab.close()
+
+
+@pytest.fixture
+def page(tab):
+    tab.errors.clear()
+    yield tab
+    tab.keyboard.press("Escape")
 
 
 def open_template(page, name: str) -> None:
