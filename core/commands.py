@@ -31,7 +31,7 @@ from .training.loop import StepInfo
 from .training.loop import learn as learn_concept
 
 Result = tuple[dict, list[str]]
-EMBEDDED = {"size": 64, "cfg": 4.0, "steps": 500, "batch_size": 4, "schedule": "cosine", "warmup": 20}
+EMBEDDED = {"size": 64, "cfg": 3.0, "steps": 500, "batch_size": 4, "schedule": "cosine", "warmup": 20}
 EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # a base 200 times smaller than SD1.5 learns at higher rates
 
 

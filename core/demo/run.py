@@ -31,12 +31,13 @@ METHOD_SETTINGS = {"lr": 2e-3, "token_lr": 2e-2}
 TRAINING = TrainingConfig(
     steps=500, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20, min_snr_gamma=0.0, max_grad_norm=1.0
 )
-SETTINGS = SampleSettings(steps=20, cfg=4.0, size=(64, 64))
+SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(64, 64))
 SEEDS = tuple(range(100, 112))
-SCENE = "a photo of <rex> and <mimi> in a meadow"
+SCENE = "a photo of a dog and a cat in a meadow"
+# Each region's prompt tells the whole scene: with one creature alone in it, both regions draw theirs in the middle and one chimera comes out.
 REGIONS = (
-    Region("a photo of <rex> in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
-    Region("a photo of <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
+    Region("a photo of <rex> and a cat in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
+    Region("a photo of a dog and <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
 )
 COMPOSITION_SEEDS = tuple(range(500, 508))
 
