@@ -34,7 +34,7 @@ TRAINING = TrainingConfig(
 SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(64, 64))
 SEEDS = tuple(range(100, 112))
 SCENE = "a photo of a dog and a cat in a meadow"
-# Each region's prompt tells the whole scene: with one creature alone in it, both regions draw theirs in the middle and one chimera comes out.
+# Each region's prompt tells the whole scene: with one creature alone in it, both regions draw theirs in the middle, a chimera.
 REGIONS = (
     Region("a photo of <rex> and a cat in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
     Region("a photo of a dog and <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
