@@ -76,7 +76,7 @@ def page(tab):
 def open_template(page, name: str) -> None:
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text("continual-concepts", exact=True).first.click()
-    title = page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).first
+    title = page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).last  # the first may be in a note below the dialog
     title.scroll_into_view_if_needed()
     page.wait_for_timeout(700)
     title.click()
