@@ -69,13 +69,19 @@ def tab(browser, server, comfyui_folder):
 @pytest.fixture
 def page(tab):
     tab.errors.clear()
-    yield tab
-    tab.keyboard.press("Escape")
+    return tab
+
+
+def browse(page) -> None:
+    """Opens the template browser at our workflows, once a dialog that is still open has gone."""
+    page.keyboard.press("Escape")
+    page.wait_for_timeout(1000)
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("continual-concepts", exact=True).first.click()
 
 
 def open_template(page, name: str) -> None:
-    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    page.get_by_text("continual-concepts", exact=True).first.click()
+    browse(page)
     title = page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).last  # the first may be in a note below the dialog
     title.scroll_into_view_if_needed()
     page.wait_for_timeout(700)
@@ -94,8 +100,7 @@ def shoot(page, folder: Path, name: str) -> Path:
 
 
 def test_the_template_browser_shows_our_workflows_with_their_pictures(page, tmp_path):
-    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    page.get_by_text("continual-concepts", exact=True).first.click()
+    browse(page)
     for name in NAMES:
         picture = page.locator(f'img[alt="{name}"]').first
         picture.wait_for(state="attached")
