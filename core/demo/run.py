@@ -29,7 +29,7 @@ TASKS = ("rex", "mimi", "blueprint")
 METHODS = ("cidm", "finetune")
 METHOD_SETTINGS = {"lr": 2e-3, "token_lr": 2e-2}
 TRAINING = TrainingConfig(
-    steps=400, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20, min_snr_gamma=0.0, max_grad_norm=1.0
+    steps=500, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20, min_snr_gamma=0.0, max_grad_norm=1.0
 )
 SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(64, 64))
 SEEDS = tuple(range(100, 112))
