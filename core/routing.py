@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,14 +41,38 @@ def _sum(bank: ConceptBank, weights: Mapping[str, Sequence[float]]) -> dict[Delt
     return {key: weighted_sum(group) for key, group in parts.items()}
 
 
-def standing_names(bank: ConceptBank, methods: Mapping) -> list[str]:
-    """Concepts of methods that fold all tasks into one set of weights: always on."""
-    return [name for name, info in bank.infos.items() if info.method in methods and methods[info.method].composition == "sum"]
+def _composed(bank: ConceptBank, methods: Mapping, *compositions: str) -> dict[str, float]:
+    """Concepts of the methods with these compositions -> their share."""
+    found = {n: i.method for n, i in bank.infos.items() if i.method in methods and methods[i.method].composition in compositions}
+    counts = Counter(found.values())
+    return {name: methods[method].method.share(counts[method]) for name, method in found.items()}
+
+
+def standing_shares(bank: ConceptBank, methods: Mapping) -> dict[str, float]:
+    """Concepts of methods that make all tasks one set of weights, always on -> the share of their deltas in it."""
+    return _composed(bank, methods, "sum")
+
+
+def averaged_names(bank: ConceptBank, methods: Mapping) -> list[str]:
+    """Concepts of methods that average the predictions of all their concepts' models."""
+    return list(_composed(bank, methods, "average"))
 
 
 def standing_deltas(bank: ConceptBank, methods: Mapping) -> Deltas:
     """What is on whatever the prompt says; nothing in a bank of routed concepts."""
-    return _sum(bank, {name: [1.0] * len(bank.layout) for name in standing_names(bank, methods)})
+    return _sum(bank, {name: [share] * len(bank.layout) for name, share in standing_shares(bank, methods).items()})
+
+
+def learning_names(bank: ConceptBank, methods: Mapping, method: str) -> list[str]:
+    """The standing concepts on top of which a method learns: all, but for its own when it learns each task on the base alone."""
+    alone = not methods[method].method.builds_on_sum
+    return [name for name in standing_shares(bank, methods) if not (alone and bank.infos[name].method == method)]
+
+
+def learning_deltas(bank: ConceptBank, methods: Mapping, method: str) -> Deltas:
+    """What is in the weights while this method learns its next task."""
+    shares = standing_shares(bank, methods)
+    return _sum(bank, {name: [shares[name]] * len(bank.layout) for name in learning_names(bank, methods, method)})
 
 
 def _word_states(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
@@ -85,16 +110,17 @@ def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt
 
 @torch.no_grad()
 def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mapping, mode: str = "sharp", strength: float = 1.0,
-              standing: bool = True, only: str = "") -> Aggregation:
-    """The deltas for one prompt. standing=False leaves out what is on anyway (see `standing_deltas`).
+              standing: bool = True, only: str = "", without: Sequence[str] = ()) -> Aggregation:
+    """The deltas for one prompt. standing=False leaves out what is on anyway (see `standing_deltas`), `without` these standing concepts.
 
     mode: sharp | paper | released | equal; only: one concept that acts alone, whatever prompt and mode say; strength: factor on routed
-    concepts, 0 = the base. Concepts of folding methods (sequential finetuning, ...) have weight 1 in every mode: that is what they mean.
+    concepts, 0 = the base. Concepts of folding methods (sequential finetuning, ...) have their share in every mode: that is what they
+    mean. An average of predictions is none of weights: the nearest, all such concepts with their share, stands for it here.
     """
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
     bank.check_fits(backbone.layout)
-    named, always = named_concepts(bank.vocabulary.parse(prompt)), set(standing_names(bank, methods))
+    named, always = named_concepts(bank.vocabulary.parse(prompt)), _composed(bank, methods, "sum", "average")
     routed = [name for name in bank.names if name not in always]
     sites = len(bank.layout)
     if only:
@@ -107,6 +133,6 @@ def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mappi
     else:
         weights = _elastic(backbone, bank, routed, prompt, mode)
     columns = dict(zip(routed, (strength * weights).T.tolist(), strict=True))
-    columns |= {name: [float(standing)] * sites for name in always}
+    columns |= {name: [share * standing * (name not in without)] * sites for name, share in always.items()}
     table = torch.tensor([columns[name] for name in bank.names]).T if bank.names else torch.zeros(sites, 0)
     return Aggregation(tuple(bank.names), table, _sum(bank, columns))

@@ -17,7 +17,7 @@ from .prompts import named_concepts
 from .regional.noise import OUTSIDE, region_noise
 from .regional.program import DeltaProgram, Part, RegionProgram
 from .regional.regions import Region, masks_of
-from .routing import aggregate, standing_deltas
+from .routing import aggregate, averaged_names, standing_deltas
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,10 @@ def _denoise(backbone: Backbone, latents: Tensor, steps: int, estimate) -> Tenso
 
 
 def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], seeds: list[int], settings: SampleSettings) -> Tensor:
-    """Prompts that share their deltas: folded once, no cost per step."""
-    deltas = aggregate(backbone, bank, prompts[0], METHODS, settings.mode, settings.strength).deltas
+    """Prompts that share their deltas: folded once, no cost per step; averages of predictions cost one evaluation per concept."""
+    averaged = averaged_names(bank, METHODS)
+    deltas = aggregate(backbone, bank, prompts[0], METHODS, settings.mode, settings.strength, without=averaged).deltas
+    programs = [DeltaProgram({key: delta.to(backbone.device) for key, delta in bank[name].deltas.items()}) for name in averaged] or [None]
     pictures = []
     with backbone.folded(deltas):
         for start in range(0, len(prompts), settings.batch):
@@ -107,7 +109,8 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], see
             latents = starting_noise(backbone, seeds[chunk], settings.size).to(backbone.device)
 
             def estimate(x: Tensor, t: int, _progress: float, negative: Context = negative, positive: Context = positive) -> Tensor:
-                return _guided(backbone, x, t, negative, positive, settings.cfg, None)
+                every = [_guided(backbone, x, t, negative, positive, settings.cfg, program) for program in programs]
+                return every[0] if len(every) == 1 else torch.stack(every).mean(0)
 
             pictures.append(backbone.decode_latents(_denoise(backbone, latents, settings.steps, estimate)))
     return torch.cat(pictures)

@@ -1,6 +1,10 @@
-"""Methods by name. Adding one: a file here, an import below, a test file."""
+"""Methods by name. Adding one: a file here, its name in the list below, a test file."""
 
-from . import cidm, cns, finetune
+from . import (
+    cidm,
+    cns,
+    finetune,
+)
 from .base import METHODS, Method, Task, get, make
 
 __all__ = ["METHODS", "Method", "Task", "cidm", "cns", "finetune", "get", "make"]

@@ -51,6 +51,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """What one training forward pass saw: the batch, its context, timesteps `[B]`, noisy latents and the UNet's output `[B, C, h, w]`
+    (with gradient), the target that the output is compared with."""
+
+    batch: Batch
+    context: Context
+    timesteps: Tensor
+    noisy: Tensor
+    target: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a finished task leaves: the concept's tokens and deltas, and the method's shared state for the next task."""
 
@@ -62,12 +75,19 @@ class Outcome:
 class Method(ABC):
     """One way to learn a concept. An instance lives for one task.
 
-    composition: "route" when a concept's deltas are used by prompts that ask for it, "sum" when the method folds all tasks into one
-    set of weights (its deltas are then always on).
+    composition: "route": a concept's deltas are used by prompts that ask for it; "sum": all tasks are one set of weights, whatever the
+    prompt says, each task's deltas times `share`; "average": what is averaged are the predictions of all concepts' models.
+    builds_on_sum: whether a "sum" method learns on top of what its earlier tasks did to the weights, or each task on the base alone.
     """
 
     name: ClassVar[str]
     composition: ClassVar[str] = "route"
+    builds_on_sum: ClassVar[bool] = True
+
+    @classmethod
+    def share(cls, concepts: int) -> float:
+        """Weight of each concept's deltas in a "sum" of that many concepts of the method."""
+        return 1.0
 
     @abstractmethod
     def begin(self, task: Task) -> None:
@@ -89,7 +109,7 @@ class Method(ABC):
         """May add to or replace the batch (replay)."""
         return batch
 
-    def penalty(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+    def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """Named terms added to the denoising loss, after the forward pass. None before the second task unless the method says so."""
         return {}
 
@@ -195,7 +215,11 @@ class Registered:
     config: type
     build: Callable[[Any], Method]
     summary: str
-    composition: str
+    method: type[Method]
+
+    @property
+    def composition(self) -> str:
+        return self.method.composition
 
 
 METHODS: dict[str, Registered] = {}
@@ -206,7 +230,7 @@ def register(name: str, config: type, method: type[Method], summary: str) -> Non
     if name != name.lower() or name in METHODS:
         raise ConceptError(f"method name {name!r} must be lower case and new; taken: {', '.join(sorted(METHODS))}")
     method.name = name
-    METHODS[name] = Registered(name, config, method, summary, method.composition)
+    METHODS[name] = Registered(name, config, method, summary, method)
 
 
 def get(name: str) -> Registered:

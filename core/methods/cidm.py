@@ -18,11 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..deltas import LowRankDelta
-from ..hosts.backbone import Context, SiteProgram
+from ..hosts.backbone import SiteProgram
 from ..tokens import TokenGroup
 from ..training.attention import MapProgram, attention_regulariser
 from . import cidm_losses as losses
-from .base import AdapterProgram, Batch, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, register, require, stored_dtype
+from .base import (
+    AdapterProgram,
+    Forward,
+    LearnedWords,
+    LowRankAdapters,
+    Method,
+    Outcome,
+    Task,
+    adapter_key,
+    register,
+    require,
+    stored_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -120,11 +132,11 @@ class CIDM(Method):
     def program(self) -> SiteProgram:
         return self.maps or AdapterProgram(self.adapters)
 
-    def penalty(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+    def penalty(self, seen: Forward) -> dict[str, Tensor]:
         c, terms = self.config, {}
         if self.maps is not None:
-            positions = [words.get(self.task.name, ()) for words in context.words]
-            value = attention_regulariser(self.maps.take(), positions, batch.masks)
+            positions = [words.get(self.task.name, ()) for words in seen.context.words]
+            value = attention_regulariser(self.maps.take(), positions, seen.batch.masks)
             if value is not None:
                 terms["attention"] = c.attention_weight * value
         if not self.old:

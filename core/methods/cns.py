@@ -26,13 +26,13 @@ from ..concepts import ConceptInfo
 from ..deltas import DeltaKey
 from ..encoding import encode_prompts
 from ..errors import ConceptError
-from ..hosts.backbone import Context, SiteProgram
+from ..hosts.backbone import SiteProgram
 from ..neuron_scores import CALIBRATION, SCORES, GradientProgram, activation_scores, general_neurons, key_value_weights, weight_of
 from ..neurons import UNITS, NeuronSelection, concept_neurons, unit_count
 from ..prompts import Vocabulary
 from ..sites import SiteLayout
 from ..tokens import TokenGroup
-from .base import Batch, LearnedWords, Method, Outcome, Task, adapter_key, register, require, stored_dtype
+from .base import Batch, Forward, LearnedWords, Method, Outcome, Task, adapter_key, register, require, stored_dtype
 from .sparse import SparseAdapters, SparseProgram
 
 CONCEPT_PROMPTS = ("a photo of {}", "a {} on a beach", "a painting of {}", "{} in a room")      # what the activation score reads, ours
@@ -179,7 +179,7 @@ class CNS(Method):
             union = self.earlier.mask(key).flatten() if known else torch.zeros(size, dtype=torch.bool).flatten()
             self.drift[key], self.overlap[key] = total[places], union.to(places.device)[places].float()
 
-    def penalty(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+    def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """The two ties of L_reg, from the second task on. They are over vectors of the chosen neurons, whatever the bank's size."""
         c, terms = self.config, {}
         if self.earlier is None or not self.is_chosen:

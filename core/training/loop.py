@@ -22,11 +22,11 @@ from ..errors import ConceptError
 from ..hosts.backbone import Context
 from ..methods.base import METHODS, Batch, Method, Task
 from ..prompts import Vocabulary, named_concepts
-from ..routing import standing_deltas, standing_names
+from ..routing import learning_deltas, learning_names
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig
 from .data import TrainingSet
-from .objective import denoising_loss, draw
+from .objective import denoising_loss, draw, predict
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Run:
     def snapshot(self) -> ConceptBank:
         """What has been learned so far. Old concepts that are always on are left out: while learning they are in the weights already."""
         bank, outcome = self.task.bank, self.method.finish()
-        for name in standing_names(bank, METHODS):
+        for name in learning_names(bank, METHODS, self.method.name):
             bank = bank.remove(name)
         return bank.add(Concept(self.info, outcome.tokens, outcome.deltas))
 
@@ -159,8 +159,9 @@ class Run:
         dtype = PRECISIONS[config.precision]
         with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
             context = self._context(batch)
-            loss = denoising_loss(backbone, batch, context, drawn, self.method.program(), config)
-        penalties = self.method.penalty(batch, context)
+            seen = predict(backbone, batch, context, drawn, self.method.program())
+            loss = denoising_loss(backbone, seen, config)
+        penalties = self.method.penalty(seen)
         whole = loss + sum(penalties.values())
         self._refuse_nan(whole, "loss")
         self.scaler.scale(whole / config.accumulation).backward()
@@ -250,7 +251,7 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(task.backbone.folded(standing_deltas(task.bank, METHODS)))
+            stack.enter_context(task.backbone.folded(learning_deltas(task.bank, METHODS, method.name)))
             stack.enter_context(task.backbone.gradient_checkpointing(config.gradient_checkpointing))
             while len(run.losses) < config.steps:
                 info = run.step()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..hosts.backbone import Backbone, Context, SiteProgram
-from ..methods.base import Batch
+from ..methods.base import Batch, Forward
 from .config import TrainingConfig
 
 
@@ -30,15 +30,20 @@ def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.
     return Draw(t.to(latents.device), noise.to(latents.device))
 
 
-def denoising_loss(backbone: Backbone, batch: Batch, context: Context, drawn: Draw, program: SiteProgram, config: TrainingConfig) -> Tensor:
-    """Masked MSE between the UNet's output and its target, normalised by mask area, times sample and Min-SNR weights; batch mean."""
+def predict(backbone: Backbone, batch: Batch, context: Context, drawn: Draw, program: SiteProgram | None) -> Forward:
+    """One forward pass of a batch with its drawn noise."""
     schedule = backbone.schedule
     noisy = schedule.add_noise(batch.latents, drawn.noise, drawn.timesteps)
     target = schedule.target(batch.latents, drawn.noise, drawn.timesteps)
-    output = backbone.predict(noisy, drawn.timesteps, context, program)
-    area = batch.masks.sum((1, 2, 3)).clamp(min=1e-6) * output.shape[1]
-    per_sample = ((output.float() - target).square() * batch.masks).sum((1, 2, 3)) / area
-    weights = batch.weights.to(per_sample)
+    return Forward(batch, context, drawn.timesteps, noisy, target, backbone.predict(noisy, drawn.timesteps, context, program))
+
+
+def denoising_loss(backbone: Backbone, seen: Forward, config: TrainingConfig) -> Tensor:
+    """Masked MSE between the UNet's output and its target, normalised by mask area, times sample and Min-SNR weights; batch mean."""
+    masks, output = seen.batch.masks, seen.output
+    area = masks.sum((1, 2, 3)).clamp(min=1e-6) * output.shape[1]
+    per_sample = ((output.float() - seen.target).square() * masks).sum((1, 2, 3)) / area
+    weights = seen.batch.weights.to(per_sample)
     if config.min_snr_gamma > 0:
-        weights = weights * schedule.min_snr_weights(drawn.timesteps, config.min_snr_gamma).to(per_sample)
+        weights = weights * backbone.schedule.min_snr_weights(seen.timesteps, config.min_snr_gamma).to(per_sample)
     return (per_sample * weights).mean()

@@ -13,7 +13,7 @@ from continual_concepts.core.methods import Task, make
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.data import Framing, Picture, prepare
 from continual_concepts.core.training.loop import Run
-from continual_concepts.core.training.objective import Draw, denoising_loss
+from continual_concepts.core.training.objective import Draw, denoising_loss, predict
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def begun(tiny_backbone):
 
     def loss(batch, config=config):
         context = encode_prompts(tiny_backbone, batch.prompts, run.vocabulary, {"rex": run.method.token_group()})
-        value = denoising_loss(tiny_backbone, batch, context, Draw(torch.tensor([100, 800]), noise), run.method.program(), config)
-        return value, run.method.penalty(batch, context)
+        seen = predict(tiny_backbone, batch, context, Draw(torch.tensor([100, 800]), noise), run.method.program())
+        return denoising_loss(tiny_backbone, seen, config), run.method.penalty(seen)
 
     return run, batch, loss
 

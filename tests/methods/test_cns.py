@@ -19,7 +19,7 @@ from continual_concepts.core.neurons import NeuronSelection
 from continual_concepts.core.routing import standing_deltas
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.data import Framing, Picture, prepare
-from continual_concepts.core.training.objective import denoising_loss, draw
+from continual_concepts.core.training.objective import denoising_loss, draw, predict
 
 QUICK = {"selection_steps": 2, "calibration": 2}
 
@@ -136,7 +136,7 @@ def test_the_loss_goes_down(tiny_backbone, teach):
     drawn, losses = draw(batch, 1000, config, g), []
     for deltas in ({}, standing_deltas(bank, METHODS)):
         with torch.no_grad(), tiny_backbone.folded(deltas):
-            losses.append(float(denoising_loss(tiny_backbone, batch, context, drawn, None, config)))
+            losses.append(float(denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, None), config)))
     assert losses[1] < losses[0]
 
 
@@ -202,13 +202,13 @@ def test_the_ties_are_the_two_distances(tiny_backbone, banks):
         previous += float((now * (union.mask(key) & mask)).square().sum())
         base += float(((now + drift[key].dense()) * mask).square().sum())
         energy += float((weight_of(tiny_backbone, key) * mask).square().sum())
-    terms = method.penalty(None, None)
+    terms = method.penalty(None)
     assert terms["previous"].item() == pytest.approx(2.0 * previous / energy, rel=1e-4)
     assert terms["base"].item() == pytest.approx(3.0 * base / energy, rel=1e-4)
 
 
 def test_no_tie_before_the_second_task(tiny_backbone):
-    assert begun(tiny_backbone, ConceptBank(tiny_backbone.layout), selection=everything(tiny_backbone)).penalty(None, None) == {}
+    assert begun(tiny_backbone, ConceptBank(tiny_backbone.layout), selection=everything(tiny_backbone)).penalty(None) == {}
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])

@@ -9,7 +9,7 @@ from continual_concepts.core.bank import ConceptBank
 from continual_concepts.core.bankfile import open_bank, save_bank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, get, make
-from continual_concepts.core.methods.base import register
+from continual_concepts.core.methods.base import Forward, register
 from continual_concepts.core.routing import aggregate, standing_deltas
 from continual_concepts.core.sampling import SampleSettings, sample
 from continual_concepts.core.training.config import TrainingConfig
@@ -64,7 +64,7 @@ def test_a_later_penalty_has_gradient(tiny_backbone, run, method):
     learning.step()
     batch = data.draw(1, 1.0, torch.Generator().manual_seed(0))
     context = learning._context(batch)
-    terms = learning.method.penalty(batch, context)
+    terms = learning.method.penalty(Forward(batch, context, *[torch.zeros(1)] * 4))
     for name in set(terms) - WITHOUT_HISTORY:
         learning.optimizer.zero_grad()
         terms[name].backward(retain_graph=True)
