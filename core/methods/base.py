@@ -78,11 +78,13 @@ class Method(ABC):
     composition: "route": a concept's deltas are used by prompts that ask for it; "sum": all tasks are one set of weights, whatever the
     prompt says, each task's deltas times `share`; "average": what is averaged are the predictions of all concepts' models.
     builds_on_sum: whether a "sum" method learns on top of what its earlier tasks did to the weights, or each task on the base alone.
+    wants_prior: whether its paper trains with prior-preservation pictures beside the concept's own.
     """
 
     name: ClassVar[str]
     composition: ClassVar[str] = "route"
     builds_on_sum: ClassVar[bool] = True
+    wants_prior: ClassVar[bool] = False
 
     @classmethod
     def share(cls, concepts: int) -> float:
