@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ..errors import ConceptError
 from ..hosts.backbone import Backbone, Context, SiteProgram
 from ..sites import PROJECTIONS, Site, SiteLayout
 from ..tokens import TokenGroup, default_words, initial_vectors
+
+if TYPE_CHECKING:      # it imports Batch from here
+    from ..training.data import TrainingSet
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class Method(ABC):
     @abstractmethod
     def begin(self, task: Task) -> None:
         """Creates the trainables for a task."""
+
+    def on_data(self, data: TrainingSet) -> None:  # noqa: B027 - a hook: most methods need none
+        """Once after `begin`, before the first step, while nothing is folded into the weights: the task's whole training set (for a memory
+        of pictures; a resumed run comes through here as well)."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -71,6 +71,7 @@ class Run:
     def __init__(self, task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> None:
         self.task, self.method, self.data, self.config = task, method, data, config
         method.begin(task)
+        method.on_data(data)
         self.groups = method.parameter_groups()
         self.optimizer = _optimizer(config, self.groups)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _lr_factor(config))
