@@ -115,7 +115,8 @@ def learn(options: Namespace) -> Result:
 
         def show(info: StepInfo) -> None:
             bar.update(info.step - bar.n)
-            bar.set_postfix(loss=f"{info.loss:.3f}", refresh=False)
+            figures = {name: f"{value:.2e}" for name, value in info.monitors.items()}
+            bar.set_postfix(loss=f"{info.loss:.3f}", **figures, refresh=False)
 
         learned = learn_concept(task, method, data, training, show, checkpoint)
     save_bank(learned.bank, options.bank)  # before the cover, which is only a nicety
@@ -234,9 +235,6 @@ def bank(options: Namespace) -> Result:
 
 
 def bench(options: Namespace) -> Result:
-    from .demo.quality import base_quality
+    from . import benchmarks
 
-    result = base_quality(options.pictures)
-    if options.file is not None:
-        write_atomically(options.file, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
-    return result, [json.dumps(result, indent=1)]
+    return getattr(benchmarks, options.bench)(options)

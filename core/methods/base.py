@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -39,6 +39,10 @@ class Task:
     @property
     def word_names(self) -> tuple[str, ...]:
         return self.words or default_words(self.name, 2)
+
+    def worded(self, count: int) -> Task:
+        """This task with its words named: as a person named them, else `count` after the concept."""
+        return self if self.words else replace(self, words=default_words(self.name, count))
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,13 @@ class Method(ABC):
     prompt says, each task's deltas times `share`; "average": what is averaged are the predictions of all concepts' models.
     builds_on_sum: whether a "sum" method learns on top of what its earlier tasks did to the weights, or each task on the base alone.
     wants_prior: whether its paper trains with prior-preservation pictures beside the concept's own.
+    word_count: how many words a concept gets whose words nobody named.
     """
 
     name: ClassVar[str]
     composition: ClassVar[str] = "route"
     builds_on_sum: ClassVar[bool] = True
+    word_count: ClassVar[int] = 2
     wants_prior: ClassVar[bool] = False
 
     @classmethod
@@ -124,6 +130,10 @@ class Method(ABC):
 
     def after_step(self, step: int) -> None:  # noqa: B027 - a hook: most methods need none
         """After the optimiser's step: masking, clipping, second steps of alternating schemes."""
+
+    def monitors(self) -> dict[str, float]:
+        """Named figures of the method's state after a step, for people to look at; they are part of no loss."""
+        return {}
 
     @abstractmethod
     def finish(self) -> Outcome:

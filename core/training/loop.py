@@ -32,7 +32,7 @@ from .objective import denoising_loss, draw, predict
 @dataclass(frozen=True)
 class StepInfo:
     """What a callback is told after each optimiser step. loss: the denoising part; terms: the method's penalties, as added;
-    snapshot: makes a bank to sample from inside the callback, with the concept as it is now."""
+    snapshot: makes a bank to sample from inside the callback, with the concept as it is now; monitors: the method's own figures."""
 
     step: int
     total: int
@@ -41,6 +41,7 @@ class StepInfo:
     lr: float
     grad_norm: float
     snapshot: Callable[[], ConceptBank]
+    monitors: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Run:
     """State of one learning run: what a checkpoint holds and `learn` advances."""
 
     def __init__(self, task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> None:
+        task = task.worded(method.word_count)
         self.task, self.method, self.data, self.config = task, method, data, config
         method.begin(task)
         method.on_data(data)
@@ -150,7 +152,7 @@ class Run:
             self._refuse_nan(norm, "gradient")
         lr = self.optimizer.param_groups[-1]["lr"]
         self._update(total)
-        return StepInfo(len(self.losses), config.steps, total, terms, lr, float(norm), self.snapshot)
+        return StepInfo(len(self.losses), config.steps, total, terms, lr, float(norm), self.snapshot, self.method.monitors())
 
     def _backward(self) -> tuple[float, dict[str, float]]:
         """Draws one batch and adds its gradients; returns the denoising loss and the method's terms."""
@@ -186,7 +188,8 @@ class Run:
 
 def run_identity(task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> dict:
     """What must agree for a checkpoint to be a run's. JSON values."""
-    return {"concept": task.name, "class noun": task.class_noun, "words": list(task.word_names), "method": method.name,
+    return {"concept": task.name, "class noun": task.class_noun, "method": method.name,
+            "words": list(task.worded(method.word_count).word_names),
             "settings": method_settings(method), "training": asdict(config), "base": task.backbone.fingerprint,
             "overlay": task.backbone.overlay, "bank": task.bank.names, "images": list(data.digests), "captions": list(data.captions)}
 
