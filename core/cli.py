@@ -126,6 +126,19 @@ def _add_export(bank) -> None:
     export.add_argument("--max-error", type=float, default=DEFAULT_ERROR, help="what that rank may lose, relative (default %(default)s)")
 
 
+def _add_continual(bench) -> None:
+    continual = bench.add_parser("continual", help="every method on one sequence of tasks")
+    continual.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes; a picture is drawn beside it")
+    continual.add_argument("--cells", type=Path, help="folder of the parts that are done (default: beside the result); a cut run goes on")
+    continual.add_argument("--methods", default="", help="comma separated (default: all)")
+    continual.add_argument("--tasks", type=int, default=10)
+    continual.add_argument("--seeds", type=int, default=3)
+    continual.add_argument("--orders", type=int, default=3, help="seed s learns in order s modulo this")
+    continual.add_argument("--steps", type=int, default=200, help="per task")
+    continual.add_argument("--upper", action="store_true", help="also one model per concept")
+    continual.add_argument("--merge", action="store_true", help="run nothing, only put together what is done")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="continual-concepts", description="Teach an image model concepts one after another, with nothing forgotten."
@@ -141,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     base = bench.add_parser("base", help="does the embedded base draw what held-out captions ask for?")
     base.add_argument("--json", dest="file", type=Path, help="where the result goes")
     base.add_argument("--pictures", type=int, default=400)
+    _add_continual(bench)
     return parser
 
 

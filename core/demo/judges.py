@@ -58,8 +58,13 @@ def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 def assignment(name: str, pictures: int = 5, seed: int = 7) -> Assignment:
+    """A named world concept as a task, see `assignment_of`."""
+    return assignment_of(world.CONCEPTS[name], pictures, seed)
+
+
+def assignment_of(concept: world.WorldConcept, pictures: int = 5, seed: int = 7) -> Assignment:
     """A world concept as a task: `pictures` training pictures, held-out real ones from other seeds."""
-    concept = world.CONCEPTS[name]
+    name = concept.name
     shown = concept.pictures(pictures, seed)
     images = to_tensor([picture for picture, _ in shown])
     training = tuple(Picture(image, caption) for image, (_, caption) in zip(images, shown, strict=True))

@@ -1,0 +1,223 @@
+"""One cell of the continual benchmark: one method learns one sequence with one seed in one order, and everything is measured at the end.
+
+A cell's progress is kept on disk after every task, so that a run that was cut goes on where it was; the figures are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..bank import ConceptBank
+from ..bankfile import open_bank, save_bank
+from ..deltas import Delta, SparseDelta
+from ..files import write_atomically
+from ..hosts.backbone import Backbone
+from ..methods.base import METHODS, Task, make
+from ..sampling import SampleSettings, sample
+from ..training.config import TrainingConfig
+from ..training.data import Framing, Picture, prepare
+from ..training.loop import learn
+from . import metrics, multi
+from .protocol import Assignment, Encoder, measure
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What all cells of a benchmark share.
+
+    tasks: in the sequence's own order; groups: names of two or three concepts of different classes that prompts name together; pairs: the
+    same for two of one class; together: prompts with one `{}` for the list of names; unrelated: prompts without concepts; seeds,
+    group_seeds: of the pictures per concept and per group; levels: concept -> IA halfway between its class noun's and real pictures.
+    """
+
+    tasks: tuple[Assignment, ...]
+    groups: tuple[tuple[str, ...], ...]
+    pairs: tuple[tuple[str, ...], ...]
+    together: tuple[str, ...]
+    unrelated: tuple[str, ...]
+    encoder: Encoder
+    settings: SampleSettings
+    seeds: tuple[int, ...]
+    group_seeds: tuple[int, ...]
+    levels: Mapping[str, float]
+    unet_weights: int
+
+    def named(self, name: str) -> Assignment:
+        return next(task for task in self.tasks if task.name == name)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """alone: every concept on an empty bank of its own, the upper bound that no continual method is expected to beat."""
+
+    method: str
+    tasks: int
+    order: int
+    seed: int
+    alone: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}{'-alone' if self.alone else ''}-n{self.tasks}-o{self.order}-s{self.seed}"
+
+
+@dataclass
+class Progress:
+    """What is known so far, as JSON: per concept in learning order its IA and TA just after learning, and its pictures' features."""
+
+    names: list[str]
+    just: list[tuple[float, float]]
+    features: list[list[list[float]]]
+    seconds: list[float]
+    bytes: list[int]
+
+    @staticmethod
+    def load(path: Path) -> Progress:
+        return Progress(**json.loads(path.read_text())) if path.exists() else Progress([], [], [], [], [])
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(asdict(self))))
+
+
+def _features(suite: Suite, task: Assignment, pictures: Tensor) -> Tensor:
+    return suite.encoder.features(pictures, task.kind)
+
+
+def prior_pictures(backbone: Backbone, suite: Suite, task: Assignment, count: int = 16) -> list[Picture]:
+    """Prior-preservation pictures: the base's own pictures of the class noun, with those prompts as captions."""
+    prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(count)]
+    images = sample(backbone, ConceptBank(backbone.layout), prompts, list(range(9000, 9000 + count)), suite.settings)
+    return [Picture(image, prompt, is_prior=True) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def _learn(backbone: Backbone, suite: Suite, cell: Cell, task: Assignment, bank: ConceptBank, settings: Mapping, training: TrainingConfig,
+           callback) -> tuple[ConceptBank, float]:
+    own = list(task.pictures)
+    if METHODS[cell.method].method.wants_prior:
+        own += prior_pictures(backbone, suite, task)
+    framing = Framing(training.resolution, training.framing, training.flip)
+    data, began = prepare(backbone, own, task.name, task.class_noun, framing), time.perf_counter()
+    generator = torch.Generator().manual_seed(training.seed)
+    learned = learn(Task(task.name, task.class_noun, backbone, bank, task.kind, generator=generator), make(cell.method, settings), data,
+                    training, callback)
+    return learned.bank, time.perf_counter() - began
+
+
+def learn_sequence(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], settings: Mapping, training: TrainingConfig,
+                   folder: Path, progress: Callable[[str], object] = lambda _: None) -> tuple[Progress, ConceptBank]:
+    """Learns what is still to learn. The bank file's name says how many concepts it holds, so progress and bank never disagree."""
+    path, known = folder / f"{cell.name}.progress.json", Progress.load(folder / f"{cell.name}.progress.json")
+
+    def file(count: int) -> Path:
+        return folder / f"{cell.name}.{count}.safetensors"
+
+    bank = open_bank(file(len(known.names))) if known.names else ConceptBank(backbone.layout)
+    for place in places[len(known.names):]:
+        task = suite.tasks[place]
+        start = ConceptBank(backbone.layout) if cell.alone else bank
+        grown, seconds = _learn(backbone, suite, cell, task, start, settings, training, progress(task.name))
+        pictures, ia, ta = measure(backbone, grown, task, task.prompts, suite.encoder, suite.settings, suite.seeds)
+        bank = bank.add(grown[task.name]) if cell.alone else grown
+        known.names.append(task.name)
+        known.just.append((ia, ta))
+        known.features.append([[round(x, 5) for x in row] for row in _features(suite, task, pictures).tolist()])
+        known.seconds.append(seconds)
+        known.bytes.append(grown[task.name].nbytes())
+        save_bank(bank, file(len(known.names)))
+        known.save(path)
+        file(len(known.names) - 1).unlink(missing_ok=True)
+    return known, bank
+
+
+def _together(backbone: Backbone, bank: ConceptBank, suite: Suite, group: tuple[str, ...]) -> multi.Together:
+    listed = ", ".join(f"<{name}>" for name in group[:-1]) + f" and <{group[-1]}>"
+    prompts = [suite.together[i % len(suite.together)].format(listed) for i in range(len(suite.group_seeds))]
+    pictures = sample(backbone, bank, prompts, suite.group_seeds, suite.settings)
+    references = [suite.encoder.features(suite.named(name).references, "object") for name in group]
+    scores = multi.similarities(pictures, references, lambda images: suite.encoder.features(images, "object"))
+    return multi.together(scores, [suite.levels[name] for name in group])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _multi_figures(backbone: Backbone, bank: ConceptBank, suite: Suite) -> dict:
+    groups = [_together(backbone, bank, suite, group) for group in suite.groups if all(name in bank for name in group)]
+    pairs = [_together(backbone, bank, suite, pair) for pair in suite.pairs if all(name in bank for name in pair)]
+    figures = {}
+    if groups:
+        figures["multi_alignment"] = _mean([float(found.alignment.mean()) for found in groups])
+        figures["multi_present"] = _mean([float(found.present.float().mean()) for found in groups])
+    if pairs:
+        figures["pair_alignment"] = _mean([float(found.alignment.mean()) for found in pairs])
+        figures["confusion"] = _mean([float(found.mistaken.float().mean()) for found in pairs])
+    return figures
+
+
+def _drift(backbone: Backbone, bank: ConceptBank, suite: Suite) -> float:
+    seeds = list(range(7000, 7000 + len(suite.unrelated)))
+    before, after = (sample(backbone, b, suite.unrelated, seeds, suite.settings) for b in (ConceptBank(backbone.layout), bank))
+    return metrics.drift(before, after)
+
+
+def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], settings: Mapping, training: TrainingConfig, folder: Path,
+             progress: Callable[[str], object] = lambda _: None) -> dict:
+    """All figures of one cell; from its file when it has been run before."""
+    path = folder / f"{cell.name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    known, bank = learn_sequence(backbone, suite, cell, places, settings, training, folder, progress)
+    tasks = [suite.named(name) for name in known.names]
+    final = [measure(backbone, bank, task, task.prompts, suite.encoder, suite.settings, suite.seeds) for task in tasks]
+    result = {**asdict(cell), "settings": dict(settings), "steps": training.steps, "concepts": known.names}
+    result |= _figures(suite, known, tasks, final)
+    result["base_drift"] = _drift(backbone, bank, suite)
+    if not cell.alone:
+        result |= _multi_figures(backbone, bank, suite)
+    result |= _costs(suite, known, bank)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    (folder / f"{cell.name}.progress.json").unlink(missing_ok=True)
+    return result
+
+
+def _figures(suite: Suite, known: Progress, tasks: list[Assignment], final: list[tuple[Tensor, float, float]]) -> dict:
+    """Single-concept figures, in learning order."""
+    just, last = [ia for ia, _ in known.just], [ia for _, ia, _ in final]
+    features = [_features(suite, task, pictures) for task, (pictures, _, _) in zip(tasks, final, strict=True)]
+    real = [_features(suite, task, task.references) for task in tasks]
+    first = [torch.tensor(rows) for rows in known.features]
+    of_kind = [i for i, task in enumerate(tasks) if task.kind == "object"]
+    return {
+        "just_learned": just,
+        "image_alignment": last,
+        "text_alignment": [ta for _, _, ta in final],
+        "retention": [b / a for a, b in zip(just, last, strict=True)],
+        "forgetting": [a - b for a, b in zip(just, last, strict=True)],
+        "a_mmd": metrics.a_mmd(real, features),
+        "f_mmd": metrics.f_mmd(first, features),
+        "bleed": metrics.bleed([features[i] for i in of_kind], [real[i] for i in of_kind]).tolist(),
+    }
+
+
+def _weights(delta: Delta) -> int:
+    """Numbers that a delta changes or is made of; places are not counted."""
+    return delta.values.numel() if isinstance(delta, SparseDelta) else delta.up.numel() + delta.down.numel()
+
+
+def _costs(suite: Suite, known: Progress, bank: ConceptBank) -> dict:
+    shared = sum(tensor.numel() * tensor.element_size() for state in bank.shared.values() for tensor in state.values())
+    stored = sum(_weights(delta) for concept in bank for delta in concept.deltas.values())
+    return {
+        "seconds_per_concept": _mean(known.seconds),
+        "bytes_per_concept": (sum(known.bytes) + shared) / len(bank),
+        "trained_share": stored / len(bank) / suite.unet_weights,
+    }

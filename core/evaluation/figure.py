@@ -1,0 +1,65 @@
+"""The continual benchmark's picture: what every method keeps, and what it reaches alone and together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+INK, QUIET, OWN, OTHER = "#1d1d24", "#6b6b76", "#c2410c", "#9aa3b2"
+
+
+def _bars(axis, rows: list[tuple[str, float, float]], title: str, default: str, mark: float | None) -> None:
+    """Horizontal bars with spreads, best first; mark: a level to compare with."""
+    names, values, spreads = zip(*rows, strict=True)
+    axis.barh(range(len(rows)), values, xerr=spreads, color=[OWN if name == default else OTHER for name in names], height=0.7,
+              error_kw={"lw": 1, "ecolor": INK})
+    if mark is not None:
+        axis.axvline(mark, color=QUIET, lw=1, ls="--")
+    axis.set_yticks(range(len(rows)), names, fontsize=8, color=INK)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _rows(summary: Mapping, figure: str, more: bool = True) -> list[tuple[str, float, float]]:
+    found = []
+    for name, row in summary["methods"].items():
+        if figure in row:
+            value = row[figure]["mean"] if isinstance(row[figure], Mapping) else row[figure]
+            found.append((name, value, row["spread"][figure]))
+    return sorted(found, key=lambda item: -item[1] if more else item[1])
+
+
+def _curves(axis, cells: Sequence[Mapping], default: str) -> None:
+    """Per method: IA at the end by position in the sequence, mean over cells. The left end is what was learned first."""
+    for name in sorted({cell["method"] for cell in cells if not cell["alone"]}):
+        mine = [cell["image_alignment"] for cell in cells if cell["method"] == name and not cell["alone"]]
+        means = [sum(values) / len(values) for values in zip(*mine, strict=True)]
+        axis.plot(range(1, len(means) + 1), means, color=OWN if name == default else OTHER, lw=2.2 if name == default else 1)
+        axis.annotate(name, (len(means), means[-1]), xytext=(4, 0), textcoords="offset points", fontsize=6, color=QUIET, va="center")
+    axis.set_title("Alignment after the last task, by position in the sequence", fontsize=10, color=INK, loc="left")
+    axis.set_xlabel("learned as number", fontsize=8, color=QUIET)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def draw(path: Path, cells: Sequence[Mapping], summary: Mapping) -> None:
+    """Writes the PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    default, upper = summary["default"], summary["upper_bound"]
+    figure = Figure(figsize=(12, 3 + 0.5 * len(summary["methods"])), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3).flatten()
+    level = upper["image_alignment"]["mean"] if upper else None
+    _bars(axes[0], _rows(summary, "image_alignment"), "Image alignment after all tasks (dashed: one model each)", default, level)
+    _bars(axes[1], _rows(summary, "multi_alignment"), "Image alignment, two and three in one prompt", default, None)
+    _bars(axes[2], _rows(summary, "confusion", more=False), "Same class together: share mistaken (lower is better)", default, None)
+    _bars(axes[3], _rows(summary, "worst_retention"), "Worst concept's share kept", default, 1.0)
+    _bars(axes[4], _rows(summary, "base_drift", more=False), "Drift of pictures without concepts (lower is better)", default, None)
+    _curves(axes[5], cells, default)
+    count = f"{summary['tasks']} tasks, seeds {summary['seeds']}, orders {summary['orders']}, {summary['steps']} steps per task"
+    figure.suptitle(count, fontsize=9, color=QUIET, x=0.01, ha="left")
+    figure.savefig(path)
