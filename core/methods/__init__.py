@@ -2,9 +2,10 @@
 
 from . import (
     cidm,
+    clora,
     cns,
     finetune,
 )
 from .base import METHODS, Method, Task, get, make
 
-__all__ = ["METHODS", "Method", "Task", "cidm", "cns", "finetune", "get", "make"]
+__all__ = ["METHODS", "Method", "Task", "cidm", "clora", "cns", "finetune", "get", "make"]
