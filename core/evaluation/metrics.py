@@ -77,7 +77,7 @@ def task_forgetting_rate(alignment: Sequence[Sequence[float]]) -> float:
 
 
 def bleed(features: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
-    """`[K, K]`: how much pictures of concept i `[M, D]` look like real pictures of concept j `[N, D]`. Off the diagonal: lower is better."""
+    """`[K, K]`: how much pictures of concept i `[M, D]` look like real ones of concept j `[N, D]`. Off the diagonal: lower is better."""
     return torch.tensor([[float((own @ other.T).mean()) for other in references] for own in features])
 
 
