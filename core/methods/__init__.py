@@ -4,8 +4,28 @@ from . import (
     cidm,
     clora,
     cns,
+    custom_diffusion,
     finetune,
+    lora_merge,
+    mix_of_show,
+    orthogonal_adaptation,
+    textual_inversion,
 )
 from .base import METHODS, Method, Task, get, make
 
-__all__ = ["METHODS", "Method", "Task", "cidm", "clora", "cns", "finetune", "get", "make"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Task",
+    "cidm",
+    "clora",
+    "cns",
+    "custom_diffusion",
+    "finetune",
+    "get",
+    "lora_merge",
+    "make",
+    "mix_of_show",
+    "orthogonal_adaptation",
+    "textual_inversion",
+]
