@@ -5,8 +5,10 @@ from . import (
     clora,
     cns,
     custom_diffusion,
+    ewc,
     finetune,
     lora_merge,
+    lwf,
     mix_of_show,
     orthogonal_adaptation,
     textual_inversion,
@@ -14,18 +16,6 @@ from . import (
 from .base import METHODS, Method, Task, get, make
 
 __all__ = [
-    "METHODS",
-    "Method",
-    "Task",
-    "cidm",
-    "clora",
-    "cns",
-    "custom_diffusion",
-    "finetune",
-    "get",
-    "lora_merge",
-    "make",
-    "mix_of_show",
-    "orthogonal_adaptation",
-    "textual_inversion",
+    "METHODS", "Method", "Task", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "lora_merge", "lwf", "mix_of_show",
+    "orthogonal_adaptation", "textual_inversion", "get", "make",
 ]
