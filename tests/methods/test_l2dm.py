@@ -1,0 +1,220 @@
+"""L2DM: a memory of features, pictures chosen by Eq. 5, replay and distillation of the model before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bankfile import open_bank, save_bank
+from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.methods.base import Forward, adapter_key
+from continual_concepts.core.methods.l2dm import L2DM
+from continual_concepts.core.methods.l2dm_memory import LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
+from continual_concepts.core.routing import learning_deltas, standing_deltas
+from continual_concepts.core.training.config import TrainingConfig
+from continual_concepts.core.training.data import Framing, Picture, prepare
+from continual_concepts.core.training.loop import Run
+from continual_concepts.core.training.objective import denoising_loss, draw, predict
+
+QUICK = {"generation_steps": 2, "cfg": 2.0}
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_backbone, teach):
+    bank = ConceptBank(tiny_backbone.layout)
+    for name, noun in (("rex", "dog"), ("mimi", "cat")):
+        bank = teach(tiny_backbone, bank, name, "l2dm", QUICK, steps=2, noun=noun).bank
+    return bank
+
+
+@pytest.fixture(scope="module")
+def data(tiny_backbone):
+    pictures = [Picture(random(3, 32, 32, seed=i).clamp(-1, 1), "", digest=f"{i}") for i in range(3)]
+    pictures += [Picture(random(3, 32, 32, seed=9).clamp(-1, 1), "a photo of a bear", is_prior=True)]
+    return prepare(tiny_backbone, pictures, "bear", "bear", Framing(32, flip=True))
+
+
+def begun(backbone, bank, data, **settings):
+    method = make("l2dm", {"stored": "float32"} | QUICK | settings)
+    method.begin(Task("bear", "bear", backbone, bank))
+    method.on_data(data)
+    return method
+
+
+def test_scores_are_those_of_the_formula():
+    """Eq. 5, term by term."""
+    generated, real = random(6, 5), random(3, 5, seed=1)
+    own = torch.arange(6).view(3, 2)
+    scores = rainbow_scores(generated, own, real, 0.7)
+    for i in range(3):
+        for j in range(2):
+            me = generated[own[i, j]]
+            different = sum(1 - float(F.cosine_similarity(me, other, dim=0)) for other in generated) / 6
+            close = float(F.cosine_similarity(me, real[i], dim=0))
+            assert float(scores[i, j]) == pytest.approx(different + 0.7 * close, abs=1e-5)
+
+
+def test_the_best_scoring_picture_is_kept(tiny_backbone, bank, data, monkeypatch):
+    """All candidates and their scores, against what the memory kept; candidates of a prompt are that prompt's pictures."""
+    from continual_concepts.core import sampling
+
+    seen, original = [], sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *args: seen.append((args[2], original(*args))) or seen[-1][1])
+    method = begun(tiny_backbone, bank, data, eta=3)
+    prompts, pictures = seen[0]
+    assert prompts == ["a photo of <rex>"] * 9 + ["a photo of <mimi>"] * 9
+    latents = tiny_backbone.encode_images(pictures)
+    scores = rainbow_scores(unet_features(tiny_backbone, latents), torch.arange(18).view(6, 3), method.old.features, 1.0)
+    for i, column in enumerate(scores.argmax(1).tolist()):
+        assert torch.allclose(method.short.latents[i], latents[3 * i + column], atol=1e-5)
+    assert method.short.tasks.tolist() == [0, 0, 0, 1, 1, 1] and method.short.task_count == 2
+
+
+def test_the_memory_has_every_real_picture_once(bank, tiny_backbone, data):
+    memory = LongTerm.read(bank.shared["l2dm"])
+    assert memory.prompts == ("a photo of <>",) * 6
+    assert memory.owners == tuple(words_digest(bank[name].tokens) for name in ("rex", "mimi") for _ in range(3))
+    mine = begun(tiny_backbone, bank, data).new
+    assert mine.features.shape[0] == 3      # neither mirrored copies nor prior pictures
+    own = data.latents[[0, 2, 4]]
+    assert torch.allclose(mine.features, unet_features(tiny_backbone, own), atol=1e-5)
+
+
+def test_features_tell_pictures_apart_and_batches_not(tiny_backbone):
+    latents = random(5, 4, 8, 8)
+    found = unet_features(tiny_backbone, latents)
+    assert found.shape[0] == 5 and torch.allclose(found[3:4], unet_features(tiny_backbone, latents[3:4]), atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
+def test_a_renamed_concept_is_replayed_and_a_removed_one_is_forgotten(tiny_backbone, bank, data):
+    renamed = begun(tiny_backbone, bank.rename("rex", "max"), data)
+    assert set(renamed.short.prompts) == {"a photo of <max>", "a photo of <mimi>"}
+    left = begun(tiny_backbone, bank.remove("rex"), data)
+    assert set(left.short.prompts) == {"a photo of <mimi>"} and left.short.task_count == 1
+    assert len(LongTerm.read(left.finish().shared).owners) == 3 + 3
+    none = begun(tiny_backbone, bank.remove("rex").remove("mimi"), data)
+    assert none.short is None and len(LongTerm.read(none.finish().shared).owners) == 3
+
+
+def test_the_memory_survives_a_file(tiny_backbone, bank, data, tmp_path):
+    save_bank(bank, tmp_path / "bank.safetensors")
+    again = begun(tiny_backbone, open_bank(tmp_path / "bank.safetensors"), data)
+    assert torch.equal(again.short.latents, begun(tiny_backbone, bank, data).short.latents)
+
+
+@pytest.mark.parametrize("damage", [{"notes": torch.zeros(3, dtype=torch.uint8)}, {"features": torch.zeros(2, 3)}, {"notes": None}])
+def test_a_damaged_memory_is_refused(bank, damage):
+    state = {key: value for key, value in {**bank.shared["l2dm"], **damage}.items() if value is not None}
+    with pytest.raises(ConceptError, match="long-term memory"):
+        LongTerm.read(state)
+
+
+def test_another_feature_function_is_refused(tiny_backbone, bank, data, monkeypatch):
+    monkeypatch.setattr(L2DM, "features", staticmethod(lambda backbone, latents: latents.flatten(1)[:, :3]))
+    with pytest.raises(ConceptError, match="length 512, this run.s have 3"):
+        begun(tiny_backbone, bank, data)
+    assert begun(tiny_backbone, ConceptBank(bank.layout), data).new.features.shape == (3, 3)
+
+
+def test_every_old_task_is_replayed_alike():
+    memory = ShortTerm(torch.zeros(5, 1), ("",) * 5, torch.tensor([0, 0, 0, 0, 1]))
+    rows = memory.draw(4000, torch.Generator().manual_seed(0))
+    assert (memory.tasks[rows] == 1).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("replay", [1, 4])
+def test_the_loss_is_the_papers_sum(tiny_backbone, bank, data, replay):
+    """The loop's weighted mean over the joined batch = mean over own and prior pictures (beta on the latter) + alpha sum over old tasks."""
+    method = begun(tiny_backbone, bank, data, alpha=0.5, beta=0.25, replay=replay)
+    config, generator = TrainingConfig(resolution=32), torch.Generator().manual_seed(1)
+    given = data.draw(2, 1.0, generator)
+    batch = method.on_batch(given)
+    assert batch.prompts[:4] == given.prompts and len(batch.prompts) == 4 + replay
+    drawn = draw(batch, 1000, config, generator)
+    context = encode_prompts(tiny_backbone, [""] * len(batch.prompts), bank.vocabulary, {})
+    seen = predict(tiny_backbone, batch, context, drawn, None)
+    each = (seen.output - seen.target).square().mean((1, 2, 3))
+    expected = (each[:2].sum() + 0.25 * each[2:4].sum()) / 4 + 0.5 * 2 * each[4:].mean()
+    assert torch.allclose(denoising_loss(tiny_backbone, seen, config), expected, rtol=1e-4)
+
+
+def test_replay_is_decided_by_the_step(tiny_backbone, bank, data):
+    method, other = (begun(tiny_backbone, bank, data, replay=3) for _ in range(2))
+    given = data.draw(1, 1.0, torch.Generator().manual_seed(0))
+    first = [method.on_batch(given).latents for _ in range(2)]      # two passes of one step (accumulation)
+    assert not torch.equal(*first)
+    method.after_step(1)
+    other.on_batch(given)      # a pass of a step that was broken off, or was not there
+    other.after_step(1)
+    assert torch.equal(method.on_batch(given).latents, other.on_batch(given).latents)
+
+
+def seen_by(backbone, method, data, bank):
+    """One joined batch through the model as the loop does it, the old sum folded."""
+    generator = torch.Generator().manual_seed(3)
+    batch = method.on_batch(data.draw(1, 0.0, generator))
+    tokens = {name: bank[name].tokens for name in bank.names} | {"bear": method.token_group()}
+    run = Run(method.task, make("finetune"), data, TrainingConfig(resolution=32))      # for its vocabulary with the new word
+    context = encode_prompts(backbone, batch.prompts, run.vocabulary, tokens)
+    return predict(backbone, batch, context, draw(batch, 1000, TrainingConfig(), generator), method.program())
+
+
+def test_distillation_is_the_distance_to_the_model_before(tiny_backbone, bank, data):
+    method = begun(tiny_backbone, bank, data, mu=2.0, replay=2)
+    with tiny_backbone.folded(learning_deltas(bank, METHODS, "l2dm")):
+        assert method.penalty(seen_by(tiny_backbone, method, data, bank))["distillation"].item() < 1e-8      # at the start they are one
+        with torch.no_grad():
+            method.adapters.up[adapter_key(1, "to_v")].add_(0.3)
+        seen = seen_by(tiny_backbone, method, data, bank)
+        term = method.penalty(seen)["distillation"]
+    assert seen.batch.prompts[1:] != ("",) * 2 and all("bear" not in prompt for prompt in seen.batch.prompts[1:])
+    with tiny_backbone.folded(standing_deltas(bank, METHODS)):
+        old = tiny_backbone.predict(seen.noisy[1:], seen.timesteps[1:], seen.context[1:])
+    assert torch.allclose(term, 2 * (seen.output[1:] - old).square().mean(), rtol=1e-4) and term > 1e-6
+    term.backward()
+    assert method.adapters.up[adapter_key(1, "to_v")].grad.any()
+    assert all(vector.grad is None or not vector.grad.any() for vector in method.words.parameters())      # replay names old words only
+
+
+def test_another_batch_has_no_distillation(tiny_backbone, bank, data):
+    method = begun(tiny_backbone, bank, data)
+    given = data.draw(1, 0.0, torch.Generator().manual_seed(0))
+    method.on_batch(given)
+    assert method.penalty(Forward(given, None, *[torch.zeros(1)] * 4)) == {}
+
+
+def test_turned_off_it_is_plain_learning(tiny_backbone, bank, data):
+    method = begun(tiny_backbone, bank, data, alpha=0.0, mu=0.0)
+    given = data.draw(2, 1.0, torch.Generator().manual_seed(0))
+    batch = method.on_batch(given)
+    assert torch.equal(batch.weights, given.weights) and batch.latents is given.latents
+
+
+def test_generating_leaves_the_model_and_the_gradients_alone(tiny_backbone, bank, data):
+    before = [p.detach().clone() for p in tiny_backbone.unet.parameters()]
+    method = begun(tiny_backbone, bank, data)
+    assert all(torch.equal(p, b) for p, b in zip(tiny_backbone.unet.parameters(), before, strict=True))
+    assert not method.short.latents.requires_grad and method.short.latents.is_contiguous()
+
+
+def test_keys_and_values_alone_are_trained(bank):
+    for concept in bank:
+        assert {projection for _, projection in concept.deltas} == {"to_k", "to_v"}
+
+
+@pytest.mark.parametrize("settings", [{"eta": 0}, {"replay": 0}, {"alpha": -1.0}, {"mu": -0.1}, {"closeness": -1.0}])
+def test_its_settings_are_checked(settings):
+    with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):
+        make("l2dm", settings)
+    assert replace(make("l2dm").config, mu=0.0).mu == 0.0
