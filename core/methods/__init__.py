@@ -7,6 +7,7 @@ from . import (
     custom_diffusion,
     ewc,
     finetune,
+    l2dm,
     lora_merge,
     lwf,
     mix_of_show,
@@ -16,6 +17,6 @@ from . import (
 from .base import METHODS, Method, Task, get, make
 
 __all__ = [
-    "METHODS", "Method", "Task", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "lora_merge", "lwf", "mix_of_show",
-    "orthogonal_adaptation", "textual_inversion", "get", "make",
+    "METHODS", "Method", "Task", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "l2dm", "lora_merge", "lwf",
+    "mix_of_show", "orthogonal_adaptation", "textual_inversion", "get", "make",
 ]
