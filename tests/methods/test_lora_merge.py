@@ -1,0 +1,126 @@
+"""LoRA-M is the mean of the deltas, LoRA-C the mean of the predictions; both learn every concept alone on the base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from continual_concepts.core import sampling
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.concepts import Concept
+from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods import METHODS, make
+from continual_concepts.core.routing import averaged_names, standing_deltas
+from continual_concepts.core.sampling import SampleSettings, sample, starting_noise
+
+QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
+NOUNS = {"rex": "dog", "mimi": "cat"}
+
+
+@pytest.fixture(scope="module")
+def banks(tiny_backbone, teach):
+    def grown(method, names):
+        bank = ConceptBank(tiny_backbone.layout)
+        for name in names:      # rates high enough that a wrong composition shows
+            bank = teach(tiny_backbone, bank, name, method, {"lr": 0.1}, noun=NOUNS[name], steps=4).bank
+        return bank
+
+    return {(m, names): grown(m, names) for m in ("lora_m", "lora_c") for names in (("rex",), ("mimi",), ("rex", "mimi"))}
+
+
+def as_method(bank, method):
+    """The same concepts as another method's."""
+    other = ConceptBank(bank.layout)
+    for concept in bank:
+        other = other.add(Concept(replace(concept.info, method=method), concept.tokens, concept.deltas))
+    return other
+
+
+@pytest.mark.parametrize("method", ["lora_m", "lora_c"])
+def test_every_concept_is_learned_alone(banks, method):
+    alone, after = banks[method, ("mimi",)]["mimi"], banks[method, ("rex", "mimi")]["mimi"]
+    assert all(torch.equal(alone.tokens.vectors[name], vector) for name, vector in after.tokens.vectors.items())
+    for key, delta in after.deltas.items():
+        assert torch.equal(alone.deltas[key].up, delta.up) and torch.equal(alone.deltas[key].down, delta.down) and delta.up.any()
+
+
+def test_the_merge_is_the_mean_of_the_deltas(banks):
+    bank = banks["lora_m", ("rex", "mimi")]
+    found = standing_deltas(bank, METHODS)
+    for key, delta in found.items():
+        expected = torch.stack([concept.deltas[key].dense() for concept in bank]).mean(0)
+        assert torch.allclose(delta.dense(), expected, atol=1e-7) and expected.any()
+    assert [make("lora_m").share(g) for g in (1, 2, 4)] == [1.0, 0.5, 0.25]
+
+
+def folded_estimates(backbone, bank, prompt, x, t):
+    """The guided prediction of every concept's own model, each with its deltas folded into the weights."""
+    tokens = {concept.name: concept.tokens for concept in bank}
+    context = encode_prompts(backbone, ["", prompt], bank.vocabulary, tokens)
+    for concept in bank:
+        with backbone.folded(concept.deltas):
+            timesteps = torch.full((2,), t)
+            output = backbone.predict(torch.cat([x, x]), timesteps, context)
+        without, wanted = backbone.schedule.to_epsilon(output, torch.cat([x, x]), timesteps).chunk(2)
+        yield without + QUICK.cfg * (wanted - without)
+
+
+@torch.no_grad()
+def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
+    bank, prompt = banks["lora_c", ("rex", "mimi")], "a <rex> and a <mimi>"
+
+    def estimate(x, t, _progress):
+        return torch.stack(list(folded_estimates(tiny_backbone, bank, prompt, x, t))).mean(0)
+
+    latents = sampling._denoise(tiny_backbone, starting_noise(tiny_backbone, [7], (32, 32)), QUICK.steps, estimate)
+    expected = tiny_backbone.decode_latents(latents)
+    found = sample(tiny_backbone, bank, [prompt], [7], QUICK)
+    assert torch.allclose(found, expected, atol=1e-4)
+    merged = sample(tiny_backbone, as_method(bank, "lora_m"), [prompt], [7], QUICK)
+    routed = sample(tiny_backbone, as_method(bank, "cidm"), [prompt], [7], QUICK)
+    assert not torch.allclose(found, merged, atol=1e-3) and not torch.allclose(found, routed, atol=1e-3)
+
+
+@torch.no_grad()
+def test_one_prediction_is_the_mean_of_all(tiny_backbone, banks, monkeypatch):
+    """What the sampler is told in its first step, against the folded models, far below what pictures can show."""
+    bank, seen = banks["lora_c", ("rex", "mimi")], []
+    monkeypatch.setattr(sampling, "_denoise", lambda backbone, x, steps, estimate: seen.append((x, estimate(x, 500, 0.0))) or x)
+    sample(tiny_backbone, bank, ["a <rex>"], [3], QUICK)
+    x, found = seen[0]
+    each = list(folded_estimates(tiny_backbone, bank, "a <rex>", x, 500))
+    assert torch.allclose(found, (each[0] + each[1]) / 2, atol=1e-5)
+    assert (each[0] - each[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["rex", "mimi"])
+def test_one_concept_alone_is_as_if_it_were_routed(tiny_backbone, banks, name):
+    for method in ("lora_m", "lora_c"):
+        bank = banks[method, (name,)]
+        routed = sample(tiny_backbone, as_method(bank, "cidm"), [f"a <{name}>"], [7], QUICK)
+        assert torch.allclose(sample(tiny_backbone, bank, [f"a <{name}>"], [7], QUICK), routed, atol=1e-4)
+
+
+def test_an_average_costs_one_evaluation_per_concept(tiny_backbone, banks, monkeypatch):
+    calls, plain = [], tiny_backbone.predict
+    monkeypatch.setattr(tiny_backbone, "predict", lambda *args, **more: calls.append(1) or plain(*args, **more))
+    counts = {}
+    for method in ("lora_m", "lora_c"):
+        calls.clear()
+        sample(tiny_backbone, banks[method, ("rex", "mimi")], ["a <rex>"], [7], QUICK)
+        counts[method] = len(calls)
+    assert counts == {"lora_m": QUICK.steps, "lora_c": 2 * QUICK.steps}
+
+
+def test_an_average_leaves_the_weights_of_others_alone(banks):
+    assert standing_deltas(banks["lora_c", ("rex", "mimi")], METHODS) == {}
+    assert averaged_names(banks["lora_c", ("rex", "mimi")], METHODS) == ["rex", "mimi"]
+
+
+@pytest.mark.parametrize("settings", [{"rank": 129}, {"token_lr": -1.0}, {"first_std": -0.1}])
+def test_settings_out_of_range_are_named(settings):
+    with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):
+        make("lora_c", settings)
