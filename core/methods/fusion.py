@@ -23,6 +23,7 @@ from ..sites import PROJECTIONS, SiteLayout
 from ..tokens import TokenGroup
 from .base import Outcome
 
+NOISE = 1e-5       # relative size below which singular values of fitted deltas are rounding, in single precision
 CONCEPT_PROMPTS = ("{}", "a photo of {}")      # the concept prompts of Custom Diffusion's and Mix-of-Show's released code
 
 
@@ -103,7 +104,7 @@ def compressed(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype, kept
     """
     found, needed = {key: _svd(delta) for key, delta in deltas.items()}, dict.fromkeys(PROJECTIONS, 1)
     for key, (_, s, _) in found.items():
-        floor = torch.finfo(dtype).eps * max(float(s[0]), (floors or {}).get(key, 0.0))
+        floor = max(NOISE, torch.finfo(dtype).eps) * max(float(s[0]), (floors or {}).get(key, 0.0))
         rank = int((s > floor).sum())
         if kept < 1 and s.sum() > 0:
             rank = min(rank, 1 + int((s.cumsum(0) / s.sum() < kept).sum()))
