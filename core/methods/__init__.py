@@ -1,6 +1,7 @@
 """Methods by name. Adding one: a file here, its name in the list below, a test file."""
 
 from . import (
+    ccdm,
     cidm,
     clora,
     cns,
@@ -12,11 +13,12 @@ from . import (
     lwf,
     mix_of_show,
     orthogonal_adaptation,
+    stamina,
     textual_inversion,
 )
 from .base import METHODS, Method, Task, get, make
 
 __all__ = [
-    "METHODS", "Method", "Task", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "l2dm", "lora_merge", "lwf",
-    "mix_of_show", "orthogonal_adaptation", "textual_inversion", "get", "make",
+    "METHODS", "Method", "Task", "ccdm", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "l2dm", "lora_merge", "lwf",
+    "mix_of_show", "orthogonal_adaptation", "stamina", "textual_inversion", "get", "make",
 ]

@@ -99,8 +99,8 @@ class EWC(Finetune):
 
     @torch.no_grad()
     def _note(self, key: DeltaKey, gradient: Tensor, x: Tensor) -> None:
-        delta, own = self.adapters.delta(*key), self.own.to(gradient.device)
-        found = squared_gradients(gradient.float()[own], x.expand(len(gradient), -1, -1).float()[own], delta.up, delta.down, delta.scale)
+        delta, own = self.adapters.delta(*key), self.own.to(gradient).view(-1, 1, 1)
+        found = squared_gradients((own * gradient).float(), x.float(), delta.up, delta.down, delta.scale)
         for name, squares in zip(("up", "down"), found, strict=True):
             name = f"{name}.{adapter_key(*key)}"
             self.pending[name] = squares if name not in self.pending else self.pending[name] + squares
@@ -108,7 +108,8 @@ class EWC(Finetune):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         self.steps = step
-        if all(bool(torch.isfinite(squares).all()) for squares in self.pending.values()):      # else a loss scaled too high for fp16
+        finite = [torch.isfinite(squares).all() for squares in self.pending.values()]
+        if finite and bool(torch.stack(finite).all()):      # else a loss scaled too high for fp16
             share = 1.0 / min(step, self.config.fisher_window)
             for name, squares in self.pending.items():
                 self.mean[name] = share * squares + (1 - share) * self.mean[name] if name in self.mean else squares

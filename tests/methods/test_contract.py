@@ -17,7 +17,7 @@ from continual_concepts.core.training.data import Framing, Picture, prepare
 from continual_concepts.core.training.loop import Run
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
-WITHOUT_HISTORY = {"attention"}      # terms that a first task may have
+WITHOUT_HISTORY = {"attention", "sparsity"}      # terms that a first task may have
 
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
