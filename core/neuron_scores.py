@@ -75,8 +75,8 @@ class GradientProgram(SiteProgram):
         self.keys, self.inner, self.rows = frozenset(keys), inner or SiteProgram(), None
         self.sums: dict[DeltaKey, Tensor] = {}
 
-    def begin(self) -> None:
-        self.inner.begin()
+    def begin(self, context: Context) -> None:
+        self.inner.begin(context)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         y, key, x = self.inner.project(site, projection, x, y), (site.index, projection), x.detach()

@@ -163,7 +163,7 @@ class DiffusersBackbone(Backbone):
         if self.unet.config.addition_embed_type == "text_time":
             extra["added_cond_kwargs"] = {"text_embeds": context.pooled.to(dtype), "time_ids": self._time_ids(latents)}
         if program is not None:
-            program.begin()
+            program.begin(context)
         self.program = program
         try:
             output = self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False, **extra)[0]

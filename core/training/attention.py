@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..hosts.backbone import SiteProgram
+from ..hosts.backbone import Context, SiteProgram
 from ..sites import Site, grid_of
 
 
@@ -27,8 +27,8 @@ class MapProgram(SiteProgram):
     def __init__(self, inner: SiteProgram) -> None:
         self.inner, self.maps, self.recording = inner, [], True
 
-    def begin(self) -> None:
-        self.inner.begin()
+    def begin(self, context: Context) -> None:
+        self.inner.begin(context)
         self.maps, self.recording = [], True
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:

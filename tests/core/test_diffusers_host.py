@@ -45,7 +45,7 @@ def test_sites_run_in_the_order_of_their_numbers(backbone):
         def __init__(self):
             self.seen, self.begun = [], 0
 
-        def begin(self):
+        def begin(self, context):
             self.begun += 1
 
         def project(self, site, projection, x, y):

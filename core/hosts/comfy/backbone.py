@@ -142,7 +142,7 @@ class ComfyBackbone(Backbone):
         if hidden.shape[1] > 1:
             options[OFFSETS] = hidden - mean.unsqueeze(1)
         if program is not None:
-            program.begin()
+            program.begin(context)
             options[PROGRAM] = program
         y = self._size_and_pooled(latents, context)
         output = self.unet(latents.to(dtype), timesteps, context=mean, y=None if y is None else y.to(dtype), transformer_options=options)
