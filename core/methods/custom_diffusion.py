@@ -93,8 +93,8 @@ class FullAdapters(nn.Module):
 
     def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
         """The differences exactly, in the bank's type: `up` `[a, b]`, `down` the identity."""
-        return {key: LowRankDelta(d.to(dtype).cpu().clone(), torch.eye(d.shape[1], dtype=dtype))
-                for key in self.keys if (d := self.at(key).detach()) is not None}
+        found = {key: self.at(key).detach().to(dtype).cpu().clone() for key in self.keys}
+        return {key: LowRankDelta(difference, torch.eye(difference.shape[1], dtype=dtype)) for key, difference in found.items()}
 
 
 class FullProgram(SiteProgram):
@@ -168,7 +168,7 @@ def regularisation_metric(backbone, captions: tuple[str, ...], ridge: float, bat
     gram = torch.zeros(width, width, dtype=torch.float64)
     for start in range(0, len(captions), batch):
         chunk = captions[start:start + batch]
-        hidden = encode_plain(backbone, chunk).hidden[:, 0].double().cpu()
+        hidden = encode_plain(backbone, chunk).hidden[:, 0].cpu().double()
         for row, places in zip(hidden, text_positions(backbone, chunk), strict=True):
             features = row[[*places, len(places) + 1]]
             gram += features.T @ features

@@ -76,7 +76,7 @@ class Recorder(SiteProgram):
 
     def leading(self, key: DeltaKey, rows: int) -> Tensor:
         """R `[rows, b]` whose R^T R is nearest to the second moment; zeros where the width has fewer directions."""
-        moment = self.sums[key].double().cpu() / self.counts[key]
+        moment = self.sums[key].cpu().double() / self.counts[key]
         values, vectors = torch.linalg.eigh(moment)
         best = (values.clamp(min=0).sqrt() * vectors).T.flip(0)[:rows]
         return torch.cat([best, best.new_zeros(rows - len(best), best.shape[1])]).float()
