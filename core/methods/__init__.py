@@ -13,6 +13,7 @@ from . import (
     lwf,
     mix_of_show,
     orthogonal_adaptation,
+    scns,
     stamina,
     textual_inversion,
 )
@@ -20,5 +21,5 @@ from .base import METHODS, Method, Task, get, make
 
 __all__ = [
     "METHODS", "Method", "Task", "ccdm", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "l2dm", "lora_merge", "lwf",
-    "mix_of_show", "orthogonal_adaptation", "stamina", "textual_inversion", "get", "make",
+    "mix_of_show", "orthogonal_adaptation", "scns", "stamina", "textual_inversion", "get", "make",
 ]

@@ -104,9 +104,12 @@ class CNS(Method):
             counts = {key: len(found) for key, found in self.selection.indices.items() if len(found)}
             if not counts:
                 raise ConceptError(f"the neuron selection for concept '{task.name}' has 0 entries; allowed: 1 or more")
-        self.adapters = SparseAdapters(layout, counts, task.backbone.device)
+        self.adapters = self._make_adapters(counts)
         if self.selection is not None:
             self._choose(self.selection)
+
+    def _make_adapters(self, counts: Mapping[DeltaKey, int]) -> SparseAdapters:
+        return SparseAdapters(self.task.backbone.layout, counts, self.task.backbone.device)
 
     def _count(self, size: tuple[int, int]) -> int:
         return unit_count(size, self.config.share, self.config.unit) * (1 if self.config.unit == "weight" else size[1])
@@ -129,12 +132,15 @@ class CNS(Method):
         self.gradients.rows = (~batch.is_prior).float()
         return batch
 
-    def _select(self, size: tuple[int, int]) -> NeuronSelection:
-        c, backbone = self.config, self.task.backbone
-        prompts = self._calibration()
+    def _find_general(self, size: tuple[int, int]) -> None:
+        c, prompts = self.config, self._calibration()
         if self.general is None and prompts:
             generator = torch.Generator().manual_seed(self.seed)
-            self.general = general_neurons(backbone, generator, prompts, c.score, c.general_share, c.quorum, c.unit, size)
+            self.general = general_neurons(self.task.backbone, generator, prompts, c.score, c.general_share, c.quorum, c.unit, size)
+
+    def _select(self, size: tuple[int, int]) -> NeuronSelection:
+        c, backbone = self.config, self.task.backbone
+        self._find_general(size)
         scores = self.gradients.scores(backbone) if c.score == "gradient" else self._activation_scores()
         missing = set(self.adapters.sizes) - set(scores)      # no gradient ever came: only where the loss does not reach a site
         scores |= {key: torch.zeros(self.adapters.sizes[key], device=backbone.device) for key in missing}
