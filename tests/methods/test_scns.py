@@ -109,10 +109,10 @@ def test_signatures_are_what_each_step_would_lose(tiny_backbone, banks):
 def test_a_concept_spends_the_budget_on_whole_rows_of_any_weights(banks, tiny_backbone):
     sizes = {key: tiny_backbone.layout.sites[key[0]].shape(key[1]) for key in key_value_weights(tiny_backbone.layout)}
     budget = sum(max(1, int(0.184 * a)) * b for a, b in sizes.values())
-    for concept in banks[1]:
+    for concept, least in zip(banks[1], (0.7, 0.2), strict=True):      # signatures of two steps are soon covered; then there is the risk
         assert all(isinstance(d, SparseDelta) and d.values.any() for d in concept.deltas.values())
         spent = sum(d.indices.numel() for d in concept.deltas.values())
-        assert spent == len(rows_of(concept)) * 32 and 0.7 * budget < spent <= budget      # signatures of two steps are soon covered
+        assert spent == len(rows_of(concept)) * 32 and least * budget < spent <= budget
     counts = {key: d.indices.numel() / (d.size[0] * d.size[1]) for key, d in banks[1]["rex"].deltas.items()}
     assert len({round(share, 3) for share in counts.values()}) > 3      # not the same share everywhere
     assert rows_of(banks[1]["rex"]) != rows_of(banks[1]["mimi"])
