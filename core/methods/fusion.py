@@ -118,7 +118,10 @@ def fused_record(fused: Mapping[DeltaKey, LowRankDelta], earlier: Sequence[Mappi
     added, floors = {}, {}
     for key, delta in fused.items():
         old = [record[key].to("cpu", torch.float32) for record in earlier if key in record]
-        added[key] = concatenate([(1.0, delta), *((-1.0, LowRankDelta(d.up.contiguous(), d.down.contiguous(), d.scale)) for d in old)])
+        parts = [(1.0, delta), *((-1.0, LowRankDelta(d.up.contiguous(), d.down.contiguous(), d.scale)) for d in old)]
+        added[key] = concatenate(parts)
+        if added[key].up.shape[1] > min(delta.shape):      # many records: the difference itself is the smaller form
+            added[key] = LowRankDelta(sum(weight * part.dense() for weight, part in parts), torch.eye(delta.shape[1]))
         floors[key] = float(_svd(delta)[1][0])
     return compressed(added, dtype, floors=floors)
 

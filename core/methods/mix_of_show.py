@@ -12,6 +12,9 @@ adapted; the paper adapts the text encoder and all attention layers too. The pro
 inputs are kept as the `rows` leading directions of their second moment. The released code's attention regulariser and its drop-out of
 keys and values are left out. The record of a task is fused_t - fused_{t-1}, so that all records add up to the fused weights. Removing
 another concept than the newest leaves its share in later records until the next task fuses anew.
+
+Kept per concept as shared state: what its layers read and what its own deltas make of that, rows × 50,000 numbers for q and out of SD1.5
+(6 MB in float16 with 64 rows) and 1 MB for its text. Fusion runs once, after a task; no training step sees old concepts.
 """
 
 from __future__ import annotations
