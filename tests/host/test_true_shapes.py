@@ -40,7 +40,7 @@ def photos(folder: Path, side: int) -> list[torch.Tensor]:
     return found
 
 
-def test_learn_aggregate_two_regions_decode(loaded, pack, studio, shared_dir, tmp_path):
+def test_learn_aggregate_two_regions_decode(loaded, pack, studio, shared_dir, tmp_path, count_tensors):
     import folder_paths
 
     folder_paths.set_output_directory(str(tmp_path))
@@ -50,11 +50,12 @@ def test_learn_aggregate_two_regions_decode(loaded, pack, studio, shared_dir, tm
     scene = "a photo of a dog and a duck toy in a meadow"
     before = own.ksampler(own.model, scene, "", latent, steps=2)
     assert torch.isfinite(before).all() and before.std() > 0.1
-    data = shared_dir / "data" / "cifc" / "images"
+    data, (_, held) = shared_dir / "data" / "cifc" / "images", count_tensors()
     bank = own.learn(photos(data / "dog", side), "rex", "dog", steps=2, resolution=side)
     bank = own.learn(photos(data / "duck_toy", side), "duck", "toy", steps=2, resolution=side, bank=[bank])
     assert (len(bank.layout), bank.layout.copies) == (sites, copies) and bank.names == ["rex", "duck"]
     assert torch.equal(before, own.ksampler(own.model, scene, "", latent, steps=2))
+    assert count_tensors()[1] <= 1.05 * held
     assert torch.equal(before, own.regional(scene, latent=latent, steps=2))
     model, clip, positive = own.aggregate("a photo of <rex> on a beach", bank)
     alone = own.ksampler(model, positive, own.stock.CLIPTextEncode().encode(clip, "")[0], latent, steps=2)
