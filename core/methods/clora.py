@@ -10,8 +10,9 @@ the products are of the size 1e-10). Unknown: the word's learning rate and sprea
 Its known flaw: a new product of zero minimises the penalty, and training pushes later tasks there. `monitors` tells ||A_t B_t||_F over all
 projections after every step, and the bank keeps each task's last one (`norm.<concept>`).
 
-The past sum is read off the bank's concepts when a task begins, not carried beside them: a second copy of it would be a dense matrix per
-projection (1.4 GB for SDXL), and would still hold a concept that was deleted. A step does build the a×b products that the formula asks for.
+The past sum is read off the bank's concepts when a task begins, and not carried beside them: a second copy in the bank would be a dense
+matrix per projection (1.4 GB for SDXL), and would still hold a concept that was deleted. While a task runs it is in memory, and a step
+builds the a×b products that the formula asks for; neither grows with the bank. Of several words all but the first start at the class noun.
 """
 
 from __future__ import annotations

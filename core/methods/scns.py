@@ -68,9 +68,9 @@ def lazy_greedy(blocks: Sequence[Tensor], risks: Sequence[Tensor], costs: Sequen
                 allowed: Sequence[Tensor] | None = None) -> list[list[int]]:
     """Greedy maximisation of `sum over blocks of sum_i max_{j in S} s_ij - sum_{j in S} r_j` by gain per cost.
 
-    blocks: similarities `[a, a]` 0 or more; risks `[a]` 0 or more; costs: of each row of a block; budget: of all that is selected;
-    allowed `[a]` bool: candidates. Returns the selected rows of every block in the order they were taken. Gains only fall as S grows
-    (submodularity), so a gain that was computed before is a bound: most rows are looked at once.
+    blocks: similarities `[a, a]` 0 or more, symmetric; risks `[a]` 0 or more; costs: of each row of a block; budget: of all that is
+    selected; allowed `[a]` bool: candidates. Returns the selected rows of every block in the order they were taken. Gains only fall as S
+    grows (submodularity), so a gain that was computed before is a bound: most rows are looked at once.
     """
     best, taken = [torch.zeros(len(block)) for block in blocks], [[] for _ in blocks]
     heap = []
@@ -85,11 +85,11 @@ def lazy_greedy(blocks: Sequence[Tensor], risks: Sequence[Tensor], costs: Sequen
         if costs[n] > budget:
             continue
         if seen < len(taken[n]):      # computed for a smaller S: again, and back into the line
-            gain = float(((blocks[n][:, j] - best[n]).clamp(min=0).sum() - risks[n][j]) / costs[n])
+            gain = float(((blocks[n][j] - best[n]).clamp(min=0).sum() - risks[n][j]) / costs[n])
             if gain > 0:
                 heapq.heappush(heap, (-gain, n, j, len(taken[n])))
             continue
-        torch.maximum(best[n], blocks[n][:, j], out=best[n])
+        torch.maximum(best[n], blocks[n][j], out=best[n])
         taken[n].append(j)
         budget -= costs[n]
     return taken
