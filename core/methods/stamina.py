@@ -55,11 +55,10 @@ class StaminaConfig(CLoRAConfig):
 
 
 class GeneratedWords(nn.Module):
-    """Token vectors that an MLP makes of one fixed random input; they start where `LearnedWords` does."""
+    """Token vectors that an MLP makes of one fixed random input; they start where `learned` does."""
 
-    def __init__(self, task: Task, config: StaminaConfig) -> None:
+    def __init__(self, learned: LearnedWords, task: Task, hidden: int) -> None:
         super().__init__()
-        learned, hidden = LearnedWords(task, config.layerwise, config.first_std), config.hidden
         self.names, device = learned.names, task.backbone.device
         given = torch.randn(hidden, generator=task.generator)
         first = torch.randn(hidden, hidden, generator=task.generator)
@@ -123,7 +122,7 @@ class Stamina(CLoRA):
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.words = GeneratedWords(task, self.config)
+        self.words = GeneratedWords(self.words, task, self.config.hidden)
         self.masks = LowRankMasks(task, self.adapters.keys, self.config)
         self.numbers = {key: number for number, key in enumerate(self.adapters.keys)}
         self.entries = sum(math.prod(task.backbone.layout.sites[index].shape(projection)) for index, projection in self.numbers)
