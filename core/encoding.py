@@ -99,6 +99,14 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocab
     return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words)
 
 
+def text_positions(backbone: Backbone, prompt: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Token positions of a prompt's own text and words; begin, end and padding left out."""
+    encoder = backbone.text[-1]
+    room = encoder.length - 2
+    count = len(_units(encoder, vocabulary.parse(prompt)))
+    return tuple(i // room * encoder.length + 1 + i % room for i in range(count))
+
+
 def _positions(row: _Row) -> dict[str, tuple[int, ...]]:
     found: dict[str, list[int]] = {}
     for position, ref in row.slots.items():

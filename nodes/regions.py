@@ -13,7 +13,7 @@ from ..core.errors import ConceptError
 from ..core.hosts.backbone import Context
 from ..core.hosts.comfy import apply as putting
 from ..core.hosts.comfy.sites import UNetSites, find_sites
-from ..core.hosts.comfy.text import concept_clip, encode, learned_positions, text_widths
+from ..core.hosts.comfy.text import concept_clip, encode, learned_positions, subject_of, text_widths
 from ..core.methods.base import METHODS
 from ..core.pictures import regions_picture, to_tensor
 from ..core.regional.noise import OUTSIDE
@@ -21,7 +21,7 @@ from ..core.regional.program import Part
 from ..core.regional.regions import Region, masks_of
 from ..core.routing import aggregate, standing_deltas
 from . import host, types
-from .schema import Schema
+from .schema import ADVANCED, Schema
 
 
 class ConceptRegion(io.ComfyNode):
@@ -128,6 +128,17 @@ class RegionalConceptSampler(io.ComfyNode):
                 types.Regions.Input("regions", optional=True),
                 io.Conditioning.Input("positive", optional=True, tooltip="Instead of 'scene', e.g. from Apply ControlNet."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Instead of 'negative_scene'."),
+                io.Float.Input(
+                    "artists",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Without regions, when the scene names two concepts or more: how strongly each is given attention of its own "
+                    "(L2DM's attention artists). 0 = off.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent"), io.Image.Output(display_name="attention")],
         )
@@ -154,6 +165,7 @@ class RegionalConceptSampler(io.ComfyNode):
         regions=None,
         positive=None,
         negative=None,
+        artists=0.0,
     ) -> io.NodeOutput:
         sites = find_sites(model, text_widths(clip))
         bank = ConceptBank(sites.layout) if bank is None else bank
@@ -167,6 +179,8 @@ class RegionalConceptSampler(io.ComfyNode):
         _check_masks(on, latent_image)
         if not on:
             model = putting.fold(model, sites, talk.deltas(scene), False)
+            if artists > 0:
+                model = putting.with_artists(model, sites, subject_of(talk.clip, scene), artists)
         else:
             run = talk.run(scene, positive, negative, negative_scene, on)
             model = putting.with_regions(model, run, alpha if region_noise else None, outside)

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 
 import comfy.lora
 import comfy.patcher_extension
+import comfy.samplers
 import torch
 from torch import Tensor
 
 from ...deltas import Deltas, LowRankDelta
+from ...regional.artists import Artists, MapRecorder, Subject
 from ...regional.noise import region_noise
 from ...regional.observe import ObservedRegions
 from ...regional.program import Part
 from ...regional.regions import Region, masks_of
 from ..backbone import Context
+from .backbone import plain_weights, without_dynamic
 from .sites import OFFSETS, Before, DiffusionWrapper, UNetSites, program_patches
 
 KEY = "continual_concepts"
@@ -120,11 +123,11 @@ def _progress(options: dict) -> float:
     return min(1.0, done / (len(sigmas) - 2))
 
 
-def with_regions(model, run: RegionRun, alpha: float | None = None, outside: str = "keep"):
-    """A clone of MODEL that samples with regions: one evaluation per step, with `alpha` (region noise estimation) one more for each."""
+def _programmed(model, sites: UNetSites, program):
+    """A clone of MODEL whose sites do what `program(options, x)` says in each UNet call."""
     clone = model.clone()
     options = clone.model_options["transformer_options"]
-    patches = program_patches(run.sites, options.get("patches_replace", {}).get("attn2"))
+    patches = program_patches(sites, options.get("patches_replace", {}).get("attn2"))
     for address, replace in patches["patches_replace"]["attn2"].items():
         clone.set_model_attn2_replace(replace, *address)
     before, keep = patches["patches"]["attn2_patch"]
@@ -132,10 +135,66 @@ def with_regions(model, run: RegionRun, alpha: float | None = None, outside: str
     clone.set_model_attn2_patch(keep)
     clone.set_model_attn2_output_patch(patches["patches"]["attn2_output_patch"][0])
     clone.remove_wrappers_with_key(_Wrappers.DIFFUSION_MODEL, KEY)
-    clone.add_wrapper_with_key(_Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(run))
+    clone.add_wrapper_with_key(_Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(program))
+    return clone
+
+
+def with_regions(model, run: RegionRun, alpha: float | None = None, outside: str = "keep"):
+    """A clone of MODEL that samples with regions: one evaluation per step, with `alpha` (region noise estimation) one more for each."""
+    clone = _programmed(model, run.sites, run)
     if alpha is not None:
         clone.add_wrapper_with_key(_Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, alpha, outside))
     return clone
+
+
+def with_artists(model, sites: UNetSites, subject: Subject, strength: float):
+    """A clone of MODEL for one sampling, in which the attention artists move the latent; MODEL itself where there is nothing for them."""
+    if not Artists([subject], strength).works(0.0):
+        return model
+    run = _ArtistRun(subject, strength)
+    clone = _programmed(without_dynamic(model), sites, run.program)
+    clone.add_wrapper_with_key(_Wrappers.PREDICT_NOISE, KEY, run)
+    return clone
+
+
+class _ArtistRun:
+    """State of one sampling with attention artists. The latent belongs to the host's sampler, so what the artists move it by is kept here,
+    in units of the noise level, and added before every evaluation: with Euler and DPM++ 2M that is the moved latent exactly, with samplers
+    that renew the noise nearly."""
+
+    def __init__(self, subject: Subject, strength: float) -> None:
+        self.subject, self.strength = subject, strength
+        self.offset: Tensor | None = None
+        self.recorder: MapRecorder | None = None      # while the artists look
+
+    def program(self, _options: dict, _x: Tensor) -> MapRecorder | None:
+        return self.recorder
+
+    def __call__(self, executor, x, timestep, model_options=None, seed=None):
+        sigma = timestep.view(-1, *[1] * (x.ndim - 1)).to(x)
+        if self.offset is None:
+            self.offset, self.artists = torch.zeros_like(x), Artists([self.subject] * len(x), self.strength)
+        x = x + sigma * self.offset
+        if self.artists.works(_progress({**model_options["transformer_options"], "sigmas": timestep})):
+            moved = self._moved(executor.class_obj, x, timestep, sigma, model_options)
+            self.offset = self.offset + (moved - x) / sigma
+            x = moved
+        return executor(x, timestep, model_options, seed)
+
+    @torch.inference_mode(False)      # the host samples under it; gradients are needed here, of the latent alone
+    def _moved(self, guider, x: Tensor, timestep: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
+        inner = guider.inner_model
+        plain_weights(inner.diffusion_model)
+        scale = (sigma.square() + 1).sqrt().clone()      # the host's latents are that much larger than what the UNet reads
+
+        def look(latents: Tensor, recorder: MapRecorder) -> None:
+            self.recorder = recorder
+            try:
+                comfy.samplers.calc_cond_batch(inner, [guider.conds["positive"][:1]], latents * scale, timestep.clone(), model_options)
+            finally:
+                self.recorder = None
+
+        return self.artists.moved(x.clone() / scale, look) * scale
 
 
 class _RegionNoise:

@@ -34,6 +34,13 @@ def schedule_of(model) -> NoiseSchedule:
     return NoiseSchedule((1 / (1 + sigmas.square())).float(), prediction)
 
 
+def without_dynamic(model):
+    """MODEL, or a clone of it whose weights are loaded as a whole: through lazily loaded ones no gradient passes."""
+    if getattr(model, "is_dynamic", bool)() and "disable_dynamic" in model.clone.__code__.co_varnames:
+        return model.clone(disable_dynamic=True)
+    return model
+
+
 def plain_weights(module: nn.Module) -> None:
     """Replaces weights that were made under inference mode, which autograd refuses, by plain clones, one at a time: no second model in
     memory. None of them asks for a gradient afterwards."""
@@ -67,8 +74,7 @@ class ComfyBackbone(Backbone):
     """model, clip, vae: as ComfyUI's loaders give them (LoRA patches on them count). vae may be None where no picture is needed."""
 
     def __init__(self, model, clip, vae=None) -> None:
-        if getattr(model, "is_dynamic", bool)() and "disable_dynamic" in model.clone.__code__.co_varnames:
-            model = model.clone(disable_dynamic=True)       # lazily loaded weights cannot be trained through
+        model = without_dynamic(model)
         self.model, self.clip, self.vae = model, clip, vae
         self.sites = find_sites(model, text_widths(clip))
         self.layout, self.schedule = self.sites.layout, schedule_of(model)

@@ -12,6 +12,7 @@ from ...bank import ConceptBank
 from ...concepts import ConceptInfo
 from ...errors import ConceptError
 from ...prompts import PLACEHOLDER, Vocabulary, WordRef
+from ...regional.artists import Subject
 from ...tokens import TokenGroup
 from ..backbone import TextEncoder
 from .sites import OFFSETS, OffsetCond
@@ -162,6 +163,21 @@ def learned_positions(clip, prompt: str) -> tuple[int, ...]:
     chunk = next(iter(clip.tokenize(prompt).values()))[0]
     learned = [i for i, (token, *_) in enumerate(chunk) if torch.is_tensor(token)]
     return tuple(learned) or tuple(range(1, max(2, len(chunk) - 1 - _padding(chunk))))
+
+
+def subject_of(clip, prompt: str) -> Subject:
+    """Where a prompt's concepts and its own tokens are, in the first chunk; no concepts in a CLIP that knows none."""
+    if not isinstance(clip.tokenizer, _Tokenizer):
+        return Subject((), ())
+    chunk = next(iter(clip.tokenize(prompt).values()))[0]
+    tokens = [token for token, *_ in chunk]
+    end = getattr(clip.tokenizer, encoder_names(clip)[0]).end_token
+    text = next((i for i, token in enumerate(tokens) if not torch.is_tensor(token) and token == end), len(tokens))
+    names = [piece.concept for piece in clip.tokenizer.vocabulary.parse(prompt) if isinstance(piece, WordRef)]
+    found: dict[str, list[int]] = {}
+    for name, place in zip(names, (i for i, token in enumerate(tokens) if torch.is_tensor(token)), strict=False):      # the rest: cut off
+        found.setdefault(name, []).append(place)
+    return Subject(tuple(tuple(places) for places in found.values()), tuple(range(1, text)))
 
 
 def _padding(chunk) -> int:
