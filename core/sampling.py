@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .bank import ConceptBank
-from .encoding import encode_prompts
+from .encoding import encode_prompts, text_positions
 from .errors import ConceptError
 from .hosts.backbone import Backbone, Context, SiteProgram
 from .methods.base import METHODS
 from .prompts import named_concepts
+from .regional.artists import Artists, Subject
 from .regional.noise import OUTSIDE, region_noise
 from .regional.program import DeltaProgram, Part, RegionProgram
 from .regional.regions import Region, masks_of
@@ -23,7 +24,8 @@ from .routing import aggregate, averaged_names, standing_deltas
 @dataclass(frozen=True)
 class SampleSettings:
     """steps of DPM-Solver++ (2M); cfg: guidance scale, 1 = none; size: picture height and width in pixels; mode and strength: see routing;
-    alpha: share of the scene's noise inside regions when region noise estimation is on (`region_noise`), `outside` as in regional.noise."""
+    alpha: share of the scene's noise inside regions when region noise estimation is on (`region_noise`), `outside` as in regional.noise;
+    artists: strength of regional.artists for prompts that name two concepts or more, 0 = none; with regions they have nothing to do."""
 
     steps: int = 25
     cfg: float = 7.5
@@ -35,6 +37,7 @@ class SampleSettings:
     alpha: float = 0.1
     outside: str = "keep"
     batch: int = 16
+    artists: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.cfg < 0:
@@ -42,6 +45,8 @@ class SampleSettings:
         if self.batch < 1 or not 0 <= self.alpha <= 1 or self.outside not in OUTSIDE:
             raise ConceptError(f"batch, alpha and outside are {self.batch}, {self.alpha} and {self.outside!r}; "
                                f"allowed: 1 or more, 0 to 1, {' or '.join(OUTSIDE)}")
+        if not 0 <= self.artists < float("inf"):
+            raise ConceptError(f"the artists' strength is {self.artists}; allowed: 0 or more")
 
 
 def _scheduler(backbone: Backbone, steps: int):
@@ -86,13 +91,35 @@ def _repeat(context: Context, count: int) -> Context:
     return Context.cat([context] * count)
 
 
-def _denoise(backbone: Backbone, latents: Tensor, steps: int, estimate) -> Tensor:
-    """Runs the solver; `estimate(latents, t, progress)` gives the guided noise."""
+def _denoise(backbone: Backbone, latents: Tensor, steps: int, estimate, move=None) -> Tensor:
+    """Runs the solver; `estimate(latents, t, progress)` gives the guided noise, `move` with the same arguments other latents before it."""
     scheduler = _scheduler(backbone, steps)
     for i, t in enumerate(scheduler.timesteps.tolist()):
-        noise = estimate(latents, t, i / max(1, steps - 1))
+        progress = i / max(1, steps - 1)
+        latents = latents if move is None else move(latents, t, progress)
+        noise = estimate(latents, t, progress)
         latents = scheduler.step(noise, t, latents, return_dict=False)[0]
     return latents
+
+
+def _mover(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], positive: Context, strength: float,
+           programs: Sequence[SiteProgram | None]):
+    """The attention artists as what moves latents (the mean over an average's programs); None where there is nothing for them to do."""
+    texts = [text_positions(backbone, prompt, bank.vocabulary) for prompt in prompts]
+    subjects = [Subject(tuple(words.values()), text) for words, text in zip(positive.words, texts, strict=True)]
+    artists = [Artists(subjects, strength) for _ in programs]
+    if not artists[0].works(0.0):
+        return None
+
+    def move(x: Tensor, t: int, progress: float) -> Tensor:
+        def look(latents: Tensor, program: SiteProgram) -> Tensor:
+            return backbone.predict(latents, torch.full((len(latents),), t, device=latents.device), positive, program)
+
+        if not artists[0].works(progress):
+            return x
+        return torch.stack([artist.moved(x, look, program) for artist, program in zip(artists, programs, strict=True)]).mean(0)
+
+    return move
 
 
 def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], seeds: list[int], settings: SampleSettings) -> Tensor:
@@ -112,10 +139,12 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], see
                 every = [_guided(backbone, x, t, negative, positive, settings.cfg, program) for program in programs]
                 return every[0] if len(every) == 1 else torch.stack(every).mean(0)
 
-            pictures.append(backbone.decode_latents(_denoise(backbone, latents, settings.steps, estimate)))
+            move = _mover(backbone, bank, prompts[chunk], positive, settings.artists, programs) if settings.artists else None
+            pictures.append(backbone.decode_latents(_denoise(backbone, latents, settings.steps, estimate, move)))
     return torch.cat(pictures)
 
 
+@torch.inference_mode(False)      # weights folded under it would let no gradient of the artists pass
 @torch.no_grad()
 def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> Tensor:
     """One picture per prompt and seed, `[B, 3, H, W]` in -1..1. Prompts that ask for the same deltas run together."""
