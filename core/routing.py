@@ -63,6 +63,14 @@ def standing_deltas(bank: ConceptBank, methods: Mapping) -> Deltas:
     return _sum(bank, {name: [share] * len(bank.layout) for name, share in standing_shares(bank, methods).items()})
 
 
+def bound_deltas(bank: ConceptBank, methods: Mapping, strength: float = 1.0, names: Sequence[str] | None = None) -> dict[str, Deltas]:
+    """Concept -> its deltas, for all concepts (or those named) whose deltas act through their own words: nothing to fold."""
+    if not strength:
+        return {}
+    found = [name for name in _composed(bank, methods, "bound") if names is None or name in names]
+    return {name: {key: delta.scaled(strength) for key, delta in bank[name].deltas.items()} for name in found}
+
+
 def learning_names(bank: ConceptBank, methods: Mapping, method: str) -> list[str]:
     """The standing concepts on top of which a method learns: all, but for its own when it learns each task on the base alone."""
     alone = not methods[method].method.builds_on_sum
@@ -115,13 +123,15 @@ def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mappi
 
     mode: sharp | paper | released | equal; only: one concept that acts alone, whatever prompt and mode say; strength: factor on routed
     concepts, 0 = the base. Concepts of folding methods (sequential finetuning, ...) have their share in every mode: that is what they
-    mean. An average of predictions is none of weights: the nearest, all such concepts with their share, stands for it here.
+    mean. An average of predictions is none of weights: the nearest, all such concepts with their share, stands for it here. Bound concepts
+    have their weight in the table but none in the deltas: they act through their words, see `bound_deltas`.
     """
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
     bank.check_fits(backbone.layout)
     named, always = named_concepts(bank.vocabulary.parse(prompt)), _composed(bank, methods, "sum", "average")
-    routed = [name for name in bank.names if name not in always]
+    bound = _composed(bank, methods, "bound")
+    routed = [name for name in bank.names if name not in always and name not in bound]
     sites = len(bank.layout)
     if only:
         bank[only]      # an unknown name is an error, also in a bank of standing concepts
@@ -134,5 +144,7 @@ def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mappi
         weights = _elastic(backbone, bank, routed, prompt, mode)
     columns = dict(zip(routed, (strength * weights).T.tolist(), strict=True))
     columns |= {name: [share * standing * (name not in without)] * sites for name, share in always.items()}
+    columns |= {name: [strength * (name in ([only] if only else named))] * sites for name in bound}
     table = torch.tensor([columns[name] for name in bank.names]).T if bank.names else torch.zeros(sites, 0)
-    return Aggregation(tuple(bank.names), table, _sum(bank, columns))
+    folded = {name: weights for name, weights in columns.items() if name not in bound}
+    return Aggregation(tuple(bank.names), table, _sum(bank, folded))

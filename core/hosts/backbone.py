@@ -52,7 +52,8 @@ class SiteProgram:
     """What sites do beside their frozen weights. The base class does nothing; a host with program None runs untouched."""
 
     def begin(self, context: Context) -> None:
-        """Called before every forward pass with what it will read. With gradient checkpointing the other calls may come again after it, in the backward pass."""
+        """Called before every forward pass with what it will read. With gradient checkpointing the other calls may come again after it, in
+        the backward pass."""
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         """x: input of a projection `[B, S, b]`; y: its frozen output `[B, S, a]`; returns the output to use."""

@@ -1,6 +1,7 @@
 """Methods by name. Adding one: a file here, its name in the list below, a test file."""
 
 from . import (
+    bound,
     ccdm,
     cidm,
     clora,
@@ -20,6 +21,6 @@ from . import (
 from .base import METHODS, Method, Task, get, make
 
 __all__ = [
-    "METHODS", "Method", "Task", "ccdm", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "l2dm", "lora_merge", "lwf",
-    "mix_of_show", "orthogonal_adaptation", "scns", "stamina", "textual_inversion", "get", "make",
+    "METHODS", "Method", "Task", "bound", "ccdm", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "l2dm", "lora_merge",
+    "lwf", "mix_of_show", "orthogonal_adaptation", "scns", "stamina", "textual_inversion", "get", "make",
 ]

@@ -82,7 +82,8 @@ class Outcome:
 class Method(ABC):
     """One way to learn a concept. An instance lives for one task.
 
-    composition: "route": a concept's deltas are used by prompts that ask for it; "sum": all tasks are one set of weights, whatever the
+    composition: "route": a concept's deltas are used by prompts that ask for it; "bound": so are they, and they act through its own words
+    only (see core.bound); "sum": all tasks are one set of weights, whatever the
     prompt says, each task's deltas times `share`; "average": what is averaged are the predictions of all concepts' models.
     builds_on_sum: whether a "sum" method learns on top of what its earlier tasks did to the weights, or each task on the base alone.
     wants_prior: whether its paper trains with prior-preservation pictures beside the concept's own.

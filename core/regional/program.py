@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..bound import BoundConcepts, BoundProgram, bound_attention
 from ..deltas import Deltas
 from ..hosts.backbone import Backbone, Context, SiteProgram
 from ..sites import Site, grid_of
@@ -28,10 +29,22 @@ class DeltaProgram(SiteProgram):
 
 @dataclass(frozen=True)
 class Part:
-    """A region, or the scene: its context of two rows (negative, positive) and its own deltas."""
+    """A region, or the scene: its context of two rows (negative, positive), its own deltas, and those bound to words of its context."""
 
     context: Context
     deltas: Deltas
+    bound: Mapping[str, Deltas] = field(default_factory=dict)
+
+
+class PartProgram(BoundProgram):
+    """A part alone over the whole picture: its deltas as activations, and its bound concepts."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part.bound)
+        self.plain = DeltaProgram(part.deltas)
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        return super().project(site, projection, x, self.plain.project(site, projection, x, y))
 
 
 class RegionProgram(SiteProgram):
@@ -46,14 +59,20 @@ class RegionProgram(SiteProgram):
                  latent: tuple[int, int]) -> None:
         self.scene, self.regions, self.parts, self.rows, self.latent = scene, list(regions), list(parts), rows, latent
         self.progress = 0.0
-        self._memory = {site.index: [self._keys_values(backbone, site, part) for part in parts] for site in backbone.layout.sites}
+        self._bound = [BoundConcepts(part.bound, part.context) for part in (scene, *parts)]
+        own = list(zip(parts, self._bound[1:], strict=True))
+        self._memory = {site.index: [self._keys_values(backbone, site, *one) for one in own] for site in backbone.layout.sites}
+        self._asked: Tensor | None = None      # what to_q of the running site read
+        self._more: Tensor | None = None       # what bound concepts add behind its to_out
         self._shares: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
-    def _keys_values(backbone: Backbone, site: Site, part: Part) -> tuple[Tensor, Tensor]:
-        context, program = part.context.at(site), DeltaProgram(part.deltas)
-        key, value = (program.project(site, name, context, backbone.project(site, name, context)) for name in ("to_k", "to_v"))
-        return key, value
+    def _keys_values(backbone: Backbone, site: Site, part: Part, bound: BoundConcepts) -> tuple[Tensor, Tensor]:
+        context, program, found = part.context.at(site), DeltaProgram(part.deltas), []
+        for name in ("to_k", "to_v"):
+            plain = program.project(site, name, context, backbone.project(site, name, context))
+            found.append(bound.project(site, name, context, plain))
+        return found[0], found[1]
 
     def _split(self, cells: int, device) -> tuple[Tensor, Tensor]:
         """Shares of the regions `[U, S]` and of the scene `[S]` at a site's grid, for the regions that are on now."""
@@ -71,7 +90,12 @@ class RegionProgram(SiteProgram):
         key = (site.index, projection)
         scene = self.scene.deltas.get(key)
         if projection in ("to_k", "to_v"):      # the scene's own; the regions' are in memory
-            return y if scene is None else y + scene.apply(x).to(y.dtype)
+            y = y if scene is None else y + scene.apply(x).to(y.dtype)
+            return self._scene_bound().project(site, projection, x, y)
+        if projection == "to_q":
+            self._asked = x
+        elif self._more is not None:
+            y, self._more = y + self._more.to(y.dtype), None
         region_share, scene_share = self._split(x.shape[1], x.device)
         if scene is not None:
             y = y + scene.apply(x).to(y.dtype) * scene_share.to(y.dtype).view(1, -1, 1)
@@ -83,9 +107,27 @@ class RegionProgram(SiteProgram):
         return y
 
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        base = default(query, key, value)
-        region_share, _ = self._split(query.shape[1], query.device)
+        region_share, scene_share = self._split(query.shape[1], query.device)
+        scene, self._more = self._scene_bound(), None
+        everywhere = torch.arange(query.shape[1], device=query.device)
+        base = self._special(site, scene)(query, key, value, everywhere, scene_share) if scene else default(query, key, value)
+        special = {u: self._special(site, bound[self.rows]) for u, bound in enumerate(self._bound[1:]) if bound}
         memory = self._memory[site.index]
         keys = [k[self.rows].to(query.dtype) for k, _ in memory]
         values = [v[self.rows].to(query.dtype) for _, v in memory]
-        return region_attention(query, base, keys, values, region_share, default)
+        return region_attention(query, base, keys, values, region_share, default, special)
+
+    def _scene_bound(self) -> BoundConcepts:
+        return self._bound[0][self.rows]
+
+    def _special(self, site: Site, bound: BoundConcepts):
+        """Attention of a part with bound concepts; what they add behind to_out is kept by the way."""
+        def attend(query: Tensor, key: Tensor, value: Tensor, cells: Tensor, share: Tensor) -> Tensor:
+            found, more = bound_attention(site.heads, self._asked[:, cells], query, key, value, bound.bindings(site))
+            more = more * share.to(more.dtype).view(1, -1, 1)
+            if self._more is None:
+                self._more = torch.zeros_like(self._asked[..., :1]).expand(-1, -1, more.shape[-1]).clone()
+            self._more.index_add_(1, cells, more)
+            return found
+
+        return attend

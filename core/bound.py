@@ -1,0 +1,132 @@
+"""Word-bound deltas: a concept's deltas act through the concept's own words and nowhere else. Ours.
+
+At a site with frozen projections, a text position n that belongs to concept i has query, key, value and output maps of its own:
+
+    logit(x, n) = ((W_q + dQ_i) x) . ((W_k + dK_i) c_n)        value(n) = (W_out + dO_i) (W_v + dV_i) c_n
+
+Every other position has the frozen ones. So a prompt without the concept is the base's, bit for bit, and two concepts in one prompt have
+no weights in common: they meet in the softmax only. It is one attention call: dQ_i is low rank, `dQ_i x . k = (D x) . (U^T k)`, so the
+query is made longer by D x and the keys of the concept's words by U^T k; the values of its words are made longer by D_o v, and what comes
+out of these columns, times U_o, is added after to_out. With rank r and K concepts a head of width d is r K wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .deltas import Delta, Deltas, LowRankDelta
+from .errors import ConceptError
+from .hosts.backbone import Context, SiteProgram
+from .sites import Site
+
+
+def own_positions(context: Context, name: str) -> Tensor:
+    """`[B, N]` float: 1 where a token is one of the concept's words."""
+    found = torch.zeros(len(context), context.hidden.shape[2])
+    for row, words in enumerate(context.words):
+        found[row, list(words.get(name, ()))] = 1.0
+    return found.to(context.hidden.device)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A concept at a site: `own [B, N]`, 1 at its words, and its deltas of to_q and to_out, None where it has none."""
+
+    own: Tensor
+    query: LowRankDelta | None
+    out: LowRankDelta | None
+
+def bound_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, value: Tensor,
+                    bindings: Sequence[Binding]) -> tuple[Tensor, Tensor]:
+    """Attention with bound concepts.
+
+    asked `[B, S, b]`: what to_q read; query `[B, S, a]`; key, value `[B, N, a]`, the bound concepts' dK and dV in them already. Returns the
+    attended values `[B, S, a]`, which go through the frozen to_out, and what is to be added behind it `[B, S, a]`.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))      # [B, S or N, H, d]
+    width = q.shape[-1]
+    queries, keys, values = [q], [k], [v]
+    for one in bindings:
+        own = one.own.to(k)[:, :, None, None]
+        if one.query is not None:
+            low = one.query.scale * F.linear(asked, one.query.down.to(asked))
+            queries.append(low.unsqueeze(2).expand(-1, -1, heads, -1).to(q))
+            keys.append(torch.einsum("bnhd,hdr->bnhr", k, one.query.up.to(k).unflatten(0, (heads, -1))) * own)
+        if one.out is not None:
+            values.append(torch.einsum("bnhd,rhd->bnhr", v, one.out.down.to(v).unflatten(1, (heads, -1))) * own)
+    q, k, v = (torch.cat(parts, dim=-1).transpose(1, 2) for parts in (queries, keys, values))
+    attended = F.scaled_dot_product_attention(q, k, v, scale=width**-0.5).transpose(1, 2)      # [B, S, H, d + ranks]
+    more, start = torch.zeros_like(query), width
+    for delta in (one.out for one in bindings if one.out is not None):
+        low, start = attended[..., start:start + len(delta.down)].sum(2), start + len(delta.down)
+        more = more + delta.scale * F.linear(low, delta.up.to(low))
+    return attended[..., :width].flatten(2), more
+
+
+class BoundConcepts:
+    """Bound concepts of one encoded batch. deltas: concept -> its deltas, low rank on to_q and to_out."""
+
+    def __init__(self, deltas: Mapping[str, Deltas], context: Context) -> None:
+        masks = {name: own_positions(context, name) for name in deltas}
+        self.own = {name: mask for name, mask in masks.items() if bool(mask.any())}
+        self.deltas = {name: deltas[name] for name in self.own}
+
+    def __bool__(self) -> bool:
+        return bool(self.own)
+
+    def __getitem__(self, rows: Tensor) -> BoundConcepts:
+        """The same concepts for other rows `[B]` of the batch."""
+        found = BoundConcepts.__new__(BoundConcepts)
+        found.own, found.deltas = {name: own[rows] for name, own in self.own.items()}, self.deltas
+        return found
+
+    def _get(self, name: str, site: Site, projection: str) -> Delta | None:
+        return self.deltas[name].get((site.index, projection))
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        """Keys or values `[B, N, a]` of a context x, with the concepts' own at their words."""
+        for name, own in self.own.items():
+            delta = self._get(name, site, projection)
+            if delta is not None:
+                y = y + (delta.apply(x) * own.unsqueeze(-1).to(x)).to(y.dtype)
+        return y
+
+    def bindings(self, site: Site) -> list[Binding]:
+        found = [Binding(own, self._get(name, site, "to_q"), self._get(name, site, "to_out")) for name, own in self.own.items()]
+        for name, one in zip(self.own, found, strict=True):
+            if not all(delta is None or isinstance(delta, LowRankDelta) for delta in (one.query, one.out)):
+                raise ConceptError(f"concept '{name}' has a sparse delta on to_q or to_out of site {site.index}; allowed there: low rank")
+        return found
+
+
+class BoundProgram(SiteProgram):
+    """Bound concepts while training, or in prompts without regions. deltas: concept -> its deltas."""
+
+    def __init__(self, deltas: Mapping[str, Deltas]) -> None:
+        self.deltas = deltas
+        self.concepts: BoundConcepts | None = None
+        self._asked: Tensor | None = None      # what to_q of the running site read
+        self._more: Tensor | None = None       # what is to be added behind its to_out
+
+    def begin(self, context: Context) -> None:
+        self.concepts = BoundConcepts(self.deltas, context)
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        if projection == "to_q":
+            self._asked = x
+            return y
+        if projection == "to_out":
+            more, self._more = self._more, None
+            return y if more is None else y + more.to(y.dtype)
+        return self.concepts.project(site, projection, x, y)
+
+    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+        if not self.concepts:
+            return default(query, key, value)
+        attended, self._more = bound_attention(site.heads, self._asked, query, key, value, self.concepts.bindings(site))
+        return attended
