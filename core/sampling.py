@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .bank import ConceptBank
+from .bound import BoundProgram
+from .deltas import Deltas
 from .encoding import encode_prompts, text_positions
 from .errors import ConceptError
 from .hosts.backbone import Backbone, Context, SiteProgram
@@ -16,9 +18,9 @@ from .methods.base import METHODS
 from .prompts import named_concepts
 from .regional.artists import Artists, Subject
 from .regional.noise import OUTSIDE, region_noise
-from .regional.program import DeltaProgram, Part, RegionProgram
+from .regional.program import DeltaProgram, Part, PartProgram, RegionProgram
 from .regional.regions import Region, masks_of
-from .routing import aggregate, averaged_names, standing_deltas
+from .routing import aggregate, averaged_names, bound_deltas, standing_deltas
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,27 @@ def _mover(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], positi
     return move
 
 
+def _on_device(backbone: Backbone, deltas: Deltas) -> Deltas:
+    return {key: delta.to(backbone.device) for key, delta in deltas.items()}
+
+
+def _bound(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings) -> dict[str, Deltas]:
+    """Deltas of the bound concepts that the prompts name."""
+    named = {name for prompt in prompts for name in named_concepts(bank.vocabulary.parse(prompt))}
+    return {name: _on_device(backbone, deltas) for name, deltas in bound_deltas(bank, METHODS, settings.strength, named).items()}
+
+
+def _bound_program(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings) -> BoundProgram | None:
+    found = _bound(backbone, bank, prompts, settings)
+    return BoundProgram(found) if found else None
+
+
 def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], seeds: list[int], settings: SampleSettings) -> Tensor:
     """Prompts that share their deltas: folded once, no cost per step; averages of predictions cost one evaluation per concept."""
     averaged = averaged_names(bank, METHODS)
     deltas = aggregate(backbone, bank, prompts[0], METHODS, settings.mode, settings.strength, without=averaged).deltas
-    programs = [DeltaProgram({key: delta.to(backbone.device) for key, delta in bank[name].deltas.items()}) for name in averaged] or [None]
+    programs = [DeltaProgram(_on_device(backbone, bank[name].deltas)) for name in averaged]
+    programs = programs or [_bound_program(backbone, bank, prompts, settings)]
     pictures = []
     with backbone.folded(deltas):
         for start in range(0, len(prompts), settings.batch):
@@ -175,8 +193,9 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
 
     def part(prompt: str, negative: str) -> Part:
         own = aggregate(backbone, bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
-        own = {key: delta.to(backbone.device) for key, delta in own.items()}      # once, not in every step
-        return Part(Context.cat([_encode(backbone, bank, [negative]), _encode(backbone, bank, [prompt])]), own)
+        context = Context.cat([_encode(backbone, bank, [negative]), _encode(backbone, bank, [prompt])])
+        bound = _bound(backbone, bank, [prompt, negative], settings)
+        return Part(context, _on_device(backbone, own), bound)      # moved once, not in every step
 
     with backbone.folded(standing_deltas(bank, METHODS)):
         whole = part(scene, settings.negative)
@@ -193,7 +212,7 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
             program.progress = progress
             noise = guided(x, t, whole, program)
             if settings.region_noise:
-                own = torch.stack([guided(x, t, p, DeltaProgram(p.deltas)) for p in parts])
+                own = torch.stack([guided(x, t, p, PartProgram(p)) for p in parts])
                 on = torch.tensor([float(region.active(progress)) for region in regions]).to(masks).view(-1, 1, 1)
                 noise = region_noise(noise, own, masks * on, settings.alpha, settings.outside)
             return noise

@@ -49,14 +49,14 @@ def by_definition(known, found, weights, picture):
     rows = []
     for b, words in enumerate(found.words):
         owner = {n: name for name, places in words.items() for n in places if name in known}
-        maps = [{p: weights[p] + (known[owner[n]][0, p].dense() if n in owner else 0) for p in SHAPES} for n in range(found.hidden.shape[2])]
-        out = torch.zeros(picture.shape[1], 8)
+        text, out = found.hidden[b, 0], torch.zeros(picture.shape[1], 8)
+        maps = [{p: weights[p] + (known[owner[n]][0, p].dense() if n in owner else 0) for p in SHAPES} for n in range(len(text))]
         for h in range(2):
             part = slice(4 * h, 4 * h + 4)
-            logits = torch.stack([(picture[b] @ m["to_q"].T)[:, part] @ (m["to_k"] @ found.hidden[b, 0, n])[part] for n, m in enumerate(maps)], 1)
-            share = (logits / 2).softmax(1)
+            logits = [(picture[b] @ m["to_q"].T)[:, part] @ (m["to_k"] @ text[n])[part] for n, m in enumerate(maps)]
+            share = (torch.stack(logits, 1) / 2).softmax(1)
             for n, m in enumerate(maps):
-                out += share[:, n:n + 1] * (m["to_out"][:, part] @ (m["to_v"] @ found.hidden[b, 0, n])[part])
+                out += share[:, n:n + 1] * (m["to_out"][:, part] @ (m["to_v"] @ text[n])[part])
         rows.append(out)
     return torch.stack(rows)
 
