@@ -4,7 +4,8 @@ L2DM (Sun et al., arXiv 2309.04430, Fig. 2) has two at inference: the concept at
 attention artist (L_OAA), computed on cross-attention maps; the latent follows `z_t' = z_t - s_t grad` before the usual step.
 
 The paper's formulas could not be read. Ours is the reading of the Attend-and-Excite family (Chefer et al., SIGGRAPH 2023), from which also
-come the grid of a quarter of the latent's sides, a slight blur of the maps, and working in the first half of the steps:
+come the grid of a quarter of the latent's sides and a slight blur of the maps. They work in the first quarter of the steps (that family:
+the first half), where the layout is decided; on the embedded base fewer pictures showed both concepts when they went on. The losses:
     L_DAL  = mean over the concepts' words of 1 - max over cells of the word's attention
     L_CLUL = mean over pairs of concepts of the cosine of their nouns' maps
     L_OAA  = mean over concepts of the share of the identifier's attention that lies outside its noun's mask
@@ -29,7 +30,7 @@ from ..training.attention import attention_maps
 
 STEP = 0.05      # latent per step at strength 1 and loss 1, for latents of about unit variance
 BLUR = (0.107, 0.787, 0.107)      # of the maps, along each side: a Gaussian of half a cell
-UNTIL = 0.5      # share of the steps in which the artists work
+UNTIL = 0.25     # share of the steps in which the artists work
 FINEST = 256     # cells of the finest grid that is looked at, or a sixteenth of the latent's where that is more
 
 
