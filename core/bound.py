@@ -76,14 +76,19 @@ class BoundConcepts:
         self.own = {name: mask for name, mask in masks.items() if bool(mask.any())}
         self.deltas = {name: deltas[name] for name in self.own}
 
+    @classmethod
+    def at(cls, own: Mapping[str, Tensor], deltas: Mapping[str, Deltas]) -> BoundConcepts:
+        """With positions `[B, N]` per concept that are known already."""
+        found = cls.__new__(cls)
+        found.own, found.deltas = dict(own), {name: deltas[name] for name in own}
+        return found
+
     def __bool__(self) -> bool:
         return bool(self.own)
 
     def __getitem__(self, rows: Tensor) -> BoundConcepts:
         """The same concepts for other rows `[B]` of the batch."""
-        found = BoundConcepts.__new__(BoundConcepts)
-        found.own, found.deltas = {name: own[rows] for name, own in self.own.items()}, self.deltas
-        return found
+        return self.at({name: own[rows] for name, own in self.own.items()}, self.deltas)
 
     def _get(self, name: str, site: Site, projection: str) -> Delta | None:
         return self.deltas[name].get((site.index, projection))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +63,29 @@ def standing_deltas(bank: ConceptBank, methods: Mapping) -> Deltas:
     return _sum(bank, {name: [share] * len(bank.layout) for name, share in standing_shares(bank, methods).items()})
 
 
-def bound_deltas(bank: ConceptBank, methods: Mapping, strength: float = 1.0, names: Sequence[str] | None = None) -> dict[str, Deltas]:
-    """Concept -> its deltas, for all concepts (or those named) whose deltas act through their own words: nothing to fold."""
-    if not strength:
-        return {}
+class _BoundDeltas(Mapping):
+    """Concept -> its deltas times a strength, read from the bank when asked for."""
+
+    def __init__(self, bank: ConceptBank, names: Sequence[str], strength: float) -> None:
+        self.bank, self.names, self.strength = bank, dict.fromkeys(names), strength
+
+    def __getitem__(self, name: str) -> Deltas:
+        if name not in self.names:
+            raise KeyError(name)
+        return {key: delta.scaled(self.strength) for key, delta in self.bank[name].deltas.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def bound_deltas(bank: ConceptBank, methods: Mapping, strength: float = 1.0, names: Sequence[str] | None = None) -> Mapping[str, Deltas]:
+    """Concept -> its deltas, for all concepts (or those named) whose deltas act through their own words, so that
+    there is nothing to fold. Empty at strength 0."""
     found = [name for name in _composed(bank, methods, "bound") if names is None or name in names]
-    return {name: {key: delta.scaled(strength) for key, delta in bank[name].deltas.items()} for name in found}
+    return _BoundDeltas(bank, found if strength else [], strength)
 
 
 def learning_names(bank: ConceptBank, methods: Mapping, method: str) -> list[str]:

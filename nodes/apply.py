@@ -11,7 +11,7 @@ from ..core.hosts.comfy.backbone import ComfyBackbone
 from ..core.hosts.comfy.text import concept_clip, encode
 from ..core.methods.base import METHODS
 from ..core.pictures import to_tensor, weights_picture
-from ..core.routing import aggregate
+from ..core.routing import aggregate, bound_deltas
 from . import types
 from .schema import Schema
 
@@ -73,6 +73,7 @@ class ElasticWeightAggregate(io.ComfyNode):
         found = aggregate(backbone, bank, prompt, METHODS, MODES[mode], strength, only=only)
         layerwise = any(part.tokens.copies > 1 for part in bank)
         patched = putting.fold(model, backbone.sites, found.deltas if strength else {}, layerwise)
+        patched = putting.with_bound(patched, backbone.sites, bound_deltas(bank, METHODS, strength, [only] if only else None))
         new_clip = concept_clip(clip, bank)
         picture = to_tensor(weights_picture(found.names, found.weights, f"weights, {mode}, strength {strength:g}"))
         return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture, ui=ui.PreviewImage(picture, cls=cls))

@@ -19,7 +19,7 @@ from ..core.pictures import regions_picture, to_tensor
 from ..core.regional.noise import OUTSIDE
 from ..core.regional.program import Part
 from ..core.regional.regions import Region, masks_of
-from ..core.routing import aggregate, standing_deltas
+from ..core.routing import aggregate, bound_deltas, standing_deltas
 from . import host, types
 from .schema import ADVANCED, Schema
 
@@ -178,7 +178,7 @@ class RegionalConceptSampler(io.ComfyNode):
         on = [region for region in regions or [] if region.strength > 0]
         _check_masks(on, latent_image)
         if not on:
-            model = putting.fold(model, sites, talk.deltas(scene), False)
+            model = putting.with_bound(putting.fold(model, sites, talk.deltas(scene), False), sites, talk.bound)
             if artists > 0:
                 model = putting.with_artists(model, sites, subject_of(talk.clip, scene), artists)
         else:
@@ -196,6 +196,7 @@ class _Talk:
 
     def __init__(self, clip, bank: ConceptBank, sites: UNetSites, strength: float) -> None:
         self.clip, self.bank, self.sites, self.strength = clip, bank, sites, strength
+        self.bound = bound_deltas(bank, METHODS, strength)
 
     def encode(self, text: str):
         return encode(self.clip, text)
@@ -207,14 +208,15 @@ class _Talk:
 
     def run(self, scene: str, positive, negative, negative_scene: str, regions: list[Region]) -> putting.RegionRun:
         copies = max([part.tokens.copies for part in self.bank], default=1)
-        below = putting.context_of(negative, copies)
+        below = putting.context_of(negative, copies, tuple(self.bound))
         parts, words = [], []
         for region in regions:
-            own = putting.context_of(self.encode(region.negative), copies) if region.negative else below
-            parts.append(Part(Context.cat([own, putting.context_of(self.encode(region.prompt), copies)]), self.deltas(region.prompt)))
+            own = putting.context_of(self.encode(region.negative), copies, tuple(self.bound)) if region.negative else below
+            prompt = putting.context_of(self.encode(region.prompt), copies, tuple(self.bound))
+            parts.append(Part(Context.cat([own, prompt]), self.deltas(region.prompt)))
             words.append(learned_positions(self.clip, region.prompt))
         shown = Part(Context.cat([below, putting.context_of(positive, copies)]), self.deltas(scene))
-        return putting.RegionRun(self.sites, shown, regions, parts, words)
+        return putting.RegionRun(self.sites, shown, regions, parts, words, self.bound)
 
 
 class _LayoutOnly:

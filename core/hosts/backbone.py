@@ -45,7 +45,13 @@ class Context:
         length = math.lcm(*(part.hidden.shape[2] for part in parts))
         hidden = [p.hidden.expand(-1, copies, -1, -1).repeat(1, 1, length // p.hidden.shape[2], 1) for p in parts]
         pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts])
-        return Context(torch.cat(hidden), pooled, sum((p.words for p in parts), ()))
+        words = [_repeated(row, part.hidden.shape[2], length) for part in parts for row in part.words]
+        return Context(torch.cat(hidden), pooled, tuple(words))
+
+
+def _repeated(words: dict[str, tuple[int, ...]], n: int, length: int) -> dict[str, tuple[int, ...]]:
+    """Positions in a context of n tokens that is repeated up to `length`."""
+    return {name: tuple(place + start for start in range(0, length, n) for place in places) for name, places in words.items()}
 
 
 class SiteProgram:

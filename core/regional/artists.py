@@ -3,8 +3,8 @@
 L2DM (Sun et al., arXiv 2309.04430, Fig. 2) has two at inference: the concept attention artist (losses L_DAL and L_CLUL) and the orthogonal
 attention artist (L_OAA), computed on cross-attention maps; the latent follows `z_t' = z_t - s_t grad` before the usual step.
 
-The paper's formulas could not be read. Ours is the reading of the Attend-and-Excite family (Chefer et al., SIGGRAPH 2023), from which also
-come the grid of a quarter of the latent's sides and a slight blur of the maps. They work in the first quarter of the steps (that family:
+The paper's formulas could not be read. Ours is the reading of the Attend-and-Excite family (Chefer et al., SIGGRAPH 2023), from which come
+the grid of a quarter of the latent's sides and a slight blur of the maps. They work in the first quarter of the steps (that family:
 the first half), where the layout is decided; on the embedded base fewer pictures showed both concepts when they went on. The losses:
     L_DAL  = mean over the concepts' words of 1 - max over cells of the word's attention
     L_CLUL = mean over pairs of concepts of the cosine of their nouns' maps

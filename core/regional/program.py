@@ -59,6 +59,7 @@ class RegionProgram(SiteProgram):
                  latent: tuple[int, int]) -> None:
         self.scene, self.regions, self.parts, self.rows, self.latent = scene, list(regions), list(parts), rows, latent
         self.progress = 0.0
+        self.scene_concepts: BoundConcepts | None = None      # where the host knows better than the scene's context which words a call has
         self._bound = [BoundConcepts(part.bound, part.context) for part in (scene, *parts)]
         own = list(zip(parts, self._bound[1:], strict=True))
         self._memory = {site.index: [self._keys_values(backbone, site, *one) for one in own] for site in backbone.layout.sites}
@@ -118,7 +119,7 @@ class RegionProgram(SiteProgram):
         return region_attention(query, base, keys, values, region_share, default, special)
 
     def _scene_bound(self) -> BoundConcepts:
-        return self._bound[0][self.rows]
+        return self._bound[0][self.rows] if self.scene_concepts is None else self.scene_concepts
 
     def _special(self, site: Site, bound: BoundConcepts):
         """Attention of a part with bound concepts; what they add behind to_out is kept by the way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import comfy.lora
@@ -17,9 +17,10 @@ from ...regional.noise import region_noise
 from ...regional.observe import ObservedRegions
 from ...regional.program import Part
 from ...regional.regions import Region, masks_of
-from ..backbone import Context
+from ..backbone import Context, SiteProgram
 from .backbone import plain_weights, without_dynamic
-from .sites import OFFSETS, Before, DiffusionWrapper, UNetSites, program_patches
+from .bound import BoundRun, code, words_of
+from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, program_patches
 
 KEY = "continual_concepts"
 _Wrappers = comfy.patcher_extension.WrappersMP
@@ -47,10 +48,28 @@ def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
     if deltas:
         clone.add_patches(weight_patches(sites, deltas))
     if layerwise:
-        clone.remove_wrappers_with_key(_Wrappers.DIFFUSION_MODEL, KEY)
-        clone.add_wrapper_with_key(_Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper())
+        _wrap(clone, program_of(model))
         _once(clone, "attn2_patch", Before(sites.addresses))
     return clone
+
+
+def program_of(model):
+    """What the sites of a MODEL do already, `program(options, x)`, or None."""
+    found = model.get_wrappers(_Wrappers.DIFFUSION_MODEL, KEY)
+    return found[0].program if found else None
+
+
+def _wrap(clone, program) -> None:
+    clone.remove_wrappers_with_key(_Wrappers.DIFFUSION_MODEL, KEY)
+    clone.add_wrapper_with_key(_Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(program))
+
+
+def with_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
+    """A clone of MODEL in which concepts act through their words, wherever a prompt of a concept CLIP has them; MODEL itself for none."""
+    if not deltas:
+        return model
+    below = program_of(model)
+    return _programmed(model, sites, BoundRun(deltas, below if isinstance(below, BoundRun) else None))
 
 
 def _once(model, name: str, patch) -> None:
@@ -60,12 +79,13 @@ def _once(model, name: str, patch) -> None:
         model.set_model_patch(patch, name)
 
 
-def context_of(conditioning, copies: int) -> Context:
-    """The first entry of a CONDITIONING as a context `[1, L, N, D]`."""
+def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
+    """The first entry of a CONDITIONING as a context `[1, L, N, D]`; names: the concepts whose words are to be found in it."""
     hidden, extra = conditioning[0]
-    cond = extra.get("model_conds", {}).get(OFFSETS)
-    layers = hidden.unsqueeze(1) if cond is None else hidden.unsqueeze(1) + cond.cond.to(hidden)
-    return Context(layers.expand(-1, copies, -1, -1) if layers.shape[1] == 1 else layers, extra.get("pooled_output"))
+    conds = extra.get("model_conds", {})
+    layers = hidden.unsqueeze(1) if OFFSETS not in conds else hidden.unsqueeze(1) + conds[OFFSETS].cond.to(hidden)
+    words = words_of(conds[WORDS].cond, {code(name): name for name in names}) if WORDS in conds else ({},) * len(hidden)
+    return Context(layers.expand(-1, copies, -1, -1) if layers.shape[1] == 1 else layers, extra.get("pooled_output"), words)
 
 
 @dataclass
@@ -80,8 +100,12 @@ class RegionRun:
     regions: Sequence[Region]
     parts: Sequence[Part]
     words: Sequence[tuple[int, ...]]     # per region the token positions that the picture of the attention looks at
+    bound: Mapping[str, Deltas] = field(default_factory=dict)      # concepts that act through their words, in the scene's prompt too
     only: int | None = None     # region noise estimation: the region whose own picture is being estimated, over the full frame
     _programs: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._scene = BoundRun(self.bound)
 
     def __call__(self, options: dict, x: Tensor) -> ObservedRegions:
         which = options["cond_or_uncond"]
@@ -91,6 +115,7 @@ class RegionRun:
             self._programs[key] = self._build(x)
         program = self._programs[key]
         program.rows, program.progress = rows, _progress(options)
+        program.scene_concepts = self._scene.concepts(options, x)
         program.is_observing = program.progress == 1.0 and self.only is None and bool(rows.any())
         return program
 
@@ -100,7 +125,10 @@ class RegionRun:
         return seen[-1].picture_maps(size) if seen else torch.zeros(len(self.regions), *size)
 
     def _build(self, x: Tensor) -> ObservedRegions:
-        parts = [Part(_moved(part.context, x), {key: delta.to(x.device) for key, delta in part.deltas.items()}) for part in self.parts]
+        used = {name for part in self.parts for words in part.context.words for name in words}
+        bound = {name: {key: delta.to(x.device) for key, delta in self.bound[name].items()} for name in used}
+        parts = [Part(_moved(part.context, x), {key: delta.to(x.device) for key, delta in part.deltas.items()}, bound)
+                 for part in self.parts]
         scene = Part(self.scene.context, {key: delta.to(x.device) for key, delta in self.scene.deltas.items()})
         regions, words = list(self.regions), list(self.words)
         if self.only is not None:
@@ -111,7 +139,7 @@ class RegionRun:
 
 
 def _moved(context: Context, x: Tensor) -> Context:
-    return Context(context.hidden.to(x.device, x.dtype), None)
+    return Context(context.hidden.to(x.device, x.dtype), None, context.words)
 
 
 def _progress(options: dict) -> float:
@@ -132,10 +160,9 @@ def _programmed(model, sites: UNetSites, program):
         clone.set_model_attn2_replace(replace, *address)
     before, keep = patches["patches"]["attn2_patch"]
     _once(clone, "attn2_patch", before)
-    clone.set_model_attn2_patch(keep)
-    clone.set_model_attn2_output_patch(patches["patches"]["attn2_output_patch"][0])
-    clone.remove_wrappers_with_key(_Wrappers.DIFFUSION_MODEL, KEY)
-    clone.add_wrapper_with_key(_Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(program))
+    _once(clone, "attn2_patch", keep)
+    _once(clone, "attn2_output_patch", patches["patches"]["attn2_output_patch"][0])
+    _wrap(clone, program)
     return clone
 
 
@@ -151,7 +178,7 @@ def with_artists(model, sites: UNetSites, subject: Subject, strength: float):
     """A clone of MODEL for one sampling, in which the attention artists move the latent; MODEL itself where there is nothing for them."""
     if not Artists([subject], strength).works(0.0):
         return model
-    run = _ArtistRun(subject, strength)
+    run = _ArtistRun(subject, strength, program_of(model))
     clone = _programmed(without_dynamic(model), sites, run.program)
     clone.add_wrapper_with_key(_Wrappers.PREDICT_NOISE, KEY, run)
     return clone
@@ -162,13 +189,17 @@ class _ArtistRun:
     in units of the noise level, and added before every evaluation: with Euler and DPM++ 2M that is the moved latent exactly, with samplers
     that renew the noise nearly."""
 
-    def __init__(self, subject: Subject, strength: float) -> None:
-        self.subject, self.strength = subject, strength
+    def __init__(self, subject: Subject, strength: float, below=None) -> None:
+        self.subject, self.strength, self.below = subject, strength, below
         self.offset: Tensor | None = None
         self.recorder: MapRecorder | None = None      # while the artists look
 
-    def program(self, _options: dict, _x: Tensor) -> MapRecorder | None:
-        return self.recorder
+    def program(self, options: dict, x: Tensor) -> SiteProgram | None:
+        below = None if self.below is None else self.below(options, x)
+        if self.recorder is not None:
+            self.recorder.inner = below or SiteProgram()
+            return self.recorder
+        return below
 
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         sigma = timestep.view(-1, *[1] * (x.ndim - 1)).to(x)

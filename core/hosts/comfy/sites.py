@@ -17,6 +17,7 @@ from ...sites import Site, SiteLayout
 from ..backbone import SiteProgram
 
 OFFSETS = "continual_concepts_offsets"      # keyword of the UNet call and key in transformer_options: layer copies minus their mean
+WORDS = "continual_concepts_words"          # the same, for whose words the tokens are: codes of concepts `[B, 1, N, 1]`, 0 = nobody's
 PROGRAM = "continual_concepts_program"      # key in transformer_options: the SiteProgram of this call
 _INPUTS, _ATTENDED = "continual_concepts_inputs", "continual_concepts_attended"     # handed on inside one block call
 _RANK = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
@@ -122,6 +123,9 @@ class DiffusionWrapper:
         options = dict(transformer_options or {})
         if offsets is not None:
             options[OFFSETS] = fit_offsets(offsets, context)
+        words = kwargs.pop(WORDS, None)
+        if words is not None:
+            options[WORDS] = fit_offsets(words, context)
         if self.program is not None:
             options[PROGRAM] = self.program(options, x)
         return executor(x, timesteps, context, y, control, options, **kwargs)
@@ -160,7 +164,8 @@ class Replace:
     """attn2 replacement of one site: the program's projections and attention; `previous` is another node's replacement, or None."""
 
     def __init__(self, site: Site, previous: Callable | None = None) -> None:
-        self.site, self.previous = site, previous
+        self.site = site
+        self.previous = previous.previous if isinstance(previous, Replace) else previous      # programs do not stack
 
     def __call__(self, q, k, v, options):
         program: SiteProgram | None = options.get(PROGRAM)

@@ -11,11 +11,13 @@ from torch import Tensor
 from ...bank import ConceptBank
 from ...concepts import ConceptInfo
 from ...errors import ConceptError
+from ...methods.base import METHODS
 from ...prompts import PLACEHOLDER, Vocabulary, WordRef
 from ...regional.artists import Subject
 from ...tokens import TokenGroup
 from ..backbone import TextEncoder
-from .sites import OFFSETS, OffsetCond
+from .bound import code
+from .sites import OFFSETS, WORDS, OffsetCond
 
 NAMES = ("clip_l", "clip_g", "clip_h")
 _MARK = "concept."      # `embedding:concept.<name>` is what a placeholder becomes on its way through ComfyUI's tokenizer
@@ -119,29 +121,44 @@ class _Encoder(_Around):
     has something sensible; each copy's difference from it travels as a model condition.
     """
 
-    def __init__(self, inner, copies: int) -> None:
+    def __init__(self, inner, copies: int, owners: Mapping[bytes, int]) -> None:
         super().__init__(inner)
-        self.copies = copies
+        self.copies, self.owners = copies, owners
 
     def encode_token_weights(self, tokens):
         layers = {token.shape[0] for token in _learned(tokens)}
         if max(layers, default=1) == 1:
             output = self.inner.encode_token_weights(_at(tokens, 0))
-            if self.copies == 1:
+            if self.copies == 1 and not self.owners:
                 return output
             hidden = output[0]
             offsets = hidden.new_zeros(1).expand(hidden.shape[0], self.copies, *hidden.shape[1:])
-            return hidden, output[1], self._extra(output, offsets)
+            return hidden, output[1], self._extra(output, offsets, tokens)
         outputs = [self.inner.encode_token_weights(_at(tokens, layer)) for layer in range(self.copies)]
         hidden = torch.stack([output[0] for output in outputs], dim=1)
         mean = hidden.mean(1)
         pooled = None if outputs[0][1] is None else torch.stack([output[1] for output in outputs]).mean(0)
-        return mean, pooled, self._extra(outputs[0], hidden - mean.unsqueeze(1))
+        return mean, pooled, self._extra(outputs[0], hidden - mean.unsqueeze(1), tokens)
 
-    @staticmethod
-    def _extra(output, offsets: Tensor) -> dict:
+    def _extra(self, output, offsets: Tensor, tokens) -> dict:
         extra = dict(output[2]) if len(output) > 2 else {}
-        return extra | {"model_conds": {**extra.get("model_conds", {}), OFFSETS: OffsetCond(offsets)}}
+        conds = {**extra.get("model_conds", {}), OFFSETS: OffsetCond(offsets)}
+        if self.owners:
+            chunks = next(iter(tokens.values()))
+            codes = torch.tensor([self.owners.get(_key(token), 0) for chunk in chunks for token, *_ in chunk], device=offsets.device)
+            conds[WORDS] = OffsetCond(codes.view(1, 1, -1, 1).expand(offsets.shape[0], -1, -1, -1))
+        return extra | {"model_conds": conds}
+
+
+def _key(token) -> bytes:
+    """A learned word by its numbers: the only thing of it that comes through ComfyUI's tokenizer."""
+    return token.detach().float().cpu().contiguous().numpy().tobytes() if torch.is_tensor(token) else b""
+
+
+def _owners(concepts: Mapping[str, tuple[ConceptInfo, TokenGroup]], encoder: str) -> dict[bytes, int]:
+    """Word vectors -> their concept's code; empty when no concept's deltas are bound to its words."""
+    bound = [name for name, (info, _) in concepts.items() if info.method in METHODS and METHODS[info.method].composition == "bound"]
+    return {_key(concepts[name][1].word(i, encoder)): code(name) for name in bound for i in range(len(concepts[name][1].words))}
 
 
 def _learned(tokens) -> list[Tensor]:
@@ -199,7 +216,7 @@ def concept_clip(clip, bank: ConceptBank):
     clone = clip.clone()
     clone.tokenizer = _Tokenizer(tokenizer.original if isinstance(tokenizer, _Tokenizer) else tokenizer, encoder_names(clip), concepts)
     clone.cond_stage_model = _Encoder(encoder.inner if isinstance(encoder, _Encoder) else encoder,
-                                      max(tokens.copies for _, tokens in concepts.values()))
+                                      max(tokens.copies for _, tokens in concepts.values()), _owners(concepts, encoder_names(clip)[0]))
     return clone
 
 

@@ -1,0 +1,153 @@
+"""Word-bound concepts in ComfyUI: the same predictions as in the diffusers host, nothing where their words are not, and no traces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bound import BoundProgram
+from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.methods.base import METHODS
+from continual_concepts.core.routing import bound_deltas
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+SCENE = "a photo of a red dog on a beach"
+
+
+@pytest.fixture(scope="module")
+def bound(bank):
+    """The bank of the other tests, its concepts bound to their words."""
+    made = ConceptBank(bank.layout)
+    for concept in bank:
+        made = made.add(replace(concept, info=replace(concept.info, method="bound")))
+    return made
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+TOLERANCE = 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", ["a photo of <rex> in a meadow", "<rex> and <mimi> at night", "<blueprint> of <mimi>"])
+def test_the_stock_nodes_predict_what_core_predicts(studio, reference, bound, prompt):
+    """CLIP Text Encode and one KSampler step from pure noise, against the diffusers host."""
+    import comfy.sample
+
+    model, clip, _ = studio.aggregate("", bound)
+    latent = studio.latent()["samples"]
+    ours = model.model.process_latent_in(studio.ksampler(model, studio.encode(clip, prompt), studio.encode(clip, ""), steps=1, cfg=1.0))
+    noise, sigma = comfy.sample.prepare_noise(latent, 1), model.model.model_sampling.sigma_max
+    named = [name for name in bound.names if f"<{name}>" in prompt]
+    context = encode_prompts(reference, [prompt], bound.vocabulary, {name: bound[name].tokens for name in named})
+
+    def denoised(program):
+        output, t = reference.predict(noise, torch.tensor([999]), context, program), torch.tensor([999])
+        return (1 + sigma**2).sqrt() * noise - sigma * reference.schedule.to_epsilon(output, noise, t)
+
+    theirs = denoised(BoundProgram(bound_deltas(bound, METHODS, 1.0, named)))
+    assert distance(ours, theirs) < 1e-4 < distance(denoised(None), theirs)
+
+
+def test_weights_of_words_reach_bound_concepts(studio, bound):
+    model, clip, negative = studio.aggregate("", bound)
+    prompts = [studio.encode(clip, f"a photo of {word} and <mimi>") for word in ("<rex>", "(<rex>:1.3)")]
+    plain, heavy = (studio.ksampler(model, prompt, negative) for prompt in prompts)
+    assert TOLERANCE < distance(heavy, plain) < 1
+
+
+def test_prompts_without_its_words_are_plain_comfyui_bit_for_bit(studio, bound):
+    model, clip, positive = studio.aggregate(SCENE, bound)
+    ours = studio.ksampler(model, positive, studio.encode(clip, "blurry"), studio.latent(2))
+    assert torch.equal(ours, studio.ksampler(studio.model, SCENE, "blurry", studio.latent(2)))
+    assert torch.equal(studio.regional(SCENE, bank=bound, negative_scene="blurry"), studio.ksampler(studio.model, SCENE, "blurry"))
+
+
+def test_no_weight_is_patched(studio, bound):
+    model, _, _ = studio.aggregate("<rex> and <mimi>", bound)
+    assert not model.patches
+
+
+def test_any_prompt_of_the_clip_has_the_concepts(studio, bound):
+    """One ElasticWeightAggregate serves every prompt; its own prompt does not matter."""
+    one, clip, _ = studio.aggregate("nothing", bound)
+    other, _, positive = studio.aggregate("a photo of <rex>", bound)
+    negative = studio.encode(clip, "")
+    assert torch.equal(studio.ksampler(one, studio.encode(clip, "a photo of <rex>"), negative), studio.ksampler(other, positive, negative))
+
+
+def test_a_b_a(studio, bound):
+    def run(prompt, sampler):
+        model, clip, positive = studio.aggregate(prompt, bound)
+        return studio.ksampler(model, positive, studio.encode(clip, ""), sampler=sampler)
+
+    for sampler in ("euler", "euler_ancestral"):
+        first, second, third = (run(prompt, sampler) for prompt in ("a <rex>", "a <mimi>", "a <rex>"))
+        assert torch.equal(first, third) and not torch.equal(first, second)
+    assert torch.equal(studio.ksampler(studio.model, SCENE, ""), studio.ksampler(studio.model, SCENE, ""))
+
+
+def test_strength_and_one_concept(studio, bound):
+    pictures = []
+    for strength in (0.0, 0.5, 1.0):
+        model, clip, positive = studio.aggregate("a <rex> and <mimi>", bound, strength=strength)
+        pictures.append(studio.ksampler(model, positive, studio.encode(clip, "")))
+    model, clip, positive = studio.aggregate("a <rex> and <mimi>", bound, "one concept", concept="rex")
+    pictures.append(studio.ksampler(model, positive, studio.encode(clip, "")))
+    assert all(not torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+
+
+def test_a_region_over_everything_is_its_prompt(studio, bound):
+    model, clip, positive = studio.aggregate("a <rex> and <mimi>", bound)
+    whole = studio.ksampler(model, positive, studio.encode(clip, ""))
+    inside = studio.regional("a meadow", [studio.region("a <rex> and <mimi>")], bound)
+    assert distance(inside, whole) < 1e-4
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_regions_and_a_scene_with_concepts(studio, bound, noise):
+    regions = [studio.region("a <rex>", right=0.5, top=0.3), studio.region("a <mimi>", left=0.5, top=0.3)]
+    first, second = (studio.regional("a photo of <blueprint>", regions, bound, region_noise=noise) for _ in range(2))
+    assert torch.equal(first, second) and torch.isfinite(first).all()
+    assert not torch.equal(first, studio.regional("a photo of a drawing", regions, bound, region_noise=noise))
+    plain = [studio.region("a dog", right=0.5, top=0.3), studio.region("a cat", left=0.5, top=0.3)]
+    assert distance(studio.regional("a photo of <blueprint>", plain, bound, region_noise=noise), first) > TOLERANCE
+
+
+def test_two_aggregates_in_a_row(studio, bound):
+    rest = bound.remove("rex")
+    only = bound
+    for name in rest.names:
+        only = only.remove(name)
+    model, clip, _ = studio.aggregate("", rest)
+    model, clip, _ = studio.aggregate("<rex>", only, model=model, clip=clip)
+    positive = studio.encode(clip, "<rex> and <mimi>")
+    together, whole_clip, whole = studio.aggregate("<rex> and <mimi>", bound)
+    theirs = studio.ksampler(together, whole, studio.encode(whole_clip, ""))
+    assert torch.equal(studio.ksampler(model, positive, studio.encode(clip, "")), theirs)
+
+
+def test_regions_on_a_model_that_has_the_concepts_already(studio, bound):
+    model, clip, _ = studio.aggregate("", bound)
+    regions = [studio.region("a <rex>", right=0.5)]
+    assert torch.equal(studio.regional("a meadow", regions, bound, model=model, clip=clip), studio.regional("a meadow", regions, bound))
+
+
+def test_prompts_of_different_length_share_a_batch(studio, bound):
+    long = "a <rex>, " + "very " * 90 + "green"
+    model, clip, _ = studio.aggregate("", bound)
+    ours = studio.ksampler(model, studio.encode(clip, long), studio.encode(clip, "a <mimi>"))
+    other = studio.ksampler(model, studio.encode(clip, "a <rex>"), studio.encode(clip, long))
+    assert torch.isfinite(ours).all() and torch.isfinite(other).all()
+
+
+def test_learning_in_comfyui(studio, bound):
+    bank = studio.learn(name="spot", method="bound", bank=[bound])
+    assert bank["spot"].info.method == "bound" and bank.names[:-1] == bound.names
+    model, clip, positive = studio.aggregate("a <spot> and <rex>", bank)
+    assert torch.isfinite(studio.ksampler(model, positive, studio.encode(clip, ""))).all()
