@@ -112,6 +112,7 @@ class CustomDiffusion(Method):
     """Task after task on one set of weights; what forgets."""
 
     composition = "sum"
+    wants_prior = True
 
     def __init__(self, config: CustomDiffusionConfig) -> None:
         self.config = config
