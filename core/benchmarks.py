@@ -12,8 +12,6 @@ from .errors import ConceptError
 from .files import write_atomically
 
 Result = tuple[dict, list[str]]
-DEFAULT = "cidm"      # what ConceptLearner offers first
-
 
 def _write(path: Path | None, result: dict) -> None:
     if path is not None:
@@ -32,7 +30,7 @@ def base(options: Namespace) -> Result:
 def _cells(options: Namespace) -> list:
     """Every method with every seed, seed s in order s modulo `orders`; the default's upper bound last."""
     from .evaluation.continual import Cell
-    from .methods import METHODS
+    from .methods import DEFAULT, METHODS
 
     names = [name.strip() for name in options.methods.split(",") if name.strip()] or sorted(METHODS)
     unknown = [name for name in names if name not in METHODS]
@@ -60,6 +58,7 @@ def continual(options: Namespace) -> Result:
     from .evaluation.continual import run_cell
     from .evaluation.figure import draw
     from .evaluation.summary import summarise, table
+    from .methods import DEFAULT
 
     for name in ("tasks", "seeds", "orders", "steps"):
         if getattr(options, name) < 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import ConceptError
 from .interop.export import DEFAULT_FORMATS, FORMATS
 from .interop.factors import DEFAULT_ERROR, DEFAULT_RANK
-from .methods.base import METHODS
+from .methods import DEFAULT, METHODS
 from .routing import MODES
 from .training.config import LR_SCHEDULES, PRECISIONS, TrainingConfig
 
@@ -44,7 +44,7 @@ def _add_learn(commands) -> None:
     parser.add_argument("--captions", type=Path, help="folder of captions, when not beside the pictures")
     parser.add_argument("--masks", type=Path, help="folder of masks: white counts, black does not")
     parser.add_argument("--prior", type=Path, help="folder of prior-preservation pictures with captions")
-    parser.add_argument("--method", choices=sorted(METHODS), default="cidm")
+    parser.add_argument("--method", choices=sorted(METHODS), default=DEFAULT)
     parser.add_argument(
         "--set",
         dest="settings",
