@@ -82,6 +82,9 @@ class Run:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
         self.vocabulary = Vocabulary([*task.bank.infos.values(), self.info])
+        if not any(task.name in named_concepts(self.vocabulary.parse(caption)) for caption in data.captions):
+            raise ConceptError(f"no caption of concept '{task.name}' names it; write <{task.name}> where it is in the picture, "
+                               "or give no captions")
         self.losses: list[float] = []
         self._before: Tensor | None = None      # generator state at the start of a step that is under way
         self.is_updating = False                # between the first changed weight of a step and its end: no state to save
@@ -167,7 +170,8 @@ class Run:
         penalties = self.method.penalty(seen)
         whole = loss + sum(penalties.values())
         self._refuse_nan(whole, "loss")
-        self.scaler.scale(whole / config.accumulation).backward()
+        if whole.requires_grad:      # not where no prompt of the batch names a concept that acts through its words
+            self.scaler.scale(whole / config.accumulation).backward()
         return loss.item(), {name: value.item() for name, value in penalties.items()}
 
     def _update(self, loss: float) -> None:

@@ -9,11 +9,11 @@ import torch
 
 from continual_concepts.core.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.methods import make
+from continual_concepts.core.methods import Task, make
 from continual_concepts.core.training import checkpoint
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.data import Picture
-from continual_concepts.core.training.loop import _lr_factor
+from continual_concepts.core.training.data import Framing, Picture, prepare
+from continual_concepts.core.training.loop import Run, _lr_factor, learn
 
 
 @pytest.fixture
@@ -214,3 +214,18 @@ def test_provenance_tells_how_a_concept_came_to_be(tiny_backbone, empty, teach):
     assert origin.settings["training"]["resolution"] == 32 and origin.settings["method"]["rank"] == 4 and "torch" in origin.versions
     with pytest.raises(ConceptError, match="'rex'"):
         teach(tiny_backbone, teach(tiny_backbone, empty, steps=1).bank)
+
+
+def test_captions_that_never_name_the_concept_are_refused(tiny_backbone, empty, make_concept):
+    data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32), "a photo of <mimi>")], "rex", "dog", Framing(32))
+    task = Task("rex", "dog", tiny_backbone, empty.add(make_concept(empty.layout, "mimi")))
+    with pytest.raises(ConceptError, match="no caption of concept 'rex' names it; write <rex>"):
+        Run(task, make("bound"), data, TrainingConfig(steps=1, resolution=32))
+
+
+def test_a_batch_of_dropped_captions_is_no_error(tiny_backbone):
+    """Bound deltas get no gradient from it; the step counts all the same."""
+    data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32), "a <rex>")], "rex", "dog", Framing(32))
+    config = TrainingConfig(steps=3, resolution=32, caption_dropout=0.99)
+    learned = learn(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("bound"), data, config)
+    assert len(learned.losses) == 3
