@@ -9,7 +9,10 @@ INK, QUIET, OWN, OTHER = "#1d1d24", "#6b6b76", "#c2410c", "#9aa3b2"
 
 
 def _bars(axis, rows: list[tuple[str, float, float]], title: str, default: str, mark: float | None) -> None:
-    """Horizontal bars with spreads, best first; mark: a level to compare with."""
+    """Horizontal bars with spreads, best first; mark: a level to compare with. No rows, no axis."""
+    if not rows:
+        axis.set_axis_off()
+        return
     names, values, spreads = zip(*rows, strict=True)
     axis.barh(range(len(rows)), values, xerr=spreads, color=[OWN if name == default else OTHER for name in names], height=0.7,
               error_kw={"lw": 1, "ecolor": INK})
@@ -45,7 +48,7 @@ def _curves(axis, cells: Sequence[Mapping], default: str) -> None:
 
 
 def draw(path: Path, cells: Sequence[Mapping], summary: Mapping) -> None:
-    """Writes the PNG."""
+    """Writes the PNG; figures that no method has, such as those of groups in a sequence of one task, leave their place empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from ..errors import ConceptError
+
 PLAIN = ("multi_alignment", "multi_present", "pair_alignment", "confusion", "base_drift", "a_mmd", "f_mmd", "trained_share",
          "bytes_per_concept", "seconds_per_concept")
 PER_CONCEPT = ("image_alignment", "text_alignment", "just_learned", "retention", "forgetting")
@@ -43,11 +45,12 @@ def upper_levels(cells: Sequence[Mapping]) -> dict[str, float]:
 
 
 def method_row(cells: Sequence[Mapping], upper: Mapping[str, float] | None) -> dict:
-    """Mean over a method's cells; `spread` is the standard deviation over seeds and orders, 0 for a single cell."""
+    """Mean over a method's cells of the figures that all of them have; `spread` is the standard deviation over seeds and orders, 0 for a
+    single cell."""
     figures = [cell_figures(cell, upper) for cell in cells]
     row: dict = {"cells": len(cells)}
     spread = {}
-    for name in figures[0]:
+    for name in (name for name in figures[0] if all(name in f for f in figures)):
         values = [f[name] for f in figures]
         spread[name] = statistics.stdev(values) if len(values) > 1 else 0.0
         row[name] = {"mean": _mean(values), "std": spread[name]} if name in ("image_alignment", "text_alignment") else _mean(values)
@@ -59,20 +62,25 @@ def _value(row: Mapping, name: str) -> float:
 
 
 def orderings(methods: Mapping[str, Mapping]) -> list[dict]:
-    """What the papers claim, and whether it holds here; `clear`: by more than both spreads together."""
+    """What the papers claim, and whether it holds here; `clear`: by more than both spreads together, each of two cells or more."""
     found = []
     for better, worse, name, more in ORDERINGS:
         if better in methods and worse in methods:
             difference = _value(methods[better], name) - _value(methods[worse], name)
             margin = methods[better]["spread"][name] + methods[worse]["spread"][name]
             gain = difference if more else -difference
+            known = min(methods[better]["cells"], methods[worse]["cells"]) > 1
             claim = f"{better} {'above' if more else 'below'} {worse} in {name}"
-            found.append({"claim": claim, "difference": difference, "holds": gain > 0, "clear": gain > margin})
+            found.append({"claim": claim, "difference": difference, "holds": gain > 0, "clear": known and gain > margin})
     return found
 
 
 def summarise(cells: Sequence[Mapping], default: str, untrained: Mapping) -> dict:
-    """The benchmark's JSON from all cells of one sequence length."""
+    """The benchmark's JSON from all cells of one sequence length; ConceptError for none and for cells of different steps."""
+    steps = sorted({cell["steps"] for cell in cells})
+    if len(steps) != 1:
+        raise ConceptError(f"the cells have steps {', '.join(map(str, steps))}; allowed: one number for all" if steps
+                           else "there is no cell to put together; allowed: 1 or more")
     alone = [cell for cell in cells if cell["alone"]]
     upper = upper_levels(alone) or None
     names = sorted({cell["method"] for cell in cells if not cell["alone"]})
@@ -81,7 +89,7 @@ def summarise(cells: Sequence[Mapping], default: str, untrained: Mapping) -> dic
         "tasks": cells[0]["tasks"],
         "seeds": sorted({cell["seed"] for cell in cells}),
         "orders": sorted({cell["order"] for cell in cells}),
-        "steps": cells[0]["steps"],
+        "steps": steps[0],
         "default": default,
         "methods": methods,
         "upper_bound": method_row(alone, upper) if alone else {},
