@@ -34,7 +34,8 @@ def settings_of(method: str) -> dict:
 
 def _spread_out(items: list, count: int) -> list:
     """`count` of the items, evenly from first to last."""
-    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(min(count, len(items)))]
+    count = min(count, len(items))
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _groups(things: list) -> tuple[tuple, tuple]:
