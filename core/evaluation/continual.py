@@ -1,6 +1,7 @@
 """One cell of the continual benchmark: one method learns one sequence with one seed in one order, and everything is measured at the end.
 
-A cell's progress is kept on disk after every task, so that a run that was cut goes on where it was; the figures are the same.
+A cell's progress is kept on disk after every task, so that a run that was cut goes on where it was; the figures are the same. What was made
+with other steps or settings is refused and not mixed in.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..bank import ConceptBank
 from ..bankfile import open_bank, save_bank
 from ..deltas import Delta, SparseDelta
+from ..errors import ConceptError
 from ..files import write_atomically
 from ..hosts.backbone import Backbone
 from ..methods.base import METHODS, Task, make
@@ -70,20 +72,36 @@ class Cell:
 
 @dataclass
 class Progress:
-    """What is known so far, as JSON: per concept in learning order its IA and TA just after learning, and its pictures' features."""
+    """What is known so far, as JSON: per concept in learning order its IA and TA just after learning, and its pictures' features;
+    made_with: steps and settings, None in files of before they were kept."""
 
     names: list[str]
     just: list[tuple[float, float]]
     features: list[list[list[float]]]
     seconds: list[float]
     bytes: list[int]
+    made_with: dict | None = None
 
     @staticmethod
-    def load(path: Path) -> Progress:
-        return Progress(**json.loads(path.read_text())) if path.exists() else Progress([], [], [], [], [])
+    def load(path: Path, made_with: dict) -> Progress:
+        """Raises ConceptError for the progress of a run with other steps or settings."""
+        found = Progress(**json.loads(path.read_text())) if path.exists() else Progress([], [], [], [], [])
+        _check_same(path, found.made_with or made_with, made_with)
+        found.made_with = made_with
+        return found
 
     def save(self, path: Path) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(asdict(self))))
+
+
+def _made_with(settings: Mapping, training: TrainingConfig) -> dict:
+    return {"steps": training.steps, "settings": dict(settings)}
+
+
+def _check_same(path: Path, found: dict, wanted: dict) -> None:
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise ConceptError(f"'{path}' was made with {key} {found[key]}, asked for are {value}; delete it or choose another folder")
 
 
 def _features(suite: Suite, task: Assignment, pictures: Tensor) -> Tensor:
@@ -113,7 +131,8 @@ def _learn(backbone: Backbone, suite: Suite, cell: Cell, task: Assignment, bank:
 def learn_sequence(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], settings: Mapping, training: TrainingConfig,
                    folder: Path, progress: Callable[[str], object] = lambda _: None) -> tuple[Progress, ConceptBank]:
     """Learns what is still to learn. The bank file's name says how many concepts it holds, so progress and bank never disagree."""
-    path, known = folder / f"{cell.name}.progress.json", Progress.load(folder / f"{cell.name}.progress.json")
+    path = folder / f"{cell.name}.progress.json"
+    known = Progress.load(path, _made_with(settings, training))
 
     def file(count: int) -> Path:
         return folder / f"{cell.name}.{count}.safetensors"
@@ -170,15 +189,18 @@ def _drift(backbone: Backbone, bank: ConceptBank, suite: Suite) -> float:
 
 def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], settings: Mapping, training: TrainingConfig, folder: Path,
              progress: Callable[[str], object] = lambda _: None) -> dict:
-    """All figures of one cell; from its file when it has been run before."""
-    path = folder / f"{cell.name}.json"
+    """All figures of one cell; from its file when it has been run before. Raises ConceptError for a file of other steps or settings."""
+    path, made_with = folder / f"{cell.name}.json", _made_with(settings, training)
     if path.exists():
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        _check_same(path, found, made_with)
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     known, bank = learn_sequence(backbone, suite, cell, places, settings, training, folder, progress)
     tasks = [suite.named(name) for name in known.names]
-    final = [measure(backbone, bank, task, task.prompts, suite.encoder, suite.settings, suite.seeds) for task in tasks]
-    result = {**asdict(cell), "settings": dict(settings), "steps": training.steps, "concepts": known.names}
+    seen = {name: ConceptBank(backbone.layout).add(bank[name]) if cell.alone else bank for name in known.names}
+    final = [measure(backbone, seen[task.name], task, task.prompts, suite.encoder, suite.settings, suite.seeds) for task in tasks]
+    result = {**asdict(cell), **made_with, "concepts": known.names}
     result |= _figures(suite, known, tasks, final)
     result["base_drift"] = _drift(backbone, bank, suite)
     if not cell.alone:
