@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from ..training.config import TrainingConfig
 from ..training.data import Framing, Picture, prepare
 from ..training.loop import learn
 from . import metrics, multi
-from .protocol import Assignment, Encoder, measure
+from .protocol import Assignment, Encoder, measure, words_for
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Suite:
 
     tasks: in the sequence's own order; groups: names of two or three concepts of different classes that prompts name together; pairs: the
     same for two of one class; together: prompts with one `{}` for the list of names; unrelated: prompts without concepts; seeds,
-    group_seeds: of the pictures per concept and per group; levels: concept -> IA halfway between its class noun's and real pictures.
+    group_seeds: of the pictures per concept and per group; levels: concept -> IA halfway between its class noun's and real pictures;
+    origin: what else the figures depend on (base, data, ...), as JSON values.
     """
 
     tasks: tuple[Assignment, ...]
@@ -50,6 +51,7 @@ class Suite:
     group_seeds: tuple[int, ...]
     levels: Mapping[str, float]
     unet_weights: int
+    origin: Mapping = field(default_factory=dict)
 
     def named(self, name: str) -> Assignment:
         return next(task for task in self.tasks if task.name == name)
@@ -94,18 +96,24 @@ class Progress:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(asdict(self))))
 
 
-def _made_with(settings: Mapping, training: TrainingConfig) -> dict:
-    return {"steps": training.steps, "settings": dict(settings)}
+def _made_with(suite: Suite, settings: Mapping, training: TrainingConfig) -> dict:
+    return {"steps": training.steps, "settings": dict(settings), **suite.origin}
 
 
 def _check_same(path: Path, found: dict, wanted: dict) -> None:
     for key, value in wanted.items():
-        if found[key] != value:
+        if found.get(key, value) != value:
             raise ConceptError(f"'{path}' was made with {key} {found[key]}, asked for are {value}; delete it or choose another folder")
 
 
 def _features(suite: Suite, task: Assignment, pictures: Tensor) -> Tensor:
     return suite.encoder.features(pictures, task.kind)
+
+
+def _look(backbone: Backbone, bank: ConceptBank, suite: Suite, task: Assignment) -> tuple[Tensor, float, float]:
+    """Features of a concept's pictures, their IA and TA. The pictures are let go: a thousand of 512 pixels are 3 GB."""
+    pictures, ia, ta = measure(backbone, bank, task, task.prompts, suite.encoder, suite.settings, suite.seeds)
+    return _features(suite, task, pictures), ia, ta
 
 
 def prior_pictures(backbone: Backbone, suite: Suite, task: Assignment, count: int = 16) -> list[Picture]:
@@ -123,7 +131,8 @@ def _learn(backbone: Backbone, suite: Suite, cell: Cell, task: Assignment, bank:
     framing = Framing(training.resolution, training.framing, training.flip)
     data, began = prepare(backbone, own, task.name, task.class_noun, framing), time.perf_counter()
     generator = torch.Generator().manual_seed(training.seed)
-    learned = learn(Task(task.name, task.class_noun, backbone, bank, task.kind, generator=generator), make(cell.method, settings), data,
+    words = words_for(cell.method, task)
+    learned = learn(Task(task.name, task.class_noun, backbone, bank, task.kind, words, generator), make(cell.method, settings), data,
                     training, callback)
     return learned.bank, time.perf_counter() - began
 
@@ -132,7 +141,7 @@ def learn_sequence(backbone: Backbone, suite: Suite, cell: Cell, places: list[in
                    folder: Path, progress: Callable[[str], object] = lambda _: None) -> tuple[Progress, ConceptBank]:
     """Learns what is still to learn. The bank file's name says how many concepts it holds, so progress and bank never disagree."""
     path = folder / f"{cell.name}.progress.json"
-    known = Progress.load(path, _made_with(settings, training))
+    known = Progress.load(path, _made_with(suite, settings, training))
 
     def file(count: int) -> Path:
         return folder / f"{cell.name}.{count}.safetensors"
@@ -142,11 +151,11 @@ def learn_sequence(backbone: Backbone, suite: Suite, cell: Cell, places: list[in
         task = suite.tasks[place]
         start = ConceptBank(backbone.layout) if cell.alone else bank
         grown, seconds = _learn(backbone, suite, cell, task, start, settings, training, progress(task.name))
-        pictures, ia, ta = measure(backbone, grown, task, task.prompts, suite.encoder, suite.settings, suite.seeds)
+        features, ia, ta = _look(backbone, grown, suite, task)
         bank = bank.add(grown[task.name]) if cell.alone else grown
         known.names.append(task.name)
         known.just.append((ia, ta))
-        known.features.append([[round(x, 5) for x in row] for row in _features(suite, task, pictures).tolist()])
+        known.features.append([[round(x, 5) for x in row] for row in features.tolist()])
         known.seconds.append(seconds)
         known.bytes.append(grown[task.name].nbytes())
         save_bank(bank, file(len(known.names)))
@@ -190,7 +199,7 @@ def _drift(backbone: Backbone, bank: ConceptBank, suite: Suite) -> float:
 def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], settings: Mapping, training: TrainingConfig, folder: Path,
              progress: Callable[[str], object] = lambda _: None) -> dict:
     """All figures of one cell; from its file when it has been run before. Raises ConceptError for a file of other steps or settings."""
-    path, made_with = folder / f"{cell.name}.json", _made_with(settings, training)
+    path, made_with = folder / f"{cell.name}.json", _made_with(suite, settings, training)
     if path.exists():
         found = json.loads(path.read_text())
         _check_same(path, found, made_with)
@@ -199,7 +208,7 @@ def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], se
     known, bank = learn_sequence(backbone, suite, cell, places, settings, training, folder, progress)
     tasks = [suite.named(name) for name in known.names]
     seen = {name: ConceptBank(backbone.layout).add(bank[name]) if cell.alone else bank for name in known.names}
-    final = [measure(backbone, seen[task.name], task, task.prompts, suite.encoder, suite.settings, suite.seeds) for task in tasks]
+    final = [_look(backbone, seen[task.name], suite, task) for task in tasks]
     result = {**asdict(cell), **made_with, "concepts": known.names}
     result |= _figures(suite, known, tasks, final)
     result["base_drift"] = _drift(backbone, bank, suite)
@@ -214,7 +223,7 @@ def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], se
 def _figures(suite: Suite, known: Progress, tasks: list[Assignment], final: list[tuple[Tensor, float, float]]) -> dict:
     """Single-concept figures, in learning order."""
     just, last = [ia for ia, _ in known.just], [ia for _, ia, _ in final]
-    features = [_features(suite, task, pictures) for task, (pictures, _, _) in zip(tasks, final, strict=True)]
+    features = [found for found, _, _ in final]
     real = [_features(suite, task, task.references) for task in tasks]
     first = [torch.tensor(rows) for rows in known.features]
     of_kind = [i for i, task in enumerate(tasks) if task.kind == "object"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bank import ConceptBank
 from ..hosts.backbone import Backbone
-from ..methods.base import Task, make
+from ..methods.base import METHODS, Task, make
 from ..prompts import plain_text
 from ..sampling import SampleSettings, sample
 from ..training.config import TrainingConfig
@@ -36,7 +36,7 @@ class Assignment:
     """One task of a sequence: training pictures, and what to measure with.
 
     references: training pictures `[N, 3, H, W]` in -1..1; held_out: real pictures not trained on; prompts: with the placeholder;
-    noun_prompts: the same wishes in the base's words, before anything was learned.
+    noun_prompts: the same wishes in the base's words, before anything was learned; words: names of the learned words, empty = the method's.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Assignment:
     held_out: Tensor
     prompts: tuple[str, ...]
     noun_prompts: tuple[str, ...]
+    words: tuple[str, ...] = ()
 
 
 @dataclass
@@ -64,6 +65,11 @@ class Record:
     @property
     def retention(self) -> list[float]:
         return metrics.retention(self.image_alignment)
+
+
+def words_for(method: str, task: Assignment) -> tuple[str, ...]:
+    """The words that a task names, for methods with words from the class noun; a method that has one word alone keeps to that."""
+    return task.words if METHODS[method].method.word_count > 1 else ()
 
 
 def measure(
@@ -101,7 +107,7 @@ def run_sequence(
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(training.seed)
         learned = learn(
-            Task(task.name, task.class_noun, backbone, bank, task.kind, generator=generator),
+            Task(task.name, task.class_noun, backbone, bank, task.kind, words_for(method, task), generator),
             make(method, method_settings),
             data,
             training,

@@ -9,6 +9,7 @@ import pytest
 from continual_concepts.core.demo import continual, world
 from continual_concepts.core.demo.sequence import MORE, STYLE_EVERY, TEN, concepts, ordered
 from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.evaluation import suites
 from continual_concepts.core.methods import METHODS, get
 from continual_concepts.core.tokens import check_name
 
@@ -80,13 +81,13 @@ def test_orders_are_permutations_of_their_own():
 
 def test_groups_are_of_different_classes_and_pairs_of_one(fifty):
     things = [c for c in fifty[:10] if c.kind == "object"]
-    groups, pairs = continual._groups(things)
+    groups, pairs = suites.groups_and_pairs(things)
     nouns = {c.name: c.class_noun for c in things}
     assert {len(g) for g in groups} == {2, 3} and all(len({nouns[n] for n in g}) == len(g) for g in groups)
     assert set(pairs) == {("rex", "fido"), ("mimi", "luna")}
     many = [c for c in fifty if c.kind == "object"]
-    assert [len(found) for found in continual._groups(many)] == [continual.GROUPS + 2, 4]      # the price of a cell does not grow with it
-    assert continual._groups(things[:1]) == ((), ())
+    assert [len(found) for found in suites.groups_and_pairs(many)] == [suites.GROUPS + suites.TRIPLES, suites.PAIRS]      # the price of a cell does not grow with it
+    assert suites.groups_and_pairs(things[:1]) == ((), ())
 
 
 def test_settings_fit_every_method():
