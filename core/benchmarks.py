@@ -13,6 +13,7 @@ from .files import write_atomically
 
 Result = tuple[dict, list[str]]
 
+
 def _write(path: Path | None, result: dict) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +26,30 @@ def base(options: Namespace) -> Result:
     result = base_quality(options.pictures)
     _write(options.file, result)
     return result, [json.dumps(result, indent=1)]
+
+
+def neurons(options: Namespace) -> Result:
+    """How many base neurons prompts share, and a picture of it beside the JSON."""
+    from .demo.base import load_base
+    from .demo.neuron_sharing import draw, neuron_sharing
+
+    result = neuron_sharing(load_base(), draws=options.draws)
+    _write(options.file, result)
+    draw(options.file.with_suffix(".png"), result)
+    shares, half, same, last = result["shares"], result["general"], result["same_prompt"], result["prompts"][-1]
+    lines = [f"{name}: {100 * shares[name][-1]:.0f} % shared by all {last} prompts, {100 * half[name][-1]:.0f} % by half of them, "
+             f"{100 * same[name]:.0f} % by another picture of the same prompt" for name in shares]
+    return result, [*lines, f"CNS tells of about {100 * result['paper']:.0f} %"]
+
+
+def _finished(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConceptError(f"'{path}' is not a readable cell ({error}); delete it and it is run again") from error
+    if not isinstance(found, dict) or "method" not in found:
+        raise ConceptError(f"'{path}' is JSON but not a finished cell; move it out of the folder")
+    return found
 
 
 def _cells(options: Namespace) -> list:
@@ -50,30 +75,43 @@ def _telling(cell) -> Callable[[str], Callable]:
     return start
 
 
+def _world_bench(options: Namespace):
+    """The embedded base with its own world's pictures and the settings that fit it."""
+    from .commands import load_backbone
+    from .demo.continual import settings_of, suite, training
+    from .photo_benchmark import Bench
+
+    backbone = load_backbone(options)
+    made, untrained = suite(backbone, options.tasks)
+    return Bench(backbone, made, untrained, lambda seed: training(options.steps, seed), settings_of)
+
+
 def continual(options: Namespace) -> Result:
     """Runs the cells that have no file yet and puts all files of this length together, whoever ran them."""
-    from .demo.base import load_base
-    from .demo.continual import settings_of, suite, training
     from .demo.sequence import ordered
     from .evaluation.continual import run_cell
     from .evaluation.figure import draw
     from .evaluation.summary import summarise, table
     from .methods import DEFAULT
+    from .photo_benchmark import STEPS, check_flags, photo_bench
 
+    check_flags(options)
+    if options.steps is None:
+        options.steps = 200 if options.data is None else STEPS
     for name in ("tasks", "seeds", "orders", "steps"):
         if getattr(options, name) < 1:
             raise ConceptError(f"{name} is {getattr(options, name)}; allowed: 1 or more")
+    cells = [] if options.merge else _cells(options)
     folder = options.cells or options.file.with_suffix(".cells")
-    backbone = load_base()
-    made, untrained = suite(backbone, options.tasks)
-    for cell in [] if options.merge else _cells(options):
+    bench = _world_bench(options) if options.data is None else photo_bench(options, folder)
+    for cell in cells:
         places = ordered(options.tasks, cell.order)
-        run_cell(backbone, made, cell, places, settings_of(cell.method), training(options.steps, cell.seed), folder, _telling(cell))
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))
+        run_cell(bench.backbone, bench.suite, cell, places, bench.settings_of(cell.method), bench.training(cell.seed), folder, _telling(cell))
+    found = [_finished(path) for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))
              if not path.name.endswith(".progress.json")]
     if not found:
         raise ConceptError(f"the folder '{folder}' holds no finished cell of {options.tasks} tasks")
-    result = summarise(found, DEFAULT, untrained)
+    result = summarise(found, DEFAULT, bench.untrained)
     _write(options.file, result)
     draw(options.file.with_suffix(".png"), found, result)
     return result, [table(result), *(f"{o['claim']}: {'holds' if o['holds'] else 'does not hold'}{', clearly' if o['clear'] else ''}"

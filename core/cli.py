@@ -134,9 +134,15 @@ def _add_continual(bench) -> None:
     continual.add_argument("--tasks", type=int, default=10)
     continual.add_argument("--seeds", type=int, default=3)
     continual.add_argument("--orders", type=int, default=3, help="seed s learns in order s modulo this")
-    continual.add_argument("--steps", type=int, default=200, help="per task")
+    continual.add_argument("--steps", type=int, help="per task (default 200, with --data 800)")
     continual.add_argument("--upper", action="store_true", help="also one model per concept")
     continual.add_argument("--merge", action="store_true", help="run nothing, only put together what is done")
+    _add_base(continual)
+    continual.add_argument("--data", type=Path, help="folder with tasks.json and photos, such as that of CIFC (default: the embedded world)")
+    continual.add_argument("--clip", type=Path, help="with --data: folder of CLIP ViT-B/32 in transformers' layout, to measure with")
+    continual.add_argument("--dino", type=Path, help="with --data: folder of DINO ViT-S/16, to compare objects with instead of CLIP")
+    continual.add_argument("--resolution", type=int, help="with --data: side of the pictures in pixels (default 512)")
+    continual.add_argument("--pictures", type=int, help="with --data: per concept, each time it is looked at (default 100; the papers: 1000)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,6 +161,9 @@ def build_parser() -> argparse.ArgumentParser:
     base.add_argument("--json", dest="file", type=Path, help="where the result goes")
     base.add_argument("--pictures", type=int, default=400)
     _add_continual(bench)
+    neurons = bench.add_parser("neurons", help="how many base neurons do prompts share?")
+    neurons.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes; a picture is drawn beside it")
+    neurons.add_argument("--draws", type=int, default=16, help="gradients per prompt (default %(default)s)")
     return parser
 
 
