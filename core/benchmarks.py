@@ -77,11 +77,11 @@ def _telling(cell) -> Callable[[str], Callable]:
 
 def _world_bench(options: Namespace):
     """The embedded base with its own world's pictures and the settings that fit it."""
-    from .commands import load_backbone
+    from .demo.base import load_base
     from .demo.continual import settings_of, suite, training
     from .photo_benchmark import Bench
 
-    backbone = load_backbone(options)
+    backbone = load_base()
     made, untrained = suite(backbone, options.tasks)
     return Bench(backbone, made, untrained, lambda seed: training(options.steps, seed), settings_of)
 
@@ -106,7 +106,8 @@ def continual(options: Namespace) -> Result:
     bench = _world_bench(options) if options.data is None else photo_bench(options, folder)
     for cell in cells:
         places = ordered(options.tasks, cell.order)
-        run_cell(bench.backbone, bench.suite, cell, places, bench.settings_of(cell.method), bench.training(cell.seed), folder, _telling(cell))
+        settings, training = bench.settings_of(cell.method), bench.training(cell.seed)
+        run_cell(bench.backbone, bench.suite, cell, places, settings, training, folder, _telling(cell))
     found = [_finished(path) for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))
              if not path.name.endswith(".progress.json")]
     if not found:

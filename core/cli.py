@@ -138,11 +138,11 @@ def _add_continual(bench) -> None:
     continual.add_argument("--upper", action="store_true", help="also one model per concept")
     continual.add_argument("--merge", action="store_true", help="run nothing, only put together what is done")
     _add_base(continual)
-    continual.add_argument("--data", type=Path, help="folder with tasks.json and photos, such as that of CIFC (default: the embedded world)")
+    continual.add_argument("--data", type=Path, help="folder with tasks.json and photos, such as CIFC's (default: the embedded world)")
     continual.add_argument("--clip", type=Path, help="with --data: folder of CLIP ViT-B/32 in transformers' layout, to measure with")
     continual.add_argument("--dino", type=Path, help="with --data: folder of DINO ViT-S/16, to compare objects with instead of CLIP")
     continual.add_argument("--resolution", type=int, help="with --data: side of the pictures in pixels (default 512)")
-    continual.add_argument("--pictures", type=int, help="with --data: per concept, each time it is looked at (default 100; the papers: 1000)")
+    continual.add_argument("--pictures", type=int, help="with --data: per concept and look (default 100; the papers: 1000)")
 
 
 def build_parser() -> argparse.ArgumentParser:

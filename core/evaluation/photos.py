@@ -33,7 +33,7 @@ SIDE = 512      # of the reference pictures, as the benchmark's come
 TOKEN, MAX_BYTES, MAX_TASKS = "<TOK>", 1_000_000, 1000
 PETS = ("dog", "cat")      # whose prompts are not those of other objects
 TOGETHER = ("a photo of {} in the forest", "a photo of {} on the street", "a photo of {} on a beach", "a photo of {} in front of a house")
-NOUN_PICTURES = 40      # at most so many of the class noun per concept
+PICTURES, NOUN_PICTURES = 100, 40      # per concept: what is usual here, and at most so many of the class noun
 GROUP_PICTURES = 12
 
 
@@ -94,10 +94,14 @@ def _entries(root: Path) -> list[dict]:
 
 def _named(entries: list[dict]) -> list[dict]:
     """Names that are neither double nor another concept's word: `dog2` beside the words dog1 and dog2 becomes `dog_2`."""
-    taken = {word for entry in entries for word in entry["words"]}
+    words = [word for entry in entries for word in entry["words"]]
+    twice = next((word for word in words if words.count(word) > 1), None)
+    if twice is not None:
+        raise ConceptError(f"two tasks have the token '<{twice}>'; tokens must differ")
+    taken = set(words)
     for i, entry in enumerate(entries):
         name = check_name(entry["name"], f"name of task {i + 1}")
-        if name in taken:
+        if name in words:
             stem, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
             name = f"{stem}_{number or 1}"
         if name in taken:
@@ -142,6 +146,8 @@ def assignment_of(root: Path, entry: Mapping) -> Assignment:
     captions = None if captions is None else _inside(root, captions, f"captions of '{entry['name']}'")
     pictures = tuple(Picture(p.pixels, p.caption.splitlines()[0].strip() if p.caption else "", p.mask, digest=p.digest)
                      for p in read_folder(entry["images"], captions))
+    if len(pictures) < 2:
+        raise ConceptError(f"'{entry['images']}' holds {len(pictures)} picture; two or more are needed to measure a concept by")
     references = torch.stack([frame(picture, Framing(SIDE, flip=False)).pixels for picture in pictures])
     described = adjectives([picture.caption for picture in pictures], entry["class_noun"])
     prompts, noun_prompts = _prompts(root, entry, described)
@@ -165,15 +171,24 @@ def seeds_of(count: int, prompts: int) -> tuple[int, ...]:
     return tuple(FIRST_SEED + i // prompts for i in range(count))
 
 
-def suite(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int, settings: SampleSettings) -> tuple[Suite, dict]:
-    """The suite of a sequence, and what the untrained base and real pictures reach. pictures: per concept and look; the paper's 1000."""
-    if pictures < 2:
-        raise ConceptError(f"pictures is {pictures}; allowed: 2 or more per concept, the paper has 1000")
-    seeds = seeds_of(pictures, min(len(task.prompts) for task in tasks))
-    noun, text, real = levels(backbone, tasks, encoder, settings, seeds[:NOUN_PICTURES])
+def measured_levels(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int,
+                    settings: SampleSettings) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """`suites.levels`, with no more pictures than they need."""
+    return levels(backbone, tasks, encoder, settings, _seeds(tasks, min(pictures, NOUN_PICTURES)))
+
+
+def _seeds(tasks: Sequence[Assignment], pictures: int) -> tuple[int, ...]:
+    return seeds_of(pictures, min(len(task.prompts) for task in tasks))
+
+
+def suite(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int, settings: SampleSettings,
+          measured: Sequence[Mapping[str, float]], origin: Mapping) -> tuple[Suite, dict]:
+    """The suite of a sequence, and what the untrained base and real pictures reach. pictures: per concept and look, the paper has 1000;
+    measured: what `measured_levels` found; origin: see Suite."""
+    noun, text, real = measured
     groups, pairs = groups_and_pairs(tasks)
     group_seeds = tuple(FIRST_SEED + i for i in range(min(pictures, GROUP_PICTURES)))
     weights = sum(parameter.numel() for parameter in backbone.unet.parameters())
-    made = Suite(tuple(tasks), groups, pairs, TOGETHER, unrelated_prompts(tasks), encoder, settings, seeds, group_seeds,
-                 halfway(noun, real), weights)
+    made = Suite(tuple(tasks), groups, pairs, TOGETHER, unrelated_prompts(tasks), encoder, settings, _seeds(tasks, pictures),
+                 group_seeds, halfway(noun, real), weights, origin)
     return made, untrained(noun, text, real)

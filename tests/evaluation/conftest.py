@@ -45,3 +45,31 @@ def tiny_dino():
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    """tiny_base(folder): Stable Diffusion 1's structure in diffusers' layout, pictures of 32 pixels; returns the folder."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from continual_concepts.core.demo import vocabulary
+
+    def save(folder: Path) -> Path:
+        tokenizer = vocabulary.load(TOKENIZER)
+        text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                              bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        with torch.random.fork_rng():
+            torch.manual_seed(10)
+            unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=2,
+                                        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D",) * 2,
+                                        up_block_types=("CrossAttnUpBlock2D",) * 2)
+            vae = AutoencoderKL(block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+                                up_block_types=("UpDecoderBlock2D",) * 3)
+            parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer,
+                     "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")}
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        return folder
+
+    return save
