@@ -18,9 +18,9 @@ from .methods.base import METHODS
 from .prompts import named_concepts
 from .regional.artists import Artists, Subject
 from .regional.noise import OUTSIDE, region_noise
-from .regional.program import DeltaProgram, Part, PartProgram, RegionProgram
+from .regional.program import BothProgram, Part, RegionProgram
 from .regional.regions import Region, masks_of
-from .routing import aggregate, averaged_names, bound_deltas, standing_deltas
+from .routing import aggregate, averaged_names, bound_deltas
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,19 @@ def _bound(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settin
     return {name: _on_device(backbone, deltas) for name, deltas in bound_deltas(bank, METHODS, settings.strength, named).items()}
 
 
-def _bound_program(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings) -> BoundProgram | None:
-    found = _bound(backbone, bank, prompts, settings)
-    return BoundProgram(found) if found else None
+def _programs(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings,
+              averaged: Sequence[str]) -> list[SiteProgram | None]:
+    """What the sites do beside their folded weights: one program, or one per averaged concept's model; bound concepts are in each."""
+    bound = _bound(backbone, bank, prompts, settings)
+    models = [BothProgram(_on_device(backbone, bank[name].deltas), bound) for name in averaged]
+    return models or [BoundProgram(bound) if bound else None]
 
 
 def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], seeds: list[int], settings: SampleSettings) -> Tensor:
     """Prompts that share their deltas: folded once, no cost per step; averages of predictions cost one evaluation per concept."""
     averaged = averaged_names(bank, METHODS)
     deltas = aggregate(backbone, bank, prompts[0], METHODS, settings.mode, settings.strength, without=averaged).deltas
-    programs = [DeltaProgram(_on_device(backbone, bank[name].deltas)) for name in averaged]
-    programs = programs or [_bound_program(backbone, bank, prompts, settings)]
+    programs = _programs(backbone, bank, prompts, settings, averaged)
     pictures = []
     with backbone.folded(deltas):
         for start in range(0, len(prompts), settings.batch):
@@ -197,7 +199,8 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
         bound = _bound(backbone, bank, [prompt, negative], settings)
         return Part(context, _on_device(backbone, own), bound)      # moved once, not in every step
 
-    with backbone.folded(standing_deltas(bank, METHODS)):
+    always = aggregate(backbone, bank, "", METHODS, strength=0.0).deltas      # with what stands for an average, see there
+    with backbone.folded(always):
         whole = part(scene, settings.negative)
         parts = [part(region.prompt, region.negative or settings.negative) for region in regions]
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
@@ -212,7 +215,7 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
             program.progress = progress
             noise = guided(x, t, whole, program)
             if settings.region_noise:
-                own = torch.stack([guided(x, t, p, PartProgram(p)) for p in parts])
+                own = torch.stack([guided(x, t, p, BothProgram(p.deltas, p.bound)) for p in parts])
                 on = torch.tensor([float(region.active(progress)) for region in regions]).to(masks).view(-1, 1, 1)
                 noise = region_noise(noise, own, masks * on, settings.alpha, settings.outside)
             return noise

@@ -36,12 +36,12 @@ class Part:
     bound: Mapping[str, Deltas] = field(default_factory=dict)
 
 
-class PartProgram(BoundProgram):
-    """A part alone over the whole picture: its deltas as activations, and its bound concepts."""
+class BothProgram(BoundProgram):
+    """Deltas as activations, and bound concepts: a part alone over the whole picture, or one model of an average."""
 
-    def __init__(self, part: Part) -> None:
-        super().__init__(part.bound)
-        self.plain = DeltaProgram(part.deltas)
+    def __init__(self, deltas: Deltas, bound: Mapping[str, Deltas]) -> None:
+        super().__init__(bound)
+        self.plain = DeltaProgram(deltas)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         return super().project(site, projection, x, self.plain.project(site, projection, x, y))
