@@ -1,6 +1,7 @@
 """The bank's file: one `.safetensors`, format 1.
 
-Header metadata `continual_concepts` is JSON: `{"version", "layout", "concepts": [{"info", "deltas", "encoders"}], "shared"}`.
+Header metadata `continual_concepts` is JSON: `{"version", "layout", "concepts": [{"info", "deltas", "encoders", "stand_in"}],
+"shared"}`; `stand_in` only where words have one.
 Tensors: `concept/<i>/token.<encoder>`, `concept/<i>/<projection>.<part>` (see deltas.pack), `concept/<i>/cover` (bytes of a JPEG
 or PNG), `shared/<method>/<name>`. Opening reads the header; the tensors of a concept, or of a method's shared state, are read when
 first used. Files are untrusted: whatever does not fit is refused with one sentence.
@@ -26,6 +27,7 @@ from .sites import SiteLayout
 from .tokens import TokenGroup
 
 METADATA_KEY = "continual_concepts"
+LONGEST_STAND_IN = 200
 VERSION = 1
 SUFFIX = ".safetensors"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,7 +48,8 @@ def save_bank(bank: ConceptBank, path: Path | str) -> None:
         if concept.cover:
             packed["cover"] = torch.frombuffer(bytearray(concept.cover), dtype=torch.uint8)
         tensors |= {f"concept/{i}/{name}": tensor.contiguous().cpu() for name, tensor in packed.items()}
-        records.append({"info": concept.info.to_json(), "deltas": notes, "encoders": sorted(concept.tokens.vectors)})
+        record = {"info": concept.info.to_json(), "deltas": notes, "encoders": sorted(concept.tokens.vectors)}
+        records.append(record | ({"stand_in": concept.tokens.stand_in} if concept.tokens.stand_in else {}))
     for method, state in bank.shared.items():
         if not all(torch.isfinite(tensor).all() for tensor in state.values()):
             raise ConceptError(f"the shared state of method '{method}' holds NaN or infinity")
@@ -107,11 +110,18 @@ def _read_concept(path: Path, stamp, layout: SiteLayout, i: int, info: ConceptIn
         cover = _cover(tensors.pop("cover")) if "cover" in tensors else b""
         _check_numbers(tensors)
         vectors = {encoder: tensors[f"token.{encoder}"] for encoder in record["encoders"]}
-        concept = Concept(info, TokenGroup(info.words, vectors), unpack(tensors, record["deltas"], layout), cover)
+        concept = Concept(info, TokenGroup(info.words, vectors, _stand_in(record)), unpack(tensors, record["deltas"], layout), cover)
         concept.check_fits(layout)
         return concept
     except _DAMAGE as error:
         raise ConceptError(f"concept '{info.name}' in '{path}' cannot be read: {error}") from error
+
+
+def _stand_in(record: dict) -> str:
+    text = record.get("stand_in", "")
+    if not isinstance(text, str) or len(text) > LONGEST_STAND_IN:
+        raise ConceptError(f"its words' stand-in is {str(text)[:80]!r}; allowed: a text of up to {LONGEST_STAND_IN} characters")
+    return text
 
 
 def _read_tensors(path: Path, stamp, prefix: str) -> dict[str, Tensor]:

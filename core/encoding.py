@@ -72,11 +72,49 @@ def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, To
     return hidden, pooled
 
 
+def stand_in_ids(encoder: TextEncoder, text: str, words: int) -> list[int]:
+    """As many token ids as a concept has words: the last of "a <stand-in>", the first of them repeated where there are too few."""
+    ids = (encoder.ids(f"a {text}") or [encoder.pad])[-words:]
+    return [ids[0]] * (words - len(ids)) + ids
+
+
+def _standing_in(encoder: TextEncoder, row: _Row, tokens: Mapping[str, TokenGroup], but: str = "") -> _Row:
+    """The row with stand-ins for the words that have one, those of the concept `but` excepted."""
+    ids, slots = list(row.ids), dict(row.slots)
+    for position, ref in row.slots.items():
+        group = tokens[ref.concept]
+        if group.stand_in and ref.concept != but:
+            ids[position] = stand_in_ids(encoder, group.stand_in, len(group.words))[ref.position]
+            del slots[position]
+    return _Row(ids, slots)
+
+
+def _encode_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int,
+                  device) -> tuple[Tensor, Tensor | None]:
+    """As `_encode_rows`, with the words that have stand-ins encoded apart."""
+    apart = [(b, name) for b, row in enumerate(rows) for name in dict.fromkeys(ref.concept for ref in row.slots.values())
+             if tokens[name].stand_in]
+    if not apart:
+        return _encode_rows(encoder, rows, tokens, copies, device)
+    rest = [_standing_in(encoder, row, tokens) for row in rows]
+    layers = max([tokens[ref.concept].copies for row in rest for ref in row.slots.values()], default=1)
+    hidden, pooled = _encode_rows(encoder, rest, tokens, layers, device)
+    own, _ = _encode_rows(encoder, [_standing_in(encoder, rows[b], tokens, but=name) for b, name in apart], tokens, copies, device)
+    found = list(hidden.expand(-1, copies, -1, -1))
+    for (b, name), words in zip(apart, own, strict=True):
+        places = torch.zeros(hidden.shape[2], 1, dtype=torch.bool, device=hidden.device)
+        places[[position for position, ref in rows[b].slots.items() if ref.concept == name]] = True
+        found[b] = torch.where(places, words, found[b])
+    return torch.stack(found), pooled
+
+
 def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup],
                    chunks: int = 1) -> Context:
     """Encodes prompts as one batch.
 
     tokens: token groups by concept name; gradients flow into their vectors. chunks: at least so many chunks per prompt.
+    Words with a stand-in are encoded apart: everything else of the prompt is encoded with their stand-in in their place, and each such
+    concept's words with the others' stand-ins. Nothing else then changes because a concept is named, and no concept because of another.
     With several text encoders hidden states lie side by side (SDXL); their pooled output is the mean over layer copies, since the
     UNet takes one.
     """
@@ -92,7 +130,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocab
     chunks = max(chunks, -int(-longest // 1))
     for encoder, group in zip(backbone.text, units, strict=True):
         rows = [_row(encoder, u, chunks) for u in group]
-        hidden, own_pooled = _encode_rows(encoder, rows, tokens, copies, backbone.device)
+        hidden, own_pooled = _encode_apart(encoder, rows, tokens, copies, backbone.device)
         hiddens.append(hidden)
         pooled = own_pooled if own_pooled is not None else pooled
     words = tuple(_positions(row) for row in rows)

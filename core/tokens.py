@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,10 +30,13 @@ def default_words(name: str, count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """words: their names, each usable alone as `<word>`; vectors: text encoder name -> `[L, n, D]`, L layer copies (1 = not layer-wise)."""
+    """words: their names, each usable alone as `<word>`; vectors: text encoder name -> `[L, n, D]`, L layer copies (1 = not layer-wise);
+    stand_in: what stands for the words while everything else of a prompt is encoded, usually the class noun; "" = they are encoded
+    together with it (see encoding)."""
 
     words: tuple[str, ...]
     vectors: Mapping[str, Tensor]
+    stand_in: str = ""
 
     @property
     def copies(self) -> int:
@@ -56,7 +59,7 @@ class TokenGroup:
 
     def mean_copy(self) -> TokenGroup:
         """The same group with one copy, the mean over layers: the nearest thing that formats without layers can hold."""
-        return TokenGroup(self.words, {name: vector.mean(0, keepdim=True) for name, vector in self.vectors.items()})
+        return replace(self, vectors={name: vector.mean(0, keepdim=True) for name, vector in self.vectors.items()})
 
 
 def initial_vectors(class_vectors: Tensor, words: int, copies: int, std: float, generator: torch.Generator) -> Tensor:

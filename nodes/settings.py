@@ -69,6 +69,9 @@ class WordBoundSettings(io.ComfyNode):
                 io.Int.Input("rank", default=4, min=1, max=128, tooltip="Rank of the deltas: room for detail, and size of the concept."),
                 io.Float.Input("scale", default=1.0, min=0.01, max=16.0, step=0.05, tooltip="Factor on the deltas; 1 = none."),
                 io.Boolean.Input("layerwise", default=True, tooltip="A word for every layer, or one for all (exports as embedding)."),
+                io.Boolean.Input(
+                    "apart", default=True, tooltip="Words are encoded apart from the rest of the prompt: several concepts mix less."
+                ),
             ],
             outputs=[types.Settings.Output(display_name="method_settings")],
         )

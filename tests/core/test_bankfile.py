@@ -21,6 +21,7 @@ from continual_concepts.core.errors import ConceptError
 def bank(layout, make_concept):
     sparse = {(1, "to_k"): SparseDelta((6, 5), torch.tensor([1, 7], dtype=torch.int32), torch.tensor([0.5, -2.0]))}
     first = make_concept(layout, "rex", 1, cover=b"\xff\xd8 a picture")
+    first = replace(first, tokens=replace(first.tokens, stand_in="duck toy"))
     third = replace(make_concept(layout, "ink", 3, words=1, layerwise=False, method="cns"), deltas=sparse)
     shared = {"cidm": {"0-to_q": torch.arange(6.0).view(2, 3)}, "cns": {"union": torch.tensor([True, False])}}
     return ConceptBank(layout).add(first, shared).add(make_concept(layout, "mimi", 2, dtype=torch.float16)).add(third)
@@ -38,7 +39,7 @@ def same(one: ConceptBank, two: ConceptBank) -> bool:
         return False
     pairs = [(a[name], b[name]) for m in one.shared for a, b in [(one.shared[m], two.shared[m])] for name in a.keys() | b.keys()]
     for a, b in zip(one, two, strict=True):
-        if a.cover != b.cover or a.deltas.keys() != b.deltas.keys() or a.tokens.words != b.tokens.words:
+        if (a.cover, a.deltas.keys(), a.tokens.words, a.tokens.stand_in) != (b.cover, b.deltas.keys(), b.tokens.words, b.tokens.stand_in):
             return False
         pairs += [(a.tokens.vectors[name], b.tokens.vectors[name]) for name in a.tokens.vectors.keys() | b.tokens.vectors.keys()]
         pairs += [p for key in a.deltas for p in zip(a.deltas[key].tensors(), b.deltas[key].tensors(), strict=True)]
@@ -200,3 +201,13 @@ def test_other_files_and_missing_ones_are_refused(tmp_path):
 
 def test_verifying_lists_every_concept(path):
     assert [line.split(":")[0] for line in verify_bank(path)] == ["rex", "mimi", "ink"]
+
+
+@pytest.mark.parametrize("value", [7, "x" * 1000, ["dog"]])
+def test_a_foreign_stand_in_is_refused(path, value):
+    with safe_open(str(path), framework="pt") as file:
+        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
+    header["concepts"][0]["stand_in"] = value
+    save_file(tensors, str(path), {METADATA_KEY: json.dumps(header)})
+    with pytest.raises(ConceptError, match="stand-in is"):
+        open_bank(path)["rex"]

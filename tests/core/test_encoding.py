@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.encoding import encode_prompts, stand_in_ids
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.hosts.backbone import Context
 from continual_concepts.core.tokens import TokenGroup
@@ -141,3 +143,55 @@ def test_contexts_of_different_shapes_join(tiny_backbone, bank):
 
     for i, part in enumerate((short, long, layered)):      # repeating a shorter context changes no attention
         assert torch.allclose(attend(joined[i:i + 1].at(site)), attend(part.at(site)), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def apart(bank):
+    """The concepts' tokens, two of them with stand-ins."""
+    stand_ins = {"rex": "dog", "mimi": "duck toy"}
+    return {c.name: replace(c.tokens, stand_in=stand_ins.get(c.name, "")) for c in bank}
+
+
+def test_all_else_is_encoded_with_stand_ins(tiny_backbone, bank, apart):
+    encoder = tiny_backbone.text[0]
+    ids = stand_in_ids(encoder, "dog", 2)
+    assert len(ids) == 2 and ids == encoder.ids("a dog")[-2:]
+    named = encode(tiny_backbone, bank, "big <rex> here", tokens=apart)
+    start, end = named.words[0]["rex"][0], named.words[0]["rex"][-1] + 1
+    rows = [encoder.start, *encoder.ids("big"), *ids, *encoder.ids("here")]
+    rows += [encoder.end] + [encoder.pad] * (encoder.length - len(rows) - 1)
+    with torch.no_grad():
+        plain = encoder.model(torch.tensor([rows])).last_hidden_state[0]
+    others = [i for i in range(encoder.length) if not start <= i < end]
+    assert torch.allclose(named.hidden[0, :, others], plain[others].expand_as(named.hidden[0, :, others]), atol=1e-6)
+    assert not torch.allclose(named.hidden[0, 0, start:end], plain[start:end], atol=1e-3)
+
+
+def test_words_do_not_see_other_words(tiny_backbone, bank, apart):
+    both = encode(tiny_backbone, bank, "<rex> and <mimi>", tokens=apart)
+    other = apart | {"rex": replace(apart["rex"], vectors={"clip_l": apart["rex"].vectors["clip_l"] * 2})}
+    changed = encode(tiny_backbone, bank, "<rex> and <mimi>", tokens=other)
+    own = list(both.words[0]["rex"])
+    rest = [i for i in range(both.hidden.shape[2]) if i not in own]
+    assert torch.equal(both.hidden[:, :, rest], changed.hidden[:, :, rest])
+    assert not torch.allclose(both.hidden[:, :, own], changed.hidden[:, :, own], atol=1e-3)
+
+
+def test_words_with_and_without_stand_ins_mix(tiny_backbone, bank, apart):
+    mixed = encode(tiny_backbone, bank, "<flat> and <mimi>", "<flat>", "a dog", tokens=apart)
+    alone = encode(tiny_backbone, bank, "<flat>", tokens=apart)
+    assert torch.allclose(mixed.hidden[1], alone.hidden[0].expand_as(mixed.hidden[1]), atol=1e-6)
+    assert set(mixed.words[0]) == {"flat", "mimi"} and mixed.words[2] == {}
+
+
+def test_gradients_reach_words_that_are_encoded_apart(tiny_backbone, bank, apart):
+    vector = apart["rex"].vectors["clip_l"].clone().requires_grad_()
+    context = encode(tiny_backbone, bank, "a <rex> in <mimi>", tokens=apart | {"rex": replace(apart["rex"], vectors={"clip_l": vector})})
+    own = list(context.words[0]["rex"])
+    context.hidden[:, :, own].square().sum().backward()
+    assert vector.grad.abs().sum(-1).gt(0).all()
+
+
+@pytest.mark.parametrize("words, text, expected", [(1, "dog", 1), (2, "", 2), (5, "dog", 5)])
+def test_there_is_a_stand_in_for_every_word(tiny_backbone, words, text, expected):
+    assert len(stand_in_ids(tiny_backbone.text[0], text, words)) == expected

@@ -19,10 +19,11 @@ SCENE = "a photo of a red dog on a beach"
 
 @pytest.fixture(scope="module")
 def bound(bank):
-    """The bank of the other tests, its concepts bound to their words."""
+    """The bank of the other tests, its concepts bound to their words; one of them encoded together with the prompt."""
     made = ConceptBank(bank.layout)
-    for concept in bank:
-        made = made.add(replace(concept, info=replace(concept.info, method="bound")))
+    for concept, stand_in in zip(bank, ("dog", "duck toy", ""), strict=True):
+        tokens = replace(concept.tokens, stand_in=stand_in)
+        made = made.add(replace(concept, info=replace(concept.info, method="bound"), tokens=tokens))
     return made
 
 
@@ -52,6 +53,23 @@ def test_the_stock_nodes_predict_what_core_predicts(studio, reference, bound, pr
 
     theirs = denoised(BoundProgram(bound_deltas(bound, METHODS, 1.0, named)))
     assert distance(ours, theirs) < 1e-4 < distance(denoised(None), theirs)
+
+
+@pytest.mark.parametrize("prompt", ["<rex> and <mimi> at night", "<blueprint> of <mimi>, <rex-2>"])
+def test_words_are_encoded_apart_as_in_core(studio, reference, bound, prompt):
+    from continual_concepts.core.hosts.comfy.apply import context_of
+
+    _, clip, _ = studio.aggregate("", bound)
+    ours = context_of(studio.encode(clip, prompt), bound.layout.copies, bound.names)
+    theirs = encode_prompts(reference, [prompt], bound.vocabulary, {concept.name: concept.tokens for concept in bound})
+    assert distance(ours.hidden, theirs.hidden) < 1e-5 and ours.words == theirs.words
+
+
+def test_all_else_of_a_prompt_is_what_it_is_without_concepts(studio, bound):
+    _, clip, _ = studio.aggregate("", bound)
+    named, plain = studio.encode(clip, "a photo of <rex> on a beach")[0][0], studio.encode(studio.clip, "a photo of a dog on a beach")[0][0]
+    same = (named == plain).all(-1)[0]
+    assert same.sum() == len(same) - 2      # its two words
 
 
 def test_weights_of_words_reach_bound_concepts(studio, bound):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...bank import ConceptBank
 from ...concepts import ConceptInfo
+from ...encoding import stand_in_ids
 from ...errors import ConceptError
 from ...methods.base import METHODS
 from ...prompts import PLACEHOLDER, Vocabulary, WordRef
@@ -114,39 +116,64 @@ def _with_words(tokenizer, name: str, vocabulary: Vocabulary, words: Mapping[Wor
     return clone
 
 
+@dataclass(frozen=True)
+class _Owner:
+    """Whose word a learned token is: the concept's name; the ids that stand in for it, text encoder -> id, empty when it has none."""
+
+    name: str
+    is_bound: bool
+    stand_ins: Mapping[str, int]
+
+
 class _Encoder(_Around):
     """A CLIP's text model that encodes prompts once per layer copy and hands the copies on inside the CONDITIONING.
 
     The CONDITIONING itself is the mean over the copies, so that what knows nothing of layers (ControlNet, plain MODELs, averaging)
-    has something sensible; each copy's difference from it travels as a model condition.
+    has something sensible; each copy's difference from it travels as a model condition. Words with a stand-in are encoded apart, as
+    core.encoding does it.
     """
 
-    def __init__(self, inner, copies: int, owners: Mapping[bytes, int]) -> None:
+    def __init__(self, inner, copies: int, owners: Mapping[bytes, _Owner]) -> None:
         super().__init__(inner)
         self.copies, self.owners = copies, owners
 
     def encode_token_weights(self, tokens):
-        layers = {token.shape[0] for token in _learned(tokens)}
-        if max(layers, default=1) == 1:
-            output = self.inner.encode_token_weights(_at(tokens, 0))
-            if self.copies == 1 and not self.owners:
-                return output
-            hidden = output[0]
-            offsets = hidden.new_zeros(1).expand(hidden.shape[0], self.copies, *hidden.shape[1:])
-            return hidden, output[1], self._extra(output, offsets, tokens)
-        outputs = [self.inner.encode_token_weights(_at(tokens, layer)) for layer in range(self.copies)]
-        hidden = torch.stack([output[0] for output in outputs], dim=1)
-        mean = hidden.mean(1)
-        pooled = None if outputs[0][1] is None else torch.stack([output[1] for output in outputs]).mean(0)
-        return mean, pooled, self._extra(outputs[0], hidden - mean.unsqueeze(1), tokens)
+        found = [self.owners.get(_key(token)) for chunk in next(iter(tokens.values())) for token, *_ in chunk]
+        apart = list(dict.fromkeys(owner.name for owner in found if owner is not None and owner.stand_ins))
+        output, hidden = self._layers(self._standing_in(tokens) if apart else tokens)
+        for name in apart:
+            _, own = self._layers(self._standing_in(tokens, but=name))
+            places = torch.tensor([owner is not None and owner.name == name for owner in found], device=hidden.device)
+            hidden = torch.where(places.view(1, 1, -1, 1), own, hidden)
+        if self.copies == 1 and not any(owner.is_bound for owner in self.owners.values()):
+            return (hidden[:, 0], *output[1:])
+        hidden = hidden.expand(-1, self.copies, -1, -1) if hidden.shape[1] == 1 else hidden
+        mean = hidden[:, 0] + (hidden - hidden[:, :1]).mean(1)      # exactly the copies' value where they are equal
+        return mean, output[1], self._extra(output, hidden - mean.unsqueeze(1), found)
 
-    def _extra(self, output, offsets: Tensor, tokens) -> dict:
+    def _layers(self, tokens):
+        """The text model's output, pooled being the mean over copies, and hidden `[B, L, N, D]`, L = 1 without layer-wise words."""
+        layers = max((token.shape[0] for token in _learned(tokens)), default=1)
+        outputs = [self.inner.encode_token_weights(_at(tokens, layer)) for layer in range(layers)]
+        hidden = torch.stack([output[0] for output in outputs], dim=1)
+        pooled = None if outputs[0][1] is None else torch.stack([output[1] for output in outputs]).mean(0)
+        return (outputs[0][0], outputs[0][1] if layers == 1 else pooled, *outputs[0][2:]), hidden
+
+    def _standing_in(self, tokens, but: str = ""):
+        """The tokens with stand-ins for the words that have one, those of the concept `but` excepted."""
+        def pick(token, encoder: str):
+            owner = self.owners.get(_key(token))
+            return token if owner is None or not owner.stand_ins or owner.name == but else owner.stand_ins[encoder]
+
+        return {key: [[(pick(token, f"clip_{key}"), *rest) for token, *rest in chunk] for chunk in chunks]
+                for key, chunks in tokens.items()}
+
+    def _extra(self, output, offsets: Tensor, found: list[_Owner | None]) -> dict:
         extra = dict(output[2]) if len(output) > 2 else {}
         conds = {**extra.get("model_conds", {}), OFFSETS: OffsetCond(offsets)}
-        if self.owners:
-            chunks = next(iter(tokens.values()))
-            codes = torch.tensor([self.owners.get(_key(token), 0) for chunk in chunks for token, *_ in chunk], device=offsets.device)
-            conds[WORDS] = OffsetCond(codes.view(1, 1, -1, 1).expand(offsets.shape[0], -1, -1, -1))
+        if any(owner.is_bound for owner in self.owners.values()):
+            codes = [code(owner.name) if owner is not None and owner.is_bound else 0 for owner in found]
+            conds[WORDS] = OffsetCond(torch.tensor(codes, device=offsets.device).view(1, 1, -1, 1).expand(offsets.shape[0], -1, -1, -1))
         return extra | {"model_conds": conds}
 
 
@@ -155,10 +182,17 @@ def _key(token) -> bytes:
     return token.detach().float().cpu().contiguous().numpy().tobytes() if torch.is_tensor(token) else b""
 
 
-def _owners(concepts: Mapping[str, tuple[ConceptInfo, TokenGroup]], encoder: str) -> dict[bytes, int]:
-    """Word vectors -> their concept's code; empty when no concept's deltas are bound to its words."""
-    bound = [name for name, (info, _) in concepts.items() if info.method in METHODS and METHODS[info.method].composition == "bound"]
-    return {_key(concepts[name][1].word(i, encoder)): code(name) for name in bound for i in range(len(concepts[name][1].words))}
+def _owners(clip, concepts: Mapping[str, tuple[ConceptInfo, TokenGroup]]) -> dict[bytes, _Owner]:
+    """Word vectors of any text encoder -> whose they are, for concepts that ComfyUI's encoder has to tell from others."""
+    names, found = encoder_names(clip), {}
+    for info, tokens in concepts.values():
+        is_bound = info.method in METHODS and METHODS[info.method].composition == "bound"
+        ids = {name: stand_in_ids(ComfyText(name, clip), tokens.stand_in, len(tokens.words)) for name in names} if tokens.stand_in else {}
+        if is_bound or ids:
+            for i in range(len(tokens.words)):
+                owner = _Owner(info.name, is_bound, {name: own[i] for name, own in ids.items()})
+                found |= {_key(tokens.word(i, name)): owner for name in names}
+    return found
 
 
 def _learned(tokens) -> list[Tensor]:
@@ -216,7 +250,7 @@ def concept_clip(clip, bank: ConceptBank):
     clone = clip.clone()
     clone.tokenizer = _Tokenizer(tokenizer.original if isinstance(tokenizer, _Tokenizer) else tokenizer, encoder_names(clip), concepts)
     clone.cond_stage_model = _Encoder(encoder.inner if isinstance(encoder, _Encoder) else encoder,
-                                      max(tokens.copies for _, tokens in concepts.values()), _owners(concepts, encoder_names(clip)[0]))
+                                      max(tokens.copies for _, tokens in concepts.values()), _owners(clip, concepts))
     return clone
 
 
