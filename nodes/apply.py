@@ -30,7 +30,7 @@ class ElasticWeightAggregate(io.ComfyNode):
             category=types.USING,
             search_aliases=["load concept", "apply concept", "EWA", "merge lora", "concept bank"],
             description="Puts a bank's concepts into a model and a CLIP. Then <rex> works in every prompt of CLIP Text Encode. "
-            "Costs nothing per sampling step: the weights are patched once.",
+            "Concepts learned with 'bound' act through their own words; those of other methods are patched into the weights, once.",
             inputs=[
                 io.Model.Input("model"),
                 io.Clip.Input("clip"),

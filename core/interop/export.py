@@ -102,6 +102,8 @@ def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None)
     method = METHODS.get(concept.info.method)
     if factors is not None and method is not None and method.composition == "sum":
         notes.append(f"method {concept.info.method} adds up the deltas of all concepts; these files hold only what <{concept.name}> added")
+    if factors is not None and method is not None and method.composition == "bound":
+        notes.append(f"<{concept.name}> acts through its own words alone here; in other programs its LoRA acts on every word of a prompt")
     if concept.cover and cover_type(concept.cover) is None:
         notes.append("the cover is no JPEG or PNG of up to 1 MB and was left out")
     return notes

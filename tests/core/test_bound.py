@@ -12,6 +12,7 @@ from continual_concepts.core.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.hosts.backbone import Context
 from continual_concepts.core.hosts.diffusers import multi_head
+from continual_concepts.core.interop.export import export_concept
 from continual_concepts.core.regional import Region
 from continual_concepts.core.sampling import SampleSettings, sample, sample_regions
 from continual_concepts.core.sites import Site
@@ -144,3 +145,10 @@ def test_strength_zero_leaves_the_words_alone(tiny_backbone, bank):
     vocabulary, tokens = bank.vocabulary, {"rex": bank["rex"].tokens}
     assert encode_prompts(tiny_backbone, ["a <rex>"], vocabulary, tokens).hidden.shape[0] == 1
     assert not torch.equal(sample(tiny_backbone, bank, ["a <rex>"], [1], zero), sample(tiny_backbone, bank, ["a <rex>"], [1], QUICK))
+
+
+def test_an_export_says_what_a_lora_cannot_hold(layout, make_concept, tmp_path):
+    for method, is_said in (("bound", True), ("cidm", False)):
+        bank = ConceptBank(layout).add(make_concept(layout, "rex", method=method, layerwise=False))
+        notes = export_concept(bank, "rex", tmp_path, ("kohya",)).notes
+        assert any("acts on every word of a prompt" in note for note in notes) == is_said
