@@ -47,9 +47,9 @@ def _row(encoder: TextEncoder, units: list[int | WordRef], chunks: int) -> _Row:
 
 
 def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int,
-                 device) -> tuple[Tensor, Tensor | None]:
-    """hidden `[B, L, N, D]`, pooled `[B, L, P]` or None. One batch over prompts, copies and chunks."""
-    batch, length = len(rows), len(rows[0].ids)
+                 device, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
+    """hidden `[B, L, N, D]`, pooled `[B, L, P]` or None. One batch over prompts, copies and chunks of the encoder's length (or `chunk`)."""
+    batch, length, chunk = len(rows), len(rows[0].ids), chunk or encoder.length
     ids = torch.tensor([row.ids for row in rows], device=device)
     slots = torch.zeros(ids.shape, dtype=torch.bool, device=device)
     vectors = []
@@ -63,12 +63,12 @@ def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, To
     per_prompt = torch.stack(vectors).split(counts) if vectors else []
     ordered = [group.transpose(0, 1).reshape(-1, encoder.width) for group in per_prompt]
     flat = torch.cat(ordered) if ordered else torch.zeros(0, encoder.width, device=device)
-    chunked = ids.unsqueeze(1).expand(-1, copies, -1).reshape(-1, encoder.length)
-    chunked_slots = slots.unsqueeze(1).expand(-1, copies, -1).reshape(-1, encoder.length)
+    chunked = ids.unsqueeze(1).expand(-1, copies, -1).reshape(-1, chunk)
+    chunked_slots = slots.unsqueeze(1).expand(-1, copies, -1).reshape(-1, chunk)
     hidden, pooled = encoder.encode(chunked, chunked_slots, flat)
     hidden = hidden.view(batch, copies, length, -1)
     if pooled is not None:      # of the first chunk, as both hosts do
-        pooled = pooled.view(batch, copies, length // encoder.length, -1)[:, :, 0]
+        pooled = pooled.view(batch, copies, length // chunk, -1)[:, :, 0]
     return hidden, pooled
 
 
@@ -99,13 +99,24 @@ def _encode_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, T
     rest = [_standing_in(encoder, row, tokens) for row in rows]
     layers = max([tokens[ref.concept].copies for row in rest for ref in row.slots.values()], default=1)
     hidden, pooled = _encode_rows(encoder, rest, tokens, layers, device)
-    own, _ = _encode_rows(encoder, [_standing_in(encoder, rows[b], tokens, but=name) for b, name in apart], tokens, copies, device)
+    own = _words_apart(encoder, [_standing_in(encoder, rows[b], tokens, but=name) for b, name in apart], tokens, copies, device)
     found = list(hidden.expand(-1, copies, -1, -1))
     for (b, name), words in zip(apart, own, strict=True):
         places = torch.zeros(hidden.shape[2], 1, dtype=torch.bool, device=hidden.device)
         places[[position for position, ref in rows[b].slots.items() if ref.concept == name]] = True
         found[b] = torch.where(places, words, found[b])
     return torch.stack(found), pooled
+
+
+def _words_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int, device) -> Tensor:
+    """Hidden states `[B, L, N, D]` of rows of which only the learned words are wanted; behind the last of them there may be zeros."""
+    length = len(rows[0].ids)
+    needed = 1 + max(max(row.slots) for row in rows)
+    if not encoder.encodes_prefixes or length > encoder.length:
+        return _encode_rows(encoder, rows, tokens, copies, device)[0]
+    short = [_Row(row.ids[:needed], row.slots) for row in rows]      # causal: what comes later does not reach the words
+    hidden = _encode_rows(encoder, short, tokens, copies, device, needed)[0]
+    return torch.nn.functional.pad(hidden, (0, 0, 0, length - needed))
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup],

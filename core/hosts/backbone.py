@@ -79,6 +79,7 @@ class TextEncoder(ABC):
     start: int
     end: int
     pad: int
+    encodes_prefixes: bool = False      # whether `encode` takes shorter rows too; causal as they are, what is cut off changes nothing
 
     @abstractmethod
     def ids(self, text: str) -> list[int]:

@@ -81,6 +81,8 @@ class ClipText(TextEncoder):
     """A transformers CLIP text model. Learned vectors enter at the token embedding through a hook, so positions, the causal
     mask, the search for the end token and the pooled output stay transformers' own, in every version of it."""
 
+    encodes_prefixes = True
+
     def __init__(self, name: str, model: nn.Module, tokenizer, length: int = 77, penultimate: bool = False) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.length, self.penultimate = length, penultimate

@@ -177,6 +177,16 @@ def test_words_do_not_see_other_words(tiny_backbone, bank, apart):
     assert not torch.allclose(both.hidden[:, :, own], changed.hidden[:, :, own], atol=1e-3)
 
 
+def test_words_apart_need_only_what_comes_before_them(tiny_backbone, bank, apart, monkeypatch):
+    """The same states from whole rows and from their beginnings, in long prompts too."""
+    for prompt in ("a big <rex> in <mimi>", "very " * 20 + "<rex>"):
+        short = encode(tiny_backbone, bank, prompt, tokens=apart)
+        monkeypatch.setattr(type(tiny_backbone.text[0]), "encodes_prefixes", False)
+        whole = encode(tiny_backbone, bank, prompt, tokens=apart)
+        monkeypatch.undo()
+        assert torch.allclose(short.hidden, whole.hidden, atol=1e-6) and short.words == whole.words
+
+
 def test_words_with_and_without_stand_ins_mix(tiny_backbone, bank, apart):
     mixed = encode(tiny_backbone, bank, "<flat> and <mimi>", "<flat>", "a dog", tokens=apart)
     alone = encode(tiny_backbone, bank, "<flat>", tokens=apart)
