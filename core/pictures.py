@@ -14,7 +14,8 @@ from torch import Tensor
 PAPER, INK, QUIET, GRID, ACCENT = (252, 252, 250), (29, 29, 36), (120, 120, 130), (226, 226, 230), (44, 86, 206)
 
 
-def _font(size: int):
+def font(size: int):
+    """Pillow's own, in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -39,7 +40,7 @@ def loss_picture(losses: Sequence[float], title: str, size: tuple[int, int] = (6
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = 64, 40, size[0] - 20, size[1] - 36
-    draw.text((left, 10), title, INK, _font(15))
+    draw.text((left, 10), title, INK, font(15))
     if not losses:
         return image
     low, high = 0.0, max(float(np.quantile(losses, 0.98)) * 1.1, 1e-6)
@@ -52,9 +53,9 @@ def loss_picture(losses: Sequence[float], title: str, size: tuple[int, int] = (6
         value = low + (high - low) * i / 4
         y = place(0, value)[1]
         draw.line([(left, y), (right, y)], GRID)
-        draw.text((8, y - 7), f"{value:.3f}", QUIET, _font(12))
-    draw.text((left, bottom + 10), "step 1", QUIET, _font(12))
-    draw.text((right - 70, bottom + 10), f"step {len(losses)}", QUIET, _font(12))
+        draw.text((8, y - 7), f"{value:.3f}", QUIET, font(12))
+    draw.text((left, bottom + 10), "step 1", QUIET, font(12))
+    draw.text((right - 70, bottom + 10), f"step {len(losses)}", QUIET, font(12))
     draw.line([place(i, v) for i, v in enumerate(losses)] * (2 if len(losses) == 1 else 1), (190, 200, 226), 1)
     mean = smoothed(losses, max(1, len(losses) // 10))
     draw.line([place(i, v) for i, v in enumerate(mean)] * (2 if len(mean) == 1 else 1), ACCENT, 3)
@@ -67,20 +68,20 @@ def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.
     cell, label, row = max(8, min(32, 640 // max(1, sites))), 150, 30
     image = Image.new("RGB", (max(360, label + cell * sites + 84), 62 + row * max(1, count)), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((10, 8), title, INK, _font(15))
-    draw.text((label, 34), "sites, down to up", QUIET, _font(12))
-    draw.text((label + cell * sites + 14, 34), "mean", QUIET, _font(12))
+    draw.text((10, 8), title, INK, font(15))
+    draw.text((label, 34), "sites, down to up", QUIET, font(12))
+    draw.text((label + cell * sites + 14, 34), "mean", QUIET, font(12))
     peak = max(float(weights.abs().max()) if weights.numel() else 0.0, 1e-6)
     for j, name in enumerate(names):
         y = 54 + j * row
-        draw.text((10, y + 7), f"<{name}>"[:20], INK, _font(13))
+        draw.text((10, y + 7), f"<{name}>"[:20], INK, font(13))
         for i in range(sites):
             share = min(1.0, abs(float(weights[i, j])) / peak)
             fill = tuple(int(p + (c - p) * share) for p, c in zip((238, 238, 240), colour(j), strict=True))
             draw.rectangle([label + i * cell, y + 2, label + (i + 1) * cell - 2, y + row - 4], fill)
-        draw.text((label + cell * sites + 14, y + 7), f"{float(weights[:, j].mean()):.2f}", INK, _font(13))
+        draw.text((label + cell * sites + 14, y + 7), f"{float(weights[:, j].mean()):.2f}", INK, font(13))
     if not names:
-        draw.text((10, 60), "the bank is empty", QUIET, _font(13))
+        draw.text((10, 60), "the bank is empty", QUIET, font(13))
     return image
 
 
@@ -100,11 +101,11 @@ def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: in
         inner[1:-1, 1:-1] = edge[1:-1, 1:-1] & edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1, 2:]
         border = Image.fromarray(((edge & ~inner) * 255).astype(np.uint8))
         image.paste(Image.new("RGB", size, (255, 255, 255)), (x, 28), border)
-        draw.text((x, 6), labels[u][: max(8, size[0] // 8)], INK, _font(13))
+        draw.text((x, 6), labels[u][: max(8, size[0] // 8)], INK, font(13))
     return image
 
 
-def _opened(cover: bytes) -> Image.Image | None:
+def opened(cover: bytes) -> Image.Image | None:
     """A cover as a picture; None when there is none or it cannot be read, for a bank may come from anywhere."""
     try:
         with Image.open(io.BytesIO(cover), formats=("JPEG", "PNG")) as picture:
@@ -122,10 +123,10 @@ def covers_picture(covers: Sequence[tuple[str, bytes]], side: int = 160) -> Imag
     for i, (name, cover) in enumerate(covers):
         x, y = 10 + (i % columns) * (side + 10), 10 + (i // columns) * (side + 34)
         draw.rectangle([x, y, x + side, y + side], GRID)
-        picture = _opened(cover)
+        picture = opened(cover)
         if picture is not None:
             image.paste(ImageOps.fit(picture, (side, side), Image.LANCZOS), (x, y))
-        draw.text((x, y + side + 6), f"<{name}>", INK, _font(14))
+        draw.text((x, y + side + 6), f"<{name}>", INK, font(14))
     return image
 
 
@@ -139,13 +140,13 @@ def selection_picture(selection, sites: int, title: str, share: float) -> Image.
     width = max(640, label + cell * sites + 16)      # room for the title
     image = Image.new("RGB", (width, 62 + (height + 22) * max(1, len(projections))), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((10, 8), f"{title}: {len(selection):,} weights, {share:.2%} of the UNet", INK, _font(15))
-    draw.text((label, 34), "sites, down to up; bands are groups of outputs, darker = more of them selected", QUIET, _font(12))
+    draw.text((10, 8), f"{title}: {len(selection):,} weights, {share:.2%} of the UNet", INK, font(15))
+    draw.text((label, 34), "sites, down to up; bands are groups of outputs, darker = more of them selected", QUIET, font(12))
     bands = {key: _bands(selection, key) for key in selection.indices}
     peak = max([float(band.max()) for band in bands.values()], default=1.0) or 1.0
     for j, projection in enumerate(projections):
         y = 58 + j * (height + 22)
-        draw.text((10, y + height // 2 - 8), projection, INK, _font(13))
+        draw.text((10, y + height // 2 - 8), projection, INK, font(13))
         for index in range(sites):
             if (index, projection) in bands:
                 shade = (bands[index, projection] / peak).numpy()[:, None, None]

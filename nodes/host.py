@@ -141,7 +141,12 @@ class Reporter:
         """Samples once; returns the preview in the progress bar's form."""
         picture = sample(self.backbone, bank, [self.prompt], [self.seed], self.settings)
         self.previews.append(to_image(picture))
-        return "JPEG", _pil(picture[0]), 512
+        return preview(picture[0])
+
+
+def preview(picture: Tensor):
+    """A picture `[3, H, W]` in -1..1 in the progress bar's form."""
+    return "JPEG", _pil(picture), 512
 
 
 def _pil(picture: Tensor):

@@ -1,0 +1,150 @@
+"""Concept Reference Photos and Concept Evaluate: how good a bank is, in figures and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..core.errors import ConceptError
+from ..core.evaluation.bankcheck import check_bank, references_of
+from ..core.evaluation.metrics import unit
+from ..core.evaluation.sheet import lines, sheet
+from ..core.hosts.comfy.backbone import ComfyBackbone
+from ..core.pictures import to_tensor
+from ..core.sampling import SampleSettings
+from ..core.tokens import check_name
+from . import host, types
+from .schema import Schema
+
+BATCH = 4      # pictures in one UNet call
+
+
+class ConceptReferencePhotos(io.ComfyNode):
+    """Photos of one concept. Chain them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptReferencePhotos",
+            display_name="Concept Reference Photos",
+            category=types.EXTRAS,
+            is_input_list=True,
+            description="Real photos of one concept, for Concept Evaluate to compare with. Chain several through 'photos'.",
+            inputs=[
+                io.Image.Input("images", tooltip="Photos of the concept: a batch, or a list of any sizes."),
+                io.String.Input("concept", default="rex", tooltip="Its name in the bank."),
+                types.Photos.Input("photos", optional=True, tooltip="Photos of the concepts before this one."),
+            ],
+            outputs=[types.Photos.Output(display_name="all_photos")],
+        )
+
+    @classmethod
+    def execute(cls, images, concept, photos=None) -> io.NodeOutput:
+        name = check_name(host.first(concept).strip().strip("<>"))
+        pictures = host.pictures_of(images, f"images of '{name}'")
+        if not pictures:
+            raise ConceptError(f"there are no photos of '{name}'; connect one or more")
+        before = host.first(photos) or {}
+        return io.NodeOutput({**before, name: [*before.get(name, []), *pictures]})
+
+
+class ConceptEvaluate(io.ComfyNode):
+    """Draws every concept of a bank and measures it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptEvaluate",
+            display_name="Concept Evaluate",
+            category=types.EXTRAS,
+            is_output_node=True,
+            search_aliases=["image alignment", "CLIP score", "benchmark", "forgetting", "compare concepts"],
+            description="Draws every concept of a bank and says how like its photos it is, how like the other concepts', and whether "
+            "prompts without concepts still give the base's pictures.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base, before Elastic Weight Aggregate."),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                io.ClipVision.Input("clip_vision", tooltip="What pictures are compared with; the papers use CLIP ViT-B/32."),
+                types.Bank.Input("bank"),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="a photo of {}\na photo of {} in a forest",
+                    tooltip="A line each, with {} for the concept.",
+                ),
+                io.String.Input(
+                    "base_prompts",
+                    multiline=True,
+                    default="a photo of a dog on a beach",
+                    tooltip="Prompts without concepts, a line each: drawn with the bank and without. Empty = not looked at.",
+                ),
+                io.Int.Input("seeds", default=2, min=1, max=64, tooltip="Pictures per concept and prompt."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the first picture; the next ones follow."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Of DPM-Solver++; the papers: 50."),
+                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale; 1 = none."),
+                io.Int.Input("size", default=512, min=16, max=2048, step=8, tooltip="Side of the pictures in pixels."),
+                io.String.Input("concepts", default="", optional=True, tooltip="Names, comma separated; empty = all of the bank."),
+                types.Photos.Input("photos", optional=True, tooltip="From Concept Reference Photos; a concept without any has its cover."),
+            ],
+            outputs=[io.Image.Output(display_name="sheet"), io.String.Output(display_name="figures")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, clip_vision, bank, prompts, base_prompts, seeds, seed, steps, cfg, size, concepts="", photos=None
+    ) -> io.NodeOutput:
+        names = _names(bank, concepts)
+        references = references_of(bank, names, photos or {})
+        settings = SampleSettings(steps=steps, cfg=cfg, size=(size, size), batch=BATCH)
+        bar = comfy.utils.ProgressBar(1)
+
+        def progress(done: int, total: int, picture: Tensor) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total, host.preview(picture))
+
+        found = check_bank(
+            ComfyBackbone(model, clip, vae),
+            bank,
+            references,
+            _lines(prompts),
+            _lines(base_prompts),
+            lambda pictures: _features(clip_vision, pictures),
+            range(seed, seed + seeds),
+            settings,
+            progress,
+        )
+        picture = to_tensor(sheet(found))
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (lines(found),)}
+        return io.NodeOutput(picture, json.dumps(found.to_json(), indent=1), ui=shown)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _names(bank, concepts: str) -> list[str]:
+    if bank is None or not len(bank):
+        raise ConceptError("the bank holds no concept to evaluate; learn one first")
+    names = [name.strip().strip("<>") for name in concepts.split(",") if name.strip()]
+    unknown = [name for name in names if name not in bank]
+    if unknown:
+        raise ConceptError(f"concepts names '{unknown[0]}', which the bank does not hold; it holds {', '.join(bank.names)}")
+    return list(dict.fromkeys(names)) or bank.names
+
+
+def _features(clip_vision, pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures `[3, H, W]` in -1..1 of any sizes as unit vectors `[n, D]` on the CPU, through ComfyUI's own preparation."""
+    found = [clip_vision.encode_image(host.to_image(picture.unsqueeze(0)))["image_embeds"] for picture in pictures]
+    if any(not torch.is_tensor(one) or one.ndim != 2 for one in found):
+        raise ConceptError("the CLIP_VISION gives no vector per picture; load a CLIP vision model such as ViT-B/32, ViT-L or ViT-H")
+    return unit(torch.cat(found).float().cpu())
+
+
+NODES = [ConceptReferencePhotos, ConceptEvaluate]
