@@ -33,12 +33,13 @@ class Reference:
 @dataclass(frozen=True)
 class BankReport:
     """references and pictures: concept -> what it was compared with, and its pictures `[M, 3, H, W]` in -1..1; bleed: `[K, K]`, mean cosine
-    of row's pictures with column's references, the diagonal is image alignment; drift: of prompts without concepts, 0 = bit for bit."""
+    of row's pictures with column's references, the diagonal is image alignment; drift: of prompts without concepts, 0 = bit for bit,
+    None = none were drawn."""
 
     references: Mapping[str, Reference]
     pictures: Mapping[str, Tensor]
     bleed: Tensor
-    drift: float
+    drift: float | None
 
     @property
     def names(self) -> list[str]:
@@ -54,7 +55,7 @@ class BankReport:
                            "references": len(self.references[name].pictures), "pictures": len(self.pictures[name]),
                            "most_like": self.nearest(i)} for i, name in enumerate(names)}
         return {"concepts": concepts, "bleed": {"names": names, "matrix": self.bleed.tolist()},
-                "base_drift": self.drift, "base_unchanged": self.drift == 0}
+                "base_drift": self.drift, "base_unchanged": None if self.drift is None else self.drift == 0}
 
 
 def references_of(bank: ConceptBank, names: Sequence[str], photos: Mapping[str, Sequence[Tensor]]) -> dict[str, Reference]:
@@ -89,7 +90,7 @@ def _check_unrelated(bank: ConceptBank, prompts: Sequence[str]) -> None:
 def check_bank(backbone: Backbone, bank: ConceptBank, references: Mapping[str, Reference], prompts: Sequence[str],
                unrelated: Sequence[str], encode: Encode, seeds: Sequence[int], settings: SampleSettings, progress: Progress) -> BankReport:
     """Draws every concept in `references` with each prompt and seed and compares. prompts: with {} for the concept; unrelated: prompts
-    without concepts, drawn with the bank and without, none = drift 0; encode: pictures `[3, H, W]` of any sizes to unit vectors `[n, D]`;
+    without concepts, drawn with the bank and without; encode: pictures `[3, H, W]` of any sizes to unit vectors `[n, D]`;
     progress: (done, total, a picture just drawn)."""
     if not references or not prompts or not seeds:
         raise ConceptError(f"there are {len(references)} concepts, {len(prompts)} prompts and {len(seeds)} seeds; one or more of each are "
@@ -113,4 +114,4 @@ def check_bank(backbone: Backbone, bank: ConceptBank, references: Mapping[str, R
     bleed = metrics.bleed([encode(list(own)) for own in pictures.values()], real)
     if not torch.isfinite(bleed).all():
         raise ConceptError("the picture features are no numbers (NaN); choose another vision model, or fewer cfg")
-    return BankReport(dict(references), pictures, bleed, sum(drifts) / max(1, len(drifts)))
+    return BankReport(dict(references), pictures, bleed, sum(drifts) / len(drifts) if drifts else None)

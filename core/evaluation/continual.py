@@ -120,7 +120,7 @@ def prior_pictures(backbone: Backbone, suite: Suite, task: Assignment, count: in
     """Prior-preservation pictures: the base's own pictures of the class noun, with those prompts as captions."""
     prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(count)]
     images = sample(backbone, ConceptBank(backbone.layout), prompts, list(range(9000, 9000 + count)), suite.settings)
-    return [Picture(image, prompt, is_prior=True) for image, prompt in zip(images, prompts, strict=True)]
+    return [Picture(image, prompt, is_prior=True) for image, prompt in zip(images.cpu(), prompts, strict=True)]
 
 
 def _learn(backbone: Backbone, suite: Suite, cell: Cell, task: Assignment, bank: ConceptBank, settings: Mapping, training: TrainingConfig,

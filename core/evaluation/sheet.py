@@ -58,6 +58,12 @@ def _matrix(draw: ImageDraw.ImageDraw, report: BankReport, cell: int, top: int) 
             draw.text((LABEL + j * cell + 6, y + 6), f"{100 * value:.1f}", PAPER if share > 0.55 else INK, font(12))
 
 
+def _base(drift: float | None) -> str:
+    if drift is None:
+        return "not looked at"
+    return f"{100 * drift:.2f} % away from the pictures without the bank" if drift else "the same pictures as without the bank, bit for bit"
+
+
 def sheet(report: BankReport) -> Image.Image:
     """Left the references, right the drawn pictures of every concept; below the matrix and what became of the base."""
     count, cell = len(report.names), 64
@@ -70,10 +76,7 @@ def sheet(report: BankReport) -> Image.Image:
     for i in range(count):
         _row(image, draw, report, i, 34 + i * (SIDE + GAP))
     _matrix(draw, report, cell, rows + 4)
-    base = "prompts without concepts: the same pictures as without the bank, bit for bit"
-    if report.drift:
-        base = f"prompts without concepts: {100 * report.drift:.2f} % away from the pictures without the bank"
-    draw.text((10, rows + matrix + 20), base, INK, font(13))
+    draw.text((10, rows + matrix + 20), f"prompts without concepts: {_base(report.drift)}", INK, font(13))
     return image
 
 
@@ -81,4 +84,4 @@ def lines(report: BankReport) -> str:
     """A line per concept, and one for the base."""
     found = [f"<{name}>: alignment {100 * float(report.bleed[i, i]):.1f} with its {report.references[name].source}"
              + ("" if report.nearest(i) == name else f"; more like <{report.nearest(i)}>") for i, name in enumerate(report.names)]
-    return "\n".join([*found, "base unchanged" if report.drift == 0 else f"base drift {100 * report.drift:.2f} %"])
+    return "\n".join([*found, f"prompts without concepts: {_base(report.drift)}"])

@@ -110,8 +110,10 @@ def test_the_model_is_left_as_it_was_and_the_same_again(studio, evaluate):
 
 
 def test_some_concepts_and_no_base_prompts(studio, evaluate):
-    found = json.loads(evaluate(concepts=" <rex> , rex", base_prompts="").args[1])
-    assert list(found["concepts"]) == ["rex"] and found["base_drift"] == 0
+    out = evaluate(concepts=" <rex> , rex", base_prompts="")
+    found = json.loads(out.args[1])
+    assert list(found["concepts"]) == ["rex"] and found["base_drift"] is None and found["base_unchanged"] is None
+    assert "not looked at" in out.ui["text"][0]
 
 
 def test_photos_are_chained(studio):
