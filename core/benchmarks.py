@@ -57,12 +57,28 @@ def _cells(options: Namespace) -> list:
     from .evaluation.continual import Cell
     from .methods import DEFAULT, METHODS
 
-    names = [name.strip() for name in options.methods.split(",") if name.strip()] or sorted(METHODS)
-    unknown = [name for name in names if name not in METHODS]
+    rows = [tuple(name.strip().partition("+")[::2]) for name in options.methods.split(",") if name.strip()]
+    rows = rows or [(name, "") for name in sorted(METHODS)]
+    unknown = [name for name, _ in rows if name not in METHODS]
     if unknown:
         raise ConceptError(f"unknown method {unknown[0]!r}; known: {', '.join(sorted(METHODS))}")
-    cells = [Cell(name, options.tasks, seed % options.orders, seed) for seed in range(options.seeds) for name in names]
+    cells = [Cell(name, options.tasks, seed % options.orders, seed, variant=variant) for seed in range(options.seeds)
+             for name, variant in rows]
     return cells + ([Cell(DEFAULT, options.tasks, 0, 0, alone=True)] if options.upper else [])
+
+
+def _variant(text: str) -> dict:
+    """`rank=8+apart=false` as settings."""
+    found = {}
+    for part in text.split("+") if text else []:
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise ConceptError(f"variant {part!r} is not of the form key=value")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
 
 
 def _telling(cell) -> Callable[[str], Callable]:
@@ -106,7 +122,8 @@ def continual(options: Namespace) -> Result:
     bench = _world_bench(options) if options.data is None else photo_bench(options, folder)
     for cell in cells:
         places = ordered(options.tasks, cell.order)
-        settings, training = bench.settings_of(cell.method), bench.training(cell.seed)
+        settings = bench.settings_of(cell.method) | _variant(cell.variant)
+        training = bench.training(cell.seed)
         run_cell(bench.backbone, bench.suite, cell, places, settings, training, folder, _telling(cell))
     found = [_finished(path) for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))
              if not path.name.endswith(".progress.json")]

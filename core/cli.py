@@ -130,7 +130,7 @@ def _add_continual(bench) -> None:
     continual = bench.add_parser("continual", help="every method on one sequence of tasks")
     continual.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes; a picture is drawn beside it")
     continual.add_argument("--cells", type=Path, help="folder of the parts that are done (default: beside the result); a cut run goes on")
-    continual.add_argument("--methods", default="", help="comma separated (default: all)")
+    continual.add_argument("--methods", default="", help="comma separated (default: all); name+rank=8: with a setting, a row of its own")
     continual.add_argument("--tasks", type=int, default=10)
     continual.add_argument("--seeds", type=int, default=3)
     continual.add_argument("--orders", type=int, default=3, help="seed s learns in order s modulo this")

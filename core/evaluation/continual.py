@@ -59,17 +59,23 @@ class Suite:
 
 @dataclass(frozen=True)
 class Cell:
-    """alone: every concept on an empty bank of its own, the upper bound that no continual method is expected to beat."""
+    """alone: every concept on an empty bank of its own, the upper bound that no continual method is expected to beat; variant: settings
+    beside the method's usual ones, as `key=value` with `+` between them: a row of its own, for ablations."""
 
     method: str
     tasks: int
     order: int
     seed: int
     alone: bool = False
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}+{self.variant}" if self.variant else self.method
 
     @property
     def name(self) -> str:
-        return f"{self.method}{'-alone' if self.alone else ''}-n{self.tasks}-o{self.order}-s{self.seed}"
+        return f"{self.label}{'-alone' if self.alone else ''}-n{self.tasks}-o{self.order}-s{self.seed}"
 
 
 @dataclass
@@ -209,7 +215,7 @@ def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], se
     tasks = [suite.named(name) for name in known.names]
     seen = {name: ConceptBank(backbone.layout).add(bank[name]) if cell.alone else bank for name in known.names}
     final = [_look(backbone, seen[task.name], suite, task) for task in tasks]
-    result = {**asdict(cell), **made_with, "concepts": known.names}
+    result = {**asdict(cell), "method": cell.label, **made_with, "concepts": known.names}
     result |= _figures(suite, known, tasks, final)
     result["base_drift"] = _drift(backbone, bank, suite)
     if not cell.alone:

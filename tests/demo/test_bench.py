@@ -80,3 +80,17 @@ def test_a_run_its_files_and_putting_them_together_again(bench, quick, tmp_path,
 def test_nothing_to_put_together(bench, quick, capsys, tmp_path):
     assert bench("--tasks", "1", "--merge") == 1
     assert "c.cells' holds no finished cell of 1 tasks" in sentence(capsys) and not (tmp_path / "c.json").exists()
+
+
+def test_a_variant_is_a_row_of_its_own(bench, quick, tmp_path):
+    assert bench("--tasks", "1", "--seeds", "1", "--steps", "1", "--methods", "bound,bound+apart=false+rank=2") == 0
+    cells = {path.name: json.loads(path.read_text()) for path in (tmp_path / "c.cells").glob("*.json")}
+    assert set(cells) == {"bound-n1-o0-s0.json", "bound+apart=false+rank=2-n1-o0-s0.json"}
+    changed = cells["bound+apart=false+rank=2-n1-o0-s0.json"]["settings"]
+    assert changed["apart"] is False and changed["rank"] == 2
+    assert set(json.loads((tmp_path / "c.json").read_text())["methods"]) == {"bound", "bound+apart=false+rank=2"}
+
+
+def test_a_variant_without_a_value_is_refused(bench, quick, capsys):
+    assert bench("--tasks", "1", "--seeds", "1", "--steps", "1", "--methods", "bound+apart") == 1
+    assert "variant 'apart' is not of the form key=value" in capsys.readouterr().err

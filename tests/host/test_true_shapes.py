@@ -52,7 +52,7 @@ def test_learn_aggregate_two_regions_decode(loaded, pack, studio, shared_dir, tm
     assert torch.isfinite(before).all() and before.std() > 0.1
     data, (_, held) = shared_dir / "data" / "cifc" / "images", count_tensors()
     bank = own.learn(photos(data / "dog", side), "rex", "dog", steps=2, resolution=side)
-    bank = own.learn(photos(data / "duck_toy", side), "duck", "toy", steps=2, resolution=side, bank=[bank])
+    bank = own.learn(photos(data / "duck_toy", side), "duck", "toy", method="bound", steps=2, resolution=side, bank=[bank])
     assert (len(bank.layout), bank.layout.copies) == (sites, copies) and bank.names == ["rex", "duck"]
     assert torch.equal(before, own.ksampler(own.model, scene, "", latent, steps=2))
     assert count_tensors()[1] <= 1.05 * held
