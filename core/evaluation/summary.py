@@ -9,7 +9,8 @@ from ..errors import ConceptError
 
 PLAIN = ("multi_alignment", "multi_present", "pair_alignment", "confusion", "base_drift", "a_mmd", "f_mmd", "trained_share",
          "bytes_per_concept", "seconds_per_concept")
-PER_CONCEPT = ("image_alignment", "text_alignment", "just_learned", "retention", "forgetting")
+PER_CONCEPT = ("image_alignment", "text_alignment", "just_learned", "forgetting")
+LEARNED = 0.2      # IA below which a concept was not learned at all: what is kept of next to nothing is no figure
 # Claims of the papers that the table can bear out or not: (better, worse, figure, whether more is better).
 ORDERINGS = (
     ("cidm", "lora_m", "image_alignment", True),
@@ -24,10 +25,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def cell_figures(cell: Mapping, upper: Mapping[str, float] | None = None) -> dict[str, float]:
-    """One number per figure. upper: concept -> IA of a model of its own; plasticity is how near to it late concepts come against early
+    """One number per figure. retention: mean IA at the end over mean IA just after learning, the worst one over concepts that were learned;
+    upper: concept -> IA of a model of its own; plasticity is how near to it late concepts come against early
     ones: mean of IA / upper just after learning, last half of the sequence over first half."""
     found = {name: _mean(cell[name]) for name in PER_CONCEPT} | {name: cell[name] for name in PLAIN if name in cell}
-    found["worst_retention"] = min(cell["retention"])
+    found["retention"] = _mean(cell["image_alignment"]) / _mean(cell["just_learned"])
+    kept = [share for share, ia in zip(cell["retention"], cell["just_learned"], strict=True) if ia >= LEARNED]
+    found["worst_retention"] = min(kept or cell["retention"])
     if upper is not None and len(cell["concepts"]) > 1:
         shares = [ia / upper[name] for ia, name in zip(cell["just_learned"], cell["concepts"], strict=True)]
         half = len(shares) // 2

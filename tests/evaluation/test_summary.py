@@ -25,8 +25,13 @@ def row(value, spread=0.0, cells=3, name="image_alignment"):
 def test_a_cells_lists_become_means_and_the_worst_is_kept():
     found = cell_figures(cell(ia=(0.4, 0.9), just=(0.8, 0.9)))
     assert found["image_alignment"] == pytest.approx(0.65) and found["forgetting"] == pytest.approx(0.2)
-    assert found["retention"] == pytest.approx(0.75) and found["worst_retention"] == pytest.approx(0.5)
+    assert found["retention"] == pytest.approx(1.3 / 1.7) and found["worst_retention"] == pytest.approx(0.5)
     assert found["confusion"] == 0.25 and "plasticity" not in found and "bleed" not in found
+
+
+def test_what_is_kept_of_a_concept_that_was_never_learned_is_no_figure():
+    found = cell_figures(cell(ia=(0.3, 0.9), just=(0.01, 0.9)))
+    assert found["worst_retention"] == pytest.approx(1.0) and found["retention"] == pytest.approx(1.2 / 0.91)
 
 
 @pytest.mark.parametrize(("just", "expected"), [
