@@ -68,6 +68,12 @@ def bound_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, value
     return attended[..., :width].flatten(2), more
 
 
+def added_by_others(default, query: Tensor, key: Tensor, value: Tensor) -> Tensor | float:
+    """What other people's attention, if `default` is that, adds to plain attention: it goes on top of ours. 0 where there is none."""
+    plain = getattr(default, "plain", None)
+    return 0.0 if plain is None else default(query, key, value) - plain(query, key, value)
+
+
 class BoundConcepts:
     """Bound concepts of one encoded batch. deltas: concept -> its deltas, low rank on to_q and to_out."""
 
@@ -134,4 +140,4 @@ class BoundProgram(SiteProgram):
         if not self.concepts:
             return default(query, key, value)
         attended, self._more = bound_attention(site.heads, self._asked, query, key, value, self.concepts.bindings(site))
-        return attended
+        return attended + added_by_others(default, query, key, value)

@@ -66,7 +66,8 @@ class SiteProgram:
         return y
 
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        """query `[B, S, a]`, key and value `[B, N, a]`, heads side by side; `default(query, key, value)` is plain attention `[B, S, a]`."""
+        """query `[B, S, a]`, key and value `[B, N, a]`, heads side by side; `default(query, key, value)` is the host's attention
+        `[B, S, a]`. Where other people's code stands in for it, its attribute `plain` is attention without that."""
         return default(query, key, value)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..bound import BoundConcepts, BoundProgram, bound_attention
+from ..bound import BoundConcepts, BoundProgram, added_by_others, bound_attention
 from ..deltas import Deltas
 from ..hosts.backbone import Backbone, Context, SiteProgram
 from ..sites import Site, grid_of
@@ -111,7 +111,10 @@ class RegionProgram(SiteProgram):
         region_share, scene_share = self._split(query.shape[1], query.device)
         scene, self._more = self._scene_bound(), None
         everywhere = torch.arange(query.shape[1], device=query.device)
-        base = self._special(site, scene)(query, key, value, everywhere, scene_share) if scene else default(query, key, value)
+        if scene:
+            base = self._special(site, scene)(query, key, value, everywhere, scene_share) + added_by_others(default, query, key, value)
+        else:
+            base = default(query, key, value)
         special = {u: self._special(site, bound[self.rows]) for u, bound in enumerate(self._bound[1:]) if bound}
         memory = self._memory[site.index]
         keys = [k[self.rows].to(query.dtype) for k, _ in memory]

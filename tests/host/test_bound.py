@@ -169,3 +169,32 @@ def test_learning_in_comfyui(studio, bound):
     assert bank["spot"].info.method == "bound" and bank.names[:-1] == bound.names
     model, clip, positive = studio.aggregate("a <spot> and <rex>", bank)
     assert torch.isfinite(studio.ksampler(model, positive, studio.encode(clip, ""))).all()
+
+
+def test_another_nodes_attention_stays_on_top(studio, bound):
+    """As an image prompt adapter does it: plain attention and something more."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def replaced(size):
+        other = studio.model.clone()
+        for kind, number, index in find_addresses(studio):
+            other.set_model_attn2_replace(
+                lambda q, k, v, options: optimized_attention(q, k, v, options["n_heads"]) + size * torch.ones_like(q), kind, number, index)
+        return other
+
+    def run(model, regions=()):
+        if regions:
+            return studio.regional("a photo of <mimi>", regions, bound, model=model)
+        ours, clip, positive = studio.aggregate("a <rex>", bound, model=model)
+        return studio.ksampler(ours, positive, studio.encode(clip, ""))
+
+    for regions in ([], [studio.region("a <rex>", right=0.5, top=0.3)]):
+        plain = run(studio.model, regions)
+        assert distance(run(replaced(0.0), regions), plain) < 1e-4 < distance(run(replaced(0.2), regions), plain)
+
+
+def find_addresses(studio):
+    from continual_concepts.core.hosts.comfy.sites import find_sites
+    from continual_concepts.core.hosts.comfy.text import text_widths
+
+    return list(find_sites(studio.model, text_widths(studio.clip)).addresses)

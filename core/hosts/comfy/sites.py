@@ -191,6 +191,7 @@ class _Once:
 
     def __init__(self, first: Callable, others: Callable) -> None:
         self.first, self.others, self.used = first, others, False
+        self.plain = others
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         attend, self.used = (self.others if self.used else self.first), True
