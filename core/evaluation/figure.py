@@ -20,7 +20,7 @@ def _bars(axis, rows: list[tuple[str, float, float]], title: str, default: str, 
         axis.axvline(mark, color=QUIET, lw=1, ls="--")
     axis.set_yticks(range(len(rows)), names, fontsize=8, color=INK)
     axis.invert_yaxis()
-    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    axis.set_title(title, fontsize=9, color=INK, loc="left")
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
@@ -36,12 +36,17 @@ def _rows(summary: Mapping, figure: str, more: bool = True) -> list[tuple[str, f
 
 def _curves(axis, cells: Sequence[Mapping], default: str) -> None:
     """Per method: IA at the end by position in the sequence, mean over cells. The left end is what was learned first."""
+    ends = []
     for name in sorted({cell["method"] for cell in cells if not cell["alone"]}):
         mine = [cell["image_alignment"] for cell in cells if cell["method"] == name and not cell["alone"]]
         means = [sum(values) / len(values) for values in zip(*mine, strict=True)]
         axis.plot(range(1, len(means) + 1), means, color=OWN if name == default else OTHER, lw=2.2 if name == default else 1)
-        axis.annotate(name, (len(means), means[-1]), xytext=(4, 0), textcoords="offset points", fontsize=6, color=QUIET, va="center")
-    axis.set_title("Alignment after the last task, by position in the sequence", fontsize=10, color=INK, loc="left")
+        ends.append((means[-1], len(means), name))
+    free = float("-inf")
+    for value, length, name in sorted(ends):      # names side by side would lie on each other: each at least a line above the last
+        free = max(value, free + 0.035)
+        axis.annotate(name, (length, free), xytext=(4, 0), textcoords="offset points", fontsize=6, color=QUIET, va="center")
+    axis.set_title("Alignment at the end, by position", fontsize=9, color=INK, loc="left")
     axis.set_xlabel("learned as number", fontsize=8, color=QUIET)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
@@ -57,11 +62,12 @@ def draw(path: Path, cells: Sequence[Mapping], summary: Mapping) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3).flatten()
     level = upper["image_alignment"]["mean"] if upper else None
-    _bars(axes[0], _rows(summary, "image_alignment"), "Image alignment after all tasks (dashed: one model each)", default, level)
-    _bars(axes[1], _rows(summary, "multi_alignment"), "Image alignment, two and three in one prompt", default, None)
-    _bars(axes[2], _rows(summary, "confusion", more=False), "Same class together: share mistaken (lower is better)", default, None)
+    title = "Image alignment after all tasks" + (" (dashed: one model each)" if level is not None else "")
+    _bars(axes[0], _rows(summary, "image_alignment"), title, default, level)
+    _bars(axes[1], _rows(summary, "multi_alignment"), "Two and three in one prompt: alignment", default, None)
+    _bars(axes[2], _rows(summary, "confusion", more=False), "Two of one class: share mistaken", default, None)
     _bars(axes[3], _rows(summary, "worst_retention"), "Worst concept's share kept", default, 1.0)
-    _bars(axes[4], _rows(summary, "base_drift", more=False), "Drift of pictures without concepts (lower is better)", default, None)
+    _bars(axes[4], _rows(summary, "base_drift", more=False), "Drift of pictures without concepts", default, None)
     _curves(axes[5], cells, default)
     count = f"{summary['tasks']} tasks, seeds {summary['seeds']}, orders {summary['orders']}, {summary['steps']} steps per task"
     figure.suptitle(count, fontsize=9, color=QUIET, x=0.01, ha="left")
