@@ -16,53 +16,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from ..bound import BoundProgram
 from ..hosts.backbone import SiteProgram
 from ..tokens import TokenGroup
-from .base import LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
+from .base import Outcome, register
+from .low_rank import LowRankConfig, LowRankMethod
 
 
 @dataclass(frozen=True)
-class BoundConfig:
-    """rank: of all four deltas; apart: encode the words apart from the rest of the prompt; lr, token_lr: of deltas and words; layerwise:
-    one vector per word and layer copy, else one per word; first_std: spread of the first word's start, 0 = that of the vocabulary;
-    stored: type of the bank's tensors."""
+class BoundConfig(LowRankConfig):
+    """apart: encode the words apart from the rest of the prompt; the others as in LowRankConfig."""
 
-    rank: int = 4
-    scale: float = 1.0
-    lr: float = 1e-4
-    token_lr: float = 1e-3
-    layerwise: bool = True
     apart: bool = True
-    first_std: float = 0.0
-    stored: str = "float16"
-
-    def __post_init__(self) -> None:
-        require(1 <= self.rank <= 128, "rank", self.rank, "1 to 128")
-        for name in ("lr", "token_lr", "first_std"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        stored_dtype(self.stored)
 
 
-class Bound(Method):
+class Bound(LowRankMethod):
     composition = "bound"
 
-    def __init__(self, config: BoundConfig) -> None:
-        self.config = config
-
-    def begin(self, task: Task) -> None:
-        c, self.task = self.config, task
-        self.words = LearnedWords(task, c.layerwise, c.first_std)
-        self.adapters = LowRankAdapters(task.backbone.layout, c.rank, c.scale, task.generator, task.backbone.device)
-
-    def parameter_groups(self) -> list[dict]:
-        return [{"params": list(self.words.parameters()), "lr": self.config.token_lr},
-                {"params": list(self.adapters.parameters()), "lr": self.config.lr}]
-
     def token_group(self) -> TokenGroup:
-        return replace(self.words.group(), stand_in=self._stand_in())
+        return replace(super().token_group(), stand_in=self._stand_in())
 
     def _stand_in(self) -> str:
         return self.task.class_noun if self.config.apart else ""
@@ -71,12 +43,8 @@ class Bound(Method):
         return BoundProgram({self.task.name: {key: self.adapters.delta(*key) for key in self.adapters.keys}})
 
     def finish(self) -> Outcome:
-        dtype = stored_dtype(self.config.stored)
-        words = replace(self.words.stored(dtype), stand_in=self._stand_in())
-        return Outcome(words, self.adapters.stored(dtype))
-
-    def modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"words": self.words, "adapters": self.adapters})
+        outcome = super().finish()
+        return replace(outcome, tokens=replace(outcome.tokens, stand_in=self._stand_in()))
 
 
 register("bound", BoundConfig, Bound,

@@ -15,26 +15,13 @@ from torch import nn
 from ..deltas import DeltaKey, LowRankDelta
 from ..hosts.backbone import SiteProgram
 from ..tokens import TokenGroup
-from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, register, require, stored_dtype
+from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, register, stored_dtype
+from .low_rank import LowRankConfig
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(LowRankConfig):
     """Settings as CIDM's, so that a comparison differs in the method alone."""
-
-    rank: int = 4
-    scale: float = 1.0
-    lr: float = 1e-4
-    token_lr: float = 1e-3
-    layerwise: bool = True
-    first_std: float = 0.0
-    stored: str = "float16"
-
-    def __post_init__(self) -> None:
-        require(1 <= self.rank <= 128, "rank", self.rank, "1 to 128")
-        for name in ("lr", "token_lr", "first_std"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        stored_dtype(self.stored)
 
 
 class _Continued(AdapterProgram):
