@@ -104,6 +104,10 @@ class ConceptBank:
         gone = self._entry(name)
         return replace(self, entries=tuple(entry for entry in self.entries if entry is not gone))
 
+    def first(self, count: int) -> ConceptBank:
+        """This bank with its first `count` concepts alone: what later tasks added is gone with their records. Shared state stays."""
+        return replace(self, entries=self.entries[:count])
+
     def rename(self, old: str, new: str) -> ConceptBank:
         """This bank with one concept under another name, in its old place."""
         check_name(new)

@@ -54,7 +54,7 @@ def _finished(path: Path) -> dict:
 
 def _cells(options: Namespace) -> list:
     """Every method with every seed, seed s in order s modulo `orders`; the default's upper bound last."""
-    from .evaluation.continual import Cell
+    from .evaluation.cells import Cell
     from .methods import DEFAULT, METHODS
 
     rows = [tuple(name.strip().partition("+")[::2]) for name in options.methods.split(",") if name.strip()]
@@ -65,20 +65,6 @@ def _cells(options: Namespace) -> list:
     cells = [Cell(name, options.tasks, seed % options.orders, seed, variant=variant) for seed in range(options.seeds)
              for name, variant in rows]
     return cells + ([Cell(DEFAULT, options.tasks, 0, 0, alone=True)] if options.upper else [])
-
-
-def _variant(text: str) -> dict:
-    """`rank=8+apart=false` as settings."""
-    found = {}
-    for part in text.split("+") if text else []:
-        key, separator, value = part.partition("=")
-        if not separator:
-            raise ConceptError(f"variant {part!r} is not of the form key=value")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return found
 
 
 def _telling(cell) -> Callable[[str], Callable]:
@@ -122,7 +108,7 @@ def continual(options: Namespace) -> Result:
     bench = _world_bench(options) if options.data is None else photo_bench(options, folder)
     for cell in cells:
         places = ordered(options.tasks, cell.order)
-        settings = bench.settings_of(cell.method) | _variant(cell.variant)
+        settings = bench.settings_of(cell.method) | cell.settings()
         training = bench.training(cell.seed)
         run_cell(bench.backbone, bench.suite, cell, places, settings, training, folder, _telling(cell))
     found = [_finished(path) for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from ..bank import ConceptBank
 from ..bankfile import open_bank, save_bank
 from ..deltas import Delta, SparseDelta
-from ..errors import ConceptError
 from ..files import write_atomically
 from ..hosts.backbone import Backbone
 from ..methods.base import METHODS, Task, make
@@ -27,6 +26,7 @@ from ..training.config import TrainingConfig
 from ..training.data import Framing, Picture, prepare
 from ..training.loop import learn
 from . import metrics, multi
+from .cells import Cell, Progress, check_same
 from .protocol import Assignment, Encoder, measure, words_for
 
 
@@ -57,59 +57,9 @@ class Suite:
         return next(task for task in self.tasks if task.name == name)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """alone: every concept on an empty bank of its own, the upper bound that no continual method is expected to beat; variant: settings
-    beside the method's usual ones, as `key=value` with `+` between them: a row of its own, for ablations."""
-
-    method: str
-    tasks: int
-    order: int
-    seed: int
-    alone: bool = False
-    variant: str = ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.method}+{self.variant}" if self.variant else self.method
-
-    @property
-    def name(self) -> str:
-        return f"{self.label}{'-alone' if self.alone else ''}-n{self.tasks}-o{self.order}-s{self.seed}"
-
-
-@dataclass
-class Progress:
-    """What is known so far, as JSON: per concept in learning order its IA and TA just after learning, and its pictures' features;
-    made_with: steps and settings, None in files of before they were kept."""
-
-    names: list[str]
-    just: list[tuple[float, float]]
-    features: list[list[list[float]]]
-    seconds: list[float]
-    bytes: list[int]
-    made_with: dict | None = None
-
-    @staticmethod
-    def load(path: Path, made_with: dict) -> Progress:
-        """Raises ConceptError for the progress of a run with other steps or settings."""
-        found = Progress(**json.loads(path.read_text())) if path.exists() else Progress([], [], [], [], [])
-        _check_same(path, found.made_with or made_with, made_with)
-        found.made_with = made_with
-        return found
-
-    def save(self, path: Path) -> None:
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(asdict(self))))
-
-
-def _made_with(suite: Suite, settings: Mapping, training: TrainingConfig) -> dict:
-    return {"steps": training.steps, "settings": dict(settings), **suite.origin}
-
-
-def _check_same(path: Path, found: dict, wanted: dict) -> None:
-    for key, value in wanted.items():
-        if found.get(key, value) != value:
-            raise ConceptError(f"'{path}' was made with {key} {found[key]}, asked for are {value}; delete it or choose another folder")
+def _made_with(suite: Suite, cell: Cell, settings: Mapping, training: TrainingConfig) -> dict:
+    sampling = {"sampling": cell.sampling()} if cell.sampling() else {}
+    return {"steps": training.steps, "settings": dict(settings), **sampling, **suite.origin}
 
 
 def _features(suite: Suite, task: Assignment, pictures: Tensor) -> Tensor:
@@ -143,20 +93,47 @@ def _learn(backbone: Backbone, suite: Suite, cell: Cell, task: Assignment, bank:
     return learned.bank, time.perf_counter() - began
 
 
+@dataclass(frozen=True)
+class _Learned:
+    """A bank that another look at the same learning has left, and its seconds per concept."""
+
+    bank: ConceptBank
+    seconds: float
+
+
+def _learned_elsewhere(folder: Path, cell: Cell, names: list[str], made_with: Mapping) -> _Learned | None:
+    """None where nobody has learned that sequence yet, or this cell is the one to learn it."""
+    other = cell.learned_as()
+    figures, bank = folder / f"{other.name}.json", folder / f"{other.name}.{len(names)}.safetensors"
+    if other == cell or cell.alone or not (figures.exists() and bank.exists()):
+        return None
+    found, opened = json.loads(figures.read_text()), open_bank(bank)
+    check_same(figures, found, {key: value for key, value in made_with.items() if key != "sampling"})
+    check_same(bank, {"concepts": opened.names}, {"concepts": names})
+    return _Learned(opened, found["seconds_per_concept"])
+
+
 def learn_sequence(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], settings: Mapping, training: TrainingConfig,
                    folder: Path, progress: Callable[[str], object] = lambda _: None) -> tuple[Progress, ConceptBank]:
     """Learns what is still to learn. The bank file's name says how many concepts it holds, so progress and bank never disagree."""
-    path = folder / f"{cell.name}.progress.json"
-    known = Progress.load(path, _made_with(suite, settings, training))
+    path, made_with = folder / f"{cell.name}.progress.json", _made_with(suite, cell, settings, training)
+    known = Progress.load(path, made_with)
+    ready = _learned_elsewhere(folder, cell, [suite.tasks[place].name for place in places], made_with)
 
     def file(count: int) -> Path:
         return folder / f"{cell.name}.{count}.safetensors"
 
-    bank = open_bank(file(len(known.names))) if known.names else ConceptBank(backbone.layout)
+    if ready is not None:
+        bank = ready.bank.first(len(known.names))
+    else:
+        bank = open_bank(file(len(known.names))) if known.names else ConceptBank(backbone.layout)
     for place in places[len(known.names):]:
         task = suite.tasks[place]
         start = ConceptBank(backbone.layout) if cell.alone else bank
-        grown, seconds = _learn(backbone, suite, cell, task, start, settings, training, progress(task.name))
+        if ready is not None:
+            grown, seconds = ready.bank.first(len(known.names) + 1), ready.seconds
+        else:
+            grown, seconds = _learn(backbone, suite, cell, task, start, settings, training, progress(task.name))
         features, ia, ta = _look(backbone, grown, suite, task)
         bank = bank.add(grown[task.name]) if cell.alone else grown
         known.names.append(task.name)
@@ -164,7 +141,8 @@ def learn_sequence(backbone: Backbone, suite: Suite, cell: Cell, places: list[in
         known.features.append([[round(x, 5) for x in row] for row in features.tolist()])
         known.seconds.append(seconds)
         known.bytes.append(grown[task.name].nbytes())
-        save_bank(bank, file(len(known.names)))
+        if ready is None:
+            save_bank(bank, file(len(known.names)))
         known.save(path)
         file(len(known.names) - 1).unlink(missing_ok=True)
     return known, bank
@@ -205,10 +183,11 @@ def _drift(backbone: Backbone, bank: ConceptBank, suite: Suite) -> float:
 def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], settings: Mapping, training: TrainingConfig, folder: Path,
              progress: Callable[[str], object] = lambda _: None) -> dict:
     """All figures of one cell; from its file when it has been run before. Raises ConceptError for a file of other steps or settings."""
-    path, made_with = folder / f"{cell.name}.json", _made_with(suite, settings, training)
+    path, made_with = folder / f"{cell.name}.json", _made_with(suite, cell, settings, training)
+    suite = replace(suite, settings=replace(suite.settings, **cell.sampling()))
     if path.exists():
         found = json.loads(path.read_text())
-        _check_same(path, found, made_with)
+        check_same(path, found, made_with)
         return found
     folder.mkdir(parents=True, exist_ok=True)
     known, bank = learn_sequence(backbone, suite, cell, places, settings, training, folder, progress)

@@ -13,7 +13,8 @@ from continual_concepts.core.bank import ConceptBank
 from continual_concepts.core.bankfile import open_bank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.evaluation import continual, metrics
-from continual_concepts.core.evaluation.continual import Cell, Suite, learn_sequence, prior_pictures, run_cell
+from continual_concepts.core.evaluation.cells import Cell
+from continual_concepts.core.evaluation.continual import Suite, learn_sequence, prior_pictures, run_cell
 from continual_concepts.core.evaluation.protocol import Assignment
 from continual_concepts.core.sampling import SampleSettings, sample
 from continual_concepts.core.training.config import TrainingConfig
@@ -200,3 +201,28 @@ def test_prior_pictures_are_the_untouched_bases(tiny_backbone, suite):
 
 def test_routed_and_bound_concepts_leave_the_base_where_it_was(run):
     assert run(Cell("bound", 1, 0, 0), places=[0])["base_drift"] == 0
+
+
+def test_another_reading_looks_at_the_same_learning_without_learning_again(run, monkeypatch, tmp_path):
+    """Every mode's figures from the bank of the usual cell equal those of a run that learned for itself."""
+    whole = run(Cell("cidm", 3, 0, 0), tmp_path / "shared")
+    reading = Cell("cidm", 3, 0, 0, variant="mode=equal")
+    assert reading.learned_as() == Cell("cidm", 3, 0, 0) and reading.settings() == {} and reading.sampling() == {"mode": "equal"}
+    own = run(reading, tmp_path / "own")
+    monkeypatch.setattr(continual, "learn", None)
+    shared = run(reading, tmp_path / "shared")
+    assert without_times(shared) == without_times(own) and shared["image_alignment"] != whole["image_alignment"]
+    assert shared["seconds_per_concept"] == whole["seconds_per_concept"] and shared["base_drift"] > 0
+    assert not list((tmp_path / "shared").glob("cidm+*.safetensors")) and shared["method"] == "cidm+mode=equal"
+
+
+def test_another_reading_of_another_order_is_refused(run, tmp_path):
+    run(Cell("cidm", 2, 0, 0), tmp_path, places=[0, 1])
+    with pytest.raises(ConceptError, match="was made with concepts"):
+        run(Cell("cidm", 2, 0, 0, variant="mode=equal"), tmp_path, places=[1, 0])
+
+
+def test_a_variant_divides_into_learning_and_looking():
+    cell = Cell("bound", 3, 0, 0, variant="rank=2+mode=paper+apart=false")
+    assert cell.settings() == {"rank": 2, "apart": False} and cell.sampling() == {"mode": "paper"}
+    assert cell.learned_as().variant == "rank=2+apart=false"

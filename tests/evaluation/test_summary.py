@@ -119,3 +119,8 @@ def test_the_table_is_best_first_with_spreads_where_there_are_some():
     values = {line.split("|")[1].strip(): dict(zip(head, map(str.strip, line.split("|")), strict=True)) for line in lines[2:]}
     assert values["**cidm**"]["IA"] == "80.0 ± 7.1" and values["ewc"]["IA"] == "45.0" and values["ewc"]["kB"] == "2"
     assert values["*one model per concept*"]["mistaken"] == "" and values["ewc"]["mistaken"] == "25"
+
+
+def test_of_the_seconds_the_least_disturbed_count():
+    found = summarise([cell(seconds_per_concept=9.0), cell(seed=1, seconds_per_concept=3.5)], "cidm", {})
+    assert found["methods"]["cidm"]["seconds_per_concept"] == 3.5
