@@ -41,31 +41,62 @@ class Binding:
     query: LowRankDelta | None
     out: LowRankDelta | None
 
-def bound_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                    bindings: Sequence[Binding]) -> tuple[Tensor, Tensor]:
-    """Attention with bound concepts.
 
-    asked `[B, S, b]`: what to_q read; query `[B, S, a]`; key, value `[B, N, a]`, the bound concepts' dK and dV in them already. Returns the
-    attended values `[B, S, a]`, which go through the frozen to_out, and what is to be added behind it `[B, S, a]`.
+@dataclass(frozen=True)
+class Columns:
+    """What bound concepts add to attention at a site, ranks side by side; each pair is None where no concept has such a delta.
+
+    asks `[x, b]`: makes the query of an input `[..., b]` longer, the same for every head; key `[B, N, H, x]`: so much longer are the keys;
+    value `[B, N, H, p]`: the values; behind `[a, p]`: from these columns, summed over heads, to what is added after to_out.
     """
-    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))      # [B, S or N, H, d]
-    width = q.shape[-1]
-    queries, keys, values = [q], [k], [v]
+
+    asks: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    behind: Tensor | None = None
+
+
+def columns_of(heads: int, key: Tensor, value: Tensor, bindings: Sequence[Binding]) -> Columns:
+    """key, value `[B, N, a]`, the concepts' dK and dV in them already."""
+    k, v = (x.unflatten(-1, (heads, -1)) for x in (key, value))
+    asks, keys, values, behind = [], [], [], []
     for one in bindings:
         own = one.own.to(k)[:, :, None, None]
         if one.query is not None:
-            low = one.query.scale * F.linear(asked, one.query.down.to(asked))
-            queries.append(low.unsqueeze(2).expand(-1, -1, heads, -1).to(q))
+            asks.append(one.query.scale * one.query.down)
             keys.append(torch.einsum("bnhd,hdr->bnhr", k, one.query.up.to(k).unflatten(0, (heads, -1))) * own)
         if one.out is not None:
             values.append(torch.einsum("bnhd,rhd->bnhr", v, one.out.down.to(v).unflatten(1, (heads, -1))) * own)
-    q, k, v = (torch.cat(parts, dim=-1).transpose(1, 2) for parts in (queries, keys, values))
-    attended = F.scaled_dot_product_attention(q, k, v, scale=width**-0.5).transpose(1, 2)      # [B, S, H, d + ranks]
-    more, start = torch.zeros_like(query), width
-    for delta in (one.out for one in bindings if one.out is not None):
-        low, start = attended[..., start:start + len(delta.down)].sum(2), start + len(delta.down)
-        more = more + delta.scale * F.linear(low, delta.up.to(low))
-    return attended[..., :width].flatten(2), more
+            behind.append(one.out.scale * one.out.up)
+    return Columns(*(torch.cat(parts, dim) if parts else None for parts, dim in ((asks, 0), (keys, -1), (values, -1), (behind, 1))))
+
+
+def longer_attention(heads: int, query: Tensor, key: Tensor, value: Tensor, longer: Tensor | None, key_more: Tensor | None,
+                     value_more: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Attention of wider heads: query `[B, S, a]` and longer `[B, S, x]`, the same for every head; key, value `[B, N, a]`, key_more
+    `[B, N, H, x]`, value_more `[B, N, H, p]`. Returns `[B, S, a]`, and what came through the further values, over all heads `[B, S, p]`."""
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))      # [B, S or N, H, d]
+    width = q.shape[-1]
+    if longer is not None:
+        q = torch.cat([q, longer.to(q).unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
+        k = torch.cat([k, key_more.to(k)], dim=-1)
+    if value_more is not None:
+        v = torch.cat([v, value_more.to(v)], dim=-1)
+    attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=width**-0.5).transpose(1, 2)
+    return attended[..., :width].flatten(2), None if value_more is None else attended[..., width:].sum(2)
+
+
+def bound_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, value: Tensor,
+                    bindings: Sequence[Binding]) -> tuple[Tensor, Tensor | None]:
+    """Attention with bound concepts.
+
+    asked `[B, S, b]`: what to_q read; query `[B, S, a]`; key, value `[B, N, a]`, the bound concepts' dK and dV in them already. Returns the
+    attended values `[B, S, a]`, which go through the frozen to_out, and what is to be added behind it `[B, S, a]` (None: nothing).
+    """
+    columns = columns_of(heads, key, value, bindings)
+    longer = None if columns.asks is None else F.linear(asked, columns.asks.to(asked))
+    attended, low = longer_attention(heads, query, key, value, longer, columns.key, columns.value)
+    return attended, None if low is None else F.linear(low, columns.behind.to(low))
 
 
 def added_by_others(default, query: Tensor, key: Tensor, value: Tensor) -> Tensor | float:

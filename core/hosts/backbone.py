@@ -38,15 +38,19 @@ class Context:
     def __getitem__(self, rows: slice) -> Context:
         return Context(self.hidden[rows], None if self.pooled is None else self.pooled[rows], self.words[rows])
 
+    def repeated(self, length: int) -> Context:
+        """The same prompts over a multiple of their length (softmax does not see repetition)."""
+        n = self.hidden.shape[2]
+        return Context(self.hidden.repeat(1, 1, length // n, 1), self.pooled, tuple(_repeated(row, n, length) for row in self.words))
+
     @staticmethod
     def cat(parts: list[Context]) -> Context:
-        """One batch out of several; contexts without layers are repeated, shorter ones too (softmax does not see repetition)."""
+        """One batch out of several; contexts without layers are repeated, shorter ones too."""
         copies = max(part.hidden.shape[1] for part in parts)
-        length = math.lcm(*(part.hidden.shape[2] for part in parts))
-        hidden = [p.hidden.expand(-1, copies, -1, -1).repeat(1, 1, length // p.hidden.shape[2], 1) for p in parts]
+        parts = [part.repeated(math.lcm(*(p.hidden.shape[2] for p in parts))) for part in parts]
         pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts])
-        words = [_repeated(row, part.hidden.shape[2], length) for part in parts for row in part.words]
-        return Context(torch.cat(hidden), pooled, tuple(words))
+        words = tuple(row for part in parts for row in part.words)
+        return Context(torch.cat([p.hidden.expand(-1, copies, -1, -1) for p in parts]), pooled, words)
 
 
 def _repeated(words: dict[str, tuple[int, ...]], n: int, length: int) -> dict[str, tuple[int, ...]]:

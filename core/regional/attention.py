@@ -1,33 +1,155 @@
-"""Region cross-attention: RCA of CIDM (Sec. 3.4), on Mix-of-Show's rules (methods without regions are its special case)."""
+"""Region cross-attention: RCA of CIDM (Sec. 3.4), on Mix-of-Show's rules, with weights of its own for every region.
+
+Every region is attended by a model of its own, the scene's cells by the scene's; only what comes out is mixed, by `Cover`'s weights. A
+region's model differs by low-rank deltas, so nothing is computed twice: its keys and values depend on text alone and are made once per
+sampling, its query is the frozen one and a low-rank addition, and what its to_out would add is carried along as a few columns. Regions of
+like size go through one attention call; the number of operations does not depend on the number of regions.
+
+The paper writes sigma and calls it a sigmoid; it is the softmax of Mix-of-Show. There, too, deltas are those of the whole picture.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .regions import shares
+from ..bound import Columns, longer_attention
+from ..deltas import Delta, LowRankDelta
+from .cover import Cover
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def region_attention(query: Tensor, base: Tensor, keys: list[Tensor], values: list[Tensor], masks: Tensor, attend,
-                     special: Mapping[int, Callable] | None = None) -> Tensor:
-    """Cross-attention in which every region reads its own prompt.
+@dataclass(frozen=True)
+class Reading:
+    """What a region reads at a site, R rows of it (the negative and the positive half of guidance).
 
-    query `[B, S, a]` over a grid flattened row by row; base `[B, S, a]`: the scene prompt's output; keys and values: per region
-    `[B, N_u, a]`; masks `[U, S]` in 0..1; attend(query, key, value) -> `[B, S', a]`, plain attention; special: for regions that need
-    another, by number, `(query, key, value, cells, share)`: it is told the cells and the region's share of them.
-
-    Where no region is, the scene's output stands; where regions are, their outputs are averaged by count. A region's queries are cut to
-    its support, so its cost goes with its area. The paper writes sigma and calls it a sigmoid; it is the softmax of Mix-of-Show.
+    key, value `[R, N, a]`; columns: of its bound concepts; query, out: the region's own deltas of to_q and to_out.
     """
-    region_share, scene_share = shares(masks.to(query.device, torch.float32))
-    out = base * scene_share.to(base.dtype).view(1, -1, 1)
-    for u, (share, key, value) in enumerate(zip(region_share, keys, values, strict=True)):
-        cells = share.nonzero().squeeze(1)
-        if cells.numel() == 0:
+
+    key: Tensor
+    value: Tensor
+    columns: Columns = field(default_factory=Columns)
+    query: Delta | None = None
+    out: Delta | None = None
+
+
+def _factors(delta: Delta | None) -> tuple[Tensor, Tensor] | None:
+    """up `[a, r]` and down `[r, b]`; a sparse delta is its matrix and the identity."""
+    if delta is None:
+        return None
+    if isinstance(delta, LowRankDelta):
+        return delta.scale * delta.up, delta.down
+    dense = delta.dense()
+    return dense, torch.eye(dense.shape[1], device=dense.device)
+
+
+def _padded(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    """Tensors that differ in one dimension, filled up with zeros and stacked; None where all are."""
+    known = next((part for part in parts if part is not None), None)
+    if known is None:
+        return None
+    most = max(part.shape[dim] for part in parts if part is not None)
+    result = known.new_zeros(len(parts), *(most if d == dim % known.ndim else size for d, size in enumerate(known.shape)))
+    for row, part in zip(result, parts, strict=True):
+        if part is not None:
+            row.narrow(dim, 0, part.shape[dim]).copy_(part)
+    return result
+
+
+class Stack:
+    """Readings of one group side by side, G of them; see Reading and Columns. behind `[G, a, p]`: of the columns that come with
+    what is attended."""
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        self.key, self.value = (torch.stack([getattr(one, name) for one in readings]) for name in ("key", "value"))
+        columns = [one.columns for one in readings]
+        self.asks = _padded([c.asks for c in columns], 0)
+        self.key_more, self.value_more = _padded([c.key for c in columns], -1), _padded([c.value for c in columns], -1)
+        queries, outs = [_factors(one.query) for one in readings], [_factors(one.out) for one in readings]
+        self.query_up, self.query_down = _padded([f and f[0] for f in queries], 1), _padded([f and f[1] for f in queries], 0)
+        self.out_down = _padded([f and f[1] for f in outs], 0)
+        behind = [_padded([c.behind for c in columns], 1), _padded([f and f[0] for f in outs], 1)]
+        self.behind = torch.cat([part for part in behind if part is not None], -1) if any(part is not None for part in behind) else None
+
+    def asking(self, query: Tensor, asked: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The regions' own queries `[B, G, S, a]`, and what makes them longer `[B, G, S, x]`."""
+        if self.query_down is not None:
+            low = torch.einsum("bgsc,grc->bgsr", asked, self.query_down.to(asked))
+            query = query + torch.einsum("bgsr,gar->bgsa", low, self.query_up.to(low))
+        return query, None if self.asks is None else torch.einsum("bgsc,grc->bgsr", asked, self.asks.to(asked))
+
+    def attended(self, query: Tensor, asked: Tensor, rows: Tensor, heads: int, attend: Attend) -> tuple[Tensor, Tensor | None]:
+        """query `[B, G, S, a]`: frozen, of the cells of every region; asked `[B, G, S, b]`: what to_q read there; rows `[B]`: the row of
+        the readings that each of the batch takes. Returns the attended values `[B, G, S, a]` and the columns `[B, G, S, p]`."""
+        shape = query.shape[:2]
+        query, longer = self.asking(query, asked)
+
+        def chosen(x: Tensor) -> Tensor:      # [G, R, ...] -> [B * G, ...]
+            return x[:, rows].transpose(0, 1).flatten(0, 1).to(query.dtype)
+
+        flat, key, value = query.flatten(0, 1), chosen(self.key), chosen(self.value)
+        through = []
+        if self.asks is None and self.value_more is None:
+            out = attend(flat, key, value)
+        else:
+            more = [None if x is None else chosen(x) for x in (self.key_more, self.value_more)]
+            out, low = longer_attention(heads, flat, key, value, None if longer is None else longer.flatten(0, 1), *more)
+            through += [] if low is None else [low.unflatten(0, shape)]
+        out = out.unflatten(0, shape)
+        if self.out_down is not None:
+            through.append(torch.einsum("bgsa,gra->bgsr", out, self.out_down.to(out)))
+        return out, torch.cat(through, -1) if through else None
+
+
+def _mixed(results: Sequence[Tensor], cover: Cover, dtype: torch.dtype) -> Tensor:
+    """`[B, S, c]` from what the groups gave, `[B, places, c]` each: every cell its own sources, weighted. No cell is written twice, so the
+    sum does not depend on an order that a device may choose."""
+    together = torch.cat(list(results), 1)
+    weights = cover.weights.to(dtype).unsqueeze(-1)
+    return sum(together[:, cover.sources[:, m]] * weights[:, :, m] for m in range(cover.sources.shape[1]))
+
+
+def _side_by_side(through: Sequence[tuple[Tensor | None, Tensor | None, int]]) -> tuple[list[Tensor], Tensor] | None:
+    """Of every group its columns `[B, G, S, p]` or None, the way behind them `[G, a, p]`, and how many places it has. Returns the columns
+    with every region in columns of its own, `[B, places, P]` per group, and one way behind them all `[a, P]`; None where there are none."""
+    known = [(low, behind) for low, behind, _ in through if low is not None]
+    if not known:
+        return None
+    total, start, wide = sum(behind.shape[0] * behind.shape[2] for _, behind in known), 0, []
+    for low, _, places in through:
+        if low is None:
+            wide.append(known[0][0].new_zeros(len(known[0][0]), places, total))
             continue
-        own = (special or {}).get(u)
-        inside = attend(query[:, cells], key, value) if own is None else own(query[:, cells], key, value, cells, share[cells])
-        out[:, cells] += inside * share[cells].to(base.dtype).view(1, -1, 1)
-    return out
+        count, width = low.shape[1], low.shape[-1]
+        own = low.unsqueeze(3) * torch.eye(count, device=low.device, dtype=low.dtype).view(count, 1, count, 1)
+        wide.append(F.pad(own.flatten(3).flatten(1, 2), (start, total - start - count * width)))
+        start += count * width
+    return wide, torch.cat([behind.transpose(0, 1).flatten(1) for _, behind in known], 1)
+
+
+def region_attention(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Stack], cover: Cover, rows: Tensor, heads: int,
+                     attend: Attend) -> tuple[Tensor, Tensor | None]:
+    """Cross-attention in which every region reads its own prompt with its own weights.
+
+    query `[B, S, a]`: frozen, over a grid flattened row by row; asked `[B, S, b]`: what to_q read; base `[B, S, a]`: the scene's output;
+    stacks: one per group of the cover; rows `[B]`, see Stack; attend(query, key, value) -> `[B, S', a]`: plain attention.
+    Returns the attended values `[B, S, a]`, and what the regions add behind to_out `[B, S, a]` (None: nothing).
+    """
+    results, through = [], []
+    for group, stack in zip(cover.groups, stacks, strict=True):
+        out, low = stack.attended(query[:, group.cells], asked[:, group.cells], rows, heads, attend)
+        results.append(out.flatten(1, 2))
+        through.append((low, stack.behind, group.cells.numel()))
+    if not results:
+        return base, None
+    mixed = base * cover.scene.to(base.dtype).unsqueeze(-1) + _mixed(results, cover, base.dtype)
+    wide = _side_by_side(through)
+    if wide is None:
+        return mixed, None
+    low = _mixed(wide[0], cover, base.dtype)
+    return mixed, F.linear(low, wide[1].to(low))

@@ -28,9 +28,13 @@ class ObservedRegions(RegionProgram):
 
     def _map(self, site: Site, query: Tensor, u: int) -> Tensor:
         positive = self.rows.bool()
-        keys = self._memory[site.index][u][0][self.rows].to(query.dtype)
-        q, k = (x[positive].unflatten(-1, (site.heads, -1)).transpose(1, 2).float() for x in (query, keys))
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        stack, asked = self._stack(site, (u,)), query if self._asked is None else self._asked
+        q, longer = (None if x is None else x[:, 0] for x in stack.asking(query[positive].unsqueeze(1), asked[positive].unsqueeze(1)))
+        q, k = (x.unflatten(-1, (site.heads, -1)) for x in (q, stack.key[0, 1:].to(q.dtype)))      # [B or 1, S or N, H, d]
+        logits = torch.einsum("bshd,xnhd->bhsn", q.float(), k.float())
+        if longer is not None:
+            logits = logits + torch.einsum("bsr,xnhr->bhsn", longer.float(), stack.key_more[0, 1:].float())
+        weights = (logits * q.shape[-1] ** -0.5).softmax(-1)
         share = weights[..., list(self.tokens[u])].sum(-1).mean((0, 1))
         return share.view(grid_of(len(share), *self.latent)).cpu()
 

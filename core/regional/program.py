@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..bound import BoundConcepts, BoundProgram, added_by_others, bound_attention
-from ..deltas import Deltas
+from ..bound import BoundConcepts, BoundProgram, added_by_others, bound_attention, columns_of
+from ..deltas import Delta, Deltas
 from ..hosts.backbone import Backbone, Context, SiteProgram
 from ..sites import Site, grid_of
-from .attention import region_attention
+from .attention import Reading, Stack, region_attention
+from .cover import Cover, cover_of
 from .regions import Region, region_mask, shares
 
 
@@ -47,91 +49,99 @@ class BothProgram(BoundProgram):
         return super().project(site, projection, x, self.plain.project(site, projection, x, y))
 
 
-class RegionProgram(SiteProgram):
-    """Region attention with per-region deltas.
+def reading_of(backbone: Backbone, site: Site, part: Part, length: int) -> Reading:
+    """What a part reads at a site; its context is repeated up to `length` tokens (softmax does not see repetition)."""
+    context = part.context if part.context.hidden.shape[2] == length else part.context.repeated(length)
+    bound, plain = BoundConcepts(part.bound, context), DeltaProgram(part.deltas)
+    hidden = context.at(site)
+    key, value = (bound.project(site, name, hidden, plain.project(site, name, hidden, backbone.project(site, name, hidden)))
+                  for name in ("to_k", "to_v"))
+    own = (part.deltas.get((site.index, name)) for name in ("to_q", "to_out"))
+    return Reading(key, value, columns_of(site.heads, key, value, bound.bindings(site)), *own)
 
-    Keys and values of every region depend on text only: they are computed here, once per sampling, each with its region's deltas. Region
-    deltas on to_q and to_out are masked low-rank additions. `rows` says for each row of the UNet's batch whether it is the negative
-    (0) or the positive (1) half of guidance; `latent` is the latent's height and width.
+
+class RegionProgram(SiteProgram):
+    """Region attention with per-region deltas, see attention.py.
+
+    What regions read depends on text only: it is computed here, once per sampling. `rows` says for each row of the UNet's batch whether it
+    is the negative (0) or the positive (1) half of guidance; `latent` is the latent's height and width; `overlap` as in regions.shares.
+    What other people's attention adds to the scene's is added everywhere.
     """
 
     def __init__(self, backbone: Backbone, scene: Part, regions: Sequence[Region], parts: Sequence[Part], rows: Tensor,
-                 latent: tuple[int, int]) -> None:
+                 latent: tuple[int, int], overlap: str = "average") -> None:
         self.scene, self.regions, self.parts, self.rows, self.latent = scene, list(regions), list(parts), rows, latent
-        self.progress = 0.0
+        self.progress, self.overlap = 0.0, overlap
         self.scene_concepts: BoundConcepts | None = None      # where the host knows better than the scene's context which words a call has
-        self._bound = [BoundConcepts(part.bound, part.context) for part in (scene, *parts)]
-        own = list(zip(parts, self._bound[1:], strict=True))
-        self._memory = {site.index: [self._keys_values(backbone, site, *one) for one in own] for site in backbone.layout.sites}
+        self._scene_bound = BoundConcepts(scene.bound, scene.context)
+        length = math.lcm(*(part.context.hidden.shape[2] for part in parts))
+        self.readings = {site.index: [reading_of(backbone, site, part, length) for part in parts] for site in backbone.layout.sites}
+        self._stacks: dict[tuple, Stack] = {}
+        self._covers: dict[tuple, Cover] = {}
         self._asked: Tensor | None = None      # what to_q of the running site read
-        self._more: Tensor | None = None       # what bound concepts add behind its to_out
-        self._shares: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._more: Tensor | None = None       # what is to be added behind its to_out
 
-    @staticmethod
-    def _keys_values(backbone: Backbone, site: Site, part: Part, bound: BoundConcepts) -> tuple[Tensor, Tensor]:
-        context, program, found = part.context.at(site), DeltaProgram(part.deltas), []
-        for name in ("to_k", "to_v"):
-            plain = program.project(site, name, context, backbone.project(site, name, context))
-            found.append(bound.project(site, name, context, plain))
-        return found[0], found[1]
+    def masks(self, grid: tuple[int, int]) -> Tensor:
+        """`[U, h, w]` or `[U, b, h, w]` for the regions that are on now, each times its strength; zeros for the others."""
+        return torch.stack([region.strength * region.active(self.progress) * region_mask(region, *grid) for region in self.regions])
 
-    def _split(self, cells: int, device) -> tuple[Tensor, Tensor]:
-        """Shares of the regions `[U, S]` and of the scene `[S]` at a site's grid, for the regions that are on now."""
-        active = tuple(region.active(self.progress) for region in self.regions)
-        key = (cells, active)
-        if key not in self._shares:
-            grid = grid_of(cells, *self.latent)
-            masks = torch.stack([region.strength * on * region_mask(region, *grid)
-                                 for region, on in zip(self.regions, active, strict=True)])
-            region_share, scene_share = shares(masks.flatten(1).to(device))
-            self._shares[key] = region_share, scene_share
-        return self._shares[key]
+    def phase(self) -> tuple:
+        """What the masks depend on beside the grid: they are computed once for each."""
+        return tuple(region.active(self.progress) for region in self.regions)
+
+    def cover(self, cells: int, device) -> Cover:
+        """The cover of a site's grid for the regions that are on now."""
+        key = (cells, self.phase())
+        if key not in self._covers:
+            region_share, scene_share = shares(self.masks(grid_of(cells, *self.latent)), self.overlap)
+            self._covers[key] = cover_of(region_share.flatten(-2).to(device), scene_share.flatten(-2).to(device))
+        return self._covers[key]
+
+    def _stack(self, site: Site, members: tuple[int, ...]) -> Stack:
+        key = (site.index, members)
+        if key not in self._stacks:
+            self._stacks[key] = Stack([self.readings[site.index][u] for u in members])
+        return self._stacks[key]
+
+    def _scene_delta(self, site: Site, projection: str) -> Delta | None:
+        return self.scene.deltas.get((site.index, projection))
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        key = (site.index, projection)
-        scene = self.scene.deltas.get(key)
-        if projection in ("to_k", "to_v"):      # the scene's own; the regions' are in memory
-            y = y if scene is None else y + scene.apply(x).to(y.dtype)
-            return self._scene_bound().project(site, projection, x, y)
-        if projection == "to_q":
+        if projection == "to_q":      # every region starts from the frozen query
             self._asked = x
-        elif self._more is not None:
-            y, self._more = y + self._more.to(y.dtype), None
-        region_share, scene_share = self._split(x.shape[1], x.device)
-        if scene is not None:
-            y = y + scene.apply(x).to(y.dtype) * scene_share.to(y.dtype).view(1, -1, 1)
-        for share, part in zip(region_share, self.parts, strict=True):
-            delta = part.deltas.get(key)
-            cells = share.nonzero().squeeze(1)
-            if delta is not None and cells.numel():
-                y = y.index_add(1, cells, delta.apply(x[:, cells]).to(y.dtype) * share[cells].to(y.dtype).view(1, -1, 1))
-        return y
+            return y
+        if projection == "to_out":
+            more, self._more = self._more, None
+            return y if more is None else y + more.to(y.dtype)
+        delta = self._scene_delta(site, projection)      # keys and values: the scene's own; the regions' are known
+        y = y if delta is None else y + delta.apply(x).to(y.dtype)
+        return self._concepts().project(site, projection, x, y)
 
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        region_share, scene_share = self._split(query.shape[1], query.device)
-        scene, self._more = self._scene_bound(), None
-        everywhere = torch.arange(query.shape[1], device=query.device)
-        if scene:
-            base = self._special(site, scene)(query, key, value, everywhere, scene_share) + added_by_others(default, query, key, value)
+        plain, cover = getattr(default, "plain", default), self.cover(query.shape[1], query.device)
+        delta = self._scene_delta(site, "to_q")
+        asking = query if delta is None else query + delta.apply(self._asked).to(query.dtype)
+        base, more = self._scene(site, asking, key, value, plain, cover)
+        stacks = [self._stack(site, group.members) for group in cover.groups]
+        asked = query if self._asked is None else self._asked
+        mixed, added = region_attention(query, asked, base, stacks, cover, self.rows, site.heads, plain)
+        self._more = added if more is None else more if added is None else more + added
+        return mixed + added_by_others(default, asking, key, value)
+
+    def _scene(self, site: Site, query: Tensor, key: Tensor, value: Tensor, plain, cover: Cover) -> tuple[Tensor, Tensor | None]:
+        """The scene's attended values `[B, S, a]`, and its share of what is added behind to_out. Zeros where no cell is the scene's."""
+        if not cover.needs_scene:
+            return torch.zeros_like(query), None
+        concepts, more = self._concepts(), None
+        if concepts:
+            base, more = bound_attention(site.heads, self._asked, query, key, value, concepts.bindings(site))
         else:
-            base = default(query, key, value)
-        special = {u: self._special(site, bound[self.rows]) for u, bound in enumerate(self._bound[1:]) if bound}
-        memory = self._memory[site.index]
-        keys = [k[self.rows].to(query.dtype) for k, _ in memory]
-        values = [v[self.rows].to(query.dtype) for _, v in memory]
-        return region_attention(query, base, keys, values, region_share, default, special)
+            base = plain(query, key, value)
+        delta = self._scene_delta(site, "to_out")
+        if delta is not None:
+            own = delta.apply(base)
+            more = own if more is None else more + own
+        return base, None if more is None else more * cover.scene.to(more.dtype).unsqueeze(-1)
 
-    def _scene_bound(self) -> BoundConcepts:
-        return self._bound[0][self.rows] if self.scene_concepts is None else self.scene_concepts
-
-    def _special(self, site: Site, bound: BoundConcepts):
-        """Attention of a part with bound concepts; what they add behind to_out is kept by the way."""
-        def attend(query: Tensor, key: Tensor, value: Tensor, cells: Tensor, share: Tensor) -> Tensor:
-            found, more = bound_attention(site.heads, self._asked[:, cells], query, key, value, bound.bindings(site))
-            more = more * share.to(more.dtype).view(1, -1, 1)
-            if self._more is None:
-                self._more = torch.zeros_like(self._asked[..., :1]).expand(-1, -1, more.shape[-1]).clone()
-            self._more.index_add_(1, cells, more)
-            return found
-
-        return attend
+    def _concepts(self) -> BoundConcepts:
+        return self._scene_bound[self.rows] if self.scene_concepts is None else self.scene_concepts

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConceptError
 
+OVERLAPS = ("average", "priority", "nearest")
 FINE = 8      # soft edges are drawn this many times finer than the grid
 
 
@@ -97,10 +98,31 @@ def masks_of(regions: Sequence[Region], height: int, width: int) -> Tensor:
     return torch.stack([region.strength * region_mask(region, height, width) for region in regions])
 
 
-def shares(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """What each region and the scene contribute at every cell: regions `[U, ...]`, scene `[...]`; they sum to 1.
+def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
+    """What each region and the scene contribute at every cell: masks and regions `[U, ...]`, scene `[...]`; they sum to 1.
 
-    Overlaps are averaged by count (Mix-of-Show); where regions cover a cell only in part, the scene keeps the rest.
+    Where regions lie over each other: `average`: by count (Mix-of-Show); `priority`: the one that comes first in the list lies on top;
+    `nearest`: the one whose centre is nearest, of two as near the smaller one (for masks `[U, ..., h, w]`).
+    Where regions cover a cell only in part, the scene keeps the rest.
     """
+    if overlap not in OVERLAPS:
+        raise ConceptError(f"overlap is {overlap!r}; allowed: {', '.join(OVERLAPS)}")
+    if overlap == "priority":
+        free = (1 - masks).cumprod(0)
+        above = torch.cat([torch.ones_like(masks[:1]), free[:-1]])
+        return masks * above, free[-1] if len(masks) else torch.ones(masks.shape[1:])
     total = masks.sum(0)
+    if overlap == "nearest" and len(masks):
+        own = torch.zeros_like(masks).scatter_(0, _distances(masks).argmin(0, keepdim=True), total.clamp(max=1.0).unsqueeze(0))
+        return own, (1 - total).clamp(min=0.0)
     return masks / total.clamp(min=1.0), (1 - total).clamp(min=0.0)
+
+
+def _distances(masks: Tensor) -> Tensor:
+    """`[U, ..., h, w]`: squared, from every cell to the centre of every mask, a little more for large ones; infinite where no mask is."""
+    height, width = masks.shape[-2:]
+    rows, columns = torch.arange(height).to(masks).view(-1, 1), torch.arange(width).to(masks).view(1, -1)
+    area = masks.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    centre = [(masks * places).sum((-2, -1), keepdim=True) / area for places in (rows, columns)]
+    far = (rows - centre[0]).square() + (columns - centre[1]).square() + 1e-3 * area / (height * width)
+    return far.masked_fill(masks == 0, torch.inf)

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from continual_concepts.core.aggregation import released_weights
-from continual_concepts.core.regional.attention import region_attention
-from continual_concepts.core.regional.regions import box_mask
+from continual_concepts.core.regional.attention import Reading, Stack, region_attention
+from continual_concepts.core.regional.cover import cover_of
+from continual_concepts.core.regional.regions import box_mask, shares
 
 
 def test_released_weights(shared_dir):
@@ -39,5 +40,8 @@ def test_region_attention(golden):
 
     masks = torch.stack([box_mask(tuple(box), 16, 16).flatten() for box in golden["boxes"].tolist()])
     keys, values = ([golden[f"region{i}_{what}"] for i in range(2)] for what in ("key", "value"))
-    out = region_attention(golden["query"], golden["base_output"], keys, values, masks, attend)
+    query, cover = golden["query"], cover_of(*shares(masks))
+    stacks = [Stack([Reading(keys[u], values[u]) for u in group.members]) for group in cover.groups]
+    out, more = region_attention(query, query, golden["base_output"], stacks, cover, torch.arange(len(query)), 1, attend)
+    assert more is None
     assert torch.allclose(out, golden["output"], atol=1e-5)

@@ -103,8 +103,8 @@ def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch):
 
     def recording(self, site, query, key, value, default):
         out = attend(self, site, query, key, value, default)
-        share = self._split(query.shape[1], query.device)[0].sum(0)
-        seen.append(torch.equal(out[:, share == 0], default(query, key, value)[:, share == 0]))
+        outside = self.cover(query.shape[1], query.device).weights[0].sum(-1) == 0
+        seen.append(torch.equal(out[:, outside], default(query, key, value)[:, outside]))
         return out
 
     monkeypatch.setattr(program.RegionProgram, "attend", recording)

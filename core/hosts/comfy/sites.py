@@ -181,21 +181,19 @@ class Replace:
         n, context, value = options[_INPUTS]
         q = program.project(self.site, "to_q", n, q)
         k, v = program.project(self.site, "to_k", context, k), program.project(self.site, "to_v", value, v)
-        out = program.attend(self.site, q, k, v, attend if self.previous is None else _Once(host, attend))
+        out = program.attend(self.site, q, k, v, attend if self.previous is None else _Others(host, attend))
         options[_ATTENDED] = out
         return out
 
 
-class _Once:
-    """Another node's attention for the scene (asked for first), plain attention for the regions after it."""
+class _Others:
+    """Another node's attention; `plain` is attention without it."""
 
-    def __init__(self, first: Callable, others: Callable) -> None:
-        self.first, self.others, self.used = first, others, False
-        self.plain = others
+    def __init__(self, theirs: Callable, plain: Callable) -> None:
+        self.theirs, self.plain = theirs, plain
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attend, self.used = (self.others if self.used else self.first), True
-        return attend(query, key, value)
+        return self.theirs(query, key, value)
 
 
 class After:

@@ -1,0 +1,74 @@
+"""Which region reads which cells of a grid, laid out so that any number of regions costs the same few operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LIKE = 0.5      # regions share an operation when the smaller has at least this share of the larger one's cells
+
+
+@dataclass(frozen=True)
+class Group:
+    """Regions that are computed together: their numbers, and the cells of each `[G, S']`, short ones filled up with cell 0."""
+
+    members: tuple[int, ...]
+    cells: Tensor
+
+
+@dataclass(frozen=True)
+class Cover:
+    """groups: of the regions with cells at all. Their results lie one after another, member by member; cell s takes its own from the
+    places `sources[s]` `[S, M]` with the weights `[b, S, M]` (0 where it takes less than M), and `scene` `[b, S]` of the scene's.
+    b is 1, or the batch where every picture has masks of its own."""
+
+    groups: tuple[Group, ...]
+    sources: Tensor
+    weights: Tensor
+    scene: Tensor
+    needs_scene: bool
+
+
+def _grouped(counts: Sequence[int]) -> list[list[int]]:
+    """Numbers of the regions with cells, large ones first, in groups of about one size."""
+    groups: list[list[int]] = []
+    for u in sorted((u for u, count in enumerate(counts) if count), key=lambda u: -counts[u]):
+        if groups and counts[u] >= LIKE * counts[groups[-1][0]]:
+            groups[-1].append(u)
+        else:
+            groups.append([u])
+    return groups
+
+
+def cover_of(region_share: Tensor, scene_share: Tensor) -> Cover:
+    """From the shares of the regions `[U, S]` or `[U, b, S]` and of the scene `[S]` or `[b, S]`, see regions.shares."""
+    if region_share.ndim == 2:
+        region_share, scene_share = region_share.unsqueeze(1), scene_share.unsqueeze(0)
+    device, (batch, length) = region_share.device, scene_share.shape
+    held = [share.any(0).nonzero().squeeze(1) for share in region_share]
+    groups, start = [], 0
+    found: list[tuple[Tensor, Tensor, Tensor]] = []      # per region: cells, places, weights
+    for members in _grouped([len(cells) for cells in held]):
+        most = len(held[members[0]])
+        rows = torch.zeros(len(members), most, dtype=torch.long, device=device)
+        for g, u in enumerate(members):
+            cells = held[u]
+            rows[g, :len(cells)] = cells
+            found.append((cells, start + g * most + torch.arange(len(cells), device=device), region_share[u][:, cells]))
+        groups.append(Group(tuple(members), rows))
+        start += rows.numel()
+    depth = torch.zeros(length, dtype=torch.long, device=device)
+    slots = []
+    for cells, _, _ in found:
+        slots.append(depth[cells].clone())
+        depth[cells] += 1
+    width = int(depth.max()) if found else 0
+    sources = torch.zeros(length, width, dtype=torch.long, device=device)
+    weights = torch.zeros(batch, length, width, device=device, dtype=region_share.dtype)
+    for (cells, places, share), slot in zip(found, slots, strict=True):
+        sources[cells, slot] = places
+        weights[:, cells, slot] = share
+    return Cover(tuple(groups), sources, weights, scene_share, bool(scene_share.any()))
