@@ -109,7 +109,7 @@ class BoundConcepts:
     """Bound concepts of one encoded batch. deltas: concept -> its deltas, low rank on to_q and to_out."""
 
     def __init__(self, deltas: Mapping[str, Deltas], context: Context) -> None:
-        masks = {name: own_positions(context, name) for name in deltas}
+        masks = {name: own_positions(context, name) for name in sorted(deltas)}      # sums in one order, whoever learned first
         self.own = {name: mask for name, mask in masks.items() if bool(mask.any())}
         self.deltas = {name: deltas[name] for name in self.own}
 
@@ -117,7 +117,7 @@ class BoundConcepts:
     def at(cls, own: Mapping[str, Tensor], deltas: Mapping[str, Deltas]) -> BoundConcepts:
         """With positions `[B, N]` per concept that are known already."""
         found = cls.__new__(cls)
-        found.own, found.deltas = dict(own), {name: deltas[name] for name in own}
+        found.own, found.deltas = dict(sorted(own.items())), {name: deltas[name] for name in own}
         return found
 
     def __bool__(self) -> bool:

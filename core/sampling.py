@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,17 +17,18 @@ from .hosts.backbone import Backbone, Context, SiteProgram
 from .methods.base import METHODS
 from .prompts import named_concepts
 from .regional.artists import Artists, Subject
-from .regional.noise import OUTSIDE, region_noise
+from .regional.noise import AREAS, OUTSIDE, region_noise, window_of
 from .regional.program import BothProgram, Part, RegionProgram
-from .regional.regions import Region, masks_of
+from .regional.regions import OVERLAPS, Region, masks_of, pooled_of
 from .routing import aggregate, averaged_names, bound_deltas
 
 
 @dataclass(frozen=True)
 class SampleSettings:
     """steps of DPM-Solver++ (2M); cfg: guidance scale, 1 = none; size: picture height and width in pixels; mode and strength: see routing;
-    alpha: share of the scene's noise inside regions when region noise estimation is on (`region_noise`), `outside` as in regional.noise;
-    artists: strength of regional.artists for prompts that name two concepts or more, 0 = none; with regions they have nothing to do."""
+    overlap: as in regional.regions.shares; alpha: share of the scene's noise inside regions when region noise estimation is on
+    (`region_noise`), `outside` and `area` as in regional.noise; artists: strength of
+    regional.artists for prompts that name two concepts or more, 0 = none; with regions they have nothing to do."""
 
     steps: int = 25
     cfg: float = 7.5
@@ -38,6 +39,8 @@ class SampleSettings:
     region_noise: bool = False
     alpha: float = 0.1
     outside: str = "keep"
+    area: str = "frame"
+    overlap: str = "average"
     batch: int = 16
     artists: float = 0.0
 
@@ -47,6 +50,9 @@ class SampleSettings:
         if self.batch < 1 or not 0 <= self.alpha <= 1 or self.outside not in OUTSIDE:
             raise ConceptError(f"batch, alpha and outside are {self.batch}, {self.alpha} and {self.outside!r}; "
                                f"allowed: 1 or more, 0 to 1, {' or '.join(OUTSIDE)}")
+        if self.area not in AREAS or self.overlap not in OVERLAPS:
+            raise ConceptError(f"area and overlap are {self.area!r} and {self.overlap!r}; "
+                               f"allowed: {' or '.join(AREAS)}, {', '.join(OVERLAPS)}")
         if not 0 <= self.artists < float("inf"):
             raise ConceptError(f"the artists' strength is {self.artists}; allowed: 0 or more")
 
@@ -182,42 +188,66 @@ def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], seeds:
     return torch.stack(result)
 
 
+class _RegionSampling:
+    """One sampling with regions: parts encoded once, a program for the whole, and each region's own estimate where that is asked for."""
+
+    def __init__(self, backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], count: int, settings: SampleSettings,
+                 latent: tuple[int, int]) -> None:
+        self.backbone, self.bank, self.regions, self.count, self.settings = backbone, bank, list(regions), count, settings
+        self.parts = [self._part(region.prompt, region.negative or settings.negative) for region in regions]
+        self.whole = self._with_pooled(self._part(scene, settings.negative), latent)
+        rows = torch.tensor([1] * count if settings.cfg == 1.0 else [0] * count + [1] * count, device=backbone.device)
+        self.program = RegionProgram(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap)
+        self.masks = masks_of(self.regions, *latent).to(backbone.device)
+        self.windows = [window_of(mask) for mask in self.masks]
+
+    def _part(self, prompt: str, negative: str) -> Part:
+        settings = self.settings
+        own = aggregate(self.backbone, self.bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
+        context = Context.cat([_encode(self.backbone, self.bank, [negative]), _encode(self.backbone, self.bank, [prompt])])
+        bound = _bound(self.backbone, self.bank, [prompt, negative], settings)
+        return Part(context, _on_device(self.backbone, own), bound)      # moved once, not in every step
+
+    def _with_pooled(self, scene: Part, latent: tuple[int, int]) -> Part:
+        if scene.context.pooled is None:
+            return scene
+        pooled = pooled_of(self.regions, scene.context.pooled, [p.context.pooled for p in self.parts], latent, self.settings.overlap)
+        return replace(scene, context=replace(scene.context, pooled=pooled))
+
+    def _guided(self, x: Tensor, t: int, one: Part, sites: SiteProgram) -> Tensor:
+        negative, positive = (_repeat(one.context[i:i + 1], self.count) for i in (0, 1))
+        return _guided(self.backbone, x, t, negative, positive, self.settings.cfg, sites)
+
+    def _own(self, x: Tensor, t: int, u: int) -> Tensor:
+        """Region u's own estimate, over the full frame or on its surroundings."""
+        part = self.parts[u]
+        program = BothProgram(part.deltas, part.bound)
+        if self.settings.area == "frame":
+            return self._guided(x, t, part, program)
+        return self.windows[u].back(self._guided(self.windows[u].cut(x), t, part, program), x)
+
+    def estimate(self, x: Tensor, t: int, progress: float) -> Tensor:
+        self.program.progress = progress
+        noise = self._guided(x, t, self.whole, self.program)
+        on = [u for u, region in enumerate(self.regions) if region.active(progress) and region.strength]
+        if self.settings.region_noise and on:
+            own = torch.stack([self._own(x, t, u) for u in on])
+            noise = region_noise(noise, own, self.masks[on].to(noise), self.settings.alpha, self.settings.outside)
+        return noise
+
+
 @torch.no_grad()
 def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], seeds: Sequence[int],
                    settings: SampleSettings) -> Tensor:
     """Pictures of a scene prompt with regions: region attention, and region noise estimation when `settings.region_noise`.
 
-    Without region noise one UNet evaluation per step for any number of regions; with it the paper's form, one more per region.
+    Without region noise one UNet evaluation per step for any number of regions; with it one more for every region that is on, over the full
+    frame (the paper's form) or on its surroundings (`area="crop"`).
     """
     if not regions:
         return sample(backbone, bank, [scene] * len(seeds), seeds, settings)
-    count = len(seeds)
-
-    def part(prompt: str, negative: str) -> Part:
-        own = aggregate(backbone, bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
-        context = Context.cat([_encode(backbone, bank, [negative]), _encode(backbone, bank, [prompt])])
-        bound = _bound(backbone, bank, [prompt, negative], settings)
-        return Part(context, _on_device(backbone, own), bound)      # moved once, not in every step
-
     always = aggregate(backbone, bank, "", METHODS, strength=0.0).deltas      # with what stands for an average, see there
     with backbone.folded(always):
-        whole = part(scene, settings.negative)
-        parts = [part(region.prompt, region.negative or settings.negative) for region in regions]
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
-        rows = torch.tensor([1] * count if settings.cfg == 1.0 else [0] * count + [1] * count, device=backbone.device)
-        program = RegionProgram(backbone, whole, regions, parts, rows, tuple(latents.shape[-2:]))
-        masks = masks_of(regions, *latents.shape[-2:]).to(latents)
-
-        def guided(x: Tensor, t: int, one: Part, sites: SiteProgram) -> Tensor:
-            return _guided(backbone, x, t, _repeat(one.context[0:1], count), _repeat(one.context[1:2], count), settings.cfg, sites)
-
-        def estimate(x: Tensor, t: int, progress: float) -> Tensor:
-            program.progress = progress
-            noise = guided(x, t, whole, program)
-            if settings.region_noise:
-                own = torch.stack([guided(x, t, p, BothProgram(p.deltas, p.bound)) for p in parts])
-                on = torch.tensor([float(region.active(progress)) for region in regions]).to(masks).view(-1, 1, 1)
-                noise = region_noise(noise, own, masks * on, settings.alpha, settings.outside)
-            return noise
-
-        return backbone.decode_latents(_denoise(backbone, latents, settings.steps, estimate))
+        run = _RegionSampling(backbone, bank, scene, regions, len(seeds), settings, tuple(latents.shape[-2:]))
+        return backbone.decode_latents(_denoise(backbone, latents, settings.steps, run.estimate))

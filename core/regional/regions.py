@@ -126,3 +126,11 @@ def _distances(masks: Tensor) -> Tensor:
     centre = [(masks * places).sum((-2, -1), keepdim=True) / area for places in (rows, columns)]
     far = (rows - centre[0]).square() + (columns - centre[1]).square() + 1e-3 * area / (height * width)
     return far.masked_fill(masks == 0, torch.inf)
+
+
+def pooled_of(regions: Sequence[Region], scene: Tensor, own: Sequence[Tensor], latent: tuple[int, int], overlap: str) -> Tensor:
+    """The pooled text `[B, P]` of a picture with regions: SDXL's UNet takes one, so it is the mean of the scene's and the regions' own
+    by area, strength and the part of the sampling in which they are on. Ours: others keep the scene's, which may name nobody."""
+    region_share, _ = shares(masks_of(regions, *latent), overlap)
+    weights = [float(share.mean()) * (region.end - region.start) for share, region in zip(region_share, regions, strict=True)]
+    return (1 - sum(weights)) * scene + sum(weight * pooled for weight, pooled in zip(weights, own, strict=True))

@@ -15,9 +15,9 @@ from continual_concepts.core.hosts.backbone import SiteProgram
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.regional.attention import Reading, Stack, region_attention
 from continual_concepts.core.regional.cover import cover_of
-from continual_concepts.core.regional.noise import region_noise
+from continual_concepts.core.regional.noise import region_noise, window_of
 from continual_concepts.core.regional.program import DeltaProgram, Part, RegionProgram
-from continual_concepts.core.regional.regions import OVERLAPS, Region, box_mask, masks_of, region_mask, shares
+from continual_concepts.core.regional.regions import OVERLAPS, Region, box_mask, masks_of, pooled_of, region_mask, shares
 from continual_concepts.core.sampling import SampleSettings, _encode, sample, sample_regions
 from continual_concepts.core.sites import grid_of
 
@@ -207,6 +207,38 @@ def test_region_noise_evaluates_every_region(tiny_backbone, bank, calls):
     assert not torch.allclose(noisy, sample_regions(tiny_backbone, bank, "a dog", regions, [1], QUICK), atol=1e-3)
     plain = sample_regions(tiny_backbone, bank, "a dog", regions, [1], replace(QUICK, region_noise=True, alpha=1.0))
     assert torch.allclose(plain, sample_regions(tiny_backbone, bank, "a dog", regions, [1], QUICK), atol=1e-4)
+
+
+def test_region_noise_by_area_looks_at_the_surroundings_alone(tiny_backbone, bank, monkeypatch):
+    sizes, original = [], tiny_backbone.predict
+    monkeypatch.setattr(tiny_backbone, "predict", lambda x, *rest: sizes.append(tuple(x.shape[-2:])) or original(x, *rest))
+    settings = replace(QUICK, size=(96, 64), region_noise=True, area="crop", steps=2)
+    corner = Region("<rex>", (0.0, 0.0, 0.2, 0.3))
+    found = sample_regions(tiny_backbone, bank, "a dog", [corner], [1], settings)
+    assert sizes == [(24, 16), (8, 8)] * 2 and torch.isfinite(found).all()      # latents are a quarter of the picture's sides
+    whole = [sample_regions(tiny_backbone, bank, "a dog", [Region("<rex>", FULL)], [1], replace(settings, area=area))
+             for area in ("frame", "crop")]
+    assert torch.equal(*whole)
+
+
+@given(data=st.data())
+def test_a_window_holds_its_mask(data):
+    height, width = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    mask = torch.zeros(height, width)
+    mask[top:data.draw(st.integers(top + 1, height)), left:data.draw(st.integers(left + 1, width))] = 1
+    window, x = window_of(mask), torch.rand(2, 3, height, width)
+    assert window.cut(mask).sum() == mask.sum() and torch.equal(window.back(window.cut(x), x) * mask, x * mask)
+    for first, last, side in ((window.top, window.bottom, height), (window.left, window.right, width)):
+        assert 0 <= first < last <= side and ((last - first) % 8 == 0 or last - first == side)
+
+
+def test_pooled_text_is_the_mean_by_area():
+    scene, own = torch.zeros(2, 4), [torch.ones(2, 4), 2 * torch.ones(2, 4)]
+    assert torch.equal(pooled_of([Region("a", FULL)], scene, own[:1], (8, 8), "average"), own[0])
+    half = pooled_of([Region("a", LEFT, strength=0.5), Region("b", RIGHT, start=0.5)], scene, own, (8, 8), "average")
+    assert torch.allclose(half, torch.full((2, 4), 0.25 * 1 + 0.25 * 2))
+    assert torch.equal(pooled_of([Region("a", LEFT, strength=0.0)], own[0], own[1:], (8, 8), "average"), own[0])
 
 
 def program_of(backbone, bank, regions, scene=None):
