@@ -16,9 +16,9 @@ from ..core.hosts.comfy.sites import UNetSites, find_sites
 from ..core.hosts.comfy.text import concept_clip, encode, learned_positions, subject_of, text_widths
 from ..core.methods.base import METHODS
 from ..core.pictures import regions_picture, to_tensor
-from ..core.regional.noise import OUTSIDE
+from ..core.regional.noise import AREAS, OUTSIDE
 from ..core.regional.program import Part
-from ..core.regional.regions import Region, masks_of
+from ..core.regional.regions import OVERLAPS, Region, masks_of
 from ..core.routing import aggregate, bound_deltas, standing_deltas
 from . import host, types
 from .schema import ADVANCED, Schema
@@ -139,6 +139,22 @@ class RegionalConceptSampler(io.ComfyNode):
                     "(L2DM's attention artists). 0 = off.",
                     **ADVANCED,
                 ),
+                io.Combo.Input(
+                    "overlap",
+                    options=list(OVERLAPS),
+                    default="average",
+                    optional=True,
+                    tooltip="Where regions lie over each other: mix them evenly, let the first lie on top, or give each place to the "
+                    "region whose centre is nearest.",
+                ),
+                io.Combo.Input(
+                    "noise_area",
+                    options=list(AREAS),
+                    default="frame",
+                    optional=True,
+                    tooltip="Region noise on the whole frame (the paper), or on the region's surroundings alone, which costs by area.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent"), io.Image.Output(display_name="attention")],
         )
@@ -166,7 +182,12 @@ class RegionalConceptSampler(io.ComfyNode):
         positive=None,
         negative=None,
         artists=0.0,
+        overlap="average",
+        noise_area="frame",
     ) -> io.NodeOutput:
+        if overlap not in OVERLAPS or noise_area not in AREAS:
+            raise ConceptError(f"overlap and noise_area are {overlap!r} and {noise_area!r}; "
+                               f"allowed: {', '.join(OVERLAPS)}; {', '.join(AREAS)}")
         sites = find_sites(model, text_widths(clip))
         bank = ConceptBank(sites.layout) if bank is None else bank
         bank.check_fits(sites.layout)
@@ -182,8 +203,13 @@ class RegionalConceptSampler(io.ComfyNode):
             if artists > 0:
                 model = putting.with_artists(model, sites, subject_of(talk.clip, scene), artists)
         else:
-            run = talk.run(scene, positive, negative, negative_scene, on)
-            model = putting.with_regions(model, run, alpha if region_noise else None, outside)
+            run = talk.run(scene, positive, negative, on, overlap)
+            if region_noise and noise_area == "crop":
+                putting.check_croppable(model, (positive, negative))
+            model = putting.with_regions(model, run, alpha if region_noise else None, outside, noise_area)
+            pooled, latent_size = run.pooled(), tuple(latent_image["samples"].shape[-2:])
+            positive = putting.with_pooled(positive, on, [rows[1] for rows in pooled], latent_size, overlap)
+            negative = putting.with_pooled(negative, on, [rows[0] for rows in pooled], latent_size, overlap)
         latent = common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise)[0]
         if not on:
             return io.NodeOutput(latent, torch.zeros(1, 64, 64, 3))
@@ -206,7 +232,7 @@ class _Talk:
             return {}
         return aggregate(_LayoutOnly(self.sites.layout), self.bank, text, METHODS, "sharp", self.strength, standing=False).deltas
 
-    def run(self, scene: str, positive, negative, negative_scene: str, regions: list[Region]) -> putting.RegionRun:
+    def run(self, scene: str, positive, negative, regions: list[Region], overlap: str) -> putting.RegionRun:
         copies = max([part.tokens.copies for part in self.bank], default=1)
         below = putting.context_of(negative, copies, tuple(self.bound))
         parts, words = [], []
@@ -216,7 +242,7 @@ class _Talk:
             parts.append(Part(Context.cat([own, prompt]), self.deltas(region.prompt)))
             words.append(learned_positions(self.clip, region.prompt))
         shown = Part(Context.cat([below, putting.context_of(positive, copies)]), self.deltas(scene))
-        return putting.RegionRun(self.sites, shown, regions, parts, words, self.bound)
+        return putting.RegionRun(self.sites, shown, regions, parts, words, self.bound, overlap)
 
 
 class _LayoutOnly:

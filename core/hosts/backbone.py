@@ -48,7 +48,7 @@ class Context:
         """One batch out of several; contexts without layers are repeated, shorter ones too."""
         copies = max(part.hidden.shape[1] for part in parts)
         parts = [part.repeated(math.lcm(*(p.hidden.shape[2] for p in parts))) for part in parts]
-        pooled = None if parts[0].pooled is None else torch.cat([p.pooled for p in parts])
+        pooled = None if any(p.pooled is None for p in parts) else torch.cat([p.pooled for p in parts])
         words = tuple(row for part in parts for row in part.words)
         return Context(torch.cat([p.hidden.expand(-1, copies, -1, -1) for p in parts]), pooled, words)
 

@@ -120,6 +120,34 @@ def test_overlapping_regions(studio):
     assert distance(studio.regional(SCENE, twice, studio.bank), studio.regional(SCENE, twice[:1], studio.bank)) < 1e-4
 
 
+def test_overlap_policies(studio):
+    regions = [studio.region("<rex>"), studio.region("<mimi>", left=0.25, right=0.75, top=0.25, bottom=0.75)]
+    found = {overlap: studio.regional(SCENE, regions, studio.bank, overlap=overlap) for overlap in ("average", "priority", "nearest")}
+    assert torch.equal(found["average"], studio.regional(SCENE, regions, studio.bank))
+    alone = studio.regional(SCENE, regions[:1], studio.bank)
+    assert distance(found["priority"], alone) < 1e-4      # the first covers everything
+    assert distance(found["nearest"], alone) > 1e-3 and distance(found["nearest"], found["average"]) > 1e-3
+
+
+def test_region_noise_on_the_surroundings_costs_by_area(studio):
+    sizes = []
+    hook = studio.model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
+    try:
+        corner = [studio.region("<rex>", right=0.3, bottom=0.3)]
+        found = studio.regional(SCENE, corner, studio.bank, region_noise=True, noise_area="crop", steps=2, latent=studio.latent(1, 24, 16))
+    finally:
+        hook.remove()
+    assert sizes == [(24, 16), (16, 8)] * 2 and torch.isfinite(found).all()
+    whole = [studio.regional(SCENE, [studio.region("<rex>")], studio.bank, region_noise=True, noise_area=area) for area in ("crop", "frame")]
+    assert torch.equal(*whole)
+
+
+def test_region_noise_on_the_surroundings_refuses_what_belongs_to_the_whole(studio):
+    masked = [[hidden, {**extra, "mask": torch.ones(1, 16, 16)}] for hidden, extra in studio.encode(studio.clip, SCENE)]
+    with pytest.raises(Exception, match="carries mask, which belongs to the whole picture; choose noise_area 'frame'"):
+        studio.regional(SCENE, columns(studio, 2), studio.bank, region_noise=True, noise_area="crop", positive=masked)
+
+
 def test_masks_are_boxes_in_another_form(studio):
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :32] = 1

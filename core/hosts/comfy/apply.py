@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ...deltas import Deltas, LowRankDelta
+from ...errors import ConceptError
 from ...regional.artists import Artists, MapRecorder, Subject
-from ...regional.noise import region_noise
+from ...regional.noise import Window, region_noise, window_of
 from ...regional.observe import ObservedRegions
 from ...regional.program import Part
-from ...regional.regions import Region, masks_of
+from ...regional.regions import Region, masks_of, pooled_of
 from ..backbone import Context, SiteProgram
 from .backbone import plain_weights, without_dynamic
 from .bound import BoundRun, code, words_of
@@ -101,6 +102,7 @@ class RegionRun:
     parts: Sequence[Part]
     words: Sequence[tuple[int, ...]]     # per region the token positions that the picture of the attention looks at
     bound: Mapping[str, Deltas] = field(default_factory=dict)      # concepts that act through their words, in the scene's prompt too
+    overlap: str = "average"
     only: int | None = None     # region noise estimation: the region whose own picture is being estimated, over the full frame
     _programs: dict = field(default_factory=dict)
 
@@ -119,6 +121,11 @@ class RegionRun:
         program.is_observing = program.progress == 1.0 and self.only is None and bool(rows.any())
         return program
 
+    def pooled(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Every region's pooled text, of its negative and its prompt `[1, P]`, None where the model has none."""
+        found = [part.context.pooled for part in self.parts]
+        return [(None, None) if rows is None else (rows[:1], rows[1:2]) for rows in found]
+
     def maps(self, size: tuple[int, int]) -> Tensor:
         """Attention per region in the last step, `[U, H, W]` in 0..1."""
         seen = [program for (only, _), program in self._programs.items() if only is None]
@@ -135,7 +142,7 @@ class RegionRun:
             u = self.only
             regions, parts, words = [Region(regions[u].prompt, box=(0.0, 0.0, 1.0, 1.0))], [parts[u]], [words[u]]
         nobody = torch.zeros(1, dtype=torch.long)
-        return ObservedRegions(self.sites, scene, regions, parts, nobody, tuple(x.shape[-2:]), tokens=words)
+        return ObservedRegions(self.sites, scene, regions, parts, nobody, tuple(x.shape[-2:]), self.overlap, tokens=words)
 
 
 def _moved(context: Context, x: Tensor) -> Context:
@@ -166,12 +173,38 @@ def _programmed(model, sites: UNetSites, program):
     return clone
 
 
-def with_regions(model, run: RegionRun, alpha: float | None = None, outside: str = "keep"):
-    """A clone of MODEL that samples with regions: one evaluation per step, with `alpha` (region noise estimation) one more for each."""
+def with_regions(model, run: RegionRun, alpha: float | None = None, outside: str = "keep", area: str = "frame"):
+    """A clone of MODEL that samples with regions: one evaluation per step, with `alpha` (region noise estimation) one more for each,
+    over the full frame or on its surroundings, see regional.noise."""
     clone = _programmed(model, run.sites, run)
     if alpha is not None:
-        clone.add_wrapper_with_key(_Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, alpha, outside))
+        clone.add_wrapper_with_key(_Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, alpha, outside, area))
     return clone
+
+
+def with_pooled(conditioning, regions: Sequence[Region], own: Sequence[Tensor | None], latent: tuple[int, int], overlap: str):
+    """A CONDITIONING whose pooled text is that of a picture with regions, see regional.regions.pooled_of; as it was where a model has
+    none, or another node made more prompts of it."""
+    def changed(extra: dict) -> dict:
+        pooled = extra.get("pooled_output")
+        if pooled is None or any(one is None or one.shape != pooled.shape for one in own):
+            return extra
+        return {**extra, "pooled_output": pooled_of(regions, pooled, own, latent, overlap)}
+
+    return [[hidden, changed(extra)] for hidden, extra in conditioning]
+
+
+_WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # what a prompt may carry that fits the whole latent alone
+
+
+def check_croppable(model, conditionings: Sequence) -> None:
+    """ConceptError where a prompt or the model carries what belongs to the whole frame: region noise cannot look at a part of it."""
+    found = sorted({key for conditioning in conditionings for _, extra in conditioning for key in _WHOLE_FRAME if key in extra})
+    if getattr(model.model, "concat_keys", ()):
+        found.append("an inpainting model's picture")
+    if found:
+        raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {found[0]}, which belongs to the whole picture; "
+                           "choose noise_area 'frame'")
 
 
 def with_artists(model, sites: UNetSites, subject: Subject, strength: float):
@@ -231,24 +264,26 @@ class _ArtistRun:
 class _RegionNoise:
     """Region noise estimation (CIDM Sec. 3.4): mixes guided predictions of the scene and of every region on its own."""
 
-    def __init__(self, run: RegionRun, alpha: float, outside: str) -> None:
-        self.run, self.alpha, self.outside = run, alpha, outside
+    def __init__(self, run: RegionRun, alpha: float, outside: str, area: str) -> None:
+        self.run, self.alpha, self.outside, self.area = run, alpha, outside, area
 
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         scene = executor(x, timestep, model_options, seed)
         progress = _progress({**model_options["transformer_options"], "sigmas": timestep})
         on = [u for u, region in enumerate(self.run.regions) if region.active(progress)]
-        own = []
-        try:
-            for u in on:
-                self.run.only = u
-                own.append(executor(x, timestep, model_options, seed))
-        finally:
-            self.run.only = None
-        if not own:
+        if not on:
             return scene
         masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:])
-        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes.
+        whole = Window(0, 0, *x.shape[-2:])
+        windows = [window_of(mask) if self.area == "crop" else whole for mask in masks]
+        own = []
+        try:
+            for u, window in zip(on, windows, strict=True):
+                self.run.only = u
+                own.append(window.back(executor(window.cut(x), timestep, model_options, seed), x))
+        finally:
+            self.run.only = None
+        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
         sigma = timestep.view(-1, *[1] * (x.ndim - 1))
         noises = torch.stack([(x - picture) / sigma for picture in own])
         return x - sigma * region_noise((x - scene) / sigma, noises, masks, self.alpha, self.outside)
