@@ -22,6 +22,7 @@ from .hosts.backbone import Backbone
 from .interop.export import DEFAULT_FORMATS, export_concept
 from .methods.base import Task, make
 from .regional import Region
+from .regional.noise import NoiseSettings
 from .sampling import SampleSettings, sample_regions
 from .sampling import sample as sample_pictures
 from .tokens import check_name
@@ -168,7 +169,8 @@ def sample(options: Namespace) -> Result:
     bank.check_fits(backbone.layout)
     side = options.size or (EMBEDDED["size"] if _is_embedded(options) else 512)
     cfg = options.cfg if options.cfg is not None else (EMBEDDED["cfg"] if _is_embedded(options) else 7.5)
-    settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode, options.strength, options.region_noise)
+    noise = NoiseSettings(options.region_noise, solo=options.solo)
+    settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode, options.strength, noise)
     seeds = list(range(options.seed, options.seed + options.count))
     pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
     options.output.mkdir(parents=True, exist_ok=True)

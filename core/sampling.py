@@ -17,7 +17,7 @@ from .hosts.backbone import Backbone, Context, SiteProgram
 from .methods.base import METHODS
 from .prompts import named_concepts
 from .regional.artists import Artists, Subject
-from .regional.noise import AREAS, OUTSIDE, region_noise, window_of
+from .regional.noise import NoiseSettings, region_noise, scene_is_seen, window_of
 from .regional.program import BothProgram, Part, RegionProgram
 from .regional.regions import OVERLAPS, Region, masks_of, pooled_of
 from .routing import aggregate, averaged_names, bound_deltas
@@ -26,9 +26,8 @@ from .routing import aggregate, averaged_names, bound_deltas
 @dataclass(frozen=True)
 class SampleSettings:
     """steps of DPM-Solver++ (2M); cfg: guidance scale, 1 = none; size: picture height and width in pixels; mode and strength: see routing;
-    overlap: as in regional.regions.shares; alpha: share of the scene's noise inside regions when region noise estimation is on
-    (`region_noise`), `outside` and `area` as in regional.noise; artists: strength of
-    regional.artists for prompts that name two concepts or more, 0 = none; with regions they have nothing to do."""
+    noise: region noise estimation and solo steps; overlap: as in regional.regions.shares; artists: strength of regional.artists for
+    prompts that name two concepts or more, 0 = none; with regions they have nothing to do."""
 
     steps: int = 25
     cfg: float = 7.5
@@ -36,10 +35,7 @@ class SampleSettings:
     negative: str = ""
     mode: str = "sharp"
     strength: float = 1.0
-    region_noise: bool = False
-    alpha: float = 0.1
-    outside: str = "keep"
-    area: str = "frame"
+    noise: NoiseSettings = NoiseSettings()
     overlap: str = "average"
     batch: int = 16
     artists: float = 0.0
@@ -47,12 +43,8 @@ class SampleSettings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.cfg < 0:
             raise ConceptError(f"steps and cfg are {self.steps} and {self.cfg}; allowed: steps 1 or more, cfg 0 or more")
-        if self.batch < 1 or not 0 <= self.alpha <= 1 or self.outside not in OUTSIDE:
-            raise ConceptError(f"batch, alpha and outside are {self.batch}, {self.alpha} and {self.outside!r}; "
-                               f"allowed: 1 or more, 0 to 1, {' or '.join(OUTSIDE)}")
-        if self.area not in AREAS or self.overlap not in OVERLAPS:
-            raise ConceptError(f"area and overlap are {self.area!r} and {self.overlap!r}; "
-                               f"allowed: {' or '.join(AREAS)}, {', '.join(OVERLAPS)}")
+        if self.batch < 1 or self.overlap not in OVERLAPS:
+            raise ConceptError(f"batch and overlap are {self.batch} and {self.overlap!r}; allowed: 1 or more, {', '.join(OVERLAPS)}")
         if not 0 <= self.artists < float("inf"):
             raise ConceptError(f"the artists' strength is {self.artists}; allowed: 0 or more")
 
@@ -218,31 +210,36 @@ class _RegionSampling:
         negative, positive = (_repeat(one.context[i:i + 1], self.count) for i in (0, 1))
         return _guided(self.backbone, x, t, negative, positive, self.settings.cfg, sites)
 
-    def _own(self, x: Tensor, t: int, u: int) -> Tensor:
-        """Region u's own estimate, over the full frame or on its surroundings."""
+    def _own(self, x: Tensor, t: int, u: int, area: str) -> Tensor:
+        """Region u's own estimate, over the full frame or on its window."""
         part = self.parts[u]
         program = BothProgram(part.deltas, part.bound)
-        if self.settings.area == "frame":
+        if area == "frame":
             return self._guided(x, t, part, program)
         return self.windows[u].back(self._guided(self.windows[u].cut(x), t, part, program), x)
 
     def estimate(self, x: Tensor, t: int, progress: float) -> Tensor:
-        self.program.progress = progress
-        noise = self._guided(x, t, self.whole, self.program)
-        on = [u for u, region in enumerate(self.regions) if region.active(progress) and region.strength]
-        if self.settings.region_noise and on:
-            own = torch.stack([self._own(x, t, u) for u in on])
-            noise = region_noise(noise, own, self.masks[on].to(noise), self.settings.alpha, self.settings.outside)
-        return noise
+        settings, on = self.settings, [u for u, region in enumerate(self.regions) if region.active(progress) and region.strength]
+        solo, self.program.progress = progress < settings.noise.solo, progress
+        masks = self.masks[on].to(x)
+        if solo and on and not scene_is_seen(masks, settings.overlap):
+            noise = torch.zeros_like(x)
+        else:
+            noise = self._guided(x, t, self.whole, self.program)
+        if not on or not (solo or settings.noise.is_on):
+            return noise
+        own = torch.stack([self._own(x, t, u, "crop" if solo else settings.noise.area) for u in on])
+        alpha, outside = (0.0, "keep") if solo else (settings.noise.alpha, settings.noise.outside)
+        return region_noise(noise, own, masks, alpha, outside, settings.overlap)
 
 
 @torch.no_grad()
 def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], seeds: Sequence[int],
                    settings: SampleSettings) -> Tensor:
-    """Pictures of a scene prompt with regions: region attention, and region noise estimation when `settings.region_noise`.
+    """Pictures of a scene prompt with regions: region attention, and region noise estimation and solo steps as `settings.noise` says.
 
-    Without region noise one UNet evaluation per step for any number of regions; with it one more for every region that is on, over the full
-    frame (the paper's form) or on its surroundings (`area="crop"`).
+    One UNet evaluation per step for any number of regions. With region noise one more for every region that is on, over the full frame
+    (the paper's form) or on its window (`area="crop"`); in solo steps windows alone, and the frame only where the scene is seen.
     """
     if not regions:
         return sample(backbone, bank, [scene] * len(seeds), seeds, settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
@@ -16,7 +18,7 @@ from ..core.hosts.comfy.sites import UNetSites, find_sites
 from ..core.hosts.comfy.text import concept_clip, encode, learned_positions, subject_of, text_widths
 from ..core.methods.base import METHODS
 from ..core.pictures import regions_picture, to_tensor
-from ..core.regional.noise import AREAS, OUTSIDE
+from ..core.regional.noise import AREAS, OUTSIDE, NoiseSettings
 from ..core.regional.program import Part
 from ..core.regional.regions import OVERLAPS, Region, masks_of
 from ..core.routing import aggregate, bound_deltas, standing_deltas
@@ -152,8 +154,18 @@ class RegionalConceptSampler(io.ComfyNode):
                     options=list(AREAS),
                     default="frame",
                     optional=True,
-                    tooltip="Region noise on the whole frame (the paper), or on the region's surroundings alone, which costs by area.",
+                    tooltip="Region noise on the whole frame (the paper), or on a window of the region's size, which costs by area.",
                     **ADVANCED,
+                ),
+                io.Float.Input(
+                    "solo",
+                    default=0.25,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Share of the first steps in which every region is drawn alone, so that what it names is there. Costs nothing "
+                    "more where regions cover the picture. 0 = off.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent"), io.Image.Output(display_name="attention")],
@@ -184,10 +196,11 @@ class RegionalConceptSampler(io.ComfyNode):
         artists=0.0,
         overlap="average",
         noise_area="frame",
+        solo=0.25,
     ) -> io.NodeOutput:
-        if overlap not in OVERLAPS or noise_area not in AREAS:
-            raise ConceptError(f"overlap and noise_area are {overlap!r} and {noise_area!r}; "
-                               f"allowed: {', '.join(OVERLAPS)}; {', '.join(AREAS)}")
+        if overlap not in OVERLAPS:
+            raise ConceptError(f"overlap is {overlap!r}; allowed: {', '.join(OVERLAPS)}")
+        noise = NoiseSettings(region_noise, alpha, outside, noise_area, solo)
         sites = find_sites(model, text_widths(clip))
         bank = ConceptBank(sites.layout) if bank is None else bank
         bank.check_fits(sites.layout)
@@ -204,9 +217,7 @@ class RegionalConceptSampler(io.ComfyNode):
                 model = putting.with_artists(model, sites, subject_of(talk.clip, scene), artists)
         else:
             run = talk.run(scene, positive, negative, on, overlap)
-            if region_noise and noise_area == "crop":
-                putting.check_croppable(model, (positive, negative))
-            model = putting.with_regions(model, run, alpha if region_noise else None, outside, noise_area)
+            model = putting.with_regions(model, run, _checked(noise, putting.whole_frame_things(model, [*positive, *negative])))
             pooled, latent_size = run.pooled(), tuple(latent_image["samples"].shape[-2:])
             positive = putting.with_pooled(positive, on, [rows[1] for rows in pooled], latent_size, overlap)
             negative = putting.with_pooled(negative, on, [rows[0] for rows in pooled], latent_size, overlap)
@@ -243,6 +254,14 @@ class _Talk:
             words.append(learned_positions(self.clip, region.prompt))
         shown = Part(Context.cat([below, putting.context_of(positive, copies)]), self.deltas(scene))
         return putting.RegionRun(self.sites, shown, regions, parts, words, self.bound, overlap)
+
+
+def _checked(noise: NoiseSettings, whole: list[str]) -> NoiseSettings:
+    """Without windows where something belongs to the whole frame: it gives the layout anyway. An error where windows were asked for."""
+    if whole and noise.is_on and noise.area == "crop":
+        raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, which belongs to the whole picture; "
+                           "choose noise_area 'frame'")
+    return replace(noise, solo=0.0) if whole else noise
 
 
 class _LayoutOnly:

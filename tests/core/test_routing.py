@@ -11,6 +11,7 @@ from continual_concepts.core.bank import ConceptBank
 from continual_concepts.core.deltas import LowRankDelta, weighted_sum
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS
+from continual_concepts.core.regional.noise import NoiseSettings
 from continual_concepts.core.routing import MODES, aggregate, standing_deltas
 from continual_concepts.core.sampling import SampleSettings, sample, starting_noise
 from continual_concepts.core.sites import SiteLayout
@@ -158,7 +159,8 @@ def test_noise_of_a_seed_does_not_depend_on_its_batch(tiny_backbone):
 
 
 @pytest.mark.parametrize("make", [
-    lambda: SampleSettings(steps=0), lambda: SampleSettings(cfg=-1), lambda: SampleSettings(batch=0), lambda: SampleSettings(outside="x"),
+    lambda: SampleSettings(steps=0), lambda: SampleSettings(cfg=-1), lambda: SampleSettings(batch=0), lambda: SampleSettings(overlap="x"),
+    lambda: NoiseSettings(outside="x"), lambda: NoiseSettings(solo=1.5), lambda: NoiseSettings(alpha=-1), lambda: NoiseSettings(area="x"),
 ])
 def test_bad_settings_are_refused(make):
     with pytest.raises(ConceptError):

@@ -122,7 +122,7 @@ class Studio:
     def regional(self, scene, regions=(), bank=None, model=None, clip=None, latent=None, **other):
         """Our sampler; returns latents. `regions` from `region` below."""
         settings = {"negative_scene": "", "seed": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
-                    "strength": 1.0, "region_noise": False, "alpha": 0.1, "outside": "keep"} | other
+                    "strength": 1.0, "region_noise": False, "alpha": 0.1, "outside": "keep", "solo": 0.0} | other
         latent = self.latent() if latent is None else latent
         node = self.pack.RegionalConceptSampler
         return node.execute(model=model or self.model, clip=clip or self.clip, latent_image=latent, scene=scene, bank=bank,

@@ -129,7 +129,7 @@ def test_overlap_policies(studio):
     assert distance(found["nearest"], alone) > 1e-3 and distance(found["nearest"], found["average"]) > 1e-3
 
 
-def test_region_noise_on_the_surroundings_costs_by_area(studio):
+def test_region_noise_on_a_window_costs_by_area(studio):
     sizes = []
     hook = studio.model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
     try:
@@ -137,15 +137,34 @@ def test_region_noise_on_the_surroundings_costs_by_area(studio):
         found = studio.regional(SCENE, corner, studio.bank, region_noise=True, noise_area="crop", steps=2, latent=studio.latent(1, 24, 16))
     finally:
         hook.remove()
-    assert sizes == [(24, 16), (16, 8)] * 2 and torch.isfinite(found).all()
-    whole = [studio.regional(SCENE, [studio.region("<rex>")], studio.bank, region_noise=True, noise_area=area) for area in ("crop", "frame")]
+    assert sizes == [(24, 16), (8, 8)] * 2 and torch.isfinite(found).all()
+    whole = [studio.regional(SCENE, [studio.region("<rex>")], studio.bank, region_noise=True, noise_area=area)
+             for area in ("crop", "frame")]
     assert torch.equal(*whole)
 
 
-def test_region_noise_on_the_surroundings_refuses_what_belongs_to_the_whole(studio):
+def test_region_noise_on_a_window_refuses_what_belongs_to_the_whole(studio):
     masked = [[hidden, {**extra, "mask": torch.ones(1, 16, 16)}] for hidden, extra in studio.encode(studio.clip, SCENE)]
     with pytest.raises(Exception, match="carries mask, which belongs to the whole picture; choose noise_area 'frame'"):
         studio.regional(SCENE, columns(studio, 2), studio.bank, region_noise=True, noise_area="crop", positive=masked)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "dpmpp_sde"])
+def test_solo_steps_look_at_windows_alone(studio, calls, sampler):
+    """Halves that cover the picture: two windows instead of one frame in the first quarter of the steps, a frame in the others."""
+    halves = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
+    plain = studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler)
+    without, _ = len(calls), calls.clear()
+    found = studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler, solo=0.25)
+    assert without < len(calls) < 1.5 * without and torch.isfinite(found).all() and distance(found, plain) > 1e-3
+    assert torch.equal(found, studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler, solo=0.25))
+
+
+def test_solo_steps_do_nothing_where_something_belongs_to_the_whole(studio):
+    halves = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
+    masked = [[hidden, {**extra, "mask": torch.ones(1, 16, 16)}] for hidden, extra in studio.encode(studio.clip, SCENE)]
+    found = [studio.regional(SCENE, halves, studio.bank, positive=masked, solo=solo) for solo in (0.0, 0.5)]
+    assert torch.equal(*found)
 
 
 def test_masks_are_boxes_in_another_form(studio):

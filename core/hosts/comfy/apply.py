@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ...deltas import Deltas, LowRankDelta
-from ...errors import ConceptError
 from ...regional.artists import Artists, MapRecorder, Subject
-from ...regional.noise import Window, region_noise, window_of
+from ...regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, window_of
 from ...regional.observe import ObservedRegions
 from ...regional.program import Part
 from ...regional.regions import Region, masks_of, pooled_of
@@ -173,12 +172,11 @@ def _programmed(model, sites: UNetSites, program):
     return clone
 
 
-def with_regions(model, run: RegionRun, alpha: float | None = None, outside: str = "keep", area: str = "frame"):
-    """A clone of MODEL that samples with regions: one evaluation per step, with `alpha` (region noise estimation) one more for each,
-    over the full frame or on its surroundings, see regional.noise."""
+def with_regions(model, run: RegionRun, noise: NoiseSettings):
+    """A clone of MODEL that samples with regions: one evaluation per step; region noise and solo steps look at more, see regional.noise."""
     clone = _programmed(model, run.sites, run)
-    if alpha is not None:
-        clone.add_wrapper_with_key(_Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, alpha, outside, area))
+    if noise.is_on or noise.solo > 0:
+        clone.add_wrapper_with_key(_Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, noise))
     return clone
 
 
@@ -197,14 +195,10 @@ def with_pooled(conditioning, regions: Sequence[Region], own: Sequence[Tensor | 
 _WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # what a prompt may carry that fits the whole latent alone
 
 
-def check_croppable(model, conditionings: Sequence) -> None:
-    """ConceptError where a prompt or the model carries what belongs to the whole frame: region noise cannot look at a part of it."""
-    found = sorted({key for conditioning in conditionings for _, extra in conditioning for key in _WHOLE_FRAME if key in extra})
-    if getattr(model.model, "concat_keys", ()):
-        found.append("an inpainting model's picture")
-    if found:
-        raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {found[0]}, which belongs to the whole picture; "
-                           "choose noise_area 'frame'")
+def whole_frame_things(model, conditioning: Sequence) -> list[str]:
+    """What prompts or the model carry that belongs to the whole frame: a window cannot be looked at with it."""
+    found = {key for _, extra in conditioning for key in _WHOLE_FRAME if key in extra}
+    return sorted(found) + ["an inpainting model's picture"] * bool(getattr(model.model, "concat_keys", ()))
 
 
 def with_artists(model, sites: UNetSites, subject: Subject, strength: float):
@@ -262,28 +256,35 @@ class _ArtistRun:
 
 
 class _RegionNoise:
-    """Region noise estimation (CIDM Sec. 3.4): mixes guided predictions of the scene and of every region on its own."""
+    """Region noise estimation (CIDM Sec. 3.4): mixes guided predictions of the scene and of every region on its own. In solo steps (ours)
+    the regions' own, on their windows, are all there is."""
 
-    def __init__(self, run: RegionRun, alpha: float, outside: str, area: str) -> None:
-        self.run, self.alpha, self.outside, self.area = run, alpha, outside, area
+    def __init__(self, run: RegionRun, settings: NoiseSettings) -> None:
+        self.run, self.settings = run, settings
 
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
-        scene = executor(x, timestep, model_options, seed)
         progress = _progress({**model_options["transformer_options"], "sigmas": timestep})
-        on = [u for u, region in enumerate(self.run.regions) if region.active(progress)]
-        if not on:
+        on, solo = [u for u, region in enumerate(self.run.regions) if region.active(progress)], progress < self.settings.solo
+        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:]) if on else x.new_zeros(0, *x.shape[-2:])
+        is_seen = not (solo and on) or scene_is_seen(masks, self.run.overlap)
+        scene = executor(x, timestep, model_options, seed) if is_seen else torch.zeros_like(x)
+        if not on or not (solo or self.settings.is_on):
             return scene
-        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:])
-        whole = Window(0, 0, *x.shape[-2:])
-        windows = [window_of(mask) if self.area == "crop" else whole for mask in masks]
-        own = []
+        is_cut = solo or self.settings.area == "crop"
+        own = self._own(executor, x, timestep, model_options, seed, on, [window_of(mask) for mask in masks] if is_cut else None)
+        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
+        sigma = timestep.view(-1, *[1] * (x.ndim - 1))
+        noises = torch.stack([(x - picture) / sigma for picture in own])
+        alpha, outside = (0.0, "keep") if solo else (self.settings.alpha, self.settings.outside)
+        return x - sigma * region_noise((x - scene) / sigma, noises, masks, alpha, outside, self.run.overlap)
+
+    def _own(self, executor, x, timestep, model_options, seed, on: list[int], windows: list[Window] | None) -> list[Tensor]:
+        whole, own = Window(0, 0, *x.shape[-2:]), []
         try:
-            for u, window in zip(on, windows, strict=True):
+            for i, u in enumerate(on):
+                window = whole if windows is None else windows[i]
                 self.run.only = u
                 own.append(window.back(executor(window.cut(x), timestep, model_options, seed), x))
         finally:
             self.run.only = None
-        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
-        sigma = timestep.view(-1, *[1] * (x.ndim - 1))
-        noises = torch.stack([(x - picture) / sigma for picture in own])
-        return x - sigma * region_noise((x - scene) / sigma, noises, masks, self.alpha, self.outside)
+        return own
