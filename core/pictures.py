@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -103,6 +104,61 @@ def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: in
         image.paste(Image.new("RGB", size, (255, 255, 255)), (x, 28), border)
         draw.text((x, 6), labels[u][: max(8, size[0] // 8)], INK, font(13))
     return image
+
+
+def outlines_picture(masks: Tensor, labels: Sequence[str], colours: Sequence[tuple[int, int, int]]) -> Tensor:
+    """What is laid over a picture to show its regions: `[H, W, 4]` in 0..1, of alpha 1 at the outlines of masks `[U, H, W]` and at
+    their labels, 0 elsewhere."""
+    height, width = masks.shape[1:]
+    size = max(9, min(height, width) // 26)
+    image = Image.new("RGBA", (width, height))
+    draw = ImageDraw.Draw(image)
+    for mask, shade in zip(masks, colours, strict=True):
+        line = Image.fromarray((_outline(mask, max(1, size // 6)).numpy() * 255).astype(np.uint8))
+        image.paste((*shade, 255), (0, 0, width, height), line)
+    taken: list[tuple[int, int, int, int]] = []
+    for mask, label, shade in zip(masks, labels, colours, strict=True):
+        rows, columns = mask.gt(0.5).any(1).nonzero(), mask.gt(0.5).any(0).nonzero()
+        if len(rows):
+            left, right = int(columns[0]), int(columns[-1]) + 1
+            _tag(draw, left, int(rows[0]), fitting(label, font(size), right - left - size), shade, size, taken)
+    return torch.from_numpy(np.array(image)).float().div(255)
+
+
+def _outline(mask: Tensor, thickness: int) -> Tensor:
+    """The inner edge of a mask `[H, W]`, as a mask. Beyond the picture there is no region, so that its border is drawn as well."""
+    inside = mask.gt(0.5).float()
+    out = F.pad(1 - inside, (thickness,) * 4, value=1.0)[None, None]
+    out = F.max_pool2d(F.max_pool2d(out, (2 * thickness + 1, 1), stride=1), (1, 2 * thickness + 1), stride=1)
+    return inside * out[0, 0]
+
+
+def _tag(draw, left: int, top: int, label: str, shade: tuple[int, int, int], size: int, taken: list) -> None:
+    """A label in the upper left corner of its region; further down where an earlier one stands."""
+    if not label:
+        return
+    width, height = int(draw.textlength(label, font(size))) + size, size + size // 2
+    while any(left < r and x < left + width and top < b and t < top + height for x, t, r, b in taken):
+        top += height
+    taken.append((left, top, left + width, top + height))
+    draw.rectangle([left, top, left + width - 1, top + height - 1], (*shade, 255))
+    draw.text((left + size // 2, top + size // 6), label, (*ink_on(shade), 255), font(size))
+
+
+def fitting(text: str, face, width: float) -> str:
+    """As much of a text, on one line, as is at most `width` pixels wide; "..." where it is cut."""
+    text = " ".join(text.split())[:300]
+    if face.getlength(text) <= width:
+        return text
+    while text and face.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..." if text else ""
+
+
+def ink_on(shade: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Black or white, whichever can be read on a colour."""
+    red, green, blue = shade
+    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else (255, 255, 255)
 
 
 def opened(cover: bytes) -> Image.Image | None:
