@@ -120,3 +120,64 @@ def continual(options: Namespace) -> Result:
     draw(options.file.with_suffix(".png"), found, result)
     return result, [table(result), *(f"{o['claim']}: {'holds' if o['holds'] else 'does not hold'}{', clearly' if o['clear'] else ''}"
                                      for o in result["orderings"])]
+
+
+def _kept(path: Path, make: Callable[[], dict]) -> dict:
+    """A part of a benchmark from its file, else made and written: a run that was cut goes on."""
+    if not path.exists():
+        _write(path, make())
+    return json.loads(path.read_text())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _regional_quality(options: Namespace, folder: Path) -> dict:
+    from .demo import regional_quality as quality
+    from .demo.base import load_base
+
+    backbone = load_base()
+    banks = {method: quality.learned_bank(backbone, method, folder / f"{method}.safetensors", options.learn_steps, _say)
+             for method in ("bound", "cidm")}
+    judge, found = quality.judge(backbone), {}
+    for way in quality.WAYS:
+        bank = banks["cidm" if way in quality.OF_LORA else "bound"]
+        for count in quality.GRIDS:
+            path = folder / f"{way}-k{count}-p{options.pictures}-s{options.learn_steps}.json"
+            row = _kept(path, lambda way=way, bank=bank, count=count: quality.quality(backbone, bank, judge, way, count, options.pictures))
+            found.setdefault(way, {})[str(count)] = row
+            _say(f"{way}, {count} regions: {100 * row['hit_rate']:.0f} % right, {100 * row['missing']:.0f} % missing")
+    return found
+
+
+def _regional_cost(options: Namespace) -> dict:
+    from . import regional_cost
+
+    where = "the UNet alone" if options.comfyui is None else "ComfyUI"
+    cost = (regional_cost.diffusers_cost(options.pixels, options.steps) if options.comfyui is None
+            else regional_cost.comfyui_cost(options.comfyui, options.pixels, options.steps))
+    return {"host": where, "pixels": options.pixels, **regional_cost.measure(cost, options.rounds, _say)}
+
+
+def regional(options: Namespace) -> Result:
+    """What regions cost and whether they keep concepts apart. A part that is not asked for stays what it was in the file."""
+    for name, least in (("pictures", 1), ("learn_steps", 1), ("pixels", 64), ("steps", 2), ("rounds", 1)):
+        if getattr(options, name) < least:
+            raise ConceptError(f"{name} is {getattr(options, name)}; allowed: {least} or more")
+    result = json.loads(options.file.read_text()) if options.file.exists() else {}
+    if options.only != "quality":
+        result["cost"] = _regional_cost(options)
+    if options.only != "cost":
+        result["quality"] = _regional_quality(options, options.file.with_suffix(".cells"))
+    _write(options.file, result)
+    lines = [f"{kind} {count}: {row['over_plain']:.3f} of a plain step" for kind in ("regions", "routed", "hooks")
+             for count, row in result.get("cost", {}).get(kind, {}).items()]
+    quality = result.get("quality", {})
+    if quality:
+        counts = next(iter(quality.values()))
+        lines += [f"| right / missing, % | {' | '.join(f'K = {count}' for count in counts)} |", "|---" * (len(counts) + 1) + "|"]
+    for way, rows in quality.items():
+        cells = [f"{100 * row['hit_rate']:.0f} / {100 * row['missing']:.0f}" for row in rows.values()]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return result, lines

@@ -148,6 +148,18 @@ def _add_continual(bench) -> None:
     continual.add_argument("--pictures", type=int, help="with --data: per concept and look (default 100; the papers: 1000)")
 
 
+def _add_regional(bench) -> None:
+    regional = bench.add_parser("regional", help="several concepts in one picture: what regions cost, and whether they keep concepts apart")
+    regional.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes; parts that are done lie beside it")
+    regional.add_argument("--only", choices=("cost", "quality"), help="one of the two parts (default: both)")
+    regional.add_argument("--pictures", type=int, default=16, help="per way and number of regions (default %(default)s)")
+    regional.add_argument("--learn-steps", type=int, default=600, help="per concept of the embedded base (default %(default)s)")
+    regional.add_argument("--comfyui", type=Path, help="folder of a ComfyUI to measure the cost in (default: a UNet alone)")
+    regional.add_argument("--pixels", type=int, default=512, help="side of the picture whose cost is measured (default %(default)s)")
+    regional.add_argument("--steps", type=int, default=4, help="of each look at the cost, the first is left out (default %(default)s)")
+    regional.add_argument("--rounds", type=int, default=2, help="looks at the cost of every way (default %(default)s)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="continual-concepts", description="Teach an image model concepts one after another, with nothing forgotten."
@@ -164,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     base.add_argument("--json", dest="file", type=Path, help="where the result goes")
     base.add_argument("--pictures", type=int, default=400)
     _add_continual(bench)
+    _add_regional(bench)
     neurons = bench.add_parser("neurons", help="how many base neurons do prompts share?")
     neurons.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes; a picture is drawn beside it")
     neurons.add_argument("--draws", type=int, default=16, help="gradients per prompt (default %(default)s)")

@@ -69,12 +69,13 @@ def starting_noise(backbone: Backbone, seeds: Sequence[int], size: tuple[int, in
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def _encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], chunks: int = 1) -> Context:
+def encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], chunks: int = 1) -> Context:
+    """Prompts that may name the bank's concepts, as one batch."""
     named = {name for prompt in prompts for name in named_concepts(bank.vocabulary.parse(prompt))}
     return encode_prompts(backbone, prompts, bank.vocabulary, {name: bank[name].tokens for name in named}, chunks)
 
 
-def _guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float,
+def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float,
             program: SiteProgram | None) -> Tensor:
     """Guided noise estimate: negative + cfg (positive - negative), both halves in one UNet evaluation."""
     timesteps = torch.full((len(latents),), t, device=latents.device, dtype=torch.long)
@@ -91,7 +92,7 @@ def _repeat(context: Context, count: int) -> Context:
     return Context.cat([context] * count)
 
 
-def _denoise(backbone: Backbone, latents: Tensor, steps: int, estimate, move=None) -> Tensor:
+def denoise(backbone: Backbone, latents: Tensor, steps: int, estimate, move=None) -> Tensor:
     """Runs the solver; `estimate(latents, t, progress)` gives the guided noise, `move` with the same arguments other latents before it."""
     scheduler = _scheduler(backbone, steps)
     for i, t in enumerate(scheduler.timesteps.tolist()):
@@ -149,16 +150,16 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], see
     with backbone.folded(deltas):
         for start in range(0, len(prompts), settings.batch):
             chunk = slice(start, start + settings.batch)
-            positive = _encode(backbone, bank, prompts[chunk])
-            negative = _repeat(_encode(backbone, bank, [settings.negative]), len(positive))
+            positive = encode(backbone, bank, prompts[chunk])
+            negative = _repeat(encode(backbone, bank, [settings.negative]), len(positive))
             latents = starting_noise(backbone, seeds[chunk], settings.size).to(backbone.device)
 
             def estimate(x: Tensor, t: int, _progress: float, negative: Context = negative, positive: Context = positive) -> Tensor:
-                every = [_guided(backbone, x, t, negative, positive, settings.cfg, program) for program in programs]
+                every = [guided(backbone, x, t, negative, positive, settings.cfg, program) for program in programs]
                 return every[0] if len(every) == 1 else torch.stack(every).mean(0)
 
             move = _mover(backbone, bank, prompts[chunk], positive, settings.artists, programs) if settings.artists else None
-            pictures.append(backbone.decode_latents(_denoise(backbone, latents, settings.steps, estimate, move)))
+            pictures.append(backbone.decode_latents(denoise(backbone, latents, settings.steps, estimate, move)))
     return torch.cat(pictures)
 
 
@@ -196,7 +197,7 @@ class _RegionSampling:
     def _part(self, prompt: str, negative: str) -> Part:
         settings = self.settings
         own = aggregate(self.backbone, self.bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
-        context = Context.cat([_encode(self.backbone, self.bank, [negative]), _encode(self.backbone, self.bank, [prompt])])
+        context = Context.cat([encode(self.backbone, self.bank, [negative]), encode(self.backbone, self.bank, [prompt])])
         bound = _bound(self.backbone, self.bank, [prompt, negative], settings)
         return Part(context, _on_device(self.backbone, own), bound)      # moved once, not in every step
 
@@ -208,7 +209,7 @@ class _RegionSampling:
 
     def _guided(self, x: Tensor, t: int, one: Part, sites: SiteProgram) -> Tensor:
         negative, positive = (_repeat(one.context[i:i + 1], self.count) for i in (0, 1))
-        return _guided(self.backbone, x, t, negative, positive, self.settings.cfg, sites)
+        return guided(self.backbone, x, t, negative, positive, self.settings.cfg, sites)
 
     def _own(self, x: Tensor, t: int, u: int, area: str) -> Tensor:
         """Region u's own estimate, over the full frame or on its window."""
@@ -247,4 +248,4 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
     with backbone.folded(always):
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
         run = _RegionSampling(backbone, bank, scene, regions, len(seeds), settings, tuple(latents.shape[-2:]))
-        return backbone.decode_latents(_denoise(backbone, latents, settings.steps, run.estimate))
+        return backbone.decode_latents(denoise(backbone, latents, settings.steps, run.estimate))

@@ -75,7 +75,7 @@ def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
     def estimate(x, t, _progress):
         return torch.stack(list(folded_estimates(tiny_backbone, bank, prompt, x, t))).mean(0)
 
-    latents = sampling._denoise(tiny_backbone, starting_noise(tiny_backbone, [7], (32, 32)), QUICK.steps, estimate)
+    latents = sampling.denoise(tiny_backbone, starting_noise(tiny_backbone, [7], (32, 32)), QUICK.steps, estimate)
     expected = tiny_backbone.decode_latents(latents)
     found = sample(tiny_backbone, bank, [prompt], [7], QUICK)
     assert torch.allclose(found, expected, atol=1e-4)
@@ -88,7 +88,7 @@ def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
 def test_one_prediction_is_the_mean_of_all(tiny_backbone, banks, monkeypatch):
     """What the sampler is told in its first step, against the folded models, far below what pictures can show."""
     bank, seen = banks["lora_c", ("rex", "mimi")], []
-    monkeypatch.setattr(sampling, "_denoise", lambda backbone, x, steps, estimate, *_: seen.append((x, estimate(x, 500, 0.0))) or x)
+    monkeypatch.setattr(sampling, "denoise", lambda backbone, x, steps, estimate, *_: seen.append((x, estimate(x, 500, 0.0))) or x)
     sample(tiny_backbone, bank, ["a <rex>"], [3], QUICK)
     x, found = seen[0]
     each = list(folded_estimates(tiny_backbone, bank, "a <rex>", x, 500))

@@ -14,7 +14,7 @@ from continual_concepts.core.hosts.backbone import SiteProgram
 from continual_concepts.core.prompts import Vocabulary
 from continual_concepts.core.regional import artists
 from continual_concepts.core.regional.artists import Artists, MapRecorder, Subject, artist_losses, noun_masks, word_maps
-from continual_concepts.core.sampling import SampleSettings, _encode, sample
+from continual_concepts.core.sampling import SampleSettings, encode, sample
 
 QUICK = SampleSettings(steps=4, cfg=3.0, size=(32, 32))
 TWO, ONE = "<rex> and <mimi>", "a <rex> here"
@@ -95,7 +95,7 @@ def test_positions_of_the_text(tiny_backbone, bank):
 
 
 def looks(backbone, bank, prompts, t=500):
-    context = _encode(backbone, bank, prompts)
+    context = encode(backbone, bank, prompts)
     subjects = [Subject(tuple(words.values()), text_positions(backbone, prompt, bank.vocabulary))
                 for words, prompt in zip(context.words, prompts, strict=True)]
 

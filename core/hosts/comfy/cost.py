@@ -1,0 +1,92 @@
+"""`bench regional --comfyui`: what regions cost in ComfyUI, on a UNet of Stable Diffusion 1.5's shape with random weights."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import comfy.hooks
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sample
+import comfy.supported_models
+import torch
+from torch import Tensor
+
+from ...regional.noise import NoiseSettings
+from ...regional.program import Part
+from ...regional_cost import boxes_of, parts_of
+from ...synthetic import context_of, deltas_of, peak_gb
+from . import apply
+from .sites import find_sites
+
+SHAPE = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
+         "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3,
+         "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8, "num_head_channels": -1, "use_spatial_transformer": True,
+         "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None, "use_temporal_attention": False}
+
+
+def random_model():
+    """A MODEL of SD1.5's shape; weights are random but of a size that keeps activations finite."""
+    device = comfy.model_management.get_torch_device()
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    config = comfy.supported_models.SD15(SHAPE | {"dtype": dtype})
+    config.unet_config["dtype"] = dtype
+    model, generator = config.get_model({}, device=torch.device("cpu")), torch.Generator().manual_seed(0)
+    for name, weight in model.diffusion_model.state_dict().items():
+        if weight.ndim > 1:
+            weight.normal_(0, weight[0].numel()**-0.5, generator=generator)
+        else:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+    return comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
+
+
+class ComfyCost:
+    """Times of single steps of KSampler's sampling at `pixels`, and the peak of memory."""
+
+    def __init__(self, pixels: int, steps: int) -> None:
+        self.model, self.side, self.steps = random_model(), pixels // 8, steps
+        self.sites = find_sites(self.model, (("clip_l", 768),))
+
+    def _conditioning(self, seed: int):
+        return [[context_of(1, 1, seed=seed).hidden[:, 0], {}]]
+
+    def _sampled(self, model, positive, negative) -> dict:
+        """Seconds of every step but the first, which also prepares; and the peak."""
+        latent, seen = torch.zeros(1, 4, self.side, self.side), []
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+
+        def sampling() -> None:
+            comfy.sample.sample(model, noise, self.steps, 7.0, "euler", "normal", positive, negative, latent, disable_pbar=True, seed=1,
+                                callback=lambda *_: seen.append(time.perf_counter()))
+
+        return {"peak_gb": peak_gb(sampling), "seconds": [b - a for a, b in zip(seen, seen[1:], strict=False)]}
+
+    def plain(self) -> dict:
+        return self._sampled(self.model, self._conditioning(1), self._conditioning(0))
+
+    def regions(self, count: int, is_bound: bool = True) -> dict:
+        regions, parts, bound = parts_of(self.sites.layout, count, is_bound)
+        parts = [replace(part, bound={}) for part in parts]      # the run gives each the bound concepts that its words name
+        run = apply.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * count, bound)
+        return self._sampled(apply.with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
+
+    def hooks(self, count: int) -> dict:
+        """ComfyUI's own way: a LoRA hook and a mask for every region's prompt."""
+        positive = []
+        for i, (_, left, _, right) in enumerate(boxes_of(count)):
+            mask = torch.zeros(1, 8 * self.side, 8 * self.side)
+            mask[..., round(left * mask.shape[-1]):round(right * mask.shape[-1])] = 1.0
+            hook = comfy.hooks.create_hook_lora(_lora(self.sites, deltas_of(self.sites.layout, seed=i)), 1.0, 0.0)
+            positive += comfy.hooks.set_conds_props([self._conditioning(10 + i)], 1.0, "default", mask=mask, hooks=hook)[0]
+        return self._sampled(self.model, positive, self._conditioning(0))
+
+
+def _lora(sites, deltas) -> dict[str, Tensor]:
+    """Deltas as a LoRA file under ComfyUI's own names."""
+    found = {}
+    for (index, projection), delta in deltas.items():
+        name = sites.key(sites.layout.sites[index], projection).removesuffix(".weight")
+        found[f"{name}.lora_up.weight"], found[f"{name}.lora_down.weight"] = delta.up, delta.down
+    return found

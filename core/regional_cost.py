@@ -1,0 +1,124 @@
+"""`bench regional`, cost: seconds per step and peak memory with regions against a plain picture, on SD1.5's shape with random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Protocol
+
+import torch
+
+from .hosts.backbone import Backbone, Context
+from .regional.program import Part, RegionProgram
+from .regional.regions import Region
+from .synthetic import context_of, deltas_of, peak_gb
+
+COUNTS = (2, 4, 8)
+HOOKS = (2, 4)      # one evaluation for each: eight take too long
+
+
+class Cost(Protocol):
+    """A host with a model; each way gives `{"seconds": of every step but the first, "peak_gb"}`."""
+
+    def plain(self) -> dict: ...
+
+    def regions(self, count: int, is_bound: bool = True) -> dict: ...
+
+
+def boxes_of(count: int) -> list[tuple[float, float, float, float]]:
+    """Side by side, over the whole picture."""
+    return [(0.0, i / count, 1.0, (i + 1) / count) for i in range(count)]
+
+
+def parts_of(layout, count: int, is_bound: bool) -> tuple[list[Region], list[Part], dict]:
+    """Regions with a concept of its own each, on q, k, v and out and with layer-wise words; and the concepts that are bound."""
+    names = [f"concept{i}" for i in range(count)]
+    known = {name: deltas_of(layout, seed=i) for i, name in enumerate(names)}
+    parts = [Part(context_of(2, layout.copies, seed=10 + i, words={name: (3, 4)} if is_bound else None), {} if is_bound else known[name],
+                  {name: known[name]} if is_bound else {}) for i, name in enumerate(names)]
+    return [Region(name, box=box) for name, box in zip(names, boxes_of(count), strict=True)], parts, known if is_bound else {}
+
+
+class DiffusersCost:
+    """A UNet alone, evaluated as a step with guidance evaluates it. `backbone`: with a UNet of the wanted shape."""
+
+    def __init__(self, backbone: Backbone, pixels: int, steps: int) -> None:
+        self.backbone, self.side, self.steps = backbone, pixels // 8, steps
+
+    def _stepped(self, context: Context, program=None) -> dict:
+        x = torch.randn(2, self.backbone.latent_channels, self.side, self.side, generator=torch.Generator().manual_seed(1))
+        seen = []
+
+        def steps() -> None:
+            for i in range(self.steps):
+                began = time.perf_counter()
+                self.backbone.predict(x, torch.tensor([900 - i] * 2), context, program)
+                seen.append(time.perf_counter() - began)
+
+        return {"peak_gb": peak_gb(steps), "seconds": seen[1:]}
+
+    def plain(self) -> dict:
+        return self._stepped(context_of(2, 1, seed=1))
+
+    def regions(self, count: int, is_bound: bool = True) -> dict:
+        regions, parts, _ = parts_of(self.backbone.layout, count, is_bound)
+        scene = Part(context_of(2, 1, seed=1), {})
+        program = RegionProgram(self.backbone, scene, regions, parts, torch.tensor([0, 1]), (self.side, self.side))
+        return self._stepped(scene.context, program)
+
+
+def comfyui_cost(folder: Path, pixels: int, steps: int) -> Cost:
+    """In the ComfyUI of a folder."""
+    from .hosts.comfy import standalone
+
+    standalone.start(folder)
+    from .hosts.comfy.cost import ComfyCost
+
+    return ComfyCost(pixels, steps)
+
+
+def diffusers_cost(pixels: int, steps: int) -> Cost:
+    """Without ComfyUI: the UNet alone, of SD1.5's shape."""
+    from diffusers import UNet2DConditionModel
+
+    from .hosts.diffusers import DiffusersBackbone
+    from .schedule import NoiseSchedule, cumulative_alphas
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet, vae = UNet2DConditionModel(cross_attention_dim=768), torch.nn.Module()
+    vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # not asked for anything else
+    return DiffusersCost(DiffusersBackbone(unet, vae, (), NoiseSchedule(cumulative_alphas(0.00085, 0.012))), pixels, steps)
+
+
+def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:
+    """All ways in turn, `rounds` times, so that what else the machine does falls on all of them. Of the times the least counts."""
+    ways = {"plain": cost.plain, "routed 4": lambda: cost.regions(4, is_bound=False)}
+    ways |= {f"regions {n}": lambda n=n: cost.regions(n) for n in COUNTS}
+    if hasattr(cost, "hooks"):
+        ways |= {f"hooks {n}": lambda n=n: cost.hooks(n) for n in HOOKS}
+    found: dict[str, list[dict]] = {name: [] for name in ways}
+    with torch.inference_mode():
+        for i in range(rounds):
+            for name, way in ways.items():
+                found[name].append(way())
+                tell(f"round {i + 1}, {name}: {min(found[name][-1]['seconds']):.2f} s per step")
+    return _told(found)
+
+
+def _told(found: dict[str, list[dict]]) -> dict:
+    rows: dict = {}
+    for name, looks in found.items():
+        peaks = [look["peak_gb"] for look in looks if look["peak_gb"] is not None]
+        row = {"step_seconds": min(second for look in looks for second in look["seconds"]), "peak_gb": min(peaks) if peaks else None}
+        kind, _, count = name.partition(" ")
+        if count:
+            plain = rows["plain"]
+            row["over_plain"] = row["step_seconds"] / plain["step_seconds"]
+            row["peak_over_plain"] = row["peak_gb"] / plain["peak_gb"] if peaks and plain["peak_gb"] else None
+            rows.setdefault(kind, {})[count] = row
+        else:
+            rows[kind] = row
+    return rows

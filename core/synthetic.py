@@ -1,0 +1,53 @@
+"""Random concepts and prompts of a model's shape, for figures of speed and memory; and how much memory something takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .deltas import Deltas, LowRankDelta
+from .hosts.backbone import Context
+from .sites import PROJECTIONS, SiteLayout
+
+TOKENS, WIDTH = 77, 768      # of SD1.5's prompts
+
+
+def deltas_of(layout: SiteLayout, seed: int, rank: int = 4, size: float = 0.01) -> Deltas:
+    """Low-rank deltas of all projections of all sites."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for site in layout.sites:
+        for projection in PROJECTIONS:
+            a, b = site.shape(projection)
+            found[site.index, projection] = LowRankDelta(size * torch.randn(a, rank, generator=generator),
+                                                         torch.randn(rank, b, generator=generator) * b**-0.5)
+    return found
+
+
+def context_of(batch: int, copies: int, seed: int, words: dict[str, tuple[int, ...]] | None = None) -> Context:
+    """`batch` random prompts; words: those of the last of them."""
+    hidden = torch.randn(batch, copies, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return Context(hidden, None, ({},) * (batch - 1) + (words or {},))
+
+
+def _resident() -> float:
+    """GiB that this process has held at most since the peak was reset; OSError or KeyError where the system does not tell."""
+    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(rows["VmHWM"].split()[0]) / 2**20
+
+
+def peak_gb(run: Callable[[], object]) -> float | None:
+    """Runs it; GiB at its peak, of the graphics card where there is one, else of the process; None where the system does not tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() / 2**30
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")      # Linux: the peak starts anew
+    run()
+    try:
+        return _resident()
+    except (OSError, KeyError):
+        return None
