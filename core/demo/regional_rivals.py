@@ -24,7 +24,7 @@ from ..regional.regions import Region, masks_of
 from ..routing import aggregate
 from ..sampling import SampleSettings, denoise, encode, guided, sample, sample_regions, starting_noise
 
-SOLO = 0.4      # of the embedded base, which knows pictures of one size; the node's usual value is smaller
+SOLO = 0.7      # the embedded base knows pictures of one size alone: what is settled before it sees a larger frame stays settled
 Box = tuple[float, float, float, float]
 
 
