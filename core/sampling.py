@@ -17,6 +17,7 @@ from .hosts.backbone import Backbone, Context, SiteProgram
 from .methods.base import METHODS
 from .prompts import named_concepts
 from .regional.artists import Artists, Subject
+from .regional.found import FoundRegions, prompts_apart
 from .regional.noise import NoiseSettings, region_noise, scene_is_seen, window_of
 from .regional.program import BothProgram, Part, RegionProgram
 from .regional.regions import OVERLAPS, Region, masks_of, pooled_of
@@ -181,25 +182,30 @@ def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], seeds:
     return torch.stack(result)
 
 
+def _part(backbone: Backbone, bank: ConceptBank, prompt: str, negative: str, settings: SampleSettings) -> Part:
+    own = aggregate(backbone, bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
+    context = Context.cat([encode(backbone, bank, [negative]), encode(backbone, bank, [prompt])])
+    bound = _bound(backbone, bank, [prompt, negative], settings)
+    return Part(context, _on_device(backbone, own), bound)      # moved once, not in every step
+
+
+def _rows(backbone: Backbone, count: int, cfg: float) -> Tensor:
+    """Of the UNet's batch: 0 = the negative half of guidance, 1 = the positive one."""
+    return torch.tensor([1] * count if cfg == 1.0 else [0] * count + [1] * count, device=backbone.device)
+
+
 class _RegionSampling:
     """One sampling with regions: parts encoded once, a program for the whole, and each region's own estimate where that is asked for."""
 
     def __init__(self, backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], count: int, settings: SampleSettings,
                  latent: tuple[int, int]) -> None:
         self.backbone, self.bank, self.regions, self.count, self.settings = backbone, bank, list(regions), count, settings
-        self.parts = [self._part(region.prompt, region.negative or settings.negative) for region in regions]
-        self.whole = self._with_pooled(self._part(scene, settings.negative), latent)
-        rows = torch.tensor([1] * count if settings.cfg == 1.0 else [0] * count + [1] * count, device=backbone.device)
+        self.parts = [_part(backbone, bank, region.prompt, region.negative or settings.negative, settings) for region in regions]
+        self.whole = self._with_pooled(_part(backbone, bank, scene, settings.negative, settings), latent)
+        rows = _rows(backbone, count, settings.cfg)
         self.program = RegionProgram(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap)
         self.masks = masks_of(self.regions, *latent).to(backbone.device)
         self.windows = [window_of(mask) for mask in self.masks]
-
-    def _part(self, prompt: str, negative: str) -> Part:
-        settings = self.settings
-        own = aggregate(self.backbone, self.bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
-        context = Context.cat([encode(self.backbone, self.bank, [negative]), encode(self.backbone, self.bank, [prompt])])
-        bound = _bound(self.backbone, self.bank, [prompt, negative], settings)
-        return Part(context, _on_device(self.backbone, own), bound)      # moved once, not in every step
 
     def _with_pooled(self, scene: Part, latent: tuple[int, int]) -> Part:
         if scene.context.pooled is None:
@@ -249,3 +255,23 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
         run = _RegionSampling(backbone, bank, scene, regions, len(seeds), settings, tuple(latents.shape[-2:]))
         return backbone.decode_latents(denoise(backbone, latents, settings.steps, run.estimate))
+
+
+@torch.no_grad()
+def sample_found(backbone: Backbone, bank: ConceptBank, scene: str, seeds: Sequence[int], settings: SampleSettings) -> Tensor:
+    """Pictures of a prompt that names two concepts or more, each kept to where it is found (regional.found); of any other as `sample`."""
+    texts, count = prompts_apart(bank, scene), len(seeds)
+    if len(texts) < 2:
+        return sample(backbone, bank, [scene] * count, seeds, settings)
+    with backbone.folded(aggregate(backbone, bank, "", METHODS, strength=0.0).deltas):
+        latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
+        whole, *parts = (_part(backbone, bank, text, settings.negative, settings) for text in (scene, *texts.values()))
+        words = [whole.context.words[1][name] for name in texts]
+        program = FoundRegions(backbone, whole, list(texts), parts, words, _rows(backbone, count, settings.cfg), tuple(latents.shape[-2:]))
+        negative, positive = (_repeat(whole.context[i:i + 1], count) for i in (0, 1))
+
+        def estimate(x: Tensor, t: int, progress: float) -> Tensor:
+            program.progress = progress
+            return guided(backbone, x, t, negative, positive, settings.cfg, program)
+
+        return backbone.decode_latents(denoise(backbone, latents, settings.steps, estimate))

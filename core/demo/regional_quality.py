@@ -142,4 +142,5 @@ def quality(backbone: Backbone, bank: ConceptBank, judge: Judge, way: str, count
     matrix, others = shown / meant.clamp(min=1), ~torch.eye(len(NAMES), dtype=torch.bool)
     bleed = float(shown[others].sum() / meant[others].sum().clamp(min=1))
     return {"hit_rate": float(torch.stack(hits).mean()), "bleed": bleed, "missing": float(torch.stack(missing).mean()),
-            "border": sum(borders) / len(borders), "pictures": pictures, "steps": SETTINGS.steps, "matrix": [[round(x, 4) for x in row] for row in matrix.tolist()]}
+            "border": sum(borders) / len(borders), "pictures": pictures, "steps": SETTINGS.steps,
+            "matrix": [[round(x, 4) for x in row] for row in matrix.tolist()]}

@@ -167,6 +167,35 @@ def test_solo_steps_do_nothing_where_something_belongs_to_the_whole(studio):
     assert torch.equal(*found)
 
 
+BOTH = "a photo of <rex> and <mimi> in a meadow"
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_sde", "heun"])
+def test_regions_are_found_at_the_price_of_ksampler(studio, calls, sampler):
+    latent = studio.latent(2)
+    plain = studio.regional(BOTH, bank=studio.bank, latent=latent, steps=6, sampler_name=sampler)
+    without, _ = list(calls), calls.clear()
+    found = studio.regional(BOTH, bank=studio.bank, latent=latent, steps=6, sampler_name=sampler, find_regions=True)
+    assert calls == without and torch.isfinite(found).all() and distance(found, plain) > 1e-3
+    assert torch.equal(found, studio.regional(BOTH, bank=studio.bank, latent=latent, steps=6, sampler_name=sampler, find_regions=True))
+
+
+@pytest.mark.parametrize("scene", ["a dog in a meadow", "<rex> in a meadow"])
+def test_there_is_nothing_to_find_for_one_concept(studio, scene):
+    found, plain = (studio.regional(scene, bank=studio.bank, find_regions=on) for on in (True, False))
+    assert torch.equal(found, plain)
+
+
+def test_found_regions_with_artists_and_a_low_memory_host(studio, monkeypatch):
+    """Halves of guidance in calls of their own, as on a card that is nearly full."""
+    whole = studio.regional(BOTH, bank=studio.bank, steps=6, find_regions=True)
+    monkeypatch.setattr(type(studio.model), "memory_required", lambda *_: 1e18, raising=False)
+    monkeypatch.setattr(type(studio.model.model), "memory_required", lambda *_, **__: 1e18)
+    assert distance(studio.regional(BOTH, bank=studio.bank, steps=6, find_regions=True), whole) < 1e-3
+    monkeypatch.undo()
+    assert torch.isfinite(studio.regional(BOTH, bank=studio.bank, steps=6, find_regions=True, artists=0.5)).all()
+
+
 def test_masks_are_boxes_in_another_form(studio):
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :32] = 1

@@ -18,7 +18,7 @@ from ...regional.noise import NoiseSettings
 from ...regional.program import Part
 from ...regional_cost import boxes_of, parts_of
 from ...synthetic import context_of, deltas_of, peak_gb
-from . import apply
+from . import regions as putting
 from .sites import find_sites
 
 SHAPE = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
@@ -69,8 +69,8 @@ class ComfyCost:
     def regions(self, count: int, is_bound: bool = True) -> dict:
         regions, parts, bound = parts_of(self.sites.layout, count, is_bound)
         parts = [replace(part, bound={}) for part in parts]      # the run gives each the bound concepts that its words name
-        run = apply.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * count, bound)
-        return self._sampled(apply.with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
+        run = putting.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * count, bound)
+        return self._sampled(putting.with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
 
     def hooks(self, count: int) -> dict:
         """ComfyUI's own way: a LoRA hook and a mask for every region's prompt."""

@@ -1,0 +1,164 @@
+"""MODELs that sample with regions: drawn, or found on the way; region noise, solo steps, SDXL's pooled text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...deltas import Deltas
+from ...regional.found import FoundRegions
+from ...regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, window_of
+from ...regional.observe import ObservedRegions
+from ...regional.program import Part, RegionProgram
+from ...regional.regions import Region, masks_of, pooled_of
+from ..backbone import Context
+from .apply import KEY, Wrappers, programmed, progress_of
+from .bound import BoundRun
+from .sites import UNetSites
+
+
+@dataclass
+class RegionRun:
+    """State of one sampling with regions: programs are built at the first UNet call, when weights are on their device.
+
+    parts: per region its context of two rows (negative, positive) and its deltas.
+    """
+
+    sites: UNetSites
+    scene: Part
+    regions: Sequence[Region]
+    parts: Sequence[Part]
+    words: Sequence[tuple[int, ...]]     # per region the token positions that the picture of the attention looks at
+    bound: Mapping[str, Deltas] = field(default_factory=dict)      # concepts that act through their words, in the scene's prompt too
+    overlap: str = "average"
+    only: int | None = None     # region noise estimation: the region whose own picture is being estimated, over the full frame
+    _programs: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._scene = BoundRun(self.bound)
+
+    def __call__(self, options: dict, x: Tensor) -> RegionProgram:
+        which = options["cond_or_uncond"]
+        rows = torch.tensor([1 - kind for kind in which], device=x.device).repeat_interleave(x.shape[0] // len(which))
+        key = (self.only, tuple(x.shape[-2:]))
+        if key not in self._programs:
+            self._programs[key] = self._build(x)
+        program = self._programs[key]
+        program.rows, program.progress = rows, progress_of(options)
+        program.scene_concepts = self._scene.concepts(options, x)
+        program.is_observing = program.progress == 1.0 and self.only is None and bool(rows.any())
+        return program
+
+    def pooled(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Every region's pooled text, of its negative and its prompt `[1, P]`, None where the model has none."""
+        found = [part.context.pooled for part in self.parts]
+        return [(None, None) if rows is None else (rows[:1], rows[1:2]) for rows in found]
+
+    def maps(self, size: tuple[int, int]) -> Tensor:
+        """Attention per region in the last step, `[U, H, W]` in 0..1."""
+        seen = [program for (only, _), program in self._programs.items() if only is None]
+        return seen[-1].picture_maps(size) if seen else torch.zeros(len(self.regions), *size)
+
+    def _moved(self, x: Tensor) -> tuple[Part, list[Part]]:
+        """The scene and the parts where the latent is."""
+        used = {name for part in self.parts for words in part.context.words for name in words}
+        bound = {name: {key: delta.to(x.device) for key, delta in self.bound[name].items()} for name in used}
+        parts = [Part(Context(part.context.hidden.to(x.device, x.dtype), None, part.context.words),
+                      {key: delta.to(x.device) for key, delta in part.deltas.items()}, bound) for part in self.parts]
+        return Part(self.scene.context, {key: delta.to(x.device) for key, delta in self.scene.deltas.items()}), parts
+
+    def _build(self, x: Tensor) -> RegionProgram:
+        scene, parts = self._moved(x)
+        regions, words = list(self.regions), list(self.words)
+        if self.only is not None:
+            u = self.only
+            regions, parts, words = [Region(regions[u].prompt, box=(0.0, 0.0, 1.0, 1.0))], [parts[u]], [words[u]]
+        nobody = torch.zeros(1, dtype=torch.long)
+        return ObservedRegions(self.sites, scene, regions, parts, nobody, tuple(x.shape[-2:]), self.overlap, tokens=words)
+
+
+class FoundRun(RegionRun):
+    """A sampling whose regions are found on the way, see regional.found. regions: one for each concept, over everything; words: where its
+    words are in the scene's prompt; parts: its own prompt."""
+
+    def _build(self, x: Tensor) -> RegionProgram:
+        scene, parts = self._moved(x)
+        names, nobody = [region.prompt for region in self.regions], torch.zeros(1, dtype=torch.long)
+        return FoundRegions(self.sites, scene, names, parts, self.words, nobody, tuple(x.shape[-2:]))
+
+    def found(self) -> Tensor | None:
+        """Masks of the first picture's regions `[U, h, w]`; None before they are found."""
+        masks = [program.found for program in self._programs.values() if program.found is not None]
+        return masks[-1][:, 0] if masks else None
+
+
+def with_regions(model, run: RegionRun, noise: NoiseSettings):
+    """A clone of MODEL that samples with regions: one evaluation per step; region noise and solo steps look at more, see regional.noise."""
+    clone = programmed(model, run.sites, run)
+    if noise.is_on or noise.solo > 0:
+        clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, noise))
+    return clone
+
+
+def with_found(model, run: FoundRun):
+    """A clone of MODEL for one sampling in which concepts are kept to where they are found."""
+    return programmed(model, run.sites, run)
+
+
+def with_pooled(conditioning, regions: Sequence[Region], own: Sequence[Tensor | None], latent: tuple[int, int], overlap: str):
+    """A CONDITIONING whose pooled text is that of a picture with regions, see regional.regions.pooled_of; as it was where a model has
+    none, or another node made more prompts of it."""
+    def changed(extra: dict) -> dict:
+        pooled = extra.get("pooled_output")
+        if pooled is None or any(one is None or one.shape != pooled.shape for one in own):
+            return extra
+        return {**extra, "pooled_output": pooled_of(regions, pooled, own, latent, overlap)}
+
+    return [[hidden, changed(extra)] for hidden, extra in conditioning]
+
+
+_WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # what a prompt may carry that fits the whole latent alone
+
+
+def whole_frame_things(model, conditioning: Sequence) -> list[str]:
+    """What prompts or the model carry that belongs to the whole frame: a window cannot be looked at with it."""
+    found = {key for _, extra in conditioning for key in _WHOLE_FRAME if key in extra}
+    return sorted(found) + ["an inpainting model's picture"] * bool(getattr(model.model, "concat_keys", ()))
+
+
+class _RegionNoise:
+    """Region noise estimation (CIDM Sec. 3.4): mixes guided predictions of the scene and of every region on its own. In solo steps (ours)
+    the regions' own, on their windows, are all there is."""
+
+    def __init__(self, run: RegionRun, settings: NoiseSettings) -> None:
+        self.run, self.settings = run, settings
+
+    def __call__(self, executor, x, timestep, model_options=None, seed=None):
+        progress = progress_of({**model_options["transformer_options"], "sigmas": timestep})
+        on, solo = [u for u, region in enumerate(self.run.regions) if region.active(progress)], progress < self.settings.solo
+        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:]) if on else x.new_zeros(0, *x.shape[-2:])
+        is_seen = not (solo and on) or scene_is_seen(masks, self.run.overlap)
+        scene = executor(x, timestep, model_options, seed) if is_seen else torch.zeros_like(x)
+        if not on or not (solo or self.settings.is_on):
+            return scene
+        is_cut = solo or self.settings.area == "crop"
+        own = self._own(executor, x, timestep, model_options, seed, on, [window_of(mask) for mask in masks] if is_cut else None)
+        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
+        sigma = timestep.view(-1, *[1] * (x.ndim - 1))
+        noises = torch.stack([(x - picture) / sigma for picture in own])
+        alpha, outside = (0.0, "keep") if solo else (self.settings.alpha, self.settings.outside)
+        return x - sigma * region_noise((x - scene) / sigma, noises, masks, alpha, outside, self.run.overlap)
+
+    def _own(self, executor, x, timestep, model_options, seed, on: list[int], windows: list[Window] | None) -> list[Tensor]:
+        whole, own = Window(0, 0, *x.shape[-2:]), []
+        try:
+            for i, u in enumerate(on):
+                window = whole if windows is None else windows[i]
+                self.run.only = u
+                own.append(window.back(executor(window.cut(x), timestep, model_options, seed), x))
+        finally:
+            self.run.only = None
+        return own

@@ -1,0 +1,81 @@
+"""Regions without boxes: where each concept of a prompt is, is read from attention while the picture is made. Ours.
+
+In the first steps the scene is drawn as it is, and at the coarse sites is kept how much every place looks at each concept's words. From
+then on every concept has a region there, in every picture of a batch its own, with a prompt in which the other concepts are their class
+nouns. There is no phase before sampling and no further evaluation. FreeFuse, the nearest relative, samples a part of the picture first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bank import ConceptBank
+from ..hosts.backbone import Backbone
+from ..prompts import WordRef, named_concepts
+from ..sites import Site, grid_of
+from ..training.attention import attention_maps
+from .artists import FINEST
+from .program import Part, RegionProgram
+from .regions import Region
+
+LOOK = 0.35      # share of the steps after which regions are there
+SHOWN = 0.5      # of its maximum: where a concept's map is above that and above the others', the place is its own
+
+
+def prompts_apart(bank: ConceptBank, scene: str) -> dict[str, str]:
+    """Concept -> the scene's prompt with the other concepts as their class nouns, for the concepts that it names."""
+    pieces, found = bank.vocabulary.parse(scene), {}
+    for name in named_concepts(pieces):
+        text, last = "", None
+        for piece in pieces:
+            if not isinstance(piece, WordRef):
+                text += piece
+            elif piece.concept == name:
+                text += f"<{bank.infos[name].words[piece.position]}>"
+            elif piece.concept != last:
+                text += bank.infos[piece.concept].class_noun
+            last = piece.concept if isinstance(piece, WordRef) else last if not piece.strip() else None
+        found[name] = text
+    return found
+
+
+class FoundRegions(RegionProgram):
+    """A RegionProgram whose masks are found on the way. words: per concept the positions of its words in the scene's prompt; parts: per
+    concept its prompt of `prompts_apart`, with its deltas."""
+
+    def __init__(self, backbone: Backbone, scene: Part, names: Sequence[str], parts: Sequence[Part], words: Sequence[tuple[int, ...]],
+                 rows: Tensor, latent: tuple[int, int]) -> None:
+        super().__init__(backbone, scene, [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in names], parts, rows, latent)
+        self.words, self.found = list(words), None      # found: `[U, b, h, w]` once the masks are known
+        self._sums: dict[int, Tensor] = {}              # cells of a grid -> sum of maps `[b, U, cells]`
+
+    def phase(self) -> tuple:
+        if self.found is None and self.progress >= LOOK and self._sums:
+            self.found, self._sums = self._masks(), {}
+        return (self.found is not None,)
+
+    def masks(self, grid: tuple[int, int]) -> Tensor:
+        if self.found is None:
+            return torch.zeros(len(self.parts), *grid)
+        resized = F.interpolate(self.found, grid, mode="area" if grid[0] < self.found.shape[-2] else "bilinear")
+        return resized[:, torch.arange(len(self.rows)) % resized.shape[1]]      # every row its picture's
+
+    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+        cells, positive = query.shape[1], self.rows.bool()
+        if self.found is None and bool(positive.any()) and cells <= max(FINEST, self.latent[0] * self.latent[1] // 16):
+            maps = attention_maps(query[positive].float(), key[positive].float(), site.heads)
+            seen = torch.stack([maps[..., list(words)].mean(-1) for words in self.words], dim=1)
+            self._sums[cells] = self._sums.get(cells, 0) + seen
+        return super().attend(site, query, key, value, default)
+
+    def _masks(self) -> Tensor:
+        cells = max(self._sums)      # the finest of the grids
+        maps = self._sums[cells].unflatten(-1, grid_of(cells, *self.latent))
+        maps = F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+        maps = maps / maps.amax((-2, -1), keepdim=True).clamp(min=1e-8)
+        own = (maps > SHOWN) & (maps == maps.amax(1, keepdim=True))
+        return own.float().transpose(0, 1).cpu()

@@ -1,0 +1,88 @@
+"""Regions without boxes: prompts of their own, masks from attention, and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.regional import found as module
+from continual_concepts.core.regional.found import FoundRegions, prompts_apart
+from continual_concepts.core.regional.program import Part
+from continual_concepts.core.sampling import SampleSettings, encode, sample, sample_found
+
+QUICK = SampleSettings(steps=5, cfg=3.0, size=(64, 64))
+SCENE = "a photo of <rex> and <mimi> in a room"
+
+
+@pytest.fixture(params=["routed", "bound"])
+def bank(request, region_bank, tiny_backbone, teach):
+    if request.param == "routed":
+        return region_bank
+    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "bound").bank
+    return teach(tiny_backbone, bank, "mimi", "bound", noun="cat").bank
+
+
+@pytest.mark.parametrize(("scene", "expected"), [
+    ("a dog", {}),
+    ("<rex> at night", {"rex": "<rex> at night"}),
+    (SCENE, {"rex": "a photo of <rex> and {mimi} in a room", "mimi": "a photo of {rex} and <mimi> in a room"}),
+    ("<rex> <mimi> and <rex>", {"rex": "<rex> {mimi} and <rex>", "mimi": "{rex} <mimi> and {rex}"}),
+])
+def test_prompts_name_one_concept_and_the_class_nouns_of_the_others(bank, scene, expected):
+    nouns = {name: info.class_noun for name, info in bank.infos.items()}
+    words = {name: "".join(f"<{word}>" for word in info.words) for name, info in bank.infos.items()}
+    wanted = {name: text.format(**nouns) for name, text in expected.items()}
+    for name, found in prompts_apart(bank, scene).items():
+        assert found.replace(words[name], f"<{name}>") == wanted.pop(name)
+        assert bank.vocabulary.parse(found)      # what comes out can be read again
+    assert not wanted
+
+
+def program_of(backbone, bank, pictures=2):
+    texts = prompts_apart(bank, SCENE)
+    scene, *parts = (Part(encode(backbone, bank, ["", text]), {}) for text in (SCENE, *texts.values()))
+    words = [scene.context.words[1][name] for name in texts]
+    return FoundRegions(backbone, scene, list(texts), parts, words, torch.tensor([0] * pictures + [1] * pictures), (16, 16))
+
+
+def test_masks_are_where_a_concepts_map_is_high_and_highest(tiny_backbone, region_bank):
+    program = program_of(tiny_backbone, region_bank)
+    maps = torch.full((2, 2, 8, 8), 0.01)
+    maps[0, 0, :, :3], maps[0, 1, :, 5:] = 0.6, 0.2      # the first picture: rex left, mimi right, more faintly
+    maps[1, 0, :3], maps[1, 1, 5:] = 0.3, 0.9            # the second: rex above, mimi below
+    program._sums, program.progress = {64: maps.flatten(2)}, 1.0
+    assert program.phase() == (True,)
+    found = program.found
+    assert found.shape == (2, 2, 8, 8)
+    assert found[0, 0, :, :3].all() and not found[0, 0, :, 5:].any() and found[1, 0, :, 5:].all() and not found[1, 0, :, :3].any()
+    assert found[0, 1, :3].all() and found[1, 1, 5:].all() and (found.sum(0) <= 1).all()
+    rows = program.masks((4, 4))
+    assert rows.shape == (2, 4, 4, 4) and torch.equal(rows[:, :2], rows[:, 2:])      # each picture's negative and positive half
+
+
+def test_before_they_are_found_the_scene_is_all(tiny_backbone, bank, monkeypatch):
+    monkeypatch.setattr(module, "LOOK", 2.0)
+    found = sample_found(tiny_backbone, bank, SCENE, [1, 2], QUICK)
+    assert torch.allclose(found, sample(tiny_backbone, bank, [SCENE] * 2, [1, 2], QUICK), atol=1e-4)
+
+
+def test_regions_are_found_at_the_price_of_a_plain_picture(tiny_backbone, bank, calls):
+    found = sample_found(tiny_backbone, bank, SCENE, [1, 2], QUICK)
+    assert calls == [4] * 5
+    assert torch.isfinite(found).all() and not torch.allclose(found, sample(tiny_backbone, bank, [SCENE] * 2, [1, 2], QUICK), atol=1e-3)
+    assert torch.equal(found, sample_found(tiny_backbone, bank, SCENE, [1, 2], QUICK))
+
+
+def test_a_picture_does_not_depend_on_the_others_of_its_batch(tiny_backbone, bank):
+    both = sample_found(tiny_backbone, bank, SCENE, [1, 2], QUICK)
+    alone = [sample_found(tiny_backbone, bank, SCENE, [seed], QUICK) for seed in (1, 2)]
+    assert torch.allclose(both, torch.cat(alone), atol=1e-4)
+    assert torch.isfinite(sample_found(tiny_backbone, bank, SCENE, [1], replace(QUICK, cfg=1.0))).all()
+
+
+def test_a_prompt_with_one_concept_is_plain(tiny_backbone, bank):
+    found = sample_found(tiny_backbone, bank, "<rex> at night", [1], QUICK)
+    assert torch.equal(found, sample(tiny_backbone, bank, ["<rex> at night"], [1], QUICK))
