@@ -158,6 +158,8 @@ class RegionalConceptSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         if overlap not in OVERLAPS:
             raise ConceptError(f"overlap is {overlap!r}; allowed: {', '.join(OVERLAPS)}")
+        if find_regions and artists > 0:
+            raise ConceptError(f"find_regions is on and artists is {artists}; both part concepts without regions, allowed is one of the two")
         noise = NoiseSettings(region_noise, alpha, outside, noise_area, solo)
         sites = find_sites(model, text_widths(clip))
         bank = ConceptBank(sites.layout) if bank is None else bank

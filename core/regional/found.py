@@ -66,6 +66,7 @@ class FoundRegions(RegionProgram):
 
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
         cells, positive = query.shape[1], self.rows.bool()
+        self.phase()      # before this step is looked at: whether both halves of guidance come in one call must not matter
         if self.found is None and bool(positive.any()) and cells <= max(FINEST, self.latent[0] * self.latent[1] // 16):
             maps = attention_maps(query[positive].float(), key[positive].float(), site.heads)
             seen = torch.stack([maps[..., list(words)].mean(-1) for words in self.words], dim=1)

@@ -186,14 +186,17 @@ def test_there_is_nothing_to_find_for_one_concept(studio, scene):
     assert torch.equal(found, plain)
 
 
-def test_found_regions_with_artists_and_a_low_memory_host(studio, monkeypatch):
+def test_found_regions_on_a_low_memory_host(studio, monkeypatch):
     """Halves of guidance in calls of their own, as on a card that is nearly full."""
     whole = studio.regional(BOTH, bank=studio.bank, steps=6, find_regions=True)
     monkeypatch.setattr(type(studio.model), "memory_required", lambda *_: 1e18, raising=False)
     monkeypatch.setattr(type(studio.model.model), "memory_required", lambda *_, **__: 1e18)
     assert distance(studio.regional(BOTH, bank=studio.bank, steps=6, find_regions=True), whole) < 1e-3
-    monkeypatch.undo()
-    assert torch.isfinite(studio.regional(BOTH, bank=studio.bank, steps=6, find_regions=True, artists=0.5)).all()
+
+
+def test_found_regions_and_artists_are_one_too_many(studio):
+    with pytest.raises(Exception, match="find_regions is on and artists is 0.5"):
+        studio.regional(BOTH, bank=studio.bank, find_regions=True, artists=0.5)
 
 
 def test_masks_are_boxes_in_another_form(studio):
