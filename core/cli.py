@@ -85,7 +85,7 @@ def _add_sample(commands) -> None:
     )
     parser.add_argument("--region-noise", action="store_true", help="region noise estimation: one more evaluation per region and step")
     parser.add_argument(
-        "--solo", type=float, default=0.25, help="share of the first steps in which every region is drawn alone (default %(default)s)"
+        "--solo", type=float, default=0.4, help="share of the first steps in which every region is drawn alone (default %(default)s)"
     )
     _add_base(parser)
 

@@ -18,7 +18,7 @@ from .methods.base import METHODS
 from .prompts import named_concepts
 from .regional.artists import Artists, Subject
 from .regional.found import FoundRegions, prompts_apart
-from .regional.noise import NoiseSettings, region_noise, scene_is_seen, window_of
+from .regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, windows_of
 from .regional.program import BothProgram, Part, RegionProgram
 from .regional.regions import OVERLAPS, Region, masks_of, pooled_of
 from .routing import aggregate, averaged_names, bound_deltas
@@ -204,8 +204,7 @@ class _RegionSampling:
         self.whole = self._with_pooled(_part(backbone, bank, scene, settings.negative, settings), latent)
         rows = _rows(backbone, count, settings.cfg)
         self.program = RegionProgram(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap)
-        self.masks = masks_of(self.regions, *latent).to(backbone.device)
-        self.windows = [window_of(mask) for mask in self.masks]
+        self.soft, self.hard = (masks_of(self.regions, *latent, feathered).to(backbone.device) for feathered in (True, False))
 
     def _with_pooled(self, scene: Part, latent: tuple[int, int]) -> Part:
         if scene.context.pooled is None:
@@ -217,25 +216,22 @@ class _RegionSampling:
         negative, positive = (_repeat(one.context[i:i + 1], self.count) for i in (0, 1))
         return guided(self.backbone, x, t, negative, positive, self.settings.cfg, sites)
 
-    def _own(self, x: Tensor, t: int, u: int, area: str) -> Tensor:
-        """Region u's own estimate, over the full frame or on its window."""
-        part = self.parts[u]
-        program = BothProgram(part.deltas, part.bound)
-        if area == "frame":
-            return self._guided(x, t, part, program)
-        return self.windows[u].back(self._guided(self.windows[u].cut(x), t, part, program), x)
+    def _own(self, x: Tensor, t: int, part: Part, window: Window) -> Tensor:
+        """A region's own estimate on a window, zeros around it."""
+        return window.back(self._guided(window.cut(x), t, part, BothProgram(part.deltas, part.bound)), x)
 
     def estimate(self, x: Tensor, t: int, progress: float) -> Tensor:
         settings, on = self.settings, [u for u, region in enumerate(self.regions) if region.active(progress) and region.strength]
         solo, self.program.progress = progress < settings.noise.solo, progress
-        masks = self.masks[on].to(x)
+        masks = (self.hard if solo else self.soft)[on].to(x)      # over a soft edge a window would reach into its neighbour
         if solo and on and not scene_is_seen(masks, settings.overlap):
             noise = torch.zeros_like(x)
         else:
             noise = self._guided(x, t, self.whole, self.program)
         if not on or not (solo or settings.noise.is_on):
             return noise
-        own = torch.stack([self._own(x, t, u, "crop" if solo else settings.noise.area) for u in on])
+        windows = windows_of(masks, solo or settings.noise.area == "crop")
+        own = torch.stack([self._own(x, t, self.parts[u], window) for u, window in zip(on, windows, strict=True)])
         alpha, outside = (0.0, "keep") if solo else (settings.noise.alpha, settings.noise.outside)
         return region_noise(noise, own, masks, alpha, outside, settings.overlap)
 

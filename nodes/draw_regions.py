@@ -15,10 +15,10 @@ from ..core.regional.regions import Region, region_mask
 from . import types
 from .schema import Schema
 
-# Each prompt tells the whole scene, so that every region knows what is next to it
+# Each prompt tells what is in its region alone: in the sampler's solo steps a region is a picture of its own
 EXAMPLE = """[
-{"name": "left", "prompt": "a photo of <rex> and a cat in a meadow", "box": [0, 0.15, 0.5, 1]},
-{"name": "right", "prompt": "a photo of a dog and <mimi> in a meadow", "box": [0.5, 0.15, 1, 1]}
+{"name": "left", "prompt": "a photo of <rex> in a meadow", "box": [0, 0, 0.5, 1]},
+{"name": "right", "prompt": "a photo of <mimi> in a meadow", "box": [0.5, 0, 1, 1]}
 ]"""
 
 

@@ -109,7 +109,7 @@ class RegionalConceptSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "solo",
-                    default=0.25,
+                    default=0.4,
                     min=0.0,
                     max=1.0,
                     step=0.05,
@@ -153,13 +153,13 @@ class RegionalConceptSampler(io.ComfyNode):
         artists=0.0,
         overlap="average",
         noise_area="frame",
-        solo=0.25,
+        solo=0.4,
         find_regions=False,
     ) -> io.NodeOutput:
         if overlap not in OVERLAPS:
             raise ConceptError(f"overlap is {overlap!r}; allowed: {', '.join(OVERLAPS)}")
         if find_regions and artists > 0:
-            raise ConceptError(f"find_regions is on and artists is {artists}; both part concepts without regions, allowed is one of the two")
+            raise ConceptError(f"find_regions is on and artists is {artists}; both part concepts without regions: use one of them")
         noise = NoiseSettings(region_noise, alpha, outside, noise_area, solo)
         sites = find_sites(model, text_widths(clip))
         bank = ConceptBank(sites.layout) if bank is None else bank

@@ -76,6 +76,11 @@ def window_of(mask: Tensor) -> Window:
     return Window(spans[0][0], spans[1][0], spans[0][1], spans[1][1])
 
 
+def windows_of(masks: Tensor, is_cut: bool) -> list[Window]:
+    """Of each of the masks `[U, h, w]`: its window, or the full frame."""
+    return [window_of(mask) if is_cut else Window(0, 0, *masks.shape[-2:]) for mask in masks]
+
+
 def scene_is_seen(masks: Tensor, overlap: str = "average") -> bool:
     """Whether regions with these masks `[U, h, w]` leave any of the picture to the scene."""
     return bool((shares(masks, overlap)[1] > 1e-3).any())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +93,9 @@ def _soften(mask: Tensor, feather: float) -> Tensor:
     return F.conv2d(F.conv2d(x, line), line.transpose(2, 3))[0, 0]
 
 
-def masks_of(regions: Sequence[Region], height: int, width: int) -> Tensor:
-    """`[U, height, width]`, each times its region's strength."""
+def masks_of(regions: Sequence[Region], height: int, width: int, feathered: bool = True) -> Tensor:
+    """`[U, height, width]`, each times its region's strength; without their soft edges where these are not wanted."""
+    regions = regions if feathered else [replace(region, feather=0.0) for region in regions]
     return torch.stack([region.strength * region_mask(region, height, width) for region in regions])
 
 

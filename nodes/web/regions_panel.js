@@ -56,7 +56,7 @@ export class Panel {
             made.addEventListener("change", () => this.on.change({ [key]: made.value }));
         };
         const text = { maxlength: String(MOST.prompt), spellcheck: "false", "data-capture-wheel": "true" };
-        const example = "The whole scene, with what is here: a photo of <rex> and a cat";
+        const example = "What is here, and where: a photo of <rex> in a meadow";
         field("textarea", "prompt", "Prompt", { ...text, rows: "3", placeholder: example });
         field("textarea", "negative", "Negative", { ...text, rows: "1", placeholder: "Empty = the scene's negative" });
     }

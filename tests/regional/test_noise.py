@@ -88,6 +88,14 @@ def test_solo_steps_look_at_windows_alone_where_regions_cover_the_picture(tiny_b
     assert sizes == [(16, 16), (16, 8)] * 2 + [(16, 16)] * 2
 
 
+def test_soft_edges_do_not_make_windows_larger(tiny_backbone, bank, monkeypatch):
+    sizes, original = [], tiny_backbone.predict
+    monkeypatch.setattr(tiny_backbone, "predict", lambda x, *rest: sizes.append(tuple(x.shape[-2:])) or original(x, *rest))
+    halves = [Region("<rex>", LEFT, feather=0.2), Region("<mimi>", RIGHT, feather=0.2)]
+    sample_regions(tiny_backbone, bank, "a dog", halves, [1], replace(QUICK, size=(64, 64), noise=NoiseSettings(solo=0.4), steps=4))
+    assert sizes == [(16, 8)] * 4 + [(16, 16)] * 2
+
+
 def test_a_solo_region_is_a_picture_of_its_own(tiny_backbone, bank, monkeypatch):
     """Solo to the end, two halves are what each prompt gives on the half's own noise. Latents: the decoder sees over the border."""
     monkeypatch.setattr(tiny_backbone, "decode_latents", lambda latents: latents)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...deltas import Deltas
 from ...regional.found import FoundRegions
-from ...regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, window_of
+from ...regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, windows_of
 from ...regional.observe import ObservedRegions
 from ...regional.program import Part, RegionProgram
 from ...regional.regions import Region, masks_of, pooled_of
@@ -139,24 +139,23 @@ class _RegionNoise:
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         progress = progress_of({**model_options["transformer_options"], "sigmas": timestep})
         on, solo = [u for u, region in enumerate(self.run.regions) if region.active(progress)], progress < self.settings.solo
-        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:]) if on else x.new_zeros(0, *x.shape[-2:])
+        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:], feathered=not solo) if on else x.new_zeros(0, *x.shape[-2:])
         is_seen = not (solo and on) or scene_is_seen(masks, self.run.overlap)
         scene = executor(x, timestep, model_options, seed) if is_seen else torch.zeros_like(x)
         if not on or not (solo or self.settings.is_on):
             return scene
-        is_cut = solo or self.settings.area == "crop"
-        own = self._own(executor, x, timestep, model_options, seed, on, [window_of(mask) for mask in masks] if is_cut else None)
+        windows = windows_of(masks, solo or self.settings.area == "crop")
+        own = self._own(executor, x, timestep, model_options, seed, dict(zip(on, windows, strict=True)))
         # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
         sigma = timestep.view(-1, *[1] * (x.ndim - 1))
         noises = torch.stack([(x - picture) / sigma for picture in own])
         alpha, outside = (0.0, "keep") if solo else (self.settings.alpha, self.settings.outside)
         return x - sigma * region_noise((x - scene) / sigma, noises, masks, alpha, outside, self.run.overlap)
 
-    def _own(self, executor, x, timestep, model_options, seed, on: list[int], windows: list[Window] | None) -> list[Tensor]:
-        whole, own = Window(0, 0, *x.shape[-2:]), []
+    def _own(self, executor, x, timestep, model_options, seed, windows: dict[int, Window]) -> list[Tensor]:
+        own = []
         try:
-            for i, u in enumerate(on):
-                window = whole if windows is None else windows[i]
+            for u, window in windows.items():
                 self.run.only = u
                 own.append(window.back(executor(window.cut(x), timestep, model_options, seed), x))
         finally:
