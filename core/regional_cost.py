@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,30 +95,34 @@ def diffusers_cost(pixels: int, steps: int) -> Cost:
 
 
 def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:
-    """All ways in turn, `rounds` times, so that what else the machine does falls on all of them. Of the times the least counts."""
-    ways = {"plain": cost.plain, "routed 4": lambda: cost.regions(4, is_bound=False)}
-    ways |= {f"regions {n}": lambda n=n: cost.regions(n) for n in COUNTS}
+    """Every way right after a plain look, `rounds` times, and the median of what it takes over that: a machine's pace drifts from minute to
+    minute, and drifts for both."""
+    ways = {"routed 4": lambda: cost.regions(4, is_bound=False)} | {f"regions {n}": lambda n=n: cost.regions(n) for n in COUNTS}
     hooks = {f"hooks {n}": lambda n=n: cost.hooks(n) for n in HOOKS} if hasattr(cost, "hooks") else {}
-    found: dict[str, list[dict]] = {name: [] for name in (*ways, *hooks)}
+    found: dict[str, list[tuple[dict, dict]]] = {name: [] for name in (*ways, *hooks)}
     with torch.inference_mode():
         for i in range(rounds):
             for name, way in ((ways | hooks) if i == 0 else ways).items():      # hooks are far enough off for one look
-                found[name].append(way())
-                tell(f"round {i + 1}, {name}: {min(found[name][-1]['seconds']):.2f} s per step")
+                found[name].append((cost.plain(), way()))
+                plain, own = (min(look["seconds"]) for look in found[name][-1])
+                tell(f"round {i + 1}, {name}: {own:.2f} s per step, plain {plain:.2f} s")
     return _told(found)
 
 
-def _told(found: dict[str, list[dict]]) -> dict:
-    rows: dict = {}
-    for name, looks in found.items():
-        peaks = [look["peak_gb"] for look in looks if look["peak_gb"] is not None]
-        row = {"step_seconds": min(second for look in looks for second in look["seconds"]), "peak_gb": min(peaks) if peaks else None}
+def _told(found: dict[str, list[tuple[dict, dict]]]) -> dict:
+    plain = [look for pairs in found.values() for look, _ in pairs]
+    rows: dict = {"plain": _row(plain)}
+    for name, pairs in found.items():
         kind, _, count = name.partition(" ")
-        if count:
-            plain = rows["plain"]
-            row["over_plain"] = row["step_seconds"] / plain["step_seconds"]
-            row["peak_over_plain"] = row["peak_gb"] / plain["peak_gb"] if peaks and plain["peak_gb"] else None
-            rows.setdefault(kind, {})[count] = row
-        else:
-            rows[kind] = row
+        row = _row([own for _, own in pairs])
+        row["over_plain"] = statistics.median(min(own["seconds"]) / min(base["seconds"]) for base, own in pairs)
+        both = None not in (row["peak_gb"], rows["plain"]["peak_gb"])
+        row["peak_over_plain"] = row["peak_gb"] / rows["plain"]["peak_gb"] if both else None
+        rows.setdefault(kind, {})[count] = row
     return rows
+
+
+def _row(looks: list[dict]) -> dict:
+    """The least of the times, and of the peaks where the system tells them."""
+    peaks = [look["peak_gb"] for look in looks if look["peak_gb"] is not None]
+    return {"step_seconds": min(second for look in looks for second in look["seconds"]), "peak_gb": min(peaks) if peaks else None}

@@ -25,6 +25,7 @@ from .sequence import concepts
 NAMES = ("rex", "quack", "mimi", "pack", "teddy", "fido")      # the last is the second dog
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 6: (2, 3)}      # rows and columns; a region is as large as a picture
 SIDE, STEPS = 64, 600
+UNPLACED = ("prompt", "found")      # ways that are not told who is to be where
 OF_LORA = ("masked", "hooks", "couple")      # ways of files that are LoRA: they get concepts whose deltas act on every word, CIDM's
 
 
@@ -130,7 +131,7 @@ def quality(backbone: Backbone, bank: ConceptBank, judge: Judge, way: str, count
     for wish in wishes(count, pictures):
         picture = WAYS[way](backbone, bank, wish)
         levels = torch.tensor([judge.levels[name] for name in wish.names])
-        found = seen_in(judge.scores(picture, wish.boxes, wish.names)[0], levels, way != "prompt")
+        found = seen_in(judge.scores(picture, wish.boxes, wish.names)[0], levels, way not in UNPLACED)
         hits.append(found.hit.float().mean())
         missing.append(found.missing.float().mean())
         borders.append(border_gradient(picture, wish.boxes))

