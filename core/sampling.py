@@ -27,7 +27,8 @@ from .routing import aggregate, averaged_names, bound_deltas
 @dataclass(frozen=True)
 class SampleSettings:
     """steps of DPM-Solver++ (2M); cfg: guidance scale, 1 = none; size: picture height and width in pixels; mode and strength: see routing;
-    noise: region noise estimation and solo steps; overlap: as in regional.regions.shares; artists: strength of regional.artists for
+    noise: region noise estimation and solo steps; overlap: as in regional.regions.shares; isolation: share of the first steps
+    in which regions do not see each other in self-attention; artists: strength of regional.artists for
     prompts that name two concepts or more, 0 = none; with regions they have nothing to do."""
 
     steps: int = 25
@@ -38,6 +39,7 @@ class SampleSettings:
     strength: float = 1.0
     noise: NoiseSettings = NoiseSettings()
     overlap: str = "average"
+    isolation: float = 0.0
     batch: int = 16
     artists: float = 0.0
 
@@ -46,6 +48,8 @@ class SampleSettings:
             raise ConceptError(f"steps and cfg are {self.steps} and {self.cfg}; allowed: steps 1 or more, cfg 0 or more")
         if self.batch < 1 or self.overlap not in OVERLAPS:
             raise ConceptError(f"batch and overlap are {self.batch} and {self.overlap!r}; allowed: 1 or more, {', '.join(OVERLAPS)}")
+        if not 0 <= self.isolation <= 1:
+            raise ConceptError(f"isolation is {self.isolation}; allowed: 0 to 1, a share of the steps")
         if not 0 <= self.artists < float("inf"):
             raise ConceptError(f"the artists' strength is {self.artists}; allowed: 0 or more")
 
@@ -203,7 +207,7 @@ class _RegionSampling:
         self.parts = [_part(backbone, bank, region.prompt, region.negative or settings.negative, settings) for region in regions]
         self.whole = self._with_pooled(_part(backbone, bank, scene, settings.negative, settings), latent)
         rows = _rows(backbone, count, settings.cfg)
-        self.program = RegionProgram(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap)
+        self.program = RegionProgram(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap, settings.isolation)
         self.soft, self.hard = (masks_of(self.regions, *latent, feathered).to(backbone.device) for feathered in (True, False))
 
     def _with_pooled(self, scene: Part, latent: tuple[int, int]) -> Part:

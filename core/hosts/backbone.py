@@ -61,6 +61,8 @@ def _repeated(words: dict[str, tuple[int, ...]], n: int, length: int) -> dict[st
 class SiteProgram:
     """What sites do beside their frozen weights. The base class does nothing; a host with program None runs untouched."""
 
+    looks_within = False      # whether `attend_within` is to be asked; where it is not, self-attention is the host's, untouched
+
     def begin(self, context: Context) -> None:
         """Called before every forward pass with what it will read. With gradient checkpointing the other calls may come again after it, in
         the backward pass."""
@@ -72,6 +74,10 @@ class SiteProgram:
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
         """query `[B, S, a]`, key and value `[B, N, a]`, heads side by side; `default(query, key, value)` is the host's attention
         `[B, S, a]`. Where other people's code stands in for it, its attribute `plain` is attention without that."""
+        return default(query, key, value)
+
+    def attend_within(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+        """Self-attention of the block that a site is in: query, key and value `[B, S, a]`."""
         return default(query, key, value)
 
 

@@ -65,6 +65,21 @@ class _SiteProcessor:
         return multi_head(query, key, value, self.site.heads)
 
 
+class _SelfProcessor:
+    """Self-attention of a site's block: diffusers' own processor, unless the program has something to say."""
+
+    def __init__(self, host: DiffusersBackbone, site: Site, original) -> None:
+        self.host, self.site, self.original = host, site, original
+
+    def __call__(self, attn, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        program = self.host.program
+        if program is None or not program.looks_within:
+            return self.original(attn, hidden_states, *args, **kwargs)
+        query, key, value = (_linear(attn, name)(hidden_states) for name in ("to_q", "to_k", "to_v"))
+        out = program.attend_within(self.site, query, key, value, lambda q, k, v: multi_head(q, k, v, attn.heads))
+        return _linear(attn, "to_out")(out)
+
+
 def multi_head(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Attention over `heads` heads laid side by side: query `[B, S, a]`, key and value `[B, N, a]` to `[B, S, a]`."""
     def split(x: Tensor) -> Tensor:
@@ -125,6 +140,8 @@ class DiffusersBackbone(Backbone):
         self._modules = _attentions(unet)
         for site, attention in zip(self.layout.sites, self._modules.values(), strict=True):
             attention.set_processor(_SiteProcessor(self, site))
+            within = unet.get_submodule(f"{site.name.removesuffix('attn2')}attn1")
+            within.set_processor(_SelfProcessor(self, site, within.processor))
         self.fingerprint = self._weight_hash()
 
     @property

@@ -132,6 +132,31 @@ def _side_by_side(through: Sequence[tuple[Tensor | None, Tensor | None, int]]) -
     return wide, torch.cat([behind.transpose(0, 1).flatten(1) for _, behind in known], 1)
 
 
+def mixed_query(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Stack], cover: Cover) -> Tensor:
+    """`[B, S, a]`: every cell's query as its own region asks, mixed; base: the scene's."""
+    own = [stack.asking(query[:, group.cells], asked[:, group.cells])[0].flatten(1, 2)
+           for group, stack in zip(cover.groups, stacks, strict=True)]
+    return base * cover.scene.to(base.dtype).unsqueeze(-1) + _mixed(own, cover, base.dtype) if own else base
+
+
+def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor, cover: Cover, heads: int, attend: Attend) -> Tensor:
+    """Self-attention in which no region sees another: query, key, value `[B, S, a]`; base `[B, S, a]`: what the scene's cells get, who see
+    everything; attend: plain attention. It costs by the squares of the regions' areas: less than plain where they cover the picture."""
+    results = []
+    for group in cover.groups:
+        q, k, v = (x[:, group.cells].flatten(0, 1) for x in (query, key, value))      # [B * G, S', a]
+        if group.own is None:
+            out = attend(q, k, v)
+        else:      # fillings are not to be seen
+            mask = group.own.repeat(len(query), 1)[:, None, None]
+            q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        results.append(out.unflatten(0, (len(query), -1)).flatten(1, 2))
+    if not results:
+        return base
+    return base * cover.scene.to(base.dtype).unsqueeze(-1) + _mixed(results, cover, base.dtype)
+
+
 def region_attention(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Stack], cover: Cover, rows: Tensor, heads: int,
                      attend: Attend) -> tuple[Tensor, Tensor | None]:
     """Cross-attention in which every region reads its own prompt with its own weights.

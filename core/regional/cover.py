@@ -13,10 +13,12 @@ LIKE = 0.5      # regions share an operation when the smaller has at least this 
 
 @dataclass(frozen=True)
 class Group:
-    """Regions that are computed together: their numbers, and the cells of each `[G, S']`, short ones filled up with cell 0."""
+    """Regions that are computed together: their numbers, and the cells of each `[G, S']`, short ones filled up with cell 0; `own` `[G, S']`
+    is True at the cells that are no filling, None where there is none."""
 
     members: tuple[int, ...]
     cells: Tensor
+    own: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def cover_of(region_share: Tensor, scene_share: Tensor) -> Cover:
             cells = held[u]
             rows[g, :len(cells)] = cells
             found.append((cells, start + g * most + torch.arange(len(cells), device=device), region_share[u][:, cells]))
-        groups.append(Group(tuple(members), rows))
+        own = torch.arange(most, device=device) < torch.tensor([len(held[u]) for u in members], device=device).unsqueeze(1)
+        groups.append(Group(tuple(members), rows, None if bool(own.all()) else own))
         start += rows.numel()
     depth = torch.zeros(length, dtype=torch.long, device=device)
     slots = []

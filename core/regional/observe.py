@@ -22,7 +22,7 @@ class ObservedRegions(RegionProgram):
         self.tokens, self.is_observing, self.maps = tokens, False, {}
 
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        if self.is_observing:
+        if self.is_observing and query.shape[1] <= self.latent[0] * self.latent[1] // 4:      # the finest grids cost most and tell no more
             self.maps[site.index] = torch.stack([self._map(site, query, u) for u in range(len(self.parts))])
         return super().attend(site, query, key, value, default)
 

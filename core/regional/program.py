@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..bound import BoundConcepts, BoundProgram, added_by_others, bound_attention, columns_of
 from ..deltas import Delta, Deltas
+from ..errors import ConceptError
 from ..hosts.backbone import Backbone, Context, SiteProgram
 from ..sites import Site, grid_of
-from .attention import Reading, Stack, region_attention
+from .attention import Reading, Stack, attention_within, mixed_query, region_attention
 from .cover import Cover, cover_of
 from .regions import Region, region_mask, shares
 
@@ -64,14 +65,15 @@ class RegionProgram(SiteProgram):
     """Region attention with per-region deltas, see attention.py.
 
     What regions read depends on text only: it is computed here, once per sampling. `rows` says for each row of the UNet's batch whether it
-    is the negative (0) or the positive (1) half of guidance; `latent` is the latent's height and width; `overlap` as in regions.shares.
-    What other people's attention adds to the scene's is added everywhere.
+    is the negative (0) or the positive (1) half of guidance; `latent` is the latent's height and width; `overlap` as in regions.shares;
+    `isolation`: share of the first steps in which regions do not see each other in self-attention either. What other people's attention
+    adds to the scene's is added everywhere.
     """
 
     def __init__(self, backbone: Backbone, scene: Part, regions: Sequence[Region], parts: Sequence[Part], rows: Tensor,
-                 latent: tuple[int, int], overlap: str = "average") -> None:
+                 latent: tuple[int, int], overlap: str = "average", isolation: float = 0.0) -> None:
         self.scene, self.regions, self.parts, self.rows, self.latent = scene, list(regions), list(parts), rows, latent
-        self.progress, self.overlap = 0.0, overlap
+        self.progress, self.overlap, self.isolation = 0.0, overlap, isolation
         self.scene_concepts: BoundConcepts | None = None      # where the host knows better than the scene's context which words a call has
         self._scene_bound = BoundConcepts(scene.bound, scene.context)
         length = math.lcm(*(part.context.hidden.shape[2] for part in parts))
@@ -126,7 +128,21 @@ class RegionProgram(SiteProgram):
         asked = query if self._asked is None else self._asked
         mixed, added = region_attention(query, asked, base, stacks, cover, self.rows, site.heads, plain)
         self._more = added if more is None else more if added is None else more + added
-        return mixed + added_by_others(default, asking, key, value)
+        if plain is default:
+            return mixed
+        return mixed + added_by_others(default, mixed_query(query, asked, asking, stacks, cover), key, value)
+
+    @property
+    def looks_within(self) -> bool:
+        return self.progress < self.isolation
+
+    def attend_within(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+        try:
+            cover = self.cover(query.shape[1], query.device)
+        except ConceptError:      # another node has merged or tiled the cells: there are no regions in them
+            return default(query, key, value)
+        base = default(query, key, value) if cover.needs_scene or not cover.groups else torch.zeros_like(query)
+        return attention_within(query, key, value, base, cover, site.heads, default)
 
     def _scene(self, site: Site, query: Tensor, key: Tensor, value: Tensor, plain, cover: Cover) -> tuple[Tensor, Tensor | None]:
         """The scene's attended values `[B, S, a]`, and its share of what is added behind to_out. Zeros where no cell is the scene's."""

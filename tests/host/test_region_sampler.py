@@ -199,6 +199,20 @@ def test_found_regions_and_artists_are_one_too_many(studio):
         studio.regional(BOTH, bank=studio.bank, find_regions=True, artists=0.5)
 
 
+def test_isolation(studio):
+    """It matters with two regions, not with one; another node's self-attention goes before it; nothing of it stays."""
+    halves = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
+    off, on, again = (studio.regional(SCENE, halves, studio.bank, isolation=share) for share in (0.0, 1.0, 0.0))
+    assert torch.equal(off, again) and distance(on, off) > 1e-3 and torch.isfinite(on).all()
+    one = [studio.regional(SCENE, [studio.region("<rex>")], studio.bank, isolation=share) for share in (0.0, 1.0)]
+    assert distance(*one) < 1e-4
+    pag = patched(studio, "self")
+    theirs = [studio.regional(SCENE, halves, studio.bank, model=pag, isolation=share) for share in (0.0, 1.0)]
+    assert torch.equal(*theirs) and distance(theirs[0], off) > 1e-3
+    sizes = studio.regional(SCENE, halves, studio.bank, isolation=0.7, solo=0.4, latent=studio.latent(2, 9, 30), steps=4)
+    assert torch.isfinite(sizes).all()
+
+
 def test_masks_are_boxes_in_another_form(studio):
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :32] = 1
@@ -246,6 +260,11 @@ def patched(studio, kind: str):
 
         for block in (("input", 1), ("input", 2), ("middle", 0)):
             model.set_model_attn2_replace(replace, *block, *([0] if kind == "replace" else []))
+    elif kind == "self":
+        from continual_concepts.core.hosts.comfy.sites import find_sites
+
+        for address in find_sites(model, (("clip_l", 1),)).addresses:
+            model.set_model_attn1_replace(lambda q, k, v, options: v, *address)
     elif kind == "freeu":
         model = extra("nodes_freelunch", "FreeU", model=model, b1=1.4, b2=1.6, s1=0.9, s2=0.2)
     elif kind == "pag":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from continual_concepts.core.hosts.diffusers import multi_head
-from continual_concepts.core.regional.attention import Reading, Stack, region_attention
+from continual_concepts.core.regional.attention import Reading, Stack, attention_within, region_attention
 from continual_concepts.core.regional.cover import cover_of
 from continual_concepts.core.regional.program import Part, RegionProgram
 from continual_concepts.core.regional.regions import OVERLAPS, Region, box_mask, masks_of, shares
@@ -140,6 +142,38 @@ def test_what_other_peoples_attention_adds_is_added_everywhere(tiny_backbone, ba
     theirs.plain = attend
     expected = program.attend(site, query, query, query, attend) + 0.5
     assert torch.allclose(program.attend(site, query, query, query, theirs), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("masks", [[(0, 0, 1, 0.5), (0, 0.5, 1, 1)], [FULL], [(0, 0, 1, 0.75), (0, 0.75, 1, 1)], [(0, 0, 0.5, 0.5)]])
+def test_regions_do_not_see_each_other_in_self_attention(masks):
+    """Every region attends to its own cells, the scene's cells to everything; regions of one size and of several."""
+    query, key, value = (random(2, 16, 8, seed=i) for i in range(3))
+    flat = torch.stack([box_mask(box, 4, 4).flatten() for box in masks])
+    cover, base = cover_of(*shares(flat)), attend(query, key, value)
+    out = attention_within(query, key, value, base, cover, 2, attend)
+    for mask in flat.bool():
+        assert torch.allclose(out[:, mask], attend(query[:, mask], key[:, mask], value[:, mask]), atol=1e-5)
+    free = ~flat.bool().any(0)
+    assert torch.equal(out[:, free], base[:, free])
+
+
+def test_isolation_keeps_what_is_elsewhere_out_and_costs_nothing_where_there_is_one(tiny_backbone, bank):
+    for regions, same in (([Region("<rex>", FULL)], True), ([Region("<rex>", LEFT), Region("<mimi>", RIGHT)], False)):
+        one, two = (sample_regions(tiny_backbone, bank, "a room", regions, [1], replace(QUICK, isolation=i)) for i in (0.0, 1.0))
+        assert torch.allclose(one, two, atol=1e-4) == same
+
+
+def test_self_attention_is_the_hosts_own_until_it_is_asked_for(tiny_backbone, bank, monkeypatch):
+    """Isolation ends with its share of the steps; tiles of another node are left alone."""
+    asked = []
+    original = RegionProgram.attend_within
+    monkeypatch.setattr(RegionProgram, "attend_within", lambda self, *rest: asked.append(self.progress) or original(self, *rest))
+    regions = [Region("<rex>", LEFT), Region("<mimi>", RIGHT)]
+    sample_regions(tiny_backbone, bank, "a room", regions, [1], replace(QUICK, isolation=0.4))
+    assert set(asked) == {0.0}
+    program, _ = program_of(tiny_backbone, bank, regions)
+    tiles = random(8, 7, 64)
+    assert torch.equal(program.attend_within(tiny_backbone.layout.sites[2], tiles, tiles, tiles, attend), attend(tiles, tiles, tiles))
 
 
 def test_the_order_of_regions_that_do_not_overlap_does_not_matter(tiny_backbone, bank):

@@ -15,7 +15,7 @@ from ...regional.artists import Artists, MapRecorder, Subject
 from ..backbone import Context, SiteProgram
 from .backbone import plain_weights, without_dynamic
 from .bound import BoundRun, code, words_of
-from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, program_patches
+from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, Within, program_patches
 
 KEY = "continual_concepts"
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -92,13 +92,17 @@ def progress_of(options: dict) -> float:
     return min(1.0, done / (len(sigmas) - 2))
 
 
-def programmed(model, sites: UNetSites, program):
-    """A clone of MODEL whose sites do what `program(options, x)` says in each UNet call."""
+def programmed(model, sites: UNetSites, program, within: bool = False):
+    """A clone of MODEL whose sites do what `program(options, x)` says in each UNet call; within: their blocks' self-attention too."""
     clone = model.clone()
     options = clone.model_options["transformer_options"]
     patches = program_patches(sites, options.get("patches_replace", {}).get("attn2"))
     for address, replace in patches["patches_replace"]["attn2"].items():
         clone.set_model_attn2_replace(replace, *address)
+    if within:
+        others = options.get("patches_replace", {}).get("attn1", {})
+        for address, site in sites.addresses.items():
+            clone.set_model_patch_replace(Within(site, others.get(address) or others.get(address[:2])), "attn1", *address)
     before, keep = patches["patches"]["attn2_patch"]
     _once(clone, "attn2_patch", before)
     _once(clone, "attn2_patch", keep)

@@ -34,6 +34,7 @@ class RegionRun:
     words: Sequence[tuple[int, ...]]     # per region the token positions that the picture of the attention looks at
     bound: Mapping[str, Deltas] = field(default_factory=dict)      # concepts that act through their words, in the scene's prompt too
     overlap: str = "average"
+    isolation: float = 0.0
     only: int | None = None     # region noise estimation: the region whose own picture is being estimated, over the full frame
     _programs: dict = field(default_factory=dict)
 
@@ -77,7 +78,8 @@ class RegionRun:
             u = self.only
             regions, parts, words = [Region(regions[u].prompt, box=(0.0, 0.0, 1.0, 1.0))], [parts[u]], [words[u]]
         nobody = torch.zeros(1, dtype=torch.long)
-        return ObservedRegions(self.sites, scene, regions, parts, nobody, tuple(x.shape[-2:]), self.overlap, tokens=words)
+        isolation = self.isolation if self.only is None else 0.0
+        return ObservedRegions(self.sites, scene, regions, parts, nobody, tuple(x.shape[-2:]), self.overlap, isolation, tokens=words)
 
 
 class FoundRun(RegionRun):
@@ -97,7 +99,7 @@ class FoundRun(RegionRun):
 
 def with_regions(model, run: RegionRun, noise: NoiseSettings):
     """A clone of MODEL that samples with regions: one evaluation per step; region noise and solo steps look at more, see regional.noise."""
-    clone = programmed(model, run.sites, run)
+    clone = programmed(model, run.sites, run, within=run.isolation > 0)
     if noise.is_on or noise.solo > 0:
         clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, noise))
     return clone
@@ -120,6 +122,7 @@ def with_pooled(conditioning, regions: Sequence[Region], own: Sequence[Tensor | 
     return [[hidden, changed(extra)] for hidden, extra in conditioning]
 
 
+_AFTER = "sampler_post_cfg_function"      # ComfyUI's name of what is told after guidance
 _WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # what a prompt may carry that fits the whole latent alone
 
 
@@ -139,25 +142,50 @@ class _RegionNoise:
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         progress = progress_of({**model_options["transformer_options"], "sigmas": timestep})
         on, solo = [u for u, region in enumerate(self.run.regions) if region.active(progress)], progress < self.settings.solo
-        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:], feathered=not solo) if on else x.new_zeros(0, *x.shape[-2:])
-        is_seen = not (solo and on) or scene_is_seen(masks, self.run.overlap)
-        scene = executor(x, timestep, model_options, seed) if is_seen else torch.zeros_like(x)
         if not on or not (solo or self.settings.is_on):
-            return scene
-        windows = windows_of(masks, solo or self.settings.area == "crop")
-        own = self._own(executor, x, timestep, model_options, seed, dict(zip(on, windows, strict=True)))
-        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
-        sigma = timestep.view(-1, *[1] * (x.ndim - 1))
-        noises = torch.stack([(x - picture) / sigma for picture in own])
-        alpha, outside = (0.0, "keep") if solo else (self.settings.alpha, self.settings.outside)
-        return x - sigma * region_noise((x - scene) / sigma, noises, masks, alpha, outside, self.run.overlap)
-
-    def _own(self, executor, x, timestep, model_options, seed, windows: dict[int, Window]) -> list[Tensor]:
-        own = []
+            return executor(x, timestep, model_options, seed)
+        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:], feathered=not solo)
+        look, whole = _Look(executor, x, timestep, model_options, seed), Window(0, 0, *x.shape[-2:])
+        scene = look(whole) if not solo or scene_is_seen(masks, self.run.overlap) else None
+        own, windows = [], windows_of(masks, solo or self.settings.area == "crop")
         try:
-            for u, window in windows.items():
-                self.run.only = u
-                own.append(window.back(executor(window.cut(x), timestep, model_options, seed), x))
+            for self.run.only, window in zip(on, windows, strict=True):
+                own.append(look(window))
         finally:
             self.run.only = None
-        return own
+        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
+        sigma = timestep.view(-1, *[1] * (x.ndim - 1))
+        alpha, outside = (0.0, "keep") if solo else (self.settings.alpha, self.settings.outside)
+
+        def mixed(name: str) -> Tensor:
+            noises = torch.stack([(x - picture[name]) / sigma for picture in own])
+            base = torch.zeros_like(x) if scene is None else (x - scene[name]) / sigma
+            return x - sigma * region_noise(base, noises, masks, alpha, outside, self.run.overlap)
+
+        return look.told({name: mixed(name) for name in own[0]})
+
+
+class _Look:
+    """Predictions of one step on windows of the latent. What other nodes and samplers (CFG++) want to be told after guidance they are told
+    once, of the whole picture, and not of every window."""
+
+    def __init__(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed) -> None:
+        self.executor, self.x, self.timestep, self.options, self.seed = executor, x, timestep, model_options, seed
+        self.functions, self.args = list(model_options.get(_AFTER, [])), {}
+
+    def _keep(self, args: dict) -> Tensor:
+        self.args = args
+        return args["denoised"]
+
+    def __call__(self, window: Window) -> dict[str, Tensor]:
+        """The guided prediction, and its two halves where somebody asks; each in its place in zeros of the latent's size."""
+        options = {**self.options, _AFTER: [self._keep]} if self.functions else self.options
+        found = {"denoised": self.executor(window.cut(self.x), self.timestep, options, self.seed)}
+        found |= {name: self.args[name] for name in ("cond_denoised", "uncond_denoised") if torch.is_tensor(self.args.get(name))}
+        return {name: window.back(picture, self.x) for name, picture in found.items()}
+
+    def told(self, found: dict[str, Tensor]) -> Tensor:
+        args = {**self.args, **found, "input": self.x, "sigma": self.timestep, "model_options": self.options}
+        for function in self.functions:
+            args["denoised"] = function(args)
+        return args["denoised"]

@@ -186,6 +186,23 @@ class Replace:
         return out
 
 
+class Within:
+    """attn1 replacement of a site's block: the program's self-attention; another node's replacement, `previous`, goes before it."""
+
+    def __init__(self, site: Site, previous: Callable | None = None) -> None:
+        self.site, self.previous = site, previous.previous if isinstance(previous, Within) else previous
+
+    def __call__(self, q, k, v, options):
+        program: SiteProgram | None = options.get(PROGRAM)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return optimized_attention(query, key, value, self.site.heads, attn_precision=options.get("attn_precision"))
+
+        if self.previous is not None:
+            return self.previous(q, k, v, options)
+        return attend(q, k, v) if program is None or not program.looks_within else program.attend_within(self.site, q, k, v, attend)
+
+
 class _Others:
     """Another node's attention; `plain` is attention without it."""
 
