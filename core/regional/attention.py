@@ -83,9 +83,11 @@ class Stack:
             query = query + torch.einsum("bgsr,gar->bgsa", low, self.query_up.to(low))
         return query, None if self.asks is None else torch.einsum("bgsc,grc->bgsr", asked, self.asks.to(asked))
 
-    def attended(self, query: Tensor, asked: Tensor, rows: Tensor, heads: int, attend: Attend) -> tuple[Tensor, Tensor | None]:
+    def attended(self, query: Tensor, asked: Tensor, rows: Tensor, heads: int, attend: Attend,
+                 others: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """query `[B, G, S, a]`: frozen, of the cells of every region; asked `[B, G, S, b]`: what to_q read there; rows `[B]`: the row of
-        the readings that each of the batch takes. Returns the attended values `[B, G, S, a]` and the columns `[B, G, S, p]`."""
+        the readings that each of the batch takes; others `[B, G, S, a]`: what other people's attention adds. Returns the attended values
+        `[B, G, S, a]` and the columns `[B, G, S, p]`."""
         shape = query.shape[:2]
         query, longer = self.asking(query, asked)
 
@@ -100,7 +102,7 @@ class Stack:
             more = [None if x is None else chosen(x) for x in (self.key_more, self.value_more)]
             out, low = longer_attention(heads, flat, key, value, None if longer is None else longer.flatten(0, 1), *more)
             through += [] if low is None else [low.unflatten(0, shape)]
-        out = out.unflatten(0, shape)
+        out = out.unflatten(0, shape) if others is None else out.unflatten(0, shape) + others
         if self.out_down is not None:
             through.append(torch.einsum("bgsa,gra->bgsr", out, self.out_down.to(out)))
         return out, torch.cat(through, -1) if through else None
@@ -158,16 +160,17 @@ def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor, co
 
 
 def region_attention(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Stack], cover: Cover, rows: Tensor, heads: int,
-                     attend: Attend) -> tuple[Tensor, Tensor | None]:
+                     attend: Attend, others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Cross-attention in which every region reads its own prompt with its own weights.
 
     query `[B, S, a]`: frozen, over a grid flattened row by row; asked `[B, S, b]`: what to_q read; base `[B, S, a]`: the scene's output;
-    stacks: one per group of the cover; rows `[B]`, see Stack; attend(query, key, value) -> `[B, S', a]`: plain attention.
-    Returns the attended values `[B, S, a]`, and what the regions add behind to_out `[B, S, a]` (None: nothing).
+    stacks: one per group of the cover; rows `[B]`, see Stack; attend(query, key, value) -> `[B, S', a]`: plain attention; others
+    `[B, S, a]`: what other people's attention adds to it, in the base already. Returns the attended values `[B, S, a]`, and what the regions add behind to_out `[B, S, a]` (None: nothing).
     """
     results, through = [], []
     for group, stack in zip(cover.groups, stacks, strict=True):
-        out, low = stack.attended(query[:, group.cells], asked[:, group.cells], rows, heads, attend)
+        more = None if others is None else others[:, group.cells]
+        out, low = stack.attended(query[:, group.cells], asked[:, group.cells], rows, heads, attend, more)
         results.append(out.flatten(1, 2))
         through.append((low, stack.behind, group.cells.numel()))
     if not results:

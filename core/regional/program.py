@@ -123,14 +123,15 @@ class RegionProgram(SiteProgram):
         plain, cover = getattr(default, "plain", default), self.cover(query.shape[1], query.device)
         delta = self._scene_delta(site, "to_q")
         asking = query if delta is None else query + delta.apply(self._asked).to(query.dtype)
-        base, more = self._scene(site, asking, key, value, plain, cover)
         stacks = [self._stack(site, group.members) for group in cover.groups]
         asked = query if self._asked is None else self._asked
-        mixed, added = region_attention(query, asked, base, stacks, cover, self.rows, site.heads, plain)
+        others = None
+        if plain is not default:
+            others = added_by_others(default, mixed_query(query, asked, asking, stacks, cover), key, value)
+        base, more = self._scene(site, asking, key, value, plain, cover, others)
+        mixed, added = region_attention(query, asked, base, stacks, cover, self.rows, site.heads, plain, others)
         self._more = added if more is None else more if added is None else more + added
-        if plain is default:
-            return mixed
-        return mixed + added_by_others(default, mixed_query(query, asked, asking, stacks, cover), key, value)
+        return mixed
 
     @property
     def looks_within(self) -> bool:
@@ -144,7 +145,8 @@ class RegionProgram(SiteProgram):
         base = default(query, key, value) if cover.needs_scene or not cover.groups else torch.zeros_like(query)
         return attention_within(query, key, value, base, cover, site.heads, default)
 
-    def _scene(self, site: Site, query: Tensor, key: Tensor, value: Tensor, plain, cover: Cover) -> tuple[Tensor, Tensor | None]:
+    def _scene(self, site: Site, query: Tensor, key: Tensor, value: Tensor, plain, cover: Cover,
+               others: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The scene's attended values `[B, S, a]`, and its share of what is added behind to_out. Zeros where no cell is the scene's."""
         if not cover.needs_scene:
             return torch.zeros_like(query), None
@@ -153,6 +155,7 @@ class RegionProgram(SiteProgram):
             base, more = bound_attention(site.heads, self._asked, query, key, value, concepts.bindings(site))
         else:
             base = plain(query, key, value)
+        base = base if others is None else base + others
         delta = self._scene_delta(site, "to_out")
         if delta is not None:
             own = delta.apply(base)
