@@ -25,6 +25,7 @@ from ..routing import aggregate
 from ..sampling import SampleSettings, denoise, encode, guided, sample, sample_found, sample_regions, starting_noise
 
 SOLO = 0.7      # the embedded base knows pictures of one size alone: what is settled before it sees a larger frame stays settled
+ISOLATION = 1.0
 FEATHER = 0.1
 Box = tuple[float, float, float, float]
 
@@ -56,11 +57,12 @@ class Wish:
 
 
 def ours(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    return sample_regions(backbone, bank, wish.scene, wish.regions, wish.seeds, replace(wish.settings, noise=NoiseSettings(solo=SOLO)))
+    settings = replace(wish.settings, noise=NoiseSettings(solo=SOLO), isolation=ISOLATION)
+    return sample_regions(backbone, bank, wish.scene, wish.regions, wish.seeds, settings)
 
 
 def one_pass(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    """Ours without solo steps."""
+    """Ours without solo steps and isolation: region attention alone."""
     return sample_regions(backbone, bank, wish.scene, wish.regions, wish.seeds, wish.settings)
 
 
