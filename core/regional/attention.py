@@ -165,7 +165,7 @@ def region_attention(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequenc
 
     query `[B, S, a]`: frozen, over a grid flattened row by row; asked `[B, S, b]`: what to_q read; base `[B, S, a]`: the scene's output;
     stacks: one per group of the cover; rows `[B]`, see Stack; attend(query, key, value) -> `[B, S', a]`: plain attention; others
-    `[B, S, a]`: what other people's attention adds to it, in the base already. Returns the attended values `[B, S, a]`, and what the regions
+    `[B, S, a]`: what other people's attention adds to it, in the base already. Returns the attended values `[B, S, a]`, and what regions
     add behind to_out `[B, S, a]` (None: nothing).
     """
     results, through = [], []
