@@ -17,8 +17,8 @@ from .schema import Schema
 
 # Each prompt tells what is in its region alone: in the sampler's solo steps a region is a picture of its own
 EXAMPLE = """[
-{"name": "left", "prompt": "a photo of <rex> in a meadow", "box": [0, 0, 0.5, 1]},
-{"name": "right", "prompt": "a photo of <mimi> in a meadow", "box": [0.5, 0, 1, 1]}
+{"name": "left", "prompt": "a photo of <rex> in a meadow", "box": [0, 0.15, 0.5, 1]},
+{"name": "right", "prompt": "a photo of <mimi> in a meadow", "box": [0.5, 0.15, 1, 1]}
 ]"""
 
 
