@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT = 240  # seconds
 FOLDER = "continual-concepts"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def find_comfyui() -> Path | None:
@@ -170,3 +172,15 @@ def server(comfyui_folder, tmp_path_factory) -> Iterator[Server]:
 def object_info(server) -> dict:
     """What the server says about every node: node id -> inputs, outputs, category."""
     return server.call("/object_info")
+
+
+@pytest.fixture(scope="module")
+def browser(server):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page tests need playwright: pip install playwright")
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("the page tests need Chromium: none of " + ", ".join(BROWSERS) + " is on the path")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield chromium
+        chromium.close()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 READY = "!!(window.app && app.graph && window.LiteGraph && LiteGraph.registered_node_types['ConceptRegionsDraw'])"
 EMPTY = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "config": {}, "extra": {}, "version": 0.4}
 ADD = """async empty => {
@@ -27,21 +25,9 @@ VALUE = f"{NODE}.widgets.find(w => w.name === 'drawing').value"
 
 
 @pytest.fixture(scope="module")
-def chromium(server):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page tests need playwright: pip install playwright")
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("the page tests need Chromium: none of " + ", ".join(BROWSERS) + " is on the path")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def tab(chromium, server):
+def tab(browser, server):
     """ComfyUI's page. It starts slowly, so one serves all tests."""
-    tab = chromium.new_page(viewport={"width": 1500, "height": 1050})
+    tab = browser.new_page(viewport={"width": 1500, "height": 1050})
     tab.set_default_timeout(60_000)
     tab.errors = []
     tab.on("pageerror", lambda error: tab.errors.append(str(error)))

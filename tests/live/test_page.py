@@ -13,7 +13,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 READY = "!!(window.app && app.graph && window.LiteGraph && LiteGraph.registered_node_types['ConceptLearner'])"
 EVERYTHING_IN_SIGHT = """() => {
     const boxes = [...app.graph._nodes, ...app.graph._groups].map(item => [item.pos[0], item.pos[1] - 30, ...item.size]);
@@ -33,18 +32,6 @@ OVERLAPS = """() => {
     }));
     return found;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser(server):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page tests need playwright: pip install playwright")
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("the page tests need Chromium: none of " + ", ".join(BROWSERS) + " is on the path")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
