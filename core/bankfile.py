@@ -10,7 +10,9 @@ first used. Files are untrusted: whatever does not fit is refused with one sente
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,6 +32,8 @@ METADATA_KEY = "continual_concepts"
 LONGEST_STAND_IN = 200
 VERSION = 1
 SUFFIX = ".safetensors"
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8, "I8": torch.int8,
+          "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError, OSError, SafetensorError)
 
@@ -79,34 +83,70 @@ def _read_header(path: Path) -> tuple[dict, list[str]]:
     return header, keys
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+class _Tensors:
+    """The tensors of a file that has been opened and looked through before. Where they lie is read once: with a thousand concepts the
+    header is megabytes. What is read are copies, not views of the file: it may be replaced or cut short while they are in use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.stamp = path, self._stamp(path)
+
+    @staticmethod
+    def _stamp(path: Path) -> tuple[int, int, int]:
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    @cached_property
+    def _places(self) -> dict[str, dict[str, tuple[torch.dtype, list[int], int, int]]]:
+        """`concept/<i>` or `shared/<method>` -> the rest of the name -> type, shape, first and last byte."""
+        with self.path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+        found: dict[str, dict[str, tuple]] = {}
+        for key, one in header.items():
+            if key != "__metadata__" and key.count("/") >= 2:
+                group, owner, name = key.split("/", 2)
+                first, last = one["data_offsets"]
+                found.setdefault(f"{group}/{owner}", {})[name] = _TYPES[one["dtype"]], one["shape"], start + first, start + last
+        return found
+
+    def read(self, group: str) -> dict[str, Tensor]:
+        if self._stamp(self.path) != self.stamp:
+            raise ConceptError("the file changed on disk since it was opened; open it again")
+        with self.path.open("rb") as file:
+            return {name: _tensor(file, *place) for name, place in self._places.get(group, {}).items()}
+
+
+def _tensor(file, dtype: torch.dtype, shape: list[int], first: int, last: int) -> Tensor:
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise ConceptError(f"a tensor of shape {shape} has {last - first} bytes")
+    file.seek(first)
+    data = bytearray(file.read(last - first))
+    return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.zeros(shape, dtype=dtype)
 
 
 def open_bank(path: Path | str) -> ConceptBank:
     """Opens a bank by its header alone. Raises ConceptError for a missing, foreign, damaged or newer file."""
     path = Path(path)
     header, keys = _read_header(path)
-    stamp = _stamp(path)
+    file = _Tensors(path)
     try:
         layout = SiteLayout.from_json(header["layout"])
-        entries = [_entry(path, stamp, layout, i, record) for i, record in enumerate(header["concepts"])]
-        return ConceptBank(layout, tuple(entries), _shared_states(path, stamp, keys))
+        entries = [_entry(file, layout, i, record) for i, record in enumerate(header["concepts"])]
+        return ConceptBank(layout, tuple(entries), _shared_states(file, keys))
     except ConceptError as error:
         raise ConceptError(f"the bank '{path}' cannot be used: {error}") from error
     except _DAMAGE as error:
         raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__}: {error})") from error
 
 
-def _entry(path: Path, stamp, layout: SiteLayout, i: int, record: dict) -> Entry:
+def _entry(file: _Tensors, layout: SiteLayout, i: int, record: dict) -> Entry:
     info = ConceptInfo.from_json(record["info"])
-    return Entry(info, _cached(lambda: _read_concept(path, stamp, layout, i, info, record)))
+    return Entry(info, _cached(lambda: _read_concept(file, layout, i, info, record)))
 
 
-def _read_concept(path: Path, stamp, layout: SiteLayout, i: int, info: ConceptInfo, record: dict) -> Concept:
+def _read_concept(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo, record: dict) -> Concept:
     try:
-        tensors = _read_tensors(path, stamp, f"concept/{i}/")
+        tensors = file.read(f"concept/{i}")
         cover = _cover(tensors.pop("cover")) if "cover" in tensors else b""
         _check_numbers(tensors)
         vectors = {encoder: tensors[f"token.{encoder}"] for encoder in record["encoders"]}
@@ -114,7 +154,7 @@ def _read_concept(path: Path, stamp, layout: SiteLayout, i: int, info: ConceptIn
         concept.check_fits(layout)
         return concept
     except _DAMAGE as error:
-        raise ConceptError(f"concept '{info.name}' in '{path}' cannot be read: {error}") from error
+        raise ConceptError(f"concept '{info.name}' in '{file.path}' cannot be read: {error}") from error
 
 
 def _stand_in(record: dict) -> str:
@@ -122,14 +162,6 @@ def _stand_in(record: dict) -> str:
     if not isinstance(text, str) or len(text) > LONGEST_STAND_IN:
         raise ConceptError(f"its words' stand-in is {str(text)[:80]!r}; allowed: a text of up to {LONGEST_STAND_IN} characters")
     return text
-
-
-def _read_tensors(path: Path, stamp, prefix: str) -> dict[str, Tensor]:
-    """Copies, not views of the file: it may be replaced or cut short while they are in use."""
-    if _stamp(path) != stamp:
-        raise ConceptError("the file changed on disk since it was opened; open it again")
-    with safe_open(str(path), framework="pt") as file:
-        return {key[len(prefix):]: file.get_tensor(key).clone() for key in file.keys() if key.startswith(prefix)}
 
 
 def _cover(tensor: Tensor) -> bytes:
@@ -152,19 +184,19 @@ def _check_numbers(tensors: Mapping[str, Tensor], owner: str = "") -> None:
 class _SharedState(Mapping):
     """A method's shared tensors, read together when the first is used."""
 
-    def __init__(self, path: Path, stamp, method: str, names: list[str]) -> None:
-        self._where, self._method, self._names = (path, stamp), method, names
+    def __init__(self, file: _Tensors, method: str, names: list[str]) -> None:
+        self._file, self._method, self._names = file, method, names
         self._tensors: dict[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if self._tensors is None:
             try:
-                self._tensors = _read_tensors(*self._where, f"shared/{self._method}/")
+                self._tensors = self._file.read(f"shared/{self._method}")
                 if not all(torch.isfinite(tensor).all() for tensor in self._tensors.values()):
                     raise ConceptError("it holds NaN or infinity")
             except _DAMAGE as error:
                 self._tensors = None
-                raise ConceptError(f"the shared state of method '{self._method}' in '{self._where[0]}' cannot be read: {error}") from error
+                raise ConceptError(f"the shared state of method '{self._method}' in '{self._file.path}' cannot be read: {error}") from error
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -174,13 +206,13 @@ class _SharedState(Mapping):
         return len(self._names)
 
 
-def _shared_states(path: Path, stamp, keys: list[str]) -> dict[str, Mapping[str, Tensor]]:
+def _shared_states(file: _Tensors, keys: list[str]) -> dict[str, Mapping[str, Tensor]]:
     names: dict[str, list[str]] = {}
     for key in keys:
         if key.startswith("shared/"):
             _, method, name = key.split("/", 2)
             names.setdefault(method, []).append(name)
-    return {method: _SharedState(path, stamp, method, own) for method, own in names.items()}
+    return {method: _SharedState(file, method, own) for method, own in names.items()}
 
 
 def verify_bank(path: Path | str) -> list[str]:

@@ -20,6 +20,12 @@ def _write(path: Path | None, result: dict) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
 
 
+def _least(options: Namespace, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise ConceptError(f"{name} is {getattr(options, name)}; allowed: {value} or more")
+
+
 def base(options: Namespace) -> Result:
     from .demo.quality import base_quality
 
@@ -100,9 +106,7 @@ def continual(options: Namespace) -> Result:
     check_flags(options)
     if options.steps is None:
         options.steps = 200 if options.data is None else STEPS
-    for name in ("tasks", "seeds", "orders", "steps"):
-        if getattr(options, name) < 1:
-            raise ConceptError(f"{name} is {getattr(options, name)}; allowed: 1 or more")
+    _least(options, tasks=1, seeds=1, orders=1, steps=1)
     cells = [] if options.merge else _cells(options)
     folder = options.cells or options.file.with_suffix(".cells")
     bench = _world_bench(options) if options.data is None else photo_bench(options, folder)
@@ -162,9 +166,7 @@ def _regional_cost(options: Namespace) -> dict:
 
 def regional(options: Namespace) -> Result:
     """What regions cost and whether they keep concepts apart. A part that is not asked for stays what it was in the file."""
-    for name, least in (("pictures", 1), ("learn_steps", 1), ("pixels", 64), ("steps", 2), ("rounds", 1)):
-        if getattr(options, name) < least:
-            raise ConceptError(f"{name} is {getattr(options, name)}; allowed: {least} or more")
+    _least(options, pictures=1, learn_steps=1, pixels=64, steps=2, rounds=1)
     result = json.loads(options.file.read_text()) if options.file.exists() else {}
     if options.only != "quality":
         result["cost"] = _regional_cost(options)
@@ -181,3 +183,60 @@ def regional(options: Namespace) -> Result:
         cells = [f"{100 * row['hit_rate']:.0f} / {100 * row['missing']:.0f}" for row in rows.values()]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return result, lines
+
+
+def _host(options: Namespace):
+    """A model of SD1.5's shape with random weights, in ComfyUI where its folder is given."""
+    if options.comfyui is None:
+        from .training_rivals import DiffusersHost
+
+        return DiffusersHost(options.pixels, options.precision)
+    from .hosts.comfy import standalone
+
+    standalone.start(options.comfyui)
+    from .hosts.comfy.training_cost import ComfyHost
+
+    return ComfyHost(options.pixels, options.precision)
+
+
+def training(options: Namespace) -> Result:
+    """What a step of learning costs, beside the passes forward that it needs and beside other trainers."""
+    from . import training_cost
+
+    _least(options, pixels=64, steps=2, rounds=1)
+    host = _host(options)
+    result = {"host": "diffusers" if options.comfyui is None else "ComfyUI", "precision": options.precision,
+              **training_cost.measure(host, options.pixels, options.steps, options.rounds, _say, options.precision)}
+    _write(options.file, result)
+    others = [name.removeprefix("faster_than_") for name in result["rows"]["bound"] if name.startswith("faster_than_")]
+    lines = [f"{name}: {row['step_seconds']:.2f} s a step, {row['step_over_forwards']:.2f} of its passes forward"
+             + "".join(f", {row[f'faster_than_{other}']:.1f} times as fast as {other}" for other in others)
+             + (f"; with 100 concepts in the bank {row['hundred_over_one']:.3f}" if "hundred_over_one" in row else "")
+             for name, row in result["rows"].items()]
+    return result, lines
+
+
+def aggregation(options: Namespace) -> Result:
+    """What many concepts cost between a prompt and a picture."""
+    from . import scale_cost
+
+    _least(options, concepts=2, rounds=1)
+    result = scale_cost.aggregation(_host(options).backbone, options.concepts, options.rounds)
+    _write(options.file, result)
+    lines = [f"{mode}: {seconds:.2f} s from prompt to weights" for mode, seconds in result["apply_seconds"].items()]
+    return result, [*lines, f"the sum alone, concept by concept: {result['naive_seconds']:.2f} s",
+                    f"a pass forward with them in the weights: {result['sampling_over_plain']:.3f} of a plain one"]
+
+
+def bank(options: Namespace) -> Result:
+    """What many concepts cost in a file."""
+    from tempfile import TemporaryDirectory
+
+    from . import scale_cost
+
+    _least(options, concepts=1, rounds=1)
+    with TemporaryDirectory() as folder:
+        result = scale_cost.bank(_host(options).backbone, options.concepts, Path(folder), options.rounds)
+    _write(options.file, result)
+    return result, [f"{name.removesuffix('_seconds')}: {result[name]:.3f} s" for name in result if name.endswith("_seconds")] + [
+        f"one concept: {result['concept_mb']:.2f} MB"]

@@ -160,6 +160,21 @@ def _add_regional(bench) -> None:
     regional.add_argument("--rounds", type=int, default=2, help="looks at the cost of every way (default %(default)s)")
 
 
+def _add_costs(bench) -> None:
+    training = bench.add_parser("training", help="what a step of learning costs, beside other trainers")
+    aggregation = bench.add_parser("aggregation", help="what many concepts cost between a prompt and a picture")
+    bank = bench.add_parser("bank", help="what many concepts cost in a file")
+    for parser in (training, aggregation, bank):
+        parser.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes")
+        parser.add_argument("--comfyui", type=Path, help="folder of a ComfyUI to measure in (default: diffusers)")
+        parser.add_argument("--pixels", type=int, default=256, help="side of the picture (default %(default)s)")
+        parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+        parser.add_argument("--rounds", type=int, default=2, help="looks at everything (default %(default)s)")
+    training.add_argument("--steps", type=int, default=4, help="of each look, the first is left out (default %(default)s)")
+    for parser, count in ((aggregation, 100), (bank, 1000)):
+        parser.add_argument("--concepts", type=int, default=count, help="in the bank (default %(default)s)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="continual-concepts", description="Teach an image model concepts one after another, with nothing forgotten."
@@ -177,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     base.add_argument("--pictures", type=int, default=400)
     _add_continual(bench)
     _add_regional(bench)
+    _add_costs(bench)
     neurons = bench.add_parser("neurons", help="how many base neurons do prompts share?")
     neurons.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes; a picture is drawn beside it")
     neurons.add_argument("--draws", type=int, default=16, help="gradients per prompt (default %(default)s)")

@@ -14,6 +14,7 @@ from .errors import ConceptError
 from .sites import PROJECTIONS, Site, SiteLayout
 
 DeltaKey = tuple[int, str]     # (site index, projection)
+SPARSE_SIZE = 2                # a sparse entry is a place and a value, twice the size of a number of a factor
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,19 @@ def concatenate(parts: Iterable[tuple[float, LowRankDelta]]) -> LowRankDelta:
 
 
 def weighted_sum(parts: list[tuple[float, Delta]]) -> Delta:
-    """Weighted sum of deltas of one projection; low rank stays low rank while that is the smaller form."""
+    """Weighted sum of deltas of one projection. Low-rank ones are one product of their factors side by side, however many there are; the
+    sum stays low rank while that is the smaller form."""
     if len(parts) == 1:
         return parts[0][1].scaled(parts[0][0])
     a, b = parts[0][1].shape
-    low_rank = all(isinstance(delta, LowRankDelta) for _, delta in parts)
-    if low_rank and sum(delta.up.shape[1] for _, delta in parts) < a * b / (a + b):
-        return concatenate(parts)
-    total = torch.zeros(a, b, dtype=torch.float32, device=parts[0][1].tensors()[-1].device)
+    factors = [(weight, delta) for weight, delta in parts if isinstance(delta, LowRankDelta)]
+    stacked = concatenate(factors) if factors else None
+    if len(factors) == len(parts) and stacked.up.shape[1] * (a + b) < SPARSE_SIZE * a * b:
+        return stacked
+    total = torch.zeros(a, b, device=parts[0][1].tensors()[-1].device) if stacked is None else stacked.dense()
     for weight, delta in parts:
-        total += weight * delta.dense()
+        if isinstance(delta, SparseDelta):
+            total += weight * delta.dense()
     indices = total.flatten().nonzero().squeeze(1)
     return SparseDelta((a, b), indices.int(), total.flatten()[indices])
 

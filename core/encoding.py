@@ -46,6 +46,42 @@ def _row(encoder: TextEncoder, units: list[int | WordRef], chunks: int) -> _Row:
     return _Row(ids, slots)
 
 
+class TextMemory:
+    """Texts without learned words, encoded once. For who encodes the same ones again and again, as learning does; each is encoded alone,
+    so that what comes out does not depend on the company it was first met in."""
+
+    LIMIT = 512     # texts; beyond it they are encoded anew each time
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
+
+    @torch.no_grad()
+    def get(self, encoder: TextEncoder, row: _Row, device) -> tuple[Tensor, Tensor | None]:
+        """hidden `[1, N, D]`, pooled `[1, P]` or None."""
+        key = encoder.name, tuple(row.ids)
+        found = self._known.get(key)
+        if found is None:
+            hidden, pooled = _encode_rows(encoder, [row], {}, 1, device)
+            found = hidden[0], None if pooled is None else pooled[0]
+            if len(self._known) < self.LIMIT:
+                self._known[key] = found
+        return found
+
+
+def _encode_remembered(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int, device,
+                       memory: TextMemory) -> tuple[Tensor, Tensor | None]:
+    """As `_encode_rows`; rows without learned words come from the memory."""
+    worded = [row for row in rows if row.slots]
+    fresh = iter(zip(*_some(_encode_rows(encoder, worded, tokens, copies, device)), strict=True) if worded else ())
+    found = [next(fresh) if row.slots else _some(memory.get(encoder, row, device)) for row in rows]
+    stacked = [torch.stack([part.expand(copies, *part.shape[1:]) for part in parts]) for parts in zip(*found, strict=True)]
+    return stacked[0], stacked[1] if len(stacked) > 1 else None
+
+
+def _some(parts: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+    return [part for part in parts if part is not None]
+
+
 def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int,
                  device, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
     """hidden `[B, L, N, D]`, pooled `[B, L, P]` or None. One batch over prompts, copies and chunks of the encoder's length (or `chunk`)."""
@@ -90,15 +126,20 @@ def _standing_in(encoder: TextEncoder, row: _Row, tokens: Mapping[str, TokenGrou
 
 
 def _encode_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int,
-                  device) -> tuple[Tensor, Tensor | None]:
+                  device, memory: TextMemory | None) -> tuple[Tensor, Tensor | None]:
     """As `_encode_rows`, with the words that have stand-ins encoded apart."""
+    def encode(rows: list[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
+        if memory is None:
+            return _encode_rows(encoder, rows, tokens, copies, device)
+        return _encode_remembered(encoder, rows, tokens, copies, device, memory)
+
     apart = [(b, name) for b, row in enumerate(rows) for name in dict.fromkeys(ref.concept for ref in row.slots.values())
              if tokens[name].stand_in]
     if not apart:
-        return _encode_rows(encoder, rows, tokens, copies, device)
+        return encode(rows, copies)
     rest = [_standing_in(encoder, row, tokens) for row in rows]
     layers = max([tokens[ref.concept].copies for row in rest for ref in row.slots.values()], default=1)
-    hidden, pooled = _encode_rows(encoder, rest, tokens, layers, device)
+    hidden, pooled = encode(rest, layers)
     own = _words_apart(encoder, [_standing_in(encoder, rows[b], tokens, but=name) for b, name in apart], tokens, copies, device)
     found = list(hidden.expand(-1, copies, -1, -1))
     for (b, name), words in zip(apart, own, strict=True):
@@ -120,10 +161,11 @@ def _words_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, To
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup],
-                   chunks: int = 1) -> Context:
+                   chunks: int = 1, memory: TextMemory | None = None) -> Context:
     """Encodes prompts as one batch.
 
-    tokens: token groups by concept name; gradients flow into their vectors. chunks: at least so many chunks per prompt.
+    tokens: token groups by concept name; gradients flow into their vectors. chunks: at least so many chunks per prompt. memory: where
+    texts without learned words are kept from call to call, while the text encoders stay what they are.
     Words with a stand-in are encoded apart: everything else of the prompt is encoded with their stand-in in their place, and each such
     concept's words with the others' stand-ins. Nothing else then changes because a concept is named, and no concept because of another.
     With several text encoders hidden states lie side by side (SDXL); their pooled output is the mean over layer copies, since the
@@ -141,11 +183,25 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocab
     chunks = max(chunks, -int(-longest // 1))
     for encoder, group in zip(backbone.text, units, strict=True):
         rows = [_row(encoder, u, chunks) for u in group]
-        hidden, own_pooled = _encode_apart(encoder, rows, tokens, copies, backbone.device)
+        hidden, own_pooled = _encode_apart(encoder, rows, tokens, copies, backbone.device, memory)
         hiddens.append(hidden)
         pooled = own_pooled if own_pooled is not None else pooled
     words = tuple(_positions(row) for row in rows)
     return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words)
+
+
+def encode_words(backbone: Backbone, names: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup]) -> list[Tensor]:
+    """Every concept's words as a prompt of them alone has them, `[L, words, D]` each. One batch for all concepts, no longer than their
+    words where the encoder allows that: a hundred concepts cost what a few prompts do."""
+    found: list[list[Tensor]] = [[] for _ in names]
+    for encoder in backbone.text:
+        rows = [_row(encoder, _units(encoder, vocabulary.parse(f"<{name}>")), 1) for name in names]
+        for copies in {tokens[name].copies for name in names}:
+            of = [i for i, name in enumerate(names) if tokens[name].copies == copies]
+            hidden = _words_apart(encoder, [rows[i] for i in of], tokens, copies, backbone.device)
+            for i, states in zip(of, hidden, strict=True):
+                found[i].append(states[:, sorted(rows[i].slots)])
+    return [torch.cat(parts, dim=-1) for parts in found]
 
 
 def text_positions(backbone: Backbone, prompt: str, vocabulary: Vocabulary) -> tuple[int, ...]:

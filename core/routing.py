@@ -12,7 +12,7 @@ from torch import Tensor
 from . import aggregation
 from .bank import ConceptBank
 from .deltas import DeltaKey, Deltas, weighted_sum
-from .encoding import encode_prompts
+from .encoding import encode_prompts, encode_words
 from .errors import ConceptError
 from .hosts.backbone import Backbone
 from .prompts import named_concepts
@@ -102,12 +102,7 @@ def learning_deltas(bank: ConceptBank, methods: Mapping, method: str) -> Deltas:
 
 def _word_states(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
     """Encoded words of every concept, each on its own: a list of `[L, words, D]`."""
-    tokens = {name: bank[name].tokens for name in names}
-    states = []
-    for name in names:
-        context = encode_prompts(backbone, [f"<{name}>"], bank.vocabulary, tokens)
-        states.append(context.hidden[0][:, list(context.words[0][name])])
-    return states
+    return encode_words(backbone, names, bank.vocabulary, {name: bank[name].tokens for name in names})
 
 
 def _word_states_together(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:

@@ -11,13 +11,14 @@ the paper's full-rank W* and H the loss R2 has a trivial zero as soon as all old
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deltas import LowRankDelta
+from ..deltas import DeltaKey, LowRankDelta
 from ..hosts.backbone import SiteProgram
 from ..tokens import TokenGroup
 from ..training.attention import MapProgram, attention_regulariser
@@ -90,9 +91,9 @@ class CIDM(Method):
         mine = [task.bank[name] for name, info in task.bank.infos.items() if wanted and info.method == self.name]
         old = {key: [d.to(device, torch.float32) for concept in mine if isinstance(d := concept.deltas.get(key), LowRankDelta)]
                for key in self.adapters.keys}
-        self.old = {key: deltas for key, deltas in old.items() if deltas}
-        self.old_up = {key: self._stacked_ups(deltas) for key, deltas in self.old.items()}
-        self._begin_shared(task.bank.shared.get(self.name, {}))
+        old = {key: deltas for key, deltas in old.items() if deltas}
+        self.old_up = {key: self._stacked_ups(deltas) for key, deltas in old.items()}
+        self._begin_shared(old, task.bank.shared.get(self.name, {}))
 
     def _stacked_ups(self, deltas: list[LowRankDelta]) -> Tensor:
         """The old A_i as the chosen reading of R1 wants them: side by side `[a, sum r]`, or stacked `[g - 1, a, R]`."""
@@ -107,10 +108,10 @@ class CIDM(Method):
                  if (ids := encoder.ids(self.task.class_noun))]
         return float(torch.stack(norms).mean()) if norms else float("inf")
 
-    def _begin_shared(self, state) -> None:
+    def _begin_shared(self, old: Mapping[DeltaKey, list[LowRankDelta]], state: Mapping[str, Tensor]) -> None:
         """W* for every projection: carried over from the bank, else made from the old deltas."""
         self.rows, self.basis, self.dense = {}, {}, {}
-        for key, deltas in self.old.items():
+        for key, deltas in old.items():
             saved = state.get(adapter_key(*key))
             if self.config.shared == "als":
                 rows = torch.cat([losses.weighted_rows(d) for d in deltas])
@@ -139,7 +140,7 @@ class CIDM(Method):
             value = attention_regulariser(self.maps.take(), positions, seen.batch.masks)
             if value is not None:
                 terms["attention"] = c.attention_weight * value
-        if not self.old:
+        if not self.old_up:
             return terms
         if c.orthogonality != "off":
             terms["specific"] = c.gamma1 * self.specific()
@@ -158,7 +159,7 @@ class CIDM(Method):
     def shared(self) -> Tensor:
         """The part of R2 that reaches this task's deltas, W* and H held fixed."""
         total = torch.zeros((), device=self.task.backbone.device)
-        for key in self.old:
+        for key in self.old_up:
             up, down = self._factors(key)
             if key in self.basis:
                 basis = self.basis[key]
@@ -195,7 +196,7 @@ class CIDM(Method):
     def _shared_state(self) -> dict[str, Tensor]:
         state = {adapter_key(*key): basis.cpu().clone() for key, basis in self.basis.items()}
         state |= {adapter_key(*key): dense.common.cpu().clone() for key, dense in self.dense.items()}
-        if not self.old:      # after the first task W* is that task's own
+        if not self.old_up:      # after the first task W* is that task's own
             for key in self.adapters.keys:
                 up, down = self._factors(key)
                 if self.config.shared == "als":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..bank import ConceptBank
 from ..concepts import Concept, ConceptInfo, Provenance
-from ..encoding import encode_prompts
+from ..encoding import TextMemory, encode_prompts
 from ..errors import ConceptError
 from ..hosts.backbone import Context
 from ..methods.base import METHODS, Batch, Method, Task
@@ -85,6 +85,7 @@ class Run:
         if not any(task.name in named_concepts(self.vocabulary.parse(caption)) for caption in data.captions):
             raise ConceptError(f"no caption of concept '{task.name}' names it; write <{task.name}> where it is in the picture, "
                                "or give no captions")
+        self.memory = TextMemory()
         self.losses: list[float] = []
         self._before: Tensor | None = None      # generator state at the start of a step that is under way
         self.is_updating = False                # between the first changed weight of a step and its end: no state to save
@@ -137,7 +138,7 @@ class Run:
             prompts = ["" if dropped else prompt for prompt, dropped in zip(prompts, drop.tolist(), strict=True)]
         named = {name for prompt in prompts for name in named_concepts(self.vocabulary.parse(prompt))}
         tokens = {name: self.task.bank[name].tokens for name in named - {self.task.name}} | {self.task.name: self.method.token_group()}
-        return encode_prompts(self.task.backbone, prompts, self.vocabulary, tokens)
+        return encode_prompts(self.task.backbone, prompts, self.vocabulary, tokens, memory=self.memory)
 
     def step(self) -> StepInfo:
         """One optimiser step over `accumulation` batches."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.encoding import encode_prompts, stand_in_ids
+from continual_concepts.core.encoding import TextMemory, encode_prompts, encode_words, stand_in_ids
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.hosts.backbone import Context
 from continual_concepts.core.tokens import TokenGroup
@@ -205,3 +205,46 @@ def test_gradients_reach_words_that_are_encoded_apart(tiny_backbone, bank, apart
 @pytest.mark.parametrize("words, text, expected", [(1, "dog", 1), (2, "", 2), (5, "dog", 5)])
 def test_there_is_a_stand_in_for_every_word(tiny_backbone, words, text, expected):
     assert len(stand_in_ids(tiny_backbone.text[0], text, words)) == expected
+
+
+PROMPTS = ("a <rex> runs", "a red dog", "<flat> and <mimi>", "", "a red dog")
+
+
+@pytest.mark.parametrize("which", ["together", "apart"])
+def test_remembered_texts_change_nothing_and_are_encoded_once(tiny_backbone, bank, apart, which, monkeypatch):
+    encoder, memory, calls = tiny_backbone.text[0], TextMemory(), []
+    plainly = type(encoder).encode
+    tokens = {c.name: c.tokens for c in bank} if which == "together" else apart
+    expected = encode(tiny_backbone, bank, *PROMPTS, tokens=tokens)
+    monkeypatch.setattr(type(encoder), "encode", lambda self, ids, slots, own: calls.append(slots.any()) or plainly(self, ids, slots, own))
+    for look in range(2):
+        calls.clear()
+        found = encode_prompts(tiny_backbone, PROMPTS, bank.vocabulary, tokens, memory=memory)
+        assert torch.allclose(found.hidden, expected.hidden, atol=1e-6) and found.words == expected.words
+        assert calls.count(False) == (0 if look else {"together": 2, "apart": 3}[which])      # apart: "a dog runs" too
+
+
+def test_remembered_pooled_outputs(tiny_sdxl, make_concept):
+    bank, memory = ConceptBank(tiny_sdxl.layout).add(make_concept(tiny_sdxl.layout, size=0.1)), TextMemory()
+    expected = encode(tiny_sdxl, bank, "a <rex>", "a red dog")
+    for _ in range(2):
+        found = encode_prompts(tiny_sdxl, ["a <rex>", "a red dog"], bank.vocabulary, {c.name: c.tokens for c in bank}, memory=memory)
+        assert torch.allclose(found.hidden, expected.hidden, atol=1e-6) and torch.allclose(found.pooled, expected.pooled, atol=1e-6)
+
+
+def test_a_full_memory_goes_on_without_keeping(tiny_backbone, bank, monkeypatch):
+    monkeypatch.setattr(TextMemory, "LIMIT", 1)
+    memory = TextMemory()
+    for prompt in ("a red dog", "a blue cat", "a red dog"):
+        found = encode_prompts(tiny_backbone, [prompt], bank.vocabulary, {}, memory=memory)
+        assert torch.allclose(found.hidden, encode(tiny_backbone, bank, prompt).hidden, atol=1e-6)
+    assert len(memory._known) == 1
+
+
+def test_words_alone_are_those_of_prompts_of_their_own(tiny_backbone, tiny_sdxl, bank, make_concept):
+    wide = ConceptBank(tiny_sdxl.layout).add(make_concept(tiny_sdxl.layout, "rex", 1, size=0.1))
+    for backbone, known in ((tiny_backbone, bank), (tiny_sdxl, wide)):
+        found = encode_words(backbone, known.names, known.vocabulary, {c.name: c.tokens for c in known})
+        for name, states in zip(known.names, found, strict=True):
+            context = encode(backbone, known, f"<{name}>")
+            assert torch.allclose(states, context.hidden[0][:, list(context.words[0][name])], atol=1e-6)

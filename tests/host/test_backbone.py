@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,39 @@ def test_prompts_and_predictions(backbone, reference, bank, prompt):
 def test_aggregation_weights(backbone, reference, bank, mode):
     ours, theirs = (aggregate(host, bank, PROMPTS[2], METHODS, mode) for host in (backbone, reference))
     assert torch.allclose(ours.weights, theirs.weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:2])
+def test_learning_takes_an_attention_that_has_a_gradient(backbone, bank, prompt, monkeypatch):
+    """Whatever the host was started with; and it computes the same."""
+    import comfy.ldm.modules.attention as attention
+
+    from continual_concepts.core.hosts.comfy import sites
+
+    hosts, called = attention.optimized_attention, []
+
+    def without_gradient(q, k, v, heads, *args, **kwargs):
+        called.append(torch.is_grad_enabled())
+        return hosts(q.detach(), k.detach(), v.detach(), heads, *args, **kwargs)
+
+    def overridden(q, *args, **kwargs):
+        own = (kwargs.get("transformer_options") or {}).get("optimized_attention_override")
+        return without_gradient(q, *args, **kwargs) if own is None else own(without_gradient, q, *args, **kwargs)
+
+    with backbone.training():
+        context = encoded(backbone, bank, prompt)
+        with torch.no_grad():
+            expected = backbone.predict(*noisy(), context)
+        monkeypatch.setattr(attention, "optimized_attention", overridden)
+        monkeypatch.setattr(sites, "optimized_attention", without_gradient)
+        hidden = context.hidden.detach().requires_grad_()
+        found = backbone.predict(*noisy(), replace(context, hidden=hidden))
+        found.sum().backward()
+        assert not called and hidden.grad.abs().sum() > 0
+        assert distance(found.detach(), expected) < TOLERANCE
+        with torch.no_grad():
+            backbone.predict(*noisy(), context)
+        assert called      # a host's choice where nothing is learned
 
 
 @torch.no_grad()

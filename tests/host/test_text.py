@@ -288,3 +288,21 @@ def test_an_aggregated_clip_can_be_learned_with(studio, pack, tmp_path):
     model, clip, _ = studio.aggregate("a dog", studio.bank)
     bank = studio.learn(model=model, clip=clip, bank=[studio.bank], steps=1)
     assert bank.names == ["rex", "mimi", "blueprint", "spot"]
+
+
+def test_beginnings_of_rows_are_encoded_as_in_whole_rows(backbone):
+    """And the encoder's table of positions is what it was, also after an error."""
+    encoder = backbone.text[0]
+    table = encoder.model.transformer.text_model.embeddings.position_embedding
+    before = table.weight
+    row = [encoder.start, *encoder.ids("a red dog in a meadow"), encoder.end]
+    ids = torch.tensor([row + [encoder.pad] * (encoder.length - len(row))])
+    nothing = torch.zeros(0, encoder.width)
+    with torch.no_grad():
+        whole, _ = encoder.encode(ids, torch.zeros_like(ids, dtype=torch.bool), nothing)
+        for count in (1, 4, len(row)):
+            short, _ = encoder.encode(ids[:, :count], torch.zeros(1, count, dtype=torch.bool), nothing)
+            assert short.shape[1] == count and torch.allclose(short, whole[:, :count], atol=1e-5)
+        with pytest.raises(StopIteration):      # a place for a learned vector, and no vector
+            encoder.encode(ids[:, :3], torch.ones(1, 3, dtype=torch.bool), nothing)
+    assert table.weight is before

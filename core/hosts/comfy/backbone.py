@@ -17,7 +17,7 @@ from ...errors import ConceptError
 from ...schedule import NoiseSchedule
 from ...sites import Site
 from ..backbone import Backbone, Context, SiteProgram
-from .sites import OFFSETS, PROGRAM, find_sites, program_patches
+from .sites import ATTENTION, OFFSETS, PROGRAM, differentiable_attention, find_sites, program_patches
 from .text import ComfyText, encoder_names, text_widths
 
 _RECOMPUTED = ("BasicTransformerBlock", "ResBlock")
@@ -145,6 +145,8 @@ class ComfyBackbone(Backbone):
         hidden = context.hidden.to(dtype)
         mean = hidden.mean(1)
         options = dict(self._patches)
+        if torch.is_grad_enabled():
+            options[ATTENTION] = differentiable_attention
         if hidden.shape[1] > 1:
             options[OFFSETS] = hidden - mean.unsqueeze(1)
         if program is not None:

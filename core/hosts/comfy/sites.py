@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import comfy.conds
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor, nn
 
 from ...errors import ConceptError
@@ -20,6 +20,7 @@ OFFSETS = "continual_concepts_offsets"      # keyword of the UNet call and key i
 WORDS = "continual_concepts_words"          # the same, for whose words the tokens are: codes of concepts `[B, 1, N, 1]`, 0 = nobody's
 PROGRAM = "continual_concepts_program"      # key in transformer_options: the SiteProgram of this call
 _INPUTS, _ATTENDED = "continual_concepts_inputs", "continual_concepts_attended"     # handed on inside one block call
+ATTENTION = "optimized_attention_override"      # the host's key in transformer_options for another attention
 _RANK = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _LAYER_PER_GROUP_ABOVE = 16      # as in the diffusers host
 Address = tuple[str, int, int]      # ComfyUI's name of a transformer block: input | middle | output, number, index inside
@@ -171,7 +172,7 @@ class Replace:
         program: SiteProgram | None = options.get(PROGRAM)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return optimized_attention(query, key, value, self.site.heads, attn_precision=options.get("attn_precision"))
+            return _attention(query, key, value, self.site.heads, options)
 
         def host(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attend(query, key, value) if self.previous is None else self.previous(query, key, value, options)
@@ -196,11 +197,23 @@ class Within:
         program: SiteProgram | None = options.get(PROGRAM)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return optimized_attention(query, key, value, self.site.heads, attn_precision=options.get("attn_precision"))
+            return _attention(query, key, value, self.site.heads, options)
 
         if self.previous is not None:
             return self.previous(q, k, v, options)
         return attend(q, k, v) if program is None or not program.looks_within else program.attend_within(self.site, q, k, v, attend)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int, options: dict) -> Tensor:
+    if torch.is_grad_enabled():
+        return differentiable_attention(None, query, key, value, heads)
+    return optimized_attention(query, key, value, heads, attn_precision=options.get("attn_precision"))
+
+
+def differentiable_attention(_host, *args, **kwargs) -> Tensor:
+    """Torch's own, in place of the host's: that may have no gradient (SageAttention), and in pieces or sub-quadratic, as the host does it
+    without a graphics card, it is slower and keeps whole attention matrices for the backward pass."""
+    return attention_pytorch(*args, **kwargs)
 
 
 class _Others:

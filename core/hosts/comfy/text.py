@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...bank import ConceptBank
 from ...concepts import ConceptInfo
@@ -45,6 +46,8 @@ def _embedding(model) -> Tensor:
 class ComfyText(TextEncoder):
     """One of a CLIP's encoders (an SDClipModel and its SDTokenizer)."""
 
+    encodes_prefixes = True
+
     def __init__(self, name: str, clip) -> None:
         self.name, self.clip = name, clip
         self.model, self.tokenizer = getattr(clip.cond_stage_model, name), getattr(clip.tokenizer, name)
@@ -65,7 +68,23 @@ class ComfyText(TextEncoder):
         if self.clip.layer_idx is not None:
             self.model.set_clip_options({"layer": self.clip.layer_idx})
         self.model.set_clip_options({"execution_device": self.clip.patcher.load_device})
-        return self.model(rows)[:2]
+        with _first_positions(self.model, ids.shape[1]):
+            return self.model(rows)[:2]
+
+
+@contextmanager
+def _first_positions(model, count: int) -> Iterator[None]:
+    """ComfyUI's CLIP adds its table of positions as a whole, so rows have to be as long as it is; inside, it is as long as the rows."""
+    table = model.transformer.text_model.embeddings.position_embedding
+    whole = table.weight
+    if count == len(whole):
+        yield
+        return
+    table.weight = nn.Parameter(whole.detach()[:count], requires_grad=False)
+    try:
+        yield
+    finally:
+        table.weight = whole
 
 
 class _Around:

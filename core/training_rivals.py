@@ -1,0 +1,84 @@
+"""Other people's ways to train, for `bench training`: diffusers with PEFT's LoRA on the same layers; and a UNet without ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from .hosts.diffusers import ClipText, DiffusersBackbone
+from .schedule import NoiseSchedule, cumulative_alphas
+from .synthetic import TOKENS, WIDTH
+from .training_cost import Look, optimizer_steps, random_weights
+
+RANK = 4
+
+
+def sd15_unet():
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(cross_attention_dim=WIDTH)
+    random_weights(unet)
+    return unet.to(_device())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def peft_loop(side: int, steps: int, precision: str) -> Look:
+    """The usual script: LoRA on q, k, v, out of the same attention layers, one text per picture that is encoded beforehand."""
+    from peft import LoraConfig
+
+    unet = sd15_unet().requires_grad_(False)
+    names = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-4)
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(1, TOKENS, WIDTH, generator=generator).to(_device())
+
+    def run() -> None:
+        for _ in range(steps):
+            x, target = (torch.randn(1, 4, side, side, generator=generator).to(_device()) for _ in range(2))
+            with torch.autocast(_device(), torch.bfloat16) if precision == "bfloat16" else nullcontext():
+                loss = F.mse_loss(unet(x, torch.tensor([500], device=_device()), text).sample.float(), target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()      # where the clock can be read on a graphics card too
+
+    return optimizer_steps(run)
+
+
+def peft_rival(side: int, precision: str) -> dict[str, Callable[[int], Look]]:
+    """Nothing where PEFT is not installed."""
+    return {"peft": lambda steps: peft_loop(side, steps, precision)} if find_spec("peft") and find_spec("diffusers") else {}
+
+
+class DiffusersHost:
+    """UNet and text encoder of SD1.5's shape, without ComfyUI. Words and their numbers are the embedded base's."""
+
+    def __init__(self, pixels: int, precision: str) -> None:
+        from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+        from .demo import base
+
+        tokenizer = AutoTokenizer.from_pretrained(base.TOKENIZER)
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=12, num_attention_heads=12,
+                                            eos_token_id=tokenizer.eos_token_id))
+        random_weights(text)
+        vae = torch.nn.Module()
+        vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # not asked for anything else
+        schedule = NoiseSchedule(cumulative_alphas(0.00085, 0.012))
+        self.backbone = DiffusersBackbone(sd15_unet(), vae, (ClipText("clip_l", text.to(_device()), tokenizer),), schedule)
+        self.side, self.precision = pixels // 8, precision
+
+    def training(self):
+        return nullcontext()
+
+    def rivals(self) -> Mapping[str, Callable[[int], Look]]:
+        return peft_rival(self.side, self.precision)
