@@ -94,14 +94,16 @@ def _world_bench(options: Namespace):
     return Bench(backbone, made, untrained, lambda seed: training(options.steps, seed), settings_of)
 
 
-def continual(options: Namespace) -> Result:
-    """Runs the cells that have no file yet and puts all files of this length together, whoever ran them."""
+def continual(options: Namespace) -> Result | None:
+    """Runs the cells that have no file yet and puts all files of this length together, whoever ran them. Started by torchrun, each process
+    takes its share of the cells, and the first one waits for the others and puts together."""
     from .demo.sequence import ordered
     from .evaluation.continual import run_cell
     from .evaluation.figure import draw
     from .evaluation.summary import summarise, table
     from .methods import DEFAULT
     from .photo_benchmark import STEPS, check_flags, photo_bench
+    from .training.team import together
 
     check_flags(options)
     if options.steps is None:
@@ -110,11 +112,13 @@ def continual(options: Namespace) -> Result:
     cells = [] if options.merge else _cells(options)
     folder = options.cells or options.file.with_suffix(".cells")
     bench = _world_bench(options) if options.data is None else photo_bench(options, folder)
-    for cell in cells:
-        places = ordered(options.tasks, cell.order)
-        settings = bench.settings_of(cell.method) | cell.settings()
-        training = bench.training(cell.seed)
-        run_cell(bench.backbone, bench.suite, cell, places, settings, training, folder, _telling(cell))
+    with together() as team:
+        for cell in cells[team.rank::team.size]:
+            settings, places = bench.settings_of(cell.method) | cell.settings(), ordered(options.tasks, cell.order)
+            run_cell(bench.backbone, bench.suite, cell, places, settings, bench.training(cell.seed), folder, _telling(cell))
+        team.wait()
+        if not team.is_first:
+            return None
     found = [_finished(path) for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))
              if not path.name.endswith(".progress.json")]
     if not found:

@@ -205,12 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = build_parser().parse_args(arguments)
     try:
-        result, lines = getattr(commands, options.command)(options)
+        said = getattr(commands, options.command)(options)
     except ConceptError as error:
         print(f"continual-concepts: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("continual-concepts: stopped; a run with a bank continues where it was when the same command is given again", file=sys.stderr)
         return 130
-    print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
+    if said is not None:  # of several processes one speaks
+        result, lines = said
+        print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
     return 0

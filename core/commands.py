@@ -30,6 +30,7 @@ from .training.config import TrainingConfig
 from .training.data import Framing, prepare, read_folder
 from .training.loop import StepInfo
 from .training.loop import learn as learn_concept
+from .training.team import own_device, together
 
 Result = tuple[dict, list[str]]
 EMBEDDED = {"size": 64, "cfg": 3.0, "steps": 500, "batch_size": 4, "schedule": "cosine", "warmup": 20}
@@ -42,7 +43,7 @@ def _is_embedded(options: Namespace) -> bool:
 
 def load_backbone(options: Namespace) -> Backbone:
     try:
-        device = torch.device(options.device)
+        device = torch.device(own_device(options.device))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConceptError(f"device '{options.device}' cannot be used here ({str(error).splitlines()[0]})") from error
@@ -98,8 +99,9 @@ def _task(options: Namespace, backbone: Backbone, bank: ConceptBank, seed: int) 
     return Task(options.name, options.noun, backbone, bank, options.kind, words, torch.Generator().manual_seed(seed))
 
 
-def learn(options: Namespace) -> Result:
-    """Grows the bank on disk by one concept; the file is only replaced when the concept is complete."""
+def learn(options: Namespace) -> Result | None:
+    """Grows the bank on disk by one concept; the file is only replaced when the concept is complete. Started by torchrun, all processes
+    learn it together and the first one writes and tells."""
     check_name(options.name)
     pictures = read_folder(options.images, options.captions, options.masks)
     if options.prior is not None:
@@ -107,19 +109,16 @@ def learn(options: Namespace) -> Result:
     rates = EMBEDDED_RATES if _is_embedded(options) else {}
     method, training = make(options.method, {**rates, **dict(options.settings)}), _training(options)
     known = open_bank(options.bank) if options.bank.exists() else None  # a damaged bank is told before anything is loaded
-    backbone = load_backbone(options)
-    bank = known or ConceptBank(backbone.layout)
-    task = _task(options, backbone, bank, training.seed)
-    data = prepare(backbone, pictures, options.name, options.noun, Framing(training.resolution, training.framing, training.flip))
-    checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
-    with tqdm(total=training.steps, desc=f"learning <{options.name}>", disable=options.json) as bar:
-
-        def show(info: StepInfo) -> None:
-            bar.update(info.step - bar.n)
-            figures = {name: f"{value:.2e}" for name, value in info.monitors.items()}
-            bar.set_postfix(loss=f"{info.loss:.3f}", **figures, refresh=False)
-
-        learned = learn_concept(task, method, data, training, show, checkpoint)
+    with together(options.device) as team:
+        backbone = load_backbone(options)
+        bank = known or ConceptBank(backbone.layout)
+        task = _task(options, backbone, bank, training.seed)
+        data = prepare(backbone, pictures, options.name, options.noun, Framing(training.resolution, training.framing, training.flip))
+        checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
+        with tqdm(total=training.steps, desc=f"learning <{options.name}>", disable=options.json or not team.is_first) as bar:
+            learned = learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint, team=team)
+        if not team.is_first:
+            return None
     save_bank(learned.bank, options.bank)  # before the cover, which is only a nicety
     checkpoint.unlink(missing_ok=True)
     cfg = EMBEDDED["cfg"] if _is_embedded(options) else 7.5
@@ -128,6 +127,12 @@ def learn(options: Namespace) -> Result:
     grown = bank.add(concept, learned.bank.shared)
     save_bank(grown, options.bank)
     return _learned_facts(options, concept, grown, learned.losses)
+
+
+def _show(bar: tqdm, info: StepInfo) -> None:
+    bar.update(info.step - bar.n)
+    figures = {name: f"{value:.2e}" for name, value in info.monitors.items()}
+    bar.set_postfix(loss=f"{info.loss:.3f}", **figures, refresh=False)
 
 
 def _learned_facts(options: Namespace, concept: Concept, grown: ConceptBank, losses: tuple[float, ...]) -> Result:
@@ -236,7 +241,7 @@ def bank(options: Namespace) -> Result:
     ]
 
 
-def bench(options: Namespace) -> Result:
+def bench(options: Namespace) -> Result | None:
     from . import benchmarks
 
     return getattr(benchmarks, options.bench)(options)

@@ -21,7 +21,8 @@ from ..core.sampling import SampleSettings
 from ..core.tokens import check_name
 from ..core.training.config import TrainingConfig
 from ..core.training.data import Framing, Picture, prepare
-from ..core.training.loop import learn, method_settings, run_identity
+from ..core.training.loop import learn
+from ..core.training.record import method_settings, run_identity
 from . import host, types
 from .schema import Schema
 

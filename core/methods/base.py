@@ -88,6 +88,8 @@ class Method(ABC):
     builds_on_sum: whether a "sum" method learns on top of what its earlier tasks did to the weights, or each task on the base alone.
     wants_prior: whether its paper trains with prior-preservation pictures beside the concept's own.
     word_count: how many words a concept gets whose words nobody named.
+    learns_alone: whether it depends on more of a pass than the gradients of its parameters, so that several processes, each with its share
+    of the batch, would not agree.
     """
 
     name: ClassVar[str]
@@ -95,6 +97,7 @@ class Method(ABC):
     builds_on_sum: ClassVar[bool] = True
     word_count: ClassVar[int] = 2
     wants_prior: ClassVar[bool] = False
+    learns_alone: ClassVar[bool] = False
 
     @classmethod
     def share(cls, concepts: int) -> float:

@@ -81,6 +81,7 @@ class CNS(Method):
     ones, all of them used. Both are set before `begin`."""
 
     composition = "sum"
+    learns_alone = True      # neurons are chosen by the gradients of the pictures that a process saw
     selection: NeuronSelection | None = None
     calibration_prompts: tuple[str, ...] = ()
 

@@ -72,6 +72,8 @@ class _Watched(_Continued):
 
 
 class EWC(Finetune):
+    learns_alone = True      # the Fisher is of the pictures that a process saw
+
     config: EWCConfig
 
     def begin(self, task: Task) -> None:

@@ -73,6 +73,7 @@ class L2DM(Method):
 
     composition = "sum"
     wants_prior = True
+    learns_alone = True      # each pass replays its own pictures
     features: Features = staticmethod(unet_features)
 
     def __init__(self, config: L2DMConfig) -> None:

@@ -35,6 +35,8 @@ class LwFConfig(FinetuneConfig):
 
 
 class LwF(Finetune):
+    learns_alone = True      # wishes of old are asked in turn, pass by pass
+
     config: LwFConfig
 
     def begin(self, task: Task) -> None:

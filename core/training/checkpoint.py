@@ -52,7 +52,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def identity(path: Path) -> dict:
-    """Whose run a checkpoint is (see loop.run_identity), from its header alone; empty for a file that is none."""
+    """Whose run a checkpoint is (see record.run_identity), from its header alone; empty for a file that is none."""
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})[KEY])

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..bank import ConceptBank
-from ..concepts import Concept, ConceptInfo, Provenance
+from ..concepts import Concept, ConceptInfo
 from ..encoding import TextMemory, encode_prompts
 from ..errors import ConceptError
 from ..hosts.backbone import Context
-from ..methods.base import METHODS, Batch, Method, Task
+from ..methods.base import METHODS, Method, Task
 from ..prompts import Vocabulary, named_concepts
 from ..routing import learning_deltas, learning_names
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig
 from .data import TrainingSet
-from .objective import denoising_loss, draw, predict
+from .objective import denoising_loss, predict
+from .passes import OUT_OF_MEMORY, Pass, passes
+from .record import Learned, brief, conclude, run_identity
+from .team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,6 @@ class StepInfo:
     grad_norm: float
     snapshot: Callable[[], ConceptBank]
     monitors: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Learned:
-    """The concept, the bank that holds it, and the denoising loss of every step."""
-
-    concept: Concept
-    bank: ConceptBank
-    losses: tuple[float, ...]
 
 
 Callback = Callable[[StepInfo], None]
@@ -69,9 +61,13 @@ def _lr_factor(config: TrainingConfig) -> Callable[[int], float]:
 class Run:
     """State of one learning run: what a checkpoint holds and `learn` advances."""
 
-    def __init__(self, task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> None:
+    def __init__(self, task: Task, method: Method, data: TrainingSet, config: TrainingConfig, team: Team = ALONE) -> None:
+        if team.size > 1 and method.learns_alone:
+            raise ConceptError(f"method '{method.name}' looks at its own gradients or replays, which {team.size} processes would see "
+                               "differently; start it in one")
         task = task.worded(method.word_count)
-        self.task, self.method, self.data, self.config = task, method, data, config
+        self.task, self.method, self.data, self.config, self.team = task, method, data, config, team
+        self.piece = 0      # pictures per pass once memory has run out, 0 = all at once
         method.begin(task)
         method.on_data(data)
         self.groups = method.parameter_groups()
@@ -115,12 +111,12 @@ class Run:
         mine, theirs = self.identity(), state.get("identity", {})
         for key, value in mine.items():
             if theirs.get(key) != value:
-                raise ConceptError(f"the checkpoint '{path}' belongs to another run: its {key} is {_brief(theirs.get(key))}, "
-                                   f"this run's is {_brief(value)}")
+                raise ConceptError(f"the checkpoint '{path}' belongs to another run: its {key} is {brief(theirs.get(key))}, "
+                                   f"this run's is {brief(value)}")
         try:
             self._load(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ConceptError(f"the checkpoint '{path}' is damaged ({type(error).__name__}: {_brief(error)})") from error
+            raise ConceptError(f"the checkpoint '{path}' is damaged ({type(error).__name__}: {brief(error)})") from error
 
     def _load(self, state: dict) -> None:
         self.method.modules().load_state_dict(state["modules"])
@@ -131,48 +127,68 @@ class Run:
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def _context(self, batch: Batch) -> Context:
-        prompts = list(batch.prompts)
-        if self.config.caption_dropout > 0:
-            drop = torch.rand(len(prompts), generator=self.generator) < self.config.caption_dropout
-            prompts = ["" if dropped else prompt for prompt, dropped in zip(prompts, drop.tolist(), strict=True)]
+    def _context(self, prompts: tuple[str, ...]) -> Context:
         named = {name for prompt in prompts for name in named_concepts(self.vocabulary.parse(prompt))}
         tokens = {name: self.task.bank[name].tokens for name in named - {self.task.name}} | {self.task.name: self.method.token_group()}
         return encode_prompts(self.task.backbone, prompts, self.vocabulary, tokens, memory=self.memory)
 
     def step(self) -> StepInfo:
-        """One optimiser step over `accumulation` batches."""
-        config = self.config
+        """One optimiser step over `accumulation` batches. Where memory runs out it begins again with smaller pieces."""
         self._before = self.generator.get_state()
-        total, terms = 0.0, {}
-        for _ in range(config.accumulation):
-            loss, penalties = self._backward()
-            total += loss / config.accumulation
-            for name, value in penalties.items():
-                terms[name] = terms.get(name, 0.0) + value / config.accumulation
+        while True:
+            try:
+                total, terms = self._gradients()
+                break
+            except OUT_OF_MEMORY as error:
+                self._smaller(error)
+        self.team.average_gradients(self.parameters)
+        total = self.team.mean(total)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         if not self.scaler.is_enabled():      # the scaler skips such steps by itself
             self._refuse_nan(norm, "gradient")
         lr = self.optimizer.param_groups[-1]["lr"]
         self._update(total)
-        return StepInfo(len(self.losses), config.steps, total, terms, lr, float(norm), self.snapshot, self.method.monitors())
+        return StepInfo(len(self.losses), self.config.steps, total, terms, lr, float(norm), self.snapshot, self.method.monitors())
 
-    def _backward(self) -> tuple[float, dict[str, float]]:
-        """Draws one batch and adds its gradients; returns the denoising loss and the method's terms."""
+    def _smaller(self, error: Exception) -> None:
+        """Pieces of half the size; ConceptError where they are single pictures already, or others wait for this process."""
+        size = self.piece or self.config.batch_size * (2 if bool(self.data.is_prior.any()) else 1)
+        if size == 1 or self.team.size > 1:
+            raise ConceptError(f"memory ran out at step {len(self.losses) + 1} of concept '{self.task.name}' with {size} pictures of "
+                               f"{self.config.resolution} pixels at once; turn gradient_checkpointing on, or lower resolution or "
+                               "batch_size; the bank is unchanged") from error
+        self.piece = -(-size // 2)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.generator.set_state(self._before)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _gradients(self) -> tuple[float, dict[str, float]]:
+        """Adds the gradients of `accumulation` batches; the denoising loss and the method's terms, averaged."""
+        config, total, terms = self.config, 0.0, {}
+        for _ in range(config.accumulation):
+            batch = self.data.draw(config.batch_size, config.prior_weight, self.generator)
+            for one in passes(batch, self.method, config, len(self.task.backbone.schedule), self.generator, self.team, self.piece):
+                share = one.weight / config.accumulation
+                loss, penalties = self._backward(one, share)
+                total += share * loss
+                for name, value in penalties.items():
+                    terms[name] = terms.get(name, 0.0) + share * value
+        return total, terms
+
+    def _backward(self, one: Pass, share: float) -> tuple[float, dict[str, float]]:
+        """Adds the gradients of one pass; returns its denoising loss and the method's terms."""
         config, backbone = self.config, self.task.backbone
-        batch = self.method.on_batch(self.data.draw(config.batch_size, config.prior_weight, self.generator))
-        drawn = draw(batch, len(backbone.schedule), config, self.generator)
         dtype = PRECISIONS[config.precision]
         with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
-            context = self._context(batch)
-            seen = predict(backbone, batch, context, drawn, self.method.program())
+            seen = predict(backbone, one.batch, self._context(one.batch.prompts), one.drawn, self.method.program())
             loss = denoising_loss(backbone, seen, config)
         penalties = self.method.penalty(seen)
         whole = loss + sum(penalties.values())
         self._refuse_nan(whole, "loss")
         if whole.requires_grad:      # not where no prompt of the batch names a concept that acts through its words
-            self.scaler.scale(whole / config.accumulation).backward()
+            self.scaler.scale(whole * share).backward()
         return loss.item(), {name: value.item() for name, value in penalties.items()}
 
     def _update(self, loss: float) -> None:
@@ -191,19 +207,6 @@ class Run:
                                "lower the learning rates (lr, token_lr) or use precision float32; the bank is unchanged")
 
 
-def run_identity(task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> dict:
-    """What must agree for a checkpoint to be a run's. JSON values."""
-    return {"concept": task.name, "class noun": task.class_noun, "method": method.name,
-            "words": list(task.worded(method.word_count).word_names),
-            "settings": method_settings(method), "training": asdict(config), "base": task.backbone.fingerprint,
-            "overlay": task.backbone.overlay, "bank": task.bank.names, "images": list(data.digests), "captions": list(data.captions)}
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def _optimizer(config: TrainingConfig, groups: list[dict]) -> torch.optim.Optimizer:
     kind = getattr(torch.optim, config.optimizer)
     decay = {"weight_decay": config.weight_decay} if "weight_decay" in inspect.signature(kind).parameters else {}
@@ -213,50 +216,26 @@ def _optimizer(config: TrainingConfig, groups: list[dict]) -> torch.optim.Optimi
         raise ConceptError(f"optimizer '{config.optimizer}' cannot train these weights ({error}); AdamW, Adam and SGD can") from error
 
 
-def method_settings(method: Method) -> dict:
-    """The settings of a method that has any, as JSON values."""
-    config = getattr(method, "config", None)
-    return asdict(config) if is_dataclass(config) else {}
-
-
-def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__.split("+")[0]}
-    for name in ("continual-concepts", "diffusers", "transformers", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _conclude(run: Run, seconds: float, cover: bytes) -> Learned:
-    outcome, task = run.method.finish(), run.task
-    settings = {"method": method_settings(run.method), "training": asdict(run.config)}
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    origin = Provenance(base=task.backbone.fingerprint, images=run.data.digests, settings=settings, versions=_versions(), date=now,
-                        steps=len(run.losses), seconds=round(seconds, 2))
-    info = ConceptInfo(task.name, task.class_noun, run.method.name, task.word_names, task.kind, origin)
-    concept = Concept(info, outcome.tokens, outcome.deltas, cover)
-    shared = {run.method.name: dict(outcome.shared)} if outcome.shared else {}
-    return Learned(concept, task.bank.add(concept, shared), tuple(run.losses))
-
-
 @torch.inference_mode(False)      # ComfyUI runs nodes under it; what is made there cannot be trained
 def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, callback: Callback | None = None,
-          checkpoint_file: Path | None = None, cover: bytes = b"") -> Learned:
+          checkpoint_file: Path | None = None, cover: bytes = b"", team: Team = ALONE) -> Learned:
     """Learns one concept; returns it and the grown bank. The bank that came in and the base are what they were.
 
     callback: called after every step; what it raises ends the run. With `checkpoint_file` the state is saved every
     `checkpoint_every` steps and whenever the run ends early (but for errors of ours, and in the moment of an update, which the state
     of the last save outlives), and an existing file is resumed exactly. At the end it holds the finished run: whoever called
-    deletes it once the bank is on disk, so that nothing learned is ever only in memory.
+    deletes it once the bank is on disk, so that nothing learned is ever only in memory. team: the processes that learn together; all read
+    the checkpoint, the first writes it.
     """
     if task.name in task.bank:
         raise ConceptError(f"the bank already holds a concept '{task.name}'; choose another name or remove it first")
     task.bank.check_fits(task.backbone.layout)
-    run, began = Run(task, method, data, config), time.perf_counter()
+    run, began = Run(task, method, data, config, team), time.perf_counter()
     if checkpoint_file is not None and Path(checkpoint_file).exists():
         run.restore(checkpoint_file)
+    team.wait()      # before the first one writes it anew
+    if not team.is_first:
+        checkpoint_file = callback = None
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -274,4 +253,4 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
         raise
     if checkpoint_file is not None:
         checkpoint.save(checkpoint_file, run.state())
-    return _conclude(run, time.perf_counter() - began, cover)
+    return conclude(task, method, data, config, run.losses, time.perf_counter() - began, cover)

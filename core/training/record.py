@@ -1,0 +1,68 @@
+"""What is said about a run: whose checkpoint is whose, and where a learned concept came from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+
+import torch
+
+from ..bank import ConceptBank
+from ..concepts import Concept, ConceptInfo, Provenance
+from ..methods.base import Method, Task
+from .config import TrainingConfig
+from .data import TrainingSet
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The concept, the bank that holds it, and the denoising loss of every step."""
+
+    concept: Concept
+    bank: ConceptBank
+    losses: tuple[float, ...]
+
+
+def run_identity(task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> dict:
+    """What must agree for a checkpoint to be a run's. JSON values."""
+    return {"concept": task.name, "class noun": task.class_noun, "method": method.name,
+            "words": list(task.worded(method.word_count).word_names),
+            "settings": method_settings(method), "training": asdict(config), "base": task.backbone.fingerprint,
+            "overlay": task.backbone.overlay, "bank": task.bank.names, "images": list(data.digests), "captions": list(data.captions)}
+
+
+def brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def method_settings(method: Method) -> dict:
+    """The settings of a method that has any, as JSON values."""
+    config = getattr(method, "config", None)
+    return asdict(config) if is_dataclass(config) else {}
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": torch.__version__.split("+")[0]}
+    for name in ("continual-concepts", "diffusers", "transformers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def conclude(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, losses: Sequence[float], seconds: float,
+             cover: bytes) -> Learned:
+    """The learned concept with its provenance, and the bank with it."""
+    outcome = method.finish()
+    settings = {"method": method_settings(method), "training": asdict(config)}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    origin = Provenance(base=task.backbone.fingerprint, images=data.digests, settings=settings, versions=_versions(), date=now,
+                        steps=len(losses), seconds=round(seconds, 2))
+    info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin)
+    concept = Concept(info, outcome.tokens, outcome.deltas, cover)
+    shared = {method.name: dict(outcome.shared)} if outcome.shared else {}
+    return Learned(concept, task.bank.add(concept, shared), tuple(losses))
