@@ -18,7 +18,7 @@ from ..concepts import Concept, ConceptInfo
 from ..encoding import TextMemory, encode_prompts
 from ..errors import ConceptError
 from ..hosts.backbone import Context
-from ..methods.base import METHODS, Method, Task
+from ..methods.base import METHODS, Batch, Method, Task
 from ..prompts import Vocabulary, named_concepts
 from ..routing import learning_deltas, learning_names
 from . import checkpoint
@@ -127,7 +127,8 @@ class Run:
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def _context(self, prompts: tuple[str, ...]) -> Context:
+    def _context(self, batch: Batch) -> Context:
+        prompts = batch.prompts
         named = {name for prompt in prompts for name in named_concepts(self.vocabulary.parse(prompt))}
         tokens = {name: self.task.bank[name].tokens for name in named - {self.task.name}} | {self.task.name: self.method.token_group()}
         return encode_prompts(self.task.backbone, prompts, self.vocabulary, tokens, memory=self.memory)
@@ -182,7 +183,7 @@ class Run:
         config, backbone = self.config, self.task.backbone
         dtype = PRECISIONS[config.precision]
         with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
-            seen = predict(backbone, one.batch, self._context(one.batch.prompts), one.drawn, self.method.program())
+            seen = predict(backbone, one.batch, self._context(one.batch), one.drawn, self.method.program())
             loss = denoising_loss(backbone, seen, config)
         penalties = self.method.penalty(seen)
         whole = loss + sum(penalties.values())
