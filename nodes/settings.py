@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 from comfy_api.latest import io
 
 from ..core.methods import make
-from ..core.training.config import LR_SCHEDULES, PRECISIONS, TrainingConfig
+from ..core.training.config import EIGHT_BIT, LR_SCHEDULES, PRECISIONS, TrainingConfig
 from . import types
 from .schema import Schema
+
+OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")
 
 
 class ConceptTrainingSettings(io.ComfyNode):
@@ -23,7 +26,7 @@ class ConceptTrainingSettings(io.ComfyNode):
             category=types.LEARNING,
             description="Optional settings of the training loop, for Concept Learner's training_settings.",
             inputs=[
-                io.Combo.Input("optimizer", options=["AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam"], default="AdamW"),
+                io.Combo.Input("optimizer", options=[*OPTIMIZERS, *(EIGHT_BIT if find_spec("bitsandbytes") else ())], default="AdamW"),
                 io.Combo.Input("schedule", options=list(LR_SCHEDULES), default="linear", tooltip="Of the learning rates."),
                 io.Int.Input("warmup", default=0, min=0, max=10_000, tooltip="Steps until the full rate; 0 = none."),
                 io.Float.Input("max_grad_norm", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="0 = no clipping."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,21 @@ from ..errors import ConceptError
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LR_SCHEDULES = ("constant", "linear", "cosine")
+EIGHT_BIT = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "Lion8bit")      # bitsandbytes': a quarter of the optimiser's memory
 UNFIT = {"LBFGS": "needs closures", "SparseAdam": "needs sparse gradients", "Muon": "takes matrices only"}
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
+    """The optimiser of that name; None for one that there is not here, or that cannot train a concept."""
+    home = torch.optim
+    if name in EIGHT_BIT:
+        try:
+            home = importlib.import_module("bitsandbytes.optim")
+        except (ImportError, OSError, RuntimeError):      # not installed, or not for this machine's driver
+            return None
+    kind = getattr(home, name, None)
+    fits = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    return kind if fits and name not in UNFIT else None
 
 
 @dataclass(frozen=True)
@@ -18,8 +33,8 @@ class TrainingConfig:
     """Everything about a run that is not the method's.
 
     steps: optimiser steps; batch_size: own pictures per forward pass (as many prior pictures come on top); accumulation: forward passes
-    per step; resolution in pixels; optimizer: any class of torch.optim by name; schedule: of the learning rates, after `warmup` steps;
-    max_grad_norm: 0 = no clipping; min_snr_gamma: 0 = off, 5 is usual; noise_offset: 0 = off, CIDM's code 0.01; precision: of the
+    per step; resolution in pixels; optimizer: any class of torch.optim by name, or one of EIGHT_BIT; schedule: of the learning rates,
+    after `warmup` steps; max_grad_norm: 0 = no clipping; min_snr_gamma: 0 = off, 5 is usual; noise_offset: 0 = off, CIDM's code 0.01; precision: of the
     frozen base's arithmetic, trainables stay fp32; prior_weight: of prior-preservation pictures; caption_dropout: share of empty prompts.
     """
 
@@ -51,9 +66,8 @@ class TrainingConfig:
         self._check(0 <= self.caption_dropout < 1, "caption_dropout", "0 to below 1")
         self._check(self.precision in PRECISIONS, "precision", ", ".join(PRECISIONS))
         self._check(self.schedule in LR_SCHEDULES, "schedule", ", ".join(LR_SCHEDULES))
-        kind = getattr(torch.optim, str(self.optimizer), None)
-        known = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-        self._check(known and self.optimizer not in UNFIT, "optimizer", "a class of torch.optim such as AdamW, Adam, SGD; not "
+        self._check(optimizer_class(str(self.optimizer)) is not None, "optimizer", "a class of torch.optim such as AdamW, Adam, SGD, or "
+                    f"one of {', '.join(EIGHT_BIT)} where bitsandbytes is installed; not "
                     + ", ".join(f"{name} ({why})" for name, why in UNFIT.items()))
 
     def _check(self, condition: bool, name: str, allowed: str) -> None:

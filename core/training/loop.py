@@ -22,7 +22,7 @@ from ..methods.base import METHODS, Batch, Method, Task
 from ..prompts import Vocabulary, named_concepts
 from ..routing import learning_deltas, learning_names
 from . import checkpoint
-from .config import PRECISIONS, TrainingConfig
+from .config import PRECISIONS, TrainingConfig, optimizer_class
 from .data import TrainingSet
 from .objective import denoising_loss, predict
 from .passes import OUT_OF_MEMORY, Pass, passes
@@ -209,7 +209,7 @@ class Run:
 
 
 def _optimizer(config: TrainingConfig, groups: list[dict]) -> torch.optim.Optimizer:
-    kind = getattr(torch.optim, config.optimizer)
+    kind = optimizer_class(config.optimizer)
     decay = {"weight_decay": config.weight_decay} if "weight_decay" in inspect.signature(kind).parameters else {}
     try:
         return kind([dict(group) for group in groups], **decay)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +170,25 @@ def test_a_gradient_of_nan_is_noticed_too(tiny_backbone, empty, teach, monkeypat
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(ConceptError, match="gradient became nan at step 1"):
         teach(tiny_backbone, empty, steps=1)
+
+
+def test_eight_bit_optimisers_where_there_are_any(tiny_backbone, empty, teach, monkeypatch):
+    """Of bitsandbytes, which a person may have or not; here something of its shape stands in for it."""
+    class AdamW8bit(torch.optim.AdamW):
+        used = 0
+
+        def step(self, *args, **kwargs):
+            AdamW8bit.used += 1
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(__path__=[]))
+    teach(tiny_backbone, empty, optimizer="AdamW8bit", steps=2)
+    assert AdamW8bit.used == 2
+    for missing in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConceptError, match="'optimizer' is 'AdamW8bit'; allowed: .* where bitsandbytes is installed"):
+        TrainingConfig(optimizer="AdamW8bit")
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "NAdam", "Adafactor"])
