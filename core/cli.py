@@ -15,6 +15,7 @@ from .interop.factors import DEFAULT_ERROR, DEFAULT_RANK
 from .methods import DEFAULT, METHODS
 from .routing import MODES
 from .training.config import LR_SCHEDULES, PRECISIONS, TrainingConfig
+from .training.framing import MODES as MODES_OF_FRAMING
 
 
 def _setting(text: str) -> tuple[str, object]:
@@ -56,7 +57,7 @@ def _add_learn(commands) -> None:
     )
     for field in fields(TrainingConfig):
         if field.name in ("framing", "schedule", "precision"):
-            choices = {"framing": ("crop", "pad"), "schedule": LR_SCHEDULES, "precision": tuple(PRECISIONS)}[field.name]
+            choices = {"framing": MODES_OF_FRAMING, "schedule": LR_SCHEDULES, "precision": tuple(PRECISIONS)}[field.name]
             parser.add_argument(f"--{field.name}", choices=choices, default=None)
         elif field.type == "bool":
             parser.add_argument(f"--{field.name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=None)

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..core.methods import make
 from ..core.training.config import EIGHT_BIT, LR_SCHEDULES, PRECISIONS, TrainingConfig
+from ..core.training.framing import MODES
 from . import types
 from .schema import Schema
 
@@ -36,7 +37,8 @@ class ConceptTrainingSettings(io.ComfyNode):
                 io.Boolean.Input("gradient_checkpointing", default=False, tooltip="Less memory, about a third more time."),
                 io.Combo.Input("precision", options=list(PRECISIONS), default="float32", tooltip="Of the base's arithmetic in training."),
                 io.Combo.Input(
-                    "framing", options=["crop", "pad"], default="crop", tooltip="crop fills the square; pad shows the whole photo."
+                    "framing", options=list(MODES), default="crop",
+                    tooltip="crop fills the square; pad shows the whole photo in it; buckets keep each photo's shape and enlarge none."
                 ),
                 io.Boolean.Input("flip", default=True, tooltip="Also learn from mirrored photos. Off for text and asymmetric things."),
                 io.Float.Input("prior_weight", default=1.0, min=0.0, max=10.0, step=0.1, tooltip="Of prior pictures; 0 = ignore them."),

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,11 @@ from ..errors import ConceptError
 from ..hosts.backbone import SiteProgram
 from ..prompts import PLACEHOLDER
 from ..tokens import TokenGroup
-from ..training.data import TrainingSet
 from .base import AdapterProgram, Batch, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
 from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
+
+if TYPE_CHECKING:      # it imports the methods' Batch
+    from ..training.data import TrainingSet
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ class TrainingConfig:
 
     steps: optimiser steps; batch_size: own pictures per forward pass (as many prior pictures come on top); accumulation: forward passes
     per step; resolution in pixels; optimizer: any class of torch.optim by name, or one of EIGHT_BIT; schedule: of the learning rates,
-    after `warmup` steps; max_grad_norm: 0 = no clipping; min_snr_gamma: 0 = off, 5 is usual; noise_offset: 0 = off, CIDM's code 0.01; precision: of the
-    frozen base's arithmetic, trainables stay fp32; prior_weight: of prior-preservation pictures; caption_dropout: share of empty prompts.
+    after `warmup` steps; framing: see framing.Framing; max_grad_norm: 0 = no clipping; min_snr_gamma: 0 = off, 5 is usual; noise_offset:
+    0 = off, CIDM's code 0.01; precision: of the frozen base's arithmetic, trainables stay fp32; prior_weight: of prior-preservation
+    pictures; caption_dropout: share of empty prompts.
     """
 
     steps: int = 800

@@ -17,19 +17,10 @@ from ..errors import ConceptError
 from ..hosts.backbone import Backbone
 from ..methods.base import Batch
 from ..prompts import caption_with_placeholder
+from .framing import Framing, Picture, bucket_of, frame
 
+UNET_MULTIPLE = 8      # sides of latents in buckets: three halvings, as in every family here
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """pixels `[3, H, W]` in -1..1; caption may be empty; mask `[1, H, W]` in 0..1 or None; is_prior: a prior-preservation picture."""
-
-    pixels: Tensor
-    caption: str = ""
-    mask: Tensor | None = None
-    is_prior: bool = False
-    digest: str = ""
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -95,39 +86,6 @@ def read_folder(folder: Path | str, captions: Path | str | None = None, masks: P
 
 
 @dataclass(frozen=True)
-class Framing:
-    """How pictures become squares of `resolution` pixels.
-
-    "crop" fills the square; "pad" shows the whole picture on grey and masks the rest.
-    """
-
-    resolution: int
-    mode: str = "crop"
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("crop", "pad"):
-            raise ConceptError(f"framing is {self.mode!r}; allowed: crop, pad")
-
-
-def frame(picture: Picture, framing: Framing) -> Picture:
-    """The picture as a square, with a mask that says which part counts."""
-    size = framing.resolution
-    height, width = picture.pixels.shape[1:]
-    ratio = size / (min(height, width) if framing.mode == "crop" else max(height, width))
-    new = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-    pixels = F.interpolate(picture.pixels.unsqueeze(0), new, mode="bicubic", antialias=True, align_corners=False).squeeze(0).clamp(-1, 1)
-    mask = torch.ones(1, height, width) if picture.mask is None else picture.mask
-    mask = F.interpolate(mask.unsqueeze(0), new, mode="area").squeeze(0)
-    top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    pads = (max(0, -left), max(0, size - new[1] + left), max(0, -top), max(0, size - new[0] + top))
-    pixels, mask = F.pad(pixels, pads), F.pad(mask, pads)
-    top, left = max(0, top), max(0, left)
-    cut = (slice(None), slice(top, top + size), slice(left, left + size))
-    return replace(picture, pixels=pixels[cut], mask=mask[cut])
-
-
-@dataclass(frozen=True)
 class TrainingSet:
     """Cached latents `[n, C, h, w]`, masks `[n, 1, h, w]`, captions with placeholders, and which rows are prior pictures."""
 
@@ -157,19 +115,63 @@ def _spread(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat(rounds)[:size]
 
 
+@dataclass(frozen=True)
+class BucketSet:
+    """Pictures of several shapes: a training set for each. A batch is of one shape, which comes up as often as it has own pictures."""
+
+    parts: tuple[TrainingSet, ...]
+    digests: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return tuple(caption for part in self.parts for caption in part.captions)
+
+    @property
+    def is_prior(self) -> Tensor:
+        return torch.cat([part.is_prior for part in self.parts])
+
+    @property
+    def latents(self) -> Tensor:
+        """There is no one tensor of them: for who needs one, a sentence."""
+        raise ConceptError("this method needs all pictures in one shape, they have several; choose framing crop or pad")
+
+    def draw(self, size: int, prior_weight: float, generator: torch.Generator) -> Batch:
+        own = torch.tensor([float((~part.is_prior).sum()) for part in self.parts])
+        return self.parts[int(torch.multinomial(own, 1, generator=generator))].draw(size, prior_weight, generator)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str, framing: Framing) -> TrainingSet:
-    """Frames and encodes every picture once (and once mirrored with `flip`). Prior pictures keep their caption as it is."""
+def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str, framing: Framing) -> TrainingSet | BucketSet:
+    """Frames and encodes every picture once (and once mirrored with `flip`). Prior pictures keep their caption as it is; with buckets each
+    shape has all of them."""
     own = [p for p in pictures if not p.is_prior]
     if not own:
         raise ConceptError("there are no pictures of the concept; at least one is needed")
-    if framing.resolution % backbone.picture_multiple or framing.resolution < 2 * backbone.picture_multiple:
-        raise ConceptError(f"resolution is {framing.resolution}; it must be a multiple of {backbone.picture_multiple}, "
-                           f"at least {2 * backbone.picture_multiple}")
+    step = backbone.picture_multiple * (UNET_MULTIPLE if framing.mode == "buckets" else 1)
+    least = step if framing.mode == "buckets" else 2 * step
+    if framing.resolution % step or framing.resolution < least:
+        raise ConceptError(f"resolution is {framing.resolution}; with framing {framing.mode} it must be a multiple of {step}, "
+                           f"at least {least}")
+    digests = tuple(p.digest for p in own)
+    if framing.mode != "buckets":
+        return _encoded(backbone, pictures, name, class_noun, framing, (framing.resolution, framing.resolution), digests)
+    shapes: dict[tuple[int, int], list[Picture]] = {}
+    for picture in own:
+        shapes.setdefault(bucket_of(*picture.pixels.shape[1:], framing.resolution, step), []).append(picture)
+    prior = [p for p in pictures if p.is_prior]
+    parts = [_encoded(backbone, [*some, *prior], name, class_noun, framing, size, ()) for size, some in shapes.items()]
+    return replace(parts[0], digests=digests) if len(parts) == 1 else BucketSet(tuple(parts), digests)
+
+
+def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str, framing: Framing, size: tuple[int, int],
+             digests: tuple[str, ...]) -> TrainingSet:
     pixels, masks, captions, priors = [], [], [], []
     for picture in pictures:
-        framed = frame(picture, framing)
+        framed = frame(picture, framing, size)
         caption = picture.caption if picture.is_prior else caption_with_placeholder(picture.caption, name, class_noun)
         for mirrored in (False, True) if framing.flip else (False,):
             pixels.append(framed.pixels.flip(-1) if mirrored else framed.pixels)
@@ -178,5 +180,4 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
             priors.append(picture.is_prior)
     latents = torch.cat([backbone.encode_images(chunk) for chunk in torch.stack(pixels).split(8)])
     small = F.interpolate(torch.stack(masks), latents.shape[-2:], mode="area")
-    digests = tuple(p.digest for p in own)
     return TrainingSet(latents, small.to(latents.device), tuple(captions), torch.tensor(priors), digests)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from continual_concepts.core.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.data import Framing, Picture, frame, prepare, read_folder, read_picture
+from continual_concepts.core.training.data import BucketSet, Framing, Picture, TrainingSet, frame, prepare, read_folder, read_picture
+from continual_concepts.core.training.framing import bucket_of
 
 
 @pytest.fixture
@@ -160,3 +164,57 @@ def test_what_cannot_be_prepared_is_refused(tiny_backbone, make):
 def test_bad_training_settings_are_named(settings):
     with pytest.raises(ConceptError, match=next(iter(settings))):
         TrainingConfig(**settings)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([256, 512, 1024]), st.sampled_from([32, 64]))
+def test_buckets_fit_the_picture_and_the_area(height, width, resolution, step):
+    tall, wide = bucket_of(height, width, resolution, step)
+    assert tall % step == wide % step == 0 and step * step <= tall * wide <= resolution**2
+    assert tall <= max(step, height) and wide <= max(step, width)      # nothing is made larger than it is
+    assert bucket_of(width, height, resolution, step) in ((wide, tall), (tall, wide))
+
+
+@pytest.mark.parametrize(("picture", "bucket"), [
+    ((512, 512), (512, 512)), ((4000, 4000), (512, 512)), ((768, 1024), (448, 576)), ((1920, 1080), (640, 384)), ((300, 200), (256, 192)),
+    ((2000, 500), (1024, 256)), ((40, 900), (64, 896)),
+])
+def test_buckets_of_usual_pictures(picture, bucket):
+    assert bucket_of(*picture, 512, 64) == bucket
+
+
+def shaped(*sizes, prior=0):
+    found = [Picture(torch.full((3, *size), i / 10), f"p{i}", digest=str(i)) for i, size in enumerate(sizes)]
+    return found + [Picture(torch.zeros(3, 32, 32), "prior", is_prior=True) for _ in range(prior)]
+
+
+def test_pictures_keep_their_shape_in_buckets(tiny_backbone):
+    multiple = tiny_backbone.picture_multiple
+    side = 16 * multiple
+    pictures = shaped((side, side), (side // 2, side), (side // 2, side), prior=1)
+    data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(side, "buckets", flip=False))
+    assert isinstance(data, BucketSet) and len(data) == 5 and data.digests == ("0", "1", "2")      # the prior picture in both shapes
+    shapes, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(60):
+        batch = data.draw(1, 1.0, generator)
+        assert batch.latents.shape[-2:] == batch.masks.shape[-2:] and batch.is_prior.tolist() == [False, True]
+        assert (batch.prompts[0] == "<rex>, p0") == (batch.latents.shape[-2:] == (16, 16))
+        shapes.append(tuple(batch.latents.shape[-2:]))
+    assert set(shapes) == {(16, 16), (8, 16)} and 10 < shapes.count((16, 16)) < 30      # one picture in three
+    with pytest.raises(ConceptError, match="needs all pictures in one shape"):
+        _ = data.latents
+
+
+def test_one_bucket_is_a_plain_set(tiny_backbone):
+    side = 8 * tiny_backbone.picture_multiple
+    pictures = shaped((side, side), (side, side))
+    data, plain = (prepare(tiny_backbone, pictures, "rex", "dog", Framing(side, mode)) for mode in ("buckets", "crop"))
+    assert isinstance(data, TrainingSet) and torch.equal(data.latents, plain.latents) and data.digests == plain.digests
+
+
+def test_learning_from_buckets(tiny_backbone, teach):
+    side, bank = 16 * tiny_backbone.picture_multiple, ConceptBank(tiny_backbone.layout)
+    some = {"pictures": shaped((side, side), (side // 2, side)), "resolution": side, "framing": "buckets", "batch_size": 1, "steps": 6}
+    first = teach(tiny_backbone, bank, **some)
+    assert first.losses == teach(tiny_backbone, bank, **some).losses and len(set(first.losses)) == 6
+    with pytest.raises(ConceptError, match="needs all pictures in one shape"):
+        teach(tiny_backbone, bank, method="l2dm", **some)
