@@ -254,4 +254,4 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
         raise
     if checkpoint_file is not None:
         checkpoint.save(checkpoint_file, run.state())
-    return conclude(task, method, data, config, run.losses, time.perf_counter() - began, cover)
+    return conclude(run.task, method, data, config, run.losses, time.perf_counter() - began, cover)
