@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from .concepts import KINDS
 from .errors import ConceptError
 from .interop.export import DEFAULT_FORMATS, FORMATS
 from .interop.factors import DEFAULT_ERROR, DEFAULT_RANK
@@ -41,7 +42,7 @@ def _add_learn(commands) -> None:
     parser.add_argument("--name", required=True, help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="", help="class noun: what it is in ordinary words, e.g. dog")
     parser.add_argument("--words", default="", help="names of the learned words, comma separated, e.g. dog1,dog2 (default: two)")
-    parser.add_argument("--kind", choices=("object", "style"), default="object")
+    parser.add_argument("--kind", choices=KINDS, default="object")
     parser.add_argument("--captions", type=Path, help="folder of captions, when not beside the pictures")
     parser.add_argument("--masks", type=Path, help="folder of masks: white counts, black does not")
     parser.add_argument("--prior", type=Path, help="folder of prior-preservation pictures with captions")
@@ -92,7 +93,7 @@ def _add_sample(commands) -> None:
 
 
 def _add_bank(commands) -> None:
-    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify, export")
+    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify, export, import")
     bank = bank.add_subparsers(dest="action", required=True)
     for action, help_text in (("list", "one line per concept"), ("verify", "read everything and check it")):
         bank.add_parser(action, help=help_text).add_argument("bank", type=Path)
@@ -110,6 +111,19 @@ def _add_bank(commands) -> None:
     merge.add_argument("other", type=Path)
     merge.add_argument("--output", type=Path, required=True)
     _add_export(bank)
+    _add_import(bank)
+
+
+def _add_import(bank) -> None:
+    parser = bank.add_parser("import", help="a LoRA or an embedding of another program as a concept")
+    parser.add_argument("bank", type=Path, help="bank file to grow (made when missing)")
+    parser.add_argument("name", help="of the concept: <name> in prompts")
+    parser.add_argument("--noun", default="", help="class noun: what it is in ordinary words, e.g. dog")
+    parser.add_argument("--kind", choices=KINDS, default="object")
+    parser.add_argument("--lora", type=Path, help=".safetensors, with kohya's, diffusers' or PEFT's names")
+    parser.add_argument("--embedding", type=Path, help=".safetensors, a textual inversion")
+    parser.add_argument("--trigger", default="", help="what is typed for a LoRA without learned words, e.g. 'sks dog'")
+    _add_base(parser)
 
 
 def _add_export(bank) -> None:

@@ -20,6 +20,7 @@ from .errors import ConceptError
 from .files import write_atomically
 from .hosts.backbone import Backbone
 from .interop.export import DEFAULT_FORMATS, export_concept
+from .interop.importing import import_concept
 from .methods.base import Task, make
 from .regional import Region
 from .regional.noise import NoiseSettings
@@ -213,7 +214,21 @@ def _exported(known: ConceptBank, options: Namespace) -> Result:
     return {"concept": options.name, "files": files, "notes": list(result.notes)}, [*(f"wrote {file}" for file in files), *result.notes]
 
 
+def _imported(options: Namespace) -> Result:
+    known = open_bank(options.bank) if options.bank.exists() else None
+    backbone = load_backbone(options)
+    bank = known or ConceptBank(backbone.layout)
+    bank.check_fits(backbone.layout)
+    result = import_concept(options.name, options.noun, options.kind, bank.layout, backbone.text, options.lora, options.embedding,
+                            options.trigger)
+    save_bank(bank.add(result.concept), options.bank)
+    return {"concept": options.name, "bank": str(options.bank), "notes": list(result.notes)}, [
+        *result.notes, f"{options.bank} holds <{options.name}>"]
+
+
 def bank(options: Namespace) -> Result:
+    if options.action == "import":
+        return _imported(options)
     if options.action == "verify":
         lines = verify_bank(options.bank)
         return {"bank": str(options.bank), "concepts": len(lines), "sound": True}, [

@@ -1,0 +1,68 @@
+"""Names of LoRA tensors in the files of other programs, and which site's projection each belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..deltas import DeltaKey
+from ..sites import PROJECTIONS, SiteLayout
+
+# kohya: `<module>.lora_up.weight`; PEFT: `<module>.lora_B.weight`, with the adapter's name before `weight` or not; diffusers:
+# `<module>.lora.up.weight`, and of 2023 `<attention>.processor.to_q_lora.up.weight`.
+_FACTOR = re.compile(r"(?P<module>.+?)(?:[._]lora[._](?P<side>up|down|A|B|mid))(?:\.[\w-]+)?\.weight$")
+_ALPHA = re.compile(r"(?P<module>.+?)\.alpha$")
+_PREFIX = re.compile(r"^(?:base_model_model_|model_|lora_|unet_|diffusion_)+")
+_TEXT = re.compile(r"^(?:base_model_model_)?(?:lora_)?(?:te|te1|te2|text_encoder|text_encoder_2|text_model|cond_stage_model|clip)_")
+_SIDES = {"up": "up", "B": "up", "down": "down", "A": "down", "mid": "mid"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor's place: the module's name with `_` for dots and without what programs put in front; side: up | down | mid | alpha."""
+
+    module: str
+    side: str
+    is_text: bool
+
+
+def part_of(key: str) -> Part | None:
+    """None for tensors that are no LoRA's (LoHa, LoKr, DoRA's magnitudes, embeddings)."""
+    found = _FACTOR.match(key) or _ALPHA.match(key)
+    if found is None:
+        return None
+    name = found["module"].replace(".processor", "").replace(".", "_")
+    side = _SIDES[found["side"]] if "side" in found.groupdict() else "alpha"
+    return Part(_PREFIX.sub("", name), side, bool(_TEXT.match(name)))
+
+
+def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
+    """Every name that a site's projection goes by: diffusers' and that of the original code (`input_blocks_1_1_...`)."""
+    found: dict[str, DeltaKey] = {}
+    original = _original_names([site.name for site in layout.sites])
+    for site in layout.sites:
+        for name in (site.name, original[site.name]):
+            for projection in PROJECTIONS:
+                flat = f"{name}.{projection}".replace(".", "_")
+                found[flat] = found[f"{flat}_0"] = (site.index, projection)
+    return found
+
+
+def _original_names(names: Iterable[str]) -> dict[str, str]:
+    """diffusers' path of an attention layer -> that of the original Stable Diffusion code. A block there has its layers, and one more that
+    halves or (with one layer more, in the same block) doubles the picture."""
+    pattern = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)|mid_block\.attentions\.0\.(.+)")
+    matches = {name: pattern.fullmatch(name) for name in names}
+    layers = 1 + max((int(m[3]) for m in matches.values() if m and m[1] == "down_blocks"), default=1)
+    found = {}
+    for name, m in matches.items():
+        if m is None:
+            found[name] = name
+        elif m[5]:
+            found[name] = f"middle_block.1.{m[5]}"
+        else:
+            block, layer = int(m[2]), int(m[3])
+            number = block * (layers + 1) + layer + (m[1] == "down_blocks")
+            found[name] = f"{'input' if m[1] == 'down_blocks' else 'output'}_blocks.{number}.1.{m[4]}"
+    return found
