@@ -32,8 +32,8 @@ class ElasticWeightAggregate(io.ComfyNode):
             description="Puts a bank's concepts into a model and a CLIP. Then <rex> works in every prompt of CLIP Text Encode. "
             "Concepts learned with 'bound' act through their own words; those of other methods are patched into the weights, once.",
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
+                io.Model.Input("model", tooltip="The checkpoint that the bank was learned on, or one of its family."),
+                io.Clip.Input("clip", tooltip="The same checkpoint's; it gets the bank's words."),
                 types.Bank.Input("bank", optional=True, tooltip="Nothing connected, or an empty bank = model and clip as they are."),
                 io.String.Input(
                     "prompt",

@@ -60,7 +60,7 @@ class ConceptBankSave(io.ComfyNode):
             is_output_node=True,
             description="Writes a bank to output/concept_banks. The file is replaced only when the new one is complete on disk.",
             inputs=[
-                types.Bank.Input("bank"),
+                types.Bank.Input("bank", tooltip="The bank to keep."),
                 io.String.Input("bank_name", default="my-concepts", tooltip="Letters, digits, - and _."),
                 io.Boolean.Input(
                     "allow_fewer",
@@ -107,7 +107,10 @@ class ConceptBankMerge(io.ComfyNode):
             display_name="Merge Concept Banks",
             category=types.BANKS,
             description="All concepts of both banks. Equal names are refused: rename one first.",
-            inputs=[types.Bank.Input("bank"), types.Bank.Input("other")],
+            inputs=[
+                types.Bank.Input("bank", tooltip="Its concepts come first, and methods go on from what it carries."),
+                types.Bank.Input("other", tooltip="Its concepts come behind. Equal names are refused: rename one first."),
+            ],
             outputs=[types.Bank.Output(display_name="merged")],
         )
 
@@ -130,9 +133,9 @@ class ConceptBankEdit(io.ComfyNode):
             search_aliases=["rename concept", "delete concept", "forget"],
             description="Renames or removes a concept. The other concepts stay bit for bit as they are.",
             inputs=[
-                types.Bank.Input("bank"),
-                io.Combo.Input("action", options=["rename", "remove"], default="rename"),
-                io.String.Input("concept", default="rex"),
+                types.Bank.Input("bank", tooltip="The bank to change; the one that comes in stays as it is."),
+                io.Combo.Input("action", options=["rename", "remove"], default="rename", tooltip="Give it another name, or take it out."),
+                io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank."),
                 io.String.Input("new_name", default="", tooltip="For 'rename'."),
             ],
             outputs=[types.Bank.Output(display_name="edited")],
@@ -158,7 +161,7 @@ class ConceptBankInspect(io.ComfyNode):
             category=types.BANKS,
             is_output_node=True,
             description="Lists a bank's concepts with their covers, methods, photos, sizes and dates.",
-            inputs=[types.Bank.Input("bank")],
+            inputs=[types.Bank.Input("bank", tooltip="The bank to look into.")],
             outputs=[io.Image.Output(display_name="covers"), io.String.Output(display_name="text")],
         )
 

@@ -69,10 +69,10 @@ class ConceptEvaluate(io.ComfyNode):
             "prompts without concepts still give the base's pictures.",
             inputs=[
                 io.Model.Input("model", tooltip="The base, before Elastic Weight Aggregate."),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
+                io.Clip.Input("clip", tooltip="The same checkpoint's."),
+                io.Vae.Input("vae", tooltip="The same checkpoint's."),
                 io.ClipVision.Input("clip_vision", tooltip="What pictures are compared with; the papers use CLIP ViT-B/32."),
-                types.Bank.Input("bank"),
+                types.Bank.Input("bank", tooltip="The bank to measure; it is not changed."),
                 io.String.Input(
                     "prompts",
                     multiline=True,

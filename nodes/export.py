@@ -45,9 +45,11 @@ class ConceptExport(io.ComfyNode):
             description="Writes one concept as files that ComfyUI itself and other programs read, to output/loras and output/embeddings. "
             "Existing files are never replaced.",
             inputs=[
-                types.Bank.Input("bank"),
+                types.Bank.Input("bank", tooltip="The bank that holds it."),
                 io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank."),
-                io.Combo.Input("format", options=list(FORMATS), default="LoRA and embedding"),
+                io.Combo.Input(
+                    "format", options=list(FORMATS), default="LoRA and embedding", tooltip="Two files do for most programs; see the help."
+                ),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Factor on the deltas; 1 = as learned."),
             ],
             outputs=[io.String.Output(display_name="notes")],

@@ -45,7 +45,7 @@ class ConceptImport(io.ComfyNode):
             "Of a LoRA the text cross-attention is taken; the notes tell what was left out, and how much that is.",
             inputs=[
                 io.Model.Input("model", tooltip="The kind of model that the files were made for."),
-                io.Clip.Input("clip"),
+                io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Combo.Input("lora", options=[NONE, *_files("loras")], default=NONE, tooltip="A LoRA from models/loras."),
                 io.Combo.Input(
                     "embedding", options=[NONE, *_files("embeddings")], default=NONE, tooltip="An embedding from models/embeddings."

@@ -43,9 +43,9 @@ class ConceptLearner(io.ComfyNode):
             description="Learns one concept (your dog, your painter's style) from a few photos and adds it to a bank. What the bank knows "
             "already stays bit for bit the same; the model that comes in is not changed.",
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
+                io.Model.Input("model", tooltip="The checkpoint to learn on; it is not changed."),
+                io.Clip.Input("clip", tooltip="The same checkpoint's."),
+                io.Vae.Input("vae", tooltip="The same checkpoint's; it encodes the photos."),
                 io.Image.Input("images", tooltip="3 to 10 photos of the concept: a batch, or a list of any sizes."),
                 io.String.Input("name", default="rex", tooltip="What you will type in prompts between < and >. Letters, digits, - and _."),
                 io.String.Input("class_noun", default="dog", tooltip="What it is, in a word the model knows: dog, teddy bear, painting."),
@@ -97,8 +97,8 @@ class ConceptLearner(io.ComfyNode):
                 io.Mask.Input("masks", optional=True, tooltip="White where the concept is, one per photo, same size."),
                 io.Image.Input("prior_images", optional=True, tooltip="Other pictures of the class, so that it keeps its meaning."),
                 types.Selection.Input("selection", optional=True, tooltip="From Concept Neuron Select; for methods that use one (cns)."),
-                types.Settings.Input("method_settings", optional=True),
-                types.Settings.Input("training_settings", optional=True),
+                types.Settings.Input("method_settings", optional=True, tooltip="From the method's own settings node; none = its defaults."),
+                types.Settings.Input("training_settings", optional=True, tooltip="From Concept Training Settings; none = its defaults."),
             ],
             outputs=[
                 types.Bank.Output(display_name="bank"),

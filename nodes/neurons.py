@@ -39,8 +39,8 @@ class ConceptNeuronSelect(io.ComfyNode):
             description="Finds the key and value weights that a concept depends on and that unrelated prompts do not. For Concept Learner "
             "(method cns); alone it shows where in the model a concept lives.",
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
+                io.Model.Input("model", tooltip="The checkpoint whose neurons are scored; it is not changed."),
+                io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.String.Input("prompt", default="a photo of a dog", tooltip="The concept in plain words. No placeholders."),
                 io.Combo.Input(
                     "score",
@@ -61,7 +61,7 @@ class ConceptNeuronSelect(io.ComfyNode):
                 io.Int.Input("draws", default=64, min=1, max=10_000, tooltip="Noise levels per photo set for the gradient score."),
                 io.Float.Input("quorum", default=0.5, min=0.01, max=1.0, step=0.05, tooltip="Share of prompts that makes one general."),
                 io.Int.Input("resolution", default=512, min=16, max=2048, step=8, tooltip="Side of the photos in pixels."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the noise that the scores look through."),
                 io.Vae.Input("vae", optional=True, tooltip="Needed with images."),
                 io.Image.Input("images", optional=True, tooltip="Photos of the concept; needed for the gradient score."),
                 io.String.Input(

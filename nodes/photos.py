@@ -44,7 +44,12 @@ class ConceptPhotosLoad(io.ComfyNode):
             search_aliases=["load images from folder", "dataset"],
             description="Every photo of a folder inside ComfyUI's input folder, any size. Captions are .txt files of the same name; masks "
             "are pictures of the same name in a subfolder 'masks'.",
-            inputs=[io.Combo.Input("folder", options=_folders() or ["put a folder of photos into ComfyUI's input folder"])],
+            inputs=[
+                io.Combo.Input(
+                    "folder", options=_folders() or ["put a folder of photos into ComfyUI's input folder"],
+                    tooltip="A folder inside ComfyUI's input folder; name.txt beside a photo is its caption."
+                )
+            ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True),
                 io.String.Output(display_name="captions"),
@@ -101,9 +106,9 @@ class ConceptDemoPhotos(io.ComfyNode):
             category=types.EXTRAS,
             description="A few pictures of a concept that the demo base does not know, to learn from.",
             inputs=[
-                io.Combo.Input("concept", options=list(CONCEPTS)),
-                io.Int.Input("count", default=5, min=1, max=24),
-                io.Int.Input("seed", default=7, min=0, max=0xFFFFFFFF),
+                io.Combo.Input("concept", options=list(CONCEPTS), tooltip="Two dogs, things and ways to draw from the demo's own world."),
+                io.Int.Input("count", default=5, min=1, max=24, tooltip="How many photos."),
+                io.Int.Input("seed", default=7, min=0, max=0xFFFFFFFF, tooltip="Another seed, other photos of the same."),
             ],
             outputs=[
                 io.Image.Output(display_name="images"),

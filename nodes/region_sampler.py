@@ -41,8 +41,8 @@ class RegionalConceptSampler(io.ComfyNode):
             description="Several concepts in one picture, each in its own region, at one UNet evaluation per step whatever their number. "
             "Without regions it is KSampler.",
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
+                io.Model.Input("model", tooltip="A plain checkpoint's, or one that carries concepts already."),
+                io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Latent.Input(
                     "latent_image", tooltip="Empty, or a photo's latent for editing and style transfer (with denoise below 1)."
                 ),
@@ -53,11 +53,13 @@ class RegionalConceptSampler(io.ComfyNode):
                     tooltip="The whole picture. Used where no region is.",
                 ),
                 io.String.Input("negative_scene", multiline=True, default="", tooltip="What is not to be in the picture."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
-                io.Int.Input("steps", default=20, min=1, max=10_000),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Same seed, same picture."
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Sampling steps, as in KSampler."),
                 io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale; 1 = none."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler"),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal"),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 = from noise; less keeps the latent's structure."
                 ),
@@ -76,8 +78,8 @@ class RegionalConceptSampler(io.ComfyNode):
                     default="keep",
                     tooltip="Region noise outside regions: keep the scene, or the literal formula of the paper.",
                 ),
-                types.Bank.Input("bank", optional=True),
-                types.Regions.Input("regions", optional=True),
+                types.Bank.Input("bank", optional=True, tooltip="Concepts for the prompts of scene and regions."),
+                types.Regions.Input("regions", optional=True, tooltip="From the region nodes; none = KSampler's picture."),
                 io.Conditioning.Input("positive", optional=True, tooltip="Instead of 'scene', e.g. from Apply ControlNet."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Instead of 'negative_scene'."),
                 io.Float.Input(

@@ -27,7 +27,10 @@ class ConceptTrainingSettings(io.ComfyNode):
             category=types.LEARNING,
             description="Optional settings of the training loop, for Concept Learner's training_settings.",
             inputs=[
-                io.Combo.Input("optimizer", options=[*OPTIMIZERS, *(EIGHT_BIT if find_spec("bitsandbytes") else ())], default="AdamW"),
+                io.Combo.Input(
+                    "optimizer", options=[*OPTIMIZERS, *(EIGHT_BIT if find_spec("bitsandbytes") else ())], default="AdamW",
+                    tooltip="Torch's; those that end in 8bit are bitsandbytes', where it is installed."
+                ),
                 io.Combo.Input("schedule", options=list(LR_SCHEDULES), default="linear", tooltip="Of the learning rates."),
                 io.Int.Input("warmup", default=0, min=0, max=10_000, tooltip="Steps until the full rate; 0 = none."),
                 io.Float.Input("max_grad_norm", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="0 = no clipping."),
