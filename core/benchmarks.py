@@ -209,6 +209,10 @@ def training(options: Namespace) -> Result:
 
     _least(options, pixels=64, steps=2, rounds=1)
     host = _host(options)
+    if options.profile is not None:
+        config = training_cost.TrainingConfig(resolution=options.pixels, precision=options.precision)
+        tables = [training_cost.profile(host, row, config) for row in ("bound", "cidm")]
+        write_atomically(options.profile, lambda temporary: temporary.write_text("\n".join(tables)))
     result = {"host": "diffusers" if options.comfyui is None else "ComfyUI", "precision": options.precision,
               **training_cost.measure(host, options.pixels, options.steps, options.rounds, _say, options.precision)}
     _write(options.file, result)

@@ -186,6 +186,7 @@ def _add_costs(bench) -> None:
         parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
         parser.add_argument("--rounds", type=int, default=2, help="looks at everything (default %(default)s)")
     training.add_argument("--steps", type=int, default=4, help="of each look, the first is left out (default %(default)s)")
+    training.add_argument("--profile", type=Path, help="also what a step spends its time on, as text in this file")
     for parser, count in ((aggregation, 100), (bank, 1000)):
         parser.add_argument("--concepts", type=int, default=count, help="in the bank (default %(default)s)")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -121,7 +123,7 @@ def forward_look(host: Host, row: str) -> dict[str, float]:
 
 
 def measure(host: Host, pixels: int, steps: int, rounds: int, tell: Callable[[str], object], precision: str = "float32") -> dict:
-    """The JSON of the benchmark. Ratios are of looks right after each other, their median over rounds: a machine's pace drifts."""
+    """The JSON of the benchmark; the host has no model any more afterwards. Ratios are of looks right after each other, their median over rounds: a machine's pace drifts."""
     config = TrainingConfig(steps=steps, resolution=pixels, precision=precision)
     looks: dict[tuple[str, int], list[tuple[dict, Look]]] = {}
     for i in range(rounds):
@@ -131,14 +133,16 @@ def measure(host: Host, pixels: int, steps: int, rounds: int, tell: Callable[[st
                 looks.setdefault((row, concepts), []).append(pair)
                 tell(f"round {i + 1}, {row}, {concepts} in the bank: {min(pair[1]['seconds']):.2f} s a step, "
                      f"forward {pair[0]['forward_seconds']:.2f} s, text {pair[0]['text_seconds']:.2f} s")
-    rivals = {}
-    for name, look in host.rivals().items():
+    rivals, others = {}, host.rivals()
+    host.backbone = None      # our model is no part of what others need
+    gc.collect()
+    for name, look in others.items():
         rivals[name] = look(steps)
         tell(f"{name}: {min(rivals[name]['seconds']):.2f} s a step")
-    return _told(host, pixels, looks, rivals)
+    return _told(pixels, looks, rivals)
 
 
-def _told(host: Host, pixels: int, looks: Mapping, rivals: Mapping[str, Look]) -> dict:
+def _told(pixels: int, looks: Mapping, rivals: Mapping[str, Look]) -> dict:
     rows: dict[str, dict] = {}
     for row in ROWS:
         found = {concepts: _row(looks[row, concepts]) for concepts in CONCEPTS if (row, concepts) in looks}
@@ -169,6 +173,19 @@ def _row(pairs: list[tuple[dict, Look]]) -> dict:
 
 def _ratio(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one / other
+
+
+def profile(host: Host, row: str, config: TrainingConfig) -> str:
+    """What the second of two steps spends its time on, as a table."""
+    on_card = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_card
+    method, settings = ROWS[row]
+    task, data = Task(NEW, NOUN, host.backbone, random_bank(host.backbone.layout, method, 1)), random_set(host.backbone, host.side)
+    plan = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=plan, acc_events=True) as found, host.training():
+        learn(task, make(method, settings), data, replace(config, steps=2), lambda _: found.step())
+    order = f"self_{'device' if on_card else 'cpu'}_time_total"
+    return f"{row}, one step\n" + found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=48)
 
 
 def optimizer_steps(run: Callable[[], object]) -> Look:

@@ -103,9 +103,10 @@ def test_the_commands_write_and_tell(host, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "_host", lambda options: host)
     monkeypatch.setattr(training_cost, "CONCEPTS", (1, 2))
     common = {"comfyui": None, "pixels": 64, "precision": "float32", "rounds": 1}
-    wishes = (("training", {"steps": 2}, "times as fast as core"), ("aggregation", {"concepts": 3}, "from prompt to weights"),
-              ("bank", {"concepts": 3}, "MB"))
+    wishes = (("aggregation", {"concepts": 3}, "from prompt to weights"), ("bank", {"concepts": 3}, "MB"),
+              ("training", {"steps": 2, "profile": tmp_path / "profile.txt"}, "times as fast as core"))
     for bench, more, word in wishes:
         file = tmp_path / f"{bench}.json"
         result, lines = getattr(benchmarks, bench)(Namespace(file=file, **common, **more))
         assert json.loads(file.read_text()) == json.loads(json.dumps(result)) and any(word in line for line in lines)
+    assert (tmp_path / "profile.txt").read_text().count("one step") == 2
