@@ -123,7 +123,8 @@ def forward_look(host: Host, row: str) -> dict[str, float]:
 
 
 def measure(host: Host, pixels: int, steps: int, rounds: int, tell: Callable[[str], object], precision: str = "float32") -> dict:
-    """The JSON of the benchmark; the host has no model any more afterwards. Ratios are of looks right after each other, their median over rounds: a machine's pace drifts."""
+    """The JSON of the benchmark; the host has no model any more afterwards. Ratios are of looks right after each other, their median over
+    rounds: a machine's pace drifts."""
     config = TrainingConfig(steps=steps, resolution=pixels, precision=precision)
     looks: dict[tuple[str, int], list[tuple[dict, Look]]] = {}
     for i in range(rounds):
