@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
     home = torch.optim
     if name in EIGHT_BIT:
         try:
-            home = importlib.import_module("bitsandbytes.optim")
+            import bitsandbytes.optim as home
         except (ImportError, OSError, RuntimeError):      # not installed, or not for this machine's driver
             return None
     kind = getattr(home, name, None)

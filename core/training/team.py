@@ -6,7 +6,6 @@ sums. Files are written by the first alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,28 +68,27 @@ class Team:
 ALONE = Team()
 
 
-def wanted() -> Team:
-    """What torchrun (or accelerate launch) has asked for in the environment."""
-    return Team(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+def _is_launched() -> bool:
+    """Whether torchrun, or what builds on it, started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def own_device(device: str) -> str:
     """`cuda` becomes this process's own card on a machine of several."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    return f"cuda:{dist.get_node_local_rank()}" if device == "cuda" and _is_launched() else device
 
 
 @contextmanager
 def together(device: str = "cpu") -> Iterator[Team]:
     """The processes that were started for this command; alone, without any exchange, where it is one."""
-    team = wanted()
-    if team.size == 1:
-        yield team
+    if not _is_launched():
+        yield ALONE
         return
     is_on_card = device.startswith("cuda")
     if is_on_card:
         torch.cuda.set_device(torch.device(own_device(device)))
     dist.init_process_group("nccl" if is_on_card else "gloo", timeout=PATIENCE)
     try:
-        yield team
+        yield Team(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
