@@ -181,8 +181,9 @@ def test_eight_bit_optimisers_where_there_are_any(tiny_backbone, empty, teach, m
             AdamW8bit.used += 1
             return super().step(*args, **kwargs)
 
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(__path__=[]))
+    optim = SimpleNamespace(AdamW8bit=AdamW8bit)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(__path__=[], optim=optim))
     teach(tiny_backbone, empty, optimizer="AdamW8bit", steps=2)
     assert AdamW8bit.used == 2
     for missing in ("bitsandbytes", "bitsandbytes.optim"):
