@@ -15,7 +15,7 @@ WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(WORKFLOWS.glob("*.json"))
 API_GRAPHS = sorted((WORKFLOWS / "api").glob("*.json"))
 OF_THE_PAGE = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}  # nodes that the server knows nothing of
-FILES = {"ckpt_name", "bank_name", "folder", "image"}  # lists of what a person's folders hold
+FILES = {"ckpt_name", "bank_name", "folder", "image", "lora", "embedding"}  # lists of what a person's folders hold
 
 
 def name_of(path: Path) -> str:
@@ -177,7 +177,7 @@ def test_workflows_have_notes_and_no_overlaps(path):
 @pytest.mark.parametrize("path", GRAPHS, ids=name_of)
 def test_both_forms_do_the_same_job(path, object_info):
     """The API form learns on the embedded base what the other one takes from disk; everything else of ours is in both."""
-    loaders = {"ConceptPhotosLoad", "ConceptBankLoad"}
+    loaders = {"ConceptPhotosLoad", "ConceptBankLoad", "ConceptImport"}
     ours = set(our_nodes(object_info)) - loaders
     seen = {node["type"] for node in read(path)["nodes"]} & ours
     run = {node["class_type"] for node in read(WORKFLOWS / "api" / path.name).values()} & ours
