@@ -44,7 +44,8 @@ if TYPE_CHECKING:      # it imports the methods' Batch
 class L2DMConfig:
     """alpha: of the replay term (Eq. 4); beta: of prior pictures (Eq. 4), times the training's prior_weight; mu: of distillation; eta:
     pictures generated per stored prompt; closeness: of the likeness to the real picture in the selection (Eq. 5's beta); replay: short-term
-    pictures per batch; generation_steps, cfg: how pictures are generated."""
+    pictures per batch; generation_steps, cfg: how pictures are generated. With guidance (cfg above 1) each task's replay exaggerates what
+    the task before had exaggerated: over ten tasks of the embedded base, cfg 3 in place of 1 halved image alignment."""
 
     rank: int = 8
     scale: float = 1.0
@@ -58,7 +59,7 @@ class L2DMConfig:
     closeness: float = 1.0
     replay: int = 1
     generation_steps: int = 25
-    cfg: float = 7.5
+    cfg: float = 1.0
     first_std: float = 0.0
     stored: str = "float16"
 
