@@ -116,6 +116,12 @@ class ConceptBank:
         concept = self[old].renamed(new)
         return replace(self, entries=tuple(_loaded(concept) if entry.info.name == old else entry for entry in self.entries))
 
+    def replace(self, concept: Concept) -> ConceptBank:
+        """This bank with another record of a concept that it holds, in its old place."""
+        concept.check_fits(self.layout)
+        gone = self._entry(concept.name)
+        return replace(self, entries=tuple(_loaded(concept) if entry is gone else entry for entry in self.entries))
+
     def merge(self, other: ConceptBank) -> ConceptBank:
         """This bank's concepts, then the other's. Equal names are refused: rename one first, nothing is dropped silently.
 

@@ -93,7 +93,7 @@ def _add_sample(commands) -> None:
 
 
 def _add_bank(commands) -> None:
-    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify, export, import")
+    bank = commands.add_parser("bank", help="list, show, remove, rename, merge, verify, export, import, restore")
     bank = bank.add_subparsers(dest="action", required=True)
     for action, help_text in (("list", "one line per concept"), ("verify", "read everything and check it")):
         bank.add_parser(action, help=help_text).add_argument("bank", type=Path)
@@ -106,6 +106,9 @@ def _add_bank(commands) -> None:
     rename.add_argument("bank", type=Path)
     rename.add_argument("name")
     rename.add_argument("new")
+    restore = bank.add_parser("restore", help="an earlier version of a bank; without --version: which there are")
+    restore.add_argument("bank", type=Path)
+    restore.add_argument("--version", dest="number", type=int, help="1 is the last one before the present")
     merge = bank.add_parser("merge", help="two banks into one file")
     merge.add_argument("bank", type=Path)
     merge.add_argument("other", type=Path)

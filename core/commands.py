@@ -6,6 +6,7 @@ import io
 import json
 from argparse import Namespace
 from dataclasses import fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .bank import ConceptBank
-from .bankfile import open_bank, save_bank, verify_bank
+from .bankfile import open_bank, verify_bank
+from .bankkeep import add_concept, change_bank, replace_concept, restore, versions
 from .concepts import Concept
 from .errors import ConceptError
 from .files import write_atomically
@@ -120,13 +122,12 @@ def learn(options: Namespace) -> Result | None:
             learned = learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint, team=team)
         if not team.is_first:
             return None
-    save_bank(learned.bank, options.bank)  # before the cover, which is only a nicety
+    grown = add_concept(options.bank, learned.concept, learned.bank.shared, bank)  # before the cover, which is only a nicety
     checkpoint.unlink(missing_ok=True)
     cfg = EMBEDDED["cfg"] if _is_embedded(options) else 7.5
     cover = _cover(backbone, learned.bank, options.name, options.kind, training.resolution, cfg)
     concept = replace(learned.concept, cover=cover)
-    grown = bank.add(concept, learned.bank.shared)
-    save_bank(grown, options.bank)
+    grown = replace_concept(options.bank, concept)
     return _learned_facts(options, concept, grown, learned.losses)
 
 
@@ -221,7 +222,7 @@ def _imported(options: Namespace) -> Result:
     bank.check_fits(backbone.layout)
     result = import_concept(options.name, options.noun, options.kind, bank.layout, backbone.text, options.lora, options.embedding,
                             options.trigger)
-    save_bank(bank.add(result.concept), options.bank)
+    add_concept(options.bank, result.concept, {}, bank)
     return {"concept": options.name, "bank": str(options.bank), "notes": list(result.notes)}, [
         *result.notes, f"{options.bank} holds <{options.name}>"]
 
@@ -229,6 +230,8 @@ def _imported(options: Namespace) -> Result:
 def bank(options: Namespace) -> Result:
     if options.action == "import":
         return _imported(options)
+    if options.action == "restore":
+        return _restored(options)
     if options.action == "verify":
         lines = verify_bank(options.bank)
         return {"bank": str(options.bank), "concepts": len(lines), "sound": True}, [
@@ -245,15 +248,36 @@ def bank(options: Namespace) -> Result:
     if options.action == "export":
         return _exported(known, options)
     if options.action == "merge":
-        changed, target, done = known.merge(open_bank(options.other)), options.output, "merged"
+        changed, target, done = change_bank(options.output, lambda _: known.merge(open_bank(options.other))), options.output, "merged"
     elif options.action == "remove":
-        changed, target, done = known.remove(options.name), options.bank, f"removed <{options.name}>"
+        changed = change_bank(options.bank, lambda now: now.remove(options.name))
+        target, done = options.bank, f"removed <{options.name}>"
     else:
-        changed, target, done = known.rename(options.name, options.new), options.bank, f"renamed <{options.name}> to <{options.new}>"
-    save_bank(changed, target)
-    return {"bank": str(target), "concepts": changed.names}, [
-        f"{done}; {target} holds {', '.join(f'<{n}>' for n in changed.names) or 'no concepts'}"
-    ]
+        changed = change_bank(options.bank, lambda now: now.rename(options.name, options.new))
+        target, done = options.bank, f"renamed <{options.name}> to <{options.new}>"
+    return _changed(changed, target, done)
+
+
+def _changed(changed: ConceptBank, target: Path, done: str) -> Result:
+    names = ", ".join(f"<{n}>" for n in changed.names) or "no concepts"
+    return {"bank": str(target), "concepts": changed.names}, [f"{done}; {target} holds {names}"]
+
+
+def _restored(options: Namespace) -> Result:
+    """Without a number: what there is."""
+    if options.number is not None:
+        return _changed(restore(options.bank, options.number), options.bank, f"brought back version {options.number}")
+    found = [{"version": v.number, "changed": datetime.fromtimestamp(v.changed).isoformat(" ", "seconds"), "concepts": _names(v.path)}
+             for v in versions(options.bank)]
+    lines = [f"{v['version']}: {v['changed']}, {', '.join(v['concepts']) or 'nothing readable'}" for v in found]
+    return {"bank": str(options.bank), "versions": found}, lines or ["there are no earlier versions"]
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return open_bank(path).names
+    except ConceptError:
+        return []
 
 
 def bench(options: Namespace) -> Result | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.bankfile import open_bank, save_bank
+from ..core.bankfile import open_bank
+from ..core.bankkeep import change_bank
 from ..core.errors import ConceptError
 from ..core.pictures import covers_picture, to_tensor
 from ..core.training import checkpoint
@@ -76,13 +77,17 @@ class ConceptBankSave(io.ComfyNode):
         if bank is None:
             raise ConceptError("there is no bank to save; learn a concept first")
         path = host.new_bank_file(bank_name)
-        lost = [name for name in open_bank(path).names if name not in bank] if path.exists() else []
-        if lost and not allow_fewer:
-            raise ConceptError(
-                f"'{path.name}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; load that bank into "
-                "Concept Learner first, choose another bank_name, or switch allow_fewer on"
-            )
-        save_bank(bank, path)
+
+        def change(now):
+            lost = [name for name in now.names if name not in bank] if now is not None else []
+            if lost and not allow_fewer:
+                raise ConceptError(
+                    f"'{path.name}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; load that bank into "
+                    "Concept Learner first, choose another bank_name, or switch allow_fewer on"
+                )
+            return bank
+
+        change_bank(path, change)
         _forget_runs(bank)
         names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
         return io.NodeOutput(ui=ui.PreviewText(f"{path.name}: {names}"))

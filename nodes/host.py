@@ -33,7 +33,9 @@ def register_folders() -> None:
 
 
 def bank_names() -> list[str]:
-    return [name for name in folder_paths.get_filename_list(BANKS) if not name.startswith(".")]
+    """Hidden files and folders hold earlier versions and unfinished runs."""
+    names = folder_paths.get_filename_list(BANKS)
+    return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
 def bank_file(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -178,3 +179,18 @@ def teach():
         return learn(Task(name, noun, backbone, bank), chosen, data, config, callback, checkpoint_file)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trials():
+    """trials(few, many): how often a test that throws dice does so; many with `make verify`."""
+    return lambda few, many: many if os.environ.get("CONTINUAL_CONCEPTS_VERIFY") else few
+
+
+@pytest.fixture(scope="session")
+def installed():
+    """Skips where other processes could not import the package."""
+    try:
+        importlib.metadata.version("continual-concepts")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed here: pip install -e .")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -22,13 +21,6 @@ from continual_concepts.core.training.data import Framing, Picture, prepare
 from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.passes import OUT_OF_MEMORY, passes
 from continual_concepts.core.training.team import Team
-
-
-def is_installed(name: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +123,7 @@ def photos(tmp_path):
     return tmp_path
 
 
-@pytest.mark.skipif(not is_installed("continual-concepts"), reason="the command is not installed here: pip install -e .")
-def test_two_processes_learn_what_one_does(photos):
+def test_two_processes_learn_what_one_does(photos, installed):
     """The command itself, on the embedded base."""
     said = {}
     for processes in (1, 2):

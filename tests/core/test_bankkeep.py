@@ -1,0 +1,198 @@
+"""A bank is changed by one program at a time, never torn, and its last versions come back."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from filelock import FileLock
+
+from continual_concepts.core import bankfile, bankkeep
+from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bankfile import open_bank, save_bank, verify_bank
+from continual_concepts.core.bankkeep import VERSIONS, add_concept, change_bank, replace_concept, restore, versions
+from continual_concepts.core.cli import main
+from continual_concepts.core.errors import ConceptError
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "mine.safetensors"
+
+
+@pytest.fixture
+def grow(layout, make_concept, path):
+    """grow(name): adds a concept to the file."""
+    def run(name):
+        return change_bank(path, lambda now: (now or ConceptBank(layout)).add(make_concept(layout, name, len(name))))
+
+    return run
+
+
+def names_of(path):
+    verify_bank(path)
+    return open_bank(path).names
+
+
+def test_versions_are_kept_newest_first(grow, path):
+    for i in range(VERSIONS + 3):
+        grow(f"c{i}")
+    found = versions(path)
+    assert [v.number for v in found] == list(range(1, VERSIONS + 1)) and len(names_of(path)) == VERSIONS + 3
+    assert [len(names_of(v.path)) for v in found] == [VERSIONS + 2 - n for n in range(VERSIONS)]
+
+
+def test_a_version_comes_back_and_that_can_be_undone(grow, path):
+    for name in ("one", "two", "three"):
+        grow(name)
+    assert restore(path, 2).names == names_of(path) == ["one"]
+    assert names_of(versions(path)[0].path) == ["one", "two", "three"]
+    restore(path, 1)
+    assert names_of(path) == ["one", "two", "three"]
+    with pytest.raises(ConceptError, match="has no version 9; there are 1, 2, 3, 4"):
+        restore(path, 9)
+
+
+def test_a_damaged_bank_is_restored(grow, path):
+    grow("one"), grow("two")
+    path.write_bytes(b"noise")
+    with pytest.raises(ConceptError):
+        grow("three")
+    assert path.read_bytes() == b"noise"      # for whoever can save something of it
+    restore(path, 1)
+    assert names_of(path) == ["one"]
+    assert path.with_name(f".{path.name}.damaged").read_bytes() == b"noise"
+
+
+def test_a_change_that_fails_changes_nothing(grow, path):
+    grow("one")
+    before = path.read_bytes()
+
+    def failing(now):
+        raise ConceptError("no")
+
+    with pytest.raises(ConceptError, match="no"):
+        change_bank(path, failing)
+    assert path.read_bytes() == before and not versions(path)
+    grow("two")      # and the lock is free
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
+def test_a_full_disk_loses_nothing(grow, path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    grow("one"), grow("two")
+    before, original = path.read_bytes(), bankfile.save_file
+
+    def full(tensors, file, metadata):
+        with open(file, "wb") as handle:
+            handle.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bankfile, "save_file", full)
+    for _ in range(3):
+        with pytest.raises(ConceptError, match="No space left"):
+            grow("three")
+    assert path.read_bytes() == before and names_of(versions(path)[-1].path) == ["one"]
+    monkeypatch.setattr(bankfile, "save_file", original)
+    grow("three")
+    assert names_of(path) == ["one", "two", "three"] and not list(path.parent.rglob("*.partial"))
+
+
+def test_a_folder_that_cannot_be_written_is_told(grow, path, monkeypatch):
+    grow("one")
+    monkeypatch.setattr(type(path), "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(ConceptError, match="cannot write .*: Permission denied"):
+        grow("two")
+    assert open_bank(path).names == ["one"]
+
+
+def test_who_waits_too_long_is_told(grow, path, monkeypatch):
+    grow("one")
+    monkeypatch.setattr(bankkeep, "PATIENCE", 0.05)
+    with FileLock(str(path.with_name(f".{path.name}.lock"))), pytest.raises(ConceptError, match="another program has been writing"):
+        grow("two")
+    assert names_of(path) == ["one"]
+
+
+def test_what_others_add_meanwhile_stays(layout, make_concept, path):
+    start = ConceptBank(layout)
+    first, second = (make_concept(layout, name, i) for i, name in enumerate(("first", "second")))
+    add_concept(path, first, {"cidm": {"x": torch.ones(1)}}, start)
+    add_concept(path, second, {"cidm": {"x": torch.zeros(1)}}, start)      # began from the empty bank too, ended later
+    assert names_of(path) == ["first", "second"] and open_bank(path).shared["cidm"]["x"] == 1
+    with pytest.raises(ConceptError, match="already holds a concept 'second'"):
+        add_concept(path, second, {}, start)
+    assert len(versions(path)) == 1
+
+
+def test_a_cover_makes_no_version(layout, make_concept, path):
+    add_concept(path, make_concept(layout, "rex", 1), {}, ConceptBank(layout))
+    replace_concept(path, make_concept(layout, "rex", 1, cover=b"\xff\xd8\xff picture"))
+    assert open_bank(path)["rex"].cover.startswith(b"\xff\xd8") and not versions(path)
+    with pytest.raises(ConceptError, match="holds no concept 'mimi' any more"):
+        replace_concept(path, make_concept(layout, "mimi", 1))
+
+
+def test_many_at_once_lose_nothing(grow, path):
+    threads = [threading.Thread(target=lambda i=i: [grow(f"c{i}{j}") for j in range(5)]) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(names_of(path)) == sorted(f"c{i}{j}" for i in range(4) for j in range(5))
+
+
+WRITER = """
+import sys
+from continual_concepts.core.bankkeep import change_bank
+from continual_concepts.core.bankfile import open_bank
+from pathlib import Path
+path, few = Path(sys.argv[1]), open_bank(sys.argv[2])
+concept = few[few.names[0]]
+print("ready", flush=True)
+for i in range(10**6):
+    def change(now):
+        grown = now.add(concept.renamed(f"c{len(now)}")) if len(now) < 12 else now.first(1)
+        return grown
+    change_bank(path, change)
+"""
+
+
+def test_kill_9_never_tears_a_bank(layout, make_concept, tmp_path, trials, installed):
+    """At random moments of adding, while others read. Every time the file is one of the states that were written."""
+    path, few = tmp_path / "mine.safetensors", tmp_path / "few.safetensors"
+    bank = ConceptBank(layout).add(make_concept(layout, "c0", 1))
+    save_bank(bank, few), save_bank(bank, path)
+    moments, torn = random.Random(5), 0
+    for _ in range(trials(6, 300)):
+        process = subprocess.Popen([sys.executable, "-I", "-c", WRITER, str(path), str(few)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(moments.uniform(0.0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found = names_of(path)
+        torn += found != [f"c{i}" for i in range(len(found))] or not 1 <= len(found) <= 12
+        for version in versions(path):
+            verify_bank(version.path)
+    assert torn == 0
+    change_bank(path, lambda now: now.first(1))      # a killed writer's lock is free
+
+
+def test_the_command(grow, path, capsys):
+    assert main(["bank", "restore", str(path)]) == 0 and "no earlier versions" in capsys.readouterr().out
+    grow("one"), grow("two")
+    assert main(["bank", "remove", str(path), "one"]) == 0 and names_of(path) == ["two"]
+    capsys.readouterr()
+    assert main(["bank", "restore", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1: ") and lines[0].endswith(", one, two") and lines[1].endswith(", one")
+    assert main(["bank", "restore", str(path), "--version", "1"]) == 0 and names_of(path) == ["one", "two"]
+    assert main(["bank", "restore", str(path), "--version", "7"]) == 1 and "has no version 7" in capsys.readouterr().err
