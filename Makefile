@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test verify lint clean
 
 demo: $(READY)
 	$(BIN)/continual-concepts demo --output demo
@@ -11,6 +11,10 @@ demo: $(READY)
 # -I keeps this folder off sys.path, where nodes/ would hide ComfyUI's nodes.py.
 test: $(READY)
 	$(BIN)/python -I -m pytest -q -m "not slow and not host and not live" tests
+
+# The long form of what throws dice: 120,000 damaged files and texts, 500 lives of a bank, 300 kills. About half an hour.
+verify: $(READY)
+	CONTINUAL_CONCEPTS_VERIFY=1 $(BIN)/python -I -m pytest -q tests/core/test_fuzz.py tests/core/test_bank_model.py tests/core/test_bankkeep.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -38,8 +38,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError, OSError, SafetensorError)
 
 
-def save_bank(bank: ConceptBank, path: Path | str) -> None:
-    """Writes the bank atomically. Everything is read first, so a bank may be saved over the file it came from.
+def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] = lambda: None) -> None:
+    """Writes the bank atomically. Everything is read first, so a bank may be saved over the file it came from. before: as in
+    files.write_atomically.
 
     Raises ConceptError for what `open_bank` would refuse: NaN, infinity, types other than the allowed ones.
     """
@@ -60,7 +61,7 @@ def save_bank(bank: ConceptBank, path: Path | str) -> None:
         tensors |= {f"shared/{method}/{name}": tensor.detach().clone().contiguous().cpu() for name, tensor in state.items()}
     header = {"version": VERSION, "layout": bank.layout.to_json(), "concepts": records, "shared": sorted(bank.shared)}
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
-    write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), metadata))
+    write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), metadata), before)
 
 
 def _read_header(path: Path) -> tuple[dict, list[str]]:

@@ -42,9 +42,10 @@ def _folder(path: Path) -> Path:
 
 def versions(path: Path | str) -> list[Version]:
     """Earlier versions of a bank that are there, newest first."""
-    folder = _folder(Path(path))
-    found = [Version(n, folder / f"{n}{SUFFIX}", 0.0) for n in range(1, VERSIONS + 1)]
-    return [Version(v.number, v.path, v.path.stat().st_mtime) for v in found if v.path.is_file()]
+    path = Path(path)
+    files = {number: _folder(path) / f"{number}{SUFFIX}" for number in range(1, VERSIONS + 1)}
+    return [Version(number, file, file.stat().st_mtime) for number, file in files.items()
+            if file.is_file() and not (path.exists() and os.path.samefile(file, path))]
 
 
 @contextmanager
@@ -72,19 +73,19 @@ def change_bank(path: Path | str, change: Change) -> ConceptBank:
     path = Path(path)
     with _locked(path):
         bank = change(open_bank(path) if path.exists() else None)
-        _keep(path)
-        save_bank(bank, path)
+        save_bank(bank, path, before=lambda: _keep(path))
     return bank
 
 
 def _keep(path: Path) -> None:
-    """The file as it is becomes version 1; the oldest goes. By names alone: nothing is copied where the disk knows links."""
+    """The file as it is becomes version 1; the oldest goes. By names alone: nothing is copied where the disk knows links. Called when the
+    new file is complete, so that what fails earlier leaves the versions as they are."""
     if not path.exists():
         return
     folder, first = _folder(path), _folder(path) / f"1{SUFFIX}"
     try:
         folder.mkdir(exist_ok=True)
-        if first.exists() and os.path.samefile(first, path):      # the last change was broken off behind this step
+        if first.exists() and os.path.samefile(first, path):      # a program was killed right behind this step
             return
         for number in range(VERSIONS - 1, 0, -1):
             older = folder / f"{number}{SUFFIX}"

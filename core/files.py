@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from .errors import ConceptError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(temporary)`, flushes to disk, then renames over `path`. The old file stays whole if anything fails."""
+def write_atomically(path: Path, write: Callable[[Path], None], before: Callable[[], object] = lambda: None) -> None:
+    """Calls `write(temporary)`, flushes to disk, then renames over `path`. The old file stays whole if anything fails. before: called when
+    the new file is complete and the old one still there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,6 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(handle.fileno())
         # safetensors makes files that only their owner can read; a bank keeps the rights it had, a new one gets the usual ones.
         temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        before()
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:      # safetensors reports a full disk as its own error
