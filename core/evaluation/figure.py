@@ -34,21 +34,29 @@ def _rows(summary: Mapping, figure: str, more: bool = True) -> list[tuple[str, f
     return sorted(found, key=lambda item: -item[1] if more else item[1])
 
 
+TOLD = 0.02      # a curve that begins nearer to zero has no name beside it
+
+
 def _curves(axis, cells: Sequence[Mapping], default: str) -> None:
-    """Per method: IA at the end by position in the sequence, mean over cells. The left end is what was learned first."""
-    ends = []
+    """Per method: what IA has become since a concept was learned, by its position in the sequence, mean over cells."""
+    begins = []
     for name in sorted({cell["method"] for cell in cells if not cell["alone"]}):
-        mine = [cell["image_alignment"] for cell in cells if cell["method"] == name and not cell["alone"]]
+        mine = [[end - just for end, just in zip(cell["image_alignment"], cell["just_learned"], strict=True)]
+                for cell in cells if cell["method"] == name and not cell["alone"]]
         means = [sum(values) / len(values) for values in zip(*mine, strict=True)]
-        axis.plot(range(1, len(means) + 1), means, color=OWN if name == default else OTHER, lw=2.2 if name == default else 1)
-        ends.append((means[-1], len(means), name))
+        axis.plot(range(1, len(means) + 1), means, color=OWN if name == default else OTHER, lw=2.2 if name == default else 1,
+                  zorder=3 if name == default else 2)
+        if abs(means[0]) > TOLD or name == default:
+            begins.append((means[0], name))
     free = float("-inf")
-    for value, length, name in sorted(ends):      # names side by side would lie on each other: each at least a line above the last
-        free = max(value, free + 0.035)
-        axis.annotate(name, (length, free), xytext=(4, 0), textcoords="offset points", fontsize=6, color=QUIET, va="center")
-    axis.set_title("Alignment at the end, by position", fontsize=9, color=INK, loc="left")
+    for value, name in sorted(begins):      # names side by side would lie on each other: each at least a line above the last
+        free = max(value, free + 0.032)
+        axis.annotate(name, (1, free), xytext=(-5, 0), textcoords="offset points", fontsize=6, va="center", ha="right",
+                      color=OWN if name == default else QUIET)
+    axis.set_title("Alignment since it was learned, by position", fontsize=9, color=INK, loc="left")
     axis.set_xlabel("learned as number", fontsize=8, color=QUIET)
-    for side in ("top", "right"):
+    axis.yaxis.tick_right()
+    for side in ("top", "left"):
         axis.spines[side].set_visible(False)
 
 
@@ -62,9 +70,9 @@ def draw(path: Path, cells: Sequence[Mapping], summary: Mapping) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3).flatten()
     level = upper["image_alignment"]["mean"] if upper else None
-    title = "Image alignment after all tasks" + (" (dashed: one model each)" if level is not None else "")
+    title = "Image alignment" + (" (dashed: models of their own)" if level is not None else "")
     _bars(axes[0], _rows(summary, "image_alignment"), title, default, level)
-    _bars(axes[1], _rows(summary, "multi_alignment"), "Two and three in one prompt: alignment", default, None)
+    _bars(axes[1], _rows(summary, "multi_alignment"), "Two and three in one prompt", default, None)
     _bars(axes[2], _rows(summary, "confusion", more=False), "Two of one class: share mistaken", default, None)
     _bars(axes[3], _rows(summary, "worst_retention"), "Worst concept's share kept", default, 1.0)
     _bars(axes[4], _rows(summary, "base_drift", more=False), "Drift of pictures without concepts", default, None)
