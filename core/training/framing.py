@@ -44,15 +44,17 @@ class Framing:
 
 def bucket_of(height: int, width: int, resolution: int, step: int) -> tuple[int, int]:
     """Height and width of a picture's bucket: multiples of `step`, of at most `resolution` squared pixels, no side longer than the
-    picture's (one step at least). Of all these the one that shows most: the share of the picture that is in it times its own size."""
+    picture's (one step at least). Of all these the one that shows most: the share of the picture that is in it times its own size; of equal
+    ones the one that cuts off less."""
     def sides(length: int) -> range:
         return range(step, max(step, min(length, WIDEST * resolution)) + 1, step)
 
     area = resolution**2
 
-    def shown(size: tuple[int, int]) -> float:
+    def shown(size: tuple[int, int]) -> tuple[float, float]:
         tall, wide = size[0] / height, size[1] / width
-        return min(tall, wide) / max(tall, wide) * size[0] * size[1] / area
+        share = min(tall, wide) / max(tall, wide)
+        return round(share * size[0] * size[1] / area, 9), round(share, 9)
 
     return max(((a, b) for a in sides(height) for b in sides(width) if a * b <= area), key=shown, default=(step, step))
 

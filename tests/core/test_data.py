@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -166,6 +166,7 @@ def test_bad_training_settings_are_named(settings):
         TrainingConfig(**settings)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([256, 512, 1024]), st.sampled_from([32, 64]))
 def test_buckets_fit_the_picture_and_the_area(height, width, resolution, step):
     tall, wide = bucket_of(height, width, resolution, step)
