@@ -70,10 +70,18 @@ def change_bank(path: Path | str, change: Change) -> ConceptBank:
 
     Whatever `change` raises leaves everything as it was. ConceptError also when the file cannot be written; the old one stays whole then.
     """
-    path = Path(path)
+    return _replaced(Path(path), lambda: change(_present(Path(path))))
+
+
+def _present(path: Path) -> ConceptBank | None:
+    return open_bank(path) if path.exists() else None
+
+
+def _replaced(path: Path, make: Callable[[], ConceptBank], is_version: bool = True) -> ConceptBank:
+    """Writes what `make` gives under the lock. is_version: whether the present file is kept as one."""
     with _locked(path):
-        bank = change(open_bank(path) if path.exists() else None)
-        save_bank(bank, path, before=lambda: _keep(path))
+        bank = make()
+        save_bank(bank, path, before=(lambda: _keep(path)) if is_version else (lambda: None))
     return bank
 
 
@@ -114,43 +122,23 @@ def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping
 
 def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:
     """Puts a concept in the place of the one of its name: the same learning, told of more fully (a cover). No version of its own."""
-    def change(now: ConceptBank | None) -> ConceptBank:
+    def make() -> ConceptBank:
+        now = _present(Path(path))
         if now is None or concept.name not in now:
             raise ConceptError(f"the bank '{path}' holds no concept '{concept.name}' any more")
         return now.replace(concept)
 
-    with _locked(Path(path)):
-        bank = change(open_bank(path) if Path(path).exists() else None)
-        save_bank(bank, path)
-    return bank
+    return _replaced(Path(path), make, is_version=False)
 
 
 def restore(path: Path | str, number: int = 1) -> ConceptBank:
-    """Brings an earlier version back. The present one becomes version 1, so that this can be undone as well."""
+    """Brings an earlier version back. The present file, damaged as it may be, becomes version 1, so that this can be undone as well."""
     path = Path(path)
-    found = {version.number: version for version in versions(path)}
-    if number not in found:
-        raise ConceptError(f"the bank '{path}' has no version {number!r}; there are {', '.join(map(str, found)) or 'none'}")
 
-    def change(_now: ConceptBank | None) -> ConceptBank:
-        return in_memory(open_bank(found[number].path))      # the versions move up before the new file is written
+    def make() -> ConceptBank:
+        found = {version.number: version.path for version in versions(path)}
+        if number not in found:
+            raise ConceptError(f"the bank '{path}' has no version {number!r}; there are {', '.join(map(str, found)) or 'none'}")
+        return open_bank(found[number])      # saving reads it whole before the versions move up
 
-    return change_bank(path, _even_if_damaged(path, change))
-
-
-def _even_if_damaged(path: Path, change: Change) -> Change:
-    """A damaged bank is what people restore from: `change_bank` opens the present file, which must not stop it."""
-    try:
-        if path.exists():
-            open_bank(path)
-    except ConceptError:
-        os.replace(path, path.with_name(f".{path.name}.damaged"))
-    return change
-
-
-def in_memory(bank: ConceptBank) -> ConceptBank:
-    """The same bank with everything read, so that its file may go."""
-    held = ConceptBank(bank.layout, (), {method: dict(state) for method, state in bank.shared.items()})
-    for concept in bank:
-        held = held.add(concept)
-    return held
+    return _replaced(path, make)

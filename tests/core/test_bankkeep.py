@@ -67,8 +67,15 @@ def test_a_damaged_bank_is_restored(grow, path):
         grow("three")
     assert path.read_bytes() == b"noise"      # for whoever can save something of it
     restore(path, 1)
-    assert names_of(path) == ["one"]
-    assert path.with_name(f".{path.name}.damaged").read_bytes() == b"noise"
+    assert names_of(path) == ["one"] and versions(path)[0].path.read_bytes() == b"noise"
+
+
+def test_a_damaged_version_replaces_nothing(grow, path):
+    grow("one"), grow("two")
+    versions(path)[0].path.write_bytes(b"noise")
+    with pytest.raises(ConceptError, match="not a readable"):
+        restore(path, 1)
+    assert names_of(path) == ["one", "two"] and len(versions(path)) == 1
 
 
 def test_a_change_that_fails_changes_nothing(grow, path):
