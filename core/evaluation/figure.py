@@ -16,6 +16,8 @@ def _bars(axis, rows: list[tuple[str, float, float]], title: str, default: str, 
     names, values, spreads = zip(*rows, strict=True)
     axis.barh(range(len(rows)), values, xerr=spreads, color=[OWN if name == default else OTHER for name in names], height=0.7,
               error_kw={"lw": 1, "ecolor": INK})
+    if not any(values):      # nothing but zeros: no axis around them
+        axis.set_xlim(0, 0.1)
     if mark is not None:
         axis.axvline(mark, color=QUIET, lw=1, ls="--")
     axis.set_yticks(range(len(rows)), names, fontsize=8, color=INK)
@@ -48,9 +50,9 @@ def _curves(axis, cells: Sequence[Mapping], default: str) -> None:
                   zorder=3 if name == default else 2)
         if abs(means[0]) > TOLD or name == default:
             begins.append((means[0], name))
-    free = float("-inf")
-    for value, name in sorted(begins):      # names side by side would lie on each other: each at least a line above the last
-        free = max(value, free + 0.032)
+    free = float("inf")
+    for value, name in sorted(begins, reverse=True):      # names would lie on each other: each at least a line below the last
+        free = min(value, free - 0.032)
         axis.annotate(name, (1, free), xytext=(-5, 0), textcoords="offset points", fontsize=6, va="center", ha="right",
                       color=OWN if name == default else QUIET)
     axis.set_title("Alignment since it was learned, by position", fontsize=9, color=INK, loc="left")
