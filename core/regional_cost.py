@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Protocol
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from .hosts.backbone import Backbone, Context
 from .regional.program import Part, RegionProgram
 from .regional.regions import Region
-from .synthetic import context_of, deltas_of, peak_gb
+from .synthetic import context_of, deltas_of, peak_gb, sd15_backbone
 
 COUNTS = (2, 4, 8)
 HOOKS = (2, 4)      # one evaluation for each: eight take too long
@@ -82,16 +81,7 @@ def comfyui_cost(folder: Path, pixels: int, steps: int) -> Cost:
 
 def diffusers_cost(pixels: int, steps: int) -> Cost:
     """Without ComfyUI: the UNet alone, of SD1.5's shape."""
-    from diffusers import UNet2DConditionModel
-
-    from .hosts.diffusers import DiffusersBackbone
-    from .schedule import NoiseSchedule, cumulative_alphas
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet, vae = UNet2DConditionModel(cross_attention_dim=768), torch.nn.Module()
-    vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # not asked for anything else
-    return DiffusersCost(DiffusersBackbone(unet, vae, (), NoiseSchedule(cumulative_alphas(0.00085, 0.012))), pixels, steps)
+    return DiffusersCost(sd15_backbone(), pixels, steps)
 
 
 def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:

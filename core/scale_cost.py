@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,17 +12,8 @@ from .bankfile import open_bank, save_bank
 from .hosts.backbone import Backbone
 from .methods import METHODS
 from .routing import MODES, aggregate
-from .synthetic import context_of
+from .synthetic import context_of, seconds
 from .training_cost import random_bank
-
-
-def _seconds(run: Callable[[], object], rounds: int) -> float:
-    found = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - began)
-    return min(found)
 
 
 def naive(backbone: Backbone, bank: ConceptBank) -> None:
@@ -55,8 +44,8 @@ def aggregation(backbone: Backbone, concepts: int, rounds: int) -> dict:
         return deltas
 
     for mode in MODES:
-        found["apply_seconds"][mode] = _seconds(lambda mode=mode: apply(mode), rounds)
-    found["naive_seconds"] = _seconds(lambda: naive(backbone, bank), 1)
+        found["apply_seconds"][mode] = seconds(lambda mode=mode: apply(mode), rounds)
+    found["naive_seconds"] = seconds(lambda: naive(backbone, bank), 1)
     found["sampling_over_plain"] = _sampling(backbone, apply("equal"), x, steps, rounds)
     return found
 
@@ -65,7 +54,7 @@ def _sampling(backbone: Backbone, deltas, x, steps, rounds: int) -> float:
     context, ratios = context_of(1, 1, seed=1), []
 
     def forward() -> float:
-        return _seconds(lambda: backbone.predict(x, steps, context), 2)
+        return seconds(lambda: backbone.predict(x, steps, context), 2)
 
     for _ in range(rounds):
         plain = forward()
@@ -85,9 +74,9 @@ def bank(backbone: Backbone, concepts: int, folder: Path, rounds: int) -> dict:
 
     return {
         "concepts": concepts,
-        "open_seconds": _seconds(listed, rounds),
-        "one_seconds": _seconds(lambda: open_bank(path)[f"old{concepts - 1}"], rounds),
-        "all_seconds": _seconds(lambda: list(open_bank(path)), 1),
+        "open_seconds": seconds(listed, rounds),
+        "one_seconds": seconds(lambda: open_bank(path)[f"old{concepts - 1}"], rounds),
+        "all_seconds": seconds(lambda: list(open_bank(path)), 1),
         "concept_mb": path.stat().st_size / concepts / 1e6,
     }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from .deltas import Deltas, LowRankDelta
 from .hosts.backbone import Context
@@ -51,3 +54,48 @@ def peak_gb(run: Callable[[], object]) -> float | None:
         return _resident()
     except (OSError, KeyError):
         return None
+
+
+def seconds(run: Callable[[], object], rounds: int = 2) -> float:
+    """The least that it takes; the first of several calls also prepares."""
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def random_weights(module: nn.Module) -> None:
+    """Of a size that keeps activations finite, whatever was in them."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in module.state_dict().items():
+        if not weight.dtype.is_floating_point:      # position numbers
+            continue
+        if "embedding" in name:
+            weight.normal_(0, 0.02, generator=generator)
+        elif weight.ndim > 1:
+            weight.normal_(0, weight[0].numel()**-0.5, generator=generator)
+        else:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def sd15_unet() -> nn.Module:
+    """diffusers' UNet of SD1.5's shape, on the graphics card where there is one."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(cross_attention_dim=WIDTH)
+    random_weights(unet)
+    return unet.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sd15_backbone(text: tuple = ()):
+    """A backbone over it, without an autoencoder; text: its text encoders, none where prompts are random numbers anyway."""
+    from .hosts.diffusers import DiffusersBackbone
+    from .schedule import NoiseSchedule, cumulative_alphas
+
+    vae = nn.Module()
+    vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # not asked for anything else
+    return DiffusersBackbone(sd15_unet(), vae, text, NoiseSchedule(cumulative_alphas(0.00085, 0.012)))

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from .bank import ConceptBank
 from .concepts import Concept, ConceptInfo
@@ -21,7 +20,7 @@ from .methods.base import METHODS, Task, make
 from .methods.clora import KEYS_AND_VALUES
 from .prompts import Vocabulary
 from .sites import PROJECTIONS, SiteLayout
-from .synthetic import deltas_of, peak_gb
+from .synthetic import deltas_of, peak_gb, seconds
 from .tokens import TokenGroup, default_words
 from .training.config import TrainingConfig
 from .training.data import TrainingSet
@@ -93,16 +92,6 @@ def step_look(host: Host, row: str, concepts: int, config: TrainingConfig) -> Lo
     return timed(run)
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """Of the second of two calls."""
-    for _ in range(2):
-        began = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 @torch.no_grad()
 def forward_look(host: Host, row: str) -> dict[str, float]:
     """Seconds of the passes forward that a step of a row needs: the UNet's, and that of its texts."""
@@ -118,8 +107,8 @@ def forward_look(host: Host, row: str) -> dict[str, float]:
 
     with host.training():
         context, time_step = text(), torch.tensor([500], device=backbone.device)
-        return {"text_seconds": _seconds(text),
-                "forward_seconds": _seconds(lambda: backbone.predict(data.latents[:1], time_step, context))}
+        return {"text_seconds": seconds(text),
+                "forward_seconds": seconds(lambda: backbone.predict(data.latents[:1], time_step, context))}
 
 
 def measure(host: Host, pixels: int, steps: int, rounds: int, tell: Callable[[str], object], precision: str = "float32") -> dict:
@@ -201,21 +190,3 @@ def optimizer_steps(run: Callable[[], object]) -> Look:
             hook.remove()
 
     return timed(marked)
-
-
-def random_weights(module: torch.nn.Module) -> None:
-    """Of a size that keeps activations finite, whatever was in them."""
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in module.state_dict().items():
-        _fill(name, weight, generator)
-
-
-def _fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
-    if not weight.dtype.is_floating_point:
-        return
-    if "embedding" in name:
-        weight.normal_(0, 0.02, generator=generator)
-    elif weight.ndim > 1:
-        weight.normal_(0, weight[0].numel()**-0.5, generator=generator)
-    else:
-        weight.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from .hosts.diffusers import ClipText, DiffusersBackbone
-from .schedule import NoiseSchedule, cumulative_alphas
-from .synthetic import TOKENS, WIDTH
-from .training_cost import Look, optimizer_steps, random_weights
+from .hosts.diffusers import ClipText
+from .synthetic import TOKENS, WIDTH, random_weights, sd15_backbone, sd15_unet
+from .training_cost import Look, optimizer_steps
 
 RANK = 4
-
-
-def sd15_unet():
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel(cross_attention_dim=WIDTH)
-    random_weights(unet)
-    return unet.to(_device())
 
 
 def _device() -> str:
@@ -71,10 +61,7 @@ class DiffusersHost:
         text = CLIPTextModel(CLIPTextConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=12, num_attention_heads=12,
                                             eos_token_id=tokenizer.eos_token_id))
         random_weights(text)
-        vae = torch.nn.Module()
-        vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # not asked for anything else
-        schedule = NoiseSchedule(cumulative_alphas(0.00085, 0.012))
-        self.backbone = DiffusersBackbone(sd15_unet(), vae, (ClipText("clip_l", text.to(_device()), tokenizer),), schedule)
+        self.backbone = sd15_backbone((ClipText("clip_l", text.to(_device()), tokenizer),))
         self.side, self.precision = pixels // 8, precision
 
     def training(self):

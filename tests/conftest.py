@@ -194,3 +194,15 @@ def installed():
         importlib.metadata.version("continual-concepts")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the package is not installed here: pip install -e .")
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script(path): a Python file as a module; the tests' folders are no packages."""
+    def load(path: Path):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

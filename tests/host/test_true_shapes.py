@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,13 @@ SHAPES = {"sd15": (16, 16, 128), "sdxl": (70, 11, 64)}     # sites, layer copies
 
 
 @pytest.fixture(scope="module", params=list(SHAPES))
-def loaded(request, pack, tmp_path_factory):
+def loaded(request, pack, tmp_path_factory, script):
     """family, and MODEL, CLIP, VAE of Load Checkpoint."""
     import comfy.model_management
     import comfy.sd
 
-    spec = importlib.util.spec_from_file_location("make_checkpoint", Path(__file__).with_name("make_checkpoint.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    file = module.make(request.param, tmp_path_factory.mktemp("checkpoints") / f"{request.param}.safetensors")
+    maker = script(Path(__file__).with_name("make_checkpoint.py"))
+    file = maker.make(request.param, tmp_path_factory.mktemp("checkpoints") / f"{request.param}.safetensors")
     with torch.inference_mode():
         yield request.param, comfy.sd.load_checkpoint_guess_config(str(file), output_vae=True, output_clip=True)[:3]
     comfy.model_management.unload_all_models()

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...regional.noise import NoiseSettings
 from ...regional.program import Part
 from ...regional_cost import boxes_of, parts_of
-from ...synthetic import context_of, deltas_of, peak_gb
+from ...synthetic import context_of, deltas_of, peak_gb, random_weights
 from . import regions as putting
 from .sites import find_sites
 
@@ -33,12 +33,8 @@ def random_model():
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     config = comfy.supported_models.SD15(SHAPE | {"dtype": dtype})
     config.unet_config["dtype"] = dtype
-    model, generator = config.get_model({}, device=torch.device("cpu")), torch.Generator().manual_seed(0)
-    for name, weight in model.diffusion_model.state_dict().items():
-        if weight.ndim > 1:
-            weight.normal_(0, weight[0].numel()**-0.5, generator=generator)
-        else:
-            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+    model = config.get_model({}, device=torch.device("cpu"))
+    random_weights(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
 
 

@@ -11,8 +11,8 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import torch
 
-from ...synthetic import context_of
-from ...training_cost import Look, optimizer_steps, random_weights
+from ...synthetic import context_of, random_weights
+from ...training_cost import Look, optimizer_steps
 from ...training_rivals import RANK, peft_rival
 from .backbone import ComfyBackbone
 from .cost import random_model
