@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
@@ -16,13 +15,6 @@ from continual_concepts.core.regional.drawn import NAME, PROMPT, REGIONS, parse_
 
 WEB = Path(__file__).resolve().parents[2] / "nodes" / "web"
 NODE = shutil.which("node")
-
-
-def _cases():
-    spec = importlib.util.spec_from_file_location("drawn_cases", Path(__file__).with_name("test_drawn.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +59,8 @@ def test_the_colours_and_limits_are_those_of_the_pictures(model):
     assert model("MOST", [[]]) == [{"regions": REGIONS, "prompt": PROMPT, "name": NAME}]
 
 
-def test_the_page_refuses_what_the_server_refuses(model):
-    cases = _cases()
+def test_the_page_refuses_what_the_server_refuses(model, script):
+    cases = script(Path(__file__).with_name("test_drawn.py"))
     texts = [cases.with_field(key, value) for key, value, _ in cases.WRONG] + cases.WHOLE
     for text, found in zip(texts, model("parse", [[text] for text in texts]), strict=True):
         assert isinstance(found, dict) and found["error"] and "\n" not in found["error"], text[:80]
