@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -35,8 +35,8 @@ class Suite:
     """What all cells of a benchmark share.
 
     tasks: in the sequence's own order; groups: names of two or three concepts of different classes that prompts name together; pairs: the
-    same for two of one class; together: prompts with one `{}` for the list of names; unrelated: prompts without concepts; seeds,
-    group_seeds: of the pictures per concept and per group; levels: concept -> IA halfway between its class noun's and real pictures;
+    same for two of one class; together: prompts with one `{}` for the list of names; unrelated: prompts without concepts; seeds, group_seeds,
+    pair_seeds: of the pictures per concept, per group and per pair; levels: concept -> IA halfway between its class noun's and real pictures;
     origin: what else the figures depend on (base, data, ...), as JSON values.
     """
 
@@ -49,6 +49,7 @@ class Suite:
     settings: SampleSettings
     seeds: tuple[int, ...]
     group_seeds: tuple[int, ...]
+    pair_seeds: tuple[int, ...]
     levels: Mapping[str, float]
     unet_weights: int
     origin: Mapping = field(default_factory=dict)
@@ -148,10 +149,10 @@ def learn_sequence(backbone: Backbone, suite: Suite, cell: Cell, places: list[in
     return known, bank
 
 
-def _together(backbone: Backbone, bank: ConceptBank, suite: Suite, group: tuple[str, ...]) -> multi.Together:
+def _together(backbone: Backbone, bank: ConceptBank, suite: Suite, group: tuple[str, ...], seeds: tuple[int, ...]) -> multi.Together:
     listed = ", ".join(f"<{name}>" for name in group[:-1]) + f" and <{group[-1]}>"
-    prompts = [suite.together[i % len(suite.together)].format(listed) for i in range(len(suite.group_seeds))]
-    pictures = sample(backbone, bank, prompts, suite.group_seeds, suite.settings)
+    prompts = [suite.together[i % len(suite.together)].format(listed) for i in range(len(seeds))]
+    pictures = sample(backbone, bank, prompts, seeds, suite.settings)
     references = [suite.encoder.features(suite.named(name).references, "object") for name in group]
     scores = multi.similarities(pictures, references, lambda images: suite.encoder.features(images, "object"))
     return multi.together(scores, [suite.levels[name] for name in group])
@@ -161,23 +162,50 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _multi_figures(backbone: Backbone, bank: ConceptBank, suite: Suite) -> dict:
-    groups = [_together(backbone, bank, suite, group) for group in suite.groups if all(name in bank for name in group)]
-    pairs = [_together(backbone, bank, suite, pair) for pair in suite.pairs if all(name in bank for name in pair)]
-    figures = {}
-    if groups:
-        figures["multi_alignment"] = _mean([float(found.alignment.mean()) for found in groups])
-        figures["multi_present"] = _mean([float(found.present.float().mean()) for found in groups])
-    if pairs:
-        figures["pair_alignment"] = _mean([float(found.alignment.mean()) for found in pairs])
-        figures["confusion"] = _mean([float(found.mistaken.float().mean()) for found in pairs])
-    return figures
+def _group_figures(backbone: Backbone, bank: ConceptBank, suite: Suite) -> dict:
+    groups = [_together(backbone, bank, suite, group, suite.group_seeds) for group in suite.groups if all(name in bank for name in group)]
+    if not groups:
+        return {}
+    return {"multi_alignment": _mean([float(found.alignment.mean()) for found in groups]),
+            "multi_present": _mean([float(found.present.float().mean()) for found in groups])}
+
+
+def _pairs(suite: Suite, names: Container[str]) -> list[tuple[str, ...]]:
+    return [pair for pair in suite.pairs if all(name in names for name in pair)]
+
+
+def _pair_figures(backbone: Backbone, bank: ConceptBank, suite: Suite) -> dict:
+    """Two of one class in a picture. Who is mistaken for whom is a matter of yes or no: it takes many pictures until methods can be told
+    apart, so how many there were is one of the figures."""
+    pairs = [_together(backbone, bank, suite, pair, suite.pair_seeds) for pair in _pairs(suite, bank)]
+    if not pairs:
+        return {}
+    return {"pair_alignment": _mean([float(found.alignment.mean()) for found in pairs]),
+            "confusion": _mean([float(found.mistaken.float().mean()) for found in pairs]),
+            "pair_pictures": len(pairs) * len(suite.pair_seeds)}
+
+
+def _known(backbone: Backbone, suite: Suite, cell: Cell, found: dict, folder: Path) -> dict | None:
+    """The figures of a finished cell. With another number of pictures of pairs than asked for now these are made again from its bank;
+    None where that is gone."""
+    names = found["concepts"]
+    if cell.alone or found.get("pair_pictures", 0) == len(_pairs(suite, names)) * len(suite.pair_seeds):
+        return found
+    banks = (folder / f"{one.name}.{len(names)}.safetensors" for one in (cell, cell.learned_as()))
+    bank = next((path for path in banks if path.exists()), None)
+    return None if bank is None else found | _pair_figures(backbone, open_bank(bank), suite)
 
 
 def _drift(backbone: Backbone, bank: ConceptBank, suite: Suite) -> float:
     seeds = list(range(7000, 7000 + len(suite.unrelated)))
     before, after = (sample(backbone, b, suite.unrelated, seeds, suite.settings) for b in (ConceptBank(backbone.layout), bank))
     return metrics.drift(before, after)
+
+
+def _write(path: Path, result: dict) -> None:
+    text = json.dumps(result, indent=1) + "\n"
+    if not path.exists() or path.read_text() != text:
+        write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], settings: Mapping, training: TrainingConfig, folder: Path,
@@ -188,7 +216,10 @@ def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], se
     if path.exists():
         found = json.loads(path.read_text())
         check_same(path, found, made_with)
-        return found
+        finished = _known(backbone, suite, cell, found, folder)
+        if finished is not None:
+            _write(path, finished)
+            return finished
     folder.mkdir(parents=True, exist_ok=True)
     known, bank = learn_sequence(backbone, suite, cell, places, settings, training, folder, progress)
     tasks = [suite.named(name) for name in known.names]
@@ -198,9 +229,9 @@ def run_cell(backbone: Backbone, suite: Suite, cell: Cell, places: list[int], se
     result |= _figures(suite, known, tasks, final)
     result["base_drift"] = _drift(backbone, bank, suite)
     if not cell.alone:
-        result |= _multi_figures(backbone, bank, suite)
+        result |= _group_figures(backbone, bank, suite) | _pair_figures(backbone, bank, suite)
     result |= _costs(suite, known, bank)
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    _write(path, result)
     (folder / f"{cell.name}.progress.json").unlink(missing_ok=True)
     return result
 

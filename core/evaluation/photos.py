@@ -34,7 +34,7 @@ TOKEN, MAX_BYTES, MAX_TASKS = "<TOK>", 1_000_000, 1000
 PETS = ("dog", "cat")      # whose prompts are not those of other objects
 TOGETHER = ("a photo of {} in the forest", "a photo of {} on the street", "a photo of {} on a beach", "a photo of {} in front of a house")
 PICTURES, NOUN_PICTURES = 100, 40      # per concept: what is usual here, and at most so many of the class noun
-GROUP_PICTURES = 12
+GROUP_PICTURES, PAIR_PICTURES = 12, 48
 
 
 def training(steps: int, resolution: int, seed: int) -> TrainingConfig:
@@ -187,8 +187,8 @@ def suite(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pic
     measured: what `measured_levels` found; origin: see Suite."""
     noun, text, real = measured
     groups, pairs = groups_and_pairs(tasks)
-    group_seeds = tuple(FIRST_SEED + i for i in range(min(pictures, GROUP_PICTURES)))
+    group_seeds, pair_seeds = (tuple(FIRST_SEED + i for i in range(min(pictures, most))) for most in (GROUP_PICTURES, PAIR_PICTURES))
     weights = sum(parameter.numel() for parameter in backbone.unet.parameters())
     made = Suite(tuple(tasks), groups, pairs, TOGETHER, unrelated_prompts(tasks), encoder, settings, _seeds(tasks, pictures),
-                 group_seeds, halfway(noun, real), weights, origin)
+                 group_seeds, pair_seeds, halfway(noun, real), weights, origin)
     return made, untrained(noun, text, real)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from dataclasses import replace
 
@@ -59,7 +60,7 @@ def suite(tiny_backbone):
     weights = sum(p.numel() for p in tiny_backbone.unet.parameters())
     levels = dict.fromkeys(("rex", "fido", "chalk"), 0.1)
     return Suite(tasks, (("rex", "mimi"),), (("rex", "fido"),), ("a photo of {}", "{} at night"), ("a dog", "a cat in a room"),
-                 ToyEncoder(), QUICK, (1, 2), (3, 4), levels, weights)
+                 ToyEncoder(), QUICK, (1, 2), (3, 4), (3, 4), levels, weights)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,29 @@ def test_a_finished_cell_is_read_and_not_run_again(whole, run, monkeypatch):
     monkeypatch.setattr(continual, "learn", None)
     monkeypatch.setattr(continual, "sample", None)
     assert run(Cell("ewc", 3, 0, 0), folder) == json.loads(json.dumps(result))
+
+
+def test_more_pictures_of_pairs_are_made_from_the_cells_bank(whole, run, suite, tiny_backbone, monkeypatch, tmp_path):
+    result, folder = whole
+    shutil.copytree(folder, tmp_path / "more")
+    assert result["pair_pictures"] == 2
+    more = replace(suite, pair_seeds=(3, 4, 5, 6))
+    monkeypatch.setattr(continual, "learn", None)
+    again = run_cell(tiny_backbone, more, Cell("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING, tmp_path / "more")
+    assert again["pair_pictures"] == 4 and again["pair_alignment"] != result["pair_alignment"]
+    changed = {"pair_pictures", "pair_alignment", "confusion"}
+    assert {k: v for k, v in again.items() if k not in changed} == {k: v for k, v in json.loads(json.dumps(result)).items() if k not in changed}
+    assert json.loads((tmp_path / "more" / "ewc-n3-o0-s0.json").read_text()) == again
+    assert run(Cell("ewc", 3, 0, 0), tmp_path / "more") == result      # and back, by the same bank
+
+
+def test_more_pictures_of_pairs_without_the_bank_are_a_new_run(whole, suite, tiny_backbone, tmp_path):
+    result, folder = whole
+    shutil.copy(folder / "ewc-n3-o0-s0.json", tmp_path)
+    more = replace(suite, pair_seeds=(3, 4, 5, 6))
+    again = run_cell(tiny_backbone, more, Cell("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING, tmp_path)
+    assert again["pair_pictures"] == 4 and again["just_learned"] == result["just_learned"]
+    assert (tmp_path / "ewc-n3-o0-s0.3.safetensors").exists()
 
 
 @pytest.mark.parametrize(("method", "task"), [("ewc", "chalk"), ("bound", "rex")])      # with shared state and folded weights; with neither
