@@ -35,8 +35,9 @@ class Suite:
     """What all cells of a benchmark share.
 
     tasks: in the sequence's own order; groups: names of two or three concepts of different classes that prompts name together; pairs: the
-    same for two of one class; together: prompts with one `{}` for the list of names; unrelated: prompts without concepts; seeds, group_seeds,
-    pair_seeds: of the pictures per concept, per group and per pair; levels: concept -> IA halfway between its class noun's and real pictures;
+    same for two of one class; together: prompts with one `{}` for the list of names; unrelated: prompts without concepts; seeds,
+    group_seeds, pair_seeds: of the pictures per concept, per group and per pair; levels: concept -> IA halfway between its class noun's
+    and real pictures;
     origin: what else the figures depend on (base, data, ...), as JSON values.
     """
 
