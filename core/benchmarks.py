@@ -145,14 +145,14 @@ def _regional_quality(options: Namespace, folder: Path) -> dict:
     from .demo import regional_quality as quality
     from .demo.base import load_base
 
-    backbone = load_base()
-    banks = {method: quality.learned_bank(backbone, method, folder / f"{method}.safetensors", options.learn_steps, _say)
+    backbone, made = load_base(), f"r{quality.RANK}-s{options.learn_steps}"
+    banks = {method: quality.learned_bank(backbone, method, folder / f"{method}-{made}.safetensors", options.learn_steps, _say)
              for method in ("bound", "cidm")}
     judge, found = quality.judge(backbone), {}
     for way in quality.WAYS:
         bank = banks["cidm" if way in quality.OF_LORA else "bound"]
         for count in quality.GRIDS:
-            path = folder / f"{way}-k{count}-p{options.pictures}-s{options.learn_steps}.json"
+            path = folder / f"{way}-k{count}-p{options.pictures}-{made}.json"
             row = _kept(path, lambda way=way, bank=bank, count=count: quality.quality(backbone, bank, judge, way, count, options.pictures))
             found.setdefault(way, {})[str(count)] = row
             _say(f"{way}, {count} regions: {100 * row['hit_rate']:.0f} % right, {100 * row['missing']:.0f} % missing")
