@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 PAPER, INK, QUIET, GRID, ACCENT = (252, 252, 250), (29, 29, 36), (120, 120, 130), (226, 226, 230), (44, 86, 206)
+ALIKE = (28, 138, 84)
 
 
 def font(size: int):
@@ -36,8 +37,10 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
     return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)) for i in range(len(losses))]
 
 
-def loss_picture(losses: Sequence[float], title: str, size: tuple[int, int] = (640, 320)) -> Image.Image:
-    """Every step's loss, quiet, and its running mean over a tenth of the steps."""
+def loss_picture(losses: Sequence[float], title: str, looks: Sequence[tuple[int, float]] = (),
+                 size: tuple[int, int] = (640, 320)) -> Image.Image:
+    """Every step's loss, quiet, and its running mean over a tenth of the steps; looks: (step, likeness to the photos) as points of their
+    own scale, from the lowest to the highest."""
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = 64, 40, size[0] - 20, size[1] - 36
@@ -60,7 +63,25 @@ def loss_picture(losses: Sequence[float], title: str, size: tuple[int, int] = (6
     draw.line([place(i, v) for i, v in enumerate(losses)] * (2 if len(losses) == 1 else 1), (190, 200, 226), 1)
     mean = smoothed(losses, max(1, len(losses) // 10))
     draw.line([place(i, v) for i, v in enumerate(mean)] * (2 if len(mean) == 1 else 1), ACCENT, 3)
+    if looks:
+        _looks(draw, [(place(step - 1, 0)[0], score) for step, score in looks], (top, right, bottom))
     return image
+
+
+def _looks(draw: ImageDraw.ImageDraw, looks: Sequence[tuple[float, float]], edges: tuple[float, float, float]) -> None:
+    """Points `(x, score)` joined by a line, the last and the best with their figures."""
+    top, right, bottom = edges
+    scores = [score for _, score in looks]
+    low, high = min(scores), max(max(scores), min(scores) + 1e-3)
+    places = [(x, bottom - 20 - (bottom - top - 40) * (score - low) / (high - low)) for x, score in looks]
+    draw.line(places * (2 if len(places) == 1 else 1), ALIKE, 2)
+    for i, ((x, y), score) in enumerate(zip(places, scores, strict=True)):
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], ALIKE)
+        if i in (len(scores) - 1, scores.index(max(scores))):
+            text = f"{100 * score:.1f}"
+            draw.text((min(x, right - draw.textlength(text, font(12))), y - 20), text, ALIKE, font(12))
+    text = "likeness to the photos"
+    draw.text((right - draw.textlength(text, font(13)), 12), text, ALIKE, font(13))
 
 
 def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.Image:
@@ -170,9 +191,15 @@ def opened(cover: bytes) -> Image.Image | None:
         return None
 
 
-def covers_picture(covers: Sequence[tuple[str, bytes]], side: int = 160) -> Image.Image:
-    """Cover pictures with their names; a grey card where a concept has none or an unreadable one."""
-    columns = max(1, min(5, len(covers)))
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, evenly from the first to the last."""
+    count = min(count, len(items))
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def covers_picture(covers: Sequence[tuple[str, bytes]], side: int = 160, columns: int = 5) -> Image.Image:
+    """Cover pictures with what stands below them; a grey card where there is none or an unreadable one."""
+    columns = max(1, min(columns, len(covers)))
     rows = -(-max(1, len(covers)) // columns)
     image = Image.new("RGB", (columns * (side + 10) + 10, rows * (side + 34) + 10), PAPER)
     draw = ImageDraw.Draw(image)
@@ -182,7 +209,7 @@ def covers_picture(covers: Sequence[tuple[str, bytes]], side: int = 160) -> Imag
         picture = opened(cover)
         if picture is not None:
             image.paste(ImageOps.fit(picture, (side, side), Image.LANCZOS), (x, y))
-        draw.text((x, y + side + 6), f"<{name}>", INK, font(14))
+        draw.text((x, y + side + 6), fitting(name, font(14), side), INK, font(14))
     return image
 
 

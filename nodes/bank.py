@@ -174,7 +174,7 @@ class ConceptBankInspect(io.ComfyNode):
     def execute(cls, bank) -> io.NodeOutput:
         concepts = [] if bank is None else list(bank)
         lines = [_line(concept) for concept in concepts] or ["the bank is empty"]
-        picture = to_tensor(covers_picture([(concept.name, concept.cover) for concept in concepts]))
+        picture = to_tensor(covers_picture([(concept.info.placeholder, concept.cover) for concept in concepts]))
         return io.NodeOutput(picture, "\n".join(lines), ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": ("\n".join(lines),)})
 
 

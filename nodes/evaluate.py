@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import comfy.model_management
 import comfy.utils
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import check_bank, references_of
-from ..core.evaluation.metrics import unit
 from ..core.evaluation.sheet import lines, sheet
 from ..core.hosts.comfy.backbone import ComfyBackbone
 from ..core.pictures import to_tensor
@@ -115,7 +112,7 @@ class ConceptEvaluate(io.ComfyNode):
             references,
             _lines(prompts),
             _lines(base_prompts),
-            lambda pictures: _features(clip_vision, pictures),
+            host.vision(clip_vision),
             range(seed, seed + seeds),
             settings,
             progress,
@@ -137,14 +134,6 @@ def _names(bank, concepts: str) -> list[str]:
     if unknown:
         raise ConceptError(f"concepts names '{unknown[0]}', which the bank does not hold; it holds {', '.join(bank.names)}")
     return list(dict.fromkeys(names)) or bank.names
-
-
-def _features(clip_vision, pictures: Sequence[Tensor]) -> Tensor:
-    """Pictures `[3, H, W]` in -1..1 of any sizes as unit vectors `[n, D]` on the CPU, through ComfyUI's own preparation."""
-    found = [clip_vision.encode_image(host.to_image(picture.unsqueeze(0)))["image_embeds"] for picture in pictures]
-    if any(not torch.is_tensor(one) or one.ndim != 2 for one in found):
-        raise ConceptError("the CLIP_VISION gives no vector per picture; load a CLIP vision model such as ViT-B/32, ViT-L or ViT-H")
-    return unit(torch.cat(found).float().cpu())
 
 
 NODES = [ConceptReferencePhotos, ConceptEvaluate]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.model_management
@@ -11,11 +14,15 @@ import comfy.utils
 import folder_paths
 import torch
 from PIL import Image
+from server import PromptServer
 from torch import Tensor
 
 from ..core.bank import ConceptBank
 from ..core.bankfile import SUFFIX
 from ..core.errors import ConceptError
+from ..core.evaluation.metrics import unit
+from ..core.hosts.backbone import Backbone
+from ..core.pictures import smoothed
 from ..core.sampling import SampleSettings, sample
 from ..core.tokens import check_name
 from ..core.training.data import Picture
@@ -124,26 +131,91 @@ def _digest(pixels: Tensor) -> str:
     return hashlib.sha256(((pixels + 1) * 127.5).round().clamp(0, 255).byte().numpy().tobytes()).hexdigest()[:16]
 
 
-class Reporter:
-    """The loop's callback: cancel button, progress bar, and a live sample from a fixed seed every `every` steps (0 = never)."""
+Encode = Callable[[Sequence[Tensor]], Tensor]      # pictures [3, H, W] in -1..1 -> unit vectors [n, D]
+LOOKS = 4      # pictures of a look that is measured: one alone says little
 
-    def __init__(self, total: int, backbone, prompt: str, every: int, settings: SampleSettings, seed: int) -> None:
-        self.bar, self.total = comfy.utils.ProgressBar(total), total
-        self.backbone, self.prompt, self.every, self.settings, self.seed = backbone, prompt, every, settings, seed
-        self.previews: list[Tensor] = []
+
+def vision(clip_vision) -> Encode:
+    """A CLIP_VISION as a function: pictures `[3, H, W]` in -1..1 of any sizes to unit vectors `[n, D]` on the CPU, through ComfyUI's own
+    preparation."""
+
+    def encode(pictures: Sequence[Tensor]) -> Tensor:
+        found = [clip_vision.encode_image(to_image(picture.unsqueeze(0)))["image_embeds"] for picture in pictures]
+        if any(not torch.is_tensor(one) or one.ndim != 2 for one in found):
+            raise ConceptError("the CLIP_VISION gives no vector per picture; load a CLIP vision model such as ViT-B/32, ViT-L or ViT-H")
+        return unit(torch.cat(found).float().cpu())
+
+    return encode
+
+
+def say(node: str | None, text: str) -> None:
+    """A line under a node while it works; nothing where no page listens."""
+    server = getattr(PromptServer, "instance", None)
+    if node is not None and server is not None and getattr(server, "client_id", None) is not None:
+        server.send_progress_text(text, node)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+@dataclass
+class Reporter:
+    """The loop's callback: cancel button, progress bar, a line with loss and time left, and a live sample from a fixed seed every `every`
+    steps (0 = never). With `alike` (pictures -> likeness to the photos) samples are measured, and a run can be judged by them."""
+
+    total: int
+    backbone: Backbone
+    prompt: str
+    every: int
+    settings: SampleSettings
+    seed: int
+    alike: Callable[[Sequence[Tensor]], float] | None = None
+    node: str | None = None
+    previews: list[Tensor] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)      # of looks: step, likeness
+
+    def __post_init__(self) -> None:
+        self.bar, self.losses, self.times = comfy.utils.ProgressBar(self.total), [], []
+        self.looked, self.shown = 0, None
 
     def __call__(self, info: StepInfo) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self.losses.append(info.loss)
+        self.times.append(time.monotonic())
         preview = None
         if self.every and info.step % self.every == 0 and info.step < self.total:
-            preview = self.look(info.snapshot())
+            if self.looked != info.step:      # the judge has not looked already
+                self.look(info.snapshot(), info.step)
+            preview = self.shown
         self.bar.update_absolute(info.step, self.total, preview)
+        say(self.node, self._line(info.step))
 
-    def look(self, bank: ConceptBank):
-        """Samples once; returns the preview in the progress bar's form."""
-        picture = sample(self.backbone, bank, [self.prompt], [self.seed], self.settings)
-        self.previews.append(to_image(picture))
-        return preview(picture[0])
+    def _line(self, step: int) -> str:
+        """The smoothed loss, the last likeness, and how long it still takes at the pace of this run, looks included."""
+        parts = [f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
+        if self.scores:
+            parts.append(f"likeness {100 * self.scores[-1][1]:.1f}")
+        if len(self.times) > 3 and step < self.total:
+            pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+            parts.append(f"{duration(pace * (self.total - step))} left")
+        return ", ".join(parts)
+
+    def judge(self, bank: ConceptBank, step: int) -> float:
+        """For `learn`: the likeness of a look. It comes before the callback of the same step."""
+        self.look(bank, step)
+        return self.scores[-1][1]
+
+    def look(self, bank: ConceptBank, step: int) -> None:
+        """Samples; the first picture is kept for the strip, and in `shown` as the progress bar has it."""
+        self.looked, count = step, 1 if self.alike is None else LOOKS
+        pictures = sample(self.backbone, bank, [self.prompt] * count, range(self.seed, self.seed + count), self.settings)
+        self.previews.append(to_image(pictures[:1]))
+        self.shown = preview(pictures[0])
+        if self.alike is not None:
+            self.scores.append((step, self.alike(pictures)))
 
 
 def preview(picture: Tensor):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io as bytes_io
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -14,19 +15,22 @@ from PIL import Image
 from ..core.bank import ConceptBank
 from ..core.concepts import KINDS
 from ..core.errors import ConceptError
+from ..core.evaluation.metrics import image_alignment
 from ..core.hosts.comfy.backbone import ComfyBackbone
 from ..core.methods import DEFAULT, METHODS, Task, make
-from ..core.pictures import loss_picture, to_tensor
-from ..core.sampling import SampleSettings
+from ..core.pictures import covers_picture, loss_picture, spread, to_tensor
+from ..core.sampling import SampleSettings, sample
 from ..core.tokens import check_name
 from ..core.training.config import TrainingConfig
 from ..core.training.data import Framing, Picture, prepare
 from ..core.training.loop import learn
-from ..core.training.record import method_settings, run_identity
+from ..core.training.record import is_same_work, run_identity
 from . import host, types
 from .schema import Schema
 
 KEEP, AGAIN = "keep it", "learn it again"
+OLDER = 8      # older concepts that are drawn at the end
+LATER = {"clip_vision": None, "stop_after": 0, "show_older": False}      # inputs that saved graphs may lack
 
 
 class ConceptLearner(io.ComfyNode):
@@ -99,18 +103,39 @@ class ConceptLearner(io.ComfyNode):
                 types.Selection.Input("selection", optional=True, tooltip="From Concept Neuron Select; for methods that use one (cns)."),
                 types.Settings.Input("method_settings", optional=True, tooltip="From the method's own settings node; none = its defaults."),
                 types.Settings.Input("training_settings", optional=True, tooltip="From Concept Training Settings; none = its defaults."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="With it every live sample is compared with your photos: how like them it is."
+                ),
+                io.Int.Input(
+                    "stop_after",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=100,
+                    tooltip="Stop early when so many live samples in a row are no more like the photos than those before; "
+                    "0 = do all steps. Needs clip_vision and preview_every.",
+                ),
+                io.Boolean.Input(
+                    "show_older",
+                    optional=True,
+                    default=False,
+                    tooltip="At the end also draw older concepts of the bank, up to eight, beside their pictures from when they were new.",
+                ),
             ],
             outputs=[
                 types.Bank.Output(display_name="bank"),
                 io.Image.Output(display_name="loss"),
                 io.Image.Output(display_name="previews"),
+                io.Image.Output(display_name="older"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
         cls, captions=None, bank=None, masks=None, prior_images=None, selection=None, method_settings=None, training_settings=None, **inputs
     ) -> io.NodeOutput:
+        inputs = LATER | inputs
         one = {key: host.first(value) for key, value in inputs.items() if key != "images"}
         name, noun = check_name(one["name"].strip().strip("<>")), one["class_noun"].strip()
         if one["if_known"] not in (KEEP, AGAIN):
@@ -121,7 +146,7 @@ class ConceptLearner(io.ComfyNode):
         method = make(one["method"], _method_settings(one, host.first(method_settings)))
         if host.first(selection) is not None:
             method.selection = host.first(selection)
-        config = _training(one, host.first(training_settings))
+        config = _stopping(_training(one, host.first(training_settings)), one)
         known = host.first(bank)
         with torch.inference_mode(False):
             backbone = ComfyBackbone(one["model"], one["clip"], one["vae"])
@@ -133,7 +158,7 @@ class ConceptLearner(io.ComfyNode):
                 else:
                     return _kept(known, name, method, config, own)
             task = Task(name, noun, backbone, known, one["kind"], generator=torch.Generator().manual_seed(config.seed))
-            return _learn(task, method, config, [*own, *prior], one["preview_every"])
+            return _learn(task, method, config, [*own, *prior], one, getattr(cls.hidden, "unique_id", None))
 
 
 def _method_settings(one: dict, more: dict | None) -> dict:
@@ -150,36 +175,76 @@ def _training(one: dict, more: dict | None) -> TrainingConfig:
     return replace(base, **(more or {}))
 
 
+def _stopping(config: TrainingConfig, one: dict) -> TrainingConfig:
+    """Looks count for the run's identity only where they can end it: showing samples or not changes nothing."""
+    after, every = one["stop_after"], one["preview_every"]
+    if after and (one["clip_vision"] is None or not every):
+        lacks = "clip_vision is not connected" if one["clip_vision"] is None else "preview_every is 0"
+        raise ConceptError(f"stop_after is {after} but {lacks}; live samples are what tells when to stop; allowed without: 0")
+    return replace(config, patience=after, look_every=every) if after else config
+
+
 def _kept(bank: ConceptBank, name: str, method, config: TrainingConfig, own: list[Picture]) -> io.NodeOutput:
     """The bank holds the concept already: fine when it is the same work, which a second run of a saved graph is."""
     origin = bank.infos[name].provenance
-    wanted = json.loads(json.dumps({"method": method_settings(method), "training": asdict(config)}))
-    same = json.loads(json.dumps(dict(origin.settings))) == wanted and list(origin.images) == [p.digest for p in own]
-    if not same or bank.infos[name].method != method.name:
+    same = is_same_work(origin, method, config) and list(origin.images) == [p.digest for p in own]
+    if bank.infos[name].method != method.name or not same:
         raise ConceptError(
             f"the bank already holds a concept '{name}', learned from other photos or settings; choose another name, or "
             f"set if_known to '{AGAIN}'"
         )
     picture = to_tensor(loss_picture([], f"<{name}> is known already"))
-    return io.NodeOutput(bank, picture, picture, ui=ui.PreviewText(f"<{name}> is in the bank already, learned from these photos"))
+    return io.NodeOutput(
+        bank, picture, picture, _nothing_older(), ui=ui.PreviewText(f"<{name}> is in the bank already, learned from these photos")
+    )
 
 
-def _learn(task: Task, method, config: TrainingConfig, pictures: list[Picture], every: int) -> io.NodeOutput:
-    backbone = task.backbone
-    prompt = f"a photo of <{task.name}>" if task.kind == "object" else f"<{task.name}>"
-    look = SampleSettings(steps=15, cfg=5.0, size=(config.resolution, config.resolution))
+def _learn(task: Task, method, config: TrainingConfig, pictures: list[Picture], one: dict, node: str | None) -> io.NodeOutput:
+    backbone, every = task.backbone, one["preview_every"]
+    look = SampleSettings(steps=15, cfg=5.0, size=(config.resolution, config.resolution), batch=1)
     with backbone.training():
         data = prepare(backbone, pictures, task.name, task.class_noun, Framing(config.resolution, config.framing, config.flip))
         key = hashlib.sha256(json.dumps(run_identity(task, method, data, config), sort_keys=True).encode()).hexdigest()[:12]
-        report = host.Reporter(config.steps, backbone, prompt, every, look, config.seed)
-        learned = learn(task, method, data, config, report, host.checkpoint_file(task.name, key))
+        alike = _likeness(one["clip_vision"], pictures)
+        report = host.Reporter(config.steps, backbone, _prompt(task.name, task.kind), every, look, config.seed, alike, node)
+        judge = report.judge if config.patience else None
+        learned = learn(task, method, data, config, report, host.checkpoint_file(task.name, key), judge=judge)
         bank = learned.bank
         if every:
-            report.look(bank)
+            report.look(bank, len(learned.losses))
             bank = task.bank.add(replace(learned.concept, cover=_jpeg(report.previews[-1])), learned.bank.shared)
-    loss = to_tensor(loss_picture(learned.losses, f"loss of <{task.name}>"))
+        older = _older(backbone, bank, task.bank.names, look, config.seed) if one["show_older"] else _nothing_older()
+    loss = to_tensor(loss_picture(learned.losses, f"loss of <{task.name}>", report.scores))
     previews = torch.cat(report.previews) if report.previews else loss
-    return io.NodeOutput(bank, loss, previews, ui=ui.PreviewImage(previews[-1:], cls=ConceptLearner))
+    return io.NodeOutput(bank, loss, previews, older, ui=ui.PreviewImage(previews[-1:], cls=ConceptLearner))
+
+
+def _prompt(name: str, kind: str) -> str:
+    return f"a photo of <{name}>" if kind == "object" else f"<{name}>"
+
+
+def _likeness(clip_vision, pictures: list[Picture]):
+    """Samples -> image alignment with the concept's own photos; None without a CLIP_VISION."""
+    if clip_vision is None:
+        return None
+    encode = host.vision(clip_vision)
+    real = encode([picture.pixels for picture in pictures if not picture.is_prior])
+    return lambda samples: image_alignment(encode(list(samples)), real)
+
+
+def _older(backbone, bank: ConceptBank, names: list[str], look: SampleSettings, seed: int) -> torch.Tensor:
+    """Older concepts as the new bank draws them, beside their covers."""
+    rows = []
+    for name in spread(names, OLDER):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        info = bank.infos[name]
+        picture = host.to_image(sample(backbone, bank, [_prompt(name, info.kind)], [seed], look))
+        rows += [(f"<{name}> when learned", bank[name].cover), (f"<{name}> now", _jpeg(picture))]
+    return to_tensor(covers_picture(rows, columns=4)) if rows else _nothing_older()
+
+
+def _nothing_older() -> torch.Tensor:
+    return to_tensor(loss_picture([], "older concepts were not drawn"))
 
 
 def _jpeg(image: torch.Tensor) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.errors import ConceptError
-from ..core.hosts.comfy.demo import load_demo
+from ..core.hosts.comfy.demo import DemoVision, load_demo
 from ..core.training.data import SUFFIXES, read_folder
 from . import host, types
 from .schema import Schema
@@ -85,12 +85,17 @@ class ConceptDemoBase(io.ComfyNode):
             description="A small model that ships with this pack, for a tour with no download: 64-pixel pictures of toys and animals. "
             "An Empty Latent Image of 128 x 128 gives its usual size.",
             inputs=[],
-            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip"), io.Vae.Output(display_name="vae")],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.Vae.Output(display_name="vae"),
+                io.ClipVision.Output(display_name="clip_vision"),
+            ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo(folder_paths.get_folder_paths("embeddings")))
+        return io.NodeOutput(*load_demo(folder_paths.get_folder_paths("embeddings")), DemoVision())
 
 
 class ConceptDemoPhotos(io.ComfyNode):

@@ -19,6 +19,7 @@ from .base import ASSETS, TOKENIZER
 
 PLACES = ("on a beach", "in a meadow", "in the snow", "at night", "in a room", "on a yellow background")
 SUBJECTS = ("a dog", "a cat", "a duck toy", "a teddy bear", "a car", "a robot", "a fish", "a backpack")
+SIDE = 64      # of the pictures that the metric encoder knows
 HELD_OUT_PICTURES = 24
 HELD_OUT_SEED = 90_000
 

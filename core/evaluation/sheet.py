@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..pictures import ACCENT, GRID, INK, PAPER, QUIET, font
+from ..pictures import ACCENT, GRID, INK, PAPER, QUIET, font, spread
 from .bankcheck import BankReport
 
 SIDE, GAP, LABEL = 112, 8, 170
@@ -20,12 +18,6 @@ def _pil(picture: Tensor) -> Image.Image:
     return ImageOps.fit(Image.fromarray(pixels), (SIDE, SIDE), Image.LANCZOS)
 
 
-def _spread(pictures: Sequence[Tensor], count: int) -> list[Tensor]:
-    """At most `count` of them, evenly from the first to the last."""
-    count = min(count, len(pictures))
-    return [pictures[round(i * (len(pictures) - 1) / max(1, count - 1))] for i in range(count)]
-
-
 def _row(image: Image.Image, draw: ImageDraw.ImageDraw, report: BankReport, index: int, y: int) -> None:
     name = report.names[index]
     reference = report.references[name]
@@ -34,10 +26,10 @@ def _row(image: Image.Image, draw: ImageDraw.ImageDraw, report: BankReport, inde
     draw.text((10, y + 64), f"with its {reference.source}", QUIET, font(12))
     if report.nearest(index) != name:
         draw.text((10, y + 82), f"more like <{report.nearest(index)}>"[:24], (190, 40, 30), font(12))
-    for i, picture in enumerate(_spread(reference.pictures, REFERENCES)):
+    for i, picture in enumerate(spread(reference.pictures, REFERENCES)):
         image.paste(_pil(picture), (LABEL + i * (SIDE + GAP), y))
     start = LABEL + REFERENCES * (SIDE + GAP) + GAP
-    for i, picture in enumerate(_spread(report.pictures[name], SHOWN)):
+    for i, picture in enumerate(spread(report.pictures[name], SHOWN)):
         image.paste(_pil(picture), (start + i * (SIDE + GAP), y))
 
 

@@ -10,18 +10,13 @@ from torch import Tensor
 
 from ..bank import ConceptBank
 from ..hosts.backbone import Backbone
+from ..pictures import spread
 from ..sampling import SampleSettings, sample
 from . import metrics
 from .protocol import Assignment, Encoder
 
 Names = tuple[tuple[str, ...], ...]
 GROUPS, TRIPLES, PAIRS = 6, 2, 4      # of two concepts, of three, and of two of one class
-
-
-def _spread_out(items: list, count: int) -> list:
-    """`count` of the items, evenly from first to last."""
-    count = min(count, len(items))
-    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def groups_and_pairs(tasks: Sequence[Assignment]) -> tuple[Names, Names]:
@@ -31,7 +26,7 @@ def groups_and_pairs(tasks: Sequence[Assignment]) -> tuple[Names, Names]:
     triples = [(a.name, b.name, c.name) for a, b, c in zip(things, things[1:], things[2:], strict=False)
                if len({a.class_noun, b.class_noun, c.class_noun}) == 3]
     same = [(a.name, b.name) for a, b in combinations(things, 2) if a.class_noun == b.class_noun]
-    return (*_spread_out(neighbours, GROUPS), *_spread_out(triples, TRIPLES)), tuple(_spread_out(same, PAIRS))
+    return (*spread(neighbours, GROUPS), *spread(triples, TRIPLES)), tuple(spread(same, PAIRS))
 
 
 def unrelated_prompts(tasks: Sequence[Assignment]) -> tuple[str, ...]:

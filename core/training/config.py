@@ -35,7 +35,8 @@ class TrainingConfig:
     per step; resolution in pixels; optimizer: any class of torch.optim by name, or one of EIGHT_BIT; schedule: of the learning rates,
     after `warmup` steps; framing: see framing.Framing; max_grad_norm: 0 = no clipping; min_snr_gamma: 0 = off, 5 is usual; noise_offset:
     0 = off, CIDM's code 0.01; precision: of the frozen base's arithmetic, trainables stay fp32; prior_weight: of prior-preservation
-    pictures; caption_dropout: share of empty prompts.
+    pictures; caption_dropout: share of empty prompts; patience: learning ends early when so many looks, `look_every` steps apart, were
+    no better than those before them (see looks.has_stalled), 0 = never.
     """
 
     steps: int = 800
@@ -57,12 +58,16 @@ class TrainingConfig:
     prior_weight: float = 1.0
     caption_dropout: float = 0.0
     checkpoint_every: int = 0
+    patience: int = 0
+    look_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "resolution"):
             self._check(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset", "prior_weight", "checkpoint_every"):
+        for name in ("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset", "prior_weight", "checkpoint_every",
+                     "patience", "look_every"):
             self._check(getattr(self, name) >= 0, name, "0 or more")
+        self._check(self.look_every > 0 or self.patience == 0, "look_every", "1 or more where patience is not 0")
         self._check(0 <= self.caption_dropout < 1, "caption_dropout", "0 to below 1")
         self._check(self.precision in PRECISIONS, "precision", ", ".join(PRECISIONS))
         self._check(self.schedule in LR_SCHEDULES, "schedule", ", ".join(LR_SCHEDULES))

@@ -24,6 +24,7 @@ from ..routing import learning_deltas, learning_names
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig, optimizer_class
 from .data import TrainingSet
+from .looks import Judge, has_stalled
 from .objective import denoising_loss, predict
 from .passes import OUT_OF_MEMORY, Pass, passes
 from .record import Learned, brief, conclude, run_identity
@@ -83,6 +84,7 @@ class Run:
                                "or give no captions")
         self.memory = TextMemory()
         self.losses: list[float] = []
+        self.scores: list[float] = []      # of the looks so far
         self._before: Tensor | None = None      # generator state at the start of a step that is under way
         self.is_updating = False                # between the first changed weight of a step and its end: no state to save
 
@@ -93,7 +95,8 @@ class Run:
     def state(self) -> dict:
         return {"identity": self.identity(), "modules": dict(self.method.modules().state_dict()), "optimizer": self.optimizer.state_dict(),
                 "scheduler": {"last_epoch": self.scheduler.last_epoch}, "scaler": self.scaler.state_dict(),
-                "generator": self.generator.get_state() if self._before is None else self._before, "losses": list(self.losses)}
+                "generator": self.generator.get_state() if self._before is None else self._before, "losses": list(self.losses),
+                "scores": list(self.scores)}
 
     def identity(self) -> dict:
         return run_identity(self.task, self.method, self.data, self.config)
@@ -123,9 +126,18 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
-        self.losses = list(state["losses"])
+        self.losses, self.scores = list(state["losses"]), list(state["scores"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.losses) >= self.config.steps or has_stalled(self.scores, self.config.patience)
+
+    def look(self, judge: Judge) -> None:
+        """Scores what has been learned, every `look_every` steps."""
+        if self.config.look_every and len(self.losses) % self.config.look_every == 0:
+            self.scores.append(float(judge(self.snapshot(), len(self.losses))))
 
     def _context(self, batch: Batch) -> Context:
         prompts = batch.prompts
@@ -219,15 +231,18 @@ def _optimizer(config: TrainingConfig, groups: list[dict]) -> torch.optim.Optimi
 
 @torch.inference_mode(False)      # ComfyUI runs nodes under it; what is made there cannot be trained
 def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, callback: Callback | None = None,
-          checkpoint_file: Path | None = None, cover: bytes = b"", team: Team = ALONE) -> Learned:
+          checkpoint_file: Path | None = None, cover: bytes = b"", team: Team = ALONE, judge: Judge | None = None) -> Learned:
     """Learns one concept; returns it and the grown bank. The bank that came in and the base are what they were.
 
     callback: called after every step; what it raises ends the run. With `checkpoint_file` the state is saved every
     `checkpoint_every` steps and whenever the run ends early (but for errors of ours, and in the moment of an update, which the state
     of the last save outlives), and an existing file is resumed exactly. At the end it holds the finished run: whoever called
     deletes it once the bank is on disk, so that nothing learned is ever only in memory. team: the processes that learn together; all read
-    the checkpoint, the first writes it.
+    the checkpoint, the first writes it. judge: what the looks of `patience` score with.
     """
+    if config.patience and (judge is None or team.size > 1):
+        raise ConceptError(f"setting 'patience' is {config.patience}; allowed: 0 where " + ("nothing says how good a concept is"
+                           if judge is None else f"{team.size} processes learn together"))
     if task.name in task.bank:
         raise ConceptError(f"the bank already holds a concept '{task.name}'; choose another name or remove it first")
     task.bank.check_fits(task.backbone.layout)
@@ -242,8 +257,10 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
             stack.enter_context(torch.enable_grad())
             stack.enter_context(task.backbone.folded(learning_deltas(task.bank, METHODS, method.name)))
             stack.enter_context(task.backbone.gradient_checkpointing(config.gradient_checkpointing))
-            while len(run.losses) < config.steps:
+            while not run.is_done:
                 info = run.step()
+                if config.patience:
+                    run.look(judge)
                 if checkpoint_file is not None and config.checkpoint_every and info.step % config.checkpoint_every == 0:
                     checkpoint.save(checkpoint_file, run.state())
                 if callback is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 
@@ -11,7 +12,7 @@ import torch
 
 from ..bank import ConceptBank
 from ..concepts import Concept, ConceptInfo, Provenance
-from ..methods.base import Method, Task
+from ..methods.base import Method, Task, make
 from .config import TrainingConfig
 from .data import TrainingSet
 
@@ -31,6 +32,14 @@ def run_identity(task: Task, method: Method, data: TrainingSet, config: Training
             "words": list(task.worded(method.word_count).word_names),
             "settings": method_settings(method), "training": asdict(config), "base": task.backbone.fingerprint,
             "overlay": task.backbone.overlay, "bank": task.bank.names, "images": list(data.digests), "captions": list(data.captions)}
+
+
+def is_same_work(origin: Provenance, method: Method, config: TrainingConfig) -> bool:
+    """Whether a concept was learned with these settings. What its record does not name had its default then."""
+    defaults = {"method": method_settings(make(method.name)), "training": asdict(TrainingConfig())}
+    wanted = {"method": method_settings(method), "training": asdict(config)}
+    had = {part: {**defaults[part], **dict(origin.settings.get(part, {}))} for part in wanted}
+    return json.loads(json.dumps(had)) == json.loads(json.dumps(wanted))
 
 
 def brief(value: object) -> str:

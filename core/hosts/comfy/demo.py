@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import comfy.clip_vision
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as management
@@ -14,8 +17,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...demo import base, networks
+from ...demo import base, judges, networks
 from ...demo.vocabulary import CONTEXT_LENGTH
+from ...evaluation.encoder import MetricEncoder
 
 
 class _Operations(comfy.ops.manual_cast):
@@ -138,6 +142,24 @@ class DemoVAE(comfy.sd.VAE):
         return self.decode(samples)
 
 
+class DemoVision:
+    """The embedded metric encoder behind what nodes use of ComfyUI's CLIP_VISION: half of a picture's vector says who is there, half how
+    it is drawn."""
+
+    def __init__(self) -> None:
+        self.encoder = MetricEncoder.load(judges.ASSETS / "metrics.safetensors")
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor, crop=True) -> comfy.clip_vision.Output:
+        """IMAGE `[B, H, W, 3]` in 0..1; its `image_embeds` are unit vectors `[B, D]`."""
+        side = judges.SIDE
+        x = comfy.utils.common_upscale(image.movedim(-1, 1)[:, :3].cpu().float(), side, side, "area", "center" if crop else "disabled")
+        parts = self.encoder.object_features(x * 2 - 1), self.encoder.style_features(x * 2 - 1)
+        output = comfy.clip_vision.Output()
+        output.image_embeds = torch.cat(parts, dim=1) / math.sqrt(2)
+        return output
+
+
 def _preview(vae: networks.PatchAutoencoder) -> tuple[list, list]:
     """For latent previews: each channel's colour and the bias, from the linear part of the decoder."""
     weight = vae.linear.weight.detach().view(3, networks.PATCH**2, -1).mean(1)      # pixel_shuffle orders [colour, row, column]
@@ -145,7 +167,7 @@ def _preview(vae: networks.PatchAutoencoder) -> tuple[list, list]:
 
 
 def load_demo(embedding_directory=None) -> tuple:
-    """MODEL, CLIP and VAE of the embedded base."""
+    """MODEL, CLIP and VAE of the embedded base; its CLIP_VISION is `DemoVision`."""
     modules = base.load_modules()
     model = _load_model(modules["unet"], _preview(modules["vae"]))
     target = comfy.supported_models_base.ClipTarget(_TextTokenizer, _text_class(modules["text_encoder"], modules["tokenizer"]))
