@@ -223,3 +223,68 @@ def test_no_gradient_for_frozen_weights(comfyui, studio):
     studio.learn(model=model, clip=clip, vae=vae)
     for whole in (model.model, clip.cond_stage_model, vae.first_stage_model):
         assert all(weight.grad is None for weight in whole.parameters())
+
+
+# What is said while it learns
+
+
+@pytest.fixture
+def judged(studio):
+    """judged(...): all outputs of ConceptLearner with a CLIP_VISION that gives each look the next of these vectors' cosines."""
+    def run(scores, **other):
+        left = iter(scores)
+
+        class Vision:
+            def encode_image(self, image, crop=True):
+                if image.shape[1] == 40:      # the photos
+                    return {"image_embeds": torch.tensor([[1.0, 0.0]])}
+                Vision.count = getattr(Vision, "count", 0) + 1
+                if Vision.count % 4 == 1:      # a look is four pictures
+                    Vision.score = next(left)
+                return {"image_embeds": torch.tensor([[Vision.score, (1 - Vision.score**2) ** 0.5]])}
+
+        photos = torch.rand(2, 40, 40, 3, generator=torch.Generator().manual_seed(2))
+        inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": [photos], "name": "spot", "class_noun": "dog",
+                  "kind": "object", "method": "bound", "steps": 12, "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1,
+                  "seed": 0, "preview_every": 2, "if_known": "keep it", "clip_vision": Vision(), "stop_after": 2, **other}
+        listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
+        return studio.pack.ConceptLearner.execute(**listed)
+
+    return run
+
+
+def test_it_stops_when_live_samples_get_no_better(judged):
+    bank, loss, previews, older = judged([0.1, 0.5, 0.4, 0.5, 0.6])
+    assert bank["spot"].info.provenance.steps == 8
+    assert len(previews) == 5 and loss.shape[-1] == 3      # four looks and the last one
+
+
+def test_showing_likeness_changes_nothing_that_is_learned(judged, studio):
+    shown = judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)[0]
+    plain = judged([], stop_after=0, clip_vision=None, preview_every=0)[0]
+    for one, two in zip(shown["spot"].deltas.values(), plain["spot"].deltas.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("lacking", [{"clip_vision": None}, {"preview_every": 0}])
+def test_stopping_needs_something_to_tell_when(judged, lacking):
+    from continual_concepts.core.errors import ConceptError
+
+    with pytest.raises(ConceptError, match="stop_after is 2 but"):
+        judged([], **lacking)
+
+
+def test_older_concepts_are_drawn_beside_their_covers(judged, bank):
+    strip = judged([], bank=bank, stop_after=0, clip_vision=None, preview_every=0, show_older=True)[3]
+    none = judged([], stop_after=0, clip_vision=None, preview_every=0)[3]
+    assert strip.shape[2] != none.shape[2] or strip.shape[1] != none.shape[1]
+
+
+def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
+    from continual_concepts.nodes import host
+
+    said = []
+    monkeypatch.setattr(host, "say", lambda node, text: said.append(text))
+    judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
+    assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "likeness 10.0" in said[2] and said[6].endswith(" left")
+    assert [host.duration(s) for s in (7, 61, 3700)] == ["7 s", "1 min 1 s", "1 h 1 min"]
