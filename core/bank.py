@@ -27,15 +27,19 @@ def _loaded(concept: Concept) -> Entry:
     return Entry(concept.info, lambda: concept)
 
 
-def _cached(load: Callable[[], Concept]) -> Callable[[], Concept]:
-    memory: list[Concept] = []
+class _Kept:
+    """Reads on first use and keeps what it read; `passing` reads without keeping."""
 
-    def once() -> Concept:
-        if not memory:
-            memory.append(load())
-        return memory[0]
+    def __init__(self, load: Callable[[], Concept]) -> None:
+        self._load, self._concept = load, None
 
-    return once
+    def __call__(self) -> Concept:
+        if self._concept is None:
+            self._concept = self._load()
+        return self._concept
+
+    def passing(self) -> Concept:
+        return self._concept or self._load()
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,11 @@ class ConceptBank:
     def __getitem__(self, name: str) -> Concept:
         return self._entry(name).load()
 
+    def passing(self, name: str) -> Concept:
+        """A concept of which only something made from it is needed: its tensors do not stay in memory for the bank's sake."""
+        load = self._entry(name).load
+        return load.passing() if isinstance(load, _Kept) else load()
+
     def _entry(self, name: str) -> Entry:
         if name not in self._by_name:
             raise ConceptError(f"the bank holds no concept '{name}'; it holds {', '.join(self.names) or 'none'}")
@@ -136,7 +145,7 @@ class ConceptBank:
 
     def lazily(self, info: ConceptInfo, load: Callable[[], Concept]) -> ConceptBank:
         """This bank and one more concept whose tensors are read on first use."""
-        return replace(self, entries=(*self.entries, Entry(info, _cached(load))))
+        return replace(self, entries=(*self.entries, Entry(info, _Kept(load))))
 
     def check_fits(self, layout: SiteLayout) -> None:
         if self.layout.fingerprint != layout.fingerprint:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .bank import ConceptBank, Entry, _cached
+from .bank import ConceptBank, Entry, _Kept
 from .concepts import Concept, ConceptInfo
 from .deltas import pack, unpack
 from .errors import ConceptError
@@ -142,7 +142,7 @@ def open_bank(path: Path | str) -> ConceptBank:
 
 def _entry(file: _Tensors, layout: SiteLayout, i: int, record: dict) -> Entry:
     info = ConceptInfo.from_json(record["info"])
-    return Entry(info, _cached(lambda: _read_concept(file, layout, i, info, record)))
+    return Entry(info, _Kept(lambda: _read_concept(file, layout, i, info, record)))
 
 
 def _read_concept(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo, record: dict) -> Concept:

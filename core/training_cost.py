@@ -5,26 +5,30 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
 
 from .bank import ConceptBank
+from .bankfile import open_bank, save_bank
 from .concepts import Concept, ConceptInfo
 from .encoding import encode_prompts
 from .hosts.backbone import Backbone
 from .methods.base import METHODS, Task, make
 from .methods.clora import KEYS_AND_VALUES
 from .prompts import Vocabulary
+from .routing import learning_deltas
 from .sites import PROJECTIONS, SiteLayout
 from .synthetic import deltas_of, peak_gb, seconds
 from .tokens import TokenGroup, default_words
 from .training.config import TrainingConfig
 from .training.data import TrainingSet
-from .training.loop import learn
+from .training.loop import Run, learn
 
 NEW, NOUN = "new", "dog"
 CAPTIONS = (f"a photo of <{NEW}> in a park", f"a photo of <{NEW}> on a sofa, seen from the side")
@@ -79,11 +83,19 @@ def timed(run: Callable[[Callable[[], object]], object]) -> Look:
     return {"seconds": [b - a for a, b in zip(marks, marks[1:], strict=False)], "peak_gb": peak}
 
 
-def step_look(host: Host, row: str, concepts: int, config: TrainingConfig) -> Look:
-    """Learning on top of a bank of so many concepts of the same method."""
+def stored_bank(layout: SiteLayout, method: str, count: int, folder: Path) -> ConceptBank:
+    """The same as people have it: opened from a file, its tensors still on disk."""
+    path = folder / f"{method}-{count}.safetensors"
+    if not path.exists():
+        save_bank(random_bank(layout, method, count), path)
+    return open_bank(path)
+
+
+def step_look(host: Host, row: str, bank: ConceptBank, config: TrainingConfig) -> Look:
+    """Learning on top of a bank."""
     method, settings = ROWS[row]
     backbone = host.backbone
-    bank, data = random_bank(backbone.layout, method, concepts), random_set(backbone, host.side)
+    data = random_set(backbone, host.side)
 
     def run(mark) -> None:
         with host.training():
@@ -111,35 +123,58 @@ def forward_look(host: Host, row: str) -> dict[str, float]:
                 "forward_seconds": seconds(lambda: backbone.predict(data.latents[:1], time_step, context))}
 
 
+@torch.inference_mode(False)
+def growth(host: Host, row: str, banks: Sequence[ConceptBank], config: TrainingConfig, steps: int) -> float:
+    """Median of `steps` ratios: a step on top of the second bank over the one right before on top of the first. Whole looks are minutes
+    apart, in which a machine's pace changes by more than what is asked."""
+    method, settings = ROWS[row]
+    backbone, ratios = host.backbone, []
+    data = random_set(backbone, host.side)
+    with host.training(), torch.enable_grad():
+        runs = [Run(Task(NEW, NOUN, backbone, bank), make(method, settings), data, config) for bank in banks]
+        standing = [learning_deltas(bank, METHODS, method) for bank in banks]
+        for _ in range(steps + 1):
+            times = []
+            for run, deltas in zip(runs, standing, strict=True):
+                with backbone.folded(deltas):
+                    began = time.perf_counter()
+                    run.step()
+                    times.append(time.perf_counter() - began)
+            ratios.append(times[1] / times[0])
+    return statistics.median(ratios[1:])
+
+
 def measure(host: Host, pixels: int, steps: int, rounds: int, tell: Callable[[str], object], precision: str = "float32") -> dict:
     """The JSON of the benchmark; the host has no model any more afterwards. Ratios are of looks right after each other, their median over
     rounds: a machine's pace drifts."""
     config = TrainingConfig(steps=steps, resolution=pixels, precision=precision)
     looks: dict[tuple[str, int], list[tuple[dict, Look]]] = {}
-    for i in range(rounds):
-        for row in ROWS:
-            for concepts in CONCEPTS if row in GROWING else CONCEPTS[:1]:
-                pair = forward_look(host, row), step_look(host, row, concepts, config)
-                looks.setdefault((row, concepts), []).append(pair)
-                tell(f"round {i + 1}, {row}, {concepts} in the bank: {min(pair[1]['seconds']):.2f} s a step, "
+    with TemporaryDirectory() as name:
+        banks = {(row, count): stored_bank(host.backbone.layout, ROWS[row][0], count, Path(name))
+                 for row in ROWS for count in (CONCEPTS if row in GROWING else CONCEPTS[:1])}
+        for i in range(rounds):
+            for (row, count), bank in banks.items():
+                pair = forward_look(host, row), step_look(host, row, bank, config)
+                looks.setdefault((row, count), []).append(pair)
+                tell(f"round {i + 1}, {row}, {count} in the bank: {min(pair[1]['seconds']):.2f} s a step, "
                      f"forward {pair[0]['forward_seconds']:.2f} s, text {pair[0]['text_seconds']:.2f} s")
+        grown = {row: growth(host, row, [banks[row, count] for count in CONCEPTS], config, steps * rounds) for row in GROWING}
     rivals, others = {}, host.rivals()
     host.backbone = None      # our model is no part of what others need
     gc.collect()
     for name, look in others.items():
         rivals[name] = look(steps)
         tell(f"{name}: {min(rivals[name]['seconds']):.2f} s a step")
-    return _told(pixels, looks, rivals)
+    return _told(pixels, looks, grown, rivals)
 
 
-def _told(pixels: int, looks: Mapping, rivals: Mapping[str, Look]) -> dict:
+def _told(pixels: int, looks: Mapping, grown: Mapping[str, float], rivals: Mapping[str, Look]) -> dict:
     rows: dict[str, dict] = {}
     for row in ROWS:
         found = {concepts: _row(looks[row, concepts]) for concepts in CONCEPTS if (row, concepts) in looks}
         rows[row] = found[CONCEPTS[0]] | {"concepts": {str(concepts): one for concepts, one in found.items()}}
         if len(found) > 1:
-            pairs = zip(*(looks[row, concepts] for concepts in CONCEPTS), strict=True)
-            rows[row]["hundred_over_one"] = statistics.median(min(b["seconds"]) / min(a["seconds"]) for (_, a), (_, b) in pairs)
+            rows[row]["hundred_over_one"] = grown[row]
             rows[row]["peak_hundred_over_one"] = _ratio(found[CONCEPTS[1]]["peak_gb"], found[CONCEPTS[0]]["peak_gb"])
     others = {name: {"step_seconds": min(look["seconds"]), "peak_gb": look["peak_gb"]} for name, look in rivals.items()}
     for row in rows.values():

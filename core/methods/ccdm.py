@@ -99,7 +99,7 @@ class CCDM(Method):
                 raise ConceptError(f"setting 'shared_rank' is {c.shared_rank}; allowed: {found}, the rank of the bank's shared deltas")
             with torch.no_grad():
                 parameter.copy_(state[name])
-        mine = [task.bank[name] for name, info in task.bank.infos.items() if info.method == self.name]
+        mine = [task.bank.passing(name) for name, info in task.bank.infos.items() if info.method == self.name]
         for key in self.own.keys:
             old = [d.up[:, c.shared_rank:].float() * d.scale for concept in mine if isinstance(d := concept.deltas.get(key), LowRankDelta)]
             if old:

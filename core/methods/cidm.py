@@ -88,16 +88,17 @@ class CIDM(Method):
         self.tokens_stopped = False
         self.maps = MapProgram(AdapterProgram(self.adapters)) if c.attention_weight > 0 else None
         wanted = c.orthogonality != "off" or c.shared != "off"
-        mine = [task.bank[name] for name, info in task.bank.infos.items() if wanted and info.method == self.name]
-        old = {key: [d.to(device, torch.float32) for concept in mine if isinstance(d := concept.deltas.get(key), LowRankDelta)]
+        mine = [task.bank.passing(name) for name, info in task.bank.infos.items() if wanted and info.method == self.name]
+        old = {key: [d.to(device) for concept in mine if isinstance(d := concept.deltas.get(key), LowRankDelta)]
                for key in self.adapters.keys}
         old = {key: deltas for key, deltas in old.items() if deltas}
         self.old_up = {key: self._stacked_ups(deltas) for key, deltas in old.items()}
         self._begin_shared(old, task.bank.shared.get(self.name, {}))
 
     def _stacked_ups(self, deltas: list[LowRankDelta]) -> Tensor:
-        """The old A_i as the chosen reading of R1 wants them: side by side `[a, sum r]`, or stacked `[g - 1, a, R]`."""
-        ups = [d.up * d.scale for d in deltas]
+        """The old A_i as the chosen reading of R1 wants them: side by side `[a, sum r]`, or stacked `[g - 1, a, R]`; in the type that they
+        are stored in where that is exact, which with many concepts is half the memory."""
+        ups = [d.up if d.scale == 1 else d.up.float() * d.scale for d in deltas]
         if self.config.orthogonality != "aa":
             return torch.cat(ups, dim=1)
         rank = max(up.shape[1] for up in ups)

@@ -22,7 +22,7 @@ def orthogonality_rr(old_up: Tensor, up: Tensor) -> Tensor:
 
     old_up: the A_i of all old tasks side by side `[a, sum r]`, so there is no loop over concepts; up: `[a, r]`.
     """
-    return (old_up.T @ up).abs().sum()
+    return (old_up.to(up.dtype).T @ up).abs().sum()
 
 
 def orthogonality_aa(old_up: Tensor, up: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def orthogonality_aa(old_up: Tensor, up: Tensor) -> Tensor:
     old_up: the A_i of all old tasks `[g - 1, a, R]`; up `[a, r]`. A smaller rank counts as filled up with zeros, on either side.
     """
     rank = max(old_up.shape[2], up.shape[1])
-    old, new = F.pad(old_up, (0, rank - old_up.shape[2])), F.pad(up, (0, rank - up.shape[1]))
+    old, new = F.pad(old_up.to(up.dtype), (0, rank - old_up.shape[2])), F.pad(up, (0, rank - up.shape[1]))
     return (old @ new.T).abs().sum()
 
 

@@ -177,7 +177,7 @@ class CNS(Method):
     def _tie(self) -> None:
         """For every chosen neuron: what earlier tasks made of it, `W_t-1 - W_0` `[k]`, and whether it is one of theirs, 0 or 1 `[k]`."""
         self.drift, self.overlap = {}, {}
-        mine = [self.task.bank[name] for name, info in self.task.bank.infos.items() if info.method == self.name]
+        mine = [self.task.bank.passing(name) for name, info in self.task.bank.infos.items() if info.method == self.name]
         for key, size in self.adapters.sizes.items():
             places = self.adapters.at(key)[1].long()
             old = [delta for concept in mine if (delta := concept.deltas.get(key)) is not None]

@@ -107,7 +107,7 @@ class OrthogonalAdaptation(Method):
         """B_i^T of this concept for one input width, `[r, width]`."""
         basis, taken = orthogonal_matrix(width), torch.zeros(width, dtype=torch.bool)
         if self.config.columns == "disjoint":
-            mine = [task.bank[name] for name, info in task.bank.infos.items() if info.method == self.name]
+            mine = [task.bank.passing(name) for name, info in task.bank.infos.items() if info.method == self.name]
             deltas = [delta for concept in mine if isinstance(delta := concept.deltas.get(keys[0]), LowRankDelta)]
             taken = taken_columns(basis, [delta.down for delta in deltas])
             if int((~taken).sum()) < self.config.rank:

@@ -157,3 +157,18 @@ def test_operations_agree_with_a_dict(machine):
     case = machine.TestCase
     case.settings = settings(max_examples=15, stateful_step_count=12, deadline=None, database=None)
     case("runTest").runTest()
+
+
+def test_a_concept_in_passing_does_not_stay_in_memory(layout, make_concept):
+    reads, concept = [], make_concept(layout, "rex")
+
+    def load():
+        reads.append(1)
+        return concept
+
+    bank = ConceptBank(layout).lazily(concept.info, load)
+    assert bank.passing("rex") is concept and bank.passing("rex") is concept and len(reads) == 2
+    assert bank["rex"] is concept and bank["rex"] is concept and bank.passing("rex") is concept and len(reads) == 3
+    assert ConceptBank(layout).add(concept).passing("rex") is concept
+    with pytest.raises(ConceptError, match="holds no concept 'mimi'"):
+        bank.passing("mimi")

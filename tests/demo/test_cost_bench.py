@@ -55,7 +55,7 @@ def test_training_figures(host, monkeypatch):
 
 def test_a_look_leaves_the_first_step_out(host):
     config = training_cost.TrainingConfig(steps=4, resolution=64)
-    assert len(training_cost.step_look(host, "bound", 0, config)["seconds"]) == 3
+    assert len(training_cost.step_look(host, "bound", training_cost.ConceptBank(host.backbone.layout), config)["seconds"]) == 3
 
 
 def test_steps_of_other_peoples_optimisers_are_counted():
