@@ -15,7 +15,7 @@ WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(WORKFLOWS.glob("*.json"))
 API_GRAPHS = sorted((WORKFLOWS / "api").glob("*.json"))
 OF_THE_PAGE = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}  # nodes that the server knows nothing of
-FILES = {"ckpt_name", "bank_name", "folder", "image", "lora", "embedding"}  # lists of what a person's folders hold
+FILES = {"ckpt_name", "bank_name", "folder", "image", "lora", "embedding", "clip_name"}  # lists of what a person's folders hold
 
 
 def name_of(path: Path) -> str:
@@ -34,6 +34,8 @@ def shortened(graph: dict, learning: int = 4, sampling: int = 3) -> dict:
             inputs["steps"], inputs["preview_every"] = learning, min(inputs["preview_every"], learning // 2)
         elif node["class_type"] in ("KSampler", "RegionalConceptSampler"):
             inputs["steps"] = sampling
+        elif node["class_type"] == "ConceptEvaluate":
+            inputs["steps"], inputs["seeds"] = sampling, 1
         elif node["class_type"] == "ConceptNeuronSelect":
             inputs["draws"] = 2
     return graph
@@ -89,6 +91,14 @@ def test_every_workflow_has_its_api_form_and_its_picture():
     assert [name_of(path) for path in GRAPHS] == [name_of(path) for path in API_GRAPHS]
     assert {path.stem for path in WORKFLOWS.glob("*.jpg")} == {name_of(path) for path in GRAPHS}
     assert {path.suffix for path in WORKFLOWS.iterdir() if path.is_file()} == {".json", ".jpg"}
+
+
+def test_every_node_has_an_example(object_info):
+    """In the graph that people open, but for the demo's nodes, which take the place of a checkpoint in the form that runs anywhere."""
+    opened = {node["type"] for path in GRAPHS for node in read(path)["nodes"]}
+    run = {node["class_type"] for path in API_GRAPHS for node in read(path).values()}
+    assert set(our_nodes(object_info)) <= opened | run
+    assert set(our_nodes(object_info)) - opened <= {"ConceptDemoBase", "ConceptDemoPhotos"}
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.jpg")), ids=name_of)
