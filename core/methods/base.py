@@ -6,7 +6,7 @@ A method is a file: config + maths + strategy + `register(...)` at the bottom. T
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -169,7 +169,7 @@ class LearnedWords(nn.Module):
         return TokenGroup(self.names, dict(self.vectors.items()))
 
     def stored(self, dtype: torch.dtype) -> TokenGroup:
-        return TokenGroup(self.names, {name: v.detach().to(dtype).cpu().clone() for name, v in self.vectors.items()})
+        return TokenGroup(self.names, {name: kept(v, dtype) for name, v in self.vectors.items()})
 
     def mean_norm(self) -> float:
         """Mean length of the learned vectors, over encoders, copies and words."""
@@ -200,10 +200,7 @@ class LowRankAdapters(nn.Module):
 
     def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
         """Detached copies on the CPU in the bank's type."""
-        def keep(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype).cpu().clone()
-
-        return {key: LowRankDelta(keep(d.up), keep(d.down), d.scale) for key in self.keys if (d := self.delta(*key)) is not None}
+        return kept_deltas({key: d for key in self.keys if (d := self.delta(*key)) is not None}, dtype)
 
 
 class AdapterProgram(SiteProgram):
@@ -224,6 +221,25 @@ def stored_dtype(name: str) -> torch.dtype:
     if name not in STORED_TYPES:
         raise ConceptError(f"stored type is {name!r}; allowed: {', '.join(STORED_TYPES)}")
     return STORED_TYPES[name]
+
+
+def fitting(dtype: torch.dtype, tensors: Iterable[Tensor]) -> torch.dtype:
+    """The bank's type for tensors that are stored together: float32 where a number is too large for `dtype`, so that storing makes nothing
+    infinite."""
+    tops = [tensor.detach().abs().amax() for tensor in tensors if tensor.numel()]
+    return torch.float32 if tops and torch.stack(tops).max() > torch.finfo(dtype).max else dtype
+
+
+def kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A detached copy on the CPU in the bank's type."""
+    return tensor.detach().to(fitting(dtype, [tensor])).cpu().clone()
+
+
+def kept_deltas(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
+    """Detached copies on the CPU, all in one type, as their file has them."""
+    dtype = fitting(dtype, (tensor for delta in deltas.values() for tensor in delta.tensors()))
+    return {key: LowRankDelta(d.up.detach().to(dtype).cpu().clone(), d.down.detach().to(dtype).cpu().clone(), d.scale)
+            for key, d in deltas.items()}
 
 
 def require(condition: bool, setting: str, value, allowed: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from ..deltas import DeltaKey, LowRankDelta
 from ..hosts.backbone import SiteProgram
 from ..tokens import TokenGroup
-from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, register, stored_dtype
+from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, kept_deltas, register, stored_dtype
 from .low_rank import LowRankConfig
 
 
@@ -75,13 +75,13 @@ class Finetune(Method):
             if self.start:
                 before = self.start[key]
                 up, down = torch.cat([up, -before.up.cpu()], dim=1), torch.cat([down, before.down.cpu()], dim=0)
-            deltas[key] = LowRankDelta(up.to(dtype), down.to(dtype), self.config.scale)
+            deltas[key] = LowRankDelta(up, down, self.config.scale)
         shared = {}
         for key in self.adapters.keys:
             name = adapter_key(*key)
             shared[f"{name}.up"] = self.adapters.up[name].detach().cpu().clone()
             shared[f"{name}.down"] = self.adapters.down[name].detach().cpu().clone()
-        return Outcome(self.words.stored(dtype), deltas, shared)
+        return Outcome(self.words.stored(dtype), kept_deltas(deltas, dtype), shared)
 
     def modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({"words": self.words, "adapters": self.adapters})

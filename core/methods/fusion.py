@@ -17,11 +17,12 @@ from ..bank import ConceptBank
 from ..concepts import ConceptInfo
 from ..deltas import DeltaKey, LowRankDelta, concatenate
 from ..encoding import encode_prompts
+from ..errors import ConceptError
 from ..hosts.backbone import Backbone
 from ..prompts import Vocabulary
 from ..sites import PROJECTIONS, SiteLayout
 from ..tokens import TokenGroup
-from .base import Outcome
+from .base import Outcome, kept, kept_deltas
 
 NOISE = 1e-5       # relative size below which singular values of fitted deltas are rounding, in single precision
 CONCEPT_PROMPTS = ("{}", "a photo of {}")      # the concept prompts of Custom Diffusion's and Mix-of-Show's released code
@@ -87,12 +88,12 @@ def _svd(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
     return left.Q @ u, s, v @ right.Q.T
 
 
-def _cut(factors: tuple[Tensor, Tensor, Tensor], rank: int, dtype: torch.dtype) -> LowRankDelta:
+def _cut(factors: tuple[Tensor, Tensor, Tensor], rank: int) -> LowRankDelta:
     u, s, v = factors
     up, down = torch.zeros(u.shape[0], rank), torch.zeros(rank, v.shape[1])
     kept, root = min(rank, len(s)), s[:rank].sqrt()
     up[:, :kept], down[:kept] = u[:, :kept] * root, root.unsqueeze(1) * v[:kept]
-    return LowRankDelta(up.to(dtype), down.to(dtype))
+    return LowRankDelta(up, down)
 
 
 def compressed(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype, kept: float = 1.0,
@@ -109,7 +110,7 @@ def compressed(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype, kept
         if kept < 1 and s.sum() > 0:
             rank = min(rank, 1 + int((s.cumsum(0) / s.sum() < kept).sum()))
         needed[key[1]] = max(needed[key[1]], rank)
-    return {key: _cut(factors, needed[key[1]], dtype) for key, factors in found.items()}
+    return kept_deltas({key: _cut(factors, needed[key[1]]) for key, factors in found.items()}, dtype)
 
 
 def fused_record(fused: Mapping[DeltaKey, LowRankDelta], earlier: Sequence[Mapping[DeltaKey, LowRankDelta]],
@@ -128,8 +129,12 @@ def fused_record(fused: Mapping[DeltaKey, LowRankDelta], earlier: Sequence[Mappi
 
 def pack_rows(rows: Mapping[DeltaKey, Rows], dtype: torch.dtype) -> dict[str, Tensor]:
     """Rows of several projections side by side, as many in each: two tensors of shared state whatever the number of sites."""
-    return {"inputs": torch.cat([r.inputs for r in rows.values()], dim=1).to(dtype),
-            "targets": torch.cat([r.targets for r in rows.values()], dim=1).to(dtype)}
+    found = {"inputs": kept(torch.cat([r.inputs for r in rows.values()], dim=1), dtype),
+             "targets": kept(torch.cat([r.targets for r in rows.values()], dim=1), dtype)}
+    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
+        raise ConceptError("what was learned makes NaN or infinity of the model's features, so it cannot be fused with other concepts; "
+                           "lower the learning rates (lr, token_lr); the bank is unchanged")
+    return found
 
 
 def unpack_rows(packed: Mapping[str, Tensor], keys: Iterable[DeltaKey], layout: SiteLayout) -> dict[DeltaKey, Rows]:

@@ -28,7 +28,7 @@ from ..deltas import DeltaKey, SparseDelta
 from ..hosts.backbone import SiteProgram
 from ..sites import Site
 from ..tokens import TokenGroup
-from .base import Batch, Forward, LearnedWords, Task, adapter_key, register, require, stored_dtype
+from .base import Batch, Forward, LearnedWords, Task, adapter_key, fitting, kept, register, require, stored_dtype
 from .clora import CLoRA, CLoRAConfig
 
 
@@ -78,7 +78,7 @@ class GeneratedWords(nn.Module):
         return TokenGroup(self.names, {name: getattr(self.starts, name) + last @ hidden for name, last in self.last.items()})
 
     def stored(self, dtype: torch.dtype) -> TokenGroup:
-        return TokenGroup(self.names, {name: v.detach().to(dtype).cpu().clone() for name, v in self.group().vectors.items()})
+        return TokenGroup(self.names, {name: kept(v, dtype) for name, v in self.group().vectors.items()})
 
 
 class LowRankMasks(nn.Module):
@@ -174,12 +174,10 @@ class Stamina(CLoRA):
         return {"norm": float(self.norm()), "kept": float(kept) / self.entries}
 
     def _recorded(self) -> dict[DeltaKey, SparseDelta]:
-        dtype, layout, found = stored_dtype(self.config.stored), self.task.backbone.layout, {}
-        for index, projection in self.numbers:
-            places, values = self.folded((index, projection))
-            size = layout.sites[index].shape(projection)
-            found[index, projection] = SparseDelta(size, places.cpu().clone(), values.to(dtype).cpu().clone())
-        return found
+        layout, folded = self.task.backbone.layout, {key: self.folded(key) for key in self.numbers}
+        dtype = fitting(stored_dtype(self.config.stored), (values for _, values in folded.values()))
+        return {(index, part): SparseDelta(layout.sites[index].shape(part), places.cpu().clone(), values.to(dtype).cpu().clone())
+                for (index, part), (places, values) in folded.items()}
 
     def modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({**super().modules(), "masks": self.masks, "place": _Place(self)})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import ConceptError
@@ -21,18 +21,32 @@ from .framing import Framing, Picture, bucket_of, frame
 
 UNET_MULTIPLE = 8      # sides of latents in buckets: three halvings, as in every family here
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")      # whatever a file is named; EPS for one would start a program
+MOST_PIXELS = 64_000_000
+LEAST_SHARE = 16               # a picture's shorter side is at least the resolution's so manieth part: of less there is nothing to learn
+LONGEST_CAPTION = 5000         # characters
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """Upright RGB in -1..1, transparency on white; 16-bit and CMYK pictures included."""
+    """Upright RGB in -1..1, transparency on white; 16-bit, floating-point and CMYK pictures included; of an animation its first frame."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        array = np.asarray(image, dtype=np.float32)      # 8 or 16 bits per value; PIL does not say which
-        image = Image.fromarray((array * (255.0 / (255.0 if array.max() <= 255 else 65535.0))).clip(0, 255).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        array = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((array * (255.0 / _white(image.mode, array))).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1.0
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def _white(mode: str, array: np.ndarray) -> float:
+    """The number that means white. PIL's modes do not always say how many bits there were."""
+    if not np.isfinite(array).all():
+        raise ConceptError("it has values that are no numbers (NaN or infinity)")
+    top = array.max()
+    if mode == "F" and top <= 1:
+        return 1.0
+    return 255.0 if top <= 255 and not mode.startswith("I;16") else 65535.0
 
 
 def read_picture(path: Path, caption: str = "", mask: Path | None = None, is_prior: bool = False) -> Picture:
@@ -42,7 +56,15 @@ def read_picture(path: Path, caption: str = "", mask: Path | None = None, is_pri
     matte = None if mask is None else _opened(Path(mask), "mask", _to_mask)
     if matte is not None and matte.shape[1:] != pixels.shape[1:]:
         matte = F.interpolate(matte.unsqueeze(0), pixels.shape[1:], mode="bilinear").squeeze(0)
-    return Picture(pixels, caption, matte, is_prior, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    return Picture(pixels, caption, matte, is_prior, _digest(path))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def _to_mask(image: Image.Image) -> Tensor:
@@ -51,15 +73,31 @@ def _to_mask(image: Image.Image) -> Tensor:
 
 def _opened(path: Path, what: str, convert: Callable[[Image.Image], Tensor]) -> Tensor:
     try:
-        with Image.open(path) as image:
-            return convert(image)
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height <= MOST_PIXELS:
+                return convert(image)
+            size = f"{image.width}x{image.height} pixels"
+    except Image.DecompressionBombError:
+        size = "too many pixels"
+    except UnidentifiedImageError:
+        raise ConceptError(f"the {what} '{path}' is no picture that can be read, whatever its name; readable are "
+                           + ", ".join(FORMATS)) from None
+    except ConceptError as error:
+        raise ConceptError(f"the {what} '{path}' cannot be used: {error}") from None
     except Exception as error:      # PIL's plugins raise nearly anything over a damaged file
         raise ConceptError(f"the {what} '{path}' cannot be read ({type(error).__name__}: {error})") from error
+    raise ConceptError(f"the {what} '{path}' has {size}; allowed: up to {MOST_PIXELS // 10**6} million, make it smaller")
 
 
 def _read_caption(stem: str, folder: Path) -> str:
     file = folder / f"{stem}.txt"
-    return file.read_text(encoding="utf-8-sig", errors="replace").strip() if file.is_file() else ""
+    if not file.is_file():
+        return ""
+    with file.open(encoding="utf-8-sig", errors="replace") as text:
+        caption = text.read(LONGEST_CAPTION + 1)
+    if len(caption) > LONGEST_CAPTION:
+        raise ConceptError(f"the caption '{file}' is longer than {LONGEST_CAPTION} characters, the most that is allowed")
+    return caption.strip()
 
 
 def _pictures_in(folder: Path) -> list[Path]:
@@ -156,6 +194,7 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
     if framing.resolution % step or framing.resolution < least:
         raise ConceptError(f"resolution is {framing.resolution}; with framing {framing.mode} it must be a multiple of {step}, "
                            f"at least {least}")
+    _check(pictures, framing)
     digests = tuple(p.digest for p in own)
     if framing.mode != "buckets":
         return _encoded(backbone, pictures, name, class_noun, framing, (framing.resolution, framing.resolution), digests)
@@ -165,6 +204,37 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
     prior = [p for p in pictures if p.is_prior]
     parts = [_encoded(backbone, [*some, *prior], name, class_noun, framing, size, ()) for size, some in shapes.items()]
     return replace(parts[0], digests=digests) if len(parts) == 1 else BucketSet(tuple(parts), digests)
+
+
+def _check(pictures: Sequence[Picture], framing: Framing) -> None:
+    """Raises ConceptError for what there is nothing to learn from."""
+    least = -(-framing.resolution // LEAST_SHARE)
+    for what, picture in _numbered(pictures):
+        height, width = picture.pixels.shape[1:]
+        if min(height, width) < least:
+            raise ConceptError(f"{what} is {width}x{height} pixels; with resolution {framing.resolution} both sides must be at least "
+                               f"{least}")
+        if not torch.isfinite(picture.pixels).all():
+            raise ConceptError(f"{what} has values that are no numbers (NaN or infinity)")
+        if len(picture.caption) > LONGEST_CAPTION:
+            raise ConceptError(f"the caption of {what} has {len(picture.caption)} characters; allowed: up to {LONGEST_CAPTION}")
+        if picture.mask is not None and not _seen(picture.mask, framing).max() > 0:
+            raise ConceptError(f"the mask of {what} leaves nothing of it with framing {framing.mode}; white must be somewhere in the part "
+                               "that is learned")
+
+
+def _seen(mask: Tensor, framing: Framing) -> Tensor:
+    """The part of a mask that framing leaves, enlarged or not."""
+    return frame(Picture(mask), framing).pixels if framing.mode == "crop" else mask
+
+
+def _numbered(pictures: Sequence[Picture]) -> list[tuple[str, Picture]]:
+    """Pictures with what a person can find them by."""
+    counts, found = {False: 0, True: 0}, []
+    for picture in pictures:
+        counts[picture.is_prior] += 1
+        found.append((f"{'prior ' * picture.is_prior}picture {counts[picture.is_prior]}", picture))
+    return found
 
 
 def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str, framing: Framing, size: tuple[int, int],
@@ -179,5 +249,8 @@ def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_n
             captions.append(caption)
             priors.append(picture.is_prior)
     latents = torch.cat([backbone.encode_images(chunk) for chunk in torch.stack(pixels).split(8)])
+    if not torch.isfinite(latents).all():
+        raise ConceptError("the autoencoder makes values that are no numbers (NaN or infinity) of the pictures; run it in float32 "
+                           "(ComfyUI: --fp32-vae) or load another VAE")
     small = F.interpolate(torch.stack(masks), latents.shape[-2:], mode="area")
     return TrainingSet(latents, small.to(latents.device), tuple(captions), torch.tensor(priors), digests)

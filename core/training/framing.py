@@ -12,6 +12,7 @@ from ..errors import ConceptError
 
 MODES = ("crop", "pad", "buckets")
 WIDEST = 2      # a bucket's side is at most so many times the resolution
+FAR = 4         # times another shape than the frame's: of a longer picture the ends are cut off before it is resized
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,27 @@ def bucket_of(height: int, width: int, resolution: int, step: int) -> tuple[int,
     def shown(size: tuple[int, int]) -> tuple[float, float]:
         tall, wide = size[0] / height, size[1] / width
         share = min(tall, wide) / max(tall, wide)
-        return round(share * size[0] * size[1] / area, 9), round(share, 9)
+        return round(share * (size[0] * size[1]) / area, 9), round(share, 9)      # so that a picture on its side gets the same
 
     return max(((a, b) for a in sides(height) for b in sides(width) if a * b <= area), key=shown, default=(step, step))
+
+
+def _middle(picture: Picture, tall: int, wide: int) -> Picture:
+    """The middle of a picture that is far from the frame's shape; any other as it is. Enlarged to the frame's other side, 20,000 x 40
+    pixels would be gigabytes, nearly all of it to be cut off."""
+    def part(length: int, most: int) -> slice:
+        first = max(0, (length - most) // 2)
+        return slice(first, length - first)
+
+    height, width = picture.pixels.shape[1:]
+    cut = (slice(None), part(height, -(-FAR * width * tall // wide)), part(width, -(-FAR * height * wide // tall)))
+    return replace(picture, pixels=picture.pixels[cut], mask=None if picture.mask is None else picture.mask[cut])
 
 
 def frame(picture: Picture, framing: Framing, size: tuple[int, int] | None = None) -> Picture:
     """The picture in `size` (height and width; None: the square), with a mask that says which part counts."""
     tall, wide = size or (framing.resolution, framing.resolution)
+    picture = picture if framing.mode == "pad" else _middle(picture, tall, wide)
     height, width = picture.pixels.shape[1:]
     ratio = (min if framing.mode == "pad" else max)(tall / height, wide / width)
     new = (max(1, round(height * ratio)), max(1, round(width * ratio)))

@@ -12,7 +12,8 @@ import torch
 
 from ..bank import ConceptBank
 from ..concepts import Concept, ConceptInfo, Provenance
-from ..methods.base import Method, Task, make
+from ..errors import ConceptError
+from ..methods.base import Method, Outcome, Task, make
 from .config import TrainingConfig
 from .data import TrainingSet
 
@@ -63,10 +64,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _refuse_nan(outcome: Outcome, name: str) -> None:
+    """The last step may have gone too far, which no later loss shows."""
+    factors = [tensor for delta in outcome.deltas.values() for tensor in delta.tensors()]
+    if not all(torch.isfinite(tensor).all() for tensor in (*outcome.tokens.vectors.values(), *factors, *outcome.shared.values())):
+        raise ConceptError(f"what concept '{name}' has learned holds NaN or infinity; lower the learning rates (lr, token_lr); the bank is "
+                           "unchanged")
+
+
 def conclude(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, losses: Sequence[float], seconds: float,
              cover: bytes) -> Learned:
     """The learned concept with its provenance, and the bank with it."""
     outcome = method.finish()
+    _refuse_nan(outcome, task.name)
     settings = {"method": method_settings(method), "training": asdict(config)}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     origin = Provenance(base=task.backbone.fingerprint, images=data.digests, settings=settings, versions=_versions(), date=now,

@@ -177,7 +177,7 @@ def test_buckets_fit_the_picture_and_the_area(height, width, resolution, step):
 
 @pytest.mark.parametrize(("picture", "bucket"), [
     ((512, 512), (512, 512)), ((4000, 4000), (512, 512)), ((768, 1024), (448, 576)), ((1920, 1080), (640, 384)), ((300, 200), (256, 192)),
-    ((2000, 500), (1024, 256)), ((40, 900), (64, 896)),
+    ((2000, 500), (1024, 256)), ((40, 900), (64, 896)), ((900, 40), (896, 64)),
 ])
 def test_buckets_of_usual_pictures(picture, bucket):
     assert bucket_of(*picture, 512, 64) == bucket
