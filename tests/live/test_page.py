@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -129,3 +130,28 @@ def test_the_tour_runs_at_a_press_of_run(page, server, tmp_path):
 def test_the_help_panel_shows_our_page(page, server):
     text = page.evaluate("fetch('/extensions/continual-concepts/docs/ConceptLearner.md').then(answer => answer.text())")
     assert "| `class_noun` |" in text
+
+
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_blueprints_open_and_become_the_nodes_that_they_hold(page, server, path, tmp_path):
+    offered = server.call("/global_subgraphs")
+    if not isinstance(offered, dict) or "error" in offered:
+        pytest.skip("this ComfyUI is of before blueprints")
+    mine = {key: entry["name"] for key, entry in offered.items() if entry["info"]["node_pack"] == "custom_nodes.continual-concepts"}
+    assert sorted(mine.values()) == [one.stem for one in BLUEPRINTS]
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    page.evaluate("graph => app.loadGraphData(graph)", graph)
+    page.wait_for_timeout(1500)
+    shoot(page, tmp_path, path.stem)
+    output = page.evaluate("app.graphToPrompt().then(found => found.output)")
+    inside = graph["definitions"]["subgraphs"][0]
+    assert sorted(node["class_type"] for node in output.values()) == sorted(node["type"] for node in inside["nodes"])
+    assert not page.errors
+    for node in inside["nodes"]:      # what is shown outside arrives inside, and nothing else has changed
+        sent = next(one["inputs"] for one in output.values() if one["class_type"] == node["type"])
+        widgets = [one["name"] for one in node["inputs"] if "widget" in one]
+        kept = [value for value in node["widgets_values"] if value != "fixed"]
+        assert {name: sent[name] for name in widgets} == dict(zip(widgets, kept, strict=True))
