@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from argparse import Namespace
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from tqdm import tqdm
 from .bank import ConceptBank
 from .bankfile import open_bank, verify_bank
 from .bankkeep import add_concept, change_bank, replace_concept, restore, versions
+from .collisions import collisions_of, composition_of, header_warnings
 from .concepts import Concept
 from .errors import ConceptError
 from .files import write_atomically
 from .hosts.backbone import Backbone
+from .inspection import inspect
 from .interop.export import DEFAULT_FORMATS, export_concept
 from .interop.importing import import_concept
 from .methods.base import Task, make
@@ -194,8 +196,18 @@ def _line(concept_info) -> str:
     return f"{concept_info.placeholder:<20} {what} {len(origin.images)} pictures  {origin.date}"
 
 
-def _describe(concept: Concept) -> tuple[dict, list[str]]:
-    info = concept.info
+def _listed(known: ConceptBank) -> Result:
+    """From the header alone: nothing of a concept is read."""
+    infos = known.infos.values()
+    collisions = collisions_of(list(infos))
+    warnings = [*(one.sentence for one in collisions), *header_warnings(known)]
+    facts = {"concepts": [info.to_json() for info in infos], "collisions": [asdict(one) for one in collisions], "warnings": warnings}
+    return facts, [*map(_line, infos), *(f"warning: {warning}" for warning in warnings)] or ["the bank is empty"]
+
+
+def _describe(known: ConceptBank, concept: Concept) -> Result:
+    info, found = concept.info, inspect(known, only=concept.name)
+    nearest = [found.nearest(info.name, measure) for measure in found.likeness]
     facts = {
         **info.to_json(),
         "placeholder": info.placeholder,
@@ -203,6 +215,10 @@ def _describe(concept: Concept) -> tuple[dict, list[str]]:
         "deltas": len(concept.deltas),
         "layer_copies": concept.tokens.copies,
         "cover_bytes": len(concept.cover),
+        "composes": composition_of(info.method),
+        "most_like": {one.measure: {"name": one.name, "cosine": round(one.cosine, 4)} for one in nearest if one is not None},
+        "collides_with": found.partners(info.name),
+        "warnings": [one.sentence for one in found.collisions if info.name in (one.one, one.other)],
     }
     facts = json.loads(json.dumps(facts))
     return facts, [f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}" for key, value in facts.items()]
@@ -240,11 +256,9 @@ def bank(options: Namespace) -> Result:
         ]
     known = open_bank(options.bank)
     if options.action == "list":
-        return {"concepts": [info.to_json() for info in known.infos.values()]}, [_line(info) for info in known.infos.values()] or [
-            "the bank is empty"
-        ]
+        return _listed(known)
     if options.action == "show":
-        return _describe(known[options.name])
+        return _describe(known, known[options.name])
     if options.action == "export":
         return _exported(known, options)
     if options.action == "merge":

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
+import torch
 from comfy_api.latest import io, ui
 
+from ..core.bank_picture import bank_pages
 from ..core.bankfile import open_bank
 from ..core.bankkeep import change_bank
 from ..core.errors import ConceptError
-from ..core.pictures import covers_picture, to_tensor
+from ..core.inspection import inspect, lines
+from ..core.pictures import to_tensor
 from ..core.training import checkpoint
 from . import host, types
 from .schema import Schema
@@ -165,26 +170,28 @@ class ConceptBankInspect(io.ComfyNode):
             display_name="Inspect Concept Bank",
             category=types.BANKS,
             is_output_node=True,
-            description="Lists a bank's concepts with their covers, methods, photos, sizes and dates.",
-            inputs=[types.Bank.Input("bank", tooltip="The bank to look into.")],
-            outputs=[io.Image.Output(display_name="covers"), io.String.Output(display_name="text")],
+            search_aliases=["similar concepts", "collision", "bank contents"],
+            description="Shows a bank's concepts as cards: covers, methods, sizes, which are most alike, and warns where two collide.",
+            inputs=[
+                types.Bank.Input("bank", tooltip="The bank to look into."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="To compare covers too, such as CLIP ViT-B/32. Without: deltas and words alone."
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="covers"),
+                io.String.Output(display_name="text"),
+                io.String.Output(display_name="report"),
+            ],
         )
 
     @classmethod
-    def execute(cls, bank) -> io.NodeOutput:
-        concepts = [] if bank is None else list(bank)
-        lines = [_line(concept) for concept in concepts] or ["the bank is empty"]
-        picture = to_tensor(covers_picture([(concept.info.placeholder, concept.cover) for concept in concepts]))
-        return io.NodeOutput(picture, "\n".join(lines), ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": ("\n".join(lines),)})
-
-
-def _line(concept) -> str:
-    info, origin = concept.info, concept.info.provenance
-    layers = f"{concept.tokens.copies} layer copies" if concept.tokens.copies > 1 else "one copy"
-    return (
-        f"{info.placeholder}  {info.class_noun}, {info.kind}, {info.method}, {len(info.words)} words in {layers}, "
-        f"{concept.nbytes() / 1e6:.2f} MB, {len(origin.images)} photos, {origin.steps} steps, {origin.date[:10]}"
-    )
+    def execute(cls, bank, clip_vision=None) -> io.NodeOutput:
+        found = inspect(bank, None if clip_vision is None else host.vision(clip_vision))
+        picture = torch.cat([to_tensor(page) for page in bank_pages(found)])
+        text = "\n".join(lines(found))
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
+        return io.NodeOutput(picture, text, json.dumps(found.to_json(), indent=1), ui=shown)
 
 
 NODES = [ConceptBankLoad, ConceptBankSave, ConceptBankMerge, ConceptBankEdit, ConceptBankInspect]

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def _why_not(comfyui: Path) -> str:
     return "" if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it ends at once"])[-1]
 
 
-def _start(comfyui: Path, base: Path) -> Server:
+def _start(comfyui: Path, base: Path, *more: str) -> Server:
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True)
     (base / "custom_nodes" / FOLDER).symlink_to(ROOT, target_is_directory=True)
@@ -120,7 +121,7 @@ def _start(comfyui: Path, base: Path) -> Server:
     options = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "main.py", *options, "--listen", "127.0.0.1", "--port", str(port)],
+            [sys.executable, "main.py", *options, *more, "--listen", "127.0.0.1", "--port", str(port)],
             cwd=comfyui, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
     return Server(port, base, log, process)
@@ -157,15 +158,26 @@ def comfyui_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui_folder, tmp_path_factory) -> Iterator[Server]:
-    """A running ComfyUI with this checkout as its only custom node pack; one for all tests."""
-    running = _start(comfyui_folder, tmp_path_factory.mktemp("comfyui") / "base")
-    try:
-        if not _ready(running):
-            pytest.fail(f"ComfyUI did not start within {START_LIMIT} s:\n{running.log[-3000:]}")
+def start_server(comfyui_folder, tmp_path_factory):
+    """start_server(*options): a context in which a ComfyUI runs with this checkout as its only custom node pack."""
+    @contextmanager
+    def run(*options: str) -> Iterator[Server]:
+        running = _start(comfyui_folder, tmp_path_factory.mktemp("comfyui") / "base", *options)
+        try:
+            if not _ready(running):
+                pytest.fail(f"ComfyUI did not start within {START_LIMIT} s:\n{running.log[-3000:]}")
+            yield running
+        finally:
+            _stop(running)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def server(start_server) -> Iterator[Server]:
+    """One for all tests."""
+    with start_server() as running:
         yield running
-    finally:
-        _stop(running)
 
 
 @pytest.fixture(scope="session")

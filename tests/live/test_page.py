@@ -143,6 +143,7 @@ def test_blueprints_open_and_become_the_nodes_that_they_hold(page, server, path,
     mine = {key: entry["name"] for key, entry in offered.items() if entry["info"]["node_pack"] == "custom_nodes.continual-concepts"}
     assert sorted(mine.values()) == [one.stem for one in BLUEPRINTS]
     graph = json.loads(path.read_text(encoding="utf-8"))
+    page.keyboard.press("Escape")      # a dialog that greets
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.wait_for_timeout(1500)
     shoot(page, tmp_path, path.stem)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...deltas import Deltas
+from ...deltas import Delta, Deltas
 from ...errors import ConceptError
 from ...schedule import NoiseSchedule
 from ...sites import Site
@@ -79,10 +79,11 @@ class ComfyBackbone(Backbone):
         self.sites = find_sites(model, text_widths(clip))
         self.layout, self.schedule = self.sites.layout, schedule_of(model)
         self.unet = model.model.diffusion_model
-        self.text = tuple(ComfyText(name, clip) for name in encoder_names(clip))
+        self.text = tuple(ComfyText(name, clip, self.load) for name in encoder_names(clip))
         self.latent_channels = model.model.latent_format.latent_channels
         self.picture_multiple = _multiple(vae)
         self._is_loaded = False
+        self._folds: list[_Fold] = []
         self._patches = program_patches(self.sites)
         self.fingerprint = self._weight_hash()
         self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx, *(() if vae is None else (_ends(vae),)))
@@ -102,13 +103,16 @@ class ComfyBackbone(Backbone):
         return digest.hexdigest()[:16]
 
     def load(self) -> None:
-        """UNet and text encoders on their device, with weights that gradients can pass through."""
-        if self._is_loaded:
+        """UNet and text encoders on their device, with weights that gradients can pass through; again where the host has unloaded them
+        meanwhile."""
+        if self._is_loaded and _are_loaded(self.model, self.clip.patcher):
             return
         with torch.inference_mode(False):
             management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
             for module in (self.unet, self.clip.cond_stage_model):
                 plain_weights(getattr(module, "inner", module))
+            for fold in self._folds:
+                fold.renew()
         self._is_loaded = True
 
     @contextmanager
@@ -176,10 +180,10 @@ class ComfyBackbone(Backbone):
         self.load()
         with ExitStack() as stack:
             for (index, projection), delta in deltas.items():
-                module = self.sites.linear(self.layout.sites[index], projection)
-                stack.callback(setattr, module.weight, "data", module.weight.data)
-                weight = module.weight.data
-                module.weight.data = (weight.float() + delta.dense().to(weight.device)).to(weight.dtype)
+                fold = _Fold(self.sites.linear(self.layout.sites[index], projection), delta)
+                self._folds.append(fold)
+                stack.callback(self._folds.pop)
+                stack.callback(fold.undo)
             yield
 
     @contextmanager
@@ -195,6 +199,31 @@ class ComfyBackbone(Backbone):
         finally:
             for block in blocks:
                 block.__dict__.pop("forward", None)
+
+
+def _are_loaded(*patchers) -> bool:
+    return all(any(one.model is patcher for one in management.current_loaded_models) for patcher in patchers)
+
+
+class _Fold:
+    """A delta on a weight."""
+
+    def __init__(self, module: nn.Module, delta: Delta) -> None:
+        self.module, self.delta = module, delta
+        self._apply()
+
+    def _apply(self) -> None:
+        self.parameter = self.module.weight
+        self.before = self.parameter.data
+        self.parameter.data = (self.before.float() + self.delta.dense().to(self.before.device)).to(self.before.dtype)
+
+    def renew(self) -> None:
+        """Where the host has loaded weights anew it has put another parameter in the place of those that carry a LoRA."""
+        if self.module.weight is not self.parameter:
+            self._apply()
+
+    def undo(self) -> None:
+        self.parameter.data = self.before.to(self.parameter.device)      # the host may have moved it meanwhile
 
 
 def _recomputed(forward: Callable) -> Callable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,8 +48,9 @@ class ComfyText(TextEncoder):
 
     encodes_prefixes = True
 
-    def __init__(self, name: str, clip) -> None:
-        self.name, self.clip = name, clip
+    def __init__(self, name: str, clip, load: Callable[[], None] = lambda: None) -> None:
+        """load: called before every pass, to have the weights where they are needed."""
+        self.name, self.clip, self.load = name, clip, load
         self.model, self.tokenizer = getattr(clip.cond_stage_model, name), getattr(clip.tokenizer, name)
         self.width, self.length = _embedding(self.model).shape[1], self.tokenizer.max_length
         self.start, self.end, self.pad = self.tokenizer.start_token, self.tokenizer.end_token, self.tokenizer.pad_token
@@ -61,6 +62,7 @@ class ComfyText(TextEncoder):
         return _embedding(self.model)[torch.tensor(ids, dtype=torch.long)].detach().float().clone()
 
     def encode(self, ids: Tensor, slots: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.load()
         remaining = iter(vectors)
         rows = [[next(remaining) if slot else token for token, slot in zip(*row, strict=True)]
                 for row in zip(ids.tolist(), slots.tolist(), strict=True)]
