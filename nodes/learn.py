@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io as bytes_io
 import json
+import logging
 from dataclasses import fields, replace
 
 import comfy.model_management
@@ -13,6 +14,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..core.bank import ConceptBank
+from ..core.collisions import warnings_before
 from ..core.concepts import KINDS
 from ..core.errors import ConceptError
 from ..core.evaluation.metrics import image_alignment
@@ -201,6 +203,9 @@ def _kept(bank: ConceptBank, name: str, method, config: TrainingConfig, own: lis
 
 def _learn(task: Task, method, config: TrainingConfig, pictures: list[Picture], one: dict, node: str | None) -> io.NodeOutput:
     backbone, every = task.backbone, one["preview_every"]
+    notes = list(warnings_before(task.bank, task.name, task.class_noun, method.name))
+    for note in notes:      # before the minutes that learning takes
+        logging.warning("Concept Learner: %s", note)
     look = SampleSettings(steps=15, cfg=5.0, size=(config.resolution, config.resolution), batch=1)
     with backbone.training():
         data = prepare(backbone, pictures, task.name, task.class_noun, Framing(config.resolution, config.framing, config.flip))
@@ -216,7 +221,10 @@ def _learn(task: Task, method, config: TrainingConfig, pictures: list[Picture], 
         older = _older(backbone, bank, task.bank.names, look, config.seed) if one["show_older"] else _nothing_older()
     loss = to_tensor(loss_picture(learned.losses, f"loss of <{task.name}>", report.scores))
     previews = torch.cat(report.previews) if report.previews else loss
-    return io.NodeOutput(bank, loss, previews, older, ui=ui.PreviewImage(previews[-1:], cls=ConceptLearner))
+    if len(learned.losses) < config.steps:
+        notes.append(f"ended after {len(learned.losses)} of {config.steps} steps: it was no longer getting more like the photos")
+    shown = ui.PreviewImage(previews[-1:], cls=ConceptLearner).as_dict()
+    return io.NodeOutput(bank, loss, previews, older, ui={**shown, **({"text": ("\n".join(notes),)} if notes else {})})
 
 
 def _prompt(name: str, kind: str) -> str:

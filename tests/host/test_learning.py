@@ -288,3 +288,14 @@ def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
     judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
     assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "likeness 10.0" in said[2] and said[6].endswith(" left")
     assert [host.duration(s) for s in (7, 61, 3700)] == ["7 s", "1 min 1 s", "1 h 1 min"]
+
+
+def test_it_warns_of_concepts_that_will_get_in_each_others_way(studio, bank, caplog):
+    from continual_concepts.core.bank import ConceptBank
+
+    known = ConceptBank(bank.layout).add(bank["rex"])
+    inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": studio.photos(), "name": "rexy", "class_noun": "dog",
+              "kind": "object", "method": "bound", "steps": 1, "lr": 0.0, "token_lr": 0.0, "resolution": 32, "batch_size": 1, "seed": 0,
+              "preview_every": 0, "if_known": "keep it", "bank": known}
+    found = studio.pack.ConceptLearner.execute(**{key: value if isinstance(value, list) else [value] for key, value in inputs.items()})
+    assert "<rexy>" in found.ui["text"][0] and "<rexy>" in caplog.text
