@@ -38,6 +38,33 @@ def other_type(request, pack, studio, bank, monkeypatch):
     return type(studio)(pack, module.load_demo(), bank), stored
 
 
+@pytest.mark.parametrize("method", ["bound", "cidm", "finetune"])
+def test_weights_of_eight_bits(pack, studio, bank, monkeypatch, method):
+    """A base in fp8, cast for arithmetic: learning leaves its weights alone, and gives what the same numbers give in fp32."""
+    from continual_concepts.core.hosts.comfy import demo as module
+
+    config, eight = module._unet_config(), torch.float8_e4m3fn
+    rounded = type(studio)(pack, module.load_demo(), bank)
+    for weight in rounded.model.model.diffusion_model.parameters():
+        weight.data = weight.data.to(eight).float()
+    monkeypatch.setattr(module, "_unet_config", lambda: config | {"dtype": eight})
+    monkeypatch.setattr(module._Config, "manual_cast_dtype", torch.float32)
+    ours, results = type(studio)(pack, module.load_demo(), bank), []
+    before = {name: weight.clone().view(torch.uint8) for name, weight in ours.model.model.state_dict().items() if weight.dtype == eight}
+    assert len(before) > 100
+    for one in (ours, rounded):
+        first = one.learn(steps=2, method=method, training_settings=[{"checkpoint_every": 0, "gradient_checkpointing": True}])
+        both = one.learn(steps=2, method=method, name="tom", noun="cat", bank=[first])
+        after = ours.model.model.state_dict()
+        assert all(torch.equal(after[name].view(torch.uint8), weight) for name, weight in before.items())
+        model, clip, positive = one.aggregate("<spot>", both)
+        regions = [one.region("<spot>", right=0.5), one.region("<tom>", left=0.5)]
+        results.append(torch.cat([one.ksampler(model, positive, one.encode(clip, ""), steps=2),
+                                  one.regional(SCENE, regions, both, steps=2)]))
+        one.ksampler(one.model, SCENE, "")      # the host takes the concepts out of the weights
+    assert torch.isfinite(results[0]).all() and distance(*results) < (0.02 if method != "finetune" else 0.3)
+
+
 @pytest.mark.parametrize("method", ["cidm", "finetune"])
 def test_weights_of_other_types(other_type, studio, method):
     """Learn, learn another on top, aggregate, sample, regions: all close to what the same weights give in fp32."""
