@@ -236,14 +236,17 @@ def test_models_unloaded_between_steps(studio, make_concept, unloading, untouche
     from continual_concepts.core.hosts.comfy.apply import fold
     from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
 
-    sites = ComfyBackbone(studio.model, studio.clip).sites
+    sites, clip = ComfyBackbone(studio.model, studio.clip).sites, studio.clip.clone()
     model = fold(studio.model, sites, make_concept(studio.bank.layout, size=0.3).deltas, False) if with_lora else studio.model
-    first = studio.learn(model=model, name="tom", noun="cat", method=method, steps=2)
-    whole = studio.learn(model=model, method=method, bank=[first])["spot"]
+    key, weight = next(item for item in clip.patcher.model.state_dict().items() if item[0].endswith("q_proj.weight"))
+    clip.add_patches({key: ("diff", (torch.full(weight.shape, 0.05),))} if with_lora else {})
+    first = studio.learn(model=model, clip=clip, name="tom", noun="cat", method=method, steps=2)
+    whole = studio.learn(model=model, clip=clip, method=method, bank=[first])["spot"]
+    assert same(whole, studio.learn(model=model, method=method, bank=[first])["spot"]) != with_lora
     for file in checkpoints(studio_output()):
         file.unlink()
     seen = unloading()
-    again = studio.learn(model=model, method=method, bank=[first])["spot"]
+    again = studio.learn(model=model, clip=clip, method=method, bank=[first])["spot"]
     assert seen == [0, 0, 0] and same(again, whole)
     untouched()
 

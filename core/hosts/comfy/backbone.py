@@ -79,10 +79,10 @@ class ComfyBackbone(Backbone):
         self.sites = find_sites(model, text_widths(clip))
         self.layout, self.schedule = self.sites.layout, schedule_of(model)
         self.unet = model.model.diffusion_model
-        self.text = tuple(ComfyText(name, clip, self.load) for name in encoder_names(clip))
+        self.text = tuple(ComfyText(name, clip, self._reload) for name in encoder_names(clip))
         self.latent_channels = model.model.latent_format.latent_channels
         self.picture_multiple = _multiple(vae)
-        self._is_loaded = False
+        self._is_loaded = self._was_loaded = False
         self._folds: list[_Fold] = []
         self._patches = program_patches(self.sites)
         self.fingerprint = self._weight_hash()
@@ -113,7 +113,12 @@ class ComfyBackbone(Backbone):
                 plain_weights(getattr(module, "inner", module))
             for fold in self._folds:
                 fold.renew()
-        self._is_loaded = True
+        self._is_loaded = self._was_loaded = True
+
+    def _reload(self) -> None:
+        """For the text encoders: nothing where `load` was never asked for, as nodes that only encode do not."""
+        if self._was_loaded:
+            self.load()
 
     @contextmanager
     def training(self) -> Iterator[None]:
