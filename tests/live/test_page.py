@@ -132,6 +132,39 @@ def test_the_help_panel_shows_our_page(page, server):
     assert "| `class_noun` |" in text
 
 
+LISTEN = """() => {
+    window.seen = {previews: 0, lines: []};
+    for (const name of ['b_preview', 'b_preview_with_metadata']) app.api.addEventListener(name, () => seen.previews++);
+    app.api.addEventListener('progress_text', event => seen.lines.push(event.detail.text));
+}"""
+LONG = """() => {
+    const learner = app.graph._nodes.find(node => node.type === 'ConceptLearner');
+    const set = (name, value) => { learner.widgets.find(widget => widget.name === name).value = value; };
+    set('steps', 100000); set('preview_every', 5); set('seed', 4321);
+}"""
+
+
+def test_learning_shows_how_it_comes_along_and_stops_when_told(page, server, tmp_path):
+    open_template(page, "Ten-second tour")
+    page.evaluate(LONG)
+    page.evaluate(LISTEN)
+    before = set(server.call("/history"))
+    page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
+    page.wait_for_function("seen.previews >= 2 && seen.lines.length >= 8", timeout=300_000)
+    shoot(page, tmp_path, "learning")
+    page.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
+    end, new = time.monotonic() + 60, set()
+    while not new and time.monotonic() < end:
+        page.wait_for_timeout(200)
+        new = set(server.call("/history")) - before
+    entry = server.call("/history")[new.pop()]
+    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
+    lines = page.evaluate("seen.lines")
+    assert all(re.match(r"step \d+ of 100000, loss \d", line) for line in lines) and lines[-1].endswith(" left")
+    kept = list((server.base / "output" / "concept_banks" / ".unfinished").glob("*.checkpoint"))
+    assert kept      # the next run of the same goes on there
+
+
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 
 
