@@ -12,9 +12,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -I -m pytest -q -m "not slow and not host and not live" tests
 
-# The long form of what throws dice: 120,000 damaged files and texts, 500 lives of a bank, 300 kills. About half an hour.
+# The long form of what throws dice: 120,000 damaged files and texts, 500 lives of a bank, 300 kills; and, where there is a ComfyUI (see
+# CONTRIBUTING), every fault at every stage and 500 queue runs in one server. About half an hour, and another half for ComfyUI.
+COMFYUI_PYTHON ?= $(firstword $(wildcard $(COMFYUI_PATH)/.venv/bin/python $(HOME)/comfy/ComfyUI/.venv/bin/python) $(BIN)/python)
 verify: $(READY)
 	CONTINUAL_CONCEPTS_VERIFY=1 $(BIN)/python -I -m pytest -q tests/core/test_fuzz.py tests/core/test_bank_model.py tests/core/test_bankkeep.py
+	CONTINUAL_CONCEPTS_VERIFY=1 $(COMFYUI_PYTHON) -I -m pytest -q tests/host/test_faults.py tests/live/test_soak.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -47,7 +47,7 @@ class Server:
     def log(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
-    def call(self, path: str, data: dict | None = None, timeout: float = 60):
+    def call(self, path: str, data: dict | None = None, timeout: float = 300):
         """What the server answers, from JSON. An error's answer comes back too: {"error": ..., "node_errors": ...}."""
         body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": "application/json"})
