@@ -130,9 +130,12 @@ def _add_import(bank) -> None:
 
 
 def _add_export(bank) -> None:
-    export = bank.add_parser("export", help="a concept as files for other programs")
+    export = bank.add_parser("export", help="a concept, all of them, or what a prompt gets, as files for other programs")
     export.add_argument("bank", type=Path)
-    export.add_argument("name")
+    export.add_argument("name", nargs="?", help="of the concept")
+    export.add_argument("--all", action="store_true", help="every concept; one that cannot be written is told of and left out")
+    export.add_argument("--prompt", help="what the bank gives for this prompt as one LoRA, and the words of the concepts that it names")
+    export.add_argument("--mode", choices=MODES, default="sharp", help="with --prompt: how concepts are weighted")
     export.add_argument("--output", type=Path, required=True, help="folder for the files; nothing in it is overwritten")
     export.add_argument(
         "--format",
@@ -143,8 +146,11 @@ def _add_export(bank) -> None:
         f"(default: {' and '.join(DEFAULT_FORMATS)})",
     )
     export.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA")
-    export.add_argument("--rank", type=int, default=DEFAULT_RANK, help="of LoRA made from sparse deltas (default %(default)s)")
+    export.add_argument("--rank", type=int, help=f"of LoRA made from sparse deltas (default {DEFAULT_RANK}); with --prompt: of the LoRA")
     export.add_argument("--max-error", type=float, default=DEFAULT_ERROR, help="what that rank may lose, relative (default %(default)s)")
+    export.add_argument("--refit", action="store_true", help="words with layer copies: one copy fitted to the text encoder, not their "
+                        "mean; the words are read more alike, pictures gain little")
+    _add_base(export)
 
 
 def _add_continual(bench) -> None:
@@ -218,11 +224,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse before Python 3.13 takes an optional name for missing when options stand between it and what is before it."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "name", "") is None:
+        options.name, rest = rest[0], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 with one sentence on stderr for bad input, 130 when interrupted."""
     from . import commands
 
-    options = build_parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         said = getattr(commands, options.command)(options)
     except ConceptError as error:

@@ -20,10 +20,10 @@ from .bankkeep import add_concept, change_bank, replace_concept, restore, versio
 from .collisions import collisions_of, composition_of, header_warnings
 from .concepts import Concept
 from .errors import ConceptError
+from .export_command import export
 from .files import write_atomically
 from .hosts.backbone import Backbone
 from .inspection import inspect
-from .interop.export import DEFAULT_FORMATS, export_concept
 from .interop.importing import import_concept
 from .methods.base import Task, make
 from .regional import Region
@@ -224,13 +224,6 @@ def _describe(known: ConceptBank, concept: Concept) -> Result:
     return facts, [f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}" for key, value in facts.items()]
 
 
-def _exported(known: ConceptBank, options: Namespace) -> Result:
-    formats = options.formats or DEFAULT_FORMATS
-    result = export_concept(known, options.name, options.output, formats, options.strength, options.rank, options.max_error)
-    files = [str(file) for file in result.files]
-    return {"concept": options.name, "files": files, "notes": list(result.notes)}, [*(f"wrote {file}" for file in files), *result.notes]
-
-
 def _imported(options: Namespace) -> Result:
     known = open_bank(options.bank) if options.bank.exists() else None
     backbone = load_backbone(options)
@@ -260,7 +253,7 @@ def bank(options: Namespace) -> Result:
     if options.action == "show":
         return _describe(known, known[options.name])
     if options.action == "export":
-        return _exported(known, options)
+        return export(known, options, load_backbone)
     if options.action == "merge":
         changed, target, done = change_bank(options.output, lambda _: known.merge(open_bank(options.other))), options.output, "merged"
     elif options.action == "remove":

@@ -128,7 +128,6 @@ def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt
     return torch.stack([weights[site.copy if weights.shape[0] > 1 else 0] for site in backbone.layout.sites]).cpu()
 
 
-@torch.no_grad()
 def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mapping, mode: str = "sharp", strength: float = 1.0,
               standing: bool = True, only: str = "", without: Sequence[str] = ()) -> Aggregation:
     """The deltas for one prompt. standing=False leaves out what is on anyway (see `standing_deltas`), `without` these standing concepts.
@@ -138,6 +137,17 @@ def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mappi
     mean. An average of predictions is none of weights: the nearest, all such concepts with their share, stands for it here. Bound concepts
     have their weight in the table but none in the deltas: they act through their words, see `bound_deltas`.
     """
+    columns = site_weights(backbone, bank, prompt, methods, mode, strength, standing, only, without)
+    bound = _composed(bank, methods, "bound")
+    table = torch.tensor([columns[name] for name in bank.names]).T if bank.names else torch.zeros(len(bank.layout), 0)
+    folded = {name: weights for name, weights in columns.items() if name not in bound}
+    return Aggregation(tuple(bank.names), table, _sum(bank, folded))
+
+
+@torch.no_grad()
+def site_weights(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mapping, mode: str = "sharp", strength: float = 1.0,
+                 standing: bool = True, only: str = "", without: Sequence[str] = ()) -> dict[str, list[float]]:
+    """Concept -> its weight at every site, arguments as for `aggregate`. Of the backbone, sharp and equal need the layout alone."""
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
     bank.check_fits(backbone.layout)
@@ -156,7 +166,4 @@ def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mappi
         weights = _elastic(backbone, bank, routed, prompt, mode)
     columns = dict(zip(routed, (strength * weights).T.tolist(), strict=True))
     columns |= {name: [share * standing * (name not in without)] * sites for name, share in always.items()}
-    columns |= {name: [strength * (name in ([only] if only else named))] * sites for name in bound}
-    table = torch.tensor([columns[name] for name in bank.names]).T if bank.names else torch.zeros(sites, 0)
-    folded = {name: weights for name, weights in columns.items() if name not in bound}
-    return Aggregation(tuple(bank.names), table, _sum(bank, folded))
+    return columns | {name: [strength * (name in ([only] if only else named))] * sites for name in bound}

@@ -9,7 +9,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..core.errors import ConceptError
-from ..core.interop.export import export_concept
+from ..core.interop.export import export_bank, export_concept
+from ..core.interop.prompt_export import export_prompt
 from . import types
 from .schema import Schema
 
@@ -27,12 +28,8 @@ def register_folders() -> None:
     folder_paths.add_model_folder_path("embeddings", os.path.join(folder_paths.get_output_directory(), "embeddings"))
 
 
-def _folder(kind: str) -> Path:
-    return Path(folder_paths.get_output_directory()) / ("embeddings" if kind == "embedding" else "loras")
-
-
 class ConceptExport(io.ComfyNode):
-    """One concept as LoRA and embedding files."""
+    """One concept, all of a bank, or what a prompt gets, as LoRA and embedding files."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -42,30 +39,41 @@ class ConceptExport(io.ComfyNode):
             category=types.BANKS,
             is_output_node=True,
             search_aliases=["save lora", "export lora", "embedding"],
-            description="Writes one concept as files that ComfyUI itself and other programs read, to output/loras and output/embeddings. "
-            "Existing files are never replaced.",
+            description="Writes one concept, a whole bank, or what a bank gives for a prompt as files that ComfyUI itself and other "
+            "programs read, to output/loras and output/embeddings. Existing files are never replaced.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank that holds it."),
-                io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank."),
+                io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank; empty or * = every concept."),
                 io.Combo.Input(
                     "format", options=list(FORMATS), default="LoRA and embedding", tooltip="Two files do for most programs; see the help."
                 ),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Factor on the deltas; 1 = as learned."),
+                io.String.Input(
+                    "prompt",
+                    optional=True,
+                    default="",
+                    tooltip="If given, 'concept' does not count: one LoRA with all concepts that this prompt names, such as a photo of "
+                    "<rex> and <mimi>, and the words of each. Empty = off.",
+                ),
             ],
             outputs=[io.String.Output(display_name="notes")],
         )
 
     @classmethod
-    def execute(cls, bank, concept, format, strength) -> io.NodeOutput:  # noqa: A002 - an input's name, seen by people
+    def execute(cls, bank, concept, format, strength, prompt="") -> io.NodeOutput:  # noqa: A002 - an input's name, seen by people
         if bank is None:
             raise ConceptError("the bank is new and holds no concept to export")
         if format not in FORMATS:
             raise ConceptError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
-        lines = []
-        for kind in FORMATS[format]:
-            done = export_concept(bank, concept.strip().strip("<>"), _folder(kind), (kind,), strength)
-            lines += [f"wrote {file.name}" for file in done.files] + list(done.notes)
-        text = "\n".join(lines)
+        output, name = Path(folder_paths.get_output_directory()), concept.strip().strip("<>")
+        settings = {"formats": FORMATS[format], "strength": strength, "words_folder": output / "embeddings"}
+        if prompt.strip():
+            done = export_prompt(bank, prompt, output / "loras", **settings)
+        elif name in ("", "*"):
+            done = export_bank(bank, output / "loras", **settings)
+        else:
+            done = export_concept(bank, name, output / "loras", **settings)
+        text = "\n".join([*(f"wrote {file.name}" for file in done.files), *done.notes])
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

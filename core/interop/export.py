@@ -1,83 +1,101 @@
-"""One concept to files that other programs read."""
+"""A concept, or all of a bank, to files that other programs read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..bank import ConceptBank
 from ..concepts import Concept
 from ..errors import ConceptError
-from ..files import write_atomically
+from ..hosts.backbone import Backbone
 from ..methods.base import METHODS
 from ..sites import SiteLayout
-from ..tokens import check_name
+from ..tokens import TokenGroup
 from .diffusers_lora import diffusers_state
-from .embedding import embedding_state, layer_loss
+from .embedding import embedding_state
 from .factors import DEFAULT_ERROR, DEFAULT_RANK, Factors, check_strength, low_rank
 from .kohya import bundled_words, kohya_state
 from .metadata import cover_type, kohya_metadata, modelspec
+from .refit import single_copy
+from .writing import DEFAULT_FORMATS, FORMATS, Exported, Folders, Piece, check_formats, write_pieces
 
-# What each format's files are called after the concept. The embedding has the plain name, because that is what people type.
-ENDINGS = {"kohya": "_lora", "bundle": "_bundle", "diffusers": "_diffusers_lora", "embedding": ""}
-FORMATS = tuple(ENDINGS)
-DEFAULT_FORMATS = ("kohya", "embedding")
-_MOST = 99_999
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}     # names that Windows keeps
-
-
-@dataclass(frozen=True)
-class Exported:
-    """files: what was written, one per format, in the order asked for; notes: sentences on what the files hold and what they lost."""
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...]
+__all__ = ["DEFAULT_FORMATS", "FORMATS", "Exported", "export_bank", "export_concept"]
 
 
 def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS, strength: float = 1.0,
-                   rank: int = DEFAULT_RANK, max_error: float = DEFAULT_ERROR) -> Exported:
+                   rank: int = DEFAULT_RANK, max_error: float = DEFAULT_ERROR, words_folder: Path | str | None = None,
+                   refit: Backbone | None = None) -> Exported:
     """Writes a concept of the bank into `folder`, one file per format.
 
     formats: kohya (LoRA), bundle (LoRA and words in one file), diffusers (LoRA), embedding (words). strength: factor on the deltas;
-    rank and max_error: for sparse deltas, see `factors.low_rank`. Files are called after the concept; nothing is overwritten, a
+    rank and max_error: for sparse deltas, see `factors.low_rank`. words_folder: where embeddings go (default: to the others). refit: a base
+    whose text encoders words with layer copies are re-fitted to, see `refit`. Files are called after the concept; nothing is overwritten, a
     counter such as `_00002` follows the name instead, the same for all files of one call. Raises ConceptError, and then leaves no file.
     """
-    formats = tuple(dict.fromkeys(formats))
-    unknown = [kind for kind in formats if kind not in FORMATS]
-    if unknown or not formats:
-        raise ConceptError(f"export format is {unknown[0] if unknown else 'not given'!r}; allowed: {', '.join(FORMATS)}")
-    strength, concept = check_strength(strength), bank[name]
+    formats = check_formats(formats)
+    strength, concept = check_strength(strength), bank.passing(name)
     concept.check_fits(bank.layout)
     factors = None if formats == ("embedding",) else low_rank(concept.deltas, f"concept '{concept.name}'", rank, max_error)
-    states = {kind: _state(kind, concept, bank.layout, factors, strength) for kind in formats}
-    with _new_files(Path(folder), check_name(concept.name), formats) as paths:
-        for kind, path in paths.items():
-            metadata = _metadata(kind, concept, bank.layout, states[kind], _usage(kind, path, concept.name))
-            write_atomically(path, lambda temporary, s=states[kind], m=metadata: save_file(s, str(temporary), m))
-    notes = [f"{path.name}: {_usage(kind, path, concept.name)}" for kind, path in paths.items()]
-    return Exported(tuple(paths.values()), (*notes, *_losses(concept, formats, factors)))
+    tokens, lost = single_copy(concept, refit) if {"embedding", "bundle"} & set(formats) else (concept.tokens, [])
+    states = {kind: _state(kind, concept.name, tokens, bank.layout, factors, strength) for kind in formats}
+    pieces = [Piece(concept.name, kind, state, partial(_metadata, kind, concept, bank.layout, state)) for kind, state in states.items()]
+    paths = write_pieces(f"concept '{concept.name}'", pieces, Folders.of(folder, words_folder))
+    notes = [f"{path.name}: {usage(kind, path, concept.name)}" for kind, path in zip(formats, paths, strict=True)]
+    return Exported(paths, (*notes, *lost, *_losses(concept, formats, factors)))
 
 
-def _state(kind: str, concept: Concept, layout: SiteLayout, factors: Factors | None, strength: float) -> dict[str, Tensor]:
+def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS, strength: float = 1.0,
+                rank: int = DEFAULT_RANK, max_error: float = DEFAULT_ERROR, words_folder: Path | str | None = None,
+                refit: Backbone | None = None) -> Exported:
+    """Every concept as `export_concept` writes it. One that cannot be written is left out, and the notes say why; ConceptError when that is
+    so for all of them."""
+    formats, strength = check_formats(formats), check_strength(strength)
+    if not len(bank):
+        raise ConceptError("the bank holds no concept to export")
+    files: list[Path] = []
+    said: dict[str, list[str]] = {}      # what holds for several concepts is said once
+    failed: dict[str, str] = {}
+    for name in bank.names:
+        try:
+            done = export_concept(bank, name, folder, formats, strength, rank, max_error, words_folder, refit)
+        except ConceptError as error:
+            failed[name] = str(error)
+            continue
+        files += done.files
+        for note in done.notes:
+            said.setdefault(note, []).append(name)
+    if not files:
+        raise ConceptError(f"none of the {len(bank)} concepts could be exported; the first one: {next(iter(failed.values()))}")
+    notes = [f"{', '.join(f'<{name}>' for name in names)}: {note}" for note, names in said.items()]
+    return Exported(tuple(files), (*notes, *(f"<{name}> was left out: {reason}" for name, reason in failed.items())))
+
+
+def _state(kind: str, name: str, tokens: TokenGroup, layout: SiteLayout, factors: Factors | None, strength: float) -> dict[str, Tensor]:
     if kind == "embedding":
-        return embedding_state(concept.tokens)
-    if kind == "diffusers":
-        return diffusers_state(layout, factors.deltas, strength)
-    words = bundled_words(concept.name, concept.tokens) if kind == "bundle" else {}
-    return kohya_state(layout, factors.deltas, strength) | words
+        return embedding_state(tokens)
+    words = bundled_words(name, tokens) if kind == "bundle" else {}
+    return lora_state(kind, layout, factors, strength) | words
 
 
-def _metadata(kind: str, concept: Concept, layout: SiteLayout, state: Mapping[str, Tensor], usage: str) -> dict[str, str]:
-    common = modelspec(concept, layout, "textual-inversion" if kind == "embedding" else "lora", usage)
+def lora_state(kind: str, layout: SiteLayout, factors: Factors, strength: float = 1.0) -> dict[str, Tensor]:
+    return (diffusers_state if kind == "diffusers" else kohya_state)(layout, factors.deltas, strength)
+
+
+def _metadata(kind: str, concept: Concept, layout: SiteLayout, state: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    common = modelspec(concept, layout, "textual-inversion" if kind == "embedding" else "lora", usage(kind, path, concept.name))
     return common | (kohya_metadata(concept.info, layout, state) if kind in ("kohya", "bundle") else {})
 
 
-def _usage(kind: str, path: Path, name: str) -> str:
+def embedding_metadata(concept: Concept, layout: SiteLayout, path: Path) -> dict[str, str]:
+    return _metadata("embedding", concept, layout, {}, path)
+
+
+def usage(kind: str, path: Path, name: str) -> str:
+    """One sentence on how to use a concept's file."""
     if kind == "embedding":
         return f"goes into the embeddings folder; write embedding:{path.stem} in prompts, with a space before and after it"
     if kind == "diffusers":
@@ -88,17 +106,16 @@ def _usage(kind: str, path: Path, name: str) -> str:
     return "LoRA without the words, which are in the embedding file; it acts on every prompt"
 
 
+def cut_notes(factors: Factors, what: str) -> list[str]:
+    return [] if factors.error is None else [f"{what} were cut to rank {factors.rank}, which loses {factors.error:.4f} of them (relative)"]
+
+
 def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None) -> list[str]:
     notes = []
-    words = {"embedding", "bundle"} & set(formats)
-    lost = layer_loss(concept.tokens)
-    if words and concept.tokens.copies > 1:
-        notes.append(f"the words have {concept.tokens.copies} layer copies and these formats hold one: their mean, {lost:.3f} away "
-                     "(relative), so pictures differ from those of the bank")
-    if not words:
+    if not {"embedding", "bundle"} & set(formats):
         notes.append("the learned words are not in these files; export the format 'embedding' as well")
-    if factors is not None and factors.error is not None:
-        notes.append(f"sparse deltas were cut to rank {factors.rank}, which loses {factors.error:.4f} of them (relative)")
+    if factors is not None:
+        notes += cut_notes(factors, "sparse deltas")
     method = METHODS.get(concept.info.method)
     if factors is not None and method is not None and method.composition == "sum":
         notes.append(f"method {concept.info.method} adds up the deltas of all concepts; these files hold only what <{concept.name}> added")
@@ -107,41 +124,3 @@ def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None)
     if concept.cover and cover_type(concept.cover) is None:
         notes.append("the cover is no JPEG or PNG of up to 1 MB and was left out")
     return notes
-
-
-@contextmanager
-def _new_files(folder: Path, name: str, formats: tuple[str, ...]):
-    """Format -> path of an empty file that nobody else has, all with the same counter. They disappear when the block fails."""
-    stem = f"{name}_concept" if name.lower() in _DEVICES else name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = _reserved(folder, stem, formats)
-    except OSError as error:
-        raise ConceptError(f"cannot write concept '{name}' into '{folder}': {error.strerror or error}") from error
-    try:
-        yield paths
-    except BaseException:
-        _remove(paths.values())
-        raise
-
-
-def _reserved(folder: Path, stem: str, formats: tuple[str, ...]) -> dict[str, Path]:
-    for count in range(1, _MOST + 1):
-        counter = f"_{count:05d}" if count > 1 else ""
-        paths = {kind: folder / f"{stem}{ENDINGS[kind]}{counter}.safetensors" for kind in formats}
-        made: list[Path] = []
-        try:
-            for path in paths.values():
-                path.open("xb").close()     # fails where something is, be it a link: two exports at once cannot meet
-                made.append(path)
-            return paths
-        except OSError as error:
-            _remove(made)
-            if not isinstance(error, FileExistsError):
-                raise
-    raise ConceptError(f"'{folder}' holds {_MOST} exports of '{stem}' already; choose another folder")
-
-
-def _remove(paths) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -54,40 +54,68 @@ def modelspec(concept: Concept, layout: SiteLayout, kind: str, usage: str) -> di
     """kind: `lora` or `textual-inversion`; usage: one sentence on how to use the file. Plus the cover where there is a sound one."""
     info = concept.info
     noun = f" ({info.class_noun})" if info.class_noun else ""
-    data = {
+    told = f"The {info.kind} {info.name}{noun}, learned with Continual Concepts by the method {info.method}"
+    date = _date(info.provenance.date)
+    dated = {} if date is None else {"modelspec.date": date.isoformat(timespec="seconds")}
+    return _described(layout, kind, info.name, told, info.name, usage) | dated | _covers([concept.cover])
+
+
+def _described(layout: SiteLayout, kind: str, title: str, description: str, trigger: str, usage: str) -> dict[str, str]:
+    return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{_family(layout)[0]}/{kind}",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": info.name,
-        "modelspec.description": f"The {info.kind} {info.name}{noun}, learned with Continual Concepts by the method {info.method}",
-        "modelspec.trigger_phrase": info.name,
+        "modelspec.title": title,
+        "modelspec.description": description,
+        "modelspec.trigger_phrase": trigger,
         "modelspec.usage_hint": usage,
     }
-    date, picture = _date(info.provenance.date), cover_type(concept.cover)
-    if date is not None:
-        data["modelspec.date"] = date.isoformat(timespec="seconds")
-    if picture is not None:
-        encoded = base64.b64encode(concept.cover).decode("ascii")
-        data |= {"modelspec.thumbnail": f"data:{picture};base64,{encoded}", "ssmd_cover_images": json.dumps([encoded])}
-    return data
+
+
+def _covers(covers: Sequence[bytes]) -> dict[str, str]:
+    """The sound ones, as long as they are not too large together."""
+    kept: list[bytes] = []
+    for cover in covers:
+        if cover_type(cover) is not None and sum(map(len, kept)) + len(cover) <= COVER_LIMIT:
+            kept.append(cover)
+    if not kept:
+        return {}
+    encoded = [base64.b64encode(cover).decode("ascii") for cover in kept]
+    return {"modelspec.thumbnail": f"data:{cover_type(kept[0])};base64,{encoded[0]}", "ssmd_cover_images": json.dumps(encoded)}
+
+
+def aggregate_metadata(title: str, prompt: str, reading: str, named: Sequence[Concept], layout: SiteLayout, state: Mapping[str, Tensor],
+                       usage: str) -> dict[str, str]:
+    """Of what a bank gives for a prompt. reading: mode and strength in words; named: the concepts that the prompt names."""
+    told = f"What a bank of Continual Concepts gives for the prompt {prompt!r} ({reading})"
+    data = _described(layout, "lora", title, told, prompt, usage) | _covers([concept.cover for concept in named])
+    tags = {title: {concept.name: 1 for concept in named}}
+    return data | _network(title, layout, state, tags, f"Continual Concepts, {reading}")
+
+
+def _network(title: str, layout: SiteLayout, state: Mapping[str, Tensor], tags: Mapping, comment: str) -> dict[str, str]:
+    """kohya's names for what a state dict holds; {} for one under other names."""
+    downs = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_down.weight")}
+    alphas = {round(float(tensor), 6) for name, tensor in state.items() if name.endswith(".alpha")}
+    if not downs:
+        return {}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(downs.pop()) if len(downs) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+        "ss_base_model_version": _family(layout)[1],
+        "ss_output_name": title,
+        "ss_tag_frequency": json.dumps(tags),
+        "ss_training_comment": comment,
+    }
 
 
 def kohya_metadata(info: ConceptInfo, layout: SiteLayout, state: Mapping[str, Tensor]) -> dict[str, str]:
     """`ss_*` of a state dict under kohya's names: network, base, trigger word, and the training as far as the concept knows it."""
     origin = info.provenance
-    downs = {name: tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_down.weight")}
-    alphas = {round(float(tensor), 6) for name, tensor in state.items() if name.endswith(".alpha")}
-    ranks, pictures = set(downs.values()), max(1, len(origin.images))
-    data = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
-        "ss_base_model_version": _family(layout)[1],
-        "ss_output_name": info.name,
-        "ss_tag_frequency": json.dumps({info.name: {info.name: pictures}}),
-        "ss_training_comment": f"Continual Concepts, method {info.method}",
-    }
+    tags = {info.name: {info.name: max(1, len(origin.images))}}
+    data = _network(info.name, layout, state, tags, f"Continual Concepts, method {info.method}")
     if origin.images:
         data["ss_num_train_images"] = str(len(origin.images))
     if origin.steps:

@@ -206,7 +206,7 @@ def test_bad_requests_leave_no_file(bank, layout, make_concept, tmp_path, monkey
     def full(path, write):
         raise ConceptError("the disk is full")
 
-    monkeypatch.setattr("continual_concepts.core.interop.export.write_atomically", full)
+    monkeypatch.setattr("continual_concepts.core.interop.writing.write_atomically", full)
     with pytest.raises(ConceptError, match="full"):
         export_concept(bank, "rex", folder)
     (tmp_path / "file").write_bytes(b"")
@@ -294,6 +294,6 @@ def test_diffusers_loads_it_and_predicts_the_same(host, make_concept, tmp_path):
 
 def test_files_go_through_the_atomic_writer(bank, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("continual_concepts.core.interop.export.write_atomically",
+    monkeypatch.setattr("continual_concepts.core.interop.writing.write_atomically",
                         lambda path, write: seen.append(path) or write_atomically(path, write))
     assert list(export_concept(bank, "rex", tmp_path).files) == seen

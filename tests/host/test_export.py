@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.interop.export import export_concept
+from continual_concepts.core.interop.prompt_export import export_prompt
 
 PROMPT, CONCEPT = "a photo of {} in a meadow", "blueprint"      # the concept with a single copy
 
@@ -175,3 +181,66 @@ def test_sdxl_loads_every_key_and_both_word_vectors(small_sdxl, make_concept, tm
     for key, encoder in (("l", "clip_l"), ("g", "clip_g")):
         vectors = torch.stack([token for chunk in tokens[key] for token, *_ in chunk if torch.is_tensor(token)])
         assert torch.allclose(vectors, bank["rex"].tokens.vectors[encoder].mean(0), atol=1e-6)
+
+
+TWO = "a photo of {} and {} in a meadow"
+
+
+@pytest.fixture(scope="module")
+def single(bank):
+    """The same concepts with one copy of their words, as embedding files hold them."""
+    for name in bank.names:
+        bank = bank.replace(replace(bank[name], tokens=bank[name].tokens.mean_copy()))
+    return bank
+
+
+def test_what_a_prompt_gets_predicts_the_same_through_comfyuis_own_loader(demo, clip, single, folder, caplog):
+    from continual_concepts.core.hosts.comfy.apply import fold
+    from continual_concepts.core.hosts.comfy.text import concept_clip
+    from continual_concepts.core.methods.base import METHODS
+    from continual_concepts.core.routing import aggregate
+
+    prompt, sites = TWO.format("<rex>", "<mimi>"), sites_of(*demo[:2])
+    files = export_prompt(single, prompt, folder, strength=0.8).files
+    with caplog.at_level(logging.WARNING):
+        lora, loaded = load_lora(demo[0], clip, files[0])
+    deltas = aggregate(SimpleNamespace(layout=sites.layout), single, prompt, METHODS, strength=0.8).deltas
+    assert not warnings(caplog) and len(lora.patches) == len(deltas)
+    theirs = predict(lora, encode(loaded, TWO.format(*(f"embedding:{file.stem}" for file in files[1:]))))
+    ours = predict(fold(demo[0], sites, deltas, False), encode(concept_clip(demo[1], single), prompt))
+    plain = predict(demo[0], encode(demo[1], TWO.format("a dog", "a cat")))
+    assert distance(theirs, ours) < 1e-3 < 1e-2 < distance(plain, ours)
+
+
+def written(pack, kind: str) -> list[str]:
+    place = pack.folder / "output" / kind
+    return sorted(file.name for file in place.iterdir()) if place.is_dir() else []
+
+
+def test_the_node_exports_a_prompt_a_concept_and_a_whole_bank(pack, bank, as_in_comfyui):
+    node = pack.ConceptExport
+    optional = [one.id for one in node.define_schema().inputs]
+    assert optional == ["bank", "concept", "format", "strength", "prompt"]      # saved graphs know inputs by their order
+    text = node.execute(bank, "rex", "LoRA and embedding", 1.0).args[0]
+    assert written(pack, "loras") == ["rex_lora.safetensors"] and written(pack, "embeddings") == ["rex.safetensors"]
+    assert "wrote rex_lora.safetensors" in text and "not in these files" not in text
+    text = node.execute(bank, "tom", "LoRA", 1.0, prompt="<rex> and <mimi>").args[0]
+    assert "wrote prompt_rex_mimi_lora.safetensors" in text and "export the format 'embedding' as well" in text
+    for everything in ("", " * "):
+        text = node.execute(bank, everything, "embedding", 1.0).args[0]
+        assert text.count("wrote ") == len(bank)
+    assert len(written(pack, "embeddings")) == 1 + 2 * len(bank) and len(written(pack, "loras")) == 2
+    with pytest.raises(ConceptError, match="names no concept"):
+        node.execute(bank, "rex", "LoRA", 1.0, prompt="a dog")
+
+
+def test_comfyuis_model_browser_finds_the_cover_in_the_files(bank, tmp_path):
+    from app.model_manager import ModelFileManager
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "JPEG")
+    covered = bank.replace(replace(bank["rex"], cover=buffer.getvalue()))
+    files = export_concept(covered, "rex", tmp_path).files + export_prompt(covered, "a <rex>", tmp_path).files
+    for file in files:
+        previews = ModelFileManager().get_model_previews(str(file))
+        assert len(previews) == 1 and previews[0].getvalue() == buffer.getvalue()

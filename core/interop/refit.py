@@ -1,0 +1,107 @@
+"""One copy for words that have one per layer, fitted to what the text encoders make of the copies. Ours.
+
+A mean of vectors is not encoded to the mean of their states. With copies v_l, prompts p and the states h_p of the words' positions, the
+single vector v minimises `sum_p,l |h_p(v) - h_p(v_l)|^2`: the states of one copy cannot be nearer to all than the mean state is, and that
+is the floor.
+
+Measured on 14 learned concepts of the embedded base, in prompts that nothing was fitted to: the words' states are 0.82 away instead of 0.88
+(nearer in all 14), what the UNet predicts 0.254 instead of 0.256 (nearer in 8). So it is no default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..concepts import Concept
+from ..encoding import encode_prompts
+from ..errors import ConceptError
+from ..hosts.backbone import Backbone
+from ..prompts import Vocabulary
+from ..tokens import TokenGroup
+from .embedding import layer_loss
+
+NEUTRAL = ("{}", "a photo of {}", "a {} on a beach", "a painting of the {} in a meadow", "two people and a {} in the street")
+STEPS = 60      # evaluations; it has settled after about half of them
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """tokens: with one copy. The rest are distances of its states from those of the layer copies, over the norm of these: of the mean
+    copy, of the re-fitted one, and the least that any copy could have."""
+
+    tokens: TokenGroup
+    mean: float
+    fitted: float
+    floor: float
+
+
+def single_copy(concept: Concept, backbone: Backbone | None = None) -> tuple[TokenGroup, list[str]]:
+    """The words with one copy, re-fitted where there is a base to do that with, and what that loses, in words."""
+    tokens = concept.tokens
+    if tokens.copies == 1:
+        return tokens, []
+    have = f"the words have {tokens.copies} layer copies and these formats hold one"
+    if backbone is None:
+        lost = f"their mean, {layer_loss(tokens):.3f} away (relative)"
+        return tokens.mean_copy(), [f"{have}: {lost}, so pictures differ from those of the bank"]
+    found = refit(backbone, concept)
+    lost = (f"re-fitted: what the text encoder makes of it is {found.fitted:.3f} away from what it makes of the copies (relative; of their "
+            f"mean {found.mean:.3f}, of no single copy less than {found.floor:.3f})")
+    return found.tokens, [f"{have}, {lost}, so pictures differ from those of the bank"]
+
+
+def refit(backbone: Backbone, concept: Concept, steps: int = STEPS) -> Refitted:
+    """The mean copy where nothing better is found. Depends on concept and base alone: no random numbers."""
+    concept.tokens.check_fits(backbone.layout, f"concept '{concept.name}'")
+    start = concept.tokens.mean_copy()
+    with torch.inference_mode(False), torch.no_grad():      # ComfyUI runs nodes in inference mode, where nothing can be fitted
+        copies = _states(backbone, concept, _plain(concept.tokens))
+    mean_state = copies.mean(1, keepdim=True)
+    total = float(copies.square().sum())
+    if not total or not torch.isfinite(copies).all():
+        raise ConceptError(f"the words of concept '{concept.name}' are encoded to nothing that is finite; allowed: finite numbers")
+    spread = float((copies - mean_state).square().sum()) / total
+
+    def loss(tokens: TokenGroup) -> Tensor:
+        return copies.shape[1] * (_states(backbone, concept, tokens) - mean_state).square().sum() / total
+
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens, first, least = _least(loss, _plain(start), steps)
+    return Refitted(tokens, (first + spread) ** 0.5, (least + spread) ** 0.5, spread**0.5)
+
+
+def _plain(tokens: TokenGroup) -> TokenGroup:
+    return replace(tokens, vectors={name: vector.detach().float().clone() for name, vector in tokens.vectors.items()})
+
+
+def _states(backbone: Backbone, concept: Concept, tokens: TokenGroup) -> Tensor:
+    """Of the words' positions in all neutral prompts, `[prompts, L, words, D]`."""
+    prompts = [text.format(concept.info.placeholder) for text in NEUTRAL]
+    context = encode_prompts(backbone, prompts, Vocabulary([concept.info]), {concept.name: tokens})
+    return torch.stack([row[:, list(words[concept.name])] for row, words in zip(context.hidden, context.words, strict=True)]).float()
+
+
+def _least(loss: Callable[[TokenGroup], Tensor], start: TokenGroup, steps: int) -> tuple[TokenGroup, float, float]:
+    """The best group met on the way, and the losses of the first and of that one."""
+    vectors = {name: vector.requires_grad_() for name, vector in start.vectors.items()}
+    group = replace(start, vectors=vectors)
+    search = torch.optim.LBFGS(list(vectors.values()), max_iter=steps, max_eval=steps, line_search_fn="strong_wolfe")
+    seen: list[float] = []
+    best: list[TokenGroup] = []
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        value = loss(group)
+        value.backward()
+        now = float(value.detach())
+        if not best or now < min(seen):
+            best[:] = [_plain(group)]
+        seen.append(now)
+        return value
+
+    search.step(closure)
+    return best[0], seen[0], min(seen)
