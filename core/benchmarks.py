@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .errors import ConceptError
@@ -145,15 +146,17 @@ def _regional_quality(options: Namespace, folder: Path) -> dict:
     from .demo import regional_quality as quality
     from .demo.base import load_base
 
-    backbone, made = load_base(), f"r{quality.RANK}-s{options.learn_steps}"
-    banks = {method: quality.learned_bank(backbone, method, folder / f"{method}-{made}.safetensors", options.learn_steps, _say)
-             for method in ("bound", "cidm")}
+    backbone, steps = load_base(), options.learn_steps
+    made = {method: f"r{rank}-s{steps}" for method, rank in quality.RANKS.items()}
+    banks = {method: quality.learned_bank(backbone, method, folder / f"{method}-{name}.safetensors", steps, _say)
+             for method, name in made.items()}
     judge, found = quality.judge(backbone), {}
     for way in quality.WAYS:
-        bank = banks["cidm" if way in quality.OF_LORA else "bound"]
+        method = quality.method_of(way)
         for count in quality.GRIDS:
-            path = folder / f"{way}-k{count}-p{options.pictures}-{made}.json"
-            row = _kept(path, lambda way=way, bank=bank, count=count: quality.quality(backbone, bank, judge, way, count, options.pictures))
+            path = folder / f"{way}-k{count}-p{options.pictures}-{made[method]}.json"
+            look = partial(quality.quality, backbone, banks[method], judge, way, count, options.pictures)
+            row = _kept(path, look)
             found.setdefault(way, {})[str(count)] = row
             _say(f"{way}, {count} regions: {100 * row['hit_rate']:.0f} % right, {100 * row['missing']:.0f} % missing")
     return found
