@@ -6,7 +6,6 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from .errors import ConceptError
@@ -155,8 +154,8 @@ def _regional_quality(options: Namespace, folder: Path) -> dict:
         method = quality.method_of(way)
         for count in quality.GRIDS:
             path = folder / f"{way}-k{count}-p{options.pictures}-{made[method]}.json"
-            look = partial(quality.quality, backbone, banks[method], judge, way, count, options.pictures)
-            row = _kept(path, look)
+            row = _kept(path, lambda way=way, bank=banks[method], count=count:
+                        quality.quality(backbone, bank, judge, way, count, options.pictures))
             found.setdefault(way, {})[str(count)] = row
             _say(f"{way}, {count} regions: {100 * row['hit_rate']:.0f} % right, {100 * row['missing']:.0f} % missing")
     return found
