@@ -134,9 +134,10 @@ class Run:
     def is_done(self) -> bool:
         return len(self.losses) >= self.config.steps or has_stalled(self.scores, self.config.patience)
 
-    def look(self, judge: Judge) -> None:
-        """Scores what has been learned, every `look_every` steps."""
-        if self.config.look_every and len(self.losses) % self.config.look_every == 0:
+    def look(self, judge: Judge | None) -> None:
+        """Scores what has been learned, every `look_every` steps where `patience` asks for it; also one that was cut off."""
+        config = self.config
+        if config.patience and len(self.losses) // config.look_every > len(self.scores):
             self.scores.append(float(judge(self.snapshot(), len(self.losses))))
 
     def _context(self, batch: Batch) -> Context:
@@ -208,6 +209,7 @@ class Run:
         self.is_updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._refuse_nan(torch.stack(torch._foreach_norm([p.detach() for p in self.parameters])).max(), "norm of the weights")
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.losses.append(loss)
@@ -257,10 +259,10 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
             stack.enter_context(torch.enable_grad())
             stack.enter_context(task.backbone.folded(learning_deltas(task.bank, METHODS, method.name)))
             stack.enter_context(task.backbone.gradient_checkpointing(config.gradient_checkpointing))
+            run.look(judge)
             while not run.is_done:
                 info = run.step()
-                if config.patience:
-                    run.look(judge)
+                run.look(judge)
                 if checkpoint_file is not None and config.checkpoint_every and info.step % config.checkpoint_every == 0:
                     checkpoint.save(checkpoint_file, run.state())
                 if callback is not None:

@@ -89,6 +89,25 @@ def test_a_cut_run_remembers_its_looks(run, tmp_path):
     assert again.losses == whole.losses
 
 
+@pytest.mark.parametrize("cut_at", [4, 6, 8])
+def test_a_look_that_was_cut_off_is_made_up_for(run, tmp_path, cut_at):
+    answers = [0.1, 0.3, 0.2, 0.25, 0.9]
+    whole = run(judge=scripted(answers)[0])
+    asked = scripted(answers)[0]
+
+    def cancelled(bank, step):
+        if step == cut_at:
+            raise KeyboardInterrupt
+        return asked(bank, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(judge=cancelled, file=tmp_path / "c")
+    judge, steps = scripted(answers[cut_at // 2 - 1:])
+    resumed = run(judge=judge, file=tmp_path / "c")
+    assert steps[0] == cut_at and resumed.losses == whole.losses
+    assert all(torch.equal(a, b) for a, b in zip(tensors(resumed), tensors(whole), strict=True))
+
+
 def test_what_cannot_be_judged_is_refused(run):
     with pytest.raises(ConceptError, match="setting 'patience' is 2; allowed: 0 where nothing says how good"):
         run()
