@@ -94,7 +94,8 @@ def test_a_last_step_that_goes_too_far_is_told(tiny_backbone, empty, teach, monk
                 parameter.detach().fill_(value)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", too_far)
-    with pytest.raises(ConceptError, match=r"norm of the weights became (nan|inf) at step 1 of concept 'rex'; .*\(lr, token_lr\).* the bank is unchanged"):
+    says = r"norm of the weights became (nan|inf) at step 1 of concept 'rex'; .*\(lr, token_lr\).* the bank is unchanged"
+    with pytest.raises(ConceptError, match=says):
         teach(tiny_backbone, empty, steps=1, settings={"shared": "off"})
     assert len(empty) == 0
 
