@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ import comfy.utils
 import folder_paths
 import torch
 from PIL import Image
-from server import PromptServer
 from torch import Tensor
 
 from ..core.bank import ConceptBank
@@ -149,9 +149,10 @@ def vision(clip_vision) -> Encode:
 
 
 def say(node: str | None, text: str) -> None:
-    """A line under a node while it works; nothing where no page listens."""
-    server = getattr(PromptServer, "instance", None)
-    if node is not None and server is not None and getattr(server, "client_id", None) is not None:
+    """A line under a node while it works; nothing where no server runs or no page listens."""
+    module = sys.modules.get("server")      # importing it would start one's parts
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
+    if node is not None and getattr(server, "client_id", None) is not None:
         server.send_progress_text(text, node)
 
 
