@@ -22,7 +22,7 @@ NAME_LINES, OTHER_LINES = 4, 2      # 64 of the widest letters still fit
 
 
 @dataclass(frozen=True)
-class Look:
+class CardStyle:
     """columns of cards; side of a cover; sizes of a name's letters, the largest with which it fits on a line is taken; size of the rest."""
 
     columns: int
@@ -31,7 +31,7 @@ class Look:
     text: int
 
 
-LARGE, SMALL = Look(3, 112, (17, 15, 13), 13), Look(4, 60, (14, 12, 11), 11)
+LARGE, SMALL = CardStyle(3, 112, (17, 15, 13), 13), CardStyle(4, 60, (14, 12, 11), 11)
 MANY = 24      # more concepts than these have small cards
 Line = tuple[str, int, tuple[int, int, int]]      # text, size of its letters, colour
 
@@ -62,7 +62,7 @@ def _lines(text: str, size: int, width: float, colour: tuple[int, int, int], mos
     return [(line, size, colour) for line in wrapped(text, font(size), width, most)]
 
 
-def _said(facts: Facts, found: Inspection, look: Look, width: float) -> list[Line]:
+def _said(facts: Facts, found: Inspection, look: CardStyle, width: float) -> list[Line]:
     """What stands beside a cover."""
     size = next((s for s in look.names if font(s).getlength(facts.placeholder) <= width), look.names[-1])
     lines = _lines(facts.placeholder, size, width, INK, NAME_LINES)
@@ -113,7 +113,7 @@ def _heading(found: Inspection, shown: int, width: int) -> list[Line]:
     return [*lines, (f"and {more} more; the text lists them all", 13, ALARM)] if more > 0 else lines
 
 
-def _page(found: Inspection, look: Look, cards: Sequence[tuple[Facts, list[Line]]], heading: list[Line], size: tuple[int, int],
+def _page(found: Inspection, look: CardStyle, cards: Sequence[tuple[Facts, list[Line]]], heading: list[Line], size: tuple[int, int],
           card: tuple[int, int]) -> Image.Image:
     """size: of the page; card: width and height of every card."""
     image = Image.new("RGB", size, PAPER)

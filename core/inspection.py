@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,11 +14,11 @@ from .collisions import Collision, collisions_of, composition_of, header_warning
 from .concepts import Concept, ConceptInfo
 from .deltas import Deltas, LowRankDelta
 from .errors import ConceptError
+from .evaluation.bankcheck import Encode
 from .likeness import delta_cosines, word_cosines
 from .pictures import opened
 from .training.data import to_pixels
 
-Encode = Callable[[Sequence[Tensor]], Tensor]      # pictures [3, H, W] in -1..1 -> unit vectors [n, D]
 CROP = 0.8      # of a cover's sides
 WHOLE = 100      # of more concepts the report holds no tables of likeness, which are megabytes then
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core.bank import ConceptBank
 from ..core.bankfile import SUFFIX
 from ..core.errors import ConceptError
+from ..core.evaluation.bankcheck import Encode
 from ..core.evaluation.metrics import unit
 from ..core.hosts.backbone import Backbone
 from ..core.pictures import smoothed
@@ -131,7 +132,6 @@ def _digest(pixels: Tensor) -> str:
     return hashlib.sha256(((pixels + 1) * 127.5).round().clamp(0, 255).byte().numpy().tobytes()).hexdigest()[:16]
 
 
-Encode = Callable[[Sequence[Tensor]], Tensor]      # pictures [3, H, W] in -1..1 -> unit vectors [n, D]
 LOOKS = 4      # pictures of a look that is measured: one alone says little
 
 

@@ -216,7 +216,8 @@ def _learn(task: Task, method, config: TrainingConfig, pictures: list[Picture], 
         learned = learn(task, method, data, config, report, host.checkpoint_file(task.name, key), judge=judge)
         bank = learned.bank
         if every:
-            report.look(bank, len(learned.losses))
+            if report.looked != len(learned.losses):      # the look that ended learning is the last one
+                report.look(bank, len(learned.losses))
             bank = task.bank.add(replace(learned.concept, cover=_jpeg(report.previews[-1])), learned.bank.shared)
         older = _older(backbone, bank, task.bank.names, look, config.seed) if one["show_older"] else _nothing_older()
     loss = to_tensor(loss_picture(learned.losses, f"loss of <{task.name}>", report.scores))

@@ -18,7 +18,7 @@ from ..training.data import to_pixels
 from . import metrics
 
 PLACE = "{}"      # where a prompt names the concept
-Encode = Callable[[Sequence[Tensor]], Tensor]
+Encode = Callable[[Sequence[Tensor]], Tensor]      # pictures [3, H, W] in -1..1 of any sizes -> unit vectors [n, D]
 Progress = Callable[[int, int, Tensor], None]
 
 

@@ -223,7 +223,7 @@ def stored_dtype(name: str) -> torch.dtype:
     return STORED_TYPES[name]
 
 
-def fitting(dtype: torch.dtype, tensors: Iterable[Tensor]) -> torch.dtype:
+def wide_enough(dtype: torch.dtype, tensors: Iterable[Tensor]) -> torch.dtype:
     """The bank's type for tensors that are stored together: float32 where a number is too large for `dtype`, so that storing makes nothing
     infinite."""
     tops = [tensor.detach().abs().amax() for tensor in tensors if tensor.numel()]
@@ -232,12 +232,12 @@ def fitting(dtype: torch.dtype, tensors: Iterable[Tensor]) -> torch.dtype:
 
 def kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A detached copy on the CPU in the bank's type."""
-    return tensor.detach().to(fitting(dtype, [tensor])).cpu().clone()
+    return tensor.detach().to(wide_enough(dtype, [tensor])).cpu().clone()
 
 
 def kept_deltas(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
     """Detached copies on the CPU, all in one type, as their file has them."""
-    dtype = fitting(dtype, (tensor for delta in deltas.values() for tensor in delta.tensors()))
+    dtype = wide_enough(dtype, (tensor for delta in deltas.values() for tensor in delta.tensors()))
     return {key: LowRankDelta(d.up.detach().to(dtype).cpu().clone(), d.down.detach().to(dtype).cpu().clone(), d.scale)
             for key, d in deltas.items()}
 

@@ -29,7 +29,7 @@ from ..hosts.backbone import SiteProgram
 from ..neuron_scores import encode_plain, key_value_weights, text_positions
 from ..sites import SiteLayout
 from ..tokens import TokenGroup
-from .base import LearnedWords, Method, Outcome, Task, adapter_key, fitting, register, require, stored_dtype
+from .base import LearnedWords, Method, Outcome, Task, adapter_key, register, require, stored_dtype, wide_enough
 from .fusion import Rows, compressed, fit, fused_outcome, text_rows
 
 _THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "boat", "chair", "teacup", "clock", "guitar", "tree", "flower", "mountain",
@@ -93,7 +93,7 @@ class FullAdapters(nn.Module):
 
     def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
         """The differences exactly, in the bank's type: `up` `[a, b]`, `down` the identity."""
-        dtype = fitting(dtype, (self.at(key) for key in self.keys))
+        dtype = wide_enough(dtype, (self.at(key) for key in self.keys))
         found = {key: self.at(key).detach().to(dtype).cpu().clone() for key in self.keys}
         return {key: LowRankDelta(difference, torch.eye(difference.shape[1], dtype=dtype)) for key, difference in found.items()}
 

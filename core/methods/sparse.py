@@ -12,7 +12,7 @@ from ..deltas import DeltaKey, SparseDelta
 from ..hosts.backbone import SiteProgram
 from ..neurons import NeuronSelection
 from ..sites import Site, SiteLayout
-from .base import adapter_key, fitting
+from .base import adapter_key, wide_enough
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -61,7 +61,7 @@ class SparseAdapters(nn.Module):
     def stored(self, dtype: torch.dtype) -> dict[DeltaKey, SparseDelta]:
         """Detached copies on the CPU in the bank's type."""
         found = {key: self.at(key) for key in self.sizes}
-        dtype = fitting(dtype, (values for values, _ in found.values()))
+        dtype = wide_enough(dtype, (values for values, _ in found.values()))
         return {key: SparseDelta(self.sizes[key], places.cpu().clone(), values.detach().to(dtype).cpu().clone())
                 for key, (values, places) in found.items()}
 

@@ -28,7 +28,7 @@ from ..deltas import DeltaKey, SparseDelta
 from ..hosts.backbone import SiteProgram
 from ..sites import Site
 from ..tokens import TokenGroup
-from .base import Batch, Forward, LearnedWords, Task, adapter_key, fitting, kept, register, require, stored_dtype
+from .base import Batch, Forward, LearnedWords, Task, adapter_key, kept, register, require, stored_dtype, wide_enough
 from .clora import CLoRA, CLoRAConfig
 
 
@@ -175,7 +175,7 @@ class Stamina(CLoRA):
 
     def _recorded(self) -> dict[DeltaKey, SparseDelta]:
         layout, folded = self.task.backbone.layout, {key: self.folded(key) for key in self.numbers}
-        dtype = fitting(stored_dtype(self.config.stored), (values for _, values in folded.values()))
+        dtype = wide_enough(stored_dtype(self.config.stored), (values for _, values in folded.values()))
         return {(index, part): SparseDelta(layout.sites[index].shape(part), places.cpu().clone(), values.to(dtype).cpu().clone())
                 for (index, part), (places, values) in folded.items()}
 

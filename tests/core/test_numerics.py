@@ -10,7 +10,7 @@ from continual_concepts.core.bankfile import open_bank, save_bank, verify_bank
 from continual_concepts.core.deltas import LowRankDelta
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.base import fitting, kept_deltas
+from continual_concepts.core.methods.base import wide_enough, kept_deltas
 from continual_concepts.core.sampling import SampleSettings, sample
 from continual_concepts.core.training import checkpoint
 from continual_concepts.core.training.config import TrainingConfig
@@ -171,8 +171,8 @@ def test_values_near_the_end_of_float16(layout, make_concept, tmp_path, value, d
 
 def test_what_is_no_number_does_not_become_one():
     for value in (NAN, INF):
-        assert not torch.isfinite(torch.tensor([value]).to(fitting(torch.float16, [torch.tensor([value])]))).any()
-    assert fitting(torch.float16, []) == torch.float16 == fitting(torch.float16, [torch.zeros(0)])
+        assert not torch.isfinite(torch.tensor([value]).to(wide_enough(torch.float16, [torch.tensor([value])]))).any()
+    assert wide_enough(torch.float16, []) == torch.float16 == wide_enough(torch.float16, [torch.zeros(0)])
 
 
 def test_half_precision_without_a_graphics_card(tiny_backbone, empty, teach):
