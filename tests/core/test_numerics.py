@@ -10,7 +10,7 @@ from continual_concepts.core.bankfile import open_bank, save_bank, verify_bank
 from continual_concepts.core.deltas import LowRankDelta
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.base import wide_enough, kept_deltas
+from continual_concepts.core.methods.base import kept_deltas, wide_enough
 from continual_concepts.core.sampling import SampleSettings, sample
 from continual_concepts.core.training import checkpoint
 from continual_concepts.core.training.config import TrainingConfig
