@@ -7,7 +7,9 @@ added meanwhile is lost. The version that is replaced goes to `.<name>.earlier/1
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from .errors import ConceptError
 
 VERSIONS = 5
 PATIENCE = 30.0      # seconds to wait for another program that is writing; it takes far less
+ABANDONED = 3600.0      # seconds after which a half-written file is nobody's any more: its writer was killed
 
 Change = Callable[[ConceptBank | None], ConceptBank]
 
@@ -80,9 +83,21 @@ def _present(path: Path) -> ConceptBank | None:
 def _replaced(path: Path, make: Callable[[], ConceptBank], is_version: bool = True) -> ConceptBank:
     """Writes what `make` gives under the lock. is_version: whether the present file is kept as one."""
     with _locked(path):
+        _sweep(path)
         bank = make()
         save_bank(bank, path, before=(lambda: _keep(path)) if is_version else (lambda: None))
     return bank
+
+
+def _sweep(path: Path) -> None:
+    """Deletes what writers of this bank that were killed have left half-written."""
+    half = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.partial")
+    for file in path.parent.glob(".*.partial"):
+        try:
+            if half.fullmatch(file.name) and time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()
+        except OSError:      # gone meanwhile, or not ours to delete: no reason to refuse a change
+            continue
 
 
 def _keep(path: Path) -> None:

@@ -132,6 +132,16 @@ def test_a_full_disk_loses_nothing(grow, path, monkeypatch, links):
     assert names_of(path) == ["one", "two", "three"] and not list(path.parent.rglob("*.partial"))
 
 
+def test_what_a_killed_writer_left_half_written_goes_in_time(grow, path):
+    old, young, other = (path.with_name(f".{name}.partial") for name in (f"{path.name}.0123abcd", f"{path.name}.0123abce", "else.0123abcd"))
+    for file in (old, young, other):
+        file.write_bytes(b"half")
+    for file in (old, other):
+        os.utime(file, (1.0, 1.0))
+    grow("one")
+    assert not old.exists() and young.exists() and other.exists()
+
+
 def test_a_folder_that_cannot_be_written_is_told(grow, path, monkeypatch):
     grow("one")
     monkeypatch.setattr(type(path), "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
