@@ -45,6 +45,17 @@ def comfyui() -> Path:
     return path
 
 
+@pytest.fixture
+def own_folder(comfyui, tmp_path):
+    """An output folder of this test's own: checkpoints, banks and exports of one test are no other test's."""
+    import folder_paths
+
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield tmp_path
+    folder_paths.set_output_directory(before)
+
+
 @pytest.fixture(scope="session")
 def demo(comfyui):
     """MODEL, CLIP, VAE of the embedded base, made under inference mode as ComfyUI's loaders do."""

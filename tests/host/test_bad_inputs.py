@@ -8,16 +8,9 @@ import torch
 from continual_concepts.core.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 
-pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
 NAN = torch.full((1, 32, 32, 3), float("nan"))
 ESCAPES = ["../x", "a/b", "a\\b", "", " ", "..", ".", "/etc/x", "C:x", "x\0y", "x" * 70, "con\ncept", "~x", ".hidden"]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(pack, tmp_path):
-    import folder_paths
-
-    folder_paths.set_output_directory(str(tmp_path))
 
 
 @pytest.fixture

@@ -212,35 +212,24 @@ def test_what_a_prompt_gets_predicts_the_same_through_comfyuis_own_loader(demo, 
     assert distance(theirs, ours) < 1e-3 < 1e-2 < distance(plain, ours)
 
 
-@pytest.fixture
-def output(pack, tmp_path):
-    """An output folder of this test's own."""
-    import folder_paths
-
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_output_directory(before)
-
-
 def written(output, kind: str) -> list[str]:
     place = output / kind
     return sorted(file.name for file in place.iterdir()) if place.is_dir() else []
 
 
-def test_the_node_exports_a_prompt_a_concept_and_a_whole_bank(pack, bank, output, as_in_comfyui):
+def test_the_node_exports_a_prompt_a_concept_and_a_whole_bank(pack, bank, own_folder, as_in_comfyui):
     node = pack.ConceptExport
     optional = [one.id for one in node.define_schema().inputs]
     assert optional == ["bank", "concept", "format", "strength", "prompt"]      # saved graphs know inputs by their order
     text = node.execute(bank, "rex", "LoRA and embedding", 1.0).args[0]
-    assert written(output, "loras") == ["rex_lora.safetensors"] and written(output, "embeddings") == ["rex.safetensors"]
+    assert written(own_folder, "loras") == ["rex_lora.safetensors"] and written(own_folder, "embeddings") == ["rex.safetensors"]
     assert "wrote rex_lora.safetensors" in text and "not in these files" not in text
     text = node.execute(bank, "tom", "LoRA", 1.0, prompt="<rex> and <mimi>").args[0]
     assert "wrote prompt_rex_mimi_lora.safetensors" in text and "export the format 'embedding' as well" in text
     for everything in ("", " * "):
         text = node.execute(bank, everything, "embedding", 1.0).args[0]
         assert text.count("wrote ") == len(bank)
-    assert len(written(output, "embeddings")) == 1 + 2 * len(bank) and len(written(output, "loras")) == 2
+    assert len(written(own_folder, "embeddings")) == 1 + 2 * len(bank) and len(written(own_folder, "loras")) == 2
     with pytest.raises(ConceptError, match="names no concept"):
         node.execute(bank, "rex", "LoRA", 1.0, prompt="a dog")
 

@@ -10,20 +10,13 @@ import torch
 from continual_concepts.core.bank import ConceptBank
 from continual_concepts.core.encoding import encode_prompts
 
-pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
 SCENE = "a photo of a dog in a meadow"
 TYPES = {"bf16, cast": (torch.bfloat16, torch.float32), "fp16, cast": (torch.float16, torch.float32), "bf16": (torch.bfloat16, None)}
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.fixture(autouse=True)
-def own_folder(pack, tmp_path):
-    import folder_paths
-
-    folder_paths.set_output_directory(str(tmp_path))
 
 
 @pytest.fixture(params=list(TYPES))

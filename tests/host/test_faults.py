@@ -14,17 +14,9 @@ import torch
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.training import checkpoint
 
-pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 SCENE = "a photo of a red dog on a beach"
-
-
-@pytest.fixture(autouse=True)
-def own_folder(pack, tmp_path):
-    import folder_paths
-
-    folder_paths.set_output_directory(str(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture(autouse=True)

@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
 SCENE = "a photo of a red dog on a beach"
 
 
 class Failure(Exception):
     pass
-
-
-@pytest.fixture(autouse=True)
-def own_folder(pack, tmp_path):
-    """Checkpoints of one test are no other test's."""
-    import folder_paths
-
-    folder_paths.set_output_directory(str(tmp_path))
 
 
 @pytest.fixture

@@ -281,10 +281,7 @@ def test_clip_skip(studio, carrying, backbone):
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-def test_an_aggregated_clip_can_be_learned_with(studio, pack, tmp_path):
-    import folder_paths
-
-    folder_paths.set_output_directory(str(tmp_path))
+def test_an_aggregated_clip_can_be_learned_with(studio, own_folder):
     model, clip, _ = studio.aggregate("a dog", studio.bank)
     bank = studio.learn(model=model, clip=clip, bank=[studio.bank], steps=1)
     assert bank.names == ["rex", "mimi", "blueprint", "spot"]

@@ -37,10 +37,7 @@ def photos(folder: Path, side: int) -> list[torch.Tensor]:
     return found
 
 
-def test_learn_aggregate_two_regions_decode(loaded, pack, studio, shared_dir, tmp_path, count_tensors):
-    import folder_paths
-
-    folder_paths.set_output_directory(str(tmp_path))
+def test_learn_aggregate_two_regions_decode(loaded, pack, studio, shared_dir, own_folder, count_tensors):
     family, parts = loaded
     own, (sites, copies, side) = type(studio)(pack, parts, None), SHAPES[family]
     latent = {"samples": torch.zeros(1, 4, side // 8, side // 8)}

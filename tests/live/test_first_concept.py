@@ -1,0 +1,143 @@
+"""A newcomer's way: photos in a folder, a template, a name, Run, a new prompt. Takes the pictures of docs/first-concept.
+
+The embedded base stands for the checkpoint that a person would have, with settings that fit its size.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+NAME = "Learn a first concept"
+PROMPTS = ("a photo of <rex> on a beach", "a photo of <rex> at night")
+SMALL = """() => {
+    const of = type => app.graph._nodes.find(node => node.type === type);
+    const set = (type, values) => Object.entries(values).forEach(([name, value]) => {
+        of(type).widgets.find(widget => widget.name === name).value = value;
+    });
+    const loader = of('CheckpointLoaderSimple'), base = LiteGraph.createNode('ConceptDemoBase');
+    base.pos = [loader.pos[0], loader.pos[1]];
+    app.graph.add(base);
+    loader.outputs.forEach((output, slot) => (output.links || []).slice().forEach(id => {
+        const link = app.graph.links[id];
+        base.connect(slot, app.graph.getNodeById(link.target_id), link.target_slot);
+    }));
+    app.graph.remove(loader);
+    const learner = of('ConceptLearner');
+    base.connect(3, learner, learner.inputs.findIndex(input => input.name === 'clip_vision'));
+    set('ConceptLearner', {resolution: 64, batch_size: 4, steps: 400, lr: 0.002, token_lr: 0.01, preview_every: 50});
+    set('EmptyLatentImage', {width: 128, height: 128, batch_size: 4});
+    set('KSampler', {cfg: 4, steps: 16});
+    of('SaveImage').size = [420, 430];
+}"""
+SET = """([type, name, value]) => {
+    app.graph._nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value;
+}"""
+SHOW = """types => {
+    const nodes = app.graph._nodes.filter(node => types.includes(node.type) || types.includes(node.title));
+    const boxes = nodes.map(node => [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
+    const edge = (i, pick) => pick(...boxes.map(box => box[i]));
+    const [left, top, right, bottom] = [edge(0, Math.min), edge(1, Math.min), edge(2, Math.max), edge(3, Math.max)];
+    const scale = Math.min(1280 / (right - left), 740 / (bottom - top), 1.3);
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [(70 + (1310 - scale * (right - left)) / 2) / scale - left, 125 / scale - top];
+    app.graph.setDirtyCanvas(true, true);
+}"""
+SEEN = """() => {
+    window.seen = {previews: 0, lines: []};
+    for (const name of ['b_preview', 'b_preview_with_metadata']) app.api.addEventListener(name, () => seen.previews++);
+    app.api.addEventListener('progress_text', event => seen.lines.push(event.detail.text));
+}"""
+
+
+@pytest.fixture(scope="module")
+def steps(script):
+    """The module of page tests: how templates are opened."""
+    return script(Path(__file__).with_name("test_page.py"))
+
+
+@pytest.fixture
+def page(browser, server, steps):
+    page = browser.new_page(viewport={"width": 1400, "height": 880})
+    page.set_default_timeout(60_000)
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(server.url, wait_until="load", timeout=180_000)
+    page.wait_for_function(steps.READY, timeout=180_000)
+    page.wait_for_timeout(1500)
+    page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
+    page.evaluate("app.extensionManager.setting.set('LiteGraph.Canvas.MinFontSizeForLOD', 0)")      # small writing stays writing
+    yield page
+    page.close()
+
+
+def put_photos(folder: Path) -> None:
+    from continual_concepts.core.demo import world
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for number, (picture, _) in enumerate(world.CONCEPTS["rex"].pictures(5, seed=7)):
+        Image.fromarray(picture).save(folder / f"{number + 1}.png")
+
+
+def press_run(page, server) -> str:
+    """Returns the run's id, which the page has just sent."""
+    before = set(server.call("/history")) | {one[1] for kind in ("queue_running", "queue_pending") for one in server.call("/queue")[kind]}
+    page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
+    for _ in range(200):
+        page.wait_for_timeout(100)
+        queue = server.call("/queue")
+        now = set(server.call("/history")) | {one[1] for kind in ("queue_running", "queue_pending") for one in queue[kind]}
+        if now - before:
+            return (now - before).pop()
+    raise AssertionError(f"nothing was queued: {server.log[-1000:]}")
+
+
+def shoot(page, folder: Path, number: int, *types: str) -> None:
+    if types:
+        page.evaluate(SHOW, list(types))
+    page.wait_for_timeout(1200)
+    page.screenshot(path=str(folder / f"{number}.png"))
+
+
+def test_a_newcomers_first_concept(page, server, steps, tmp_path):
+    began, spent = time.monotonic(), []
+
+    def done(what: str) -> None:
+        spent.append(f"{what}: {time.monotonic() - began:.0f} s")
+
+    put_photos(server.base / "input" / "rex")
+    steps.browse(page)
+    page.wait_for_timeout(1500)
+    shoot(page, tmp_path, 1)
+    steps.open_template(page, NAME)
+    page.evaluate(SMALL)
+    done("template opened")
+    shoot(page, tmp_path, 2, "ConceptPhotosLoad", "ConceptDemoBase", "ConceptLearner")
+    page.evaluate(SEEN)
+    run = press_run(page, server)
+    page.wait_for_function("seen.previews >= 3 && seen.lines.length >= 12", timeout=300_000)
+    shoot(page, tmp_path, 3, "ConceptPhotosLoad", "ConceptDemoBase", "ConceptLearner", "ConceptBankSave")
+    entry = server.wait(run, 600)
+    assert entry["status"]["status_str"] == "success", server.error_of(entry)
+    done("learned, saved, drawn")
+    assert (server.base / "output" / "concept_banks" / "my-concepts.safetensors").is_file() and len(server.pictures(entry)) == 4
+    page.wait_for_timeout(2500)
+    shoot(page, tmp_path, 4, "ConceptBankSave", "ConceptBankInspect", "Loss", "While it was learning")
+    page.evaluate(SET, ["ElasticWeightAggregate", "prompt", PROMPTS[1]])
+    entry = server.wait(press_run(page, server), 300)
+    assert entry["status"]["status_str"] == "success", server.error_of(entry)
+    cached = {node for kind, message in entry["status"]["messages"] if kind == "execution_cached" for node in message["nodes"]}
+    learner = page.evaluate("app.graph._nodes.find(node => node.type === 'ConceptLearner').id")
+    assert str(learner) in cached      # what is learned is not learned again for another prompt
+    done("a new prompt drawn")
+    page.wait_for_timeout(2500)
+    shoot(page, tmp_path, 5, "ElasticWeightAggregate", "KSampler", "Picture of <rex>", "Negative prompt")
+    assert not page.errors
+    print(f"screenshots: {tmp_path}", *spent, sep="\n")
