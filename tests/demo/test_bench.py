@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -94,3 +97,22 @@ def test_a_variant_is_a_row_of_its_own(bench, quick, tmp_path):
 def test_a_variant_without_a_value_is_refused(bench, quick, capsys):
     assert bench("--tasks", "1", "--seeds", "1", "--steps", "1", "--methods", "bound+apart") == 1
     assert "variant 'apart' is not of the form key=value" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_cells(tmp_path, installed):
+    """Every cell is somebody's, once, and what is put together is what one process finds."""
+    found = {}
+    for processes in (1, 2):
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+        wish = ["--json", tmp_path / f"{processes}.json", "--tasks", 1, "--seeds", 1, "--steps", 1, "--methods", "bound,textual_inversion"]
+        done = subprocess.run([sys.executable, "-I", *start, "-m", "continual_concepts.core", "bench", "continual", *map(str, wish)],
+                              capture_output=True, text=True, timeout=900, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert all(done.stderr.count(f"{method}-n1-o0-s0: learned <rex>") == 1 for method in ("bound", "textual_inversion"))
+        found[processes] = json.loads((tmp_path / f"{processes}.json").read_text())
+    for result in found.values():
+        for row in result["methods"].values():      # how long it took is all that may differ
+            for name in [name for name in row if "seconds" in name]:
+                del row[name]
+    assert found[1] == found[2]
