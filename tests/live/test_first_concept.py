@@ -14,8 +14,9 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 
 NAME = "Learn a first concept"
-PROMPTS = ("a photo of <rex> on a beach", "a photo of <rex> at night")
-SMALL = """() => {
+WHO = "mimi"
+PROMPTS = ("a photo of <mimi> on a beach", "a photo of <mimi> in the snow")
+SMALL = """prompt => {
     const of = type => app.graph._nodes.find(node => node.type === type);
     const set = (type, values) => Object.entries(values).forEach(([name, value]) => {
         of(type).widgets.find(widget => widget.name === name).value = value;
@@ -30,10 +31,19 @@ SMALL = """() => {
     app.graph.remove(loader);
     const learner = of('ConceptLearner');
     base.connect(3, learner, learner.inputs.findIndex(input => input.name === 'clip_vision'));
-    set('ConceptLearner', {resolution: 64, batch_size: 4, steps: 400, lr: 0.002, token_lr: 0.01, preview_every: 50});
+    set('ConceptPhotosLoad', {folder: 'mimi'});
+    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', resolution: 64, batch_size: 4, steps: 400, lr: 0.002, token_lr: 0.02,
+                           preview_every: 50});
+    set('ElasticWeightAggregate', {prompt});
     set('EmptyLatentImage', {width: 128, height: 128, batch_size: 4});
-    set('KSampler', {cfg: 4, steps: 16});
-    of('SaveImage').size = [420, 430];
+    set('KSampler', {cfg: 3, steps: 16, sampler_name: 'euler', scheduler: 'normal'});
+    const saver = of('SaveImage'), larger = LiteGraph.createNode('ImageScale'), decoder = of('VAEDecode');
+    saver.title = 'Picture of <mimi>';
+    larger.pos = [decoder.pos[0] + 400, decoder.pos[1]];
+    app.graph.add(larger);
+    set('ImageScale', {upscale_method: 'lanczos', width: 256, height: 256});
+    decoder.connect(0, larger, 0);
+    larger.connect(0, saver, 0);
 }"""
 SET = """([type, name, value]) => {
     app.graph._nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value;
@@ -82,7 +92,7 @@ def put_photos(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    for number, (picture, _) in enumerate(world.CONCEPTS["rex"].pictures(5, seed=7)):
+    for number, (picture, _) in enumerate(world.CONCEPTS[WHO].pictures(5, seed=7)):
         Image.fromarray(picture).save(folder / f"{number + 1}.png")
 
 
@@ -112,12 +122,12 @@ def test_a_newcomers_first_concept(page, server, steps, tmp_path):
     def done(what: str) -> None:
         spent.append(f"{what}: {time.monotonic() - began:.0f} s")
 
-    put_photos(server.base / "input" / "rex")
+    put_photos(server.base / "input" / WHO)
     steps.browse(page)
     page.wait_for_timeout(1500)
     shoot(page, tmp_path, 1)
     steps.open_template(page, NAME)
-    page.evaluate(SMALL)
+    page.evaluate(SMALL, PROMPTS[0])
     done("template opened")
     shoot(page, tmp_path, 2, "ConceptPhotosLoad", "ConceptDemoBase", "ConceptLearner")
     page.evaluate(SEEN)
@@ -138,6 +148,6 @@ def test_a_newcomers_first_concept(page, server, steps, tmp_path):
     assert str(learner) in cached      # what is learned is not learned again for another prompt
     done("a new prompt drawn")
     page.wait_for_timeout(2500)
-    shoot(page, tmp_path, 5, "ElasticWeightAggregate", "KSampler", "Picture of <rex>", "Negative prompt")
+    shoot(page, tmp_path, 5, "ElasticWeightAggregate", "KSampler", "Picture of <mimi>", "Negative prompt")
     assert not page.errors
     print(f"screenshots: {tmp_path}", *spent, sep="\n")
