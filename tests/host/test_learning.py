@@ -58,7 +58,7 @@ def traces(studio) -> dict:
         for name, module in whole.named_modules():
             hooks = [len(getattr(module, kind)) for kind in
                      ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")]
-            found[i, name] = (hooks, "forward" in module.__dict__, module.training)
+            found[i, name] = (hooks, "forward" in module.__dict__, module.training, getattr(module, "activation", None))
         for name, weight in whole.named_parameters():
             found[i, name, "gradient"] = weight.grad is None
     return found

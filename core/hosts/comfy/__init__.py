@@ -1,5 +1,5 @@
 """The only part of core that knows ComfyUI: a loaded MODEL, CLIP and VAE as a backbone, and concepts put into them by the host's own means.
 
-sites: where a UNet's text cross-attention is and how programs reach it; text: encoders, and the CLIP that understands `<rex>`; backbone:
-for learning; apply: MODELs that carry concepts and regions; demo: the embedded base as MODEL, CLIP and VAE.
+sites: where a UNet's text cross-attention is and how programs reach it; text: encoders, and the CLIP that understands `<rex>`; backbone
+and clip_gradients: for learning; apply: MODELs that carry concepts and regions; demo: the embedded base as MODEL, CLIP and VAE.
 """

@@ -17,6 +17,7 @@ from ...errors import ConceptError
 from ...schedule import NoiseSchedule
 from ...sites import Site
 from ..backbone import Backbone, Context, SiteProgram
+from .clip_gradients import fit_for_gradients
 from .sites import ATTENTION, OFFSETS, PROGRAM, differentiable_attention, find_sites, program_patches
 from .text import ComfyText, encoder_names, text_widths
 
@@ -52,22 +53,6 @@ def plain_weights(module: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_inference():
                 part._buffers[name] = buffer.clone()
-
-
-@contextmanager
-def _no_writing_over(text: nn.Module) -> Iterator[None]:
-    """The host's CLIP layers add in place to what their norms have kept for the backward pass; inside, norms keep a copy of their own."""
-    layers = [layer for layer in getattr(text, "inner", text).modules() if type(layer).__name__ == "CLIPLayer"]
-    hooks = [norm.register_forward_pre_hook(_copied) for layer in layers for norm in (layer.layer_norm1, layer.layer_norm2)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _copied(_module, inputs: tuple) -> tuple:
-    return (inputs[0].clone(), *inputs[1:]) if inputs[0].requires_grad else inputs
 
 
 class ComfyBackbone(Backbone):
@@ -124,12 +109,13 @@ class ComfyBackbone(Backbone):
     def training(self) -> Iterator[None]:
         """For a whole run of learning: gradients are allowed inside, and the host knows of it."""
         before = getattr(management, "in_training", None)
-        with torch.inference_mode(False), _no_writing_over(self.clip.cond_stage_model):
+        with torch.inference_mode(False):
             try:
                 if before is not None:
                     management.in_training = True
                 self.load()
-                yield
+                with fit_for_gradients(self.clip):
+                    yield
             finally:
                 if before is not None:
                     management.in_training = before
