@@ -101,9 +101,10 @@ class CCDM(Method):
                 parameter.copy_(state[name])
         mine = [task.bank.passing(name) for name, info in task.bank.infos.items() if info.method == self.name]
         for key in self.own.keys:
-            old = [d.up[:, c.shared_rank:].float() * d.scale for concept in mine if isinstance(d := concept.deltas.get(key), LowRankDelta)]
-            if old:
-                self.old_up[key] = torch.cat(old, dim=1).to(device)      # side by side: no loop over concepts in a step
+            old = [d for concept in mine if isinstance(d := concept.deltas.get(key), LowRankDelta)]
+            if old:      # side by side: no loop over concepts in a step; as stored where that is exact
+                ups = [d.up if d.scale == 1 else d.up.float() * d.scale for d in old]
+                self.old_up[key] = torch.cat([up[:, c.shared_rank:] for up in ups], dim=1).to(device)
 
     def parameter_groups(self) -> list[dict]:
         c = self.config

@@ -111,14 +111,14 @@ class CIDM(Method):
 
     def _begin_shared(self, old: Mapping[DeltaKey, list[LowRankDelta]], state: Mapping[str, Tensor]) -> None:
         """W* for every projection: carried over from the bank, else made from the old deltas."""
-        self.rows, self.basis, self.dense = {}, {}, {}
+        self.grams, self.basis, self.dense = {}, {}, {}
         for key, deltas in old.items():
             saved = state.get(adapter_key(*key))
             if self.config.shared == "als":
-                rows = torch.cat([losses.weighted_rows(d) for d in deltas])
-                fits = saved is not None and saved.shape == (self.config.shared_rank, rows.shape[1])
-                self.rows[key] = rows
-                self.basis[key] = saved.to(rows) if fits else losses.initial_basis(rows, self.config.shared_rank)
+                self.grams[key] = losses.Gram.of(deltas)
+                fits = saved is not None and saved.shape == (self.config.shared_rank, deltas[0].shape[1])
+                self.basis[key] = (saved.to(self.grams[key].inner) if fits else
+                                   losses.initial_basis(torch.cat([losses.weighted_rows(d) for d in deltas]), self.config.shared_rank))
             elif self.config.shared == "gradient":
                 stacked = torch.stack([d.dense() for d in deltas])
                 fits = saved is not None and saved.shape == stacked.shape[1:]
@@ -182,9 +182,8 @@ class CIDM(Method):
             for vector in self.words.vectors.values():
                 vector.grad = None      # the optimiser skips parameters without a gradient
         for key in self.basis:
-            up, down = self._factors(key)
-            rows = torch.cat([self.rows[key], losses.weighted_rows(LowRankDelta(up, down))])
-            self.basis[key] = losses.als_sweep(rows, self.basis[key])
+            own = losses.Gram.of([LowRankDelta(*self._factors(key))])
+            self.basis[key] = losses.als_sweep((self.grams[key], own), self.basis[key])
         for key, dense in self.dense.items():
             up, down = self._factors(key)
             dense.step(up @ down, self.config.lr)

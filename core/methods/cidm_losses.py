@@ -6,11 +6,13 @@ tasks and H_i the projection of task i onto it. All functions are per projection
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..deltas import LowRankDelta
 
@@ -22,7 +24,25 @@ def orthogonality_rr(old_up: Tensor, up: Tensor) -> Tensor:
 
     old_up: the A_i of all old tasks side by side `[a, sum r]`, so there is no loop over concepts; up: `[a, r]`.
     """
-    return (old_up.to(up.dtype).T @ up).abs().sum()
+    return _Overlap.apply(old_up, up)
+
+
+class _Overlap(torch.autograd.Function):
+    """sum |A^T A_g|. Autograd would keep A in A_g's type until the backward pass, of all sites and for all concepts; the gradient for A_g,
+    A sign(A^T A_g), is a task's size and known at once."""
+
+    @staticmethod
+    def forward(ctx, old_up: Tensor, up: Tensor) -> Tensor:
+        old = old_up.to(up.dtype)
+        overlap = old.T @ up
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(old @ overlap.sign())
+        return overlap.abs().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient * ctx.saved_tensors[0]
 
 
 def orthogonality_aa(old_up: Tensor, up: Tensor) -> Tensor:
@@ -64,13 +84,35 @@ def residual(delta_up: Tensor, delta_down: Tensor, projected: Tensor, basis: Ten
     return (own - 2 * cross + common).clamp(min=0)      # rounding can leave a little less than nothing
 
 
-def als_sweep(rows: Tensor, basis: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Gram:
+    """S = sum_i dW_i^T dW_i `[b, b]` of some tasks, as its factors: downs `[g, R, b]`, the B_i in the type that they are stored in, which
+    with many concepts is half the memory, and inner `[g, R, R]`, the A_i^T A_i. A smaller rank is filled up with zeros."""
+
+    downs: Tensor
+    inner: Tensor
+
+    @classmethod
+    def of(cls, deltas: Sequence[LowRankDelta]) -> Gram:
+        rank = max(d.down.shape[0] for d in deltas)
+        ups = (d.up.float() * d.scale for d in deltas)
+        return cls(torch.stack([F.pad(d.down, (0, 0, 0, rank - d.down.shape[0])) for d in deltas]),
+                   torch.stack([F.pad(up.T @ up, (0, rank - up.shape[1]) * 2) for up in ups]))
+
+    def times(self, basis: Tensor) -> Tensor:
+        """Q S for Q `[s, b]`."""
+        downs = self.downs.flatten(0, 1).to(basis)
+        inside = (basis @ downs.T).unflatten(1, self.downs.shape[:2]).transpose(0, 1)      # [g, s, R]
+        return (inside @ self.inner).transpose(0, 1).flatten(1) @ downs
+
+
+def als_sweep(grams: Iterable[Gram], basis: Tensor) -> Tensor:
     """One alternating-least-squares sweep for W*'s row space: all H_i in closed form, then W*. `[s, b]`, rows orthonormal.
 
-    rows: C_i of every task stacked `[sum r, b]` (see weighted_rows). With H_i eliminated, W* = K Q S up to an s×s factor,
-    S = sum dW_i^T dW_i = rows^T rows; that factor does not change H_i W*, so rows are re-orthonormalised.
+    grams: of all tasks together. With H_i eliminated, W* = K Q S up to an s×s factor, S = sum dW_i^T dW_i; that factor does not change
+    H_i W*, so rows are re-orthonormalised.
     """
-    updated = (basis @ rows.T) @ rows
+    updated = sum(gram.times(basis) for gram in grams)
     if not torch.isfinite(updated).all() or updated.norm() < 1e-20:
         return basis
     return torch.linalg.qr(updated.T).Q.T

@@ -8,6 +8,7 @@ import torch
 from continual_concepts.core.deltas import LowRankDelta
 from continual_concepts.core.methods.cidm_losses import (
     DenseCommon,
+    Gram,
     als_sweep,
     initial_basis,
     orthogonality_aa,
@@ -32,6 +33,25 @@ def test_rr_is_the_sum_over_concepts():
     ups, up = [random(A, R, seed=i) for i in range(3)], random(A, R, seed=9)
     expected = sum((old.T @ up).abs().sum() for old in ups)
     assert torch.allclose(orthogonality_rr(torch.cat(ups, 1), up), expected)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_rr_has_the_gradient_of_its_formula(stored):
+    old, up = random(A, 6).to(stored), random(A, R, seed=9)
+    up[:, 1] = 0      # where |x| has no slope
+    ours, plain = up.clone().requires_grad_(), up.clone().requires_grad_()
+    value, expected = 3 * orthogonality_rr(old, ours), 3 * (old.float().T @ plain).abs().sum()
+    assert torch.equal(value, expected)
+    value.backward()
+    expected.backward()
+    assert torch.allclose(ours.grad, plain.grad, rtol=1e-6, atol=1e-6) and ours.grad.any()
+
+
+def test_rr_keeps_nothing_of_the_old_concepts_size():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        orthogonality_rr(random(A, 400).half(), random(A, R).requires_grad_())
+    assert kept and max(kept) <= A * R
 
 
 def test_rr_is_zero_for_orthogonal_column_spaces_only():
@@ -97,6 +117,32 @@ def test_the_residual_is_never_negative():
         assert residual(up, down, project_onto(up, down, basis), basis) >= 0
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize("ranks", [(2,), (2, 2, 2), (1, 3, 2)])
+def test_the_gram_is_the_sum_of_the_dense_ones(ranks, stored):
+    """Whatever the tasks' ranks, scales and stored types, and without changing what is stored."""
+    deltas = [LowRankDelta(random(A, rank, seed=i).to(stored), random(rank, B, seed=9 + i).to(stored), 0.5 + i)
+              for i, rank in enumerate(ranks)]
+    gram, basis = Gram.of(deltas), random(S, B, seed=3)
+    dense = sum(d.dense().T @ d.dense() for d in deltas)
+    assert gram.downs.dtype == stored and torch.allclose(gram.times(basis), basis @ dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sweep_is_that_over_all_rows():
+    """In whichever grams the tasks come."""
+    deltas, basis = tasks(4), torch.linalg.qr(random(B, S)).Q.T
+    rows = torch.cat([weighted_rows(d) for d in deltas])
+    expected = torch.linalg.qr((basis @ rows.T @ rows).T).Q.T
+    for grams in ([Gram.of(deltas)], [Gram.of(deltas[:3]), Gram.of(deltas[3:])]):
+        assert torch.allclose(als_sweep(grams, basis), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
+def test_a_sweep_over_numbers_that_are_none_keeps_the_basis(wrong):
+    basis = initial_basis(random(R, B), S)
+    assert torch.equal(als_sweep([Gram.of([LowRankDelta(random(A, R) * wrong, random(R, B))])], basis), basis)
+
+
 def total_residual(deltas, basis) -> float:
     """sum_i min_H ||dW_i - H W*||^2, every H in closed form."""
     space = torch.linalg.qr(basis.T).Q
@@ -106,11 +152,11 @@ def total_residual(deltas, basis) -> float:
 @pytest.mark.parametrize("count", [1, 3, 6])
 def test_sweeps_never_raise_the_total_residual_and_find_the_best_subspace(count):
     deltas = tasks(count)
-    rows = torch.cat([weighted_rows(d) for d in deltas])
+    grams = [Gram.of(deltas)]
     basis, history = torch.linalg.qr(random(B, S)).Q.T, []
     for _ in range(60):
         history.append(total_residual(deltas, basis))
-        basis = als_sweep(rows, basis)
+        basis = als_sweep(grams, basis)
         assert torch.allclose(basis @ basis.T, torch.eye(S), atol=1e-5)
     assert all(after <= before * (1 + 1e-5) + 1e-4 for before, after in zip(history, history[1:], strict=False))
     best = float(torch.linalg.svdvals(torch.cat([d.dense() for d in deltas]))[S:].square().sum())
@@ -119,7 +165,7 @@ def test_sweeps_never_raise_the_total_residual_and_find_the_best_subspace(count)
 
 def test_a_sweep_over_nothing_keeps_the_basis():
     basis = initial_basis(random(R, B), S)
-    assert torch.equal(als_sweep(torch.zeros(4, B), basis), basis)
+    assert torch.equal(als_sweep([Gram.of([LowRankDelta(torch.zeros(A, R), random(R, B))])], basis), basis)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, B])
