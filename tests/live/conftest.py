@@ -113,10 +113,11 @@ def _why_not(comfyui: Path) -> str:
     return "" if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it ends at once"])[-1]
 
 
-def _start(comfyui: Path, base: Path, *more: str) -> Server:
+def _start(comfyui: Path, base: Path, *more: str, packs: tuple[Path, ...] = ()) -> Server:
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True)
-    (base / "custom_nodes" / FOLDER).symlink_to(ROOT, target_is_directory=True)
+    for name, pack in {FOLDER: ROOT, **{pack.name: pack for pack in packs}}.items():
+        (base / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
     port, log = _free_port(), base / "server.log"
     options = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
     with log.open("wb") as stream:
@@ -159,10 +160,10 @@ def comfyui_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(comfyui_folder, tmp_path_factory):
-    """start_server(*options): a context in which a ComfyUI runs with this checkout as its only custom node pack."""
+    """start_server(*options, packs=()): a context in which a ComfyUI runs with this checkout, and the folders `packs`, as custom nodes."""
     @contextmanager
-    def run(*options: str) -> Iterator[Server]:
-        running = _start(comfyui_folder, tmp_path_factory.mktemp("comfyui") / "base", *options)
+    def run(*options: str, packs: tuple[Path, ...] = ()) -> Iterator[Server]:
+        running = _start(comfyui_folder, tmp_path_factory.mktemp("comfyui") / "base", *options, packs=packs)
         try:
             if not _ready(running):
                 pytest.fail(f"ComfyUI did not start within {START_LIMIT} s:\n{running.log[-3000:]}")
