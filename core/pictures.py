@@ -69,17 +69,18 @@ def loss_picture(losses: Sequence[float], title: str, looks: Sequence[tuple[int,
 
 
 def _looks(draw: ImageDraw.ImageDraw, looks: Sequence[tuple[float, float]], edges: tuple[float, float, float]) -> None:
-    """Points `(x, score)` joined by a line, the last and the best with their figures."""
+    """Points `(x, score)` joined by a line, the last, the best and the worst with their figures. What is noise stays small: the scale spans
+    five points at least."""
     top, right, bottom = edges
     scores = [score for _, score in looks]
-    low, high = min(scores), max(max(scores), min(scores) + 1e-3)
+    low, high = min(scores), max(max(scores), min(scores) + 0.05)
     places = [(x, bottom - 20 - (bottom - top - 40) * (score - low) / (high - low)) for x, score in looks]
     draw.line(places * (2 if len(places) == 1 else 1), ALIKE, 2)
     for i, ((x, y), score) in enumerate(zip(places, scores, strict=True)):
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], ALIKE)
-        if i in (len(scores) - 1, scores.index(max(scores))):
+        if i in (len(scores) - 1, scores.index(max(scores)), scores.index(min(scores))):
             text = f"{100 * score:.1f}"
-            draw.text((min(x, right - draw.textlength(text, font(12))), y - 20), text, ALIKE, font(12))
+            draw.text((min(x, right - draw.textlength(text, font(12))), y + (6 if score == min(scores) else -20)), text, ALIKE, font(12))
     text = "likeness to the photos"
     draw.text((right - draw.textlength(text, font(13)), 12), text, ALIKE, font(13))
 

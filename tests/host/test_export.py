@@ -234,7 +234,7 @@ def test_the_node_exports_a_prompt_a_concept_and_a_whole_bank(pack, bank, own_fo
         node.execute(bank, "rex", "LoRA", 1.0, prompt="a dog")
 
 
-def test_comfyuis_model_browser_finds_the_cover_in_the_files(bank, tmp_path):
+def test_comfyuis_model_browser_finds_the_cover_in_the_files(comfyui, bank, tmp_path):
     from app.model_manager import ModelFileManager
 
     buffer = io.BytesIO()
