@@ -16,6 +16,7 @@ from ..errors import ConceptError
 from ..schedule import NoiseSchedule
 from ..sites import Site, SiteLayout
 from .backbone import Backbone, Context, SiteProgram, TextEncoder
+from .quick_gelu import quick_gelu
 
 _RECOMPUTED = ("BasicTransformerBlock", "ResnetBlock2D")      # what gradient checkpointing runs again in the backward pass
 _LAYER_PER_GROUP_ABOVE = 16      # more sites than SD1.5's 16 share a layer copy per transformer group (SDXL: 70 sites, 11 groups)
@@ -117,9 +118,15 @@ class ClipText(TextEncoder):
             return embedded.masked_scatter(slots.unsqueeze(-1), vectors.to(embedded.dtype))
 
         hook = self.embedding.register_forward_hook(insert) if vectors.numel() else None
+        activations = [part for part in self.model.modules()
+                       if type(part).__name__ == "QuickGELUActivation" and "forward" not in part.__dict__]
         try:
+            for activation in activations:
+                activation.forward = quick_gelu
             output = self.model(ids, output_hidden_states=self.penultimate)
         finally:
+            for activation in activations:
+                activation.__dict__.pop("forward", None)
             if hook is not None:
                 hook.remove()
         hidden = output.hidden_states[-2] if self.penultimate else output.last_hidden_state

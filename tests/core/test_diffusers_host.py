@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from continual_concepts.core.bank import ConceptBank
 from continual_concepts.core.encoding import encode_prompts
 from continual_concepts.core.hosts.backbone import Context, SiteProgram
+from continual_concepts.core.hosts.quick_gelu import quick_gelu
 from continual_concepts.core.prompts import Vocabulary
 from continual_concepts.core.sampling import SampleSettings, sample
 from continual_concepts.core.sites import PROJECTIONS
@@ -38,6 +39,31 @@ def test_without_a_program_it_is_the_model_itself(backbone):
         unet.set_attn_processor(processors)
     assert torch.allclose(ours, expected, atol=1e-5)
     assert torch.allclose(backbone.predict(latents, timesteps, context, SiteProgram()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_texts_are_encoded_with_our_activation_and_the_model_keeps_its_own(tiny_backbone, fails):
+    encoder, seen = tiny_backbone.text[0], []
+    activations = [part for part in encoder.model.modules() if type(part).__name__ == "QuickGELUActivation"]
+    ids = torch.tensor([[encoder.start, 5, *[encoder.end] * (encoder.length - 2)]])
+    nothing, vectors = torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(0, encoder.width)
+    with torch.no_grad():
+        expected = encoder.model(ids).last_hidden_state
+
+    def look(*_):
+        seen.extend(part.forward is quick_gelu for part in activations)
+        if fails:
+            raise KeyboardInterrupt
+
+    hook = encoder.embedding.register_forward_hook(look)
+    try:
+        with torch.no_grad():
+            assert torch.equal(encoder.encode(ids, nothing, vectors)[0], expected)
+    except KeyboardInterrupt:
+        assert fails
+    finally:
+        hook.remove()
+    assert seen == [True] * len(activations) != [] and not any("forward" in part.__dict__ for part in activations)
 
 
 def test_sites_run_in_the_order_of_their_numbers(backbone):
