@@ -146,7 +146,7 @@ def _regional_quality(options: Namespace, folder: Path) -> dict:
     from .demo.base import load_base
 
     backbone, steps = load_base(), options.learn_steps
-    made = {method: f"r{rank}-s{steps}" for method, rank in quality.RANKS.items()}
+    made = {method: quality.bank_name(method, steps) for method in quality.RANKS}
     banks = {method: quality.learned_bank(backbone, method, folder / f"{method}-{name}.safetensors", steps, _say)
              for method, name in made.items()}
     judge, found = quality.judge(backbone), {}

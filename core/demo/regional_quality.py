@@ -24,8 +24,8 @@ from .sequence import concepts
 
 NAMES = ("rex", "quack", "mimi", "pack", "teddy", "fido")      # the last is the second dog
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 6: (2, 3)}      # rows and columns; a region is as large as a picture
-SIDE, STEPS = 64, 600
-RANKS = {"bound": 8, "cidm": 4}      # each method's better one: with 4 bound's <rex> is weak alone, with 8 CIDM's concepts bleed more
+SIDE, STEPS, PHOTOS, BATCH = 64, 600, 10, 8
+RANKS = {"bound": 16, "cidm": 4}      # deltas that act at two words alone have room for more; with 8 CIDM's concepts bleed more
 UNPLACED = ("prompt", "found")      # ways that are not told who is to be where
 OF_LORA = ("masked", "hooks", "couple")      # ways of files that are LoRA: they get concepts whose deltas act on every word, CIDM's
 
@@ -61,15 +61,20 @@ def judge(backbone: Backbone) -> Judge:
     return Judge(encoder, references, suites.halfway(noun, real))
 
 
-def _tasks() -> list:
-    return [assignment_of(concept, seed=7 + i) for i, concept in enumerate(concepts(10)) if concept.name in NAMES]
+def _tasks(photos: int = 5) -> list:
+    return [assignment_of(concept, photos, seed=7 + i) for i, concept in enumerate(concepts(10)) if concept.name in NAMES]
+
+
+def bank_name(method: str, steps: int) -> str:
+    """How a bank was learned, for the names of files that depend on it."""
+    return f"r{RANKS[method]}-s{steps}-b{BATCH}-p{PHOTOS}"
 
 
 def learned_bank(backbone: Backbone, method: str, file: Path, steps: int, tell: Callable[[str], object]) -> ConceptBank:
     """The concepts learned one after another, kept in a file after each: a run that was cut goes on."""
     bank = open_bank(file) if file.exists() else ConceptBank(backbone.layout)
-    config = training(steps, 0)
-    for task in _tasks():
+    config = replace(training(steps, 0), batch_size=BATCH)
+    for task in _tasks(PHOTOS):
         if task.name in bank:
             continue
         data = prepare(backbone, list(task.pictures), task.name, task.class_noun, Framing(config.resolution, config.framing, config.flip))
@@ -150,4 +155,4 @@ def quality(backbone: Backbone, bank: ConceptBank, judge: Judge, way: str, count
     bleed = float(shown[others].sum() / meant[others].sum().clamp(min=1))
     return {"hit_rate": float(torch.stack(hits).mean()), "bleed": bleed, "missing": float(torch.stack(missing).mean()),
             "border": sum(borders) / len(borders), "pictures": pictures, "steps": SETTINGS.steps, "rank": RANKS[method_of(way)],
-            "matrix": [[round(x, 4) for x in row] for row in matrix.tolist()]}
+            "photos": PHOTOS, "matrix": [[round(x, 4) for x in row] for row in matrix.tolist()]}
