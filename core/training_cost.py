@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -22,13 +22,13 @@ from .hosts.backbone import Backbone
 from .methods.base import METHODS, Task, make
 from .methods.clora import KEYS_AND_VALUES
 from .prompts import Vocabulary
-from .routing import learning_deltas
 from .sites import PROJECTIONS, SiteLayout
 from .synthetic import deltas_of, peak_gb, seconds
 from .tokens import TokenGroup, default_words
 from .training.config import TrainingConfig
 from .training.data import TrainingSet
-from .training.loop import Run, learn
+from .training.loop import Run, fit_for_steps, learn
+from .training.memory import kept_between_steps
 
 NEW, NOUN = "new", "dog"
 CAPTIONS = (f"a photo of <{NEW}> in a park", f"a photo of <{NEW}> on a sofa, seen from the side")
@@ -39,6 +39,15 @@ ROWS: dict[str, tuple[str, dict]] = {
 CONCEPTS = (1, 100)      # in the bank while one more is learned
 GROWING = ("bound", "cidm", "clora")      # rows that are looked at with each of them; the others with one
 Look = dict      # "seconds": of every step but the first; "peak_gb"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of things done right after each other: the passes forward of the texts and of the UNet, and a step on top of each bank."""
+
+    text: float
+    forward: float
+    steps: tuple[float, ...]
 
 
 class Host(Protocol):
@@ -91,91 +100,82 @@ def stored_bank(layout: SiteLayout, method: str, count: int, folder: Path) -> Co
     return open_bank(path)
 
 
-def step_look(host: Host, row: str, bank: ConceptBank, config: TrainingConfig) -> Look:
-    """Learning on top of a bank."""
+def peak_of(host: Host, row: str, bank: ConceptBank, config: TrainingConfig) -> float | None:
+    """GiB at the peak of learning on top of a bank."""
     method, settings = ROWS[row]
-    backbone = host.backbone
-    data = random_set(backbone, host.side)
+    backbone, data = host.backbone, random_set(host.backbone, host.side)
 
-    def run(mark) -> None:
+    def run() -> None:
         with host.training():
-            learn(Task(NEW, NOUN, backbone, bank), make(method, settings), data, config, mark)
+            learn(Task(NEW, NOUN, backbone, bank), make(method, settings), data, config)
 
-    return timed(run)
+    return peak_gb(run)
 
 
-@torch.no_grad()
-def forward_look(host: Host, row: str) -> dict[str, float]:
-    """Seconds of the passes forward that a step of a row needs: the UNet's, and that of its texts."""
+def _clock(run: Callable[[], object]) -> float:
+    return seconds(run, rounds=1)
+
+
+def _passes(host: Host, row: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The passes forward that a step of a row needs, of its texts and of the UNet."""
     method, settings = ROWS[row]
     backbone, config = host.backbone, METHODS[method].config(**settings)
     copies = backbone.layout.copies if config.layerwise else 1
     tokens = tokens_of(backbone.layout, NEW, copies, torch.Generator().manual_seed(2), NOUN if method == "bound" else "")
     vocabulary = Vocabulary([ConceptInfo(NEW, NOUN, method, tokens.words)])
-    data = random_set(backbone, host.side)
+    latents, time_step = random_set(backbone, host.side).latents[:1], torch.tensor([500], device=backbone.device)
 
+    @torch.no_grad()
     def text():
         return encode_prompts(backbone, CAPTIONS[:1], vocabulary, {NEW: tokens})
 
-    with host.training():
-        context, time_step = text(), torch.tensor([500], device=backbone.device)
-        return {"text_seconds": seconds(text),
-                "forward_seconds": seconds(lambda: backbone.predict(data.latents[:1], time_step, context))}
+    context = text()
+    return text, torch.no_grad()(lambda: backbone.predict(latents, time_step, context))
 
 
 @torch.inference_mode(False)
-def growth(host: Host, row: str, banks: Sequence[ConceptBank], config: TrainingConfig, steps: int) -> float:
-    """Median of `steps` ratios: a step on top of the second bank over the one right before on top of the first. Whole looks are minutes
-    apart, in which a machine's pace changes by more than what is asked."""
+def paces(host: Host, row: str, banks: Sequence[ConceptBank], config: TrainingConfig, rounds: int) -> list[Pace]:
+    """`rounds` times: the passes forward, then a step on top of each bank, one right after the other: in the minutes between whole runs
+    a machine's pace changes by more than what is asked. A first round only warms up and is left out."""
     method, settings = ROWS[row]
-    backbone, ratios = host.backbone, []
-    data = random_set(backbone, host.side)
-    with host.training(), torch.enable_grad():
-        runs = [Run(Task(NEW, NOUN, backbone, bank), make(method, settings), data, config) for bank in banks]
-        standing = [learning_deltas(bank, METHODS, method) for bank in banks]
-        for _ in range(steps + 1):
-            times = []
-            for run, deltas in zip(runs, standing, strict=True):
-                with backbone.folded(deltas):
-                    began = time.perf_counter()
-                    run.step()
-                    times.append(time.perf_counter() - began)
-            ratios.append(times[1] / times[0])
-    return statistics.median(ratios[1:])
+    data, found = random_set(host.backbone, host.side), []
+    with host.training():
+        runs = [Run(Task(NEW, NOUN, host.backbone, bank), make(method, settings), data, config) for bank in banks]
+        text, forward = _passes(host, row)
+        for _ in range(rounds + 1):
+            steps = []
+            with kept_between_steps(host.backbone.device):
+                parts = _clock(text), _clock(forward)
+                for run in runs:
+                    with fit_for_steps(run):
+                        steps.append(_clock(run.step))
+            found.append(Pace(*parts, tuple(steps)))
+    return found[1:]
 
 
 def measure(host: Host, pixels: int, steps: int, rounds: int, tell: Callable[[str], object], precision: str = "float32") -> dict:
-    """The JSON of the benchmark; the host has no model any more afterwards. Ratios are of looks right after each other, their median over
-    rounds: a machine's pace drifts."""
+    """The JSON of the benchmark; the host has no model any more afterwards. Ratios to the passes forward and between banks are medians of
+    things done right after each other; seconds are the least."""
     config = TrainingConfig(steps=steps, resolution=pixels, precision=precision)
-    looks: dict[tuple[str, int], list[tuple[dict, Look]]] = {}
+    rows: dict[str, dict] = {}
     with TemporaryDirectory() as name:
-        banks = {(row, count): stored_bank(host.backbone.layout, ROWS[row][0], count, Path(name))
-                 for row in ROWS for count in (CONCEPTS if row in GROWING else CONCEPTS[:1])}
-        for i in range(rounds):
-            for (row, count), bank in banks.items():
-                pair = forward_look(host, row), step_look(host, row, bank, config)
-                looks.setdefault((row, count), []).append(pair)
-                tell(f"round {i + 1}, {row}, {count} in the bank: {min(pair[1]['seconds']):.2f} s a step, "
-                     f"forward {pair[0]['forward_seconds']:.2f} s, text {pair[0]['text_seconds']:.2f} s")
-        grown = {row: growth(host, row, [banks[row, count] for count in CONCEPTS], config, steps * rounds) for row in GROWING}
+        for row, (method, _) in ROWS.items():
+            counts = CONCEPTS if row in GROWING else CONCEPTS[:1]
+            banks = [stored_bank(host.backbone.layout, method, count, Path(name)) for count in counts]
+            found = paces(host, row, banks, config, steps * rounds)
+            peaks = [peak_of(host, row, bank, replace(config, steps=2)) for bank in banks]
+            rows[row] = _row(counts, found, peaks)
+            tell(f"{row}: {rows[row]['step_seconds']:.2f} s a step, {rows[row]['step_over_forwards']:.2f} of its passes forward")
     rivals, others = {}, host.rivals()
     host.backbone = None      # our model is no part of what others need
     gc.collect()
     for name, look in others.items():
         rivals[name] = look(steps)
         tell(f"{name}: {min(rivals[name]['seconds']):.2f} s a step")
-    return _told(pixels, looks, grown, rivals)
+    return _told(pixels, rows, rivals)
 
 
-def _told(pixels: int, looks: Mapping, grown: Mapping[str, float], rivals: Mapping[str, Look]) -> dict:
-    rows: dict[str, dict] = {}
-    for row in ROWS:
-        found = {concepts: _row(looks[row, concepts]) for concepts in CONCEPTS if (row, concepts) in looks}
-        rows[row] = found[CONCEPTS[0]] | {"concepts": {str(concepts): one for concepts, one in found.items()}}
-        if len(found) > 1:
-            rows[row]["hundred_over_one"] = grown[row]
-            rows[row]["peak_hundred_over_one"] = _ratio(found[CONCEPTS[1]]["peak_gb"], found[CONCEPTS[0]]["peak_gb"])
+def _told(pixels: int, rows: Mapping[str, dict], rivals: Mapping[str, Look]) -> dict:
     others = {name: {"step_seconds": min(look["seconds"]), "peak_gb": look["peak_gb"]} for name, look in rivals.items()}
     for row in rows.values():
         for name, other in others.items():
@@ -185,15 +185,18 @@ def _told(pixels: int, looks: Mapping, grown: Mapping[str, float], rivals: Mappi
     return {"shape": "sd15", "pixels": pixels, "device": device, **rows[next(iter(ROWS))], **others, "rows": rows}
 
 
-def _row(pairs: list[tuple[dict, Look]]) -> dict:
-    peaks = [look["peak_gb"] for _, look in pairs if look["peak_gb"] is not None]
-    return {
-        "forward_seconds": min(forwards["forward_seconds"] for forwards, _ in pairs),
-        "text_seconds": min(forwards["text_seconds"] for forwards, _ in pairs),
-        "step_seconds": min(min(look["seconds"]) for _, look in pairs),
-        "step_over_forwards": statistics.median(min(look["seconds"]) / sum(forwards.values()) for forwards, look in pairs),
-        "peak_gb": min(peaks) if peaks else None,
-    }
+def _row(counts: Sequence[int], found: Sequence[Pace], peaks: Sequence[float | None]) -> dict:
+    forwards = {"forward_seconds": min(pace.forward for pace in found), "text_seconds": min(pace.text for pace in found)}
+    concepts = {str(count): forwards | {
+        "step_seconds": min(pace.steps[i] for pace in found),
+        "step_over_forwards": statistics.median(pace.steps[i] / (pace.text + pace.forward) for pace in found),
+        "peak_gb": peaks[i],
+    } for i, count in enumerate(counts)}
+    row = concepts[str(counts[0])] | {"concepts": concepts}
+    if len(counts) > 1:
+        row["hundred_over_one"] = statistics.median(pace.steps[1] / pace.steps[0] for pace in found)
+        row["peak_hundred_over_one"] = _ratio(peaks[1], peaks[0])
+    return row
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:

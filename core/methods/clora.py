@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..bank import ConceptBank
 from ..deltas import DeltaKey, LowRankDelta, weighted_sum
@@ -67,6 +68,24 @@ def forgetting(past: Mapping[DeltaKey, Tensor], product) -> Tensor:
     return sum((past[key] * product(key).float()).square().sum() for key in past)
 
 
+class _Overlap(torch.autograd.Function):
+    """`|| past (.) (A B) ||_F^2` of factors. Autograd would keep a×b matrices of all projections until the backward pass; the gradients for
+    A and B are a task's size and known at once."""
+
+    @staticmethod
+    def forward(ctx, past: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        kept = (up @ down).float().mul_(past)
+        loss = kept.flatten().dot(kept.flatten())
+        kept.mul_(past).mul_(2)
+        ctx.save_for_backward((kept @ down.float().T).to(up.dtype), (up.float().T @ kept).to(down.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+        return None, *(gradient * saved for saved in ctx.saved_tensors)
+
+
 class CLoRA(Method):
     composition = "sum"
     word_count = 1
@@ -94,8 +113,13 @@ class CLoRA(Method):
         """`A_t B_t` of a projection, `[a, b]` with gradient."""
         return self.adapters.delta(*key).dense()
 
+    def forgotten(self) -> Tensor:
+        """Eq. 3 without lambda."""
+        deltas = ((key, self.adapters.delta(*key)) for key in self.past)
+        return sum(_Overlap.apply(self.past[key], delta.up, delta.down) * delta.scale**2 for key, delta in deltas)
+
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        return {"forget": self.config.forget * forgetting(self.past, self.product)} if self.past else {}
+        return {"forget": self.config.forget * self.forgotten()} if self.past else {}
 
     @torch.no_grad()
     def monitors(self) -> dict[str, float]:

@@ -29,7 +29,7 @@ from ..hosts.backbone import SiteProgram
 from ..sites import Site
 from ..tokens import TokenGroup
 from .base import Batch, Forward, LearnedWords, Task, adapter_key, kept, register, require, stored_dtype, wide_enough
-from .clora import CLoRA, CLoRAConfig
+from .clora import CLoRA, CLoRAConfig, forgetting
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,9 @@ class Stamina(CLoRA):
         generator = torch.Generator(logits.device).manual_seed(place)
         noise = torch.rand(logits.shape, generator=generator, device=logits.device)
         return super().product(key) * hard_mask(logits, noise, self.config.temperature)
+
+    def forgotten(self) -> Tensor:
+        return forgetting(self.past, self.product)
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         terms = super().penalty(seen)

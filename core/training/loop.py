@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from . import checkpoint
 from .config import PRECISIONS, TrainingConfig, optimizer_class
 from .data import TrainingSet
 from .looks import Judge, has_stalled
+from .memory import kept_between_steps
 from .objective import denoising_loss, predict
 from .passes import OUT_OF_MEMORY, Pass, passes
 from .record import Learned, brief, conclude, run_identity
@@ -231,6 +232,16 @@ def _optimizer(config: TrainingConfig, groups: list[dict]) -> torch.optim.Optimi
         raise ConceptError(f"optimizer '{config.optimizer}' cannot train these weights ({error}); AdamW, Adam and SGD can") from error
 
 
+@contextmanager
+def fit_for_steps(run: Run) -> Iterator[None]:
+    """Inside, `run.step` may be called: standing concepts are in the weights, gradients are on, memory stays."""
+    backbone = run.task.backbone
+    with (torch.enable_grad(), kept_between_steps(backbone.device),
+          backbone.folded(learning_deltas(run.task.bank, METHODS, run.method.name)),
+          backbone.gradient_checkpointing(run.config.gradient_checkpointing)):
+        yield
+
+
 @torch.inference_mode(False)      # ComfyUI runs nodes under it; what is made there cannot be trained
 def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, callback: Callback | None = None,
           checkpoint_file: Path | None = None, cover: bytes = b"", team: Team = ALONE, judge: Judge | None = None) -> Learned:
@@ -255,10 +266,7 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
     if not team.is_first:
         checkpoint_file = callback = None
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(task.backbone.folded(learning_deltas(task.bank, METHODS, method.name)))
-            stack.enter_context(task.backbone.gradient_checkpointing(config.gradient_checkpointing))
+        with fit_for_steps(run):
             run.look(judge)
             while not run.is_done:
                 info = run.step()

@@ -50,12 +50,18 @@ def test_training_figures(host, monkeypatch):
     assert row["step_seconds"] == min(row["concepts"]["1"]["step_seconds"], row["step_seconds"])
     assert found["core"] == {"step_seconds": 10.0, "peak_gb": 2.0} and found["step_seconds"] == found["rows"]["bound"]["step_seconds"]
     assert "hundred_over_one" in row and "hundred_over_one" not in found["rows"]["cidm, one copy"]
-    assert len(said) == 2 * (3 * 2 + 2) + 1
+    assert len(said) == len(training_cost.ROWS) + 1
 
 
-def test_a_look_leaves_the_first_step_out(host):
-    config = training_cost.TrainingConfig(steps=4, resolution=64)
-    assert len(training_cost.step_look(host, "bound", training_cost.ConceptBank(host.backbone.layout), config)["seconds"]) == 3
+def test_ratios_are_of_one_round(host, monkeypatch):
+    """A machine that gets slower from round to round changes none of them."""
+    now = iter(range(10**6))
+    monkeypatch.setattr(training_cost, "_clock", lambda run: (run(), float(2 ** (next(now) // 4)))[1])
+    banks = [training_cost.random_bank(host.backbone.layout, "bound", count) for count in (1, 2)]
+    found = training_cost.paces(host, "bound", banks, training_cost.TrainingConfig(steps=3, resolution=64), 3)
+    assert [pace.text for pace in found] == [2.0, 4.0, 8.0] and all(len(pace.steps) == 2 for pace in found)      # the first one is left out
+    row = training_cost._row((1, 2), found, (1.0, 1.5))
+    assert row["step_over_forwards"] == 0.5 and row["hundred_over_one"] == 1 and row["peak_hundred_over_one"] == 1.5
 
 
 def test_steps_of_other_peoples_optimisers_are_counted():

@@ -60,6 +60,17 @@ def test_other_places_cost_nothing():
     assert torch.equal(over.grad, torch.tensor([[2.0, 0.0], [0.0, 8.0]]))
 
 
+def test_the_gradient_is_the_formulas(tiny_backbone, bank):
+    """Written out for the factors; autograd's is that of the formula."""
+    method = begun(tiny_backbone, bank, scale=0.5)
+    randomise(method)
+    parameters = list(method.adapters.parameters())
+    quick, plain = (torch.autograd.grad(loss, parameters) for loss in (method.forgotten(), forgetting(method.past, method.product)))
+    assert method.forgotten().item() == pytest.approx(forgetting(method.past, method.product).item(), rel=1e-5)
+    for one, other in zip(quick, plain, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-9) and other.any()
+
+
 def test_half_precision_does_not_reach_the_penalty():
     """1e-5 times 1e-5, squared, is far below what 16 bits hold."""
     past = {(0, "to_k"): torch.full((4, 4), 1e-5)}

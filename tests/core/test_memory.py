@@ -1,0 +1,80 @@
+"""Memory that stays with the process between steps of learning."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+
+import pytest
+import torch
+
+from continual_concepts.core.training import memory
+
+
+def clearing(rounds: int) -> int:
+    """Pages that the system had to give anew for tensors of 40 MiB that are made and dropped: 10,240 each, fewer where pages are larger."""
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(rounds):
+        torch.ones(40 * 2**18)
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+
+needs_glibc = pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
+
+
+@needs_glibc
+def test_what_is_freed_is_used_again():
+    clearing(1)
+    outside = clearing(5)
+    with memory.kept_between_steps(torch.device("cpu")):
+        clearing(20)      # older C libraries find their place for aligned pieces only after some rounds
+        inside = clearing(5)
+    assert inside < 0.5 * outside and inside < 0.5 * clearing(5)
+
+
+@needs_glibc
+def test_it_ends_with_the_last_who_asked_for_it():
+    cpu = torch.device("cpu")
+    with memory.kept_between_steps(cpu):
+        with memory.kept_between_steps(cpu):
+            clearing(20)
+        inside = clearing(5)
+    assert inside < 0.5 * clearing(5) and memory._users == 0
+
+
+def test_other_libraries_and_devices_are_left_alone(monkeypatch):
+    monkeypatch.setattr(memory, "_enter", lambda library: pytest.fail("told a library that is none of ours"))
+    with memory.kept_between_steps(torch.device("cuda")):
+        pass
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert memory._glibc() is None
+    with memory.kept_between_steps(torch.device("cpu")):
+        pass
+
+
+@needs_glibc
+def test_an_error_ends_it():
+    with pytest.raises(ValueError), memory.kept_between_steps(torch.device("cpu")):
+        raise ValueError
+    assert memory._users == 0
+
+
+@needs_glibc
+def test_threads_count_together():
+    cpu, inside, leave = torch.device("cpu"), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with memory.kept_between_steps(cpu):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    with memory.kept_between_steps(cpu):
+        assert memory._users == 2
+    assert memory._users == 1
+    leave.set()
+    thread.join()
+    assert memory._users == 0
