@@ -192,17 +192,20 @@ def regional(options: Namespace) -> Result:
 
 
 def _host(options: Namespace):
-    """A model of SD1.5's shape with random weights, in ComfyUI where its folder is given."""
+    """A model with random weights, of SD1.5's shape where no other is asked for, in ComfyUI where its folder is given."""
+    from .training_cost import Setup
+
+    setup = Setup(getattr(options, "shape", "sd15"), options.pixels, options.precision, getattr(options, "checkpointing", False))
     if options.comfyui is None:
         from .training_rivals import DiffusersHost
 
-        return DiffusersHost(options.pixels, options.precision)
+        return DiffusersHost(setup)
     from .hosts.comfy import standalone
 
     standalone.start(options.comfyui)
     from .hosts.comfy.training_cost import ComfyHost
 
-    return ComfyHost(options.pixels, options.precision)
+    return ComfyHost(setup)
 
 
 def training(options: Namespace) -> Result:
@@ -210,15 +213,18 @@ def training(options: Namespace) -> Result:
     from . import training_cost
 
     _least(options, pixels=64, steps=2, rounds=1)
+    names = [name.strip() for name in (options.rows or ";".join(training_cost.ROWS)).split(";")]
+    unknown = [name for name in names if name not in training_cost.ROWS]
+    if unknown:
+        raise ConceptError(f"rows names {unknown[0]!r}; allowed: {'; '.join(training_cost.ROWS)}")
     host = _host(options)
     if options.profile is not None:
-        config = training_cost.TrainingConfig(resolution=options.pixels, precision=options.precision)
-        tables = [training_cost.profile(host, row, config) for row in ("bound", "cidm")]
+        tables = [training_cost.profile(host, row) for row in ("bound", "cidm")]
         write_atomically(options.profile, lambda temporary: temporary.write_text("\n".join(tables)))
-    result = {"host": "diffusers" if options.comfyui is None else "ComfyUI", "precision": options.precision,
-              **training_cost.measure(host, options.pixels, options.steps, options.rounds, _say, options.precision)}
+    result = {"host": "diffusers" if options.comfyui is None else "ComfyUI",
+              **training_cost.measure(host, options.steps, options.rounds, _say, names, options.alone)}
     _write(options.file, result)
-    others = [name.removeprefix("faster_than_") for name in result["rows"]["bound"] if name.startswith("faster_than_")]
+    others = [name.removeprefix("faster_than_") for name in next(iter(result["rows"].values())) if name.startswith("faster_than_")]
     lines = [f"{name}: {row['step_seconds']:.2f} s a step, {row['step_over_forwards']:.2f} of its passes forward"
              + "".join(f", {row[f'faster_than_{other}']:.1f} times as fast as {other}" for other in others)
              + (f"; with 100 concepts in the bank {row['hundred_over_one']:.3f}" if "hundred_over_one" in row else "")

@@ -196,6 +196,10 @@ def _add_costs(bench) -> None:
         parser.add_argument("--rounds", type=int, default=2, help="looks at everything (default %(default)s)")
     training.add_argument("--steps", type=int, default=4, help="of each look, the first is left out (default %(default)s)")
     training.add_argument("--profile", type=Path, help="also what a step spends its time on, as text in this file")
+    training.add_argument("--shape", choices=("sd15", "sdxl"), default="sd15", help="of which checkpoint (default %(default)s)")
+    training.add_argument("--checkpointing", action="store_true", help="compute activations again instead of keeping them")
+    training.add_argument("--rows", help='what to measure, for example "bound; cidm, one copy" (default: all)')
+    training.add_argument("--alone", action="store_true", help="no banks of a hundred concepts, no other trainers")
     for parser, count in ((aggregation, 100), (bank, 1000)):
         parser.add_argument("--concepts", type=int, default=count, help="in the bank (default %(default)s)")
 

@@ -16,6 +16,15 @@ from .hosts.backbone import Context
 from .sites import PROJECTIONS, SiteLayout
 
 TOKENS, WIDTH = 77, 768      # of SD1.5's prompts
+# What diffusers' UNet is told beside its defaults, which are SD1.5's.
+UNETS: dict[str, dict] = {
+    "sd15": {"cross_attention_dim": WIDTH},
+    "sdxl": {"cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
+             "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+             "projection_class_embeddings_input_dim": 2816},
+}
 
 
 def deltas_of(layout: SiteLayout, seed: int, rank: int = 4, size: float = 0.01) -> Deltas:
@@ -82,11 +91,11 @@ def random_weights(module: nn.Module) -> None:
             weight.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def sd15_unet() -> nn.Module:
-    """diffusers' UNet of SD1.5's shape, on the graphics card where there is one."""
+def random_unet(shape: str = "sd15") -> nn.Module:
+    """diffusers' UNet of a shape, on the graphics card where there is one."""
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(cross_attention_dim=WIDTH)
+    unet = UNet2DConditionModel(**UNETS[shape])
     random_weights(unet)
     return unet.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -98,4 +107,4 @@ def sd15_backbone(text: tuple = ()):
 
     vae = nn.Module()
     vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # not asked for anything else
-    return DiffusersBackbone(sd15_unet(), vae, text, NoiseSchedule(cumulative_alphas(0.00085, 0.012)))
+    return DiffusersBackbone(random_unet(), vae, text, NoiseSchedule(cumulative_alphas(0.00085, 0.012)))

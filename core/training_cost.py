@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -43,18 +43,37 @@ Look = dict      # "seconds": of every step but the first; "peak_gb"
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of things done right after each other: the passes forward of the texts and of the UNet, and a step on top of each bank."""
+    """Seconds of things done right after each other: the passes forward of the texts and of the UNet, and a step."""
 
     text: float
     forward: float
-    steps: tuple[float, ...]
+    step: float
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a step is measured on: the shape of a checkpoint, the side of the pictures in pixels, the type of the arithmetic, whether
+    activations are computed again instead of kept."""
+
+    shape: str = "sd15"
+    pixels: int = 256
+    precision: str = "float32"
+    checkpointing: bool = False
+
+    @property
+    def side(self) -> int:
+        """Of the latents."""
+        return self.pixels // 8
+
+    def training(self, steps: int) -> TrainingConfig:
+        return TrainingConfig(steps=steps, resolution=self.pixels, precision=self.precision, gradient_checkpointing=self.checkpointing)
 
 
 class Host(Protocol):
     """A model to learn on, and other people's trainers for the same shape: name -> steps -> Look."""
 
     backbone: Backbone
-    side: int      # of the latents
+    setup: Setup
 
     def training(self) -> AbstractContextManager: ...
 
@@ -100,14 +119,14 @@ def stored_bank(layout: SiteLayout, method: str, count: int, folder: Path) -> Co
     return open_bank(path)
 
 
-def peak_of(host: Host, row: str, bank: ConceptBank, config: TrainingConfig) -> float | None:
+def peak_of(host: Host, row: str, bank: ConceptBank) -> float | None:
     """GiB at the peak of learning on top of a bank."""
     method, settings = ROWS[row]
-    backbone, data = host.backbone, random_set(host.backbone, host.side)
+    backbone, data = host.backbone, random_set(host.backbone, host.setup.side)
 
     def run() -> None:
         with host.training():
-            learn(Task(NEW, NOUN, backbone, bank), make(method, settings), data, config)
+            learn(Task(NEW, NOUN, backbone, bank), make(method, settings), data, host.setup.training(2))
 
     return peak_gb(run)
 
@@ -123,7 +142,7 @@ def _passes(host: Host, row: str) -> tuple[Callable[[], object], Callable[[], ob
     copies = backbone.layout.copies if config.layerwise else 1
     tokens = tokens_of(backbone.layout, NEW, copies, torch.Generator().manual_seed(2), NOUN if method == "bound" else "")
     vocabulary = Vocabulary([ConceptInfo(NEW, NOUN, method, tokens.words)])
-    latents, time_step = random_set(backbone, host.side).latents[:1], torch.tensor([500], device=backbone.device)
+    latents, time_step = random_set(backbone, host.setup.side).latents[:1], torch.tensor([500], device=backbone.device)
 
     @torch.no_grad()
     def text():
@@ -133,85 +152,94 @@ def _passes(host: Host, row: str) -> tuple[Callable[[], object], Callable[[], ob
     return text, torch.no_grad()(lambda: backbone.predict(latents, time_step, context))
 
 
-@torch.inference_mode(False)
-def paces(host: Host, row: str, banks: Sequence[ConceptBank], config: TrainingConfig, rounds: int) -> list[Pace]:
-    """`rounds` times: the passes forward, then a step on top of each bank, one right after the other: in the minutes between whole runs
-    a machine's pace changes by more than what is asked. A first round only warms up and is left out."""
+@contextmanager
+def _running(host: Host, row: str, banks: Sequence[ConceptBank], steps: int) -> Iterator[list[Run]]:
+    """A run on top of each bank, in a place where steps can be made."""
     method, settings = ROWS[row]
-    data, found = random_set(host.backbone, host.side), []
-    with host.training():
-        runs = [Run(Task(NEW, NOUN, host.backbone, bank), make(method, settings), data, config) for bank in banks]
+    data = random_set(host.backbone, host.setup.side)
+    with torch.inference_mode(False), host.training(), kept_between_steps(host.backbone.device):
+        yield [Run(Task(NEW, NOUN, host.backbone, bank), make(method, settings), data, host.setup.training(steps)) for bank in banks]
+
+
+def _step(run: Run) -> float:
+    with fit_for_steps(run):
+        return _clock(run.step)
+
+
+def paces(host: Host, row: str, bank: ConceptBank, rounds: int) -> list[Pace]:
+    """`rounds` times the passes forward and a step, right after each other: in the minutes between whole runs a machine's pace changes by
+    more than what is asked. A first round only warms up and is left out."""
+    with _running(host, row, [bank], rounds + 1) as (run,):
         text, forward = _passes(host, row)
-        for _ in range(rounds + 1):
-            steps = []
-            with kept_between_steps(host.backbone.device):
-                parts = _clock(text), _clock(forward)
-                for run in runs:
-                    with fit_for_steps(run):
-                        steps.append(_clock(run.step))
-            found.append(Pace(*parts, tuple(steps)))
-    return found[1:]
+        return [Pace(_clock(text), _clock(forward), _step(run)) for _ in range(rounds + 1)][1:]
 
 
-def measure(host: Host, pixels: int, steps: int, rounds: int, tell: Callable[[str], object], precision: str = "float32") -> dict:
+def growth(host: Host, row: str, banks: Sequence[ConceptBank], rounds: int) -> list[tuple[float, float]]:
+    """`rounds` times a step on top of the first bank and one on top of the second, in turn: each comes after one of the other."""
+    with _running(host, row, banks, rounds + 1) as runs:
+        return [tuple(_step(run) for run in runs) for _ in range(rounds + 1)][1:]
+
+
+def measure(host: Host, steps: int, rounds: int, tell: Callable[[str], object], names: Sequence[str] = tuple(ROWS),
+            alone: bool = False) -> dict:
     """The JSON of the benchmark; the host has no model any more afterwards. Ratios to the passes forward and between banks are medians of
-    things done right after each other; seconds are the least."""
-    config = TrainingConfig(steps=steps, resolution=pixels, precision=precision)
+    things done right after each other; seconds are the least. names: the rows; alone: no banks of a hundred concepts, no other trainers."""
     rows: dict[str, dict] = {}
     with TemporaryDirectory() as name:
-        for row, (method, _) in ROWS.items():
-            counts = CONCEPTS if row in GROWING else CONCEPTS[:1]
+        for row in names:
+            method, counts = ROWS[row][0], CONCEPTS[:1] if alone or row not in GROWING else CONCEPTS
             banks = [stored_bank(host.backbone.layout, method, count, Path(name)) for count in counts]
-            found = paces(host, row, banks, config, steps * rounds)
-            peaks = [peak_of(host, row, bank, replace(config, steps=2)) for bank in banks]
-            rows[row] = _row(counts, found, peaks)
+            rows[row] = _row(paces(host, row, banks[0], steps * rounds), peak_of(host, row, banks[0]))
+            if len(banks) > 1:
+                rows[row] |= _grown(growth(host, row, banks, steps * rounds), [rows[row]["peak_gb"], peak_of(host, row, banks[1])])
             tell(f"{row}: {rows[row]['step_seconds']:.2f} s a step, {rows[row]['step_over_forwards']:.2f} of its passes forward")
-    rivals, others = {}, host.rivals()
+    rivals, others = {}, {} if alone else host.rivals()
     host.backbone = None      # our model is no part of what others need
     gc.collect()
     for name, look in others.items():
         rivals[name] = look(steps)
         tell(f"{name}: {min(rivals[name]['seconds']):.2f} s a step")
-    return _told(pixels, rows, rivals)
+    return _told(host.setup, rows, rivals)
 
 
-def _told(pixels: int, rows: Mapping[str, dict], rivals: Mapping[str, Look]) -> dict:
+def _told(setup: Setup, rows: Mapping[str, dict], rivals: Mapping[str, Look]) -> dict:
     others = {name: {"step_seconds": min(look["seconds"]), "peak_gb": look["peak_gb"]} for name, look in rivals.items()}
     for row in rows.values():
         for name, other in others.items():
             row[f"faster_than_{name}"] = other["step_seconds"] / row["step_seconds"]
             row[f"peak_over_{name}"] = _ratio(row["peak_gb"], other["peak_gb"])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {"shape": "sd15", "pixels": pixels, "device": device, **rows[next(iter(ROWS))], **others, "rows": rows}
+    return {**asdict(setup), "device": device, **next(iter(rows.values())), **others, "rows": rows}
 
 
-def _row(counts: Sequence[int], found: Sequence[Pace], peaks: Sequence[float | None]) -> dict:
-    forwards = {"forward_seconds": min(pace.forward for pace in found), "text_seconds": min(pace.text for pace in found)}
-    concepts = {str(count): forwards | {
-        "step_seconds": min(pace.steps[i] for pace in found),
-        "step_over_forwards": statistics.median(pace.steps[i] / (pace.text + pace.forward) for pace in found),
-        "peak_gb": peaks[i],
-    } for i, count in enumerate(counts)}
-    row = concepts[str(counts[0])] | {"concepts": concepts}
-    if len(counts) > 1:
-        row["hundred_over_one"] = statistics.median(pace.steps[1] / pace.steps[0] for pace in found)
-        row["peak_hundred_over_one"] = _ratio(peaks[1], peaks[0])
-    return row
+def _row(found: Sequence[Pace], peak: float | None) -> dict:
+    return {
+        "forward_seconds": min(pace.forward for pace in found), "text_seconds": min(pace.text for pace in found),
+        "step_seconds": min(pace.step for pace in found),
+        "step_over_forwards": statistics.median(pace.step / (pace.text + pace.forward) for pace in found), "peak_gb": peak,
+    }
+
+
+def _grown(found: Sequence[tuple[float, float]], peaks: Sequence[float | None]) -> dict:
+    seconds = [min(pair[i] for pair in found) for i in range(len(CONCEPTS))]
+    return {"concepts": {str(count): {"step_seconds": second, "peak_gb": peak}
+                         for count, second, peak in zip(CONCEPTS, seconds, peaks, strict=True)},
+            "hundred_over_one": statistics.median(many / one for one, many in found), "peak_hundred_over_one": _ratio(peaks[1], peaks[0])}
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one / other
 
 
-def profile(host: Host, row: str, config: TrainingConfig) -> str:
+def profile(host: Host, row: str) -> str:
     """What the second of two steps spends its time on, as a table."""
     on_card = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_card
     method, settings = ROWS[row]
-    task, data = Task(NEW, NOUN, host.backbone, random_bank(host.backbone.layout, method, 1)), random_set(host.backbone, host.side)
+    task, data = Task(NEW, NOUN, host.backbone, random_bank(host.backbone.layout, method, 1)), random_set(host.backbone, host.setup.side)
     plan = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=plan, acc_events=True) as found, host.training():
-        learn(task, make(method, settings), data, replace(config, steps=2), lambda _: found.step())
+        learn(task, make(method, settings), data, host.setup.training(2), lambda _: found.step())
     order = f"self_{'device' if on_card else 'cpu'}_time_total"
     return f"{row}, one step\n" + found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=48)
 

@@ -20,7 +20,7 @@ class ToyHost:
     """A tiny base; its rival takes ten seconds a step and two GiB."""
 
     def __init__(self, backbone) -> None:
-        self.backbone, self.side = backbone, 8
+        self.backbone, self.setup = backbone, training_cost.Setup(pixels=64)
 
     def training(self):
         return nullcontext()
@@ -42,26 +42,28 @@ def host(tiny_backbone):
 def test_training_figures(host, monkeypatch):
     monkeypatch.setattr(training_cost, "CONCEPTS", (1, 3))
     said = []
-    found = training_cost.measure(host, 64, 3, 2, said.append)
+    found = training_cost.measure(host, 3, 2, said.append)
     json.dumps(found)
     row = found["rows"]["cidm"]
     assert set(found["rows"]) == set(training_cost.ROWS) and set(row["concepts"]) == {"1", "3"}
     assert row["faster_than_core"] == pytest.approx(10.0 / row["step_seconds"]) and row["step_over_forwards"] > 1
-    assert row["step_seconds"] == min(row["concepts"]["1"]["step_seconds"], row["step_seconds"])
+    assert found["rows"]["cidm, one copy"].keys() == row.keys() - {"concepts", "hundred_over_one", "peak_hundred_over_one"}
     assert found["core"] == {"step_seconds": 10.0, "peak_gb": 2.0} and found["step_seconds"] == found["rows"]["bound"]["step_seconds"]
     assert "hundred_over_one" in row and "hundred_over_one" not in found["rows"]["cidm, one copy"]
     assert len(said) == len(training_cost.ROWS) + 1
 
 
-def test_ratios_are_of_one_round(host, monkeypatch):
-    """A machine that gets slower from round to round changes none of them."""
+def test_ratios_are_of_neighbours(host, monkeypatch):
+    """A machine that gets slower from round to round changes none of them; the first round is left out."""
     now = iter(range(10**6))
-    monkeypatch.setattr(training_cost, "_clock", lambda run: (run(), float(2 ** (next(now) // 4)))[1])
-    banks = [training_cost.random_bank(host.backbone.layout, "bound", count) for count in (1, 2)]
-    found = training_cost.paces(host, "bound", banks, training_cost.TrainingConfig(steps=3, resolution=64), 3)
-    assert [pace.text for pace in found] == [2.0, 4.0, 8.0] and all(len(pace.steps) == 2 for pace in found)      # the first one is left out
-    row = training_cost._row((1, 2), found, (1.0, 1.5))
-    assert row["step_over_forwards"] == 0.5 and row["hundred_over_one"] == 1 and row["peak_hundred_over_one"] == 1.5
+    monkeypatch.setattr(training_cost, "_clock", lambda run: (run(), float(2 ** (next(now) // 3)))[1])
+    one, two = (training_cost.random_bank(host.backbone.layout, "bound", count) for count in (1, 2))
+    found = training_cost.paces(host, "bound", one, 3)
+    assert [pace.text for pace in found] == [2.0, 4.0, 8.0] and training_cost._row(found, 1.0)["step_over_forwards"] == 0.5
+    monkeypatch.setattr(training_cost, "_clock", lambda run: (run(), float(3 ** (next(now) // 2)))[1])
+    now = iter(range(10**6))
+    row = training_cost._grown(training_cost.growth(host, "bound", [one, two], 3), [1.0, 1.5])
+    assert row["hundred_over_one"] == 1 and row["peak_hundred_over_one"] == 1.5 and row["concepts"]["100"]["step_seconds"] == 3
 
 
 def test_steps_of_other_peoples_optimisers_are_counted():
@@ -110,7 +112,7 @@ def test_the_commands_write_and_tell(host, tmp_path, monkeypatch):
     monkeypatch.setattr(training_cost, "CONCEPTS", (1, 2))
     common = {"comfyui": None, "pixels": 64, "precision": "float32", "rounds": 1}
     wishes = (("aggregation", {"concepts": 3}, "from prompt to weights"), ("bank", {"concepts": 3}, "MB"),
-              ("training", {"steps": 2, "profile": tmp_path / "profile.txt"}, "times as fast as core"))
+              ("training", {"steps": 2, "profile": tmp_path / "profile.txt", "rows": None, "alone": False}, "times as fast as core"))
     for bench, more, word in wishes:
         file = tmp_path / f"{bench}.json"
         result, lines = getattr(benchmarks, bench)(Namespace(file=file, **common, **more))

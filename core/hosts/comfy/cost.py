@@ -21,17 +21,25 @@ from ...synthetic import context_of, deltas_of, peak_gb, random_weights
 from . import regions as putting
 from .sites import find_sites
 
-SHAPE = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2, 2],
-         "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3,
-         "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8, "num_head_channels": -1, "use_spatial_transformer": True,
-         "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None, "use_temporal_attention": False}
+_COMMON = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True, "legacy": False,
+           "use_temporal_attention": False}
+SHAPES: dict[str, dict] = {
+    "sd15": _COMMON | {"num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+                       "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8,
+                       "num_head_channels": -1, "use_linear_in_transformer": False, "adm_in_channels": None},
+    "sdxl": _COMMON | {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+                       "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 2048,
+                       "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True, "adm_in_channels": 2816,
+                       "num_classes": "sequential"},
+}
 
 
-def random_model():
-    """A MODEL of SD1.5's shape; weights are random but of a size that keeps activations finite."""
+def random_model(shape: str = "sd15"):
+    """A MODEL of a checkpoint's shape; weights are random but of a size that keeps activations finite."""
     device = comfy.model_management.get_torch_device()
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    config = comfy.supported_models.SD15(SHAPE | {"dtype": dtype})
+    family = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[shape]
+    config = family(SHAPES[shape] | {"dtype": dtype})
     config.unet_config["dtype"] = dtype
     model = config.get_model({}, device=torch.device("cpu"))
     random_weights(model.diffusion_model)
