@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -13,14 +14,17 @@ import torch
 from .hosts.backbone import Backbone, Context
 from .regional.program import Part, RegionProgram
 from .regional.regions import Region
-from .synthetic import context_of, deltas_of, peak_gb, sd15_backbone
+from .synthetic import Operations, context_of, deltas_of, peak_gb, sd15_backbone
 
 COUNTS = (2, 4, 8)
 HOOKS = (2, 4)      # one evaluation for each: eight take too long
 
 
 class Cost(Protocol):
-    """A host with a model; each way gives `{"seconds": of every step but the first, "peak_gb"}`."""
+    """A host with a model; each way gives `{"seconds": of every step but the first, "peak_gb"}`. With a counter, two steps are made and
+    the second is counted."""
+
+    counter: Operations | None
 
     def plain(self) -> dict: ...
 
@@ -45,16 +49,17 @@ class DiffusersCost:
     """A UNet alone, evaluated as a step with guidance evaluates it. `backbone`: with a UNet of the wanted shape."""
 
     def __init__(self, backbone: Backbone, pixels: int, steps: int) -> None:
-        self.backbone, self.side, self.steps = backbone, pixels // 8, steps
+        self.backbone, self.side, self.steps, self.counter = backbone, pixels // 8, steps, None
 
     def _stepped(self, context: Context, program=None) -> dict:
         x = torch.randn(2, self.backbone.latent_channels, self.side, self.side, generator=torch.Generator().manual_seed(1))
         seen = []
 
         def steps() -> None:
-            for i in range(self.steps):
+            for i in range(self.steps if self.counter is None else 2):
                 began = time.perf_counter()
-                self.backbone.predict(x, torch.tensor([900 - i] * 2), context, program)
+                with self.counter if i and self.counter is not None else nullcontext():
+                    self.backbone.predict(x, torch.tensor([900 - i] * 2), context, program)
                 seen.append(time.perf_counter() - began)
 
         return {"peak_gb": peak_gb(steps), "seconds": seen[1:]}
@@ -91,23 +96,36 @@ def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:
     hooks = {f"hooks {n}": lambda n=n: cost.hooks(n) for n in HOOKS} if hasattr(cost, "hooks") else {}
     found: dict[str, list[tuple[dict, dict]]] = {name: [] for name in (*ways, *hooks)}
     with torch.inference_mode():
+        counts = {name: _counted(cost, way) for name, way in {"plain": cost.plain, **ways}.items()}
         for i in range(rounds):
             for name, way in ((ways | hooks) if i == 0 else ways).items():      # hooks are far enough off for one look
                 found[name].append((cost.plain(), way()))
                 plain, own = (min(look["seconds"]) for look in found[name][-1])
                 tell(f"round {i + 1}, {name}: {own:.2f} s per step, plain {plain:.2f} s")
-    return _told(found)
+    return _told(found, counts)
 
 
-def _told(found: dict[str, list[tuple[dict, dict]]]) -> dict:
+def _counted(cost: Cost, way: Callable[[], dict]) -> int:
+    """Operations of a step: on a graphics card as many kernel launches or more. A figure that no machine's pace disturbs."""
+    cost.counter = Operations()
+    try:
+        way()
+        return cost.counter.count
+    finally:
+        cost.counter = None
+
+
+def _told(found: dict[str, list[tuple[dict, dict]]], counts: dict[str, int]) -> dict:
     plain = [look for pairs in found.values() for look, _ in pairs]
-    rows: dict = {"plain": _row(plain)}
+    rows: dict = {"plain": _row(plain) | {"operations": counts["plain"]}}
     for name, pairs in found.items():
         kind, _, count = name.partition(" ")
         row = _row([own for _, own in pairs])
         row["over_plain"] = statistics.median(min(own["seconds"]) / min(base["seconds"]) for base, own in pairs)
         both = None not in (row["peak_gb"], rows["plain"]["peak_gb"])
         row["peak_over_plain"] = row["peak_gb"] / rows["plain"]["peak_gb"] if both else None
+        if name in counts:
+            row |= {"operations": counts[name], "operations_over_plain": counts[name] / counts["plain"]}
         rows.setdefault(kind, {})[count] = row
     return rows
 

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .deltas import Deltas, LowRankDelta
 from .hosts.backbone import Context
 from .sites import PROJECTIONS, SiteLayout
 
+_FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
 TOKENS, WIDTH = 77, 768      # of SD1.5's prompts
 # What diffusers' UNet is told beside its defaults, which are SD1.5's.
 UNETS: dict[str, dict] = {
@@ -63,6 +65,19 @@ def peak_gb(run: Callable[[], object]) -> float | None:
         return _resident()
     except (OSError, KeyError):
         return None
+
+
+class Operations(TorchDispatchMode):
+    """Counts, while it is on, the operations that compute something: on a graphics card at least one kernel launch each. Views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
+        self.count += not (is_view or func.overloadpacket.__name__ in _FREE)
+        return func(*args, **(kwargs or {}))
 
 
 def seconds(run: Callable[[], object], rounds: int = 2) -> float:

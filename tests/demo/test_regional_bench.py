@@ -16,7 +16,7 @@ from continual_concepts.core.demo.regional_rivals import WAYS, Wish
 from continual_concepts.core.methods.base import METHODS
 from continual_concepts.core.routing import aggregate
 from continual_concepts.core.sampling import SampleSettings, sample
-from continual_concepts.core.synthetic import context_of, deltas_of, peak_gb
+from continual_concepts.core.synthetic import Operations, context_of, deltas_of, peak_gb
 
 LEVELS = torch.tensor([0.5, 0.5])
 HALVES = boxes_of(2)
@@ -94,10 +94,12 @@ class ToyCost:
     """Regions take a tenth more than plain, on a machine that gets slower all the time."""
 
     def __init__(self):
-        self.pace = 1.0
+        self.pace, self.counter = 1.0, None
 
     def look(self, times, peak=4.0):
         self.pace *= 1.0001
+        if self.counter is not None:
+            self.counter.count += round(100 * times)
         return {"seconds": [2 * times * self.pace, times * self.pace], "peak_gb": peak}
 
     def plain(self):
@@ -115,7 +117,8 @@ def test_costs_are_ratios_of_neighbours():
     assert found["plain"]["step_seconds"] == pytest.approx(1.0, rel=1e-3) and found["plain"]["peak_gb"] == 4.0
     assert found["regions"]["4"]["over_plain"] == pytest.approx(1.1, rel=1e-3) and found["regions"]["4"]["peak_over_plain"] == 1.25
     assert found["regions"]["2"]["peak_over_plain"] is None
-    assert found["hooks"]["4"]["over_plain"] == pytest.approx(4.0, rel=1e-3)
+    assert found["hooks"]["4"]["over_plain"] == pytest.approx(4.0, rel=1e-3) and "operations" not in found["hooks"]["4"]
+    assert found["plain"]["operations"] == 100 and found["regions"]["8"]["operations_over_plain"] == 1.1
     assert found["routed"]["4"]["over_plain"] == pytest.approx(1.2, rel=1e-3)
 
 
@@ -124,6 +127,14 @@ def test_the_unet_alone(tiny_backbone, monkeypatch):
     cost = regional_cost.DiffusersCost(tiny_backbone, 64, 3)
     for found in (cost.plain(), cost.regions(2), cost.regions(2, is_bound=False)):
         assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0
+
+
+def test_operations_are_what_computes(tiny_backbone):
+    counter, x = Operations(), torch.ones(4, 4)
+    with counter:
+        (x.T.reshape(16)[:3] + 1).mul_(2)      # a transposed matrix has to be copied for that
+        torch.empty(3).view(3, 1)
+    assert counter.count == 3
 
 
 def test_synthetic_concepts_fit(tiny_backbone):
