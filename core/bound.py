@@ -75,15 +75,20 @@ def longer_attention(heads: int, query: Tensor, key: Tensor, value: Tensor, long
                      value_more: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Attention of wider heads: query `[B, S, a]` and longer `[B, S, x]`, the same for every head; key, value `[B, N, a]`, key_more
     `[B, N, H, x]`, value_more `[B, N, H, p]`. Returns `[B, S, a]`, and what came through the further values, over all heads `[B, S, p]`."""
-    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))      # [B, S or N, H, d]
+    k, v = (x.unflatten(-1, (heads, -1)) for x in (key, value))      # [B, N, H, d]
+    k = k if key_more is None else torch.cat([k, key_more.to(k)], dim=-1)
+    v = v if value_more is None else torch.cat([v, value_more.to(v)], dim=-1)
+    return attend_longer(heads, query, k.transpose(1, 2), v.transpose(1, 2), longer)
+
+
+def attend_longer(heads: int, query: Tensor, key: Tensor, value: Tensor, longer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As `longer_attention`, of heads with their columns: key `[B, H, N, d + x]`, value `[B, H, N, d + p]`."""
+    q = query.unflatten(-1, (heads, -1))      # [B, S, H, d]
     width = q.shape[-1]
     if longer is not None:
         q = torch.cat([q, longer.to(q).unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
-        k = torch.cat([k, key_more.to(k)], dim=-1)
-    if value_more is not None:
-        v = torch.cat([v, value_more.to(v)], dim=-1)
-    attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=width**-0.5).transpose(1, 2)
-    return attended[..., :width].flatten(2), None if value_more is None else attended[..., width:].sum(2)
+    attended = F.scaled_dot_product_attention(q.transpose(1, 2), key, value, scale=width**-0.5).transpose(1, 2)
+    return attended[..., :width].flatten(2), attended[..., width:].sum(2) if attended.shape[-1] > width else None
 
 
 def bound_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, value: Tensor,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bound import Columns, longer_attention
+from ..bound import Columns, attend_longer
 from ..deltas import Delta, LowRankDelta
 from .cover import Cover
 
@@ -73,77 +73,92 @@ class Stack:
         queries, outs = [_factors(one.query) for one in readings], [_factors(one.out) for one in readings]
         self.query_up, self.query_down = _padded([f and f[0] for f in queries], 1), _padded([f and f[1] for f in queries], 0)
         self.out_down = _padded([f and f[1] for f in outs], 0)
+        self._laid: tuple[Tensor, Tensor, Tensor] | None = None      # rows, keys, values
+        self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
         behind = [_padded([c.behind for c in columns], 1), _padded([f and f[0] for f in outs], 1)]
         self.behind = torch.cat([part for part in behind if part is not None], -1) if any(part is not None for part in behind) else None
 
     def asking(self, query: Tensor, asked: Tensor) -> tuple[Tensor, Tensor | None]:
         """The regions' own queries `[B, G, S, a]`, and what makes them longer `[B, G, S, x]`."""
         if self.query_down is not None:
-            low = torch.einsum("bgsc,grc->bgsr", asked, self.query_down.to(asked))
-            query = query + torch.einsum("bgsr,gar->bgsa", low, self.query_up.to(low))
-        return query, None if self.asks is None else torch.einsum("bgsc,grc->bgsr", asked, self.asks.to(asked))
+            low = torch.einsum("bgsc,grc->bgsr", asked, self._as("query_down", asked.dtype))
+            query = query + torch.einsum("bgsr,gar->bgsa", low, self._as("query_up", asked.dtype))
+        return query, None if self.asks is None else torch.einsum("bgsc,grc->bgsr", asked, self._as("asks", asked.dtype))
 
     def attended(self, query: Tensor, asked: Tensor, rows: Tensor, heads: int, attend: Attend,
                  others: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """query `[B, G, S, a]`: frozen, of the cells of every region; asked `[B, G, S, b]`: what to_q read there; rows `[B]`: the row of
         the readings that each of the batch takes; others `[B, G, S, a]`: what other people's attention adds. Returns the attended values
-        `[B, G, S, a]` and the columns `[B, G, S, p]`."""
+        `[B, G, S, a]` and what the regions add behind to_out `[B, G, S, a]`."""
         shape = query.shape[:2]
         query, longer = self.asking(query, asked)
-
-        def chosen(x: Tensor) -> Tensor:      # [G, R, ...] -> [B * G, ...]
-            return x[:, rows].transpose(0, 1).flatten(0, 1).to(query.dtype)
-
-        flat, key, value = query.flatten(0, 1), chosen(self.key), chosen(self.value)
-        through = []
+        key, value = self._chosen(rows, heads, query.dtype)
+        flat, through = query.flatten(0, 1), []
         if self.asks is None and self.value_more is None:
-            out = attend(flat, key, value)
+            out = attend(flat, key, value).unflatten(0, shape)
         else:
-            more = [None if x is None else chosen(x) for x in (self.key_more, self.value_more)]
-            out, low = longer_attention(heads, flat, key, value, None if longer is None else longer.flatten(0, 1), *more)
+            out, low = attend_longer(heads, flat, key, value, None if longer is None else longer.flatten(0, 1))
+            out = out.unflatten(0, shape)
             through += [] if low is None else [low.unflatten(0, shape)]
-        out = out.unflatten(0, shape) if others is None else out.unflatten(0, shape) + others
+        out = out if others is None else out + others
         if self.out_down is not None:
-            through.append(torch.einsum("bgsa,gra->bgsr", out, self.out_down.to(out)))
-        return out, torch.cat(through, -1) if through else None
+            through.append(torch.einsum("bgsa,gra->bgsr", out, self._as("out_down", out.dtype)))
+        if not through:
+            return out, None
+        low = through[0] if len(through) == 1 else torch.cat(through, -1)
+        return out, torch.einsum("bgsp,gap->bgsa", low, self._as("behind", out.dtype))
+
+    def _chosen(self, rows: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows, `[B * G, N, a]`, or of heads with further columns, `[B * G, H, N, d]`: text alone decides, so they
+        are laid out once and not in every step."""
+        if self._laid is None or self._laid[0] is not rows or self._laid[1].dtype != dtype:
+            parts = (self.key, self.key_more), (self.value, self.value_more)
+            plain = self.asks is None and self.value_more is None
+            both = [known[:, rows].transpose(0, 1).flatten(0, 1).to(dtype)
+                    for known in ((x for x, _ in parts) if plain else (_longer(x, more, heads) for x, more in parts))]
+            self._laid = rows, *both
+        return self._laid[1], self._laid[2]
+
+    def _as(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One of its tensors in the type of the arithmetic, cast once."""
+        if (name, dtype) not in self._cast:
+            self._cast[name, dtype] = getattr(self, name).to(dtype)
+        return self._cast[name, dtype]
+
+
+def _longer(x: Tensor, more: Tensor | None, heads: int) -> Tensor:
+    """`[G, R, N, a]`, and `[G, R, N, H, p]` or None, as heads `[G, R, H, N, d + p]`."""
+    split = x.unflatten(-1, (heads, -1))
+    return (split if more is None else torch.cat([split, more.to(split)], -1)).transpose(2, 3)
 
 
 def _mixed(results: Sequence[Tensor], cover: Cover, dtype: torch.dtype) -> Tensor:
     """`[B, S, c]` from what the groups gave, `[B, places, c]` each: every cell its own sources, weighted. No cell is written twice, so the
     sum does not depend on an order that a device may choose."""
-    together = torch.cat(list(results), 1)
-    weights = cover.weights.to(dtype).unsqueeze(-1)
-    return sum(together[:, cover.sources[:, m]] * weights[:, :, m] for m in range(cover.sources.shape[1]))
+    together = results[0] if len(results) == 1 else torch.cat(list(results), 1)
+    if cover.is_one_each:
+        return together[:, cover.sources[:, 0]]
+    weights = cover.weights_in(dtype)
+    parts = [together[:, cover.sources[:, m]] * weights[:, :, m] for m in range(cover.sources.shape[1])]
+    return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
 
-def _side_by_side(through: Sequence[tuple[Tensor | None, Tensor | None, int]]) -> tuple[list[Tensor], Tensor] | None:
-    """Of every group its columns `[B, G, S, p]` or None, the way behind them `[G, a, p]`, and how many places it has. Returns the columns
-    with every region in columns of its own, `[B, places, P]` per group, and one way behind them all `[a, P]`; None where there are none."""
-    known = [(low, behind) for low, behind, _ in through if low is not None]
-    if not known:
-        return None
-    total, start, wide = sum(behind.shape[0] * behind.shape[2] for _, behind in known), 0, []
-    for low, _, places in through:
-        if low is None:
-            wide.append(known[0][0].new_zeros(len(known[0][0]), places, total))
-            continue
-        count, width = low.shape[1], low.shape[-1]
-        own = low.unsqueeze(3) * torch.eye(count, device=low.device, dtype=low.dtype).view(count, 1, count, 1)
-        wide.append(F.pad(own.flatten(3).flatten(1, 2), (start, total - start - count * width)))
-        start += count * width
-    return wide, torch.cat([behind.transpose(0, 1).flatten(1) for _, behind in known], 1)
+def _with_scene(mixed: Tensor, base: Tensor | None, cover: Cover) -> Tensor:
+    """base: the scene's, None where no cell is the scene's."""
+    return mixed if base is None else base * cover.scene.to(base.dtype).unsqueeze(-1) + mixed
 
 
 def mixed_query(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Stack], cover: Cover) -> Tensor:
     """`[B, S, a]`: every cell's query as its own region asks, mixed; base: the scene's."""
     own = [stack.asking(query[:, group.cells], asked[:, group.cells])[0].flatten(1, 2)
            for group, stack in zip(cover.groups, stacks, strict=True)]
-    return base * cover.scene.to(base.dtype).unsqueeze(-1) + _mixed(own, cover, base.dtype) if own else base
+    return _with_scene(_mixed(own, cover, base.dtype), base, cover) if own else base
 
 
-def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor, cover: Cover, heads: int, attend: Attend) -> Tensor:
+def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor | None, cover: Cover, heads: int, attend: Attend) -> Tensor:
     """Self-attention in which no region sees another: query, key, value `[B, S, a]`; base `[B, S, a]`: what the scene's cells get, who see
-    everything; attend: plain attention. It costs by the squares of the regions' areas: less than plain where they cover the picture."""
+    everything, None where there are none; attend: plain attention. It costs by the squares of the regions' areas: less than plain where
+    they cover the picture."""
     results = []
     for group in cover.groups:
         q, k, v = (x[:, group.cells].flatten(0, 1) for x in (query, key, value))      # [B * G, S', a]
@@ -154,31 +169,28 @@ def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor, co
             q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         results.append(out.unflatten(0, (len(query), -1)).flatten(1, 2))
-    if not results:
-        return base
-    return base * cover.scene.to(base.dtype).unsqueeze(-1) + _mixed(results, cover, base.dtype)
+    return _with_scene(_mixed(results, cover, query.dtype), base, cover) if results else base
 
 
-def region_attention(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Stack], cover: Cover, rows: Tensor, heads: int,
+def region_attention(query: Tensor, asked: Tensor, base: Tensor | None, stacks: Sequence[Stack], cover: Cover, rows: Tensor, heads: int,
                      attend: Attend, others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Cross-attention in which every region reads its own prompt with its own weights.
 
-    query `[B, S, a]`: frozen, over a grid flattened row by row; asked `[B, S, b]`: what to_q read; base `[B, S, a]`: the scene's output;
-    stacks: one per group of the cover; rows `[B]`, see Stack; attend(query, key, value) -> `[B, S', a]`: plain attention; others
-    `[B, S, a]`: what other people's attention adds to it, in the base already. Returns the attended values `[B, S, a]`, and what regions
-    add behind to_out `[B, S, a]` (None: nothing).
+    query `[B, S, a]`: frozen, over a grid flattened row by row; asked `[B, S, b]`: what to_q read; base `[B, S, a]`: the scene's output,
+    None where no cell is the scene's; stacks: one per group of the cover; rows `[B]`, see Stack; attend(query, key, value) ->
+    `[B, S', a]`: plain attention; others `[B, S, a]`: what other people's attention adds to it, in the base already. Returns the attended
+    values `[B, S, a]`, and what regions add behind to_out `[B, S, a]` (None: nothing).
     """
-    results, through = [], []
+    results, behind = [], []
     for group, stack in zip(cover.groups, stacks, strict=True):
         more = None if others is None else others[:, group.cells]
-        out, low = stack.attended(query[:, group.cells], asked[:, group.cells], rows, heads, attend, more)
+        out, added = stack.attended(query[:, group.cells], asked[:, group.cells], rows, heads, attend, more)
         results.append(out.flatten(1, 2))
-        through.append((low, stack.behind, group.cells.numel()))
+        behind.append(None if added is None else added.flatten(1, 2))
     if not results:
         return base, None
-    mixed = base * cover.scene.to(base.dtype).unsqueeze(-1) + _mixed(results, cover, base.dtype)
-    wide = _side_by_side(through)
-    if wide is None:
-        return mixed, None
-    low = _mixed(wide[0], cover, base.dtype)
-    return mixed, F.linear(low, wide[1].to(low))
+    if all(added is None for added in behind):
+        return _with_scene(_mixed(results, cover, query.dtype), base, cover), None
+    both = [torch.cat([out, torch.zeros_like(out) if added is None else added], -1) for out, added in zip(results, behind, strict=True)]
+    mixed, more = _mixed(both, cover, query.dtype).chunk(2, -1)
+    return _with_scene(mixed, base, cover), more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ class Cover:
     weights: Tensor
     scene: Tensor
     needs_scene: bool
+    is_one_each: bool = False      # every cell takes one source, whole: nothing to weigh
+    _cast: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def weights_in(self, dtype: torch.dtype) -> Tensor:
+        """The weights `[b, S, M, 1]` in the type of the arithmetic, cast once."""
+        if dtype not in self._cast:
+            self._cast[dtype] = self.weights.to(dtype).unsqueeze(-1)
+        return self._cast[dtype]
 
 
 def _grouped(counts: Sequence[int]) -> list[list[int]]:
@@ -74,4 +82,5 @@ def cover_of(region_share: Tensor, scene_share: Tensor) -> Cover:
     for (cells, places, share), slot in zip(found, slots, strict=True):
         sources[cells, slot] = places
         weights[:, cells, slot] = share
-    return Cover(tuple(groups), sources, weights, scene_share, bool(scene_share.any()))
+    is_one_each = width == 1 and bool((weights == 1).all())
+    return Cover(tuple(groups), sources, weights, scene_share, bool(scene_share.any()), is_one_each)

@@ -142,14 +142,14 @@ class RegionProgram(SiteProgram):
             cover = self.cover(query.shape[1], query.device)
         except ConceptError:      # another node has merged or tiled the cells: there are no regions in them
             return default(query, key, value)
-        base = default(query, key, value) if cover.needs_scene or not cover.groups else torch.zeros_like(query)
+        base = default(query, key, value) if cover.needs_scene or not cover.groups else None
         return attention_within(query, key, value, base, cover, site.heads, default)
 
     def _scene(self, site: Site, query: Tensor, key: Tensor, value: Tensor, plain, cover: Cover,
-               others: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The scene's attended values `[B, S, a]`, and its share of what is added behind to_out. Zeros where no cell is the scene's."""
+               others: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The scene's attended values `[B, S, a]`, and its share of what is added behind to_out. None where no cell is the scene's."""
         if not cover.needs_scene:
-            return torch.zeros_like(query), None
+            return None, None
         concepts, more = self._concepts(), None
         if concepts:
             base, more = bound_attention(site.heads, self._asked, query, key, value, concepts.bindings(site))

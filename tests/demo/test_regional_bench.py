@@ -129,6 +129,17 @@ def test_the_unet_alone(tiny_backbone, monkeypatch):
         assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0
 
 
+@pytest.mark.parametrize("is_bound", [True, False])
+def test_more_regions_are_no_more_operations(tiny_backbone, monkeypatch, is_bound):
+    """And a site needs few of them: on a graphics card each is a kernel launch."""
+    monkeypatch.setattr("continual_concepts.core.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
+    cost = regional_cost.DiffusersCost(tiny_backbone, 64, 3)
+    with torch.inference_mode():
+        plain, two, four = (regional_cost._counted(cost, way) for way in (cost.plain, lambda: cost.regions(2, is_bound),
+                                                                        lambda: cost.regions(4, is_bound)))
+    assert two == four and plain < four <= plain + 14 * len(tiny_backbone.layout)
+
+
 def test_operations_are_what_computes(tiny_backbone):
     counter, x = Operations(), torch.ones(4, 4)
     with counter:

@@ -52,8 +52,8 @@ class BoundRun:
         if codes is None:
             return BoundConcepts.at({}, {})
         here = codes[:, 0, :, 0]
-        own = {name: (here == value).float() for name, value in self.codes.items()}
-        own = {name: mask for name, mask in own.items() if bool(mask.any())}
+        present = set(here.unique().tolist())      # one look at the device, however many concepts there are
+        own = {name: (here == value).float() for name, value in self.codes.items() if value in present}
         return BoundConcepts.at(own, {name: self._on(name, x) for name in own})
 
     def _on(self, name: str, x: Tensor) -> Deltas:

@@ -37,13 +37,14 @@ class RegionRun:
     isolation: float = 0.0
     only: int | None = None     # region noise estimation: the region whose own picture is being estimated, over the full frame
     _programs: dict = field(default_factory=dict)
+    _rows: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._scene = BoundRun(self.bound)
 
     def __call__(self, options: dict, x: Tensor) -> RegionProgram:
         which = options["cond_or_uncond"]
-        rows = torch.tensor([1 - kind for kind in which], device=x.device).repeat_interleave(x.shape[0] // len(which))
+        rows = self._row_of(tuple(which), x)
         key = (self.only, tuple(x.shape[-2:]))
         if key not in self._programs:
             self._programs[key] = self._build(x)
@@ -52,6 +53,13 @@ class RegionRun:
         program.scene_concepts = self._scene.concepts(options, x)
         program.is_observing = program.progress == 1.0 and self.only is None and bool(rows.any())
         return program
+
+    def _row_of(self, which: tuple[int, ...], x: Tensor) -> Tensor:
+        """The same tensor for calls of one kind: by it programs know what they have laid out already."""
+        key = which, x.shape[0], str(x.device)
+        if key not in self._rows:
+            self._rows[key] = torch.tensor([1 - kind for kind in which], device=x.device).repeat_interleave(x.shape[0] // len(which))
+        return self._rows[key]
 
     def pooled(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """Every region's pooled text, of its negative and its prompt `[1, P]`, None where the model has none."""
