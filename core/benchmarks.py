@@ -195,7 +195,7 @@ def _host(options: Namespace):
     """A model with random weights, of SD1.5's shape where no other is asked for, in ComfyUI where its folder is given."""
     from .training_cost import Setup
 
-    setup = Setup(getattr(options, "shape", "sd15"), options.pixels, options.precision, getattr(options, "checkpointing", False))
+    setup = Setup(options.shape, options.pixels, options.precision, options.checkpointing)
     if options.comfyui is None:
         from .training_rivals import DiffusersHost
 

@@ -75,10 +75,13 @@ def longer_attention(heads: int, query: Tensor, key: Tensor, value: Tensor, long
                      value_more: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Attention of wider heads: query `[B, S, a]` and longer `[B, S, x]`, the same for every head; key, value `[B, N, a]`, key_more
     `[B, N, H, x]`, value_more `[B, N, H, p]`. Returns `[B, S, a]`, and what came through the further values, over all heads `[B, S, p]`."""
-    k, v = (x.unflatten(-1, (heads, -1)) for x in (key, value))      # [B, N, H, d]
-    k = k if key_more is None else torch.cat([k, key_more.to(k)], dim=-1)
-    v = v if value_more is None else torch.cat([v, value_more.to(v)], dim=-1)
-    return attend_longer(heads, query, k.transpose(1, 2), v.transpose(1, 2), longer)
+    return attend_longer(heads, query, with_columns(heads, key, key_more), with_columns(heads, value, value_more), longer)
+
+
+def with_columns(heads: int, x: Tensor, more: Tensor | None) -> Tensor:
+    """Keys or values `[..., N, a]`, and `[..., N, H, p]` or None, as heads `[..., H, N, d + p]`."""
+    split = x.unflatten(-1, (heads, -1))
+    return (split if more is None else torch.cat([split, more.to(split)], -1)).transpose(-3, -2)
 
 
 def attend_longer(heads: int, query: Tensor, key: Tensor, value: Tensor, longer: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -202,6 +202,7 @@ def _add_costs(bench) -> None:
     training.add_argument("--alone", action="store_true", help="no banks of a hundred concepts, no other trainers")
     for parser, count in ((aggregation, 100), (bank, 1000)):
         parser.add_argument("--concepts", type=int, default=count, help="in the bank (default %(default)s)")
+        parser.set_defaults(shape="sd15", checkpointing=False)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,8 +21,8 @@ HOOKS = (2, 4)      # one evaluation for each: eight take too long
 
 
 class Cost(Protocol):
-    """A host with a model; each way gives `{"seconds": of every step but the first, "peak_gb"}`. With a counter, two steps are made and
-    the second is counted."""
+    """A host with a model; each way gives `{"seconds": of every step but the first, "peak_gb"}`. With a counter, the second step
+    is counted: the first one prepares, and a picture's last step may keep more."""
 
     counter: Operations | None
 

@@ -68,7 +68,7 @@ def forgetting(past: Mapping[DeltaKey, Tensor], product) -> Tensor:
     return sum((past[key] * product(key).float()).square().sum() for key in past)
 
 
-class _Overlap(torch.autograd.Function):
+class _Changed(torch.autograd.Function):
     """`|| past (.) (A B) ||_F^2` of factors. Autograd would keep a×b matrices of all projections until the backward pass; the gradients for
     A and B are a task's size and known at once."""
 
@@ -116,7 +116,7 @@ class CLoRA(Method):
     def forgotten(self) -> Tensor:
         """Eq. 3 without lambda."""
         deltas = ((key, self.adapters.delta(*key)) for key in self.past)
-        return sum(_Overlap.apply(self.past[key], delta.up, delta.down) * delta.scale**2 for key, delta in deltas)
+        return sum(_Changed.apply(self.past[key], delta.up, delta.down) * delta.scale**2 for key, delta in deltas)
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         return {"forget": self.config.forget * self.forgotten()} if self.past else {}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bound import Columns, attend_longer
+from ..bound import Columns, attend_longer, with_columns
 from ..deltas import Delta, LowRankDelta
 from .cover import Cover
 
@@ -115,7 +115,7 @@ class Stack:
             parts = (self.key, self.key_more), (self.value, self.value_more)
             plain = self.asks is None and self.value_more is None
             both = [known[:, rows].transpose(0, 1).flatten(0, 1).to(dtype)
-                    for known in ((x for x, _ in parts) if plain else (_longer(x, more, heads) for x, more in parts))]
+                    for known in ((x for x, _ in parts) if plain else (with_columns(heads, x, more) for x, more in parts))]
             self._laid = rows, *both
         return self._laid[1], self._laid[2]
 
@@ -124,12 +124,6 @@ class Stack:
         if (name, dtype) not in self._cast:
             self._cast[name, dtype] = getattr(self, name).to(dtype)
         return self._cast[name, dtype]
-
-
-def _longer(x: Tensor, more: Tensor | None, heads: int) -> Tensor:
-    """`[G, R, N, a]`, and `[G, R, N, H, p]` or None, as heads `[G, R, H, N, d + p]`."""
-    split = x.unflatten(-1, (heads, -1))
-    return (split if more is None else torch.cat([split, more.to(split)], -1)).transpose(2, 3)
 
 
 def _mixed(results: Sequence[Tensor], cover: Cover, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
     python tests/host/make_checkpoint.py COMFYUI_FOLDER sd15 sd15.safetensors
 
-Names and shapes come from ComfyUI's own classes; numbers are of a size that keeps activations finite. Same family, same file.
+Where this package is installed. Names and shapes come from ComfyUI's own classes; numbers are of a size that keeps activations finite. Same family, same file.
 """
 
 from __future__ import annotations
@@ -15,17 +15,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-_COMMON = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True, "legacy": False,
-           "use_temporal_attention": False, "use_checkpoint": False}
-UNETS = {
-    "sd15": {"num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-             "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8,
-             "num_head_channels": -1, "use_linear_in_transformer": False, "adm_in_channels": None},
-    "sdxl": {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
-             "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 2048,
-             "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True, "adm_in_channels": 2816,
-             "num_classes": "sequential"},
-}
 _VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4],
         "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
 
@@ -38,7 +27,9 @@ def shapes(family: str) -> dict[str, torch.Tensor]:
     import comfy.ops
     import comfy.supported_models
 
-    config = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](_COMMON | UNETS[family])
+    from continual_concepts.core.hosts.comfy.cost import SHAPES
+
+    config = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](dict(SHAPES[family]))
     folder, operations = Path(comfy.clip_model.__file__).parent, comfy.ops.disable_weight_init
 
     def text(name: str, file: str) -> dict:
@@ -46,7 +37,7 @@ def shapes(family: str) -> dict[str, torch.Tensor]:
         return {f"{name}.transformer.{key}": weight for key, weight in model.state_dict().items()}
 
     with torch.device("meta"):
-        unet = openaimodel.UNetModel(**_COMMON, **UNETS[family], dtype=torch.float16, device="meta", operations=operations).state_dict()
+        unet = openaimodel.UNetModel(**SHAPES[family], dtype=torch.float16, device="meta", operations=operations).state_dict()
         vae = autoencoder.AutoencoderKL(ddconfig=_VAE, embed_dim=4).state_dict()
         clip = text("clip_l", "sd1_clip_config.json") | (text("clip_g", "clip_config_bigg.json") if family == "sdxl" else {})
         clip = config.process_clip_state_dict_for_saving(clip)

@@ -69,7 +69,8 @@ class ComfyCost:
                     seen.append(time.perf_counter())
                     if self.counter is not None and len(seen) == 1:
                         stack.enter_context(self.counter)
-                    stack.pop_all().close() if len(seen) == 2 else None
+                    elif len(seen) == 2:
+                        stack.close()
 
                 comfy.sample.sample(model, noise, self.steps if self.counter is None else 3, 7.0, "euler", "normal", positive, negative,
                                     latent, disable_pbar=True, seed=1, callback=callback)
