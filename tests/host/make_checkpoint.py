@@ -2,7 +2,8 @@
 
     python tests/host/make_checkpoint.py COMFYUI_FOLDER sd15 sd15.safetensors
 
-Where this package is installed. Names and shapes come from ComfyUI's own classes; numbers are of a size that keeps activations finite. Same family, same file.
+Where this package is installed. Names come from ComfyUI's own classes; numbers are of a size that keeps activations finite. Same family,
+same file.
 """
 
 from __future__ import annotations
