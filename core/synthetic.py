@@ -68,16 +68,19 @@ def peak_gb(run: Callable[[], object]) -> float | None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts, while it is on, the operations that compute something: on a graphics card at least one kernel launch each. Views are none."""
+    """Counts, while it is on, the operations that compute something: on a graphics card at least one kernel launch each. Views are none,
+    nor is what gives an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
-        self.count += not (is_view or func.overloadpacket.__name__ in _FREE)
-        return func(*args, **(kwargs or {}))
+        is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.arguments)
+        out = func(*args, **(kwargs or {}))
+        is_empty = isinstance(out, torch.Tensor) and out.numel() == 0
+        self.count += not (is_view or is_empty or func.overloadpacket.__name__ in _FREE)
+        return out
 
 
 def seconds(run: Callable[[], object], rounds: int = 2) -> float:

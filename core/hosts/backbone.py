@@ -67,6 +67,12 @@ class SiteProgram:
         """Called before every forward pass with what it will read. With gradient checkpointing the other calls may come again after it, in
         the backward pass."""
 
+    def enter(self, site: Site, x: Tensor) -> tuple[Tensor, bool] | None:
+        """x `[B, S, b]`: what to_q of a site would read. A program that works better on cells in another order gives what to_q, and then
+        `attend`, are to have instead, and whether it reads the text (else keys and values may be empty); `project` of to_out brings the
+        cells back. None: all as it is. Only asked where nobody else's code sees what is in between."""
+        return None
+
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         """x: input of a projection `[B, S, b]`; y: its frozen output `[B, S, a]`; returns the output to use."""
         return y

@@ -51,6 +51,10 @@ class _SiteProcessor:
         copies = encoder_hidden_states.shape[1]
         context = encoder_hidden_states[:, site.copy if copies > 1 else 0]
         project = self._plain if program is None else self._programmed
+        entered = None if program is None else program.enter(site, hidden_states)
+        if entered is not None:
+            hidden_states, reads_text = entered
+            context = context if reads_text else context[:, :0]
         query, key, value = project(attn, "to_q", hidden_states), project(attn, "to_k", context), project(attn, "to_v", context)
         plain = self._attention
         out = plain(query, key, value) if program is None else program.attend(site, query, key, value, plain)

@@ -62,8 +62,8 @@ def _padded(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
 
 
 class Stack:
-    """Readings of one group side by side, G of them; see Reading and Columns. behind `[G, a, p]`: of the columns that come with
-    what is attended."""
+    """Readings of one group side by side, G of them; see Reading and Columns. behind `[G, a, p]`: of the columns that come with what is
+    attended. T: the cells of a region in all pictures of a batch, B * S'."""
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         self.key, self.value = (torch.stack([getattr(one, name) for one in readings]) for name in ("key", "value"))
@@ -75,65 +75,82 @@ class Stack:
         self.out_down = _padded([f and f[1] for f in outs], 0)
         self._laid: tuple[Tensor, Tensor, Tensor] | None = None      # rows, keys, values
         self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
-        behind = [_padded([c.behind for c in columns], 1), _padded([f and f[0] for f in outs], 1)]
-        self.behind = torch.cat([part for part in behind if part is not None], -1) if any(part is not None for part in behind) else None
+        of_values = self._evened(_padded([c.behind for c in columns], 1))
+        behind = [part for part in (of_values, _padded([f and f[0] for f in outs], 1)) if part is not None]
+        self.behind = torch.cat(behind, -1) if behind else None
+
+    def _evened(self, behind: Tensor | None) -> Tensor | None:
+        """Columns filled up with zeros until keys and values are of one width, a multiple of 8: only so the quick kernels take them."""
+        if self.asks is None or self.value_more is None:
+            return behind
+        heads = self.key_more.shape[-2]
+        width = max(self.asks.shape[1], self.value_more.shape[-1])
+        width += -(self.key.shape[-1] // heads + width) % 8
+        self.asks = F.pad(self.asks, (0, 0, 0, width - self.asks.shape[1]))
+        self.key_more, self.value_more, behind = (F.pad(x, (0, width - x.shape[-1])) for x in (self.key_more, self.value_more, behind))
+        return behind
 
     def asking(self, query: Tensor, asked: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The regions' own queries `[B, G, S, a]`, and what makes them longer `[B, G, S, x]`."""
+        """The regions' own queries `[G, T, a]`, and what makes them longer `[G, T, x]`."""
         if self.query_down is not None:
-            low = torch.einsum("bgsc,grc->bgsr", asked, self._as("query_down", asked.dtype))
-            query = query + torch.einsum("bgsr,gar->bgsa", low, self._as("query_up", asked.dtype))
-        return query, None if self.asks is None else torch.einsum("bgsc,grc->bgsr", asked, self._as("asks", asked.dtype))
+            low = torch.bmm(asked, self._as("query_down", asked.dtype))
+            query = torch.baddbmm(query, low, self._as("query_up", asked.dtype))
+        return query, None if self.asks is None else torch.bmm(asked, self._as("asks", asked.dtype))
 
     def attended(self, query: Tensor, asked: Tensor, rows: Tensor, heads: int, attend: Attend,
-                 others: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """query `[B, G, S, a]`: frozen, of the cells of every region; asked `[B, G, S, b]`: what to_q read there; rows `[B]`: the row of
-        the readings that each of the batch takes; others `[B, G, S, a]`: what other people's attention adds. Returns the attended values
-        `[B, G, S, a]` and what the regions add behind to_out `[B, G, S, a]`."""
-        shape = query.shape[:2]
-        query, longer = self.asking(query, asked)
+                 others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """query `[G, T, a]`: frozen, of the cells of every region; asked `[G, T, b]`: what to_q read there; rows `[B]`: the row of the
+        readings that each of the batch takes; others `[G, T, a]`: what other people's attention adds. Returns the attended values
+        `[G, T, a]`, and columns `[G, T, p]` of which `added` makes what the regions add behind to_out (None: nothing)."""
+        query, longer = (None if x is None else x.view(-1, x.shape[1] // len(rows), x.shape[2]) for x in self.asking(query, asked))
         key, value = self._chosen(rows, heads, query.dtype)
-        flat, through = query.flatten(0, 1), []
         if self.asks is None and self.value_more is None:
-            out = attend(flat, key, value).unflatten(0, shape)
+            out, low = attend(query, key, value), None
         else:
-            out, low = attend_longer(heads, flat, key, value, None if longer is None else longer.flatten(0, 1))
-            out = out.unflatten(0, shape)
-            through += [] if low is None else [low.unflatten(0, shape)]
+            out, low = attend_longer(heads, query, key, value, longer)
+        out, low = (None if x is None else x.reshape(*asked.shape[:2], -1) for x in (out, low))
         out = out if others is None else out + others
         if self.out_down is not None:
-            through.append(torch.einsum("bgsa,gra->bgsr", out, self._as("out_down", out.dtype)))
-        if not through:
-            return out, None
-        low = through[0] if len(through) == 1 else torch.cat(through, -1)
-        return out, torch.einsum("bgsp,gap->bgsa", low, self._as("behind", out.dtype))
+            through = torch.bmm(out, self._as("out_down", out.dtype))
+            low = through if low is None else torch.cat([low, through], -1)
+        return out, low
+
+    def added(self, low: Tensor, to: Tensor | None = None) -> Tensor:
+        """From the columns `[G, T, p]` what the regions add behind to_out `[G, T, a]`; to `[G, T, a]`: what to_out gave, it is changed."""
+        return torch.bmm(low, self._as("behind", low.dtype)) if to is None else to.baddbmm_(low.to(to.dtype), self._as("behind", to.dtype))
 
     def _chosen(self, rows: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the rows, `[B * G, N, a]`, or of heads with further columns, `[B * G, H, N, d]`: text alone decides, so they
+        """Keys and values of the rows, `[G * B, N, a]`, or of heads with further columns, `[G * B, H, N, d]`: text alone decides, so they
         are laid out once and not in every step."""
         if self._laid is None or self._laid[0] is not rows or self._laid[1].dtype != dtype:
             parts = (self.key, self.key_more), (self.value, self.value_more)
             plain = self.asks is None and self.value_more is None
-            both = [known[:, rows].transpose(0, 1).flatten(0, 1).to(dtype)
+            both = [known[:, rows].flatten(0, 1).to(dtype)
                     for known in ((x for x, _ in parts) if plain else (with_columns(heads, x, more) for x, more in parts))]
             self._laid = rows, *both
         return self._laid[1], self._laid[2]
 
     def _as(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One of its tensors in the type of the arithmetic, cast once."""
+        """One of its maps, for vectors in the rows of a matrix, in the type of the arithmetic; cast once."""
         if (name, dtype) not in self._cast:
-            self._cast[name, dtype] = getattr(self, name).to(dtype)
+            self._cast[name, dtype] = getattr(self, name).to(dtype).transpose(1, 2)
         return self._cast[name, dtype]
 
 
-def _mixed(results: Sequence[Tensor], cover: Cover, dtype: torch.dtype) -> Tensor:
-    """`[B, S, c]` from what the groups gave, `[B, places, c]` each: every cell its own sources, weighted. No cell is written twice, so the
-    sum does not depend on an order that a device may choose."""
-    together = results[0] if len(results) == 1 else torch.cat(list(results), 1)
-    if cover.is_one_each:
-        return together[:, cover.sources[:, 0]]
-    weights = cover.weights_in(dtype)
-    parts = [together[:, cover.sources[:, m]] * weights[:, :, m] for m in range(cover.sources.shape[1])]
+def _at(x: Tensor, cells: Tensor, regions: int) -> Tensor:
+    """`[B, S, c]` at the cells of an Order's group `[G * T]`: `[G, T, c]`."""
+    return x.flatten(0, 1).index_select(0, cells).view(regions, -1, x.shape[-1])
+
+
+def _mixed(results: Sequence[Tensor], cover: Cover, batch: int) -> Tensor:
+    """`[B, S, c]` from what the groups gave, `[G, T, c]` each: every cell its own sources, weighted. No cell is written twice, so the sum
+    does not depend on an order that a device may choose."""
+    flat = [result.reshape(-1, result.shape[-1]) for result in results]
+    together = flat[0] if len(flat) == 1 else torch.cat(flat)
+    parts = [together.index_select(0, places).unflatten(0, (batch, -1)) for places in cover.order(batch).back]
+    if not cover.is_one_each:
+        weights = cover.weights_in(together.dtype)
+        parts = [part * weights[:, :, m] for m, part in enumerate(parts)]
     return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
 
@@ -144,26 +161,30 @@ def _with_scene(mixed: Tensor, base: Tensor | None, cover: Cover) -> Tensor:
 
 def mixed_query(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Stack], cover: Cover) -> Tensor:
     """`[B, S, a]`: every cell's query as its own region asks, mixed; base: the scene's."""
-    own = [stack.asking(query[:, group.cells], asked[:, group.cells])[0].flatten(1, 2)
-           for group, stack in zip(cover.groups, stacks, strict=True)]
-    return _with_scene(_mixed(own, cover, base.dtype), base, cover) if own else base
+    if not cover.groups:
+        return base
+    own = [stack.asking(*(_at(x, cells, len(group.members)) for x in (query, asked)))[0]
+           for group, stack, cells in zip(cover.groups, stacks, cover.order(len(query)).cells, strict=True)]
+    return _with_scene(_mixed(own, cover, len(query)), base, cover)
 
 
 def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor | None, cover: Cover, heads: int, attend: Attend) -> Tensor:
     """Self-attention in which no region sees another: query, key, value `[B, S, a]`; base `[B, S, a]`: what the scene's cells get, who see
     everything, None where there are none; attend: plain attention. It costs by the squares of the regions' areas: less than plain where
     they cover the picture."""
-    results = []
-    for group in cover.groups:
-        q, k, v = (x[:, group.cells].flatten(0, 1) for x in (query, key, value))      # [B * G, S', a]
+    if not cover.groups:
+        return base
+    results, batch = [], len(query)
+    for group, cells in zip(cover.groups, cover.order(batch).cells, strict=True):
+        q, k, v = (_at(x, cells, batch * len(group.members)) for x in (query, key, value))      # [G * B, S', a]
         if group.own is None:
             out = attend(q, k, v)
         else:      # fillings are not to be seen
-            mask = group.own.repeat(len(query), 1)[:, None, None]
+            mask = group.own.repeat_interleave(batch, 0)[:, None, None]
             q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        results.append(out.unflatten(0, (len(query), -1)).flatten(1, 2))
-    return _with_scene(_mixed(results, cover, query.dtype), base, cover) if results else base
+        results.append(out)
+    return _with_scene(_mixed(results, cover, batch), base, cover)
 
 
 def region_attention(query: Tensor, asked: Tensor, base: Tensor | None, stacks: Sequence[Stack], cover: Cover, rows: Tensor, heads: int,
@@ -175,16 +196,16 @@ def region_attention(query: Tensor, asked: Tensor, base: Tensor | None, stacks: 
     `[B, S', a]`: plain attention; others `[B, S, a]`: what other people's attention adds to it, in the base already. Returns the attended
     values `[B, S, a]`, and what regions add behind to_out `[B, S, a]` (None: nothing).
     """
-    results, behind = [], []
-    for group, stack in zip(cover.groups, stacks, strict=True):
-        more = None if others is None else others[:, group.cells]
-        out, added = stack.attended(query[:, group.cells], asked[:, group.cells], rows, heads, attend, more)
-        results.append(out.flatten(1, 2))
-        behind.append(None if added is None else added.flatten(1, 2))
-    if not results:
+    if not cover.groups:
         return base, None
+    batch, results, behind = len(query), [], []
+    for group, stack, cells in zip(cover.groups, stacks, cover.order(batch).cells, strict=True):
+        own, read, more = (None if x is None else _at(x, cells, len(group.members)) for x in (query, asked, others))
+        out, low = stack.attended(own, read, rows, heads, attend, more)
+        results.append(out)
+        behind.append(None if low is None else stack.added(low))
     if all(added is None for added in behind):
-        return _with_scene(_mixed(results, cover, query.dtype), base, cover), None
+        return _with_scene(_mixed(results, cover, batch), base, cover), None
     both = [torch.cat([out, torch.zeros_like(out) if added is None else added], -1) for out, added in zip(results, behind, strict=True)]
-    mixed, more = _mixed(both, cover, query.dtype).chunk(2, -1)
+    mixed, more = _mixed(both, cover, batch).chunk(2, -1)
     return _with_scene(mixed, base, cover), more

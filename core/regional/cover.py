@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+MOST = 1.1      # of the picture's cells: so many places may a picture have that is gone through part by part
 LIKE = 0.5      # regions share an operation when the smaller has at least this share of the larger one's cells
 
 
@@ -22,6 +23,20 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Order:
+    """A cover's places in a batch of B pictures that lie one after another, `[B * S]` cells. cells: per group those of its places, region
+    by region and there picture by picture `[G * B * S']`; back: per source the places that the cells take it from `[B * S]`.
+
+    whole `[P]`: the cells of all places, and behind them those that are the scene's alone, picture by picture; home `[B * S]`: where in it
+    a cell is (of a partition)."""
+
+    cells: tuple[Tensor, ...]
+    back: tuple[Tensor, ...]
+    whole: Tensor
+    home: Tensor
+
+
+@dataclass(frozen=True)
 class Cover:
     """groups: of the regions with cells at all. Their results lie one after another, member by member; cell s takes its own from the
     places `sources[s]` `[S, M]` with the weights `[b, S, M]` (0 where it takes less than M), and `scene` `[b, S]` of the scene's.
@@ -33,13 +48,37 @@ class Cover:
     scene: Tensor
     needs_scene: bool
     is_one_each: bool = False      # every cell takes one source, whole: nothing to weigh
+    is_partition: bool = False     # every cell takes one source or the scene, whole, in all pictures; and there is hardly a filling
     _cast: dict = field(default_factory=dict, repr=False, compare=False)
+    _orders: dict = field(default_factory=dict, repr=False, compare=False)
 
     def weights_in(self, dtype: torch.dtype) -> Tensor:
         """The weights `[b, S, M, 1]` in the type of the arithmetic, cast once."""
         if dtype not in self._cast:
             self._cast[dtype] = self.weights.to(dtype).unsqueeze(-1)
         return self._cast[dtype]
+
+    def order(self, batch: int) -> Order:
+        if batch not in self._orders:
+            self._orders[batch] = self._ordered(batch)
+        return self._orders[batch]
+
+    def _ordered(self, batch: int) -> Order:
+        length, pictures = len(self.sources), torch.arange(batch, device=self.sources.device).view(1, -1, 1)
+        cells, places, start = [], [], 0
+        for group in self.groups:
+            cells.append((group.cells.unsqueeze(1) + length * pictures).flatten())      # of [G, B, S']
+            members, most = group.cells.shape
+            own = start + torch.arange(len(cells[-1]), device=pictures.device).view(members, batch, most)
+            places.append(own.transpose(0, 1).flatten(1))
+            start += len(cells[-1])
+        where = torch.cat([*places, pictures.new_zeros(batch, 0)], 1)      # [B, places]: of a picture's places those in the batch
+        back = tuple(where[:, source].flatten() for source in self.sources.unbind(1))
+        scenes = ((self.scene[0] == 1).nonzero().view(1, 1, -1) + length * pictures).flatten()
+        whole = torch.cat([*cells, scenes])
+        home = back[0].clone() if back else torch.zeros(batch * length, dtype=torch.long, device=pictures.device)
+        home[scenes] = torch.arange(start, len(whole), device=pictures.device)
+        return Order(tuple(cells), back, whole, home)
 
 
 def _grouped(counts: Sequence[int]) -> list[list[int]]:
@@ -83,4 +122,7 @@ def cover_of(region_share: Tensor, scene_share: Tensor) -> Cover:
         sources[cells, slot] = places
         weights[:, cells, slot] = share
     is_one_each = width == 1 and bool((weights == 1).all())
-    return Cover(tuple(groups), sources, weights, scene_share, bool(scene_share.any()), is_one_each)
+    scenes = int((scene_share == 1).sum())
+    is_sharp = width == 1 and batch == 1 and bool(((weights[..., 0] == 1) ^ (scene_share == 1)).all())      # shares sum to 1
+    is_partition = is_sharp and start + scenes <= MOST * length
+    return Cover(tuple(groups), sources, weights, scene_share, bool(scene_share.any()), is_one_each, is_partition)

@@ -15,6 +15,7 @@ from ..errors import ConceptError
 from ..hosts.backbone import Backbone, Context, SiteProgram
 from ..sites import Site, grid_of
 from .attention import Reading, Stack, attention_within, mixed_query, region_attention
+from .by_region import ByRegion
 from .cover import Cover, cover_of
 from .regions import Region, region_mask, shares
 
@@ -82,6 +83,7 @@ class RegionProgram(SiteProgram):
         self._covers: dict[tuple, Cover] = {}
         self._asked: Tensor | None = None      # what to_q of the running site read
         self._more: Tensor | None = None       # what is to be added behind its to_out
+        self._pass: ByRegion | None = None     # of the running site, where it is gone through region by region
 
     def masks(self, grid: tuple[int, int]) -> Tensor:
         """`[U, h, w]` or `[U, b, h, w]` for the regions that are on now, each times its strength; zeros for the others."""
@@ -99,6 +101,9 @@ class RegionProgram(SiteProgram):
             self._covers[key] = cover_of(region_share.flatten(-2).to(device), scene_share.flatten(-2).to(device))
         return self._covers[key]
 
+    def _stacks_of(self, site: Site, cover: Cover) -> list[Stack]:
+        return [self._stack(site, group.members) for group in cover.groups]
+
     def _stack(self, site: Site, members: tuple[int, ...]) -> Stack:
         key = (site.index, members)
         if key not in self._stacks:
@@ -108,9 +113,21 @@ class RegionProgram(SiteProgram):
     def _scene_delta(self, site: Site, projection: str) -> Delta | None:
         return self.scene.deltas.get((site.index, projection))
 
+    def enter(self, site: Site, x: Tensor) -> tuple[Tensor, bool] | None:
+        self._pass, cover = None, self.cover(x.shape[1], x.device)
+        if not cover.is_partition:
+            return None
+        self._pass = ByRegion(cover, self._stacks_of(site, cover), len(x))
+        return self._pass.enter(x), self._pass.reads_text
+
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        if self._pass is not None and projection == "to_out":
+            running, self._pass = self._pass, None
+            return running.leave(y)
         if projection == "to_q":      # every region starts from the frozen query
             self._asked = x
+            return y
+        if self._pass is not None and not self._pass.reads_text:
             return y
         if projection == "to_out":
             more, self._more = self._more, None
@@ -120,15 +137,19 @@ class RegionProgram(SiteProgram):
         return self._concepts().project(site, projection, x, y)
 
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+        if self._pass is not None:
+            def scene(own: Tensor, asked: Tensor) -> tuple[Tensor, Tensor | None]:
+                return self._scene(site, self._asking(site, own, asked), asked, key, value, default)
+
+            return self._pass.attend(query, self.rows, site.heads, default, scene)
         plain, cover = getattr(default, "plain", default), self.cover(query.shape[1], query.device)
-        delta = self._scene_delta(site, "to_q")
-        asking = query if delta is None else query + delta.apply(self._asked).to(query.dtype)
-        stacks = [self._stack(site, group.members) for group in cover.groups]
-        asked = query if self._asked is None else self._asked
+        stacks, asked = self._stacks_of(site, cover), query if self._asked is None else self._asked
+        asking = self._asking(site, query, asked)
         others = None
         if plain is not default:
             others = added_by_others(default, mixed_query(query, asked, asking, stacks, cover), key, value)
-        base, more = self._scene(site, asking, key, value, plain, cover, others)
+        base, more = self._scene(site, asking, asked, key, value, plain, others) if cover.needs_scene else (None, None)
+        more = None if more is None else more * cover.scene.to(more.dtype).unsqueeze(-1)
         mixed, added = region_attention(query, asked, base, stacks, cover, self.rows, site.heads, plain, others)
         self._more = added if more is None else more if added is None else more + added
         return mixed
@@ -145,14 +166,17 @@ class RegionProgram(SiteProgram):
         base = default(query, key, value) if cover.needs_scene or not cover.groups else None
         return attention_within(query, key, value, base, cover, site.heads, default)
 
-    def _scene(self, site: Site, query: Tensor, key: Tensor, value: Tensor, plain, cover: Cover,
-               others: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The scene's attended values `[B, S, a]`, and its share of what is added behind to_out. None where no cell is the scene's."""
-        if not cover.needs_scene:
-            return None, None
+    def _asking(self, site: Site, query: Tensor, asked: Tensor) -> Tensor:
+        """The scene's query."""
+        delta = self._scene_delta(site, "to_q")
+        return query if delta is None else query + delta.apply(asked).to(query.dtype)
+
+    def _scene(self, site: Site, query: Tensor, asked: Tensor, key: Tensor, value: Tensor, plain,
+               others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The scene's attended values `[B, S, a]`, and what it adds behind to_out."""
         concepts, more = self._concepts(), None
         if concepts:
-            base, more = bound_attention(site.heads, self._asked, query, key, value, concepts.bindings(site))
+            base, more = bound_attention(site.heads, asked, query, key, value, concepts.bindings(site))
         else:
             base = plain(query, key, value)
         base = base if others is None else base + others
@@ -160,7 +184,7 @@ class RegionProgram(SiteProgram):
         if delta is not None:
             own = delta.apply(base)
             more = own if more is None else more + own
-        return base, None if more is None else more * cover.scene.to(more.dtype).unsqueeze(-1)
+        return base, more
 
     def _concepts(self) -> BoundConcepts:
         return self._scene_bound[self.rows] if self.scene_concepts is None else self.scene_concepts

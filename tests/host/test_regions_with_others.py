@@ -154,3 +154,18 @@ def test_pictures_of_a_batch_have_their_own_noise_and_the_same_regions(studio, m
     scene, regions = ("<rex> and <mimi>", ()) if more == "found" else (SCENE, halves(studio))
     found = studio.regional(scene, regions, studio.bank, latent=studio.latent(3), steps=4, **MORE[more])
     assert found.shape[0] == 3 and distance(found[0], found[1]) > 1e-2 and distance(found[1], found[2]) > 1e-2
+
+
+@pytest.mark.parametrize("feather", [0.0, 0.2])
+def test_another_attention_is_used_in_regions_too(studio, feather):
+    """As nodes for SageAttention set it; cells in their places or not."""
+    calls, model = [], studio.model.clone()
+
+    def other(host, query, key, value, *args, **kwargs):
+        calls.append(key.shape[1] != query.shape[1])      # at a text
+        return host(query, key, value, *args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = other
+    regions = halves(studio, feather=feather)
+    found = studio.regional("a photo in a meadow", regions, studio.bank, model=model)
+    assert any(calls) and torch.equal(found, studio.regional("a photo in a meadow", regions, studio.bank))

@@ -20,7 +20,7 @@ from ...regional.program import Part
 from ...regional_cost import boxes_of, parts_of
 from ...synthetic import context_of, deltas_of, peak_gb, random_weights
 from . import regions as putting
-from .sites import find_sites
+from .sites import ATTENTION, differentiable_attention, find_sites
 
 _COMMON = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True, "legacy": False,
            "use_temporal_attention": False}
@@ -60,6 +60,9 @@ class ComfyCost:
     def _sampled(self, model, positive, negative) -> dict:
         """Seconds of every step but the first, which also prepares; and the peak."""
         latent, seen = torch.zeros(1, 4, self.side, self.side), []
+        if self.counter is not None:      # as on a graphics card, where attention is one operation
+            model = model.clone()
+            model.model_options["transformer_options"][ATTENTION] = differentiable_attention
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
 
         def sampling() -> None:

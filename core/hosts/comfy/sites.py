@@ -19,7 +19,9 @@ from ..backbone import SiteProgram
 OFFSETS = "continual_concepts_offsets"      # keyword of the UNet call and key in transformer_options: layer copies minus their mean
 WORDS = "continual_concepts_words"          # the same, for whose words the tokens are: codes of concepts `[B, 1, N, 1]`, 0 = nobody's
 PROGRAM = "continual_concepts_program"      # key in transformer_options: the SiteProgram of this call
+_ALONE = "continual_concepts_alone"         # there: whether nobody else's code sees the cells between to_q and to_out
 _INPUTS, _ATTENDED = "continual_concepts_inputs", "continual_concepts_attended"     # handed on inside one block call
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 ATTENTION = "optimized_attention_override"      # the host's key in transformer_options for another attention
 _RANK = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _LAYER_PER_GROUP_ABOVE = 16      # as in the diffusers host
@@ -128,7 +130,7 @@ class DiffusionWrapper:
         if words is not None:
             options[WORDS] = fit_offsets(words, context)
         if self.program is not None:
-            options[PROGRAM] = self.program(options, x)
+            options[PROGRAM], options[_ALONE] = self.program(options, x), _is_alone(options)
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
@@ -149,11 +151,36 @@ class Before:
 
 
 class Keep:
-    """attn2 patch, the last one: keeps for the program what goes into the projections."""
+    """attn2 patch, the last one: keeps for the program what goes into the projections, or gives them what it wants instead."""
+
+    def __init__(self, sites: UNetSites) -> None:
+        self.addresses = sites.addresses
+        self.skips_text = all(_is_plain(sites.linear(site, name)) for site in sites.layout.sites for name in ("to_k", "to_v"))
 
     def __call__(self, n, context, value, options):
+        program, site = options.get(PROGRAM), _site_of(self.addresses, options)
+        if program is not None and site is not None and options.get(_ALONE):
+            entered = program.enter(site, n)
+            if entered is not None:
+                n, reads_text = entered
+                if not reads_text and self.skips_text:
+                    context, value = context[:, :0], value[:, :0]
         options[_INPUTS] = (n, context, value)
         return n, context, value
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a projection is torch's own arithmetic: what other kinds of weights do with an empty text nobody knows."""
+    weight = linear.weight
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _PLAIN and weight.device.type in ("cpu", "cuda")
+
+
+def _is_alone(options: dict) -> bool:
+    """Whether between to_q and to_out of the sites there is our code alone."""
+    patches, replaced = options.get("patches", {}), options.get("patches_replace", {}).get("attn2", {})
+    before, behind = patches.get("attn2_patch", []), patches.get("attn2_output_patch", [])
+    return (bool(before) and isinstance(before[-1], Keep) and all(isinstance(one, After) for one in behind)
+            and all(isinstance(one, Replace) and one.previous is None for one in replaced.values()))
 
 
 def _site_of(addresses: dict[Address, Site], options: dict) -> Site | None:
@@ -207,7 +234,7 @@ class Within:
 def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int, options: dict) -> Tensor:
     if torch.is_grad_enabled():
         return differentiable_attention(None, query, key, value, heads)
-    return optimized_attention(query, key, value, heads, attn_precision=options.get("attn_precision"))
+    return optimized_attention(query, key, value, heads, attn_precision=options.get("attn_precision"), transformer_options=options)
 
 
 def differentiable_attention(_host, *args, **kwargs) -> Tensor:
@@ -244,5 +271,5 @@ def program_patches(sites: UNetSites, previous: dict | None = None) -> dict:
     """Everything a program needs, in the form of transformer options; `previous`: attn2 replacements that are there already."""
     previous = previous or {}
     replace = {address: Replace(site, previous.get(address) or previous.get(address[:2])) for address, site in sites.addresses.items()}
-    return {"patches": {"attn2_patch": [Before(sites.addresses), Keep()], "attn2_output_patch": [After(sites.addresses)]},
+    return {"patches": {"attn2_patch": [Before(sites.addresses), Keep(sites)], "attn2_output_patch": [After(sites.addresses)]},
             "patches_replace": {"attn2": replace}}

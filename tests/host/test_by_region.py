@@ -1,0 +1,77 @@
+"""Sites gone through region by region in ComfyUI: the same pictures, and only where nobody else's code is in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+PROMPTS = ("<rex>", "a photo of <mimi>", "<blueprint> of a car", "a red ball")
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """For every site that was asked from here on, whether it was gone through region by region; and whether the text was left out."""
+    from continual_concepts.core.hosts.comfy import sites
+    from continual_concepts.core.regional import program
+
+    seen, enter, keep = {"entered": [], "no text": []}, program.RegionProgram.enter, sites.Keep.__call__
+
+    def asked(self, site, x):
+        found = enter(self, site, x)
+        seen["entered"].append(found is not None)
+        return found
+
+    def kept(self, *args):
+        found = keep(self, *args)
+        seen["no text"].append(found[1].shape[1] == 0)
+        return found
+
+    monkeypatch.setattr(program.RegionProgram, "enter", asked)
+    monkeypatch.setattr(sites.Keep, "__call__", kept)
+    return seen
+
+
+def drawn(studio, kind: str, **other):
+    regions = [studio.region(prompt, left=i / 4, right=(i + 1) / 4) for i, prompt in enumerate(PROMPTS)]
+    if kind == "island":
+        regions = [studio.region("<rex>", left=0.25, right=0.75, top=0.25, bottom=0.75)]
+    return studio.regional("a photo in a meadow", regions, studio.bank, latent=studio.latent(2, 32, 32), **other)
+
+
+@pytest.mark.parametrize("kind, sampler", [("columns", "euler"), ("columns", "dpmpp_sde"), ("island", "euler")])
+def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
+    from continual_concepts.core.hosts.comfy import sites
+    from continual_concepts.core.regional import program
+
+    one = drawn(studio, kind, sampler_name=sampler)
+    assert any(entered["entered"]) and any(entered["no text"]) == (kind == "columns")
+    entered["no text"].clear()
+    monkeypatch.setattr(sites, "_is_plain", lambda _: False)      # weights of another kind: the text is read, nobody looks at it
+    two = drawn(studio, kind, sampler_name=sampler)
+    assert not any(entered["no text"])
+    monkeypatch.setattr(program.RegionProgram, "enter", lambda *_: None)
+    three = drawn(studio, kind, sampler_name=sampler)
+    assert distance(one, two) < 1e-5 and distance(one, three) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["output", "replacement"])
+def test_with_other_peoples_code_in_between_cells_keep_their_places(studio, entered, kind):
+    model = studio.model.clone()
+    if kind == "output":
+        model.set_model_attn2_output_patch(lambda n, options: 0.9 * n)
+    else:
+        model.set_model_attn2_replace(lambda q, k, v, options: q, "middle", 0, 0)
+    drawn(studio, "columns", model=model)
+    assert not entered["entered"] and not any(entered["no text"])
+
+
+def test_other_peoples_code_before_is_no_hindrance(studio, entered):
+    model = studio.model.clone()
+    model.set_model_attn2_patch(lambda n, context, value, options: (1.1 * n, context, value))
+    drawn(studio, "columns", model=model)
+    assert any(entered["entered"])
