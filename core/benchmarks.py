@@ -179,7 +179,7 @@ def regional(options: Namespace) -> Result:
     if options.only != "cost":
         result["quality"] = _regional_quality(options, options.file.with_suffix(".cells"))
     _write(options.file, result)
-    lines = [f"{kind} {count}: {row['over_plain']:.3f} of a plain step" for kind in ("regions", "routed", "hooks")
+    lines = [f"{kind} {count}: {row['over_plain']:.3f} of a plain step" for kind in ("regions", "routed", "prompt", "hooks")
              for count, row in result.get("cost", {}).get(kind, {}).items()]
     quality = result.get("quality", {})
     if quality:

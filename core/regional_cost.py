@@ -93,6 +93,7 @@ def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:
     """Every way right after a plain look, `rounds` times, and the median of what it takes over that: a machine's pace drifts from minute to
     minute, and drifts for both."""
     ways = {"routed 4": lambda: cost.regions(4, is_bound=False)} | {f"regions {n}": lambda n=n: cost.regions(n) for n in COUNTS}
+    ways |= {"prompt 2": lambda: cost.prompt(2)} if hasattr(cost, "prompt") else {}
     hooks = {f"hooks {n}": lambda n=n: cost.hooks(n) for n in HOOKS} if hasattr(cost, "hooks") else {}
     found: dict[str, list[tuple[dict, dict]]] = {name: [] for name in (*ways, *hooks)}
     with torch.inference_mode():

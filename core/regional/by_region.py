@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .attention import Attend, Stack
+from ..stack import Attend, Stack
 from .cover import Cover
 
 Scene = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]

@@ -14,7 +14,8 @@ from ..deltas import Delta, Deltas
 from ..errors import ConceptError
 from ..hosts.backbone import Backbone, Context, SiteProgram
 from ..sites import Site, grid_of
-from .attention import Reading, Stack, attention_within, mixed_query, region_attention
+from ..stack import Reading, Stack
+from .attention import attention_within, mixed_query, region_attention
 from .by_region import ByRegion
 from .cover import Cover, cover_of
 from .regions import Region, region_mask, shares

@@ -13,9 +13,11 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.hosts.backbone import Context
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.interop.export import export_concept
+from continual_concepts.core.kept import KeptBound
 from continual_concepts.core.regional import Region
 from continual_concepts.core.sampling import SampleSettings, sample, sample_regions
 from continual_concepts.core.sites import Site
+from continual_concepts.core.synthetic import Operations
 
 SITE = Site(0, "attn2", 0, 2, 8, 6)
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
@@ -73,6 +75,35 @@ def test_every_position_has_its_own_maps(weights, words):
     found, picture = context(*words), draw(len(words), 9, 8, seed=3)
     expected = by_definition(known, found, weights, picture)
     assert torch.allclose(run(BoundProgram(known), found, weights, picture), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("words", [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}), ({}, {"rex": (2,)})])
+@pytest.mark.parametrize("parts", [tuple(SHAPES), ("to_k", "to_v"), ("to_q", "to_k"), ("to_v", "to_out")])
+def test_what_is_read_is_kept(weights, words, parts):
+    """The first pass and all later ones give what BoundProgram gives, and later ones look at no text."""
+    known = {name: {key: delta for key, delta in deltas(seed).items() if key[1] in parts} for name, seed in (("rex", 20), ("mimi", 50))}
+    found = context(*words)
+    kept = KeptBound(BoundConcepts(known, found), len(words), "cpu")
+    for i in range(3):
+        picture = draw(len(words), 9, 8, seed=3 + i)
+        expected = run(BoundProgram(known), found, weights, picture)
+        entered = kept.enter(SITE, picture)
+        assert (entered is None) == (i == 0)
+        read = found if entered is None else context(*({},) * len(words), length=0)
+        assert torch.allclose(run(kept, read, weights, picture), expected, atol=1e-5)
+
+
+def test_a_kept_site_needs_few_operations(weights):
+    known, found, picture = {"rex": deltas(20), "mimi": deltas(50)}, context({"rex": (1,), "mimi": (2,)}), draw(1, 9, 8, seed=3)
+    kept, nothing, counts = KeptBound(BoundConcepts(known, found), 1, "cpu"), context({}, length=0), []
+    run(kept, found, weights, picture)
+    with torch.inference_mode():
+        for program, text in ((BoundProgram({}), found), (kept, nothing), (BoundProgram(known), found)):
+            with Operations() as counter:
+                run(program, text, weights, picture)
+            counts.append(counter.count)
+    plain, few, many = counts
+    assert few <= plain + 2 < many - 20
 
 
 def test_without_its_words_a_concept_does_nothing_bit_for_bit(weights):

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from continual_concepts.core.aggregation import released_weights
-from continual_concepts.core.regional.attention import Reading, Stack, region_attention
+from continual_concepts.core.regional.attention import region_attention
 from continual_concepts.core.regional.cover import cover_of
 from continual_concepts.core.regional.regions import box_mask, shares
+from continual_concepts.core.stack import Reading, Stack
 
 
 def test_released_weights(shared_dir):

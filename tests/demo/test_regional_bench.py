@@ -108,6 +108,9 @@ class ToyCost:
     def regions(self, count, is_bound=True):
         return self.look(1.1 if is_bound else 1.2, None if count == 2 else 5.0)
 
+    def prompt(self, count):
+        return self.look(1.01)
+
     def hooks(self, count):
         return self.look(float(count))
 
@@ -120,6 +123,7 @@ def test_costs_are_ratios_of_neighbours():
     assert found["hooks"]["4"]["over_plain"] == pytest.approx(4.0, rel=1e-3) and "operations" not in found["hooks"]["4"]
     assert found["plain"]["operations"] == 100 and found["regions"]["8"]["operations_over_plain"] == 1.1
     assert found["routed"]["4"]["over_plain"] == pytest.approx(1.2, rel=1e-3)
+    assert found["prompt"]["2"]["operations"] == 101
 
 
 def test_the_unet_alone(tiny_backbone, monkeypatch):

@@ -15,7 +15,7 @@ from ...regional.artists import Artists, MapRecorder, Subject
 from ..backbone import Context, SiteProgram
 from .backbone import plain_weights, without_dynamic
 from .bound import BoundRun, code, words_of
-from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, Within, program_patches
+from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, Within, program_patches, progress_of
 
 KEY = "continual_concepts"
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -64,7 +64,7 @@ def with_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
     if not deltas:
         return model
     below = program_of(model)
-    return programmed(model, sites, BoundRun(deltas, below if isinstance(below, BoundRun) else None))
+    return programmed(model, sites, BoundRun(deltas, below if isinstance(below, BoundRun) else None, model.model))
 
 
 def _once(model, name: str, patch) -> None:
@@ -81,15 +81,6 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
     layers = hidden.unsqueeze(1) if OFFSETS not in conds else hidden.unsqueeze(1) + conds[OFFSETS].cond.to(hidden)
     words = words_of(conds[WORDS].cond, {code(name): name for name in names}) if WORDS in conds else ({},) * len(hidden)
     return Context(layers.expand(-1, copies, -1, -1) if layers.shape[1] == 1 else layers, extra.get("pooled_output"), words)
-
-
-def progress_of(options: dict) -> float:
-    """Share of the sampling steps behind the current noise level: 0 at the first, 1 at the last."""
-    sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
-    if sigmas is None or sigma is None or len(sigmas) < 3:
-        return 0.0
-    done = int((sigmas[:-1] > sigma.flatten()[0].to(sigmas) + 1e-6).sum())
-    return min(1.0, done / (len(sigmas) - 2))
 
 
 def programmed(model, sites: UNetSites, program, within: bool = False):

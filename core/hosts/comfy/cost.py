@@ -18,9 +18,11 @@ from torch import Tensor
 from ...regional.noise import NoiseSettings
 from ...regional.program import Part
 from ...regional_cost import boxes_of, parts_of
-from ...synthetic import context_of, deltas_of, peak_gb, random_weights
+from ...synthetic import TOKENS, context_of, deltas_of, peak_gb, random_weights
 from . import regions as putting
-from .sites import ATTENTION, differentiable_attention, find_sites
+from .apply import with_bound
+from .bound import code
+from .sites import ATTENTION, WORDS, OffsetCond, differentiable_attention, find_sites
 
 _COMMON = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True, "legacy": False,
            "use_temporal_attention": False}
@@ -88,6 +90,17 @@ class ComfyCost:
         parts = [replace(part, bound={}) for part in parts]      # the run gives each the bound concepts that its words name
         run = putting.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * count, bound)
         return self._sampled(putting.with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
+
+    def prompt(self, count: int) -> dict:
+        """No regions: that many bound concepts in the picture's one prompt."""
+        names = [f"concept{i}" for i in range(count)]
+        codes = [code(names[i]) if i < count else 0 for i in range(TOKENS)]
+        words = OffsetCond(torch.tensor(codes).view(1, 1, -1, 1))
+        nobody = OffsetCond(torch.zeros_like(words.cond))
+        model = with_bound(self.model, self.sites, {name: deltas_of(self.sites.layout, seed=i) for i, name in enumerate(names)})
+        positive, negative = ([[hidden, extra | {"model_conds": {WORDS: own}}] for hidden, extra in self._conditioning(seed)]
+                              for seed, own in ((1, words), (0, nobody)))
+        return self._sampled(model, positive, negative)
 
     def hooks(self, count: int) -> dict:
         """ComfyUI's own way: a LoRA hook and a mask for every region's prompt."""

@@ -19,6 +19,7 @@ from ..backbone import SiteProgram
 OFFSETS = "continual_concepts_offsets"      # keyword of the UNet call and key in transformer_options: layer copies minus their mean
 WORDS = "continual_concepts_words"          # the same, for whose words the tokens are: codes of concepts `[B, 1, N, 1]`, 0 = nobody's
 PROGRAM = "continual_concepts_program"      # key in transformer_options: the SiteProgram of this call
+TEXT = "continual_concepts_text"            # the prompts of this call, their offsets and words, where nobody else changes them; else None
 _ALONE = "continual_concepts_alone"         # there: whether nobody else's code sees the cells between to_q and to_out
 _INPUTS, _ATTENDED = "continual_concepts_inputs", "continual_concepts_attended"     # handed on inside one block call
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,6 +113,15 @@ def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
     return offsets * (context != 0).any(-1).any(-1)[:, None, None, None]
 
 
+def progress_of(options: dict) -> float:
+    """Share of the sampling steps behind the current noise level: 0 at the first, 1 at the last."""
+    sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
+    if sigmas is None or sigma is None or len(sigmas) < 3:
+        return 0.0
+    done = int((sigmas[:-1] > sigma.flatten()[0].to(sigmas) + 1e-6).sum())
+    return min(1.0, done / (len(sigmas) - 2))
+
+
 class DiffusionWrapper:
     """ComfyUI wrapper around the UNet call: moves the offsets of layer-wise words to where the sites find them.
 
@@ -130,7 +140,10 @@ class DiffusionWrapper:
         if words is not None:
             options[WORDS] = fit_offsets(words, context)
         if self.program is not None:
-            options[PROGRAM], options[_ALONE] = self.program(options, x), _is_alone(options)
+            options[_ALONE], options[TEXT] = _is_alone(options), None
+            if options[_ALONE] and all(isinstance(one, (Before, Keep)) for one in options["patches"]["attn2_patch"]):
+                options[TEXT] = context, options.get(OFFSETS), options.get(WORDS)
+            options[PROGRAM] = self.program(options, x)
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
 

@@ -1,0 +1,131 @@
+"""What bound concepts read is kept from step to step: the same pictures, and never what belongs to another text or other weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from continual_concepts.core.bank import ConceptBank
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+
+
+@pytest.fixture(scope="module")
+def bound(bank):
+    made = ConceptBank(bank.layout)
+    for concept in bank:
+        made = made.add(replace(concept, info=replace(concept.info, method="bound")))
+    return made
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """For every site from here on, whether it read no text because what it reads was kept."""
+    from continual_concepts.core.kept import KeptBound
+
+    seen, enter = [], KeptBound.enter
+    monkeypatch.setattr(KeptBound, "enter", lambda *args: seen.append(enter(*args) is not None) or enter(*args))
+    return seen
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def unkept(model):
+    """The same MODEL with another node's patch that changes nothing: then nobody knows what sites will read."""
+    clone = model.clone()
+    clone.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
+    return clone
+
+
+def both_ways(studio, model, positive, negative, calls, **other):
+    """One picture with what is read kept, after a check that it is the same without."""
+    calls.clear()
+    kept = studio.ksampler(model, positive, negative, **other)
+    assert any(calls)
+    calls.clear()
+    plain = studio.ksampler(unkept(model), positive, negative, **other)
+    assert not calls and distance(kept, plain) < 1e-4
+    return kept
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_sde", "dpm_2_ancestral"])
+def test_pictures_are_the_same(studio, bound, calls, sampler):
+    model, clip, positive = studio.aggregate("a <rex> and <mimi>", bound)
+    both_ways(studio, model, positive, studio.encode(clip, "<blueprint>"), calls, sampler=sampler, latent=studio.latent(2))
+    both_ways(studio, model, positive, studio.encode(clip, ""), calls, sampler=sampler, cfg=1.0)
+
+
+def test_a_text_that_changes_on_the_way(studio, bound, calls):
+    model, clip, _ = studio.aggregate("", bound)
+    parts = []
+    for prompt, start, end in (("a <rex>", 0.0, 0.5), ("a <mimi> at night", 0.5, 1.0)):
+        parts += [[hidden, extra | {"start_percent": start, "end_percent": end}] for hidden, extra in studio.encode(clip, prompt)]
+    both_ways(studio, model, parts, studio.encode(clip, ""), calls, steps=6)
+
+
+def test_two_prompts_at_once(studio, bound, calls):
+    """They share a batch, or are called one after another where memory is short; neither takes the other's."""
+    model, clip, _ = studio.aggregate("", bound)
+    both_ways(studio, model, studio.encode(clip, "a <rex>") + studio.encode(clip, "a <mimi>"), studio.encode(clip, ""), calls)
+    long = "a <mimi>, " + "very " * 90 + "green"
+    both_ways(studio, model, studio.encode(clip, "a <rex>") + studio.encode(clip, long), studio.encode(clip, "<rex>"), calls)
+
+
+def test_weights_that_change_between_samplings(studio, bound, calls):
+    """A LoRA loader behind the concepts shares their run with the model before it, of which a sampling was stopped on its way."""
+    import comfy.sd
+
+    model, clip, positive = studio.aggregate("a <rex>", bound)
+    negative, state = studio.encode(clip, ""), {}
+    for key, weight in model.model.state_dict().items():
+        if key.endswith("attn2.to_k.weight"):
+            name, (a, b) = key.removesuffix(".weight"), weight.shape
+            state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"] = torch.full((a, 1), 0.3), torch.full((1, b), 0.3)
+    changed, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
+    first = both_ways(studio, model, positive, negative, calls)
+    stopped, steps = model.clone(), []
+
+    def stopping(function, arguments):
+        steps.append(None)
+        if len(steps) > 2:
+            raise InterruptedError
+        return function(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    stopped.set_model_unet_function_wrapper(stopping)
+    with pytest.raises(InterruptedError):
+        studio.ksampler(stopped, positive, negative)
+    second = both_ways(studio, changed, positive, negative, calls)
+    assert distance(first, second) > 1e-3 and torch.equal(first, studio.ksampler(model, positive, negative))
+
+
+def test_weights_that_change_within_a_sampling(studio, bound, calls):
+    """LoRA hooks with a strength of their own for every part of the sampling: nothing is kept under them."""
+    import comfy.hooks
+
+    model, clip, positive = studio.aggregate("a <rex>", bound)
+    key = next(key for key in model.model.state_dict() if key.endswith("attn2.to_k.weight"))
+    a, b = model.model.state_dict()[key].shape
+    name = key.removesuffix(".weight")
+    hook = comfy.hooks.create_hook_lora({f"{name}.lora_up.weight": torch.full((a, 1), 0.3),
+                                         f"{name}.lora_down.weight": torch.full((1, b), 0.3)}, 1.0, 0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((1.0, 0.0), (0.0, 0.4)):
+        frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    hook.set_keyframes_on_hooks(frames)
+    hooked = comfy.hooks.set_conds_props([positive], 1.0, "default", hooks=hook)[0]
+    calls.clear()
+    one = studio.ksampler(model, hooked, studio.encode(clip, ""))
+    assert distance(one, studio.ksampler(unkept(model), hooked, studio.encode(clip, ""))) < 1e-4
+    assert distance(one, studio.ksampler(model, positive, studio.encode(clip, ""))) > 1e-4
+
+
+def test_nothing_stays_after_a_sampling(studio, bound):
+    from continual_concepts.core.hosts.comfy.apply import program_of
+
+    model, clip, positive = studio.aggregate("a <rex>", bound)
+    studio.ksampler(model, positive, studio.encode(clip, ""))
+    assert program_of(model)._kept == {}
