@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,10 @@ from .regional.program import Part, RegionProgram
 from .regional.regions import Region
 from .synthetic import Operations, context_of, deltas_of, peak_gb, sd15_backbone
 
+Box = tuple[float, float, float, float]      # top, left, bottom, right
 COUNTS = (2, 4, 8)
+LAYOUTS = {"free cells": [(0.25, 0.125, 0.75, 0.375), (0.25, 0.625, 0.75, 0.875)],      # of which operations alone are counted
+           "overlap": [(0.0, 0.0, 1.0, 0.75), (0.0, 0.25, 1.0, 1.0)]}
 HOOKS = (2, 4)      # one evaluation for each: eight take too long
 
 
@@ -28,21 +31,21 @@ class Cost(Protocol):
 
     def plain(self) -> dict: ...
 
-    def regions(self, count: int, is_bound: bool = True) -> dict: ...
+    def regions(self, boxes: Sequence[Box], is_bound: bool = True) -> dict: ...
 
 
-def boxes_of(count: int) -> list[tuple[float, float, float, float]]:
+def boxes_of(count: int) -> list[Box]:
     """Side by side, over the whole picture."""
     return [(0.0, i / count, 1.0, (i + 1) / count) for i in range(count)]
 
 
-def parts_of(layout, count: int, is_bound: bool) -> tuple[list[Region], list[Part], dict]:
+def parts_of(layout, boxes: Sequence[Box], is_bound: bool) -> tuple[list[Region], list[Part], dict]:
     """Regions with a concept of its own each, on q, k, v and out and with layer-wise words; and the concepts that are bound."""
-    names = [f"concept{i}" for i in range(count)]
+    names = [f"concept{i}" for i in range(len(boxes))]
     known = {name: deltas_of(layout, seed=i) for i, name in enumerate(names)}
     parts = [Part(context_of(2, layout.copies, seed=10 + i, words={name: (3, 4)} if is_bound else None), {} if is_bound else known[name],
                   {name: known[name]} if is_bound else {}) for i, name in enumerate(names)]
-    return [Region(name, box=box) for name, box in zip(names, boxes_of(count), strict=True)], parts, known if is_bound else {}
+    return [Region(name, box=box) for name, box in zip(names, boxes, strict=True)], parts, known if is_bound else {}
 
 
 class DiffusersCost:
@@ -67,8 +70,8 @@ class DiffusersCost:
     def plain(self) -> dict:
         return self._stepped(context_of(2, 1, seed=1))
 
-    def regions(self, count: int, is_bound: bool = True) -> dict:
-        regions, parts, _ = parts_of(self.backbone.layout, count, is_bound)
+    def regions(self, boxes: Sequence[Box], is_bound: bool = True) -> dict:
+        regions, parts, _ = parts_of(self.backbone.layout, boxes, is_bound)
         scene = Part(context_of(2, 1, seed=1), {})
         program = RegionProgram(self.backbone, scene, regions, parts, torch.tensor([0, 1]), (self.side, self.side))
         return self._stepped(scene.context, program)
@@ -92,18 +95,22 @@ def diffusers_cost(pixels: int, steps: int) -> Cost:
 def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:
     """Every way right after a plain look, `rounds` times, and the median of what it takes over that: a machine's pace drifts from minute to
     minute, and drifts for both."""
-    ways = {"routed 4": lambda: cost.regions(4, is_bound=False)} | {f"regions {n}": lambda n=n: cost.regions(n) for n in COUNTS}
+    ways = {"routed 4": lambda: cost.regions(boxes_of(4), is_bound=False)}
+    ways |= {f"regions {n}": lambda n=n: cost.regions(boxes_of(n)) for n in COUNTS}
     ways |= {"prompt 2": lambda: cost.prompt(2)} if hasattr(cost, "prompt") else {}
     hooks = {f"hooks {n}": lambda n=n: cost.hooks(n) for n in HOOKS} if hasattr(cost, "hooks") else {}
     found: dict[str, list[tuple[dict, dict]]] = {name: [] for name in (*ways, *hooks)}
     with torch.inference_mode():
         counts = {name: _counted(cost, way) for name, way in {"plain": cost.plain, **ways}.items()}
+        layouts = {name: _counted(cost, lambda boxes=boxes: cost.regions(boxes)) for name, boxes in LAYOUTS.items()}
         for i in range(rounds):
             for name, way in ((ways | hooks) if i == 0 else ways).items():      # hooks are far enough off for one look
                 found[name].append((cost.plain(), way()))
                 plain, own = (min(look["seconds"]) for look in found[name][-1])
                 tell(f"round {i + 1}, {name}: {own:.2f} s per step, plain {plain:.2f} s")
-    return _told(found, counts)
+    told = _told(found, counts)
+    told["layouts"] = {name: {"operations": count, "operations_over_plain": count / counts["plain"]} for name, count in layouts.items()}
+    return told
 
 
 def _counted(cost: Cost, way: Callable[[], dict]) -> int:

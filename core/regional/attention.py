@@ -20,7 +20,7 @@ from ..stack import Attend, Stack
 from .cover import Cover
 
 
-def _at(x: Tensor, cells: Tensor, regions: int) -> Tensor:
+def taken(x: Tensor, cells: Tensor, regions: int) -> Tensor:
     """`[B, S, c]` at the cells of an Order's group `[G * T]`: `[G, T, c]`."""
     return x.flatten(0, 1).index_select(0, cells).view(regions, -1, x.shape[-1])
 
@@ -46,7 +46,7 @@ def mixed_query(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Sta
     """`[B, S, a]`: every cell's query as its own region asks, mixed; base: the scene's."""
     if not cover.groups:
         return base
-    own = [stack.asking(*(_at(x, cells, len(group.members)) for x in (query, asked)))[0]
+    own = [stack.asking(*(taken(x, cells, len(group.members)) for x in (query, asked)))[0]
            for group, stack, cells in zip(cover.groups, stacks, cover.order(len(query)).cells, strict=True)]
     return _with_scene(_mixed(own, cover, len(query)), base, cover)
 
@@ -59,7 +59,7 @@ def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor | N
         return base
     results, batch = [], len(query)
     for group, cells in zip(cover.groups, cover.order(batch).cells, strict=True):
-        q, k, v = (_at(x, cells, batch * len(group.members)) for x in (query, key, value))      # [G * B, S', a]
+        q, k, v = (taken(x, cells, batch * len(group.members)) for x in (query, key, value))      # [G * B, S', a]
         if group.own is None:
             out = attend(q, k, v)
         else:      # fillings are not to be seen
@@ -83,7 +83,7 @@ def region_attention(query: Tensor, asked: Tensor, base: Tensor | None, stacks: 
         return base, None
     batch, results, behind = len(query), [], []
     for group, stack, cells in zip(cover.groups, stacks, cover.order(batch).cells, strict=True):
-        own, read, more = (None if x is None else _at(x, cells, len(group.members)) for x in (query, asked, others))
+        own, read, more = (None if x is None else taken(x, cells, len(group.members)) for x in (query, asked, others))
         out, low = stack.attended(own, read, rows, heads, attend, more)
         results.append(out)
         behind.append(None if low is None else stack.added(low))

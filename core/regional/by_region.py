@@ -12,19 +12,18 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..stack import Attend, Stack
-from .cover import Cover
+from .cover import Order
 
 Scene = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class ByRegion:
-    """One site's pass: enter, attend, leave, in this order. cover: a partition; stacks: one per group of it; batch: B pictures of S cells;
-    P: places, B * S where there are no fillings."""
+    """One site's pass: enter, attend, leave, in this order. order: of a partition, for a batch of B pictures of S cells; members: how many
+    regions each of its groups has; stacks: one for each; P: places, B * S where there are no fillings."""
 
-    def __init__(self, cover: Cover, stacks: Sequence[Stack], batch: int) -> None:
-        self.stacks, self.batch, self.order = stacks, batch, cover.order(batch)
-        self._members = [len(group.members) for group in cover.groups]
-        self.reads_text = cover.needs_scene
+    def __init__(self, order: Order, members: Sequence[int], stacks: Sequence[Stack], batch: int, needs_scene: bool = False) -> None:
+        self.stacks, self.batch, self.order, self.reads_text = stacks, batch, order, needs_scene
+        self._members = list(members)
         self._asked: list[Tensor] = []
         self._added: list[Tensor | None] = []
 
@@ -34,7 +33,7 @@ class ByRegion:
         self._asked = self._split(x)
         return x
 
-    def attend(self, query: Tensor, rows: Tensor, heads: int, attend: Attend, scene: Scene) -> Tensor:
+    def attend(self, query: Tensor, rows: Tensor, heads: int, attend: Attend, scene: Scene | None = None) -> Tensor:
         """query `[1, P, a]`: frozen; rows, attend as in `region_attention`; scene: from the query `[B, S', a]` of its cells and what to_q
         read there, what is attended and what is added behind to_out. Returns the attended values `[1, P, a]`."""
         own, found = self._split(query), []

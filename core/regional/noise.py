@@ -7,6 +7,8 @@ region's own size: it costs by area, and the thing has no other place to be.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +50,10 @@ class Window:
     bottom: int
     right: int
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
     def cut(self, x: Tensor) -> Tensor:
         return x[..., self.top:self.bottom, self.left:self.right].contiguous()
 
@@ -79,6 +85,19 @@ def window_of(mask: Tensor) -> Window:
 def windows_of(masks: Tensor, is_cut: bool) -> list[Window]:
     """Of each of the masks `[U, h, w]`: its window, or the full frame."""
     return [window_of(mask) if is_cut else Window(0, 0, *masks.shape[-2:]) for mask in masks]
+
+
+def together(windows: Sequence[Window], most: int) -> list[list[int]]:
+    """Numbers of the windows that are evaluated as one batch: they have one size, and no more cells in all than `most`, the picture's."""
+    groups: list[list[int]] = []
+    for i, window in enumerate(windows):
+        for group in groups:
+            if windows[group[0]].size == window.size and (len(group) + 1) * math.prod(window.size) <= most:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
 
 
 def scene_is_seen(masks: Tensor, overlap: str = "average") -> bool:

@@ -118,7 +118,8 @@ class RegionProgram(SiteProgram):
         self._pass, cover = None, self.cover(x.shape[1], x.device)
         if not cover.is_partition:
             return None
-        self._pass = ByRegion(cover, self._stacks_of(site, cover), len(x))
+        members = [len(group.members) for group in cover.groups]
+        self._pass = ByRegion(cover.order(len(x)), members, self._stacks_of(site, cover), len(x), cover.needs_scene)
         return self._pass.enter(x), self._pass.reads_text
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:

@@ -105,8 +105,8 @@ class ToyCost:
     def plain(self):
         return self.look(1.0)
 
-    def regions(self, count, is_bound=True):
-        return self.look(1.1 if is_bound else 1.2, None if count == 2 else 5.0)
+    def regions(self, boxes, is_bound=True):
+        return self.look(1.1 if is_bound else 1.2, None if len(boxes) == 2 else 5.0)
 
     def prompt(self, count):
         return self.look(1.01)
@@ -123,13 +123,13 @@ def test_costs_are_ratios_of_neighbours():
     assert found["hooks"]["4"]["over_plain"] == pytest.approx(4.0, rel=1e-3) and "operations" not in found["hooks"]["4"]
     assert found["plain"]["operations"] == 100 and found["regions"]["8"]["operations_over_plain"] == 1.1
     assert found["routed"]["4"]["over_plain"] == pytest.approx(1.2, rel=1e-3)
-    assert found["prompt"]["2"]["operations"] == 101
+    assert found["prompt"]["2"]["operations"] == 101 and found["layouts"]["overlap"]["operations_over_plain"] == 1.1
 
 
 def test_the_unet_alone(tiny_backbone, monkeypatch):
     monkeypatch.setattr("continual_concepts.core.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
     cost = regional_cost.DiffusersCost(tiny_backbone, 64, 3)
-    for found in (cost.plain(), cost.regions(2), cost.regions(2, is_bound=False)):
+    for found in (cost.plain(), cost.regions(HALVES), cost.regions(HALVES, is_bound=False)):
         assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0
 
 
@@ -139,9 +139,11 @@ def test_more_regions_are_no_more_operations(tiny_backbone, monkeypatch, is_boun
     monkeypatch.setattr("continual_concepts.core.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
     cost = regional_cost.DiffusersCost(tiny_backbone, 64, 3)
     with torch.inference_mode():
-        plain, two, four = (regional_cost._counted(cost, way) for way in (cost.plain, lambda: cost.regions(2, is_bound),
-                                                                        lambda: cost.regions(4, is_bound)))
-    assert two == four and plain < four <= plain + 14 * len(tiny_backbone.layout)
+        plain, two, four = (regional_cost._counted(cost, way) for way in (cost.plain, lambda: cost.regions(HALVES, is_bound),
+                                                                        lambda: cost.regions(regional_cost.boxes_of(4), is_bound)))
+        others = [regional_cost._counted(cost, lambda boxes=boxes: cost.regions(boxes, is_bound)) for boxes in regional_cost.LAYOUTS.values()]
+    assert two == four and plain < four <= plain + 5 * len(tiny_backbone.layout)
+    assert four < min(others) and max(others) <= plain + 14 * len(tiny_backbone.layout)
 
 
 def test_operations_are_what_computes(tiny_backbone):

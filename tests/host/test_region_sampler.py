@@ -157,13 +157,28 @@ def test_region_noise_on_a_window_refuses_what_belongs_to_the_whole(studio):
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "dpmpp_sde"])
 def test_solo_steps_look_at_windows_alone(studio, calls, sampler):
-    """Halves that cover the picture: two windows instead of one frame in the first quarter of the steps, a frame in the others."""
+    """Halves that cover the picture: two windows in one batch in the first quarter of the steps, a frame in the others."""
     halves = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
     plain = studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler)
-    without, _ = len(calls), calls.clear()
+    without, _ = list(calls), calls.clear()
     found = studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler, solo=0.25)
-    assert without < len(calls) < 1.5 * without and torch.isfinite(found).all() and distance(found, plain) > 1e-3
+    assert set(without) == {2} and len(calls) == len(without) and set(calls[:2]) == {4} and set(calls[-4:]) == {2}
+    assert torch.isfinite(found).all() and distance(found, plain) > 1e-3
     assert torch.equal(found, studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler, solo=0.25))
+
+
+@pytest.mark.parametrize("other", ["", "output", "cfg"])
+def test_windows_in_one_batch_are_windows_one_by_one(studio, calls, monkeypatch, other):
+    from continual_concepts.core.hosts.comfy import regions
+
+    four = [studio.region(prompt, left=left, right=left + 0.5, top=top, bottom=top + 0.5)
+            for prompt, (left, top) in zip(("<rex>", "<mimi> at night", "a ball", "<blueprint>"), ((0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)),
+                                           strict=True)]
+    settings = {"steps": 4, "solo": 0.5, "latent": studio.latent(2, 32, 32), "model": patched(studio, other)}
+    together, batches, _ = studio.regional(SCENE, four, studio.bank, **settings), list(calls), calls.clear()
+    monkeypatch.setattr(regions, "together", lambda windows, most: [[i] for i in range(len(windows))])
+    apart = studio.regional(SCENE, four, studio.bank, **settings)
+    assert batches[:2] == [16, 16] and len(calls) == len(batches) + 6 and distance(together, apart) < 1e-4
 
 
 def test_solo_steps_do_nothing_where_something_belongs_to_the_whole(studio):

@@ -37,7 +37,7 @@ def program(tiny_backbone, monkeypatch):
     monkeypatch.setattr("continual_concepts.core.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
 
     def build(boxes, is_bound=True, rows=(0, 1)):
-        _, parts, bound = regional_cost.parts_of(tiny_backbone.layout, len(boxes), is_bound)
+        _, parts, bound = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(len(boxes)), is_bound)
         if is_bound:
             parts[0] = replace(parts[0], bound={name: {k: d for k, d in deltas.items() if k[1] != "to_q"} for name, deltas in
                                                 parts[0].bound.items()})      # no delta of to_q: its columns are fillings

@@ -20,7 +20,7 @@ def observed(tiny_backbone, monkeypatch):
     monkeypatch.setattr("continual_concepts.core.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
 
     def build(is_bound, count=2):
-        regions, parts, _ = regional_cost.parts_of(tiny_backbone.layout, count, is_bound)
+        regions, parts, _ = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(count), is_bound)
         rows = torch.tensor([0, 0, 0, 1, 1, 1])
         program = ObservedRegions(tiny_backbone, Part(context_of(2, 1, seed=1), {}), regions, parts, rows, (8, 8), tokens=[WORDS] * count)
         program.is_observing = True

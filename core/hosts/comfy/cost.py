@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ...regional.noise import NoiseSettings
 from ...regional.program import Part
-from ...regional_cost import boxes_of, parts_of
+from ...regional_cost import Box, boxes_of, parts_of
 from ...synthetic import TOKENS, context_of, deltas_of, peak_gb, random_weights
 from . import regions as putting
 from .apply import with_bound
@@ -85,10 +86,10 @@ class ComfyCost:
     def plain(self) -> dict:
         return self._sampled(self.model, self._conditioning(1), self._conditioning(0))
 
-    def regions(self, count: int, is_bound: bool = True) -> dict:
-        regions, parts, bound = parts_of(self.sites.layout, count, is_bound)
+    def regions(self, boxes: Sequence[Box], is_bound: bool = True) -> dict:
+        regions, parts, bound = parts_of(self.sites.layout, boxes, is_bound)
         parts = [replace(part, bound={}) for part in parts]      # the run gives each the bound concepts that its words name
-        run = putting.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * count, bound)
+        run = putting.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * len(boxes), bound)
         return self._sampled(putting.with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
 
     def prompt(self, count: int) -> dict:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...deltas import Deltas
+from ...regional.apart import RegionsApart
 from ...regional.found import FoundRegions
-from ...regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, windows_of
+from ...regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, together, windows_of
 from ...regional.observe import ObservedRegions
 from ...regional.program import Part, RegionProgram
 from ...regional.regions import Region, masks_of, pooled_of
@@ -35,23 +36,25 @@ class RegionRun:
     bound: Mapping[str, Deltas] = field(default_factory=dict)      # concepts that act through their words, in the scene's prompt too
     overlap: str = "average"
     isolation: float = 0.0
-    only: int | None = None     # region noise estimation: the region whose own picture is being estimated, over the full frame
+    only: tuple[int, ...] | None = None     # the regions whose own pictures are being estimated, one after another in the batch
     _programs: dict = field(default_factory=dict)
     _rows: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._scene = BoundRun(self.bound)
 
-    def __call__(self, options: dict, x: Tensor) -> RegionProgram:
+    def __call__(self, options: dict, x: Tensor) -> RegionProgram | RegionsApart:
         which = options["cond_or_uncond"]
-        rows = self._row_of(tuple(which), x)
-        key = (self.only, tuple(x.shape[-2:]))
+        key = tuple(x.shape[-2:]) if self.only is None else ("apart", self.only)
         if key not in self._programs:
-            self._programs[key] = self._build(x)
+            self._programs[key] = self._build(x) if self.only is None else self._build_apart(x)
         program = self._programs[key]
-        program.rows, program.progress = rows, progress_of(options)
         program.scene_concepts = self._scene.concepts(options, x)
-        program.is_observing = program.progress == 1.0 and self.only is None and bool(rows.any())
+        if self.only is not None:
+            program.take([1 - kind for kind in which], len(x))
+            return program
+        program.rows, program.progress = self._row_of(tuple(which), x), progress_of(options)
+        program.is_observing = program.progress == 1.0 and 0 in which
         return program
 
     def _row_of(self, which: tuple[int, ...], x: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class RegionRun:
 
     def maps(self, size: tuple[int, int]) -> Tensor:
         """Attention per region in the last step, `[U, H, W]` in 0..1."""
-        seen = [program for (only, _), program in self._programs.items() if only is None]
+        seen = [program for program in self._programs.values() if not isinstance(program, RegionsApart)]
         return seen[-1].picture_maps(size) if seen else torch.zeros(len(self.regions), *size)
 
     def _moved(self, x: Tensor) -> tuple[Part, list[Part]]:
@@ -81,13 +84,13 @@ class RegionRun:
 
     def _build(self, x: Tensor) -> RegionProgram:
         scene, parts = self._moved(x)
-        regions, words = list(self.regions), list(self.words)
-        if self.only is not None:
-            u = self.only
-            regions, parts, words = [Region(regions[u].prompt, box=(0.0, 0.0, 1.0, 1.0))], [parts[u]], [words[u]]
         nobody = torch.zeros(1, dtype=torch.long)
-        isolation = self.isolation if self.only is None else 0.0
-        return ObservedRegions(self.sites, scene, regions, parts, nobody, tuple(x.shape[-2:]), self.overlap, isolation, tokens=words)
+        return ObservedRegions(self.sites, scene, list(self.regions), parts, nobody, tuple(x.shape[-2:]), self.overlap, self.isolation,
+                               tokens=list(self.words))
+
+    def _build_apart(self, x: Tensor) -> RegionsApart:
+        scene, parts = self._moved(x)
+        return RegionsApart(self.sites, scene, [parts[u] for u in self.only])
 
 
 class FoundRun(RegionRun):
@@ -154,11 +157,14 @@ class _RegionNoise:
             return executor(x, timestep, model_options, seed)
         masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:], feathered=not solo)
         look, whole = _Look(executor, x, timestep, model_options, seed), Window(0, 0, *x.shape[-2:])
-        scene = look(whole) if not solo or scene_is_seen(masks, self.run.overlap) else None
-        own, windows = [], windows_of(masks, solo or self.settings.area == "crop")
+        scene = look(whole)[0] if not solo or scene_is_seen(masks, self.run.overlap) else None
+        windows = windows_of(masks, solo or self.settings.area == "crop")
+        own: list[dict[str, Tensor]] = [{}] * len(windows)
         try:
-            for self.run.only, window in zip(on, windows, strict=True):
-                own.append(look(window))
+            for group in together(windows, x.shape[-2] * x.shape[-1]):
+                self.run.only = tuple(on[i] for i in group)
+                for i, found in zip(group, look(*(windows[i] for i in group)), strict=True):
+                    own[i] = found
         finally:
             self.run.only = None
         # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
@@ -185,12 +191,16 @@ class _Look:
         self.args = args
         return args["denoised"]
 
-    def __call__(self, window: Window) -> dict[str, Tensor]:
-        """The guided prediction, and its two halves where somebody asks; each in its place in zeros of the latent's size."""
+    def __call__(self, *windows: Window) -> list[dict[str, Tensor]]:
+        """Of windows of one size, evaluated as one batch, the guided prediction, and its two halves where somebody asks; each in its place
+        in zeros of the latent's size."""
         options = {**self.options, _AFTER: [self._keep]} if self.functions else self.options
-        found = {"denoised": self.executor(window.cut(self.x), self.timestep, options, self.seed)}
+        cut, count = [window.cut(self.x) for window in windows], len(windows)
+        x, timestep = (cut[0], self.timestep) if count == 1 else (torch.cat(cut), self.timestep.repeat(count))
+        found = {"denoised": self.executor(x, timestep, options, self.seed)}
         found |= {name: self.args[name] for name in ("cond_denoised", "uncond_denoised") if torch.is_tensor(self.args.get(name))}
-        return {name: window.back(picture, self.x) for name, picture in found.items()}
+        apart = {name: picture.chunk(count) for name, picture in found.items()}
+        return [{name: window.back(pictures[i], self.x) for name, pictures in apart.items()} for i, window in enumerate(windows)]
 
     def told(self, found: dict[str, Tensor]) -> Tensor:
         args = {**self.args, **found, "input": self.x, "sigma": self.timestep, "model_options": self.options}
