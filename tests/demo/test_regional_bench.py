@@ -141,7 +141,8 @@ def test_more_regions_are_no_more_operations(tiny_backbone, monkeypatch, is_boun
     with torch.inference_mode():
         plain, two, four = (regional_cost._counted(cost, way) for way in (cost.plain, lambda: cost.regions(HALVES, is_bound),
                                                                         lambda: cost.regions(regional_cost.boxes_of(4), is_bound)))
-        others = [regional_cost._counted(cost, lambda boxes=boxes: cost.regions(boxes, is_bound)) for boxes in regional_cost.LAYOUTS.values()]
+        others = [regional_cost._counted(cost, lambda boxes=boxes: cost.regions(boxes, is_bound))
+                  for boxes in regional_cost.LAYOUTS.values()]
     assert two == four and plain < four <= plain + 5 * len(tiny_backbone.layout)
     assert four < min(others) and max(others) <= plain + 14 * len(tiny_backbone.layout)
 
