@@ -1,4 +1,5 @@
-"""Sites gone through region by region in ComfyUI: the same pictures, and only where nobody else's code is in between."""
+"""Sites gone through region by region in ComfyUI: the same pictures, and only where nobody else's code is in between. And windows in one
+batch."""
 
 from __future__ import annotations
 
@@ -75,3 +76,31 @@ def test_other_peoples_code_before_is_no_hindrance(studio, entered):
     model.set_model_attn2_patch(lambda n, context, value, options: (1.1 * n, context, value))
     drawn(studio, "columns", model=model)
     assert any(entered["entered"])
+
+
+@pytest.mark.parametrize("other", ["nobody", "output", "cfg"])
+def test_windows_in_one_batch_are_windows_one_by_one(studio, monkeypatch, other):
+    from continual_concepts.core.hosts.comfy import regions
+
+    model, batches, calls = studio.model.clone(), [], {}
+    if other == "output":
+        model.set_model_attn2_output_patch(lambda n, options: 0.9 * n)
+    elif other == "cfg":
+        model.set_model_sampler_cfg_function(lambda args: args["cond"] + 2 * (args["cond"] - args["uncond"]))
+    four = [studio.region(prompt, left=i % 2 / 2, right=(i % 2 + 1) / 2, top=i // 2 / 2, bottom=(i // 2 + 1) / 2)
+            for i, prompt in enumerate(PROMPTS)]
+
+    def drawn(name: str):
+        batches.clear()
+        found = studio.regional("a photo in a meadow", four, studio.bank, steps=4, solo=0.5, latent=studio.latent(2, 32, 32), model=model)
+        calls[name] = list(batches)
+        return found
+
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: batches.append(len(inputs[0])))
+    try:
+        together = drawn("together")
+        monkeypatch.setattr(regions, "together", lambda windows, most: [[i] for i in range(len(windows))])
+        apart = drawn("apart")
+    finally:
+        hook.remove()
+    assert calls["together"] == [16, 16, 4, 4] and calls["apart"] == [4] * 10 and distance(together, apart) < 1e-4

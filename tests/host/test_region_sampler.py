@@ -167,20 +167,6 @@ def test_solo_steps_look_at_windows_alone(studio, calls, sampler):
     assert torch.equal(found, studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler, solo=0.25))
 
 
-@pytest.mark.parametrize("other", ["", "output", "cfg"])
-def test_windows_in_one_batch_are_windows_one_by_one(studio, calls, monkeypatch, other):
-    from continual_concepts.core.hosts.comfy import regions
-
-    four = [studio.region(prompt, left=left, right=left + 0.5, top=top, bottom=top + 0.5)
-            for prompt, (left, top) in zip(("<rex>", "<mimi> at night", "a ball", "<blueprint>"), ((0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)),
-                                           strict=True)]
-    settings = {"steps": 4, "solo": 0.5, "latent": studio.latent(2, 32, 32), "model": patched(studio, other)}
-    together, batches, _ = studio.regional(SCENE, four, studio.bank, **settings), list(calls), calls.clear()
-    monkeypatch.setattr(regions, "together", lambda windows, most: [[i] for i in range(len(windows))])
-    apart = studio.regional(SCENE, four, studio.bank, **settings)
-    assert batches[:2] == [16, 16] and len(calls) == len(batches) + 6 and distance(together, apart) < 1e-4
-
-
 def test_solo_steps_do_nothing_where_something_belongs_to_the_whole(studio):
     halves = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
     masked = [[hidden, {**extra, "mask": torch.ones(1, 16, 16)}] for hidden, extra in studio.encode(studio.clip, SCENE)]
