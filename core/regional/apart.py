@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,7 @@ from ..stack import Stack
 from .attention import taken
 from .by_region import ByRegion
 from .cover import Order
-from .program import DeltaProgram, Part, reading_of
+from .program import DeltaProgram, Part, readings_of
 
 
 class RegionsApart(SiteProgram):
@@ -23,8 +22,7 @@ class RegionsApart(SiteProgram):
     own prompt with its own weights; of the scene there is nothing."""
 
     def __init__(self, backbone: Backbone, scene: Part, parts: Sequence[Part]) -> None:
-        length = math.lcm(*(part.context.hidden.shape[2] for part in parts))
-        self.readings = {site.index: [reading_of(backbone, site, part, length) for part in parts] for site in backbone.layout.sites}
+        self.readings = readings_of(backbone, parts)
         self.count = len(parts)
         self.scene_concepts: BoundConcepts | None = None      # of the scene's prompt: other nodes may read it
         self._scene = DeltaProgram(scene.deltas)

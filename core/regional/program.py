@@ -63,6 +63,12 @@ def reading_of(backbone: Backbone, site: Site, part: Part, length: int) -> Readi
     return Reading(key, value, columns_of(site.heads, key, value, bound.bindings(site)), *own)
 
 
+def readings_of(backbone: Backbone, parts: Sequence[Part]) -> dict[int, list[Reading]]:
+    """Site index -> what each of the parts reads there, all of one length."""
+    length = math.lcm(*(part.context.hidden.shape[2] for part in parts))
+    return {site.index: [reading_of(backbone, site, part, length) for part in parts] for site in backbone.layout.sites}
+
+
 class RegionProgram(SiteProgram):
     """Region attention with per-region deltas, see attention.py.
 
@@ -78,8 +84,7 @@ class RegionProgram(SiteProgram):
         self.progress, self.overlap, self.isolation = 0.0, overlap, isolation
         self.scene_concepts: BoundConcepts | None = None      # where the host knows better than the scene's context which words a call has
         self._scene_bound = BoundConcepts(scene.bound, scene.context)
-        length = math.lcm(*(part.context.hidden.shape[2] for part in parts))
-        self.readings = {site.index: [reading_of(backbone, site, part, length) for part in parts] for site in backbone.layout.sites}
+        self.readings = readings_of(backbone, parts)
         self._stacks: dict[tuple, Stack] = {}
         self._covers: dict[tuple, Cover] = {}
         self._asked: Tensor | None = None      # what to_q of the running site read
