@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.comfy import apply as putting
+from ..core.comfy.backbone import ComfyBackbone
+from ..core.comfy.text import concept_clip, encode
+from ..core.conditioning.routing import aggregate, bound_deltas
 from ..core.errors import ConceptError
-from ..core.hosts.comfy import apply as putting
-from ..core.hosts.comfy.backbone import ComfyBackbone
-from ..core.hosts.comfy.text import concept_clip, encode
+from ..core.images import to_tensor, weights_picture
 from ..core.methods.base import METHODS
-from ..core.pictures import to_tensor, weights_picture
-from ..core.routing import aggregate, bound_deltas
 from . import types
 from .schema import Schema
 

@@ -7,12 +7,12 @@ import json
 import torch
 from comfy_api.latest import io, ui
 
-from ..core.bank_picture import bank_pages
-from ..core.bankfile import open_bank
-from ..core.bankkeep import change_bank
+from ..core.bank.format import open_bank
+from ..core.bank.store import change_bank
 from ..core.errors import ConceptError
-from ..core.inspection import inspect, lines
-from ..core.pictures import to_tensor
+from ..core.evaluation.bank_picture import bank_pages
+from ..core.evaluation.inspection import inspect, lines
+from ..core.images import to_tensor
 from ..core.training import checkpoint
 from . import host, types
 from .schema import Schema

@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 from PIL import ImageColor
 
 from ..core.errors import ConceptError
-from ..core.pictures import colour, outlines_picture
-from ..core.regional.drawn import DrawnRegion, parse_regions
+from ..core.images import colour, outlines_picture
+from ..core.regional.drawing import DrawnRegion, parse_regions
 from ..core.regional.regions import Region, region_mask
 from . import types
 from .schema import Schema

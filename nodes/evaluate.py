@@ -9,13 +9,13 @@ import comfy.utils
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..core.bank.tokens import check_name
+from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import check_bank, references_of
 from ..core.evaluation.sheet import lines, sheet
-from ..core.hosts.comfy.backbone import ComfyBackbone
-from ..core.pictures import to_tensor
-from ..core.sampling import SampleSettings
-from ..core.tokens import check_name
+from ..core.images import to_tensor
+from ..core.sampling.sampling import SampleSettings
 from . import host, types
 from .schema import Schema
 

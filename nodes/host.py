@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.bank import ConceptBank
-from ..core.bankfile import SUFFIX
+from ..core.bank.bank import ConceptBank
+from ..core.bank.format import SUFFIX
+from ..core.bank.tokens import check_name
+from ..core.data.photos import Picture
 from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import Encode
 from ..core.evaluation.metrics import unit
-from ..core.hosts.backbone import Backbone
-from ..core.pictures import smoothed
-from ..core.sampling import SampleSettings, sample
-from ..core.tokens import check_name
-from ..core.training.data import Picture
+from ..core.images import smoothed
+from ..core.model.backbone import Backbone
+from ..core.sampling.sampling import SampleSettings, sample
 from ..core.training.loop import StepInfo
 
 BANKS = "concept_banks"

@@ -7,10 +7,10 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..core.bank import ConceptBank
-from ..core.concepts import KINDS
+from ..core.bank.bank import ConceptBank
+from ..core.bank.concepts import KINDS
+from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
-from ..core.hosts.comfy.backbone import ComfyBackbone
 from ..core.interop.importing import import_concept
 from . import types
 from .schema import Schema

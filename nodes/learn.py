@@ -13,18 +13,18 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..core.bank import ConceptBank
-from ..core.collisions import warnings_before
-from ..core.concepts import KINDS
+from ..core.bank.bank import ConceptBank
+from ..core.bank.concepts import KINDS
+from ..core.bank.tokens import check_name
+from ..core.comfy.backbone import ComfyBackbone
+from ..core.data.photos import Framing, Picture, prepare
 from ..core.errors import ConceptError
+from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.metrics import image_alignment
-from ..core.hosts.comfy.backbone import ComfyBackbone
+from ..core.images import covers_picture, loss_picture, spread, to_tensor
 from ..core.methods import DEFAULT, METHODS, Task, make
-from ..core.pictures import covers_picture, loss_picture, spread, to_tensor
-from ..core.sampling import SampleSettings, sample
-from ..core.tokens import check_name
+from ..core.sampling.sampling import SampleSettings, sample
 from ..core.training.config import TrainingConfig
-from ..core.training.data import Framing, Picture, prepare
 from ..core.training.loop import learn
 from ..core.training.record import is_same_work, run_identity
 from . import host, types

@@ -7,9 +7,12 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.comfy.backbone import ComfyBackbone
+from ..core.data.photos import Framing, Picture, prepare
 from ..core.errors import ConceptError
-from ..core.hosts.comfy.backbone import ComfyBackbone
-from ..core.neuron_scores import (
+from ..core.images import selection_picture, to_tensor
+from ..core.neurons.neurons import UNITS, concept_neurons
+from ..core.neurons.scores import (
     CALIBRATION,
     SCORES,
     activation_scores,
@@ -18,9 +21,6 @@ from ..core.neuron_scores import (
     gradient_scores,
     text_positions,
 )
-from ..core.neurons import UNITS, concept_neurons
-from ..core.pictures import selection_picture, to_tensor
-from ..core.training.data import Framing, Picture, prepare
 from . import host, types
 from .schema import Schema
 

@@ -8,9 +8,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..core.comfy.demo import DemoVision, load_demo
+from ..core.data.photos import SUFFIXES, read_folder
 from ..core.errors import ConceptError
-from ..core.hosts.comfy.demo import DemoVision, load_demo
-from ..core.training.data import SUFFIXES, read_folder
 from . import host, types
 from .schema import Schema
 
@@ -103,7 +103,7 @@ class ConceptDemoPhotos(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from ..core.demo.world import CONCEPTS
+        from ..core.demo.scenes import CONCEPTS
 
         return Schema(
             node_id="ConceptDemoPhotos",
@@ -125,7 +125,7 @@ class ConceptDemoPhotos(io.ComfyNode):
     @classmethod
     def execute(cls, concept, count, seed) -> io.NodeOutput:
         from ..core.demo.judges import to_tensor
-        from ..core.demo.world import CONCEPTS
+        from ..core.demo.scenes import CONCEPTS
 
         if concept not in CONCEPTS:
             raise ConceptError(f"concept is {concept!r}; allowed: {', '.join(CONCEPTS)}")

@@ -10,20 +10,20 @@ from comfy_api.latest import io, ui
 
 from nodes import common_ksampler  # ComfyUI's own: ours are relative imports
 
-from ..core.bank import ConceptBank
+from ..core.bank.bank import ConceptBank
+from ..core.comfy import apply as putting
+from ..core.comfy import regions as regional
+from ..core.comfy.sites import UNetSites, find_sites
+from ..core.comfy.text import concept_clip, encode, learned_positions, subject_of, text_widths
+from ..core.conditioning.routing import aggregate, bound_deltas, standing_deltas
 from ..core.errors import ConceptError
-from ..core.hosts.backbone import Context
-from ..core.hosts.comfy import apply as putting
-from ..core.hosts.comfy import regions as regional
-from ..core.hosts.comfy.sites import UNetSites, find_sites
-from ..core.hosts.comfy.text import concept_clip, encode, learned_positions, subject_of, text_widths
+from ..core.images import regions_picture, to_tensor
 from ..core.methods.base import METHODS
-from ..core.pictures import regions_picture, to_tensor
+from ..core.model.backbone import Context
 from ..core.regional.found import prompts_apart
 from ..core.regional.noise import AREAS, OUTSIDE, NoiseSettings
-from ..core.regional.program import Part
+from ..core.regional.processor import Part
 from ..core.regional.regions import OVERLAPS, Region, masks_of
-from ..core.routing import aggregate, bound_deltas, standing_deltas
 from . import types
 from .schema import ADVANCED, Schema
 

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 from comfy_api.latest import io
 
+from ..core.data.framing import MODES
 from ..core.methods import make
 from ..core.training.config import EIGHT_BIT, LR_SCHEDULES, PRECISIONS, TrainingConfig
-from ..core.training.framing import MODES
 from . import types
 from .schema import Schema
 

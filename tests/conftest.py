@@ -94,7 +94,7 @@ def _text(name: str, seed: int, width: int = 32, length: int = 16, projected: bo
 
 def _backbone(prediction: str, unet=None, text=None):
     from continual_concepts.core.hosts.diffusers import DiffusersBackbone
-    from continual_concepts.core.schedule import NoiseSchedule
+    from continual_concepts.core.model.schedule import NoiseSchedule
 
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     schedule = NoiseSchedule(torch.cumprod(1 - betas, 0).float(), prediction)
@@ -130,7 +130,7 @@ def any_backbone(request, tiny_backbone, tiny_backbone_v):
 @pytest.fixture(scope="session")
 def layout():
     """Three sites of different widths, two text encoders: enough for everything about banks."""
-    from continual_concepts.core.sites import Site, SiteLayout
+    from continual_concepts.core.model.sites import Site, SiteLayout
 
     sites = tuple(Site(i, f"down_blocks.{i}.attn2", i, 2, width, 5) for i, width in enumerate((4, 6, 8)))
     return SiteLayout(sites, (("clip_l", 3), ("clip_g", 2)))
@@ -139,10 +139,10 @@ def layout():
 @pytest.fixture(scope="session")
 def make_concept():
     """make_concept(layout, name, seed, ...): a concept of random numbers that fits."""
-    from continual_concepts.core.concepts import Concept, ConceptInfo, Provenance
-    from continual_concepts.core.deltas import LowRankDelta
-    from continual_concepts.core.sites import PROJECTIONS
-    from continual_concepts.core.tokens import TokenGroup, default_words
+    from continual_concepts.core.bank.concepts import Concept, ConceptInfo, Provenance
+    from continual_concepts.core.bank.tokens import TokenGroup, default_words
+    from continual_concepts.core.model.deltas import LowRankDelta
+    from continual_concepts.core.model.sites import PROJECTIONS
 
     def make(layout, name="rex", seed=0, words=2, layerwise=True, method="cidm", rank=2, size=1.0, dtype=torch.float32, cover=b""):
         g = torch.Generator().manual_seed(seed)
@@ -163,9 +163,9 @@ def make_concept():
 @pytest.fixture(scope="session")
 def teach():
     """teach(backbone, bank, name, method, settings, ...): learns a concept from three random pictures; keywords are TrainingConfig's."""
+    from continual_concepts.core.data.photos import Framing, Picture, prepare
     from continual_concepts.core.methods import Task, make
     from continual_concepts.core.training.config import TrainingConfig
-    from continual_concepts.core.training.data import Framing, Picture, prepare
     from continual_concepts.core.training.loop import learn
 
     def run(backbone, bank, name="rex", method="cidm", settings=None, callback=None, checkpoint_file=None, pictures=None, noun="dog",
@@ -206,3 +206,71 @@ def script():
         return module
 
     return load
+
+
+# Metric encoders and bases of random numbers, saved as people have them.
+
+
+@pytest.fixture(scope="session")
+def tiny_clip():
+    """tiny_clip(folder): a CLIP of pictures of 32 pixels and texts of 16 tokens, with its tokenizer; returns the folder."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from continual_concepts.core.demo import vocabulary
+
+    def save(folder: Path) -> Path:
+        tokenizer = vocabulary.load(ROOT / "core" / "demo" / "assets" / "tokenizer")
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        text = small | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+        config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=24)
+        with torch.random.fork_rng():
+            torch.manual_seed(8)
+            CLIPModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_dino():
+    """tiny_dino(folder): a vision transformer in `dino_vits16`'s layout for pictures of 32 pixels; returns the folder."""
+    from transformers import ViTConfig, ViTModel
+
+    def save(folder: Path) -> Path:
+        config = ViTConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+        with torch.random.fork_rng():
+            torch.manual_seed(9)
+            ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    """tiny_base(folder): Stable Diffusion 1's structure in diffusers' layout, pictures of 32 pixels; returns the folder."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from continual_concepts.core.demo import vocabulary
+
+    def save(folder: Path) -> Path:
+        tokenizer = vocabulary.load(ROOT / "core" / "demo" / "assets" / "tokenizer")
+        text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                              bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        with torch.random.fork_rng():
+            torch.manual_seed(10)
+            unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=2,
+                                        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D",) * 2,
+                                        up_block_types=("CrossAttnUpBlock2D",) * 2)
+            vae = AutoencoderKL(block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
+                                up_block_types=("UpDecoderBlock2D",) * 3)
+            parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer,
+                     "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")}
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        return folder
+
+    return save

@@ -1,0 +1,1 @@
+"""The embedded bases: networks, vocabulary, scenes, and the judges that look at their pictures."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..files import write_atomically
 from ..hosts.diffusers import ClipText, DiffusersBackbone
-from ..schedule import NoiseSchedule
+from ..model.schedule import NoiseSchedule
 from . import networks, vocabulary
 
 ASSETS = Path(__file__).parent / "assets"

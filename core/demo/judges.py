@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.classifier import QualityClassifier
-from ..evaluation.encoder import MetricEncoder
-from ..evaluation.protocol import Assignment
-from ..training.data import Picture
-from . import vocabulary, world
+from ..data.assignment import Assignment
+from ..data.photos import Picture
+from . import scenes as world
+from . import vocabulary
 from .base import ASSETS, TOKENIZER
+from .classifier import QualityClassifier
+from .encoder import MetricEncoder
 
 PLACES = ("on a beach", "in a meadow", "in the snow", "at night", "in a room", "on a yellow background")
 SUBJECTS = ("a dog", "a cat", "a duck toy", "a teddy bear", "a car", "a robot", "a fish", "a backpack")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from ..schedule import cumulative_alphas
+from ..model.schedule import cumulative_alphas
 from .vocabulary import CONTEXT_LENGTH
 
 PICTURE_SIZE = 64

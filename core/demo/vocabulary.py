@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from . import world
+from . import scenes as world
 
 CONTEXT_LENGTH = 48  # the world's longest caption takes 39; CLIP's 77 would be padding that every step pays for
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bank import ConceptBank
+from ..bank.bank import ConceptBank
+from ..bank.prompts import named_concepts
+from ..data.photos import to_pixels
 from ..errors import ConceptError
-from ..hosts.backbone import Backbone
-from ..pictures import opened
-from ..prompts import named_concepts
-from ..sampling import SampleSettings, sample
-from ..training.data import to_pixels
+from ..images import opened
+from ..model.backbone import Backbone
+from ..sampling.sampling import SampleSettings, sample
 from . import metrics
 
 PLACE = "{}"      # where a prompt names the concept

@@ -10,13 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..hosts.backbone import Backbone
+from ..bank.bank import ConceptBank
+from ..bank.prompts import plain_text
+from ..data.assignment import Assignment
+from ..data.photos import Framing, prepare
 from ..methods.base import METHODS, Task, make
-from ..prompts import plain_text
-from ..sampling import SampleSettings, sample
+from ..model.backbone import Backbone
+from ..sampling.sampling import SampleSettings, sample
 from ..training.config import TrainingConfig
-from ..training.data import Framing, Picture, prepare
 from ..training.loop import Callback, learn
 from . import metrics
 
@@ -29,25 +30,6 @@ class Encoder(Protocol):
     def image_text_features(self, images: Tensor) -> Tensor: ...
 
     def caption_features(self, captions: Sequence[str]) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One task of a sequence: training pictures, and what to measure with.
-
-    references: training pictures `[N, 3, H, W]` in -1..1; held_out: real pictures not trained on; prompts: with the placeholder;
-    noun_prompts: the same wishes in the base's words, before anything was learned; words: names of the learned words, empty = the method's.
-    """
-
-    name: str
-    class_noun: str
-    kind: str
-    pictures: tuple[Picture, ...]
-    references: Tensor
-    held_out: Tensor
-    prompts: tuple[str, ...]
-    noun_prompts: tuple[str, ...]
-    words: tuple[str, ...] = ()
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..pictures import ACCENT, GRID, INK, PAPER, QUIET, font, spread
+from ..images import ACCENT, GRID, INK, PAPER, QUIET, font, spread
 from .bankcheck import BankReport
 
 SIDE, GAP, LABEL = 112, 8, 170

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..deltas import Deltas
 from ..errors import ConceptError
-from ..schedule import NoiseSchedule
-from ..sites import Site, SiteLayout
-from .backbone import Backbone, Context, SiteProgram, TextEncoder
+from ..model.backbone import Backbone, Context, SiteProgram, TextEncoder
+from ..model.deltas import Deltas
+from ..model.schedule import NoiseSchedule
+from ..model.sites import Site, SiteLayout
 from .quick_gelu import quick_gelu
 
 _RECOMPUTED = ("BasicTransformerBlock", "ResnetBlock2D")      # what gradient checkpointing runs again in the backward pass

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConceptError
-from ..schedule import NoiseSchedule, cumulative_alphas
+from ..model.schedule import NoiseSchedule, cumulative_alphas
 from .diffusers import ClipText, DiffusersBackbone
 
 

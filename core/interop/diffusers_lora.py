@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..deltas import DeltaKey, LowRankDelta
-from ..sites import SiteLayout
+from ..model.deltas import DeltaKey, LowRankDelta
+from ..model.sites import SiteLayout
 from .factors import check_strength, compact
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..tokens import TokenGroup
 
 
 def mean_vectors(tokens: TokenGroup) -> dict[str, Tensor]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..concepts import Concept
+from ..bank.bank import ConceptBank
+from ..bank.concepts import Concept
+from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..hosts.backbone import Backbone
 from ..methods.base import METHODS
-from ..sites import SiteLayout
-from ..tokens import TokenGroup
+from ..model.backbone import Backbone
+from ..model.sites import SiteLayout
 from .diffusers_lora import diffusers_state
 from .embedding import embedding_state
 from .factors import DEFAULT_ERROR, DEFAULT_RANK, Factors, check_strength, low_rank

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..deltas import Delta, DeltaKey, Deltas, LowRankDelta, concatenate, weighted_sum
 from ..errors import ConceptError
+from ..model.deltas import Delta, DeltaKey, Deltas, LowRankDelta, concatenate, weighted_sum
 
 DEFAULT_RANK = 32
 DEFAULT_ERROR = 0.05

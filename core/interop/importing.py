@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..concepts import Concept, ConceptInfo, Provenance
-from ..deltas import DeltaKey, LowRankDelta
+from ..bank.concepts import Concept, ConceptInfo, Provenance
+from ..bank.tokens import MAX_WORDS, TokenGroup, check_name, default_words
 from ..errors import ConceptError
-from ..sites import Site, SiteLayout
-from ..tokens import MAX_WORDS, TokenGroup, check_name, default_words
+from ..model.deltas import DeltaKey, LowRankDelta
+from ..model.sites import Site, SiteLayout
 from .lora_names import part_of, site_names
 
 METHOD = "imported"      # no way to learn: such concepts act where a prompt names them, on all of its words, as a LoRA does

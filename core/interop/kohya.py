@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..deltas import DeltaKey, LowRankDelta
-from ..sites import SiteLayout
-from ..tokens import TokenGroup, check_name
+from ..bank.tokens import TokenGroup, check_name
+from ..model.deltas import DeltaKey, LowRankDelta
+from ..model.sites import SiteLayout
 from .embedding import mean_vectors
 from .factors import check_strength, compact
 

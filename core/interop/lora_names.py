@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..deltas import DeltaKey
-from ..sites import PROJECTIONS, SiteLayout
+from ..model.deltas import DeltaKey
+from ..model.sites import PROJECTIONS, SiteLayout
 
 # kohya: `<module>.lora_up.weight`; PEFT: `<module>.lora_B.weight`, with the adapter's name before `weight` or not; diffusers:
 # `<module>.lora.up.weight`, and of 2023 `<attention>.processor.to_q_lora.up.weight`.

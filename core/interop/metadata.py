@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ..concepts import Concept, ConceptInfo
-from ..sites import SiteLayout
+from ..bank.concepts import Concept, ConceptInfo
+from ..model.sites import SiteLayout
 
 COVER_LIMIT = 1 << 20       # bytes; programs read the whole header of every file when they list a folder
 _FAMILIES = {       # (sites, context width) -> ModelSpec's name of the architecture, kohya's name of the base

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..concepts import Concept
-from ..deltas import Delta, DeltaKey
+from ..bank.bank import ConceptBank
+from ..bank.concepts import Concept
+from ..bank.prompts import PLACEHOLDER, named_concepts
+from ..bank.tokens import TokenGroup
+from ..conditioning.routing import MODES, site_weights
 from ..errors import ConceptError
-from ..hosts.backbone import Backbone
 from ..methods.base import METHODS
-from ..prompts import PLACEHOLDER, named_concepts
-from ..routing import MODES, site_weights
-from ..tokens import TokenGroup
+from ..model.backbone import Backbone
+from ..model.deltas import Delta, DeltaKey
 from .embedding import embedding_state
 from .export import cut_notes, embedding_metadata, lora_state, usage
 from .factors import DEFAULT_ERROR, Factors, check_strength, low_rank_sum

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..concepts import Concept
-from ..encoding import encode_prompts
+from ..bank.concepts import Concept
+from ..bank.prompts import Vocabulary
+from ..bank.tokens import TokenGroup
+from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..hosts.backbone import Backbone
-from ..prompts import Vocabulary
-from ..tokens import TokenGroup
+from ..model.backbone import Backbone
 from .embedding import layer_loss
 
 NEUTRAL = ("{}", "a photo of {}", "a {} on a beach", "a painting of the {} in a meadow", "two people and a {} in the street")

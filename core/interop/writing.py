@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..bank.tokens import check_name
 from ..errors import ConceptError
 from ..files import write_atomically
-from ..tokens import check_name
 
 # What each format's files are called after the concept. The embedding has the plain name, because that is what people type.
 ENDINGS = {"kohya": "_lora", "bundle": "_bundle", "diffusers": "_diffusers_lora", "embedding": ""}

@@ -8,20 +8,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..bank import ConceptBank
-from ..deltas import DeltaKey, Deltas, LowRankDelta
+from ..bank.bank import ConceptBank
+from ..bank.tokens import TokenGroup, default_words, initial_vectors
+from ..data.batch import Batch
+from ..data.photos import TrainingSet
 from ..errors import ConceptError
-from ..hosts.backbone import Backbone, Context, SiteProgram
-from ..sites import PROJECTIONS, Site, SiteLayout
-from ..tokens import TokenGroup, default_words, initial_vectors
-
-if TYPE_CHECKING:      # it imports Batch from here
-    from ..training.data import TrainingSet
+from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.sites import PROJECTIONS, Site, SiteLayout
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,6 @@ class Task:
     def worded(self, count: int) -> Task:
         """This task with its words named: as a person named them, else `count` after the concept."""
         return self if self.words else replace(self, words=default_words(self.name, count))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One training batch. latents `[B, C, h, w]` clean; prompts: B strings with placeholders; masks `[B, 1, h, w]` in 0..1, the part that
-    counts; is_prior `[B]` bool, True for prior-preservation pictures; weights `[B]` loss weight of each sample."""
-
-    latents: Tensor
-    prompts: tuple[str, ...]
-    masks: Tensor
-    is_prior: Tensor
-    weights: Tensor
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..bound import BoundProgram
-from ..hosts.backbone import SiteProgram
-from ..tokens import TokenGroup
+from ..attention.token_lora import BoundProgram
+from ..bank.tokens import TokenGroup
+from ..model.backbone import SiteProgram
 from .base import Outcome, register
 from .low_rank import LowRankConfig, LowRankMethod
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..deltas import LowRankDelta
+from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..hosts.backbone import SiteProgram
-from ..tokens import TokenGroup
+from ..model.backbone import SiteProgram
+from ..model.deltas import LowRankDelta
 from .base import (
     AdapterProgram,
     Forward,

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deltas import DeltaKey, LowRankDelta
-from ..hosts.backbone import SiteProgram
-from ..tokens import TokenGroup
-from ..training.attention import MapProgram, attention_regulariser
+from ..attention.maps import MapProgram, attention_regulariser
+from ..bank.tokens import TokenGroup
+from ..model.backbone import SiteProgram
+from ..model.deltas import DeltaKey, LowRankDelta
 from . import cidm_losses as losses
 from .base import (
     AdapterProgram,

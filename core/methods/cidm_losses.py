@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..deltas import LowRankDelta
+from ..model.deltas import LowRankDelta
 
 RIDGE = 1e-6     # relative to the mean diagonal, keeps the solves defined when factors are still zero
 

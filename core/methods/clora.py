@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..bank import ConceptBank
-from ..deltas import DeltaKey, LowRankDelta, weighted_sum
-from ..hosts.backbone import SiteProgram
-from ..tokens import TokenGroup
+from ..bank.bank import ConceptBank
+from ..bank.tokens import TokenGroup
+from ..model.backbone import SiteProgram
+from ..model.deltas import DeltaKey, LowRankDelta, weighted_sum
 from .base import AdapterProgram, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
 
 KEYS_AND_VALUES = ("to_k", "to_v")

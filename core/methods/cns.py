@@ -22,17 +22,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..concepts import ConceptInfo
-from ..deltas import DeltaKey
-from ..encoding import encode_prompts
+from ..bank.concepts import ConceptInfo
+from ..bank.prompts import Vocabulary
+from ..bank.tokens import TokenGroup
+from ..conditioning.encoding import encode_prompts
+from ..data.batch import Batch
 from ..errors import ConceptError
-from ..hosts.backbone import SiteProgram
-from ..neuron_scores import CALIBRATION, SCORES, GradientProgram, activation_scores, general_neurons, key_value_weights, weight_of
-from ..neurons import UNITS, NeuronSelection, concept_neurons, unit_count
-from ..prompts import Vocabulary
-from ..sites import SiteLayout
-from ..tokens import TokenGroup
-from .base import Batch, Forward, LearnedWords, Method, Outcome, Task, adapter_key, register, require, stored_dtype
+from ..model.backbone import SiteProgram
+from ..model.deltas import DeltaKey
+from ..model.sites import SiteLayout
+from ..neurons.neurons import UNITS, NeuronSelection, concept_neurons, unit_count
+from ..neurons.scores import CALIBRATION, SCORES, GradientProgram, activation_scores, general_neurons, key_value_weights, weight_of
+from .base import Forward, LearnedWords, Method, Outcome, Task, adapter_key, register, require, stored_dtype
 from .sparse import SparseAdapters, SparseProgram
 
 CONCEPT_PROMPTS = ("a photo of {}", "a {} on a beach", "a painting of {}", "{} in a room")      # what the activation score reads, ours

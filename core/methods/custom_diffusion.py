@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deltas import DeltaKey, LowRankDelta
-from ..hosts.backbone import SiteProgram
-from ..neuron_scores import encode_plain, key_value_weights, text_positions
-from ..sites import SiteLayout
-from ..tokens import TokenGroup
+from ..bank.tokens import TokenGroup
+from ..model.backbone import SiteProgram
+from ..model.deltas import DeltaKey, LowRankDelta
+from ..model.sites import SiteLayout
+from ..neurons.scores import encode_plain, key_value_weights, text_positions
 from .base import LearnedWords, Method, Outcome, Task, adapter_key, register, require, stored_dtype, wide_enough
 from .fusion import Rows, compressed, fit, fused_outcome, text_rows
 

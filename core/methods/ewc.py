@@ -20,8 +20,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..deltas import DeltaKey
-from .base import Batch, Forward, Outcome, Task, adapter_key, register, require
+from ..data.batch import Batch
+from ..model.deltas import DeltaKey
+from .base import Forward, Outcome, Task, adapter_key, register, require
 from .finetune import Finetune, FinetuneConfig, _Continued
 
 _FISHER = "fisher."

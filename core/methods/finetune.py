@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..deltas import DeltaKey, LowRankDelta
-from ..hosts.backbone import SiteProgram
-from ..tokens import TokenGroup
+from ..bank.tokens import TokenGroup
+from ..model.backbone import SiteProgram
+from ..model.deltas import DeltaKey, LowRankDelta
 from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, kept_deltas, register, stored_dtype
 from .low_rank import LowRankConfig
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..concepts import ConceptInfo
-from ..deltas import DeltaKey, LowRankDelta, concatenate
-from ..encoding import encode_prompts
+from ..bank.bank import ConceptBank
+from ..bank.concepts import ConceptInfo
+from ..bank.prompts import Vocabulary
+from ..bank.tokens import TokenGroup
+from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..hosts.backbone import Backbone
-from ..prompts import Vocabulary
-from ..sites import PROJECTIONS, SiteLayout
-from ..tokens import TokenGroup
+from ..model.backbone import Backbone
+from ..model.deltas import DeltaKey, LowRankDelta, concatenate
+from ..model.sites import PROJECTIONS, SiteLayout
 from .base import Outcome, kept, kept_deltas
 
 NOISE = 1e-5       # relative size below which singular values of fitted deltas are rounding, in single precision

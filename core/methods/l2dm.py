@@ -29,15 +29,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..bank.prompts import PLACEHOLDER
+from ..bank.tokens import TokenGroup
+from ..data.batch import Batch
 from ..errors import ConceptError
-from ..hosts.backbone import SiteProgram
-from ..prompts import PLACEHOLDER
-from ..tokens import TokenGroup
-from .base import AdapterProgram, Batch, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
+from ..model.backbone import SiteProgram
+from .base import AdapterProgram, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
 from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
 
 if TYPE_CHECKING:      # it imports the methods' Batch
-    from ..training.data import TrainingSet
+    from ..data.photos import TrainingSet
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class L2DM(Method):
     @torch.no_grad()
     def _generated(self, size: tuple[int, int], device: torch.device) -> ShortTerm:
         """The short-term memory by Eq. 5, from pictures of the current model: all that the bank holds."""
-        from ..sampling import SampleSettings, sample  # here: it imports the methods
+        from ..sampling.sampling import SampleSettings, sample  # here: it imports the methods
 
         c, backbone, count = self.config, self.task.backbone, len(self.old.owners)
         prompts = [self._prompt(self.old, i, self.names) for i in range(count)]

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..encoding import encode_prompts
+from ..bank.prompts import Vocabulary
+from ..bank.tokens import TokenGroup
+from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..hosts.backbone import Backbone, SiteProgram
-from ..prompts import Vocabulary
-from ..sites import Site
-from ..tokens import TokenGroup
+from ..model.backbone import Backbone, SiteProgram
+from ..model.sites import Site
 
 Features = Callable[[Backbone, Tensor], Tensor]      # latents [B, C, h, w] -> [B, F], of any length
 FEATURE_NOISE = 0.25      # at which share of the noise schedule the default features look

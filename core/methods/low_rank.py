@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..hosts.backbone import SiteProgram
-from ..tokens import TokenGroup
+from ..bank.tokens import TokenGroup
+from ..model.backbone import SiteProgram
 from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, require, stored_dtype
 
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..hosts.backbone import SiteProgram
-from .base import Batch, Forward, Task, register, require
+from ..data.batch import Batch
+from ..model.backbone import SiteProgram
+from .base import Forward, Task, register, require
 from .finetune import Finetune, FinetuneConfig
 
 

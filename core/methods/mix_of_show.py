@@ -24,14 +24,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..concepts import ConceptInfo
-from ..deltas import DeltaKey, LowRankDelta
-from ..encoding import encode_prompts
-from ..hosts.backbone import Backbone, Context, SiteProgram
-from ..prompts import Vocabulary
-from ..sites import Site
-from ..tokens import TokenGroup
-from .base import AdapterProgram, Batch, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
+from ..bank.concepts import ConceptInfo
+from ..bank.prompts import Vocabulary
+from ..bank.tokens import TokenGroup
+from ..conditioning.encoding import encode_prompts
+from ..data.batch import Batch
+from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.deltas import DeltaKey, LowRankDelta
+from ..model.sites import Site
+from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
 from .fusion import CONCEPT_PROMPTS, Rows, fit, fused_outcome, text_rows
 
 GROUPS = {"text": ("to_k", "to_v"), "picture": ("to_q", "to_out")}

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..deltas import DeltaKey, LowRankDelta
-from ..hosts.backbone import SiteProgram
-from ..tokens import TokenGroup
+from ..bank.tokens import TokenGroup
+from ..model.backbone import SiteProgram
+from ..model.deltas import DeltaKey, LowRankDelta
 from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, register, require, stored_dtype
 
 COLUMNS = ("disjoint", "random")

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..deltas import DeltaKey
-from ..neuron_scores import key_value_weights, weight_of
-from ..neurons import NeuronSelection
-from ..sites import SiteLayout
+from ..model.deltas import DeltaKey
+from ..model.sites import SiteLayout
+from ..neurons.neurons import NeuronSelection
+from ..neurons.scores import key_value_weights, weight_of
 from .base import Outcome, Task, adapter_key, register, require
 from .cns import CNS, CNSConfig, _Choice
 from .sparse import SparseAdapters

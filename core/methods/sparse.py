@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deltas import DeltaKey, SparseDelta
-from ..hosts.backbone import SiteProgram
-from ..neurons import NeuronSelection
-from ..sites import Site, SiteLayout
+from ..model.backbone import SiteProgram
+from ..model.deltas import DeltaKey, SparseDelta
+from ..model.sites import Site, SiteLayout
+from ..neurons.neurons import NeuronSelection
 from .base import adapter_key, wide_enough
 
 

@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..deltas import DeltaKey, SparseDelta
-from ..hosts.backbone import SiteProgram
-from ..sites import Site
-from ..tokens import TokenGroup
-from .base import Batch, Forward, LearnedWords, Task, adapter_key, kept, register, require, stored_dtype, wide_enough
+from ..bank.tokens import TokenGroup
+from ..data.batch import Batch
+from ..model.backbone import SiteProgram
+from ..model.deltas import DeltaKey, SparseDelta
+from ..model.sites import Site
+from .base import Forward, LearnedWords, Task, adapter_key, kept, register, require, stored_dtype, wide_enough
 from .clora import CLoRA, CLoRAConfig, forgetting
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..hosts.backbone import SiteProgram
-from ..tokens import TokenGroup, initial_vectors
+from ..bank.tokens import TokenGroup, initial_vectors
+from ..model.backbone import SiteProgram
 from .base import LearnedWords, Method, Outcome, Task, register, require, stored_dtype
 
 STARTS = ("class", "random")

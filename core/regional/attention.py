@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..stack import Attend, Stack
+from ..attention.packed import Attend, Stack
 from .cover import Cover
 
 

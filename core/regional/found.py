@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..hosts.backbone import Backbone
-from ..prompts import WordRef, named_concepts
-from ..sites import Site, grid_of
-from ..training.attention import attention_maps
-from .artists import FINEST
-from .program import Part, RegionProgram
+from ..attention.maps import FINEST, attention_maps
+from ..bank.bank import ConceptBank
+from ..bank.prompts import WordRef, named_concepts
+from ..model.backbone import Backbone
+from ..model.sites import Site, grid_of
+from .processor import Part, RegionProgram
 from .regions import Region
 
 LOOK = 0.35      # share of the steps after which regions are there

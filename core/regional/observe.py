@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..sites import Site, grid_of
-from .artists import FINEST
-from .program import RegionProgram
+from ..attention.maps import FINEST
+from ..model.sites import Site, grid_of
+from .processor import RegionProgram
 
 AT_ONCE = 2**25      # weights of attention: so many pictures of a batch are looked at together
 

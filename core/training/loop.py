@@ -13,23 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..concepts import Concept, ConceptInfo
-from ..encoding import TextMemory, encode_prompts
+from ..bank.bank import ConceptBank
+from ..bank.concepts import Concept, ConceptInfo
+from ..bank.prompts import Vocabulary, named_concepts
+from ..conditioning.encoding import TextMemory, encode_prompts
+from ..conditioning.routing import learning_deltas, learning_names
+from ..data.batch import Batch
+from ..data.photos import TrainingSet
 from ..errors import ConceptError
-from ..hosts.backbone import Context
-from ..methods.base import METHODS, Batch, Method, Task
-from ..prompts import Vocabulary, named_concepts
-from ..routing import learning_deltas, learning_names
+from ..methods.base import METHODS, Method, Task
+from ..model.backbone import Context
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig, optimizer_class
-from .data import TrainingSet
-from .looks import Judge, has_stalled
+from .early_stopping import Judge, has_stalled
 from .memory import kept_between_steps
+from .micro_batches import OUT_OF_MEMORY, Pass, passes
 from .objective import denoising_loss, predict
-from .passes import OUT_OF_MEMORY, Pass, passes
+from .process_group import ALONE, Team
 from .record import Learned, brief, conclude, run_identity
-from .team import ALONE, Team
 
 
 @dataclass(frozen=True)

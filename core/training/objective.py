@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..hosts.backbone import Backbone, Context, SiteProgram
-from ..methods.base import Batch, Forward
+from ..data.batch import Batch
+from ..methods.base import Forward
+from ..model.backbone import Backbone, Context, SiteProgram
 from .config import TrainingConfig
 
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, is_dataclass
 
 import torch
 
-from ..bank import ConceptBank
-from ..concepts import Concept, ConceptInfo, Provenance
+from ..bank.bank import ConceptBank
+from ..bank.concepts import Concept, ConceptInfo, Provenance
+from ..data.photos import TrainingSet
 from ..errors import ConceptError
 from ..methods.base import Method, Outcome, Task, make
 from .config import TrainingConfig
-from .data import TrainingSet
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The embedded base: what ships, its size, and that it does what its captions say (`continual-concepts bench base` measures how often)."""
+"""The embedded base: what ships, its size, and that it does what its captions say (the benchmark `base` measures how often)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.demo import world
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.demo import scenes as world
 from continual_concepts.core.demo.base import ASSETS, load_base
 from continual_concepts.core.demo.judges import held_out_prompts, load_classifier, to_tensor
-from continual_concepts.core.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import SampleSettings, sample
 
 
 @pytest.fixture(scope="module")

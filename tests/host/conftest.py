@@ -59,7 +59,7 @@ def own_folder(comfyui, tmp_path):
 @pytest.fixture(scope="session")
 def demo(comfyui):
     """MODEL, CLIP, VAE of the embedded base, made under inference mode as ComfyUI's loaders do."""
-    from continual_concepts.core.hosts.comfy.demo import load_demo
+    from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode():
         return load_demo()
@@ -76,7 +76,7 @@ def reference():
 @pytest.fixture(scope="session")
 def bank(reference, make_concept):
     """Two layer-wise concepts and one with a single copy, of random numbers that change pictures visibly."""
-    from continual_concepts.core.bank import ConceptBank
+    from continual_concepts.core.bank.bank import ConceptBank
 
     bank = ConceptBank(reference.layout)
     for i, (name, layerwise) in enumerate((("rex", True), ("mimi", True), ("blueprint", False))):

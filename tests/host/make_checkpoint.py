@@ -28,7 +28,7 @@ def shapes(family: str) -> dict[str, torch.Tensor]:
     import comfy.ops
     import comfy.supported_models
 
-    from continual_concepts.core.hosts.comfy.cost import SHAPES
+    from continual_concepts.benchmarks.regional.comfy_cost import SHAPES
 
     config = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](dict(SHAPES[family]))
     folder, operations = Path(comfy.clip_model.__file__).parent, comfy.ops.disable_weight_init

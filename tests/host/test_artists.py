@@ -97,8 +97,8 @@ def test_other_nodes_patches_still_act(studio):
 
 def test_positions_are_those_of_learning(studio, reference):
     """What the host finds in its tokens is what the other host's encoding says."""
-    from continual_concepts.core.encoding import encode_prompts, text_positions
-    from continual_concepts.core.hosts.comfy.text import concept_clip, subject_of
+    from continual_concepts.core.comfy.text import concept_clip, subject_of
+    from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
 
     subject = subject_of(concept_clip(studio.clip, studio.bank), TWO)
     tokens = {concept.name: concept.tokens for concept in studio.bank}
@@ -109,10 +109,10 @@ def test_positions_are_those_of_learning(studio, reference):
 
 def test_one_step_is_the_other_hosts(studio, reference):
     """A whole picture by Euler, against the same steps taken by hand in the other host."""
-    from continual_concepts.core.encoding import encode_prompts, text_positions
+    from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
+    from continual_concepts.core.conditioning.routing import aggregate
     from continual_concepts.core.methods.base import METHODS
-    from continual_concepts.core.regional.artists import Artists, Subject
-    from continual_concepts.core.routing import aggregate
+    from continual_concepts.core.sampling.attention_guidance import Artists, Subject
 
     vocabulary, tokens = studio.bank.vocabulary, {concept.name: concept.tokens for concept in studio.bank}
     positive = encode_prompts(reference, [TWO], vocabulary, tokens)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.prompts import named_concepts
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.routing import aggregate
 from continual_concepts.core.methods.base import METHODS
-from continual_concepts.core.prompts import named_concepts
-from continual_concepts.core.regional.program import Part, RegionProgram
+from continual_concepts.core.regional.processor import Part, RegionProgram
 from continual_concepts.core.regional.regions import Region
-from continual_concepts.core.routing import aggregate
 
 TOLERANCE = 1e-4
 PROMPTS = ["a photo of a red dog on a beach", "a photo of <rex> in a meadow", "<blueprint> of a car, <mimi> at night"]
@@ -20,7 +20,7 @@ PROMPTS = ["a photo of a red dog on a beach", "a photo of <rex> in a meadow", "<
 
 @pytest.fixture
 def backbone(demo):
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     return ComfyBackbone(*demo)
 
@@ -73,7 +73,7 @@ def test_learning_takes_an_attention_that_has_a_gradient(backbone, bank, prompt,
     """Whatever the host was started with; and it computes the same."""
     import comfy.ldm.modules.attention as attention
 
-    from continual_concepts.core.hosts.comfy import sites
+    from continual_concepts.core.comfy import sites
 
     hosts, called = attention.optimized_attention, []
 

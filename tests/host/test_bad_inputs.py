@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
@@ -116,7 +116,7 @@ def test_names_of_banks(studio, name, tmp_path):
 
 def test_a_bank_outside_its_folder_is_not_read(studio, tmp_path):
     """Also through names that the folder's listing would resolve."""
-    from continual_concepts.core.bankfile import save_bank
+    from continual_concepts.core.bank.format import save_bank
 
     save_bank(studio.bank, tmp_path / "secret.safetensors")
     (tmp_path / "concept_banks").mkdir()

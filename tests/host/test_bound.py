@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.bound import BoundProgram
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.attention.token_lora import BoundProgram
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.routing import bound_deltas
 from continual_concepts.core.methods.base import METHODS
-from continual_concepts.core.routing import bound_deltas
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
 SCENE = "a photo of a red dog on a beach"
@@ -57,7 +57,7 @@ def test_the_stock_nodes_predict_what_core_predicts(studio, reference, bound, pr
 
 @pytest.mark.parametrize("prompt", ["<rex> and <mimi> at night", "<blueprint> of <mimi>, <rex-2>"])
 def test_words_are_encoded_apart_as_in_core(studio, reference, bound, prompt):
-    from continual_concepts.core.hosts.comfy.apply import context_of
+    from continual_concepts.core.comfy.apply import context_of
 
     _, clip, _ = studio.aggregate("", bound)
     ours = context_of(studio.encode(clip, prompt), bound.layout.copies, bound.names)
@@ -194,7 +194,7 @@ def test_another_nodes_attention_stays_on_top(studio, bound):
 
 
 def find_addresses(studio):
-    from continual_concepts.core.hosts.comfy.sites import find_sites
-    from continual_concepts.core.hosts.comfy.text import text_widths
+    from continual_concepts.core.comfy.sites import find_sites
+    from continual_concepts.core.comfy.text import text_widths
 
     return list(find_sites(studio.model, text_widths(studio.clip)).addresses)

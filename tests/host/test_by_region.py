@@ -17,8 +17,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.fixture
 def entered(monkeypatch):
     """For every site that was asked from here on, whether it was gone through region by region; and whether the text was left out."""
-    from continual_concepts.core.hosts.comfy import sites
-    from continual_concepts.core.regional import program
+    from continual_concepts.core.comfy import sites
+    from continual_concepts.core.regional import processor as program
 
     seen, enter, keep = {"entered": [], "no text": []}, program.RegionProgram.enter, sites.Keep.__call__
 
@@ -46,8 +46,8 @@ def drawn(studio, kind: str, **other):
 
 @pytest.mark.parametrize("kind, sampler", [("columns", "euler"), ("columns", "dpmpp_sde"), ("island", "euler")])
 def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
-    from continual_concepts.core.hosts.comfy import sites
-    from continual_concepts.core.regional import program
+    from continual_concepts.core.comfy import sites
+    from continual_concepts.core.regional import processor as program
 
     one = drawn(studio, kind, sampler_name=sampler)
     assert any(entered["entered"]) and any(entered["no text"]) == (kind == "columns")
@@ -80,7 +80,7 @@ def test_other_peoples_code_before_is_no_hindrance(studio, entered):
 
 @pytest.mark.parametrize("other", ["nobody", "output", "cfg"])
 def test_windows_in_one_batch_are_windows_one_by_one(studio, monkeypatch, other):
-    from continual_concepts.core.hosts.comfy import regions
+    from continual_concepts.core.comfy import regions
 
     model, batches, calls = studio.model.clone(), [], {}
     if other == "output":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.tokens import TokenGroup
+from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.hosts.quick_gelu import quick_gelu
-from continual_concepts.core.tokens import TokenGroup
 
 PROMPT = "a photo of <rex> in a meadow"
 
@@ -17,8 +17,8 @@ def backbone(comfyui, request):
     """A base of its own, whose CLIP is stored in that type and computes in float32, as ComfyUI's loaders have it."""
     import comfy.ops
 
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
-    from continual_concepts.core.hosts.comfy.demo import load_demo
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode():
         model, clip, vae = load_demo()
@@ -60,7 +60,7 @@ def same(one: list[tuple], other: list[tuple]) -> bool:
 
 
 def test_values_and_gradients_are_the_hosts(backbone, bank, monkeypatch):
-    from continual_concepts.core.hosts.comfy import clip_gradients
+    from continual_concepts.core.comfy import clip_gradients
 
     with backbone.training():
         assert all(layer.mlp.activation is quick_gelu for layer in layers_of(backbone.clip))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.evaluation import metrics
 
@@ -81,7 +81,7 @@ def test_figures_and_sheet(studio, evaluate, bound):
 
 def test_the_figures_are_those_of_the_pictures(studio, evaluate, bound, reference):
     """The same pictures from the diffusers host give the same matrix."""
-    from continual_concepts.core.sampling import SampleSettings, sample
+    from continual_concepts.core.sampling.sampling import SampleSettings, sample
 
     found = json.loads(evaluate(photos=photos(studio), prompts="a photo of {}").args[1])
     settings = SampleSettings(1, 3.0, (32, 32))

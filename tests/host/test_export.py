@@ -36,7 +36,7 @@ def exported(bank, folder):
 @pytest.fixture(scope="module")
 def clip(comfyui, folder):
     """The embedded base's CLIP with our folder as its embeddings folder."""
-    from continual_concepts.core.hosts.comfy.demo import load_demo
+    from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode():
         return load_demo(embedding_directory=str(folder))[1]
@@ -72,8 +72,8 @@ def predict(model, conditioning) -> torch.Tensor:
 
 
 def sites_of(model, clip):
-    from continual_concepts.core.hosts.comfy.sites import find_sites
-    from continual_concepts.core.hosts.comfy.text import text_widths
+    from continual_concepts.core.comfy.sites import find_sites
+    from continual_concepts.core.comfy.text import text_widths
 
     return find_sites(model, text_widths(clip))
 
@@ -91,7 +91,7 @@ def test_every_key_of_the_lora_is_loaded(demo, bank, exported, caplog):
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])
 def test_the_lora_changes_weights_as_our_own_patches_do(demo, bank, exported, strength):
-    from continual_concepts.core.hosts.comfy.apply import fold
+    from continual_concepts.core.comfy.apply import fold
 
     model, sites = demo[0], sites_of(*demo[:2])
     theirs = load_lora(model, None, exported["kohya"], strength)[0]
@@ -126,8 +126,8 @@ def test_a_layerwise_concept_gives_its_mean_copy(clip, bank, folder):
 
 
 def test_lora_and_embedding_predict_what_our_own_patches_predict(demo, clip, bank, exported):
-    from continual_concepts.core.hosts.comfy.apply import fold
-    from continual_concepts.core.hosts.comfy.text import concept_clip
+    from continual_concepts.core.comfy.apply import fold
+    from continual_concepts.core.comfy.text import concept_clip
 
     lora, loaded = load_lora(demo[0], clip, exported["kohya"])
     theirs = predict(lora, encode(loaded, PROMPT.format(f"embedding:{CONCEPT}")))
@@ -168,8 +168,8 @@ def small_sdxl(comfyui):
 def test_sdxl_loads_every_key_and_both_word_vectors(small_sdxl, make_concept, tmp_path, caplog):
     import comfy.sdxl_clip
 
-    from continual_concepts.core.bank import ConceptBank
-    from continual_concepts.core.hosts.comfy.sites import find_sites
+    from continual_concepts.core.bank.bank import ConceptBank
+    from continual_concepts.core.comfy.sites import find_sites
 
     layout = find_sites(small_sdxl, (("clip_l", 768), ("clip_g", 1280))).layout
     bank = ConceptBank(layout).add(make_concept(layout, words=3))
@@ -195,10 +195,10 @@ def single(bank):
 
 
 def test_what_a_prompt_gets_predicts_the_same_through_comfyuis_own_loader(demo, clip, single, folder, caplog):
-    from continual_concepts.core.hosts.comfy.apply import fold
-    from continual_concepts.core.hosts.comfy.text import concept_clip
+    from continual_concepts.core.comfy.apply import fold
+    from continual_concepts.core.comfy.text import concept_clip
+    from continual_concepts.core.conditioning.routing import aggregate
     from continual_concepts.core.methods.base import METHODS
-    from continual_concepts.core.routing import aggregate
 
     prompt, sites = TWO.format("<rex>", "<mimi>"), sites_of(*demo[:2])
     files = export_prompt(single, prompt, folder, strength=0.8).files

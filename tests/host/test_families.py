@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.encoding import encode_prompts
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
 SCENE = "a photo of a dog in a meadow"
@@ -22,7 +22,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.fixture(params=list(TYPES))
 def other_type(request, pack, studio, bank, monkeypatch):
     """The embedded base with weights of another type: stored so and cast for arithmetic, or used as they are."""
-    from continual_concepts.core.hosts.comfy import demo as module
+    from continual_concepts.core.comfy import demo as module
 
     stored, cast = TYPES[request.param]
     config = module._unet_config()
@@ -34,7 +34,7 @@ def other_type(request, pack, studio, bank, monkeypatch):
 @pytest.mark.parametrize("method", ["bound", "cidm", "finetune"])
 def test_weights_of_eight_bits(pack, studio, bank, monkeypatch, method):
     """A base in fp8, cast for arithmetic: learning leaves its weights alone, and gives what the same numbers give in fp32."""
-    from continual_concepts.core.hosts.comfy import demo as module
+    from continual_concepts.core.comfy import demo as module
 
     config, eight = module._unet_config(), torch.float8_e4m3fn
     rounded = type(studio)(pack, module.load_demo(), bank)
@@ -176,7 +176,7 @@ def xl(pack, studio, tiny_xl, tiny_sdxl, make_concept):
 
 
 def test_sdxl_in_both_hosts(xl, tiny_sdxl):
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     ours = ComfyBackbone(xl.model, xl.clip, xl.vae)
     assert ours.layout == tiny_sdxl.layout and ours.fingerprint == tiny_sdxl.fingerprint and ours.layout.copies == 7
@@ -194,7 +194,7 @@ def test_sdxl_in_both_hosts(xl, tiny_sdxl):
 
 
 def test_sdxl_learns_the_same_in_both_hosts(tiny_xl, tiny_sdxl, teach):
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     def as_coarse_pictures(images):
         return tiny_xl[2].encode(((images + 1) / 2).permute(0, 2, 3, 1))

@@ -225,8 +225,8 @@ def unloading(monkeypatch, comfyui):
     ("cidm", True), ("finetune", True), pytest.param("finetune", False, marks=pytest.mark.slow)])
 def test_models_unloaded_between_steps(studio, make_concept, unloading, untouched, method, with_lora):
     """Also those that carry a LoRA, which the host takes off the weights then; finetune learns on what is folded into them."""
-    from continual_concepts.core.hosts.comfy.apply import fold
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.apply import fold
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     sites, clip = ComfyBackbone(studio.model, studio.clip).sites, studio.clip.clone()
     model = fold(studio.model, sites, make_concept(studio.bank.layout, size=0.3).deltas, False) if with_lora else studio.model
@@ -256,8 +256,8 @@ def test_a_model_that_is_loaded_in_part(studio, make_concept, untouched, share):
     """As on a small graphics card: some weights wait elsewhere, and a LoRA is put on them when they are used."""
     import comfy.model_management as management
 
-    from continual_concepts.core.hosts.comfy.apply import fold
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.apply import fold
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     sites = ComfyBackbone(studio.model, studio.clip).sites
     model = fold(studio.model, sites, make_concept(studio.bank.layout, size=0.3).deltas, False)

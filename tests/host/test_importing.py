@@ -31,7 +31,7 @@ def files(studio, tmp_path_factory):
 def clip(comfyui, files):
     import folder_paths
 
-    from continual_concepts.core.hosts.comfy.demo import load_demo
+    from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode():
         return load_demo(embedding_directory=folder_paths.get_folder_paths("embeddings"))[1]

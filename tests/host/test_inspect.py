@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")

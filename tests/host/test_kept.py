@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
 
@@ -23,7 +23,7 @@ def bound(bank):
 @pytest.fixture
 def calls(monkeypatch):
     """For every site from here on, whether it read no text because what it reads was kept."""
-    from continual_concepts.core.kept import KeptBound
+    from continual_concepts.core.attention.cached import KeptBound
 
     seen, enter = [], KeptBound.enter
     monkeypatch.setattr(KeptBound, "enter", lambda *args: seen.append(enter(*args) is not None) or enter(*args))
@@ -124,7 +124,7 @@ def test_weights_that_change_within_a_sampling(studio, bound, calls):
 
 
 def test_nothing_stays_after_a_sampling(studio, bound):
-    from continual_concepts.core.hosts.comfy.apply import program_of
+    from continual_concepts.core.comfy.apply import program_of
 
     model, clip, positive = studio.aggregate("a <rex>", bound)
     studio.ksampler(model, positive, studio.encode(clip, ""))

@@ -173,8 +173,8 @@ def test_an_old_concept_stays_bit_for_bit_what_it_was(studio):
 
 @pytest.mark.parametrize("method", ["cidm", "finetune"])
 def test_both_hosts_learn_the_same(demo, reference, bank, teach, method):
-    from continual_concepts.core.bank import ConceptBank
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.bank.bank import ConceptBank
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     runs = []
     with torch.inference_mode(False):
@@ -192,8 +192,8 @@ def test_both_hosts_learn_the_same(demo, reference, bank, teach, method):
 
 def test_a_lora_on_the_model_counts_while_learning(studio, make_concept):
     """As for sampling: what is loaded before the learner belongs to the base."""
-    from continual_concepts.core.hosts.comfy.apply import fold
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.apply import fold
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     sites = ComfyBackbone(studio.model, studio.clip).sites
     with_lora = fold(studio.model, sites, make_concept(studio.bank.layout, size=0.3).deltas, False)
@@ -208,7 +208,7 @@ def test_a_lora_on_the_model_counts_while_learning(studio, make_concept):
 
 def test_no_gradient_for_frozen_weights(comfyui, studio):
     """Also when the model was not loaded under inference mode."""
-    from continual_concepts.core.hosts.comfy.demo import load_demo
+    from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode(False):
         model, clip, vae = load_demo()
@@ -283,7 +283,7 @@ def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
 
 
 def test_it_warns_of_concepts_that_will_get_in_each_others_way(studio, bank, caplog):
-    from continual_concepts.core.bank import ConceptBank
+    from continual_concepts.core.bank.bank import ConceptBank
 
     known = ConceptBank(bank.layout).add(bank["rex"])
     inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": studio.photos(), "name": "rexy", "class_noun": "dog",

@@ -18,7 +18,7 @@ def mask(height: int = 16, width: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["sharp", "paper", "released code", "equal merge"])
 @pytest.mark.parametrize("held", ["none", "empty"])
 def test_no_concepts_give_the_model_and_the_clip_as_they_are(studio, held, mode):
-    from continual_concepts.core.bank import ConceptBank
+    from continual_concepts.core.bank.bank import ConceptBank
 
     bank = None if held == "none" else ConceptBank(studio.bank.layout)
     model, clip, positive = studio.aggregate(SCENE, bank, mode)

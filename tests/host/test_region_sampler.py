@@ -98,7 +98,7 @@ def test_a_region_over_everything_with_long_prompts_is_its_prompt(studio):
 def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, by_region):
     """Where only the scene is, one UNet call differs from the plain one through self-attention and convolutions alone: the sites' own
     output is the scene's, bit for bit; to rounding where the scene's cells are attended without the others."""
-    from continual_concepts.core.regional import program
+    from continual_concepts.core.regional import processor as program
 
     seen, attend = [], program.RegionProgram.attend
 
@@ -268,7 +268,7 @@ def patched(studio, kind: str):
         for block in (("input", 1), ("input", 2), ("middle", 0)):
             model.set_model_attn2_replace(replace, *block, *([0] if kind == "replace" else []))
     elif kind == "self":
-        from continual_concepts.core.hosts.comfy.sites import find_sites
+        from continual_concepts.core.comfy.sites import find_sites
 
         for address in find_sites(model, (("clip_l", 1),)).addresses:
             model.set_model_attn1_replace(lambda q, k, v, options: v, *address)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.prompts import named_concepts
+from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.prompts import named_concepts
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
 LONG = "a photo of <rex> and a cat, " + "in a green meadow with a red ball, " * 6 + "<mimi> at night"
@@ -26,7 +26,7 @@ def carrying(studio):
 
 @pytest.fixture(scope="module")
 def backbone(demo):
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     return ComfyBackbone(*demo)
 
@@ -38,7 +38,7 @@ def stock(studio, clip, text):
 
 def layers_of(conditioning) -> torch.Tensor:
     """`[1, L, N, D]`."""
-    from continual_concepts.core.hosts.comfy.apply import context_of
+    from continual_concepts.core.comfy.apply import context_of
 
     return context_of(conditioning, 1).hidden
 
@@ -161,8 +161,8 @@ def test_concat_appends(studio, carrying):
 
 def by_layers(studio, layers: torch.Tensor):
     """The denoised latents of a context `[1, L, N, D]`, by core."""
-    from continual_concepts.core.hosts.backbone import Context
-    from continual_concepts.core.hosts.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.model.backbone import Context
 
     backbone, sampling = ComfyBackbone(studio.model, studio.clip), studio.model.model.model_sampling
     sigma = torch.tensor(3.0)
@@ -220,7 +220,7 @@ def test_batches(studio, carrying):
 
 def test_two_aggregations_in_a_row(studio):
     """The second adds to the first; its own prompts are encoded once, not twice."""
-    from continual_concepts.core.bank import ConceptBank
+    from continual_concepts.core.bank.bank import ConceptBank
 
     banks = [ConceptBank(studio.bank.layout).add(studio.bank[name]) for name in ("rex", "mimi")]
     model, clip, _ = studio.aggregate("<rex>", banks[0])

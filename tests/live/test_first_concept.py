@@ -87,7 +87,7 @@ def page(browser, server, steps):
 
 
 def put_photos(folder: Path) -> None:
-    from continual_concepts.core.demo import world
+    from continual_concepts.core.demo import scenes as world
 
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():

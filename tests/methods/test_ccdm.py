@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.routing import aggregate
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.routing import aggregate
 
 SETTINGS = {"rank": 2, "shared_rank": 3, "scale": 0.5}
 

@@ -7,12 +7,12 @@ from itertools import product
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.attention.maps import MapProgram, attention_maps, attention_regulariser
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.base import adapter_key
-from continual_concepts.core.training.attention import MapProgram, attention_maps, attention_regulariser
 
 READINGS = [{"orthogonality": o, "shared": s} for o, s in product(("rr", "aa"), ("als", "gradient"))]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.deltas import LowRankDelta
 from continual_concepts.core.methods.cidm_losses import (
     DenseCommon,
     Gram,
@@ -17,6 +16,7 @@ from continual_concepts.core.methods.cidm_losses import (
     residual,
     weighted_rows,
 )
+from continual_concepts.core.model.deltas import LowRankDelta
 
 A, B, R, S = 7, 9, 2, 3
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.routing import standing_deltas
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.clora import forgetting, past_changes
-from continual_concepts.core.routing import standing_deltas
 
 
 @pytest.fixture(scope="module")

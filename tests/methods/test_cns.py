@@ -6,19 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.bankfile import open_bank, save_bank
-from continual_concepts.core.deltas import SparseDelta
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.format import open_bank, save_bank
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.routing import standing_deltas
+from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.cns import CNS
 from continual_concepts.core.methods.sparse import SparseAdapters, SparseProgram, _SparseLinear
-from continual_concepts.core.neuron_scores import key_value_weights, weight_of
-from continual_concepts.core.neurons import NeuronSelection
-from continual_concepts.core.routing import standing_deltas
+from continual_concepts.core.model.deltas import SparseDelta
+from continual_concepts.core.neurons.neurons import NeuronSelection
+from continual_concepts.core.neurons.scores import key_value_weights, weight_of
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.data import Framing, Picture, prepare
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 
 QUICK = {"selection_steps": 2, "calibration": 2}

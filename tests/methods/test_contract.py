@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.bankfile import open_bank, save_bank
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.format import open_bank, save_bank
+from continual_concepts.core.conditioning.routing import aggregate, averaged_names, standing_deltas
+from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, get, make
 from continual_concepts.core.methods.base import Forward, register
-from continual_concepts.core.routing import aggregate, averaged_names, standing_deltas
-from continual_concepts.core.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import SampleSettings, sample
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.data import Framing, Picture, prepare
 from continual_concepts.core.training.loop import Run
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.routing import learning_deltas, standing_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.custom_diffusion import CAPTIONS, FullAdapters, FullProgram, regularisation_metric
 from continual_concepts.core.methods.fusion import text_rows
-from continual_concepts.core.neuron_scores import encode_plain, key_value_weights, text_positions, weight_of
-from continual_concepts.core.routing import learning_deltas, standing_deltas
+from continual_concepts.core.neurons.scores import encode_plain, key_value_weights, text_positions, weight_of
 
 RATES = {"lr": 1e-3, "token_lr": 1e-2}
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.routing import standing_deltas
+from continual_concepts.core.data.batch import Batch
+from continual_concepts.core.data.photos import Framing, Picture, TrainingSet, prepare
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.base import Batch
 from continual_concepts.core.methods.ewc import squared_gradients
 from continual_concepts.core.methods.finetune import _Continued
-from continual_concepts.core.routing import standing_deltas
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.data import Framing, Picture, TrainingSet, prepare
 from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 

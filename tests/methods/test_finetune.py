@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.deltas import LowRankDelta
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.routing import standing_deltas
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.base import adapter_key
-from continual_concepts.core.routing import standing_deltas
+from continual_concepts.core.model.deltas import LowRankDelta
 
 
 @pytest.fixture(scope="module")

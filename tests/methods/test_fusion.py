@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.bankfile import open_bank, save_bank
-from continual_concepts.core.concepts import Concept, ConceptInfo
-from continual_concepts.core.deltas import LowRankDelta
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.concepts import Concept, ConceptInfo
+from continual_concepts.core.bank.format import open_bank, save_bank
+from continual_concepts.core.bank.prompts import Vocabulary
+from continual_concepts.core.bank.tokens import TokenGroup
+from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.methods.fusion import (
     Rows,
     compressed,
@@ -23,8 +24,7 @@ from continual_concepts.core.methods.fusion import (
     text_rows,
     unpack_rows,
 )
-from continual_concepts.core.prompts import Vocabulary
-from continual_concepts.core.tokens import TokenGroup
+from continual_concepts.core.model.deltas import LowRankDelta
 
 
 def random(*shape, seed=0):

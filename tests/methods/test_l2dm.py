@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.bankfile import open_bank, save_bank
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.format import open_bank, save_bank
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.routing import learning_deltas, standing_deltas
+from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.base import Forward, adapter_key
 from continual_concepts.core.methods.l2dm import L2DM
 from continual_concepts.core.methods.l2dm_memory import LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
-from continual_concepts.core.routing import learning_deltas, standing_deltas
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.data import Framing, Picture, prepare
 from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 
@@ -66,7 +66,7 @@ def test_scores_are_those_of_the_formula():
 
 def test_the_best_scoring_picture_is_kept(tiny_backbone, bank, data, monkeypatch):
     """All candidates and their scores, against what the memory kept; candidates of a prompt are that prompt's pictures."""
-    from continual_concepts.core import sampling
+    from continual_concepts.core.sampling import sampling
 
     seen, original = [], sampling.sample
     monkeypatch.setattr(sampling, "sample", lambda *args: seen.append((args[2], original(*args))) or seen[-1][1])

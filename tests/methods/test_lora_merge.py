@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core import sampling
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.concepts import Concept
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.concepts import Concept
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.routing import averaged_names, standing_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, make
-from continual_concepts.core.routing import averaged_names, standing_deltas
-from continual_concepts.core.sampling import SampleSettings, sample, starting_noise
+from continual_concepts.core.sampling import sampling
+from continual_concepts.core.sampling.sampling import SampleSettings, sample, starting_noise
 
 QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
 NOUNS = {"rex": "dog", "mimi": "cat"}

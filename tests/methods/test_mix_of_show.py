@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.encoding import encode_prompts
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.prompts import Vocabulary
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.routing import learning_deltas, standing_deltas
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.hosts.backbone import SiteProgram
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.base import AdapterProgram, LowRankAdapters
 from continual_concepts.core.methods.fusion import mark
 from continual_concepts.core.methods.mix_of_show import GROUPS, Recorder, record
-from continual_concepts.core.prompts import Vocabulary
-from continual_concepts.core.routing import learning_deltas, standing_deltas
+from continual_concepts.core.model.backbone import SiteProgram
 
 QUICK = {"passes": 3, "rows": 24, "lr": 0.05}
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.bankfile import open_bank, save_bank
-from continual_concepts.core.bound import BoundProgram
-from continual_concepts.core.concepts import Concept
-from continual_concepts.core.deltas import LowRankDelta
-from continual_concepts.core.hosts.backbone import SiteProgram
+from continual_concepts.core.attention.token_lora import BoundProgram
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.concepts import Concept
+from continual_concepts.core.bank.format import open_bank, save_bank
+from continual_concepts.core.conditioning.routing import aggregate, averaged_names, bound_deltas, learning_deltas, standing_shares
 from continual_concepts.core.methods import METHODS
 from continual_concepts.core.methods.base import LearnedWords, Method, Outcome, register
+from continual_concepts.core.model.backbone import SiteProgram
+from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.regional import Region
-from continual_concepts.core.routing import aggregate, averaged_names, bound_deltas, learning_deltas, standing_shares
-from continual_concepts.core.sampling import SampleSettings, sample, sample_regions
+from continual_concepts.core.sampling.sampling import SampleSettings, sample, sample_regions
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
 WAYS = ("route", "sum", "average", "bound")

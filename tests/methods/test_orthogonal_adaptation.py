@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.routing import standing_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.base import adapter_key
 from continual_concepts.core.methods.orthogonal_adaptation import draw_columns, orthogonal_matrix, taken_columns
-from continual_concepts.core.routing import standing_deltas
 
 NAME = "orthogonal_adaptation"
 GOLDEN = [-0.127284, -0.228549, -0.058876]      # row 0 of O for width 32; another one would not fit concepts learned before

@@ -7,17 +7,17 @@ import itertools
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.deltas import SparseDelta
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.conditioning.routing import standing_deltas
+from continual_concepts.core.data.batch import Batch
+from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.base import Batch
 from continual_concepts.core.methods.scns import PooledAdapters, lazy_greedy, similarities
-from continual_concepts.core.neuron_scores import GradientProgram, key_value_weights, weight_of
-from continual_concepts.core.neurons import NeuronSelection
-from continual_concepts.core.routing import standing_deltas
+from continual_concepts.core.model.deltas import SparseDelta
+from continual_concepts.core.neurons.neurons import NeuronSelection
+from continual_concepts.core.neurons.scores import GradientProgram, key_value_weights, weight_of
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.data import Framing, Picture, prepare
 from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
-from continual_concepts.core.deltas import SparseDelta
+from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.clora import past_changes
 from continual_concepts.core.methods.stamina import hard_mask
+from continual_concepts.core.model.deltas import SparseDelta
 
 SETTINGS = {"rank": 2, "mask_rank": 2, "hidden": 8}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
 
 
 @pytest.fixture(scope="package")

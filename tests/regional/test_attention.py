@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from continual_concepts.core.attention.packed import Reading, Stack
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.regional.attention import attention_within, region_attention
 from continual_concepts.core.regional.cover import cover_of
-from continual_concepts.core.regional.program import Part, RegionProgram
+from continual_concepts.core.regional.processor import Part, RegionProgram
 from continual_concepts.core.regional.regions import OVERLAPS, Region, box_mask, masks_of, shares
-from continual_concepts.core.sampling import SampleSettings, encode, sample_regions
-from continual_concepts.core.stack import Reading, Stack
+from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample_regions
 
 FULL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)

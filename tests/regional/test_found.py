@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.bank import ConceptBank
+from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.regional import found as module
 from continual_concepts.core.regional.found import FoundRegions, prompts_apart
-from continual_concepts.core.regional.program import Part
-from continual_concepts.core.sampling import SampleSettings, encode, sample, sample_found
+from continual_concepts.core.regional.processor import Part
+from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample, sample_found
 
 QUICK = SampleSettings(steps=5, cfg=3.0, size=(64, 64))
 SCENE = "a photo of <rex> and <mimi> in a room"

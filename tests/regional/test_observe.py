@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core import regional_cost
+from continual_concepts.benchmarks.cost.synthetic import Operations, context_of
+from continual_concepts.benchmarks.regional import cost as regional_cost
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.regional import observe
 from continual_concepts.core.regional.observe import ObservedRegions
-from continual_concepts.core.regional.program import Part
-from continual_concepts.core.synthetic import Operations, context_of
+from continual_concepts.core.regional.processor import Part
 
 WORDS = (3, 4)
 
 
 @pytest.fixture
 def observed(tiny_backbone, monkeypatch):
-    monkeypatch.setattr("continual_concepts.core.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
+    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
 
     def build(is_bound, count=2):
         regions, parts, _ = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(count), is_bound)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.hosts.backbone import SiteProgram
 from continual_concepts.core.hosts.diffusers import multi_head
-from continual_concepts.core.regional.program import DeltaProgram, Part, RegionProgram
+from continual_concepts.core.model.backbone import SiteProgram
+from continual_concepts.core.regional.processor import DeltaProgram, Part, RegionProgram
 from continual_concepts.core.regional.regions import Region
-from continual_concepts.core.sampling import SampleSettings, encode, sample, sample_regions
+from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample, sample_regions
 
 FULL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)

@@ -1,0 +1,1 @@
+"""Seconds and memory of learning, aggregation and bank files."""

@@ -1,0 +1,255 @@
+"""Trains the metric encoder: individuals and drawing styles by supervised contrast, captions by CLIP's loss.
+
+Pools of pictures are rendered once and kept on disk. None of the world's CONCEPTS is in them: the individuals are random,
+and so are the styles other than the five that pretraining shows.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...core.demo import scenes as world
+from ...core.demo.encoder import MetricEncoder
+from ...core.demo.render import Style
+from .data import to_tensor
+from .diffusion import tokenize
+from .loop import Run
+
+FAMILY = 4  # individuals (or styles) that differ from one another in few attributes: the hard negatives
+TEMPERATURE = 0.12  # moderate, so that an individual sharing most attributes still lies nearer than one sharing none
+TEXT_TEMPERATURE = 0.07
+COLOUR_FIELDS = ("body", "second", "pattern_colour", "accessory_colour")
+TRAITS = ("body", "second", "pattern", "pattern_colour", "accessory", "accessory_colour")
+ACCESSORIES = ("none", "hat", "scarf")
+SWAPPED = (tuple(world.PALETTE), world.KINDS, world.PATTERNS[1:])  # words of one group exclude one another
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures `[M, 64, 64, 3]` uint8; owners `[M, 2]`: what each shows (-1: nothing more); `facts` `[individuals, F]`."""
+
+    pictures: np.ndarray
+    owners: np.ndarray
+    facts: np.ndarray
+
+    def by_owner(self) -> list[np.ndarray]:
+        """Indices of the pictures of every individual."""
+        return [np.flatnonzero((self.owners == i).any(1)) for i in range(self.owners.max() + 1)]
+
+
+def facts_of(thing: world.Thing) -> list[float]:
+    """Four colours in 0..1, then the indices of kind, pattern and accessory."""
+    colours = [c / 255 for name in COLOUR_FIELDS for c in getattr(thing, name)]
+    return [*colours, world.KINDS.index(thing.kind), world.PATTERNS.index(thing.pattern), ACCESSORIES.index(thing.accessory)]
+
+
+def _tell_apart(a: world.Thing, b: world.Thing) -> bool:
+    """Whether the two differ in something that a picture shows, and not by a shade only."""
+    if (a.kind, a.pattern, a.accessory) != (b.kind, b.pattern, b.accessory):
+        return True
+    shown = ["body", "second", *["pattern_colour"] * (a.pattern != "plain"), *["accessory_colour"] * (a.accessory != "none")]
+    return any(sum(abs(p - q) for p, q in zip(getattr(a, f), getattr(b, f), strict=True)) > 90 for f in shown)
+
+
+def family(rng: random.Random) -> list[world.Thing]:
+    """FAMILY individuals: of the first's class with about half of its attributes, or another class with all of them."""
+    members = [world.random_thing(rng)]
+    while len(members) < FAMILY:
+        wears_scarf = members[0].accessory == "scarf"
+        kind = rng.choice(list(world.SCARF_AT) if wears_scarf else world.KINDS) if rng.random() < 0.15 else members[0].kind
+        share = 0.5 if kind == members[0].kind else 1.0
+        candidate = replace(world.random_thing(rng, kind), **{f: getattr(members[0], f) for f in TRAITS if rng.random() < share})
+        if all(_tell_apart(candidate, member) for member in members):
+            members.append(candidate)
+    return members
+
+
+def render_individuals(families: int, views: int, seed: int) -> Pool:
+    """Photos of every individual alone, and one of every fourth beside the next family's."""
+    rng = random.Random(seed)
+    things = [thing for _ in range(families) for thing in family(rng)]
+    pictures, owners = [], []
+    for i in range(len(things)):
+        for group in [(i, -1)] * views + [(i, (i + FAMILY) % len(things))] * (i % FAMILY == 0):
+            scene = world.random_scene(rng, tuple(things[k] for k in group if k >= 0), "photo")
+            pictures.append(world.render(scene))
+            owners.append(group)
+    return Pool(np.stack(pictures), np.array(owners), np.array([facts_of(t) for t in things], dtype=np.float32))
+
+
+def random_style(rng: random.Random) -> Style:
+    def colour() -> tuple[int, int, int]:
+        return tuple(rng.randrange(256) for _ in range(3))
+
+    fill = rng.choice([0.0, 1.0, rng.random(), rng.random()])
+    return Style(
+        "random",
+        "",
+        paper=colour() if rng.random() < 0.85 else None,
+        line=colour() if rng.random() < 0.75 else None,
+        fill=fill,
+        line_from_role=rng.random() < 0.2,
+        tile=4 if rng.random() < 0.25 else 1,
+    )
+
+
+def style_family(rng: random.Random) -> list[Style]:
+    """A random style and others that change one or two of its traits."""
+    members = [random_style(rng)]
+    while len(members) < FAMILY:
+        other = random_style(rng)
+        changed = rng.sample(("paper", "line", "fill", "line_from_role", "tile"), rng.choice([1, 2]))
+        candidate = replace(members[0], **{trait: getattr(other, trait) for trait in changed})
+        if all(_styles_differ(candidate, member) for member in members):
+            members.append(candidate)
+    return members
+
+
+def _styles_differ(a: Style, b: Style) -> bool:
+    def far(p, q) -> bool:
+        return (p is None) != (q is None) or (p is not None and sum(abs(i - j) for i, j in zip(p, q, strict=True)) > 90)
+
+    lined = not (a.line_from_role and b.line_from_role)  # a line that takes its role's colour hides its own
+    filled = a.paper is not None and b.paper is not None and abs(a.fill - b.fill) > 0.25
+    return a.line_from_role != b.line_from_role or a.tile != b.tile or far(a.paper, b.paper) or filled or (lined and far(a.line, b.line))
+
+
+def render_styles(families: int, views: int, seed: int) -> Pool:
+    """The five known styles first (many views each), then families of random ones. Contents differ in every picture."""
+    rng = random.Random(seed)
+    styles = list(world.STYLES.values()) + [s for _ in range(families) for s in style_family(rng)]
+    pictures, owners = [], []
+    for i, style in enumerate(styles):
+        for _ in range(12 * views if i < len(world.STYLES) else views):
+            things = tuple(world.random_thing(rng) for _ in range(1 if rng.random() < 0.8 else 2))
+            pictures.append(world.render(world.random_scene(rng, things, style)))
+            owners.append((i, -1))
+    return Pool(np.stack(pictures), np.array(owners), np.zeros((len(styles), 0), dtype=np.float32))
+
+
+def cached(file: Path, make) -> Pool:
+    if not file.exists():
+        pool = make()
+        np.savez(file, pictures=pool.pictures, owners=pool.owners, facts=pool.facts)
+    with np.load(file) as stored:
+        return Pool(stored["pictures"], stored["owners"], stored["facts"])
+
+
+def _cosine_basis() -> Tensor:
+    """Orthonormal cosine transform of eight samples, `[8, 8]` (JPEG's)."""
+    k, n = torch.arange(8.0)[:, None], torch.arange(8.0)[None]
+    basis = 0.5 * torch.cos((2 * n + 1) * k * torch.pi / 16)
+    basis[0] /= 2**0.5
+    return basis
+
+
+def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
+    """What an autoencoder or a codec does to pictures `[B, 3, H, W]` in -1..1: shift, blur, block artefacts, colour error, noise."""
+    count = len(images)
+
+    def share(low: float, high: float, likelihood: float) -> Tensor:
+        draw = low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)
+        return draw * (torch.rand(count, 1, 1, 1, generator=generator) < likelihood)
+
+    down, right = (int(torch.randint(0, 3, (), generator=generator)) for _ in range(2))
+    x = F.pad(images, (1, 1, 1, 1), mode="replicate")[..., down : down + images.shape[2], right : right + images.shape[3]]
+    x = torch.lerp(x, F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), share(0.2, 1.0, 0.5))
+    coarse, basis = torch.rand(count, generator=generator) < 0.3, _cosine_basis()
+    if coarse.any():
+        step = 0.03 + 0.2 * float(torch.rand((), generator=generator))
+        blocks = x[coarse].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [b, 3, rows, columns, 8, 8]
+        codes = ((basis @ blocks @ basis.T) / step).round() * step
+        x[coarse] = (basis.T @ codes @ basis).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    gain = 1 + 0.06 * torch.randn(count, 3, 1, 1, generator=generator)
+    x = x * gain + 0.04 * torch.randn(count, 3, 1, 1, generator=generator)
+    return x + share(0.0, 0.1, 0.5) * torch.randn(x.shape, generator=generator)
+
+
+def contrast(features: Tensor, owners: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Supervised contrast (Khosla et al., 2020) of `[B, D]` unit features; pictures match that share an owner `[B, 2]`."""
+    same = ((owners[:, None, :, None] == owners[None, :, None, :]) & (owners >= 0)[:, None, :, None]).flatten(2).any(-1)
+    itself = torch.eye(len(features), dtype=torch.bool)
+    logits = (features @ features.T / temperature).masked_fill(itself, -1e9)
+    matches = (same & ~itself).float()
+    return -((F.log_softmax(logits, dim=1) * matches).sum(1) / matches.sum(1).clamp(min=1))[matches.any(1)].mean()
+
+
+def swap_table(tokenizer) -> Tensor:
+    """The group of every token id `[vocabulary]`, -1 for none. Kinds of two words stay out."""
+    table = torch.full((len(tokenizer),), -1)
+    for group, words in enumerate(SWAPPED):
+        found = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+        table[[ids[0] for ids in found if len(ids) == 1]] = group
+    return table
+
+
+def with_wrong_word(ids: Tensor, table: Tensor, generator: torch.Generator) -> Tensor:
+    """Captions `[B, 77]` made untrue: one colour, kind or pattern of each replaced by another. A caption without any stays."""
+    place = torch.rand(ids.shape, generator=generator).masked_fill(table[ids] < 0, -1).argmax(1, keepdim=True)
+    old = ids.gather(1, place)
+    eligible = (table == table[old]) & (torch.arange(len(table)) != old)  # [B, vocabulary]
+    new = torch.rand(eligible.shape, generator=generator).masked_fill(~eligible, -1).argmax(1, keepdim=True)
+    return ids.scatter(1, place, torch.where(table[old] < 0, old, new))
+
+
+def caption_loss(pictures: Tensor, texts: Tensor, wrong: Tensor, untrue: Tensor) -> Tensor:
+    """CLIP's loss of `[B, D]` features; every picture also rejects its own caption with a wrong word where `untrue` `[B]`."""
+    logits, target = pictures @ texts.T / TEXT_TEMPERATURE, torch.arange(len(pictures))
+    spoilt = ((pictures * wrong).sum(1, keepdim=True) / TEXT_TEMPERATURE).masked_fill(~untrue[:, None], -1e9)
+    return 0.5 * (F.cross_entropy(torch.cat([logits, spoilt], dim=1), target) + F.cross_entropy(logits.T, target))
+
+
+def attributes_loss(outputs: Tensor, facts: Tensor) -> Tensor:
+    """Reads the attributes `facts` `[B, 15]` off `outputs` `[B, 27]`: a scaffold that shows the trunk early what to look for."""
+    error = (outputs[:, :12] - facts[:, :12]).square().unflatten(1, (4, 3)).mean(2)
+    shown = torch.cat([torch.ones(len(facts), 2), (facts[:, 13:] > 0).float()], dim=1)  # no pattern, no colour of it
+    kinds, patterns, accessories = outputs[:, 12:].split((8, 4, 3), dim=1)
+    classes = sum(F.cross_entropy(x, facts[:, i].long()) for i, x in ((12, kinds), (13, patterns), (14, accessories)))
+    return 5 * (error * shown).sum() / shown.sum() + 0.25 * classes
+
+
+def pick(groups: list[np.ndarray], families: np.ndarray, views: int, offset: int, rng: np.random.Generator) -> np.ndarray:
+    """`views` pictures of every member of the chosen families; members start at `offset`."""
+    members = [offset + FAMILY * f + k for f in families for k in range(FAMILY)]
+    return np.concatenate([rng.choice(groups[m], views, replace=False) for m in members])
+
+
+def train(tokenizer, pictures: np.ndarray, captions: list[list[str]], folder: Path, steps: int, seed: int = 0) -> MetricEncoder:
+    """pictures and captions are the pretraining pairs; `folder` holds the rendered pools and the checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    things = cached(folder / "individuals.npz", lambda: render_individuals(750, 4, seed + 71))
+    styles = cached(folder / "styles.npz", lambda: render_styles(150, 4, seed + 72))
+    groups, style_groups, known = things.by_owner(), styles.by_owner(), len(world.STYLES)
+    ids, table = tokenize(tokenizer, captions), swap_table(tokenizer)
+    torch.manual_seed(seed)
+    encoder = MetricEncoder({"vocabulary": len(tokenizer), "end": tokenizer.eos_token_id})
+    scaffold = nn.Linear(encoder.pooled_width, 27)
+    run = Run(nn.ModuleDict({"encoder": encoder, "scaffold": scaffold}), folder / "encoder.pt", steps, lr=3e-3)
+    generator, rng = torch.Generator().manual_seed(seed + run.start), np.random.default_rng(seed + run.start)
+    for _ in run:
+        shown = pick(groups, rng.choice(len(groups) // FAMILY, 12, replace=False), 3, 0, rng)
+        drawn = pick(style_groups, rng.choice((len(style_groups) - known) // FAMILY, 5, replace=False), 3, known, rng)
+        drawn = np.concatenate([drawn, *(rng.choice(style_groups[i], 3, replace=False) for i in range(known))])
+        told = rng.integers(0, len(pictures), 128)
+        batch = disturb(to_tensor(np.concatenate([things.pictures[shown], styles.pictures[drawn], pictures[told]])), generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled, texture = encoder.look(batch)
+        a, b = len(shown), len(shown) + len(drawn)
+        true = ids[told, rng.integers(0, ids.shape[1], len(told))].long()
+        wrong = with_wrong_word(true, table, generator)
+        texts, spoilt = encoder.text_features(torch.cat([true, wrong])).chunk(2)
+        owners = torch.from_numpy(things.owners[shown])
+        alone = owners[:, 1] < 0
+        loss = contrast(F.normalize(encoder.object_head(pooled[:a]), dim=1), owners)
+        loss = loss + contrast(F.normalize(encoder.style_head(texture[a:b]), dim=1), torch.from_numpy(styles.owners[drawn]))
+        loss = loss + caption_loss(F.normalize(encoder.picture_head(pooled[b:]), dim=1), texts, spoilt, (true != wrong).any(1))
+        run.after(loss + attributes_loss(scaffold(pooled[:a][alone]), torch.from_numpy(things.facts)[owners[alone, 0]]))
+    run.ema.copy_into_modules()
+    return encoder.eval()

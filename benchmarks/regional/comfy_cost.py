@@ -1,0 +1,123 @@
+"""`bench regional --comfyui`: what regions cost in ComfyUI, on a UNet of Stable Diffusion 1.5's shape with random weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import comfy.hooks
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sample
+import comfy.supported_models
+import torch
+from torch import Tensor
+
+from ...core.comfy import regions as putting
+from ...core.comfy.apply import with_bound
+from ...core.comfy.sites import ATTENTION, WORDS, OffsetCond, differentiable_attention, find_sites
+from ...core.comfy.token_lora import code
+from ...core.regional.noise import NoiseSettings
+from ...core.regional.processor import Part
+from ..cost.synthetic import TOKENS, context_of, deltas_of, peak_gb, random_weights
+from .boxes import Box, boxes_of, parts_of
+
+_COMMON = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True, "legacy": False,
+           "use_temporal_attention": False}
+SHAPES: dict[str, dict] = {
+    "sd15": _COMMON | {"num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+                       "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8,
+                       "num_head_channels": -1, "use_linear_in_transformer": False, "adm_in_channels": None},
+    "sdxl": _COMMON | {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+                       "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 2048,
+                       "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True, "adm_in_channels": 2816,
+                       "num_classes": "sequential"},
+}
+
+
+def random_model(shape: str = "sd15"):
+    """A MODEL of a checkpoint's shape; weights are random but of a size that keeps activations finite."""
+    device = comfy.model_management.get_torch_device()
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    family = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[shape]
+    config = family(SHAPES[shape] | {"dtype": dtype})
+    config.unet_config["dtype"] = dtype
+    model = config.get_model({}, device=torch.device("cpu"))
+    random_weights(model.diffusion_model)
+    return comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
+
+
+class ComfyCost:
+    """Times of single steps of KSampler's sampling at `pixels`, and the peak of memory."""
+
+    def __init__(self, pixels: int, steps: int) -> None:
+        self.model, self.side, self.steps, self.counter = random_model(), pixels // 8, steps, None
+        self.sites = find_sites(self.model, (("clip_l", 768),))
+
+    def _conditioning(self, seed: int):
+        return [[context_of(1, 1, seed=seed).hidden[:, 0], {}]]
+
+    def _sampled(self, model, positive, negative) -> dict:
+        """Seconds of every step but the first, which also prepares; and the peak."""
+        latent, seen = torch.zeros(1, 4, self.side, self.side), []
+        if self.counter is not None:      # as on a graphics card, where attention is one operation
+            model = model.clone()
+            model.model_options["transformer_options"][ATTENTION] = differentiable_attention
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+
+        def sampling() -> None:
+            with ExitStack() as stack:
+
+                def callback(*_) -> None:
+                    seen.append(time.perf_counter())
+                    if self.counter is not None and len(seen) == 1:
+                        stack.enter_context(self.counter)
+                    elif len(seen) == 2:
+                        stack.close()
+
+                comfy.sample.sample(model, noise, self.steps if self.counter is None else 3, 7.0, "euler", "normal", positive, negative,
+                                    latent, disable_pbar=True, seed=1, callback=callback)
+
+        return {"peak_gb": peak_gb(sampling), "seconds": [b - a for a, b in zip(seen, seen[1:], strict=False)]}
+
+    def plain(self) -> dict:
+        return self._sampled(self.model, self._conditioning(1), self._conditioning(0))
+
+    def regions(self, boxes: Sequence[Box], is_bound: bool = True) -> dict:
+        regions, parts, bound = parts_of(self.sites.layout, boxes, is_bound)
+        parts = [replace(part, bound={}) for part in parts]      # the run gives each the bound concepts that its words name
+        run = putting.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * len(boxes), bound)
+        return self._sampled(putting.with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
+
+    def prompt(self, count: int) -> dict:
+        """No regions: that many bound concepts in the picture's one prompt."""
+        names = [f"concept{i}" for i in range(count)]
+        codes = [code(names[i]) if i < count else 0 for i in range(TOKENS)]
+        words = OffsetCond(torch.tensor(codes).view(1, 1, -1, 1))
+        nobody = OffsetCond(torch.zeros_like(words.cond))
+        model = with_bound(self.model, self.sites, {name: deltas_of(self.sites.layout, seed=i) for i, name in enumerate(names)})
+        positive, negative = ([[hidden, extra | {"model_conds": {WORDS: own}}] for hidden, extra in self._conditioning(seed)]
+                              for seed, own in ((1, words), (0, nobody)))
+        return self._sampled(model, positive, negative)
+
+    def hooks(self, count: int) -> dict:
+        """ComfyUI's own way: a LoRA hook and a mask for every region's prompt."""
+        positive = []
+        for i, (_, left, _, right) in enumerate(boxes_of(count)):
+            mask = torch.zeros(1, 8 * self.side, 8 * self.side)
+            mask[..., round(left * mask.shape[-1]):round(right * mask.shape[-1])] = 1.0
+            hook = comfy.hooks.create_hook_lora(_lora(self.sites, deltas_of(self.sites.layout, seed=i)), 1.0, 0.0)
+            positive += comfy.hooks.set_conds_props([self._conditioning(10 + i)], 1.0, "default", mask=mask, hooks=hook)[0]
+        return self._sampled(self.model, positive, self._conditioning(0))
+
+
+def _lora(sites, deltas) -> dict[str, Tensor]:
+    """Deltas as a LoRA file under ComfyUI's own names."""
+    found = {}
+    for (index, projection), delta in deltas.items():
+        name = sites.key(sites.layout.sites[index], projection).removesuffix(".weight")
+        found[f"{name}.lora_up.weight"], found[f"{name}.lora_down.weight"] = delta.up, delta.down
+    return found

@@ -1,0 +1,37 @@
+"""What every benchmark command shares: reading and writing its JSON, checking its numbers, telling where it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from ..core.errors import ConceptError
+from ..core.files import write_atomically
+
+Result = tuple[dict, list[str]]
+
+
+def write_result(path: Path | None, result: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+
+
+def require_at_least(options: Namespace, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise ConceptError(f"{name} is {getattr(options, name)}; allowed: {value} or more")
+
+
+def load_or_make(path: Path, make: Callable[[], dict]) -> dict:
+    """A part of a benchmark from its file, else made and written: a run that was cut goes on."""
+    if not path.exists():
+        write_result(path, make())
+    return json.loads(path.read_text())
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

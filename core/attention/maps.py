@@ -1,0 +1,75 @@
+"""Cross-attention maps of a concept's words, and the regulariser that keeps them on the object (Mix-of-Show's, in CIDM's code)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.backbone import Context, SiteProgram
+from ..model.sites import Site, grid_of
+
+FINEST = 256     # cells of the finest grid that is looked at, or a sixteenth of the latent's where that is more
+
+
+def attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """softmax(QK^T / sqrt d) averaged over heads: query `[B, S, a]`, key `[B, N, a]` to `[B, S, N]`."""
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    q, k = split(query), split(key)
+    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1).mean(1)
+
+
+class MapProgram(SiteProgram):
+    """Another program that also keeps the maps of the last forward pass, with gradient."""
+
+    def __init__(self, inner: SiteProgram) -> None:
+        self.inner, self.maps, self.recording = inner, [], True
+
+    def begin(self, context: Context) -> None:
+        self.inner.begin(context)
+        self.maps, self.recording = [], True
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        return self.inner.project(site, projection, x, y)
+
+    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+        found = attention_maps(query, key, site.heads)      # also when checkpointing runs this again: it must do the same there
+        if self.recording:
+            self.maps.append(found)
+        return self.inner.attend(site, query, key, value, default)
+
+    def take(self) -> list[Tensor]:
+        """The maps of the last forward pass, one `[B, S, N]` per site; none until the next one."""
+        maps, self.maps, self.recording = self.maps, [], False
+        return maps
+
+
+def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...]], masks: Tensor) -> Tensor | None:
+    """Sum over resolutions of MSE(map of the second word, mask) + mean(map of the first word outside the mask).
+
+    Maps are averaged over the sites of a resolution and divided by their maximum. positions: token positions of the concept's words per
+    sample (samples without two words are left out); masks `[B, 1, h, w]`. Where a mask covers everything there is no outside and that
+    half is left out (the released code gets NaN there and drops both halves). None when nothing applies.
+    """
+    rows = [i for i, found in enumerate(positions) if len(found) >= 2]
+    if not rows or not maps:
+        return None
+    first = torch.tensor([positions[i][0] for i in rows], device=masks.device)
+    second = torch.tensor([positions[i][1] for i in rows], device=masks.device)
+    by_cells: dict[int, list[Tensor]] = {}
+    for m in maps:
+        by_cells.setdefault(m.shape[1], []).append(m[rows].float())
+    total = torch.zeros((), device=masks.device)
+    for cells, group in by_cells.items():
+        mean = torch.stack(group).mean(0)
+        grid = grid_of(cells, *masks.shape[-2:])
+        mask = F.interpolate(masks[rows].float(), grid, mode="area").flatten(1)
+        one, two = (mean.gather(2, at.view(-1, 1, 1).expand(-1, cells, 1)).squeeze(2) for at in (first, second))
+        one, two = (m / m.amax(1, keepdim=True).clamp(min=1e-6) for m in (one, two))
+        outside = (mask < 0.5).float()
+        total = total + (two - mask).square().mean() + (one * outside).sum() / outside.sum().clamp(min=1)
+    return total

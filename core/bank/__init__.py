@@ -1,0 +1,1 @@
+"""Concepts, their learned words, the bank that holds them, and its file."""

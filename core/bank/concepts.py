@@ -1,0 +1,97 @@
+"""A concept: what was learned in one task, and where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from ..errors import ConceptError
+from ..model.deltas import Deltas, check_fits
+from ..model.sites import SiteLayout
+from .tokens import MAX_WORDS, TokenGroup, check_name
+
+KINDS = ("object", "style")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a concept came to be; nothing here is needed to use it.
+
+    base: fingerprint of the base model's weights; images: SHA-256 of every training image (16 hex digits each);
+    settings: the method's and the training's, as JSON values; versions: library -> version; date: ISO 8601, UTC.
+    """
+
+    base: str = ""
+    images: tuple[str, ...] = ()
+    settings: Mapping = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+    steps: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ConceptInfo:
+    """The part of a concept that a bank's header holds: enough to list, name and route, no tensors."""
+
+    name: str
+    class_noun: str
+    method: str
+    words: tuple[str, ...]
+    kind: str = "object"
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        for word in self.words:
+            check_name(word, "word of a concept")
+        if not 1 <= len(self.words) <= MAX_WORDS or len(set(self.words)) < len(self.words):
+            raise ConceptError(f"concept '{self.name}' has words {list(self.words)}; allowed: 1 to {MAX_WORDS} different ones")
+        if self.kind not in KINDS:
+            raise ConceptError(f"kind of concept '{self.name}' is {self.kind!r}; allowed: {', '.join(KINDS)}")
+
+    @property
+    def placeholder(self) -> str:
+        return f"<{self.name}>"
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> ConceptInfo:
+        """Reads what `to_json` wrote; unknown keys of a newer version are left out."""
+        known = {f.name for f in fields(Provenance)}
+        origin = {key: value for key, value in data.get("provenance", {}).items() if key in known}
+        origin["images"] = tuple(origin.get("images", ()))
+        return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"], words=tuple(data["words"]),
+                   kind=data.get("kind", "object"), provenance=Provenance(**origin))
+
+
+@dataclass(frozen=True)
+class Concept:
+    """info, the learned words and the deltas; cover: a small JPEG or PNG file as bytes, or empty."""
+
+    info: ConceptInfo
+    tokens: TokenGroup
+    deltas: Deltas
+    cover: bytes = b""
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    def check_fits(self, layout: SiteLayout) -> None:
+        owner = f"concept '{self.name}'"
+        if self.tokens.words != self.info.words:
+            raise ConceptError(f"{owner} has vectors for words {list(self.tokens.words)}; its words are {list(self.info.words)}")
+        self.tokens.check_fits(layout, owner)
+        check_fits(self.deltas, layout, owner)
+
+    def renamed(self, name: str) -> Concept:
+        """The same concept under another name; its words follow when they were named after it."""
+        words = tuple(name + word[len(self.name):] if f"{word}-".startswith(f"{self.name}-") else word for word in self.info.words)
+        return replace(self, info=replace(self.info, name=name, words=words), tokens=replace(self.tokens, words=words))
+
+    def nbytes(self) -> int:
+        tensors = [t for delta in self.deltas.values() for t in delta.tensors()] + list(self.tokens.vectors.values())
+        return sum(t.numel() * t.element_size() for t in tensors) + len(self.cover)

@@ -1,0 +1,225 @@
+"""The bank's file: one `.safetensors`, format 1.
+
+Header metadata `continual_concepts` is JSON: `{"version", "layout", "concepts": [{"info", "deltas", "encoders", "stand_in"}],
+"shared"}`; `stand_in` only where words have one.
+Tensors: `concept/<i>/token.<encoder>`, `concept/<i>/<projection>.<part>` (see deltas.pack), `concept/<i>/cover` (bytes of a JPEG
+or PNG), `shared/<method>/<name>`. Opening reads the header; the tensors of a concept, or of a method's shared state, are read when
+first used. Files are untrusted: whatever does not fit is refused with one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ConceptError
+from ..files import write_atomically
+from ..model.deltas import pack, unpack
+from ..model.sites import SiteLayout
+from .bank import ConceptBank, Entry, _Kept
+from .concepts import Concept, ConceptInfo
+from .tokens import TokenGroup
+
+METADATA_KEY = "continual_concepts"
+LONGEST_STAND_IN = 200
+VERSION = 1
+SUFFIX = ".safetensors"
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8, "I8": torch.int8,
+          "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError, OSError, SafetensorError)
+
+
+def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] = lambda: None) -> None:
+    """Writes the bank atomically. Everything is read first, so a bank may be saved over the file it came from. before: as in
+    files.write_atomically.
+
+    Raises ConceptError for what `open_bank` would refuse: NaN, infinity, types other than the allowed ones.
+    """
+    tensors: dict[str, Tensor] = {}
+    records = []
+    for i, concept in enumerate(bank):
+        packed, notes = pack(concept.deltas, bank.layout)
+        packed |= {f"token.{encoder}": vectors.detach().clone() for encoder, vectors in concept.tokens.vectors.items()}
+        _check_numbers(packed, f"concept '{concept.name}': ")
+        if concept.cover:
+            packed["cover"] = torch.frombuffer(bytearray(concept.cover), dtype=torch.uint8)
+        tensors |= {f"concept/{i}/{name}": tensor.contiguous().cpu() for name, tensor in packed.items()}
+        record = {"info": concept.info.to_json(), "deltas": notes, "encoders": sorted(concept.tokens.vectors)}
+        records.append(record | ({"stand_in": concept.tokens.stand_in} if concept.tokens.stand_in else {}))
+    for method, state in bank.shared.items():
+        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+            raise ConceptError(f"the shared state of method '{method}' holds NaN or infinity")
+        tensors |= {f"shared/{method}/{name}": tensor.detach().clone().contiguous().cpu() for name, tensor in state.items()}
+    header = {"version": VERSION, "layout": bank.layout.to_json(), "concepts": records, "shared": sorted(bank.shared)}
+    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
+    write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), metadata), before)
+
+
+def _read_header(path: Path) -> tuple[dict, list[str]]:
+    if not path.is_file():
+        raise ConceptError(f"there is no bank file '{path}'")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata, keys = file.metadata() or {}, list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ConceptError(f"'{path}' is not a readable .safetensors file ({error})") from error
+    if METADATA_KEY not in metadata:
+        raise ConceptError(f"'{path}' is a .safetensors file but not a concept bank: its metadata has no '{METADATA_KEY}'")
+    try:
+        header = json.loads(metadata[METADATA_KEY])
+        version = header["version"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__})") from error
+    if version != VERSION:
+        raise ConceptError(f"the bank '{path}' has format version {version!r}; this version of Continual Concepts reads {VERSION}")
+    return header, keys
+
+
+class _Tensors:
+    """The tensors of a file that has been opened and looked through before. Where they lie is read once: with a thousand concepts the
+    header is megabytes. What is read are copies, not views of the file: it may be replaced or cut short while they are in use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.stamp = path, self._stamp(path)
+
+    @staticmethod
+    def _stamp(path: Path) -> tuple[int, int, int]:
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    @cached_property
+    def _places(self) -> dict[str, dict[str, tuple[torch.dtype, list[int], int, int]]]:
+        """`concept/<i>` or `shared/<method>` -> the rest of the name -> type, shape, first and last byte."""
+        with self.path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+        found: dict[str, dict[str, tuple]] = {}
+        for key, one in header.items():
+            if key != "__metadata__" and key.count("/") >= 2:
+                group, owner, name = key.split("/", 2)
+                first, last = one["data_offsets"]
+                found.setdefault(f"{group}/{owner}", {})[name] = _TYPES[one["dtype"]], one["shape"], start + first, start + last
+        return found
+
+    def read(self, group: str) -> dict[str, Tensor]:
+        if self._stamp(self.path) != self.stamp:
+            raise ConceptError("the file changed on disk since it was opened; open it again")
+        with self.path.open("rb") as file:
+            return {name: _tensor(file, *place) for name, place in self._places.get(group, {}).items()}
+
+
+def _tensor(file, dtype: torch.dtype, shape: list[int], first: int, last: int) -> Tensor:
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise ConceptError(f"a tensor of shape {shape} has {last - first} bytes")
+    file.seek(first)
+    data = bytearray(file.read(last - first))
+    return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.zeros(shape, dtype=dtype)
+
+
+def open_bank(path: Path | str) -> ConceptBank:
+    """Opens a bank by its header alone. Raises ConceptError for a missing, foreign, damaged or newer file."""
+    path = Path(path)
+    header, keys = _read_header(path)
+    file = _Tensors(path)
+    try:
+        layout = SiteLayout.from_json(header["layout"])
+        entries = [_entry(file, layout, i, record) for i, record in enumerate(header["concepts"])]
+        return ConceptBank(layout, tuple(entries), _shared_states(file, keys))
+    except ConceptError as error:
+        raise ConceptError(f"the bank '{path}' cannot be used: {error}") from error
+    except _DAMAGE as error:
+        raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__}: {error})") from error
+
+
+def _entry(file: _Tensors, layout: SiteLayout, i: int, record: dict) -> Entry:
+    info = ConceptInfo.from_json(record["info"])
+    return Entry(info, _Kept(lambda: _read_concept(file, layout, i, info, record)))
+
+
+def _read_concept(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo, record: dict) -> Concept:
+    try:
+        tensors = file.read(f"concept/{i}")
+        cover = _cover(tensors.pop("cover")) if "cover" in tensors else b""
+        _check_numbers(tensors)
+        vectors = {encoder: tensors[f"token.{encoder}"] for encoder in record["encoders"]}
+        concept = Concept(info, TokenGroup(info.words, vectors, _stand_in(record)), unpack(tensors, record["deltas"], layout), cover)
+        concept.check_fits(layout)
+        return concept
+    except _DAMAGE as error:
+        raise ConceptError(f"concept '{info.name}' in '{file.path}' cannot be read: {error}") from error
+
+
+def _stand_in(record: dict) -> str:
+    text = record.get("stand_in", "")
+    if not isinstance(text, str) or len(text) > LONGEST_STAND_IN:
+        raise ConceptError(f"its words' stand-in is {str(text)[:80]!r}; allowed: a text of up to {LONGEST_STAND_IN} characters")
+    return text
+
+
+def _cover(tensor: Tensor) -> bytes:
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise ConceptError(f"the cover is a {tensor.ndim}-dimensional {tensor.dtype} tensor; allowed: bytes")
+    return bytes(tensor.numpy())
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], owner: str = "") -> None:
+    for name, tensor in tensors.items():
+        if name.endswith(".indices"):
+            if tensor.dtype != torch.int32:
+                raise ConceptError(f"{owner}tensor '{name}' has type {tensor.dtype}; allowed: int32")
+        elif tensor.dtype not in _FLOATS:
+            raise ConceptError(f"{owner}tensor '{name}' has type {tensor.dtype}; allowed: float16, bfloat16, float32")
+        elif not torch.isfinite(tensor).all():
+            raise ConceptError(f"{owner}tensor '{name}' holds NaN or infinity")
+
+
+class _SharedState(Mapping):
+    """A method's shared tensors, read together when the first is used."""
+
+    def __init__(self, file: _Tensors, method: str, names: list[str]) -> None:
+        self._file, self._method, self._names = file, method, names
+        self._tensors: dict[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._tensors is None:
+            try:
+                self._tensors = self._file.read(f"shared/{self._method}")
+                if not all(torch.isfinite(tensor).all() for tensor in self._tensors.values()):
+                    raise ConceptError("it holds NaN or infinity")
+            except _DAMAGE as error:
+                self._tensors = None
+                raise ConceptError(f"the shared state of method '{self._method}' in '{self._file.path}' cannot be read: {error}") from error
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _shared_states(file: _Tensors, keys: list[str]) -> dict[str, Mapping[str, Tensor]]:
+    names: dict[str, list[str]] = {}
+    for key in keys:
+        if key.startswith("shared/"):
+            _, method, name = key.split("/", 2)
+            names.setdefault(method, []).append(name)
+    return {method: _SharedState(file, method, own) for method, own in names.items()}
+
+
+def verify_bank(path: Path | str) -> list[str]:
+    """Reads a whole bank; returns one line per concept. Raises ConceptError at the first fault."""
+    bank = open_bank(path)
+    for state in bank.shared.values():
+        dict(state)
+    return [f"{concept.name}: {len(concept.deltas)} deltas, {len(concept.info.words)} words, {concept.nbytes() / 1e6:.2f} MB"
+            for concept in bank]

@@ -1,0 +1,156 @@
+"""MODELs that carry concepts: deltas by ComfyUI's own weight patches, layer-wise words and regions by its wrappers and attn2 patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import comfy.lora
+import comfy.patcher_extension
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..model.backbone import Context, SiteProgram
+from ..model.deltas import Deltas, LowRankDelta
+from ..sampling.attention_guidance import Artists, MapRecorder, Subject
+from .backbone import plain_weights, without_dynamic
+from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, Within, program_patches, progress_of
+from .token_lora import BoundRun, code, words_of
+
+KEY = "continual_concepts"
+Wrappers = comfy.patcher_extension.WrappersMP
+
+
+def weight_patches(sites: UNetSites, deltas: Deltas) -> dict:
+    """Deltas as ComfyUI's weight patches: low rank ones as LoRA adapters, sparse ones as differences."""
+    state, keys = {}, {}
+    for (index, projection), delta in deltas.items():
+        name = f"{index}.{projection}"
+        keys[name] = sites.key(sites.layout.sites[index], projection)
+        if isinstance(delta, LowRankDelta):
+            state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"] = delta.up.float(), delta.down.float()
+            state[f"{name}.alpha"] = torch.tensor(delta.scale * delta.down.shape[0])
+        else:
+            state[f"{name}.diff"] = delta.dense()
+    return comfy.lora.load_lora(state, keys)
+
+
+def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
+    """A clone of MODEL with deltas on its weights, which reads layer-wise words when `layerwise`. With neither, MODEL itself."""
+    if not deltas and not layerwise:
+        return model
+    clone = model.clone()
+    if deltas:
+        clone.add_patches(weight_patches(sites, deltas))
+    if layerwise:
+        _wrap(clone, program_of(model))
+        _once(clone, "attn2_patch", Before(sites.addresses))
+    return clone
+
+
+def program_of(model):
+    """What the sites of a MODEL do already, `program(options, x)`, or None."""
+    found = model.get_wrappers(Wrappers.DIFFUSION_MODEL, KEY)
+    return found[0].program if found else None
+
+
+def _wrap(clone, program) -> None:
+    clone.remove_wrappers_with_key(Wrappers.DIFFUSION_MODEL, KEY)
+    clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(program))
+
+
+def with_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
+    """A clone of MODEL in which concepts act through their words, wherever a prompt of a concept CLIP has them; MODEL itself for none."""
+    if not deltas:
+        return model
+    below = program_of(model)
+    return programmed(model, sites, BoundRun(deltas, below if isinstance(below, BoundRun) else None, model.model))
+
+
+def _once(model, name: str, patch) -> None:
+    """Appends a patch unless one of its kind is there (two ElasticWeightAggregate nodes in a row)."""
+    there = model.model_options["transformer_options"].get("patches", {}).get(name, [])
+    if not any(type(other) is type(patch) for other in there):
+        model.set_model_patch(patch, name)
+
+
+def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
+    """The first entry of a CONDITIONING as a context `[1, L, N, D]`; names: the concepts whose words are to be found in it."""
+    hidden, extra = conditioning[0]
+    conds = extra.get("model_conds", {})
+    layers = hidden.unsqueeze(1) if OFFSETS not in conds else hidden.unsqueeze(1) + conds[OFFSETS].cond.to(hidden)
+    words = words_of(conds[WORDS].cond, {code(name): name for name in names}) if WORDS in conds else ({},) * len(hidden)
+    return Context(layers.expand(-1, copies, -1, -1) if layers.shape[1] == 1 else layers, extra.get("pooled_output"), words)
+
+
+def programmed(model, sites: UNetSites, program, within: bool = False):
+    """A clone of MODEL whose sites do what `program(options, x)` says in each UNet call; within: their blocks' self-attention too."""
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    patches = program_patches(sites, options.get("patches_replace", {}).get("attn2"))
+    for address, replace in patches["patches_replace"]["attn2"].items():
+        clone.set_model_attn2_replace(replace, *address)
+    if within:
+        others = options.get("patches_replace", {}).get("attn1", {})
+        for address, site in sites.addresses.items():
+            clone.set_model_patch_replace(Within(site, others.get(address) or others.get(address[:2])), "attn1", *address)
+    before, keep = patches["patches"]["attn2_patch"]
+    _once(clone, "attn2_patch", before)
+    _once(clone, "attn2_patch", keep)
+    _once(clone, "attn2_output_patch", patches["patches"]["attn2_output_patch"][0])
+    _wrap(clone, program)
+    return clone
+
+
+def with_artists(model, sites: UNetSites, subject: Subject, strength: float):
+    """A clone of MODEL for one sampling, in which the attention artists move the latent; MODEL itself where there is nothing for them."""
+    if not Artists([subject], strength).works(0.0):
+        return model
+    run = _ArtistRun(subject, strength, program_of(model))
+    clone = programmed(without_dynamic(model), sites, run.program)
+    clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, run)
+    return clone
+
+
+class _ArtistRun:
+    """State of one sampling with attention artists. The latent belongs to the host's sampler, so what the artists move it by is kept here,
+    in units of the noise level, and added before every evaluation: with Euler and DPM++ 2M that is the moved latent exactly, with samplers
+    that renew the noise nearly."""
+
+    def __init__(self, subject: Subject, strength: float, below=None) -> None:
+        self.subject, self.strength, self.below = subject, strength, below
+        self.offset: Tensor | None = None
+        self.recorder: MapRecorder | None = None      # while the artists look
+
+    def program(self, options: dict, x: Tensor) -> SiteProgram | None:
+        below = None if self.below is None else self.below(options, x)
+        if self.recorder is not None:
+            self.recorder.inner = below or SiteProgram()
+            return self.recorder
+        return below
+
+    def __call__(self, executor, x, timestep, model_options=None, seed=None):
+        sigma = timestep.view(-1, *[1] * (x.ndim - 1)).to(x)
+        if self.offset is None:
+            self.offset, self.artists = torch.zeros_like(x), Artists([self.subject] * len(x), self.strength)
+        x = x + sigma * self.offset
+        if self.artists.works(progress_of({**model_options["transformer_options"], "sigmas": timestep})):
+            moved = self._moved(executor.class_obj, x, timestep, sigma, model_options)
+            self.offset = self.offset + (moved - x) / sigma
+            x = moved
+        return executor(x, timestep, model_options, seed)
+
+    @torch.inference_mode(False)      # the host samples under it; gradients are needed here, of the latent alone
+    def _moved(self, guider, x: Tensor, timestep: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
+        inner = guider.inner_model
+        plain_weights(inner.diffusion_model)
+        scale = (sigma.square() + 1).sqrt().clone()      # the host's latents are that much larger than what the UNet reads
+
+        def look(latents: Tensor, recorder: MapRecorder) -> None:
+            self.recorder = recorder
+            try:
+                comfy.samplers.calc_cond_batch(inner, [guider.conds["positive"][:1]], latents * scale, timestep.clone(), model_options)
+            finally:
+                self.recorder = None
+
+        return self.artists.moved(x.clone() / scale, look) * scale

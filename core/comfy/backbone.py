@@ -1,0 +1,266 @@
+"""A loaded MODEL, CLIP and VAE as a backbone to learn on. Nothing of them is copied; everything is found again as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import comfy.model_management as management
+import comfy.model_sampling
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import ConceptError
+from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.deltas import Delta, Deltas
+from ..model.schedule import NoiseSchedule
+from ..model.sites import Site
+from .clip_gradients import fit_for_gradients
+from .sites import ATTENTION, OFFSETS, PROGRAM, differentiable_attention, find_sites, program_patches
+from .text import ComfyText, encoder_names, text_widths
+
+_RECOMPUTED = ("BasicTransformerBlock", "ResBlock")
+
+
+def schedule_of(model) -> NoiseSchedule:
+    """The MODEL's noise schedule; ConceptError for prediction types that learning does not know."""
+    sampling = model.get_model_object("model_sampling")
+    kinds = (comfy.model_sampling.V_PREDICTION, "v_prediction"), (comfy.model_sampling.EPS, "epsilon")      # V is a subclass of EPS
+    prediction = next((name for kind, name in kinds if isinstance(sampling, kind)), None)
+    if prediction is None or isinstance(sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0)) or not hasattr(sampling, "sigmas"):
+        raise ConceptError(f"the model samples by {type(sampling).__name__}; allowed: epsilon and v prediction")
+    sigmas = sampling.sigmas.detach().double().cpu()
+    return NoiseSchedule((1 / (1 + sigmas.square())).float(), prediction)
+
+
+def without_dynamic(model):
+    """MODEL, or a clone of it whose weights are loaded as a whole: through lazily loaded ones no gradient passes."""
+    if getattr(model, "is_dynamic", bool)() and "disable_dynamic" in model.clone.__code__.co_varnames:
+        return model.clone(disable_dynamic=True)
+    return model
+
+
+def plain_weights(module: nn.Module) -> None:
+    """Replaces weights that were made under inference mode, which autograd refuses, by plain clones, one at a time: no second model in
+    memory. None of them asks for a gradient afterwards."""
+    module.requires_grad_(False)
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                part._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                part._buffers[name] = buffer.clone()
+
+
+class ComfyBackbone(Backbone):
+    """model, clip, vae: as ComfyUI's loaders give them (LoRA patches on them count). vae may be None where no picture is needed."""
+
+    def __init__(self, model, clip, vae=None) -> None:
+        model = without_dynamic(model)
+        self.model, self.clip, self.vae = model, clip, vae
+        self.sites = find_sites(model, text_widths(clip))
+        self.layout, self.schedule = self.sites.layout, schedule_of(model)
+        self.unet = model.model.diffusion_model
+        self.text = tuple(ComfyText(name, clip, self._reload) for name in encoder_names(clip))
+        self.latent_channels = model.model.latent_format.latent_channels
+        self.picture_multiple = _multiple(vae)
+        self._is_loaded = self._was_loaded = False
+        self._folds: list[_Fold] = []
+        self._patches = program_patches(self.sites)
+        self.fingerprint = self._weight_hash()
+        self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx, *(() if vae is None else (_ends(vae),)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.load_device
+
+    def _weight_hash(self) -> str:
+        """As the diffusers host's: first and last site's key weights in fp16, of the checkpoint itself whatever is patched onto it now."""
+        digest = hashlib.sha256()
+        for site in (self.layout.sites[0], self.layout.sites[-1]):
+            key = self.sites.key(site, "to_k")
+            backup = self.model.backup.get(key)
+            weight = self.sites.linear(site, "to_k").weight if backup is None else backup.weight
+            digest.update(weight.detach().half().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def load(self) -> None:
+        """UNet and text encoders on their device, with weights that gradients can pass through; again where the host has unloaded them
+        meanwhile."""
+        if self._is_loaded and _are_loaded(self.model, self.clip.patcher):
+            return
+        with torch.inference_mode(False):
+            management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
+            for module in (self.unet, self.clip.cond_stage_model):
+                plain_weights(getattr(module, "inner", module))
+            for fold in self._folds:
+                fold.renew()
+        self._is_loaded = self._was_loaded = True
+
+    def _reload(self) -> None:
+        """For the text encoders: nothing where `load` was never asked for, as nodes that only encode do not."""
+        if self._was_loaded:
+            self.load()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """For a whole run of learning: gradients are allowed inside, and the host knows of it."""
+        before = getattr(management, "in_training", None)
+        with torch.inference_mode(False):
+            try:
+                if before is not None:
+                    management.in_training = True
+                self.load()
+                with fit_for_gradients(self.clip):
+                    yield
+            finally:
+                if before is not None:
+                    management.in_training = before
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        if self.vae is None:
+            raise ConceptError("a VAE is needed to learn from pictures; connect one")
+        pixels = ((images.float().permute(0, 2, 3, 1) + 1) / 2).cpu()
+        latents = self.vae.encode(pixels)
+        self._is_loaded = False     # the host may have made room for the VAE
+        return self.model.model.process_latent_in(latents.float()).to(self.device).clone()
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        pixels = self.vae.decode(self.model.model.process_latent_out(latents.detach().cpu()))
+        self._is_loaded = False
+        return (pixels.float().permute(0, 3, 1, 2) * 2 - 1).clamp(-1, 1)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, program: SiteProgram | None = None) -> Tensor:
+        management.throw_exception_if_processing_interrupted()      # also in the middle of a preview
+        self.load()
+        dtype = _dtype(self.model.model)
+        hidden = context.hidden.to(dtype)
+        mean = hidden.mean(1)
+        options = dict(self._patches)
+        if torch.is_grad_enabled():
+            options[ATTENTION] = differentiable_attention
+        if hidden.shape[1] > 1:
+            options[OFFSETS] = hidden - mean.unsqueeze(1)
+        if program is not None:
+            program.begin(context)
+            options[PROGRAM] = program
+        y = self._size_and_pooled(latents, context)
+        output = self.unet(latents.to(dtype), timesteps, context=mean, y=None if y is None else y.to(dtype), transformer_options=options)
+        return output.float()
+
+    def _size_and_pooled(self, latents: Tensor, context: Context) -> Tensor | None:
+        """SDXL's second conditioning: pooled text and the picture's own size."""
+        if getattr(self.unet, "num_classes", None) is None:
+            return None
+        height, width = (side * self.picture_multiple for side in latents.shape[-2:])
+        return self.model.model.encode_adm(pooled_output=context.pooled, device=self.device, height=height, width=width,
+                                           noise=latents, seed=0)
+
+    def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
+        self.load()
+        return self.sites.project(site, projection, x.to(_dtype(self.model.model)))
+
+    @contextmanager
+    def folded(self, deltas: Deltas) -> Iterator[None]:
+        if not deltas:
+            yield
+            return
+        self.load()
+        with ExitStack() as stack:
+            for (index, projection), delta in deltas.items():
+                fold = _Fold(self.sites.linear(self.layout.sites[index], projection), delta)
+                self._folds.append(fold)
+                stack.callback(self._folds.pop)
+                stack.callback(fold.undo)
+            yield
+
+    @contextmanager
+    def gradient_checkpointing(self, enabled: bool) -> Iterator[None]:
+        if not enabled:
+            yield
+            return
+        blocks = [module for module in self.unet.modules() if type(module).__name__ in _RECOMPUTED]
+        try:
+            for block in blocks:
+                block.forward = _recomputed(block.forward)
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+
+def _are_loaded(*patchers) -> bool:
+    return all(any(one.model is patcher for one in management.current_loaded_models) for patcher in patchers)
+
+
+class _Fold:
+    """A delta on a weight."""
+
+    def __init__(self, module: nn.Module, delta: Delta) -> None:
+        self.module, self.delta = module, delta
+        self._apply()
+
+    def _apply(self) -> None:
+        self.parameter = self.module.weight
+        self.before = self.parameter.data
+        self.parameter.data = (self.before.float() + self.delta.dense().to(self.before.device)).to(self.before.dtype)
+
+    def renew(self) -> None:
+        """Where the host has loaded weights anew it has put another parameter in the place of those that carry a LoRA."""
+        if self.module.weight is not self.parameter:
+            self._apply()
+
+    def undo(self) -> None:
+        self.parameter.data = self.before.to(self.parameter.device)      # the host may have moved it meanwhile
+
+
+def _recomputed(forward: Callable) -> Callable:
+    """`forward` without stored activations. The host writes the block's number into one dict for the whole pass; each call keeps its own
+    copy."""
+    def wrapped(*args, **kwargs):
+        if "transformer_options" in kwargs:
+            kwargs["transformer_options"] = dict(kwargs["transformer_options"])
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return wrapped
+
+
+def _overlay(*parts) -> str:
+    """Digest of what a run's result depends on beside the checkpoint's weights. A few numbers stand for each tensor."""
+    digest = hashlib.sha256()
+
+    def add(thing) -> None:
+        if torch.is_tensor(thing):
+            flat = thing.detach().flatten()
+            digest.update(str(tuple(thing.shape)).encode() + flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+        elif isinstance(thing, dict):
+            add(sorted(thing.items()))
+        elif isinstance(thing, (list, tuple)):
+            for item in thing:
+                add(item)
+        elif hasattr(thing, "weights"):
+            add(thing.weights)
+        else:
+            digest.update(str(getattr(thing, "__qualname__", thing)).encode())
+
+    add(parts)
+    return digest.hexdigest()[:16]
+
+
+def _ends(vae) -> tuple:
+    """First and last weight of an autoencoder."""
+    found = list(vae.first_stage_model.parameters())
+    return (found[0], found[-1]) if found else ()
+
+
+def _multiple(vae) -> int:
+    ratio = 8 if vae is None else getattr(vae, "downscale_ratio", 8)
+    return ratio if isinstance(ratio, int) else 8
+
+
+def _dtype(base) -> torch.dtype:
+    """The type in which the host computes, whatever its weights are stored as."""
+    return base.get_dtype() if base.manual_cast_dtype is None else base.manual_cast_dtype

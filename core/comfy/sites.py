@@ -1,0 +1,288 @@
+"""The sites of a ComfyUI UNet, and how layer-wise words and programs get to them: by ComfyUI's attn2 patches, its code stays its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.conds
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
+from torch import Tensor, nn
+
+from ..errors import ConceptError
+from ..model.backbone import SiteProgram
+from ..model.sites import Site, SiteLayout
+
+OFFSETS = "continual_concepts_offsets"      # keyword of the UNet call and key in transformer_options: layer copies minus their mean
+WORDS = "continual_concepts_words"          # the same, for whose words the tokens are: codes of concepts `[B, 1, N, 1]`, 0 = nobody's
+PROGRAM = "continual_concepts_program"      # key in transformer_options: the SiteProgram of this call
+TEXT = "continual_concepts_text"            # the prompts of this call, their offsets and words, where nobody else changes them; else None
+_ALONE = "continual_concepts_alone"         # there: whether nobody else's code sees the cells between to_q and to_out
+_INPUTS, _ATTENDED = "continual_concepts_inputs", "continual_concepts_attended"     # handed on inside one block call
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+ATTENTION = "optimized_attention_override"      # the host's key in transformer_options for another attention
+_RANK = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+_LAYER_PER_GROUP_ABOVE = 16      # as in the diffusers host
+Address = tuple[str, int, int]      # ComfyUI's name of a transformer block: input | middle | output, number, index inside
+
+
+def _address(path: str) -> Address:
+    """`input_blocks.1.1.transformer_blocks.0` -> ("input", 1, 0)."""
+    parts = path.split(".")
+    return (parts[0].removesuffix("_blocks").removesuffix("_block"), 0 if parts[0] == "middle_block" else int(parts[1]), int(parts[-1]))
+
+
+@dataclass(frozen=True)
+class UNetSites:
+    """layout: the sites under diffusers' names, as in every host; paths: site index -> module path of its transformer block."""
+
+    unet: nn.Module
+    layout: SiteLayout
+    paths: tuple[str, ...]
+
+    @property
+    def addresses(self) -> dict[Address, Site]:
+        return {_address(path): site for path, site in zip(self.paths, self.layout.sites, strict=True)}
+
+    def linear(self, site: Site, projection: str) -> nn.Module:
+        attention = self.unet.get_submodule(f"{self.paths[site.index]}.attn2")
+        return attention.to_out[0] if projection == "to_out" else getattr(attention, projection)
+
+    def key(self, site: Site, projection: str) -> str:
+        """Name of a projection's weight in a MODEL, as `add_patches` wants it."""
+        inner = "to_out.0" if projection == "to_out" else projection
+        return f"diffusion_model.{self.paths[site.index]}.attn2.{inner}.weight"
+
+    def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
+        module = self.linear(site, projection)
+        return module(x)
+
+
+def find_sites(model, text_widths: tuple[tuple[str, int], ...]) -> UNetSites:
+    """The sites of a MODEL; ConceptError when it is not a UNet of the Stable Diffusion 1, 2 or XL families."""
+    unet, config = model.model.diffusion_model, model.model.model_config.unet_config
+    suffix = ".attn2.to_q.weight"
+    mapping = comfy.utils.unet_to_diffusers(config) if "transformer_depth" in config else {}
+    names = {theirs.removesuffix(".to_q.weight"): ours.removesuffix(suffix) for theirs, ours in mapping.items() if theirs.endswith(suffix)}
+    if not names:
+        raise ConceptError(f"the model is a {type(model.model).__name__}, which has no text cross-attention sites; "
+                           "allowed: Stable Diffusion 1.x, 2.x and SDXL checkpoints")
+    ordered = sorted(names, key=lambda name: _RANK[name.split(".")[0]])
+    groups = list(dict.fromkeys(name.split(".transformer_blocks")[0] for name in ordered))
+    sites = []
+    for index, name in enumerate(ordered):
+        attention = unet.get_submodule(f"{names[name]}.attn2")
+        copy = index if len(ordered) <= _LAYER_PER_GROUP_ABOVE else groups.index(name.split(".transformer_blocks")[0])
+        width, context_width = attention.to_q.weight.shape[0], attention.to_k.weight.shape[1]
+        sites.append(Site(index, name, copy, attention.heads, width, context_width))
+    return UNetSites(unet, SiteLayout(tuple(sites), text_widths), tuple(names[name] for name in ordered))
+
+
+class OffsetCond(comfy.conds.CONDRegular):
+    """What each layer copy of a prompt adds to the prompt's mean, `[B, L, N, D]`; prompts of different length share a batch by repetition,
+    as ComfyUI's own CONDCrossAttn does with the prompts themselves."""
+
+    def can_concat(self, other) -> bool:
+        a, b = self.cond.shape, other.cond.shape
+        same = isinstance(other, OffsetCond) and (a[0], a[1], a[3]) == (b[0], b[1], b[3]) and self.cond.device == other.cond.device
+        return same and math.lcm(a[2], b[2]) <= 4 * min(a[2], b[2])
+
+    def concat(self, others) -> Tensor:
+        conds = [self.cond, *(other.cond for other in others)]
+        length = math.lcm(*(cond.shape[2] for cond in conds))
+        return torch.cat([cond.repeat(1, 1, length // cond.shape[2], 1) for cond in conds])
+
+
+def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
+    """Offsets `[B, L, n, D]` for a context `[B, N, D]` that other nodes may have changed, row by row: repeated where the context is a
+    repetition (batching), zero where something was appended (Conditioning Concat), zero where all is (Conditioning Zero Out)."""
+    if offsets.shape[0] != context.shape[0]:
+        raise ConceptError(f"layer-wise words came for {offsets.shape[0]} prompts, but another node made {context.shape[0]} of them; "
+                           "put that node before ElasticWeightAggregate")
+    n, length = offsets.shape[2], context.shape[1]
+    times = -(-length // n)
+    offsets = offsets.repeat(1, 1, times, 1)[:, :, :length]
+    if times > 1:
+        whole = context[:, :length - length % n].unflatten(1, (-1, n))
+        repeated = (whole == whole[:, :1]).all(-1).all(-1).all(-1) & (length % n == 0)
+        first = torch.arange(length, device=context.device) < n
+        offsets = offsets * (repeated[:, None, None, None] | first[:, None])
+    return offsets * (context != 0).any(-1).any(-1)[:, None, None, None]
+
+
+def progress_of(options: dict) -> float:
+    """Share of the sampling steps behind the current noise level: 0 at the first, 1 at the last."""
+    sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
+    if sigmas is None or sigma is None or len(sigmas) < 3:
+        return 0.0
+    done = int((sigmas[:-1] > sigma.flatten()[0].to(sigmas) + 1e-6).sum())
+    return min(1.0, done / (len(sigmas) - 2))
+
+
+class DiffusionWrapper:
+    """ComfyUI wrapper around the UNet call: moves the offsets of layer-wise words to where the sites find them.
+
+    program: called with the transformer options and the latent's shape before every UNet call; returns the SiteProgram or None.
+    """
+
+    def __init__(self, program: Callable | None = None) -> None:
+        self.program = program
+
+    def __call__(self, executor, x, timesteps, context, y=None, control=None, transformer_options=None, **kwargs):
+        offsets = kwargs.pop(OFFSETS, None)
+        options = dict(transformer_options or {})
+        if offsets is not None:
+            options[OFFSETS] = fit_offsets(offsets, context)
+        words = kwargs.pop(WORDS, None)
+        if words is not None:
+            options[WORDS] = fit_offsets(words, context)
+        if self.program is not None:
+            options[_ALONE], options[TEXT] = _is_alone(options), None
+            if options[_ALONE] and all(isinstance(one, (Before, Keep)) for one in options["patches"]["attn2_patch"]):
+                options[TEXT] = context, options.get(OFFSETS), options.get(WORDS)
+            options[PROGRAM] = self.program(options, x)
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
+
+class Before:
+    """attn2 patch: gives every site its layer copy."""
+
+    def __init__(self, addresses: dict[Address, Site]) -> None:
+        self.addresses = addresses
+
+    def __call__(self, n, context, value, options):
+        site = _site_of(self.addresses, options)
+        offsets = options.get(OFFSETS)
+        if offsets is not None and site is not None:
+            offset = offsets[:, site.copy].to(context)
+            value = context + offset if value is context else value + offset
+            context = context + offset
+        return n, context, value
+
+
+class Keep:
+    """attn2 patch, the last one: keeps for the program what goes into the projections, or gives them what it wants instead."""
+
+    def __init__(self, sites: UNetSites) -> None:
+        self.addresses = sites.addresses
+        self.skips_text = all(_is_plain(sites.linear(site, name)) for site in sites.layout.sites for name in ("to_k", "to_v"))
+
+    def __call__(self, n, context, value, options):
+        program, site = options.get(PROGRAM), _site_of(self.addresses, options)
+        if program is not None and site is not None and options.get(_ALONE):
+            entered = program.enter(site, n)
+            if entered is not None:
+                n, reads_text = entered
+                if not reads_text and self.skips_text:
+                    context, value = context[:, :0], value[:, :0]
+        options[_INPUTS] = (n, context, value)
+        return n, context, value
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a projection is torch's own arithmetic: what other kinds of weights do with an empty text nobody knows."""
+    weight = linear.weight
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _PLAIN and weight.device.type in ("cpu", "cuda")
+
+
+def _is_alone(options: dict) -> bool:
+    """Whether between to_q and to_out of the sites there is our code alone."""
+    patches, replaced = options.get("patches", {}), options.get("patches_replace", {}).get("attn2", {})
+    before, behind = patches.get("attn2_patch", []), patches.get("attn2_output_patch", [])
+    return (bool(before) and isinstance(before[-1], Keep) and all(isinstance(one, After) for one in behind)
+            and all(isinstance(one, Replace) and one.previous is None for one in replaced.values()))
+
+
+def _site_of(addresses: dict[Address, Site], options: dict) -> Site | None:
+    block = options.get("block")
+    return None if block is None else addresses.get((block[0], block[1], options.get("block_index", 0)))
+
+
+class Replace:
+    """attn2 replacement of one site: the program's projections and attention; `previous` is another node's replacement, or None."""
+
+    def __init__(self, site: Site, previous: Callable | None = None) -> None:
+        self.site = site
+        self.previous = previous.previous if isinstance(previous, Replace) else previous      # programs do not stack
+
+    def __call__(self, q, k, v, options):
+        program: SiteProgram | None = options.get(PROGRAM)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return _attention(query, key, value, self.site.heads, options)
+
+        def host(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(query, key, value) if self.previous is None else self.previous(query, key, value, options)
+
+        if program is None:
+            return host(q, k, v)
+        n, context, value = options[_INPUTS]
+        q = program.project(self.site, "to_q", n, q)
+        k, v = program.project(self.site, "to_k", context, k), program.project(self.site, "to_v", value, v)
+        out = program.attend(self.site, q, k, v, attend if self.previous is None else _Others(host, attend))
+        options[_ATTENDED] = out
+        return out
+
+
+class Within:
+    """attn1 replacement of a site's block: the program's self-attention; another node's replacement, `previous`, goes before it."""
+
+    def __init__(self, site: Site, previous: Callable | None = None) -> None:
+        self.site, self.previous = site, previous.previous if isinstance(previous, Within) else previous
+
+    def __call__(self, q, k, v, options):
+        program: SiteProgram | None = options.get(PROGRAM)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return _attention(query, key, value, self.site.heads, options)
+
+        if self.previous is not None:
+            return self.previous(q, k, v, options)
+        return attend(q, k, v) if program is None or not program.looks_within else program.attend_within(self.site, q, k, v, attend)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int, options: dict) -> Tensor:
+    if torch.is_grad_enabled():
+        return differentiable_attention(None, query, key, value, heads)
+    return optimized_attention(query, key, value, heads, attn_precision=options.get("attn_precision"), transformer_options=options)
+
+
+def differentiable_attention(_host, *args, **kwargs) -> Tensor:
+    """Torch's own, in place of the host's: that may have no gradient (SageAttention), and in pieces or sub-quadratic, as the host does it
+    without a graphics card, it is slower and keeps whole attention matrices for the backward pass."""
+    return attention_pytorch(*args, **kwargs)
+
+
+class _Others:
+    """Another node's attention; `plain` is attention without it."""
+
+    def __init__(self, theirs: Callable, plain: Callable) -> None:
+        self.theirs, self.plain = theirs, plain
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.theirs(query, key, value)
+
+
+class After:
+    """attn2 output patch: the program's change of to_out."""
+
+    def __init__(self, addresses: dict[Address, Site]) -> None:
+        self.addresses = addresses
+
+    def __call__(self, y, options):
+        program, site = options.get(PROGRAM), _site_of(self.addresses, options)
+        attended = options.pop(_ATTENDED, None)
+        if program is None or site is None or attended is None:
+            return y
+        return program.project(site, "to_out", attended, y)
+
+
+def program_patches(sites: UNetSites, previous: dict | None = None) -> dict:
+    """Everything a program needs, in the form of transformer options; `previous`: attn2 replacements that are there already."""
+    previous = previous or {}
+    replace = {address: Replace(site, previous.get(address) or previous.get(address[:2])) for address, site in sites.addresses.items()}
+    return {"patches": {"attn2_patch": [Before(sites.addresses), Keep(sites)], "attn2_output_patch": [After(sites.addresses)]},
+            "patches_replace": {"attn2": replace}}

@@ -1,0 +1,1 @@
+"""From a prompt to encoded text and to the deltas that it asks for."""

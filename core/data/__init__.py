@@ -1,0 +1,1 @@
+"""Photos, captions and masks as training batches."""

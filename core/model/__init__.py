@@ -1,0 +1,1 @@
+"""Sites, deltas, schedules and the backbone interface: what every other room is built on."""

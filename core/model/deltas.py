@@ -1,0 +1,194 @@
+"""Deltas: what a concept adds to a projection of a site, low rank or sparse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConceptError
+from .sites import PROJECTIONS, Site, SiteLayout
+
+DeltaKey = tuple[int, str]     # (site index, projection)
+SPARSE_SIZE = 2                # a sparse entry is a place and a value, twice the size of a number of a factor
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """`scale * up @ down`: up `[a, r]`, down `[r, b]` (the papers' A and B)."""
+
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.scale * (self.up.float() @ self.down.float())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The projection's change for input `x [..., b]`: `[..., a]`."""
+        return self.scale * F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
+
+    def scaled(self, weight: float) -> LowRankDelta:
+        return LowRankDelta(self.up, self.down, self.scale * weight)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.up, self.down
+
+    def to(self, device=None, dtype=None) -> LowRankDelta:
+        return LowRankDelta(self.up.to(device, dtype), self.down.to(device, dtype), self.scale)
+
+
+@dataclass(frozen=True)
+class SparseDelta:
+    """A few changed entries of an `[a, b]` weight: flat `indices` int32 and their `values`, times `scale`."""
+
+    size: tuple[int, int]
+    indices: Tensor
+    values: Tensor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    def dense(self) -> Tensor:
+        flat = torch.zeros(self.size[0] * self.size[1], dtype=torch.float32, device=self.values.device)
+        flat[self.indices.long()] = self.scale * self.values.float()
+        return flat.view(self.size)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense().to(x))
+
+    def scaled(self, weight: float) -> SparseDelta:
+        return SparseDelta(self.size, self.indices, self.values, self.scale * weight)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.indices, self.values
+
+    def to(self, device=None, dtype=None) -> SparseDelta:
+        return SparseDelta(self.size, self.indices.to(device), self.values.to(device, dtype), self.scale)
+
+
+Delta = LowRankDelta | SparseDelta
+Deltas = Mapping[DeltaKey, Delta]
+
+
+def check_fits(deltas: Deltas, layout: SiteLayout, owner: str) -> None:
+    """Raises ConceptError unless every delta has the shape of its projection."""
+    for (index, projection), delta in deltas.items():
+        if not 0 <= index < len(layout):
+            raise ConceptError(f"{owner} has a delta for site {index}; this base has {layout.describe()}")
+        wanted = layout.sites[index].shape(projection)
+        if tuple(delta.shape) != wanted:
+            raise ConceptError(f"{owner} has a {delta.shape[0]}x{delta.shape[1]} delta for {projection} of site {index}; "
+                               f"this base needs {wanted[0]}x{wanted[1]}")
+
+
+def concatenate(parts: Iterable[tuple[float, LowRankDelta]]) -> LowRankDelta:
+    """Weighted sum of low-rank deltas as one of summed rank: no a×b matrix is built."""
+    parts = [(weight * delta.scale, delta) for weight, delta in parts]
+    up = torch.cat([delta.up.float() * weight for weight, delta in parts], dim=1)
+    return LowRankDelta(up, torch.cat([delta.down.float() for _, delta in parts], dim=0))
+
+
+def weighted_sum(parts: list[tuple[float, Delta]]) -> Delta:
+    """Weighted sum of deltas of one projection. Low-rank ones are one product of their factors side by side, however many there are; the
+    sum stays low rank while that is the smaller form."""
+    if len(parts) == 1:
+        return parts[0][1].scaled(parts[0][0])
+    a, b = parts[0][1].shape
+    factors = [(weight, delta) for weight, delta in parts if isinstance(delta, LowRankDelta)]
+    stacked = concatenate(factors) if factors else None
+    if len(factors) == len(parts) and stacked.up.shape[1] * (a + b) < SPARSE_SIZE * a * b:
+        return stacked
+    total = torch.zeros(a, b, device=parts[0][1].tensors()[-1].device) if stacked is None else stacked.dense()
+    for weight, delta in parts:
+        if isinstance(delta, SparseDelta):
+            total += weight * delta.dense()
+    indices = total.flatten().nonzero().squeeze(1)
+    return SparseDelta((a, b), indices.int(), total.flatten()[indices])
+
+
+def pack(deltas: Deltas, layout: SiteLayout) -> tuple[dict[str, Tensor], dict]:
+    """A few tensors for a whole concept: factors of all sites side by side, so that a file of 1,000 concepts has a short header.
+
+    Returns tensors by name (`to_q.up` `[sum a, r]`, `to_q.down` `[r, sum b]`; or `to_k.indices`, `to_k.values`) and
+    the JSON that `unpack` needs.
+    """
+    tensors, notes = {}, {}
+    for projection in PROJECTIONS:
+        present = {index: delta for (index, name), delta in deltas.items() if name == projection}
+        if not present:
+            continue
+        indices = sorted(present)
+        kinds = {type(delta) for delta in present.values()}
+        if len(kinds) > 1:
+            raise ConceptError(f"the deltas of {projection} mix low rank and sparse; allowed: one form per projection")
+        note = {"sites": indices, "scale": [float(present[i].scale) for i in indices]}
+        if kinds == {LowRankDelta}:
+            ranks = {present[i].up.shape[1] for i in indices}
+            if len(ranks) > 1:
+                raise ConceptError(f"the deltas of {projection} have ranks {sorted(ranks)}; allowed: one rank per projection")
+            tensors[f"{projection}.up"] = torch.cat([present[i].up for i in indices], dim=0)
+            tensors[f"{projection}.down"] = torch.cat([present[i].down for i in indices], dim=1)
+        else:
+            note["counts"] = [present[i].indices.numel() for i in indices]
+            tensors[f"{projection}.indices"] = torch.cat([present[i].indices.int() for i in indices])
+            tensors[f"{projection}.values"] = torch.cat([present[i].values for i in indices])
+        notes[projection] = note
+    check_fits(deltas, layout, "the concept")
+    return tensors, notes
+
+
+def unpack(tensors: Mapping[str, Tensor], notes: dict, layout: SiteLayout) -> dict[DeltaKey, Delta]:
+    """Inverse of `pack`; raises ConceptError when tensors and notes do not agree."""
+    deltas: dict[DeltaKey, Delta] = {}
+    for projection, note in notes.items():
+        if any(not 0 <= i < len(layout) for i in note["sites"]) or len(set(note["sites"])) < len(note["sites"]):
+            raise ConceptError(f"the deltas of {projection} are for sites {note['sites']}; allowed: each of 0 to {len(layout) - 1} once")
+        scales = [float(scale) for scale in note["scale"]]
+        if not all(map(math.isfinite, scales)):
+            raise ConceptError(f"the deltas of {projection} have scales {scales}; allowed: finite numbers")
+        sites = [layout.sites[i] for i in note["sites"]]
+        read = _unpack_low_rank if f"{projection}.up" in tensors else _unpack_sparse
+        for site, delta in zip(sites, read(tensors, projection, note, sites, scales), strict=True):
+            deltas[site.index, projection] = delta
+    return deltas
+
+
+def _unpack_low_rank(tensors: Mapping[str, Tensor], projection: str, _note: dict, sites: list[Site], scales: list[float]) -> list[Delta]:
+    up, down = tensors[f"{projection}.up"], tensors[f"{projection}.down"]
+    shapes = [site.shape(projection) for site in sites]
+    ups = _split(up, [a for a, _ in shapes], 0, 2, f"{projection}.up")
+    downs = _split(down, [b for _, b in shapes], 1, 2, f"{projection}.down")
+    if up.shape[1] != down.shape[0]:
+        raise ConceptError(f"tensors '{projection}.up' and '{projection}.down' have ranks {up.shape[1]} and {down.shape[0]}; "
+                           "they must agree")
+    return [LowRankDelta(*factors) for factors in zip(ups, downs, scales, strict=True)]
+
+
+def _unpack_sparse(tensors: Mapping[str, Tensor], projection: str, note: dict, sites: list[Site],
+                   scales: list[float]) -> list[Delta]:
+    indices = _split(tensors[f"{projection}.indices"], note["counts"], 0, 1, f"{projection}.indices")
+    values = _split(tensors[f"{projection}.values"], note["counts"], 0, 1, f"{projection}.values")
+    deltas = []
+    for site, index, value, scale in zip(sites, indices, values, scales, strict=True):
+        a, b = site.shape(projection)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < a * b:
+            raise ConceptError(f"tensor '{projection}.indices' points outside the {a}x{b} weight of site {site.index}")
+        deltas.append(SparseDelta((a, b), index, value, scale))
+    return deltas
+
+
+def _split(tensor: Tensor, sizes: list[int], dim: int, ndim: int, name: str) -> tuple[Tensor, ...]:
+    if tensor.ndim != ndim or min(sizes, default=0) < 0 or tensor.shape[dim] != sum(sizes):
+        raise ConceptError(f"tensor '{name}' has shape {tuple(tensor.shape)}; of its {ndim} dimensions, {dim} must be {sum(sizes)}")
+    return tensor.split(sizes, dim=dim)

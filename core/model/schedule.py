@@ -1,0 +1,73 @@
+"""The noise schedule of a latent diffusion model, for epsilon and v prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import ConceptError
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def _expand(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def cumulative_alphas(start: float, end: float, steps: int = 1000, kind: str = "scaled_linear") -> Tensor:
+    """`[steps]` for betas that grow linearly ("linear"), or whose roots do ("scaled_linear": Stable Diffusion's)."""
+    if kind not in ("linear", "scaled_linear"):
+        raise ValueError(f"beta schedule {kind!r} is not supported; supported: scaled_linear, linear")
+    power = 2 if kind == "scaled_linear" else 1
+    betas = torch.linspace(start ** (1 / power), end ** (1 / power), steps, dtype=torch.float64) ** power
+    return torch.cumprod(1.0 - betas, dim=0).float()
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """alphas_cumprod: `[T]`, share of signal variance at each training timestep; prediction: what the UNet puts out."""
+
+    alphas_cumprod: Tensor
+    prediction: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ConceptError(f"prediction type is {self.prediction!r}; allowed: {', '.join(PREDICTIONS)}")
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio `[T]`."""
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    def _factors(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas_cumprod.to(like.device)[timesteps]
+        return _expand(alpha.sqrt(), like), _expand((1 - alpha).sqrt(), like)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        signal, sigma = self._factors(latents, timesteps)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet should put out: the noise, or v of Salimans & Ho (2022)."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, sigma = self._factors(latents, timesteps)
+        return signal * noise - sigma * latents
+
+    def to_epsilon(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The UNet's output as a noise estimate."""
+        if self.prediction == "epsilon":
+            return output
+        signal, sigma = self._factors(noisy, timesteps)
+        return signal * output + sigma * noisy
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Loss weights `[B]` of Hang et al. (2023), Min-SNR: min(snr, gamma) / snr for epsilon, over snr + 1 for v."""
+        snr = self.snr.to(timesteps.device)[timesteps]
+        return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)

@@ -1,0 +1,94 @@
+"""Sites: the text cross-attention layers (`attn2`) of a UNet, numbered in execution order (down, middle, up)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from ..errors import ConceptError
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+
+
+def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a site that has that many cells, for a latent of height × width (sides halve and round up per level)."""
+    rows, columns = height, width
+    while rows * columns > max(1, cells):
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    if rows * columns != cells:
+        raise ConceptError(f"a site with {cells} cells does not belong to a {height}x{width} latent")
+    return rows, columns
+
+
+@dataclass(frozen=True)
+class Site:
+    """One text cross-attention layer.
+
+    name: its diffusers module path (`down_blocks.0...attn2`), the same for every host; copy: the layer copy of the
+    context that it reads (0 when tokens are not layer-wise); width: features of the picture side; context_width: of the text side.
+    """
+
+    index: int
+    name: str
+    copy: int
+    heads: int
+    width: int
+    context_width: int
+
+    def shape(self, projection: str) -> tuple[int, int]:
+        """(a, b): output and input width of a projection."""
+        if projection not in PROJECTIONS:
+            raise ConceptError(f"projection '{projection}' is unknown; allowed: {', '.join(PROJECTIONS)}")
+        return self.width, (self.context_width if projection in ("to_k", "to_v") else self.width)
+
+
+@dataclass(frozen=True)
+class SiteLayout:
+    """All sites of one model family, with the text encoders' widths: what a concept has to fit.
+
+    text_widths: one entry per text encoder, name -> token vector width (`{"clip_l": 768}`; SDXL has two).
+    """
+
+    sites: tuple[Site, ...]
+    text_widths: tuple[tuple[str, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @cached_property
+    def copies(self) -> int:
+        """Layer copies of a token: 16 for SD1.5 (one per site), 11 for SDXL (one per transformer group)."""
+        return 1 + max(site.copy for site in self.sites)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short hash of every shape; two models with the same one can use each other's concepts."""
+        shapes = [(site.name, site.copy, site.heads, site.width, site.context_width) for site in self.sites]
+        return hashlib.sha256(json.dumps([shapes, self.text_widths]).encode()).hexdigest()[:16]
+
+    def splits(self, projection: str, side: int) -> list[int]:
+        """Widths of all sites on one side of a projection (0 = output, 1 = input), in site order."""
+        return [site.shape(projection)[side] for site in self.sites]
+
+    def describe(self) -> str:
+        widths = "/".join(str(width) for _, width in self.text_widths)
+        return f"{len(self)} sites with {self.sites[0].context_width}-wide context and {widths}-wide tokens"
+
+    def to_json(self) -> dict:
+        return {"sites": [asdict(site) for site in self.sites], "text_widths": list(self.text_widths)}
+
+    @classmethod
+    def from_json(cls, data: dict) -> SiteLayout:
+        """Reads what `to_json` wrote; raises ConceptError when the sites do not make sense."""
+        sites = tuple(Site(**site) for site in data["sites"])
+        for i, site in enumerate(sites):
+            sizes = (site.heads, site.width, site.context_width)
+            if site.index != i or not isinstance(site.name, str) or not all(isinstance(n, int) and n >= 1 for n in sizes):
+                raise ConceptError(f"site {i} of the layout is {site}; indices must run from 0, heads and widths be 1 or more")
+            if not isinstance(site.copy, int) or not 0 <= site.copy < len(sites):
+                raise ConceptError(f"site {i} of the layout reads layer copy {site.copy!r}; allowed: 0 to {len(sites) - 1}")
+        if not sites or not data["text_widths"]:
+            raise ConceptError("the layout has no sites or no text encoders")
+        return cls(sites, tuple((str(name), int(width)) for name, width in data["text_widths"]))

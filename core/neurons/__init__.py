@@ -1,0 +1,1 @@
+"""Concept neurons: how they are scored and selected."""

@@ -1,0 +1,92 @@
+"""Regions estimated each alone, as pictures of their own in one batch: windows of one size, of solo steps and of region noise on crops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..attention.packed import Stack
+from ..attention.token_lora import BoundConcepts, added_by_others
+from ..model.backbone import Backbone, SiteProgram
+from ..model.sites import Site
+from .attention import taken
+from .cover import Order
+from .permuted import ByRegion
+from .processor import DeltaProgram, Part, readings_of
+
+
+class RegionsApart(SiteProgram):
+    """K regions in a batch whose rows are theirs, B each, one region after another; that once for every half of guidance. Each reads its
+    own prompt with its own weights; of the scene there is nothing."""
+
+    def __init__(self, backbone: Backbone, scene: Part, parts: Sequence[Part]) -> None:
+        self.readings = readings_of(backbone, parts)
+        self.count = len(parts)
+        self.scene_concepts: BoundConcepts | None = None      # of the scene's prompt: other nodes may read it
+        self._scene = DeltaProgram(scene.deltas)
+        self._stacks: dict[int, Stack] = {}
+        self._orders: dict[tuple, Order] = {}
+        self._rows: dict[tuple, Tensor] = {}
+        self._batch: tuple = ()                # halves, rows in all
+        self._asked: Tensor | None = None      # what to_q of the running site read
+        self._more: Tensor | None = None       # what is to be added behind its to_out
+        self._pass: ByRegion | None = None     # of the running site, where it is gone through region by region
+
+    def take(self, halves: Sequence[int], rows: int) -> None:
+        """What the next call has: for every chunk of the batch its half of guidance (0 negative, 1 positive), and rows in all."""
+        self._batch = tuple(halves), rows
+
+    def _order(self, cells: int, device) -> Order:
+        """Where the cells of the batch are region by region, and back."""
+        key = (*self._batch, cells, str(device))
+        if key not in self._orders:
+            halves, rows = self._batch
+            places = torch.arange(rows * cells, device=device).view(len(halves), self.count, -1).transpose(0, 1).flatten()
+            home = torch.empty_like(places)
+            home[places] = torch.arange(len(places), device=device)
+            self._orders[key] = Order((places,), (home,), places, home)
+            self._rows[key] = torch.tensor(halves, device=device).repeat_interleave(rows // (len(halves) * self.count))
+        return self._orders[key]
+
+    def _rows_of(self, cells: int, device) -> Tensor:
+        return self._rows[(*self._batch, cells, str(device))]
+
+    def _stack(self, site: Site) -> Stack:
+        if site.index not in self._stacks:
+            self._stacks[site.index] = Stack(self.readings[site.index])
+        return self._stacks[site.index]
+
+    def enter(self, site: Site, x: Tensor) -> tuple[Tensor, bool] | None:
+        self._pass = ByRegion(self._order(x.shape[1], x.device), [self.count], [self._stack(site)], len(x))
+        self._cells = x.shape[1]
+        return self._pass.enter(x), False
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        if projection == "to_q":
+            self._asked = x
+            return y
+        if projection == "to_out":
+            running, more, self._pass, self._more = self._pass, self._more, None, None
+            return running.leave(y) if running is not None else y if more is None else y + more.to(y.dtype)
+        if self._pass is not None:      # nobody reads the text
+            return y
+        y = self._scene.project(site, projection, x, y)
+        return y if self.scene_concepts is None else self.scene_concepts.project(site, projection, x, y)
+
+    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+        if self._pass is not None:
+            return self._pass.attend(query, self._rows_of(self._cells, query.device), site.heads, default)
+        plain, stack, order = getattr(default, "plain", default), self._stack(site), self._order(query.shape[1], query.device)
+        own, asked, others = *(taken(x, order.whole, self.count) for x in (query, self._asked)), None
+        if plain is not default:
+            added = added_by_others(default, self._back(stack.asking(own, asked)[0], order, query), key, value)
+            others = taken(added, order.whole, self.count)
+        out, low = stack.attended(own, asked, self._rows_of(query.shape[1], query.device), site.heads, plain, others)
+        self._more = None if low is None else self._back(stack.added(low), order, query)
+        return self._back(out, order, query)
+
+    @staticmethod
+    def _back(x: Tensor, order: Order, like: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).index_select(0, order.home).view(like.shape)

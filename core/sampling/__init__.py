@@ -1,0 +1,1 @@
+"""Sampling in the library: the solver, guidance, attention guidance."""

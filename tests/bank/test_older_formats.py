@@ -1,0 +1,78 @@
+"""Banks of earlier format versions stay readable: one file of each lies beside this test and is never written again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.concepts import Concept, ConceptInfo, Provenance
+from continual_concepts.core.bank.format import VERSION, open_bank, save_bank
+from continual_concepts.core.bank.tokens import TokenGroup
+from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
+from continual_concepts.core.model.sites import PROJECTIONS
+
+FILES = Path(__file__).parent
+COVER = b"\xff\xd8\xff\xd9"      # the smallest thing that begins and ends like a JPEG
+
+
+def counted(*shape, start=0, dtype=torch.float16):
+    """Numbers that every version of torch makes alike."""
+    count = torch.Size(shape).numel()
+    return (((torch.arange(count) * 7 + start) % 61 - 30) / 16).reshape(shape).to(dtype)
+
+
+def first_bank(layout) -> ConceptBank:
+    """What the file of format 1 holds: low-rank and sparse deltas, layer copies and single ones, a stand-in, a cover, shared state."""
+    shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
+    low = {key: LowRankDelta(counted(a, 2, start=i), counted(2, b, start=i + 1), 0.5) for i, (key, (a, b)) in enumerate(shapes.items())}
+    places = torch.tensor([0, 3, 5], dtype=torch.int32)
+    sparse = {key: SparseDelta(shape, places, counted(3, start=i)) for i, (key, shape) in enumerate(shapes.items()) if key[1] == "to_k"}
+    origin = Provenance("abc", ("11", "22"), {"method": {"rank": 2}, "training": {"steps": 3}}, {"torch": "2"},
+                        "2026-01-01T00:00:00+00:00", 3, 1.5)
+
+    def words(name, count, copies, stand_in=""):
+        vectors = {encoder: counted(copies, count, width, start=count) for encoder, width in layout.text_widths}
+        return TokenGroup(tuple(f"{name}-{i}" for i in range(1, count + 1)), vectors, stand_in)
+
+    made = ConceptBank(layout)
+    for name, method, kind, group, deltas, cover in (
+        ("rex", "bound", "object", words("rex", 2, layout.copies, "dog"), low, COVER),
+        ("chalk", "cns", "style", words("chalk", 1, 1), sparse, b""),
+    ):
+        info = ConceptInfo(name, "dog" if kind == "object" else "drawing", method, group.words, kind, origin)
+        made = made.add(Concept(info, group, deltas, cover), {method: {"state": counted(4, dtype=torch.float32)}})
+    return made
+
+
+def contents(bank: ConceptBank) -> dict:
+    found = {("shared", method, name): t for method, state in bank.shared.items() for name, t in state.items()}
+    for concept in bank:
+        found[concept.name] = (concept.info.to_json(), concept.cover, concept.tokens.stand_in)
+        found |= {(concept.name, key, i): t for key, delta in concept.deltas.items() for i, t in enumerate(delta.tensors())}
+        found |= {(concept.name, key, "scale"): getattr(delta, "scale", None) for key, delta in concept.deltas.items()}
+        found |= {(concept.name, encoder): t for encoder, t in concept.tokens.vectors.items()}
+    return found
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(v, two[k]) and v.dtype == two[k].dtype if torch.is_tensor(v) else v == two[k]
+                                            for k, v in one.items())
+
+
+@pytest.mark.parametrize("version", range(1, VERSION + 1))
+def test_a_bank_of_every_version_reads_as_it_was_written(layout, version):
+    assert same(contents(open_bank(FILES / f"format-{version}.safetensors")), contents(first_bank(layout)))
+
+
+@pytest.mark.parametrize("version", range(1, VERSION + 1))
+def test_it_goes_on_in_todays_format(layout, version, tmp_path, make_concept):
+    shutil.copy(FILES / f"format-{version}.safetensors", tmp_path / "old.safetensors")
+    grown = open_bank(tmp_path / "old.safetensors").add(make_concept(layout, "new"))
+    save_bank(grown, tmp_path / "old.safetensors")
+    again = open_bank(tmp_path / "old.safetensors")
+    assert again.names == ["rex", "chalk", "new"]
+    assert same(contents(again.remove("new")), contents(first_bank(layout)))

@@ -1,0 +1,82 @@
+"""Placeholders: parsing, errors that help, captions and plain text."""
+
+from __future__ import annotations
+
+import pytest
+
+from continual_concepts.core.bank.concepts import ConceptInfo
+from continual_concepts.core.bank.prompts import Vocabulary, WordRef, caption_with_placeholder, named_concepts, plain_text
+from continual_concepts.core.errors import ConceptError
+
+REX = ConceptInfo("rex", "dog", "cidm", ("rex-1", "rex-2"))
+MIMI = ConceptInfo("mimi", "cat", "cidm", ("fluffy", "cat_3"))
+INFOS = {"rex": REX, "mimi": MIMI}
+
+
+@pytest.fixture
+def vocabulary():
+    return Vocabulary(INFOS.values())
+
+
+def test_a_placeholder_becomes_the_words_of_its_concept(vocabulary):
+    assert vocabulary.parse("a <rex> on grass") == ["a ", WordRef("rex", 0), WordRef("rex", 1), " on grass"]
+
+
+def test_a_word_can_stand_alone(vocabulary):
+    assert vocabulary.parse("<cat_3>") == [WordRef("mimi", 1)]
+
+
+@pytest.mark.parametrize("prompt", ["", "a dog", "a < b > c", "3 <4", "<lora:rex:1>", "()[]{}"])
+def test_text_without_placeholders_stays_text(vocabulary, prompt):
+    assert "".join(vocabulary.parse(prompt)) == prompt
+    assert named_concepts(vocabulary.parse(prompt)) == []
+
+
+def test_each_concept_is_named_once_in_order(vocabulary):
+    assert named_concepts(vocabulary.parse("<fluffy> and <rex>, <mimi>, <rex-2>")) == ["mimi", "rex"]
+
+
+@pytest.mark.parametrize(("prompt", "hint"), [("<rexx>", "<rex>"), ("<zzzzzz>", "known: ")])
+def test_an_unknown_placeholder_is_refused_with_a_hint(vocabulary, prompt, hint):
+    with pytest.raises(ConceptError, match=hint):
+        vocabulary.parse(prompt)
+
+
+def test_an_empty_bank_says_so():
+    with pytest.raises(ConceptError, match="empty"):
+        Vocabulary([]).parse("<rex>")
+
+
+@pytest.mark.parametrize("other", [ConceptInfo("rex-1", "dog", "cidm", ("a", "b")), ConceptInfo("b", "dog", "cidm", ("rex", "c"))])
+def test_two_concepts_cannot_claim_one_placeholder(other):
+    with pytest.raises(ConceptError, match="rename one"):
+        Vocabulary([REX, other])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a photo of <rex> on a beach", "a photo of dog on a beach"),
+        ("<rex> and <mimi>", "dog and cat"),
+        ("<rex-1> <rex-2>  runs", "dog runs"),
+        ("<rex> beside <rex>", "dog beside dog"),
+        ("a  plain\nprompt ", "a plain prompt"),
+    ],
+)
+def test_plain_text_has_class_nouns(vocabulary, prompt, expected):
+    assert plain_text(vocabulary.parse(prompt), INFOS) == expected
+
+
+@pytest.mark.parametrize(
+    ("caption", "noun", "expected"),
+    [
+        ("", "dog", "a photo of <rex>"),
+        ("a Dog and a dog", "dog", "a <rex> and a dog"),
+        ("a hotdog", "dog", "<rex>, a hotdog"),
+        ("on grass", "", "<rex>, on grass"),
+        ("a <rex-1> runs", "dog", "a <rex-1> runs"),
+        ("a (small) dog.", "(small) dog", "<rex>, a (small) dog."),
+    ],
+)
+def test_captions_name_the_concept(caption, noun, expected):
+    assert caption_with_placeholder(caption, "rex", noun) == expected

@@ -1,0 +1,122 @@
+"""`bench training`, `aggregation`, `bank`: the figures are what they say, on a tiny base."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from continual_concepts.benchmarks.__main__ import main
+from continual_concepts.benchmarks.cost import command as benchmarks
+from continual_concepts.benchmarks.cost import scale as scale_cost
+from continual_concepts.benchmarks.cost import training as training_cost
+from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.conditioning.routing import aggregate
+from continual_concepts.core.methods import METHODS
+
+
+class ToyHost:
+    """A tiny base; its rival takes ten seconds a step and two GiB."""
+
+    def __init__(self, backbone) -> None:
+        self.backbone, self.setup = backbone, training_cost.Setup(pixels=64)
+
+    def training(self):
+        return nullcontext()
+
+    def rivals(self):
+        return {"core": lambda steps: {"seconds": [10.0, 12.0], "peak_gb": 2.0}}
+
+
+@pytest.fixture(autouse=True)
+def narrow(tiny_backbone, monkeypatch):
+    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
+
+
+@pytest.fixture
+def host(tiny_backbone):
+    return ToyHost(tiny_backbone)
+
+
+def test_training_figures(host, monkeypatch):
+    monkeypatch.setattr(training_cost, "CONCEPTS", (1, 3))
+    said = []
+    found = training_cost.measure(host, 3, 2, said.append)
+    json.dumps(found)
+    row = found["rows"]["cidm"]
+    assert set(found["rows"]) == set(training_cost.ROWS) and set(row["concepts"]) == {"1", "3"}
+    assert row["faster_than_core"] == pytest.approx(10.0 / row["step_seconds"]) and row["step_over_forwards"] > 1
+    assert found["rows"]["cidm, one copy"].keys() == row.keys() - {"concepts", "hundred_over_one", "peak_hundred_over_one"}
+    assert found["core"] == {"step_seconds": 10.0, "peak_gb": 2.0} and found["step_seconds"] == found["rows"]["bound"]["step_seconds"]
+    assert "hundred_over_one" in row and "hundred_over_one" not in found["rows"]["cidm, one copy"]
+    assert len(said) == len(training_cost.ROWS) + 1
+
+
+def test_ratios_are_of_neighbours(host, monkeypatch):
+    """A machine that gets slower from round to round changes none of them; the first round is left out."""
+    now = iter(range(10**6))
+    monkeypatch.setattr(training_cost, "_clock", lambda run: (run(), float(2 ** (next(now) // 3)))[1])
+    one, two = (training_cost.random_bank(host.backbone.layout, "bound", count) for count in (1, 2))
+    found = training_cost.paces(host, "bound", one, 3)
+    assert [pace.text for pace in found] == [2.0, 4.0, 8.0] and training_cost._row(found, 1.0)["step_over_forwards"] == 0.5
+    monkeypatch.setattr(training_cost, "_clock", lambda run: (run(), float(3 ** (next(now) // 2)))[1])
+    now = iter(range(10**6))
+    row = training_cost._grown(training_cost.growth(host, "bound", [one, two], 3), [1.0, 1.5])
+    assert row["hundred_over_one"] == 1 and row["peak_hundred_over_one"] == 1.5 and row["concepts"]["100"]["step_seconds"] == 3
+
+
+def test_steps_of_other_peoples_optimisers_are_counted():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def train() -> None:
+        for _ in range(3):
+            weight.grad = torch.ones(1)
+            optimizer.step()
+
+    assert len(training_cost.optimizer_steps(train)["seconds"]) == 2
+    train()      # and no longer
+
+
+def test_aggregation_figures(tiny_backbone):
+    found = scale_cost.aggregation(tiny_backbone, 4, 1)
+    assert set(found["apply_seconds"]) == {"sharp", "paper", "released", "equal"} and found["sampling_over_plain"] > 0
+    json.dumps(found)
+
+
+def test_the_stacked_sum_is_the_naive_one(tiny_backbone):
+    bank = training_cost.random_bank(tiny_backbone.layout, "cidm", 5)
+    deltas = aggregate(tiny_backbone, bank, "a dog", METHODS, "equal").deltas
+    for key, delta in deltas.items():
+        naive = sum(concept.deltas[key].dense() for concept in bank) / 5
+        assert torch.allclose(delta.dense(), naive, atol=1e-4)
+
+
+def test_bank_figures(tiny_backbone, tmp_path):
+    found = scale_cost.bank(tiny_backbone, 20, tmp_path, 1)
+    opened = open_bank(tmp_path / "bank-20.safetensors")
+    assert opened.names == [f"old{i}" for i in range(20)] and opened["old19"].deltas.keys() == opened["old3"].deltas.keys()
+    assert found["concept_mb"] == pytest.approx((tmp_path / "bank-20.safetensors").stat().st_size / 20e6)
+    assert 0 < found["open_seconds"] < 5 and found["concepts"] == 20
+
+
+@pytest.mark.parametrize(("bench", "flag", "value"), [("training", "steps", 1), ("aggregation", "concepts", 1), ("bank", "rounds", 0)])
+def test_bad_flags_are_named(bench, flag, value, tmp_path, capsys):
+    assert main([bench, "--json", str(tmp_path / "x.json"), f"--{flag}", str(value)]) == 1
+    assert f"{flag} is {value}; allowed" in capsys.readouterr().err
+
+
+def test_the_commands_write_and_tell(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarks, "_host", lambda options: host)
+    monkeypatch.setattr(training_cost, "CONCEPTS", (1, 2))
+    common = {"comfyui": None, "pixels": 64, "precision": "float32", "rounds": 1}
+    wishes = (("aggregation", {"concepts": 3}, "from prompt to weights"), ("bank", {"concepts": 3}, "MB"),
+              ("training", {"steps": 2, "profile": tmp_path / "profile.txt", "rows": None, "alone": False}, "times as fast as core"))
+    for bench, more, word in wishes:
+        file = tmp_path / f"{bench}.json"
+        result, lines = getattr(benchmarks, bench)(Namespace(file=file, **common, **more))
+        assert json.loads(file.read_text()) == json.loads(json.dumps(result)) and any(word in line for line in lines)
+    assert (tmp_path / "profile.txt").read_text().count("one step") == 2

@@ -1,0 +1,174 @@
+"""The command line as a person uses it, on the embedded base: success, and one clear sentence for every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.cli import commands
+from continual_concepts.core.cli.parser import main
+from continual_concepts.core.demo import scenes as world
+
+QUICK = ["--steps", "2", "--batch-size", "2"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three pictures of one individual, two of them with captions."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, (picture, caption) in enumerate(world.CONCEPTS["rex"].pictures(3, seed=1)):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        if i:
+            (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture
+def bank_file(tmp_path, photos, capsys):
+    file = tmp_path / "bank.safetensors"
+    assert main(["learn", str(photos), "--bank", str(file), "--name", "rex", "--noun", "dog", *QUICK]) == 0
+    capsys.readouterr()
+    return file
+
+
+def rename_in_captions(folder, name: str) -> None:
+    for caption in folder.glob("*.txt"):
+        caption.write_text(caption.read_text().replace("<rex>", f"<{name}>"))
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Runs a command that must fail; returns its one sentence."""
+    assert main(list(arguments)) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    sentences = [line for line in error if line.startswith("continual-concepts: ")]
+    assert len(sentences) == 1 and "Traceback" not in "\n".join(error)
+    return sentences[0]
+
+
+def test_learn_list_sample_rename_remove(bank_file, photos, tmp_path, capsys):
+    rename_in_captions(photos, "mimi")
+    assert main(["learn", str(photos), "--bank", str(bank_file), "--name", "mimi", "--noun", "cat", *QUICK]) == 0
+    assert open_bank(bank_file).names == ["rex", "mimi"]
+    assert open_bank(bank_file)["rex"].cover[:2] == b"\xff\xd8"
+    capsys.readouterr()
+    assert main(["--json", "bank", "list", str(bank_file)]) == 0
+    assert [c["name"] for c in json.loads(capsys.readouterr().out)["concepts"]] == ["rex", "mimi"]
+    out = tmp_path / "out"
+    assert main(["sample", "a photo of <rex>", "--bank", str(bank_file), "--output", str(out), "--count", "2", "--steps", "2"]) == 0
+    assert len(list(out.glob("*.png"))) == 2
+    assert main(["bank", "rename", str(bank_file), "mimi", "tom"]) == 0
+    assert main(["bank", "remove", str(bank_file), "rex"]) == 0
+    assert open_bank(bank_file).names == ["tom"]
+    assert main(["bank", "verify", str(bank_file)]) == 0
+
+
+def test_words_of_several_parts_are_placeholders_of_their_own(tmp_path, photos):
+    file = tmp_path / "bank.safetensors"
+    for caption in photos.glob("*.txt"):
+        caption.unlink()
+    assert main(["learn", str(photos), "--bank", str(file), "--name", "dog", "--noun", "dog", "--words", "dog1,dog2", *QUICK]) == 0
+    vocabulary = open_bank(file).vocabulary
+    assert vocabulary.parse("<dog>") == [p for p in vocabulary.parse("<dog1> <dog2>") if p != " "]
+
+
+def test_merge_writes_both(bank_file, photos, tmp_path):
+    other, merged = tmp_path / "other.safetensors", tmp_path / "merged.safetensors"
+    rename_in_captions(photos, "mimi")
+    assert main(["learn", str(photos), "--bank", str(other), "--name", "mimi", "--noun", "cat", *QUICK]) == 0
+    assert main(["bank", "merge", str(bank_file), str(other), "--output", str(merged)]) == 0
+    assert open_bank(merged).names == ["rex", "mimi"]
+
+
+def test_bad_pictures_and_banks_are_named_and_the_bank_is_untouched(bank_file, photos, tmp_path, capsys):
+    before = bank_file.read_bytes()
+    learn = ["--bank", str(bank_file), "--name", "tom", "--noun", "cat", *QUICK]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no pictures" in refused(capsys, "learn", str(empty), *learn)
+    assert "does not exist" in refused(capsys, "learn", str(tmp_path / "nowhere"), *learn)
+    (photos / "broken.png").write_bytes(b"not a picture")
+    assert "broken.png" in refused(capsys, "learn", str(photos), *learn)
+    (photos / "broken.png").unlink()
+    assert "already holds" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "rex", "--noun", "dog", *QUICK)
+    assert "'bad name'" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "bad name", "--noun", "dog", *QUICK)
+    assert "'rnk'" in refused(capsys, "learn", str(photos), *learn, "--set", "rnk=4")
+    assert bank_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"\x08\x00\x00\x00\x00\x00\x00\x00{\"a\":1}"])
+def test_foreign_files_are_no_banks(tmp_path, photos, capsys, content):
+    file = tmp_path / "foreign.safetensors"
+    file.write_bytes(content)
+    for command in (["bank", "list", str(file)], ["learn", str(photos), "--bank", str(file), "--name", "rex", "--noun", "dog", *QUICK]):
+        assert "foreign.safetensors" in refused(capsys, *command)
+    assert file.read_bytes() == content
+
+
+def test_a_damaged_concept_is_named(bank_file, capsys):
+    data = bytearray(bank_file.read_bytes())
+    data[-4000:] = b"\xff" * 4000      # NaN in any floating type
+    bank_file.write_bytes(bytes(data))
+    assert "'rex'" in refused(capsys, "bank", "verify", str(bank_file))
+
+
+def test_unknown_placeholders_get_a_hint(bank_file, capsys):
+    assert "did you mean <rex>" in refused(capsys, "sample", "a photo of <rexx>", "--bank", str(bank_file), "--steps", "1")
+
+
+def test_numbers_that_explode_end_the_run(bank_file, photos, capsys):
+    before = bank_file.read_bytes()
+    sentence = refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "tom", "--noun", "cat", "--steps", "40",
+                       "--batch-size", "1", "--max-grad-norm", "0", "--set", "lr=1e30", "--set", "token_lr=1e30")
+    assert "became" in sentence and "at step" in sentence and bank_file.read_bytes() == before
+
+
+def test_a_bank_of_another_base_is_refused(bank_file, photos, capsys, tiny_backbone, monkeypatch):
+    before = bank_file.read_bytes()
+    monkeypatch.setattr(commands, "load_backbone", lambda options: tiny_backbone)
+    assert "another base" in refused(capsys, "sample", "a photo of <rex>", "--bank", str(bank_file), "--steps", "1")
+    assert "another base" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "tom", "--noun", "cat", *QUICK)
+    assert bank_file.read_bytes() == before
+
+
+def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, monkeypatch):
+    whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
+    arguments = ["--name", "rex", "--noun", "dog", "--steps", "4", "--batch-size", "2"]
+    assert main(["learn", str(photos), "--bank", str(whole), *arguments]) == 0
+    original, count = commands.learn_concept, {"steps": 0}
+
+    def interrupted(task, method, data, training, callback, checkpoint, team):
+        def stop(info):
+            callback(info)
+            if info.step == 2:
+                raise KeyboardInterrupt
+
+        return original(task, method, data, training, stop if not count["steps"] else callback, checkpoint, team=team)
+
+    monkeypatch.setattr(commands, "learn_concept", interrupted)
+    assert main(["learn", str(photos), "--bank", str(stopped), *arguments]) == 130
+    assert not stopped.exists()
+    count["steps"] = 1
+    assert main(["learn", str(photos), "--bank", str(stopped), *arguments]) == 0
+    one, two = open_bank(whole)["rex"], open_bank(stopped)["rex"]
+    for key, delta in one.deltas.items():
+        assert torch.equal(delta.up, two.deltas[key].up) and torch.equal(delta.down, two.deltas[key].down)
+    assert all(torch.equal(vector, two.tokens.vectors[name]) for name, vector in one.tokens.vectors.items())
+    assert not list(tmp_path.glob(".*checkpoint"))
+
+
+def test_devices_that_are_not_there(bank_file, capsys):
+    assert "device" in refused(capsys, "sample", "a dog", "--device", "warp", "--steps", "1")
+
+
+def test_photos_of_the_benchmark_run_through(tmp_path, shared_dir):
+    cifc, file = shared_dir / "data" / "cifc", tmp_path / "bank.safetensors"
+    for name, noun, folder, words in (("dog", "dog", "dog", "dog1,dog2"), ("duck", "duck toy", "duck_toy", "duck1,duck2,duck3")):
+        photos = [str(cifc / "images" / folder), "--captions", str(cifc / "caption" / folder)]
+        assert main(["learn", *photos, "--bank", str(file), "--name", name, "--noun", noun, "--words", words, *QUICK]) == 0
+    bank = open_bank(file)
+    assert bank.infos["duck"].words == ("duck1", "duck2", "duck3") and len(bank.infos["dog"].provenance.images) == 5

@@ -1,0 +1,113 @@
+"""Sites gone through region by region: the same result with fewer operations, and only where every cell is one region's or the scene's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from continual_concepts.benchmarks.cost.synthetic import Operations, context_of, deltas_of
+from continual_concepts.benchmarks.regional import cost as regional_cost
+from continual_concepts.core.hosts.diffusers import multi_head
+from continual_concepts.core.regional.processor import Part, RegionProgram
+from continual_concepts.core.regional.regions import Region
+from continual_concepts.core.sampling.sampling import SampleSettings, sample_regions
+
+PARTITIONS = {
+    "whole": [(0, 0, 1, 1)],
+    "halves": [(0, 0, 1, 0.5), (0, 0.5, 1, 1)],
+    "quarters": [(0, 0, 0.5, 0.5), (0, 0.5, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1)],
+    "sizes apart": [(0, 0, 1, 0.75), (0, 0.75, 1, 1)],      # two groups
+    "free cells": [(0, 0, 1, 0.5)],
+    "islands": [(0.25, 0, 0.75, 0.25), (0.25, 0.5, 0.75, 0.75)],
+}
+OTHERS = {
+    "overlap": [Region("a", (0, 0, 1, 0.75)), Region("b", (0, 0.5, 1, 1))],
+    "soft": [Region("a", (0, 0, 1, 0.5), feather=0.2), Region("b", (0, 0.5, 1, 1), feather=0.2)],
+    "weak": [Region("a", (0, 0, 1, 0.5)), Region("b", (0, 0.5, 1, 1), strength=0.5)],
+    "nobody": [Region("a", (0, 0, 1, 0.5), end=0.2)],
+    "many fillings": [Region("a", (0, 0, 0.5, 1)), Region("b", (0.5, 0, 1, 0.5)), Region("c", (0.5, 0.5, 1, 1))],      # one group
+}
+
+
+@pytest.fixture
+def program(tiny_backbone, monkeypatch):
+    """Of regions with boxes: bound or routed concepts, the last of several has none; the scene has one of each kind."""
+    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
+
+    def build(boxes, is_bound=True, rows=(0, 1)):
+        _, parts, bound = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(len(boxes)), is_bound)
+        if is_bound:
+            parts[0] = replace(parts[0], bound={name: {k: d for k, d in deltas.items() if k[1] != "to_q"} for name, deltas in
+                                                parts[0].bound.items()})      # no delta of to_q: its columns are fillings
+        if len(parts) > 1:
+            parts[-1] = Part(context_of(2, 1, seed=3), {})
+        regions = [box if isinstance(box, Region) else Region("a", box) for box in boxes]
+        own = deltas_of(tiny_backbone.layout, seed=9)
+        scene = Part(context_of(2, 1, seed=1, words={"own": (1, 2)}), deltas_of(tiny_backbone.layout, seed=8), {"own": own})
+        return RegionProgram(tiny_backbone, scene, regions, parts, torch.tensor(rows), (8, 8))
+
+    return build
+
+
+def through(backbone, program, site, x, entered: bool):
+    """What to_out gives at a site, entered or not."""
+    def attend(*qkv):
+        return multi_head(*qkv, site.heads)
+
+    text = program.scene.context.at(site)[program.rows]
+    if entered:
+        x, reads_text = program.enter(site, x)
+        text = text if reads_text else text[:, :0]
+    query, key, value = (program.project(site, name, of, backbone.project(site, name, of))
+                         for name, of in (("to_q", x), ("to_k", text), ("to_v", text)))
+    attended = program.attend(site, query, key, value, attend)
+    return program.project(site, "to_out", attended, backbone.project(site, "to_out", attended))
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (1,), (0, 0, 0, 1, 1, 1)])
+@pytest.mark.parametrize("is_bound", [True, False])
+@pytest.mark.parametrize("name", PARTITIONS)
+@torch.no_grad()
+def test_it_gives_the_same(tiny_backbone, program, name, is_bound, rows):
+    running = program(PARTITIONS[name], is_bound, rows)
+    for site, cells in ((tiny_backbone.layout.sites[0], 64), (tiny_backbone.layout.sites[2], 16)):
+        x = torch.randn(len(rows), cells, site.width, generator=torch.Generator().manual_seed(0))
+        one, other = (through(tiny_backbone, running, site, x, entered) for entered in (True, False))
+        assert torch.allclose(one, other, atol=1e-5), (one - other).abs().max()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_it_is_left_alone_elsewhere(tiny_backbone, program, name):
+    running, site = program(OTHERS[name]), tiny_backbone.layout.sites[0]
+    running.progress = 0.5
+    assert running.enter(site, torch.zeros(2, 64, site.width)) is None
+    assert program(PARTITIONS["halves"]).enter(site, torch.zeros(2, 64, site.width)) is not None
+
+
+def test_a_picture_is_the_same(tiny_backbone, region_bank, monkeypatch):
+    settings = SampleSettings(steps=3, cfg=3.0, size=(32, 32))
+    regions = [Region("<rex>", (0, 0, 1, 0.5)), Region("<mimi> at night", (0, 0.5, 1, 1)), Region("a car", (0, 0, 1, 1), end=0.5)]
+
+    def picture():
+        return sample_regions(tiny_backbone, region_bank, "a room", regions, [1, 2], settings)
+
+    entered, original = [], RegionProgram.enter
+    monkeypatch.setattr(RegionProgram, "enter", lambda *args: entered.append(original(*args) is not None) or original(*args))
+    one = picture()
+    monkeypatch.setattr(RegionProgram, "enter", lambda *_: None)
+    assert torch.allclose(one, picture(), atol=1e-4) and {True, False} == set(entered)
+
+
+@pytest.mark.parametrize("is_bound", [True, False])
+def test_what_it_saves(tiny_backbone, program, is_bound, monkeypatch):
+    running, site = program(PARTITIONS["halves"], is_bound), tiny_backbone.layout.sites[0]
+    x, found = torch.randn(2, 64, site.width), []
+    with torch.inference_mode():
+        for entered in (True, False):
+            through(tiny_backbone, running, site, x, entered)      # prepares
+            with Operations() as counter:
+                through(tiny_backbone, running, site, x, entered)
+            found.append(counter.count)
+    assert found[0] <= found[1] - 5

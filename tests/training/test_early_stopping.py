@@ -1,0 +1,124 @@
+"""Looks while a concept is learned: when they end learning, and that a cut run with them goes on exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.concepts import Provenance
+from continual_concepts.core.data.photos import Framing, Picture, prepare
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods.base import Task, make
+from continual_concepts.core.training.config import TrainingConfig
+from continual_concepts.core.training.early_stopping import has_stalled
+from continual_concepts.core.training.loop import learn
+from continual_concepts.core.training.record import is_same_work
+
+CONFIG = TrainingConfig(steps=12, batch_size=1, resolution=32, patience=2, look_every=2)
+RATES = {"lr": 1e-2, "token_lr": 1e-2}
+
+
+@given(st.lists(st.floats(0, 1), max_size=12), st.integers(1, 4))
+def test_it_has_stalled_when_the_last_looks_brought_nothing(scores, patience):
+    best = scores.index(max(scores)) if scores else 0
+    assert has_stalled(scores, patience) == (len(scores) > patience and best < len(scores) - patience)
+    assert not has_stalled(scores, 0)
+
+
+@pytest.fixture
+def run(tiny_backbone):
+    photos = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1) for i in range(2)]
+    data = prepare(tiny_backbone, photos, "rex", "dog", Framing(32, "crop", True))
+
+    def go(config=CONFIG, judge=None, callback=None, file=None):
+        task = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout), generator=torch.Generator().manual_seed(0))
+        return learn(task, make("bound", RATES), data, config, callback, file, judge=judge)
+
+    return go
+
+
+def scripted(scores):
+    """A judge with the given answers, and what it was asked about."""
+    left, steps = list(scores), []
+
+    def judge(bank, step):
+        assert "rex" in bank
+        steps.append(step)
+        return left.pop(0)
+
+    return judge, steps
+
+
+def tensors(learned):
+    return [t for _, delta in sorted(learned.concept.deltas.items()) for t in delta.tensors()]
+
+
+def test_learning_ends_when_looks_get_no_better_and_the_record_says_after_how_many_steps(run):
+    judge, steps = scripted([0.1, 0.3, 0.2, 0.3, 0.9, 0.9])
+    learned = run(judge=judge)
+    assert steps == [2, 4, 6, 8] and len(learned.losses) == 8 and learned.concept.info.provenance.steps == 8
+
+
+def test_looks_that_get_better_change_nothing(run):
+    judge, steps = scripted([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    learned, plain = run(judge=judge), run(replace(CONFIG, patience=0, look_every=0))
+    assert steps == [2, 4, 6, 8, 10, 12] and len(learned.losses) == 12
+    assert all(torch.equal(a, b) for a, b in zip(tensors(learned), tensors(plain), strict=True))
+
+
+def test_a_cut_run_remembers_its_looks(run, tmp_path):
+    answers = [0.1, 0.3, 0.2, 0.25, 0.9]
+    whole = run(judge=scripted(answers)[0])
+
+    def cut(info):
+        if info.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(judge=scripted(answers)[0], callback=cut, file=tmp_path / "c")
+    judge, steps = scripted(answers[2:])
+    resumed = run(judge=judge, file=tmp_path / "c")
+    assert steps == [6, 8] and resumed.losses == whole.losses
+    assert all(torch.equal(a, b) for a, b in zip(tensors(resumed), tensors(whole), strict=True))
+    again = run(judge=scripted([])[0], file=tmp_path / "c")      # it had ended: not a step more
+    assert again.losses == whole.losses
+
+
+@pytest.mark.parametrize("cut_at", [4, 6, 8])
+def test_a_look_that_was_cut_off_is_made_up_for(run, tmp_path, cut_at):
+    answers = [0.1, 0.3, 0.2, 0.25, 0.9]
+    whole = run(judge=scripted(answers)[0])
+    asked = scripted(answers)[0]
+
+    def cancelled(bank, step):
+        if step == cut_at:
+            raise KeyboardInterrupt
+        return asked(bank, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(judge=cancelled, file=tmp_path / "c")
+    judge, steps = scripted(answers[cut_at // 2 - 1:])
+    resumed = run(judge=judge, file=tmp_path / "c")
+    assert steps[0] == cut_at and resumed.losses == whole.losses
+    assert all(torch.equal(a, b) for a, b in zip(tensors(resumed), tensors(whole), strict=True))
+
+
+def test_what_cannot_be_judged_is_refused(run):
+    with pytest.raises(ConceptError, match="setting 'patience' is 2; allowed: 0 where nothing says how good"):
+        run()
+    with pytest.raises(ConceptError, match="setting 'look_every' is 0; allowed: 1 or more"):
+        TrainingConfig(patience=1)
+
+
+def test_a_record_of_before_a_setting_existed_had_its_default():
+    method, config = make("bound", RATES), TrainingConfig(steps=5)
+    settings = {"method": {"lr": 1e-2, "token_lr": 1e-2}, "training": {"steps": 5}}
+    origin = Provenance(base="b", images=(), settings=settings, versions={}, date="", steps=5, seconds=1.0)
+    assert is_same_work(origin, method, config)
+    assert not is_same_work(origin, method, replace(config, patience=1, look_every=1))
+    assert not is_same_work(origin, make("bound", RATES | {"rank": 2}), config)

@@ -1,0 +1,138 @@
+"""Several processes learn what one does; where memory runs out, smaller pieces do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.data.photos import Framing, Picture, prepare
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods import METHODS
+from continual_concepts.core.methods.base import Task, make
+from continual_concepts.core.training.config import TrainingConfig
+from continual_concepts.core.training.loop import Run
+from continual_concepts.core.training.micro_batches import OUT_OF_MEMORY, passes
+from continual_concepts.core.training.process_group import Team
+
+
+@pytest.fixture(scope="module")
+def training_set(tiny_backbone):
+    g = torch.Generator().manual_seed(3)
+    pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, caption) for caption in ("a <spot>", "", "<spot> in a park", "")]
+    return prepare(tiny_backbone, pictures, "spot", "dog", Framing(32, flip=False))
+
+
+def run_of(backbone, data, method="bound", team=None, bank=None, **config):
+    task = Task("spot", "dog", backbone, bank or ConceptBank(backbone.layout))
+    settings = TrainingConfig(**{"steps": 3, "batch_size": 2, "resolution": 32, **config})
+    return Run(task, make(method), data, settings, *(() if team is None else (team,)))
+
+
+def parameters(run):
+    return torch.cat([p.detach().flatten() for p in run.parameters])
+
+
+def in_pieces(backbone, limit, monkeypatch):
+    """A backbone whose memory holds `limit` pictures; returns how many it was asked for."""
+    sizes, predict = [], backbone.predict
+
+    def short_of_memory(latents, *args):
+        sizes.append(len(latents))
+        if len(latents) > limit:
+            raise OUT_OF_MEMORY("CUDA out of memory")
+        return predict(latents, *args)
+
+    monkeypatch.setattr(backbone, "predict", short_of_memory)
+    return sizes
+
+
+@pytest.mark.parametrize("config", [{}, {"caption_dropout": 0.5}, {"accumulation": 2}, {"batch_size": 3}])
+def test_a_batch_in_pieces_teaches_the_same(tiny_backbone, training_set, monkeypatch, config):
+    whole, pieces = (run_of(tiny_backbone, training_set, **config) for _ in range(2))
+    for _ in range(3):
+        whole.step()
+    sizes = in_pieces(tiny_backbone, 1, monkeypatch)
+    for _ in range(3):
+        pieces.step()
+    assert max(sizes[:2]) > 1 and set(sizes[4:]) == {1} and pieces.piece == 1
+    assert torch.allclose(parameters(pieces), parameters(whole), atol=1e-5)
+    assert pieces.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+def test_memory_for_not_one_picture_is_told(tiny_backbone, training_set, monkeypatch):
+    run = run_of(tiny_backbone, training_set)
+    before = parameters(run)
+    in_pieces(tiny_backbone, 0, monkeypatch)
+    with pytest.raises(ConceptError, match="memory ran out at step 1 of concept 'spot' with 1 pictures of 32 pixels"):
+        run.step()
+    assert torch.equal(parameters(run), before)
+
+
+def test_replay_is_added_to_every_piece(tiny_backbone, training_set, make_concept, monkeypatch):
+    bank = ConceptBank(tiny_backbone.layout).add(make_concept(tiny_backbone.layout, "rex", 1, method="lwf"))
+    run = run_of(tiny_backbone, training_set, "lwf", bank=bank)
+    sizes = in_pieces(tiny_backbone, 2, monkeypatch)
+    run.step()
+    assert sizes[0] == 4 and 2 in sizes and torch.isfinite(parameters(run)).all()      # one picture and its wish of old
+
+
+def test_shares_are_equal_and_make_up_the_batch(tiny_backbone, training_set):
+    run = run_of(tiny_backbone, training_set, batch_size=4)
+    batch = training_set.draw(4, 1.0, torch.Generator().manual_seed(1))
+    parts = []
+    for rank in range(2):
+        found = list(passes(batch, run.method, run.config, 1000, torch.Generator().manual_seed(2), Team(rank, 2), piece=1))
+        assert [one.weight for one in found] == [0.5, 0.5]
+        parts.append(found)
+    whole = next(passes(batch, run.method, run.config, 1000, torch.Generator().manual_seed(2), Team()))
+    shared = [parts[i % 2][i // 2] for i in range(4)]
+    assert torch.equal(torch.cat([one.drawn.noise for one in shared]), whole.drawn.noise)
+    assert torch.equal(torch.cat([one.batch.latents for one in shared]), whole.batch.latents)
+    assert tuple(one.batch.prompts[0] for one in shared) == whole.batch.prompts
+    with pytest.raises(ConceptError, match="a batch has 3 pictures; with 2 processes allowed: a multiple of 2"):
+        Team(0, 2).share(3)
+
+
+@pytest.mark.parametrize("method", sorted(name for name, entry in METHODS.items() if entry.method.learns_alone))
+def test_methods_that_learn_alone_say_so(tiny_backbone, training_set, method):
+    with pytest.raises(ConceptError, match=f"method '{method}' looks at its own gradients or replays"):
+        run_of(tiny_backbone, training_set, method, Team(0, 2))
+
+
+def command(*arguments, processes=1, folder=None):
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    done = subprocess.run([sys.executable, "-I", *start, "-m", "continual_concepts.core", *map(str, arguments)], cwd=folder, text=True,
+                          capture_output=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (60 * i, 200 - 40 * i, 90)).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path
+
+
+def test_two_processes_learn_what_one_does(photos, installed):
+    """The command itself, on the embedded base."""
+    said = {}
+    for processes in (1, 2):
+        bank = photos / f"{processes}.safetensors"
+        wish = ["--bank", bank, "--name", "spot", "--noun", "dog", "--steps", 3, "--batch-size", 4]
+        said[processes] = json.loads(command("--json", "learn", photos / "photos", *wish, processes=processes, folder=photos))
+    one, two = (open_bank(photos / f"{n}.safetensors")["spot"] for n in (1, 2))
+    for key, delta in one.deltas.items():
+        assert torch.allclose(two.deltas[key].dense(), delta.dense(), atol=2e-5)
+    assert torch.allclose(two.tokens.vectors["clip_l"].float(), one.tokens.vectors["clip_l"].float(), atol=2e-3)
+    assert any(delta.dense().abs().max() > 1e-4 for delta in one.deltas.values()) and said[1].keys() == said[2].keys()
+    assert not list(photos.glob(".*checkpoint"))
