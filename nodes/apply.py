@@ -8,10 +8,9 @@ from comfy_api.latest import io, ui
 from ..core.comfy import apply as putting
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.comfy.text import concept_clip, encode
-from ..core.conditioning.routing import aggregate, bound_deltas
+from ..core.conditioning.routing import aggregate, token_lora_deltas
 from ..core.errors import ConceptError
 from ..core.images import to_tensor, weights_picture
-from ..core.methods.base import METHODS
 from . import types
 from .schema import Schema
 
@@ -70,10 +69,10 @@ class ElasticWeightAggregate(io.ComfyNode):
         only = concept.strip().strip("<>") if mode == ONE else ""
         if mode == ONE and not only:
             raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds {', '.join(bank.names)}")
-        found = aggregate(backbone, bank, prompt, METHODS, MODES[mode], strength, only=only)
+        found = aggregate(backbone, bank, prompt, MODES[mode], strength, only=only)
         layerwise = any(part.tokens.copies > 1 for part in bank)
         patched = putting.fold(model, backbone.sites, found.deltas if strength else {}, layerwise)
-        patched = putting.with_bound(patched, backbone.sites, bound_deltas(bank, METHODS, strength, [only] if only else None))
+        patched = putting.with_bound(patched, backbone.sites, token_lora_deltas(bank, strength, [only] if only else None))
         new_clip = concept_clip(clip, bank)
         picture = to_tensor(weights_picture(found.names, found.weights, f"weights, {mode}, strength {strength:g}"))
         return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture, ui=ui.PreviewImage(picture, cls=cls))

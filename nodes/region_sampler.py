@@ -15,10 +15,9 @@ from ..core.comfy import apply as putting
 from ..core.comfy import regions as regional
 from ..core.comfy.sites import UNetSites, find_sites
 from ..core.comfy.text import concept_clip, encode, learned_positions, subject_of, text_widths
-from ..core.conditioning.routing import aggregate, bound_deltas, standing_deltas
+from ..core.conditioning.routing import aggregate, always_on_deltas, token_lora_deltas
 from ..core.errors import ConceptError
 from ..core.images import regions_picture, to_tensor
-from ..core.methods.base import METHODS
 from ..core.model.backbone import Context
 from ..core.regional.found import prompts_apart
 from ..core.regional.noise import AREAS, OUTSIDE, NoiseSettings
@@ -181,7 +180,7 @@ class RegionalConceptSampler(io.ComfyNode):
         talk = _Talk(concept_clip(clip, bank), bank, sites, strength)
         positive = talk.encode(scene) if positive is None else positive
         negative = talk.encode(negative_scene) if negative is None else negative
-        model = putting.fold(model, sites, standing_deltas(bank, METHODS), layerwise)
+        model = putting.fold(model, sites, always_on_deltas(bank), layerwise)
         on = [region for region in regions or [] if region.strength > 0]
         _check_masks(on, latent_image)
         finding = find_regions and not on and talk.named(scene)
@@ -210,7 +209,7 @@ class _Talk:
 
     def __init__(self, clip, bank: ConceptBank, sites: UNetSites, strength: float) -> None:
         self.clip, self.bank, self.sites, self.strength = clip, bank, sites, strength
-        self.bound = bound_deltas(bank, METHODS, strength)
+        self.bound = token_lora_deltas(bank, strength)
 
     def encode(self, text: str):
         return encode(self.clip, text)
@@ -218,7 +217,7 @@ class _Talk:
     def deltas(self, text: str) -> dict:
         if not len(self.bank) or not self.strength:
             return {}
-        return aggregate(_LayoutOnly(self.sites.layout), self.bank, text, METHODS, "sharp", self.strength, standing=False).deltas
+        return aggregate(None, self.bank, text, "sharp", self.strength, always_on=False).deltas
 
     def context(self, conditioning) -> Context:
         copies = max([part.tokens.copies for part in self.bank], default=1)
@@ -253,13 +252,6 @@ def _checked(noise: NoiseSettings, whole: list[str]) -> NoiseSettings:
         raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, which belongs to the whole picture; "
                            "choose noise_area 'frame'")
     return replace(noise, solo=0.0) if whole else noise
-
-
-class _LayoutOnly:
-    """Sharp routing asks a backbone for its layout and nothing else."""
-
-    def __init__(self, layout) -> None:
-        self.layout = layout
 
 
 def _check_masks(regions: list[Region], latent: dict) -> None:

@@ -144,7 +144,8 @@ def make_concept():
     from continual_concepts.core.model.deltas import LowRankDelta
     from continual_concepts.core.model.sites import PROJECTIONS
 
-    def make(layout, name="rex", seed=0, words=2, layerwise=True, method="cidm", rank=2, size=1.0, dtype=torch.float32, cover=b""):
+    def make(layout, name="rex", seed=0, words=2, layerwise=True, method="cidm", rank=2, size=1.0, dtype=torch.float32, cover=b"",
+             composition=None):
         g = torch.Generator().manual_seed(seed)
 
         def random(*shape):
@@ -155,7 +156,8 @@ def make_concept():
         shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
         deltas = {key: LowRankDelta(random(a, rank), random(rank, b), 0.5) for key, (a, b) in shapes.items()}
         origin = Provenance("abc", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"}, "2025-01-01T00:00:00+00:00", 3, 1.5)
-        return Concept(ConceptInfo(name, "dog", method, names, provenance=origin), TokenGroup(names, vectors), deltas, cover)
+        info = ConceptInfo(name, "dog", method, names, provenance=origin, composition=composition)
+        return Concept(info, TokenGroup(names, vectors), deltas, cover)
 
     return make
 

@@ -10,7 +10,6 @@ import torch
 from ...core.bank.bank import ConceptBank, Entry
 from ...core.bank.format import open_bank, save_bank
 from ...core.conditioning.routing import MODES, aggregate
-from ...core.methods import METHODS
 from ...core.model.backbone import Backbone
 from .synthetic import context_of, seconds
 from .training import random_bank
@@ -38,7 +37,7 @@ def aggregation(backbone: Backbone, concepts: int, rounds: int) -> dict:
     found: dict = {"concepts": concepts, "apply_seconds": {}}
 
     def apply(mode: str):
-        deltas = aggregate(backbone, bank, prompt, METHODS, mode).deltas
+        deltas = aggregate(backbone, bank, prompt, mode).deltas
         with backbone.folded(deltas):
             pass
         return deltas

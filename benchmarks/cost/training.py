@@ -80,9 +80,9 @@ class Host(Protocol):
     def rivals(self) -> Mapping[str, Callable[[int], Look]]: ...
 
 
-def tokens_of(layout: SiteLayout, name: str, copies: int, generator: torch.Generator, stand_in: str = "") -> TokenGroup:
+def tokens_of(layout: SiteLayout, name: str, copies: int, generator: torch.Generator, placeholder_noun: str = "") -> TokenGroup:
     vectors = {encoder: 0.02 * torch.randn(copies, 2, width, generator=generator) for encoder, width in layout.text_widths}
-    return TokenGroup(default_words(name, 2), vectors, stand_in)
+    return TokenGroup(default_words(name, 2), vectors, placeholder_noun)
 
 
 def random_bank(layout: SiteLayout, method: str, count: int) -> ConceptBank:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from ...core.model.backbone import Backbone, Context
-from ...core.regional.processor import Part, RegionProgram
+from ...core.regional.processor import Part, RegionProcessor
 from ..cost.synthetic import Operations, context_of, peak_gb, sd15_backbone
 from .boxes import Box, boxes_of, parts_of
 
@@ -39,7 +39,7 @@ class DiffusersCost:
     def __init__(self, backbone: Backbone, pixels: int, steps: int) -> None:
         self.backbone, self.side, self.steps, self.counter = backbone, pixels // 8, steps, None
 
-    def _stepped(self, context: Context, program=None) -> dict:
+    def _stepped(self, context: Context, processor=None) -> dict:
         x = torch.randn(2, self.backbone.latent_channels, self.side, self.side, generator=torch.Generator().manual_seed(1))
         seen = []
 
@@ -47,7 +47,7 @@ class DiffusersCost:
             for i in range(self.steps if self.counter is None else 2):
                 began = time.perf_counter()
                 with self.counter if i and self.counter is not None else nullcontext():
-                    self.backbone.predict(x, torch.tensor([900 - i] * 2), context, program)
+                    self.backbone.predict(x, torch.tensor([900 - i] * 2), context, processor)
                 seen.append(time.perf_counter() - began)
 
         return {"peak_gb": peak_gb(steps), "seconds": seen[1:]}
@@ -58,8 +58,8 @@ class DiffusersCost:
     def regions(self, boxes: Sequence[Box], is_bound: bool = True) -> dict:
         regions, parts, _ = parts_of(self.backbone.layout, boxes, is_bound)
         scene = Part(context_of(2, 1, seed=1), {})
-        program = RegionProgram(self.backbone, scene, regions, parts, torch.tensor([0, 1]), (self.side, self.side))
-        return self._stepped(scene.context, program)
+        processor = RegionProcessor(self.backbone, scene, regions, parts, torch.tensor([0, 1]), (self.side, self.side))
+        return self._stepped(scene.context, processor)
 
 
 def comfyui_cost(folder: Path, pixels: int, steps: int) -> Cost:

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ...core.bank.bank import ConceptBank
 from ...core.conditioning.routing import aggregate
-from ...core.methods.base import METHODS
-from ...core.model.backbone import Backbone, Context, SiteProgram
+from ...core.model.backbone import AttentionProcessor, Backbone, Context
 from ...core.model.deltas import Deltas
 from ...core.regional.noise import NoiseSettings, region_noise
-from ...core.regional.processor import DeltaProgram, Part, RegionProgram
+from ...core.regional.processor import DeltaProcessor, Part, RegionProcessor
 from ...core.regional.regions import Region, masks_of
 from ...core.sampling.sampling import SampleSettings, denoise, encode, guided, sample, sample_found, sample_regions, starting_noise
 
@@ -81,21 +80,22 @@ def prompt(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
 
 
 def _all_at_once(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Deltas:
-    return aggregate(backbone, bank, wish.listed, METHODS).deltas
+    return aggregate(backbone, bank, wish.listed).deltas
 
 
 def _halves(backbone: Backbone, bank: ConceptBank, text: str, settings: SampleSettings, count: int = 1) -> tuple[Context, Context]:
     return tuple(Context.cat([encode(backbone, bank, [words])] * count) for words in (settings.negative, text))
 
 
-def _by_masks(backbone: Backbone, bank: ConceptBank, wish: Wish, loaded: Deltas, programs: list[SiteProgram | None]) -> Tensor:
+def _by_masks(backbone: Backbone, bank: ConceptBank, wish: Wish, loaded: Deltas, processors: list[AttentionProcessor | None]) -> Tensor:
     """Every region's prompt over the whole frame, noises mixed by masks."""
     contexts = [_halves(backbone, bank, region.prompt, wish.settings, len(wish.seeds)) for region in wish.regions]
     latents = starting_noise(backbone, wish.seeds, wish.settings.size).to(backbone.device)
     masks = masks_of(wish.regions, *latents.shape[-2:])
 
     def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
-        each = [guided(backbone, x, t, *context, wish.settings.cfg, program) for context, program in zip(contexts, programs, strict=True)]
+        each = [guided(backbone, x, t, *context, wish.settings.cfg, processor)
+                for context, processor in zip(contexts, processors, strict=True)]
         return region_noise(torch.zeros_like(x), torch.stack(each), masks, 0.0)
 
     with backbone.folded(loaded):
@@ -109,7 +109,7 @@ def masked(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
 
 @torch.no_grad()
 def hooks(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    return _by_masks(backbone, bank, wish, {}, [DeltaProgram(aggregate(backbone, bank, r.prompt, METHODS).deltas) for r in wish.regions])
+    return _by_masks(backbone, bank, wish, {}, [DeltaProcessor(aggregate(backbone, bank, r.prompt).deltas) for r in wish.regions])
 
 
 @torch.no_grad()
@@ -120,11 +120,11 @@ def couple(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
     rows = torch.tensor([0] * count + [1] * count, device=backbone.device)
     with backbone.folded(_all_at_once(backbone, bank, wish)):
         parts = [Part(Context.cat(list(_halves(backbone, bank, region.prompt, settings))), {}) for region in wish.regions]
-        program = RegionProgram(backbone, Part(Context.cat(list(scene)), {}), wish.regions, parts, rows, tuple(latents.shape[-2:]))
+        processor = RegionProcessor(backbone, Part(Context.cat(list(scene)), {}), wish.regions, parts, rows, tuple(latents.shape[-2:]))
         negative, positive = (Context.cat([half] * count) for half in scene)
 
         def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
-            return guided(backbone, x, t, negative, positive, settings.cfg, program)
+            return guided(backbone, x, t, negative, positive, settings.cfg, processor)
 
         return backbone.decode_latents(denoise(backbone, latents, settings.steps, estimate))
 

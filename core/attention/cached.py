@@ -8,15 +8,15 @@ from torch import Tensor
 from ..model.backbone import Context
 from ..model.sites import Site
 from .packed import Reading, Stack
-from .token_lora import BoundConcepts, BoundProgram, columns_of
+from .token_lora import TokenLora, TokenLoraProcessor, head_extension
 
 
-class KeptBound(BoundProgram):
+class CachedTokenLora(TokenLoraProcessor):
     """A BoundProgram for one text under weights that do not change, as within one sampling; without gradients. After its first pass over a
     site it reads no text there, and a site has two operations more than a plain one. The host says when the text is another one: by taking
     another program."""
 
-    def __init__(self, concepts: BoundConcepts, rows: int, device) -> None:
+    def __init__(self, concepts: TokenLora, rows: int, device) -> None:
         super().__init__({})
         self.concepts = concepts
         self._rows = torch.arange(rows, device=device)
@@ -38,7 +38,7 @@ class KeptBound(BoundProgram):
 
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
         if site.index not in self._stacks:
-            columns = columns_of(site.heads, key, value, self.concepts.bindings(site))
+            columns = head_extension(site.heads, key, value, self.concepts.bindings(site))
             self._stacks[site.index] = Stack([Reading(key, value, columns)])
         flat = (x.reshape(1, -1, x.shape[-1]) for x in (query, self._asked))
         out, self._more = self._stacks[site.index].attended(*flat, self._rows, site.heads, default)

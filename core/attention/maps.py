@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.backbone import Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Context
 from ..model.sites import Site, grid_of
 
 FINEST = 256     # cells of the finest grid that is looked at, or a sixteenth of the latent's where that is more
@@ -23,10 +23,10 @@ def attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
     return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1).mean(1)
 
 
-class MapProgram(SiteProgram):
+class MapProcessor(AttentionProcessor):
     """Another program that also keeps the maps of the last forward pass, with gradient."""
 
-    def __init__(self, inner: SiteProgram) -> None:
+    def __init__(self, inner: AttentionProcessor) -> None:
         self.inner, self.maps, self.recording = inner, [], True
 
     def begin(self, context: Context) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.deltas import Delta, LowRankDelta
-from .token_lora import Columns, attend_longer, with_columns
+from .token_lora import HeadExtension, attend_longer, with_columns
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -24,7 +24,7 @@ class Reading:
 
     key: Tensor
     value: Tensor
-    columns: Columns = field(default_factory=Columns)
+    columns: HeadExtension = field(default_factory=HeadExtension)
     query: Delta | None = None
     out: Delta | None = None
 

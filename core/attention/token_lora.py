@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConceptError
-from ..model.backbone import Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Context
 from ..model.deltas import Delta, Deltas, LowRankDelta
 from ..model.sites import Site
 
@@ -34,7 +34,7 @@ def own_positions(context: Context, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Binding:
+class TokenAdapter:
     """A concept at a site: `own [B, N]`, 1 at its words, and its deltas of to_q and to_out, None where it has none."""
 
     own: Tensor
@@ -43,7 +43,7 @@ class Binding:
 
 
 @dataclass(frozen=True)
-class Columns:
+class HeadExtension:
     """What bound concepts add to attention at a site, ranks side by side; each pair is None where no concept has such a delta.
 
     asks `[x, b]`: makes the query of an input `[..., b]` longer, the same for every head; key `[B, N, H, x]`: so much longer are the keys;
@@ -56,7 +56,7 @@ class Columns:
     behind: Tensor | None = None
 
 
-def columns_of(heads: int, key: Tensor, value: Tensor, bindings: Sequence[Binding]) -> Columns:
+def head_extension(heads: int, key: Tensor, value: Tensor, bindings: Sequence[TokenAdapter]) -> HeadExtension:
     """key, value `[B, N, a]`, the concepts' dK and dV in them already."""
     k, v = (x.unflatten(-1, (heads, -1)) for x in (key, value))
     asks, keys, values, behind = [], [], [], []
@@ -68,7 +68,7 @@ def columns_of(heads: int, key: Tensor, value: Tensor, bindings: Sequence[Bindin
         if one.out is not None:
             values.append(torch.einsum("bnhd,rhd->bnhr", v, one.out.down.to(v).unflatten(1, (heads, -1))) * own)
             behind.append(one.out.scale * one.out.up)
-    return Columns(*(torch.cat(parts, dim) if parts else None for parts, dim in ((asks, 0), (keys, -1), (values, -1), (behind, 1))))
+    return HeadExtension(*(torch.cat(parts, dim) if parts else None for parts, dim in ((asks, 0), (keys, -1), (values, -1), (behind, 1))))
 
 
 def longer_attention(heads: int, query: Tensor, key: Tensor, value: Tensor, longer: Tensor | None, key_more: Tensor | None,
@@ -94,14 +94,14 @@ def attend_longer(heads: int, query: Tensor, key: Tensor, value: Tensor, longer:
     return attended[..., :width].flatten(2), attended[..., width:].sum(2) if attended.shape[-1] > width else None
 
 
-def bound_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                    bindings: Sequence[Binding]) -> tuple[Tensor, Tensor | None]:
+def token_lora_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, value: Tensor,
+                    bindings: Sequence[TokenAdapter]) -> tuple[Tensor, Tensor | None]:
     """Attention with bound concepts.
 
     asked `[B, S, b]`: what to_q read; query `[B, S, a]`; key, value `[B, N, a]`, the bound concepts' dK and dV in them already. Returns the
     attended values `[B, S, a]`, which go through the frozen to_out, and what is to be added behind it `[B, S, a]` (None: nothing).
     """
-    columns = columns_of(heads, key, value, bindings)
+    columns = head_extension(heads, key, value, bindings)
     longer = None if columns.asks is None else F.linear(asked, columns.asks.to(asked))
     attended, low = longer_attention(heads, query, key, value, longer, columns.key, columns.value)
     return attended, None if low is None else F.linear(low, columns.behind.to(low))
@@ -113,7 +113,7 @@ def added_by_others(default, query: Tensor, key: Tensor, value: Tensor) -> Tenso
     return 0.0 if plain is None else default(query, key, value) - plain(query, key, value)
 
 
-class BoundConcepts:
+class TokenLora:
     """Bound concepts of one encoded batch. deltas: concept -> its deltas, low rank on to_q and to_out."""
 
     def __init__(self, deltas: Mapping[str, Deltas], context: Context) -> None:
@@ -122,7 +122,7 @@ class BoundConcepts:
         self.deltas = {name: deltas[name] for name in self.own}
 
     @classmethod
-    def at(cls, own: Mapping[str, Tensor], deltas: Mapping[str, Deltas]) -> BoundConcepts:
+    def at(cls, own: Mapping[str, Tensor], deltas: Mapping[str, Deltas]) -> TokenLora:
         """With positions `[B, N]` per concept that are known already."""
         found = cls.__new__(cls)
         found.own, found.deltas = dict(sorted(own.items())), {name: deltas[name] for name in own}
@@ -131,7 +131,7 @@ class BoundConcepts:
     def __bool__(self) -> bool:
         return bool(self.own)
 
-    def __getitem__(self, rows: Tensor) -> BoundConcepts:
+    def __getitem__(self, rows: Tensor) -> TokenLora:
         """The same concepts for other rows `[B]` of the batch."""
         return self.at({name: own[rows] for name, own in self.own.items()}, self.deltas)
 
@@ -146,25 +146,25 @@ class BoundConcepts:
                 y = y + (delta.apply(x) * own.unsqueeze(-1).to(x)).to(y.dtype)
         return y
 
-    def bindings(self, site: Site) -> list[Binding]:
-        found = [Binding(own, self._get(name, site, "to_q"), self._get(name, site, "to_out")) for name, own in self.own.items()]
+    def bindings(self, site: Site) -> list[TokenAdapter]:
+        found = [TokenAdapter(own, self._get(name, site, "to_q"), self._get(name, site, "to_out")) for name, own in self.own.items()]
         for name, one in zip(self.own, found, strict=True):
             if not all(delta is None or isinstance(delta, LowRankDelta) for delta in (one.query, one.out)):
                 raise ConceptError(f"concept '{name}' has a sparse delta on to_q or to_out of site {site.index}; allowed there: low rank")
         return found
 
 
-class BoundProgram(SiteProgram):
+class TokenLoraProcessor(AttentionProcessor):
     """Bound concepts while training, or in prompts without regions. deltas: concept -> its deltas."""
 
     def __init__(self, deltas: Mapping[str, Deltas]) -> None:
         self.deltas = deltas
-        self.concepts: BoundConcepts | None = None
+        self.concepts: TokenLora | None = None
         self._asked: Tensor | None = None      # what to_q of the running site read
         self._more: Tensor | None = None       # what is to be added behind its to_out
 
     def begin(self, context: Context) -> None:
-        self.concepts = BoundConcepts(self.deltas, context)
+        self.concepts = TokenLora(self.deltas, context)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         if projection == "to_q":
@@ -178,5 +178,5 @@ class BoundProgram(SiteProgram):
     def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
         if not self.concepts:
             return default(query, key, value)
-        attended, self._more = bound_attention(site.heads, self._asked, query, key, value, self.concepts.bindings(site))
+        attended, self._more = token_lora_attention(site.heads, self._asked, query, key, value, self.concepts.bindings(site))
         return attended + added_by_others(default, query, key, value)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from ..errors import ConceptError
 from ..model.deltas import Deltas, check_fits
 from ..model.sites import SiteLayout
+from .composition import Composition, unwritten
 from .tokens import MAX_WORDS, TokenGroup, check_name
 
 KINDS = ("object", "style")
@@ -32,7 +33,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ConceptInfo:
-    """The part of a concept that a bank's header holds: enough to list, name and route, no tensors."""
+    """The part of a concept that a bank's header holds: enough to list, name and route, no tensors.
+
+    composition: how it acts beside others; None where the file does not say it, see `composes`.
+    """
 
     name: str
     class_noun: str
@@ -40,6 +44,7 @@ class ConceptInfo:
     words: tuple[str, ...]
     kind: str = "object"
     provenance: Provenance = field(default_factory=Provenance)
+    composition: Composition | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -54,8 +59,13 @@ class ConceptInfo:
     def placeholder(self) -> str:
         return f"<{self.name}>"
 
+    @property
+    def composes(self) -> Composition:
+        return unwritten(self.method) if self.composition is None else self.composition
+
     def to_json(self) -> dict:
-        return asdict(self)
+        data = {**asdict(self), "composition": None if self.composition is None else self.composition.to_json()}
+        return data if self.composition is not None else {key: data[key] for key in data if key != "composition"}
 
     @classmethod
     def from_json(cls, data: dict) -> ConceptInfo:
@@ -63,8 +73,9 @@ class ConceptInfo:
         known = {f.name for f in fields(Provenance)}
         origin = {key: value for key, value in data.get("provenance", {}).items() if key in known}
         origin["images"] = tuple(origin.get("images", ()))
+        composition = Composition.from_json(data["composition"]) if "composition" in data else None
         return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"], words=tuple(data["words"]),
-                   kind=data.get("kind", "object"), provenance=Provenance(**origin))
+                   kind=data.get("kind", "object"), provenance=Provenance(**origin), composition=composition)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from .concepts import Concept, ConceptInfo
 from .tokens import TokenGroup
 
 METADATA_KEY = "continual_concepts"
-LONGEST_STAND_IN = 200
+LONGEST_PLACEHOLDER_NOUN = 200
 VERSION = 1
 SUFFIX = ".safetensors"
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8, "I8": torch.int8,
@@ -54,7 +54,7 @@ def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] 
             packed["cover"] = torch.frombuffer(bytearray(concept.cover), dtype=torch.uint8)
         tensors |= {f"concept/{i}/{name}": tensor.contiguous().cpu() for name, tensor in packed.items()}
         record = {"info": concept.info.to_json(), "deltas": notes, "encoders": sorted(concept.tokens.vectors)}
-        records.append(record | ({"stand_in": concept.tokens.stand_in} if concept.tokens.stand_in else {}))
+        records.append(record | ({"stand_in": concept.tokens.placeholder_noun} if concept.tokens.placeholder_noun else {}))
     for method, state in bank.shared.items():
         if not all(torch.isfinite(tensor).all() for tensor in state.values()):
             raise ConceptError(f"the shared state of method '{method}' holds NaN or infinity")
@@ -160,8 +160,8 @@ def _read_concept(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo,
 
 def _stand_in(record: dict) -> str:
     text = record.get("stand_in", "")
-    if not isinstance(text, str) or len(text) > LONGEST_STAND_IN:
-        raise ConceptError(f"its words' stand-in is {str(text)[:80]!r}; allowed: a text of up to {LONGEST_STAND_IN} characters")
+    if not isinstance(text, str) or len(text) > LONGEST_PLACEHOLDER_NOUN:
+        raise ConceptError(f"its words' stand-in is {str(text)[:80]!r}; allowed: a text of up to {LONGEST_PLACEHOLDER_NOUN} characters")
     return text
 
 

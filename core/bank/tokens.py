@@ -36,7 +36,7 @@ class TokenGroup:
 
     words: tuple[str, ...]
     vectors: Mapping[str, Tensor]
-    stand_in: str = ""
+    placeholder_noun: str = ""
 
     @property
     def copies(self) -> int:

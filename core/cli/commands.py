@@ -215,7 +215,7 @@ def _describe(known: ConceptBank, concept: Concept) -> Result:
         "deltas": len(concept.deltas),
         "layer_copies": concept.tokens.copies,
         "cover_bytes": len(concept.cover),
-        "composes": composition_of(info.method),
+        "composes": composition_of(info),
         "most_like": {one.measure: {"name": one.name, "cosine": round(one.cosine, 4)} for one in nearest if one is not None},
         "collides_with": found.partners(info.name),
         "warnings": [one.sentence for one in found.collisions if info.name in (one.one, one.other)],

@@ -10,11 +10,11 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..model.backbone import Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Context
 from ..model.deltas import Deltas, LowRankDelta
 from ..sampling.attention_guidance import Artists, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
-from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, Within, program_patches, progress_of
+from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, Within, processor_patches, progress_of
 from .token_lora import BoundRun, code, words_of
 
 KEY = "continual_concepts"
@@ -43,28 +43,28 @@ def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
     if deltas:
         clone.add_patches(weight_patches(sites, deltas))
     if layerwise:
-        _wrap(clone, program_of(model))
+        _wrap(clone, processor_of(model))
         _once(clone, "attn2_patch", Before(sites.addresses))
     return clone
 
 
-def program_of(model):
+def processor_of(model):
     """What the sites of a MODEL do already, `program(options, x)`, or None."""
     found = model.get_wrappers(Wrappers.DIFFUSION_MODEL, KEY)
-    return found[0].program if found else None
+    return found[0].processor if found else None
 
 
-def _wrap(clone, program) -> None:
+def _wrap(clone, processor) -> None:
     clone.remove_wrappers_with_key(Wrappers.DIFFUSION_MODEL, KEY)
-    clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(program))
+    clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(processor))
 
 
 def with_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
     """A clone of MODEL in which concepts act through their words, wherever a prompt of a concept CLIP has them; MODEL itself for none."""
     if not deltas:
         return model
-    below = program_of(model)
-    return programmed(model, sites, BoundRun(deltas, below if isinstance(below, BoundRun) else None, model.model))
+    below = processor_of(model)
+    return with_processor(model, sites, BoundRun(deltas, below if isinstance(below, BoundRun) else None, model.model))
 
 
 def _once(model, name: str, patch) -> None:
@@ -83,11 +83,11 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
     return Context(layers.expand(-1, copies, -1, -1) if layers.shape[1] == 1 else layers, extra.get("pooled_output"), words)
 
 
-def programmed(model, sites: UNetSites, program, within: bool = False):
+def with_processor(model, sites: UNetSites, processor, within: bool = False):
     """A clone of MODEL whose sites do what `program(options, x)` says in each UNet call; within: their blocks' self-attention too."""
     clone = model.clone()
     options = clone.model_options["transformer_options"]
-    patches = program_patches(sites, options.get("patches_replace", {}).get("attn2"))
+    patches = processor_patches(sites, options.get("patches_replace", {}).get("attn2"))
     for address, replace in patches["patches_replace"]["attn2"].items():
         clone.set_model_attn2_replace(replace, *address)
     if within:
@@ -98,7 +98,7 @@ def programmed(model, sites: UNetSites, program, within: bool = False):
     _once(clone, "attn2_patch", before)
     _once(clone, "attn2_patch", keep)
     _once(clone, "attn2_output_patch", patches["patches"]["attn2_output_patch"][0])
-    _wrap(clone, program)
+    _wrap(clone, processor)
     return clone
 
 
@@ -106,8 +106,8 @@ def with_artists(model, sites: UNetSites, subject: Subject, strength: float):
     """A clone of MODEL for one sampling, in which the attention artists move the latent; MODEL itself where there is nothing for them."""
     if not Artists([subject], strength).works(0.0):
         return model
-    run = _ArtistRun(subject, strength, program_of(model))
-    clone = programmed(without_dynamic(model), sites, run.program)
+    run = _ArtistRun(subject, strength, processor_of(model))
+    clone = with_processor(without_dynamic(model), sites, run.processor)
     clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, run)
     return clone
 
@@ -122,10 +122,10 @@ class _ArtistRun:
         self.offset: Tensor | None = None
         self.recorder: MapRecorder | None = None      # while the artists look
 
-    def program(self, options: dict, x: Tensor) -> SiteProgram | None:
+    def processor(self, options: dict, x: Tensor) -> AttentionProcessor | None:
         below = None if self.below is None else self.below(options, x)
         if self.recorder is not None:
-            self.recorder.inner = below or SiteProgram()
+            self.recorder.inner = below or AttentionProcessor()
             return self.recorder
         return below
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConceptError
-from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import Delta, Deltas
 from ..model.schedule import NoiseSchedule
 from ..model.sites import Site
 from .clip_gradients import fit_for_gradients
-from .sites import ATTENTION, OFFSETS, PROGRAM, differentiable_attention, find_sites, program_patches
+from .sites import ATTENTION, OFFSETS, PROCESSOR, differentiable_attention, find_sites, processor_patches
 from .text import ComfyText, encoder_names, text_widths
 
 _RECOMPUTED = ("BasicTransformerBlock", "ResBlock")
@@ -69,7 +69,7 @@ class ComfyBackbone(Backbone):
         self.picture_multiple = _multiple(vae)
         self._is_loaded = self._was_loaded = False
         self._folds: list[_Fold] = []
-        self._patches = program_patches(self.sites)
+        self._patches = processor_patches(self.sites)
         self.fingerprint = self._weight_hash()
         self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx, *(() if vae is None else (_ends(vae),)))
 
@@ -133,7 +133,7 @@ class ComfyBackbone(Backbone):
         self._is_loaded = False
         return (pixels.float().permute(0, 3, 1, 2) * 2 - 1).clamp(-1, 1)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, program: SiteProgram | None = None) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, processor: AttentionProcessor | None = None) -> Tensor:
         management.throw_exception_if_processing_interrupted()      # also in the middle of a preview
         self.load()
         dtype = _dtype(self.model.model)
@@ -144,9 +144,9 @@ class ComfyBackbone(Backbone):
             options[ATTENTION] = differentiable_attention
         if hidden.shape[1] > 1:
             options[OFFSETS] = hidden - mean.unsqueeze(1)
-        if program is not None:
-            program.begin(context)
-            options[PROGRAM] = program
+        if processor is not None:
+            processor.begin(context)
+            options[PROCESSOR] = processor
         y = self._size_and_pooled(latents, context)
         output = self.unet(latents.to(dtype), timesteps, context=mean, y=None if y is None else y.to(dtype), transformer_options=options)
         return output.float()

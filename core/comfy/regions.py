@@ -14,9 +14,9 @@ from ..regional.crops import RegionsApart
 from ..regional.found import FoundRegions
 from ..regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, together, windows_of
 from ..regional.observe import ObservedRegions
-from ..regional.processor import Part, RegionProgram
+from ..regional.processor import Part, RegionProcessor
 from ..regional.regions import Region, masks_of, pooled_of
-from .apply import KEY, Wrappers, programmed, progress_of
+from .apply import KEY, Wrappers, progress_of, with_processor
 from .sites import UNetSites
 from .token_lora import BoundRun
 
@@ -37,25 +37,25 @@ class RegionRun:
     overlap: str = "average"
     isolation: float = 0.0
     only: tuple[int, ...] | None = None     # the regions whose own pictures are being estimated, one after another in the batch
-    _programs: dict = field(default_factory=dict)
+    _processors: dict = field(default_factory=dict)
     _rows: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._scene = BoundRun(self.bound)
 
-    def __call__(self, options: dict, x: Tensor) -> RegionProgram | RegionsApart:
+    def __call__(self, options: dict, x: Tensor) -> RegionProcessor | RegionsApart:
         which = options["cond_or_uncond"]
         key = tuple(x.shape[-2:]) if self.only is None else ("apart", self.only)
-        if key not in self._programs:
-            self._programs[key] = self._build(x) if self.only is None else self._build_apart(x)
-        program = self._programs[key]
-        program.scene_concepts = self._scene.concepts(options, x)
+        if key not in self._processors:
+            self._processors[key] = self._build(x) if self.only is None else self._build_apart(x)
+        processor = self._processors[key]
+        processor.scene_concepts = self._scene.concepts(options, x)
         if self.only is not None:
-            program.take([1 - kind for kind in which], len(x))
-            return program
-        program.rows, program.progress = self._row_of(tuple(which), x), progress_of(options)
-        program.is_observing = program.progress == 1.0 and 0 in which
-        return program
+            processor.take([1 - kind for kind in which], len(x))
+            return processor
+        processor.rows, processor.progress = self._row_of(tuple(which), x), progress_of(options)
+        processor.is_observing = processor.progress == 1.0 and 0 in which
+        return processor
 
     def _row_of(self, which: tuple[int, ...], x: Tensor) -> Tensor:
         """The same tensor for calls of one kind: by it programs know what they have laid out already."""
@@ -71,7 +71,7 @@ class RegionRun:
 
     def maps(self, size: tuple[int, int]) -> Tensor:
         """Attention per region in the last step, `[U, H, W]` in 0..1."""
-        seen = [program for program in self._programs.values() if not isinstance(program, RegionsApart)]
+        seen = [processor for processor in self._processors.values() if not isinstance(processor, RegionsApart)]
         return seen[-1].picture_maps(size) if seen else torch.zeros(len(self.regions), *size)
 
     def _moved(self, x: Tensor) -> tuple[Part, list[Part]]:
@@ -82,7 +82,7 @@ class RegionRun:
                       {key: delta.to(x.device) for key, delta in part.deltas.items()}, bound) for part in self.parts]
         return Part(self.scene.context, {key: delta.to(x.device) for key, delta in self.scene.deltas.items()}), parts
 
-    def _build(self, x: Tensor) -> RegionProgram:
+    def _build(self, x: Tensor) -> RegionProcessor:
         scene, parts = self._moved(x)
         nobody = torch.zeros(1, dtype=torch.long)
         return ObservedRegions(self.sites, scene, list(self.regions), parts, nobody, tuple(x.shape[-2:]), self.overlap, self.isolation,
@@ -97,20 +97,20 @@ class FoundRun(RegionRun):
     """A sampling whose regions are found on the way, see regional.found. regions: one for each concept, over everything; words: where its
     words are in the scene's prompt; parts: its own prompt."""
 
-    def _build(self, x: Tensor) -> RegionProgram:
+    def _build(self, x: Tensor) -> RegionProcessor:
         scene, parts = self._moved(x)
         names, nobody = [region.prompt for region in self.regions], torch.zeros(1, dtype=torch.long)
         return FoundRegions(self.sites, scene, names, parts, self.words, nobody, tuple(x.shape[-2:]))
 
     def found(self) -> Tensor | None:
         """Masks of the first picture's regions `[U, h, w]`; None before they are found."""
-        masks = [program.found for program in self._programs.values() if program.found is not None]
+        masks = [processor.found for processor in self._processors.values() if processor.found is not None]
         return masks[-1][:, 0] if masks else None
 
 
 def with_regions(model, run: RegionRun, noise: NoiseSettings):
     """A clone of MODEL that samples with regions: one evaluation per step; region noise and solo steps look at more, see regional.noise."""
-    clone = programmed(model, run.sites, run, within=run.isolation > 0)
+    clone = with_processor(model, run.sites, run, within=run.isolation > 0)
     if noise.is_on or noise.solo > 0:
         clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, noise))
     return clone
@@ -118,7 +118,7 @@ def with_regions(model, run: RegionRun, noise: NoiseSettings):
 
 def with_found(model, run: FoundRun):
     """A clone of MODEL for one sampling in which concepts are kept to where they are found."""
-    return programmed(model, run.sites, run)
+    return with_processor(model, run.sites, run)
 
 
 def with_pooled(conditioning, regions: Sequence[Region], own: Sequence[Tensor | None], latent: tuple[int, int], overlap: str):

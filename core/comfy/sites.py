@@ -13,12 +13,12 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor, nn
 
 from ..errors import ConceptError
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.sites import Site, SiteLayout
 
 OFFSETS = "continual_concepts_offsets"      # keyword of the UNet call and key in transformer_options: layer copies minus their mean
 WORDS = "continual_concepts_words"          # the same, for whose words the tokens are: codes of concepts `[B, 1, N, 1]`, 0 = nobody's
-PROGRAM = "continual_concepts_program"      # key in transformer_options: the SiteProgram of this call
+PROCESSOR = "continual_concepts_program"      # key in transformer_options: the SiteProgram of this call
 TEXT = "continual_concepts_text"            # the prompts of this call, their offsets and words, where nobody else changes them; else None
 _ALONE = "continual_concepts_alone"         # there: whether nobody else's code sees the cells between to_q and to_out
 _INPUTS, _ATTENDED = "continual_concepts_inputs", "continual_concepts_attended"     # handed on inside one block call
@@ -128,8 +128,8 @@ class DiffusionWrapper:
     program: called with the transformer options and the latent's shape before every UNet call; returns the SiteProgram or None.
     """
 
-    def __init__(self, program: Callable | None = None) -> None:
-        self.program = program
+    def __init__(self, processor: Callable | None = None) -> None:
+        self.processor = processor
 
     def __call__(self, executor, x, timesteps, context, y=None, control=None, transformer_options=None, **kwargs):
         offsets = kwargs.pop(OFFSETS, None)
@@ -139,11 +139,11 @@ class DiffusionWrapper:
         words = kwargs.pop(WORDS, None)
         if words is not None:
             options[WORDS] = fit_offsets(words, context)
-        if self.program is not None:
+        if self.processor is not None:
             options[_ALONE], options[TEXT] = _is_alone(options), None
             if options[_ALONE] and all(isinstance(one, (Before, Keep)) for one in options["patches"]["attn2_patch"]):
                 options[TEXT] = context, options.get(OFFSETS), options.get(WORDS)
-            options[PROGRAM] = self.program(options, x)
+            options[PROCESSOR] = self.processor(options, x)
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
@@ -171,9 +171,9 @@ class Keep:
         self.skips_text = all(_is_plain(sites.linear(site, name)) for site in sites.layout.sites for name in ("to_k", "to_v"))
 
     def __call__(self, n, context, value, options):
-        program, site = options.get(PROGRAM), _site_of(self.addresses, options)
-        if program is not None and site is not None and options.get(_ALONE):
-            entered = program.enter(site, n)
+        processor, site = options.get(PROCESSOR), _site_of(self.addresses, options)
+        if processor is not None and site is not None and options.get(_ALONE):
+            entered = processor.enter(site, n)
             if entered is not None:
                 n, reads_text = entered
                 if not reads_text and self.skips_text:
@@ -209,7 +209,7 @@ class Replace:
         self.previous = previous.previous if isinstance(previous, Replace) else previous      # programs do not stack
 
     def __call__(self, q, k, v, options):
-        program: SiteProgram | None = options.get(PROGRAM)
+        processor: AttentionProcessor | None = options.get(PROCESSOR)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return _attention(query, key, value, self.site.heads, options)
@@ -217,12 +217,12 @@ class Replace:
         def host(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attend(query, key, value) if self.previous is None else self.previous(query, key, value, options)
 
-        if program is None:
+        if processor is None:
             return host(q, k, v)
         n, context, value = options[_INPUTS]
-        q = program.project(self.site, "to_q", n, q)
-        k, v = program.project(self.site, "to_k", context, k), program.project(self.site, "to_v", value, v)
-        out = program.attend(self.site, q, k, v, attend if self.previous is None else _Others(host, attend))
+        q = processor.project(self.site, "to_q", n, q)
+        k, v = processor.project(self.site, "to_k", context, k), processor.project(self.site, "to_v", value, v)
+        out = processor.attend(self.site, q, k, v, attend if self.previous is None else _Others(host, attend))
         options[_ATTENDED] = out
         return out
 
@@ -234,14 +234,14 @@ class Within:
         self.site, self.previous = site, previous.previous if isinstance(previous, Within) else previous
 
     def __call__(self, q, k, v, options):
-        program: SiteProgram | None = options.get(PROGRAM)
+        processor: AttentionProcessor | None = options.get(PROCESSOR)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return _attention(query, key, value, self.site.heads, options)
 
         if self.previous is not None:
             return self.previous(q, k, v, options)
-        return attend(q, k, v) if program is None or not program.looks_within else program.attend_within(self.site, q, k, v, attend)
+        return attend(q, k, v) if processor is None or not processor.looks_within else processor.attend_within(self.site, q, k, v, attend)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int, options: dict) -> Tensor:
@@ -273,14 +273,14 @@ class After:
         self.addresses = addresses
 
     def __call__(self, y, options):
-        program, site = options.get(PROGRAM), _site_of(self.addresses, options)
+        processor, site = options.get(PROCESSOR), _site_of(self.addresses, options)
         attended = options.pop(_ATTENDED, None)
-        if program is None or site is None or attended is None:
+        if processor is None or site is None or attended is None:
             return y
-        return program.project(site, "to_out", attended, y)
+        return processor.project(site, "to_out", attended, y)
 
 
-def program_patches(sites: UNetSites, previous: dict | None = None) -> dict:
+def processor_patches(sites: UNetSites, previous: dict | None = None) -> dict:
     """Everything a program needs, in the form of transformer options; `previous`: attn2 replacements that are there already."""
     previous = previous or {}
     replace = {address: Replace(site, previous.get(address) or previous.get(address[:2])) for address, site in sites.addresses.items()}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..bank.bank import ConceptBank
+from ..bank.composition import Kind
 from ..bank.concepts import ConceptInfo
 from ..bank.prompts import PLACEHOLDER, Vocabulary, WordRef
 from ..bank.tokens import TokenGroup
-from ..conditioning.encoding import stand_in_ids
+from ..conditioning.encoding import placeholder_noun_ids
 from ..errors import ConceptError
-from ..methods.base import METHODS
 from ..model.backbone import TextEncoder
 from ..sampling.attention_guidance import Subject
 from .sites import OFFSETS, WORDS, OffsetCond
@@ -207,8 +207,9 @@ def _owners(clip, concepts: Mapping[str, tuple[ConceptInfo, TokenGroup]]) -> dic
     """Word vectors of any text encoder -> whose they are, for concepts that ComfyUI's encoder has to tell from others."""
     names, found = encoder_names(clip), {}
     for info, tokens in concepts.values():
-        is_bound = info.method in METHODS and METHODS[info.method].composition == "bound"
-        ids = {name: stand_in_ids(ComfyText(name, clip), tokens.stand_in, len(tokens.words)) for name in names} if tokens.stand_in else {}
+        is_bound = info.composes.kind is Kind.WORDS
+        noun, count = tokens.placeholder_noun, len(tokens.words)
+        ids = {name: placeholder_noun_ids(ComfyText(name, clip), noun, count) for name in names} if noun else {}
         if is_bound or ids:
             for i in range(len(tokens.words)):
                 owner = _Owner(info.name, is_bound, {name: own[i] for name, own in ids.items()})

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..attention.cached import KeptBound
-from ..attention.token_lora import BoundConcepts, BoundProgram
+from ..attention.cached import CachedTokenLora
+from ..attention.token_lora import TokenLora, TokenLoraProcessor
 from ..model.deltas import Deltas
 from .sites import TEXT, WORDS, progress_of
 
@@ -41,19 +41,19 @@ class BoundRun:
         self.codes = {name: code(name) for name in self.deltas}
         self.base = base
         self._moved: dict[tuple[str, str], Deltas] = {}
-        self._kept: dict[tuple, tuple[tuple, BoundProgram | None]] = {}      # kind of call -> its text and what was made of it
+        self._kept: dict[tuple, tuple[tuple, TokenLoraProcessor | None]] = {}      # kind of call -> its text and what was made of it
         self._sampling: Tensor | None = None                                 # that these are of, by its noise levels
 
-    def __call__(self, options: dict, x: Tensor) -> BoundProgram | None:
+    def __call__(self, options: dict, x: Tensor) -> TokenLoraProcessor | None:
         """None when no prompt of this call has words of the concepts: then the host's own attention runs, untouched."""
         text = options.get(TEXT)
         if text is None or self.base is None or torch.is_grad_enabled() or not self._stays(options):
             concepts = self.concepts(options, x)
-            return _program(BoundProgram({}), concepts) if concepts else None
+            return _processor(TokenLoraProcessor({}), concepts) if concepts else None
         kind = tuple(options["cond_or_uncond"]), str(x.device), len(x)
         if kind not in self._kept or not _same(self._kept[kind][0], text):
             concepts = self.concepts(options, x)
-            self._kept[kind] = text, KeptBound(concepts, len(x), x.device) if concepts else None
+            self._kept[kind] = text, CachedTokenLora(concepts, len(x), x.device) if concepts else None
         is_last = progress_of(options) == 1.0      # nothing stays in memory when the sampling is over
         return (self._kept.pop(kind) if is_last else self._kept[kind])[1]
 
@@ -65,14 +65,14 @@ class BoundRun:
         hooks = getattr(getattr(self.base, "current_patcher", None), "current_hooks", None)
         return sampling is not None and hooks is None
 
-    def concepts(self, options: dict, x: Tensor) -> BoundConcepts:
+    def concepts(self, options: dict, x: Tensor) -> TokenLora:
         codes = options.get(WORDS)
         if codes is None:
-            return BoundConcepts.at({}, {})
+            return TokenLora.at({}, {})
         here = codes[:, 0, :, 0]
         present = set(here.unique().tolist())      # one look at the device, however many concepts there are
         own = {name: (here == value).float() for name, value in self.codes.items() if value in present}
-        return BoundConcepts.at(own, {name: self._on(name, x) for name in own})
+        return TokenLora.at(own, {name: self._on(name, x) for name in own})
 
     def _on(self, name: str, x: Tensor) -> Deltas:
         key = (name, str(x.device))
@@ -81,9 +81,9 @@ class BoundRun:
         return self._moved[key]
 
 
-def _program(program: BoundProgram, concepts: BoundConcepts) -> BoundProgram:
-    program.concepts = concepts
-    return program
+def _processor(processor: TokenLoraProcessor, concepts: TokenLora) -> TokenLoraProcessor:
+    processor.concepts = concepts
+    return processor
 
 
 def _same(one: tuple, other: tuple) -> bool:

@@ -108,7 +108,7 @@ def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, To
     return hidden, pooled
 
 
-def stand_in_ids(encoder: TextEncoder, text: str, words: int) -> list[int]:
+def placeholder_noun_ids(encoder: TextEncoder, text: str, words: int) -> list[int]:
     """As many token ids as a concept has words: the last of "a <stand-in>", the first of them repeated where there are too few."""
     ids = (encoder.ids(f"a {text}") or [encoder.pad])[-words:]
     return [ids[0]] * (words - len(ids)) + ids
@@ -119,8 +119,8 @@ def _standing_in(encoder: TextEncoder, row: _Row, tokens: Mapping[str, TokenGrou
     ids, slots = list(row.ids), dict(row.slots)
     for position, ref in row.slots.items():
         group = tokens[ref.concept]
-        if group.stand_in and ref.concept != but:
-            ids[position] = stand_in_ids(encoder, group.stand_in, len(group.words))[ref.position]
+        if group.placeholder_noun and ref.concept != but:
+            ids[position] = placeholder_noun_ids(encoder, group.placeholder_noun, len(group.words))[ref.position]
             del slots[position]
     return _Row(ids, slots)
 
@@ -134,7 +134,7 @@ def _encode_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, T
         return _encode_remembered(encoder, rows, tokens, copies, device, memory)
 
     apart = [(b, name) for b, row in enumerate(rows) for name in dict.fromkeys(ref.concept for ref in row.slots.values())
-             if tokens[name].stand_in]
+             if tokens[name].placeholder_noun]
     if not apart:
         return encode(rows, copies)
     rest = [_standing_in(encoder, row, tokens) for row in rows]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.composition import Kind
 from ..bank.prompts import named_concepts
 from ..errors import ConceptError
 from ..model import aggregation
@@ -41,29 +42,29 @@ def _sum(bank: ConceptBank, weights: Mapping[str, Sequence[float]]) -> dict[Delt
     return {key: weighted_sum(group) for key, group in parts.items()}
 
 
-def _composed(bank: ConceptBank, methods: Mapping, *compositions: str) -> dict[str, float]:
-    """Concepts of the methods with these compositions -> their share."""
-    found = {n: i.method for n, i in bank.infos.items() if i.method in methods and methods[i.method].composition in compositions}
-    counts = Counter(found.values())
-    return {name: methods[method].method.share(counts[method]) for name, method in found.items()}
+def _shares(bank: ConceptBank, *kinds: Kind) -> dict[str, float]:
+    """Concepts that act in one of these ways -> their share of the deltas of their method."""
+    found = {name: info for name, info in bank.infos.items() if info.composes.kind in kinds}
+    counts = Counter(info.method for info in found.values())
+    return {name: info.composes.share(counts[info.method]) for name, info in found.items()}
 
 
-def standing_shares(bank: ConceptBank, methods: Mapping) -> dict[str, float]:
-    """Concepts of methods that make all tasks one set of weights, always on -> the share of their deltas in it."""
-    return _composed(bank, methods, "sum")
+def always_on_shares(bank: ConceptBank) -> dict[str, float]:
+    """Concepts that are on whatever the prompt says, all of them in one set of weights -> the share of their deltas in it."""
+    return _shares(bank, Kind.SUM)
 
 
-def averaged_names(bank: ConceptBank, methods: Mapping) -> list[str]:
+def averaged_names(bank: ConceptBank) -> list[str]:
     """Concepts of methods that average the predictions of all their concepts' models."""
-    return list(_composed(bank, methods, "average"))
+    return list(_shares(bank, Kind.AVERAGE))
 
 
-def standing_deltas(bank: ConceptBank, methods: Mapping) -> Deltas:
-    """What is on whatever the prompt says; nothing in a bank of routed concepts."""
-    return _sum(bank, {name: [share] * len(bank.layout) for name, share in standing_shares(bank, methods).items()})
+def always_on_deltas(bank: ConceptBank) -> Deltas:
+    """What is on whatever the prompt says; nothing in a bank of prompt-activated concepts."""
+    return _sum(bank, {name: [share] * len(bank.layout) for name, share in always_on_shares(bank).items()})
 
 
-class _BoundDeltas(Mapping):
+class _TokenLoraDeltas(Mapping):
     """Concept -> its deltas times a strength, read from the bank when asked for."""
 
     def __init__(self, bank: ConceptBank, names: Sequence[str], strength: float) -> None:
@@ -81,23 +82,22 @@ class _BoundDeltas(Mapping):
         return len(self.names)
 
 
-def bound_deltas(bank: ConceptBank, methods: Mapping, strength: float = 1.0, names: Sequence[str] | None = None) -> Mapping[str, Deltas]:
-    """Concept -> its deltas, for all concepts (or those named) whose deltas act through their own words, so that
-    there is nothing to fold. Empty at strength 0."""
-    found = [name for name in _composed(bank, methods, "bound") if names is None or name in names]
-    return _BoundDeltas(bank, found if strength else [], strength)
+def token_lora_deltas(bank: ConceptBank, strength: float = 1.0, names: Sequence[str] | None = None) -> Mapping[str, Deltas]:
+    """Concept -> its deltas, for all word-bound concepts (or those named): they act through their own words, so there is nothing to fold.
+    Empty at strength 0."""
+    found = [name for name in _shares(bank, Kind.WORDS) if names is None or name in names]
+    return _TokenLoraDeltas(bank, found if strength else [], strength)
 
 
-def learning_names(bank: ConceptBank, methods: Mapping, method: str) -> list[str]:
-    """The standing concepts on top of which a method learns: all, but for its own when it learns each task on the base alone."""
-    alone = not methods[method].method.builds_on_sum
-    return [name for name in standing_shares(bank, methods) if not (alone and bank.infos[name].method == method)]
+def learning_names(bank: ConceptBank, method: str, builds_on_sum: bool) -> list[str]:
+    """The always-on concepts on top of which a method learns: all, but for its own when it learns each task on the base alone."""
+    return [name for name in always_on_shares(bank) if builds_on_sum or bank.infos[name].method != method]
 
 
-def learning_deltas(bank: ConceptBank, methods: Mapping, method: str) -> Deltas:
+def learning_deltas(bank: ConceptBank, method: str, builds_on_sum: bool) -> Deltas:
     """What is in the weights while this method learns its next task."""
-    shares = standing_shares(bank, methods)
-    return _sum(bank, {name: [shares[name]] * len(bank.layout) for name in learning_names(bank, methods, method)})
+    shares = always_on_shares(bank)
+    return _sum(bank, {name: [shares[name]] * len(bank.layout) for name in learning_names(bank, method, builds_on_sum)})
 
 
 def _word_states(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
@@ -128,42 +128,45 @@ def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt
     return torch.stack([weights[site.copy if weights.shape[0] > 1 else 0] for site in backbone.layout.sites]).cpu()
 
 
-def aggregate(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mapping, mode: str = "sharp", strength: float = 1.0,
-              standing: bool = True, only: str = "", without: Sequence[str] = ()) -> Aggregation:
-    """The deltas for one prompt. standing=False leaves out what is on anyway (see `standing_deltas`), `without` these standing concepts.
+def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: str, mode: str = "sharp", strength: float = 1.0,
+              always_on: bool = True, only: str = "", without: Sequence[str] = ()) -> Aggregation:
+    """The deltas for one prompt. always_on=False leaves out what is on anyway (see `always_on_deltas`), `without` these of it.
 
-    mode: sharp | paper | released | equal; only: one concept that acts alone, whatever prompt and mode say; strength: factor on routed
-    concepts, 0 = the base. Concepts of folding methods (sequential finetuning, ...) have their share in every mode: that is what they
-    mean. An average of predictions is none of weights: the nearest, all such concepts with their share, stands for it here. Bound concepts
-    have their weight in the table but none in the deltas: they act through their words, see `bound_deltas`.
+    backbone: only the modes paper and released need it, to encode the prompt. mode: sharp | paper | released | equal; only: one concept
+    that acts alone, whatever prompt and mode say; strength: factor on prompt-activated concepts, 0 = the base. Always-on concepts have
+    their share in every mode. Averaging predictions is not the same as averaging weights; the nearest, all such concepts with their share,
+    stands for it here. Word-bound concepts have their weight in the table but none in the deltas, see `token_lora_deltas`.
     """
-    columns = site_weights(backbone, bank, prompt, methods, mode, strength, standing, only, without)
-    bound = _composed(bank, methods, "bound")
+    columns = site_weights(backbone, bank, prompt, mode, strength, always_on, only, without)
+    word_bound = _shares(bank, Kind.WORDS)
     table = torch.tensor([columns[name] for name in bank.names]).T if bank.names else torch.zeros(len(bank.layout), 0)
-    folded = {name: weights for name, weights in columns.items() if name not in bound}
+    folded = {name: weights for name, weights in columns.items() if name not in word_bound}
     return Aggregation(tuple(bank.names), table, _sum(bank, folded))
 
 
 @torch.no_grad()
-def site_weights(backbone: Backbone, bank: ConceptBank, prompt: str, methods: Mapping, mode: str = "sharp", strength: float = 1.0,
-                 standing: bool = True, only: str = "", without: Sequence[str] = ()) -> dict[str, list[float]]:
-    """Concept -> its weight at every site, arguments as for `aggregate`. Of the backbone, sharp and equal need the layout alone."""
+def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: str, mode: str = "sharp", strength: float = 1.0,
+                 always_on: bool = True, only: str = "", without: Sequence[str] = ()) -> dict[str, list[float]]:
+    """Concept -> its weight at every site, arguments as for `aggregate`."""
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
-    bank.check_fits(backbone.layout)
-    named, always = named_concepts(bank.vocabulary.parse(prompt)), _composed(bank, methods, "sum", "average")
-    bound = _composed(bank, methods, "bound")
-    routed = [name for name in bank.names if name not in always and name not in bound]
+    if backbone is not None:
+        bank.check_fits(backbone.layout)
+    named, always = named_concepts(bank.vocabulary.parse(prompt)), _shares(bank, Kind.SUM, Kind.AVERAGE)
+    word_bound = _shares(bank, Kind.WORDS)
+    by_prompt = [name for name in bank.names if name not in always and name not in word_bound]
     sites = len(bank.layout)
     if only:
-        bank[only]      # an unknown name is an error, also in a bank of standing concepts
-        weights = aggregation.sharp_weights(routed, [only], sites)
-    elif not routed or mode == "sharp":
-        weights = aggregation.sharp_weights(routed, named, sites)
+        bank[only]      # an unknown name is an error, also in a bank of always-on concepts
+        weights = aggregation.sharp_weights(by_prompt, [only], sites)
+    elif not by_prompt or mode == "sharp":
+        weights = aggregation.sharp_weights(by_prompt, named, sites)
     elif mode == "equal":
-        weights = aggregation.equal_weights(len(routed), sites)
+        weights = aggregation.equal_weights(len(by_prompt), sites)
+    elif backbone is None:
+        raise ConceptError(f"aggregation mode '{mode}' encodes the prompt, and there is no text encoder; allowed without: sharp, equal")
     else:
-        weights = _elastic(backbone, bank, routed, prompt, mode)
-    columns = dict(zip(routed, (strength * weights).T.tolist(), strict=True))
-    columns |= {name: [share * standing * (name not in without)] * sites for name, share in always.items()}
-    return columns | {name: [strength * (name in ([only] if only else named))] * sites for name in bound}
+        weights = _elastic(backbone, bank, by_prompt, prompt, mode)
+    columns = dict(zip(by_prompt, (strength * weights).T.tolist(), strict=True))
+    columns |= {name: [share * always_on * (name not in without)] * sites for name, share in always.items()}
+    return columns | {name: [strength * (name in ([only] if only else named))] * sites for name in word_bound}

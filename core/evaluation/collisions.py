@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.composition import PROMPT
 from ..bank.concepts import ConceptInfo
 from ..bank.tokens import check_name, default_words
 from ..methods import METHODS
@@ -50,9 +51,15 @@ class Collision:
         return f"<{self.one}> and <{self.other}> collide: {self.why}"
 
 
-def composition_of(method: str) -> str:
-    """How concepts of a method act beside others; those of an unknown method are routed, as in `routing.aggregate`."""
-    return COMPOSES[METHODS[str(method)].composition] if str(method) in METHODS else "routed"
+def composition_of(concept: ConceptInfo) -> str:
+    """How a concept acts beside others."""
+    return COMPOSES[concept.composes.kind]
+
+
+def composition_of_method(method: str) -> str:
+    """How concepts of a method act beside others; those of an unknown method are prompt-activated."""
+    known = METHODS[str(method)].method.composition if str(method) in METHODS else PROMPT
+    return COMPOSES[known.kind]
 
 
 def plain(noun: str) -> str:
@@ -138,7 +145,7 @@ def header_warnings(bank: ConceptBank) -> tuple[str, ...]:
     cases: dict[str, list[str]] = {}
     for name, info in bank.infos.items():
         cases.setdefault(name.casefold(), []).append(name)
-        if composition_of(info.method) in STANDING and noun_of(info):
+        if composition_of(info) in STANDING and noun_of(info):
             groups.setdefault((noun_of(info), info.kind), []).append(name)
     mixing = [_mixing(noun, names) for (noun, _), names in groups.items() if len(names) > 1]
     return (*mixing, *(f"{listed(names)} differ in upper and lower case only" for names in cases.values() if len(names) > 1))
@@ -166,7 +173,7 @@ def warnings_before(bank: ConceptBank | None, name: str, class_noun: str, method
 
 def _mixed_with(infos: Mapping[str, ConceptInfo], class_noun: str, method: str) -> list[str]:
     """Concepts of the same noun with which the new one would share weights: always, or in a prompt that names both."""
-    ways = {known: {composition_of(info.method), composition_of(method) if method else "bound"}
+    ways = {known: {composition_of(info), composition_of_method(method) if method else "bound"}
             for known, info in infos.items() if plain(class_noun) and noun_of(info) == plain(class_noun)}
     always = [known for known, both in ways.items() if both & set(STANDING)]
     routed = [known for known, both in ways.items() if both == {"routed"}]

@@ -113,7 +113,7 @@ def facts_of(info: ConceptInfo, concept: Concept | None = None, fault: str = "")
     """From the header alone, or with the tensors."""
     origin = info.provenance
     known = {"name": info.name, "placeholder": info.placeholder, "class_noun": str(info.class_noun), "kind": info.kind,
-             "method": str(info.method), "composes": composition_of(info.method), "words": len(info.words), "photos": len(origin.images),
+             "method": str(info.method), "composes": composition_of(info), "words": len(info.words), "photos": len(origin.images),
              "steps": origin.steps, "date": str(origin.date)[:10], "fault": fault}
     if concept is None:
         return Facts(**known)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConceptError
-from ..model.backbone import Backbone, Context, SiteProgram, TextEncoder
+from ..model.backbone import AttentionProcessor, Backbone, Context, TextEncoder
 from ..model.deltas import Deltas
 from ..model.schedule import NoiseSchedule
 from ..model.sites import Site, SiteLayout
@@ -47,24 +47,24 @@ class _SiteProcessor:
         self.host, self.site = host, site
 
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, **_) -> Tensor:
-        site, program = self.site, self.host.program
+        site, processor = self.site, self.host.processor
         copies = encoder_hidden_states.shape[1]
         context = encoder_hidden_states[:, site.copy if copies > 1 else 0]
-        project = self._plain if program is None else self._programmed
-        entered = None if program is None else program.enter(site, hidden_states)
+        project = self._plain if processor is None else self._programmed
+        entered = None if processor is None else processor.enter(site, hidden_states)
         if entered is not None:
             hidden_states, reads_text = entered
             context = context if reads_text else context[:, :0]
         query, key, value = project(attn, "to_q", hidden_states), project(attn, "to_k", context), project(attn, "to_v", context)
         plain = self._attention
-        out = plain(query, key, value) if program is None else program.attend(site, query, key, value, plain)
+        out = plain(query, key, value) if processor is None else processor.attend(site, query, key, value, plain)
         return project(attn, "to_out", out)
 
     def _plain(self, attn, projection: str, x: Tensor) -> Tensor:
         return _linear(attn, projection)(x)
 
     def _programmed(self, attn, projection: str, x: Tensor) -> Tensor:
-        return self.host.program.project(self.site, projection, x, _linear(attn, projection)(x))
+        return self.host.processor.project(self.site, projection, x, _linear(attn, projection)(x))
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return multi_head(query, key, value, self.site.heads)
@@ -77,11 +77,11 @@ class _SelfProcessor:
         self.host, self.site, self.original = host, site, original
 
     def __call__(self, attn, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        program = self.host.program
-        if program is None or not program.looks_within:
+        processor = self.host.processor
+        if processor is None or not processor.looks_within:
             return self.original(attn, hidden_states, *args, **kwargs)
         query, key, value = (_linear(attn, name)(hidden_states) for name in ("to_q", "to_k", "to_v"))
-        out = program.attend_within(self.site, query, key, value, lambda q, k, v: multi_head(q, k, v, attn.heads))
+        out = processor.attend_within(self.site, query, key, value, lambda q, k, v: multi_head(q, k, v, attn.heads))
         return _linear(attn, "to_out")(out)
 
 
@@ -147,7 +147,7 @@ class DiffusersBackbone(Backbone):
         self.layout = layout_of(unet, tuple((encoder.name, encoder.width) for encoder in text))
         self.latent_channels = unet.config.in_channels
         self.picture_multiple = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.program: SiteProgram | None = None
+        self.processor: AttentionProcessor | None = None
         self._modules = _attentions(unet)
         for site, attention in zip(self.layout.sites, self._modules.values(), strict=True):
             attention.set_processor(_SiteProcessor(self, site))
@@ -187,18 +187,18 @@ class DiffusersBackbone(Backbone):
         unscaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         return self.vae.decode(unscaled.to(next(self.vae.parameters()).dtype)).sample.float().clamp(-1, 1)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, program: SiteProgram | None = None) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, processor: AttentionProcessor | None = None) -> Tensor:
         dtype = self.dtype
         extra = {}
         if self.unet.config.addition_embed_type == "text_time":
             extra["added_cond_kwargs"] = {"text_embeds": context.pooled.to(dtype), "time_ids": self._time_ids(latents)}
-        if program is not None:
-            program.begin(context)
-        self.program = program
+        if processor is not None:
+            processor.begin(context)
+        self.processor = processor
         try:
             output = self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False, **extra)[0]
         finally:
-            self.program = None
+            self.processor = None
         return output.float()
 
     def _time_ids(self, latents: Tensor) -> Tensor:
@@ -243,14 +243,14 @@ class DiffusersBackbone(Backbone):
     def _recomputed(self, forward: Callable) -> Callable:
         """`forward` without stored activations. diffusers' own switch would run it again after `predict` let go of the program."""
         def wrapped(*args, **kwargs):
-            program = self.program
+            processor = self.processor
 
             def run(*inner, **named):
-                before, self.program = self.program, program
+                before, self.processor = self.processor, processor
                 try:
                     return forward(*inner, **named)
                 finally:
-                    self.program = before
+                    self.processor = before
 
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
 

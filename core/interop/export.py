@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.composition import Kind
 from ..bank.concepts import Concept
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..methods.base import METHODS
 from ..model.backbone import Backbone
 from ..model.sites import SiteLayout
 from .diffusers_lora import diffusers_state
@@ -116,10 +116,10 @@ def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None)
         notes.append("the learned words are not in these files; export the format 'embedding' as well")
     if factors is not None:
         notes += cut_notes(factors, "sparse deltas")
-    method = METHODS.get(concept.info.method)
-    if factors is not None and method is not None and method.composition == "sum":
+    kind = concept.info.composes.kind
+    if factors is not None and kind is Kind.SUM:
         notes.append(f"method {concept.info.method} adds up the deltas of all concepts; these files hold only what <{concept.name}> added")
-    if factors is not None and method is not None and method.composition == "bound":
+    if factors is not None and kind is Kind.WORDS:
         notes.append(f"<{concept.name}> acts through its own words alone here; in other programs its LoRA acts on every word of a prompt")
     if concept.cover and cover_type(concept.cover) is None:
         notes.append("the cover is no JPEG or PNG of up to 1 MB and was left out")

@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.composition import Kind
 from ..bank.concepts import Concept
 from ..bank.prompts import PLACEHOLDER, named_concepts
 from ..bank.tokens import TokenGroup
 from ..conditioning.routing import MODES, site_weights
 from ..errors import ConceptError
-from ..methods.base import METHODS
 from ..model.backbone import Backbone
 from ..model.deltas import Delta, DeltaKey
 from .embedding import embedding_state
@@ -54,7 +53,7 @@ def export_prompt(bank: ConceptBank, prompt: str, folder: Path | str, formats: S
     formats, strength = check_formats(formats), check_strength(strength)
     _check(bank, mode, refit, backbone)
     named = [bank.passing(name) for name in named_concepts(bank.vocabulary.parse(prompt))]
-    weights = site_weights(backbone or SimpleNamespace(layout=bank.layout), bank, prompt, METHODS, mode, strength)
+    weights = site_weights(backbone, bank, prompt, mode, strength)
     weights = {name: per_site for name, per_site in weights.items() if any(per_site)}
     loras = [kind for kind in formats if kind != "embedding"]
     if not (weights if loras else named):
@@ -139,15 +138,14 @@ def _losses(bank: ConceptBank, weights: Mapping, prompt: str, mode: str, formats
         notes.append("the learned words are not in these files; export the format 'embedding' as well")
     if mode != "sharp":
         notes.append(f"mode {mode} weighs concepts anew for every prompt; these files hold its weights for {prompt!r}")
-    by_composition: dict[str, list[str]] = {}
+    by_composition: dict[Kind, list[str]] = {}
     for name in weights:
-        method = METHODS.get(bank.infos[name].method)
-        by_composition.setdefault("route" if method is None else method.composition, []).append(f"<{name}>")
-    if bound := by_composition.get("bound"):
+        by_composition.setdefault(bank.infos[name].composes.kind, []).append(f"<{name}>")
+    if bound := by_composition.get(Kind.WORDS):
         notes.append(f"{', '.join(bound)}: in the bank each acts through its own words alone; in other programs the LoRA acts on every "
                      "word of a prompt, and the concepts act on each other's words")
-    if standing := by_composition.get("sum"):
+    if standing := by_composition.get(Kind.SUM):
         notes.append(f"{', '.join(standing)}: on whatever the prompt says, so their deltas are in these files too")
-    if average := by_composition.get("average"):
+    if average := by_composition.get(Kind.AVERAGE):
         notes.append(f"{', '.join(average)}: the bank averages predictions; these files hold the average of the weights, which is near it")
     return notes

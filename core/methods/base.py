@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..bank.bank import ConceptBank
+from ..bank.composition import PROMPT, Composition
 from ..bank.tokens import TokenGroup, default_words, initial_vectors
 from ..data.batch import Batch
 from ..data.photos import TrainingSet
 from ..errors import ConceptError
-from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
 from ..model.sites import PROJECTIONS, Site, SiteLayout
 
@@ -69,9 +70,7 @@ class Outcome:
 class Method(ABC):
     """One way to learn a concept. An instance lives for one task.
 
-    composition: "route": a concept's deltas are used by prompts that ask for it; "bound": so are they, and they act through its own words
-    only (see core.bound); "sum": all tasks are one set of weights, whatever the
-    prompt says, each task's deltas times `share`; "average": what is averaged are the predictions of all concepts' models.
+    composition: how its concepts act together, see bank.composition.
     builds_on_sum: whether a "sum" method learns on top of what its earlier tasks did to the weights, or each task on the base alone.
     wants_prior: whether its paper trains with prior-preservation pictures beside the concept's own.
     word_count: how many words a concept gets whose words nobody named.
@@ -80,16 +79,11 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    composition: ClassVar[str] = "route"
+    composition: ClassVar[Composition] = PROMPT
     builds_on_sum: ClassVar[bool] = True
     word_count: ClassVar[int] = 2
     wants_prior: ClassVar[bool] = False
     learns_alone: ClassVar[bool] = False
-
-    @classmethod
-    def share(cls, concepts: int) -> float:
-        """Weight of each concept's deltas in a "sum" of that many concepts of the method."""
-        return 1.0
 
     @abstractmethod
     def begin(self, task: Task) -> None:
@@ -108,7 +102,7 @@ class Method(ABC):
         """The new concept's words as trained so far, with gradient."""
 
     @abstractmethod
-    def program(self) -> SiteProgram:
+    def processor(self) -> AttentionProcessor:
         """What sites do in training."""
 
     def on_batch(self, batch: Batch) -> Batch:
@@ -190,7 +184,7 @@ class LowRankAdapters(nn.Module):
         return kept_deltas({key: d for key in self.keys if (d := self.delta(*key)) is not None}, dtype)
 
 
-class AdapterProgram(SiteProgram):
+class AdapterProcessor(AttentionProcessor):
     """Adds trainable deltas to the projections while training."""
 
     def __init__(self, adapters: LowRankAdapters) -> None:
@@ -242,10 +236,6 @@ class Registered:
     build: Callable[[Any], Method]
     summary: str
     method: type[Method]
-
-    @property
-    def composition(self) -> str:
-        return self.method.composition
 
 
 METHODS: dict[str, Registered] = {}

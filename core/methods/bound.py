@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..attention.token_lora import BoundProgram
+from ..attention.token_lora import TokenLoraProcessor
+from ..bank.composition import WORDS
 from ..bank.tokens import TokenGroup
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from .base import Outcome, register
 from .low_rank import LowRankConfig, LowRankMethod
 
@@ -31,20 +32,20 @@ class BoundConfig(LowRankConfig):
 
 
 class Bound(LowRankMethod):
-    composition = "bound"
+    composition = WORDS
 
     def token_group(self) -> TokenGroup:
-        return replace(super().token_group(), stand_in=self._stand_in())
+        return replace(super().token_group(), placeholder_noun=self._stand_in())
 
     def _stand_in(self) -> str:
         return self.task.class_noun if self.config.apart else ""
 
-    def program(self) -> SiteProgram:
-        return BoundProgram({self.task.name: {key: self.adapters.delta(*key) for key in self.adapters.keys}})
+    def processor(self) -> AttentionProcessor:
+        return TokenLoraProcessor({self.task.name: {key: self.adapters.delta(*key) for key in self.adapters.keys}})
 
     def finish(self) -> Outcome:
         outcome = super().finish()
-        return replace(outcome, tokens=replace(outcome.tokens, stand_in=self._stand_in()))
+        return replace(outcome, tokens=replace(outcome.tokens, placeholder_noun=self._stand_in()))
 
 
 register("bound", BoundConfig, Bound,

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..bank.composition import PROMPT
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import LowRankDelta
 from .base import (
-    AdapterProgram,
+    AdapterProcessor,
     Forward,
     LearnedWords,
     LowRankAdapters,
@@ -65,20 +66,20 @@ class CCDMConfig:
         stored_dtype(self.stored)
 
 
-class _BothProgram(SiteProgram):
+class _BothProgram(AttentionProcessor):
     """The shared and the task's own delta."""
 
     def __init__(self, shared: LowRankAdapters, own: LowRankAdapters) -> None:
-        self.programs = AdapterProgram(shared), AdapterProgram(own)
+        self.processors = AdapterProcessor(shared), AdapterProcessor(own)
 
     def project(self, site, projection, x, y):
-        for program in self.programs:
-            y = program.project(site, projection, x, y)
+        for processor in self.processors:
+            y = processor.project(site, projection, x, y)
         return y
 
 
 class CCDM(Method):
-    composition = "route"
+    composition = PROMPT
 
     def __init__(self, config: CCDMConfig) -> None:
         self.config = config
@@ -115,7 +116,7 @@ class CCDM(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
+    def processor(self) -> AttentionProcessor:
         return _BothProgram(self.shared, self.own)
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:

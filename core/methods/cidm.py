@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.maps import MapProgram, attention_regulariser
+from ..attention.maps import MapProcessor, attention_regulariser
+from ..bank.composition import PROMPT
 from ..bank.tokens import TokenGroup
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
 from . import cidm_losses as losses
 from .base import (
-    AdapterProgram,
+    AdapterProcessor,
     Forward,
     LearnedWords,
     LowRankAdapters,
@@ -74,7 +75,7 @@ class CIDMConfig:
 
 
 class CIDM(Method):
-    composition = "route"
+    composition = PROMPT
 
     def __init__(self, config: CIDMConfig) -> None:
         self.config = config
@@ -86,7 +87,7 @@ class CIDM(Method):
         self.adapters = LowRankAdapters(layout, c.rank, c.scale, task.generator, device)
         self.norm_limit = c.token_norm_stop * self._class_norm()
         self.tokens_stopped = False
-        self.maps = MapProgram(AdapterProgram(self.adapters)) if c.attention_weight > 0 else None
+        self.maps = MapProcessor(AdapterProcessor(self.adapters)) if c.attention_weight > 0 else None
         wanted = c.orthogonality != "off" or c.shared != "off"
         mine = [task.bank.passing(name) for name, info in task.bank.infos.items() if wanted and info.method == self.name]
         old = {key: [d.to(device) for concept in mine if isinstance(d := concept.deltas.get(key), LowRankDelta)]
@@ -131,8 +132,8 @@ class CIDM(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
-        return self.maps or AdapterProgram(self.adapters)
+    def processor(self) -> AttentionProcessor:
+        return self.maps or AdapterProcessor(self.adapters)
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         c, terms = self.config, {}

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..bank.bank import ConceptBank
+from ..bank.composition import SUM
 from ..bank.tokens import TokenGroup
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta, weighted_sum
-from .base import AdapterProgram, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
+from .base import AdapterProcessor, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
 
 KEYS_AND_VALUES = ("to_k", "to_v")
 
@@ -87,7 +88,7 @@ class _Changed(torch.autograd.Function):
 
 
 class CLoRA(Method):
-    composition = "sum"
+    composition = SUM
     word_count = 1
 
     def __init__(self, config: CLoRAConfig) -> None:
@@ -106,8 +107,8 @@ class CLoRA(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
-        return AdapterProgram(self.adapters)
+    def processor(self) -> AttentionProcessor:
+        return AdapterProcessor(self.adapters)
 
     def product(self, key: DeltaKey) -> Tensor:
         """`A_t B_t` of a projection, `[a, b]` with gradient."""

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..bank.composition import SUM
 from ..bank.concepts import ConceptInfo
 from ..bank.prompts import Vocabulary
 from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_prompts
 from ..data.batch import Batch
 from ..errors import ConceptError
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey
 from ..model.sites import SiteLayout
 from ..neurons.neurons import UNITS, NeuronSelection, concept_neurons, unit_count
@@ -81,7 +82,7 @@ class CNS(Method):
     """selection: neurons to train, in place of the method's own choice; calibration_prompts: unrelated prompts in place of the built-in
     ones, all of them used. Both are set before `begin`."""
 
-    composition = "sum"
+    composition = SUM
     learns_alone = True      # neurons are chosen by the gradients of the pictures that a process saw
     selection: NeuronSelection | None = None
     calibration_prompts: tuple[str, ...] = ()
@@ -123,10 +124,10 @@ class CNS(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
+    def processor(self) -> AttentionProcessor:
         if self.is_chosen:
             return SparseProgram(self.adapters)
-        return self.gradients if self.config.score == "gradient" else SiteProgram()
+        return self.gradients if self.config.score == "gradient" else AttentionProcessor()
 
     def on_batch(self, batch: Batch) -> Batch:
         if not self.is_chosen and self.steps >= self.config.selection_steps:      # here and not in after_step: a cancel loses nothing

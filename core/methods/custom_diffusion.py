@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bank.composition import SUM
 from ..bank.tokens import TokenGroup
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.sites import SiteLayout
 from ..neurons.scores import encode_plain, key_value_weights, text_positions
@@ -98,7 +99,7 @@ class FullAdapters(nn.Module):
         return {key: LowRankDelta(difference, torch.eye(difference.shape[1], dtype=dtype)) for key, difference in found.items()}
 
 
-class FullProgram(SiteProgram):
+class FullProgram(AttentionProcessor):
     """Adds the differences to the projections while training."""
 
     def __init__(self, adapters: FullAdapters) -> None:
@@ -112,7 +113,7 @@ class FullProgram(SiteProgram):
 class CustomDiffusion(Method):
     """Task after task on one set of weights; what forgets."""
 
-    composition = "sum"
+    composition = SUM
     wants_prior = True
 
     def __init__(self, config: CustomDiffusionConfig) -> None:
@@ -134,7 +135,7 @@ class CustomDiffusion(Method):
             return group
         return TokenGroup(group.words, {name: torch.cat([v[:, :1], v[:, 1:].detach()], dim=1) for name, v in group.vectors.items()})
 
-    def program(self) -> SiteProgram:
+    def processor(self) -> AttentionProcessor:
         return FullProgram(self.adapters)
 
     @torch.no_grad()

@@ -93,7 +93,7 @@ class EWC(Finetune):
         """Every factor of the adapter by name, `up.3-to_k`."""
         return dict(self.adapters.named_parameters())
 
-    def program(self) -> _Watched:
+    def processor(self) -> _Watched:
         return _Watched(self.adapters, self.start, self._note)
 
     def on_batch(self, batch: Batch) -> Batch:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..bank.composition import SUM
 from ..bank.tokens import TokenGroup
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
-from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, kept_deltas, register, stored_dtype
+from .base import AdapterProcessor, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, kept_deltas, register, stored_dtype
 from .low_rank import LowRankConfig
 
 
@@ -24,7 +25,7 @@ class FinetuneConfig(LowRankConfig):
     """Settings as CIDM's, so that a comparison differs in the method alone."""
 
 
-class _Continued(AdapterProgram):
+class _Continued(AdapterProcessor):
     """Inside the loop the old sum is folded into the weights; what is trained is the difference to where it started."""
 
     def __init__(self, adapters: LowRankAdapters, start: dict[DeltaKey, LowRankDelta]) -> None:
@@ -38,7 +39,7 @@ class _Continued(AdapterProgram):
 
 
 class Finetune(Method):
-    composition = "sum"
+    composition = SUM
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
@@ -64,7 +65,7 @@ class Finetune(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
+    def processor(self) -> AttentionProcessor:
         return _Continued(self.adapters, self.start)
 
     def finish(self) -> Outcome:

@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..bank.composition import SUM
 from ..bank.prompts import PLACEHOLDER
 from ..bank.tokens import TokenGroup
 from ..data.batch import Batch
 from ..errors import ConceptError
-from ..model.backbone import SiteProgram
-from .base import AdapterProgram, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
+from ..model.backbone import AttentionProcessor
+from .base import AdapterProcessor, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
 from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
 
 if TYPE_CHECKING:      # it imports the methods' Batch
@@ -76,7 +77,7 @@ class L2DMConfig:
 class L2DM(Method):
     """features: how pictures are described in the memory; set before `begin`, the same for a whole bank."""
 
-    composition = "sum"
+    composition = SUM
     wants_prior = True
     learns_alone = True      # each pass replays its own pictures
     features: Features = staticmethod(unet_features)
@@ -150,8 +151,8 @@ class L2DM(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
-        return AdapterProgram(self.adapters)
+    def processor(self) -> AttentionProcessor:
+        return AdapterProcessor(self.adapters)
 
     def on_batch(self, batch: Batch) -> Batch:
         """Adds replay. Weights are such that the loop's mean over all rows is the mean over the given ones plus alpha times the sum over

@@ -18,7 +18,7 @@ from ..bank.prompts import Vocabulary
 from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..model.backbone import Backbone, SiteProgram
+from ..model.backbone import AttentionProcessor, Backbone
 from ..model.sites import Site
 
 Features = Callable[[Backbone, Tensor], Tensor]      # latents [B, C, h, w] -> [B, F], of any length
@@ -38,7 +38,7 @@ def rainbow_scores(generated: Tensor, own: Tensor, real: Tensor, closeness: floa
     return different[own] + closeness * (unit[own] * target.unsqueeze(1)).sum(-1)
 
 
-class _Pooled(SiteProgram):
+class _Pooled(AttentionProcessor):
     """Mean and spread over the cells of what goes into every site, kept for the deepest ones."""
 
     def __init__(self) -> None:
@@ -66,9 +66,9 @@ def unet_features(backbone: Backbone, latents: Tensor) -> Tensor:
     for chunk in latents.split(4):
         timesteps = torch.full((len(chunk),), t, device=chunk.device)
         context = encode_prompts(backbone, [""] * len(chunk), Vocabulary(()), {})
-        program = _Pooled()
-        backbone.predict(backbone.schedule.add_noise(chunk, noise.expand_as(chunk), timesteps), timesteps, context, program)
-        found.append(program.deepest())
+        processor = _Pooled()
+        backbone.predict(backbone.schedule.add_noise(chunk, noise.expand_as(chunk), timesteps), timesteps, context, processor)
+        found.append(processor.deepest())
     return torch.cat(found)
 
 

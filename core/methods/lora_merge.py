@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..bank.composition import Composition, Kind
 from .base import register
 from .low_rank import LowRankConfig, LowRankMethod
 
@@ -24,18 +25,14 @@ class LoraMergeConfig(LowRankConfig):
 class LoraM(LowRankMethod):
     """One set of weights, the mean of all concepts' deltas."""
 
-    composition = "sum"
+    composition = Composition(Kind.SUM, merged=None)
     builds_on_sum = False
-
-    @classmethod
-    def share(cls, concepts: int) -> float:
-        return 1.0 / max(1, concepts)
 
 
 class LoraC(LoraM):
-    """The mean of the predictions of all concepts' models. `share` is what stands for it where weights are asked for."""
+    """The mean of the predictions of all concepts' models. Where weights are asked for, their mean stands for it."""
 
-    composition = "average"
+    composition = Composition(Kind.AVERAGE, merged=None)
 
 
 register("lora_m", LoraMergeConfig, LoraM, "each concept learned alone, the deltas of all merged equally into one set of weights")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..bank.tokens import TokenGroup
-from ..model.backbone import SiteProgram
-from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, require, stored_dtype
+from ..model.backbone import AttentionProcessor
+from .base import AdapterProcessor, LearnedWords, LowRankAdapters, Method, Outcome, Task, require, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class LowRankMethod(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
-        return AdapterProgram(self.adapters)
+    def processor(self) -> AttentionProcessor:
+        return AdapterProcessor(self.adapters)
 
     def finish(self) -> Outcome:
         dtype = stored_dtype(self.config.stored)

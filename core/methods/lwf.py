@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from .base import Forward, Task, register, require
 from .finetune import Finetune, FinetuneConfig
 
@@ -72,10 +72,10 @@ class LwF(Finetune):
             prompt = prompt.replace(f"<{word}>", wish)
         return prompt
 
-    def program(self) -> SiteProgram:
+    def processor(self) -> AttentionProcessor:
         kind = self.task.backbone.device.type      # the one call inside the loop's autocast: the teacher has to compute alike
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        return super().program()
+        return super().processor()
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """What the added rows are for; from the second task on."""

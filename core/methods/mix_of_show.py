@@ -24,15 +24,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..bank.composition import SUM
 from ..bank.concepts import ConceptInfo
 from ..bank.prompts import Vocabulary
 from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_prompts
 from ..data.batch import Batch
-from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.sites import Site
-from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
+from .base import AdapterProcessor, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
 from .fusion import CONCEPT_PROMPTS, Rows, fit, fused_outcome, text_rows
 
 GROUPS = {"text": ("to_k", "to_v"), "picture": ("to_q", "to_out")}
@@ -64,10 +65,10 @@ class MixOfShowConfig:
         stored_dtype(self.stored)
 
 
-class Recorder(SiteProgram):
+class Recorder(AttentionProcessor):
     """Second moments of what goes into to_q and to_out: key -> mean of x x^T `[b, b]` over passes, samples and cells."""
 
-    def __init__(self, inner: SiteProgram) -> None:
+    def __init__(self, inner: AttentionProcessor) -> None:
         self.inner, self.sums, self.counts = inner, {}, {}
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
@@ -88,9 +89,9 @@ class Recorder(SiteProgram):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def record(backbone: Backbone, context: Context, program: SiteProgram, size: tuple[int, int], passes: int, seed: int) -> Recorder:
+def record(backbone: Backbone, context: Context, processor: AttentionProcessor, size: tuple[int, int], passes: int, seed: int) -> Recorder:
     """Denoises one picture per row of the context after the first, which is the unconditional one, by DDIM; size: latents' (h, w)."""
-    recorder, schedule, count = Recorder(program), backbone.schedule, len(context) - 1
+    recorder, schedule, count = Recorder(processor), backbone.schedule, len(context) - 1
     both = Context.cat([context[0:1]] * count + [context[1:]])
     x = torch.randn(count, backbone.latent_channels, *size, generator=torch.Generator().manual_seed(seed)).to(backbone.device)
     times = torch.linspace(len(schedule) - 1, 0, passes + 1).long().to(x.device)
@@ -111,7 +112,7 @@ class _Seen(nn.Module):
 
 
 class MixOfShow(Method):
-    composition = "sum"
+    composition = SUM
     builds_on_sum = False
 
     def __init__(self, config: MixOfShowConfig) -> None:
@@ -130,8 +131,8 @@ class MixOfShow(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
-        return AdapterProgram(self.adapters)
+    def processor(self) -> AttentionProcessor:
+        return AdapterProcessor(self.adapters)
 
     def on_batch(self, batch: Batch) -> Batch:
         self.seen.size.copy_(torch.tensor(batch.latents.shape[-2:]))
@@ -151,7 +152,7 @@ class MixOfShow(Method):
         size = tuple(self.seen.size.tolist())
         if min(size) > 0:
             context = self._context(words)
-            recorder = record(self.task.backbone, context, AdapterProgram(self.adapters), size, self.config.passes, self.seed)
+            recorder = record(self.task.backbone, context, AdapterProcessor(self.adapters), size, self.config.passes, self.seed)
             found["picture"] = {key: Rows.of(recorder.leading(key, self.config.rows), delta)
                                 for key, delta in deltas.items() if key[1] in GROUPS["picture"]}
         return found

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..bank.composition import Composition, Kind
 from ..bank.tokens import TokenGroup
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
-from .base import AdapterProgram, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, register, require, stored_dtype
+from .base import AdapterProcessor, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, register, require, stored_dtype
 
 COLUMNS = ("disjoint", "random")
 MERGE_WEIGHT = 0.6      # lambda of the paper
@@ -77,15 +78,11 @@ def draw_columns(taken: Tensor, rank: int, generator: torch.Generator) -> Tensor
 
 
 class OrthogonalAdaptation(Method):
-    composition = "sum"
+    composition = Composition(Kind.SUM, MERGE_WEIGHT)
     builds_on_sum = False
 
     def __init__(self, config: OrthogonalAdaptationConfig) -> None:
         self.config = config
-
-    @classmethod
-    def share(cls, concepts: int) -> float:
-        return MERGE_WEIGHT if concepts > 1 else 1.0
 
     def begin(self, task: Task) -> None:
         c, layout, device = self.config, task.backbone.layout, task.backbone.device
@@ -122,8 +119,8 @@ class OrthogonalAdaptation(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
-        return AdapterProgram(self.adapters)
+    def processor(self) -> AttentionProcessor:
+        return AdapterProcessor(self.adapters)
 
     def finish(self) -> Outcome:
         dtype = stored_dtype(self.config.stored)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, SparseDelta
 from ..model.sites import Site, SiteLayout
 from ..neurons.neurons import NeuronSelection
@@ -69,7 +69,7 @@ class SparseAdapters(nn.Module):
         return NeuronSelection({key: self.at(key)[1] for key in self.sizes}, self.sizes)
 
 
-class SparseProgram(SiteProgram):
+class SparseProgram(AttentionProcessor):
     """Adds the sparse deltas to the projections while training."""
 
     def __init__(self, adapters: SparseAdapters) -> None:

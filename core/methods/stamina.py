@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..bank.tokens import TokenGroup
 from ..data.batch import Batch
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, SparseDelta
 from ..model.sites import Site
 from .base import Forward, LearnedWords, Task, adapter_key, kept, register, require, stored_dtype, wide_enough
@@ -107,7 +107,7 @@ def hard_mask(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return (soft > 0.5).to(soft) + (soft - soft.detach())
 
 
-class _MaskedProgram(SiteProgram):
+class _MaskedProgram(AttentionProcessor):
     """Adds the masked products while training."""
 
     def __init__(self, method: Stamina) -> None:
@@ -133,7 +133,7 @@ class Stamina(CLoRA):
     def parameter_groups(self) -> list[dict]:      # decay would pull masks to where half of the entries are kept
         return [*super().parameter_groups(), {"params": list(self.masks.parameters()), "lr": self.config.mask_lr, "weight_decay": 0.0}]
 
-    def program(self) -> SiteProgram:
+    def processor(self) -> AttentionProcessor:
         return _MaskedProgram(self)
 
     def on_batch(self, batch: Batch) -> Batch:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..bank.composition import PROMPT
 from ..bank.tokens import TokenGroup, initial_vectors
-from ..model.backbone import SiteProgram
+from ..model.backbone import AttentionProcessor
 from .base import LearnedWords, Method, Outcome, Task, register, require, stored_dtype
 
 STARTS = ("class", "random")
@@ -44,7 +45,7 @@ class TextualInversionConfig:
 
 
 class TextualInversion(Method):
-    composition = "route"
+    composition = PROMPT
 
     def __init__(self, config: TextualInversionConfig) -> None:
         self.config = config
@@ -70,8 +71,8 @@ class TextualInversion(Method):
     def token_group(self) -> TokenGroup:
         return self.words.group()
 
-    def program(self) -> SiteProgram:
-        return SiteProgram()
+    def processor(self) -> AttentionProcessor:
+        return AttentionProcessor()
 
     def finish(self) -> Outcome:
         return Outcome(self.words.stored(stored_dtype(self.config.stored)), {})

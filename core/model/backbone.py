@@ -58,7 +58,7 @@ def _repeated(words: dict[str, tuple[int, ...]], n: int, length: int) -> dict[st
     return {name: tuple(place + start for start in range(0, length, n) for place in places) for name, places in words.items()}
 
 
-class SiteProgram:
+class AttentionProcessor:
     """What sites do beside their frozen weights. The base class does nothing; a host with program None runs untouched."""
 
     looks_within = False      # whether `attend_within` is to be asked; where it is not, self-attention is the host's, untouched
@@ -138,7 +138,7 @@ class Backbone(ABC):
         """Inverse of `encode_images`, clamped to -1..1."""
 
     @abstractmethod
-    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, program: SiteProgram | None = None) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, processor: AttentionProcessor | None = None) -> Tensor:
         """The UNet's output (epsilon or v, see schedule) for noisy latents `[B, C, h, w]` at integer timesteps `[B]`."""
 
     @abstractmethod

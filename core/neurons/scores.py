@@ -16,7 +16,7 @@ from torch import Tensor
 from ..bank.prompts import Vocabulary
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey
 from ..model.sites import Site, SiteLayout
 from .neurons import NeuronSelection, Votes
@@ -64,15 +64,15 @@ def activation_scores(backbone: Backbone, context: Context, positions: Sequence[
     return scores
 
 
-class GradientProgram(SiteProgram):
+class GradientProgram(AttentionProcessor):
     """Sums the loss's gradient over weights that stay frozen: `dL/dW = sum g x^T` from what comes back to a projection's output, so that
     a backward pass in which nothing but activations has gradients is enough. sums: weight -> `[a, b]` float32.
 
     rows: weight of each sample of the batch `[B]`, None = 1; inner: what the sites do beside it.
     """
 
-    def __init__(self, keys: Sequence[DeltaKey], inner: SiteProgram | None = None) -> None:
-        self.keys, self.inner, self.rows = frozenset(keys), inner or SiteProgram(), None
+    def __init__(self, keys: Sequence[DeltaKey], inner: AttentionProcessor | None = None) -> None:
+        self.keys, self.inner, self.rows = frozenset(keys), inner or AttentionProcessor(), None
         self.sums: dict[DeltaKey, Tensor] = {}
 
     def begin(self, context: Context) -> None:
@@ -110,7 +110,7 @@ def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, gener
     """
     latents, schedule = latents.clone().to(backbone.device), backbone.schedule
     fixed = Context(context.hidden.detach().clone(), None if context.pooled is None else context.pooled.detach().clone())
-    program = GradientProgram(keys or key_value_weights(backbone.layout))
+    processor = GradientProgram(keys or key_value_weights(backbone.layout))
     for start in range(0, draws, batch):
         rows = [i % len(latents) for i in range(start, min(start + batch, draws))]
         clean, own = latents[rows], fixed[0:1] if len(fixed) == 1 else fixed
@@ -118,11 +118,11 @@ def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, gener
         t = torch.randint(len(schedule), (len(rows),), generator=generator).to(latents.device)
         noise = torch.randn(clean.shape, generator=generator).to(latents.device)
         with torch.enable_grad():
-            output = backbone.predict(schedule.add_noise(clean, noise, t), t, own, program)
+            output = backbone.predict(schedule.add_noise(clean, noise, t), t, own, processor)
             (output - schedule.target(clean, noise, t)).square().mean((1, 2, 3)).sum().backward()
         if progress is not None:
             progress(min(start + batch, draws), draws)
-    return program.scores(backbone)
+    return processor.scores(backbone)
 
 
 def text_positions(backbone: Backbone, prompts: Sequence[str]) -> list[list[int]]:

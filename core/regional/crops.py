@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 from ..attention.packed import Stack
-from ..attention.token_lora import BoundConcepts, added_by_others
-from ..model.backbone import Backbone, SiteProgram
+from ..attention.token_lora import TokenLora, added_by_others
+from ..model.backbone import AttentionProcessor, Backbone
 from ..model.sites import Site
 from .attention import taken
 from .cover import Order
 from .permuted import ByRegion
-from .processor import DeltaProgram, Part, readings_of
+from .processor import DeltaProcessor, Part, readings_of
 
 
-class RegionsApart(SiteProgram):
+class RegionsApart(AttentionProcessor):
     """K regions in a batch whose rows are theirs, B each, one region after another; that once for every half of guidance. Each reads its
     own prompt with its own weights; of the scene there is nothing."""
 
     def __init__(self, backbone: Backbone, scene: Part, parts: Sequence[Part]) -> None:
         self.readings = readings_of(backbone, parts)
         self.count = len(parts)
-        self.scene_concepts: BoundConcepts | None = None      # of the scene's prompt: other nodes may read it
-        self._scene = DeltaProgram(scene.deltas)
+        self.scene_concepts: TokenLora | None = None      # of the scene's prompt: other nodes may read it
+        self._scene = DeltaProcessor(scene.deltas)
         self._stacks: dict[int, Stack] = {}
         self._orders: dict[tuple, Order] = {}
         self._rows: dict[tuple, Tensor] = {}

@@ -18,7 +18,7 @@ from ..bank.bank import ConceptBank
 from ..bank.prompts import WordRef, named_concepts
 from ..model.backbone import Backbone
 from ..model.sites import Site, grid_of
-from .processor import Part, RegionProgram
+from .processor import Part, RegionProcessor
 from .regions import Region
 
 LOOK = 0.35      # share of the steps after which regions are there
@@ -42,7 +42,7 @@ def prompts_apart(bank: ConceptBank, scene: str) -> dict[str, str]:
     return found
 
 
-class FoundRegions(RegionProgram):
+class FoundRegions(RegionProcessor):
     """A RegionProgram whose masks are found on the way. words: per concept the positions of its words in the scene's prompt; parts: per
     concept its prompt of `prompts_apart`, with its deltas."""
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..attention.maps import FINEST
 from ..model.sites import Site, grid_of
-from .processor import RegionProgram
+from .processor import RegionProcessor
 
 AT_ONCE = 2**25      # weights of attention: so many pictures of a batch are looked at together
 
 
-class ObservedRegions(RegionProgram):
+class ObservedRegions(RegionProcessor):
     """A RegionProgram that remembers, for every region, how much each place looks at its words.
 
     tokens: per region the positions of the words to look at; when `is_observing`, the maps of one forward pass are kept in `maps`:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..attention.packed import Reading, Stack
-from ..attention.token_lora import BoundConcepts, BoundProgram, added_by_others, bound_attention, columns_of
+from ..attention.token_lora import TokenLora, TokenLoraProcessor, added_by_others, head_extension, token_lora_attention
 from ..errors import ConceptError
-from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import Delta, Deltas
 from ..model.sites import Site, grid_of
 from .attention import attention_within, mixed_query, region_attention
@@ -21,7 +21,7 @@ from .permuted import ByRegion
 from .regions import Region, region_mask, shares
 
 
-class DeltaProgram(SiteProgram):
+class DeltaProcessor(AttentionProcessor):
     """Deltas as activations instead of folded weights: for prompts that share a batch with others."""
 
     def __init__(self, deltas: Deltas) -> None:
@@ -41,12 +41,12 @@ class Part:
     bound: Mapping[str, Deltas] = field(default_factory=dict)
 
 
-class BothProgram(BoundProgram):
+class DeltaAndTokenLoraProcessor(TokenLoraProcessor):
     """Deltas as activations, and bound concepts: a part alone over the whole picture, or one model of an average."""
 
     def __init__(self, deltas: Deltas, bound: Mapping[str, Deltas]) -> None:
         super().__init__(bound)
-        self.plain = DeltaProgram(deltas)
+        self.plain = DeltaProcessor(deltas)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         return super().project(site, projection, x, self.plain.project(site, projection, x, y))
@@ -55,12 +55,12 @@ class BothProgram(BoundProgram):
 def reading_of(backbone: Backbone, site: Site, part: Part, length: int) -> Reading:
     """What a part reads at a site; its context is repeated up to `length` tokens (softmax does not see repetition)."""
     context = part.context if part.context.hidden.shape[2] == length else part.context.repeated(length)
-    bound, plain = BoundConcepts(part.bound, context), DeltaProgram(part.deltas)
+    bound, plain = TokenLora(part.bound, context), DeltaProcessor(part.deltas)
     hidden = context.at(site)
     key, value = (bound.project(site, name, hidden, plain.project(site, name, hidden, backbone.project(site, name, hidden)))
                   for name in ("to_k", "to_v"))
     own = (part.deltas.get((site.index, name)) for name in ("to_q", "to_out"))
-    return Reading(key, value, columns_of(site.heads, key, value, bound.bindings(site)), *own)
+    return Reading(key, value, head_extension(site.heads, key, value, bound.bindings(site)), *own)
 
 
 def readings_of(backbone: Backbone, parts: Sequence[Part]) -> dict[int, list[Reading]]:
@@ -69,7 +69,7 @@ def readings_of(backbone: Backbone, parts: Sequence[Part]) -> dict[int, list[Rea
     return {site.index: [reading_of(backbone, site, part, length) for part in parts] for site in backbone.layout.sites}
 
 
-class RegionProgram(SiteProgram):
+class RegionProcessor(AttentionProcessor):
     """Region attention with per-region deltas, see attention.py.
 
     What regions read depends on text only: it is computed here, once per sampling. `rows` says for each row of the UNet's batch whether it
@@ -82,8 +82,8 @@ class RegionProgram(SiteProgram):
                  latent: tuple[int, int], overlap: str = "average", isolation: float = 0.0) -> None:
         self.scene, self.regions, self.parts, self.rows, self.latent = scene, list(regions), list(parts), rows, latent
         self.progress, self.overlap, self.isolation = 0.0, overlap, isolation
-        self.scene_concepts: BoundConcepts | None = None      # where the host knows better than the scene's context which words a call has
-        self._scene_bound = BoundConcepts(scene.bound, scene.context)
+        self.scene_concepts: TokenLora | None = None      # where the host knows better than the scene's context which words a call has
+        self._scene_bound = TokenLora(scene.bound, scene.context)
         self.readings = readings_of(backbone, parts)
         self._stacks: dict[tuple, Stack] = {}
         self._covers: dict[tuple, Cover] = {}
@@ -183,7 +183,7 @@ class RegionProgram(SiteProgram):
         """The scene's attended values `[B, S, a]`, and what it adds behind to_out."""
         concepts, more = self._concepts(), None
         if concepts:
-            base, more = bound_attention(site.heads, asked, query, key, value, concepts.bindings(site))
+            base, more = token_lora_attention(site.heads, asked, query, key, value, concepts.bindings(site))
         else:
             base = plain(query, key, value)
         base = base if others is None else base + others
@@ -193,5 +193,5 @@ class RegionProgram(SiteProgram):
             more = own if more is None else more + own
         return base, more
 
-    def _concepts(self) -> BoundConcepts:
+    def _concepts(self) -> TokenLora:
         return self._scene_bound[self.rows] if self.scene_concepts is None else self.scene_concepts

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST, attention_maps
-from ..model.backbone import Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Context
 from ..model.sites import Site, grid_of
 
 STEP = 0.05      # latent per step at strength 1 and loss 1, for latents of about unit variance
@@ -80,11 +80,11 @@ class _Enough(Exception):      # noqa: N818 - it is no error
     """All maps are there: what the rest of the net would do is not needed."""
 
 
-class MapRecorder(SiteProgram):
+class MapRecorder(AttentionProcessor):
     """Another program that keeps, with gradient, the maps of one grid: the finest of at most `most` cells. Once a whole pass has shown
     which sites have it, passes end at the last of them."""
 
-    def __init__(self, inner: SiteProgram, most: int) -> None:
+    def __init__(self, inner: AttentionProcessor, most: int) -> None:
         self.inner, self.most = inner, most
         self.maps: dict[int, list[Tensor]] = {}
         self.last = self._seen = -1      # the last site of that grid; the last one seen
@@ -115,7 +115,7 @@ class MapRecorder(SiteProgram):
         return torch.stack(next(iter(self.maps.values()))).mean(0)
 
 
-Look = Callable[[Tensor, SiteProgram], object]
+Look = Callable[[Tensor, AttentionProcessor], object]
 
 
 class Artists:
@@ -133,12 +133,12 @@ class Artists:
         return self.strength > 0 and progress < UNTIL and any(len(subject.concepts) > 1 for subject in self.subjects)
 
     @torch.inference_mode(False)
-    def moved(self, latents: Tensor, look: Look, inner: SiteProgram | None = None) -> Tensor:
+    def moved(self, latents: Tensor, look: Look, inner: AttentionProcessor | None = None) -> Tensor:
         """Latents `[B, C, h, w]` after one step, of unit variance as the UNet reads them. look(latents, program) is one forward pass with
         the positive prompts; inner: what sites do anyway."""
         height, width = latents.shape[-2:]
         if self._recorder is None:
-            self._recorder = MapRecorder(inner or SiteProgram(), max(FINEST, height * width // 16))
+            self._recorder = MapRecorder(inner or AttentionProcessor(), max(FINEST, height * width // 16))
         with torch.enable_grad():
             z = latents.detach().clone().requires_grad_()
             with suppress(_Enough):

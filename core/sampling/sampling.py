@@ -8,18 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..attention.token_lora import BoundProgram
+from ..attention.token_lora import TokenLoraProcessor
 from ..bank.bank import ConceptBank
 from ..bank.prompts import named_concepts
 from ..conditioning.encoding import encode_prompts, text_positions
-from ..conditioning.routing import aggregate, averaged_names, bound_deltas
+from ..conditioning.routing import aggregate, averaged_names, token_lora_deltas
 from ..errors import ConceptError
-from ..methods.base import METHODS
-from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import Deltas
 from ..regional.found import FoundRegions, prompts_apart
 from ..regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, windows_of
-from ..regional.processor import BothProgram, Part, RegionProgram
+from ..regional.processor import DeltaAndTokenLoraProcessor, Part, RegionProcessor
 from ..regional.regions import OVERLAPS, Region, masks_of, pooled_of
 from .attention_guidance import Artists, Subject
 
@@ -81,13 +80,13 @@ def encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], chunks
 
 
 def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float,
-            program: SiteProgram | None) -> Tensor:
+            processor: AttentionProcessor | None) -> Tensor:
     """Guided noise estimate: negative + cfg (positive - negative), both halves in one UNet evaluation."""
     timesteps = torch.full((len(latents),), t, device=latents.device, dtype=torch.long)
     if cfg == 1.0:
-        return backbone.schedule.to_epsilon(backbone.predict(latents, timesteps, positive, program), latents, timesteps)
+        return backbone.schedule.to_epsilon(backbone.predict(latents, timesteps, positive, processor), latents, timesteps)
     context = Context.cat([negative, positive])
-    output = backbone.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), context, program)
+    output = backbone.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), context, processor)
     estimate = backbone.schedule.to_epsilon(output, torch.cat([latents, latents]), torch.cat([timesteps, timesteps]))
     unconditional, conditional = estimate.chunk(2)
     return unconditional + cfg * (conditional - unconditional)
@@ -109,21 +108,21 @@ def denoise(backbone: Backbone, latents: Tensor, steps: int, estimate, move=None
 
 
 def _mover(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], positive: Context, strength: float,
-           programs: Sequence[SiteProgram | None]):
+           processors: Sequence[AttentionProcessor | None]):
     """The attention artists as what moves latents (the mean over an average's programs); None where there is nothing for them to do."""
     texts = [text_positions(backbone, prompt, bank.vocabulary) for prompt in prompts]
     subjects = [Subject(tuple(words.values()), text) for words, text in zip(positive.words, texts, strict=True)]
-    artists = [Artists(subjects, strength) for _ in programs]
+    artists = [Artists(subjects, strength) for _ in processors]
     if not artists[0].works(0.0):
         return None
 
     def move(x: Tensor, t: int, progress: float) -> Tensor:
-        def look(latents: Tensor, program: SiteProgram) -> Tensor:
-            return backbone.predict(latents, torch.full((len(latents),), t, device=latents.device), positive, program)
+        def look(latents: Tensor, processor: AttentionProcessor) -> Tensor:
+            return backbone.predict(latents, torch.full((len(latents),), t, device=latents.device), positive, processor)
 
         if not artists[0].works(progress):
             return x
-        return torch.stack([artist.moved(x, look, program) for artist, program in zip(artists, programs, strict=True)]).mean(0)
+        return torch.stack([artist.moved(x, look, processor) for artist, processor in zip(artists, processors, strict=True)]).mean(0)
 
     return move
 
@@ -135,22 +134,22 @@ def _on_device(backbone: Backbone, deltas: Deltas) -> Deltas:
 def _bound(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings) -> dict[str, Deltas]:
     """Deltas of the bound concepts that the prompts name."""
     named = {name for prompt in prompts for name in named_concepts(bank.vocabulary.parse(prompt))}
-    return {name: _on_device(backbone, deltas) for name, deltas in bound_deltas(bank, METHODS, settings.strength, named).items()}
+    return {name: _on_device(backbone, deltas) for name, deltas in token_lora_deltas(bank, settings.strength, named).items()}
 
 
-def _programs(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings,
-              averaged: Sequence[str]) -> list[SiteProgram | None]:
+def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings,
+              averaged: Sequence[str]) -> list[AttentionProcessor | None]:
     """What the sites do beside their folded weights: one program, or one per averaged concept's model; bound concepts are in each."""
     bound = _bound(backbone, bank, prompts, settings)
-    models = [BothProgram(_on_device(backbone, bank[name].deltas), bound) for name in averaged]
-    return models or [BoundProgram(bound) if bound else None]
+    models = [DeltaAndTokenLoraProcessor(_on_device(backbone, bank[name].deltas), bound) for name in averaged]
+    return models or [TokenLoraProcessor(bound) if bound else None]
 
 
 def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], seeds: list[int], settings: SampleSettings) -> Tensor:
     """Prompts that share their deltas: folded once, no cost per step; averages of predictions cost one evaluation per concept."""
-    averaged = averaged_names(bank, METHODS)
-    deltas = aggregate(backbone, bank, prompts[0], METHODS, settings.mode, settings.strength, without=averaged).deltas
-    programs = _programs(backbone, bank, prompts, settings, averaged)
+    averaged = averaged_names(bank)
+    deltas = aggregate(backbone, bank, prompts[0], settings.mode, settings.strength, without=averaged).deltas
+    processors = _processors(backbone, bank, prompts, settings, averaged)
     pictures = []
     with backbone.folded(deltas):
         for start in range(0, len(prompts), settings.batch):
@@ -160,10 +159,10 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], see
             latents = starting_noise(backbone, seeds[chunk], settings.size).to(backbone.device)
 
             def estimate(x: Tensor, t: int, _progress: float, negative: Context = negative, positive: Context = positive) -> Tensor:
-                every = [guided(backbone, x, t, negative, positive, settings.cfg, program) for program in programs]
+                every = [guided(backbone, x, t, negative, positive, settings.cfg, processor) for processor in processors]
                 return every[0] if len(every) == 1 else torch.stack(every).mean(0)
 
-            move = _mover(backbone, bank, prompts[chunk], positive, settings.artists, programs) if settings.artists else None
+            move = _mover(backbone, bank, prompts[chunk], positive, settings.artists, processors) if settings.artists else None
             pictures.append(backbone.decode_latents(denoise(backbone, latents, settings.steps, estimate, move)))
     return torch.cat(pictures)
 
@@ -187,7 +186,7 @@ def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], seeds:
 
 
 def _part(backbone: Backbone, bank: ConceptBank, prompt: str, negative: str, settings: SampleSettings) -> Part:
-    own = aggregate(backbone, bank, prompt, METHODS, settings.mode, settings.strength, standing=False).deltas
+    own = aggregate(backbone, bank, prompt, settings.mode, settings.strength, always_on=False).deltas
     context = Context.cat([encode(backbone, bank, [negative]), encode(backbone, bank, [prompt])])
     bound = _bound(backbone, bank, [prompt, negative], settings)
     return Part(context, _on_device(backbone, own), bound)      # moved once, not in every step
@@ -207,7 +206,7 @@ class _RegionSampling:
         self.parts = [_part(backbone, bank, region.prompt, region.negative or settings.negative, settings) for region in regions]
         self.whole = self._with_pooled(_part(backbone, bank, scene, settings.negative, settings), latent)
         rows = _rows(backbone, count, settings.cfg)
-        self.program = RegionProgram(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap, settings.isolation)
+        self.processor = RegionProcessor(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap, settings.isolation)
         self.soft, self.hard = (masks_of(self.regions, *latent, feathered).to(backbone.device) for feathered in (True, False))
 
     def _with_pooled(self, scene: Part, latent: tuple[int, int]) -> Part:
@@ -216,22 +215,22 @@ class _RegionSampling:
         pooled = pooled_of(self.regions, scene.context.pooled, [p.context.pooled for p in self.parts], latent, self.settings.overlap)
         return replace(scene, context=replace(scene.context, pooled=pooled))
 
-    def _guided(self, x: Tensor, t: int, one: Part, sites: SiteProgram) -> Tensor:
+    def _guided(self, x: Tensor, t: int, one: Part, sites: AttentionProcessor) -> Tensor:
         negative, positive = (_repeat(one.context[i:i + 1], self.count) for i in (0, 1))
         return guided(self.backbone, x, t, negative, positive, self.settings.cfg, sites)
 
     def _own(self, x: Tensor, t: int, part: Part, window: Window) -> Tensor:
         """A region's own estimate on a window, zeros around it."""
-        return window.back(self._guided(window.cut(x), t, part, BothProgram(part.deltas, part.bound)), x)
+        return window.back(self._guided(window.cut(x), t, part, DeltaAndTokenLoraProcessor(part.deltas, part.bound)), x)
 
     def estimate(self, x: Tensor, t: int, progress: float) -> Tensor:
         settings, on = self.settings, [u for u, region in enumerate(self.regions) if region.active(progress) and region.strength]
-        solo, self.program.progress = progress < settings.noise.solo, progress
+        solo, self.processor.progress = progress < settings.noise.solo, progress
         masks = (self.hard if solo else self.soft)[on].to(x)      # over a soft edge a window would reach into its neighbour
         if solo and on and not scene_is_seen(masks, settings.overlap):
             noise = torch.zeros_like(x)
         else:
-            noise = self._guided(x, t, self.whole, self.program)
+            noise = self._guided(x, t, self.whole, self.processor)
         if not on or not (solo or settings.noise.is_on):
             return noise
         windows = windows_of(masks, solo or settings.noise.area == "crop")
@@ -250,7 +249,7 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
     """
     if not regions:
         return sample(backbone, bank, [scene] * len(seeds), seeds, settings)
-    always = aggregate(backbone, bank, "", METHODS, strength=0.0).deltas      # with what stands for an average, see there
+    always = aggregate(backbone, bank, "", strength=0.0).deltas      # with what stands for an average, see there
     with backbone.folded(always):
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
         run = _RegionSampling(backbone, bank, scene, regions, len(seeds), settings, tuple(latents.shape[-2:]))
@@ -263,15 +262,16 @@ def sample_found(backbone: Backbone, bank: ConceptBank, scene: str, seeds: Seque
     texts, count = prompts_apart(bank, scene), len(seeds)
     if len(texts) < 2:
         return sample(backbone, bank, [scene] * count, seeds, settings)
-    with backbone.folded(aggregate(backbone, bank, "", METHODS, strength=0.0).deltas):
+    with backbone.folded(aggregate(backbone, bank, "", strength=0.0).deltas):
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
         whole, *parts = (_part(backbone, bank, text, settings.negative, settings) for text in (scene, *texts.values()))
         words = [whole.context.words[1][name] for name in texts]
-        program = FoundRegions(backbone, whole, list(texts), parts, words, _rows(backbone, count, settings.cfg), tuple(latents.shape[-2:]))
+        rows = _rows(backbone, count, settings.cfg)
+        processor = FoundRegions(backbone, whole, list(texts), parts, words, rows, tuple(latents.shape[-2:]))
         negative, positive = (_repeat(whole.context[i:i + 1], count) for i in (0, 1))
 
         def estimate(x: Tensor, t: int, progress: float) -> Tensor:
-            program.progress = progress
-            return guided(backbone, x, t, negative, positive, settings.cfg, program)
+            processor.progress = progress
+            return guided(backbone, x, t, negative, positive, settings.cfg, processor)
 
         return backbone.decode_latents(denoise(backbone, latents, settings.steps, estimate))

@@ -21,7 +21,7 @@ from ..conditioning.routing import learning_deltas, learning_names
 from ..data.batch import Batch
 from ..data.photos import TrainingSet
 from ..errors import ConceptError
-from ..methods.base import METHODS, Method, Task
+from ..methods.base import Method, Task
 from ..model.backbone import Context
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig, optimizer_class
@@ -106,7 +106,7 @@ class Run:
     def snapshot(self) -> ConceptBank:
         """What has been learned so far. Old concepts that are always on are left out: while learning they are in the weights already."""
         bank, outcome = self.task.bank, self.method.finish()
-        for name in learning_names(bank, METHODS, self.method.name):
+        for name in learning_names(bank, self.method.name, self.method.builds_on_sum):
             bank = bank.remove(name)
         return bank.add(Concept(self.info, outcome.tokens, outcome.deltas))
 
@@ -198,7 +198,7 @@ class Run:
         config, backbone = self.config, self.task.backbone
         dtype = PRECISIONS[config.precision]
         with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
-            seen = predict(backbone, one.batch, self._context(one.batch), one.drawn, self.method.program())
+            seen = predict(backbone, one.batch, self._context(one.batch), one.drawn, self.method.processor())
             loss = denoising_loss(backbone, seen, config)
         penalties = self.method.penalty(seen)
         whole = loss + sum(penalties.values())
@@ -238,7 +238,7 @@ def fit_for_steps(run: Run) -> Iterator[None]:
     """Inside, `run.step` may be called: standing concepts are in the weights, gradients are on, memory stays."""
     backbone = run.task.backbone
     with (torch.enable_grad(), kept_between_steps(backbone.device),
-          backbone.folded(learning_deltas(run.task.bank, METHODS, run.method.name)),
+          backbone.folded(learning_deltas(run.task.bank, run.method.name, run.method.builds_on_sum)),
           backbone.gradient_checkpointing(run.config.gradient_checkpointing)):
         yield
 

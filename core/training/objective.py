@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..methods.base import Forward
-from ..model.backbone import Backbone, Context, SiteProgram
+from ..model.backbone import AttentionProcessor, Backbone, Context
 from .config import TrainingConfig
 
 
@@ -31,12 +31,12 @@ def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.
     return Draw(t.to(latents.device), noise.to(latents.device))
 
 
-def predict(backbone: Backbone, batch: Batch, context: Context, drawn: Draw, program: SiteProgram | None) -> Forward:
+def predict(backbone: Backbone, batch: Batch, context: Context, drawn: Draw, processor: AttentionProcessor | None) -> Forward:
     """One forward pass of a batch with its drawn noise."""
     schedule = backbone.schedule
     noisy = schedule.add_noise(batch.latents, drawn.noise, drawn.timesteps)
     target = schedule.target(batch.latents, drawn.noise, drawn.timesteps)
-    return Forward(batch, context, drawn.timesteps, noisy, target, backbone.predict(noisy, drawn.timesteps, context, program))
+    return Forward(batch, context, drawn.timesteps, noisy, target, backbone.predict(noisy, drawn.timesteps, context, processor))
 
 
 def denoising_loss(backbone: Backbone, seen: Forward, config: TrainingConfig) -> Tensor:

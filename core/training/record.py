@@ -81,7 +81,7 @@ def conclude(task: Task, method: Method, data: TrainingSet, config: TrainingConf
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     origin = Provenance(base=task.backbone.fingerprint, images=data.digests, settings=settings, versions=_versions(), date=now,
                         steps=len(losses), seconds=round(seconds, 2))
-    info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin)
+    info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin, method.composition)
     concept = Concept(info, outcome.tokens, outcome.deltas, cover)
     shared = {method.name: dict(outcome.shared)} if outcome.shared else {}
     return Learned(concept, task.bank.add(concept, shared), tuple(losses))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from continual_concepts.benchmarks.cost.synthetic import Operations
-from continual_concepts.core.attention.cached import KeptBound
-from continual_concepts.core.attention.token_lora import BoundConcepts, BoundProgram, bound_attention
+from continual_concepts.core.attention.cached import CachedTokenLora
+from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor, token_lora_attention
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
@@ -37,14 +37,14 @@ def context(*words, length=5):
     return Context(draw(len(words), 1, length, 6, seed=1), None, tuple(words))
 
 
-def run(program, found, weights, picture):
+def run(processor, found, weights, picture):
     """One site with frozen weights: what to_out gives."""
-    program.begin(found)
-    query = program.project(SITE, "to_q", picture, picture @ weights["to_q"].T)
+    processor.begin(found)
+    query = processor.project(SITE, "to_q", picture, picture @ weights["to_q"].T)
     text = found.at(SITE)
-    key, value = (program.project(SITE, name, text, text @ weights[name].T) for name in ("to_k", "to_v"))
-    attended = program.attend(SITE, query, key, value, lambda q, k, v: multi_head(q, k, v, 2))
-    return program.project(SITE, "to_out", attended, attended @ weights["to_out"].T)
+    key, value = (processor.project(SITE, name, text, text @ weights[name].T) for name in ("to_k", "to_v"))
+    attended = processor.attend(SITE, query, key, value, lambda q, k, v: multi_head(q, k, v, 2))
+    return processor.project(SITE, "to_out", attended, attended @ weights["to_out"].T)
 
 
 def by_definition(known, found, weights, picture):
@@ -74,7 +74,7 @@ def test_every_position_has_its_own_maps(weights, words):
     known = {"rex": deltas(20), "mimi": deltas(50)}
     found, picture = context(*words), draw(len(words), 9, 8, seed=3)
     expected = by_definition(known, found, weights, picture)
-    assert torch.allclose(run(BoundProgram(known), found, weights, picture), expected, atol=1e-4)
+    assert torch.allclose(run(TokenLoraProcessor(known), found, weights, picture), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("words", [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}), ({}, {"rex": (2,)})])
@@ -83,10 +83,10 @@ def test_what_is_read_is_kept(weights, words, parts):
     """The first pass and all later ones give what BoundProgram gives, and later ones look at no text."""
     known = {name: {key: delta for key, delta in deltas(seed).items() if key[1] in parts} for name, seed in (("rex", 20), ("mimi", 50))}
     found = context(*words)
-    kept = KeptBound(BoundConcepts(known, found), len(words), "cpu")
+    kept = CachedTokenLora(TokenLora(known, found), len(words), "cpu")
     for i in range(3):
         picture = draw(len(words), 9, 8, seed=3 + i)
-        expected = run(BoundProgram(known), found, weights, picture)
+        expected = run(TokenLoraProcessor(known), found, weights, picture)
         entered = kept.enter(SITE, picture)
         assert (entered is None) == (i == 0)
         read = found if entered is None else context(*({},) * len(words), length=0)
@@ -95,12 +95,12 @@ def test_what_is_read_is_kept(weights, words, parts):
 
 def test_a_kept_site_needs_few_operations(weights):
     known, found, picture = {"rex": deltas(20), "mimi": deltas(50)}, context({"rex": (1,), "mimi": (2,)}), draw(1, 9, 8, seed=3)
-    kept, nothing, counts = KeptBound(BoundConcepts(known, found), 1, "cpu"), context({}, length=0), []
+    kept, nothing, counts = CachedTokenLora(TokenLora(known, found), 1, "cpu"), context({}, length=0), []
     run(kept, found, weights, picture)
     with torch.inference_mode():
-        for program, text in ((BoundProgram({}), found), (kept, nothing), (BoundProgram(known), found)):
+        for processor, text in ((TokenLoraProcessor({}), found), (kept, nothing), (TokenLoraProcessor(known), found)):
             with Operations() as counter:
-                run(program, text, weights, picture)
+                run(processor, text, weights, picture)
             counts.append(counter.count)
     plain, few, many = counts
     assert few <= plain + 2 < many - 20
@@ -108,9 +108,9 @@ def test_a_kept_site_needs_few_operations(weights):
 
 def test_without_its_words_a_concept_does_nothing_bit_for_bit(weights):
     found, picture = context({}, {"mimi": (1,)}), draw(2, 9, 8, seed=3)
-    plain = run(BoundProgram({}), found, weights, picture)
-    assert torch.equal(run(BoundProgram({"rex": deltas(20)}), found, weights, picture), plain)
-    assert not torch.allclose(run(BoundProgram({"mimi": deltas(20)}), found, weights, picture)[1], plain[1], atol=1e-3)
+    plain = run(TokenLoraProcessor({}), found, weights, picture)
+    assert torch.equal(run(TokenLoraProcessor({"rex": deltas(20)}), found, weights, picture), plain)
+    assert not torch.allclose(run(TokenLoraProcessor({"mimi": deltas(20)}), found, weights, picture)[1], plain[1], atol=1e-3)
 
 
 def test_a_part_of_the_deltas_is_enough(weights):
@@ -119,19 +119,20 @@ def test_a_part_of_the_deltas_is_enough(weights):
         zero = {p: LowRankDelta(torch.zeros(a, 1), torch.zeros(1, b)) for p, (a, b) in SHAPES.items()}
         whole = {"rex": {(0, p): known["rex"].get((0, p), zero[p]) for p in SHAPES}}
         found, picture = context({"rex": (2, 3)}), draw(1, 9, 8, seed=3)
-        assert torch.allclose(run(BoundProgram(known), found, weights, picture), by_definition(whole, found, weights, picture), atol=1e-4)
+        expected = by_definition(whole, found, weights, picture)
+        assert torch.allclose(run(TokenLoraProcessor(known), found, weights, picture), expected, atol=1e-4)
 
 
 def test_sparse_deltas_on_the_picture_side_are_refused():
     sparse = SparseDelta((8, 8), torch.tensor([1], dtype=torch.int32), torch.tensor([1.0]))
-    concepts = BoundConcepts({"rex": {(0, "to_q"): sparse}}, context({"rex": (1,)}))
+    concepts = TokenLora({"rex": {(0, "to_q"): sparse}}, context({"rex": (1,)}))
     with pytest.raises(ConceptError, match="'rex' has a sparse delta"):
         concepts.bindings(SITE)
 
 
 def test_no_binding_is_plain_attention():
     q, k, v = draw(2, 9, 8, seed=1), draw(2, 5, 8, seed=2), draw(2, 5, 8, seed=3)
-    out, more = bound_attention(2, q, q, k, v, [])
+    out, more = token_lora_attention(2, q, q, k, v, [])
     assert torch.allclose(out, multi_head(q, k, v, 2), atol=1e-6) and more is None
 
 

@@ -34,9 +34,9 @@ def first_bank(layout) -> ConceptBank:
     origin = Provenance("abc", ("11", "22"), {"method": {"rank": 2}, "training": {"steps": 3}}, {"torch": "2"},
                         "2026-01-01T00:00:00+00:00", 3, 1.5)
 
-    def words(name, count, copies, stand_in=""):
+    def words(name, count, copies, placeholder_noun=""):
         vectors = {encoder: counted(copies, count, width, start=count) for encoder, width in layout.text_widths}
-        return TokenGroup(tuple(f"{name}-{i}" for i in range(1, count + 1)), vectors, stand_in)
+        return TokenGroup(tuple(f"{name}-{i}" for i in range(1, count + 1)), vectors, placeholder_noun)
 
     made = ConceptBank(layout)
     for name, method, kind, group, deltas, cover in (
@@ -51,7 +51,7 @@ def first_bank(layout) -> ConceptBank:
 def contents(bank: ConceptBank) -> dict:
     found = {("shared", method, name): t for method, state in bank.shared.items() for name, t in state.items()}
     for concept in bank:
-        found[concept.name] = (concept.info.to_json(), concept.cover, concept.tokens.stand_in)
+        found[concept.name] = (concept.info.to_json(), concept.cover, concept.tokens.placeholder_noun)
         found |= {(concept.name, key, i): t for key, delta in concept.deltas.items() for i, t in enumerate(delta.tensors())}
         found |= {(concept.name, key, "scale"): getattr(delta, "scale", None) for key, delta in concept.deltas.items()}
         found |= {(concept.name, encoder): t for encoder, t in concept.tokens.vectors.items()}

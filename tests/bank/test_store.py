@@ -189,8 +189,8 @@ def test_many_at_once_lose_nothing(grow, path):
 
 WRITERS = """
 import os, sys
-from continual_concepts.core.bankkeep import change_bank
-from continual_concepts.core.bankfile import open_bank
+from continual_concepts.core.bank.store import change_bank
+from continual_concepts.core.bank.format import open_bank
 from pathlib import Path
 path, few = Path(sys.argv[1]), open_bank(sys.argv[2])
 concept = few[few.names[0]]

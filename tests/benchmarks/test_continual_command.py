@@ -32,7 +32,7 @@ def quick(monkeypatch):
 
 def sentence(capsys) -> str:
     error = capsys.readouterr().err
-    assert error.startswith("continual-concepts: ") and error.count("\n") == 1
+    assert error.startswith("continual_concepts.benchmarks: ") and error.count("\n") == 1
     return error
 
 

@@ -16,7 +16,6 @@ from continual_concepts.benchmarks.regional import quality as regional_quality
 from continual_concepts.benchmarks.regional.quality import NAMES, border_gradient, boxes_of, seen_in, wishes
 from continual_concepts.benchmarks.regional.rivals import WAYS, Wish
 from continual_concepts.core.conditioning.routing import aggregate
-from continual_concepts.core.methods.base import METHODS
 from continual_concepts.core.sampling.sampling import SampleSettings, sample
 
 LEVELS = torch.tensor([0.5, 0.5])
@@ -88,7 +87,7 @@ def test_with_one_concept_over_everything_all_ways_are_its_prompt(tiny_backbone,
 
 
 def test_all_at_once_loads_every_concept(tiny_backbone, bank, wish):
-    assert aggregate(tiny_backbone, bank, wish.listed, METHODS).weights.min() == 1
+    assert aggregate(tiny_backbone, bank, wish.listed).weights.min() == 1
 
 
 class ToyCost:

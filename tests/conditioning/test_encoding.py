@@ -9,7 +9,7 @@ import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.tokens import TokenGroup
-from continual_concepts.core.conditioning.encoding import TextMemory, encode_prompts, encode_words, stand_in_ids
+from continual_concepts.core.conditioning.encoding import TextMemory, encode_prompts, encode_words, placeholder_noun_ids
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.backbone import Context
 
@@ -149,12 +149,12 @@ def test_contexts_of_different_shapes_join(tiny_backbone, bank):
 def apart(bank):
     """The concepts' tokens, two of them with stand-ins."""
     stand_ins = {"rex": "dog", "mimi": "duck toy"}
-    return {c.name: replace(c.tokens, stand_in=stand_ins.get(c.name, "")) for c in bank}
+    return {c.name: replace(c.tokens, placeholder_noun=stand_ins.get(c.name, "")) for c in bank}
 
 
 def test_all_else_is_encoded_with_stand_ins(tiny_backbone, bank, apart):
     encoder = tiny_backbone.text[0]
-    ids = stand_in_ids(encoder, "dog", 2)
+    ids = placeholder_noun_ids(encoder, "dog", 2)
     assert len(ids) == 2 and ids == encoder.ids("a dog")[-2:]
     named = encode(tiny_backbone, bank, "big <rex> here", tokens=apart)
     start, end = named.words[0]["rex"][0], named.words[0]["rex"][-1] + 1
@@ -204,7 +204,7 @@ def test_gradients_reach_words_that_are_encoded_apart(tiny_backbone, bank, apart
 
 @pytest.mark.parametrize("words, text, expected", [(1, "dog", 1), (2, "", 2), (5, "dog", 5)])
 def test_there_is_a_stand_in_for_every_word(tiny_backbone, words, text, expected):
-    assert len(stand_in_ids(tiny_backbone.text[0], text, words)) == expected
+    assert len(placeholder_noun_ids(tiny_backbone.text[0], text, words)) == expected
 
 
 PROMPTS = ("a <rex> runs", "a red dog", "<flat> and <mimi>", "", "a red dog")

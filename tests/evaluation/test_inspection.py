@@ -14,7 +14,7 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.evaluation import collisions
 from continual_concepts.core.evaluation.bank_picture import bank_pages
-from continual_concepts.core.evaluation.collisions import collisions_of, composition_of, header_warnings, warnings_before
+from continual_concepts.core.evaluation.collisions import collisions_of, composition_of_method, header_warnings, warnings_before
 from continual_concepts.core.evaluation.inspection import facts_of, inspect, lines
 from continual_concepts.core.methods import METHODS
 from continual_concepts.core.model.deltas import SparseDelta
@@ -76,8 +76,8 @@ def test_facts_are_what_the_concept_holds(concept, layout):
 
 
 def test_every_method_composes_in_a_way_with_a_name():
-    assert {composition_of(name) for name in METHODS} == {"bound", "routed", "summed", "averaged"}
-    assert composition_of("of another version") == "routed"
+    assert {composition_of_method(name) for name in METHODS} == {"bound", "routed", "summed", "averaged"}
+    assert composition_of_method("of another version") == "routed"
 
 
 def test_a_report_is_json_and_complete(concept, bank_of):

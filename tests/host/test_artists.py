@@ -111,7 +111,6 @@ def test_one_step_is_the_other_hosts(studio, reference):
     """A whole picture by Euler, against the same steps taken by hand in the other host."""
     from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
     from continual_concepts.core.conditioning.routing import aggregate
-    from continual_concepts.core.methods.base import METHODS
     from continual_concepts.core.sampling.attention_guidance import Artists, Subject
 
     vocabulary, tokens = studio.bank.vocabulary, {concept.name: concept.tokens for concept in studio.bank}
@@ -121,13 +120,13 @@ def test_one_step_is_the_other_hosts(studio, reference):
     import comfy.samplers
 
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)
-    with torch.inference_mode(False), torch.no_grad(), reference.folded(aggregate(reference, studio.bank, TWO, METHODS).deltas):
+    with torch.inference_mode(False), torch.no_grad(), reference.folded(aggregate(reference, studio.bank, TWO).deltas):
         x = torch.randn(1, 12, 16, 16, generator=torch.manual_seed(1)) * (1 + float(sigmas[0]) ** 2) ** 0.5
         for i, (sigma, after) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
             t, scale = sampling.timestep(torch.tensor([sigma])).long(), (1 + sigma**2) ** 0.5
 
-            def look(latents, program, t=t):
-                return reference.predict(latents, t, positive, program)
+            def look(latents, processor, t=t):
+                return reference.predict(latents, t, positive, processor)
 
             if artist.works(i / 3):
                 x = artist.moved(x / scale, look) * scale

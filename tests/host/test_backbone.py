@@ -10,8 +10,7 @@ import torch
 from continual_concepts.core.bank.prompts import named_concepts
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import aggregate
-from continual_concepts.core.methods.base import METHODS
-from continual_concepts.core.regional.processor import Part, RegionProgram
+from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 
 TOLERANCE = 1e-4
@@ -57,14 +56,14 @@ def test_pictures_to_latents_and_back(backbone, reference):
 def test_prompts_and_predictions(backbone, reference, bank, prompt):
     ours, theirs = encoded(backbone, bank, prompt), encoded(reference, bank, prompt)
     assert distance(ours.hidden, theirs.hidden) < TOLERANCE and ours.words == theirs.words
-    deltas = aggregate(reference, bank, prompt, METHODS).deltas
+    deltas = aggregate(reference, bank, prompt).deltas
     with backbone.folded(deltas), reference.folded(deltas):
         assert distance(backbone.predict(*noisy(), ours), reference.predict(*noisy(), theirs)) < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["paper", "released", "equal"])
 def test_aggregation_weights(backbone, reference, bank, mode):
-    ours, theirs = (aggregate(host, bank, PROMPTS[2], METHODS, mode) for host in (backbone, reference))
+    ours, theirs = (aggregate(host, bank, PROMPTS[2], mode) for host in (backbone, reference))
     assert torch.allclose(ours.weights, theirs.weights, atol=1e-4)
 
 
@@ -108,14 +107,14 @@ def test_regions(backbone, reference, bank):
     for host in (backbone, reference):
         parts = [Part(encoded(host, bank, region.prompt), bank[region.prompt[1:-1]].deltas) for region in regions]
         scene = Part(encoded(host, bank, "a photo in a meadow"), {})
-        program = RegionProgram(host, scene, regions, parts, torch.tensor([0, 1]), (16, 16))
-        results.append(host.predict(*noisy(), scene.context, program))
+        processor = RegionProcessor(host, scene, regions, parts, torch.tensor([0, 1]), (16, 16))
+        results.append(host.predict(*noisy(), scene.context, processor))
     plain = reference.predict(*noisy(), encoded(reference, bank, "a photo in a meadow"))
     assert distance(*results) < TOLERANCE < distance(results[0], plain)
 
 
 def test_the_hosts_weights_are_what_they_were(backbone, bank):
     before = {name: w.clone() for name, w in backbone.unet.state_dict().items()}
-    with backbone.folded(aggregate(backbone, bank, "<rex>", METHODS).deltas):
+    with backbone.folded(aggregate(backbone, bank, "<rex>").deltas):
         assert any(not torch.equal(before[name], w) for name, w in backbone.unet.state_dict().items())
     assert all(torch.equal(before[name], w) for name, w in backbone.unet.state_dict().items())

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.attention.token_lora import BoundProgram
+from continual_concepts.core.attention.token_lora import TokenLoraProcessor
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.conditioning.routing import bound_deltas
-from continual_concepts.core.methods.base import METHODS
+from continual_concepts.core.conditioning.routing import token_lora_deltas
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
 SCENE = "a photo of a red dog on a beach"
@@ -21,8 +20,8 @@ SCENE = "a photo of a red dog on a beach"
 def bound(bank):
     """The bank of the other tests, its concepts bound to their words; one of them encoded together with the prompt."""
     made = ConceptBank(bank.layout)
-    for concept, stand_in in zip(bank, ("dog", "duck toy", ""), strict=True):
-        tokens = replace(concept.tokens, stand_in=stand_in)
+    for concept, placeholder_noun in zip(bank, ("dog", "duck toy", ""), strict=True):
+        tokens = replace(concept.tokens, placeholder_noun=placeholder_noun)
         made = made.add(replace(concept, info=replace(concept.info, method="bound"), tokens=tokens))
     return made
 
@@ -47,11 +46,11 @@ def test_the_stock_nodes_predict_what_core_predicts(studio, reference, bound, pr
     named = [name for name in bound.names if f"<{name}>" in prompt]
     context = encode_prompts(reference, [prompt], bound.vocabulary, {name: bound[name].tokens for name in named})
 
-    def denoised(program):
-        output, t = reference.predict(noise, torch.tensor([999]), context, program), torch.tensor([999])
+    def denoised(processor):
+        output, t = reference.predict(noise, torch.tensor([999]), context, processor), torch.tensor([999])
         return (1 + sigma**2).sqrt() * noise - sigma * reference.schedule.to_epsilon(output, noise, t)
 
-    theirs = denoised(BoundProgram(bound_deltas(bound, METHODS, 1.0, named)))
+    theirs = denoised(TokenLoraProcessor(token_lora_deltas(bound, 1.0, named)))
     assert distance(ours, theirs) < 1e-4 < distance(denoised(None), theirs)
 
 

@@ -18,9 +18,9 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def entered(monkeypatch):
     """For every site that was asked from here on, whether it was gone through region by region; and whether the text was left out."""
     from continual_concepts.core.comfy import sites
-    from continual_concepts.core.regional import processor as program
+    from continual_concepts.core.regional import processor as processor
 
-    seen, enter, keep = {"entered": [], "no text": []}, program.RegionProgram.enter, sites.Keep.__call__
+    seen, enter, keep = {"entered": [], "no text": []}, processor.RegionProcessor.enter, sites.Keep.__call__
 
     def asked(self, site, x):
         found = enter(self, site, x)
@@ -32,7 +32,7 @@ def entered(monkeypatch):
         seen["no text"].append(found[1].shape[1] == 0)
         return found
 
-    monkeypatch.setattr(program.RegionProgram, "enter", asked)
+    monkeypatch.setattr(processor.RegionProcessor, "enter", asked)
     monkeypatch.setattr(sites.Keep, "__call__", kept)
     return seen
 
@@ -47,7 +47,7 @@ def drawn(studio, kind: str, **other):
 @pytest.mark.parametrize("kind, sampler", [("columns", "euler"), ("columns", "dpmpp_sde"), ("island", "euler")])
 def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
     from continual_concepts.core.comfy import sites
-    from continual_concepts.core.regional import processor as program
+    from continual_concepts.core.regional import processor as processor
 
     one = drawn(studio, kind, sampler_name=sampler)
     assert any(entered["entered"]) and any(entered["no text"]) == (kind == "columns")
@@ -55,7 +55,7 @@ def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
     monkeypatch.setattr(sites, "_is_plain", lambda _: False)      # weights of another kind: the text is read, nobody looks at it
     two = drawn(studio, kind, sampler_name=sampler)
     assert not any(entered["no text"])
-    monkeypatch.setattr(program.RegionProgram, "enter", lambda *_: None)
+    monkeypatch.setattr(processor.RegionProcessor, "enter", lambda *_: None)
     three = drawn(studio, kind, sampler_name=sampler)
     assert distance(one, two) < 1e-5 and distance(one, three) < 1e-4
 

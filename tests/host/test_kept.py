@@ -23,10 +23,10 @@ def bound(bank):
 @pytest.fixture
 def calls(monkeypatch):
     """For every site from here on, whether it read no text because what it reads was kept."""
-    from continual_concepts.core.attention.cached import KeptBound
+    from continual_concepts.core.attention.cached import CachedTokenLora
 
-    seen, enter = [], KeptBound.enter
-    monkeypatch.setattr(KeptBound, "enter", lambda *args: seen.append(enter(*args) is not None) or enter(*args))
+    seen, enter = [], CachedTokenLora.enter
+    monkeypatch.setattr(CachedTokenLora, "enter", lambda *args: seen.append(enter(*args) is not None) or enter(*args))
     return seen
 
 
@@ -124,8 +124,8 @@ def test_weights_that_change_within_a_sampling(studio, bound, calls):
 
 
 def test_nothing_stays_after_a_sampling(studio, bound):
-    from continual_concepts.core.comfy.apply import program_of
+    from continual_concepts.core.comfy.apply import processor_of
 
     model, clip, positive = studio.aggregate("a <rex>", bound)
     studio.ksampler(model, positive, studio.encode(clip, ""))
-    assert program_of(model)._kept == {}
+    assert processor_of(model)._kept == {}

@@ -98,9 +98,9 @@ def test_a_region_over_everything_with_long_prompts_is_its_prompt(studio):
 def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, by_region):
     """Where only the scene is, one UNet call differs from the plain one through self-attention and convolutions alone: the sites' own
     output is the scene's, bit for bit; to rounding where the scene's cells are attended without the others."""
-    from continual_concepts.core.regional import processor as program
+    from continual_concepts.core.regional import processor as processor
 
-    seen, attend = [], program.RegionProgram.attend
+    seen, attend = [], processor.RegionProcessor.attend
 
     def recording(self, site, query, key, value, default):
         out = attend(self, site, query, key, value, default)
@@ -111,9 +111,9 @@ def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, by_regi
             seen.append(torch.equal(out[:, outside], default(query, key, value)[:, outside]))
         return out
 
-    monkeypatch.setattr(program.RegionProgram, "attend", recording)
+    monkeypatch.setattr(processor.RegionProcessor, "attend", recording)
     if not by_region:
-        monkeypatch.setattr(program.RegionProgram, "enter", lambda *_: None)
+        monkeypatch.setattr(processor.RegionProcessor, "enter", lambda *_: None)
     studio.regional(SCENE, [studio.region("<rex>", right=0.5)], studio.bank)
     assert seen and all(seen)
 

@@ -10,7 +10,7 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.prompts import Vocabulary
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.hosts.quick_gelu import quick_gelu
-from continual_concepts.core.model.backbone import Context, SiteProgram
+from continual_concepts.core.model.backbone import AttentionProcessor, Context
 from continual_concepts.core.model.sites import PROJECTIONS
 from continual_concepts.core.sampling.sampling import SampleSettings, sample
 
@@ -38,7 +38,7 @@ def test_without_a_program_it_is_the_model_itself(backbone):
     finally:
         unet.set_attn_processor(processors)
     assert torch.allclose(ours, expected, atol=1e-5)
-    assert torch.allclose(backbone.predict(latents, timesteps, context, SiteProgram()), expected, atol=1e-5)
+    assert torch.allclose(backbone.predict(latents, timesteps, context, AttentionProcessor()), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -67,7 +67,7 @@ def test_texts_are_encoded_with_our_activation_and_the_model_keeps_its_own(tiny_
 
 
 def test_sites_run_in_the_order_of_their_numbers(backbone):
-    class Recorder(SiteProgram):
+    class Recorder(AttentionProcessor):
         def __init__(self):
             self.seen, self.begun = [], 0
 
@@ -79,15 +79,15 @@ def test_sites_run_in_the_order_of_their_numbers(backbone):
             self.seen.append((site.index, projection))
             return y
 
-    program = Recorder()
-    backbone.predict(*inputs(backbone), program)
-    assert program.seen == [(site.index, p) for site in backbone.layout.sites for p in PROJECTIONS]
-    assert program.begun == 1
+    processor = Recorder()
+    backbone.predict(*inputs(backbone), processor)
+    assert processor.seen == [(site.index, p) for site in backbone.layout.sites for p in PROJECTIONS]
+    assert processor.begun == 1
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_a_program_sees_what_project_computes(backbone, projection):
-    class Check(SiteProgram):
+    class Check(AttentionProcessor):
         def project(self, site, name, x, y):
             if name == projection:
                 assert torch.equal(y, backbone.project(site, name, x))

@@ -26,7 +26,6 @@ from continual_concepts.core.interop.export import FORMATS, export_concept
 from continual_concepts.core.interop.factors import low_rank
 from continual_concepts.core.interop.kohya import bundled_words, kohya_state, module_name
 from continual_concepts.core.interop.metadata import modelspec
-from continual_concepts.core.methods.base import METHODS
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 
 HALF = 1.5e-3       # two factors rounded to fp16
@@ -90,7 +89,7 @@ def test_numbers_outside_fp16_stay_in_fp32(layout, make_concept):
 def test_an_aggregate_is_exported_like_a_concept(tiny_backbone, make_concept):
     layout = tiny_backbone.layout
     bank = ConceptBank(layout).add(make_concept(layout, "rex")).add(make_concept(layout, "mimi", seed=1))
-    deltas = aggregate(tiny_backbone, bank, "<rex> and <mimi>", METHODS, "equal").deltas
+    deltas = aggregate(tiny_backbone, bank, "<rex> and <mimi>", "equal").deltas
     state = kohya_state(layout, low_rank(deltas, "the aggregate").deltas)
     for key, delta in deltas.items():
         assert distance(kohya_dense(state, module_name(layout, key)), delta.dense()) < HALF

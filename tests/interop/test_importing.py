@@ -22,7 +22,6 @@ from continual_concepts.core.interop.importing import (
     read_lora,
 )
 from continual_concepts.core.interop.lora_names import part_of, site_names
-from continual_concepts.core.methods.base import METHODS
 from continual_concepts.core.model.sites import PROJECTIONS, Site, SiteLayout
 
 HALF = 2e-3     # factors rounded to fp16, twice
@@ -150,7 +149,7 @@ def test_a_trigger_is_what_is_typed(tiny_backbone, bank, tmp_path):
     ours = encode_prompts(tiny_backbone, ["a <rex2> runs"], grown.vocabulary, {"rex2": found.concept.tokens}).hidden
     typed = encode_prompts(tiny_backbone, ["a red dog runs"], grown.vocabulary, {}).hidden
     assert torch.allclose(ours, typed, atol=2e-3)      # vectors in fp16
-    deltas = aggregate(tiny_backbone, grown, "a <rex2> runs", METHODS).deltas
+    deltas = aggregate(tiny_backbone, grown, "a <rex2> runs").deltas
     assert same_deltas(deltas, bank["rex"].deltas)
 
 

@@ -24,7 +24,6 @@ from continual_concepts.core.interop.factors import low_rank_sum
 from continual_concepts.core.interop.kohya import module_name
 from continual_concepts.core.interop.prompt_export import export_prompt
 from continual_concepts.core.interop.refit import refit
-from continual_concepts.core.methods.base import METHODS
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 
 HALF = 1.5e-3       # factors rounded to fp16
@@ -62,7 +61,7 @@ def bank(tiny_backbone, make_concept):
 def test_the_lora_holds_what_the_bank_gives_for_the_prompt(tiny_backbone, bank, tmp_path, mode):
     done = export_prompt(bank, BOTH, tmp_path, mode=mode, strength=0.7, backbone=tiny_backbone)
     assert [file.name for file in done.files] == ["prompt_rex_mimi_lora.safetensors", "rex.safetensors", "mimi.safetensors"]
-    state, deltas = load_file(done.files[0]), aggregate(tiny_backbone, bank, BOTH, METHODS, mode, 0.7).deltas
+    state, deltas = load_file(done.files[0]), aggregate(tiny_backbone, bank, BOTH, mode, 0.7).deltas
     assert len(state) == 3 * len(deltas)
     assert all(distance(dense(state, bank.layout, key), delta.dense()) < HALF for key, delta in deltas.items())
     for file, name in zip(done.files[1:], ("rex", "mimi"), strict=True):

@@ -8,7 +8,7 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import aggregate
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.methods import Task, make
 
 SETTINGS = {"rank": 2, "shared_rank": 3, "scale": 0.5}
 
@@ -42,7 +42,7 @@ def test_the_program_is_the_record(tiny_backbone, banks):
             parameter += 0.1
     x, y = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 3, 64)
     expected = method.finish().deltas[2, "to_q"].apply(x)
-    assert torch.allclose(method.program().project(site, "to_q", x, y), expected, atol=1e-5) and expected.any()
+    assert torch.allclose(method.processor().project(site, "to_q", x, y), expected, atol=1e-5) and expected.any()
 
 
 def test_the_shared_part_moves_slowly(tiny_backbone, banks, teach):
@@ -88,7 +88,7 @@ def test_penalties_keep_the_own_parts_apart(tiny_backbone, banks, teach):
 
 
 def test_concepts_are_routed(tiny_backbone, banks):
-    deltas = aggregate(tiny_backbone, banks[1], "a <mimi>", METHODS).deltas
+    deltas = aggregate(tiny_backbone, banks[1], "a <mimi>").deltas
     assert all(torch.equal(deltas[key].dense(), delta.dense()) for key, delta in banks[1]["mimi"].deltas.items())
 
 

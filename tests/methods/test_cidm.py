@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from continual_concepts.core.attention.maps import MapProgram, attention_maps, attention_regulariser
+from continual_concepts.core.attention.maps import MapProcessor, attention_maps, attention_regulariser
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
@@ -191,9 +191,9 @@ def test_maps_are_probabilities_averaged_over_heads():
 
 def test_only_the_last_forward_pass_is_kept(tiny_backbone, bank):
     method = begun(tiny_backbone, bank)
-    program = method.program()
-    assert isinstance(program, MapProgram)
+    processor = method.processor()
+    assert isinstance(processor, MapProcessor)
     context = encode_prompts(tiny_backbone, ["a dog"], bank.vocabulary, {})
     for _ in range(2):
-        tiny_backbone.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), context, program)
-    assert [m.shape[1] for m in program.take()] == [64, 16, 16, 16, 16, 64, 64] and program.take() == []
+        tiny_backbone.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), context, processor)
+    assert [m.shape[1] for m in processor.take()] == [64, 16, 16, 16, 16, 64, 64] and processor.take() == []

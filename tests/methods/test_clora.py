@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.conditioning.routing import standing_deltas
-from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.conditioning.routing import always_on_deltas
+from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.clora import forgetting, past_changes
 
 
@@ -46,7 +46,7 @@ def test_the_penalty_is_equation_3(tiny_backbone, bank):
 
 def test_the_past_is_what_the_weights_carry(tiny_backbone, bank):
     past = past_changes(bank, "clora", "cpu")
-    for key, delta in standing_deltas(bank, METHODS).items():
+    for key, delta in always_on_deltas(bank).items():
         assert torch.allclose(past[key], delta.dense().abs(), atol=1e-7) and past[key].any()
     assert past_changes(bank.remove("mimi"), "clora", "cpu").keys() == past.keys() and not past_changes(bank, "stamina", "cpu")
 

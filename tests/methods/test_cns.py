@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.conditioning.routing import standing_deltas
+from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.cns import CNS
 from continual_concepts.core.methods.sparse import SparseAdapters, SparseProgram, _SparseLinear
 from continual_concepts.core.model.deltas import SparseDelta
@@ -92,7 +92,7 @@ def test_other_weights_stay_bit_identical(banks, tiny_backbone):
     bank = banks[1]
     union, layout = stored(bank, "union."), tiny_backbone.layout
     before = {key: tiny_backbone._weight(layout.sites[key[0]], key[1]).clone() for key in key_value_weights(layout)}
-    with tiny_backbone.folded(standing_deltas(bank, METHODS)):
+    with tiny_backbone.folded(always_on_deltas(bank)):
         for key, weight in before.items():
             now, mask = tiny_backbone._weight(layout.sites[key[0]], key[1]), union.mask(key)
             assert torch.equal(now[~mask], weight[~mask]) and not torch.equal(now[mask], weight[mask])
@@ -134,7 +134,7 @@ def test_the_loss_goes_down(tiny_backbone, teach):
     batch, g = data.draw(16, 0.0, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
     context = encode_prompts(tiny_backbone, batch.prompts, bank.vocabulary, {"rex": bank["rex"].tokens})
     drawn, losses = draw(batch, 1000, config, g), []
-    for deltas in ({}, standing_deltas(bank, METHODS)):
+    for deltas in ({}, always_on_deltas(bank)):
         with torch.no_grad(), tiny_backbone.folded(deltas):
             losses.append(float(denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, None), config)))
     assert losses[1] < losses[0]
@@ -192,7 +192,7 @@ def test_the_ties_are_the_two_distances(tiny_backbone, banks):
     chosen, bank = everything(tiny_backbone), banks[1]
     method = begun(tiny_backbone, bank, {"tie_previous": 2.0, "tie_base": 3.0}, chosen)
     g, previous, base, energy = torch.Generator().manual_seed(0), 0.0, 0.0, 0.0
-    union, drift = stored(bank, "union."), standing_deltas(bank, METHODS)
+    union, drift = stored(bank, "union."), always_on_deltas(bank)
     for key in chosen.sizes:
         values, places = method.adapters.at(key)
         with torch.no_grad():

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.composition import Kind
 from continual_concepts.core.bank.format import open_bank, save_bank
-from continual_concepts.core.conditioning.routing import aggregate, averaged_names, standing_deltas
+from continual_concepts.core.conditioning.routing import aggregate, always_on_deltas, averaged_names
 from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, get, make
@@ -118,9 +119,9 @@ def test_a_stopped_second_task_resumes_bit_for_bit(tiny_backbone, teach, run, me
 
 def test_zero_strength_is_the_base(tiny_backbone, run, method):
     bank = run["second"].bank
-    found = aggregate(tiny_backbone, bank, "a <rex>", METHODS, strength=0.0, without=averaged_names(bank, METHODS))
-    assert found.deltas.keys() == standing_deltas(bank, METHODS).keys()
-    if METHODS[method].composition == "route":
+    found = aggregate(tiny_backbone, bank, "a <rex>", strength=0.0, without=averaged_names(bank))
+    assert found.deltas.keys() == always_on_deltas(bank).keys()
+    if METHODS[method].method.composition.kind is Kind.PROMPT:
         assert not found.deltas
         base = sample(tiny_backbone, ConceptBank(bank.layout), ["a dog"], [1], QUICK)
         assert torch.equal(sample(tiny_backbone, bank, ["a dog"], [1], QUICK), base)

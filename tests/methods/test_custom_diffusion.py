@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.conditioning.routing import learning_deltas, standing_deltas
+from continual_concepts.core.conditioning.routing import always_on_deltas, learning_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.custom_diffusion import CAPTIONS, FullAdapters, FullProgram, regularisation_metric
@@ -96,10 +96,10 @@ def test_a_cut_record_keeps_its_share_of_the_singular_values(tiny_backbone):
 
 
 def test_a_later_task_learns_on_top_of_the_sum(bank, tiny_backbone, teach, monkeypatch):
-    found, expected = learning_deltas(bank, METHODS, "custom_diffusion"), standing_deltas(bank, METHODS)
+    found, expected = learning_deltas(bank, "custom_diffusion", METHODS["custom_diffusion"].method.builds_on_sum), always_on_deltas(bank)
     assert all(torch.equal(found[key].dense(), expected[key].dense()) for key in expected)
     assert torch.allclose(found[0, "to_k"].dense(), sum(concept.deltas[0, "to_k"].dense() for concept in bank), atol=1e-7)
-    assert learning_deltas(bank, METHODS, "custom_diffusion_merge").keys() == expected.keys()
+    assert learning_deltas(bank, "custom_diffusion_merge", METHODS["custom_diffusion_merge"].method.builds_on_sum).keys() == expected.keys()
 
 
 def test_the_noun_is_frozen_and_the_first_word_is_not(tiny_backbone, teach):
@@ -112,7 +112,7 @@ def test_the_noun_is_frozen_and_the_first_word_is_not(tiny_backbone, teach):
 
 
 def test_the_merge_learns_every_task_alone(merged, tiny_backbone, teach):
-    assert learning_deltas(merged, METHODS, "custom_diffusion_merge") == {}
+    assert learning_deltas(merged, "custom_diffusion_merge", METHODS["custom_diffusion_merge"].method.builds_on_sum) == {}
     alone = grown(tiny_backbone, teach, "custom_diffusion_merge", names=("mimi",))["mimi"]
     assert torch.equal(alone.tokens.vectors["clip_l"], merged["mimi"].tokens.vectors["clip_l"])
     single = grown(tiny_backbone, teach, "custom_diffusion", names=("mimi",))["mimi"]      # the same training, not merged
@@ -122,7 +122,7 @@ def test_the_merge_learns_every_task_alone(merged, tiny_backbone, teach):
 @torch.no_grad()
 def test_merged_weights_treat_target_words_as_each_concept_s_own(merged, tiny_backbone, teach):
     """W C^T = V for both concepts, against the full differences that the same training leaves."""
-    total = standing_deltas(merged, METHODS)
+    total = always_on_deltas(merged)
     for name in ("rex", "mimi"):
         own = grown(tiny_backbone, teach, "custom_diffusion", names=(name,))[name]
         rows = text_rows(tiny_backbone, merged[name].tokens, name)
@@ -139,7 +139,7 @@ def test_merged_weights_are_the_printed_formula(merged, tiny_backbone):
     features = torch.cat([row[1:2 + len(p)] for row, p in zip(hidden, text_positions(tiny_backbone, CAPTIONS), strict=True)])
     gram = features.T @ features
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(32)
-    state, total = merged.shared["custom_diffusion_merge"], standing_deltas(merged, METHODS)
+    state, total = merged.shared["custom_diffusion_merge"], always_on_deltas(merged)
     owners = sorted({name.split(".")[0] for name in state})
     assert len(owners) == 2
     keys = key_value_weights(tiny_backbone.layout)

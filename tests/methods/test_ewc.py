@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.conditioning.routing import standing_deltas
+from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.data.batch import Batch
 from continual_concepts.core.data.photos import Framing, Picture, TrainingSet, prepare
-from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.ewc import squared_gradients
 from continual_concepts.core.methods.finetune import _Continued
 from continual_concepts.core.training.config import TrainingConfig
@@ -54,10 +54,10 @@ def test_the_gathered_squares_are_the_denoising_losss_alone(tiny_backbone, banks
     run = Run(Task("bear", "bear", tiny_backbone, banks[0]), make("ewc", SETTINGS | {"tie": 1e3}), data, config)
     whole = Batch(data.latents, data.captions, data.masks, data.is_prior, torch.ones(3))
     drawn = draw(whole, len(tiny_backbone.schedule), config, torch.Generator().manual_seed(0))
-    program = run.method.program()
+    processor = run.method.processor()
     run.method.on_batch(whole)
     context = run._context(whole)
-    seen = predict(tiny_backbone, whole, context, drawn, program)
+    seen = predict(tiny_backbone, whole, context, drawn, processor)
     (denoising_loss(tiny_backbone, seen, config) + run.method.penalty(seen)["tie"]).backward()
     noted, factors = dict(run.method.pending), run.method._factors()
     expected = {name: torch.zeros_like(p) for name, p in factors.items()}
@@ -128,7 +128,7 @@ def test_a_first_task_is_plain_finetuning(tiny_backbone, teach):
 
 def test_records_add_up_to_the_adapter_and_another_rank_starts_without_a_tie(tiny_backbone, banks):
     state = banks[1].shared["ewc"]
-    for (index, projection), delta in standing_deltas(banks[1], METHODS).items():
+    for (index, projection), delta in always_on_deltas(banks[1]).items():
         name = f"{index}-{projection}"
         assert torch.allclose(delta.dense(), 0.5 * state[f"{name}.up"] @ state[f"{name}.down"], atol=1e-5)
     assert begun(tiny_backbone, banks[1], rank=3).penalty(None) == {}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.conditioning.routing import standing_deltas
-from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.conditioning.routing import always_on_deltas
+from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.base import adapter_key
 from continual_concepts.core.model.deltas import LowRankDelta
 
@@ -21,7 +21,7 @@ def bank(tiny_backbone, teach):
 
 
 def test_recorded_deltas_add_up_to_the_continued_adapter(bank):
-    state, total = bank.shared["finetune"], standing_deltas(bank, METHODS)
+    state, total = bank.shared["finetune"], always_on_deltas(bank)
     for key, delta in total.items():
         name = adapter_key(*key)
         expected = 0.5 * state[f"{name}.up"] @ state[f"{name}.down"]
@@ -40,7 +40,7 @@ def test_a_new_task_starts_where_the_last_one_ended(tiny_backbone, bank):
     assert all(d.dense().abs().max() < 1e-6 for d in outcome.deltas.values())
     site, x = tiny_backbone.layout.sites[2], torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
     y = tiny_backbone.project(site, "to_q", x)
-    assert torch.allclose(method.program().project(site, "to_q", x, y), y, atol=1e-5)
+    assert torch.allclose(method.processor().project(site, "to_q", x, y), y, atol=1e-5)
 
 
 def test_training_sees_the_sum_once(tiny_backbone, bank):
@@ -51,15 +51,15 @@ def test_training_sees_the_sum_once(tiny_backbone, bank):
         method.adapters.up[adapter_key(*key)].add_(0.1)
     site, x = tiny_backbone.layout.sites[2], torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
     base = tiny_backbone.project(site, "to_q", x)
-    with tiny_backbone.folded(standing_deltas(bank, METHODS)):
-        y = method.program().project(site, "to_q", x, tiny_backbone.project(site, "to_q", x))
+    with tiny_backbone.folded(always_on_deltas(bank)):
+        y = method.processor().project(site, "to_q", x, tiny_backbone.project(site, "to_q", x))
     assert torch.allclose(y, base + method.adapters.delta(*key).apply(x), atol=1e-5)
 
 
 def test_another_rank_starts_anew_and_the_old_tasks_stay(tiny_backbone, bank, teach):
     grown = teach(tiny_backbone, bank, "new", "finetune", {"rank": 2}, steps=1).bank
     assert grown["new"].deltas[0, "to_q"].up.shape[1] == 2
-    before, after = standing_deltas(bank, METHODS), standing_deltas(grown, METHODS)
+    before, after = always_on_deltas(bank), always_on_deltas(grown)
     own = grown["new"].deltas[0, "to_q"]
     assert isinstance(own, LowRankDelta)
     assert torch.allclose(after[0, "to_q"].dense(), before[0, "to_q"].dense() + own.dense(), atol=1e-6)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.conditioning.routing import learning_deltas, standing_deltas
+from continual_concepts.core.conditioning.routing import always_on_deltas, learning_deltas
 from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
@@ -167,19 +167,19 @@ def seen_by(backbone, method, data, bank):
     tokens = {name: bank[name].tokens for name in bank.names} | {"bear": method.token_group()}
     run = Run(method.task, make("finetune"), data, TrainingConfig(resolution=32))      # for its vocabulary with the new word
     context = encode_prompts(backbone, batch.prompts, run.vocabulary, tokens)
-    return predict(backbone, batch, context, draw(batch, 1000, TrainingConfig(), generator), method.program())
+    return predict(backbone, batch, context, draw(batch, 1000, TrainingConfig(), generator), method.processor())
 
 
 def test_distillation_is_the_distance_to_the_model_before(tiny_backbone, bank, data):
     method = begun(tiny_backbone, bank, data, mu=2.0, replay=2)
-    with tiny_backbone.folded(learning_deltas(bank, METHODS, "l2dm")):
+    with tiny_backbone.folded(learning_deltas(bank, "l2dm", METHODS["l2dm"].method.builds_on_sum)):
         assert method.penalty(seen_by(tiny_backbone, method, data, bank))["distillation"].item() < 1e-8      # at the start they are one
         with torch.no_grad():
             method.adapters.up[adapter_key(1, "to_v")].add_(0.3)
         seen = seen_by(tiny_backbone, method, data, bank)
         term = method.penalty(seen)["distillation"]
     assert seen.batch.prompts[1:] != ("",) * 2 and all("bear" not in prompt for prompt in seen.batch.prompts[1:])
-    with tiny_backbone.folded(standing_deltas(bank, METHODS)):
+    with tiny_backbone.folded(always_on_deltas(bank)):
         old = tiny_backbone.predict(seen.noisy[1:], seen.timesteps[1:], seen.context[1:])
     assert torch.allclose(term, 2 * (seen.output[1:] - old).square().mean(), rtol=1e-4) and term > 1e-6
     term.backward()

@@ -10,9 +10,9 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.concepts import Concept
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.conditioning.routing import averaged_names, standing_deltas
+from continual_concepts.core.conditioning.routing import always_on_deltas, averaged_names
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.methods import METHODS, make
+from continual_concepts.core.methods import make
 from continual_concepts.core.sampling import sampling
 from continual_concepts.core.sampling.sampling import SampleSettings, sample, starting_noise
 
@@ -35,7 +35,7 @@ def as_method(bank, method):
     """The same concepts as another method's."""
     other = ConceptBank(bank.layout)
     for concept in bank:
-        other = other.add(Concept(replace(concept.info, method=method), concept.tokens, concept.deltas))
+        other = other.add(Concept(replace(concept.info, method=method, composition=None), concept.tokens, concept.deltas))
     return other
 
 
@@ -49,11 +49,11 @@ def test_every_concept_is_learned_alone(banks, method):
 
 def test_the_merge_is_the_mean_of_the_deltas(banks):
     bank = banks["lora_m", ("rex", "mimi")]
-    found = standing_deltas(bank, METHODS)
+    found = always_on_deltas(bank)
     for key, delta in found.items():
         expected = torch.stack([concept.deltas[key].dense() for concept in bank]).mean(0)
         assert torch.allclose(delta.dense(), expected, atol=1e-7) and expected.any()
-    assert [make("lora_m").share(g) for g in (1, 2, 4)] == [1.0, 0.5, 0.25]
+    assert [make("lora_m").composition.share(g) for g in (1, 2, 4)] == [1.0, 0.5, 0.25]
 
 
 def folded_estimates(backbone, bank, prompt, x, t):
@@ -116,8 +116,8 @@ def test_an_average_costs_one_evaluation_per_concept(tiny_backbone, banks, monke
 
 
 def test_an_average_leaves_the_weights_of_others_alone(banks):
-    assert standing_deltas(banks["lora_c", ("rex", "mimi")], METHODS) == {}
-    assert averaged_names(banks["lora_c", ("rex", "mimi")], METHODS) == ["rex", "mimi"]
+    assert always_on_deltas(banks["lora_c", ("rex", "mimi")]) == {}
+    assert averaged_names(banks["lora_c", ("rex", "mimi")]) == ["rex", "mimi"]
 
 
 @pytest.mark.parametrize("settings", [{"rank": 129}, {"token_lr": -1.0}, {"first_std": -0.1}])

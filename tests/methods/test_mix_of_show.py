@@ -8,13 +8,13 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.prompts import Vocabulary
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.conditioning.routing import learning_deltas, standing_deltas
+from continual_concepts.core.conditioning.routing import always_on_deltas, learning_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.base import AdapterProgram, LowRankAdapters
+from continual_concepts.core.methods.base import AdapterProcessor, LowRankAdapters
 from continual_concepts.core.methods.fusion import mark
 from continual_concepts.core.methods.mix_of_show import GROUPS, Recorder, record
-from continual_concepts.core.model.backbone import SiteProgram
+from continual_concepts.core.model.backbone import AttentionProcessor
 
 QUICK = {"passes": 3, "rows": 24, "lr": 0.05}
 
@@ -49,7 +49,7 @@ def kept(bank, concept, key):
 def test_single_concepts_are_trained_alone(bank, singles):
     for name, single in singles.items():
         assert torch.equal(bank[name].tokens.vectors["clip_l"], single.tokens.vectors["clip_l"])
-    assert learning_deltas(bank, METHODS, "mix_of_show") == {}
+    assert learning_deltas(bank, "mix_of_show", METHODS["mix_of_show"].method.builds_on_sum) == {}
 
 
 def test_targets_are_what_single_concepts_do(bank, singles):
@@ -62,7 +62,7 @@ def test_targets_are_what_single_concepts_do(bank, singles):
 
 def test_the_records_add_up_to_the_least_squares_solution(bank):
     """Dense normal equations over both concepts' rows: D = T^T X (X^T X + rho I)^-1, rho on the scale of the rows' own Gram."""
-    total = standing_deltas(bank, METHODS)
+    total = always_on_deltas(bank)
     assert len(total) == 4 * len(bank.layout)
     for key, delta in total.items():
         x, t = (torch.cat(parts).double() for parts in zip(*(kept(bank, concept, key) for concept in bank), strict=True))
@@ -72,7 +72,7 @@ def test_the_records_add_up_to_the_least_squares_solution(bank):
 
 
 def test_fused_weights_serve_both_concepts_better_than_their_mean(bank, singles):
-    total = standing_deltas(bank, METHODS)
+    total = always_on_deltas(bank)
 
     def error(delta_of):
         return sum(float((delta_of(key).apply(x) - t).square().sum() / t.square().sum())
@@ -93,7 +93,7 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
     """Every x that a program sees at to_q and to_out, of both halves of guidance, and nothing else."""
     seen = {}
 
-    class Watch(SiteProgram):
+    class Watch(AttentionProcessor):
         def project(self, site, projection, x, y):
             seen.setdefault((site.index, projection), []).append(x.flatten(0, -2))
             return y
@@ -116,29 +116,29 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
 def test_the_recording_denoises_with_the_concept_s_own_weights(tiny_backbone):
     context = encode_prompts(tiny_backbone, ["", "a dog"], Vocabulary([]), {})
     adapters = LowRankAdapters(tiny_backbone.layout, 2, 1.0, torch.Generator().manual_seed(0), "cpu")
-    plain = record(tiny_backbone, context, AdapterProgram(adapters), (8, 8), 2, seed=0)
-    base = record(tiny_backbone, context, SiteProgram(), (8, 8), 2, seed=0)
+    plain = record(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
+    base = record(tiny_backbone, context, AttentionProcessor(), (8, 8), 2, seed=0)
     assert torch.equal(plain.sums[0, "to_out"], base.sums[0, "to_out"])
     with torch.no_grad():
         for up in adapters.up.values():
             up.add_(0.5)
-    changed = record(tiny_backbone, context, AdapterProgram(adapters), (8, 8), 2, seed=0)
+    changed = record(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
     assert not torch.allclose(changed.sums[0, "to_out"], base.sums[0, "to_out"], rtol=1e-2)
-    assert not torch.equal(record(tiny_backbone, context, SiteProgram(), (8, 8), 2, seed=1).sums[0, "to_q"], base.sums[0, "to_q"])
+    assert not torch.equal(record(tiny_backbone, context, AttentionProcessor(), (8, 8), 2, seed=1).sums[0, "to_q"], base.sums[0, "to_q"])
 
 
 def test_the_recording_ends_at_a_clean_picture(tiny_backbone, monkeypatch):
     """With a base that knows the noise exactly, DDIM's last latents are the clean ones whatever the guidance."""
     clean, schedule, last = torch.zeros(1, 4, 8, 8) + 0.3, tiny_backbone.schedule, []
 
-    def oracle(latents, t, context, program=None):
+    def oracle(latents, t, context, processor=None):
         alpha = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
         last.append(latents)
         return (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
 
     monkeypatch.setattr(tiny_backbone, "predict", oracle)
     context = encode_prompts(tiny_backbone, ["", "a dog"], Vocabulary([]), {})
-    record(tiny_backbone, context, SiteProgram(), (8, 8), 50, seed=0)
+    record(tiny_backbone, context, AttentionProcessor(), (8, 8), 50, seed=0)
     assert len(last) == 50
     noise = [float((x[:1] - alpha.sqrt() * clean).std() / (1 - alpha).sqrt())
              for x, alpha in zip(last, schedule.alphas_cumprod[torch.linspace(999, 0, 51).long()], strict=False)]
@@ -159,7 +159,7 @@ def test_finishing_twice_gives_the_same(tiny_backbone, bank):
 
 
 def test_a_leading_row_is_the_direction_of_most_energy():
-    recorder = Recorder(SiteProgram())
+    recorder = Recorder(AttentionProcessor())
     x = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 1, 1, 1, 1, 1])
 
     class Place:

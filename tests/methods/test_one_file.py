@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from continual_concepts.core.attention.token_lora import BoundProgram
+from continual_concepts.core.attention.token_lora import TokenLoraProcessor
 from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.composition import Composition, Kind
 from continual_concepts.core.bank.concepts import Concept
 from continual_concepts.core.bank.format import open_bank, save_bank
-from continual_concepts.core.conditioning.routing import aggregate, averaged_names, bound_deltas, learning_deltas, standing_shares
+from continual_concepts.core.conditioning.routing import aggregate, always_on_shares, averaged_names, learning_deltas, token_lora_deltas
 from continual_concepts.core.methods import METHODS
 from continual_concepts.core.methods.base import LearnedWords, Method, Outcome, register
-from continual_concepts.core.model.backbone import SiteProgram
+from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.regional import Region
 from continual_concepts.core.sampling.sampling import SampleSettings, sample, sample_regions
@@ -59,8 +60,8 @@ class Toy(Method):
     def deltas(self):
         return {(i, "to_v"): LowRankDelta(self.up[str(i)], down) for i, down in self.down.items()}
 
-    def program(self) -> SiteProgram:
-        return _Added(self.deltas()) if self.composition != "bound" else BoundProgram({self.task.name: self.deltas()})
+    def processor(self) -> AttentionProcessor:
+        return _Added(self.deltas()) if self.composition.kind is not Kind.WORDS else TokenLoraProcessor({self.task.name: self.deltas()})
 
     def penalty(self, seen):
         return {"toy": 1e-3 * sum(p.square().sum() for p in self.up.values())} if len(self.task.bank) else {}
@@ -76,7 +77,7 @@ class Toy(Method):
         return nn.ModuleDict({"words": self.words, "up": self.up})
 
 
-class _Added(SiteProgram):
+class _Added(AttentionProcessor):
     def __init__(self, deltas) -> None:
         self.deltas = deltas
 
@@ -85,11 +86,9 @@ class _Added(SiteProgram):
         return y if delta is None else y + delta.apply(x)
 
 
-def made(way: str, alone: bool = False, share: float | None = None) -> str:
+def made(way: str, alone: bool = False, share: float = 1.0) -> str:
     """Registers a toy that composes in this way."""
-    members = {"composition": way, "builds_on_sum": not alone}
-    if share is not None:
-        members["share"] = classmethod(lambda cls, concepts: share / concepts)
+    members = {"composition": Composition(Kind(way), share), "builds_on_sum": not alone}
     name = f"toy_{way}{'_alone' if alone else ''}"
     register(name, ToyConfig, type("Toy", (Toy,), members), "a toy")
     return name
@@ -99,7 +98,7 @@ def made(way: str, alone: bool = False, share: float | None = None) -> str:
 def toys():
     """Method per way of composing, and two of summing with a share; gone afterwards."""
     before = dict(METHODS)
-    names = {way: made(way) for way in WAYS} | {"alone": made("sum", alone=True, share=0.8)}
+    names = {way: made(way) for way in WAYS} | {"alone": made("sum", alone=True, share=0.4)}
     yield names
     METHODS.clear()
     METHODS.update(before)
@@ -166,18 +165,18 @@ def test_a_stopped_run_goes_on_exactly(learned, tiny_backbone, teach, tmp_path):
 
 def test_it_composes_as_it_says(learned, tiny_backbone, toys):
     way, method, bank, _ = learned
-    found = aggregate(tiny_backbone, bank, "a <mimi>", METHODS)
+    found = aggregate(tiny_backbone, bank, "a <mimi>")
     expected = {"route": [0.0, 1.0], "bound": [0.0, 1.0], "sum": [1.0, 1.0], "alone": [0.4, 0.4], "average": [1.0, 1.0]}[way]
     assert torch.allclose(found.weights, torch.tensor(expected))
-    assert bool(found.deltas) == (way != "bound") and list(bound_deltas(bank, METHODS)) == (bank.names if way == "bound" else [])
-    assert averaged_names(bank, METHODS) == (bank.names if way == "average" else [])
-    assert standing_shares(bank, METHODS) == ({"rex": expected[0], "mimi": expected[1]} if way in ("sum", "alone") else {})
+    assert bool(found.deltas) == (way != "bound") and list(token_lora_deltas(bank)) == (bank.names if way == "bound" else [])
+    assert averaged_names(bank) == (bank.names if way == "average" else [])
+    assert always_on_shares(bank) == ({"rex": expected[0], "mimi": expected[1]} if way in ("sum", "alone") else {})
 
 
 def test_what_it_learns_on_is_what_it_says(learned, tiny_backbone):
     """Only a sum that builds on itself has its earlier tasks in the weights."""
     way, method, bank, _ = learned
-    below = learning_deltas(bank, METHODS, method)
+    below = learning_deltas(bank, method, METHODS[method].method.builds_on_sum)
     assert bool(below) == (way == "sum")
     if below:
         assert torch.allclose(below[3, "to_v"].dense(), sum(bank[n].deltas[3, "to_v"].dense() for n in bank.names), atol=1e-6)
@@ -209,7 +208,7 @@ def test_a_mixed_bank_is_what_it_was_once_a_concept_is_gone(mixed, tiny_backbone
     settings = SampleSettings(steps=1, cfg=2.0, size=(32, 32), mode=mode)
     prompts = ["a <route> and a <bound>", "a <sum>", "a dog"]
     before = sample(tiny_backbone, mixed, prompts, [1, 2, 3], settings)
-    grown = mixed.add(make_concept(mixed.layout, "new", 5, method=toys[gone], size=0.5))
+    grown = mixed.add(make_concept(mixed.layout, "new", 5, method=toys[gone], composition=METHODS[toys[gone]].method.composition, size=0.5))
     changed = sample(tiny_backbone, grown, ["a <new>", *prompts[1:]], [1, 2, 3], settings)
     assert not torch.allclose(changed[0], before[0], atol=1e-3)
     if gone in ("sum", "average", "alone"):      # always on

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.conditioning.routing import standing_deltas
+from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.base import adapter_key
 from continual_concepts.core.methods.orthogonal_adaptation import draw_columns, orthogonal_matrix, taken_columns
 
@@ -125,10 +125,10 @@ def test_concepts_learned_apart_draw_from_one_matrix(tiny_backbone):
 
 
 def test_the_merge_has_the_paper_s_weight(bank):
-    found = standing_deltas(bank, METHODS)
+    found = always_on_deltas(bank)
     for key, delta in found.items():
         assert torch.allclose(delta.dense(), 0.6 * sum(concept.deltas[key].dense() for concept in bank), atol=1e-6)
-    assert [make(NAME).share(g) for g in (1, 2, 9)] == [1.0, 0.6, 0.6]
+    assert [make(NAME).composition.share(g) for g in (1, 2, 9)] == [1.0, 0.6, 0.6]
 
 
 def test_a_rank_that_no_input_has_is_refused(tiny_backbone):

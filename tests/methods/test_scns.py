@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.conditioning.routing import standing_deltas
+from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.data.batch import Batch
 from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.scns import PooledAdapters, lazy_greedy, similarities
 from continual_concepts.core.model.deltas import SparseDelta
 from continual_concepts.core.neurons.neurons import NeuronSelection
@@ -95,7 +95,7 @@ def test_signatures_are_what_each_step_would_lose(tiny_backbone, banks):
     run = Run(Task("bear", "bear", tiny_backbone, banks[0]), make("scns", QUICK), data, config)
     batch = run.method.on_batch(data.draw(2, 1.0, torch.Generator().manual_seed(0)))
     drawn, context = draw(batch, 1000, config, torch.Generator().manual_seed(0)), run._context(batch)
-    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.program()), config).backward()
+    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.processor()), config).backward()
     run.method.after_step(1)
     plain = GradientProgram(key_value_weights(tiny_backbone.layout))
     denoising_loss(tiny_backbone, predict(tiny_backbone, batch, run._context(batch), drawn, plain), config).backward()
@@ -147,7 +147,7 @@ def test_fisher_runs_with_mean_one_and_fades(banks):
 def test_other_weights_stay_bit_identical(banks, tiny_backbone):
     layout, rows = tiny_backbone.layout, rows_of(banks[1]["rex"]) | rows_of(banks[1]["mimi"])
     before = {key: tiny_backbone._weight(layout.sites[key[0]], key[1]).clone() for key in key_value_weights(layout)}
-    with tiny_backbone.folded(standing_deltas(banks[1], METHODS)):
+    with tiny_backbone.folded(always_on_deltas(banks[1])):
         for key, weight in before.items():
             moved = (tiny_backbone._weight(layout.sites[key[0]], key[1]) != weight).any(1).nonzero().flatten().tolist()
             assert moved and all((key, row) in rows for row in moved)

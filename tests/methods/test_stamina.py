@@ -72,7 +72,7 @@ def test_training_adds_the_masked_product(tiny_backbone, bank):
     method, key = begun(tiny_backbone, bank), (2, "to_k")
     randomise(method)
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
-    y = method.program().project(tiny_backbone.layout.sites[2], "to_k", x, torch.zeros(1, 3, 64))
+    y = method.processor().project(tiny_backbone.layout.sites[2], "to_k", x, torch.zeros(1, 3, 64))
     first = method.product(key)
     assert torch.allclose(y, x @ first.T, atol=1e-5) and torch.equal(method.product(key), first)
     method.on_batch(None)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.model.backbone import SiteProgram
+from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.neurons.neurons import NeuronSelection, Votes, base_neurons, concept_neurons, unit_count
 from continual_concepts.core.neurons.scores import (
     CALIBRATION,
@@ -169,9 +169,9 @@ def test_gradients_are_those_of_the_frozen_weights(tiny_backbone, checkpointing)
     keys = [(0, "to_k"), (3, "to_v"), (6, "to_k"), (2, "to_q"), (5, "to_out")]
     latents, t, context = loss_inputs(tiny_backbone)
     context.hidden.detach_()
-    program = GradientProgram(keys, SiteProgram())
+    processor = GradientProgram(keys, AttentionProcessor())
     with tiny_backbone.gradient_checkpointing(checkpointing):
-        tiny_backbone.predict(latents, t, context, program).square().mean().backward()
+        tiny_backbone.predict(latents, t, context, processor).square().mean().backward()
     weights = [tiny_backbone._weight(tiny_backbone.layout.sites[index], projection) for index, projection in keys]
     assert all(weight.grad is None for weight in weights)
     try:
@@ -182,18 +182,18 @@ def test_gradients_are_those_of_the_frozen_weights(tiny_backbone, checkpointing)
         for weight in weights:
             weight.requires_grad_(False)
     for key, gradient in zip(keys, expected, strict=True):
-        assert torch.allclose(program.sums[key], gradient, atol=1e-7 + 1e-4 * gradient.abs().max()), key
+        assert torch.allclose(processor.sums[key], gradient, atol=1e-7 + 1e-4 * gradient.abs().max()), key
 
 
 def test_samples_of_weight_zero_leave_no_gradient(tiny_backbone):
     latents, t, context = loss_inputs(tiny_backbone)
     sums = []
     for rows in (torch.tensor([1.0, 0.0]), None):
-        program = GradientProgram([KEY])
-        program.rows = rows
-        output = tiny_backbone.predict(latents, t, context, program)
+        processor = GradientProgram([KEY])
+        processor.rows = rows
+        output = tiny_backbone.predict(latents, t, context, processor)
         (output if rows is not None else output[:1]).square().sum().backward()
-        sums.append(program.sums[KEY])
+        sums.append(processor.sums[KEY])
     assert torch.allclose(*sums, atol=1e-3 * sums[0].abs().max())
 
 

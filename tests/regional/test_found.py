@@ -41,7 +41,7 @@ def test_prompts_name_one_concept_and_the_class_nouns_of_the_others(bank, scene,
     assert not wanted
 
 
-def program_of(backbone, bank, pictures=2):
+def processor_of(backbone, bank, pictures=2):
     texts = prompts_apart(bank, SCENE)
     scene, *parts = (Part(encode(backbone, bank, ["", text]), {}) for text in (SCENE, *texts.values()))
     words = [scene.context.words[1][name] for name in texts]
@@ -49,17 +49,17 @@ def program_of(backbone, bank, pictures=2):
 
 
 def test_masks_are_where_a_concepts_map_is_high_and_highest(tiny_backbone, region_bank):
-    program = program_of(tiny_backbone, region_bank)
+    processor = processor_of(tiny_backbone, region_bank)
     maps = torch.full((2, 2, 8, 8), 0.01)
     maps[0, 0, :, :3], maps[0, 1, :, 5:] = 0.6, 0.2      # the first picture: rex left, mimi right, more faintly
     maps[1, 0, :3], maps[1, 1, 5:] = 0.3, 0.9            # the second: rex above, mimi below
-    program._sums, program.progress = {64: maps.flatten(2)}, 1.0
-    assert program.phase() == (True,)
-    found = program.found
+    processor._sums, processor.progress = {64: maps.flatten(2)}, 1.0
+    assert processor.phase() == (True,)
+    found = processor.found
     assert found.shape == (2, 2, 8, 8)
     assert found[0, 0, :, :3].all() and not found[0, 0, :, 5:].any() and found[1, 0, :, 5:].all() and not found[1, 0, :, :3].any()
     assert found[0, 1, :3].all() and found[1, 1, 5:].all() and (found.sum(0) <= 1).all()
-    rows = program.masks((4, 4))
+    rows = processor.masks((4, 4))
     assert rows.shape == (2, 4, 4, 4) and torch.equal(rows[:, :2], rows[:, 2:])      # each picture's negative and positive half
 
 

@@ -22,18 +22,18 @@ def observed(tiny_backbone, monkeypatch):
     def build(is_bound, count=2):
         regions, parts, _ = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(count), is_bound)
         rows = torch.tensor([0, 0, 0, 1, 1, 1])
-        program = ObservedRegions(tiny_backbone, Part(context_of(2, 1, seed=1), {}), regions, parts, rows, (8, 8), tokens=[WORDS] * count)
-        program.is_observing = True
-        return program
+        processor = ObservedRegions(tiny_backbone, Part(context_of(2, 1, seed=1), {}), regions, parts, rows, (8, 8), tokens=[WORDS] * count)
+        processor.is_observing = True
+        return processor
 
     return build
 
 
-def run(backbone, program, site, x):
-    text = program.scene.context.at(site)[program.rows]
-    query, key, value = (program.project(site, name, of, backbone.project(site, name, of))
+def run(backbone, processor, site, x):
+    text = processor.scene.context.at(site)[processor.rows]
+    query, key, value = (processor.project(site, name, of, backbone.project(site, name, of))
                          for name, of in (("to_q", x), ("to_k", text), ("to_v", text)))
-    program.attend(site, query, key, value, lambda *qkv: multi_head(*qkv, site.heads))
+    processor.attend(site, query, key, value, lambda *qkv: multi_head(*qkv, site.heads))
 
 
 @pytest.mark.parametrize("at_once", [1, 2**25])
@@ -41,38 +41,38 @@ def run(backbone, program, site, x):
 @torch.no_grad()
 def test_maps_are_each_regions_own_attention(tiny_backbone, observed, is_bound, at_once, monkeypatch):
     monkeypatch.setattr(observe, "AT_ONCE", at_once)      # picture by picture, or all together
-    program, site = observed(is_bound), tiny_backbone.layout.sites[2]
+    processor, site = observed(is_bound), tiny_backbone.layout.sites[2]
     x = torch.randn(6, 16, site.width, generator=torch.Generator().manual_seed(0))
-    assert program.enter(site, x) is None
-    run(tiny_backbone, program, site, x)
-    for u, part in enumerate(program.parts):
+    assert processor.enter(site, x) is None
+    run(tiny_backbone, processor, site, x)
+    for u, part in enumerate(processor.parts):
         delta = (part.bound[f"concept{u}"] if is_bound else part.deltas)[site.index, "to_q"]
         query = tiny_backbone.project(site, "to_q", x[3:])
-        heads = [y.unflatten(-1, (site.heads, -1)) for y in (query, query + delta.apply(x[3:]), program.readings[site.index][u].key[1])]
+        heads = [y.unflatten(-1, (site.heads, -1)) for y in (query, query + delta.apply(x[3:]), processor.readings[site.index][u].key[1])]
         frozen, own = (torch.einsum("bshd,nhd->bhsn", q, heads[2]) * heads[2].shape[-1]**-0.5 for q in heads[:2])
         acts = torch.zeros(frozen.shape[-1], dtype=torch.bool)      # where the concept's own query counts
         acts[list(WORDS) if is_bound else slice(None)] = True
         share = torch.where(acts, own, frozen).softmax(-1)[..., list(WORDS)].sum(-1).mean((0, 1))
-        assert torch.allclose(program.maps[site.index][u].flatten(), share, atol=1e-5)
-    assert program.picture_maps((32, 32)).shape == (2, 32, 32)
+        assert torch.allclose(processor.maps[site.index][u].flatten(), share, atol=1e-5)
+    assert processor.picture_maps((32, 32)).shape == (2, 32, 32)
 
 
 def test_looking_costs_the_same_for_any_number_of_regions(tiny_backbone, observed):
     site, found = tiny_backbone.layout.sites[2], []
     for count in (2, 4):
-        program = observed(True, count)
+        processor = observed(True, count)
         with torch.inference_mode():
             x = torch.randn(6, 16, site.width)
-            program._shares(site, x[3:], x[3:])      # prepares
+            processor._shares(site, x[3:], x[3:])      # prepares
             with Operations() as counter:
-                program._shares(site, x[3:], x[3:])
+                processor._shares(site, x[3:], x[3:])
             found.append(counter.count)
     assert found[0] == found[1]
 
 
 def test_fine_grids_are_not_looked_at(tiny_backbone, observed):
-    program = observed(True)
-    program.latent = (64, 64)
-    assert program._looks(256) and not program._looks(1024)
-    program.is_observing = False
-    assert not program._looks(256)
+    processor = observed(True)
+    processor.latent = (64, 64)
+    assert processor._looks(256) and not processor._looks(1024)
+    processor.is_observing = False
+    assert not processor._looks(256)

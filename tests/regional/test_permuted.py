@@ -10,7 +10,7 @@ import torch
 from continual_concepts.benchmarks.cost.synthetic import Operations, context_of, deltas_of
 from continual_concepts.benchmarks.regional import cost as regional_cost
 from continual_concepts.core.hosts.diffusers import multi_head
-from continual_concepts.core.regional.processor import Part, RegionProgram
+from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.sampling import SampleSettings, sample_regions
 
@@ -32,7 +32,7 @@ OTHERS = {
 
 
 @pytest.fixture
-def program(tiny_backbone, monkeypatch):
+def processor(tiny_backbone, monkeypatch):
     """Of regions with boxes: bound or routed concepts, the last of several has none; the scene has one of each kind."""
     monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
 
@@ -46,32 +46,32 @@ def program(tiny_backbone, monkeypatch):
         regions = [box if isinstance(box, Region) else Region("a", box) for box in boxes]
         own = deltas_of(tiny_backbone.layout, seed=9)
         scene = Part(context_of(2, 1, seed=1, words={"own": (1, 2)}), deltas_of(tiny_backbone.layout, seed=8), {"own": own})
-        return RegionProgram(tiny_backbone, scene, regions, parts, torch.tensor(rows), (8, 8))
+        return RegionProcessor(tiny_backbone, scene, regions, parts, torch.tensor(rows), (8, 8))
 
     return build
 
 
-def through(backbone, program, site, x, entered: bool):
+def through(backbone, processor, site, x, entered: bool):
     """What to_out gives at a site, entered or not."""
     def attend(*qkv):
         return multi_head(*qkv, site.heads)
 
-    text = program.scene.context.at(site)[program.rows]
+    text = processor.scene.context.at(site)[processor.rows]
     if entered:
-        x, reads_text = program.enter(site, x)
+        x, reads_text = processor.enter(site, x)
         text = text if reads_text else text[:, :0]
-    query, key, value = (program.project(site, name, of, backbone.project(site, name, of))
+    query, key, value = (processor.project(site, name, of, backbone.project(site, name, of))
                          for name, of in (("to_q", x), ("to_k", text), ("to_v", text)))
-    attended = program.attend(site, query, key, value, attend)
-    return program.project(site, "to_out", attended, backbone.project(site, "to_out", attended))
+    attended = processor.attend(site, query, key, value, attend)
+    return processor.project(site, "to_out", attended, backbone.project(site, "to_out", attended))
 
 
 @pytest.mark.parametrize("rows", [(0, 1), (1,), (0, 0, 0, 1, 1, 1)])
 @pytest.mark.parametrize("is_bound", [True, False])
 @pytest.mark.parametrize("name", PARTITIONS)
 @torch.no_grad()
-def test_it_gives_the_same(tiny_backbone, program, name, is_bound, rows):
-    running = program(PARTITIONS[name], is_bound, rows)
+def test_it_gives_the_same(tiny_backbone, processor, name, is_bound, rows):
+    running = processor(PARTITIONS[name], is_bound, rows)
     for site, cells in ((tiny_backbone.layout.sites[0], 64), (tiny_backbone.layout.sites[2], 16)):
         x = torch.randn(len(rows), cells, site.width, generator=torch.Generator().manual_seed(0))
         one, other = (through(tiny_backbone, running, site, x, entered) for entered in (True, False))
@@ -79,11 +79,11 @@ def test_it_gives_the_same(tiny_backbone, program, name, is_bound, rows):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_it_is_left_alone_elsewhere(tiny_backbone, program, name):
-    running, site = program(OTHERS[name]), tiny_backbone.layout.sites[0]
+def test_it_is_left_alone_elsewhere(tiny_backbone, processor, name):
+    running, site = processor(OTHERS[name]), tiny_backbone.layout.sites[0]
     running.progress = 0.5
     assert running.enter(site, torch.zeros(2, 64, site.width)) is None
-    assert program(PARTITIONS["halves"]).enter(site, torch.zeros(2, 64, site.width)) is not None
+    assert processor(PARTITIONS["halves"]).enter(site, torch.zeros(2, 64, site.width)) is not None
 
 
 def test_a_picture_is_the_same(tiny_backbone, region_bank, monkeypatch):
@@ -93,16 +93,16 @@ def test_a_picture_is_the_same(tiny_backbone, region_bank, monkeypatch):
     def picture():
         return sample_regions(tiny_backbone, region_bank, "a room", regions, [1, 2], settings)
 
-    entered, original = [], RegionProgram.enter
-    monkeypatch.setattr(RegionProgram, "enter", lambda *args: entered.append(original(*args) is not None) or original(*args))
+    entered, original = [], RegionProcessor.enter
+    monkeypatch.setattr(RegionProcessor, "enter", lambda *args: entered.append(original(*args) is not None) or original(*args))
     one = picture()
-    monkeypatch.setattr(RegionProgram, "enter", lambda *_: None)
+    monkeypatch.setattr(RegionProcessor, "enter", lambda *_: None)
     assert torch.allclose(one, picture(), atol=1e-4) and {True, False} == set(entered)
 
 
 @pytest.mark.parametrize("is_bound", [True, False])
-def test_what_it_saves(tiny_backbone, program, is_bound, monkeypatch):
-    running, site = program(PARTITIONS["halves"], is_bound), tiny_backbone.layout.sites[0]
+def test_what_it_saves(tiny_backbone, processor, is_bound, monkeypatch):
+    running, site = processor(PARTITIONS["halves"], is_bound), tiny_backbone.layout.sites[0]
     x, found = torch.randn(2, 64, site.width), []
     with torch.inference_mode():
         for entered in (True, False):

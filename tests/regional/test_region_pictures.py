@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from continual_concepts.core.hosts.diffusers import multi_head
-from continual_concepts.core.model.backbone import SiteProgram
-from continual_concepts.core.regional.processor import DeltaProgram, Part, RegionProgram
+from continual_concepts.core.model.backbone import AttentionProcessor
+from continual_concepts.core.regional.processor import DeltaProcessor, Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample, sample_regions
 
@@ -53,10 +53,10 @@ def test_one_evaluation_per_step_for_any_number_of_regions(tiny_backbone, bank, 
     assert calls == [2 if cfg == 1.0 else 4] * 3
 
 
-def program_of(backbone, bank, regions, scene=None):
+def processor_of(backbone, bank, regions, scene=None):
     context = encode(backbone, bank, ["", "a dog"])
     parts = [Part(context, bank[name].deltas) for name in ("rex", "mimi")[:len(regions)]]
-    return RegionProgram(backbone, Part(context, scene or {}), regions, parts, torch.tensor([0, 1]), (8, 8)), parts
+    return RegionProcessor(backbone, Part(context, scene or {}), regions, parts, torch.tensor([0, 1]), (8, 8)), parts
 
 
 def attend(query, key, value):
@@ -64,12 +64,12 @@ def attend(query, key, value):
 
 
 def test_regions_are_on_from_start_to_end(tiny_backbone, bank):
-    program, _ = program_of(tiny_backbone, bank, [Region("a", FULL, start=0.25, end=0.5)])
+    processor, _ = processor_of(tiny_backbone, bank, [Region("a", FULL, start=0.25, end=0.5)])
     site, query = tiny_backbone.layout.sites[1], random(2, 16, 64)
     base = attend(query, query, query)
     for progress, on in [(0.0, False), (0.2, False), (0.25, True), (0.5, True), (0.51, False), (1.0, False), (0.3, True)]:
-        program.progress = progress
-        assert torch.allclose(program.attend(site, query, query, query, attend), base) != on
+        processor.progress = progress
+        assert torch.allclose(processor.attend(site, query, query, query, attend), base) != on
 
 
 def test_a_schedule_changes_the_picture(tiny_backbone, bank):
@@ -80,7 +80,7 @@ def test_a_schedule_changes_the_picture(tiny_backbone, bank):
 
 def test_a_region_acts_where_it_is(tiny_backbone, bank):
     """In the first layer alone: further on, the net spreads everything over the picture."""
-    class First(SiteProgram):
+    class First(AttentionProcessor):
         def __init__(self, inner):
             self.inner, self.out = inner, None
 
@@ -90,9 +90,9 @@ def test_a_region_acts_where_it_is(tiny_backbone, bank):
 
     outputs = []
     for regions in ([Region("a", LEFT)], [Region("a", LEFT, strength=0.0)]):
-        program = First(program_of(tiny_backbone, bank, regions)[0])
-        tiny_backbone.predict(random(2, 4, 8, 8), torch.tensor([500, 500]), encode(tiny_backbone, bank, ["", "a dog"]), program)
-        outputs.append(program.out.view(2, 8, 8, -1))
+        processor = First(processor_of(tiny_backbone, bank, regions)[0])
+        tiny_backbone.predict(random(2, 4, 8, 8), torch.tensor([500, 500]), encode(tiny_backbone, bank, ["", "a dog"]), processor)
+        outputs.append(processor.out.view(2, 8, 8, -1))
     assert torch.equal(outputs[0][:, :, 4:], outputs[1][:, :, 4:])
     assert not torch.allclose(outputs[0][:, :, :4], outputs[1][:, :, :4], atol=1e-3)
 
@@ -101,4 +101,4 @@ def test_deltas_as_activations_equal_folded_ones(tiny_backbone, bank):
     latents, t, context = random(2, 4, 8, 8), torch.tensor([10, 900]), encode(tiny_backbone, bank, ["a <rex>", "a dog"])
     with tiny_backbone.folded(bank["rex"].deltas):
         folded = tiny_backbone.predict(latents, t, context)
-    assert torch.allclose(tiny_backbone.predict(latents, t, context, DeltaProgram(bank["rex"].deltas)), folded, atol=1e-4)
+    assert torch.allclose(tiny_backbone.predict(latents, t, context, DeltaProcessor(bank["rex"].deltas)), folded, atol=1e-4)

@@ -11,7 +11,7 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.prompts import Vocabulary
 from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.model.backbone import SiteProgram
+from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.sampling import attention_guidance as artists
 from continual_concepts.core.sampling.attention_guidance import Artists, MapRecorder, Subject, artist_losses, noun_masks, word_maps
 from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample
@@ -99,14 +99,14 @@ def looks(backbone, bank, prompts, t=500):
     subjects = [Subject(tuple(words.values()), text_positions(backbone, prompt, bank.vocabulary))
                 for words, prompt in zip(context.words, prompts, strict=True)]
 
-    def look(latents, program):
-        return backbone.predict(latents, torch.full((len(latents),), t), context, program)
+    def look(latents, processor):
+        return backbone.predict(latents, torch.full((len(latents),), t), context, processor)
 
     return look, subjects
 
 
 def loss_of(look, subjects, latents):
-    recorder = MapRecorder(SiteProgram(), artists.FINEST)
+    recorder = MapRecorder(AttentionProcessor(), artists.FINEST)
     with torch.no_grad():
         look(latents, recorder)
     return sum(sum(artist_losses(m, s, (8, 8)).values()) for m, s in zip(recorder.mean(), subjects, strict=True)).item()
@@ -152,7 +152,7 @@ def test_later_passes_end_at_the_last_site_that_is_looked_at(tiny_backbone, bank
     look, subjects = looks(tiny_backbone, bank, [TWO])
     seen, latents, artist = [], random(1, 4, 8, 8), Artists(subjects, 1.0)
 
-    class Counting(SiteProgram):
+    class Counting(AttentionProcessor):
         def attend(self, site, query, key, value, default):
             seen.append(query.shape[1])
             return default(query, key, value)
@@ -167,10 +167,10 @@ def test_later_passes_end_at_the_last_site_that_is_looked_at(tiny_backbone, bank
 def test_only_coarse_grids_are_kept(tiny_backbone, bank):
     look, _ = looks(tiny_backbone, bank, [TWO])
     for most, cells in ((256, 64), (64, 64), (63, 16)):
-        recorder = MapRecorder(SiteProgram(), most)
+        recorder = MapRecorder(AttentionProcessor(), most)
         look(random(1, 4, 8, 8), recorder)
         assert recorder.mean().shape[:2] == (1, cells)
-    recorder = MapRecorder(SiteProgram(), 3)
+    recorder = MapRecorder(AttentionProcessor(), 3)
     look(random(1, 4, 8, 8), recorder)
     assert recorder.mean() is None
 

@@ -30,7 +30,7 @@ def begun(tiny_backbone):
 
     def loss(batch, config=config):
         context = encode_prompts(tiny_backbone, batch.prompts, run.vocabulary, {"rex": run.method.token_group()})
-        seen = predict(tiny_backbone, batch, context, Draw(torch.tensor([100, 800]), noise), run.method.program())
+        seen = predict(tiny_backbone, batch, context, Draw(torch.tensor([100, 800]), noise), run.method.processor())
         return denoising_loss(tiny_backbone, seen, config), run.method.penalty(seen)
 
     return run, batch, loss
