@@ -19,8 +19,11 @@ verify: $(READY)
 	CONTINUAL_CONCEPTS_VERIFY=1 $(BIN)/python -I -m pytest -q tests/core/test_fuzz.py tests/core/test_bank_model.py tests/core/test_bankkeep.py
 	CONTINUAL_CONCEPTS_VERIFY=1 $(COMFYUI_PYTHON) -I -m pytest -q tests/host/test_faults.py tests/live/test_soak.py
 
+# mypy wants a folder of the package's name; the folder of this checkout may have any.
 lint: $(READY)
 	$(BIN)/ruff check .
+	@mkdir -p .venv/types && ln -sfn ../.. .venv/types/continual_concepts
+	MYPYPATH=.venv/types $(BIN)/mypy -p continual_concepts.core -p continual_concepts.nodes
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
