@@ -1,0 +1,30 @@
+"""Saved graphs outlive a version: ids, types, order, defaults and options of every node stay what they were.
+
+`tests/fixtures/before/nodes.json` was written by `node_schemas.schemas` from the code of before the rooms were moved, inside ComfyUI 0.33.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+BEFORE = json.loads((Path(__file__).parents[1] / "fixtures" / "before" / "nodes.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def now(script, pack):
+    schemas = script(Path(__file__).with_name("node_schemas.py")).schemas
+    return schemas(cls for name, cls in vars(pack).items() if name != "folder")
+
+
+@pytest.mark.parametrize("node", BEFORE)
+def test_a_node_is_what_saved_graphs_know(now, node):
+    before, after = BEFORE[node], now[node]
+    count = len(before["inputs"])
+    assert after["inputs"][:count] == before["inputs"]
+    assert all(entry["optional"] for entry in after["inputs"][count:])      # what is new comes last and may be missing
+    assert after["outputs"][:len(before["outputs"])] == before["outputs"]
+    assert {key: after[key] for key in before if key not in ("inputs", "outputs")} == \
+        {key: before[key] for key in before if key not in ("inputs", "outputs")}
