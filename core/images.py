@@ -183,10 +183,10 @@ def ink_on(shade: tuple[int, int, int]) -> tuple[int, int, int]:
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else (255, 255, 255)
 
 
-def opened(cover: bytes) -> Image.Image | None:
-    """A cover as a picture; None when there is none or it cannot be read, for a bank may come from anywhere."""
+def opened(thumbnail: bytes) -> Image.Image | None:
+    """A thumbnail as a picture; None when there is none or it cannot be read, for a bank may come from anywhere."""
     try:
-        with Image.open(io.BytesIO(cover), formats=("JPEG", "PNG")) as picture:
+        with Image.open(io.BytesIO(thumbnail), formats=("JPEG", "PNG")) as picture:
             return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
@@ -198,16 +198,16 @@ def spread(items: Sequence, count: int) -> list:
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def covers_picture(covers: Sequence[tuple[str, bytes]], side: int = 160, columns: int = 5) -> Image.Image:
+def thumbnails_picture(thumbnails: Sequence[tuple[str, bytes]], side: int = 160, columns: int = 5) -> Image.Image:
     """Cover pictures with what stands below them; a grey card where there is none or an unreadable one."""
-    columns = max(1, min(columns, len(covers)))
-    rows = -(-max(1, len(covers)) // columns)
+    columns = max(1, min(columns, len(thumbnails)))
+    rows = -(-max(1, len(thumbnails)) // columns)
     image = Image.new("RGB", (columns * (side + 10) + 10, rows * (side + 34) + 10), PAPER)
     draw = ImageDraw.Draw(image)
-    for i, (name, cover) in enumerate(covers):
+    for i, (name, thumbnail) in enumerate(thumbnails):
         x, y = 10 + (i % columns) * (side + 10), 10 + (i // columns) * (side + 34)
         draw.rectangle([x, y, x + side, y + side], GRID)
-        picture = opened(cover)
+        picture = opened(thumbnail)
         if picture is not None:
             image.paste(ImageOps.fit(picture, (side, side), Image.LANCZOS), (x, y))
         draw.text((x, y + side + 6), fitting(name, font(14), side), INK, font(14))

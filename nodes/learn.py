@@ -21,7 +21,7 @@ from ..core.data.photos import Framing, Picture, prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.metrics import image_alignment
-from ..core.images import covers_picture, loss_picture, spread, to_tensor
+from ..core.images import loss_picture, spread, thumbnails_picture, to_tensor
 from ..core.methods import DEFAULT, METHODS, Task, make
 from ..core.sampling.sampling import SampleSettings, sample
 from ..core.training.config import TrainingConfig
@@ -218,7 +218,7 @@ def _learn(task: Task, method, config: TrainingConfig, pictures: list[Picture], 
         if every:
             if report.looked != len(learned.losses):      # the look that ended learning is the last one
                 report.look(bank, len(learned.losses))
-            bank = task.bank.add(replace(learned.concept, cover=_jpeg(report.previews[-1])), learned.bank.shared)
+            bank = task.bank.add(replace(learned.concept, thumbnail=_jpeg(report.previews[-1])), learned.bank.shared)
         older = _older(backbone, bank, task.bank.names, look, config.seed) if one["show_older"] else _nothing_older()
     loss = to_tensor(loss_picture(learned.losses, f"loss of <{task.name}>", report.scores))
     previews = torch.cat(report.previews) if report.previews else loss
@@ -242,14 +242,14 @@ def _likeness(clip_vision, pictures: list[Picture]):
 
 
 def _older(backbone, bank: ConceptBank, names: list[str], look: SampleSettings, seed: int) -> torch.Tensor:
-    """Older concepts as the new bank draws them, beside their covers."""
+    """Older concepts as the new bank draws them, beside their thumbnails."""
     rows = []
     for name in spread(names, OLDER):
         comfy.model_management.throw_exception_if_processing_interrupted()
         info = bank.infos[name]
         picture = host.to_image(sample(backbone, bank, [_prompt(name, info.kind)], [seed], look))
-        rows += [(f"<{name}> when learned", bank[name].cover), (f"<{name}> now", _jpeg(picture))]
-    return to_tensor(covers_picture(rows, columns=4)) if rows else _nothing_older()
+        rows += [(f"<{name}> when learned", bank[name].thumbnail), (f"<{name}> now", _jpeg(picture))]
+    return to_tensor(thumbnails_picture(rows, columns=4)) if rows else _nothing_older()
 
 
 def _nothing_older() -> torch.Tensor:

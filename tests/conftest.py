@@ -144,7 +144,7 @@ def make_concept():
     from continual_concepts.core.model.deltas import LowRankDelta
     from continual_concepts.core.model.sites import PROJECTIONS
 
-    def make(layout, name="rex", seed=0, words=2, layerwise=True, method="cidm", rank=2, size=1.0, dtype=torch.float32, cover=b"",
+    def make(layout, name="rex", seed=0, words=2, layerwise=True, method="cidm", rank=2, size=1.0, dtype=torch.float32, thumbnail=b"",
              composition=None):
         g = torch.Generator().manual_seed(seed)
 
@@ -157,7 +157,7 @@ def make_concept():
         deltas = {key: LowRankDelta(random(a, rank), random(rank, b), 0.5) for key, (a, b) in shapes.items()}
         origin = Provenance("abc", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"}, "2025-01-01T00:00:00+00:00", 3, 1.5)
         info = ConceptInfo(name, "dog", method, names, provenance=origin, composition=composition)
-        return Concept(info, TokenGroup(names, vectors), deltas, cover)
+        return Concept(info, TokenGroup(names, vectors), deltas, thumbnail)
 
     return make
 

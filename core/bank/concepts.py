@@ -80,12 +80,12 @@ class ConceptInfo:
 
 @dataclass(frozen=True)
 class Concept:
-    """info, the learned words and the deltas; cover: a small JPEG or PNG file as bytes, or empty."""
+    """info, the learned words and the deltas; thumbnail: a small JPEG or PNG file as bytes, or empty."""
 
     info: ConceptInfo
     tokens: TokenGroup
     deltas: Deltas
-    cover: bytes = b""
+    thumbnail: bytes = b""
 
     @property
     def name(self) -> str:
@@ -105,4 +105,4 @@ class Concept:
 
     def nbytes(self) -> int:
         tensors = [t for delta in self.deltas.values() for t in delta.tensors()] + list(self.tokens.vectors.values())
-        return sum(t.numel() * t.element_size() for t in tensors) + len(self.cover)
+        return sum(t.numel() * t.element_size() for t in tensors) + len(self.thumbnail)

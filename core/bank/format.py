@@ -50,8 +50,8 @@ def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] 
         packed, notes = pack(concept.deltas, bank.layout)
         packed |= {f"token.{encoder}": vectors.detach().clone() for encoder, vectors in concept.tokens.vectors.items()}
         _check_numbers(packed, f"concept '{concept.name}': ")
-        if concept.cover:
-            packed["cover"] = torch.frombuffer(bytearray(concept.cover), dtype=torch.uint8)
+        if concept.thumbnail:
+            packed["cover"] = torch.frombuffer(bytearray(concept.thumbnail), dtype=torch.uint8)
         tensors |= {f"concept/{i}/{name}": tensor.contiguous().cpu() for name, tensor in packed.items()}
         record = {"info": concept.info.to_json(), "deltas": notes, "encoders": sorted(concept.tokens.vectors)}
         records.append(record | ({"stand_in": concept.tokens.placeholder_noun} if concept.tokens.placeholder_noun else {}))
@@ -148,10 +148,10 @@ def _entry(file: _Tensors, layout: SiteLayout, i: int, record: dict) -> Entry:
 def _read_concept(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo, record: dict) -> Concept:
     try:
         tensors = file.read(f"concept/{i}")
-        cover = _cover(tensors.pop("cover")) if "cover" in tensors else b""
+        thumbnail = _thumbnail(tensors.pop("cover")) if "cover" in tensors else b""
         _check_numbers(tensors)
         vectors = {encoder: tensors[f"token.{encoder}"] for encoder in record["encoders"]}
-        concept = Concept(info, TokenGroup(info.words, vectors, _stand_in(record)), unpack(tensors, record["deltas"], layout), cover)
+        concept = Concept(info, TokenGroup(info.words, vectors, _stand_in(record)), unpack(tensors, record["deltas"], layout), thumbnail)
         concept.check_fits(layout)
         return concept
     except _DAMAGE as error:
@@ -165,9 +165,9 @@ def _stand_in(record: dict) -> str:
     return text
 
 
-def _cover(tensor: Tensor) -> bytes:
+def _thumbnail(tensor: Tensor) -> bytes:
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
-        raise ConceptError(f"the cover is a {tensor.ndim}-dimensional {tensor.dtype} tensor; allowed: bytes")
+        raise ConceptError(f"the thumbnail is a {tensor.ndim}-dimensional {tensor.dtype} tensor; allowed: bytes")
     return bytes(tensor.numpy())
 
 

@@ -136,7 +136,7 @@ def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping
 
 
 def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:
-    """Puts a concept in the place of the one of its name: the same learning, told of more fully (a cover). No version of its own."""
+    """Puts a concept in the place of the one of its name: the same learning, told of more fully (a thumbnail). No version of its own."""
     def make() -> ConceptBank:
         now = _present(Path(path))
         if now is None or concept.name not in now:

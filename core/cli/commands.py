@@ -66,7 +66,7 @@ def _picture(tensor: Tensor) -> Image.Image:
     return Image.fromarray(((tensor.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
 
 
-def _cover(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size: int, cfg: float) -> bytes:
+def _thumbnail(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size: int, cfg: float) -> bytes:
     prompt = f"a photo of <{name}>" if kind == "object" else f"<{name}>"
     picture = _picture(sample_pictures(backbone, bank, [prompt], [0], SampleSettings(steps=20, cfg=cfg, size=(size, size)))[0])
     picture.thumbnail((256, 256))
@@ -124,11 +124,11 @@ def learn(options: Namespace) -> Result | None:
             learned = learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint, team=team)
         if not team.is_first:
             return None
-    grown = add_concept(options.bank, learned.concept, learned.bank.shared, bank)  # before the cover, which is only a nicety
+    grown = add_concept(options.bank, learned.concept, learned.bank.shared, bank)  # before the thumbnail, which is only a nicety
     checkpoint.unlink(missing_ok=True)
     cfg = EMBEDDED["cfg"] if _is_embedded(options) else 7.5
-    cover = _cover(backbone, learned.bank, options.name, options.kind, training.resolution, cfg)
-    concept = replace(learned.concept, cover=cover)
+    thumbnail = _thumbnail(backbone, learned.bank, options.name, options.kind, training.resolution, cfg)
+    concept = replace(learned.concept, thumbnail=thumbnail)
     grown = replace_concept(options.bank, concept)
     return _learned_facts(options, concept, grown, learned.losses)
 
@@ -214,7 +214,7 @@ def _describe(known: ConceptBank, concept: Concept) -> Result:
         "bytes": concept.nbytes(),
         "deltas": len(concept.deltas),
         "layer_copies": concept.tokens.copies,
-        "cover_bytes": len(concept.cover),
+        "cover_bytes": len(concept.thumbnail),
         "composes": composition_of(info),
         "most_like": {one.measure: {"name": one.name, "cosine": round(one.cosine, 4)} for one in nearest if one is not None},
         "collides_with": found.partners(info.name),

@@ -1,4 +1,4 @@
-"""A bank as a table of cards: cover, name, class noun, kind, method, size, the most similar other concept; those that collide in red."""
+"""A bank as a table of cards: thumbnail, name, class noun, kind, method, size, the most similar concept; those that collide in red."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME_LINES, OTHER_LINES = 4, 2      # 64 of the widest letters still fit
 
 @dataclass(frozen=True)
 class CardStyle:
-    """columns of cards; side of a cover; sizes of a name's letters, the largest with which it fits on a line is taken; size of the rest."""
+    """columns of cards; side of a thumbnail; sizes of a name's letters, the largest that fits on a line is taken; size of the rest."""
 
     columns: int
     side: int
@@ -63,7 +63,7 @@ def _lines(text: str, size: int, width: float, colour: tuple[int, int, int], mos
 
 
 def _said(facts: Facts, found: Inspection, look: CardStyle, width: float) -> list[Line]:
-    """What stands beside a cover."""
+    """What stands beside a thumbnail."""
     size = next((s for s in look.names if font(s).getlength(facts.placeholder) <= width), look.names[-1])
     lines = _lines(facts.placeholder, size, width, INK, NAME_LINES)
     lines += _lines(f"{facts.class_noun or 'no class noun'}, {facts.kind}", look.text, width, INK)
@@ -90,11 +90,11 @@ def _card(image: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int, 
     draw.rectangle([x, y, x + width - 1, y + height - 1], ALARM_PAPER if red else (255, 255, 255), ALARM if red else GRID, 2 if red else 1)
     x, y = x + PAD, y + PAD
     draw.rectangle([x, y, x + side - 1, y + side - 1], GRID)
-    picture = opened(facts.cover)
+    picture = opened(facts.thumbnail)
     if picture is not None:
         image.paste(ImageOps.fit(picture, (side, side), Image.LANCZOS), (x, y))
     else:
-        draw.text((x + side / 2, y + side / 2), "no cover", QUIET, font(11), anchor="mm")
+        draw.text((x + side / 2, y + side / 2), "no thumbnail", QUIET, font(11), anchor="mm")
     x += side + PAD
     for text, size, colour in lines:
         draw.text((x, y), text, colour, font(size))

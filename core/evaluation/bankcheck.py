@@ -59,16 +59,16 @@ class BankReport:
 
 
 def references_of(bank: ConceptBank, names: Sequence[str], photos: Mapping[str, Sequence[Tensor]]) -> dict[str, Reference]:
-    """Photos where there are any, else the cover. Raises ConceptError for a concept with neither, and for photos of an unknown one."""
+    """Photos where there are any, else the thumbnail. Raises ConceptError for a concept with neither, and for photos of an unknown one."""
     for name in photos:
         if name not in bank:
             raise ConceptError(f"there are photos of '{name}', which the bank does not hold; it holds {', '.join(bank.names)}")
     found = {}
     for name in names:
-        cover = None if photos.get(name) else opened(bank[name].cover)
-        if not photos.get(name) and cover is None:
-            raise ConceptError(f"concept '{name}' has neither photos nor a cover to be compared with; connect photos of it")
-        found[name] = Reference((to_pixels(cover),), "cover") if cover is not None else Reference(tuple(photos[name]), "photos")
+        thumbnail = None if photos.get(name) else opened(bank[name].thumbnail)
+        if not photos.get(name) and thumbnail is None:
+            raise ConceptError(f"concept '{name}' has neither photos nor a thumbnail to be compared with; connect photos of it")
+        found[name] = Reference((to_pixels(thumbnail),), "cover") if thumbnail is not None else Reference(tuple(photos[name]), "photos")
     return found
 
 

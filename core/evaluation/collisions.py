@@ -31,10 +31,10 @@ COPY = 0.98
 # up to 0.97 (custom_diffusion_merge). So neither tells whether two concepts are one thing: they are said, and no threshold judges by
 # them. Only where both are 0.98 or more, which none of 7,379 pairs of different concepts of 17 methods reached, it is one record twice.
 #
-# Covers, looked at with the world's encoder: a threshold on their cosine would be another one for every encoder, so the yardstick is how
-# like a cover is to its own crop (see inspection). Of 4,992 pairs of photos of different things of one class noun 1 was as alike as that,
-# of 1,120 pairs of photos of one thing 41 %; of 156 pairs of covers drawn from one seed for different things of one class noun, none. Of
-# drawings in different styles 2 % were: styles are not judged.
+# Thumbnails, compared with the world's encoder. A threshold on their cosine would be another one for every encoder, so the yardstick is
+# how like a thumbnail is to its own crop (see inspection). Of 4,992 pairs of photos of different things of one class noun 1 was as alike
+# as that, of 1,120 pairs of photos of one thing 41 %. Of 156 pairs of thumbnails drawn from one seed for different things of one class
+# noun there was none. Of drawings in different styles 2 % were, so styles are not judged.
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ def _copies(alike: Mapping[str, Tensor]) -> Tensor:
     return (words >= COPY) & ((deltas >= COPY) | (bare & bare[:, None]))
 
 
-def _as_its_own_crop(infos: Sequence[ConceptInfo], covers: Tensor) -> Tensor:
-    """`[K, K]` bool: objects of one class noun whose covers are as alike as a cover is to its own crop, which the diagonal holds."""
+def _as_its_own_crop(infos: Sequence[ConceptInfo], thumbnails: Tensor) -> Tensor:
+    """`[K, K]` bool: objects of one class noun whose thumbnails are as alike as one is to its own crop, which the diagonal holds."""
     nouns = {}
     groups = torch.tensor([nouns.setdefault(noun_of(info), len(nouns)) for info in infos])
     objects = torch.tensor([info.kind == "object" for info in infos])
-    own = covers.diagonal()
-    return (groups == groups[:, None]) & objects & objects[:, None] & (covers >= (own + own[:, None]) / 2 - 1e-6)
+    own = thumbnails.diagonal()
+    return (groups == groups[:, None]) & objects & objects[:, None] & (thumbnails >= (own + own[:, None]) / 2 - 1e-6)
 
 
 def collisions_of(infos: Sequence[ConceptInfo], alike: Mapping[str, Tensor] = MappingProxyType({})) -> tuple[Collision, ...]:
@@ -131,7 +131,7 @@ def collisions_of(infos: Sequence[ConceptInfo], alike: Mapping[str, Tensor] = Ma
     if "deltas" in alike:
         found += _found(infos, "copy", _copies(alike), alike["words"], "one is a copy of the other")
     if "covers" in alike:
-        found += _found(infos, "covers", _as_its_own_crop(infos, alike["covers"]), alike["covers"], "their covers look alike")
+        found += _found(infos, "covers", _as_its_own_crop(infos, alike["covers"]), alike["covers"], "their thumbnails look alike")
     return tuple(found)
 
 

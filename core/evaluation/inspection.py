@@ -19,7 +19,7 @@ from .bankcheck import Encode
 from .collisions import Collision, collisions_of, composition_of, header_warnings
 from .likeness import delta_cosines, word_cosines
 
-CROP = 0.8      # of a cover's sides
+CROP = 0.8      # of a thumbnail's sides
 WHOLE = 100      # of more concepts the report holds no tables of likeness, which are megabytes then
 
 
@@ -41,7 +41,7 @@ class Facts:
     stores: str = ""
     copies: int = 0
     bytes: int = 0
-    cover: bytes = b""
+    thumbnail: bytes = b""
     fault: str = ""
 
     @property
@@ -50,7 +50,7 @@ class Facts:
         return self.method if self.method == self.composes else f"{self.method}, {self.composes}"
 
     def to_json(self) -> dict:
-        return {**asdict(self), "cover": bool(self.cover)}
+        return {key: value for key, value in asdict(self).items() if key != "thumbnail"} | {"cover": bool(self.thumbnail)}
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Inspection:
-    """likeness: measure (covers, deltas, words) -> `[K, K]` cosines, NaN where two cannot be compared; the diagonal of covers says how
-    like a cover is to its own crop. warnings: sentences, collisions among them."""
+    """likeness: measure (thumbnails, deltas, words) -> `[K, K]` cosines, NaN where two cannot be compared; the diagonal of thumbnails says
+    how like a thumbnail is to its own crop. warnings: sentences, collisions among them."""
 
     facts: tuple[Facts, ...]
     likeness: Mapping[str, Tensor]
@@ -117,7 +117,7 @@ def facts_of(info: ConceptInfo, concept: Concept | None = None, fault: str = "")
              "steps": origin.steps, "date": str(origin.date)[:10], "fault": fault}
     if concept is None:
         return Facts(**known)
-    return Facts(**known, stores=_form(concept.deltas), copies=concept.tokens.copies, bytes=concept.nbytes(), cover=concept.cover)
+    return Facts(**known, stores=_form(concept.deltas), copies=concept.tokens.copies, bytes=concept.nbytes(), thumbnail=concept.thumbnail)
 
 
 def _read(bank: ConceptBank) -> tuple[dict[str, Concept], dict[str, str]]:
@@ -137,10 +137,10 @@ def _crop(picture: Tensor) -> Tensor:
     return picture[:, top : picture.shape[1] - top, left : picture.shape[2] - left].flip(-1)
 
 
-def _cover_cosines(concepts: Sequence[Concept], encode: Encode) -> Tensor:
-    """`[n, n]`: cosine of covers, on the diagonal that of a cover and its own crop; NaN for a concept without one that can be read."""
+def _thumbnail_cosines(concepts: Sequence[Concept], encode: Encode) -> Tensor:
+    """`[n, n]`: cosine of thumbnails, on the diagonal that of a thumbnail and its own crop; NaN for a concept without a readable one."""
     found = torch.full((len(concepts), len(concepts)), math.nan, dtype=torch.float64)
-    pictures = {i: to_pixels(picture) for i, concept in enumerate(concepts) if (picture := opened(concept.cover)) is not None}
+    pictures = {i: to_pixels(picture) for i, concept in enumerate(concepts) if (picture := opened(concept.thumbnail)) is not None}
     if pictures:
         features = encode([*pictures.values(), *map(_crop, pictures.values())]).double()
         if features.ndim != 2 or len(features) != 2 * len(pictures) or not features.isfinite().all():
@@ -153,14 +153,14 @@ def _cover_cosines(concepts: Sequence[Concept], encode: Encode) -> Tensor:
 
 
 def likeness(concepts: Sequence[Concept], encode: Encode | None = None, rows: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Measure -> `[m, n]`, of all concepts or those in `rows` with all; covers come first, where there is something to see them with."""
+    """Measure -> `[m, n]`, of all concepts or those in `rows` with all; thumbnails come first, where there is an encoder for them."""
     rows = range(len(concepts)) if rows is None else rows
     if not concepts or not rows:
         return {}
-    covers = {} if encode is None else {"covers": _cover_cosines(concepts, encode)[list(rows)]}
+    thumbnails = {} if encode is None else {"covers": _thumbnail_cosines(concepts, encode)[list(rows)]}
     deltas, groups = [concept.deltas for concept in concepts], [concept.tokens for concept in concepts]
     ours = deltas if len(rows) == len(deltas) else [deltas[i] for i in rows]      # the very list is compared with itself faster
-    return {**covers, "deltas": delta_cosines(ours, deltas), "words": word_cosines([groups[i] for i in rows], groups)}
+    return {**thumbnails, "deltas": delta_cosines(ours, deltas), "words": word_cosines([groups[i] for i in rows], groups)}
 
 
 def inspect(bank: ConceptBank | None, encode: Encode | None = None, only: str = "") -> Inspection:

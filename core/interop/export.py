@@ -19,7 +19,7 @@ from .diffusers_lora import diffusers_state
 from .embedding import embedding_state
 from .factors import DEFAULT_ERROR, DEFAULT_RANK, Factors, check_strength, low_rank
 from .kohya import bundled_words, kohya_state
-from .metadata import cover_type, kohya_metadata, modelspec
+from .metadata import kohya_metadata, modelspec, thumbnail_type
 from .refit import single_copy
 from .writing import DEFAULT_FORMATS, FORMATS, Exported, Folders, Piece, check_formats, write_pieces
 
@@ -121,6 +121,6 @@ def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None)
         notes.append(f"method {concept.info.method} adds up the deltas of all concepts; these files hold only what <{concept.name}> added")
     if factors is not None and kind is Kind.WORDS:
         notes.append(f"<{concept.name}> acts through its own words alone here; in other programs its LoRA acts on every word of a prompt")
-    if concept.cover and cover_type(concept.cover) is None:
-        notes.append("the cover is no JPEG or PNG of up to 1 MB and was left out")
+    if concept.thumbnail and thumbnail_type(concept.thumbnail) is None:
+        notes.append("the thumbnail is no JPEG or PNG of up to 1 MB and was left out")
     return notes

@@ -1,4 +1,4 @@
-"""Metadata of exported files: all text, as safetensors wants it. Keys: kohya's `ss_*`, ModelSpec's `modelspec.*`, cover pictures.
+"""Metadata of exported files: all text, as safetensors wants it. Keys: kohya's `ss_*`, ModelSpec's `modelspec.*`, thumbnails.
 
 ModelSpec: Stability-AI/ModelSpec 1.0.0. ComfyUI and A1111 show the picture in `ssmd_cover_images`, and ComfyUI takes trigger words
 from `ss_tag_frequency`. Nothing here depends on the day of the export: the same concept gives the same metadata.
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..bank.concepts import Concept, ConceptInfo
 from ..model.sites import SiteLayout
 
-COVER_LIMIT = 1 << 20       # bytes; programs read the whole header of every file when they list a folder
+THUMBNAIL_LIMIT = 1 << 20       # bytes; programs read the whole header of every file when they list a folder
 _FAMILIES = {       # (sites, context width) -> ModelSpec's name of the architecture, kohya's name of the base
     (16, 768): ("stable-diffusion-v1", "sd_v1"),
     (16, 1024): ("stable-diffusion-v2-512", "sd_v2"),
@@ -34,12 +34,12 @@ def _family(layout: SiteLayout) -> tuple[str, str]:
     return _FAMILIES.get((len(layout), layout.sites[0].context_width), (unknown, unknown))
 
 
-def cover_type(cover: bytes) -> str | None:
+def thumbnail_type(thumbnail: bytes) -> str | None:
     """`image/jpeg` or `image/png` by the first bytes; None for anything else, for nothing, and for more than COVER_LIMIT."""
-    if len(cover) > COVER_LIMIT:
+    if len(thumbnail) > THUMBNAIL_LIMIT:
         return None
     magic = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
-    return next((kind for start, kind in magic.items() if cover.startswith(start)), None)
+    return next((kind for start, kind in magic.items() if thumbnail.startswith(start)), None)
 
 
 def _date(text: str) -> datetime.datetime | None:
@@ -51,13 +51,13 @@ def _date(text: str) -> datetime.datetime | None:
 
 
 def modelspec(concept: Concept, layout: SiteLayout, kind: str, usage: str) -> dict[str, str]:
-    """kind: `lora` or `textual-inversion`; usage: one sentence on how to use the file. Plus the cover where there is a sound one."""
+    """kind: `lora` or `textual-inversion`; usage: one sentence on how to use the file. Plus the thumbnail where there is a sound one."""
     info = concept.info
     noun = f" ({info.class_noun})" if info.class_noun else ""
     told = f"The {info.kind} {info.name}{noun}, learned with Continual Concepts by the method {info.method}"
     date = _date(info.provenance.date)
     dated = {} if date is None else {"modelspec.date": date.isoformat(timespec="seconds")}
-    return _described(layout, kind, info.name, told, info.name, usage) | dated | _covers([concept.cover])
+    return _described(layout, kind, info.name, told, info.name, usage) | dated | _thumbnails([concept.thumbnail])
 
 
 def _described(layout: SiteLayout, kind: str, title: str, description: str, trigger: str, usage: str) -> dict[str, str]:
@@ -73,23 +73,23 @@ def _described(layout: SiteLayout, kind: str, title: str, description: str, trig
     }
 
 
-def _covers(covers: Sequence[bytes]) -> dict[str, str]:
+def _thumbnails(thumbnails: Sequence[bytes]) -> dict[str, str]:
     """The sound ones, as long as they are not too large together."""
     kept: list[bytes] = []
-    for cover in covers:
-        if cover_type(cover) is not None and sum(map(len, kept)) + len(cover) <= COVER_LIMIT:
-            kept.append(cover)
+    for thumbnail in thumbnails:
+        if thumbnail_type(thumbnail) is not None and sum(map(len, kept)) + len(thumbnail) <= THUMBNAIL_LIMIT:
+            kept.append(thumbnail)
     if not kept:
         return {}
-    encoded = [base64.b64encode(cover).decode("ascii") for cover in kept]
-    return {"modelspec.thumbnail": f"data:{cover_type(kept[0])};base64,{encoded[0]}", "ssmd_cover_images": json.dumps(encoded)}
+    encoded = [base64.b64encode(thumbnail).decode("ascii") for thumbnail in kept]
+    return {"modelspec.thumbnail": f"data:{thumbnail_type(kept[0])};base64,{encoded[0]}", "ssmd_cover_images": json.dumps(encoded)}
 
 
 def aggregate_metadata(title: str, prompt: str, reading: str, named: Sequence[Concept], layout: SiteLayout, state: Mapping[str, Tensor],
                        usage: str) -> dict[str, str]:
     """Of what a bank gives for a prompt. reading: mode and strength in words; named: the concepts that the prompt names."""
     told = f"What a bank of Continual Concepts gives for the prompt {prompt!r} ({reading})"
-    data = _described(layout, "lora", title, told, prompt, usage) | _covers([concept.cover for concept in named])
+    data = _described(layout, "lora", title, told, prompt, usage) | _thumbnails([concept.thumbnail for concept in named])
     tags = {title: {concept.name: 1 for concept in named}}
     return data | _network(title, layout, state, tags, f"Continual Concepts, {reading}")
 

@@ -245,7 +245,7 @@ def fit_for_steps(run: Run) -> Iterator[None]:
 
 @torch.inference_mode(False)      # ComfyUI runs nodes under it; what is made there cannot be trained
 def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, callback: Callback | None = None,
-          checkpoint_file: Path | None = None, cover: bytes = b"", team: Team = ALONE, judge: Judge | None = None) -> Learned:
+          checkpoint_file: Path | None = None, thumbnail: bytes = b"", team: Team = ALONE, judge: Judge | None = None) -> Learned:
     """Learns one concept; returns it and the grown bank. The bank that came in and the base are what they were.
 
     callback: called after every step; what it raises ends the run. With `checkpoint_file` the state is saved every
@@ -282,4 +282,4 @@ def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
         raise
     if checkpoint_file is not None:
         checkpoint.save(checkpoint_file, run.state())
-    return conclude(run.task, method, data, config, run.losses, time.perf_counter() - began, cover)
+    return conclude(run.task, method, data, config, run.losses, time.perf_counter() - began, thumbnail)

@@ -73,7 +73,7 @@ def _refuse_nan(outcome: Outcome, name: str) -> None:
 
 
 def conclude(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, losses: Sequence[float], seconds: float,
-             cover: bytes) -> Learned:
+             thumbnail: bytes) -> Learned:
     """The learned concept with its provenance, and the bank with it."""
     outcome = method.finish()
     _refuse_nan(outcome, task.name)
@@ -82,6 +82,6 @@ def conclude(task: Task, method: Method, data: TrainingSet, config: TrainingConf
     origin = Provenance(base=task.backbone.fingerprint, images=data.digests, settings=settings, versions=_versions(), date=now,
                         steps=len(losses), seconds=round(seconds, 2))
     info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin, method.composition)
-    concept = Concept(info, outcome.tokens, outcome.deltas, cover)
+    concept = Concept(info, outcome.tokens, outcome.deltas, thumbnail)
     shared = {method.name: dict(outcome.shared)} if outcome.shared else {}
     return Learned(concept, task.bank.add(concept, shared), tuple(losses))

@@ -21,7 +21,7 @@ from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 @pytest.fixture
 def bank(layout, make_concept):
     sparse = {(1, "to_k"): SparseDelta((6, 5), torch.tensor([1, 7], dtype=torch.int32), torch.tensor([0.5, -2.0]))}
-    first = make_concept(layout, "rex", 1, cover=b"\xff\xd8 a picture")
+    first = make_concept(layout, "rex", 1, thumbnail=b"\xff\xd8 a picture")
     first = replace(first, tokens=replace(first.tokens, placeholder_noun="duck toy"))
     third = replace(make_concept(layout, "ink", 3, words=1, layerwise=False, method="cns"), deltas=sparse)
     shared = {"cidm": {"0-to_q": torch.arange(6.0).view(2, 3)}, "cns": {"union": torch.tensor([True, False])}}
@@ -40,7 +40,7 @@ def same(one: ConceptBank, two: ConceptBank) -> bool:
         return False
     pairs = [(a[name], b[name]) for m in one.shared for a, b in [(one.shared[m], two.shared[m])] for name in a.keys() | b.keys()]
     for a, b in zip(one, two, strict=True):
-        parts = [(c.cover, c.deltas.keys(), c.tokens.words, c.tokens.placeholder_noun) for c in (a, b)]
+        parts = [(c.thumbnail, c.deltas.keys(), c.tokens.words, c.tokens.placeholder_noun) for c in (a, b)]
         if parts[0] != parts[1]:
             return False
         pairs += [(a.tokens.vectors[name], b.tokens.vectors[name]) for name in a.tokens.vectors.keys() | b.tokens.vectors.keys()]

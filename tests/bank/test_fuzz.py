@@ -121,7 +121,7 @@ def survives(read, inputs) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def bank(layout, make_concept):
-    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1, cover=b"\xff\xd8\xff")).add(make_concept(layout, "mimi", 2))
+    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1, thumbnail=b"\xff\xd8\xff")).add(make_concept(layout, "mimi", 2))
     return bank.add(make_concept(layout, "ink", 3), {"cidm": {"0-to_q": torch.ones(2, 3)}})
 
 

@@ -16,7 +16,7 @@ from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 from continual_concepts.core.model.sites import PROJECTIONS
 
 FILES = Path(__file__).parent
-COVER = b"\xff\xd8\xff\xd9"      # the smallest thing that begins and ends like a JPEG
+THUMBNAIL = b"\xff\xd8\xff\xd9"      # the smallest thing that begins and ends like a JPEG
 
 
 def counted(*shape, start=0, dtype=torch.float16):
@@ -26,7 +26,7 @@ def counted(*shape, start=0, dtype=torch.float16):
 
 
 def first_bank(layout) -> ConceptBank:
-    """What the file of format 1 holds: low-rank and sparse deltas, layer copies and single ones, a stand-in, a cover, shared state."""
+    """What the file of format 1 holds: low-rank and sparse deltas, layer copies and single ones, a stand-in, a thumbnail, shared state."""
     shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
     low = {key: LowRankDelta(counted(a, 2, start=i), counted(2, b, start=i + 1), 0.5) for i, (key, (a, b)) in enumerate(shapes.items())}
     places = torch.tensor([0, 3, 5], dtype=torch.int32)
@@ -39,19 +39,19 @@ def first_bank(layout) -> ConceptBank:
         return TokenGroup(tuple(f"{name}-{i}" for i in range(1, count + 1)), vectors, placeholder_noun)
 
     made = ConceptBank(layout)
-    for name, method, kind, group, deltas, cover in (
-        ("rex", "bound", "object", words("rex", 2, layout.copies, "dog"), low, COVER),
+    for name, method, kind, group, deltas, thumbnail in (
+        ("rex", "bound", "object", words("rex", 2, layout.copies, "dog"), low, THUMBNAIL),
         ("chalk", "cns", "style", words("chalk", 1, 1), sparse, b""),
     ):
         info = ConceptInfo(name, "dog" if kind == "object" else "drawing", method, group.words, kind, origin)
-        made = made.add(Concept(info, group, deltas, cover), {method: {"state": counted(4, dtype=torch.float32)}})
+        made = made.add(Concept(info, group, deltas, thumbnail), {method: {"state": counted(4, dtype=torch.float32)}})
     return made
 
 
 def contents(bank: ConceptBank) -> dict:
     found = {("shared", method, name): t for method, state in bank.shared.items() for name, t in state.items()}
     for concept in bank:
-        found[concept.name] = (concept.info.to_json(), concept.cover, concept.tokens.placeholder_noun)
+        found[concept.name] = (concept.info.to_json(), concept.thumbnail, concept.tokens.placeholder_noun)
         found |= {(concept.name, key, i): t for key, delta in concept.deltas.items() for i, t in enumerate(delta.tensors())}
         found |= {(concept.name, key, "scale"): getattr(delta, "scale", None) for key, delta in concept.deltas.items()}
         found |= {(concept.name, encoder): t for encoder, t in concept.tokens.vectors.items()}

@@ -170,10 +170,10 @@ def test_what_others_add_meanwhile_stays(layout, make_concept, path):
     assert len(versions(path)) == 1
 
 
-def test_a_cover_makes_no_version(layout, make_concept, path):
+def test_a_thumbnail_makes_no_version(layout, make_concept, path):
     add_concept(path, make_concept(layout, "rex", 1), {}, ConceptBank(layout))
-    replace_concept(path, make_concept(layout, "rex", 1, cover=b"\xff\xd8\xff picture"))
-    assert open_bank(path)["rex"].cover.startswith(b"\xff\xd8") and not versions(path)
+    replace_concept(path, make_concept(layout, "rex", 1, thumbnail=b"\xff\xd8\xff picture"))
+    assert open_bank(path)["rex"].thumbnail.startswith(b"\xff\xd8") and not versions(path)
     with pytest.raises(ConceptError, match="holds no concept 'mimi' any more"):
         replace_concept(path, make_concept(layout, "mimi", 1))
 

@@ -54,7 +54,7 @@ def test_learn_list_sample_rename_remove(bank_file, photos, tmp_path, capsys):
     rename_in_captions(photos, "mimi")
     assert main(["learn", str(photos), "--bank", str(bank_file), "--name", "mimi", "--noun", "cat", *QUICK]) == 0
     assert open_bank(bank_file).names == ["rex", "mimi"]
-    assert open_bank(bank_file)["rex"].cover[:2] == b"\xff\xd8"
+    assert open_bank(bank_file)["rex"].thumbnail[:2] == b"\xff\xd8"
     capsys.readouterr()
     assert main(["--json", "bank", "list", str(bank_file)]) == 0
     assert [c["name"] for c in json.loads(capsys.readouterr().out)["concepts"]] == ["rex", "mimi"]

@@ -17,7 +17,7 @@ from continual_concepts.core.images import font
 LONG = "W" * 64
 
 
-def cover(shade: int) -> bytes:
+def thumbnail(shade: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (90, 60), (shade, 200, 30)).save(buffer, "JPEG")
     return buffer.getvalue()
@@ -25,7 +25,7 @@ def cover(shade: int) -> bytes:
 
 def facts(name, **other) -> Facts:
     known = {"placeholder": f"<{name}>", "class_noun": "dog", "kind": "object", "method": "lora_m", "composes": "summed", "words": 2,
-             "photos": 5, "steps": 300, "date": "2026-01-01", "stores": "rank 4", "copies": 1, "bytes": 55_000, "cover": cover(40)}
+             "photos": 5, "steps": 300, "date": "2026-01-01", "stores": "rank 4", "copies": 1, "bytes": 55_000, "thumbnail": thumbnail(40)}
     return Facts(name, **(known | other))
 
 
@@ -59,8 +59,9 @@ def overlap(one, other) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-HARD = [facts("rex"), facts(LONG), facts("mimi", class_noun="a word " * 90, cover=b"no picture"), facts("x" * 64, fault="damaged"),
-        facts("\u732b" * 64, method="m" * 200, class_noun="\ud800 half a letter\n\n", steps=10**12), facts("ink", class_noun="", cover=b"")]
+HARD = [facts("rex"), facts(LONG), facts("mimi", class_noun="a word " * 90, thumbnail=b"no picture"), facts("x" * 64, fault="damaged"),
+        facts("\u732b" * 64, method="m" * 200, class_noun="\ud800 half a letter\n\n", steps=10**12),
+        facts("ink", class_noun="", thumbnail=b"")]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, len(HARD), 40])
@@ -97,7 +98,7 @@ def test_many_concepts_come_on_pages_of_one_size(drawn):
 
 
 def test_of_a_thousand_those_that_collide_are_shown(drawn):
-    several = [facts(f"c{i}", cover=b"") for i in range(1000)]
+    several = [facts(f"c{i}", thumbnail=b"") for i in range(1000)]
     pages = bank_pages(inspection(several, [Collision("c990", "c999", "photos", "why")]))
     shown = [what for what, _ in drawn[0]]
     assert len(pages) == PAGES and "<c990>" in shown and "<c999>" in shown and "<c0>" in shown

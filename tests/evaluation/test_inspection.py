@@ -20,7 +20,7 @@ from continual_concepts.core.methods import METHODS
 from continual_concepts.core.model.deltas import SparseDelta
 
 
-def cover(shade: int, kink: int = 0) -> bytes:
+def thumbnail(shade: int, kink: int = 0) -> bytes:
     """Left and right of different colours, so that a crop's mean is another one; `kink` moves it a little."""
     image = Image.new("RGB", (40, 30), (shade, 60, 200 - shade))
     image.paste((255, 255, kink), (0, 0, 12, 30))
@@ -38,7 +38,7 @@ def mean_colour(pictures):
 def concept(layout, make_concept):
     """concept(name, seed, method, ...): other keywords are the header's; photos: digests."""
     def make(name="rex", seed=0, method="cidm", photos=("a", "b"), picture=b"", **header):
-        made = make_concept(layout, name, seed, method=method, cover=picture)
+        made = make_concept(layout, name, seed, method=method, thumbnail=picture)
         origin = replace(made.info.provenance, images=tuple(photos))
         return replace(made, info=replace(made.info, provenance=origin, **header))
 
@@ -63,11 +63,11 @@ def twin(one, name):
 
 
 def test_facts_are_what_the_concept_holds(concept, layout):
-    one = concept(picture=cover(9), class_noun="cat", kind="style", method="lora_m")
+    one = concept(picture=thumbnail(9), class_noun="cat", kind="style", method="lora_m")
     facts = facts_of(one.info, one)
     assert (facts.name, facts.placeholder, facts.class_noun, facts.kind, facts.method) == ("rex", "<rex>", "cat", "style", "lora_m")
     assert (facts.composes, facts.words, facts.photos, facts.steps, facts.date) == ("summed", 2, 2, 3, "2025-01-01")
-    assert facts.stores == "rank 2" and facts.copies == layout.copies and facts.bytes == one.nbytes() and facts.cover == one.cover
+    assert facts.stores == "rank 2" and facts.copies == layout.copies and facts.bytes == one.nbytes() and facts.thumbnail == one.thumbnail
     places = SparseDelta((4, 5), torch.arange(7, dtype=torch.int32), torch.ones(7))
     assert facts_of(one.info, replace(one, deltas={(0, "to_k"): places})).stores == "7 weights"
     assert facts_of(one.info, replace(one, deltas={})).stores == "words only"
@@ -81,7 +81,7 @@ def test_every_method_composes_in_a_way_with_a_name():
 
 
 def test_a_report_is_json_and_complete(concept, bank_of):
-    found = inspect(bank_of(concept("rex", 1, picture=cover(9)), concept("mimi", 2, photos="c"), concept("ink", 3, photos="d")))
+    found = inspect(bank_of(concept("rex", 1, picture=thumbnail(9)), concept("mimi", 2, photos="c"), concept("ink", 3, photos="d")))
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert [one["name"] for one in told["concepts"]] == ["rex", "mimi", "ink"] and told["concepts"][0]["cover"] is True
     assert set(told["likeness"]) == {"deltas", "words"} and told["likeness"]["deltas"][1][1] == 1
@@ -109,25 +109,26 @@ def test_one_damaged_concept_is_told_of_and_the_others_seen(concept, bank_of):
     assert found.nearest("bad") is None and found.nearest("rex").name == "mimi"
 
 
-def test_covers_are_compared_where_there_is_an_encoder(concept, bank_of):
-    bank = bank_of(concept("rex", 1, "bound", "a", cover(10)), concept("mimi", 2, "bound", "b", cover(10, 9)),
-                   concept("tom", 3, "bound", "c", cover(10, 5), class_noun="cat"), concept("ink", 4, "bound", "d", b"no picture"),
-                   concept("fido", 5, "bound", "e", cover(200)))
+def test_thumbnails_are_compared_where_there_is_an_encoder(concept, bank_of):
+    bank = bank_of(concept("rex", 1, "bound", "a", thumbnail(10)), concept("mimi", 2, "bound", "b", thumbnail(10, 9)),
+                   concept("tom", 3, "bound", "c", thumbnail(10, 5), class_noun="cat"), concept("ink", 4, "bound", "d", b"no picture"),
+                   concept("fido", 5, "bound", "e", thumbnail(200)))
     found = inspect(bank, mean_colour)
     assert [(one.one, one.other, one.kind) for one in found.collisions] == [("rex", "mimi", "covers")]      # tom is a cat
     assert found.nearest("rex").measure == "covers" and found.nearest("ink").measure == "deltas"
     assert found.partners("mimi") == ["rex"] and found.partners("tom") == [] and inspect(bank).collisions == ()
     assert "<rex> and <mimi> collide" in found.warnings[0]
-    covers = found.likeness["covers"]
-    assert covers[0, 1] > covers[0, 0] > covers[0, 4] and covers[3].isnan().all()      # the diagonal: a cover and its own crop
+    thumbnails = found.likeness["covers"]
+    assert thumbnails[0, 1] > thumbnails[0, 0] > thumbnails[0, 4]      # the diagonal: a thumbnail and its own crop
+    assert thumbnails[3].isnan().all()
 
 
-def test_styles_are_not_judged_by_covers(concept, bank_of):
-    bank = bank_of(*(concept(name, i, "bound", name, cover(10, i), kind="style", class_noun="drawing") for i, name in enumerate("abc")))
+def test_styles_are_not_judged_by_thumbnails(concept, bank_of):
+    bank = bank_of(*(concept(name, i, "bound", name, thumbnail(10, i), kind="style", class_noun="drawing") for i, name in enumerate("abc")))
     assert inspect(bank, mean_colour).collisions == ()
 
 
-def test_covers_of_one_pixel_can_be_compared(concept, bank_of):
+def test_thumbnails_of_one_pixel_can_be_compared(concept, bank_of):
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, "PNG")
     bank = bank_of(*(concept(name, i, "bound", name, buffer.getvalue()) for i, name in enumerate("ab")))
@@ -136,7 +137,7 @@ def test_covers_of_one_pixel_can_be_compared(concept, bank_of):
 
 @pytest.mark.parametrize("features", [torch.full((4, 3), torch.nan), torch.ones(2, 3), torch.ones(4)])
 def test_a_vision_model_that_gives_no_vectors_is_refused(concept, bank_of, features):
-    bank = bank_of(concept("rex", 1, photos="a", picture=cover(1)), concept("mimi", 2, photos="b", picture=cover(2)))
+    bank = bank_of(concept("rex", 1, photos="a", picture=thumbnail(1)), concept("mimi", 2, photos="b", picture=thumbnail(2)))
     with pytest.raises(ConceptError, match="choose another"):
         inspect(bank, lambda pictures: features)
 

@@ -40,11 +40,11 @@ def jpeg(seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def bound(bank):
-    """Two bound concepts; only the first has a cover."""
+    """Two bound concepts; only the first has a thumbnail."""
     made = ConceptBank(bank.layout)
     for name in ("rex", "mimi"):
         concept = bank[name]
-        made = made.add(replace(concept, info=replace(concept.info, method="bound"), cover=jpeg(1) if name == "rex" else b""))
+        made = made.add(replace(concept, info=replace(concept.info, method="bound"), thumbnail=jpeg(1) if name == "rex" else b""))
     return made
 
 
@@ -71,7 +71,7 @@ def test_figures_and_sheet(studio, evaluate, bound):
     assert list(found["concepts"]) == ["rex", "mimi"] and found["base_drift"] == 0 and found["base_unchanged"] is True
     assert found["concepts"]["rex"]["compared_with"] == "cover" and found["concepts"]["mimi"]["compared_with"] == "photos"
     assert found["concepts"]["mimi"]["references"] == 3 and found["concepts"]["mimi"]["pictures"] == 4
-    assert vision.seen == 1 + 3 + 2 * 4      # cover, photos, two prompts of two seeds each
+    assert vision.seen == 1 + 3 + 2 * 4      # thumbnail, photos, two prompts of two seeds each
     matrix = torch.tensor(found["bleed"]["matrix"])
     assert matrix.shape == (2, 2) and matrix.abs().max() <= 1 and matrix[0, 0] == found["concepts"]["rex"]["image_alignment"]
     nearest = [found["bleed"]["names"][i] for i in matrix.argmax(1).tolist()]
@@ -98,7 +98,7 @@ def test_the_figures_are_those_of_the_pictures(studio, evaluate, bound, referenc
 def test_what_changes_the_base_is_seen(evaluate, bank):
     made = ConceptBank(bank.layout)
     concept = bank["rex"]
-    made = made.add(replace(concept, info=replace(concept.info, method="ewc"), cover=jpeg(2)))
+    made = made.add(replace(concept, info=replace(concept.info, method="ewc"), thumbnail=jpeg(2)))
     found = json.loads(evaluate(bank=made).args[1])
     assert found["base_drift"] > 1e-3 and found["base_unchanged"] is False
 
@@ -141,7 +141,7 @@ def test_progress_and_cancelling(evaluate, monkeypatch):
 
 
 @pytest.mark.parametrize("other, sentence", [
-    ({"bank": None}, "no concept to evaluate"), ({}, "'mimi' has neither photos nor a cover"),
+    ({"bank": None}, "no concept to evaluate"), ({}, "'mimi' has neither photos nor a thumbnail"),
     ({"concepts": "tom"}, "concepts names 'tom'"),
     ({"concepts": "rex", "prompts": "a dog"}, "write {} where"), ({"concepts": "rex", "prompts": " \n"}, "0 prompts"),
     ({"concepts": "rex", "base_prompts": "a <rex>"}, "names <rex>"), ({"concepts": "rex", "base_prompts": "a <rxe>"}, "<rxe>"),

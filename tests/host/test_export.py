@@ -233,12 +233,12 @@ def test_the_node_exports_a_prompt_a_concept_and_a_whole_bank(pack, bank, own_fo
         node.execute(bank, "rex", "LoRA", 1.0, prompt="a dog")
 
 
-def test_comfyuis_model_browser_finds_the_cover_in_the_files(comfyui, bank, tmp_path):
+def test_comfyuis_model_browser_finds_the_thumbnail_in_the_files(comfyui, bank, tmp_path):
     from app.model_manager import ModelFileManager
 
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "JPEG")
-    covered = bank.replace(replace(bank["rex"], cover=buffer.getvalue()))
+    covered = bank.replace(replace(bank["rex"], thumbnail=buffer.getvalue()))
     files = export_concept(covered, "rex", tmp_path).files + export_prompt(covered, "a <rex>", tmp_path).files
     for file in files:
         previews = ModelFileManager().get_model_previews(str(file))

@@ -1,4 +1,4 @@
-"""Inspect Concept Bank in a real ComfyUI: pictures, text and report; covers through a CLIP_VISION."""
+"""Inspect Concept Bank in a real ComfyUI: pictures, text and report; thumbnails through a CLIP_VISION."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Colours:
         return {"image_embeds": torch.nn.functional.adaptive_avg_pool2d(image.movedim(-1, 1), 2).flatten(1)}
 
 
-def cover(shade: int, right: int = 0) -> bytes:
+def thumbnail(shade: int, right: int = 0) -> bytes:
     image = Image.new("RGB", (48, 48), (shade, 40, 90))
     image.paste((right, 250, 0), (24, 0, 48, 48))
     buffer = io.BytesIO()
@@ -34,12 +34,12 @@ def cover(shade: int, right: int = 0) -> bytes:
 
 @pytest.fixture(scope="module")
 def alike(bank):
-    """Two bound dogs with nearly the same cover, and a third concept with another one."""
+    """Two bound dogs with nearly the same thumbnail, and a third concept with another one."""
     made = ConceptBank(bank.layout)
-    for i, (name, picture) in enumerate((("rex", cover(200)), ("mimi", cover(200, 3)), ("blueprint", cover(20, 250)))):
+    for i, (name, picture) in enumerate((("rex", thumbnail(200)), ("mimi", thumbnail(200, 3)), ("blueprint", thumbnail(20, 250)))):
         info = bank[name].info
         info = replace(info, method="bound", provenance=replace(info.provenance, images=(f"{i}",)))
-        made = made.add(replace(bank[name], info=info, cover=picture))
+        made = made.add(replace(bank[name], info=info, thumbnail=picture))
     return made
 
 
@@ -59,9 +59,9 @@ def test_picture_text_and_report(studio, alike):
     assert result.ui["text"] == (text,) and len(result.ui["images"]) == 1
 
 
-def test_with_a_vision_model_covers_are_compared_and_warnings_come_first(studio, alike):
+def test_with_a_vision_model_thumbnails_are_compared_and_warnings_come_first(studio, alike):
     _, text, report = studio.pack.ConceptBankInspect.execute(alike, Colours()).args
-    assert text.startswith("warning: <rex> and <mimi> collide: their covers look alike")
+    assert text.startswith("warning: <rex> and <mimi> collide: their thumbnails look alike")
     told = json.loads(report)
     assert told["collisions"][0]["kind"] == "covers" and told["concepts"][0]["most_like"]["covers"]["name"] == "mimi"
 
@@ -83,6 +83,6 @@ def test_an_empty_bank(studio):
 def test_pages_are_a_batch(studio, alike):
     many = ConceptBank(alike.layout)
     for i in range(70):
-        many = many.add(replace(alike["rex"], cover=b"").renamed(f"c{i}"))
+        many = many.add(replace(alike["rex"], thumbnail=b"").renamed(f"c{i}"))
     result = studio.pack.ConceptBankInspect.execute(many)
     assert result.args[0].shape[0] == len(result.ui["images"]) > 1

@@ -266,7 +266,7 @@ def test_stopping_needs_something_to_tell_when(judged, lacking):
         judged([], **lacking)
 
 
-def test_older_concepts_are_drawn_beside_their_covers(judged, bank):
+def test_older_concepts_are_drawn_beside_their_thumbnails(judged, bank):
     strip = judged([], bank=bank, stop_after=0, clip_vision=None, preview_every=0, show_older=True)[3]
     none = judged([], stop_after=0, clip_vision=None, preview_every=0)[3]
     assert strip.shape[2] != none.shape[2] or strip.shape[1] != none.shape[1]

@@ -50,16 +50,16 @@ def sparse(a: int, b: int, count: int, seed: int = 0) -> SparseDelta:
 
 
 @pytest.fixture
-def cover() -> bytes:
+def thumbnail() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 @pytest.fixture
-def bank(layout, make_concept, cover) -> ConceptBank:
+def bank(layout, make_concept, thumbnail) -> ConceptBank:
     single = make_concept(layout, "mimi", seed=1, layerwise=False)
-    return ConceptBank(layout).add(make_concept(layout, cover=cover)).add(single)
+    return ConceptBank(layout).add(make_concept(layout, thumbnail=thumbnail)).add(single)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, -2.0])
@@ -137,7 +137,7 @@ def test_embeddings_hold_the_mean_copy_and_tell_the_loss(layout, bank):
     assert layer_loss(mimi) == 0
 
 
-def test_export_writes_every_format_with_metadata(bank, cover, tmp_path):
+def test_export_writes_every_format_with_metadata(bank, thumbnail, tmp_path):
     exported = export_concept(bank, "rex", tmp_path, FORMATS)
     assert [file.stem for file in exported.files] == ["rex_lora", "rex_bundle", "rex_diffusers_lora", "rex"]
     assert sorted(tmp_path.iterdir()) == sorted(exported.files)
@@ -145,8 +145,8 @@ def test_export_writes_every_format_with_metadata(bank, cover, tmp_path):
     for facts in data:
         assert facts["modelspec.title"] == facts["modelspec.trigger_phrase"] == "rex"
         assert facts["modelspec.date"] == "2025-01-01T00:00:00+00:00"
-        assert base64.b64decode(facts["modelspec.thumbnail"].removeprefix("data:image/jpeg;base64,")) == cover
-        assert base64.b64decode(json.loads(facts["ssmd_cover_images"])[0]) == cover
+        assert base64.b64decode(facts["modelspec.thumbnail"].removeprefix("data:image/jpeg;base64,")) == thumbnail
+        assert base64.b64decode(json.loads(facts["ssmd_cover_images"])[0]) == thumbnail
     assert data[0]["modelspec.architecture"].endswith("/lora") and data[3]["modelspec.architecture"].endswith("/textual-inversion")
     assert (data[0]["ss_network_dim"], data[0]["ss_network_alpha"], data[0]["ss_steps"]) == ("2", "1.0", "3")
     assert json.loads(data[0]["ss_tag_frequency"]) == {"rex": {"rex": 2}}
@@ -166,11 +166,11 @@ def test_families_have_their_known_names(layout, bank):
 def test_strange_provenance_gives_fewer_metadata_not_an_error(layout, bank, tmp_path, settings):
     rex = bank["rex"]
     origin = replace(rex.info.provenance, settings=settings, date="yesterday", images=())
-    odd = ConceptBank(layout).add(replace(rex, info=replace(rex.info, provenance=origin), cover=b"<script>"))
+    odd = ConceptBank(layout).add(replace(rex, info=replace(rex.info, provenance=origin), thumbnail=b"<script>"))
     exported = export_concept(odd, "rex", tmp_path)
     facts = metadata(exported.files[0])
     assert all(isinstance(value, str) for value in facts.values()) and "modelspec.date" not in facts
-    assert "modelspec.thumbnail" not in facts and any("cover" in note for note in exported.notes)
+    assert "modelspec.thumbnail" not in facts and any("thumbnail" in note for note in exported.notes)
 
 
 def test_nothing_is_overwritten_and_files_of_one_call_share_a_counter(bank, tmp_path):

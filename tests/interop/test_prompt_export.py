@@ -114,9 +114,9 @@ def test_all_files_of_a_prompt_share_a_counter_and_words_go_to_their_folder(bank
 
 
 def test_a_bundle_holds_the_words_of_all_and_metadata_tell_the_prompt(layout, make_concept, tmp_path):
-    cover = b"\xff\xd8\xff" + b"0" * 9
+    thumbnail = b"\xff\xd8\xff" + b"0" * 9
     bank = bank_on(layout, make_concept, "cidm", "cidm")
-    bank = bank.replace(replace(bank["rex"], cover=cover)).replace(replace(bank["mimi"], cover=cover + b"1"))
+    bank = bank.replace(replace(bank["rex"], thumbnail=thumbnail)).replace(replace(bank["mimi"], thumbnail=thumbnail + b"1"))
     done = export_prompt(bank, BOTH, tmp_path, ["bundle"])
     names = {key.split(".")[1] for key in load_file(done.files[0]) if key.startswith("bundle_emb.")}
     facts = safe_open(str(done.files[0]), framework="pt").metadata()
