@@ -1,7 +1,9 @@
-# Every target makes what it needs in .venv first; that is done again only when the list of dependencies changes.
+# Every target makes what it needs in .venv first. That is repeated only when the list of dependencies changes.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Tests run in one process per core, at most eight. Each computes with one thread, because threads of several processes block one another.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 
 .PHONY: demo test verify lint clean
 
@@ -10,23 +12,23 @@ demo: $(READY)
 
 # -I keeps this folder off sys.path, where nodes/ would hide ComfyUI's nodes.py.
 test: $(READY)
-	$(BIN)/python -I -m pytest -q -m "not slow and not host and not live" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) -m "not slow and not host and not live" tests
 
-# The long form of what throws dice: 120,000 damaged files and texts, 500 lives of a bank, 300 kills; and, where there is a ComfyUI (see
-# CONTRIBUTING), every fault at every stage and 500 queue runs in one server. About half an hour, and another half for ComfyUI.
+# The long form of the randomised tests: 120,000 damaged files and texts, 500 bank histories, 300 killed writers. Where there is a ComfyUI
+# (see CONTRIBUTING), also every fault at every stage and 500 queue runs in one server. Each of the two parts takes about half an hour.
 COMFYUI_PYTHON ?= $(firstword $(wildcard $(COMFYUI_PATH)/.venv/bin/python $(HOME)/comfy/ComfyUI/.venv/bin/python) $(BIN)/python)
 verify: $(READY)
-	CONTINUAL_CONCEPTS_VERIFY=1 $(BIN)/python -I -m pytest -q tests/core/test_fuzz.py tests/core/test_bank_model.py tests/core/test_bankkeep.py
+	CONTINUAL_CONCEPTS_VERIFY=1 $(BIN)/python -I -m pytest -q tests/bank/test_fuzz.py tests/bank/test_bank_model.py tests/bank/test_store.py
 	CONTINUAL_CONCEPTS_VERIFY=1 $(COMFYUI_PYTHON) -I -m pytest -q tests/host/test_faults.py tests/live/test_soak.py
 
-# mypy wants a folder of the package's name; the folder of this checkout may have any.
+# mypy needs a folder with the package's name; the folder of this checkout may have any name.
 lint: $(READY)
 	$(BIN)/ruff check .
 	@mkdir -p .venv/types && ln -sfn ../.. .venv/types/continual_concepts
 	MYPYPATH=.venv/types $(BIN)/mypy -p continual_concepts.core -p continual_concepts.nodes
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml setup.py

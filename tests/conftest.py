@@ -43,12 +43,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The folder with the reference data (`data/`, `golden/`), which is not part of the repository."""
-    folder = Path(os.environ.get("CONTINUAL_CONCEPTS_SHARED") or ROOT.parent / "shared")
+def fixtures_dir() -> Path:
+    """The committed reference data; its README says where each file comes from."""
+    return ROOT / "tests" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def benchmark_photos() -> Path:
+    """The folder with the photos of the CIFC benchmark, which are not part of the repository."""
+    folder = Path(os.environ.get("CONTINUAL_CONCEPTS_SHARED") or ROOT.parent / "shared") / "data" / "cifc"
     if not folder.is_dir():
-        pytest.skip("no reference data: set CONTINUAL_CONCEPTS_SHARED to its folder")
+        pytest.skip("no benchmark photos: set CONTINUAL_CONCEPTS_SHARED to a folder that holds data/cifc")
     return folder
+
+
+@pytest.fixture(scope="session")
+def draw_photos():
+    """draw_photos(folder, noun, count, side): JPEG files of one drawn individual, none of them square, each with a caption."""
+    import random
+
+    from PIL import Image
+
+    from continual_concepts.core.demo.render import render
+    from continual_concepts.core.demo.scenes import random_scene, random_thing
+
+    def draw(folder: Path, noun: str, count: int, side: int) -> Path:
+        rng = random.Random(noun)
+        folder.mkdir(parents=True)
+        individual = random_thing(rng, noun)
+        for i in range(count):
+            picture = Image.fromarray(render(random_scene(rng, (individual,), "photo"), side))
+            crop = (0, 0, side, side * 7 // 8) if i % 2 else (0, 0, side * 3 // 4, side)
+            picture.crop(crop).save(folder / f"{i:02}.jpg", quality=90)
+            (folder / f"{i:02}.txt").write_text(f"{noun} in picture {i}\n")
+        return folder
+
+    return draw
 
 
 # The imports of the package stand inside the fixtures: the hygiene tests run without torch's friends.

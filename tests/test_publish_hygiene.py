@@ -239,3 +239,9 @@ def test_no_text_names_a_folder_of_some_machine():
 def test_requirements_mirror_the_dependencies():
     block = re.search(r"^dependencies = \[\n(.*?)^\]", source("pyproject.toml"), re.MULTILINE | re.DOTALL).group(1)
     assert re.findall(r'"([^"]+)"', block) == source("requirements.txt").split()
+
+
+def test_documents_name_files_that_exist():
+    named = re.compile(r"`((?:benchmarks|core|docs|nodes|tests|workflows)/[\w./-]+)`")
+    documents = [path for path in FILES if path.endswith(".md") and path != "CHANGELOG.md"]
+    assert not [f"{path}: {name}" for path in documents for name in named.findall(source(path)) if not (ROOT / name).exists()]

@@ -122,8 +122,8 @@ def test_more_tasks_than_there_are_and_single_pictures(folder):
         read_tasks(folder)
 
 
-def test_the_benchmarks_photos(shared_dir):
-    tasks = read_tasks(shared_dir / "data" / "cifc")
+def test_the_benchmarks_photos(benchmark_photos):
+    tasks = read_tasks(benchmark_photos)
     assert [len(t.pictures) for t in tasks] == [5, 4, 5, 6, 7, 7, 5, 6, 5, 5]
     assert [t.name for t in tasks][::3] == ["dog", "backpack", "dog_2", "ink_painting"]
     assert all(len(t.prompts) == 20 and f"<{t.name}>" in t.prompts[0] for t in tasks)

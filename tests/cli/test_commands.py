@@ -165,10 +165,15 @@ def test_devices_that_are_not_there(bank_file, capsys):
     assert "device" in refused(capsys, "sample", "a dog", "--device", "warp", "--steps", "1")
 
 
-def test_photos_of_the_benchmark_run_through(tmp_path, shared_dir):
-    cifc, file = shared_dir / "data" / "cifc", tmp_path / "bank.safetensors"
-    for name, noun, folder, words in (("dog", "dog", "dog", "dog1,dog2"), ("duck", "duck toy", "duck_toy", "duck1,duck2,duck3")):
-        photos = [str(cifc / "images" / folder), "--captions", str(cifc / "caption" / folder)]
-        assert main(["learn", *photos, "--bank", str(file), "--name", name, "--noun", noun, "--words", words, *QUICK]) == 0
-    bank = open_bank(file)
-    assert bank.infos["duck"].words == ("duck1", "duck2", "duck3") and len(bank.infos["dog"].provenance.images) == 5
+def test_photos_of_any_shape_with_captions_elsewhere(tmp_path, draw_photos):
+    """The layout of the CIFC benchmark: photos in one folder, captions in another, several words per concept."""
+    file = tmp_path / "bank.safetensors"
+    for name, noun, words in (("dog", "dog", "dog1,dog2"), ("duck", "duck toy", "duck1,duck2,duck3")):
+        photos, captions = draw_photos(tmp_path / name, noun, 5, 160), tmp_path / f"{name} captions"
+        captions.mkdir()
+        for text in photos.glob("*.txt"):
+            text.rename(captions / text.name)
+        arguments = [str(photos), "--captions", str(captions), "--bank", str(file), "--name", name, "--noun", noun, "--words", words]
+        assert main(["learn", *arguments, *QUICK]) == 0
+    infos = open_bank(file).infos
+    assert infos["duck"].words == ("duck1", "duck2", "duck3") and len(set(infos["dog"].provenance.images)) == 5

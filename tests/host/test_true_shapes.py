@@ -1,4 +1,4 @@
-"""The true shapes, through the stock checkpoint loader, with real photos: learn, aggregate, two regions, decode, PNG. Minutes."""
+"""The true shapes, through the stock checkpoint loader, with drawn photos: learn, aggregate, two regions, decode, PNG. Minutes."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def photos(folder: Path, side: int) -> list[torch.Tensor]:
     return found
 
 
-def test_learn_aggregate_two_regions_decode(loaded, pack, studio, shared_dir, own_folder, count_tensors):
+def test_learn_aggregate_two_regions_decode(loaded, pack, studio, draw_photos, tmp_path, own_folder, count_tensors):
     family, parts = loaded
     own, (sites, copies, side) = type(studio)(pack, parts, None), SHAPES[family]
     latent = {"samples": torch.zeros(1, 4, side // 8, side // 8)}
     scene = "a photo of a dog and a duck toy in a meadow"
     before = own.ksampler(own.model, scene, "", latent, steps=2)
     assert torch.isfinite(before).all() and before.std() > 0.1
-    data, (_, held) = shared_dir / "data" / "cifc" / "images", count_tensors()
-    bank = own.learn(photos(data / "dog", side), "rex", "dog", steps=2, resolution=side)
-    bank = own.learn(photos(data / "duck_toy", side), "duck", "toy", method="bound", steps=2, resolution=side, bank=[bank])
+    (_, held), drawn = count_tensors(), {noun: draw_photos(tmp_path / noun, noun, 3, 2 * side) for noun in ("dog", "duck toy")}
+    bank = own.learn(photos(drawn["dog"], side), "rex", "dog", steps=2, resolution=side)
+    bank = own.learn(photos(drawn["duck toy"], side), "duck", "toy", method="bound", steps=2, resolution=side, bank=[bank])
     assert (len(bank.layout), bank.layout.copies) == (sites, copies) and bank.names == ["rex", "duck"]
     assert torch.equal(before, own.ksampler(own.model, scene, "", latent, steps=2))
     assert count_tensors()[1] <= 1.05 * held

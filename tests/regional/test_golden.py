@@ -1,4 +1,4 @@
-"""Agreement with reference data computed elsewhere (shared golden/, described by each file's own note)."""
+"""Agreement with the reference data in tests/fixtures, which separate implementations computed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from continual_concepts.core.regional.cover import cover_of
 from continual_concepts.core.regional.regions import box_mask, shares
 
 
-def test_released_weights(shared_dir):
-    data = load_file(shared_dir / "golden" / "ewa.safetensors")
+def test_released_weights(fixtures_dir):
+    data = load_file(fixtures_dir / "aggregation.safetensors")
     counts = data["token_counts"].tolist()
     words = data["concept_embeddings"][:, None, 1:1 + sum(counts)]      # between the begin token and the padding
     weights = released_weights(data["prompt_embeddings"], words, counts)
@@ -22,8 +22,8 @@ def test_released_weights(shared_dir):
 
 
 @pytest.fixture
-def golden(shared_dir):
-    return load_file(shared_dir / "golden" / "region_attention.safetensors")
+def golden(fixtures_dir):
+    return load_file(fixtures_dir / "region_attention.safetensors")
 
 
 def test_boxes_cover_the_reference_cells(golden):
