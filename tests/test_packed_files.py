@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Folder -> the suffixes of its files. Files that lie directly in the root are named one by one.
-CORE_ROOMS = ("attention", "bank", "cli", "comfy", "conditioning", "data", "demo", "evaluation", "hosts", "interop", "methods", "model",
-              "neurons", "regional", "sampling", "training")
+CORE_ROOMS = ("attention", "bank", "cli", "comfy", "conditioning", "data", "demo", "evaluation", "hosts", "interop",
+              "methods", "model", "neurons", "regional", "sampling", "training")
 PACKAGE: dict[str, set[str]] = {
     "core": {".py"}, **{f"core/{room}": {".py"} for room in CORE_ROOMS}, "nodes": {".py"},
     "core/demo/assets": {".safetensors"}, "core/demo/assets/tokenizer": {".json", ".txt"},
@@ -24,8 +24,8 @@ PACKAGE: dict[str, set[str]] = {
 WHEEL = {**PACKAGE, ".": {"__init__.py"}}
 REGISTRY = {
     **PACKAGE,
-    ".": {"__init__.py", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "pyproject.toml", "requirements.txt",
-          "setup.py"},
+    ".": {"__init__.py", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "pyproject.toml",
+          "requirements.txt", "setup.py"},
     "docs": {".md", ".png"}, "docs/first-concept": {".jpg"},
     **{f"locales/{language}": {".json"} for language in ("de", "en", "ja", "zh")},
     "subgraphs": {".json"}, "workflows": {".jpg", ".json"}, "workflows/api": {".json"},
@@ -69,8 +69,9 @@ def wheel(repository, tmp_path_factory) -> tuple[list[str], list[str]]:
     [file] = target.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
-    package = [name.removeprefix("continual_concepts/") for name in names if name.startswith("continual_concepts/")]
-    return package, [name.partition(".dist-info/")[2] for name in names if ".dist-info/" in name and not name.startswith("continual_concepts/")]
+    top = "continual_concepts/"
+    metadata = [name.partition(".dist-info/")[2] for name in names if not name.startswith(top)]
+    return [name.removeprefix(top) for name in names if name.startswith(top)], metadata
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel, repository):
@@ -82,12 +83,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel, repository):
 
 def test_the_registry_packs_what_people_need_and_nothing_else(repository):
     assert strays(repository.SHIPPED, REGISTRY) == [] and missing(repository.SHIPPED, REGISTRY) == set()
-    assert repository.SHIPPED == [path for path in repository.FILES if not strays([path], REGISTRY)]
+    assert [path for path in repository.FILES if not strays([path], REGISTRY)] == repository.SHIPPED
 
 
 @pytest.mark.parametrize("path", [
-    "benchmarks/__main__.py", "benchmarks/pretraining/loop.py", "benchmarks/results/bank.json", "tests/conftest.py", "core/notes.txt",
-    "core/demo/assets/draft.py", "core/elsewhere/a.py", "nodes/web/docs/old.json", "scratch.py", ".github/workflows/tests.yml",
+    "benchmarks/__main__.py", "benchmarks/pretraining/loop.py", "benchmarks/results/bank.json", "tests/conftest.py",
+    "core/notes.txt", "core/demo/assets/draft.py", "core/elsewhere/a.py", "nodes/web/docs/old.json", "scratch.py", ".github/workflows/tests.yml",
 ])
 def test_a_stray_file_is_seen(path):
     assert strays([path], WHEEL) == strays([path], REGISTRY) == [path]
