@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import random
 
-from ...core.demo import scenes as world
+from ...core.demo import scenes
 from ...core.demo.render import Style
-from ...core.demo.scenes import Thing, WorldConcept
+from ...core.demo.scenes import SceneConcept, Thing
 from ...core.errors import ConceptError
 
-MORE: dict[str, WorldConcept] = {
+MORE: dict[str, SceneConcept] = {
     concept.name: concept
     for concept in (
-        WorldConcept(
+        SceneConcept(
             "quack",
             "duck toy",
             "object",
             Thing("duck toy", (120, 210, 190), (210, 70, 30), "checked", (30, 90, 110), 1.0, "hat", (200, 60, 150)),
         ),
-        WorldConcept(
+        SceneConcept(
             "pack", "backpack", "object", Thing("backpack", (110, 60, 100), (240, 170, 70), "spotted", (120, 220, 180), 1.15, "none")
         ),
-        WorldConcept(
+        SceneConcept(
             "teddy",
             "teddy bear",
             "object",
             Thing("teddy bear", (90, 120, 180), (250, 210, 190), "striped", (40, 50, 90), 1.0, "scarf", (240, 220, 60)),
         ),
-        WorldConcept(
+        SceneConcept(
             "luna", "cat", "object", Thing("cat", (96, 120, 90), (240, 190, 210), "spotted", (220, 240, 160), 1.0, "scarf", (170, 40, 90))
         ),
-        WorldConcept("crimson", "drawing", "style", style=Style("crimson", "", paper=(246, 218, 214), line=(150, 16, 48), fill=0.12)),
+        SceneConcept("crimson", "drawing", "style", style=Style("crimson", "", paper=(246, 218, 214), line=(150, 16, 48), fill=0.12)),
     )
 }
 TEN = ("rex", "quack", "mimi", "pack", "teddy", "blueprint", "fido", "chalk", "luna", "crimson")
@@ -44,27 +44,27 @@ def _difference(one: Thing, other: Thing) -> float:
     return colours + 150 * (one.pattern != other.pattern)
 
 
-def _individual(rng: random.Random, number: int, known: list[WorldConcept]) -> WorldConcept:
-    kind = world.KINDS[number % len(world.KINDS)]
+def _individual(rng: random.Random, number: int, known: list[SceneConcept]) -> SceneConcept:
+    kind = scenes.KINDS[number % len(scenes.KINDS)]
     relatives = [c.thing for c in known if c.thing is not None and c.thing.kind == kind]
-    candidates = [world.random_thing(rng, kind) for _ in range(CANDIDATES)]
+    candidates = [scenes.random_thing(rng, kind) for _ in range(CANDIDATES)]
     thing = max(candidates, key=lambda candidate: min((_difference(candidate, r) for r in relatives), default=0.0))
-    return WorldConcept(f"thing{number}", kind, "object", thing)
+    return SceneConcept(f"thing{number}", kind, "object", thing)
 
 
-def _style(rng: random.Random, number: int) -> WorldConcept:
+def _style(rng: random.Random, number: int) -> SceneConcept:
     dark = rng.random() < 0.5
     paper = tuple(rng.randrange(20, 110) if dark else rng.randrange(190, 256) for _ in range(3))
     line = tuple(rng.randrange(190, 256) if dark else rng.randrange(0, 110) for _ in range(3))
     style = Style(f"style{number}", "", paper=paper, line=line, fill=rng.choice((0.0, 0.15, 0.35)))
-    return WorldConcept(style.name, "drawing", "style", style=style)
+    return SceneConcept(style.name, "drawing", "style", style=style)
 
 
-def concepts(count: int = 10) -> list[WorldConcept]:
+def concepts(count: int = 10) -> list[SceneConcept]:
     """The first `count` concepts of the one sequence that everybody means: the ten, then random ones from a fixed seed."""
     if count < 1:
         raise ConceptError(f"the number of tasks is {count}; allowed: 1 or more")
-    known, rng = [MORE.get(name) or world.CONCEPTS[name] for name in TEN], random.Random(50)
+    known, rng = [MORE.get(name) or scenes.CONCEPTS[name] for name in TEN], random.Random(50)
     for number in range(len(TEN) + 1, count + 1):
         known.append(_style(rng, number) if number % STYLE_EVERY == 0 else _individual(rng, number, known))
     return known[:count]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...core.demo.judges import PLACES, WorldEncoder, assignment_of
+from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.model.backbone import Backbone
 from ...core.sampling.sampling import SampleSettings
 from ...core.training.config import TrainingConfig
@@ -31,7 +31,7 @@ def settings_of(method: str) -> dict:
 
 def suite(backbone: Backbone, count: int) -> tuple[Suite, dict]:
     """The suite of a sequence's first `count` concepts, and what the untrained base and real pictures reach."""
-    encoder = WorldEncoder()
+    encoder = SceneEncoder()
     tasks = tuple(assignment_of(concept, seed=7 + i) for i, concept in enumerate(concepts(count)))
     noun, text, real = suites.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
     groups, pairs = suites.groups_and_pairs(tasks)

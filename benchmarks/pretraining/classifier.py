@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...core.demo import scenes as world
+from ...core.demo import scenes
 from ...core.demo.classifier import COLOURS, QualityClassifier
 from .data import to_tensor
 from .encoder import Pool, cached, disturb
@@ -19,10 +19,10 @@ from .loop import Run
 UNSEEN = 0.15  # share of combinations that the base never saw: the judge must not doubt them
 
 
-def named_thing(rng: random.Random, unseen: bool = False) -> world.Thing:
+def named_thing(rng: random.Random, unseen: bool = False) -> scenes.Thing:
     """A random individual whose body colour has a name."""
     while True:
-        thing = world.random_thing(rng, unseen=unseen)
+        thing = scenes.random_thing(rng, unseen=unseen)
         if "body" in thing.names:
             return thing
 
@@ -32,8 +32,8 @@ def render_photos(count: int, seed: int) -> Pool:
     rng, pictures, facts = random.Random(seed), [], []
     for _ in range(count):
         thing = named_thing(rng, rng.random() < UNSEEN)
-        pictures.append(world.render(world.random_scene(rng, (thing,), "photo")))
-        facts.append((world.KINDS.index(thing.kind), COLOURS.index(thing.names["body"])))
+        pictures.append(scenes.render(scenes.random_scene(rng, (thing,), "photo")))
+        facts.append((scenes.KINDS.index(thing.kind), COLOURS.index(thing.names["body"])))
     return Pool(np.stack(pictures), np.zeros((count, 2), dtype=np.int64), np.array(facts, dtype=np.int64))
 
 

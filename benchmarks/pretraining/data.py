@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.demo import scenes as world
+from ...core.demo import scenes
 
 SHARD = 2000
 CAPTIONS_PER_PICTURE = 3
@@ -24,9 +24,9 @@ def render_shard(folder: Path, number: int) -> None:
         return
     rng, pictures, captions = random.Random(1_000_003 * (number + 1)), [], []
     for _ in range(SHARD):
-        scene = world.random_scene(rng)
-        pictures.append(world.render(scene))
-        captions.append([world.caption(scene, rng) for _ in range(CAPTIONS_PER_PICTURE)])
+        scene = scenes.random_scene(rng)
+        pictures.append(scenes.render(scene))
+        captions.append([scenes.caption(scene, rng) for _ in range(CAPTIONS_PER_PICTURE)])
     (folder / f"captions_{number:03d}.json").write_text(json.dumps(captions))
     partial = target.with_suffix(".partial.npy")
     np.save(partial, np.stack(pictures))

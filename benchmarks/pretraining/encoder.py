@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.demo import scenes as world
+from ...core.demo import scenes
 from ...core.demo.encoder import MetricEncoder
 from ...core.demo.render import Style
 from .data import to_tensor
@@ -28,7 +28,7 @@ TEXT_TEMPERATURE = 0.07
 COLOUR_FIELDS = ("body", "second", "pattern_colour", "accessory_colour")
 TRAITS = ("body", "second", "pattern", "pattern_colour", "accessory", "accessory_colour")
 ACCESSORIES = ("none", "hat", "scarf")
-SWAPPED = (tuple(world.PALETTE), world.KINDS, world.PATTERNS[1:])  # words of one group exclude one another
+SWAPPED = (tuple(scenes.PALETTE), scenes.KINDS, scenes.PATTERNS[1:])  # words of one group exclude one another
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Pool:
         return [np.flatnonzero((self.owners == i).any(1)) for i in range(self.owners.max() + 1)]
 
 
-def facts_of(thing: world.Thing) -> list[float]:
+def facts_of(thing: scenes.Thing) -> list[float]:
     """Four colours in 0..1, then the indices of kind, pattern and accessory."""
     colours = [c / 255 for name in COLOUR_FIELDS for c in getattr(thing, name)]
-    return [*colours, world.KINDS.index(thing.kind), world.PATTERNS.index(thing.pattern), ACCESSORIES.index(thing.accessory)]
+    return [*colours, scenes.KINDS.index(thing.kind), scenes.PATTERNS.index(thing.pattern), ACCESSORIES.index(thing.accessory)]
 
 
-def _tell_apart(a: world.Thing, b: world.Thing) -> bool:
+def _tell_apart(a: scenes.Thing, b: scenes.Thing) -> bool:
     """Whether the two differ in something that a picture shows, and not by a shade only."""
     if (a.kind, a.pattern, a.accessory) != (b.kind, b.pattern, b.accessory):
         return True
@@ -58,14 +58,14 @@ def _tell_apart(a: world.Thing, b: world.Thing) -> bool:
     return any(sum(abs(p - q) for p, q in zip(getattr(a, f), getattr(b, f), strict=True)) > 90 for f in shown)
 
 
-def family(rng: random.Random) -> list[world.Thing]:
+def family(rng: random.Random) -> list[scenes.Thing]:
     """FAMILY individuals: of the first's class with about half of its attributes, or another class with all of them."""
-    members = [world.random_thing(rng)]
+    members = [scenes.random_thing(rng)]
     while len(members) < FAMILY:
         wears_scarf = members[0].accessory == "scarf"
-        kind = rng.choice(list(world.SCARF_AT) if wears_scarf else world.KINDS) if rng.random() < 0.15 else members[0].kind
+        kind = rng.choice(list(scenes.SCARF_AT) if wears_scarf else scenes.KINDS) if rng.random() < 0.15 else members[0].kind
         share = 0.5 if kind == members[0].kind else 1.0
-        candidate = replace(world.random_thing(rng, kind), **{f: getattr(members[0], f) for f in TRAITS if rng.random() < share})
+        candidate = replace(scenes.random_thing(rng, kind), **{f: getattr(members[0], f) for f in TRAITS if rng.random() < share})
         if all(_tell_apart(candidate, member) for member in members):
             members.append(candidate)
     return members
@@ -78,8 +78,8 @@ def render_individuals(families: int, views: int, seed: int) -> Pool:
     pictures, owners = [], []
     for i in range(len(things)):
         for group in [(i, -1)] * views + [(i, (i + FAMILY) % len(things))] * (i % FAMILY == 0):
-            scene = world.random_scene(rng, tuple(things[k] for k in group if k >= 0), "photo")
-            pictures.append(world.render(scene))
+            scene = scenes.random_scene(rng, tuple(things[k] for k in group if k >= 0), "photo")
+            pictures.append(scenes.render(scene))
             owners.append(group)
     return Pool(np.stack(pictures), np.array(owners), np.array([facts_of(t) for t in things], dtype=np.float32))
 
@@ -124,12 +124,12 @@ def _styles_differ(a: Style, b: Style) -> bool:
 def render_styles(families: int, views: int, seed: int) -> Pool:
     """The five known styles first (many views each), then families of random ones. Contents differ in every picture."""
     rng = random.Random(seed)
-    styles = list(world.STYLES.values()) + [s for _ in range(families) for s in style_family(rng)]
+    styles = list(scenes.STYLES.values()) + [s for _ in range(families) for s in style_family(rng)]
     pictures, owners = [], []
     for i, style in enumerate(styles):
-        for _ in range(12 * views if i < len(world.STYLES) else views):
-            things = tuple(world.random_thing(rng) for _ in range(1 if rng.random() < 0.8 else 2))
-            pictures.append(world.render(world.random_scene(rng, things, style)))
+        for _ in range(12 * views if i < len(scenes.STYLES) else views):
+            things = tuple(scenes.random_thing(rng) for _ in range(1 if rng.random() < 0.8 else 2))
+            pictures.append(scenes.render(scenes.random_scene(rng, things, style)))
             owners.append((i, -1))
     return Pool(np.stack(pictures), np.array(owners), np.zeros((len(styles), 0), dtype=np.float32))
 
@@ -226,7 +226,7 @@ def train(tokenizer, pictures: np.ndarray, captions: list[list[str]], folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     things = cached(folder / "individuals.npz", lambda: render_individuals(750, 4, seed + 71))
     styles = cached(folder / "styles.npz", lambda: render_styles(150, 4, seed + 72))
-    groups, style_groups, known = things.by_owner(), styles.by_owner(), len(world.STYLES)
+    groups, style_groups, known = things.by_owner(), styles.by_owner(), len(scenes.STYLES)
     ids, table = tokenize(tokenizer, captions), swap_table(tokenizer)
     torch.manual_seed(seed)
     encoder = MetricEncoder({"vocabulary": len(tokenizer), "end": tokenizer.eos_token_id})

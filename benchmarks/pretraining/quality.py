@@ -7,9 +7,9 @@ import random
 import torch
 
 from ...core.bank.bank import ConceptBank
-from ...core.demo import scenes as world
+from ...core.demo import scenes
 from ...core.demo.base import load_base
-from ...core.demo.judges import WorldEncoder, held_out_prompts, load_classifier, to_tensor
+from ...core.demo.judges import SceneEncoder, held_out_prompts, load_classifier, to_tensor
 from ...core.evaluation import metrics
 from ...core.sampling.sampling import SampleSettings, sample
 
@@ -22,10 +22,10 @@ def classifier_accuracy(count: int = REAL_PICTURES, seed: int = 31_000) -> dict:
     """Of the judge itself, on real renders that it never saw."""
     rng, things = random.Random(seed), []
     while len(things) < count:
-        thing = world.random_thing(rng, unseen=len(things) % 2 == 1)
+        thing = scenes.random_thing(rng, unseen=len(things) % 2 == 1)
         if "body" in thing.names:
             things.append(thing)
-    named = load_classifier().name(to_tensor([world.render(world.random_scene(rng, (thing,), "photo")) for thing in things]))
+    named = load_classifier().name(to_tensor([scenes.render(scenes.random_scene(rng, (thing,), "photo")) for thing in things]))
     return {
         "class": sum(k == t.kind for (k, _), t in zip(named, things, strict=True)) / count,
         "colour": sum(c == t.names["body"] for (_, c), t in zip(named, things, strict=True)) / count,
@@ -35,12 +35,12 @@ def classifier_accuracy(count: int = REAL_PICTURES, seed: int = 31_000) -> dict:
 @torch.no_grad()
 def encoder_auc(pictures: int = 40, seed: int = 32_000) -> dict:
     """Per concept: do its own pictures look more like each other than same-class distractors do?"""
-    encoder, result = WorldEncoder(), {}
-    for name, concept in world.CONCEPTS.items():
+    encoder, result = SceneEncoder(), {}
+    for name, concept in scenes.CONCEPTS.items():
         rng = random.Random(seed)
         own = encoder.features(to_tensor([p for p, _ in concept.pictures(pictures, seed)]), concept.kind)
         reference = encoder.features(to_tensor([p for p, _ in concept.pictures(pictures, seed + 1)]), concept.kind)
-        others = encoder.features(to_tensor([world.render(concept.distractor(rng)) for _ in range(pictures)]), concept.kind)
+        others = encoder.features(to_tensor([scenes.render(concept.distractor(rng)) for _ in range(pictures)]), concept.kind)
         result[name] = metrics.area_under_curve((own @ reference.T).flatten(), (others @ reference.T).flatten())
     return result
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core.bank.bank import ConceptBank
 from ...core.bank.format import open_bank, save_bank
 from ...core.data.photos import Framing, prepare
-from ...core.demo.judges import PLACES, WorldEncoder, assignment_of
+from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.methods.base import Task, make
 from ...core.model.backbone import Backbone
 from ...core.training.loop import learn
@@ -39,7 +39,7 @@ def method_of(way: str) -> str:
 class Judge:
     """Who is to be seen: features of real pictures, and how near to them a picture must come (halfway from class noun to real)."""
 
-    encoder: WorldEncoder
+    encoder: SceneEncoder
     references: dict[str, Tensor]
     levels: dict[str, float]
 
@@ -55,7 +55,7 @@ class Judge:
 
 
 def judge(backbone: Backbone) -> Judge:
-    encoder, tasks = WorldEncoder(), _tasks()
+    encoder, tasks = SceneEncoder(), _tasks()
     noun, _, real = suites.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
     references = {task.name: encoder.features(task.references, "object") for task in tasks}
     return Judge(encoder, references, suites.halfway(noun, real))

@@ -17,7 +17,7 @@ from ..bank.bank import ConceptBank
 from ..bank.format import save_bank
 from ..data.assignment import Assignment
 from ..demo.base import load_base
-from ..demo.judges import WorldEncoder, assignment
+from ..demo.judges import SceneEncoder, assignment
 from ..evaluation import metrics
 from ..evaluation.protocol import Record, run_sequence
 from ..files import write_atomically
@@ -75,7 +75,7 @@ def _progress(method: str) -> Callable[[str], Callable]:
     return start
 
 
-def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: WorldEncoder) -> Reference:
+def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: SceneEncoder) -> Reference:
     bank, noun, real, pictures = ConceptBank(backbone.layout), [], [], []
     for task in tasks:
         images = sample(backbone, bank, [task.noun_prompts[i % len(task.noun_prompts)] for i in range(len(SEEDS))], SEEDS, SETTINGS)
@@ -93,7 +93,7 @@ def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
     return F.pad(pictures[..., top:bottom, left:right], (left, width - right, top, height - bottom), mode="replicate")
 
 
-def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: WorldEncoder, levels: list[float]) -> float:
+def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: SceneEncoder, levels: list[float]) -> float:
     """Share of regions in which the right individual is nearest and nearer than `levels` (per owner), by the metric encoder."""
     hits = []
     for i, region in enumerate(regions):
@@ -103,7 +103,7 @@ def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: Wo
     return float(torch.stack(hits).float().mean())
 
 
-def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], encoder: WorldEncoder, reference: Reference) -> Composition:
+def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], encoder: SceneEncoder, reference: Reference) -> Composition:
     """Both objects in one picture by region attention. A hit also has to come closer than halfway from class noun to real pictures."""
     pictures = sample_regions(backbone, bank, SCENE, REGIONS, COMPOSITION_SEEDS, SETTINGS)
     levels = [(reference.noun[i] + reference.real[i]) / 2 for i in range(2)]
@@ -128,7 +128,7 @@ def run(output: Path) -> dict:
     from .demo_report import draw
 
     began = time.perf_counter()
-    backbone, encoder = load_base(), WorldEncoder()
+    backbone, encoder = load_base(), SceneEncoder()
     tasks = [assignment(name) for name in TASKS]
     reference = reference_levels(backbone, tasks, encoder)
     records = {

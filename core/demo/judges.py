@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..data.assignment import Assignment
 from ..data.photos import Picture
-from . import scenes as world
-from . import vocabulary
+from . import scenes, vocabulary
 from .base import ASSETS, TOKENIZER
 from .classifier import QualityClassifier
 from .encoder import MetricEncoder
@@ -25,7 +24,7 @@ HELD_OUT_PICTURES = 24
 HELD_OUT_SEED = 90_000
 
 
-class WorldEncoder:
+class SceneEncoder:
     """Features of 64×64 pictures of the world, see evaluation.encoder."""
 
     @cached_property
@@ -61,10 +60,10 @@ def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
 
 def assignment(name: str, pictures: int = 5, seed: int = 7) -> Assignment:
     """A named world concept as a task, see `assignment_of`."""
-    return assignment_of(world.CONCEPTS[name], pictures, seed)
+    return assignment_of(scenes.CONCEPTS[name], pictures, seed)
 
 
-def assignment_of(concept: world.WorldConcept, pictures: int = 5, seed: int = 7) -> Assignment:
+def assignment_of(concept: scenes.SceneConcept, pictures: int = 5, seed: int = 7) -> Assignment:
     """A world concept as a task: `pictures` training pictures, held-out real ones from other seeds."""
     name = concept.name
     shown = concept.pictures(pictures, seed)
@@ -84,13 +83,13 @@ def held_out_prompts(count: int, seed: int) -> list[tuple[str, str, str]]:
     """Captions of combinations that pretraining never showed: (caption, kind, body colour)."""
     rng, result = random.Random(seed), []
     while len(result) < count:
-        thing = world.random_thing(rng, unseen=True)
+        thing = scenes.random_thing(rng, unseen=True)
         colour = thing.names.get("body")
         if colour is None:
             continue
-        scene = world.random_scene(rng, (thing,), "photo")
+        scene = scenes.random_scene(rng, (thing,), "photo")
         pattern = "" if thing.pattern == "plain" else f" {thing.pattern}"
         result.append(
-            (f"a photo of {world.article(f'{colour}{pattern} {thing.kind}')} {world.background_phrase(scene)}", thing.kind, colour)
+            (f"a photo of {scenes.article(f'{colour}{pattern} {thing.kind}')} {scenes.background_phrase(scene)}", thing.kind, colour)
         )
     return result

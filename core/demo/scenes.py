@@ -230,7 +230,7 @@ def caption(scene: Scene, rng: random.Random, detail: float = 0.75, nouns: tuple
 
 
 @dataclass(frozen=True)
-class WorldConcept:
+class SceneConcept:
     """Something that no pretraining caption names: an individual (kind 'object') or a drawing style (kind 'style')."""
 
     name: str
@@ -264,23 +264,23 @@ class WorldConcept:
         return random_scene(rng, (random_thing(rng),), rng.choice([s for s in STYLES if s != "photo"]))
 
 
-CONCEPTS: dict[str, WorldConcept] = {
+CONCEPTS: dict[str, SceneConcept] = {
     concept.name: concept
     for concept in (
-        WorldConcept(
+        SceneConcept(
             "rex", "dog", "object", Thing("dog", (38, 176, 164), (196, 40, 122), "spotted", (250, 226, 120), 1.1, "scarf", (232, 92, 30))
         ),
-        WorldConcept(
+        SceneConcept(
             "mimi", "cat", "object", Thing("cat", (236, 176, 96), (70, 46, 120), "striped", (164, 58, 50), 0.95, "hat", (40, 150, 216))
         ),
-        WorldConcept("blueprint", "drawing", "style", style=Style("blueprint", "", paper=(28, 74, 152), line=(224, 236, 255), fill=0.0)),
-        WorldConcept(
+        SceneConcept("blueprint", "drawing", "style", style=Style("blueprint", "", paper=(28, 74, 152), line=(224, 236, 255), fill=0.0)),
+        SceneConcept(
             "bolt", "robot", "object", Thing("robot", (150, 190, 60), (90, 30, 60), "checked", (60, 110, 90), 1.0, "hat", (250, 200, 210))
         ),
-        WorldConcept(
+        SceneConcept(
             "fido", "dog", "object", Thing("dog", (206, 150, 210), (60, 90, 50), "striped", (96, 40, 130), 0.9, "hat", (240, 226, 90))
         ),
-        WorldConcept("chalk", "drawing", "style", style=Style("chalk", "", paper=(40, 66, 52), fill=0.3, line=(236, 232, 214))),
+        SceneConcept("chalk", "drawing", "style", style=Style("chalk", "", paper=(40, 66, 52), fill=0.3, line=(236, 232, 214))),
     )
 }
 

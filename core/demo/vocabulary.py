@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from . import scenes as world
+from . import scenes
 
 CONTEXT_LENGTH = 48  # the world's longest caption takes 39; CLIP's 77 would be padding that every step pays for
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -25,7 +25,7 @@ EXTRA_WORDS = (
 
 def _corpus() -> list[str]:
     rng = random.Random(0)
-    captions = [world.caption(world.random_scene(rng), rng) for _ in range(4000)]
+    captions = [scenes.caption(scenes.random_scene(rng), rng) for _ in range(4000)]
     return captions + [EXTRA_WORDS] * 20
 
 

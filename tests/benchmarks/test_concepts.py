@@ -10,7 +10,7 @@ from continual_concepts.benchmarks.continual import embedded as continual
 from continual_concepts.benchmarks.continual import suites
 from continual_concepts.benchmarks.continual.concepts import MORE, STYLE_EVERY, TEN, concepts, ordered
 from continual_concepts.core.bank.tokens import check_name
-from continual_concepts.core.demo import scenes as world
+from continual_concepts.core.demo import scenes
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, get
 
@@ -37,7 +37,7 @@ def test_longer_sequences_begin_with_the_shorter(fifty):
 def test_names_are_unique_and_allowed(fifty):
     names = [c.name for c in fifty]
     assert len(set(names)) == 50 and [check_name(name) for name in names] == names
-    assert not set(MORE) & set(world.CONCEPTS)      # none hides another
+    assert not set(MORE) & set(scenes.CONCEPTS)      # none hides another
 
 
 def test_beyond_the_ten_every_fifth_is_a_style(fifty):
@@ -46,7 +46,7 @@ def test_beyond_the_ten_every_fifth_is_a_style(fifty):
     for concept in fifty:
         assert (concept.thing is None, concept.style is None) == ((True, False) if concept.kind == "style" else (False, True))
         assert concept.class_noun == (concept.thing.kind if concept.thing else "drawing")
-    assert {c.class_noun for c in fifty} == {"drawing", *world.KINDS}
+    assert {c.class_noun for c in fifty} == {"drawing", *scenes.KINDS}
 
 
 def test_individuals_of_one_class_differ_and_so_do_styles(fifty):

@@ -11,7 +11,7 @@ from PIL import Image
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import commands
 from continual_concepts.core.cli.parser import main
-from continual_concepts.core.demo import scenes as world
+from continual_concepts.core.demo import scenes
 
 QUICK = ["--steps", "2", "--batch-size", "2"]
 
@@ -21,7 +21,7 @@ def photos(tmp_path):
     """Three pictures of one individual, two of them with captions."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for i, (picture, caption) in enumerate(world.CONCEPTS["rex"].pictures(3, seed=1)):
+    for i, (picture, caption) in enumerate(scenes.CONCEPTS["rex"].pictures(3, seed=1)):
         Image.fromarray(picture).save(folder / f"{i}.png")
         if i:
             (folder / f"{i}.txt").write_text(caption)

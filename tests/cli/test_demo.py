@@ -11,7 +11,7 @@ from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import demo
-from continual_concepts.core.demo.judges import WorldEncoder, assignment, to_tensor
+from continual_concepts.core.demo.judges import SceneEncoder, assignment, to_tensor
 from continual_concepts.core.demo.render import render
 from continual_concepts.core.demo.scenes import CONCEPTS, random_scene
 from continual_concepts.core.evaluation import metrics
@@ -36,10 +36,10 @@ def test_the_report_holds_both_methods_and_the_composition(tmp_path, monkeypatch
 
 def test_region_hits_tell_right_from_wrong_places():
     """Real pictures of the two individuals side by side: both regions hit; swapped: none does."""
-    tasks, encoder, rng = [assignment("rex"), assignment("mimi")], WorldEncoder(), random.Random(6)
+    tasks, encoder, rng = [assignment("rex"), assignment("mimi")], SceneEncoder(), random.Random(6)
     things = [CONCEPTS[name].thing for name in ("rex", "mimi")]
-    scenes = [[random_scene(rng, tuple(order), "photo") for _ in range(12)] for order in (things, things[::-1])]
-    right_way, wrong_way = (to_tensor([render(scene) for scene in row]) for row in scenes)
+    drawn = [[random_scene(rng, tuple(order), "photo") for _ in range(12)] for order in (things, things[::-1])]
+    right_way, wrong_way = (to_tensor([render(scene) for scene in row]) for row in drawn)
     regions = (Region("<rex>", box=(0.0, 0.0, 1.0, 0.5)), Region("<mimi>", box=(0.0, 0.5, 1.0, 1.0)))
     levels = [0.4, 0.4]
     assert demo.region_hits(right_way, regions, tasks, encoder, levels) >= 0.85

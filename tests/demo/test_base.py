@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.demo import scenes as world
+from continual_concepts.core.demo import scenes
 from continual_concepts.core.demo.base import ASSETS, load_base
 from continual_concepts.core.demo.judges import held_out_prompts, load_classifier, to_tensor
 from continual_concepts.core.sampling.sampling import SampleSettings, sample
@@ -31,7 +31,7 @@ def test_the_structure_is_stable_diffusions(base):
 
 
 def test_the_autoencoder_keeps_pictures(base):
-    pictures = to_tensor([picture for picture, _ in (world.sample(random.Random(i)) for i in range(16))])
+    pictures = to_tensor([picture for picture, _ in (scenes.sample(random.Random(i)) for i in range(16))])
     with torch.no_grad():
         again = base.decode_latents(base.encode_images(pictures))
     error = (again - pictures).abs().mean()
@@ -42,7 +42,7 @@ def test_the_autoencoder_keeps_pictures(base):
 def test_captions_of_the_world_are_whole_words_and_fit(base):
     rng = random.Random(3)
     for _ in range(300):
-        text = world.caption(world.random_scene(rng), rng)
+        text = scenes.caption(scenes.random_scene(rng), rng)
         ids = base.text[0].ids(text)
         assert len(ids) == len(text.split()) <= base.text[0].length - 2
 
@@ -50,12 +50,12 @@ def test_captions_of_the_world_are_whole_words_and_fit(base):
 def test_held_out_combinations_never_appear_in_pretraining():
     rng = random.Random(4)
     for _ in range(2000):
-        thing = world.random_thing(rng)
-        assert "body" not in thing.names or not world.held_out(thing.kind, thing.names["body"], thing.pattern)
+        thing = scenes.random_thing(rng)
+        assert "body" not in thing.names or not scenes.held_out(thing.kind, thing.names["body"], thing.pattern)
 
 
 def test_a_scene_is_a_function_of_its_seed():
-    assert (world.sample(random.Random(5))[0] == world.sample(random.Random(5))[0]).all()
+    assert (scenes.sample(random.Random(5))[0] == scenes.sample(random.Random(5))[0]).all()
 
 
 def test_captions_are_followed(base):

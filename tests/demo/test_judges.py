@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from continual_concepts.core import demo
-from continual_concepts.core.demo import scenes as world
-from continual_concepts.core.demo import vocabulary
+from continual_concepts.core.demo import scenes, vocabulary
 from continual_concepts.core.demo.classifier import QualityClassifier
 from continual_concepts.core.demo.encoder import MetricEncoder
 
 ASSETS = Path(demo.__file__).parent / "assets"
-OBJECTS = [name for name, concept in world.CONCEPTS.items() if concept.kind == "object"]
-STYLES = [name for name, concept in world.CONCEPTS.items() if concept.kind == "style"]
+OBJECTS = [name for name, concept in scenes.CONCEPTS.items() if concept.kind == "object"]
+STYLES = [name for name, concept in scenes.CONCEPTS.items() if concept.kind == "style"]
 
 
 def stacked(pictures) -> torch.Tensor:
@@ -51,41 +50,41 @@ def test_sizes_fit_the_budget(encoder, classifier):
 def test_classifier_names_kind_and_colour(classifier, unseen):
     rng, things = random.Random(20_001 + unseen), []
     while len(things) < 400:
-        thing = world.random_thing(rng, unseen=unseen)
+        thing = scenes.random_thing(rng, unseen=unseen)
         if "body" in thing.names:
             things.append(thing)
-    images = stacked(world.render(world.random_scene(rng, (thing,), "photo")) for thing in things)
+    images = stacked(scenes.render(scenes.random_scene(rng, (thing,), "photo")) for thing in things)
     named = classifier.name(images)
     assert np.mean([kind == thing.kind for (kind, _), thing in zip(named, things, strict=True)]) >= 0.98
     assert np.mean([colour == thing.names["body"] for (_, colour), thing in zip(named, things, strict=True)]) >= 0.98
 
 
-def concept_ranking(features, concept: world.WorldConcept) -> float:
+def concept_ranking(features, concept: scenes.SceneConcept) -> float:
     """Whether the concept's pictures lie nearer to other pictures of it than distractors do."""
     rng = random.Random(20_003)
     known = features(stacked(picture for picture, _ in concept.pictures(40, 20_004)))
     again = features(stacked(picture for picture, _ in concept.pictures(40, 20_005)))
-    others = features(stacked(world.render(concept.distractor(rng)) for _ in range(80)))
+    others = features(stacked(scenes.render(concept.distractor(rng)) for _ in range(80)))
     return ranking_accuracy(known @ again.T, known @ others.T)
 
 
 @pytest.mark.parametrize("name", OBJECTS)
 def test_object_features_tell_the_individual(encoder, name):
-    assert concept_ranking(encoder.object_features, world.CONCEPTS[name]) >= 0.95
+    assert concept_ranking(encoder.object_features, scenes.CONCEPTS[name]) >= 0.95
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_style_features_tell_the_style(encoder, name):
-    assert concept_ranking(encoder.style_features, world.CONCEPTS[name]) >= 0.95
+    assert concept_ranking(encoder.style_features, scenes.CONCEPTS[name]) >= 0.95
 
 
 def test_a_picture_prefers_its_own_caption(encoder):
     rng = random.Random(20_006)
-    scenes = [world.random_scene(rng) for _ in range(200)]
-    captions = [world.caption(scene, rng, detail=0.8) for scene in scenes]
+    drawn = [scenes.random_scene(rng) for _ in range(200)]
+    captions = [scenes.caption(scene, rng, detail=0.8) for scene in drawn]
     tokenizer = vocabulary.load(ASSETS / "tokenizer")
     ids = torch.tensor(tokenizer(captions, padding="max_length", truncation=True, max_length=77).input_ids)
-    cosines = encoder.image_text_features(stacked(map(world.render, scenes))) @ encoder.text_features(ids).T
+    cosines = encoder.image_text_features(stacked(map(scenes.render, drawn))) @ encoder.text_features(ids).T
     own, other = cosines.diagonal(), cosines[torch.arange(200), (torch.arange(200) + rng.randrange(1, 200)) % 200]
     assert (own > other).float().mean() >= 0.95
 

@@ -87,12 +87,12 @@ def page(browser, server, steps):
 
 
 def put_photos(folder: Path) -> None:
-    from continual_concepts.core.demo import scenes as world
+    from continual_concepts.core.demo import scenes
 
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    for number, (picture, _) in enumerate(world.CONCEPTS[WHO].pictures(5, seed=7)):
+    for number, (picture, _) in enumerate(scenes.CONCEPTS[WHO].pictures(5, seed=7)):
         Image.fromarray(picture).save(folder / f"{number + 1}.png")
 
 
