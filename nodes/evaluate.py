@@ -15,7 +15,7 @@ from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import check_bank, references_of
 from ..core.evaluation.sheet import lines, sheet
 from ..core.images import to_tensor
-from ..core.sampling.sampling import SampleSettings
+from ..core.sampling.settings import SampleSettings
 from . import host, types
 from .schema import Schema
 

@@ -26,7 +26,8 @@ from ..core.evaluation.bankcheck import Encode
 from ..core.evaluation.metrics import unit
 from ..core.images import smoothed
 from ..core.model.backbone import Backbone
-from ..core.sampling.sampling import SampleSettings, sample
+from ..core.sampling.sampling import sample
+from ..core.sampling.settings import SampleSettings
 from ..core.training.loop import StepInfo
 
 BANKS = "concept_banks"

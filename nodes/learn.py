@@ -23,7 +23,8 @@ from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.metrics import image_alignment
 from ..core.images import loss_picture, spread, thumbnails_picture, to_tensor
 from ..core.methods import DEFAULT, METHODS, Task, make
-from ..core.sampling.sampling import SampleSettings, sample
+from ..core.sampling.sampling import sample
+from ..core.sampling.settings import SampleSettings
 from ..core.training.config import TrainingConfig
 from ..core.training.loop import learn
 from ..core.training.record import is_same_work, run_identity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.model.backbone import Backbone
-from ...core.sampling.sampling import SampleSettings
+from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
 from . import suites
 from .concepts import concepts

@@ -23,7 +23,7 @@ from ...core.data.photos import Framing, Picture, frame, read_folder
 from ...core.errors import ConceptError
 from ...core.evaluation.protocol import Encoder
 from ...core.model.backbone import Backbone
-from ...core.sampling.sampling import SampleSettings
+from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
 from .sequence_run import Suite
 from .suites import groups_and_pairs, halfway, levels, unrelated_prompts, untrained

@@ -25,7 +25,8 @@ from ...core.files import write_atomically
 from ...core.methods.base import METHODS, Task, make
 from ...core.model.backbone import Backbone
 from ...core.model.deltas import Delta, SparseDelta
-from ...core.sampling.sampling import SampleSettings, sample
+from ...core.sampling.sampling import sample
+from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
 from ...core.training.loop import learn
 from . import combined as multi

@@ -14,7 +14,8 @@ from ...core.evaluation import metrics
 from ...core.evaluation.protocol import Encoder
 from ...core.images import spread
 from ...core.model.backbone import Backbone
-from ...core.sampling.sampling import SampleSettings, sample
+from ...core.sampling.sampling import sample
+from ...core.sampling.settings import SampleSettings
 
 Names = tuple[tuple[str, ...], ...]
 GROUPS, TRIPLES, PAIRS = 6, 2, 4      # of two concepts, of three, and of two of one class

@@ -11,7 +11,8 @@ from ...core.demo import scenes
 from ...core.demo.base import load_base
 from ...core.demo.judges import SceneEncoder, held_out_prompts, load_classifier, to_tensor
 from ...core.evaluation import metrics
-from ...core.sampling.sampling import SampleSettings, sample
+from ...core.sampling.sampling import sample
+from ...core.sampling.settings import SampleSettings
 
 SETTINGS = SampleSettings(steps=20, cfg=4.0, size=(64, 64), batch=25)
 REAL_PICTURES = 400

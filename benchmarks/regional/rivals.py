@@ -18,10 +18,14 @@ from ...core.bank.bank import ConceptBank
 from ...core.conditioning.routing import aggregate
 from ...core.model.backbone import AttentionProcessor, Backbone, Context
 from ...core.model.deltas import Deltas
+from ...core.model.solver import DpmSolver, denoise, guided
 from ...core.regional.noise import NoiseSettings, region_noise
 from ...core.regional.processor import DeltaProcessor, Part, RegionProcessor
 from ...core.regional.regions import Region, masks_of
-from ...core.sampling.sampling import SampleSettings, denoise, encode, guided, sample, sample_found, sample_regions, starting_noise
+from ...core.sampling.found import sample_found
+from ...core.sampling.regions import sample_regions
+from ...core.sampling.sampling import encode, sample, starting_noise
+from ...core.sampling.settings import SampleSettings
 
 SOLO = 0.7      # the embedded base knows pictures of one size alone: what is settled before it sees a larger frame stays settled
 ISOLATION = 1.0
@@ -99,7 +103,7 @@ def _by_masks(backbone: Backbone, bank: ConceptBank, wish: Wish, loaded: Deltas,
         return region_noise(torch.zeros_like(x), torch.stack(each), masks, 0.0)
 
     with backbone.folded(loaded):
-        return backbone.decode_latents(denoise(backbone, latents, wish.settings.steps, estimate))
+        return backbone.decode_latents(denoise(DpmSolver(backbone.schedule, wish.settings.steps), latents, estimate))
 
 
 @torch.no_grad()
@@ -126,7 +130,7 @@ def couple(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
         def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
             return guided(backbone, x, t, negative, positive, settings.cfg, processor)
 
-        return backbone.decode_latents(denoise(backbone, latents, settings.steps, estimate))
+        return backbone.decode_latents(denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate))
 
 
 WAYS: dict[str, Callable[[Backbone, ConceptBank, Wish], Tensor]] = {

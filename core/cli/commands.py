@@ -29,8 +29,9 @@ from ..methods.base import Task, make
 from ..model.backbone import Backbone
 from ..regional import Region
 from ..regional.noise import NoiseSettings
-from ..sampling.sampling import SampleSettings, sample_regions
+from ..sampling.regions import sample_regions
 from ..sampling.sampling import sample as sample_pictures
+from ..sampling.settings import SampleSettings
 from ..training.config import TrainingConfig
 from ..training.loop import StepInfo
 from ..training.loop import learn as learn_concept

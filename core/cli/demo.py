@@ -23,7 +23,9 @@ from ..evaluation.protocol import Record, run_sequence
 from ..files import write_atomically
 from ..model.backbone import Backbone
 from ..regional import Region
-from ..sampling.sampling import SampleSettings, sample, sample_regions
+from ..sampling.regions import sample_regions
+from ..sampling.sampling import sample
+from ..sampling.settings import SampleSettings
 from ..training.config import TrainingConfig
 
 TASKS = ("rex", "mimi", "blueprint")

@@ -14,7 +14,8 @@ from ..data.photos import to_pixels
 from ..errors import ConceptError
 from ..images import opened
 from ..model.backbone import Backbone
-from ..sampling.sampling import SampleSettings, sample
+from ..sampling.sampling import sample
+from ..sampling.settings import SampleSettings
 from . import metrics
 
 PLACE = "{}"      # where a prompt names the concept

@@ -16,7 +16,8 @@ from ..data.assignment import Assignment
 from ..data.photos import Framing, prepare
 from ..methods.base import METHODS, Task, make
 from ..model.backbone import Backbone
-from ..sampling.sampling import SampleSettings, sample
+from ..sampling.sampling import sample
+from ..sampling.settings import SampleSettings
 from ..training.config import TrainingConfig
 from ..training.loop import Callback, learn
 from . import metrics

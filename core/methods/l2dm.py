@@ -128,7 +128,8 @@ class L2DM(Method):
     @torch.no_grad()
     def _generated(self, size: tuple[int, int], device: torch.device) -> ShortTerm:
         """The short-term memory by Eq. 5, from pictures of the current model: all that the bank holds."""
-        from ..sampling.sampling import SampleSettings, sample  # here: it imports the methods
+        from ..sampling.sampling import sample  # here: it imports the methods
+        from ..sampling.settings import SampleSettings
 
         c, backbone, count = self.config, self.task.backbone, len(self.old.owners)
         prompts = [self._prompt(self.old, i, self.names) for i in range(count)]

@@ -33,6 +33,7 @@ from ..data.batch import Batch
 from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.sites import Site
+from ..model.solver import Ddim, denoise, guided
 from .base import AdapterProcessor, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
 from .fusion import CONCEPT_PROMPTS, Rows, fit, fused_outcome, text_rows
 
@@ -91,15 +92,14 @@ class Recorder(AttentionProcessor):
 @torch.no_grad()
 def record(backbone: Backbone, context: Context, processor: AttentionProcessor, size: tuple[int, int], passes: int, seed: int) -> Recorder:
     """Denoises one picture per row of the context after the first, which is the unconditional one, by DDIM; size: latents' (h, w)."""
-    recorder, schedule, count = Recorder(processor), backbone.schedule, len(context) - 1
-    both = Context.cat([context[0:1]] * count + [context[1:]])
-    x = torch.randn(count, backbone.latent_channels, *size, generator=torch.Generator().manual_seed(seed)).to(backbone.device)
-    times = torch.linspace(len(schedule) - 1, 0, passes + 1).long().to(x.device)
-    for now, then in zip(times[:-1], times[1:], strict=True):
-        doubled, t = torch.cat([x, x]), now.expand(2 * count)
-        without, wanted = schedule.to_epsilon(backbone.predict(doubled, t, both, recorder), doubled, t).chunk(2)
-        epsilon, alpha = without + GUIDANCE * (wanted - without), schedule.alphas_cumprod.to(x.device)[now]
-        x = schedule.add_noise((x - (1 - alpha).sqrt() * epsilon) / alpha.sqrt(), epsilon, then.expand(count))
+    recorder, count = Recorder(processor), len(context) - 1
+    negative, positive = Context.cat([context[0:1]] * count), context[1:]
+    noise = torch.randn(count, backbone.latent_channels, *size, generator=torch.Generator().manual_seed(seed))
+
+    def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
+        return guided(backbone, x, t, negative, positive, GUIDANCE, recorder)
+
+    denoise(Ddim(backbone.schedule, passes), noise.to(backbone.device), estimate)
     return recorder
 
 

@@ -19,6 +19,7 @@ from ..errors import ConceptError
 from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey
 from ..model.sites import Site, SiteLayout
+from ..model.solver import Ddim, denoise, guided
 from .neurons import NeuronSelection, Votes
 
 SCORES = ("gradient", "activation")
@@ -140,16 +141,13 @@ def encode_plain(backbone: Backbone, prompts: Sequence[str]) -> Context:
 @torch.no_grad()
 def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: torch.Generator, steps: int = 8, cfg: float = 5.0) -> Tensor:
     """Latents `[1, C, h, w]` of the base's own picture of a prompt: a few DDIM steps, enough to ask for gradients. size: (h, w)."""
-    both, schedule = encode_plain(backbone, ["", prompt]), backbone.schedule
-    x = torch.randn(1, backbone.latent_channels, *size, generator=generator).to(backbone.device)
-    times = torch.linspace(len(schedule) - 1, 0, steps + 1).long().to(x.device)
-    for now, then in zip(times[:-1], times[1:], strict=True):
-        output = backbone.predict(x.expand(2, -1, -1, -1), now.expand(2), both)
-        without, wanted = schedule.to_epsilon(output, x.expand(2, -1, -1, -1), now.expand(2)).chunk(2)
-        epsilon, alpha = without + cfg * (wanted - without), schedule.alphas_cumprod.to(x.device)[now]
-        clean = (x - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
-        x = schedule.add_noise(clean, epsilon, then.view(1))
-    return clean
+    both = encode_plain(backbone, ["", prompt])
+    noise = torch.randn(1, backbone.latent_channels, *size, generator=generator).to(backbone.device)
+
+    def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
+        return guided(backbone, x, t, both[0:1], both[1:2], cfg)
+
+    return denoise(Ddim(backbone.schedule, steps), noise, estimate)
 
 
 def general_neurons(backbone: Backbone, generator: torch.Generator, prompts: Sequence[str] = CALIBRATION, score: str = "gradient",

@@ -17,7 +17,9 @@ from continual_concepts.core.model.backbone import Context
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 from continual_concepts.core.model.sites import Site
 from continual_concepts.core.regional import Region
-from continual_concepts.core.sampling.sampling import SampleSettings, sample, sample_regions
+from continual_concepts.core.sampling.regions import sample_regions
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 SITE = Site(0, "attn2", 0, 2, 8, 6)
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))

@@ -13,7 +13,7 @@ from continual_concepts.benchmarks.continual import photos
 from continual_concepts.benchmarks.continual.photos import FIRST_SEED, adjectives, read_tasks, seeds_of
 from continual_concepts.benchmarks.continual.suites import groups_and_pairs
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.sampling.sampling import SampleSettings
+from continual_concepts.core.sampling.settings import SampleSettings
 
 PROMPTS = {"test_pet.txt": ["A <TOK> in the forest", "", "A sad <TOK>"], "test_plushy.txt": ["A <TOK> on a table"],
            "test_style.txt": ["A <TOK> of a house", "A <TOK> of a dog"]}

@@ -16,7 +16,8 @@ from continual_concepts.benchmarks.regional import quality as regional_quality
 from continual_concepts.benchmarks.regional.quality import NAMES, border_gradient, boxes_of, seen_in, wishes
 from continual_concepts.benchmarks.regional.rivals import WAYS, Wish
 from continual_concepts.core.conditioning.routing import aggregate
-from continual_concepts.core.sampling.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 LEVELS = torch.tensor([0.5, 0.5])
 HALVES = boxes_of(2)

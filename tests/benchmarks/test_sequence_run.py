@@ -19,7 +19,8 @@ from continual_concepts.core.data.assignment import Assignment
 from continual_concepts.core.data.photos import Picture
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.evaluation import metrics
-from continual_concepts.core.sampling.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training.config import TrainingConfig
 
 QUICK = SampleSettings(steps=1, cfg=2.0, size=(32, 32))

@@ -13,7 +13,8 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.deltas import LowRankDelta, weighted_sum
 from continual_concepts.core.model.sites import SiteLayout
 from continual_concepts.core.regional.noise import NoiseSettings
-from continual_concepts.core.sampling.sampling import SampleSettings, sample, starting_noise
+from continual_concepts.core.sampling.sampling import sample, starting_noise
+from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=2, cfg=3.0, size=(32, 32))
 

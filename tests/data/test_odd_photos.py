@@ -17,7 +17,8 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.data.photos import LONGEST_CAPTION, MOST_PIXELS, Framing, Picture, frame, prepare, read_folder
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.sampling.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

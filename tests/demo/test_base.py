@@ -11,7 +11,8 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.demo import scenes
 from continual_concepts.core.demo.base import ASSETS, load_base
 from continual_concepts.core.demo.judges import held_out_prompts, load_classifier, to_tensor
-from continual_concepts.core.sampling.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,8 @@ def test_figures_and_sheet(studio, evaluate, bound):
 
 def test_the_figures_are_those_of_the_pictures(studio, evaluate, bound, reference):
     """The same pictures from the diffusers host give the same matrix."""
-    from continual_concepts.core.sampling.sampling import SampleSettings, sample
+    from continual_concepts.core.sampling.sampling import sample
+    from continual_concepts.core.sampling.settings import SampleSettings
 
     found = json.loads(evaluate(photos=photos(studio), prompts="a photo of {}").args[1])
     settings = SampleSettings(1, 3.0, (32, 32))

@@ -12,7 +12,8 @@ from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.hosts.quick_gelu import quick_gelu
 from continual_concepts.core.model.backbone import AttentionProcessor, Context
 from continual_concepts.core.model.sites import PROJECTIONS
-from continual_concepts.core.sampling.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 
 @pytest.fixture(params=["tiny_backbone", "tiny_sdxl"])

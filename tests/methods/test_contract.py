@@ -13,7 +13,8 @@ from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, get, make
 from continual_concepts.core.methods.base import Forward, register
-from continual_concepts.core.sampling.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import Run
 

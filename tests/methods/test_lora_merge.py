@@ -13,8 +13,10 @@ from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import always_on_deltas, averaged_names
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import make
+from continual_concepts.core.model.solver import DpmSolver, denoise
 from continual_concepts.core.sampling import sampling
-from continual_concepts.core.sampling.sampling import SampleSettings, sample, starting_noise
+from continual_concepts.core.sampling.sampling import sample, starting_noise
+from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
 NOUNS = {"rex": "dog", "mimi": "cat"}
@@ -75,7 +77,8 @@ def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
     def estimate(x, t, _progress):
         return torch.stack(list(folded_estimates(tiny_backbone, bank, prompt, x, t))).mean(0)
 
-    latents = sampling.denoise(tiny_backbone, starting_noise(tiny_backbone, [7], (32, 32)), QUICK.steps, estimate)
+    noise = starting_noise(tiny_backbone, [7], (32, 32))
+    latents = denoise(DpmSolver(tiny_backbone.schedule, QUICK.steps), noise, estimate)
     expected = tiny_backbone.decode_latents(latents)
     found = sample(tiny_backbone, bank, [prompt], [7], QUICK)
     assert torch.allclose(found, expected, atol=1e-4)
@@ -88,7 +91,7 @@ def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
 def test_one_prediction_is_the_mean_of_all(tiny_backbone, banks, monkeypatch):
     """What the sampler is told in its first step, against the folded models, far below what pictures can show."""
     bank, seen = banks["lora_c", ("rex", "mimi")], []
-    monkeypatch.setattr(sampling, "denoise", lambda backbone, x, steps, estimate, *_: seen.append((x, estimate(x, 500, 0.0))) or x)
+    monkeypatch.setattr(sampling, "denoise", lambda _solver, x, estimate, *_: seen.append((x, estimate(x, 500, 0.0))) or x)
     sample(tiny_backbone, bank, ["a <rex>"], [3], QUICK)
     x, found = seen[0]
     each = list(folded_estimates(tiny_backbone, bank, "a <rex>", x, 500))

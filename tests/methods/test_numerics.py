@@ -12,7 +12,8 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.base import kept_deltas, wide_enough
 from continual_concepts.core.model.deltas import LowRankDelta
-from continual_concepts.core.sampling.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training import checkpoint
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import Run

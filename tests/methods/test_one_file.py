@@ -22,7 +22,9 @@ from continual_concepts.core.methods.base import LearnedWords, Method, Outcome, 
 from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.regional import Region
-from continual_concepts.core.sampling.sampling import SampleSettings, sample, sample_regions
+from continual_concepts.core.sampling.regions import sample_regions
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
 WAYS = ("route", "sum", "average", "bound")

@@ -8,7 +8,8 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
-from continual_concepts.core.sampling.sampling import SampleSettings, sample
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
 

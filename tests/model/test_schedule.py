@@ -7,7 +7,6 @@ import torch
 
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.schedule import PREDICTIONS, NoiseSchedule
-from continual_concepts.core.sampling.sampling import _scheduler
 
 T = torch.tensor([0, 300, 700, 999])
 
@@ -49,12 +48,6 @@ def test_min_snr_weights(schedule, gamma):
     expected = torch.minimum(snr, torch.tensor(gamma)) / (snr if schedule.prediction == "epsilon" else snr + 1)
     assert torch.allclose(schedule.min_snr_weights(T, gamma), expected)
     assert (schedule.min_snr_weights(T, gamma) <= 1).all()
-
-
-def test_the_sampler_runs_on_the_same_schedule(tiny_backbone):
-    solver = _scheduler(tiny_backbone, 10)
-    assert torch.allclose(solver.alphas_cumprod.float(), tiny_backbone.schedule.alphas_cumprod, atol=1e-5)
-    assert len(solver.timesteps) == 10 and solver.timesteps[0] == 999
 
 
 def test_other_predictions_are_refused():

@@ -13,7 +13,9 @@ from continual_concepts.core.regional.attention import attention_within, region_
 from continual_concepts.core.regional.cover import cover_of
 from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import OVERLAPS, Region, box_mask, masks_of, shares
-from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample_regions
+from continual_concepts.core.sampling.regions import sample_regions
+from continual_concepts.core.sampling.sampling import encode
+from continual_concepts.core.sampling.settings import SampleSettings
 
 FULL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)

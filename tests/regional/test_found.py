@@ -11,7 +11,9 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.regional import found as module
 from continual_concepts.core.regional.found import FoundRegions, prompts_apart
 from continual_concepts.core.regional.processor import Part
-from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample, sample_found
+from continual_concepts.core.sampling.found import sample_found
+from continual_concepts.core.sampling.sampling import encode, sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=5, cfg=3.0, size=(64, 64))
 SCENE = "a photo of <rex> and <mimi> in a room"

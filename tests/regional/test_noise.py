@@ -13,7 +13,9 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.regional.noise import NoiseSettings, region_noise, scene_is_seen, window_of
 from continual_concepts.core.regional.regions import Region, box_mask
 from continual_concepts.core.sampling import sampling
-from continual_concepts.core.sampling.sampling import SampleSettings, sample, sample_regions, starting_noise
+from continual_concepts.core.sampling.regions import sample_regions
+from continual_concepts.core.sampling.sampling import sample, starting_noise
+from continual_concepts.core.sampling.settings import SampleSettings
 
 FULL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)

@@ -12,7 +12,8 @@ from continual_concepts.benchmarks.regional import cost as regional_cost
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
-from continual_concepts.core.sampling.sampling import SampleSettings, sample_regions
+from continual_concepts.core.sampling.regions import sample_regions
+from continual_concepts.core.sampling.settings import SampleSettings
 
 PARTITIONS = {
     "whole": [(0, 0, 1, 1)],

@@ -11,7 +11,9 @@ from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.regional.processor import DeltaProcessor, Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
-from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample, sample_regions
+from continual_concepts.core.sampling.regions import sample_regions
+from continual_concepts.core.sampling.sampling import encode, sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 FULL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)

@@ -11,7 +11,7 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.sites import grid_of
 from continual_concepts.core.regional.cover import cover_of
 from continual_concepts.core.regional.regions import OVERLAPS, Region, box_mask, masks_of, pooled_of, region_mask, shares
-from continual_concepts.core.sampling.sampling import SampleSettings
+from continual_concepts.core.sampling.settings import SampleSettings
 
 FULL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)

@@ -14,7 +14,8 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.sampling import attention_guidance as artists
 from continual_concepts.core.sampling.attention_guidance import Artists, MapRecorder, Subject, artist_losses, noun_masks, word_maps
-from continual_concepts.core.sampling.sampling import SampleSettings, encode, sample
+from continual_concepts.core.sampling.sampling import encode, sample
+from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=4, cfg=3.0, size=(32, 32))
 TWO, ONE = "<rex> and <mimi>", "a <rex> here"

@@ -1,0 +1,93 @@
+"""Solvers of the denoising process, the guided noise estimate they ask for, and the one loop that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .backbone import AttentionProcessor, Backbone, Context
+from .schedule import NoiseSchedule
+
+Estimate = Callable[[Tensor, int, float], Tensor]      # (latents, timestep, progress) -> guided noise, or other latents
+
+
+class Solver(Protocol):
+    """From noise to latents. timesteps: of the training schedule, from noisy to clean."""
+
+    timesteps: Sequence[int]
+
+    def step(self, noise: Tensor, t: int, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` of the next timestep from those of timestep `t` and their noise estimate."""
+
+
+class DpmSolver:
+    """DPM-Solver++ (2M) of Lu et al. (arXiv 2211.01095), as diffusers has it. It remembers the last step: one instance per sampling."""
+
+    def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
+        from diffusers import DPMSolverMultistepScheduler
+
+        alphas = schedule.alphas_cumprod.double()
+        betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+        self.scheduler = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), num_train_timesteps=len(alphas),
+                                                     prediction_type="epsilon", algorithm_type="dpmsolver++", solver_order=2)
+        self.scheduler.set_timesteps(steps)
+        self.timesteps: list[int] = self.scheduler.timesteps.tolist()
+
+    def step(self, noise: Tensor, t: int, latents: Tensor) -> Tensor:
+        return self.scheduler.step(noise, t, latents, return_dict=False)[0]
+
+
+class Ddim:
+    """DDIM of Song et al. (ICLR 2021, Eq. 12 with sigma = 0) over evenly spaced timesteps. Its last step gives the clean latents."""
+
+    def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
+        self.schedule = schedule
+        times = torch.linspace(len(schedule) - 1, 0, steps + 1).long().unique().flip(0).tolist()
+        self.timesteps, self._next = times[:-1], dict(zip(times[:-1], times[1:], strict=True))
+
+    def step(self, noise: Tensor, t: int, latents: Tensor) -> Tensor:
+        alpha = self.schedule.alphas_cumprod.to(latents.device)[t]
+        clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        if t == self.timesteps[-1]:
+            return clean
+        return self.schedule.add_noise(clean, noise, torch.full((len(latents),), self._next[t], device=latents.device))
+
+
+def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float,
+           processor: AttentionProcessor | None = None) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans, 2022), both halves in one evaluation.
+
+    Args:
+        latents: `[B, C, h, w]` at timestep `t`.
+        negative, positive: one prompt for each of the latents.
+        cfg: Guidance scale; at 1 the negative half is not evaluated.
+        processor: What the sites do beside their frozen weights.
+
+    Returns:
+        The noise estimate `[B, C, h, w]`: negative + cfg (positive - negative).
+    """
+    timesteps = torch.full((len(latents),), t, device=latents.device, dtype=torch.long)
+    if cfg == 1.0:
+        return backbone.schedule.to_epsilon(backbone.predict(latents, timesteps, positive, processor), latents, timesteps)
+    latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+    output = backbone.predict(latents, timesteps, Context.cat([negative, positive]), processor)
+    unconditional, conditional = backbone.schedule.to_epsilon(output, latents, timesteps).chunk(2)
+    return unconditional + cfg * (conditional - unconditional)
+
+
+def denoise(solver: Solver, latents: Tensor, estimate: Estimate, move: Estimate | None = None) -> Tensor:
+    """Runs a solver from its first timestep to its last.
+
+    Args:
+        latents: Starting noise `[B, C, h, w]`.
+        estimate: The guided noise of latents at a timestep; progress is 0 in the first step and 1 in the last.
+        move: Called before each estimate; returns the latents that take the place of the given ones.
+    """
+    for i, t in enumerate(solver.timesteps):
+        progress = i / max(1, len(solver.timesteps) - 1)
+        latents = latents if move is None else move(latents, t, progress)
+        latents = solver.step(estimate(latents, t, progress), t, latents)
+    return latents

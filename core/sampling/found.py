@@ -1,0 +1,38 @@
+"""Pictures of a prompt that names several concepts, each kept to where it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..bank.bank import ConceptBank
+from ..conditioning.routing import aggregate
+from ..model.backbone import Backbone
+from ..model.solver import DpmSolver, denoise, guided
+from ..regional.found import FoundRegions, prompts_apart
+from .regions import guidance_rows, part_of
+from .sampling import repeated, sample, starting_noise
+from .settings import SampleSettings
+
+
+@torch.no_grad()
+def sample_found(backbone: Backbone, bank: ConceptBank, scene: str, seeds: Sequence[int], settings: SampleSettings) -> Tensor:
+    """Pictures of a prompt that names two concepts or more, each kept to where it is found (regional.found); of any other as `sample`."""
+    texts, count = prompts_apart(bank, scene), len(seeds)
+    if len(texts) < 2:
+        return sample(backbone, bank, [scene] * count, seeds, settings)
+    with backbone.folded(aggregate(backbone, bank, "", strength=0.0).deltas):
+        latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
+        whole, *parts = (part_of(backbone, bank, text, settings.negative, settings) for text in (scene, *texts.values()))
+        words = [whole.context.words[1][name] for name in texts]
+        rows = guidance_rows(backbone, count, settings.cfg)
+        processor = FoundRegions(backbone, whole, list(texts), parts, words, rows, tuple(latents.shape[-2:]))
+        negative, positive = (repeated(whole.context[i:i + 1], count) for i in (0, 1))
+
+        def estimate(x: Tensor, t: int, progress: float) -> Tensor:
+            processor.progress = progress
+            return guided(backbone, x, t, negative, positive, settings.cfg, processor)
+
+        return backbone.decode_latents(denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate))

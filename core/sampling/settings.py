@@ -1,0 +1,50 @@
+"""Settings of a sampling, the same for one prompt, for regions and for regions that are found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import ConceptError
+from ..regional.noise import NoiseSettings
+from ..regional.regions import OVERLAPS
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are sampled.
+
+    Args:
+        steps: Steps of DPM-Solver++ (2M).
+        cfg: Guidance scale; 1 = no guidance.
+        size: Height and width of the picture in pixels.
+        negative: Prompt of the negative half of guidance.
+        mode, strength: How deltas come together, see `conditioning.routing.aggregate`.
+        noise: Region noise estimation and crop denoising.
+        overlap: Who has the places where regions overlap, see `regional.regions.shares`.
+        isolation: Self-attention isolation: share of the first steps in which regions do not see each other in self-attention.
+        batch: Pictures that are sampled at once.
+        artists: Strength of attention guidance for prompts that name two concepts or more; 0 = off. It does nothing with regions.
+    """
+
+    steps: int = 25
+    cfg: float = 7.5
+    size: tuple[int, int] = (512, 512)
+    negative: str = ""
+    mode: str = "sharp"
+    strength: float = 1.0
+    noise: NoiseSettings = NoiseSettings()
+    overlap: str = "average"
+    isolation: float = 0.0
+    batch: int = 16
+    artists: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.cfg < 0:
+            raise ConceptError(f"steps and cfg are {self.steps} and {self.cfg}; allowed: steps 1 or more, cfg 0 or more")
+        if self.batch < 1 or self.overlap not in OVERLAPS:
+            raise ConceptError(f"batch and overlap are {self.batch} and {self.overlap!r}; "
+                               f"allowed: 1 or more, {', '.join(OVERLAPS)}")
+        if not 0 <= self.isolation <= 1:
+            raise ConceptError(f"isolation is {self.isolation}; allowed: 0 to 1, a share of the steps")
+        if not 0 <= self.artists < float("inf"):
+            raise ConceptError(f"artists, the strength of attention guidance, is {self.artists}; allowed: 0 or more")
