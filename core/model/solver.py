@@ -15,9 +15,11 @@ Estimate = Callable[[Tensor, int, float], Tensor]      # (latents, timestep, pro
 
 
 class Solver(Protocol):
-    """From noise to latents. timesteps: of the training schedule, from noisy to clean."""
+    """From noise to latents."""
 
-    timesteps: Sequence[int]
+    @property
+    def timesteps(self) -> Sequence[int]:
+        """Those of the training schedule at which it asks for an estimate, from noisy to clean."""
 
     def step(self, noise: Tensor, t: int, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` of the next timestep from those of timestep `t` and their noise estimate."""
