@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
 from nodes import common_ksampler  # ComfyUI's own: ours are relative imports
 
-from ..core.bank.bank import ConceptBank
-from ..core.comfy import apply as putting
-from ..core.comfy import regions as regional
-from ..core.comfy.sites import UNetSites, find_sites
-from ..core.comfy.text import concept_clip, encode, learned_positions, subject_of, text_widths
-from ..core.conditioning.routing import aggregate, always_on_deltas, token_lora_deltas
-from ..core.errors import ConceptError
-from ..core.images import regions_picture, to_tensor
-from ..core.model.backbone import Context
-from ..core.regional.found import prompts_apart
+from ..core.comfy.region_sampling import Scene, prepare
 from ..core.regional.noise import AREAS, OUTSIDE, NoiseSettings
-from ..core.regional.processor import Part
-from ..core.regional.regions import OVERLAPS, Region, masks_of
+from ..core.regional.regions import OVERLAPS
+from ..core.sampling.settings import SampleSettings
 from . import types
 from .schema import ADVANCED, Schema
 
@@ -168,116 +157,26 @@ class RegionalConceptSampler(io.ComfyNode):
         isolation=0.0,
         find_regions=False,
     ) -> io.NodeOutput:
-        if overlap not in OVERLAPS or not 0 <= isolation <= 1:
-            raise ConceptError(f"overlap and isolation are {overlap!r} and {isolation}; allowed: {', '.join(OVERLAPS)}; 0 to 1")
-        if find_regions and artists > 0:
-            raise ConceptError(f"find_regions is on and artists is {artists}; both part concepts without regions: use one of them")
-        noise = NoiseSettings(region_noise, alpha, outside, noise_area, solo)
-        sites = find_sites(model, text_widths(clip))
-        bank = ConceptBank(sites.layout) if bank is None else bank
-        bank.check_fits(sites.layout)
-        layerwise = any(part.tokens.copies > 1 for part in bank)
-        talk = _Talk(concept_clip(clip, bank), bank, sites, strength)
-        positive = talk.encode(scene) if positive is None else positive
-        negative = talk.encode(negative_scene) if negative is None else negative
-        model = putting.fold(model, sites, always_on_deltas(bank), layerwise)
-        on = [region for region in regions or [] if region.strength > 0]
-        _check_masks(on, latent_image)
-        finding = find_regions and not on and talk.named(scene)
-        if on:
-            run = talk.run(scene, positive, negative, on, overlap, isolation)
-            model = regional.with_regions(model, run, _checked(noise, regional.whole_frame_things(model, [*positive, *negative])))
-            pooled, latent_size = run.pooled(), tuple(latent_image["samples"].shape[-2:])
-            positive = regional.with_pooled(positive, on, [rows[1] for rows in pooled], latent_size, overlap)
-            negative = regional.with_pooled(negative, on, [rows[0] for rows in pooled], latent_size, overlap)
-        elif finding:
-            run = talk.finding(scene, positive, negative)
-            model = regional.with_found(model, run)
-        else:
-            model = putting.with_bound(putting.fold(model, sites, talk.deltas(scene), False), sites, talk.bound)
-        if artists > 0 and not on:
-            model = putting.with_artists(model, sites, subject_of(talk.clip, scene), artists)
-        latent = common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise)[0]
-        if not on and not finding:
+        settings = SampleSettings(
+            steps,
+            cfg,
+            strength=strength,
+            noise=NoiseSettings(region_noise, alpha, outside, noise_area, solo),
+            overlap=overlap,
+            isolation=isolation,
+            artists=artists,
+        )
+        prompts = Scene(scene, negative_scene, positive, negative)
+        size = tuple(latent_image["samples"].shape[-2:])
+        prepared = prepare(model, clip, bank, prompts, regions or [], size, settings, find_regions)
+        positive, negative = prepared.positive, prepared.negative
+        latent = common_ksampler(
+            prepared.model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
+        )[0]
+        picture = prepared.picture(latent["samples"])
+        if picture is None:
             return io.NodeOutput(latent, torch.zeros(1, 64, 64, 3))
-        picture = _attention(run, on, latent["samples"]) if on else _found(run)
         return io.NodeOutput(latent, picture, ui=ui.PreviewImage(picture, cls=cls))
-
-
-class _Talk:
-    """Prompts, through the bank and the CLIP."""
-
-    def __init__(self, clip, bank: ConceptBank, sites: UNetSites, strength: float) -> None:
-        self.clip, self.bank, self.sites, self.strength = clip, bank, sites, strength
-        self.bound = token_lora_deltas(bank, strength)
-
-    def encode(self, text: str):
-        return encode(self.clip, text)
-
-    def deltas(self, text: str) -> dict:
-        if not len(self.bank) or not self.strength:
-            return {}
-        return aggregate(None, self.bank, text, "sharp", self.strength, always_on=False).deltas
-
-    def context(self, conditioning) -> Context:
-        copies = max([part.tokens.copies for part in self.bank], default=1)
-        return putting.context_of(conditioning, copies, tuple(self.bound))
-
-    def named(self, scene: str) -> dict[str, str]:
-        """Concept -> its own prompt, of a scene that names two or more that can be found in it."""
-        texts = prompts_apart(self.bank, scene)
-        return texts if 1 < len(texts) == len(subject_of(self.clip, scene).concepts) else {}
-
-    def part(self, text: str, below: Context) -> Part:
-        return Part(Context.cat([below, self.context(self.encode(text))]), self.deltas(text))
-
-    def run(self, scene: str, positive, negative, regions: list[Region], overlap: str, isolation: float) -> regional.RegionRun:
-        below = self.context(negative)
-        parts = [self.part(one.prompt, self.context(self.encode(one.negative)) if one.negative else below) for one in regions]
-        words = [learned_positions(self.clip, region.prompt) for region in regions]
-        shown = Part(Context.cat([below, self.context(positive)]), self.deltas(scene))
-        return regional.RegionRun(self.sites, shown, regions, parts, words, self.bound, overlap, isolation)
-
-    def finding(self, scene: str, positive, negative) -> regional.FoundRun:
-        below, texts = self.context(negative), self.named(scene)
-        parts = [self.part(text, below) for text in texts.values()]
-        shown = Part(Context.cat([below, self.context(positive)]), self.deltas(scene))
-        everywhere = [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in texts]
-        return regional.FoundRun(self.sites, shown, everywhere, parts, subject_of(self.clip, scene).concepts, self.bound)
-
-
-def _checked(noise: NoiseSettings, whole: list[str]) -> NoiseSettings:
-    """Without windows where something belongs to the whole frame: it gives the layout anyway. An error where windows were asked for."""
-    if whole and noise.is_on and noise.area == "crop":
-        raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, which belongs to the whole picture; "
-                           "choose noise_area 'frame'")
-    return replace(noise, solo=0.0) if whole else noise
-
-
-def _check_masks(regions: list[Region], latent: dict) -> None:
-    height, width = latent["samples"].shape[-2:]
-    for region in regions:
-        if region.mask is not None:
-            rows, columns = region.mask.shape
-            if abs(columns / rows - width / height) > 0.05 * width / height:
-                raise ConceptError(
-                    f"the mask of region '{region.prompt}' is {columns}x{rows}, the picture's sides are as {width} to {height}; "
-                    "the mask must have the picture's proportions"
-                )
-
-
-def _found(run: regional.FoundRun) -> torch.Tensor:
-    """A picture of where each concept was found in the first picture of the batch."""
-    masks = run.found()
-    if masks is None:
-        return torch.zeros(1, 64, 64, 3)
-    return to_tensor(regions_picture(masks, masks, [f"<{region.prompt}>" for region in run.regions]))
-
-
-def _attention(run: regional.RegionRun, regions: list[Region], samples: torch.Tensor) -> torch.Tensor:
-    height, width = samples.shape[-2:]
-    maps = run.maps((height, width))
-    return to_tensor(regions_picture(masks_of(regions, height, width), maps, [region.prompt for region in regions]))
 
 
 NODES = [RegionalConceptSampler]
