@@ -26,6 +26,16 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).float().div(255).unsqueeze(0)
 
 
+def eight_bit(pixels: Tensor) -> Tensor:
+    """Pixels of any shape in -1..1 as uint8 0..255 on the CPU."""
+    return ((pixels.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """A picture `[3, H, W]` in -1..1 at 8 bits."""
+    return Image.fromarray(eight_bit(picture).permute(1, 2, 0).contiguous().numpy())
+
+
 def colour(index: int) -> tuple[int, int, int]:
     """A colour per region or concept, far from its neighbours'."""
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb((index * 0.61803) % 1.0, 0.65, 0.86))

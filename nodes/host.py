@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -20,7 +19,6 @@ from torch import Tensor
 from ..core.bank.bank import ConceptBank
 from ..core.bank.format import SUFFIX
 from ..core.bank.tokens import check_name
-from ..core.data.photos import Picture
 from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import Encode
 from ..core.evaluation.metrics import unit
@@ -108,29 +106,6 @@ def masks_of(masks: list[Tensor] | Tensor | None, what: str) -> list[Tensor]:
 def to_image(pictures: Tensor) -> Tensor:
     """`[B, 3, H, W]` in -1..1 as an IMAGE."""
     return ((pictures.float().cpu() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
-
-
-def with_masks(pictures: list[Tensor], captions: list[str], masks: list[Tensor]) -> list[Picture]:
-    """Pictures with their captions and masks; counts must agree, one caption counts for all."""
-    captions = captions * len(pictures) if len(captions) == 1 else captions or [""] * len(pictures)
-    if len(captions) != len(pictures):
-        raise ConceptError(f"there are {len(captions)} captions for {len(pictures)} pictures; give none, one, or one for each, a line each")
-    if masks and len(masks) != len(pictures):
-        raise ConceptError(f"there are {len(masks)} masks for {len(pictures)} pictures; give none or one for each")
-    found = []
-    for i, pixels in enumerate(pictures):
-        mask = masks[i] if masks else None
-        if mask is not None and mask.shape[1:] != pixels.shape[1:]:
-            raise ConceptError(
-                f"mask {i + 1} is {mask.shape[2]}x{mask.shape[1]}, its picture is {pixels.shape[2]}x{pixels.shape[1]}; "
-                "they must have one size"
-            )
-        found.append(Picture(pixels, captions[i].strip(), mask, digest=_digest(pixels)))
-    return found
-
-
-def _digest(pixels: Tensor) -> str:
-    return hashlib.sha256(((pixels + 1) * 127.5).round().clamp(0, 255).byte().numpy().tobytes()).hexdigest()[:16]
 
 
 LOOKS = 4      # pictures of a look that is measured: one alone says little

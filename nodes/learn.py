@@ -17,7 +17,7 @@ from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS
 from ..core.bank.tokens import check_name
 from ..core.comfy.backbone import ComfyBackbone
-from ..core.data.photos import Framing, Picture, prepare
+from ..core.data.photos import Framing, Picture, pair_pictures, prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.metrics import image_alignment
@@ -144,7 +144,7 @@ class ConceptLearner(io.ComfyNode):
         if one["if_known"] not in (KEEP, AGAIN):
             raise ConceptError(f"if_known is {one['if_known']!r}; allowed: {KEEP}, {AGAIN}")
         lines = [line for text in captions or [] for line in text.splitlines() if line.strip()]
-        own = host.with_masks(host.pictures_of(inputs["images"], "images"), lines, host.masks_of(masks, "masks"))
+        own = pair_pictures(host.pictures_of(inputs["images"], "images"), lines, host.masks_of(masks, "masks"))
         prior = [Picture(p, f"a photo of a {noun}", is_prior=True) for p in host.pictures_of(prior_images, "prior_images")]
         method = make(one["method"], _method_settings(one, host.first(method_settings)))
         if host.first(selection) is not None:

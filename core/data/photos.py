@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..bank.prompts import caption_with_placeholder
 from ..errors import ConceptError
+from ..images import eight_bit
 from ..model.backbone import Backbone
 from .batch import Batch
 from .framing import Framing, Picture, bucket_of, frame
@@ -56,15 +57,47 @@ def read_picture(path: Path, caption: str = "", mask: Path | None = None, is_pri
     matte = None if mask is None else _opened(Path(mask), "mask", _to_mask)
     if matte is not None and matte.shape[1:] != pixels.shape[1:]:
         matte = F.interpolate(matte.unsqueeze(0), pixels.shape[1:], mode="bilinear").squeeze(0)
-    return Picture(pixels, caption, matte, is_prior, _digest(path))
+    return Picture(pixels, caption, matte, is_prior, photo_digest(pixels))
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+def photo_digest(pixels: Tensor) -> str:
+    """The identity of a photo, whoever opened it: 16 hex digits of SHA-256 over its pixels.
+
+    Pixels and not the file, because ComfyUI hands over pixels alone. They are those before framing: upright, RGB, 8 bits, in the order
+    channel, row, column. Names, metadata and lossless formats change nothing; another decoder of a lossy format, another size or
+    transparency laid on another ground give another digest. Banks of early versions hold digests of file bytes, which match none of these.
+
+    Args:
+        pixels: `[3, H, W]` in -1..1.
+    """
+    return hashlib.sha256(eight_bit(pixels).contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def pair_pictures(pixels: Sequence[Tensor], captions: Sequence[str], masks: Sequence[Tensor]) -> list[Picture]:
+    """Photos with their captions and masks.
+
+    Args:
+        pixels: photos `[3, H, W]` in -1..1 of any sizes.
+        captions: none, one for all photos, or one for each.
+        masks: none, or one for each photo: `[1, H, W]` in 0..1, of the photo's size.
+
+    Raises:
+        ConceptError: when counts or sizes disagree.
+    """
+    count = len(pixels)
+    if len(captions) not in (0, 1, count):
+        raise ConceptError(f"there are {len(captions)} captions for {count} pictures; give none, one, or one for each, a line each")
+    if len(masks) not in (0, count):
+        raise ConceptError(f"there are {len(masks)} masks for {count} pictures; give none or one for each")
+    texts = list(captions) if len(captions) == count else [*captions, ""][:1] * count
+    pictures = []
+    for i, (photo, text) in enumerate(zip(pixels, texts, strict=True)):
+        mask = masks[i] if masks else None
+        if mask is not None and mask.shape[1:] != photo.shape[1:]:
+            raise ConceptError(f"mask {i + 1} is {mask.shape[2]}x{mask.shape[1]}, its picture is {photo.shape[2]}x{photo.shape[1]}; "
+                               "they must have one size")
+        pictures.append(Picture(photo, text.strip(), mask, digest=photo_digest(photo)))
+    return pictures
 
 
 def _to_mask(image: Image.Image) -> Tensor:

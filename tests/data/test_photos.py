@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,18 @@ from PIL import Image
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.data.framing import bucket_of
-from continual_concepts.core.data.photos import BucketSet, Framing, Picture, TrainingSet, frame, prepare, read_folder, read_picture
+from continual_concepts.core.data.photos import (
+    BucketSet,
+    Framing,
+    Picture,
+    TrainingSet,
+    frame,
+    pair_pictures,
+    photo_digest,
+    prepare,
+    read_folder,
+    read_picture,
+)
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.training.config import TrainingConfig
 
@@ -32,6 +45,39 @@ def test_a_folder_is_read_in_name_order_with_captions(folder):
     assert (first.caption, second.caption) == ("a red dog", "") and first.pixels.shape == (3, 10, 20)
     assert first.pixels[0].mean() > 0.9 and second.pixels[0].mean() == -1
     assert len(first.digest) == 16 and first.digest != second.digest
+
+
+def test_a_digest_is_of_the_pixels_not_of_the_file(tmp_path):
+    """The same photo as another lossless file, renamed or turned by its metadata is the same photo; one changed level is not."""
+    levels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+    image = Image.fromarray(levels)
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.bmp")
+    turned = Image.Exif()
+    turned[0x0112] = 6      # to be turned by 90 degrees to the right
+    image.rotate(90, expand=True).save(tmp_path / "c.png", exif=turned)
+    levels[0, 0, 0] ^= 1
+    Image.fromarray(levels).save(tmp_path / "d.png")
+    same, other, upright, changed = (picture.digest for picture in read_folder(tmp_path))
+    assert same == other == upright != changed
+
+
+def test_a_digest_is_the_hash_of_its_levels():
+    """Also of pictures that went through ComfyUI's 0..1 and back."""
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3).view(3, 16, 16)
+    expected = hashlib.sha256(levels.numpy().tobytes()).hexdigest()[:16]
+    assert photo_digest(levels.float() / 127.5 - 1) == photo_digest(levels.float() / 255 * 2 - 1) == expected
+
+
+def test_pictures_are_paired_with_captions_and_masks():
+    photos, mask = [torch.zeros(3, 4, 6), torch.ones(3, 5, 5)], torch.ones(1, 4, 6)
+    assert [p.caption for p in pair_pictures(photos, [], [])] == ["", ""]
+    assert [p.caption for p in pair_pictures(photos, [" a dog "], [])] == ["a dog", "a dog"]
+    first, second = pair_pictures(photos, ["a", "b"], [mask, torch.ones(1, 5, 5)])
+    assert (first.caption, second.caption) == ("a", "b") and first.mask is mask and second.digest == photo_digest(photos[1])
+    for captions, masks, wrong in ((["a"] * 3, [], "3 captions for 2"), ([], [mask], "1 masks for 2"), ([], [mask, mask], "mask 2 is 6x4")):
+        with pytest.raises(ConceptError, match=wrong):
+            pair_pictures(photos, captions, masks)
 
 
 def test_masks_and_captions_from_other_folders(folder, tmp_path):
