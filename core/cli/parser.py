@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..bank.concepts import KINDS
 from ..conditioning.routing import MODES
-from ..data.framing import MODES as MODES_OF_FRAMING
+from ..data.framing import FRAMINGS
 from ..errors import ConceptError
 from ..interop.export import DEFAULT_FORMATS, FORMATS
 from ..interop.factors import DEFAULT_ERROR, DEFAULT_RANK
@@ -58,7 +58,7 @@ def _add_learn(commands) -> None:
     )
     for field in fields(TrainingConfig):
         if field.name in ("framing", "schedule", "precision"):
-            choices = {"framing": MODES_OF_FRAMING, "schedule": LR_SCHEDULES, "precision": tuple(PRECISIONS)}[field.name]
+            choices = {"framing": FRAMINGS, "schedule": LR_SCHEDULES, "precision": tuple(PRECISIONS)}[field.name]
             parser.add_argument(f"--{field.name}", choices=choices, default=None)
         elif field.type == "bool":
             parser.add_argument(f"--{field.name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConceptError
 
-MODES = ("crop", "pad", "buckets")
+FRAMINGS = ("crop", "pad", "buckets")
 WIDEST = 2      # a bucket's side is at most so many times the resolution
 FAR = 4         # times another shape than the frame's: of a longer picture the ends are cut off before it is resized
 
@@ -39,8 +39,8 @@ class Framing:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConceptError(f"framing is {self.mode!r}; allowed: {', '.join(MODES)}")
+        if self.mode not in FRAMINGS:
+            raise ConceptError(f"framing is {self.mode!r}; allowed: {', '.join(FRAMINGS)}")
 
 
 def bucket_of(height: int, width: int, resolution: int, step: int) -> tuple[int, int]:

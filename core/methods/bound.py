@@ -20,15 +20,16 @@ from ..attention.token_lora import TokenLoraProcessor
 from ..bank.composition import WORDS
 from ..bank.tokens import TokenGroup
 from ..model.backbone import AttentionProcessor
+from ..settings import setting
 from .base import Outcome, register
 from .low_rank import LowRankConfig, LowRankMethod
 
 
 @dataclass(frozen=True)
 class BoundConfig(LowRankConfig):
-    """apart: encode the words apart from the rest of the prompt; the others as in LowRankConfig."""
+    """The settings of low-rank methods, and how the words are encoded."""
 
-    apart: bool = True
+    apart: bool = setting(True, "Encode the words apart from the rest of the prompt, so that several concepts mix less.")
 
 
 class Bound(LowRankMethod):

@@ -23,6 +23,7 @@ from ..bank.composition import PROMPT
 from ..bank.tokens import TokenGroup
 from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
+from ..settings import setting
 from . import cidm_losses as losses
 from .base import (
     AdapterProcessor,
@@ -39,35 +40,39 @@ from .base import (
 )
 
 
+ORTHOGONALITIES = ("rr", "aa", "off")
+SHARED = ("als", "gradient", "off")
+
+
 @dataclass(frozen=True)
 class CIDMConfig:
     """Paper: rank 4, token_lr 1e-3, lr 1e-4, gamma1 0.1, gamma2 1.0. Code: attention_weight 0.01, token_norm_stop 0.55.
 
-    orthogonality: "rr" | "aa" | "off"; shared: "als" | "gradient" | "off"; shared_rank: rows of W*, per projection;
     first_std: spread of the first word's start, 0 = that of the vocabulary (the code uses 0.011 to 0.020 for SD1.5);
-    token_norm_stop: tokens stop learning once their mean length reaches this many times the class noun's, 0 = never
-    (the code's absolute 0.55 is about 1.4 times SD1.5's usual length); stored: type of the bank's tensors.
+    token_norm_stop: the code's absolute 0.55 is about 1.4 times SD1.5's usual length; stored: type of the bank's tensors.
     """
 
-    rank: int = 4
-    scale: float = 1.0
+    rank: int = setting(4, "Rank of the deltas. Paper: 4.", 1, 128)
+    scale: float = setting(1.0, "Factor on the deltas; 1 = none.", 0.01, 16.0, 0.05)
     lr: float = 1e-4
     token_lr: float = 1e-3
-    layerwise: bool = True
-    gamma1: float = 0.1
-    gamma2: float = 1.0
-    orthogonality: str = "rr"
-    shared: str = "als"
-    shared_rank: int = 8
-    attention_weight: float = 0.01
-    token_norm_stop: float = 1.4
+    layerwise: bool = setting(True, "One vector per word and layer (the paper's), or one for all layers, which exports as an embedding.")
+    gamma1: float = setting(0.1, "Weight of the task-specific loss R1; 0 = off. Paper: 0.1.", 0.0, 100.0, 0.01)
+    gamma2: float = setting(1.0, "Weight of the task-shared loss R2; 0 = off. Paper: 1.", 0.0, 100.0, 0.1)
+    orthogonality: str = setting("rr", "How R1 is read: rr compares r x r products (ours), aa a x a products (as printed).",
+                                 choices=ORTHOGONALITIES)
+    shared: str = setting("als", "How W* and H are found: als solves for them, gradient takes the paper's step.", choices=SHARED)
+    shared_rank: int = setting(8, "Rank of the common subspace W*: its rows per projection.", 1, 256)
+    attention_weight: float = setting(0.01, "Weight of the attention regulariser; 0 = off.", 0.0, 10.0, 0.01)
+    token_norm_stop: float = setting(1.4, "Words stop learning once their mean length reaches this many times the class noun's; 0 = never.",
+                                     0.0, 100.0, 0.1)
     first_std: float = 0.0
     stored: str = "float16"
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 128, "rank", self.rank, "1 to 128")
-        require(self.orthogonality in ("rr", "aa", "off"), "orthogonality", self.orthogonality, "rr, aa, off")
-        require(self.shared in ("als", "gradient", "off"), "shared", self.shared, "als, gradient, off")
+        require(self.orthogonality in ORTHOGONALITIES, "orthogonality", self.orthogonality, ", ".join(ORTHOGONALITIES))
+        require(self.shared in SHARED, "shared", self.shared, ", ".join(SHARED))
         require(1 <= self.shared_rank <= 256, "shared_rank", self.shared_rank, "1 to 256")
         for name in ("lr", "token_lr", "gamma1", "gamma2", "attention_weight", "token_norm_stop", "first_std"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

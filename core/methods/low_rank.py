@@ -8,19 +8,20 @@ from torch import nn
 
 from ..bank.tokens import TokenGroup
 from ..model.backbone import AttentionProcessor
+from ..settings import setting
 from .base import AdapterProcessor, LearnedWords, LowRankAdapters, Method, Outcome, Task, require, stored_dtype
 
 
 @dataclass(frozen=True)
 class LowRankConfig:
-    """rank, scale: of the deltas; lr, token_lr: of deltas and words; layerwise: one vector per word and layer copy, else one per word;
-    first_std: spread of the first word's start, 0 = that of the vocabulary; stored: type of the bank's tensors."""
+    """lr, token_lr: of deltas and words; first_std: spread of the first word's start, 0 = that of the vocabulary; stored: type of the
+    bank's tensors; the others describe themselves."""
 
-    rank: int = 4
-    scale: float = 1.0
+    rank: int = setting(4, "Rank of the deltas. A higher rank holds more detail and makes the concept larger.", 1, 128)
+    scale: float = setting(1.0, "Factor on the deltas; 1 = none.", 0.01, 16.0, 0.05)
     lr: float = 1e-4
     token_lr: float = 1e-3
-    layerwise: bool = True
+    layerwise: bool = setting(True, "One vector per word and layer, or one for all layers, which exports as an embedding.")
     first_std: float = 0.0
     stored: str = "float16"
 

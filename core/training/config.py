@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.framing import FRAMINGS
 from ..errors import ConceptError
+from ..settings import setting
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")      # the usual ones; any of torch.optim that fits is accepted
 LR_SCHEDULES = ("constant", "linear", "cosine")
 EIGHT_BIT = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "Lion8bit")      # bitsandbytes': a quarter of the optimiser's memory
 UNFIT = {"LBFGS": "needs closures", "SparseAdam": "needs sparse gradients", "Muon": "takes matrices only"}
@@ -29,37 +32,30 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything about a run that is not the method's.
+    """Everything about a run that is not the method's. Trainable parameters stay float32 whatever the precision is."""
 
-    steps: optimiser steps; batch_size: own pictures per forward pass (as many prior pictures come on top); accumulation: forward passes
-    per step; resolution in pixels; optimizer: any class of torch.optim by name, or one of EIGHT_BIT; schedule: of the learning rates,
-    after `warmup` steps; framing: see framing.Framing; max_grad_norm: 0 = no clipping; min_snr_gamma: 0 = off, 5 is usual; noise_offset:
-    0 = off, CIDM's code 0.01; precision: of the frozen base's arithmetic, trainables stay fp32; prior_weight: of prior-preservation
-    pictures; caption_dropout: share of empty prompts; patience: learning ends early when so many looks, `look_every` steps apart, were
-    no better than those before them (see looks.has_stalled), 0 = never.
-    """
-
-    steps: int = 800
-    batch_size: int = 1
-    accumulation: int = 1
-    resolution: int = 512
-    framing: str = "crop"
-    flip: bool = True
-    seed: int = 0
-    optimizer: str = "AdamW"
-    weight_decay: float = 0.01
-    schedule: str = "linear"
-    warmup: int = 0
-    max_grad_norm: float = 1.0
-    min_snr_gamma: float = 0.0
-    noise_offset: float = 0.0
-    precision: str = "float32"
-    gradient_checkpointing: bool = False
-    prior_weight: float = 1.0
-    caption_dropout: float = 0.0
-    checkpoint_every: int = 0
-    patience: int = 0
-    look_every: int = 0
+    steps: int = setting(800, "Optimiser steps. CIDM's paper uses 800.", 1, 100_000)
+    batch_size: int = setting(1, "Photos per forward pass. More photos make training steadier and slower.", 1, 64)
+    accumulation: int = setting(1, "Forward passes per optimiser step; 1 = none are accumulated.", 1, 64)
+    resolution: int = setting(512, "Side of the training pictures in pixels.", 16, 2048, 8)
+    framing: str = setting("crop", "crop fills the square; pad shows the whole photo on grey; buckets keeps each photo's shape and never "
+                           "enlarges it.", choices=FRAMINGS)
+    flip: bool = setting(True, "Also learn from mirrored photos. Switch it off for text and asymmetric things.")
+    seed: int = setting(0, "The same seed gives the same result.", 0, 0xFFFFFFFF)
+    optimizer: str = setting("AdamW", "Optimisers of PyTorch. Names that end in 8bit need bitsandbytes.", choices=OPTIMIZERS)
+    weight_decay: float = setting(0.01, "Weight decay of the optimiser; 0 = none.", 0.0, 1.0, 0.001)
+    schedule: str = setting("linear", "Learning-rate schedule after the warm-up.", choices=LR_SCHEDULES)
+    warmup: int = setting(0, "Steps until the full learning rate; 0 = none.", 0, 10_000)
+    max_grad_norm: float = setting(1.0, "Largest norm of the gradient; 0 = no clipping.", 0.0, 100.0, 0.1)
+    min_snr_gamma: float = setting(0.0, "Min-SNR weighting of the loss; 0 = off, 5 is usual.", 0.0, 20.0, 0.5)
+    noise_offset: float = setting(0.0, "Offset noise; 0 = off, CIDM's code uses 0.01.", 0.0, 1.0, 0.01)
+    precision: str = setting("float32", "Arithmetic of the frozen base while training.", choices=tuple(PRECISIONS))
+    gradient_checkpointing: bool = setting(False, "Saves memory and takes about a third more time.")
+    prior_weight: float = setting(1.0, "Loss weight of the prior pictures; 0 = ignore them.", 0.0, 10.0, 0.1)
+    caption_dropout: float = setting(0.0, "Share of captions replaced by empty ones; 0 = none.", 0.0, 0.9, 0.05)
+    checkpoint_every: int = setting(0, "Steps between safety copies of the run; 0 = only when it is cancelled or fails.", 0, 10_000)
+    patience: int = setting(0, "Training stops after this many evaluations without improvement; 0 = never.", 0, 100)
+    look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "resolution"):
