@@ -39,7 +39,6 @@ from .base import (
     stored_dtype,
 )
 
-
 ORTHOGONALITIES = ("rr", "aa", "off")
 SHARED = ("als", "gradient", "off")
 
