@@ -26,7 +26,7 @@ from ..core.images import smoothed
 from ..core.model.backbone import Backbone
 from ..core.sampling.sampling import sample
 from ..core.sampling.settings import SampleSettings
-from ..core.training.loop import StepInfo
+from ..core.training.trainer import StepInfo
 
 BANKS = "concept_banks"
 NEW_BANK = "(new bank)"

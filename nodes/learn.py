@@ -214,7 +214,7 @@ def _learn(task: Task, method, config: TrainingConfig, pictures: list[Picture], 
         alike = _likeness(one["clip_vision"], pictures)
         report = host.Reporter(config.steps, backbone, _prompt(task.name, task.kind), every, look, config.seed, alike, node)
         judge = report.judge if config.patience else None
-        learned = learn(task, method, data, config, report, host.checkpoint_file(task.name, key), judge=judge)
+        learned = learn(task, method, data, config, report, host.checkpoint_file(task.name, key), evaluator=judge)
         bank = learned.bank
         if every:
             if report.looked != len(learned.losses):      # the look that ended learning is the last one

@@ -106,7 +106,7 @@ def continual(options: Namespace) -> Result | None:
     """Runs the cells that have no file yet and puts all files of this length together, whoever ran them. Started by torchrun, each process
     takes its share of the cells, and the first one waits for the others and puts together."""
     from ...core.methods import DEFAULT
-    from ...core.training.process_group import together
+    from ...core.training.process_group import process_group
     from .concepts import ordered
     from .figure import draw
     from .photo_suite import STEPS, check_flags, photo_bench
@@ -120,12 +120,12 @@ def continual(options: Namespace) -> Result | None:
     cells = [] if options.merge else _cells(options)
     folder = options.cells or options.file.with_suffix(".cells")
     bench = _world_bench(options) if options.data is None else photo_bench(options, folder)
-    with together() as team:
-        for cell in cells[team.rank::team.size]:
+    with process_group() as group:
+        for cell in cells[group.rank::group.size]:
             settings, places = bench.settings_of(cell.method) | cell.settings(), ordered(options.tasks, cell.order)
             run_cell(bench.backbone, bench.suite, cell, places, settings, bench.training(cell.seed), folder, _telling(cell))
-        team.wait()
-        if not team.is_first:
+        group.wait()
+        if not group.is_first:
             return None
     found = [_finished(path) for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))
              if not path.name.endswith(".progress.json")]

@@ -26,8 +26,9 @@ from ...core.methods.clora import KEYS_AND_VALUES
 from ...core.model.backbone import Backbone
 from ...core.model.sites import PROJECTIONS, SiteLayout
 from ...core.training.config import TrainingConfig
-from ...core.training.loop import Run, fit_for_steps, learn
-from ...core.training.memory import kept_between_steps
+from ...core.training.loop import learn
+from ...core.training.memory import retained_between_steps
+from ...core.training.trainer import Trainer
 from .synthetic import deltas_of, peak_gb, seconds
 
 NEW, NOUN = "new", "dog"
@@ -153,16 +154,16 @@ def _passes(host: Host, row: str) -> tuple[Callable[[], object], Callable[[], ob
 
 
 @contextmanager
-def _running(host: Host, row: str, banks: Sequence[ConceptBank], steps: int) -> Iterator[list[Run]]:
+def _running(host: Host, row: str, banks: Sequence[ConceptBank], steps: int) -> Iterator[list[Trainer]]:
     """A run on top of each bank, in a place where steps can be made."""
     method, settings = ROWS[row]
     data = random_set(host.backbone, host.setup.side)
-    with torch.inference_mode(False), host.training(), kept_between_steps(host.backbone.device):
-        yield [Run(Task(NEW, NOUN, host.backbone, bank), make(method, settings), data, host.setup.training(steps)) for bank in banks]
+    with torch.inference_mode(False), host.training(), retained_between_steps(host.backbone.device):
+        yield [Trainer(Task(NEW, NOUN, host.backbone, bank), make(method, settings), data, host.setup.training(steps)) for bank in banks]
 
 
-def _step(run: Run) -> float:
-    with fit_for_steps(run):
+def _step(run: Trainer) -> float:
+    with run.session():
         return _clock(run.step)
 
 

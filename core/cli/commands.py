@@ -33,9 +33,9 @@ from ..sampling.regions import sample_regions
 from ..sampling.sampling import sample as sample_pictures
 from ..sampling.settings import SampleSettings
 from ..training.config import TrainingConfig
-from ..training.loop import StepInfo
 from ..training.loop import learn as learn_concept
-from ..training.process_group import own_device, together
+from ..training.process_group import own_device, process_group
+from ..training.trainer import StepInfo
 from .export import export
 
 Result = tuple[dict, list[str]]
@@ -115,15 +115,15 @@ def learn(options: Namespace) -> Result | None:
     rates = EMBEDDED_RATES if _is_embedded(options) else {}
     method, training = make(options.method, {**rates, **dict(options.settings)}), _training(options)
     known = open_bank(options.bank) if options.bank.exists() else None  # a damaged bank is told before anything is loaded
-    with together(options.device) as team:
+    with process_group(options.device) as group:
         backbone = load_backbone(options)
         bank = known or ConceptBank(backbone.layout)
         task = _task(options, backbone, bank, training.seed)
         data = prepare(backbone, pictures, options.name, options.noun, Framing(training.resolution, training.framing, training.flip))
         checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
-        with tqdm(total=training.steps, desc=f"learning <{options.name}>", disable=options.json or not team.is_first) as bar:
-            learned = learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint, team=team)
-        if not team.is_first:
+        with tqdm(total=training.steps, desc=f"learning <{options.name}>", disable=options.json or not group.is_first) as bar:
+            learned = learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint, group=group)
+        if not group.is_first:
             return None
     grown = add_concept(options.bank, learned.concept, learned.bank.shared, bank)  # before the thumbnail, which is only a nicety
     checkpoint.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""One training loop for every method: data, objective, loop, checkpoints. Knows no method by name."""
+"""Training a concept with any method: settings, the trainer, checkpoints, and the record of a run."""

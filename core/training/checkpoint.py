@@ -1,4 +1,5 @@
-"""A stopped run on disk: safetensors with the nested structure as JSON, so that resuming is exact and loading runs no code."""
+"""Checkpoints: safetensors with the nested structure as JSON. Resuming is exact, and loading a file runs no
+code."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _TENSOR, _TUPLE, _DICT = "__tensor__", "__tuple__", "__items__"
 
 
 def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON of a nested value; its tensors go to `tensors` under running numbers."""
+    """Returns the JSON of a nested value. Its tensors are added to `tensors` under running numbers."""
     if isinstance(value, torch.Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().contiguous().clone()
@@ -45,14 +46,15 @@ def _restore(value: Any, read) -> Any:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes atomically: a crash leaves the previous checkpoint."""
+    """Writes a checkpoint atomically: after a crash the previous one is still there."""
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_flatten(state, tensors))
     write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), {KEY: structure}))
 
 
 def identity(path: Path) -> dict:
-    """Whose run a checkpoint is (see record.run_identity), from its header alone; empty for a file that is none."""
+    """Reads which run a checkpoint belongs to (record.run_identity) from its header; empty for any other
+    file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})[KEY])
@@ -62,10 +64,11 @@ def identity(path: Path) -> dict:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Raises ConceptError for anything that `save` did not write."""
+    """Reads a checkpoint. Raises ConceptError for a file that `save` did not write."""
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})[KEY])
             return _restore(structure, lambda key: file.get_tensor(key).clone())
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ConceptError(f"'{path}' is not a checkpoint of a learning run ({type(error).__name__})") from error
+        reason = type(error).__name__
+        raise ConceptError(f"'{path}' is not a checkpoint of a learning run ({reason})") from error

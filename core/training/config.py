@@ -1,4 +1,4 @@
-"""Settings of a training run, checked where they enter."""
+"""Settings of a training run, checked when they are created."""
 
 from __future__ import annotations
 
@@ -11,64 +11,75 @@ from ..errors import ConceptError
 from ..settings import setting
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")      # the usual ones; any of torch.optim that fits is accepted
+# offered; others of torch.optim are accepted
+OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")
 LR_SCHEDULES = ("constant", "linear", "cosine")
-EIGHT_BIT = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "Lion8bit")      # bitsandbytes': a quarter of the optimiser's memory
+# of bitsandbytes, 8-bit optimiser states
+EIGHT_BIT = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "Lion8bit")
 UNFIT = {"LBFGS": "needs closures", "SparseAdam": "needs sparse gradients", "Muon": "takes matrices only"}
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
-    """The optimiser of that name; None for one that there is not here, or that cannot train a concept."""
+    """Looks up an optimiser by name; None where it is not installed or cannot train a concept."""
     home = torch.optim
     if name in EIGHT_BIT:
         try:
             import bitsandbytes.optim as home
-        except (ImportError, OSError, RuntimeError):      # not installed, or not for this machine's driver
+        except (ImportError, OSError, RuntimeError):      # not installed, or not built for this driver
             return None
     kind = getattr(home, name, None)
-    fits = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-    return kind if fits and name not in UNFIT else None
+    is_optimizer = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    return kind if is_optimizer and kind is not torch.optim.Optimizer and name not in UNFIT else None
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything about a run that is not the method's. Trainable parameters stay float32 whatever the precision is."""
+    """Settings of a run that do not belong to the method. Trained parameters always stay in float32."""
 
     steps: int = setting(800, "Optimiser steps. CIDM's paper uses 800.", 1, 100_000)
-    batch_size: int = setting(1, "Photos per forward pass. More photos make training steadier and slower.", 1, 64)
+    batch_size: int = setting(1, "Photos per forward pass. More photos make training steadier and slower.",
+                              1, 64)
     accumulation: int = setting(1, "Forward passes per optimiser step; 1 = none are accumulated.", 1, 64)
     resolution: int = setting(512, "Side of the training pictures in pixels.", 16, 2048, 8)
-    framing: str = setting("crop", "crop fills the square; pad shows the whole photo on grey; buckets keeps each photo's shape and never "
-                           "enlarges it.", choices=FRAMINGS)
-    flip: bool = setting(True, "Also learn from mirrored photos. Switch it off for text and asymmetric things.")
+    framing: str = setting("crop", "crop fills the square; pad shows the whole photo on grey; buckets keeps "
+                           "each photo's shape and never enlarges it.", choices=FRAMINGS)
+    flip: bool = setting(True,
+                         "Also learn from mirrored photos. Switch it off for text and asymmetric things.")
     seed: int = setting(0, "The same seed gives the same result.", 0, 0xFFFFFFFF)
-    optimizer: str = setting("AdamW", "Optimisers of PyTorch. Names that end in 8bit need bitsandbytes.", choices=OPTIMIZERS)
+    optimizer: str = setting("AdamW", "Optimisers of PyTorch. Names that end in 8bit need bitsandbytes.",
+                             choices=OPTIMIZERS)
     weight_decay: float = setting(0.01, "Weight decay of the optimiser; 0 = none.", 0.0, 1.0, 0.001)
     schedule: str = setting("linear", "Learning-rate schedule after the warm-up.", choices=LR_SCHEDULES)
     warmup: int = setting(0, "Steps until the full learning rate; 0 = none.", 0, 10_000)
     max_grad_norm: float = setting(1.0, "Largest norm of the gradient; 0 = no clipping.", 0.0, 100.0, 0.1)
     min_snr_gamma: float = setting(0.0, "Min-SNR weighting of the loss; 0 = off, 5 is usual.", 0.0, 20.0, 0.5)
     noise_offset: float = setting(0.0, "Offset noise; 0 = off, CIDM's code uses 0.01.", 0.0, 1.0, 0.01)
-    precision: str = setting("float32", "Arithmetic of the frozen base while training.", choices=tuple(PRECISIONS))
+    precision: str = setting("float32", "Arithmetic of the frozen base while training.",
+                             choices=tuple(PRECISIONS))
     gradient_checkpointing: bool = setting(False, "Saves memory and takes about a third more time.")
     prior_weight: float = setting(1.0, "Loss weight of the prior pictures; 0 = ignore them.", 0.0, 10.0, 0.1)
-    caption_dropout: float = setting(0.0, "Share of captions replaced by empty ones; 0 = none.", 0.0, 0.9, 0.05)
-    checkpoint_every: int = setting(0, "Steps between safety copies of the run; 0 = only when it is cancelled or fails.", 0, 10_000)
-    patience: int = setting(0, "Training stops after this many evaluations without improvement; 0 = never.", 0, 100)
+    caption_dropout: float = setting(0.0, "Share of captions replaced by empty ones; 0 = none.",
+                                     0.0, 0.9, 0.05)
+    checkpoint_every: int = setting(
+        0, "Steps between safety copies of the run; 0 = only when it is cancelled or fails.", 0, 10_000)
+    patience: int = setting(0, "Training stops after this many evaluations without improvement; 0 = never.",
+                            0, 100)
     look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "resolution"):
             self._check(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset", "prior_weight", "checkpoint_every",
-                     "patience", "look_every"):
+        for name in ("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset",
+                     "prior_weight", "checkpoint_every", "patience", "look_every"):
             self._check(getattr(self, name) >= 0, name, "0 or more")
-        self._check(self.look_every > 0 or self.patience == 0, "look_every", "1 or more where patience is not 0")
+        self._check(self.look_every > 0 or self.patience == 0, "look_every",
+                    "1 or more where patience is not 0")
         self._check(0 <= self.caption_dropout < 1, "caption_dropout", "0 to below 1")
         self._check(self.precision in PRECISIONS, "precision", ", ".join(PRECISIONS))
         self._check(self.schedule in LR_SCHEDULES, "schedule", ", ".join(LR_SCHEDULES))
-        self._check(optimizer_class(str(self.optimizer)) is not None, "optimizer", "a class of torch.optim such as AdamW, Adam, SGD, or "
-                    f"one of {', '.join(EIGHT_BIT)} where bitsandbytes is installed; not "
+        self._check(optimizer_class(str(self.optimizer)) is not None, "optimizer",
+                    f"a class of torch.optim such as AdamW, Adam, SGD, or one of {', '.join(EIGHT_BIT)} "
+                    "where bitsandbytes is installed; not "
                     + ", ".join(f"{name} ({why})" for name, why in UNFIT.items()))
 
     def _check(self, condition: bool, name: str, allowed: str) -> None:

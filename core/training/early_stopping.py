@@ -1,4 +1,4 @@
-"""Looks at a concept while it is learned: a figure for how good it is by now, and whether that still grows."""
+"""Early stopping: a concept is evaluated while it is learned, and learning ends when the score plateaus."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from ..bank.bank import ConceptBank
 
-Judge = Callable[[ConceptBank, int], float]      # a bank with the concept as it is after so many steps -> how good it is, more is better
+# (bank with the concept as learned so far, step) -> score, higher is better
+Evaluator = Callable[[ConceptBank, int], float]
 
 
 def has_stalled(scores: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` looks brought nothing better than those before them; never for 0."""
+    """Whether none of the last `patience` scores exceeds all earlier ones. Never true for a patience of 0."""
     return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])

@@ -1,8 +1,8 @@
-"""On a processor, memory that one step frees stays with the process for the next one.
+"""On a CPU, keeps the memory that one training step frees for the next step.
 
-The C library gives large pieces back to the system as soon as they are freed, and every step gets them anew: the system clears each page
-first. A step of Stable Diffusion 1.5 frees and asks for gigabytes; without this a tenth to a fifth of its time is spent in clearing.
-"""
+glibc returns large blocks to the system as soon as they are freed. The next step then asks for them again,
+and the system clears every page first. A step of Stable Diffusion 1.5 frees gigabytes; clearing them costs a
+tenth to a fifth of its time. """
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-# glibc's numbers in malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
-_LARGE, _FREE, _AHEAD = -3, -1, -2
-_KEEPING = {_LARGE: 2**30, _FREE: 2**31 - 1, _AHEAD: 2**27}
-# Where glibc's own adjustment ends in a process that has freed one large tensor.
-_AFTER = {_LARGE: 2**25, _FREE: 2**26, _AHEAD: 2**17}
+# Option numbers of mallopt in glibc's malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+_RETAINING = {_MMAP_THRESHOLD: 2**30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**27}
+# The values that glibc's own adjustment reaches in a process that has freed one large tensor.
+_USUAL = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26, _TOP_PAD: 2**17}
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The process's C library, where it is one that can be told."""
+    """The process's C library if it is glibc, else None."""
     if sys.platform != "linux":
         return None
     with suppress(OSError):
@@ -32,7 +32,8 @@ def _glibc() -> ctypes.CDLL | None:
     return None
 
 
-_users, _lock = 0, threading.Lock()      # the C library is the process's: who came first begins, who goes last ends
+# the setting is the whole process's: the first user sets it, the last resets it
+_users, _lock = 0, threading.Lock()
 
 
 def _enter(library: ctypes.CDLL) -> None:
@@ -40,7 +41,7 @@ def _enter(library: ctypes.CDLL) -> None:
     with _lock:
         _users += 1
         if _users == 1:
-            for number, value in _KEEPING.items():
+            for number, value in _RETAINING.items():
                 library.mallopt(number, value)
 
 
@@ -49,15 +50,17 @@ def _leave(library: ctypes.CDLL) -> None:
     with _lock:
         _users -= 1
         if _users == 0:
-            for number, value in _AFTER.items():
+            for number, value in _USUAL.items():
                 library.mallopt(number, value)
             library.malloc_trim(0)
 
 
 @contextmanager
-def kept_between_steps(device: torch.device) -> Iterator[None]:
-    """Inside, freed memory is not given back; afterwards all of it is. Nothing on a graphics card, where torch keeps its own, and nothing
-    where the C library is another than glibc. It changes no number that is computed."""
+def retained_between_steps(device: torch.device) -> Iterator[None]:
+    """Inside, freed memory stays with the process; afterwards all of it is returned to the system.
+
+    Does nothing for other devices, where torch caches memory itself, or without glibc. No computed number
+    changes. """
     library = _glibc() if torch.device(device).type == "cpu" else None
     if library is None:
         yield

@@ -1,4 +1,5 @@
-"""A batch as the passes that a process makes of it: whole, its share among several processes, or in pieces where memory is short."""
+"""Splits a training batch into micro-batches: the whole batch, one process's share, or less where memory is
+short."""
 
 from __future__ import annotations
 
@@ -12,62 +13,74 @@ from ..data.batch import Batch
 from ..methods.base import Method
 from .config import TrainingConfig
 from .objective import Draw, draw
-from .process_group import Team
+from .process_group import ProcessGroup
 
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """weight: its part in the step's loss; the passes' weights add up to 1."""
+class MicroBatch:
+    """What one forward pass evaluates. weight: its share of the batch's loss."""
 
     batch: Batch
     drawn: Draw
     weight: float = 1.0
 
 
-def passes(batch: Batch, method: Method, config: TrainingConfig, timesteps: int, generator: torch.Generator, team: Team,
-           piece: int = 0) -> Iterator[Pass]:
-    """What is to be passed forward for a drawn batch. piece: rows per pass, 0 = all at once.
+def micro_batches(batch: Batch, method: Method, config: TrainingConfig, timesteps: int,
+                  generator: torch.Generator, group: ProcessGroup, size: int = 0) -> Iterator[MicroBatch]:
+    """Yields the micro-batches of a batch that this process evaluates.
 
-    Noise and dropped captions are drawn for the whole batch, whoever passes which rows: the sum is the same. What a method adds to a pass
-    (replay) is drawn behind that.
+    Noise and dropped captions are drawn for the whole batch, so the gradient does not depend on how it is
+    split. Captions are dropped before `method.on_batch`, whose result is trained on as it is. What a method
+    adds to a micro-batch (replay) gets noise of its own.
+
+    Args:
+        batch: the whole batch, `B` rows.
+        method: its `on_batch` sees every micro-batch once.
+        config: `caption_dropout` and `noise_offset` are used.
+        timesteps: of the noise schedule.
+        generator: source of all random numbers, in the same state in every process.
+        group: the processes that share the batch.
+        size: rows per micro-batch, 0 = all rows of this process.
     """
     count = len(batch.prompts)
-    rows = team.share(count)
-    if team.size == 1 and not 0 < piece < count:
-        batch = method.on_batch(batch)
-        drawn = draw(batch, timesteps, config, generator)
-        yield Pass(_dropped(batch, config, generator), drawn)
+    if group.size == 1 and not 0 < size < count and config.caption_dropout == 0:
+        batch = method.on_batch(batch)      # noise for added rows is drawn together with that of the others
+        yield MicroBatch(batch, draw(batch, timesteps, config, generator))
         return
+    rows = group.share(count)
     drawn = draw(batch, timesteps, config, generator)
-    batch = _dropped(batch, config, generator)
-    for some in rows.split(piece or len(rows)):
-        part = method.on_batch(_rows(batch, some))
-        own = Draw(drawn.timesteps[some.to(drawn.timesteps.device)], drawn.noise[some.to(drawn.noise.device)])
-        yield Pass(part, _longer(own, part, timesteps, config, generator), len(some) / len(rows))
+    batch = drop_captions(batch, config.caption_dropout, generator)
+    for chosen in rows.split(size or len(rows)):
+        part = method.on_batch(_rows(batch, chosen))
+        own = Draw(drawn.timesteps[chosen.to(drawn.timesteps.device)],
+                   drawn.noise[chosen.to(drawn.noise.device)])
+        yield MicroBatch(part, _extended(own, part, timesteps, config, generator), len(chosen) / len(rows))
+
+
+def drop_captions(batch: Batch, share: float, generator: torch.Generator) -> Batch:
+    """Empties each caption with probability `share`, which trains the unconditional prediction as well."""
+    if share == 0:
+        return batch
+    drop = torch.rand(len(batch.prompts), generator=generator) < share
+    pairs = zip(drop.tolist(), batch.prompts, strict=True)
+    return replace(batch, prompts=tuple("" if dropped else prompt for dropped, prompt in pairs))
 
 
 def _rows(batch: Batch, rows: Tensor) -> Batch:
     def pick(tensor: Tensor) -> Tensor:
         return tensor[rows.to(tensor.device)]
 
-    return Batch(pick(batch.latents), tuple(batch.prompts[i] for i in rows.tolist()), pick(batch.masks), pick(batch.is_prior),
-                 pick(batch.weights))
+    return Batch(pick(batch.latents), tuple(batch.prompts[i] for i in rows.tolist()), pick(batch.masks),
+                 pick(batch.is_prior), pick(batch.weights))
 
 
-def _longer(drawn: Draw, batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.Generator) -> Draw:
-    """Also for the rows that a method has added behind."""
-    known = len(drawn.timesteps)
-    if len(batch.prompts) == known:
+def _extended(drawn: Draw, batch: Batch, timesteps: int, config: TrainingConfig,
+              generator: torch.Generator) -> Draw:
+    """The draw of a batch to which a method has appended rows: theirs is drawn now."""
+    count = len(drawn.timesteps)
+    if len(batch.prompts) == count:
         return drawn
-    more = draw(_rows(batch, torch.arange(known, len(batch.prompts))), timesteps, config, generator)
-    return Draw(torch.cat([drawn.timesteps, more.timesteps]), torch.cat([drawn.noise, more.noise]))
-
-
-def _dropped(batch: Batch, config: TrainingConfig, generator: torch.Generator) -> Batch:
-    """Some captions are empty: what the model draws without any is learned on too."""
-    if config.caption_dropout == 0:
-        return batch
-    drop = torch.rand(len(batch.prompts), generator=generator) < config.caption_dropout
-    return replace(batch, prompts=tuple("" if dropped else p for dropped, p in zip(drop.tolist(), batch.prompts, strict=True)))
+    added = draw(_rows(batch, torch.arange(count, len(batch.prompts))), timesteps, config, generator)
+    return Draw(torch.cat([drawn.timesteps, added.timesteps]), torch.cat([drawn.noise, added.noise]))

@@ -22,7 +22,10 @@ class Draw:
 
 
 def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.Generator) -> Draw:
-    """Uniform timesteps; noise with CIDM's offset (a constant per channel, which lets overall brightness move)."""
+    """Draws uniform timesteps below `timesteps`, and Gaussian noise.
+
+    With `noise_offset` a constant per sample and channel is added to the noise, as in CIDM's released code.
+    It lets the overall brightness of the pictures change. """
     latents = batch.latents
     t = torch.randint(timesteps, (len(latents),), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -31,20 +34,32 @@ def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.
     return Draw(t.to(latents.device), noise.to(latents.device))
 
 
-def predict(backbone: Backbone, batch: Batch, context: Context, drawn: Draw, processor: AttentionProcessor | None) -> Forward:
-    """One forward pass of a batch with its drawn noise."""
+def predict(backbone: Backbone, batch: Batch, context: Context, drawn: Draw,
+            processor: AttentionProcessor | None) -> Forward:
+    """Runs one forward pass of a batch at its drawn timesteps and noise."""
     schedule = backbone.schedule
     noisy = schedule.add_noise(batch.latents, drawn.noise, drawn.timesteps)
     target = schedule.target(batch.latents, drawn.noise, drawn.timesteps)
-    return Forward(batch, context, drawn.timesteps, noisy, target, backbone.predict(noisy, drawn.timesteps, context, processor))
+    output = backbone.predict(noisy, drawn.timesteps, context, processor)
+    return Forward(batch, context, drawn.timesteps, noisy, target, output)
 
 
 def denoising_loss(backbone: Backbone, seen: Forward, config: TrainingConfig) -> Tensor:
-    """Masked MSE between the UNet's output and its target, normalised by mask area, times sample and Min-SNR weights; batch mean."""
+    """Computes the masked mean squared error between the UNet's output and its target.
+
+    Args:
+        backbone: its schedule gives the Min-SNR weights (Hang et al. 2023).
+        seen: a forward pass; each sample's error is divided by its mask's area, so small masks count as much.
+        config: `min_snr_gamma` 0 leaves the Min-SNR weights out.
+
+    Returns:
+        The mean over the batch, with the samples' own weights, as a scalar with gradient.
+    """
     masks, output = seen.batch.masks, seen.output
     area = masks.sum((1, 2, 3)).clamp(min=1e-6) * output.shape[1]
     per_sample = ((output.float() - seen.target).square() * masks).sum((1, 2, 3)) / area
     weights = seen.batch.weights.to(per_sample)
     if config.min_snr_gamma > 0:
-        weights = weights * backbone.schedule.min_snr_weights(seen.timesteps, config.min_snr_gamma).to(per_sample)
+        weights = weights * backbone.schedule.min_snr_weights(seen.timesteps,
+                                                              config.min_snr_gamma).to(per_sample)
     return (per_sample * weights).mean()

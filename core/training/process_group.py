@@ -1,8 +1,8 @@
-"""Several processes that learn one concept together (`torchrun ... learn`): each takes a share of every batch, gradients are averaged.
+"""Several processes that learn one concept together (`torchrun ... learn`), by data parallelism.
 
-All of them draw the whole batch from the same seed, so what is learned is what one process learns with that batch, up to the order of
-sums. Files are written by the first alone.
-"""
+Each process takes a share of every batch, and gradients are averaged. All processes draw the whole batch from
+the same seed, so the result is that of one process with that batch, up to the order of sums. Only the first
+one writes files. """
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..errors import ConceptError
 
-PATIENCE = timedelta(days=2)      # a process may measure for hours while another waits
+TIMEOUT = timedelta(days=2)      # one process may evaluate for hours while the others wait
 
 
 @dataclass(frozen=True)
-class Team:
-    """rank: this process's number, 0 to size - 1."""
+class ProcessGroup:
+    """rank: this process's number, 0 to size - 1; size: the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -32,9 +32,11 @@ class Team:
         return self.rank == 0
 
     def share(self, count: int) -> Tensor:
-        """This process's rows of a batch of `count`; ConceptError where they cannot be shared equally."""
+        """Rows of a batch of `count` that this process takes. Raises ConceptError where they cannot be shared
+        equally."""
         if count % self.size:
-            raise ConceptError(f"a batch has {count} pictures; with {self.size} processes allowed: a multiple of {self.size}")
+            raise ConceptError(f"a batch has {count} pictures; with {self.size} processes allowed: a "
+                               f"multiple of {self.size}")
         return torch.arange(self.rank, count, self.size)
 
     def mean(self, value: float) -> float:
@@ -42,15 +44,19 @@ class Team:
         return value if self.size == 1 else float(self._summed(torch.tensor(value))) / self.size
 
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """In place, all in one exchange. A parameter without a gradient anywhere stays without; one that has it somewhere has it then."""
+        """Averages the gradients over processes, in place and in one exchange.
+
+        A parameter with a gradient in no process keeps None. With one in some process, it has one in all of
+        them. """
         if self.size == 1:
             return
         has = torch.tensor([float(p.grad is not None) for p in parameters])
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float()
+                          for p in parameters])
         both = self._summed(torch.cat([has.to(flat), flat]))
-        for parameter, is_there, part in zip(parameters, both[:len(has)].tolist(),
-                                             both[len(has):].split([p.numel() for p in parameters]), strict=True):
-            if is_there:
+        parts = both[len(has):].split([p.numel() for p in parameters])
+        for parameter, present, part in zip(parameters, both[:len(has)].tolist(), parts, strict=True):
+            if present:
                 parameter.grad = part.view_as(parameter).div(self.size).to(parameter)
 
     def _summed(self, values: Tensor) -> Tensor:
@@ -60,35 +66,35 @@ class Team:
         return values.to(device)
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Blocks until every process has reached this point."""
         if self.size > 1:
             dist.barrier()
 
 
-ALONE = Team()
+ONE_PROCESS = ProcessGroup()
 
 
 def _is_launched() -> bool:
-    """Whether torchrun, or what builds on it, started this process."""
+    """Whether torchrun, or a launcher based on it, started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def own_device(device: str) -> str:
-    """`cuda` becomes this process's own card on a machine of several."""
+    """Resolves `cuda` to this process's own card on a machine with several."""
     return f"cuda:{dist.get_node_local_rank()}" if device == "cuda" and _is_launched() else device
 
 
 @contextmanager
-def together(device: str = "cpu") -> Iterator[Team]:
-    """The processes that were started for this command; alone, without any exchange, where it is one."""
+def process_group(device: str = "cpu") -> Iterator[ProcessGroup]:
+    """Joins the processes that torchrun started; without torchrun, yields a group of one."""
     if not _is_launched():
-        yield ALONE
+        yield ONE_PROCESS
         return
     is_on_card = device.startswith("cuda")
     if is_on_card:
         torch.cuda.set_device(torch.device(own_device(device)))
-    dist.init_process_group("nccl" if is_on_card else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if is_on_card else "gloo", timeout=TIMEOUT)
     try:
-        yield Team(dist.get_rank(), dist.get_world_size())
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

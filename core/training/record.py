@@ -1,4 +1,4 @@
-"""What is said about a run: whose checkpoint is whose, and where a learned concept came from."""
+"""Records of a run: its identity, by which checkpoints are matched, and the provenance of what it learned."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ class Learned:
 
 
 def run_identity(task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> dict:
-    """What must agree for a checkpoint to be a run's. JSON values."""
+    """Everything that must agree for a checkpoint to belong to a run, as JSON values."""
     return {"concept": task.name, "class noun": task.class_noun, "method": method.name,
             "words": list(task.worded(method.word_count).word_names),
-            "settings": method_settings(method), "training": asdict(config), "base": task.backbone.fingerprint,
-            "overlay": task.backbone.overlay, "bank": task.bank.names, "images": list(data.digests), "captions": list(data.captions)}
+            "settings": method_settings(method), "training": asdict(config),
+            "base": task.backbone.fingerprint, "overlay": task.backbone.overlay, "bank": task.bank.names,
+            "images": list(data.digests), "captions": list(data.captions)}
 
 
 def is_same_work(origin: Provenance, method: Method, config: TrainingConfig) -> bool:
-    """Whether a concept was learned with these settings. What its record does not name had its default then."""
+    """Whether a concept was learned with these settings. A setting that its record lacks had its default."""
     defaults = {"method": method_settings(make(method.name)), "training": asdict(TrainingConfig())}
     wanted = {"method": method_settings(method), "training": asdict(config)}
     had = {part: {**defaults[part], **dict(origin.settings.get(part, {}))} for part in wanted}
@@ -44,12 +45,13 @@ def is_same_work(origin: Provenance, method: Method, config: TrainingConfig) -> 
 
 
 def brief(value: object) -> str:
+    """A value for a message, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def method_settings(method: Method) -> dict:
-    """The settings of a method that has any, as JSON values."""
+    """The settings of a method as JSON values; empty for a method without settings."""
     config = getattr(method, "config", None)
     return asdict(config) if is_dataclass(config) else {}
 
@@ -65,23 +67,25 @@ def _versions() -> dict[str, str]:
 
 
 def _refuse_nan(outcome: Outcome, name: str) -> None:
-    """The last step may have gone too far, which no later loss shows."""
+    """The last step may have diverged, and no later loss would show it."""
     factors = [tensor for delta in outcome.deltas.values() for tensor in delta.tensors()]
-    if not all(torch.isfinite(tensor).all() for tensor in (*outcome.tokens.vectors.values(), *factors, *outcome.shared.values())):
-        raise ConceptError(f"what concept '{name}' has learned holds NaN or infinity; lower the learning rates (lr, token_lr); the bank is "
-                           "unchanged")
+    tensors = (*outcome.tokens.vectors.values(), *factors, *outcome.shared.values())
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise ConceptError(f"what concept '{name}' has learned holds NaN or infinity; lower the learning "
+                           "rates (lr, token_lr); the bank is unchanged")
 
 
-def conclude(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, losses: Sequence[float], seconds: float,
-             thumbnail: bytes) -> Learned:
-    """The learned concept with its provenance, and the bank with it."""
+def conclude(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, losses: Sequence[float],
+             seconds: float, thumbnail: bytes) -> Learned:
+    """Finishes a run: the learned concept with its provenance, and the bank that holds it."""
     outcome = method.finish()
     _refuse_nan(outcome, task.name)
     settings = {"method": method_settings(method), "training": asdict(config)}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    origin = Provenance(base=task.backbone.fingerprint, images=data.digests, settings=settings, versions=_versions(), date=now,
-                        steps=len(losses), seconds=round(seconds, 2))
-    info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin, method.composition)
+    origin = Provenance(base=task.backbone.fingerprint, images=data.digests, settings=settings,
+                        versions=_versions(), date=now, steps=len(losses), seconds=round(seconds, 2))
+    info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin,
+                       method.composition)
     concept = Concept(info, outcome.tokens, outcome.deltas, thumbnail)
     shared = {method.name: dict(outcome.shared)} if outcome.shared else {}
     return Learned(concept, task.bank.add(concept, shared), tuple(losses))

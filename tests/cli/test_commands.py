@@ -141,13 +141,13 @@ def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, m
     assert main(["learn", str(photos), "--bank", str(whole), *arguments]) == 0
     original, count = commands.learn_concept, {"steps": 0}
 
-    def interrupted(task, method, data, training, callback, checkpoint, team):
+    def interrupted(task, method, data, training, callback, checkpoint, group):
         def stop(info):
             callback(info)
             if info.step == 2:
                 raise KeyboardInterrupt
 
-        return original(task, method, data, training, stop if not count["steps"] else callback, checkpoint, team=team)
+        return original(task, method, data, training, stop if not count["steps"] else callback, checkpoint, group=group)
 
     monkeypatch.setattr(commands, "learn_concept", interrupted)
     assert main(["learn", str(photos), "--bank", str(stopped), *arguments]) == 130

@@ -16,7 +16,7 @@ from continual_concepts.core.methods.base import Forward, register
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run
+from continual_concepts.core.training.trainer import Trainer
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
 WITHOUT_HISTORY = {"attention", "sparsity"}      # terms that a first task may have
@@ -62,7 +62,7 @@ def test_a_later_penalty_has_gradient(tiny_backbone, run, method):
     data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear", Framing(32))
     settings = {"lr": 1e-2, "stored": "float32"}
     task = Task("bear", "bear", tiny_backbone, run["second"].bank)
-    learning = Run(task, make(method, settings), data, TrainingConfig(steps=2, resolution=32))
+    learning = Trainer(task, make(method, settings), data, TrainingConfig(steps=2, resolution=32))
     learning.step()
     batch = data.draw(1, 1.0, torch.Generator().manual_seed(0))
     context = learning._context(batch)

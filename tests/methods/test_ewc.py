@@ -13,8 +13,8 @@ from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.ewc import squared_gradients
 from continual_concepts.core.methods.finetune import _Continued
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
+from continual_concepts.core.training.trainer import Trainer
 
 SETTINGS = {"rank": 2, "scale": 0.5}
 
@@ -51,7 +51,7 @@ def test_the_gathered_squares_are_the_denoising_losss_alone(tiny_backbone, banks
     g = torch.Generator().manual_seed(0)
     pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "a cat", is_prior=i == 2) for i in range(3)]
     data, config = prepare(tiny_backbone, pictures, "bear", "bear", Framing(32, flip=False)), TrainingConfig(steps=1, resolution=32)
-    run = Run(Task("bear", "bear", tiny_backbone, banks[0]), make("ewc", SETTINGS | {"tie": 1e3}), data, config)
+    run = Trainer(Task("bear", "bear", tiny_backbone, banks[0]), make("ewc", SETTINGS | {"tie": 1e3}), data, config)
     whole = Batch(data.latents, data.captions, data.masks, data.is_prior, torch.ones(3))
     drawn = draw(whole, len(tiny_backbone.schedule), config, torch.Generator().manual_seed(0))
     processor = run.method.processor()

@@ -19,8 +19,8 @@ from continual_concepts.core.methods.base import Forward, adapter_key
 from continual_concepts.core.methods.l2dm import L2DM
 from continual_concepts.core.methods.l2dm_memory import LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
+from continual_concepts.core.training.trainer import Trainer
 
 QUICK = {"generation_steps": 2, "cfg": 2.0}
 
@@ -165,7 +165,7 @@ def seen_by(backbone, method, data, bank):
     generator = torch.Generator().manual_seed(3)
     batch = method.on_batch(data.draw(1, 0.0, generator))
     tokens = {name: bank[name].tokens for name in bank.names} | {"bear": method.token_group()}
-    run = Run(method.task, make("finetune"), data, TrainingConfig(resolution=32))      # for its vocabulary with the new word
+    run = Trainer(method.task, make("finetune"), data, TrainingConfig(resolution=32))      # for its vocabulary with the new word
     context = encode_prompts(backbone, batch.prompts, run.vocabulary, tokens)
     return predict(backbone, batch, context, draw(batch, 1000, TrainingConfig(), generator), method.processor())
 

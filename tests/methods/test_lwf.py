@@ -12,8 +12,8 @@ from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
+from continual_concepts.core.training.trainer import Trainer
 
 CONFIG = TrainingConfig(steps=4, batch_size=2, resolution=32)
 
@@ -27,7 +27,7 @@ def running(backbone, bank, **settings):
     pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1, "a cat" if i < 2 else "a hill",
                         is_prior=i == 2) for i in range(3)]
     data = prepare(backbone, pictures, "mimi", "cat", Framing(32, flip=False))
-    return Run(Task("mimi", "cat", backbone, bank), make("lwf", settings), data, CONFIG), data
+    return Trainer(Task("mimi", "cat", backbone, bank), make("lwf", settings), data, CONFIG), data
 
 
 def test_old_wishes_come_in_turn_beside_the_batch(tiny_backbone, bank):

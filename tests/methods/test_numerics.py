@@ -16,7 +16,7 @@ from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training import checkpoint
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run
+from continual_concepts.core.training.trainer import Trainer
 
 NAN, INF = float("nan"), float("inf")
 LARGEST = torch.finfo(torch.float16).max      # 65504
@@ -118,10 +118,10 @@ def run_of(tiny_backbone):
     pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1, digest="0")]
     data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32, flip=False))
 
-    def begin(name: str) -> Run:
+    def begin(name: str) -> Trainer:
         settings = {"stored": "float16"}
         task = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout))
-        return Run(task, make(name, settings), data, TrainingConfig(steps=2, resolution=32, flip=False))
+        return Trainer(task, make(name, settings), data, TrainingConfig(steps=2, resolution=32, flip=False))
 
     return begin
 

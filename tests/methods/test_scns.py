@@ -18,8 +18,8 @@ from continual_concepts.core.model.deltas import SparseDelta
 from continual_concepts.core.neurons.neurons import NeuronSelection
 from continual_concepts.core.neurons.scores import GradientProgram, key_value_weights, weight_of
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
+from continual_concepts.core.training.trainer import Trainer
 
 QUICK = {"selection_steps": 2}
 
@@ -92,7 +92,7 @@ def test_a_redundant_row_waits_and_a_risky_or_forbidden_one_stays_out():
 def test_signatures_are_what_each_step_would_lose(tiny_backbone, banks):
     """First order: sum of weight times gradient over a row, and its squared gradient; of own pictures."""
     data, config = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear", Framing(32)), TrainingConfig(resolution=32)
-    run = Run(Task("bear", "bear", tiny_backbone, banks[0]), make("scns", QUICK), data, config)
+    run = Trainer(Task("bear", "bear", tiny_backbone, banks[0]), make("scns", QUICK), data, config)
     batch = run.method.on_batch(data.draw(2, 1.0, torch.Generator().manual_seed(0)))
     drawn, context = draw(batch, 1000, config, torch.Generator().manual_seed(0)), run._context(batch)
     denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.processor()), config).backward()

@@ -35,23 +35,23 @@ def run(tiny_backbone):
     photos = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1) for i in range(2)]
     data = prepare(tiny_backbone, photos, "rex", "dog", Framing(32, "crop", True))
 
-    def go(config=CONFIG, judge=None, callback=None, file=None):
+    def go(config=CONFIG, evaluator=None, callback=None, file=None):
         task = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout), generator=torch.Generator().manual_seed(0))
-        return learn(task, make("bound", RATES), data, config, callback, file, judge=judge)
+        return learn(task, make("bound", RATES), data, config, callback, file, evaluator=evaluator)
 
     return go
 
 
 def scripted(scores):
-    """A judge with the given answers, and what it was asked about."""
+    """A evaluator with the given answers, and what it was asked about."""
     left, steps = list(scores), []
 
-    def judge(bank, step):
+    def evaluator(bank, step):
         assert "rex" in bank
         steps.append(step)
         return left.pop(0)
 
-    return judge, steps
+    return evaluator, steps
 
 
 def tensors(learned):
@@ -59,40 +59,40 @@ def tensors(learned):
 
 
 def test_learning_ends_when_looks_get_no_better_and_the_record_says_after_how_many_steps(run):
-    judge, steps = scripted([0.1, 0.3, 0.2, 0.3, 0.9, 0.9])
-    learned = run(judge=judge)
+    evaluator, steps = scripted([0.1, 0.3, 0.2, 0.3, 0.9, 0.9])
+    learned = run(evaluator=evaluator)
     assert steps == [2, 4, 6, 8] and len(learned.losses) == 8 and learned.concept.info.provenance.steps == 8
 
 
 def test_looks_that_get_better_change_nothing(run):
-    judge, steps = scripted([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    learned, plain = run(judge=judge), run(replace(CONFIG, patience=0, look_every=0))
+    evaluator, steps = scripted([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    learned, plain = run(evaluator=evaluator), run(replace(CONFIG, patience=0, look_every=0))
     assert steps == [2, 4, 6, 8, 10, 12] and len(learned.losses) == 12
     assert all(torch.equal(a, b) for a, b in zip(tensors(learned), tensors(plain), strict=True))
 
 
 def test_a_cut_run_remembers_its_looks(run, tmp_path):
     answers = [0.1, 0.3, 0.2, 0.25, 0.9]
-    whole = run(judge=scripted(answers)[0])
+    whole = run(evaluator=scripted(answers)[0])
 
     def cut(info):
         if info.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(judge=scripted(answers)[0], callback=cut, file=tmp_path / "c")
-    judge, steps = scripted(answers[2:])
-    resumed = run(judge=judge, file=tmp_path / "c")
+        run(evaluator=scripted(answers)[0], callback=cut, file=tmp_path / "c")
+    evaluator, steps = scripted(answers[2:])
+    resumed = run(evaluator=evaluator, file=tmp_path / "c")
     assert steps == [6, 8] and resumed.losses == whole.losses
     assert all(torch.equal(a, b) for a, b in zip(tensors(resumed), tensors(whole), strict=True))
-    again = run(judge=scripted([])[0], file=tmp_path / "c")      # it had ended: not a step more
+    again = run(evaluator=scripted([])[0], file=tmp_path / "c")      # it had ended: not a step more
     assert again.losses == whole.losses
 
 
 @pytest.mark.parametrize("cut_at", [4, 6, 8])
 def test_a_look_that_was_cut_off_is_made_up_for(run, tmp_path, cut_at):
     answers = [0.1, 0.3, 0.2, 0.25, 0.9]
-    whole = run(judge=scripted(answers)[0])
+    whole = run(evaluator=scripted(answers)[0])
     asked = scripted(answers)[0]
 
     def cancelled(bank, step):
@@ -101,15 +101,15 @@ def test_a_look_that_was_cut_off_is_made_up_for(run, tmp_path, cut_at):
         return asked(bank, step)
 
     with pytest.raises(KeyboardInterrupt):
-        run(judge=cancelled, file=tmp_path / "c")
-    judge, steps = scripted(answers[cut_at // 2 - 1:])
-    resumed = run(judge=judge, file=tmp_path / "c")
+        run(evaluator=cancelled, file=tmp_path / "c")
+    evaluator, steps = scripted(answers[cut_at // 2 - 1:])
+    resumed = run(evaluator=evaluator, file=tmp_path / "c")
     assert steps[0] == cut_at and resumed.losses == whole.losses
     assert all(torch.equal(a, b) for a, b in zip(tensors(resumed), tensors(whole), strict=True))
 
 
 def test_what_cannot_be_judged_is_refused(run):
-    with pytest.raises(ConceptError, match="setting 'patience' is 2; allowed: 0 where nothing says how good"):
+    with pytest.raises(ConceptError, match="setting 'patience' is 2; allowed: 0 where there is no evaluator"):
         run()
     with pytest.raises(ConceptError, match="setting 'look_every' is 0; allowed: 1 or more"):
         TrainingConfig(patience=1)

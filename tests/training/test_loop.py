@@ -15,7 +15,8 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.training import checkpoint
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run, _lr_factor, learn
+from continual_concepts.core.training.loop import learn
+from continual_concepts.core.training.trainer import Trainer, lr_factor
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_terms_are_averaged_over_batches(tiny_backbone, empty, teach):
     ("linear", 8, [1 / 8, 2 / 8, 3 / 8, 4 / 8]),
 ])
 def test_learning_rate_schedules(schedule, warmup, expected):
-    factor = _lr_factor(TrainingConfig(steps=4, schedule=schedule, warmup=warmup))
+    factor = lr_factor(TrainingConfig(steps=4, schedule=schedule, warmup=warmup))
     assert [factor(i) for i in range(4)] == pytest.approx(expected)
 
 
@@ -242,7 +243,7 @@ def test_captions_that_never_name_the_concept_are_refused(tiny_backbone, empty, 
     data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32), "a photo of <mimi>")], "rex", "dog", Framing(32))
     task = Task("rex", "dog", tiny_backbone, empty.add(make_concept(empty.layout, "mimi")))
     with pytest.raises(ConceptError, match="no caption of concept 'rex' names it; write <rex>"):
-        Run(task, make("bound"), data, TrainingConfig(steps=1, resolution=32))
+        Trainer(task, make("bound"), data, TrainingConfig(steps=1, resolution=32))
 
 
 def test_a_batch_of_dropped_captions_is_no_error(tiny_backbone):

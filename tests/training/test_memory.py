@@ -16,7 +16,7 @@ needs_glibc = pytest.mark.skipif(memory._glibc() is None, reason="the C library 
 # Tensors of 40 MiB are made and dropped: 10,240 pages each that the system has to give anew, fewer where pages are larger.
 FRESH_PROCESS = """
 import resource, torch
-from continual_concepts.core.training.memory import kept_between_steps
+from continual_concepts.core.training.memory import retained_between_steps
 
 def clearing(rounds):
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
@@ -25,8 +25,8 @@ def clearing(rounds):
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
 
 cpu, found = torch.device("cpu"), [clearing(5)]
-with kept_between_steps(cpu):
-    with kept_between_steps(cpu):
+with retained_between_steps(cpu):
+    with retained_between_steps(cpu):
         clearing(20)      # older C libraries find their place for aligned pieces only after some rounds
     found.append(clearing(5))
 found.append(clearing(5))
@@ -44,17 +44,17 @@ def test_what_is_freed_is_used_again():
 
 def test_other_libraries_and_devices_are_left_alone(monkeypatch):
     monkeypatch.setattr(memory, "_enter", lambda library: pytest.fail("told a library that is none of ours"))
-    with memory.kept_between_steps(torch.device("cuda")):
+    with memory.retained_between_steps(torch.device("cuda")):
         pass
     monkeypatch.setattr(sys, "platform", "win32")
     assert memory._glibc() is None
-    with memory.kept_between_steps(torch.device("cpu")):
+    with memory.retained_between_steps(torch.device("cpu")):
         pass
 
 
 @needs_glibc
 def test_an_error_ends_it():
-    with pytest.raises(ValueError), memory.kept_between_steps(torch.device("cpu")):
+    with pytest.raises(ValueError), memory.retained_between_steps(torch.device("cpu")):
         raise ValueError
     assert memory._users == 0
 
@@ -64,14 +64,14 @@ def test_threads_count_together():
     cpu, inside, leave = torch.device("cpu"), threading.Event(), threading.Event()
 
     def other() -> None:
-        with memory.kept_between_steps(cpu):
+        with memory.retained_between_steps(cpu):
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
     thread.start()
     assert inside.wait(10)
-    with memory.kept_between_steps(cpu):
+    with memory.retained_between_steps(cpu):
         assert memory._users == 2
     assert memory._users == 1
     leave.set()

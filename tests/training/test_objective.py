@@ -12,8 +12,8 @@ from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.data.photos import Framing, Picture, prepare
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run
 from continual_concepts.core.training.objective import Draw, denoising_loss, predict
+from continual_concepts.core.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def begun(tiny_backbone):
     pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1, "") for i in range(2)]
     data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32, flip=False))
     config = TrainingConfig(steps=2, batch_size=2, resolution=32)
-    run = Run(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("cidm"), data, config)
+    run = Trainer(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("cidm"), data, config)
     for up in run.method.adapters.up.values():
         torch.nn.init.normal_(up, std=0.1, generator=torch.Generator().manual_seed(1))
     batch = data.draw(2, 1.0, torch.Generator().manual_seed(0))

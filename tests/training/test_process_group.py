@@ -18,9 +18,9 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS
 from continual_concepts.core.methods.base import Task, make
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.loop import Run
-from continual_concepts.core.training.micro_batches import OUT_OF_MEMORY, passes
-from continual_concepts.core.training.process_group import Team
+from continual_concepts.core.training.micro_batches import OUT_OF_MEMORY, micro_batches
+from continual_concepts.core.training.process_group import ProcessGroup
+from continual_concepts.core.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def training_set(tiny_backbone):
     return prepare(tiny_backbone, pictures, "spot", "dog", Framing(32, flip=False))
 
 
-def run_of(backbone, data, method="bound", team=None, bank=None, **config):
+def run_of(backbone, data, method="bound", group=None, bank=None, **config):
     task = Task("spot", "dog", backbone, bank or ConceptBank(backbone.layout))
     settings = TrainingConfig(**{"steps": 3, "batch_size": 2, "resolution": 32, **config})
-    return Run(task, make(method), data, settings, *(() if team is None else (team,)))
+    return Trainer(task, make(method), data, settings, *(() if group is None else (group,)))
 
 
 def parameters(run):
@@ -62,7 +62,7 @@ def test_a_batch_in_pieces_teaches_the_same(tiny_backbone, training_set, monkeyp
     sizes = in_pieces(tiny_backbone, 1, monkeypatch)
     for _ in range(3):
         pieces.step()
-    assert max(sizes[:2]) > 1 and set(sizes[4:]) == {1} and pieces.piece == 1
+    assert max(sizes[:2]) > 1 and set(sizes[4:]) == {1} and pieces.micro_batch_size == 1
     assert torch.allclose(parameters(pieces), parameters(whole), atol=1e-5)
     assert pieces.losses == pytest.approx(whole.losses, rel=1e-4)
 
@@ -89,22 +89,23 @@ def test_shares_are_equal_and_make_up_the_batch(tiny_backbone, training_set):
     batch = training_set.draw(4, 1.0, torch.Generator().manual_seed(1))
     parts = []
     for rank in range(2):
-        found = list(passes(batch, run.method, run.config, 1000, torch.Generator().manual_seed(2), Team(rank, 2), piece=1))
+        found = list(micro_batches(batch, run.method, run.config, 1000, torch.Generator().manual_seed(2),
+                                   ProcessGroup(rank, 2), size=1))
         assert [one.weight for one in found] == [0.5, 0.5]
         parts.append(found)
-    whole = next(passes(batch, run.method, run.config, 1000, torch.Generator().manual_seed(2), Team()))
+    whole = next(micro_batches(batch, run.method, run.config, 1000, torch.Generator().manual_seed(2), ProcessGroup()))
     shared = [parts[i % 2][i // 2] for i in range(4)]
     assert torch.equal(torch.cat([one.drawn.noise for one in shared]), whole.drawn.noise)
     assert torch.equal(torch.cat([one.batch.latents for one in shared]), whole.batch.latents)
     assert tuple(one.batch.prompts[0] for one in shared) == whole.batch.prompts
     with pytest.raises(ConceptError, match="a batch has 3 pictures; with 2 processes allowed: a multiple of 2"):
-        Team(0, 2).share(3)
+        ProcessGroup(0, 2).share(3)
 
 
 @pytest.mark.parametrize("method", sorted(name for name, entry in METHODS.items() if entry.method.learns_alone))
 def test_methods_that_learn_alone_say_so(tiny_backbone, training_set, method):
-    with pytest.raises(ConceptError, match=f"method '{method}' looks at its own gradients or replays"):
-        run_of(tiny_backbone, training_set, method, Team(0, 2))
+    with pytest.raises(ConceptError, match=f"method '{method}' depends on its own gradients or replays"):
+        run_of(tiny_backbone, training_set, method, ProcessGroup(0, 2))
 
 
 def command(*arguments, processes=1, folder=None):

@@ -1,0 +1,274 @@
+"""The trainer: state and steps of one run. It knows no method by name and calls nothing but the method's
+hooks."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bank.bank import ConceptBank
+from ..bank.concepts import Concept, ConceptInfo
+from ..bank.prompts import Vocabulary, named_concepts
+from ..conditioning.encoding import TextMemory, encode_prompts
+from ..conditioning.routing import learning_deltas, learning_names
+from ..data.batch import Batch
+from ..data.photos import TrainingSet
+from ..errors import ConceptError
+from ..methods.base import Method, Task
+from ..model.backbone import Context
+from . import checkpoint
+from .config import PRECISIONS, TrainingConfig, optimizer_class
+from .early_stopping import Evaluator, has_stalled
+from .memory import retained_between_steps
+from .micro_batches import OUT_OF_MEMORY, MicroBatch, micro_batches
+from .objective import denoising_loss, predict
+from .process_group import ONE_PROCESS, ProcessGroup
+from .record import brief, run_identity
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback receives after each optimiser step.
+
+    Attributes:
+        step, total: steps done, and steps planned.
+        loss: the denoising loss, without the method's terms.
+        terms: the method's penalties by name, as added to the loss.
+        lr: learning rate of the last parameter group.
+        grad_norm: norm of all gradients before clipping.
+        snapshot: builds a bank with the concept as it is now, to sample from inside the callback.
+        monitors: the method's own figures, see Method.monitors.
+    """
+
+    step: int
+    total: int
+    loss: float
+    terms: Mapping[str, float]
+    lr: float
+    grad_norm: float
+    snapshot: Callable[[], ConceptBank]
+    monitors: Mapping[str, float]
+
+
+def lr_factor(config: TrainingConfig) -> Callable[[int], float]:
+    """The learning-rate schedule: step number -> factor on the rates."""
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        share = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return {"constant": 1.0, "linear": 1.0 - share,
+                "cosine": 0.5 * (1 + math.cos(math.pi * share))}[config.schedule]
+
+    return factor
+
+
+class Trainer:
+    """One learning run. `state` is what a checkpoint holds; `step` may be called inside `session`."""
+
+    def __init__(self, task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
+                 group: ProcessGroup = ONE_PROCESS) -> None:
+        if group.size > 1 and method.learns_alone:
+            raise ConceptError(f"method '{method.name}' depends on its own gradients or replays, which would "
+                               f"differ between {group.size} processes; start it in one")
+        task = task.worded(method.word_count)
+        self.task, self.method, self.data, self.config, self.group = task, method, data, config, group
+        self.micro_batch_size = 0      # set once memory has run out; 0 = the whole batch
+        method.begin(task)
+        method.on_data(data)
+        self.groups = method.parameter_groups()
+        self.optimizer = _optimizer(config, self.groups)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config))
+        device = task.backbone.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "float16" and device == "cuda")
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
+        self.vocabulary = Vocabulary([*task.bank.infos.values(), self.info])
+        if not any(task.name in named_concepts(self.vocabulary.parse(caption)) for caption in data.captions):
+            raise ConceptError(f"no caption of concept '{task.name}' names it; write <{task.name}> where it "
+                               "is in the picture, or give no captions")
+        self.memory = TextMemory()
+        self.losses: list[float] = []
+        self.scores: list[float] = []      # of the evaluations so far
+        self._before: Tensor | None = None      # generator state at the start of a step that is under way
+        # from the first changed weight of a step to its end, when no state may be saved
+        self.is_updating = False
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.groups for p in group["params"]]
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Prepares the base for steps: folds in always-on concepts, enables gradients."""
+        backbone, method = self.task.backbone, self.method
+        with (torch.enable_grad(), retained_between_steps(backbone.device),
+              backbone.folded(learning_deltas(self.task.bank, method.name, method.builds_on_sum)),
+              backbone.gradient_checkpointing(self.config.gradient_checkpointing)):
+            yield
+
+    def state(self) -> dict:
+        """Everything that a checkpoint holds."""
+        return {"identity": self.identity(), "modules": dict(self.method.modules().state_dict()),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": {"last_epoch": self.scheduler.last_epoch},
+                "scaler": self.scaler.state_dict(),
+                "generator": self.generator.get_state() if self._before is None else self._before,
+                "losses": list(self.losses), "scores": list(self.scores)}
+
+    def identity(self) -> dict:
+        return run_identity(self.task, self.method, self.data, self.config)
+
+    def restore(self, path: Path) -> None:
+        """Continues from a checkpoint of this same run. Raises ConceptError for any other file."""
+        state = checkpoint.load(path)
+        mine, theirs = self.identity(), state.get("identity", {})
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise ConceptError(f"the checkpoint '{path}' belongs to another run: its {key} is "
+                                   f"{brief(theirs.get(key))}, this run's is {brief(value)}")
+        try:
+            self._load(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {brief(error)}"
+            raise ConceptError(f"the checkpoint '{path}' is damaged ({reason})") from error
+
+    def _load(self, state: dict) -> None:
+        self.method.modules().load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        self.losses, self.scores = list(state["losses"]), list(state["scores"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.losses) >= self.config.steps or has_stalled(self.scores, self.config.patience)
+
+    def snapshot(self) -> ConceptBank:
+        """The bank with what has been learned so far.
+
+        Always-on concepts are left out, because their deltas are folded into the weights during training.
+        """
+        bank, outcome = self.task.bank, self.method.finish()
+        for name in learning_names(bank, self.method.name, self.method.builds_on_sum):
+            bank = bank.remove(name)
+        return bank.add(Concept(self.info, outcome.tokens, outcome.deltas))
+
+    def evaluate(self, evaluator: Evaluator | None) -> None:
+        """Scores the concept when an evaluation is due. One that an interruption cut off is due again."""
+        config = self.config
+        if evaluator is None or not config.patience:
+            return
+        if len(self.losses) // config.look_every > len(self.scores):
+            self.scores.append(float(evaluator(self.snapshot(), len(self.losses))))
+
+    def step(self) -> StepInfo:
+        """Makes one optimiser step. Where memory runs out, it starts again with smaller micro-batches."""
+        self._before = self.generator.get_state()
+        while True:
+            try:
+                total, terms = self._gradients()
+                break
+            except OUT_OF_MEMORY as error:
+                self._halve_micro_batches(error)
+        self.group.average_gradients(self.parameters)
+        total = self.group.mean(total)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        if not self.scaler.is_enabled():      # the scaler itself skips such steps
+            self._refuse_nan(norm, "gradient")
+        lr = self.optimizer.param_groups[-1]["lr"]
+        self._update(total)
+        return StepInfo(len(self.losses), self.config.steps, total, terms, lr, float(norm), self.snapshot,
+                        self.method.monitors())
+
+    def _halve_micro_batches(self, error: Exception) -> None:
+        """Raises ConceptError if a micro-batch is one picture, or if other processes wait for this one."""
+        size = self.micro_batch_size or self.config.batch_size * (2 if bool(self.data.is_prior.any()) else 1)
+        if size == 1 or self.group.size > 1:
+            raise ConceptError(f"memory ran out at step {len(self.losses) + 1} of concept '{self.task.name}' "
+                               f"with {size} pictures of {self.config.resolution} pixels at once; turn "
+                               "gradient_checkpointing on, or lower resolution or batch_size; the bank is "
+                               "unchanged") from error
+        self.micro_batch_size = -(-size // 2)
+        self.optimizer.zero_grad(set_to_none=True)
+        assert self._before is not None
+        self.generator.set_state(self._before)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _gradients(self) -> tuple[float, dict[str, float]]:
+        """Accumulates the gradients of a step. Returns the mean denoising loss and the mean terms."""
+        config, total = self.config, 0.0
+        terms: dict[str, float] = {}
+        timesteps = len(self.task.backbone.schedule)
+        for _ in range(config.accumulation):
+            batch = self.data.draw(config.batch_size, config.prior_weight, self.generator)
+            for micro_batch in micro_batches(batch, self.method, config, timesteps, self.generator,
+                                             self.group,
+                                             self.micro_batch_size):
+                share = micro_batch.weight / config.accumulation
+                loss, penalties = self._backward(micro_batch, share)
+                total += share * loss
+                for name, value in penalties.items():
+                    terms[name] = terms.get(name, 0.0) + share * value
+        return total, terms
+
+    def _backward(self, micro_batch: MicroBatch, share: float) -> tuple[float, dict[str, float]]:
+        """Accumulates the gradients of one micro-batch. Returns its denoising loss and the method's terms."""
+        config, backbone, batch = self.config, self.task.backbone, micro_batch.batch
+        dtype = PRECISIONS[config.precision]
+        with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
+            seen = predict(backbone, batch, self._context(batch), micro_batch.drawn, self.method.processor())
+            loss = denoising_loss(backbone, seen, config)
+        penalties = self.method.penalty(seen)
+        whole = loss + sum(penalties.values())
+        self._refuse_nan(whole, "loss")
+        if whole.requires_grad:      # not where no prompt of the batch names a word-bound concept
+            self.scaler.scale(whole * share).backward()
+        return loss.item(), {name: value.item() for name, value in penalties.items()}
+
+    def _context(self, batch: Batch) -> Context:
+        named = {name for prompt in batch.prompts for name in named_concepts(self.vocabulary.parse(prompt))}
+        tokens = {name: self.task.bank[name].tokens for name in named - {self.task.name}}
+        tokens[self.task.name] = self.method.token_group()
+        return encode_prompts(self.task.backbone, batch.prompts, self.vocabulary, tokens, memory=self.memory)
+
+    def _update(self, loss: float) -> None:
+        self.is_updating = True
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        norms = torch._foreach_norm([p.detach() for p in self.parameters])
+        self._refuse_nan(torch.stack(norms).max(), "norm of the weights")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.losses.append(loss)
+        self.method.after_step(len(self.losses))
+        self._before, self.is_updating = None, False
+
+    def _refuse_nan(self, value: Tensor, what: str) -> None:
+        if not torch.isfinite(value):
+            raise ConceptError(f"the {what} became {value.item()} at step {len(self.losses) + 1} of concept "
+                               f"'{self.task.name}'; lower the learning rates (lr, token_lr) or use "
+                               "precision float32; the bank is unchanged")
+
+
+def _optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    kind = optimizer_class(config.optimizer)
+    assert kind is not None      # the configuration has checked it
+    has_decay = "weight_decay" in inspect.signature(kind).parameters
+    decay: dict[str, Any] = {"weight_decay": config.weight_decay} if has_decay else {}
+    try:
+        return kind([dict(group) for group in groups], **decay)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConceptError(f"optimizer '{config.optimizer}' cannot train these weights ({error}); AdamW, "
+                           "Adam and SGD can") from error
