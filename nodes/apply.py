@@ -69,7 +69,7 @@ class ElasticWeightAggregate(io.ComfyNode):
         only = concept.strip().strip("<>") if mode == ONE else ""
         if mode == ONE and not only:
             raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds {', '.join(bank.names)}")
-        found = aggregate(backbone, bank, prompt, MODES[mode], strength, only=only)
+        found = aggregate(backbone, bank, bank.parse(prompt), MODES[mode], strength, only=only)
         layerwise = any(part.tokens.copies > 1 for part in bank)
         patched = putting.fold(model, backbone.sites, found.deltas if strength else {}, layerwise)
         patched = putting.with_bound(patched, backbone.sites, token_lora_deltas(bank, strength, [only] if only else None))

@@ -31,7 +31,7 @@ def aggregation(backbone: Backbone, concepts: int, rounds: int) -> dict:
     naive_seconds: the sum alone, concept by concept. sampling_over_plain: median of pairs, a forward pass with the deltas folded over one
     without."""
     bank = random_bank(backbone.layout, "cidm", concepts)
-    prompt = "a photo of <old0> with <old1> in a park"
+    prompt = bank.parse("a photo of <old0> with <old1> in a park")
     x = torch.randn(1, backbone.latent_channels, 64, 64, generator=torch.Generator().manual_seed(1)).to(backbone.device)
     steps = torch.tensor([500], device=backbone.device)
     found: dict = {"concepts": concepts, "apply_seconds": {}}

@@ -147,7 +147,7 @@ def _passes(host: Host, row: str) -> tuple[Callable[[], object], Callable[[], ob
 
     @torch.no_grad()
     def text():
-        return encode_prompts(backbone, CAPTIONS[:1], vocabulary, {NEW: tokens})
+        return encode_prompts(backbone, vocabulary.parse_all(CAPTIONS[:1]), {NEW: tokens})
 
     context = text()
     return text, torch.no_grad()(lambda: backbone.predict(latents, time_step, context))

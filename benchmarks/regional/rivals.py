@@ -84,7 +84,7 @@ def prompt(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
 
 
 def _all_at_once(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Deltas:
-    return aggregate(backbone, bank, wish.listed).deltas
+    return aggregate(backbone, bank, bank.parse(wish.listed)).deltas
 
 
 def _halves(backbone: Backbone, bank: ConceptBank, text: str, settings: SampleSettings, count: int = 1) -> tuple[Context, Context]:
@@ -113,7 +113,8 @@ def masked(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
 
 @torch.no_grad()
 def hooks(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    return _by_masks(backbone, bank, wish, {}, [DeltaProcessor(aggregate(backbone, bank, r.prompt).deltas) for r in wish.regions])
+    deltas = [aggregate(backbone, bank, bank.parse(region.prompt)).deltas for region in wish.regions]
+    return _by_masks(backbone, bank, wish, {}, [DeltaProcessor(own) for own in deltas])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import ConceptError
 from ..model.sites import SiteLayout
 from .concepts import Concept, ConceptInfo
-from .prompts import Vocabulary
-from .tokens import check_name
+from .prompts import Prompt, Vocabulary
+from .tokens import TokenGroup, check_name
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,14 @@ class ConceptBank:
     @cached_property
     def _by_name(self) -> dict[str, Entry]:
         return {entry.info.name: entry for entry in self.entries}
+
+    def parse(self, prompt: str | Prompt) -> Prompt:
+        """Parses a prompt that may name the bank's concepts; raises ConceptError for a placeholder that the bank does not hold."""
+        return self.vocabulary.parse(prompt)
+
+    def token_groups(self, names: Iterable[str]) -> dict[str, TokenGroup]:
+        """Concept -> its learned words."""
+        return {name: self[name].tokens for name in names}
 
     @property
     def names(self) -> list[str]:

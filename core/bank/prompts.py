@@ -1,11 +1,12 @@
-"""Placeholders in prompts: `a photo of <rex> on a beach` becomes text pieces and words of concepts."""
+"""Prompts: `a photo of <rex> on a beach`, parsed once into text and the learned words of concepts."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import ConceptError
 from .concepts import ConceptInfo
@@ -15,13 +16,83 @@ PLACEHOLDER = re.compile(r"<([\w-]+)>")
 
 @dataclass(frozen=True)
 class WordRef:
-    """One learned word: which concept, which of its words."""
+    """One learned word: the concept, and the position of the word in it."""
 
     concept: str
     position: int
 
 
 Piece = str | WordRef
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A parsed prompt. Prompts are parsed where they enter; everything below takes this value.
+
+    text: as typed; pieces: the text between placeholders and the learned words, in order, without empty texts.
+    """
+
+    text: str
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def concepts(self) -> tuple[str, ...]:
+        """Names of the concepts in the prompt, each once, in order."""
+        return tuple(dict.fromkeys(piece.concept for piece in self.pieces if isinstance(piece, WordRef)))
+
+    @cached_property
+    def placeholders(self) -> tuple[str, ...]:
+        """Names between `<` and `>` as typed, of concepts or of single words, in order."""
+        return tuple(PLACEHOLDER.findall(self.text))
+
+    def substituted(self, replacement: Callable[[str], str]) -> str:
+        """The text with `replacement(name)` in place of every placeholder."""
+        return PLACEHOLDER.sub(lambda match: replacement(match[1]), self.text)
+
+    def plain(self, infos: Mapping[str, ConceptInfo]) -> str:
+        """The text with class nouns in place of concepts: what text alignment is measured against (CIDM's protocol)."""
+        text = "".join(_with_class_nouns(self.pieces, infos))
+        return re.sub(r"\s+", " ", text).strip()
+
+    def apart(self, infos: Mapping[str, ConceptInfo]) -> dict[str, Prompt]:
+        """Concept -> the prompt with class nouns in place of all other concepts, for each concept in the prompt."""
+        return {name: _joined(_with_class_nouns(self.pieces, infos, but=name), infos) for name in self.concepts}
+
+
+def _with_class_nouns(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo], but: str = "") -> Iterator[Piece]:
+    """The pieces with one class noun for each group of a concept's words; the words of the concept `but` stay."""
+    previous = ""      # the concept to which the last word belongs, while only spaces have followed it
+    for piece in pieces:
+        if isinstance(piece, str):
+            yield piece
+            previous = "" if piece.strip() else previous
+        else:
+            if piece.concept == but:
+                yield piece
+            elif piece.concept != previous:
+                yield infos[piece.concept].class_noun
+            previous = piece.concept
+
+
+def _joined(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo]) -> Prompt:
+    """A prompt of these pieces: neighbouring texts become one, so that they are tokenized as one."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if isinstance(piece, str) and isinstance(last, str):
+            merged[-1] = last + piece
+        else:
+            merged.append(piece)
+    typed = (piece if isinstance(piece, str) else f"<{infos[piece.concept].words[piece.position]}>" for piece in merged)
+    return Prompt("".join(typed), tuple(piece for piece in merged if piece != ""))
+
+
+def words_prompt(infos: Sequence[ConceptInfo]) -> Prompt:
+    """All words of these concepts and nothing else, with a space between concepts."""
+    pieces: list[Piece] = []
+    for info in infos:
+        pieces += [" "] * bool(pieces) + [WordRef(info.name, i) for i in range(len(info.words))]
+    return Prompt(" ".join(info.placeholder for info in infos), tuple(pieces))
 
 
 class Vocabulary:
@@ -34,11 +105,17 @@ class Vocabulary:
             for name, refs in [(info.name, words), *((word, (ref,)) for word, ref in zip(info.words, words, strict=True))]:
                 previous = self.entries.setdefault(name, refs)
                 if previous[0].concept != info.name:
-                    raise ConceptError(f"placeholder <{name}> would mean concept '{previous[0].concept}' and concept '{info.name}'; "
-                                       "rename one of them")
+                    raise ConceptError(f"placeholder <{name}> would mean concept '{previous[0].concept}' and concept "
+                                       f"'{info.name}'; rename one of them")
 
-    def parse(self, prompt: str) -> list[Piece]:
-        """Text and words in order. Raises ConceptError for a placeholder that no concept has."""
+    def parse(self, prompt: str | Prompt) -> Prompt:
+        """Parses a prompt; one that is parsed already is returned as it is.
+
+        Raises:
+            ConceptError: for a placeholder that no concept has.
+        """
+        if isinstance(prompt, Prompt):
+            return prompt
         pieces: list[Piece] = []
         end = 0
         for match in PLACEHOLDER.finditer(prompt):
@@ -48,7 +125,14 @@ class Vocabulary:
             pieces += [prompt[end:match.start()], *refs]
             end = match.end()
         pieces.append(prompt[end:])
-        return [piece for piece in pieces if piece != ""]
+        return Prompt(prompt, tuple(piece for piece in pieces if piece != ""))
+
+    def parse_all(self, prompts: Iterable[str | Prompt]) -> list[Prompt]:
+        return [self.parse(prompt) for prompt in prompts]
+
+    def knows(self, text: str) -> bool:
+        """Whether every placeholder in the text exists."""
+        return all(name in self.entries for name in PLACEHOLDER.findall(text))
 
     def _unknown(self, name: str) -> str:
         names = sorted(self.entries)
@@ -58,22 +142,7 @@ class Vocabulary:
         return f"the prompt names <{name}>, which the bank does not hold; {hint}"
 
 
-def named_concepts(pieces: Sequence[Piece]) -> list[str]:
-    """Concepts that a parsed prompt names, each once, in order."""
-    return list(dict.fromkeys(piece.concept for piece in pieces if isinstance(piece, WordRef)))
-
-
-def plain_text(pieces: Sequence[Piece], infos: Mapping[str, ConceptInfo]) -> str:
-    """The prompt with every concept replaced by its class noun: what text alignment is measured against (CIDM's protocol)."""
-    text, previous = "", None
-    for piece in pieces:
-        if isinstance(piece, str):
-            text += piece
-            previous = piece if piece.strip() else previous
-        elif not (isinstance(previous, WordRef) and previous.concept == piece.concept):
-            text += infos[piece.concept].class_noun
-            previous = piece
-    return re.sub(r"\s+", " ", text).strip()
+NO_CONCEPTS = Vocabulary(())      # for prompts in which no placeholder is allowed
 
 
 def caption_with_placeholder(caption: str, info_name: str, class_noun: str) -> str:

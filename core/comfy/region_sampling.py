@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.prompts import Prompt
 from ..conditioning.routing import aggregate, always_on_deltas, token_lora_deltas
 from ..errors import ConceptError
 from ..images import regions_picture, to_tensor
 from ..model.backbone import Context
 from ..model.deltas import Deltas
-from ..regional.found import prompts_apart
 from ..regional.noise import NoiseSettings
 from ..regional.processor import Part
 from ..regional.regions import Region, masks_of
@@ -39,15 +39,15 @@ class ConceptPrompts:
     def encode(self, prompt: str) -> Conditioning:
         return encode(self.clip, prompt)
 
-    def deltas(self, prompt: str) -> Deltas:
+    def deltas(self, prompt: str | Prompt) -> Deltas:
         """Prompt-activated deltas."""
         if not len(self.bank) or not self.strength:
             return {}
-        return aggregate(None, self.bank, prompt, "sharp", self.strength, always_on=False).deltas
+        return aggregate(None, self.bank, self.bank.parse(prompt), "sharp", self.strength, always_on=False).deltas
 
-    def named(self, scene: str) -> dict[str, str]:
+    def named(self, scene: str) -> dict[str, Prompt]:
         """Concept -> its own prompt, of a scene that names two or more concepts which can be found in it; else nothing."""
-        prompts = prompts_apart(self.bank, scene)
+        prompts = self.bank.parse(scene).apart(self.bank.infos)
         return prompts if 1 < len(prompts) == len(subject_of(self.clip, scene).concepts) else {}
 
     def regions(self, scene: str, positive: Conditioning, negative: Conditioning, regions: Sequence[Region],
@@ -72,8 +72,9 @@ class ConceptPrompts:
         copies = max([concept.tokens.copies for concept in self.bank], default=1)
         return apply.context_of(conditioning, copies, tuple(self.word_bound))
 
-    def _part(self, prompt: str, negative: Context) -> Part:
-        return Part(Context.cat([negative, self._context(self.encode(prompt))]), self.deltas(prompt))
+    def _part(self, prompt: str | Prompt, negative: Context) -> Part:
+        text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may know concepts that the bank does not hold
+        return Part(Context.cat([negative, self._context(self.encode(text))]), self.deltas(prompt))
 
 
 @dataclass(frozen=True)

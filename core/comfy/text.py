@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..bank.bank import ConceptBank
 from ..bank.composition import Kind
 from ..bank.concepts import ConceptInfo
-from ..bank.prompts import PLACEHOLDER, Vocabulary, WordRef
+from ..bank.prompts import NO_CONCEPTS, Vocabulary, WordRef
 from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import placeholder_noun_ids
 from ..errors import ConceptError
@@ -113,8 +113,9 @@ class _Tokenizer(_Around):
             setattr(self.inner, name, _with_words(getattr(original, name), name, self.vocabulary, words))
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
-        self.vocabulary.parse(text)     # an unknown placeholder is an error here, in one sentence
-        return self.inner.tokenize_with_weights(PLACEHOLDER.sub(rf" embedding:{_MARK}\1 ", text), *args, **kwargs)
+        prompt = self.vocabulary.parse(text)     # an unknown placeholder is an error here, in one sentence
+        marked = prompt.substituted(lambda name: f" embedding:{_MARK}{name} ")
+        return self.inner.tokenize_with_weights(marked, *args, **kwargs)
 
 
 def _with_words(tokenizer, name: str, vocabulary: Vocabulary, words: Mapping[WordRef, Mapping[str, Tensor]]):
@@ -246,7 +247,7 @@ def subject_of(clip, prompt: str) -> Subject:
     tokens = [token for token, *_ in chunk]
     end = getattr(clip.tokenizer, encoder_names(clip)[0]).end_token
     text = next((i for i, token in enumerate(tokens) if not torch.is_tensor(token) and token == end), len(tokens))
-    names = [piece.concept for piece in clip.tokenizer.vocabulary.parse(prompt) if isinstance(piece, WordRef)]
+    names = [piece.concept for piece in clip.tokenizer.vocabulary.parse(prompt).pieces if isinstance(piece, WordRef)]
     found: dict[str, list[int]] = {}
     for name, place in zip(names, (i for i, token in enumerate(tokens) if torch.is_tensor(token)), strict=False):      # the rest: cut off
         found.setdefault(name, []).append(place)
@@ -279,5 +280,5 @@ def concept_clip(clip, bank: ConceptBank):
 def encode(clip, prompt: str):
     """What CLIP Text Encode gives; a placeholder in a CLIP without concepts is an error, not text."""
     if not isinstance(clip.tokenizer, _Tokenizer):
-        Vocabulary(()).parse(prompt)
+        NO_CONCEPTS.parse(prompt)
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bank.prompts import Piece, Vocabulary, WordRef
+from ..bank.prompts import Prompt, WordRef
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone, Context, TextEncoder
@@ -24,9 +24,9 @@ class _Row:
     slots: dict[int, WordRef]
 
 
-def _units(encoder: TextEncoder, pieces: Sequence[Piece]) -> list[int | WordRef]:
+def _units(encoder: TextEncoder, prompt: Prompt) -> list[int | WordRef]:
     units: list[int | WordRef] = []
-    for piece in pieces:
+    for piece in prompt.pieces:
         units += [piece] if isinstance(piece, WordRef) else encoder.ids(piece)
     return units
 
@@ -160,7 +160,7 @@ def _words_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, To
     return torch.nn.functional.pad(hidden, (0, 0, 0, length - needed))
 
 
-def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup],
+def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mapping[str, TokenGroup],
                    chunks: int = 1, memory: TextMemory | None = None) -> Context:
     """Encodes prompts as one batch.
 
@@ -171,14 +171,13 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocab
     With several text encoders hidden states lie side by side (SDXL); their pooled output is the mean over layer copies, since the
     UNet takes one.
     """
-    parsed = [vocabulary.parse(prompt) for prompt in prompts]
-    used = {piece.concept for pieces in parsed for piece in pieces if isinstance(piece, WordRef)}
+    used = {name for prompt in prompts for name in prompt.concepts}
     missing = sorted(used - set(tokens))
     if missing:
         raise ConceptError(f"the words of concept '{missing[0]}' are not loaded")
     copies = max([tokens[name].copies for name in used], default=1)
     hiddens, pooled = [], None
-    units = [[_units(encoder, pieces) for pieces in parsed] for encoder in backbone.text]
+    units = [[_units(encoder, prompt) for prompt in prompts] for encoder in backbone.text]
     longest = max((len(u) / (encoder.length - 2) for group, encoder in zip(units, backbone.text, strict=True) for u in group), default=0)
     chunks = max(chunks, -int(-longest // 1))
     for encoder, group in zip(backbone.text, units, strict=True):
@@ -190,12 +189,13 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[str], vocabulary: Vocab
     return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words)
 
 
-def encode_words(backbone: Backbone, names: Sequence[str], vocabulary: Vocabulary, tokens: Mapping[str, TokenGroup]) -> list[Tensor]:
+def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[Tensor]:
     """Every concept's words as a prompt of them alone has them, `[L, words, D]` each. One batch for all concepts, no longer than their
     words where the encoder allows that: a hundred concepts cost what a few prompts do."""
+    names = list(tokens)
     found: list[list[Tensor]] = [[] for _ in names]
     for encoder in backbone.text:
-        rows = [_row(encoder, _units(encoder, vocabulary.parse(f"<{name}>")), 1) for name in names]
+        rows = [_row(encoder, [WordRef(name, i) for i in range(len(group.words))], 1) for name, group in tokens.items()]
         for copies in {tokens[name].copies for name in names}:
             of = [i for i, name in enumerate(names) if tokens[name].copies == copies]
             hidden = _words_apart(encoder, [rows[i] for i in of], tokens, copies, backbone.device)
@@ -204,11 +204,11 @@ def encode_words(backbone: Backbone, names: Sequence[str], vocabulary: Vocabular
     return [torch.cat(parts, dim=-1) for parts in found]
 
 
-def text_positions(backbone: Backbone, prompt: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+def text_positions(backbone: Backbone, prompt: Prompt) -> tuple[int, ...]:
     """Token positions of a prompt's own text and words; begin, end and padding left out."""
     encoder = backbone.text[-1]
     room = encoder.length - 2
-    count = len(_units(encoder, vocabulary.parse(prompt)))
+    count = len(_units(encoder, prompt))
     return tuple(i // room * encoder.length + 1 + i % room for i in range(count))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bank.bank import ConceptBank
 from ..bank.composition import Kind
-from ..bank.prompts import named_concepts
+from ..bank.prompts import Prompt, words_prompt
 from ..errors import ConceptError
 from ..model import aggregation
 from ..model.backbone import Backbone
@@ -59,9 +59,13 @@ def averaged_names(bank: ConceptBank) -> list[str]:
     return list(_shares(bank, Kind.AVERAGE))
 
 
-def always_on_deltas(bank: ConceptBank) -> Deltas:
-    """What is on whatever the prompt says; nothing in a bank of prompt-activated concepts."""
-    return _sum(bank, {name: [share] * len(bank.layout) for name, share in always_on_shares(bank).items()})
+def always_on_deltas(bank: ConceptBank, averages: bool = False) -> Deltas:
+    """What is on whatever the prompt says; nothing in a bank of prompt-activated concepts.
+
+    averages: also the averaged weights of methods that average predictions, see `aggregate`.
+    """
+    shares = _shares(bank, Kind.SUM, Kind.AVERAGE) if averages else always_on_shares(bank)
+    return _sum(bank, {name: [share] * len(bank.layout) for name, share in shares.items()})
 
 
 class _TokenLoraDeltas(Mapping):
@@ -102,23 +106,21 @@ def learning_deltas(bank: ConceptBank, method: str, builds_on_sum: bool) -> Delt
 
 def _word_states(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
     """Encoded words of every concept, each on its own: a list of `[L, words, D]`."""
-    return encode_words(backbone, names, bank.vocabulary, {name: bank[name].tokens for name in names})
+    return encode_words(backbone, bank.token_groups(names))
 
 
 def _word_states_together(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
     """As the released code: all words in one prompt, so that later concepts see earlier ones; `[L, words, D]` each."""
-    tokens = {name: bank[name].tokens for name in names}
-    context = encode_prompts(backbone, [" ".join(f"<{name}>" for name in names)], bank.vocabulary, tokens)
+    context = encode_prompts(backbone, [words_prompt([bank.infos[name] for name in names])], bank.token_groups(names))
     return [context.hidden[0][:, list(context.words[0][name])] for name in names]
 
 
-def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt: str, mode: str) -> Tensor:
+def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt: Prompt, mode: str) -> Tensor:
     """EWA weights `[sites, g]` by the paper's or the released code's formula."""
-    used = {n: bank[n].tokens for n in named_concepts(bank.vocabulary.parse(prompt))}
     states = (_word_states if mode == "paper" else _word_states_together)(backbone, bank, names)
     copies = max(s.shape[0] for s in states)
     states = [s.expand(copies, -1, -1) for s in states]
-    hidden = encode_prompts(backbone, [prompt], bank.vocabulary, used).hidden[0]
+    hidden = encode_prompts(backbone, [prompt], bank.token_groups(prompt.concepts)).hidden[0]
     hidden = hidden.expand(copies, -1, -1) if hidden.shape[0] == 1 else hidden
     if mode == "paper":
         weights = aggregation.paper_weights(hidden, torch.stack([s.mean(1) for s in states], dim=1).expand(hidden.shape[0], -1, -1))
@@ -128,7 +130,7 @@ def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt
     return torch.stack([weights[site.copy if weights.shape[0] > 1 else 0] for site in backbone.layout.sites]).cpu()
 
 
-def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: str, mode: str = "sharp", strength: float = 1.0,
+def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, mode: str = "sharp", strength: float = 1.0,
               always_on: bool = True, only: str = "", without: Sequence[str] = ()) -> Aggregation:
     """The deltas for one prompt. always_on=False leaves out what is on anyway (see `always_on_deltas`), `without` these of it.
 
@@ -145,14 +147,14 @@ def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: str, mode: s
 
 
 @torch.no_grad()
-def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: str, mode: str = "sharp", strength: float = 1.0,
+def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, mode: str = "sharp", strength: float = 1.0,
                  always_on: bool = True, only: str = "", without: Sequence[str] = ()) -> dict[str, list[float]]:
     """Concept -> its weight at every site, arguments as for `aggregate`."""
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
     if backbone is not None:
         bank.check_fits(backbone.layout)
-    named, always = named_concepts(bank.vocabulary.parse(prompt)), _shares(bank, Kind.SUM, Kind.AVERAGE)
+    always = _shares(bank, Kind.SUM, Kind.AVERAGE)
     word_bound = _shares(bank, Kind.WORDS)
     by_prompt = [name for name in bank.names if name not in always and name not in word_bound]
     sites = len(bank.layout)
@@ -160,7 +162,7 @@ def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: str, mode
         bank[only]      # an unknown name is an error, also in a bank of always-on concepts
         weights = aggregation.sharp_weights(by_prompt, [only], sites)
     elif not by_prompt or mode == "sharp":
-        weights = aggregation.sharp_weights(by_prompt, named, sites)
+        weights = aggregation.sharp_weights(by_prompt, prompt.concepts, sites)
     elif mode == "equal":
         weights = aggregation.equal_weights(len(by_prompt), sites)
     elif backbone is None:
@@ -169,4 +171,4 @@ def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: str, mode
         weights = _elastic(backbone, bank, by_prompt, prompt, mode)
     columns = dict(zip(by_prompt, (strength * weights).T.tolist(), strict=True))
     columns |= {name: [share * always_on * (name not in without)] * sites for name, share in always.items()}
-    return columns | {name: [strength * (name in ([only] if only else named))] * sites for name in word_bound}
+    return columns | {name: [strength * (name in ([only] if only else prompt.concepts))] * sites for name in word_bound}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..bank.prompts import named_concepts
 from ..data.photos import to_pixels
 from ..errors import ConceptError
 from ..images import opened
@@ -83,7 +82,7 @@ def prompts_for(name: str, lines: Sequence[str]) -> list[str]:
 
 def _check_unrelated(bank: ConceptBank, prompts: Sequence[str]) -> None:
     for prompt in prompts:
-        named = named_concepts(bank.vocabulary.parse(prompt))
+        named = bank.parse(prompt).concepts
         if named:
             raise ConceptError(f"the base prompt {prompt!r} names <{named[0]}>; base prompts are those without concepts")
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..bank.prompts import plain_text
 from ..data.assignment import Assignment
 from ..data.photos import Framing, prepare
 from ..methods.base import METHODS, Task, make
@@ -65,9 +64,9 @@ def measure(
     seeds: Sequence[int],
 ) -> tuple[Tensor, float, float]:
     """Pictures of a task's concept, their IA with the training pictures and their TA. Same seeds, same start."""
-    prompts = [prompts[i % len(prompts)] for i in range(len(seeds))]
-    images = sample(backbone, bank, prompts, seeds, settings)
-    texts = [plain_text(bank.vocabulary.parse(prompt), bank.infos) for prompt in prompts]
+    asked = [bank.parse(prompts[i % len(prompts)]) for i in range(len(seeds))]
+    images = sample(backbone, bank, asked, seeds, settings)
+    texts = [prompt.plain(bank.infos) for prompt in asked]
     alignment = metrics.image_alignment(encoder.features(images, task.kind), encoder.features(task.references, task.kind))
     return images, alignment, metrics.text_alignment(encoder.image_text_features(images), encoder.caption_features(texts))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bank.bank import ConceptBank
 from ..bank.composition import Kind
 from ..bank.concepts import Concept
-from ..bank.prompts import PLACEHOLDER, named_concepts
+from ..bank.prompts import Prompt
 from ..bank.tokens import TokenGroup
 from ..conditioning.routing import MODES, site_weights
 from ..errors import ConceptError
@@ -39,9 +39,9 @@ class _Named:
     lost: list[str]
 
 
-def export_prompt(bank: ConceptBank, prompt: str, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS, mode: str = "sharp",
-                  strength: float = 1.0, rank: int | None = None, max_error: float = DEFAULT_ERROR, words_folder: Path | str | None = None,
-                  backbone: Backbone | None = None, refit: bool = False) -> Exported:
+def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS,
+                  mode: str = "sharp", strength: float = 1.0, rank: int | None = None, max_error: float = DEFAULT_ERROR,
+                  words_folder: Path | str | None = None, backbone: Backbone | None = None, refit: bool = False) -> Exported:
     """Writes the deltas that the bank gives for a prompt (an aggregate) as one LoRA file per format, and the words of each concept that the
     prompt names as an embedding.
 
@@ -52,21 +52,22 @@ def export_prompt(bank: ConceptBank, prompt: str, folder: Path | str, formats: S
     """
     formats, strength = check_formats(formats), check_strength(strength)
     _check(bank, mode, refit, backbone)
-    named = [bank.passing(name) for name in named_concepts(bank.vocabulary.parse(prompt))]
+    prompt = bank.parse(prompt)
+    named = [bank.passing(name) for name in prompt.concepts]
     weights = site_weights(backbone, bank, prompt, mode, strength)
     weights = {name: per_site for name, per_site in weights.items() if any(per_site)}
     loras = [kind for kind in formats if kind != "embedding"]
     if not (weights if loras else named):
         known = ", ".join(f"<{name}>" for name in bank.names[:12]) or "none"
-        raise ConceptError(f"the prompt {prompt!r} names no concept of the bank, so there is nothing to export; it holds {known}")
-    factors = low_rank_sum(_parts(bank, weights), f"the prompt {prompt!r}", rank, max_error) if loras else None
+        raise ConceptError(f"the prompt {prompt.text!r} names no concept of the bank, so there is nothing to export; it holds {known}")
+    factors = low_rank_sum(_parts(bank, weights), f"the prompt {prompt.text!r}", rank, max_error) if loras else None
     wants_words = {"embedding", "bundle"} & set(formats)
     words = [_Named(concept, *(single_copy(concept, backbone if refit else None) if wants_words else (concept.tokens, [])))
              for concept in named]
     reading = f"mode {mode}, strength {strength:g}"
     pieces = [_lora(kind, bank, prompt, reading, words, factors) for kind in loras]
     pieces += [_embedding(bank, one) for one in words] if "embedding" in formats else []
-    paths = write_pieces(f"the prompt {prompt!r}", pieces, Folders.of(folder, words_folder))
+    paths = write_pieces(f"the prompt {prompt.text!r}", pieces, Folders.of(folder, words_folder))
     notes = _uses(prompt, loras, words, paths) + [f"<{one.concept.name}>: {note}" for one in words for note in one.lost]
     return Exported(paths, (*notes, *(_losses(bank, weights, prompt, mode, formats, factors) if loras else ())))
 
@@ -104,15 +105,15 @@ def _stem(names: Sequence[str]) -> str:
     return stem
 
 
-def _lora(kind: str, bank: ConceptBank, prompt: str, reading: str, words: Sequence[_Named], factors: Factors) -> Piece:
+def _lora(kind: str, bank: ConceptBank, prompt: Prompt, reading: str, words: Sequence[_Named], factors: Factors) -> Piece:
     state: dict[str, Tensor] = lora_state(kind, bank.layout, factors)
     for one in words if kind == "bundle" else ():
         state |= bundled_words(one.concept.name, one.tokens)
     stem = _stem([one.concept.name for one in words])
 
     def metadata(path: Path) -> dict[str, str]:
-        hint = f"made for the prompt {prompt!r}; it acts on every prompt"
-        return aggregate_metadata(stem, prompt, reading, [one.concept for one in words], bank.layout, state, hint)
+        hint = f"made for the prompt {prompt.text!r}; it acts on every prompt"
+        return aggregate_metadata(stem, prompt.text, reading, [one.concept for one in words], bank.layout, state, hint)
 
     return Piece(stem, kind, state, metadata)
 
@@ -121,23 +122,23 @@ def _embedding(bank: ConceptBank, one: _Named) -> Piece:
     return Piece(one.concept.name, "embedding", embedding_state(one.tokens), partial(embedding_metadata, one.concept, bank.layout))
 
 
-def _uses(prompt: str, loras: Sequence[str], words: Sequence[_Named], paths: Sequence[Path]) -> list[str]:
+def _uses(prompt: Prompt, loras: Sequence[str], words: Sequence[_Named], paths: Sequence[Path]) -> list[str]:
     lora_paths, word_paths = paths[:len(loras)], dict(zip((one.concept.name for one in words), paths[len(loras):], strict=False))
     notes = [f"{path.name}: LoRA for this one prompt; it acts on every prompt that it is loaded for" for path in lora_paths]
     notes += [f"{path.name}: {usage('embedding', path, name)}" for name, path in word_paths.items()]
-    if word_paths and all(match[1] in word_paths for match in PLACEHOLDER.finditer(prompt)):
-        typed = PLACEHOLDER.sub(lambda match: f" embedding:{word_paths[match[1]].stem} ", prompt)
+    if word_paths and all(name in word_paths for name in prompt.placeholders):
+        typed = prompt.substituted(lambda name: f" embedding:{word_paths[name].stem} ")
         notes.append(f"in ComfyUI the prompt is then: {' '.join(typed.split())}")
     return notes
 
 
-def _losses(bank: ConceptBank, weights: Mapping, prompt: str, mode: str, formats: Sequence[str], factors: Factors) -> list[str]:
+def _losses(bank: ConceptBank, weights: Mapping, prompt: Prompt, mode: str, formats: Sequence[str], factors: Factors) -> list[str]:
     """What these files cannot hold."""
     notes = cut_notes(factors, "deltas")
     if not {"embedding", "bundle"} & set(formats):
         notes.append("the learned words are not in these files; export the format 'embedding' as well")
     if mode != "sharp":
-        notes.append(f"mode {mode} weighs concepts anew for every prompt; these files hold its weights for {prompt!r}")
+        notes.append(f"mode {mode} weighs concepts anew for every prompt; these files hold its weights for {prompt.text!r}")
     by_composition: dict[Kind, list[str]] = {}
     for name in weights:
         by_composition.setdefault(bank.infos[name].composes.kind, []).append(f"<{name}>")

@@ -80,8 +80,9 @@ def _plain(tokens: TokenGroup) -> TokenGroup:
 
 def _states(backbone: Backbone, concept: Concept, tokens: TokenGroup) -> Tensor:
     """Of the words' positions in all neutral prompts, `[prompts, L, words, D]`."""
-    prompts = [text.format(concept.info.placeholder) for text in NEUTRAL]
-    context = encode_prompts(backbone, prompts, Vocabulary([concept.info]), {concept.name: tokens})
+    vocabulary = Vocabulary([concept.info])
+    prompts = [vocabulary.parse(text.format(concept.info.placeholder)) for text in NEUTRAL]
+    context = encode_prompts(backbone, prompts, {concept.name: tokens})
     return torch.stack([row[:, list(words[concept.name])] for row, words in zip(context.hidden, context.words, strict=True)]).float()
 
 

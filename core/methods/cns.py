@@ -154,7 +154,7 @@ class CNS(Method):
         name, words = self.task.name, self.words.group()
         vocabulary = Vocabulary([ConceptInfo(name, self.task.class_noun, self.name, words.words)])
         prompts = [prompt.format(f"<{name}>") for prompt in CONCEPT_PROMPTS]
-        context = encode_prompts(self.task.backbone, prompts, vocabulary, {name: words})
+        context = encode_prompts(self.task.backbone, vocabulary.parse_all(prompts), {name: words})
         return activation_scores(self.task.backbone, context, [row[name] for row in context.words])
 
     def _calibration(self) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def mark(tokens: TokenGroup, record: Mapping[DeltaKey, LowRankDelta]) -> str:
 def text_rows(backbone: Backbone, tokens: TokenGroup, name: str, prompts: Sequence[str] = CONCEPT_PROMPTS) -> list[Tensor]:
     """What keys and values read of a concept, per site `[s, b]` float32: its words and the end token after them, in every prompt."""
     vocabulary = Vocabulary([ConceptInfo(name, "", "", tokens.words)])
-    context = encode_prompts(backbone, [prompt.format(f"<{name}>") for prompt in prompts], vocabulary, {name: tokens})
+    context = encode_prompts(backbone, [vocabulary.parse(prompt.format(f"<{name}>")) for prompt in prompts], {name: tokens})
     places = [[*row[name], row[name][-1] + 1] for row in context.words]
     return [torch.cat([hidden[chosen] for hidden, chosen in zip(context.at(site).float().cpu(), places, strict=True)])
             for site in backbone.layout.sites]

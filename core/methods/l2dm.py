@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from ..bank.composition import SUM
-from ..bank.prompts import PLACEHOLDER
 from ..bank.tokens import TokenGroup
 from ..data.batch import Batch
 from ..errors import ConceptError
@@ -109,7 +108,7 @@ class L2DM(Method):
 
     def _readable(self, prompt: str) -> bool:
         """A caption may name other concepts, which may have gone since."""
-        return all(match[1] in self.task.bank.vocabulary.entries for match in PLACEHOLDER.finditer(prompt))
+        return self.task.bank.vocabulary.knows(prompt)
 
     def on_data(self, data: TrainingSet) -> None:
         """Describes the task's own pictures for the long-term memory (mirrored copies left out) and fills the short-term memory."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank.prompts import Vocabulary
+from ..bank.prompts import NO_CONCEPTS
 from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
@@ -65,7 +65,7 @@ def unet_features(backbone: Backbone, latents: Tensor) -> Tensor:
     found = []
     for chunk in latents.split(4):
         timesteps = torch.full((len(chunk),), t, device=chunk.device)
-        context = encode_prompts(backbone, [""] * len(chunk), Vocabulary(()), {})
+        context = encode_prompts(backbone, NO_CONCEPTS.parse_all([""] * len(chunk)), {})
         processor = _Pooled()
         backbone.predict(backbone.schedule.add_noise(chunk, noise.expand_as(chunk), timesteps), timesteps, context, processor)
         found.append(processor.deepest())

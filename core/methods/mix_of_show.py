@@ -160,7 +160,8 @@ class MixOfShow(Method):
     def _context(self, words: TokenGroup) -> Context:
         name = self.task.name
         prompts = ["", *(prompt.format(f"<{name}>") for prompt in CONCEPT_PROMPTS)]
-        return encode_prompts(self.task.backbone, prompts, Vocabulary([ConceptInfo(name, "", self.name, words.words)]), {name: words})
+        vocabulary = Vocabulary([ConceptInfo(name, "", self.name, words.words)])
+        return encode_prompts(self.task.backbone, vocabulary.parse_all(prompts), {name: words})
 
     def modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({"words": self.words, "adapters": self.adapters, "seen": self.seen})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..bank.prompts import Vocabulary
+from ..bank.prompts import NO_CONCEPTS
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
 from ..model.backbone import AttentionProcessor, Backbone, Context
@@ -134,7 +134,7 @@ def text_positions(backbone: Backbone, prompts: Sequence[str]) -> list[list[int]
 
 def encode_plain(backbone: Backbone, prompts: Sequence[str]) -> Context:
     """Prompts without placeholders."""
-    return encode_prompts(backbone, prompts, Vocabulary([]), {})
+    return encode_prompts(backbone, NO_CONCEPTS.parse_all(prompts), {})
 
 
 @torch.inference_mode(False)

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST, attention_maps
-from ..bank.bank import ConceptBank
-from ..bank.prompts import WordRef, named_concepts
 from ..model.backbone import Backbone
 from ..model.sites import Site, grid_of
 from .processor import Part, RegionProcessor
@@ -25,26 +23,9 @@ LOOK = 0.35      # share of the steps after which regions are there
 SHOWN = 0.5      # of its maximum: where a concept's map is above that and above the others', the place is its own
 
 
-def prompts_apart(bank: ConceptBank, scene: str) -> dict[str, str]:
-    """Concept -> the scene's prompt with the other concepts as their class nouns, for the concepts that it names."""
-    pieces, found = bank.vocabulary.parse(scene), {}
-    for name in named_concepts(pieces):
-        text, last = "", None
-        for piece in pieces:
-            if not isinstance(piece, WordRef):
-                text += piece
-            elif piece.concept == name:
-                text += f"<{bank.infos[name].words[piece.position]}>"
-            elif piece.concept != last:
-                text += bank.infos[piece.concept].class_noun
-            last = piece.concept if isinstance(piece, WordRef) else last if not piece.strip() else None
-        found[name] = text
-    return found
-
-
 class FoundRegions(RegionProcessor):
     """A RegionProgram whose masks are found on the way. words: per concept the positions of its words in the scene's prompt; parts: per
-    concept its prompt of `prompts_apart`, with its deltas."""
+    concept its prompt of `Prompt.apart`, with its deltas."""
 
     def __init__(self, backbone: Backbone, scene: Part, names: Sequence[str], parts: Sequence[Part], words: Sequence[tuple[int, ...]],
                  rows: Tensor, latent: tuple[int, int]) -> None:

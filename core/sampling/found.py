@@ -8,27 +8,32 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..conditioning.routing import aggregate
+from ..bank.prompts import Prompt
+from ..conditioning.routing import always_on_deltas
 from ..model.backbone import Backbone
 from ..model.solver import DpmSolver, denoise, guided
-from ..regional.found import FoundRegions, prompts_apart
+from ..regional.found import FoundRegions
 from .regions import guidance_rows, part_of
 from .sampling import repeated, sample, starting_noise
 from .settings import SampleSettings
 
 
 @torch.no_grad()
-def sample_found(backbone: Backbone, bank: ConceptBank, scene: str, seeds: Sequence[int], settings: SampleSettings) -> Tensor:
+def sample_found(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, seeds: Sequence[int],
+                 settings: SampleSettings) -> Tensor:
     """Pictures of a prompt that names two concepts or more, each kept to where it is found (regional.found); of any other as `sample`."""
-    texts, count = prompts_apart(bank, scene), len(seeds)
-    if len(texts) < 2:
+    scene, count = bank.parse(scene), len(seeds)
+    prompts = scene.apart(bank.infos)
+    if len(prompts) < 2:
         return sample(backbone, bank, [scene] * count, seeds, settings)
-    with backbone.folded(aggregate(backbone, bank, "", strength=0.0).deltas):
+    bank.check_fits(backbone.layout)
+    negative_prompt = bank.parse(settings.negative)
+    with backbone.folded(always_on_deltas(bank, averages=True)):
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
-        whole, *parts = (part_of(backbone, bank, text, settings.negative, settings) for text in (scene, *texts.values()))
-        words = [whole.context.words[1][name] for name in texts]
+        whole, *parts = (part_of(backbone, bank, prompt, negative_prompt, settings) for prompt in (scene, *prompts.values()))
+        words = [whole.context.words[1][name] for name in prompts]
         rows = guidance_rows(backbone, count, settings.cfg)
-        processor = FoundRegions(backbone, whole, list(texts), parts, words, rows, tuple(latents.shape[-2:]))
+        processor = FoundRegions(backbone, whole, list(prompts), parts, words, rows, tuple(latents.shape[-2:]))
         negative, positive = (repeated(whole.context[i:i + 1], count) for i in (0, 1))
 
         def estimate(x: Tensor, t: int, progress: float) -> Tensor:

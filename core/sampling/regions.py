@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..conditioning.routing import aggregate
+from ..bank.prompts import Prompt
+from ..conditioning.routing import aggregate, always_on_deltas
 from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.solver import DpmSolver, denoise, guided
 from ..regional.noise import Window, region_noise, scene_is_seen, windows_of
@@ -19,7 +20,7 @@ from .sampling import encode, on_device, repeated, sample, starting_noise, word_
 from .settings import SampleSettings
 
 
-def part_of(backbone: Backbone, bank: ConceptBank, prompt: str, negative: str, settings: SampleSettings) -> Part:
+def part_of(backbone: Backbone, bank: ConceptBank, prompt: Prompt, negative: Prompt, settings: SampleSettings) -> Part:
     own = aggregate(backbone, bank, prompt, settings.mode, settings.strength, always_on=False).deltas
     context = Context.cat([encode(backbone, bank, [negative]), encode(backbone, bank, [prompt])])
     bound = word_bound_deltas(backbone, bank, [prompt, negative], settings)
@@ -34,11 +35,12 @@ def guidance_rows(backbone: Backbone, count: int, cfg: float) -> Tensor:
 class _RegionSampling:
     """One sampling with regions: parts encoded once, a program for the whole, and each region's own estimate where that is asked for."""
 
-    def __init__(self, backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], count: int, settings: SampleSettings,
-                 latent: tuple[int, int]) -> None:
+    def __init__(self, backbone: Backbone, bank: ConceptBank, scene: Prompt, regions: Sequence[Region], count: int,
+                 settings: SampleSettings, latent: tuple[int, int]) -> None:
         self.backbone, self.bank, self.regions, self.count, self.settings = backbone, bank, list(regions), count, settings
-        self.parts = [part_of(backbone, bank, region.prompt, region.negative or settings.negative, settings) for region in regions]
-        self.whole = self._with_pooled(part_of(backbone, bank, scene, settings.negative, settings), latent)
+        self.parts = [part_of(backbone, bank, bank.parse(region.prompt), bank.parse(region.negative or settings.negative), settings)
+                      for region in regions]
+        self.whole = self._with_pooled(part_of(backbone, bank, scene, bank.parse(settings.negative), settings), latent)
         rows = guidance_rows(backbone, count, settings.cfg)
         self.processor = RegionProcessor(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap, settings.isolation)
         self.soft, self.hard = (masks_of(self.regions, *latent, feathered).to(backbone.device) for feathered in (True, False))
@@ -74,7 +76,7 @@ class _RegionSampling:
 
 
 @torch.no_grad()
-def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: Sequence[Region], seeds: Sequence[int],
+def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, regions: Sequence[Region], seeds: Sequence[int],
                    settings: SampleSettings) -> Tensor:
     """Pictures of a scene prompt with regions: region attention, and region noise estimation and solo steps as `settings.noise` says.
 
@@ -83,8 +85,8 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str, regions: S
     """
     if not regions:
         return sample(backbone, bank, [scene] * len(seeds), seeds, settings)
-    always = aggregate(backbone, bank, "", strength=0.0).deltas      # with what stands for an average, see there
-    with backbone.folded(always):
+    bank.check_fits(backbone.layout)
+    with backbone.folded(always_on_deltas(bank, averages=True)):
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
-        run = _RegionSampling(backbone, bank, scene, regions, len(seeds), settings, tuple(latents.shape[-2:]))
+        run = _RegionSampling(backbone, bank, bank.parse(scene), regions, len(seeds), settings, tuple(latents.shape[-2:]))
         return backbone.decode_latents(denoise(DpmSolver(backbone.schedule, settings.steps), latents, run.estimate))

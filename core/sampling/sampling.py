@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attention.token_lora import TokenLoraProcessor
 from ..bank.bank import ConceptBank
-from ..bank.prompts import named_concepts
+from ..bank.prompts import Prompt
 from ..conditioning.encoding import encode_prompts, text_positions
 from ..conditioning.routing import aggregate, averaged_names, token_lora_deltas
 from ..errors import ConceptError
@@ -30,20 +30,20 @@ def starting_noise(backbone: Backbone, seeds: Sequence[int], size: tuple[int, in
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], chunks: int = 1) -> Context:
+def encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str | Prompt], chunks: int = 1) -> Context:
     """Prompts that may name the bank's concepts, as one batch."""
-    named = {name for prompt in prompts for name in named_concepts(bank.vocabulary.parse(prompt))}
-    return encode_prompts(backbone, prompts, bank.vocabulary, {name: bank[name].tokens for name in named}, chunks)
+    parsed = bank.vocabulary.parse_all(prompts)
+    return encode_prompts(backbone, parsed, bank.token_groups({name for prompt in parsed for name in prompt.concepts}), chunks)
 
 
 def repeated(context: Context, count: int) -> Context:
     return Context.cat([context] * count)
 
 
-def _mover(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], positive: Context, strength: float,
+def _mover(backbone: Backbone, prompts: Sequence[Prompt], positive: Context, strength: float,
            processors: Sequence[AttentionProcessor | None]) -> Estimate | None:
     """The attention artists as what moves latents (the mean over an average's programs); None where there is nothing for them to do."""
-    texts = [text_positions(backbone, prompt, bank.vocabulary) for prompt in prompts]
+    texts = [text_positions(backbone, prompt) for prompt in prompts]
     subjects = [Subject(tuple(words.values()), text) for words, text in zip(positive.words, texts, strict=True)]
     artists = [Artists(subjects, strength) for _ in processors]
     if not artists[0].works(0.0):
@@ -64,13 +64,13 @@ def on_device(backbone: Backbone, deltas: Deltas) -> Deltas:
     return {key: delta.to(backbone.device) for key, delta in deltas.items()}
 
 
-def word_bound_deltas(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings) -> dict[str, Deltas]:
+def word_bound_deltas(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt], settings: SampleSettings) -> dict[str, Deltas]:
     """Deltas of the bound concepts that the prompts name."""
-    named = {name for prompt in prompts for name in named_concepts(bank.vocabulary.parse(prompt))}
+    named = {name for prompt in prompts for name in prompt.concepts}
     return {name: on_device(backbone, deltas) for name, deltas in token_lora_deltas(bank, settings.strength, named).items()}
 
 
-def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], settings: SampleSettings,
+def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt], settings: SampleSettings,
               averaged: Sequence[str]) -> list[AttentionProcessor | None]:
     """What the sites do beside their folded weights: one program, or one per averaged concept's model; bound concepts are in each."""
     bound = word_bound_deltas(backbone, bank, prompts, settings)
@@ -78,24 +78,24 @@ def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], s
     return models or [TokenLoraProcessor(bound) if bound else None]
 
 
-def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], seeds: list[int], settings: SampleSettings) -> Tensor:
+def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[Prompt], seeds: list[int], settings: SampleSettings) -> Tensor:
     """Prompts that share their deltas: folded once, no cost per step; averages of predictions cost one evaluation per concept."""
     averaged = averaged_names(bank)
     deltas = aggregate(backbone, bank, prompts[0], settings.mode, settings.strength, without=averaged).deltas
     processors = _processors(backbone, bank, prompts, settings, averaged)
-    pictures = []
+    negative_prompt, pictures = bank.parse(settings.negative), []
     with backbone.folded(deltas):
         for start in range(0, len(prompts), settings.batch):
             chunk = slice(start, start + settings.batch)
             positive = encode(backbone, bank, prompts[chunk])
-            negative = repeated(encode(backbone, bank, [settings.negative]), len(positive))
+            negative = repeated(encode(backbone, bank, [negative_prompt]), len(positive))
             latents = starting_noise(backbone, seeds[chunk], settings.size).to(backbone.device)
 
             def estimate(x: Tensor, t: int, _progress: float, negative: Context = negative, positive: Context = positive) -> Tensor:
                 every = [guided(backbone, x, t, negative, positive, settings.cfg, processor) for processor in processors]
                 return every[0] if len(every) == 1 else torch.stack(every).mean(0)
 
-            move = _mover(backbone, bank, prompts[chunk], positive, settings.artists, processors) if settings.artists else None
+            move = _mover(backbone, prompts[chunk], positive, settings.artists, processors) if settings.artists else None
             latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate, move)
             pictures.append(backbone.decode_latents(latents))
     return torch.cat(pictures)
@@ -103,17 +103,19 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[str], see
 
 @torch.inference_mode(False)      # weights folded under it would let no gradient of the artists pass
 @torch.no_grad()
-def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> Tensor:
+def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str | Prompt], seeds: Sequence[int],
+           settings: SampleSettings) -> Tensor:
     """One picture per prompt and seed, `[B, 3, H, W]` in -1..1. Prompts that ask for the same deltas run together."""
     if len(prompts) != len(seeds) or not prompts:
         raise ConceptError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; one seed per prompt is needed, one or more")
+    parsed = bank.vocabulary.parse_all(prompts)
     groups: dict[tuple, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        named = tuple(sorted(named_concepts(bank.vocabulary.parse(prompt))))
+    for i, prompt in enumerate(parsed):
+        named = tuple(sorted(prompt.concepts))
         groups.setdefault(named if settings.mode in ("sharp", "equal") else (prompt,), []).append(i)
     result: list[Tensor | None] = [None] * len(prompts)
     for members in groups.values():
-        pictures = _sample_group(backbone, bank, [prompts[i] for i in members], [seeds[i] for i in members], settings)
+        pictures = _sample_group(backbone, bank, [parsed[i] for i in members], [seeds[i] for i in members], settings)
         for i, picture in zip(members, pictures, strict=True):
             result[i] = picture
     return torch.stack(result)

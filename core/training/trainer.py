@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept, ConceptInfo
-from ..bank.prompts import Vocabulary, named_concepts
+from ..bank.prompts import Vocabulary
 from ..conditioning.encoding import TextMemory, encode_prompts
 from ..conditioning.routing import learning_deltas, learning_names
 from ..data.batch import Batch
@@ -91,7 +91,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
         self.vocabulary = Vocabulary([*task.bank.infos.values(), self.info])
-        if not any(task.name in named_concepts(self.vocabulary.parse(caption)) for caption in data.captions):
+        if not any(task.name in self.vocabulary.parse(caption).concepts for caption in data.captions):
             raise ConceptError(f"no caption of concept '{task.name}' names it; write <{task.name}> where it "
                                "is in the picture, or give no captions")
         self.memory = TextMemory()
@@ -238,10 +238,10 @@ class Trainer:
         return loss.item(), {name: value.item() for name, value in penalties.items()}
 
     def _context(self, batch: Batch) -> Context:
-        named = {name for prompt in batch.prompts for name in named_concepts(self.vocabulary.parse(prompt))}
-        tokens = {name: self.task.bank[name].tokens for name in named - {self.task.name}}
-        tokens[self.task.name] = self.method.token_group()
-        return encode_prompts(self.task.backbone, batch.prompts, self.vocabulary, tokens, memory=self.memory)
+        prompts = self.vocabulary.parse_all(batch.prompts)
+        older = {name for prompt in prompts for name in prompt.concepts} - {self.task.name}
+        tokens = self.task.bank.token_groups(older) | {self.task.name: self.method.token_group()}
+        return encode_prompts(self.task.backbone, prompts, tokens, memory=self.memory)
 
     def _update(self, loss: float) -> None:
         self.is_updating = True

@@ -177,7 +177,7 @@ def test_the_scene_may_name_bound_concepts_too(tiny_backbone, bank):
 def test_strength_zero_leaves_the_words_alone(tiny_backbone, bank):
     zero = SampleSettings(steps=2, cfg=2.0, size=(32, 32), strength=0.0)
     vocabulary, tokens = bank.vocabulary, {"rex": bank["rex"].tokens}
-    assert encode_prompts(tiny_backbone, ["a <rex>"], vocabulary, tokens).hidden.shape[0] == 1
+    assert encode_prompts(tiny_backbone, vocabulary.parse_all(["a <rex>"]), tokens).hidden.shape[0] == 1
     assert not torch.equal(sample(tiny_backbone, bank, ["a <rex>"], [1], zero), sample(tiny_backbone, bank, ["a <rex>"], [1], QUICK))
 
 

@@ -201,7 +201,7 @@ def test_prompts_and_captions(bank, trials):
 
     def read(text: str) -> None:
         caption_with_placeholder(text, "rex", text[:12])
-        pieces = vocabulary.parse(text)
+        pieces = vocabulary.parse(text).pieces
         assert sum(isinstance(piece, str) for piece in pieces) <= text.count(">") + 1
 
     sound = ["a photo of <rex> on a beach", "<mimi> and <ink-1>", "(<rex>:1.2), a [dog]", "embedding:rex <lora:x:1>", ""]

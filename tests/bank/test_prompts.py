@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from continual_concepts.core.bank.concepts import ConceptInfo
-from continual_concepts.core.bank.prompts import Vocabulary, WordRef, caption_with_placeholder, named_concepts, plain_text
+from continual_concepts.core.bank.prompts import NO_CONCEPTS, Vocabulary, WordRef, caption_with_placeholder, words_prompt
 from continual_concepts.core.errors import ConceptError
 
 REX = ConceptInfo("rex", "dog", "cidm", ("rex-1", "rex-2"))
@@ -19,27 +19,59 @@ def vocabulary():
 
 
 def test_a_placeholder_becomes_the_words_of_its_concept(vocabulary):
-    assert vocabulary.parse("a <rex> on grass") == ["a ", WordRef("rex", 0), WordRef("rex", 1), " on grass"]
+    assert vocabulary.parse("a <rex> on grass").pieces == ("a ", WordRef("rex", 0), WordRef("rex", 1), " on grass")
 
 
 def test_a_word_can_stand_alone(vocabulary):
-    assert vocabulary.parse("<cat_3>") == [WordRef("mimi", 1)]
+    assert vocabulary.parse("<cat_3>").pieces == (WordRef("mimi", 1),)
 
 
 @pytest.mark.parametrize("prompt", ["", "a dog", "a < b > c", "3 <4", "<lora:rex:1>", "()[]{}"])
 def test_text_without_placeholders_stays_text(vocabulary, prompt):
-    assert "".join(vocabulary.parse(prompt)) == prompt
-    assert named_concepts(vocabulary.parse(prompt)) == []
+    assert "".join(vocabulary.parse(prompt).pieces) == vocabulary.parse(prompt).text == prompt
+    assert vocabulary.parse(prompt).concepts == () and vocabulary.knows(prompt)
 
 
 def test_each_concept_is_named_once_in_order(vocabulary):
-    assert named_concepts(vocabulary.parse("<fluffy> and <rex>, <mimi>, <rex-2>")) == ["mimi", "rex"]
+    assert vocabulary.parse("<fluffy> and <rex>, <mimi>, <rex-2>").concepts == ("mimi", "rex")
 
 
 @pytest.mark.parametrize(("prompt", "hint"), [("<rexx>", "<rex>"), ("<zzzzzz>", "known: ")])
 def test_an_unknown_placeholder_is_refused_with_a_hint(vocabulary, prompt, hint):
     with pytest.raises(ConceptError, match=hint):
         vocabulary.parse(prompt)
+    assert not vocabulary.knows(prompt)
+
+
+def test_a_parsed_prompt_is_a_value_and_is_not_parsed_again(vocabulary):
+    prompt = vocabulary.parse("a <rex> and <fluffy>")
+    assert vocabulary.parse(prompt) is prompt and NO_CONCEPTS.parse(prompt) is prompt
+    assert prompt == vocabulary.parse(prompt.text) and len({prompt, vocabulary.parse(prompt.text)}) == 1
+    assert prompt != vocabulary.parse("a <rex> and <mimi>")
+
+
+def test_placeholders_can_be_substituted(vocabulary):
+    prompt = vocabulary.parse("a <rex> and <fluffy>, (<rex>:1.2)")
+    assert prompt.placeholders == ("rex", "fluffy", "rex")
+    assert prompt.substituted(str.upper) == "a REX and FLUFFY, (REX:1.2)"
+
+
+@pytest.mark.parametrize(("scene", "expected"), [
+    ("a dog", {}),
+    ("<rex> at night", {"rex": "<rex-1><rex-2> at night"}),
+    ("a photo of <rex> and <mimi> in a room", {"rex": "a photo of <rex-1><rex-2> and cat in a room",
+                                               "mimi": "a photo of dog and <fluffy><cat_3> in a room"}),
+    ("<rex> <mimi> and <rex-1>", {"rex": "<rex-1><rex-2> cat and <rex-1>", "mimi": "dog <fluffy><cat_3> and dog"}),
+    ("<fluffy> <cat_3>  with <rex-2>", {"mimi": "<fluffy> <cat_3>  with dog", "rex": "cat   with <rex-2>"}),
+])
+def test_prompts_with_one_concept_and_the_class_nouns_of_the_others(vocabulary, scene, expected):
+    apart = vocabulary.parse(scene).apart(INFOS)
+    assert {name: prompt.text for name, prompt in apart.items()} == expected
+    assert all(vocabulary.parse(prompt.text) == prompt for prompt in apart.values())      # parsing its text gives the same value
+
+
+def test_all_words_of_concepts_as_a_prompt(vocabulary):
+    assert words_prompt([REX, MIMI]) == vocabulary.parse("<rex> <mimi>") and words_prompt([]).pieces == ()
 
 
 def test_an_empty_bank_says_so():
@@ -64,7 +96,7 @@ def test_two_concepts_cannot_claim_one_placeholder(other):
     ],
 )
 def test_plain_text_has_class_nouns(vocabulary, prompt, expected):
-    assert plain_text(vocabulary.parse(prompt), INFOS) == expected
+    assert vocabulary.parse(prompt).plain(INFOS) == expected
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_aggregation_figures(tiny_backbone):
 
 def test_the_stacked_sum_is_the_naive_one(tiny_backbone):
     bank = training_cost.random_bank(tiny_backbone.layout, "cidm", 5)
-    deltas = aggregate(tiny_backbone, bank, "a dog", "equal").deltas
+    deltas = aggregate(tiny_backbone, bank, bank.parse("a dog"), "equal").deltas
     for key, delta in deltas.items():
         naive = sum(concept.deltas[key].dense() for concept in bank) / 5
         assert torch.allclose(delta.dense(), naive, atol=1e-4)

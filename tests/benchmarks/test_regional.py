@@ -88,7 +88,7 @@ def test_with_one_concept_over_everything_all_ways_are_its_prompt(tiny_backbone,
 
 
 def test_all_at_once_loads_every_concept(tiny_backbone, bank, wish):
-    assert aggregate(tiny_backbone, bank, wish.listed).weights.min() == 1
+    assert aggregate(tiny_backbone, bank, bank.parse(wish.listed)).weights.min() == 1
 
 
 class ToyCost:

@@ -22,7 +22,7 @@ def bank(tiny_backbone, make_concept):
 
 
 def encode(backbone, bank, *prompts, tokens=None, chunks=1):
-    return encode_prompts(backbone, prompts, bank.vocabulary, tokens or {c.name: c.tokens for c in bank}, chunks)
+    return encode_prompts(backbone, bank.vocabulary.parse_all(prompts), tokens or {c.name: c.tokens for c in bank}, chunks)
 
 
 def plain(encoder, text):
@@ -219,7 +219,7 @@ def test_remembered_texts_change_nothing_and_are_encoded_once(tiny_backbone, ban
     monkeypatch.setattr(type(encoder), "encode", lambda self, ids, slots, own: calls.append(slots.any()) or plainly(self, ids, slots, own))
     for look in range(2):
         calls.clear()
-        found = encode_prompts(tiny_backbone, PROMPTS, bank.vocabulary, tokens, memory=memory)
+        found = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(PROMPTS), tokens, memory=memory)
         assert torch.allclose(found.hidden, expected.hidden, atol=1e-6) and found.words == expected.words
         assert calls.count(False) == (0 if look else {"together": 2, "apart": 3}[which])      # apart: "a dog runs" too
 
@@ -228,7 +228,8 @@ def test_remembered_pooled_outputs(tiny_sdxl, make_concept):
     bank, memory = ConceptBank(tiny_sdxl.layout).add(make_concept(tiny_sdxl.layout, size=0.1)), TextMemory()
     expected = encode(tiny_sdxl, bank, "a <rex>", "a red dog")
     for _ in range(2):
-        found = encode_prompts(tiny_sdxl, ["a <rex>", "a red dog"], bank.vocabulary, {c.name: c.tokens for c in bank}, memory=memory)
+        prompts = bank.vocabulary.parse_all(["a <rex>", "a red dog"])
+        found = encode_prompts(tiny_sdxl, prompts, bank.token_groups(bank.names), memory=memory)
         assert torch.allclose(found.hidden, expected.hidden, atol=1e-6) and torch.allclose(found.pooled, expected.pooled, atol=1e-6)
 
 
@@ -236,7 +237,7 @@ def test_a_full_memory_goes_on_without_keeping(tiny_backbone, bank, monkeypatch)
     monkeypatch.setattr(TextMemory, "LIMIT", 1)
     memory = TextMemory()
     for prompt in ("a red dog", "a blue cat", "a red dog"):
-        found = encode_prompts(tiny_backbone, [prompt], bank.vocabulary, {}, memory=memory)
+        found = encode_prompts(tiny_backbone, bank.vocabulary.parse_all([prompt]), {}, memory=memory)
         assert torch.allclose(found.hidden, encode(tiny_backbone, bank, prompt).hidden, atol=1e-6)
     assert len(memory._known) == 1
 
@@ -244,7 +245,7 @@ def test_a_full_memory_goes_on_without_keeping(tiny_backbone, bank, monkeypatch)
 def test_words_alone_are_those_of_prompts_of_their_own(tiny_backbone, tiny_sdxl, bank, make_concept):
     wide = ConceptBank(tiny_sdxl.layout).add(make_concept(tiny_sdxl.layout, "rex", 1, size=0.1))
     for backbone, known in ((tiny_backbone, bank), (tiny_sdxl, wide)):
-        found = encode_words(backbone, known.names, known.vocabulary, {c.name: c.tokens for c in known})
+        found = encode_words(backbone, known.token_groups(known.names))
         for name, states in zip(known.names, found, strict=True):
             context = encode(backbone, known, f"<{name}>")
             assert torch.allclose(states, context.hidden[0][:, list(context.words[0][name])], atol=1e-6)

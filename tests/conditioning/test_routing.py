@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.prompts import NO_CONCEPTS
 from continual_concepts.core.conditioning.routing import MODES, aggregate, always_on_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.deltas import LowRankDelta, weighted_sum
@@ -66,10 +67,10 @@ def test_a_standing_concept_is_always_on_until_removed(tiny_backbone, bank, stan
     base = picture(tiny_backbone, bank)
     assert not torch.allclose(picture(tiny_backbone, standing), base, atol=1e-3)
     assert torch.equal(picture(tiny_backbone, standing.remove("tuned")), base)
-    found = aggregate(tiny_backbone, standing, "a dog", "equal", 0.0)
+    found = aggregate(tiny_backbone, standing, standing.parse("a dog"), "equal", 0.0)
     assert (found.weights[:, :3] == 0).all() and (found.weights[:, 3] == 1).all()
     assert always_on_deltas(standing).keys() == standing["tuned"].deltas.keys() and not always_on_deltas(bank)
-    assert not aggregate(tiny_backbone, standing, "a dog", always_on=False).deltas
+    assert not aggregate(tiny_backbone, standing, standing.parse("a dog"), always_on=False).deltas
 
 
 @pytest.mark.parametrize("others", [0, 1, 6])
@@ -77,7 +78,7 @@ def test_sharp_strength_does_not_depend_on_the_bank(tiny_backbone, bank, make_co
     grown = ConceptBank(bank.layout).add(bank["rex"])
     for i in range(others):
         grown = grown.add(make_concept(bank.layout, f"c{i}", 20 + i))
-    found = aggregate(tiny_backbone, grown, "a <rex>", strength=0.7)
+    found = aggregate(tiny_backbone, grown, grown.parse("a <rex>"), strength=0.7)
     assert torch.allclose(found.weights[:, 0], torch.tensor(0.7)) and not found.weights[:, 1:].any()
     assert torch.allclose(found.deltas[2, "to_q"].dense(), 0.7 * bank["rex"].deltas[2, "to_q"].dense())
 
@@ -90,7 +91,7 @@ def test_sharp_strength_does_not_depend_on_the_bank(tiny_backbone, bank, make_co
 ])
 @pytest.mark.parametrize("prompt", ["a <rex>", "a <flat>", "<rex> <mimi> <flat> and dogs dogs dogs dogs dogs dogs"])
 def test_weights_of_each_mode(tiny_backbone, bank, mode, check, prompt):
-    found = aggregate(tiny_backbone, bank, prompt, mode)
+    found = aggregate(tiny_backbone, bank, bank.parse(prompt), mode)
     assert found.names == ("rex", "mimi", "flat") and found.weights.shape == (7, 3)
     assert check(found.weights)
     parts = [(float(found.weights[4, i]), bank[name].deltas[4, "to_v"]) for i, name in enumerate(found.names)]
@@ -101,19 +102,19 @@ def test_weights_of_each_mode(tiny_backbone, bank, mode, check, prompt):
 def test_a_single_concept_has_weight_one_in_paper_mode(tiny_backbone, bank, name):
     alone = ConceptBank(bank.layout).add(bank[name])
     for prompt in ("a dog", f"a <{name}>"):
-        assert torch.allclose(aggregate(tiny_backbone, alone, prompt, "paper").weights, torch.ones(7, 1))
+        assert torch.allclose(aggregate(tiny_backbone, alone, alone.parse(prompt), "paper").weights, torch.ones(7, 1))
 
 
 def test_one_concept_acts_alone_whatever_the_prompt_says(tiny_backbone, bank):
-    found = aggregate(tiny_backbone, bank, "a photo of <rex>", strength=0.5, only="mimi")
+    found = aggregate(tiny_backbone, bank, bank.parse("a photo of <rex>"), strength=0.5, only="mimi")
     assert (found.weights == torch.tensor([0.0, 0.5, 0.0])).all()
     with pytest.raises(ConceptError, match="holds no concept 'nobody'"):
-        aggregate(tiny_backbone, bank, "a photo of <rex>", only="nobody")
+        aggregate(tiny_backbone, bank, bank.parse("a photo of <rex>"), only="nobody")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_empty_bank_has_no_deltas(tiny_backbone, mode):
-    found = aggregate(tiny_backbone, ConceptBank(tiny_backbone.layout), "a dog", mode)
+    found = aggregate(tiny_backbone, ConceptBank(tiny_backbone.layout), NO_CONCEPTS.parse("a dog"), mode)
     assert found.deltas == {} and found.weights.shape == (7, 0)
 
 

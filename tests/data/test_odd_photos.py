@@ -244,7 +244,7 @@ def test_a_prompt_that_names_three_hundred_concepts(tiny_backbone, empty, make_c
     for i in range(300):
         bank = bank.add(make_concept(empty.layout, f"c{i}", i, size=0.01))
     prompt = " ".join(f"<{name}>" for name in bank.names)
-    context = encode_prompts(tiny_backbone, [prompt], bank.vocabulary, {name: bank[name].tokens for name in bank.names})
+    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all([prompt]), {name: bank[name].tokens for name in bank.names})
     assert len(context.words[0]) == 300 and torch.isfinite(context.hidden).all()
     picture = sample(tiny_backbone, bank, [prompt], [0], SampleSettings(steps=1, size=(32, 32)))
     assert torch.isfinite(picture).all()

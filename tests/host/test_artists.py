@@ -102,8 +102,8 @@ def test_positions_are_those_of_learning(studio, reference):
 
     subject = subject_of(concept_clip(studio.clip, studio.bank), TWO)
     tokens = {concept.name: concept.tokens for concept in studio.bank}
-    words = encode_prompts(reference, [TWO], studio.bank.vocabulary, tokens).words[0]
-    assert subject.concepts == tuple(words.values()) and subject.text == text_positions(reference, TWO, studio.bank.vocabulary)
+    words = encode_prompts(reference, studio.bank.vocabulary.parse_all([TWO]), tokens).words[0]
+    assert subject.concepts == tuple(words.values()) and subject.text == text_positions(reference, studio.bank.vocabulary.parse(TWO))
     assert subject_of(studio.clip, "a dog").concepts == ()
 
 
@@ -114,13 +114,13 @@ def test_one_step_is_the_other_hosts(studio, reference):
     from continual_concepts.core.sampling.attention_guidance import Artists, Subject
 
     vocabulary, tokens = studio.bank.vocabulary, {concept.name: concept.tokens for concept in studio.bank}
-    positive = encode_prompts(reference, [TWO], vocabulary, tokens)
-    artist = Artists([Subject(tuple(positive.words[0].values()), text_positions(reference, TWO, vocabulary))], 1.0)
+    positive = encode_prompts(reference, vocabulary.parse_all([TWO]), tokens)
+    artist = Artists([Subject(tuple(positive.words[0].values()), text_positions(reference, vocabulary.parse(TWO)))], 1.0)
     sampling = studio.model.get_model_object("model_sampling")
     import comfy.samplers
 
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)
-    with torch.inference_mode(False), torch.no_grad(), reference.folded(aggregate(reference, studio.bank, TWO).deltas):
+    with torch.inference_mode(False), torch.no_grad(), reference.folded(aggregate(reference, studio.bank, studio.bank.parse(TWO)).deltas):
         x = torch.randn(1, 12, 16, 16, generator=torch.manual_seed(1)) * (1 + float(sigmas[0]) ** 2) ** 0.5
         for i, (sigma, after) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
             t, scale = sampling.timestep(torch.tensor([sigma])).long(), (1 + sigma**2) ** 0.5

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.bank.prompts import named_concepts
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import aggregate
 from continual_concepts.core.regional.processor import Part, RegionProcessor
@@ -34,8 +33,8 @@ def noisy(count: int = 2):
 
 
 def encoded(host, bank, prompt):
-    names = named_concepts(bank.vocabulary.parse(prompt))
-    return encode_prompts(host, [prompt] * 2, bank.vocabulary, {name: bank[name].tokens for name in names})
+    names = bank.vocabulary.parse(prompt).concepts
+    return encode_prompts(host, bank.vocabulary.parse_all([prompt] * 2), {name: bank[name].tokens for name in names})
 
 
 def test_layout_schedule_and_fingerprint_are_the_same(backbone, reference):
@@ -56,14 +55,14 @@ def test_pictures_to_latents_and_back(backbone, reference):
 def test_prompts_and_predictions(backbone, reference, bank, prompt):
     ours, theirs = encoded(backbone, bank, prompt), encoded(reference, bank, prompt)
     assert distance(ours.hidden, theirs.hidden) < TOLERANCE and ours.words == theirs.words
-    deltas = aggregate(reference, bank, prompt).deltas
+    deltas = aggregate(reference, bank, bank.parse(prompt)).deltas
     with backbone.folded(deltas), reference.folded(deltas):
         assert distance(backbone.predict(*noisy(), ours), reference.predict(*noisy(), theirs)) < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["paper", "released", "equal"])
 def test_aggregation_weights(backbone, reference, bank, mode):
-    ours, theirs = (aggregate(host, bank, PROMPTS[2], mode) for host in (backbone, reference))
+    ours, theirs = (aggregate(host, bank, bank.parse(PROMPTS[2]), mode) for host in (backbone, reference))
     assert torch.allclose(ours.weights, theirs.weights, atol=1e-4)
 
 
@@ -115,6 +114,6 @@ def test_regions(backbone, reference, bank):
 
 def test_the_hosts_weights_are_what_they_were(backbone, bank):
     before = {name: w.clone() for name, w in backbone.unet.state_dict().items()}
-    with backbone.folded(aggregate(backbone, bank, "<rex>").deltas):
+    with backbone.folded(aggregate(backbone, bank, bank.parse("<rex>")).deltas):
         assert any(not torch.equal(before[name], w) for name, w in backbone.unet.state_dict().items())
     assert all(torch.equal(before[name], w) for name, w in backbone.unet.state_dict().items())

@@ -44,7 +44,7 @@ def test_the_stock_nodes_predict_what_core_predicts(studio, reference, bound, pr
     ours = model.model.process_latent_in(studio.ksampler(model, studio.encode(clip, prompt), studio.encode(clip, ""), steps=1, cfg=1.0))
     noise, sigma = comfy.sample.prepare_noise(latent, 1), model.model.model_sampling.sigma_max
     named = [name for name in bound.names if f"<{name}>" in prompt]
-    context = encode_prompts(reference, [prompt], bound.vocabulary, {name: bound[name].tokens for name in named})
+    context = encode_prompts(reference, bound.vocabulary.parse_all([prompt]), {name: bound[name].tokens for name in named})
 
     def denoised(processor):
         output, t = reference.predict(noise, torch.tensor([999]), context, processor), torch.tensor([999])
@@ -60,7 +60,7 @@ def test_words_are_encoded_apart_as_in_core(studio, reference, bound, prompt):
 
     _, clip, _ = studio.aggregate("", bound)
     ours = context_of(studio.encode(clip, prompt), bound.layout.copies, bound.names)
-    theirs = encode_prompts(reference, [prompt], bound.vocabulary, {concept.name: concept.tokens for concept in bound})
+    theirs = encode_prompts(reference, bound.vocabulary.parse_all([prompt]), {concept.name: concept.tokens for concept in bound})
     assert distance(ours.hidden, theirs.hidden) < 1e-5 and ours.words == theirs.words
 
 

@@ -43,7 +43,7 @@ def encoded(backbone, bank) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = bank["rex"].tokens
     vectors = {name: vector.float().clone().requires_grad_() for name, vector in tokens.vectors.items()}
     with torch.enable_grad():
-        hidden = encode_prompts(backbone, [PROMPT], bank.vocabulary, {"rex": TokenGroup(tokens.words, vectors)}).hidden
+        hidden = encode_prompts(backbone, bank.vocabulary.parse_all([PROMPT]), {"rex": TokenGroup(tokens.words, vectors)}).hidden
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
         (weights * hidden).sum().backward()
     return hidden.detach(), torch.cat([vector.grad.flatten() for vector in vectors.values()])

@@ -203,7 +203,7 @@ def test_what_a_prompt_gets_predicts_the_same_through_comfyuis_own_loader(demo, 
     files = export_prompt(single, prompt, folder, strength=0.8).files
     with caplog.at_level(logging.WARNING):
         lora, loaded = load_lora(demo[0], clip, files[0])
-    deltas = aggregate(SimpleNamespace(layout=sites.layout), single, prompt, strength=0.8).deltas
+    deltas = aggregate(SimpleNamespace(layout=sites.layout), single, single.parse(prompt), strength=0.8).deltas
     assert not warnings(caplog) and len(lora.patches) == len(deltas)
     theirs = predict(lora, encode(loaded, TWO.format(*(f"embedding:{file.stem}" for file in files[1:]))))
     ours = predict(fold(demo[0], sites, deltas, False), encode(concept_clip(demo[1], single), prompt))

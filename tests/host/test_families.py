@@ -182,7 +182,7 @@ def test_sdxl_in_both_hosts(xl, tiny_sdxl):
     assert ours.layout == tiny_sdxl.layout and ours.fingerprint == tiny_sdxl.fingerprint and ours.layout.copies == 7
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 800])
     for prompt in ("a photo of a dog", "<rex> in a meadow", "a photo of <rex> and <mimi> with " + "a red ball and a car and " * 3):
-        contexts = [encode_prompts(host, [prompt] * 2, xl.bank.vocabulary, {name: xl.bank[name].tokens for name in xl.bank.names})
+        contexts = [encode_prompts(host, xl.bank.vocabulary.parse_all([prompt] * 2), {name: xl.bank[name].tokens for name in xl.bank.names})
                     for host in (ours, tiny_sdxl)]
         assert distance(contexts[0].hidden, contexts[1].hidden) < 1e-5 and distance(contexts[0].pooled, contexts[1].pooled) < 1e-5
         stock = xl.stock.CLIPTextEncode().encode(xl.aggregate("a dog", xl.bank)[1], prompt)[0]

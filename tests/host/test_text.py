@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank.prompts import named_concepts
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
 
@@ -44,8 +43,8 @@ def layers_of(conditioning) -> torch.Tensor:
 
 
 def by_core(backbone, bank, prompt):
-    names = named_concepts(bank.vocabulary.parse(prompt))
-    return encode_prompts(backbone, [prompt], bank.vocabulary, {name: bank[name].tokens for name in names})
+    names = bank.vocabulary.parse(prompt).concepts
+    return encode_prompts(backbone, bank.vocabulary.parse_all([prompt]), {name: bank[name].tokens for name in names})
 
 
 def noisy(rows: int = 1):

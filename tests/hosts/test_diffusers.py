@@ -23,7 +23,7 @@ def backbone(request):
 
 def inputs(backbone, seed=0):
     g = torch.Generator().manual_seed(seed)
-    context = encode_prompts(backbone, ["a red dog", "a cat"], Vocabulary([]), {})
+    context = encode_prompts(backbone, Vocabulary([]).parse_all(["a red dog", "a cat"]), {})
     return torch.randn(2, 4, 8, 8, generator=g), torch.tensor([10, 700]), context
 
 

@@ -89,7 +89,7 @@ def test_numbers_outside_fp16_stay_in_fp32(layout, make_concept):
 def test_an_aggregate_is_exported_like_a_concept(tiny_backbone, make_concept):
     layout = tiny_backbone.layout
     bank = ConceptBank(layout).add(make_concept(layout, "rex")).add(make_concept(layout, "mimi", seed=1))
-    deltas = aggregate(tiny_backbone, bank, "<rex> and <mimi>", "equal").deltas
+    deltas = aggregate(tiny_backbone, bank, bank.parse("<rex> and <mimi>"), "equal").deltas
     state = kohya_state(layout, low_rank(deltas, "the aggregate").deltas)
     for key, delta in deltas.items():
         assert distance(kohya_dense(state, module_name(layout, key)), delta.dense()) < HALF
@@ -283,7 +283,7 @@ def test_diffusers_loads_it_and_predicts_the_same(host, make_concept, tmp_path):
     unet = plain_unet(host)
     kind.load_lora_into_unet(state, network_alphas=next((r for r in rest if r), None), unet=unet)
     latents, times = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([50, 700])
-    context = encode_prompts(host, ["a photo of <rex>"] * 2, bank.vocabulary, {"rex": concept.tokens})
+    context = encode_prompts(host, bank.vocabulary.parse_all(["a photo of <rex>"] * 2), {"rex": concept.tokens})
     with host.folded(concept.deltas):
         ours = host.predict(latents, times, context)
     extra = None if context.pooled is None else {"text_embeds": context.pooled, "time_ids": host._time_ids(latents)}

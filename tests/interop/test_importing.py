@@ -146,10 +146,10 @@ def test_a_trigger_is_what_is_typed(tiny_backbone, bank, tmp_path):
     save_file(named(bank.layout, bank["rex"].deltas, "kohya"), tmp_path / "some.safetensors")
     found = import_concept("rex2", "dog", "object", bank.layout, tiny_backbone.text, tmp_path / "some.safetensors", trigger=" red dog ")
     grown = bank.add(found.concept)
-    ours = encode_prompts(tiny_backbone, ["a <rex2> runs"], grown.vocabulary, {"rex2": found.concept.tokens}).hidden
-    typed = encode_prompts(tiny_backbone, ["a red dog runs"], grown.vocabulary, {}).hidden
+    ours = encode_prompts(tiny_backbone, grown.vocabulary.parse_all(["a <rex2> runs"]), {"rex2": found.concept.tokens}).hidden
+    typed = encode_prompts(tiny_backbone, grown.vocabulary.parse_all(["a red dog runs"]), {}).hidden
     assert torch.allclose(ours, typed, atol=2e-3)      # vectors in fp16
-    deltas = aggregate(tiny_backbone, grown, "a <rex2> runs").deltas
+    deltas = aggregate(tiny_backbone, grown, grown.parse("a <rex2> runs")).deltas
     assert same_deltas(deltas, bank["rex"].deltas)
 
 

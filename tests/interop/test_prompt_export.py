@@ -61,7 +61,7 @@ def bank(tiny_backbone, make_concept):
 def test_the_lora_holds_what_the_bank_gives_for_the_prompt(tiny_backbone, bank, tmp_path, mode):
     done = export_prompt(bank, BOTH, tmp_path, mode=mode, strength=0.7, backbone=tiny_backbone)
     assert [file.name for file in done.files] == ["prompt_rex_mimi_lora.safetensors", "rex.safetensors", "mimi.safetensors"]
-    state, deltas = load_file(done.files[0]), aggregate(tiny_backbone, bank, BOTH, mode, 0.7).deltas
+    state, deltas = load_file(done.files[0]), aggregate(tiny_backbone, bank, bank.parse(BOTH), mode, 0.7).deltas
     assert len(state) == 3 * len(deltas)
     assert all(distance(dense(state, bank.layout, key), delta.dense()) < HALF for key, delta in deltas.items())
     for file, name in zip(done.files[1:], ("rex", "mimi"), strict=True):
@@ -191,7 +191,7 @@ def base():
 
 
 def states(base, concept, tokens, prompts):
-    context = encode_prompts(base, prompts, Vocabulary([concept.info]), {concept.name: tokens})
+    context = encode_prompts(base, Vocabulary([concept.info]).parse_all(prompts), {concept.name: tokens})
     return torch.stack([row[:, list(words["rex"])] for row, words in zip(context.hidden, context.words, strict=True)])
 
 

@@ -88,7 +88,7 @@ def test_penalties_keep_the_own_parts_apart(tiny_backbone, banks, teach):
 
 
 def test_concepts_are_routed(tiny_backbone, banks):
-    deltas = aggregate(tiny_backbone, banks[1], "a <mimi>").deltas
+    deltas = aggregate(tiny_backbone, banks[1], banks[1].parse("a <mimi>")).deltas
     assert all(torch.equal(deltas[key].dense(), delta.dense()) for key, delta in banks[1]["mimi"].deltas.items())
 
 

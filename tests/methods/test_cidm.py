@@ -193,7 +193,7 @@ def test_only_the_last_forward_pass_is_kept(tiny_backbone, bank):
     method = begun(tiny_backbone, bank)
     processor = method.processor()
     assert isinstance(processor, MapProcessor)
-    context = encode_prompts(tiny_backbone, ["a dog"], bank.vocabulary, {})
+    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(["a dog"]), {})
     for _ in range(2):
         tiny_backbone.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), context, processor)
     assert [m.shape[1] for m in processor.take()] == [64, 16, 16, 16, 16, 64, 64] and processor.take() == []

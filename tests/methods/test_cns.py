@@ -132,7 +132,7 @@ def test_the_loss_goes_down(tiny_backbone, teach):
                  schedule="constant").bank
     data, config = prepare(tiny_backbone, [picture], "rex", "dog", Framing(32, flip=False)), TrainingConfig(resolution=32)
     batch, g = data.draw(16, 0.0, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
-    context = encode_prompts(tiny_backbone, batch.prompts, bank.vocabulary, {"rex": bank["rex"].tokens})
+    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(batch.prompts), {"rex": bank["rex"].tokens})
     drawn, losses = draw(batch, 1000, config, g), []
     for deltas in ({}, always_on_deltas(bank)):
         with torch.no_grad(), tiny_backbone.folded(deltas):

@@ -120,7 +120,7 @@ def test_a_stopped_second_task_resumes_bit_for_bit(tiny_backbone, teach, run, me
 
 def test_zero_strength_is_the_base(tiny_backbone, run, method):
     bank = run["second"].bank
-    found = aggregate(tiny_backbone, bank, "a <rex>", strength=0.0, without=averaged_names(bank))
+    found = aggregate(tiny_backbone, bank, bank.parse("a <rex>"), strength=0.0, without=averaged_names(bank))
     assert found.deltas.keys() == always_on_deltas(bank).keys()
     if METHODS[method].method.composition.kind is Kind.PROMPT:
         assert not found.deltas

@@ -166,7 +166,7 @@ def test_captions_decide_what_the_merge_spares(tiny_backbone):
         method.captions = captions
         randomise(method.adapters)
         deltas = method.finish().deltas
-        hidden = encode_prompts(tiny_backbone, said, method.task.bank.vocabulary, {}).hidden[:, 0]
+        hidden = encode_prompts(tiny_backbone, method.task.bank.vocabulary.parse_all(said), {}).hidden[:, 0]
         rows = torch.cat([row[[*p, len(p) + 1]] for row, p in zip(hidden, text_positions(tiny_backbone, said), strict=True)])
         return sum(float(delta.apply(rows).square().sum()) for delta in deltas.values())
 

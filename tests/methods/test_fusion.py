@@ -100,7 +100,8 @@ def test_text_rows_are_the_words_and_the_end(tiny_backbone):
     layout = tiny_backbone.layout
     words = TokenGroup(("rex-1", "rex-2"), {"clip_l": random(layout.copies, 2, 32)})
     found = text_rows(tiny_backbone, words, "rex", ("{}", "dog {}"))
-    context = encode_prompts(tiny_backbone, ["<rex>", "dog <rex>"], Vocabulary([ConceptInfo("rex", "", "", words.words)]), {"rex": words})
+    vocabulary = Vocabulary([ConceptInfo("rex", "", "", words.words)])
+    context = encode_prompts(tiny_backbone, vocabulary.parse_all(["<rex>", "dog <rex>"]), {"rex": words})
     after = 1 + len(tiny_backbone.text[0].ids("dog"))
     for site, rows in zip(layout.sites, found, strict=True):
         one, two = context.at(site)

@@ -142,7 +142,7 @@ def test_the_loss_is_the_papers_sum(tiny_backbone, bank, data, replay):
     batch = method.on_batch(given)
     assert batch.prompts[:4] == given.prompts and len(batch.prompts) == 4 + replay
     drawn = draw(batch, 1000, config, generator)
-    context = encode_prompts(tiny_backbone, [""] * len(batch.prompts), bank.vocabulary, {})
+    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all([""] * len(batch.prompts)), {})
     seen = predict(tiny_backbone, batch, context, drawn, None)
     each = (seen.output - seen.target).square().mean((1, 2, 3))
     expected = (each[:2].sum() + 0.25 * each[2:4].sum()) / 4 + 0.5 * 2 * each[4:].mean()
@@ -166,7 +166,7 @@ def seen_by(backbone, method, data, bank):
     batch = method.on_batch(data.draw(1, 0.0, generator))
     tokens = {name: bank[name].tokens for name in bank.names} | {"bear": method.token_group()}
     run = Trainer(method.task, make("finetune"), data, TrainingConfig(resolution=32))      # for its vocabulary with the new word
-    context = encode_prompts(backbone, batch.prompts, run.vocabulary, tokens)
+    context = encode_prompts(backbone, run.vocabulary.parse_all(batch.prompts), tokens)
     return predict(backbone, batch, context, draw(batch, 1000, TrainingConfig(), generator), method.processor())
 
 

@@ -61,7 +61,7 @@ def test_the_merge_is_the_mean_of_the_deltas(banks):
 def folded_estimates(backbone, bank, prompt, x, t):
     """The guided prediction of every concept's own model, each with its deltas folded into the weights."""
     tokens = {concept.name: concept.tokens for concept in bank}
-    context = encode_prompts(backbone, ["", prompt], bank.vocabulary, tokens)
+    context = encode_prompts(backbone, bank.vocabulary.parse_all(["", prompt]), tokens)
     for concept in bank:
         with backbone.folded(concept.deltas):
             timesteps = torch.full((2,), t)

@@ -98,7 +98,7 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
             seen.setdefault((site.index, projection), []).append(x.flatten(0, -2))
             return y
 
-    context = encode_prompts(tiny_backbone, ["", "a dog", "a cat"], Vocabulary([]), {})
+    context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog", "a cat"]), {})
     recorder = record(tiny_backbone, context, Watch(), (8, 8), 3, seed=0)
     assert {key[1] for key in recorder.sums} == {"to_q", "to_out"} and {key[1] for key in seen} == {"to_q", "to_k", "to_v", "to_out"}
     for key in recorder.sums:
@@ -114,7 +114,7 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
 
 
 def test_the_recording_denoises_with_the_concept_s_own_weights(tiny_backbone):
-    context = encode_prompts(tiny_backbone, ["", "a dog"], Vocabulary([]), {})
+    context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
     adapters = LowRankAdapters(tiny_backbone.layout, 2, 1.0, torch.Generator().manual_seed(0), "cpu")
     plain = record(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
     base = record(tiny_backbone, context, AttentionProcessor(), (8, 8), 2, seed=0)
@@ -137,7 +137,7 @@ def test_the_recording_ends_at_a_clean_picture(tiny_backbone, monkeypatch):
         return (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
 
     monkeypatch.setattr(tiny_backbone, "predict", oracle)
-    context = encode_prompts(tiny_backbone, ["", "a dog"], Vocabulary([]), {})
+    context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
     record(tiny_backbone, context, AttentionProcessor(), (8, 8), 50, seed=0)
     assert len(last) == 50
     noise = [float((x[:1] - alpha.sqrt() * clean).std() / (1 - alpha).sqrt())

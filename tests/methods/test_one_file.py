@@ -167,7 +167,7 @@ def test_a_stopped_run_goes_on_exactly(learned, tiny_backbone, teach, tmp_path):
 
 def test_it_composes_as_it_says(learned, tiny_backbone, toys):
     way, method, bank, _ = learned
-    found = aggregate(tiny_backbone, bank, "a <mimi>")
+    found = aggregate(tiny_backbone, bank, bank.parse("a <mimi>"))
     expected = {"route": [0.0, 1.0], "bound": [0.0, 1.0], "sum": [1.0, 1.0], "alone": [0.4, 0.4], "average": [1.0, 1.0]}[way]
     assert torch.allclose(found.weights, torch.tensor(expected))
     assert bool(found.deltas) == (way != "bound") and list(token_lora_deltas(bank)) == (bank.names if way == "bound" else [])

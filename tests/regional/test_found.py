@@ -9,7 +9,7 @@ import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.regional import found as module
-from continual_concepts.core.regional.found import FoundRegions, prompts_apart
+from continual_concepts.core.regional.found import FoundRegions
 from continual_concepts.core.regional.processor import Part
 from continual_concepts.core.sampling.found import sample_found
 from continual_concepts.core.sampling.sampling import encode, sample
@@ -27,27 +27,12 @@ def bank(request, region_bank, tiny_backbone, teach):
     return teach(tiny_backbone, bank, "mimi", "bound", noun="cat").bank
 
 
-@pytest.mark.parametrize(("scene", "expected"), [
-    ("a dog", {}),
-    ("<rex> at night", {"rex": "<rex> at night"}),
-    (SCENE, {"rex": "a photo of <rex> and {mimi} in a room", "mimi": "a photo of {rex} and <mimi> in a room"}),
-    ("<rex> <mimi> and <rex>", {"rex": "<rex> {mimi} and <rex>", "mimi": "{rex} <mimi> and {rex}"}),
-])
-def test_prompts_name_one_concept_and_the_class_nouns_of_the_others(bank, scene, expected):
-    nouns = {name: info.class_noun for name, info in bank.infos.items()}
-    words = {name: "".join(f"<{word}>" for word in info.words) for name, info in bank.infos.items()}
-    wanted = {name: text.format(**nouns) for name, text in expected.items()}
-    for name, found in prompts_apart(bank, scene).items():
-        assert found.replace(words[name], f"<{name}>") == wanted.pop(name)
-        assert bank.vocabulary.parse(found)      # what comes out can be read again
-    assert not wanted
-
-
 def processor_of(backbone, bank, pictures=2):
-    texts = prompts_apart(bank, SCENE)
-    scene, *parts = (Part(encode(backbone, bank, ["", text]), {}) for text in (SCENE, *texts.values()))
-    words = [scene.context.words[1][name] for name in texts]
-    return FoundRegions(backbone, scene, list(texts), parts, words, torch.tensor([0] * pictures + [1] * pictures), (16, 16))
+    prompts = bank.parse(SCENE).apart(bank.infos)
+    negative = bank.parse("")
+    scene, *parts = (Part(encode(backbone, bank, [negative, prompt]), {}) for prompt in (bank.parse(SCENE), *prompts.values()))
+    words = [scene.context.words[1][name] for name in prompts]
+    return FoundRegions(backbone, scene, list(prompts), parts, words, torch.tensor([0] * pictures + [1] * pictures), (16, 16))
 
 
 def test_masks_are_where_a_concepts_map_is_high_and_highest(tiny_backbone, region_bank):

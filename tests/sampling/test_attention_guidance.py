@@ -86,18 +86,18 @@ def test_masks_share_no_cell():
 
 def test_positions_of_the_text(tiny_backbone, bank):
     tokens = {name: bank[name].tokens for name in bank.names}
-    context = encode_prompts(tiny_backbone, [TWO], bank.vocabulary, tokens)
-    text = text_positions(tiny_backbone, TWO, bank.vocabulary)
+    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all([TWO]), tokens)
+    text = text_positions(tiny_backbone, bank.vocabulary.parse(TWO))
     assert text == tuple(range(1, 6)) and set(sum(context.words[0].values(), ())) == {1, 2, 4, 5}
     long = "red " * 20
-    found = text_positions(tiny_backbone, long, Vocabulary(()))
+    found = text_positions(tiny_backbone, Vocabulary(()).parse(long))
     length = tiny_backbone.text[0].length
     assert len(found) == len(tiny_backbone.text[0].ids(long)) and not {0, length - 1, length, 2 * length - 1} & set(found)
 
 
 def looks(backbone, bank, prompts, t=500):
     context = encode(backbone, bank, prompts)
-    subjects = [Subject(tuple(words.values()), text_positions(backbone, prompt, bank.vocabulary))
+    subjects = [Subject(tuple(words.values()), text_positions(backbone, bank.vocabulary.parse(prompt)))
                 for words, prompt in zip(context.words, prompts, strict=True)]
 
     def look(latents, processor):

@@ -29,7 +29,7 @@ def begun(tiny_backbone):
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
 
     def loss(batch, config=config):
-        context = encode_prompts(tiny_backbone, batch.prompts, run.vocabulary, {"rex": run.method.token_group()})
+        context = encode_prompts(tiny_backbone, run.vocabulary.parse_all(batch.prompts), {"rex": run.method.token_group()})
         seen = predict(tiny_backbone, batch, context, Draw(torch.tensor([100, 800]), noise), run.method.processor())
         return denoising_loss(tiny_backbone, seen, config), run.method.penalty(seen)
 
@@ -89,7 +89,7 @@ def test_checkpointing_recomputes_with_its_own_program(tiny_backbone, begun):
         with tiny_backbone.gradient_checkpointing(True):
             value, _ = loss(batch)
             if between:
-                context = encode_prompts(tiny_backbone, ["", ""], run.vocabulary, {})
+                context = encode_prompts(tiny_backbone, run.vocabulary.parse_all(["", ""]), {})
                 with torch.no_grad():
                     tiny_backbone.predict(batch.latents, torch.tensor([1, 2]), context)
             value.backward()
