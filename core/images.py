@@ -36,6 +36,15 @@ def to_pil(picture: Tensor) -> Image.Image:
     return Image.fromarray(eight_bit(picture).permute(1, 2, 0).contiguous().numpy())
 
 
+def thumbnail_of(picture: Tensor) -> bytes:
+    """A picture `[3, H, W]` in -1..1 as a JPEG of at most 256 pixels a side."""
+    image = to_pil(picture)
+    image.thumbnail((256, 256))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
 def colour(index: int) -> tuple[int, int, int]:
     """A colour per region or concept, far from its neighbours'."""
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb((index * 0.61803) % 1.0, 0.65, 0.86))

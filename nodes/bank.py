@@ -14,10 +14,12 @@ from ..core.evaluation.bank_picture import bank_pages
 from ..core.evaluation.inspection import inspect, lines
 from ..core.images import to_tensor
 from ..core.training import checkpoint
-from . import host, types
+from . import types
+from .folders import NEW_BANK, bank_file, bank_names, checkpoint_folder, new_bank_file, register_folders
+from .images import vision
 from .schema import Schema
 
-host.register_folders()
+register_folders()
 
 
 class ConceptBankLoad(io.ComfyNode):
@@ -34,8 +36,8 @@ class ConceptBankLoad(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "bank_name",
-                    options=[host.NEW_BANK, *host.bank_names()],
-                    default=host.NEW_BANK,
+                    options=[NEW_BANK, *bank_names()],
+                    default=NEW_BANK,
                     tooltip="Banks lie in models/concept_banks and output/concept_banks.",
                 )
             ],
@@ -44,14 +46,14 @@ class ConceptBankLoad(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, bank_name):
-        if bank_name == host.NEW_BANK:
+        if bank_name == NEW_BANK:
             return bank_name
-        status = host.bank_file(bank_name).stat()
+        status = bank_file(bank_name).stat()
         return f"{bank_name} {status.st_mtime_ns} {status.st_size}"
 
     @classmethod
     def execute(cls, bank_name) -> io.NodeOutput:
-        return io.NodeOutput(None if bank_name == host.NEW_BANK else open_bank(host.bank_file(bank_name)))
+        return io.NodeOutput(None if bank_name == NEW_BANK else open_bank(bank_file(bank_name)))
 
 
 class ConceptBankSave(io.ComfyNode):
@@ -81,7 +83,7 @@ class ConceptBankSave(io.ComfyNode):
     def execute(cls, bank, bank_name, allow_fewer) -> io.NodeOutput:
         if bank is None:
             raise ConceptError("there is no bank to save; learn a concept first")
-        path = host.new_bank_file(bank_name)
+        path = new_bank_file(bank_name)
 
         def change(now):
             lost = [name for name in now.names if name not in bank] if now is not None else []
@@ -100,7 +102,7 @@ class ConceptBankSave(io.ComfyNode):
 
 def _forget_runs(bank) -> None:
     """Removes the checkpoints of runs whose concept is safe in a bank file now."""
-    for file in (host.output_folder() / ".unfinished").glob("*.checkpoint"):
+    for file in checkpoint_folder().glob("*.checkpoint"):
         run = checkpoint.identity(file)
         info = bank.infos.get(run.get("concept"))
         if info is not None and list(info.provenance.images) == run.get("images") and info.provenance.base == run.get("base"):
@@ -187,7 +189,7 @@ class ConceptBankInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, bank, clip_vision=None) -> io.NodeOutput:
-        found = inspect(bank, None if clip_vision is None else host.vision(clip_vision))
+        found = inspect(bank, None if clip_vision is None else vision(clip_vision))
         picture = torch.cat([to_tensor(page) for page in bank_pages(found)])
         text = "\n".join(lines(found))
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}

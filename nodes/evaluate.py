@@ -16,7 +16,10 @@ from ..core.evaluation.bankcheck import check_bank, references_of
 from ..core.evaluation.sheet import lines, sheet
 from ..core.images import to_tensor
 from ..core.sampling.settings import SampleSettings
-from . import host, types
+from . import types
+from .images import pictures_of, vision
+from .inputs import first, lines_of
+from .progress import bar_preview
 from .schema import Schema
 
 BATCH = 4      # pictures in one UNet call
@@ -43,11 +46,11 @@ class ConceptReferencePhotos(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, concept, photos=None) -> io.NodeOutput:
-        name = check_name(host.first(concept).strip().strip("<>"))
-        pictures = host.pictures_of(images, f"images of '{name}'")
+        name = check_name(first(concept).strip().strip("<>"))
+        pictures = pictures_of(images, f"images of '{name}'")
         if not pictures:
             raise ConceptError(f"there are no photos of '{name}'; connect one or more")
-        before = host.first(photos) or {}
+        before = first(photos) or {}
         return io.NodeOutput({**before, name: [*before.get(name, []), *pictures]})
 
 
@@ -104,15 +107,15 @@ class ConceptEvaluate(io.ComfyNode):
 
         def progress(done: int, total: int, picture: Tensor) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total, host.preview(picture))
+            bar.update_absolute(done, total, bar_preview(picture))
 
         found = check_bank(
             ComfyBackbone(model, clip, vae),
             bank,
             references,
-            _lines(prompts),
-            _lines(base_prompts),
-            host.vision(clip_vision),
+            lines_of([prompts]),
+            lines_of([base_prompts]),
+            vision(clip_vision),
             range(seed, seed + seeds),
             settings,
             progress,
@@ -120,10 +123,6 @@ class ConceptEvaluate(io.ComfyNode):
         picture = to_tensor(sheet(found))
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (lines(found),)}
         return io.NodeOutput(picture, json.dumps(found.to_json(), indent=1), ui=shown)
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _names(bank, concepts: str) -> list[str]:

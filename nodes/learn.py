@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io as bytes_io
 import json
 import logging
 from dataclasses import fields, replace
@@ -11,7 +10,7 @@ from dataclasses import fields, replace
 import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image
+from torch import Tensor
 
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS
@@ -20,19 +19,23 @@ from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.photos import Framing, Picture, pair_pictures, prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
-from ..core.evaluation.metrics import image_alignment
-from ..core.images import loss_picture, spread, thumbnails_picture, to_tensor
+from ..core.evaluation.previews import Previews, concept_prompt, older_concepts, similarity_to
+from ..core.images import loss_picture, thumbnail_of, thumbnails_picture, to_tensor
 from ..core.methods import DEFAULT, METHODS, Task, make
-from ..core.sampling.sampling import sample
+from ..core.methods.base import Method
 from ..core.sampling.settings import SampleSettings
 from ..core.training.config import TrainingConfig
 from ..core.training.loop import learn
 from ..core.training.record import is_same_work, run_identity
-from . import host, types
+from . import types
+from .folders import checkpoint_file
+from .images import masks_of, pictures_of, to_image, vision
+from .inputs import first, lines_of, setting_input
+from .progress import Reporter
 from .schema import Schema
 
 KEEP, AGAIN = "keep it", "learn it again"
-OLDER = 8      # older concepts that are drawn at the end
+OF_TRAINING = ("steps", "batch_size", "resolution", "seed")      # inputs that are fields of TrainingConfig
 LATER = {"clip_vision": None, "stop_after": 0, "show_older": False}      # inputs that saved graphs may lack
 
 
@@ -63,7 +66,7 @@ class ConceptLearner(io.ComfyNode):
                     default=DEFAULT,
                     tooltip="\n".join(f"{name}: {entry.summary}" for name, entry in sorted(METHODS.items())),
                 ),
-                io.Int.Input("steps", default=800, min=1, max=100_000, tooltip="Optimiser steps. CIDM's paper: 800."),
+                setting_input(TrainingConfig, "steps"),
                 io.Float.Input(
                     "lr",
                     default=0.0,
@@ -82,9 +85,9 @@ class ConceptLearner(io.ComfyNode):
                     round=1e-7,
                     tooltip="Learning rate of the words; 0 = the method's own.",
                 ),
-                io.Int.Input("resolution", default=512, min=16, max=2048, step=8, tooltip="Side of the training pictures in pixels."),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Photos per step. More is steadier and slower."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Same seed, same result."),
+                setting_input(TrainingConfig, "resolution"),
+                setting_input(TrainingConfig, "batch_size"),
+                setting_input(TrainingConfig, "seed"),
                 io.Int.Input("preview_every", default=100, min=0, max=10_000, tooltip="Steps between live samples; 0 = none."),
                 io.Combo.Input(
                     "if_known",
@@ -136,133 +139,111 @@ class ConceptLearner(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, captions=None, bank=None, masks=None, prior_images=None, selection=None, method_settings=None, training_settings=None, **inputs
+        cls, images, captions=None, bank=None, masks=None, prior_images=None, selection=None, method_settings=None,
+        training_settings=None, **inputs
     ) -> io.NodeOutput:
-        inputs = LATER | inputs
-        one = {key: host.first(value) for key, value in inputs.items() if key != "images"}
-        name, noun = check_name(one["name"].strip().strip("<>")), one["class_noun"].strip()
-        if one["if_known"] not in (KEEP, AGAIN):
-            raise ConceptError(f"if_known is {one['if_known']!r}; allowed: {KEEP}, {AGAIN}")
-        lines = [line for text in captions or [] for line in text.splitlines() if line.strip()]
-        own = pair_pictures(host.pictures_of(inputs["images"], "images"), lines, host.masks_of(masks, "masks"))
-        prior = [Picture(p, f"a photo of a {noun}", is_prior=True) for p in host.pictures_of(prior_images, "prior_images")]
-        method = make(one["method"], _method_settings(one, host.first(method_settings)))
-        if host.first(selection) is not None:
-            method.selection = host.first(selection)
-        config = _stopping(_training(one, host.first(training_settings)), one)
-        known = host.first(bank)
+        given = {key: first(value) for key, value in (LATER | inputs).items()}
+        name, noun = check_name(given["name"].strip().strip("<>")), given["class_noun"].strip()
+        if given["if_known"] not in (KEEP, AGAIN):
+            raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}")
+        photos = pair_pictures(pictures_of(images, "images"), lines_of(captions), masks_of(masks, "masks"))
+        prior = [Picture(p, f"a photo of a {noun}", is_prior=True) for p in pictures_of(prior_images, "prior_images")]
+        method = make(given["method"], _method_settings(given, first(method_settings)))
+        if first(selection) is not None:
+            method.selection = first(selection)
+        config = _with_early_stopping(_training_config(given, first(training_settings)), given)
         with torch.inference_mode(False):
-            backbone = ComfyBackbone(one["model"], one["clip"], one["vae"])
-            known = ConceptBank(backbone.layout) if known is None else known
+            backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])
+            known = ConceptBank(backbone.layout) if first(bank) is None else first(bank)
             known.check_fits(backbone.layout)
-            if name in known:
-                if one["if_known"] == AGAIN:
-                    known = known.remove(name)
-                else:
-                    return _kept(known, name, method, config, own)
-            task = Task(name, noun, backbone, known, one["kind"], generator=torch.Generator().manual_seed(config.seed))
-            return _learn(task, method, config, [*own, *prior], one, getattr(cls.hidden, "unique_id", None))
+            if name in known and given["if_known"] == KEEP:
+                return _already_learned(known, name, method, config, photos)
+            known = known.remove(name) if name in known else known
+            task = Task(name, noun, backbone, known, given["kind"], generator=torch.Generator().manual_seed(config.seed))
+            return _learn(task, method, config, [*photos, *prior], given, getattr(cls.hidden, "unique_id", None))
 
 
-def _method_settings(one: dict, more: dict | None) -> dict:
-    given = dict(more or {})
-    known = {field.name for field in fields(METHODS[one["method"]].config)} if one["method"] in METHODS else set()
-    return given | {key: one[key] for key in ("lr", "token_lr") if one[key] > 0 and key in known}
+def _method_settings(given: dict, settings: dict | None) -> dict:
+    """The method's settings, with the learner's learning rates where they are not 0 and the method has such a rate."""
+    fields_of_method = {field.name for field in fields(METHODS[given["method"]].config)} if given["method"] in METHODS else set()
+    return dict(settings or {}) | {key: given[key] for key in ("lr", "token_lr") if given[key] > 0 and key in fields_of_method}
 
 
-def _training(one: dict, more: dict | None) -> TrainingConfig:
-    unknown = sorted(set(more or {}) - {field.name for field in fields(TrainingConfig)})
+def _training_config(given: dict, settings: dict | None) -> TrainingConfig:
+    settings = settings or {}
+    unknown = sorted(set(settings) - {field.name for field in fields(TrainingConfig)})
     if unknown:
         raise ConceptError(f"training_settings holds {unknown[0]!r}, which is no setting of training; connect Concept Training Settings")
-    base = TrainingConfig(steps=one["steps"], batch_size=one["batch_size"], resolution=one["resolution"], seed=one["seed"])
-    return replace(base, **(more or {}))
+    return replace(TrainingConfig(**{key: given[key] for key in OF_TRAINING}), **settings)
 
 
-def _stopping(config: TrainingConfig, one: dict) -> TrainingConfig:
-    """Looks count for the run's identity only where they can end it: showing samples or not changes nothing."""
-    after, every = one["stop_after"], one["preview_every"]
-    if after and (one["clip_vision"] is None or not every):
-        lacks = "clip_vision is not connected" if one["clip_vision"] is None else "preview_every is 0"
-        raise ConceptError(f"stop_after is {after} but {lacks}; live samples are what tells when to stop; allowed without: 0")
-    return replace(config, patience=after, look_every=every) if after else config
+def _with_early_stopping(config: TrainingConfig, given: dict) -> TrainingConfig:
+    """Previews belong to a run's identity only where they can end it: whether they are shown changes nothing that is learned."""
+    patience, every = given["stop_after"], given["preview_every"]
+    if patience and (given["clip_vision"] is None or not every):
+        lacks = "clip_vision is not connected" if given["clip_vision"] is None else "preview_every is 0"
+        raise ConceptError(f"stop_after is {patience} but {lacks}; early stopping compares previews with the photos; allowed without: 0")
+    return replace(config, patience=patience, look_every=every) if patience else config
 
 
-def _kept(bank: ConceptBank, name: str, method, config: TrainingConfig, own: list[Picture]) -> io.NodeOutput:
-    """The bank holds the concept already: fine when it is the same work, which a second run of a saved graph is."""
-    origin = bank.infos[name].provenance
-    same = is_same_work(origin, method, config) and list(origin.images) == [p.digest for p in own]
-    if bank.infos[name].method != method.name or not same:
+def _already_learned(bank: ConceptBank, name: str, method: Method, config: TrainingConfig, photos: list[Picture]) -> io.NodeOutput:
+    """The bank as it is, when its concept was learned from these photos with these settings: a saved graph was run again."""
+    info = bank.infos[name]
+    same_photos = list(info.provenance.images) == [photo.digest for photo in photos]
+    if info.method != method.name or not same_photos or not is_same_work(info.provenance, method, config):
         raise ConceptError(
             f"the bank already holds a concept '{name}', learned from other photos or settings; choose another name, or "
             f"set if_known to '{AGAIN}'"
         )
     picture = to_tensor(loss_picture([], f"<{name}> is known already"))
-    return io.NodeOutput(
-        bank, picture, picture, _nothing_older(), ui=ui.PreviewText(f"<{name}> is in the bank already, learned from these photos")
-    )
+    text = ui.PreviewText(f"<{name}> is in the bank already, learned from these photos")
+    return io.NodeOutput(bank, picture, picture, _no_older_concepts(), ui=text)
 
 
-def _learn(task: Task, method, config: TrainingConfig, pictures: list[Picture], one: dict, node: str | None) -> io.NodeOutput:
-    backbone, every = task.backbone, one["preview_every"]
-    notes = list(warnings_before(task.bank, task.name, task.class_noun, method.name))
+def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Picture], given: dict, node: str | None) -> io.NodeOutput:
+    photos = [picture for picture in pictures if not picture.is_prior]
+    digests = [photo.digest for photo in photos]
+    notes = list(warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests))
     for note in notes:      # before the minutes that learning takes
         logging.warning("Concept Learner: %s", note)
-    look = SampleSettings(steps=15, cfg=5.0, size=(config.resolution, config.resolution), batch=1)
+    backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=(config.resolution, config.resolution), batch=1)
     with backbone.training():
         data = prepare(backbone, pictures, task.name, task.class_noun, Framing(config.resolution, config.framing, config.flip))
-        key = hashlib.sha256(json.dumps(run_identity(task, method, data, config), sort_keys=True).encode()).hexdigest()[:12]
-        alike = _likeness(one["clip_vision"], pictures)
-        report = host.Reporter(config.steps, backbone, _prompt(task.name, task.kind), every, look, config.seed, alike, node)
-        judge = report.judge if config.patience else None
-        learned = learn(task, method, data, config, report, host.checkpoint_file(task.name, key), evaluator=judge)
-        bank = learned.bank
-        if every:
-            if report.looked != len(learned.losses):      # the look that ended learning is the last one
-                report.look(bank, len(learned.losses))
-            bank = task.bank.add(replace(learned.concept, thumbnail=_jpeg(report.previews[-1])), learned.bank.shared)
-        older = _older(backbone, bank, task.bank.names, look, config.seed) if one["show_older"] else _nothing_older()
-    loss = to_tensor(loss_picture(learned.losses, f"loss of <{task.name}>", report.scores))
-    previews = torch.cat(report.previews) if report.previews else loss
-    if len(learned.losses) < config.steps:
-        notes.append(f"ended after {len(learned.losses)} of {config.steps} steps: it was no longer getting more like the photos")
-    shown = ui.PreviewImage(previews[-1:], cls=ConceptLearner).as_dict()
-    return io.NodeOutput(bank, loss, previews, older, ui={**shown, **({"text": ("\n".join(notes),)} if notes else {})})
+        encode = None if given["clip_vision"] is None else vision(given["clip_vision"])
+        similarity = None if encode is None else similarity_to([photo.pixels for photo in photos], encode)
+        previews = Previews(backbone, concept_prompt(task.name, task.kind), settings, config.seed, similarity)
+        report = Reporter(config.steps, given["preview_every"], previews, node)
+        file = checkpoint_file(task.name, _run_key(run_identity(task, method, data, config)))
+        learned = learn(task, method, data, config, report, file, evaluator=previews.evaluate if config.patience else None)
+        bank, steps = learned.bank, len(learned.losses)
+        if given["preview_every"]:
+            if previews.last_step != steps:      # else it is the one that ended learning
+                previews.draw(bank, steps)
+            bank = task.bank.add(replace(learned.concept, thumbnail=thumbnail_of(previews.pictures[-1])), bank.shared)
+        older = _no_older_concepts()
+        if given["show_older"] and len(task.bank):
+            cancel = comfy.model_management.throw_exception_if_processing_interrupted
+            rows = older_concepts(backbone, bank, task.bank.names, settings, config.seed, before_each=cancel)
+            older = to_tensor(thumbnails_picture(rows, columns=4))
+    if steps < config.steps:
+        notes.append(f"ended after {steps} of {config.steps} steps: the similarity to the photos no longer grew")
+    return _shown(bank, learned.losses, previews, older, notes, f"loss of <{task.name}>")
 
 
-def _prompt(name: str, kind: str) -> str:
-    return f"a photo of <{name}>" if kind == "object" else f"<{name}>"
+def _shown(bank: ConceptBank, losses: tuple[float, ...], previews: Previews, older: Tensor, notes: list[str], title: str) -> io.NodeOutput:
+    loss = to_tensor(loss_picture(losses, title, previews.scores))
+    strip = to_image(torch.stack(previews.pictures)) if previews.pictures else loss
+    shown = ui.PreviewImage(strip[-1:], cls=ConceptLearner).as_dict()
+    return io.NodeOutput(bank, loss, strip, older, ui={**shown, **({"text": ("\n".join(notes),)} if notes else {})})
 
 
-def _likeness(clip_vision, pictures: list[Picture]):
-    """Samples -> image alignment with the concept's own photos; None without a CLIP_VISION."""
-    if clip_vision is None:
-        return None
-    encode = host.vision(clip_vision)
-    real = encode([picture.pixels for picture in pictures if not picture.is_prior])
-    return lambda samples: image_alignment(encode(list(samples)), real)
+def _run_key(identity: dict) -> str:
+    """A short name for a run, the same for the same work."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _older(backbone, bank: ConceptBank, names: list[str], look: SampleSettings, seed: int) -> torch.Tensor:
-    """Older concepts as the new bank draws them, beside their thumbnails."""
-    rows = []
-    for name in spread(names, OLDER):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        info = bank.infos[name]
-        picture = host.to_image(sample(backbone, bank, [_prompt(name, info.kind)], [seed], look))
-        rows += [(f"<{name}> when learned", bank[name].thumbnail), (f"<{name}> now", _jpeg(picture))]
-    return to_tensor(thumbnails_picture(rows, columns=4)) if rows else _nothing_older()
-
-
-def _nothing_older() -> torch.Tensor:
+def _no_older_concepts() -> Tensor:
     return to_tensor(loss_picture([], "older concepts were not drawn"))
-
-
-def _jpeg(image: torch.Tensor) -> bytes:
-    picture = Image.fromarray((image[0] * 255).round().byte().numpy())
-    picture.thumbnail((256, 256))
-    buffer = bytes_io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
 
 
 NODES = [ConceptLearner]

@@ -21,7 +21,9 @@ from ..core.neurons.scores import (
     gradient_scores,
     text_positions,
 )
-from . import host, types
+from . import types
+from .images import pictures_of
+from .inputs import first, lines_of
 from .schema import Schema
 
 
@@ -81,14 +83,13 @@ class ConceptNeuronSelect(io.ComfyNode):
 
     @classmethod
     def execute(cls, images=None, vae=None, calibration_prompts=None, **inputs) -> io.NodeOutput:
-        one = {key: host.first(value) for key, value in inputs.items()}
-        lines = [line.strip() for text in calibration_prompts or [] for line in text.splitlines() if line.strip()]
-        photos = host.pictures_of(images, "images")
+        one = {key: first(value) for key, value in inputs.items()}
+        photos = pictures_of(images, "images")
         if one["score"] == "gradient" and not photos:
             raise ConceptError("the gradient score needs photos; connect images and vae, or choose the score 'activation'")
-        backbone = ComfyBackbone(one["model"], one["clip"], host.first(vae))
+        backbone = ComfyBackbone(one["model"], one["clip"], first(vae))
         with backbone.training():
-            chosen = _select(backbone, one, photos, tuple(lines) or CALIBRATION)
+            chosen = _select(backbone, one, photos, tuple(lines_of(calibration_prompts)) or CALIBRATION)
         parameters = sum(p.numel() for p in backbone.unet.parameters())
         share = chosen.share(parameters)
         picture = to_tensor(selection_picture(chosen, len(backbone.layout), f"concept neurons of '{one['prompt']}'", share))

@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from ..core.comfy.demo import DemoVision, load_demo
 from ..core.data.photos import SUFFIXES, read_folder
 from ..core.errors import ConceptError
-from . import host, types
+from . import types
+from .images import to_image
 from .schema import Schema
 
 EXAMPLES = "(example photos: rex)"
@@ -67,7 +68,7 @@ class ConceptPhotosLoad(io.ComfyNode):
         path = _folder(folder)
         masks = path / "masks"
         pictures = read_folder(path, masks=masks if masks.is_dir() else None)
-        images = [host.to_image(picture.pixels.unsqueeze(0)) for picture in pictures]
+        images = [to_image(picture.pixels.unsqueeze(0)) for picture in pictures]
         whole = [torch.ones(1, *picture.pixels.shape[1:]) if picture.mask is None else picture.mask for picture in pictures]
         captions = [" ".join(picture.caption.split()) for picture in pictures]
         return io.NodeOutput(images, "\n".join(captions) if all(captions) else "", whole)
@@ -130,7 +131,7 @@ class ConceptDemoPhotos(io.ComfyNode):
         if concept not in CONCEPTS:
             raise ConceptError(f"concept is {concept!r}; allowed: {', '.join(CONCEPTS)}")
         shown = CONCEPTS[concept].pictures(count, seed)
-        images = host.to_image(to_tensor([picture for picture, _ in shown]))
+        images = to_image(to_tensor([picture for picture, _ in shown]))
         return io.NodeOutput(images, "\n".join(caption for _, caption in shown), CONCEPTS[concept].class_noun)
 
 

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..core.errors import ConceptError
 from ..core.regional.regions import Region
-from . import host, types
+from . import types
+from .images import masks_of
 from .schema import Schema
 
 
@@ -54,7 +55,7 @@ class ConceptRegion(io.ComfyNode):
     ) -> io.NodeOutput:
         if not prompt.strip():
             raise ConceptError("the prompt of a region is empty; say what is to be there")
-        matte = host.masks_of(mask, f"the masks of region '{prompt}'")
+        matte = masks_of(mask, f"the masks of region '{prompt}'")
         if len(matte) > 1:
             raise ConceptError(f"the mask of region '{prompt}' holds {len(matte)} masks; one region takes one")
         where = {"mask": matte[0][0]} if matte else {"box": (top, left, bottom, right)}

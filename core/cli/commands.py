@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from argparse import Namespace
 from dataclasses import asdict, fields, replace
@@ -10,8 +9,6 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from ..bank.bank import ConceptBank
@@ -23,7 +20,9 @@ from ..data.photos import Framing, prepare, read_folder
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
 from ..evaluation.inspection import inspect
+from ..evaluation.previews import concept_prompt
 from ..files import write_atomically
+from ..images import thumbnail_of, to_pil
 from ..interop.importing import import_concept
 from ..methods.base import Task, make
 from ..model.backbone import Backbone
@@ -62,18 +61,9 @@ def load_backbone(options: Namespace) -> Backbone:
     return load_pretrained(Path(options.base), device)
 
 
-def _picture(tensor: Tensor) -> Image.Image:
-    """`[3, H, W]` in -1..1 as a picture."""
-    return Image.fromarray(((tensor.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
-
-
 def _thumbnail(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size: int, cfg: float) -> bytes:
-    prompt = f"a photo of <{name}>" if kind == "object" else f"<{name}>"
-    picture = _picture(sample_pictures(backbone, bank, [prompt], [0], SampleSettings(steps=20, cfg=cfg, size=(size, size)))[0])
-    picture.thumbnail((256, 256))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
+    settings = SampleSettings(steps=20, cfg=cfg, size=(size, size))
+    return thumbnail_of(sample_pictures(backbone, bank, [concept_prompt(name, kind)], [0], settings)[0])
 
 
 def _training(options: Namespace) -> TrainingConfig:
@@ -187,7 +177,7 @@ def sample(options: Namespace) -> Result:
     files = []
     for seed, tensor in zip(seeds, pictures, strict=True):
         files.append(options.output / f"sample_{seed:05d}.png")
-        picture = _picture(tensor)
+        picture = to_pil(tensor)
         write_atomically(files[-1], lambda temporary, p=picture: p.save(temporary, "PNG"))
     return {"prompt": options.prompt, "files": [str(file) for file in files]}, [f"wrote {file}" for file in files]
 

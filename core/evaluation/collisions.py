@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -81,6 +81,11 @@ def _digests(info: ConceptInfo) -> set[str]:
     return {digest for digest in info.provenance.images if digest and isinstance(digest, str)}
 
 
+def _are_same_photos(left: Collection[str], right: Collection[str]) -> bool:
+    """Whether two concepts share enough of the photos of the one with fewer."""
+    return bool(left and right) and len(set(left) & set(right)) >= SHARED_PHOTOS * min(len(left), len(right))
+
+
 def _same_photos(infos: Sequence[ConceptInfo]) -> list[Collision]:
     """Concepts of one kind and noun that were learned from the same photos, each with the earlier one that it shares most with. With
     another noun it may be something else on the same photos."""
@@ -151,9 +156,18 @@ def header_warnings(bank: ConceptBank) -> tuple[str, ...]:
     return (*mixing, *(f"{listed(names)} differ in upper and lower case only" for names in cases.values() if len(names) > 1))
 
 
-def warnings_before(bank: ConceptBank | None, name: str, class_noun: str, method: str = "") -> tuple[str, ...]:
-    """What is to be said before a concept of that name and noun is learned into a bank; method: with which, if that is known. Raises
-    ConceptError for a name that is not allowed."""
+def warnings_before(bank: ConceptBank | None, name: str, class_noun: str, method: str = "", kind: str = "object",
+                    digests: Collection[str] = ()) -> tuple[str, ...]:
+    """Warnings before a concept is learned into a bank.
+
+    Args:
+        bank: None for a new one.
+        method: with which the concept will be learned, empty = not known yet.
+        digests: of its photos, empty = not known yet.
+
+    Raises:
+        ConceptError: for a name that is not allowed.
+    """
     check_name(name)
     infos = {} if bank is None else {known: info for known, info in bank.infos.items() if known != name}
     found = []
@@ -168,6 +182,10 @@ def warnings_before(bank: ConceptBank | None, name: str, class_noun: str, method
         found.append(f"<{name}> and {listed(case)} differ in upper and lower case only; other programs take them for one")
     if part:
         found.append(f"one of the names <{name}> and {listed(part)} is a part of the other; programs that know no < > mistake them")
+    same = [known for known, info in infos.items()
+            if (info.kind, noun_of(info)) == (kind, plain(class_noun)) and _are_same_photos(set(digests), _digests(info))]
+    if same:
+        found.append(f"{listed(same)} was learned from the same photos; two concepts of one thing collide")
     return (*found, *_mixed_with(infos, class_noun, method))
 
 

@@ -220,6 +220,14 @@ def test_warnings_before_a_concept_is_learned(concept, bank_of, name, noun, meth
     assert warnings_before(None, name, noun, method) == ()
 
 
+@pytest.mark.parametrize("digests, noun, kind, warned", [
+    ("ab", "dog", "object", True), ("abcdef", " Dog", "object", True), ("axyz", "dog", "object", True), ("xyz", "dog", "object", False),
+    ("ab", "cat", "object", False), ("ab", "dog", "style", False), ("", "dog", "object", False)])
+def test_the_same_photos_are_warned_of_before_they_are_learned_again(concept, bank_of, digests, noun, kind, warned):
+    warnings = warnings_before(bank_of(concept("rex", 1, "bound", photos="ab")), "spot", noun, "bound", kind, list(digests))
+    assert [("<rex> was learned from the same photos" in warning) for warning in warnings] == [True] * warned
+
+
 def test_names_that_are_not_allowed_are_refused():
     with pytest.raises(ConceptError, match="not allowed"):
         warnings_before(None, "a b", "dog")

@@ -144,7 +144,7 @@ SLOW = [name for name in STAGES if name not in ("photos", "optimizer", "preview"
 @pytest.fixture
 def fault_at(studio, unet, at_call, monkeypatch):
     """fault_at(stage, error): the next run of four steps with a preview every two, itself of two steps, has it there."""
-    from continual_concepts.nodes import host
+    from continual_concepts.nodes import progress
 
     def arrange(stage: str, error) -> None:
         if stage == "photos":
@@ -156,7 +156,7 @@ def fault_at(studio, unet, at_call, monkeypatch):
         elif stage == "optimizer":
             at_call(torch.optim.AdamW, "zero_grad", 3, error)
         elif stage == "between steps":
-            at_call(host.Reporter, "__call__", 3, error)
+            at_call(progress.Reporter, "__call__", 3, error)
         elif stage == "preview's picture":
             at_call(type(studio.vae), "decode", 1, error)
         elif stage == "last preview":
@@ -208,9 +208,9 @@ def unloading(monkeypatch, comfyui):
     """unloading(): from then on every model is unloaded after every step; returns how many were left each time."""
     import comfy.model_management as management
 
-    from continual_concepts.nodes import host
+    from continual_concepts.nodes import progress
 
-    before, seen = host.Reporter.__call__, []
+    before, seen = progress.Reporter.__call__, []
 
     def report(self, info):
         before(self, info)
@@ -218,7 +218,7 @@ def unloading(monkeypatch, comfyui):
         management.free_memory(1e30, management.get_torch_device())      # where that is the processor, too
         seen.append(sum(one.model is not None for one in management.current_loaded_models))      # None: of clones that are gone
 
-    return lambda: monkeypatch.setattr(host.Reporter, "__call__", report) or seen
+    return lambda: monkeypatch.setattr(progress.Reporter, "__call__", report) or seen
 
 
 @pytest.mark.parametrize(("method", "with_lora"), [

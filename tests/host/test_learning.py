@@ -18,9 +18,9 @@ def stop_at(monkeypatch, pack):
     """stop_at(step, how): the next runs end after that step, by "cancel" (ComfyUI's button) or "failure"; returns the steps they did."""
     import comfy.model_management
 
-    from continual_concepts.nodes import host
+    from continual_concepts.nodes import progress
 
-    before, seen = host.Reporter.__call__, []
+    before, seen = progress.Reporter.__call__, []
 
     def arrange(step: int, how: str) -> list[int]:
         def report(self, info):
@@ -31,7 +31,7 @@ def stop_at(monkeypatch, pack):
                 raise Failure
             before(self, info)
 
-        monkeypatch.setattr(host.Reporter, "__call__", report)
+        monkeypatch.setattr(progress.Reporter, "__call__", report)
         return seen
 
     yield arrange
@@ -273,13 +273,13 @@ def test_older_concepts_are_drawn_beside_their_thumbnails(judged, bank):
 
 
 def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
-    from continual_concepts.nodes import host
+    from continual_concepts.nodes import progress
 
     said = []
-    monkeypatch.setattr(host, "say", lambda node, text: said.append(text))
+    monkeypatch.setattr(progress, "say", lambda node, text: said.append(text))
     judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
-    assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "likeness 10.0" in said[2] and said[6].endswith(" left")
-    assert [host.duration(s) for s in (7, 61, 3700)] == ["7 s", "1 min 1 s", "1 h 1 min"]
+    assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "similarity 10.0" in said[2] and said[6].endswith(" left")
+    assert [progress.duration(s) for s in (7, 61, 3700)] == ["7 s", "1 min 1 s", "1 h 1 min"]
 
 
 def test_it_warns_of_concepts_that_will_get_in_each_others_way(studio, bank, caplog):

@@ -1,0 +1,77 @@
+"""ComfyUI's IMAGE, MASK and CLIP_VISION as the tensors that core takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ConceptError
+from ..core.evaluation.bankcheck import Encode
+from ..core.evaluation.metrics import unit
+
+
+def _batches(value: Iterable[Tensor | None] | Tensor | None) -> list[Tensor]:
+    """One batch or a list of them, as a list without those that are not connected."""
+    return [value] if isinstance(value, Tensor) else [batch for batch in value or () if batch is not None]
+
+
+def pictures_of(images: Iterable[Tensor | None] | Tensor | None, what: str) -> list[Tensor]:
+    """Single pictures from IMAGE batches.
+
+    Args:
+        images: `[B, H, W, C]` in 0..1, one batch or a list of them; C is 3 or more.
+        what: the input's name, for messages.
+
+    Returns:
+        Pictures `[3, H, W]` in -1..1 on the CPU.
+
+    Raises:
+        ConceptError: for another shape, NaN or infinity.
+    """
+    pictures = []
+    for batch in _batches(images):
+        if batch.ndim != 4 or batch.shape[-1] < 3 or min(batch.shape[:3]) < 1:
+            raise ConceptError(f"{what} has a picture of shape {tuple(batch.shape)}; allowed: [count, height, width, 3]")
+        if not torch.isfinite(batch).all():
+            raise ConceptError(f"{what} has a picture with values that are no numbers (NaN or infinity)")
+        pictures += [image.permute(2, 0, 1).float().cpu().clone() * 2 - 1 for image in batch[..., :3]]
+    return pictures
+
+
+def masks_of(masks: Iterable[Tensor | None] | Tensor | None, what: str) -> list[Tensor]:
+    """Single masks `[1, H, W]` on the CPU from MASK batches `[B, H, W]` or `[H, W]`. Raises ConceptError for an empty one."""
+    singles = [mask.float().cpu().clone().unsqueeze(0) for batch in _batches(masks) for mask in batch.view(-1, *batch.shape[-2:])]
+    for number, mask in enumerate(singles, 1):
+        if not torch.isfinite(mask).all() or mask.max() <= 0:
+            raise ConceptError(f"number {number} of {what} is empty or has values that are no numbers (NaN); white must be somewhere")
+    return singles
+
+
+def to_image(pictures: Tensor) -> Tensor:
+    """Pictures `[B, 3, H, W]` in -1..1 as an IMAGE `[B, H, W, 3]` in 0..1."""
+    return ((pictures.float().cpu() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+class ClipVision(Protocol):
+    """What we use of a CLIP_VISION. The output's item `image_embeds` holds `[B, D]`."""
+
+    def encode_image(self, image: Tensor): ...
+
+
+def vision(clip_vision: ClipVision) -> Encode:
+    """A CLIP_VISION as a function of pictures, with ComfyUI's own preparation.
+
+    Returns:
+        A function from pictures `[3, H, W]` in -1..1 of any sizes to unit vectors `[n, D]` on the CPU.
+    """
+
+    def encode(pictures: Sequence[Tensor]) -> Tensor:
+        vectors = [clip_vision.encode_image(to_image(picture.unsqueeze(0)))["image_embeds"] for picture in pictures]
+        if any(not torch.is_tensor(vector) or vector.ndim != 2 for vector in vectors):
+            raise ConceptError("the CLIP_VISION gives no vector per picture; load a CLIP vision model such as ViT-B/32, ViT-L or ViT-H")
+        return unit(torch.cat(vectors).float().cpu())
+
+    return encode

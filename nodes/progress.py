@@ -1,0 +1,78 @@
+"""What a person sees while a node works: progress bar, line of text, cancel button."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+
+import comfy.model_management
+import comfy.utils
+from PIL import Image
+from torch import Tensor
+
+from ..core.evaluation.previews import Previews
+from ..core.images import smoothed, to_pil
+from ..core.training.trainer import StepInfo
+
+SHOWN = 512      # pixels of a preview's longer side, at most
+
+
+def say(node: str | None, text: str) -> None:
+    """Writes a line under a node; does nothing where no server runs or no page listens."""
+    module = sys.modules.get("server")      # importing it would start one's parts
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
+    if server is not None and node is not None and getattr(server, "client_id", None) is not None:
+        server.send_progress_text(text, node)
+
+
+def duration(seconds: float) -> str:
+    """`1 h 20 min`, `3 min 5 s` or `8 s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def bar_preview(picture: Tensor) -> tuple[str, Image.Image, int]:
+    """A picture `[3, H, W]` in -1..1 in the progress bar's form; a small one is enlarged."""
+    image = to_pil(picture)
+    if max(image.size) < 128:
+        image = image.resize((image.width * 4, image.height * 4), Image.Resampling.LANCZOS)
+    return "JPEG", image, SHOWN
+
+
+@dataclass
+class Reporter:
+    """The training loop's callback: cancel button, progress bar, a line of text, and a preview every `every` steps (0 = never)."""
+
+    total: int
+    every: int
+    previews: Previews
+    node: str | None = None
+    losses: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bar = comfy.utils.ProgressBar(self.total)
+
+    def __call__(self, info: StepInfo) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.losses.append(info.loss)
+        self.times.append(time.monotonic())
+        shown = None
+        if self.every and info.step % self.every == 0 and info.step < self.total:
+            if self.previews.last_step != info.step:      # early stopping has not drawn one at this step already
+                self.previews.draw(info.snapshot(), info.step)
+            shown = bar_preview(self.previews.pictures[-1])
+        self.bar.update_absolute(info.step, self.total, shown)
+        say(self.node, self.line(info.step))
+
+    def line(self, step: int) -> str:
+        """The smoothed loss, the last similarity, and the time left at the pace of this run, previews included."""
+        parts = [f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
+        if self.previews.scores:
+            parts.append(f"similarity {100 * self.previews.scores[-1][1]:.1f}")
+        if len(self.times) > 3 and step < self.total:
+            pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+            parts.append(f"{duration(pace * (self.total - step))} left")
+        return ", ".join(parts)
