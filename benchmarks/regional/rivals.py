@@ -27,7 +27,7 @@ from ...core.sampling.regions import sample_regions
 from ...core.sampling.sampling import encode, sample, starting_noise
 from ...core.sampling.settings import SampleSettings
 
-SOLO = 0.7      # the embedded base knows pictures of one size alone: what is settled before it sees a larger frame stays settled
+CROP_DENOISING = 0.7      # the embedded base knows pictures of one size alone: what is settled before it sees a larger frame stays settled
 ISOLATION = 1.0
 FEATHER = 0.1
 Box = tuple[float, float, float, float]
@@ -60,7 +60,7 @@ class Wish:
 
 
 def ours(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    settings = replace(wish.settings, noise=NoiseSettings(solo=SOLO), isolation=ISOLATION)
+    settings = replace(wish.settings, noise=NoiseSettings(crop_denoising=CROP_DENOISING), isolation=ISOLATION)
     return sample_regions(backbone, bank, wish.scene, wish.regions, wish.seeds, settings)
 
 

@@ -169,7 +169,7 @@ def sample(options: Namespace) -> Result:
     bank.check_fits(backbone.layout)
     side = options.size or (EMBEDDED["size"] if _is_embedded(options) else 512)
     cfg = options.cfg if options.cfg is not None else (EMBEDDED["cfg"] if _is_embedded(options) else 7.5)
-    noise = NoiseSettings(options.region_noise, solo=options.solo)
+    noise = NoiseSettings(options.region_noise, crop_denoising=options.solo)
     settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode, options.strength, noise)
     seeds = list(range(options.seed, options.seed + options.count))
     pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)

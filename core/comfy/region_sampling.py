@@ -158,7 +158,7 @@ def _without_crops(noise: NoiseSettings, whole: Sequence[str]) -> NoiseSettings:
     if whole and noise.is_on and noise.area == "crop":
         raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, which belongs to the whole "
                            "picture; choose noise_area 'frame'")
-    return replace(noise, solo=0.0) if whole else noise
+    return replace(noise, crop_denoising=0.0) if whole else noise
 
 
 def _check_masks(regions: Sequence[Region], latent: tuple[int, int]) -> None:

@@ -12,10 +12,11 @@ from ..model.backbone import Context
 from ..model.deltas import Deltas
 from ..regional.crops import RegionsApart
 from ..regional.found import FoundRegions
-from ..regional.noise import NoiseSettings, Window, region_noise, scene_is_seen, together, windows_of
+from ..regional.noise import NoiseSettings
 from ..regional.observe import ObservedRegions
 from ..regional.processor import Part, RegionProcessor
-from ..regional.regions import Region, masks_of, pooled_of
+from ..regional.regions import Region, pooled_of
+from ..sampling.denoise import RegionSteps
 from .apply import KEY, Wrappers, progress_of, with_processor
 from .sites import UNetSites
 from .token_lora import BoundRun
@@ -36,7 +37,7 @@ class RegionRun:
     bound: Mapping[str, Deltas] = field(default_factory=dict)      # concepts that act through their words, in the scene's prompt too
     overlap: str = "average"
     isolation: float = 0.0
-    only: tuple[int, ...] | None = None     # the regions whose own pictures are being estimated, one after another in the batch
+    alone: tuple[int, ...] | None = None     # regions that are evaluated alone now, one after another in the batch
     _processors: dict = field(default_factory=dict)
     _rows: dict = field(default_factory=dict)
 
@@ -45,12 +46,12 @@ class RegionRun:
 
     def __call__(self, options: dict, x: Tensor) -> RegionProcessor | RegionsApart:
         which = options["cond_or_uncond"]
-        key = tuple(x.shape[-2:]) if self.only is None else ("apart", self.only)
+        key = tuple(x.shape[-2:]) if self.alone is None else ("apart", self.alone)
         if key not in self._processors:
-            self._processors[key] = self._build(x) if self.only is None else self._build_apart(x)
+            self._processors[key] = self._build(x) if self.alone is None else self._build_apart(x)
         processor = self._processors[key]
         processor.scene_concepts = self._scene.concepts(options, x)
-        if self.only is not None:
+        if self.alone is not None:
             processor.take([1 - kind for kind in which], len(x))
             return processor
         processor.rows, processor.progress = self._row_of(tuple(which), x), progress_of(options)
@@ -90,7 +91,7 @@ class RegionRun:
 
     def _build_apart(self, x: Tensor) -> RegionsApart:
         scene, parts = self._moved(x)
-        return RegionsApart(self.sites, scene, [parts[u] for u in self.only])
+        return RegionsApart(self.sites, scene, [parts[u] for u in self.alone])
 
 
 class FoundRun(RegionRun):
@@ -111,8 +112,8 @@ class FoundRun(RegionRun):
 def with_regions(model, run: RegionRun, noise: NoiseSettings):
     """A clone of MODEL that samples with regions: one evaluation per step; region noise and solo steps look at more, see regional.noise."""
     clone = with_processor(model, run.sites, run, within=run.isolation > 0)
-    if noise.is_on or noise.solo > 0:
-        clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionNoise(run, noise))
+    if noise.is_on or noise.crop_denoising > 0:
+        clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionSteps(run, noise))
     return clone
 
 
@@ -133,77 +134,65 @@ def with_pooled(conditioning, regions: Sequence[Region], own: Sequence[Tensor | 
     return [[hidden, changed(extra)] for hidden, extra in conditioning]
 
 
-_AFTER = "sampler_post_cfg_function"      # ComfyUI's name of what is told after guidance
-_WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # what a prompt may carry that fits the whole latent alone
+_AFTER = "sampler_post_cfg_function"      # ComfyUI's name for functions that are called with the result of guidance
+_HALVES = ("cond_denoised", "uncond_denoised")      # what these functions are given beside the result
+_WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # of a prompt, for the whole latent alone
 
 
 def whole_frame_things(model, conditioning: Sequence) -> list[str]:
-    """What prompts or the model carry that belongs to the whole frame: a window cannot be looked at with it."""
+    """What prompts or the model carry that belongs to the whole frame: crops cannot be evaluated with it."""
     found = {key for _, extra in conditioning for key in _WHOLE_FRAME if key in extra}
     return sorted(found) + ["an inpainting model's picture"] * bool(getattr(model.model, "concat_keys", ()))
 
 
-class _RegionNoise:
-    """Region noise estimation (CIDM Sec. 3.4): mixes guided predictions of the scene and of every region on its own. In solo steps (ours)
-    the regions' own, on their windows, are all there is."""
+class _RegionSteps:
+    """ComfyUI's wrapper of a step's prediction: steps in which regions are evaluated alone, see sampling.denoise."""
 
-    def __init__(self, run: RegionRun, settings: NoiseSettings) -> None:
-        self.run, self.settings = run, settings
+    def __init__(self, run: RegionRun, noise: NoiseSettings) -> None:
+        self.run, self.steps = run, RegionSteps(run.regions, noise, run.overlap)
 
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
-        progress = progress_of({**model_options["transformer_options"], "sigmas": timestep})
-        on, solo = [u for u, region in enumerate(self.run.regions) if region.active(progress)], progress < self.settings.solo
-        if not on or not (solo or self.settings.is_on):
+        step = self.steps.at(progress_of({**model_options["transformer_options"], "sigmas": timestep}), x)
+        if step is None:
             return executor(x, timestep, model_options, seed)
-        masks = masks_of([self.run.regions[u] for u in on], *x.shape[-2:], feathered=not solo)
-        look, whole = _Look(executor, x, timestep, model_options, seed), Window(0, 0, *x.shape[-2:])
-        scene = look(whole)[0] if not solo or scene_is_seen(masks, self.run.overlap) else None
-        windows = windows_of(masks, solo or self.settings.area == "crop")
-        own: list[dict[str, Tensor]] = [{}] * len(windows)
-        try:
-            for group in together(windows, x.shape[-2] * x.shape[-1]):
-                self.run.only = tuple(on[i] for i in group)
-                for i, found in zip(group, look(*(windows[i] for i in group)), strict=True):
-                    own[i] = found
-        finally:
-            self.run.only = None
-        # The host mixes denoised pictures, x - sigma * noise; the noise itself is what the paper mixes. Outside a window it is not used.
-        sigma = timestep.view(-1, *[1] * (x.ndim - 1))
-        alpha, outside = (0.0, "keep") if solo else (self.settings.alpha, self.settings.outside)
-
-        def mixed(name: str) -> Tensor:
-            noises = torch.stack([(x - picture[name]) / sigma for picture in own])
-            base = torch.zeros_like(x) if scene is None else (x - scene[name]) / sigma
-            return x - sigma * region_noise(base, noises, masks, alpha, outside, self.run.overlap)
-
-        return look.told({name: mixed(name) for name in own[0]})
+        evaluation = _Evaluation(self.run, executor, x, timestep, model_options, seed)
+        return evaluation.after_guidance(step.estimate(x, evaluation))
 
 
-class _Look:
-    """Predictions of one step on windows of the latent. What other nodes and samplers (CFG++) want to be told after guidance they are told
-    once, of the whole picture, and not of every window."""
+class _Evaluation:
+    """Guided noise estimates of one step, by the host's names. Functions of other nodes and samplers (CFG++) that are called after
+    guidance are called once, with the whole picture, and not for every crop."""
 
-    def __init__(self, executor, x: Tensor, timestep: Tensor, model_options: dict, seed) -> None:
-        self.executor, self.x, self.timestep, self.options, self.seed = executor, x, timestep, model_options, seed
+    def __init__(self, run: RegionRun, executor, x: Tensor, timestep: Tensor, model_options: dict, seed) -> None:
+        self.run, self.executor, self.x, self.timestep = run, executor, x, timestep
+        self.options, self.seed = model_options, seed
         self.functions, self.args = list(model_options.get(_AFTER, [])), {}
 
     def _keep(self, args: dict) -> Tensor:
         self.args = args
         return args["denoised"]
 
-    def __call__(self, *windows: Window) -> list[dict[str, Tensor]]:
-        """Of windows of one size, evaluated as one batch, the guided prediction, and its two halves where somebody asks; each in its place
-        in zeros of the latent's size."""
+    def __call__(self, latents: Tensor, regions: tuple[int, ...] | None) -> dict[str, Tensor]:
+        """The host predicts denoised pictures, x - sigma * noise, over any number of copies of the batch."""
         options = {**self.options, _AFTER: [self._keep]} if self.functions else self.options
-        cut, count = [window.cut(self.x) for window in windows], len(windows)
-        x, timestep = (cut[0], self.timestep) if count == 1 else (torch.cat(cut), self.timestep.repeat(count))
-        found = {"denoised": self.executor(x, timestep, options, self.seed)}
-        found |= {name: self.args[name] for name in ("cond_denoised", "uncond_denoised") if torch.is_tensor(self.args.get(name))}
-        apart = {name: picture.chunk(count) for name, picture in found.items()}
-        return [{name: window.back(pictures[i], self.x) for name, pictures in apart.items()} for i, window in enumerate(windows)]
+        timestep = self.timestep.repeat(len(latents) // len(self.x))
+        self.run.alone = regions
+        try:
+            found = {"denoised": self.executor(latents, timestep, options, self.seed)}
+        finally:
+            self.run.alone = None
+        found |= {name: self.args[name] for name in _HALVES if torch.is_tensor(self.args.get(name))}
+        return {name: (latents - picture) / _by_picture(timestep, latents) for name, picture in found.items()}
 
-    def told(self, found: dict[str, Tensor]) -> Tensor:
-        args = {**self.args, **found, "input": self.x, "sigma": self.timestep, "model_options": self.options}
+    def after_guidance(self, noises: dict[str, Tensor]) -> Tensor:
+        """The denoised picture of mixed noise estimates, after the functions of others."""
+        pictures = {name: self.x - _by_picture(self.timestep, self.x) * noise for name, noise in noises.items()}
+        args = {**self.args, **pictures, "input": self.x, "sigma": self.timestep, "model_options": self.options}
         for function in self.functions:
             args["denoised"] = function(args)
         return args["denoised"]
+
+
+def _by_picture(values: Tensor, latents: Tensor) -> Tensor:
+    """One value for each picture `[B]`, to be multiplied with latents `[B, ...]`."""
+    return values.view(-1, *[1] * (latents.ndim - 1))

@@ -13,80 +13,93 @@ from ..bank.prompts import Prompt
 from ..conditioning.routing import aggregate, always_on_deltas
 from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.solver import DpmSolver, denoise, guided
-from ..regional.noise import Window, region_noise, scene_is_seen, windows_of
-from ..regional.processor import DeltaAndTokenLoraProcessor, Part, RegionProcessor
-from ..regional.regions import Region, masks_of, pooled_of
-from .sampling import encode, on_device, repeated, sample, starting_noise, word_bound_deltas
+from ..regional.crops import RegionsApart
+from ..regional.processor import Part, RegionProcessor
+from ..regional.regions import Region, pooled_of
+from .denoise import RegionSteps
+from .sampling import encode, on_device, sample, starting_noise, word_bound_deltas
 from .settings import SampleSettings
 
 
-def part_of(backbone: Backbone, bank: ConceptBank, prompt: Prompt, negative: Prompt, settings: SampleSettings) -> Part:
-    own = aggregate(backbone, bank, prompt, settings.mode, settings.strength, always_on=False).deltas
+def part_of(backbone: Backbone, bank: ConceptBank, prompt: Prompt, negative: Prompt,
+            settings: SampleSettings) -> Part:
+    """A prompt and its negative one, encoded, with the deltas that they ask for; on the backbone's device."""
+    deltas = aggregate(backbone, bank, prompt, settings.mode, settings.strength, always_on=False).deltas
     context = Context.cat([encode(backbone, bank, [negative]), encode(backbone, bank, [prompt])])
-    bound = word_bound_deltas(backbone, bank, [prompt, negative], settings)
-    return Part(context, on_device(backbone, own), bound)      # moved once, not in every step
+    return Part(context, on_device(backbone, deltas), word_bound_deltas(backbone, bank, [prompt, negative], settings))
 
 
 def guidance_rows(backbone: Backbone, count: int, cfg: float) -> Tensor:
-    """Of the UNet's batch: 0 = the negative half of guidance, 1 = the positive one."""
+    """`[B]` for the UNet's batch: 0 = the negative half of guidance, 1 = the positive one."""
     return torch.tensor([1] * count if cfg == 1.0 else [0] * count + [1] * count, device=backbone.device)
 
 
-class _RegionSampling:
-    """One sampling with regions: parts encoded once, a program for the whole, and each region's own estimate where that is asked for."""
+class RegionSampling:
+    """One sampling of `count` pictures with regions: prompts encoded once, processors for the frame and for crops of regions.
+
+    Args:
+        latent: Height and width of the latents.
+    """
 
     def __init__(self, backbone: Backbone, bank: ConceptBank, scene: Prompt, regions: Sequence[Region], count: int,
                  settings: SampleSettings, latent: tuple[int, int]) -> None:
-        self.backbone, self.bank, self.regions, self.count, self.settings = backbone, bank, list(regions), count, settings
-        self.parts = [part_of(backbone, bank, bank.parse(region.prompt), bank.parse(region.negative or settings.negative), settings)
-                      for region in regions]
-        self.whole = self._with_pooled(part_of(backbone, bank, scene, bank.parse(settings.negative), settings), latent)
+        self.backbone, self.count, self.settings = backbone, count, settings
+        self.steps = RegionSteps(regions, settings.noise, settings.overlap)
+        self.parts = [part_of(backbone, bank, bank.parse(region.prompt), bank.parse(region.negative or settings.negative),
+                              settings) for region in regions]
+        self.scene = part_of(backbone, bank, scene, bank.parse(settings.negative), settings)
+        if self.scene.context.pooled is not None:
+            own = [part.context.pooled for part in self.parts if part.context.pooled is not None]
+            pooled = pooled_of(regions, self.scene.context.pooled, own, latent, settings.overlap)
+            self.scene = replace(self.scene, context=replace(self.scene.context, pooled=pooled))
         rows = guidance_rows(backbone, count, settings.cfg)
-        self.processor = RegionProcessor(backbone, self.whole, self.regions, self.parts, rows, latent, settings.overlap, settings.isolation)
-        self.soft, self.hard = (masks_of(self.regions, *latent, feathered).to(backbone.device) for feathered in (True, False))
+        self.processor = RegionProcessor(backbone, self.scene, list(regions), self.parts, rows, latent, settings.overlap,
+                                         settings.isolation)
+        self._crops: dict[tuple[int, ...], RegionsApart] = {}
 
-    def _with_pooled(self, scene: Part, latent: tuple[int, int]) -> Part:
-        if scene.context.pooled is None:
-            return scene
-        pooled = pooled_of(self.regions, scene.context.pooled, [p.context.pooled for p in self.parts], latent, self.settings.overlap)
-        return replace(scene, context=replace(scene.context, pooled=pooled))
+    def estimate(self, latents: Tensor, t: int, progress: float) -> Tensor:
+        """The guided noise of latents `[B, C, h, w]` at a timestep."""
+        def evaluate(latents: Tensor, regions: tuple[int, ...] | None) -> dict[str, Tensor]:
+            return {"noise": self._frame(latents, t, progress) if regions is None else self._alone(latents, t, regions)}
 
-    def _guided(self, x: Tensor, t: int, one: Part, sites: AttentionProcessor) -> Tensor:
-        negative, positive = (repeated(one.context[i:i + 1], self.count) for i in (0, 1))
-        return guided(self.backbone, x, t, negative, positive, self.settings.cfg, sites)
+        step = self.steps.at(progress, latents)
+        return self._frame(latents, t, progress) if step is None else step.estimate(latents, evaluate)["noise"]
 
-    def _own(self, x: Tensor, t: int, part: Part, window: Window) -> Tensor:
-        """A region's own estimate on a window, zeros around it."""
-        return window.back(self._guided(window.cut(x), t, part, DeltaAndTokenLoraProcessor(part.deltas, part.bound)), x)
+    def _frame(self, latents: Tensor, t: int, progress: float) -> Tensor:
+        self.processor.progress = progress
+        return self._guided(latents, t, [self.scene], self.processor)
 
-    def estimate(self, x: Tensor, t: int, progress: float) -> Tensor:
-        settings, on = self.settings, [u for u, region in enumerate(self.regions) if region.active(progress) and region.strength]
-        solo, self.processor.progress = progress < settings.noise.solo, progress
-        masks = (self.hard if solo else self.soft)[on].to(x)      # over a soft edge a window would reach into its neighbour
-        if solo and on and not scene_is_seen(masks, settings.overlap):
-            noise = torch.zeros_like(x)
-        else:
-            noise = self._guided(x, t, self.whole, self.processor)
-        if not on or not (solo or settings.noise.is_on):
-            return noise
-        windows = windows_of(masks, solo or settings.noise.area == "crop")
-        own = torch.stack([self._own(x, t, self.parts[u], window) for u, window in zip(on, windows, strict=True)])
-        alpha, outside = (0.0, "keep") if solo else (settings.noise.alpha, settings.noise.outside)
-        return region_noise(noise, own, masks, alpha, outside, settings.overlap)
+    def _alone(self, latents: Tensor, t: int, regions: tuple[int, ...]) -> Tensor:
+        if regions not in self._crops:
+            self._crops[regions] = RegionsApart(self.backbone, self.scene, [self.parts[u] for u in regions])
+        processor, halves = self._crops[regions], [1] if self.settings.cfg == 1.0 else [0, 1]
+        processor.take(halves, len(halves) * len(latents))
+        return self._guided(latents, t, [self.parts[u] for u in regions], processor)
+
+    def _guided(self, latents: Tensor, t: int, parts: Sequence[Part], processor: AttentionProcessor) -> Tensor:
+        """Latents `[P * B, C, h, w]` of P parts, part by part."""
+        negative, positive = (Context.cat([part.context[half:half + 1] for part in parts for _ in range(self.count)])
+                              for half in (0, 1))
+        return guided(self.backbone, latents, t, negative, positive, self.settings.cfg, processor)
 
 
 @torch.no_grad()
 def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, regions: Sequence[Region], seeds: Sequence[int],
                    settings: SampleSettings) -> Tensor:
-    """Pictures of a scene prompt with regions: region attention, and region noise estimation and solo steps as `settings.noise` says.
+    """Pictures of a scene with regions, with region noise and crop denoising as `settings.noise` says.
 
-    One UNet evaluation per step for any number of regions. With region noise one more for every region that is on, over the full frame
-    (the paper's form) or on its window (`area="crop"`); in solo steps windows alone, and the frame only where the scene is seen.
+    A step is one evaluation for any number of regions. Region noise adds one for each region that is on, over the frame or on its
+    crop. In crop denoising crops alone are evaluated, and the frame where regions leave some of it to the scene.
+
+    Returns:
+        `[B, 3, H, W]` in -1..1, one picture for each seed.
     """
     if not regions:
         return sample(backbone, bank, [scene] * len(seeds), seeds, settings)
     bank.check_fits(backbone.layout)
     with backbone.folded(always_on_deltas(bank, averages=True)):
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
-        run = _RegionSampling(backbone, bank, bank.parse(scene), regions, len(seeds), settings, tuple(latents.shape[-2:]))
-        return backbone.decode_latents(denoise(DpmSolver(backbone.schedule, settings.steps), latents, run.estimate))
+        latent = (latents.shape[-2], latents.shape[-1])
+        run = RegionSampling(backbone, bank, bank.parse(scene), regions, len(seeds), settings, latent)
+        latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, run.estimate)
+        return backbone.decode_latents(latents)

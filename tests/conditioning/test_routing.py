@@ -161,7 +161,8 @@ def test_noise_of_a_seed_does_not_depend_on_its_batch(tiny_backbone):
 
 @pytest.mark.parametrize("make", [
     lambda: SampleSettings(steps=0), lambda: SampleSettings(cfg=-1), lambda: SampleSettings(batch=0), lambda: SampleSettings(overlap="x"),
-    lambda: NoiseSettings(outside="x"), lambda: NoiseSettings(solo=1.5), lambda: NoiseSettings(alpha=-1), lambda: NoiseSettings(area="x"),
+    lambda: NoiseSettings(outside="x"), lambda: NoiseSettings(crop_denoising=1.5), lambda: NoiseSettings(alpha=-1),
+    lambda: NoiseSettings(area="x"),
 ])
 def test_bad_settings_are_refused(make):
     with pytest.raises(ConceptError):

@@ -79,8 +79,8 @@ def test_other_peoples_code_before_is_no_hindrance(studio, entered):
 
 
 @pytest.mark.parametrize("other", ["nobody", "output", "cfg"])
-def test_windows_in_one_batch_are_windows_one_by_one(studio, monkeypatch, other):
-    from continual_concepts.core.comfy import regions
+def test_crops_in_one_batch_are_crops_one_by_one(studio, monkeypatch, other):
+    from continual_concepts.core.sampling import denoise
 
     model, batches, calls = studio.model.clone(), [], {}
     if other == "output":
@@ -99,7 +99,7 @@ def test_windows_in_one_batch_are_windows_one_by_one(studio, monkeypatch, other)
     hook = model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: batches.append(len(inputs[0])))
     try:
         together = drawn("together")
-        monkeypatch.setattr(regions, "together", lambda windows, most: [[i] for i in range(len(windows))])
+        monkeypatch.setattr(denoise, "batches_of", lambda crops, _most: [[i] for i in range(len(crops))])
         apart = drawn("apart")
     finally:
         hook.remove()

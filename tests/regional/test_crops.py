@@ -1,4 +1,4 @@
-"""Windows of several regions in one batch: every region gets what it gets alone."""
+"""Crops of several regions in one batch: every region gets what it gets alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from continual_concepts.benchmarks.cost.synthetic import context_of, deltas_of
 from continual_concepts.benchmarks.regional import cost as regional_cost
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.regional.crops import RegionsApart
-from continual_concepts.core.regional.noise import Window, together
 from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 
@@ -69,11 +68,3 @@ def test_what_other_peoples_attention_adds_is_there(tiny_backbone, made):
 
     plain, found = through(tiny_backbone, processor, site, x, False), through(tiny_backbone, processor, site, x, False, theirs)
     assert (found - plain).abs().min() > 0      # 0.5 everywhere, through to_out
-
-
-def test_windows_of_one_size_go_together_as_far_as_the_picture_goes():
-    sizes = [(8, 8), (8, 16), (8, 8), (8, 8), (8, 8), (16, 16)]
-    windows = [Window(0, 0, *size) for size in sizes]
-    assert together(windows, 16 * 16) == [[0, 2, 3, 4], [1], [5]]
-    assert together(windows, 8 * 16) == [[0, 2], [1], [3, 4], [5]]
-    assert together(windows, 1) == [[i] for i in range(6)] and together([], 9) == []
