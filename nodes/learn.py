@@ -16,7 +16,9 @@ from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS
 from ..core.bank.tokens import check_name
 from ..core.comfy.backbone import ComfyBackbone
-from ..core.data.photos import Framing, Picture, pair_pictures, prepare
+from ..core.data.framing import Framing, Picture
+from ..core.data.photos import pair_pictures
+from ..core.data.training_set import prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.previews import Previews, concept_prompt, older_concepts, similarity_to

@@ -8,7 +8,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.comfy.backbone import ComfyBackbone
-from ..core.data.photos import Framing, Picture, prepare
+from ..core.data.framing import Framing, Picture
+from ..core.data.training_set import prepare
 from ..core.errors import ConceptError
 from ..core.images import selection_picture, to_tensor
 from ..core.neurons.neurons import UNITS, concept_neurons

@@ -195,7 +195,8 @@ def make_concept():
 @pytest.fixture(scope="session")
 def teach():
     """teach(backbone, bank, name, method, settings, ...): learns a concept from three random pictures; keywords are TrainingConfig's."""
-    from continual_concepts.core.data.photos import Framing, Picture, prepare
+    from continual_concepts.core.data.framing import Framing, Picture
+    from continual_concepts.core.data.training_set import prepare
     from continual_concepts.core.methods import Task, make
     from continual_concepts.core.training.config import TrainingConfig
     from continual_concepts.core.training.loop import learn

@@ -19,7 +19,8 @@ from ...core.bank.concepts import KINDS
 from ...core.bank.prompts import PLACEHOLDER
 from ...core.bank.tokens import check_name
 from ...core.data.assignment import Assignment
-from ...core.data.photos import Framing, Picture, frame, read_folder
+from ...core.data.framing import Framing, Picture, frame
+from ...core.data.photos import read_folder
 from ...core.errors import ConceptError
 from ...core.evaluation.protocol import Encoder
 from ...core.model.backbone import Backbone

@@ -18,7 +18,8 @@ from torch import Tensor
 from ...core.bank.bank import ConceptBank
 from ...core.bank.format import open_bank, save_bank
 from ...core.data.assignment import Assignment
-from ...core.data.photos import Framing, Picture, prepare
+from ...core.data.framing import Framing, Picture
+from ...core.data.training_set import prepare
 from ...core.evaluation import metrics
 from ...core.evaluation.protocol import Encoder, measure, words_for
 from ...core.files import write_atomically

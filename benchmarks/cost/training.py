@@ -20,7 +20,7 @@ from ...core.bank.format import open_bank, save_bank
 from ...core.bank.prompts import Vocabulary
 from ...core.bank.tokens import TokenGroup, default_words
 from ...core.conditioning.encoding import encode_prompts
-from ...core.data.photos import TrainingSet
+from ...core.data.training_set import TrainingSet
 from ...core.methods.base import METHODS, Task, make
 from ...core.methods.clora import KEYS_AND_VALUES
 from ...core.model.backbone import Backbone

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...core.bank.bank import ConceptBank
 from ...core.bank.format import open_bank, save_bank
-from ...core.data.photos import Framing, prepare
+from ...core.data.framing import Framing
+from ...core.data.training_set import prepare
 from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.methods.base import Task, make
 from ...core.model.backbone import Backbone

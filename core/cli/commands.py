@@ -16,7 +16,9 @@ from ..bank.concepts import Concept
 from ..bank.format import open_bank, verify_bank
 from ..bank.store import add_concept, change_bank, replace_concept, restore, versions
 from ..bank.tokens import check_name
-from ..data.photos import Framing, prepare, read_folder
+from ..data.framing import Framing
+from ..data.photos import read_folder
+from ..data.training_set import prepare
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
 from ..evaluation.inspection import inspect

@@ -11,10 +11,11 @@ from .photos import Picture
 
 @dataclass(frozen=True)
 class Assignment:
-    """One task of a sequence: training pictures, and what to measure with.
+    """One task of a sequence: what to learn from, and what to measure with.
 
-    references: training pictures `[N, 3, H, W]` in -1..1; held_out: real pictures not trained on; prompts: with the placeholder;
-    noun_prompts: the same wishes in the base's words, before anything was learned; words: names of the learned words, empty = the method's.
+    pictures: to learn from; references: the same as `[N, 3, H, W]` in -1..1; held_out: real pictures `[M, 3,
+    H, W]` that are not learned from; prompts: with the placeholder; noun_prompts: the same prompts with the
+    class noun, for the base model; words: names of the learned words, empty = the method's.
     """
 
     name: str

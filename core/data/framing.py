@@ -1,4 +1,4 @@
-"""Pictures of any shape as pictures to learn from: squares, or the nearest of some shapes of about one area."""
+"""Photos of any shape as training pictures: squares, or buckets of about one area."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from torch import Tensor
 from ..errors import ConceptError
 
 FRAMINGS = ("crop", "pad", "buckets")
-WIDEST = 2      # a bucket's side is at most so many times the resolution
-FAR = 4         # times another shape than the frame's: of a longer picture the ends are cut off before it is resized
+LONGEST_SIDE = 2      # of a bucket, in multiples of the resolution
+# A picture whose shape differs from the frame's by more than this factor loses its ends before it is resized.
+MOST_ELONGATED = 4
 
 
 @dataclass(frozen=True)
 class Picture:
-    """pixels `[3, H, W]` in -1..1; caption may be empty; mask `[1, H, W]` in 0..1 or None; is_prior: a prior-preservation picture."""
+    """A photo to learn from.
+
+    pixels: `[3, H, W]` in -1..1; caption: may be empty; mask: `[1, H, W]` in 0..1, the part that counts, or
+    None; is_prior: whether it is a prior-preservation picture; digest: see `photos.photo_digest`.
+    """
 
     pixels: Tensor
     caption: str = ""
@@ -30,8 +35,9 @@ class Picture:
 class Framing:
     """How pictures of any shape become pictures of about `resolution` squared pixels.
 
-    "crop" fills the square; "pad" shows the whole picture on grey and masks the rest; "buckets" keeps the picture's shape as nearly as
-    sides in steps allow (see bucket_of), and makes no picture larger than it is.
+    mode: "crop" fills the square; "pad" shows the whole picture on grey and masks the rest; "buckets" keeps
+    the picture's shape as nearly as sides in steps allow (see `bucket_of`) and never enlarges a picture.
+    flip: also learn from mirrored pictures.
     """
 
     resolution: int
@@ -44,47 +50,71 @@ class Framing:
 
 
 def bucket_of(height: int, width: int, resolution: int, step: int) -> tuple[int, int]:
-    """Height and width of a picture's bucket: multiples of `step`, of at most `resolution` squared pixels, no side longer than the
-    picture's (one step at least). Of all these the one that shows most: the share of the picture that is in it times its own size; of equal
-    ones the one that cuts off less."""
-    def sides(length: int) -> range:
-        return range(step, max(step, min(length, WIDEST * resolution)) + 1, step)
+    """The bucket that shows most of a picture.
 
+    A bucket's sides are multiples of `step`. It has at most `resolution` squared pixels, and no side is
+    longer than the picture's, except for a single step. Among these, the product of the share of the picture
+    that is shown and of the bucket's area decides; among equal ones, the share.
+
+    Args:
+        height, width: of the picture, in pixels.
+
+    Returns:
+        Height and width of the bucket.
+    """
     area = resolution**2
 
-    def shown(size: tuple[int, int]) -> tuple[float, float]:
+    def sides(length: int) -> range:
+        return range(step, max(step, min(length, LONGEST_SIDE * resolution)) + 1, step)
+
+    def quality(size: tuple[int, int]) -> tuple[float, float]:
         tall, wide = size[0] / height, size[1] / width
         share = min(tall, wide) / max(tall, wide)
-        return round(share * (size[0] * size[1]) / area, 9), round(share, 9)      # so that a picture on its side gets the same
+        # rounded, so that a turned picture gets the same
+        return round(share * (size[0] * size[1]) / area, 9), round(share, 9)
 
-    return max(((a, b) for a in sides(height) for b in sides(width) if a * b <= area), key=shown, default=(step, step))
+    sizes = [(tall, wide) for tall in sides(height) for wide in sides(width) if tall * wide <= area]
+    return max(sizes, key=quality, default=(step, step))
 
 
-def _middle(picture: Picture, tall: int, wide: int) -> Picture:
-    """The middle of a picture that is far from the frame's shape; any other as it is. Enlarged to the frame's other side, 20,000 x 40
-    pixels would be gigabytes, nearly all of it to be cut off."""
-    def part(length: int, most: int) -> slice:
-        first = max(0, (length - most) // 2)
+def _without_far_ends(picture: Picture, tall: int, wide: int) -> Picture:
+    """The middle of a picture much longer than the frame; any other picture as it is.
+
+    Resized as a whole, 20,000 x 40 pixels would take gigabytes, and nearly all of it would be cut off again.
+    """
+    def middle(length: int, longest: int) -> slice:
+        first = max(0, (length - longest) // 2)
         return slice(first, length - first)
 
     height, width = picture.pixels.shape[1:]
-    cut = (slice(None), part(height, -(-FAR * width * tall // wide)), part(width, -(-FAR * height * wide // tall)))
-    return replace(picture, pixels=picture.pixels[cut], mask=None if picture.mask is None else picture.mask[cut])
+    rows = middle(height, -(-MOST_ELONGATED * width * tall // wide))
+    columns = middle(width, -(-MOST_ELONGATED * height * wide // tall))
+    mask = None if picture.mask is None else picture.mask[:, rows, columns]
+    return replace(picture, pixels=picture.pixels[:, rows, columns], mask=mask)
 
 
 def frame(picture: Picture, framing: Framing, size: tuple[int, int] | None = None) -> Picture:
-    """The picture in `size` (height and width; None: the square), with a mask that says which part counts."""
+    """A picture in its frame.
+
+    Args:
+        size: height and width of the frame in pixels; None = the square of `framing.resolution`.
+
+    Returns:
+        The picture with pixels `[3, *size]` and always a mask `[1, *size]`, which says what part of the frame
+        counts.
+    """
     tall, wide = size or (framing.resolution, framing.resolution)
-    picture = picture if framing.mode == "pad" else _middle(picture, tall, wide)
+    if framing.mode != "pad":
+        picture = _without_far_ends(picture, tall, wide)
     height, width = picture.pixels.shape[1:]
     ratio = (min if framing.mode == "pad" else max)(tall / height, wide / width)
-    new = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-    pixels = F.interpolate(picture.pixels.unsqueeze(0), new, mode="bicubic", antialias=True, align_corners=False).squeeze(0).clamp(-1, 1)
+    resized = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+    pixels = F.interpolate(picture.pixels.unsqueeze(0), resized, mode="bicubic", antialias=True,
+                           align_corners=False)
     mask = torch.ones(1, height, width) if picture.mask is None else picture.mask
-    mask = F.interpolate(mask.unsqueeze(0), new, mode="area").squeeze(0)
-    top, left = (new[0] - tall) // 2, (new[1] - wide) // 2
-    pads = (max(0, -left), max(0, wide - new[1] + left), max(0, -top), max(0, tall - new[0] + top))
-    pixels, mask = F.pad(pixels, pads), F.pad(mask, pads)
-    top, left = max(0, top), max(0, left)
-    cut = (slice(None), slice(top, top + tall), slice(left, left + wide))
-    return replace(picture, pixels=pixels[cut], mask=mask[cut])
+    mask = F.interpolate(mask.unsqueeze(0), resized, mode="area")
+    top, left = (resized[0] - tall) // 2, (resized[1] - wide) // 2
+    margins = (max(0, -left), max(0, wide - resized[1] + left), max(0, -top), max(0, tall - resized[0] + top))
+    rows, columns = slice(max(0, top), max(0, top) + tall), slice(max(0, left), max(0, left) + wide)
+    pixels = F.pad(pixels.squeeze(0).clamp(-1, 1), margins)[:, rows, columns]      # 0 is grey
+    return replace(picture, pixels=pixels, mask=F.pad(mask.squeeze(0), margins)[:, rows, columns])

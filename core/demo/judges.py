@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.assignment import Assignment
-from ..data.photos import Picture
+from ..data.framing import Picture
 from . import scenes, vocabulary
 from .base import ASSETS, TOKENIZER
 from .classifier import QualityClassifier

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..bank.bank import ConceptBank
 from ..data.assignment import Assignment
-from ..data.photos import Framing, prepare
+from ..data.framing import Framing
+from ..data.training_set import prepare
 from ..methods.base import METHODS, Task, make
 from ..model.backbone import Backbone
 from ..sampling.sampling import sample

@@ -17,7 +17,7 @@ from ..bank.bank import ConceptBank
 from ..bank.composition import PROMPT, Composition
 from ..bank.tokens import TokenGroup, default_words, initial_vectors
 from ..data.batch import Batch
-from ..data.photos import TrainingSet
+from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
@@ -89,7 +89,7 @@ class Method(ABC):
     def begin(self, task: Task) -> None:
         """Creates the trainables for a task."""
 
-    def on_data(self, data: TrainingSet) -> None:  # noqa: B027 - a hook: most methods need none
+    def on_data(self, data: TrainingData) -> None:  # noqa: B027 - a hook: most methods need none
         """Once after `begin`, before the first step, while nothing is folded into the weights: the task's whole training set (for a memory
         of pictures; a resumed run comes through here as well)."""
 

@@ -38,7 +38,7 @@ from .base import AdapterProcessor, Forward, LearnedWords, LowRankAdapters, Meth
 from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
 
 if TYPE_CHECKING:      # it imports the methods' Batch
-    from ..data.photos import TrainingSet
+    from ..data.training_set import TrainingData
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class L2DM(Method):
         """A caption may name other concepts, which may have gone since."""
         return self.task.bank.vocabulary.knows(prompt)
 
-    def on_data(self, data: TrainingSet) -> None:
+    def on_data(self, data: TrainingData) -> None:
         """Describes the task's own pictures for the long-term memory (mirrored copies left out) and fills the short-term memory."""
         own = (~data.is_prior).nonzero().squeeze(1)
         own = own[::max(1, len(own) // max(1, len(data.digests)))]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.photos import TrainingSet
+from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..methods.base import Method, Task
 from . import checkpoint
@@ -23,7 +23,7 @@ Callback = Callable[[StepInfo], None]
 
 
 @torch.inference_mode(False)      # ComfyUI runs nodes in inference mode, whose tensors cannot be trained
-def learn(task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
+def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig,
           callback: Callback | None = None, checkpoint_file: Path | None = None, thumbnail: bytes = b"",
           group: ProcessGroup = ONE_PROCESS, evaluator: Evaluator | None = None) -> Learned:
     """Learns one concept. The base and the bank that came in stay as they are.

@@ -12,7 +12,7 @@ import torch
 
 from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept, ConceptInfo, Provenance
-from ..data.photos import TrainingSet
+from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..methods.base import Method, Outcome, Task, make
 from .config import TrainingConfig
@@ -27,7 +27,7 @@ class Learned:
     losses: tuple[float, ...]
 
 
-def run_identity(task: Task, method: Method, data: TrainingSet, config: TrainingConfig) -> dict:
+def run_identity(task: Task, method: Method, data: TrainingData, config: TrainingConfig) -> dict:
     """Everything that must agree for a checkpoint to belong to a run, as JSON values."""
     return {"concept": task.name, "class noun": task.class_noun, "method": method.name,
             "words": list(task.worded(method.word_count).word_names),
@@ -75,7 +75,7 @@ def _refuse_nan(outcome: Outcome, name: str) -> None:
                            "rates (lr, token_lr); the bank is unchanged")
 
 
-def conclude(task: Task, method: Method, data: TrainingSet, config: TrainingConfig, losses: Sequence[float],
+def conclude(task: Task, method: Method, data: TrainingData, config: TrainingConfig, losses: Sequence[float],
              seconds: float, thumbnail: bytes) -> Learned:
     """Finishes a run: the learned concept with its provenance, and the bank that holds it."""
     outcome = method.finish()

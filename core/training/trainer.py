@@ -20,7 +20,7 @@ from ..bank.prompts import Vocabulary
 from ..conditioning.encoding import TextMemory, encode_prompts
 from ..conditioning.routing import learning_deltas, learning_names
 from ..data.batch import Batch
-from ..data.photos import TrainingSet
+from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..methods.base import Method, Task
 from ..model.backbone import Context
@@ -73,7 +73,7 @@ def lr_factor(config: TrainingConfig) -> Callable[[int], float]:
 class Trainer:
     """One learning run. `state` is what a checkpoint holds; `step` may be called inside `session`."""
 
-    def __init__(self, task: Task, method: Method, data: TrainingSet, config: TrainingConfig,
+    def __init__(self, task: Task, method: Method, data: TrainingData, config: TrainingConfig,
                  group: ProcessGroup = ONE_PROCESS) -> None:
         if group.size > 1 and method.learns_alone:
             raise ConceptError(f"method '{method.name}' depends on its own gradients or replays, which would "

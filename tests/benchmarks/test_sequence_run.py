@@ -16,7 +16,7 @@ from continual_concepts.benchmarks.continual.sequence_run import Suite, learn_se
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.data.assignment import Assignment
-from continual_concepts.core.data.photos import Picture
+from continual_concepts.core.data.framing import Picture
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.evaluation import metrics
 from continual_concepts.core.sampling.sampling import sample

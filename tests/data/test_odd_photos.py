@@ -15,7 +15,9 @@ from PIL import Image, features
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.data.photos import LONGEST_CAPTION, MOST_PIXELS, Framing, Picture, frame, prepare, read_folder
+from continual_concepts.core.data.framing import Framing, Picture, frame
+from continual_concepts.core.data.photos import LONGEST_CAPTION, MOST_PIXELS, read_folder
+from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings

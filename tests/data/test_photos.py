@@ -12,19 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.data.framing import bucket_of
-from continual_concepts.core.data.photos import (
-    BucketSet,
-    Framing,
-    Picture,
-    TrainingSet,
-    frame,
-    pair_pictures,
-    photo_digest,
-    prepare,
-    read_folder,
-    read_picture,
-)
+from continual_concepts.core.data.framing import Framing, Picture, bucket_of, frame
+from continual_concepts.core.data.photos import pair_pictures, photo_digest, read_folder, read_picture
+from continual_concepts.core.data.training_set import BucketSet, TrainingSet, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.training.config import TrainingConfig
 

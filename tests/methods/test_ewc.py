@@ -8,7 +8,8 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.data.batch import Batch
-from continual_concepts.core.data.photos import Framing, Picture, TrainingSet, prepare
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import TrainingSet, prepare
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.ewc import squared_gradients
 from continual_concepts.core.methods.finetune import _Continued

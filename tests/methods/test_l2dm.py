@@ -12,7 +12,8 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import always_on_deltas, learning_deltas
-from continual_concepts.core.data.photos import Framing, Picture, prepare
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.base import Forward, adapter_key

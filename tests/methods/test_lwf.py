@@ -8,7 +8,8 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import learning_deltas
 from continual_concepts.core.data.batch import Batch
-from continual_concepts.core.data.photos import Framing, Picture, prepare
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.training.config import TrainingConfig

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.concepts import Provenance
-from continual_concepts.core.data.photos import Framing, Picture, prepare
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods.base import Task, make
 from continual_concepts.core.training.config import TrainingConfig

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.data.photos import Framing, Picture, prepare
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.training import checkpoint

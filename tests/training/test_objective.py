@@ -9,7 +9,8 @@ import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.data.photos import Framing, Picture, prepare
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import Draw, denoising_loss, predict

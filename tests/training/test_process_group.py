@@ -13,7 +13,8 @@ from PIL import Image
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank
-from continual_concepts.core.data.photos import Framing, Picture, prepare
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS
 from continual_concepts.core.methods.base import Task, make

@@ -1,0 +1,195 @@
+"""Photos that are framed and encoded once, and drawn from as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bank.prompts import caption_with_placeholder
+from ..errors import ConceptError
+from ..model.backbone import Backbone
+from .batch import Batch
+from .framing import Framing, Picture, bucket_of, frame
+from .photos import LONGEST_CAPTION
+
+UNET_MULTIPLE = 8      # sides of latents in buckets: three halvings, as in every family here
+SMALLEST_SHARE = 16      # a picture's shorter side is at least the resolution divided by this
+ENCODED_AT_ONCE = 8      # pictures
+
+
+class TrainingData(Protocol):
+    """What training reads of a task's photos: a `TrainingSet`, or a `BucketSet` of several shapes."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def captions(self) -> tuple[str, ...]: ...
+
+    @property
+    def is_prior(self) -> Tensor: ...
+
+    @property
+    def latents(self) -> Tensor: ...
+
+    @property
+    def digests(self) -> tuple[str, ...]: ...
+
+    def draw(self, size: int, prior_weight: float, generator: torch.Generator) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Encoded photos of one shape.
+
+    latents: `[n, C, h, w]`; masks: `[n, 1, h, w]`; captions: n texts with placeholders; is_prior: `[n]` bool,
+    which rows are prior-preservation pictures; digests: of the concept's photos.
+    """
+
+    latents: Tensor
+    masks: Tensor
+    captions: tuple[str, ...]
+    is_prior: Tensor
+    digests: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def draw(self, size: int, prior_weight: float, generator: torch.Generator) -> Batch:
+        """A batch of `size` photos of the concept, and of as many prior pictures where there are any."""
+        photos, prior = (~self.is_prior).nonzero().squeeze(1), self.is_prior.nonzero().squeeze(1)
+        index = photos[_evenly(len(photos), size, generator)]
+        if len(prior) and prior_weight > 0:
+            index = torch.cat([index, prior[_evenly(len(prior), size, generator)]])
+        flags = self.is_prior[index]
+        weights = torch.where(flags, prior_weight, 1.0)
+        captions = tuple(self.captions[i] for i in index.tolist())
+        return Batch(self.latents[index], captions, self.masks[index], flags, weights)
+
+
+def _evenly(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """`size` random indices below `count`; every index comes up equally often, give or take one."""
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
+    return torch.cat(rounds)[:size]
+
+
+@dataclass(frozen=True)
+class BucketSet:
+    """Encoded photos of several shapes, a training set for each. A batch has one shape, which is drawn in
+    proportion to its photos."""
+
+    parts: tuple[TrainingSet, ...]
+    digests: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return tuple(caption for part in self.parts for caption in part.captions)
+
+    @property
+    def is_prior(self) -> Tensor:
+        return torch.cat([part.is_prior for part in self.parts])
+
+    @property
+    def latents(self) -> Tensor:
+        """Latents of several shapes are no single tensor: an error for methods that need one."""
+        raise ConceptError("this method needs all pictures in one shape, they have several; choose framing "
+                           "crop or pad")
+
+    def draw(self, size: int, prior_weight: float, generator: torch.Generator) -> Batch:
+        photos = torch.tensor([float((~part.is_prior).sum()) for part in self.parts])
+        index = int(torch.multinomial(photos, 1, generator=generator))
+        return self.parts[index].draw(size, prior_weight, generator)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str,
+            framing: Framing) -> TrainingData:
+    """Frames and encodes every picture once, and once mirrored where `framing.flip` is on.
+
+    Prior pictures keep their captions as they are. With buckets, every shape gets all of them.
+
+    Args:
+        name, class_noun: of the concept; they make captions name its placeholder.
+
+    Raises:
+        ConceptError: when there is no photo, the resolution does not fit the model, or a picture cannot be
+        learned from.
+    """
+    photos = [picture for picture in pictures if not picture.is_prior]
+    if not photos:
+        raise ConceptError("there are no pictures of the concept; at least one is needed")
+    step = backbone.picture_multiple * (UNET_MULTIPLE if framing.mode == "buckets" else 1)
+    least = step if framing.mode == "buckets" else 2 * step
+    if framing.resolution % step or framing.resolution < least:
+        raise ConceptError(f"resolution is {framing.resolution}; with framing {framing.mode} it must be a "
+                           f"multiple of {step}, at least {least}")
+    _check(pictures, framing)
+    digests = tuple(photo.digest for photo in photos)
+    if framing.mode != "buckets":
+        square = (framing.resolution, framing.resolution)
+        return _encoded(backbone, pictures, name, class_noun, framing, square, digests)
+    buckets: dict[tuple[int, int], list[Picture]] = {}
+    for photo in photos:
+        height, width = photo.pixels.shape[1:]
+        buckets.setdefault(bucket_of(height, width, framing.resolution, step), []).append(photo)
+    prior = [picture for picture in pictures if picture.is_prior]
+    parts = [_encoded(backbone, [*members, *prior], name, class_noun, framing, size, ())
+             for size, members in buckets.items()]
+    return replace(parts[0], digests=digests) if len(parts) == 1 else BucketSet(tuple(parts), digests)
+
+
+def _check(pictures: Sequence[Picture], framing: Framing) -> None:
+    """Raises ConceptError for pictures that nothing can be learned from."""
+    least = -(-framing.resolution // SMALLEST_SHARE)
+    counts = {False: 0, True: 0}
+    for picture in pictures:
+        counts[picture.is_prior] += 1
+        what = f"{'prior ' * picture.is_prior}picture {counts[picture.is_prior]}"
+        height, width = picture.pixels.shape[1:]
+        if min(height, width) < least:
+            raise ConceptError(f"{what} is {width}x{height} pixels; with resolution {framing.resolution} "
+                               f"both sides must be at least {least}")
+        if not torch.isfinite(picture.pixels).all():
+            raise ConceptError(f"{what} has values that are no numbers (NaN or infinity)")
+        if len(picture.caption) > LONGEST_CAPTION:
+            raise ConceptError(f"the caption of {what} has {len(picture.caption)} characters; allowed: up to "
+                               f"{LONGEST_CAPTION}")
+        if picture.mask is not None and not _visible(picture.mask, framing).max() > 0:
+            raise ConceptError(f"the mask of {what} leaves nothing of it with framing {framing.mode}; white "
+                               "must be somewhere in the part that is learned")
+
+
+def _visible(mask: Tensor, framing: Framing) -> Tensor:
+    """The part of a mask that framing leaves; its size may change."""
+    return frame(Picture(mask), framing).pixels if framing.mode == "crop" else mask
+
+
+def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str, framing: Framing,
+             size: tuple[int, int], digests: tuple[str, ...]) -> TrainingSet:
+    pixels, masks, captions, priors = [], [], [], []
+    for picture in pictures:
+        framed = frame(picture, framing, size)
+        assert framed.mask is not None      # `frame` always gives one
+        caption = picture.caption
+        if not picture.is_prior:
+            caption = caption_with_placeholder(caption, name, class_noun)
+        for mirrored in (False, True) if framing.flip else (False,):
+            pixels.append(framed.pixels.flip(-1) if mirrored else framed.pixels)
+            masks.append(framed.mask.flip(-1) if mirrored else framed.mask)
+            captions.append(caption)
+            priors.append(picture.is_prior)
+    latents = torch.cat([backbone.encode_images(chunk)
+                         for chunk in torch.stack(pixels).split(ENCODED_AT_ONCE)])
+    if not torch.isfinite(latents).all():
+        raise ConceptError("the autoencoder makes values that are no numbers (NaN or infinity) of the "
+                           "pictures; run it in float32 (ComfyUI: --fp32-vae) or load another VAE")
+    small = F.interpolate(torch.stack(masks), latents.shape[-2:], mode="area")
+    return TrainingSet(latents, small.to(latents.device), tuple(captions), torch.tensor(priors), digests)
