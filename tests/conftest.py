@@ -307,3 +307,22 @@ def tiny_base():
         return folder
 
     return save
+
+
+@pytest.fixture
+def site_output():
+    """A function that runs one site with an attention processor and gives the site's output."""
+    from continual_concepts.core.hosts.diffusers import multi_head
+    from continual_concepts.core.model.backbone import HostAttention, SiteCall
+
+    def run(backbone, processor, site, x, text, enters=False, replaced=None):
+        call = SiteCall(processor, site, x, text, text)
+        if enters:
+            call.enter()
+        text = text if call.reads_text else text[:, :0]
+        inputs = ("to_q", call.hidden), ("to_k", text), ("to_v", text)
+        attention = HostAttention(lambda *qkv: multi_head(*qkv, site.heads), replaced)
+        attended = call.attend(*(call.project(name, backbone.project(site, name, of)) for name, of in inputs), attention)
+        return call.finish(backbone.project(site, "to_out", attended))
+
+    return run

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.backbone import Context
-from ..model.sites import Site
+from ..model.backbone import Context, HostAttention, SiteCall
 from .packed import Reading, Stack
 from .token_lora import TokenLora, TokenLoraProcessor, head_extension
 
@@ -22,24 +21,20 @@ class CachedTokenLora(TokenLoraProcessor):
         self._rows = torch.arange(rows, device=device)
         self._stacks: dict[int, Stack] = {}
 
-    def begin(self, context: Context) -> None:
+    def prepare(self, context: Context) -> None:
         """The text is known."""
 
-    def enter(self, site: Site, x: Tensor) -> tuple[Tensor, bool] | None:
-        return (x, False) if site.index in self._stacks else None
+    def enter(self, call: SiteCall) -> None:
+        call.reads_text = call.site.index not in self._stacks
 
-    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        if projection == "to_out":
-            low, self._more = self._more, None
-            return y if low is None else self._stacks[site.index].added(low, y.reshape(1, -1, y.shape[-1])).view_as(y)
-        if projection in ("to_k", "to_v") and site.index in self._stacks:
-            return y      # nobody reads it
-        return super().project(site, projection, x, y)
-
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+        site = call.site
         if site.index not in self._stacks:
             columns = head_extension(site.heads, key, value, self.concepts.bindings(site))
             self._stacks[site.index] = Stack([Reading(key, value, columns)])
-        flat = (x.reshape(1, -1, x.shape[-1]) for x in (query, self._asked))
-        out, self._more = self._stacks[site.index].attended(*flat, self._rows, site.heads, default)
+        stack = self._stacks[site.index]
+        flat = (x.reshape(1, -1, x.shape[-1]) for x in (query, call.hidden))
+        out, low = stack.attended(*flat, self._rows, site.heads, attention)
+        if low is not None:
+            call.after_out = lambda y: stack.added(low, y.reshape(1, -1, y.shape[-1])).view_as(y)
         return out.view(query.shape)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.backbone import AttentionProcessor, Context
+from ..model.backbone import AttentionProcessor, Context, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 
 FINEST = 256     # cells of the finest grid that is looked at, or a sixteenth of the latent's where that is more
@@ -29,18 +29,18 @@ class MapProcessor(AttentionProcessor):
     def __init__(self, inner: AttentionProcessor) -> None:
         self.inner, self.maps, self.recording = inner, [], True
 
-    def begin(self, context: Context) -> None:
-        self.inner.begin(context)
+    def prepare(self, context: Context) -> None:
+        self.inner.prepare(context)
         self.maps, self.recording = [], True
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         return self.inner.project(site, projection, x, y)
 
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        found = attention_maps(query, key, site.heads)      # also when checkpointing runs this again: it must do the same there
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+        found = attention_maps(query, key, call.site.heads)      # also when checkpointing runs this again: it must do the same there
         if self.recording:
             self.maps.append(found)
-        return self.inner.attend(site, query, key, value, default)
+        return self.inner.attend(call, query, key, value, attention)
 
     def take(self) -> list[Tensor]:
         """The maps of the last forward pass, one `[B, S, N]` per site; none until the next one."""

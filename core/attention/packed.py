@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.backbone import AttentionFunction
 from ..model.deltas import Delta, LowRankDelta
 from .token_lora import HeadExtension, attend_longer, with_columns
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Stack:
             query = torch.baddbmm(query, low, self._as("query_up", asked.dtype))
         return query, None if self.asks is None else torch.bmm(asked, self._as("asks", asked.dtype))
 
-    def attended(self, query: Tensor, asked: Tensor, rows: Tensor, heads: int, attend: Attend,
+    def attended(self, query: Tensor, asked: Tensor, rows: Tensor, heads: int, attend: AttentionFunction,
                  others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """query `[G, T, a]`: frozen, of the cells of every region; asked `[G, T, b]`: what to_q read there; rows `[B]`: the row of the
         readings that each of the batch takes; others `[G, T, a]`: what other people's attention adds. Returns the attended values

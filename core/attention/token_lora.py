@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Context
+from ..model.backbone import AttentionProcessor, Context, HostAttention, SiteCall
 from ..model.deltas import Delta, Deltas, LowRankDelta
 from ..model.sites import Site
 
@@ -107,12 +108,6 @@ def token_lora_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, 
     return attended, None if low is None else F.linear(low, columns.behind.to(low))
 
 
-def added_by_others(default, query: Tensor, key: Tensor, value: Tensor) -> Tensor | float:
-    """What other people's attention, if `default` is that, adds to plain attention: it goes on top of ours. 0 where there is none."""
-    plain = getattr(default, "plain", None)
-    return 0.0 if plain is None else default(query, key, value) - plain(query, key, value)
-
-
 class TokenLora:
     """Bound concepts of one encoded batch. deltas: concept -> its deltas, low rank on to_q and to_out."""
 
@@ -160,23 +155,23 @@ class TokenLoraProcessor(AttentionProcessor):
     def __init__(self, deltas: Mapping[str, Deltas]) -> None:
         self.deltas = deltas
         self.concepts: TokenLora | None = None
-        self._asked: Tensor | None = None      # what to_q of the running site read
-        self._more: Tensor | None = None       # what is to be added behind its to_out
 
-    def begin(self, context: Context) -> None:
+    def prepare(self, context: Context) -> None:
         self.concepts = TokenLora(self.deltas, context)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        if projection == "to_q":
-            self._asked = x
-            return y
-        if projection == "to_out":
-            more, self._more = self._more, None
-            return y if more is None else y + more.to(y.dtype)
-        return self.concepts.project(site, projection, x, y)
+        return self.concepts.project(site, projection, x, y) if projection in ("to_k", "to_v") else y
 
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
         if not self.concepts:
-            return default(query, key, value)
-        attended, self._more = token_lora_attention(site.heads, self._asked, query, key, value, self.concepts.bindings(site))
-        return attended + added_by_others(default, query, key, value)
+            return attention(query, key, value)
+        attended, added = token_lora_attention(call.site.heads, call.hidden, query, key, value, self.concepts.bindings(call.site))
+        if added is not None:
+            call.after_out = partial(plus, added)
+        others = attention.added_by_others(query, key, value)
+        return attended if others is None else attended + others
+
+
+def plus(added: Tensor, y: Tensor) -> Tensor:
+    """y with what a processor adds to it, in the type of y."""
+    return y + added.to(y.dtype)

@@ -14,7 +14,7 @@ from ..model.backbone import AttentionProcessor, Context
 from ..model.deltas import Deltas, LowRankDelta
 from ..sampling.attention_guidance import Artists, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
-from .sites import OFFSETS, WORDS, Before, DiffusionWrapper, UNetSites, Within, processor_patches, progress_of
+from .sites import OFFSETS, WORDS, AddOffsets, DiffusionWrapper, ReplaceSelf, UNetSites, processor_patches, progress_of
 from .token_lora import BoundRun, code, words_of
 
 KEY = "continual_concepts"
@@ -44,7 +44,7 @@ def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
         clone.add_patches(weight_patches(sites, deltas))
     if layerwise:
         _wrap(clone, processor_of(model))
-        _once(clone, "attn2_patch", Before(sites.addresses))
+        _once(clone, "attn2_patch", AddOffsets(sites.addresses))
     return clone
 
 
@@ -83,17 +83,18 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
     return Context(layers.expand(-1, copies, -1, -1) if layers.shape[1] == 1 else layers, extra.get("pooled_output"), words)
 
 
-def with_processor(model, sites: UNetSites, processor, within: bool = False):
-    """A clone of MODEL whose sites do what `program(options, x)` says in each UNet call; within: their blocks' self-attention too."""
+def with_processor(model, sites: UNetSites, processor, self_attention: bool = False):
+    """A clone of MODEL whose sites do what `program(options, x)` says in each UNet call;
+    self_attention: their blocks' self-attention too."""
     clone = model.clone()
     options = clone.model_options["transformer_options"]
     patches = processor_patches(sites, options.get("patches_replace", {}).get("attn2"))
     for address, replace in patches["patches_replace"]["attn2"].items():
         clone.set_model_attn2_replace(replace, *address)
-    if within:
+    if self_attention:
         others = options.get("patches_replace", {}).get("attn1", {})
         for address, site in sites.addresses.items():
-            clone.set_model_patch_replace(Within(site, others.get(address) or others.get(address[:2])), "attn1", *address)
+            clone.set_model_patch_replace(ReplaceSelf(site, others.get(address) or others.get(address[:2])), "attn1", *address)
     before, keep = patches["patches"]["attn2_patch"]
     _once(clone, "attn2_patch", before)
     _once(clone, "attn2_patch", keep)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import comfy.model_management as management
 import comfy.model_sampling
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConceptError
 from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.checkpointing import recomputed
 from ..model.deltas import Delta, Deltas
 from ..model.schedule import NoiseSchedule
 from ..model.sites import Site
@@ -145,7 +145,7 @@ class ComfyBackbone(Backbone):
         if hidden.shape[1] > 1:
             options[OFFSETS] = hidden - mean.unsqueeze(1)
         if processor is not None:
-            processor.begin(context)
+            processor.prepare(context)
             options[PROCESSOR] = processor
         y = self._size_and_pooled(latents, context)
         output = self.unet(latents.to(dtype), timesteps, context=mean, y=None if y is None else y.to(dtype), transformer_options=options)
@@ -177,19 +177,8 @@ class ComfyBackbone(Backbone):
                 stack.callback(fold.undo)
             yield
 
-    @contextmanager
-    def gradient_checkpointing(self, enabled: bool) -> Iterator[None]:
-        if not enabled:
-            yield
-            return
-        blocks = [module for module in self.unet.modules() if type(module).__name__ in _RECOMPUTED]
-        try:
-            for block in blocks:
-                block.forward = _recomputed(block.forward)
-            yield
-        finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
+    def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        return recomputed(self.unet, _RECOMPUTED if enabled else ())
 
 
 def _are_loaded(*patchers) -> bool:
@@ -215,17 +204,6 @@ class _Fold:
 
     def undo(self) -> None:
         self.parameter.data = self.before.to(self.parameter.device)      # the host may have moved it meanwhile
-
-
-def _recomputed(forward: Callable) -> Callable:
-    """`forward` without stored activations. The host writes the block's number into one dict for the whole pass; each call keeps its own
-    copy."""
-    def wrapped(*args, **kwargs):
-        if "transformer_options" in kwargs:
-            kwargs["transformer_options"] = dict(kwargs["transformer_options"])
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return wrapped
 
 
 def _overlay(*parts) -> str:

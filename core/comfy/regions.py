@@ -111,7 +111,7 @@ class FoundRun(RegionRun):
 
 def with_regions(model, run: RegionRun, noise: NoiseSettings):
     """A clone of MODEL that samples with regions: one evaluation per step; region noise and solo steps look at more, see regional.noise."""
-    clone = with_processor(model, run.sites, run, within=run.isolation > 0)
+    clone = with_processor(model, run.sites, run, self_attention=run.isolation > 0)
     if noise.is_on or noise.crop_denoising > 0:
         clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionSteps(run, noise))
     return clone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.conds
 import comfy.utils
@@ -13,19 +14,17 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor, nn
 
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor
-from ..model.sites import Site, SiteLayout
+from ..model.backbone import AttentionProcessor, HostAttention, SiteCall
+from ..model.sites import Site, SiteLayout, unet_layout
 
 OFFSETS = "continual_concepts_offsets"      # keyword of the UNet call and key in transformer_options: layer copies minus their mean
 WORDS = "continual_concepts_words"          # the same, for whose words the tokens are: codes of concepts `[B, 1, N, 1]`, 0 = nobody's
-PROCESSOR = "continual_concepts_program"      # key in transformer_options: the SiteProgram of this call
+PROCESSOR = "continual_concepts_processor"    # key in transformer_options: the attention processor of this UNet call
 TEXT = "continual_concepts_text"            # the prompts of this call, their offsets and words, where nobody else changes them; else None
 _ALONE = "continual_concepts_alone"         # there: whether nobody else's code sees the cells between to_q and to_out
-_INPUTS, _ATTENDED = "continual_concepts_inputs", "continual_concepts_attended"     # handed on inside one block call
+_CALL = "continual_concepts_call"           # there, inside one block: its SiteCall
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 ATTENTION = "optimized_attention_override"      # the host's key in transformer_options for another attention
-_RANK = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-_LAYER_PER_GROUP_ABOVE = 16      # as in the diffusers host
 Address = tuple[str, int, int]      # ComfyUI's name of a transformer block: input | middle | output, number, index inside
 
 
@@ -70,15 +69,10 @@ def find_sites(model, text_widths: tuple[tuple[str, int], ...]) -> UNetSites:
     if not names:
         raise ConceptError(f"the model is a {type(model.model).__name__}, which has no text cross-attention sites; "
                            "allowed: Stable Diffusion 1.x, 2.x and SDXL checkpoints")
-    ordered = sorted(names, key=lambda name: _RANK[name.split(".")[0]])
-    groups = list(dict.fromkeys(name.split(".transformer_blocks")[0] for name in ordered))
-    sites = []
-    for index, name in enumerate(ordered):
-        attention = unet.get_submodule(f"{names[name]}.attn2")
-        copy = index if len(ordered) <= _LAYER_PER_GROUP_ABOVE else groups.index(name.split(".transformer_blocks")[0])
-        width, context_width = attention.to_q.weight.shape[0], attention.to_k.weight.shape[1]
-        sites.append(Site(index, name, copy, attention.heads, width, context_width))
-    return UNetSites(unet, SiteLayout(tuple(sites), text_widths), tuple(names[name] for name in ordered))
+    attentions = {name: unet.get_submodule(f"{path}.attn2") for name, path in names.items()}
+    layout = unet_layout({name: (attention.heads, attention.to_q.weight.shape[0], attention.to_k.weight.shape[1])
+                          for name, attention in attentions.items()}, text_widths)
+    return UNetSites(unet, layout, tuple(names[site.name] for site in layout.sites))
 
 
 class OffsetCond(comfy.conds.CONDRegular):
@@ -141,13 +135,13 @@ class DiffusionWrapper:
             options[WORDS] = fit_offsets(words, context)
         if self.processor is not None:
             options[_ALONE], options[TEXT] = _is_alone(options), None
-            if options[_ALONE] and all(isinstance(one, (Before, Keep)) for one in options["patches"]["attn2_patch"]):
+            if options[_ALONE] and all(isinstance(one, (AddOffsets, Begin)) for one in options["patches"]["attn2_patch"]):
                 options[TEXT] = context, options.get(OFFSETS), options.get(WORDS)
             options[PROCESSOR] = self.processor(options, x)
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
-class Before:
+class AddOffsets:
     """attn2 patch: gives every site its layer copy."""
 
     def __init__(self, addresses: dict[Address, Site]) -> None:
@@ -163,8 +157,8 @@ class Before:
         return n, context, value
 
 
-class Keep:
-    """attn2 patch, the last one: keeps for the program what goes into the projections, or gives them what it wants instead."""
+class Begin:
+    """attn2 patch, the last one: begins the site's call with what goes into the frozen projections."""
 
     def __init__(self, sites: UNetSites) -> None:
         self.addresses = sites.addresses
@@ -172,14 +166,14 @@ class Keep:
 
     def __call__(self, n, context, value, options):
         processor, site = options.get(PROCESSOR), _site_of(self.addresses, options)
-        if processor is not None and site is not None and options.get(_ALONE):
-            entered = processor.enter(site, n)
-            if entered is not None:
-                n, reads_text = entered
-                if not reads_text and self.skips_text:
-                    context, value = context[:, :0], value[:, :0]
-        options[_INPUTS] = (n, context, value)
-        return n, context, value
+        if processor is None or site is None:
+            return n, context, value
+        call = options[_CALL] = SiteCall(processor, site, n, context, value)
+        if options.get(_ALONE):
+            call.enter()
+        if not call.reads_text and self.skips_text:
+            context, value = context[:, :0], value[:, :0]
+        return call.hidden, context, value
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -192,7 +186,7 @@ def _is_alone(options: dict) -> bool:
     """Whether between to_q and to_out of the sites there is our code alone."""
     patches, replaced = options.get("patches", {}), options.get("patches_replace", {}).get("attn2", {})
     before, behind = patches.get("attn2_patch", []), patches.get("attn2_output_patch", [])
-    return (bool(before) and isinstance(before[-1], Keep) and all(isinstance(one, After) for one in behind)
+    return (bool(before) and isinstance(before[-1], Begin) and all(isinstance(one, Finish) for one in behind)
             and all(isinstance(one, Replace) and one.previous is None for one in replaced.values()))
 
 
@@ -202,49 +196,42 @@ def _site_of(addresses: dict[Address, Site], options: dict) -> Site | None:
 
 
 class Replace:
-    """attn2 replacement of one site: the program's projections and attention; `previous` is another node's replacement, or None."""
+    """attn2 replacement of one site: the processor's attention; `previous` is another node's replacement, or None."""
 
     def __init__(self, site: Site, previous: Callable | None = None) -> None:
         self.site = site
-        self.previous = previous.previous if isinstance(previous, Replace) else previous      # programs do not stack
+        self.previous = previous.previous if isinstance(previous, Replace) else previous      # processors do not stack
 
     def __call__(self, q, k, v, options):
-        processor: AttentionProcessor | None = options.get(PROCESSOR)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return _attention(query, key, value, self.site.heads, options)
-
-        def host(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend(query, key, value) if self.previous is None else self.previous(query, key, value, options)
-
-        if processor is None:
-            return host(q, k, v)
-        n, context, value = options[_INPUTS]
-        q = processor.project(self.site, "to_q", n, q)
-        k, v = processor.project(self.site, "to_k", context, k), processor.project(self.site, "to_v", value, v)
-        out = processor.attend(self.site, q, k, v, attend if self.previous is None else _Others(host, attend))
-        options[_ATTENDED] = out
-        return out
+        others = None if self.previous is None else partial(_replaced, self.previous, options)
+        attention = HostAttention(partial(_attention, self.site.heads, options), others)
+        call: SiteCall | None = options.get(_CALL)
+        if call is None:
+            return attention(q, k, v)
+        return call.attend(call.project("to_q", q), call.project("to_k", k), call.project("to_v", v), attention)
 
 
-class Within:
-    """attn1 replacement of a site's block: the program's self-attention; another node's replacement, `previous`, goes before it."""
+class ReplaceSelf:
+    """attn1 replacement of a site's block: the processor's self-attention, unless another node replaces it: `previous`."""
 
     def __init__(self, site: Site, previous: Callable | None = None) -> None:
-        self.site, self.previous = site, previous.previous if isinstance(previous, Within) else previous
+        self.site, self.previous = site, previous.previous if isinstance(previous, ReplaceSelf) else previous
 
     def __call__(self, q, k, v, options):
-        processor: AttentionProcessor | None = options.get(PROCESSOR)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return _attention(query, key, value, self.site.heads, options)
-
         if self.previous is not None:
             return self.previous(q, k, v, options)
-        return attend(q, k, v) if processor is None or not processor.looks_within else processor.attend_within(self.site, q, k, v, attend)
+        processor: AttentionProcessor | None = options.get(PROCESSOR)
+        attention = partial(_attention, self.site.heads, options)
+        if processor is None or not processor.changes_self_attention:
+            return attention(q, k, v)
+        return processor.self_attention(self.site, q, k, v, attention)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int, options: dict) -> Tensor:
+def _replaced(replacement: Callable, options: dict, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return replacement(query, key, value, options)
+
+
+def _attention(heads: int, options: dict, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return differentiable_attention(None, query, key, value, heads)
     return optimized_attention(query, key, value, heads, attn_precision=options.get("attn_precision"), transformer_options=options)
@@ -256,33 +243,17 @@ def differentiable_attention(_host, *args, **kwargs) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
-class _Others:
-    """Another node's attention; `plain` is attention without it."""
-
-    def __init__(self, theirs: Callable, plain: Callable) -> None:
-        self.theirs, self.plain = theirs, plain
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.theirs(query, key, value)
-
-
-class After:
-    """attn2 output patch: the program's change of to_out."""
-
-    def __init__(self, addresses: dict[Address, Site]) -> None:
-        self.addresses = addresses
+class Finish:
+    """attn2 output patch: what the processor does with the output of to_out."""
 
     def __call__(self, y, options):
-        processor, site = options.get(PROCESSOR), _site_of(self.addresses, options)
-        attended = options.pop(_ATTENDED, None)
-        if processor is None or site is None or attended is None:
-            return y
-        return processor.project(site, "to_out", attended, y)
+        call: SiteCall | None = options.pop(_CALL, None)
+        return y if call is None else call.finish(y)
 
 
 def processor_patches(sites: UNetSites, previous: dict | None = None) -> dict:
     """Everything a program needs, in the form of transformer options; `previous`: attn2 replacements that are there already."""
     previous = previous or {}
     replace = {address: Replace(site, previous.get(address) or previous.get(address[:2])) for address, site in sites.addresses.items()}
-    return {"patches": {"attn2_patch": [Before(sites.addresses), Keep(sites)], "attn2_output_patch": [After(sites.addresses)]},
+    return {"patches": {"attn2_patch": [AddOffsets(sites.addresses), Begin(sites)], "attn2_output_patch": [Finish()]},
             "patches_replace": {"attn2": replace}}

@@ -3,86 +3,71 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Backbone, Context, TextEncoder
+from ..model.backbone import AttentionProcessor, Backbone, Context, HostAttention, SiteCall, TextEncoder
+from ..model.checkpointing import recomputed
 from ..model.deltas import Deltas
 from ..model.schedule import NoiseSchedule
-from ..model.sites import Site, SiteLayout
+from ..model.sites import PROJECTIONS, Site, SiteLayout, unet_layout
 from .quick_gelu import quick_gelu
 
 _RECOMPUTED = ("BasicTransformerBlock", "ResnetBlock2D")      # what gradient checkpointing runs again in the backward pass
-_LAYER_PER_GROUP_ABOVE = 16      # more sites than SD1.5's 16 share a layer copy per transformer group (SDXL: 70 sites, 11 groups)
-
-
-def _attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    """attn2 modules by name in execution order: down, middle, up."""
-    found = {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
-    rank = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    return dict(sorted(found.items(), key=lambda item: rank[item[0].split(".")[0]]))
 
 
 def layout_of(unet: nn.Module, text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
     """The sites of a UNet2DConditionModel."""
-    modules = _attentions(unet)
-    groups = list(dict.fromkeys(name.split(".transformer_blocks")[0] for name in modules))
-    sites = []
-    for index, (name, attention) in enumerate(modules.items()):
-        copy = index if len(modules) <= _LAYER_PER_GROUP_ABOVE else groups.index(name.split(".transformer_blocks")[0])
-        sites.append(Site(index, name, copy, attention.heads, attention.to_q.out_features, attention.to_k.in_features))
-    return SiteLayout(tuple(sites), text_widths)
+    modules = {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
+    return unet_layout({name: (attention.heads, attention.to_q.out_features, attention.to_k.in_features)
+                        for name, attention in modules.items()}, text_widths)
 
 
 class _SiteProcessor:
-    """diffusers attention processor of one site: picks its layer copy, asks the program, attends."""
+    """The diffusers attention processor of one site: picks the site's layer copy and runs a `SiteCall`.
 
-    def __init__(self, host: DiffusersBackbone, site: Site) -> None:
-        self.host, self.site = host, site
+    `site_processor` comes from the `cross_attention_kwargs` of the UNet call, so nothing of a call stays behind in the model, and gradient
+    checkpointing runs a block again with the same processor.
+    """
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, **_) -> Tensor:
-        site, processor = self.site, self.host.processor
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.attention = HostAttention(partial(multi_head, heads=site.heads))
+
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask=None,
+                 site_processor: AttentionProcessor | None = None, **_) -> Tensor:
         copies = encoder_hidden_states.shape[1]
-        context = encoder_hidden_states[:, site.copy if copies > 1 else 0]
-        project = self._plain if processor is None else self._programmed
-        entered = None if processor is None else processor.enter(site, hidden_states)
-        if entered is not None:
-            hidden_states, reads_text = entered
-            context = context if reads_text else context[:, :0]
-        query, key, value = project(attn, "to_q", hidden_states), project(attn, "to_k", context), project(attn, "to_v", context)
-        plain = self._attention
-        out = plain(query, key, value) if processor is None else processor.attend(site, query, key, value, plain)
-        return project(attn, "to_out", out)
-
-    def _plain(self, attn, projection: str, x: Tensor) -> Tensor:
-        return _linear(attn, projection)(x)
-
-    def _programmed(self, attn, projection: str, x: Tensor) -> Tensor:
-        return self.host.processor.project(self.site, projection, x, _linear(attn, projection)(x))
-
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return multi_head(query, key, value, self.site.heads)
+        text = encoder_hidden_states[:, self.site.copy if copies > 1 else 0]
+        to_q, to_k, to_v, to_out = (_linear(attn, projection) for projection in PROJECTIONS)
+        if site_processor is None:
+            return to_out(self.attention(to_q(hidden_states), to_k(text), to_v(text)))
+        call = SiteCall(site_processor, self.site, hidden_states, text, text)
+        call.enter()
+        text = text if call.reads_text else text[:, :0]
+        query = call.project("to_q", to_q(call.hidden))
+        key = call.project("to_k", to_k(text))
+        value = call.project("to_v", to_v(text))
+        return call.finish(to_out(call.attend(query, key, value, self.attention)))
 
 
 class _SelfProcessor:
-    """Self-attention of a site's block: diffusers' own processor, unless the program has something to say."""
+    """Self-attention of a site's block: diffusers' own processor, unless an attention processor changes it."""
 
-    def __init__(self, host: DiffusersBackbone, site: Site, original) -> None:
-        self.host, self.site, self.original = host, site, original
+    def __init__(self, site: Site, original) -> None:
+        self.site, self.original = site, original
 
-    def __call__(self, attn, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        processor = self.host.processor
-        if processor is None or not processor.looks_within:
+    def __call__(self, attn, hidden_states: Tensor, *args, site_processor: AttentionProcessor | None = None, **kwargs) -> Tensor:
+        if site_processor is None or not site_processor.changes_self_attention:
             return self.original(attn, hidden_states, *args, **kwargs)
-        query, key, value = (_linear(attn, name)(hidden_states) for name in ("to_q", "to_k", "to_v"))
-        out = processor.attend_within(self.site, query, key, value, lambda q, k, v: multi_head(q, k, v, attn.heads))
-        return _linear(attn, "to_out")(out)
+        to_q, to_k, to_v, to_out = (_linear(attn, projection) for projection in PROJECTIONS)
+        query, key, value = to_q(hidden_states), to_k(hidden_states), to_v(hidden_states)
+        return to_out(site_processor.self_attention(self.site, query, key, value, partial(multi_head, heads=attn.heads)))
 
 
 def multi_head(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -147,12 +132,10 @@ class DiffusersBackbone(Backbone):
         self.layout = layout_of(unet, tuple((encoder.name, encoder.width) for encoder in text))
         self.latent_channels = unet.config.in_channels
         self.picture_multiple = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.processor: AttentionProcessor | None = None
-        self._modules = _attentions(unet)
-        for site, attention in zip(self.layout.sites, self._modules.values(), strict=True):
-            attention.set_processor(_SiteProcessor(self, site))
+        for site in self.layout.sites:
+            unet.get_submodule(site.name).set_processor(_SiteProcessor(site))
             within = unet.get_submodule(f"{site.name.removesuffix('attn2')}attn1")
-            within.set_processor(_SelfProcessor(self, site, within.processor))
+            within.set_processor(_SelfProcessor(site, within.processor))
         self.fingerprint = self._weight_hash()
 
     @property
@@ -171,7 +154,7 @@ class DiffusersBackbone(Backbone):
         return digest.hexdigest()[:16]
 
     def _linear(self, site: Site, projection: str) -> nn.Linear:
-        return _linear(self._modules[site.name], projection)
+        return _linear(self.unet.get_submodule(site.name), projection)
 
     def _weight(self, site: Site, projection: str) -> nn.Parameter:
         return self._linear(site, projection).weight
@@ -189,17 +172,12 @@ class DiffusersBackbone(Backbone):
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context, processor: AttentionProcessor | None = None) -> Tensor:
         dtype = self.dtype
-        extra = {}
+        extra: dict[str, object] = {"cross_attention_kwargs": {"site_processor": processor}}
         if self.unet.config.addition_embed_type == "text_time":
             extra["added_cond_kwargs"] = {"text_embeds": context.pooled.to(dtype), "time_ids": self._time_ids(latents)}
         if processor is not None:
-            processor.begin(context)
-        self.processor = processor
-        try:
-            output = self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False, **extra)[0]
-        finally:
-            self.processor = None
-        return output.float()
+            processor.prepare(context)
+        return self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False, **extra)[0].float()
 
     def _time_ids(self, latents: Tensor) -> Tensor:
         """SDXL's size conditioning: original size, crop corner, target size, all of the picture itself."""
@@ -226,33 +204,5 @@ class DiffusersBackbone(Backbone):
             for (index, projection), data in original.items():
                 self._weight(self.layout.sites[index], projection).data = data
 
-    @contextmanager
-    def gradient_checkpointing(self, enabled: bool) -> Iterator[None]:
-        if not enabled:
-            yield
-            return
-        blocks = [module for module in self.unet.modules() if type(module).__name__ in _RECOMPUTED]
-        try:
-            for block in blocks:
-                block.forward = self._recomputed(block.forward)
-            yield
-        finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
-
-    def _recomputed(self, forward: Callable) -> Callable:
-        """`forward` without stored activations. diffusers' own switch would run it again after `predict` let go of the program."""
-        def wrapped(*args, **kwargs):
-            processor = self.processor
-
-            def run(*inner, **named):
-                before, self.processor = self.processor, processor
-                try:
-                    return forward(*inner, **named)
-                finally:
-                    self.processor = before
-
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
-
-        return wrapped
-
+    def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        return recomputed(self.unet, _RECOMPUTED if enabled else ())

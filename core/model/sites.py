@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from ..errors import ConceptError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+_EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+_LAYER_PER_GROUP_ABOVE = 16      # more sites than SD1.5's 16 share a layer copy per transformer group (SDXL: 70 sites, 11 groups)
 
 
 def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
@@ -92,3 +95,19 @@ class SiteLayout:
         if not sites or not data["text_widths"]:
             raise ConceptError("the layout has no sites or no text encoders")
         return cls(sites, tuple((str(name), int(width)) for name, width in data["text_widths"]))
+
+
+def unet_layout(shapes: Mapping[str, tuple[int, int, int]], text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
+    """The layout of a UNet, the same from every host.
+
+    Args:
+        shapes: Site name -> heads, width and context width, in execution order within the down, middle and up blocks.
+        text_widths: As in `SiteLayout`.
+    """
+    names = sorted(shapes, key=lambda name: _EXECUTION_ORDER[name.split(".")[0]])
+    groups = list(dict.fromkeys(name.split(".transformer_blocks")[0] for name in names))
+    sites = []
+    for index, name in enumerate(names):
+        copy = index if len(names) <= _LAYER_PER_GROUP_ABOVE else groups.index(name.split(".transformer_blocks")[0])
+        sites.append(Site(index, name, copy, *shapes[name]))
+    return SiteLayout(tuple(sites), text_widths)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..bank.prompts import NO_CONCEPTS
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.backbone import AttentionProcessor, Backbone, Context, HostAttention, SiteCall
 from ..model.deltas import DeltaKey
 from ..model.sites import Site, SiteLayout
 from ..model.solver import Ddim, denoise, guided
@@ -76,8 +76,8 @@ class GradientProgram(AttentionProcessor):
         self.keys, self.inner, self.rows = frozenset(keys), inner or AttentionProcessor(), None
         self.sums: dict[DeltaKey, Tensor] = {}
 
-    def begin(self, context: Context) -> None:
-        self.inner.begin(context)
+    def prepare(self, context: Context) -> None:
+        self.inner.prepare(context)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         y, key, x = self.inner.project(site, projection, x, y), (site.index, projection), x.detach()
@@ -86,8 +86,8 @@ class GradientProgram(AttentionProcessor):
             y.register_hook(lambda gradient: self._add(key, gradient, x))      # fires once, also where checkpointing runs this again
         return y
 
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        return self.inner.attend(site, query, key, value, default)
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+        return self.inner.attend(call, query, key, value, attention)
 
     @torch.no_grad()
     def _add(self, key: DeltaKey, gradient: Tensor, x: Tensor) -> None:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.packed import Attend, Stack
+from ..attention.packed import Stack
+from ..model.backbone import AttentionFunction
 from .cover import Cover
 
 
@@ -51,7 +52,8 @@ def mixed_query(query: Tensor, asked: Tensor, base: Tensor, stacks: Sequence[Sta
     return _with_scene(_mixed(own, cover, len(query)), base, cover)
 
 
-def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor | None, cover: Cover, heads: int, attend: Attend) -> Tensor:
+def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor | None, cover: Cover, heads: int,
+                     attend: AttentionFunction) -> Tensor:
     """Self-attention in which no region sees another: query, key, value `[B, S, a]`; base `[B, S, a]`: what the scene's cells get, who see
     everything, None where there are none; attend: plain attention. It costs by the squares of the regions' areas: less than plain where
     they cover the picture."""
@@ -71,7 +73,7 @@ def attention_within(query: Tensor, key: Tensor, value: Tensor, base: Tensor | N
 
 
 def region_attention(query: Tensor, asked: Tensor, base: Tensor | None, stacks: Sequence[Stack], cover: Cover, rows: Tensor, heads: int,
-                     attend: Attend, others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                     attend: AttentionFunction, others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Cross-attention in which every region reads its own prompt with its own weights.
 
     query `[B, S, a]`: frozen, over a grid flattened row by row; asked `[B, S, b]`: what to_q read; base `[B, S, a]`: the scene's output,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..attention.packed import Stack
-from ..attention.token_lora import TokenLora, added_by_others
-from ..model.backbone import AttentionProcessor, Backbone
+from ..attention.token_lora import TokenLora, plus
+from ..model.backbone import AttentionProcessor, Backbone, HostAttention, SiteCall
 from ..model.sites import Site
 from .attention import taken
 from .cover import Order
@@ -30,9 +31,6 @@ class RegionsApart(AttentionProcessor):
         self._orders: dict[tuple, Order] = {}
         self._rows: dict[tuple, Tensor] = {}
         self._batch: tuple = ()                # halves, rows in all
-        self._asked: Tensor | None = None      # what to_q of the running site read
-        self._more: Tensor | None = None       # what is to be added behind its to_out
-        self._pass: ByRegion | None = None     # of the running site, where it is gone through region by region
 
     def take(self, halves: Sequence[int], rows: int) -> None:
         """What the next call has: for every chunk of the batch its half of guidance (0 negative, 1 positive), and rows in all."""
@@ -58,33 +56,28 @@ class RegionsApart(AttentionProcessor):
             self._stacks[site.index] = Stack(self.readings[site.index])
         return self._stacks[site.index]
 
-    def enter(self, site: Site, x: Tensor) -> tuple[Tensor, bool] | None:
-        self._pass = ByRegion(self._order(x.shape[1], x.device), [self.count], [self._stack(site)], len(x))
-        self._cells = x.shape[1]
-        return self._pass.enter(x), False
+    def enter(self, call: SiteCall) -> None:
+        x = call.hidden
+        cells = ByRegion(self._order(x.shape[1], x.device), [self.count], [self._stack(call.site)], len(x))
+        rows, heads = self._rows_of(x.shape[1], x.device), call.site.heads
+        call.reorder(cells.enter(x), lambda query, _key, _value, attention: cells.attend(query, rows, heads, attention), cells.leave)
+        call.reads_text = False
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        if projection == "to_q":
-            self._asked = x
-            return y
-        if projection == "to_out":
-            running, more, self._pass, self._more = self._pass, self._more, None, None
-            return running.leave(y) if running is not None else y if more is None else y + more.to(y.dtype)
-        if self._pass is not None:      # nobody reads the text
+        if projection not in ("to_k", "to_v"):
             return y
         y = self._scene.project(site, projection, x, y)
         return y if self.scene_concepts is None else self.scene_concepts.project(site, projection, x, y)
 
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        if self._pass is not None:
-            return self._pass.attend(query, self._rows_of(self._cells, query.device), site.heads, default)
-        plain, stack, order = getattr(default, "plain", default), self._stack(site), self._order(query.shape[1], query.device)
-        own, asked, others = *(taken(x, order.whole, self.count) for x in (query, self._asked)), None
-        if plain is not default:
-            added = added_by_others(default, self._back(stack.asking(own, asked)[0], order, query), key, value)
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+        site, stack, order = call.site, self._stack(call.site), self._order(query.shape[1], query.device)
+        own, asked, others = *(taken(x, order.whole, self.count) for x in (query, call.hidden)), None
+        if attention.replaced is not None:
+            added = attention.added_by_others(self._back(stack.asking(own, asked)[0], order, query), key, value)
             others = taken(added, order.whole, self.count)
-        out, low = stack.attended(own, asked, self._rows_of(query.shape[1], query.device), site.heads, plain, others)
-        self._more = None if low is None else self._back(stack.added(low), order, query)
+        out, low = stack.attended(own, asked, self._rows_of(query.shape[1], query.device), site.heads, attention.plain, others)
+        if low is not None:
+            call.after_out = partial(plus, self._back(stack.added(low), order, query))
         return self._back(out, order, query)
 
     @staticmethod

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST, attention_maps
-from ..model.backbone import Backbone
-from ..model.sites import Site, grid_of
+from ..model.backbone import Backbone, HostAttention, SiteCall
+from ..model.sites import grid_of
 from .processor import Part, RegionProcessor
 from .regions import Region
 
@@ -44,14 +44,14 @@ class FoundRegions(RegionProcessor):
         resized = F.interpolate(self.found, grid, mode="area" if grid[0] < self.found.shape[-2] else "bilinear")
         return resized[:, torch.arange(len(self.rows)) % resized.shape[1]]      # every row its picture's
 
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
         cells, positive = query.shape[1], self.rows.bool()
         self.phase()      # before this step is looked at: whether both halves of guidance come in one call must not matter
         if self.found is None and bool(positive.any()) and cells <= max(FINEST, self.latent[0] * self.latent[1] // 16):
-            maps = attention_maps(query[positive].float(), key[positive].float(), site.heads)
+            maps = attention_maps(query[positive].float(), key[positive].float(), call.site.heads)
             seen = torch.stack([maps[..., list(words)].mean(-1) for words in self.words], dim=1)
             self._sums[cells] = self._sums.get(cells, 0) + seen
-        return super().attend(site, query, key, value, default)
+        return super().attend(call, query, key, value, attention)
 
     def _masks(self) -> Tensor:
         cells = max(self._sums)      # the finest of the grids

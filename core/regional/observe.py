@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST
+from ..model.backbone import HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 from .processor import RegionProcessor
 
@@ -29,15 +30,16 @@ class ObservedRegions(RegionProcessor):
     def _looks(self, cells: int) -> bool:
         return self.is_observing and bool(self.parts) and cells <= max(FINEST, self.latent[0] * self.latent[1] // 16)
 
-    def enter(self, site: Site, x: Tensor) -> tuple[Tensor, bool] | None:
-        return None if self._looks(x.shape[1]) else super().enter(site, x)      # maps want the cells in their places
+    def enter(self, call: SiteCall) -> None:
+        if not self._looks(call.hidden.shape[1]):      # maps want the cells in their places
+            super().enter(call)
 
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        if self._pass is None and self._looks(query.shape[1]):
-            asked, cells = query if self._asked is None else self._asked, query.shape[1]
-            shares = [self._shares(site, *pair) for pair in zip(*(self._pieces(site, x) for x in (query, asked)), strict=True)]
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+        site, cells = call.site, query.shape[1]
+        if self._looks(cells):
+            shares = [self._shares(site, *pair) for pair in zip(*(self._pieces(site, x) for x in (query, call.hidden)), strict=True)]
             self.maps[site.index] = torch.cat(shares, 1).mean(1).unflatten(-1, grid_of(cells, *self.latent))
-        return super().attend(site, query, key, value, default)
+        return super().attend(call, query, key, value, attention)
 
     def _pieces(self, site: Site, x: Tensor) -> tuple[Tensor, ...]:
         """The positive rows in pieces `[b, S, c]` of which one can be looked at by all regions at once."""

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..attention.packed import Attend, Stack
+from ..attention.packed import Stack
+from ..model.backbone import AttentionFunction
 from .cover import Order
 
 Scene = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -33,7 +34,7 @@ class ByRegion:
         self._asked = self._split(x)
         return x
 
-    def attend(self, query: Tensor, rows: Tensor, heads: int, attend: Attend, scene: Scene | None = None) -> Tensor:
+    def attend(self, query: Tensor, rows: Tensor, heads: int, attend: AttentionFunction, scene: Scene | None = None) -> Tensor:
         """query `[1, P, a]`: frozen; rows, attend as in `region_attention`; scene: from the query `[B, S', a]` of its cells and what to_q
         read there, what is attended and what is added behind to_out. Returns the attended values `[1, P, a]`."""
         own, found = self._split(query), []

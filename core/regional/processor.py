@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..attention.packed import Reading, Stack
-from ..attention.token_lora import TokenLora, TokenLoraProcessor, added_by_others, head_extension, token_lora_attention
+from ..attention.token_lora import TokenLora, TokenLoraProcessor, head_extension, plus, token_lora_attention
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.backbone import AttentionFunction, AttentionProcessor, Backbone, Context, HostAttention, SiteCall
 from ..model.deltas import Delta, Deltas
 from ..model.sites import Site, grid_of
 from .attention import attention_within, mixed_query, region_attention
@@ -87,9 +88,6 @@ class RegionProcessor(AttentionProcessor):
         self.readings = readings_of(backbone, parts)
         self._stacks: dict[tuple, Stack] = {}
         self._covers: dict[tuple, Cover] = {}
-        self._asked: Tensor | None = None      # what to_q of the running site read
-        self._more: Tensor | None = None       # what is to be added behind its to_out
-        self._pass: ByRegion | None = None     # of the running site, where it is gone through region by region
 
     def masks(self, grid: tuple[int, int]) -> Tensor:
         """`[U, h, w]` or `[U, b, h, w]` for the regions that are on now, each times its strength; zeros for the others."""
@@ -119,59 +117,56 @@ class RegionProcessor(AttentionProcessor):
     def _scene_delta(self, site: Site, projection: str) -> Delta | None:
         return self.scene.deltas.get((site.index, projection))
 
-    def enter(self, site: Site, x: Tensor) -> tuple[Tensor, bool] | None:
-        self._pass, cover = None, self.cover(x.shape[1], x.device)
+    def enter(self, call: SiteCall) -> None:
+        site, x = call.site, call.hidden
+        cover = self.cover(x.shape[1], x.device)
         if not cover.is_partition:
-            return None
+            return
         members = [len(group.members) for group in cover.groups]
-        self._pass = ByRegion(cover.order(len(x)), members, self._stacks_of(site, cover), len(x), cover.needs_scene)
-        return self._pass.enter(x), self._pass.reads_text
+        cells = ByRegion(cover.order(len(x)), members, self._stacks_of(site, cover), len(x), cover.needs_scene)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+            def scene(own: Tensor, asked: Tensor) -> tuple[Tensor, Tensor | None]:
+                return self._scene(site, self._asking(site, own, asked), asked, key, value, attention)
+
+            return cells.attend(query, self.rows, site.heads, attention, scene)
+
+        call.reorder(cells.enter(x), attend, cells.leave)
+        call.reads_text = cells.reads_text
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        if self._pass is not None and projection == "to_out":
-            running, self._pass = self._pass, None
-            return running.leave(y)
-        if projection == "to_q":      # every region starts from the frozen query
-            self._asked = x
+        if projection not in ("to_k", "to_v"):      # every region starts from the frozen query
             return y
-        if self._pass is not None and not self._pass.reads_text:
-            return y
-        if projection == "to_out":
-            more, self._more = self._more, None
-            return y if more is None else y + more.to(y.dtype)
         delta = self._scene_delta(site, projection)      # keys and values: the scene's own; the regions' are known
         y = y if delta is None else y + delta.apply(x).to(y.dtype)
         return self._concepts().project(site, projection, x, y)
 
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        if self._pass is not None:
-            def scene(own: Tensor, asked: Tensor) -> tuple[Tensor, Tensor | None]:
-                return self._scene(site, self._asking(site, own, asked), asked, key, value, default)
-
-            return self._pass.attend(query, self.rows, site.heads, default, scene)
-        plain, cover = getattr(default, "plain", default), self.cover(query.shape[1], query.device)
-        stacks, asked = self._stacks_of(site, cover), query if self._asked is None else self._asked
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+        site, asked, cover = call.site, call.hidden, self.cover(query.shape[1], query.device)
+        stacks, plain = self._stacks_of(site, cover), attention.plain
         asking = self._asking(site, query, asked)
         others = None
-        if plain is not default:
-            others = added_by_others(default, mixed_query(query, asked, asking, stacks, cover), key, value)
+        if attention.replaced is not None:
+            others = attention.added_by_others(mixed_query(query, asked, asking, stacks, cover), key, value)
         base, more = self._scene(site, asking, asked, key, value, plain, others) if cover.needs_scene else (None, None)
         more = None if more is None else more * cover.scene.to(more.dtype).unsqueeze(-1)
         mixed, added = region_attention(query, asked, base, stacks, cover, self.rows, site.heads, plain, others)
-        self._more = added if more is None else more if added is None else more + added
+        added = added if more is None else more if added is None else more + added
+        if added is not None:
+            call.after_out = partial(plus, added)
         return mixed
 
     @property
-    def looks_within(self) -> bool:
+    def changes_self_attention(self) -> bool:
         return self.progress < self.isolation
 
-    def attend_within(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
+    def self_attention(self, site: Site, query: Tensor, key: Tensor, value: Tensor, attention: AttentionFunction) -> Tensor:
         try:
             cover = self.cover(query.shape[1], query.device)
         except ConceptError:      # another node has merged or tiled the cells: there are no regions in them
-            return default(query, key, value)
-        base = default(query, key, value) if cover.needs_scene or not cover.groups else None
-        return attention_within(query, key, value, base, cover, site.heads, default)
+            return attention(query, key, value)
+        base = attention(query, key, value) if cover.needs_scene or not cover.groups else None
+        return attention_within(query, key, value, base, cover, site.heads, attention)
 
     def _asking(self, site: Site, query: Tensor, asked: Tensor) -> Tensor:
         """The scene's query."""

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST, attention_maps
-from ..model.backbone import AttentionProcessor, Context
+from ..model.backbone import AttentionProcessor, Context, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 
 STEP = 0.05      # latent per step at strength 1 and loss 1, for latents of about unit variance
@@ -89,15 +89,15 @@ class MapRecorder(AttentionProcessor):
         self.maps: dict[int, list[Tensor]] = {}
         self.last = self._seen = -1      # the last site of that grid; the last one seen
 
-    def begin(self, context: Context) -> None:
-        self.inner.begin(context)
+    def prepare(self, context: Context) -> None:
+        self.inner.prepare(context)
         self.maps = {}
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         return self.inner.project(site, projection, x, y)
 
-    def attend(self, site: Site, query: Tensor, key: Tensor, value: Tensor, default) -> Tensor:
-        cells = query.shape[1]
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+        site, cells = call.site, query.shape[1]
         if cells <= self.most and cells >= max(self.maps, default=0):
             if cells not in self.maps:
                 self.maps = {cells: []}      # coarser ones are let go
@@ -105,7 +105,7 @@ class MapRecorder(AttentionProcessor):
             if site.index == self.last:
                 raise _Enough
             self._seen = site.index
-        return self.inner.attend(site, query, key, value, default)
+        return self.inner.attend(call, query, key, value, attention)
 
     def mean(self) -> Tensor | None:
         """`[B, S, N]`, the mean over sites; None when no site is coarse enough."""

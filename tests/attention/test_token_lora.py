@@ -13,7 +13,7 @@ from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.interop.export import export_concept
-from continual_concepts.core.model.backbone import Context
+from continual_concepts.core.model.backbone import Context, HostAttention, SiteCall
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 from continual_concepts.core.model.sites import Site
 from continual_concepts.core.regional import Region
@@ -41,12 +41,13 @@ def context(*words, length=5):
 
 def run(processor, found, weights, picture):
     """One site with frozen weights: what to_out gives."""
-    processor.begin(found)
-    query = processor.project(SITE, "to_q", picture, picture @ weights["to_q"].T)
-    text = found.at(SITE)
-    key, value = (processor.project(SITE, name, text, text @ weights[name].T) for name in ("to_k", "to_v"))
-    attended = processor.attend(SITE, query, key, value, lambda q, k, v: multi_head(q, k, v, 2))
-    return processor.project(SITE, "to_out", attended, attended @ weights["to_out"].T)
+    processor.prepare(found)
+    call = SiteCall(processor, SITE, picture, text := found.at(SITE), text)
+    call.enter()
+    inputs = ("to_q", call.hidden), ("to_k", text), ("to_v", text)
+    query, key, value = (call.project(name, x @ weights[name].T) for name, x in inputs)
+    attended = call.attend(query, key, value, HostAttention(lambda q, k, v: multi_head(q, k, v, 2)))
+    return call.finish(attended @ weights["to_out"].T)
 
 
 def by_definition(known, found, weights, picture):
@@ -89,9 +90,7 @@ def test_what_is_read_is_kept(weights, words, parts):
     for i in range(3):
         picture = draw(len(words), 9, 8, seed=3 + i)
         expected = run(TokenLoraProcessor(known), found, weights, picture)
-        entered = kept.enter(SITE, picture)
-        assert (entered is None) == (i == 0)
-        read = found if entered is None else context(*({},) * len(words), length=0)
+        read = found if i == 0 else context(*({},) * len(words), length=0)
         assert torch.allclose(run(kept, read, weights, picture), expected, atol=1e-5)
 
 

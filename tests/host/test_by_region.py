@@ -20,20 +20,20 @@ def entered(monkeypatch):
     from continual_concepts.core.comfy import sites
     from continual_concepts.core.regional import processor as processor
 
-    seen, enter, keep = {"entered": [], "no text": []}, processor.RegionProcessor.enter, sites.Keep.__call__
+    seen, enter, begin = {"entered": [], "no text": []}, processor.RegionProcessor.enter, sites.Begin.__call__
 
-    def asked(self, site, x):
-        found = enter(self, site, x)
-        seen["entered"].append(found is not None)
-        return found
+    def asked(self, call):
+        before = call.hidden
+        enter(self, call)
+        seen["entered"].append(call.hidden is not before)
 
-    def kept(self, *args):
-        found = keep(self, *args)
-        seen["no text"].append(found[1].shape[1] == 0)
-        return found
+    def begun(self, *args):
+        inputs = begin(self, *args)
+        seen["no text"].append(inputs[1].shape[1] == 0)
+        return inputs
 
     monkeypatch.setattr(processor.RegionProcessor, "enter", asked)
-    monkeypatch.setattr(sites.Keep, "__call__", kept)
+    monkeypatch.setattr(sites.Begin, "__call__", begun)
     return seen
 
 

@@ -26,7 +26,12 @@ def calls(monkeypatch):
     from continual_concepts.core.attention.cached import CachedTokenLora
 
     seen, enter = [], CachedTokenLora.enter
-    monkeypatch.setattr(CachedTokenLora, "enter", lambda *args: seen.append(enter(*args) is not None) or enter(*args))
+
+    def entered(self, call):
+        enter(self, call)
+        seen.append(not call.reads_text)
+
+    monkeypatch.setattr(CachedTokenLora, "enter", entered)
     return seen
 
 

@@ -72,7 +72,7 @@ def test_sites_run_in_the_order_of_their_numbers(backbone):
         def __init__(self):
             self.seen, self.begun = [], 0
 
-        def begin(self, context):
+        def prepare(self, context):
             self.begun += 1
 
         def project(self, site, projection, x, y):

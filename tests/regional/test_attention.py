@@ -9,6 +9,7 @@ import torch
 
 from continual_concepts.core.attention.packed import Reading, Stack
 from continual_concepts.core.hosts.diffusers import multi_head
+from continual_concepts.core.model.backbone import HostAttention, SiteCall
 from continual_concepts.core.regional.attention import attention_within, region_attention
 from continual_concepts.core.regional.cover import cover_of
 from continual_concepts.core.regional.processor import Part, RegionProcessor
@@ -109,7 +110,7 @@ def by_definition(backbone, site, bank, scene, regions, contexts, x, overlap):
 @pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_every_region_is_attended_by_a_model_of_its_own(tiny_backbone, bank, layout, overlap):
+def test_every_region_is_attended_by_a_model_of_its_own(tiny_backbone, bank, site_output, layout, overlap):
     regions, backbone = LAYOUTS[layout], tiny_backbone
     contexts = [encode(backbone, bank, ["", f"a {color} thing"]) for color in ("red", "green", "blue")[:len(regions)]]
     scene = encode(backbone, bank, ["", "a dog"])
@@ -117,17 +118,8 @@ def test_every_region_is_attended_by_a_model_of_its_own(tiny_backbone, bank, lay
     processor = RegionProcessor(backbone, Part(scene, bank["tuned"].deltas), regions, parts, torch.tensor([0, 1]), (8, 8), overlap)
     for site, cells in ((backbone.layout.sites[0], 64), (backbone.layout.sites[2], 16)):
         x = random(2, cells, site.width)
-        found = _through(backbone, processor, site, x, scene)
+        found = site_output(backbone, processor, site, x, scene.at(site))
         assert torch.allclose(found, by_definition(backbone, site, bank, scene, regions, contexts, x, overlap), atol=1e-4)
-
-
-def _through(backbone, processor, site, x, scene):
-    """What to_out gives at a site where the program runs."""
-    q = processor.project(site, "to_q", x, backbone.project(site, "to_q", x))
-    text = scene.at(site)
-    k, v = (processor.project(site, p, text, backbone.project(site, p, text)) for p in ("to_k", "to_v"))
-    attended = processor.attend(site, q, k, v, lambda *qkv: multi_head(*qkv, site.heads))
-    return processor.project(site, "to_out", attended, backbone.project(site, "to_out", attended))
 
 
 @torch.no_grad()
@@ -142,9 +134,9 @@ def test_what_other_peoples_attention_adds_is_added_everywhere(tiny_backbone, ba
     def theirs(q, k, v):
         return attend(q, k, v) + 0.5
 
-    theirs.plain = attend
-    expected = processor.attend(site, query, query, query, attend) + 0.5
-    assert torch.allclose(processor.attend(site, query, query, query, theirs), expected, atol=1e-5)
+    call = SiteCall(processor, site, query, query, query)
+    expected = processor.attend(call, query, query, query, HostAttention(attend)) + 0.5
+    assert torch.allclose(processor.attend(call, query, query, query, HostAttention(attend, theirs)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("masks", [[(0, 0, 1, 0.5), (0, 0.5, 1, 1)], [FULL], [(0, 0, 1, 0.75), (0, 0.75, 1, 1)], [(0, 0, 0.5, 0.5)]])
@@ -169,14 +161,14 @@ def test_isolation_keeps_what_is_elsewhere_out_and_costs_nothing_where_there_is_
 def test_self_attention_is_the_hosts_own_until_it_is_asked_for(tiny_backbone, bank, monkeypatch):
     """Isolation ends with its share of the steps; tiles of another node are left alone."""
     asked = []
-    original = RegionProcessor.attend_within
-    monkeypatch.setattr(RegionProcessor, "attend_within", lambda self, *rest: asked.append(self.progress) or original(self, *rest))
+    original = RegionProcessor.self_attention
+    monkeypatch.setattr(RegionProcessor, "self_attention", lambda self, *rest: asked.append(self.progress) or original(self, *rest))
     regions = [Region("<rex>", LEFT), Region("<mimi>", RIGHT)]
     sample_regions(tiny_backbone, bank, "a room", regions, [1], replace(QUICK, isolation=0.4))
     assert set(asked) == {0.0}
     processor, _ = processor_of(tiny_backbone, bank, regions)
     tiles = random(8, 7, 64)
-    assert torch.equal(processor.attend_within(tiny_backbone.layout.sites[2], tiles, tiles, tiles, attend), attend(tiles, tiles, tiles))
+    assert torch.equal(processor.self_attention(tiny_backbone.layout.sites[2], tiles, tiles, tiles, attend), attend(tiles, tiles, tiles))
 
 
 def test_the_order_of_regions_that_do_not_overlap_does_not_matter(tiny_backbone, bank):
@@ -192,7 +184,8 @@ def test_keys_and_values_of_regions_have_their_deltas_and_halves(tiny_backbone, 
     with tiny_backbone.folded(bank["rex"].deltas):
         key, value = (tiny_backbone.project(site, name, parts[0].context.at(site)) for name in ("to_k", "to_v"))
     query, scene_key = random(2, 16, 64), random(2, 16, 64, seed=1)
-    out = processor.attend(site, query, scene_key, scene_key, attend)
+    call = SiteCall(processor, site, query, scene_key, scene_key)
+    out = processor.attend(call, query, scene_key, scene_key, HostAttention(attend))
     asking = query + bank["rex"].deltas[site.index, "to_q"].apply(query)
     assert torch.allclose(out, attend(asking, key, value), atol=1e-4)
     assert not torch.allclose(key[0], key[1])

@@ -24,41 +24,25 @@ def made(request, tiny_backbone, monkeypatch):
     return Part(context_of(2, 1, seed=1), deltas_of(tiny_backbone.layout, seed=8)), parts
 
 
-def through(backbone, processor, site, x, entered, theirs=None):
-    text = torch.ones(len(x), 7, site.context_width)      # whatever the scene says
-    if entered:
-        x, reads_text = processor.enter(site, x)
-        text = text if reads_text else text[:, :0]
-    query, key, value = (processor.project(site, name, of, backbone.project(site, name, of))
-                         for name, of in (("to_q", x), ("to_k", text), ("to_v", text)))
-
-    def attend(*qkv):
-        return multi_head(*qkv, site.heads)
-
-    if theirs is not None:
-        theirs.plain = attend
-    attended = processor.attend(site, query, key, value, theirs or attend)
-    return processor.project(site, "to_out", attended, backbone.project(site, "to_out", attended))
-
-
 @pytest.mark.parametrize("halves", [(0, 1), (1,), (1, 0, 1)])
 @pytest.mark.parametrize("entered", [True, False])
 @torch.no_grad()
-def test_every_region_gets_what_it_gets_alone(tiny_backbone, made, halves, entered):
+def test_every_region_gets_what_it_gets_alone(tiny_backbone, made, halves, entered, site_output):
     scene, parts = made
     processor, site = RegionsApart(tiny_backbone, scene, parts), tiny_backbone.layout.sites[2]
     x = torch.randn(len(halves), COUNT, PICTURES, 16, site.width, generator=torch.Generator().manual_seed(0))
-    processor.take(halves, x[..., 0, 0].numel())
-    found = through(tiny_backbone, processor, site, x.flatten(0, 2), entered).view_as(x)
+    text = torch.ones(len(halves) * COUNT * PICTURES, 7, site.context_width)      # whatever the scene says
+    processor.take(halves, len(text))
+    found = site_output(tiny_backbone, processor, site, x.flatten(0, 2), text, entered).view_as(x)
     for u, part in enumerate(parts):
         rows = torch.tensor(halves).repeat_interleave(PICTURES)
         alone = RegionProcessor(tiny_backbone, scene, [Region("a", (0, 0, 1, 1))], [part], rows, (8, 8))
-        expected = through(tiny_backbone, alone, site, x[:, u].flatten(0, 1), False).view_as(x[:, u])
+        expected = site_output(tiny_backbone, alone, site, x[:, u].flatten(0, 1), text[:len(rows)]).view_as(x[:, u])
         assert torch.allclose(found[:, u], expected, atol=1e-5)
 
 
 @torch.no_grad()
-def test_what_other_peoples_attention_adds_is_there(tiny_backbone, made):
+def test_what_other_peoples_attention_adds_is_there(tiny_backbone, made, site_output):
     processor, site = RegionsApart(tiny_backbone, *made), tiny_backbone.layout.sites[2]
     x = torch.randn(2 * COUNT, 16, site.width, generator=torch.Generator().manual_seed(0))
     processor.take((0, 1), len(x))
@@ -66,5 +50,6 @@ def test_what_other_peoples_attention_adds_is_there(tiny_backbone, made):
     def theirs(*qkv):
         return multi_head(*qkv, site.heads) + 0.5
 
-    plain, found = through(tiny_backbone, processor, site, x, False), through(tiny_backbone, processor, site, x, False, theirs)
+    text = torch.ones(len(x), 7, site.context_width)
+    plain, found = (site_output(tiny_backbone, processor, site, x, text, replaced=code) for code in (None, theirs))
     assert (found - plain).abs().min() > 0      # 0.5 everywhere, through to_out

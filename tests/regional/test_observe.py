@@ -7,7 +7,6 @@ import torch
 
 from continual_concepts.benchmarks.cost.synthetic import Operations, context_of
 from continual_concepts.benchmarks.regional import cost as regional_cost
-from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.regional import observe
 from continual_concepts.core.regional.observe import ObservedRegions
 from continual_concepts.core.regional.processor import Part
@@ -29,22 +28,14 @@ def observed(tiny_backbone, monkeypatch):
     return build
 
 
-def run(backbone, processor, site, x):
-    text = processor.scene.context.at(site)[processor.rows]
-    query, key, value = (processor.project(site, name, of, backbone.project(site, name, of))
-                         for name, of in (("to_q", x), ("to_k", text), ("to_v", text)))
-    processor.attend(site, query, key, value, lambda *qkv: multi_head(*qkv, site.heads))
-
-
 @pytest.mark.parametrize("at_once", [1, 2**25])
 @pytest.mark.parametrize("is_bound", [True, False])
 @torch.no_grad()
-def test_maps_are_each_regions_own_attention(tiny_backbone, observed, is_bound, at_once, monkeypatch):
+def test_maps_are_each_regions_own_attention(tiny_backbone, observed, site_output, is_bound, at_once, monkeypatch):
     monkeypatch.setattr(observe, "AT_ONCE", at_once)      # picture by picture, or all together
     processor, site = observed(is_bound), tiny_backbone.layout.sites[2]
     x = torch.randn(6, 16, site.width, generator=torch.Generator().manual_seed(0))
-    assert processor.enter(site, x) is None
-    run(tiny_backbone, processor, site, x)
+    site_output(tiny_backbone, processor, site, x, processor.scene.context.at(site)[processor.rows], enters=True)
     for u, part in enumerate(processor.parts):
         delta = (part.bound[f"concept{u}"] if is_bound else part.deltas)[site.index, "to_q"]
         query = tiny_backbone.project(site, "to_q", x[3:])

@@ -9,7 +9,7 @@ import torch
 
 from continual_concepts.benchmarks.cost.synthetic import Operations, context_of, deltas_of
 from continual_concepts.benchmarks.regional import cost as regional_cost
-from continual_concepts.core.hosts.diffusers import multi_head
+from continual_concepts.core.model.backbone import SiteCall
 from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions
@@ -52,30 +52,16 @@ def processor(tiny_backbone, monkeypatch):
     return build
 
 
-def through(backbone, processor, site, x, entered: bool):
-    """What to_out gives at a site, entered or not."""
-    def attend(*qkv):
-        return multi_head(*qkv, site.heads)
-
-    text = processor.scene.context.at(site)[processor.rows]
-    if entered:
-        x, reads_text = processor.enter(site, x)
-        text = text if reads_text else text[:, :0]
-    query, key, value = (processor.project(site, name, of, backbone.project(site, name, of))
-                         for name, of in (("to_q", x), ("to_k", text), ("to_v", text)))
-    attended = processor.attend(site, query, key, value, attend)
-    return processor.project(site, "to_out", attended, backbone.project(site, "to_out", attended))
-
-
 @pytest.mark.parametrize("rows", [(0, 1), (1,), (0, 0, 0, 1, 1, 1)])
 @pytest.mark.parametrize("is_bound", [True, False])
 @pytest.mark.parametrize("name", PARTITIONS)
 @torch.no_grad()
-def test_it_gives_the_same(tiny_backbone, processor, name, is_bound, rows):
+def test_it_gives_the_same(tiny_backbone, processor, site_output, name, is_bound, rows):
     running = processor(PARTITIONS[name], is_bound, rows)
     for site, cells in ((tiny_backbone.layout.sites[0], 64), (tiny_backbone.layout.sites[2], 16)):
         x = torch.randn(len(rows), cells, site.width, generator=torch.Generator().manual_seed(0))
-        one, other = (through(tiny_backbone, running, site, x, entered) for entered in (True, False))
+        text = running.scene.context.at(site)[running.rows]
+        one, other = (site_output(tiny_backbone, running, site, x, text, enters) for enters in (True, False))
         assert torch.allclose(one, other, atol=1e-5), (one - other).abs().max()
 
 
@@ -83,8 +69,10 @@ def test_it_gives_the_same(tiny_backbone, processor, name, is_bound, rows):
 def test_it_is_left_alone_elsewhere(tiny_backbone, processor, name):
     running, site = processor(OTHERS[name]), tiny_backbone.layout.sites[0]
     running.progress = 0.5
-    assert running.enter(site, torch.zeros(2, 64, site.width)) is None
-    assert processor(PARTITIONS["halves"]).enter(site, torch.zeros(2, 64, site.width)) is not None
+    for one, is_reordered in ((running, False), (processor(PARTITIONS["halves"]), True)):
+        call = SiteCall(one, site, x := torch.zeros(2, 64, site.width), text := one.scene.context.at(site), text)
+        call.enter()
+        assert (call.hidden is not x) == is_reordered
 
 
 def test_a_picture_is_the_same(tiny_backbone, region_bank, monkeypatch):
@@ -94,21 +82,27 @@ def test_a_picture_is_the_same(tiny_backbone, region_bank, monkeypatch):
     def picture():
         return sample_regions(tiny_backbone, region_bank, "a room", regions, [1, 2], settings)
 
-    entered, original = [], RegionProcessor.enter
-    monkeypatch.setattr(RegionProcessor, "enter", lambda *args: entered.append(original(*args) is not None) or original(*args))
+    reordered, original = [], RegionProcessor.enter
+
+    def enter(self, call):
+        before = call.hidden
+        original(self, call)
+        reordered.append(call.hidden is not before)
+
+    monkeypatch.setattr(RegionProcessor, "enter", enter)
     one = picture()
     monkeypatch.setattr(RegionProcessor, "enter", lambda *_: None)
-    assert torch.allclose(one, picture(), atol=1e-4) and {True, False} == set(entered)
+    assert torch.allclose(one, picture(), atol=1e-4) and {True, False} == set(reordered)
 
 
 @pytest.mark.parametrize("is_bound", [True, False])
-def test_what_it_saves(tiny_backbone, processor, is_bound, monkeypatch):
+def test_what_it_saves(tiny_backbone, processor, site_output, is_bound):
     running, site = processor(PARTITIONS["halves"], is_bound), tiny_backbone.layout.sites[0]
-    x, found = torch.randn(2, 64, site.width), []
+    x, text, found = torch.randn(2, 64, site.width), running.scene.context.at(site)[running.rows], []
     with torch.inference_mode():
-        for entered in (True, False):
-            through(tiny_backbone, running, site, x, entered)      # prepares
+        for enters in (True, False):
+            site_output(tiny_backbone, running, site, x, text, enters)      # prepares
             with Operations() as counter:
-                through(tiny_backbone, running, site, x, entered)
+                site_output(tiny_backbone, running, site, x, text, enters)
             found.append(counter.count)
     assert found[0] <= found[1] - 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from continual_concepts.core.hosts.diffusers import multi_head
-from continual_concepts.core.model.backbone import AttentionProcessor
+from continual_concepts.core.model.backbone import AttentionProcessor, HostAttention, SiteCall
 from continual_concepts.core.regional.processor import DeltaProcessor, Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions
@@ -71,7 +71,8 @@ def test_regions_are_on_from_start_to_end(tiny_backbone, bank):
     base = attend(query, query, query)
     for progress, on in [(0.0, False), (0.2, False), (0.25, True), (0.5, True), (0.51, False), (1.0, False), (0.3, True)]:
         processor.progress = progress
-        assert torch.allclose(processor.attend(site, query, query, query, attend), base) != on
+        call = SiteCall(processor, site, query, query, query)
+        assert torch.allclose(processor.attend(call, query, query, query, HostAttention(attend)), base) != on
 
 
 def test_a_schedule_changes_the_picture(tiny_backbone, bank):
@@ -86,9 +87,10 @@ def test_a_region_acts_where_it_is(tiny_backbone, bank):
         def __init__(self, inner):
             self.inner, self.out = inner, None
 
-        def attend(self, site, query, key, value, default):
-            self.out = self.inner.attend(site, query, key, value, default) if site.index == 0 else self.out
-            return default(query, key, value)
+        def attend(self, call, query, key, value, attention):
+            self.out = self.inner.attend(call, query, key, value, attention) if call.site.index == 0 else self.out
+            call.after_out = None
+            return attention(query, key, value)
 
     outputs = []
     for regions in ([Region("a", LEFT)], [Region("a", LEFT, strength=0.0)]):

@@ -154,9 +154,9 @@ def test_later_passes_end_at_the_last_site_that_is_looked_at(tiny_backbone, bank
     seen, latents, artist = [], random(1, 4, 8, 8), Artists(subjects, 1.0)
 
     class Counting(AttentionProcessor):
-        def attend(self, site, query, key, value, default):
+        def attend(self, call, query, key, value, attention):
             seen.append(query.shape[1])
-            return default(query, key, value)
+            return attention(query, key, value)
 
     first = artist.moved(latents, look, Counting())
     whole = list(seen)

@@ -1,0 +1,34 @@
+"""Gradient checkpointing of a model's blocks, for every host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def recomputed(model: nn.Module, kinds: Collection[str]) -> Iterator[None]:
+    """Inside, the blocks of some kinds store no activations: the backward pass computes them again.
+
+    Args:
+        model: The module whose blocks are meant.
+        kinds: Class names of the blocks; with none of them, nothing changes.
+    """
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = partial(_checkpointed, block.forward)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _checkpointed(forward: Callable, *args, **kwargs):
+    """Dictionaries are copied: a host may write the number of each next block into the same one before the backward pass."""
+    kept = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+    return checkpoint(forward, *args, use_reentrant=False, **kept)
