@@ -60,6 +60,39 @@ def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
     assert distance(one, two) < 1e-5 and distance(one, three) < 1e-4
 
 
+@pytest.mark.parametrize("by_region", [False, True])
+def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, by_region):
+    """Where only the scene is, one UNet call differs from the plain one through self-attention and convolutions alone: the sites' own
+    output is the scene's, bit for bit; to rounding where the scene's cells are attended without the others."""
+    from continual_concepts.core.regional import processor as processor
+
+    seen, attend, enter = [], processor.RegionProcessor.attend, processor.RegionProcessor.enter
+
+    def attending(self, call, query, key, value, attention):
+        out = attend(self, call, query, key, value, attention)
+        outside = self.cover(query.shape[1], query.device).weights[0].sum(-1) == 0
+        seen.append(torch.equal(out[:, outside], attention(query, key, value)[:, outside]))
+        return out
+
+    def entering(self, call):
+        rows, cells = call.hidden.shape[:2]
+        enter(self, call)
+        inner, scene = call._attend_reordered, rows * int((self.cover(cells, call.hidden.device).scene == 1).sum())
+
+        def attending(query, key, value, attention):
+            out = inner(query, key, value, attention)
+            found, asked = (x[:, -scene:].reshape(rows, -1, x.shape[-1]) for x in (out, query))      # the scene's cells come last
+            seen.append(torch.allclose(found, attention(asked, key, value), atol=1e-5))
+            return out
+
+        call._attend_reordered = attending
+
+    monkeypatch.setattr(processor.RegionProcessor, "enter", entering if by_region else lambda *_: None)
+    monkeypatch.setattr(processor.RegionProcessor, "attend", attend if by_region else attending)
+    studio.regional("a photo in a meadow", [studio.region("<rex>", right=0.5)], studio.bank)
+    assert seen and all(seen)
+
+
 @pytest.mark.parametrize("kind", ["output", "replacement"])
 def test_with_other_peoples_code_in_between_cells_keep_their_places(studio, entered, kind):
     model = studio.model.clone()
