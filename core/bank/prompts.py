@@ -29,7 +29,7 @@ Piece = str | WordRef
 class Prompt:
     """A parsed prompt. Prompts are parsed where they enter; everything below takes this value.
 
-    text: as typed; pieces: the text between placeholders and the learned words, in order, without empty texts.
+    text: as typed; pieces: the text between placeholders and the learned words, in order; no text is empty.
     """
 
     text: str
@@ -50,17 +50,19 @@ class Prompt:
         return PLACEHOLDER.sub(lambda match: replacement(match[1]), self.text)
 
     def plain(self, infos: Mapping[str, ConceptInfo]) -> str:
-        """The text with class nouns in place of concepts: what text alignment is measured against (CIDM's protocol)."""
+        """The text with class nouns in place of concepts, for text alignment (CIDM's protocol)."""
         text = "".join(_with_class_nouns(self.pieces, infos))
         return re.sub(r"\s+", " ", text).strip()
 
     def apart(self, infos: Mapping[str, ConceptInfo]) -> dict[str, Prompt]:
-        """Concept -> the prompt with class nouns in place of all other concepts, for each concept in the prompt."""
-        return {name: _joined(_with_class_nouns(self.pieces, infos, but=name), infos) for name in self.concepts}
+        """Each concept of the prompt -> the prompt with class nouns in place of all other concepts."""
+        return {name: _joined(_with_class_nouns(self.pieces, infos, but=name), infos)
+                for name in self.concepts}
 
 
-def _with_class_nouns(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo], but: str = "") -> Iterator[Piece]:
-    """The pieces with one class noun for each group of a concept's words; the words of the concept `but` stay."""
+def _with_class_nouns(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo],
+                      but: str = "") -> Iterator[Piece]:
+    """The pieces with one class noun for each run of a concept's words; words of the concept `but` stay."""
     previous = ""      # the concept to which the last word belongs, while only spaces have followed it
     for piece in pieces:
         if isinstance(piece, str):
@@ -83,7 +85,8 @@ def _joined(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo]) -> Prompt
             merged[-1] = last + piece
         else:
             merged.append(piece)
-    typed = (piece if isinstance(piece, str) else f"<{infos[piece.concept].words[piece.position]}>" for piece in merged)
+    typed = (piece if isinstance(piece, str) else f"<{infos[piece.concept].words[piece.position]}>"
+             for piece in merged)
     return Prompt("".join(typed), tuple(piece for piece in merged if piece != ""))
 
 
@@ -96,17 +99,18 @@ def words_prompt(infos: Sequence[ConceptInfo]) -> Prompt:
 
 
 class Vocabulary:
-    """Which placeholders exist: `<name>` for a whole concept, `<word>` for one of its words. Look-up takes constant time."""
+    """Which placeholders exist: `<name>` for a whole concept, `<word>` for one of its words."""
 
     def __init__(self, infos: Iterable[ConceptInfo]) -> None:
-        self.entries: dict[str, tuple[WordRef, ...]] = {}
+        self.entries: dict[str, tuple[WordRef, ...]] = {}      # placeholder -> its words
         for info in infos:
             words = tuple(WordRef(info.name, i) for i in range(len(info.words)))
-            for name, refs in [(info.name, words), *((word, (ref,)) for word, ref in zip(info.words, words, strict=True))]:
+            single = [(word, (ref,)) for word, ref in zip(info.words, words, strict=True)]
+            for name, refs in [(info.name, words), *single]:
                 previous = self.entries.setdefault(name, refs)
                 if previous[0].concept != info.name:
-                    raise ConceptError(f"placeholder <{name}> would mean concept '{previous[0].concept}' and concept "
-                                       f"'{info.name}'; rename one of them")
+                    raise ConceptError(f"placeholder <{name}> would mean concept '{previous[0].concept}' and "
+                                       f"concept '{info.name}'; rename one of them")
 
     def parse(self, prompt: str | Prompt) -> Prompt:
         """Parses a prompt; one that is parsed already is returned as it is.
@@ -146,12 +150,16 @@ NO_CONCEPTS = Vocabulary(())      # for prompts in which no placeholder is allow
 
 
 def caption_with_placeholder(caption: str, info_name: str, class_noun: str) -> str:
-    """A training caption that names the concept: in place of the class noun, else in front. One with placeholders is left as it is."""
+    """A training caption that names the concept: in place of the class noun, else in front of the text.
+
+    A caption with placeholders stays as it is.
+    """
     if PLACEHOLDER.search(caption):
         return caption
     placeholder = f"<{info_name}>"
     if class_noun:
-        replaced, count = re.subn(rf"\b{re.escape(class_noun)}\b", placeholder, caption, count=1, flags=re.IGNORECASE)
+        noun = rf"\b{re.escape(class_noun)}\b"
+        replaced, count = re.subn(noun, placeholder, caption, count=1, flags=re.IGNORECASE)
         if count:
             return replaced
     return f"a photo of {placeholder}" if not caption.strip() else f"{placeholder}, {caption.strip()}"

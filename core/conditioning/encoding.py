@@ -1,4 +1,4 @@
-"""Prompts to contexts: text and learned words through a backbone's text encoders, one copy per layer where words have layers."""
+"""Encodes prompts: text and learned words through a backbone's text encoders, once per layer copy of the words."""
 
 from __future__ import annotations
 
@@ -7,21 +7,34 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..bank.prompts import Prompt, WordRef
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone, Context, TextEncoder
+from .placeholder_nouns import Words, encoded_apart, noun_for, noun_ids, positions_of, with_words
 
-SLOT_ID = 0     # stands in the id row where a learned vector goes; never the end token, whose place some encoders look up
+SLOT_ID = 0     # id at the place of a learned word; never the end token, whose place some encoders look up
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One prompt for one encoder: ids over all chunks, and which position holds which learned word."""
+    """One prompt for one encoder, all chunks. ids and words: the token and the learned word at each position."""
 
     ids: list[int]
-    slots: dict[int, WordRef]
+    words: Words
+
+    @property
+    def has_words(self) -> bool:
+        return any(word is not None for word in self.words)
+
+    def with_nouns(self, nouns: Mapping[WordRef, int], but: str = "") -> _Row:
+        """With placeholder nouns in place of the words that have one, those of the concept `but` excepted."""
+        found = [noun_for(word, nouns, but) for word in self.words]
+        ids = [token if noun is None else noun for token, noun in zip(self.ids, found, strict=True)]
+        words = [word if noun is None else None for word, noun in zip(self.words, found, strict=True)]
+        return _Row(ids, words)
 
 
 def _units(encoder: TextEncoder, prompt: Prompt) -> list[int | WordRef]:
@@ -31,177 +44,180 @@ def _units(encoder: TextEncoder, prompt: Prompt) -> list[int | WordRef]:
     return units
 
 
-def _row(encoder: TextEncoder, units: list[int | WordRef], chunks: int) -> _Row:
-    """Chunks of `length - 2` units, each between begin and end, padded (as ComfyUI and A1111 do with long prompts)."""
+def _row(encoder: TextEncoder, units: Sequence[int | WordRef], chunks: int) -> _Row:
+    """Chunks of `length - 2` units, each between begin and end, padded; as ComfyUI and A1111 do."""
     room = encoder.length - 2
-    ids, slots = [], {}
+    laid_out: list[int | WordRef] = []
     for start in range(0, chunks * room, room):
-        ids.append(encoder.start)
-        for unit in units[start:start + room]:
-            if isinstance(unit, WordRef):
-                slots[len(ids)] = unit
-            ids.append(SLOT_ID if isinstance(unit, WordRef) else unit)
-        ids.append(encoder.end)
-        ids += [encoder.pad] * (-len(ids) % encoder.length)
-    return _Row(ids, slots)
+        laid_out += [encoder.start, *units[start:start + room], encoder.end]
+        laid_out += [encoder.pad] * (-len(laid_out) % encoder.length)
+    return _Row([SLOT_ID if isinstance(unit, WordRef) else unit for unit in laid_out],
+                [unit if isinstance(unit, WordRef) else None for unit in laid_out])
 
 
 class TextMemory:
-    """Texts without learned words, encoded once. For who encodes the same ones again and again, as learning does; each is encoded alone,
-    so that what comes out does not depend on the company it was first met in."""
+    """Encoded texts without learned words, for callers that encode the same ones in every step, as learning
+    does.
 
-    LIMIT = 512     # texts; beyond it they are encoded anew each time
+    Each text is encoded alone, so that its states do not depend on the batch in which it came first.
+    """
+
+    LIMIT = 512     # texts; further ones are encoded each time
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
+        self._encoded: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
-    def get(self, encoder: TextEncoder, row: _Row, device) -> tuple[Tensor, Tensor | None]:
-        """hidden `[1, N, D]`, pooled `[1, P]` or None."""
+    def get(self, encoder: TextEncoder, row: _Row, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """States `[1, N, D]` and pooled output `[1, P]` or None."""
         key = encoder.name, tuple(row.ids)
-        found = self._known.get(key)
-        if found is None:
-            hidden, pooled = _encode_rows(encoder, [row], {}, 1, device)
-            found = hidden[0], None if pooled is None else pooled[0]
-            if len(self._known) < self.LIMIT:
-                self._known[key] = found
-        return found
+        if key in self._encoded:
+            return self._encoded[key]
+        hidden, pooled = _EncoderPass(encoder, {}, device).encode([row], 1)
+        encoded = hidden[0], None if pooled is None else pooled[0]
+        if len(self._encoded) < self.LIMIT:
+            self._encoded[key] = encoded
+        return encoded
 
 
-def _encode_remembered(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int, device,
-                       memory: TextMemory) -> tuple[Tensor, Tensor | None]:
-    """As `_encode_rows`; rows without learned words come from the memory."""
-    worded = [row for row in rows if row.slots]
-    fresh = iter(zip(*_some(_encode_rows(encoder, worded, tokens, copies, device)), strict=True) if worded else ())
-    found = [next(fresh) if row.slots else _some(memory.get(encoder, row, device)) for row in rows]
-    stacked = [torch.stack([part.expand(copies, *part.shape[1:]) for part in parts]) for parts in zip(*found, strict=True)]
-    return stacked[0], stacked[1] if len(stacked) > 1 else None
+@dataclass(frozen=True)
+class _EncoderPass:
+    """One text encoder, and the learned words of the prompts that go through it."""
+
+    encoder: TextEncoder
+    tokens: Mapping[str, TokenGroup]
+    device: torch.device
+    memory: TextMemory | None = None
+
+    def encode(self, rows: Sequence[_Row], copies: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Encodes rows as they are, in one batch over rows, layer copies and chunks.
+
+        Args:
+            rows: B rows of N ids each.
+            copies: L, the number of layer copies.
+            chunk: Tokens per chunk; 0 = the encoder's length.
+
+        Returns:
+            Hidden states `[B, L, N, D]` and the first chunks' pooled output `[B, L, P]` or None.
+        """
+        chunk = chunk or self.encoder.length
+        ids = torch.tensor([row.ids for row in rows], device=self.device)
+        slots = torch.tensor([[word is not None for word in row.words] for row in rows], device=self.device)
+        batch, length = ids.shape
+        vectors = [self._vectors(row, copies) for row in rows if row.has_words]
+        flat = torch.cat(vectors) if vectors else torch.zeros(0, self.encoder.width, device=self.device)
+        by_copy = [x.unsqueeze(1).expand(-1, copies, -1).reshape(-1, chunk) for x in (ids, slots)]
+        hidden, pooled = self.encoder.encode(by_copy[0], by_copy[1], flat)
+        if pooled is not None:      # of the first chunk, as both hosts do
+            pooled = pooled.view(batch, copies, length // chunk, -1)[:, :, 0]
+        return hidden.view(batch, copies, length, -1), pooled
+
+    def _vectors(self, row: _Row, copies: int) -> Tensor:
+        """Vectors of a row's learned words in the order of the batch: copy by copy, `[L * words, width]`."""
+        words = [word for word in row.words if word is not None]
+        vectors = [self.tokens[word.concept].word(word.position, self.encoder.name) for word in words]
+        vectors = [vector.float().to(self.device).expand(copies, -1) for vector in vectors]
+        return torch.stack(vectors).transpose(0, 1).reshape(-1, self.encoder.width)
+
+    def remembered(self, rows: Sequence[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
+        """As `encode`; rows without learned words come from the memory where there is one."""
+        if self.memory is None:
+            return self.encode(rows, copies)
+        worded = [row for row in rows if row.has_words]
+        fresh = iter(zip(*_given(self.encode(worded, copies)), strict=True) if worded else ())
+        found = [next(fresh) if row.has_words else _given(self.memory.get(self.encoder, row, self.device))
+                 for row in rows]
+        stacked = [torch.stack([part.expand(copies, *part.shape[1:]) for part in parts])
+                   for parts in zip(*found, strict=True)]
+        return stacked[0], stacked[1] if len(stacked) > 1 else None
+
+    def apart(self, rows: Sequence[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
+        """As `encode`, with the words that have placeholder nouns encoded apart."""
+        nouns = noun_ids(self.encoder, self.tokens)
+        apart = [(b, name) for b, row in enumerate(rows) for name in encoded_apart(row.words, nouns)]
+        if not apart:
+            return self.remembered(rows, copies)
+        rest = [row.with_nouns(nouns) for row in rows]
+        together = {word.concept for row in rest for word in row.words if word is not None}
+        hidden, pooled = self.remembered(rest, max([self.tokens[name].copies for name in together], default=1))
+        own = self.words_only([rows[b].with_nouns(nouns, but=name) for b, name in apart], copies)
+        states = list(hidden.expand(-1, copies, -1, -1))
+        for (b, name), words in zip(apart, own, strict=True):
+            states[b] = with_words(states[b], words, positions_of(rows[b].words)[name])
+        return torch.stack(states), pooled
+
+    def words_only(self, rows: Sequence[_Row], copies: int) -> Tensor:
+        """States `[B, L, N, D]` of rows of which only the learned words are used; zeros may follow the last."""
+        length = len(rows[0].ids)
+        needed = 1 + max(i for row in rows for i, word in enumerate(row.words) if word is not None)
+        if not self.encoder.encodes_prefixes or length > self.encoder.length:
+            return self.encode(rows, copies)[0]
+        # The encoder is causal: later tokens do not reach the words.
+        short = [_Row(row.ids[:needed], row.words[:needed]) for row in rows]
+        return pad(self.encode(short, copies, needed)[0], (0, 0, 0, length - needed))
 
 
-def _some(parts: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+def _given(parts: tuple[Tensor, Tensor | None]) -> list[Tensor]:
     return [part for part in parts if part is not None]
-
-
-def _encode_rows(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int,
-                 device, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
-    """hidden `[B, L, N, D]`, pooled `[B, L, P]` or None. One batch over prompts, copies and chunks of the encoder's length (or `chunk`)."""
-    batch, length, chunk = len(rows), len(rows[0].ids), chunk or encoder.length
-    ids = torch.tensor([row.ids for row in rows], device=device)
-    slots = torch.zeros(ids.shape, dtype=torch.bool, device=device)
-    vectors = []
-    for b, row in enumerate(rows):
-        for position in sorted(row.slots):
-            slots[b, position] = True
-            ref = row.slots[position]
-            vectors.append(tokens[ref.concept].word(ref.position, encoder.name).float().to(device).expand(copies, -1))
-    # Row order of the batch below: prompt, copy, chunk; the vectors follow it, so they are laid out per prompt and copy.
-    counts = [len(row.slots) for row in rows]
-    per_prompt = torch.stack(vectors).split(counts) if vectors else []
-    ordered = [group.transpose(0, 1).reshape(-1, encoder.width) for group in per_prompt]
-    flat = torch.cat(ordered) if ordered else torch.zeros(0, encoder.width, device=device)
-    chunked = ids.unsqueeze(1).expand(-1, copies, -1).reshape(-1, chunk)
-    chunked_slots = slots.unsqueeze(1).expand(-1, copies, -1).reshape(-1, chunk)
-    hidden, pooled = encoder.encode(chunked, chunked_slots, flat)
-    hidden = hidden.view(batch, copies, length, -1)
-    if pooled is not None:      # of the first chunk, as both hosts do
-        pooled = pooled.view(batch, copies, length // chunk, -1)[:, :, 0]
-    return hidden, pooled
-
-
-def placeholder_noun_ids(encoder: TextEncoder, text: str, words: int) -> list[int]:
-    """As many token ids as a concept has words: the last of "a <stand-in>", the first of them repeated where there are too few."""
-    ids = (encoder.ids(f"a {text}") or [encoder.pad])[-words:]
-    return [ids[0]] * (words - len(ids)) + ids
-
-
-def _standing_in(encoder: TextEncoder, row: _Row, tokens: Mapping[str, TokenGroup], but: str = "") -> _Row:
-    """The row with stand-ins for the words that have one, those of the concept `but` excepted."""
-    ids, slots = list(row.ids), dict(row.slots)
-    for position, ref in row.slots.items():
-        group = tokens[ref.concept]
-        if group.placeholder_noun and ref.concept != but:
-            ids[position] = placeholder_noun_ids(encoder, group.placeholder_noun, len(group.words))[ref.position]
-            del slots[position]
-    return _Row(ids, slots)
-
-
-def _encode_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int,
-                  device, memory: TextMemory | None) -> tuple[Tensor, Tensor | None]:
-    """As `_encode_rows`, with the words that have stand-ins encoded apart."""
-    def encode(rows: list[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
-        if memory is None:
-            return _encode_rows(encoder, rows, tokens, copies, device)
-        return _encode_remembered(encoder, rows, tokens, copies, device, memory)
-
-    apart = [(b, name) for b, row in enumerate(rows) for name in dict.fromkeys(ref.concept for ref in row.slots.values())
-             if tokens[name].placeholder_noun]
-    if not apart:
-        return encode(rows, copies)
-    rest = [_standing_in(encoder, row, tokens) for row in rows]
-    layers = max([tokens[ref.concept].copies for row in rest for ref in row.slots.values()], default=1)
-    hidden, pooled = encode(rest, layers)
-    own = _words_apart(encoder, [_standing_in(encoder, rows[b], tokens, but=name) for b, name in apart], tokens, copies, device)
-    found = list(hidden.expand(-1, copies, -1, -1))
-    for (b, name), words in zip(apart, own, strict=True):
-        places = torch.zeros(hidden.shape[2], 1, dtype=torch.bool, device=hidden.device)
-        places[[position for position, ref in rows[b].slots.items() if ref.concept == name]] = True
-        found[b] = torch.where(places, words, found[b])
-    return torch.stack(found), pooled
-
-
-def _words_apart(encoder: TextEncoder, rows: list[_Row], tokens: Mapping[str, TokenGroup], copies: int, device) -> Tensor:
-    """Hidden states `[B, L, N, D]` of rows of which only the learned words are wanted; behind the last of them there may be zeros."""
-    length = len(rows[0].ids)
-    needed = 1 + max(max(row.slots) for row in rows)
-    if not encoder.encodes_prefixes or length > encoder.length:
-        return _encode_rows(encoder, rows, tokens, copies, device)[0]
-    short = [_Row(row.ids[:needed], row.slots) for row in rows]      # causal: what comes later does not reach the words
-    hidden = _encode_rows(encoder, short, tokens, copies, device, needed)[0]
-    return torch.nn.functional.pad(hidden, (0, 0, 0, length - needed))
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mapping[str, TokenGroup],
                    chunks: int = 1, memory: TextMemory | None = None) -> Context:
     """Encodes prompts as one batch.
 
-    tokens: token groups by concept name; gradients flow into their vectors. chunks: at least so many chunks per prompt. memory: where
-    texts without learned words are kept from call to call, while the text encoders stay what they are.
-    Words with a stand-in are encoded apart: everything else of the prompt is encoded with their stand-in in their place, and each such
-    concept's words with the others' stand-ins. Nothing else then changes because a concept is named, and no concept because of another.
-    With several text encoders hidden states lie side by side (SDXL); their pooled output is the mean over layer copies, since the
-    UNet takes one.
+    Words with a placeholder noun are encoded apart, see `placeholder_nouns`. The states of several text
+    encoders lie side by side (SDXL); their pooled output is the mean over layer copies, because the UNet
+    takes one.
+
+    Args:
+        prompts: B parsed prompts.
+        tokens: Concept -> its learned words, of all concepts in the prompts; gradients flow into their
+            vectors.
+        chunks: At least so many chunks of the text encoder's length per prompt.
+        memory: Keeps texts without learned words from call to call, while the text encoders stay as they are.
+
+    Returns:
+        Hidden states `[B, L, N, D]`, L = 1 where no word has layer copies, and the positions of every
+        concept's words.
+
+    Raises:
+        ConceptError: The words of a concept in the prompts are missing.
     """
-    used = {name for prompt in prompts for name in prompt.concepts}
-    missing = sorted(used - set(tokens))
+    used = {name: tokens.get(name) for prompt in prompts for name in prompt.concepts}
+    missing = sorted(name for name, group in used.items() if group is None)
     if missing:
         raise ConceptError(f"the words of concept '{missing[0]}' are not loaded")
-    copies = max([tokens[name].copies for name in used], default=1)
-    hiddens, pooled = [], None
+    groups = {name: group for name, group in used.items() if group is not None}
+    copies = max([group.copies for group in groups.values()], default=1)
     units = [[_units(encoder, prompt) for prompt in prompts] for encoder in backbone.text]
-    longest = max((len(u) / (encoder.length - 2) for group, encoder in zip(units, backbone.text, strict=True) for u in group), default=0)
-    chunks = max(chunks, -int(-longest // 1))
-    for encoder, group in zip(backbone.text, units, strict=True):
-        rows = [_row(encoder, u, chunks) for u in group]
-        hidden, own_pooled = _encode_apart(encoder, rows, tokens, copies, backbone.device, memory)
+    for encoder, of_encoder in zip(backbone.text, units, strict=True):
+        chunks = max([chunks, *(-(-len(row) // (encoder.length - 2)) for row in of_encoder)])
+    hiddens, pooled = [], None
+    for encoder, of_encoder in zip(backbone.text, units, strict=True):
+        rows = [_row(encoder, row, chunks) for row in of_encoder]
+        hidden, own_pooled = _EncoderPass(encoder, groups, backbone.device, memory).apart(rows, copies)
         hiddens.append(hidden)
         pooled = own_pooled if own_pooled is not None else pooled
-    words = tuple(_positions(row) for row in rows)
+    words = tuple(positions_of(row.words) for row in rows)
     return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words)
 
 
 def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[Tensor]:
-    """Every concept's words as a prompt of them alone has them, `[L, words, D]` each. One batch for all concepts, no longer than their
-    words where the encoder allows that: a hundred concepts cost what a few prompts do."""
-    names = list(tokens)
-    found: list[list[Tensor]] = [[] for _ in names]
+    """The words of every concept, encoded as a prompt of them alone: `[L, words, D]` each.
+
+    Concepts with equal layer copies share one batch, no longer than their words where the encoder allows
+    that: a hundred concepts cost as much as a few prompts. """
+    found: dict[str, list[Tensor]] = {name: [] for name in tokens}
     for encoder in backbone.text:
-        rows = [_row(encoder, [WordRef(name, i) for i in range(len(group.words))], 1) for name, group in tokens.items()]
-        for copies in {tokens[name].copies for name in names}:
-            of = [i for i, name in enumerate(names) if tokens[name].copies == copies]
-            hidden = _words_apart(encoder, [rows[i] for i in of], tokens, copies, backbone.device)
-            for i, states in zip(of, hidden, strict=True):
-                found[i].append(states[:, sorted(rows[i].slots)])
-    return [torch.cat(parts, dim=-1) for parts in found]
+        encoding = _EncoderPass(encoder, tokens, backbone.device)
+        rows = {name: _row(encoder, [WordRef(name, i) for i in range(len(group.words))], 1)
+                for name, group in tokens.items()}
+        for copies in {group.copies for group in tokens.values()}:
+            names = [name for name, group in tokens.items() if group.copies == copies]
+            hidden = encoding.words_only([rows[name] for name in names], copies)
+            for name, states in zip(names, hidden, strict=True):
+                found[name].append(states[:, list(positions_of(rows[name].words)[name])])
+    return [torch.cat(parts, dim=-1) for parts in found.values()]
 
 
 def text_positions(backbone: Backbone, prompt: Prompt) -> tuple[int, ...]:
@@ -210,10 +226,3 @@ def text_positions(backbone: Backbone, prompt: Prompt) -> tuple[int, ...]:
     room = encoder.length - 2
     count = len(_units(encoder, prompt))
     return tuple(i // room * encoder.length + 1 + i % room for i in range(count))
-
-
-def _positions(row: _Row) -> dict[str, tuple[int, ...]]:
-    found: dict[str, list[int]] = {}
-    for position, ref in row.slots.items():
-        found.setdefault(ref.concept, []).append(position)
-    return {name: tuple(places) for name, places in found.items()}

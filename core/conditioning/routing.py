@@ -31,7 +31,8 @@ class Aggregation:
 
 
 def _sum(bank: ConceptBank, weights: Mapping[str, Sequence[float]]) -> dict[DeltaKey, object]:
-    """Weighted deltas of the concepts in `weights` (name -> one weight per site). Concepts of weight 0 everywhere are not even read."""
+    """Weighted deltas of the concepts in `weights` (name -> one weight per site). Concepts of weight 0
+    everywhere are not even read."""
     parts: dict[DeltaKey, list] = {}
     for name, per_site in weights.items():
         if not any(per_site):
@@ -50,7 +51,8 @@ def _shares(bank: ConceptBank, *kinds: Kind) -> dict[str, float]:
 
 
 def always_on_shares(bank: ConceptBank) -> dict[str, float]:
-    """Concepts that are on whatever the prompt says, all of them in one set of weights -> the share of their deltas in it."""
+    """Concepts that are on whatever the prompt says, all of them in one set of weights -> the share of their
+    deltas in it."""
     return _shares(bank, Kind.SUM)
 
 
@@ -87,14 +89,15 @@ class _TokenLoraDeltas(Mapping):
 
 
 def token_lora_deltas(bank: ConceptBank, strength: float = 1.0, names: Sequence[str] | None = None) -> Mapping[str, Deltas]:
-    """Concept -> its deltas, for all word-bound concepts (or those named): they act through their own words, so there is nothing to fold.
-    Empty at strength 0."""
+    """Concept -> its deltas, for all word-bound concepts (or those named): they act through their own words,
+    so there is nothing to fold. Empty at strength 0."""
     found = [name for name in _shares(bank, Kind.WORDS) if names is None or name in names]
     return _TokenLoraDeltas(bank, found if strength else [], strength)
 
 
 def learning_names(bank: ConceptBank, method: str, builds_on_sum: bool) -> list[str]:
-    """The always-on concepts on top of which a method learns: all, but for its own when it learns each task on the base alone."""
+    """The always-on concepts on top of which a method learns: all, but for its own when it learns each task
+    on the base alone."""
     return [name for name in always_on_shares(bank) if builds_on_sum or bank.infos[name].method != method]
 
 
@@ -110,7 +113,8 @@ def _word_states(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) ->
 
 
 def _word_states_together(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
-    """As the released code: all words in one prompt, so that later concepts see earlier ones; `[L, words, D]` each."""
+    """As the released code: all words in one prompt, so that later concepts see earlier ones; `[L, words, D]`
+    each."""
     context = encode_prompts(backbone, [words_prompt([bank.infos[name] for name in names])], bank.token_groups(names))
     return [context.hidden[0][:, list(context.words[0][name])] for name in names]
 
@@ -132,13 +136,15 @@ def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt
 
 def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, mode: str = "sharp", strength: float = 1.0,
               always_on: bool = True, only: str = "", without: Sequence[str] = ()) -> Aggregation:
-    """The deltas for one prompt. always_on=False leaves out what is on anyway (see `always_on_deltas`), `without` these of it.
+    """The deltas for one prompt. always_on=False leaves out what is on anyway (see `always_on_deltas`),
+    `without` these of it.
 
-    backbone: only the modes paper and released need it, to encode the prompt. mode: sharp | paper | released | equal; only: one concept
-    that acts alone, whatever prompt and mode say; strength: factor on prompt-activated concepts, 0 = the base. Always-on concepts have
-    their share in every mode. Averaging predictions is not the same as averaging weights; the nearest, all such concepts with their share,
-    stands for it here. Word-bound concepts have their weight in the table but none in the deltas, see `token_lora_deltas`.
-    """
+    backbone: only the modes paper and released need it, to encode the prompt. mode: sharp | paper | released
+    | equal; only: one concept that acts alone, whatever prompt and mode say; strength: factor on
+    prompt-activated concepts, 0 = the base. Always-on concepts have their share in every mode. Averaging
+    predictions is not the same as averaging weights; the nearest, all such concepts with their share, stands
+    for it here. Word-bound concepts have their weight in the table but none in the deltas, see
+    `token_lora_deltas`. """
     columns = site_weights(backbone, bank, prompt, mode, strength, always_on, only, without)
     word_bound = _shares(bank, Kind.WORDS)
     table = torch.tensor([columns[name] for name in bank.names]).T if bank.names else torch.zeros(len(bank.layout), 0)

@@ -9,7 +9,8 @@ import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.tokens import TokenGroup
-from continual_concepts.core.conditioning.encoding import TextMemory, encode_prompts, encode_words, placeholder_noun_ids
+from continual_concepts.core.conditioning.encoding import TextMemory, encode_prompts, encode_words
+from continual_concepts.core.conditioning.placeholder_nouns import placeholder_noun_ids
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.backbone import Context
 
@@ -202,11 +203,6 @@ def test_gradients_reach_words_that_are_encoded_apart(tiny_backbone, bank, apart
     assert vector.grad.abs().sum(-1).gt(0).all()
 
 
-@pytest.mark.parametrize("words, text, expected", [(1, "dog", 1), (2, "", 2), (5, "dog", 5)])
-def test_there_is_a_stand_in_for_every_word(tiny_backbone, words, text, expected):
-    assert len(placeholder_noun_ids(tiny_backbone.text[0], text, words)) == expected
-
-
 PROMPTS = ("a <rex> runs", "a red dog", "<flat> and <mimi>", "", "a red dog")
 
 
@@ -239,7 +235,7 @@ def test_a_full_memory_goes_on_without_keeping(tiny_backbone, bank, monkeypatch)
     for prompt in ("a red dog", "a blue cat", "a red dog"):
         found = encode_prompts(tiny_backbone, bank.vocabulary.parse_all([prompt]), {}, memory=memory)
         assert torch.allclose(found.hidden, encode(tiny_backbone, bank, prompt).hidden, atol=1e-6)
-    assert len(memory._known) == 1
+    assert len(memory._encoded) == 1
 
 
 def test_words_alone_are_those_of_prompts_of_their_own(tiny_backbone, tiny_sdxl, bank, make_concept):

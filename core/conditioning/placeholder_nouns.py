@@ -1,0 +1,75 @@
+"""Placeholder nouns: how learned words are kept from changing the rest of a prompt, and each other. Ours.
+
+A text encoder mixes all words of a prompt. A concept with a placeholder noun (usually its class noun) is
+therefore encoded apart: the rest of the prompt is encoded with the noun in place of the concept's words, and
+the concept's words are encoded with the nouns of all other concepts in their places. Naming a concept then
+changes nothing but the states at its own words. The library and ComfyUI share these rules and differ only in
+how they run a text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..bank.prompts import WordRef
+from ..bank.tokens import TokenGroup
+from ..model.backbone import TextEncoder
+
+Words = Sequence[WordRef | None]      # the learned word at each token position, None where there is none
+
+
+def placeholder_noun_ids(encoder: TextEncoder, noun: str, count: int) -> list[int]:
+    """The last `count` token ids of "a <noun>"; the first of them is repeated where there are too few."""
+    ids = (encoder.ids(f"a {noun}") or [encoder.pad])[-count:]
+    return [ids[0]] * (count - len(ids)) + ids
+
+
+def noun_ids(encoder: TextEncoder, groups: Mapping[str, TokenGroup]) -> dict[WordRef, int]:
+    """Learned word -> the token id in its place, for the concepts that have a placeholder noun."""
+    found = {}
+    for name, group in groups.items():
+        if group.placeholder_noun:
+            ids = placeholder_noun_ids(encoder, group.placeholder_noun, len(group.words))
+            found |= {WordRef(name, i): token for i, token in enumerate(ids)}
+    return found
+
+
+def encoded_apart(words: Iterable[WordRef | None], nouns: Mapping[WordRef, int]) -> list[str]:
+    """Concepts among these words that are encoded apart, each once, in order."""
+    return list(dict.fromkeys(word.concept for word in words if word is not None and word in nouns))
+
+
+def noun_for(word: WordRef | None, nouns: Mapping[WordRef, int], but: str = "") -> int | None:
+    """The token id that takes the place of a learned word; None where the token stays.
+
+    Args:
+        word: The learned word at a position, None where there is none.
+        nouns: See `noun_ids`.
+        but: A concept whose own words stay.
+    """
+    return None if word is None or word.concept == but else nouns.get(word)
+
+
+def positions_of(words: Iterable[WordRef | None]) -> dict[str, tuple[int, ...]]:
+    """Concept -> the token positions of its words, in order."""
+    found: dict[str, list[int]] = {}
+    for position, word in enumerate(words):
+        if word is not None:
+            found.setdefault(word.concept, []).append(position)
+    return {name: tuple(positions) for name, positions in found.items()}
+
+
+def with_words(rest: Tensor, own: Tensor, positions: Iterable[int]) -> Tensor:
+    """The prompt's states, with those of a concept that was encoded apart at its words.
+
+    Args:
+        rest: States of the prompt, `[..., N, D]`.
+        own: States of the prompt in which the concept's words stayed, of a shape that broadcasts with `rest`.
+        positions: Where the concept's words are, 0 to N - 1.
+    """
+    mask = torch.zeros(rest.shape[-2], 1, dtype=torch.bool)
+    mask[list(positions)] = True
+    return torch.where(mask.to(rest.device), own, rest)
