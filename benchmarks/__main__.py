@@ -1,4 +1,4 @@
-"""`python -m continual_concepts.benchmarks NAME`: figures by a command, from a clone."""
+"""`python -m continual_concepts.benchmarks NAME`: measures the figures of this project, from a clone."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..core.cli.parser import run
+from ..core.cli.result import run
 from .continual import command as continual
 from .cost import command as cost
 from .pretraining import command as pretraining
 from .regional import command as regional
 
+PROGRAM = "continual_concepts.benchmarks"
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="continual_concepts.benchmarks", description="Measure what the project claims.")
+    parser = argparse.ArgumentParser(prog=PROGRAM,
+                                     description="Measure the figures that this project reports.")
     parser.set_defaults(json=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for room in (continual, regional, cost, pretraining):
@@ -23,10 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one benchmark. Returns the exit code, see `core.cli.parser.run`."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    return run(parser.prog, options.run, options, "stopped; what is finished is kept, and the same command continues from there")
+    """Runs one benchmark. Returns the exit code, see `core.cli.result.run`."""
+    options = build_parser().parse_args(arguments)
+    stopped = "stopped; finished runs are saved, and the same command continues from there"
+    return run(PROGRAM, options.run, options, stopped)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark command shares: reading and writing its JSON, checking its numbers, telling where it is."""
+"""What every benchmark command shares: reading and writing JSON, checking numbers, reporting progress."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ Result = tuple[dict, list[str]]
 
 
 def write_result(path: Path | None, result: dict) -> None:
+    """Writes a result as JSON; without a path it does nothing."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 def require_at_least(options: Namespace, **least: int) -> None:
+    """Raises ConceptError for the first option below its least value."""
     for name, value in least.items():
         if getattr(options, name) < value:
             raise ConceptError(f"{name} is {getattr(options, name)}; allowed: {value} or more")
 
 
 def load_or_make(path: Path, make: Callable[[], dict]) -> dict:
-    """A part of a benchmark from its file, else made and written: a run that was cut goes on."""
+    """One run of a benchmark, from its file or made and written: an interrupted benchmark can continue."""
     if not path.exists():
         write_result(path, make())
     return json.loads(path.read_text())
 
 
 def say(line: str) -> None:
+    """Reports progress on stderr."""
     print(line, file=sys.stderr, flush=True)

@@ -24,7 +24,8 @@ def _load_package() -> None:
         return
     if "continual_concepts" in sys.modules:
         raise RuntimeError("another copy of continual_concepts was imported before these tests")
-    spec = importlib.util.spec_from_file_location("continual_concepts", init, submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location("continual_concepts", init,
+                                                  submodule_search_locations=[str(ROOT)])
     module = importlib.util.module_from_spec(spec)
     sys.modules["continual_concepts"] = module
     spec.loader.exec_module(module)
@@ -94,7 +95,8 @@ def _unet(text_width: int, **other):
     from diffusers import UNet2DConditionModel
 
     shape = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 1,
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64),
+             "layers_per_block": 1,
         "attention_head_dim": 2, "cross_attention_dim": text_width, "norm_num_groups": 32,
         "down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2,
     }
@@ -104,20 +106,24 @@ def _unet(text_width: int, **other):
 def _vae():
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(block_out_channels=(32, 32, 32), layers_per_block=1, norm_num_groups=32, latent_channels=4, scaling_factor=0.5,
-                         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+    return AutoencoderKL(block_out_channels=(32, 32, 32), layers_per_block=1, norm_num_groups=32,
+                         latent_channels=4, scaling_factor=0.5, down_block_types=("DownEncoderBlock2D",) * 3,
+                         up_block_types=("UpDecoderBlock2D",) * 3)
 
 
-def _text(name: str, seed: int, width: int = 32, length: int = 16, projected: bool = False, penultimate: bool = False):
+def _text(name: str, seed: int, width: int = 32, length: int = 16, projected: bool = False,
+          penultimate: bool = False):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from continual_concepts.core.demo import vocabulary
     from continual_concepts.core.hosts.diffusers import ClipText
 
     tokenizer = vocabulary.load(ROOT / "core" / "demo" / "assets" / "tokenizer")
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
+                            num_hidden_layers=2,
                             num_attention_heads=2, max_position_embeddings=length, projection_dim=width,
-                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                            pad_token_id=tokenizer.pad_token_id)
     model = _seeded(lambda: (CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed)
     return ClipText(name, model, tokenizer, length, penultimate)
 
@@ -147,9 +153,11 @@ def tiny_backbone_v():
 @pytest.fixture(scope="session")
 def tiny_sdxl():
     """SDXL's structure: two text encoders, pooled text and sizes beside the timestep, several transformer blocks per group; 21 sites."""
-    unet = _seeded(lambda: _unet(56, transformer_layers_per_block=3, addition_embed_type="text_time", addition_time_embed_dim=8,
+    unet = _seeded(lambda: _unet(56, transformer_layers_per_block=3, addition_embed_type="text_time",
+                                 addition_time_embed_dim=8,
                                  projection_class_embeddings_input_dim=24 + 6 * 8), 4)
-    return _backbone("epsilon", unet, (_text("clip_l", 5, penultimate=True), _text("clip_g", 6, 24, projected=True, penultimate=True)))
+    return _backbone("epsilon", unet, (_text("clip_l", 5, penultimate=True),
+                                       _text("clip_g", 6, 24, projected=True, penultimate=True)))
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
@@ -174,18 +182,20 @@ def make_concept():
     from continual_concepts.core.model.deltas import LowRankDelta
     from continual_concepts.core.model.sites import PROJECTIONS
 
-    def make(layout, name="rex", seed=0, words=2, layerwise=True, method="cidm", rank=2, size=1.0, dtype=torch.float32, thumbnail=b"",
-             composition=None):
+    def make(layout, name="rex", seed=0, words=2, layerwise=True, method="cidm", rank=2, size=1.0,
+             dtype=torch.float32, thumbnail=b"", composition=None):
         g = torch.Generator().manual_seed(seed)
 
         def random(*shape):
             return (torch.randn(*shape, generator=g) * size).to(dtype)
 
         names = default_words(name, words)
-        vectors = {encoder: random(layout.copies if layerwise else 1, words, width) for encoder, width in layout.text_widths}
+        vectors = {encoder: random(layout.copies if layerwise else 1, words, width) for encoder,
+                   width in layout.text_widths}
         shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
         deltas = {key: LowRankDelta(random(a, rank), random(rank, b), 0.5) for key, (a, b) in shapes.items()}
-        origin = Provenance("abc", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"}, "2025-01-01T00:00:00+00:00", 3, 1.5)
+        origin = Provenance("abc", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"},
+                            "2025-01-01T00:00:00+00:00", 3, 1.5)
         info = ConceptInfo(name, "dog", method, names, provenance=origin, composition=composition)
         return Concept(info, TokenGroup(names, vectors), deltas, thumbnail)
 
@@ -194,20 +204,25 @@ def make_concept():
 
 @pytest.fixture(scope="session")
 def teach():
-    """teach(backbone, bank, name, method, settings, ...): learns a concept from three random pictures; keywords are TrainingConfig's."""
+    """teach(backbone, bank, name, method, settings, ...): learns a concept from three random pictures.
+
+    Keywords are TrainingConfig's.
+    """
     from continual_concepts.core.data.framing import Framing, Picture
     from continual_concepts.core.data.training_set import prepare
     from continual_concepts.core.methods import Task, make
     from continual_concepts.core.training.config import TrainingConfig
     from continual_concepts.core.training.loop import learn
 
-    def run(backbone, bank, name="rex", method="cidm", settings=None, callback=None, checkpoint_file=None, pictures=None, noun="dog",
-            **training):
+    def run(backbone, bank, name="rex", method="cidm", settings=None, callback=None, checkpoint_file=None,
+            pictures=None, noun="dog", **training):
         if pictures is None:
             g = torch.Generator().manual_seed(len(name))
-            pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "", digest=f"{i}") for i in range(3)]
+            pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "", digest=f"{i}")
+                        for i in range(3)]
         config = TrainingConfig(**({"steps": 3, "batch_size": 2, "resolution": 32, "flip": False} | training))
-        data = prepare(backbone, pictures, name, noun, Framing(config.resolution, config.framing, config.flip))
+        data = prepare(backbone, pictures, name, noun,
+                       Framing(config.resolution, config.framing, config.flip))
         chosen = make(method, {"lr": 1e-2, "token_lr": 1e-2, "stored": "float32"} | (settings or {}))
         return learn(Task(name, noun, backbone, bank), chosen, data, config, callback, checkpoint_file)
 
@@ -246,17 +261,22 @@ def script():
 
 @pytest.fixture(scope="session")
 def tiny_clip():
-    """tiny_clip(folder): a CLIP of pictures of 32 pixels and texts of 16 tokens, with its tokenizer; returns the folder."""
+    """tiny_clip(folder): a CLIP of pictures of 32 pixels and texts of 16 tokens, with its tokenizer.
+
+    Returns the folder.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     from continual_concepts.core.demo import vocabulary
 
     def save(folder: Path) -> Path:
         tokenizer = vocabulary.load(ROOT / "core" / "demo" / "assets" / "tokenizer")
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id}
         small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         text = small | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-        config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=24)
+        config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8},
+                            projection_dim=24)
         with torch.random.fork_rng():
             torch.manual_seed(8)
             CLIPModel(config).save_pretrained(folder)
@@ -268,11 +288,15 @@ def tiny_clip():
 
 @pytest.fixture(scope="session")
 def tiny_dino():
-    """tiny_dino(folder): a vision transformer in `dino_vits16`'s layout for pictures of 32 pixels; returns the folder."""
+    """tiny_dino(folder): a vision transformer in `dino_vits16`'s layout for pictures of 32 pixels.
+
+    Returns the folder.
+    """
     from transformers import ViTConfig, ViTModel
 
     def save(folder: Path) -> Path:
-        config = ViTConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+        config = ViTConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                           image_size=32, patch_size=8)
         with torch.random.fork_rng():
             torch.manual_seed(9)
             ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
@@ -283,7 +307,10 @@ def tiny_dino():
 
 @pytest.fixture(scope="session")
 def tiny_base():
-    """tiny_base(folder): Stable Diffusion 1's structure in diffusers' layout, pictures of 32 pixels; returns the folder."""
+    """tiny_base(folder): Stable Diffusion 1's structure in diffusers' layout, pictures of 32 pixels.
+
+    Returns the folder.
+    """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -291,17 +318,21 @@ def tiny_base():
 
     def save(folder: Path) -> Path:
         tokenizer = vocabulary.load(ROOT / "core" / "demo" / "assets" / "tokenizer")
-        text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                              bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+                              num_hidden_layers=2, num_attention_heads=2,
+                              bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                              pad_token_id=tokenizer.pad_token_id)
         with torch.random.fork_rng():
             torch.manual_seed(10)
-            unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=2,
-                                        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D",) * 2,
+            unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1,
+                                        attention_head_dim=2, cross_attention_dim=32,
+                                        down_block_types=("CrossAttnDownBlock2D",) * 2,
                                         up_block_types=("CrossAttnUpBlock2D",) * 2)
             vae = AutoencoderKL(block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
                                 up_block_types=("UpDecoderBlock2D",) * 3)
             parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer,
-                     "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")}
+                     "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012,
+                                                beta_schedule="scaled_linear")}
         for name, part in parts.items():
             part.save_pretrained(folder / name)
         return folder

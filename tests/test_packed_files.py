@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Folder -> the suffixes of its files. Files that lie directly in the root are named one by one.
-CORE_ROOMS = ("attention", "bank", "cli", "comfy", "conditioning", "data", "demo", "evaluation", "hosts", "interop",
-              "methods", "model", "neurons", "regional", "sampling", "training")
+CORE_ROOMS = ("attention", "bank", "cli", "comfy", "conditioning", "data", "demo", "evaluation", "hosts",
+              "interop", "methods", "model", "neurons", "regional", "sampling", "training")
 PACKAGE: dict[str, set[str]] = {
     "core": {".py"}, **{f"core/{room}": {".py"} for room in CORE_ROOMS}, "nodes": {".py"},
     "core/demo/assets": {".safetensors"}, "core/demo/assets/tokenizer": {".json", ".txt"},
@@ -24,8 +24,8 @@ PACKAGE: dict[str, set[str]] = {
 WHEEL = {**PACKAGE, ".": {"__init__.py"}}
 REGISTRY = {
     **PACKAGE,
-    ".": {"__init__.py", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "pyproject.toml",
-          "requirements.txt", "setup.py"},
+    ".": {"__init__.py", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md",
+          "pyproject.toml", "requirements.txt", "setup.py"},
     "docs": {".md", ".png"}, "docs/first-concept": {".jpg"},
     **{f"locales/{language}": {".json"} for language in ("de", "en", "ja", "zh")},
     "subgraphs": {".json"}, "workflows": {".jpg", ".json"}, "workflows/api": {".json"},
@@ -47,7 +47,8 @@ def strays(paths: Iterable[str], allowed: Mapping[str, set[str]]) -> list[str]:
 
 def missing(paths: Iterable[str], allowed: Mapping[str, set[str]]) -> set[tuple[str, str]]:
     """The entries of `allowed` for which there is no file."""
-    return {(folder, what) for folder, kinds in allowed.items() for what in kinds} - {entry(path) for path in paths}
+    return {(folder, what) for folder, kinds in allowed.items() for what in kinds} - {entry(path)
+                                                                                      for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +59,17 @@ def repository(script):
 
 @pytest.fixture(scope="module")
 def wheel(repository, tmp_path_factory) -> tuple[list[str], list[str]]:
-    """Builds the wheel offline from a copy of the repository; returns the package's files and those of the metadata."""
+    """Builds the wheel offline from a copy of the repository.
+
+    Returns the package's files and those of the metadata.
+    """
     copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
     for path in repository.FILES:
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, copy / path)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(target)!r})"
-    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True,
+                          check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     [file] = target.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
@@ -87,8 +92,10 @@ def test_the_registry_packs_what_people_need_and_nothing_else(repository):
 
 
 @pytest.mark.parametrize("path", [
-    "benchmarks/__main__.py", "benchmarks/pretraining/loop.py", "benchmarks/results/bank.json", "tests/conftest.py",
-    "core/notes.txt", "core/demo/assets/draft.py", "core/elsewhere/a.py", "nodes/web/docs/old.json", "scratch.py",
+    "benchmarks/__main__.py", "benchmarks/pretraining/loop.py", "benchmarks/results/bank.json",
+                                  "tests/conftest.py",
+    "core/notes.txt", "core/demo/assets/draft.py", "core/elsewhere/a.py", "nodes/web/docs/old.json",
+                                  "scratch.py",
     ".github/workflows/tests.yml",
 ])
 def test_a_stray_file_is_seen(path):

@@ -20,7 +20,8 @@ FORBIDDEN_MODULES = {
     # processes
     "subprocess", "pty",
     # connections
-    "aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "ssl", "urllib", "urllib3", "websocket", "websockets",
+    "aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "ssl", "urllib", "urllib3",
+                     "websocket", "websockets",
     # files that execute code when they are read
     "cloudpickle", "dill", "marshal", "pickle", "shelve",
     # encryption
@@ -32,7 +33,8 @@ FORBIDDEN_OS = re.compile(r"environ(b)?|(get|put|unset)env|system|popen|fork(pty
 FORBIDDEN_TEXT = re.compile(r"os\.environ|os\.getenv|os\.system|os\.popen|\bsubprocess\b|__import__|\bimport_module\b")
 
 COMFYUI_MODULES = {
-    "app", "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras", "execution", "folder_paths",
+    "app", "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras",
+                   "execution", "folder_paths",
     "latent_preview", "node_helpers", "nodes", "server",
 }  # fmt: skip
 
@@ -58,10 +60,14 @@ def patterns_of(name: str) -> list[str]:
 
 
 def repository_files() -> list[str]:
-    """Paths from the root: what git tracks or would track; without git, everything that .gitignore does not name."""
+    """Paths from the root: what git tracks or would track.
+
+    Without git, everything that .gitignore does not name.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True).stdout.strip()
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True,
+                             text=True).stdout.strip()
     except FileNotFoundError:
         top = ""
     if top and Path(top).resolve() == ROOT:
@@ -73,7 +79,8 @@ def repository_files() -> list[str]:
     for folder, folders, files in os.walk(ROOT):
         here = Path(folder).relative_to(ROOT)
         folders[:] = [name for name in folders if not ignored((here / name / "any").as_posix(), patterns)]
-        found += [path for path in ((here / name).as_posix() for name in files) if not ignored(path, patterns)]
+        found += [path for path in ((here / name).as_posix() for name in files)
+                  if not ignored(path, patterns)]
     return sorted(found)
 
 
@@ -100,13 +107,15 @@ def imports(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
 
 
 def keyword_is(call: ast.Call, name: str, value: bool) -> bool:
-    return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
+    return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value
+               for k in call.keywords)
 
 
 def findings(text: str, path: str = "core/example.py") -> list[str]:
     """What the scan would flag in a file, one line each."""
     tree = ast.parse(text)
-    found = [(line, f"imports {name}") for line, name in imports(tree, path) if name.split(".")[0] in FORBIDDEN_MODULES]
+    found = [(line, f"imports {name}") for line, name in imports(tree, path)
+             if name.split(".")[0] in FORBIDDEN_MODULES]
     found += [
         (line, f"imports {name}")
         for line, name in imports(tree, path)
@@ -115,7 +124,8 @@ def findings(text: str, path: str = "core/example.py") -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
-            if name == "importlib.import_module" or (node.value.id == "os" and FORBIDDEN_OS.fullmatch(node.attr)):
+            if name == "importlib.import_module" or (node.value.id == "os"
+                                                     and FORBIDDEN_OS.fullmatch(node.attr)):
                 found.append((node.lineno, f"uses {name}"))
         if not isinstance(node, ast.Call):
             continue
@@ -123,7 +133,8 @@ def findings(text: str, path: str = "core/example.py") -> list[str]:
             found.append((node.lineno, f"calls {node.func.id}"))
         if ast.unparse(node.func) == "torch.load" and not keyword_is(node, "weights_only", True):
             found.append((node.lineno, "calls torch.load without weights_only=True"))
-        if any(k.arg == "allow_pickle" for k in node.keywords) and not keyword_is(node, "allow_pickle", False):
+        if any(k.arg == "allow_pickle" for k in node.keywords) and not keyword_is(node, "allow_pickle",
+                                                                                  False):
             found.append((node.lineno, "allows pickled objects"))
     for number, line in enumerate(text.splitlines(), 1):
         found += [(number, f"holds the text {match.group()}") for match in FORBIDDEN_TEXT.finditer(line)]
@@ -205,7 +216,8 @@ def test_the_package_imports_itself_relatively():
 
 
 def test_the_root_imports_nothing_at_module_level():
-    assert not [node for node in ast.parse(source("__init__.py")).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [node for node in ast.parse(source("__init__.py")).body
+                if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def test_the_root_is_not_on_sys_path():
@@ -220,7 +232,8 @@ def test_no_python_file_is_too_long():
 
 def test_every_folder_with_python_is_a_package():
     """Otherwise an installed copy would lack it."""
-    folders = {PurePosixPath(path).parent for path in SHIPPED_PYTHON if path.split("/")[0] in ("core", "nodes")}
+    folders = {PurePosixPath(path).parent for path in SHIPPED_PYTHON
+               if path.split("/")[0] in ("core", "nodes")}
     assert not sorted(str(folder) for folder in folders if f"{folder}/__init__.py" not in FILES)
 
 
@@ -237,11 +250,13 @@ def test_no_text_names_a_folder_of_some_machine():
 
 
 def test_requirements_mirror_the_dependencies():
-    block = re.search(r"^dependencies = \[\n(.*?)^\]", source("pyproject.toml"), re.MULTILINE | re.DOTALL).group(1)
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", source("pyproject.toml"), re.MULTILINE
+                      | re.DOTALL).group(1)
     assert re.findall(r'"([^"]+)"', block) == source("requirements.txt").split()
 
 
 def test_documents_name_files_that_exist():
     named = re.compile(r"`((?:benchmarks|core|docs|nodes|tests|workflows)/[\w./-]+)`")
     documents = [path for path in FILES if path.endswith(".md") and path != "CHANGELOG.md"]
-    assert not [f"{path}: {name}" for path in documents for name in named.findall(source(path)) if not (ROOT / name).exists()]
+    assert not [f"{path}: {name}" for path in documents for name in named.findall(source(path))
+                if not (ROOT / name).exists()]

@@ -43,7 +43,8 @@ def _target(folder: list[str], name: str) -> str:
     if whole.is_dir():
         return "/".join([*folder, name, "__init__.py"])
     module = ROOT.joinpath(*folder)
-    return "/".join([*folder[:-1], f"{folder[-1]}.py"] if module.with_suffix(".py").is_file() else [*folder, "__init__.py"])
+    return "/".join([*folder[:-1], f"{folder[-1]}.py"] if module.with_suffix(".py").is_file()
+                    else [*folder, "__init__.py"])
 
 
 def graph() -> dict[str, set[str]]:
@@ -55,7 +56,8 @@ def graph() -> dict[str, set[str]]:
             own = edges.setdefault(path.relative_to(ROOT).as_posix(), set())
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and node.level:
-                    folder = here[: len(here) - node.level + 1] + (node.module.split(".") if node.module else [])
+                    folder = here[: len(here) - node.level + 1] + (node.module.split(".") if node.module
+                                                                   else [])
                     own.update(_target(folder, alias.name) for alias in node.names)
     return edges
 
@@ -99,7 +101,8 @@ def upward(edges: dict[str, set[str]]) -> list[str]:
             return False
         return FLOOR_OF[there] >= FLOOR_OF[here]
 
-    return [f"{file} imports {other}" for file, others in edges.items() for other in sorted(others) if climbs(file, other)]
+    return [f"{file} imports {other}" for file, others in edges.items() for other in sorted(others)
+            if climbs(file, other)]
 
 
 def test_every_file_has_a_room():
@@ -118,8 +121,10 @@ def test_imports_run_downwards():
     assert upward(GRAPH) == []
 
 
-@pytest.mark.parametrize("edges", [{"core/model/a.py": {"core/bank/b.py"}}, {"core/bank/a.py": {"core/hosts/b.py"}},
-                                   {"core/errors.py": {"core/model/a.py"}}, {"nodes/a.py": {"core/cli/b.py"}}])
+@pytest.mark.parametrize("edges",
+                         [{"core/model/a.py": {"core/bank/b.py"}}, {"core/bank/a.py": {"core/hosts/b.py"}},
+                                   {"core/errors.py": {"core/model/a.py"}},
+                                   {"nodes/a.py": {"core/cli/b.py"}}])
 def test_an_upward_edge_is_seen(edges):
     assert len(upward(edges)) == 1
 

@@ -24,7 +24,8 @@ def test_a_description_belongs_to_its_field():
 
     assert Config() == Config(4, "x", "a")
     assert list(settings_of(Config).values()) == [
-        Setting("rank", 4, "Rank.", 1, 128, None, ()), Setting("mode", "a", "Mode.", None, None, None, ("a", "b"))]
+        Setting("rank", 4, "Rank.", 1, 128, None, ()), Setting("mode", "a", "Mode.", None, None, None,
+                                                               ("a", "b"))]
 
 
 def test_training_describes_all_its_fields():
@@ -33,7 +34,10 @@ def test_training_describes_all_its_fields():
 
 @pytest.mark.parametrize(("owner", "entry"), DESCRIBED, ids=lambda value: getattr(value, "name", value))
 def test_what_is_offered_is_accepted(owner, entry):
-    """Default, both ends of the range and every choice; the default is within the range, and the help is a sentence."""
+    """Default, both ends of the range and every choice.
+
+    The default is within the range, and the help is a sentence.
+    """
     config = CONFIGS[owner]
     offered = [value for value in (entry.default, entry.low, entry.high, *entry.choices) if value is not None]
     needed = {"look_every": 1} if entry.name == "patience" else {}
@@ -43,7 +47,8 @@ def test_what_is_offered_is_accepted(owner, entry):
     assert not entry.choices or entry.default in entry.choices
 
 
-@pytest.mark.parametrize(("owner", "entry"), [(owner, entry) for owner, entry in DESCRIBED if entry.choices and entry.name != "framing"],
+@pytest.mark.parametrize(("owner", "entry"), [(owner, entry) for owner, entry in DESCRIBED if entry.choices
+                                              and entry.name != "framing"],
                          ids=lambda value: getattr(value, "name", value))
 def test_other_words_than_the_choices_are_refused(owner, entry):
     with pytest.raises(ConceptError, match=entry.name):

@@ -1,12 +1,14 @@
-"""Several concepts in one picture without regions: who is there, and who is mistaken for whom.
+"""Several concepts in one picture without regions: which of them are present, and which are confused with
+another.
 
-The picture is cut into as many upright strips as the prompt names concepts; every strip is compared with every named concept's real
-pictures, and strips are given to concepts in the way that fits best. Ours: the papers only show such pictures.
+The picture is cut into as many upright strips as the prompt names concepts. Every strip is compared with the
+real pictures of every named concept, and strips are assigned to concepts in the way that fits best. The
+measure is ours: the papers show such pictures without figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -16,36 +18,62 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Together:
-    """Of pictures that name K concepts, all `[B, K]`: alignment of every concept's strip with it; whether that strip is nearer to another
-    of the named concepts; whether the concept is there (not mistaken, and nearer to its real pictures than its level)."""
+class Combined:
+    """Results for pictures that name K concepts, each `[B, K]`.
+
+    Attributes:
+        alignment: float, of every concept's strip with the concept.
+        confused: bool, whether that strip is nearer to another of the named concepts.
+        present: bool, whether the concept is there: not confused, and its alignment above its level.
+    """
 
     alignment: Tensor
-    mistaken: Tensor
+    confused: Tensor
     present: Tensor
 
 
 def strip(pictures: Tensor, index: int, count: int) -> Tensor:
-    """One of `count` upright strips alone, its borders drawn out over the rest: the encoder sees one object where it is. `[B, 3, H, W]`."""
+    """One of `count` upright strips of `[B, 3, H, W]`, in its place.
+
+    Its border columns are repeated over the rest.
+    """
     width = pictures.shape[-1]
     left, right = round(index * width / count), round((index + 1) * width / count)
     return F.pad(pictures[..., left:right], (left, width - right, 0, 0), mode="replicate")
 
 
-def similarities(pictures: Tensor, references: Sequence[Tensor], features) -> Tensor:
-    """`[B, strips, K]`: mean cosine of every strip with every concept's reference features `[N, D]`, as many strips as concepts."""
+def similarities(pictures: Tensor, references: Sequence[Tensor],
+                 features: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compares as many strips as there are concepts with every concept.
+
+    Args:
+        pictures: `[B, 3, H, W]`.
+        references: per concept, unit features of real pictures `[N, D]`.
+        features: pictures -> unit features `[B, D]`.
+
+    Returns:
+        Mean cosines `[B, strips, K]`.
+    """
     count = len(references)
-    seen = [features(strip(pictures, i, count)) for i in range(count)]
-    return torch.stack([torch.stack([(one @ own.T).mean(1) for own in references], dim=1) for one in seen], dim=1)
+    strips = [features(strip(pictures, i, count)) for i in range(count)]
+    return torch.stack([torch.stack([(seen @ real.T).mean(1) for real in references], dim=1)
+                        for seen in strips], dim=1)
 
 
-def together(scores: Tensor, levels: Sequence[float]) -> Together:
-    """scores `[B, K, K]` of strips and concepts; levels: what a concept's strip must exceed to count as that individual."""
+def assign_strips(scores: Tensor, levels: Sequence[float]) -> Combined:
+    """Assigns strips to concepts such that the sum of scores is largest.
+
+    Args:
+        scores: `[B, K, K]`, strip by concept.
+        levels: per concept, the score that its strip must exceed to count as that individual.
+    """
     count = scores.shape[-1]
-    ways = torch.tensor(list(permutations(range(count))))      # way[c] = the strip of concept c
+    # assignments[i, c] = the strip of concept c
+    assignments = torch.tensor(list(permutations(range(count))))
     concepts = torch.arange(count)
-    best = ways[scores[:, ways, concepts].sum(-1).argmax(1)]
-    own = scores.gather(1, best.unsqueeze(1)).squeeze(1)       # [B, K]: the strip that concept c has, compared with c
+    best = assignments[scores[:, assignments, concepts].sum(-1).argmax(1)]
+    # [B, K]: the strip of concept c, compared with c
+    alignment = scores.gather(1, best.unsqueeze(1)).squeeze(1)
     strips = scores[torch.arange(len(scores)).unsqueeze(1), best]
-    mistaken = strips.argmax(-1) != concepts
-    return Together(own, mistaken, ~mistaken & (own > torch.tensor(levels).to(own)))
+    confused = strips.argmax(-1) != concepts
+    return Combined(alignment, confused, ~confused & (alignment > torch.tensor(levels).to(alignment)))

@@ -1,4 +1,4 @@
-"""Task sequences of the world: ten named concepts in the order of the CIFC benchmark (seven objects, three styles), and more on demand."""
+"""Task sequences of drawn concepts: ten as in the CIFC benchmark, and more on demand."""
 
 from __future__ import annotations
 
@@ -9,46 +9,39 @@ from ...core.demo.render import Style
 from ...core.demo.scenes import SceneConcept, Thing
 from ...core.errors import ConceptError
 
+_INDIVIDUALS = {
+    "quack": Thing("duck toy", (120, 210, 190), (210, 70, 30), "checked", (30, 90, 110), 1.0, "hat",
+                   (200, 60, 150)),
+    "pack": Thing("backpack", (110, 60, 100), (240, 170, 70), "spotted", (120, 220, 180), 1.15, "none"),
+    "teddy": Thing("teddy bear", (90, 120, 180), (250, 210, 190), "striped", (40, 50, 90), 1.0, "scarf",
+                   (240, 220, 60)),
+    "luna": Thing("cat", (96, 120, 90), (240, 190, 210), "spotted", (220, 240, 160), 1.0, "scarf",
+                  (170, 40, 90)),
+}
+_CRIMSON = Style("crimson", "", paper=(246, 218, 214), line=(150, 16, 48), fill=0.12)
 MORE: dict[str, SceneConcept] = {
-    concept.name: concept
-    for concept in (
-        SceneConcept(
-            "quack",
-            "duck toy",
-            "object",
-            Thing("duck toy", (120, 210, 190), (210, 70, 30), "checked", (30, 90, 110), 1.0, "hat", (200, 60, 150)),
-        ),
-        SceneConcept(
-            "pack", "backpack", "object", Thing("backpack", (110, 60, 100), (240, 170, 70), "spotted", (120, 220, 180), 1.15, "none")
-        ),
-        SceneConcept(
-            "teddy",
-            "teddy bear",
-            "object",
-            Thing("teddy bear", (90, 120, 180), (250, 210, 190), "striped", (40, 50, 90), 1.0, "scarf", (240, 220, 60)),
-        ),
-        SceneConcept(
-            "luna", "cat", "object", Thing("cat", (96, 120, 90), (240, 190, 210), "spotted", (220, 240, 160), 1.0, "scarf", (170, 40, 90))
-        ),
-        SceneConcept("crimson", "drawing", "style", style=Style("crimson", "", paper=(246, 218, 214), line=(150, 16, 48), fill=0.12)),
-    )
+    **{name: SceneConcept(name, thing.kind, "object", thing) for name, thing in _INDIVIDUALS.items()},
+    "crimson": SceneConcept("crimson", "drawing", "style", style=_CRIMSON),
 }
 TEN = ("rex", "quack", "mimi", "pack", "teddy", "blueprint", "fido", "chalk", "luna", "crimson")
-STYLE_EVERY = 5      # beyond the ten, one concept in so many is a style
-CANDIDATES = 12      # a further individual is the least familiar of so many random ones
+STYLE_EVERY = 5      # beyond the ten, every fifth concept is a style
+CANDIDATES = 12      # a further individual is the least similar of this many random ones
 
 
-def _difference(one: Thing, other: Thing) -> float:
-    """How far apart two individuals look, in RGB units: colours of body, second part and marks, and whether the marks agree."""
-    colours = sum(abs(a - b) for p in ("body", "second", "pattern_colour") for a, b in zip(getattr(one, p), getattr(other, p), strict=True))
-    return colours + 150 * (one.pattern != other.pattern)
+def _difference(thing: Thing, other: Thing) -> float:
+    """RGB differences of body, second part and pattern, plus 150 for different patterns."""
+    pairs = [(getattr(thing, part), getattr(other, part)) for part in ("body", "second", "pattern_colour")]
+    colours = sum(abs(a - b) for colour, other_colour in pairs for a,
+                  b in zip(colour, other_colour, strict=True))
+    return colours + 150 * (thing.pattern != other.pattern)
 
 
-def _individual(rng: random.Random, number: int, known: list[SceneConcept]) -> SceneConcept:
+def _individual(rng: random.Random, number: int, earlier: list[SceneConcept]) -> SceneConcept:
     kind = scenes.KINDS[number % len(scenes.KINDS)]
-    relatives = [c.thing for c in known if c.thing is not None and c.thing.kind == kind]
+    relatives = [c.thing for c in earlier if c.thing is not None and c.thing.kind == kind]
     candidates = [scenes.random_thing(rng, kind) for _ in range(CANDIDATES)]
-    thing = max(candidates, key=lambda candidate: min((_difference(candidate, r) for r in relatives), default=0.0))
+    thing = max(candidates,
+                key=lambda candidate: min((_difference(candidate, r) for r in relatives), default=0.0))
     return SceneConcept(f"thing{number}", kind, "object", thing)
 
 
@@ -61,17 +54,18 @@ def _style(rng: random.Random, number: int) -> SceneConcept:
 
 
 def concepts(count: int = 10) -> list[SceneConcept]:
-    """The first `count` concepts of the one sequence that everybody means: the ten, then random ones from a fixed seed."""
+    """The first `count` concepts of the sequence: the ten, then random ones from a fixed seed."""
     if count < 1:
         raise ConceptError(f"the number of tasks is {count}; allowed: 1 or more")
-    known, rng = [MORE.get(name) or scenes.CONCEPTS[name] for name in TEN], random.Random(50)
+    sequence, rng = [MORE.get(name) or scenes.CONCEPTS[name] for name in TEN], random.Random(50)
     for number in range(len(TEN) + 1, count + 1):
-        known.append(_style(rng, number) if number % STYLE_EVERY == 0 else _individual(rng, number, known))
-    return known[:count]
+        sequence.append(_style(rng, number) if number % STYLE_EVERY == 0
+                        else _individual(rng, number, sequence))
+    return sequence[:count]
 
 
 def ordered(count: int, order: int) -> list[int]:
-    """Positions of a sequence's tasks in an order: 0 as given, 1 backwards, any other number a shuffle of its own."""
+    """Positions of `count` tasks in an order: 0 as given, 1 reversed, any other number its own shuffle."""
     places = list(range(count))
     if order == 1:
         places.reverse()

@@ -1,9 +1,10 @@
-"""The continual benchmark on photos: a suite from a folder such as that of CIFC, the ten concepts of CIDM's benchmark.
+"""Prompt suites from a folder of photos such as that of CIFC, the ten concepts of CIDM's benchmark.
 
-The folder holds `tasks.json`: {"tasks": [{"images", "captions", "class_noun", "kind", "tokens"}, ...]}, in learning order. images and
-captions are folders inside it (captions may be left out), kind is object or style, tokens such as ["<dog1>", "<dog2>"] name the learned
-words. A task may also say "name" and "prompts"; by default the folder's name, and a file of `evaluation_prompts`: a prompt a line, with
-<TOK> where the concept is. Nothing in the file is trusted.
+The folder holds `tasks.json`: {"tasks": [{"images", "captions", "class_noun", "kind", "tokens"}, ...]}, in
+learning order. `images` and `captions` are folders inside it (captions are optional), `kind` is object or
+style, and `tokens` such as ["<dog1>", "<dog2>"] name the learned words. A task may also have "name" and
+"prompts". Their defaults are the folder's name and a file of `evaluation_prompts`: one prompt per line, with
+<TOK> for the concept. Nothing in the file is trusted.
 """
 
 from __future__ import annotations
@@ -26,21 +27,26 @@ from ...core.evaluation.protocol import Encoder
 from ...core.model.backbone import Backbone
 from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
-from .sequence_run import Suite
-from .suites import groups_and_pairs, halfway, levels, unrelated_prompts, untrained
+from .prompt_suite import Levels, PromptSuite, groups_and_pairs, halfway, levels, unrelated_prompts, untrained
 
-NEGATIVE = "longbody, lowres, bad anatomy, bad hands, extra digit, fewer digits, cropped, worst quality, low quality"      # CIDM's
-FIRST_SEED = 2024      # CIDM's evaluation starts from it anew with every prompt
-SIDE = 512      # of the reference pictures, as the benchmark's come
+# CIDM's negative prompt
+NEGATIVE = ("longbody, lowres, bad anatomy, bad hands, extra digit, fewer digits, cropped, worst quality, "
+            "low quality")
+FIRST_SEED = 2024      # CIDM's evaluation starts every prompt with it
+SIDE = 512      # of the reference pictures, as in the benchmark
 TOKEN, MAX_BYTES, MAX_TASKS = "<TOK>", 1_000_000, 1000
-PETS = ("dog", "cat")      # whose prompts are not those of other objects
-TOGETHER = ("a photo of {} in the forest", "a photo of {} on the street", "a photo of {} on a beach", "a photo of {} in front of a house")
-PICTURES, NOUN_PICTURES = 100, 40      # per concept: what is usual here, and at most so many of the class noun
+PETS = ("dog", "cat")      # have their own prompts; other objects have those of toys
+COMBINED = ("a photo of {} in the forest", "a photo of {} on the street", "a photo of {} on a beach",
+            "a photo of {} in front of a house")
+PICTURES, NOUN_PICTURES = 100, 40      # per concept: the default, and the largest number for its class noun
 GROUP_PICTURES, PAIR_PICTURES = 12, 48
 
 
 def training(steps: int, resolution: int, seed: int) -> TrainingConfig:
-    """The papers' training (CIDM's: 800 steps of single pictures, rates falling to 0); rates are the methods' own."""
+    """The papers' training (CIDM's: 800 steps of single pictures, rates falling to 0).
+
+    Rates are the methods' own.
+    """
     return TrainingConfig(steps=steps, batch_size=1, resolution=resolution, seed=seed)
 
 
@@ -55,11 +61,12 @@ def _read_json(file: Path) -> object:
             raise ConceptError(f"'{file}' is larger than {MAX_BYTES} bytes; it must hold the list of tasks")
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConceptError(f"'{file}' cannot be read as JSON ({type(error).__name__}); it must hold the list of tasks") from error
+        raise ConceptError(f"'{file}' cannot be read as JSON ({type(error).__name__}); "
+                           "it must hold the list of tasks") from error
 
 
 def _inside(root: Path, given: object, what: str) -> Path:
-    """A path that the file names: below the folder it lies in, and nowhere else."""
+    """A path that tasks.json names; it must lie below the folder of that file."""
     if not isinstance(given, str) or not given or "\0" in given:
         raise ConceptError(f"{what} is {given!r}; allowed: a path inside '{root}'")
     path = (root / given).resolve()
@@ -69,33 +76,44 @@ def _inside(root: Path, given: object, what: str) -> Path:
 
 
 def _words(given: object, where: str) -> tuple[str, ...]:
-    if not isinstance(given, list) or not all(isinstance(word, str) for word in given) or len(set(given)) < len(given):
-        raise ConceptError(f"tokens of {where} are {given!r}; allowed: a list of different words such as \"<dog1>\"")
+    is_list = isinstance(given, list) and all(isinstance(word, str) for word in given)
+    if not is_list or len(set(given)) < len(given):
+        raise ConceptError(f"tokens of {where} are {given!r}; "
+                           "allowed: a list of different words such as \"<dog1>\"")
     return tuple(check_name(word.removeprefix("<").removesuffix(">"), f"token of {where}") for word in given)
 
 
 def _entries(root: Path) -> list[dict]:
-    """The tasks of tasks.json, checked: name, class_noun, kind, words, images; other paths are checked where they are used."""
-    found = _read_json(root / "tasks.json")
-    entries = found.get("tasks") if isinstance(found, dict) else None
-    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_TASKS or not all(isinstance(entry, dict) for entry in entries):
-        raise ConceptError(f"'{root / 'tasks.json'}' must hold {{\"tasks\": [...]}} with 1 to {MAX_TASKS} tasks, each an object")
+    """The tasks of tasks.json with name, class_noun, kind, words and images checked.
+
+    Other paths are checked on use.
+    """
+    content = _read_json(root / "tasks.json")
+    entries = content.get("tasks") if isinstance(content, dict) else None
+    is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    if not is_list or not 1 <= len(entries) <= MAX_TASKS:
+        raise ConceptError(f"'{root / 'tasks.json'}' must hold {{\"tasks\": "
+                                                                         "[...]}} with 1 to {MAX_TASKS} "
+                                                                         "tasks, "
+                           "each an object")
     result = []
     for i, entry in enumerate(entries):
         where = f"task {i + 1}"
         noun, kind = entry.get("class_noun"), entry.get("kind", "object")
         if not isinstance(noun, str) or not noun.strip() or len(noun) > 64 or PLACEHOLDER.search(noun):
-            raise ConceptError(f"class_noun of {where} is {noun!r}; allowed: ordinary words, at most 64 letters")
+            raise ConceptError(f"class_noun of {where} is {noun!r}; allowed: "
+                               "ordinary words, at most 64 letters")
         if kind not in KINDS:
             raise ConceptError(f"kind of {where} is {kind!r}; allowed: {', '.join(KINDS)}")
         images = _inside(root, entry.get("images"), f"images of {where}")
-        result.append({**entry, "class_noun": " ".join(noun.split()), "kind": kind, "words": _words(entry.get("tokens", []), where),
+        words = _words(entry.get("tokens", []), where)
+        result.append({**entry, "class_noun": " ".join(noun.split()), "kind": kind, "words": words,
                        "name": entry.get("name", images.name), "images": images})
     return _named(result)
 
 
 def _named(entries: list[dict]) -> list[dict]:
-    """Names that are neither double nor another concept's word: `dog2` beside the words dog1 and dog2 becomes `dog_2`."""
+    """Makes names unique and different from all words: `dog2` beside a word dog2 becomes `dog_2`."""
     words = [word for entry in entries for word in entry["words"]]
     twice = next((word for word in words if words.count(word) > 1), None)
     if twice is not None:
@@ -107,16 +125,21 @@ def _named(entries: list[dict]) -> list[dict]:
             stem, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
             name = f"{stem}_{number or 1}"
         if name in taken:
-            raise ConceptError(f"name of task {i + 1} is {name!r}, which another task has; names and tokens must differ")
+            raise ConceptError(f"name of task {i + 1} is {name!r}, which another task has; "
+                               "names and tokens must differ")
         taken.add(name)
         entry["name"] = name
     return entries
 
 
 def adjectives(captions: Sequence[str], class_noun: str) -> str:
-    """What every caption says right before the class noun, articles left out: "yellow rubber" of the duck toy. The benchmark's evaluation
-    prompts say it as well, so that text does not have to be unlearned."""
-    before = [re.split(rf"\b{re.escape(class_noun)}\b", caption, maxsplit=1, flags=re.IGNORECASE) for caption in captions]
+    """The words right before the class noun in every caption, without articles.
+
+    For the duck toy these are "yellow rubber". The evaluation prompts contain them as well, because they are
+    part of the concept's description.
+    """
+    noun = rf"\b{re.escape(class_noun)}\b"
+    before = [re.split(noun, caption, maxsplit=1, flags=re.IGNORECASE) for caption in captions]
     if not before or any(len(parts) < 2 for parts in before):
         return ""
     words = [parts[0].lower().split() for parts in before]
@@ -129,53 +152,64 @@ def adjectives(captions: Sequence[str], class_noun: str) -> str:
 
 def _prompts(root: Path, entry: Mapping, described: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Evaluation prompts with the placeholder, and the same with the class noun."""
-    usual = "test_style.txt" if entry["kind"] == "style" else "test_pet.txt" if entry["class_noun"] in PETS else "test_plushy.txt"
-    file = _inside(root, entry.get("prompts", f"evaluation_prompts/{usual}"), f"prompts of '{entry['name']}'")
+    usual = "style" if entry["kind"] == "style" else "pet" if entry["class_noun"] in PETS else "plushy"
+    file = _inside(root, entry.get("prompts", f"evaluation_prompts/test_{usual}.txt"),
+                   f"prompts of '{entry['name']}'")
     if not file.is_file() or file.stat().st_size > MAX_BYTES:
-        raise ConceptError(f"the prompts '{file}' of '{entry['name']}' are no text file of at most {MAX_BYTES} bytes")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
+        raise ConceptError(f"the prompts '{file}' of '{entry['name']}' are no text file of at most "
+                           f"{MAX_BYTES} bytes")
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     wrong = [line for line in lines if TOKEN not in line or PLACEHOLDER.search(line.replace(TOKEN, ""))]
     if wrong or not lines:
         raise ConceptError(f"the prompts '{file}' must each name {TOKEN} and no other placeholder; "
                            + (f"one is {wrong[0][:80]!r}" if wrong else "there are none"))
     concept, noun = (f"{described} {word}".strip() for word in (f"<{entry['name']}>", entry["class_noun"]))
-    return tuple(line.replace(TOKEN, concept) for line in lines), tuple(line.replace(TOKEN, noun) for line in lines)
+    with_concept, with_noun = (tuple(line.replace(TOKEN, word) for line in lines) for word in (concept, noun))
+    return with_concept, with_noun
 
 
 def assignment_of(root: Path, entry: Mapping) -> Assignment:
-    """A checked task of tasks.json with its pictures; references are centre squares of 512 pixels, none are held out: there are 4 to 7."""
+    """A checked task of tasks.json with its pictures.
+
+    References are centre squares of 512 pixels. No pictures are held out, because a concept has only 4 to 7.
+    """
     captions = entry.get("captions")
     captions = None if captions is None else _inside(root, captions, f"captions of '{entry['name']}'")
-    pictures = tuple(Picture(p.pixels, p.caption.splitlines()[0].strip() if p.caption else "", p.mask, digest=p.digest)
+    pictures = tuple(Picture(p.pixels, p.caption.splitlines()[0].strip() if p.caption else "", p.mask,
+                             digest=p.digest)
                      for p in read_folder(entry["images"], captions))
     if len(pictures) < 2:
-        raise ConceptError(f"'{entry['images']}' holds {len(pictures)} picture; two or more are needed to measure a concept by")
+        raise ConceptError(f"'{entry['images']}' holds {len(pictures)} picture; "
+                           "measuring a concept takes two or more")
     references = torch.stack([frame(picture, Framing(SIDE, flip=False)).pixels for picture in pictures])
     described = adjectives([picture.caption for picture in pictures], entry["class_noun"])
     prompts, noun_prompts = _prompts(root, entry, described)
-    return Assignment(entry["name"], entry["class_noun"], entry["kind"], pictures, references, references[:0], prompts, noun_prompts,
-                      entry["words"])
+    return Assignment(entry["name"], entry["class_noun"], entry["kind"], pictures, references, references[:0],
+                      prompts, noun_prompts, entry["words"])
 
 
 def read_tasks(folder: Path | str, count: int | None = None) -> tuple[Assignment, ...]:
-    """The first `count` tasks of a folder. Raises ConceptError, in one sentence that names the file or task, for whatever is wrong."""
+    """The first `count` tasks of a folder; ConceptError names the file or task that is wrong."""
     root = Path(folder)
     if not root.is_dir():
-        raise ConceptError(f"the data folder '{root}' does not exist; it must hold tasks.json and what that names")
+        raise ConceptError(f"the data folder '{root}' does not exist; "
+                           "it must hold tasks.json and the files it names")
     entries = _entries(root)
     if count is not None and count > len(entries):
-        raise ConceptError(f"tasks is {count}, but '{root / 'tasks.json'}' holds {len(entries)}; allowed: 1 to {len(entries)}")
+        raise ConceptError(f"tasks is {count}, but '{root / 'tasks.json'}' holds {len(entries)}; allowed: "
+                           f"1 to {len(entries)}")
     return tuple(assignment_of(root, entry) for entry in entries[:count])
 
 
 def seeds_of(count: int, prompts: int) -> tuple[int, ...]:
-    """Seeds of `count` pictures that go round through the prompts: each prompt's first picture has the first seed, and so on."""
+    """Seeds of `count` pictures that cycle through the prompts: one seed per cycle."""
     return tuple(FIRST_SEED + i // prompts for i in range(count))
 
 
 def measured_levels(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int,
-                    settings: SampleSettings) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """`suites.levels`, with no more pictures than they need."""
+                    settings: SampleSettings) -> Levels:
+    """`prompt_suite.levels` with at most NOUN_PICTURES pictures."""
     return levels(backbone, tasks, encoder, settings, _seeds(tasks, min(pictures, NOUN_PICTURES)))
 
 
@@ -183,14 +217,25 @@ def _seeds(tasks: Sequence[Assignment], pictures: int) -> tuple[int, ...]:
     return seeds_of(pictures, min(len(task.prompts) for task in tasks))
 
 
-def suite(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int, settings: SampleSettings,
-          measured: Sequence[Mapping[str, float]], origin: Mapping) -> tuple[Suite, dict]:
-    """The suite of a sequence, and what the untrained base and real pictures reach. pictures: per concept and look, the paper has 1000;
-    measured: what `measured_levels` found; origin: see Suite."""
+def suite_of(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int,
+             settings: SampleSettings, measured: Levels, origin: Mapping) -> tuple[PromptSuite, dict]:
+    """The suite of a sequence, and the levels of the untrained base and of real pictures.
+
+    Args:
+        backbone: the base.
+        tasks: in learning order.
+        encoder: measures similarity.
+        pictures: per concept and evaluation; the paper has 1000.
+        settings: of the sampler.
+        measured: the result of `measured_levels`.
+        origin: see PromptSuite.
+    """
     noun, text, real = measured
     groups, pairs = groups_and_pairs(tasks)
-    group_seeds, pair_seeds = (tuple(FIRST_SEED + i for i in range(min(pictures, most))) for most in (GROUP_PICTURES, PAIR_PICTURES))
+    group_seeds, pair_seeds = (tuple(FIRST_SEED + i for i in range(min(pictures, most)))
+                               for most in (GROUP_PICTURES, PAIR_PICTURES))
     weights = sum(parameter.numel() for parameter in backbone.unet.parameters())
-    made = Suite(tuple(tasks), groups, pairs, TOGETHER, unrelated_prompts(tasks), encoder, settings, _seeds(tasks, pictures),
-                 group_seeds, pair_seeds, halfway(noun, real), weights, origin)
-    return made, untrained(noun, text, real)
+    suite = PromptSuite(tuple(tasks), groups, pairs, COMBINED, unrelated_prompts(tasks), encoder, settings,
+                        _seeds(tasks, pictures), group_seeds, pair_seeds, halfway(noun, real), weights,
+                        origin)
+    return suite, untrained(noun, text, real)

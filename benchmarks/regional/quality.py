@@ -18,7 +18,7 @@ from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.methods.base import Task, make
 from ...core.model.backbone import Backbone
 from ...core.training.loop import learn
-from ..continual import suites
+from ..continual import prompt_suite
 from ..continual.concepts import concepts
 from ..continual.embedded import SEEDS, SETTINGS, settings_of, training
 from .rivals import WAYS, Box, Wish
@@ -57,9 +57,9 @@ class Judge:
 
 def judge(backbone: Backbone) -> Judge:
     encoder, tasks = SceneEncoder(), _tasks()
-    noun, _, real = suites.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
+    noun, _, real = prompt_suite.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
     references = {task.name: encoder.features(task.references, "object") for task in tasks}
-    return Judge(encoder, references, suites.halfway(noun, real))
+    return Judge(encoder, references, prompt_suite.halfway(noun, real))
 
 
 def _tasks(photos: int = 5) -> list:

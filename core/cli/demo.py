@@ -1,4 +1,4 @@
-"""`continual-concepts demo`: two objects and a style, learned one after another by two methods, then both objects in one picture."""
+"""The demo: two methods learn two objects and a style one after another; then both objects in one picture."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ TASKS = ("rex", "mimi", "blueprint")
 METHODS = ("cidm", "finetune")
 METHOD_SETTINGS = {"lr": 2e-3, "token_lr": 2e-2}
 TRAINING = TrainingConfig(
-    steps=500, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20, min_snr_gamma=0.0, max_grad_norm=1.0
+    steps=500, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20, min_snr_gamma=0.0,
+                          max_grad_norm=1.0
 )
 SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(64, 64))
 SEEDS = tuple(range(100, 112))
 SCENE = "a photo of a dog and a cat in a meadow"
-# Each region's prompt tells the whole scene: with one creature alone in it, both regions draw theirs in the middle, a chimera.
+# Each region's prompt tells the whole scene: with one creature alone in it, both regions draw theirs in the
+# middle, a chimera.
 REGIONS = (
     Region("a photo of <rex> and a cat in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
     Region("a photo of a dog and <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
@@ -47,7 +49,7 @@ COMPOSITION_SEEDS = tuple(range(500, 508))
 
 @dataclass(frozen=True)
 class Composition:
-    """Pictures with both objects in their regions; hits: share of regions whose content is the right individual."""
+    """Pictures with both objects in their regions; hits: share of regions that show the right individual."""
 
     pictures: Tensor
     hits: float
@@ -55,7 +57,13 @@ class Composition:
 
 @dataclass(frozen=True)
 class Reference:
-    """What learning is measured against: IA of the class noun's pictures and of held-out real ones, per concept."""
+    """Levels to compare with, per concept.
+
+    Attributes:
+        noun: image alignment of pictures of the class noun.
+        real: image alignment of held-out real pictures.
+        noun_pictures: the pictures of the class noun, `[B, 3, H, W]` each.
+    """
 
     noun: list[float]
     real: list[float]
@@ -80,40 +88,58 @@ def _progress(method: str) -> Callable[[str], Callable]:
 def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: SceneEncoder) -> Reference:
     bank, noun, real, pictures = ConceptBank(backbone.layout), [], [], []
     for task in tasks:
-        images = sample(backbone, bank, [task.noun_prompts[i % len(task.noun_prompts)] for i in range(len(SEEDS))], SEEDS, SETTINGS)
-        own = encoder.features(task.references, task.kind)
-        noun.append(metrics.image_alignment(encoder.features(images, task.kind), own))
-        real.append(metrics.image_alignment(encoder.features(task.held_out, task.kind), own))
+        images = sample(backbone, bank, [task.noun_prompts[i % len(task.noun_prompts)]
+                                         for i in range(len(SEEDS))], SEEDS, SETTINGS)
+        references = encoder.features(task.references, task.kind)
+        noun.append(metrics.image_alignment(encoder.features(images, task.kind), references))
+        real.append(metrics.image_alignment(encoder.features(task.held_out, task.kind), references))
         pictures.append(images)
     return Reference(noun, real, pictures)
 
 
 def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
-    """A box alone, its border drawn out over the rest: the encoder sees one object at the size and place where it is. `[B, 3, H, W]`."""
+    """A box of `[B, 3, H, W]` in its place; its border pixels are repeated over the rest."""
     height, width = pictures.shape[-2:]
-    top, left, bottom, right = (round(f * side) for f, side in zip(box, (height, width, height, width), strict=True))
-    return F.pad(pictures[..., top:bottom, left:right], (left, width - right, top, height - bottom), mode="replicate")
+    top, left, bottom, right = (round(f * side) for f,
+                                side in zip(box, (height, width, height, width), strict=True))
+    return F.pad(pictures[..., top:bottom, left:right], (left, width - right, top, height - bottom),
+                 mode="replicate")
 
 
-def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: SceneEncoder, levels: list[float]) -> float:
-    """Share of regions in which the right individual is nearest and nearer than `levels` (per owner), by the metric encoder."""
+def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: SceneEncoder,
+                levels: list[float]) -> float:
+    """Share of regions that show the right individual, by the metric encoder.
+
+    Args:
+        pictures: `[B, 3, H, W]`.
+        regions: one per owner.
+        owners: the concepts of the regions.
+        encoder: measures similarity.
+        levels: per owner, the similarity that the region must exceed.
+    """
     hits = []
     for i, region in enumerate(regions):
         seen = encoder.features(cut_out(pictures, region.box), "object")
-        scores = torch.stack([(seen @ encoder.features(owner.references, owner.kind).T).mean(1) for owner in owners], dim=1)
+        scores = torch.stack([(seen @ encoder.features(owner.references, owner.kind).T).mean(1)
+                              for owner in owners], dim=1)
         hits.append((scores.argmax(1) == i) & (scores[:, i] > levels[i]))
     return float(torch.stack(hits).float().mean())
 
 
-def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], encoder: SceneEncoder, reference: Reference) -> Composition:
-    """Both objects in one picture by region attention. A hit also has to come closer than halfway from class noun to real pictures."""
+def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], encoder: SceneEncoder,
+            reference: Reference) -> Composition:
+    """Both objects in one picture by region attention.
+
+    A hit also has to come closer than halfway from class noun to real pictures.
+    """
     pictures = sample_regions(backbone, bank, SCENE, REGIONS, COMPOSITION_SEEDS, SETTINGS)
     levels = [(reference.noun[i] + reference.real[i]) / 2 for i in range(2)]
     return Composition(pictures, region_hits(pictures, REGIONS, tasks[:2], encoder, levels))
 
 
 def _method_report(record: Record, reference: Reference) -> dict:
-    gaps = [metrics.gap_closed(record.image_alignment[j][j], reference.noun[j], reference.real[j]) for j in range(len(reference.noun))]
+    gaps = [metrics.gap_closed(record.image_alignment[j][j], reference.noun[j], reference.real[j])
+            for j in range(len(reference.noun))]
     per_concept = record.retention
     return {
         "image_alignment": record.image_alignment,
@@ -134,7 +160,8 @@ def run(output: Path) -> dict:
     tasks = [assignment(name) for name in TASKS]
     reference = reference_levels(backbone, tasks, encoder)
     records = {
-        method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, TRAINING, encoder, SETTINGS, SEEDS, _progress(method))
+        method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, TRAINING, encoder, SETTINGS, SEEDS,
+                             _progress(method))
         for method in METHODS
     }
     bank = records["cidm"].bank
@@ -150,5 +177,6 @@ def run(output: Path) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     save_bank(bank, output / "bank.safetensors")
     draw(output / "report.png", tasks, reference, records, composition)
-    write_atomically(output / "report.json", lambda temporary: temporary.write_text(json.dumps(report, indent=1) + "\n"))
+    write_atomically(output / "report.json",
+                     lambda temporary: temporary.write_text(json.dumps(report, indent=1) + "\n"))
     return report

@@ -1,4 +1,4 @@
-"""The demo's picture: what was shown, what was learned, what is left of it at the end, for every method."""
+"""The demo's picture: photos, what every method learned from them, and what it retains at the end."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NAMES = {"cidm": "CIDM", "finetune": "Sequential finetuning"}
 
 def _strip(pictures: Tensor, columns: int) -> np.ndarray:
     """The first `columns` pictures side by side with a white gap, `[H, W, 3]` uint8, enlarged."""
-    from ..images import upscale
+    from ..images import eight_bit, upscale
 
-    images = ((upscale(pictures[:columns], 3).permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    images = eight_bit(upscale(pictures[:columns], 3)).permute(0, 2, 3, 1).numpy()
     gap = np.full((images.shape[1], 6, 3), 255, dtype=np.uint8)
     return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
 
@@ -28,7 +28,8 @@ def _show(axis, pictures: Tensor, columns: int, title: str = "") -> None:
         axis.set_title(title, fontsize=10, color=INK, loc="left", pad=5)
 
 
-def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str], retention: list[float]) -> None:
+def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str],
+            retention: list[float]) -> None:
     size = len(concepts)
     grid = np.full((size, size), np.nan)
     for i, row in enumerate(alignment):
@@ -36,8 +37,11 @@ def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str], 
     axis.imshow(grid, vmin=0, vmax=1, cmap="viridis")
     for i, row in enumerate(alignment):
         for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black", fontsize=10)
-    axis.set_xticks(range(size), [f"<{c}>\nkept {r:.2f}" for c, r in zip(concepts, retention, strict=True)], fontsize=8)
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6
+                      else "black", fontsize=10)
+    axis.set_xticks(range(size),
+                    [f"<{c}>\nretained {r:.2f}" for c, r in zip(concepts, retention, strict=True)],
+                    fontsize=8)
     axis.set_yticks(range(size), [f"after <{c}>" for c in concepts], fontsize=8)
     axis.set_title(f"{name}: image alignment", fontsize=10, color=INK)
     for side in axis.spines.values():
@@ -45,20 +49,23 @@ def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str], 
 
 
 def _row(figure, cells, j: int, task, reference, records: dict) -> None:
-    """One concept: what was shown and what came before, then every method just after learning and at the end."""
-    _show(figure.add_subplot(cells[2 * j, 0]), task.references, COLUMNS, f"<{task.name}>, shown to the model in task {j + 1}")
+    """One concept: its photos and the base before; then every method just after learning and at the end."""
+    _show(figure.add_subplot(cells[2 * j, 0]), task.references, COLUMNS,
+          f"<{task.name}>, shown to the model in task {j + 1}")
     before = f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026"
     _show(figure.add_subplot(cells[2 * j + 1, 0]), reference.noun_pictures[j], COLUMNS, before)
     for m, (method, record) in enumerate(records.items()):
         name = NAMES.get(method, method)
-        for row, i, when in ((2 * j, j, "just learned"), (2 * j + 1, len(record.samples) - 1, "after all tasks")):
+        for row, i, when in ((2 * j, j, "just learned"),
+                             (2 * j + 1, len(record.samples) - 1, "after all tasks")):
             title = f"{name}: {when}  (alignment {record.image_alignment[i][j]:.2f})"
             _show(figure.add_subplot(cells[row, 1 + m]), record.samples[i][j], COLUMNS, title)
 
 
 def _bottom(figure, cell, concepts: list[str], records: dict, composition) -> None:
-    """The composed pictures, and every method's matrix."""
-    cells = cell.subgridspec(1, 2 + len(records), width_ratios=[1.8] + [0.8] * len(records) + [0.02], wspace=0.45)
+    """The pictures with two regions, and the matrix of every method."""
+    cells = cell.subgridspec(1, 2 + len(records), width_ratios=[1.8] + [0.8] * len(records) + [0.02],
+                             wspace=0.45)
     pictures = cells[0].subgridspec(2, 1, hspace=0.12)
     title = f"<{concepts[0]}> left, <{concepts[1]}> right, one pass (regions right: {composition.hits:.0%})"
     for row in range(2):
@@ -76,8 +83,10 @@ def draw(path: Path, tasks, reference, records: dict, composition) -> None:
     figure = Figure(figsize=(19, 3.2 * len(tasks) + 6.6), facecolor="white")
     FigureCanvasAgg(figure)
     heights = [3.2 * len(tasks), 5.2]
-    outer = figure.add_gridspec(2, 1, height_ratios=heights, hspace=0.1, left=0.03, right=0.985, top=0.945, bottom=0.05)
-    figure.suptitle("Three concepts, one after another: what each method keeps", fontsize=17, color=INK, x=0.03, ha="left", y=0.985)
+    outer = figure.add_gridspec(2, 1, height_ratios=heights, hspace=0.1, left=0.03, right=0.985, top=0.945,
+                                bottom=0.05)
+    figure.suptitle("Three concepts, one after another: what each method retains", fontsize=17, color=INK,
+                    x=0.03, ha="left", y=0.985)
     cells = outer[0].subgridspec(2 * len(tasks), 1 + len(records), wspace=0.03, hspace=0.32)
     for j, task in enumerate(tasks):
         _row(figure, cells, j, task, reference, records)

@@ -1,4 +1,4 @@
-"""Who is in a picture of several concepts: against brute force, and on scores made by hand."""
+"""Which concepts are present in a picture of several: against brute force, and on scores made by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from continual_concepts.benchmarks.continual.combined import similarities, strip, together
+from continual_concepts.benchmarks.continual.combined import assign_strips, similarities, strip
 
 
 def draw(*shape, seed=0):
@@ -18,15 +18,15 @@ def draw(*shape, seed=0):
 def test_strips_tile_the_picture(width, count):
     pictures, seen = torch.arange(width).float().expand(2, 3, 4, width), []
     for i in range(count):
-        one = strip(pictures, i, count)
-        assert one.shape == pictures.shape
-        columns = one[0, 0, 0].int().tolist()
+        cut = strip(pictures, i, count)
+        assert cut.shape == pictures.shape
+        columns = cut[0, 0, 0].int().tolist()
         assert columns == sorted(columns)
         seen += sorted(set(columns))
     assert seen == list(range(width))      # every column in exactly one strip
 
 
-def test_a_strip_stays_where_it_is_and_its_borders_are_drawn_out():
+def test_a_strip_stays_in_place_and_its_border_is_repeated():
     columns = strip(torch.arange(12).float().expand(1, 3, 2, 12), 1, 3)[0, 0, 0].int().tolist()
     assert columns == [4, 4, 4, 4, 4, 5, 6, 7, 7, 7, 7, 7]
 
@@ -54,33 +54,33 @@ def test_similarities_compare_every_strip_with_every_concept():
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_the_best_assignment_is_that_of_brute_force(count):
     scores, levels = draw(20, count, count, seed=count), [0.3] * count
-    found = together(scores, levels)
+    found = assign_strips(scores, levels)
     for b, own in enumerate(scores.tolist()):
         best = max(permutations(range(count)), key=lambda way: sum(own[way[c]][c] for c in range(count)))
         for c in range(count):
             row = own[best[c]]
             assert found.alignment[b, c] == pytest.approx(row[c])
-            assert bool(found.mistaken[b, c]) == (max(row) > row[c])
+            assert bool(found.confused[b, c]) == (max(row) > row[c])
             assert bool(found.present[b, c]) == (max(row) == row[c] and row[c] > 0.3)
 
 
 def test_both_in_either_order_are_there():
-    found = together(torch.tensor([[[0.9, 0.2], [0.1, 0.8]], [[0.2, 0.8], [0.9, 0.1]]]), [0.5, 0.5])
-    assert found.present.all() and not found.mistaken.any()
+    found = assign_strips(torch.tensor([[[0.9, 0.2], [0.1, 0.8]], [[0.2, 0.8], [0.9, 0.1]]]), [0.5, 0.5])
+    assert found.present.all() and not found.confused.any()
     assert torch.allclose(found.alignment, torch.tensor([[0.9, 0.8], [0.9, 0.8]]))
 
 
-def test_one_individual_twice_is_a_mistake_of_the_other():
-    found = together(torch.tensor([[[0.9, 0.3], [0.8, 0.3]]]), [0.5, 0.2])
-    assert found.mistaken.tolist() == [[False, True]] and found.present.tolist() == [[True, False]]
+def test_one_individual_twice_confuses_the_other():
+    found = assign_strips(torch.tensor([[[0.9, 0.3], [0.8, 0.3]]]), [0.5, 0.2])
+    assert found.confused.tolist() == [[False, True]] and found.present.tolist() == [[True, False]]
 
 
-def test_below_its_level_a_concept_is_not_there_but_not_mistaken_either():
-    found = together(torch.tensor([[[0.4, 0.1], [0.1, 0.8]]]), [0.5, 0.5])
-    assert not found.mistaken.any() and found.present.tolist() == [[False, True]]
+def test_below_its_level_a_concept_is_not_there_but_not_confused_either():
+    found = assign_strips(torch.tensor([[[0.4, 0.1], [0.1, 0.8]]]), [0.5, 0.5])
+    assert not found.confused.any() and found.present.tolist() == [[False, True]]
 
 
 def test_each_concept_has_its_own_level():
     scores = torch.tensor([[[0.4, 0.1], [0.1, 0.4]]])
-    assert together(scores, [0.3, 0.5]).present.tolist() == [[True, False]]
-    assert together(scores, [0.5, 0.3]).present.tolist() == [[False, True]]
+    assert assign_strips(scores, [0.3, 0.5]).present.tolist() == [[True, False]]
+    assert assign_strips(scores, [0.5, 0.3]).present.tolist() == [[False, True]]

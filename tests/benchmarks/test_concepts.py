@@ -1,4 +1,4 @@
-"""The benchmark's sequence of tasks and its suite: what is promised of names, kinds, individuals and orders."""
+"""The benchmark's sequence of tasks and its prompt suite: names, kinds, individuals and orders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from continual_concepts.benchmarks.continual import embedded as continual
-from continual_concepts.benchmarks.continual import suites
+from continual_concepts.benchmarks.continual import prompt_suite
 from continual_concepts.benchmarks.continual.concepts import MORE, STYLE_EVERY, TEN, concepts, ordered
 from continual_concepts.core.bank.tokens import check_name
 from continual_concepts.core.demo import scenes
@@ -25,7 +25,8 @@ def test_ten_are_seven_objects_and_three_styles_as_in_the_benchmark():
     assert [c.name for c in ten] == list(TEN)
     assert [i for i, c in enumerate(ten) if c.kind == "style"] == [5, 7, 9]
     nouns = [c.class_noun for c in ten]
-    assert nouns[:5] == ["dog", "duck toy", "cat", "backpack", "teddy bear"] and nouns[6] == "dog" and nouns[8] == "cat"
+    assert nouns[:5] == ["dog", "duck toy", "cat", "backpack",
+                         "teddy bear"] and nouns[6] == "dog" and nouns[8] == "cat"
 
 
 def test_longer_sequences_begin_with_the_shorter(fifty):
@@ -44,7 +45,8 @@ def test_beyond_the_ten_every_fifth_is_a_style(fifty):
     styles = [i + 1 for i, c in enumerate(fifty) if i >= 10 and c.kind == "style"]
     assert styles == list(range(10 + STYLE_EVERY, 51, STYLE_EVERY))
     for concept in fifty:
-        assert (concept.thing is None, concept.style is None) == ((True, False) if concept.kind == "style" else (False, True))
+        assert (concept.thing is None, concept.style is None) == ((True, False) if concept.kind == "style"
+                                                                  else (False, True))
         assert concept.class_noun == (concept.thing.kind if concept.thing else "drawing")
     assert {c.class_noun for c in fifty} == {"drawing", *scenes.KINDS}
 
@@ -82,14 +84,15 @@ def test_orders_are_permutations_of_their_own():
 
 def test_groups_are_of_different_classes_and_pairs_of_one(fifty):
     things = [c for c in fifty[:10] if c.kind == "object"]
-    groups, pairs = suites.groups_and_pairs(things)
+    groups, pairs = prompt_suite.groups_and_pairs(things)
     nouns = {c.name: c.class_noun for c in things}
     assert {len(g) for g in groups} == {2, 3} and all(len({nouns[n] for n in g}) == len(g) for g in groups)
     assert set(pairs) == {("rex", "fido"), ("mimi", "luna")}
     many = [c for c in fifty if c.kind == "object"]
-    counts = [len(found) for found in suites.groups_and_pairs(many)]      # the price of a cell does not grow with it
-    assert counts == [suites.GROUPS + suites.TRIPLES, suites.PAIRS]
-    assert suites.groups_and_pairs(things[:1]) == ((), ())
+    # the cost of a run does not grow with it
+    counts = [len(found) for found in prompt_suite.groups_and_pairs(many)]
+    assert counts == [prompt_suite.GROUPS + prompt_suite.TRIPLES, prompt_suite.PAIRS]
+    assert prompt_suite.groups_and_pairs(things[:1]) == ((), ())
 
 
 def test_settings_fit_every_method():

@@ -1,4 +1,4 @@
-"""The benchmark of shared base neurons: its counting against sets, and the command end to end on few prompts."""
+"""The benchmark of shared base neurons: counting against sets, and the command on few prompts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ def test_shares_are_those_of_sets(first):
     every, half = shares_of_first(masks, first)
     for n in range(1, 6):
         assert every[n - 1] == pytest.approx(len(set.intersection(*order[:n])) / len(order[0]))
-        assert half[n - 1] == pytest.approx(sum(sum(place in one for one in order[:n]) >= n / 2 for place in order[0]) / len(order[0]))
+        assert half[n - 1] == pytest.approx(sum(sum(place in one for one in order[:n]) >= n / 2
+                                                for place in order[0]) / len(order[0]))
     assert every[0] == half[0] == 1 and every == sorted(every, reverse=True)
 
 
 def test_equal_prompts_share_all_and_strangers_nothing():
     same, strangers = torch.tensor([[True, False, True]] * 3), torch.eye(3, dtype=torch.bool)
     assert shares_of_first(same, 1) == ([1, 1, 1], [1, 1, 1])
-    assert shares_of_first(strangers, 1) == ([1, 0, 0], [1, 1, 0])      # after two prompts one vote is half of them
+    # after two prompts one vote is half of them
+    assert shares_of_first(strangers, 1) == ([1, 0, 0], [1, 1, 0])
 
 
 def test_the_command_writes_figures_and_a_picture(tmp_path, monkeypatch, capsys):
-    few = partial(neuron_sharing.neuron_sharing, prompts=("a photo of a dog", "a cat at night", "a photo of a dog"), firsts=2)
+    few = partial(neuron_sharing.neuron_sharing,
+                  prompts=("a photo of a dog", "a cat at night", "a photo of a dog"), firsts=2)
     monkeypatch.setattr(neuron_sharing, "neuron_sharing", few)
     assert main(["neurons", "--json", str(tmp_path / "n.json"), "--draws", "1"]) == 0
     assert "activation-row: " in capsys.readouterr().out
@@ -43,7 +46,8 @@ def test_the_command_writes_figures_and_a_picture(tmp_path, monkeypatch, capsys)
     names = {f"{score}-{unit}" for score in ("gradient", "activation") for unit in ("weight", "row")}
     for part in ("shares", "general"):
         assert set(found[part]) == names and all(len(v) == 3 and v[0] == 1 for v in found[part].values())
-    assert found["shares"]["activation-weight"][1] == found["shares"]["activation-weight"][2] < 1      # the third prompt is the first
+    # the third prompt is the first
+    assert found["shares"]["activation-weight"][1] == found["shares"]["activation-weight"][2] < 1
     assert found["same_prompt"]["activation-weight"] == 1 > found["same_prompt"]["gradient-weight"] > 0
     with Image.open(tmp_path / "n.png") as picture:
         assert picture.format == "PNG"

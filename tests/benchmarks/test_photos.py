@@ -1,4 +1,4 @@
-"""The benchmark on photos: what a folder of tasks becomes, what is refused of it, and the whole command on a base of random weights."""
+"""The benchmark on photos: folders of tasks, bad folders, and the whole command on random weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from PIL import Image
 from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.continual import photos
 from continual_concepts.benchmarks.continual.photos import FIRST_SEED, adjectives, read_tasks, seeds_of
-from continual_concepts.benchmarks.continual.suites import groups_and_pairs
+from continual_concepts.benchmarks.continual.prompt_suite import groups_and_pairs
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.sampling.settings import SampleSettings
 
-PROMPTS = {"test_pet.txt": ["A <TOK> in the forest", "", "A sad <TOK>"], "test_plushy.txt": ["A <TOK> on a table"],
+PROMPTS = {"test_pet.txt": ["A <TOK> in the forest", "", "A sad <TOK>"],
+           "test_plushy.txt": ["A <TOK> on a table"],
            "test_style.txt": ["A <TOK> of a house", "A <TOK> of a dog"]}
 
 
@@ -23,8 +24,10 @@ PROMPTS = {"test_pet.txt": ["A <TOK> in the forest", "", "A sad <TOK>"], "test_p
 def folder(tmp_path):
     """A dog, a duck toy, a style and a second dog, two pictures each."""
     tasks = []
-    for i, (name, noun, kind, said) in enumerate((("dog", "dog", "object", "dog"), ("duck", "duck toy", "object", "yellow duck toy"),
-                                                  ("ink", "painting", "style", "painting"), ("dog2", "dog", "object", "dog"))):
+    for i, (name, noun, kind, said) in enumerate((("dog", "dog", "object", "dog"),
+                                                  ("duck", "duck toy", "object", "yellow duck toy"),
+                                                  ("ink", "painting", "style", "painting"),
+                                                  ("dog2", "dog", "object", "dog"))):
         images, captions = tmp_path / "images" / name, tmp_path / "caption" / name
         images.mkdir(parents=True)
         captions.mkdir(parents=True)
@@ -32,8 +35,10 @@ def folder(tmp_path):
             pixels = np.random.default_rng(10 * i + j).integers(0, 256, (40, 48, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(images / f"{j}.png")
             (captions / f"{j}.txt").write_text(f"{'a ' * j}{said} on a sofa {j}\n")
-        tasks.append({"images": f"images/{name}", "captions": f"caption/{name}", "class_noun": noun, "kind": kind,
-                      "tokens": [f"<dog{2 * (i > 2) + j + 1}>" if noun == "dog" else f"<{name}{j + 1}>" for j in range(2)]})
+        tasks.append({"images": f"images/{name}", "captions": f"caption/{name}", "class_noun": noun,
+                      "kind": kind,
+                      "tokens": [f"<dog{2 * (i > 2) + j + 1}>" if noun == "dog" else f"<{name}{j + 1}>"
+                                 for j in range(2)]})
     (tmp_path / "tasks.json").write_text(json.dumps({"source": "somebody", "tasks": tasks}))
     (tmp_path / "evaluation_prompts").mkdir()
     for name, lines in PROMPTS.items():
@@ -50,15 +55,20 @@ def change(folder, task=0, **other):
 
 def test_a_folder_becomes_tasks(folder):
     dog, duck, ink, other = read_tasks(folder)
-    assert [t.name for t in (dog, duck, ink, other)] == ["dog", "duck", "ink", "dog_2"]      # <dog2> is a word of <dog>
+    # <dog2> is a word of <dog>
+    assert [t.name for t in (dog, duck, ink, other)] == ["dog", "duck", "ink", "dog_2"]
     assert dog.words == ("dog1", "dog2") and other.words == ("dog3", "dog4") and ink.kind == "style"
-    assert dog.prompts == ("A <dog> in the forest", "A sad <dog>") and dog.noun_prompts == ("A dog in the forest", "A sad dog")
-    assert duck.prompts == ("A yellow <duck> on a table",) and duck.noun_prompts == ("A yellow duck toy on a table",)
+    assert dog.prompts == ("A <dog> in the forest",
+                           "A sad <dog>") and dog.noun_prompts == ("A dog in the forest", "A sad dog")
+    assert duck.prompts == ("A yellow <duck> on a table",) and duck.noun_prompts == ("A yellow duck toy on "
+                                                                                     "a table",)
     assert ink.prompts == ("A <ink> of a house", "A <ink> of a dog")
-    assert [p.caption for p in duck.pictures] == ["yellow duck toy on a sofa 0", "a yellow duck toy on a sofa 1"]
+    assert [p.caption for p in duck.pictures] == ["yellow duck toy on a sofa 0",
+                                                  "a yellow duck toy on a sofa 1"]
     assert dog.references.shape == (2, 3, 512, 512) and len(dog.held_out) == 0 and dog.pictures[0].digest
     assert [t.name for t in read_tasks(folder, 2)] == ["dog", "duck"]
-    assert groups_and_pairs((dog, duck, ink, other)) == ((("dog", "duck"), ("duck", "dog_2")), (("dog", "dog_2"),))
+    assert groups_and_pairs((dog, duck, ink, other)) == ((("dog", "duck"), ("duck", "dog_2")),
+                                                         (("dog", "dog_2"),))
 
 
 def test_names_and_prompts_of_the_tasks_own(folder):
@@ -70,8 +80,10 @@ def test_names_and_prompts_of_the_tasks_own(folder):
 
 @pytest.mark.parametrize("captions, noun, expected", [
     (["yellow rubber duck toy here", "a yellow rubber duck toy"], "duck toy", "yellow rubber"),
-    (["woman with a red backpack", "red backpack"], "backpack", "red"), (["a dog", "the dog"], "dog", ""), (["a dog", "a dog"], "dog", ""),
-    (["red cat", "cat"], "cat", ""), (["red cat", "a bird"], "cat", ""), ([], "cat", ""), (["Red Cat", "the red cat"], "cat", "red"),
+    (["woman with a red backpack", "red backpack"], "backpack", "red"), (["a dog", "the dog"], "dog", ""),
+                                                      (["a dog", "a dog"], "dog", ""),
+    (["red cat", "cat"], "cat", ""), (["red cat", "a bird"], "cat", ""), ([], "cat", ""),
+                                                      (["Red Cat", "the red cat"], "cat", "red"),
 ])
 def test_adjectives_are_what_all_captions_say(captions, noun, expected):
     assert adjectives(captions, noun) == expected
@@ -84,12 +96,18 @@ def test_every_prompt_has_its_own_seeds():
 
 
 @pytest.mark.parametrize("other, sentence", [
-    ({"images": "../outside"}, "leads out of"), ({"images": "/"}, "leads out of"), ({"images": None}, "images of task 1 is None"),
-    ({"images": "images/none"}, "does not exist"), ({"captions": "../../x"}, "leads out of"), ({"captions": 3}, "captions of 'dog' is 3"),
-    ({"prompts": "../x"}, "leads out of"), ({"prompts": "none.txt"}, "no text file"), ({"class_noun": ""}, "class_noun of task 1"),
-    ({"class_noun": "<duck>"}, "class_noun of task 1"), ({"class_noun": 5}, "class_noun of task 1"), ({"kind": "face"}, "kind of task 1"),
-    ({"kind": ["object"]}, "kind of task 1"), ({"tokens": ["<a b>"]}, "token of task 1"), ({"tokens": ["<a>", "<a>"]}, "tokens of task 1"),
-    ({"tokens": "dog"}, "tokens of task 1"), ({"name": "a/b"}, "name of task 1"), ({"name": 4}, "name of task 1"),
+    ({"images": "../outside"}, "leads out of"), ({"images": "/"}, "leads out of"),
+                                             ({"images": None}, "images of task 1 is None"),
+    ({"images": "images/none"}, "does not exist"), ({"captions": "../../x"}, "leads out of"),
+                                             ({"captions": 3}, "captions of 'dog' is 3"),
+    ({"prompts": "../x"}, "leads out of"), ({"prompts": "none.txt"}, "no text file"),
+                                             ({"class_noun": ""}, "class_noun of task 1"),
+    ({"class_noun": "<duck>"}, "class_noun of task 1"), ({"class_noun": 5}, "class_noun of task 1"),
+                                             ({"kind": "face"}, "kind of task 1"),
+    ({"kind": ["object"]}, "kind of task 1"), ({"tokens": ["<a b>"]}, "token of task 1"),
+                                             ({"tokens": ["<a>", "<a>"]}, "tokens of task 1"),
+    ({"tokens": "dog"}, "tokens of task 1"), ({"name": "a/b"}, "name of task 1"),
+                                             ({"name": 4}, "name of task 1"),
     ({"name": "duck"}, "name of task 2"), ({"images": "a\0b"}, "images of task 1"),
     ({"tokens": ["<duck1>"]}, "two tasks have the token"),
 ])
@@ -100,7 +118,8 @@ def test_what_a_folder_says_is_checked(folder, other, sentence):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"tasks": []}', '{"tasks": [1]}', '{"tasks": {"a": 1}}', "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"tasks": []}', '{"tasks": [1]}',
+                                     '{"tasks": {"a": 1}}', "[" * 100_000])
 def test_files_that_are_no_lists_of_tasks(folder, content):
     (folder / "tasks.json").write_text(content)
     with pytest.raises(ConceptError, match="tasks.json"):
@@ -127,7 +146,9 @@ def test_the_benchmarks_photos(benchmark_photos):
     assert [len(t.pictures) for t in tasks] == [5, 4, 5, 6, 7, 7, 5, 6, 5, 5]
     assert [t.name for t in tasks][::3] == ["dog", "backpack", "dog_2", "ink_painting"]
     assert all(len(t.prompts) == 20 and f"<{t.name}>" in t.prompts[0] for t in tasks)
-    assert tasks[1].prompts[0] == "A yellow rubber <duck_toy>, in the ocean" and tasks[1].words == ("duck1", "duck2", "duck3")
+    assert tasks[1].prompts[0] == "A yellow rubber <duck_toy>, in the ocean" and tasks[1].words == ("duck1",
+                                                                                                    "duck2",
+                                                                                                    "duck3")
     assert tasks[3].noun_prompts[0] == "A red backpack, in the ocean"
     groups, pairs = groups_and_pairs(tasks)
     assert set(pairs) == {("dog", "dog_2"), ("cat", "cat_2")} and groups
@@ -135,12 +156,17 @@ def test_the_benchmarks_photos(benchmark_photos):
 
 @pytest.fixture
 def command(folder, tmp_path, tiny_base, tiny_clip, tiny_dino, monkeypatch):
-    """Runs the benchmark on random weights, two tasks of a step; returns its exit code and its result's file."""
-    base, clip, dino = (make(tmp_path / name) for make, name in ((tiny_base, "base"), (tiny_clip, "clip"), (tiny_dino, "dino")))
-    monkeypatch.setattr(photos, "sampling", lambda resolution: SampleSettings(2, 7.5, (resolution,) * 2, photos.NEGATIVE))
+    """Runs the benchmark on random weights, two tasks of a step.
+
+    Returns its exit code and its result's file.
+    """
+    base, clip, dino = (make(tmp_path / name) for make,
+                        name in ((tiny_base, "base"), (tiny_clip, "clip"), (tiny_dino, "dino")))
+    monkeypatch.setattr(photos, "sampling",
+                        lambda resolution: SampleSettings(2, 7.5, (resolution,) * 2, photos.NEGATIVE))
     file = tmp_path / "result" / "photos.json"
-    usual = {"base": base, "data": folder, "clip": clip, "dino": dino, "json": file, "resolution": 32, "pictures": 3, "tasks": 2,
-             "steps": 1, "seeds": 1, "methods": "bound,clora"}
+    usual = {"base": base, "data": folder, "clip": clip, "dino": dino, "json": file, "resolution": 32,
+             "pictures": 3, "tasks": 2, "steps": 1, "seeds": 1, "methods": "bound,clora"}
 
     def run(**other):
         flags = [f"--{key}={value}" for key, value in (usual | other).items() if value is not None]
@@ -154,11 +180,14 @@ def test_the_command_on_photos(command, capsys, monkeypatch):
     assert code == 0, capsys.readouterr().err
     result = json.loads(file.read_text())
     assert set(result["methods"]) == {"bound", "clora"} and result["tasks"] == 2 and result["steps"] == 1
-    assert all(-1 <= result["untrained"][name] <= 2.5 for name in ("image_alignment", "text_alignment", "real_pictures"))
+    assert all(-1 <= result["untrained"][name] <= 2.5
+               for name in ("image_alignment", "text_alignment", "real_pictures"))
     assert file.with_suffix(".png").exists() and "| **bound** |" in capsys.readouterr().out
-    cell = json.loads((file.parent / "photos.cells" / "bound-n2-o0-s0.json").read_text())
-    assert cell["concepts"] == ["dog", "duck"] and cell["settings"] == {} and cell["base_drift"] == 0 and cell["pictures"] == 3
-    assert cell["encoder"] == "CLIP and DINO" and len(cell["base"]) == 16 and cell["multi_alignment"] == pytest.approx(0, abs=1)
+    run = json.loads((file.parent / "photos.cells" / "bound-n2-o0-s0.json").read_text())
+    assert run["concepts"] == ["dog", "duck"] and run["settings"] == {} and run["base_drift"] == 0
+    assert run["pictures"] == 3
+    assert run["encoder"] == "CLIP and DINO" and len(run["base"]) == 16
+    assert run["multi_alignment"] == pytest.approx(0, abs=1)
     monkeypatch.setattr(photos, "levels", None)      # known from the first run
     assert command()[0] == 0
     assert json.loads(file.read_text()) == result
@@ -167,13 +196,16 @@ def test_the_command_on_photos(command, capsys, monkeypatch):
 def test_other_pictures_are_not_mixed_in(command, capsys):
     assert command(methods="bound", tasks=1)[0] == 0
     assert command(methods="bound", tasks=1, pictures=4)[0] == 1
-    assert "pictures 3, asked for are 4" in capsys.readouterr().err
+    assert "pictures 3, but 4 was requested" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other, sentence", [
-    ({"clip": None}, "--clip is missing"), ({"data": None}, "--clip is for photos"), ({"pictures": 1}, "pictures is 1"),
-    ({"data": None, "clip": None, "dino": None, "resolution": None, "pictures": None}, "--base is"), ({"tasks": 9}, "tasks is 9"),
-    ({"clip": "nowhere"}, "does not exist"), ({"data": "nowhere"}, "does not exist"), ({"resolution": 33}, "multiples of 4"),
+    ({"clip": None}, "--clip is missing"), ({"data": None}, "--clip is for photos"),
+                                             ({"pictures": 1}, "pictures is 1"),
+    ({"data": None, "clip": None, "dino": None, "resolution": None, "pictures": None}, "--base is"),
+                                             ({"tasks": 9}, "tasks is 9"),
+    ({"clip": "nowhere"}, "does not exist"), ({"data": "nowhere"}, "does not exist"),
+                                             ({"resolution": 33}, "multiples of 4"),
 ])
 def test_flags_that_do_not_fit(command, capsys, other, sentence):
     assert command(**other)[0] == 1

@@ -1,4 +1,4 @@
-"""The command line as a person uses it, on the embedded base: success, and one clear sentence for every kind of bad input."""
+"""The command line on the embedded base: success, and one clear sentence for every kind of bad input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
-from continual_concepts.core.cli import commands
+from continual_concepts.core.cli import backbones, learning
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
 
@@ -52,14 +52,16 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_learn_list_sample_rename_remove(bank_file, photos, tmp_path, capsys):
     rename_in_captions(photos, "mimi")
-    assert main(["learn", str(photos), "--bank", str(bank_file), "--name", "mimi", "--noun", "cat", *QUICK]) == 0
+    assert main(["learn", str(photos), "--bank", str(bank_file), "--name", "mimi", "--noun", "cat",
+                 *QUICK]) == 0
     assert open_bank(bank_file).names == ["rex", "mimi"]
     assert open_bank(bank_file)["rex"].thumbnail[:2] == b"\xff\xd8"
     capsys.readouterr()
     assert main(["--json", "bank", "list", str(bank_file)]) == 0
     assert [c["name"] for c in json.loads(capsys.readouterr().out)["concepts"]] == ["rex", "mimi"]
     out = tmp_path / "out"
-    assert main(["sample", "a photo of <rex>", "--bank", str(bank_file), "--output", str(out), "--count", "2", "--steps", "2"]) == 0
+    assert main(["sample", "a photo of <rex>", "--bank", str(bank_file), "--output", str(out), "--count", "2",
+                 "--steps", "2"]) == 0
     assert len(list(out.glob("*.png"))) == 2
     assert main(["bank", "rename", str(bank_file), "mimi", "tom"]) == 0
     assert main(["bank", "remove", str(bank_file), "rex"]) == 0
@@ -71,9 +73,11 @@ def test_words_of_several_parts_are_placeholders_of_their_own(tmp_path, photos):
     file = tmp_path / "bank.safetensors"
     for caption in photos.glob("*.txt"):
         caption.unlink()
-    assert main(["learn", str(photos), "--bank", str(file), "--name", "dog", "--noun", "dog", "--words", "dog1,dog2", *QUICK]) == 0
+    assert main(["learn", str(photos), "--bank", str(file), "--name", "dog", "--noun", "dog", "--words",
+                 "dog1,dog2", *QUICK]) == 0
     vocabulary = open_bank(file).vocabulary
-    assert vocabulary.parse("<dog>").pieces == tuple(p for p in vocabulary.parse("<dog1> <dog2>").pieces if p != " ")
+    assert vocabulary.parse("<dog>").pieces == tuple(p for p in vocabulary.parse("<dog1> <dog2>").pieces
+                                                     if p != " ")
 
 
 def test_merge_writes_both(bank_file, photos, tmp_path):
@@ -94,8 +98,10 @@ def test_bad_pictures_and_banks_are_named_and_the_bank_is_untouched(bank_file, p
     (photos / "broken.png").write_bytes(b"not a picture")
     assert "broken.png" in refused(capsys, "learn", str(photos), *learn)
     (photos / "broken.png").unlink()
-    assert "already holds" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "rex", "--noun", "dog", *QUICK)
-    assert "'bad name'" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "bad name", "--noun", "dog", *QUICK)
+    assert "already holds" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "rex",
+                                      "--noun", "dog", *QUICK)
+    assert "'bad name'" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name",
+                                   "bad name", "--noun", "dog", *QUICK)
     assert "'rnk'" in refused(capsys, "learn", str(photos), *learn, "--set", "rnk=4")
     assert bank_file.read_bytes() == before
 
@@ -104,7 +110,8 @@ def test_bad_pictures_and_banks_are_named_and_the_bank_is_untouched(bank_file, p
 def test_foreign_files_are_no_banks(tmp_path, photos, capsys, content):
     file = tmp_path / "foreign.safetensors"
     file.write_bytes(content)
-    for command in (["bank", "list", str(file)], ["learn", str(photos), "--bank", str(file), "--name", "rex", "--noun", "dog", *QUICK]):
+    for command in (["bank", "list", str(file)],
+                    ["learn", str(photos), "--bank", str(file), "--name", "rex", "--noun", "dog", *QUICK]):
         assert "foreign.safetensors" in refused(capsys, *command)
     assert file.read_bytes() == content
 
@@ -117,21 +124,26 @@ def test_a_damaged_concept_is_named(bank_file, capsys):
 
 
 def test_unknown_placeholders_get_a_hint(bank_file, capsys):
-    assert "did you mean <rex>" in refused(capsys, "sample", "a photo of <rexx>", "--bank", str(bank_file), "--steps", "1")
+    assert "did you mean <rex>" in refused(capsys, "sample", "a photo of <rexx>", "--bank", str(bank_file),
+                                           "--steps", "1")
 
 
 def test_numbers_that_explode_end_the_run(bank_file, photos, capsys):
     before = bank_file.read_bytes()
-    sentence = refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "tom", "--noun", "cat", "--steps", "40",
-                       "--batch-size", "1", "--max-grad-norm", "0", "--set", "lr=1e30", "--set", "token_lr=1e30")
+    sentence = refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "tom", "--noun",
+                       "cat", "--steps", "40",
+                       "--batch-size", "1", "--max-grad-norm", "0", "--set", "lr=1e30", "--set",
+                       "token_lr=1e30")
     assert "became" in sentence and "at step" in sentence and bank_file.read_bytes() == before
 
 
 def test_a_bank_of_another_base_is_refused(bank_file, photos, capsys, tiny_backbone, monkeypatch):
     before = bank_file.read_bytes()
-    monkeypatch.setattr(commands, "load_backbone", lambda options: tiny_backbone)
-    assert "another base" in refused(capsys, "sample", "a photo of <rex>", "--bank", str(bank_file), "--steps", "1")
-    assert "another base" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "tom", "--noun", "cat", *QUICK)
+    monkeypatch.setattr(backbones, "load_backbone", lambda options: tiny_backbone)
+    assert "another base" in refused(capsys, "sample", "a photo of <rex>", "--bank", str(bank_file),
+                                     "--steps", "1")
+    assert "another base" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "tom",
+                                     "--noun", "cat", *QUICK)
     assert bank_file.read_bytes() == before
 
 
@@ -139,7 +151,7 @@ def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, m
     whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
     arguments = ["--name", "rex", "--noun", "dog", "--steps", "4", "--batch-size", "2"]
     assert main(["learn", str(photos), "--bank", str(whole), *arguments]) == 0
-    original, count = commands.learn_concept, {"steps": 0}
+    original, count = learning.learn_concept, {"steps": 0}
 
     def interrupted(task, method, data, training, callback, checkpoint, group):
         def stop(info):
@@ -147,9 +159,10 @@ def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, m
             if info.step == 2:
                 raise KeyboardInterrupt
 
-        return original(task, method, data, training, stop if not count["steps"] else callback, checkpoint, group=group)
+        return original(task, method, data, training, stop if not count["steps"] else callback, checkpoint,
+                        group=group)
 
-    monkeypatch.setattr(commands, "learn_concept", interrupted)
+    monkeypatch.setattr(learning, "learn_concept", interrupted)
     assert main(["learn", str(photos), "--bank", str(stopped), *arguments]) == 130
     assert not stopped.exists()
     count["steps"] = 1
@@ -166,14 +179,16 @@ def test_devices_that_are_not_there(bank_file, capsys):
 
 
 def test_photos_of_any_shape_with_captions_elsewhere(tmp_path, draw_photos):
-    """The layout of the CIFC benchmark: photos in one folder, captions in another, several words per concept."""
+    """As in the CIFC benchmark: photos in one folder, captions in another, several words per concept."""
     file = tmp_path / "bank.safetensors"
     for name, noun, words in (("dog", "dog", "dog1,dog2"), ("duck", "duck toy", "duck1,duck2,duck3")):
         photos, captions = draw_photos(tmp_path / name, noun, 5, 160), tmp_path / f"{name} captions"
         captions.mkdir()
         for text in photos.glob("*.txt"):
             text.rename(captions / text.name)
-        arguments = [str(photos), "--captions", str(captions), "--bank", str(file), "--name", name, "--noun", noun, "--words", words]
+        arguments = [str(photos), "--captions", str(captions), "--bank", str(file), "--name", name, "--noun",
+                     noun, "--words", words]
         assert main(["learn", *arguments, *QUICK]) == 0
     infos = open_bank(file).infos
-    assert infos["duck"].words == ("duck1", "duck2", "duck3") and len(set(infos["dog"].provenance.images)) == 5
+    assert infos["duck"].words == ("duck1", "duck2",
+                                   "duck3") and len(set(infos["dog"].provenance.images)) == 5

@@ -1,4 +1,7 @@
-"""The demo end to end at two steps per task: the report has what it promises. Its quality is the full command's business."""
+"""The demo end to end at two steps per task: the report has what it promises.
+
+Its quality is the full command's business.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def test_the_report_holds_both_methods_and_the_composition(tmp_path, monkeypatch
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["methods"]) == {"cidm", "finetune"}
     for result in report["methods"].values():
-        assert [len(row) for row in result["image_alignment"]] == [1, 2, 3] and len(result["text_alignment"]) == 3
+        assert [len(row) for row in result["image_alignment"]] == [1, 2,
+                                                                   3] and len(result["text_alignment"]) == 3
         assert result["retention"] > 0 and len(result["gap_closed"]) == 3
     assert 0 <= report["composition"]["region_hits"] <= 1 and report["seconds"] > 0
     assert report["methods"]["cidm"]["retention_per_concept"] == pytest.approx([1, 1, 1])
@@ -38,7 +42,8 @@ def test_region_hits_tell_right_from_wrong_places():
     """Real pictures of the two individuals side by side: both regions hit; swapped: none does."""
     tasks, encoder, rng = [assignment("rex"), assignment("mimi")], SceneEncoder(), random.Random(6)
     things = [CONCEPTS[name].thing for name in ("rex", "mimi")]
-    drawn = [[random_scene(rng, tuple(order), "photo") for _ in range(12)] for order in (things, things[::-1])]
+    drawn = [[random_scene(rng, tuple(order), "photo") for _ in range(12)]
+             for order in (things, things[::-1])]
     right_way, wrong_way = (to_tensor([render(scene) for scene in row]) for row in drawn)
     regions = (Region("<rex>", box=(0.0, 0.0, 1.0, 0.5)), Region("<mimi>", box=(0.0, 0.5, 1.0, 1.0)))
     levels = [0.4, 0.4]

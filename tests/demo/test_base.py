@@ -52,7 +52,8 @@ def test_held_out_combinations_never_appear_in_pretraining():
     rng = random.Random(4)
     for _ in range(2000):
         thing = scenes.random_thing(rng)
-        assert "body" not in thing.names or not scenes.held_out(thing.kind, thing.names["body"], thing.pattern)
+        assert "body" not in thing.names or not scenes.held_out(thing.kind, thing.names["body"],
+                                                                thing.pattern)
 
 
 def test_a_scene_is_a_function_of_its_seed():
@@ -63,7 +64,8 @@ def test_captions_are_followed(base):
     """A quick look, below what `bench base` reports, so that a broken file cannot pass."""
     wishes = held_out_prompts(24, seed=5)
     settings = SampleSettings(10, 4.0, (64, 64), batch=24)
-    images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(24)), settings)
+    images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(24)),
+                    settings)
     with torch.no_grad():
         named = load_classifier().name(images)
     assert sum(named[i] == wishes[i][1:] for i in range(24)) >= 19

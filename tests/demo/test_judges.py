@@ -27,7 +27,8 @@ def stacked(pictures) -> torch.Tensor:
 def ranking_accuracy(positives: torch.Tensor, negatives: torch.Tensor) -> float:
     """Area under the ROC curve: how often a positive exceeds a negative, ties counted half."""
     ordered = negatives.flatten().sort().values
-    below, upto = (torch.searchsorted(ordered, positives.flatten(), right=right).double() for right in (False, True))
+    below, upto = (torch.searchsorted(ordered, positives.flatten(), right=right).double()
+                   for right in (False, True))
     return float((below + upto).mean() / 2 / len(ordered))
 
 
@@ -56,7 +57,8 @@ def test_classifier_names_kind_and_colour(classifier, unseen):
     images = stacked(scenes.render(scenes.random_scene(rng, (thing,), "photo")) for thing in things)
     named = classifier.name(images)
     assert np.mean([kind == thing.kind for (kind, _), thing in zip(named, things, strict=True)]) >= 0.98
-    assert np.mean([colour == thing.names["body"] for (_, colour), thing in zip(named, things, strict=True)]) >= 0.98
+    assert np.mean([colour == thing.names["body"] for (_, colour),
+                    thing in zip(named, things, strict=True)]) >= 0.98
 
 
 def concept_ranking(features, concept: scenes.SceneConcept) -> float:
@@ -85,7 +87,8 @@ def test_a_picture_prefers_its_own_caption(encoder):
     tokenizer = vocabulary.load(ASSETS / "tokenizer")
     ids = torch.tensor(tokenizer(captions, padding="max_length", truncation=True, max_length=77).input_ids)
     cosines = encoder.image_text_features(stacked(map(scenes.render, drawn))) @ encoder.text_features(ids).T
-    own, other = cosines.diagonal(), cosines[torch.arange(200), (torch.arange(200) + rng.randrange(1, 200)) % 200]
+    own, other = cosines.diagonal(), cosines[torch.arange(200),
+                                             (torch.arange(200) + rng.randrange(1, 200)) % 200]
     assert (own > other).float().mean() >= 0.95
 
 

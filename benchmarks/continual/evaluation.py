@@ -1,0 +1,121 @@
+"""The figures of a run: single concepts, several concepts in one prompt, the base's change, and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+import torch
+from torch import Tensor
+
+from ...core.bank.bank import ConceptBank
+from ...core.data.assignment import Assignment
+from ...core.evaluation import metrics
+from ...core.evaluation.protocol import measure
+from ...core.model.backbone import Backbone
+from ...core.model.deltas import Delta, SparseDelta
+from ...core.sampling.sampling import sample
+from .combined import Combined, assign_strips, similarities
+from .prompt_suite import PromptSuite
+from .runs import Progress
+
+FIRST_UNRELATED_SEED = 7000
+# features of a concept's pictures [B, D], their image and text alignment
+Evaluation = tuple[Tensor, float, float]
+
+
+def evaluate_concept(backbone: Backbone, bank: ConceptBank, suite: PromptSuite,
+                     task: Assignment) -> Evaluation:
+    """Samples a concept and measures it. The pictures are dropped: a thousand of 512 pixels take 3 GB."""
+    pictures, image, text = measure(backbone, bank, task, task.prompts, suite.encoder, suite.settings,
+                                    suite.seeds)
+    return suite.encoder.features(pictures, task.kind), image, text
+
+
+def concept_figures(suite: PromptSuite, progress: Progress, tasks: Sequence[Assignment],
+                    final: Sequence[Evaluation]) -> dict:
+    """Figures of single concepts, in learning order; final: the evaluations at the end of the sequence."""
+    just, last = [image for image, _ in progress.just], [image for _, image, _ in final]
+    features = [seen for seen, _, _ in final]
+    real = [suite.encoder.features(task.references, task.kind) for task in tasks]
+    first = [torch.tensor(rows) for rows in progress.features]
+    objects = [i for i, task in enumerate(tasks) if task.kind == "object"]
+    return {
+        "just_learned": just,
+        "image_alignment": last,
+        "text_alignment": [text for _, _, text in final],
+        "retention": [b / a for a, b in zip(just, last, strict=True)],
+        "forgetting": [a - b for a, b in zip(just, last, strict=True)],
+        "a_mmd": metrics.a_mmd(real, features),
+        "f_mmd": metrics.f_mmd(first, features),
+        "bleed": metrics.bleed([features[i] for i in objects], [real[i] for i in objects]).tolist(),
+    }
+
+
+def _combined(backbone: Backbone, bank: ConceptBank, suite: PromptSuite, group: Sequence[str],
+              seeds: Sequence[int]) -> Combined:
+    listed = ", ".join(f"<{name}>" for name in group[:-1]) + f" and <{group[-1]}>"
+    prompts = [suite.combined[i % len(suite.combined)].format(listed) for i in range(len(seeds))]
+    pictures = sample(backbone, bank, prompts, seeds, suite.settings)
+    references = [suite.encoder.features(suite.named(name).references, "object") for name in group]
+    scores = similarities(pictures, references, lambda images: suite.encoder.features(images, "object"))
+    return assign_strips(scores, [suite.levels[name] for name in group])
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def group_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> dict:
+    """Two and three concepts of different classes in one prompt.
+
+    Empty where the bank holds no whole group.
+    """
+    groups = [group for group in suite.groups if all(name in bank for name in group)]
+    results = [_combined(backbone, bank, suite, group, suite.group_seeds) for group in groups]
+    if not results:
+        return {}
+    return {"multi_alignment": mean([float(result.alignment.mean()) for result in results]),
+            "multi_present": mean([float(result.present.float().mean()) for result in results])}
+
+
+def pairs_of(suite: PromptSuite, names: Container[str]) -> list[tuple[str, ...]]:
+    """The suite's pairs of one class, both of which are among the names."""
+    return [pair for pair in suite.pairs if all(name in names for name in pair)]
+
+
+def pair_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> dict:
+    """Two concepts of one class in one prompt.
+
+    Whether they are confused is a yes or no per picture, so telling methods apart takes many pictures. Their
+    number is therefore one of the figures.
+    """
+    results = [_combined(backbone, bank, suite, pair, suite.pair_seeds) for pair in pairs_of(suite, bank)]
+    if not results:
+        return {}
+    return {"pair_alignment": mean([float(result.alignment.mean()) for result in results]),
+            "confusion": mean([float(result.confused.float().mean()) for result in results]),
+            "pair_pictures": len(results) * len(suite.pair_seeds)}
+
+
+def base_change(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> float:
+    """How much pictures change whose prompts name no concept."""
+    seeds = list(range(FIRST_UNRELATED_SEED, FIRST_UNRELATED_SEED + len(suite.unrelated)))
+    empty = ConceptBank(backbone.layout)
+    before, after = (sample(backbone, b, suite.unrelated, seeds, suite.settings) for b in (empty, bank))
+    return metrics.drift(before, after)
+
+
+def _weight_count(delta: Delta) -> int:
+    """Numbers that a delta stores; the places of sparse ones are not counted."""
+    return delta.values.numel() if isinstance(delta, SparseDelta) else delta.up.numel() + delta.down.numel()
+
+
+def cost_figures(suite: PromptSuite, progress: Progress, bank: ConceptBank) -> dict:
+    shared = sum(tensor.numel() * tensor.element_size() for state in bank.shared.values()
+                 for tensor in state.values())
+    stored = sum(_weight_count(delta) for concept in bank for delta in concept.deltas.values())
+    return {
+        "seconds_per_concept": mean(progress.seconds),
+        "bytes_per_concept": (sum(progress.bytes) + shared) / len(bank),
+        "trained_share": stored / len(bank) / suite.unet_weights,
+    }

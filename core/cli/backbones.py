@@ -1,0 +1,47 @@
+"""The base that a command works on, and the settings that fit the embedded one."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from ..errors import ConceptError
+from ..model.backbone import Backbone
+from ..training.process_group import own_device
+
+EMBEDDED = {"size": 64, "cfg": 3.0, "steps": 500, "batch_size": 4, "schedule": "cosine", "warmup": 20}
+EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # a base 200 times smaller than SD1.5 learns at higher rates
+OTHER_SIZE, OTHER_CFG = 512, 7.5
+
+
+def is_embedded(options: Namespace) -> bool:
+    return options.base == "embedded"
+
+
+def guidance_of(options: Namespace) -> float:
+    """The usual guidance scale of the base."""
+    return EMBEDDED["cfg"] if is_embedded(options) else OTHER_CFG
+
+
+def size_of(options: Namespace) -> int:
+    """The usual side of the base's pictures in pixels."""
+    return EMBEDDED["size"] if is_embedded(options) else OTHER_SIZE
+
+
+def load_backbone(options: Namespace) -> Backbone:
+    """Loads `--base` onto `--device`; ConceptError for a device that this machine lacks."""
+    try:
+        device = torch.device(own_device(options.device))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConceptError(f"device '{options.device}' cannot be used here ({reason})") from error
+    if is_embedded(options):
+        from ..demo.base import load_base
+
+        return load_base(device=device)
+    from ..hosts.pretrained import load_pretrained
+
+    return load_pretrained(Path(options.base), device)

@@ -1,0 +1,141 @@
+"""The command `bank`: list, show, remove, rename, merge, verify, export, import, restore."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+from ..bank.bank import ConceptBank
+from ..bank.concepts import Concept, ConceptInfo
+from ..bank.format import open_bank, verify_bank
+from ..bank.store import add_concept, change_bank, restore, versions
+from ..errors import ConceptError
+from ..evaluation.collisions import collisions_of, composition_of, header_warnings
+from ..evaluation.inspection import inspect
+from ..interop.importing import import_concept
+from . import backbones
+from .export import export
+from .result import Result
+
+
+def _line(info: ConceptInfo) -> str:
+    origin = info.provenance
+    kind = f"{info.class_noun:<16} {info.kind:<7} {info.method:<10}"
+    return f"{info.placeholder:<20} {kind} {len(origin.images)} pictures  {origin.date}"
+
+
+def _list(options: Namespace) -> Result:
+    """One line per concept, from the header alone; tensors are not read."""
+    bank = open_bank(options.bank)
+    infos = list(bank.infos.values())
+    collisions = collisions_of(infos)
+    warnings = [*(collision.sentence for collision in collisions), *header_warnings(bank)]
+    facts = {"concepts": [info.to_json() for info in infos],
+             "collisions": [asdict(collision) for collision in collisions], "warnings": warnings}
+    lines = [*map(_line, infos), *(f"warning: {warning}" for warning in warnings)]
+    return facts, lines or ["the bank is empty"]
+
+
+def _show(options: Namespace) -> Result:
+    """All facts of one concept, and which others it resembles or collides with."""
+    bank = open_bank(options.bank)
+    concept: Concept = bank[options.name]
+    info, inspection = concept.info, inspect(bank, only=concept.name)
+    nearest = [inspection.nearest(info.name, measure) for measure in inspection.likeness]
+    collisions = [collision for collision in inspection.collisions
+                  if info.name in (collision.one, collision.other)]
+    facts = {
+        **info.to_json(),
+        "placeholder": info.placeholder,
+        "bytes": concept.nbytes(),
+        "deltas": len(concept.deltas),
+        "layer_copies": concept.tokens.copies,
+        "cover_bytes": len(concept.thumbnail),
+        "composes": composition_of(info),
+        "most_like": {near.measure: {"name": near.name, "cosine": round(near.cosine, 4)}
+                      for near in nearest if near is not None},
+        "collides_with": inspection.partners(info.name),
+        "warnings": [collision.sentence for collision in collisions],
+    }
+    facts = json.loads(json.dumps(facts))
+    return facts, [f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}"
+                   for key, value in facts.items()]
+
+
+def _verify(options: Namespace) -> Result:
+    """Reads every concept and checks it."""
+    lines = verify_bank(options.bank)
+    facts = {"bank": str(options.bank), "concepts": len(lines), "sound": True}
+    return facts, [*lines, f"{options.bank}: {len(lines)} concepts, all sound"]
+
+
+def _export(options: Namespace) -> Result:
+    return export(open_bank(options.bank), options, backbones.load_backbone)
+
+
+def _import(options: Namespace) -> Result:
+    stored = open_bank(options.bank) if options.bank.exists() else None
+    backbone = backbones.load_backbone(options)
+    bank = stored or ConceptBank(backbone.layout)
+    bank.check_fits(backbone.layout)
+    result = import_concept(options.name, options.noun, options.kind, bank.layout, backbone.text,
+                            options.lora, options.embedding, options.trigger)
+    add_concept(options.bank, result.concept, {}, bank)
+    facts = {"concept": options.name, "bank": str(options.bank), "notes": list(result.notes)}
+    return facts, [*result.notes, f"{options.bank} holds <{options.name}>"]
+
+
+def _changed(bank: ConceptBank, file: Path, change: str) -> Result:
+    names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
+    return {"bank": str(file), "concepts": bank.names}, [f"{change}; {file} holds {names}"]
+
+
+def _merge(options: Namespace) -> Result:
+    bank = open_bank(options.bank)
+    merged = change_bank(options.output, lambda _: bank.merge(open_bank(options.other)))
+    return _changed(merged, options.output, "merged")
+
+
+def _remove(options: Namespace) -> Result:
+    open_bank(options.bank)      # refuses a missing file
+    changed = change_bank(options.bank, lambda bank: bank.remove(options.name))
+    return _changed(changed, options.bank, f"removed <{options.name}>")
+
+
+def _rename(options: Namespace) -> Result:
+    open_bank(options.bank)      # refuses a missing file
+    changed = change_bank(options.bank, lambda bank: bank.rename(options.name, options.new))
+    return _changed(changed, options.bank, f"renamed <{options.name}> to <{options.new}>")
+
+
+def _restore(options: Namespace) -> Result:
+    """Restores a version, or lists the versions where no number was given."""
+    if options.number is not None:
+        restored = restore(options.bank, options.number)
+        return _changed(restored, options.bank, f"brought back version {options.number}")
+    rows = [{"version": version.number,
+             "changed": datetime.fromtimestamp(version.changed).isoformat(" ", "seconds"),
+             "concepts": _names(version.path)} for version in versions(options.bank)]
+    lines = [f"{row['version']}: {row['changed']}, {', '.join(row['concepts']) or 'nothing readable'}"
+             for row in rows]
+    return {"bank": str(options.bank), "versions": rows}, lines or ["there are no earlier versions"]
+
+
+def _names(path: Path) -> list[str]:
+    """Names of a version's concepts; empty where its file is damaged."""
+    try:
+        return open_bank(path).names
+    except ConceptError:
+        return []
+
+
+ACTIONS = {"list": _list, "show": _show, "verify": _verify, "export": _export, "import": _import,
+           "merge": _merge, "remove": _remove, "rename": _rename, "restore": _restore}
+
+
+def bank(options: Namespace) -> Result:
+    """Calls the action that was named."""
+    return ACTIONS[options.action](options)

@@ -1,0 +1,38 @@
+"""The result of a command, and how it is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+from ..errors import ConceptError
+
+Result = tuple[dict, list[str]]      # a JSON value, and the lines of text that are printed without --json
+
+
+def run(program: str, command: Callable, options: argparse.Namespace, stopped: str) -> int:
+    """Calls a command and prints its result.
+
+    Args:
+        program: name in front of messages.
+        command: takes the options; returns a Result, or None in all but the first of several processes.
+        options: parsed arguments.
+        stopped: the message of an interrupted command.
+
+    Returns:
+        Exit code 0; 1 with one sentence on stderr for bad input; 130 when interrupted.
+    """
+    try:
+        result = command(options)
+    except ConceptError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        return 130
+    if result is not None:
+        facts, lines = result
+        print(json.dumps(facts, indent=1) if options.json else "\n".join(lines))
+    return 0

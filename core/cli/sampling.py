@@ -1,0 +1,56 @@
+"""The command `sample`: pictures from a prompt and a bank."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ..bank.bank import ConceptBank
+from ..bank.format import open_bank
+from ..errors import ConceptError
+from ..files import write_atomically
+from ..images import to_pil
+from ..regional import Region
+from ..regional.noise import NoiseSettings
+from ..sampling.regions import sample_regions
+from ..sampling.settings import SampleSettings
+from . import backbones
+from .result import Result
+
+
+def _region(text: str) -> Region:
+    """`TOP,LEFT,BOTTOM,RIGHT:PROMPT` as a region."""
+    numbers, separator, prompt = text.partition(":")
+    try:
+        top, left, bottom, right = (float(part) for part in numbers.split(","))
+        if not separator:
+            raise ValueError
+    except ValueError:
+        raise ConceptError(f"region {text!r} is not of the form TOP,LEFT,BOTTOM,RIGHT:PROMPT "
+                           "with four fractions") from None
+    return Region(prompt, box=(top, left, bottom, right))
+
+
+def sample(options: Namespace) -> Result:
+    """Writes `--count` pictures of the prompt, one per seed."""
+    if options.count < 1:
+        raise ConceptError(f"count is {options.count}; allowed: 1 or more")
+    regions = [_region(text) for text in options.region]
+    stored = open_bank(options.bank) if options.bank is not None else None
+    backbone = backbones.load_backbone(options)
+    bank = stored or ConceptBank(backbone.layout)
+    bank.check_fits(backbone.layout)
+    side = options.size or backbones.size_of(options)
+    cfg = options.cfg if options.cfg is not None else backbones.guidance_of(options)
+    noise = NoiseSettings(options.region_noise, crop_denoising=options.solo)
+    settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode,
+                              options.strength, noise)
+    seeds = list(range(options.seed, options.seed + options.count))
+    pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
+    options.output.mkdir(parents=True, exist_ok=True)
+    files = []
+    for seed, tensor in zip(seeds, pictures, strict=True):
+        files.append(options.output / f"sample_{seed:05d}.png")
+        picture = to_pil(tensor)
+        write_atomically(files[-1], lambda temporary, p=picture: p.save(temporary, "PNG"))
+    facts = {"prompt": options.prompt, "files": [str(file) for file in files]}
+    return facts, [f"wrote {file}" for file in files]
