@@ -32,6 +32,7 @@ def _load_package() -> None:
 
 
 _load_package()
+pytest_plugins = ["continual_concepts.tests.saved_models"]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -254,106 +255,3 @@ def script():
         return module
 
     return load
-
-
-# Metric encoders and bases of random numbers, saved as people have them.
-
-
-@pytest.fixture(scope="session")
-def tiny_clip():
-    """tiny_clip(folder): a CLIP of pictures of 32 pixels and texts of 16 tokens, with its tokenizer.
-
-    Returns the folder.
-    """
-    from transformers import CLIPConfig, CLIPModel
-
-    from continual_concepts.core.demo import vocabulary
-
-    def save(folder: Path) -> Path:
-        tokenizer = vocabulary.load(ROOT / "core" / "demo" / "assets" / "tokenizer")
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id}
-        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-        text = small | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-        config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 8},
-                            projection_dim=24)
-        with torch.random.fork_rng():
-            torch.manual_seed(8)
-            CLIPModel(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return save
-
-
-@pytest.fixture(scope="session")
-def tiny_dino():
-    """tiny_dino(folder): a vision transformer in `dino_vits16`'s layout for pictures of 32 pixels.
-
-    Returns the folder.
-    """
-    from transformers import ViTConfig, ViTModel
-
-    def save(folder: Path) -> Path:
-        config = ViTConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                           image_size=32, patch_size=8)
-        with torch.random.fork_rng():
-            torch.manual_seed(9)
-            ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-        return folder
-
-    return save
-
-
-@pytest.fixture(scope="session")
-def tiny_base():
-    """tiny_base(folder): Stable Diffusion 1's structure in diffusers' layout, pictures of 32 pixels.
-
-    Returns the folder.
-    """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from continual_concepts.core.demo import vocabulary
-
-    def save(folder: Path) -> Path:
-        tokenizer = vocabulary.load(ROOT / "core" / "demo" / "assets" / "tokenizer")
-        text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
-                              num_hidden_layers=2, num_attention_heads=2,
-                              bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                              pad_token_id=tokenizer.pad_token_id)
-        with torch.random.fork_rng():
-            torch.manual_seed(10)
-            unet = UNet2DConditionModel(sample_size=8, block_out_channels=(32, 64), layers_per_block=1,
-                                        attention_head_dim=2, cross_attention_dim=32,
-                                        down_block_types=("CrossAttnDownBlock2D",) * 2,
-                                        up_block_types=("CrossAttnUpBlock2D",) * 2)
-            vae = AutoencoderKL(block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
-                                up_block_types=("UpDecoderBlock2D",) * 3)
-            parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer,
-                     "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012,
-                                                beta_schedule="scaled_linear")}
-        for name, part in parts.items():
-            part.save_pretrained(folder / name)
-        return folder
-
-    return save
-
-
-@pytest.fixture
-def site_output():
-    """A function that runs one site with an attention processor and gives the site's output."""
-    from continual_concepts.core.hosts.diffusers import multi_head
-    from continual_concepts.core.model.backbone import HostAttention, SiteCall
-
-    def run(backbone, processor, site, x, text, enters=False, replaced=None):
-        call = SiteCall(processor, site, x, text, text)
-        if enters:
-            call.enter()
-        text = text if call.reads_text else text[:, :0]
-        inputs = ("to_q", call.hidden), ("to_k", text), ("to_v", text)
-        attention = HostAttention(lambda *qkv: multi_head(*qkv, site.heads), replaced)
-        attended = call.attend(*(call.project(name, backbone.project(site, name, of)) for name, of in inputs), attention)
-        return call.finish(backbone.project(site, "to_out", attended))
-
-    return run
