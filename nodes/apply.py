@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.charts import weights_picture
 from ..core.comfy import apply as putting
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.comfy.text import concept_clip, encode
 from ..core.conditioning.routing import aggregate, token_lora_deltas
 from ..core.errors import ConceptError
-from ..core.images import to_tensor, weights_picture
+from ..core.images import to_tensor
 from . import types
 from .schema import Schema
 

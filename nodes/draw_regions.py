@@ -8,8 +8,9 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import ImageColor
 
+from ..core.charts import outlines_picture
 from ..core.errors import ConceptError
-from ..core.images import colour, outlines_picture
+from ..core.images import colour
 from ..core.regional.drawing import DrawnRegion, parse_regions
 from ..core.regional.regions import Region, region_mask
 from . import types

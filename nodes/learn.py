@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS
 from ..core.bank.tokens import check_name
+from ..core.charts import loss_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.framing import Framing, Picture
 from ..core.data.photos import pair_pictures
@@ -22,7 +23,7 @@ from ..core.data.training_set import prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.previews import Previews, concept_prompt, older_concepts, similarity_to
-from ..core.images import loss_picture, thumbnail_of, thumbnails_picture, to_tensor
+from ..core.images import thumbnail_of, to_tensor
 from ..core.methods import DEFAULT, METHODS, Task, make
 from ..core.methods.base import Method
 from ..core.sampling.settings import SampleSettings

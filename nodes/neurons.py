@@ -7,11 +7,12 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.charts import selection_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.framing import Framing, Picture
 from ..core.data.training_set import prepare
 from ..core.errors import ConceptError
-from ..core.images import selection_picture, to_tensor
+from ..core.images import to_tensor
 from ..core.neurons.neurons import UNITS, concept_neurons
 from ..core.neurons.scores import (
     CALIBRATION,

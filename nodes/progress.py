@@ -11,8 +11,9 @@ import comfy.utils
 from PIL import Image
 from torch import Tensor
 
+from ..core.charts import smoothed
 from ..core.evaluation.previews import Previews
-from ..core.images import smoothed, to_pil
+from ..core.images import to_pil
 from ..core.training.trainer import StepInfo
 
 SHOWN = 512      # pixels of a preview's longer side, at most

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..bank.bank import ConceptBank
 from ..bank.prompts import Prompt
+from ..charts import regions_picture
 from ..conditioning.routing import aggregate, always_on_deltas, token_lora_deltas
 from ..errors import ConceptError
-from ..images import regions_picture, to_tensor
+from ..images import to_tensor
 from ..model.backbone import Context
 from ..model.deltas import Deltas
 from ..regional.noise import NoiseSettings

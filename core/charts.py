@@ -1,0 +1,264 @@
+"""Pictures that explain: loss curves, aggregation weights, regions over attention, selected neurons.
+
+They are drawn with Pillow, which every ComfyUI has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+from .images import ACCENT, GRID, INK, PAPER, QUIET, Colour, colour, fitting, font, ink_on, opened
+
+SIMILAR = (28, 138, 84)
+
+
+def smoothed(losses: Sequence[float], window: int) -> list[float]:
+    """At every step the mean of the last `window` losses, or of all so far where there are fewer."""
+    sums = np.cumsum([0.0, *losses])
+    return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window))
+            for i in range(len(losses))]
+
+
+def loss_picture(losses: Sequence[float], title: str, scores: Sequence[tuple[int, float]] = (),
+                 size: tuple[int, int] = (640, 320)) -> Image.Image:
+    """The loss of every step in a pale colour, and its running mean over a tenth of the steps.
+
+    Args:
+        losses: one per step; none = an empty picture with its title.
+        scores: (step, similarity to the photos) of previews, drawn as points on a scale of their own.
+        size: width and height in pixels.
+    """
+    image = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = 64, 40, size[0] - 20, size[1] - 36
+    draw.text((left, 10), title, INK, font(15))
+    if not losses:
+        return image
+    low, high = 0.0, max(float(np.quantile(losses, 0.98)) * 1.1, 1e-6)
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        x = left + (right - left) * step / max(1, len(losses) - 1)
+        return x, bottom - (bottom - top) * min(1.0, (value - low) / (high - low))
+
+    def curve(values: Sequence[float], fill: Colour, width: int) -> None:
+        points = [place(step, value) for step, value in enumerate(values)]
+        draw.line(points * (2 if len(points) == 1 else 1), fill, width)
+
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        y = place(0, value)[1]
+        draw.line([(left, y), (right, y)], GRID)
+        draw.text((8, y - 7), f"{value:.3f}", QUIET, font(12))
+    draw.text((left, bottom + 10), "step 1", QUIET, font(12))
+    draw.text((right - 70, bottom + 10), f"step {len(losses)}", QUIET, font(12))
+    curve(losses, (190, 200, 226), 1)
+    curve(smoothed(losses, max(1, len(losses) // 10)), ACCENT, 3)
+    if scores:
+        _draw_scores(draw, [(place(step - 1, 0)[0], score) for step, score in scores], (top, right, bottom))
+    return image
+
+
+def _draw_scores(draw: ImageDraw.ImageDraw, scores: Sequence[tuple[float, float]],
+                 edges: tuple[int, int, int]) -> None:
+    """Points `(x, score)` joined by a line; the last, the best and the worst carry their values.
+
+    The scale spans at least 0.05, so that noise looks small.
+    """
+    top, right, bottom = edges
+    values = [value for _, value in scores]
+    low, high = min(values), max(max(values), min(values) + 0.05)
+    places = [(x, bottom - 20 - (bottom - top - 40) * (value - low) / (high - low)) for x, value in scores]
+    labelled = (len(values) - 1, values.index(max(values)), values.index(min(values)))
+    draw.line(places * (2 if len(places) == 1 else 1), SIMILAR, 2)
+    for i, ((x, y), value) in enumerate(zip(places, values, strict=True)):
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], SIMILAR)
+        if i in labelled:
+            text = f"{100 * value:.1f}"
+            corner = (min(x, right - draw.textlength(text, font(12))),
+                      y + (6 if value == min(values) else -20))
+            draw.text(corner, text, SIMILAR, font(12))
+    text = "similarity to the photos"
+    draw.text((right - draw.textlength(text, font(13)), 12), text, SIMILAR, font(13))
+
+
+def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.Image:
+    """Aggregation weights `[sites, concepts]` as a table of shades, with each concept's mean: which concept
+    acts where."""
+    sites, count = weights.shape
+    cell, label, row = max(8, min(32, 640 // max(1, sites))), 150, 30
+    image = Image.new("RGB", (max(360, label + cell * sites + 84), 62 + row * max(1, count)), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((10, 8), title, INK, font(15))
+    draw.text((label, 34), "sites, down to up", QUIET, font(12))
+    draw.text((label + cell * sites + 14, 34), "mean", QUIET, font(12))
+    peak = max(float(weights.abs().max()) if weights.numel() else 0.0, 1e-6)
+    for j, name in enumerate(names):
+        y = 54 + j * row
+        draw.text((10, y + 7), f"<{name}>"[:20], INK, font(13))
+        for i in range(sites):
+            share = min(1.0, abs(float(weights[i, j])) / peak)
+            fill = tuple(int(p + (c - p) * share) for p, c in zip((238, 238, 240), colour(j), strict=True))
+            draw.rectangle([label + i * cell, y + 2, label + (i + 1) * cell - 2, y + row - 4], fill)
+        draw.text((label + cell * sites + 14, y + 7), f"{float(weights[:, j].mean()):.2f}", INK, font(13))
+    if not names:
+        draw.text((10, 60), "the bank is empty", QUIET, font(13))
+    return image
+
+
+def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: int = 256) -> Image.Image:
+    """Attention maps of regions, each with the outline of its mask.
+
+    Args:
+        masks: `[U, H, W]` in 0..1.
+        maps: `[U, H, W]` in 0..1, the brightness of the region's colour.
+        labels: one per region.
+        side: the longer side of each map in pixels.
+    """
+    count, height, width = maps.shape
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = Image.new("RGB", ((size[0] + 8) * max(1, count) + 8, size[1] + 34), PAPER)
+    draw = ImageDraw.Draw(image)
+    for u in range(count):
+        x = 8 + u * (size[0] + 8)
+        brightness = maps[u].numpy()[..., None]
+        shade = brightness * np.array(colour(u)) + (1 - brightness) * np.array([20, 20, 26])
+        image.paste(Image.fromarray(shade.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR), (x, 28))
+        mask = Image.fromarray((masks[u].numpy() * 255).astype(np.uint8)).resize(size,
+                                                                                 Image.Resampling.BILINEAR)
+        edge = np.array(mask) > 127
+        inner = edge.copy()
+        inner[1:-1, 1:-1] = edge[1:-1, 1:-1] & edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1,
+                                                                                                         2:]
+        border = Image.fromarray(((edge & ~inner) * 255).astype(np.uint8))
+        image.paste(Image.new("RGB", size, (255, 255, 255)), (x, 28), border)
+        draw.text((x, 6), labels[u][: max(8, size[0] // 8)], INK, font(13))
+    return image
+
+
+def outlines_picture(masks: Tensor, labels: Sequence[str], colours: Sequence[Colour]) -> Tensor:
+    """A layer that shows regions when it is laid over a picture.
+
+    Args:
+        masks: `[U, H, W]` in 0..1.
+        labels, colours: one per region.
+
+    Returns:
+        `[H, W, 4]` in 0..1; alpha is 1 at outlines and labels, 0 elsewhere.
+    """
+    height, width = masks.shape[1:]
+    size = max(9, min(height, width) // 26)
+    image = Image.new("RGBA", (width, height))
+    draw = ImageDraw.Draw(image)
+    for mask, shade in zip(masks, colours, strict=True):
+        line = Image.fromarray((_outline(mask, max(1, size // 6)).numpy() * 255).astype(np.uint8))
+        image.paste((*shade, 255), (0, 0, width, height), line)
+    taken: list[tuple[int, int, int, int]] = []
+    for mask, label, shade in zip(masks, labels, colours, strict=True):
+        rows, columns = mask.gt(0.5).any(1).nonzero(), mask.gt(0.5).any(0).nonzero()
+        if len(rows):
+            left, right = int(columns[0]), int(columns[-1]) + 1
+            _tag(draw, left, int(rows[0]), fitting(label, font(size), right - left - size), shade, size,
+                 taken)
+    return torch.from_numpy(np.array(image)).float().div(255)
+
+
+def _outline(mask: Tensor, thickness: int) -> Tensor:
+    """The inner edge of a mask `[H, W]`, as a mask. At the picture's border the region ends, so that it is
+    drawn there as well."""
+    inside = mask.gt(0.5).float()
+    out = F.pad(1 - inside, (thickness,) * 4, value=1.0)[None, None]
+    out = F.max_pool2d(F.max_pool2d(out, (2 * thickness + 1, 1), stride=1), (1, 2 * thickness + 1), stride=1)
+    return inside * out[0, 0]
+
+
+def _tag(draw: ImageDraw.ImageDraw, left: int, top: int, label: str, shade: Colour, size: int,
+         taken: list[tuple[int, int, int, int]]) -> None:
+    """A label in the upper left corner of its region, or below the labels that cover that corner already."""
+    if not label:
+        return
+    width, height = int(draw.textlength(label, font(size))) + size, size + size // 2
+    while any(left < r and x < left + width and top < b and t < top + height for x, t, r, b in taken):
+        top += height
+    taken.append((left, top, left + width, top + height))
+    draw.rectangle([left, top, left + width - 1, top + height - 1], (*shade, 255))
+    draw.text((left + size // 2, top + size // 6), label, (*ink_on(shade), 255), font(size))
+
+
+def thumbnails_picture(thumbnails: Sequence[tuple[str, bytes]], side: int = 160,
+                       columns: int = 5) -> Image.Image:
+    """Thumbnails with captions below them, in rows; a grey card where a thumbnail is missing or cannot be
+    read.
+
+    Args:
+        thumbnails: (caption, JPEG or PNG bytes) of each.
+        side: of each thumbnail in pixels.
+    """
+    columns = max(1, min(columns, len(thumbnails)))
+    rows = -(-max(1, len(thumbnails)) // columns)
+    image = Image.new("RGB", (columns * (side + 10) + 10, rows * (side + 34) + 10), PAPER)
+    draw = ImageDraw.Draw(image)
+    for i, (caption, thumbnail) in enumerate(thumbnails):
+        x, y = 10 + (i % columns) * (side + 10), 10 + (i // columns) * (side + 34)
+        draw.rectangle([x, y, x + side, y + side], GRID)
+        picture = opened(thumbnail)
+        if picture is not None:
+            image.paste(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS), (x, y))
+        draw.text((x, y + side + 6), fitting(caption, font(14), side), INK, font(14))
+    return image
+
+
+class Selection(Protocol):
+    """What is drawn of selected neurons, see `neurons.NeuronSelection`."""
+
+    @property
+    def indices(self) -> Mapping[tuple[int, str], Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+    def mask(self, key: tuple[int, str]) -> Tensor: ...
+
+
+def selection_picture(selection: Selection, sites: int, title: str, share: float) -> Image.Image:
+    """Where selected neurons lie.
+
+    Each row of the picture is a projection and each cell a site. A cell is split into 16 bands of the
+    weight's rows; the more entries of a band are selected, the darker it is.
+
+    Args:
+        sites: how many the model has.
+        share: of the UNet's weights that are selected, for the title.
+    """
+    projections = sorted({projection for _, projection in selection.indices})
+    cell, label, height = max(10, min(80, 720 // max(1, sites))), 64, 96
+    width = max(640, label + cell * sites + 16)      # room for the title
+    image = Image.new("RGB", (width, 62 + (height + 22) * max(1, len(projections))), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((10, 8), f"{title}: {len(selection):,} weights, {share:.2%} of the UNet", INK, font(15))
+    draw.text((label, 34), "sites, down to up; bands are groups of outputs, darker = more of them selected",
+              QUIET, font(12))
+    bands = {key: _bands(selection, key) for key in selection.indices}
+    peak = max([float(band.max()) for band in bands.values()], default=1.0) or 1.0
+    for j, projection in enumerate(projections):
+        y = 58 + j * (height + 22)
+        draw.text((10, y + height // 2 - 8), projection, INK, font(13))
+        for index in range(sites):
+            if (index, projection) in bands:
+                shade = (bands[index, projection] / peak).numpy()[:, None, None]
+                pixels = (np.array([238, 238, 240]) * (1 - shade) + np.array(ACCENT) * shade).astype(np.uint8)
+                column = Image.fromarray(pixels).resize((cell - 3, height), Image.Resampling.NEAREST)
+                image.paste(column, (label + index * cell, y))
+    return image
+
+
+def _bands(selection: Selection, key: tuple[int, str], count: int = 16) -> Tensor:
+    """Share of selected entries in `count` groups of a weight's rows."""
+    rows = selection.mask(key).float().mean(1)
+    return torch.stack([part.mean() for part in rows.tensor_split(min(count, len(rows)))])
