@@ -47,7 +47,7 @@ def concept_figures(suite: PromptSuite, progress: Progress, tasks: Sequence[Assi
         "forgetting": [a - b for a, b in zip(just, last, strict=True)],
         "a_mmd": metrics.a_mmd(real, features),
         "f_mmd": metrics.f_mmd(first, features),
-        "bleed": metrics.bleed([features[i] for i in objects], [real[i] for i in objects]).tolist(),
+        "bleed": metrics.confusion([features[i] for i in objects], [real[i] for i in objects]).tolist(),
     }
 
 
@@ -102,7 +102,7 @@ def base_change(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> fl
     seeds = list(range(FIRST_UNRELATED_SEED, FIRST_UNRELATED_SEED + len(suite.unrelated)))
     empty = ConceptBank(backbone.layout)
     before, after = (sample(backbone, b, suite.unrelated, seeds, suite.settings) for b in (empty, bank))
-    return metrics.drift(before, after)
+    return metrics.base_change(before, after)
 
 
 def _weight_count(delta: Delta) -> int:

@@ -1,1 +1,2 @@
-"""Measures how well a concept was learned: features and a classifier that share nothing with the model under test."""
+"""Evaluation of concepts and banks, with features and classifiers that share nothing with the model under
+test."""

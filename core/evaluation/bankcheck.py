@@ -1,4 +1,5 @@
-"""How good a bank is on a base: every concept's pictures against its photos, who is mistaken for whom, whether the base is what it was."""
+"""Evaluation of a bank on a base: each concept's pictures against its photos, confused concepts, and the
+base's change."""
 
 from __future__ import annotations
 
@@ -18,13 +19,19 @@ from ..sampling.settings import SampleSettings
 from . import metrics
 
 PLACE = "{}"      # where a prompt names the concept
-Encode = Callable[[Sequence[Tensor]], Tensor]      # pictures [3, H, W] in -1..1 of any sizes -> unit vectors [n, D]
-Progress = Callable[[int, int, Tensor], None]
+PHOTOS, THUMBNAIL = "photos", "thumbnail"
+SOURCE_IN_JSON = {PHOTOS: "photos", THUMBNAIL: "cover"}
+# pictures [3, H, W] in -1..1 of any sizes -> unit vectors [n, D]
+Encode = Callable[[Sequence[Tensor]], Tensor]
+Progress = Callable[[int, int, Tensor], None]      # done, total, a picture that was just drawn
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real pictures of a concept, each `[3, H, W]` in -1..1; source: "photos", or "cover" for the one that the bank keeps."""
+    """What a concept's pictures are compared with.
+
+    pictures: each `[3, H, W]` in -1..1; source: PHOTOS, or THUMBNAIL for the picture that the bank holds.
+    """
 
     pictures: tuple[Tensor, ...]
     source: str
@@ -32,51 +39,75 @@ class Reference:
 
 @dataclass(frozen=True)
 class BankReport:
-    """references and pictures: concept -> what it was compared with, and its pictures `[M, 3, H, W]` in -1..1; bleed: `[K, K]`, mean cosine
-    of row's pictures with column's references, the diagonal is image alignment; drift: of prompts without concepts, 0 = bit for bit,
-    None = none were drawn."""
+    """Results of `check_bank`.
+
+    references: by concept; pictures: by concept, `[M, 3, H, W]` in -1..1; confusion: `[K, K]`, see
+    `metrics.confusion`; base_change: mean over the prompts without concepts, see `metrics.base_change`, or
+    None where there were none.
+    """
 
     references: Mapping[str, Reference]
     pictures: Mapping[str, Tensor]
-    bleed: Tensor
-    drift: float | None
+    confusion: Tensor
+    base_change: float | None
 
     @property
     def names(self) -> list[str]:
         return list(self.pictures)
 
+    def alignment(self, row: int) -> float:
+        """Image alignment of a concept."""
+        return float(self.confusion[row, row])
+
     def nearest(self, row: int) -> str:
-        """The concept whose references a concept's pictures are most like."""
-        return self.names[int(self.bleed[row].argmax())]
+        """The concept whose references a concept's pictures resemble most."""
+        return self.names[int(self.confusion[row].argmax())]
 
     def to_json(self) -> dict:
         names = self.names
-        concepts = {name: {"image_alignment": float(self.bleed[i, i]), "compared_with": self.references[name].source,
-                           "references": len(self.references[name].pictures), "pictures": len(self.pictures[name]),
+        concepts = {name: {"image_alignment": self.alignment(i),
+                           "compared_with": SOURCE_IN_JSON[self.references[name].source],
+                           "references": len(self.references[name].pictures),
+                           "pictures": len(self.pictures[name]),
                            "most_like": self.nearest(i)} for i, name in enumerate(names)}
-        return {"concepts": concepts, "bleed": {"names": names, "matrix": self.bleed.tolist()},
-                "base_drift": self.drift, "base_unchanged": None if self.drift is None else self.drift == 0}
+        return {"concepts": concepts, "bleed": {"names": names, "matrix": self.confusion.tolist()},
+                "base_drift": self.base_change, "base_unchanged": None
+                if self.base_change is None else self.base_change == 0}
 
 
-def references_of(bank: ConceptBank, names: Sequence[str], photos: Mapping[str, Sequence[Tensor]]) -> dict[str, Reference]:
-    """Photos where there are any, else the thumbnail. Raises ConceptError for a concept with neither, and for photos of an unknown one."""
+def references_of(bank: ConceptBank, names: Sequence[str],
+                  photos: Mapping[str, Sequence[Tensor]]) -> dict[str, Reference]:
+    """The photos of each concept, or its thumbnail where there are no photos.
+
+    Args:
+        photos: by concept, each `[3, H, W]` in -1..1.
+
+    Raises:
+        ConceptError: for a concept with neither, and for photos of a concept that the bank lacks.
+    """
     for name in photos:
         if name not in bank:
-            raise ConceptError(f"there are photos of '{name}', which the bank does not hold; it holds {', '.join(bank.names)}")
-    found = {}
+            raise ConceptError(f"there are photos of '{name}', which the bank does not hold; it holds "
+                               f"{', '.join(bank.names)}")
+    references = {}
     for name in names:
-        thumbnail = None if photos.get(name) else opened(bank[name].thumbnail)
-        if not photos.get(name) and thumbnail is None:
-            raise ConceptError(f"concept '{name}' has neither photos nor a thumbnail to be compared with; connect photos of it")
-        found[name] = Reference((to_pixels(thumbnail),), "cover") if thumbnail is not None else Reference(tuple(photos[name]), "photos")
-    return found
+        if photos.get(name):
+            references[name] = Reference(tuple(photos[name]), PHOTOS)
+            continue
+        thumbnail = opened(bank[name].thumbnail)
+        if thumbnail is None:
+            raise ConceptError(f"concept '{name}' has neither photos nor a thumbnail to be compared with; "
+                               "connect photos of it")
+        references[name] = Reference((to_pixels(thumbnail),), THUMBNAIL)
+    return references
 
 
 def prompts_for(name: str, lines: Sequence[str]) -> list[str]:
-    """Prompts of a concept; every line must say where it is."""
+    """Prompts of a concept from lines with {} in its place. Raises ConceptError for a line without it."""
     for line in lines:
         if PLACE not in line:
-            raise ConceptError(f"the prompt {line!r} does not name the concept; write {PLACE} where it is to be")
+            raise ConceptError(f"the prompt {line!r} does not name the concept; write {PLACE} where it is to "
+                               "be")
     return [line.replace(PLACE, f"<{name}>") for line in lines]
 
 
@@ -84,34 +115,49 @@ def _check_unrelated(bank: ConceptBank, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         named = bank.parse(prompt).concepts
         if named:
-            raise ConceptError(f"the base prompt {prompt!r} names <{named[0]}>; base prompts are those without concepts")
+            raise ConceptError(f"the base prompt {prompt!r} names <{named[0]}>; base prompts are those "
+                               "without concepts")
 
 
-def check_bank(backbone: Backbone, bank: ConceptBank, references: Mapping[str, Reference], prompts: Sequence[str],
-               unrelated: Sequence[str], encode: Encode, seeds: Sequence[int], settings: SampleSettings, progress: Progress) -> BankReport:
-    """Draws every concept in `references` with each prompt and seed and compares. prompts: with {} for the concept; unrelated: prompts
-    without concepts, drawn with the bank and without; encode: pictures `[3, H, W]` of any sizes to unit vectors `[n, D]`;
-    progress: (done, total, a picture just drawn)."""
+def check_bank(backbone: Backbone, bank: ConceptBank, references: Mapping[str, Reference],
+               prompts: Sequence[str],
+               base_prompts: Sequence[str], encode: Encode, seeds: Sequence[int], settings: SampleSettings,
+               progress: Progress) -> BankReport:
+    """Draws concepts with each prompt and seed, and compares them with their references.
+
+    Args:
+        references: by concept; these concepts are evaluated.
+        prompts: with {} for the concept.
+        base_prompts: prompts without concepts, drawn with the bank and without it.
+        encode: pictures `[3, H, W]` of any sizes to unit vectors `[n, D]`.
+        progress: (done, total, a picture just drawn); it may raise to cancel.
+
+    Raises:
+        ConceptError: when there is nothing to draw, a prompt is wrong, the bank does not fit, or the encoder
+        gives NaN.
+    """
     if not references or not prompts or not seeds:
-        raise ConceptError(f"there are {len(references)} concepts, {len(prompts)} prompts and {len(seeds)} seeds; one or more of each are "
-                           "needed")
+        raise ConceptError(f"there are {len(references)} concepts, {len(prompts)} prompts and {len(seeds)} "
+                           "seeds; one or more of each are needed")
     bank.check_fits(backbone.layout)
-    _check_unrelated(bank, unrelated)
-    asked = {name: prompts_for(name, prompts) for name in references}
-    done, total = 0, len(references) * len(prompts) + 2 * len(unrelated)
+    _check_unrelated(bank, base_prompts)
+    prompts_of = {name: prompts_for(name, prompts) for name in references}
+    done, total = 0, len(references) * len(prompts) + 2 * len(base_prompts)
 
-    def draw(held: ConceptBank, prompt: str) -> Tensor:
+    def draw(bank: ConceptBank, prompt: str) -> Tensor:
         nonlocal done
-        pictures = sample(backbone, held, [prompt] * len(seeds), seeds, settings)
+        pictures = sample(backbone, bank, [prompt] * len(seeds), seeds, settings)
         done += 1
         progress(done, total, pictures[0])
         return pictures
 
-    pictures = {name: torch.cat([draw(bank, prompt) for prompt in lines]) for name, lines in asked.items()}
+    pictures = {name: torch.cat([draw(bank, prompt) for prompt in lines])
+                for name, lines in prompts_of.items()}
     empty = ConceptBank(backbone.layout)
-    drifts = [metrics.drift(draw(empty, prompt), draw(bank, prompt)) for prompt in unrelated]
+    changes = [metrics.base_change(draw(empty, prompt), draw(bank, prompt)) for prompt in base_prompts]
     real = [encode(reference.pictures) for reference in references.values()]
-    bleed = metrics.bleed([encode(list(own)) for own in pictures.values()], real)
-    if not torch.isfinite(bleed).all():
-        raise ConceptError("the picture features are no numbers (NaN); choose another vision model, or fewer cfg")
-    return BankReport(dict(references), pictures, bleed, sum(drifts) / len(drifts) if drifts else None)
+    confusion = metrics.confusion([encode(list(drawn)) for drawn in pictures.values()], real)
+    if not torch.isfinite(confusion).all():
+        raise ConceptError("the picture features are no numbers (NaN); choose another vision model, or fewer "
+                           "cfg")
+    return BankReport(dict(references), pictures, confusion, sum(changes) / len(changes) if changes else None)

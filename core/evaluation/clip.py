@@ -1,13 +1,14 @@
-"""CLIP and DINO as metric encoders of photos, with the definitions of CIDM's evaluation code; weights come from folders on disk only.
+"""CLIP and DINO as metric encoders of photos, with the definitions of CIDM's evaluation code.
 
-The papers' figures are those of OpenAI's CLIP ViT-B/32 (`openai/clip-vit-base-patch32` in transformers' layout) and of `dino_vits16`
-(`facebook/dino-vits16`).
+Weights come from folders on disk only. The papers use OpenAI's CLIP ViT-B/32 (`openai/clip-vit-base-patch32`
+in transformers' layout) and `dino_vits16` (`facebook/dino-vits16`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,68 +17,94 @@ from torch import Tensor, nn
 from ..errors import ConceptError
 from .metrics import unit
 
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer, ViTModel
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DINO_MARGIN = 256 / 224      # DINO's pictures are made this much larger than what is cut out of them
+DINO_MARGIN = 256 / 224      # DINO's pictures are resized to this much more than the part that is cut out
 BATCH = 64
 
 
 def preprocess(images: Tensor, resize: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1: shorter side to `resize` pixels (bicubic), the centre cut out, normalised. `[B, 3, crop, crop]`."""
+    """Pictures as an encoder wants them: resized (bicubic), the centre cut out, normalised.
+
+    Args:
+        images: `[B, 3, H, W]` in -1..1.
+        resize: the shorter side's length in pixels.
+        crop: the side of the centre square in pixels.
+        mean, std: per channel, of pixels in 0..1.
+
+    Returns:
+        `[B, 3, crop, crop]`.
+    """
     height, width = images.shape[-2:]
-    size = (resize, int(resize * width / height)) if height <= width else (int(resize * height / width), resize)
-    if size != (height, width):      # clamped: on 8-bit pictures, which the papers' code resizes, bicubic cannot overshoot
+    size = (resize, int(resize * width / height)) if height <= width else (int(resize * height / width),
+                                                                           resize)
+    # clamped, because the papers' code resizes 8-bit pictures, which cannot overshoot
+    if size != (height, width):
         images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = round((size[0] - crop) / 2), round((size[1] - crop) / 2)
     cut = (images[..., top:top + crop, left:left + crop] + 1) / 2
     return (cut - cut.new_tensor(mean).view(3, 1, 1)) / cut.new_tensor(std).view(3, 1, 1)
 
 
-def _loaded(kind: type, folder: Path, what: str, **more):
-    """A pretrained thing of transformers from a folder: no network, and no file that executes when it is read."""
+def _loaded(kind: Any, folder: Path, what: str, **options: Any) -> Any:
+    """A model or tokenizer of transformers from a folder, without network and without files that run code
+    when they are read."""
     try:
-        return kind.from_pretrained(folder, local_files_only=True, **more)
+        return kind.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:      # transformers raises nearly anything over a damaged folder
-        raise ConceptError(f"the {what} in '{folder}' cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); needed are "
-                           "config.json and model.safetensors" + (" and a tokenizer" if what == "CLIP" else "")) from error
+        raise ConceptError(f"the {what} in '{folder}' cannot be loaded ({type(error).__name__}: "
+                           f"{str(error).splitlines()[0]}); needed are config.json and model.safetensors"
+                           + (" and a tokenizer" if what == "CLIP" else "")) from error
 
 
-def _model(kind: type, folder: Path, what: str, device: torch.device | str, **more) -> nn.Module:
+def _model(kind: Any, folder: Path, what: str, device: torch.device | str, **options: Any) -> Any:
     if not folder.is_dir():
-        raise ConceptError(f"the {what} folder '{folder}' does not exist; it must hold a {what} model in transformers' layout")
-    model, found = _loaded(kind, folder, what, use_safetensors=True, output_loading_info=True, **more)
-    if found["missing_keys"]:      # transformers would go on with random weights in their place
-        raise ConceptError(f"the folder '{folder}' lacks weights of a {what} model, '{min(found['missing_keys'])}' among them; "
-                           f"it must hold a {what} model in transformers' layout")
+        raise ConceptError(f"the {what} folder '{folder}' does not exist; it must hold a {what} model in "
+                           "transformers' layout")
+    model, report = _loaded(kind, folder, what, use_safetensors=True, output_loading_info=True, **options)
+    if report["missing_keys"]:      # transformers would go on with random weights in their place
+        raise ConceptError(f"the folder '{folder}' lacks weights of a {what} model, "
+                           f"'{min(report['missing_keys'])}' among them; it must hold a {what} model in "
+                           "transformers' layout")
     return model.to(device).float().eval().requires_grad_(False)
 
 
 class ClipEncoder:
-    """CLIP behind the protocol's interface (`evaluation.protocol.Encoder`): IA, TA, MMD and bleed are measured with it.
+    """CLIP as a metric encoder (`evaluation.protocol.Encoder`) for IA, TA, MMD and confusion.
 
-    model: transformers' CLIPModel; tokenizer: its CLIPTokenizer; dino: a ViTModel that objects are compared with instead (CLIP stays what
-    compares styles, and pictures with texts). Features are float32 on the CPU, of unit length.
+    model: transformers' CLIPModel; tokenizer: its CLIPTokenizer; dino: a ViTModel that compares objects
+    instead. CLIP always compares styles, and pictures with texts. Features are float32 on the CPU, of unit
+    length.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, dino: nn.Module | None = None) -> None:
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, dino: ViTModel | None = None) -> None:
         self.model, self.tokenizer, self.dino = model, tokenizer, dino
 
     @classmethod
-    def load(cls, folder: Path | str, dino: Path | str | None = None, device: torch.device | str = "cpu") -> ClipEncoder:
-        """From folders in transformers' layout. Raises ConceptError when one is missing, damaged or of another kind."""
+    def load(cls, folder: Path | str, dino: Path | str | None = None,
+             device: torch.device | str = "cpu") -> ClipEncoder:
+        """Loads folders in transformers' layout. Raises ConceptError when one is missing, damaged or of
+        another kind."""
         from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
         model = _model(CLIPModel, Path(folder), "CLIP", device)
         tokenizer = _loaded(CLIPTokenizer, Path(folder), "CLIP")
-        return cls(model, tokenizer, None if dino is None else _model(ViTModel, Path(dino), "DINO", device, add_pooling_layer=False))
+        return cls(model, tokenizer, None if dino is None else _model(ViTModel, Path(dino), "DINO", device,
+                                                                      add_pooling_layer=False))
 
     def features(self, images: Tensor, kind: str) -> Tensor:
-        """Pictures `[B, 3, H, W]` in -1..1 as features `[B, D]` to compare pictures of a kind (object, style) by."""
-        return self._dino_features(images) if self.dino is not None and kind == "object" else self.image_text_features(images)
+        """Features `[B, D]` of pictures `[B, 3, H, W]` in -1..1, to compare pictures of a kind (object or
+        style) with one another."""
+        if self.dino is not None and kind == "object":
+            return _dino_features(self.dino, images)
+        return self.image_text_features(images)
 
     @torch.no_grad()
     def image_text_features(self, images: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` in -1..1 in the space of `caption_features`, `[B, D]`."""
+        """Features `[B, D]` of pictures `[B, 3, H, W]` in -1..1, in the space of `caption_features`."""
         side = self.model.config.vision_config.image_size
 
         def encode(chunk: Tensor) -> Tensor:
@@ -88,28 +115,30 @@ class ClipEncoder:
 
     @torch.no_grad()
     def caption_features(self, captions: Sequence[str]) -> Tensor:
-        """Texts as they are, nothing put before them, cut at CLIP's length: `[B, D]`."""
+        """Features `[B, D]` of texts as they are, without a prefix, cut at CLIP's length."""
         length = self.model.config.text_config.max_position_embeddings
-        rows = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        rows = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=length,
+                              return_tensors="pt")
 
         def encode(ids: Tensor) -> Tensor:
             return self.model.text_projection(self.model.text_model(input_ids=ids).pooler_output)
 
         return _in_batches(rows.input_ids, encode, self.model)
 
-    @torch.no_grad()
-    def _dino_features(self, images: Tensor) -> Tensor:
-        """The class token after the last norm, which is what `dino_vits16` gives, `[B, D]`."""
-        side = self.dino.config.image_size
 
-        def encode(chunk: Tensor) -> Tensor:
-            pixels = preprocess(chunk, round(side * DINO_MARGIN), side, IMAGENET_MEAN, IMAGENET_STD)
-            return self.dino(pixel_values=pixels).last_hidden_state[:, 0]
+@torch.no_grad()
+def _dino_features(dino: ViTModel, images: Tensor) -> Tensor:
+    """`[B, D]`: the class token after the last norm, which is what `dino_vits16` gives."""
+    side = dino.config.image_size
 
-        return _in_batches(images, encode, self.dino)
+    def encode(chunk: Tensor) -> Tensor:
+        pixels = preprocess(chunk, round(side * DINO_MARGIN), side, IMAGENET_MEAN, IMAGENET_STD)
+        return dino(pixel_values=pixels).last_hidden_state[:, 0]
+
+    return _in_batches(images, encode, dino)
 
 
-def _in_batches(rows: Tensor, encode, model: nn.Module) -> Tensor:
-    """`encode` over batches on the model's device, put together as unit vectors on the CPU."""
+def _in_batches(rows: Tensor, encode: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
+    """Encodes rows in batches on the model's device; unit vectors on the CPU."""
     device = next(model.parameters()).device
     return unit(torch.cat([encode(chunk.to(device)).float().cpu() for chunk in rows.split(BATCH)]))

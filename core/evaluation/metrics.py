@@ -1,4 +1,8 @@
-"""Metrics with the papers' definitions (CIDM's evaluation code; see each docstring). All take features of unit length."""
+"""Metrics with the papers' definitions: those of CIDM's evaluation code unless a docstring names another
+source.
+
+All features have unit length.
+"""
 
 from __future__ import annotations
 
@@ -11,44 +15,60 @@ CLIPSCORE_WEIGHT = 2.5  # Hessel et al. (2021), as CIDM's evaluation uses it
 
 
 def image_alignment(generated: Tensor, references: Tensor) -> float:
-    """IA: mean cosine of all generated `[M, D]` with all reference `[N, D]` pictures."""
+    """IA: mean cosine of all generated pictures `[M, D]` with all reference pictures `[N, D]`."""
     return float((generated @ references.T).mean())
 
 
 def text_alignment(images: Tensor, texts: Tensor) -> float:
-    """TA: mean of 2.5 max(cos, 0) over pairs of picture `[M, D]` and its prompt `[M, D]` (concepts replaced by class nouns)."""
+    """TA: mean of 2.5 max(cos, 0) over pairs of a picture and its prompt.
+
+    Args:
+        images: `[M, D]`.
+        texts: `[M, D]`, the prompts with class nouns in place of concepts.
+    """
     return float(CLIPSCORE_WEIGHT * (images * texts).sum(-1).clamp(min=0).mean())
 
 
 def retention(alignment: Sequence[Sequence[float]]) -> list[float]:
-    """Final over just learned, per concept: alignment[i][j] is IA of concept j after task i (j <= i)."""
+    """Retained share of each concept: IA after the last task over IA right after its own.
+
+    Args:
+        alignment: `alignment[i][j]` is IA of concept j after task i, for j <= i.
+    """
     last = alignment[-1]
     return [last[j] / alignment[j][j] for j in range(len(last))]
 
 
 def forgetting(alignment: Sequence[Sequence[float]]) -> list[float]:
-    """Drop from the best to the last value, per concept (LRCP's definition)."""
+    """Drop of each concept's IA from its best to its last value (LRCP's definition); see `retention` for
+    `alignment`."""
     return [max(row[j] for row in alignment[j:]) - alignment[-1][j] for j in range(len(alignment[-1]))]
 
 
 def gap_closed(learned: float, noun: float, real: float) -> float:
-    """How much of the way from the class noun's pictures to real ones learning went: 0 = nothing, 1 = as good as real."""
+    """Where a learned concept lies between pictures of its class noun (0) and real pictures (1)."""
     return (learned - noun) / (real - noun)
 
 
 def area_under_curve(positives: Tensor, negatives: Tensor) -> float:
-    """ROC AUC: chance that a positive scores above a negative, ties count half."""
+    """ROC AUC: the probability that a positive scores above a negative; ties count half."""
     difference = positives.view(-1, 1) - negatives.view(1, -1)
     return float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean())
 
 
 def unit(x: Tensor) -> Tensor:
+    """Vectors `[..., D]` scaled to unit length."""
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def mmd(one: Tensor, other: Tensor) -> float:
-    """Squared maximum mean discrepancy of two sets of features `[M, D]`, `[N, D]`, unbiased, polynomial kernel (x·y / D + 1)^3: what KID is
-    on Inception features and C-LoRA's A_MMD and F_MMD are on CLIP features. At least two of each."""
+def mmd(left: Tensor, right: Tensor) -> float:
+    """Squared maximum mean discrepancy, unbiased, with the polynomial kernel (x·y / D + 1)^3.
+
+    KID is this on Inception features; C-LoRA's A_MMD and F_MMD are this on CLIP features.
+
+    Args:
+        left, right: features `[M, D]` and `[N, D]`; M and N are 2 or more.
+    """
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
@@ -57,30 +77,50 @@ def mmd(one: Tensor, other: Tensor) -> float:
         k = kernel(x, x)
         return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
 
-    return float(within(one) + within(other) - 2 * kernel(one, other).mean())
+    return float(within(left) + within(right) - 2 * kernel(left, right).mean())
 
 
 def a_mmd(real: Sequence[Tensor], final: Sequence[Tensor]) -> float:
-    """C-LoRA's A_MMD: mean over concepts of the MMD between real pictures and those made after the last task; lower is better."""
+    """C-LoRA's A_MMD: MMD between real pictures and those made after the last task, averaged over concepts;
+    lower is better."""
     return sum(mmd(r, f) for r, f in zip(real, final, strict=True)) / len(final)
 
 
 def f_mmd(first: Sequence[Tensor], final: Sequence[Tensor]) -> float:
-    """C-LoRA's F_MMD: mean over all concepts but the last of the MMD between pictures made right after their task and after the last."""
+    """C-LoRA's F_MMD: MMD between pictures made right after a concept's task and after the last one, averaged
+    over all concepts but the last."""
     return sum(mmd(a, b) for a, b in zip(first[:-1], final[:-1], strict=True)) / max(1, len(final) - 1)
 
 
 def task_forgetting_rate(alignment: Sequence[Sequence[float]]) -> float:
-    """TFR (L2DM names it, its definition was not found): mean drop from just learned to the end, over all concepts but the last."""
+    """TFR: mean drop of IA from right after a concept's task to the end, over all concepts but the last.
+
+    L2DM names this figure; we found no definition of it. See `retention` for `alignment`.
+    """
     last = alignment[-1]
     return sum(alignment[j][j] - last[j] for j in range(len(last) - 1)) / max(1, len(last) - 1)
 
 
-def bleed(features: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
-    """`[K, K]`: how much pictures of concept i `[M, D]` look like real ones of concept j `[N, D]`. Off the diagonal: lower is better."""
-    return torch.tensor([[float((own @ other.T).mean()) for other in references] for own in features])
+def confusion(features: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    """Mean cosine of the pictures of every concept with the real pictures of every concept.
+
+    Args:
+        features: `[M, D]` of each concept's pictures.
+        references: `[N, D]` of each concept's real pictures.
+
+    Returns:
+        `[K, K]`; row i, column j compares pictures of concept i with real ones of concept j. The diagonal is
+        IA; elsewhere, lower is
+        better.
+    """
+    return torch.tensor([[float((drawn @ real.T).mean()) for real in references] for drawn in features])
 
 
-def drift(before: Tensor, after: Tensor) -> float:
-    """Base drift: root mean square difference of the same pictures before and after, as a share of the full range (-1..1)."""
+def base_change(before: Tensor, after: Tensor) -> float:
+    """Root mean square difference of the same pictures before and after learning, as a share of the full
+    range; 0 = bit for bit.
+
+    Args:
+        before, after: `[B, 3, H, W]` in -1..1, from the same prompts and seeds.
+    """
     return float(((after.double() - before.double()) / 2).square().mean().sqrt())

@@ -40,8 +40,9 @@ def similarity_to(photos: Sequence[Tensor], encode: Encode) -> Similarity:
 class Previews:
     """Previews of one concept, all from the same seeds.
 
-    prompt: what is drawn; similarity: scores a preview, None = previews are not scored; pictures: the first picture of every preview,
-    `[3, H, W]` in -1..1 on the CPU; scores: (step, similarity) of every scored preview; last_step: of the last preview, 0 = none yet.
+    prompt: what is drawn; similarity: scores a preview, None = previews are not scored; pictures: the first
+    picture of every preview, `[3, H, W]` in -1..1 on the CPU; scores: (step, similarity) of every scored
+    preview; last_step: of the last preview, 0 = none yet.
     """
 
     backbone: Backbone
@@ -57,7 +58,8 @@ class Previews:
         """Draws a preview with the concept as the bank holds it, and scores it."""
         self.last_step = step
         count = 1 if self.similarity is None else SCORED
-        pictures = sample(self.backbone, bank, [self.prompt] * count, range(self.seed, self.seed + count), self.settings)
+        pictures = sample(self.backbone, bank, [self.prompt] * count, range(self.seed, self.seed + count),
+                          self.settings)
         self.pictures.append(pictures[0].float().cpu())
         if self.similarity is not None:
             self.scores.append((step, self.similarity(list(pictures))))
@@ -68,7 +70,8 @@ class Previews:
         return self.scores[-1][1]
 
 
-def older_concepts(backbone: Backbone, bank: ConceptBank, names: Sequence[str], settings: SampleSettings, seed: int,
+def older_concepts(backbone: Backbone, bank: ConceptBank, names: Sequence[str], settings: SampleSettings,
+                   seed: int,
                    before_each: Callable[[], None] = lambda: None) -> list[tuple[str, bytes]]:
     """Some older concepts as the bank draws them now, each after its thumbnail from when it was learned.
 

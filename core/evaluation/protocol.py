@@ -1,4 +1,5 @@
-"""The continual protocol: learn tasks in order, after each one look at every concept learned so far."""
+"""The continual protocol: tasks are learned in order, and after each one all concepts so far are
+evaluated."""
 
 from __future__ import annotations
 
@@ -24,18 +25,26 @@ from . import metrics
 
 
 class Encoder(Protocol):
-    """What the protocol asks of a metric encoder; features of unit length."""
+    """What the protocol needs of a metric encoder. All features have unit length; pictures are `[B, 3, H, W]`
+    in -1..1."""
 
-    def features(self, images: Tensor, kind: str) -> Tensor: ...
+    def features(self, images: Tensor, kind: str) -> Tensor:
+        """`[B, D]`, to compare pictures of a kind (object or style) with one another."""
+        ...
 
-    def image_text_features(self, images: Tensor) -> Tensor: ...
+    def image_text_features(self, images: Tensor) -> Tensor:
+        """`[B, D]`, to compare pictures with texts."""
+        ...
 
-    def caption_features(self, captions: Sequence[str]) -> Tensor: ...
+    def caption_features(self, captions: Sequence[str]) -> Tensor:
+        """`[B, D]`, in the space of `image_text_features`."""
+        ...
 
 
 @dataclass
 class Record:
-    """What a method did on a sequence. image_alignment[i][j] and samples[i][j] belong to concept j after task i."""
+    """Results of a method on a sequence. `image_alignment[i][j]`, `text_alignment[i][j]` and `samples[i][j]`
+    belong to concept j after task i."""
 
     method: str
     image_alignment: list[list[float]] = field(default_factory=list)
@@ -51,7 +60,7 @@ class Record:
 
 
 def words_for(method: str, task: Assignment) -> tuple[str, ...]:
-    """The words that a task names, for methods with words from the class noun; a method that has one word alone keeps to that."""
+    """The words that a task names, or none for methods that learn a single word."""
     return task.words if METHODS[method].method.word_count > 1 else ()
 
 
@@ -64,12 +73,21 @@ def measure(
     settings: SampleSettings,
     seeds: Sequence[int],
 ) -> tuple[Tensor, float, float]:
-    """Pictures of a task's concept, their IA with the training pictures and their TA. Same seeds, same start."""
+    """Draws and evaluates a task's concept.
+
+    Args:
+        prompts: with the placeholder; they are repeated until there is one for each seed.
+
+    Returns:
+        Pictures `[B, 3, H, W]`, their IA with the training pictures, and their TA.
+    """
     asked = [bank.parse(prompts[i % len(prompts)]) for i in range(len(seeds))]
     images = sample(backbone, bank, asked, seeds, settings)
     texts = [prompt.plain(bank.infos) for prompt in asked]
-    alignment = metrics.image_alignment(encoder.features(images, task.kind), encoder.features(task.references, task.kind))
-    return images, alignment, metrics.text_alignment(encoder.image_text_features(images), encoder.caption_features(texts))
+    alignment = metrics.image_alignment(encoder.features(images, task.kind),
+                                        encoder.features(task.references, task.kind))
+    return images, alignment, metrics.text_alignment(encoder.image_text_features(images),
+                                                     encoder.caption_features(texts))
 
 
 def run_sequence(
@@ -83,10 +101,17 @@ def run_sequence(
     seeds: Sequence[int],
     progress: Callable[[str], Callback | None] = lambda _: None,
 ) -> Record:
-    """Learns the tasks in order with one method and measures all concepts so far after each. `progress(name)` gives a step callback."""
+    """Learns tasks in order with one method, and evaluates all concepts so far after each.
+
+    Args:
+        method_settings: of the method; others have their defaults.
+        seeds: of the pictures of every concept.
+        progress: from a task's name to the training loop's callback.
+    """
     record, bank = Record(method), ConceptBank(backbone.layout)
     for i, task in enumerate(tasks):
-        data = prepare(backbone, task.pictures, task.name, task.class_noun, Framing(training.resolution, training.framing, training.flip))
+        data = prepare(backbone, task.pictures, task.name, task.class_noun,
+                       Framing(training.resolution, training.framing, training.flip))
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(training.seed)
         learned = learn(
@@ -98,9 +123,11 @@ def run_sequence(
         )
         record.seconds += time.perf_counter() - began
         bank = learned.bank
-        measured = [measure(backbone, bank, tasks[j], tasks[j].prompts, encoder, settings, seeds) for j in range(i + 1)]
-        for rows, column in zip((record.samples, record.image_alignment, record.text_alignment), zip(*measured, strict=True), strict=True):
-            rows.append(list(column))
+        measured = [measure(backbone, bank, tasks[j], tasks[j].prompts, encoder, settings, seeds)
+                    for j in range(i + 1)]
+        record.samples.append([pictures for pictures, _, _ in measured])
+        record.image_alignment.append([alignment for _, alignment, _ in measured])
+        record.text_alignment.append([alignment for _, _, alignment in measured])
         record.losses.append(learned.losses)
     record.bank = bank
     return record

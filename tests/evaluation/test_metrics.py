@@ -70,7 +70,7 @@ def test_a_method_that_forgets_nothing_has_rate_zero_and_one_that_does_has_its_m
 
 def test_bleed_has_own_pictures_on_its_diagonal():
     own, references = [features(3, seed=s) for s in range(3)], [features(4, seed=10 + s) for s in range(3)]
-    found = metrics.bleed(own, references)
+    found = metrics.confusion(own, references)
     assert found.shape == (3, 3)
     for i in range(3):
         for j in range(3):
@@ -79,9 +79,9 @@ def test_bleed_has_own_pictures_on_its_diagonal():
 
 def test_drift_is_a_share_of_the_full_range():
     pictures = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert metrics.drift(pictures, pictures) == 0
-    assert metrics.drift(torch.full_like(pictures, -1), torch.ones_like(pictures)) == pytest.approx(1)
-    assert metrics.drift(pictures, pictures + 0.1) == pytest.approx(0.05, abs=1e-6)
+    assert metrics.base_change(pictures, pictures) == 0
+    assert metrics.base_change(torch.full_like(pictures, -1), torch.ones_like(pictures)) == pytest.approx(1)
+    assert metrics.base_change(pictures, pictures + 0.1) == pytest.approx(0.05, abs=1e-6)
     half = pictures.clone()
     half[0] += 0.2
-    assert metrics.drift(pictures, half) == pytest.approx(0.1 / 2**0.5, abs=1e-6) == metrics.drift(half, pictures)
+    assert metrics.base_change(pictures, half) == pytest.approx(0.1 / 2**0.5, abs=1e-6) == metrics.base_change(half, pictures)

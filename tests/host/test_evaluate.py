@@ -114,7 +114,7 @@ def test_some_concepts_and_no_base_prompts(studio, evaluate):
     out = evaluate(concepts=" <rex> , rex", base_prompts="")
     found = json.loads(out.args[1])
     assert list(found["concepts"]) == ["rex"] and found["base_drift"] is None and found["base_unchanged"] is None
-    assert "not looked at" in out.ui["text"][0]
+    assert "not evaluated" in out.ui["text"][0]
 
 
 def test_photos_are_chained(studio):
