@@ -16,10 +16,11 @@ from torch import Tensor
 PAPER, INK, QUIET, GRID = (252, 252, 250), (29, 29, 36), (120, 120, 130), (226, 226, 230)
 ACCENT, ALARM = (44, 86, 206), (190, 40, 30)
 Colour = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Item = TypeVar("Item")
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> Font:
     """Pillow's own font; size in pixels."""
     return ImageFont.load_default(size)
 
@@ -37,7 +38,7 @@ def ink_on(shade: Colour) -> Colour:
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else (255, 255, 255)
 
 
-def fitting(text: str, face: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def fitting(text: str, face: Font, width: float) -> str:
     """As much of a text as fits `width` pixels on one line; a text that is cut ends in "..."."""
     text = " ".join(text.split())[:300]
     if face.getlength(text) <= width:

@@ -1,4 +1,5 @@
-"""A bank as a table of cards: thumbnail, name, class noun, kind, method, size, the most similar concept; those that collide in red."""
+"""A bank as a table of cards: thumbnail, name, class noun, kind, method, size, the most similar concept.
+Collisions are red."""
 
 from __future__ import annotations
 
@@ -9,21 +10,22 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..images import GRID, INK, PAPER, QUIET, fitting, opened
-from ..images import font as made_font
+from ..images import ALARM, GRID, INK, PAPER, QUIET, Colour, Font, fitting, opened
+from ..images import font as make_font
 from .collisions import listed
-from .inspection import Facts, Inspection
+from .inspection import Facts, Inspection, nearest_text
 
-ALARM, ALARM_PAPER = (190, 40, 30), (255, 238, 235)
+ALARM_PAPER = (255, 238, 235)
 WIDTH, HEIGHT, GAP, PAD = 1200, 1400, 10, 10      # of a page, in pixels; a page of a few concepts is smaller
-PAGES = 4      # what a preview still shows well; of more concepts those that collide come first
-font = cache(made_font)      # a thousand cards ask for one of a few sizes
+PAGES = 4      # as many as a preview still shows well
+font = cache(make_font)      # a thousand cards need a few sizes
 NAME_LINES, OTHER_LINES = 4, 2      # 64 of the widest letters still fit
 
 
 @dataclass(frozen=True)
 class CardStyle:
-    """columns of cards; side of a thumbnail; sizes of a name's letters, the largest that fits on a line is taken; size of the rest."""
+    """columns: cards beside one another; side: of a thumbnail in pixels; names: sizes of a name's letters, of
+    which the largest that fits on a line is taken; text: size of all other letters."""
 
     columns: int
     side: int
@@ -32,21 +34,29 @@ class CardStyle:
 
 
 LARGE, SMALL = CardStyle(3, 112, (17, 15, 13), 13), CardStyle(4, 60, (14, 12, 11), 11)
-MANY = 24      # more concepts than these have small cards
-Line = tuple[str, int, tuple[int, int, int]]      # text, size of its letters, colour
+MANY = 24      # concepts up to which cards are large
+Line = tuple[str, int, Colour]      # text, size of its letters, colour
 
 
 def _readable(text: str) -> str:
-    """What can be drawn: a bank may come from anywhere, and half a pair of surrogates is no letter."""
+    """A text as it can be drawn: on one line, without lone surrogates, which a bank from elsewhere may
+    hold."""
     return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())[:400]
 
 
-def wrapped(text: str, face, width: float, most: int) -> list[str]:
-    """A text on at most that many lines, each at most `width` pixels wide; broken between words, and within those that are too wide. "..."
-    where there is more of it."""
-    lines, rest = [], _readable(text)
+def wrapped(text: str, face: Font, width: float, most: int) -> list[str]:
+    """A text on several lines, broken between words, and within words that are too wide. A text that is cut
+    ends in "...".
+
+    Args:
+        width: of a line in pixels.
+        most: lines.
+    """
+    lines: list[str] = []
+    rest = _readable(text)
     while rest and len(lines) < most:
-        end = bisect_right(range(1, len(rest) + 1), width, key=lambda count: face.getlength(rest[:count]))      # so many letters fit
+        # letters that fit
+        end = bisect_right(range(1, len(rest) + 1), width, key=lambda count: face.getlength(rest[:count]))
         if end == len(rest):
             return [*lines, rest]
         if len(lines) == most - 1:
@@ -58,24 +68,25 @@ def wrapped(text: str, face, width: float, most: int) -> list[str]:
     return lines
 
 
-def _lines(text: str, size: int, width: float, colour: tuple[int, int, int], most: int = OTHER_LINES) -> list[Line]:
+def _lines(text: str, size: int, width: float, colour: tuple[int, int, int],
+           most: int = OTHER_LINES) -> list[Line]:
     return [(line, size, colour) for line in wrapped(text, font(size), width, most)]
 
 
-def _said(facts: Facts, found: Inspection, look: CardStyle, width: float) -> list[Line]:
-    """What stands beside a thumbnail."""
-    size = next((s for s in look.names if font(s).getlength(facts.placeholder) <= width), look.names[-1])
+def _text_of(facts: Facts, inspection: Inspection, style: CardStyle, width: float) -> list[Line]:
+    """The text beside a thumbnail."""
+    size = next((s for s in style.names if font(s).getlength(facts.placeholder) <= width), style.names[-1])
     lines = _lines(facts.placeholder, size, width, INK, NAME_LINES)
-    lines += _lines(f"{facts.class_noun or 'no class noun'}, {facts.kind}", look.text, width, INK)
+    lines += _lines(f"{facts.class_noun or 'no class noun'}, {facts.kind}", style.text, width, INK)
     if facts.fault:
-        return [*lines, *_lines("cannot be read", look.text, width, ALARM)]
-    lines += _lines(f"{facts.way}; {facts.stores}", look.text, width, QUIET)
-    lines += _lines(f"{facts.steps} steps, {facts.bytes / 1000:,.0f} kB", look.text, width, QUIET, 1)
-    nearest, red = found.nearest(facts.name), found.partners(facts.name)
+        return [*lines, *_lines("cannot be read", style.text, width, ALARM)]
+    lines += _lines(f"{facts.way}; {facts.stores}", style.text, width, QUIET)
+    lines += _lines(f"{facts.steps} steps, {facts.nbytes / 1000:,.0f} kB", style.text, width, QUIET, 1)
+    nearest, red = inspection.nearest(facts.name), inspection.partners(facts.name)
     if nearest is not None:
-        lines += _lines(f"most like <{nearest.name}> ({nearest.measure} {nearest.cosine:.2f})", look.text, width, QUIET, NAME_LINES + 1)
+        lines += _lines(nearest_text(nearest), style.text, width, QUIET, NAME_LINES + 1)
     if red:
-        lines += _lines(f"collides with {listed(red)}", look.text, width, ALARM, NAME_LINES)
+        lines += _lines(f"collides with {listed(red)}", style.text, width, ALARM, NAME_LINES)
     return lines
 
 
@@ -83,16 +94,18 @@ def _height(lines: Sequence[Line]) -> int:
     return sum(round(1.35 * size) for _, size, _ in lines)
 
 
-def _card(image: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int, int, int], facts: Facts, lines: Sequence[Line],
+def _card(image: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int, int, int], facts: Facts,
+          lines: Sequence[Line],
           side: int, red: bool) -> None:
-    """place: left, top, width, height."""
+    """Draws a card; place: left, top, width, height."""
     x, y, width, height = place
-    draw.rectangle([x, y, x + width - 1, y + height - 1], ALARM_PAPER if red else (255, 255, 255), ALARM if red else GRID, 2 if red else 1)
+    draw.rectangle([x, y, x + width - 1, y + height - 1], ALARM_PAPER if red else (255, 255, 255),
+                   ALARM if red else GRID, 2 if red else 1)
     x, y = x + PAD, y + PAD
     draw.rectangle([x, y, x + side - 1, y + side - 1], GRID)
     picture = opened(facts.thumbnail)
     if picture is not None:
-        image.paste(ImageOps.fit(picture, (side, side), Image.LANCZOS), (x, y))
+        image.paste(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS), (x, y))
     else:
         draw.text((x + side / 2, y + side / 2), "no thumbnail", QUIET, font(11), anchor="mm")
     x += side + PAD
@@ -101,21 +114,22 @@ def _card(image: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int, 
         y += round(1.35 * size)
 
 
-def _heading(found: Inspection, shown: int, width: int) -> list[Line]:
-    """Counts, then what is wrong."""
-    count = len(found.facts)
-    text = f"{count} concept{'' if count == 1 else 's'}, {sum(facts.bytes for facts in found.facts) / 1e6:.2f} MB"
+def _heading(inspection: Inspection, shown: int, width: int) -> list[Line]:
+    """Counts, then warnings."""
+    count, size = len(inspection.facts), sum(facts.nbytes for facts in inspection.facts)
+    text = f"{count} concept{'' if count == 1 else 's'}, {size / 1e6:.2f} MB"
     text += f"; {shown} are shown, those that collide first" if shown < count else ""
     lines = [(text if count else "the bank is empty", 17, INK)]
-    for warning in found.warnings[:3]:
+    for warning in inspection.warnings[:3]:
         lines += _lines(warning, 13, width, ALARM)
-    more = len(found.warnings) - 3
+    more = len(inspection.warnings) - 3
     return [*lines, (f"and {more} more; the text lists them all", 13, ALARM)] if more > 0 else lines
 
 
-def _page(found: Inspection, look: CardStyle, cards: Sequence[tuple[Facts, list[Line]]], heading: list[Line], size: tuple[int, int],
+def _page(inspection: Inspection, style: CardStyle, cards: Sequence[tuple[Facts, list[Line]]],
+          heading: list[Line], size: tuple[int, int],
           card: tuple[int, int]) -> Image.Image:
-    """size: of the page; card: width and height of every card."""
+    """One page; size: of the page; card: width and height of every card."""
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
     y = GAP
@@ -123,28 +137,35 @@ def _page(found: Inspection, look: CardStyle, cards: Sequence[tuple[Facts, list[
         draw.text((GAP, y), text, colour, font(letters))
         y += round(1.35 * letters)
     for i, (facts, lines) in enumerate(cards):
-        place = (GAP + (i % look.columns) * (card[0] + GAP), y + GAP + (i // look.columns) * (card[1] + GAP), *card)
-        _card(image, draw, place, facts, lines, look.side, bool(facts.fault or found.partners(facts.name)))
+        place = (GAP + (i % style.columns) * (card[0] + GAP),
+                 y + GAP + (i // style.columns) * (card[1] + GAP), *card)
+        _card(image, draw, place, facts, lines, style.side,
+              bool(facts.fault or inspection.partners(facts.name)))
     return image
 
 
-def bank_pages(found: Inspection) -> list[Image.Image]:
-    """One picture, or several of one size where there are many concepts. All are in it up to some hundred; of more, those that collide come
-    first and the rest is left out."""
-    look = LARGE if len(found.facts) <= MANY else SMALL
-    columns = max(1, min(look.columns, len(found.facts)))
-    width = (WIDTH - (look.columns + 1) * GAP) // look.columns
-    beside = width - look.side - 3 * PAD
-    cards = [(facts, _said(facts, found, look, beside)) for facts in found.facts]
-    height = max([look.side, *(_height(lines) for _, lines in cards)]) + 2 * PAD
-    heading = _heading(found, len(cards), WIDTH - 2 * GAP)
+def bank_pages(inspection: Inspection) -> list[Image.Image]:
+    """Pages of one size, a single one where there are few concepts.
+
+    Up to some hundred concepts all are shown. Of more, those that collide come first and the others are left
+    out.
+    """
+    style = LARGE if len(inspection.facts) <= MANY else SMALL
+    columns = max(1, min(style.columns, len(inspection.facts)))
+    width = (WIDTH - (style.columns + 1) * GAP) // style.columns
+    beside = width - style.side - 3 * PAD
+    cards = [(facts, _text_of(facts, inspection, style, beside)) for facts in inspection.facts]
+    height = max([style.side, *(_height(lines) for _, lines in cards)]) + 2 * PAD
+    heading = _heading(inspection, len(cards), WIDTH - 2 * GAP)
     rows = max(1, (HEIGHT - _height(heading) - 2 * GAP) // (height + GAP))
-    if len(cards) > PAGES * rows * look.columns:
-        cards.sort(key=lambda card: not (card[0].fault or found.partners(card[0].name)))      # stable: else in the bank's order
-        cards = cards[: PAGES * rows * look.columns]
-        heading = _heading(found, len(cards), WIDTH - 2 * GAP)
+    if len(cards) > PAGES * rows * style.columns:
+        # stable: else in the bank's order
+        cards.sort(key=lambda card: not (card[0].fault or inspection.partners(card[0].name)))
+        cards = cards[: PAGES * rows * style.columns]
+        heading = _heading(inspection, len(cards), WIDTH - 2 * GAP)
     rows = max(1, min(rows, -(-len(cards) // columns)))
-    wide = WIDTH if len(found.facts) >= look.columns or found.warnings else columns * (width + GAP) + GAP
+    wide = WIDTH if len(inspection.facts) >= style.columns or inspection.warnings else columns * (width
+                                                                                                  + GAP) + GAP
     size = (max(wide, 420), 2 * GAP + _height(heading) + rows * (height + GAP) if cards else 60)
     parts = [cards[i : i + rows * columns] for i in range(0, len(cards), rows * columns)] or [[]]
-    return [_page(found, look, part, heading, size, (width, height)) for part in parts]
+    return [_page(inspection, style, part, heading, size, (width, height)) for part in parts]

@@ -64,15 +64,16 @@ class BankReport:
         return self.names[int(self.confusion[row].argmax())]
 
     def to_json(self) -> dict:
-        names = self.names
-        concepts = {name: {"image_alignment": self.alignment(i),
-                           "compared_with": SOURCE_IN_JSON[self.references[name].source],
-                           "references": len(self.references[name].pictures),
-                           "pictures": len(self.pictures[name]),
-                           "most_like": self.nearest(i)} for i, name in enumerate(names)}
-        return {"concepts": concepts, "bleed": {"names": names, "matrix": self.confusion.tolist()},
-                "base_drift": self.base_change, "base_unchanged": None
-                if self.base_change is None else self.base_change == 0}
+        concepts = {}
+        for i, name in enumerate(self.names):
+            reference = self.references[name]
+            concepts[name] = {"image_alignment": self.alignment(i),
+                              "compared_with": SOURCE_IN_JSON[reference.source],
+                              "references": len(reference.pictures), "pictures": len(self.pictures[name]),
+                              "most_like": self.nearest(i)}
+        unchanged = None if self.base_change is None else self.base_change == 0
+        return {"concepts": concepts, "bleed": {"names": self.names, "matrix": self.confusion.tolist()},
+                "base_drift": self.base_change, "base_unchanged": unchanged}
 
 
 def references_of(bank: ConceptBank, names: Sequence[str],

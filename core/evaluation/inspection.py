@@ -1,10 +1,10 @@
-"""What a bank holds: the facts of every concept, how alike concepts are, and which of them collide."""
+"""What a bank holds: facts of every concept, the likeness of concepts, and collisions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,13 +20,19 @@ from .collisions import Collision, collisions_of, composition_of, header_warning
 from .likeness import delta_cosines, word_cosines
 
 CROP = 0.8      # of a thumbnail's sides
-WHOLE = 100      # of more concepts the report holds no tables of likeness, which are megabytes then
+# concepts up to which the JSON report holds whole tables of likeness; those of more are megabytes
+WHOLE = 100
+ACTS = {"bound": "word-bound", "routed": "prompt-activated", "summed": "always on", "averaged": "averaged"}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What there is to say of one concept. composes: how it acts beside others; stores: the form of its deltas; fault: why it could not be
-    read, then what only its tensors tell is empty."""
+    """What is known of one concept.
+
+    composes: how it acts beside others, a value of `collisions.COMPOSES`; stores: the form of its deltas;
+    copies: layer copies of its words; nbytes: size of its tensors; fault: why it could not be read, then the
+    fields that need its tensors are empty.
+    """
 
     name: str
     placeholder: str
@@ -40,22 +46,24 @@ class Facts:
     date: str
     stores: str = ""
     copies: int = 0
-    bytes: int = 0
+    nbytes: int = 0
     thumbnail: bytes = b""
     fault: str = ""
 
     @property
     def way(self) -> str:
-        """The method, and how it acts where its name does not say so."""
-        return self.method if self.method == self.composes else f"{self.method}, {self.composes}"
+        """The method, and how its concepts act where its name does not say so."""
+        return self.method if self.method == self.composes else f"{self.method}, {ACTS[self.composes]}"
 
     def to_json(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if key != "thumbnail"} | {"cover": bool(self.thumbnail)}
+        names = {"nbytes": "bytes", "thumbnail": "cover"}
+        return {names.get(key, key): value
+                for key, value in asdict(self).items()} | {"cover": bool(self.thumbnail)}
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The concept that another is most like, by which measure, and how much."""
+    """The concept that another resembles most, by which measure, and how much."""
 
     name: str
     measure: str
@@ -64,8 +72,11 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Inspection:
-    """likeness: measure (thumbnails, deltas, words) -> `[K, K]` cosines, NaN where two cannot be compared; the diagonal of thumbnails says
-    how like a thumbnail is to its own crop. warnings: sentences, collisions among them."""
+    """Results of `inspect`.
+
+    likeness: measure (covers, deltas, words) -> cosines `[K, K]`, NaN where two cannot be compared; the
+    diagonal of covers compares each thumbnail with its own crop. warnings: sentences, collisions among them.
+    """
 
     facts: tuple[Facts, ...]
     likeness: Mapping[str, Tensor]
@@ -73,36 +84,42 @@ class Inspection:
     warnings: tuple[str, ...]
 
     def partners(self, name: str) -> list[str]:
-        """With which concepts one collides, each once."""
-        return list(dict.fromkeys(other for c in self.collisions for own, other in ((c.one, c.other), (c.other, c.one)) if own == name))
+        """The concepts with which one collides, each once."""
+        pairs = [pair for c in self.collisions for pair in ((c.one, c.other), (c.other, c.one))]
+        return list(dict.fromkeys(other for one, other in pairs if one == name))
 
     def nearest(self, name: str, measure: str = "") -> Nearest | None:
-        """The most similar other concept; by the first measure that has anything to say, unless one is named."""
+        """The most similar other concept, by one measure or by the first that compares the concept with any
+        other."""
         row = [facts.name for facts in self.facts].index(name)
-        for one in [measure] if measure else list(self.likeness):
-            cosines = self.likeness[one][row].clone().nan_to_num(-math.inf)
+        for chosen in [measure] if measure else list(self.likeness):
+            cosines = self.likeness[chosen][row].clone().nan_to_num(-math.inf)
             cosines[row] = -math.inf
-            place = int(cosines.argmax())
-            if cosines[place] > -math.inf:
-                return Nearest(self.facts[place].name, one, float(cosines[place]))
+            column = int(cosines.argmax())
+            if cosines[column] > -math.inf:
+                return Nearest(self.facts[column].name, chosen, float(cosines[column]))
         return None
 
     def to_json(self) -> dict:
         concepts = []
         for facts in self.facts:
-            found = {measure: self.nearest(facts.name, measure) for measure in self.likeness}
-            most = {measure: {"name": n.name, "cosine": round(n.cosine, 4)} for measure, n in found.items() if n is not None}
-            concepts.append({**facts.to_json(), "most_like": most})
-        whole = {"likeness": {measure: _table(cosines) for measure, cosines in self.likeness.items()}} if len(self.facts) <= WHOLE else {}
-        return {"concepts": concepts, "collisions": [asdict(one) for one in self.collisions], "warnings": list(self.warnings), **whole}
+            nearest = [n for measure in self.likeness if (n := self.nearest(facts.name, measure)) is not None]
+            most_like = {n.measure: {"name": n.name, "cosine": round(n.cosine, 4)} for n in nearest}
+            concepts.append({**facts.to_json(), "most_like": most_like})
+        report = {"concepts": concepts, "collisions": [asdict(c) for c in self.collisions],
+                  "warnings": list(self.warnings)}
+        if len(self.facts) <= WHOLE:
+            report["likeness"] = {measure: _table(cosines) for measure, cosines in self.likeness.items()}
+        return report
 
 
 def _table(cosines: Tensor) -> list[list[float | None]]:
-    """NaN is not JSON."""
+    """A matrix as JSON, which knows no NaN."""
     return [[None if math.isnan(x) else round(x, 4) for x in row] for row in cosines.tolist()]
 
 
 def _form(deltas: Deltas) -> str:
+    """Such as `rank 4`, `ranks 2 to 8 and 1,200 weights`, `words only`."""
     ranks = sorted({delta.up.shape[1] for delta in deltas.values() if isinstance(delta, LowRankDelta)})
     places = sum(delta.indices.numel() for delta in deltas.values() if not isinstance(delta, LowRankDelta))
     parts = [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"] if ranks else []
@@ -110,18 +127,19 @@ def _form(deltas: Deltas) -> str:
 
 
 def facts_of(info: ConceptInfo, concept: Concept | None = None, fault: str = "") -> Facts:
-    """From the header alone, or with the tensors."""
+    """Facts from the header, and from the tensors where the concept is given."""
     origin = info.provenance
-    known = {"name": info.name, "placeholder": info.placeholder, "class_noun": str(info.class_noun), "kind": info.kind,
-             "method": str(info.method), "composes": composition_of(info), "words": len(info.words), "photos": len(origin.images),
-             "steps": origin.steps, "date": str(origin.date)[:10], "fault": fault}
+    facts = Facts(info.name, info.placeholder, str(info.class_noun), info.kind, str(info.method),
+                  composition_of(info), len(info.words),
+                  len(origin.images), origin.steps, str(origin.date)[:10], fault=fault)
     if concept is None:
-        return Facts(**known)
-    return Facts(**known, stores=_form(concept.deltas), copies=concept.tokens.copies, bytes=concept.nbytes(), thumbnail=concept.thumbnail)
+        return facts
+    return replace(facts, stores=_form(concept.deltas), copies=concept.tokens.copies, nbytes=concept.nbytes(),
+                   thumbnail=concept.thumbnail)
 
 
 def _read(bank: ConceptBank) -> tuple[dict[str, Concept], dict[str, str]]:
-    """Concepts by name, and why others cannot be read: one that is damaged is no reason to see none."""
+    """The concepts that can be read, by name, and why the others cannot be."""
     concepts, faults = {}, {}
     for name in bank.names:
         try:
@@ -132,68 +150,95 @@ def _read(bank: ConceptBank) -> tuple[dict[str, Concept], dict[str, str]]:
 
 
 def _crop(picture: Tensor) -> Tensor:
-    """The middle of a picture `[3, H, W]`, mirrored: another picture of the same thing, if ever there was one."""
+    """The middle of a picture `[3, H, W]`, mirrored: surely another picture of the same thing."""
     top, left = (int(side * (1 - CROP) / 2) for side in picture.shape[1:])
     return picture[:, top : picture.shape[1] - top, left : picture.shape[2] - left].flip(-1)
 
 
 def _thumbnail_cosines(concepts: Sequence[Concept], encode: Encode) -> Tensor:
-    """`[n, n]`: cosine of thumbnails, on the diagonal that of a thumbnail and its own crop; NaN for a concept without a readable one."""
-    found = torch.full((len(concepts), len(concepts)), math.nan, dtype=torch.float64)
-    pictures = {i: to_pixels(picture) for i, concept in enumerate(concepts) if (picture := opened(concept.thumbnail)) is not None}
+    """Cosines of thumbnails `[n, n]`, on the diagonal of a thumbnail and its own crop; NaN without a readable
+    thumbnail."""
+    cosines = torch.full((len(concepts), len(concepts)), math.nan, dtype=torch.float64)
+    opened_thumbnails = ((i, opened(concept.thumbnail)) for i, concept in enumerate(concepts))
+    pictures = {i: to_pixels(picture) for i, picture in opened_thumbnails if picture is not None}
     if pictures:
         features = encode([*pictures.values(), *map(_crop, pictures.values())]).double()
         if features.ndim != 2 or len(features) != 2 * len(pictures) or not features.isfinite().all():
             raise ConceptError("the vision model gives no finite vector per picture; choose another one")
         whole, crops = features.chunk(2)
         places = torch.tensor(list(pictures))
-        found[places[:, None], places] = whole @ whole.T
-        found[places, places] = (whole * crops).sum(1)
-    return found
+        cosines[places[:, None], places] = whole @ whole.T
+        cosines[places, places] = (whole * crops).sum(1)
+    return cosines
 
 
-def likeness(concepts: Sequence[Concept], encode: Encode | None = None, rows: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Measure -> `[m, n]`, of all concepts or those in `rows` with all; thumbnails come first, where there is an encoder for them."""
+def likeness(concepts: Sequence[Concept], encode: Encode | None = None,
+             rows: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """Cosines of concepts by several measures.
+
+    Args:
+        encode: compares thumbnails as well, as the first measure.
+        rows: m of the n concepts, which are compared with all; None = all.
+
+    Returns:
+        Measure (covers, deltas, words) -> `[m, n]`, NaN where two cannot be compared.
+    """
     rows = range(len(concepts)) if rows is None else rows
     if not concepts or not rows:
         return {}
     thumbnails = {} if encode is None else {"covers": _thumbnail_cosines(concepts, encode)[list(rows)]}
     deltas, groups = [concept.deltas for concept in concepts], [concept.tokens for concept in concepts]
-    ours = deltas if len(rows) == len(deltas) else [deltas[i] for i in rows]      # the very list is compared with itself faster
-    return {**thumbnails, "deltas": delta_cosines(ours, deltas), "words": word_cosines([groups[i] for i in rows], groups)}
+    # comparing a list with itself is faster
+    compared = deltas if len(rows) == len(deltas) else [deltas[i] for i in rows]
+    words = word_cosines([groups[i] for i in rows], groups)
+    return {**thumbnails, "deltas": delta_cosines(compared, deltas), "words": words}
 
 
 def inspect(bank: ConceptBank | None, encode: Encode | None = None, only: str = "") -> Inspection:
-    """Reads a whole bank. A concept that cannot be read is told of and compared with nothing. only: a concept that is compared with the
-    others, not they with each other."""
+    """Reads a whole bank and compares its concepts. A concept that cannot be read is reported and compared
+    with nothing.
+
+    Args:
+        encode: compares thumbnails as well; pictures to unit vectors `[n, D]`.
+        only: a concept; then only its pairs are compared. Empty = all pairs.
+    """
     if bank is None or not len(bank):
         return Inspection((), {}, (), ())
     concepts, faults = _read(bank)
-    facts = tuple(facts_of(info, concepts.get(name), faults.get(name, "")) for name, info in bank.infos.items())
-    readable = [i for i, one in enumerate(facts) if not one.fault]
+    facts = tuple(facts_of(info, concepts.get(name), faults.get(name, ""))
+                  for name, info in bank.infos.items())
+    readable = [i for i, entry in enumerate(facts) if not entry.fault]
     rows = [row for row, i in enumerate(readable) if only in ("", facts[i].name)]
-    alike = {}
+    tables = {}
     for measure, cosines in likeness([concepts[facts[i].name] for i in readable], encode, rows).items():
-        all_of, ours = torch.tensor(readable), torch.tensor([readable[row] for row in rows])
+        columns, compared = torch.tensor(readable), torch.tensor([readable[row] for row in rows])
         table = torch.full((len(facts), len(facts)), math.nan, dtype=torch.float64)
-        table[ours[:, None], all_of] = cosines
-        table[all_of[:, None], ours] = cosines.T
-        if measure == "deltas":      # also of those that are compared with one alone: whether they have any
-            table[all_of, all_of] = torch.tensor([1.0 if concepts[facts[i].name].deltas else math.nan for i in readable]).double()
-        alike[measure] = table
-    collisions = collisions_of(list(bank.infos.values()), alike)
-    warnings = (*faults.values(), *(one.sentence for one in collisions), *header_warnings(bank))
-    return Inspection(facts, alike, collisions, warnings)
+        table[compared[:, None], columns] = cosines
+        table[columns[:, None], compared] = cosines.T
+        if measure == "deltas":      # the diagonal also says which concepts have deltas at all
+            diagonal = [1.0 if concepts[facts[i].name].deltas else math.nan for i in readable]
+            table[columns, columns] = torch.tensor(diagonal).double()
+        tables[measure] = table
+    collisions = collisions_of(list(bank.infos.values()), tables)
+    warnings = (*faults.values(), *(collision.sentence for collision in collisions), *header_warnings(bank))
+    return Inspection(facts, tables, collisions, warnings)
 
 
-def lines(found: Inspection) -> list[str]:
-    """What is wrong first, then a line per concept."""
-    told = []
-    for facts in found.facts:
+def nearest_text(nearest: Nearest) -> str:
+    """Such as `most like <mimi> (deltas 0.12)`."""
+    measure = "thumbnails" if nearest.measure == "covers" else nearest.measure
+    return f"most like <{nearest.name}> ({measure} {nearest.cosine:.2f})"
+
+
+def lines(inspection: Inspection) -> list[str]:
+    """The report as text: warnings first, then a line per concept."""
+    rows = []
+    for facts in inspection.facts:
         layers = f"{facts.copies} layer copies" if facts.copies > 1 else "one copy"
-        held = f"{facts.words} words in {layers}, {facts.stores}, {facts.bytes / 1e6:.2f} MB" if not facts.fault else "cannot be read"
-        nearest = found.nearest(facts.name)
-        like = f"; most like <{nearest.name}> ({nearest.measure} {nearest.cosine:.2f})" if nearest is not None else ""
-        told.append(f"{facts.placeholder}  {facts.class_noun}, {facts.kind}, {facts.way}, {held}, "
-                    f"{facts.photos} photos, {facts.steps} steps, {facts.date}{like}")
-    return [*(f"warning: {warning}" for warning in found.warnings), *told] or ["the bank is empty"]
+        stores = f"{facts.words} words in {layers}, {facts.stores}, {facts.nbytes / 1e6:.2f} MB"
+        nearest = inspection.nearest(facts.name)
+        row = (f"{facts.placeholder}  {facts.class_noun}, {facts.kind}, {facts.way}, "
+               f"{'cannot be read' if facts.fault else stores}, {facts.photos} photos, {facts.steps} steps, "
+               f"{facts.date}")
+        rows.append(row if nearest is None else f"{row}; {nearest_text(nearest)}")
+    return [*(f"warning: {warning}" for warning in inspection.warnings), *rows] or ["the bank is empty"]

@@ -25,7 +25,7 @@ def thumbnail(shade: int) -> bytes:
 
 def facts(name, **other) -> Facts:
     known = {"placeholder": f"<{name}>", "class_noun": "dog", "kind": "object", "method": "lora_m", "composes": "summed", "words": 2,
-             "photos": 5, "steps": 300, "date": "2026-01-01", "stores": "rank 4", "copies": 1, "bytes": 55_000, "thumbnail": thumbnail(40)}
+             "photos": 5, "steps": 300, "date": "2026-01-01", "stores": "rank 4", "copies": 1, "nbytes": 55_000, "thumbnail": thumbnail(40)}
     return Facts(name, **(known | other))
 
 

@@ -67,12 +67,12 @@ def test_facts_are_what_the_concept_holds(concept, layout):
     facts = facts_of(one.info, one)
     assert (facts.name, facts.placeholder, facts.class_noun, facts.kind, facts.method) == ("rex", "<rex>", "cat", "style", "lora_m")
     assert (facts.composes, facts.words, facts.photos, facts.steps, facts.date) == ("summed", 2, 2, 3, "2025-01-01")
-    assert facts.stores == "rank 2" and facts.copies == layout.copies and facts.bytes == one.nbytes() and facts.thumbnail == one.thumbnail
+    assert facts.stores == "rank 2" and facts.copies == layout.copies and facts.nbytes == one.nbytes() and facts.thumbnail == one.thumbnail
     places = SparseDelta((4, 5), torch.arange(7, dtype=torch.int32), torch.ones(7))
     assert facts_of(one.info, replace(one, deltas={(0, "to_k"): places})).stores == "7 weights"
     assert facts_of(one.info, replace(one, deltas={})).stores == "words only"
-    assert facts.way == "lora_m, summed" and facts_of(replace(one.info, method="bound")).way == "bound"
-    assert facts_of(one.info).bytes == 0      # from the header alone
+    assert facts.way == "lora_m, always on" and facts_of(replace(one.info, method="bound")).way == "bound"
+    assert facts_of(one.info).nbytes == 0      # from the header alone
 
 
 def test_every_method_composes_in_a_way_with_a_name():

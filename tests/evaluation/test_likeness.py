@@ -36,9 +36,9 @@ def dense_cosines(left, right):
 
 
 @pytest.mark.parametrize("make", [low_rank, sparse])
-@pytest.mark.parametrize("piece", [1, likeness.PIECE])
-def test_cosines_are_those_of_the_dense_matrices(make, piece, monkeypatch):
-    monkeypatch.setattr(likeness, "PIECE", piece)
+@pytest.mark.parametrize("chunk", [1, likeness.CHUNK])
+def test_cosines_are_those_of_the_dense_matrices(make, chunk, monkeypatch):
+    monkeypatch.setattr(likeness, "CHUNK", chunk)
     left, right = [make(1), make(2, keys=((0, "to_k"),))], [make(3), make(1), make(4, 3)]
     assert torch.allclose(delta_cosines(left, right), dense_cosines(left, right), atol=1e-6)
     assert torch.allclose(delta_cosines(right, right).diagonal(), torch.ones(3, dtype=torch.float64))
