@@ -1,4 +1,4 @@
-"""Makes this checkout importable as `continual_concepts`, installed or not, without ever putting its root on sys.path."""
+"""Makes this checkout importable as `continual_concepts`, without putting its root on sys.path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def _load_package() -> None:
-    """Import the root `__init__.py` under the package's name, unless that name leads here already (an editable install does)."""
+    """Imports the root `__init__.py` under the package's name, unless an editable install does that."""
     # `python -m pytest` puts the current directory there, and our nodes/ would then hide ComfyUI's nodes.py
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
     init = ROOT / "__init__.py"
@@ -61,7 +61,7 @@ def benchmark_photos() -> Path:
 
 @pytest.fixture(scope="session")
 def draw_photos():
-    """draw_photos(folder, noun, count, side): JPEG files of one drawn individual, none of them square, each with a caption."""
+    """draw_photos(folder, noun, count, side): JPEG files of one individual with captions; none is square."""
     import random
 
     from PIL import Image
@@ -141,7 +141,7 @@ def _backbone(prediction: str, unet=None, text=None):
 
 @pytest.fixture(scope="session")
 def tiny_backbone():
-    """Stable Diffusion 1's structure with random weights: 7 sites, pictures of 32 pixels to latents of 8, prompts of 14 tokens."""
+    """Stable Diffusion 1's structure with random weights: 7 sites, latents of 8 for 32 pixels, 14 tokens."""
     return _backbone("epsilon")
 
 
@@ -153,7 +153,7 @@ def tiny_backbone_v():
 
 @pytest.fixture(scope="session")
 def tiny_sdxl():
-    """SDXL's structure: two text encoders, pooled text and sizes beside the timestep, several transformer blocks per group; 21 sites."""
+    """SDXL's structure: two text encoders, pooled text and sizes, several blocks per group; 21 sites."""
     unet = _seeded(lambda: _unet(56, transformer_layers_per_block=3, addition_embed_type="text_time",
                                  addition_time_embed_dim=8,
                                  projection_class_embeddings_input_dim=24 + 6 * 8), 4)

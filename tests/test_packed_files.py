@@ -1,4 +1,4 @@
-"""The packed files: what the wheel and the registry's archive hold, folder by folder, so that a stray file fails."""
+"""The files in the wheel and in the registry's archive, folder by folder, so that a stray file fails."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def strays(paths: Iterable[str], allowed: Mapping[str, set[str]]) -> list[str]:
 
 def missing(paths: Iterable[str], allowed: Mapping[str, set[str]]) -> set[tuple[str, str]]:
     """The entries of `allowed` for which there is no file."""
-    return {(folder, what) for folder, kinds in allowed.items() for what in kinds} - {entry(path)
-                                                                                      for path in paths}
+    expected = {(folder, what) for folder, kinds in allowed.items() for what in kinds}
+    return expected - {entry(path) for path in paths}
 
 
 @pytest.fixture(scope="module")

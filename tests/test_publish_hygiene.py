@@ -1,4 +1,4 @@
-"""What is published, and what must not be in it: the registry's security scan flags a version for a single finding."""
+"""What must not be in published files: the registry's security scan flags a version for a single finding."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ FORBIDDEN_MODULES = {
     "Crypto", "cryptography",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_OS = re.compile(r"environ(b)?|(get|put|unset)env|system|popen|fork(pty)?|exec[lv]p?e?|(posix_)?spawn\w*|startfile")
+FORBIDDEN_OS = re.compile(
+    r"environ(b)?|(get|put|unset)env|system|popen|fork(pty)?|exec[lv]p?e?|(posix_)?spawn\w*|startfile")
 # A scanner reads comments and strings as well.
-FORBIDDEN_TEXT = re.compile(r"os\.environ|os\.getenv|os\.system|os\.popen|\bsubprocess\b|__import__|\bimport_module\b")
+FORBIDDEN_TEXT = re.compile(
+    r"os\.environ|os\.getenv|os\.system|os\.popen|\bsubprocess\b|__import__|\bimport_module\b")
 
 COMFYUI_MODULES = {
     "app", "comfy", "comfy_api", "comfy_api_nodes", "comfy_config", "comfy_execution", "comfy_extras",
@@ -38,7 +40,8 @@ COMFYUI_MODULES = {
     "latent_preview", "node_helpers", "nodes", "server",
 }  # fmt: skip
 
-MACHINE_PATH = re.compile(r"(?<![\w.~>)\]}$*-])(?:/(?:home|media|mnt|opt|root|tmp|Users|work)/\w|[A-Za-z]:\\Users\\)")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~>)\]}$*-])(?:/(?:home|media|mnt|opt|root|tmp|Users|work)/\w|[A-Za-z]:\\Users\\)")
 
 
 def ignored(path: str, patterns: list[str]) -> bool:
@@ -95,7 +98,10 @@ def source(path: str) -> str:
 
 
 def imports(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
-    """Line and full name of all that a file imports; relative names are resolved: `continual_concepts.core.model.sites.Site`."""
+    """Line and full name of every import.
+
+    Relative names become `continual_concepts.core.model.sites.Site`.
+    """
     package = ["continual_concepts", *PurePosixPath(path).parts[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -133,8 +139,8 @@ def findings(text: str, path: str = "core/example.py") -> list[str]:
             found.append((node.lineno, f"calls {node.func.id}"))
         if ast.unparse(node.func) == "torch.load" and not keyword_is(node, "weights_only", True):
             found.append((node.lineno, "calls torch.load without weights_only=True"))
-        if any(k.arg == "allow_pickle" for k in node.keywords) and not keyword_is(node, "allow_pickle",
-                                                                                  False):
+        allows = any(k.arg == "allow_pickle" for k in node.keywords)
+        if allows and not keyword_is(node, "allow_pickle", False):
             found.append((node.lineno, "allows pickled objects"))
     for number, line in enumerate(text.splitlines(), 1):
         found += [(number, f"holds the text {match.group()}") for match in FORBIDDEN_TEXT.finditer(line)]

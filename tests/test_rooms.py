@@ -56,8 +56,8 @@ def graph() -> dict[str, set[str]]:
             own = edges.setdefault(path.relative_to(ROOT).as_posix(), set())
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and node.level:
-                    folder = here[: len(here) - node.level + 1] + (node.module.split(".") if node.module
-                                                                   else [])
+                    below = node.module.split(".") if node.module else []
+                    folder = here[: len(here) - node.level + 1] + below
                     own.update(_target(folder, alias.name) for alias in node.names)
     return edges
 

@@ -23,9 +23,9 @@ def test_a_description_belongs_to_its_field():
         mode: str = setting("a", "Mode.", choices=["a", "b"])
 
     assert Config() == Config(4, "x", "a")
-    assert list(settings_of(Config).values()) == [
-        Setting("rank", 4, "Rank.", 1, 128, None, ()), Setting("mode", "a", "Mode.", None, None, None,
-                                                               ("a", "b"))]
+    rank = Setting("rank", 4, "Rank.", 1, 128, None, ())
+    mode = Setting("mode", "a", "Mode.", None, None, None, ("a", "b"))
+    assert list(settings_of(Config).values()) == [rank, mode]
 
 
 def test_training_describes_all_its_fields():

@@ -36,8 +36,8 @@ from ...core.neurons.scores import (
 
 PAPER = 0.53
 SHARE, QUORUM = 0.1, 0.5      # CNSConfig's
-COLOURS, LINES, QUIET = {"gradient": "#c2410c", "activation": "#1d4ed8"}, {"weight": "-",
-                                                                           "row": "--"}, "#6b6b76"
+COLOURS, QUIET = {"gradient": "#c2410c", "activation": "#1d4ed8"}, "#6b6b76"
+LINES = {"weight": "-", "row": "--"}
 
 
 def shares_of_first(masks: Tensor, first: int) -> tuple[list[float], list[float]]:

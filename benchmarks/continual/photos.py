@@ -92,10 +92,8 @@ def _entries(root: Path) -> list[dict]:
     entries = content.get("tasks") if isinstance(content, dict) else None
     is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
     if not is_list or not 1 <= len(entries) <= MAX_TASKS:
-        raise ConceptError(f"'{root / 'tasks.json'}' must hold {{\"tasks\": "
-                                                                         "[...]}} with 1 to {MAX_TASKS} "
-                                                                         "tasks, "
-                           "each an object")
+        raise ConceptError(f"'{root / 'tasks.json'}' must hold an object with the key tasks: "
+                           f"a list of 1 to {MAX_TASKS} tasks, each an object")
     result = []
     for i, entry in enumerate(entries):
         where = f"task {i + 1}"

@@ -135,8 +135,8 @@ def levels(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, se
     return noun, text, real
 
 
-def untrained(noun: Mapping[str, float], text: Mapping[str, float], real: Mapping[str, float]) -> dict[str,
-                                                                                                       float]:
+def untrained(noun: Mapping[str, float], text: Mapping[str, float], real: Mapping[str, float]
+              ) -> dict[str, float]:
     """Means over concepts of the three results of `levels`."""
     names = {"image_alignment": noun, "text_alignment": text, "real_pictures": real}
     return {name: sum(values.values()) / len(values) for name, values in names.items()}

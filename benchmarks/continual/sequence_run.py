@@ -74,8 +74,8 @@ def _learn(backbone: Backbone, suite: PromptSuite, run: Run, task: Assignment, b
     return learned.bank, time.perf_counter() - began
 
 
-def _learned_elsewhere(folder: Path, run: Run, names: list[str], made_with: Mapping) -> tuple[ConceptBank,
-                                                                                              float] | None:
+def _learned_elsewhere(folder: Path, run: Run, names: list[str], made_with: Mapping
+                       ) -> tuple[ConceptBank, float] | None:
     """The bank of a finished run that learned the same, and its seconds per concept.
 
     None where there is none.

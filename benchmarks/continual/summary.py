@@ -37,8 +37,8 @@ def run_figures(run: Mapping, upper: Mapping[str, float] | None = None) -> dict[
         run: the JSON of a finished run.
         upper: concept -> alignment of a model of its own; without it there is no plasticity.
     """
-    figures = {name: _mean(run[name]) for name in PER_CONCEPT} | {name: run[name] for name in PLAIN
-                                                                  if name in run}
+    figures = {name: _mean(run[name]) for name in PER_CONCEPT}
+    figures |= {name: run[name] for name in PLAIN if name in run}
     figures["retention"] = _mean(run["image_alignment"]) / _mean(run["just_learned"])
     learned = [share for share, just in zip(run["retention"], run["just_learned"], strict=True)
                if just >= LEARNED]

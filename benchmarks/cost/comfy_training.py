@@ -1,4 +1,4 @@
-"""`bench training --comfyui`: learning in ComfyUI, and ComfyUI's own Train LoRA node, on a checkpoint's shape."""
+"""Learning in ComfyUI, and ComfyUI's own Train LoRA node, on a checkpoint's shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...core.comfy.backbone import ComfyBackbone
 from ..regional.comfy_cost import SHAPES, random_model
 from .rivals import RANK, peft_rival
 from .synthetic import TOKENS, random_weights
-from .training import Look, Setup, optimizer_steps
+from .training import Setup, Timing, optimizer_steps
 
 TEXTS = {"sd15": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
          "sdxl": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)}
@@ -39,7 +39,7 @@ class ComfyHost:
     def training(self) -> contextlib.AbstractContextManager:
         return self.backbone.training()
 
-    def rivals(self) -> Mapping[str, Callable[[int], Look]]:
+    def rivals(self) -> Mapping[str, Callable[[int], Timing]]:
         return {**peft_rival(self.setup),
                 "core": lambda steps: self._core(steps, gradient_checkpointing=True),
                 "core_without_checkpointing": lambda steps: self._core(steps, gradient_checkpointing=False)}
@@ -48,22 +48,25 @@ class ComfyHost:
         """A random prompt."""
         generator = torch.Generator().manual_seed(1)
         hidden = torch.randn(1, TOKENS, SHAPES[self.setup.shape]["context_dim"], generator=generator)
-        return [hidden, {"pooled_output": torch.randn(1, 1280, generator=generator)} if self.setup.shape == "sdxl" else {}]
+        return [hidden, {"pooled_output": torch.randn(1, 1280, generator=generator)}
+                if self.setup.shape == "sdxl" else {}]
 
-    def _core(self, steps: int, **other) -> Look:
-        """ComfyUI's own node with its defaults but for the rank, which is ours, and float32 where we compute in it."""
+    def _core(self, steps: int, **overrides) -> Timing:
+        """ComfyUI's node with its defaults, except for our rank and our precision."""
         from comfy_extras.nodes_train import TrainLoraNode
 
         dtype = {"float32": "fp32", "bfloat16": "bf16"}[self.setup.precision]
-        wanted = {"steps": steps, "rank": RANK, "training_dtype": dtype, "lora_dtype": "fp32", **other}
-        settings = {one.id: [wanted.get(one.id, getattr(one, "default", None))] for one in TrainLoraNode.define_schema().inputs}
+        wanted = {"steps": steps, "rank": RANK, "training_dtype": dtype, "lora_dtype": "fp32", **overrides}
+        settings = {field.id: [wanted.get(field.id, getattr(field, "default", None))]
+                    for field in TrainLoraNode.define_schema().inputs}
         settings["existing_lora"] = ["[None]"]
         shape, side = self.setup.shape, self.setup.side
         model = random_model(shape)
-        model.cached_patcher_init = (lambda disable_dynamic=False: random_model(shape), ())      # newer hosts load their copy again
+        # newer hosts load a copy
+        model.cached_patcher_init = (lambda disable_dynamic=False: random_model(shape), ())
         latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
-        things = {"model": [model], "latents": [{"samples": latents}], "positive": [[self._text()]]}
+        inputs = {"model": [model], "latents": [{"samples": latents}], "positive": [[self._text()]]}
         try:
-            return optimizer_steps(lambda: TrainLoraNode.execute(**(settings | things)))
+            return optimizer_steps(lambda: TrainLoraNode.execute(**(settings | inputs)))
         finally:
             comfy.model_management.unload_all_models()

@@ -11,29 +11,39 @@ from ..report import Result, require_at_least, say, write_result
 
 
 def add_commands(commands) -> None:
-    of_training = commands.add_parser("training", help="what a step of learning costs, beside other trainers")
-    of_aggregation = commands.add_parser("aggregation", help="what many concepts cost between a prompt and a picture")
-    of_bank = commands.add_parser("bank", help="what many concepts cost in a file")
+    of_training = commands.add_parser("training",
+                                      help="the cost of a training step, compared with other trainers")
+    of_aggregation = commands.add_parser("aggregation",
+                                         help="the cost of many concepts between a prompt and a picture")
+    of_bank = commands.add_parser("bank", help="the cost of many concepts in a file")
     for parser, command in ((of_training, training), (of_aggregation, aggregation), (of_bank, bank)):
         parser.set_defaults(run=command)
         parser.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes")
-        parser.add_argument("--comfyui", type=Path, help="folder of a ComfyUI to measure in (default: diffusers)")
-        parser.add_argument("--pixels", type=int, default=256, help="side of the picture (default %(default)s)")
+        parser.add_argument("--comfyui", type=Path,
+                            help="folder of a ComfyUI to measure in (default: diffusers)")
+        parser.add_argument("--pixels", type=int, default=256,
+                            help="side of the picture (default %(default)s)")
         parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-        parser.add_argument("--rounds", type=int, default=2, help="looks at everything (default %(default)s)")
-    of_training.add_argument("--steps", type=int, default=4, help="of each look, the first is left out (default %(default)s)")
-    of_training.add_argument("--profile", type=Path, help="also what a step spends its time on, as text in this file")
-    of_training.add_argument("--shape", choices=("sd15", "sdxl"), default="sd15", help="of which checkpoint (default %(default)s)")
-    of_training.add_argument("--checkpointing", action="store_true", help="compute activations again instead of keeping them")
-    of_training.add_argument("--rows", help='what to measure, for example "bound; cidm, one copy" (default: all)')
-    of_training.add_argument("--alone", action="store_true", help="no banks of a hundred concepts, no other trainers")
+        parser.add_argument("--rounds", type=int, default=2,
+                            help="measurements of everything (default %(default)s)")
+    of_training.add_argument("--steps", type=int, default=4,
+                             help="of each measurement; the first one is left out (default %(default)s)")
+    of_training.add_argument("--profile", type=Path, help="also write a profile of a step to this text file")
+    of_training.add_argument("--shape", choices=("sd15", "sdxl"), default="sd15",
+                             help="of the checkpoint (default %(default)s)")
+    of_training.add_argument("--checkpointing", action="store_true",
+                             help="recompute activations instead of storing them")
+    of_training.add_argument("--rows",
+                             help='what to measure, for example "bound; cidm, one copy" (default: all)')
+    of_training.add_argument("--alone", action="store_true",
+                             help="no banks of a hundred concepts, no other trainers")
     for parser, count in ((of_aggregation, 100), (of_bank, 1000)):
         parser.add_argument("--concepts", type=int, default=count, help="in the bank (default %(default)s)")
         parser.set_defaults(shape="sd15", checkpointing=False)
 
 
 def _host(options: Namespace):
-    """A model with random weights, of SD1.5's shape where no other is asked for, in ComfyUI where its folder is given."""
+    """A model with random weights, in ComfyUI if its folder is given, else in diffusers."""
     from .training import Setup
 
     setup = Setup(options.shape, options.pixels, options.precision, options.checkpointing)
@@ -50,7 +60,7 @@ def _host(options: Namespace):
 
 
 def training(options: Namespace) -> Result:
-    """What a step of learning costs, beside the passes forward that it needs and beside other trainers."""
+    """The cost of a training step, compared with its forward passes and with other trainers."""
     from . import training as training_cost
 
     require_at_least(options, pixels=64, steps=2, rounds=1)
@@ -65,28 +75,33 @@ def training(options: Namespace) -> Result:
     result = {"host": "diffusers" if options.comfyui is None else "ComfyUI",
               **training_cost.measure(host, options.steps, options.rounds, say, names, options.alone)}
     write_result(options.file, result)
-    others = [name.removeprefix("faster_than_") for name in next(iter(result["rows"].values())) if name.startswith("faster_than_")]
-    lines = [f"{name}: {row['step_seconds']:.2f} s a step, {row['step_over_forwards']:.2f} of its passes forward"
+    others = [name.removeprefix("faster_than_") for name in next(iter(result["rows"].values()))
+              if name.startswith("faster_than_")]
+    lines = [f"{name}: "
+             f"{row['step_seconds']:.2f} s a step, {row['step_over_forwards']:.2f} of its forward passes"
              + "".join(f", {row[f'faster_than_{other}']:.1f} times as fast as {other}" for other in others)
-             + (f"; with 100 concepts in the bank {row['hundred_over_one']:.3f}" if "hundred_over_one" in row else "")
+             + (f"; with 100 concepts in the bank {row['hundred_over_one']:.3f}" if "hundred_over_one" in row
+                else "")
              for name, row in result["rows"].items()]
     return result, lines
 
 
 def aggregation(options: Namespace) -> Result:
-    """What many concepts cost between a prompt and a picture."""
+    """The cost of many concepts between a prompt and a picture."""
     from . import scale as scale_cost
 
     require_at_least(options, concepts=2, rounds=1)
     result = scale_cost.aggregation(_host(options).backbone, options.concepts, options.rounds)
     write_result(options.file, result)
-    lines = [f"{mode}: {seconds:.2f} s from prompt to weights" for mode, seconds in result["apply_seconds"].items()]
+    lines = [f"{mode}: {seconds:.2f} s from prompt to weights" for mode,
+             seconds in result["apply_seconds"].items()]
     return result, [*lines, f"the sum alone, concept by concept: {result['naive_seconds']:.2f} s",
-                    f"a pass forward with them in the weights: {result['sampling_over_plain']:.3f} of a plain one"]
+                    "a forward pass with them in the weights: "
+                    f"{result['sampling_over_plain']:.3f} of a plain one"]
 
 
 def bank(options: Namespace) -> Result:
-    """What many concepts cost in a file."""
+    """The cost of many concepts in a file."""
     from tempfile import TemporaryDirectory
 
     from . import scale as scale_cost
@@ -95,5 +110,6 @@ def bank(options: Namespace) -> Result:
     with TemporaryDirectory() as folder:
         result = scale_cost.bank(_host(options).backbone, options.concepts, Path(folder), options.rounds)
     write_result(options.file, result)
-    return result, [f"{name.removesuffix('_seconds')}: {result[name]:.3f} s" for name in result if name.endswith("_seconds")] + [
+    return result, [f"{name.removesuffix('_seconds')}: {result[name]:.3f} s" for name in result
+                    if name.endswith("_seconds")] + [
         f"one concept: {result['concept_mb']:.2f} MB"]

@@ -1,4 +1,4 @@
-"""Other people's ways to train, for `bench training`: diffusers with PEFT's LoRA on the same layers; and a UNet without ComfyUI."""
+"""Trainers to compare with: diffusers with PEFT's LoRA on the same layers; and a UNet without ComfyUI."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ...core.errors import ConceptError
 from ...core.hosts.diffusers import ClipText
 from .synthetic import TOKENS, UNETS, WIDTH, random_unet, random_weights, sd15_backbone
-from .training import Look, Setup, optimizer_steps
+from .training import Setup, Timing, optimizer_steps
 
 RANK = 4
 
@@ -21,41 +21,51 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def peft_loop(setup: Setup, steps: int) -> Look:
-    """The usual script: LoRA on q, k, v, out of the same attention layers, one text per picture that is encoded beforehand."""
+def peft_loop(setup: Setup, steps: int) -> Timing:
+    """The usual script: LoRA on q, k, v and out of the same attention layers.
+
+    The text is encoded beforehand.
+    """
     from peft import LoraConfig
 
     side, unet = setup.side, random_unet(setup.shape).requires_grad_(False)
     if setup.checkpointing:
-        unet.train()      # else it does not recompute; it has no dropout
+        unet.train()      # recomputes only in training mode; it has no dropout
         unet.enable_gradient_checkpointing()
     names = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-4)
     generator = torch.Generator().manual_seed(1)
-    text = torch.randn(1, TOKENS, UNETS[setup.shape]["cross_attention_dim"], generator=generator).to(_device())
-    more = {"text_embeds": text[:, 0, -1280:], "time_ids": torch.full((1, 6), 8.0 * side).to(_device())} if setup.shape == "sdxl" else None
+    text = torch.randn(1, TOKENS, UNETS[setup.shape]["cross_attention_dim"],
+                       generator=generator).to(_device())
+    added = None
+    if setup.shape == "sdxl":
+        added = {"text_embeds": text[:, 0, -1280:], "time_ids": torch.full((1, 6), 8.0 * side).to(_device())}
 
     def run() -> None:
         for _ in range(steps):
             x, target = (torch.randn(1, 4, side, side, generator=generator).to(_device()) for _ in range(2))
-            with torch.autocast(_device(), torch.bfloat16) if setup.precision == "bfloat16" else nullcontext():
-                loss = F.mse_loss(unet(x, torch.tensor([500], device=_device()), text, added_cond_kwargs=more).sample.float(), target)
+            is_mixed = setup.precision == "bfloat16"
+            with torch.autocast(_device(), torch.bfloat16) if is_mixed else nullcontext():
+                t = torch.tensor([500], device=_device())
+                loss = F.mse_loss(unet(x, t, text, added_cond_kwargs=added).sample.float(), target)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            loss.item()      # where the clock can be read on a graphics card too
+            loss.item()      # waits for the graphics card, so that the clock is right
 
     return optimizer_steps(run)
 
 
-def peft_rival(setup: Setup) -> dict[str, Callable[[int], Look]]:
-    """Nothing where PEFT is not installed."""
-    return {"peft": lambda steps: peft_loop(setup, steps)} if find_spec("peft") and find_spec("diffusers") else {}
+def peft_rival(setup: Setup) -> dict[str, Callable[[int], Timing]]:
+    """The PEFT trainer by its name; empty where PEFT is not installed."""
+    if not (find_spec("peft") and find_spec("diffusers")):
+        return {}
+    return {"peft": lambda steps: peft_loop(setup, steps)}
 
 
 class DiffusersHost:
-    """UNet and text encoder of SD1.5's shape, without ComfyUI. Words and their numbers are the embedded base's."""
+    """UNet and text encoder of SD1.5's shape, without ComfyUI; the tokenizer is the embedded base's."""
 
     def __init__(self, setup: Setup) -> None:
         if setup.shape != "sd15":
@@ -65,7 +75,8 @@ class DiffusersHost:
         from ...core.demo import base
 
         tokenizer = AutoTokenizer.from_pretrained(base.TOKENIZER)
-        text = CLIPTextModel(CLIPTextConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=12, num_attention_heads=12,
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH,
+                                            num_hidden_layers=12, num_attention_heads=12,
                                             eos_token_id=tokenizer.eos_token_id))
         random_weights(text)
         self.backbone = sd15_backbone((ClipText("clip_l", text.to(_device()), tokenizer),))
@@ -74,5 +85,5 @@ class DiffusersHost:
     def training(self):
         return nullcontext()
 
-    def rivals(self) -> Mapping[str, Callable[[int], Look]]:
+    def rivals(self) -> Mapping[str, Callable[[int], Timing]]:
         return peft_rival(self.setup)

@@ -1,4 +1,4 @@
-"""`bench aggregation` and `bench bank`: what many concepts cost where they are used, on Stable Diffusion 1.5's shape."""
+"""The cost of many concepts in a prompt and in a file, on Stable Diffusion 1.5's shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .training import random_bank
 
 
 def naive(backbone: Backbone, bank: ConceptBank) -> None:
-    """One product and one addition per concept and projection, as published code does it: the yardstick of the stacked sum."""
+    """One product and one addition per concept and projection, as in published code.
+
+    The sum to compare with.
+    """
     weight = 1 / len(bank)
     for site in backbone.layout.sites:
         for projection in ("to_q", "to_k", "to_v", "to_out"):
@@ -27,14 +30,26 @@ def naive(backbone: Backbone, bank: ConceptBank) -> None:
 
 @torch.inference_mode()
 def aggregation(backbone: Backbone, concepts: int, rounds: int) -> dict:
-    """apply_seconds: from the prompt to folded weights, by mode; sharp has the prompt's two concepts at work, the others all.
-    naive_seconds: the sum alone, concept by concept. sampling_over_plain: median of pairs, a forward pass with the deltas folded over one
-    without."""
+    """The JSON of the benchmark.
+
+    Args:
+        backbone: the base.
+        concepts: number of concepts in the bank.
+        rounds: measurements of everything.
+
+    Returns:
+        `apply_seconds`: by mode, from the prompt to folded weights; in mode sharp only the prompt's two
+            concepts act.
+        `naive_seconds`: the sum alone, concept by concept. `sampling_over_plain`: a forward pass with folded
+            deltas over
+        one without, median of pairs.
+    """
     bank = random_bank(backbone.layout, "cidm", concepts)
     prompt = bank.parse("a photo of <old0> with <old1> in a park")
-    x = torch.randn(1, backbone.latent_channels, 64, 64, generator=torch.Generator().manual_seed(1)).to(backbone.device)
+    x = torch.randn(1, backbone.latent_channels, 64, 64,
+                    generator=torch.Generator().manual_seed(1)).to(backbone.device)
     steps = torch.tensor([500], device=backbone.device)
-    found: dict = {"concepts": concepts, "apply_seconds": {}}
+    result: dict = {"concepts": concepts, "apply_seconds": {}}
 
     def apply(mode: str):
         deltas = aggregate(backbone, bank, prompt, mode).deltas
@@ -43,13 +58,13 @@ def aggregation(backbone: Backbone, concepts: int, rounds: int) -> dict:
         return deltas
 
     for mode in MODES:
-        found["apply_seconds"][mode] = seconds(lambda mode=mode: apply(mode), rounds)
-    found["naive_seconds"] = seconds(lambda: naive(backbone, bank), 1)
-    found["sampling_over_plain"] = _sampling(backbone, apply("equal"), x, steps, rounds)
-    return found
+        result["apply_seconds"][mode] = seconds(lambda mode=mode: apply(mode), rounds)
+    result["naive_seconds"] = seconds(lambda: naive(backbone, bank), 1)
+    result["sampling_over_plain"] = _sampling_ratio(backbone, apply("equal"), x, steps, rounds)
+    return result
 
 
-def _sampling(backbone: Backbone, deltas, x, steps, rounds: int) -> float:
+def _sampling_ratio(backbone: Backbone, deltas, x, steps, rounds: int) -> float:
     context, ratios = context_of(1, 1, seed=1), []
 
     def forward() -> float:
@@ -63,8 +78,12 @@ def _sampling(backbone: Backbone, deltas, x, steps, rounds: int) -> float:
 
 
 def bank(backbone: Backbone, concepts: int, folder: Path, rounds: int) -> dict:
-    """A bank of so many concepts in a file in `folder`, which is left there. open_seconds: opening and listing; one_seconds: opening and
-    reading one concept; all_seconds: reading all."""
+    """Saves a bank in `folder` and measures it.
+
+    Returns:
+        `open_seconds`: opening and listing; `one_seconds`: opening and reading one concept; `all_seconds`:
+            reading all.
+    """
     path = folder / f"bank-{concepts}.safetensors"
     save_bank(_repeated(random_bank(backbone.layout, "bound", 8), concepts), path)
 
@@ -81,7 +100,8 @@ def bank(backbone: Backbone, concepts: int, folder: Path, rounds: int) -> dict:
 
 
 def _repeated(few: ConceptBank, count: int) -> ConceptBank:
-    """`count` concepts of the same numbers as a few."""
-    own = list(few)
-    renamed = (own[i % len(own)].renamed(f"old{i}") for i in range(count))
-    return ConceptBank(few.layout, tuple(Entry(concept.info, lambda concept=concept: concept) for concept in renamed))
+    """`count` concepts that repeat the tensors of a few."""
+    originals = list(few)
+    renamed = (originals[i % len(originals)].renamed(f"old{i}") for i in range(count))
+    return ConceptBank(few.layout,
+                       tuple(Entry(concept.info, lambda concept=concept: concept) for concept in renamed))

@@ -1,4 +1,4 @@
-"""ComfyUI outside its server, for the benchmarks: from a folder, before anything of it is imported."""
+"""ComfyUI without its server, imported from a folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from ...core.errors import ConceptError
 
 
 def start(folder: Path) -> None:
-    """Makes ComfyUI's modules importable, on the processor where there is no graphics card; ConceptError for a folder that is none."""
+    """Makes the modules of a ComfyUI folder importable; call it before any of them is imported.
+
+    Raises:
+        ConceptError: if the folder holds no ComfyUI.
+    """
     if not (folder / "comfy").is_dir():
-        raise ConceptError(f"'{folder}' is no ComfyUI: it has no folder comfy")
+        raise ConceptError(f"'{folder}' is not a ComfyUI folder: it has no folder comfy")
     sys.path.insert(0, str(folder))
-    from comfy.cli_args import args  # reads no command line unless it is told to
+    from comfy.cli_args import args  # does not read the command line by default
 
     args.cpu = not torch.cuda.is_available()

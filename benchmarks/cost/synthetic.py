@@ -1,4 +1,4 @@
-"""Random concepts and prompts of a model's shape, for figures of speed and memory; and how much memory something takes."""
+"""Random models, concepts and prompts for figures of speed and memory, and how these are measured."""
 
 from __future__ import annotations
 
@@ -18,48 +18,59 @@ from ...core.model.sites import PROJECTIONS, SiteLayout
 
 _FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
 TOKENS, WIDTH = 77, 768      # of SD1.5's prompts
-# What diffusers' UNet is told beside its defaults, which are SD1.5's.
+# Arguments of diffusers' UNet beside its defaults, which are SD1.5's.
 UNETS: dict[str, dict] = {
     "sd15": {"cross_attention_dim": WIDTH},
-    "sdxl": {"cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+    "sdxl": {"cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280),
+             "transformer_layers_per_block": (1, 2, 10),
              "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
-             "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-             "projection_class_embeddings_input_dim": 2816},
+             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+             "attention_head_dim": (5, 10, 20),
+             "use_linear_projection": True, "addition_embed_type": "text_time",
+             "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
 }
 
 
 def deltas_of(layout: SiteLayout, seed: int, rank: int = 4, size: float = 0.01) -> Deltas:
     """Low-rank deltas of all projections of all sites."""
-    generator, found = torch.Generator().manual_seed(seed), {}
+    generator, deltas = torch.Generator().manual_seed(seed), {}
     for site in layout.sites:
         for projection in PROJECTIONS:
             a, b = site.shape(projection)
-            found[site.index, projection] = LowRankDelta(size * torch.randn(a, rank, generator=generator),
-                                                         torch.randn(rank, b, generator=generator) * b**-0.5)
-    return found
+            up = size * torch.randn(a, rank, generator=generator)
+            down = torch.randn(rank, b, generator=generator) * b**-0.5
+            deltas[site.index, projection] = LowRankDelta(up, down)
+    return deltas
 
 
-def context_of(batch: int, copies: int, seed: int, words: dict[str, tuple[int, ...]] | None = None) -> Context:
-    """`batch` random prompts; words: those of the last of them."""
+def context_of(batch: int, copies: int, seed: int, words: dict[str, tuple[int, ...]]
+               | None = None) -> Context:
+    """`batch` random prompts; words: word positions of the last one."""
     hidden = torch.randn(batch, copies, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
     return Context(hidden, None, ({},) * (batch - 1) + (words or {},))
 
 
 def _resident() -> float:
-    """GiB that this process has held at most since the peak was reset; OSError or KeyError where the system does not tell."""
-    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    """Peak GiB of this process since the peak was reset.
+
+    OSError or KeyError if the system does not report it.
+    """
+    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+                if ":" in line)
     return int(rows["VmHWM"].split()[0]) / 2**20
 
 
 def peak_gb(run: Callable[[], object]) -> float | None:
-    """Runs it; GiB at its peak, of the graphics card where there is one, else of the process; None where the system does not tell."""
+    """Peak of memory in GiB while `run` runs: of the graphics card if there is one, else of the process.
+
+    None if the system does not report it.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() / 2**30
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")      # Linux: the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")      # Linux: resets the peak
     run()
     try:
         return _resident()
@@ -68,15 +79,18 @@ def peak_gb(run: Callable[[], object]) -> float | None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts, while it is on, the operations that compute something: on a graphics card at least one kernel launch each. Views are none,
-    nor is what gives an empty tensor."""
+    """Counts operations that compute something: on a graphics card, each is at least one kernel launch.
+
+    Views and operations with an empty result do not count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.arguments)
+        is_view = any(argument.alias_info is not None and not argument.alias_info.is_write
+                      for argument in func._schema.arguments)
         out = func(*args, **(kwargs or {}))
         is_empty = isinstance(out, torch.Tensor) and out.numel() == 0
         self.count += not (is_view or is_empty or func.overloadpacket.__name__ in _FREE)
@@ -84,19 +98,19 @@ class Operations(TorchDispatchMode):
 
 
 def seconds(run: Callable[[], object], rounds: int = 2) -> float:
-    """The least that it takes; the first of several calls also prepares."""
-    found = []
+    """The smallest time of several calls; the first one also warms up."""
+    times = []
     for _ in range(rounds):
         began = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def random_weights(module: nn.Module) -> None:
-    """Of a size that keeps activations finite, whatever was in them."""
+    """Fills a module with random weights whose size keeps activations finite."""
     generator = torch.Generator().manual_seed(0)
     for name, weight in module.state_dict().items():
         if not weight.dtype.is_floating_point:      # position numbers
@@ -110,7 +124,7 @@ def random_weights(module: nn.Module) -> None:
 
 
 def random_unet(shape: str = "sd15") -> nn.Module:
-    """diffusers' UNet of a shape, on the graphics card where there is one."""
+    """diffusers' UNet of a shape, on the graphics card if there is one."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(**UNETS[shape])
@@ -119,10 +133,10 @@ def random_unet(shape: str = "sd15") -> nn.Module:
 
 
 def sd15_backbone(text: tuple = ()):
-    """A backbone over it, without an autoencoder; text: its text encoders, none where prompts are random numbers anyway."""
+    """A backbone with such a UNet and no autoencoder; text: its text encoders, if prompts are encoded."""
     from ...core.hosts.diffusers import DiffusersBackbone
     from ...core.model.schedule import NoiseSchedule, cumulative_alphas
 
     vae = nn.Module()
-    vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # not asked for anything else
+    vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # nothing else is read
     return DiffusersBackbone(random_unet(), vae, text, NoiseSchedule(cumulative_alphas(0.00085, 0.012)))

@@ -45,8 +45,8 @@ def test_beyond_the_ten_every_fifth_is_a_style(fifty):
     styles = [i + 1 for i, c in enumerate(fifty) if i >= 10 and c.kind == "style"]
     assert styles == list(range(10 + STYLE_EVERY, 51, STYLE_EVERY))
     for concept in fifty:
-        assert (concept.thing is None, concept.style is None) == ((True, False) if concept.kind == "style"
-                                                                  else (False, True))
+        is_style = concept.kind == "style"
+        assert (concept.thing is None, concept.style is None) == (is_style, not is_style)
         assert concept.class_noun == (concept.thing.kind if concept.thing else "drawing")
     assert {c.class_noun for c in fifty} == {"drawing", *scenes.KINDS}
 

@@ -63,8 +63,8 @@ def test_runs_their_files_and_the_summary_of_finished_ones(command, quick, tmp_p
     assert "| ewc |" in shown.out and "| **bound** |" in shown.out
     assert "ewc-n2-o0-s0: learned <quack>" in shown.err
     result = json.loads((tmp_path / "c.json").read_text())
-    assert set(result["methods"]) == {"bound", "ewc"} and (result["tasks"], result["steps"],
-                                                           result["default"]) == (2, 1, "bound")
+    assert set(result["methods"]) == {"bound", "ewc"}
+    assert (result["tasks"], result["steps"], result["default"]) == (2, 1, "bound")
     assert result["methods"]["bound"]["base_drift"] == 0 < result["methods"]["ewc"]["base_drift"]
     assert set(result["untrained"]) >= {"image_alignment", "text_alignment", "real_pictures"}
     folder = tmp_path / "c.cells"
@@ -100,8 +100,8 @@ def test_an_override_is_a_row_of_its_own(command, quick, tmp_path):
     assert set(runs) == {"bound-n1-o0-s0.json", "bound+apart=false+rank=2-n1-o0-s0.json"}
     changed = runs["bound+apart=false+rank=2-n1-o0-s0.json"]["settings"]
     assert changed["apart"] is False and changed["rank"] == 2
-    assert set(json.loads((tmp_path / "c.json").read_text())["methods"]) == {"bound",
-                                                                             "bound+apart=false+rank=2"}
+    methods = json.loads((tmp_path / "c.json").read_text())["methods"]
+    assert set(methods) == {"bound", "bound+apart=false+rank=2"}
 
 
 def test_an_override_without_a_value_is_refused(command, quick, capsys):

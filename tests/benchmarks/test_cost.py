@@ -1,4 +1,4 @@
-"""`bench training`, `aggregation`, `bank`: the figures are what they say, on a tiny base."""
+"""The benchmarks `training`, `aggregation` and `bank`: their figures on a tiny base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from continual_concepts.benchmarks.__main__ import main
-from continual_concepts.benchmarks.cost import command as benchmarks
+from continual_concepts.benchmarks.cost import command
 from continual_concepts.benchmarks.cost import scale as scale_cost
 from continual_concepts.benchmarks.cost import training as training_cost
 from continual_concepts.core.bank.format import open_bank
@@ -32,7 +32,8 @@ class ToyHost:
 
 @pytest.fixture(autouse=True)
 def narrow(tiny_backbone, monkeypatch):
-    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
+    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH",
+                        tiny_backbone.layout.sites[0].context_width)
 
 
 @pytest.fixture
@@ -42,32 +43,37 @@ def host(tiny_backbone):
 
 def test_training_figures(host, monkeypatch):
     monkeypatch.setattr(training_cost, "CONCEPTS", (1, 3))
-    said = []
-    found = training_cost.measure(host, 3, 2, said.append)
+    lines = []
+    found = training_cost.measure(host, 3, 2, lines.append)
     json.dumps(found)
     row = found["rows"]["cidm"]
     assert set(found["rows"]) == set(training_cost.ROWS) and set(row["concepts"]) == {"1", "3"}
-    assert row["faster_than_core"] == pytest.approx(10.0 / row["step_seconds"]) and row["step_over_forwards"] > 1
-    assert found["rows"]["cidm, one copy"].keys() == row.keys() - {"concepts", "hundred_over_one", "peak_hundred_over_one"}
-    assert found["core"] == {"step_seconds": 10.0, "peak_gb": 2.0} and found["step_seconds"] == found["rows"]["bound"]["step_seconds"]
+    assert row["faster_than_core"] == pytest.approx(10.0 / row["step_seconds"])
+    assert row["step_over_forwards"] > 1
+    grown = {"concepts", "hundred_over_one", "peak_hundred_over_one"}
+    assert found["rows"]["cidm, one copy"].keys() == row.keys() - grown
+    assert found["core"] == {"step_seconds": 10.0, "peak_gb": 2.0}
+    assert found["step_seconds"] == found["rows"]["bound"]["step_seconds"]
     assert "hundred_over_one" in row and "hundred_over_one" not in found["rows"]["cidm, one copy"]
-    assert len(said) == len(training_cost.ROWS) + 1
+    assert len(lines) == len(training_cost.ROWS) + 1
 
 
 def test_ratios_are_of_neighbours(host, monkeypatch):
-    """A machine that gets slower from round to round changes none of them; the first round is left out."""
+    """A machine that slows down from round to round changes no ratio; the first round is left out."""
     now = iter(range(10**6))
     monkeypatch.setattr(training_cost, "_clock", lambda run: (run(), float(2 ** (next(now) // 3)))[1])
     one, two = (training_cost.random_bank(host.backbone.layout, "bound", count) for count in (1, 2))
-    found = training_cost.paces(host, "bound", one, 3)
-    assert [pace.text for pace in found] == [2.0, 4.0, 8.0] and training_cost._row(found, 1.0)["step_over_forwards"] == 0.5
+    found = training_cost.step_times(host, "bound", one, 3)
+    assert [times.text for times in found] == [2.0, 4.0, 8.0]
+    assert training_cost._row(found, 1.0)["step_over_forwards"] == 0.5
     monkeypatch.setattr(training_cost, "_clock", lambda run: (run(), float(3 ** (next(now) // 2)))[1])
     now = iter(range(10**6))
     row = training_cost._grown(training_cost.growth(host, "bound", [one, two], 3), [1.0, 1.5])
-    assert row["hundred_over_one"] == 1 and row["peak_hundred_over_one"] == 1.5 and row["concepts"]["100"]["step_seconds"] == 3
+    assert row["hundred_over_one"] == 1 and row["peak_hundred_over_one"] == 1.5
+    assert row["concepts"]["100"]["step_seconds"] == 3
 
 
-def test_steps_of_other_peoples_optimisers_are_counted():
+def test_optimiser_steps_of_other_trainers_are_counted():
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
 
@@ -77,12 +83,13 @@ def test_steps_of_other_peoples_optimisers_are_counted():
             optimizer.step()
 
     assert len(training_cost.optimizer_steps(train)["seconds"]) == 2
-    train()      # and no longer
+    train()      # no longer counted
 
 
 def test_aggregation_figures(tiny_backbone):
     found = scale_cost.aggregation(tiny_backbone, 4, 1)
-    assert set(found["apply_seconds"]) == {"sharp", "paper", "released", "equal"} and found["sampling_over_plain"] > 0
+    assert set(found["apply_seconds"]) == {"sharp", "paper", "released", "equal"}
+    assert found["sampling_over_plain"] > 0
     json.dumps(found)
 
 
@@ -97,25 +104,29 @@ def test_the_stacked_sum_is_the_naive_one(tiny_backbone):
 def test_bank_figures(tiny_backbone, tmp_path):
     found = scale_cost.bank(tiny_backbone, 20, tmp_path, 1)
     opened = open_bank(tmp_path / "bank-20.safetensors")
-    assert opened.names == [f"old{i}" for i in range(20)] and opened["old19"].deltas.keys() == opened["old3"].deltas.keys()
+    assert opened.names == [f"old{i}" for i in range(20)]
+    assert opened["old19"].deltas.keys() == opened["old3"].deltas.keys()
     assert found["concept_mb"] == pytest.approx((tmp_path / "bank-20.safetensors").stat().st_size / 20e6)
     assert 0 < found["open_seconds"] < 5 and found["concepts"] == 20
 
 
-@pytest.mark.parametrize(("bench", "flag", "value"), [("training", "steps", 1), ("aggregation", "concepts", 1), ("bank", "rounds", 0)])
-def test_bad_flags_are_named(bench, flag, value, tmp_path, capsys):
-    assert main([bench, "--json", str(tmp_path / "x.json"), f"--{flag}", str(value)]) == 1
+@pytest.mark.parametrize(("name", "flag", "value"),
+                         [("training", "steps", 1), ("aggregation", "concepts", 1), ("bank", "rounds", 0)])
+def test_bad_flags_are_named(name, flag, value, tmp_path, capsys):
+    assert main([name, "--json", str(tmp_path / "x.json"), f"--{flag}", str(value)]) == 1
     assert f"{flag} is {value}; allowed" in capsys.readouterr().err
 
 
-def test_the_commands_write_and_tell(host, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "_host", lambda options: host)
+def test_the_commands_write_and_print(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_host", lambda options: host)
     monkeypatch.setattr(training_cost, "CONCEPTS", (1, 2))
     common = {"comfyui": None, "pixels": 64, "precision": "float32", "rounds": 1}
-    wishes = (("aggregation", {"concepts": 3}, "from prompt to weights"), ("bank", {"concepts": 3}, "MB"),
-              ("training", {"steps": 2, "profile": tmp_path / "profile.txt", "rows": None, "alone": False}, "times as fast as core"))
-    for bench, more, word in wishes:
-        file = tmp_path / f"{bench}.json"
-        result, lines = getattr(benchmarks, bench)(Namespace(file=file, **common, **more))
-        assert json.loads(file.read_text()) == json.loads(json.dumps(result)) and any(word in line for line in lines)
+    cases = (("aggregation", {"concepts": 3}, "from prompt to weights"), ("bank", {"concepts": 3}, "MB"),
+              ("training", {"steps": 2, "profile": tmp_path / "profile.txt", "rows": None, "alone": False},
+               "times as fast as core"))
+    for name, flags, word in cases:
+        file = tmp_path / f"{name}.json"
+        result, lines = getattr(command, name)(Namespace(file=file, **common, **flags))
+        assert json.loads(file.read_text()) == json.loads(json.dumps(result))
+        assert any(word in line for line in lines)
     assert (tmp_path / "profile.txt").read_text().count("one step") == 2

@@ -59,16 +59,17 @@ def test_a_folder_becomes_tasks(folder):
     assert [t.name for t in (dog, duck, ink, other)] == ["dog", "duck", "ink", "dog_2"]
     assert dog.words == ("dog1", "dog2") and other.words == ("dog3", "dog4") and ink.kind == "style"
     assert dog.prompts == ("A <dog> in the forest",
-                           "A sad <dog>") and dog.noun_prompts == ("A dog in the forest", "A sad dog")
-    assert duck.prompts == ("A yellow <duck> on a table",) and duck.noun_prompts == ("A yellow duck toy on "
-                                                                                     "a table",)
+                           "A sad <dog>")
+    assert dog.noun_prompts == ("A dog in the forest", "A sad dog")
+    assert duck.prompts == ("A yellow <duck> on a table",)
+    assert duck.noun_prompts == ("A yellow duck toy on a table",)
     assert ink.prompts == ("A <ink> of a house", "A <ink> of a dog")
     assert [p.caption for p in duck.pictures] == ["yellow duck toy on a sofa 0",
                                                   "a yellow duck toy on a sofa 1"]
     assert dog.references.shape == (2, 3, 512, 512) and len(dog.held_out) == 0 and dog.pictures[0].digest
     assert [t.name for t in read_tasks(folder, 2)] == ["dog", "duck"]
-    assert groups_and_pairs((dog, duck, ink, other)) == ((("dog", "duck"), ("duck", "dog_2")),
-                                                         (("dog", "dog_2"),))
+    groups, pairs = groups_and_pairs((dog, duck, ink, other))
+    assert groups == (("dog", "duck"), ("duck", "dog_2")) and pairs == (("dog", "dog_2"),)
 
 
 def test_names_and_prompts_of_the_tasks_own(folder):
@@ -146,9 +147,8 @@ def test_the_benchmarks_photos(benchmark_photos):
     assert [len(t.pictures) for t in tasks] == [5, 4, 5, 6, 7, 7, 5, 6, 5, 5]
     assert [t.name for t in tasks][::3] == ["dog", "backpack", "dog_2", "ink_painting"]
     assert all(len(t.prompts) == 20 and f"<{t.name}>" in t.prompts[0] for t in tasks)
-    assert tasks[1].prompts[0] == "A yellow rubber <duck_toy>, in the ocean" and tasks[1].words == ("duck1",
-                                                                                                    "duck2",
-                                                                                                    "duck3")
+    assert tasks[1].prompts[0] == "A yellow rubber <duck_toy>, in the ocean"
+    assert tasks[1].words == ("duck1", "duck2", "duck3")
     assert tasks[3].noun_prompts[0] == "A red backpack, in the ocean"
     groups, pairs = groups_and_pairs(tasks)
     assert set(pairs) == {("dog", "dog_2"), ("cat", "cat_2")} and groups

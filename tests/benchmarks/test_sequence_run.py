@@ -116,16 +116,15 @@ def test_the_figures_of_a_run(whole, suite):
     for name in ("just_learned", "image_alignment", "text_alignment", "retention", "forgetting"):
         assert len(result[name]) == 3
     assert [len(row) for row in result["bleed"]] == [2, 2]      # objects alone
-    assert result["forgetting"] == pytest.approx([a - b for a,
-                                                  b in zip(result["just_learned"], result["image_alignment"],
-                                                           strict=True)])
+    pairs = zip(result["just_learned"], result["image_alignment"], strict=True)
+    assert result["forgetting"] == pytest.approx([just - end for just, end in pairs])
     assert result["just_learned"][2] == result["image_alignment"][2]
     assert result["just_learned"][0] != result["image_alignment"][0]
     # the only group names somebody whom nobody taught
     assert "confusion" in result and "multi_alignment" not in result
     assert result["base_drift"] > 0 and 0 < result["trained_share"] < 1 and result["bytes_per_concept"] > 0
-    assert sorted(path.name for path in folder.iterdir()) == ["ewc-n3-o0-s0.3.safetensors",
-                                                              "ewc-n3-o0-s0.json"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["ewc-n3-o0-s0.3.safetensors", "ewc-n3-o0-s0.json"]
 
 
 def test_a_finished_run_is_read_and_not_run_again(whole, run, monkeypatch):
@@ -136,8 +135,7 @@ def test_a_finished_run_is_read_and_not_run_again(whole, run, monkeypatch):
     assert run(Run("ewc", 3, 0, 0), folder) == json.loads(json.dumps(result))
 
 
-def test_more_pictures_of_pairs_are_made_from_the_banks_file(whole, run, suite, tiny_backbone, monkeypatch,
-                                                             tmp_path):
+def test_more_pictures_of_pairs_come_from_the_bank(whole, run, suite, tiny_backbone, monkeypatch, tmp_path):
     result, folder = whole
     shutil.copytree(folder, tmp_path / "more")
     assert result["pair_pictures"] == 2
@@ -179,8 +177,7 @@ def test_an_interrupted_run_equals_the_whole_one(run, whole, method, task, tmp_p
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_a_run_interrupted_between_bank_and_progress_learns_that_task_again(run, whole, monkeypatch,
-                                                                            tmp_path):
+def test_an_interruption_between_bank_and_progress_repeats_the_task(run, whole, monkeypatch, tmp_path):
     original = continual.Progress.save
 
     def broken(self, path):

@@ -73,15 +73,13 @@ def test_means_and_spreads_over_runs():
     found = summarise([made(ia=(0.8, 0.6)), made(ia=(0.6, 0.4), seed=1, order=1, base_drift=0.2),
                        made("ewc")], "cidm", {})
     mine = found["methods"]["cidm"]
-    assert mine["cells"] == 2 and mine["image_alignment"] == {"mean": pytest.approx(0.6),
-                                                              "std": pytest.approx(0.02**0.5)}
+    assert mine["cells"] == 2
+    assert mine["image_alignment"] == pytest.approx({"mean": 0.6, "std": 0.02**0.5})
     assert mine["base_drift"] == pytest.approx(0.1)
     assert mine["spread"]["base_drift"] == pytest.approx(0.02**0.5)
     assert found["methods"]["ewc"]["spread"]["image_alignment"] == 0
-    assert (found["tasks"], found["seeds"], found["orders"], found["steps"], found["default"]) == (2, [0, 1],
-                                                                                                   [0, 1],
-                                                                                                   100,
-                                                                                                   "cidm")
+    facts = {"tasks": 2, "seeds": [0, 1], "orders": [0, 1], "steps": 100, "default": "cidm"}
+    assert {name: found[name] for name in facts} == facts
     assert found["upper_bound"] == {} and "plasticity" not in mine
 
 
@@ -141,8 +139,8 @@ def test_the_table_is_best_first_with_spreads_where_there_are_some():
     runs = [made(ia=(0.8, 0.7)), made(ia=(0.9, 0.8), seed=1), made("ewc", ia=(0.5, 0.4)),
             made(alone=True, ia=(0.9, 0.9))]
     lines = table(summarise(runs, "cidm", {})).split("\n")
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["*one model per concept*", "**cidm**",
-                                                                  "ewc"]
+    names = [line.split("|")[1].strip() for line in lines[2:]]
+    assert names == ["*one model per concept*", "**cidm**", "ewc"]
     assert {line.count("|") for line in lines} == {lines[0].count("|")} and set(lines[1]) == {"|", "-"}
     head = [title.strip() for title in lines[0].split("|")]
     values = {line.split("|")[1].strip(): dict(zip(head, map(str.strip, line.split("|")), strict=True))

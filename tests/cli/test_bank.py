@@ -44,8 +44,8 @@ def test_show_says_what_a_concept_is_most_like(file, capsys):
     told = json.loads(said(capsys, "--json", "bank", "show", file, "rex"))
     assert told["composes"] == "summed" and told["collides_with"] == ["fido"]
     assert "same photos" in told["warnings"][0]
-    assert set(told["most_like"]) == {"deltas", "words"} and told["most_like"]["deltas"]["name"] in ("fido",
-                                                                                                     "spot")
+    assert set(told["most_like"]) == {"deltas", "words"}
+    assert told["most_like"]["deltas"]["name"] in ("fido", "spot")
     assert "most_like: {" in said(capsys, "bank", "show", file, "spot")
     assert json.loads(said(capsys, "--json", "bank", "show", file, "spot"))["warnings"] == []
 

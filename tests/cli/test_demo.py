@@ -29,8 +29,8 @@ def test_the_report_holds_both_methods_and_the_composition(tmp_path, monkeypatch
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["methods"]) == {"cidm", "finetune"}
     for result in report["methods"].values():
-        assert [len(row) for row in result["image_alignment"]] == [1, 2,
-                                                                   3] and len(result["text_alignment"]) == 3
+        assert [len(row) for row in result["image_alignment"]] == [1, 2, 3]
+        assert len(result["text_alignment"]) == 3
         assert result["retention"] > 0 and len(result["gap_closed"]) == 3
     assert 0 <= report["composition"]["region_hits"] <= 1 and report["seconds"] > 0
     assert report["methods"]["cidm"]["retention_per_concept"] == pytest.approx([1, 1, 1])
