@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import comfy.model_base
 import torch
 from torch import Tensor
 
@@ -114,6 +115,7 @@ def with_regions(model, run: RegionRun, noise: NoiseSettings):
     clone = with_processor(model, run.sites, run, self_attention=run.isolation > 0)
     if noise.is_on or noise.crop_denoising > 0:
         clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionSteps(run, noise))
+        clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, f"{KEY}_crops", _CropConditioning(run, model.model))
     return clone
 
 
@@ -136,6 +138,7 @@ def with_pooled(conditioning, regions: Sequence[Region], own: Sequence[Tensor | 
 
 _AFTER = "sampler_post_cfg_function"      # ComfyUI's name for functions that are called with the result of guidance
 _HALVES = ("cond_denoised", "uncond_denoised")      # what these functions are given beside the result
+_PIXELS = 8      # per cell of SDXL's latents, as the host counts the picture's size
 _WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # of a prompt, for the whole latent alone
 
 
@@ -157,6 +160,30 @@ class _RegionSteps:
             return executor(x, timestep, model_options, seed)
         evaluation = _Evaluation(self.run, executor, x, timestep, model_options, seed)
         return evaluation.after_guidance(step.estimate(x, evaluation))
+
+
+class _CropConditioning:
+    """ComfyUI's wrapper of the UNet's call: SDXL's second conditioning of regions that are evaluated alone. As a picture of its own, each
+    reads its own pooled text, and the size of what is evaluated."""
+
+    def __init__(self, run: RegionRun, base) -> None:
+        self.run, self.base, self._made = run, base, {}
+
+    def __call__(self, executor, x, timesteps, context, y=None, control=None, transformer_options=None, **kwargs):
+        alone = self.run.alone
+        if alone is not None and y is not None and isinstance(self.base, comfy.model_base.SDXL):
+            y = self._rows(x, transformer_options["cond_or_uncond"], alone).to(y)
+        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+    def _rows(self, x: Tensor, kinds: Sequence[int], alone: tuple[int, ...]) -> Tensor:
+        """`[B, P]` for a batch of both kinds of prompts, in each region by region."""
+        key = tuple(x.shape), tuple(kinds), alone
+        if key not in self._made:
+            height, width = (_PIXELS * side for side in x.shape[-2:])
+            pooled = [self.run.parts[u].context.pooled[1 - kind:2 - kind] for kind in kinds for u in alone]
+            rows = [self.base.encode_adm(pooled_output=row, height=height, width=width, device=x.device) for row in pooled]
+            self._made[key] = torch.cat(rows).repeat_interleave(len(x) // len(rows), 0)
+        return self._made[key]
 
 
 class _Evaluation:

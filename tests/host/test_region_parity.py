@@ -140,3 +140,16 @@ def test_a_whole_sampling(hosts, banks, monkeypatch, kind):
     ours, comfy = hosts.sampled(monkeypatch, banks[kind], regions, settings)
     plain, _ = hosts.sampled(monkeypatch, banks[kind], [replace(region, prompt=SCENE) for region in regions], settings)
     assert relative_error(comfy, ours) < TOLERANCE and relative_error(ours, plain) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["boxes", "crop denoising", "region noise, crop", "region noise, frame"])
+@torch.inference_mode()
+def test_sdxl(tiny_xl, tiny_sdxl, make_concept, monkeypatch, case):
+    """A region that is evaluated alone has a pooled text and a size of its own."""
+    monkeypatch.setattr(tiny_sdxl, "picture_multiple", 8)      # as ComfyUI counts the picture's size
+    bank = ConceptBank(tiny_sdxl.layout)
+    for i, name in enumerate(("rex", "mimi")):
+        bank = bank.add(make_concept(tiny_sdxl.layout, name, seed=i, size=0.3))
+    regions, settings = drawn(case, "prompt-activated")
+    pairs = Hosts(tiny_sdxl, *tiny_xl[:2]).estimates(bank, regions, settings)
+    assert max(relative_error(comfy, ours) for ours, comfy in pairs) < TOLERANCE
