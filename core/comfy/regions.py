@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.backbone import Context
 from ..model.deltas import Deltas
-from ..regional.crops import RegionsApart
+from ..regional.crop_processor import CropProcessor
 from ..regional.found import FoundRegions
 from ..regional.noise import NoiseSettings
 from ..regional.observe import ObservedRegions
@@ -45,7 +45,7 @@ class RegionRun:
     def __post_init__(self) -> None:
         self._scene = BoundRun(self.bound)
 
-    def __call__(self, options: dict, x: Tensor) -> RegionProcessor | RegionsApart:
+    def __call__(self, options: dict, x: Tensor) -> RegionProcessor | CropProcessor:
         which = options["cond_or_uncond"]
         key = tuple(x.shape[-2:]) if self.alone is None else ("apart", self.alone)
         if key not in self._processors:
@@ -73,7 +73,7 @@ class RegionRun:
 
     def maps(self, size: tuple[int, int]) -> Tensor:
         """Attention per region in the last step, `[U, H, W]` in 0..1."""
-        seen = [processor for processor in self._processors.values() if not isinstance(processor, RegionsApart)]
+        seen = [processor for processor in self._processors.values() if not isinstance(processor, CropProcessor)]
         return seen[-1].picture_maps(size) if seen else torch.zeros(len(self.regions), *size)
 
     def _moved(self, x: Tensor) -> tuple[Part, list[Part]]:
@@ -90,9 +90,9 @@ class RegionRun:
         return ObservedRegions(self.sites, scene, list(self.regions), parts, nobody, tuple(x.shape[-2:]), self.overlap, self.isolation,
                                tokens=list(self.words))
 
-    def _build_apart(self, x: Tensor) -> RegionsApart:
+    def _build_apart(self, x: Tensor) -> CropProcessor:
         scene, parts = self._moved(x)
-        return RegionsApart(self.sites, scene, [parts[u] for u in self.alone])
+        return CropProcessor(self.sites, scene, [parts[u] for u in self.alone])
 
 
 class FoundRun(RegionRun):

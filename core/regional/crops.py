@@ -1,85 +1,74 @@
-"""Regions estimated each alone, as pictures of their own in one batch: windows of one size, of solo steps and of region noise on crops."""
+"""Crops of latents that hold a region: where they lie, and which of them are evaluated in one batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..attention.packed import Stack
-from ..attention.token_lora import TokenLora, plus
-from ..model.backbone import AttentionProcessor, Backbone, HostAttention, SiteCall
-from ..model.sites import Site
-from .attention import taken
-from .cover import Order
-from .permuted import ByRegion
-from .processor import DeltaProcessor, Part, readings_of
+LEAST = 0.5      # a crop's sides are at least this share of the latent's smaller side
+MULTIPLE = 8     # and multiples of so many cells
 
 
-class RegionsApart(AttentionProcessor):
-    """K regions in a batch whose rows are theirs, B each, one region after another; that once for every half of guidance. Each reads its
-    own prompt with its own weights; of the scene there is nothing."""
+@dataclass(frozen=True)
+class Crop:
+    """Rows `top` to `bottom` and columns `left` to `right` of a latent; the last ones are not included."""
 
-    def __init__(self, backbone: Backbone, scene: Part, parts: Sequence[Part]) -> None:
-        self.readings = readings_of(backbone, parts)
-        self.count = len(parts)
-        self.scene_concepts: TokenLora | None = None      # of the scene's prompt: other nodes may read it
-        self._scene = DeltaProcessor(scene.deltas)
-        self._stacks: dict[int, Stack] = {}
-        self._orders: dict[tuple, Order] = {}
-        self._rows: dict[tuple, Tensor] = {}
-        self._batch: tuple = ()                # halves, rows in all
+    top: int
+    left: int
+    bottom: int
+    right: int
 
-    def take(self, halves: Sequence[int], rows: int) -> None:
-        """What the next call has: for every chunk of the batch its half of guidance (0 negative, 1 positive), and rows in all."""
-        self._batch = tuple(halves), rows
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
 
-    def _order(self, cells: int, device) -> Order:
-        """Where the cells of the batch are region by region, and back."""
-        key = (*self._batch, cells, str(device))
-        if key not in self._orders:
-            halves, rows = self._batch
-            places = torch.arange(rows * cells, device=device).view(len(halves), self.count, -1).transpose(0, 1).flatten()
-            home = torch.empty_like(places)
-            home[places] = torch.arange(len(places), device=device)
-            self._orders[key] = Order((places,), (home,), places, home)
-            self._rows[key] = torch.tensor(halves, device=device).repeat_interleave(rows // (len(halves) * self.count))
-        return self._orders[key]
+    def cut(self, x: Tensor) -> Tensor:
+        """The crop `[..., h', w']` of `[..., h, w]`."""
+        return x[..., self.top:self.bottom, self.left:self.right].contiguous()
 
-    def _rows_of(self, cells: int, device) -> Tensor:
-        return self._rows[(*self._batch, cells, str(device))]
+    def paste(self, part: Tensor, size: tuple[int, int]) -> Tensor:
+        """A crop `[..., h', w']` in its place in zeros `[..., h, w]`; size: (h, w)."""
+        whole = part.new_zeros(*part.shape[:-2], *size)
+        whole[..., self.top:self.bottom, self.left:self.right] = part
+        return whole
 
-    def _stack(self, site: Site) -> Stack:
-        if site.index not in self._stacks:
-            self._stacks[site.index] = Stack(self.readings[site.index])
-        return self._stacks[site.index]
 
-    def enter(self, call: SiteCall) -> None:
-        x = call.hidden
-        cells = ByRegion(self._order(x.shape[1], x.device), [self.count], [self._stack(call.site)], len(x))
-        rows, heads = self._rows_of(x.shape[1], x.device), call.site.heads
-        call.reorder(cells.enter(x), lambda query, _key, _value, attention: cells.attend(query, rows, heads, attention), cells.leave)
-        call.reads_text = False
+def _span(first: int, last: int, size: int, least: int) -> tuple[int, int]:
+    """Cells first to last, widened to `least` cells and to a multiple of MULTIPLE, but not beyond the side of `size` cells."""
+    length = min(size, -(-max(last - first, least) // MULTIPLE) * MULTIPLE)
+    start = min(max(0, (first + last - length + 1) // 2), size - length)
+    return start, start + length
 
-    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        if projection not in ("to_k", "to_v"):
-            return y
-        y = self._scene.project(site, projection, x, y)
-        return y if self.scene_concepts is None else self.scene_concepts.project(site, projection, x, y)
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
-        site, stack, order = call.site, self._stack(call.site), self._order(query.shape[1], query.device)
-        own, asked, others = *(taken(x, order.whole, self.count) for x in (query, call.hidden)), None
-        if attention.replaced is not None:
-            added = attention.added_by_others(self._back(stack.asking(own, asked)[0], order, query), key, value)
-            others = taken(added, order.whole, self.count)
-        out, low = stack.attended(own, asked, self._rows_of(query.shape[1], query.device), site.heads, attention.plain, others)
-        if low is not None:
-            call.after_out = partial(plus, self._back(stack.added(low), order, query))
-        return self._back(out, order, query)
+def crop_of(mask: Tensor) -> Crop:
+    """The crop around a mask `[h, w]`. It is small, but not too small: a UNet draws little on sizes far below those it has learned."""
+    height, width = mask.shape
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    if not len(rows):
+        return Crop(0, 0, height, width)
+    least = round(LEAST * min(height, width))
+    top, bottom = _span(int(rows[0]), int(rows[-1]) + 1, height, least)
+    left, right = _span(int(columns[0]), int(columns[-1]) + 1, width, least)
+    return Crop(top, left, bottom, right)
 
-    @staticmethod
-    def _back(x: Tensor, order: Order, like: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1]).index_select(0, order.home).view(like.shape)
+
+def crops_of(masks: Tensor, is_cropped: bool) -> list[Crop]:
+    """For each of the masks `[U, h, w]` its crop, or the whole frame."""
+    height, width = masks.shape[-2:]
+    return [crop_of(mask) if is_cropped else Crop(0, 0, height, width) for mask in masks]
+
+
+def batches_of(crops: Sequence[Crop], most: int) -> list[list[int]]:
+    """Numbers of the crops that are evaluated in one batch: of one size, and together of at most `most` cells, the frame's."""
+    batches: list[list[int]] = []
+    for i, crop in enumerate(crops):
+        for batch in batches:
+            if crops[batch[0]].size == crop.size and (len(batch) + 1) * math.prod(crop.size) <= most:
+                batch.append(i)
+                break
+        else:
+            batches.append([i])
+    return batches

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..regional.crop_geometry import Crop, batches_of, crops_of
+from ..regional.crops import Crop, batches_of, crops_of
 from ..regional.noise import NoiseSettings, region_noise, scene_is_seen
 from ..regional.regions import Region, masks_of
 

@@ -13,7 +13,7 @@ from ..bank.prompts import Prompt
 from ..conditioning.routing import aggregate, always_on_deltas
 from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.solver import DpmSolver, denoise, guided
-from ..regional.crops import RegionsApart
+from ..regional.crop_processor import CropProcessor
 from ..regional.processor import Part, RegionProcessor
 from ..regional.regions import Region, pooled_of
 from .denoise import RegionSteps
@@ -55,7 +55,7 @@ class RegionSampling:
         rows = guidance_rows(backbone, count, settings.cfg)
         self.processor = RegionProcessor(backbone, self.scene, list(regions), self.parts, rows, latent, settings.overlap,
                                          settings.isolation)
-        self._crops: dict[tuple[int, ...], RegionsApart] = {}
+        self._crops: dict[tuple[int, ...], CropProcessor] = {}
 
     def estimate(self, latents: Tensor, t: int, progress: float) -> Tensor:
         """The guided noise of latents `[B, C, h, w]` at a timestep."""
@@ -71,7 +71,7 @@ class RegionSampling:
 
     def _alone(self, latents: Tensor, t: int, regions: tuple[int, ...]) -> Tensor:
         if regions not in self._crops:
-            self._crops[regions] = RegionsApart(self.backbone, self.scene, [self.parts[u] for u in regions])
+            self._crops[regions] = CropProcessor(self.backbone, self.scene, [self.parts[u] for u in regions])
         processor, halves = self._crops[regions], [1] if self.settings.cfg == 1.0 else [0, 1]
         processor.take(halves, len(halves) * len(latents))
         return self._guided(latents, t, [self.parts[u] for u in regions], processor)

@@ -1,55 +1,30 @@
-"""Crops of several regions in one batch: every region gets what it gets alone."""
+"""Crops: what they hold, their sides, and which of them share a batch."""
 
 from __future__ import annotations
 
-import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from continual_concepts.benchmarks.cost.synthetic import context_of, deltas_of
-from continual_concepts.benchmarks.regional import cost as regional_cost
-from continual_concepts.core.hosts.diffusers import multi_head
-from continual_concepts.core.regional.crops import RegionsApart
-from continual_concepts.core.regional.processor import Part, RegionProcessor
-from continual_concepts.core.regional.regions import Region
-
-COUNT, PICTURES = 3, 2
+from continual_concepts.core.regional.crops import Crop, batches_of, crop_of
 
 
-@pytest.fixture(params=[True, False], ids=["bound", "routed"])
-def made(request, tiny_backbone, monkeypatch):
-    """The scene and parts of three regions, the last without a concept."""
-    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
-    _, parts, _ = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(COUNT), request.param)
-    parts[-1] = Part(context_of(2, 1, seed=3), {})
-    return Part(context_of(2, 1, seed=1), deltas_of(tiny_backbone.layout, seed=8)), parts
+@given(data=st.data())
+def test_a_crop_holds_its_mask(data):
+    height, width = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    mask = torch.zeros(height, width)
+    mask[top:data.draw(st.integers(top + 1, height)), left:data.draw(st.integers(left + 1, width))] = 1
+    crop, x = crop_of(mask), torch.rand(2, 3, height, width)
+    pasted = crop.paste(crop.cut(x), (height, width))
+    assert crop.cut(mask).sum() == mask.sum() and torch.equal(pasted * mask, x * mask)
+    assert pasted.count_nonzero() <= 6 * crop.size[0] * crop.size[1]
+    for first, last, side in ((crop.top, crop.bottom, height), (crop.left, crop.right, width)):
+        assert 0 <= first < last <= side and ((last - first) % 8 == 0 or last - first == side)
 
 
-@pytest.mark.parametrize("halves", [(0, 1), (1,), (1, 0, 1)])
-@pytest.mark.parametrize("entered", [True, False])
-@torch.no_grad()
-def test_every_region_gets_what_it_gets_alone(tiny_backbone, made, halves, entered, site_output):
-    scene, parts = made
-    processor, site = RegionsApart(tiny_backbone, scene, parts), tiny_backbone.layout.sites[2]
-    x = torch.randn(len(halves), COUNT, PICTURES, 16, site.width, generator=torch.Generator().manual_seed(0))
-    text = torch.ones(len(halves) * COUNT * PICTURES, 7, site.context_width)      # whatever the scene says
-    processor.take(halves, len(text))
-    found = site_output(tiny_backbone, processor, site, x.flatten(0, 2), text, entered).view_as(x)
-    for u, part in enumerate(parts):
-        rows = torch.tensor(halves).repeat_interleave(PICTURES)
-        alone = RegionProcessor(tiny_backbone, scene, [Region("a", (0, 0, 1, 1))], [part], rows, (8, 8))
-        expected = site_output(tiny_backbone, alone, site, x[:, u].flatten(0, 1), text[:len(rows)]).view_as(x[:, u])
-        assert torch.allclose(found[:, u], expected, atol=1e-5)
-
-
-@torch.no_grad()
-def test_what_other_peoples_attention_adds_is_there(tiny_backbone, made, site_output):
-    processor, site = RegionsApart(tiny_backbone, *made), tiny_backbone.layout.sites[2]
-    x = torch.randn(2 * COUNT, 16, site.width, generator=torch.Generator().manual_seed(0))
-    processor.take((0, 1), len(x))
-
-    def theirs(*qkv):
-        return multi_head(*qkv, site.heads) + 0.5
-
-    text = torch.ones(len(x), 7, site.context_width)
-    plain, found = (site_output(tiny_backbone, processor, site, x, text, replaced=code) for code in (None, theirs))
-    assert (found - plain).abs().min() > 0      # 0.5 everywhere, through to_out
+def test_crops_of_one_size_share_a_batch_as_far_as_the_frame_goes():
+    crops = [Crop(0, 0, *size) for size in ((8, 8), (8, 16), (8, 8), (8, 8), (8, 8), (16, 16))]
+    assert batches_of(crops, 16 * 16) == [[0, 2, 3, 4], [1], [5]]
+    assert batches_of(crops, 8 * 16) == [[0, 2], [1], [3, 4], [5]]
+    assert batches_of(crops, 1) == [[i] for i in range(6)] and batches_of([], 9) == []

@@ -1,0 +1,105 @@
+"""Regions that are evaluated alone, each as a picture of its own, several of them in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..attention.packed import Stack
+from ..attention.token_lora import TokenLora, plus
+from ..model.backbone import AttentionProcessor, Backbone, HostAttention, SiteCall
+from ..model.sites import Site
+from .attention import taken
+from .cover import Order
+from .permuted import ByRegion
+from .processor import DeltaProcessor, Part, readings_of
+
+
+class CropProcessor(AttentionProcessor):
+    """Each of K regions reads its own prompt with its own weights; the scene is not read.
+
+    A batch holds K * B pictures for every half of guidance, region by region: latents of crops that have one size.
+
+    Args:
+        backbone: Whose projections are used.
+        scene: Its deltas act where other nodes look at the scene's keys and values.
+        parts: The regions.
+    """
+
+    def __init__(self, backbone: Backbone, scene: Part, parts: Sequence[Part]) -> None:
+        self.readings = readings_of(backbone, parts)
+        self.count = len(parts)
+        self.scene_concepts: TokenLora | None = None      # word-bound ones of the scene's prompt, which other nodes may read
+        self._scene = DeltaProcessor(scene.deltas)
+        self._stacks: dict[int, Stack] = {}
+        self._orders: dict[tuple, Order] = {}
+        self._rows: dict[tuple, Tensor] = {}
+        self._batch: tuple[tuple[int, ...], int] = ((), 0)      # halves, rows in all
+
+    def take(self, halves: Sequence[int], rows: int) -> None:
+        """Announces the next batch.
+
+        Args:
+            halves: For every chunk of the batch its half of guidance: 0 negative, 1 positive.
+            rows: Rows of the batch in all.
+        """
+        self._batch = tuple(halves), rows
+
+    def _order(self, cells: int, device: torch.device) -> Order:
+        """Where the cells of the batch lie region by region, and back."""
+        key = (*self._batch, cells, str(device))
+        if key not in self._orders:
+            halves, rows = self._batch
+            places = torch.arange(rows * cells, device=device).view(len(halves), self.count, -1)
+            places = places.transpose(0, 1).flatten()
+            home = torch.empty_like(places)
+            home[places] = torch.arange(len(places), device=device)
+            self._orders[key] = Order((places,), (home,), places, home)
+            pictures = rows // (len(halves) * self.count)
+            self._rows[key] = torch.tensor(halves, device=device).repeat_interleave(pictures)
+        return self._orders[key]
+
+    def _rows_of(self, cells: int, device: torch.device) -> Tensor:
+        """`[K * B]` or `[2 * K * B]`: the half of guidance of each row, see Stack."""
+        return self._rows[(*self._batch, cells, str(device))]
+
+    def _stack(self, site: Site) -> Stack:
+        if site.index not in self._stacks:
+            self._stacks[site.index] = Stack(self.readings[site.index])
+        return self._stacks[site.index]
+
+    def enter(self, call: SiteCall) -> None:
+        x = call.hidden
+        cells = ByRegion(self._order(x.shape[1], x.device), [self.count], [self._stack(call.site)], len(x))
+        rows, heads = self._rows_of(x.shape[1], x.device), call.site.heads
+
+        def attend(query: Tensor, _key: Tensor, _value: Tensor, attention: HostAttention) -> Tensor:
+            return cells.attend(query, rows, heads, attention)
+
+        call.reorder(cells.enter(x), attend, cells.leave)
+        call.reads_text = False
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        if projection not in ("to_k", "to_v"):
+            return y
+        y = self._scene.project(site, projection, x, y)
+        return y if self.scene_concepts is None else self.scene_concepts.project(site, projection, x, y)
+
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+        site, stack, order = call.site, self._stack(call.site), self._order(query.shape[1], query.device)
+        own, asked = (taken(x, order.whole, self.count) for x in (query, call.hidden))
+        rows, others = self._rows_of(query.shape[1], query.device), None
+        if attention.replaced is not None:
+            added = attention.added_by_others(self._back(stack.asking(own, asked)[0], order, query), key, value)
+            others = taken(added, order.whole, self.count)
+        out, low = stack.attended(own, asked, rows, site.heads, attention.plain, others)
+        if low is not None:
+            call.after_out = partial(plus, self._back(stack.added(low), order, query))
+        return self._back(out, order, query)
+
+    @staticmethod
+    def _back(x: Tensor, order: Order, like: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).index_select(0, order.home).view(like.shape)
