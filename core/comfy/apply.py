@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model.backbone import AttentionProcessor, Context
 from ..model.deltas import Deltas, LowRankDelta
-from ..sampling.attention_guidance import Artists, MapRecorder, Subject
+from ..sampling.attention_guidance import AttentionGuidance, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
 from .sites import OFFSETS, WORDS, AddOffsets, DiffusionWrapper, ReplaceSelf, UNetSites, processor_patches, progress_of
 from .token_lora import BoundRun, code, words_of
@@ -103,25 +103,27 @@ def with_processor(model, sites: UNetSites, processor, self_attention: bool = Fa
     return clone
 
 
-def with_artists(model, sites: UNetSites, subject: Subject, strength: float):
-    """A clone of MODEL for one sampling, in which the attention artists move the latent; MODEL itself where there is nothing for them."""
-    if not Artists([subject], strength).works(0.0):
+def with_attention_guidance(model, sites: UNetSites, subject: Subject, strength: float):
+    """A clone of MODEL for one sampling with attention guidance; MODEL itself where it has nothing to do."""
+    if not AttentionGuidance([subject], strength).acts(0.0):
         return model
-    run = _ArtistRun(subject, strength, processor_of(model))
+    run = _GuidanceRun(subject, strength, processor_of(model))
     clone = with_processor(without_dynamic(model), sites, run.processor)
     clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, run)
     return clone
 
 
-class _ArtistRun:
-    """State of one sampling with attention artists. The latent belongs to the host's sampler, so what the artists move it by is kept here,
-    in units of the noise level, and added before every evaluation: with Euler and DPM++ 2M that is the moved latent exactly, with samplers
-    that renew the noise nearly."""
+class _GuidanceRun:
+    """State of one sampling with attention guidance.
+
+    The latent belongs to the host's sampler. So what guidance moves it by is kept here, in units of the noise level, and added before
+    every evaluation. With Euler and DPM++ 2M that is exactly the moved latent; with samplers that renew the noise, nearly.
+    """
 
     def __init__(self, subject: Subject, strength: float, below=None) -> None:
         self.subject, self.strength, self.below = subject, strength, below
         self.offset: Tensor | None = None
-        self.recorder: MapRecorder | None = None      # while the artists look
+        self.recorder: MapRecorder | None = None      # while maps are recorded
 
     def processor(self, options: dict, x: Tensor) -> AttentionProcessor | None:
         below = None if self.below is None else self.below(options, x)
@@ -133,9 +135,9 @@ class _ArtistRun:
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         sigma = timestep.view(-1, *[1] * (x.ndim - 1)).to(x)
         if self.offset is None:
-            self.offset, self.artists = torch.zeros_like(x), Artists([self.subject] * len(x), self.strength)
+            self.offset, self.guidance = torch.zeros_like(x), AttentionGuidance([self.subject] * len(x), self.strength)
         x = x + sigma * self.offset
-        if self.artists.works(progress_of({**model_options["transformer_options"], "sigmas": timestep})):
+        if self.guidance.acts(progress_of({**model_options["transformer_options"], "sigmas": timestep})):
             moved = self._moved(executor.class_obj, x, timestep, sigma, model_options)
             self.offset = self.offset + (moved - x) / sigma
             x = moved
@@ -147,11 +149,11 @@ class _ArtistRun:
         plain_weights(inner.diffusion_model)
         scale = (sigma.square() + 1).sqrt().clone()      # the host's latents are that much larger than what the UNet reads
 
-        def look(latents: Tensor, recorder: MapRecorder) -> None:
+        def evaluate(latents: Tensor, recorder: MapRecorder) -> None:
             self.recorder = recorder
             try:
                 comfy.samplers.calc_cond_batch(inner, [guider.conds["positive"][:1]], latents * scale, timestep.clone(), model_options)
             finally:
                 self.recorder = None
 
-        return self.artists.moved(x.clone() / scale, look) * scale
+        return self.guidance.moved(x.clone() / scale, evaluate) * scale

@@ -1,4 +1,5 @@
-"""What the region sampler gives to KSampler: a MODEL and prompts, made from a scene, its regions and the concepts of a bank."""
+"""What the region sampler gives to KSampler: a MODEL and prompts, made from a scene, its regions and the
+concepts of a bank."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ PROPORTIONS = 0.05      # by so much of itself may the ratio of a mask's sides d
 
 
 class ConceptPrompts:
-    """Prompts of one sampling: encoded by a CLIP that knows the bank's concepts, with the deltas that they ask for."""
+    """Prompts of one sampling: encoded by a CLIP that knows the bank's concepts, with the deltas that they
+    ask for."""
 
     def __init__(self, clip, bank: ConceptBank, sites: UNetSites, strength: float) -> None:
         self.clip, self.bank, self.sites, self.strength = concept_clip(clip, bank), bank, sites, strength
@@ -47,7 +49,8 @@ class ConceptPrompts:
         return aggregate(None, self.bank, self.bank.parse(prompt), "sharp", self.strength, always_on=False).deltas
 
     def named(self, scene: str) -> dict[str, Prompt]:
-        """Concept -> its own prompt, of a scene that names two or more concepts which can be found in it; else nothing."""
+        """Concept -> its own prompt, of a scene that names two or more concepts which can be found in it;
+        else nothing."""
         prompts = self.bank.parse(scene).apart(self.bank.infos)
         return prompts if 1 < len(prompts) == len(subject_of(self.clip, scene).concepts) else {}
 
@@ -88,8 +91,8 @@ class RegionSampling:
     run: regional.RegionRun | None = None
 
     def picture(self, samples: Tensor) -> Tensor | None:
-        """After the sampling of latents `[B, C, h, w]`: where each region is and what its words attended to, `[1, H, W, 3]` in 0..1.
-        None without regions."""
+        """After the sampling of latents `[B, C, h, w]`: where each region is and what its words attended to,
+        `[1, H, W, 3]` in 0..1. None without regions."""
         if self.run is None:
             return None
         if isinstance(self.run, regional.FoundRun):
@@ -103,7 +106,8 @@ class RegionSampling:
 
 @dataclass(frozen=True)
 class Scene:
-    """The prompts of the whole picture. positive, negative: CONDITIONINGs of other nodes, in the place of these texts' own."""
+    """The prompts of the whole picture. positive, negative: CONDITIONINGs of other nodes, in the place of
+    these texts' own."""
 
     prompt: str
     negative_prompt: str = ""
@@ -113,7 +117,8 @@ class Scene:
 
 def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequence[Region], latent: tuple[int, int],
             settings: SampleSettings, find_regions: bool = False) -> RegionSampling:
-    """What KSampler needs for a picture of a scene with regions; for one without, what it needs for the scene alone.
+    """What KSampler needs for a picture of a scene with regions; for one without, what it needs for the scene
+    alone.
 
     Args:
         model, clip: As ComfyUI has them; neither is changed.
@@ -122,7 +127,8 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
         find_regions: Find the regions of the concepts that the scene names, where no regions are given.
 
     Raises:
-        ConceptError: The bank does not fit the model, a mask does not fit the picture, or settings contradict each other.
+        ConceptError: The bank does not fit the model, a mask does not fit the picture, or settings contradict
+            each other.
     """
     if find_regions and settings.artists > 0:
         raise ConceptError(f"find_regions is on and artists is {settings.artists}; both part concepts without regions: "
@@ -149,13 +155,13 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
         return RegionSampling(regional.with_found(model, found), positive, negative, found)
     model = apply.with_bound(apply.fold(model, sites, prompts.deltas(scene.prompt), False), sites, prompts.word_bound)
     if settings.artists > 0:
-        model = apply.with_artists(model, sites, subject_of(prompts.clip, scene.prompt), settings.artists)
+        model = apply.with_attention_guidance(model, sites, subject_of(prompts.clip, scene.prompt), settings.artists)
     return RegionSampling(model, positive, negative)
 
 
 def _without_crops(noise: NoiseSettings, whole: Sequence[str]) -> NoiseSettings:
-    """The settings without crop denoising where something belongs to the whole frame: it decides the layout anyway. Raises ConceptError
-    where region noise on crops was asked for."""
+    """The settings without crop denoising where something belongs to the whole frame: it decides the layout
+    anyway. Raises ConceptError where region noise on crops was asked for."""
     if whole and noise.is_on and noise.area == "crop":
         raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, which belongs to the whole "
                            "picture; choose noise_area 'frame'")

@@ -1,4 +1,5 @@
-"""MODELs that sample with regions: drawn, or found on the way; region noise, solo steps, SDXL's pooled text."""
+"""MODELs that sample with regions: drawn, or found on the way; region noise, solo steps, SDXL's pooled
+text."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from .token_lora import BoundRun
 
 @dataclass
 class RegionRun:
-    """State of one sampling with regions: programs are built at the first UNet call, when weights are on their device.
+    """State of one sampling with regions: programs are built at the first UNet call, when weights are on
+    their device.
 
     parts: per region its context of two rows (negative, positive) and its deltas.
     """
@@ -67,7 +69,8 @@ class RegionRun:
         return self._rows[key]
 
     def pooled(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Every region's pooled text, of its negative and its prompt `[1, P]`, None where the model has none."""
+        """Every region's pooled text, of its negative and its prompt `[1, P]`, None where the model has
+        none."""
         found = [part.context.pooled for part in self.parts]
         return [(None, None) if rows is None else (rows[:1], rows[1:2]) for rows in found]
 
@@ -96,8 +99,8 @@ class RegionRun:
 
 
 class FoundRun(RegionRun):
-    """A sampling whose regions are found on the way, see regional.found. regions: one for each concept, over everything; words: where its
-    words are in the scene's prompt; parts: its own prompt."""
+    """A sampling whose regions are found on the way, see regional.found. regions: one for each concept, over
+    everything; words: where its words are in the scene's prompt; parts: its own prompt."""
 
     def _build(self, x: Tensor) -> RegionProcessor:
         scene, parts = self._moved(x)
@@ -111,7 +114,8 @@ class FoundRun(RegionRun):
 
 
 def with_regions(model, run: RegionRun, noise: NoiseSettings):
-    """A clone of MODEL that samples with regions: one evaluation per step; region noise and solo steps look at more, see regional.noise."""
+    """A clone of MODEL that samples with regions: one evaluation per step; region noise and solo steps look
+    at more, see regional.noise."""
     clone = with_processor(model, run.sites, run, self_attention=run.isolation > 0)
     if noise.is_on or noise.crop_denoising > 0:
         clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionSteps(run, noise))
@@ -125,8 +129,8 @@ def with_found(model, run: FoundRun):
 
 
 def with_pooled(conditioning, regions: Sequence[Region], own: Sequence[Tensor | None], latent: tuple[int, int], overlap: str):
-    """A CONDITIONING whose pooled text is that of a picture with regions, see regional.regions.pooled_of; as it was where a model has
-    none, or another node made more prompts of it."""
+    """A CONDITIONING whose pooled text is that of a picture with regions, see regional.regions.pooled_of; as
+    it was where a model has none, or another node made more prompts of it."""
     def changed(extra: dict) -> dict:
         pooled = extra.get("pooled_output")
         if pooled is None or any(one is None or one.shape != pooled.shape for one in own):
@@ -149,7 +153,8 @@ def whole_frame_things(model, conditioning: Sequence) -> list[str]:
 
 
 class _RegionSteps:
-    """ComfyUI's wrapper of a step's prediction: steps in which regions are evaluated alone, see sampling.denoise."""
+    """ComfyUI's wrapper of a step's prediction: steps in which regions are evaluated alone, see
+    sampling.denoise."""
 
     def __init__(self, run: RegionRun, noise: NoiseSettings) -> None:
         self.run, self.steps = run, RegionSteps(run.regions, noise, run.overlap)
@@ -163,8 +168,8 @@ class _RegionSteps:
 
 
 class _CropConditioning:
-    """ComfyUI's wrapper of the UNet's call: SDXL's second conditioning of regions that are evaluated alone. As a picture of its own, each
-    reads its own pooled text, and the size of what is evaluated."""
+    """ComfyUI's wrapper of the UNet's call: SDXL's second conditioning of regions that are evaluated alone.
+    As a picture of its own, each reads its own pooled text, and the size of what is evaluated."""
 
     def __init__(self, run: RegionRun, base) -> None:
         self.run, self.base, self._made = run, base, {}
@@ -187,8 +192,8 @@ class _CropConditioning:
 
 
 class _Evaluation:
-    """Guided noise estimates of one step, by the host's names. Functions of other nodes and samplers (CFG++) that are called after
-    guidance are called once, with the whole picture, and not for every crop."""
+    """Guided noise estimates of one step, by the host's names. Functions of other nodes and samplers (CFG++)
+    that are called after guidance are called once, with the whole picture, and not for every crop."""
 
     def __init__(self, run: RegionRun, executor, x: Tensor, timestep: Tensor, model_options: dict, seed) -> None:
         self.run, self.executor, self.x, self.timestep = run, executor, x, timestep

@@ -1,4 +1,5 @@
-"""Solvers of the denoising process, the guided noise estimate they ask for, and the one loop that runs them."""
+"""Solvers of the denoising process, the guided noise estimate they ask for, and the one loop that runs
+them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .backbone import AttentionProcessor, Backbone, Context
 from .schedule import NoiseSchedule
 
-Estimate = Callable[[Tensor, int, float], Tensor]      # (latents, timestep, progress) -> guided noise, or other latents
+Estimate = Callable[[Tensor, int, float], Tensor]      # latents, timestep, progress -> noise, or latents
 
 
 class Solver(Protocol):
@@ -26,15 +27,17 @@ class Solver(Protocol):
 
 
 class DpmSolver:
-    """DPM-Solver++ (2M) of Lu et al. (arXiv 2211.01095), as diffusers has it. It remembers the last step: one instance per sampling."""
+    """DPM-Solver++ (2M) of Lu et al. (arXiv 2211.01095), as diffusers has it. It remembers the last step: one
+    instance per sampling."""
 
     def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
         from diffusers import DPMSolverMultistepScheduler
 
         alphas = schedule.alphas_cumprod.double()
         betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
-        self.scheduler = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), num_train_timesteps=len(alphas),
-                                                     prediction_type="epsilon", algorithm_type="dpmsolver++", solver_order=2)
+        self.scheduler = DPMSolverMultistepScheduler(
+            trained_betas=betas.numpy(), num_train_timesteps=len(alphas), prediction_type="epsilon",
+            algorithm_type="dpmsolver++", solver_order=2)
         self.scheduler.set_timesteps(steps)
         self.timesteps: list[int] = self.scheduler.timesteps.tolist()
 
@@ -43,7 +46,8 @@ class DpmSolver:
 
 
 class Ddim:
-    """DDIM of Song et al. (ICLR 2021, Eq. 12 with sigma = 0) over evenly spaced timesteps. Its last step gives the clean latents."""
+    """DDIM of Song et al. (ICLR 2021, Eq. 12 with sigma = 0) over evenly spaced timesteps. Its last step
+    gives the clean latents."""
 
     def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
         self.schedule = schedule
@@ -55,7 +59,8 @@ class Ddim:
         clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         if t == self.timesteps[-1]:
             return clean
-        return self.schedule.add_noise(clean, noise, torch.full((len(latents),), self._next[t], device=latents.device))
+        timesteps = torch.full((len(latents),), self._next[t], device=latents.device)
+        return self.schedule.add_noise(clean, noise, timesteps)
 
 
 def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float,
@@ -73,7 +78,8 @@ def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, posit
     """
     timesteps = torch.full((len(latents),), t, device=latents.device, dtype=torch.long)
     if cfg == 1.0:
-        return backbone.schedule.to_epsilon(backbone.predict(latents, timesteps, positive, processor), latents, timesteps)
+        output = backbone.predict(latents, timesteps, positive, processor)
+        return backbone.schedule.to_epsilon(output, latents, timesteps)
     latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
     output = backbone.predict(latents, timesteps, Context.cat([negative, positive]), processor)
     unconditional, conditional = backbone.schedule.to_epsilon(output, latents, timesteps).chunk(2)
@@ -85,7 +91,8 @@ def denoise(solver: Solver, latents: Tensor, estimate: Estimate, move: Estimate 
 
     Args:
         latents: Starting noise `[B, C, h, w]`.
-        estimate: The guided noise of latents at a timestep; progress is 0 in the first step and 1 in the last.
+        estimate: The guided noise of latents at a timestep; progress is 0 in the first step and 1 in the
+            last.
         move: Called before each estimate; returns the latents that take the place of the given ones.
     """
     for i, t in enumerate(solver.timesteps):

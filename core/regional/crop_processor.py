@@ -21,7 +21,8 @@ from .processor import DeltaProcessor, Part, readings_of
 class CropProcessor(AttentionProcessor):
     """Each of K regions reads its own prompt with its own weights; the scene is not read.
 
-    A batch holds K * B pictures for every half of guidance, region by region: latents of crops that have one size.
+    A batch holds K * B pictures for every half of guidance, region by region: latents of crops that have one
+    size.
 
     Args:
         backbone: Whose projections are used.
@@ -32,7 +33,7 @@ class CropProcessor(AttentionProcessor):
     def __init__(self, backbone: Backbone, scene: Part, parts: Sequence[Part]) -> None:
         self.readings = readings_of(backbone, parts)
         self.count = len(parts)
-        self.scene_concepts: TokenLora | None = None      # word-bound ones of the scene's prompt, which other nodes may read
+        self.scene_concepts: TokenLora | None = None      # word-bound concepts of the scene's prompt
         self._scene = DeltaProcessor(scene.deltas)
         self._stacks: dict[int, Stack] = {}
         self._orders: dict[tuple, Order] = {}
@@ -64,7 +65,8 @@ class CropProcessor(AttentionProcessor):
 
     def _rows_of(self, cells: int, device: torch.device) -> Tensor:
         """`[K * B]` or `[2 * K * B]`: the half of guidance of each row, see Stack."""
-        return self._rows[(*self._batch, cells, str(device))]
+        key = (*self._batch, cells, str(device))
+        return self._rows[key]
 
     def _stack(self, site: Site) -> Stack:
         if site.index not in self._stacks:
@@ -88,12 +90,14 @@ class CropProcessor(AttentionProcessor):
         y = self._scene.project(site, projection, x, y)
         return y if self.scene_concepts is None else self.scene_concepts.project(site, projection, x, y)
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
         site, stack, order = call.site, self._stack(call.site), self._order(query.shape[1], query.device)
         own, asked = (taken(x, order.whole, self.count) for x in (query, call.hidden))
         rows, others = self._rows_of(query.shape[1], query.device), None
         if attention.replaced is not None:
-            added = attention.added_by_others(self._back(stack.asking(own, asked)[0], order, query), key, value)
+            asking = self._back(stack.asking(own, asked)[0], order, query)
+            added = attention.added_by_others(asking, key, value)
             others = taken(added, order.whole, self.count)
         out, low = stack.attended(own, asked, rows, site.heads, attention.plain, others)
         if low is not None:

@@ -37,14 +37,16 @@ class Crop:
 
 
 def _span(first: int, last: int, size: int, least: int) -> tuple[int, int]:
-    """Cells first to last, widened to `least` cells and to a multiple of MULTIPLE, but not beyond the side of `size` cells."""
+    """Cells first to last, widened to `least` cells and to a multiple of MULTIPLE, but not beyond the side of
+    `size` cells."""
     length = min(size, -(-max(last - first, least) // MULTIPLE) * MULTIPLE)
     start = min(max(0, (first + last - length + 1) // 2), size - length)
     return start, start + length
 
 
 def crop_of(mask: Tensor) -> Crop:
-    """The crop around a mask `[h, w]`. It is small, but not too small: a UNet draws little on sizes far below those it has learned."""
+    """The crop around a mask `[h, w]`. It is small, but not too small: a UNet draws little on sizes far below
+    those it has learned."""
     height, width = mask.shape
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     if not len(rows):
@@ -62,7 +64,8 @@ def crops_of(masks: Tensor, is_cropped: bool) -> list[Crop]:
 
 
 def batches_of(crops: Sequence[Crop], most: int) -> list[list[int]]:
-    """Numbers of the crops that are evaluated in one batch: of one size, and together of at most `most` cells, the frame's."""
+    """Numbers of the crops that are evaluated in one batch: of one size, and together of at most `most`
+    cells, the frame's."""
     batches: list[list[int]] = []
     for i, crop in enumerate(crops):
         for batch in batches:

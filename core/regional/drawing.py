@@ -26,8 +26,9 @@ class DrawnRegion(Region):
 def parse_regions(text: str) -> list[Region]:
     """The regions of a drawing that are on, in its order. Every one is checked, those that are off too.
 
-    The text is a list of objects {"prompt": str, "box": [left, top, right, bottom] as fractions of the picture} that may also hold
-    "name", "color" (#rrggbb), "negative", "strength", "start", "end", "feather" (as in Region) and "on" (false = left out).
+    The text is a list of objects {"prompt": str, "box": [left, top, right, bottom] as fractions of the
+    picture} that may also hold "name", "color" (#rrggbb), "negative", "strength", "start", "end", "feather"
+    (as in Region) and "on" (false = left out).
     """
     items = _read(text)
     if not isinstance(items, list):
@@ -39,7 +40,8 @@ def parse_regions(text: str) -> list[Region]:
 
 
 def _read(text: str):
-    """What the JSON text says. Python's reader takes NaN and Infinity, which no JSON is, and gives up on deep nesting in its own way."""
+    """What the JSON text says. Python's reader takes NaN and Infinity, which no JSON is, and gives up on deep
+    nesting in its own way."""
     if len(text) > WHOLE:
         raise ConceptError(f"the drawing has {len(text):,} characters; allowed: at most {WHOLE:,}")
     if not text.strip():

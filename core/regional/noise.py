@@ -1,8 +1,9 @@
 """Region noise estimation: RNE of CIDM (Sec. 3.4, Eq. 5).
 
-The paper estimates each region's noise over the whole frame: one more evaluation per region and step. What lies outside the
-region's mask is not used, so the object of the region's prompt may be drawn where it is cut off. Ours, `area="crop"`, estimates
-the noise on a crop of the region's size: its cost grows with the area, and the object has no other place to go.
+The paper estimates each region's noise over the whole frame: one more evaluation per region and step. What
+lies outside the region's mask is not used, so the object of the region's prompt may be drawn where it is cut
+off. Ours, `area="crop"`, estimates the noise on a crop of the region's size. Its cost grows with the area,
+and the object has no other place to go.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class NoiseSettings:
         alpha: Share of the scene's estimate inside regions, 0 to 1; 0.1 in the paper.
         outside: What is outside regions, `keep` or `literal`, see `region_noise`.
         area: Where a region's noise is estimated: on the whole `frame`, or on its `crop`.
-        crop_denoising: Share of the first steps in which each region is denoised alone on its crop, without the scene. It does
-            not depend on `is_on`.
+        crop_denoising: Share of the first steps in which each region is denoised alone on its crop, without
+            the scene. It does not depend on `is_on`.
     """
 
     is_on: bool = False
@@ -54,8 +55,9 @@ def region_noise(scene: Tensor, regions: Tensor, masks: Tensor, alpha: float = 0
                  overlap: str = "average") -> Tensor:
     """Mixes the scene's noise estimate with the regions' own.
 
-    outside="literal" is Eq. 5: alpha E + sum_u (1 - alpha) E_u m_u. Outside all boxes only alpha E remains. Our default, "keep",
-    gives E there, and inside alpha E + (1 - alpha) mean_u E_u. Without regions it is plain guidance.
+    outside="literal" is Eq. 5: alpha E + sum_u (1 - alpha) E_u m_u. Outside all boxes only alpha E remains.
+    Our default, "keep", gives E there, and inside alpha E + (1 - alpha) mean_u E_u. Without regions it is
+    plain guidance.
 
     Args:
         scene: E `[B, C, h, w]`, with guidance applied.

@@ -20,8 +20,9 @@ FINE = 8      # soft edges are drawn this many times finer than the grid
 class Region:
     """box: top, left, bottom, right as fractions of the picture; or mask `[H, W]` in 0..1 (one of the two).
 
-    prompt and negative may hold placeholders; strength 0..1 blends the region over the scene; start and end: part of the sampling
-    in which it is on (0 = first step, 1 = last); feather: width of the soft edge as a share of the picture's smaller side, 0 = hard.
+    prompt and negative may hold placeholders; strength 0..1 blends the region over the scene; start and end:
+    part of the sampling in which it is on (0 = first step, 1 = last); feather: width of the soft edge as a
+    share of the picture's smaller side, 0 = hard.
     """
 
     prompt: str
@@ -52,9 +53,11 @@ class Region:
 
 
 def box_mask(box: tuple[float, float, float, float], height: int, width: int) -> Tensor:
-    """Cells of a grid that a box covers, `[height, width]` of 0 and 1: ceil of the start to floor of the end (Mix-of-Show).
+    """Cells of a grid that a box covers, `[height, width]` of 0 and 1: ceil of the start to floor of the end
+    (Mix-of-Show).
 
-    A box too small for that at a coarse grid keeps the cell at its centre, so that small regions survive at the deepest level.
+    A box too small for that at a coarse grid keeps the cell at its centre, so that small regions survive at
+    the deepest level.
     """
     top, left, bottom, right = box
     rows = _cells(top, bottom, height)
@@ -74,7 +77,8 @@ def _cells(start: float, end: float, size: int) -> tuple[int, int]:
 
 
 def region_mask(region: Region, height: int, width: int) -> Tensor:
-    """A region's mask on a grid: boxes by cells, masks by area; soft edges are drawn finely first, the same for every grid."""
+    """A region's mask on a grid: boxes by cells, masks by area; soft edges are drawn finely first, the same
+    for every grid."""
     if region.box is not None and region.feather == 0:
         return box_mask(region.box, height, width)
     fine = region.mask.float() if region.mask is not None else box_mask(region.box, FINE * height, FINE * width)
@@ -84,7 +88,8 @@ def region_mask(region: Region, height: int, width: int) -> Tensor:
 
 
 def _soften(mask: Tensor, feather: float) -> Tensor:
-    """`[H, W]` with edges of about `feather` times the smaller side: a Gaussian whose two sigmas on each side are the edge."""
+    """`[H, W]` with edges of about `feather` times the smaller side: a Gaussian whose two sigmas on each side
+    are the edge."""
     sigma = feather * min(mask.shape) / 4
     reach = math.ceil(3 * sigma)
     line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma).square())
@@ -94,17 +99,19 @@ def _soften(mask: Tensor, feather: float) -> Tensor:
 
 
 def masks_of(regions: Sequence[Region], height: int, width: int, feathered: bool = True) -> Tensor:
-    """`[U, height, width]`, each times its region's strength; without their soft edges where these are not wanted."""
+    """`[U, height, width]`, each times its region's strength; without their soft edges where these are not
+    wanted."""
     regions = regions if feathered else [replace(region, feather=0.0) for region in regions]
     return torch.stack([region.strength * region_mask(region, height, width) for region in regions])
 
 
 def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
-    """What each region and the scene contribute at every cell: masks and regions `[U, ...]`, scene `[...]`; they sum to 1.
+    """What each region and the scene contribute at every cell: masks and regions `[U, ...]`, scene `[...]`;
+    they sum to 1.
 
-    Where regions lie over each other: `average`: by count (Mix-of-Show); `priority`: the one that comes first in the list lies on top;
-    `nearest`: the one whose centre is nearest, of two as near the smaller one (for masks `[U, ..., h, w]`).
-    Where regions cover a cell only in part, the scene keeps the rest.
+    Where regions lie over each other: `average`: by count (Mix-of-Show); `priority`: the one that comes first
+    in the list lies on top; `nearest`: the one whose centre is nearest, of two as near the smaller one (for
+    masks `[U, ..., h, w]`). Where regions cover a cell only in part, the scene keeps the rest.
     """
     if overlap not in OVERLAPS:
         raise ConceptError(f"overlap is {overlap!r}; allowed: {', '.join(OVERLAPS)}")
@@ -120,7 +127,8 @@ def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
 
 
 def _distances(masks: Tensor) -> Tensor:
-    """`[U, ..., h, w]`: squared, from every cell to the centre of every mask, a little more for large ones; infinite where no mask is."""
+    """`[U, ..., h, w]`: squared, from every cell to the centre of every mask, a little more for large ones;
+    infinite where no mask is."""
     height, width = masks.shape[-2:]
     rows, columns = torch.arange(height).to(masks).view(-1, 1), torch.arange(width).to(masks).view(1, -1)
     area = masks.sum((-2, -1), keepdim=True).clamp(min=1e-6)
@@ -130,8 +138,9 @@ def _distances(masks: Tensor) -> Tensor:
 
 
 def pooled_of(regions: Sequence[Region], scene: Tensor, own: Sequence[Tensor], latent: tuple[int, int], overlap: str) -> Tensor:
-    """The pooled text `[B, P]` of a picture with regions: SDXL's UNet takes one, so it is the mean of the scene's and the regions' own
-    by area, strength and the part of the sampling in which they are on. Ours: others keep the scene's, which may name nobody."""
+    """The pooled text `[B, P]` of a picture with regions: SDXL's UNet takes one, so it is the mean of the
+    scene's and the regions' own by area, strength and the part of the sampling in which they are on. Ours:
+    others keep the scene's, which may name nobody."""
     region_share, _ = shares(masks_of(regions, *latent), overlap)
     weights = [float(share.mean()) * (region.end - region.start) for share, region in zip(region_share, regions, strict=True)]
     return (1 - sum(weights)) * scene + sum(weight * pooled for weight, pooled in zip(weights, own, strict=True))

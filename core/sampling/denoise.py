@@ -1,10 +1,14 @@
-"""One step of a sampling with regions, the same in every host: what is evaluated, in which batches, and how it is mixed.
+"""One step of a sampling with regions, the same in every host: what is evaluated, in which batches, and how
+it is mixed.
 
-Most steps are one evaluation of the frame, in which regions read their own prompts (region attention). Two kinds of steps are more:
+Most steps are one evaluation of the frame, in which regions read their own prompts (region attention). Two
+kinds of steps are more:
 
-* Crop denoising, ours, in the first steps: each region is denoised alone on a crop of its size, as a picture of its own, so the concept
-  that its prompt names has to appear there. The frame is evaluated only where regions leave some of it to the scene.
-* Region noise estimation (CIDM, Sec. 3.4): the frame, and each region's own noise over the frame or on its crop.
+* Crop denoising, ours, in the first steps: each region is denoised alone on a crop of its size, as a picture
+  of its own, so the concept that its prompt names has to appear there. The frame is evaluated only where
+  regions leave some of it to the scene.
+* Region noise estimation (CIDM, Sec. 3.4): the frame, and each region's own noise over the frame or on its
+  crop.
 
 Crops of one size share a batch, as long as they have no more cells than the frame.
 """
@@ -31,7 +35,8 @@ class Evaluate(Protocol):
 
         Args:
             latents: The frame `[B, C, h, w]`, or crops of R regions `[R * B, C, h', w']`, region by region.
-            regions: Numbers of the regions that are denoised alone; None for the frame, in which all regions are.
+            regions: Numbers of the regions that are denoised alone; None for the frame, in which all regions
+                are.
 
         Returns:
             Noise estimates of the latents' shape, with guidance applied.
@@ -70,7 +75,8 @@ class RegionStep:
             for name, noise in evaluate(cut, tuple(self.regions[i] for i in batch)).items():
                 for i, part in zip(batch, noise.chunk(len(batch)), strict=True):
                     own.setdefault(name, {})[i] = self.crops[i].paste(part, size)
-        return {name: self._mixed(frame.get(name), [parts[i] for i in range(len(self.regions))]) for name, parts in own.items()}
+        return {name: self._mixed(frame.get(name), [parts[i] for i in range(len(self.regions))])
+                for name, parts in own.items()}
 
     def _mixed(self, frame: Tensor | None, own: Sequence[Tensor]) -> Tensor:
         frame = torch.zeros_like(own[0]) if frame is None else frame
@@ -78,14 +84,16 @@ class RegionStep:
 
 
 class RegionSteps:
-    """Says for each step of a sampling whether regions are evaluated alone in it. Steps of one kind are laid out once."""
+    """Says for each step of a sampling whether regions are evaluated alone in it. Steps of one kind are laid
+    out once."""
 
     def __init__(self, regions: Sequence[Region], noise: NoiseSettings, overlap: str) -> None:
         self.regions, self.noise, self.overlap = list(regions), noise, overlap
         self._steps: dict[tuple, RegionStep] = {}
 
     def at(self, progress: float, latents: Tensor) -> RegionStep | None:
-        """The step at a share `progress` of the sampling for latents `[B, C, h, w]`; None: evaluate the frame, nothing else."""
+        """The step at a share `progress` of the sampling for latents `[B, C, h, w]`; None: evaluate the
+        frame, nothing else."""
         on = tuple(u for u, region in enumerate(self.regions) if region.active(progress) and region.strength)
         crop_denoising = progress < self.noise.crop_denoising
         if not on or not (crop_denoising or self.noise.is_on):
@@ -103,4 +111,5 @@ class RegionSteps:
         batches = tuple(tuple(batch) for batch in batches_of(crops, height * width))
         needs_frame = not crop_denoising or scene_is_seen(masks, self.overlap)
         alpha, outside = (0.0, "keep") if crop_denoising else (self.noise.alpha, self.noise.outside)
-        return RegionStep(on, masks.to(latents.device), tuple(crops), batches, needs_frame, alpha, outside, self.overlap)
+        masks = masks.to(latents.device)
+        return RegionStep(on, masks, tuple(crops), batches, needs_frame, alpha, outside, self.overlap)

@@ -21,7 +21,13 @@ from .settings import SampleSettings
 @torch.no_grad()
 def sample_found(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, seeds: Sequence[int],
                  settings: SampleSettings) -> Tensor:
-    """Pictures of a prompt that names two concepts or more, each kept to where it is found (regional.found); of any other as `sample`."""
+    """Pictures of a prompt whose concepts are each kept to where they are found, see `regional.found`.
+
+    Of a prompt that names fewer than two concepts they are the pictures of `sample`.
+
+    Returns:
+        `[B, 3, H, W]` in -1..1, one picture for each seed.
+    """
     scene, count = bank.parse(scene), len(seeds)
     prompts = scene.apart(bank.infos)
     if len(prompts) < 2:
@@ -30,14 +36,17 @@ def sample_found(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, see
     negative_prompt = bank.parse(settings.negative)
     with backbone.folded(always_on_deltas(bank, averages=True)):
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
-        whole, *parts = (part_of(backbone, bank, prompt, negative_prompt, settings) for prompt in (scene, *prompts.values()))
+        size = (latents.shape[-2], latents.shape[-1])
+        whole, *parts = (part_of(backbone, bank, prompt, negative_prompt, settings)
+                         for prompt in (scene, *prompts.values()))
         words = [whole.context.words[1][name] for name in prompts]
         rows = guidance_rows(backbone, count, settings.cfg)
-        processor = FoundRegions(backbone, whole, list(prompts), parts, words, rows, tuple(latents.shape[-2:]))
-        negative, positive = (repeated(whole.context[i:i + 1], count) for i in (0, 1))
+        processor = FoundRegions(backbone, whole, list(prompts), parts, words, rows, size)
+        negative, positive = (repeated(whole.context[half:half + 1], count) for half in (0, 1))
 
         def estimate(x: Tensor, t: int, progress: float) -> Tensor:
             processor.progress = progress
             return guided(backbone, x, t, negative, positive, settings.cfg, processor)
 
-        return backbone.decode_latents(denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate))
+        latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate)
+        return backbone.decode_latents(latents)

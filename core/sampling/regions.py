@@ -26,7 +26,8 @@ def part_of(backbone: Backbone, bank: ConceptBank, prompt: Prompt, negative: Pro
     """A prompt and its negative one, encoded, with the deltas that they ask for; on the backbone's device."""
     deltas = aggregate(backbone, bank, prompt, settings.mode, settings.strength, always_on=False).deltas
     context = Context.cat([encode(backbone, bank, [negative]), encode(backbone, bank, [prompt])])
-    return Part(context, on_device(backbone, deltas), word_bound_deltas(backbone, bank, [prompt, negative], settings))
+    word_bound = word_bound_deltas(backbone, bank, [prompt, negative], settings)
+    return Part(context, on_device(backbone, deltas), word_bound)
 
 
 def guidance_rows(backbone: Backbone, count: int, cfg: float) -> Tensor:
@@ -35,35 +36,39 @@ def guidance_rows(backbone: Backbone, count: int, cfg: float) -> Tensor:
 
 
 class RegionSampling:
-    """One sampling of `count` pictures with regions: prompts encoded once, processors for the frame and for crops of regions.
+    """One sampling of `count` pictures with regions: prompts encoded once, processors for the frame and for
+    crops of regions.
 
     Args:
         latent: Height and width of the latents.
     """
 
-    def __init__(self, backbone: Backbone, bank: ConceptBank, scene: Prompt, regions: Sequence[Region], count: int,
-                 settings: SampleSettings, latent: tuple[int, int]) -> None:
+    def __init__(self, backbone: Backbone, bank: ConceptBank, scene: Prompt, regions: Sequence[Region],
+                 count: int, settings: SampleSettings, latent: tuple[int, int]) -> None:
         self.backbone, self.count, self.settings = backbone, count, settings
         self.steps = RegionSteps(regions, settings.noise, settings.overlap)
-        self.parts = [part_of(backbone, bank, bank.parse(region.prompt), bank.parse(region.negative or settings.negative),
-                              settings) for region in regions]
+        prompts = [(bank.parse(region.prompt), bank.parse(region.negative or settings.negative))
+                   for region in regions]
+        self.parts = [part_of(backbone, bank, prompt, negative, settings) for prompt, negative in prompts]
         self.scene = part_of(backbone, bank, scene, bank.parse(settings.negative), settings)
         if self.scene.context.pooled is not None:
             own = [part.context.pooled for part in self.parts if part.context.pooled is not None]
             pooled = pooled_of(regions, self.scene.context.pooled, own, latent, settings.overlap)
             self.scene = replace(self.scene, context=replace(self.scene.context, pooled=pooled))
         rows = guidance_rows(backbone, count, settings.cfg)
-        self.processor = RegionProcessor(backbone, self.scene, list(regions), self.parts, rows, latent, settings.overlap,
-                                         settings.isolation)
+        self.processor = RegionProcessor(backbone, self.scene, list(regions), self.parts, rows, latent,
+                                         settings.overlap, settings.isolation)
         self._crops: dict[tuple[int, ...], CropProcessor] = {}
 
     def estimate(self, latents: Tensor, t: int, progress: float) -> Tensor:
         """The guided noise of latents `[B, C, h, w]` at a timestep."""
         def evaluate(latents: Tensor, regions: tuple[int, ...] | None) -> dict[str, Tensor]:
-            return {"noise": self._frame(latents, t, progress) if regions is None else self._alone(latents, t, regions)}
+            noise = self._alone(latents, t, regions) if regions else self._frame(latents, t, progress)
+            return {"noise": noise}
 
         step = self.steps.at(progress, latents)
-        return self._frame(latents, t, progress) if step is None else step.estimate(latents, evaluate)["noise"]
+        estimates = evaluate(latents, None) if step is None else step.estimate(latents, evaluate)
+        return estimates["noise"]
 
     def _frame(self, latents: Tensor, t: int, progress: float) -> Tensor:
         self.processor.progress = progress
@@ -76,20 +81,23 @@ class RegionSampling:
         processor.take(halves, len(halves) * len(latents))
         return self._guided(latents, t, [self.parts[u] for u in regions], processor)
 
-    def _guided(self, latents: Tensor, t: int, parts: Sequence[Part], processor: AttentionProcessor) -> Tensor:
+    def _guided(self, latents: Tensor, t: int, parts: Sequence[Part],
+                processor: AttentionProcessor) -> Tensor:
         """Latents `[P * B, C, h, w]` of P parts, part by part."""
-        negative, positive = (Context.cat([part.context[half:half + 1] for part in parts for _ in range(self.count)])
+        contexts = [part.context for part in parts for _ in range(self.count)]
+        negative, positive = (Context.cat([context[half:half + 1] for context in contexts])
                               for half in (0, 1))
         return guided(self.backbone, latents, t, negative, positive, self.settings.cfg, processor)
 
 
 @torch.no_grad()
-def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, regions: Sequence[Region], seeds: Sequence[int],
-                   settings: SampleSettings) -> Tensor:
+def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, regions: Sequence[Region],
+                   seeds: Sequence[int], settings: SampleSettings) -> Tensor:
     """Pictures of a scene with regions, with region noise and crop denoising as `settings.noise` says.
 
-    A step is one evaluation for any number of regions. Region noise adds one for each region that is on, over the frame or on its
-    crop. In crop denoising crops alone are evaluated, and the frame where regions leave some of it to the scene.
+    A step is one evaluation for any number of regions. Region noise adds one for each region that is on, over
+    the frame or on its crop. In crop denoising crops alone are evaluated, and the frame where regions leave
+    some of it to the scene.
 
     Returns:
         `[B, 3, H, W]` in -1..1, one picture for each seed.

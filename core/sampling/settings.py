@@ -21,9 +21,11 @@ class SampleSettings:
         mode, strength: How deltas come together, see `conditioning.routing.aggregate`.
         noise: Region noise estimation and crop denoising.
         overlap: Who has the places where regions overlap, see `regional.regions.shares`.
-        isolation: Self-attention isolation: share of the first steps in which regions do not see each other in self-attention.
+        isolation: Self-attention isolation: share of the first steps in which regions do not see each other
+            in self-attention.
         batch: Pictures that are sampled at once.
-        artists: Strength of attention guidance for prompts that name two concepts or more; 0 = off. It does nothing with regions.
+        artists: Strength of attention guidance for prompts that name two concepts or more; 0 = off. It does
+            nothing with regions.
     """
 
     steps: int = 25
@@ -40,11 +42,13 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.cfg < 0:
-            raise ConceptError(f"steps and cfg are {self.steps} and {self.cfg}; allowed: steps 1 or more, cfg 0 or more")
+            raise ConceptError(f"steps and cfg are {self.steps} and {self.cfg}; "
+                               "allowed: steps 1 or more, cfg 0 or more")
         if self.batch < 1 or self.overlap not in OVERLAPS:
             raise ConceptError(f"batch and overlap are {self.batch} and {self.overlap!r}; "
                                f"allowed: 1 or more, {', '.join(OVERLAPS)}")
         if not 0 <= self.isolation <= 1:
             raise ConceptError(f"isolation is {self.isolation}; allowed: 0 to 1, a share of the steps")
         if not 0 <= self.artists < float("inf"):
-            raise ConceptError(f"artists, the strength of attention guidance, is {self.artists}; allowed: 0 or more")
+            raise ConceptError(f"artists, the strength of attention guidance, is {self.artists}; "
+                               "allowed: 0 or more")

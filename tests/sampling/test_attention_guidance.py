@@ -13,7 +13,14 @@ from continual_concepts.core.conditioning.encoding import encode_prompts, text_p
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.sampling import attention_guidance as artists
-from continual_concepts.core.sampling.attention_guidance import Artists, MapRecorder, Subject, artist_losses, noun_masks, word_maps
+from continual_concepts.core.sampling.attention_guidance import (
+    AttentionGuidance,
+    MapRecorder,
+    Subject,
+    guidance_losses,
+    noun_masks,
+    word_maps,
+)
 from continual_concepts.core.sampling.sampling import encode, sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
@@ -42,7 +49,7 @@ def test_the_losses_are_their_formulas(subject):
     """Cell by cell, from the words' maps."""
     maps, grid = random(16, 9).softmax(1), (4, 4)
     words = word_maps(maps, subject.text, grid)
-    found = artist_losses(maps, subject, grid)
+    found = guidance_losses(maps, subject, grid)
     dal = sum(1 - max(words[n].tolist()) for n in (2, 3, 5, 6)) / 4
     dot = sum(a * b for a, b in zip(words[3].tolist(), words[6].tolist(), strict=True))
     clul = dot / float(words[3].norm() * words[6].norm())
@@ -70,11 +77,11 @@ def test_perfect_maps_have_no_loss(subject):
         maps[list(cells)[:16] if identifier == 2 else list(cells)[16:], identifier] = 0.5
         maps[list(cells)[:16] if identifier == 2 else list(cells)[16:], noun] = 0.5
     maps[:, 4] += 1 - maps.sum(1)
-    found = artist_losses(maps, subject, (8, 8))
+    found = guidance_losses(maps, subject, (8, 8))
     assert found["CLUL"] < 1e-3 and found["DAL"] == pytest.approx(0.5, abs=0.02) and found["OAA"] < 0.2
     together = maps.clone()
     together[:, [5, 6]] = maps[:, [2, 3]]
-    worse = artist_losses(together, subject, (8, 8))
+    worse = guidance_losses(together, subject, (8, 8))
     assert worse["CLUL"] > 0.99
 
 
@@ -110,14 +117,14 @@ def loss_of(look, subjects, latents):
     recorder = MapRecorder(AttentionProcessor(), artists.FINEST)
     with torch.no_grad():
         look(latents, recorder)
-    return sum(sum(artist_losses(m, s, (8, 8)).values()) for m, s in zip(recorder.mean(), subjects, strict=True)).item()
+    return sum(sum(guidance_losses(m, s, (8, 8)).values()) for m, s in zip(recorder.mean(), subjects, strict=True)).item()
 
 
 def test_the_gradient_is_the_losses(any_backbone, bank):
     """Against the finite difference along the direction of the step."""
     look, subjects = looks(any_backbone, bank, [TWO])
     latents = random(1, 4, 8, 8)
-    step = Artists(subjects, 1.0).moved(latents, look) - latents
+    step = AttentionGuidance(subjects, 1.0).moved(latents, look) - latents
     direction = step / step.norm()
     sides = [loss_of(look, subjects, latents + h * direction) for h in (1e-2, -1e-2)]
     slope = (sides[0] - sides[1]) / 2e-2
@@ -132,36 +139,36 @@ def test_the_gradient_is_the_losses(any_backbone, bank):
 def test_many_steps_bring_the_loss_down(tiny_backbone, bank):
     look, subjects = looks(tiny_backbone, bank, [TWO, TWO])
     latents = random(2, 4, 8, 8)
-    before, artist = loss_of(look, subjects, latents), Artists(subjects, 1.0)
+    before, guidance = loss_of(look, subjects, latents), AttentionGuidance(subjects, 1.0)
     for _ in range(10):
-        latents = artist.moved(latents, look)
+        latents = guidance.moved(latents, look)
     assert loss_of(look, subjects, latents) < before - 1e-3
 
 
 def test_a_latent_does_not_depend_on_its_batch(tiny_backbone, bank):
     latents = random(3, 4, 8, 8)
     look, subjects = looks(tiny_backbone, bank, [TWO, ONE, "<mimi> near <rex>"])
-    together = Artists(subjects, 1.0).moved(latents, look)
+    together = AttentionGuidance(subjects, 1.0).moved(latents, look)
     assert torch.equal(together[1], latents[1])      # one concept: nothing to keep apart
     for i, prompt in ((0, TWO), (2, "<mimi> near <rex>")):
         look, subjects = looks(tiny_backbone, bank, [prompt])
-        assert torch.allclose(Artists(subjects, 1.0).moved(latents[i:i + 1], look)[0], together[i], atol=1e-4)
+        assert torch.allclose(AttentionGuidance(subjects, 1.0).moved(latents[i:i + 1], look)[0], together[i], atol=1e-4)
 
 
 def test_later_passes_end_at_the_last_site_that_is_looked_at(tiny_backbone, bank):
     """The same gradient, without the rest of the net."""
     look, subjects = looks(tiny_backbone, bank, [TWO])
-    seen, latents, artist = [], random(1, 4, 8, 8), Artists(subjects, 1.0)
+    seen, latents, guidance = [], random(1, 4, 8, 8), AttentionGuidance(subjects, 1.0)
 
     class Counting(AttentionProcessor):
         def attend(self, call, query, key, value, attention):
             seen.append(query.shape[1])
             return attention(query, key, value)
 
-    first = artist.moved(latents, look, Counting())
+    first = guidance.moved(latents, look, Counting())
     whole = list(seen)
     seen.clear()
-    assert torch.equal(artist.moved(latents, look), first) and len(whole) == 7
+    assert torch.equal(guidance.moved(latents, look), first) and len(whole) == 7
     assert seen == whole[:len(seen)] and len(seen) < len(whole)
 
 
@@ -179,7 +186,7 @@ def test_only_coarse_grids_are_kept(tiny_backbone, bank):
 def test_nothing_happens_at_strength_zero_or_with_one_concept(tiny_backbone, bank, monkeypatch):
     plain = sample(tiny_backbone, bank, [TWO, ONE], [1, 2], QUICK)
     one = sample(tiny_backbone, bank, [ONE], [2], replace(QUICK, artists=2.0))
-    monkeypatch.setattr(Artists, "moved", None)
+    monkeypatch.setattr(AttentionGuidance, "moved", None)
     assert torch.equal(sample(tiny_backbone, bank, [TWO, ONE], [1, 2], replace(QUICK, artists=0.0)), plain)
     assert torch.equal(one[0], plain[1])
 
@@ -208,9 +215,9 @@ def test_two_encoders(tiny_sdxl, make_concept):
 
 
 def test_they_work_in_the_first_quarter(subject):
-    artist = Artists([subject], 1.0)
-    assert [artist.works(p) for p in (0.0, 0.2, 0.25, 1.0)] == [True, True, False, False]
-    assert not Artists([subject], 0.0).works(0.0) and not Artists([Subject(((1, 2),), (1, 2))], 1.0).works(0.0)
+    guidance = AttentionGuidance([subject], 1.0)
+    assert [guidance.acts(p) for p in (0.0, 0.2, 0.25, 1.0)] == [True, True, False, False]
+    assert not AttentionGuidance([subject], 0.0).acts(0.0) and not AttentionGuidance([Subject(((1, 2),), (1, 2))], 1.0).acts(0.0)
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])

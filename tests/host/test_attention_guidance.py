@@ -111,11 +111,11 @@ def test_one_step_is_the_other_hosts(studio, reference):
     """A whole picture by Euler, against the same steps taken by hand in the other host."""
     from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
     from continual_concepts.core.conditioning.routing import aggregate
-    from continual_concepts.core.sampling.attention_guidance import Artists, Subject
+    from continual_concepts.core.sampling.attention_guidance import AttentionGuidance, Subject
 
     vocabulary, tokens = studio.bank.vocabulary, {concept.name: concept.tokens for concept in studio.bank}
     positive = encode_prompts(reference, vocabulary.parse_all([TWO]), tokens)
-    artist = Artists([Subject(tuple(positive.words[0].values()), text_positions(reference, vocabulary.parse(TWO)))], 1.0)
+    guidance = AttentionGuidance([Subject(tuple(positive.words[0].values()), text_positions(reference, vocabulary.parse(TWO)))], 1.0)
     sampling = studio.model.get_model_object("model_sampling")
     import comfy.samplers
 
@@ -128,8 +128,8 @@ def test_one_step_is_the_other_hosts(studio, reference):
             def look(latents, processor, t=t):
                 return reference.predict(latents, t, positive, processor)
 
-            if artist.works(i / 3):
-                x = artist.moved(x / scale, look) * scale
+            if guidance.acts(i / 3):
+                x = guidance.moved(x / scale, look) * scale
             noise = reference.schedule.to_epsilon(reference.predict(x / scale, t, positive), x / scale, t)
             x = x + noise * (after - sigma)
     found = studio.regional(TWO, bank=studio.bank, steps=4, cfg=1.0, artists=1.0)
