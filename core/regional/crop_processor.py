@@ -98,7 +98,7 @@ class CropProcessor(AttentionProcessor):
         if attention.replaced is not None:
             asking = self._back(stack.asking(own, asked)[0], order, query)
             added = attention.added_by_others(asking, key, value)
-            others = taken(added, order.whole, self.count)
+            others = None if added is None else taken(added, order.whole, self.count)
         out, low = stack.attended(own, asked, rows, site.heads, attention.plain, others)
         if low is not None:
             call.after_out = partial(plus, self._back(stack.added(low), order, query))
