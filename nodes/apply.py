@@ -73,7 +73,7 @@ class ElasticWeightAggregate(io.ComfyNode):
         found = aggregate(backbone, bank, bank.parse(prompt), MODES[mode], strength, only=only)
         layerwise = any(part.tokens.copies > 1 for part in bank)
         patched = putting.fold(model, backbone.sites, found.deltas if strength else {}, layerwise)
-        patched = putting.with_bound(patched, backbone.sites, token_lora_deltas(bank, strength, [only] if only else None))
+        patched = putting.with_word_bound(patched, backbone.sites, token_lora_deltas(bank, strength, [only] if only else None))
         new_clip = concept_clip(clip, bank)
         picture = to_tensor(weights_picture(found.names, found.weights, f"weights, {mode}, strength {strength:g}"))
         return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture, ui=ui.PreviewImage(picture, cls=cls))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...core.comfy import regions as putting
-from ...core.comfy.apply import with_bound
+from ...core.comfy.apply import with_word_bound
 from ...core.comfy.sites import ATTENTION, WORDS, OffsetCond, differentiable_attention, find_sites
 from ...core.comfy.token_lora import code
 from ...core.regional.noise import NoiseSettings
@@ -88,7 +88,7 @@ class ComfyCost:
 
     def regions(self, boxes: Sequence[Box], is_bound: bool = True) -> dict:
         regions, parts, bound = parts_of(self.sites.layout, boxes, is_bound)
-        parts = [replace(part, bound={}) for part in parts]      # the run gives each the bound concepts that its words name
+        parts = [replace(part, word_bound={}) for part in parts]      # the run gives each the bound concepts that its words name
         run = putting.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * len(boxes), bound)
         return self._sampled(putting.with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
 
@@ -98,7 +98,7 @@ class ComfyCost:
         codes = [code(names[i]) if i < count else 0 for i in range(TOKENS)]
         words = OffsetCond(torch.tensor(codes).view(1, 1, -1, 1))
         nobody = OffsetCond(torch.zeros_like(words.cond))
-        model = with_bound(self.model, self.sites, {name: deltas_of(self.sites.layout, seed=i) for i, name in enumerate(names)})
+        model = with_word_bound(self.model, self.sites, {name: deltas_of(self.sites.layout, seed=i) for i, name in enumerate(names)})
         positive, negative = ([[hidden, extra | {"model_conds": {WORDS: own}}] for hidden, extra in self._conditioning(seed)]
                               for seed, own in ((1, words), (0, nobody)))
         return self._sampled(model, positive, negative)

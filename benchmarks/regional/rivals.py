@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...core.attention.token_lora import TokenLoraProcessor
 from ...core.bank.bank import ConceptBank
 from ...core.conditioning.routing import aggregate
 from ...core.model.backbone import AttentionProcessor, Backbone, Context
 from ...core.model.deltas import Deltas
 from ...core.model.solver import DpmSolver, denoise, guided
 from ...core.regional.noise import NoiseSettings, region_noise
-from ...core.regional.processor import DeltaProcessor, Part, RegionProcessor
+from ...core.regional.processor import Part, RegionProcessor
 from ...core.regional.regions import Region, masks_of
 from ...core.sampling.found import sample_found
 from ...core.sampling.regions import sample_regions
@@ -114,7 +115,7 @@ def masked(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
 @torch.no_grad()
 def hooks(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
     deltas = [aggregate(backbone, bank, bank.parse(region.prompt)).deltas for region in wish.regions]
-    return _by_masks(backbone, bank, wish, {}, [DeltaProcessor(own) for own in deltas])
+    return _by_masks(backbone, bank, wish, {}, [TokenLoraProcessor({}, own) for own in deltas])
 
 
 @torch.no_grad()

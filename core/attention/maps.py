@@ -1,4 +1,4 @@
-"""Cross-attention maps of a concept's words, and the regulariser that keeps them on the object (Mix-of-Show's, in CIDM's code)."""
+"""Cross-attention maps of a concept's words, and the regulariser that keeps them on the object (Mix-of-Show's, as in CIDM's code)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from ..model.backbone import AttentionProcessor, Context, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 
-FINEST = 256     # cells of the finest grid that is looked at, or a sixteenth of the latent's where that is more
+FINEST = 256     # cells of the finest grid whose maps are used; a sixteenth of the latent's cells where that is more
 
 
 def attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """softmax(QK^T / sqrt d) averaged over heads: query `[B, S, a]`, key `[B, N, a]` to `[B, S, N]`."""
+    """softmax(QK^T / sqrt d), averaged over heads: query `[B, S, a]` and key `[B, N, a]` to `[B, S, N]`."""
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -24,10 +24,11 @@ def attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
 
 
 class MapProcessor(AttentionProcessor):
-    """Another program that also keeps the maps of the last forward pass, with gradient."""
+    """Wraps another attention processor and records the maps of the last forward pass, with gradient."""
 
     def __init__(self, inner: AttentionProcessor) -> None:
-        self.inner, self.maps, self.recording = inner, [], True
+        self.inner, self.recording = inner, True
+        self.maps: list[Tensor] = []
 
     def prepare(self, context: Context) -> None:
         self.inner.prepare(context)
@@ -37,25 +38,33 @@ class MapProcessor(AttentionProcessor):
         return self.inner.project(site, projection, x, y)
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
-        found = attention_maps(query, key, call.site.heads)      # also when checkpointing runs this again: it must do the same there
+        maps = attention_maps(query, key, call.site.heads)      # also in a recomputed block: it must compute the same
         if self.recording:
-            self.maps.append(found)
+            self.maps.append(maps)
         return self.inner.attend(call, query, key, value, attention)
 
     def take(self) -> list[Tensor]:
-        """The maps of the last forward pass, one `[B, S, N]` per site; none until the next one."""
+        """The maps of the last forward pass, `[B, S, N]` per site. Recording then stops until the next forward pass."""
         maps, self.maps, self.recording = self.maps, [], False
         return maps
 
 
 def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...]], masks: Tensor) -> Tensor | None:
-    """Sum over resolutions of MSE(map of the second word, mask) + mean(map of the first word outside the mask).
+    """MSE(map of the second word, mask) + mean(map of the first word outside the mask), summed over resolutions.
 
-    Maps are averaged over the sites of a resolution and divided by their maximum. positions: token positions of the concept's words per
-    sample (samples without two words are left out); masks `[B, 1, h, w]`. Where a mask covers everything there is no outside and that
-    half is left out (the released code gets NaN there and drops both halves). None when nothing applies.
+    Mix-of-Show (Gu et al., 2023), as in CIDM's code. Maps are averaged over the sites of a resolution and divided by their
+    maximum. Where a mask covers the whole picture nothing is outside, and we leave the second term out; the released code gets
+    NaN there and drops both terms.
+
+    Args:
+        maps: `[B, S, N]` per site, see `MapProcessor`.
+        positions: Per sample the token positions of the concept's words. Samples with fewer than two words do not count.
+        masks: Of the object, `[B, 1, h, w]` in 0..1.
+
+    Returns:
+        The loss, or None where no sample counts.
     """
-    rows = [i for i, found in enumerate(positions) if len(found) >= 2]
+    rows = [i for i, words in enumerate(positions) if len(words) >= 2]
     if not rows or not maps:
         return None
     first = torch.tensor([positions[i][0] for i in rows], device=masks.device)

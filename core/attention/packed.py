@@ -1,4 +1,4 @@
-"""What sites read, laid out for attention once per sampling: text alone decides it, so no step has to do it again."""
+"""Keys and values of several prompts, packed for one attention call. They depend on the text alone, so this is done once per sampling."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from torch import Tensor
 
 from ..model.backbone import AttentionFunction
 from ..model.deltas import Delta, LowRankDelta
-from .token_lora import HeadExtension, attend_longer, with_columns
+from .token_lora import HeadExtension, extended_attention, extended_heads
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a region (or a whole prompt) reads at a site, R rows of it, such as the negative and the positive half of guidance.
+class KeysValues:
+    """What a region (or a whole prompt) reads at a site, in R rows, such as the negative and the positive half of guidance.
 
-    key, value `[R, N, a]`; columns: of its bound concepts; query, out: its own deltas of to_q and to_out.
+    Attributes:
+        key, value: `[R, N, a]`.
+        extension: Of its word-bound concepts.
+        query, out: Its own deltas of to_q and to_out.
     """
 
     key: Tensor
     value: Tensor
-    columns: HeadExtension = field(default_factory=HeadExtension)
+    extension: HeadExtension = field(default_factory=HeadExtension)
     query: Delta | None = None
     out: Delta | None = None
 
 
-def _factors(delta: Delta | None) -> tuple[Tensor, Tensor] | None:
-    """up `[a, r]` and down `[r, b]`; a sparse delta is its matrix and the identity."""
+def _factors(delta: Delta | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """up `[a, r]` and down `[r, b]`; of a sparse delta its matrix and the identity."""
     if delta is None:
-        return None
+        return None, None
     if isinstance(delta, LowRankDelta):
         return delta.scale * delta.up, delta.down
     dense = delta.dense()
@@ -39,89 +42,126 @@ def _factors(delta: Delta | None) -> tuple[Tensor, Tensor] | None:
 
 
 def _padded(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
-    """Tensors that differ in one dimension, filled up with zeros and stacked; None where all are."""
-    known = next((part for part in parts if part is not None), None)
-    if known is None:
+    """Tensors that differ in one dimension, padded with zeros and stacked; None where all are None."""
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
         return None
-    most = max(part.shape[dim] for part in parts if part is not None)
-    result = known.new_zeros(len(parts), *(most if d == dim % known.ndim else size for d, size in enumerate(known.shape)))
+    longest = max(part.shape[dim] for part in parts if part is not None)
+    sizes = (longest if d == dim % some.ndim else size for d, size in enumerate(some.shape))
+    result = some.new_zeros(len(parts), *sizes)
     for row, part in zip(result, parts, strict=True):
         if part is not None:
             row.narrow(dim, 0, part.shape[dim]).copy_(part)
     return result
 
 
-class Stack:
-    """Readings of one group side by side, G of them; see Reading and Columns. behind `[G, a, p]`: of the columns that come with what is
-    attended. T: the cells of a region in all pictures of a batch, B * S'."""
+class PackedKeysValues:
+    """The keys and values of G regions, side by side, for one attention call.
 
-    def __init__(self, readings: Sequence[Reading]) -> None:
-        self.key, self.value = (torch.stack([getattr(one, name) for one in readings]) for name in ("key", "value"))
-        columns = [one.columns for one in readings]
-        self.asks = _padded([c.asks for c in columns], 0)
-        self.key_more, self.value_more = _padded([c.key for c in columns], -1), _padded([c.value for c in columns], -1)
-        queries, outs = [_factors(one.query) for one in readings], [_factors(one.out) for one in readings]
-        self.query_up, self.query_down = _padded([f and f[0] for f in queries], 1), _padded([f and f[1] for f in queries], 0)
-        self.out_down = _padded([f and f[1] for f in outs], 0)
-        self._laid: tuple[Tensor, Tensor, Tensor] | None = None      # rows, keys, values
+    In the shapes below, T counts the cells of a region in all pictures of a batch: T = B * S'.
+    """
+
+    def __init__(self, parts: Sequence[KeysValues]) -> None:
+        self.key, self.value = torch.stack([part.key for part in parts]), torch.stack([part.value for part in parts])
+        extensions = [part.extension for part in parts]
+        queries, outs = [_factors(part.query) for part in parts], [_factors(part.out) for part in parts]
+        self.query_up, self.query_down = _padded([up for up, _ in queries], 1), _padded([down for _, down in queries], 0)
+        self.out_down = _padded([down for _, down in outs], 0)
+        self.extension_down = _padded([extension.query_down for extension in extensions], 0)      # [G, x, b]
+        self.extension_key = _padded([extension.key for extension in extensions], -1)             # [G, R, N, H, x]
+        self.extension_value = _padded([extension.value for extension in extensions], -1)         # [G, R, N, H, p]
+        extension_up = self._even(_padded([extension.out_up for extension in extensions], 1))
+        ups = [up for up in (extension_up, _padded([up for up, _ in outs], 1)) if up is not None]
+        self.out_up = torch.cat(ups, -1) if ups else None      # [G, a, p], of the extension and of the deltas of to_out
+        self._batch: tuple[Tensor, Tensor, Tensor] | None = None      # rows, and keys and values of these rows
         self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
-        of_values = self._evened(_padded([c.behind for c in columns], 1))
-        behind = [part for part in (of_values, _padded([f and f[0] for f in outs], 1)) if part is not None]
-        self.behind = torch.cat(behind, -1) if behind else None
 
-    def _evened(self, behind: Tensor | None) -> Tensor | None:
-        """Columns filled up with zeros until keys and values are of one width, a multiple of 8: only so the quick kernels take them."""
-        if self.asks is None or self.value_more is None:
-            return behind
-        heads = self.key_more.shape[-2]
-        width = max(self.asks.shape[1], self.value_more.shape[-1])
+    def _even(self, extension_up: Tensor | None) -> Tensor | None:
+        """Pads the extension until keys and values have one width, a multiple of 8, as fast attention kernels need it. Returns
+        `extension_up` with as many columns."""
+        if self.extension_down is None or self.extension_key is None or self.extension_value is None or extension_up is None:
+            return extension_up
+        heads = self.extension_key.shape[-2]
+        width = max(self.extension_down.shape[1], self.extension_value.shape[-1])
         width += -(self.key.shape[-1] // heads + width) % 8
-        self.asks = F.pad(self.asks, (0, 0, 0, width - self.asks.shape[1]))
-        self.key_more, self.value_more, behind = (F.pad(x, (0, width - x.shape[-1])) for x in (self.key_more, self.value_more, behind))
-        return behind
+        self.extension_down = F.pad(self.extension_down, (0, 0, 0, width - self.extension_down.shape[1]))
+        self.extension_key, self.extension_value, extension_up = (
+            F.pad(x, (0, width - x.shape[-1])) for x in (self.extension_key, self.extension_value, extension_up))
+        return extension_up
 
-    def asking(self, query: Tensor, asked: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The regions' own queries `[G, T, a]`, and what makes them longer `[G, T, x]`."""
+    def queries(self, query: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The regions' own queries.
+
+        Args:
+            query: The frozen query, `[G, T, a]`.
+            hidden: What to_q read, `[G, T, b]`.
+
+        Returns:
+            The queries `[G, T, a]`, and their extension `[G, T, x]` or None.
+        """
         if self.query_down is not None:
-            low = torch.bmm(asked, self._as("query_down", asked.dtype))
-            query = torch.baddbmm(query, low, self._as("query_up", asked.dtype))
-        return query, None if self.asks is None else torch.bmm(asked, self._as("asks", asked.dtype))
+            low = torch.bmm(hidden, self._transposed("query_down", hidden.dtype))
+            query = torch.baddbmm(query, low, self._transposed("query_up", hidden.dtype))
+        if self.extension_down is None:
+            return query, None
+        return query, torch.bmm(hidden, self._transposed("extension_down", hidden.dtype))
 
-    def attended(self, query: Tensor, asked: Tensor, rows: Tensor, heads: int, attend: AttentionFunction,
+    def attended(self, query: Tensor, hidden: Tensor, rows: Tensor, heads: int, attention: AttentionFunction,
                  others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """query `[G, T, a]`: frozen, of the cells of every region; asked `[G, T, b]`: what to_q read there; rows `[B]`: the row of the
-        readings that each of the batch takes; others `[G, T, a]`: what other people's attention adds. Returns the attended values
-        `[G, T, a]`, and columns `[G, T, p]` of which `added` makes what the regions add behind to_out (None: nothing)."""
-        query, longer = (None if x is None else x.view(-1, x.shape[1] // len(rows), x.shape[2]) for x in self.asking(query, asked))
-        key, value = self._chosen(rows, heads, query.dtype)
-        if self.asks is None and self.value_more is None:
-            out, low = attend(query, key, value), None
+        """Attention of every region's cells to its own text.
+
+        Args:
+            query: The frozen query of the cells of every region, `[G, T, a]`.
+            hidden: What to_q read there, `[G, T, b]`.
+            rows: `[B]`, the row of the keys and values that each picture of the batch takes. The same tensor means the same
+                rows: keys and values of the last one are cached.
+            heads: Of the site.
+            attention: Plain attention.
+            others: `[G, T, a]`, what other nodes' attention adds.
+
+        Returns:
+            The attended values `[G, T, a]`, and the low-rank columns `[G, T, p]` from which `added` makes what the regions add
+            after to_out (None: nothing).
+        """
+        query, extension = self.queries(query, hidden)
+        query = query.view(-1, query.shape[1] // len(rows), query.shape[2])
+        key, value = self._keys_values(rows, heads, query.dtype)
+        low: Tensor | None = None
+        if self.extension_down is None and self.extension_value is None:
+            out = attention(query, key, value)
         else:
-            out, low = attend_longer(heads, query, key, value, longer)
-        out, low = (None if x is None else x.reshape(*asked.shape[:2], -1) for x in (out, low))
+            extension = None if extension is None else extension.view(len(query), -1, extension.shape[2])
+            out, low = extended_attention(heads, query, key, value, extension)
+            low = None if low is None else low.reshape(*hidden.shape[:2], -1)
+        out = out.reshape(*hidden.shape[:2], -1)
         out = out if others is None else out + others
         if self.out_down is not None:
-            through = torch.bmm(out, self._as("out_down", out.dtype))
+            through = torch.bmm(out, self._transposed("out_down", out.dtype))
             low = through if low is None else torch.cat([low, through], -1)
         return out, low
 
     def added(self, low: Tensor, to: Tensor | None = None) -> Tensor:
-        """From the columns `[G, T, p]` what the regions add behind to_out `[G, T, a]`; to `[G, T, a]`: what to_out gave, it is changed."""
-        return torch.bmm(low, self._as("behind", low.dtype)) if to is None else to.baddbmm_(low.to(to.dtype), self._as("behind", to.dtype))
+        """From the columns `[G, T, p]` to what the regions add after to_out, `[G, T, a]`.
 
-    def _chosen(self, rows: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the rows, `[G * B, N, a]`, or of heads with further columns, `[G * B, H, N, d]`: text alone decides, so they
-        are laid out once and not in every step."""
-        if self._laid is None or self._laid[0] is not rows or self._laid[1].dtype != dtype:
-            parts = (self.key, self.key_more), (self.value, self.value_more)
-            plain = self.asks is None and self.value_more is None
-            both = [known[:, rows].flatten(0, 1).to(dtype)
-                    for known in ((x for x, _ in parts) if plain else (with_columns(heads, x, more) for x, more in parts))]
-            self._laid = rows, *both
-        return self._laid[1], self._laid[2]
+        Args:
+            low: The columns that `attended` gave.
+            to: The output of to_out, `[G, T, a]`; the sum is written into it.
+        """
+        if to is None:
+            return torch.bmm(low, self._transposed("out_up", low.dtype))
+        return to.baddbmm_(low.to(to.dtype), self._transposed("out_up", to.dtype))
 
-    def _as(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One of its maps, for vectors in the rows of a matrix, in the type of the arithmetic; cast once."""
+    def _keys_values(self, rows: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows, `[G * B, N, a]`, or as extended heads, `[G * B, H, N, d]`."""
+        if self._batch is None or self._batch[0] is not rows or self._batch[1].dtype != dtype:
+            key, value = self.key, self.value
+            if self.extension_down is not None or self.extension_value is not None:
+                key, value = extended_heads(heads, key, self.extension_key), extended_heads(heads, value, self.extension_value)
+            self._batch = rows, key[:, rows].flatten(0, 1).to(dtype), value[:, rows].flatten(0, 1).to(dtype)
+        return self._batch[1], self._batch[2]
+
+    def _transposed(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One of the matrices for vectors in rows, in the type of the arithmetic; cast once."""
         if (name, dtype) not in self._cast:
             self._cast[name, dtype] = getattr(self, name).to(dtype).transpose(1, 2)
         return self._cast[name, dtype]

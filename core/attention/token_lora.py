@@ -1,13 +1,16 @@
 """Word-bound deltas: a concept's deltas act through the concept's own words and nowhere else. Ours.
 
-At a site with frozen projections, a text position n that belongs to concept i has query, key, value and output maps of its own:
+At a site with frozen projections, a text position n that belongs to concept i has its own query, key, value and output
+maps:
 
     logit(x, n) = ((W_q + dQ_i) x) . ((W_k + dK_i) c_n)        value(n) = (W_out + dO_i) (W_v + dV_i) c_n
 
-Every other position has the frozen ones. So a prompt without the concept is the base's, bit for bit, and two concepts in one prompt have
-no weights in common: they meet in the softmax only. It is one attention call: dQ_i is low rank, `dQ_i x . k = (D x) . (U^T k)`, so the
-query is made longer by D x and the keys of the concept's words by U^T k; the values of its words are made longer by D_o v, and what comes
-out of these columns, times U_o, is added after to_out. With rank r and K concepts a head of width d is r K wider.
+Every other position has the frozen maps. A prompt without the concept therefore gives the base's output bit for bit, and two
+concepts in one prompt share no weights: they meet in the softmax only.
+
+One attention call computes this. dQ_i = U D is low rank, so `dQ_i x . k = (D x) . (U^T k)`: the query is extended by D x and
+the keys of the concept's words by U^T k. The values of its words are extended by D_o v; what comes out of these columns, times
+U_o, is added after to_out. With rank r and K concepts, a head of width d becomes r K wider.
 """
 
 from __future__ import annotations
@@ -26,152 +29,198 @@ from ..model.deltas import Delta, Deltas, LowRankDelta
 from ..model.sites import Site
 
 
-def own_positions(context: Context, name: str) -> Tensor:
-    """`[B, N]` float: 1 where a token is one of the concept's words."""
-    found = torch.zeros(len(context), context.hidden.shape[2])
+def word_mask(context: Context, name: str) -> Tensor:
+    """`[B, N]` float: 1 where a token is one of the concept's words, else 0."""
+    mask = torch.zeros(len(context), context.hidden.shape[2])
     for row, words in enumerate(context.words):
-        found[row, list(words.get(name, ()))] = 1.0
-    return found.to(context.hidden.device)
+        mask[row, list(words.get(name, ()))] = 1.0
+    return mask.to(context.hidden.device)
 
 
 @dataclass(frozen=True)
 class TokenAdapter:
-    """A concept at a site: `own [B, N]`, 1 at its words, and its deltas of to_q and to_out, None where it has none."""
+    """A word-bound concept at one site.
 
-    own: Tensor
+    Attributes:
+        mask: `[B, N]`, 1 at its words, see `word_mask`.
+        query: Its delta of to_q, or None.
+        out: Its delta of to_out, or None.
+    """
+
+    mask: Tensor
     query: LowRankDelta | None
     out: LowRankDelta | None
 
 
 @dataclass(frozen=True)
 class HeadExtension:
-    """What bound concepts add to attention at a site, ranks side by side; each pair is None where no concept has such a delta.
+    """By what word-bound concepts extend the heads of a site, the ranks of all concepts side by side.
 
-    asks `[x, b]`: makes the query of an input `[..., b]` longer, the same for every head; key `[B, N, H, x]`: so much longer are the keys;
-    value `[B, N, H, p]`: the values; behind `[a, p]`: from these columns, summed over heads, to what is added after to_out.
+    Attributes:
+        query_down: `[x, b]`, from what to_q reads to the extension of the query, the same for every head.
+        key: `[B, N, H, x]`, the extension of the keys. None, like `query_down`, where no concept has a delta of to_q.
+        value: `[B, N, H, p]`, the extension of the values.
+        out_up: `[a, p]`, from the attended extension, summed over heads, to what is added after to_out. None, like `value`,
+            where no concept has a delta of to_out.
     """
 
-    asks: Tensor | None = None
+    query_down: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
-    behind: Tensor | None = None
+    out_up: Tensor | None = None
 
 
-def head_extension(heads: int, key: Tensor, value: Tensor, bindings: Sequence[TokenAdapter]) -> HeadExtension:
-    """key, value `[B, N, a]`, the concepts' dK and dV in them already."""
+def head_extension(heads: int, key: Tensor, value: Tensor, adapters: Sequence[TokenAdapter]) -> HeadExtension:
+    """The extension for key and value `[B, N, a]`, which contain the concepts' dK and dV already."""
     k, v = (x.unflatten(-1, (heads, -1)) for x in (key, value))
-    asks, keys, values, behind = [], [], [], []
-    for one in bindings:
-        own = one.own.to(k)[:, :, None, None]
-        if one.query is not None:
-            asks.append(one.query.scale * one.query.down)
-            keys.append(torch.einsum("bnhd,hdr->bnhr", k, one.query.up.to(k).unflatten(0, (heads, -1))) * own)
-        if one.out is not None:
-            values.append(torch.einsum("bnhd,rhd->bnhr", v, one.out.down.to(v).unflatten(1, (heads, -1))) * own)
-            behind.append(one.out.scale * one.out.up)
-    return HeadExtension(*(torch.cat(parts, dim) if parts else None for parts, dim in ((asks, 0), (keys, -1), (values, -1), (behind, 1))))
+    downs, keys, values, ups = [], [], [], []
+    for adapter in adapters:
+        mask = adapter.mask.to(k)[:, :, None, None]
+        if adapter.query is not None:
+            downs.append(adapter.query.scale * adapter.query.down)
+            keys.append(torch.einsum("bnhd,hdr->bnhr", k, adapter.query.up.to(k).unflatten(0, (heads, -1))) * mask)
+        if adapter.out is not None:
+            values.append(torch.einsum("bnhd,rhd->bnhr", v, adapter.out.down.to(v).unflatten(1, (heads, -1))) * mask)
+            ups.append(adapter.out.scale * adapter.out.up)
+    columns = ((downs, 0), (keys, -1), (values, -1), (ups, 1))
+    return HeadExtension(*(torch.cat(parts, dim) if parts else None for parts, dim in columns))
 
 
-def longer_attention(heads: int, query: Tensor, key: Tensor, value: Tensor, longer: Tensor | None, key_more: Tensor | None,
-                     value_more: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Attention of wider heads: query `[B, S, a]` and longer `[B, S, x]`, the same for every head; key, value `[B, N, a]`, key_more
-    `[B, N, H, x]`, value_more `[B, N, H, p]`. Returns `[B, S, a]`, and what came through the further values, over all heads `[B, S, p]`."""
-    return attend_longer(heads, query, with_columns(heads, key, key_more), with_columns(heads, value, value_more), longer)
-
-
-def with_columns(heads: int, x: Tensor, more: Tensor | None) -> Tensor:
-    """Keys or values `[..., N, a]`, and `[..., N, H, p]` or None, as heads `[..., H, N, d + p]`."""
+def extended_heads(heads: int, x: Tensor, extension: Tensor | None) -> Tensor:
+    """Keys or values `[..., N, a]` and their extension `[..., N, H, p]`, or None, as heads `[..., H, N, d + p]`."""
     split = x.unflatten(-1, (heads, -1))
-    return (split if more is None else torch.cat([split, more.to(split)], -1)).transpose(-3, -2)
+    return (split if extension is None else torch.cat([split, extension.to(split)], -1)).transpose(-3, -2)
 
 
-def attend_longer(heads: int, query: Tensor, key: Tensor, value: Tensor, longer: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """As `longer_attention`, of heads with their columns: key `[B, H, N, d + x]`, value `[B, H, N, d + p]`."""
+def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
+                       query_extension: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Attention of extended heads.
+
+    Args:
+        heads: H.
+        query: `[B, S, a]`.
+        key, value: `[B, H, N, d + x]` and `[B, H, N, d + p]`, see `extended_heads`.
+        query_extension: `[B, S, x]`, the same for every head, or None.
+
+    Returns:
+        The attended values `[B, S, a]`, and the attended extension summed over heads `[B, S, p]` (None for p = 0).
+    """
     q = query.unflatten(-1, (heads, -1))      # [B, S, H, d]
     width = q.shape[-1]
-    if longer is not None:
-        q = torch.cat([q, longer.to(q).unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
+    if query_extension is not None:
+        q = torch.cat([q, query_extension.to(q).unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), key, value, scale=width**-0.5).transpose(1, 2)
     return attended[..., :width].flatten(2), attended[..., width:].sum(2) if attended.shape[-1] > width else None
 
 
-def token_lora_attention(heads: int, asked: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                    bindings: Sequence[TokenAdapter]) -> tuple[Tensor, Tensor | None]:
-    """Attention with bound concepts.
+def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor,
+                         adapters: Sequence[TokenAdapter]) -> tuple[Tensor, Tensor | None]:
+    """Attention with word-bound concepts.
 
-    asked `[B, S, b]`: what to_q read; query `[B, S, a]`; key, value `[B, N, a]`, the bound concepts' dK and dV in them already. Returns the
-    attended values `[B, S, a]`, which go through the frozen to_out, and what is to be added behind it `[B, S, a]` (None: nothing).
+    Args:
+        heads: Of the site.
+        hidden: What to_q read, `[B, S, b]`.
+        query: Its frozen output, `[B, S, a]`.
+        key, value: `[B, N, a]`, with the concepts' dK and dV at their words.
+        adapters: The concepts.
+
+    Returns:
+        The attended values `[B, S, a]`, which go through the frozen to_out, and what is added after it `[B, S, a]`
+        (None: nothing).
     """
-    columns = head_extension(heads, key, value, bindings)
-    longer = None if columns.asks is None else F.linear(asked, columns.asks.to(asked))
-    attended, low = longer_attention(heads, query, key, value, longer, columns.key, columns.value)
-    return attended, None if low is None else F.linear(low, columns.behind.to(low))
+    extension = head_extension(heads, key, value, adapters)
+    longer = None if extension.query_down is None else F.linear(hidden, extension.query_down.to(hidden))
+    keys, values = extended_heads(heads, key, extension.key), extended_heads(heads, value, extension.value)
+    attended, low = extended_attention(heads, query, keys, values, longer)
+    if low is None or extension.out_up is None:
+        return attended, None
+    return attended, F.linear(low, extension.out_up.to(low))
 
 
 class TokenLora:
-    """Bound concepts of one encoded batch. deltas: concept -> its deltas, low rank on to_q and to_out."""
+    """The word-bound concepts of one encoded batch.
+
+    Attributes:
+        masks: Concept -> `[B, N]`, see `word_mask`, for the concepts that some row of the batch has words of.
+        deltas: Concept -> its deltas; low rank on to_q and to_out.
+    """
 
     def __init__(self, deltas: Mapping[str, Deltas], context: Context) -> None:
-        masks = {name: own_positions(context, name) for name in sorted(deltas)}      # sums in one order, whoever learned first
-        self.own = {name: mask for name, mask in masks.items() if bool(mask.any())}
-        self.deltas = {name: deltas[name] for name in self.own}
+        masks = {name: word_mask(context, name) for name in sorted(deltas)}      # sorted: sums do not depend on who came first
+        self.masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
+        self.deltas = {name: deltas[name] for name in self.masks}
 
     @classmethod
-    def at(cls, own: Mapping[str, Tensor], deltas: Mapping[str, Deltas]) -> TokenLora:
-        """With positions `[B, N]` per concept that are known already."""
-        found = cls.__new__(cls)
-        found.own, found.deltas = dict(sorted(own.items())), {name: deltas[name] for name in own}
-        return found
+    def at(cls, masks: Mapping[str, Tensor], deltas: Mapping[str, Deltas]) -> TokenLora:
+        """From masks `[B, N]` per concept that are known already."""
+        concepts = cls.__new__(cls)
+        concepts.masks, concepts.deltas = dict(sorted(masks.items())), {name: deltas[name] for name in masks}
+        return concepts
 
     def __bool__(self) -> bool:
-        return bool(self.own)
+        return bool(self.masks)
 
     def __getitem__(self, rows: Tensor) -> TokenLora:
         """The same concepts for other rows `[B]` of the batch."""
-        return self.at({name: own[rows] for name, own in self.own.items()}, self.deltas)
-
-    def _get(self, name: str, site: Site, projection: str) -> Delta | None:
-        return self.deltas[name].get((site.index, projection))
+        return self.at({name: mask[rows] for name, mask in self.masks.items()}, self.deltas)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        """Keys or values `[B, N, a]` of a context x, with the concepts' own at their words."""
-        for name, own in self.own.items():
-            delta = self._get(name, site, projection)
+        """Keys or values y `[B, N, a]` of a text x `[B, N, D]`, with the concepts' own at their words."""
+        for name, mask in self.masks.items():
+            delta = self.deltas[name].get((site.index, projection))
             if delta is not None:
-                y = y + (delta.apply(x) * own.unsqueeze(-1).to(x)).to(y.dtype)
+                y = y + (delta.apply(x) * mask.unsqueeze(-1).to(x)).to(y.dtype)
         return y
 
-    def bindings(self, site: Site) -> list[TokenAdapter]:
-        found = [TokenAdapter(own, self._get(name, site, "to_q"), self._get(name, site, "to_out")) for name, own in self.own.items()]
-        for name, one in zip(self.own, found, strict=True):
-            if not all(delta is None or isinstance(delta, LowRankDelta) for delta in (one.query, one.out)):
-                raise ConceptError(f"concept '{name}' has a sparse delta on to_q or to_out of site {site.index}; allowed there: low rank")
-        return found
+    def adapters(self, site: Site) -> list[TokenAdapter]:
+        """The concepts at a site. Raises ConceptError where one has a sparse delta of to_q or to_out."""
+        return [TokenAdapter(mask, self._low_rank(name, site, "to_q"), self._low_rank(name, site, "to_out"))
+                for name, mask in self.masks.items()]
+
+    def _low_rank(self, name: str, site: Site, projection: str) -> LowRankDelta | None:
+        delta: Delta | None = self.deltas[name].get((site.index, projection))
+        if delta is None or isinstance(delta, LowRankDelta):
+            return delta
+        raise ConceptError(f"concept '{name}' has a sparse delta on to_q or to_out of site {site.index}; allowed there: low rank")
 
 
 class TokenLoraProcessor(AttentionProcessor):
-    """Bound concepts while training, or in prompts without regions. deltas: concept -> its deltas."""
+    """Word-bound concepts while training or sampling without regions, and deltas that act on every word.
 
-    def __init__(self, deltas: Mapping[str, Deltas]) -> None:
-        self.deltas = deltas
-        self.concepts: TokenLora | None = None
+    Args:
+        word_bound: Concept -> the deltas that act through its words.
+        deltas: Deltas that are added as activations instead of being folded into the weights, for prompts that share a batch
+            with others.
+    """
+
+    def __init__(self, word_bound: Mapping[str, Deltas], deltas: Deltas | None = None) -> None:
+        self.word_bound, self.deltas = word_bound, deltas or {}
+        self.concepts = TokenLora.at({}, {})
 
     def prepare(self, context: Context) -> None:
-        self.concepts = TokenLora(self.deltas, context)
+        self.concepts = TokenLora(self.word_bound, context)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        y = with_delta(self.deltas, site, projection, x, y)
         return self.concepts.project(site, projection, x, y) if projection in ("to_k", "to_v") else y
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
         if not self.concepts:
             return attention(query, key, value)
-        attended, added = token_lora_attention(call.site.heads, call.hidden, query, key, value, self.concepts.bindings(call.site))
+        adapters = self.concepts.adapters(call.site)
+        attended, added = token_lora_attention(call.site.heads, call.hidden, query, key, value, adapters)
         if added is not None:
             call.after_out = partial(plus, added)
         others = attention.added_by_others(query, key, value)
         return attended if others is None else attended + others
 
 
+def with_delta(deltas: Deltas, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+    """The output y `[B, S, a]` of a projection of x `[B, S, b]`, with the delta of that projection where there is one."""
+    delta = deltas.get((site.index, projection))
+    return y if delta is None else plus(delta.apply(x), y)
+
+
 def plus(added: Tensor, y: Tensor) -> Tensor:
-    """y with what a processor adds to it, in the type of y."""
+    """`y + added` in the type of y."""
     return y + added.to(y.dtype)

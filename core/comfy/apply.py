@@ -15,7 +15,7 @@ from ..model.deltas import Deltas, LowRankDelta
 from ..sampling.attention_guidance import AttentionGuidance, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
 from .sites import OFFSETS, WORDS, AddOffsets, DiffusionWrapper, ReplaceSelf, UNetSites, processor_patches, progress_of
-from .token_lora import BoundRun, code, words_of
+from .token_lora import TokenLoraRun, code, words_of
 
 KEY = "continual_concepts"
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -59,12 +59,12 @@ def _wrap(clone, processor) -> None:
     clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(processor))
 
 
-def with_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
+def with_word_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
     """A clone of MODEL in which concepts act through their words, wherever a prompt of a concept CLIP has them; MODEL itself for none."""
     if not deltas:
         return model
     below = processor_of(model)
-    return with_processor(model, sites, BoundRun(deltas, below if isinstance(below, BoundRun) else None, model.model))
+    return with_processor(model, sites, TokenLoraRun(deltas, below if isinstance(below, TokenLoraRun) else None, model.model))
 
 
 def _once(model, name: str, patch) -> None:

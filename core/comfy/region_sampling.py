@@ -153,7 +153,7 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
     if find_regions and prompts.named(scene.prompt):
         found = prompts.found_regions(scene.prompt, positive, negative)
         return RegionSampling(regional.with_found(model, found), positive, negative, found)
-    model = apply.with_bound(apply.fold(model, sites, prompts.deltas(scene.prompt), False), sites, prompts.word_bound)
+    model = apply.with_word_bound(apply.fold(model, sites, prompts.deltas(scene.prompt), False), sites, prompts.word_bound)
     if settings.artists > 0:
         model = apply.with_attention_guidance(model, sites, subject_of(prompts.clip, scene.prompt), settings.artists)
     return RegionSampling(model, positive, negative)

@@ -21,7 +21,7 @@ from ..regional.regions import Region, pooled_of
 from ..sampling.denoise import RegionSteps
 from .apply import KEY, Wrappers, progress_of, with_processor
 from .sites import UNetSites
-from .token_lora import BoundRun
+from .token_lora import TokenLoraRun
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RegionRun:
     _rows: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._scene = BoundRun(self.bound)
+        self._scene = TokenLoraRun(self.bound)
 
     def __call__(self, options: dict, x: Tensor) -> RegionProcessor | CropProcessor:
         which = options["cond_or_uncond"]

@@ -32,11 +32,11 @@ def words_of(codes: Tensor, names: Mapping[int, str]) -> tuple[dict[str, tuple[i
     return tuple(found)
 
 
-class BoundRun:
+class TokenLoraRun:
     """What a MODEL with bound concepts does in each UNet call. deltas: concept -> its deltas; `below`: another such run under it; `base`:
     the host's model, which says whether its weights change within a sampling."""
 
-    def __init__(self, deltas: Mapping[str, Deltas], below: BoundRun | None = None, base=None) -> None:
+    def __init__(self, deltas: Mapping[str, Deltas], below: TokenLoraRun | None = None, base=None) -> None:
         self.deltas = ChainMap(deltas, below.deltas if below is not None else {})
         self.codes = {name: code(name) for name in self.deltas}
         self.base = base
@@ -71,8 +71,8 @@ class BoundRun:
             return TokenLora.at({}, {})
         here = codes[:, 0, :, 0]
         present = set(here.unique().tolist())      # one look at the device, however many concepts there are
-        own = {name: (here == value).float() for name, value in self.codes.items() if value in present}
-        return TokenLora.at(own, {name: self._on(name, x) for name in own})
+        masks = {name: (here == value).float() for name, value in self.codes.items() if value in present}
+        return TokenLora.at(masks, {name: self._on(name, x) for name in masks})
 
     def _on(self, name: str, x: Tensor) -> Deltas:
         key = (name, str(x.device))

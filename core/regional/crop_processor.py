@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..attention.packed import Stack
-from ..attention.token_lora import TokenLora, plus
+from ..attention.packed import PackedKeysValues
+from ..attention.token_lora import TokenLora, plus, with_delta
 from ..model.backbone import AttentionProcessor, Backbone, HostAttention, SiteCall
 from ..model.sites import Site
 from .attention import taken
 from .cover import Order
-from .permuted import ByRegion
-from .processor import DeltaProcessor, Part, readings_of
+from .permuted import PermutedCells
+from .processor import Part, keys_values_of
 
 
 class CropProcessor(AttentionProcessor):
@@ -31,11 +31,11 @@ class CropProcessor(AttentionProcessor):
     """
 
     def __init__(self, backbone: Backbone, scene: Part, parts: Sequence[Part]) -> None:
-        self.readings = readings_of(backbone, parts)
+        self.keys_values = keys_values_of(backbone, parts)
         self.count = len(parts)
         self.scene_concepts: TokenLora | None = None      # word-bound concepts of the scene's prompt
-        self._scene = DeltaProcessor(scene.deltas)
-        self._stacks: dict[int, Stack] = {}
+        self._scene_deltas = scene.deltas
+        self._packed: dict[int, PackedKeysValues] = {}
         self._orders: dict[tuple, Order] = {}
         self._rows: dict[tuple, Tensor] = {}
         self._batch: tuple[tuple[int, ...], int] = ((), 0)      # halves, rows in all
@@ -64,44 +64,45 @@ class CropProcessor(AttentionProcessor):
         return self._orders[key]
 
     def _rows_of(self, cells: int, device: torch.device) -> Tensor:
-        """`[K * B]` or `[2 * K * B]`: the half of guidance of each row, see Stack."""
+        """`[K * B]` or `[2 * K * B]`: the half of guidance of each row, see `PackedKeysValues.attended`."""
         key = (*self._batch, cells, str(device))
         return self._rows[key]
 
-    def _stack(self, site: Site) -> Stack:
-        if site.index not in self._stacks:
-            self._stacks[site.index] = Stack(self.readings[site.index])
-        return self._stacks[site.index]
+    def _packed_at(self, site: Site) -> PackedKeysValues:
+        if site.index not in self._packed:
+            self._packed[site.index] = PackedKeysValues(self.keys_values[site.index])
+        return self._packed[site.index]
 
     def enter(self, call: SiteCall) -> None:
         x = call.hidden
-        cells = ByRegion(self._order(x.shape[1], x.device), [self.count], [self._stack(call.site)], len(x))
+        cells = PermutedCells(self._order(x.shape[1], x.device), [self.count], [self._packed_at(call.site)], x)
         rows, heads = self._rows_of(x.shape[1], x.device), call.site.heads
 
         def attend(query: Tensor, _key: Tensor, _value: Tensor, attention: HostAttention) -> Tensor:
             return cells.attend(query, rows, heads, attention)
 
-        call.reorder(cells.enter(x), attend, cells.leave)
+        call.reorder(cells.hidden, attend, cells.restore)
         call.reads_text = False
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         if projection not in ("to_k", "to_v"):
             return y
-        y = self._scene.project(site, projection, x, y)
+        y = with_delta(self._scene_deltas, site, projection, x, y)
         return y if self.scene_concepts is None else self.scene_concepts.project(site, projection, x, y)
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
                attention: HostAttention) -> Tensor:
-        site, stack, order = call.site, self._stack(call.site), self._order(query.shape[1], query.device)
-        own, asked = (taken(x, order.whole, self.count) for x in (query, call.hidden))
+        site, packed = call.site, self._packed_at(call.site)
+        order = self._order(query.shape[1], query.device)
+        own, hidden = (taken(x, order.whole, self.count) for x in (query, call.hidden))
         rows, others = self._rows_of(query.shape[1], query.device), None
         if attention.replaced is not None:
-            asking = self._back(stack.asking(own, asked)[0], order, query)
+            asking = self._back(packed.queries(own, hidden)[0], order, query)
             added = attention.added_by_others(asking, key, value)
             others = None if added is None else taken(added, order.whole, self.count)
-        out, low = stack.attended(own, asked, rows, site.heads, attention.plain, others)
+        out, low = packed.attended(own, hidden, rows, site.heads, attention.plain, others)
         if low is not None:
-            call.after_out = partial(plus, self._back(stack.added(low), order, query))
+            call.after_out = partial(plus, self._back(packed.added(low), order, query))
         return self._back(out, order, query)
 
     @staticmethod

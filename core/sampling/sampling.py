@@ -17,7 +17,6 @@ from ..errors import ConceptError
 from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import Deltas
 from ..model.solver import DpmSolver, Estimate, denoise, guided
-from ..regional.processor import DeltaAndTokenLoraProcessor
 from .attention_guidance import AttentionGuidance, Subject
 from .settings import SampleSettings
 
@@ -93,8 +92,7 @@ def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt]
     Word-bound concepts act in each."""
     word_bound = word_bound_deltas(backbone, bank, prompts, settings)
     if averaged:
-        return [DeltaAndTokenLoraProcessor(on_device(backbone, bank[name].deltas), word_bound)
-                for name in averaged]
+        return [TokenLoraProcessor(word_bound, on_device(backbone, bank[name].deltas)) for name in averaged]
     return [TokenLoraProcessor(word_bound) if word_bound else None]
 
 

@@ -128,7 +128,7 @@ def test_sparse_deltas_on_the_picture_side_are_refused():
     sparse = SparseDelta((8, 8), torch.tensor([1], dtype=torch.int32), torch.tensor([1.0]))
     concepts = TokenLora({"rex": {(0, "to_q"): sparse}}, context({"rex": (1,)}))
     with pytest.raises(ConceptError, match="'rex' has a sparse delta"):
-        concepts.bindings(SITE)
+        concepts.adapters(SITE)
 
 
 def test_no_binding_is_plain_attention():

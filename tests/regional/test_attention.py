@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.core.attention.packed import Reading, Stack
+from continual_concepts.core.attention.packed import KeysValues, PackedKeysValues
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.model.backbone import HostAttention, SiteCall
-from continual_concepts.core.regional.attention import attention_within, region_attention
+from continual_concepts.core.regional.attention import isolated_attention, region_attention
 from continual_concepts.core.regional.cover import cover_of
 from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import OVERLAPS, Region, box_mask, masks_of, shares
@@ -40,7 +40,7 @@ def qkv():
 def plain_regions(query, base, keys, values, masks):
     """Region attention with the scene's weights everywhere."""
     cover = cover_of(*shares(masks))
-    stacks = [Stack([Reading(keys[u], values[u]) for u in group.members]) for group in cover.groups]
+    stacks = [PackedKeysValues([KeysValues(keys[u], values[u]) for u in group.members]) for group in cover.groups]
     out, more = region_attention(query, query, base, stacks, cover, torch.arange(len(query)), 2, attend)
     assert more is None
     return out
@@ -145,7 +145,7 @@ def test_regions_do_not_see_each_other_in_self_attention(masks):
     query, key, value = (random(2, 16, 8, seed=i) for i in range(3))
     flat = torch.stack([box_mask(box, 4, 4).flatten() for box in masks])
     cover, base = cover_of(*shares(flat)), attend(query, key, value)
-    out = attention_within(query, key, value, base, cover, 2, attend)
+    out = isolated_attention(query, key, value, cover, 2, attend)
     for mask in flat.bool():
         assert torch.allclose(out[:, mask], attend(query[:, mask], key[:, mask], value[:, mask]), atol=1e-5)
     free = ~flat.bool().any(0)

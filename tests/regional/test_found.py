@@ -51,7 +51,7 @@ def test_masks_are_where_a_concepts_map_is_high_and_highest(tiny_backbone, regio
 
 
 def test_before_they_are_found_the_scene_is_all(tiny_backbone, bank, monkeypatch):
-    monkeypatch.setattr(module, "LOOK", 2.0)
+    monkeypatch.setattr(module, "FOUND_AFTER", 2.0)
     found = sample_found(tiny_backbone, bank, SCENE, [1, 2], QUICK)
     assert torch.allclose(found, sample(tiny_backbone, bank, [SCENE] * 2, [1, 2], QUICK), atol=1e-4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from continual_concepts.core.attention.packed import Reading, Stack
+from continual_concepts.core.attention.packed import KeysValues, PackedKeysValues
 from continual_concepts.core.model.aggregation import released_weights
 from continual_concepts.core.regional.attention import region_attention
 from continual_concepts.core.regional.cover import cover_of
@@ -42,7 +42,7 @@ def test_region_attention(golden):
     masks = torch.stack([box_mask(tuple(box), 16, 16).flatten() for box in golden["boxes"].tolist()])
     keys, values = ([golden[f"region{i}_{what}"] for i in range(2)] for what in ("key", "value"))
     query, cover = golden["query"], cover_of(*shares(masks))
-    stacks = [Stack([Reading(keys[u], values[u]) for u in group.members]) for group in cover.groups]
+    stacks = [PackedKeysValues([KeysValues(keys[u], values[u]) for u in group.members]) for group in cover.groups]
     out, more = region_attention(query, query, golden["base_output"], stacks, cover, torch.arange(len(query)), 1, attend)
     assert more is None
     assert torch.allclose(out, golden["output"], atol=1e-5)

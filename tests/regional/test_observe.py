@@ -37,9 +37,10 @@ def test_maps_are_each_regions_own_attention(tiny_backbone, observed, site_outpu
     x = torch.randn(6, 16, site.width, generator=torch.Generator().manual_seed(0))
     site_output(tiny_backbone, processor, site, x, processor.scene.context.at(site)[processor.rows], enters=True)
     for u, part in enumerate(processor.parts):
-        delta = (part.bound[f"concept{u}"] if is_bound else part.deltas)[site.index, "to_q"]
+        delta = (part.word_bound[f"concept{u}"] if is_bound else part.deltas)[site.index, "to_q"]
         query = tiny_backbone.project(site, "to_q", x[3:])
-        heads = [y.unflatten(-1, (site.heads, -1)) for y in (query, query + delta.apply(x[3:]), processor.readings[site.index][u].key[1])]
+        key = processor.keys_values[site.index][u].key[1]
+        heads = [y.unflatten(-1, (site.heads, -1)) for y in (query, query + delta.apply(x[3:]), key)]
         frozen, own = (torch.einsum("bshd,nhd->bhsn", q, heads[2]) * heads[2].shape[-1]**-0.5 for q in heads[:2])
         acts = torch.zeros(frozen.shape[-1], dtype=torch.bool)      # where the concept's own query counts
         acts[list(WORDS) if is_bound else slice(None)] = True
@@ -64,6 +65,6 @@ def test_looking_costs_the_same_for_any_number_of_regions(tiny_backbone, observe
 def test_fine_grids_are_not_looked_at(tiny_backbone, observed):
     processor = observed(True)
     processor.latent = (64, 64)
-    assert processor._looks(256) and not processor._looks(1024)
+    assert processor._observes(256) and not processor._observes(1024)
     processor.is_observing = False
-    assert not processor._looks(256)
+    assert not processor._observes(256)

@@ -40,8 +40,8 @@ def processor(tiny_backbone, monkeypatch):
     def build(boxes, is_bound=True, rows=(0, 1)):
         _, parts, bound = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(len(boxes)), is_bound)
         if is_bound:
-            parts[0] = replace(parts[0], bound={name: {k: d for k, d in deltas.items() if k[1] != "to_q"} for name, deltas in
-                                                parts[0].bound.items()})      # no delta of to_q: its columns are fillings
+            parts[0] = replace(parts[0], word_bound={name: {k: d for k, d in deltas.items() if k[1] != "to_q"} for name, deltas in
+                                                parts[0].word_bound.items()})      # no delta of to_q: its columns are fillings
         if len(parts) > 1:
             parts[-1] = Part(context_of(2, 1, seed=3), {})
         regions = [box if isinstance(box, Region) else Region("a", box) for box in boxes]

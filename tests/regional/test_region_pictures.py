@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from continual_concepts.core.attention.token_lora import TokenLoraProcessor
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.model.backbone import AttentionProcessor, HostAttention, SiteCall
-from continual_concepts.core.regional.processor import DeltaProcessor, Part, RegionProcessor
+from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions
 from continual_concepts.core.sampling.sampling import encode, sample
@@ -105,4 +106,4 @@ def test_deltas_as_activations_equal_folded_ones(tiny_backbone, bank):
     latents, t, context = random(2, 4, 8, 8), torch.tensor([10, 900]), encode(tiny_backbone, bank, ["a <rex>", "a dog"])
     with tiny_backbone.folded(bank["rex"].deltas):
         folded = tiny_backbone.predict(latents, t, context)
-    assert torch.allclose(tiny_backbone.predict(latents, t, context, DeltaProcessor(bank["rex"].deltas)), folded, atol=1e-4)
+    assert torch.allclose(tiny_backbone.predict(latents, t, context, TokenLoraProcessor({}, bank["rex"].deltas)), folded, atol=1e-4)
