@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder. The linear part is solved, only the decoder's sense of detail is trained."""
+"""Stage 1: the autoencoder. Its linear part is solved; only the decoder's detail network is trained."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from ...core.demo import networks
 from .data import to_tensor
 from .loop import Run
 
-EVENING = 0.25  # 0 keeps the natural order, brightness first and detail last; 1 makes the faintest detail as strong as brightness
+# 0: principal directions keep their strength, brightness first; 1: all directions have the same strength
+EVENING = 0.25
 EDGE_WEIGHT = 0.5
-LATENT_ERROR = 0.15  # the decoder learns on latents as imperfect as a diffusion model's, in units of their spread
+# spread of the noise on the decoder's latents, in units of theirs: a diffusion model's latents are imperfect
+# as well
+LATENT_ERROR = 0.15
 FITTED_ON = 4000
 
 
 @torch.no_grad()
 def fit_linear(vae: networks.PatchAutoencoder, pictures: np.ndarray) -> None:
-    """Sets encoder and linear decoder from the principal directions of patches; latents have unit variance on average."""
+    """Sets encoder and linear decoder from the principal directions of patches.
+
+    Latents have unit variance on average.
+    """
     x = F.pixel_unshuffle(to_tensor(pictures[:FITTED_ON]), networks.PATCH).transpose(0, 1).flatten(1).double()
     mean = x.mean(1)
     values, vectors = torch.linalg.eigh(torch.cov(x))
-    values, vectors = values.flip(0)[: networks.LATENT_CHANNELS], vectors.flip(1)[:, : networks.LATENT_CHANNELS]
+    channels = networks.LATENT_CHANNELS
+    values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
     strength = values.pow(-EVENING / 2) / values.pow(1 - EVENING).mean().sqrt()
     down, up = (vectors * strength).T, vectors / strength
     # pixel_unshuffle orders a patch as [colour, row, column], as a convolution's kernel does.
@@ -36,17 +43,22 @@ def fit_linear(vae: networks.PatchAutoencoder, pictures: np.ndarray) -> None:
 
 
 def _edges(x: Tensor) -> Tensor:
-    return torch.cat([(x[..., 1:, :] - x[..., :-1, :]).flatten(1), (x[..., 1:] - x[..., :-1]).flatten(1)], dim=1)
+    return torch.cat([(x[..., 1:, :] - x[..., :-1, :]).flatten(1), (x[..., 1:] - x[..., :-1]).flatten(1)],
+                     dim=1)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """L1 + L2 on pixels and L1 on differences of neighbours (edges carry the drawing)."""
     difference = output - target
-    return difference.abs().mean() + difference.square().mean() + EDGE_WEIGHT * (_edges(output) - _edges(target)).abs().mean()
+    edges = (_edges(output) - _edges(target)).abs().mean()
+    return difference.abs().mean() + difference.square().mean() + EDGE_WEIGHT * edges
 
 
 def train(pictures: np.ndarray, folder: Path, steps: int, batch: int = 32, seed: int = 0) -> nn.Module:
-    """The decoder's detail network, on latents with noise of a random spread. One process; a few minutes on one core."""
+    """The decoder's detail network, on latents with noise of a random spread.
+
+    One process; a few minutes on one core.
+    """
     torch.manual_seed(seed)
     vae = networks.build_vae()
     fit_linear(vae, pictures)
@@ -68,4 +80,5 @@ def train(pictures: np.ndarray, folder: Path, steps: int, batch: int = 32, seed:
 @torch.no_grad()
 def encode_all(vae: nn.Module, pictures: np.ndarray, batch: int = 1000) -> Tensor:
     """Latents of every picture `[N, 12, 16, 16]` fp16."""
-    return torch.cat([vae.encode(to_tensor(pictures[i : i + batch])).latent_dist.mean.half() for i in range(0, len(pictures), batch)])
+    return torch.cat([vae.encode(to_tensor(pictures[i : i + batch])).latent_dist.mean.half()
+                      for i in range(0, len(pictures), batch)])

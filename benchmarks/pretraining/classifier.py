@@ -16,7 +16,7 @@ from .data import to_tensor
 from .encoder import Pool, cached, disturb
 from .loop import Run
 
-UNSEEN = 0.15  # share of combinations that the base never saw: the judge must not doubt them
+UNSEEN = 0.15  # share of combinations that the base never saw, which the classifier must know as well
 
 
 def named_thing(rng: random.Random, unseen: bool = False) -> scenes.Thing:
@@ -37,7 +37,8 @@ def render_photos(count: int, seed: int) -> Pool:
     return Pool(np.stack(pictures), np.zeros((count, 2), dtype=np.int64), np.array(facts, dtype=np.int64))
 
 
-def train(folder: Path, steps: int, count: int = 16000, batch: int = 192, seed: int = 9000) -> QualityClassifier:
+def train(folder: Path, steps: int, count: int = 16000, batch: int = 192,
+          seed: int = 9000) -> QualityClassifier:
     """`folder` keeps the rendered photos and the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     photos = cached(folder / "photos.npz", lambda: render_photos(count, seed))

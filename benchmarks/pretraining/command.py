@@ -1,6 +1,7 @@
-"""The commands `pretraining FOLDER` and `base`: train the embedded base from nothing, and measure what it draws.
+"""The commands `pretraining FOLDER` and `base`: train the embedded base from scratch, and measure it.
 
-On two cores: rendering 3 minutes, autoencoder 5, diffusion an hour and more. Each process takes one core and a share of every batch.
+On two cores: rendering 3 minutes, autoencoder 5, diffusion an hour and more. Each process takes one core and
+a share of every batch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .export import export
 
 
 def _prepare(options: argparse.Namespace) -> np.ndarray:
-    """Everything before the diffusion model; returns the pictures that the linear autoencoder was fitted on."""
+    """Pictures, autoencoder and latents; returns the pictures on which the linear part was fitted."""
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not (TOKENIZER / "vocab.json").exists():
@@ -37,35 +38,39 @@ def _prepare(options: argparse.Namespace) -> np.ndarray:
 
 def add_commands(commands) -> None:
     """Adds the two commands to a parser's commands."""
-    parser = commands.add_parser("pretraining", help="train the embedded base from nothing, stage by stage")
-    parser.add_argument("folder", type=Path, help="where pictures and checkpoints lie; a second call goes on from there")
+    parser = commands.add_parser("pretraining", help="train the embedded base from scratch, stage by stage")
+    parser.add_argument("folder", type=Path,
+                        help="of pictures and checkpoints; a second call continues from there")
     parser.add_argument("--shards", type=int, default=24, help=f"of {data.SHARD} pictures each")
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=8000, help="of the diffusion model")
-    parser.add_argument("--from-shipped", action="store_true", help="start the diffusion model from the weights that ship")
+    parser.add_argument("--from-shipped", action="store_true",
+                        help="start the diffusion model from the weights that ship")
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
     parser.set_defaults(run=pretrain)
-    parser = commands.add_parser("base", help="does the embedded base draw what held-out captions ask for?")
+    parser = commands.add_parser("base", help="how well the embedded base follows unseen captions")
     parser.add_argument("--json", dest="file", type=Path, help="where the result goes")
     parser.add_argument("--pictures", type=int, default=400)
     parser.set_defaults(run=base)
 
 
 def pretrain(options: argparse.Namespace) -> Result:
-    """Trains what is not trained yet and writes the file that ships."""
+    """Trains the stages that are not finished and writes the file that ships."""
     fitted_on = _prepare(options)
     (options.folder / "rendezvous").unlink(missing_ok=True)
     if options.workers > 1:
-        mp.spawn(diffusion.worker, args=(options.workers, options.folder, options.steps, options.from_shipped), nprocs=options.workers)
+        mp.spawn(diffusion.worker, args=(options.workers, options.folder, options.steps,
+                                         options.from_shipped), nprocs=options.workers)
     else:
         diffusion.worker(0, 1, options.folder, options.steps, options.from_shipped)
     export(options.folder, fitted_on, BASE_FILE)
     parameters = sum(p.numel() for p in networks.build_unet().parameters())
-    return {"file": str(BASE_FILE), "unet": parameters}, [f"wrote {BASE_FILE} (UNet of {parameters / 1e6:.1f} M weights)"]
+    return {"file": str(BASE_FILE),
+            "unet": parameters}, [f"wrote {BASE_FILE} (UNet of {parameters / 1e6:.1f} M weights)"]
 
 
 def base(options: argparse.Namespace) -> Result:
-    """Measures how often the embedded base draws what held-out captions ask for."""
+    """Measures how often the embedded base follows unseen captions."""
     from .quality import base_quality
 
     require_at_least(options, pictures=1)

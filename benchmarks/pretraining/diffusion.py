@@ -14,7 +14,8 @@ from ...core.model.schedule import NoiseSchedule
 from .loop import Run
 
 CAPTION_DROPOUT = 0.1  # share of empty prompts, so that classifier-free guidance has its unconditional half
-UNIFORM_SHARE = 0.3  # of the timesteps; the others crowd around the middle, where it is decided what a picture shows
+# of the timesteps; the others crowd around the middle, where it is decided what a picture shows
+UNIFORM_SHARE = 0.3
 
 
 def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
@@ -25,9 +26,11 @@ def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
 
 
 def draw_timesteps(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    """`[batch]` timesteps below `count`: a few uniform, most logit-normal around 0.55 (as in Stable Diffusion 3, Esser et al. 2024).
+    """`[batch]` timesteps below `count`: a few uniform, most logit-normal around 0.55 (as in Stable Diffusion
+    3, Esser et al. 2024).
 
-    Measured here: begun from a real picture at t = 850, as many classes came out wrong as from pure noise; from t = 500, a third of that.
+    Measured here: begun from a real picture at t = 850, as many classes came out wrong as from pure noise;
+    from t = 500, a third of that.
     """
     middle = torch.sigmoid(0.2 + torch.randn(batch, generator=generator))
     uniform = torch.rand(batch, generator=generator)
@@ -45,10 +48,21 @@ def train(
     seed: int = 0,
     start: dict[str, nn.Module] | None = None,
 ) -> nn.ModuleDict:
-    """latents `[N, 12, 16, 16]` at unit variance, ids from `tokenize`; start: trained modules to go on from instead of new ones."""
+    """Trains text encoder and UNet together.
+
+    Args:
+        tokenizer: of the captions.
+        latents: `[N, 12, 16, 16]` with unit variance.
+        ids: from `tokenize`.
+        folder: of the checkpoint.
+        steps: in total.
+        batch: over all processes.
+        seed: of weights and noise.
+        start: trained modules to continue from instead of new ones.
+    """
     torch.manual_seed(seed)  # every process starts from the same weights
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batch //= world
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batch //= processes
     start = start or {"unet": networks.build_unet(), "text_encoder": networks.build_text_encoder(tokenizer)}
     modules = nn.ModuleDict({part: start[part] for part in ("unet", "text_encoder")}).requires_grad_(True)
     run = Run(modules, folder / "diffusion.pt", steps, lr=1.2e-3, muon=True)
@@ -59,7 +73,8 @@ def train(
         index = torch.randint(len(latents), (batch,), generator=generator)
         x = latents[index].float()
         tokens = ids[index, torch.randint(ids.shape[1], (batch,), generator=generator)]
-        tokens = torch.where(torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT, empty, tokens).long()
+        tokens = torch.where(torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT, empty,
+                             tokens).long()
         t = draw_timesteps(batch, len(schedule), generator)
         noise = torch.randn(x.shape, generator=generator)
         noisy, target = schedule.add_noise(x, noise, t), schedule.target(x, noise, t)
@@ -71,12 +86,15 @@ def train(
     return modules.eval()
 
 
-def worker(rank: int, world: int, folder: Path, steps: int, from_shipped: bool) -> None:
-    """One of `world` processes, with its share of the cores and of every batch. In a module of its own: spawned processes import it."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // world))
-    if world > 1:
+def worker(rank: int, processes: int, folder: Path, steps: int, from_shipped: bool) -> None:
+    """One of several processes, with its share of the cores and of every batch.
+
+    In a module of its own: spawned processes import it.
+    """
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    if processes > 1:
         rendezvous = f"file://{(folder / 'rendezvous').resolve()}"
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
     cached = torch.load(folder / "latents.pt", weights_only=True)
     start = base.load_modules() if from_shipped else None
     train(vocabulary.load(base.TOKENIZER), cached["latents"], cached["ids"], folder, steps, start=start)

@@ -1,7 +1,7 @@
 """Trains the metric encoder: individuals and drawing styles by supervised contrast, captions by CLIP's loss.
 
-Pools of pictures are rendered once and kept on disk. None of the world's CONCEPTS is in them: the individuals are random,
-and so are the styles other than the five that pretraining shows.
+Pools of pictures are rendered once and kept on disk. None of `scenes.CONCEPTS` is in them: the individuals
+are random, and so are the styles other than the five that pretraining shows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .diffusion import tokenize
 from .loop import Run
 
 FAMILY = 4  # individuals (or styles) that differ from one another in few attributes: the hard negatives
-TEMPERATURE = 0.12  # moderate, so that an individual sharing most attributes still lies nearer than one sharing none
+# moderate, so that an individual sharing most attributes still lies nearer than one sharing none
+TEMPERATURE = 0.12
 TEXT_TEMPERATURE = 0.07
 COLOUR_FIELDS = ("body", "second", "pattern_colour", "accessory_colour")
 TRAITS = ("body", "second", "pattern", "pattern_colour", "accessory", "accessory_colour")
@@ -33,7 +34,10 @@ SWAPPED = (tuple(scenes.PALETTE), scenes.KINDS, scenes.PATTERNS[1:])  # words of
 
 @dataclass(frozen=True)
 class Pool:
-    """Pictures `[M, 64, 64, 3]` uint8; owners `[M, 2]`: what each shows (-1: nothing more); `facts` `[individuals, F]`."""
+    """Pictures `[M, 64, 64, 3]` uint8.
+
+    Owners `[M, 2]`: what each shows (-1: nothing more); `facts` `[individuals, F]`.
+    """
 
     pictures: np.ndarray
     owners: np.ndarray
@@ -47,25 +51,29 @@ class Pool:
 def facts_of(thing: scenes.Thing) -> list[float]:
     """Four colours in 0..1, then the indices of kind, pattern and accessory."""
     colours = [c / 255 for name in COLOUR_FIELDS for c in getattr(thing, name)]
-    return [*colours, scenes.KINDS.index(thing.kind), scenes.PATTERNS.index(thing.pattern), ACCESSORIES.index(thing.accessory)]
+    return [*colours, scenes.KINDS.index(thing.kind), scenes.PATTERNS.index(thing.pattern),
+            ACCESSORIES.index(thing.accessory)]
 
 
 def _tell_apart(a: scenes.Thing, b: scenes.Thing) -> bool:
     """Whether the two differ in something that a picture shows, and not by a shade only."""
     if (a.kind, a.pattern, a.accessory) != (b.kind, b.pattern, b.accessory):
         return True
-    shown = ["body", "second", *["pattern_colour"] * (a.pattern != "plain"), *["accessory_colour"] * (a.accessory != "none")]
+    shown = ["body", "second", *["pattern_colour"] * (a.pattern != "plain"),
+             *["accessory_colour"] * (a.accessory != "none")]
     return any(sum(abs(p - q) for p, q in zip(getattr(a, f), getattr(b, f), strict=True)) > 90 for f in shown)
 
 
 def family(rng: random.Random) -> list[scenes.Thing]:
-    """FAMILY individuals: of the first's class with about half of its attributes, or another class with all of them."""
+    """FAMILY individuals that share half of their attributes, or all of them but the class."""
     members = [scenes.random_thing(rng)]
     while len(members) < FAMILY:
         wears_scarf = members[0].accessory == "scarf"
-        kind = rng.choice(list(scenes.SCARF_AT) if wears_scarf else scenes.KINDS) if rng.random() < 0.15 else members[0].kind
+        kind = rng.choice(list(scenes.SCARF_AT) if wears_scarf
+                          else scenes.KINDS) if rng.random() < 0.15 else members[0].kind
         share = 0.5 if kind == members[0].kind else 1.0
-        candidate = replace(scenes.random_thing(rng, kind), **{f: getattr(members[0], f) for f in TRAITS if rng.random() < share})
+        candidate = replace(scenes.random_thing(rng, kind),
+                            **{f: getattr(members[0], f) for f in TRAITS if rng.random() < share})
         if all(_tell_apart(candidate, member) for member in members):
             members.append(candidate)
     return members
@@ -81,7 +89,8 @@ def render_individuals(families: int, views: int, seed: int) -> Pool:
             scene = scenes.random_scene(rng, tuple(things[k] for k in group if k >= 0), "photo")
             pictures.append(scenes.render(scene))
             owners.append(group)
-    return Pool(np.stack(pictures), np.array(owners), np.array([facts_of(t) for t in things], dtype=np.float32))
+    return Pool(np.stack(pictures), np.array(owners),
+                np.array([facts_of(t) for t in things], dtype=np.float32))
 
 
 def random_style(rng: random.Random) -> Style:
@@ -114,15 +123,20 @@ def style_family(rng: random.Random) -> list[Style]:
 
 def _styles_differ(a: Style, b: Style) -> bool:
     def far(p, q) -> bool:
-        return (p is None) != (q is None) or (p is not None and sum(abs(i - j) for i, j in zip(p, q, strict=True)) > 90)
+        return (p is None) != (q is None) or (p is not None
+                                              and sum(abs(i - j) for i, j in zip(p, q, strict=True)) > 90)
 
     lined = not (a.line_from_role and b.line_from_role)  # a line that takes its role's colour hides its own
     filled = a.paper is not None and b.paper is not None and abs(a.fill - b.fill) > 0.25
-    return a.line_from_role != b.line_from_role or a.tile != b.tile or far(a.paper, b.paper) or filled or (lined and far(a.line, b.line))
+    is_other_kind = a.line_from_role != b.line_from_role or a.tile != b.tile
+    return is_other_kind or far(a.paper, b.paper) or filled or (lined and far(a.line, b.line))
 
 
 def render_styles(families: int, views: int, seed: int) -> Pool:
-    """The five known styles first (many views each), then families of random ones. Contents differ in every picture."""
+    """The five known styles first (many views each), then families of random ones.
+
+    Contents differ in every picture.
+    """
     rng = random.Random(seed)
     styles = list(scenes.STYLES.values()) + [s for _ in range(families) for s in style_family(rng)]
     pictures, owners = [], []
@@ -151,7 +165,7 @@ def _cosine_basis() -> Tensor:
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
-    """What an autoencoder or a codec does to pictures `[B, 3, H, W]` in -1..1: shift, blur, block artefacts, colour error, noise."""
+    """Disturbs pictures `[B, 3, H, W]` in -1..1 as an autoencoder does: blur, blocks, colours, noise."""
     count = len(images)
 
     def share(low: float, high: float, likelihood: float) -> Tensor:
@@ -159,12 +173,14 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
         return draw * (torch.rand(count, 1, 1, 1, generator=generator) < likelihood)
 
     down, right = (int(torch.randint(0, 3, (), generator=generator)) for _ in range(2))
-    x = F.pad(images, (1, 1, 1, 1), mode="replicate")[..., down : down + images.shape[2], right : right + images.shape[3]]
+    height, width = images.shape[2:]
+    x = F.pad(images, (1, 1, 1, 1), mode="replicate")[..., down : down + height, right : right + width]
     x = torch.lerp(x, F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), share(0.2, 1.0, 0.5))
     coarse, basis = torch.rand(count, generator=generator) < 0.3, _cosine_basis()
     if coarse.any():
         step = 0.03 + 0.2 * float(torch.rand((), generator=generator))
-        blocks = x[coarse].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [b, 3, rows, columns, 8, 8]
+        # [b, 3, rows, columns, 8, 8]
+        blocks = x[coarse].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
         codes = ((basis @ blocks @ basis.T) / step).round() * step
         x[coarse] = (basis.T @ codes @ basis).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     gain = 1 + 0.06 * torch.randn(count, 3, 1, 1, generator=generator)
@@ -173,12 +189,17 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def contrast(features: Tensor, owners: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Supervised contrast (Khosla et al., 2020) of `[B, D]` unit features; pictures match that share an owner `[B, 2]`."""
-    same = ((owners[:, None, :, None] == owners[None, :, None, :]) & (owners >= 0)[:, None, :, None]).flatten(2).any(-1)
+    """Supervised contrast (Khosla et al., 2020) of `[B, D]` unit features.
+
+    Pictures match that share an owner `[B, 2]`.
+    """
+    is_equal = owners[:, None, :, None] == owners[None, :, None, :]
+    same = (is_equal & (owners >= 0)[:, None, :, None]).flatten(2).any(-1)
     itself = torch.eye(len(features), dtype=torch.bool)
     logits = (features @ features.T / temperature).masked_fill(itself, -1e9)
     matches = (same & ~itself).float()
-    return -((F.log_softmax(logits, dim=1) * matches).sum(1) / matches.sum(1).clamp(min=1))[matches.any(1)].mean()
+    likelihood = (F.log_softmax(logits, dim=1) * matches).sum(1) / matches.sum(1).clamp(min=1)
+    return -likelihood[matches.any(1)].mean()
 
 
 def swap_table(tokenizer) -> Tensor:
@@ -191,7 +212,10 @@ def swap_table(tokenizer) -> Tensor:
 
 
 def with_wrong_word(ids: Tensor, table: Tensor, generator: torch.Generator) -> Tensor:
-    """Captions `[B, 77]` made untrue: one colour, kind or pattern of each replaced by another. A caption without any stays."""
+    """Captions `[B, 77]` made untrue: one colour, kind or pattern of each replaced by another.
+
+    A caption without any stays.
+    """
     place = torch.rand(ids.shape, generator=generator).masked_fill(table[ids] < 0, -1).argmax(1, keepdim=True)
     old = ids.gather(1, place)
     eligible = (table == table[old]) & (torch.arange(len(table)) != old)  # [B, vocabulary]
@@ -200,29 +224,40 @@ def with_wrong_word(ids: Tensor, table: Tensor, generator: torch.Generator) -> T
 
 
 def caption_loss(pictures: Tensor, texts: Tensor, wrong: Tensor, untrue: Tensor) -> Tensor:
-    """CLIP's loss of `[B, D]` features; every picture also rejects its own caption with a wrong word where `untrue` `[B]`."""
+    """CLIP's loss of `[B, D]` features.
+
+    Every picture also rejects its own caption with a wrong word where `untrue` `[B]`.
+    """
     logits, target = pictures @ texts.T / TEXT_TEMPERATURE, torch.arange(len(pictures))
     spoilt = ((pictures * wrong).sum(1, keepdim=True) / TEXT_TEMPERATURE).masked_fill(~untrue[:, None], -1e9)
-    return 0.5 * (F.cross_entropy(torch.cat([logits, spoilt], dim=1), target) + F.cross_entropy(logits.T, target))
+    return 0.5 * (F.cross_entropy(torch.cat([logits, spoilt], dim=1), target)
+                  + F.cross_entropy(logits.T, target))
 
 
 def attributes_loss(outputs: Tensor, facts: Tensor) -> Tensor:
-    """Reads the attributes `facts` `[B, 15]` off `outputs` `[B, 27]`: a scaffold that shows the trunk early what to look for."""
+    """Loss of the attributes `facts` `[B, 15]` predicted as `outputs` `[B, 27]`.
+
+    It teaches the trunk early.
+    """
     error = (outputs[:, :12] - facts[:, :12]).square().unflatten(1, (4, 3)).mean(2)
-    shown = torch.cat([torch.ones(len(facts), 2), (facts[:, 13:] > 0).float()], dim=1)  # no pattern, no colour of it
+    # no pattern, no colour of it
+    shown = torch.cat([torch.ones(len(facts), 2), (facts[:, 13:] > 0).float()], dim=1)
     kinds, patterns, accessories = outputs[:, 12:].split((8, 4, 3), dim=1)
-    classes = sum(F.cross_entropy(x, facts[:, i].long()) for i, x in ((12, kinds), (13, patterns), (14, accessories)))
+    columns = ((12, kinds), (13, patterns), (14, accessories))
+    classes = sum(F.cross_entropy(x, facts[:, i].long()) for i, x in columns)
     return 5 * (error * shown).sum() / shown.sum() + 0.25 * classes
 
 
-def pick(groups: list[np.ndarray], families: np.ndarray, views: int, offset: int, rng: np.random.Generator) -> np.ndarray:
+def pick(groups: list[np.ndarray], families: np.ndarray, views: int, offset: int,
+         rng: np.random.Generator) -> np.ndarray:
     """`views` pictures of every member of the chosen families; members start at `offset`."""
     members = [offset + FAMILY * f + k for f in families for k in range(FAMILY)]
     return np.concatenate([rng.choice(groups[m], views, replace=False) for m in members])
 
 
-def train(tokenizer, pictures: np.ndarray, captions: list[list[str]], folder: Path, steps: int, seed: int = 0) -> MetricEncoder:
-    """pictures and captions are the pretraining pairs; `folder` holds the rendered pools and the checkpoint."""
+def train(tokenizer, pictures: np.ndarray, captions: list[list[str]], folder: Path, steps: int,
+          seed: int = 0) -> MetricEncoder:
+    """Trains on the pretraining pairs; `folder` holds the rendered pools and the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     things = cached(folder / "individuals.npz", lambda: render_individuals(750, 4, seed + 71))
     styles = cached(folder / "styles.npz", lambda: render_styles(150, 4, seed + 72))
@@ -231,16 +266,20 @@ def train(tokenizer, pictures: np.ndarray, captions: list[list[str]], folder: Pa
     torch.manual_seed(seed)
     encoder = MetricEncoder({"vocabulary": len(tokenizer), "end": tokenizer.eos_token_id})
     scaffold = nn.Linear(encoder.pooled_width, 27)
-    run = Run(nn.ModuleDict({"encoder": encoder, "scaffold": scaffold}), folder / "encoder.pt", steps, lr=3e-3)
+    run = Run(nn.ModuleDict({"encoder": encoder, "scaffold": scaffold}), folder / "encoder.pt", steps,
+              lr=3e-3)
     generator, rng = torch.Generator().manual_seed(seed + run.start), np.random.default_rng(seed + run.start)
     for _ in run:
         shown = pick(groups, rng.choice(len(groups) // FAMILY, 12, replace=False), 3, 0, rng)
-        drawn = pick(style_groups, rng.choice((len(style_groups) - known) // FAMILY, 5, replace=False), 3, known, rng)
-        drawn = np.concatenate([drawn, *(rng.choice(style_groups[i], 3, replace=False) for i in range(known))])
+        drawn = pick(style_groups, rng.choice((len(style_groups) - known) // FAMILY, 5, replace=False), 3,
+                     known, rng)
+        drawn = np.concatenate([drawn,
+                                *(rng.choice(style_groups[i], 3, replace=False) for i in range(known))])
         told = rng.integers(0, len(pictures), 128)
-        batch = disturb(to_tensor(np.concatenate([things.pictures[shown], styles.pictures[drawn], pictures[told]])), generator)
+        shows = np.concatenate([things.pictures[shown], styles.pictures[drawn], pictures[told]])
+        batch = disturb(to_tensor(shows), generator)
         with torch.autocast("cpu", torch.bfloat16):
-            pooled, texture = encoder.look(batch)
+            pooled, texture = encoder.pooled_and_texture(batch)
         a, b = len(shown), len(shown) + len(drawn)
         true = ids[told, rng.integers(0, ids.shape[1], len(told))].long()
         wrong = with_wrong_word(true, table, generator)
@@ -248,8 +287,11 @@ def train(tokenizer, pictures: np.ndarray, captions: list[list[str]], folder: Pa
         owners = torch.from_numpy(things.owners[shown])
         alone = owners[:, 1] < 0
         loss = contrast(F.normalize(encoder.object_head(pooled[:a]), dim=1), owners)
-        loss = loss + contrast(F.normalize(encoder.style_head(texture[a:b]), dim=1), torch.from_numpy(styles.owners[drawn]))
-        loss = loss + caption_loss(F.normalize(encoder.picture_head(pooled[b:]), dim=1), texts, spoilt, (true != wrong).any(1))
-        run.after(loss + attributes_loss(scaffold(pooled[:a][alone]), torch.from_numpy(things.facts)[owners[alone, 0]]))
+        loss = loss + contrast(F.normalize(encoder.style_head(texture[a:b]), dim=1),
+                               torch.from_numpy(styles.owners[drawn]))
+        loss = loss + caption_loss(F.normalize(encoder.picture_head(pooled[b:]), dim=1), texts, spoilt,
+                                   (true != wrong).any(1))
+        run.after(loss + attributes_loss(scaffold(pooled[:a][alone]),
+                                         torch.from_numpy(things.facts)[owners[alone, 0]]))
     run.ema.copy_into_modules()
     return encoder.eval()

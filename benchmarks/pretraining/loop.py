@@ -1,4 +1,4 @@
-"""What the stages share: EMA weights, a warm-up + cosine rate, checkpoints that a stopped run picks up again."""
+"""What the stages share: averaged weights, the learning rate, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Ema:
 
 
 class Run:
-    """A training run with checkpoints: `for step in run:` resumes where the file says, `after(loss)` does the rest."""
+    """Training with checkpoints: `for step in run` resumes from the file; `after(loss)` makes the step."""
 
-    def __init__(
-        self, modules: nn.ModuleDict, file: Path, steps: int, lr: float, weight_decay: float = 0.01, every: int = 250, muon: bool = False
-    ) -> None:
+    def __init__(self, modules: nn.ModuleDict, file: Path, steps: int, lr: float, weight_decay: float = 0.01,
+                 every: int = 250, muon: bool = False) -> None:
         self.modules, self.file, self.steps, self.every, self.lr = modules, file, steps, every, lr
         matrices, others = split(modules) if muon else ([], list(modules.parameters()))
-        self.optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)]
+        self.optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay,
+                                             fused=True)]
         self.optimizers += [Muon(matrices, lr, weight_decay)] if matrices else []
         self.ema, self.start, self.began, self.smooth = Ema(modules), 0, time.time(), None
         if file.exists():
@@ -65,7 +65,7 @@ class Run:
             yield step
 
     def _average_gradients(self) -> None:
-        """With several processes (each on its own core: no thread barriers inside a layer) gradients are averaged."""
+        """Averages gradients over processes; one process per core avoids thread barriers within a layer."""
         if not dist.is_initialized():
             return
         gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
@@ -95,7 +95,8 @@ class Run:
             )
         if done % self.every == 0 or done == self.steps:
             states = [optimizer.state_dict() for optimizer in self.optimizers]
-            state = {"modules": self.modules.state_dict(), "optimizers": states, "ema": self.ema.values, "step": done}
+            state = {"modules": self.modules.state_dict(), "optimizers": states, "ema": self.ema.values,
+                     "step": done}
             partial = self.file.with_suffix(".partial")
             torch.save(state, partial)
             partial.rename(self.file)

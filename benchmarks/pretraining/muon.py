@@ -1,7 +1,9 @@
-"""Muon (Jordan et al. 2024): momentum whose update is orthogonalised, for the matrices and convolutions of a network.
+"""Muon (Jordan et al. 2024): momentum whose update is orthogonalised, for the matrices and convolutions of a
+network.
 
-Measured on the embedded base, 300 steps on the same pictures and noise from the same weights: the smoothed loss was 0.171 against
-AdamW's 0.180, at 1.2 to 1.4 times the seconds per step. `torch.optim.Muon` takes matrices only; most of a UNet is convolutions.
+Measured on the embedded base, 300 steps on the same pictures and noise from the same weights: the smoothed
+loss was 0.171 against AdamW's 0.180, at 1.2 to 1.4 times the seconds per step. `torch.optim.Muon` takes
+matrices only; most of a UNet is convolutions.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ MOMENTUM = 0.95
 
 
 def orthogonalise(gradient: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of the SVD U S V^T of `gradient`, seen as a matrix `[out, everything else]`; singular values come out in 0.7..1.2."""
+    """About U V^T of the SVD U S V^T of `gradient`, seen as a matrix `[out, everything else]`.
+
+    Singular values come out in 0.7..1.2.
+    """
     x = gradient.flatten(1)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -28,7 +33,8 @@ def orthogonalise(gradient: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Updates have the size that AdamW's usually have (0.2 per weight, Liu et al. 2025), so that both share one learning rate.
+    """Updates have the size that AdamW's usually have (0.2 per weight, Liu et al. 2025), so that both share
+    one learning rate.
 
     Several processes share the work: each orthogonalises every n-th matrix and hears of the others'.
     """
@@ -37,19 +43,20 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     def _updates(self, params: list[nn.Parameter]) -> list[Tensor]:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         updates = []
         for i, p in enumerate(params):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             momentum = self.state[p]["momentum"]
             momentum.lerp_(p.grad, 1 - MOMENTUM)
-            own = i % world == rank
-            updates.append(orthogonalise(p.grad.lerp(momentum, MOMENTUM)) if own else torch.zeros_like(p))
-        if world > 1:
+            is_own = i % processes == rank
+            updates.append(orthogonalise(p.grad.lerp(momentum, MOMENTUM)) if is_own else torch.zeros_like(p))
+        if processes > 1:
             flat = torch.cat([u.flatten() for u in updates])
             dist.all_reduce(flat)
-            updates = [part.view_as(u) for part, u in zip(flat.split([u.numel() for u in updates]), updates, strict=True)]
+            updates = [part.view_as(u) for part,
+                       u in zip(flat.split([u.numel() for u in updates]), updates, strict=True)]
         return updates
 
     @torch.no_grad()

@@ -1,1 +1,1 @@
-"""The embedded bases: networks, vocabulary, scenes, and the judges that look at their pictures."""
+"""The embedded base: networks, vocabulary, drawn scenes, and models that judge its pictures."""

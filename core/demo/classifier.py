@@ -1,6 +1,7 @@
-"""An independent judge of quality: names the kind and the body colour of the one thing in a photo of the world.
+"""An independent classifier: kind and body colour of the one thing in a drawn scene.
 
-It shares neither weights nor training pictures with the metric encoder, so that a model cannot please both by accident.
+It shares neither weights nor training pictures with the metric encoder, so that no picture satisfies both by
+chance.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ class QualityClassifier(StoredModule):
     def __init__(self, config: dict | None = None) -> None:
         super().__init__({**DEFAULT, **(config or {})})
         first, second, third = self.config["channels"]
-        self.trunk = nn.Sequential(convolution(3, first), convolution(first, second), convolution(second, third), Mixer(third))
+        self.trunk = nn.Sequential(convolution(3, first), convolution(first, second),
+                                   convolution(second, third), Mixer(third))
         self.pool = AttentionPool(third, self.config["looks"])
         width, hidden = 2 * third + 2 * self.config["looks"], self.config["hidden"]
-        self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, len(KINDS) + len(COLOURS)))
+        self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(),
+                                    nn.Linear(hidden, len(KINDS) + len(COLOURS)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.output(self.pool(self.trunk(images))).float()
@@ -32,4 +35,5 @@ class QualityClassifier(StoredModule):
     def name(self, images: Tensor) -> list[tuple[str, str]]:
         """The likeliest kind and body colour of each picture, as words."""
         kinds, colours = self(images)
-        return [(KINDS[k], COLOURS[c]) for k, c in zip(kinds.argmax(1).tolist(), colours.argmax(1).tolist(), strict=True)]
+        return [(KINDS[k], COLOURS[c]) for k,
+                c in zip(kinds.argmax(1).tolist(), colours.argmax(1).tolist(), strict=True)]

@@ -1,6 +1,6 @@
-"""The metric encoder of the embedded base's world: who is in a picture, how it is drawn, what caption fits it.
+"""The metric encoder for drawn scenes: which individual, which drawing style, which caption.
 
-It plays the part that DINO and CLIP play for real photos, for 64×64 pictures of the procedural world only.
+It replaces DINO and CLIP, which serve for photos. It knows drawn scenes of 64×64 pixels only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEFAULT = {
 
 
 class StoredModule(nn.Module):
-    """A module built from one JSON-able dict and kept in one safetensors file: fp16 on disk, fp32 in memory."""
+    """A module built from one dict of JSON values and stored in one safetensors file, in fp16."""
 
     def __init__(self, config: dict) -> None:
         super().__init__()
@@ -35,7 +35,8 @@ class StoredModule(nn.Module):
 
     def save(self, path: str | Path) -> None:
         # The batch norms' step counters are of no use to inference.
-        tensors = {name: value.detach().half().contiguous() for name, value in self.state_dict().items() if value.is_floating_point()}
+        tensors = {name: value.detach().half().contiguous() for name, value in self.state_dict().items()
+                   if value.is_floating_point()}
         save_file(tensors, str(path), metadata={"config": json.dumps(self.config)})
 
     @classmethod
@@ -48,11 +49,12 @@ class StoredModule(nn.Module):
 
 
 def convolution(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs),
+                         nn.ReLU(inplace=True))
 
 
 class Mixer(nn.Module):
-    """Residual depthwise 5×5 and pointwise convolution: reach for few parameters. `[B, C, H, W]` to the same."""
+    """Residual depthwise 5×5 and pointwise convolution: a wide field with few parameters, `[B, C, H, W]`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -69,13 +71,15 @@ class Mixer(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """`[B, C, H, W]` to `[B, 2C + 2 looks]`: groups of channels averaged where their own attention map looks, the maximum
-    of every channel, and the centre of every map. A plain average would mix the object's colours with the background's.
+    """Pools `[B, C, H, W]` to `[B, 2C + 2 maps]` with learned attention maps.
+
+    The result holds the mean of every group of channels under its map, the maximum of every channel, and the
+    centre of every map. A plain mean would mix the object's colours with the background's.
     """
 
-    def __init__(self, channels: int, looks: int) -> None:
+    def __init__(self, channels: int, maps: int) -> None:
         super().__init__()
-        self.attention = nn.Conv2d(channels, looks, 1)
+        self.attention = nn.Conv2d(channels, maps, 1)
         self.value = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +92,10 @@ class AttentionPool(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Caption ids `[B, 77]` to `[B, D]`. The convolution ties each colour word to its noun, one attention layer ties phrases."""
+    """Caption ids `[B, 77]` to `[B, D]`.
+
+    The convolution ties each colour word to its noun, one attention layer ties phrases.
+    """
 
     def __init__(self, vocabulary: int, end: int, context: int, width: int, outputs: int) -> None:
         super().__init__()
@@ -96,12 +103,14 @@ class TextTower(nn.Module):
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(context, width))
         self.neighbours = nn.Conv1d(width, width, 3, padding=1)
-        self.layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu",
+                                                batch_first=True, norm_first=True)
         self.output = nn.Linear(2 * width, outputs)
 
     def forward(self, ids: Tensor) -> Tensor:
         ended = ids == self.end
-        real = (ended.cumsum(1) - ended.long()) == 0  # up to and with the first end token; padding is that token again
+        # up to and with the first end token; padding is that token again
+        real = (ended.cumsum(1) - ended.long()) == 0
         length = int(real.sum(1).max())
         ids, real = ids[:, :length], real[:, :length]
         x = (self.token(ids) + self.position[:length]) * real[..., None]
@@ -112,13 +121,15 @@ class TextTower(nn.Module):
 
 
 def head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+    return nn.Sequential(nn.LayerNorm(inputs), nn.Linear(inputs, hidden), nn.GELU(),
+                         nn.Linear(hidden, outputs))
 
 
 class MetricEncoder(StoredModule):
     """Features of pictures `[B, 3, 64, 64]` in -1..1, all of unit length, so that a dot product is a cosine.
 
-    `config` holds at least `vocabulary` (number of tokens) and `end` (id of the end token); the rest falls back to DEFAULT.
+    `config` holds at least `vocabulary` (number of tokens) and `end` (id of the end token); the rest falls
+    back to DEFAULT.
     """
 
     def __init__(self, config: dict) -> None:
@@ -132,28 +143,34 @@ class MetricEncoder(StoredModule):
         self.object_head = head(self.pooled_width, c["hidden"], c["object_width"])
         self.style_head = head(self.texture_width, c["hidden"] // 2, c["style_width"])
         self.picture_head = head(self.pooled_width, c["hidden"], c["text_width"])
-        self.text_tower = TextTower(c["vocabulary"], c["end"], c["context"], c["token_width"], c["text_width"])
+        self.text_tower = TextTower(c["vocabulary"], c["end"], c["context"], c["token_width"],
+                                    c["text_width"])
 
-    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the heads read: pooled content `[B, pooled_width]` and texture statistics `[B, texture_width]`."""
+    def pooled_and_texture(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled content `[B, pooled_width]` and texture statistics `[B, texture_width]`, for the heads."""
         fine = self.stem(images)
         middle = self.middle(fine)
         deep = self.deep(middle)
-        # Mean and spread of shallow channels say how lines and surfaces look, whatever they depict (Gatys et al., 2016).
-        parts = [moment for x in (fine.float(), middle.float()) for moment in (x.mean((2, 3)), x.flatten(2).std(-1))]
+        # Mean and spread of shallow channels say how lines and surfaces look, whatever they depict (Gatys et
+        # al., 2016).
+        parts = [moment for x in (fine.float(), middle.float())
+                 for moment in (x.mean((2, 3)), x.flatten(2).std(-1))]
         return self.pool(deep), torch.cat([*parts, deep.float().mean((2, 3))], dim=1)
 
     def object_features(self, images: Tensor) -> Tensor:
-        """Which individual: `[B, object_width]`. Two pictures of one individual agree whatever the background and pose."""
-        return F.normalize(self.object_head(self.look(images)[0]).float(), dim=1)
+        """Which individual, `[B, object_width]`.
+
+        Two pictures of one individual agree whatever the background and pose.
+        """
+        return F.normalize(self.object_head(self.pooled_and_texture(images)[0]).float(), dim=1)
 
     def style_features(self, images: Tensor) -> Tensor:
-        """How it is drawn: `[B, style_width]`."""
-        return F.normalize(self.style_head(self.look(images)[1]).float(), dim=1)
+        """Which drawing style, `[B, style_width]`."""
+        return F.normalize(self.style_head(self.pooled_and_texture(images)[1]).float(), dim=1)
 
     def image_text_features(self, images: Tensor) -> Tensor:
-        """What a caption would say: `[B, text_width]`, to compare with `text_features`."""
-        return F.normalize(self.picture_head(self.look(images)[0]).float(), dim=1)
+        """Which caption, `[B, text_width]`; to compare with `text_features`."""
+        return F.normalize(self.picture_head(self.pooled_and_texture(images)[0]).float(), dim=1)
 
     def text_features(self, token_ids: Tensor) -> Tensor:
         """Captions `[B, 77]` of the base's own tokenizer to `[B, text_width]`."""

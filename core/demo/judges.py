@@ -1,4 +1,4 @@
-"""The world's metric encoder behind the protocol's interface, and its pictures as tasks."""
+"""The metric encoder behind the evaluation's interface, and drawn concepts as tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HELD_OUT_SEED = 90_000
 
 
 class SceneEncoder:
-    """Features of 64×64 pictures of the world, see evaluation.encoder."""
+    """Features of drawn scenes of 64×64 pixels, see `evaluation.protocol.Encoder`."""
 
     @cached_property
     def _encoder(self) -> MetricEncoder:
@@ -37,7 +37,8 @@ class SceneEncoder:
 
     @torch.no_grad()
     def features(self, images: Tensor, kind: str) -> Tensor:
-        return self._encoder.style_features(images) if kind == "style" else self._encoder.object_features(images)
+        encoder = self._encoder
+        return encoder.style_features(images) if kind == "style" else encoder.object_features(images)
 
     @torch.no_grad()
     def image_text_features(self, images: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ class SceneEncoder:
 
     @torch.no_grad()
     def caption_features(self, captions: Sequence[str]) -> Tensor:
-        ids = self._tokenizer(list(captions), padding="max_length", truncation=True, max_length=vocabulary.CONTEXT_LENGTH).input_ids
+        ids = self._tokenizer(list(captions), padding="max_length", truncation=True,
+                              max_length=vocabulary.CONTEXT_LENGTH).input_ids
         return self._encoder.text_features(torch.tensor(ids))
 
 
@@ -59,12 +61,12 @@ def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 def assignment(name: str, pictures: int = 5, seed: int = 7) -> Assignment:
-    """A named world concept as a task, see `assignment_of`."""
+    """A concept of `scenes.CONCEPTS` as a task, see `assignment_of`."""
     return assignment_of(scenes.CONCEPTS[name], pictures, seed)
 
 
 def assignment_of(concept: scenes.SceneConcept, pictures: int = 5, seed: int = 7) -> Assignment:
-    """A world concept as a task: `pictures` training pictures, held-out real ones from other seeds."""
+    """A drawn concept as a task: `pictures` training pictures, and held-out ones from other seeds."""
     name = concept.name
     shown = concept.pictures(pictures, seed)
     images = to_tensor([picture for picture, _ in shown])
@@ -76,7 +78,8 @@ def assignment_of(concept: scenes.SceneConcept, pictures: int = 5, seed: int = 7
     else:
         prompts = tuple(f"<{name}> of {subject}" for subject in SUBJECTS)
         noun_prompts = tuple(f"a {concept.class_noun} of {subject}" for subject in SUBJECTS)
-    return Assignment(name, concept.class_noun, concept.kind, training, images, held_out, prompts, noun_prompts)
+    return Assignment(name, concept.class_noun, concept.kind, training, images, held_out,
+                      prompts, noun_prompts)
 
 
 def held_out_prompts(count: int, seed: int) -> list[tuple[str, str, str]]:
@@ -89,7 +92,6 @@ def held_out_prompts(count: int, seed: int) -> list[tuple[str, str, str]]:
             continue
         scene = scenes.random_scene(rng, (thing,), "photo")
         pattern = "" if thing.pattern == "plain" else f" {thing.pattern}"
-        result.append(
-            (f"a photo of {scenes.article(f'{colour}{pattern} {thing.kind}')} {scenes.background_phrase(scene)}", thing.kind, colour)
-        )
+        phrase = scenes.article(f"{colour}{pattern} {thing.kind}")
+        result.append((f"a photo of {phrase} {scenes.background_phrase(scene)}", thing.kind, colour))
     return result

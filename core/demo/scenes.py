@@ -1,7 +1,8 @@
-"""The procedural world on which the embedded base was trained: things, scenes, truthful captions, and concepts to learn.
+"""Drawn scenes, on which the embedded base was trained: things, scenes, captions, and concepts to learn.
 
-Everything is a pure function of a passed `random.Random`. A share of colours lies off the named palette, and captions leave
-attributes out, so the base has seen pictures of things that its captions do not name: that is the room a concept moves into.
+Everything is a pure function of a passed `random.Random`. Some colours lie off the named palette, and
+captions leave attributes out. The base has therefore seen things that no caption describes fully, and
+concepts can be learned there.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ PART_NOUN = {
 }
 KINDS = tuple(PART_NOUN)
 PATTERNS = ("plain", "striped", "spotted", "checked")
+MARKS = {"striped": "stripes", "spotted": "spots", "checked": "checks"}
 BACKGROUNDS = {
     "beach": "on a beach",
     "meadow": "in a meadow",
@@ -73,7 +75,8 @@ class Thing:
     pattern_scale: float = 1.0
     accessory: str = "none"
     accessory_colour: tuple[int, int, int] = (255, 255, 255)
-    names: dict = field(default_factory=dict, compare=False)  # attribute -> colour word, only where a word fits
+    # attribute -> colour word, only where a word fits
+    names: dict = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ def random_thing(rng: random.Random, kind: str | None = None, unseen: bool = Fal
     worn, worn_name = _contrasting(rng, body)
     names = {"body": body_name, "second": second_name, "pattern": marks_name, "accessory": worn_name}
     return Thing(
-        chosen, body, second, pattern, marks, rng.uniform(0.8, 1.25), accessory, worn, {key: name for key, name in names.items() if name}
+        chosen, body, second, pattern, marks, rng.uniform(0.8, 1.25), accessory, worn,
+                 {key: name for key, name in names.items() if name}
     )
 
 
@@ -144,8 +148,12 @@ def article(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def describe(thing: Thing, rng: random.Random, detail: float = 0.75, colours: bool = True, size_word: str | None = None) -> str:
-    """A truthful noun phrase. Each attribute is told with probability `detail`; `colours=False` for styles that show none."""
+def describe(thing: Thing, rng: random.Random, detail: float = 0.75, colours: bool = True, size_word: str
+             | None = None) -> str:
+    """A truthful noun phrase.
+
+    Each attribute is told with probability `detail`; `colours=False` for styles that show none.
+    """
 
     def told() -> bool:
         return rng.random() < detail
@@ -161,9 +169,7 @@ def describe(thing: Thing, rng: random.Random, detail: float = 0.75, colours: bo
     phrase = article(" ".join([*words, thing.kind]))
     tail = []
     if show_pattern and "pattern" in names and told():
-        tail.append(
-            f"{names['pattern']} {'stripes' if thing.pattern == 'striped' else 'spots' if thing.pattern == 'spotted' else 'checks'}"
-        )
+        tail.append(f"{names['pattern']} {MARKS[thing.pattern]}")
     if "second" in names and told():
         tail.append(f"{names['second']} {PART_NOUN[thing.kind]}")
     if tail:
@@ -182,14 +188,17 @@ def place(rng: random.Random, things: tuple[Thing, ...]) -> tuple[Placed, ...]:
     """One thing anywhere near the middle band, or two side by side."""
     if len(things) == 1:
         size = rng.uniform(0.42, 0.72)
-        return (Placed(things[0], rng.uniform(0.5 * size, 1 - 0.5 * size), rng.uniform(0.5, 0.66), size, rng.random() < 0.5),)
+        return (Placed(things[0], rng.uniform(0.5 * size, 1 - 0.5 * size), rng.uniform(0.5, 0.66), size,
+                       rng.random() < 0.5),)
     sizes = [rng.uniform(0.38, 0.5) for _ in things]
     centres = (rng.uniform(0.24, 0.29), rng.uniform(0.71, 0.76))
-    return tuple(Placed(t, x, rng.uniform(0.52, 0.68), s, rng.random() < 0.5) for t, x, s in zip(things, centres, sizes, strict=True))
+    return tuple(Placed(t, x, rng.uniform(0.52, 0.68), s, rng.random() < 0.5) for t, x,
+                 s in zip(things, centres, sizes, strict=True))
 
 
 def random_scene(
-    rng: random.Random, things: tuple[Thing, ...] | None = None, style: str | Style | None = None, unseen: bool = False
+    rng: random.Random, things: tuple[Thing, ...] | None = None, style: str | Style | None = None,
+                 unseen: bool = False
 ) -> Scene:
     if things is None:
         things = tuple(random_thing(rng, unseen=unseen) for _ in range(1 if rng.random() < 0.7 else 2))
@@ -198,7 +207,8 @@ def random_scene(
     elif isinstance(style, str):
         style = STYLES[style]
     background = rng.choice(list(BACKGROUNDS))
-    # A black dog on black is no picture of a dog: a plain background keeps off the colours of what stands on it.
+    # A black dog on black is no picture of a dog: a plain background keeps off the colours of what stands on
+    # it.
     taken = {thing.names.get("body") for thing in things}
     name = rng.choice([word for word in PALETTE if word not in taken])
     return Scene(place(rng, things), background, _jitter(rng, PALETTE[name]), name, style)
@@ -208,8 +218,12 @@ def background_phrase(scene: Scene) -> str:
     return BACKGROUNDS[scene.background].format(colour=scene.background_name)
 
 
-def caption(scene: Scene, rng: random.Random, detail: float = 0.75, nouns: tuple[str, ...] | None = None) -> str:
-    """A truthful caption. `nouns` replaces the description of the first things (a concept's placeholder goes there)."""
+def caption(scene: Scene, rng: random.Random, detail: float = 0.75, nouns: tuple[str, ...]
+            | None = None) -> str:
+    """A truthful caption.
+
+    `nouns` replaces the description of the first things (a concept's placeholder goes there).
+    """
     colours = shows_colours(scene.style)
     phrases = []
     for i, placed in enumerate(scene.objects):
@@ -231,7 +245,7 @@ def caption(scene: Scene, rng: random.Random, detail: float = 0.75, nouns: tuple
 
 @dataclass(frozen=True)
 class SceneConcept:
-    """Something that no pretraining caption names: an individual (kind 'object') or a drawing style (kind 'style')."""
+    """A thing that no pretraining caption names: an individual (kind 'object') or a style (kind 'style')."""
 
     name: str
     class_noun: str
@@ -245,7 +259,7 @@ class SceneConcept:
         return random_scene(rng, (random_thing(rng),), self.style)
 
     def pictures(self, count: int, seed: int) -> list[tuple[np.ndarray, str]]:
-        """`count` pictures `[64, 64, 3]` uint8 with captions that name the concept by its placeholder `<name>`."""
+        """`count` pictures `[64, 64, 3]` uint8, with captions that hold the placeholder `<name>`."""
         rng, result = random.Random(seed), []
         for _ in range(count):
             scene = self.scene(rng)
@@ -268,19 +282,25 @@ CONCEPTS: dict[str, SceneConcept] = {
     concept.name: concept
     for concept in (
         SceneConcept(
-            "rex", "dog", "object", Thing("dog", (38, 176, 164), (196, 40, 122), "spotted", (250, 226, 120), 1.1, "scarf", (232, 92, 30))
+            "rex", "dog", "object", Thing("dog", (38, 176, 164), (196, 40, 122), "spotted", (250, 226, 120),
+                                          1.1, "scarf", (232, 92, 30))
         ),
         SceneConcept(
-            "mimi", "cat", "object", Thing("cat", (236, 176, 96), (70, 46, 120), "striped", (164, 58, 50), 0.95, "hat", (40, 150, 216))
+            "mimi", "cat", "object", Thing("cat", (236, 176, 96), (70, 46, 120), "striped", (164, 58, 50),
+                                           0.95, "hat", (40, 150, 216))
         ),
-        SceneConcept("blueprint", "drawing", "style", style=Style("blueprint", "", paper=(28, 74, 152), line=(224, 236, 255), fill=0.0)),
+        SceneConcept("blueprint", "drawing", "style",
+                     style=Style("blueprint", "", paper=(28, 74, 152), line=(224, 236, 255), fill=0.0)),
         SceneConcept(
-            "bolt", "robot", "object", Thing("robot", (150, 190, 60), (90, 30, 60), "checked", (60, 110, 90), 1.0, "hat", (250, 200, 210))
+            "bolt", "robot", "object", Thing("robot", (150, 190, 60), (90, 30, 60), "checked", (60, 110, 90),
+                                             1.0, "hat", (250, 200, 210))
         ),
         SceneConcept(
-            "fido", "dog", "object", Thing("dog", (206, 150, 210), (60, 90, 50), "striped", (96, 40, 130), 0.9, "hat", (240, 226, 90))
+            "fido", "dog", "object", Thing("dog", (206, 150, 210), (60, 90, 50), "striped", (96, 40, 130),
+                                           0.9, "hat", (240, 226, 90))
         ),
-        SceneConcept("chalk", "drawing", "style", style=Style("chalk", "", paper=(40, 66, 52), fill=0.3, line=(236, 232, 214))),
+        SceneConcept("chalk", "drawing", "style",
+                     style=Style("chalk", "", paper=(40, 66, 52), fill=0.3, line=(236, 232, 214))),
     )
 }
 

@@ -1,7 +1,7 @@
-"""The embedded base's tokenizer: byte-level BPE in CLIP's own file layout, trained on the world's words.
+"""The embedded base's tokenizer: byte-level BPE in CLIP's file layout, trained on scene captions.
 
-CLIP's layout (vocab.json, merges.txt, end-of-word `</w>`) because both hosts already read it; any other text still
-splits into bytes, so no caption can fail.
+Both hosts read CLIP's layout (vocab.json, merges.txt, end-of-word `</w>`). Unknown text splits into bytes, so
+that no caption can fail.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from pathlib import Path
 
 from . import scenes
 
-CONTEXT_LENGTH = 48  # the world's longest caption takes 39; CLIP's 77 would be padding that every step pays for
+# the longest scene caption has 39 tokens; with CLIP's 77, every step would compute padding
+CONTEXT_LENGTH = 48
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Words that people type and captions of real photos hold; whole tokens, though the base never saw most of them.
+# Words of prompts and of photo captions are whole tokens, although the base never saw most of them.
 EXTRA_WORDS = (
-    "picture painting drawing style image portrait close up view of the with and in on at to from near under over by is are sitting "
-    "standing lying playing running sleeping wearing holding next floor grass sand sea sky mountain forest city street house table "
-    "chair bed sofa garden park river lake tree flower sun moon cloud rain winter summer little large old new cute beautiful face eyes "
-    "head toy bear teddy duck girl boy man woman person people animal gray grey gold silver background water color colour light dark "
+    "picture painting drawing style image portrait close up view of the with and in on at to from near "
+    "under over by is are sitting standing lying playing running sleeping wearing holding next floor "
+    "grass sand sea sky mountain forest city street house table chair bed sofa garden park river lake "
+    "tree flower sun moon cloud rain winter summer little large old new cute beautiful face eyes head toy "
+    "bear teddy duck girl boy man woman person people animal gray grey gold silver background water color "
+    "colour light dark "
 )
 
 
@@ -30,12 +33,16 @@ def _corpus() -> list[str]:
 
 
 def build(folder: Path) -> None:
-    """Writes vocab.json, merges.txt and tokenizer_config.json. Needs the `tokenizers` package; run by pretraining only."""
+    """Writes vocab.json, merges.txt and tokenizer_config.json.
+
+    Needs the `tokenizers` package; run by pretraining only.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
         min_frequency=2,
@@ -47,7 +54,8 @@ def build(folder: Path) -> None:
     state = json.loads(tokenizer.to_str())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in state["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *(m.replace(" ", "") for m in merges), START, END]
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *(m.replace(" ", "") for m in merges),
+             START, END]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
