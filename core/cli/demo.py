@@ -22,7 +22,7 @@ from ..evaluation import metrics
 from ..evaluation.protocol import Record, run_sequence
 from ..files import write_atomically
 from ..model.backbone import Backbone
-from ..regional import Region
+from ..regional.regions import Region
 from ..sampling.regions import sample_regions
 from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings

@@ -9,8 +9,8 @@ from ..bank.format import open_bank
 from ..errors import ConceptError
 from ..files import write_atomically
 from ..images import to_pil
-from ..regional import Region
 from ..regional.noise import NoiseSettings
+from ..regional.regions import Region
 from ..sampling.regions import sample_regions
 from ..sampling.settings import SampleSettings
 from . import backbones

@@ -1,47 +1,54 @@
-"""Regions as a drawing keeps them: a JSON text, which anybody may have written."""
+"""Regions of a drawing: a JSON text, which is not to be trusted."""
 
 from __future__ import annotations
 
 import json
 import re
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from ..errors import ConceptError
 from ..images import colour
 from .regions import Region
 
-REGIONS, PROMPT, NAME, WHOLE = 32, 4_000, 100, 1_000_000  # at most: regions; characters of a prompt, of a name, of the whole text
+REGIONS = 32  # at most
+PROMPT, NAME, WHOLE = 4_000, 100, 1_000_000  # at most so many characters of a prompt, a name, the whole text
 KEYS = ("name", "prompt", "box", "color", "negative", "strength", "start", "end", "feather", "on")
 SHOWN = 60  # characters of a wrong value that a message repeats
 
 
 @dataclass(frozen=True)
 class DrawnRegion(Region):
-    """A region with what a person sees of it: its name, "" for none, and its colour as #rrggbb."""
+    """A region as it is shown: with its name, "" for none, and its colour as #rrggbb."""
 
     name: str = ""
     colour: str = ""
 
 
 def parse_regions(text: str) -> list[Region]:
-    """The regions of a drawing that are on, in its order. Every one is checked, those that are off too.
+    """The regions of a drawing that are on, in its order. Those that are off are checked too.
 
-    The text is a list of objects {"prompt": str, "box": [left, top, right, bottom] as fractions of the
-    picture} that may also hold "name", "color" (#rrggbb), "negative", "strength", "start", "end", "feather"
-    (as in Region) and "on" (false = left out).
+    Args:
+        text: JSON: a list of objects {"prompt": str, "box": [left, top, right, bottom] as fractions of the
+            picture}. They may also hold "name", "color" (#rrggbb), "negative", "strength", "start", "end",
+            "feather" (as in Region) and "on" (false = left out).
+
+    Raises:
+        ConceptError: The text is no such list; the message names the region and what is allowed.
     """
     items = _read(text)
     if not isinstance(items, list):
-        raise ConceptError(f"the drawing is {_shown(items)}; allowed: a list of regions in JSON, such as [] for none")
+        raise ConceptError(f"the drawing is {_shown(items)}; "
+                           "allowed: a list of regions in JSON, such as [] for none")
     if len(items) > REGIONS:
         raise ConceptError(f"the drawing has {len(items)} regions; allowed: at most {REGIONS}")
-    found = [_Item(item, number).region() for number, item in enumerate(items, 1)]
-    return [region for region in found if region is not None]
+    regions = [_Item(item, number).region() for number, item in enumerate(items, 1)]
+    return [region for region in regions if region is not None]
 
 
-def _read(text: str):
-    """What the JSON text says. Python's reader takes NaN and Infinity, which no JSON is, and gives up on deep
-    nesting in its own way."""
+def _read(text: str) -> object:
+    """The value of a JSON text. Python's reader also takes NaN and Infinity, which are not JSON, and fails on
+    deep nesting with an error of its own."""
     if len(text) > WHOLE:
         raise ConceptError(f"the drawing has {len(text):,} characters; allowed: at most {WHOLE:,}")
     if not text.strip():
@@ -50,19 +57,22 @@ def _read(text: str):
         return json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ConceptError(f"the drawing is no JSON that can be read: {error.msg.lower()} at {where}; allowed: a list of regions") from None
+        raise ConceptError(f"the drawing is no JSON that can be read: {error.msg.lower()} at {where}; "
+                           "allowed: a list of regions") from None
     except ConceptError:  # of _no_number
         raise
     except (ValueError, RecursionError):  # a number of thousands of digits; thousands of lists in each other
-        raise ConceptError("the drawing has a number or a nesting beyond all measure; allowed: a list of regions in JSON") from None
+        raise ConceptError("the drawing has a number or a nesting beyond all measure; "
+                           "allowed: a list of regions in JSON") from None
 
 
-def _no_number(name: str):
-    raise ConceptError(f"the drawing holds {name}, which is no number of JSON; allowed: plain numbers such as 0.5")
+def _no_number(name: str) -> NoReturn:
+    raise ConceptError(f"the drawing holds {name}, which is no number of JSON; "
+                       "allowed: plain numbers such as 0.5")
 
 
-def _shown(value) -> str:
-    """A value as JSON, cut to what a sentence can hold."""
+def _shown(value: object) -> str:
+    """A value as JSON, shortened for a message."""
     try:
         text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
     except RecursionError:
@@ -71,21 +81,23 @@ def _shown(value) -> str:
 
 
 class _Item:
-    """One object of the list. Its number, and later its name, are in every message."""
+    """One object of the list. Every message names its number, and its name where it has one."""
 
-    def __init__(self, item, number: int) -> None:
+    def __init__(self, item: Any, number: int) -> None:
         self.item, self.number, self.which = item, number, f"region {number}"
         if not isinstance(item, dict):
-            raise ConceptError(f"{self.which} of the drawing is {_shown(item)}; allowed: an object with {', '.join(KEYS)}")
+            raise ConceptError(f"{self.which} of the drawing is {_shown(item)}; "
+                               f"allowed: an object with {', '.join(KEYS)}")
         self.name = self.text("name", NAME)
         if self.name.strip():
             self.which += f" ({' '.join(self.name.split())})"
         unknown = [key for key in item if key not in KEYS]
         if unknown:
-            raise ConceptError(f"{self.which} of the drawing has {_shown(unknown[0])}; allowed: {', '.join(KEYS)}")
+            raise ConceptError(f"{self.which} of the drawing has {_shown(unknown[0])}; "
+                               f"allowed: {', '.join(KEYS)}")
 
     def region(self) -> DrawnRegion | None:
-        """None when it is off; a prompt that is still to be written matters only when it is on."""
+        """The region; None when it is off. An empty prompt is an error only when it is on."""
         prompt, shade, on = self.text("prompt", PROMPT, needed=True), self.shade(), self.item.get("on", True)
         if not isinstance(on, bool):
             raise self.wrong("on", on, "true or false")
@@ -93,20 +105,16 @@ class _Item:
         if start > end:
             raise self.wrong("start", start, f"at most its end, {end:g}")
         left, top, right, bottom = self.box()
-        fields = {
-            "negative": self.text("negative", PROMPT),
-            "strength": self.fraction("strength", 1.0),
-            "start": start,
-            "end": end,
-            "feather": self.fraction("feather", 0.0, 0.5),
-        }
+        negative, strength = self.text("negative", PROMPT), self.fraction("strength", 1.0)
+        feather = self.fraction("feather", 0.0, 0.5)
         if not on:
             return None
         if not prompt.strip():
             raise ConceptError(f"the prompt of {self.which} is empty; say what is to be there")
-        return DrawnRegion(prompt, (top, left, bottom, right), name=self.name, colour=shade, **fields)
+        box = (top, left, bottom, right)
+        return DrawnRegion(prompt, box, None, negative, strength, start, end, feather, self.name, shade)
 
-    def wrong(self, key: str, value, allowed: str) -> ConceptError:
+    def wrong(self, key: str, value: object, allowed: str) -> ConceptError:
         return ConceptError(f"the {key} of {self.which} is {_shown(value)}; allowed: {allowed}")
 
     def text(self, key: str, limit: int, needed: bool = False) -> str:
@@ -116,8 +124,9 @@ class _Item:
         if not isinstance(value, str):
             raise self.wrong(key, value, f"a text of at most {limit:,} characters")
         if len(value) > limit:
-            raise ConceptError(f"the {key} of {self.which} has {len(value):,} characters; allowed: at most {limit:,}")
-        if any("\ud800" <= sign <= "\udfff" for sign in value):  # halves of a character: no text encoder takes them
+            raise ConceptError(f"the {key} of {self.which} has {len(value):,} characters; "
+                               f"allowed: at most {limit:,}")
+        if any("\ud800" <= sign <= "\udfff" for sign in value):  # half characters: no text encoder takes them
             raise self.wrong(key, value, "a text of whole characters")
         return value
 
@@ -128,10 +137,11 @@ class _Item:
         return float(value)
 
     def box(self) -> tuple[float, float, float, float]:
-        """left, top, right, bottom."""
+        """Its left, top, right and bottom."""
         if "box" not in self.item:
             raise ConceptError(f"{self.which} of the drawing has no box; every region needs one")
-        box, allowed = self.item["box"], "[left, top, right, bottom], numbers from 0 to 1 with left < right and top < bottom"
+        box = self.item["box"]
+        allowed = "[left, top, right, bottom], numbers from 0 to 1 with left < right and top < bottom"
         if not (isinstance(box, list) and len(box) == 4 and all(_is_number(value, 1.0) for value in box)):
             raise self.wrong("box", box, allowed)
         left, top, right, bottom = map(float, box)
@@ -149,6 +159,6 @@ class _Item:
         return value.lower()
 
 
-def _is_number(value, most: float) -> bool:
-    """Whether it is a number in 0..most; true and false are none, and NaN is in no range."""
+def _is_number(value: object, most: float) -> bool:
+    """Whether it is a number in 0..most. True and false are not numbers, and NaN is in no range."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +13,30 @@ from torch import Tensor
 
 from ..errors import ConceptError
 
+Box = tuple[float, float, float, float]      # top, left, bottom, right, as fractions of the picture
 OVERLAPS = ("average", "priority", "nearest")
 FINE = 8      # soft edges are drawn this many times finer than the grid
 
 
 @dataclass(frozen=True)
 class Region:
-    """box: top, left, bottom, right as fractions of the picture; or mask `[H, W]` in 0..1 (one of the two).
+    """A part of the picture with its own prompt.
 
-    prompt and negative may hold placeholders; strength 0..1 blends the region over the scene; start and end:
-    part of the sampling in which it is on (0 = first step, 1 = last); feather: width of the soft edge as a
-    share of the picture's smaller side, 0 = hard.
+    Args:
+        prompt: May name concepts, such as `<rex>`.
+        box: Its top, left, bottom and right as fractions of the picture.
+        mask: `[H, W]` in 0..1, in place of the box.
+        negative: Its negative prompt; empty = the scene's.
+        strength: How much it takes the place of the scene, 0..1.
+        start, end: In which part of the sampling it is on: 0 = the first step, 1 = the last.
+        feather: Width of its soft edge as a share of the picture's smaller side; 0 = hard.
+
+    Raises:
+        ConceptError: A value is out of its range, or there is no place, or two.
     """
 
     prompt: str
-    box: tuple[float, float, float, float] | None = None
+    box: Box | None = None
     mask: Tensor | None = None
     negative: str = ""
     strength: float = 1.0
@@ -40,24 +50,28 @@ class Region:
         if self.box is not None:
             top, left, bottom, right = self.box
             if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
-                raise ConceptError(f"box of region '{self.prompt}' is {self.box}; allowed: fractions top < bottom and left < right in 0..1")
+                raise self._wrong("box", self.box, "fractions top < bottom and left < right in 0..1")
         if not 0 <= self.strength <= 1:
-            raise ConceptError(f"strength of region '{self.prompt}' is {self.strength}; allowed: 0 to 1")
+            raise self._wrong("strength", self.strength, "0 to 1")
         if not 0 <= self.start <= self.end <= 1:
-            raise ConceptError(f"start and end of region '{self.prompt}' are {self.start} and {self.end}; allowed: 0 <= start <= end <= 1")
+            raise ConceptError(f"start and end of region '{self.prompt}' are {self.start} and {self.end}; "
+                               "allowed: 0 <= start <= end <= 1")
         if not 0 <= self.feather <= 0.5:
-            raise ConceptError(f"feather of region '{self.prompt}' is {self.feather}; allowed: 0 to 0.5 of the picture's smaller side")
+            raise self._wrong("feather", self.feather, "0 to 0.5 of the picture's smaller side")
+
+    def _wrong(self, name: str, value: object, allowed: str) -> ConceptError:
+        return ConceptError(f"{name} of region '{self.prompt}' is {value}; allowed: {allowed}")
 
     def active(self, progress: float) -> bool:
+        """Whether it is on at this share of the sampling."""
         return self.start <= progress <= self.end
 
 
-def box_mask(box: tuple[float, float, float, float], height: int, width: int) -> Tensor:
-    """Cells of a grid that a box covers, `[height, width]` of 0 and 1: ceil of the start to floor of the end
-    (Mix-of-Show).
+def box_mask(box: Box, height: int, width: int) -> Tensor:
+    """The cells of a grid that a box covers, `[height, width]` of 0 and 1.
 
-    A box too small for that at a coarse grid keeps the cell at its centre, so that small regions survive at
-    the deepest level.
+    A side runs from the ceil of its start to the floor of its end, as in Mix-of-Show. A box too small for
+    that on a coarse grid keeps the cell at its centre, so that small regions survive at the deepest level.
     """
     top, left, bottom, right = box
     rows = _cells(top, bottom, height)
@@ -77,19 +91,27 @@ def _cells(start: float, end: float, size: int) -> tuple[int, int]:
 
 
 def region_mask(region: Region, height: int, width: int) -> Tensor:
-    """A region's mask on a grid: boxes by cells, masks by area; soft edges are drawn finely first, the same
-    for every grid."""
+    """A region's mask on a grid, `[height, width]` in 0..1.
+
+    A box covers whole cells, a mask counts by area. A soft edge is drawn on a finer grid first, so that it is
+    the same on every grid.
+    """
     if region.box is not None and region.feather == 0:
         return box_mask(region.box, height, width)
-    fine = region.mask.float() if region.mask is not None else box_mask(region.box, FINE * height, FINE * width)
+    fine = (cast(Tensor, region.mask).float() if region.box is None      # one of the two is there
+            else box_mask(region.box, FINE * height, FINE * width))
     if region.feather > 0:
-        fine = _soften(F.interpolate(fine[None, None], (FINE * height, FINE * width), mode="area")[0, 0], region.feather)
-    return F.interpolate(fine[None, None], (height, width), mode="area")[0, 0].clamp(0, 1)
+        fine = _soften(_resized(fine, FINE * height, FINE * width), region.feather)
+    return _resized(fine, height, width).clamp(0, 1)
+
+
+def _resized(mask: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(mask[None, None], (height, width), mode="area")[0, 0]
 
 
 def _soften(mask: Tensor, feather: float) -> Tensor:
-    """`[H, W]` with edges of about `feather` times the smaller side: a Gaussian whose two sigmas on each side
-    are the edge."""
+    """`[H, W]` with edges of about `feather` times the smaller side: blurred by a Gaussian of which two
+    sigmas on each side are the edge."""
     sigma = feather * min(mask.shape) / 4
     reach = math.ceil(3 * sigma)
     line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma).square())
@@ -99,19 +121,27 @@ def _soften(mask: Tensor, feather: float) -> Tensor:
 
 
 def masks_of(regions: Sequence[Region], height: int, width: int, feathered: bool = True) -> Tensor:
-    """`[U, height, width]`, each times its region's strength; without their soft edges where these are not
-    wanted."""
+    """Masks `[U, height, width]`, each times its region's strength. feathered: with their soft edges."""
     regions = regions if feathered else [replace(region, feather=0.0) for region in regions]
     return torch.stack([region.strength * region_mask(region, height, width) for region in regions])
 
 
 def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
-    """What each region and the scene contribute at every cell: masks and regions `[U, ...]`, scene `[...]`;
-    they sum to 1.
+    """What the regions and the scene contribute to every cell.
 
-    Where regions lie over each other: `average`: by count (Mix-of-Show); `priority`: the one that comes first
-    in the list lies on top; `nearest`: the one whose centre is nearest, of two as near the smaller one (for
-    masks `[U, ..., h, w]`). Where regions cover a cell only in part, the scene keeps the rest.
+    Where regions cover a cell only in part, the scene keeps the rest.
+
+    Args:
+        masks: `[U, ...]` in 0..1; `[U, ..., h, w]` for `nearest`.
+        overlap: Who has the cells where regions overlap. `average`: all, by count (Mix-of-Show). `priority`:
+            the region that comes first in the list. `nearest`: the region whose centre is nearest, of two as
+            near the smaller one.
+
+    Returns:
+        The regions' shares `[U, ...]` and the scene's `[...]`; together they are 1 in every cell.
+
+    Raises:
+        ConceptError: `overlap` is none of the three.
     """
     if overlap not in OVERLAPS:
         raise ConceptError(f"overlap is {overlap!r}; allowed: {', '.join(OVERLAPS)}")
@@ -121,26 +151,39 @@ def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
         return masks * above, free[-1] if len(masks) else torch.ones(masks.shape[1:])
     total = masks.sum(0)
     if overlap == "nearest" and len(masks):
-        own = torch.zeros_like(masks).scatter_(0, _distances(masks).argmin(0, keepdim=True), total.clamp(max=1.0).unsqueeze(0))
+        nearest = _distances(masks).argmin(0, keepdim=True)
+        own = torch.zeros_like(masks).scatter_(0, nearest, total.clamp(max=1.0).unsqueeze(0))
         return own, (1 - total).clamp(min=0.0)
     return masks / total.clamp(min=1.0), (1 - total).clamp(min=0.0)
 
 
 def _distances(masks: Tensor) -> Tensor:
-    """`[U, ..., h, w]`: squared, from every cell to the centre of every mask, a little more for large ones;
-    infinite where no mask is."""
+    """Squared distances `[U, ..., h, w]` from every cell to the centre of every mask.
+
+    A large mask is a little farther off than a small one; where a mask is 0 it is infinitely far.
+    """
     height, width = masks.shape[-2:]
     rows, columns = torch.arange(height).to(masks).view(-1, 1), torch.arange(width).to(masks).view(1, -1)
     area = masks.sum((-2, -1), keepdim=True).clamp(min=1e-6)
     centre = [(masks * places).sum((-2, -1), keepdim=True) / area for places in (rows, columns)]
-    far = (rows - centre[0]).square() + (columns - centre[1]).square() + 1e-3 * area / (height * width)
-    return far.masked_fill(masks == 0, torch.inf)
+    squared = (rows - centre[0]).square() + (columns - centre[1]).square()
+    return (squared + 1e-3 * area / (height * width)).masked_fill(masks == 0, torch.inf)
 
 
-def pooled_of(regions: Sequence[Region], scene: Tensor, own: Sequence[Tensor], latent: tuple[int, int], overlap: str) -> Tensor:
-    """The pooled text `[B, P]` of a picture with regions: SDXL's UNet takes one, so it is the mean of the
-    scene's and the regions' own by area, strength and the part of the sampling in which they are on. Ours:
-    others keep the scene's, which may name nobody."""
+def pooled_of(regions: Sequence[Region], scene: Tensor, own: Sequence[Tensor], latent: tuple[int, int],
+              overlap: str) -> Tensor:
+    """The pooled text of a picture with regions, for SDXL, whose UNet takes one for the whole picture.
+
+    It is the mean of the scene's and the regions', by area, strength and the part of the sampling in which
+    they are on. Ours; others keep the scene's, which may name none of the concepts.
+
+    Args:
+        scene: The scene's pooled text `[B, P]`.
+        own: The regions' `[B, P]`.
+        latent: Height and width of the latents.
+    """
     region_share, _ = shares(masks_of(regions, *latent), overlap)
-    weights = [float(share.mean()) * (region.end - region.start) for share, region in zip(region_share, regions, strict=True)]
-    return (1 - sum(weights)) * scene + sum(weight * pooled for weight, pooled in zip(weights, own, strict=True))
+    weights = [float(share.mean()) * (region.end - region.start)
+               for share, region in zip(region_share, regions, strict=True)]
+    mixed = sum(weight * pooled for weight, pooled in zip(weights, own, strict=True))
+    return (1 - sum(weights)) * scene + mixed

@@ -16,7 +16,7 @@ from continual_concepts.core.interop.export import export_concept
 from continual_concepts.core.model.backbone import Context, HostAttention, SiteCall
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 from continual_concepts.core.model.sites import Site
-from continual_concepts.core.regional import Region
+from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings

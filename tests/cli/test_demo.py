@@ -18,7 +18,7 @@ from continual_concepts.core.demo.judges import SceneEncoder, assignment, to_ten
 from continual_concepts.core.demo.render import render
 from continual_concepts.core.demo.scenes import CONCEPTS, random_scene
 from continual_concepts.core.evaluation import metrics
-from continual_concepts.core.regional import Region
+from continual_concepts.core.regional.regions import Region
 
 
 def test_the_report_holds_both_methods_and_the_composition(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from continual_concepts.core.methods import METHODS
 from continual_concepts.core.methods.base import LearnedWords, Method, Outcome, register
 from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.model.deltas import LowRankDelta
-from continual_concepts.core.regional import Region
+from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
