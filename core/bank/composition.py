@@ -1,4 +1,5 @@
-"""How the concepts of a bank act together in one picture. Every method says it for its concepts, and every concept carries it."""
+"""How the concepts of a bank act together in one picture: a property of the method, kept with each
+concept."""
 
 from __future__ import annotations
 
@@ -10,9 +11,13 @@ from ..errors import ConceptError
 
 
 class Kind(str, Enum):
-    """PROMPT: the deltas act when the prompt names the concept. WORDS: they act then, and through the concept's own words alone
-    (word-bound). SUM: the deltas of all concepts are one set of weights, always on. AVERAGE: the predictions of one model for each
-    concept are averaged, always on."""
+    """When a concept's deltas act.
+
+    PROMPT: When the prompt names the concept (prompt-activated).
+    WORDS: When the prompt names it, and through the concept's own words alone (word-bound).
+    SUM: Always; the deltas of all concepts are one set of weights.
+    AVERAGE: Always; the predictions of one model for each concept are averaged.
+    """
 
     PROMPT = "route"
     WORDS = "bound"
@@ -22,16 +27,22 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Composition:
-    """kind: see Kind. merged: the factor on each concept's deltas as soon as there are several; None: one over their number."""
+    """How concepts of a method come together.
+
+    Args:
+        kind: When the deltas act.
+        merged: For always-on concepts: the factor on each concept's deltas once there are several, None = one
+            over their number.
+    """
 
     kind: Kind = Kind.PROMPT
     merged: float | None = 1.0
 
-    def share(self, concepts: int) -> float:
-        """The factor on each concept's deltas where that many concepts of its method are in the bank."""
-        if concepts <= 1:
+    def share(self, count: int) -> float:
+        """The factor on each concept's deltas where `count` concepts of its method are in the bank."""
+        if count <= 1:
             return 1.0
-        return 1.0 / concepts if self.merged is None else self.merged
+        return 1.0 / count if self.merged is None else self.merged
 
     @property
     def is_always_on(self) -> bool:
@@ -42,25 +53,45 @@ class Composition:
 
     @classmethod
     def from_json(cls, data: object) -> Composition:
-        """Reads what `to_json` wrote. Raises ConceptError for anything else."""
-        kind, merged = (data.get("kind"), data.get("merged")) if isinstance(data, dict) else (data, None)
-        is_number = isinstance(merged, (int, float)) and not isinstance(merged, bool) and math.isfinite(merged)
-        if kind not in [known.value for known in Kind] or not (merged is None or is_number):
-            kinds = ", ".join(known.value for known in Kind)
-            raise ConceptError(f"composition is {str(data)[:80]!r}; allowed: kind {kinds}; merged a number or null")
-        return cls(Kind(kind), merged)
+        """Reads what `to_json` wrote; further keys of a newer version are ignored.
+
+        Raises:
+            ConceptError: For anything else.
+        """
+        if isinstance(data, dict):
+            kind, merged = data.get("kind"), data.get("merged", 1.0)
+            if kind in [known.value for known in Kind] and (merged is None or _is_finite(merged)):
+                return cls(Kind(kind), merged)
+        kinds = ", ".join(known.value for known in Kind)
+        raise ConceptError(f"composition is {str(data)[:80]!r}; allowed: kind {kinds}; merged a finite "
+                           "number or null")
 
 
-PROMPT, WORDS, SUM, AVERAGE = (Composition(kind) for kind in Kind)
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:      # a whole number too large for a float
+        return False
 
-# The first version of the project did not write the composition into its files. These were its methods; this list does not grow.
-_UNWRITTEN = {
-    "bound": WORDS, "clora": SUM, "cns": SUM, "scns": SUM, "custom_diffusion": SUM, "custom_diffusion_merge": SUM, "ewc": SUM,
-    "finetune": SUM, "l2dm": SUM, "lwf": SUM, "mix_of_show": SUM, "stamina": SUM,
-    "lora_m": Composition(Kind.SUM, None), "lora_c": Composition(Kind.AVERAGE, None), "orthogonal_adaptation": Composition(Kind.SUM, 0.6),
+
+PROMPT = Composition(Kind.PROMPT)
+WORDS = Composition(Kind.WORDS)
+SUM = Composition(Kind.SUM)
+AVERAGE = Composition(Kind.AVERAGE)
+
+# Files of the first version do not hold the composition. These were its methods; the list does not grow.
+_OLDER_METHODS = {
+    "bound": WORDS, "clora": SUM, "cns": SUM, "scns": SUM, "custom_diffusion": SUM,
+    "custom_diffusion_merge": SUM, "ewc": SUM, "finetune": SUM, "l2dm": SUM, "lwf": SUM, "mix_of_show": SUM,
+    "stamina": SUM,
+    "lora_m": Composition(Kind.SUM, None), "lora_c": Composition(Kind.AVERAGE, None),
+    "orthogonal_adaptation": Composition(Kind.SUM, 0.6),
 }
 
 
-def unwritten(method: str) -> Composition:
-    """The composition of a concept whose file does not say it. Concepts of an unknown method are prompt-activated."""
-    return _UNWRITTEN.get(str(method), PROMPT)
+def of_older_file(method: str) -> Composition:
+    """The composition of a concept whose file does not hold it: prompt-activated where the method is
+    unknown."""
+    return _OLDER_METHODS.get(str(method), PROMPT)

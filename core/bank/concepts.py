@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from ..errors import ConceptError
 from ..model.deltas import Deltas, check_fits
 from ..model.sites import SiteLayout
-from .composition import Composition, unwritten
+from .composition import Composition, of_older_file
 from .tokens import MAX_WORDS, TokenGroup, check_name
 
 KINDS = ("object", "style")
@@ -16,10 +16,15 @@ KINDS = ("object", "style")
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a concept came to be; nothing here is needed to use it.
+    """How a concept was learned; none of it is needed to use the concept.
 
-    base: fingerprint of the base model's weights; images: SHA-256 of every training image (16 hex digits each);
-    settings: the method's and the training's, as JSON values; versions: library -> version; date: ISO 8601, UTC.
+    Args:
+        base: Fingerprint of the base model's weights.
+        images: Digest of every training photo.
+        settings: The method's and the training's settings, as JSON values.
+        versions: Library -> version.
+        date: ISO 8601, UTC.
+        steps, seconds: How long learning took.
     """
 
     base: str = ""
@@ -33,9 +38,9 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ConceptInfo:
-    """The part of a concept that a bank's header holds: enough to list, name and route, no tensors.
+    """The part of a concept that a bank's header holds: enough to list it and to route prompts.
 
-    composition: how it acts beside others; None where the file does not say it, see `composes`.
+    composition: how it acts beside others; None where the file does not hold it, see `composes`.
     """
 
     name: str
@@ -51,9 +56,11 @@ class ConceptInfo:
         for word in self.words:
             check_name(word, "word of a concept")
         if not 1 <= len(self.words) <= MAX_WORDS or len(set(self.words)) < len(self.words):
-            raise ConceptError(f"concept '{self.name}' has words {list(self.words)}; allowed: 1 to {MAX_WORDS} different ones")
+            raise ConceptError(f"concept '{self.name}' has words {list(self.words)}; allowed: 1 to "
+                               f"{MAX_WORDS} different ones")
         if self.kind not in KINDS:
-            raise ConceptError(f"kind of concept '{self.name}' is {self.kind!r}; allowed: {', '.join(KINDS)}")
+            kinds = ", ".join(KINDS)
+            raise ConceptError(f"kind of concept '{self.name}' is {self.kind!r}; allowed: {kinds}")
 
     @property
     def placeholder(self) -> str:
@@ -61,26 +68,28 @@ class ConceptInfo:
 
     @property
     def composes(self) -> Composition:
-        return unwritten(self.method) if self.composition is None else self.composition
+        return of_older_file(self.method) if self.composition is None else self.composition
 
     def to_json(self) -> dict:
-        data = {**asdict(self), "composition": None if self.composition is None else self.composition.to_json()}
-        return data if self.composition is not None else {key: data[key] for key in data if key != "composition"}
+        data = asdict(self)
+        del data["composition"]      # a file that does not hold it stays so
+        return data if self.composition is None else {**data, "composition": self.composition.to_json()}
 
     @classmethod
     def from_json(cls, data: dict) -> ConceptInfo:
-        """Reads what `to_json` wrote; unknown keys of a newer version are left out."""
+        """Reads what `to_json` wrote; unknown keys of a newer version are ignored."""
         known = {f.name for f in fields(Provenance)}
         origin = {key: value for key, value in data.get("provenance", {}).items() if key in known}
         origin["images"] = tuple(origin.get("images", ()))
         composition = Composition.from_json(data["composition"]) if "composition" in data else None
-        return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"], words=tuple(data["words"]),
-                   kind=data.get("kind", "object"), provenance=Provenance(**origin), composition=composition)
+        return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"],
+                   words=tuple(data["words"]), kind=data.get("kind", "object"),
+                   provenance=Provenance(**origin), composition=composition)
 
 
 @dataclass(frozen=True)
 class Concept:
-    """info, the learned words and the deltas; thumbnail: a small JPEG or PNG file as bytes, or empty."""
+    """A learned concept. thumbnail: a small JPEG or PNG file as bytes, or empty."""
 
     info: ConceptInfo
     tokens: TokenGroup
@@ -92,17 +101,22 @@ class Concept:
         return self.info.name
 
     def check_fits(self, layout: SiteLayout) -> None:
+        """Raises ConceptError unless words and deltas have the shapes that the layout needs."""
         owner = f"concept '{self.name}'"
         if self.tokens.words != self.info.words:
-            raise ConceptError(f"{owner} has vectors for words {list(self.tokens.words)}; its words are {list(self.info.words)}")
+            raise ConceptError(f"{owner} has vectors for words {list(self.tokens.words)}; its words are "
+                               f"{list(self.info.words)}")
         self.tokens.check_fits(layout, owner)
         check_fits(self.deltas, layout, owner)
 
     def renamed(self, name: str) -> Concept:
-        """The same concept under another name; its words follow when they were named after it."""
-        words = tuple(name + word[len(self.name):] if f"{word}-".startswith(f"{self.name}-") else word for word in self.info.words)
-        return replace(self, info=replace(self.info, name=name, words=words), tokens=replace(self.tokens, words=words))
+        """The same concept under another name; words that were named after it follow."""
+        words = tuple(name + word[len(self.name):] if f"{word}-".startswith(f"{self.name}-") else word
+                      for word in self.info.words)
+        info = replace(self.info, name=name, words=words)
+        return replace(self, info=info, tokens=replace(self.tokens, words=words))
 
     def nbytes(self) -> int:
-        tensors = [t for delta in self.deltas.values() for t in delta.tensors()] + list(self.tokens.vectors.values())
+        tensors = [t for delta in self.deltas.values() for t in delta.tensors()]
+        tensors += self.tokens.vectors.values()
         return sum(t.numel() * t.element_size() for t in tensors) + len(self.thumbnail)

@@ -1,10 +1,25 @@
-"""The bank's file: one `.safetensors`, format 1.
+"""The bank's file, format 1: one `.safetensors` file with a JSON header.
 
-Header metadata `continual_concepts` is JSON: `{"version", "layout", "concepts": [{"info", "deltas", "encoders", "stand_in"}],
-"shared"}`; `stand_in` only where words have one.
-Tensors: `concept/<i>/token.<encoder>`, `concept/<i>/<projection>.<part>` (see deltas.pack), `concept/<i>/cover` (bytes of a JPEG
-or PNG), `shared/<method>/<name>`. Opening reads the header; the tensors of a concept, or of a method's shared state, are read when
-first used. Files are untrusted: whatever does not fit is refused with one sentence.
+The metadata key `continual_concepts` holds `{"version", "layout", "concepts": [...], "shared": [method,
+...]}`.
+
+A concept's record:
+- `info`: name, class noun, method, words, kind, provenance and `composition`, how the concept acts beside
+  others: `{"kind": "route" | "bound" | "sum" | "average", "merged": number or null}`, see `composition`.
+  Files of the first version hold no `composition`; it then follows from the method. Readers of the first
+  version ignore it.
+- `deltas`: form and scale of its deltas, see `deltas.pack`.
+- `encoders`: names of the text encoders that its words have vectors for.
+- `stand_in`: the placeholder noun, only where its words have one.
+
+Tensors:
+- `concept/<i>/token.<encoder>`, `concept/<i>/<projection>.<part>` (see `deltas.pack`);
+- `concept/<i>/cover`: the thumbnail, bytes of a JPEG or PNG file;
+- `shared/<method>/<name>`.
+
+Opening a bank reads the header. The tensors of a concept, or of a method's shared state, are read when first
+used.
+Files are untrusted: whatever does not fit is refused with one sentence.
 """
 
 from __future__ import annotations
@@ -32,34 +47,45 @@ METADATA_KEY = "continual_concepts"
 LONGEST_PLACEHOLDER_NOUN = 200
 VERSION = 1
 SUFFIX = ".safetensors"
-_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8, "I8": torch.int8,
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+          "U8": torch.uint8, "I8": torch.int8,
           "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError, OSError, SafetensorError)
+_DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError,
+           RuntimeError, OSError, SafetensorError)
 
 
 def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] = lambda: None) -> None:
-    """Writes the bank atomically. Everything is read first, so a bank may be saved over the file it came from. before: as in
-    files.write_atomically.
+    """Writes the bank atomically. Everything is read first, so a bank may be saved over the file it came
+    from.
 
-    Raises ConceptError for what `open_bank` would refuse: NaN, infinity, types other than the allowed ones.
+    Args:
+        before: See `files.write_atomically`.
+
+    Raises:
+        ConceptError: For what `open_bank` would refuse (NaN, infinity, other types), and when writing fails.
     """
     tensors: dict[str, Tensor] = {}
     records = []
     for i, concept in enumerate(bank):
         packed, notes = pack(concept.deltas, bank.layout)
-        packed |= {f"token.{encoder}": vectors.detach().clone() for encoder, vectors in concept.tokens.vectors.items()}
+        packed |= {f"token.{encoder}": vectors.detach().clone()
+                   for encoder, vectors in concept.tokens.vectors.items()}
         _check_numbers(packed, f"concept '{concept.name}': ")
         if concept.thumbnail:
             packed["cover"] = torch.frombuffer(bytearray(concept.thumbnail), dtype=torch.uint8)
         tensors |= {f"concept/{i}/{name}": tensor.contiguous().cpu() for name, tensor in packed.items()}
         record = {"info": concept.info.to_json(), "deltas": notes, "encoders": sorted(concept.tokens.vectors)}
-        records.append(record | ({"stand_in": concept.tokens.placeholder_noun} if concept.tokens.placeholder_noun else {}))
+        if concept.tokens.placeholder_noun:
+            record["stand_in"] = concept.tokens.placeholder_noun
+        records.append(record)
     for method, state in bank.shared.items():
         if not all(torch.isfinite(tensor).all() for tensor in state.values()):
             raise ConceptError(f"the shared state of method '{method}' holds NaN or infinity")
-        tensors |= {f"shared/{method}/{name}": tensor.detach().clone().contiguous().cpu() for name, tensor in state.items()}
-    header = {"version": VERSION, "layout": bank.layout.to_json(), "concepts": records, "shared": sorted(bank.shared)}
+        tensors |= {f"shared/{method}/{name}": tensor.detach().clone().contiguous().cpu()
+                    for name, tensor in state.items()}
+    header = {"version": VERSION, "layout": bank.layout.to_json(), "concepts": records,
+              "shared": sorted(bank.shared)}
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), metadata), before)
 
@@ -73,20 +99,26 @@ def _read_header(path: Path) -> tuple[dict, list[str]]:
     except (SafetensorError, OSError) as error:
         raise ConceptError(f"'{path}' is not a readable .safetensors file ({error})") from error
     if METADATA_KEY not in metadata:
-        raise ConceptError(f"'{path}' is a .safetensors file but not a concept bank: its metadata has no '{METADATA_KEY}'")
+        raise ConceptError(f"'{path}' is a .safetensors file but not a concept bank: its metadata has no "
+                           f"'{METADATA_KEY}'")
     try:
         header = json.loads(metadata[METADATA_KEY])
         version = header["version"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__})") from error
     if version != VERSION:
-        raise ConceptError(f"the bank '{path}' has format version {version!r}; this version of Continual Concepts reads {VERSION}")
+        raise ConceptError(f"the bank '{path}' has format version {version!r}; this version of Continual "
+                           f"Concepts reads {VERSION}")
     return header, keys
 
 
 class _Tensors:
-    """The tensors of a file that has been opened and looked through before. Where they lie is read once: with a thousand concepts the
-    header is megabytes. What is read are copies, not views of the file: it may be replaced or cut short while they are in use."""
+    """The tensors of a file whose header has been checked.
+
+    Their places are read once, because the header of a thousand concepts is megabytes. Tensors are copies,
+    not
+    views of the file: the file may be replaced or cut short while they are in use.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.stamp = path, self._stamp(path)
@@ -98,16 +130,18 @@ class _Tensors:
 
     @cached_property
     def _places(self) -> dict[str, dict[str, tuple[torch.dtype, list[int], int, int]]]:
-        """`concept/<i>` or `shared/<method>` -> the rest of the name -> type, shape, first and last byte."""
+        """`concept/<i>` or `shared/<method>` -> rest of the tensor's name -> type, shape, first and last
+        byte."""
         with self.path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
         found: dict[str, dict[str, tuple]] = {}
-        for key, one in header.items():
+        for key, entry in header.items():
             if key != "__metadata__" and key.count("/") >= 2:
                 group, owner, name = key.split("/", 2)
-                first, last = one["data_offsets"]
-                found.setdefault(f"{group}/{owner}", {})[name] = _TYPES[one["dtype"]], one["shape"], start + first, start + last
+                first, last = entry["data_offsets"]
+                place = _TYPES[entry["dtype"]], entry["shape"], start + first, start + last
+                found.setdefault(f"{group}/{owner}", {})[name] = place
         return found
 
     def read(self, group: str) -> dict[str, Tensor]:
@@ -137,7 +171,8 @@ def open_bank(path: Path | str) -> ConceptBank:
     except ConceptError as error:
         raise ConceptError(f"the bank '{path}' cannot be used: {error}") from error
     except _DAMAGE as error:
-        raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__}: {error})") from error
+        raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__}: "
+                           f"{error})") from error
 
 
 def _entry(file: _Tensors, layout: SiteLayout, i: int, record: dict) -> Entry:
@@ -151,23 +186,26 @@ def _read_concept(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo,
         thumbnail = _thumbnail(tensors.pop("cover")) if "cover" in tensors else b""
         _check_numbers(tensors)
         vectors = {encoder: tensors[f"token.{encoder}"] for encoder in record["encoders"]}
-        concept = Concept(info, TokenGroup(info.words, vectors, _stand_in(record)), unpack(tensors, record["deltas"], layout), thumbnail)
+        concept = Concept(info, TokenGroup(info.words, vectors, _placeholder_noun(record)),
+                          unpack(tensors, record["deltas"], layout), thumbnail)
         concept.check_fits(layout)
         return concept
     except _DAMAGE as error:
         raise ConceptError(f"concept '{info.name}' in '{file.path}' cannot be read: {error}") from error
 
 
-def _stand_in(record: dict) -> str:
+def _placeholder_noun(record: dict) -> str:
     text = record.get("stand_in", "")
     if not isinstance(text, str) or len(text) > LONGEST_PLACEHOLDER_NOUN:
-        raise ConceptError(f"its words' stand-in is {str(text)[:80]!r}; allowed: a text of up to {LONGEST_PLACEHOLDER_NOUN} characters")
+        raise ConceptError(f"its words' placeholder noun is {str(text)[:80]!r}; allowed: a text of up to "
+                           f"{LONGEST_PLACEHOLDER_NOUN} characters")
     return text
 
 
 def _thumbnail(tensor: Tensor) -> bytes:
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
-        raise ConceptError(f"the thumbnail is a {tensor.ndim}-dimensional {tensor.dtype} tensor; allowed: bytes")
+        raise ConceptError(f"the thumbnail is a {tensor.ndim}-dimensional {tensor.dtype} tensor; allowed: "
+                           "bytes")
     return bytes(tensor.numpy())
 
 
@@ -177,13 +215,14 @@ def _check_numbers(tensors: Mapping[str, Tensor], owner: str = "") -> None:
             if tensor.dtype != torch.int32:
                 raise ConceptError(f"{owner}tensor '{name}' has type {tensor.dtype}; allowed: int32")
         elif tensor.dtype not in _FLOATS:
-            raise ConceptError(f"{owner}tensor '{name}' has type {tensor.dtype}; allowed: float16, bfloat16, float32")
+            raise ConceptError(f"{owner}tensor '{name}' has type {tensor.dtype}; allowed: float16, bfloat16, "
+                               "float32")
         elif not torch.isfinite(tensor).all():
             raise ConceptError(f"{owner}tensor '{name}' holds NaN or infinity")
 
 
 class _SharedState(Mapping):
-    """A method's shared tensors, read together when the first is used."""
+    """A method's shared tensors, all read when the first one is used."""
 
     def __init__(self, file: _Tensors, method: str, names: list[str]) -> None:
         self._file, self._method, self._names = file, method, names
@@ -197,7 +236,8 @@ class _SharedState(Mapping):
                     raise ConceptError("it holds NaN or infinity")
             except _DAMAGE as error:
                 self._tensors = None
-                raise ConceptError(f"the shared state of method '{self._method}' in '{self._file.path}' cannot be read: {error}") from error
+                raise ConceptError(f"the shared state of method '{self._method}' in '{self._file.path}' "
+                                   f"cannot be read: {error}") from error
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -213,7 +253,7 @@ def _shared_states(file: _Tensors, keys: list[str]) -> dict[str, Mapping[str, Te
         if key.startswith("shared/"):
             _, method, name = key.split("/", 2)
             names.setdefault(method, []).append(name)
-    return {method: _SharedState(file, method, own) for method, own in names.items()}
+    return {method: _SharedState(file, method, of_method) for method, of_method in names.items()}
 
 
 def verify_bank(path: Path | str) -> list[str]:
@@ -221,5 +261,6 @@ def verify_bank(path: Path | str) -> list[str]:
     bank = open_bank(path)
     for state in bank.shared.values():
         dict(state)
-    return [f"{concept.name}: {len(concept.deltas)} deltas, {len(concept.info.words)} words, {concept.nbytes() / 1e6:.2f} MB"
+    return [f"{concept.name}: {len(concept.deltas)} deltas, {len(concept.info.words)} words, "
+            f"{concept.nbytes() / 1e6:.2f} MB"
             for concept in bank]

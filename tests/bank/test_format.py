@@ -211,5 +211,5 @@ def test_a_foreign_stand_in_is_refused(path, value):
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
     header["concepts"][0]["stand_in"] = value
     save_file(tensors, str(path), {METADATA_KEY: json.dumps(header)})
-    with pytest.raises(ConceptError, match="stand-in is"):
+    with pytest.raises(ConceptError, match="placeholder noun is"):
         open_bank(path)["rex"]

@@ -26,7 +26,7 @@ def counted(*shape, start=0, dtype=torch.float16):
 
 
 def first_bank(layout) -> ConceptBank:
-    """What the file of format 1 holds: low-rank and sparse deltas, layer copies and single ones, a stand-in, a thumbnail, shared state."""
+    """What the file of format 1 holds: low-rank and sparse deltas, layer copies and single ones, a placeholder noun, a thumbnail, shared state."""
     shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
     low = {key: LowRankDelta(counted(a, 2, start=i), counted(2, b, start=i + 1), 0.5) for i, (key, (a, b)) in enumerate(shapes.items())}
     places = torch.tensor([0, 3, 5], dtype=torch.int32)
