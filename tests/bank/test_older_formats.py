@@ -1,4 +1,5 @@
-"""Banks of earlier format versions stay readable: one file of each lies beside this test and is never written again."""
+"""Banks of earlier format versions stay readable: one file of each lies beside this test and is never written
+again."""
 
 from __future__ import annotations
 
@@ -26,16 +27,21 @@ def counted(*shape, start=0, dtype=torch.float16):
 
 
 def first_bank(layout) -> ConceptBank:
-    """What the file of format 1 holds: low-rank and sparse deltas, layer copies and single ones, a placeholder noun, a thumbnail, shared state."""
+    """What the file of format 1 holds: low-rank and sparse deltas, layer copies and single ones, a
+    placeholder noun, a thumbnail, shared state."""
     shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
-    low = {key: LowRankDelta(counted(a, 2, start=i), counted(2, b, start=i + 1), 0.5) for i, (key, (a, b)) in enumerate(shapes.items())}
+    low = {key: LowRankDelta(counted(a, 2, start=i), counted(2, b, start=i + 1), 0.5)
+           for i, (key, (a, b)) in enumerate(shapes.items())}
     places = torch.tensor([0, 3, 5], dtype=torch.int32)
-    sparse = {key: SparseDelta(shape, places, counted(3, start=i)) for i, (key, shape) in enumerate(shapes.items()) if key[1] == "to_k"}
-    origin = Provenance("abc", ("11", "22"), {"method": {"rank": 2}, "training": {"steps": 3}}, {"torch": "2"},
+    sparse = {key: SparseDelta(shape, places, counted(3, start=i))
+              for i, (key, shape) in enumerate(shapes.items()) if key[1] == "to_k"}
+    origin = Provenance("abc", ("11", "22"), {"method": {"rank": 2}, "training": {"steps": 3}},
+                        {"torch": "2"},
                         "2026-01-01T00:00:00+00:00", 3, 1.5)
 
     def words(name, count, copies, placeholder_noun=""):
-        vectors = {encoder: counted(copies, count, width, start=count) for encoder, width in layout.text_widths}
+        vectors = {encoder: counted(copies, count, width, start=count)
+                   for encoder, width in layout.text_widths}
         return TokenGroup(tuple(f"{name}-{i}" for i in range(1, count + 1)), vectors, placeholder_noun)
 
     made = ConceptBank(layout)
@@ -44,22 +50,27 @@ def first_bank(layout) -> ConceptBank:
         ("chalk", "cns", "style", words("chalk", 1, 1), sparse, b""),
     ):
         info = ConceptInfo(name, "dog" if kind == "object" else "drawing", method, group.words, kind, origin)
-        made = made.add(Concept(info, group, deltas, thumbnail), {method: {"state": counted(4, dtype=torch.float32)}})
+        made = made.add(Concept(info, group, deltas, thumbnail),
+                        {method: {"state": counted(4, dtype=torch.float32)}})
     return made
 
 
 def contents(bank: ConceptBank) -> dict:
-    found = {("shared", method, name): t for method, state in bank.shared.items() for name, t in state.items()}
+    found = {("shared", method, name): t for method, state in bank.shared.items()
+             for name, t in state.items()}
     for concept in bank:
         found[concept.name] = (concept.info.to_json(), concept.thumbnail, concept.tokens.placeholder_noun)
-        found |= {(concept.name, key, i): t for key, delta in concept.deltas.items() for i, t in enumerate(delta.tensors())}
-        found |= {(concept.name, key, "scale"): getattr(delta, "scale", None) for key, delta in concept.deltas.items()}
+        found |= {(concept.name, key, i): t for key, delta in concept.deltas.items()
+                  for i, t in enumerate(delta.tensors())}
+        found |= {(concept.name, key, "scale"): getattr(delta, "scale", None)
+                  for key, delta in concept.deltas.items()}
         found |= {(concept.name, encoder): t for encoder, t in concept.tokens.vectors.items()}
     return found
 
 
 def same(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(v, two[k]) and v.dtype == two[k].dtype if torch.is_tensor(v) else v == two[k]
+    return one.keys() == two.keys() and all(torch.equal(v, two[k]) and v.dtype == two[k].dtype
+                                            if torch.is_tensor(v) else v == two[k]
                                             for k, v in one.items())
 
 
