@@ -11,8 +11,8 @@ from typing import Any
 class Setting:
     """What a form needs to know of a field.
 
-    help: one sentence for a tooltip, with the unit and the neutral value. low, high, step: what a form offers; a configuration may
-    accept more. choices: the usual values of a text.
+    help: one sentence for a tooltip, with the unit and the neutral value. low, high, step: what a form
+    offers; a configuration may accept more. choices: the usual values of a text.
     """
 
     name: str
@@ -24,8 +24,8 @@ class Setting:
     choices: tuple[str, ...]
 
 
-def setting(default: Any, help: str, low: float | None = None, high: float | None = None,  # noqa: A002 - argparse's word
-            step: float | None = None, choices: Sequence[str] = ()) -> Any:
+def setting(default: Any, help: str, low: float | None = None,  # noqa: A002 - argparse's word
+            high: float | None = None, step: float | None = None, choices: Sequence[str] = ()) -> Any:
     """A dataclass field with its description; see `Setting`."""
     described = {"help": help, "low": low, "high": high, "step": step, "choices": tuple(choices)}
     return field(default=default, metadata=described)
@@ -33,4 +33,5 @@ def setting(default: Any, help: str, low: float | None = None, high: float | Non
 
 def settings_of(config: type) -> dict[str, Setting]:
     """The described fields of a configuration, by name and in order."""
-    return {entry.name: Setting(entry.name, entry.default, **entry.metadata) for entry in fields(config) if "help" in entry.metadata}
+    return {entry.name: Setting(entry.name, entry.default, **entry.metadata) for entry in fields(config)
+            if "help" in entry.metadata}

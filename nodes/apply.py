@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.charts import weights_picture
-from ..core.comfy import apply as putting
+from ..core.comfy.apply import fold, with_word_bound
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.comfy.text import concept_clip, encode
 from ..core.conditioning.routing import aggregate, token_lora_deltas
@@ -16,7 +16,8 @@ from . import types
 from .schema import Schema
 
 ONE = "one concept"
-MODES = {"sharp": "sharp", "paper": "paper", "released code": "released", "equal merge": "equal", ONE: "sharp"}
+MODES = {"sharp": "sharp", "paper": "paper", "released code": "released", "equal merge": "equal",
+         ONE: "sharp"}
 
 
 class ElasticWeightAggregate(io.ComfyNode):
@@ -29,12 +30,15 @@ class ElasticWeightAggregate(io.ComfyNode):
             display_name="Elastic Weight Aggregate",
             category=types.USING,
             search_aliases=["load concept", "apply concept", "EWA", "merge lora", "concept bank"],
-            description="Puts a bank's concepts into a model and a CLIP. Then <rex> works in every prompt of CLIP Text Encode. "
-            "Concepts learned with 'bound' act through their own words; those of other methods are patched into the weights, once.",
+            description="Puts a bank's concepts into a model and a CLIP. Then <rex> works in every prompt of "
+                        "CLIP Text Encode. Concepts learned with 'bound' act through their own words; those "
+                        "of other methods are patched into the weights, once.",
             inputs=[
-                io.Model.Input("model", tooltip="The checkpoint that the bank was learned on, or one of its family."),
+                io.Model.Input("model",
+                               tooltip="The checkpoint that the bank was learned on, or one of its family."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's; it gets the bank's words."),
-                types.Bank.Input("bank", optional=True, tooltip="Nothing connected, or an empty bank = model and clip as they are."),
+                types.Bank.Input("bank", optional=True,
+                                 tooltip="Nothing connected, or an empty bank = model and clip as they are."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -45,10 +49,12 @@ class ElasticWeightAggregate(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default="sharp",
-                    tooltip="sharp: the concepts the prompt names, at full strength (ours). paper: CIDM's elastic weights. "
-                    "released code: as CIDM's program does it. equal merge: all alike. one concept: the one named below.",
+                    tooltip="sharp: the concepts the prompt names, at full strength (ours). paper: CIDM's "
+                            "elastic weights. released code: as CIDM's code computes them. equal merge: "
+                            "all alike. one concept: the one named below.",
                 ),
-                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Factor on the deltas; 0 = the plain model."),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05,
+                               tooltip="Factor on the deltas; 0 = the plain model."),
                 io.String.Input("concept", default="", tooltip="For mode 'one concept': its name."),
             ],
             outputs=[
@@ -69,14 +75,18 @@ class ElasticWeightAggregate(io.ComfyNode):
         backbone = ComfyBackbone(model, clip)
         only = concept.strip().strip("<>") if mode == ONE else ""
         if mode == ONE and not only:
-            raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds {', '.join(bank.names)}")
-        found = aggregate(backbone, bank, bank.parse(prompt), MODES[mode], strength, only=only)
-        layerwise = any(part.tokens.copies > 1 for part in bank)
-        patched = putting.fold(model, backbone.sites, found.deltas if strength else {}, layerwise)
-        patched = putting.with_word_bound(patched, backbone.sites, token_lora_deltas(bank, strength, [only] if only else None))
+            raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds "
+                               f"{', '.join(bank.names)}")
+        aggregation = aggregate(backbone, bank, bank.parse(prompt), MODES[mode], strength, only=only)
+        layerwise = any(member.tokens.copies > 1 for member in bank)
+        patched = fold(model, backbone.sites, aggregation.deltas if strength else {}, layerwise)
+        patched = with_word_bound(patched, backbone.sites,
+                                  token_lora_deltas(bank, strength, [only] if only else None))
         new_clip = concept_clip(clip, bank)
-        picture = to_tensor(weights_picture(found.names, found.weights, f"weights, {mode}, strength {strength:g}"))
-        return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture, ui=ui.PreviewImage(picture, cls=cls))
+        picture = to_tensor(weights_picture(aggregation.names, aggregation.weights,
+                                            f"weights, {mode}, strength {strength:g}"))
+        return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture,
+                             ui=ui.PreviewImage(picture, cls=cls))
 
 
 NODES = [ElasticWeightAggregate]

@@ -1,4 +1,4 @@
-"""Banks: load, save, merge, edit, inspect, export."""
+"""Banks: load, save, merge, edit, inspect."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class ConceptBankLoad(io.ComfyNode):
             display_name="Load Concept Bank",
             category=types.BANKS,
             search_aliases=["load bank", "concepts"],
-            description="Reads a bank of concepts. Only its header is read now; a concept's weights are read when they are used.",
+            description="Reads a bank of concepts. Only its header is read now; a concept's weights are read "
+                        "when they are used.",
             inputs=[
                 io.Combo.Input(
                     "bank_name",
@@ -66,14 +67,16 @@ class ConceptBankSave(io.ComfyNode):
             display_name="Save Concept Bank",
             category=types.BANKS,
             is_output_node=True,
-            description="Writes a bank to output/concept_banks. The file is replaced only when the new one is complete on disk.",
+            description="Writes a bank to output/concept_banks. The file is replaced only when the new one "
+                        "is complete on disk.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank to keep."),
                 io.String.Input("bank_name", default="my-concepts", tooltip="Letters, digits, - and _."),
                 io.Boolean.Input(
                     "allow_fewer",
                     default=False,
-                    tooltip="Off: a bank is not replaced by one that lacks concepts which it holds. On: it may be.",
+                    tooltip="Off: saving fails where the stored bank holds concepts that this one lacks. On: "
+                            "they are dropped.",
                 ),
             ],
             outputs=[],
@@ -85,27 +88,29 @@ class ConceptBankSave(io.ComfyNode):
             raise ConceptError("there is no bank to save; learn a concept first")
         path = new_bank_file(bank_name)
 
-        def change(now):
-            lost = [name for name in now.names if name not in bank] if now is not None else []
+        def change(stored):
+            lost = [name for name in stored.names if name not in bank] if stored is not None else []
             if lost and not allow_fewer:
                 raise ConceptError(
-                    f"'{path.name}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; load that bank into "
-                    "Concept Learner first, choose another bank_name, or switch allow_fewer on"
+                    f"'{path.name}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; "
+                    "load that bank into Concept Learner first, choose another bank_name, or switch "
+                    "allow_fewer on"
                 )
             return bank
 
         change_bank(path, change)
-        _forget_runs(bank)
+        _remove_finished_runs(bank)
         names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
         return io.NodeOutput(ui=ui.PreviewText(f"{path.name}: {names}"))
 
 
-def _forget_runs(bank) -> None:
-    """Removes the checkpoints of runs whose concept is safe in a bank file now."""
+def _remove_finished_runs(bank) -> None:
+    """Removes the checkpoints of runs whose concept a bank file holds now."""
     for file in checkpoint_folder().glob("*.checkpoint"):
         run = checkpoint.identity(file)
         info = bank.infos.get(run.get("concept"))
-        if info is not None and list(info.provenance.images) == run.get("images") and info.provenance.base == run.get("base"):
+        origin = None if info is None else info.provenance
+        if origin is not None and (list(origin.images), origin.base) == (run.get("images"), run.get("base")):
             file.unlink(missing_ok=True)
 
 
@@ -120,8 +125,10 @@ class ConceptBankMerge(io.ComfyNode):
             category=types.BANKS,
             description="All concepts of both banks. Equal names are refused: rename one first.",
             inputs=[
-                types.Bank.Input("bank", tooltip="Its concepts come first, and methods go on from what it carries."),
-                types.Bank.Input("other", tooltip="Its concepts come behind. Equal names are refused: rename one first."),
+                types.Bank.Input("bank",
+                                 tooltip="Its concepts come first, and methods continue from its state."),
+                types.Bank.Input("other",
+                                 tooltip="Its concepts come last. Equal names are refused."),
             ],
             outputs=[types.Bank.Output(display_name="merged")],
         )
@@ -146,7 +153,8 @@ class ConceptBankEdit(io.ComfyNode):
             description="Renames or removes a concept. The other concepts stay bit for bit as they are.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank to change; the one that comes in stays as it is."),
-                io.Combo.Input("action", options=["rename", "remove"], default="rename", tooltip="Give it another name, or take it out."),
+                io.Combo.Input("action", options=["rename", "remove"], default="rename",
+                               tooltip="Give it another name, or take it out."),
                 io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank."),
                 io.String.Input("new_name", default="", tooltip="For 'rename'."),
             ],
@@ -173,11 +181,14 @@ class ConceptBankInspect(io.ComfyNode):
             category=types.BANKS,
             is_output_node=True,
             search_aliases=["similar concepts", "collision", "bank contents"],
-            description="Shows a bank's concepts as cards: covers, methods, sizes, which are most alike, and warns where two collide.",
+            description="Shows a bank's concepts as cards: thumbnails, methods, sizes, the most similar "
+                        "concepts, and warnings where two collide.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank to look into."),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="To compare covers too, such as CLIP ViT-B/32. Without: deltas and words alone."
+                    "clip_vision", optional=True,
+                    tooltip="Compares thumbnails too, for example CLIP ViT-B/32. Without it, deltas and "
+                            "words only."
                 ),
             ],
             outputs=[
@@ -189,11 +200,11 @@ class ConceptBankInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, bank, clip_vision=None) -> io.NodeOutput:
-        found = inspect(bank, None if clip_vision is None else vision(clip_vision))
-        picture = torch.cat([to_tensor(page) for page in bank_pages(found)])
-        text = "\n".join(lines(found))
+        inspection = inspect(bank, None if clip_vision is None else vision(clip_vision))
+        picture = torch.cat([to_tensor(page) for page in bank_pages(inspection)])
+        text = "\n".join(lines(inspection))
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
-        return io.NodeOutput(picture, text, json.dumps(found.to_json(), indent=1), ui=shown)
+        return io.NodeOutput(picture, text, json.dumps(inspection.to_json(), indent=1), ui=shown)
 
 
 NODES = [ConceptBankLoad, ConceptBankSave, ConceptBankMerge, ConceptBankEdit, ConceptBankInspect]

@@ -1,4 +1,4 @@
-"""Concept Reference Photos and Concept Evaluate: how good a bank is, in figures and pictures."""
+"""Concept Reference Photos and Concept Evaluate: a bank's quality in figures and pictures."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ class ConceptReferencePhotos(io.ComfyNode):
             display_name="Concept Reference Photos",
             category=types.EXTRAS,
             is_input_list=True,
-            description="Real photos of one concept, for Concept Evaluate to compare with. Chain several through 'photos'.",
+            description="Real photos of one concept, for Concept Evaluate to compare with. Chain several "
+                        "through 'photos'.",
             inputs=[
                 io.Image.Input("images", tooltip="Photos of the concept: a batch, or a list of any sizes."),
                 io.String.Input("concept", default="rex", tooltip="Its name in the bank."),
-                types.Photos.Input("photos", optional=True, tooltip="Photos of the concepts before this one."),
+                types.Photos.Input("photos", optional=True,
+                                   tooltip="Photos of the concepts before this one."),
             ],
             outputs=[types.Photos.Output(display_name="all_photos")],
         )
@@ -50,8 +52,8 @@ class ConceptReferencePhotos(io.ComfyNode):
         pictures = pictures_of(images, f"images of '{name}'")
         if not pictures:
             raise ConceptError(f"there are no photos of '{name}'; connect one or more")
-        before = first(photos) or {}
-        return io.NodeOutput({**before, name: [*before.get(name, []), *pictures]})
+        earlier = first(photos) or {}
+        return io.NodeOutput({**earlier, name: [*earlier.get(name, []), *pictures]})
 
 
 class ConceptEvaluate(io.ComfyNode):
@@ -65,13 +67,15 @@ class ConceptEvaluate(io.ComfyNode):
             category=types.EXTRAS,
             is_output_node=True,
             search_aliases=["image alignment", "CLIP score", "benchmark", "forgetting", "compare concepts"],
-            description="Draws every concept of a bank and says how like its photos it is, how like the other concepts', and whether "
-            "prompts without concepts still give the base's pictures.",
+            description="Draws every concept of a bank and measures its similarity to its own photos and to "
+                        "those of the other concepts, and whether prompts without concepts still give the "
+                        "base's pictures.",
             inputs=[
                 io.Model.Input("model", tooltip="The base, before Elastic Weight Aggregate."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Vae.Input("vae", tooltip="The same checkpoint's."),
-                io.ClipVision.Input("clip_vision", tooltip="What pictures are compared with; the papers use CLIP ViT-B/32."),
+                io.ClipVision.Input("clip_vision",
+                                    tooltip="Compares the pictures; the papers use CLIP ViT-B/32."),
                 types.Bank.Input("bank", tooltip="The bank to measure; it is not changed."),
                 io.String.Input(
                     "prompts",
@@ -83,22 +87,31 @@ class ConceptEvaluate(io.ComfyNode):
                     "base_prompts",
                     multiline=True,
                     default="a photo of a dog on a beach",
-                    tooltip="Prompts without concepts, a line each: drawn with the bank and without. Empty = not looked at.",
+                    tooltip="Prompts without concepts, a line each: drawn with the bank and without. Empty = "
+                            "the base is not evaluated.",
                 ),
                 io.Int.Input("seeds", default=2, min=1, max=64, tooltip="Pictures per concept and prompt."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the first picture; the next ones follow."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Of DPM-Solver++; the papers: 50."),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale; 1 = none."),
-                io.Int.Input("size", default=512, min=16, max=2048, step=8, tooltip="Side of the pictures in pixels."),
-                io.String.Input("concepts", default="", optional=True, tooltip="Names, comma separated; empty = all of the bank."),
-                types.Photos.Input("photos", optional=True, tooltip="From Concept Reference Photos; a concept without any has its cover."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF,
+                             tooltip="Seed of the first picture; the next ones follow."),
+                io.Int.Input("steps", default=20, min=1, max=1000,
+                             tooltip="Steps of DPM-Solver++; the papers use 50."),
+                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="Guidance scale; 1 = none."),
+                io.Int.Input("size", default=512, min=16, max=2048, step=8,
+                             tooltip="Side of the pictures in pixels."),
+                io.String.Input("concepts", default="", optional=True,
+                                tooltip="Names, comma separated; empty = all of the bank."),
+                types.Photos.Input("photos", optional=True,
+                                   tooltip="From Concept Reference Photos. A concept without photos is "
+                                           "compared with its thumbnail."),
             ],
             outputs=[io.Image.Output(display_name="sheet"), io.String.Output(display_name="figures")],
         )
 
     @classmethod
     def execute(
-        cls, model, clip, vae, clip_vision, bank, prompts, base_prompts, seeds, seed, steps, cfg, size, concepts="", photos=None
+        cls, model, clip, vae, clip_vision, bank, prompts, base_prompts, seeds, seed, steps, cfg, size,
+        concepts="", photos=None
     ) -> io.NodeOutput:
         names = _names(bank, concepts)
         references = references_of(bank, names, photos or {})
@@ -109,7 +122,7 @@ class ConceptEvaluate(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total, bar_preview(picture))
 
-        found = check_bank(
+        report = check_bank(
             ComfyBackbone(model, clip, vae),
             bank,
             references,
@@ -120,9 +133,9 @@ class ConceptEvaluate(io.ComfyNode):
             settings,
             progress,
         )
-        picture = to_tensor(sheet(found))
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (lines(found),)}
-        return io.NodeOutput(picture, json.dumps(found.to_json(), indent=1), ui=shown)
+        picture = to_tensor(sheet(report))
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (lines(report),)}
+        return io.NodeOutput(picture, json.dumps(report.to_json(), indent=1), ui=shown)
 
 
 def _names(bank, concepts: str) -> list[str]:
@@ -131,7 +144,8 @@ def _names(bank, concepts: str) -> list[str]:
     names = [name.strip().strip("<>") for name in concepts.split(",") if name.strip()]
     unknown = [name for name in names if name not in bank]
     if unknown:
-        raise ConceptError(f"concepts names '{unknown[0]}', which the bank does not hold; it holds {', '.join(bank.names)}")
+        raise ConceptError(f"concepts names '{unknown[0]}', which the bank does not hold; it holds "
+                           f"{', '.join(bank.names)}")
     return list(dict.fromkeys(names)) or bank.names
 
 

@@ -1,4 +1,4 @@
-"""Concept Export: what was learned, for tools that know nothing of banks."""
+"""Export Concept: concepts as files of other programs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ FORMATS = {
 
 
 def register_folders() -> None:
-    """Exported words are found as `embedding:name`: ComfyUI does not look into its output folder for them by itself."""
-    folder_paths.add_model_folder_path("embeddings", os.path.join(folder_paths.get_output_directory(), "embeddings"))
+    """Makes exported words available as `embedding:name`; ComfyUI does not search its output folder for
+    them."""
+    folder = os.path.join(folder_paths.get_output_directory(), "embeddings")
+    folder_paths.add_model_folder_path("embeddings", folder)
 
 
 class ConceptExport(io.ComfyNode):
@@ -39,28 +41,32 @@ class ConceptExport(io.ComfyNode):
             category=types.BANKS,
             is_output_node=True,
             search_aliases=["save lora", "export lora", "embedding"],
-            description="Writes one concept, a whole bank, or what a bank gives for a prompt as files that ComfyUI itself and other "
-            "programs read, to output/loras and output/embeddings. Existing files are never replaced.",
+            description="Writes one concept, a whole bank, or what a bank gives for a prompt as files that "
+                        "ComfyUI itself and other programs read, to output/loras and output/embeddings. "
+                        "Existing files are never replaced.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank that holds it."),
-                io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank; empty or * = every concept."),
+                io.String.Input("concept", default="rex",
+                                tooltip="Name of a concept in the bank; empty or * = every concept."),
                 io.Combo.Input(
-                    "format", options=list(FORMATS), default="LoRA and embedding", tooltip="Two files do for most programs; see the help."
+                    "format", options=list(FORMATS), default="LoRA and embedding",
+                    tooltip="Two files suit most programs; see the help."
                 ),
-                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Factor on the deltas; 1 = as learned."),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05,
+                               tooltip="Factor on the deltas; 1 = as learned."),
                 io.String.Input(
                     "prompt",
                     optional=True,
                     default="",
-                    tooltip="If given, 'concept' does not count: one LoRA with all concepts that this prompt names, such as a photo of "
-                    "<rex> and <mimi>, and the words of each. Empty = off.",
+                    tooltip="If given, 'concept' does not count: one LoRA with all concepts that this prompt "
+                            "names, such as a photo of <rex> and <mimi>, and the words of each. Empty = off.",
                 ),
             ],
             outputs=[io.String.Output(display_name="notes")],
         )
 
     @classmethod
-    def execute(cls, bank, concept, format, strength, prompt="") -> io.NodeOutput:  # noqa: A002 - an input's name, seen by people
+    def execute(cls, bank, concept, format, strength, prompt="") -> io.NodeOutput:  # noqa: A002 - an input's id
         if bank is None:
             raise ConceptError("the bank is new and holds no concept to export")
         if format not in FORMATS:
@@ -68,12 +74,12 @@ class ConceptExport(io.ComfyNode):
         output, name = Path(folder_paths.get_output_directory()), concept.strip().strip("<>")
         settings = {"formats": FORMATS[format], "strength": strength, "words_folder": output / "embeddings"}
         if prompt.strip():
-            done = export_prompt(bank, prompt, output / "loras", **settings)
+            export = export_prompt(bank, prompt, output / "loras", **settings)
         elif name in ("", "*"):
-            done = export_bank(bank, output / "loras", **settings)
+            export = export_bank(bank, output / "loras", **settings)
         else:
-            done = export_concept(bank, name, output / "loras", **settings)
-        text = "\n".join([*(f"wrote {file.name}" for file in done.files), *done.notes])
+            export = export_concept(bank, name, output / "loras", **settings)
+        text = "\n".join([*(f"wrote {file.name}" for file in export.files), *export.notes])
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

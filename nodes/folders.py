@@ -1,4 +1,5 @@
-"""Folders of the server: banks, what runs leave behind. Every name comes from a workflow, which anybody may have written."""
+"""Folders of the server: banks, what runs leave behind. Every name comes from a workflow, which anybody may
+have written."""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ NEW_BANK = "(new bank)"
 
 
 def register_folders() -> None:
-    """Adds `concept_banks` in the models and output folders to those of extra_model_paths.yaml. Called at import of the nodes."""
+    """Adds `concept_banks` in the models and output folders to those of extra_model_paths.yaml. Called at
+    import of the nodes."""
     for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
         folder_paths.add_model_folder_path(BANKS, os.path.join(parent, BANKS))
     folder_paths.folder_names_and_paths[BANKS] = (folder_paths.folder_names_and_paths[BANKS][0], {SUFFIX})
 
 
 def bank_names() -> list[str]:
-    """Names of all banks. Hidden files and folders are left out: they hold earlier versions and unfinished runs."""
+    """Names of all banks. Hidden files and folders are left out: they hold earlier versions and unfinished
+    runs."""
     names = folder_paths.get_filename_list(BANKS)
     return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
@@ -46,7 +49,8 @@ def output_folder() -> Path:
 
 
 def new_bank_file(name: str) -> Path:
-    """Where a bank of this name is saved. Names are letters, digits, - and _, so that no path can be made of them."""
+    """Where a bank of this name is saved. Names are letters, digits, - and _, so that no path can be made of
+    them."""
     return output_folder() / f"{check_name(name.removesuffix(SUFFIX), 'bank name')}{SUFFIX}"
 
 

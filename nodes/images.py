@@ -34,7 +34,8 @@ def pictures_of(images: Iterable[Tensor | None] | Tensor | None, what: str) -> l
     pictures = []
     for batch in _batches(images):
         if batch.ndim != 4 or batch.shape[-1] < 3 or min(batch.shape[:3]) < 1:
-            raise ConceptError(f"{what} has a picture of shape {tuple(batch.shape)}; allowed: [count, height, width, 3]")
+            raise ConceptError(f"{what} has a picture of shape {tuple(batch.shape)}; allowed: [count, "
+                               "height, width, 3]")
         if not torch.isfinite(batch).all():
             raise ConceptError(f"{what} has a picture with values that are no numbers (NaN or infinity)")
         pictures += [image.permute(2, 0, 1).float().cpu().clone() * 2 - 1 for image in batch[..., :3]]
@@ -42,11 +43,14 @@ def pictures_of(images: Iterable[Tensor | None] | Tensor | None, what: str) -> l
 
 
 def masks_of(masks: Iterable[Tensor | None] | Tensor | None, what: str) -> list[Tensor]:
-    """Single masks `[1, H, W]` on the CPU from MASK batches `[B, H, W]` or `[H, W]`. Raises ConceptError for an empty one."""
-    singles = [mask.float().cpu().clone().unsqueeze(0) for batch in _batches(masks) for mask in batch.view(-1, *batch.shape[-2:])]
+    """Single masks `[1, H, W]` on the CPU from MASK batches `[B, H, W]` or `[H, W]`. Raises ConceptError for
+    an empty one."""
+    singles = [mask.float().cpu().clone().unsqueeze(0) for batch in _batches(masks)
+               for mask in batch.reshape(-1, *batch.shape[-2:])]
     for number, mask in enumerate(singles, 1):
         if not torch.isfinite(mask).all() or mask.max() <= 0:
-            raise ConceptError(f"number {number} of {what} is empty or has values that are no numbers (NaN); white must be somewhere")
+            raise ConceptError(f"number {number} of {what} is empty or has values that are no numbers (NaN); "
+                               "white must be somewhere")
     return singles
 
 
@@ -69,9 +73,11 @@ def vision(clip_vision: ClipVision) -> Encode:
     """
 
     def encode(pictures: Sequence[Tensor]) -> Tensor:
-        vectors = [clip_vision.encode_image(to_image(picture.unsqueeze(0)))["image_embeds"] for picture in pictures]
+        vectors = [clip_vision.encode_image(to_image(picture.unsqueeze(0)))["image_embeds"]
+                   for picture in pictures]
         if any(not torch.is_tensor(vector) or vector.ndim != 2 for vector in vectors):
-            raise ConceptError("the CLIP_VISION gives no vector per picture; load a CLIP vision model such as ViT-B/32, ViT-L or ViT-H")
+            raise ConceptError("the CLIP_VISION gives no vector per picture; load a CLIP vision model such "
+                               "as ViT-B/32, ViT-L or ViT-H")
         return unit(torch.cat(vectors).float().cpu())
 
     return encode

@@ -1,4 +1,4 @@
-"""Import Concept: what people have from elsewhere, for a bank."""
+"""Import Concept: LoRAs and embeddings of other programs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def _files(kind: str) -> list[str]:
 
 
 def _file(kind: str, name: str) -> Path | None:
-    """The name comes from a workflow, which anybody may have written: it must be one that the folders list."""
+    """The file of that name; only names that the folders list are accepted, because anybody may have written
+    a workflow."""
     if name == NONE:
         return None
     if name not in _files(kind):
-        raise ConceptError(f"there is no file {name!r} in {kind}; allowed: the .safetensors files that the list shows")
+        raise ConceptError(f"there is no file {name!r} in {kind}; allowed: the .safetensors files that the "
+                           "list shows")
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
@@ -41,36 +43,44 @@ class ConceptImport(io.ComfyNode):
             display_name="Import Concept",
             category=types.BANKS,
             search_aliases=["load lora", "textual inversion", "import lora"],
-            description="Makes a concept of a LoRA, an embedding or both, for the bank: <name> in a prompt then switches it on. "
-            "Of a LoRA the text cross-attention is taken; the notes tell what was left out, and how much that is.",
+            description="Makes a concept of a LoRA, an embedding or both and adds it to a bank; <name> in a "
+                        "prompt then activates it. Only the text cross-attention of a LoRA is used; the "
+                        "notes say what was left out, and how much that is.",
             inputs=[
                 io.Model.Input("model", tooltip="The kind of model that the files were made for."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
-                io.Combo.Input("lora", options=[NONE, *_files("loras")], default=NONE, tooltip="A LoRA from models/loras."),
+                io.Combo.Input("lora", options=[NONE, *_files("loras")], default=NONE,
+                               tooltip="A LoRA from models/loras."),
                 io.Combo.Input(
-                    "embedding", options=[NONE, *_files("embeddings")], default=NONE, tooltip="An embedding from models/embeddings."
+                    "embedding", options=[NONE, *_files("embeddings")], default=NONE,
+                    tooltip="An embedding from models/embeddings."
                 ),
                 io.String.Input("name", default="rex", tooltip="What you write in prompts: <rex>."),
                 io.String.Input("class_noun", default="dog", tooltip="What it is, in ordinary words."),
-                io.Combo.Input("kind", options=list(KINDS), default=KINDS[0], tooltip="A thing, or a way to draw."),
+                io.Combo.Input("kind", options=list(KINDS), default=KINDS[0],
+                               tooltip="A thing, or a way to draw."),
                 io.String.Input(
-                    "trigger", default="", tooltip="For a LoRA without an embedding: the words that are typed for it, such as sks dog."
+                    "trigger", default="",
+                    tooltip="For a LoRA without an embedding: its trigger words, such as sks dog."
                 ),
-                types.Bank.Input("bank", optional=True, tooltip="The bank to add it to; none begins a new one."),
+                types.Bank.Input("bank", optional=True,
+                                 tooltip="The bank to add it to; none begins a new one."),
             ],
             outputs=[types.Bank.Output(display_name="bank"), io.String.Output(display_name="notes")],
         )
 
     @classmethod
-    def execute(cls, model, clip, lora, embedding, name, class_noun, kind, trigger, bank=None) -> io.NodeOutput:
+    def execute(cls, model, clip, lora, embedding, name, class_noun, kind, trigger,
+                bank=None) -> io.NodeOutput:
         backbone = ComfyBackbone(model, clip)
         if bank is not None:
             bank.check_fits(backbone.layout)
-        result = import_concept(name.strip().strip("<>"), class_noun.strip(), kind, backbone.layout, backbone.text, _file("loras", lora),
+        result = import_concept(name.strip().strip("<>"), class_noun.strip(), kind, backbone.layout,
+                                backbone.text, _file("loras", lora),
                                 _file("embeddings", embedding), trigger)
         text = "\n".join(result.notes)
-        known = ConceptBank(backbone.layout) if bank is None else bank
-        return io.NodeOutput(known.add(result.concept), text, ui=ui.PreviewText(text))
+        grown = (ConceptBank(backbone.layout) if bank is None else bank).add(result.concept)
+        return io.NodeOutput(grown, text, ui=ui.PreviewText(text))
 
 
 NODES = [ConceptImport]

@@ -23,8 +23,8 @@ def lines_of(texts: Iterable[str] | None) -> list[str]:
 def setting_input(config: type, name: str, **changes: Any) -> io.Input:
     """The input for a field of a configuration.
 
-    Its id, type, default, range, choices and tooltip are the field's (see core.settings); changes: what the node has otherwise, in the
-    words of ComfyUI's inputs.
+    Its id, type, default, range, choices and tooltip are the field's (see core.settings); changes: what the
+    node has otherwise, in the words of ComfyUI's inputs.
     """
     entry = settings_of(config)[name]
     given: dict[str, Any] = {"default": entry.default, "tooltip": entry.help}

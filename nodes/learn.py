@@ -52,17 +52,23 @@ class ConceptLearner(io.ComfyNode):
             display_name="Concept Learner",
             category=types.LEARNING,
             is_input_list=True,
-            search_aliases=["train lora", "dreambooth", "textual inversion", "continual learning", "CIDM", "teach"],
-            description="Learns one concept (your dog, your painter's style) from a few photos and adds it to a bank. What the bank knows "
-            "already stays bit for bit the same; the model that comes in is not changed.",
+            search_aliases=["train lora", "dreambooth", "textual inversion", "continual learning", "CIDM",
+                            "teach"],
+            description="Learns one concept (your dog, your painter's style) from a few photos and adds it "
+                        "to a bank. The concepts in the bank stay bit for bit as they are, and the model is "
+                        "not changed.",
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint to learn on; it is not changed."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Vae.Input("vae", tooltip="The same checkpoint's; it encodes the photos."),
-                io.Image.Input("images", tooltip="3 to 10 photos of the concept: a batch, or a list of any sizes."),
-                io.String.Input("name", default="rex", tooltip="What you will type in prompts between < and >. Letters, digits, - and _."),
-                io.String.Input("class_noun", default="dog", tooltip="What it is, in a word the model knows: dog, teddy bear, painting."),
-                io.Combo.Input("kind", options=list(KINDS), default="object", tooltip="object: a thing. style: how pictures look."),
+                io.Image.Input("images",
+                               tooltip="3 to 10 photos of the concept: a batch, or a list of any sizes."),
+                io.String.Input("name", default="rex",
+                                tooltip="What you type between < and > in prompts: letters, digits, - and _."),
+                io.String.Input("class_noun", default="dog",
+                                tooltip="What it is, in a word the model knows: dog, teddy bear, painting."),
+                io.Combo.Input("kind", options=list(KINDS), default="object",
+                               tooltip="object: a thing. style: how pictures look."),
                 io.Combo.Input(
                     "method",
                     options=[DEFAULT, *sorted(set(METHODS) - {DEFAULT})],
@@ -91,15 +97,17 @@ class ConceptLearner(io.ComfyNode):
                 setting_input(TrainingConfig, "resolution"),
                 setting_input(TrainingConfig, "batch_size"),
                 setting_input(TrainingConfig, "seed"),
-                io.Int.Input("preview_every", default=100, min=0, max=10_000, tooltip="Steps between live samples; 0 = none."),
+                io.Int.Input("preview_every", default=100, min=0, max=10_000,
+                             tooltip="Steps between previews; 0 = none."),
                 io.Combo.Input(
                     "if_known",
                     options=[KEEP, AGAIN],
                     default=KEEP,
-                    tooltip="When the bank already holds this name: keep the concept when it was learned from these photos and "
-                    "settings (else it is an error), or replace it.",
+                    tooltip="When the bank already holds this name: keep the concept if it was learned from "
+                            "these photos and settings (otherwise an error), or replace it.",
                 ),
-                types.Bank.Input("bank", optional=True, tooltip="The bank to grow; nothing connected = a new one."),
+                types.Bank.Input("bank", optional=True,
+                                 tooltip="The bank to grow; nothing connected = a new one."),
                 io.String.Input(
                     "captions",
                     optional=True,
@@ -107,13 +115,19 @@ class ConceptLearner(io.ComfyNode):
                     multiline=True,
                     tooltip="One line per photo, or one line for all. Empty = 'a photo of <name>'.",
                 ),
-                io.Mask.Input("masks", optional=True, tooltip="White where the concept is, one per photo, same size."),
-                io.Image.Input("prior_images", optional=True, tooltip="Other pictures of the class, so that it keeps its meaning."),
-                types.Selection.Input("selection", optional=True, tooltip="From Concept Neuron Select; for methods that use one (cns)."),
-                types.Settings.Input("method_settings", optional=True, tooltip="From the method's own settings node; none = its defaults."),
-                types.Settings.Input("training_settings", optional=True, tooltip="From Concept Training Settings; none = its defaults."),
+                io.Mask.Input("masks", optional=True,
+                              tooltip="White where the concept is, one per photo, same size."),
+                io.Image.Input("prior_images", optional=True,
+                               tooltip="Other pictures of the class, so that it keeps its meaning."),
+                types.Selection.Input("selection", optional=True,
+                                      tooltip="From Concept Neuron Select; for methods that use one (cns)."),
+                types.Settings.Input("method_settings", optional=True,
+                                     tooltip="From the method's own settings node; none = its defaults."),
+                types.Settings.Input("training_settings", optional=True,
+                                     tooltip="From Concept Training Settings; none = its defaults."),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="With it every live sample is compared with your photos: how like them it is."
+                    "clip_vision", optional=True,
+                    tooltip="Shows the similarity of every preview to your photos."
                 ),
                 io.Int.Input(
                     "stop_after",
@@ -121,14 +135,15 @@ class ConceptLearner(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="Stop early when so many live samples in a row are no more like the photos than those before; "
-                    "0 = do all steps. Needs clip_vision and preview_every.",
+                    tooltip="Stop after this many previews without a gain in similarity to the photos; 0 = "
+                            "do all steps. Needs clip_vision and preview_every.",
                 ),
                 io.Boolean.Input(
                     "show_older",
                     optional=True,
                     default=False,
-                    tooltip="At the end also draw older concepts of the bank, up to eight, beside their pictures from when they were new.",
+                    tooltip="Draw up to eight older concepts of the bank at the end, beside their thumbnails "
+                            "from when they were learned.",
                 ),
             ],
             outputs=[
@@ -142,15 +157,16 @@ class ConceptLearner(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, images, captions=None, bank=None, masks=None, prior_images=None, selection=None, method_settings=None,
-        training_settings=None, **inputs
+        cls, images, captions=None, bank=None, masks=None, prior_images=None, selection=None,
+        method_settings=None, training_settings=None, **inputs
     ) -> io.NodeOutput:
         given = {key: first(value) for key, value in (LATER | inputs).items()}
         name, noun = check_name(given["name"].strip().strip("<>")), given["class_noun"].strip()
         if given["if_known"] not in (KEEP, AGAIN):
             raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}")
         photos = pair_pictures(pictures_of(images, "images"), lines_of(captions), masks_of(masks, "masks"))
-        prior = [Picture(p, f"a photo of a {noun}", is_prior=True) for p in pictures_of(prior_images, "prior_images")]
+        prior = [Picture(p, f"a photo of a {noun}", is_prior=True)
+                 for p in pictures_of(prior_images, "prior_images")]
         method = make(given["method"], _method_settings(given, first(method_settings)))
         if first(selection) is not None:
             method.selection = first(selection)
@@ -162,82 +178,99 @@ class ConceptLearner(io.ComfyNode):
             if name in known and given["if_known"] == KEEP:
                 return _already_learned(known, name, method, config, photos)
             known = known.remove(name) if name in known else known
-            task = Task(name, noun, backbone, known, given["kind"], generator=torch.Generator().manual_seed(config.seed))
-            return _learn(task, method, config, [*photos, *prior], given, getattr(cls.hidden, "unique_id", None))
+            task = Task(name, noun, backbone, known, given["kind"],
+                        generator=torch.Generator().manual_seed(config.seed))
+            return _learn(task, method, config, [*photos, *prior], given,
+                          getattr(cls.hidden, "unique_id", None))
 
 
 def _method_settings(given: dict, settings: dict | None) -> dict:
-    """The method's settings, with the learner's learning rates where they are not 0 and the method has such a rate."""
-    fields_of_method = {field.name for field in fields(METHODS[given["method"]].config)} if given["method"] in METHODS else set()
-    return dict(settings or {}) | {key: given[key] for key in ("lr", "token_lr") if given[key] > 0 and key in fields_of_method}
+    """The method's settings, with the learner's learning rates where they are not 0 and the method has such a
+    rate."""
+    config = METHODS[given["method"]].config if given["method"] in METHODS else None
+    rates = {"lr", "token_lr"} & {field.name for field in fields(config)} if config is not None else set()
+    return dict(settings or {}) | {rate: given[rate] for rate in rates if given[rate] > 0}
 
 
 def _training_config(given: dict, settings: dict | None) -> TrainingConfig:
     settings = settings or {}
     unknown = sorted(set(settings) - {field.name for field in fields(TrainingConfig)})
     if unknown:
-        raise ConceptError(f"training_settings holds {unknown[0]!r}, which is no setting of training; connect Concept Training Settings")
+        raise ConceptError(f"training_settings holds {unknown[0]!r}, which is no setting of training; "
+                           "connect Concept Training Settings")
     return replace(TrainingConfig(**{key: given[key] for key in OF_TRAINING}), **settings)
 
 
 def _with_early_stopping(config: TrainingConfig, given: dict) -> TrainingConfig:
-    """Previews belong to a run's identity only where they can end it: whether they are shown changes nothing that is learned."""
+    """Previews belong to a run's identity only where they can end it: whether they are shown changes nothing
+    that is learned."""
     patience, every = given["stop_after"], given["preview_every"]
     if patience and (given["clip_vision"] is None or not every):
         lacks = "clip_vision is not connected" if given["clip_vision"] is None else "preview_every is 0"
-        raise ConceptError(f"stop_after is {patience} but {lacks}; early stopping compares previews with the photos; allowed without: 0")
+        raise ConceptError(f"stop_after is {patience} but {lacks}; early stopping compares previews with the "
+                           "photos; allowed without: 0")
     return replace(config, patience=patience, look_every=every) if patience else config
 
 
-def _already_learned(bank: ConceptBank, name: str, method: Method, config: TrainingConfig, photos: list[Picture]) -> io.NodeOutput:
-    """The bank as it is, when its concept was learned from these photos with these settings: a saved graph was run again."""
+def _already_learned(bank: ConceptBank, name: str, method: Method, config: TrainingConfig,
+                     photos: list[Picture]) -> io.NodeOutput:
+    """The bank as it is, when its concept was learned from these photos with these settings: a saved graph
+    was run again."""
     info = bank.infos[name]
     same_photos = list(info.provenance.images) == [photo.digest for photo in photos]
     if info.method != method.name or not same_photos or not is_same_work(info.provenance, method, config):
         raise ConceptError(
-            f"the bank already holds a concept '{name}', learned from other photos or settings; choose another name, or "
-            f"set if_known to '{AGAIN}'"
+            f"the bank already holds a concept '{name}', learned from other photos or settings; choose "
+            f"another name, or set if_known to '{AGAIN}'"
         )
     picture = to_tensor(loss_picture([], f"<{name}> is known already"))
     text = ui.PreviewText(f"<{name}> is in the bank already, learned from these photos")
     return io.NodeOutput(bank, picture, picture, _no_older_concepts(), ui=text)
 
 
-def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Picture], given: dict, node: str | None) -> io.NodeOutput:
+def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Picture], given: dict,
+           node: str | None) -> io.NodeOutput:
     photos = [picture for picture in pictures if not picture.is_prior]
     digests = [photo.digest for photo in photos]
     notes = list(warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests))
     for note in notes:      # before the minutes that learning takes
         logging.warning("Concept Learner: %s", note)
-    backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=(config.resolution, config.resolution), batch=1)
+    size = (config.resolution, config.resolution)
+    backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)
     with backbone.training():
-        data = prepare(backbone, pictures, task.name, task.class_noun, Framing(config.resolution, config.framing, config.flip))
+        data = prepare(backbone, pictures, task.name, task.class_noun,
+                       Framing(config.resolution, config.framing, config.flip))
         encode = None if given["clip_vision"] is None else vision(given["clip_vision"])
         similarity = None if encode is None else similarity_to([photo.pixels for photo in photos], encode)
         previews = Previews(backbone, concept_prompt(task.name, task.kind), settings, config.seed, similarity)
         report = Reporter(config.steps, given["preview_every"], previews, node)
         file = checkpoint_file(task.name, _run_key(run_identity(task, method, data, config)))
-        learned = learn(task, method, data, config, report, file, evaluator=previews.evaluate if config.patience else None)
+        learned = learn(task, method, data, config, report, file,
+                        evaluator=previews.evaluate if config.patience else None)
         bank, steps = learned.bank, len(learned.losses)
         if given["preview_every"]:
             if previews.last_step != steps:      # else it is the one that ended learning
                 previews.draw(bank, steps)
-            bank = task.bank.add(replace(learned.concept, thumbnail=thumbnail_of(previews.pictures[-1])), bank.shared)
+            bank = task.bank.add(replace(learned.concept, thumbnail=thumbnail_of(previews.pictures[-1])),
+                                 bank.shared)
         older = _no_older_concepts()
         if given["show_older"] and len(task.bank):
             cancel = comfy.model_management.throw_exception_if_processing_interrupted
             rows = older_concepts(backbone, bank, task.bank.names, settings, config.seed, before_each=cancel)
             older = to_tensor(thumbnails_picture(rows, columns=4))
     if steps < config.steps:
-        notes.append(f"ended after {steps} of {config.steps} steps: the similarity to the photos no longer grew")
+        notes.append(f"ended after {steps} of {config.steps} steps: the similarity to the photos no longer "
+                     "grew")
     return _shown(bank, learned.losses, previews, older, notes, f"loss of <{task.name}>")
 
 
-def _shown(bank: ConceptBank, losses: tuple[float, ...], previews: Previews, older: Tensor, notes: list[str], title: str) -> io.NodeOutput:
+def _shown(bank: ConceptBank, losses: tuple[float, ...], previews: Previews, older: Tensor, notes: list[str],
+           title: str) -> io.NodeOutput:
     loss = to_tensor(loss_picture(losses, title, previews.scores))
     strip = to_image(torch.stack(previews.pictures)) if previews.pictures else loss
     shown = ui.PreviewImage(strip[-1:], cls=ConceptLearner).as_dict()
-    return io.NodeOutput(bank, loss, strip, older, ui={**shown, **({"text": ("\n".join(notes),)} if notes else {})})
+    text = {"text": ("\n".join(notes),)} if notes else {}
+    return io.NodeOutput(bank, loss, strip, older, ui={**shown, **text})
 
 
 def _run_key(identity: dict) -> str:

@@ -1,11 +1,14 @@
-"""Concept Neuron Select: which weights a concept lives in."""
+"""Concept Neuron Select: the weights that a concept depends on."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..core.charts import selection_picture
 from ..core.comfy.backbone import ComfyBackbone
@@ -13,7 +16,7 @@ from ..core.data.framing import Framing, Picture
 from ..core.data.training_set import prepare
 from ..core.errors import ConceptError
 from ..core.images import to_tensor
-from ..core.neurons.neurons import UNITS, concept_neurons
+from ..core.neurons.neurons import UNITS, NeuronSelection, concept_neurons
 from ..core.neurons.scores import (
     CALIBRATION,
     SCORES,
@@ -30,7 +33,8 @@ from .schema import Schema
 
 
 class ConceptNeuronSelect(io.ComfyNode):
-    """CNS's concept neurons: what answers to the concept, without what answers to everything."""
+    """CNS's concept neurons: those that respond to the concept, without those that respond to unrelated
+    prompts."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -40,17 +44,21 @@ class ConceptNeuronSelect(io.ComfyNode):
             category=types.LEARNING,
             is_input_list=True,
             search_aliases=["CNS", "mask weights", "explain concept", "neurons"],
-            description="Finds the key and value weights that a concept depends on and that unrelated prompts do not. For Concept Learner "
-            "(method cns); alone it shows where in the model a concept lives.",
+            description="Finds the key and value weights that a concept depends on and that unrelated "
+                        "prompts do not. For Concept Learner (method cns); on its own it shows where in the "
+                        "model they lie.",
             inputs=[
-                io.Model.Input("model", tooltip="The checkpoint whose neurons are scored; it is not changed."),
+                io.Model.Input("model",
+                               tooltip="The checkpoint whose neurons are scored; it is not changed."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
-                io.String.Input("prompt", default="a photo of a dog", tooltip="The concept in plain words. No placeholders."),
+                io.String.Input("prompt", default="a photo of a dog",
+                                tooltip="The concept in plain words. No placeholders."),
                 io.Combo.Input(
                     "score",
                     options=list(SCORES),
                     default="gradient",
-                    tooltip="gradient: sees photos, costs backward passes. activation: text alone, seconds.",
+                    tooltip="gradient: uses photos and backward passes. activation: uses text only and takes "
+                            "seconds.",
                 ),
                 io.Float.Input(
                     "share",
@@ -59,15 +67,23 @@ class ConceptNeuronSelect(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=0.0001,
-                    tooltip="Of the key and value weights; 0.058 is 0.13 % of SD1.5's UNet, the paper's figure.",
+                    tooltip="Share of the key and value weights; 0.058 is 0.13 % of SD1.5's UNet, the "
+                            "paper's figure.",
                 ),
-                io.Combo.Input("unit", options=list(UNITS), default="weight", tooltip="Single weights, or whole rows of them."),
-                io.Int.Input("draws", default=64, min=1, max=10_000, tooltip="Noise levels per photo set for the gradient score."),
-                io.Float.Input("quorum", default=0.5, min=0.01, max=1.0, step=0.05, tooltip="Share of prompts that makes one general."),
-                io.Int.Input("resolution", default=512, min=16, max=2048, step=8, tooltip="Side of the photos in pixels."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the noise that the scores look through."),
+                io.Combo.Input("unit", options=list(UNITS), default="weight",
+                               tooltip="Single weights, or whole rows of them."),
+                io.Int.Input("draws", default=64, min=1, max=10_000,
+                             tooltip="Noise levels per photo set for the gradient score."),
+                io.Float.Input("quorum", default=0.5, min=0.01, max=1.0, step=0.05,
+                               tooltip="Share of the unrelated prompts from which on a neuron counts as "
+                                       "general."),
+                io.Int.Input("resolution", default=512, min=16, max=2048, step=8,
+                             tooltip="Side of the photos in pixels."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF,
+                             tooltip="Seed of the noise for the scores."),
                 io.Vae.Input("vae", optional=True, tooltip="Needed with images."),
-                io.Image.Input("images", optional=True, tooltip="Photos of the concept; needed for the gradient score."),
+                io.Image.Input("images", optional=True,
+                               tooltip="Photos of the concept; needed for the gradient score."),
                 io.String.Input(
                     "calibration_prompts",
                     optional=True,
@@ -85,40 +101,47 @@ class ConceptNeuronSelect(io.ComfyNode):
 
     @classmethod
     def execute(cls, images=None, vae=None, calibration_prompts=None, **inputs) -> io.NodeOutput:
-        one = {key: first(value) for key, value in inputs.items()}
+        given = {key: first(value) for key, value in inputs.items()}
         photos = pictures_of(images, "images")
-        if one["score"] == "gradient" and not photos:
-            raise ConceptError("the gradient score needs photos; connect images and vae, or choose the score 'activation'")
-        backbone = ComfyBackbone(one["model"], one["clip"], first(vae))
+        if given["score"] == "gradient" and not photos:
+            raise ConceptError("the gradient score needs photos; connect images and vae, or choose the score "
+                               "'activation'")
+        backbone = ComfyBackbone(given["model"], given["clip"], first(vae))
         with backbone.training():
-            chosen = _select(backbone, one, photos, tuple(lines_of(calibration_prompts)) or CALIBRATION)
-        parameters = sum(p.numel() for p in backbone.unet.parameters())
-        share = chosen.share(parameters)
-        picture = to_tensor(selection_picture(chosen, len(backbone.layout), f"concept neurons of '{one['prompt']}'", share))
-        return io.NodeOutput(chosen, picture, share, ui=ui.PreviewImage(picture, cls=cls))
+            prompts = tuple(lines_of(calibration_prompts)) or CALIBRATION
+            selection = _select(backbone, given, photos, prompts)
+        share = selection.share(sum(weight.numel() for weight in backbone.unet.parameters()))
+        title = f"concept neurons of '{given['prompt']}'"
+        picture = to_tensor(selection_picture(selection, len(backbone.layout), title, share))
+        return io.NodeOutput(selection, picture, share, ui=ui.PreviewImage(picture, cls=cls))
 
 
-def _select(backbone: ComfyBackbone, one: dict, photos: list, prompts: tuple[str, ...]):
-    generator = torch.Generator().manual_seed(one["seed"])
-    context = encode_plain(backbone, [one["prompt"]])
-    bar = comfy.utils.ProgressBar(len(prompts) + one["draws"])
+def _select(backbone: ComfyBackbone, given: dict, photos: list[Tensor],
+            prompts: tuple[str, ...]) -> NeuronSelection:
+    """The concept's neurons without the general ones; the progress bar counts prompts, then draws."""
+    generator = torch.Generator().manual_seed(given["seed"])
+    context = encode_plain(backbone, [given["prompt"]])
+    bar = comfy.utils.ProgressBar(len(prompts) + given["draws"])
 
-    def progress(done: int, _total: int, before: int = 0) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(before + done)
+    def progress_from(start: int) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(start + done)
 
-    size = (one["resolution"] // backbone.picture_multiple,) * 2
-    rule = {"unit": one["unit"], "quorum": one["quorum"]}
-    general = general_neurons(backbone, generator, prompts, one["score"], size=size, progress=progress, **rule)
-    if one["score"] == "activation":
-        scores = activation_scores(backbone, context, text_positions(backbone, [one["prompt"]]))
+        return progress
+
+    side = given["resolution"] // backbone.picture_multiple
+    general = general_neurons(backbone, generator, prompts, given["score"], unit=given["unit"],
+                              quorum=given["quorum"],
+                              size=(side, side), progress=progress_from(0))
+    if given["score"] == "activation":
+        scores = activation_scores(backbone, context, text_positions(backbone, [given["prompt"]]))
     else:
-        data = prepare(backbone, [Picture(p) for p in photos], "concept", "", Framing(one["resolution"], flip=False))
-        later = len(prompts)
-        scores = gradient_scores(
-            backbone, data.latents, context, generator, one["draws"], progress=lambda done, total: progress(done, total, later)
-        )
-    return concept_neurons(scores, general, one["share"], one["unit"])
+        pictures = [Picture(photo) for photo in photos]
+        data = prepare(backbone, pictures, "concept", "", Framing(given["resolution"], flip=False))
+        scores = gradient_scores(backbone, data.latents, context, generator, given["draws"],
+                                 progress=progress_from(len(prompts)))
+    return concept_neurons(scores, general, given["share"], given["unit"])
 
 
 NODES = [ConceptNeuronSelect]

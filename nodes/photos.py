@@ -19,17 +19,20 @@ EXAMPLES = "(example photos: rex)"
 
 
 def _folders() -> list[str]:
-    """Folders inside ComfyUI's input folder that hold pictures, as `a/b`; two levels deep."""
+    """Folders with pictures inside ComfyUI's input folder, as `a/b`; two levels deep."""
     root = Path(folder_paths.get_input_directory())
     if not root.is_dir():
         return []
-    candidates = [path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_dir() and not path.name.startswith(".")]
-    return sorted(path.relative_to(root).as_posix() for path in candidates if any(f.suffix.lower() in SUFFIXES for f in path.iterdir()))
+    candidates = [path for pattern in ("*", "*/*") for path in root.glob(pattern)
+                  if path.is_dir() and not path.name.startswith(".")]
+    return sorted(path.relative_to(root).as_posix() for path in candidates
+                  if any(f.suffix.lower() in SUFFIXES for f in path.iterdir()))
 
 
 def _folder(name: str) -> Path:
     if name not in _folders():
-        raise ConceptError(f"there is no photo folder {name!r} in ComfyUI's input folder; there are {', '.join(_folders()) or 'none'}")
+        raise ConceptError(f"there is no photo folder {name!r} in ComfyUI's input folder; there are "
+                           f"{', '.join(_folders()) or 'none'}")
     return Path(folder_paths.get_input_directory()) / name
 
 
@@ -43,8 +46,8 @@ class ConceptPhotosLoad(io.ComfyNode):
             display_name="Load Concept Photos",
             category=types.EXTRAS,
             search_aliases=["load images from folder", "dataset"],
-            description="Every photo of a folder inside ComfyUI's input folder, any size. Captions are .txt files of the same name; masks "
-            "are pictures of the same name in a subfolder 'masks'.",
+            description="Every photo of a folder inside ComfyUI's input folder, any size. Captions are .txt "
+                        "files of the same name; masks are pictures of the same name in a subfolder 'masks'.",
             inputs=[
                 io.Combo.Input(
                     "folder", options=_folders() or ["put a folder of photos into ComfyUI's input folder"],
@@ -69,9 +72,10 @@ class ConceptPhotosLoad(io.ComfyNode):
         masks = path / "masks"
         pictures = read_folder(path, masks=masks if masks.is_dir() else None)
         images = [to_image(picture.pixels.unsqueeze(0)) for picture in pictures]
-        whole = [torch.ones(1, *picture.pixels.shape[1:]) if picture.mask is None else picture.mask for picture in pictures]
+        shown = [torch.ones(1, *picture.pixels.shape[1:]) if picture.mask is None else picture.mask
+                 for picture in pictures]
         captions = [" ".join(picture.caption.split()) for picture in pictures]
-        return io.NodeOutput(images, "\n".join(captions) if all(captions) else "", whole)
+        return io.NodeOutput(images, "\n".join(captions) if all(captions) else "", shown)
 
 
 class ConceptDemoBase(io.ComfyNode):
@@ -83,8 +87,9 @@ class ConceptDemoBase(io.ComfyNode):
             node_id="ConceptDemoBase",
             display_name="Concept Demo Base",
             category=types.EXTRAS,
-            description="A small model that ships with this pack, for a tour with no download: 64-pixel pictures of toys and animals. "
-            "An Empty Latent Image of 128 x 128 gives its usual size.",
+            description="A small model that ships with this pack, for a tour without a download: 64-pixel "
+                        "pictures of toys and animals. An Empty Latent Image of 128 x 128 gives its usual "
+                        "size.",
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -112,9 +117,11 @@ class ConceptDemoPhotos(io.ComfyNode):
             category=types.EXTRAS,
             description="A few pictures of a concept that the demo base does not know, to learn from.",
             inputs=[
-                io.Combo.Input("concept", options=list(CONCEPTS), tooltip="Two dogs, things and ways to draw from the demo's own world."),
+                io.Combo.Input("concept", options=list(CONCEPTS),
+                               tooltip="Two dogs, things and ways to draw from the demo's own world."),
                 io.Int.Input("count", default=5, min=1, max=24, tooltip="How many photos."),
-                io.Int.Input("seed", default=7, min=0, max=0xFFFFFFFF, tooltip="Another seed, other photos of the same."),
+                io.Int.Input("seed", default=7, min=0, max=0xFFFFFFFF,
+                             tooltip="Another seed gives other photos of the same concept."),
             ],
             outputs=[
                 io.Image.Output(display_name="images"),
@@ -130,9 +137,9 @@ class ConceptDemoPhotos(io.ComfyNode):
 
         if concept not in CONCEPTS:
             raise ConceptError(f"concept is {concept!r}; allowed: {', '.join(CONCEPTS)}")
-        shown = CONCEPTS[concept].pictures(count, seed)
-        images = to_image(to_tensor([picture for picture, _ in shown]))
-        return io.NodeOutput(images, "\n".join(caption for _, caption in shown), CONCEPTS[concept].class_noun)
+        drawn = CONCEPTS[concept].pictures(count, seed)
+        images = to_image(to_tensor([picture for picture, _ in drawn]))
+        return io.NodeOutput(images, "\n".join(caption for _, caption in drawn), CONCEPTS[concept].class_noun)
 
 
 NODES = [ConceptPhotosLoad, ConceptDemoBase, ConceptDemoPhotos]

@@ -31,7 +31,9 @@ def duration(seconds: float) -> str:
     """`1 h 20 min`, `3 min 5 s` or `8 s`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def bar_preview(picture: Tensor) -> tuple[str, Image.Image, int]:
@@ -44,7 +46,8 @@ def bar_preview(picture: Tensor) -> tuple[str, Image.Image, int]:
 
 @dataclass
 class Reporter:
-    """The training loop's callback: cancel button, progress bar, a line of text, and a preview every `every` steps (0 = never)."""
+    """The training loop's callback: cancel button, progress bar, a line of text, and a preview every `every`
+    steps (0 = never)."""
 
     total: int
     every: int
@@ -62,14 +65,16 @@ class Reporter:
         self.times.append(time.monotonic())
         shown = None
         if self.every and info.step % self.every == 0 and info.step < self.total:
-            if self.previews.last_step != info.step:      # early stopping has not drawn one at this step already
+            # early stopping has not drawn one at this step already
+            if self.previews.last_step != info.step:
                 self.previews.draw(info.snapshot(), info.step)
             shown = bar_preview(self.previews.pictures[-1])
         self.bar.update_absolute(info.step, self.total, shown)
         say(self.node, self.line(info.step))
 
     def line(self, step: int) -> str:
-        """The smoothed loss, the last similarity, and the time left at the pace of this run, previews included."""
+        """The smoothed loss, the last similarity, and the time left at the pace of this run, previews
+        included."""
         parts = [f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
         if self.previews.scores:
             parts.append(f"similarity {100 * self.previews.scores[-1][1]:.1f}")

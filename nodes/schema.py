@@ -1,4 +1,5 @@
-"""`Schema` for every ComfyUI from 0.3.64 on, and `ADVANCED` for its inputs: what a version does not know yet is left out."""
+"""`Schema` for every ComfyUI from 0.3.64 on, and `ADVANCED` for its inputs: what a version does not know yet
+is left out."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,5 @@
-"""The optional settings of ConceptLearner: of training, and of the methods that people tune. Their inputs come from the configurations."""
+"""The optional settings of ConceptLearner: of training, and of the methods that people tune. Their inputs
+come from the configurations."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from . import types
 from .inputs import setting_inputs
 from .schema import Schema
 
-TRAINING = ("optimizer", "schedule", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset", "accumulation", "gradient_checkpointing",
-            "precision", "framing", "flip", "prior_weight", "caption_dropout", "checkpoint_every")
-CIDM = ("rank", "scale", "layerwise", "gamma1", "gamma2", "orthogonality", "shared", "shared_rank", "attention_weight", "token_norm_stop")
+TRAINING = ("optimizer", "schedule", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset",
+            "accumulation", "gradient_checkpointing", "precision", "framing", "flip", "prior_weight",
+            "caption_dropout", "checkpoint_every")
+CIDM = ("rank", "scale", "layerwise", "gamma1", "gamma2", "orthogonality", "shared", "shared_rank",
+        "attention_weight", "token_norm_stop")
 
 
 class ConceptTrainingSettings(io.ComfyNode):
@@ -30,7 +33,8 @@ class ConceptTrainingSettings(io.ComfyNode):
             category=types.LEARNING,
             description="Optional settings of the training loop, for Concept Learner's training_settings.",
             # a person may cancel in ComfyUI at any step
-            inputs=setting_inputs(TrainingConfig, TRAINING, optimizer={"options": optimizers}, checkpoint_every={"default": 100}),
+            inputs=setting_inputs(TrainingConfig, TRAINING, optimizer={"options": optimizers},
+                                  checkpoint_every={"default": 100}),
             outputs=[types.Settings.Output(display_name="training_settings")],
         )
 
@@ -69,7 +73,8 @@ class CIDMSettings(io.ComfyNode):
             node_id="CIDMSettings",
             display_name="CIDM Settings",
             category=types.LEARNING,
-            description="Optional settings of the method CIDM, for Concept Learner's method_settings. The defaults are the paper's.",
+            description="Optional settings of the method CIDM, for Concept Learner's method_settings. The "
+                        "defaults are the paper's.",
             inputs=setting_inputs(METHODS["cidm"].config, CIDM),
             outputs=[types.Settings.Output(display_name="method_settings")],
         )

@@ -1,8 +1,12 @@
-"""The embedded base as MODEL, CLIP and VAE: the whole pack can be tried with no download. 64-pixel pictures; a latent cell is 4 pixels."""
+"""The embedded base as MODEL, CLIP, VAE and CLIP_VISION, so that all nodes can be tried without a download.
+
+Its pictures have 64 pixels a side; a latent cell is 4 pixels.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import comfy.clip_vision
 import comfy.latent_formats
@@ -23,7 +27,8 @@ from ..demo.vocabulary import CONTEXT_LENGTH
 
 
 class _Operations(comfy.ops.manual_cast):
-    """ComfyUI's layers; its UNet asks for 32 groups in every norm, the embedded base has 8 (see networks.NORM_GROUPS)."""
+    """ComfyUI's layers, with the embedded base's 8 groups per norm (networks.NORM_GROUPS); ComfyUI's UNet
+    asks for 32."""
 
     class GroupNorm(comfy.ops.manual_cast.GroupNorm):
         def __init__(self, num_groups, num_channels, *args, **kwargs) -> None:
@@ -43,21 +48,26 @@ class _Config(comfy.supported_models_base.BASE):
         return comfy.model_base.ModelType.V_PREDICTION
 
     def inpaint_model(self):
-        return False        # the host takes more than four channels for an inpainting model
+        return False        # ComfyUI takes a model of more than four channels for an inpainting model
 
 
 def _unet_config() -> dict:
-    """networks.UNET in the host's terms."""
-    shape = networks.UNET
+    """networks.UNET in ComfyUI's terms."""
+    shape: dict[str, Any] = networks.UNET
     widths, layers = shape["block_out_channels"], shape["layers_per_block"]
     depth = [int(kind.startswith("CrossAttn")) for kind in shape["down_block_types"]]
     return {
-        "image_size": shape["sample_size"], "in_channels": shape["in_channels"], "out_channels": shape["out_channels"],
-        "model_channels": widths[0], "channel_mult": [width // widths[0] for width in widths], "num_res_blocks": [layers] * len(widths),
+        "image_size": shape["sample_size"], "in_channels": shape["in_channels"],
+        "out_channels": shape["out_channels"],
+        "model_channels": widths[0], "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": [layers] * len(widths),
         "transformer_depth": [d for d in depth for _ in range(layers)],
-        "transformer_depth_output": [d for d in depth for _ in range(layers + 1)], "transformer_depth_middle": 1,
-        "num_heads": shape["attention_head_dim"], "num_head_channels": -1, "context_dim": shape["cross_attention_dim"],
-        "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False, "adm_in_channels": None,
+        "transformer_depth_output": [d for d in depth for _ in range(layers + 1)],
+        "transformer_depth_middle": 1,
+        "num_heads": shape["attention_head_dim"], "num_head_channels": -1,
+        "context_dim": shape["cross_attention_dim"],
+        "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False,
+        "adm_in_channels": None,
         "use_temporal_attention": False, "dtype": torch.float32,
     }
 
@@ -66,16 +76,20 @@ def _load_model(unet: torch.nn.Module, rgb: tuple[list, list]):
     config = _Config(_unet_config())
     config.latent_format.latent_rgb_factors, config.latent_format.latent_rgb_factors_bias = rgb
     model = config.get_model({}, device=None)
-    mapping, own = comfy.utils.unet_to_diffusers(config.unet_config), unet.state_dict()
-    missing, unexpected = model.diffusion_model.load_state_dict({mapping[name]: w for name, w in own.items()}, strict=False)
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    weights = {names[name]: weight for name, weight in unet.state_dict().items()}
+    missing, unexpected = model.diffusion_model.load_state_dict(weights, strict=False)
     if missing or unexpected:
-        raise RuntimeError(f"the embedded base does not fit this ComfyUI's UNet: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
+        raise RuntimeError(f"the embedded base does not fit this ComfyUI's UNet: missing {missing[:3]}, "
+                           f"unexpected {unexpected[:3]}")
+    return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(),
+                                            management.unet_offload_device())
 
 
 class _Tokenizer(comfy.sd1_clip.SDTokenizer):
     def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
-        super().__init__(str(base.TOKENIZER), max_length=CONTEXT_LENGTH, embedding_directory=embedding_directory,
+        super().__init__(str(base.TOKENIZER), max_length=CONTEXT_LENGTH,
+                         embedding_directory=embedding_directory,
                          embedding_size=networks.TEXT_WIDTH, tokenizer_data=tokenizer_data or {})
 
 
@@ -85,18 +99,23 @@ class _TextTokenizer(comfy.sd1_clip.SD1Tokenizer):
 
 
 def _text_class(encoder: torch.nn.Module, tokenizer):
-    """ComfyUI's SD1 text encoder in the embedded base's shape, with its weights."""
+    """A class of ComfyUI's SD1 text encoder, in the embedded base's shape and with its weights."""
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    weights = {("" if name.startswith("text_model.") else "text_model.") + name: w for name, w in encoder.state_dict().items()
+    weights = {("" if name.startswith("text_model.") else "text_model.") + name: w
+               for name, w in encoder.state_dict().items()
                if not name.endswith("position_ids")}
     weights["text_projection.weight"] = torch.eye(networks.TEXT_WIDTH)
 
     class Encoder(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
-            super().__init__(device, CONTEXT_LENGTH, textmodel_json_config={**networks.TEXT, "eos_token_id": end}, dtype=torch.float32,
-                             special_tokens={"start": start, "end": end, "pad": end}, return_projected_pooled=False,
+            super().__init__(device, CONTEXT_LENGTH, textmodel_json_config={**networks.TEXT,
+                                                                            "eos_token_id": end},
+                             dtype=torch.float32,
+                             special_tokens={"start": start, "end": end, "pad": end},
+                             return_projected_pooled=False,
                              model_options={})
-            words = self.operations.Embedding(len(tokenizer), networks.TEXT_WIDTH, device=device, dtype=torch.float32)
+            words = self.operations.Embedding(len(tokenizer), networks.TEXT_WIDTH, device=device,
+                                              dtype=torch.float32)
             self.transformer.set_input_embeddings(words)
             self.transformer.load_state_dict(weights)
             self.freeze()
@@ -109,18 +128,23 @@ def _text_class(encoder: torch.nn.Module, tokenizer):
 
 
 class DemoVAE(comfy.sd.VAE):
-    """The embedded base's autoencoder behind ComfyUI's VAE interface: IMAGE `[B, H, W, 3]` in 0..1 to latents `[B, 12, H/4, W/4]`."""
+    """The embedded base's autoencoder with ComfyUI's VAE interface: IMAGE `[B, H, W, 3]` in 0..1 to latents
+    `[B, 12, H/4, W/4]`."""
 
-    def __init__(self, autoencoder: torch.nn.Module) -> None:       # not the base's: it recognises autoencoders by their weights' names
+    # ComfyUI's own constructor recognises autoencoders by the names of their weights, and knows none of
+    # these.
+    def __init__(self, autoencoder: networks.PatchAutoencoder) -> None:
         self.first_stage_model = autoencoder.eval()
         self.device, self.output_device = management.vae_device(), management.intermediate_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(autoencoder, self.device, management.vae_offload_device())
-        self.vae_dtype, self.latent_channels, self.latent_dim, self.output_channels = torch.float32, networks.LATENT_CHANNELS, 2, 3
-        self.downscale_ratio = self.upscale_ratio = networks.PATCH
-        self.size, self.disable_offload, self.extra_1d_channel, self.crop_input, self.not_video = None, False, None, True, False
+        self.patcher = comfy.model_patcher.ModelPatcher(autoencoder, self.device,
+                                                        management.vae_offload_device())
+        self.vae_dtype, self.latent_channels, self.latent_dim = torch.float32, networks.LATENT_CHANNELS, 2
+        self.output_channels, self.downscale_ratio, self.upscale_ratio = 3, networks.PATCH, networks.PATCH
+        self.size, self.disable_offload, self.extra_1d_channel = None, False, None
+        self.crop_input, self.not_video = None, True
 
     def throw_exception_if_invalid(self) -> None:
-        """It is always valid."""
+        """Does nothing: this one is always valid."""
 
     @torch.no_grad()
     def encode(self, pixel_samples: Tensor) -> Tensor:
@@ -143,8 +167,10 @@ class DemoVAE(comfy.sd.VAE):
 
 
 class DemoVision:
-    """The embedded metric encoder behind what nodes use of ComfyUI's CLIP_VISION: half of a picture's vector says who is there, half how
-    it is drawn."""
+    """The embedded metric encoder as a CLIP_VISION, as far as nodes use one.
+
+    One half of a picture's vector says what is in it, the other half how it is drawn.
+    """
 
     def __init__(self) -> None:
         self.encoder = MetricEncoder.load(judges.ASSETS / "metrics.safetensors")
@@ -153,7 +179,8 @@ class DemoVision:
     def encode_image(self, image: Tensor, crop=True) -> comfy.clip_vision.Output:
         """IMAGE `[B, H, W, 3]` in 0..1; its `image_embeds` are unit vectors `[B, D]`."""
         side = judges.SIDE
-        x = comfy.utils.common_upscale(image.movedim(-1, 1)[:, :3].cpu().float(), side, side, "area", "center" if crop else "disabled")
+        x = comfy.utils.common_upscale(image.movedim(-1, 1)[:, :3].cpu().float(), side, side, "area",
+                                       "center" if crop else "disabled")
         parts = self.encoder.object_features(x * 2 - 1), self.encoder.style_features(x * 2 - 1)
         output = comfy.clip_vision.Output()
         output.image_embeds = torch.cat(parts, dim=1) / math.sqrt(2)
@@ -161,14 +188,19 @@ class DemoVision:
 
 
 def _preview(vae: networks.PatchAutoencoder) -> tuple[list, list]:
-    """For latent previews: each channel's colour and the bias, from the linear part of the decoder."""
-    weight = vae.linear.weight.detach().view(3, networks.PATCH**2, -1).mean(1)      # pixel_shuffle orders [colour, row, column]
+    """Each latent channel's colour, and the bias, for latent previews; from the linear part of the
+    decoder."""
+    # pixel_shuffle orders [colour, row, column]
+    weight = vae.linear.weight.detach().view(3, networks.PATCH**2, -1).mean(1)
+    assert vae.linear.bias is not None
     return weight.T.tolist(), vae.linear.bias.detach().view(3, -1).mean(1).tolist()
 
 
 def load_demo(embedding_directory=None) -> tuple:
     """MODEL, CLIP and VAE of the embedded base; its CLIP_VISION is `DemoVision`."""
-    modules = base.load_modules()
+    modules: dict[str, Any] = base.load_modules()
     model = _load_model(modules["unet"], _preview(modules["vae"]))
-    target = comfy.supported_models_base.ClipTarget(_TextTokenizer, _text_class(modules["text_encoder"], modules["tokenizer"]))
+    target = comfy.supported_models_base.ClipTarget(_TextTokenizer,
+                                                    _text_class(modules["text_encoder"],
+                                                                modules["tokenizer"]))
     return model, comfy.sd.CLIP(target, embedding_directory=embedding_directory), DemoVAE(modules["vae"])

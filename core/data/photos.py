@@ -108,7 +108,8 @@ def pair_pictures(pixels: Sequence[Tensor], captions: Sequence[str],
 
 def _to_mask(image: Image.Image) -> Tensor:
     """`[1, H, W]` in 0..1."""
-    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("L"))).float().unsqueeze(0) / 255.0
+    grey = np.array(ImageOps.exif_transpose(image).convert("L"))
+    return torch.from_numpy(grey).float().unsqueeze(0) / 255.0
 
 
 def _opened(path: Path, what: str, convert: Callable[[Image.Image], Tensor]) -> Tensor:
