@@ -169,7 +169,7 @@ class ConceptLearner(io.ComfyNode):
                  for p in pictures_of(prior_images, "prior_images")]
         method = make(given["method"], _method_settings(given, first(method_settings)))
         if first(selection) is not None:
-            method.selection = first(selection)
+            method.use_selection(first(selection))
         config = _with_early_stopping(_training_config(given, first(training_settings)), given)
         with torch.inference_mode(False):
             backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])

@@ -22,7 +22,7 @@ from ...core.bank.tokens import TokenGroup, default_words
 from ...core.conditioning.encoding import encode_prompts
 from ...core.data.training_set import TrainingSet
 from ...core.methods.base import METHODS, Task, make
-from ...core.methods.clora import KEYS_AND_VALUES
+from ...core.methods.low_rank import KEYS_AND_VALUES
 from ...core.model.backbone import Backbone
 from ...core.model.sites import PROJECTIONS, SiteLayout
 from ...core.training.config import TrainingConfig

@@ -23,6 +23,7 @@ from .base import METHODS, Method, Task, get, make
 DEFAULT = "bound"      # what is offered first
 
 __all__ = [
-    "DEFAULT", "METHODS", "Method", "Task", "bound", "ccdm", "cidm", "clora", "cns", "custom_diffusion", "ewc", "finetune", "l2dm",
-    "lora_merge", "lwf", "mix_of_show", "orthogonal_adaptation", "scns", "stamina", "textual_inversion", "get", "make",
+    "DEFAULT", "METHODS", "Method", "Task", "bound", "ccdm", "cidm", "clora", "cns", "custom_diffusion",
+    "ewc", "finetune", "l2dm", "lora_merge", "lwf", "mix_of_show", "orthogonal_adaptation", "scns", "stamina",
+    "textual_inversion", "get", "make",
 ]

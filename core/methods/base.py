@@ -1,12 +1,12 @@
-"""The method interface: a strategy that the one training loop calls, and nothing else of it.
+"""The method interface: hooks that the trainer calls. Their defaults train a concept's words and adapters.
 
-A method is a file: config + maths + strategy + `register(...)` at the bottom. The loop knows no method by name.
+A method is one file: settings, mathematics, hooks, and `register(...)` at the bottom.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -15,18 +15,24 @@ from torch import Tensor, nn
 
 from ..bank.bank import ConceptBank
 from ..bank.composition import PROMPT, Composition
-from ..bank.tokens import TokenGroup, default_words, initial_vectors
+from ..bank.concepts import Concept
+from ..bank.tokens import TokenGroup, default_words
+from ..conditioning.learned_words import LearnedWords, Words
 from ..data.batch import Batch
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
-from ..model.sites import PROJECTIONS, Site, SiteLayout
+from ..model.storage import stored_dtype
+from ..neurons.neurons import NeuronSelection
+from .adapters import AdapterProcessor, Adapters
+from .config import MethodConfig
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be learned next, on top of which bank. words: names of the learned words (default: two after the concept)."""
+    """What to learn, on which base and bank. words: names of the learned words; without, they follow the
+    concept's."""
 
     name: str
     class_noun: str
@@ -41,14 +47,28 @@ class Task:
         return self.words or default_words(self.name, 2)
 
     def worded(self, count: int) -> Task:
-        """This task with its words named: as a person named them, else `count` after the concept."""
+        """This task with its words named: the given names, or `count` default ones."""
         return self if self.words else replace(self, words=default_words(self.name, count))
+
+    def earlier(self, method: str) -> list[Concept]:
+        """The bank's concepts of one method, in the order in which they were learned."""
+        bank = self.bank
+        return [bank.passing(name) for name, info in bank.infos.items() if info.method == method]
+
+    def draw_seed(self) -> int:
+        """A seed for random numbers that a resumed run must draw again."""
+        return int(torch.randint(2**31, (1,), generator=self.generator))
+
+
+def low_rank_deltas(concepts: list[Concept], key: DeltaKey) -> list[LowRankDelta]:
+    """The low-rank deltas that concepts have of one projection."""
+    return [delta for concept in concepts if isinstance(delta := concept.deltas.get(key), LowRankDelta)]
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What one training forward pass saw: the batch, its context, timesteps `[B]`, noisy latents and the UNet's output `[B, C, h, w]`
-    (with gradient), the target that the output is compared with."""
+    """One training forward pass: its batch and context, timesteps `[B]`, noisy latents, the target, and the
+    UNet's output `[B, C, h, w]` with gradient."""
 
     batch: Batch
     context: Context
@@ -60,7 +80,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished task leaves: the concept's tokens and deltas, and the method's shared state for the next task."""
+    """A finished task: the concept's tokens and deltas, and the method's shared state for the next task."""
 
     tokens: TokenGroup
     deltas: Deltas
@@ -68,14 +88,16 @@ class Outcome:
 
 
 class Method(ABC):
-    """One way to learn a concept. An instance lives for one task.
+    """One way to learn a concept. An instance serves one task.
 
-    composition: how its concepts act together, see bank.composition.
-    builds_on_sum: whether a "sum" method learns on top of what its earlier tasks did to the weights, or each task on the base alone.
-    wants_prior: whether its paper trains with prior-preservation pictures beside the concept's own.
-    word_count: how many words a concept gets whose words nobody named.
-    learns_alone: whether it depends on more of a pass than the gradients of its parameters, so that several processes, each with its share
-    of the batch, would not agree.
+    Attributes:
+        composition: how its concepts act together, see bank.composition.
+        builds_on_sum: whether a method of summed deltas trains on top of its earlier tasks, else on the base
+            alone.
+        wants_prior: whether its paper trains with prior-preservation pictures.
+        word_count: words of a concept whose words are not named.
+        learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
+            processes, each with a share of the batch, would then disagree.
     """
 
     name: ClassVar[str]
@@ -85,181 +107,134 @@ class Method(ABC):
     wants_prior: ClassVar[bool] = False
     learns_alone: ClassVar[bool] = False
 
-    @abstractmethod
+    config: MethodConfig
+    task: Task
+    words: Words
+    adapters: Adapters
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+
+    def use_selection(self, selection: NeuronSelection) -> None:
+        """Trains the given neurons only; called before `begin`. Raises ConceptError unless the method selects
+        neurons."""
+        able = [entry.name for entry in METHODS.values() if entry.method.use_selection
+                is not Method.use_selection]
+        raise ConceptError(f"method '{self.name}' cannot use a neuron selection; methods that can: "
+                           f"{', '.join(sorted(able))}")
+
     def begin(self, task: Task) -> None:
-        """Creates the trainables for a task."""
+        """Creates the trainable parameters of a task."""
+        c, self.task = self.config, task
+        self.words = LearnedWords(task.backbone, task.name, task.word_names, task.class_noun, c.layerwise,
+                                  c.first_std, task.generator)
+        self.adapters = self.make_adapters()
+
+    @abstractmethod
+    def make_adapters(self) -> Adapters:
+        """The trainable deltas of the task, at their start."""
 
     def on_data(self, data: TrainingData) -> None:  # noqa: B027 - a hook: most methods need none
-        """Once after `begin`, before the first step, while nothing is folded into the weights: the task's whole training set (for a memory
-        of pictures; a resumed run comes through here as well)."""
+        """Receives the training set once, after `begin` and before deltas are folded in. A resumed run calls
+        it too."""
 
-    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for the optimiser: `{"params", "lr"}`; fp32 whatever the base's type."""
+        """Parameter groups for the optimiser, float32 whatever the base's type."""
+        trained = [parameter for parameter in self.adapters.parameters() if parameter.requires_grad]
+        return [{"params": list(self.words.parameters()), "lr": self.config.token_lr},
+                {"params": trained, "lr": self.config.lr}]
 
-    @abstractmethod
     def token_group(self) -> TokenGroup:
-        """The new concept's words as trained so far, with gradient."""
+        """The concept's words as trained so far, with gradient."""
+        return self.words.group()
 
-    @abstractmethod
     def processor(self) -> AttentionProcessor:
-        """What sites do in training."""
+        """The attention processor of a training forward pass."""
+        return AdapterProcessor(self.adapters)
 
     def on_batch(self, batch: Batch) -> Batch:
-        """May add to or replace the batch (replay)."""
+        """May extend or replace a batch (replay). What it returns is trained on, unchanged."""
         return batch
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        """Named terms added to the denoising loss, after the forward pass. None before the second task unless the method says so."""
+        """Named terms that are added to the denoising loss. None before the second task unless the method
+        says so."""
         return {}
 
     def after_step(self, step: int) -> None:  # noqa: B027 - a hook: most methods need none
-        """After the optimiser's step: masking, clipping, second steps of alternating schemes."""
+        """Runs after the optimiser's step: masking, clipping, the second step of an alternating scheme."""
 
     def monitors(self) -> dict[str, float]:
-        """Named figures of the method's state after a step, for people to look at; they are part of no loss."""
+        """Named figures of the method's state after a step, for display. They are part of no loss."""
         return {}
 
-    @abstractmethod
+    def recorded(self, dtype: torch.dtype) -> Deltas:
+        """The deltas of the concept's record, detached, in the bank's type."""
+        return self.adapters.stored(dtype)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """What the method carries to its next task beside the concepts."""
+        return {}
+
+    @torch.no_grad()
     def finish(self) -> Outcome:
         """The learned concept, detached."""
+        dtype = stored_dtype(self.config.stored)
+        return Outcome(self.words.stored(dtype), self.recorded(dtype), self.shared_state())
 
-    @abstractmethod
-    def modules(self) -> nn.ModuleDict:
-        """Everything that a checkpoint of this task must hold."""
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules with trainable parameters, by their names in checkpoints."""
+        return {"words": self.words, "adapters": self.adapters}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a checkpoint of this task must hold. A method adds what is not in its modules."""
+        return {f"{part}.{name}": value for part, module in self.parts().items()
+                for name, value in module.state_dict().items()}
 
-class LearnedWords(nn.Module):
-    """Trainable token vectors: one parameter `[L, n, D]` per text encoder, started as CIDM does (see tokens.initial_vectors)."""
-
-    def __init__(self, task: Task, layerwise: bool, first_std: float = 0.0) -> None:
-        super().__init__()
-        self.names = task.word_names
-        copies = task.backbone.layout.copies if layerwise else 1
-        self.vectors = nn.ParameterDict()
-        for encoder in task.backbone.text:
-            ids = encoder.ids(task.class_noun) if task.class_noun else []
-            if len(self.names) > 1 and not ids:
-                raise ConceptError(f"class noun of concept '{task.name}' is empty; {len(self.names)} words need one to start from")
-            known = encoder.vectors(ids) if ids else torch.zeros(0, encoder.width)
-            std = first_std or float(encoder.vectors(list(range(256))).std())      # 256: the bytes, in every CLIP vocabulary
-            start = initial_vectors(known, len(self.names), copies, std, task.generator)
-            self.vectors[encoder.name] = nn.Parameter(start.to(task.backbone.device))
-
-    def group(self) -> TokenGroup:
-        return TokenGroup(self.names, dict(self.vectors.items()))
-
-    def stored(self, dtype: torch.dtype) -> TokenGroup:
-        return TokenGroup(self.names, {name: kept(v, dtype) for name, v in self.vectors.items()})
-
-    def mean_norm(self) -> float:
-        """Mean length of the learned vectors, over encoders, copies and words."""
-        return float(torch.stack([v.detach().norm(dim=-1).mean() for v in self.vectors.values()]).mean())
-
-
-def adapter_key(index: int, projection: str) -> str:
-    return f"{index}-{projection}"
-
-
-class LowRankAdapters(nn.Module):
-    """Trainable factors for the chosen projections of every site: `down` Kaiming-uniform, `up` zero, so training starts at the base."""
-
-    def __init__(self, layout: SiteLayout, rank: int, scale: float, generator: torch.Generator, device, projections=PROJECTIONS) -> None:
-        super().__init__()
-        self.scale, self.keys = scale, [(site.index, projection) for site in layout.sites for projection in projections]
-        self.up, self.down = nn.ParameterDict(), nn.ParameterDict()
-        for index, projection in self.keys:
-            a, b = layout.sites[index].shape(projection)
-            bound = (1.0 / b) ** 0.5     # kaiming_uniform_(a=sqrt(5)) of a [r, b] matrix
-            down = (torch.rand(rank, b, generator=generator) * 2 - 1) * bound
-            self.down[adapter_key(index, projection)] = nn.Parameter(down.to(device))
-            self.up[adapter_key(index, projection)] = nn.Parameter(torch.zeros(a, rank, device=device))
-
-    def delta(self, index: int, projection: str) -> LowRankDelta | None:
-        key = adapter_key(index, projection)
-        return LowRankDelta(self.up[key], self.down[key], self.scale) if key in self.up else None
-
-    def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
-        """Detached copies on the CPU in the bank's type."""
-        return kept_deltas({key: d for key in self.keys if (d := self.delta(*key)) is not None}, dtype)
-
-
-class AdapterProcessor(AttentionProcessor):
-    """Adds trainable deltas to the projections while training."""
-
-    def __init__(self, adapters: LowRankAdapters) -> None:
-        self.adapters = adapters
-
-    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        delta = self.adapters.delta(site.index, projection)
-        return y if delta is None else y + delta.apply(x).to(y.dtype)
-
-
-STORED_TYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
-def stored_dtype(name: str) -> torch.dtype:
-    if name not in STORED_TYPES:
-        raise ConceptError(f"stored type is {name!r}; allowed: {', '.join(STORED_TYPES)}")
-    return STORED_TYPES[name]
-
-
-def wide_enough(dtype: torch.dtype, tensors: Iterable[Tensor]) -> torch.dtype:
-    """The bank's type for tensors that are stored together: float32 where a number is too large for `dtype`, so that storing makes nothing
-    infinite."""
-    tops = [tensor.detach().abs().amax() for tensor in tensors if tensor.numel()]
-    return torch.float32 if tops and torch.stack(tops).max() > torch.finfo(dtype).max else dtype
-
-
-def kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A detached copy on the CPU in the bank's type."""
-    return tensor.detach().to(wide_enough(dtype, [tensor])).cpu().clone()
-
-
-def kept_deltas(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
-    """Detached copies on the CPU, all in one type, as their file has them."""
-    dtype = wide_enough(dtype, (tensor for delta in deltas.values() for tensor in delta.tensors()))
-    return {key: LowRankDelta(d.up.detach().to(dtype).cpu().clone(), d.down.detach().to(dtype).cpu().clone(), d.scale)
-            for key, d in deltas.items()}
-
-
-def require(condition: bool, setting: str, value, allowed: str) -> None:
-    """Refuses a setting with one sentence."""
-    if not condition:
-        raise ConceptError(f"setting '{setting}' is {value!r}; allowed: {allowed}")
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned. Raises KeyError or RuntimeError for a state that does not
+        fit."""
+        for part, module in self.parts().items():
+            start = f"{part}."
+            module.load_state_dict({name.removeprefix(start): value for name, value in state.items()
+                                    if name.startswith(start)})
 
 
 @dataclass(frozen=True)
 class Registered:
+    """A method by name, with its configuration class and one sentence for lists."""
+
     name: str
     config: type
-    build: Callable[[Any], Method]
-    summary: str
     method: type[Method]
+    summary: str
 
 
 METHODS: dict[str, Registered] = {}
 
 
 def register(name: str, config: type, method: type[Method], summary: str) -> None:
-    """Called at the bottom of a method's own file."""
+    """Makes a method known by name; called at the bottom of its file."""
     if name != name.lower() or name in METHODS:
-        raise ConceptError(f"method name {name!r} must be lower case and new; taken: {', '.join(sorted(METHODS))}")
+        raise ConceptError(f"method name {name!r} must be lower case and new; taken: "
+                           f"{', '.join(sorted(METHODS))}")
     method.name = name
-    METHODS[name] = Registered(name, config, method, summary, method)
+    METHODS[name] = Registered(name, config, method, summary)
 
 
 def get(name: str) -> Registered:
+    """Looks up a method. Raises ConceptError for an unknown name."""
     if name not in METHODS:
         raise ConceptError(f"unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
     return METHODS[name]
 
 
 def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """A method with its settings; unknown settings are refused by name."""
-    entry = get(name)
-    known = {f.name for f in fields(entry.config)}
-    unknown = sorted(set(settings or {}) - known)
+    """A method with its settings. Raises ConceptError for unknown methods, settings and values."""
+    entry, settings = get(name), settings or {}
+    allowed = {f.name for f in fields(entry.config)}
+    unknown = sorted(set(settings) - allowed)
     if unknown:
-        raise ConceptError(f"method '{name}' has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return entry.build(entry.config(**(settings or {})))
+        raise ConceptError(f"method '{name}' has no setting {unknown[0]!r}; it has "
+                           f"{', '.join(sorted(allowed))}")
+    return entry.method(entry.config(**settings))

@@ -1,20 +1,25 @@
-"""Word-bound concepts: layer-wise words and low-rank deltas that act through those words alone. Ours, and the default.
+"""Word-bound concepts: layer-wise words, and low-rank deltas that act only through those words. Ours, and the
+default.
 
-Trained: layer-wise tokens and rank-4 deltas on q, k, v, out of every site, as CIDM's; what differs is where they act. CIDM's deltas
-change every position of a prompt that names the concept: two concepts in one prompt change each other, and each was trained to lean on
-the changed keys and values of all other words. Here a delta belongs to the positions of its own words (core.bound has the formula), in
-training as in sampling. The words themselves are encoded apart (see core.encoding): all other tokens of a prompt are encoded with the class
-noun in the words' place, and one concept's words with the class nouns of the others. So naming a concept changes its own words' positions
-at the sites and nothing else, two dogs in one prompt stay two dogs, and there is nothing to consolidate: no penalty, no shared state, no
-order of tasks, and the cost of a step does not depend on the bank.
+Layer-wise tokens and rank-4 deltas on q, k, v, out of every site are trained, as in CIDM. CIDM's deltas
+change every position of a prompt that names the concept. Two concepts in one prompt then change each other,
+and each has learned to rely on the changed keys and values of all other words. Here a delta belongs to the
+positions of its own words, in training and in sampling (attention.token_lora has the formula).
 
-Differs from what is known: Mix-of-Show and CIDM bind region prompts to boxes; Perfusion gates rank-one updates of k and v by likeness with
-the concept's text state and keeps to_q and to_out. We know of nobody who binds all four projections to the words in one attention call.
-"""
+The words are encoded apart from the rest of the prompt (conditioning.encoding). All other tokens are encoded
+with the class noun in the words' place, and one concept's words with the class nouns of the others. Naming a
+concept therefore changes the sites at its own words' positions and nothing else. No penalty, shared state or
+order of tasks is needed, and a step costs the same for any bank.
+
+Related work: Mix-of-Show and CIDM bind region prompts to boxes. Perfusion gates rank-one updates of k and v
+by similarity to the concept's text state and leaves to_q and to_out alone. We know of no other method that
+binds all four projections to the words in one attention call. """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+import torch
 
 from ..attention.token_lora import TokenLoraProcessor
 from ..bank.composition import WORDS
@@ -29,25 +34,30 @@ from .low_rank import LowRankConfig, LowRankMethod
 class BoundConfig(LowRankConfig):
     """The settings of low-rank methods, and how the words are encoded."""
 
-    apart: bool = setting(True, "Encode the words apart from the rest of the prompt, so that several concepts mix less.")
+    apart: bool = setting(True, "Encode the words apart from the rest of the prompt, so that several "
+                                "concepts mix less.")
 
 
 class Bound(LowRankMethod):
     composition = WORDS
+    config: BoundConfig
 
     def token_group(self) -> TokenGroup:
-        return replace(super().token_group(), placeholder_noun=self._stand_in())
+        return self._apart(super().token_group())
 
-    def _stand_in(self) -> str:
-        return self.task.class_noun if self.config.apart else ""
+    def _apart(self, tokens: TokenGroup) -> TokenGroup:
+        return replace(tokens, placeholder_noun=self.task.class_noun if self.config.apart else "")
 
     def processor(self) -> AttentionProcessor:
-        return TokenLoraProcessor({self.task.name: {key: self.adapters.delta(*key) for key in self.adapters.keys}})
+        return TokenLoraProcessor({self.task.name: {key: self.adapters.delta(key)
+                                                    for key in self.adapters.keys}})
 
+    @torch.no_grad()
     def finish(self) -> Outcome:
         outcome = super().finish()
-        return replace(outcome, tokens=replace(outcome.tokens, placeholder_noun=self._stand_in()))
+        return replace(outcome, tokens=self._apart(outcome.tokens))
 
 
 register("bound", BoundConfig, Bound,
-         "layer-wise words, and low-rank deltas that act through those words alone: concepts cannot touch each other")
+         "layer-wise words, and low-rank deltas that act through those words alone: concepts cannot touch "
+         "each other")

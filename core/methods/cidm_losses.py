@@ -1,8 +1,8 @@
 """The two consolidation losses of CIDM (Dong et al., NeurIPS 2024, Sec. 3.2) in low-rank algebra.
 
-Symbols as in the paper: task g is being learned, i < g are old; dW_i = A_i B_i (`up`, `down`); W* is the common subspace of all
-tasks and H_i the projection of task i onto it. All functions are per projection of a site; callers sum over sites.
-"""
+Symbols as in the paper: task g is being learned, i < g are old; dW_i = A_i B_i (`up`, `down`); W* is the
+common subspace of all tasks and H_i the projection of task i onto it. All functions are per projection of a
+site; callers sum over sites. """
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ RIDGE = 1e-6     # relative to the mean diagonal, keeps the solves defined when 
 
 
 def orthogonality_rr(old_up: Tensor, up: Tensor) -> Tensor:
-    """sum |A_i^T A_g|: r×r products of column spaces, what the cited O-LoRA regularises; our default reading of R1.
+    """sum |A_i^T A_g|: r×r products of column spaces, what the cited O-LoRA regularises; our default reading
+    of R1.
 
-    old_up: the A_i of all old tasks side by side `[a, sum r]`, so there is no loop over concepts; up: `[a, r]`.
-    """
+    old_up: the A_i of all old tasks side by side `[a, sum r]`, so there is no loop over concepts; up:
+    `[a, r]`. """
     return _Overlap.apply(old_up, up)
 
 
 class _Overlap(torch.autograd.Function):
-    """sum |A^T A_g|. Autograd would keep A in A_g's type until the backward pass, of all sites and for all concepts; the gradient for A_g,
-    A sign(A^T A_g), is a task's size and known at once."""
+    """sum |A^T A_g|. Autograd would keep A in A_g's type until the backward pass, of all sites and for all
+    concepts; the gradient for A_g, A sign(A^T A_g), is a task's size and known at once."""
 
     @staticmethod
     def forward(ctx, old_up: Tensor, up: Tensor) -> Tensor:
@@ -46,20 +47,29 @@ class _Overlap(torch.autograd.Function):
 
 
 def orthogonality_aa(old_up: Tensor, up: Tensor) -> Tensor:
-    """sum_i |A_i A_g^T|: R1 as printed, a×a matrices. With A_i of full rank its only zero is A_g = 0: kept for faithfulness.
+    """sum_i |A_i A_g^T|: R1 as printed, a×a matrices. With A_i of full rank its only zero is A_g = 0: kept
+    for faithfulness.
 
-    old_up: the A_i of all old tasks `[g - 1, a, R]`; up `[a, r]`. A smaller rank counts as filled up with zeros, on either side.
-    """
+    old_up: the A_i of all old tasks `[g - 1, a, R]`; up `[a, r]`. A smaller rank counts as filled up with
+    zeros, on either side. """
     rank = max(old_up.shape[2], up.shape[1])
     old, new = F.pad(old_up.to(up.dtype), (0, rank - old_up.shape[2])), F.pad(up, (0, rank - up.shape[1]))
     return (old @ new.T).abs().sum()
 
 
+def stored_up(delta: LowRankDelta) -> Tensor:
+    """A of a stored delta, scale included: in its stored type where that is exact, which halves the
+    memory."""
+    return delta.up if delta.scale == 1 else delta.up.float() * delta.scale
+
+
 def weighted_rows(delta: LowRankDelta) -> Tensor:
-    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix: C = (A^T A)^(1/2) B up to a rotation."""
+    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix: C = (A^T A)^(1/2) B up to
+    a rotation."""
     up, down = delta.up.float() * delta.scale, delta.down.float()
     gram = up.T @ up
-    if not torch.isfinite(gram).all():  # an exploded run: the next loss says so in words, a solver's error would not
+    # an exploded run: the next loss says so in words, a solver's error would not
+    if not torch.isfinite(gram).all():
         return torch.zeros_like(down)
     values, vectors = torch.linalg.eigh(gram)
     return (values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T) @ down
@@ -67,7 +77,8 @@ def weighted_rows(delta: LowRankDelta) -> Tensor:
 
 def _ridged(gram: Tensor) -> Tensor:
     size = gram.shape[-1]
-    return gram + torch.eye(size, device=gram.device, dtype=gram.dtype) * (RIDGE * gram.diagonal().mean().clamp(min=1e-20))
+    return gram + torch.eye(size, device=gram.device,
+                            dtype=gram.dtype) * (RIDGE * gram.diagonal().mean().clamp(min=1e-20))
 
 
 def project_onto(delta_up: Tensor, delta_down: Tensor, basis: Tensor) -> Tensor:
@@ -86,8 +97,9 @@ def residual(delta_up: Tensor, delta_down: Tensor, projected: Tensor, basis: Ten
 
 @dataclass(frozen=True)
 class Gram:
-    """S = sum_i dW_i^T dW_i `[b, b]` of some tasks, as its factors: downs `[g, R, b]`, the B_i in the type that they are stored in, which
-    with many concepts is half the memory, and inner `[g, R, R]`, the A_i^T A_i. A smaller rank is filled up with zeros."""
+    """S = sum_i dW_i^T dW_i `[b, b]` of some tasks, as its factors: downs `[g, R, b]`, the B_i in the type
+    that they are stored in, which with many concepts is half the memory, and inner `[g, R, R]`, the A_i^T
+    A_i. A smaller rank is filled up with zeros."""
 
     downs: Tensor
     inner: Tensor
@@ -107,11 +119,11 @@ class Gram:
 
 
 def als_sweep(grams: Iterable[Gram], basis: Tensor) -> Tensor:
-    """One alternating-least-squares sweep for W*'s row space: all H_i in closed form, then W*. `[s, b]`, rows orthonormal.
+    """One alternating-least-squares sweep for W*'s row space: all H_i in closed form, then W*. `[s, b]`, rows
+    orthonormal.
 
-    grams: of all tasks together. With H_i eliminated, W* = K Q S up to an s×s factor, S = sum dW_i^T dW_i; that factor does not change
-    H_i W*, so rows are re-orthonormalised.
-    """
+    grams: of all tasks together. With H_i eliminated, W* = K Q S up to an s×s factor, S = sum dW_i^T dW_i;
+    that factor does not change H_i W*, so rows are re-orthonormalised. """
     updated = sum(gram.times(basis) for gram in grams)
     if not torch.isfinite(updated).all() or updated.norm() < 1e-20:
         return basis
@@ -119,7 +131,8 @@ def als_sweep(grams: Iterable[Gram], basis: Tensor) -> Tensor:
 
 
 def initial_basis(rows: Tensor, rank: int) -> Tensor:
-    """The `rank` leading right-singular directions of the stacked rows: W* after the first task is that task's own row space."""
+    """The `rank` leading right-singular directions of the stacked rows: W* after the first task is that
+    task's own row space."""
     _, _, right = torch.linalg.svd(rows, full_matrices=False)
     basis = right[:rank]
     if basis.shape[0] < rank:      # fewer directions than asked for: fill with orthogonal ones
@@ -132,9 +145,9 @@ def initial_basis(rows: Tensor, rank: int) -> Tensor:
 class DenseCommon:
     """W* `[a, b]` and every H_i `[a, a]` as printed, with the paper's own gradient step on them (Eq. 7).
 
-    Initialisation is not stated in the paper. Ours: H_g = I, W* = mean of the old dW_i the first time, carried over afterwards, and
-    old H_i re-solved by ridge regression instead of stored (they are a×a each). All-zero starts are avoided: both gradients vanish there.
-    """
+    Initialisation is not stated in the paper. Ours: H_g = I, W* = mean of the old dW_i the first time,
+    carried over afterwards, and old H_i re-solved by ridge regression instead of stored (they are a×a each).
+    All-zero starts are avoided: both gradients vanish there. """
 
     common: Tensor
     projections: Tensor      # [g, a, a], the last one is H_g
@@ -142,9 +155,12 @@ class DenseCommon:
 
     @classmethod
     def start(cls, old: Tensor, common: Tensor | None) -> DenseCommon:
-        common = old.mean(0) if common is None else common.clone()      # the steps below change it; the bank's own must stay
-        wide = common.double()      # W* W*^T is far from full rank; in single precision rounding would outweigh the ridge
-        solved = torch.linalg.solve(_ridged(wide @ wide.T), (old.double() @ wide.T).transpose(1, 2)).transpose(1, 2).to(common)
+        # the steps below change it; the bank's own must stay
+        common = old.mean(0) if common is None else common.clone()
+        # W* W*^T is far from full rank; in single precision rounding would outweigh the ridge
+        wide = common.double()
+        solved = torch.linalg.solve(_ridged(wide @ wide.T),
+                                    (old.double() @ wide.T).transpose(1, 2)).transpose(1, 2).to(common)
         return cls(common, torch.cat([solved, torch.eye(common.shape[0]).to(common).unsqueeze(0)]), old)
 
     def loss(self, delta: Tensor) -> Tensor:
@@ -157,7 +173,8 @@ class DenseCommon:
 
     @torch.no_grad()
     def step(self, delta: Tensor, lr: float) -> None:
-        """Step two: W* and H_i descend R2. The printed update adds the (correct) gradients; we subtract them, or it would ascend."""
+        """Step two: W* and H_i descend R2. The printed update adds the (correct) gradients; we subtract them,
+        or it would ascend."""
         error = torch.cat([self.old, delta.unsqueeze(0)]) - self.projections @ self.common
         h_gradient = -2 * error @ self.common.T
         w_gradient = -2 * (self.projections.transpose(1, 2) @ error).sum(0)

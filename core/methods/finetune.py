@@ -1,23 +1,25 @@
-"""Sequential finetuning: one set of low-rank factors trained on and on, task after task. The first baseline.
+"""Sequential finetuning: one set of low-rank factors is trained on, task after task. The first baseline.
 
-The CIDM paper compares with "Finetuning" without saying which weights move; this is our reading, the same capacity as CIDM's
-(tokens, and q, k, v, out of every site at one rank) with nothing against forgetting. The concept recorded for task t is what task t
-added: the new product minus the old one, exact at rank 2r. Composition is the sum of all tasks' deltas.
-"""
+The CIDM paper compares with "Finetuning" without saying which weights move. Our reading has CIDM's capacity
+(tokens, and q, k, v, out of every site at one rank) and nothing against forgetting. The record of task t is
+what it added: the new product minus the old one, exact at rank 2r. Composition is the sum of all tasks'
+deltas. """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ..bank.composition import SUM
-from ..bank.tokens import TokenGroup
 from ..model.backbone import AttentionProcessor
-from ..model.deltas import DeltaKey, LowRankDelta
-from .base import AdapterProcessor, LearnedWords, LowRankAdapters, Method, Outcome, Task, adapter_key, kept_deltas, register, stored_dtype
-from .low_rank import LowRankConfig
+from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.sites import Site
+from ..model.storage import stored_deltas
+from .adapters import AdapterProcessor, LowRankAdapters, adapter_key
+from .base import Task, register
+from .low_rank import LowRankConfig, LowRankMethod
 
 
 @dataclass(frozen=True)
@@ -25,67 +27,54 @@ class FinetuneConfig(LowRankConfig):
     """Settings as CIDM's, so that a comparison differs in the method alone."""
 
 
-class _Continued(AdapterProcessor):
-    """Inside the loop the old sum is folded into the weights; what is trained is the difference to where it started."""
+class ContinuedProcessor(AdapterProcessor):
+    """The old sum is folded into the weights, so what is added is the difference to where training
+    started."""
 
     def __init__(self, adapters: LowRankAdapters, start: dict[DeltaKey, LowRankDelta]) -> None:
         super().__init__(adapters)
         self.start = start
 
-    def project(self, site, projection, x, y):
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         changed = super().project(site, projection, x, y)
         before = self.start.get((site.index, projection))
         return changed if before is None else changed - before.apply(x).to(y.dtype)
 
 
-class Finetune(Method):
+class Finetune(LowRankMethod):
+    """start: the deltas that training starts at, by projection; empty in the first task."""
+
     composition = SUM
 
-    def __init__(self, config: FinetuneConfig) -> None:
-        self.config = config
-
     def begin(self, task: Task) -> None:
-        c, layout, device = self.config, task.backbone.layout, task.backbone.device
-        self.words = LearnedWords(task, c.layerwise, c.first_std)
-        self.adapters = LowRankAdapters(layout, c.rank, c.scale, task.generator, device)
+        super().begin(task)
         self.start: dict[DeltaKey, LowRankDelta] = {}
         state = task.bank.shared.get(self.name, {})
         for key in self.adapters.keys:
-            name = adapter_key(*key)
-            if f"{name}.up" in state and state[f"{name}.up"].shape == self.adapters.up[name].shape:
+            (up, down), name = self.adapters.delta(key).tensors(), adapter_key(*key)
+            if f"{name}.up" in state and state[f"{name}.up"].shape == up.shape:
                 with torch.no_grad():
-                    self.adapters.up[name].copy_(state[f"{name}.up"])
-                    self.adapters.down[name].copy_(state[f"{name}.down"])
-                self.start[key] = LowRankDelta(self.adapters.up[name].detach().clone(), self.adapters.down[name].detach().clone(), c.scale)
-
-    def parameter_groups(self) -> list[dict]:
-        return [{"params": list(self.words.parameters()), "lr": self.config.token_lr},
-                {"params": list(self.adapters.parameters()), "lr": self.config.lr}]
-
-    def token_group(self) -> TokenGroup:
-        return self.words.group()
+                    up.copy_(state[f"{name}.up"])
+                    down.copy_(state[f"{name}.down"])
+                self.start[key] = LowRankDelta(up.detach().clone(), down.detach().clone(), self.config.scale)
 
     def processor(self) -> AttentionProcessor:
-        return _Continued(self.adapters, self.start)
+        return ContinuedProcessor(self.adapters, self.start)
 
-    def finish(self) -> Outcome:
-        dtype, deltas = stored_dtype(self.config.stored), {}
-        for key in self.adapters.keys:
-            new = self.adapters.delta(*key)
-            up, down = new.up.detach().cpu(), new.down.detach().cpu()
-            if self.start:
-                before = self.start[key]
-                up, down = torch.cat([up, -before.up.cpu()], dim=1), torch.cat([down, before.down.cpu()], dim=0)
-            deltas[key] = LowRankDelta(up, down, self.config.scale)
-        shared = {}
-        for key in self.adapters.keys:
-            name = adapter_key(*key)
-            shared[f"{name}.up"] = self.adapters.up[name].detach().cpu().clone()
-            shared[f"{name}.down"] = self.adapters.down[name].detach().cpu().clone()
-        return Outcome(self.words.stored(dtype), kept_deltas(deltas, dtype), shared)
+    def recorded(self, dtype: torch.dtype) -> Deltas:
+        return stored_deltas({key: self._added(key) for key in self.adapters.keys}, dtype)
 
-    def modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"words": self.words, "adapters": self.adapters})
+    def _added(self, key: DeltaKey) -> LowRankDelta:
+        up, down = (factor.detach().cpu() for factor in self.adapters.delta(key).tensors())
+        if self.start:
+            before = self.start[key]
+            up, down = torch.cat([up, -before.up.cpu()], dim=1), torch.cat([down, before.down.cpu()], dim=0)
+        return LowRankDelta(up, down, self.config.scale)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        return {f"{adapter_key(*key)}.{factor}": tensor.detach().cpu().clone() for key in self.adapters.keys
+                for factor, tensor in zip(("up", "down"), self.adapters.delta(key).tensors(), strict=True)}
 
 
-register("finetune", FinetuneConfig, Finetune, "sequential finetuning of one low-rank adapter; the baseline that forgets")
+register("finetune", FinetuneConfig, Finetune, "sequential finetuning of one low-rank adapter; the baseline "
+                                               "that forgets")

@@ -1,52 +1,59 @@
 """L2DM: create your world, lifelong text-to-image diffusion (Sun et al., TPAMI 2024, arXiv 2309.04430).
 
-The paper's, as far as it could be read: a long-term memory of features and prompts of every real training picture, no pictures (Alg. 1);
-before every later task pictures are generated for each stored prompt with the current model, and a score (Eq. 5) keeps one for every stored
-feature in a short-term memory; TAME (Eq. 4) replays the short-term memory with weight alpha, beside prior preservation with weight beta;
-ECD distils the previous model, the teacher, on the short-term memory (Fig. 2); what Fig. 2 draws as trained is cross-attention. For how it
-puts several concepts into one picture (the attention artists) see regional.artists.
+From the paper, as far as it could be read: a long-term memory holds features and prompts of every real
+training picture, but no pictures (Alg. 1). Before every later task, the current model generates pictures for
+each stored prompt, and a score (Eq. 5) selects one per stored feature for a short-term memory. TAME (Eq. 4)
+replays the short-term memory with weight alpha, beside prior preservation with weight beta. ECD distils the
+previous model, the teacher, on the short-term memory (Fig. 2). Cross-attention is trained (Fig. 2).
+sampling.attention_guidance has its composition of several concepts.
 
-Ours, since no code was available: the trained part is low-rank keys and values on top of all tasks before, and the concept's words (its
-identifier and class noun): a bank holds deltas, and full keys and values would cost 19 million values per concept on SD1.5; rank 8 on two
-projections has as many weights as CIDM's rank 4 on four. Features are those of `l2dm_memory.unet_features`, a stand-in for the paper's
-CLIP image features, which a base model does not bring along; `L2DM.features` takes another extractor. Candidates for a stored feature are
-the pictures of its own prompt. Every batch replays `replay` pictures, each old task as likely, so that a step's price does not grow with
-the bank; the term is weighted by the number of old tasks, which makes it the sum of Eq. 4 in expectation. Of Eq. 4's prior pictures those
-of the present task's class are used, as they come with the data. ECD compares the UNet's outputs (noise in the paper, v where the base
-predicts v) and weighs every sample alike: what makes it "elastic" could not be read.
-Unknown: alpha, beta, mu, eta, how pictures are generated, learning rates, steps, rank.
+Ours, since no code was available:
+- Low-rank keys and values on top of all earlier tasks are trained, and the concept's words. A bank holds
+  deltas; full keys and values would cost 19 million values per concept on SD1.5. Rank 8 on two projections
+  has as many weights as CIDM's rank 4 on four.
+- Features are those of `l2dm_memory.unet_features`, in place of CLIP image features, which a base model does
+  not include. `L2DM.features` takes another extractor. Candidates for a stored feature are the pictures of
+  its own prompt.
+- Every batch replays `replay` pictures, each old task with equal probability, so that a step's cost does not
+  grow with the bank. The term is weighted by the number of old tasks, which in expectation makes it the sum
+  of Eq. 4.
+- Of Eq. 4's prior pictures those of the present class are used, as the data provides them.
+- ECD compares the UNet's outputs (noise in the paper, v where the base predicts v) with equal weights. What
+  makes it "elastic" could not be read.
 
-The short-term memory is made anew per task, before anything is folded into the weights. A resumed run makes it again and then takes the
-one of its checkpoint.
-"""
+Unknown: alpha, beta, mu, eta, how pictures are generated, learning rates, steps, rank. The short-term memory
+is made anew per task, before anything is folded into the weights. A resumed run makes it again and then takes
+its checkpoint's. """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bank.composition import SUM
-from ..bank.tokens import TokenGroup
 from ..data.batch import Batch
+from ..data.training_set import TrainingData
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor
-from .base import AdapterProcessor, Forward, LearnedWords, LowRankAdapters, Method, Outcome, Task, register, require, stored_dtype
+from ..model.storage import stored_dtype
+from ..sampling.sampling import sample
+from ..sampling.settings import SampleSettings
+from .base import Forward, Task, register
+from .config import NOT_NEGATIVE, RankConfig, at_least
 from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
-
-if TYPE_CHECKING:      # it imports the methods' Batch
-    from ..data.training_set import TrainingData
+from .low_rank import KEYS_AND_VALUES, LowRankMethod
 
 
 @dataclass(frozen=True)
-class L2DMConfig:
-    """alpha: of the replay term (Eq. 4); beta: of prior pictures (Eq. 4), times the training's prior_weight; mu: of distillation; eta:
-    pictures generated per stored prompt; closeness: of the likeness to the real picture in the selection (Eq. 5's beta); replay: short-term
-    pictures per batch; generation_steps, cfg: how pictures are generated. With guidance (cfg above 1) each task's replay exaggerates what
-    the task before had exaggerated: over ten tasks of the embedded base, cfg 3 in place of 1 halved image alignment."""
+class L2DMConfig(RankConfig):
+    """alpha: weight of replay (Eq. 4); beta: of prior pictures (Eq. 4), times the training's prior_weight;
+    mu: of distillation; eta: pictures generated per stored prompt; closeness: Eq. 5's beta, weight of the
+    similarity to the real picture; replay: short-term pictures per batch; generation_steps, cfg: how pictures
+    are generated. With cfg above 1 each task's replay exaggerates what the task before had exaggerated: over
+    ten tasks of the embedded base, cfg 3 in place of 1 halved image alignment."""
 
     rank: int = 8
     scale: float = 1.0
@@ -64,120 +71,120 @@ class L2DMConfig:
     first_std: float = 0.0
     stored: str = "float16"
 
-    def __post_init__(self) -> None:
-        require(1 <= self.rank <= 128, "rank", self.rank, "1 to 128")
-        for name in ("eta", "generation_steps", "replay"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("lr", "token_lr", "first_std", "alpha", "beta", "mu", "closeness", "cfg"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        stored_dtype(self.stored)
+    limits = {**dict.fromkeys(("eta", "generation_steps", "replay"), at_least(1)),
+              **dict.fromkeys(("alpha", "beta", "mu", "closeness", "cfg"), NOT_NEGATIVE)}
 
 
-class L2DM(Method):
+class L2DM(LowRankMethod):
     """features: how pictures are described in the memory; set before `begin`, the same for a whole bank."""
 
     composition = SUM
     wants_prior = True
-    learns_alone = True      # each pass replays its own pictures
+    learns_alone = True      # each forward pass replays its own pictures
+    projections = KEYS_AND_VALUES
+    config: L2DMConfig
     features: Features = staticmethod(unet_features)
 
-    def __init__(self, config: L2DMConfig) -> None:
-        self.config = config
-
     def begin(self, task: Task) -> None:
-        c, self.task = self.config, task
-        self.words = LearnedWords(task, c.layerwise, c.first_std)
-        self.adapters = LowRankAdapters(task.backbone.layout, c.rank, c.scale, task.generator, task.backbone.device, ("to_k", "to_v"))
-        self.seed = int(torch.randint(2**31, (1,), generator=task.generator))
-        self.steps, self.draws = 0, 0
-        self.old, self.new, self.short = self._living(LongTerm.read(task.bank.shared.get(self.name, {}))), None, None
-        self.joined: tuple[Batch, int] | None = None      # the last batch with replay, and where its replay begins
+        super().begin(task)
+        self.seed, self.steps, self.draws = task.draw_seed(), 0, 0
+        self.old = self._of_present_concepts(LongTerm.read(task.bank.shared.get(self.name, {})))
+        self.new: LongTerm | None = None
+        self.short: ShortTerm | None = None
+        # the last batch with replay, and its first replayed row
+        self.joined: tuple[Batch, int] | None = None
 
-    def _living(self, memory: LongTerm) -> LongTerm:
-        """What belongs to concepts that the bank still holds; `names` says which is whose."""
+    def _of_present_concepts(self, memory: LongTerm) -> LongTerm:
+        """The rows of concepts that the bank still holds. Sets `names`: owner -> concept."""
         bank = self.task.bank
-        known = {words_digest(bank[name].tokens): name for name, info in bank.infos.items() if info.method == self.name}
-        keep = [i for i, owner in enumerate(memory.owners) if owner in known and self._readable(self._prompt(memory, i, known))]
-        memory = memory.rows(keep)
-        self.names = {owner: known[owner] for owner in dict.fromkeys(memory.owners)}
-        return memory
+        owners = {words_digest(bank[name].tokens): name for name,
+                  info in bank.infos.items() if info.method == self.name}
+        self.names = {owner: owners[owner] for owner in dict.fromkeys(memory.owners) if owner in owners}
+        return memory.rows([i for i, owner in enumerate(memory.owners)
+                            if owner in owners and self._is_readable(self._prompt(memory, i))])
 
-    @staticmethod
-    def _prompt(memory: LongTerm, row: int, names: Mapping[str, str]) -> str:
-        return memory.prompts[row].replace("<>", f"<{names[memory.owners[row]]}>")
+    def _prompt(self, memory: LongTerm, row: int) -> str:
+        return memory.prompts[row].replace("<>", f"<{self.names[memory.owners[row]]}>")
 
-    def _readable(self, prompt: str) -> bool:
-        """A caption may name other concepts, which may have gone since."""
+    def _is_readable(self, prompt: str) -> bool:
+        """A caption may name other concepts, which may have been deleted since."""
         return self.task.bank.vocabulary.knows(prompt)
 
     def on_data(self, data: TrainingData) -> None:
-        """Describes the task's own pictures for the long-term memory (mirrored copies left out) and fills the short-term memory."""
+        """Describes the task's own pictures for the long-term memory and fills the short-term memory.
+
+        Mirrored copies of a picture are left out.
+        """
         own = (~data.is_prior).nonzero().squeeze(1)
         own = own[::max(1, len(own) // max(1, len(data.digests)))]
         device = data.latents.device
-        found = self.features(self.task.backbone, data.latents[own.to(device)]).float().cpu()
-        if len(self.old.owners) and self.old.features.shape[1] != found.shape[1]:
-            raise ConceptError(f"the bank's long-term memory of '{self.name}' has features of length {self.old.features.shape[1]}, this "
-                               f"run's have {found.shape[1]}; allowed: one feature function for a whole bank")
-        mine = f"<{self.task.name}>"
-        self.new = LongTerm(found, ("",) * len(own), tuple(data.captions[i].replace(mine, "<>") for i in own.tolist()))
+        features = self.features(self.task.backbone, data.latents[own.to(device)]).float().cpu()
+        if len(self.old.owners) and self.old.features.shape[1] != features.shape[1]:
+            raise ConceptError(f"the bank's long-term memory of '{self.name}' has features of length "
+                               f"{self.old.features.shape[1]}, this run's have {features.shape[1]}; allowed: "
+                               "one feature function for a whole bank")
+        prompts = tuple(data.captions[i].replace(f"<{self.task.name}>", "<>") for i in own.tolist())
+        self.new = LongTerm(features, ("",) * len(own), prompts)
         if len(self.old.owners):
-            self.short = self._generated(data.latents.shape[-2:], device)
+            height, width = data.latents.shape[-2:]
+            self.short = self._generated((height, width), device)
 
     @torch.no_grad()
     def _generated(self, size: tuple[int, int], device: torch.device) -> ShortTerm:
-        """The short-term memory by Eq. 5, from pictures of the current model: all that the bank holds."""
-        from ..sampling.sampling import sample  # here: it imports the methods
-        from ..sampling.settings import SampleSettings
-
+        """The short-term memory by Eq. 5, from pictures of the current model with all concepts of the
+        bank."""
         c, backbone, count = self.config, self.task.backbone, len(self.old.owners)
-        prompts = [self._prompt(self.old, i, self.names) for i in range(count)]
-        pixels = tuple(side * backbone.picture_multiple for side in size)
-        settings = SampleSettings(steps=c.generation_steps, cfg=c.cfg, size=pixels, batch=4)
-        asked = [prompt for prompt in prompts for _ in range(c.eta)]
-        pictures = sample(backbone, self.task.bank, asked, [self.seed + i for i in range(len(asked))], settings)
-        # contiguous, as a checkpoint gives them back: another layout in memory rounds otherwise
+        multiple = backbone.picture_multiple
+        settings = SampleSettings(steps=c.generation_steps, cfg=c.cfg,
+                                  size=(size[0] * multiple, size[1] * multiple), batch=4)
+        prompts = [self._prompt(self.old, i) for i in range(count)]
+        repeated = [prompt for prompt in prompts for _ in range(c.eta)]
+        seeds = [self.seed + i for i in range(len(repeated))]
+        pictures = sample(backbone, self.task.bank, repeated, seeds, settings)
+        # contiguous, as a checkpoint returns them: another memory layout is rounded differently
         latents = torch.cat([backbone.encode_images(chunk) for chunk in pictures.split(4)]).contiguous()
-        candidates = torch.arange(len(asked)).view(count, c.eta)
-        scores = rainbow_scores(self.features(backbone, latents).float().cpu(), candidates, self.old.features, c.closeness)
-        best = candidates.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
-        numbers = {owner: i for i, owner in enumerate(self.names)}
-        return ShortTerm(latents[best.to(latents.device)].to(device), tuple(prompts), torch.tensor([numbers[o] for o in self.old.owners]))
-
-    def parameter_groups(self) -> list[dict]:
-        return [{"params": list(self.words.parameters()), "lr": self.config.token_lr},
-                {"params": list(self.adapters.parameters()), "lr": self.config.lr}]
-
-    def token_group(self) -> TokenGroup:
-        return self.words.group()
-
-    def processor(self) -> AttentionProcessor:
-        return AdapterProcessor(self.adapters)
+        candidates = torch.arange(len(repeated)).view(count, c.eta)
+        generated = self.features(backbone, latents).float().cpu()
+        scores = rainbow_scores(generated, candidates, self.old.features, c.closeness)
+        best = candidates.gather(1, scores.argmax(1, keepdim=True)).squeeze(1).to(latents.device)
+        numbers = {owner: number for number, owner in enumerate(dict.fromkeys(self.old.owners))}
+        return ShortTerm(latents[best].to(device), tuple(prompts),
+                         torch.tensor([numbers[o] for o in self.old.owners]))
 
     def on_batch(self, batch: Batch) -> Batch:
-        """Adds replay. Weights are such that the loop's mean over all rows is the mean over the given ones plus alpha times the sum over
-        old tasks of their expected loss."""
+        """Appends replayed rows and weights them by Eq. 4.
+
+        The trainer's mean over all rows becomes the mean over the given ones, plus alpha times the sum over
+        old tasks of their expected loss. """
         c = self.config
         batch = replace(batch, weights=torch.where(batch.is_prior, c.beta * batch.weights, batch.weights))
         if self.short is None or not (c.alpha or c.mu):
             return batch
-        # By step and not from one running generator: a step that was broken off is drawn again the same.
-        generator = torch.Generator().manual_seed((self.seed + 7919 * self.steps + 104729 * self.draws) % 2**63)
+        # Seeded by the step, not drawn from one running generator, so that an interrupted step is drawn again
+        # alike.
+        generator = torch.Generator().manual_seed((self.seed + 7919 * self.steps + 104729 * self.draws)
+                                                  % 2**63)
         self.draws += 1
         rows, given = self.short.draw(c.replay, generator), len(batch.prompts)
         latents = self.short.latents[rows.to(self.short.latents.device)].to(batch.latents)
         total = given + len(rows)
-        weight = torch.full((len(rows),), c.alpha * self.short.task_count * total / len(rows))
-        joined = Batch(torch.cat([batch.latents, latents]), batch.prompts + tuple(self.short.prompts[i] for i in rows.tolist()),
+        weights = torch.full((len(rows),),
+                             c.alpha * self.short.task_count * total / len(rows)).to(batch.weights)
+        prompts = tuple(self.short.prompts[i] for i in rows.tolist())
+        is_prior = torch.zeros(len(rows), dtype=torch.bool).to(batch.is_prior)
+        joined = Batch(torch.cat([batch.latents, latents]), batch.prompts + prompts,
                        torch.cat([batch.masks, torch.ones_like(latents[:, :1]).to(batch.masks)]),
-                       torch.cat([batch.is_prior, torch.zeros(len(rows), dtype=torch.bool).to(batch.is_prior)]),
-                       torch.cat([batch.weights * total / given, weight.to(batch.weights)]))
+                       torch.cat([batch.is_prior, is_prior]),
+                       torch.cat([batch.weights * total / given, weights]))
         self.joined = joined, given
         return joined
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        """ECD: mean squared difference between the UNet's outputs of the previous model and of this one, on the replayed rows. The previous
-        model is what lies folded in the weights, without this task's deltas; replayed prompts have old words only."""
+        """ECD: mean squared difference between the outputs of the previous model and of this one, on replayed
+        rows.
+
+        The previous model is what is folded into the weights, without this task's deltas. Replayed prompts
+        have old words only. """
         if self.config.mu == 0 or self.joined is None or seen.batch is not self.joined[0]:
             return {}
         rows = slice(self.joined[1], None)
@@ -189,34 +196,25 @@ class L2DM(Method):
     def after_step(self, step: int) -> None:
         self.steps, self.draws = step, 0
 
-    def finish(self) -> Outcome:
-        dtype = stored_dtype(self.config.stored)
-        tokens, memory = self.words.stored(dtype), self.old
+    def shared_state(self) -> dict[str, Tensor]:
+        memory = self.old
         if self.new is not None:
-            memory = memory.joined(replace(self.new, owners=(words_digest(tokens),) * len(self.new.prompts)))
-        return Outcome(tokens, self.adapters.stored(dtype), memory.tensors() if memory.owners else {})
+            owner = words_digest(self.words.stored(stored_dtype(self.config.stored)))
+            memory = memory.joined(replace(self.new, owners=(owner,) * len(self.new.prompts)))
+        return memory.tensors() if memory.owners else {}
 
-    def modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"words": self.words, "adapters": self.adapters, "memory": _Memory(self)})
+    def state_dict(self) -> dict[str, Any]:
+        short = self.short and {"latents": self.short.latents, "prompts": list(self.short.prompts),
+                                "tasks": self.short.tasks}
+        return {**super().state_dict(), "memory._extra_state": {"steps": self.steps, "short": short}}
 
-
-class _Memory(nn.Module):
-    """Lets a checkpoint carry the short-term memory and how many steps were drawn from it."""
-
-    def __init__(self, method: L2DM) -> None:
-        super().__init__()
-        self.method = [method]
-
-    def get_extra_state(self) -> dict:
-        m = self.method[0]
-        short = None if m.short is None else {"latents": m.short.latents, "prompts": list(m.short.prompts), "tasks": m.short.tasks}
-        return {"steps": m.steps, "short": short}
-
-    def set_extra_state(self, state: dict) -> None:
-        m, short = self.method[0], state["short"]
-        m.steps = int(state["steps"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        memory, device = state["memory._extra_state"], self.task.backbone.device
+        self.steps, short = int(memory["steps"]), memory["short"]
         if short is not None:
-            m.short = ShortTerm(short["latents"].to(m.task.backbone.device), tuple(short["prompts"]), short["tasks"])
+            self.short = ShortTerm(short["latents"].to(device), tuple(short["prompts"]), short["tasks"])
 
 
-register("l2dm", L2DMConfig, L2DM, "replays generated pictures of old concepts, chosen by a memory of features, and distils the old model")
+register("l2dm", L2DMConfig, L2DM, "replays generated pictures of old concepts, chosen by a memory of "
+                                   "features, and distils the old model")

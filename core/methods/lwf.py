@@ -1,84 +1,93 @@
-"""LwF: sequential finetuning that keeps the old model's answers (Li and Hoiem, ECCV 2016, arXiv 1606.09282).
+"""LwF, learning without forgetting: finetuning that keeps the old model's answers (Li and Hoiem, ECCV 2016,
+1606.09282).
 
-The paper's: no old data; on the new data the outputs of the old tasks should stay what the old network gave. It weighs that term with 1.
+From the paper: no old data. On the new data, the outputs for the old tasks should stay what the old network
+gave. That term has weight 1 there.
 
-Read for diffusion models, ours, since CIDM's table has LwF without saying how: every own picture of the batch comes a second time, with
-its own noise and another wish: the caption with an old concept, or the class noun, in the new concept's place, in turn. There the current
-model should predict what the model before this task predicts, `distil ||eps_t-1(z_t, c_old) - eps_t(z_t, c_old)||^2`, mean over entries.
-The caption itself cannot be asked that: the new concept's prediction has to change. The old model is the base with the old sum folded in,
-which is what training starts from: the teacher is a pass without the adapter, no copy of anything. A step after the first task costs a
-forward pass of the base, and forward and backward of twice the pictures.
-What is trained, and what is recorded, is `finetune`'s.
-"""
+Our reading for diffusion models (CIDM's table lists LwF without saying how): every own picture of the batch
+comes twice, the second time with its own noise and another request. There an old concept, or the class noun,
+replaces the new concept in the caption, in turn. The current model should predict what the model before this
+task predicts, `distil ||eps_t-1(z_t, c_old) - eps_t(z_t, c_old)||^2`, mean over entries. The caption itself
+cannot serve, because the prediction for the new concept has to change.
+
+The old model is the base with the old sum folded in, where training starts: the teacher is a forward pass
+without the adapters and needs no copy. After the first task, a step costs one forward pass of the base, and
+forward and backward for twice the pictures. What is trained and recorded is that of `finetune`. """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.backbone import AttentionProcessor
-from .base import Forward, Task, register, require
+from .base import Forward, Task, register
+from .config import NOT_NEGATIVE
 from .finetune import Finetune, FinetuneConfig
 
 
 @dataclass(frozen=True)
 class LwFConfig(FinetuneConfig):
-    """distil: weight of the old model's answers; 1 is the paper's for classes, whether it fits pictures is unknown."""
+    """distil: weight of the distillation. 1 is the paper's for classification; for pictures it is
+    untested."""
 
     distil: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.distil >= 0, "distil", self.distil, "0 or more")
+    limits = {"distil": NOT_NEGATIVE}
 
 
 class LwF(Finetune):
-    learns_alone = True      # wishes of old are asked in turn, pass by pass
-
+    learns_alone = True      # old requests are taken in turn, forward pass by forward pass
     config: LwFConfig
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.task, self.steps, self.asked = task, 0, 0
-        self.extended, self.added = None, 0      # this step's own batch, and how many of its rows are wishes of old
+        self.steps, self.asked = 0, 0
+        self.extended: Batch | None = None      # this step's batch, whose last `added` rows are old requests
+        self.added = 0
         old = [f"<{name}>" for name, info in task.bank.infos.items() if info.method == self.name]
-        self.wishes = tuple(old + [task.class_noun] * bool(task.class_noun)) if old and self.config.distil > 0 else ()
+        requests = old + [task.class_noun] * bool(task.class_noun)
+        self.requests = tuple(requests) if old and self.config.distil > 0 else ()
 
     def on_batch(self, batch: Batch) -> Batch:
-        """Adds the own pictures with the wishes of old. They have weight 0 in the denoising loss, the others so much more that its mean
-        stays the same; to everybody else they are prior pictures."""
+        """Appends the own pictures with old requests.
+
+        These rows have weight 0 in the denoising loss, and the weights of the others grow so that its mean
+        stays the same. They are marked as prior pictures, so that the attention regulariser and the like
+        leave them out. """
         own = (~batch.is_prior).nonzero().squeeze(1)
-        if not self.wishes or not len(own):
+        if not self.requests or not len(own):
             return batch
         self.added = len(own)
-        prompts = [self._asking_for(batch.prompts[i], self._next_wish()) for i in own.tolist()]
+        prompts = [self._next_request(batch.prompts[i]) for i in own.tolist()]
         weights = batch.weights * ((len(batch.prompts) + len(own)) / len(batch.prompts))
         self.extended = Batch(torch.cat([batch.latents, batch.latents[own]]), (*batch.prompts, *prompts),
-                              torch.cat([batch.masks, batch.masks[own]]), torch.cat([batch.is_prior, torch.ones_like(batch.is_prior[own])]),
+                              torch.cat([batch.masks, batch.masks[own]]),
+                              torch.cat([batch.is_prior, torch.ones_like(batch.is_prior[own])]),
                               torch.cat([weights, torch.zeros_like(weights[own])]))
         return self.extended
 
-    def _next_wish(self) -> str:
-        """All in turn, from a place that the step tells: a resumed run asks as the uninterrupted one."""
-        wish = self.wishes[(self.steps + self.asked) % len(self.wishes)]
+    def _next_request(self, prompt: str) -> str:
+        """The caption with the next old request; the step decides where the turn starts, so resumed runs
+        agree."""
+        request = self.requests[(self.steps + self.asked) % len(self.requests)]
         self.asked += 1
-        return wish
-
-    def _asking_for(self, prompt: str, wish: str) -> str:
         for word in (self.task.name, *self.task.word_names):
-            prompt = prompt.replace(f"<{word}>", wish)
+            prompt = prompt.replace(f"<{word}>", request)
         return prompt
 
     def processor(self) -> AttentionProcessor:
-        kind = self.task.backbone.device.type      # the one call inside the loop's autocast: the teacher has to compute alike
+        # called inside the trainer's autocast, which the teacher must share
+        kind = self.task.backbone.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         return super().processor()
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        """What the added rows are for; from the second task on."""
+        """The distillation over the appended rows, from the second task on."""
         if self.extended is None or seen.batch is not self.extended:
             return {}
         rows = slice(len(seen.batch.prompts) - self.added, None)
@@ -91,22 +100,13 @@ class LwF(Finetune):
     def after_step(self, step: int) -> None:
         self.steps, self.asked, self.extended = step, 0, None
 
-    def modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({**super().modules(), "place": _Place(self)})
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "place._extra_state": {"steps": self.steps}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.steps, self.asked = int(state["place._extra_state"]["steps"]), 0
 
 
-class _Place(nn.Module):
-    """Lets a checkpoint carry which step this is."""
-
-    def __init__(self, method: LwF) -> None:
-        super().__init__()
-        self.method = [method]
-
-    def get_extra_state(self) -> dict:
-        return {"steps": self.method[0].steps}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.method[0].steps, self.method[0].asked = int(state["steps"]), 0
-
-
-register("lwf", LwFConfig, LwF, "sequential finetuning that keeps, on the new pictures, the old model's answers to old wishes")
+register("lwf", LwFConfig, LwF, "sequential finetuning that keeps, on the new pictures, the old model's "
+                                "answers to old wishes")

@@ -65,7 +65,7 @@ def activation_scores(backbone: Backbone, context: Context, positions: Sequence[
     return scores
 
 
-class GradientProgram(AttentionProcessor):
+class GradientProcessor(AttentionProcessor):
     """Sums the loss's gradient over weights that stay frozen: `dL/dW = sum g x^T` from what comes back to a projection's output, so that
     a backward pass in which nothing but activations has gradients is enough. sums: weight -> `[a, b]` float32.
 
@@ -111,7 +111,7 @@ def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, gener
     """
     latents, schedule = latents.clone().to(backbone.device), backbone.schedule
     fixed = Context(context.hidden.detach().clone(), None if context.pooled is None else context.pooled.detach().clone())
-    processor = GradientProgram(keys or key_value_weights(backbone.layout))
+    processor = GradientProcessor(keys or key_value_weights(backbone.layout))
     for start in range(0, draws, batch):
         rows = [i % len(latents) for i in range(start, min(start + batch, draws))]
         clean, own = latents[rows], fixed[0:1] if len(fixed) == 1 else fixed

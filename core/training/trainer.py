@@ -116,7 +116,7 @@ class Trainer:
 
     def state(self) -> dict:
         """Everything that a checkpoint holds."""
-        return {"identity": self.identity(), "modules": dict(self.method.modules().state_dict()),
+        return {"identity": self.identity(), "modules": dict(self.method.state_dict()),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": {"last_epoch": self.scheduler.last_epoch},
                 "scaler": self.scaler.state_dict(),
@@ -141,7 +141,7 @@ class Trainer:
             raise ConceptError(f"the checkpoint '{path}' is damaged ({reason})") from error
 
     def _load(self, state: dict) -> None:
-        self.method.modules().load_state_dict(state["modules"])
+        self.method.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])

@@ -47,7 +47,7 @@ def same(one, two):
 
 def begun(backbone, bank, settings=None, selection=None, name="bear"):
     method = make("cns", {"stored": "float32"} | (settings or {}))
-    method.selection = selection
+    method.use_selection(selection)
     method.begin(Task(name, "bear", backbone, bank))
     return method
 

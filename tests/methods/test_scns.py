@@ -17,7 +17,7 @@ from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.scns import PooledAdapters, lazy_greedy, similarities
 from continual_concepts.core.model.deltas import SparseDelta
 from continual_concepts.core.neurons.neurons import NeuronSelection
-from continual_concepts.core.neurons.scores import GradientProgram, key_value_weights, weight_of
+from continual_concepts.core.neurons.scores import GradientProcessor, key_value_weights, weight_of
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 from continual_concepts.core.training.trainer import Trainer
@@ -98,7 +98,7 @@ def test_signatures_are_what_each_step_would_lose(tiny_backbone, banks):
     drawn, context = draw(batch, 1000, config, torch.Generator().manual_seed(0)), run._context(batch)
     denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.processor()), config).backward()
     run.method.after_step(1)
-    plain = GradientProgram(key_value_weights(tiny_backbone.layout))
+    plain = GradientProcessor(key_value_weights(tiny_backbone.layout))
     denoising_loss(tiny_backbone, predict(tiny_backbone, batch, run._context(batch), drawn, plain), config).backward()
     assert run.method.signatures.keys() == plain.sums.keys() and not run.method.gradients.sums
     for key, gradient in plain.sums.items():
@@ -161,7 +161,7 @@ def test_general_neurons_and_a_given_selection_are_respected(tiny_backbone, teac
     concept = teach(tiny_backbone, empty, "rex", "scns", QUICK | {"calibration": 2}, steps=3).concept
     assert concept.deltas and all(row % 2 or row >= 32 for _, row in rows_of(concept))
     method = make("scns")
-    method.selection = chosen
+    method.use_selection(chosen)
     method.begin(Task("rex", "dog", tiny_backbone, empty))
     assert method.is_chosen and method.adapters.pool.numel() == len(chosen) and set(method.adapters.sizes) == set(chosen.sizes)
 

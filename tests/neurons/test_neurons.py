@@ -12,7 +12,7 @@ from continual_concepts.core.model.backbone import AttentionProcessor
 from continual_concepts.core.neurons.neurons import NeuronSelection, Votes, base_neurons, concept_neurons, unit_count
 from continual_concepts.core.neurons.scores import (
     CALIBRATION,
-    GradientProgram,
+    GradientProcessor,
     activation_scores,
     encode_plain,
     general_neurons,
@@ -169,7 +169,7 @@ def test_gradients_are_those_of_the_frozen_weights(tiny_backbone, checkpointing)
     keys = [(0, "to_k"), (3, "to_v"), (6, "to_k"), (2, "to_q"), (5, "to_out")]
     latents, t, context = loss_inputs(tiny_backbone)
     context.hidden.detach_()
-    processor = GradientProgram(keys, AttentionProcessor())
+    processor = GradientProcessor(keys, AttentionProcessor())
     with tiny_backbone.gradient_checkpointing(checkpointing):
         tiny_backbone.predict(latents, t, context, processor).square().mean().backward()
     weights = [tiny_backbone._weight(tiny_backbone.layout.sites[index], projection) for index, projection in keys]
@@ -189,7 +189,7 @@ def test_samples_of_weight_zero_leave_no_gradient(tiny_backbone):
     latents, t, context = loss_inputs(tiny_backbone)
     sums = []
     for rows in (torch.tensor([1.0, 0.0]), None):
-        processor = GradientProgram([KEY])
+        processor = GradientProcessor([KEY])
         processor.rows = rows
         output = tiny_backbone.predict(latents, t, context, processor)
         (output if rows is not None else output[:1]).square().sum().backward()

@@ -1,0 +1,66 @@
+"""Trainable token vectors: the words of a concept that is being learned."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import nn
+
+from ..bank.tokens import TokenGroup, initial_vectors
+from ..errors import ConceptError
+from ..model.backbone import Backbone
+from ..model.storage import stored
+
+BYTES = 256      # the first entries of every CLIP vocabulary, enough to estimate its spread
+
+
+class Words(nn.Module):
+    """Trainable words. names: what they are called in prompts, as `<name>`."""
+
+    names: tuple[str, ...]
+
+    @abstractmethod
+    def group(self) -> TokenGroup:
+        """The words as trained so far, with gradient."""
+
+    def stored(self, dtype: torch.dtype) -> TokenGroup:
+        """Detached copies on the CPU in the bank's type."""
+        return TokenGroup(self.names, {name: stored(v, dtype) for name, v in self.group().vectors.items()})
+
+
+class LearnedWords(Words):
+    """One parameter `[L, n, D]` per text encoder, initialised as in CIDM (see tokens.initial_vectors).
+
+    Args:
+        backbone: its vocabulary gives the vectors of the class noun.
+        concept: the concept's name, for messages.
+        names: the n words. With more than one, the class noun must not be empty.
+        class_noun: where all words but the first start.
+        layerwise: one vector per word and layer copy (L copies), else one per word (L = 1).
+        first_std: standard deviation of the first word's start, 0 = that of the vocabulary.
+        generator: source of the first word's start.
+    """
+
+    def __init__(self, backbone: Backbone, concept: str, names: tuple[str, ...], class_noun: str, layerwise: bool,
+                 first_std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.names = names
+        copies = backbone.layout.copies if layerwise else 1
+        self.vectors = nn.ParameterDict()
+        for encoder in backbone.text:
+            ids = encoder.ids(class_noun) if class_noun else []
+            if len(names) > 1 and not ids:
+                raise ConceptError(f"class noun of concept '{concept}' is empty; {len(names)} words need one to start "
+                                   "from")
+            noun = encoder.vectors(ids) if ids else torch.zeros(0, encoder.width)
+            std = first_std or float(encoder.vectors(list(range(BYTES))).std())
+            start = initial_vectors(noun, len(names), copies, std, generator)
+            self.vectors[encoder.name] = nn.Parameter(start.to(backbone.device))
+
+    def group(self) -> TokenGroup:
+        return TokenGroup(self.names, dict(self.vectors.items()))
+
+    def mean_norm(self) -> float:
+        """Mean length of the vectors, over encoders, layer copies and words."""
+        return float(torch.stack([v.detach().norm(dim=-1).mean() for v in self.vectors.values()]).mean())

@@ -1,0 +1,83 @@
+"""Trainable deltas of the sites' projections, and the attention processor that adds them while training."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..model.backbone import AttentionProcessor
+from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.sites import PROJECTIONS, Site, SiteLayout
+from ..model.storage import stored_deltas
+
+
+def adapter_key(index: int, projection: str) -> str:
+    """A projection's name in parameter dictionaries, checkpoints and shared state: `3-to_k`."""
+    return f"{index}-{projection}"
+
+
+class Adapters(nn.Module):
+    """Trainable deltas of some projections."""
+
+    @abstractmethod
+    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
+        """What is added to the output of a projection for its input `[..., b]`: `[..., a]`, None for
+        nothing."""
+
+    @abstractmethod
+    def stored(self, dtype: torch.dtype) -> Deltas:
+        """Detached copies on the CPU in the bank's type."""
+
+
+class LowRankAdapters(Adapters):
+    """Trainable factors: `down` `[r, b]` starts Kaiming-uniform, `up` `[a, r]` at zero, so training starts at
+    the base.
+
+    keys: the adapted projections, in the order of the sites.
+    """
+
+    def __init__(self, layout: SiteLayout, rank: int, scale: float, generator: torch.Generator,
+                 device: torch.device | str, projections: Sequence[str] = PROJECTIONS) -> None:
+        super().__init__()
+        self.scale = scale
+        self.keys = [(site.index, projection) for site in layout.sites for projection in projections]
+        self.up, self.down = nn.ParameterDict(), nn.ParameterDict()
+        for index, projection in self.keys:
+            a, b = layout.sites[index].shape(projection)
+            bound = (1.0 / b) ** 0.5     # kaiming_uniform_(a=sqrt(5)) of an [r, b] matrix
+            down = (torch.rand(rank, b, generator=generator) * 2 - 1) * bound
+            self.down[adapter_key(index, projection)] = nn.Parameter(down.to(device))
+            self.up[adapter_key(index, projection)] = nn.Parameter(torch.zeros(a, rank, device=device))
+
+    def delta(self, key: DeltaKey) -> LowRankDelta:
+        """The delta of one projection, with gradient. Raises KeyError for a projection that is not
+        adapted."""
+        name = adapter_key(*key)
+        return LowRankDelta(self.up[name], self.down[name], self.scale)
+
+    def scaled(self, key: DeltaKey) -> tuple[Tensor, Tensor]:
+        """The papers' A `[a, r]`, scale included, and B `[r, b]` of one projection, with gradient."""
+        delta = self.delta(key)
+        return delta.up * delta.scale, delta.down
+
+    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
+        return self.delta(key).apply(x) if adapter_key(*key) in self.up else None
+
+    def stored(self, dtype: torch.dtype) -> Deltas:
+        return stored_deltas({key: self.delta(key) for key in self.keys}, dtype)
+
+
+class AdapterProcessor(AttentionProcessor):
+    """Adds trainable deltas to the projections while training."""
+
+    def __init__(self, *adapters: Adapters) -> None:
+        self.adapters = adapters
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        for adapters in self.adapters:
+            change = adapters.change((site.index, projection), x)
+            y = y if change is None else y + change.to(y.dtype)
+        return y

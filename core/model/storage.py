@@ -1,0 +1,38 @@
+"""Number types of a bank's tensors: detached copies on the CPU, in float16 unless a value is too large for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import ConceptError
+from .deltas import DeltaKey, LowRankDelta
+
+STORED_TYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The torch type of a `stored` setting. Raises ConceptError for an unknown name."""
+    if name not in STORED_TYPES:
+        raise ConceptError(f"stored type is {name!r}; allowed: {', '.join(STORED_TYPES)}")
+    return STORED_TYPES[name]
+
+
+def wide_enough(dtype: torch.dtype, tensors: Iterable[Tensor]) -> torch.dtype:
+    """`dtype`, or float32 where one of the tensors, which are stored together, would overflow to infinity."""
+    tops = [tensor.detach().abs().amax() for tensor in tensors if tensor.numel()]
+    return torch.float32 if tops and torch.stack(tops).max() > torch.finfo(dtype).max else dtype
+
+
+def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A detached copy on the CPU in the bank's type."""
+    return tensor.detach().to(wide_enough(dtype, [tensor])).cpu().clone()
+
+
+def stored_deltas(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
+    """Detached copies on the CPU, all in one type, as a bank's file requires."""
+    dtype = wide_enough(dtype, (tensor for delta in deltas.values() for tensor in delta.tensors()))
+    return {key: LowRankDelta(*(factor.detach().to(dtype).cpu().clone() for factor in delta.tensors()), delta.scale)
+            for key, delta in deltas.items()}
