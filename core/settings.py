@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from .errors import ConceptError
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,36 @@ def settings_of(config: type) -> dict[str, Setting]:
     """The described fields of a configuration, by name and in order."""
     return {entry.name: Setting(entry.name, entry.default, **entry.metadata) for entry in fields(config)
             if "help" in entry.metadata}
+
+
+Limit = tuple[Callable[[Any], bool], str]      # whether a value is allowed, and what is, in words
+
+
+def at_least(low: float) -> Limit:
+    return lambda value: value >= low, f"{low} or more"
+
+
+def between(low: float, high: float) -> Limit:
+    return lambda value: low <= value <= high, f"{low} to {high}"
+
+
+def above(low: float, high: float = float("inf")) -> Limit:
+    """Greater than `low`, at most `high`."""
+    return lambda value: low < value <= high, f"above {low}" + (f" to {high}" if high < float("inf") else "")
+
+
+def one_of(choices: tuple[str, ...]) -> Limit:
+    return lambda value: value in choices, ", ".join(choices)
+
+
+def require(condition: bool, setting: str, value: object, allowed: str) -> None:
+    """Raises ConceptError for a setting that is not allowed."""
+    if not condition:
+        raise ConceptError(f"setting '{setting}' is {value!r}; allowed: {allowed}")
+
+
+def check(config: object, limits: Mapping[str, Limit]) -> None:
+    """Raises ConceptError for the first field outside its limit. Limits of missing fields are skipped."""
+    for name, (allows, allowed) in limits.items():
+        if hasattr(config, name):
+            require(allows(getattr(config, name)), name, getattr(config, name), allowed)

@@ -42,8 +42,8 @@ class LearnedWords(Words):
         generator: source of the first word's start.
     """
 
-    def __init__(self, backbone: Backbone, concept: str, names: tuple[str, ...], class_noun: str, layerwise: bool,
-                 first_std: float, generator: torch.Generator) -> None:
+    def __init__(self, backbone: Backbone, concept: str, names: tuple[str, ...], class_noun: str,
+                 layerwise: bool, first_std: float, generator: torch.Generator) -> None:
         super().__init__()
         self.names = names
         copies = backbone.layout.copies if layerwise else 1
@@ -51,8 +51,8 @@ class LearnedWords(Words):
         for encoder in backbone.text:
             ids = encoder.ids(class_noun) if class_noun else []
             if len(names) > 1 and not ids:
-                raise ConceptError(f"class noun of concept '{concept}' is empty; {len(names)} words need one to start "
-                                   "from")
+                raise ConceptError(f"class noun of concept '{concept}' is empty; {len(names)} words need one "
+                                   "to start from")
             noun = encoder.vectors(ids) if ids else torch.zeros(0, encoder.width)
             std = first_std or float(encoder.vectors(list(range(BYTES))).std())
             start = initial_vectors(noun, len(names), copies, std, generator)

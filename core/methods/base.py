@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attention.adapters import AdapterProcessor, Adapters
 from ..bank.bank import ConceptBank
 from ..bank.composition import PROMPT, Composition
 from ..bank.concepts import Concept
@@ -25,7 +26,6 @@ from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
 from ..model.storage import stored_dtype
 from ..neurons.neurons import NeuronSelection
-from .adapters import AdapterProcessor, Adapters
 from .config import MethodConfig
 
 
@@ -98,6 +98,7 @@ class Method(ABC):
         word_count: words of a concept whose words are not named.
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
+        extra_key: name of `extra_state` in checkpoints, "" for a method without one.
     """
 
     name: ClassVar[str]
@@ -106,6 +107,7 @@ class Method(ABC):
     word_count: ClassVar[int] = 2
     wants_prior: ClassVar[bool] = False
     learns_alone: ClassVar[bool] = False
+    extra_key: ClassVar[str] = ""
 
     config: MethodConfig
     task: Task
@@ -186,18 +188,29 @@ class Method(ABC):
         """The modules with trainable parameters, by their names in checkpoints."""
         return {"words": self.words, "adapters": self.adapters}
 
+    def extra_state(self) -> Any:
+        """What a checkpoint must hold beside the modules, under `extra_key`: tensors and JSON values, or
+        None."""
+        return None
+
+    def load_extra_state(self, state: Any) -> None:  # noqa: B027 - only for methods with an extra state
+        """Restores what `extra_state` returned."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a checkpoint of this task must hold. A method adds what is not in its modules."""
-        return {f"{part}.{name}": value for part, module in self.parts().items()
-                for name, value in module.state_dict().items()}
+        """Everything that a checkpoint of this task must hold."""
+        state = {f"{part}.{name}": value for part, module in self.parts().items()
+                 for name, value in module.state_dict().items()}
+        return state | ({self.extra_key: self.extra_state()} if self.extra_key else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises KeyError or RuntimeError for a state that does not
         fit."""
         for part, module in self.parts().items():
             start = f"{part}."
-            module.load_state_dict({name.removeprefix(start): value for name, value in state.items()
-                                    if name.startswith(start)})
+            own = {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
+            module.load_state_dict(own)
+        if self.extra_key:
+            self.load_extra_state(state[self.extra_key])
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.adapters import AdapterProcessor, LowRankAdapters
 from ..bank.composition import PROMPT
 from ..errors import ConceptError
 from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
-from .adapters import AdapterProcessor, LowRankAdapters
+from ..settings import between
 from .base import Forward, Task, low_rank_deltas, register
 from .cidm_losses import orthogonality_rr, stored_up
-from .config import NOT_NEGATIVE, RANK, RankConfig, between
+from .config import NOT_NEGATIVE, RANK, RankConfig
 from .low_rank import LowRankMethod
 
 

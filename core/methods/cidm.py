@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention.adapters import adapter_key
 from ..attention.maps import MapProcessor, attention_regulariser
 from ..bank.composition import PROMPT
 from ..conditioning.learned_words import LearnedWords
 from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
-from ..settings import setting
+from ..settings import between, one_of, setting
 from . import cidm_losses as losses
-from .adapters import adapter_key
 from .base import Forward, Task, low_rank_deltas, register
-from .config import NOT_NEGATIVE, RankConfig, between, one_of
+from .config import NOT_NEGATIVE, RankConfig
 from .low_rank import LowRankMethod
 
 ORTHOGONALITIES = ("rr", "aa", "off")
@@ -76,6 +76,7 @@ class CIDMConfig(RankConfig):
 
 class CIDM(LowRankMethod):
     composition = PROMPT
+    extra_key = "shared._extra_state"
     config: CIDMConfig
     words: LearnedWords
 
@@ -189,22 +190,20 @@ class CIDM(LowRankMethod):
                 state[adapter_key(*key)] = (up @ down).cpu()
         return state
 
-    def state_dict(self) -> dict[str, Any]:
-        shared = {"stopped": self.tokens_stopped,
-                  "basis": {adapter_key(*key): basis for key, basis in self.basis.items()},
-                  "common": {adapter_key(*key): dense.common for key, dense in self.dense.items()},
-                  "projections": {adapter_key(*key): dense.projections for key, dense in self.dense.items()}}
-        return {**super().state_dict(), "shared._extra_state": shared}
+    def extra_state(self) -> dict[str, Any]:
+        dense = {adapter_key(*key): common for key, common in self.dense.items()}
+        return {"stopped": self.tokens_stopped,
+                "basis": {adapter_key(*key): basis for key, basis in self.basis.items()},
+                "common": {name: common.common for name, common in dense.items()},
+                "projections": {name: common.projections for name, common in dense.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        shared = state["shared._extra_state"]
-        self.tokens_stopped = bool(shared["stopped"])
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.tokens_stopped = bool(state["stopped"])
         self.words.requires_grad_(not self.tokens_stopped)
-        self.basis = {key: shared["basis"][adapter_key(*key)].to(basis) for key, basis in self.basis.items()}
+        self.basis = {key: state["basis"][adapter_key(*key)].to(basis) for key, basis in self.basis.items()}
         for key, dense in self.dense.items():
-            dense.common = shared["common"][adapter_key(*key)].to(dense.old)
-            dense.projections = shared["projections"][adapter_key(*key)].to(dense.old)
+            dense.common = state["common"][adapter_key(*key)].to(dense.old)
+            dense.projections = state["projections"][adapter_key(*key)].to(dense.old)
 
 
 register("cidm", CIDMConfig, CIDM,

@@ -20,17 +20,18 @@ RIDGE = 1e-6     # relative to the mean diagonal, keeps the solves defined when 
 
 
 def orthogonality_rr(old_up: Tensor, up: Tensor) -> Tensor:
-    """sum |A_i^T A_g|: r×r products of column spaces, what the cited O-LoRA regularises; our default reading
-    of R1.
+    """sum |A_i^T A_g|: r×r products of column spaces, as in the cited O-LoRA; our default reading of R1.
 
-    old_up: the A_i of all old tasks side by side `[a, sum r]`, so there is no loop over concepts; up:
-    `[a, r]`. """
+    old_up: the A_i of all old tasks side by side `[a, sum r]`, so that no loop over concepts is needed; up: `[a, r]`.
+    """
     return _Overlap.apply(old_up, up)
 
 
 class _Overlap(torch.autograd.Function):
-    """sum |A^T A_g|. Autograd would keep A in A_g's type until the backward pass, of all sites and for all
-    concepts; the gradient for A_g, A sign(A^T A_g), is a task's size and known at once."""
+    """sum |A^T A_g|. Autograd would keep A in A_g's type until the backward pass, for all sites and concepts.
+
+    The gradient for A_g is A sign(A^T A_g): it has the size of A_g and is known in the forward pass.
+    """
 
     @staticmethod
     def forward(ctx, old_up: Tensor, up: Tensor) -> Tensor:
@@ -47,38 +48,33 @@ class _Overlap(torch.autograd.Function):
 
 
 def orthogonality_aa(old_up: Tensor, up: Tensor) -> Tensor:
-    """sum_i |A_i A_g^T|: R1 as printed, a×a matrices. With A_i of full rank its only zero is A_g = 0: kept
-    for faithfulness.
+    """sum_i |A_i A_g^T|: R1 as printed, a×a matrices. With A_i of full rank its only zero is A_g = 0.
 
-    old_up: the A_i of all old tasks `[g - 1, a, R]`; up `[a, r]`. A smaller rank counts as filled up with
-    zeros, on either side. """
+    old_up: the A_i of all old tasks `[g - 1, a, R]`; up: `[a, r]`. The smaller rank is padded with zeros.
+    """
     rank = max(old_up.shape[2], up.shape[1])
     old, new = F.pad(old_up.to(up.dtype), (0, rank - old_up.shape[2])), F.pad(up, (0, rank - up.shape[1]))
     return (old @ new.T).abs().sum()
 
 
 def stored_up(delta: LowRankDelta) -> Tensor:
-    """A of a stored delta, scale included: in its stored type where that is exact, which halves the
-    memory."""
+    """A of a stored delta, scale included; in its stored type where that is exact, to save memory."""
     return delta.up if delta.scale == 1 else delta.up.float() * delta.scale
 
 
 def weighted_rows(delta: LowRankDelta) -> Tensor:
-    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix: C = (A^T A)^(1/2) B up to
-    a rotation."""
+    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix: C = (A^T A)^(1/2) B, rotated."""
     up, down = delta.up.float() * delta.scale, delta.down.float()
     gram = up.T @ up
-    # an exploded run: the next loss says so in words, a solver's error would not
-    if not torch.isfinite(gram).all():
+    if not torch.isfinite(gram).all():      # a diverged run: the next loss reports it more clearly than a solver
         return torch.zeros_like(down)
     values, vectors = torch.linalg.eigh(gram)
     return (values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T) @ down
 
 
 def _ridged(gram: Tensor) -> Tensor:
-    size = gram.shape[-1]
-    return gram + torch.eye(size, device=gram.device,
-                            dtype=gram.dtype) * (RIDGE * gram.diagonal().mean().clamp(min=1e-20))
+    identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    return gram + identity * (RIDGE * gram.diagonal().mean().clamp(min=1e-20))
 
 
 def project_onto(delta_up: Tensor, delta_down: Tensor, basis: Tensor) -> Tensor:
@@ -97,9 +93,11 @@ def residual(delta_up: Tensor, delta_down: Tensor, projected: Tensor, basis: Ten
 
 @dataclass(frozen=True)
 class Gram:
-    """S = sum_i dW_i^T dW_i `[b, b]` of some tasks, as its factors: downs `[g, R, b]`, the B_i in the type
-    that they are stored in, which with many concepts is half the memory, and inner `[g, R, R]`, the A_i^T
-    A_i. A smaller rank is filled up with zeros."""
+    """S = sum_i dW_i^T dW_i `[b, b]` of some tasks, as its factors; smaller ranks are padded with zeros.
+
+    downs: the B_i `[g, R, b]` in their stored type, which halves the memory of many concepts; inner: the A_i^T A_i
+    `[g, R, R]`.
+    """
 
     downs: Tensor
     inner: Tensor
@@ -119,20 +117,26 @@ class Gram:
 
 
 def als_sweep(grams: Iterable[Gram], basis: Tensor) -> Tensor:
-    """One alternating-least-squares sweep for W*'s row space: all H_i in closed form, then W*. `[s, b]`, rows
-    orthonormal.
+    """One alternating-least-squares sweep for W*'s row space: all H_i in closed form, then W*.
 
-    grams: of all tasks together. With H_i eliminated, W* = K Q S up to an s×s factor, S = sum dW_i^T dW_i;
-    that factor does not change H_i W*, so rows are re-orthonormalised. """
-    updated = sum(gram.times(basis) for gram in grams)
+    With H_i eliminated, W* = K Q S up to an s×s factor, S = sum dW_i^T dW_i. That factor does not change H_i W*, so
+    the rows are re-orthonormalised.
+
+    Args:
+        grams: of all tasks together.
+        basis: Q `[s, b]`, rows orthonormal.
+
+    Returns:
+        The new Q.
+    """
+    updated = sum((gram.times(basis) for gram in grams), torch.zeros_like(basis))
     if not torch.isfinite(updated).all() or updated.norm() < 1e-20:
         return basis
     return torch.linalg.qr(updated.T).Q.T
 
 
 def initial_basis(rows: Tensor, rank: int) -> Tensor:
-    """The `rank` leading right-singular directions of the stacked rows: W* after the first task is that
-    task's own row space."""
+    """The `rank` leading right-singular directions of stacked rows. After one task W* is that task's row space."""
     _, _, right = torch.linalg.svd(rows, full_matrices=False)
     basis = right[:rank]
     if basis.shape[0] < rank:      # fewer directions than asked for: fill with orthogonal ones
@@ -145,9 +149,10 @@ def initial_basis(rows: Tensor, rank: int) -> Tensor:
 class DenseCommon:
     """W* `[a, b]` and every H_i `[a, a]` as printed, with the paper's own gradient step on them (Eq. 7).
 
-    Initialisation is not stated in the paper. Ours: H_g = I, W* = mean of the old dW_i the first time,
-    carried over afterwards, and old H_i re-solved by ridge regression instead of stored (they are a×a each).
-    All-zero starts are avoided: both gradients vanish there. """
+    The paper does not state the initialisation. Ours: H_g = I, and W* = mean of the old dW_i the first time,
+    carried over afterwards. Old H_i are solved again by ridge regression instead of stored (they are a×a each).
+    All-zero starts are avoided, because both gradients vanish there.
+    """
 
     common: Tensor
     projections: Tensor      # [g, a, a], the last one is H_g
@@ -155,12 +160,10 @@ class DenseCommon:
 
     @classmethod
     def start(cls, old: Tensor, common: Tensor | None) -> DenseCommon:
-        # the steps below change it; the bank's own must stay
-        common = old.mean(0) if common is None else common.clone()
-        # W* W*^T is far from full rank; in single precision rounding would outweigh the ridge
-        wide = common.double()
-        solved = torch.linalg.solve(_ridged(wide @ wide.T),
-                                    (old.double() @ wide.T).transpose(1, 2)).transpose(1, 2).to(common)
+        common = old.mean(0) if common is None else common.clone()      # `step` changes it; the bank's stays
+        wide = common.double()      # W* W*^T is far from full rank; single precision would drown the ridge
+        cross = (old.double() @ wide.T).transpose(1, 2)
+        solved = torch.linalg.solve(_ridged(wide @ wide.T), cross).transpose(1, 2).to(common)
         return cls(common, torch.cat([solved, torch.eye(common.shape[0]).to(common).unsqueeze(0)]), old)
 
     def loss(self, delta: Tensor) -> Tensor:
@@ -173,8 +176,7 @@ class DenseCommon:
 
     @torch.no_grad()
     def step(self, delta: Tensor, lr: float) -> None:
-        """Step two: W* and H_i descend R2. The printed update adds the (correct) gradients; we subtract them,
-        or it would ascend."""
+        """Step two: W* and H_i descend R2. The printed update adds the gradients, which would ascend; we subtract."""
         error = torch.cat([self.old, delta.unsqueeze(0)]) - self.projections @ self.common
         h_gradient = -2 * error @ self.common.T
         w_gradient = -2 * (self.projections.transpose(1, 2) @ error).sum(0)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.adapters import adapter_key
 from ..bank.composition import SUM
 from ..bank.concepts import ConceptInfo
 from ..bank.prompts import Vocabulary
@@ -46,10 +47,10 @@ from ..neurons.scores import (
     key_value_weights,
     weight_of,
 )
-from .adapters import adapter_key
+from ..neurons.sparse import SparseAdapters
+from ..settings import at_least, between, one_of, require
 from .base import Forward, Method, Task, register
-from .config import NOT_NEGATIVE, SHARE, MethodConfig, at_least, between, one_of, require
-from .sparse import SparseAdapters
+from .config import NOT_NEGATIVE, SHARE, MethodConfig
 
 # of the activation score
 CONCEPT_PROMPTS = ("a photo of {}", "a {} on a beach", "a painting of {}", "{} in a room")
@@ -103,6 +104,7 @@ class CNS(Method):
     learns_alone = True      # neurons are selected by the gradients of the pictures that a process saw
     selection: NeuronSelection | None = None
     calibration_prompts: tuple[str, ...] = ()
+    extra_key = "choice._extra_state"
     config: CNSConfig
     adapters: SparseAdapters
 
@@ -218,7 +220,8 @@ class CNS(Method):
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """The two ties of L_reg, from the second task on, over the selected neurons alone, whatever the
         bank's size."""
-        c, terms = self.config, {}
+        c = self.config
+        terms: dict[str, Tensor] = {}
         if self.earlier is None or not self.is_chosen:
             return terms
         values = {key: self.adapters.at(key)[0] for key in self.adapters.sizes}
@@ -249,19 +252,17 @@ class CNS(Method):
             shared[_MADE_WITH] = torch.tensor(self._made_with())
         return shared
 
-    def state_dict(self) -> dict[str, Any]:
-        choice = {"steps": self.steps, "energy": self.energy, "is_chosen": self.is_chosen,
-                  "general": {} if self.general is None else self.general.to_tensors(),
-                  "sums": {adapter_key(*key): gradient for key, gradient in self.gradients.sums.items()}}
-        return {**super().state_dict(), "choice._extra_state": choice}
+    def extra_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "energy": self.energy, "is_chosen": self.is_chosen,
+                "general": {} if self.general is None else self.general.to_tensors(),
+                "sums": {adapter_key(*key): gradient for key, gradient in self.gradients.sums.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        choice, layout = state["choice._extra_state"], self.task.backbone.layout
-        self.steps, self.energy = int(choice["steps"]), float(choice["energy"])
-        self.general = NeuronSelection.from_tensors(choice["general"], layout) if choice["general"] else None
-        self.gradients.sums = self.by_weight(choice["sums"])
-        self.is_chosen = bool(choice["is_chosen"])
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        layout = self.task.backbone.layout
+        self.steps, self.energy = int(state["steps"]), float(state["energy"])
+        self.general = NeuronSelection.from_tensors(state["general"], layout) if state["general"] else None
+        self.gradients.sums = self.by_weight(state["sums"])
+        self.is_chosen = bool(state["is_chosen"])
         if self.is_chosen:
             self._tie()
 

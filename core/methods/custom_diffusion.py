@@ -28,19 +28,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..attention.adapters import FullAdapters
 from ..bank.composition import SUM
 from ..bank.tokens import TokenGroup
 from ..model.backbone import Backbone
-from ..model.deltas import DeltaKey, Deltas, LowRankDelta
-from ..model.sites import SiteLayout
-from ..model.storage import stored_dtype, wide_enough
+from ..model.compression import compressed
+from ..model.deltas import Deltas
+from ..model.storage import stored_dtype
 from ..neurons.scores import encode_plain, key_value_weights, text_positions
-from .adapters import Adapters, adapter_key
+from ..settings import above
 from .base import Method, Outcome, register
-from .config import SHARE, MethodConfig, above
-from .fusion import Rows, compressed, fit, fused_outcome, text_rows
+from .config import SHARE, MethodConfig
+from .fusion import Rows, fit, fused_outcome, text_rows
 
 _THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "boat", "chair", "teacup", "clock", "guitar", "tree",
            "flower", "mountain", "castle", "robot", "child", "woman", "backpack", "toy duck", "teddy bear",
@@ -86,29 +87,6 @@ class CustomDiffusionMergeConfig(MethodConfig):
     limits = {"ridge": above(0)}
 
 
-class FullAdapters(Adapters):
-    """A trainable difference `[a, b]`, zero at the start, for W_k and W_v of every site."""
-
-    def __init__(self, layout: SiteLayout, device: torch.device | str) -> None:
-        super().__init__()
-        self.keys = key_value_weights(layout)
-        shapes = {adapter_key(index, part): layout.sites[index].shape(part) for index, part in self.keys}
-        self.differences = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape, device=device))
-                                             for name, shape in shapes.items()})
-
-    def at(self, key: DeltaKey) -> Tensor:
-        return self.differences[adapter_key(*key)]
-
-    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
-        return F.linear(x, self.at(key).to(x)) if adapter_key(*key) in self.differences else None
-
-    def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
-        """The differences exactly, in the bank's type: `up` `[a, b]`, `down` the identity."""
-        dtype = wide_enough(dtype, (self.at(key) for key in self.keys))
-        exact = {key: self.at(key).detach().to(dtype).cpu().clone() for key in self.keys}
-        return {key: LowRankDelta(up, torch.eye(up.shape[1], dtype=dtype)) for key, up in exact.items()}
-
-
 class FullMethod(Method):
     """Trains full keys and values, and one word in front of the class noun."""
 
@@ -118,7 +96,8 @@ class FullMethod(Method):
     adapters: FullAdapters
 
     def make_adapters(self) -> FullAdapters:
-        return FullAdapters(self.task.backbone.layout, self.task.backbone.device)
+        backbone = self.task.backbone
+        return FullAdapters(backbone.layout, key_value_weights(backbone.layout), backbone.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Without weight decay, which would move the frozen noun and pull the weights to the base."""

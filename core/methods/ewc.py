@@ -15,7 +15,7 @@ too. """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.adapters import LowRankAdapters, adapter_key
 from ..data.batch import Batch
 from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.sites import Site
-from .adapters import LowRankAdapters, adapter_key
+from ..settings import at_least, between
 from .base import Forward, Task, register
-from .config import NOT_NEGATIVE, at_least, between
+from .config import NOT_NEGATIVE
 from .finetune import ContinuedProcessor, Finetune, FinetuneConfig
 from .fisher import running_fisher
 
@@ -87,6 +88,7 @@ class WatchedProcessor(ContinuedProcessor):
 
 class EWC(Finetune):
     learns_alone = True      # the Fisher is of the pictures that a process saw
+    extra_key = "gathered._extra_state"
     config: EWCConfig
 
     def begin(self, task: Task) -> None:
@@ -128,13 +130,12 @@ class EWC(Finetune):
         if finite and bool(torch.stack(finite).all()):      # else the loss was scaled too high for fp16
             share = 1.0 / min(step, self.config.fisher_window)
             for name, squares in self.pending.items():
-                self.mean[name] = share * squares + (1
-                                                     - share) * self.mean[name] if name in self.mean else squares
+                mean = self.mean.get(name)
+                self.mean[name] = squares if mean is None else share * squares + (1 - share) * mean
         self.pending = {}
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        """`lambda / 2 sum_k F_k (theta_k - theta*_k)^2`, from the second task on; its cost ignores the bank's
-        size."""
+        """`lambda / 2 sum_k F_k (theta_k - theta*_k)^2`, from the second task on."""
         if not self.fisher or self.config.tie == 0:
             return {}
         factors = self._factors()
@@ -145,18 +146,17 @@ class EWC(Finetune):
     def shared_state(self) -> dict[str, Tensor]:
         unseen = {name: torch.zeros_like(p) for name, p in self._factors().items() if name not in self.mean}
         running = running_fisher(self.fisher, self.mean | unseen, self.config.decay)
-        return {**super().shared_state(), **{_FISHER + name: f.cpu().clone() for name, f in running.items()}}
+        fisher = {_FISHER + name: running[name].cpu().clone() for name in self._factors() if name in running}
+        return {**super().shared_state(), **fisher}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(),
-                "gathered._extra_state": {"steps": self.steps, "mean": dict(self.mean)}}
+    def extra_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "mean": dict(self.mean)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        gathered, device = state["gathered._extra_state"], self.task.backbone.device
-        self.steps, self.pending = int(gathered["steps"]), {}
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.pending = int(state["steps"]), {}
         # copies: views into a file have odd addresses, where sums may be rounded differently
-        self.mean = {name: squares.to(device, copy=True) for name, squares in gathered["mean"].items()}
+        device = self.task.backbone.device
+        self.mean = {name: squares.to(device, copy=True) for name, squares in state["mean"].items()}
 
 
 register("ewc", EWCConfig, EWC, "sequential finetuning, each factor held the more the old concepts' loss "

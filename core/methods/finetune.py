@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attention.adapters import AdapterProcessor, LowRankAdapters, adapter_key
 from ..bank.composition import SUM
 from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
 from ..model.sites import Site
 from ..model.storage import stored_deltas
-from .adapters import AdapterProcessor, LowRankAdapters, adapter_key
 from .base import Task, register
 from .low_rank import LowRankConfig, LowRankMethod
 

@@ -1,9 +1,9 @@
-"""What methods share that solve, after every task, for one set of weights that does on each concept's own
-inputs what its own deltas do.
+"""Fusion of concepts into one set of weights that does on each concept's inputs what its own deltas do.
 
-Per projection a concept i is known by rows: inputs X_i `[s, b]` that matter to it, and targets T_i = X_i
-dW_i^T `[s, a]`. The fused weight is W_0 + D; W_0 is on both sides of every such problem and cancels. Nothing
-of this happens inside a training step. """
+Custom Diffusion's merge and Mix-of-Show's gradient fusion share this. Per projection, concept i is described by
+rows: inputs X_i `[s, b]` and targets T_i = X_i dW_i^T `[s, a]`. The fused weight is W_0 + D; W_0 is on both sides
+and cancels. Fusion runs after a task, never inside a training step.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
 from ..model.backbone import Backbone
-from ..model.deltas import DeltaKey, LowRankDelta, concatenate
-from ..model.sites import PROJECTIONS, SiteLayout
-from ..model.storage import stored, stored_deltas
+from ..model.compression import compressed, svd
+from ..model.deltas import DeltaKey, LowRankDelta, concatenate, only_low_rank
+from ..model.sites import SiteLayout
+from ..model.storage import stored
 from .base import Outcome
 
-# relative size below which singular values of fitted deltas are rounding, in single precision
-NOISE = 1e-5
-# the concept prompts of Custom Diffusion's and Mix-of-Show's released code
-CONCEPT_PROMPTS = ("{}", "a photo of {}")
+CONCEPT_PROMPTS = ("{}", "a photo of {}")      # of both papers' released code
+Records = Mapping[str, Mapping[DeltaKey, LowRankDelta]]      # mark of a concept -> its record
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Rows:
 
     @classmethod
     def of(cls, inputs: Tensor, delta: LowRankDelta) -> Rows:
-        """What a delta makes of inputs."""
+        """The rows of a delta for given inputs."""
         return cls(inputs, delta.apply(inputs))
 
     @staticmethod
@@ -50,11 +49,9 @@ class Rows:
 
 
 def mark(tokens: TokenGroup, record: Mapping[DeltaKey, LowRankDelta]) -> str:
-    """Eight hex digits that stand for a concept in its method's shared state: from what is stored of it, so
-    that it may be renamed."""
-    digest = 0
-    for tensor in (*(tokens.vectors[name] for name in sorted(tokens.vectors)),
-                   *(d.up for _, d in sorted(record.items())[:4])):
+    """A checksum, 8 hex digits, that identifies a concept in shared state even after it is renamed."""
+    digest, ups = 0, [delta.up for _, delta in sorted(record.items())[:4]]
+    for tensor in (*(tokens.vectors[name] for name in sorted(tokens.vectors)), *ups):
         digest = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest)
     return f"{digest:08x}"
 
@@ -62,30 +59,32 @@ def mark(tokens: TokenGroup, record: Mapping[DeltaKey, LowRankDelta]) -> str:
 @torch.no_grad()
 def text_rows(backbone: Backbone, tokens: TokenGroup, name: str,
               prompts: Sequence[str] = CONCEPT_PROMPTS) -> list[Tensor]:
-    """What keys and values read of a concept, per site `[s, b]` float32: its words and the end token after
-    them, in every prompt."""
+    """Text features of a concept's words and of the end token after them, in every prompt: per site `[s, b]`."""
     vocabulary = Vocabulary([ConceptInfo(name, "", "", tokens.words)])
     parsed = vocabulary.parse_all([prompt.format(f"<{name}>") for prompt in prompts])
     context = encode_prompts(backbone, parsed, {name: tokens})
     places = [[*row[name], row[name][-1] + 1] for row in context.words]
-    return [torch.cat([hidden[chosen] for hidden,
-                       chosen in zip(context.at(site).float().cpu(), places, strict=True)])
-            for site in backbone.layout.sites]
+    features = (context.at(site).float().cpu() for site in backbone.layout.sites)
+    return [torch.cat([row[chosen] for row, chosen in zip(hidden, places, strict=True)]) for hidden in features]
 
 
 def fit(rows: Rows, ridge: float, metric: Tensor | None = None) -> LowRankDelta:
-    """D = T^T (X P X^T + rho I)^-1 X P, rho = `ridge` times the mean diagonal; the smallest change that turns
-    inputs into targets.
+    """Solves for the smallest change that turns inputs into targets: `D = T^T (X P X^T + rho I)^-1 X P`.
 
-    metric: P `[b, b]` positive definite float64; None = identity, with which D minimises ||X D^T - T||^2 +
-    rho ||D||^2. Otherwise the change is smallest in ||D P^-1/2||. The result has rank min(s, b), in float32;
-    solved in double precision. """
+    Args:
+        rows: X `[s, b]` and T `[s, a]`.
+        ridge: rho relative to the mean diagonal of X P X^T.
+        metric: P `[b, b]` positive definite, float64; D is smallest in ||D P^-1/2||. None = identity, with which D
+            minimises ||X D^T - T||^2 + rho ||D||^2.
+
+    Returns:
+        D `[a, b]` of rank min(s, b), in float32, solved in double precision.
+    """
     x, t = rows.inputs.double(), rows.targets.double()
     weighted = x if metric is None else x @ metric
     gram = weighted @ x.T
     rho = ridge * gram.diagonal().mean().clamp(min=1e-30)
-    # the same by the push-through identity, in the smaller space
-    if metric is None and len(x) > x.shape[1]:
+    if metric is None and len(x) > x.shape[1]:      # push-through identity: the same in the smaller space
         small = x.T @ x
         solved = torch.linalg.solve(small + rho * torch.eye(len(small), dtype=small.dtype), x.T @ t)
         return LowRankDelta(solved.T.float().contiguous(), torch.eye(x.shape[1]))
@@ -93,67 +92,31 @@ def fit(rows: Rows, ridge: float, metric: Tensor | None = None) -> LowRankDelta:
     return LowRankDelta(solved.T.float().contiguous(), weighted.float().contiguous())
 
 
-def _svd(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of a low-rank delta through its factors: `[a, k]`, `[k]`, `[k, b]` in double precision."""
-    left, right = torch.linalg.qr(delta.up.double() * delta.scale), torch.linalg.qr(delta.down.double().T)
-    u, s, v = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    return left.Q @ u, s, v @ right.Q.T
-
-
-def _cut(factors: tuple[Tensor, Tensor, Tensor], rank: int) -> LowRankDelta:
-    u, s, v = factors
-    up, down = torch.zeros(u.shape[0], rank), torch.zeros(rank, v.shape[1])
-    kept, root = min(rank, len(s)), s[:rank].sqrt()
-    up[:, :kept], down[:kept] = u[:, :kept] * root, root.unsqueeze(1) * v[:kept]
-    return LowRankDelta(up, down)
-
-
-def compressed(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype, kept: float = 1.0,
-               floors: Mapping[DeltaKey, float] | None = None) -> dict[DeltaKey, LowRankDelta]:
-    """The same deltas at the smallest common rank per projection (a bank stores one rank each), factors
-    balanced, in `dtype`.
-
-    kept: share of the sum of singular values that has to remain, 1 = all that `dtype` can tell from rounding,
-    relative to the largest one or to `floors` (key -> the size of what rounding comes from), whichever is
-    more. """
-    found, needed = {key: _svd(delta) for key, delta in deltas.items()}, dict.fromkeys(PROJECTIONS, 1)
-    for key, (_, s, _) in found.items():
-        floor = max(NOISE, torch.finfo(dtype).eps) * max(float(s[0]), (floors or {}).get(key, 0.0))
-        rank = int((s > floor).sum())
-        if kept < 1 and s.sum() > 0:
-            rank = min(rank, 1 + int((s.cumsum(0) / s.sum() < kept).sum()))
-        needed[key[1]] = max(needed[key[1]], rank)
-    return stored_deltas({key: _cut(factors, needed[key[1]]) for key, factors in found.items()}, dtype)
-
-
-def fused_record(fused: Mapping[DeltaKey, LowRankDelta], earlier: Sequence[Mapping[DeltaKey, LowRankDelta]],
+def fused_record(fused: Mapping[DeltaKey, LowRankDelta], earlier: Records,
                  dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
-    """What a task adds: the fused deltas minus the sum of earlier records, so that all records together are
-    the fused deltas."""
+    """The record of a task: fused deltas minus all earlier records, so that all records add up to the fused deltas."""
     added, floors = {}, {}
     for key, delta in fused.items():
-        old = [record[key].to("cpu", torch.float32) for record in earlier if key in record]
+        old = [record[key].to("cpu", torch.float32) for record in earlier.values() if key in record]
         parts = [(1.0, delta),
                  *((-1.0, LowRankDelta(d.up.contiguous(), d.down.contiguous(), d.scale)) for d in old)]
         added[key] = concatenate(parts)
-        # many records: the difference itself is the smaller form
-        if added[key].up.shape[1] > min(delta.shape):
-            added[key] = LowRankDelta(sum(weight * part.dense() for weight, part in parts),
-                                      torch.eye(delta.shape[1]))
-        floors[key] = float(_svd(delta)[1][0])
+        if added[key].up.shape[1] > min(delta.shape):      # many records: the dense difference is smaller
+            dense = [weight * part.dense() for weight, part in parts]
+            added[key] = LowRankDelta(sum(dense[1:], dense[0]), torch.eye(delta.shape[1]))
+        floors[key] = float(svd(delta)[1][0])
     return compressed(added, dtype, floors=floors)
 
 
 def pack_rows(rows: Mapping[DeltaKey, Rows], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Rows of several projections side by side, as many in each: two tensors of shared state whatever the
-    number of sites."""
-    found = {"inputs": stored(torch.cat([r.inputs for r in rows.values()], dim=1), dtype),
-             "targets": stored(torch.cat([r.targets for r in rows.values()], dim=1), dtype)}
-    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
+    """Packs rows of several projections, equally many in each, side by side into two tensors of shared state."""
+    packed = {"inputs": stored(torch.cat([r.inputs for r in rows.values()], dim=1), dtype),
+              "targets": stored(torch.cat([r.targets for r in rows.values()], dim=1), dtype)}
+    if not all(torch.isfinite(tensor).all() for tensor in packed.values()):
         raise ConceptError("what was learned makes NaN or infinity of the model's features, so it cannot be "
                            "fused with other concepts; lower the learning rates (lr, token_lr); the bank is "
                            "unchanged")
-    return found
+    return packed
 
 
 def unpack_rows(packed: Mapping[str, Tensor], keys: Iterable[DeltaKey],
@@ -166,35 +129,38 @@ def unpack_rows(packed: Mapping[str, Tensor], keys: Iterable[DeltaKey],
     return {key: Rows(i.contiguous(), o.contiguous()) for key, i, o in zip(keys, ins, outs, strict=True)}
 
 
-def fused_concepts(bank: ConceptBank, method: str) -> dict[str, Mapping[DeltaKey, LowRankDelta]]:
-    """The method's concepts that its shared state knows: mark -> record. Others (of a merged bank) cannot be
-    fused and stay as they are."""
-    known = {name.split(".")[0] for name in bank.shared.get(method, {})}
-    mine = [bank[name] for name, info in bank.infos.items() if info.method == method]
-    return {owner: concept.deltas for concept in mine
-            if (owner := mark(concept.tokens, concept.deltas)) in known}
+def fused_concepts(bank: ConceptBank, method: str) -> Records:
+    """The method's concepts that its shared state describes. Others (of a merged bank) cannot be fused and stay."""
+    described = {name.split(".")[0] for name in bank.shared.get(method, {})}
+    concepts = [bank[name] for name, info in bank.infos.items() if info.method == method]
+    return {owner: deltas for concept in concepts
+            if (owner := mark(concept.tokens, deltas := only_low_rank(concept.deltas))) in described}
 
 
 def fused_outcome(bank: ConceptBank, method: str, words: TokenGroup,
                   own: Mapping[str, Mapping[DeltaKey, Rows]], solve: Callable[[Rows], LowRankDelta],
                   dtype: torch.dtype) -> Outcome:
-    """Fuses what the bank's state holds of the method's present concepts with a new one, and records the
-    difference.
+    """Fuses a new concept with the method's present ones and records the difference.
 
-    own: the new concept's rows in named groups of projections; solve: from all concepts' rows of one
-    projection to its fused delta. State: `<mark>.<group>.inputs` and `.targets` per concept; of concepts that
-    left the bank nothing is kept. """
+    Args:
+        own: the new concept's rows, in named groups of projections.
+        solve: maps the rows of all concepts for one projection to its fused delta.
+        dtype: the bank's type; rows are rounded to it once, the new ones too.
+
+    Returns:
+        The record, and shared state `<mark>.<group>.inputs` and `.targets` of the concepts in the bank.
+    """
     state, earlier = bank.shared.get(method, {}), fused_concepts(bank, method)
     shared = {name: tensor for name, tensor in state.items() if name.split(".")[0] in earlier}
-    fresh, fused = {group: pack_rows(rows, dtype) for group, rows in own.items()}, {}
+    new = {group: pack_rows(rows, dtype) for group, rows in own.items()}
+    fused: dict[DeltaKey, LowRankDelta] = {}
     for group, rows in own.items():
-        kept = [{part: shared[f"{owner}.{group}.{part}"] for part in ("inputs", "targets")}
-                for owner in earlier if f"{owner}.{group}.inputs" in shared]
-        # rounded once, the new ones too
-        every = [unpack_rows(packed, rows, bank.layout) for packed in (*kept, fresh[group])]
-        fused |= {key: solve(Rows.stacked([one[key] for one in every])) for key in rows}
-    record = fused_record(fused, list(earlier.values()), dtype)
+        old = [{part: shared[f"{owner}.{group}.{part}"] for part in ("inputs", "targets")}
+               for owner in earlier if f"{owner}.{group}.inputs" in shared]
+        concepts = [unpack_rows(packed, rows, bank.layout) for packed in (*old, new[group])]
+        fused |= {key: solve(Rows.stacked([concept[key] for concept in concepts])) for key in rows}
+    record = fused_record(fused, earlier, dtype)
     owner = mark(words, record)
-    shared |= {f"{owner}.{group}.{part}": tensor for group, packed in fresh.items() for part,
-               tensor in packed.items()}
+    for group, packed in new.items():
+        shared |= {f"{owner}.{group}.{part}": tensor for part, tensor in packed.items()}
     return Outcome(words, record, shared)

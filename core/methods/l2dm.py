@@ -11,7 +11,7 @@ Ours, since no code was available:
 - Low-rank keys and values on top of all earlier tasks are trained, and the concept's words. A bank holds
   deltas; full keys and values would cost 19 million values per concept on SD1.5. Rank 8 on two projections
   has as many weights as CIDM's rank 4 on four.
-- Features are those of `l2dm_memory.unet_features`, in place of CLIP image features, which a base model does
+- Features are those of `neurons.recording.unet_features`, in place of CLIP image features, which a base model does
   not include. `L2DM.features` takes another extractor. Candidates for a stored feature are the pictures of
   its own prompt.
 - Every batch replays `replay` pictures, each old task with equal probability, so that a step's cost does not
@@ -27,7 +27,6 @@ its checkpoint's. """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,11 +38,13 @@ from ..data.batch import Batch
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..model.storage import stored_dtype
+from ..neurons.recording import unet_features
 from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
+from ..settings import at_least
 from .base import Forward, Task, register
-from .config import NOT_NEGATIVE, RankConfig, at_least
-from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
+from .config import NOT_NEGATIVE, RankConfig
+from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, words_digest
 from .low_rank import KEYS_AND_VALUES, LowRankMethod
 
 
@@ -82,6 +83,7 @@ class L2DM(LowRankMethod):
     wants_prior = True
     learns_alone = True      # each forward pass replays its own pictures
     projections = KEYS_AND_VALUES
+    extra_key = "memory._extra_state"
     config: L2DMConfig
     features: Features = staticmethod(unet_features)
 
@@ -203,17 +205,16 @@ class L2DM(LowRankMethod):
             memory = memory.joined(replace(self.new, owners=(owner,) * len(self.new.prompts)))
         return memory.tensors() if memory.owners else {}
 
-    def state_dict(self) -> dict[str, Any]:
-        short = self.short and {"latents": self.short.latents, "prompts": list(self.short.prompts),
-                                "tasks": self.short.tasks}
-        return {**super().state_dict(), "memory._extra_state": {"steps": self.steps, "short": short}}
+    def extra_state(self) -> dict[str, Any]:
+        short = self.short
+        memory = short and {"latents": short.latents, "prompts": list(short.prompts), "tasks": short.tasks}
+        return {"steps": self.steps, "short": memory}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        memory, device = state["memory._extra_state"], self.task.backbone.device
-        self.steps, short = int(memory["steps"]), memory["short"]
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.steps, short = int(state["steps"]), state["short"]
         if short is not None:
-            self.short = ShortTerm(short["latents"].to(device), tuple(short["prompts"]), short["tasks"])
+            latents = short["latents"].to(self.task.backbone.device)
+            self.short = ShortTerm(latents, tuple(short["prompts"]), short["tasks"])
 
 
 register("l2dm", L2DMConfig, L2DM, "replays generated pictures of old concepts, chosen by a memory of "

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..attention.adapters import LowRankAdapters
 from ..model.sites import PROJECTIONS
 from ..settings import setting
-from .adapters import LowRankAdapters
 from .base import Method
 from .config import RankConfig
 

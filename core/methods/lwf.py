@@ -16,7 +16,6 @@ forward and backward for twice the pictures. What is trained and recorded is tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +41,7 @@ class LwFConfig(FinetuneConfig):
 
 class LwF(Finetune):
     learns_alone = True      # old requests are taken in turn, forward pass by forward pass
+    extra_key = "place._extra_state"
     config: LwFConfig
 
     def begin(self, task: Task) -> None:
@@ -100,12 +100,11 @@ class LwF(Finetune):
     def after_step(self, step: int) -> None:
         self.steps, self.asked, self.extended = step, 0, None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "place._extra_state": {"steps": self.steps}}
+    def extra_state(self) -> dict[str, Any]:
+        return {"steps": self.steps}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.steps, self.asked = int(state["place._extra_state"]["steps"]), 0
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.asked = int(state["steps"]), 0
 
 
 register("lwf", LwFConfig, LwF, "sequential finetuning that keeps, on the new pictures, the old model's "

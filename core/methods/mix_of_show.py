@@ -23,32 +23,28 @@ task; no training step depends on old concepts. """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention.adapters import AdapterProcessor
 from ..bank.composition import SUM
 from ..bank.concepts import ConceptInfo
 from ..bank.prompts import Vocabulary
 from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_prompts
 from ..data.batch import Batch
-from ..model.backbone import AttentionProcessor, Backbone, Context
 from ..model.deltas import DeltaKey
-from ..model.sites import Site
-from ..model.solver import Ddim, denoise, guided
 from ..model.storage import stored_dtype
-from .adapters import AdapterProcessor
+from ..neurons.recording import RECORDED, record_moments
+from ..settings import above, between
 from .base import Outcome, Task, register
-from .config import RankConfig, above, between
+from .config import RankConfig
 from .fusion import CONCEPT_PROMPTS, Rows, fit, fused_outcome, text_rows
 from .low_rank import KEYS_AND_VALUES, LowRankMethod
 
-GROUPS = {"text": KEYS_AND_VALUES, "picture": ("to_q", "to_out")}
-GUIDANCE = 5.0      # of the recorded pictures, ours
+GROUPS = {"text": KEYS_AND_VALUES, "picture": RECORDED}
 
 
 @dataclass(frozen=True)
@@ -70,59 +66,10 @@ class MixOfShowConfig(RankConfig):
     limits = {"passes": between(1, 1000), "rows": between(1, 1024), "ridge": above(0)}
 
 
-class Recorder(AttentionProcessor):
-    """Second moments of the inputs of to_q and to_out: key -> mean of x x^T `[b, b]` over passes, samples and
-    cells."""
-
-    def __init__(self, inner: AttentionProcessor) -> None:
-        self.inner = inner
-        self.sums: dict[DeltaKey, Tensor] = {}
-        self.counts: dict[DeltaKey, int] = {}
-
-    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        if projection in GROUPS["picture"]:
-            key, flat = (site.index, projection), x.detach().flatten(0, -2).float()
-            moment = flat.T @ flat
-            self.sums[key] = self.sums[key] + moment if key in self.sums else moment
-            self.counts[key] = self.counts.get(key, 0) + len(flat)
-        return self.inner.project(site, projection, x, y)
-
-    def leading(self, key: DeltaKey, rows: int) -> Tensor:
-        """R `[rows, b]` whose R^T R is nearest to the second moment; zeros where the width has fewer
-        directions."""
-        moment = self.sums[key].cpu().double() / self.counts[key]
-        values, vectors = torch.linalg.eigh(moment)
-        best = (values.clamp(min=0).sqrt() * vectors).T.flip(0)[:rows]
-        return torch.cat([best, best.new_zeros(rows - len(best), best.shape[1])]).float()
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def record(backbone: Backbone, context: Context, processor: AttentionProcessor, size: tuple[int, int],
-           passes: int, seed: int) -> Recorder:
-    """Records what passes through the sites while pictures are denoised by DDIM.
-
-    Args:
-        context: the unconditional row first, then one row per picture.
-        processor: what the sites do meanwhile.
-        size: (h, w) of the latents.
-        passes: denoising steps.
-        seed: of the starting noise.
-    """
-    recorder, count = Recorder(processor), len(context) - 1
-    negative, positive = Context.cat([context[0:1]] * count), context[1:]
-    noise = torch.randn(count, backbone.latent_channels, *size, generator=torch.Generator().manual_seed(seed))
-
-    def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
-        return guided(backbone, x, t, negative, positive, GUIDANCE, recorder)
-
-    denoise(Ddim(backbone.schedule, passes), noise.to(backbone.device), estimate)
-    return recorder
-
-
 class MixOfShow(LowRankMethod):
     composition = SUM
     builds_on_sum = False
+    extra_key = "seen.size"
     config: MixOfShowConfig
 
     def begin(self, task: Task) -> None:
@@ -153,18 +100,17 @@ class MixOfShow(LowRankMethod):
             prompts = ["", *(prompt.format(f"<{name}>") for prompt in CONCEPT_PROMPTS)]
             vocabulary = Vocabulary([ConceptInfo(name, "", self.name, words.words)])
             context = encode_prompts(backbone, vocabulary.parse_all(prompts), {name: words})
-            recorder = record(backbone, context, AdapterProcessor(self.adapters), self.size,
+            recorder = record_moments(backbone, context, AdapterProcessor(self.adapters), self.size,
                               self.config.passes, self.seed)
             rows["picture"] = {key: Rows.of(recorder.leading(key, self.config.rows), delta)
                                for key, delta in deltas.items() if key[1] in GROUPS["picture"]}
         return rows
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seen.size": torch.tensor(self.size)}
+    def extra_state(self) -> Tensor:
+        return torch.tensor(self.size)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        height, width = state["seen.size"].tolist()
+    def load_extra_state(self, state: Tensor) -> None:
+        height, width = state.tolist()
         self.size = height, width
 
 

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from ..bank.composition import Composition, Kind
 from ..model.deltas import DeltaKey
+from ..settings import one_of, require
 from .base import Task, low_rank_deltas, register
-from .config import RankConfig, one_of, require
+from .config import RankConfig
 from .low_rank import LowRankMethod
 
 COLUMNS = ("disjoint", "random")

@@ -21,24 +21,24 @@ no formula, number or code. Ours, made to be built and compared:
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..attention.adapters import adapter_key
 from ..model.deltas import DeltaKey
-from ..model.sites import SiteLayout
 from ..neurons.neurons import NeuronSelection
 from ..neurons.scores import key_value_weights, weight_of
-from .adapters import adapter_key
+from ..neurons.sparse import PooledAdapters
+from ..neurons.submodular import lazy_greedy, similarities
+from ..settings import between, one_of
 from .base import Task, register
 from .cns import CNS, CNSConfig
-from .config import NOT_NEGATIVE, between, one_of
+from .config import NOT_NEGATIVE
 from .fisher import running_fisher
-from .sparse import SparseAdapters
 
 _FISHER = "fisher."
 
@@ -59,93 +59,6 @@ class SCNSConfig(CNSConfig):
 
     limits = {**CNSConfig.limits, "unit": one_of(("row",)), "score": one_of(("gradient",)),
               "risk": NOT_NEGATIVE, "decay": between(0, 1)}
-
-
-def similarities(signatures: Tensor) -> Tensor:
-    """s_ij `[a, a]` of the rows of one weight, 0 or more, with s_ii = |g_i|. signatures: g `[a, T]`."""
-    roots = signatures.norm(dim=1).clamp(min=1e-30).sqrt()
-    scaled = signatures / roots.unsqueeze(1)
-    return (scaled @ scaled.T).clamp(min=0)
-
-
-def lazy_greedy(blocks: Sequence[Tensor], risks: Sequence[Tensor], costs: Sequence[int], budget: int,
-                allowed: Sequence[Tensor] | None = None) -> list[list[int]]:
-    """Maximises `sum over blocks of sum_i max_{j in S} s_ij - sum_{j in S} r_j` greedily, by gain per cost.
-
-    Gains only fall as S grows (submodularity), so a gain computed before is a bound. Most rows are evaluated
-    once.
-
-    Args:
-        blocks: similarities `[a, a]` of each weight, 0 or more, symmetric.
-        risks: r `[a]` of each weight, 0 or more.
-        costs: of one row of each weight.
-        budget: for the sum of costs.
-        allowed: `[a]` bool of each weight, the candidates; None = all rows.
-
-    Returns:
-        The selected rows of every block, in the order in which they were taken.
-    """
-    best, taken = [torch.zeros(len(block)) for block in blocks], [list[int]() for _ in blocks]
-    heap = []
-    for n, block in enumerate(blocks):
-        gains = (block.sum(0) - risks[n]) / costs[n]
-        if allowed is not None:
-            gains[~allowed[n]] = 0.0
-        heap += [(-gain, n, j, 0) for j, gain in enumerate(gains.tolist()) if gain > 0]
-    heapq.heapify(heap)
-    while heap and budget > 0:
-        _, n, j, seen = heapq.heappop(heap)
-        if costs[n] > budget:
-            continue
-        if seen < len(taken[n]):      # computed for a smaller S: compute it again and put it back
-            gain = float(((blocks[n][j] - best[n]).clamp(min=0).sum() - risks[n][j]) / costs[n])
-            if gain > 0:
-                heapq.heappush(heap, (-gain, n, j, len(taken[n])))
-            continue
-        torch.maximum(best[n], blocks[n][j], out=best[n])
-        taken[n].append(j)
-        budget -= costs[n]
-    return taken
-
-
-class PooledAdapters(SparseAdapters):
-    """As many trainable values as the budget allows. How many each weight gets is known after the selection
-    only.
-
-    all_sizes: weight -> (a, b) of all candidates; slices: weight -> its part of the pool.
-    """
-
-    pool_places: Tensor
-
-    def __init__(self, layout: SiteLayout, keys: Sequence[DeltaKey], budget: int,
-                 device: torch.device | str) -> None:
-        super().__init__(layout, {}, device)
-        self.all_sizes = {key: layout.sites[key[0]].shape(key[1]) for key in keys}
-        self.pool = nn.Parameter(torch.zeros(budget, device=device))
-        self.register_buffer("pool_places", torch.zeros(budget, dtype=torch.int32, device=device))
-        self._divide({})
-
-    def _divide(self, counts: Mapping[DeltaKey, int]) -> None:
-        self.sizes, start = {key: self.all_sizes[key] for key in counts}, 0
-        self.slices: dict[DeltaKey, slice] = {}
-        for key, count in counts.items():
-            self.slices[key] = slice(start, start + count)
-            start += count
-
-    def place(self, selection: NeuronSelection) -> None:
-        self._divide({key: places.numel() for key, places in selection.indices.items() if places.numel()})
-        for key, where in self.slices.items():
-            self.pool_places[where] = selection.indices[key].to(self.pool_places)
-
-    def at(self, key: DeltaKey) -> tuple[Tensor, Tensor]:
-        return self.pool[self.slices[key]], self.pool_places[self.slices[key]]
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {adapter_key(*key): where.stop - where.start for key, where in self.slices.items()}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self._divide({key: int(state[adapter_key(*key)]) for key in self.all_sizes
-                      if adapter_key(*key) in state})
 
 
 class SCNS(CNS):
@@ -205,19 +118,16 @@ class SCNS(CNS):
         fisher = {_FISHER + adapter_key(*key): f.cpu().clone() for key, f in running.items()}
         return {**super().shared_state(), **fisher}
 
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
+    def extra_state(self) -> dict[str, Any]:
         signatures = {adapter_key(*key): torch.stack(steps) for key, steps in self.signatures.items()}
         squares = {adapter_key(*key): squares for key, squares in self.squares.items()}
-        state["choice._extra_state"] |= {"sums": {}, "signatures": signatures, "squares": squares}
-        return state
+        return {**super().extra_state(), "sums": {}, "signatures": signatures, "squares": squares}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        choice = state["choice._extra_state"]
-        self.signatures = {key: list(steps.unbind()) for key,
-                           steps in self.by_weight(choice["signatures"]).items()}
-        self.squares = self.by_weight(choice["squares"])
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
+        signatures = self.by_weight(state["signatures"])
+        self.signatures = {key: list(steps.unbind()) for key, steps in signatures.items()}
+        self.squares = self.by_weight(state["squares"])
 
 
 register("scns", SCNSConfig, SCNS, "rows of the keys and values, chosen to cover a concept and to spare what "

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention.adapters import adapter_key
 from ..bank.tokens import TokenGroup
 from ..conditioning.learned_words import Words
 from ..data.batch import Batch
+from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas, SparseDelta
+from ..model.sites import Site
 from ..model.storage import wide_enough
-from .adapters import AdapterProcessor, Adapters, adapter_key
+from ..settings import above, between
 from .base import Forward, Task, register
 from .clora import CLoRA, CLoRAConfig, forgetting
-from .config import NOT_NEGATIVE, RANK, above, between
+from .config import NOT_NEGATIVE, RANK
 
 
 @dataclass(frozen=True)
@@ -117,19 +119,21 @@ def hard_mask(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return (soft > 0.5).to(soft) + (soft - soft.detach())
 
 
-class MaskedProducts(Adapters):
-    """The masked products of a method, as adapters for its training passes."""
+class MaskedProcessor(AttentionProcessor):
+    """Adds the masked products to the projections while training."""
 
     def __init__(self, method: Stamina) -> None:
-        super().__init__()
-        self.method = [method]
+        self.method = method
 
-    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
-        method = self.method[0]
-        return F.linear(x, method.product(key).to(x.dtype)) if key in method.numbers else None
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        key = (site.index, projection)
+        if key not in self.method.numbers:
+            return y
+        return y + F.linear(x, self.method.product(key).to(x.dtype)).to(y.dtype)
 
 
 class Stamina(CLoRA):
+    extra_key = "place._extra_state"
     config: StaminaConfig
 
     def begin(self, task: Task) -> None:
@@ -146,8 +150,8 @@ class Stamina(CLoRA):
         masks = {"params": list(self.masks.parameters()), "lr": self.config.mask_lr, "weight_decay": 0.0}
         return [*super().parameter_groups(), masks]
 
-    def processor(self) -> AdapterProcessor:
-        return AdapterProcessor(MaskedProducts(self))
+    def processor(self) -> AttentionProcessor:
+        return MaskedProcessor(self)
 
     def on_batch(self, batch: Batch) -> Batch:
         self.batches += 1
@@ -202,12 +206,11 @@ class Stamina(CLoRA):
     def parts(self) -> dict[str, nn.Module]:
         return {**super().parts(), "masks": self.masks}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "place._extra_state": {"steps": self.steps}}
+    def extra_state(self) -> dict[str, Any]:
+        return {"steps": self.steps}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.steps, self.batches = int(state["place._extra_state"]["steps"]), 0
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.batches = int(state["steps"]), 0
 
 
 register("stamina", StaminaConfig, Stamina, "C-LoRA with learned hard masks: each task changes few entries "

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from ..attention.adapters import Adapters
 from ..bank.tokens import initial_vectors
 from ..conditioning.learned_words import LearnedWords
 from ..model.deltas import DeltaKey, Deltas
-from .adapters import Adapters
+from ..settings import one_of
 from .base import Method, Task, register
-from .config import MethodConfig, one_of
+from .config import MethodConfig
 
 STARTS = ("class", "random")
 

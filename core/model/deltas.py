@@ -92,6 +92,11 @@ def check_fits(deltas: Deltas, layout: SiteLayout, owner: str) -> None:
                                f"this base needs {wanted[0]}x{wanted[1]}")
 
 
+def only_low_rank(deltas: Deltas) -> dict[DeltaKey, LowRankDelta]:
+    """The low-rank deltas among several."""
+    return {key: delta for key, delta in deltas.items() if isinstance(delta, LowRankDelta)}
+
+
 def concatenate(parts: Iterable[tuple[float, LowRankDelta]]) -> LowRankDelta:
     """Weighted sum of low-rank deltas as one of summed rank: no a×b matrix is built."""
     parts = [(weight * delta.scale, delta) for weight, delta in parts]

@@ -1,4 +1,5 @@
-"""Number types of a bank's tensors: detached copies on the CPU, in float16 unless a value is too large for it."""
+"""Number types of a bank's tensors: detached copies on the CPU, in float16 unless a value is too large for
+it."""
 
 from __future__ import annotations
 
@@ -31,8 +32,11 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(wide_enough(dtype, [tensor])).cpu().clone()
 
 
-def stored_deltas(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
+def stored_deltas(deltas: Mapping[DeltaKey, LowRankDelta],
+                  dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
     """Detached copies on the CPU, all in one type, as a bank's file requires."""
     dtype = wide_enough(dtype, (tensor for delta in deltas.values() for tensor in delta.tensors()))
-    return {key: LowRankDelta(*(factor.detach().to(dtype).cpu().clone() for factor in delta.tensors()), delta.scale)
-            for key, delta in deltas.items()}
+    def copied(factor: Tensor) -> Tensor:
+        return factor.detach().to(dtype).cpu().clone()
+
+    return {key: LowRankDelta(copied(d.up), copied(d.down), d.scale) for key, d in deltas.items()}

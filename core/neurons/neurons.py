@@ -1,10 +1,11 @@
-"""Neurons: which entries of the key and value weights a concept may change, and the rules that select them by score.
+"""Neurons: which entries of the key and value weights a concept may change, and the rules that select them by
+score.
 
-Source: Concept Neuron Selection, CNS (Liao et al., ICCV 2025, arXiv 2510.02296). From its project page and abstract: base neurons answer
-strongly to the concept, general neurons to many unrelated prompts; concept neurons are base minus general, `M_con = M_base AND NOT M_gen`,
-in the weights W_k and W_v of cross-attention, about 0.13 % of the parameters. The paper's thresholds, and whether its neuron is an entry
-or a row, were not available to us: shares, quorum and unit are our reading. Scores are in `neuron_scores`.
-"""
+Source: Concept Neuron Selection, CNS (Liao et al., ICCV 2025, arXiv 2510.02296). From its project page and
+abstract: base neurons answer strongly to the concept, general neurons to many unrelated prompts; concept
+neurons are base minus general, `M_con = M_base AND NOT M_gen`, in the weights W_k and W_v of cross-attention,
+about 0.13 % of the parameters. The paper's thresholds, and whether its neuron is an entry or a row, were not
+available to us: shares, quorum and unit are our reading. Scores are in `neuron_scores`. """
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 @dataclass(frozen=True, eq=False)
 class NeuronSelection:
-    """Selected entries of weights. indices: per site and projection sorted flat places int32 in an `[a, b]` weight, row by row;
-    sizes: (a, b) of each. A whole neuron is a row. Raises ConceptError for places outside the weight or named twice."""
+    """Selected entries of weights. indices: per site and projection sorted flat places int32 in an `[a, b]`
+    weight, row by row; sizes: (a, b) of each. A whole neuron is a row. Raises ConceptError for places outside
+    the weight or named twice."""
 
     indices: Mapping[DeltaKey, Tensor]
     sizes: Mapping[DeltaKey, tuple[int, int]]
@@ -37,15 +39,16 @@ class NeuronSelection:
             a, b = self.sizes[key]
             places = found.detach().cpu().long().flatten().sort().values
             if len(places) and (places[0] < 0 or places[-1] >= a * b or (places[1:] == places[:-1]).any()):
-                raise ConceptError(f"the neurons of {key[1]} of site {key[0]} are places {int(places[0])} to {int(places[-1])}; "
-                                   f"allowed: each of 0 to {a * b - 1} once")
+                raise ConceptError(f"the neurons of {key[1]} of site {key[0]} are places {int(places[0])} to "
+                                   f"{int(places[-1])}; allowed: each of 0 to {a * b - 1} once")
             ordered[key] = places.int()
         object.__setattr__(self, "indices", dict(sorted(ordered.items())))
 
     @classmethod
     def of_masks(cls, masks: Mapping[DeltaKey, Tensor]) -> NeuronSelection:
         """From bool masks `[a, b]`, True where selected."""
-        return cls({key: mask.flatten().nonzero().squeeze(1) for key, mask in masks.items()}, {k: tuple(m.shape) for k, m in masks.items()})
+        return cls({key: mask.flatten().nonzero().squeeze(1) for key, mask in masks.items()},
+                   {k: tuple(m.shape) for k, m in masks.items()})
 
     @classmethod
     def of_rows(cls, rows: Mapping[DeltaKey, Tensor], layout: SiteLayout) -> NeuronSelection:
@@ -57,7 +60,8 @@ class NeuronSelection:
         return sum(found.numel() for found in self.indices.values())
 
     def share(self, parameters: int = 0) -> float:
-        """Selected entries over `parameters` (of a whole UNet, say); 0 = over all entries of the weights that the selection covers."""
+        """Selected entries over `parameters` (of a whole UNet, say); 0 = over all entries of the weights that
+        the selection covers."""
         return len(self) / max(1, parameters or sum(a * b for a, b in self.sizes.values()))
 
     def mask(self, key: DeltaKey) -> Tensor:
@@ -84,7 +88,8 @@ class NeuronSelection:
         for key in keys:
             sizes = {tuple(s.sizes[key]) for s in (self, other) if key in s.sizes}
             if len(sizes) > 1:
-                raise ConceptError(f"the neuron selections have {key[1]} of site {key[0]} as {sorted(sizes)}; allowed: one size")
+                raise ConceptError(f"the neuron selections have {key[1]} of site {key[0]} as "
+                                   f"{sorted(sizes)}; allowed: one size")
             nothing = torch.zeros(next(iter(sizes)), dtype=torch.bool)
             masks[key] = rule(*(s.mask(key) if key in s.sizes else nothing for s in (self, other)))
         return NeuronSelection.of_masks(masks)
@@ -93,13 +98,16 @@ class NeuronSelection:
         """Raises ConceptError unless every weight is one of the layout's, in its size."""
         for (index, projection), size in self.sizes.items():
             if not 0 <= index < len(layout) or projection not in PROJECTIONS:
-                raise ConceptError(f"the neuron selection has {projection} of site {index}; this base has {layout.describe()}")
+                raise ConceptError(f"the neuron selection has {projection} of site {index}; this base has "
+                                   f"{layout.describe()}")
             if tuple(size) != layout.sites[index].shape(projection):
-                raise ConceptError(f"the neuron selection has {projection} of site {index} as {size[0]}x{size[1]}; this base needs "
+                raise ConceptError(f"the neuron selection has {projection} of site {index} as "
+                                   f"{size[0]}x{size[1]}; this base needs "
                                    f"{'x'.join(map(str, layout.sites[index].shape(projection)))}")
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """One bit per entry, however many are selected: `3-to_k` -> uint8 `[ceil(a b / 8)]`, lowest bit first."""
+        """One bit per entry, however many are selected: `3-to_k` -> uint8 `[ceil(a b / 8)]`, lowest bit
+        first."""
         packed = {}
         for index, projection in self.indices:
             flat = self.mask((index, projection)).flatten()
@@ -109,16 +117,18 @@ class NeuronSelection:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], layout: SiteLayout) -> NeuronSelection:
-        """Reads what `to_tensors` wrote; raises ConceptError for names and sizes that the layout does not have."""
+        """Reads what `to_tensors` wrote; raises ConceptError for names and sizes that the layout does not
+        have."""
         masks = {}
         for name, packed in tensors.items():
             index, _, projection = name.partition("-")
             if not index.isdecimal() or int(index) >= len(layout) or projection not in PROJECTIONS:
-                raise ConceptError(f"the neuron mask '{name}' belongs to no weight; this base has {layout.describe()}")
+                raise ConceptError(f"the neuron mask '{name}' belongs to no weight; this base has "
+                                   f"{layout.describe()}")
             a, b = layout.sites[int(index)].shape(projection)
             if packed.dtype != torch.uint8 or tuple(packed.shape) != (-(-a * b // 8),):
-                raise ConceptError(f"the neuron mask '{name}' is {packed.dtype} {tuple(packed.shape)}; this base needs "
-                                   f"{-(-a * b // 8)} bytes")
+                raise ConceptError(f"the neuron mask '{name}' is {packed.dtype} {tuple(packed.shape)}; this "
+                                   f"base needs {-(-a * b // 8)} bytes")
             bits = packed.cpu().unsqueeze(1).bitwise_and(_BITS).bool().flatten()
             masks[int(index), projection] = bits[:a * b].view(a, b)
         return cls.of_masks(masks)
@@ -127,7 +137,8 @@ class NeuronSelection:
 def unit_count(size: tuple[int, int], share: float, unit: str = "weight") -> int:
     """How many units (single entries, or rows) a share of an (a, b) weight is: at least one."""
     if unit not in UNITS or not 0 < share <= 1:
-        raise ConceptError(f"unit and share of neurons are {unit!r} and {share}; allowed: {' or '.join(UNITS)}, above 0 to 1")
+        raise ConceptError(f"unit and share of neurons are {unit!r} and {share}; allowed: "
+                           f"{' or '.join(UNITS)}, above 0 to 1")
     return max(1, int(share * (size[0] * size[1] if unit == "weight" else size[0])))
 
 
@@ -136,25 +147,30 @@ def _units(scores: Tensor, unit: str) -> Tensor:
 
 
 def _entries(units: Tensor, width: int, unit: str) -> Tensor:
-    return units if unit == "weight" else (units.unsqueeze(1) * width + torch.arange(width, device=units.device)).flatten()
+    return units if unit == "weight" else (units.unsqueeze(1) * width
+                                           + torch.arange(width, device=units.device)).flatten()
 
 
 def _top(scores: Tensor, share: float, unit: str) -> Tensor:
     """Units of the highest score; among equals the first."""
-    return _units(scores, unit).sort(descending=True, stable=True).indices[:unit_count(tuple(scores.shape), share, unit)]
+    return _units(scores, unit).sort(descending=True,
+                                     stable=True).indices[:unit_count(tuple(scores.shape), share, unit)]
 
 
 def base_neurons(scores: Scores, share: float = 0.1, unit: str = "weight") -> NeuronSelection:
-    """M_base: in every weight the top `share` by score. unit: "weight" (single entries) or "row" (whole neurons, by their sum)."""
+    """M_base: in every weight the top `share` by score. unit: "weight" (single entries) or "row" (whole
+    neurons, by their sum)."""
     return NeuronSelection({k: _entries(_top(s, share, unit), s.shape[1], unit) for k, s in scores.items()},
                            {k: tuple(s.shape) for k, s in scores.items()})
 
 
-def concept_neurons(scores: Scores, general: NeuronSelection | None, share: float = 0.058, unit: str = "weight") -> NeuronSelection:
-    """M_con = M_base AND NOT M_gen, in every weight with M_base just large enough that `share` of the weight remains.
+def concept_neurons(scores: Scores, general: NeuronSelection | None, share: float = 0.058,
+                    unit: str = "weight") -> NeuronSelection:
+    """M_con = M_base AND NOT M_gen, in every weight with M_base just large enough that `share` of the weight
+    remains.
 
-    The default is 5.8 % of W_k and W_v, which is the paper's 0.13 % of Stable Diffusion 1.5's UNet. Rows with a general entry are out.
-    """
+    The default is 5.8 % of W_k and W_v, which is the paper's 0.13 % of Stable Diffusion 1.5's UNet. Rows with
+    a general entry are out. """
     found = {}
     for key, own in scores.items():
         units = _units(own, unit).clone()
@@ -167,7 +183,8 @@ def concept_neurons(scores: Scores, general: NeuronSelection | None, share: floa
 
 
 class Votes:
-    """M_gen: the entries (or rows) that are in the top `share` for at least `quorum` of many unrelated prompts."""
+    """M_gen: the entries (or rows) that are in the top `share` for at least `quorum` of many unrelated
+    prompts."""
 
     def __init__(self, share: float = 0.1, quorum: float = 0.5, unit: str = "weight") -> None:
         if not 0 < quorum <= 1:
@@ -181,10 +198,12 @@ class Votes:
         self.count += 1
         for key, own in scores.items():
             self.sizes[key] = tuple(own.shape)
-            votes = self.votes.setdefault(key, torch.zeros(_units(own, self.unit).shape, dtype=torch.int16, device=own.device))
+            votes = self.votes.setdefault(key, torch.zeros(_units(own, self.unit).shape, dtype=torch.int16,
+                                                           device=own.device))
             votes[_top(own, self.share, self.unit)] += 1
 
     def general(self) -> NeuronSelection:
         needed = max(1e-9, self.quorum * self.count)
-        found = {key: _entries((v >= needed).nonzero().squeeze(1), self.sizes[key][1], self.unit) for key, v in self.votes.items()}
+        found = {key: _entries((v >= needed).nonzero().squeeze(1), self.sizes[key][1], self.unit) for key,
+                 v in self.votes.items()}
         return NeuronSelection(found, self.sizes)

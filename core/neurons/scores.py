@@ -1,10 +1,10 @@
 """Scores of neurons: how much a concept, or any prompt, depends on an entry of a weight.
 
-CNS (Liao et al., ICCV 2025, arXiv 2510.02296) selects neurons by a score that was not available to us; it says that base neurons answer
-strongly to the concept's pictures and that general ones are active over a diverse calibration set. Both scores here are our reading:
-"gradient" sees the pictures, "activation" the text alone. The calibration prompts are ours too. Weights are read through
-`Backbone.project` and gradients through what comes back to a projection, so every host works and no frozen weight gets a gradient.
-"""
+CNS (Liao et al., ICCV 2025, arXiv 2510.02296) selects neurons by a score that was not available to us; it
+says that base neurons answer strongly to the concept's pictures and that general ones are active over a
+diverse calibration set. Both scores here are our reading: "gradient" sees the pictures, "activation" the text
+alone. The calibration prompts are ours too. Weights are read through `Backbone.project` and gradients through
+what comes back to a projection, so every host works and no frozen weight gets a gradient. """
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from ..model.solver import Ddim, denoise, guided
 from .neurons import NeuronSelection, Votes
 
 SCORES = ("gradient", "activation")
-_THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "bicycle", "boat", "chair", "teacup", "clock", "guitar", "tree", "flower",
-           "mountain", "castle", "bridge", "robot", "child", "old man", "woman reading", "bowl of fruit", "slice of cake", "backpack",
-           "toy duck", "teddy bear", "lighthouse", "train", "airplane", "butterfly", "city street", "wooden house")
-_SCENES = ("a photo of a {}", "a painting of a {}", "a {} on a beach", "a {} in the snow", "a drawing of a {}", "a {} at night",
-           "a {} in a room", "a {} in a meadow")
-CALIBRATION = tuple(_SCENES[i % len(_SCENES)].format(thing) for i, thing in enumerate(_THINGS))      # ours, not the paper's
+_THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "bicycle", "boat", "chair", "teacup", "clock",
+           "guitar", "tree", "flower", "mountain", "castle", "bridge", "robot", "child", "old man",
+           "woman reading", "bowl of fruit", "slice of cake", "backpack", "toy duck", "teddy bear",
+           "lighthouse", "train", "airplane", "butterfly", "city street", "wooden house")
+_SCENES = ("a photo of a {}", "a painting of a {}", "a {} on a beach", "a {} in the snow",
+           "a drawing of a {}", "a {} at night", "a {} in a room", "a {} in a meadow")
+# ours, not the paper's
+CALIBRATION = tuple(_SCENES[i % len(_SCENES)].format(thing) for i, thing in enumerate(_THINGS))
 
 
 def key_value_weights(layout: SiteLayout) -> list[DeltaKey]:
@@ -39,7 +41,8 @@ def key_value_weights(layout: SiteLayout) -> list[DeltaKey]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def weight_of(backbone: Backbone, key: DeltaKey) -> Tensor:
-    """A projection's weight as the host applies it now, `[a, b]` float32: its answer to unit vectors, its bias taken off."""
+    """A projection's weight as the host applies it now, `[a, b]` float32: its answer to unit vectors, its
+    bias taken off."""
     site, width = backbone.layout.sites[key[0]], backbone.layout.sites[key[0]].shape(key[1])[1]
     probe = torch.cat([torch.zeros(1, width), torch.eye(width)]).unsqueeze(0).to(backbone.device)
     answer = backbone.project(site, key[1], probe)[0].float()
@@ -50,11 +53,12 @@ def weight_of(backbone: Backbone, key: DeltaKey) -> Tensor:
 @torch.no_grad()
 def activation_scores(backbone: Backbone, context: Context, positions: Sequence[Sequence[int]],
                       keys: Sequence[DeltaKey] | None = None) -> dict[DeltaKey, Tensor]:
-    """`S_ij = |W_ij| ||X_j||_2`, the score of weight pruning (Sun et al. 2024, Wanda): text alone, no backward pass.
+    """`S_ij = |W_ij| ||X_j||_2`, the score of weight pruning (Sun et al. 2024, Wanda): text alone, no
+    backward pass.
 
-    X: what goes into the weight at `positions` of each prompt of the context, all prompts together. Keys and values only: what goes into
-    the other projections depends on the picture, and ConceptError is raised for them.
-    """
+    X: what goes into the weight at `positions` of each prompt of the context, all prompts together. Keys and
+    values only: what goes into the other projections depends on the picture, and ConceptError is raised for
+    them. """
     scores = {}
     for key in keys or key_value_weights(backbone.layout):
         if key[1] not in ("to_k", "to_v"):
@@ -66,8 +70,9 @@ def activation_scores(backbone: Backbone, context: Context, positions: Sequence[
 
 
 class GradientProcessor(AttentionProcessor):
-    """Sums the loss's gradient over weights that stay frozen: `dL/dW = sum g x^T` from what comes back to a projection's output, so that
-    a backward pass in which nothing but activations has gradients is enough. sums: weight -> `[a, b]` float32.
+    """Sums the loss's gradient over weights that stay frozen: `dL/dW = sum g x^T` from what comes back to a
+    projection's output, so that a backward pass in which nothing but activations has gradients is enough.
+    sums: weight -> `[a, b]` float32.
 
     rows: weight of each sample of the batch `[B]`, None = 1; inner: what the sites do beside it.
     """
@@ -82,8 +87,10 @@ class GradientProcessor(AttentionProcessor):
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         y, key, x = self.inner.project(site, projection, x, y), (site.index, projection), x.detach()
         if key in self.keys and torch.is_grad_enabled():
-            y = y + torch.zeros((), device=y.device, dtype=y.dtype, requires_grad=True)      # text has no gradient of its own to hook into
-            y.register_hook(lambda gradient: self._add(key, gradient, x))      # fires once, also where checkpointing runs this again
+            # text has no gradient of its own to hook into
+            y = y + torch.zeros((), device=y.device, dtype=y.dtype, requires_grad=True)
+            # fires once, also where checkpointing runs this again
+            y.register_hook(lambda gradient: self._add(key, gradient, x))
         return y
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
@@ -91,26 +98,33 @@ class GradientProcessor(AttentionProcessor):
 
     @torch.no_grad()
     def _add(self, key: DeltaKey, gradient: Tensor, x: Tensor) -> None:
-        g = gradient.float() if self.rows is None else gradient.float() * self.rows.to(gradient.device, torch.float32).view(-1, 1, 1)
+        g = gradient.float() if self.rows is None else gradient.float() * self.rows.to(gradient.device,
+                                                                                       torch.float32).view(-1,
+                                                                                                           1,
+                                                                                                           1)
         found = g.flatten(0, 1).T @ x.expand(len(g), -1, -1).float().flatten(0, 1)
         if torch.isfinite(found).all():      # a loss scaled too high for fp16: that step is skipped anyway
             self.sums[key] = found if key not in self.sums else self.sums[key].add_(found)
 
     def scores(self, backbone: Backbone) -> dict[DeltaKey, Tensor]:
-        """`S_ij = |W_ij sum dL/dW_ij|`: how much the loss would move if the entry went away, to first order."""
+        """`S_ij = |W_ij sum dL/dW_ij|`: how much the loss would move if the entry went away, to first
+        order."""
         return {key: (weight_of(backbone, key) * found).abs() for key, found in self.sums.items()}
 
 
 @torch.inference_mode(False)
-def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, generator: torch.Generator, draws: int = 64, batch: int = 4,
-                    keys: Sequence[DeltaKey] | None = None, progress: Callable[[int, int], None] | None = None) -> dict[DeltaKey, Tensor]:
-    """`S_ij = |W_ij sum_{t,n} dL/dW_ij|`, L the denoising loss of pictures under their prompts: sees the pictures, costs backward passes.
+def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, generator: torch.Generator,
+                    draws: int = 64, batch: int = 4, keys: Sequence[DeltaKey] | None = None,
+                    progress: Callable[[int, int], None] | None = None) -> dict[DeltaKey, Tensor]:
+    """`S_ij = |W_ij sum_{t,n} dL/dW_ij|`, L the denoising loss of pictures under their prompts: sees the
+    pictures, costs backward passes.
 
-    latents `[n, C, h, w]` clean; context: one row per picture, or one for all; draws: pairs of timestep and noise, spread over the
-    pictures; batch: of them at once; progress: called with draws done and in all, may raise.
-    """
+    latents `[n, C, h, w]` clean; context: one row per picture, or one for all; draws: pairs of timestep and
+    noise, spread over the pictures; batch: of them at once; progress: called with draws done and in all, may
+    raise. """
     latents, schedule = latents.clone().to(backbone.device), backbone.schedule
-    fixed = Context(context.hidden.detach().clone(), None if context.pooled is None else context.pooled.detach().clone())
+    fixed = Context(context.hidden.detach().clone(),
+                    None if context.pooled is None else context.pooled.detach().clone())
     processor = GradientProcessor(keys or key_value_weights(backbone.layout))
     for start in range(0, draws, batch):
         rows = [i % len(latents) for i in range(start, min(start + batch, draws))]
@@ -139,8 +153,10 @@ def encode_plain(backbone: Backbone, prompts: Sequence[str]) -> Context:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: torch.Generator, steps: int = 8, cfg: float = 5.0) -> Tensor:
-    """Latents `[1, C, h, w]` of the base's own picture of a prompt: a few DDIM steps, enough to ask for gradients. size: (h, w)."""
+def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: torch.Generator,
+            steps: int = 8, cfg: float = 5.0) -> Tensor:
+    """Latents `[1, C, h, w]` of the base's own picture of a prompt: a few DDIM steps, enough to ask for
+    gradients. size: (h, w)."""
     both = encode_plain(backbone, ["", prompt])
     noise = torch.randn(1, backbone.latent_channels, *size, generator=generator).to(backbone.device)
 
@@ -150,16 +166,19 @@ def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: t
     return denoise(Ddim(backbone.schedule, steps), noise, estimate)
 
 
-def general_neurons(backbone: Backbone, generator: torch.Generator, prompts: Sequence[str] = CALIBRATION, score: str = "gradient",
-                    share: float = 0.1, quorum: float = 0.5, unit: str = "weight", size: tuple[int, int] = (64, 64), draws: int = 4,
-                    keys: Sequence[DeltaKey] | None = None, progress: Callable[[int, int], None] | None = None) -> NeuronSelection:
-    """M_gen of a base from calibration prompts; with score "gradient" from its own pictures of them, with "activation" from text alone.
+def general_neurons(backbone: Backbone, generator: torch.Generator, prompts: Sequence[str] = CALIBRATION,
+                    score: str = "gradient", share: float = 0.1, quorum: float = 0.5, unit: str = "weight",
+                    size: tuple[int, int] = (64, 64), draws: int = 4, keys: Sequence[DeltaKey] | None = None,
+                    progress: Callable[[int, int], None] | None = None) -> NeuronSelection:
+    """M_gen of a base from calibration prompts; with score "gradient" from its own pictures of them, with
+    "activation" from text alone.
 
-    size: of the latents (h, w); draws: gradients per prompt; progress: called with prompts done and in all, may raise. Raises ConceptError
-    for an unknown score and for no prompts. Belongs to a base, not to a concept: find it once.
-    """
+    size: of the latents (h, w); draws: gradients per prompt; progress: called with prompts done and in all,
+    may raise. Raises ConceptError for an unknown score and for no prompts. Belongs to a base, not to a
+    concept: find it once. """
     if score not in SCORES or not prompts:
-        raise ConceptError(f"the score is {score!r} over {len(prompts)} calibration prompts; allowed: {' or '.join(SCORES)}, 1 or more")
+        raise ConceptError(f"the score is {score!r} over {len(prompts)} calibration prompts; allowed: "
+                           f"{' or '.join(SCORES)}, 1 or more")
     votes = Votes(share, quorum, unit)
     for i, prompt in enumerate(prompts):
         context = encode_plain(backbone, [prompt])

@@ -1,4 +1,5 @@
-"""Learning inside ComfyUI leaves everything as it found it, stops when asked to, goes on exactly, and learns what the other host learns."""
+"""Learning inside ComfyUI leaves everything as it found it, stops when asked to, goes on exactly, and learns
+what the other host learns."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ class Failure(Exception):
 
 @pytest.fixture
 def stop_at(monkeypatch, pack):
-    """stop_at(step, how): the next runs end after that step, by "cancel" (ComfyUI's button) or "failure"; returns the steps they did."""
+    """stop_at(step, how): the next runs end after that step, by "cancel" (ComfyUI's button) or "failure";
+    returns the steps they did."""
     import comfy.model_management
 
     from continual_concepts.nodes import progress
@@ -52,24 +54,28 @@ def modules_of(studio) -> list[torch.nn.Module]:
 
 def traces(studio) -> dict:
     """Whatever could be left on the modules: hooks, forwards, patches, gradients, training mode."""
-    found = {"patches": (len(studio.model.patches), len(studio.clip.patcher.patches), len(studio.model.object_patches)),
+    found = {"patches": (len(studio.model.patches), len(studio.clip.patcher.patches),
+                         len(studio.model.object_patches)),
              "options": repr(studio.model.model_options)}
     for i, whole in enumerate(modules_of(studio)):
         for name, module in whole.named_modules():
             hooks = [len(getattr(module, kind)) for kind in
                      ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")]
-            found[i, name] = (hooks, "forward" in module.__dict__, module.training, getattr(module, "activation", None))
+            found[i, name] = (hooks, "forward" in module.__dict__, module.training,
+                              getattr(module, "activation", None))
         for name, weight in whole.named_parameters():
             found[i, name, "gradient"] = weight.grad is None
     return found
 
 
 def weights(studio) -> list[dict]:
-    return [{name: tensor.clone() for name, tensor in whole.state_dict().items()} for whole in modules_of(studio)]
+    return [{name: tensor.clone() for name, tensor in whole.state_dict().items()}
+            for whole in modules_of(studio)]
 
 
 def same(before: list[dict], after: list[dict]) -> bool:
-    return all(torch.equal(tensor, b[name]) for a, b in zip(before, after, strict=True) for name, tensor in a.items())
+    return all(torch.equal(tensor, b[name]) for a, b in zip(before, after, strict=True) for name,
+               tensor in a.items())
 
 
 @pytest.mark.parametrize("how", ["finished", "cancel", "failure"])
@@ -129,9 +135,11 @@ def test_a_stopped_run_goes_on_exactly(studio, tmp_path, stop_at, stopped, how):
     steps.clear()
     resumed = studio.learn(steps=6)["spot"]
     assert steps == [4, 5, 6]
-    assert all(torch.equal(whole.tokens.vectors[name], vectors) for name, vectors in resumed.tokens.vectors.items())
+    assert all(torch.equal(whole.tokens.vectors[name], vectors) for name,
+               vectors in resumed.tokens.vectors.items())
     for key, delta in whole.deltas.items():
-        assert torch.equal(delta.up, resumed.deltas[key].up) and torch.equal(delta.down, resumed.deltas[key].down)
+        assert torch.equal(delta.up,
+                           resumed.deltas[key].up) and torch.equal(delta.down, resumed.deltas[key].down)
 
 
 def test_cancelling_during_a_preview_does_not_wait_for_its_end(studio, monkeypatch, stopped):
@@ -167,7 +175,8 @@ def test_an_old_concept_stays_bit_for_bit_what_it_was(studio):
     before = {key: (delta.up.clone(), delta.down.clone()) for key, delta in first["spot"].deltas.items()}
     second = studio.learn(name="tom", noun="cat", bank=[first])
     assert first.names == ["spot"] and second.names == ["spot", "tom"]
-    assert all(torch.equal(up, second["spot"].deltas[key].up) and torch.equal(down, second["spot"].deltas[key].down)
+    assert all(torch.equal(up, second["spot"].deltas[key].up)
+               and torch.equal(down, second["spot"].deltas[key].down)
                for key, (up, down) in before.items())
 
 
@@ -222,7 +231,8 @@ def test_no_gradient_for_frozen_weights(comfyui, studio):
 
 @pytest.fixture
 def judged(studio):
-    """judged(...): all outputs of ConceptLearner with a CLIP_VISION that gives each look the next of these vectors' cosines."""
+    """judged(...): all outputs of ConceptLearner with a CLIP_VISION that gives each look the next of these
+    vectors' cosines."""
     def run(scores, **other):
         left = iter(scores)
 
@@ -236,9 +246,11 @@ def judged(studio):
                 return {"image_embeds": torch.tensor([[Vision.score, (1 - Vision.score**2) ** 0.5]])}
 
         photos = torch.rand(2, 40, 40, 3, generator=torch.Generator().manual_seed(2))
-        inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": [photos], "name": "spot", "class_noun": "dog",
-                  "kind": "object", "method": "bound", "steps": 12, "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1,
-                  "seed": 0, "preview_every": 2, "if_known": "keep it", "clip_vision": Vision(), "stop_after": 2, **other}
+        inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": [photos],
+                  "name": "spot", "class_noun": "dog", "kind": "object", "method": "bound", "steps": 12,
+                  "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1, "seed": 0,
+                  "preview_every": 2, "if_known": "keep it", "clip_vision": Vision(), "stop_after": 2,
+                  **other}
         listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
         return studio.pack.ConceptLearner.execute(**listed)
 
@@ -286,8 +298,10 @@ def test_it_warns_of_concepts_that_will_get_in_each_others_way(studio, bank, cap
     from continual_concepts.core.bank.bank import ConceptBank
 
     known = ConceptBank(bank.layout).add(bank["rex"])
-    inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": studio.photos(), "name": "rexy", "class_noun": "dog",
-              "kind": "object", "method": "bound", "steps": 1, "lr": 0.0, "token_lr": 0.0, "resolution": 32, "batch_size": 1, "seed": 0,
-              "preview_every": 0, "if_known": "keep it", "bank": known}
-    found = studio.pack.ConceptLearner.execute(**{key: value if isinstance(value, list) else [value] for key, value in inputs.items()})
+    inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": studio.photos(),
+              "name": "rexy", "class_noun": "dog", "kind": "object", "method": "bound", "steps": 1, "lr": 0.0,
+              "token_lr": 0.0, "resolution": 32, "batch_size": 1, "seed": 0, "preview_every": 0,
+              "if_known": "keep it", "bank": known}
+    found = studio.pack.ConceptLearner.execute(**{key: value if isinstance(value, list) else [value] for key,
+                                                  value in inputs.items()})
     assert "<rexy>" in found.ui["text"][0] and "<rexy>" in caplog.text

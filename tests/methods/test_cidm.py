@@ -1,4 +1,5 @@
-"""CIDM end to end: every reading of its losses trains and resumes; tokens stop by their length; maps are regularised."""
+"""CIDM end to end: every reading of its losses trains and resumes; tokens stop by their length; maps are
+regularised."""
 
 from __future__ import annotations
 
@@ -7,19 +8,20 @@ from itertools import product
 import pytest
 import torch
 
+from continual_concepts.core.attention.adapters import adapter_key
 from continual_concepts.core.attention.maps import MapProcessor, attention_maps, attention_regulariser
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
-from continual_concepts.core.methods.base import adapter_key
 
 READINGS = [{"orthogonality": o, "shared": s} for o, s in product(("rr", "aa"), ("als", "gradient"))]
 
 
 def tensors_of(learned):
     concept = learned.concept
-    found = {(key, n): t for key, d in concept.deltas.items() for n, t in enumerate(d.tensors())} | dict(concept.tokens.vectors)
+    found = {(key, n): t for key, d in concept.deltas.items() for n,
+             t in enumerate(d.tensors())} | dict(concept.tokens.vectors)
     return found | {("shared", name): t for name, t in learned.bank.shared.get("cidm", {}).items()}
 
 
@@ -39,7 +41,8 @@ def test_every_reading_trains_and_resumes_exactly(tiny_backbone, teach, tmp_path
     again = teach(tiny_backbone, first, "mimi", settings=reading, checkpoint_file=tmp_path / "c")
     expected, found = tensors_of(whole), tensors_of(again)
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
-    assert set(infos[-1].terms) == {"attention", "specific", "shared"} and infos[-1].terms["specific"] > 0 < infos[-1].terms["shared"]
+    assert set(infos[-1].terms) == {"attention", "specific",
+                                    "shared"} and infos[-1].terms["specific"] > 0 < infos[-1].terms["shared"]
     assert all(torch.equal(given[name], t) for name, t in first.shared["cidm"].items())
     assert any(not torch.equal(given[name], t) for name, t in whole.bank.shared["cidm"].items())
 
@@ -55,7 +58,8 @@ def test_losses_can_be_off(tiny_backbone, teach):
 def test_old_tasks_may_have_another_rank_or_reading(tiny_backbone, teach):
     bank = ConceptBank(tiny_backbone.layout)
     for i, reading in enumerate(READINGS):
-        bank = teach(tiny_backbone, bank, f"c{i}", settings=reading | {"rank": 1 + i, "shared_rank": 2 + i}, steps=1).bank
+        bank = teach(tiny_backbone, bank, f"c{i}", settings=reading | {"rank": 1 + i, "shared_rank": 2 + i},
+                     steps=1).bank
     assert len(bank) == 4
 
 
@@ -77,13 +81,15 @@ def bank(tiny_backbone, make_concept):
 
 def test_specific_is_r1_over_all_sites_and_the_methods_own_concepts(tiny_backbone, bank):
     method, expected = begun(tiny_backbone, bank, rank=2), {"rr": 0.0, "aa": 0.0}
-    for (index, projection), up in ((key, method.adapters.up[adapter_key(*key)].detach()) for key in method.adapters.keys):
+    for (index, projection), up in ((key, method.adapters.up[adapter_key(*key)].detach())
+                                    for key in method.adapters.keys):
         for name in ("c0", "c1", "c2"):
             old = bank[name].deltas[index, projection]
             expected["rr"] += float((0.5 * old.up.T @ up).abs().sum())
             expected["aa"] += float((0.5 * old.up @ up.T).abs().sum())
     assert method.specific().item() == pytest.approx(expected["rr"], rel=1e-4)
-    assert begun(tiny_backbone, bank, rank=2, orthogonality="aa").specific().item() == pytest.approx(expected["aa"], rel=1e-4)
+    assert begun(tiny_backbone, bank, rank=2,
+                 orthogonality="aa").specific().item() == pytest.approx(expected["aa"], rel=1e-4)
 
 
 @pytest.mark.parametrize("shared", ["als", "gradient"])
@@ -104,7 +110,8 @@ def test_tokens_stop_at_their_length(tiny_backbone, teach):
     free = teach(tiny_backbone, bank, settings={"token_norm_stop": 0.0}, steps=3)
     for one in (start, learned, free):
         lengths.append(one.concept.tokens.vectors["clip_l"])
-    # learning rates differ between runs of 1 and 3 steps only after the first step, in which the tokens still moved
+    # learning rates differ between runs of 1 and 3 steps only after the first step, in which the tokens still
+    # moved
     assert torch.equal(lengths[0], lengths[1]) and not torch.equal(lengths[1], lengths[2])
     assert not torch.equal(start.concept.deltas[0, "to_q"].up, learned.concept.deltas[0, "to_q"].up)
 
@@ -117,12 +124,14 @@ def test_a_resumed_run_keeps_its_tokens_stopped(tiny_backbone, teach, tmp_path):
     whole = teach(tiny_backbone, bank, settings=settings)
     with pytest.raises(KeyboardInterrupt):
         teach(tiny_backbone, bank, settings=settings, callback=stop, checkpoint_file=tmp_path / "c")
-    expected, found = tensors_of(whole), tensors_of(teach(tiny_backbone, bank, settings=settings, checkpoint_file=tmp_path / "c"))
+    expected, found = tensors_of(whole), tensors_of(teach(tiny_backbone, bank, settings=settings,
+                                                          checkpoint_file=tmp_path / "c"))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_words_without_layers_have_one_copy(tiny_backbone, teach):
-    concept = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), settings={"layerwise": False}, steps=1).concept
+    concept = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), settings={"layerwise": False},
+                    steps=1).concept
     assert concept.tokens.vectors["clip_l"].shape == (1, 2, 32)
 
 
@@ -172,7 +181,8 @@ def test_the_regulariser_sums_resolutions_and_averages_sites():
     g = torch.Generator().manual_seed(0)
     fine, fine_too, coarse = (torch.rand(1, n, 5, generator=g) for n in (16, 16, 4))
     whole = attention_regulariser([fine, coarse, fine_too], ((1, 2),), MASK)
-    parts = attention_regulariser([(fine + fine_too) / 2], ((1, 2),), MASK) + attention_regulariser([coarse], ((1, 2),), MASK)
+    parts = attention_regulariser([(fine + fine_too) / 2], ((1, 2),),
+                                  MASK) + attention_regulariser([coarse], ((1, 2),), MASK)
     assert torch.allclose(whole, parts)
 
 
@@ -185,8 +195,10 @@ def test_maps_are_probabilities_averaged_over_heads():
     g = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 6, 8, generator=g), torch.randn(2, 5, 8, generator=g)
     found = attention_maps(query, key, 2)
-    heads = [torch.softmax(query[..., s] @ key[..., s].transpose(1, 2) / 2, -1) for s in (slice(0, 4), slice(4, 8))]
-    assert torch.allclose(found, sum(heads) / 2, atol=1e-6) and torch.allclose(found.sum(-1), torch.ones(2, 6))
+    heads = [torch.softmax(query[..., s] @ key[..., s].transpose(1, 2) / 2, -1)
+             for s in (slice(0, 4), slice(4, 8))]
+    assert torch.allclose(found, sum(heads) / 2,
+                          atol=1e-6) and torch.allclose(found.sum(-1), torch.ones(2, 6))
 
 
 def test_only_the_last_forward_pass_is_kept(tiny_backbone, bank):

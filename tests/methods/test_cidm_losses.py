@@ -26,7 +26,8 @@ def random(*shape, seed=0):
 
 
 def tasks(count, rank=R):
-    return [LowRankDelta(random(A, rank, seed=10 + i), random(rank, B, seed=20 + i), 0.5 + i) for i in range(count)]
+    return [LowRankDelta(random(A, rank, seed=10 + i), random(rank, B, seed=20 + i), 0.5 + i)
+            for i in range(count)]
 
 
 def test_rr_is_the_sum_over_concepts():
@@ -75,7 +76,8 @@ def test_aa_is_the_printed_formula(ranks):
             for j in range(A):
                 expected += abs(float(filled(one, 3)[i] @ filled(up, 3)[j]))
     widest = max(one.shape[1] for one in old)
-    assert float(orthogonality_aa(torch.stack([filled(one, widest) for one in old]), up)) == pytest.approx(expected, rel=1e-5)
+    assert float(orthogonality_aa(torch.stack([filled(one, widest) for one in old]),
+                                  up)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_aa_is_zero_only_for_nothing():
@@ -106,7 +108,8 @@ def test_the_residual_is_the_dense_norm_with_its_gradients():
     up, down = random(A, R).requires_grad_(), random(R, B, seed=1).requires_grad_()
     value, dense = residual(up, down, projected, basis), (up @ down - projected @ basis).square().sum()
     assert torch.allclose(value, dense, rtol=1e-5)
-    for ours, expected in zip(torch.autograd.grad(value, (up, down)), torch.autograd.grad(dense, (up, down)), strict=True):
+    for ours, expected in zip(torch.autograd.grad(value, (up, down)), torch.autograd.grad(dense, (up, down)),
+                              strict=True):
         assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -121,11 +124,13 @@ def test_the_residual_is_never_negative():
 @pytest.mark.parametrize("ranks", [(2,), (2, 2, 2), (1, 3, 2)])
 def test_the_gram_is_the_sum_of_the_dense_ones(ranks, stored):
     """Whatever the tasks' ranks, scales and stored types, and without changing what is stored."""
-    deltas = [LowRankDelta(random(A, rank, seed=i).to(stored), random(rank, B, seed=9 + i).to(stored), 0.5 + i)
+    deltas = [LowRankDelta(random(A, rank, seed=i).to(stored), random(rank, B, seed=9 + i).to(stored),
+                           0.5 + i)
               for i, rank in enumerate(ranks)]
     gram, basis = Gram.of(deltas), random(S, B, seed=3)
     dense = sum(d.dense().T @ d.dense() for d in deltas)
-    assert gram.downs.dtype == stored and torch.allclose(gram.times(basis), basis @ dense, rtol=1e-4, atol=1e-4)
+    assert gram.downs.dtype == stored and torch.allclose(gram.times(basis), basis @ dense, rtol=1e-4,
+                                                         atol=1e-4)
 
 
 def test_a_sweep_is_that_over_all_rows():
@@ -158,7 +163,8 @@ def test_sweeps_never_raise_the_total_residual_and_find_the_best_subspace(count)
         history.append(total_residual(deltas, basis))
         basis = als_sweep(grams, basis)
         assert torch.allclose(basis @ basis.T, torch.eye(S), atol=1e-5)
-    assert all(after <= before * (1 + 1e-5) + 1e-4 for before, after in zip(history, history[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) + 1e-4 for before,
+               after in zip(history, history[1:], strict=False))
     best = float(torch.linalg.svdvals(torch.cat([d.dense() for d in deltas]))[S:].square().sum())
     assert history[-1] == pytest.approx(best, rel=0.05, abs=1e-3)
 
@@ -184,9 +190,11 @@ def dense():
 
 def test_dense_starts_as_documented(dense):
     common, delta = dense
-    assert torch.allclose(common.common, common.old.mean(0)) and torch.equal(common.projections[-1], torch.eye(A))
+    assert torch.allclose(common.common,
+                          common.old.mean(0)) and torch.equal(common.projections[-1], torch.eye(A))
     assert torch.allclose(common.total(delta), common.loss(delta) + sum(
-        (old - h @ common.common).square().sum() for old, h in zip(common.old, common.projections, strict=False)), rtol=1e-5)
+        (old - h @ common.common).square().sum() for old,
+        h in zip(common.old, common.projections, strict=False)), rtol=1e-5)
 
 
 def test_the_printed_gradients_are_autograds_and_a_small_step_descends(dense):

@@ -1,4 +1,5 @@
-"""C-LoRA: the Hadamard penalty, one random word, keys and values alone, and the norm that tells a collapse."""
+"""C-LoRA: the Hadamard penalty, one random word, keys and values alone, and the norm that tells a
+collapse."""
 
 from __future__ import annotations
 
@@ -40,33 +41,42 @@ def test_the_penalty_is_equation_3(tiny_backbone, bank):
     for key in method.adapters.keys:
         past = sum(concept.deltas[key].dense() for concept in bank)
         new = method.adapters.up[f"{key[0]}-{key[1]}"] @ method.adapters.down[f"{key[0]}-{key[1]}"]
-        expected += sum(float(p) ** 2 * float(n) ** 2 for p, n in zip(past.flatten(), new.detach().flatten(), strict=True))
+        expected += sum(float(p) ** 2 * float(n) ** 2 for p,
+                        n in zip(past.flatten(), new.detach().flatten(), strict=True))
     assert method.penalty(None)["forget"].item() == pytest.approx(7.0 * expected, rel=1e-4)
 
 
 def test_the_past_is_what_the_weights_carry(tiny_backbone, bank):
-    past = past_changes(bank, "clora", "cpu")
+    past = past_changes(Task("new", "dog", tiny_backbone, bank), "clora")
     for key, delta in always_on_deltas(bank).items():
         assert torch.allclose(past[key], delta.dense().abs(), atol=1e-7) and past[key].any()
-    assert past_changes(bank.remove("mimi"), "clora", "cpu").keys() == past.keys() and not past_changes(bank, "stamina", "cpu")
+    assert past_changes(Task("new", "dog", tiny_backbone, bank.remove("mimi")),
+                        "clora").keys() == past.keys() and not past_changes(Task("new", "dog", tiny_backbone,
+                                                                                 bank), "stamina")
 
 
 def test_other_places_cost_nothing():
     """Zero where the past has no change, and gradient only where it has."""
     past = {(0, "to_k"): torch.tensor([[1.0, 0.0], [0.0, 2.0]])}
-    apart, over = torch.tensor([[0.0, 3.0], [4.0, 0.0]], requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    apart, over = torch.tensor([[0.0, 3.0], [4.0, 0.0]],
+                               requires_grad=True), torch.ones(2, 2, requires_grad=True)
     assert forgetting(past, lambda key: apart) == 0 and forgetting(past, lambda key: over) == 5
     forgetting(past, lambda key: over).backward()
     assert torch.equal(over.grad, torch.tensor([[2.0, 0.0], [0.0, 8.0]]))
+
+
+def product_of(method):
+    return lambda key: method.adapters.delta(key).dense()
 
 
 def test_the_gradient_is_the_formulas(tiny_backbone, bank):
     """Written out for the factors; autograd's is that of the formula."""
     method = begun(tiny_backbone, bank, scale=0.5)
     randomise(method)
-    parameters = list(method.adapters.parameters())
-    quick, plain = (torch.autograd.grad(loss, parameters) for loss in (method.forgotten(), forgetting(method.past, method.product)))
-    assert method.forgotten().item() == pytest.approx(forgetting(method.past, method.product).item(), rel=1e-5)
+    parameters, formula = list(method.adapters.parameters()), lambda: forgetting(method.past,
+                                                                                 product_of(method))
+    quick, plain = (torch.autograd.grad(loss, parameters) for loss in (method.forgotten(), formula()))
+    assert method.forgotten().item() == pytest.approx(formula().item(), rel=1e-5)
     for one, other in zip(quick, plain, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-9) and other.any()
 
@@ -74,24 +84,30 @@ def test_the_gradient_is_the_formulas(tiny_backbone, bank):
 def test_half_precision_does_not_reach_the_penalty():
     """1e-5 times 1e-5, squared, is far below what 16 bits hold."""
     past = {(0, "to_k"): torch.full((4, 4), 1e-5)}
-    assert forgetting(past, lambda key: torch.full((4, 4), 1e-5, dtype=torch.bfloat16)).item() == pytest.approx(16e-20, rel=0.02)
+    assert forgetting(past,
+                      lambda key: torch.full((4, 4), 1e-5,
+                                             dtype=torch.bfloat16)).item() == pytest.approx(16e-20, rel=0.02)
 
 
 def test_the_penalty_holds_the_new_product_small(tiny_backbone, bank, teach):
     """The paper's way to keep what is old; also its flaw."""
-    norms = [float(teach(tiny_backbone, bank, "bear", "clora", {"rank": 2, "forget": forget, "token_lr": 0.0}, steps=8)
+    norms = [float(teach(tiny_backbone, bank, "bear", "clora", {"rank": 2, "forget": forget, "token_lr": 0.0},
+                         steps=8)
                    .bank.shared["clora"]["norm.bear"]) for forget in (0.0, 1e9)]
     assert norms[1] < 0.5 * norms[0]
 
 
 def test_the_norm_is_watched_and_kept(tiny_backbone, bank, teach):
     infos = []
-    learned = teach(tiny_backbone, bank, "bear", "clora", {"rank": 2, "scale": 0.5}, steps=3, callback=infos.append)
+    learned = teach(tiny_backbone, bank, "bear", "clora", {"rank": 2, "scale": 0.5}, steps=3,
+                    callback=infos.append)
     dense = [delta.dense().square().sum() for delta in learned.concept.deltas.values()]
     assert infos[-1].monitors["norm"] == pytest.approx(float(torch.stack(dense).sum().sqrt()), rel=1e-4)
-    assert infos[0].monitors["norm"] > 2 * infos[-1].monitors["norm"]      # lambda is large: the collapse shows
+    # lambda is large: the collapse shows
+    assert infos[0].monitors["norm"] > 2 * infos[-1].monitors["norm"]
     state = learned.bank.shared["clora"]
-    assert set(state) == {"norm.rex", "norm.mimi", "norm.bear"} and float(state["norm.bear"]) == pytest.approx(infos[-1].monitors["norm"])
+    assert set(state) == {"norm.rex", "norm.mimi",
+                          "norm.bear"} and float(state["norm.bear"]) == pytest.approx(infos[-1].monitors["norm"])
 
 
 def test_one_random_word_and_keys_and_values_alone(tiny_backbone, bank):
@@ -107,5 +123,6 @@ def test_one_random_word_and_keys_and_values_alone(tiny_backbone, bank):
 def test_other_methods_have_no_figures_to_watch(tiny_backbone, teach):
     infos = []
     teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "finetune", steps=1, callback=infos.append)
-    assert infos[0].monitors == {} and len(teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "finetune", steps=1)
+    assert infos[0].monitors == {} and len(teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex",
+                                                 "finetune", steps=1)
                                            .concept.info.words) == 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from continual_concepts.core.attention.adapters import AdapterProcessor
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.conditioning.encoding import encode_prompts
@@ -15,10 +16,10 @@ from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.cns import CNS
-from continual_concepts.core.methods.sparse import SparseAdapters, SparseProgram, _SparseLinear
 from continual_concepts.core.model.deltas import SparseDelta
 from continual_concepts.core.neurons.neurons import NeuronSelection
 from continual_concepts.core.neurons.scores import key_value_weights, weight_of
+from continual_concepts.core.neurons.sparse import SparseAdapters, SparseLinear
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 
@@ -33,16 +34,19 @@ def banks(tiny_backbone, teach):
 
 
 def selection_of(concept):
-    return NeuronSelection({key: d.indices for key, d in concept.deltas.items()}, {key: d.size for key, d in concept.deltas.items()})
+    return NeuronSelection({key: d.indices for key, d in concept.deltas.items()},
+                           {key: d.size for key, d in concept.deltas.items()})
 
 
 def stored(bank, prefix):
     state = bank.shared["cns"]
-    return NeuronSelection.from_tensors({k[len(prefix):]: state[k] for k in state if k.startswith(prefix)}, bank.layout)
+    return NeuronSelection.from_tensors({k[len(prefix):]: state[k] for k in state if k.startswith(prefix)},
+                                        bank.layout)
 
 
 def same(one, two):
-    return one.indices.keys() == two.indices.keys() and all(torch.equal(one.indices[k], two.indices[k]) for k in one.indices)
+    return one.indices.keys() == two.indices.keys() and all(torch.equal(one.indices[k], two.indices[k])
+                                                            for k in one.indices)
 
 
 def begun(backbone, bank, settings=None, selection=None, name="bear"):
@@ -56,7 +60,9 @@ def test_a_concept_has_its_share_of_the_keys_and_values(banks, tiny_backbone):
     for concept in banks[1]:
         assert set(concept.deltas) == set(key_value_weights(tiny_backbone.layout))
         for delta in concept.deltas.values():
-            assert isinstance(delta, SparseDelta) and delta.indices.numel() == int(0.058 * delta.size[0] * delta.size[1])
+            assert isinstance(delta,
+                              SparseDelta) and delta.indices.numel() == int(0.058 * delta.size[0]
+                                                                            * delta.size[1])
             assert delta.values.any()
         assert selection_of(concept).share() == pytest.approx(0.058, abs=0.001)
 
@@ -92,7 +98,8 @@ def test_general_neurons_are_found_once(banks, tiny_backbone, teach, monkeypatch
 def test_other_weights_stay_bit_identical(banks, tiny_backbone):
     bank = banks[1]
     union, layout = stored(bank, "union."), tiny_backbone.layout
-    before = {key: tiny_backbone._weight(layout.sites[key[0]], key[1]).clone() for key in key_value_weights(layout)}
+    before = {key: tiny_backbone._weight(layout.sites[key[0]], key[1]).clone()
+              for key in key_value_weights(layout)}
     with tiny_backbone.folded(always_on_deltas(bank)):
         for key, weight in before.items():
             now, mask = tiny_backbone._weight(layout.sites[key[0]], key[1]), union.mask(key)
@@ -109,7 +116,8 @@ def test_a_saved_bank_goes_on_with_the_same_masks(banks, tmp_path):
             assert torch.equal(again[name].deltas[key].values, delta.values)
 
 
-@pytest.mark.parametrize("settings", [{"score": "activation"}, {"unit": "row"}, {"calibration": 0}, {"layerwise": False}])
+@pytest.mark.parametrize("settings",
+                         [{"score": "activation"}, {"unit": "row"}, {"calibration": 0}, {"layerwise": False}])
 def test_the_other_readings_learn_too(tiny_backbone, teach, settings):
     learned = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "cns", QUICK | settings, steps=3)
     found = selection_of(learned.concept)
@@ -117,27 +125,32 @@ def test_the_other_readings_learn_too(tiny_backbone, teach, settings):
     assert found.share() == pytest.approx(0.058, abs=0.03)      # rows of a narrow site are coarse
     if settings.get("unit") == "row":
         assert all((found.mask(key).sum(1) % found.sizes[key][1] == 0).all() for key in found.sizes)
-    assert any(name.startswith("general.") for name in learned.bank.shared["cns"]) == ("calibration" not in settings)
+    assert any(name.startswith("general.")
+               for name in learned.bank.shared["cns"]) == ("calibration" not in settings)
 
 
 def test_words_alone_are_trained_before_the_choice(tiny_backbone, teach):
     infos = []
-    learned = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "cns", steps=2, callback=infos.append)
+    learned = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "cns", steps=2,
+                    callback=infos.append)
     assert not learned.concept.deltas and not learned.bank.shared and not infos[0].snapshot()["rex"].deltas
 
 
 def test_the_loss_goes_down(tiny_backbone, teach):
     """By the deltas alone: words held still, the same noise and timesteps with and without them."""
     picture = Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1)
-    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "cns", QUICK | {"token_lr": 0.0}, pictures=[picture], steps=25,
-                 schedule="constant").bank
-    data, config = prepare(tiny_backbone, [picture], "rex", "dog", Framing(32, flip=False)), TrainingConfig(resolution=32)
+    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "cns", QUICK | {"token_lr": 0.0},
+                 pictures=[picture], steps=25, schedule="constant").bank
+    data, config = prepare(tiny_backbone, [picture], "rex", "dog",
+                           Framing(32, flip=False)), TrainingConfig(resolution=32)
     batch, g = data.draw(16, 0.0, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
-    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(batch.prompts), {"rex": bank["rex"].tokens})
+    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(batch.prompts),
+                             {"rex": bank["rex"].tokens})
     drawn, losses = draw(batch, 1000, config, g), []
     for deltas in ({}, always_on_deltas(bank)):
         with torch.no_grad(), tiny_backbone.folded(deltas):
-            losses.append(float(denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, None), config)))
+            losses.append(float(denoising_loss(tiny_backbone,
+                                               predict(tiny_backbone, batch, context, drawn, None), config)))
     assert losses[1] < losses[0]
 
 
@@ -162,8 +175,10 @@ def test_a_selection_from_outside_is_used(tiny_backbone, teach, monkeypatch):
 
 def test_a_selection_may_hold_any_projection_of_some_sites(tiny_backbone, teach, monkeypatch):
     indices = {(1, "to_q"): torch.tensor([0, 9]), (2, "to_k"): torch.tensor([], dtype=torch.long)}
-    chosen = NeuronSelection(indices, {key: tiny_backbone.layout.sites[key[0]].shape(key[1]) for key in indices})
-    learned = learn_with(tiny_backbone, teach, monkeypatch, ConceptBank(tiny_backbone.layout), chosen, "rex", {})
+    chosen = NeuronSelection(indices,
+                             {key: tiny_backbone.layout.sites[key[0]].shape(key[1]) for key in indices})
+    learned = learn_with(tiny_backbone, teach, monkeypatch, ConceptBank(tiny_backbone.layout), chosen, "rex",
+                         {})
     assert list(learned.concept.deltas) == [(1, "to_q")] and learned.concept.deltas[1, "to_q"].values.all()
 
 
@@ -178,18 +193,21 @@ def test_selections_that_cannot_be_used_are_refused(tiny_backbone, tiny_sdxl):
 def test_the_second_task_protects_the_neurons_of_the_first(tiny_backbone, teach, monkeypatch):
     """Where both concepts chose the same neurons, the tie holds them; where it is off, they move."""
     chosen, moved = everything(tiny_backbone), []
-    first = learn_with(tiny_backbone, teach, monkeypatch, ConceptBank(tiny_backbone.layout), chosen, "rex", {}).bank
+    first = learn_with(tiny_backbone, teach, monkeypatch, ConceptBank(tiny_backbone.layout), chosen, "rex",
+                       {}).bank
     for tie in (0.0, 1e6):
         infos = []
         settings = {"tie_previous": tie, "tie_base": 0.0, "token_lr": 0.0}
-        learned = learn_with(tiny_backbone, teach, monkeypatch, first, chosen, "mimi", settings, steps=8, noun="cat", callback=infos.append)
+        learned = learn_with(tiny_backbone, teach, monkeypatch, first, chosen, "mimi", settings, steps=8,
+                             noun="cat", callback=infos.append)
         moved.append(sum(float(d.values.square().sum()) for d in learned.concept.deltas.values()))
         assert set(infos[-1].terms) == ({"previous"} if tie else set())
     assert moved[1] < 0.5 * moved[0]
 
 
 def test_the_ties_are_the_two_distances(tiny_backbone, banks):
-    """previous: to W_t-1 on old neurons; base: to W_0 on all chosen ones; both over the energy of the chosen weights."""
+    """previous: to W_t-1 on old neurons; base: to W_0 on all chosen ones; both over the energy of the chosen
+    weights."""
     chosen, bank = everything(tiny_backbone), banks[1]
     method = begun(tiny_backbone, bank, {"tie_previous": 2.0, "tie_base": 3.0}, chosen)
     g, previous, base, energy = torch.Generator().manual_seed(0), 0.0, 0.0, 0.0
@@ -209,7 +227,8 @@ def test_the_ties_are_the_two_distances(tiny_backbone, banks):
 
 
 def test_no_tie_before_the_second_task(tiny_backbone):
-    assert begun(tiny_backbone, ConceptBank(tiny_backbone.layout), selection=everything(tiny_backbone)).penalty(None) == {}
+    assert begun(tiny_backbone, ConceptBank(tiny_backbone.layout),
+                 selection=everything(tiny_backbone)).penalty(None) == {}
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -219,24 +238,29 @@ def test_resuming_is_exact_before_at_and_after_the_choice(tiny_backbone, teach, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, banks[0], "mimi", "cns", QUICK, steps=4, noun="cat", callback=stop, checkpoint_file=tmp_path / "c")
-    again = teach(tiny_backbone, banks[0], "mimi", "cns", QUICK, steps=4, noun="cat", checkpoint_file=tmp_path / "c").bank
+        teach(tiny_backbone, banks[0], "mimi", "cns", QUICK, steps=4, noun="cat", callback=stop,
+              checkpoint_file=tmp_path / "c")
+    again = teach(tiny_backbone, banks[0], "mimi", "cns", QUICK, steps=4, noun="cat",
+                  checkpoint_file=tmp_path / "c").bank
     for key, delta in banks[1]["mimi"].deltas.items():
         assert torch.equal(again["mimi"].deltas[key].indices, delta.indices)
         assert torch.equal(again["mimi"].deltas[key].values, delta.values)
-    assert all(torch.equal(again.shared["cns"][name], tensor) for name, tensor in banks[1].shared["cns"].items())
+    assert all(torch.equal(again.shared["cns"][name], tensor) for name,
+               tensor in banks[1].shared["cns"].items())
 
 
 def test_the_sparse_product_and_its_gradients():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 5, generator=g, requires_grad=True)
-    values, places = torch.randn(4, generator=g, requires_grad=True), torch.tensor([0, 7, 12, 19], dtype=torch.int32)
+    values, places = torch.randn(4, generator=g,
+                                 requires_grad=True), torch.tensor([0, 7, 12, 19], dtype=torch.int32)
     out = torch.randn(2, 3, 4, generator=g)
     dense = torch.zeros(20).index_put((places.long(),), values).view(4, 5)
     expected = torch.autograd.grad((F.linear(x, dense) * out).sum(), (x, values))
-    y = _SparseLinear.apply(x, values, places, (4, 5))
+    y = SparseLinear.apply(x, values, places, (4, 5))
     found = torch.autograd.grad((y * out).sum(), (x, values))
-    assert torch.allclose(y, F.linear(x, dense)) and all(torch.allclose(*pair, atol=1e-6) for pair in zip(found, expected, strict=True))
+    assert torch.allclose(y, F.linear(x, dense)) and all(torch.allclose(*pair, atol=1e-6)
+                                                         for pair in zip(found, expected, strict=True))
 
 
 def test_trainables_are_the_sparse_values_and_the_words(tiny_backbone):
@@ -250,12 +274,13 @@ def test_trainables_are_the_sparse_values_and_the_words(tiny_backbone):
 def test_a_program_leaves_other_projections_alone(tiny_backbone):
     adapters = SparseAdapters(tiny_backbone.layout, {(0, "to_k"): 3}, "cpu")
     y = torch.ones(1, 2, 32)
-    assert SparseProgram(adapters).project(tiny_backbone.layout.sites[0], "to_v", torch.ones(1, 2, 32), y) is y
+    assert AdapterProcessor(adapters).project(tiny_backbone.layout.sites[0], "to_v", torch.ones(1, 2, 32),
+                                              y) is y
 
 
 @pytest.mark.parametrize("settings", [
-    {"share": 0.0}, {"unit": "column"}, {"score": "fisher"}, {"selection_steps": 0}, {"calibration": 99}, {"quorum": 0.0},
-    {"general_share": 0.6}, {"tie_previous": -1.0}, {"tie_base": -1.0},
+    {"share": 0.0}, {"unit": "column"}, {"score": "fisher"}, {"selection_steps": 0}, {"calibration": 99},
+    {"quorum": 0.0}, {"general_share": 0.6}, {"tie_previous": -1.0}, {"tie_base": -1.0},
 ])
 def test_settings_out_of_range_are_named(settings):
     with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):
@@ -264,4 +289,5 @@ def test_settings_out_of_range_are_named(settings):
 
 def test_it_learns_on_two_text_encoders(tiny_sdxl, teach):
     concept = teach(tiny_sdxl, ConceptBank(tiny_sdxl.layout), "rex", "cns", QUICK, steps=3).concept
-    assert len(concept.deltas) == 2 * len(tiny_sdxl.layout) and all(delta.values.any() for delta in concept.deltas.values())
+    assert len(concept.deltas) == 2 * len(tiny_sdxl.layout) and all(delta.values.any()
+                                                                    for delta in concept.deltas.values())

@@ -14,6 +14,7 @@ from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, get, make
 from continual_concepts.core.methods.base import Forward, register
+from continual_concepts.core.neurons.neurons import NeuronSelection
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training.config import TrainingConfig
@@ -33,7 +34,8 @@ def run(tiny_backbone, teach, method):
     """Two concepts in sequence, what the callbacks saw, and the base's weights before."""
     before = {n: p.detach().clone() for n, p in tiny_backbone.unet.named_parameters()}
     infos = {"rex": [], "mimi": []}
-    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", method, callback=infos["rex"].append)
+    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", method,
+                  callback=infos["rex"].append)
     stored = tensors_of(first.concept)
     second = teach(tiny_backbone, first.bank, "mimi", method, callback=infos["mimi"].append, noun="cat")
     return {"first": first, "second": second, "infos": infos, "before": before, "stored": stored}
@@ -59,7 +61,8 @@ def test_penalties_are_never_negative(run):
 
 
 def test_a_later_penalty_has_gradient(tiny_backbone, run, method):
-    """One step away from the start, where a method may have zeros, every penalty over the history reaches the trainables."""
+    """One step away from the start, where a method may have zeros, every penalty over the history reaches the
+    trainables."""
     data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear", Framing(32))
     settings = {"lr": 1e-2, "stored": "float32"}
     task = Task("bear", "bear", tiny_backbone, run["second"].bank)
@@ -79,7 +82,8 @@ def test_the_outcome_fits_and_has_a_size(tiny_backbone, run, method):
         concept.check_fits(tiny_backbone.layout)
         assert concept.info.method == method and concept.nbytes() > 0
         tensors = tensors_of(concept).values()
-        assert all(torch.isfinite(t).all() and not t.requires_grad and t.device.type == "cpu" for t in tensors)
+        assert all(torch.isfinite(t).all() and not t.requires_grad and t.device.type == "cpu"
+                   for t in tensors)
 
 
 def test_the_frozen_weights_are_unchanged(tiny_backbone, run):
@@ -93,7 +97,8 @@ def test_old_concepts_and_banks_stay_as_they_were(run):
 
 
 def test_a_task_leaves_the_state_that_it_was_given(tiny_backbone, teach, run, method):
-    given = {name: {k: t.clone() for k, t in state.items()} for name, state in run["first"].bank.shared.items()}
+    given = {name: {k: t.clone() for k, t in state.items()} for name,
+             state in run["first"].bank.shared.items()}
     teach(tiny_backbone, run["first"].bank, "mimi", method, steps=2)
     for name, state in given.items():
         assert equal(state, dict(run["first"].bank.shared[name]))
@@ -101,7 +106,8 @@ def test_a_task_leaves_the_state_that_it_was_given(tiny_backbone, teach, run, me
 
 def test_the_seed_decides_everything(tiny_backbone, teach, run, method):
     again = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat")
-    assert again.losses == run["second"].losses and equal(tensors_of(again.concept), tensors_of(run["second"].concept))
+    assert again.losses == run["second"].losses and equal(tensors_of(again.concept),
+                                                          tensors_of(run["second"].concept))
     other = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", seed=1)
     assert not equal(tensors_of(other.concept), tensors_of(run["second"].concept))
 
@@ -112,8 +118,10 @@ def test_a_stopped_second_task_resumes_bit_for_bit(tiny_backbone, teach, run, me
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", callback=stop, checkpoint_file=tmp_path / "c")
-    again = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", checkpoint_file=tmp_path / "c")
+        teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", callback=stop,
+              checkpoint_file=tmp_path / "c")
+    again = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat",
+                  checkpoint_file=tmp_path / "c")
     assert equal(tensors_of(again.concept), tensors_of(run["second"].concept))
     shared, expected = again.bank.shared.get(method, {}), run["second"].bank.shared.get(method, {})
     assert equal(dict(shared), dict(expected))
@@ -137,13 +145,15 @@ def test_a_learned_concept_shows(tiny_backbone, run):
 
 def test_removing_the_second_restores_the_pictures_of_the_first(tiny_backbone, run):
     before = sample(tiny_backbone, run["first"].bank, ["a <rex>"], [1], QUICK)
-    assert torch.equal(sample(tiny_backbone, run["second"].bank.remove("mimi"), ["a <rex>"], [1], QUICK), before)
+    assert torch.equal(sample(tiny_backbone, run["second"].bank.remove("mimi"), ["a <rex>"], [1], QUICK),
+                       before)
 
 
 def test_a_saved_bank_samples_the_same(tiny_backbone, run, tmp_path):
     save_bank(run["second"].bank, tmp_path / "bank.safetensors")
     again = open_bank(tmp_path / "bank.safetensors")
-    first, second = (sample(tiny_backbone, bank, ["<rex> and <mimi>", "a dog"], [1, 2], QUICK) for bank in (again, run["second"].bank))
+    first, second = (sample(tiny_backbone, bank, ["<rex> and <mimi>", "a dog"], [1, 2], QUICK)
+                     for bank in (again, run["second"].bank))
     assert torch.equal(first, second)
 
 
@@ -171,9 +181,24 @@ def test_a_single_word_needs_no_class_noun(tiny_backbone, method):
     assert chosen.token_group().words == ("rex",) and chosen.finish().tokens.vectors["clip_l"].shape[1] == 1
 
 
+def test_a_neuron_selection_is_used_or_refused(tiny_backbone, method):
+    """It used to be dropped without a word by methods that train everything."""
+    layout = tiny_backbone.layout
+    selection = NeuronSelection.of_rows({(0, "to_k"): torch.tensor([1, 2])}, layout)
+    chosen = make(method)
+    if method in ("cns", "scns"):
+        chosen.use_selection(selection)
+        chosen.begin(Task("rex", "dog", tiny_backbone, ConceptBank(layout)))
+        assert chosen.finish().deltas.keys() == {(0, "to_k")}
+    else:
+        with pytest.raises(ConceptError, match=f"method '{method}' cannot use a neuron selection; methods "
+                                               "that can: cns, scns"):
+            chosen.use_selection(selection)
+
+
 def test_unknown_methods_are_refused_with_the_known_ones():
     with pytest.raises(ConceptError, match="cidm, .*finetune"):
         get("ewx")
     for name in ("cidm", "CIDM"):
         with pytest.raises(ConceptError, match="taken"):
-            register(name, get("cidm").config, get("cidm").build, "")
+            register(name, get("cidm").config, get("cidm").method, "")

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from continual_concepts.core.attention.adapters import AdapterProcessor, FullAdapters
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import always_on_deltas, learning_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.custom_diffusion import CAPTIONS, FullAdapters, FullProgram, regularisation_metric
+from continual_concepts.core.methods.custom_diffusion import CAPTIONS, regularisation_metric
 from continual_concepts.core.methods.fusion import text_rows
 from continual_concepts.core.neurons.scores import encode_plain, key_value_weights, text_positions, weight_of
 
@@ -21,7 +22,8 @@ RATES = {"lr": 1e-3, "token_lr": 1e-2}
 def grown(backbone, teach, method, settings=None, names=("rex", "mimi"), before=None):
     bank = before or ConceptBank(backbone.layout)
     for name in names:
-        bank = teach(backbone, bank, name, method, RATES | (settings or {}), noun={"mimi": "cat"}.get(name, "dog")).bank
+        bank = teach(backbone, bank, name, method, RATES | (settings or {}),
+                     noun={"mimi": "cat"}.get(name, "dog")).bank
     return bank
 
 
@@ -50,18 +52,20 @@ def randomise(adapters):
 
 def test_the_program_is_a_changed_weight(tiny_backbone):
     """Outputs and gradients are those of a linear layer with W + D."""
-    adapters, g = FullAdapters(tiny_backbone.layout, "cpu"), torch.Generator().manual_seed(1)
+    adapters, g = FullAdapters(tiny_backbone.layout, key_value_weights(tiny_backbone.layout),
+                               "cpu"), torch.Generator().manual_seed(1)
     randomise(adapters)
     key, site = (1, "to_v"), tiny_backbone.layout.sites[1]
-    x, out = torch.randn(2, 3, 32, generator=g, requires_grad=True), torch.randn(2, 3, site.width, generator=g)
+    x, out = torch.randn(2, 3, 32, generator=g,
+                         requires_grad=True), torch.randn(2, 3, site.width, generator=g)
     weight = (weight_of(tiny_backbone, key) + adapters.at(key).detach()).requires_grad_()
     expected = F.linear(x, weight)
-    found = FullProgram(adapters).project(site, "to_v", x, tiny_backbone.project(site, "to_v", x))
+    found = AdapterProcessor(adapters).project(site, "to_v", x, tiny_backbone.project(site, "to_v", x))
     assert torch.allclose(found, expected, atol=1e-5)
     for one, other in zip(torch.autograd.grad((found * out).sum(), (x, adapters.at(key))),
                           torch.autograd.grad((expected * out).sum(), (x, weight)), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
-    assert FullProgram(adapters).project(site, "to_q", x, out) is out
+    assert AdapterProcessor(adapters).project(site, "to_q", x, out) is out
 
 
 def test_all_keys_and_values_train_and_nothing_else(bank, tiny_backbone):
@@ -69,7 +73,8 @@ def test_all_keys_and_values_train_and_nothing_else(bank, tiny_backbone):
         assert set(concept.deltas) == set(key_value_weights(tiny_backbone.layout))
         assert all(delta.dense().any() for delta in concept.deltas.values())
     groups = begun(tiny_backbone).parameter_groups()
-    assert sum(p.numel() for p in groups[1]["params"]) == sum(2 * 32 * site.width for site in tiny_backbone.layout.sites)
+    assert sum(p.numel() for p in groups[1]["params"]) == sum(2 * 32 * site.width
+                                                              for site in tiny_backbone.layout.sites)
 
 
 @pytest.mark.parametrize("stored", ["float16", "float32"])
@@ -96,26 +101,32 @@ def test_a_cut_record_keeps_its_share_of_the_singular_values(tiny_backbone):
 
 
 def test_a_later_task_learns_on_top_of_the_sum(bank, tiny_backbone, teach, monkeypatch):
-    found, expected = learning_deltas(bank, "custom_diffusion", METHODS["custom_diffusion"].method.builds_on_sum), always_on_deltas(bank)
+    found, expected = learning_deltas(bank, "custom_diffusion",
+                                      METHODS["custom_diffusion"].method.builds_on_sum), always_on_deltas(bank)
     assert all(torch.equal(found[key].dense(), expected[key].dense()) for key in expected)
-    assert torch.allclose(found[0, "to_k"].dense(), sum(concept.deltas[0, "to_k"].dense() for concept in bank), atol=1e-7)
-    assert learning_deltas(bank, "custom_diffusion_merge", METHODS["custom_diffusion_merge"].method.builds_on_sum).keys() == expected.keys()
+    assert torch.allclose(found[0, "to_k"].dense(),
+                          sum(concept.deltas[0, "to_k"].dense() for concept in bank), atol=1e-7)
+    assert learning_deltas(bank, "custom_diffusion_merge",
+                           METHODS["custom_diffusion_merge"].method.builds_on_sum).keys() == expected.keys()
 
 
 def test_the_noun_is_frozen_and_the_first_word_is_not(tiny_backbone, teach):
     encoder = tiny_backbone.text[0]
     noun = encoder.vectors(encoder.ids("dog"))[-1]
     for settings, moved in (({}, False), ({"train_noun": True}, True)):
-        vectors = grown(tiny_backbone, teach, "custom_diffusion", settings, ("rex",))["rex"].tokens.vectors["clip_l"]
+        vectors = grown(tiny_backbone, teach, "custom_diffusion", settings,
+                        ("rex",))["rex"].tokens.vectors["clip_l"]
         start = begun(tiny_backbone).token_group().vectors["clip_l"]
         assert torch.equal(vectors[0, 1], noun) is not moved and not torch.equal(vectors[0, 0], start[0, 0])
 
 
 def test_the_merge_learns_every_task_alone(merged, tiny_backbone, teach):
-    assert learning_deltas(merged, "custom_diffusion_merge", METHODS["custom_diffusion_merge"].method.builds_on_sum) == {}
+    assert learning_deltas(merged, "custom_diffusion_merge",
+                           METHODS["custom_diffusion_merge"].method.builds_on_sum) == {}
     alone = grown(tiny_backbone, teach, "custom_diffusion_merge", names=("mimi",))["mimi"]
     assert torch.equal(alone.tokens.vectors["clip_l"], merged["mimi"].tokens.vectors["clip_l"])
-    single = grown(tiny_backbone, teach, "custom_diffusion", names=("mimi",))["mimi"]      # the same training, not merged
+    # the same training, not merged
+    single = grown(tiny_backbone, teach, "custom_diffusion", names=("mimi",))["mimi"]
     assert torch.equal(alone.tokens.vectors["clip_l"], single.tokens.vectors["clip_l"])
 
 
@@ -136,7 +147,8 @@ def test_merged_weights_treat_target_words_as_each_concept_s_own(merged, tiny_ba
 def test_merged_weights_are_the_printed_formula(merged, tiny_backbone):
     """(V - W_0 C^T)(d C^T)^-1 d, d = C (C_reg^T C_reg)^-1, in plain dense algebra over the state."""
     hidden = encode_plain(tiny_backbone, CAPTIONS).hidden[:, 0].double()
-    features = torch.cat([row[1:2 + len(p)] for row, p in zip(hidden, text_positions(tiny_backbone, CAPTIONS), strict=True)])
+    features = torch.cat([row[1:2 + len(p)] for row,
+                          p in zip(hidden, text_positions(tiny_backbone, CAPTIONS), strict=True)])
     gram = features.T @ features
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(32)
     state, total = merged.shared["custom_diffusion_merge"], always_on_deltas(merged)
@@ -167,7 +179,8 @@ def test_captions_decide_what_the_merge_spares(tiny_backbone):
         randomise(method.adapters)
         deltas = method.finish().deltas
         hidden = encode_prompts(tiny_backbone, method.task.bank.vocabulary.parse_all(said), {}).hidden[:, 0]
-        rows = torch.cat([row[[*p, len(p) + 1]] for row, p in zip(hidden, text_positions(tiny_backbone, said), strict=True)])
+        rows = torch.cat([row[[*p, len(p) + 1]] for row,
+                          p in zip(hidden, text_positions(tiny_backbone, said), strict=True)])
         return sum(float(delta.apply(rows).square().sum()) for delta in deltas.values())
 
     assert moved(said) < 0.5 * moved(("old wooden house by the river", "x y z"))
@@ -179,8 +192,8 @@ def test_the_metric_does_not_depend_on_batches(tiny_backbone):
 
 
 @pytest.mark.parametrize(("method", "settings"), [
-    ("custom_diffusion", {"kept": 0.0}), ("custom_diffusion", {"kept": 1.1}), ("custom_diffusion_merge", {"ridge": 0.0}),
-    ("custom_diffusion_merge", {"first_std": -1.0}),
+    ("custom_diffusion", {"kept": 0.0}), ("custom_diffusion", {"kept": 1.1}),
+    ("custom_diffusion_merge", {"ridge": 0.0}), ("custom_diffusion_merge", {"first_std": -1.0}),
 ])
 def test_settings_out_of_range_are_named(method, settings):
     with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):
@@ -190,4 +203,5 @@ def test_settings_out_of_range_are_named(method, settings):
 @pytest.mark.parametrize("method", ["custom_diffusion", "custom_diffusion_merge"])
 def test_it_learns_on_two_text_encoders(tiny_sdxl, teach, method):
     concept = teach(tiny_sdxl, ConceptBank(tiny_sdxl.layout), "rex", method, RATES, steps=1).concept
-    assert len(concept.deltas) == 2 * len(tiny_sdxl.layout) and all(delta.dense().any() for delta in concept.deltas.values())
+    assert len(concept.deltas) == 2 * len(tiny_sdxl.layout) and all(delta.dense().any()
+                                                                    for delta in concept.deltas.values())

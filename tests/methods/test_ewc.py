@@ -1,4 +1,5 @@
-"""EWC: the Fisher against gradients taken one by one, the tie's closed form, and that it holds what mattered."""
+"""EWC: the Fisher against gradients taken one by one, the tie's closed form, and that it holds what
+mattered."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import TrainingSet, prepare
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.ewc import squared_gradients
-from continual_concepts.core.methods.finetune import _Continued
+from continual_concepts.core.methods.finetune import ContinuedProcessor
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 from continual_concepts.core.training.trainer import Trainer
@@ -44,15 +45,20 @@ def test_squared_gradients_are_those_of_every_sample_alone():
         factors = up.clone().requires_grad_(), down.clone().requires_grad_()
         found = torch.autograd.grad(((0.3 * sample @ factors[1].T @ factors[0].T) * gradient).sum(), factors)
         expected = [total + one.square() for total, one in zip(expected, found, strict=True)]
-    assert all(torch.allclose(*pair, rtol=1e-4) for pair in zip(squared_gradients(out, x, up, down, 0.3), expected, strict=True))
+    assert all(torch.allclose(*pair, rtol=1e-4)
+               for pair in zip(squared_gradients(out, x, up, down, 0.3), expected, strict=True))
 
 
 def test_the_gathered_squares_are_the_denoising_losss_alone(tiny_backbone, banks):
-    """Of own pictures, whatever the tie adds: sample by sample through the whole UNet, up to the batch mean."""
+    """Of own pictures, whatever the tie adds: sample by sample through the whole UNet, up to the batch
+    mean."""
     g = torch.Generator().manual_seed(0)
-    pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "a cat", is_prior=i == 2) for i in range(3)]
-    data, config = prepare(tiny_backbone, pictures, "bear", "bear", Framing(32, flip=False)), TrainingConfig(steps=1, resolution=32)
-    run = Trainer(Task("bear", "bear", tiny_backbone, banks[0]), make("ewc", SETTINGS | {"tie": 1e3}), data, config)
+    pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "a cat", is_prior=i == 2)
+                for i in range(3)]
+    data, config = prepare(tiny_backbone, pictures, "bear", "bear",
+                           Framing(32, flip=False)), TrainingConfig(steps=1, resolution=32)
+    run = Trainer(Task("bear", "bear", tiny_backbone, banks[0]), make("ewc", SETTINGS | {"tie": 1e3}), data,
+                  config)
     whole = Batch(data.latents, data.captions, data.masks, data.is_prior, torch.ones(3))
     drawn = draw(whole, len(tiny_backbone.schedule), config, torch.Generator().manual_seed(0))
     processor = run.method.processor()
@@ -62,16 +68,19 @@ def test_the_gathered_squares_are_the_denoising_losss_alone(tiny_backbone, banks
     (denoising_loss(tiny_backbone, seen, config) + run.method.penalty(seen)["tie"]).backward()
     noted, factors = dict(run.method.pending), run.method._factors()
     expected = {name: torch.zeros_like(p) for name, p in factors.items()}
-    plain = _Continued(run.method.adapters, run.method.start)
+    plain = ContinuedProcessor(run.method.adapters, run.method.start)
     for i in range(2):
         one, rows = Batch(*(part[i:i + 1] for part in vars(whole).values())), slice(i, i + 1)
         part = type(drawn)(drawn.timesteps[rows], drawn.noise[rows])
-        loss = denoising_loss(tiny_backbone, predict(tiny_backbone, one, context[rows], part, plain), config) / 3
-        for name, gradient in zip(factors, torch.autograd.grad(loss, list(factors.values()), retain_graph=True), strict=True):
+        loss = denoising_loss(tiny_backbone, predict(tiny_backbone, one, context[rows], part, plain),
+                              config) / 3
+        for name, gradient in zip(factors, torch.autograd.grad(loss, list(factors.values()),
+                                                               retain_graph=True), strict=True):
             expected[name] += gradient.square()
     assert noted.keys() == expected.keys() and any(squares.any() for squares in noted.values())
     for name, squares in noted.items():
-        assert torch.allclose(squares, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].max()) + 1e-20), name
+        assert torch.allclose(squares, expected[name], rtol=1e-3,
+                              atol=1e-4 * float(expected[name].max()) + 1e-20), name
 
 
 def test_the_tie_is_its_formula(tiny_backbone, banks):
@@ -91,7 +100,8 @@ def test_the_tie_is_its_formula(tiny_backbone, banks):
 def test_every_tasks_fisher_has_mean_one_and_old_ones_fade(banks):
     means = [float(torch.cat([f.flatten() for f in fisher(bank).values()]).mean()) for bank in banks]
     assert means == pytest.approx([1.0, 1.5], rel=1e-4)
-    assert all(bool((second >= 0.5 * first).all()) for first, second in zip(*(fisher(b).values() for b in banks), strict=True))
+    assert all(bool((second >= 0.5 * first).all()) for first,
+               second in zip(*(fisher(b).values() for b in banks), strict=True))
 
 
 def test_the_window_forgets_early_steps(tiny_backbone, banks):
@@ -111,7 +121,8 @@ def test_the_tie_holds_what_mattered(tiny_backbone, banks, teach):
     """With a strong tie the Fisher-weighted distance from the old weights shrinks more than the plain one."""
     moved = []
     for tie in (0.0, 1e4):
-        state = teach(tiny_backbone, banks[0], "mimi", "ewc", SETTINGS | {"tie": tie, "token_lr": 0.0}, steps=8).bank.shared["ewc"]
+        state = teach(tiny_backbone, banks[0], "mimi", "ewc", SETTINGS | {"tie": tie, "token_lr": 0.0},
+                      steps=8).bank.shared["ewc"]
         weighted = plain = 0.0
         for name, f in fisher(banks[0]).items():
             _, kind, key = name.split(".")
@@ -123,7 +134,8 @@ def test_the_tie_holds_what_mattered(tiny_backbone, banks, teach):
 
 def test_a_first_task_is_plain_finetuning(tiny_backbone, teach):
     bank = ConceptBank(tiny_backbone.layout)
-    one, other = (teach(tiny_backbone, bank, "rex", name, {"rank": 2}).concept for name in ("ewc", "finetune"))
+    one, other = (teach(tiny_backbone, bank, "rex", name, {"rank": 2}).concept
+                  for name in ("ewc", "finetune"))
     assert all(torch.equal(one.deltas[key].up, delta.up) for key, delta in other.deltas.items())
 
 
@@ -147,4 +159,5 @@ def test_prior_pictures_alone_leave_no_fisher(tiny_backbone, banks):
     method.on_batch(Batch(data.latents, data.captions, data.masks, data.is_prior, torch.ones(1)))
     method._note((0, "to_q"), torch.ones(1, 2, 32), torch.ones(1, 2, 32))
     method.after_step(1)
-    assert all(torch.equal(f, method.fisher[name]) for name, f in method.running_fisher().items())
+    state = method.shared_state()
+    assert method.fisher and all(torch.equal(state[f"fisher.{name}"], f) for name, f in method.fisher.items())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from continual_concepts.core.attention.adapters import adapter_key
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.methods import Task, make
-from continual_concepts.core.methods.base import adapter_key
 from continual_concepts.core.model.deltas import LowRankDelta
 
 
@@ -53,7 +53,7 @@ def test_training_sees_the_sum_once(tiny_backbone, bank):
     base = tiny_backbone.project(site, "to_q", x)
     with tiny_backbone.folded(always_on_deltas(bank)):
         y = method.processor().project(site, "to_q", x, tiny_backbone.project(site, "to_q", x))
-    assert torch.allclose(y, base + method.adapters.delta(*key).apply(x), atol=1e-5)
+    assert torch.allclose(y, base + method.adapters.delta(key).apply(x), atol=1e-5)
 
 
 def test_another_rank_starts_anew_and_the_old_tasks_stay(tiny_backbone, bank, teach):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from continual_concepts.core.attention.adapters import adapter_key
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.conditioning.encoding import encode_prompts
@@ -15,10 +16,11 @@ from continual_concepts.core.conditioning.routing import always_on_deltas, learn
 from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.base import Forward, adapter_key
+from continual_concepts.core.methods import METHODS, Task, l2dm, make
+from continual_concepts.core.methods.base import Forward
 from continual_concepts.core.methods.l2dm import L2DM
-from continual_concepts.core.methods.l2dm_memory import LongTerm, ShortTerm, rainbow_scores, unet_features, words_digest
+from continual_concepts.core.methods.l2dm_memory import LongTerm, ShortTerm, rainbow_scores, words_digest
+from continual_concepts.core.neurons.recording import unet_features
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 from continual_concepts.core.training.trainer import Trainer
@@ -66,16 +68,16 @@ def test_scores_are_those_of_the_formula():
 
 
 def test_the_best_scoring_picture_is_kept(tiny_backbone, bank, data, monkeypatch):
-    """All candidates and their scores, against what the memory kept; candidates of a prompt are that prompt's pictures."""
-    from continual_concepts.core.sampling import sampling
-
-    seen, original = [], sampling.sample
-    monkeypatch.setattr(sampling, "sample", lambda *args: seen.append((args[2], original(*args))) or seen[-1][1])
+    """All candidates and their scores, against what the memory kept; candidates of a prompt are that prompt's
+    pictures."""
+    seen, original = [], l2dm.sample
+    monkeypatch.setattr(l2dm, "sample", lambda *args: seen.append((args[2], original(*args))) or seen[-1][1])
     method = begun(tiny_backbone, bank, data, eta=3)
     prompts, pictures = seen[0]
     assert prompts == ["a photo of <rex>"] * 9 + ["a photo of <mimi>"] * 9
     latents = tiny_backbone.encode_images(pictures)
-    scores = rainbow_scores(unet_features(tiny_backbone, latents), torch.arange(18).view(6, 3), method.old.features, 1.0)
+    scores = rainbow_scores(unet_features(tiny_backbone, latents), torch.arange(18).view(6, 3),
+                            method.old.features, 1.0)
     for i, column in enumerate(scores.argmax(1).tolist()):
         assert torch.allclose(method.short.latents[i], latents[3 * i + column], atol=1e-5)
     assert method.short.tasks.tolist() == [0, 0, 0, 1, 1, 1] and method.short.task_count == 2
@@ -84,7 +86,8 @@ def test_the_best_scoring_picture_is_kept(tiny_backbone, bank, data, monkeypatch
 def test_the_memory_has_every_real_picture_once(bank, tiny_backbone, data):
     memory = LongTerm.read(bank.shared["l2dm"])
     assert memory.prompts == ("a photo of <>",) * 6
-    assert memory.owners == tuple(words_digest(bank[name].tokens) for name in ("rex", "mimi") for _ in range(3))
+    assert memory.owners == tuple(words_digest(bank[name].tokens) for name in ("rex", "mimi")
+                                  for _ in range(3))
     mine = begun(tiny_backbone, bank, data).new
     assert mine.features.shape[0] == 3      # neither mirrored copies nor prior pictures
     own = data.latents[[0, 2, 4]]
@@ -94,7 +97,8 @@ def test_the_memory_has_every_real_picture_once(bank, tiny_backbone, data):
 def test_features_tell_pictures_apart_and_batches_not(tiny_backbone):
     latents = random(5, 4, 8, 8)
     found = unet_features(tiny_backbone, latents)
-    assert found.shape[0] == 5 and torch.allclose(found[3:4], unet_features(tiny_backbone, latents[3:4]), atol=1e-5)
+    assert found.shape[0] == 5 and torch.allclose(found[3:4], unet_features(tiny_backbone, latents[3:4]),
+                                                  atol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
@@ -114,7 +118,8 @@ def test_the_memory_survives_a_file(tiny_backbone, bank, data, tmp_path):
     assert torch.equal(again.short.latents, begun(tiny_backbone, bank, data).short.latents)
 
 
-@pytest.mark.parametrize("damage", [{"notes": torch.zeros(3, dtype=torch.uint8)}, {"features": torch.zeros(2, 3)}, {"notes": None}])
+@pytest.mark.parametrize("damage", [{"notes": torch.zeros(3, dtype=torch.uint8)},
+                                    {"features": torch.zeros(2, 3)}, {"notes": None}])
 def test_a_damaged_memory_is_refused(bank, damage):
     state = {key: value for key, value in {**bank.shared["l2dm"], **damage}.items() if value is not None}
     with pytest.raises(ConceptError, match="long-term memory"):
@@ -136,7 +141,8 @@ def test_every_old_task_is_replayed_alike():
 
 @pytest.mark.parametrize("replay", [1, 4])
 def test_the_loss_is_the_papers_sum(tiny_backbone, bank, data, replay):
-    """The loop's weighted mean over the joined batch = mean over own and prior pictures (beta on the latter) + alpha sum over old tasks."""
+    """The loop's weighted mean over the joined batch = mean over own and prior pictures (beta on the latter)
+    + alpha sum over old tasks."""
     method = begun(tiny_backbone, bank, data, alpha=0.5, beta=0.25, replay=replay)
     config, generator = TrainingConfig(resolution=32), torch.Generator().manual_seed(1)
     given = data.draw(2, 1.0, generator)
@@ -166,26 +172,31 @@ def seen_by(backbone, method, data, bank):
     generator = torch.Generator().manual_seed(3)
     batch = method.on_batch(data.draw(1, 0.0, generator))
     tokens = {name: bank[name].tokens for name in bank.names} | {"bear": method.token_group()}
-    run = Trainer(method.task, make("finetune"), data, TrainingConfig(resolution=32))      # for its vocabulary with the new word
+    # for its vocabulary with the new word
+    run = Trainer(method.task, make("finetune"), data, TrainingConfig(resolution=32))
     context = encode_prompts(backbone, run.vocabulary.parse_all(batch.prompts), tokens)
-    return predict(backbone, batch, context, draw(batch, 1000, TrainingConfig(), generator), method.processor())
+    return predict(backbone, batch, context, draw(batch, 1000, TrainingConfig(), generator),
+                   method.processor())
 
 
 def test_distillation_is_the_distance_to_the_model_before(tiny_backbone, bank, data):
     method = begun(tiny_backbone, bank, data, mu=2.0, replay=2)
     with tiny_backbone.folded(learning_deltas(bank, "l2dm", METHODS["l2dm"].method.builds_on_sum)):
-        assert method.penalty(seen_by(tiny_backbone, method, data, bank))["distillation"].item() < 1e-8      # at the start they are one
+        # at the start they are one
+        assert method.penalty(seen_by(tiny_backbone, method, data, bank))["distillation"].item() < 1e-8
         with torch.no_grad():
             method.adapters.up[adapter_key(1, "to_v")].add_(0.3)
         seen = seen_by(tiny_backbone, method, data, bank)
         term = method.penalty(seen)["distillation"]
-    assert seen.batch.prompts[1:] != ("",) * 2 and all("bear" not in prompt for prompt in seen.batch.prompts[1:])
+    assert seen.batch.prompts[1:] != ("",
+                                      ) * 2 and all("bear" not in prompt for prompt in seen.batch.prompts[1:])
     with tiny_backbone.folded(always_on_deltas(bank)):
         old = tiny_backbone.predict(seen.noisy[1:], seen.timesteps[1:], seen.context[1:])
     assert torch.allclose(term, 2 * (seen.output[1:] - old).square().mean(), rtol=1e-4) and term > 1e-6
     term.backward()
     assert method.adapters.up[adapter_key(1, "to_v")].grad.any()
-    assert all(vector.grad is None or not vector.grad.any() for vector in method.words.parameters())      # replay names old words only
+    # replay names old words only
+    assert all(vector.grad is None or not vector.grad.any() for vector in method.words.parameters())
 
 
 def test_another_batch_has_no_distillation(tiny_backbone, bank, data):
@@ -214,7 +225,8 @@ def test_keys_and_values_alone_are_trained(bank):
         assert {projection for _, projection in concept.deltas} == {"to_k", "to_v"}
 
 
-@pytest.mark.parametrize("settings", [{"eta": 0}, {"replay": 0}, {"alpha": -1.0}, {"mu": -0.1}, {"closeness": -1.0}])
+@pytest.mark.parametrize("settings",
+                         [{"eta": 0}, {"replay": 0}, {"alpha": -1.0}, {"mu": -0.1}, {"closeness": -1.0}])
 def test_its_settings_are_checked(settings):
     with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):
         make("l2dm", settings)

@@ -1,4 +1,5 @@
-"""LoRA-M is the mean of the deltas, LoRA-C the mean of the predictions; both learn every concept alone on the base."""
+"""LoRA-M is the mean of the deltas, LoRA-C the mean of the predictions; both learn every concept alone on the
+base."""
 
 from __future__ import annotations
 
@@ -30,23 +31,27 @@ def banks(tiny_backbone, teach):
             bank = teach(tiny_backbone, bank, name, method, {"lr": 0.1}, noun=NOUNS[name], steps=4).bank
         return bank
 
-    return {(m, names): grown(m, names) for m in ("lora_m", "lora_c") for names in (("rex",), ("mimi",), ("rex", "mimi"))}
+    return {(m, names): grown(m, names) for m in ("lora_m", "lora_c")
+            for names in (("rex",), ("mimi",), ("rex", "mimi"))}
 
 
 def as_method(bank, method):
     """The same concepts as another method's."""
     other = ConceptBank(bank.layout)
     for concept in bank:
-        other = other.add(Concept(replace(concept.info, method=method, composition=None), concept.tokens, concept.deltas))
+        other = other.add(Concept(replace(concept.info, method=method, composition=None), concept.tokens,
+                                  concept.deltas))
     return other
 
 
 @pytest.mark.parametrize("method", ["lora_m", "lora_c"])
 def test_every_concept_is_learned_alone(banks, method):
     alone, after = banks[method, ("mimi",)]["mimi"], banks[method, ("rex", "mimi")]["mimi"]
-    assert all(torch.equal(alone.tokens.vectors[name], vector) for name, vector in after.tokens.vectors.items())
+    assert all(torch.equal(alone.tokens.vectors[name], vector) for name,
+               vector in after.tokens.vectors.items())
     for key, delta in after.deltas.items():
-        assert torch.equal(alone.deltas[key].up, delta.up) and torch.equal(alone.deltas[key].down, delta.down) and delta.up.any()
+        assert torch.equal(alone.deltas[key].up,
+                           delta.up) and torch.equal(alone.deltas[key].down, delta.down) and delta.up.any()
 
 
 def test_the_merge_is_the_mean_of_the_deltas(banks):
@@ -89,9 +94,11 @@ def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
 
 @torch.no_grad()
 def test_one_prediction_is_the_mean_of_all(tiny_backbone, banks, monkeypatch):
-    """What the sampler is told in its first step, against the folded models, far below what pictures can show."""
+    """What the sampler is told in its first step, against the folded models, far below what pictures can
+    show."""
     bank, seen = banks["lora_c", ("rex", "mimi")], []
-    monkeypatch.setattr(sampling, "denoise", lambda _solver, x, estimate, *_: seen.append((x, estimate(x, 500, 0.0))) or x)
+    monkeypatch.setattr(sampling, "denoise", lambda _solver, x, estimate,
+                        *_: seen.append((x, estimate(x, 500, 0.0))) or x)
     sample(tiny_backbone, bank, ["a <rex>"], [3], QUICK)
     x, found = seen[0]
     each = list(folded_estimates(tiny_backbone, bank, "a <rex>", x, 500))
@@ -109,7 +116,8 @@ def test_one_concept_alone_is_as_if_it_were_routed(tiny_backbone, banks, name):
 
 def test_an_average_costs_one_evaluation_per_concept(tiny_backbone, banks, monkeypatch):
     calls, plain = [], tiny_backbone.predict
-    monkeypatch.setattr(tiny_backbone, "predict", lambda *args, **more: calls.append(1) or plain(*args, **more))
+    monkeypatch.setattr(tiny_backbone, "predict", lambda *args,
+                        **more: calls.append(1) or plain(*args, **more))
     counts = {}
     for method in ("lora_m", "lora_c"):
         calls.clear()

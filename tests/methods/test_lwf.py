@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,8 +27,8 @@ def bank(tiny_backbone, teach):
 
 
 def running(backbone, bank, **settings):
-    pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1, "a cat" if i < 2 else "a hill",
-                        is_prior=i == 2) for i in range(3)]
+    pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1,
+                        "a cat" if i < 2 else "a hill", is_prior=i == 2) for i in range(3)]
     data = prepare(backbone, pictures, "mimi", "cat", Framing(32, flip=False))
     return Trainer(Task("mimi", "cat", backbone, bank), make("lwf", settings), data, CONFIG), data
 
@@ -36,11 +38,14 @@ def test_old_wishes_come_in_turn_beside_the_batch(tiny_backbone, bank):
     batch = Batch(data.latents, data.captions, data.masks, data.is_prior, torch.tensor([1.0, 1.0, 0.5]))
     added = run.method.on_batch(batch)
     assert added.prompts == ("a <mimi>", "a <mimi>", "a hill", "a <rex>", "a cat")
-    assert torch.equal(added.latents[3:], data.latents[:2]) and added.is_prior.tolist() == [False, False, True, True, True]
+    assert torch.equal(added.latents[3:],
+                       data.latents[:2]) and added.is_prior.tolist() == [False, False, True, True, True]
     assert added.weights.tolist() == pytest.approx([5 / 3, 5 / 3, 2.5 / 3, 0, 0])
     run.method.after_step(1)
     assert run.method.on_batch(batch).prompts[3:] == ("a cat", "a <rex>")
-    assert run.method.on_batch(batch).prompts[3:] == ("a cat", "a <rex>") and run.method._asking_for("<mimi-1> <mimi>", "x") == "x x"
+    words = replace(batch, prompts=("<mimi-1> <mimi>", "a hill", "a hill"))
+    assert run.method.on_batch(batch).prompts[3:] == ("a cat", "a <rex>")
+    assert run.method.on_batch(words).prompts[3] == "cat cat"
 
 
 def test_the_denoising_loss_is_that_of_the_batch_alone(tiny_backbone, bank):
@@ -49,12 +54,15 @@ def test_the_denoising_loss_is_that_of_the_batch_alone(tiny_backbone, bank):
     added = run.method.on_batch(batch)
     drawn = draw(added, 1000, CONFIG, torch.Generator().manual_seed(0))
     whole = predict(tiny_backbone, added, run._context(added), drawn, run.method.processor())
-    part = predict(tiny_backbone, batch, run._context(batch), type(drawn)(drawn.timesteps[:3], drawn.noise[:3]), run.method.processor())
-    assert torch.allclose(denoising_loss(tiny_backbone, whole, CONFIG), denoising_loss(tiny_backbone, part, CONFIG), rtol=1e-5)
+    part = predict(tiny_backbone, batch, run._context(batch),
+                   type(drawn)(drawn.timesteps[:3], drawn.noise[:3]), run.method.processor())
+    assert torch.allclose(denoising_loss(tiny_backbone, whole, CONFIG),
+                          denoising_loss(tiny_backbone, part, CONFIG), rtol=1e-5)
 
 
 def test_the_penalty_is_the_distance_from_the_old_model(tiny_backbone, bank):
-    """Zero before anything moved; afterwards the closed form, with gradient to the adapter and none to the words."""
+    """Zero before anything moved; afterwards the closed form, with gradient to the adapter and none to the
+    words."""
     run, data = running(tiny_backbone, bank, distil=2.0)
     batch = run.method.on_batch(data.draw(2, 1.0, torch.Generator().manual_seed(0)))
     drawn = draw(batch, 1000, CONFIG, torch.Generator().manual_seed(0))
@@ -69,7 +77,8 @@ def test_the_penalty_is_the_distance_from_the_old_model(tiny_backbone, bank):
         now = seen()
         teacher = tiny_backbone.predict(now.noisy, now.timesteps, now.context).detach()
         term = run.method.penalty(now)["distil"]
-    assert term.item() == pytest.approx(2.0 * float((now.output.detach() - teacher)[-2:].square().mean()), rel=1e-4) and term > 0
+    assert term.item() == pytest.approx(2.0 * float((now.output.detach() - teacher)[-2:].square().mean()),
+                                        rel=1e-4) and term > 0
     term.backward()
     assert all(p.grad.any() for p in run.method.adapters.up.parameters())
     assert all(p.grad is None or not p.grad.any() for p in run.method.words.parameters())
@@ -97,10 +106,13 @@ def test_nothing_is_asked_before_the_second_task_or_at_weight_zero(tiny_backbone
 def test_it_teaches_alike_with_checkpointing_and_half_precision(tiny_backbone, bank, teach):
     plain, again, half = (teach(tiny_backbone, bank, "mimi", "lwf", steps=2, noun="cat", **more)
                           for more in ({}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}))
-    assert plain.losses == pytest.approx(again.losses, rel=1e-4) and plain.losses == pytest.approx(half.losses, rel=0.1)
+    assert plain.losses == pytest.approx(again.losses,
+                                         rel=1e-4) and plain.losses == pytest.approx(half.losses, rel=0.1)
     infos = []
-    teach(tiny_backbone, bank, "mimi", "lwf", steps=1, noun="cat", precision="bfloat16", callback=infos.append)
-    assert infos[0].terms["distil"] < 1e-3      # the adapter has not moved: the teacher computes as the student does
+    teach(tiny_backbone, bank, "mimi", "lwf", steps=1, noun="cat", precision="bfloat16",
+          callback=infos.append)
+    # the adapter has not moved: the teacher computes as the student does
+    assert infos[0].terms["distil"] < 1e-3
 
 
 def test_a_negative_weight_is_refused():

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from continual_concepts.core.attention.adapters import AdapterProcessor, LowRankAdapters
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.prompts import Vocabulary
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import always_on_deltas, learning_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.base import AdapterProcessor, LowRankAdapters
 from continual_concepts.core.methods.fusion import mark
-from continual_concepts.core.methods.mix_of_show import GROUPS, Recorder, record
+from continual_concepts.core.methods.mix_of_show import GROUPS
 from continual_concepts.core.model.backbone import AttentionProcessor
+from continual_concepts.core.neurons.recording import MomentRecorder, record_moments
 
 QUICK = {"passes": 3, "rows": 24, "lr": 0.05}
 
@@ -31,7 +32,8 @@ def bank(tiny_backbone, teach):
 def singles(tiny_backbone, teach):
     """The same two concepts before any fusion: LoRA-M learns exactly so."""
     def single(name, noun):
-        return teach(tiny_backbone, ConceptBank(tiny_backbone.layout), name, "lora_m", {"lr": 0.05}, noun=noun).concept
+        return teach(tiny_backbone, ConceptBank(tiny_backbone.layout), name, "lora_m", {"lr": 0.05},
+                     noun=noun).concept
 
     return {"rex": single("rex", "dog"), "mimi": single("mimi", "cat")}
 
@@ -56,16 +58,19 @@ def test_targets_are_what_single_concepts_do(bank, singles):
     for name, single in singles.items():
         for key, delta in single.deltas.items():
             inputs, targets = kept(bank, bank[name], key)
-            assert torch.allclose(delta.apply(inputs), targets, atol=1e-4 * float(targets.abs().max()) + 1e-7) and targets.any(), key
+            assert torch.allclose(delta.apply(inputs), targets,
+                                  atol=1e-4 * float(targets.abs().max()) + 1e-7) and targets.any(), key
             assert inputs.shape[0] == (6 if key[1] in GROUPS["text"] else QUICK["rows"])
 
 
 def test_the_records_add_up_to_the_least_squares_solution(bank):
-    """Dense normal equations over both concepts' rows: D = T^T X (X^T X + rho I)^-1, rho on the scale of the rows' own Gram."""
+    """Dense normal equations over both concepts' rows: D = T^T X (X^T X + rho I)^-1, rho on the scale of the
+    rows' own Gram."""
     total = always_on_deltas(bank)
     assert len(total) == 4 * len(bank.layout)
     for key, delta in total.items():
-        x, t = (torch.cat(parts).double() for parts in zip(*(kept(bank, concept, key) for concept in bank), strict=True))
+        x, t = (torch.cat(parts).double()
+                for parts in zip(*(kept(bank, concept, key) for concept in bank), strict=True))
         rho = 1e-3 * x.square().sum() / len(x)
         expected = t.T @ x @ torch.linalg.inv(x.T @ x + rho * torch.eye(x.shape[1]))
         assert torch.allclose(delta.dense().double(), expected, atol=2e-3 * float(expected.abs().max())), key
@@ -79,7 +84,8 @@ def test_fused_weights_serve_both_concepts_better_than_their_mean(bank, singles)
                    for key in total for concept in bank for x, t in [kept(bank, concept, key)])
 
     def mean(key):
-        return singles["rex"].deltas[key].scaled(0.5)      # of the one, the other's half left out: what a mean leaves of it at best
+        # of the one, the other's half left out: what a mean leaves of it at best
+        return singles["rex"].deltas[key].scaled(0.5)
 
     assert error(total.get) < 0.25 * error(mean)
 
@@ -99,8 +105,11 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
             return y
 
     context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog", "a cat"]), {})
-    recorder = record(tiny_backbone, context, Watch(), (8, 8), 3, seed=0)
-    assert {key[1] for key in recorder.sums} == {"to_q", "to_out"} and {key[1] for key in seen} == {"to_q", "to_k", "to_v", "to_out"}
+    recorder = record_moments(tiny_backbone, context, Watch(), (8, 8), 3, seed=0)
+    assert {key[1] for key in recorder.sums} == {"to_q",
+                                                 "to_out"} and {key[1]
+                                                                for key in seen} == {"to_q", "to_k", "to_v",
+                                                                                     "to_out"}
     for key in recorder.sums:
         x = torch.cat(seen[key]).double()
         assert len(x) == recorder.counts[key] and len(seen[key]) == 3
@@ -116,19 +125,21 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
 def test_the_recording_denoises_with_the_concept_s_own_weights(tiny_backbone):
     context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
     adapters = LowRankAdapters(tiny_backbone.layout, 2, 1.0, torch.Generator().manual_seed(0), "cpu")
-    plain = record(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
-    base = record(tiny_backbone, context, AttentionProcessor(), (8, 8), 2, seed=0)
+    plain = record_moments(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
+    base = record_moments(tiny_backbone, context, AttentionProcessor(), (8, 8), 2, seed=0)
     assert torch.equal(plain.sums[0, "to_out"], base.sums[0, "to_out"])
     with torch.no_grad():
         for up in adapters.up.values():
             up.add_(0.5)
-    changed = record(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
+    changed = record_moments(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
     assert not torch.allclose(changed.sums[0, "to_out"], base.sums[0, "to_out"], rtol=1e-2)
-    assert not torch.equal(record(tiny_backbone, context, AttentionProcessor(), (8, 8), 2, seed=1).sums[0, "to_q"], base.sums[0, "to_q"])
+    assert not torch.equal(record_moments(tiny_backbone, context, AttentionProcessor(), (8, 8), 2,
+                                          seed=1).sums[0, "to_q"], base.sums[0, "to_q"])
 
 
 def test_the_recording_ends_at_a_clean_picture(tiny_backbone, monkeypatch):
-    """With a base that knows the noise exactly, DDIM's last latents are the clean ones whatever the guidance."""
+    """With a base that knows the noise exactly, DDIM's last latents are the clean ones whatever the
+    guidance."""
     clean, schedule, last = torch.zeros(1, 4, 8, 8) + 0.3, tiny_backbone.schedule, []
 
     def oracle(latents, t, context, processor=None):
@@ -138,10 +149,11 @@ def test_the_recording_ends_at_a_clean_picture(tiny_backbone, monkeypatch):
 
     monkeypatch.setattr(tiny_backbone, "predict", oracle)
     context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
-    record(tiny_backbone, context, AttentionProcessor(), (8, 8), 50, seed=0)
+    record_moments(tiny_backbone, context, AttentionProcessor(), (8, 8), 50, seed=0)
     assert len(last) == 50
     noise = [float((x[:1] - alpha.sqrt() * clean).std() / (1 - alpha).sqrt())
-             for x, alpha in zip(last, schedule.alphas_cumprod[torch.linspace(999, 0, 51).long()], strict=False)]
+             for x,
+             alpha in zip(last, schedule.alphas_cumprod[torch.linspace(999, 0, 51).long()], strict=False)]
     assert noise == pytest.approx([noise[0]] * 50, rel=1e-2)      # one and the same noise all the way down
 
 
@@ -152,14 +164,15 @@ def test_finishing_twice_gives_the_same(tiny_backbone, bank):
     with torch.no_grad():
         for up in method.adapters.up.values():
             up.add_(0.1)
-    method.seen.size.copy_(torch.tensor([8, 8]))
+    method.size = (8, 8)
     one, two = method.finish(), method.finish()
-    assert all(torch.equal(one.deltas[key].up, two.deltas[key].up) for key in one.deltas) and len(one.shared) == 12
+    assert all(torch.equal(one.deltas[key].up, two.deltas[key].up)
+               for key in one.deltas) and len(one.shared) == 12
     assert all(torch.equal(one.shared[name], tensor) for name, tensor in two.shared.items())
 
 
 def test_a_leading_row_is_the_direction_of_most_energy():
-    recorder = Recorder(AttentionProcessor())
+    recorder = MomentRecorder(AttentionProcessor())
     x = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 1, 1, 1, 1, 1])
 
     class Place:
@@ -168,7 +181,8 @@ def test_a_leading_row_is_the_direction_of_most_energy():
     recorder.project(Place, "to_q", x, x)
     recorder.project(Place, "to_k", x, x)
     first = recorder.leading((0, "to_q"), 1)[0]
-    assert first[0].abs() / first.norm() > 0.99 and first.norm() == pytest.approx(float(x[..., 0].square().mean().sqrt()), rel=0.02)
+    assert first[0].abs() / first.norm() > 0.99 and first.norm() == pytest.approx(float(x[...,
+                                                                                          0].square().mean().sqrt()), rel=0.02)
     assert list(recorder.sums) == [(0, "to_q")]
 
 

@@ -1,4 +1,5 @@
-"""Numbers that go wrong: NaN, infinity, what is too large for the bank's type. One sentence, or nothing lost; never a silent infinity."""
+"""Numbers that go wrong: NaN, infinity, what is too large for the bank's type. One sentence, or nothing lost;
+never a silent infinity."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.methods.base import kept_deltas, wide_enough
 from continual_concepts.core.model.deltas import LowRankDelta
+from continual_concepts.core.model.storage import stored_deltas, wide_enough
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training import checkpoint
@@ -29,7 +30,8 @@ def empty(tiny_backbone):
 
 
 def tensors_of(concept) -> list[torch.Tensor]:
-    return [*concept.tokens.vectors.values(), *(t for _, delta in sorted(concept.deltas.items()) for t in delta.tensors())]
+    return [*concept.tokens.vectors.values(),
+            *(t for _, delta in sorted(concept.deltas.items()) for t in delta.tensors())]
 
 
 def numbers_in(state) -> list[torch.Tensor]:
@@ -66,17 +68,20 @@ def gradient_of(value: float):
 
 WAYS = {"a loss of NaN": (lambda output: output * NAN, "the loss became nan"),
         "an infinite loss": (lambda output: output * INF, "the loss became (inf|nan)"),
-        "a loss beyond float32": (lambda output: output.detach().sign() * 1e30 + output * 0, "the loss became inf"),
+        "a loss beyond float32": (lambda output: output.detach().sign() * 1e30 + output * 0, "the loss "
+                                                                                             "became inf"),
         "a gradient of NaN": (gradient_of(NAN), "the gradient became nan"),
         "an infinite gradient": (gradient_of(INF), "the gradient became (inf|nan)")}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_it_is_told_at_the_step_and_nothing_is_poisoned(tiny_backbone, empty, teach, tmp_path, monkeypatch, spoil, way):
+def test_it_is_told_at_the_step_and_nothing_is_poisoned(tiny_backbone, empty, teach, tmp_path, monkeypatch,
+                                                        spoil, way):
     file, (how, says) = tmp_path / "run.checkpoint", WAYS[way]
     whole = teach(tiny_backbone, empty, steps=3, checkpoint_every=1)
     spoil(3, how)
-    with pytest.raises(ConceptError, match=f"{says} at step 3 of concept 'rex'; lower .* the bank is unchanged") as caught:
+    with pytest.raises(ConceptError, match=f"{says} at step 3 of concept 'rex'; lower .* the bank is "
+                                           "unchanged") as caught:
         teach(tiny_backbone, empty, steps=3, checkpoint_every=1, checkpoint_file=file)
     assert "\n" not in str(caught.value) and len(empty) == 0
     state = checkpoint.load(file)
@@ -105,7 +110,8 @@ def test_a_last_step_that_goes_too_far_is_told(tiny_backbone, empty, teach, monk
 @pytest.mark.parametrize("method", ["cidm", "bound", "textual_inversion"])
 def test_words_that_grow_without_end_stay_what_they_are(tiny_backbone, empty, teach, tmp_path, method):
     """Beyond what float16 holds they are kept in float32."""
-    learned = teach(tiny_backbone, empty, method=method, settings={"token_lr": 1e6, "stored": "float16"}, steps=2)
+    learned = teach(tiny_backbone, empty, method=method, settings={"token_lr": 1e6, "stored": "float16"},
+                    steps=2)
     assert max(t.abs().max() for t in learned.concept.tokens.vectors.values()) > LARGEST
     save_bank(learned.bank, tmp_path / "b.safetensors")
     verify_bank(tmp_path / "b.safetensors")
@@ -116,7 +122,8 @@ def test_words_that_grow_without_end_stay_what_they_are(tiny_backbone, empty, te
 @pytest.fixture(scope="module")
 def run_of(tiny_backbone):
     """run_of(method): a run before its first step."""
-    pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1, digest="0")]
+    pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1,
+                        digest="0")]
     data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32, flip=False))
 
     def begin(name: str) -> Trainer:
@@ -141,7 +148,8 @@ def test_no_method_stores_infinity(run_of, name):
     except ConceptError as error:      # a method that looks at the model's features with such weights
         assert "NaN or infinity" in str(error)
         return
-    stored = [*outcome.tokens.vectors.values(), *(t for d in outcome.deltas.values() for t in d.tensors()), *outcome.shared.values()]
+    stored = [*outcome.tokens.vectors.values(), *(t for d in outcome.deltas.values() for t in d.tensors()),
+              *outcome.shared.values()]
     assert all(torch.isfinite(tensor).all() for tensor in stored)
     assert all(vectors.dtype == torch.float16 for vectors in usual.tokens.vectors.values())
     assert {t.dtype for d in usual.deltas.values() for t in d.tensors()} <= {torch.float16, torch.int32}
@@ -156,24 +164,29 @@ def test_features_of_infinity_are_not_fused(run_of):
         run.method.finish()
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(65000.0, torch.float16), (LARGEST, torch.float16), (65519.0, torch.float32),
-                                              (7e4, torch.float32), (-7e4, torch.float32), (3e38, torch.float32)])
+@pytest.mark.parametrize(("value", "dtype"),
+                         [(65000.0, torch.float16), (LARGEST, torch.float16), (65519.0, torch.float32),
+                          (7e4, torch.float32), (-7e4, torch.float32), (3e38, torch.float32)])
 def test_values_near_the_end_of_float16(layout, make_concept, tmp_path, value, dtype):
     up = torch.ones(4, 2)
     up[1, 1] = value
-    deltas = kept_deltas({(0, "to_q"): LowRankDelta(up, torch.ones(2, 4)), (1, "to_q"): LowRankDelta(torch.ones(6, 2), torch.ones(2, 6))},
+    deltas = stored_deltas({(0, "to_q"): LowRankDelta(up, torch.ones(2, 4)),
+                            (1, "to_q"): LowRankDelta(torch.ones(6, 2), torch.ones(2, 6))},
                          torch.float16)
     assert {t.dtype for delta in deltas.values() for t in delta.tensors()} == {dtype}
     concept = make_concept(layout)
     bank = ConceptBank(layout).add(type(concept)(concept.info, concept.tokens, deltas))
     save_bank(bank, tmp_path / "b.safetensors")
     verify_bank(tmp_path / "b.safetensors")
-    assert float(open_bank(tmp_path / "b.safetensors")["rex"].deltas[0, "to_q"].up[1, 1]) == pytest.approx(value, rel=1e-3)
+    assert float(open_bank(tmp_path / "b.safetensors")["rex"].deltas[0,
+                                                                     "to_q"].up[1, 1]) == pytest.approx(value,
+                                                                                                        rel=1e-3)
 
 
 def test_what_is_no_number_does_not_become_one():
     for value in (NAN, INF):
-        assert not torch.isfinite(torch.tensor([value]).to(wide_enough(torch.float16, [torch.tensor([value])]))).any()
+        assert not torch.isfinite(torch.tensor([value]).to(wide_enough(torch.float16,
+                                                                       [torch.tensor([value])]))).any()
     assert wide_enough(torch.float16, []) == torch.float16 == wide_enough(torch.float16, [torch.zeros(0)])
 
 
@@ -186,7 +199,8 @@ def test_half_precision_without_a_graphics_card(tiny_backbone, empty, teach):
 
 def test_half_precision_that_overflows_is_told(tiny_backbone, empty, teach, spoil):
     spoil(2, lambda output: (output * 1e6).half().float())
-    with pytest.raises(ConceptError, match="the loss became (inf|nan) at step 2 of concept 'rex'; lower .* or use precision float32"):
+    with pytest.raises(ConceptError, match="the loss became (inf|nan) at step 2 of concept 'rex'; lower .* "
+                                           "or use precision float32"):
         teach(tiny_backbone, empty, precision="float16")
 
 

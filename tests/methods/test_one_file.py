@@ -1,25 +1,24 @@
-"""A method is one class and one registration: a toy one, made here, learns, samples, is saved and composes in every way there is.
+"""A method is one short file: the toy in toy.py learns, samples, is saved and composes in every way.
 
-Beside it what must hold in a bank of methods that compose differently.
+The other tests are about a bank of methods that compose differently.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from continual_concepts.core.attention.token_lora import TokenLoraProcessor
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.composition import Composition, Kind
 from continual_concepts.core.bank.concepts import Concept
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.conditioning.routing import aggregate, always_on_shares, averaged_names, learning_deltas, token_lora_deltas
 from continual_concepts.core.methods import METHODS
-from continual_concepts.core.methods.base import LearnedWords, Method, Outcome, register
-from continual_concepts.core.model.backbone import AttentionProcessor
+from continual_concepts.core.methods.base import register
 from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions
@@ -27,83 +26,34 @@ from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
+TOY = Path(__file__).with_name("toy.py")
 WAYS = ("route", "sum", "average", "bound")
 
 
-@dataclass(frozen=True)
-class ToyConfig:
-    lr: float = 1e-2
-    token_lr: float = 1e-2
-    stored: str = "float32"
-
-
-class Toy(Method):
-    """One trained direction of the values: `dV = up down`, `down` fixed."""
-
-    word_count = 1
-
-    def __init__(self, config: ToyConfig) -> None:
-        self.config = config
-
-    def begin(self, task) -> None:
-        self.task, self.words = task, LearnedWords(task, layerwise=False)
-        self.steps, self.up, self.down = 0, nn.ParameterDict(), {}
-        for site in task.backbone.layout.sites:
-            a, b = site.shape("to_v")
-            self.up[str(site.index)] = nn.Parameter(torch.zeros(a, 1))
-            self.down[site.index] = torch.randn(1, b, generator=task.generator)
-
-    def parameter_groups(self):
-        return [{"params": [*self.words.parameters(), *self.up.parameters()], "lr": self.config.lr}]
-
-    def token_group(self):
-        return self.words.group()
-
-    def deltas(self):
-        return {(i, "to_v"): LowRankDelta(self.up[str(i)], down) for i, down in self.down.items()}
-
-    def processor(self) -> AttentionProcessor:
-        return _Added(self.deltas()) if self.composition.kind is not Kind.WORDS else TokenLoraProcessor({self.task.name: self.deltas()})
-
-    def penalty(self, seen):
-        return {"toy": 1e-3 * sum(p.square().sum() for p in self.up.values())} if len(self.task.bank) else {}
-
-    def after_step(self, step: int) -> None:
-        self.steps = step
-
-    def finish(self) -> Outcome:
-        deltas = {key: LowRankDelta(d.up.detach().clone(), d.down) for key, d in self.deltas().items()}
-        return Outcome(self.words.stored(torch.float32), deltas, {"tasks": torch.tensor(float(len(self.task.bank) + 1))})
-
-    def modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"words": self.words, "up": self.up})
-
-
-class _Added(AttentionProcessor):
-    def __init__(self, deltas) -> None:
-        self.deltas = deltas
-
-    def project(self, site, projection, x, y):
-        delta = self.deltas.get((site.index, projection))
-        return y if delta is None else y + delta.apply(x)
-
-
-def made(way: str, alone: bool = False, share: float = 1.0) -> str:
+def derived(toy, way: str, alone: bool = False, share: float = 1.0) -> str:
     """Registers a toy that composes in this way."""
     members = {"composition": Composition(Kind(way), share), "builds_on_sum": not alone}
     name = f"toy_{way}{'_alone' if alone else ''}"
-    register(name, ToyConfig, type("Toy", (Toy,), members), "a toy")
+    register(name, toy.ToyConfig, type("Toy", (toy.Toy,), members), "a toy")
     return name
 
 
 @pytest.fixture(scope="module")
 def toys():
-    """Method per way of composing, and two of summing with a share; gone afterwards."""
+    """Method per way of composing, and two of summing with a share; unregistered afterwards."""
     before = dict(METHODS)
-    names = {way: made(way) for way in WAYS} | {"alone": made("sum", alone=True, share=0.4)}
-    yield names
+    spec = importlib.util.spec_from_file_location("toy", TOY)
+    toy = sys.modules["toy"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toy)
+    yield {way: derived(toy, way) for way in WAYS} | {"alone": derived(toy, "sum", alone=True, share=0.4)}
+    del sys.modules["toy"]
     METHODS.clear()
     METHODS.update(before)
+
+
+def test_a_low_rank_method_is_less_than_80_lines():
+    """The file holds its docstring, imports, settings, hooks and registration."""
+    assert len(TOY.read_text(encoding="utf-8").splitlines()) < 80
 
 
 @pytest.fixture(scope="module", params=(*WAYS, "alone"))
@@ -138,7 +88,8 @@ def picture(backbone, bank, prompt, settings=QUICK):
 def test_it_learns_through_the_loop(learned):
     _, method, bank, seen = learned
     assert bank.names == ["rex", "mimi"] and {info.method for info in bank.infos.values()} == {method}
-    assert [info.step for info in seen] == [1, 2, 3] and seen[1].terms["toy"] > 0 and bank.infos["rex"].words == ("rex-1",)
+    assert [info.step for info in seen] == [1, 2,
+                                            3] and seen[1].terms["toy"] > 0 and bank.infos["rex"].words == ("rex-1",)
     assert all(delta.up.any() for concept in bank for delta in concept.deltas.values())
     assert float(bank.shared[method]["tasks"]) == 2
 
@@ -160,19 +111,25 @@ def test_a_stopped_run_goes_on_exactly(learned, tiny_backbone, teach, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, bank.remove("mimi"), "mimi", method, noun="cat", callback=stop, checkpoint_file=tmp_path / "c")
-    again = teach(tiny_backbone, bank.remove("mimi"), "mimi", method, noun="cat", checkpoint_file=tmp_path / "c").concept
+        teach(tiny_backbone, bank.remove("mimi"), "mimi", method, noun="cat", callback=stop,
+              checkpoint_file=tmp_path / "c")
+    again = teach(tiny_backbone, bank.remove("mimi"), "mimi", method, noun="cat",
+                  checkpoint_file=tmp_path / "c").concept
     assert all(torch.equal(delta.up, bank["mimi"].deltas[key].up) for key, delta in again.deltas.items())
 
 
 def test_it_composes_as_it_says(learned, tiny_backbone, toys):
     way, method, bank, _ = learned
     found = aggregate(tiny_backbone, bank, bank.parse("a <mimi>"))
-    expected = {"route": [0.0, 1.0], "bound": [0.0, 1.0], "sum": [1.0, 1.0], "alone": [0.4, 0.4], "average": [1.0, 1.0]}[way]
+    expected = {"route": [0.0, 1.0], "bound": [0.0, 1.0], "sum": [1.0, 1.0], "alone": [0.4, 0.4],
+                "average": [1.0, 1.0]}[way]
     assert torch.allclose(found.weights, torch.tensor(expected))
-    assert bool(found.deltas) == (way != "bound") and list(token_lora_deltas(bank)) == (bank.names if way == "bound" else [])
+    assert bool(found.deltas) == (way
+                                  != "bound") and list(token_lora_deltas(bank)) == (bank.names if way
+                                                                                    == "bound" else [])
     assert averaged_names(bank) == (bank.names if way == "average" else [])
-    assert always_on_shares(bank) == ({"rex": expected[0], "mimi": expected[1]} if way in ("sum", "alone") else {})
+    assert always_on_shares(bank) == ({"rex": expected[0], "mimi": expected[1]} if way in ("sum", "alone")
+                                      else {})
 
 
 def test_what_it_learns_on_is_what_it_says(learned, tiny_backbone):
@@ -181,7 +138,8 @@ def test_what_it_learns_on_is_what_it_says(learned, tiny_backbone):
     below = learning_deltas(bank, method, METHODS[method].method.builds_on_sum)
     assert bool(below) == (way == "sum")
     if below:
-        assert torch.allclose(below[3, "to_v"].dense(), sum(bank[n].deltas[3, "to_v"].dense() for n in bank.names), atol=1e-6)
+        assert torch.allclose(below[3, "to_v"].dense(),
+                              sum(bank[n].deltas[3, "to_v"].dense() for n in bank.names), atol=1e-6)
 
 
 def test_its_pictures_without_concepts(learned, tiny_backbone):
@@ -193,7 +151,8 @@ def test_its_pictures_without_concepts(learned, tiny_backbone):
 def test_without_it_nothing_of_it_is_left(learned, tiny_backbone):
     _, _, bank, _ = learned
     empty = bank.remove("rex").remove("mimi")
-    assert torch.equal(picture(tiny_backbone, empty, "a dog"), picture(tiny_backbone, ConceptBank(bank.layout), "a dog"))
+    assert torch.equal(picture(tiny_backbone, empty, "a dog"),
+                       picture(tiny_backbone, ConceptBank(bank.layout), "a dog"))
 
 
 def test_an_average_is_one_of_predictions(toys, tiny_backbone, teach):
@@ -201,16 +160,19 @@ def test_an_average_is_one_of_predictions(toys, tiny_backbone, teach):
     empty = ConceptBank(tiny_backbone.layout)
     one = teach(tiny_backbone, empty, "rex", toys["average"]).bank
     twin = one.add(one["rex"].renamed("rexy"))
-    assert torch.allclose(picture(tiny_backbone, twin, "a dog"), picture(tiny_backbone, one, "a dog"), atol=1e-4)
+    assert torch.allclose(picture(tiny_backbone, twin, "a dog"), picture(tiny_backbone, one, "a dog"),
+                          atol=1e-4)
 
 
 @pytest.mark.parametrize("gone", [*WAYS, "alone"])
 @pytest.mark.parametrize("mode", ["sharp", "equal"])
-def test_a_mixed_bank_is_what_it_was_once_a_concept_is_gone(mixed, tiny_backbone, make_concept, toys, gone, mode):
+def test_a_mixed_bank_is_what_it_was_once_a_concept_is_gone(mixed, tiny_backbone, make_concept, toys, gone,
+                                                            mode):
     settings = SampleSettings(steps=1, cfg=2.0, size=(32, 32), mode=mode)
     prompts = ["a <route> and a <bound>", "a <sum>", "a dog"]
     before = sample(tiny_backbone, mixed, prompts, [1, 2, 3], settings)
-    grown = mixed.add(make_concept(mixed.layout, "new", 5, method=toys[gone], composition=METHODS[toys[gone]].method.composition, size=0.5))
+    grown = mixed.add(make_concept(mixed.layout, "new", 5, method=toys[gone],
+                                   composition=METHODS[toys[gone]].method.composition, size=0.5))
     changed = sample(tiny_backbone, grown, ["a <new>", *prompts[1:]], [1, 2, 3], settings)
     assert not torch.allclose(changed[0], before[0], atol=1e-3)
     if gone in ("sum", "average", "alone"):      # always on
@@ -221,7 +183,8 @@ def test_a_mixed_bank_is_what_it_was_once_a_concept_is_gone(mixed, tiny_backbone
 @pytest.mark.parametrize("way", [*WAYS, "alone"])
 def test_every_concept_of_a_mixed_bank_acts(mixed, tiny_backbone, way):
     prompt = f"a <{way}>" if way in ("route", "bound") else "a dog"
-    assert not torch.allclose(picture(tiny_backbone, mixed, prompt), picture(tiny_backbone, silenced(mixed, way), prompt), atol=1e-4)
+    assert not torch.allclose(picture(tiny_backbone, mixed, prompt),
+                              picture(tiny_backbone, silenced(mixed, way), prompt), atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [QUICK, SampleSettings(steps=2, cfg=1.0, size=(32, 32))])
@@ -233,7 +196,8 @@ def test_prompts_without_concepts_are_the_base_where_nothing_is_always_on(mixed,
     assert torch.equal(found[:2], base)
     for other in ("route", "bound"):      # one way does not depend on the other being there
         assert torch.equal(picture(tiny_backbone, bank, f"a <{other}>"),
-                           picture(tiny_backbone, bank.remove({"route": "bound", "bound": "route"}[other]), f"a <{other}>"))
+                           picture(tiny_backbone, bank.remove({"route": "bound", "bound": "route"}[other]),
+                                   f"a <{other}>"))
 
 
 def test_every_concept_of_a_mixed_bank_acts_in_regions(mixed, tiny_backbone):
@@ -241,4 +205,5 @@ def test_every_concept_of_a_mixed_bank_acts_in_regions(mixed, tiny_backbone):
     one, two = (sample_regions(tiny_backbone, mixed, "a meadow", regions, [1], QUICK) for _ in range(2))
     assert torch.equal(one, two) and torch.isfinite(one).all()
     for way in (*WAYS, "alone"):
-        assert not torch.allclose(sample_regions(tiny_backbone, silenced(mixed, way), "a meadow", regions, [1], QUICK), one, atol=1e-5), way
+        assert not torch.allclose(sample_regions(tiny_backbone, silenced(mixed, way), "a meadow", regions,
+                                                 [1], QUICK), one, atol=1e-5), way

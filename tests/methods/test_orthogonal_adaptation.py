@@ -7,15 +7,16 @@ import warnings
 import pytest
 import torch
 
+from continual_concepts.core.attention.adapters import adapter_key
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
-from continual_concepts.core.methods.base import adapter_key
 from continual_concepts.core.methods.orthogonal_adaptation import draw_columns, orthogonal_matrix, taken_columns
 
 NAME = "orthogonal_adaptation"
-GOLDEN = [-0.127284, -0.228549, -0.058876]      # row 0 of O for width 32; another one would not fit concepts learned before
+# row 0 of O for width 32; another one would not fit concepts learned before
+GOLDEN = [-0.127284, -0.228549, -0.058876]
 
 
 def empty(backbone):
@@ -43,7 +44,8 @@ def rows(method, key=(0, "to_k")):
 
 def test_the_matrix_is_orthogonal_and_the_same_for_everybody():
     basis = orthogonal_matrix(32)
-    assert torch.allclose(basis.T @ basis, torch.eye(32), atol=1e-6) and torch.equal(basis, orthogonal_matrix(32))
+    assert torch.allclose(basis.T @ basis, torch.eye(32),
+                          atol=1e-6) and torch.equal(basis, orthogonal_matrix(32))
     assert torch.allclose(basis[0, :3], torch.tensor(GOLDEN), atol=1e-5)
 
 
@@ -54,7 +56,8 @@ def test_columns_are_recognised_from_rows_of_any_length_and_precision():
     assert taken_columns(basis, [down]).nonzero().flatten().tolist() == [3, 7, 15]
     assert taken_columns(basis, [down[:1], down[1:]]).sum() == 3 and not taken_columns(basis, []).any()
     mixed = torch.linalg.qr(torch.randn(16, 3, generator=torch.Generator().manual_seed(0))).Q.T
-    assert taken_columns(basis, [mixed]).sum() > 3      # a foreign row space blocks every column that it reaches
+    # a foreign row space blocks every column that it reaches
+    assert taken_columns(basis, [mixed]).sum() > 3
 
 
 @pytest.mark.parametrize("free", [10, 4, 2, 0])
@@ -83,7 +86,8 @@ def test_a_concept_does_nothing_to_inputs_in_another_s_space(bank):
 def test_only_the_other_factor_trains(tiny_backbone, teach):
     method = begun(tiny_backbone, empty(tiny_backbone), "rex", rank=8)
     _, weights = method.parameter_groups()
-    assert len(weights["params"]) == 4 * len(tiny_backbone.layout) and all(p.requires_grad for p in weights["params"])
+    assert len(weights["params"]) == 4 * len(tiny_backbone.layout) and all(p.requires_grad
+                                                                           for p in weights["params"])
     assert not any(p.requires_grad for p in method.adapters.down.values())
     learned = teach(tiny_backbone, empty(tiny_backbone), "rex", NAME, {"rank": 8}).concept
     for key, delta in learned.deltas.items():
@@ -127,7 +131,8 @@ def test_concepts_learned_apart_draw_from_one_matrix(tiny_backbone):
 def test_the_merge_has_the_paper_s_weight(bank):
     found = always_on_deltas(bank)
     for key, delta in found.items():
-        assert torch.allclose(delta.dense(), 0.6 * sum(concept.deltas[key].dense() for concept in bank), atol=1e-6)
+        assert torch.allclose(delta.dense(), 0.6 * sum(concept.deltas[key].dense() for concept in bank),
+                              atol=1e-6)
     assert [make(NAME).composition.share(g) for g in (1, 2, 9)] == [1.0, 0.6, 0.6]
 
 

@@ -1,4 +1,5 @@
-"""SCNS's reading: lazy greedy is greedy, coverage and risk by brute force, a budget over all weights, and exact resuming."""
+"""SCNS's reading: lazy greedy is greedy, coverage and risk by brute force, a budget over all weights, and
+exact resuming."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
-from continual_concepts.core.methods.scns import PooledAdapters, lazy_greedy, similarities
 from continual_concepts.core.model.deltas import SparseDelta
 from continual_concepts.core.neurons.neurons import NeuronSelection
 from continual_concepts.core.neurons.scores import GradientProcessor, key_value_weights, weight_of
+from continual_concepts.core.neurons.sparse import PooledAdapters
+from continual_concepts.core.neurons.submodular import lazy_greedy, similarities
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 from continual_concepts.core.training.trainer import Trainer
@@ -32,11 +34,13 @@ def banks(tiny_backbone, teach):
 
 
 def rows_of(concept):
-    return {(key, int(row)) for key, d in concept.deltas.items() for row in (d.indices.long() // d.size[1]).unique()}
+    return {(key, int(row)) for key,
+            d in concept.deltas.items() for row in (d.indices.long() // d.size[1]).unique()}
 
 
 def value_of(blocks, risks, chosen):
-    covered = sum(float(block[:, rows].max(1).values.sum()) for block, rows in zip(blocks, chosen, strict=True) if rows)
+    covered = sum(float(block[:, rows].max(1).values.sum()) for block,
+                  rows in zip(blocks, chosen, strict=True) if rows)
     return covered - sum(float(risk[rows].sum()) for risk, rows in zip(risks, chosen, strict=True))
 
 
@@ -92,25 +96,31 @@ def test_a_redundant_row_waits_and_a_risky_or_forbidden_one_stays_out():
 
 def test_signatures_are_what_each_step_would_lose(tiny_backbone, banks):
     """First order: sum of weight times gradient over a row, and its squared gradient; of own pictures."""
-    data, config = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear", Framing(32)), TrainingConfig(resolution=32)
+    data, config = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear",
+                           Framing(32)), TrainingConfig(resolution=32)
     run = Trainer(Task("bear", "bear", tiny_backbone, banks[0]), make("scns", QUICK), data, config)
     batch = run.method.on_batch(data.draw(2, 1.0, torch.Generator().manual_seed(0)))
     drawn, context = draw(batch, 1000, config, torch.Generator().manual_seed(0)), run._context(batch)
-    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.processor()), config).backward()
+    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.processor()),
+                   config).backward()
     run.method.after_step(1)
     plain = GradientProcessor(key_value_weights(tiny_backbone.layout))
-    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, run._context(batch), drawn, plain), config).backward()
+    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, run._context(batch), drawn, plain),
+                   config).backward()
     assert run.method.signatures.keys() == plain.sums.keys() and not run.method.gradients.sums
     for key, gradient in plain.sums.items():
         (signature,), size = run.method.signatures[key], gradient.abs().max()
-        assert torch.allclose(signature, (weight_of(tiny_backbone, key) * gradient).sum(1), atol=1e-5 * float(size))
+        assert torch.allclose(signature, (weight_of(tiny_backbone, key) * gradient).sum(1),
+                              atol=1e-5 * float(size))
         assert torch.allclose(run.method.squares[key], gradient.square().sum(1), rtol=1e-3)
 
 
 def test_a_concept_spends_the_budget_on_whole_rows_of_any_weights(banks, tiny_backbone):
-    sizes = {key: tiny_backbone.layout.sites[key[0]].shape(key[1]) for key in key_value_weights(tiny_backbone.layout)}
+    sizes = {key: tiny_backbone.layout.sites[key[0]].shape(key[1])
+             for key in key_value_weights(tiny_backbone.layout)}
     budget = sum(max(1, int(0.184 * a)) * b for a, b in sizes.values())
-    for concept, least in zip(banks[1], (0.7, 0.2), strict=True):      # signatures of two steps are soon covered; then there is the risk
+    # signatures of two steps are soon covered; then there is the risk
+    for concept, least in zip(banks[1], (0.7, 0.2), strict=True):
         assert all(isinstance(d, SparseDelta) and d.values.any() for d in concept.deltas.values())
         spent = sum(d.indices.numel() for d in concept.deltas.values())
         assert spent == len(rows_of(concept)) * 32 and least * budget < spent <= budget
@@ -125,37 +135,45 @@ def test_the_default_share_is_the_papers_of_stable_diffusion():
 
 
 def test_risk_keeps_off_what_old_concepts_need(tiny_backbone, banks, teach):
-    fisher = {key: banks[0].shared["scns"][f"fisher.{key[0]}-{key[1]}"] for key in key_value_weights(tiny_backbone.layout)}
+    fisher = {key: banks[0].shared["scns"][f"fisher.{key[0]}-{key[1]}"]
+              for key in key_value_weights(tiny_backbone.layout)}
     touched = []
     for risk in (0.0, 3.0):
-        concept = teach(tiny_backbone, banks[0], "mimi", "scns", QUICK | {"risk": risk}, steps=4, noun="cat").concept
+        concept = teach(tiny_backbone, banks[0], "mimi", "scns", QUICK | {"risk": risk}, steps=4,
+                        noun="cat").concept
         rows = rows_of(concept)
         touched.append(sum(float(fisher[key][row]) for key, row in rows) / max(1, len(rows)))
     assert touched[1] < 0.7 * touched[0]
 
 
 def test_a_risk_beyond_every_gain_leaves_the_words(tiny_backbone, banks, teach):
-    concept = teach(tiny_backbone, banks[0], "mimi", "scns", QUICK | {"risk": 1e9}, steps=4, noun="cat").concept
+    concept = teach(tiny_backbone, banks[0], "mimi", "scns", QUICK | {"risk": 1e9}, steps=4,
+                    noun="cat").concept
     assert not concept.deltas and concept.tokens.vectors["clip_l"].any()
 
 
 def test_fisher_runs_with_mean_one_and_fades(banks):
-    first, second = ({name: f for name, f in bank.shared["scns"].items() if name.startswith("fisher.")} for bank in banks)
-    assert [float(torch.cat(list(f.values())).mean()) for f in (first, second)] == pytest.approx([1.0, 1.5], rel=1e-4)
+    first, second = ({name: f for name, f in bank.shared["scns"].items() if name.startswith("fisher.")}
+                     for bank in banks)
+    assert [float(torch.cat(list(f.values())).mean())
+            for f in (first, second)] == pytest.approx([1.0, 1.5], rel=1e-4)
     assert all(bool((second[name] >= 0.5 * f - 1e-6).all()) for name, f in first.items())
 
 
 def test_other_weights_stay_bit_identical(banks, tiny_backbone):
     layout, rows = tiny_backbone.layout, rows_of(banks[1]["rex"]) | rows_of(banks[1]["mimi"])
-    before = {key: tiny_backbone._weight(layout.sites[key[0]], key[1]).clone() for key in key_value_weights(layout)}
+    before = {key: tiny_backbone._weight(layout.sites[key[0]], key[1]).clone()
+              for key in key_value_weights(layout)}
     with tiny_backbone.folded(always_on_deltas(banks[1])):
         for key, weight in before.items():
-            moved = (tiny_backbone._weight(layout.sites[key[0]], key[1]) != weight).any(1).nonzero().flatten().tolist()
+            moved = (tiny_backbone._weight(layout.sites[key[0]], key[1])
+                     != weight).any(1).nonzero().flatten().tolist()
             assert moved and all((key, row) in rows for row in moved)
 
 
 def test_general_neurons_and_a_given_selection_are_respected(tiny_backbone, teach, monkeypatch):
-    empty, general = ConceptBank(tiny_backbone.layout), {key: torch.arange(0, 32, 2) for key in key_value_weights(tiny_backbone.layout)}
+    empty, general = ConceptBank(tiny_backbone.layout), {key: torch.arange(0, 32, 2)
+                                                         for key in key_value_weights(tiny_backbone.layout)}
     chosen = NeuronSelection.of_rows(general, tiny_backbone.layout)
     monkeypatch.setattr("continual_concepts.core.methods.cns.general_neurons", lambda *_: chosen)
     concept = teach(tiny_backbone, empty, "rex", "scns", QUICK | {"calibration": 2}, steps=3).concept
@@ -188,24 +206,29 @@ def test_resuming_is_exact_before_at_and_after_the_choice(tiny_backbone, teach, 
 
     settings = QUICK | {"decay": 0.5}
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, banks[0], "mimi", "scns", settings, steps=4, noun="cat", callback=stop, checkpoint_file=tmp_path / "c")
-    again = teach(tiny_backbone, banks[0], "mimi", "scns", settings, steps=4, noun="cat", checkpoint_file=tmp_path / "c").bank
+        teach(tiny_backbone, banks[0], "mimi", "scns", settings, steps=4, noun="cat", callback=stop,
+              checkpoint_file=tmp_path / "c")
+    again = teach(tiny_backbone, banks[0], "mimi", "scns", settings, steps=4, noun="cat",
+                  checkpoint_file=tmp_path / "c").bank
     assert again["mimi"].deltas.keys() == banks[1]["mimi"].deltas.keys()
     for key, delta in banks[1]["mimi"].deltas.items():
         assert torch.equal(again["mimi"].deltas[key].indices, delta.indices)
         assert torch.equal(again["mimi"].deltas[key].values, delta.values)
-    assert all(torch.equal(again.shared["scns"][name], tensor) for name, tensor in banks[1].shared["scns"].items())
+    assert all(torch.equal(again.shared["scns"][name], tensor) for name,
+               tensor in banks[1].shared["scns"].items())
 
 
 def test_a_step_that_is_broken_off_leaves_nothing_behind(tiny_backbone, banks):
     method = make("scns", QUICK)
     method.begin(Task("bear", "bear", tiny_backbone, banks[0]))
-    method.on_batch(Batch(torch.zeros(1, 4, 8, 8), ("a",), torch.ones(1, 1, 8, 8), torch.tensor([False]), torch.ones(1)))
+    method.on_batch(Batch(torch.zeros(1, 4, 8, 8), ("a",), torch.ones(1, 1, 8, 8), torch.tensor([False]),
+                          torch.ones(1)))
     method.gradients._add((0, "to_k"), torch.ones(1, 2, 32), torch.ones(1, 2, 32))
-    assert method.gradients.sums and not method.modules()["choice"].get_extra_state()["sums"]
+    assert method.gradients.sums and not method.extra_state()["sums"]
 
 
-@pytest.mark.parametrize("settings", [{"unit": "weight"}, {"score": "activation"}, {"risk": -1.0}, {"decay": 2.0}, {"share": 0.0}])
+@pytest.mark.parametrize("settings", [{"unit": "weight"}, {"score": "activation"}, {"risk": -1.0},
+                                      {"decay": 2.0}, {"share": 0.0}])
 def test_settings_out_of_range_are_named(settings):
     with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):
         make("scns", settings)

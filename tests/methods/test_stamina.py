@@ -17,7 +17,8 @@ SETTINGS = {"rank": 2, "mask_rank": 2, "hidden": 8}
 
 @pytest.fixture(scope="module")
 def bank(tiny_backbone, teach):
-    return teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "stamina", SETTINGS | {"mask_lr": 0.3}, steps=5).bank
+    return teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "stamina",
+                 SETTINGS | {"mask_lr": 0.3}, steps=5).bank
 
 
 def begun(backbone, bank, **settings):
@@ -78,7 +79,9 @@ def test_training_adds_the_masked_product(tiny_backbone, bank):
     method.on_batch(None)
     second = method.product(key)
     method.after_step(1)
-    assert not torch.equal(second, first) and not torch.equal(method.product(key), second) and not torch.equal(method.product(key), first)
+    assert not torch.equal(second, first) and not torch.equal(method.product(key),
+                                                              second) and not torch.equal(method.product(key),
+                                                                                          first)
     zero = [(method.product(k) == 0)[:32] for k in ((2, "to_k"), (2, "to_v"))]
     assert not torch.equal(*zero)
 
@@ -86,7 +89,7 @@ def test_training_adds_the_masked_product(tiny_backbone, bank):
 def test_the_penalties_are_their_formulas(tiny_backbone, bank):
     method = begun(tiny_backbone, bank, forget=10.0, sparsity=3.0)
     randomise(method)
-    past, terms = past_changes(bank, "stamina", "cpu"), method.penalty(None)
+    past, terms = past_changes(Task("new", "dog", tiny_backbone, bank), "stamina"), method.penalty(None)
     forget = sum(float((past[key] * method.product(key).detach()).square().sum()) for key in past)
     chance = torch.cat([torch.sigmoid(method.masks.logits(key)).flatten() for key in method.numbers])
     assert terms["forget"].item() == pytest.approx(10 * forget, rel=1e-4) and forget > 0
@@ -97,7 +100,8 @@ def test_the_sparsity_penalty_drops_entries(tiny_backbone, teach):
     shares = []
     for sparsity in (0.0, 10.0):
         infos, settings = [], SETTINGS | {"sparsity": sparsity, "mask_lr": 0.5}
-        teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "stamina", settings, steps=8, callback=infos.append)
+        teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "stamina", settings, steps=8,
+              callback=infos.append)
         assert infos[0].terms.keys() == ({"sparsity"} if sparsity else set())
         shares.append(infos[-1].monitors["kept"])
     assert shares[1] < 0.5 < shares[0]
@@ -125,15 +129,19 @@ def test_a_task_of_several_batches_per_step_resumes(tiny_backbone, bank, teach, 
     more = {"steps": 4, "accumulation": 2, "noun": "cat"}
     whole = teach(tiny_backbone, bank, "mimi", "stamina", SETTINGS, **more)
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, bank, "mimi", "stamina", SETTINGS, callback=stop, checkpoint_file=tmp_path / "c", **more)
+        teach(tiny_backbone, bank, "mimi", "stamina", SETTINGS, callback=stop, checkpoint_file=tmp_path / "c",
+              **more)
     again = teach(tiny_backbone, bank, "mimi", "stamina", SETTINGS, checkpoint_file=tmp_path / "c", **more)
     assert again.losses == whole.losses
     for key, delta in whole.concept.deltas.items():
-        assert torch.equal(delta.indices, again.concept.deltas[key].indices) and torch.equal(delta.values, again.concept.deltas[key].values)
+        assert torch.equal(delta.indices,
+                           again.concept.deltas[key].indices) and torch.equal(delta.values,
+                                                                              again.concept.deltas[key].values)
 
 
 @pytest.mark.parametrize("settings", [
-    {"mask_rank": 0}, {"keep": 1.0}, {"temperature": 0.0}, {"sparsity": -1.0}, {"mask_lr": -1.0}, {"hidden": 0},
+    {"mask_rank": 0}, {"keep": 1.0}, {"temperature": 0.0}, {"sparsity": -1.0}, {"mask_lr": -1.0},
+    {"hidden": 0},
 ])
 def test_settings_out_of_range_are_named(settings):
     with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):

@@ -57,7 +57,8 @@ def test_layers_have_their_own_words_only_when_asked(tiny_backbone, teach):
 def test_nothing_but_the_words_trains(tiny_backbone, teach):
     groups = begun(tiny_backbone, words=("rex",)).parameter_groups()
     assert [sum(p.numel() for p in group["params"]) for group in groups] == [32]
-    one, other = (teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "textual_inversion", {"lr": lr}) for lr in (0.0, 1.0))
+    one, other = (teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "textual_inversion",
+                        {"lr": lr}) for lr in (0.0, 1.0))
     assert one.concept.deltas == {} and one.bank.shared == {}
     assert torch.equal(one.concept.tokens.vectors["clip_l"], other.concept.tokens.vectors["clip_l"])
     assert not torch.equal(one.concept.tokens.vectors["clip_l"][0, 0], noun_vectors(tiny_backbone)[-1])
@@ -73,7 +74,9 @@ def test_later_concepts_change_no_picture_of_earlier_ones(tiny_backbone, teach):
 
 def test_it_learns_on_two_text_encoders(tiny_sdxl, teach):
     concept = teach(tiny_sdxl, ConceptBank(tiny_sdxl.layout), "rex", "textual_inversion", steps=2).concept
-    assert set(concept.tokens.vectors) == {"clip_l", "clip_g"} and all(v.shape[0] == 1 for v in concept.tokens.vectors.values())
+    assert set(concept.tokens.vectors) == {"clip_l",
+                                           "clip_g"} and all(v.shape[0] == 1
+                                                             for v in concept.tokens.vectors.values())
 
 
 @pytest.mark.parametrize("settings", [{"start": "cat"}, {"lr": -1.0}, {"token_lr": -1.0}])

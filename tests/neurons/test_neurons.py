@@ -48,7 +48,8 @@ entries = st.sets(st.integers(0, SIZE[0] * SIZE[1] - 1))
 def test_selections_are_sets(one, two):
     a, b = selection(one), selection(two)
     assert places(a | b) == one | two and places(a - b) == one - two and places(a & b) == one & two
-    assert len(a) == len(one) and a.share() == pytest.approx(len(one) / 20) and a.share(1000) == pytest.approx(len(one) / 1000)
+    assert len(a) == len(one) and a.share() == pytest.approx(len(one)
+                                                             / 20) and a.share(1000) == pytest.approx(len(one) / 1000)
     assert set(a.mask(KEY).flatten().nonzero().flatten().tolist()) == one
 
 
@@ -117,7 +118,8 @@ def test_base_general_and_concept_neurons(unit):
 
 def test_without_general_neurons_base_is_concept():
     scores = random_scores()
-    assert all(places(base_neurons(scores, 0.1), key) == places(concept_neurons(scores, None, 0.1), key) for key in scores)
+    assert all(places(base_neurons(scores, 0.1), key) == places(concept_neurons(scores, None, 0.1), key)
+               for key in scores)
 
 
 def test_votes_count_prompts_apart():
@@ -161,7 +163,8 @@ def test_the_activation_score_is_that_of_pruning(tiny_backbone):
 
 def loss_inputs(backbone):
     g = torch.Generator().manual_seed(0)
-    return torch.randn(2, 4, 8, 8, generator=g), torch.tensor([100, 600]), encode_plain(backbone, ["a red dog", "a cat"])
+    return torch.randn(2, 4, 8, 8,
+                       generator=g), torch.tensor([100, 600]), encode_plain(backbone, ["a red dog", "a cat"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -172,7 +175,8 @@ def test_gradients_are_those_of_the_frozen_weights(tiny_backbone, checkpointing)
     processor = GradientProcessor(keys, AttentionProcessor())
     with tiny_backbone.gradient_checkpointing(checkpointing):
         tiny_backbone.predict(latents, t, context, processor).square().mean().backward()
-    weights = [tiny_backbone._weight(tiny_backbone.layout.sites[index], projection) for index, projection in keys]
+    weights = [tiny_backbone._weight(tiny_backbone.layout.sites[index], projection) for index,
+               projection in keys]
     assert all(weight.grad is None for weight in weights)
     try:
         for weight in weights:
@@ -202,8 +206,8 @@ def test_gradient_scores_see_the_pictures(tiny_backbone):
 
     def scores(seed, picture):
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(picture))
-        return gradient_scores(tiny_backbone, latents, context, torch.Generator().manual_seed(seed), 3, 2, [KEY],
-                               lambda done, total: told.append((done, total)))[KEY]
+        return gradient_scores(tiny_backbone, latents, context, torch.Generator().manual_seed(seed), 3, 2,
+                               [KEY], lambda done, total: told.append((done, total)))[KEY]
 
     one = scores(0, 0)
     assert torch.equal(one, scores(0, 0)) and not torch.equal(one, scores(0, 1)) and (one >= 0).all()
@@ -219,7 +223,8 @@ def test_scores_work_under_inference_mode(tiny_backbone):
 
 
 def test_imagined_pictures_are_finite_and_seeded(tiny_backbone_v):
-    one, two = (imagine(tiny_backbone_v, "a dog", (8, 8), torch.Generator().manual_seed(seed), 3) for seed in (0, 0))
+    one, two = (imagine(tiny_backbone_v, "a dog", (8, 8), torch.Generator().manual_seed(seed), 3)
+                for seed in (0, 0))
     assert one.shape == (1, 4, 8, 8) and torch.isfinite(one).all() and torch.equal(one, two)
 
 
@@ -228,12 +233,14 @@ def test_general_neurons_of_a_base(tiny_backbone, score):
     keys, told = [(0, "to_k"), (4, "to_v")], []
 
     def general(quorum):
-        return general_neurons(tiny_backbone, torch.Generator().manual_seed(0), CALIBRATION[:3], score, 0.1, quorum, size=(8, 8), draws=1,
-                               keys=keys, progress=lambda done, total: told.append((done, total)))
+        return general_neurons(tiny_backbone, torch.Generator().manual_seed(0), CALIBRATION[:3], score, 0.1,
+                               quorum, size=(8, 8), draws=1, keys=keys, progress=lambda done,
+                               total: told.append((done, total)))
 
     most, all_three = general(0.6), general(1.0)
     assert told[:3] == [(1, 3), (2, 3), (3, 3)]
-    assert len(all_three - most) == 0 and 0 < len(most) <= 0.1 / 0.6 * sum(a * b for a, b in most.sizes.values())
+    assert len(all_three
+               - most) == 0 and 0 < len(most) <= 0.1 / 0.6 * sum(a * b for a, b in most.sizes.values())
     most.check_fits(tiny_backbone.layout)
 
 

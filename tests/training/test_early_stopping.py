@@ -33,11 +33,13 @@ def test_it_has_stalled_when_the_last_looks_brought_nothing(scores, patience):
 
 @pytest.fixture
 def run(tiny_backbone):
-    photos = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1) for i in range(2)]
+    photos = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1)
+              for i in range(2)]
     data = prepare(tiny_backbone, photos, "rex", "dog", Framing(32, "crop", True))
 
     def go(config=CONFIG, evaluator=None, callback=None, file=None):
-        task = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout), generator=torch.Generator().manual_seed(0))
+        task = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout),
+                    generator=torch.Generator().manual_seed(0))
         return learn(task, make("bound", RATES), data, config, callback, file, evaluator=evaluator)
 
     return go

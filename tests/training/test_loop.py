@@ -54,8 +54,10 @@ def stop_at(step, error=KeyboardInterrupt):
 
 
 SETTINGS = [
-    {"steps": 4, "schedule": "cosine", "warmup": 2, "caption_dropout": 0.5, "accumulation": 2, "batch_size": 1},
-    {"steps": 3, "schedule": "linear", "optimizer": "SGD", "noise_offset": 0.1, "min_snr_gamma": 5.0, "checkpoint_every": 1},
+    {"steps": 4, "schedule": "cosine", "warmup": 2, "caption_dropout": 0.5, "accumulation": 2,
+     "batch_size": 1},
+    {"steps": 3, "schedule": "linear", "optimizer": "SGD", "noise_offset": 0.1, "min_snr_gamma": 5.0,
+     "checkpoint_every": 1},
 ]
 
 
@@ -68,14 +70,18 @@ def test_a_stopped_run_resumes_bit_for_bit(tiny_backbone, empty, teach, tmp_path
         teach(tiny_backbone, empty, callback=stop_at(2, error), checkpoint_file=file, **training)
     assert file.exists()
     seen = []
-    assert same(teach(tiny_backbone, empty, callback=lambda info: seen.append(info.step), checkpoint_file=file, **training), whole)
+    assert same(teach(tiny_backbone, empty, callback=lambda info: seen.append(info.step),
+                      checkpoint_file=file, **training), whole)
     assert seen == list(range(3, training["steps"] + 1))
 
 
 @pytest.mark.parametrize("where", ["predict", "optimizer", "after_step"])
-def test_an_interrupt_inside_a_step_resumes_bit_for_bit(tiny_backbone, empty, teach, tmp_path, monkeypatch, where):
-    """In the forward pass the state of the last step is saved; in the middle of an update the last saved file stands."""
-    file, calls, training = tmp_path / "run.safetensors", [], {"steps": 3, "accumulation": 2, "checkpoint_every": 1}
+def test_an_interrupt_inside_a_step_resumes_bit_for_bit(tiny_backbone, empty, teach, tmp_path, monkeypatch,
+                                                        where):
+    """In the forward pass the state of the last step is saved; in the middle of an update the last saved file
+    stands."""
+    file, calls, training = tmp_path / "run.safetensors", [], {"steps": 3, "accumulation": 2,
+                                                               "checkpoint_every": 1}
     whole = teach(tiny_backbone, empty, **training)
 
     def interrupting(function, at):
@@ -108,7 +114,8 @@ def stopped(tiny_backbone, empty, teach, tmp_path):
     return tmp_path / "run.safetensors"
 
 
-@pytest.mark.parametrize("other", [{"name": "mimi"}, {"method": "finetune"}, {"settings": {"rank": 2}}, {"steps": 9}, {"noun": "cat"}])
+@pytest.mark.parametrize("other", [{"name": "mimi"}, {"method": "finetune"}, {"settings": {"rank": 2}},
+                                   {"steps": 9}, {"noun": "cat"}])
 def test_another_runs_checkpoint_is_refused_and_kept(tiny_backbone, empty, teach, stopped, other):
     before = stopped.read_bytes()
     with pytest.raises(ConceptError, match="another run"):
@@ -133,10 +140,12 @@ def test_damaged_checkpoints_are_refused(tiny_backbone, empty, teach, stopped):
 
 
 def test_checkpoints_hold_nested_state(tmp_path):
-    state = {"a": [1, (2.5, None)], 3: {"t": torch.arange(3), "empty": torch.zeros(0)}, "s": "text", "b": True, "same": [torch.ones(2)] * 2}
+    state = {"a": [1, (2.5, None)], 3: {"t": torch.arange(3), "empty": torch.zeros(0)}, "s": "text",
+             "b": True, "same": [torch.ones(2)] * 2}
     checkpoint.save(tmp_path / "c", state)
     again = checkpoint.load(tmp_path / "c")
-    assert torch.equal(again[3].pop("t"), state[3].pop("t")) and again[3].pop("empty").shape == state[3].pop("empty").shape
+    assert torch.equal(again[3].pop("t"),
+                       state[3].pop("t")) and again[3].pop("empty").shape == state[3].pop("empty").shape
     assert all(torch.equal(t, torch.ones(2)) for t in again.pop("same")) and state.pop("same")
     assert again == state
 
@@ -148,7 +157,8 @@ def test_the_base_and_the_bank_are_what_they_were(tiny_backbone, empty, teach):
     assert len(empty) == 0 and not empty.shared
     for module, old in zip(modules, before, strict=True):
         for name, parameter in module.named_parameters():
-            assert torch.equal(parameter, old[name]) and parameter.grad is None and not parameter.requires_grad, name
+            assert torch.equal(parameter,
+                               old[name]) and parameter.grad is None and not parameter.requires_grad, name
 
 
 def test_it_learns_under_inference_mode(tiny_backbone, empty, teach):
@@ -156,7 +166,8 @@ def test_it_learns_under_inference_mode(tiny_backbone, empty, teach):
     normal = teach(tiny_backbone, empty)
     with torch.inference_mode():
         inside = teach(tiny_backbone, empty)
-        assert len(teach(tiny_backbone, inside.bank, "mimi", settings={"shared": "gradient"}, steps=1).bank) == 2
+        assert len(teach(tiny_backbone, inside.bank, "mimi", settings={"shared": "gradient"},
+                         steps=1).bank) == 2
     assert same(normal, inside)
 
 
@@ -190,7 +201,8 @@ def test_eight_bit_optimisers_where_there_are_any(tiny_backbone, empty, teach, m
     assert AdamW8bit.used == 2
     for missing in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ConceptError, match="'optimizer' is 'AdamW8bit'; allowed: .* where bitsandbytes is installed"):
+    with pytest.raises(ConceptError, match="'optimizer' is 'AdamW8bit'; allowed: .* where bitsandbytes is "
+                                           "installed"):
         TrainingConfig(optimizer="AdamW8bit")
 
 
@@ -202,7 +214,8 @@ def test_optimisers_by_name(tiny_backbone, empty, teach, optimizer):
 
 def test_captions_may_name_other_concepts_by_any_word(tiny_backbone, empty, teach, make_concept):
     old = make_concept(empty.layout, "mimi", size=0.1)
-    old = replace(old, info=replace(old.info, words=("fluff", "puff")), tokens=replace(old.tokens, words=("fluff", "puff")))
+    old = replace(old, info=replace(old.info, words=("fluff", "puff")),
+                  tokens=replace(old.tokens, words=("fluff", "puff")))
     picture = Picture(torch.zeros(3, 32, 32), "<rex> beside <fluff> <puff>")
     assert len(teach(tiny_backbone, empty.add(old), pictures=[picture], steps=1).bank) == 2
     with pytest.raises(ConceptError, match="<nobody>"):
@@ -211,7 +224,8 @@ def test_captions_may_name_other_concepts_by_any_word(tiny_backbone, empty, teac
 
 def test_terms_are_averaged_over_batches(tiny_backbone, empty, teach):
     infos = []
-    teach(tiny_backbone, empty, callback=infos.append, steps=1, accumulation=4, batch_size=1, caption_dropout=0.6)
+    teach(tiny_backbone, empty, callback=infos.append, steps=1, accumulation=4, batch_size=1,
+          caption_dropout=0.6)
     assert infos[0].terms["attention"] > 0      # although the last batch alone may have none
     assert infos[0].step == infos[0].total == 1 and infos[0].grad_norm > 0
 
@@ -241,7 +255,8 @@ def test_provenance_tells_how_a_concept_came_to_be(tiny_backbone, empty, teach):
 
 
 def test_captions_that_never_name_the_concept_are_refused(tiny_backbone, empty, make_concept):
-    data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32), "a photo of <mimi>")], "rex", "dog", Framing(32))
+    data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32), "a photo of <mimi>")], "rex", "dog",
+                   Framing(32))
     task = Task("rex", "dog", tiny_backbone, empty.add(make_concept(empty.layout, "mimi")))
     with pytest.raises(ConceptError, match="no caption of concept 'rex' names it; write <rex>"):
         Trainer(task, make("bound"), data, TrainingConfig(steps=1, resolution=32))
@@ -251,5 +266,6 @@ def test_a_batch_of_dropped_captions_is_no_error(tiny_backbone):
     """Bound deltas get no gradient from it; the step counts all the same."""
     data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32), "a <rex>")], "rex", "dog", Framing(32))
     config = TrainingConfig(steps=3, resolution=32, caption_dropout=0.99)
-    learned = learn(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("bound"), data, config)
+    learned = learn(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("bound"), data,
+                    config)
     assert len(learned.losses) == 3

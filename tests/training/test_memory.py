@@ -13,7 +13,8 @@ from continual_concepts.core.training import memory
 
 needs_glibc = pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
 
-# Tensors of 40 MiB are made and dropped: 10,240 pages each that the system has to give anew, fewer where pages are larger.
+# Tensors of 40 MiB are made and dropped: 10,240 pages each that the system has to give anew, fewer where
+# pages are larger.
 FRESH_PROCESS = """
 import resource, torch
 from continual_concepts.core.training.memory import retained_between_steps
@@ -37,7 +38,8 @@ print(*found)
 @needs_glibc
 def test_what_is_freed_is_used_again():
     """Until the last who asked for it has gone."""
-    told = subprocess.run([sys.executable, "-I", "-c", FRESH_PROCESS], capture_output=True, text=True, check=True, timeout=120).stdout
+    told = subprocess.run([sys.executable, "-I", "-c", FRESH_PROCESS], capture_output=True, text=True,
+                          check=True, timeout=120).stdout
     before, inside, after = map(int, told.split())
     assert inside < 0.5 * before and inside < 0.5 * after
 

@@ -20,18 +20,22 @@ from continual_concepts.core.training.trainer import Trainer
 @pytest.fixture
 def begun(tiny_backbone):
     """A run before its first step, its first batch, and how to get that batch's loss."""
-    pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1, "") for i in range(2)]
+    pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1, "")
+                for i in range(2)]
     data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32, flip=False))
     config = TrainingConfig(steps=2, batch_size=2, resolution=32)
-    run = Trainer(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("cidm"), data, config)
+    run = Trainer(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("cidm"), data,
+                  config)
     for up in run.method.adapters.up.values():
         torch.nn.init.normal_(up, std=0.1, generator=torch.Generator().manual_seed(1))
     batch = data.draw(2, 1.0, torch.Generator().manual_seed(0))
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
 
     def loss(batch, config=config):
-        context = encode_prompts(tiny_backbone, run.vocabulary.parse_all(batch.prompts), {"rex": run.method.token_group()})
-        seen = predict(tiny_backbone, batch, context, Draw(torch.tensor([100, 800]), noise), run.method.processor())
+        context = encode_prompts(tiny_backbone, run.vocabulary.parse_all(batch.prompts),
+                                 {"rex": run.method.token_group()})
+        seen = predict(tiny_backbone, batch, context, Draw(torch.tensor([100, 800]), noise),
+                       run.method.processor())
         return denoising_loss(tiny_backbone, seen, config), run.method.penalty(seen)
 
     return run, batch, loss
@@ -58,7 +62,10 @@ def test_the_loss_is_a_mean_over_what_counts(begun):
     first = loss(replace(batch, weights=torch.tensor([1.0, 0.0])))[0].item()
     second = loss(replace(batch, weights=torch.tensor([0.0, 1.0])))[0].item()
     assert first + second == pytest.approx(full, rel=1e-5)
-    assert loss(replace(batch, weights=torch.tensor([1.0, 0.25])))[0].item() == pytest.approx(first + 0.25 * second, rel=1e-5)
+    assert loss(replace(batch,
+                        weights=torch.tensor([1.0,
+                                              0.25])))[0].item() == pytest.approx(first + 0.25 * second,
+                                                                                  rel=1e-5)
     gamma = begun[0].task.backbone.schedule.min_snr_weights(torch.tensor([100, 800]), 5.0)
     weighted = loss(batch, TrainingConfig(min_snr_gamma=5.0))[0].item()
     assert weighted == pytest.approx(float(gamma[0]) * first + float(gamma[1]) * second, rel=1e-5)
@@ -109,7 +116,8 @@ def test_checkpointing_saves_activations(tiny_backbone, begun):
             total[0] += tensor.numel()
             return tensor
 
-        with tiny_backbone.gradient_checkpointing(enabled), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        with tiny_backbone.gradient_checkpointing(enabled), torch.autograd.graph.saved_tensors_hooks(count,
+                                                                                                     lambda t: t):
             loss(batch)
         kept.append(total[0])
     assert kept[1] < 0.7 * kept[0]

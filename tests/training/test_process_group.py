@@ -27,7 +27,8 @@ from continual_concepts.core.training.trainer import Trainer
 @pytest.fixture(scope="module")
 def training_set(tiny_backbone):
     g = torch.Generator().manual_seed(3)
-    pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, caption) for caption in ("a <spot>", "", "<spot> in a park", "")]
+    pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, caption)
+                for caption in ("a <spot>", "", "<spot> in a park", "")]
     return prepare(tiny_backbone, pictures, "spot", "dog", Framing(32, flip=False))
 
 
@@ -72,7 +73,8 @@ def test_memory_for_not_one_picture_is_told(tiny_backbone, training_set, monkeyp
     run = run_of(tiny_backbone, training_set)
     before = parameters(run)
     in_pieces(tiny_backbone, 0, monkeypatch)
-    with pytest.raises(ConceptError, match="memory ran out at step 1 of concept 'spot' with 1 pictures of 32 pixels"):
+    with pytest.raises(ConceptError, match="memory ran out at step 1 of concept 'spot' with 1 pictures of 32 "
+                                           "pixels"):
         run.step()
     assert torch.equal(parameters(run), before)
 
@@ -82,7 +84,8 @@ def test_replay_is_added_to_every_piece(tiny_backbone, training_set, make_concep
     run = run_of(tiny_backbone, training_set, "lwf", bank=bank)
     sizes = in_pieces(tiny_backbone, 2, monkeypatch)
     run.step()
-    assert sizes[0] == 4 and 2 in sizes and torch.isfinite(parameters(run)).all()      # one picture and its wish of old
+    # one picture and its wish of old
+    assert sizes[0] == 4 and 2 in sizes and torch.isfinite(parameters(run)).all()
 
 
 def test_shares_are_equal_and_make_up_the_batch(tiny_backbone, training_set):
@@ -94,25 +97,31 @@ def test_shares_are_equal_and_make_up_the_batch(tiny_backbone, training_set):
                                    ProcessGroup(rank, 2), size=1))
         assert [one.weight for one in found] == [0.5, 0.5]
         parts.append(found)
-    whole = next(micro_batches(batch, run.method, run.config, 1000, torch.Generator().manual_seed(2), ProcessGroup()))
+    whole = next(micro_batches(batch, run.method, run.config, 1000, torch.Generator().manual_seed(2),
+                               ProcessGroup()))
     shared = [parts[i % 2][i // 2] for i in range(4)]
     assert torch.equal(torch.cat([one.drawn.noise for one in shared]), whole.drawn.noise)
     assert torch.equal(torch.cat([one.batch.latents for one in shared]), whole.batch.latents)
     assert tuple(one.batch.prompts[0] for one in shared) == whole.batch.prompts
-    with pytest.raises(ConceptError, match="a batch has 3 pictures; with 2 processes allowed: a multiple of 2"):
+    with pytest.raises(ConceptError, match="a batch has 3 pictures; with 2 processes allowed: a multiple of "
+                                           "2"):
         ProcessGroup(0, 2).share(3)
 
 
-@pytest.mark.parametrize("method", sorted(name for name, entry in METHODS.items() if entry.method.learns_alone))
+@pytest.mark.parametrize("method",
+                         sorted(name for name, entry in METHODS.items() if entry.method.learns_alone))
 def test_methods_that_learn_alone_say_so(tiny_backbone, training_set, method):
     with pytest.raises(ConceptError, match=f"method '{method}' depends on its own gradients or replays"):
         run_of(tiny_backbone, training_set, method, ProcessGroup(0, 2))
 
 
 def command(*arguments, processes=1, folder=None):
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    done = subprocess.run([sys.executable, "-I", *start, "-m", "continual_concepts.core", *map(str, arguments)], cwd=folder, text=True,
-                          capture_output=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(processes)] if processes > 1 else []
+    done = subprocess.run([sys.executable, "-I", *start, "-m", "continual_concepts.core",
+                           *map(str, arguments)], cwd=folder, text=True,
+                          capture_output=True, timeout=300, check=False,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -131,10 +140,13 @@ def test_two_processes_learn_what_one_does(photos, installed):
     for processes in (1, 2):
         bank = photos / f"{processes}.safetensors"
         wish = ["--bank", bank, "--name", "spot", "--noun", "dog", "--steps", 3, "--batch-size", 4]
-        said[processes] = json.loads(command("--json", "learn", photos / "photos", *wish, processes=processes, folder=photos))
+        said[processes] = json.loads(command("--json", "learn", photos / "photos", *wish, processes=processes,
+                                             folder=photos))
     one, two = (open_bank(photos / f"{n}.safetensors")["spot"] for n in (1, 2))
     for key, delta in one.deltas.items():
         assert torch.allclose(two.deltas[key].dense(), delta.dense(), atol=2e-5)
-    assert torch.allclose(two.tokens.vectors["clip_l"].float(), one.tokens.vectors["clip_l"].float(), atol=2e-3)
-    assert any(delta.dense().abs().max() > 1e-4 for delta in one.deltas.values()) and said[1].keys() == said[2].keys()
+    assert torch.allclose(two.tokens.vectors["clip_l"].float(), one.tokens.vectors["clip_l"].float(),
+                          atol=2e-3)
+    assert any(delta.dense().abs().max() > 1e-4
+               for delta in one.deltas.values()) and said[1].keys() == said[2].keys()
     assert not list(photos.glob(".*checkpoint"))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention.adapters import Adapters, adapter_key
 from ..model.deltas import DeltaKey, SparseDelta
 from ..model.sites import SiteLayout
 from ..model.storage import wide_enough
-from ..neurons.neurons import NeuronSelection
-from .adapters import Adapters, adapter_key
+from .neurons import NeuronSelection
 
 
 class SparseLinear(torch.autograd.Function):
@@ -80,3 +80,43 @@ class SparseAdapters(Adapters):
 
     def selection(self) -> NeuronSelection:
         return NeuronSelection({key: self.at(key)[1] for key in self.sizes}, self.sizes)
+
+
+class PooledAdapters(SparseAdapters):
+    """As many trainable values as the budget allows. How many each weight gets is known after the selection
+    only.
+
+    all_sizes: weight -> (a, b) of all candidates; slices: weight -> its part of the pool.
+    """
+
+    pool_places: Tensor
+
+    def __init__(self, layout: SiteLayout, keys: Sequence[DeltaKey], budget: int,
+                 device: torch.device | str) -> None:
+        super().__init__(layout, {}, device)
+        self.all_sizes = {key: layout.sites[key[0]].shape(key[1]) for key in keys}
+        self.pool = nn.Parameter(torch.zeros(budget, device=device))
+        self.register_buffer("pool_places", torch.zeros(budget, dtype=torch.int32, device=device))
+        self._divide({})
+
+    def _divide(self, counts: Mapping[DeltaKey, int]) -> None:
+        self.sizes, start = {key: self.all_sizes[key] for key in counts}, 0
+        self.slices: dict[DeltaKey, slice] = {}
+        for key, count in counts.items():
+            self.slices[key] = slice(start, start + count)
+            start += count
+
+    def place(self, selection: NeuronSelection) -> None:
+        self._divide({key: places.numel() for key, places in selection.indices.items() if places.numel()})
+        for key, where in self.slices.items():
+            self.pool_places[where] = selection.indices[key].to(self.pool_places)
+
+    def at(self, key: DeltaKey) -> tuple[Tensor, Tensor]:
+        return self.pool[self.slices[key]], self.pool_places[self.slices[key]]
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {adapter_key(*key): where.stop - where.start for key, where in self.slices.items()}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self._divide({key: int(state[adapter_key(*key)]) for key in self.all_sizes
+                      if adapter_key(*key) in state})

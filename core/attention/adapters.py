@@ -6,12 +6,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
 from ..model.sites import PROJECTIONS, Site, SiteLayout
-from ..model.storage import stored_deltas
+from ..model.storage import stored_deltas, wide_enough
 
 
 def adapter_key(index: int, projection: str) -> str:
@@ -66,8 +67,31 @@ class LowRankAdapters(Adapters):
     def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
         return self.delta(key).apply(x) if adapter_key(*key) in self.up else None
 
-    def stored(self, dtype: torch.dtype) -> Deltas:
+    def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
         return stored_deltas({key: self.delta(key) for key in self.keys}, dtype)
+
+
+class FullAdapters(Adapters):
+    """A trainable difference `[a, b]` of whole weights, zero at the start."""
+
+    def __init__(self, layout: SiteLayout, keys: Sequence[DeltaKey], device: torch.device | str) -> None:
+        super().__init__()
+        self.keys = keys
+        shapes = {adapter_key(index, part): layout.sites[index].shape(part) for index, part in self.keys}
+        self.differences = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape, device=device))
+                                             for name, shape in shapes.items()})
+
+    def at(self, key: DeltaKey) -> Tensor:
+        return self.differences[adapter_key(*key)]
+
+    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
+        return F.linear(x, self.at(key).to(x)) if adapter_key(*key) in self.differences else None
+
+    def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
+        """The differences exactly, in the bank's type: `up` `[a, b]`, `down` the identity."""
+        dtype = wide_enough(dtype, (self.at(key) for key in self.keys))
+        exact = {key: self.at(key).detach().to(dtype).cpu().clone() for key in self.keys}
+        return {key: LowRankDelta(up, torch.eye(up.shape[1], dtype=dtype)) for key, up in exact.items()}
 
 
 class AdapterProcessor(AttentionProcessor):

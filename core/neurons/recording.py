@@ -1,0 +1,102 @@
+"""Recorders of the inputs of the sites' projections: second moments for fusion, pooled activations as features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bank.prompts import NO_CONCEPTS
+from ..conditioning.encoding import encode_prompts
+from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.deltas import DeltaKey
+from ..model.sites import Site
+from ..model.solver import Ddim, denoise, guided
+
+RECORDED = ("to_q", "to_out")      # their inputs depend on the picture
+GUIDANCE = 5.0      # of the pictures that are denoised while recording
+FEATURE_NOISE = 0.25      # timestep of the features, as a share of the noise schedule
+
+
+class MomentRecorder(AttentionProcessor):
+    """Second moments of the inputs of to_q and to_out: the mean of x x^T `[b, b]` over passes, samples and cells."""
+
+    def __init__(self, inner: AttentionProcessor) -> None:
+        self.inner = inner
+        self.sums: dict[DeltaKey, Tensor] = {}
+        self.counts: dict[DeltaKey, int] = {}
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        if projection in RECORDED:
+            key, flat = (site.index, projection), x.detach().flatten(0, -2).float()
+            moment = flat.T @ flat
+            self.sums[key] = self.sums[key] + moment if key in self.sums else moment
+            self.counts[key] = self.counts.get(key, 0) + len(flat)
+        return self.inner.project(site, projection, x, y)
+
+    def leading(self, key: DeltaKey, rows: int) -> Tensor:
+        """R `[rows, b]` whose R^T R is nearest to the second moment, padded with zeros."""
+        moment = self.sums[key].cpu().double() / self.counts[key]
+        values, vectors = torch.linalg.eigh(moment)
+        best = (values.clamp(min=0).sqrt() * vectors).T.flip(0)[:rows]
+        return torch.cat([best, best.new_zeros(rows - len(best), best.shape[1])]).float()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def record_moments(backbone: Backbone, context: Context, processor: AttentionProcessor, size: tuple[int, int],
+                   passes: int, seed: int) -> MomentRecorder:
+    """Records what passes through the sites while pictures are denoised by DDIM.
+
+    Args:
+        context: the unconditional row first, then one row per picture.
+        processor: what the sites do meanwhile.
+        size: (h, w) of the latents.
+        passes: denoising steps.
+        seed: of the starting noise.
+    """
+    recorder, count = MomentRecorder(processor), len(context) - 1
+    negative, positive = Context.cat([context[0:1]] * count), context[1:]
+    noise = torch.randn(count, backbone.latent_channels, *size, generator=torch.Generator().manual_seed(seed))
+
+    def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
+        return guided(backbone, x, t, negative, positive, GUIDANCE, recorder)
+
+    denoise(Ddim(backbone.schedule, passes), noise.to(backbone.device), estimate)
+    return recorder
+
+
+class PooledRecorder(AttentionProcessor):
+    """Mean and standard deviation, over cells, of the input of every site. by_size: number of cells -> one per site."""
+
+    def __init__(self) -> None:
+        self.by_size: dict[int, list[Tensor]] = {}
+
+    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
+        if projection == "to_q":
+            wide = x.float()
+            pooled = torch.cat([wide.mean(1), wide.std(1, correction=0)], dim=-1)
+            self.by_size.setdefault(x.shape[1], []).append(pooled)
+        return y
+
+    def deepest(self) -> Tensor:
+        """Those of the sites with the fewest cells, `[B, F]`."""
+        return torch.cat(self.by_size[min(self.by_size)], dim=-1)
+
+
+@torch.no_grad()
+def unet_features(backbone: Backbone, latents: Tensor) -> Tensor:
+    """Describes pictures by pooled activations at the deepest sites of the frozen base: `[B, F]`.
+
+    Ours, in place of CLIP image features. The latents `[B, C, h, w]` get a little noise, the same for every picture,
+    so that equal pictures have equal features. The prompt is empty.
+    """
+    t = int(FEATURE_NOISE * (len(backbone.schedule) - 1))
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
+    features = []
+    for chunk in latents.split(4):
+        timesteps = torch.full((len(chunk),), t, device=chunk.device)
+        context = encode_prompts(backbone, NO_CONCEPTS.parse_all([""] * len(chunk)), {})
+        recorder, noisy = PooledRecorder(), backbone.schedule.add_noise(chunk, noise.expand_as(chunk), timesteps)
+        backbone.predict(noisy, timesteps, context, recorder)
+        features.append(recorder.deepest())
+    return torch.cat(features)

@@ -1,0 +1,109 @@
+"""Every training option with every method: the method's own loss terms are still there, and the seed decides
+the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import prepare
+from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.training.config import TrainingConfig
+from continual_concepts.core.training.trainer import Trainer
+
+# Settings with which a method's terms appear in the second step of a second task.
+QUICK = {"cns": {"selection_steps": 1, "calibration": 1},
+         "scns": {"selection_steps": 1, "tie_previous": 1.0, "tie_base": 1.0},
+         "l2dm": {"eta": 1, "generation_steps": 1}, "mix_of_show": {"passes": 1, "rows": 4}}
+PLAIN = {"steps": 2, "batch_size": 2, "resolution": 32, "flip": False}
+OPTIONS = {
+    "plain": {}, "caption_dropout": {"caption_dropout": 0.5}, "flip": {"flip": True},
+    "buckets": {"framing": "buckets"}, "min_snr": {"min_snr_gamma": 5.0},
+    "noise_offset": {"noise_offset": 0.1}, "accumulation": {"accumulation": 2},
+    "gradient_checkpointing": {"gradient_checkpointing": True}, "bfloat16": {"precision": "bfloat16"},
+    "optimiser": {"optimizer": "SGD", "max_grad_norm": 0.0, "weight_decay": 0.0, "schedule": "cosine",
+                  "warmup": 1}, "masks": {}, "prior pictures": {"prior_weight": 0.5}, "micro-batches": {},
+                  "early stopping": {"patience": 1, "look_every": 1},
+    "dropout in micro-batches": {"caption_dropout": 0.5},
+}
+DRAWN = {"plain", "flip", "buckets", "noise_offset", "accumulation", "prior pictures", "dropout in "
+                                                                                       "micro-batches"}
+
+
+def pictures(option: str, name: str, noun: str) -> list[Picture]:
+    g = torch.Generator().manual_seed(len(name))
+    mask = (torch.arange(32) < 20).float().expand(1, 32, 32) if option == "masks" else None
+    own = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "", mask, digest=f"{i}") for i in range(3)]
+    prior = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, f"a {noun}", is_prior=True)]
+    return own + prior * (option == "prior pictures")
+
+
+def trained(backbone, bank, method: str, option: str, name: str = "mimi",
+            noun: str = "cat") -> tuple[Trainer, list[dict]]:
+    """A trainer after two steps, and the terms of each step."""
+    config = TrainingConfig(**(PLAIN | OPTIONS[option]))
+    data = prepare(backbone, pictures(option, name, noun), name, noun,
+                   Framing(config.resolution, config.framing, config.flip))
+    settings = {"lr": 1e-2, "token_lr": 1e-2, "stored": "float32"} | QUICK.get(method, {})
+    trainer, terms = Trainer(Task(name, noun, backbone, bank), make(method, settings), data, config), []
+    trainer.micro_batch_size = 1 if "micro-batches" in option else 0
+    with trainer.session():
+        for _ in range(config.steps):
+            terms.append(trainer.step().terms)
+            trainer.evaluate(lambda grown, step: float(step))
+    return trainer, terms
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_backbone):
+    """plain(method): the bank with a first task, and the trainer and terms of a second one without
+    options."""
+    made = {}
+
+    def of(method: str):
+        if method not in made:
+            first, _ = trained(tiny_backbone, ConceptBank(tiny_backbone.layout), method, "plain", "rex",
+                               "dog")
+            bank = first.snapshot()
+            bank = replace(bank, shared={method: first.method.finish().shared})
+            made[method] = bank, *trained(tiny_backbone, bank, method, "plain")
+        return made[method]
+
+    return of
+
+
+def parameters(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_an_option_takes_no_term_away(tiny_backbone, plain, method, option):
+    bank, _, expected = plain(method)
+    trainer, terms = trained(tiny_backbone, bank, method, option)
+    assert set().union(*terms) == set().union(*expected)
+    assert len(trainer.scores) == (2 if option == "early stopping" else 0)
+    if option in DRAWN:      # options that change what is drawn
+        again, _ = trained(tiny_backbone, bank, method, option)
+        assert torch.equal(parameters(trainer), parameters(again)) and trainer.losses == again.losses
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_recomputed_activations_change_nothing(tiny_backbone, plain, method):
+    bank, trainer, _ = plain(method)
+    recomputed, _ = trained(tiny_backbone, bank, method, "gradient_checkpointing")
+    assert torch.allclose(parameters(recomputed), parameters(trainer), atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["caption_dropout", "dropout in micro-batches"])
+@pytest.mark.parametrize(("method", "term"), [("lwf", "distil"), ("l2dm", "distillation")])
+def test_distillation_survives_dropped_captions(tiny_backbone, plain, method, term, option):
+    """In every step: both methods recognise the batch that they returned, which dropping captions used to
+    replace."""
+    bank = plain(method)[0]
+    _, terms = trained(tiny_backbone, bank, method, option)
+    assert all(step[term] > 0 for step in terms[1:]) and all(term in step for step in terms)
