@@ -12,9 +12,17 @@ from safetensors import SafetensorError
 from .errors import ConceptError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], before: Callable[[], object] = lambda: None) -> None:
-    """Calls `write(temporary)`, flushes to disk, then renames over `path`. The old file stays whole if anything fails. before: called when
-    the new file is complete and the old one still there."""
+def write_atomically(path: Path, write: Callable[[Path], None],
+                     before: Callable[[], object] = lambda: None) -> None:
+    """Writes a file so that readers see either the old or the new one; the old one stays if anything fails.
+
+    Args:
+        write: Writes to the path that it is given, which is renamed to `path` when it is complete.
+        before: Called when the new file is complete and the old one is still there.
+
+    Raises:
+        ConceptError: The folder cannot be made or the file cannot be written.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +33,8 @@ def write_atomically(path: Path, write: Callable[[Path], None], before: Callable
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
-        # safetensors makes files that only their owner can read; a bank keeps the rights it had, a new one gets the usual ones.
+        # safetensors makes files that only their owner can read; a file keeps its rights, a new one gets the
+        # usual ones.
         temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
         before()
         os.replace(temporary, path)

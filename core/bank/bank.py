@@ -1,4 +1,4 @@
-"""The concept bank: ordered concepts and the state that their methods share. A value: every change gives a new bank."""
+"""The concept bank: ordered concepts and what their methods share. A value: every change gives a new bank."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def _loaded(concept: Concept) -> Entry:
     return Entry(concept.info, lambda: concept)
 
 
-class _Kept:
-    """Reads on first use and keeps what it read; `passing` reads without keeping."""
+class _Cached:
+    """Reads a concept on first use and caches it; `passing` reads without caching."""
 
     def __init__(self, load: Callable[[], Concept]) -> None:
-        self._load, self._concept = load, None
+        self._load = load
+        self._concept: Concept | None = None
 
     def __call__(self) -> Concept:
         if self._concept is None:
@@ -46,9 +47,12 @@ class _Kept:
 class ConceptBank:
     """Concepts in the order in which they were learned.
 
-    layout: the sites that all concepts fit; shared: method name -> tensors that the method carries from task to task
-    (CIDM's common subspace, C-LoRA's running sum, ...). Concepts never change in place, so a stored tensor of an old
-    concept cannot be touched by learning a new one.
+    Concepts never change in place, so learning a new concept cannot touch a stored tensor of an old one.
+
+    Args:
+        layout: The sites that all concepts fit.
+        entries: The concepts.
+        shared: Method -> tensors that it carries from task to task (CIDM's common subspace, C-LoRA's sum).
     """
 
     layout: SiteLayout
@@ -60,7 +64,8 @@ class ConceptBank:
             object.__setattr__(self, "shared", {})
         if len(self.infos) < len(self.entries):
             names = [entry.info.name for entry in self.entries]
-            raise ConceptError(f"the bank holds two concepts '{next(n for n in names if names.count(n) > 1)}'; names must differ")
+            double = next(name for name in names if names.count(name) > 1)
+            raise ConceptError(f"the bank holds two concepts '{double}'; names must differ")
         _ = self.vocabulary      # raises when two concepts claim one placeholder
 
     @cached_property
@@ -76,7 +81,7 @@ class ConceptBank:
         return {entry.info.name: entry for entry in self.entries}
 
     def parse(self, prompt: str | Prompt) -> Prompt:
-        """Parses a prompt that may name the bank's concepts; raises ConceptError for a placeholder that the bank does not hold."""
+        """Parses a prompt; raises ConceptError for a placeholder that the bank does not hold."""
         return self.vocabulary.parse(prompt)
 
     def token_groups(self, names: Iterable[str]) -> dict[str, TokenGroup]:
@@ -100,21 +105,24 @@ class ConceptBank:
         return self._entry(name).load()
 
     def passing(self, name: str) -> Concept:
-        """A concept of which only something made from it is needed: its tensors do not stay in memory for the bank's sake."""
+        """A concept for a single use: the bank does not keep its tensors in memory."""
         load = self._entry(name).load
-        return load.passing() if isinstance(load, _Kept) else load()
+        return load.passing() if isinstance(load, _Cached) else load()
 
     def _entry(self, name: str) -> Entry:
         if name not in self._by_name:
-            raise ConceptError(f"the bank holds no concept '{name}'; it holds {', '.join(self.names) or 'none'}")
+            raise ConceptError(f"the bank holds no concept '{name}'; it holds "
+                               f"{', '.join(self.names) or 'none'}")
         return self._by_name[name]
 
     def add(self, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]] | None = None) -> ConceptBank:
         """This bank and one more concept; `shared` replaces the shared state of the methods it names."""
         if concept.name in self:
-            raise ConceptError(f"the bank already holds a concept '{concept.name}'; choose another name or remove it first")
+            raise ConceptError(f"the bank already holds a concept '{concept.name}'; choose another name or "
+                               "remove it first")
         concept.check_fits(self.layout)
-        return replace(self, entries=(*self.entries, _loaded(concept)), shared={**self.shared, **(shared or {})})
+        return replace(self, entries=(*self.entries, _loaded(concept)),
+                       shared={**self.shared, **(shared or {})})
 
     def remove(self, name: str) -> ConceptBank:
         """This bank without one concept; its tensors are not read, so a damaged one can be removed."""
@@ -122,7 +130,7 @@ class ConceptBank:
         return replace(self, entries=tuple(entry for entry in self.entries if entry is not gone))
 
     def first(self, count: int) -> ConceptBank:
-        """This bank with its first `count` concepts alone: what later tasks added is gone with their records. Shared state stays."""
+        """This bank with its first `count` concepts alone. Shared state stays."""
         return replace(self, entries=self.entries[:count])
 
     def rename(self, old: str, new: str) -> ConceptBank:
@@ -131,30 +139,36 @@ class ConceptBank:
         if new in self and new != old:
             raise ConceptError(f"the bank already holds a concept '{new}'; choose another name")
         concept = self[old].renamed(new)
-        return replace(self, entries=tuple(_loaded(concept) if entry.info.name == old else entry for entry in self.entries))
+        entries = (_loaded(concept) if entry.info.name == old else entry for entry in self.entries)
+        return replace(self, entries=tuple(entries))
 
     def replace(self, concept: Concept) -> ConceptBank:
         """This bank with another record of a concept that it holds, in its old place."""
         concept.check_fits(self.layout)
         gone = self._entry(concept.name)
-        return replace(self, entries=tuple(_loaded(concept) if entry is gone else entry for entry in self.entries))
+        entries = (_loaded(concept) if entry is gone else entry for entry in self.entries)
+        return replace(self, entries=tuple(entries))
 
     def merge(self, other: ConceptBank) -> ConceptBank:
-        """This bank's concepts, then the other's. Equal names are refused: rename one first, nothing is dropped silently.
+        """This bank's concepts, then the other's. Of shared state that both hold, this bank's is kept.
 
-        Shared state: where both banks carry a method's state, this bank's is kept, since later tasks go on from it.
+        Raises:
+            ConceptError: Equal names, because no concept is dropped silently, or banks for different bases.
         """
         if self.layout.fingerprint != other.layout.fingerprint:
-            raise ConceptError(f"the banks belong to different bases: {self.layout.describe()} and {other.layout.describe()}")
+            raise ConceptError(f"the banks belong to different bases: {self.layout.describe()} and "
+                               f"{other.layout.describe()}")
         double = [name for name in other.names if name in self]
         if double:
-            raise ConceptError(f"both banks hold {', '.join(repr(n) for n in double)}; rename in one of them before merging")
+            raise ConceptError(f"both banks hold {', '.join(repr(n) for n in double)}; rename in one of them "
+                               "before merging")
         return replace(self, entries=(*self.entries, *other.entries), shared={**other.shared, **self.shared})
 
     def lazily(self, info: ConceptInfo, load: Callable[[], Concept]) -> ConceptBank:
         """This bank and one more concept whose tensors are read on first use."""
-        return replace(self, entries=(*self.entries, Entry(info, _Kept(load))))
+        return replace(self, entries=(*self.entries, Entry(info, _Cached(load))))
 
     def check_fits(self, layout: SiteLayout) -> None:
         if self.layout.fingerprint != layout.fingerprint:
-            raise ConceptError(f"the bank was made for another base ({self.layout.describe()}); this one has {layout.describe()}")
+            raise ConceptError(f"the bank was made for another base ({self.layout.describe()}); this one has "
+                               f"{layout.describe()}")

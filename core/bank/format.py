@@ -39,7 +39,7 @@ from ..errors import ConceptError
 from ..files import write_atomically
 from ..model.deltas import pack, unpack
 from ..model.sites import SiteLayout
-from .bank import ConceptBank, Entry, _Kept
+from .bank import ConceptBank, Entry, _Cached
 from .concepts import Concept, ConceptInfo
 from .tokens import TokenGroup
 
@@ -177,7 +177,7 @@ def open_bank(path: Path | str) -> ConceptBank:
 
 def _entry(file: _Tensors, layout: SiteLayout, i: int, record: dict) -> Entry:
     info = ConceptInfo.from_json(record["info"])
-    return Entry(info, _Kept(lambda: _read_concept(file, layout, i, info, record)))
+    return Entry(info, _Cached(lambda: _read_concept(file, layout, i, info, record)))
 
 
 def _read_concept(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo, record: dict) -> Concept:

@@ -1,7 +1,8 @@
-"""A person's bank on disk over the months: changed by one program at a time, with its last versions kept beside it.
+"""A bank on disk that several programs change: one at a time, with its last versions beside it.
 
-`save_bank` writes a file; here a file is *changed*: under a lock, from what it holds at that moment, so that nothing that somebody else has
-added meanwhile is lost. The version that is replaced goes to `.<name>.earlier/1.safetensors`, the one before it to 2, and so on.
+`save_bank` writes a file. Here a file is changed under a lock, starting from what it holds at that moment, so
+that no concept is lost that another program has added meanwhile. The replaced version goes to
+`.<name>.earlier/1.safetensors`, the one before it to 2, and so on.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from .format import SUFFIX, open_bank, save_bank
 
 VERSIONS = 5
 PATIENCE = 30.0      # seconds to wait for another program that is writing; it takes far less
-ABANDONED = 3600.0      # seconds after which a half-written file is nobody's any more: its writer was killed
+ABANDONED = 3600.0      # seconds after which the writer of a half-written file counts as killed
 
 Change = Callable[[ConceptBank | None], ConceptBank]
 
 
 @dataclass(frozen=True)
 class Version:
-    """number: 1 is the last one before the present; changed: when it was written, seconds since 1970."""
+    """An earlier state of a bank's file. number: 1 is the newest; changed: when written, seconds since
+    1970."""
 
     number: int
     path: Path
@@ -44,7 +46,7 @@ def _folder(path: Path) -> Path:
 
 
 def versions(path: Path | str) -> list[Version]:
-    """Earlier versions of a bank that are there, newest first."""
+    """The earlier versions of a bank, newest first."""
     path = Path(path)
     files = {number: _folder(path) / f"{number}{SUFFIX}" for number in range(1, VERSIONS + 1)}
     return [Version(number, file, file.stat().st_mtime) for number, file in files.items()
@@ -58,7 +60,8 @@ def _locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise ConceptError(f"another program has been writing the bank '{path}' for {PATIENCE:.0f} seconds; try again, nothing is "
+        raise ConceptError(f"another program has been writing the bank '{path}' for {PATIENCE:.0f} seconds; "
+                           "try again, nothing is "
                            "lost") from error
     except OSError as error:
         raise ConceptError(f"cannot write '{path}': {error.strerror or error}") from error
@@ -69,9 +72,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def change_bank(path: Path | str, change: Change) -> ConceptBank:
-    """Replaces a bank's file by `change(what it holds now)`, None where there is no file yet; returns the new bank.
+    """Replaces a bank's file by `change(what it holds now)` and returns the new bank.
 
-    Whatever `change` raises leaves everything as it was. ConceptError also when the file cannot be written; the old one stays whole then.
+    Args:
+        change: Takes None where there is no file yet. Whatever it raises leaves the file as it was.
+
+    Raises:
+        ConceptError: The file cannot be read or written; the old one stays whole.
     """
     return _replaced(Path(path), lambda: change(_present(Path(path))))
 
@@ -81,7 +88,7 @@ def _present(path: Path) -> ConceptBank | None:
 
 
 def _replaced(path: Path, make: Callable[[], ConceptBank], is_version: bool = True) -> ConceptBank:
-    """Writes what `make` gives under the lock. is_version: whether the present file is kept as one."""
+    """Writes what `make` returns, under the lock. is_version: Keep the present file as a version."""
     with _locked(path):
         _sweep(path)
         bank = make()
@@ -90,25 +97,28 @@ def _replaced(path: Path, make: Callable[[], ConceptBank], is_version: bool = Tr
 
 
 def _sweep(path: Path) -> None:
-    """Deletes what writers of this bank that were killed have left half-written."""
+    """Deletes half-written files of this bank whose writers were killed."""
     half = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.partial")
     for file in path.parent.glob(".*.partial"):
         try:
             if half.fullmatch(file.name) and time.time() - file.stat().st_mtime > ABANDONED:
                 file.unlink()
-        except OSError:      # gone meanwhile, or not ours to delete: no reason to refuse a change
+        except OSError:      # deleted meanwhile, or not ours: no reason to refuse a change
             continue
 
 
 def _keep(path: Path) -> None:
-    """The file as it is becomes version 1; the oldest goes. By names alone: nothing is copied where the disk knows links. Called when the
-    new file is complete, so that what fails earlier leaves the versions as they are."""
+    """Makes the present file version 1 and drops the oldest; where the disk knows links, nothing is copied.
+
+    Called when the new file is complete, so that an earlier failure leaves the versions as they are.
+    """
     if not path.exists():
         return
     folder, first = _folder(path), _folder(path) / f"1{SUFFIX}"
     try:
         folder.mkdir(exist_ok=True)
-        if first.exists() and os.path.samefile(first, path):      # a program was killed right behind this step
+        # The samefile case: a program was killed right after this step.
+        if first.exists() and os.path.samefile(first, path):
             return
         for number in range(VERSIONS - 1, 0, -1):
             older = folder / f"{number}{SUFFIX}"
@@ -121,22 +131,32 @@ def _keep(path: Path) -> None:
             shutil.copy2(path, temporary)
             os.replace(temporary, first)
     except OSError as error:
-        raise ConceptError(f"cannot keep the present version of '{path}': {error.strerror or error}; nothing was changed") from error
+        raise ConceptError(f"cannot keep the present version of '{path}': {error.strerror or error}; nothing "
+                           "was changed") from error
 
 
-def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]], start: ConceptBank) -> ConceptBank:
-    """Adds a concept that was learned on top of `start` to what the file holds now. shared: what its method carries on; where others have
-    learned by the same method meanwhile, the file's state stays, since it knows their concepts."""
+def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]],
+                start: ConceptBank) -> ConceptBank:
+    """Adds a concept to what the file holds now.
+
+    Args:
+        shared: What its method carries from task to task. Where another program has meanwhile added concepts,
+            the file's state of a method stays, because it knows these concepts.
+        start: The bank on top of which the concept was learned.
+    """
     def change(now: ConceptBank | None) -> ConceptBank:
         bank = start if now is None else now
-        fresh = {method: state for method, state in shared.items() if bank.names == start.names or method not in bank.shared}
+        is_as_learned = bank.names == start.names
+        fresh = {method: state for method, state in shared.items() if is_as_learned
+                 or method not in bank.shared}
         return bank.add(concept, fresh)
 
     return change_bank(path, change)
 
 
 def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:
-    """Puts a concept in the place of the one of its name: the same learning, told of more fully (a thumbnail). No version of its own."""
+    """Replaces a concept by a fuller record of the same learning (with a thumbnail); this makes no
+    version."""
     def make() -> ConceptBank:
         now = _present(Path(path))
         if now is None or concept.name not in now:
@@ -147,13 +167,14 @@ def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:
 
 
 def restore(path: Path | str, number: int = 1) -> ConceptBank:
-    """Brings an earlier version back. The present file, damaged as it may be, becomes version 1, so that this can be undone as well."""
+    """Brings an earlier version back. The present file, damaged or not, becomes version 1."""
     path = Path(path)
 
     def make() -> ConceptBank:
         found = {version.number: version.path for version in versions(path)}
         if number not in found:
-            raise ConceptError(f"the bank '{path}' has no version {number!r}; there are {', '.join(map(str, found)) or 'none'}")
+            raise ConceptError(f"the bank '{path}' has no version {number!r}; there are "
+                               f"{', '.join(map(str, found)) or 'none'}")
         return open_bank(found[number])      # saving reads it whole before the versions move up
 
     return _replaced(path, make)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import ConceptError
 from ..model.sites import SiteLayout
 
-NAME = re.compile(r"[^\W_](?:[\w-]{0,62}[^\W_])?")     # letters and digits of any script, - and _ inside; 1..64 long
+# 1 to 64 letters and digits of any script, with - and _ inside.
+NAME = re.compile(r"[^\W_](?:[\w-]{0,62}[^\W_])?")
 MAX_WORDS = 16
 
 
@@ -30,9 +31,14 @@ def default_words(name: str, count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """words: their names, each usable alone as `<word>`; vectors: text encoder name -> `[L, n, D]`, L layer copies (1 = not layer-wise);
-    stand_in: what stands for the words while everything else of a prompt is encoded, usually the class noun; "" = they are encoded
-    together with it (see encoding)."""
+    """The learned words of a concept.
+
+    Args:
+        words: Their names, each usable alone as `<word>`.
+        vectors: Text encoder -> `[L, n, D]`: L layer copies (1 = not layer-wise), n words, width D.
+        placeholder_noun: Stands for the words while the rest of a prompt is encoded, usually the class noun;
+            "" = the words are encoded together with the rest. See `conditioning.placeholder_nouns`.
+    """
 
     words: tuple[str, ...]
     vectors: Mapping[str, Tensor]
@@ -48,29 +54,44 @@ class TokenGroup:
             vector = self.vectors.get(encoder)
             if vector is None:
                 held = ", ".join(sorted(self.vectors)) or "none"
-                raise ConceptError(f"{owner} has no token vectors for text encoder '{encoder}'; it has {held}")
-            if vector.ndim != 3 or vector.shape[1:] != (len(self.words), width) or vector.shape[0] not in (1, layout.copies):
-                raise ConceptError(f"{owner} has token vectors of shape {tuple(vector.shape)} for '{encoder}'; this base needs "
-                                   f"[1 or {layout.copies}, {len(self.words)}, {width}]")
+                raise ConceptError(f"{owner} has no token vectors for text encoder '{encoder}'; "
+                                   f"it has {held}")
+            fits = vector.ndim == 3 and vector.shape[1:] == (len(self.words), width)
+            if not fits or vector.shape[0] not in (1, layout.copies):
+                raise ConceptError(f"{owner} has token vectors of shape {tuple(vector.shape)} for "
+                                   f"'{encoder}'; "
+                                   f"this base needs [1 or {layout.copies}, {len(self.words)}, {width}]")
 
     def word(self, position: int, encoder: str) -> Tensor:
         """Vectors of one word, `[L, D]`."""
         return self.vectors[encoder][:, position]
 
     def mean_copy(self) -> TokenGroup:
-        """The same group with one copy, the mean over layers: the nearest thing that formats without layers can hold."""
-        return replace(self, vectors={name: vector.mean(0, keepdim=True) for name, vector in self.vectors.items()})
+        """The same group with one copy, the mean over layers, for formats that know no layers."""
+        means = {encoder: vector.mean(0, keepdim=True) for encoder, vector in self.vectors.items()}
+        return replace(self, vectors=means)
 
 
-def initial_vectors(class_vectors: Tensor, words: int, copies: int, std: float, generator: torch.Generator) -> Tensor:
-    """CIDM's start: the first word is N(0, std), the others copy the class noun's vectors; all copies equal. `[copies, words, D]`.
+def initial_vectors(class_vectors: Tensor, words: int, copies: int, std: float,
+                    generator: torch.Generator) -> Tensor:
+    """CIDM's start: the first word is N(0, std), the others are the class noun's vectors; all copies are
+    equal.
 
-    class_vectors: `[n, D]`, the vocabulary's vectors of the class noun, the last ones kept when n exceeds words - 1, and the
-    last repeated when n is less. With `words = 1` there is only the random word (C-LoRA's token without class noun).
+    Args:
+        class_vectors: The vocabulary's vectors of the class noun, `[n, D]`. Of more than words - 1 the last
+            are used; of fewer the last is repeated.
+        words: Number of words; 1 = the random word alone (C-LoRA's token without class noun).
+        copies: L, the number of layer copies.
+        std: Standard deviation of the first word's numbers.
+        generator: Draws the first word.
+
+    Returns:
+        `[copies, words, D]`, float32, on the CPU.
     """
     width = class_vectors.shape[1]
     first = torch.randn(1, width, generator=generator) * std
-    rest = class_vectors.float().cpu()[-(words - 1):] if words > 1 else class_vectors.new_zeros(0, width).float()
+    rest = class_vectors.float().cpu()
+    rest = rest[-(words - 1):] if words > 1 else rest[:0]
     if words > 1 and len(rest) < words - 1:
         rest = torch.cat([rest, rest[-1:].expand(words - 1 - len(rest), width)])
     return torch.cat([first, rest]).unsqueeze(0).repeat(copies, 1, 1)

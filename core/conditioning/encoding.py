@@ -1,4 +1,4 @@
-"""Encodes prompts: text and learned words through a backbone's text encoders, once per layer copy of the words."""
+"""Encodes prompts with text and learned words, once per layer copy of the words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOT_ID = 0     # id at the place of a learned word; never the end token, whose 
 
 @dataclass(frozen=True)
 class _Row:
-    """One prompt for one encoder, all chunks. ids and words: the token and the learned word at each position."""
+    """One prompt for one encoder, all chunks: the token id and the learned word at each position."""
 
     ids: list[int]
     words: Words
@@ -139,7 +139,8 @@ class _EncoderPass:
             return self.remembered(rows, copies)
         rest = [row.with_nouns(nouns) for row in rows]
         together = {word.concept for row in rest for word in row.words if word is not None}
-        hidden, pooled = self.remembered(rest, max([self.tokens[name].copies for name in together], default=1))
+        layers = max([self.tokens[name].copies for name in together], default=1)
+        hidden, pooled = self.remembered(rest, layers)
         own = self.words_only([rows[b].with_nouns(nouns, but=name) for b, name in apart], copies)
         states = list(hidden.expand(-1, copies, -1, -1))
         for (b, name), words in zip(apart, own, strict=True):
@@ -147,7 +148,7 @@ class _EncoderPass:
         return torch.stack(states), pooled
 
     def words_only(self, rows: Sequence[_Row], copies: int) -> Tensor:
-        """States `[B, L, N, D]` of rows of which only the learned words are used; zeros may follow the last."""
+        """States `[B, L, N, D]` of rows of which only the learned words count; others may be zero."""
         length = len(rows[0].ids)
         needed = 1 + max(i for row in rows for i, word in enumerate(row.words) if word is not None)
         if not self.encoder.encodes_prefixes or length > self.encoder.length:

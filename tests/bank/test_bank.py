@@ -1,4 +1,5 @@
-"""The bank as a value: adding, removing, renaming, merging; checked against a plain dict by a model-based test."""
+"""The bank as a value: adding, removing, renaming, merging; checked against a plain dict by a model-based
+test."""
 
 from __future__ import annotations
 
@@ -19,12 +20,15 @@ from continual_concepts.core.model.sites import SiteLayout
 
 @pytest.fixture
 def bank(layout, make_concept):
-    return ConceptBank(layout).add(make_concept(layout, "rex", 1), {"cidm": {"w": torch.ones(2)}}).add(make_concept(layout, "mimi", 2))
+    return ConceptBank(layout).add(make_concept(layout, "rex", 1),
+                                   {"cidm": {"w": torch.ones(2)}}).add(make_concept(layout, "mimi", 2))
 
 
 def test_adding_keeps_order_and_leaves_the_old_bank_alone(bank, layout, make_concept):
-    grown = bank.add(make_concept(layout, "bear", 3), {"cidm": {"w": torch.zeros(2)}, "l2dm": {"x": torch.ones(1)}})
-    assert (bank.names, grown.names, len(bank), len(grown)) == (["rex", "mimi"], ["rex", "mimi", "bear"], 2, 3)
+    grown = bank.add(make_concept(layout, "bear", 3),
+                     {"cidm": {"w": torch.zeros(2)}, "l2dm": {"x": torch.ones(1)}})
+    assert (bank.names, grown.names, len(bank),
+            len(grown)) == (["rex", "mimi"], ["rex", "mimi", "bear"], 2, 3)
     assert bank.shared["cidm"]["w"].all() and not grown.shared["cidm"]["w"].any() and "l2dm" not in bank.shared
     assert grown["rex"] is bank["rex"] and "bear" in grown and "bear" not in bank
 
@@ -60,14 +64,16 @@ def test_renaming_keeps_the_place_and_the_numbers(bank):
     assert bank.rename("rex", "rex").names == bank.names
 
 
-@pytest.mark.parametrize(("old", "new"), [("rex", "mimi"), ("rex", "mimi-1"), ("nobody", "x"), ("rex", "a b")])
+@pytest.mark.parametrize(("old", "new"),
+                         [("rex", "mimi"), ("rex", "mimi-1"), ("nobody", "x"), ("rex", "a b")])
 def test_bad_renames_are_refused(bank, old, new):
     with pytest.raises(ConceptError):
         bank.rename(old, new)
 
 
 def test_merging(bank, layout, make_concept):
-    other = ConceptBank(layout).add(make_concept(layout, "bear", 3), {"cidm": {"w": torch.zeros(2)}, "ewc": {"f": torch.ones(1)}})
+    other = ConceptBank(layout).add(make_concept(layout, "bear", 3),
+                                    {"cidm": {"w": torch.zeros(2)}, "ewc": {"f": torch.ones(1)}})
     merged = bank.merge(other)
     assert merged.names == ["rex", "mimi", "bear"]
     assert merged.shared["cidm"]["w"].all() and merged.shared["ewc"]["f"].all()
@@ -87,7 +93,8 @@ def test_banks_of_different_bases_do_not_merge(bank, layout):
 def test_a_concept_of_another_base_is_refused(layout, make_concept, key):
     concept = make_concept(layout)
     with pytest.raises(ConceptError):
-        ConceptBank(layout).add(replace(concept, deltas={key: LowRankDelta(torch.ones(4, 1), torch.ones(1, 4))}))
+        ConceptBank(layout).add(replace(concept,
+                                        deltas={key: LowRankDelta(torch.ones(4, 1), torch.ones(1, 4))}))
 
 
 def test_the_layout_survives_json_and_refuses_nonsense(layout):
@@ -121,16 +128,19 @@ def machine(layout, make_concept, tmp_path):
 
         @rule(name=NAMES, seed=st.integers(0, 5))
         def add(self, name, seed):
-            self.attempt(name not in self.model, lambda: self.bank.add(make_concept(layout, name, seed)), self.model | {name: seed})
+            self.attempt(name not in self.model, lambda: self.bank.add(make_concept(layout, name, seed)),
+                         self.model | {name: seed})
 
         @rule(name=NAMES)
         def remove(self, name):
-            self.attempt(name in self.model, lambda: self.bank.remove(name), {n: s for n, s in self.model.items() if n != name})
+            self.attempt(name in self.model, lambda: self.bank.remove(name),
+                         {n: s for n, s in self.model.items() if n != name})
 
         @rule(old=NAMES, new=NAMES)
         def rename(self, old, new):
             allowed = old in self.model and (new == old or new not in self.model)
-            self.attempt(allowed, lambda: self.bank.rename(old, new), {new if n == old else n: s for n, s in self.model.items()})
+            self.attempt(allowed, lambda: self.bank.rename(old, new),
+                         {new if n == old else n: s for n, s in self.model.items()})
 
         @rule(name=NAMES, seed=st.integers(0, 5))
         def merge(self, name, seed):
@@ -147,8 +157,10 @@ def machine(layout, make_concept, tmp_path):
             assert self.bank.names == list(self.model)
             for name, seed in self.model.items():
                 expected = make_concept(layout, "x", seed)
-                assert torch.equal(self.bank[name].tokens.vectors["clip_l"], expected.tokens.vectors["clip_l"])
-                assert torch.equal(self.bank[name].deltas[1, "to_k"].dense(), expected.deltas[1, "to_k"].dense())
+                assert torch.equal(self.bank[name].tokens.vectors["clip_l"],
+                                   expected.tokens.vectors["clip_l"])
+                assert torch.equal(self.bank[name].deltas[1, "to_k"].dense(),
+                                   expected.deltas[1, "to_k"].dense())
 
     return BankMachine
 

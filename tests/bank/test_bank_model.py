@@ -1,4 +1,5 @@
-"""Random lives of a bank on disk, against a plain list of names: what is done to one is done to the other, and they agree all the time."""
+"""Random lives of a bank on disk, against a plain list of names: what is done to one is done to the other,
+and they agree all the time."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank, save_bank, verify_bank
@@ -21,7 +29,8 @@ NAMES = st.sampled_from(["rex", "mimi", "ink", "fido", "a-b", "Ünï"])
 
 
 class Life(RuleBasedStateMachine):
-    """The model: `now` is a list of (name, seed); `earlier` the lists that the versions hold, newest first."""
+    """The model: `now` is a list of (name, seed); `earlier` the lists that the versions hold, newest
+    first."""
 
     layout = make_concept = None      # set by the test
 
@@ -41,7 +50,8 @@ class Life(RuleBasedStateMachine):
         return self.make_concept(self.layout, name, self.seed)
 
     def changes(self, change, new):
-        """The change succeeds exactly when the model says so (`new` is its list then, None when it is to be refused)."""
+        """The change succeeds exactly when the model says so (`new` is its list then, None when it is to be
+        refused)."""
         if new is None:
             with pytest.raises(ConceptError):
                 change_bank(self.path, change)
@@ -53,7 +63,8 @@ class Life(RuleBasedStateMachine):
     @rule(name=NAMES)
     def add(self, name):
         concept, known = self.concept(name), [n for n, _ in self.now]
-        self.changes(lambda bank: bank.add(concept), None if name in known else [*self.now, (name, self.seed)])
+        self.changes(lambda bank: bank.add(concept),
+                     None if name in known else [*self.now, (name, self.seed)])
 
     @rule(name=NAMES)
     def remove(self, name):
@@ -64,7 +75,8 @@ class Life(RuleBasedStateMachine):
     def rename(self, old, new):
         known = [n for n, _ in self.now]
         fine = old in known and (new == old or new not in known)
-        self.changes(lambda bank: bank.rename(old, new), [(new if n == old else n, s) for n, s in self.now] if fine else None)
+        self.changes(lambda bank: bank.rename(old, new),
+                     [(new if n == old else n, s) for n, s in self.now] if fine else None)
 
     @rule(names=st.lists(NAMES, unique=True, max_size=3))
     def merge(self, names):
@@ -112,11 +124,15 @@ class Life(RuleBasedStateMachine):
         assert bank.names == [name for name, _ in self.now]
         for name, seed in self.now:
             expected, found = self.make_concept(self.layout, name, seed), bank[name]
-            assert all(torch.equal(found.tokens.vectors[encoder], vectors) for encoder, vectors in expected.tokens.vectors.items())
+            assert all(torch.equal(found.tokens.vectors[encoder], vectors)
+                       for encoder, vectors in expected.tokens.vectors.items())
             assert found.deltas.keys() == expected.deltas.keys()
-        assert [open_bank(version.path).names for version in versions(self.path)] == [[name for name, _ in names] for names in self.earlier]
+        assert [open_bank(version.path).names
+                for version in versions(self.path)] == [[name for name, _ in names] for names in self.earlier]
 
 
 def test_lives_of_a_bank(layout, make_concept, trials):
     Life.layout, Life.make_concept = layout, staticmethod(make_concept)
-    run_state_machine_as_test(Life, settings=settings(max_examples=trials(25, 500), stateful_step_count=20, deadline=None))
+    run_state_machine_as_test(Life,
+                              settings=settings(max_examples=trials(25, 500), stateful_step_count=20,
+                                                deadline=None))

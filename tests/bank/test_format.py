@@ -20,12 +20,14 @@ from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 
 @pytest.fixture
 def bank(layout, make_concept):
-    sparse = {(1, "to_k"): SparseDelta((6, 5), torch.tensor([1, 7], dtype=torch.int32), torch.tensor([0.5, -2.0]))}
+    sparse = {(1, "to_k"): SparseDelta((6, 5), torch.tensor([1, 7], dtype=torch.int32),
+                                       torch.tensor([0.5, -2.0]))}
     first = make_concept(layout, "rex", 1, thumbnail=b"\xff\xd8 a picture")
     first = replace(first, tokens=replace(first.tokens, placeholder_noun="duck toy"))
     third = replace(make_concept(layout, "ink", 3, words=1, layerwise=False, method="cns"), deltas=sparse)
     shared = {"cidm": {"0-to_q": torch.arange(6.0).view(2, 3)}, "cns": {"union": torch.tensor([True, False])}}
-    return ConceptBank(layout).add(first, shared).add(make_concept(layout, "mimi", 2, dtype=torch.float16)).add(third)
+    return ConceptBank(layout).add(first,
+                                   shared).add(make_concept(layout, "mimi", 2, dtype=torch.float16)).add(third)
 
 
 @pytest.fixture
@@ -38,13 +40,16 @@ def same(one: ConceptBank, two: ConceptBank) -> bool:
     """Equal in everything that a bank holds."""
     if one.layout != two.layout or one.infos != two.infos or one.names != two.names or one.shared.keys() != two.shared.keys():
         return False
-    pairs = [(a[name], b[name]) for m in one.shared for a, b in [(one.shared[m], two.shared[m])] for name in a.keys() | b.keys()]
+    pairs = [(a[name], b[name]) for m in one.shared for a, b in [(one.shared[m], two.shared[m])]
+             for name in a.keys() | b.keys()]
     for a, b in zip(one, two, strict=True):
         parts = [(c.thumbnail, c.deltas.keys(), c.tokens.words, c.tokens.placeholder_noun) for c in (a, b)]
         if parts[0] != parts[1]:
             return False
-        pairs += [(a.tokens.vectors[name], b.tokens.vectors[name]) for name in a.tokens.vectors.keys() | b.tokens.vectors.keys()]
-        pairs += [p for key in a.deltas for p in zip(a.deltas[key].tensors(), b.deltas[key].tensors(), strict=True)]
+        pairs += [(a.tokens.vectors[name], b.tokens.vectors[name])
+                  for name in a.tokens.vectors.keys() | b.tokens.vectors.keys()]
+        pairs += [p for key in a.deltas
+                  for p in zip(a.deltas[key].tensors(), b.deltas[key].tensors(), strict=True)]
         if any(a.deltas[key].scale != b.deltas[key].scale for key in a.deltas):
             return False
     return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
@@ -59,13 +64,15 @@ def test_what_was_saved_comes_back(bank, path, layout):
 def test_same_sees_differences(bank, layout, make_concept):
     """Or the test above could not fail."""
     assert not same(bank, bank.remove("rex"))
-    assert not same(bank, bank.remove("ink").add(make_concept(layout, "ink", 4, words=1, layerwise=False, method="cns")))
+    assert not same(bank,
+                    bank.remove("ink").add(make_concept(layout, "ink", 4, words=1, layerwise=False, method="cns")))
 
 
 def test_opening_reads_no_tensors(path, monkeypatch):
     read = []
     original = bankfile._Tensors.read
-    monkeypatch.setattr(bankfile._Tensors, "read", lambda self, group: read.append(group) or original(self, group))
+    monkeypatch.setattr(bankfile._Tensors, "read", lambda self,
+                        group: read.append(group) or original(self, group))
     bank = open_bank(path)
     assert bank.names == ["rex", "mimi", "ink"] and bank.vocabulary.parse("<mimi>") and not read
     assert bank["mimi"] is bank["mimi"]
@@ -78,7 +85,8 @@ def test_a_bank_can_be_saved_over_the_file_it_came_from(bank, path, layout, make
     opened = open_bank(path)
     save_bank(opened.remove("mimi"), path)
     assert same(open_bank(path), bank.remove("mimi"))
-    assert torch.equal(opened["ink"].deltas[1, "to_k"].dense(), bank["ink"].deltas[1, "to_k"].dense())      # read by the saving
+    # read by the saving
+    assert torch.equal(opened["ink"].deltas[1, "to_k"].dense(), bank["ink"].deltas[1, "to_k"].dense())
 
 
 def test_a_file_that_changed_after_opening_is_not_mixed_up(bank, path):
@@ -124,9 +132,11 @@ def test_what_could_not_be_read_is_not_written(bank, path, layout, make_concept,
 def rewrite(path, change):
     """Saves the file's own tensors and header after `change(tensors, header)`."""
     with safe_open(str(path), framework="pt") as file:
-        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
+        tensors, header = {key: file.get_tensor(key)
+                           for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
     replaced = change(tensors, header)
-    save_file(tensors, str(path), {METADATA_KEY: replaced if isinstance(replaced, str) else json.dumps(header)})
+    save_file(tensors, str(path),
+              {METADATA_KEY: replaced if isinstance(replaced, str) else json.dumps(header)})
 
 
 DAMAGES = {
@@ -145,7 +155,8 @@ DAMAGES = {
     "NaN": lambda t, h: t["concept/0/to_q.up"].fill_(float("nan")),
     "NaN in a token": lambda t, h: t["concept/0/token.clip_l"].fill_(float("nan")),
     "wrong type": lambda t, h: t.update({"concept/0/to_q.up": t["concept/0/to_q.up"].double()}),
-    "whole numbers": lambda t, h: t.update({"concept/0/token.clip_l": torch.ones(3, 2, 3, dtype=torch.int64)}),
+    "whole numbers": lambda t,
+    h: t.update({"concept/0/token.clip_l": torch.ones(3, 2, 3, dtype=torch.int64)}),
     "wide indices": lambda t, h: t.update({"concept/2/to_k.indices": torch.tensor([1, 7])}),
     "indices outside": lambda t, h: t["concept/2/to_k.indices"].fill_(10**6),
     "negative counts": lambda t, h: h["concepts"][2]["deltas"]["to_k"].update(counts=[-2]),
@@ -208,7 +219,8 @@ def test_verifying_lists_every_concept(path):
 @pytest.mark.parametrize("value", [7, "x" * 1000, ["dog"]])
 def test_a_foreign_stand_in_is_refused(path, value):
     with safe_open(str(path), framework="pt") as file:
-        tensors, header = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
+        tensors, header = {key: file.get_tensor(key)
+                           for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
     header["concepts"][0]["stand_in"] = value
     save_file(tensors, str(path), {METADATA_KEY: json.dumps(header)})
     with pytest.raises(ConceptError, match="placeholder noun is"):

@@ -1,6 +1,8 @@
-"""Files and texts of strangers: whatever is in them, there is one sentence about it, soon and in little memory.
+"""Files and texts of strangers: whatever is in them, there is one sentence about it, soon and in little
+memory.
 
-A few hundred damaged inputs per reader here, 20,000 each with `make verify`. Every one is made from a sound input and a seed.
+A few hundred damaged inputs per reader here, 20,000 each with `make verify`. Every one is made from a sound
+input and a seed.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from continual_concepts.core.regional.drawing import parse_regions
 from continual_concepts.core.training import checkpoint
 
 LONGEST, LARGEST = 5.0, 300 << 20      # seconds and bytes that one input may take
-VALUES = [None, True, -1, 0, 1.5, 2**31, 2**63, 10**30, float("nan"), float("inf"), "", "x", "../../etc", "a\0b", "\ud800", "é" * 300,
-          [], {}, [[]], {"a": {}}, [0] * 50, "F32", [2, 3], [0, 24], [-1, 5], "concept/0/to_q.up", "<rex>", 1e308]
+VALUES = [None, True, -1, 0, 1.5, 2**31, 2**63, 10**30, float("nan"), float("inf"), "", "x", "../../etc",
+          "a\0b", "\ud800", "é" * 300,
+          [], {}, [[]], {"a": {}}, [0] * 50, "F32", [2, 3], [0, 24], [-1, 5], "concept/0/to_q.up", "<rex>",
+          1e308]
 
 
 def deep(levels: int):
@@ -77,7 +81,8 @@ def joined(header, tensors: bytes) -> bytes:
 
 
 def damaged(data: bytes, dice: random.Random, key: str | None) -> bytes:
-    """A safetensors file with something wrong: in its bytes, in its header, or in the JSON under `key` of its metadata."""
+    """A safetensors file with something wrong: in its bytes, in its header, or in the JSON under `key` of its
+    metadata."""
     how = dice.random()
     if how < 0.25:
         found = bytearray(data)
@@ -101,7 +106,8 @@ def peak() -> int:
 
 
 def survives(read, inputs) -> tuple[int, int]:
-    """How many inputs were refused and how many were read. Anything but a ConceptError of some length fails, as do time and memory."""
+    """How many inputs were refused and how many were read. Anything but a ConceptError of some length fails,
+    as do time and memory."""
     refused = read_well = 0
     before = peak()
     for number, make in enumerate(inputs):
@@ -121,7 +127,8 @@ def survives(read, inputs) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def bank(layout, make_concept):
-    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1, thumbnail=b"\xff\xd8\xff")).add(make_concept(layout, "mimi", 2))
+    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1,
+                                                thumbnail=b"\xff\xd8\xff")).add(make_concept(layout, "mimi", 2))
     return bank.add(make_concept(layout, "ink", 3), {"cidm": {"0-to_q": torch.ones(2, 3)}})
 
 
@@ -143,13 +150,16 @@ def test_banks(bank, tmp_path, trials):
         opened = open_bank(file)
         save_bank(opened, tmp_path / "again.safetensors")      # what can be read can be written
 
-    refused, read_well = survives(read, of_file(path.read_bytes(), path, METADATA_KEY, trials(400, 20_000), 1))
+    refused, read_well = survives(read,
+                                  of_file(path.read_bytes(), path, METADATA_KEY, trials(400, 20_000), 1))
     assert refused > read_well > 0
 
 
 def test_loras(bank, layout, tmp_path, trials):
     path = tmp_path / "some.safetensors"
-    state = kohya_state(layout, bank["rex"].deltas) | {"bundle_emb.rex.clip_l": torch.ones(2, 3), "bundle_emb.rex.clip_g": torch.ones(2, 2)}
+    state = kohya_state(layout,
+                        bank["rex"].deltas) | {"bundle_emb.rex.clip_l": torch.ones(2, 3),
+                                               "bundle_emb.rex.clip_g": torch.ones(2, 2)}
     save_file(state, path, {"ss_network_dim": "2"})
 
     def read(file) -> None:
@@ -163,14 +173,16 @@ def test_loras(bank, layout, tmp_path, trials):
 def test_embeddings(layout, tmp_path, trials):
     path = tmp_path / "some.safetensors"
     save_file({"clip_l": torch.ones(2, 3), "clip_g": torch.ones(2, 2)}, path)
-    refused, read_well = survives(lambda file: import_concept("some", "", "object", layout, embedding=file) and read_embedding(file),
+    refused, read_well = survives(lambda file: import_concept("some", "", "object", layout, embedding=file)
+                                  and read_embedding(file),
                                   of_file(path.read_bytes(), path, None, trials(400, 20_000), 3))
     assert refused > 0 < read_well
 
 
 def test_checkpoints(tmp_path, trials):
     path = tmp_path / "run.checkpoint"
-    state = {"identity": {"concept": "rex"}, "modules": {"a": torch.ones(2)}, "optimizer": {0: (1, [2.0])}, "losses": [1.0, 2.0]}
+    state = {"identity": {"concept": "rex"}, "modules": {"a": torch.ones(2)}, "optimizer": {0: (1, [2.0])},
+             "losses": [1.0, 2.0]}
     checkpoint.save(path, state)
     key = next(iter(parts_of(path.read_bytes())[0]["__metadata__"]))
 
@@ -190,7 +202,8 @@ def texts(sound: list[str], count: int, seed: int):
         text = dice.choice(sound)
         for _ in range(dice.choice((1, 3, 30))):
             cut = dice.randrange(len(text) + 1)
-            text = text[:cut] + "".join(dice.choice(alphabet) for _ in range(dice.choice((1, 1, 5)))) + text[cut + dice.randrange(3):]
+            text = text[:cut] + "".join(dice.choice(alphabet)
+                                        for _ in range(dice.choice((1, 1, 5)))) + text[cut + dice.randrange(3):]
         return text * dice.choice((1, 1, 1, 50))
 
     return (lambda number=number: make(number) for number in range(count))
@@ -204,21 +217,26 @@ def test_prompts_and_captions(bank, trials):
         pieces = vocabulary.parse(text).pieces
         assert sum(isinstance(piece, str) for piece in pieces) <= text.count(">") + 1
 
-    sound = ["a photo of <rex> on a beach", "<mimi> and <ink-1>", "(<rex>:1.2), a [dog]", "embedding:rex <lora:x:1>", ""]
+    sound = ["a photo of <rex> on a beach", "<mimi> and <ink-1>", "(<rex>:1.2), a [dog]",
+             "embedding:rex <lora:x:1>", ""]
     refused, read_well = survives(read, texts(sound, trials(2000, 20_000), 5))
     assert refused > 0 < read_well
 
 
 def test_drawings(trials):
-    sound = [{"prompt": "<rex>", "box": [0.0, 0.0, 0.5, 1.0], "name": "dog", "color": "#aabbcc", "strength": 1, "on": True},
-             {"prompt": "a cat", "box": [0.5, 0.0, 1.0, 1.0], "negative": "x", "start": 0.0, "end": 1.0, "feather": 0.1}]
+    sound = [{"prompt": "<rex>", "box": [0.0, 0.0, 0.5, 1.0], "name": "dog", "color": "#aabbcc",
+              "strength": 1, "on": True},
+             {"prompt": "a cat", "box": [0.5, 0.0, 1.0, 1.0], "negative": "x", "start": 0.0, "end": 1.0,
+              "feather": 0.1}]
 
     def make(number: int) -> str:
         dice = random.Random(f"6 {number}")
         text = as_json(changed(sound, dice))
         return text if dice.random() < 0.8 else text[:dice.randrange(len(text) + 1)]
 
-    refused, read_well = survives(parse_regions, (lambda number=number: make(number) for number in range(trials(2000, 20_000))))
+    refused, read_well = survives(parse_regions,
+                                  (lambda number=number: make(number)
+                                   for number in range(trials(2000, 20_000))))
     assert refused > 0 < read_well
 
 

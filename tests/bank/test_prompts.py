@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from continual_concepts.core.bank.concepts import ConceptInfo
-from continual_concepts.core.bank.prompts import NO_CONCEPTS, Vocabulary, WordRef, caption_with_placeholder, words_prompt
+from continual_concepts.core.bank.prompts import (
+    NO_CONCEPTS,
+    Vocabulary,
+    WordRef,
+    caption_with_placeholder,
+    words_prompt,
+)
 from continual_concepts.core.errors import ConceptError
 
 REX = ConceptInfo("rex", "dog", "cidm", ("rex-1", "rex-2"))
@@ -61,13 +67,15 @@ def test_placeholders_can_be_substituted(vocabulary):
     ("<rex> at night", {"rex": "<rex-1><rex-2> at night"}),
     ("a photo of <rex> and <mimi> in a room", {"rex": "a photo of <rex-1><rex-2> and cat in a room",
                                                "mimi": "a photo of dog and <fluffy><cat_3> in a room"}),
-    ("<rex> <mimi> and <rex-1>", {"rex": "<rex-1><rex-2> cat and <rex-1>", "mimi": "dog <fluffy><cat_3> and dog"}),
+    ("<rex> <mimi> and <rex-1>",
+     {"rex": "<rex-1><rex-2> cat and <rex-1>", "mimi": "dog <fluffy><cat_3> and dog"}),
     ("<fluffy> <cat_3>  with <rex-2>", {"mimi": "<fluffy> <cat_3>  with dog", "rex": "cat   with <rex-2>"}),
 ])
 def test_prompts_with_one_concept_and_the_class_nouns_of_the_others(vocabulary, scene, expected):
     apart = vocabulary.parse(scene).apart(INFOS)
     assert {name: prompt.text for name, prompt in apart.items()} == expected
-    assert all(vocabulary.parse(prompt.text) == prompt for prompt in apart.values())      # parsing its text gives the same value
+    # parsing its text gives the same value
+    assert all(vocabulary.parse(prompt.text) == prompt for prompt in apart.values())
 
 
 def test_all_words_of_concepts_as_a_prompt(vocabulary):
@@ -79,7 +87,9 @@ def test_an_empty_bank_says_so():
         Vocabulary([]).parse("<rex>")
 
 
-@pytest.mark.parametrize("other", [ConceptInfo("rex-1", "dog", "cidm", ("a", "b")), ConceptInfo("b", "dog", "cidm", ("rex", "c"))])
+@pytest.mark.parametrize("other",
+                         [ConceptInfo("rex-1", "dog", "cidm", ("a", "b")),
+                          ConceptInfo("b", "dog", "cidm", ("rex", "c"))])
 def test_two_concepts_cannot_claim_one_placeholder(other):
     with pytest.raises(ConceptError, match="rename one"):
         Vocabulary([REX, other])

@@ -18,7 +18,14 @@ from continual_concepts.core.bank import format as bankfile
 from continual_concepts.core.bank import store as bankkeep
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank, save_bank, verify_bank
-from continual_concepts.core.bank.store import VERSIONS, add_concept, change_bank, replace_concept, restore, versions
+from continual_concepts.core.bank.store import (
+    VERSIONS,
+    add_concept,
+    change_bank,
+    replace_concept,
+    restore,
+    versions,
+)
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.errors import ConceptError
 
@@ -32,7 +39,9 @@ def path(tmp_path):
 def grow(layout, make_concept, path):
     """grow(name): adds a concept to the file."""
     def run(name):
-        return change_bank(path, lambda now: (now or ConceptBank(layout)).add(make_concept(layout, name, len(name))))
+        return change_bank(path,
+                           lambda now: (now
+                                        or ConceptBank(layout)).add(make_concept(layout, name, len(name))))
 
     return run
 
@@ -93,7 +102,8 @@ def test_a_change_that_fails_changes_nothing(grow, path):
 
 
 def test_killed_between_keeping_and_replacing(grow, path, monkeypatch):
-    """The one moment at which a version is there twice: it is told once, and the next change does not count it again."""
+    """The one moment at which a version is there twice: it is told once, and the next change does not count
+    it again."""
     grow("one"), grow("two")
     original = os.replace
 
@@ -134,7 +144,8 @@ def test_a_full_disk_loses_nothing(grow, path, monkeypatch, links):
 
 
 def test_what_a_killed_writer_left_half_written_goes_in_time(grow, path):
-    old, young, other = (path.with_name(f".{name}.partial") for name in (f"{path.name}.0123abcd", f"{path.name}.0123abce", "else.0123abcd"))
+    old, young, other = (path.with_name(f".{name}.partial")
+                         for name in (f"{path.name}.0123abcd", f"{path.name}.0123abce", "else.0123abcd"))
     for file in (old, young, other):
         file.write_bytes(b"half")
     for file in (old, other):
@@ -145,7 +156,8 @@ def test_what_a_killed_writer_left_half_written_goes_in_time(grow, path):
 
 def test_a_folder_that_cannot_be_written_is_told(grow, path, monkeypatch):
     grow("one")
-    monkeypatch.setattr(type(path), "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(type(path), "mkdir", lambda *_,
+                        **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(ConceptError, match="cannot write .*: Permission denied"):
         grow("two")
     assert open_bank(path).names == ["one"]
@@ -163,7 +175,8 @@ def test_what_others_add_meanwhile_stays(layout, make_concept, path):
     start = ConceptBank(layout)
     first, second = (make_concept(layout, name, i) for i, name in enumerate(("first", "second")))
     add_concept(path, first, {"cidm": {"x": torch.ones(1)}}, start)
-    add_concept(path, second, {"cidm": {"x": torch.zeros(1)}}, start)      # began from the empty bank too, ended later
+    # began from the empty bank too, ended later
+    add_concept(path, second, {"cidm": {"x": torch.zeros(1)}}, start)
     assert names_of(path) == ["first", "second"] and open_bank(path).shared["cidm"]["x"] == 1
     with pytest.raises(ConceptError, match="already holds a concept 'second'"):
         add_concept(path, second, {}, start)
@@ -209,13 +222,15 @@ for _ in sys.stdin:      # for every line a process that writes until it is kill
 
 @pytest.fixture
 def killed(installed):
-    """killed(path, few, after): begins a process that changes the bank `path` all the time, and kills it after some seconds."""
+    """killed(path, few, after): begins a process that changes the bank `path` all the time, and kills it
+    after some seconds."""
     running = []
 
     def kill(path, few, after: float) -> None:
         if not running:
             command = [sys.executable, "-I", "-c", WRITERS, str(path), str(few)]
-            running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1))
+            running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                            bufsize=1))
             assert running[0].stdout.readline() == "ready\n"
         running[0].stdin.write("\n")
         writer = int(running[0].stdout.readline())
@@ -229,7 +244,8 @@ def killed(installed):
 
 
 def test_kill_9_never_tears_a_bank(layout, make_concept, tmp_path, trials, killed, capsys):
-    """At random moments of adding. Every time the file is one of the states that were written, and so are its versions."""
+    """At random moments of adding. Every time the file is one of the states that were written, and so are its
+    versions."""
     path, few = tmp_path / "mine.safetensors", tmp_path / "few.safetensors"
     bank = ConceptBank(layout).add(make_concept(layout, "c0", 1))
     save_bank(bank, few), save_bank(bank, path)
@@ -244,7 +260,8 @@ def test_kill_9_never_tears_a_bank(layout, make_concept, tmp_path, trials, kille
             halves += 1
             half.unlink()
     with capsys.disabled():
-        print(f"\n{count} kills, {halves} of them within a write, {torn} torn banks" if count > 5 else "", end="")
+        print(f"\n{count} kills, {halves} of them within a write, {torn} torn banks" if count > 5 else "",
+              end="")
     assert torn == 0 and (halves > 0 or count <= 5)
     change_bank(path, lambda now: now.first(1))      # a killed writer's lock is free
 
@@ -258,4 +275,5 @@ def test_the_command(grow, path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("1: ") and lines[0].endswith(", one, two") and lines[1].endswith(", one")
     assert main(["bank", "restore", str(path), "--version", "1"]) == 0 and names_of(path) == ["one", "two"]
-    assert main(["bank", "restore", str(path), "--version", "7"]) == 1 and "has no version 7" in capsys.readouterr().err
+    assert main(["bank", "restore", str(path), "--version",
+                 "7"]) == 1 and "has no version 7" in capsys.readouterr().err

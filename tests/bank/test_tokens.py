@@ -41,7 +41,8 @@ def test_the_start_is_one_random_word_and_the_class_noun(words, noun_length):
     assert start.shape == (4, words, 6)
     assert torch.equal(start, start[:1].expand_as(start))
     for position in range(1, words):      # the noun's last vectors in order, the very last one repeated
-        assert torch.equal(start[0, position], noun[min(noun_length - 1, max(0, noun_length - (words - 1)) + position - 1)])
+        assert torch.equal(start[0, position],
+                           noun[min(noun_length - 1, max(0, noun_length - (words - 1)) + position - 1)])
     assert not (noun == start[0, 0]).all(1).any()
 
 
@@ -83,7 +84,8 @@ def test_a_concept_needs_vectors_for_its_own_words(layout, make_concept):
 def test_renaming_renames_the_words_that_bear_the_name(layout, make_concept):
     concept = make_concept(layout, "a")
     words = ("a-1", "apple")
-    concept = replace(concept, info=replace(concept.info, words=words), tokens=TokenGroup(words, concept.tokens.vectors))
+    concept = replace(concept, info=replace(concept.info, words=words),
+                      tokens=TokenGroup(words, concept.tokens.vectors))
     renamed = concept.renamed("zed")
     assert renamed.info.words == renamed.tokens.words == ("zed-1", "apple")
     assert renamed.info.placeholder == "<zed>"

@@ -18,17 +18,20 @@ from continual_concepts.core.model.backbone import Context
 @pytest.fixture(scope="module")
 def bank(tiny_backbone, make_concept):
     layout = tiny_backbone.layout
-    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1, size=0.1)).add(make_concept(layout, "mimi", 2, words=3, size=0.1))
+    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1,
+                                                size=0.1)).add(make_concept(layout, "mimi", 2, words=3, size=0.1))
     return bank.add(make_concept(layout, "flat", 3, words=1, layerwise=False, size=0.1))
 
 
 def encode(backbone, bank, *prompts, tokens=None, chunks=1):
-    return encode_prompts(backbone, bank.vocabulary.parse_all(prompts), tokens or {c.name: c.tokens for c in bank}, chunks)
+    return encode_prompts(backbone, bank.vocabulary.parse_all(prompts),
+                          tokens or {c.name: c.tokens for c in bank}, chunks)
 
 
 def plain(encoder, text):
     """The tokenizer's and the model's own way, nothing of ours."""
-    ids = encoder.tokenizer(text, padding="max_length", max_length=encoder.length, truncation=True, return_tensors="pt").input_ids
+    ids = encoder.tokenizer(text, padding="max_length", max_length=encoder.length, truncation=True,
+                            return_tensors="pt").input_ids
     with torch.no_grad():
         return encoder.model(ids, output_hidden_states=True)
 
@@ -37,7 +40,8 @@ def plain(encoder, text):
 def test_text_alone_is_encoded_as_the_model_does(tiny_backbone, bank, text):
     context = encode(tiny_backbone, bank, text)
     assert context.hidden.shape == (1, 1, 16, 32) and context.pooled is None and context.words == ({},)
-    assert torch.allclose(context.hidden[0, 0], plain(tiny_backbone.text[0], text).last_hidden_state[0], atol=1e-6)
+    assert torch.allclose(context.hidden[0, 0], plain(tiny_backbone.text[0], text).last_hidden_state[0],
+                          atol=1e-6)
 
 
 def test_two_encoders_lie_side_by_side(tiny_sdxl, make_concept):
@@ -52,7 +56,8 @@ def test_two_encoders_lie_side_by_side(tiny_sdxl, make_concept):
 
 
 def single_layer(tokens: TokenGroup, copy: int) -> TokenGroup:
-    return TokenGroup(tokens.words, {name: vectors[copy:copy + 1] for name, vectors in tokens.vectors.items()})
+    return TokenGroup(tokens.words,
+                      {name: vectors[copy:copy + 1] for name, vectors in tokens.vectors.items()})
 
 
 def test_a_layer_copy_equals_an_encoding_with_that_copy_alone(tiny_backbone, bank):
@@ -60,7 +65,8 @@ def test_a_layer_copy_equals_an_encoding_with_that_copy_alone(tiny_backbone, ban
     assert context.hidden.shape == (1, 7, 16, 32)
     assert not torch.allclose(context.hidden[0, 0], context.hidden[0, 1])
     for copy in range(7):
-        alone = encode(tiny_backbone, bank, "a <rex> runs", tokens={"rex": single_layer(bank["rex"].tokens, copy)})
+        alone = encode(tiny_backbone, bank, "a <rex> runs",
+                       tokens={"rex": single_layer(bank["rex"].tokens, copy)})
         assert torch.allclose(context.hidden[0, copy], alone.hidden[0, 0], atol=1e-5)
 
 
@@ -90,7 +96,8 @@ def test_prompts_in_a_batch_do_not_touch_each_other(tiny_backbone, bank):
         assert torch.allclose(together.hidden[i], alone.hidden[0].expand(7, -1, -1), atol=1e-5)
         assert together.words[i] == alone.words[0]
     assert together.words[0] == {"mimi": (1, 2, 3), "rex": (5, 6)}
-    assert torch.equal(together[1:3].hidden, together.hidden[1:3]) and together[1:3].words == together.words[1:3]
+    assert torch.equal(together[1:3].hidden,
+                       together.hidden[1:3]) and together[1:3].words == together.words[1:3]
 
 
 @pytest.mark.parametrize(("words", "chunks"), [(14, 1), (15, 2), (30, 3)])
@@ -98,7 +105,8 @@ def test_long_prompts_take_whole_chunks(tiny_backbone, bank, words, chunks):
     prompt = " ".join(["dog"] * (words - 2)) + " <rex>"
     context = encode(tiny_backbone, bank, prompt)
     assert context.hidden.shape[2] == 16 * chunks
-    first = encode(tiny_backbone, bank, " ".join(["dog"] * min(14, words - 2)) + (" <rex>" if words == 14 else ""))
+    first = encode(tiny_backbone, bank,
+                   " ".join(["dog"] * min(14, words - 2)) + (" <rex>" if words == 14 else ""))
     if words != 15:      # with 15 the concept itself is cut in two
         assert torch.allclose(context.hidden[0, :, :16], first.hidden[0].expand(7, -1, -1), atol=1e-5)
     places = context.words[0]["rex"]
@@ -119,7 +127,9 @@ def test_more_chunks_on_request(tiny_backbone, bank):
 
 
 def test_gradients_reach_the_words_of_the_prompt_and_no_others(tiny_backbone, bank):
-    groups = {c.name: TokenGroup(c.tokens.words, {"clip_l": c.tokens.vectors["clip_l"].clone().requires_grad_()}) for c in bank}
+    groups = {c.name: TokenGroup(c.tokens.words,
+                                 {"clip_l": c.tokens.vectors["clip_l"].clone().requires_grad_()})
+              for c in bank}
     encode(tiny_backbone, bank, "<rex-2> with <flat>", tokens=groups).hidden.square().sum().backward()
     gradient = groups["rex"].vectors["clip_l"].grad
     assert gradient[:, 1].abs().sum(-1).min() > 0 and not gradient[:, 0].any()
@@ -164,7 +174,8 @@ def test_all_else_is_encoded_with_stand_ins(tiny_backbone, bank, apart):
     with torch.no_grad():
         plain = encoder.model(torch.tensor([rows])).last_hidden_state[0]
     others = [i for i in range(encoder.length) if not start <= i < end]
-    assert torch.allclose(named.hidden[0, :, others], plain[others].expand_as(named.hidden[0, :, others]), atol=1e-6)
+    assert torch.allclose(named.hidden[0, :, others], plain[others].expand_as(named.hidden[0, :, others]),
+                          atol=1e-6)
     assert not torch.allclose(named.hidden[0, 0, start:end], plain[start:end], atol=1e-3)
 
 
@@ -197,7 +208,8 @@ def test_words_with_and_without_stand_ins_mix(tiny_backbone, bank, apart):
 
 def test_gradients_reach_words_that_are_encoded_apart(tiny_backbone, bank, apart):
     vector = apart["rex"].vectors["clip_l"].clone().requires_grad_()
-    context = encode(tiny_backbone, bank, "a <rex> in <mimi>", tokens=apart | {"rex": replace(apart["rex"], vectors={"clip_l": vector})})
+    context = encode(tiny_backbone, bank, "a <rex> in <mimi>",
+                     tokens=apart | {"rex": replace(apart["rex"], vectors={"clip_l": vector})})
     own = list(context.words[0]["rex"])
     context.hidden[:, :, own].square().sum().backward()
     assert vector.grad.abs().sum(-1).gt(0).all()
@@ -212,12 +224,14 @@ def test_remembered_texts_change_nothing_and_are_encoded_once(tiny_backbone, ban
     plainly = type(encoder).encode
     tokens = {c.name: c.tokens for c in bank} if which == "together" else apart
     expected = encode(tiny_backbone, bank, *PROMPTS, tokens=tokens)
-    monkeypatch.setattr(type(encoder), "encode", lambda self, ids, slots, own: calls.append(slots.any()) or plainly(self, ids, slots, own))
+    monkeypatch.setattr(type(encoder), "encode", lambda self, ids, slots,
+                        own: calls.append(slots.any()) or plainly(self, ids, slots, own))
     for look in range(2):
         calls.clear()
         found = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(PROMPTS), tokens, memory=memory)
         assert torch.allclose(found.hidden, expected.hidden, atol=1e-6) and found.words == expected.words
-        assert calls.count(False) == (0 if look else {"together": 2, "apart": 3}[which])      # apart: "a dog runs" too
+        # apart: "a dog runs" too
+        assert calls.count(False) == (0 if look else {"together": 2, "apart": 3}[which])
 
 
 def test_remembered_pooled_outputs(tiny_sdxl, make_concept):
@@ -226,7 +240,8 @@ def test_remembered_pooled_outputs(tiny_sdxl, make_concept):
     for _ in range(2):
         prompts = bank.vocabulary.parse_all(["a <rex>", "a red dog"])
         found = encode_prompts(tiny_sdxl, prompts, bank.token_groups(bank.names), memory=memory)
-        assert torch.allclose(found.hidden, expected.hidden, atol=1e-6) and torch.allclose(found.pooled, expected.pooled, atol=1e-6)
+        assert torch.allclose(found.hidden, expected.hidden,
+                              atol=1e-6) and torch.allclose(found.pooled, expected.pooled, atol=1e-6)
 
 
 def test_a_full_memory_goes_on_without_keeping(tiny_backbone, bank, monkeypatch):

@@ -1,4 +1,5 @@
-"""From prompts to folded weights and pictures: the base comes back bit for bit whenever no concept is asked for."""
+"""From prompts to folded weights and pictures: the base comes back bit for bit whenever no concept is asked
+for."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ QUICK = SampleSettings(steps=2, cfg=3.0, size=(32, 32))
 def bank(tiny_backbone, make_concept):
     bank = ConceptBank(tiny_backbone.layout)
     for i, name in enumerate(("rex", "mimi", "flat")):
-        bank = bank.add(make_concept(tiny_backbone.layout, name, i, words=1 + i, layerwise=name != "flat", size=0.2))
+        bank = bank.add(make_concept(tiny_backbone.layout, name, i, words=1 + i, layerwise=name != "flat",
+                                     size=0.2))
     return bank
 
 
@@ -47,7 +49,8 @@ def test_without_a_concept_the_picture_is_the_bases(any_backbone, bank):
 def test_a_concept_changes_its_own_pictures(tiny_backbone, bank):
     named = picture(tiny_backbone, bank, "<rex>")
     assert not torch.allclose(named, picture(tiny_backbone, bank, "<mimi>"), atol=1e-3)
-    assert not torch.allclose(named, picture(tiny_backbone, bank, "<rex>", replace(QUICK, strength=0.0)), atol=1e-3)
+    assert not torch.allclose(named, picture(tiny_backbone, bank, "<rex>", replace(QUICK, strength=0.0)),
+                              atol=1e-3)
 
 
 def test_the_prediction_type_matters(tiny_backbone, tiny_backbone_v, bank):
@@ -89,7 +92,8 @@ def test_sharp_strength_does_not_depend_on_the_bank(tiny_backbone, bank, make_co
     ("paper", lambda w: torch.allclose(w.norm(dim=1), torch.tensor(1.0)) and (w >= 0).all()),
     ("sharp", lambda w: set(w.flatten().tolist()) <= {0.0, 1.0} and w.max() == 1),
 ])
-@pytest.mark.parametrize("prompt", ["a <rex>", "a <flat>", "<rex> <mimi> <flat> and dogs dogs dogs dogs dogs dogs"])
+@pytest.mark.parametrize("prompt", ["a <rex>", "a <flat>", "<rex> <mimi> <flat> and dogs dogs dogs dogs dogs "
+                                                           "dogs"])
 def test_weights_of_each_mode(tiny_backbone, bank, mode, check, prompt):
     found = aggregate(tiny_backbone, bank, bank.parse(prompt), mode)
     assert found.names == ("rex", "mimi", "flat") and found.weights.shape == (7, 3)
@@ -102,7 +106,8 @@ def test_weights_of_each_mode(tiny_backbone, bank, mode, check, prompt):
 def test_a_single_concept_has_weight_one_in_paper_mode(tiny_backbone, bank, name):
     alone = ConceptBank(bank.layout).add(bank[name])
     for prompt in ("a dog", f"a <{name}>"):
-        assert torch.allclose(aggregate(tiny_backbone, alone, alone.parse(prompt), "paper").weights, torch.ones(7, 1))
+        assert torch.allclose(aggregate(tiny_backbone, alone, alone.parse(prompt), "paper").weights,
+                              torch.ones(7, 1))
 
 
 def test_one_concept_acts_alone_whatever_the_prompt_says(tiny_backbone, bank):
@@ -152,16 +157,20 @@ def test_a_batch_of_mixed_prompts_equals_one_by_one(tiny_backbone, bank, mode):
     prompts = ["<rex>", "a dog", "<mimi> and <rex>", "<rex> runs", "<rex>"]
     together = sample(tiny_backbone, bank, prompts, [1, 2, 3, 4, 5], settings)
     for i, prompt in enumerate(prompts):
-        assert torch.allclose(together[i], sample(tiny_backbone, bank, [prompt], [i + 1], settings)[0], atol=1e-4)
+        assert torch.allclose(together[i], sample(tiny_backbone, bank, [prompt], [i + 1], settings)[0],
+                              atol=1e-4)
 
 
 def test_noise_of_a_seed_does_not_depend_on_its_batch(tiny_backbone):
-    assert torch.equal(starting_noise(tiny_backbone, [3, 4], (32, 48))[1], starting_noise(tiny_backbone, [4], (32, 48))[0])
+    assert torch.equal(starting_noise(tiny_backbone, [3, 4], (32, 48))[1],
+                       starting_noise(tiny_backbone, [4], (32, 48))[0])
 
 
 @pytest.mark.parametrize("make", [
-    lambda: SampleSettings(steps=0), lambda: SampleSettings(cfg=-1), lambda: SampleSettings(batch=0), lambda: SampleSettings(overlap="x"),
-    lambda: NoiseSettings(outside="x"), lambda: NoiseSettings(crop_denoising=1.5), lambda: NoiseSettings(alpha=-1),
+    lambda: SampleSettings(steps=0), lambda: SampleSettings(cfg=-1), lambda: SampleSettings(batch=0),
+    lambda: SampleSettings(overlap="x"),
+    lambda: NoiseSettings(outside="x"), lambda: NoiseSettings(crop_denoising=1.5),
+    lambda: NoiseSettings(alpha=-1),
     lambda: NoiseSettings(area="x"),
 ])
 def test_bad_settings_are_refused(make):
@@ -172,8 +181,10 @@ def test_bad_settings_are_refused(make):
 def test_bad_requests_are_refused(tiny_backbone, bank):
     other = ConceptBank(SiteLayout(bank.layout.sites[:3], bank.layout.text_widths))
     for backbone_bank, prompts, seeds, settings in [
-        (bank, ["a", "b"], [1], QUICK), (bank, [], [], QUICK), (bank, ["a"], [1], replace(QUICK, size=(30, 32))),
-        (bank, ["a"], [1], replace(QUICK, mode="loud")), (bank, ["<nobody>"], [1], QUICK), (other, ["a"], [1], QUICK),
+        (bank, ["a", "b"], [1], QUICK), (bank, [], [], QUICK),
+        (bank, ["a"], [1], replace(QUICK, size=(30, 32))),
+        (bank, ["a"], [1], replace(QUICK, mode="loud")), (bank, ["<nobody>"], [1], QUICK),
+        (other, ["a"], [1], QUICK),
     ]:
         with pytest.raises(ConceptError):
             sample(tiny_backbone, backbone_bank, prompts, seeds, settings)
