@@ -13,6 +13,7 @@ from ..bank.bank import ConceptBank
 from ..bank.composition import Kind
 from ..bank.concepts import Concept
 from ..bank.prompts import Prompt, words_prompt
+from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model import aggregation
 from ..model.backbone import Backbone
@@ -131,21 +132,18 @@ def learning_deltas(bank: ConceptBank, method: str, builds_on_sum: bool) -> Delt
     return _sum(bank, {name: [shares[name]] * len(bank.layout) for name in names})
 
 
-def _word_states_together(backbone: Backbone, bank: ConceptBank, names: Sequence[str]) -> list[Tensor]:
+def _states_together(backbone: Backbone, bank: ConceptBank, groups: Mapping[str, TokenGroup]) -> list[Tensor]:
     """All words in one prompt, as in the released code: later concepts see earlier ones. `[L, words, D]`
     each."""
-    prompt = words_prompt([bank.infos[name] for name in names])
-    context = encode_prompts(backbone, [prompt], bank.token_groups(names))
-    return [context.hidden[0][:, list(context.words[0][name])] for name in names]
+    context = encode_prompts(backbone, [words_prompt([bank.infos[name] for name in groups])], groups)
+    return [context.hidden[0][:, list(context.words[0][name])] for name in groups]
 
 
 def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt: Prompt,
              mode: str) -> Tensor:
     """EWA weights `[sites, g]` by the paper's or the released code's formula, see `aggregation`."""
-    if mode == "paper":
-        states = encode_words(backbone, bank.token_groups(names))
-    else:
-        states = _word_states_together(backbone, bank, names)
+    groups = bank.token_groups(names)
+    states = encode_words(backbone, groups) if mode == "paper" else _states_together(backbone, bank, groups)
     copies = max(s.shape[0] for s in states)
     states = [s.expand(copies, -1, -1) for s in states]      # `[L, words, D]`
     # `[L, N, D]`
