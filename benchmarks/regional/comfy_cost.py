@@ -16,8 +16,9 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ...core.comfy import regions as putting
 from ...core.comfy.apply import with_word_bound
+from ...core.comfy.region_run import RegionRun
+from ...core.comfy.regions import with_regions
 from ...core.comfy.sites import ATTENTION, WORDS, OffsetCond, differentiable_attention, find_sites
 from ...core.comfy.token_lora import code
 from ...core.regional.noise import NoiseSettings
@@ -89,8 +90,8 @@ class ComfyCost:
     def regions(self, boxes: Sequence[Box], is_bound: bool = True) -> dict:
         regions, parts, bound = parts_of(self.sites.layout, boxes, is_bound)
         parts = [replace(part, word_bound={}) for part in parts]      # the run gives each the bound concepts that its words name
-        run = putting.RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * len(boxes), bound)
-        return self._sampled(putting.with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
+        run = RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * len(boxes), bound)
+        return self._sampled(with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
 
     def prompt(self, count: int) -> dict:
         """No regions: that many bound concepts in the picture's one prompt."""

@@ -1,5 +1,5 @@
-"""What the region sampler gives to KSampler: a MODEL and prompts, made from a scene, its regions and the
-concepts of a bank."""
+"""What KSampler gets from the region sampler: a MODEL and prompts, made of a scene, its regions and a bank's
+concepts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ..regional.noise import NoiseSettings
 from ..regional.processor import Part
 from ..regional.regions import Region, masks_of
 from ..sampling.settings import SampleSettings
-from . import apply
-from . import regions as regional
+from .apply import context_of, fold, with_attention_guidance, with_word_bound
+from .region_run import FoundRun, RegionRun
+from .regions import Conditioning, whole_frame_things, with_found, with_pooled, with_regions
 from .sites import UNetSites, find_sites
 from .text import concept_clip, encode, learned_positions, subject_of, text_widths
 
-Conditioning = list[list[Any]]      # ComfyUI's CONDITIONING: pairs of a tensor and a dictionary
-PROPORTIONS = 0.05      # by so much of itself may the ratio of a mask's sides differ from that of the picture's
+PROPORTIONS = 0.05      # the ratio of a mask's sides may differ by this share from that of the picture's
 
 
 class ConceptPrompts:
@@ -43,71 +43,81 @@ class ConceptPrompts:
         return encode(self.clip, prompt)
 
     def deltas(self, prompt: str | Prompt) -> Deltas:
-        """Prompt-activated deltas."""
+        """The prompt-activated deltas."""
         if not len(self.bank) or not self.strength:
             return {}
-        return aggregate(None, self.bank, self.bank.parse(prompt), "sharp", self.strength, always_on=False).deltas
+        parsed = self.bank.parse(prompt)
+        return aggregate(None, self.bank, parsed, "sharp", self.strength, always_on=False).deltas
 
     def named(self, scene: str) -> dict[str, Prompt]:
-        """Concept -> its own prompt, of a scene that names two or more concepts which can be found in it;
-        else nothing."""
+        """Concept -> its own prompt, for a scene that names two concepts or more; empty where one cannot be
+        found in it."""
         prompts = self.bank.parse(scene).apart(self.bank.infos)
         return prompts if 1 < len(prompts) == len(subject_of(self.clip, scene).concepts) else {}
 
     def regions(self, scene: str, positive: Conditioning, negative: Conditioning, regions: Sequence[Region],
-                settings: SampleSettings) -> regional.RegionRun:
+                settings: SampleSettings) -> RegionRun:
         """A sampling with regions."""
         below = self._context(negative)
-        parts = [self._part(region.prompt, self._context(self.encode(region.negative)) if region.negative else below)
-                 for region in regions]
+        negatives = [self._context(self.encode(region.negative)) if region.negative else below
+                     for region in regions]
+        parts = [self._part(region.prompt, own) for region, own in zip(regions, negatives, strict=True)]
         words = [learned_positions(self.clip, region.prompt) for region in regions]
         whole = Part(Context.cat([below, self._context(positive)]), self.deltas(scene))
-        return regional.RegionRun(self.sites, whole, regions, parts, words, self.word_bound, settings.overlap, settings.isolation)
+        return RegionRun(self.sites, whole, regions, parts, words, self.word_bound, settings.overlap,
+                         settings.isolation)
 
-    def found_regions(self, scene: str, positive: Conditioning, negative: Conditioning) -> regional.FoundRun:
+    def found_regions(self, scene: str, positive: Conditioning, negative: Conditioning) -> FoundRun:
         """A sampling that finds the regions of the concepts that the scene names."""
         below, prompts = self._context(negative), self.named(scene)
         parts = [self._part(prompt, below) for prompt in prompts.values()]
         whole = Part(Context.cat([below, self._context(positive)]), self.deltas(scene))
         everywhere = [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in prompts]
-        return regional.FoundRun(self.sites, whole, everywhere, parts, subject_of(self.clip, scene).concepts, self.word_bound)
+        words = subject_of(self.clip, scene).concepts
+        return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound)
 
     def _context(self, conditioning: Conditioning) -> Context:
         copies = max([concept.tokens.copies for concept in self.bank], default=1)
-        return apply.context_of(conditioning, copies, tuple(self.word_bound))
+        return context_of(conditioning, copies, tuple(self.word_bound))
 
     def _part(self, prompt: str | Prompt, negative: Context) -> Part:
-        text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may know concepts that the bank does not hold
+        text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may know more concepts
         return Part(Context.cat([negative, self._context(self.encode(text))]), self.deltas(prompt))
 
 
 @dataclass(frozen=True)
-class RegionSampling:
-    """model, positive, negative: for KSampler; run: the sampling with regions, None where there are none."""
+class Prepared:
+    """What KSampler is to be given: model, positive, negative. run: the sampling with regions; None where
+    there are none."""
 
     model: Any
     positive: Conditioning
     negative: Conditioning
-    run: regional.RegionRun | None = None
+    run: RegionRun | None = None
 
     def picture(self, samples: Tensor) -> Tensor | None:
-        """After the sampling of latents `[B, C, h, w]`: where each region is and what its words attended to,
-        `[1, H, W, 3]` in 0..1. None without regions."""
+        """Where the regions are and what their words attended to, `[1, H, W, 3]` in 0..1; None without
+        regions.
+
+        Args:
+            samples: The latents `[B, C, h, w]` that were sampled.
+        """
         if self.run is None:
             return None
-        if isinstance(self.run, regional.FoundRun):
-            masks = self.run.found()
-            labels = [f"<{region.prompt}>" for region in self.run.regions]
-            return torch.zeros(1, 64, 64, 3) if masks is None else to_tensor(regions_picture(masks, masks, labels))
-        size = tuple(samples.shape[-2:])
-        masks, labels = masks_of(self.run.regions, *size), [region.prompt for region in self.run.regions]
-        return to_tensor(regions_picture(masks, self.run.maps(size), labels))
+        if isinstance(self.run, FoundRun):
+            found, names = self.run.found(), [f"<{region.prompt}>" for region in self.run.regions]
+            if found is None:
+                return torch.zeros(1, 64, 64, 3)
+            return to_tensor(regions_picture(found, found, names))
+        height, width = samples.shape[-2:]
+        maps, prompts = self.run.maps((height, width)), [region.prompt for region in self.run.regions]
+        return to_tensor(regions_picture(masks_of(self.run.regions, height, width), maps, prompts))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The prompts of the whole picture. positive, negative: CONDITIONINGs of other nodes, in the place of
-    these texts' own."""
+    """The prompts of the whole picture. positive, negative: CONDITIONINGs of other nodes, in place of the
+    encoded texts."""
 
     prompt: str
     negative_prompt: str = ""
@@ -115,56 +125,66 @@ class Scene:
     negative: Conditioning | None = None
 
 
-def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequence[Region], latent: tuple[int, int],
-            settings: SampleSettings, find_regions: bool = False) -> RegionSampling:
-    """What KSampler needs for a picture of a scene with regions; for one without, what it needs for the scene
-    alone.
+def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequence[Region],
+            latent: tuple[int, int], settings: SampleSettings, find_regions: bool = False) -> Prepared:
+    """What KSampler needs for a picture of a scene, with regions where some are given.
 
     Args:
         model, clip: As ComfyUI has them; neither is changed.
         latent: Height and width of the latents.
-        settings: strength, noise, overlap, isolation and artists are read.
-        find_regions: Find the regions of the concepts that the scene names, where no regions are given.
+        settings: Of which strength, noise, overlap, isolation and artists are read.
+        find_regions: Without regions, find those of the concepts that the scene names.
 
     Raises:
         ConceptError: The bank does not fit the model, a mask does not fit the picture, or settings contradict
             each other.
     """
     if find_regions and settings.artists > 0:
-        raise ConceptError(f"find_regions is on and artists is {settings.artists}; both part concepts without regions: "
-                           "use one of them")
+        raise ConceptError(f"find_regions is on and artists is {settings.artists}; "
+                           "both part concepts without regions: use one of them")
     sites = find_sites(model, text_widths(clip))
     bank = ConceptBank(sites.layout) if bank is None else bank
     bank.check_fits(sites.layout)
     prompts = ConceptPrompts(clip, bank, sites, settings.strength)
     positive = prompts.encode(scene.prompt) if scene.positive is None else scene.positive
     negative = prompts.encode(scene.negative_prompt) if scene.negative is None else scene.negative
-    model = apply.fold(model, sites, always_on_deltas(bank), any(concept.tokens.copies > 1 for concept in bank))
+    model = fold(model, sites, always_on_deltas(bank), any(concept.tokens.copies > 1 for concept in bank))
     regions = [region for region in regions if region.strength > 0]
     if regions:
         _check_masks(regions, latent)
         run = prompts.regions(scene.prompt, positive, negative, regions, settings)
-        noise = _without_crops(settings.noise, regional.whole_frame_things(model, [*positive, *negative]))
-        pooled = run.pooled()
-        positive, negative = (
-            regional.with_pooled(conditioning, regions, [rows[half] for rows in pooled], latent, settings.overlap)
-            for conditioning, half in ((positive, 1), (negative, 0)))
-        return RegionSampling(regional.with_regions(model, run, noise), positive, negative, run)
+        return _with_regions(Prepared(model, positive, negative, run), run, latent, settings)
     if find_regions and prompts.named(scene.prompt):
         found = prompts.found_regions(scene.prompt, positive, negative)
-        return RegionSampling(regional.with_found(model, found), positive, negative, found)
-    model = apply.with_word_bound(apply.fold(model, sites, prompts.deltas(scene.prompt), False), sites, prompts.word_bound)
+        return Prepared(with_found(model, found), positive, negative, found)
+    model = fold(model, sites, prompts.deltas(scene.prompt), False)
+    model = with_word_bound(model, sites, prompts.word_bound)
     if settings.artists > 0:
-        model = apply.with_attention_guidance(model, sites, subject_of(prompts.clip, scene.prompt), settings.artists)
-    return RegionSampling(model, positive, negative)
+        subject = subject_of(prompts.clip, scene.prompt)
+        model = with_attention_guidance(model, sites, subject, settings.artists)
+    return Prepared(model, positive, negative)
+
+
+def _with_regions(prepared: Prepared, run: RegionRun, latent: tuple[int, int],
+                  settings: SampleSettings) -> Prepared:
+    def pooled(conditioning: Conditioning, half: int) -> Conditioning:
+        return with_pooled(conditioning, run.regions, run.pooled(half), latent, settings.overlap)
+
+    whole = whole_frame_things(prepared.model, [*prepared.positive, *prepared.negative])
+    model = with_regions(prepared.model, run, _without_crops(settings.noise, whole))
+    return Prepared(model, pooled(prepared.positive, 1), pooled(prepared.negative, 0), run)
 
 
 def _without_crops(noise: NoiseSettings, whole: Sequence[str]) -> NoiseSettings:
-    """The settings without crop denoising where something belongs to the whole frame: it decides the layout
-    anyway. Raises ConceptError where region noise on crops was asked for."""
+    """The settings without crop denoising where something belongs to the whole frame, which decides the
+    layout anyway.
+
+    Raises:
+        ConceptError: Region noise on crops was asked for.
+    """
     if whole and noise.is_on and noise.area == "crop":
-        raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, which belongs to the whole "
-                           "picture; choose noise_area 'frame'")
+        raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, "
+                           "which belongs to the whole picture; choose noise_area 'frame'")
     return replace(noise, crop_denoising=0.0) if whole else noise
 
 
@@ -174,5 +194,6 @@ def _check_masks(regions: Sequence[Region], latent: tuple[int, int]) -> None:
         if region.mask is not None:
             rows, columns = region.mask.shape
             if abs(columns / rows - width / height) > PROPORTIONS * width / height:
-                raise ConceptError(f"the mask of region '{region.prompt}' is {columns}x{rows}, the picture's sides are as {width} "
-                                   f"to {height}; the mask must have the picture's proportions")
+                raise ConceptError(f"the mask of region '{region.prompt}' is {columns}x{rows}, the picture's "
+                                   f"sides are as {width} to {height}; "
+                                   "the mask must have the picture's proportions")

@@ -233,6 +233,15 @@ class TextEncoder(ABC):
         """
 
 
+class Projections(Protocol):
+    """Frozen projections of a model's sites: a backbone's, or a host's without the rest of a backbone."""
+
+    @property
+    def layout(self) -> SiteLayout: ...
+
+    def project(self, site: Site, projection: str, x: Tensor) -> Tensor: ...
+
+
 class Backbone(ABC):
     """A frozen latent diffusion model."""
 

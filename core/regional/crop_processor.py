@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention.packed import PackedKeysValues
 from ..attention.token_lora import TokenLora, plus, with_delta
-from ..model.backbone import AttentionProcessor, Backbone, HostAttention, SiteCall
+from ..model.backbone import AttentionProcessor, HostAttention, Projections, SiteCall
 from ..model.sites import Site
 from .attention import taken
 from .cover import Order
@@ -30,7 +30,7 @@ class CropProcessor(AttentionProcessor):
         parts: The regions.
     """
 
-    def __init__(self, backbone: Backbone, scene: Part, parts: Sequence[Part]) -> None:
+    def __init__(self, backbone: Projections, scene: Part, parts: Sequence[Part]) -> None:
         self.keys_values = keys_values_of(backbone, parts)
         self.count = len(parts)
         self.scene_concepts: TokenLora | None = None      # word-bound concepts of the scene's prompt

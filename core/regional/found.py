@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST, attention_maps
-from ..model.backbone import Backbone, HostAttention, SiteCall
+from ..model.backbone import HostAttention, Projections, SiteCall
 from ..model.sites import grid_of
 from .processor import Part, RegionProcessor
 from .regions import Region
@@ -37,7 +37,7 @@ class FoundRegions(RegionProcessor):
         found: The masks `[U, b, h, w]`, b pictures; None before they are found.
     """
 
-    def __init__(self, backbone: Backbone, scene: Part, names: Sequence[str], parts: Sequence[Part],
+    def __init__(self, backbone: Projections, scene: Part, names: Sequence[str], parts: Sequence[Part],
                  words: Sequence[tuple[int, ...]], rows: Tensor, latent: tuple[int, int]) -> None:
         everywhere = [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in names]
         super().__init__(backbone, scene, everywhere, parts, rows, latent)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention.packed import KeysValues, PackedKeysValues
 from ..attention.token_lora import TokenLora, head_extension, plus, token_lora_attention, with_delta
 from ..errors import ConceptError
-from ..model.backbone import AttentionFunction, AttentionProcessor, Backbone, Context, HostAttention, SiteCall
+from ..model.backbone import AttentionFunction, AttentionProcessor, Context, HostAttention, Projections, SiteCall
 from ..model.deltas import Deltas
 from ..model.sites import Site, grid_of
 from .attention import isolated_attention, mixed_query, region_attention
@@ -37,7 +37,7 @@ class Part:
     word_bound: Mapping[str, Deltas] = field(default_factory=dict)
 
 
-def _keys_values(backbone: Backbone, site: Site, part: Part, length: int) -> KeysValues:
+def _keys_values(backbone: Projections, site: Site, part: Part, length: int) -> KeysValues:
     """What a part reads at a site. Its context is repeated up to `length` tokens: softmax does not see repetition."""
     context = part.context if part.context.hidden.shape[2] == length else part.context.repeated(length)
     concepts, text = TokenLora(part.word_bound, context), context.at(site)
@@ -50,7 +50,7 @@ def _keys_values(backbone: Backbone, site: Site, part: Part, length: int) -> Key
     return KeysValues(key, value, head_extension(site.heads, key, value, concepts.adapters(site)), query, out)
 
 
-def keys_values_of(backbone: Backbone, parts: Sequence[Part]) -> dict[int, list[KeysValues]]:
+def keys_values_of(backbone: Projections, parts: Sequence[Part]) -> dict[int, list[KeysValues]]:
     """Site index -> what each of the parts reads there, all of one length."""
     length = math.lcm(*(part.context.hidden.shape[2] for part in parts))
     return {site.index: [_keys_values(backbone, site, part, length) for part in parts] for site in backbone.layout.sites}
@@ -77,7 +77,7 @@ class RegionProcessor(AttentionProcessor):
         scene_concepts: The scene's word-bound concepts in the present call, where the host knows them better than its context.
     """
 
-    def __init__(self, backbone: Backbone, scene: Part, regions: Sequence[Region], parts: Sequence[Part], rows: Tensor,
+    def __init__(self, backbone: Projections, scene: Part, regions: Sequence[Region], parts: Sequence[Part], rows: Tensor,
                  latent: tuple[int, int], overlap: str = "average", isolation: float = 0.0) -> None:
         self.scene, self.regions, self.parts, self.rows, self.latent = scene, list(regions), list(parts), rows, latent
         self.progress, self.overlap, self.isolation = 0.0, overlap, isolation
