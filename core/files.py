@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from .errors import ConceptError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None],
+def write_atomically(path: Path, write: Callable[[Path], object],
                      before: Callable[[], object] = lambda: None) -> None:
     """Writes a file so that readers see either the old or the new one; the old one stays if anything fails.
 

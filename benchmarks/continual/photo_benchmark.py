@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ...core.cli.backbones import EMBEDDED, load_backbone
+from ...core.cli.backbones import load_backbone, size_of
 from ...core.data.assignment import Assignment
 from ...core.errors import ConceptError
 from ...core.evaluation.clip import ClipEncoder
@@ -17,7 +17,7 @@ from ...core.model.backbone import Backbone
 from . import photos
 from .prompt_suite import Benchmark, Levels
 
-STEPS, RESOLUTION = 800, 512      # the papers'
+STEPS = 800      # the papers'
 
 
 def check_flags(options: Namespace) -> None:
@@ -74,7 +74,7 @@ def photo_benchmark(options: Namespace, folder: Path) -> Benchmark:
     tasks = photos.read_tasks(options.data, options.tasks)
     backbone = load_backbone(options)
     encoder = ClipEncoder.load(options.clip, options.dino, backbone.device)
-    resolution = options.resolution or (EMBEDDED["size"] if options.base == "embedded" else RESOLUTION)
+    resolution = options.resolution or size_of(options)
     pictures = options.pictures or photos.PICTURES
     settings, origin = photos.sampling(resolution), _origin(options, backbone, tasks, pictures, resolution)
     levels = _levels(folder / f"levels-n{options.tasks}.json", origin,

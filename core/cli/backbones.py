@@ -9,9 +9,12 @@ import torch
 
 from ..errors import ConceptError
 from ..model.backbone import Backbone
+from ..training.config import TrainingConfig
 from ..training.process_group import own_device
 
-EMBEDDED = {"size": 64, "cfg": 3.0, "steps": 500, "batch_size": 4, "schedule": "cosine", "warmup": 20}
+EMBEDDED_SIZE, EMBEDDED_CFG = 64, 3.0
+EMBEDDED_TRAINING = TrainingConfig(resolution=EMBEDDED_SIZE, steps=500, batch_size=4, schedule="cosine",
+                                   warmup=20)
 EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # a base 200 times smaller than SD1.5 learns at higher rates
 OTHER_SIZE, OTHER_CFG = 512, 7.5
 
@@ -22,12 +25,12 @@ def is_embedded(options: Namespace) -> bool:
 
 def guidance_of(options: Namespace) -> float:
     """The usual guidance scale of the base."""
-    return EMBEDDED["cfg"] if is_embedded(options) else OTHER_CFG
+    return EMBEDDED_CFG if is_embedded(options) else OTHER_CFG
 
 
 def size_of(options: Namespace) -> int:
     """The usual side of the base's pictures in pixels."""
-    return EMBEDDED["size"] if is_embedded(options) else OTHER_SIZE
+    return EMBEDDED_SIZE if is_embedded(options) else OTHER_SIZE
 
 
 def load_backbone(options: Namespace) -> Backbone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -99,15 +100,25 @@ def _merge(options: Namespace) -> Result:
     return _changed(merged, options.output, "merged")
 
 
+def _change(file: Path, change: Callable[[ConceptBank], ConceptBank]) -> ConceptBank:
+    """Changes an existing bank under its lock; ConceptError without one."""
+    open_bank(file)      # a missing file must not leave a lock behind
+
+    def change_existing(bank: ConceptBank | None) -> ConceptBank:
+        if bank is None:
+            raise ConceptError(f"the bank '{file}' does not exist any more")
+        return change(bank)
+
+    return change_bank(file, change_existing)
+
+
 def _remove(options: Namespace) -> Result:
-    open_bank(options.bank)      # refuses a missing file
-    changed = change_bank(options.bank, lambda bank: bank.remove(options.name))
+    changed = _change(options.bank, lambda bank: bank.remove(options.name))
     return _changed(changed, options.bank, f"removed <{options.name}>")
 
 
 def _rename(options: Namespace) -> Result:
-    open_bank(options.bank)      # refuses a missing file
-    changed = change_bank(options.bank, lambda bank: bank.rename(options.name, options.new))
+    changed = _change(options.bank, lambda bank: bank.rename(options.name, options.new))
     return _changed(changed, options.bank, f"renamed <{options.name}> to <{options.new}>")
 
 
@@ -116,11 +127,12 @@ def _restore(options: Namespace) -> Result:
     if options.number is not None:
         restored = restore(options.bank, options.number)
         return _changed(restored, options.bank, f"brought back version {options.number}")
-    rows = [{"version": version.number,
-             "changed": datetime.fromtimestamp(version.changed).isoformat(" ", "seconds"),
-             "concepts": _names(version.path)} for version in versions(options.bank)]
-    lines = [f"{row['version']}: {row['changed']}, {', '.join(row['concepts']) or 'nothing readable'}"
-             for row in rows]
+    rows, lines = [], []
+    for version in versions(options.bank):
+        changed = datetime.fromtimestamp(version.changed).isoformat(" ", "seconds")
+        names = _names(version.path)
+        rows.append({"version": version.number, "changed": changed, "concepts": names})
+        lines.append(f"{version.number}: {changed}, {', '.join(names) or 'nothing readable'}")
     return {"bank": str(options.bank), "versions": rows}, lines or ["there are no earlier versions"]
 
 

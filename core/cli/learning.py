@@ -38,10 +38,7 @@ def _thumbnail(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size
 
 def _training(options: Namespace) -> TrainingConfig:
     """The configuration of the flags that were given, and of the base's usual settings for the others."""
-    defaults = TrainingConfig()
-    if backbones.is_embedded(options):
-        usual = {key: backbones.EMBEDDED[key] for key in ("steps", "batch_size", "schedule", "warmup")}
-        defaults = TrainingConfig(resolution=backbones.EMBEDDED["size"], **usual)
+    defaults = backbones.EMBEDDED_TRAINING if backbones.is_embedded(options) else TrainingConfig()
     values = {field.name: getattr(options, field.name) for field in fields(TrainingConfig)}
     return replace(defaults, **{name: value for name, value in values.items() if value is not None})
 
@@ -90,7 +87,7 @@ def learn(options: Namespace) -> Result | None:
 def _show(bar: tqdm, info: StepInfo) -> None:
     bar.update(info.step - bar.n)
     figures = {name: f"{value:.2e}" for name, value in info.monitors.items()}
-    bar.set_postfix(loss=f"{info.loss:.3f}", **figures, refresh=False)
+    bar.set_postfix({"loss": f"{info.loss:.3f}", **figures}, refresh=False)
 
 
 def _report(options: Namespace, concept: Concept, bank: ConceptBank, losses: tuple[float, ...]) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 
 from ..bank.bank import ConceptBank
 from ..bank.format import open_bank
@@ -50,7 +51,6 @@ def sample(options: Namespace) -> Result:
     files = []
     for seed, tensor in zip(seeds, pictures, strict=True):
         files.append(options.output / f"sample_{seed:05d}.png")
-        picture = to_pil(tensor)
-        write_atomically(files[-1], lambda temporary, p=picture: p.save(temporary, "PNG"))
+        write_atomically(files[-1], partial(to_pil(tensor).save, format="PNG"))
     facts = {"prompt": options.prompt, "files": [str(file) for file in files]}
     return facts, [f"wrote {file}" for file in files]

@@ -84,7 +84,8 @@ def assignment_of(concept: scenes.SceneConcept, pictures: int = 5, seed: int = 7
 
 def held_out_prompts(count: int, seed: int) -> list[tuple[str, str, str]]:
     """Captions of combinations that pretraining never showed: (caption, kind, body colour)."""
-    rng, result = random.Random(seed), []
+    rng = random.Random(seed)
+    result: list[tuple[str, str, str]] = []
     while len(result) < count:
         thing = scenes.random_thing(rng, unseen=True)
         colour = thing.names.get("body")

@@ -1,9 +1,11 @@
-"""Shapes of the embedded base: Stable Diffusion's structure, small enough to ship and to train on two cores."""
+"""Shapes of the embedded base: Stable Diffusion's structure, small enough to train on two cores."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from ..model.schedule import cumulative_alphas
@@ -11,12 +13,15 @@ from .vocabulary import CONTEXT_LENGTH
 
 PICTURE_SIZE = 64
 PATCH = 4
-# Twelve channels: the leading directions of 4x4 patches. Two-coloured markings do not fit into Stable Diffusion's four.
+# Twelve channels: the leading directions of 4x4 patches. Two-coloured markings do not fit into Stable
+# Diffusion's four.
 LATENT_SIZE, LATENT_CHANNELS = PICTURE_SIZE // PATCH, 12
 TEXT_WIDTH = 128
 
-# Stable Diffusion normalises in 32 groups of 10 or more channels. With 32 channels that would be one channel per group, and the norm
-# before the last convolution would wipe out every picture's mean colour; 8 groups keep 4 or more channels each.
+# Stable Diffusion normalises in 32 groups of 10 or more channels. With 32 channels that would be one channel
+# per group, and the norm
+# before the last convolution would wipe out every picture's mean colour; 8 groups keep 4 or more channels
+# each.
 NORM_GROUPS = 8
 UNET = {
     "sample_size": LATENT_SIZE,
@@ -40,8 +45,21 @@ TEXT = {
     "hidden_act": "quick_gelu",
     "projection_dim": TEXT_WIDTH,
 }
-# v prediction: at high noise it asks for the picture rather than the noise, which a small net learns colours from sooner.
-SCHEDULE = {
+
+
+class _Schedule(TypedDict):
+    """Names of diffusers' scheduler configuration."""
+
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    prediction_type: str
+
+
+# v prediction: at high noise it asks for the picture rather than the noise, so that a small network learns
+# colours sooner
+SCHEDULE: _Schedule = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -68,9 +86,10 @@ class _Residual(nn.Module):
 class PatchAutoencoder(nn.Module):
     """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, 12, H/4, W/4]` and back.
 
-    The encoder is linear: the leading principal directions of 4x4 patches, evened out in strength. Its latents are a thumbnail with
-    detail channels, which a small diffusion model learns from far sooner than from a learned code. The decoder undoes it linearly and
-    adds what a small network knows about edges. It has the interface of diffusers' AutoencoderKL as far as a backbone uses it.
+    The encoder is linear: the leading principal directions of 4x4 patches, evened out in strength. Its
+    latents are a thumbnail with detail channels, which a small diffusion model learns from far sooner than
+    from a learned code. The decoder undoes it linearly and adds what a small network knows about edges. It
+    has the interface of diffusers' AutoencoderKL as far as a backbone uses it.
     """
 
     def __init__(self, latent_channels: int, patch: int, width: int, blocks: int) -> None:
@@ -78,18 +97,22 @@ class PatchAutoencoder(nn.Module):
         self.patch = patch
         self.encoder = nn.Conv2d(3, latent_channels, patch, stride=patch)
         self.linear = nn.Conv2d(latent_channels, 3 * patch * patch, 1)
-        body = [nn.Conv2d(latent_channels, width, 3, padding=1), *(_Residual(width) for _ in range(blocks)), nn.SiLU()]
-        self.detail = nn.Sequential(*body, nn.Conv2d(width, 3 * patch * patch, 3, padding=1))
-        nn.init.zeros_(self.detail[-1].weight)
-        nn.init.zeros_(self.detail[-1].bias)
+        body = [nn.Conv2d(latent_channels, width, 3, padding=1), *(_Residual(width) for _ in range(blocks)),
+                nn.SiLU()]
+        last = nn.Conv2d(width, 3 * patch * patch, 3, padding=1)
+        self.detail = nn.Sequential(*body, last)
+        nn.init.zeros_(last.weight)
+        last.bias = nn.Parameter(torch.zeros(3 * patch * patch))
         levels = (width,) * patch.bit_length()  # one more than halvings, as diffusers counts
-        self.config = SimpleNamespace(scaling_factor=1.0, shift_factor=0.0, latent_channels=latent_channels, block_out_channels=levels)
+        self.config = SimpleNamespace(scaling_factor=1.0, shift_factor=0.0, latent_channels=latent_channels,
+                                      block_out_channels=levels)
 
     def encode(self, images: Tensor) -> SimpleNamespace:
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=self.encoder(images)))
 
     def decode(self, latents: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=nn.functional.pixel_shuffle(self.linear(latents) + self.detail(latents), self.patch))
+        return SimpleNamespace(sample=nn.functional.pixel_shuffle(self.linear(latents) + self.detail(latents),
+                                                                  self.patch))
 
 
 def build_vae() -> PatchAutoencoder:
@@ -99,10 +122,12 @@ def build_vae() -> PatchAutoencoder:
 def build_text_encoder(tokenizer) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+               "pad_token_id": tokenizer.pad_token_id}
     return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **special))
 
 
 def alphas_cumprod() -> Tensor:
     """Of Stable Diffusion's schedule, `[1000]`."""
-    return cumulative_alphas(SCHEDULE["beta_start"], SCHEDULE["beta_end"], SCHEDULE["num_train_timesteps"], SCHEDULE["beta_schedule"])
+    return cumulative_alphas(SCHEDULE["beta_start"], SCHEDULE["beta_end"], SCHEDULE["num_train_timesteps"],
+                             SCHEDULE["beta_schedule"])

@@ -106,13 +106,15 @@ def held_out(kind: str, colour: str, pattern: str) -> bool:
 
 
 def _jitter(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
-    return tuple(int(min(255, max(0, c + rng.uniform(-12, 12)))) for c in rgb)
+    red, green, blue = (int(min(255, max(0, c + rng.uniform(-12, 12)))) for c in rgb)
+    return red, green, blue
 
 
 def _colour(rng: random.Random) -> tuple[tuple[int, int, int], str | None]:
     if rng.random() < OFF_PALETTE:
-        rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.25, 1.0), rng.uniform(0.35, 1.0))
-        return tuple(int(255 * c) for c in rgb), None
+        hue, saturation, value = rng.random(), rng.uniform(0.25, 1.0), rng.uniform(0.35, 1.0)
+        red, green, blue = (int(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+        return (red, green, blue), None
     name = rng.choice(list(PALETTE))
     return _jitter(rng, PALETTE[name]), name
 

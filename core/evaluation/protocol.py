@@ -47,12 +47,12 @@ class Record:
     belong to concept j after task i."""
 
     method: str
+    bank: ConceptBank
     image_alignment: list[list[float]] = field(default_factory=list)
     text_alignment: list[list[float]] = field(default_factory=list)
     samples: list[list[Tensor]] = field(default_factory=list)
     losses: list[tuple[float, ...]] = field(default_factory=list)
     seconds: float = 0.0
-    bank: ConceptBank | None = None
 
     @property
     def retention(self) -> list[float]:
@@ -108,7 +108,8 @@ def run_sequence(
         seeds: of the pictures of every concept.
         progress: from a task's name to the training loop's callback.
     """
-    record, bank = Record(method), ConceptBank(backbone.layout)
+    bank = ConceptBank(backbone.layout)
+    record = Record(method, bank)
     for i, task in enumerate(tasks):
         data = prepare(backbone, task.pictures, task.name, task.class_noun,
                        Framing(training.resolution, training.framing, training.flip))
