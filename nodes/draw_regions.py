@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from comfy_api.latest import io, ui
-from PIL import ImageColor
 
-from ..core.charts import outlines_picture
 from ..core.errors import ConceptError
-from ..core.images import colour
-from ..core.regional.drawing import DrawnRegion, parse_regions
-from ..core.regional.regions import Region, region_mask
+from ..core.regional.drawing import parse_regions, with_outlines
 from . import types
 from .schema import Schema
 
-# Each prompt tells what is in its region alone: in the sampler's solo steps a region is a picture of its own
+# Each prompt says all that its region shows: in crop denoising a region is a picture of its own
 EXAMPLE = """[
 {"name": "left", "prompt": "a photo of <rex> in a meadow", "box": [0, 0.15, 0.5, 1]},
 {"name": "right", "prompt": "a photo of <mimi> in a meadow", "box": [0.5, 0.15, 1, 1]}
@@ -24,13 +17,18 @@ EXAMPLE = """[
 
 
 class ConceptRegionsDraw(io.ComfyNode):
-    """Regions drawn with the mouse. What is drawn is a text; the page only edits it."""
+    """Regions drawn with the mouse. The drawing is a text, and the page edits it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         def side(name: str):
             return io.Int.Input(
-                name, default=512, min=16, max=16384, step=8, tooltip=f"The picture's {name}. Gives the drawing its proportions, no more."
+                name,
+                default=512,
+                min=16,
+                max=16384,
+                step=8,
+                tooltip=f"The picture's {name}. Sets the proportions of the drawing, nothing else.",
             )
 
         return Schema(
@@ -38,13 +36,15 @@ class ConceptRegionsDraw(io.ComfyNode):
             display_name="Draw Concept Regions",
             category=types.USING,
             search_aliases=["regional prompt", "attention couple", "area", "box", "draw regions"],
-            description="Parts of the picture with prompts of their own, drawn as boxes. Connect to Regional Concept Sampler.",
+            description="Parts of the picture with their own prompts, drawn as boxes. "
+            "Connect to Regional Concept Sampler.",
             inputs=[
                 io.String.Input(
                     "drawing",
                     multiline=True,
                     default=EXAMPLE,
-                    tooltip="The regions as JSON: objects with prompt and box [left, top, right, bottom] in shares of the picture.",
+                    tooltip="The regions as JSON: objects with prompt and box [left, top, right, bottom] "
+                    "in shares of the picture.",
                 ),
                 side("width"),
                 side("height"),
@@ -55,7 +55,7 @@ class ConceptRegionsDraw(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, drawing):
-        """A mistake is told before anything runs: what comes before the sampler may take long. A text on a wire arrives as None."""
+        """Reports a mistake before anything runs. A text from another node arrives as None."""
         try:
             parse_regions(drawing or "")
         except ConceptError as error:
@@ -88,22 +88,8 @@ class ConceptRegionsShow(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, regions=None) -> io.NodeOutput:
-        if regions:
-            height, width = image.shape[1:3]
-            # Where a region is, as sharply as the picture can show it
-            masks = torch.stack([region_mask(replace(region, feather=0.0), height, width) for region in regions])
-            labels, colours = zip(*(_seen(index, region) for index, region in enumerate(regions)), strict=True)
-            layer = outlines_picture(masks, labels, colours).to(image)
-            ink, cover = layer[..., :3], layer[..., 3:]
-            image = torch.cat([image[..., :3] * (1 - cover) + ink * cover, image[..., 3:]], -1)
+        image = with_outlines(image, regions or [])
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
-
-
-def _seen(index: int, region: Region) -> tuple[str, tuple[int, int, int]]:
-    """A region's label and colour: those of its drawing, else its prompt and the colour of its number."""
-    if isinstance(region, DrawnRegion):
-        return region.name.strip() or region.prompt, ImageColor.getrgb(region.colour)
-    return region.prompt, colour(index)
 
 
 NODES = [ConceptRegionsDraw, ConceptRegionsShow]

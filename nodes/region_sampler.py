@@ -15,6 +15,8 @@ from ..core.sampling.settings import SampleSettings
 from . import types
 from .schema import ADVANCED, Schema
 
+SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+
 
 class RegionalConceptSampler(io.ComfyNode):
     """KSampler with regions."""
@@ -25,50 +27,97 @@ class RegionalConceptSampler(io.ComfyNode):
             node_id="RegionalConceptSampler",
             display_name="Regional Concept Sampler",
             category=types.USING,
-            search_aliases=["regional prompt", "ksampler", "attention couple", "multi concept", "region sampler"],
-            description="Several concepts in one picture, each in its own region, at one UNet evaluation per step whatever their number. "
-            "Without regions it is KSampler.",
+            search_aliases=[
+                "regional prompt",
+                "ksampler",
+                "attention couple",
+                "multi concept",
+                "region sampler",
+            ],
+            description="Several concepts in one picture, each in its own region. Any number of regions "
+            "needs one UNet evaluation per step. Without regions it is KSampler.",
             inputs=[
-                io.Model.Input("model", tooltip="A plain checkpoint's, or one that carries concepts already."),
+                io.Model.Input("model", tooltip="The model of a checkpoint, with or without concepts."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Latent.Input(
-                    "latent_image", tooltip="Empty, or a photo's latent for editing and style transfer (with denoise below 1)."
+                    "latent_image",
+                    tooltip="Empty, or a photo's latent for editing and style transfer (denoise below 1).",
                 ),
                 io.String.Input(
                     "scene",
                     multiline=True,
                     default="a photo of a dog and a cat in a meadow",
-                    tooltip="The whole picture. Used where no region is.",
+                    tooltip="The prompt of the whole picture. It acts where no region is.",
                 ),
-                io.String.Input("negative_scene", multiline=True, default="", tooltip="What is not to be in the picture."),
+                io.String.Input(
+                    "negative_scene",
+                    multiline=True,
+                    default="",
+                    tooltip="The negative prompt of the whole picture.",
+                ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Same seed, same picture."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Same seed, same picture.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Sampling steps, as in KSampler."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale; 1 = none."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."),
+                io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Sampling steps."),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="1 = from noise; less keeps the latent's structure."
+                    "cfg",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance scale; 1 = none.",
                 ),
-                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, tooltip="Factor on the concepts' deltas; 0 = none."),
+                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=SCHEDULERS, default="normal", tooltip="As in KSampler."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 = from noise; less keeps the latent's structure.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Factor on the concepts' deltas; 0 = none.",
+                ),
                 io.Boolean.Input(
                     "region_noise",
                     default=False,
-                    tooltip="CIDM's region noise estimation: sharper regions for one more UNet evaluation per region and step.",
+                    tooltip="CIDM's region noise estimation: sharper regions for one more UNet evaluation "
+                    "per region and step.",
                 ),
                 io.Float.Input(
-                    "alpha", default=0.1, min=0.0, max=1.0, step=0.05, tooltip="Share of the scene inside regions (region_noise)."
+                    "alpha",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Share of the scene inside regions (region_noise).",
                 ),
                 io.Combo.Input(
                     "outside",
                     options=list(OUTSIDE),
                     default="keep",
-                    tooltip="Region noise outside regions: keep the scene, or the literal formula of the paper.",
+                    tooltip="Region noise outside regions: keep the scene, or the paper's literal formula.",
                 ),
-                types.Bank.Input("bank", optional=True, tooltip="Concepts for the prompts of scene and regions."),
-                types.Regions.Input("regions", optional=True, tooltip="From the region nodes; none = KSampler's picture."),
-                io.Conditioning.Input("positive", optional=True, tooltip="Instead of 'scene', e.g. from Apply ControlNet."),
+                types.Bank.Input("bank", optional=True, tooltip="Concepts for scene and regions."),
+                types.Regions.Input(
+                    "regions", optional=True, tooltip="From the region nodes; none = KSampler's picture."
+                ),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="Instead of 'scene', e.g. from Apply ControlNet."
+                ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Instead of 'negative_scene'."),
                 io.Float.Input(
                     "artists",
@@ -77,8 +126,8 @@ class RegionalConceptSampler(io.ComfyNode):
                     max=10.0,
                     step=0.1,
                     optional=True,
-                    tooltip="Without regions, when the scene names two concepts or more: how strongly each is given attention of its own "
-                    "(L2DM's attention artists). 0 = off.",
+                    tooltip="Without regions, when the scene names two concepts or more: how strongly "
+                    "attention guidance (L2DM's attention artists) gives attention to each of them. 0 = off.",
                     **ADVANCED,
                 ),
                 io.Combo.Input(
@@ -86,15 +135,16 @@ class RegionalConceptSampler(io.ComfyNode):
                     options=list(OVERLAPS),
                     default="average",
                     optional=True,
-                    tooltip="Where regions lie over each other: mix them evenly, let the first lie on top, or give each place to the "
-                    "region whose centre is nearest.",
+                    tooltip="Where regions overlap: mix them evenly, let the first lie on top, or give each "
+                    "place to the region whose centre is nearest.",
                 ),
                 io.Combo.Input(
                     "noise_area",
                     options=list(AREAS),
                     default="frame",
                     optional=True,
-                    tooltip="Region noise on the whole frame (the paper), or on a window of the region's size, which costs by area.",
+                    tooltip="Estimate region noise on the whole frame (the paper), or on a crop of the "
+                    "region's size, whose cost grows with its area.",
                     **ADVANCED,
                 ),
                 io.Float.Input(
@@ -104,8 +154,8 @@ class RegionalConceptSampler(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Share of the first steps in which every region is drawn alone, so that what it names is there. Costs nothing "
-                    "more where regions cover the picture. 0 = off.",
+                    tooltip="Crop denoising: share of the first steps in which each region is denoised "
+                    "alone, so that its concept appears. Costs nothing more where regions cover the picture. 0 = off.",
                 ),
                 io.Float.Input(
                     "isolation",
@@ -114,15 +164,15 @@ class RegionalConceptSampler(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Share of the first steps in which regions do not see each other in self-attention: less rubs off on "
-                    "neighbours, and a step is quicker. 0 = off.",
+                    tooltip="Share of the first steps in which regions do not see each other in "
+                    "self-attention. Concepts mix less, and a step is faster. 0 = off.",
                 ),
                 io.Boolean.Input(
                     "find_regions",
                     default=False,
                     optional=True,
-                    tooltip="Without regions, when the scene names several concepts: find in the first steps where each of them is, and "
-                    "keep it there. Costs nothing more.",
+                    tooltip="Without regions, when the scene names several concepts: find in the first steps "
+                    "where each of them is, and keep it there. Costs nothing more.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent"), io.Image.Output(display_name="attention")],
@@ -170,8 +220,9 @@ class RegionalConceptSampler(io.ComfyNode):
         size = tuple(latent_image["samples"].shape[-2:])
         prepared = prepare(model, clip, bank, prompts, regions or [], size, settings, find_regions)
         positive, negative = prepared.positive, prepared.negative
+        settings_of_ksampler = (seed, steps, cfg, sampler_name, scheduler)
         latent = common_ksampler(
-            prepared.model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
+            prepared.model, *settings_of_ksampler, positive, negative, latent_image, denoise
         )[0]
         picture = prepared.picture(latent["samples"])
         if picture is None:

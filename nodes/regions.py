@@ -26,14 +26,19 @@ class ConceptRegion(io.ComfyNode):
             search_aliases=["regional prompt", "attention couple", "area", "mask prompt"],
             description="A part of the picture with its own prompt. Chain several through 'regions'.",
             inputs=[
-                io.String.Input("prompt", multiline=True, default="<rex>", tooltip="What is to be here; concepts by <name>."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="<rex>",
+                    tooltip="What the region shows; concepts by <name>.",
+                ),
                 fraction("left", 0.0, "Left edge as a share of the picture's width."),
                 fraction("top", 0.0, "Top edge as a share of the height."),
                 fraction("right", 0.5, "Right edge as a share of the width."),
                 fraction("bottom", 1.0, "Bottom edge as a share of the height."),
-                fraction("strength", 1.0, "How much the region's prompt replaces the scene's; 0 = not at all."),
-                fraction("start", 0.0, "From which share of the steps on; 0 = the first."),
-                fraction("end", 1.0, "Until which share of the steps; 1 = the last."),
+                fraction("strength", 1.0, "How far its prompt replaces the scene's; 0 = not at all."),
+                fraction("start", 0.0, "From this share of the steps on; 0 = the first."),
+                fraction("end", 1.0, "Until this share of the steps; 1 = the last."),
                 io.Float.Input(
                     "feather",
                     default=0.0,
@@ -42,8 +47,15 @@ class ConceptRegion(io.ComfyNode):
                     step=0.01,
                     tooltip="Width of the soft edge as a share of the smaller side; 0 = hard.",
                 ),
-                io.String.Input("negative", multiline=True, default="", tooltip="What is not to be here. Empty = the scene's negative."),
-                io.Mask.Input("mask", optional=True, tooltip="Instead of the box: white where the region is."),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    default="",
+                    tooltip="The region's negative prompt. Empty = the scene's.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="In place of the box: white where the region is."
+                ),
                 types.Regions.Input("regions", optional=True, tooltip="Regions before this one."),
             ],
             outputs=[types.Regions.Output(display_name="all_regions")],
@@ -51,15 +63,37 @@ class ConceptRegion(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, prompt, left, top, right, bottom, strength, start, end, feather, negative="", mask=None, regions=None
+        cls,
+        prompt,
+        left,
+        top,
+        right,
+        bottom,
+        strength,
+        start,
+        end,
+        feather,
+        negative="",
+        mask=None,
+        regions=None,
     ) -> io.NodeOutput:
         if not prompt.strip():
             raise ConceptError("the prompt of a region is empty; say what is to be there")
-        matte = masks_of(mask, f"the masks of region '{prompt}'")
-        if len(matte) > 1:
-            raise ConceptError(f"the mask of region '{prompt}' holds {len(matte)} masks; one region takes one")
-        where = {"mask": matte[0][0]} if matte else {"box": (top, left, bottom, right)}
-        region = Region(prompt, negative=negative, strength=strength, start=start, end=end, feather=feather, **where)
+        masks = masks_of(mask, f"the masks of region '{prompt}'")
+        if len(masks) > 1:
+            raise ConceptError(
+                f"the mask of region '{prompt}' holds {len(masks)} masks; one region takes one"
+            )
+        region = Region(
+            prompt,
+            None if masks else (top, left, bottom, right),
+            masks[0][0] if masks else None,
+            negative,
+            strength,
+            start,
+            end,
+            feather,
+        )
         return io.NodeOutput([*(regions or []), region])
 
 

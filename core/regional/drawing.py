@@ -1,15 +1,20 @@
-"""Regions of a drawing: a JSON text, which is not to be trusted."""
+"""Regions of a drawing, a JSON text that is not to be trusted; and their outlines over a picture."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+
+from ..charts import outlines_picture
 from ..errors import ConceptError
-from ..images import colour
-from .regions import Region
+from ..images import Colour, colour
+from .regions import Region, region_mask
 
 REGIONS = 32  # at most
 PROMPT, NAME, WHOLE = 4_000, 100, 1_000_000  # at most so many characters of a prompt, a name, the whole text
@@ -162,3 +167,25 @@ class _Item:
 def _is_number(value: object, most: float) -> bool:
     """Whether it is a number in 0..most. True and false are not numbers, and NaN is in no range."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def with_outlines(images: Tensor, regions: Sequence[Region]) -> Tensor:
+    """Pictures `[B, H, W, C]` in 0..1 with the outline of each region and its label; further channels stay as
+    they are."""
+    if not regions:
+        return images
+    height, width = images.shape[1:3]
+    # Without soft edges: an outline is as sharp as the picture can show it
+    masks = torch.stack([region_mask(replace(region, feather=0.0), height, width) for region in regions])
+    labels, colours = zip(*(_shown_as(index, region) for index, region in enumerate(regions)), strict=True)
+    layer = outlines_picture(masks, labels, colours).to(images)
+    ink, alpha = layer[..., :3], layer[..., 3:]
+    return torch.cat([images[..., :3] * (1 - alpha) + ink * alpha, images[..., 3:]], -1)
+
+
+def _shown_as(index: int, region: Region) -> tuple[str, Colour]:
+    """A region's label and colour: those of its drawing, else its prompt and the colour of its number."""
+    if isinstance(region, DrawnRegion):
+        red, green, blue = (int(region.colour[i:i + 2], 16) for i in (1, 3, 5))
+        return region.name.strip() or region.prompt, (red, green, blue)
+    return region.prompt, colour(index)

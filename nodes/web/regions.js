@@ -1,4 +1,4 @@
-// Draw Concept Regions: puts the editor on the node. Without this file the node is what it is on the server: a text and two numbers.
+// Draw Concept Regions: puts the editor on the node. Without this file the node shows a text and two numbers.
 
 import { app } from "../../scripts/app.js";
 import { Editor } from "./regions_editor.js";
@@ -49,7 +49,7 @@ function hostOf(node, drawing) {
     };
 }
 
-/** Over the editor, too, the wheel zooms the graph and the middle button drags it. The Vue renderer hears the wheel by itself. */
+/** Over the editor, too, the wheel zooms the graph and the middle button drags it. The Vue renderer handles the wheel itself. */
 function passOn(root) {
     root.addEventListener("wheel", event => {
         if (!root.closest("[data-node-id]") && !event.target.matches("textarea:focus")) app.canvas?.processMouseWheel?.(event);

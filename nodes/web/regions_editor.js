@@ -1,4 +1,4 @@
-// The editor of a drawing: stage, panel, and the drawing's text when it cannot be read. The text is the only state that lasts.
+// The editor of a drawing: stage, panel, and the drawing's text when it cannot be read. The text is the only lasting state.
 
 import { changed, fresh, parse, reordered, serialise, without } from "./regions_model.js";
 import { Panel } from "./regions_panel.js";
@@ -70,7 +70,7 @@ export class Editor {
 
     // State
 
-    /** Looks at the node again; cheap when nothing has changed there. */
+    /** Reads the node again; cheap when nothing has changed there. */
     refresh() {
         const text = String(this.host.text() ?? ""), ratio = this.host.size(), wired = this.host.wired();
         if (text === this.seen && ratio === this.ratio && wired === this.wired) return;

@@ -1,5 +1,5 @@
-// Regions as plain data: reading and writing the drawing's text, and the arithmetic of boxes. Nothing here knows of a page.
-// A box is [left, top, right, bottom], each a share of the picture from 0 to 1. What is refused here is refused by the server too.
+// Regions as plain data: reading and writing the drawing's text, and the arithmetic of boxes. It needs no page.
+// A box is [left, top, right, bottom], each a share of the picture from 0 to 1. The server refuses what is refused here.
 
 export const MOST = { regions: 32, prompt: 4000, name: 100 };
 export const SMALLEST = 0.02; // a box drawn or resized here is at least so wide and so high
@@ -99,7 +99,7 @@ export function parse(text) {
     return items.map((item, index) => regionOf(item, index + 1));
 }
 
-/** The text of regions: a line each, without what is as usual. */
+/** The text of regions: one line each, without values that are the defaults. */
 export function serialise(regions) {
     const lines = regions.map(region => {
         const kept = KEYS.filter(key => region[key] !== DEFAULTS[key]).map(key => `${JSON.stringify(key)}: ${plain(region[key])}`);
@@ -134,14 +134,14 @@ export function resized(box, handle, right, down) {
     return [x0, y0, x1, y1];
 }
 
-/** The box between two points, or null when it is too small to be meant. */
+/** The box between two points; null when it is too small to be intended. */
 export function between(from, to) {
     const [x0, x1] = [from[0], to[0]].map(value => rounded(limit(value, 0, 1))).sort((a, b) => a - b);
     const [y0, y1] = [from[1], to[1]].map(value => rounded(limit(value, 0, 1))).sort((a, b) => a - b);
     return x1 - x0 >= SMALLEST && y1 - y0 >= SMALLEST ? [x0, y0, x1, y1] : null;
 }
 
-/** Index of the smallest region at a point, the first of equal ones, so that one inside another can be had; -1 when there is none. */
+/** Index of the smallest region at a point, so that one inside another can be selected; -1 when there is none. */
 export function hit(regions, [x, y]) {
     let found = -1, least = Infinity;
     regions.forEach(({ box }, index) => {
@@ -153,7 +153,7 @@ export function hit(regions, [x, y]) {
 
 // Lists
 
-/** A new region, in the first colour that no other has; without a box it lies a little further on than the last. */
+/** A new region, in the first colour that no other has; without a box it is placed a little beside the last one. */
 export function fresh(regions, box = null) {
     const step = 0.05 * (regions.length % 8);
     const used = regions.map(region => region.color);

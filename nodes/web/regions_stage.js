@@ -16,7 +16,7 @@ export function element(kind, name, parent, attributes = {}) {
 
 /**
  * `on` tells what a person does: select(index), change(index, box), add(box), remove(index).
- * `show(regions, selected)` draws; `focus(index)` gives a box the keyboard.
+ * `show(regions, selected)` draws; `focus(index)` gives a box the keyboard focus.
  */
 export class Stage {
     constructor(parent, on) {
@@ -36,7 +36,7 @@ export class Stage {
 
     listen() {
         const frame = this.frame;
-        // The browser would give the keyboard to the frame after we gave it to a box. Stopping pointerdown would stop mouseup as well,
+        // The browser would move the focus to the frame after we moved it to a box. Stopping pointerdown would stop mouseup as well,
         // at which the page notes a step for its undo.
         frame.addEventListener("mousedown", event => event.preventDefault());
         frame.addEventListener("pointerdown", event => this.begin(event));
