@@ -155,7 +155,8 @@ class RegionalConceptSampler(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="Crop denoising: share of the first steps in which each region is denoised "
-                    "alone, so that its concept appears. Costs nothing more where regions cover the picture. 0 = off.",
+                    "alone, so that its concept appears. Costs nothing more where regions cover the picture. "
+                    "0 = off.",
                 ),
                 io.Float.Input(
                     "isolation",
