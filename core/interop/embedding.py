@@ -1,4 +1,4 @@
-"""Embedding files (textual inversion): a concept's words without its deltas, for `embedding:name` in ComfyUI, and for A1111."""
+"""Embedding files (textual inversion): a concept's words without its deltas, for ComfyUI and A1111."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from ..errors import ConceptError
 
 
 def mean_vectors(tokens: TokenGroup) -> dict[str, Tensor]:
-    """The mean over layer copies, `[words, D]` fp32 per text encoder: the nearest thing that a format without layers can hold."""
-    means = {encoder: vectors.detach().float().cpu().mean(0).contiguous() for encoder, vectors in tokens.vectors.items()}
+    """Text encoder -> the mean over layer copies, `[words, D]`, float32, for formats that know no layers."""
+    means = {encoder: vectors.detach().float().cpu().mean(0).contiguous()
+             for encoder, vectors in tokens.vectors.items()}
     for encoder, mean in means.items():
         if not mean.isfinite().all():
-            raise ConceptError(f"the vectors of {list(tokens.words)} for '{encoder}' hold NaN or infinity; allowed: finite numbers")
+            raise ConceptError(f"the vectors of {list(tokens.words)} for '{encoder}' hold NaN or infinity; "
+                               "allowed: finite numbers")
     return means
 
 
 def embedding_state(tokens: TokenGroup) -> dict[str, Tensor]:
-    """One text encoder: `emb_params`, A1111's key; two: `clip_l` and `clip_g`, the keys of SDXL embeddings. `[words, D]` each.
+    """The tensors of an embedding file, `[words, D]` each.
 
-    ComfyUI looks for the encoder's name and else takes the first tensor, so both work there.
+    With one text encoder under `emb_params`, A1111's key; with two under `clip_l` and `clip_g`, the keys of
+    SDXL embeddings. Both work in ComfyUI, which looks for the encoder's name and else takes the first tensor.
     """
     vectors = mean_vectors(tokens)
     return {"emb_params": next(iter(vectors.values()))} if len(vectors) == 1 else vectors
 
 
 def layer_loss(tokens: TokenGroup) -> float:
-    """What the mean copy leaves out: distance between the layer copies and their mean over the norm of the copies, 0 to 1.
+    """What the mean copy loses: the distance of the layer copies from their mean, over the norm of the
+    copies.
 
-    All words and text encoders together. 0 for words with a single copy; 1 would mean that the copies cancel.
+    0 to 1, all words and text encoders together: 0 for words with a single copy, 1 for copies that cancel.
     """
     vectors = [vector.detach().cpu().double() for vector in tokens.vectors.values()]
     total = sum(float((vector**2).sum()) for vector in vectors)

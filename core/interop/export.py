@@ -1,4 +1,4 @@
-"""A concept, or all of a bank, to files that other programs read."""
+"""Exports a concept, or all of a bank, to files that other programs read."""
 
 from __future__ import annotations
 
@@ -21,43 +21,61 @@ from .factors import DEFAULT_ERROR, DEFAULT_RANK, Factors, check_strength, low_r
 from .kohya import bundled_words, kohya_state
 from .metadata import kohya_metadata, modelspec, thumbnail_type
 from .refit import single_copy
-from .writing import DEFAULT_FORMATS, FORMATS, Exported, Folders, Piece, check_formats, write_pieces
+from .writing import DEFAULT_FORMATS, FORMATS, Exported, Folders, OutputFile, check_formats, write_files
 
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Exported", "export_bank", "export_concept"]
 
 
-def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS, strength: float = 1.0,
-                   rank: int = DEFAULT_RANK, max_error: float = DEFAULT_ERROR, words_folder: Path | str | None = None,
-                   refit: Backbone | None = None) -> Exported:
-    """Writes a concept of the bank into `folder`, one file per format.
+def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS,
+                   strength: float = 1.0, rank: int = DEFAULT_RANK, max_error: float = DEFAULT_ERROR,
+                   words_folder: Path | str | None = None, refit: Backbone | None = None) -> Exported:
+    """Writes a concept of the bank into `folder`, one file per format, named after the concept.
 
-    formats: kohya (LoRA), bundle (LoRA and words in one file), diffusers (LoRA), embedding (words). strength: factor on the deltas;
-    rank and max_error: for sparse deltas, see `factors.low_rank`. words_folder: where embeddings go (default: to the others). refit: a base
-    whose text encoders words with layer copies are re-fitted to, see `refit`. Files are called after the concept; nothing is overwritten, a
-    counter such as `_00002` follows the name instead, the same for all files of one call. Raises ConceptError, and then leaves no file.
+    Nothing is overwritten: a counter such as `_00002` follows the name instead, the same for all files of one
+    call.
+
+    Args:
+        formats: kohya (LoRA), bundle (LoRA and words in one file), diffusers (LoRA), embedding (words).
+        strength: Factor on the deltas.
+        rank, max_error: For sparse deltas, see `factors.low_rank`.
+        words_folder: Where embeddings go; None = into `folder`.
+        refit: A base whose text encoders words with layer copies are re-fitted to, see `refit`.
+
+    Raises:
+        ConceptError: Something cannot be exported or written; no file is left then.
     """
     formats = check_formats(formats)
     strength, concept = check_strength(strength), bank.passing(name)
     concept.check_fits(bank.layout)
-    factors = None if formats == ("embedding",) else low_rank(concept.deltas, f"concept '{concept.name}'", rank, max_error)
-    tokens, lost = single_copy(concept, refit) if {"embedding", "bundle"} & set(formats) else (concept.tokens, [])
+    owner, factors, tokens, lost = f"concept '{concept.name}'", None, concept.tokens, []
+    if formats != ("embedding",):
+        factors = low_rank(concept.deltas, owner, rank, max_error)
+    if {"embedding", "bundle"} & set(formats):
+        tokens, lost = single_copy(concept, refit)
     states = {kind: _state(kind, concept.name, tokens, bank.layout, factors, strength) for kind in formats}
-    pieces = [Piece(concept.name, kind, state, partial(_metadata, kind, concept, bank.layout, state)) for kind, state in states.items()]
-    paths = write_pieces(f"concept '{concept.name}'", pieces, Folders.of(folder, words_folder))
-    notes = [f"{path.name}: {usage(kind, path, concept.name)}" for kind, path in zip(formats, paths, strict=True)]
+    outputs = [OutputFile(concept.name, kind, state, partial(_metadata, kind, concept, bank.layout, state))
+              for kind, state in states.items()]
+    paths = write_files(owner, outputs, Folders.of(folder, words_folder))
+    notes = [f"{path.name}: {usage(kind, path, concept.name)}"
+             for kind, path in zip(formats, paths, strict=True)]
     return Exported(paths, (*notes, *lost, *_losses(concept, formats, factors)))
 
 
-def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS, strength: float = 1.0,
-                rank: int = DEFAULT_RANK, max_error: float = DEFAULT_ERROR, words_folder: Path | str | None = None,
-                refit: Backbone | None = None) -> Exported:
-    """Every concept as `export_concept` writes it. One that cannot be written is left out, and the notes say why; ConceptError when that is
-    so for all of them."""
+def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS,
+                strength: float = 1.0, rank: int = DEFAULT_RANK, max_error: float = DEFAULT_ERROR,
+                words_folder: Path | str | None = None, refit: Backbone | None = None) -> Exported:
+    """Writes every concept as `export_concept` does.
+
+    Concepts that cannot be exported are reported in the notes and skipped.
+
+    Raises:
+        ConceptError: No concept can be exported.
+    """
     formats, strength = check_formats(formats), check_strength(strength)
     if not len(bank):
         raise ConceptError("the bank holds no concept to export")
     files: list[Path] = []
-    said: dict[str, list[str]] = {}      # what holds for several concepts is said once
+    names_by_note: dict[str, list[str]] = {}      # a note that holds for several concepts comes once
     failed: dict[str, str] = {}
     for name in bank.names:
         try:
@@ -67,14 +85,17 @@ def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = 
             continue
         files += done.files
         for note in done.notes:
-            said.setdefault(note, []).append(name)
+            names_by_note.setdefault(note, []).append(name)
     if not files:
-        raise ConceptError(f"none of the {len(bank)} concepts could be exported; the first one: {next(iter(failed.values()))}")
-    notes = [f"{', '.join(f'<{name}>' for name in names)}: {note}" for note, names in said.items()]
-    return Exported(tuple(files), (*notes, *(f"<{name}> was left out: {reason}" for name, reason in failed.items())))
+        raise ConceptError(f"none of the {len(bank)} concepts could be exported; the first one: "
+                           f"{next(iter(failed.values()))}")
+    notes = [f"{', '.join(f'<{name}>' for name in names)}: {note}" for note, names in names_by_note.items()]
+    notes += [f"<{name}> was left out: {reason}" for name, reason in failed.items()]
+    return Exported(tuple(files), tuple(notes))
 
 
-def _state(kind: str, name: str, tokens: TokenGroup, layout: SiteLayout, factors: Factors | None, strength: float) -> dict[str, Tensor]:
+def _state(kind: str, name: str, tokens: TokenGroup, layout: SiteLayout, factors: Factors | None,
+           strength: float) -> dict[str, Tensor]:
     if kind == "embedding":
         return embedding_state(tokens)
     words = bundled_words(name, tokens) if kind == "bundle" else {}
@@ -85,8 +106,10 @@ def lora_state(kind: str, layout: SiteLayout, factors: Factors, strength: float 
     return (diffusers_state if kind == "diffusers" else kohya_state)(layout, factors.deltas, strength)
 
 
-def _metadata(kind: str, concept: Concept, layout: SiteLayout, state: Mapping[str, Tensor], path: Path) -> dict[str, str]:
-    common = modelspec(concept, layout, "textual-inversion" if kind == "embedding" else "lora", usage(kind, path, concept.name))
+def _metadata(kind: str, concept: Concept, layout: SiteLayout, state: Mapping[str, Tensor],
+              path: Path) -> dict[str, str]:
+    spec_kind = "textual-inversion" if kind == "embedding" else "lora"
+    common = modelspec(concept, layout, spec_kind, usage(kind, path, concept.name))
     return common | (kohya_metadata(concept.info, layout, state) if kind in ("kohya", "bundle") else {})
 
 
@@ -97,17 +120,21 @@ def embedding_metadata(concept: Concept, layout: SiteLayout, path: Path) -> dict
 def usage(kind: str, path: Path, name: str) -> str:
     """One sentence on how to use a concept's file."""
     if kind == "embedding":
-        return f"goes into the embeddings folder; write embedding:{path.stem} in prompts, with a space before and after it"
+        return (f"goes into the embeddings folder; write embedding:{path.stem} in prompts, with a space "
+                "before and after it")
     if kind == "diffusers":
-        return f"for load_lora_weights of diffusers; the words: load_textual_inversion with the embedding file and token='<{name}>'"
+        return ("for load_lora_weights of diffusers; the words: load_textual_inversion with the embedding "
+                f"file and token='<{name}>'")
     if kind == "bundle":
-        return (f"LoRA and words in one file: A1111 reads both, the word is {name}; ComfyUI's LoRA loader leaves the words out and "
-                "logs 'lora key not loaded' for them")
+        return (f"LoRA and words in one file: A1111 reads both, the word is {name}; ComfyUI's LoRA loader "
+                "leaves the words out and logs 'lora key not loaded' for them")
     return "LoRA without the words, which are in the embedding file; it acts on every prompt"
 
 
 def cut_notes(factors: Factors, what: str) -> list[str]:
-    return [] if factors.error is None else [f"{what} were cut to rank {factors.rank}, which loses {factors.error:.4f} of them (relative)"]
+    if factors.error is None:
+        return []
+    return [f"{what} were cut to rank {factors.rank}, which loses {factors.error:.4f} of them (relative)"]
 
 
 def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None) -> list[str]:
@@ -118,9 +145,11 @@ def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None)
         notes += cut_notes(factors, "sparse deltas")
     kind = concept.info.composes.kind
     if factors is not None and kind is Kind.SUM:
-        notes.append(f"method {concept.info.method} adds up the deltas of all concepts; these files hold only what <{concept.name}> added")
+        notes.append(f"method {concept.info.method} adds up the deltas of all concepts; these files hold "
+                     f"only what <{concept.name}> added")
     if factors is not None and kind is Kind.WORDS:
-        notes.append(f"<{concept.name}> acts through its own words alone here; in other programs its LoRA acts on every word of a prompt")
+        notes.append(f"<{concept.name}> acts through its own words alone here; in other programs its LoRA "
+                     "acts on every word of a prompt")
     if concept.thumbnail and thumbnail_type(concept.thumbnail) is None:
         notes.append("the thumbnail is no JPEG or PNG of up to 1 MB and was left out")
     return notes

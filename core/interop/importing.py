@@ -1,8 +1,9 @@
-"""Files of other programs as concepts: LoRA (kohya's, diffusers', PEFT's names) and embeddings (textual inversion).
+"""Imports files of other programs as concepts: LoRA (kohya's, diffusers', PEFT's names) and embeddings.
 
-Of a LoRA the text cross-attention is taken, which is where concepts live here; what else it changes is counted and told. A LoRA without
-words of its own gets those that people type for it: the trigger's own vectors are the concept's words. Files are untrusted: safetensors
-alone, and whatever does not fit is refused with one sentence.
+Of a LoRA the text cross-attention is taken, because concepts have deltas there alone; what else it changes is
+counted and reported. A LoRA without learned words gets those that people type for it: the vectors of its
+trigger. Files are
+untrusted: safetensors alone, and whatever does not fit is refused with one sentence.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.sites import Site, SiteLayout
 from .lora_names import part_of, site_names
 
-METHOD = "imported"      # no way to learn: such concepts act where a prompt names them, on all of its words, as a LoRA does
+# Not a method that learns. Such concepts act when a prompt names them, on all of its words, as a LoRA does.
+METHOD = "imported"
 MOST_RANK = 1024
 LARGEST_EMBEDDING = 16 << 20      # bytes
 _BUNDLE = "bundle_emb."
@@ -33,15 +35,17 @@ _ODD = "in a form other than plain LoRA"
 
 @dataclass(frozen=True)
 class LoraFile:
-    """tensors: of LoRA factors and bundled words; others: names of what else is in the file, which is not read."""
+    """tensors: LoRA factors and bundled words; others: names of the file's other tensors, which are not
+    read."""
 
     tensors: Mapping[str, Tensor]
     others: tuple[str, ...] = ()
 
     @property
     def words(self) -> dict[str, Tensor]:
-        """What it carries of learned words: encoder, or whatever stands for it -> vectors."""
-        return {key.removeprefix(_BUNDLE).split(".", 1)[-1]: t for key, t in self.tensors.items() if key.startswith(_BUNDLE)}
+        """Learned words in the file: text encoder, or the key in its place -> vectors."""
+        return {key.removeprefix(_BUNDLE).split(".", 1)[-1]: t for key, t in self.tensors.items()
+                if key.startswith(_BUNDLE)}
 
 
 def _read(path: Path | str, wanted: Callable[[str], bool]) -> LoraFile:
@@ -49,17 +53,19 @@ def _read(path: Path | str, wanted: Callable[[str], bool]) -> LoraFile:
     if not path.is_file():
         raise ConceptError(f"there is no file '{path}'")
     if path.suffix != ".safetensors":
-        raise ConceptError(f"'{path.name}' is a {path.suffix or 'nameless'} file; allowed: .safetensors (others can run code when opened)")
+        raise ConceptError(f"'{path.name}' is a {path.suffix or 'nameless'} file; allowed: .safetensors "
+                           "(others can run code when opened)")
     try:
         with safe_open(str(path), framework="pt") as file:
             keys = list(file.keys())
-            return LoraFile({key: file.get_tensor(key) for key in keys if wanted(key)}, tuple(key for key in keys if not wanted(key)))
+            tensors = {key: file.get_tensor(key) for key in keys if wanted(key)}
+            return LoraFile(tensors, tuple(key for key in keys if key not in tensors))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ConceptError(f"'{path.name}' is not a readable .safetensors file ({error})") from error
 
 
 def read_lora(path: Path | str) -> LoraFile:
-    """ConceptError for anything but a `.safetensors` file."""
+    """Reads a LoRA; raises ConceptError for anything but a `.safetensors` file."""
     return _read(path, lambda key: key.startswith(_BUNDLE) or part_of(key) is not None)
 
 
@@ -67,14 +73,20 @@ def read_embedding(path: Path | str) -> Mapping[str, Tensor]:
     """All tensors of a small `.safetensors` file; ConceptError for anything else."""
     path = Path(path)
     if path.is_file() and path.stat().st_size > LARGEST_EMBEDDING:
-        raise ConceptError(f"'{path.name}' is larger than {LARGEST_EMBEDDING >> 20} MB; an embedding is a few hundred kilobytes")
+        raise ConceptError(f"'{path.name}' is larger than {LARGEST_EMBEDDING >> 20} MB; an embedding is a "
+                           "few hundred kilobytes")
     return _read(path, lambda key: True).tensors
 
 
 @dataclass(frozen=True)
 class Taken:
-    """deltas: of the sites; share: of the whole change (squared Frobenius norm) that is in them; left: how many modules were left out, by
-    what they are."""
+    """The part of a LoRA that a concept can hold.
+
+    Args:
+        deltas: Of the sites.
+        share: Their part of the whole LoRA, in squared Frobenius norms, 0 to 1.
+        left: What the modules that were left out belong to -> their number.
+    """
 
     deltas: Mapping[DeltaKey, LowRankDelta]
     share: float
@@ -82,7 +94,11 @@ class Taken:
 
 
 def lora_deltas(file: LoraFile, layout: SiteLayout, owner: str) -> Taken:
-    """The text cross-attention of a LoRA; ConceptError when it has none, or belongs to another family of models."""
+    """The text cross-attention of a LoRA.
+
+    Raises:
+        ConceptError: It has none, is damaged, or belongs to another family of models.
+    """
     modules: dict[tuple[bool, str], dict[str, Tensor]] = {}
     for key, tensor in file.tensors.items():
         part = part_of(key)
@@ -102,7 +118,8 @@ def lora_deltas(file: LoraFile, layout: SiteLayout, owner: str) -> Taken:
         deltas[place] = _fitting(delta, layout.sites[place[0]], place[1], owner)
         inside += _energy(delta)
     if not deltas:
-        raise ConceptError(f"{owner} changes no text cross-attention of this base ({layout.describe()}); allowed: LoRA files with attn2 "
+        raise ConceptError(f"{owner} changes no text cross-attention of this base ({layout.describe()}); "
+                           "allowed: LoRA files with attn2 "
                            "layers for it")
     return Taken(deltas, inside / (inside + outside) if inside + outside > 0 else 1.0, left)
 
@@ -111,74 +128,97 @@ def _delta(sides: Mapping[str, Tensor], owner: str) -> LowRankDelta:
     up, down, alpha = sides["up"], sides["down"], sides.get("alpha")
     are_matrices = all(t.dtype.is_floating_point and t.ndim in (2, 4) and t.numel() for t in (up, down))
     if not are_matrices or (alpha is not None and alpha.numel() != 1):
-        raise ConceptError(f"{owner} has factors of shape {tuple(up.shape)} and {tuple(down.shape)}; allowed: two matrices")
+        raise ConceptError(f"{owner} has factors of shape {tuple(up.shape)} and {tuple(down.shape)}; "
+                           "allowed: two matrices")
     up, down = (t.flatten(1).float() for t in (up, down))
     rank = down.shape[0]
     if up.shape[1] != rank or rank > MOST_RANK:
-        raise ConceptError(f"{owner} has ranks {up.shape[1]} and {rank}; allowed: the same on both sides, up to {MOST_RANK}")
+        raise ConceptError(f"{owner} has ranks {up.shape[1]} and {rank}; allowed: the same on both sides, up "
+                           f"to {MOST_RANK}")
     scale = 1.0 if alpha is None else float(alpha) / rank
-    if not (torch.isfinite(up).all() and torch.isfinite(down).all() and abs(scale) < 1e4):      # NaN is not below
+    # A scale of NaN fails the comparison.
+    if not (torch.isfinite(up).all() and torch.isfinite(down).all() and abs(scale) < 1e4):
         raise ConceptError(f"{owner} holds NaN, infinity or a scale of {scale:g}; allowed: finite numbers")
     return LowRankDelta(up, down, scale)
 
 
 def _fitting(delta: LowRankDelta, site: Site, projection: str, owner: str) -> LowRankDelta:
     if delta.shape != site.shape(projection):
-        raise ConceptError(f"{owner} has a {delta.shape[0]}x{delta.shape[1]} change for {projection} of site {site.index}; this base needs "
-                           f"{'x'.join(map(str, site.shape(projection)))}: it was made for another family of models")
+        has, needs = ("x".join(map(str, shape)) for shape in (delta.shape, site.shape(projection)))
+        raise ConceptError(f"{owner} has a {has} change for {projection} of site {site.index}; this base "
+                           "needs "
+                           f"{needs}: it was made for another family of models")
     return delta
 
 
 def _energy(delta: LowRankDelta) -> float:
-    """Squared Frobenius norm, from r×r matrices."""
-    return delta.scale**2 * float(((delta.up.T @ delta.up).double() * (delta.down @ delta.down.T).double()).sum().clamp(min=0))
+    """Squared Frobenius norm, computed from `r x r` matrices."""
+    product = (delta.up.T @ delta.up).double() * (delta.down @ delta.down.T).double()
+    return delta.scale**2 * float(product.sum().clamp(min=0))
 
 
 def embedding_vectors(tensors: Mapping[str, Tensor], layout: SiteLayout, owner: str) -> dict[str, Tensor]:
-    """Text encoder -> `[n, D]`. Keys: clip_l, clip_g, diffusers' text_encoders_0 and _1; with one encoder any single tensor."""
+    """Text encoder -> its vectors of the words, `[n, D]`.
+
+    Args:
+        tensors: Under clip_l and clip_g, or diffusers' text_encoders_0 and _1; for one encoder any single
+            tensor.
+    """
     widths = dict(layout.text_widths)
     found = {_ENCODERS.get(key, key): tensor for key, tensor in tensors.items()}
     if not set(widths) <= set(found):
         if len(widths) > 1 or len(tensors) != 1:
-            raise ConceptError(f"{owner} holds {', '.join(sorted(tensors)[:6]) or 'nothing'}; allowed: vectors for {', '.join(widths)}")
+            raise ConceptError(f"{owner} holds {', '.join(sorted(tensors)[:6]) or 'nothing'}; allowed: "
+                               f"vectors for {', '.join(widths)}")
         found = {next(iter(widths)): next(iter(tensors.values()))}
     vectors = {}
     for encoder, width in widths.items():
         tensor = found[encoder]
         fits = tensor.dtype.is_floating_point and tensor.ndim in (1, 2) and tensor.shape[-1] == width
         if not fits or not torch.isfinite(tensor).all():
-            raise ConceptError(f"{owner} has vectors of shape {tuple(tensor.shape)} for '{encoder}'; allowed: finite numbers [n, {width}]")
+            raise ConceptError(f"{owner} has vectors of shape {tuple(tensor.shape)} for '{encoder}'; "
+                               f"allowed: finite numbers [n, {width}]")
         vectors[encoder] = tensor.float().view(-1, width)
     return _counted(vectors, owner)
 
 
 def trigger_vectors(encoders, trigger: str) -> dict[str, Tensor]:
-    """The vocabulary's own vectors of the words that people type for a LoRA, `[n, D]` per text encoder."""
-    return _counted({encoder.name: encoder.vectors(encoder.ids(trigger)) for encoder in encoders}, f"the trigger {trigger!r}")
+    """Text encoder -> the vocabulary's vectors of the words that people type for a LoRA, `[n, D]`."""
+    return _counted({encoder.name: encoder.vectors(encoder.ids(trigger)) for encoder in encoders},
+                    f"the trigger {trigger!r}")
 
 
 def _counted(vectors: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
     counts = sorted({len(vector) for vector in vectors.values()})
     if len(counts) != 1 or not 1 <= counts[0] <= MAX_WORDS:
         found = " and ".join(map(str, counts))
-        raise ConceptError(f"{owner} has {found} vectors; allowed: 1 to {MAX_WORDS}, as many for each text encoder")
+        raise ConceptError(f"{owner} has {found} vectors; allowed: 1 to {MAX_WORDS}, as many for each text "
+                           "encoder")
     return vectors
 
 
 @dataclass(frozen=True)
 class Imported:
-    """notes: sentences on what was taken and what was left out."""
+    """An imported concept. notes: sentences on what was taken and what was left out."""
 
     concept: Concept
     notes: tuple[str, ...]
 
 
-def imported(name: str, class_noun: str, kind: str, layout: SiteLayout, vectors: Mapping[str, Tensor], taken: Taken | None = None,
+def imported(name: str, class_noun: str, kind: str, layout: SiteLayout, vectors: Mapping[str, Tensor],
+             taken: Taken | None = None,
              files: tuple[str, ...] = ()) -> Imported:
-    """The concept. vectors: of its words, `[n, D]` per text encoder; files: the names it came from, for its provenance."""
+    """Makes the concept.
+
+    Args:
+        vectors: Text encoder -> vectors of its words, `[n, D]`.
+        taken: Its deltas; None for an embedding alone.
+        files: Names of the files, for its provenance.
+    """
     words = default_words(name, len(next(iter(vectors.values()))))
     tokens = TokenGroup(words, {encoder: _half(vector).unsqueeze(0) for encoder, vector in vectors.items()})
-    deltas = {} if taken is None else {key: LowRankDelta(_half(d.up), _half(d.down), d.scale) for key, d in _one_rank(taken.deltas).items()}
+    deltas = {} if taken is None else {key: LowRankDelta(_half(d.up), _half(d.down), d.scale)
+                                       for key, d in _one_rank(taken.deltas).items()}
     info = ConceptInfo(name, class_noun, METHOD, words, kind, Provenance(settings={"files": list(files)}))
     concept = Concept(info, tokens, deltas)
     concept.check_fits(layout)
@@ -188,31 +228,41 @@ def imported(name: str, class_noun: str, kind: str, layout: SiteLayout, vectors:
 
 
 def _told(taken: Taken) -> list[str]:
-    notes = [f"taken: {len(taken.deltas)} text cross-attention layers, {100 * taken.share:.0f} % of what the LoRA changes"]
+    notes = [f"taken: {len(taken.deltas)} text cross-attention layers, {100 * taken.share:.0f} % of what the "
+             "LoRA changes"]
     left = [f"{count} {what}" for what, count in taken.left.items() if count]
     return notes + ([f"left out: {', '.join(left)}; what they do is not in the concept"] if left else [])
 
 
 def _one_rank(deltas: Mapping[DeltaKey, LowRankDelta]) -> dict[DeltaKey, LowRankDelta]:
-    """A bank holds one rank per projection: smaller ones are filled up with zeros."""
+    """Pads factors with zeros to one rank per projection, as a bank holds them."""
     ranks: dict[str, int] = {}
     for (_, projection), delta in deltas.items():
         ranks[projection] = max(ranks.get(projection, 0), delta.down.shape[0])
     missing = {key: ranks[key[1]] - delta.down.shape[0] for key, delta in deltas.items()}
     pad = torch.nn.functional.pad
-    return {key: LowRankDelta(pad(d.up, (0, missing[key])), pad(d.down, (0, 0, 0, missing[key])), d.scale) for key, d in deltas.items()}
+    return {key: LowRankDelta(pad(d.up, (0, missing[key])), pad(d.down, (0, 0, 0, missing[key])), d.scale)
+            for key, d in deltas.items()}
 
 
 def _half(tensor: Tensor) -> Tensor:
-    """fp16 where it holds the numbers, else fp32."""
+    """float16 where it holds the range, else float32."""
     half = tensor.half()
     return half if torch.isfinite(half).all() else tensor
 
 
-def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout, encoders=(), lora: Path | str | None = None,
+def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout, encoders=(),
+                   lora: Path | str | None = None,
                    embedding: Path | str | None = None, trigger: str = "") -> Imported:
-    """A concept out of files. lora, embedding: either or both; trigger: the words that people type for a LoRA without learned ones, for
-    which `encoders` (of a backbone) are needed. Raises ConceptError."""
+    """Makes a concept from a LoRA file, an embedding file or both.
+
+    Args:
+        encoders: A backbone's text encoders, for `trigger`.
+        trigger: The words that people type for a LoRA without learned words.
+
+    Raises:
+        ConceptError: A file cannot be read or does not fit, or there are no words for the concept.
+    """
     check_name(name)
     paths = tuple(Path(path) for path in (lora, embedding) if path is not None)
     if not paths:
@@ -220,12 +270,14 @@ def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout, en
     file = None if lora is None else read_lora(lora)
     taken = None if file is None else lora_deltas(file, layout, f"the LoRA '{Path(lora).name}'")
     if embedding is not None:
-        vectors = embedding_vectors(read_embedding(embedding), layout, f"the embedding '{Path(embedding).name}'")
+        vectors = embedding_vectors(read_embedding(embedding), layout,
+                                    f"the embedding '{Path(embedding).name}'")
     elif file.words:
         vectors = embedding_vectors(file.words, layout, f"the LoRA '{Path(lora).name}'")
     elif trigger.strip():
         vectors = trigger_vectors(encoders, trigger.strip())
     else:
-        raise ConceptError(f"the LoRA '{Path(lora).name}' has no learned words; give the trigger words that are typed for it, or an "
+        raise ConceptError(f"the LoRA '{Path(lora).name}' has no learned words; give the trigger words that "
+                           "are typed for it, or an "
                            "embedding file")
     return imported(name, class_noun, kind, layout, vectors, taken, tuple(path.name for path in paths))

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from ..model.deltas import DeltaKey
 from ..model.sites import PROJECTIONS, SiteLayout
 
-# kohya: `<module>.lora_up.weight`; PEFT: `<module>.lora_B.weight`, with the adapter's name before `weight` or not; diffusers:
-# `<module>.lora.up.weight`, and of 2023 `<attention>.processor.to_q_lora.up.weight`.
+# kohya: `<module>.lora_up.weight`; PEFT: `<module>.lora_B.weight`, with or without the adapter's name before
+# `weight`; diffusers: `<module>.lora.up.weight`, and in 2023 `<attention>.processor.to_q_lora.up.weight`.
 _FACTOR = re.compile(r"(?P<module>.+?)(?:[._]lora[._](?P<side>up|down|A|B|mid))(?:\.[\w-]+)?\.weight$")
 _ALPHA = re.compile(r"(?P<module>.+?)\.alpha$")
 _PREFIX = re.compile(r"^(?:base_model_model_|model_|lora_|unet_|diffusion_)+")
-_TEXT = re.compile(r"^(?:base_model_model_)?(?:lora_)?(?:te|te1|te2|text_encoder|text_encoder_2|text_model|cond_stage_model|clip)_")
+_TEXT = re.compile(r"^(?:base_model_model_)?(?:lora_)?"
+                   r"(?:te|te1|te2|text_encoder|text_encoder_2|text_model|cond_stage_model|clip)_")
 _SIDES = {"up": "up", "B": "up", "down": "down", "A": "down", "mid": "mid"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor's place: the module's name with `_` for dots and without what programs put in front; side: up | down | mid | alpha."""
+    """A tensor's place. module: its name with `_` for dots, without prefixes; side: up | down | mid |
+    alpha."""
 
     module: str
     side: str
@@ -28,7 +30,7 @@ class Part:
 
 
 def part_of(key: str) -> Part | None:
-    """None for tensors that are no LoRA's (LoHa, LoKr, DoRA's magnitudes, embeddings)."""
+    """Parses a tensor's name; None for tensors that belong to no LoRA (LoHa, LoKr, DoRA's magnitudes)."""
     found = _FACTOR.match(key) or _ALPHA.match(key)
     if found is None:
         return None
@@ -38,7 +40,8 @@ def part_of(key: str) -> Part | None:
 
 
 def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
-    """Every name that a site's projection goes by: diffusers' and that of the original code (`input_blocks_1_1_...`)."""
+    """Every name of a site's projection: diffusers' and that of the original code
+    (`input_blocks_1_1_...`)."""
     found: dict[str, DeltaKey] = {}
     original = _original_names([site.name for site in layout.sites])
     for site in layout.sites:
@@ -50,9 +53,13 @@ def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
 
 
 def _original_names(names: Iterable[str]) -> dict[str, str]:
-    """diffusers' path of an attention layer -> that of the original Stable Diffusion code. A block there has its layers, and one more that
-    halves or (with one layer more, in the same block) doubles the picture."""
-    pattern = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)|mid_block\.attentions\.0\.(.+)")
+    """diffusers' path of an attention layer -> its path in the original Stable Diffusion code.
+
+    There a down block has its layers and one more, which halves the picture; an up block has one layer more
+    than a down block, and doubles the picture in its last one.
+    """
+    pattern = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)"
+                         r"|mid_block\.attentions\.0\.(.+)")
     matches = {name: pattern.fullmatch(name) for name in names}
     layers = 1 + max((int(m[3]) for m in matches.values() if m and m[1] == "down_blocks"), default=1)
     found = {}
@@ -63,6 +70,7 @@ def _original_names(names: Iterable[str]) -> dict[str, str]:
             found[name] = f"middle_block.1.{m[5]}"
         else:
             block, layer = int(m[2]), int(m[3])
-            number = block * (layers + 1) + layer + (m[1] == "down_blocks")
-            found[name] = f"{'input' if m[1] == 'down_blocks' else 'output'}_blocks.{number}.1.{m[4]}"
+            is_down = m[1] == "down_blocks"
+            number = block * (layers + 1) + layer + is_down
+            found[name] = f"{'input' if is_down else 'output'}_blocks.{number}.1.{m[4]}"
     return found

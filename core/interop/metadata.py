@@ -1,7 +1,8 @@
-"""Metadata of exported files: all text, as safetensors wants it. Keys: kohya's `ss_*`, ModelSpec's `modelspec.*`, thumbnails.
+"""Metadata of exported files: kohya's `ss_*`, ModelSpec's `modelspec.*` (1.0.0) and thumbnails, all as text.
 
-ModelSpec: Stability-AI/ModelSpec 1.0.0. ComfyUI and A1111 show the picture in `ssmd_cover_images`, and ComfyUI takes trigger words
-from `ss_tag_frequency`. Nothing here depends on the day of the export: the same concept gives the same metadata.
+ComfyUI and A1111 show the picture in `ssmd_cover_images`; ComfyUI takes trigger words from
+`ss_tag_frequency`.
+Metadata do not depend on the day of the export: the same concept gives the same metadata.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ _FAMILIES = {       # (sites, context width) -> ModelSpec's name of the architec
     (70, 2048): ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
 }
 _TRAINING = {       # our setting -> kohya's key
-    "batch_size": "ss_batch_size_per_device", "accumulation": "ss_gradient_accumulation_steps", "optimizer": "ss_optimizer",
-    "schedule": "ss_lr_scheduler", "warmup": "ss_lr_warmup_steps", "max_grad_norm": "ss_max_grad_norm", "seed": "ss_seed",
-    "min_snr_gamma": "ss_min_snr_gamma", "noise_offset": "ss_noise_offset", "caption_dropout": "ss_caption_dropout_rate",
+    "batch_size": "ss_batch_size_per_device", "accumulation": "ss_gradient_accumulation_steps",
+    "optimizer": "ss_optimizer", "schedule": "ss_lr_scheduler", "warmup": "ss_lr_warmup_steps",
+    "max_grad_norm": "ss_max_grad_norm", "seed": "ss_seed", "min_snr_gamma": "ss_min_snr_gamma",
+    "noise_offset": "ss_noise_offset", "caption_dropout": "ss_caption_dropout_rate",
 }
 
 
@@ -35,7 +37,7 @@ def _family(layout: SiteLayout) -> tuple[str, str]:
 
 
 def thumbnail_type(thumbnail: bytes) -> str | None:
-    """`image/jpeg` or `image/png` by the first bytes; None for anything else, for nothing, and for more than COVER_LIMIT."""
+    """`image/jpeg` or `image/png` by the first bytes; None for anything else and above THUMBNAIL_LIMIT."""
     if len(thumbnail) > THUMBNAIL_LIMIT:
         return None
     magic = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
@@ -51,16 +53,23 @@ def _date(text: str) -> datetime.datetime | None:
 
 
 def modelspec(concept: Concept, layout: SiteLayout, kind: str, usage: str) -> dict[str, str]:
-    """kind: `lora` or `textual-inversion`; usage: one sentence on how to use the file. Plus the thumbnail where there is a sound one."""
+    """ModelSpec's metadata of a concept's file, with the thumbnail where there is a valid one.
+
+    Args:
+        kind: `lora` or `textual-inversion`.
+        usage: One sentence on how to use the file.
+    """
     info = concept.info
     noun = f" ({info.class_noun})" if info.class_noun else ""
     told = f"The {info.kind} {info.name}{noun}, learned with Continual Concepts by the method {info.method}"
     date = _date(info.provenance.date)
     dated = {} if date is None else {"modelspec.date": date.isoformat(timespec="seconds")}
-    return _described(layout, kind, info.name, told, info.name, usage) | dated | _thumbnails([concept.thumbnail])
+    data = _described(layout, kind, info.name, told, info.name, usage)
+    return data | dated | _thumbnails([concept.thumbnail])
 
 
-def _described(layout: SiteLayout, kind: str, title: str, description: str, trigger: str, usage: str) -> dict[str, str]:
+def _described(layout: SiteLayout, kind: str, title: str, description: str, trigger: str,
+               usage: str) -> dict[str, str]:
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -74,7 +83,7 @@ def _described(layout: SiteLayout, kind: str, title: str, description: str, trig
 
 
 def _thumbnails(thumbnails: Sequence[bytes]) -> dict[str, str]:
-    """The sound ones, as long as they are not too large together."""
+    """The valid ones, up to THUMBNAIL_LIMIT together."""
     kept: list[bytes] = []
     for thumbnail in thumbnails:
         if thumbnail_type(thumbnail) is not None and sum(map(len, kept)) + len(thumbnail) <= THUMBNAIL_LIMIT:
@@ -82,20 +91,29 @@ def _thumbnails(thumbnails: Sequence[bytes]) -> dict[str, str]:
     if not kept:
         return {}
     encoded = [base64.b64encode(thumbnail).decode("ascii") for thumbnail in kept]
-    return {"modelspec.thumbnail": f"data:{thumbnail_type(kept[0])};base64,{encoded[0]}", "ssmd_cover_images": json.dumps(encoded)}
+    return {"modelspec.thumbnail": f"data:{thumbnail_type(kept[0])};base64,{encoded[0]}",
+            "ssmd_cover_images": json.dumps(encoded)}
 
 
-def aggregate_metadata(title: str, prompt: str, reading: str, named: Sequence[Concept], layout: SiteLayout, state: Mapping[str, Tensor],
+def aggregate_metadata(title: str, prompt: str, reading: str, named: Sequence[Concept], layout: SiteLayout,
+                       state: Mapping[str, Tensor],
                        usage: str) -> dict[str, str]:
-    """Of what a bank gives for a prompt. reading: mode and strength in words; named: the concepts that the prompt names."""
+    """Metadata of a bank's weights for one prompt.
+
+    Args:
+        reading: Mode and strength, in words.
+        named: The concepts in the prompt.
+    """
     told = f"What a bank of Continual Concepts gives for the prompt {prompt!r} ({reading})"
-    data = _described(layout, "lora", title, told, prompt, usage) | _thumbnails([concept.thumbnail for concept in named])
+    data = _described(layout, "lora", title, told, prompt, usage)
+    data |= _thumbnails([concept.thumbnail for concept in named])
     tags = {title: {concept.name: 1 for concept in named}}
     return data | _network(title, layout, state, tags, f"Continual Concepts, {reading}")
 
 
-def _network(title: str, layout: SiteLayout, state: Mapping[str, Tensor], tags: Mapping, comment: str) -> dict[str, str]:
-    """kohya's names for what a state dict holds; {} for one under other names."""
+def _network(title: str, layout: SiteLayout, state: Mapping[str, Tensor], tags: Mapping,
+             comment: str) -> dict[str, str]:
+    """kohya's description of a state dict; {} for one that is not under kohya's names."""
     downs = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_down.weight")}
     alphas = {round(float(tensor), 6) for name, tensor in state.items() if name.endswith(".alpha")}
     if not downs:
@@ -112,7 +130,8 @@ def _network(title: str, layout: SiteLayout, state: Mapping[str, Tensor], tags: 
 
 
 def kohya_metadata(info: ConceptInfo, layout: SiteLayout, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """`ss_*` of a state dict under kohya's names: network, base, trigger word, and the training as far as the concept knows it."""
+    """`ss_*` of a state dict under kohya's names: network, base, trigger word, and training as far as
+    known."""
     origin = info.provenance
     tags = {info.name: {info.name: max(1, len(origin.images))}}
     data = _network(info.name, layout, state, tags, f"Continual Concepts, method {info.method}")
@@ -126,10 +145,13 @@ def kohya_metadata(info: ConceptInfo, layout: SiteLayout, state: Mapping[str, Te
 
 
 def _settings(settings: Mapping) -> dict[str, str]:
-    """Settings come from a bank's header: anything of an unexpected form is left out."""
-    parts = {name: part if isinstance(part := settings.get(name), Mapping) else {} for name in ("training", "method")}
+    """Training settings under kohya's names. They come from a bank's header: unexpected values are left
+    out."""
+    parts = {name: part if isinstance(part := settings.get(name), Mapping) else {}
+             for name in ("training", "method")}
     plain = (str, int, float)
-    data = {key: str(parts["training"][name]) for name, key in _TRAINING.items() if isinstance(parts["training"].get(name), plain)}
+    data = {key: str(parts["training"][name]) for name, key in _TRAINING.items()
+            if isinstance(parts["training"].get(name), plain)}
     if isinstance(parts["method"].get("lr"), plain):
         data["ss_learning_rate"] = str(parts["method"]["lr"])
     if isinstance(side := parts["training"].get("resolution"), int):

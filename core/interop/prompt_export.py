@@ -1,4 +1,4 @@
-"""What a bank gives for one prompt, as files that other programs read: one LoRA, and the words of the concepts that the prompt names."""
+"""Exports a bank for one prompt to files that other programs read: one LoRA, and embeddings of the words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..bank.composition import Kind
 from ..bank.concepts import Concept
 from ..bank.prompts import Prompt
 from ..bank.tokens import TokenGroup
-from ..conditioning.routing import MODES, site_weights
+from ..conditioning.routing import MODES, SiteWeights, site_weights, weighted_deltas
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.deltas import Delta, DeltaKey
@@ -24,7 +24,7 @@ from .factors import DEFAULT_ERROR, Factors, check_strength, low_rank_sum
 from .kohya import bundled_words
 from .metadata import aggregate_metadata
 from .refit import single_copy
-from .writing import DEFAULT_FORMATS, Exported, Folders, Piece, check_formats, write_pieces
+from .writing import DEFAULT_FORMATS, Exported, Folders, OutputFile, check_formats, write_files
 
 WITHOUT_BASE = ("sharp", "equal")      # modes that need no text encoder
 _LONGEST = 48       # bytes of names in a file's name
@@ -32,67 +32,84 @@ _LONGEST = 48       # bytes of names in a file's name
 
 @dataclass(frozen=True)
 class _Named:
-    """A concept that the prompt names, its words with one copy, and what that lost."""
+    """A concept in the prompt, its words with one copy, and notes on what that lost."""
 
     concept: Concept
     tokens: TokenGroup
     lost: list[str]
 
 
-def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS,
-                  mode: str = "sharp", strength: float = 1.0, rank: int | None = None, max_error: float = DEFAULT_ERROR,
-                  words_folder: Path | str | None = None, backbone: Backbone | None = None, refit: bool = False) -> Exported:
-    """Writes the deltas that the bank gives for a prompt (an aggregate) as one LoRA file per format, and the words of each concept that the
-    prompt names as an embedding.
+def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
+                  formats: Sequence[str] = DEFAULT_FORMATS, mode: str = "sharp", strength: float = 1.0,
+                  rank: int | None = None, max_error: float = DEFAULT_ERROR,
+                  words_folder: Path | str | None = None, backbone: Backbone | None = None,
+                  refit: bool = False) -> Exported:
+    """Writes the summed deltas for a prompt as one LoRA file per format, and its concepts' words as
+    embeddings.
 
-    mode: as for `routing.aggregate`; paper and released need a backbone, whose text encoders read the prompt. strength: factor on routed
-    concepts. rank: without it sums of low-rank deltas are exact; with it they are cut to it, see `factors.low_rank_sum`. refit: words with
-    layer copies are re-fitted to the backbone's text encoders. Otherwise as `export_concept`: nothing is overwritten, ConceptError leaves
-    no file.
+    Nothing is overwritten, as in `export_concept`.
+
+    Args:
+        mode: As for `routing.aggregate`; paper and released need a backbone.
+        strength: Factor on prompt-activated and word-bound concepts.
+        rank, max_error: See `factors.low_rank_sum`.
+        words_folder: Where embeddings go; None = into `folder`.
+        backbone: Its text encoders read the prompt, and words are re-fitted to them.
+        refit: Re-fit words with layer copies, see `refit`; False takes their mean.
+
+    Raises:
+        ConceptError: Something cannot be exported or written; no file is left then.
     """
     formats, strength = check_formats(formats), check_strength(strength)
     _check(bank, mode, refit, backbone)
     prompt = bank.parse(prompt)
     named = [bank.passing(name) for name in prompt.concepts]
-    weights = site_weights(backbone, bank, prompt, mode, strength)
-    weights = {name: per_site for name, per_site in weights.items() if any(per_site)}
+    weights = {name: per_site
+               for name, per_site in site_weights(backbone, bank, prompt, mode, strength).items()
+               if any(per_site)}
     loras = [kind for kind in formats if kind != "embedding"]
     if not (weights if loras else named):
         known = ", ".join(f"<{name}>" for name in bank.names[:12]) or "none"
-        raise ConceptError(f"the prompt {prompt.text!r} names no concept of the bank, so there is nothing to export; it holds {known}")
-    factors = low_rank_sum(_parts(bank, weights), f"the prompt {prompt.text!r}", rank, max_error) if loras else None
-    wants_words = {"embedding", "bundle"} & set(formats)
-    words = [_Named(concept, *(single_copy(concept, backbone if refit else None) if wants_words else (concept.tokens, [])))
-             for concept in named]
+        raise ConceptError(f"the prompt {prompt.text!r} names no concept of the bank, so there is nothing to "
+                           f"export; it holds {known}")
+    owner = f"the prompt {prompt.text!r}"
+    factors = low_rank_sum(_parts(bank, weights), owner, rank, max_error) if loras else None
+    if {"embedding", "bundle"} & set(formats):
+        words = [_Named(concept, *single_copy(concept, backbone if refit else None)) for concept in named]
+    else:
+        words = [_Named(concept, concept.tokens, []) for concept in named]
     reading = f"mode {mode}, strength {strength:g}"
-    pieces = [_lora(kind, bank, prompt, reading, words, factors) for kind in loras]
-    pieces += [_embedding(bank, one) for one in words] if "embedding" in formats else []
-    paths = write_pieces(f"the prompt {prompt.text!r}", pieces, Folders.of(folder, words_folder))
-    notes = _uses(prompt, loras, words, paths) + [f"<{one.concept.name}>: {note}" for one in words for note in one.lost]
-    return Exported(paths, (*notes, *(_losses(bank, weights, prompt, mode, formats, factors) if loras else ())))
+    outputs = [_lora(kind, bank, prompt, reading, words, factors) for kind in loras] if factors else []
+    outputs += [_embedding(bank, word) for word in words] if "embedding" in formats else []
+    paths = write_files(owner, outputs, Folders.of(folder, words_folder))
+    notes = _uses(prompt, loras, words, paths)
+    notes += [f"<{word.concept.name}>: {note}" for word in words for note in word.lost]
+    if factors is not None:
+        notes += _losses(bank, weights, prompt, mode, formats, factors)
+    return Exported(paths, tuple(notes))
 
 
 def _check(bank: ConceptBank, mode: str, refit: bool, backbone: Backbone | None) -> None:
     if mode not in MODES:
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
     if backbone is None and mode not in WITHOUT_BASE:
-        raise ConceptError(f"aggregation mode {mode!r} reads the prompt with the base's text encoder; allowed without a base: "
+        raise ConceptError(f"aggregation mode {mode!r} reads the prompt with the base's text encoder; "
+                           "allowed without a base: "
                            f"{', '.join(WITHOUT_BASE)}")
     if backbone is None and refit:
-        raise ConceptError("words are re-fitted with the base's text encoder; give a base, or leave refit off")
+        raise ConceptError("words are re-fitted with the base's text encoder; give a base, or leave refit "
+                           "off")
     if backbone is not None:
         bank.check_fits(backbone.layout)
 
 
-def _parts(bank: ConceptBank, weights: Mapping[str, list[float]]) -> dict[DeltaKey, list[tuple[float, Delta]]]:
-    parts: dict[DeltaKey, list[tuple[float, Delta]]] = {}
-    for name, per_site in weights.items():
+def _parts(bank: ConceptBank, weights: SiteWeights) -> dict[DeltaKey, list[tuple[float, Delta]]]:
+    def load(name: str) -> Concept:
         concept = bank.passing(name)
         concept.check_fits(bank.layout)
-        for key, delta in concept.deltas.items():
-            if per_site[key[0]]:
-                parts.setdefault(key, []).append((per_site[key[0]], delta))
-    return parts
+        return concept
+
+    return weighted_deltas(bank, weights, load)
 
 
 def _stem(names: Sequence[str]) -> str:
@@ -105,26 +122,31 @@ def _stem(names: Sequence[str]) -> str:
     return stem
 
 
-def _lora(kind: str, bank: ConceptBank, prompt: Prompt, reading: str, words: Sequence[_Named], factors: Factors) -> Piece:
+def _lora(kind: str, bank: ConceptBank, prompt: Prompt, reading: str, words: Sequence[_Named],
+          factors: Factors) -> OutputFile:
     state: dict[str, Tensor] = lora_state(kind, bank.layout, factors)
-    for one in words if kind == "bundle" else ():
-        state |= bundled_words(one.concept.name, one.tokens)
-    stem = _stem([one.concept.name for one in words])
+    for word in words if kind == "bundle" else ():
+        state |= bundled_words(word.concept.name, word.tokens)
+    stem = _stem([word.concept.name for word in words])
 
     def metadata(path: Path) -> dict[str, str]:
         hint = f"made for the prompt {prompt.text!r}; it acts on every prompt"
-        return aggregate_metadata(stem, prompt.text, reading, [one.concept for one in words], bank.layout, state, hint)
+        return aggregate_metadata(stem, prompt.text, reading, [word.concept for word in words], bank.layout,
+                                  state, hint)
 
-    return Piece(stem, kind, state, metadata)
+    return OutputFile(stem, kind, state, metadata)
 
 
-def _embedding(bank: ConceptBank, one: _Named) -> Piece:
-    return Piece(one.concept.name, "embedding", embedding_state(one.tokens), partial(embedding_metadata, one.concept, bank.layout))
+def _embedding(bank: ConceptBank, word: _Named) -> OutputFile:
+    metadata = partial(embedding_metadata, word.concept, bank.layout)
+    return OutputFile(word.concept.name, "embedding", embedding_state(word.tokens), metadata)
 
 
 def _uses(prompt: Prompt, loras: Sequence[str], words: Sequence[_Named], paths: Sequence[Path]) -> list[str]:
-    lora_paths, word_paths = paths[:len(loras)], dict(zip((one.concept.name for one in words), paths[len(loras):], strict=False))
-    notes = [f"{path.name}: LoRA for this one prompt; it acts on every prompt that it is loaded for" for path in lora_paths]
+    lora_paths = paths[:len(loras)]
+    word_paths = dict(zip((word.concept.name for word in words), paths[len(loras):], strict=False))
+    notes = [f"{path.name}: LoRA for this one prompt; it acts on every prompt that it is loaded for"
+             for path in lora_paths]
     notes += [f"{path.name}: {usage('embedding', path, name)}" for name, path in word_paths.items()]
     if word_paths and all(name in word_paths for name in prompt.placeholders):
         typed = prompt.substituted(lambda name: f" embedding:{word_paths[name].stem} ")
@@ -132,21 +154,26 @@ def _uses(prompt: Prompt, loras: Sequence[str], words: Sequence[_Named], paths: 
     return notes
 
 
-def _losses(bank: ConceptBank, weights: Mapping, prompt: Prompt, mode: str, formats: Sequence[str], factors: Factors) -> list[str]:
-    """What these files cannot hold."""
+def _losses(bank: ConceptBank, weights: Mapping, prompt: Prompt, mode: str, formats: Sequence[str],
+            factors: Factors) -> list[str]:
+    """Notes on what these files cannot hold."""
     notes = cut_notes(factors, "deltas")
     if not {"embedding", "bundle"} & set(formats):
         notes.append("the learned words are not in these files; export the format 'embedding' as well")
     if mode != "sharp":
-        notes.append(f"mode {mode} weighs concepts anew for every prompt; these files hold its weights for {prompt.text!r}")
+        notes.append(f"mode {mode} weighs concepts anew for every prompt; these files hold its weights for "
+                     f"{prompt.text!r}")
     by_composition: dict[Kind, list[str]] = {}
     for name in weights:
         by_composition.setdefault(bank.infos[name].composes.kind, []).append(f"<{name}>")
-    if bound := by_composition.get(Kind.WORDS):
-        notes.append(f"{', '.join(bound)}: in the bank each acts through its own words alone; in other programs the LoRA acts on every "
-                     "word of a prompt, and the concepts act on each other's words")
-    if standing := by_composition.get(Kind.SUM):
-        notes.append(f"{', '.join(standing)}: on whatever the prompt says, so their deltas are in these files too")
+    if word_bound := by_composition.get(Kind.WORDS):
+        notes.append(f"{', '.join(word_bound)}: in the bank each acts through its own words alone; in other "
+                     "programs the LoRA acts on every word of a prompt, and the concepts act on each other's "
+                     "words")
+    if always_on := by_composition.get(Kind.SUM):
+        notes.append(f"{', '.join(always_on)}: on whatever the prompt says, so their deltas are in these "
+                     "files too")
     if average := by_composition.get(Kind.AVERAGE):
-        notes.append(f"{', '.join(average)}: the bank averages predictions; these files hold the average of the weights, which is near it")
+        notes.append(f"{', '.join(average)}: the bank averages predictions; these files hold the average of "
+                     "the weights, which is near it")
     return notes

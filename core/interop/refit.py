@@ -1,11 +1,13 @@
-"""One copy for words that have one per layer, fitted to what the text encoders make of the copies. Ours.
+"""Re-fits words with layer copies to one copy whose states are nearest to those of the copies. Ours.
 
-A mean of vectors is not encoded to the mean of their states. With copies v_l, prompts p and the states h_p of the words' positions, the
-single vector v minimises `sum_p,l |h_p(v) - h_p(v_l)|^2`: the states of one copy cannot be nearer to all than the mean state is, and that
-is the floor.
+A mean of vectors is not encoded to the mean of their states. With copies v_l, prompts p and the states h_p of
+the words' positions, the single vector v minimises `sum_p,l |h_p(v) - h_p(v_l)|^2`. The states
+of one copy cannot be nearer to all copies' than the mean state is, which gives the floor.
 
-Measured on 14 learned concepts of the embedded base, in prompts that nothing was fitted to: the words' states are 0.82 away instead of 0.88
-(nearer in all 14), what the UNet predicts 0.254 instead of 0.256 (nearer in 8). So it is no default.
+Measured on 14 learned concepts of the embedded base, in prompts that were not used for fitting: the words'
+states are 0.82 away instead of 0.88 (nearer in all 14), the UNet's predictions 0.254 instead of 0.256 (nearer
+in 8).
+Because the gain is small, re-fitting is not the default.
 """
 
 from __future__ import annotations
@@ -24,14 +26,22 @@ from ..errors import ConceptError
 from ..model.backbone import Backbone
 from .embedding import layer_loss
 
-NEUTRAL = ("{}", "a photo of {}", "a {} on a beach", "a painting of the {} in a meadow", "two people and a {} in the street")
+NEUTRAL = ("{}", "a photo of {}", "a {} on a beach", "a painting of the {} in a meadow",
+           "two people and a {} in the street")
 STEPS = 60      # evaluations; it has settled after about half of them
 
 
 @dataclass(frozen=True)
 class Refitted:
-    """tokens: with one copy. The rest are distances of its states from those of the layer copies, over the norm of these: of the mean
-    copy, of the re-fitted one, and the least that any copy could have."""
+    """Words with one copy, and how far states are from those of the layer copies, relative to the copies'
+    norm.
+
+    Args:
+        tokens: With one copy.
+        mean: Distance of the mean copy's states.
+        fitted: Distance of this copy's states.
+        floor: The smallest distance that any single copy could have.
+    """
 
     tokens: TokenGroup
     mean: float
@@ -40,7 +50,11 @@ class Refitted:
 
 
 def single_copy(concept: Concept, backbone: Backbone | None = None) -> tuple[TokenGroup, list[str]]:
-    """The words with one copy, re-fitted where there is a base to do that with, and what that loses, in words."""
+    """A concept's words with one copy, and notes on what that loses.
+
+    Args:
+        backbone: Re-fits the words; None takes their mean.
+    """
     tokens = concept.tokens
     if tokens.copies == 1:
         return tokens, []
@@ -49,21 +63,24 @@ def single_copy(concept: Concept, backbone: Backbone | None = None) -> tuple[Tok
         lost = f"their mean, {layer_loss(tokens):.3f} away (relative)"
         return tokens.mean_copy(), [f"{have}: {lost}, so pictures differ from those of the bank"]
     found = refit(backbone, concept)
-    lost = (f"re-fitted: what the text encoder makes of it is {found.fitted:.3f} away from what it makes of the copies (relative; of their "
+    lost = (f"re-fitted: what the text encoder makes of it is {found.fitted:.3f} away from what it makes of "
+            "the copies (relative; of their "
             f"mean {found.mean:.3f}, of no single copy less than {found.floor:.3f})")
     return found.tokens, [f"{have}, {lost}, so pictures differ from those of the bank"]
 
 
 def refit(backbone: Backbone, concept: Concept, steps: int = STEPS) -> Refitted:
-    """The mean copy where nothing better is found. Depends on concept and base alone: no random numbers."""
+    """Re-fits a concept's words; the mean copy where nothing better is found. Uses no random numbers."""
     concept.tokens.check_fits(backbone.layout, f"concept '{concept.name}'")
     start = concept.tokens.mean_copy()
-    with torch.inference_mode(False), torch.no_grad():      # ComfyUI runs nodes in inference mode, where nothing can be fitted
+    # ComfyUI runs nodes in inference mode, where nothing can be fitted
+    with torch.inference_mode(False), torch.no_grad():
         copies = _states(backbone, concept, _plain(concept.tokens))
     mean_state = copies.mean(1, keepdim=True)
     total = float(copies.square().sum())
     if not total or not torch.isfinite(copies).all():
-        raise ConceptError(f"the words of concept '{concept.name}' are encoded to nothing that is finite; allowed: finite numbers")
+        raise ConceptError(f"the words of concept '{concept.name}' are encoded to nothing that is finite; "
+                           "allowed: finite numbers")
     spread = float((copies - mean_state).square().sum()) / total
 
     def loss(tokens: TokenGroup) -> Tensor:
@@ -75,22 +92,26 @@ def refit(backbone: Backbone, concept: Concept, steps: int = STEPS) -> Refitted:
 
 
 def _plain(tokens: TokenGroup) -> TokenGroup:
-    return replace(tokens, vectors={name: vector.detach().float().clone() for name, vector in tokens.vectors.items()})
+    vectors = {name: vector.detach().float().clone() for name, vector in tokens.vectors.items()}
+    return replace(tokens, vectors=vectors)
 
 
 def _states(backbone: Backbone, concept: Concept, tokens: TokenGroup) -> Tensor:
-    """Of the words' positions in all neutral prompts, `[prompts, L, words, D]`."""
+    """States of the concept's words in all neutral prompts, `[prompts, L, words, D]`."""
     vocabulary = Vocabulary([concept.info])
     prompts = [vocabulary.parse(text.format(concept.info.placeholder)) for text in NEUTRAL]
     context = encode_prompts(backbone, prompts, {concept.name: tokens})
-    return torch.stack([row[:, list(words[concept.name])] for row, words in zip(context.hidden, context.words, strict=True)]).float()
+    return torch.stack([row[:, list(words[concept.name])]
+                        for row, words in zip(context.hidden, context.words, strict=True)]).float()
 
 
-def _least(loss: Callable[[TokenGroup], Tensor], start: TokenGroup, steps: int) -> tuple[TokenGroup, float, float]:
-    """The best group met on the way, and the losses of the first and of that one."""
+def _least(loss: Callable[[TokenGroup], Tensor], start: TokenGroup,
+           steps: int) -> tuple[TokenGroup, float, float]:
+    """The best group that the search met, the loss of the first and the loss of the best."""
     vectors = {name: vector.requires_grad_() for name, vector in start.vectors.items()}
     group = replace(start, vectors=vectors)
-    search = torch.optim.LBFGS(list(vectors.values()), max_iter=steps, max_eval=steps, line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS(list(vectors.values()), max_iter=steps, max_eval=steps,
+                               line_search_fn="strong_wolfe")
     seen: list[float] = []
     best: list[TokenGroup] = []
 

@@ -1,10 +1,11 @@
-"""Files of an export: all of one call or none, under names that nobody else has."""
+"""Writes the files of an export: all of one call or none, never over an existing file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,25 +15,34 @@ from ..bank.tokens import check_name
 from ..errors import ConceptError
 from ..files import write_atomically
 
-# What each format's files are called after the concept. The embedding has the plain name, because that is what people type.
+# What follows the concept's name in a file's name. The embedding has the plain name, because people type it.
 ENDINGS = {"kohya": "_lora", "bundle": "_bundle", "diffusers": "_diffusers_lora", "embedding": ""}
 FORMATS = tuple(ENDINGS)
 DEFAULT_FORMATS = ("kohya", "embedding")
 _MOST = 99_999
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}     # names that Windows keeps
+# Names that Windows reserves.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """files: what was written, one per format, in the order asked for; notes: sentences on what the files hold and what they lost."""
+    """files: one per format, in the given order; notes: sentences on what the files hold and what they
+    lost."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One file to be: whose it is, in which format, what is in it, and what its metadata say once it has a path."""
+class OutputFile:
+    """One file to write.
+
+    Args:
+        name: The concept's name, or that of the prompt's file.
+        kind: The format.
+        state: The tensors.
+        metadata: From the file's path to its metadata.
+    """
 
     name: str
     kind: str
@@ -42,7 +52,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Folders:
-    """words: where embeddings go, when not to the other files."""
+    """words: where embeddings go, None = to the other files."""
 
     files: Path
     words: Path | None = None
@@ -56,33 +66,51 @@ class Folders:
 
 
 def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
-    """Each once; ConceptError for none and for unknown ones."""
+    """The formats, each once. Raises ConceptError for none and for unknown ones."""
     formats = tuple(dict.fromkeys(formats))
     unknown = [kind for kind in formats if kind not in FORMATS]
     if unknown or not formats:
-        raise ConceptError(f"export format is {unknown[0] if unknown else 'not given'!r}; allowed: {', '.join(FORMATS)}")
+        named = unknown[0] if unknown else "not given"
+        raise ConceptError(f"export format is {named!r}; allowed: {', '.join(FORMATS)}")
     return formats
 
 
-def write_pieces(owner: str, pieces: Sequence[Piece], folders: Folders) -> tuple[Path, ...]:
-    """A path per piece. Nothing is overwritten: a counter such as `_00002` follows the names instead, the same for all of one call. Raises
-    ConceptError, and then leaves no file."""
-    with _new_files(owner, pieces, folders) as paths:
-        for piece, path in zip(pieces, paths, strict=True):
-            metadata = piece.metadata(path)
-            write_atomically(path, lambda temporary, s=piece.state, m=metadata: save_file(dict(s), str(temporary), m))
+def write_files(owner: str, outputs: Sequence[OutputFile], folders: Folders) -> tuple[Path, ...]:
+    """Writes all outputs or none.
+
+    Nothing is overwritten: a counter such as `_00002` follows the names instead, the same for all files of
+    one call.
+
+    Args:
+        owner: Of what these files are, for messages.
+
+    Returns:
+        A path for each output.
+
+    Raises:
+        ConceptError: A file cannot be written.
+    """
+    with _new_files(owner, outputs, folders) as paths:
+        for output, path in zip(outputs, paths, strict=True):
+            metadata = output.metadata(path)
+            write_atomically(path, partial(_save, dict(output.state), metadata))
     return paths
 
 
+def _save(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    save_file(state, str(path), metadata)
+
+
 @contextmanager
-def _new_files(owner: str, pieces: Sequence[Piece], folders: Folders):
-    """Paths of empty files that nobody else has. They disappear when the block fails."""
+def _new_files(owner: str, outputs: Sequence[OutputFile], folders: Folders) -> Iterator[tuple[Path, ...]]:
+    """Makes new empty files and yields their paths; they are removed when the block fails."""
     try:
-        for kind in dict.fromkeys(piece.kind for piece in pieces):
+        for kind in dict.fromkeys(output.kind for output in outputs):
             folders.of_format(kind).mkdir(parents=True, exist_ok=True)
-        paths = _reserved(pieces, folders)
+        paths = _reserved(outputs, folders)
     except OSError as error:
-        raise ConceptError(f"cannot write {owner} into '{folders.files}': {error.strerror or error}") from error
+        raise ConceptError(f"cannot write {owner} into '{folders.files}': "
+                           f"{error.strerror or error}") from error
     try:
         yield paths
     except BaseException:
@@ -90,36 +118,39 @@ def _new_files(owner: str, pieces: Sequence[Piece], folders: Folders):
         raise
 
 
-def _reserved(pieces: Sequence[Piece], folders: Folders) -> tuple[Path, ...]:
-    stems = _stems(pieces)
+def _reserved(outputs: Sequence[OutputFile], folders: Folders) -> tuple[Path, ...]:
+    stems = _stems(outputs)
     for count in range(1, _MOST + 1):
         counter = f"_{count:05d}" if count > 1 else ""
         made: list[Path] = []
         try:
-            for stem, piece in zip(stems, pieces, strict=True):
-                path = folders.of_format(piece.kind) / f"{stem}{counter}.safetensors"
-                path.open("xb").close()     # fails where something is, be it a link: two exports at once cannot meet
+            for stem, output in zip(stems, outputs, strict=True):
+                path = folders.of_format(output.kind) / f"{stem}{counter}.safetensors"
+                # Fails where anything exists, also a link, so that two exports at once never share a file.
+                path.open("xb").close()
                 made.append(path)
             return tuple(made)
         except OSError as error:
             _remove(made)
             if not isinstance(error, FileExistsError):
                 raise
-    raise ConceptError(f"'{folders.files}' holds {_MOST} exports of '{pieces[0].name}' already; choose another folder")
+    raise ConceptError(f"'{folders.files}' holds {_MOST} exports of '{outputs[0].name}' already; choose "
+                       "another folder")
 
 
-def _stems(pieces: Sequence[Piece]) -> list[str]:
-    """File names without counter; also different where file systems do not tell capitals from small letters."""
+def _stems(outputs: Sequence[OutputFile]) -> list[str]:
+    """File names without counter, different also where a file system ignores case."""
     stems: list[str] = []
-    for piece in pieces:
-        name = check_name(piece.name)
-        stem = f"{name}_concept{ENDINGS[piece.kind]}" if name.lower() in _DEVICES else f"{name}{ENDINGS[piece.kind]}"
+    for output in outputs:
+        name = check_name(output.name)
+        stem = f"{name}_concept" if name.lower() in _DEVICES else name
+        stem += ENDINGS[output.kind]
         while stem.casefold() in {other.casefold() for other in stems}:
             stem += "-2"
         stems.append(stem)
     return stems
 
 
-def _remove(paths) -> None:
+def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
