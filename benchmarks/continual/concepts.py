@@ -47,8 +47,11 @@ def _individual(rng: random.Random, number: int, earlier: list[SceneConcept]) ->
 
 def _style(rng: random.Random, number: int) -> SceneConcept:
     dark = rng.random() < 0.5
-    paper = tuple(rng.randrange(20, 110) if dark else rng.randrange(190, 256) for _ in range(3))
-    line = tuple(rng.randrange(190, 256) if dark else rng.randrange(0, 110) for _ in range(3))
+    def colour(low: int, high: int) -> tuple[int, int, int]:
+        return rng.randrange(low, high), rng.randrange(low, high), rng.randrange(low, high)
+
+    paper = colour(20, 110) if dark else colour(190, 256)
+    line = colour(190, 256) if dark else colour(0, 110)
     style = Style(f"style{number}", "", paper=paper, line=line, fill=rng.choice((0.0, 0.15, 0.35)))
     return SceneConcept(style.name, "drawing", "style", style=style)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...core.demo.base import load_base
 from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
-from ...core.model.backbone import Backbone
+from ...core.hosts.diffusers import DiffusersBackbone
 from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
 from . import prompt_suite
@@ -32,7 +32,7 @@ def settings_of(method: str) -> dict:
     return {**RATES, **OWN_RATES.get(method, {})}
 
 
-def suite_of(backbone: Backbone, count: int) -> tuple[PromptSuite, dict]:
+def suite_of(backbone: DiffusersBackbone, count: int) -> tuple[PromptSuite, dict]:
     """The suite of the first `count` concepts, and the levels of the untrained base and of real pictures."""
     encoder = SceneEncoder()
     tasks = tuple(assignment_of(concept, seed=7 + i) for i, concept in enumerate(concepts(count)))

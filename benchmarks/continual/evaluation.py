@@ -78,7 +78,7 @@ def group_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> 
             "multi_present": mean([float(result.present.float().mean()) for result in results])}
 
 
-def pairs_of(suite: PromptSuite, names: Container[str]) -> list[tuple[str, ...]]:
+def pairs_of(suite: PromptSuite, names: ConceptBank | Container[str]) -> list[tuple[str, ...]]:
     """The suite's pairs of one class, both of which are among the names."""
     return [pair for pair in suite.pairs if all(name in names for name in pair)]
 

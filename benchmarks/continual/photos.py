@@ -24,6 +24,7 @@ from ...core.data.framing import Framing, Picture, frame
 from ...core.data.photos import read_folder
 from ...core.errors import ConceptError
 from ...core.evaluation.protocol import Encoder
+from ...core.hosts.diffusers import DiffusersBackbone
 from ...core.model.backbone import Backbone
 from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
@@ -75,9 +76,12 @@ def _inside(root: Path, given: object, what: str) -> Path:
     return path
 
 
+def _are_different_words(values: list) -> bool:
+    return all(isinstance(value, str) for value in values) and len(set(values)) == len(values)
+
+
 def _words(given: object, where: str) -> tuple[str, ...]:
-    is_list = isinstance(given, list) and all(isinstance(word, str) for word in given)
-    if not is_list or len(set(given)) < len(given):
+    if not isinstance(given, list) or not _are_different_words(given):
         raise ConceptError(f"tokens of {where} are {given!r}; "
                            "allowed: a list of different words such as \"<dog1>\"")
     return tuple(check_name(word.removeprefix("<").removesuffix(">"), f"token of {where}") for word in given)
@@ -90,8 +94,8 @@ def _entries(root: Path) -> list[dict]:
     """
     content = _read_json(root / "tasks.json")
     entries = content.get("tasks") if isinstance(content, dict) else None
-    is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
-    if not is_list or not 1 <= len(entries) <= MAX_TASKS:
+    entries = entries if isinstance(entries, list) else []
+    if not 1 <= len(entries) <= MAX_TASKS or not all(isinstance(entry, dict) for entry in entries):
         raise ConceptError(f"'{root / 'tasks.json'}' must hold an object with the key tasks: "
                            f"a list of 1 to {MAX_TASKS} tasks, each an object")
     result = []
@@ -120,7 +124,8 @@ def _named(entries: list[dict]) -> list[dict]:
     for i, entry in enumerate(entries):
         name = check_name(entry["name"], f"name of task {i + 1}")
         if name in words:
-            stem, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
+            stem = name.rstrip("0123456789")
+            number = name.removeprefix(stem)
             name = f"{stem}_{number or 1}"
         if name in taken:
             raise ConceptError(f"name of task {i + 1} is {name!r}, which another task has; "
@@ -215,7 +220,7 @@ def _seeds(tasks: Sequence[Assignment], pictures: int) -> tuple[int, ...]:
     return seeds_of(pictures, min(len(task.prompts) for task in tasks))
 
 
-def suite_of(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int,
+def suite_of(backbone: DiffusersBackbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int,
              settings: SampleSettings, measured: Levels, origin: Mapping) -> tuple[PromptSuite, dict]:
     """The suite of a sequence, and the levels of the untrained base and of real pictures.
 

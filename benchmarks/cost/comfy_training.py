@@ -39,6 +39,9 @@ class ComfyHost:
     def training(self) -> contextlib.AbstractContextManager:
         return self.backbone.training()
 
+    def release(self) -> None:
+        del self.backbone
+
     def rivals(self) -> Mapping[str, Callable[[int], Timing]]:
         return {**peft_rival(self.setup),
                 "core": lambda steps: self._core(steps, gradient_checkpointing=True),

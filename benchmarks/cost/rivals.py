@@ -85,5 +85,8 @@ class DiffusersHost:
     def training(self):
         return nullcontext()
 
+    def release(self) -> None:
+        del self.backbone
+
     def rivals(self) -> Mapping[str, Callable[[int], Timing]]:
         return peft_rival(self.setup)

@@ -92,6 +92,8 @@ class Host(Protocol):
 
     def training(self) -> AbstractContextManager: ...
 
+    def release(self) -> None: ...
+
     def rivals(self) -> Mapping[str, Callable[[int], Timing]]: ...
 
 
@@ -203,7 +205,8 @@ def step_times(host: Host, row: str, bank: ConceptBank, rounds: int) -> list[Ste
 def growth(host: Host, row: str, banks: Sequence[ConceptBank], rounds: int) -> list[tuple[float, float]]:
     """Seconds of a step with the first bank and of one with the second, `rounds` times in turn."""
     with _trainers(host, row, banks, rounds + 1) as trainers:
-        return [tuple(_step(trainer) for trainer in trainers) for _ in range(rounds + 1)][1:]
+        first, second = trainers
+        return [(_step(first), _step(second)) for _ in range(rounds + 1)][1:]
 
 
 def measure(host: Host, steps: int, rounds: int, report: Callable[[str], object],
@@ -233,7 +236,7 @@ def measure(host: Host, steps: int, rounds: int, report: Callable[[str], object]
             report(f"{row}: {rows[row]['step_seconds']:.2f} s a step, "
                    f"{rows[row]['step_over_forwards']:.2f} of its forward passes")
     rivals, others = {}, {} if alone else host.rivals()
-    host.backbone = None      # other trainers' memory must not include our model
+    host.release()      # other trainers' memory must not include our model
     gc.collect()
     for name, train in others.items():
         rivals[name] = train(steps)

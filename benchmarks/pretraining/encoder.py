@@ -95,7 +95,7 @@ def render_individuals(families: int, views: int, seed: int) -> Pool:
 
 def random_style(rng: random.Random) -> Style:
     def colour() -> tuple[int, int, int]:
-        return tuple(rng.randrange(256) for _ in range(3))
+        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
     fill = rng.choice([0.0, 1.0, rng.random(), rng.random()])
     return Style(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConceptError
-from ..model.backbone import Backbone
+from ..hosts.diffusers import DiffusersBackbone
 from ..training.config import TrainingConfig
 from ..training.process_group import own_device
 
@@ -33,7 +33,7 @@ def size_of(options: Namespace) -> int:
     return EMBEDDED_SIZE if is_embedded(options) else OTHER_SIZE
 
 
-def load_backbone(options: Namespace) -> Backbone:
+def load_backbone(options: Namespace) -> DiffusersBackbone:
     """Loads `--base` onto `--device`; ConceptError for a device that this machine lacks."""
     try:
         device = torch.device(own_device(options.device))

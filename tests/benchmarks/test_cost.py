@@ -26,6 +26,9 @@ class ToyHost:
     def training(self):
         return nullcontext()
 
+    def release(self):
+        self.backbone = None
+
     def rivals(self):
         return {"core": lambda steps: {"seconds": [10.0, 12.0], "peak_gb": 2.0}}
 
