@@ -176,7 +176,7 @@ def test_a_peak_is_that_of_what_runs():
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--pictures", "0"], "pictures is 0; allowed: 1 or more"), (["--steps", "1"], "steps is 1; allowed: 2 or more"),
-    (["--only", "cost", "--comfyui", "nowhere"], "'nowhere' is no ComfyUI"),
+    (["--only", "cost", "--comfyui", "nowhere"], "'nowhere' is not a ComfyUI folder"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, expected):
     assert main(["regional", "--json", str(tmp_path / "r.json"), *arguments]) == 1

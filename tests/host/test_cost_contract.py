@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from continual_concepts.benchmarks.cost.synthetic import Operations
 from continual_concepts.core.bank.bank import ConceptBank

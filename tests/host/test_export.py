@@ -1,4 +1,5 @@
-"""What the stock ComfyUI does with exported files: every key is used, words are found by name, pictures are those of our own patches."""
+"""What the stock ComfyUI does with exported files: every key is used, words are found by name, pictures are
+those of our own patches."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def load_lora(model, clip, file, strength: float = 1.0):
     import comfy.sd
     import comfy.utils
 
-    return comfy.sd.load_lora_for_models(model, clip, comfy.utils.load_torch_file(str(file), safe_load=True), strength, strength)
+    return comfy.sd.load_lora_for_models(model, clip, comfy.utils.load_torch_file(str(file), safe_load=True),
+                                         strength, strength)
 
 
 def encode(clip, prompt: str):
@@ -55,20 +57,23 @@ def encode(clip, prompt: str):
 
 
 def predict(model, conditioning) -> torch.Tensor:
-    """The UNet's view of a noisy latent through the host's whole sampling path, patches and wrappers included."""
+    """The UNet's view of a noisy latent through the host's whole sampling path, patches and wrappers
+    included."""
     import comfy.model_management
     import comfy.samplers
 
     g = torch.Generator().manual_seed(5)
     latent = torch.randn(1, 12, 16, 16, generator=g)
     seen = []
-    sampler = comfy.samplers.KSAMPLER(lambda model, x, sigmas, extra_args, callback, disable, **_: seen.append(
+    sampler = comfy.samplers.KSAMPLER(lambda model, x, sigmas, extra_args, callback, disable,
+                                      **_: seen.append(
         model(x, sigmas[0] * x.new_ones([1]), **extra_args)) or seen[0])
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning, conditioning)
     guider.set_cfg(1.0)
     with torch.inference_mode():
-        return guider.sample(latent, torch.zeros_like(latent), sampler, torch.tensor([3.0, 0.0]), seed=0).clone()
+        return guider.sample(latent, torch.zeros_like(latent), sampler, torch.tensor([3.0, 0.0]),
+                             seed=0).clone()
 
 
 def sites_of(model, clip):
@@ -95,11 +100,13 @@ def test_the_lora_changes_weights_as_our_own_patches_do(demo, bank, exported, st
 
     model, sites = demo[0], sites_of(*demo[:2])
     theirs = load_lora(model, None, exported["kohya"], strength)[0]
-    ours = fold(model, sites, {key: delta.scaled(strength) for key, delta in bank[CONCEPT].deltas.items()}, False)
+    ours = fold(model, sites, {key: delta.scaled(strength) for key, delta in bank[CONCEPT].deltas.items()},
+                False)
     for (index, projection), delta in bank[CONCEPT].deltas.items():
         key = sites.key(sites.layout.sites[index], projection)
         changes = [change_of(patched, key) for patched in (theirs, ours)]
-        assert distance(changes[0], changes[1]) < 1.5e-3 and distance(changes[0], strength * delta.dense()) < 1.5e-3
+        assert distance(changes[0],
+                        changes[1]) < 1.5e-3 and distance(changes[0], strength * delta.dense()) < 1.5e-3
 
 
 def change_of(model, key: str) -> torch.Tensor:
@@ -156,10 +163,13 @@ def small_sdxl(comfyui):
     import comfy.supported_models
 
     config = comfy.supported_models.SDXL({
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2, 4], "num_res_blocks": [2] * 3,
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32,
+        "channel_mult": [1, 2, 4], "num_res_blocks": [2] * 3,
         "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-        "transformer_depth_middle": 10, "num_heads": -1, "num_head_channels": 32, "context_dim": 16, "use_spatial_transformer": True,
-        "use_linear_in_transformer": True, "legacy": False, "adm_in_channels": 32, "num_classes": "sequential",
+        "transformer_depth_middle": 10, "num_heads": -1, "num_head_channels": 32, "context_dim": 16,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True, "legacy": False, "adm_in_channels": 32,
+        "num_classes": "sequential",
         "use_temporal_attention": False, "dtype": torch.float32})
     device = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(config.get_model({}, device=device), device, device)
@@ -179,7 +189,8 @@ def test_sdxl_loads_every_key_and_both_word_vectors(small_sdxl, make_concept, tm
     assert len(layout) == 70 and len(model.patches) == 4 * 70 and not warnings(caplog)
     tokens = comfy.sdxl_clip.SDXLTokenizer(embedding_directory=str(tmp_path)).tokenize_with_weights(f"embedding:{embedding.stem}")
     for key, encoder in (("l", "clip_l"), ("g", "clip_g")):
-        vectors = torch.stack([token for chunk in tokens[key] for token, *_ in chunk if torch.is_tensor(token)])
+        vectors = torch.stack([token for chunk in tokens[key] for token, *_ in chunk
+                               if torch.is_tensor(token)])
         assert torch.allclose(vectors, bank["rex"].tokens.vectors[encoder].mean(0), atol=1e-6)
 
 
@@ -203,7 +214,8 @@ def test_what_a_prompt_gets_predicts_the_same_through_comfyuis_own_loader(demo, 
     files = export_prompt(single, prompt, folder, strength=0.8).files
     with caplog.at_level(logging.WARNING):
         lora, loaded = load_lora(demo[0], clip, files[0])
-    deltas = aggregate(SimpleNamespace(layout=sites.layout), single, single.parse(prompt), strength=0.8).deltas
+    deltas = aggregate(SimpleNamespace(layout=sites.layout), single, single.parse(prompt),
+                       strength=0.8).deltas
     assert not warnings(caplog) and len(lora.patches) == len(deltas)
     theirs = predict(lora, encode(loaded, TWO.format(*(f"embedding:{file.stem}" for file in files[1:]))))
     ours = predict(fold(demo[0], sites, deltas, False), encode(concept_clip(demo[1], single), prompt))
@@ -219,16 +231,19 @@ def written(output, kind: str) -> list[str]:
 def test_the_node_exports_a_prompt_a_concept_and_a_whole_bank(pack, bank, own_folder, as_in_comfyui):
     node = pack.ConceptExport
     optional = [one.id for one in node.define_schema().inputs]
-    assert optional == ["bank", "concept", "format", "strength", "prompt"]      # saved graphs know inputs by their order
+    # saved graphs know inputs by their order
+    assert optional == ["bank", "concept", "format", "strength", "prompt"]
     text = node.execute(bank, "rex", "LoRA and embedding", 1.0).args[0]
-    assert written(own_folder, "loras") == ["rex_lora.safetensors"] and written(own_folder, "embeddings") == ["rex.safetensors"]
+    assert written(own_folder,
+                   "loras") == ["rex_lora.safetensors"] and written(own_folder, "embeddings") == ["rex.safetensors"]
     assert "wrote rex_lora.safetensors" in text and "not in these files" not in text
     text = node.execute(bank, "tom", "LoRA", 1.0, prompt="<rex> and <mimi>").args[0]
     assert "wrote prompt_rex_mimi_lora.safetensors" in text and "export the format 'embedding' as well" in text
     for everything in ("", " * "):
         text = node.execute(bank, everything, "embedding", 1.0).args[0]
         assert text.count("wrote ") == len(bank)
-    assert len(written(own_folder, "embeddings")) == 1 + 2 * len(bank) and len(written(own_folder, "loras")) == 2
+    assert len(written(own_folder,
+                       "embeddings")) == 1 + 2 * len(bank) and len(written(own_folder, "loras")) == 2
     with pytest.raises(ConceptError, match="names no concept"):
         node.execute(bank, "rex", "LoRA", 1.0, prompt="a dog")
 

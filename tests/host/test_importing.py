@@ -38,7 +38,8 @@ def clip(comfyui, files):
 
 
 def import_of(studio, **other):
-    inputs = {"model": studio.model, "clip": studio.clip, "lora": "(none)", "embedding": "(none)", "name": "mine", "class_noun": "drawing",
+    inputs = {"model": studio.model, "clip": studio.clip, "lora": "(none)", "embedding": "(none)",
+              "name": "mine", "class_noun": "drawing",
               "kind": "style", "trigger": ""} | other
     return studio.pack.ConceptImport.execute(**inputs)
 
@@ -71,7 +72,8 @@ def test_a_trigger_and_a_bank_that_grows(studio, files):
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"lora": "../../etc/passwd"}, "there is no file"), ({"lora": "gone.safetensors"}, "there is no file"), ({}, "nothing to import"),
+    ({"lora": "../../etc/passwd"}, "there is no file"), ({"lora": "gone.safetensors"}, "there is no file"),
+    ({}, "nothing to import"),
     ({"embedding": "blueprint.safetensors", "name": "a/b"}, "is not allowed"),
 ])
 def test_bad_requests(studio, files, change, sentence):

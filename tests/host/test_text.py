@@ -44,7 +44,8 @@ def layers_of(conditioning) -> torch.Tensor:
 
 def by_core(backbone, bank, prompt):
     names = bank.vocabulary.parse(prompt).concepts
-    return encode_prompts(backbone, bank.vocabulary.parse_all([prompt]), {name: bank[name].tokens for name in names})
+    return encode_prompts(backbone, bank.vocabulary.parse_all([prompt]),
+                          {name: bank[name].tokens for name in names})
 
 
 def noisy(rows: int = 1):
@@ -53,7 +54,8 @@ def noisy(rows: int = 1):
 
 
 def predictions(model, *conditionings, calls=None, sigma: float = 3.0):
-    """What ComfyUI's sampling sees at one noise level, for each conditioning: denoised latents. calls: gets the UNet's batch sizes."""
+    """What ComfyUI's sampling sees at one noise level, for each conditioning: denoised latents. calls: gets
+    the UNet's batch sizes."""
     import comfy.samplers
 
     guider, found = comfy.samplers.CFGGuider(model), []
@@ -65,15 +67,19 @@ def predictions(model, *conditionings, calls=None, sigma: float = 3.0):
         return found[0]
 
     unet = model.model.diffusion_model
-    hook = unet.register_forward_pre_hook(lambda _unet, inputs: None if calls is None else calls.append(len(inputs[0])))
+    hook = unet.register_forward_pre_hook(lambda _unet, inputs: None if calls is None
+                                          else calls.append(len(inputs[0])))
     try:
-        guider.sample(noisy(), torch.zeros_like(noisy()), comfy.samplers.KSAMPLER(look), torch.tensor([sigma, 0.0]), seed=0)
+        guider.sample(noisy(), torch.zeros_like(noisy()), comfy.samplers.KSAMPLER(look),
+                      torch.tensor([sigma, 0.0]), seed=0)
     finally:
         hook.remove()
     return found
 
 
-@pytest.mark.parametrize("prompt", ["<rex>", "a photo of <rex> on a beach", "<rex-1> and <mimi> with <blueprint>", "a red car", LONG])
+@pytest.mark.parametrize("prompt",
+                         ["<rex>", "a photo of <rex> on a beach", "<rex-1> and <mimi> with <blueprint>",
+                          "a red car", LONG])
 def test_the_stock_node_encodes_what_core_encodes(studio, carrying, backbone, prompt):
     ours, core = layers_of(stock(studio, carrying[1], prompt)), by_core(backbone, studio.bank, prompt).hidden
     assert distance(ours, core.expand_as(ours)) < 1e-5
@@ -81,10 +87,13 @@ def test_the_stock_node_encodes_what_core_encodes(studio, carrying, backbone, pr
 
 
 def test_one_word_spelled_out_is_the_concept(studio, carrying):
-    assert torch.equal(*(layers_of(stock(studio, carrying[1], text)) for text in ("<rex>", "<rex-1> <rex-2>")))
+    assert torch.equal(*(layers_of(stock(studio, carrying[1], text))
+                         for text in ("<rex>", "<rex-1> <rex-2>")))
 
 
-@pytest.mark.parametrize("text", ["<rex>, a dog", "(<rex>), a dog", "a <rex>dog", "A dog.<rex>!", "\n<rex>\n", "(<rex> (<mimi>:0.8):1.3)"])
+@pytest.mark.parametrize("text",
+                         ["<rex>, a dog", "(<rex>), a dog", "a <rex>dog", "A dog.<rex>!", "\n<rex>\n",
+                          "(<rex> (<mimi>:0.8):1.3)"])
 def test_spellings(studio, carrying, text):
     tokens = carrying[1].tokenize(text)["l"]
     words = [token for chunk in tokens for token, *_ in chunk if torch.is_tensor(token)]
@@ -93,9 +102,11 @@ def test_spellings(studio, carrying, text):
 
 @pytest.mark.parametrize("weight", [1.2, 0.5, 0.0, -1.0])
 def test_weights(studio, carrying, weight):
-    """ComfyUI moves a weighted token's state between the empty prompt's and its own; so does every layer copy."""
+    """ComfyUI moves a weighted token's state between the empty prompt's and its own; so does every layer
+    copy."""
     clip = carrying[1]
-    plain, empty, weighted = (layers_of(stock(studio, clip, t)) for t in ("a <rex> dog", "", f"a (<rex>:{weight}) dog"))
+    plain, empty, weighted = (layers_of(stock(studio, clip, t))
+                              for t in ("a <rex> dog", "", f"a (<rex>:{weight}) dog"))
     expected = plain.clone()
     expected[:, :, 2:4] = (plain - empty)[:, :, 2:4] * weight + empty[:, :, 2:4]
     assert distance(weighted, expected) < 1e-5
@@ -104,7 +115,8 @@ def test_weights(studio, carrying, weight):
 def test_plain_prompts_are_the_stock_clips(studio, carrying):
     ours, theirs = (stock(studio, clip, "a (red:1.3) dog") for clip in (carrying[1], studio.clip))
     assert torch.equal(ours[0][0], theirs[0][0])
-    assert torch.equal(studio.ksampler(studio.model, ours, ours), studio.ksampler(studio.model, theirs, theirs))
+    assert torch.equal(studio.ksampler(studio.model, ours, ours),
+                       studio.ksampler(studio.model, theirs, theirs))
 
 
 def test_unknown_placeholders_are_one_sentence(studio, carrying):
@@ -113,7 +125,8 @@ def test_unknown_placeholders_are_one_sentence(studio, carrying):
     assert "<rx>" in str(caught.value) and "did you mean <rex>" in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", ["a photo of <rex> on a beach", "<blueprint> of a car, <mimi> at night", LONG])
+@pytest.mark.parametrize("prompt",
+                         ["a photo of <rex> on a beach", "<blueprint> of a car, <mimi> at night", LONG])
 def test_every_site_reads_its_own_copy(studio, carrying, backbone, prompt):
     """The host's whole path, wrappers and patches, against core's backbone."""
     sigma = studio.model.model.model_sampling.sigmas[500]
@@ -132,7 +145,8 @@ def test_every_site_reads_its_own_copy(studio, carrying, backbone, prompt):
 def test_both_halves_share_a_batch_where_comfyuis_own_do(studio, carrying, positive, negative):
     clip, calls, theirs = carrying[1], [], []
     ours = [stock(studio, clip, text) for text in (positive, negative)]
-    plain = [stock(studio, studio.clip, text.replace("<", "").replace(">", "")) for text in (positive, negative)]
+    plain = [stock(studio, studio.clip, text.replace("<", "").replace(">", ""))
+             for text in (positive, negative)]
     together = predictions(carrying[0], *ours, calls=calls)
     predictions(studio.model, *plain, calls=theirs)
     alone = [predictions(carrying[0], one)[0] for one in ours]
@@ -172,7 +186,8 @@ def by_layers(studio, layers: torch.Tensor):
 
 
 def test_zero_out(studio, carrying):
-    ours, plain = (stock(studio, clip, text) for clip, text in ((carrying[1], "<rex>"), (studio.clip, "a dog")))
+    ours, plain = (stock(studio, clip, text)
+                   for clip, text in ((carrying[1], "<rex>"), (studio.clip, "a dog")))
     zeros = [studio.stock.ConditioningZeroOut().zero_out(one)[0] for one in (ours, plain)]
     assert torch.equal(predictions(carrying[0], zeros[0])[0], predictions(studio.model, zeros[1])[0])
 
@@ -188,7 +203,8 @@ def test_zero_out_beside_a_concept(studio, carrying):
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_average(studio, carrying, strength):
-    """The words that stay in ComfyUI's hands are averaged: the mean over the layers. At strength 1 it is the conditioning itself."""
+    """The words that stay in ComfyUI's hands are averaged: the mean over the layers. At strength 1 it is the
+    conditioning itself."""
     one, other = (stock(studio, carrying[1], text) for text in ("<rex>", "a red car"))
     mixed = studio.stock.ConditioningAverage().addWeighted(one, other, strength)[0]
     found = predictions(carrying[0], mixed)[0]
@@ -206,7 +222,8 @@ def test_timestep_range(studio, carrying):
     model = carrying[0]
     whole = [studio.ksampler(model, one, negative, steps=4) for one in (first, second, ranged)]
     assert not torch.equal(whole[2], whole[0]) and not torch.equal(whole[2], whole[1])
-    assert torch.equal(studio.ksampler(model, node.set_range(first, 0.0, 1.0)[0], negative), studio.ksampler(model, first, negative))
+    assert torch.equal(studio.ksampler(model, node.set_range(first, 0.0, 1.0)[0], negative),
+                       studio.ksampler(model, first, negative))
 
 
 def test_batches(studio, carrying):
@@ -237,7 +254,8 @@ def test_a_second_aggregation_of_the_same_bank(studio):
     model, clip, _ = studio.aggregate("<rex>", studio.bank, strength=0.5)
     model, clip, _ = studio.aggregate("<rex>", studio.bank, strength=0.5, model=model, clip=clip)
     once = studio.aggregate("<rex>", studio.bank)
-    results = [studio.ksampler(m, stock(studio, c, "<rex>"), stock(studio, c, "")) for m, c in ((model, clip), once[:2])]
+    results = [studio.ksampler(m, stock(studio, c, "<rex>"), stock(studio, c, ""))
+               for m, c in ((model, clip), once[:2])]
     assert distance(*results) < 1e-3
 
 
@@ -245,10 +263,12 @@ def test_a_second_aggregation_of_the_same_bank(studio):
 def lora(studio) -> dict:
     """A kohya file's contents, for one layer of the UNet and one of the text encoder."""
     g = torch.Generator().manual_seed(0)
-    site = next(s for s in studio.bank.layout.sites if s.name == "down_blocks.1.attentions.0.transformer_blocks.0.attn2")
+    site = next(s for s in studio.bank.layout.sites
+                if s.name == "down_blocks.1.attentions.0.transformer_blocks.0.attn2")
     text = studio.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[0].mlp.fc1.weight
     state = {}
-    for name, (a, b) in (("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", site.shape("to_k")),
+    for name, (a, b) in (("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
+                          site.shape("to_k")),
                          ("lora_te_text_model_encoder_layers_0_mlp_fc1", text.shape)):
         state[f"{name}.lora_up.weight"] = torch.randn(a, 4, generator=g) * 0.3
         state[f"{name}.lora_down.weight"] = torch.randn(4, b, generator=g) * 0.3
@@ -265,7 +285,8 @@ def test_loras_before_and_after(studio, lora, caplog):
     plain = studio.aggregate("<rex>", studio.bank)[:2]
     after = comfy.sd.load_lora_for_models(*plain, lora, 1.0, 1.0)
     assert "not loaded" not in caplog.text
-    results = [studio.ksampler(m, stock(studio, c, "<rex>"), stock(studio, c, "")) for m, c in (first, after, plain)]
+    results = [studio.ksampler(m, stock(studio, c, "<rex>"), stock(studio, c, ""))
+               for m, c in (first, after, plain)]
     assert distance(results[0], results[1]) < 1e-4 < distance(results[0], results[2])
     clips = [layers_of(stock(studio, c, "<rex>")) for _, c in (first, after, plain)]
     assert distance(clips[0], clips[1]) < 1e-5 < distance(clips[0], clips[2])

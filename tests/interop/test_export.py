@@ -1,4 +1,5 @@
-"""Files for other programs: they hold what the concept holds, say what they lose, and never touch a file that was there."""
+"""Files for other programs: they hold what the concept holds, say what they lose, and never touch a file that
+was there."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def metadata(path) -> dict[str, str]:
 
 def sparse(a: int, b: int, count: int, seed: int = 0) -> SparseDelta:
     g = torch.Generator().manual_seed(seed)
-    return SparseDelta((a, b), torch.randperm(a * b, generator=g)[:count].int(), torch.randn(count, generator=g))
+    return SparseDelta((a, b), torch.randperm(a * b, generator=g)[:count].int(),
+                       torch.randn(count, generator=g))
 
 
 @pytest.fixture
@@ -80,7 +82,8 @@ def test_both_lora_layouts_hold_the_concepts_deltas(layout, bank, strength):
 def test_numbers_outside_fp16_stay_in_fp32(layout, make_concept):
     for size in (1e-6, 1e4):
         deltas = make_concept(layout, size=size).deltas
-        state = kohya_state(layout, {key: replace(delta, up=delta.up * size) for key, delta in deltas.items()})
+        state = kohya_state(layout,
+                            {key: replace(delta, up=delta.up * size) for key, delta in deltas.items()})
         name = module_name(layout, (0, "to_k"))
         assert state[f"{name}.lora_up.weight"].dtype == torch.float32
         assert distance(kohya_dense(state, name), size * deltas[0, "to_k"].dense()) < HALF
@@ -105,7 +108,8 @@ def test_sparse_deltas_become_low_rank_with_a_measured_error_or_are_refused():
     needed = int(str(refusal.value).split("rank ")[-1].split()[0])
     held = low_rank(deltas, "the concept", rank=needed)
     pairs = [(held.deltas[key].dense(), deltas[key].dense()) for key in ((0, "to_k"), (1, "to_k"))]
-    missing = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
+    missing = sum(float((a - b).square().sum())
+                  for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
     assert held.error == pytest.approx(missing**0.5, rel=1e-3) and held.error <= 0.05
     with pytest.raises(ConceptError):
         low_rank(deltas, "the concept", rank=needed - 1)
@@ -152,21 +156,28 @@ def test_export_writes_every_format_with_metadata(bank, thumbnail, tmp_path):
     assert json.loads(data[0]["ss_tag_frequency"]) == {"rex": {"rex": 2}}
     lora, bundle = (load_file(file).keys() for file in exported.files[:2])
     assert bundle - lora == {"bundle_emb.rex.clip_l", "bundle_emb.rex.clip_g"}
-    assert any("3 layer copies" in note and f"{layer_loss(bank['rex'].tokens):.3f}" in note for note in exported.notes)
+    assert any("3 layer copies" in note and f"{layer_loss(bank['rex'].tokens):.3f}" in note
+               for note in exported.notes)
     assert not any("layer copies" in note for note in export_concept(bank, "mimi", tmp_path).notes)
 
 
 def test_families_have_their_known_names(layout, bank):
-    for sites, context, expected in ((16, 768, "stable-diffusion-v1"), (70, 2048, "stable-diffusion-xl-v1-base")):
-        wide = replace(layout, sites=tuple(replace(layout.sites[0], index=i, context_width=context) for i in range(sites)))
+    for sites, context, expected in ((16, 768, "stable-diffusion-v1"),
+                                     (70, 2048, "stable-diffusion-xl-v1-base")):
+        wide = replace(layout,
+                       sites=tuple(replace(layout.sites[0], index=i, context_width=context)
+                                   for i in range(sites)))
         assert modelspec(bank["rex"], wide, "lora", "")["modelspec.architecture"] == f"{expected}/lora"
 
 
-@pytest.mark.parametrize("settings", [{"training": 3, "method": ["lr"]}, {"training": {"resolution": {}, "seed": None}}, {}])
+@pytest.mark.parametrize("settings",
+                         [{"training": 3, "method": ["lr"]}, {"training": {"resolution": {}, "seed": None}},
+                          {}])
 def test_strange_provenance_gives_fewer_metadata_not_an_error(layout, bank, tmp_path, settings):
     rex = bank["rex"]
     origin = replace(rex.info.provenance, settings=settings, date="yesterday", images=())
-    odd = ConceptBank(layout).add(replace(rex, info=replace(rex.info, provenance=origin), thumbnail=b"<script>"))
+    odd = ConceptBank(layout).add(replace(rex, info=replace(rex.info, provenance=origin),
+                                          thumbnail=b"<script>"))
     exported = export_concept(odd, "rex", tmp_path)
     facts = metadata(exported.files[0])
     assert all(isinstance(value, str) for value in facts.values()) and "modelspec.date" not in facts
@@ -191,8 +202,10 @@ def test_the_same_concept_gives_the_same_contents(bank, tmp_path):
 
 def test_bad_requests_leave_no_file(bank, layout, make_concept, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    for arguments, sentence in ((("../rex", folder), "no concept"), (("rex", folder, ("onnx",)), "allowed: kohya"),
-                                (("rex", folder, ()), "not given"), (("rex", folder, ("kohya",), 0), "strength is 0"),
+    for arguments, sentence in ((("../rex", folder), "no concept"),
+                                (("rex", folder, ("onnx",)), "allowed: kohya"),
+                                (("rex", folder, ()), "not given"),
+                                (("rex", folder, ("kohya",), 0), "strength is 0"),
                                 (("rex", folder, ("kohya",), float("nan")), "strength is nan")):
         with pytest.raises(ConceptError, match=sentence):
             export_concept(bank, *arguments)
@@ -235,10 +248,12 @@ def test_the_command(bank, tmp_path, capsys):
     command = ["bank", "export", str(file), "rex", "--output", str(out)]
     assert main(command) == 0
     assert sorted(path.name for path in out.iterdir()) == ["rex.safetensors", "rex_lora.safetensors"]
-    assert main(["--json", *command, "--format", "diffusers", "--format", "embedding", "--strength", "0.5"]) == 0
+    assert main(["--json", *command, "--format", "diffusers", "--format", "embedding", "--strength",
+                 "0.5"]) == 0
     printed = capsys.readouterr().out
     assert "wrote " in printed and json.loads(printed[printed.index("{"):])["files"][0].endswith("rex_diffusers_lora_00002.safetensors")
-    assert main(["bank", "export", str(file), "tom", "--output", str(out)]) == 1 and "no concept 'tom'" in capsys.readouterr().err
+    assert main(["bank", "export", str(file), "tom", "--output",
+                 str(out)]) == 1 and "no concept 'tom'" in capsys.readouterr().err
 
 
 @pytest.fixture(params=["tiny_backbone", "tiny_sdxl"])
@@ -257,7 +272,8 @@ def plain_unet(host):
 
 def mixed_ranks(host, make_concept):
     """Rank 2 everywhere and rank 3 at one site, in fp16 as files hold them."""
-    two, three = (make_concept(host.layout, seed=rank, rank=rank, size=0.3, dtype=torch.float16).deltas for rank in (2, 3))
+    two, three = (make_concept(host.layout, seed=rank, rank=rank, size=0.3, dtype=torch.float16).deltas
+                  for rank in (2, 3))
     return two | {key: delta for key, delta in three.items() if key[0] == 1}
 
 
@@ -282,8 +298,10 @@ def test_diffusers_loads_it_and_predicts_the_same(host, make_concept, tmp_path):
     state, *rest = kind.lora_state_dict(str(file))
     unet = plain_unet(host)
     kind.load_lora_into_unet(state, network_alphas=next((r for r in rest if r), None), unet=unet)
-    latents, times = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([50, 700])
-    context = encode_prompts(host, bank.vocabulary.parse_all(["a photo of <rex>"] * 2), {"rex": concept.tokens})
+    latents, times = torch.randn(2, 4, 8, 8,
+                                 generator=torch.Generator().manual_seed(0)), torch.tensor([50, 700])
+    context = encode_prompts(host, bank.vocabulary.parse_all(["a photo of <rex>"] * 2),
+                             {"rex": concept.tokens})
     with host.folded(concept.deltas):
         ours = host.predict(latents, times, context)
     extra = None if context.pooled is None else {"text_embeds": context.pooled, "time_ids": host._time_ids(latents)}

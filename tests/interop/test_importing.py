@@ -1,4 +1,5 @@
-"""LoRA and embedding files of other programs become concepts that do what they did; what is left out is told."""
+"""LoRA and embedding files of other programs become concepts that do what they did; what is left out is
+told."""
 
 from __future__ import annotations
 
@@ -37,17 +38,20 @@ def bank(tiny_backbone, make_concept):
 
 
 def same_deltas(one, two) -> bool:
-    return one.keys() == two.keys() and all(distance(one[key].dense(), two[key].dense()) < HALF for key in one)
+    return one.keys() == two.keys() and all(distance(one[key].dense(), two[key].dense()) < HALF
+                                            for key in one)
 
 
 @pytest.mark.parametrize("formats", [("kohya", "embedding"), ("diffusers", "embedding"), ("bundle",)])
 def test_what_was_exported_comes_back(bank, tmp_path, formats):
     files = export_concept(bank, "rex", tmp_path, formats).files
-    found = import_concept("dog1", "dog", "object", bank.layout, lora=files[0], embedding=files[1] if len(files) > 1 else None)
+    found = import_concept("dog1", "dog", "object", bank.layout, lora=files[0],
+                           embedding=files[1] if len(files) > 1 else None)
     assert same_deltas(found.concept.deltas, bank["rex"].deltas)
     vectors = found.concept.tokens.vectors["clip_l"]
     assert vectors.shape == bank["rex"].tokens.vectors["clip_l"].shape and distance(vectors, bank["rex"].tokens.vectors["clip_l"]) < HALF
-    assert "taken: 28 text cross-attention layers, 100 %" in found.notes[1] and len(found.notes) == 2      # nothing left out
+    # nothing left out
+    assert "taken: 28 text cross-attention layers, 100 %" in found.notes[1] and len(found.notes) == 2
 
 
 def test_the_words_alone(bank, tmp_path):
@@ -59,22 +63,29 @@ def test_the_words_alone(bank, tmp_path):
 
 def named(layout, deltas, style: str, extra=()) -> dict[str, torch.Tensor]:
     """Deltas under the names of several programs."""
-    names = {name: key for name, key in site_names(layout).items() if name.startswith(("input", "output", "middle"))}
+    names = {name: key for name, key in site_names(layout).items()
+             if name.startswith(("input", "output", "middle"))}
     original = {key: name for name, key in names.items() if "out_0" not in name}
     state = {}
     for (index, projection), delta in deltas.items():
         inner = "to_out.0" if projection == "to_out" else projection
         path = f"{layout.sites[index].name}.{inner}"
         up, down, alpha = {
-            "kohya": ("lora_unet_{_}.lora_up.weight", "lora_unet_{_}.lora_down.weight", "lora_unet_{_}.alpha"),
-            "original": ("lora_unet_{o}.lora_up.weight", "lora_unet_{o}.lora_down.weight", "lora_unet_{o}.alpha"),
-            "comfyui": ("diffusion_model.{o}.lora_up.weight", "diffusion_model.{o}.lora_down.weight", "diffusion_model.{o}.alpha"),
+            "kohya": ("lora_unet_{_}.lora_up.weight", "lora_unet_{_}.lora_down.weight",
+                      "lora_unet_{_}.alpha"),
+            "original": ("lora_unet_{o}.lora_up.weight", "lora_unet_{o}.lora_down.weight",
+                         "lora_unet_{o}.alpha"),
+            "comfyui": ("diffusion_model.{o}.lora_up.weight", "diffusion_model.{o}.lora_down.weight",
+                        "diffusion_model.{o}.alpha"),
             "peft": ("unet.{p}.lora_B.weight", "unet.{p}.lora_A.weight", None),
-            "peft, raw": ("base_model.model.{p}.lora_B.default.weight", "base_model.model.{p}.lora_A.default.weight", None),
+            "peft, raw": ("base_model.model.{p}.lora_B.default.weight",
+                          "base_model.model.{p}.lora_A.default.weight", None),
             "diffusers": ("unet.{p}.lora.up.weight", "unet.{p}.lora.down.weight", None),
-            "diffusers of 2023": ("unet.{a}.processor.{b}_lora.up.weight", "unet.{a}.processor.{b}_lora.down.weight", None),
+            "diffusers of 2023": ("unet.{a}.processor.{b}_lora.up.weight",
+                                  "unet.{a}.processor.{b}_lora.down.weight", None),
         }[style]
-        where = {"_": path.replace(".", "_"), "p": path, "o": original[index, projection], "a": layout.sites[index].name, "b": projection}
+        where = {"_": path.replace(".", "_"), "p": path, "o": original[index, projection],
+                 "a": layout.sites[index].name, "b": projection}
         scale = delta.scale if alpha is None else 1.0
         state[up.format(**where)], state[down.format(**where)] = delta.up * scale, delta.down
         if alpha is not None:
@@ -96,22 +107,30 @@ def test_names_of_the_true_families():
     def site(name, index):
         return Site(index, name, 0, 8, 320, 768)
 
-    found = site_names(SiteLayout(tuple(site(f"{path}.transformer_blocks.0.attn2", i) for i, path in enumerate((
-        "down_blocks.0.attentions.0", "down_blocks.2.attentions.1", "mid_block.attentions.0", "up_blocks.1.attentions.0",
+    found = site_names(SiteLayout(tuple(site(f"{path}.transformer_blocks.0.attn2", i)
+                                        for i, path in enumerate((
+        "down_blocks.0.attentions.0", "down_blocks.2.attentions.1", "mid_block.attentions.0",
+        "up_blocks.1.attentions.0",
         "up_blocks.3.attentions.2"))), (("clip_l", 768),)))
-    for number, name in enumerate(("input_blocks_1_1", "input_blocks_8_1", "middle_block_1", "output_blocks_3_1", "output_blocks_11_1")):
+    for number, name in enumerate(("input_blocks_1_1", "input_blocks_8_1", "middle_block_1",
+                                   "output_blocks_3_1", "output_blocks_11_1")):
         assert found[f"{name}_transformer_blocks_0_attn2_to_k"] == (number, "to_k")
     assert found["up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0"] == (4, "to_out")
     wide = site_names(SiteLayout((site("down_blocks.1.attentions.0.transformer_blocks.1.attn2", 0),
                                   site("down_blocks.1.attentions.1.transformer_blocks.0.attn2", 1),
-                                  site("up_blocks.0.attentions.0.transformer_blocks.9.attn2", 2)), (("clip_l", 768),)))
-    assert {"input_blocks_4_1_transformer_blocks_1_attn2_to_q", "output_blocks_0_1_transformer_blocks_9_attn2_to_q"} <= set(wide)
+                                  site("up_blocks.0.attentions.0.transformer_blocks.9.attn2", 2)),
+                                 (("clip_l", 768),)))
+    assert {"input_blocks_4_1_transformer_blocks_1_attn2_to_q",
+            "output_blocks_0_1_transformer_blocks_9_attn2_to_q"} <= set(wide)
 
 
 @pytest.mark.parametrize(("key", "module", "side", "is_text"), [
-    ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight", "te_text_model_encoder_layers_0_self_attn_q_proj", "up", True),
-    ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", "te2_text_model_encoder_layers_0_mlp_fc1", "alpha", True),
-    ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "text_encoder_text_model_encoder_layers_0_self_attn_q_proj",
+    ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight",
+     "te_text_model_encoder_layers_0_self_attn_q_proj", "up", True),
+    ("lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha", "te2_text_model_encoder_layers_0_mlp_fc1", "alpha",
+     True),
+    ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+     "text_encoder_text_model_encoder_layers_0_self_attn_q_proj",
      "down", True),
     ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "mid_block_resnets_0_conv1", "mid", False),
 ])
@@ -120,33 +139,41 @@ def test_parts(key, module, side, is_text):
     assert (part.module, part.side, part.is_text) == (module, side, is_text)
 
 
-@pytest.mark.parametrize("key", ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.dora_scale", "emb_params", "x.weight", ""])
+@pytest.mark.parametrize("key",
+                         ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.dora_scale",
+                          "emb_params", "x.weight", ""])
 def test_what_is_no_lora_is_no_part(key):
     assert part_of(key) is None
 
 
 def test_what_is_left_out_is_told(bank, tmp_path):
     def factors(module, size=8):
-        return {f"{module}.lora_up.weight": torch.randn(size, 2), f"{module}.lora_down.weight": torch.randn(2, size)}
+        return {f"{module}.lora_up.weight": torch.randn(size, 2),
+                f"{module}.lora_down.weight": torch.randn(2, size)}
 
     inner = "attentions_0_transformer_blocks_0_attn1_to_q"
     extra = factors("lora_te_text_model_encoder_layers_0_mlp_fc1") | factors(f"lora_unet_down_blocks_0_{inner}")
-    odd = {"lora_unet_mid_block_x.hada_w1_a": torch.ones(2, 2), "lora_unet_mid_block_x.hada_w1_b": torch.ones(2, 2)}
+    odd = {"lora_unet_mid_block_x.hada_w1_a": torch.ones(2, 2),
+           "lora_unet_mid_block_x.hada_w1_b": torch.ones(2, 2)}
     save_file(named(bank.layout, bank["rex"].deltas, "kohya", extra | odd), tmp_path / "some.safetensors")
     taken = lora_deltas(read_lora(tmp_path / "some.safetensors"), bank.layout, "it")
     inside = sum(float(delta.dense().square().sum()) for delta in bank["rex"].deltas.values())
     ups = [key for key in extra if key.endswith("lora_up.weight")]
-    outside = sum(float((extra[key] @ extra[key.replace("lora_up", "lora_down")]).square().sum()) for key in ups)
+    outside = sum(float((extra[key] @ extra[key.replace("lora_up", "lora_down")]).square().sum())
+                  for key in ups)
     assert len(ups) == 2 and taken.share == pytest.approx(inside / (inside + outside), rel=1e-4)
-    assert taken.left == {"of the text encoder": 1, "of other layers of the UNet": 1, "in a form other than plain LoRA": 1}
+    assert taken.left == {"of the text encoder": 1, "of other layers of the UNet": 1,
+                          "in a form other than plain LoRA": 1}
 
 
 def test_a_trigger_is_what_is_typed(tiny_backbone, bank, tmp_path):
     """`<rex2>` encodes as its trigger words do, and its deltas are the LoRA's."""
     save_file(named(bank.layout, bank["rex"].deltas, "kohya"), tmp_path / "some.safetensors")
-    found = import_concept("rex2", "dog", "object", bank.layout, tiny_backbone.text, tmp_path / "some.safetensors", trigger=" red dog ")
+    found = import_concept("rex2", "dog", "object", bank.layout, tiny_backbone.text,
+                           tmp_path / "some.safetensors", trigger=" red dog ")
     grown = bank.add(found.concept)
-    ours = encode_prompts(tiny_backbone, grown.vocabulary.parse_all(["a <rex2> runs"]), {"rex2": found.concept.tokens}).hidden
+    ours = encode_prompts(tiny_backbone, grown.vocabulary.parse_all(["a <rex2> runs"]),
+                          {"rex2": found.concept.tokens}).hidden
     typed = encode_prompts(tiny_backbone, grown.vocabulary.parse_all(["a red dog runs"]), {}).hidden
     assert torch.allclose(ours, typed, atol=2e-3)      # vectors in fp16
     deltas = aggregate(tiny_backbone, grown, grown.parse("a <rex2> runs")).deltas
@@ -158,7 +185,8 @@ def test_layers_of_several_ranks(bank):
     key = next(k for k in state if k.endswith("attn2_to_q.lora_up.weight"))
     module = key.removesuffix(".lora_up.weight")
     a, b = state[key].shape[0], state[f"{module}.lora_down.weight"].shape[1]
-    state |= {key: torch.randn(a, 7), f"{module}.lora_down.weight": torch.randn(7, b), f"{module}.alpha": torch.tensor(7.0)}
+    state |= {key: torch.randn(a, 7), f"{module}.lora_down.weight": torch.randn(7, b),
+              f"{module}.alpha": torch.tensor(7.0)}
     taken = lora_deltas(LoraFile(state), bank.layout, "it")
     place = site_names(bank.layout)[module.removeprefix("lora_unet_")]
     assert distance(taken.deltas[place].dense(), state[key] @ state[f"{module}.lora_down.weight"]) < 1e-5
@@ -232,7 +260,8 @@ def test_two_encoders(tiny_sdxl, make_concept, tmp_path):
             assert distance(found.tokens.vectors[encoder], vectors) < HALF
     state = {"text_encoders_0": torch.ones(1, 32), "text_encoders_1": torch.ones(1, 24)}
     save_file(state, tmp_path / "scripts.safetensors")
-    assert len(import_concept("d", "", "object", bank.layout, embedding=tmp_path / "scripts.safetensors").concept.info.words) == 1
+    assert len(import_concept("d", "", "object", bank.layout,
+                              embedding=tmp_path / "scripts.safetensors").concept.info.words) == 1
 
 
 def test_the_command(tmp_path, capsys):
@@ -248,5 +277,6 @@ def test_the_command(tmp_path, capsys):
     assert main([*command[:3], "fido", *command[4:], "--trigger", "red dog"]) == 0
     assert open_bank(target).names == ["rex", "fido"]
     assert main(command) == 1 and "no learned words" in capsys.readouterr().err
-    assert main([*command, "--trigger", "dog"]) == 1 and "already holds a concept 'rex'" in capsys.readouterr().err
+    assert main([*command, "--trigger",
+                 "dog"]) == 1 and "already holds a concept 'rex'" in capsys.readouterr().err
     assert {p for _, p in open_bank(target)["rex"].deltas} == set(PROJECTIONS)

@@ -42,7 +42,8 @@ def dense(state, layout, key) -> torch.Tensor:
 
 def sparse(a: int, b: int, count: int) -> SparseDelta:
     g = torch.Generator().manual_seed(0)
-    return SparseDelta((a, b), torch.randperm(a * b, generator=g)[:count].int(), torch.randn(count, generator=g))
+    return SparseDelta((a, b), torch.randperm(a * b, generator=g)[:count].int(),
+                       torch.randn(count, generator=g))
 
 
 def bank_on(layout, make_concept, *methods: str) -> ConceptBank:
@@ -60,10 +61,13 @@ def bank(tiny_backbone, make_concept):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_lora_holds_what_the_bank_gives_for_the_prompt(tiny_backbone, bank, tmp_path, mode):
     done = export_prompt(bank, BOTH, tmp_path, mode=mode, strength=0.7, backbone=tiny_backbone)
-    assert [file.name for file in done.files] == ["prompt_rex_mimi_lora.safetensors", "rex.safetensors", "mimi.safetensors"]
+    assert [file.name
+            for file in done.files] == ["prompt_rex_mimi_lora.safetensors", "rex.safetensors",
+                                        "mimi.safetensors"]
     state, deltas = load_file(done.files[0]), aggregate(tiny_backbone, bank, bank.parse(BOTH), mode, 0.7).deltas
     assert len(state) == 3 * len(deltas)
-    assert all(distance(dense(state, bank.layout, key), delta.dense()) < HALF for key, delta in deltas.items())
+    assert all(distance(dense(state, bank.layout, key), delta.dense()) < HALF
+               for key, delta in deltas.items())
     for file, name in zip(done.files[1:], ("rex", "mimi"), strict=True):
         assert torch.equal(load_file(file)["emb_params"], embedding_state(bank[name].tokens)["emb_params"])
     assert any("weighs concepts anew" in note for note in done.notes) == (mode != "sharp")
@@ -74,7 +78,8 @@ def test_the_lora_holds_what_the_bank_gives_for_the_prompt(tiny_backbone, bank, 
 def test_sharp_and_equal_need_no_base_and_the_others_say_so(bank, tmp_path):
     for mode in ("sharp", "equal"):
         export_prompt(bank, BOTH, tmp_path, ["diffusers"], mode)
-    for mode, sentence in (("paper", "allowed without a base: sharp, equal"), ("blunt", "allowed: sharp, paper")):
+    for mode, sentence in (("paper", "allowed without a base: sharp, equal"),
+                           ("blunt", "allowed: sharp, paper")):
         with pytest.raises(ConceptError, match=sentence):
             export_prompt(bank, BOTH, tmp_path / "none", mode=mode)
     with pytest.raises(ConceptError, match="give a base"):
@@ -107,7 +112,8 @@ def test_all_files_of_a_prompt_share_a_counter_and_words_go_to_their_folder(bank
     words.mkdir()
     (words / "mimi.safetensors").write_bytes(b"somebody's")
     done = export_prompt(bank, BOTH, tmp_path / "loras", words_folder=words)
-    assert [f"{f.parent.name}/{f.stem}" for f in done.files] == ["loras/prompt_rex_mimi_lora_00002", "embeddings/rex_00002",
+    assert [f"{f.parent.name}/{f.stem}"
+            for f in done.files] == ["loras/prompt_rex_mimi_lora_00002", "embeddings/rex_00002",
                                                                "embeddings/mimi_00002"]
     assert (words / "mimi.safetensors").read_bytes() == b"somebody's" and any("embedding:mimi_00002" in note for note in done.notes)
     assert len(list(words.iterdir())) == 3 and len(list((tmp_path / "loras").iterdir())) == 1
@@ -116,11 +122,13 @@ def test_all_files_of_a_prompt_share_a_counter_and_words_go_to_their_folder(bank
 def test_a_bundle_holds_the_words_of_all_and_metadata_tell_the_prompt(layout, make_concept, tmp_path):
     thumbnail = b"\xff\xd8\xff" + b"0" * 9
     bank = bank_on(layout, make_concept, "cidm", "cidm")
-    bank = bank.replace(replace(bank["rex"], thumbnail=thumbnail)).replace(replace(bank["mimi"], thumbnail=thumbnail + b"1"))
+    bank = bank.replace(replace(bank["rex"],
+                                thumbnail=thumbnail)).replace(replace(bank["mimi"], thumbnail=thumbnail + b"1"))
     done = export_prompt(bank, BOTH, tmp_path, ["bundle"])
     names = {key.split(".")[1] for key in load_file(done.files[0]) if key.startswith("bundle_emb.")}
     facts = safe_open(str(done.files[0]), framework="pt").metadata()
-    assert names == {"rex", "mimi"} and facts["modelspec.trigger_phrase"] == BOTH and "mode sharp" in facts["modelspec.description"]
+    assert names == {"rex",
+                     "mimi"} and facts["modelspec.trigger_phrase"] == BOTH and "mode sharp" in facts["modelspec.description"]
     assert len(json.loads(facts["ssmd_cover_images"])) == 2 and json.loads(facts["ss_tag_frequency"]) == {
         "prompt_rex_mimi": {"rex": 1, "mimi": 1}}
 
@@ -143,7 +151,9 @@ def test_names_that_would_be_one_file_stay_two(layout, make_concept, tmp_path):
 
 def test_sums_are_exact_and_no_wider_than_the_weight_unless_a_rank_is_asked_for():
     g = torch.Generator().manual_seed(1)
-    parts = {(0, "to_k"): [(w, LowRankDelta(torch.randn(12, 3, generator=g), torch.randn(3, 10, generator=g), 0.5))
+    parts = {(0,
+              "to_k"): [(w,
+                         LowRankDelta(torch.randn(12, 3, generator=g), torch.randn(3, 10, generator=g), 0.5))
                            for w in (1.0, 0.5, -2.0, 0.1)]}
     wanted = sum(weight * delta.dense() for weight, delta in parts[0, "to_k"])
     three = low_rank_sum({(0, "to_k"): parts[0, "to_k"][:3]}, "the prompt").deltas[0, "to_k"]
@@ -152,19 +162,28 @@ def test_sums_are_exact_and_no_wider_than_the_weight_unless_a_rank_is_asked_for(
     assert distance(whole.deltas[0, "to_k"].dense(), wanted) < 1e-5
     cut = low_rank_sum(parts, "the prompt", rank=5, max_error=0.9)
     assert cut.deltas[0, "to_k"].down.shape[0] == 5
-    assert cut.error == pytest.approx(distance(cut.deltas[0, "to_k"].dense(), wanted), rel=1e-3) and cut.error > 0
-    with pytest.raises(ConceptError, match=r"the prompt has deltas of which rank 1 loses .* which rank \d+ keeps"):
+    assert cut.error == pytest.approx(distance(cut.deltas[0, "to_k"].dense(), wanted),
+                                      rel=1e-3) and cut.error > 0
+    with pytest.raises(ConceptError,
+                       match=r"the prompt has deltas of which rank 1 loses .* which rank \d+ keeps"):
         low_rank_sum(parts, "the prompt", rank=1)
-    narrow = {(0, "to_k"): [(1.0, LowRankDelta(torch.randn(60, 4, generator=g), torch.randn(4, 50, generator=g)))]}
-    held = low_rank_sum(narrow, "the prompt", rank=2, max_error=0.99)      # by QR: four columns are fewer than fifty
-    assert held.error == pytest.approx(distance(held.deltas[0, "to_k"].dense(), narrow[0, "to_k"][0][1].dense()), rel=1e-3)
+    narrow = {(0,
+               "to_k"): [(1.0,
+                          LowRankDelta(torch.randn(60, 4, generator=g), torch.randn(4, 50, generator=g)))]}
+    # by QR: four columns are fewer than fifty
+    held = low_rank_sum(narrow, "the prompt", rank=2, max_error=0.99)
+    assert held.error == pytest.approx(distance(held.deltas[0, "to_k"].dense(),
+                                                narrow[0, "to_k"][0][1].dense()), rel=1e-3)
 
 
 def test_sparse_parts_are_cut_and_low_rank_ones_beside_them_are_not():
     g = torch.Generator().manual_seed(1)
-    exact, rest = LowRankDelta(torch.randn(12, 3, generator=g), torch.randn(3, 10, generator=g)), sparse(12, 10, 30)
-    found = low_rank_sum({(0, "to_k"): [(1.0, exact), (0.5, rest)], (1, "to_k"): [(1.0, exact)]}, "the prompt")
-    assert found.error < 1e-5 and distance(found.deltas[0, "to_k"].dense(), exact.dense() + 0.5 * rest.dense()) < 1e-5
+    exact, rest = LowRankDelta(torch.randn(12, 3, generator=g),
+                               torch.randn(3, 10, generator=g)), sparse(12, 10, 30)
+    found = low_rank_sum({(0, "to_k"): [(1.0, exact), (0.5, rest)], (1, "to_k"): [(1.0, exact)]},
+                         "the prompt")
+    assert found.error < 1e-5 and distance(found.deltas[0, "to_k"].dense(),
+                                           exact.dense() + 0.5 * rest.dense()) < 1e-5
     assert torch.equal(found.deltas[1, "to_k"].down, exact.down)
     with pytest.raises(ConceptError, match="changes no weights"):
         low_rank_sum({(0, "to_k"): [(0.0, exact), (0.0, exact), (0.0, exact), (0.0, exact)]}, "the prompt")
@@ -174,9 +193,12 @@ def test_a_whole_bank_is_exported_but_for_what_cannot_be(layout, make_concept, t
     bank = bank_on(layout, make_concept, "cidm", "cidm")
     wide = replace(make_concept(layout, "tom"), deltas={(2, "to_q"): sparse(8, 8, 60)})
     done = export_bank(bank.add(wide), tmp_path, rank=1)
-    assert [file.stem for file in done.files] == ["rex_lora", "rex", "mimi_lora", "mimi"] and len(list(tmp_path.iterdir())) == 4
+    assert [file.stem
+            for file in done.files] == ["rex_lora", "rex", "mimi_lora",
+                                        "mimi"] and len(list(tmp_path.iterdir())) == 4
     left = [note for note in done.notes if "was left out" in note]
-    assert len(left) == 1 and left[0].startswith("<tom> was left out: concept 'tom' has sparse deltas of which rank 1 loses")
+    assert len(left) == 1 and left[0].startswith("<tom> was left out: concept 'tom' has sparse deltas of "
+                                                 "which rank 1 loses")
     with pytest.raises(ConceptError, match="none of the 1 concepts.*rank 1"):
         export_bank(ConceptBank(layout).add(wide), tmp_path, rank=1)
     with pytest.raises(ConceptError, match="holds no concept"):
@@ -192,7 +214,8 @@ def base():
 
 def states(base, concept, tokens, prompts):
     context = encode_prompts(base, Vocabulary([concept.info]).parse_all(prompts), {concept.name: tokens})
-    return torch.stack([row[:, list(words["rex"])] for row, words in zip(context.hidden, context.words, strict=True)])
+    return torch.stack([row[:, list(words["rex"])]
+                        for row, words in zip(context.hidden, context.words, strict=True)])
 
 
 def test_a_refitted_copy_is_read_more_like_the_layer_copies_than_their_mean(base, make_concept):
@@ -212,10 +235,12 @@ def test_refitting_is_told_in_the_notes_and_leaves_single_copies_alone(base, mak
     layered = make_concept(base.layout, size=0.1)
     bank = ConceptBank(base.layout).add(layered).add(make_concept(base.layout, "mimi", layerwise=False))
     done = export_concept(bank, "rex", tmp_path, ["embedding"], refit=base)
-    assert torch.equal(load_file(done.files[0])["emb_params"], refit(base, layered).tokens.vectors["clip_l"][0])
+    assert torch.equal(load_file(done.files[0])["emb_params"],
+                       refit(base, layered).tokens.vectors["clip_l"][0])
     assert any("re-fitted" in note and f"{refit(base, layered).mean:.3f}" in note for note in done.notes)
     single = export_concept(bank, "mimi", tmp_path, ["embedding"], refit=base)
-    assert torch.equal(load_file(single.files[0])["emb_params"], bank["mimi"].tokens.vectors["clip_l"][0].float())
+    assert torch.equal(load_file(single.files[0])["emb_params"],
+                       bank["mimi"].tokens.vectors["clip_l"][0].float())
 
 
 def test_two_text_encoders_are_refitted_together(tiny_sdxl, make_concept):

@@ -281,12 +281,35 @@ def test_a_broken_text_is_told_and_kept(page, tmp_path):
     assert drawing(page) == [] and page.locator(".ccr-frame").is_visible()
 
 
+# Luminance of a field's text and background by WCAG 2.1, where a ratio of 4.5 is readable
+SHADES = """() => {
+    const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+    const luminance = colour => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        const [red, green, blue] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(level =>
+            level / 255 <= 0.03928 ? level / 255 / 12.92 : ((level / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    return ['.ccr [data-field="prompt"]', '.ccr-button'].map(place => {
+        const style = getComputedStyle(document.querySelector(place));
+        return [luminance(style.color), luminance(style.backgroundColor)];
+    });
+}"""
+
+
 def test_a_light_theme(page, tmp_path):
-    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
-    page.wait_for_timeout(800)
-    shoot(page, tmp_path, "light")
-    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
-    page.wait_for_timeout(500)
+    """Fields and buttons follow the page's theme, and their text stays readable on them."""
+    backgrounds = {}
+    for theme in ("light", "dark"):
+        page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+        page.wait_for_timeout(800)
+        shoot(page, tmp_path, theme)
+        shades = page.evaluate(SHADES)
+        assert all((max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5 for pair in shades), (theme, shades)
+        backgrounds[theme] = [background for _, background in shades]
+    assert min(backgrounds["light"]) > 0.5 > 0.2 > max(backgrounds["dark"])
 
 
 def test_the_server_gets_the_drawing(page, server):

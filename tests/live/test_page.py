@@ -93,7 +93,8 @@ def test_the_template_browser_shows_our_workflows_with_their_pictures(page, tmp_
         picture = page.locator(f'img[alt="{name}"]').first
         picture.wait_for(state="attached")
         picture.scroll_into_view_if_needed()
-        page.wait_for_function("img => img.complete && img.naturalWidth > 0", arg=picture.element_handle())
+        page.wait_for_function("img => img.complete", arg=picture.element_handle())
+        assert picture.evaluate("img => img.naturalWidth") > 0, f"the picture of '{name}' cannot be shown"
     page.screenshot(path=str(tmp_path / "templates.png"))
     print(f"screenshot: {tmp_path / 'templates.png'}")
 
