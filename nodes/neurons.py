@@ -110,7 +110,7 @@ class ConceptNeuronSelect(io.ComfyNode):
         with backbone.training():
             prompts = tuple(lines_of(calibration_prompts)) or CALIBRATION
             selection = _select(backbone, given, photos, prompts)
-        share = selection.share(sum(weight.numel() for weight in backbone.unet.parameters()))
+        share = selection.share(backbone.parameter_count)
         title = f"concept neurons of '{given['prompt']}'"
         picture = to_tensor(selection_picture(selection, len(backbone.layout), title, share))
         return io.NodeOutput(selection, picture, share, ui=ui.PreviewImage(picture, cls=cls))

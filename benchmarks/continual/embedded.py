@@ -39,7 +39,7 @@ def suite_of(backbone: DiffusersBackbone, count: int) -> tuple[PromptSuite, dict
     noun, text, real = prompt_suite.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
     groups, pairs = prompt_suite.groups_and_pairs(tasks)
     combined = tuple(f"a photo of {{}} {place}" for place in PLACES[:4])
-    weights = sum(parameter.numel() for parameter in backbone.unet.parameters())
+    weights = backbone.parameter_count
     suite = PromptSuite(tasks, groups, pairs, combined, prompt_suite.unrelated_prompts(tasks), encoder,
                         SETTINGS, SEEDS,
                         GROUP_SEEDS, PAIR_SEEDS, prompt_suite.halfway(noun, real), weights)

@@ -237,7 +237,7 @@ def suite_of(backbone: DiffusersBackbone, tasks: Sequence[Assignment], encoder: 
     groups, pairs = groups_and_pairs(tasks)
     group_seeds, pair_seeds = (tuple(FIRST_SEED + i for i in range(min(pictures, most)))
                                for most in (GROUP_PICTURES, PAIR_PICTURES))
-    weights = sum(parameter.numel() for parameter in backbone.unet.parameters())
+    weights = backbone.parameter_count
     suite = PromptSuite(tuple(tasks), groups, pairs, COMBINED, unrelated_prompts(tasks), encoder, settings,
                         _seeds(tasks, pictures), group_seeds, pair_seeds, halfway(noun, real), weights,
                         origin)

@@ -1,4 +1,5 @@
-"""Word-bound concepts of prompts that stay the same from step to step: keys and values are packed once and then cached."""
+"""Word-bound concepts of prompts that stay the same from step to step: keys and values are packed once and
+then cached."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from .token_lora import TokenLora, TokenLoraProcessor, head_extension
 
 
 class CachedTokenLora(TokenLoraProcessor):
-    """Like `TokenLoraProcessor`, for one text under weights that do not change, as within one sampling; without gradients.
+    """Like `TokenLoraProcessor`, for one text under weights that do not change, as within one sampling;
+    without gradients.
 
-    From its second call on, a site reads no text and costs two operations more than a plain one. The host takes another
-    processor when the text changes.
+    From its second call on, a site reads no text and costs two operations more than a plain one. The host
+    takes another processor when the text changes.
     """
 
     def __init__(self, concepts: TokenLora, rows: int, device: torch.device | str) -> None:
@@ -29,7 +31,8 @@ class CachedTokenLora(TokenLoraProcessor):
     def enter(self, call: SiteCall) -> None:
         call.reads_text = call.site.index not in self._packed
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
         site = call.site
         if site.index not in self._packed:
             extension = head_extension(site.heads, key, value, self.concepts.adapters(site))

@@ -1,4 +1,5 @@
-"""Cross-attention maps of a concept's words, and the regulariser that keeps them on the object (Mix-of-Show's, as in CIDM's code)."""
+"""Cross-attention maps of a concept's words, and the regulariser that keeps them on the object
+(Mix-of-Show's, as in CIDM's code)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..model.backbone import AttentionProcessor, Context, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 
-FINEST = 256     # cells of the finest grid whose maps are used; a sixteenth of the latent's cells where that is more
+FINEST = 256     # cells of the finest grid that maps are taken of, or a sixteenth of the latent's if more
 
 
 def attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -37,28 +38,34 @@ class MapProcessor(AttentionProcessor):
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         return self.inner.project(site, projection, x, y)
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
-        maps = attention_maps(query, key, call.site.heads)      # also in a recomputed block: it must compute the same
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
+        # also in a recomputed block: it must compute the same
+        maps = attention_maps(query, key, call.site.heads)
         if self.recording:
             self.maps.append(maps)
         return self.inner.attend(call, query, key, value, attention)
 
     def take(self) -> list[Tensor]:
-        """The maps of the last forward pass, `[B, S, N]` per site. Recording then stops until the next forward pass."""
+        """The maps of the last forward pass, `[B, S, N]` per site. Recording then stops until the next
+        forward pass."""
         maps, self.maps, self.recording = self.maps, [], False
         return maps
 
 
-def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...]], masks: Tensor) -> Tensor | None:
-    """MSE(map of the second word, mask) + mean(map of the first word outside the mask), summed over resolutions.
+def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...]],
+                          masks: Tensor) -> Tensor | None:
+    """MSE(map of the second word, mask) + mean(map of the first word outside the mask), summed over
+    resolutions.
 
-    Mix-of-Show (Gu et al., 2023), as in CIDM's code. Maps are averaged over the sites of a resolution and divided by their
-    maximum. Where a mask covers the whole picture nothing is outside, and we leave the second term out; the released code gets
-    NaN there and drops both terms.
+    Mix-of-Show (Gu et al., 2023), as in CIDM's code. Maps are averaged over the sites of a resolution and
+    divided by their maximum. Where a mask covers the whole picture nothing is outside, and we leave the
+    second term out; the released code gets NaN there and drops both terms.
 
     Args:
         maps: `[B, S, N]` per site, see `MapProcessor`.
-        positions: Per sample the token positions of the concept's words. Samples with fewer than two words do not count.
+        positions: Per sample the token positions of the concept's words. Samples with fewer than two words do
+            not count.
         masks: Of the object, `[B, 1, h, w]` in 0..1.
 
     Returns:
@@ -77,7 +84,8 @@ def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...
         mean = torch.stack(group).mean(0)
         grid = grid_of(cells, *masks.shape[-2:])
         mask = F.interpolate(masks[rows].float(), grid, mode="area").flatten(1)
-        one, two = (mean.gather(2, at.view(-1, 1, 1).expand(-1, cells, 1)).squeeze(2) for at in (first, second))
+        one, two = (mean.gather(2, at.view(-1, 1, 1).expand(-1, cells, 1)).squeeze(2)
+                    for at in (first, second))
         one, two = (m / m.amax(1, keepdim=True).clamp(min=1e-6) for m in (one, two))
         outside = (mask < 0.5).float()
         total = total + (two - mask).square().mean() + (one * outside).sum() / outside.sum().clamp(min=1)

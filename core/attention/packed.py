@@ -1,4 +1,5 @@
-"""Keys and values of several prompts, packed for one attention call. They depend on the text alone, so this is done once per sampling."""
+"""Keys and values of several prompts, packed for one attention call. They depend on the text alone, so this
+is done once per sampling."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from .token_lora import HeadExtension, extended_attention, extended_heads
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What a region (or a whole prompt) reads at a site, in R rows, such as the negative and the positive half of guidance.
+    """What a region (or a whole prompt) reads at a site, in R rows, such as the negative and the positive
+    half of guidance.
 
     Attributes:
         key, value: `[R, N, a]`.
@@ -62,32 +64,32 @@ class PackedKeysValues:
     """
 
     def __init__(self, parts: Sequence[KeysValues]) -> None:
-        self.key, self.value = torch.stack([part.key for part in parts]), torch.stack([part.value for part in parts])
-        extensions = [part.extension for part in parts]
+        self.key = torch.stack([part.key for part in parts])
+        self.value = torch.stack([part.value for part in parts])
         queries, outs = [_factors(part.query) for part in parts], [_factors(part.out) for part in parts]
-        self.query_up, self.query_down = _padded([up for up, _ in queries], 1), _padded([down for _, down in queries], 0)
+        self.query_up = _padded([up for up, _ in queries], 1)
+        self.query_down = _padded([down for _, down in queries], 0)
         self.out_down = _padded([down for _, down in outs], 0)
-        self.extension_down = _padded([extension.query_down for extension in extensions], 0)      # [G, x, b]
-        self.extension_key = _padded([extension.key for extension in extensions], -1)             # [G, R, N, H, x]
-        self.extension_value = _padded([extension.value for extension in extensions], -1)         # [G, R, N, H, p]
-        extension_up = self._even(_padded([extension.out_up for extension in extensions], 1))
+        self.extension_down = _padded([part.extension.query_down for part in parts], 0)      # [G, x, b]
+        self.extension_key = _padded([part.extension.key for part in parts], -1)             # [G, R, N, H, x]
+        self.extension_value = _padded([part.extension.value for part in parts], -1)         # [G, R, N, H, p]
+        extension_up = self._even(_padded([part.extension.out_up for part in parts], 1))
         ups = [up for up in (extension_up, _padded([up for up, _ in outs], 1)) if up is not None]
-        self.out_up = torch.cat(ups, -1) if ups else None      # [G, a, p], of the extension and of the deltas of to_out
-        self._batch: tuple[Tensor, Tensor, Tensor] | None = None      # rows, and keys and values of these rows
+        self.out_up = torch.cat(ups, -1) if ups else None      # [G, a, p], extensions and deltas of to_out
+        self._batch: tuple[Tensor, Tensor, Tensor] | None = None      # rows, and their keys and values
         self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def _even(self, extension_up: Tensor | None) -> Tensor | None:
-        """Pads the extension until keys and values have one width, a multiple of 8, as fast attention kernels need it. Returns
-        `extension_up` with as many columns."""
-        if self.extension_down is None or self.extension_key is None or self.extension_value is None or extension_up is None:
+        """Pads the extension until keys and values have one width, a multiple of 8, as fast attention kernels
+        need it. Returns `extension_up` with as many columns."""
+        key, value = self.extension_key, self.extension_value
+        if self.extension_down is None or key is None or value is None or extension_up is None:
             return extension_up
-        heads = self.extension_key.shape[-2]
-        width = max(self.extension_down.shape[1], self.extension_value.shape[-1])
-        width += -(self.key.shape[-1] // heads + width) % 8
+        width = max(self.extension_down.shape[1], value.shape[-1])
+        width += -(self.key.shape[-1] // key.shape[-2] + width) % 8
         self.extension_down = F.pad(self.extension_down, (0, 0, 0, width - self.extension_down.shape[1]))
-        self.extension_key, self.extension_value, extension_up = (
-            F.pad(x, (0, width - x.shape[-1])) for x in (self.extension_key, self.extension_value, extension_up))
-        return extension_up
+        self.extension_key, self.extension_value = (F.pad(x, (0, width - x.shape[-1])) for x in (key, value))
+        return F.pad(extension_up, (0, width - extension_up.shape[-1]))
 
     def queries(self, query: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The regions' own queries.
@@ -113,15 +115,15 @@ class PackedKeysValues:
         Args:
             query: The frozen query of the cells of every region, `[G, T, a]`.
             hidden: What to_q read there, `[G, T, b]`.
-            rows: `[B]`, the row of the keys and values that each picture of the batch takes. The same tensor means the same
-                rows: keys and values of the last one are cached.
+            rows: `[B]`, the row of the keys and values that each picture of the batch takes. The same tensor
+                means the same rows: keys and values of the last one are cached.
             heads: Of the site.
             attention: Plain attention.
             others: `[G, T, a]`, what other nodes' attention adds.
 
         Returns:
-            The attended values `[G, T, a]`, and the low-rank columns `[G, T, p]` from which `added` makes what the regions add
-            after to_out (None: nothing).
+            The attended values `[G, T, a]`, and the low-rank columns `[G, T, p]` from which `added` makes
+            what the regions add after to_out (None: nothing).
         """
         query, extension = self.queries(query, hidden)
         query = query.view(-1, query.shape[1] // len(rows), query.shape[2])
@@ -156,7 +158,8 @@ class PackedKeysValues:
         if self._batch is None or self._batch[0] is not rows or self._batch[1].dtype != dtype:
             key, value = self.key, self.value
             if self.extension_down is not None or self.extension_value is not None:
-                key, value = extended_heads(heads, key, self.extension_key), extended_heads(heads, value, self.extension_value)
+                key = extended_heads(heads, key, self.extension_key)
+                value = extended_heads(heads, value, self.extension_value)
             self._batch = rows, key[:, rows].flatten(0, 1).to(dtype), value[:, rows].flatten(0, 1).to(dtype)
         return self._batch[1], self._batch[2]
 

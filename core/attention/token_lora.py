@@ -1,16 +1,17 @@
 """Word-bound deltas: a concept's deltas act through the concept's own words and nowhere else. Ours.
 
-At a site with frozen projections, a text position n that belongs to concept i has its own query, key, value and output
-maps:
+At a site with frozen projections, a text position n that belongs to concept i has its own query, key, value
+and output maps:
 
     logit(x, n) = ((W_q + dQ_i) x) . ((W_k + dK_i) c_n)        value(n) = (W_out + dO_i) (W_v + dV_i) c_n
 
-Every other position has the frozen maps. A prompt without the concept therefore gives the base's output bit for bit, and two
-concepts in one prompt share no weights: they meet in the softmax only.
+Every other position has the frozen maps. A prompt without the concept therefore gives the base's output bit
+for bit, and two concepts in one prompt share no weights: they meet in the softmax only.
 
-One attention call computes this. dQ_i = U D is low rank, so `dQ_i x . k = (D x) . (U^T k)`: the query is extended by D x and
-the keys of the concept's words by U^T k. The values of its words are extended by D_o v; what comes out of these columns, times
-U_o, is added after to_out. With rank r and K concepts, a head of width d becomes r K wider.
+One attention call computes this. dQ_i = U D is low rank, so `dQ_i x . k = (D x) . (U^T k)`: the query is
+extended by D x and the keys of the concept's words by U^T k. The values of its words are extended by D_o v;
+what comes out of these columns, times U_o, is added after to_out. With rank r and K concepts, a head of width
+d becomes r K wider.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ class HeadExtension:
 
     Attributes:
         query_down: `[x, b]`, from what to_q reads to the extension of the query, the same for every head.
-        key: `[B, N, H, x]`, the extension of the keys. None, like `query_down`, where no concept has a delta of to_q.
+        key: `[B, N, H, x]`, the extension of the keys. None, like `query_down`, where no concept has a delta
+            of to_q.
         value: `[B, N, H, p]`, the extension of the values.
-        out_up: `[a, p]`, from the attended extension, summed over heads, to what is added after to_out. None, like `value`,
-            where no concept has a delta of to_out.
+        out_up: `[a, p]`, from the attended extension, summed over heads, to what is added after to_out. None,
+            like `value`, where no concept has a delta of to_out.
     """
 
     query_down: Tensor | None = None
@@ -77,17 +79,20 @@ def head_extension(heads: int, key: Tensor, value: Tensor, adapters: Sequence[To
     for adapter in adapters:
         mask = adapter.mask.to(k)[:, :, None, None]
         if adapter.query is not None:
+            up = adapter.query.up.to(k).unflatten(0, (heads, -1))
             downs.append(adapter.query.scale * adapter.query.down)
-            keys.append(torch.einsum("bnhd,hdr->bnhr", k, adapter.query.up.to(k).unflatten(0, (heads, -1))) * mask)
+            keys.append(torch.einsum("bnhd,hdr->bnhr", k, up) * mask)
         if adapter.out is not None:
-            values.append(torch.einsum("bnhd,rhd->bnhr", v, adapter.out.down.to(v).unflatten(1, (heads, -1))) * mask)
+            down = adapter.out.down.to(v).unflatten(1, (heads, -1))
+            values.append(torch.einsum("bnhd,rhd->bnhr", v, down) * mask)
             ups.append(adapter.out.scale * adapter.out.up)
     columns = ((downs, 0), (keys, -1), (values, -1), (ups, 1))
     return HeadExtension(*(torch.cat(parts, dim) if parts else None for parts, dim in columns))
 
 
 def extended_heads(heads: int, x: Tensor, extension: Tensor | None) -> Tensor:
-    """Keys or values `[..., N, a]` and their extension `[..., N, H, p]`, or None, as heads `[..., H, N, d + p]`."""
+    """Keys or values `[..., N, a]` and their extension `[..., N, H, p]`, or None, as heads
+    `[..., H, N, d + p]`."""
     split = x.unflatten(-1, (heads, -1))
     return (split if extension is None else torch.cat([split, extension.to(split)], -1)).transpose(-3, -2)
 
@@ -103,14 +108,17 @@ def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
         query_extension: `[B, S, x]`, the same for every head, or None.
 
     Returns:
-        The attended values `[B, S, a]`, and the attended extension summed over heads `[B, S, p]` (None for p = 0).
+        The attended values `[B, S, a]`, and the attended extension summed over heads `[B, S, p]`, None where
+        values have no extension.
     """
     q = query.unflatten(-1, (heads, -1))      # [B, S, H, d]
     width = q.shape[-1]
     if query_extension is not None:
         q = torch.cat([q, query_extension.to(q).unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
-    attended = F.scaled_dot_product_attention(q.transpose(1, 2), key, value, scale=width**-0.5).transpose(1, 2)
-    return attended[..., :width].flatten(2), attended[..., width:].sum(2) if attended.shape[-1] > width else None
+    attended = F.scaled_dot_product_attention(q.transpose(1, 2), key, value, scale=width**-0.5)
+    attended = attended.transpose(1, 2)
+    low = attended[..., width:].sum(2) if attended.shape[-1] > width else None
+    return attended[..., :width].flatten(2), low
 
 
 def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor,
@@ -125,8 +133,8 @@ def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor,
         adapters: The concepts.
 
     Returns:
-        The attended values `[B, S, a]`, which go through the frozen to_out, and what is added after it `[B, S, a]`
-        (None: nothing).
+        The attended values `[B, S, a]`, which go through the frozen to_out, and what is added after it
+        `[B, S, a]` (None: nothing).
     """
     extension = head_extension(heads, key, value, adapters)
     longer = None if extension.query_down is None else F.linear(hidden, extension.query_down.to(hidden))
@@ -146,7 +154,8 @@ class TokenLora:
     """
 
     def __init__(self, deltas: Mapping[str, Deltas], context: Context) -> None:
-        masks = {name: word_mask(context, name) for name in sorted(deltas)}      # sorted: sums do not depend on who came first
+        # sorted, so that sums do not depend on the order in which concepts were learned
+        masks = {name: word_mask(context, name) for name in sorted(deltas)}
         self.masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
         self.deltas = {name: deltas[name] for name in self.masks}
 
@@ -181,7 +190,8 @@ class TokenLora:
         delta: Delta | None = self.deltas[name].get((site.index, projection))
         if delta is None or isinstance(delta, LowRankDelta):
             return delta
-        raise ConceptError(f"concept '{name}' has a sparse delta on to_q or to_out of site {site.index}; allowed there: low rank")
+        raise ConceptError(f"concept '{name}' has a sparse delta on to_q or to_out of site {site.index}; "
+                           "allowed there: low rank")
 
 
 class TokenLoraProcessor(AttentionProcessor):
@@ -189,8 +199,8 @@ class TokenLoraProcessor(AttentionProcessor):
 
     Args:
         word_bound: Concept -> the deltas that act through its words.
-        deltas: Deltas that are added as activations instead of being folded into the weights, for prompts that share a batch
-            with others.
+        deltas: Deltas that are added as activations instead of being folded into the weights, for prompts
+            that share a batch with others.
     """
 
     def __init__(self, word_bound: Mapping[str, Deltas], deltas: Deltas | None = None) -> None:
@@ -204,7 +214,8 @@ class TokenLoraProcessor(AttentionProcessor):
         y = with_delta(self.deltas, site, projection, x, y)
         return self.concepts.project(site, projection, x, y) if projection in ("to_k", "to_v") else y
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
         if not self.concepts:
             return attention(query, key, value)
         adapters = self.concepts.adapters(call.site)
@@ -216,7 +227,8 @@ class TokenLoraProcessor(AttentionProcessor):
 
 
 def with_delta(deltas: Deltas, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-    """The output y `[B, S, a]` of a projection of x `[B, S, b]`, with the delta of that projection where there is one."""
+    """The output y `[B, S, a]` of a projection of x `[B, S, b]`, with the delta of that projection where
+    there is one."""
     delta = deltas.get((site.index, projection))
     return y if delta is None else plus(delta.apply(x), y)
 

@@ -1,5 +1,6 @@
-"""The only part of core that knows ComfyUI: a loaded MODEL, CLIP and VAE as a backbone, and concepts put into them by the host's own means.
+"""The only part of core that knows ComfyUI: a loaded MODEL, CLIP and VAE as a backbone, and concepts in them.
 
-sites: where a UNet's text cross-attention is and how programs reach it; text: encoders, and the CLIP that understands `<rex>`; backbone
-and clip_gradients: for learning; apply: MODELs that carry concepts and regions; demo: the embedded base as MODEL, CLIP and VAE.
+sites: the text cross-attention of a UNet, and how attention processors reach it; text: encoders, and the CLIP
+that understands `<rex>`; backbone and clip_gradients: for learning; apply: MODELs that carry concepts and
+regions; demo: the embedded base as MODEL, CLIP and VAE.
 """

@@ -1,4 +1,5 @@
-"""MODELs that carry concepts: deltas by ComfyUI's own weight patches, layer-wise words and regions by its wrappers and attn2 patches."""
+"""MODELs that carry concepts: deltas through ComfyUI's weight patches, layer-wise words and regions through
+wrappers and attn2 patches."""
 
 from __future__ import annotations
 
@@ -14,7 +15,17 @@ from ..model.backbone import AttentionProcessor, Context
 from ..model.deltas import Deltas, LowRankDelta
 from ..sampling.attention_guidance import AttentionGuidance, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
-from .sites import OFFSETS, WORDS, AddOffsets, DiffusionWrapper, ReplaceSelf, UNetSites, processor_patches, progress_of
+from .sites import (
+    OFFSETS,
+    WORDS,
+    AddOffsets,
+    DiffusionWrapper,
+    ProcessorSource,
+    ReplaceSelf,
+    UNetSites,
+    processor_patches,
+    progress_of,
+)
 from .token_lora import TokenLoraRun, code, words_of
 
 KEY = "continual_concepts"
@@ -22,13 +33,14 @@ Wrappers = comfy.patcher_extension.WrappersMP
 
 
 def weight_patches(sites: UNetSites, deltas: Deltas) -> dict:
-    """Deltas as ComfyUI's weight patches: low rank ones as LoRA adapters, sparse ones as differences."""
+    """Deltas as ComfyUI's weight patches: low-rank ones as LoRA adapters, sparse ones as differences."""
     state, keys = {}, {}
     for (index, projection), delta in deltas.items():
         name = f"{index}.{projection}"
         keys[name] = sites.key(sites.layout.sites[index], projection)
         if isinstance(delta, LowRankDelta):
-            state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"] = delta.up.float(), delta.down.float()
+            state[f"{name}.lora_up.weight"] = delta.up.float()
+            state[f"{name}.lora_down.weight"] = delta.down.float()
             state[f"{name}.alpha"] = torch.tensor(delta.scale * delta.down.shape[0])
         else:
             state[f"{name}.diff"] = delta.dense()
@@ -36,7 +48,8 @@ def weight_patches(sites: UNetSites, deltas: Deltas) -> dict:
 
 
 def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
-    """A clone of MODEL with deltas on its weights, which reads layer-wise words when `layerwise`. With neither, MODEL itself."""
+    """A clone of MODEL with deltas on its weights, which reads layer-wise words if `layerwise`. With neither,
+    MODEL itself."""
     if not deltas and not layerwise:
         return model
     clone = model.clone()
@@ -48,44 +61,64 @@ def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
     return clone
 
 
-def processor_of(model):
-    """What the sites of a MODEL do already, `program(options, x)`, or None."""
-    found = model.get_wrappers(Wrappers.DIFFUSION_MODEL, KEY)
-    return found[0].processor if found else None
+def processor_of(model) -> ProcessorSource | None:
+    """Where the attention processors of a MODEL come from, or None where it has none."""
+    wrappers = model.get_wrappers(Wrappers.DIFFUSION_MODEL, KEY)
+    return wrappers[0].processor if wrappers else None
 
 
-def _wrap(clone, processor) -> None:
+def _wrap(clone, processor: ProcessorSource | None) -> None:
     clone.remove_wrappers_with_key(Wrappers.DIFFUSION_MODEL, KEY)
     clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(processor))
 
 
 def with_word_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
-    """A clone of MODEL in which concepts act through their words, wherever a prompt of a concept CLIP has them; MODEL itself for none."""
+    """A clone of MODEL in which concepts act through their words, wherever a prompt of a concept CLIP has
+    them. MODEL itself without concepts."""
     if not deltas:
         return model
-    below = processor_of(model)
-    return with_processor(model, sites, TokenLoraRun(deltas, below if isinstance(below, TokenLoraRun) else None, model.model))
+    source = processor_of(model)
+    below = source if isinstance(source, TokenLoraRun) else None
+    return with_processor(model, sites, TokenLoraRun(deltas, below, model.model))
 
 
 def _once(model, name: str, patch) -> None:
-    """Appends a patch unless one of its kind is there (two ElasticWeightAggregate nodes in a row)."""
-    there = model.model_options["transformer_options"].get("patches", {}).get(name, [])
-    if not any(type(other) is type(patch) for other in there):
+    """Appends a patch unless the model has one of its class (two ElasticWeightAggregate nodes in a row)."""
+    patches = model.model_options["transformer_options"].get("patches", {}).get(name, [])
+    if not any(type(other) is type(patch) for other in patches):
         model.set_model_patch(patch, name)
 
 
 def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
-    """The first entry of a CONDITIONING as a context `[1, L, N, D]`; names: the concepts whose words are to be found in it."""
+    """The first entry of a CONDITIONING as a context `[1, L, N, D]`.
+
+    Args:
+        conditioning: As ComfyUI's text nodes give it.
+        copies: L of the layout.
+        names: The concepts whose words are looked up in it.
+    """
     hidden, extra = conditioning[0]
     conds = extra.get("model_conds", {})
-    layers = hidden.unsqueeze(1) if OFFSETS not in conds else hidden.unsqueeze(1) + conds[OFFSETS].cond.to(hidden)
-    words = words_of(conds[WORDS].cond, {code(name): name for name in names}) if WORDS in conds else ({},) * len(hidden)
-    return Context(layers.expand(-1, copies, -1, -1) if layers.shape[1] == 1 else layers, extra.get("pooled_output"), words)
+    layers = hidden.unsqueeze(1)
+    if OFFSETS in conds:
+        layers = layers + conds[OFFSETS].cond.to(hidden)
+    if layers.shape[1] == 1:
+        layers = layers.expand(-1, copies, -1, -1)
+    words: tuple[dict[str, tuple[int, ...]], ...] = ({},) * len(hidden)
+    if WORDS in conds:
+        words = words_of(conds[WORDS].cond, {code(name): name for name in names})
+    return Context(layers, extra.get("pooled_output"), words)
 
 
-def with_processor(model, sites: UNetSites, processor, self_attention: bool = False):
-    """A clone of MODEL whose sites do what `program(options, x)` says in each UNet call;
-    self_attention: their blocks' self-attention too."""
+def with_processor(model, sites: UNetSites, processor: ProcessorSource, self_attention: bool = False):
+    """A clone of MODEL whose sites run the attention processors of a source.
+
+    Args:
+        model: A MODEL.
+        sites: Its sites.
+        processor: Asked for an attention processor before each UNet call.
+        self_attention: Whether the processors may change the self-attention of the sites' blocks too.
+    """
     clone = model.clone()
     options = clone.model_options["transformer_options"]
     patches = processor_patches(sites, options.get("patches_replace", {}).get("attn2"))
@@ -94,11 +127,11 @@ def with_processor(model, sites: UNetSites, processor, self_attention: bool = Fa
     if self_attention:
         others = options.get("patches_replace", {}).get("attn1", {})
         for address, site in sites.addresses.items():
-            clone.set_model_patch_replace(ReplaceSelf(site, others.get(address) or others.get(address[:2])), "attn1", *address)
-    before, keep = patches["patches"]["attn2_patch"]
-    _once(clone, "attn2_patch", before)
-    _once(clone, "attn2_patch", keep)
-    _once(clone, "attn2_output_patch", patches["patches"]["attn2_output_patch"][0])
+            replace = ReplaceSelf(site, others.get(address) or others.get(address[:2]))
+            clone.set_model_patch_replace(replace, "attn1", *address)
+    for name, ours in patches["patches"].items():
+        for patch in ours:
+            _once(clone, name, patch)
     _wrap(clone, processor)
     return clone
 
@@ -116,11 +149,12 @@ def with_attention_guidance(model, sites: UNetSites, subject: Subject, strength:
 class _GuidanceRun:
     """State of one sampling with attention guidance.
 
-    The latent belongs to the host's sampler. So what guidance moves it by is kept here, in units of the noise level, and added before
-    every evaluation. With Euler and DPM++ 2M that is exactly the moved latent; with samplers that renew the noise, nearly.
+    The latent belongs to the host's sampler. So what guidance moves it by is kept here, in units of the noise
+    level, and added before every evaluation. With Euler and DPM++ 2M that is exactly the moved latent; with
+    samplers that renew the noise, nearly.
     """
 
-    def __init__(self, subject: Subject, strength: float, below=None) -> None:
+    def __init__(self, subject: Subject, strength: float, below: ProcessorSource | None = None) -> None:
         self.subject, self.strength, self.below = subject, strength, below
         self.offset: Tensor | None = None
         self.recorder: MapRecorder | None = None      # while maps are recorded
@@ -135,7 +169,8 @@ class _GuidanceRun:
     def __call__(self, executor, x, timestep, model_options=None, seed=None):
         sigma = timestep.view(-1, *[1] * (x.ndim - 1)).to(x)
         if self.offset is None:
-            self.offset, self.guidance = torch.zeros_like(x), AttentionGuidance([self.subject] * len(x), self.strength)
+            self.offset = torch.zeros_like(x)
+            self.guidance = AttentionGuidance([self.subject] * len(x), self.strength)
         x = x + sigma * self.offset
         if self.guidance.acts(progress_of({**model_options["transformer_options"], "sigmas": timestep})):
             moved = self._moved(executor.class_obj, x, timestep, sigma, model_options)
@@ -143,16 +178,18 @@ class _GuidanceRun:
             x = moved
         return executor(x, timestep, model_options, seed)
 
-    @torch.inference_mode(False)      # the host samples under it; gradients are needed here, of the latent alone
+    @torch.inference_mode(False)      # the host samples under it; here the latent needs gradients
     def _moved(self, guider, x: Tensor, timestep: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
         inner = guider.inner_model
         plain_weights(inner.diffusion_model)
-        scale = (sigma.square() + 1).sqrt().clone()      # the host's latents are that much larger than what the UNet reads
+        # the host's latents are that much larger than what the UNet reads
+        scale = (sigma.square() + 1).sqrt().clone()
 
         def evaluate(latents: Tensor, recorder: MapRecorder) -> None:
             self.recorder = recorder
             try:
-                comfy.samplers.calc_cond_batch(inner, [guider.conds["positive"][:1]], latents * scale, timestep.clone(), model_options)
+                comfy.samplers.calc_cond_batch(inner, [guider.conds["positive"][:1]], latents * scale,
+                                               timestep.clone(), model_options)
             finally:
                 self.recorder = None
 

@@ -1,4 +1,5 @@
-"""A loaded MODEL, CLIP and VAE as a backbone to learn on. Nothing of them is copied; everything is found again as it was."""
+"""A loaded MODEL, CLIP and VAE as a backbone to learn on. They are not copied, and afterwards they are what
+they were."""
 
 from __future__ import annotations
 
@@ -25,26 +26,31 @@ _RECOMPUTED = ("BasicTransformerBlock", "ResBlock")
 
 
 def schedule_of(model) -> NoiseSchedule:
-    """The MODEL's noise schedule; ConceptError for prediction types that learning does not know."""
+    """The MODEL's noise schedule. Raises ConceptError for prediction types other than epsilon and v."""
     sampling = model.get_model_object("model_sampling")
-    kinds = (comfy.model_sampling.V_PREDICTION, "v_prediction"), (comfy.model_sampling.EPS, "epsilon")      # V is a subclass of EPS
+    # V is a subclass of EPS
+    kinds = (comfy.model_sampling.V_PREDICTION, "v_prediction"), (comfy.model_sampling.EPS, "epsilon")
     prediction = next((name for kind, name in kinds if isinstance(sampling, kind)), None)
-    if prediction is None or isinstance(sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0)) or not hasattr(sampling, "sigmas"):
-        raise ConceptError(f"the model samples by {type(sampling).__name__}; allowed: epsilon and v prediction")
+    is_other = isinstance(sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0))
+    if prediction is None or is_other or not hasattr(sampling, "sigmas"):
+        raise ConceptError(f"the model samples by {type(sampling).__name__}; allowed: "
+                           "epsilon and v prediction")
     sigmas = sampling.sigmas.detach().double().cpu()
     return NoiseSchedule((1 / (1 + sigmas.square())).float(), prediction)
 
 
 def without_dynamic(model):
-    """MODEL, or a clone of it whose weights are loaded as a whole: through lazily loaded ones no gradient passes."""
+    """MODEL, or a clone of it whose weights are loaded as a whole: no gradient passes through lazily loaded
+    weights."""
     if getattr(model, "is_dynamic", bool)() and "disable_dynamic" in model.clone.__code__.co_varnames:
         return model.clone(disable_dynamic=True)
     return model
 
 
 def plain_weights(module: nn.Module) -> None:
-    """Replaces weights that were made under inference mode, which autograd refuses, by plain clones, one at a time: no second model in
-    memory. None of them asks for a gradient afterwards."""
+    """Replaces weights that were made under inference mode, which autograd refuses, by plain clones. This
+    happens one weight at a time, so that no second model is in memory. Afterwards no weight requires a
+    gradient."""
     module.requires_grad_(False)
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -56,7 +62,13 @@ def plain_weights(module: nn.Module) -> None:
 
 
 class ComfyBackbone(Backbone):
-    """model, clip, vae: as ComfyUI's loaders give them (LoRA patches on them count). vae may be None where no picture is needed."""
+    """A backbone of what ComfyUI's loaders give.
+
+    Args:
+        model: A MODEL; LoRA patches on it are part of the base.
+        clip: A CLIP, likewise.
+        vae: A VAE; None where no picture is encoded or decoded.
+    """
 
     def __init__(self, model, clip, vae=None) -> None:
         model = without_dynamic(model)
@@ -71,14 +83,20 @@ class ComfyBackbone(Backbone):
         self._folds: list[_Fold] = []
         self._patches = processor_patches(self.sites)
         self.fingerprint = self._weight_hash()
-        self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx, *(() if vae is None else (_ends(vae),)))
+        self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx,
+                                *(() if vae is None else (_ends(vae),)))
 
     @property
     def device(self) -> torch.device:
         return self.model.load_device
 
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.unet.parameters())
+
     def _weight_hash(self) -> str:
-        """As the diffusers host's: first and last site's key weights in fp16, of the checkpoint itself whatever is patched onto it now."""
+        """Hash of the first and the last site's key weights in fp16, as in the diffusers host: of the
+        checkpoint, without patches."""
         digest = hashlib.sha256()
         for site in (self.layout.sites[0], self.layout.sites[-1]):
             key = self.sites.key(site, "to_k")
@@ -88,8 +106,8 @@ class ComfyBackbone(Backbone):
         return digest.hexdigest()[:16]
 
     def load(self) -> None:
-        """UNet and text encoders on their device, with weights that gradients can pass through; again where the host has unloaded them
-        meanwhile."""
+        """Loads UNet and text encoders on their device, with weights that gradients can pass through. Does so
+        again where the host has unloaded them meanwhile."""
         if self._is_loaded and _are_loaded(self.model, self.clip.patcher):
             return
         with torch.inference_mode(False):
@@ -101,13 +119,15 @@ class ComfyBackbone(Backbone):
         self._is_loaded = self._was_loaded = True
 
     def _reload(self) -> None:
-        """For the text encoders: nothing where `load` was never asked for, as nodes that only encode do not."""
+        """For the text encoders. Does nothing unless `load` was called before: nodes that only encode never
+        call it."""
         if self._was_loaded:
             self.load()
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """For a whole run of learning: gradients are allowed inside, and the host knows of it."""
+        """Surrounds a whole run of learning: leaves inference mode, tells the host, and prepares the CLIP for
+        gradients."""
         before = getattr(management, "in_training", None)
         with torch.inference_mode(False):
             try:
@@ -133,7 +153,8 @@ class ComfyBackbone(Backbone):
         self._is_loaded = False
         return (pixels.float().permute(0, 3, 1, 2) * 2 - 1).clamp(-1, 1)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, processor: AttentionProcessor | None = None) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
+                processor: AttentionProcessor | None = None) -> Tensor:
         management.throw_exception_if_processing_interrupted()      # also in the middle of a preview
         self.load()
         dtype = _dtype(self.model.model)
@@ -148,16 +169,17 @@ class ComfyBackbone(Backbone):
             processor.prepare(context)
             options[PROCESSOR] = processor
         y = self._size_and_pooled(latents, context)
-        output = self.unet(latents.to(dtype), timesteps, context=mean, y=None if y is None else y.to(dtype), transformer_options=options)
+        output = self.unet(latents.to(dtype), timesteps, context=mean, y=None if y is None else y.to(dtype),
+                           transformer_options=options)
         return output.float()
 
     def _size_and_pooled(self, latents: Tensor, context: Context) -> Tensor | None:
-        """SDXL's second conditioning: pooled text and the picture's own size."""
+        """SDXL's second conditioning: the pooled text and the picture's own size."""
         if getattr(self.unet, "num_classes", None) is None:
             return None
         height, width = (side * self.picture_multiple for side in latents.shape[-2:])
-        return self.model.model.encode_adm(pooled_output=context.pooled, device=self.device, height=height, width=width,
-                                           noise=latents, seed=0)
+        return self.model.model.encode_adm(pooled_output=context.pooled, device=self.device, height=height,
+                                           width=width, noise=latents, seed=0)
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
         self.load()
@@ -182,38 +204,43 @@ class ComfyBackbone(Backbone):
 
 
 def _are_loaded(*patchers) -> bool:
-    return all(any(one.model is patcher for one in management.current_loaded_models) for patcher in patchers)
+    return all(any(loaded.model is patcher for loaded in management.current_loaded_models)
+               for patcher in patchers)
 
 
 class _Fold:
     """A delta on a weight."""
 
-    def __init__(self, module: nn.Module, delta: Delta) -> None:
+    def __init__(self, module: nn.Linear, delta: Delta) -> None:
         self.module, self.delta = module, delta
         self._apply()
 
     def _apply(self) -> None:
         self.parameter = self.module.weight
         self.before = self.parameter.data
-        self.parameter.data = (self.before.float() + self.delta.dense().to(self.before.device)).to(self.before.dtype)
+        changed = self.before.float() + self.delta.dense().to(self.before.device)
+        self.parameter.data = changed.to(self.before.dtype)
 
     def renew(self) -> None:
-        """Where the host has loaded weights anew it has put another parameter in the place of those that carry a LoRA."""
+        """Applies the delta again where the host has loaded the weights anew: it then replaces the parameters
+        that have a LoRA."""
         if self.module.weight is not self.parameter:
             self._apply()
 
     def undo(self) -> None:
-        self.parameter.data = self.before.to(self.parameter.device)      # the host may have moved it meanwhile
+        self.parameter.data = self.before.to(self.parameter.device)      # the host may have moved it
 
 
 def _overlay(*parts) -> str:
-    """Digest of what a run's result depends on beside the checkpoint's weights. A few numbers stand for each tensor."""
+    """Hash of what a run's result depends on beside the checkpoint's weights. Each tensor is represented by a
+    few of its numbers."""
     digest = hashlib.sha256()
 
     def add(thing) -> None:
         if torch.is_tensor(thing):
             flat = thing.detach().flatten()
-            digest.update(str(tuple(thing.shape)).encode() + flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+            sample = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
+            digest.update(str(tuple(thing.shape)).encode() + sample.tobytes())
         elif isinstance(thing, dict):
             add(sorted(thing.items()))
         elif isinstance(thing, (list, tuple)):
@@ -230,8 +257,8 @@ def _overlay(*parts) -> str:
 
 def _ends(vae) -> tuple:
     """First and last weight of an autoencoder."""
-    found = list(vae.first_stage_model.parameters())
-    return (found[0], found[-1]) if found else ()
+    parameters = list(vae.first_stage_model.parameters())
+    return (parameters[0], parameters[-1]) if parameters else ()
 
 
 def _multiple(vae) -> int:
@@ -240,5 +267,5 @@ def _multiple(vae) -> int:
 
 
 def _dtype(base) -> torch.dtype:
-    """The type in which the host computes, whatever its weights are stored as."""
+    """The type in which the host computes, which may differ from that of the stored weights."""
     return base.get_dtype() if base.manual_cast_dtype is None else base.manual_cast_dtype

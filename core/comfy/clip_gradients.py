@@ -1,4 +1,4 @@
-"""The host's CLIP while learning passes gradients through it. Everything is found again as it was."""
+"""ComfyUI's CLIP while gradients pass through it. Afterwards it is what it was."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from comfy.clip_model import ACTIVATIONS
+from comfy.clip_model import ACTIVATIONS, CLIPLayer
 from torch import nn
 
 from ..hosts.quick_gelu import quick_gelu
@@ -14,18 +14,21 @@ from ..hosts.quick_gelu import quick_gelu
 
 @contextmanager
 def fit_for_gradients(clip) -> Iterator[None]:
-    """Inside, a loaded CLIP computes what it always does, with gradients, in less time and memory."""
+    """Inside, a loaded CLIP computes the same, and gradients can pass through it in less time and memory."""
     text = clip.cond_stage_model
-    layers = [layer for layer in getattr(text, "inner", text).modules() if type(layer).__name__ == "CLIPLayer"]
-    on_processor = clip.patcher.load_device.type == "cpu"
-    with _no_writing_over(layers), _lean_activations(layers), _cast_once(layers if on_processor else ()):
+    layers = [layer for layer in getattr(text, "inner", text).modules()
+              if type(layer).__name__ == "CLIPLayer"]
+    on_cpu = clip.patcher.load_device.type == "cpu"
+    with _inputs_kept(layers), _lean_activations(layers), _cast_once(layers if on_cpu else ()):
         yield
 
 
 @contextmanager
-def _no_writing_over(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """The host's CLIP layers add in place to what their norms have kept for the backward pass; inside, norms keep a copy of their own."""
-    hooks = [norm.register_forward_pre_hook(_copied) for layer in layers for norm in (layer.layer_norm1, layer.layer_norm2)]
+def _inputs_kept(layers: Sequence[CLIPLayer]) -> Iterator[None]:
+    """ComfyUI's CLIP layers write into the inputs that their norms store for the backward pass. Inside, the
+    norms store copies."""
+    hooks = [norm.register_forward_pre_hook(_copied) for layer in layers
+             for norm in (layer.layer_norm1, layer.layer_norm2)]
     try:
         yield
     finally:
@@ -38,8 +41,8 @@ def _copied(_module, inputs: tuple) -> tuple:
 
 
 @contextmanager
-def _lean_activations(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Our quick GELU in place of the host's; layers with another activation keep it."""
+def _lean_activations(layers: Sequence[CLIPLayer]) -> Iterator[None]:
+    """Inside, layers use our quick GELU in place of ComfyUI's. Layers with another activation keep it."""
     theirs = ACTIVATIONS["quick_gelu"]
     changed = [layer.mlp for layer in layers if layer.mlp.activation is theirs]
     try:
@@ -52,18 +55,23 @@ def _lean_activations(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _cast_once(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """The host stores a CLIP in half precision and computes in float32: every pass casts all weights anew, and their casts stay in memory
-    until the backward pass. Inside, the weights are float32 and so need no cast. On a graphics card casts are quick, and in mixed precision
-    they are the smaller ones; there nothing is done."""
+def _cast_once(layers: Sequence[CLIPLayer]) -> Iterator[None]:
+    """Inside, weights are float32.
+
+    ComfyUI stores a CLIP in half precision and computes in float32: every forward pass casts all weights
+    anew, and the casts stay in memory until the backward pass. On a graphics card casts are fast, and smaller
+    in mixed precision, so this is for the CPU.
+    """
     linears = [part for layer in layers for part in layer.modules() if isinstance(part, nn.Linear)]
     changed = [(linear, linear.weight.dtype) for linear in linears
-               if type(linear.weight.data) is torch.Tensor and linear.weight.dtype in (torch.float16, torch.bfloat16)]
+               if type(linear.weight.data) is torch.Tensor
+               and linear.weight.dtype in (torch.float16, torch.bfloat16)]
     try:
         for linear, _ in changed:
             linear.weight.data = linear.weight.data.float()
         yield
     finally:
-        for linear, dtype in changed:      # cast back, not put back: the host may have loaded the weights anew meanwhile
+        # cast, not restored: the host may have loaded the weights anew meanwhile
+        for linear, dtype in changed:
             if linear.weight.dtype == torch.float32:
                 linear.weight.data = linear.weight.data.to(dtype)

@@ -1,4 +1,10 @@
-"""The sites of a ComfyUI UNet, and how layer-wise words and programs get to them: by ComfyUI's attn2 patches, its code stays its own."""
+"""The sites of a ComfyUI UNet. Layer-wise words and attention processors reach them through ComfyUI's own
+attn2 patches.
+
+A site's call is spread over three hooks of a transformer block: `Begin` (attn2 patch), `Replace` (attn2
+replacement) and `Finish` (attn2 output patch). The `SiteCall` travels between them in the options of this one
+block call.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import comfy.conds
 import comfy.utils
@@ -17,26 +24,39 @@ from ..errors import ConceptError
 from ..model.backbone import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, SiteLayout, unet_layout
 
-OFFSETS = "continual_concepts_offsets"      # keyword of the UNet call and key in transformer_options: layer copies minus their mean
-WORDS = "continual_concepts_words"          # the same, for whose words the tokens are: codes of concepts `[B, 1, N, 1]`, 0 = nobody's
-PROCESSOR = "continual_concepts_processor"    # key in transformer_options: the attention processor of this UNet call
-TEXT = "continual_concepts_text"            # the prompts of this call, their offsets and words, where nobody else changes them; else None
-_ALONE = "continual_concepts_alone"         # there: whether nobody else's code sees the cells between to_q and to_out
-_CALL = "continual_concepts_call"           # there, inside one block: its SiteCall
+# OFFSETS and WORDS are keywords of the UNet call, and keys in transformer_options:
+OFFSETS = "continual_concepts_offsets"      # layer copies minus their mean, `[B, L, N, D]`
+WORDS = "continual_concepts_words"          # whose words the tokens are, `[B, 1, N, 1]`: codes or 0
+# The others are keys in transformer_options alone:
+PROCESSOR = "continual_concepts_processor"  # the attention processor of this UNet call
+TEXT = "continual_concepts_text"            # prompts, offsets, words; None where other code may change them
+_ALONE = "continual_concepts_alone"         # whether no other code sees the cells between to_q and to_out
+_CALL = "continual_concepts_call"           # in the options of one block call: its SiteCall
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
-ATTENTION = "optimized_attention_override"      # the host's key in transformer_options for another attention
-Address = tuple[str, int, int]      # ComfyUI's name of a transformer block: input | middle | output, number, index inside
+ATTENTION = "optimized_attention_override"  # the host's own key for another attention
+
+# ComfyUI's name of a transformer block: input | middle | output, number, index inside
+Address = tuple[str, int, int]
+# From the transformer options and the latents of a UNet call to its attention processor
+ProcessorSource = Callable[[dict, Tensor], "AttentionProcessor | None"]
 
 
 def _address(path: str) -> Address:
     """`input_blocks.1.1.transformer_blocks.0` -> ("input", 1, 0)."""
     parts = path.split(".")
-    return (parts[0].removesuffix("_blocks").removesuffix("_block"), 0 if parts[0] == "middle_block" else int(parts[1]), int(parts[-1]))
+    number = 0 if parts[0] == "middle_block" else int(parts[1])
+    return parts[0].removesuffix("_blocks").removesuffix("_block"), number, int(parts[-1])
 
 
 @dataclass(frozen=True)
 class UNetSites:
-    """layout: the sites under diffusers' names, as in every host; paths: site index -> module path of its transformer block."""
+    """The sites of a ComfyUI UNet.
+
+    Attributes:
+        unet: ComfyUI's module.
+        layout: The sites under diffusers' names, as in every host.
+        paths: Site index -> module path of its transformer block.
+    """
 
     unet: nn.Module
     layout: SiteLayout
@@ -46,43 +66,49 @@ class UNetSites:
     def addresses(self) -> dict[Address, Site]:
         return {_address(path): site for path, site in zip(self.paths, self.layout.sites, strict=True)}
 
-    def linear(self, site: Site, projection: str) -> nn.Module:
-        attention = self.unet.get_submodule(f"{self.paths[site.index]}.attn2")
-        return attention.to_out[0] if projection == "to_out" else getattr(attention, projection)
+    def linear(self, site: Site, projection: str) -> nn.Linear:
+        """The module of a projection."""
+        inner = "to_out.0" if projection == "to_out" else projection
+        return cast(nn.Linear, self.unet.get_submodule(f"{self.paths[site.index]}.attn2.{inner}"))
 
     def key(self, site: Site, projection: str) -> str:
-        """Name of a projection's weight in a MODEL, as `add_patches` wants it."""
+        """Name of a projection's weight in a MODEL, as `add_patches` expects it."""
         inner = "to_out.0" if projection == "to_out" else projection
         return f"diffusion_model.{self.paths[site.index]}.attn2.{inner}.weight"
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
-        module = self.linear(site, projection)
-        return module(x)
+        """x `[..., b]` to `[..., a]` by the weights that are loaded now."""
+        return self.linear(site, projection)(x)
 
 
 def find_sites(model, text_widths: tuple[tuple[str, int], ...]) -> UNetSites:
-    """The sites of a MODEL; ConceptError when it is not a UNet of the Stable Diffusion 1, 2 or XL families."""
+    """The sites of a MODEL. Raises ConceptError unless it is a UNet of the Stable Diffusion 1, 2 or XL
+    families."""
     unet, config = model.model.diffusion_model, model.model.model_config.unet_config
     suffix = ".attn2.to_q.weight"
     mapping = comfy.utils.unet_to_diffusers(config) if "transformer_depth" in config else {}
-    names = {theirs.removesuffix(".to_q.weight"): ours.removesuffix(suffix) for theirs, ours in mapping.items() if theirs.endswith(suffix)}
+    names = {theirs.removesuffix(".to_q.weight"): ours.removesuffix(suffix)
+             for theirs, ours in mapping.items() if theirs.endswith(suffix)}
     if not names:
-        raise ConceptError(f"the model is a {type(model.model).__name__}, which has no text cross-attention sites; "
+        raise ConceptError(f"the model is a {type(model.model).__name__}, "
+                           "which has no text cross-attention sites; "
                            "allowed: Stable Diffusion 1.x, 2.x and SDXL checkpoints")
     attentions = {name: unet.get_submodule(f"{path}.attn2") for name, path in names.items()}
-    layout = unet_layout({name: (attention.heads, attention.to_q.weight.shape[0], attention.to_k.weight.shape[1])
-                          for name, attention in attentions.items()}, text_widths)
+    shapes = {name: (attention.heads, attention.to_q.weight.shape[0], attention.to_k.weight.shape[1])
+              for name, attention in attentions.items()}
+    layout = unet_layout(shapes, text_widths)
     return UNetSites(unet, layout, tuple(names[site.name] for site in layout.sites))
 
 
 class OffsetCond(comfy.conds.CONDRegular):
-    """What each layer copy of a prompt adds to the prompt's mean, `[B, L, N, D]`; prompts of different length share a batch by repetition,
-    as ComfyUI's own CONDCrossAttn does with the prompts themselves."""
+    """What each layer copy of a prompt adds to the mean of its copies, `[B, L, N, D]`. Prompts of different
+    length share a batch by repetition, as in ComfyUI's CONDCrossAttn."""
 
     def can_concat(self, other) -> bool:
+        if not isinstance(other, OffsetCond) or self.cond.device != other.cond.device:
+            return False
         a, b = self.cond.shape, other.cond.shape
-        same = isinstance(other, OffsetCond) and (a[0], a[1], a[3]) == (b[0], b[1], b[3]) and self.cond.device == other.cond.device
-        return same and math.lcm(a[2], b[2]) <= 4 * min(a[2], b[2])
+        return (a[0], a[1], a[3]) == (b[0], b[1], b[3]) and math.lcm(a[2], b[2]) <= 4 * min(a[2], b[2])
 
     def concat(self, others) -> Tensor:
         conds = [self.cond, *(other.cond for other in others)]
@@ -91,10 +117,20 @@ class OffsetCond(comfy.conds.CONDRegular):
 
 
 def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
-    """Offsets `[B, L, n, D]` for a context `[B, N, D]` that other nodes may have changed, row by row: repeated where the context is a
-    repetition (batching), zero where something was appended (Conditioning Concat), zero where all is (Conditioning Zero Out)."""
+    """Fits offsets `[B, L, n, D]` to a context `[B, N, D]` that other nodes may have changed.
+
+    In every row the offsets are repeated where the context is a repetition (batching), zero where something
+    was appended (Conditioning Concat), and zero where the context is (Conditioning Zero Out).
+
+    Returns:
+        `[B, L, N, D]`.
+
+    Raises:
+        ConceptError: The context has another number of rows.
+    """
     if offsets.shape[0] != context.shape[0]:
-        raise ConceptError(f"layer-wise words came for {offsets.shape[0]} prompts, but another node made {context.shape[0]} of them; "
+        raise ConceptError(f"layer-wise words came for {offsets.shape[0]} prompts, "
+                           f"but another node made {context.shape[0]} of them; "
                            "put that node before ElasticWeightAggregate")
     n, length = offsets.shape[2], context.shape[1]
     times = -(-length // n)
@@ -108,7 +144,7 @@ def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
 
 
 def progress_of(options: dict) -> float:
-    """Share of the sampling steps behind the current noise level: 0 at the first, 1 at the last."""
+    """Share of the sampling steps that are done, from the noise level: 0 at the first step, 1 at the last."""
     sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
     if sigmas is None or sigma is None or len(sigmas) < 3:
         return 0.0
@@ -117,15 +153,19 @@ def progress_of(options: dict) -> float:
 
 
 class DiffusionWrapper:
-    """ComfyUI wrapper around the UNet call: moves the offsets of layer-wise words to where the sites find them.
+    """ComfyUI wrapper around the UNet call: puts offsets, words and the attention processor where the sites
+    find them.
 
-    program: called with the transformer options and the latent's shape before every UNet call; returns the SiteProgram or None.
+    Args:
+        processor: Called with the transformer options and the latents before every UNet call; returns the
+            attention processor, or None for an untouched call.
     """
 
-    def __init__(self, processor: Callable | None = None) -> None:
+    def __init__(self, processor: ProcessorSource | None = None) -> None:
         self.processor = processor
 
-    def __call__(self, executor, x, timesteps, context, y=None, control=None, transformer_options=None, **kwargs):
+    def __call__(self, executor, x, timesteps, context, y=None, control=None, transformer_options=None,
+                 **kwargs):
         offsets = kwargs.pop(OFFSETS, None)
         options = dict(transformer_options or {})
         if offsets is not None:
@@ -135,7 +175,8 @@ class DiffusionWrapper:
             options[WORDS] = fit_offsets(words, context)
         if self.processor is not None:
             options[_ALONE], options[TEXT] = _is_alone(options), None
-            if options[_ALONE] and all(isinstance(one, (AddOffsets, Begin)) for one in options["patches"]["attn2_patch"]):
+            if options[_ALONE] and all(isinstance(patch, (AddOffsets, Begin))
+                                       for patch in options["patches"]["attn2_patch"]):
                 options[TEXT] = context, options.get(OFFSETS), options.get(WORDS)
             options[PROCESSOR] = self.processor(options, x)
         return executor(x, timesteps, context, y, control, options, **kwargs)
@@ -162,7 +203,8 @@ class Begin:
 
     def __init__(self, sites: UNetSites) -> None:
         self.addresses = sites.addresses
-        self.skips_text = all(_is_plain(sites.linear(site, name)) for site in sites.layout.sites for name in ("to_k", "to_v"))
+        self.skips_text = all(_is_plain(sites.linear(site, name)) for site in sites.layout.sites
+                              for name in ("to_k", "to_v"))
 
     def __call__(self, n, context, value, options):
         processor, site = options.get(PROCESSOR), _site_of(self.addresses, options)
@@ -177,17 +219,19 @@ class Begin:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a projection is torch's own arithmetic: what other kinds of weights do with an empty text nobody knows."""
+    """Whether a projection is torch's own arithmetic. Other kinds of weights may fail on an empty text."""
     weight = linear.weight
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _PLAIN and weight.device.type in ("cpu", "cuda")
+    is_own = type(weight) in (Tensor, nn.Parameter) and weight.device.type in ("cpu", "cuda")
+    return is_own and weight.dtype in _PLAIN
 
 
 def _is_alone(options: dict) -> bool:
-    """Whether between to_q and to_out of the sites there is our code alone."""
+    """Whether no other node's code runs between to_q and to_out of the sites."""
     patches, replaced = options.get("patches", {}), options.get("patches_replace", {}).get("attn2", {})
-    before, behind = patches.get("attn2_patch", []), patches.get("attn2_output_patch", [])
-    return (bool(before) and isinstance(before[-1], Begin) and all(isinstance(one, Finish) for one in behind)
-            and all(isinstance(one, Replace) and one.previous is None for one in replaced.values()))
+    before, after = patches.get("attn2_patch", []), patches.get("attn2_output_patch", [])
+    return (bool(before) and isinstance(before[-1], Begin)
+            and all(isinstance(patch, Finish) for patch in after)
+            and all(isinstance(patch, Replace) and patch.previous is None for patch in replaced.values()))
 
 
 def _site_of(addresses: dict[Address, Site], options: dict) -> Site | None:
@@ -196,11 +240,17 @@ def _site_of(addresses: dict[Address, Site], options: dict) -> Site | None:
 
 
 class Replace:
-    """attn2 replacement of one site: the processor's attention; `previous` is another node's replacement, or None."""
+    """attn2 replacement of one site: the processor's attention.
+
+    Args:
+        site: The site.
+        previous: Another node's replacement, which stays on top of ours. One of our own is dropped:
+            processors do not stack.
+    """
 
     def __init__(self, site: Site, previous: Callable | None = None) -> None:
         self.site = site
-        self.previous = previous.previous if isinstance(previous, Replace) else previous      # processors do not stack
+        self.previous: Callable | None = previous.previous if isinstance(previous, Replace) else previous
 
     def __call__(self, q, k, v, options):
         others = None if self.previous is None else partial(_replaced, self.previous, options)
@@ -208,14 +258,17 @@ class Replace:
         call: SiteCall | None = options.get(_CALL)
         if call is None:
             return attention(q, k, v)
-        return call.attend(call.project("to_q", q), call.project("to_k", k), call.project("to_v", v), attention)
+        query, key, value = (call.project(name, y) for name, y in (("to_q", q), ("to_k", k), ("to_v", v)))
+        return call.attend(query, key, value, attention)
 
 
 class ReplaceSelf:
-    """attn1 replacement of a site's block: the processor's self-attention, unless another node replaces it: `previous`."""
+    """attn1 replacement of a site's block: the processor's self-attention. Another node's replacement,
+    `previous`, takes precedence."""
 
     def __init__(self, site: Site, previous: Callable | None = None) -> None:
-        self.site, self.previous = site, previous.previous if isinstance(previous, ReplaceSelf) else previous
+        self.site = site
+        self.previous: Callable | None = previous.previous if isinstance(previous, ReplaceSelf) else previous
 
     def __call__(self, q, k, v, options):
         if self.previous is not None:
@@ -234,17 +287,19 @@ def _replaced(replacement: Callable, options: dict, query: Tensor, key: Tensor, 
 def _attention(heads: int, options: dict, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return differentiable_attention(None, query, key, value, heads)
-    return optimized_attention(query, key, value, heads, attn_precision=options.get("attn_precision"), transformer_options=options)
+    return optimized_attention(query, key, value, heads, attn_precision=options.get("attn_precision"),
+                               transformer_options=options)
 
 
 def differentiable_attention(_host, *args, **kwargs) -> Tensor:
-    """Torch's own, in place of the host's: that may have no gradient (SageAttention), and in pieces or sub-quadratic, as the host does it
-    without a graphics card, it is slower and keeps whole attention matrices for the backward pass."""
+    """Torch's attention in place of the host's. The host's may have no gradient (SageAttention); its split
+    and sub-quadratic forms, used without a graphics card, are slower and store whole attention matrices for
+    the backward pass."""
     return attention_pytorch(*args, **kwargs)
 
 
 class Finish:
-    """attn2 output patch: what the processor does with the output of to_out."""
+    """attn2 output patch: ends the site's call with what the processor does to the output of to_out."""
 
     def __call__(self, y, options):
         call: SiteCall | None = options.pop(_CALL, None)
@@ -252,8 +307,11 @@ class Finish:
 
 
 def processor_patches(sites: UNetSites, previous: dict | None = None) -> dict:
-    """Everything a program needs, in the form of transformer options; `previous`: attn2 replacements that are there already."""
+    """The hooks of all sites, in the form of transformer options. previous: attn2 replacements that are there
+    already."""
     previous = previous or {}
-    replace = {address: Replace(site, previous.get(address) or previous.get(address[:2])) for address, site in sites.addresses.items()}
-    return {"patches": {"attn2_patch": [AddOffsets(sites.addresses), Begin(sites)], "attn2_output_patch": [Finish()]},
+    replace = {address: Replace(site, previous.get(address) or previous.get(address[:2]))
+               for address, site in sites.addresses.items()}
+    return {"patches": {"attn2_patch": [AddOffsets(sites.addresses), Begin(sites)],
+                        "attn2_output_patch": [Finish()]},
             "patches_replace": {"attn2": replace}}

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,16 @@ from ..model.schedule import NoiseSchedule
 from ..model.sites import PROJECTIONS, Site, SiteLayout, unet_layout
 from .quick_gelu import quick_gelu
 
-_RECOMPUTED = ("BasicTransformerBlock", "ResnetBlock2D")      # what gradient checkpointing runs again in the backward pass
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+# what gradient checkpointing runs again in the backward pass
+_RECOMPUTED = ("BasicTransformerBlock", "ResnetBlock2D")
 
 
-def layout_of(unet: nn.Module, text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
+def layout_of(unet: UNet2DConditionModel, text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
     """The sites of a UNet2DConditionModel."""
     modules = {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
     return unet_layout({name: (attention.heads, attention.to_q.out_features, attention.to_k.in_features)
@@ -32,15 +39,16 @@ def layout_of(unet: nn.Module, text_widths: tuple[tuple[str, int], ...]) -> Site
 class _SiteProcessor:
     """The diffusers attention processor of one site: picks the site's layer copy and runs a `SiteCall`.
 
-    `site_processor` comes from the `cross_attention_kwargs` of the UNet call, so nothing of a call stays behind in the model, and gradient
-    checkpointing runs a block again with the same processor.
+    `site_processor` comes from the `cross_attention_kwargs` of the UNet call, so nothing of a call stays
+    behind in the model, and gradient checkpointing runs a block again with the same processor.
     """
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.attention = HostAttention(partial(multi_head, heads=site.heads))
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask=None,
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor,
+                 attention_mask=None,
                  site_processor: AttentionProcessor | None = None, **_) -> Tensor:
         copies = encoder_hidden_states.shape[1]
         text = encoder_hidden_states[:, self.site.copy if copies > 1 else 0]
@@ -57,38 +65,52 @@ class _SiteProcessor:
 
 
 class _SelfProcessor:
-    """Self-attention of a site's block: diffusers' own processor, unless an attention processor changes it."""
+    """Self-attention of a site's block: diffusers' own processor, unless an attention processor changes
+    it."""
 
     def __init__(self, site: Site, original) -> None:
         self.site, self.original = site, original
 
-    def __call__(self, attn, hidden_states: Tensor, *args, site_processor: AttentionProcessor | None = None, **kwargs) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, *args,
+                 site_processor: AttentionProcessor | None = None, **kwargs) -> Tensor:
         if site_processor is None or not site_processor.changes_self_attention:
             return self.original(attn, hidden_states, *args, **kwargs)
         to_q, to_k, to_v, to_out = (_linear(attn, projection) for projection in PROJECTIONS)
         query, key, value = to_q(hidden_states), to_k(hidden_states), to_v(hidden_states)
-        return to_out(site_processor.self_attention(self.site, query, key, value, partial(multi_head, heads=attn.heads)))
+        return to_out(site_processor.self_attention(self.site, query, key, value,
+                                                    partial(multi_head, heads=attn.heads)))
 
 
 def multi_head(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attention over `heads` heads laid side by side: query `[B, S, a]`, key and value `[B, N, a]` to `[B, S, a]`."""
+    """Attention with the heads side by side: query `[B, S, a]`, key and value `[B, N, a]` to `[B, S, a]`."""
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     return F.scaled_dot_product_attention(split(query), split(key), split(value)).transpose(1, 2).flatten(2)
 
 
-def _linear(attn: nn.Module, projection: str) -> nn.Linear:
+def _linear(attn: Attention, projection: str) -> nn.Linear:
     return attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
 
 
 class ClipText(TextEncoder):
-    """A transformers CLIP text model. Learned vectors enter at the token embedding through a hook, so positions, the causal
-    mask, the search for the end token and the pooled output stay transformers' own, in every version of it."""
+    """A transformers CLIP text model.
+
+    Learned vectors enter through a hook at the token embedding. Positions, the causal mask, the search for
+    the end token and the pooled output therefore stay transformers' own, in every version of it.
+
+    Args:
+        name: As in `TextEncoder`.
+        model: CLIPTextModel, or CLIPTextModelWithProjection for a pooled output.
+        tokenizer: Its tokenizer.
+        length: Tokens per chunk.
+        penultimate: Whether the UNet reads the states before the last layer (SDXL) instead of the last ones.
+    """
 
     encodes_prefixes = True
 
-    def __init__(self, name: str, model: nn.Module, tokenizer, length: int = 77, penultimate: bool = False) -> None:
+    def __init__(self, name: str, model: CLIPTextModel, tokenizer: CLIPTokenizer, length: int = 77,
+                 penultimate: bool = False) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.length, self.penultimate = length, penultimate
         self.embedding = model.get_input_embeddings()
@@ -100,13 +122,15 @@ class ClipText(TextEncoder):
         return self.tokenizer(text, add_special_tokens=False, truncation=False).input_ids
 
     def vectors(self, ids: list[int]) -> Tensor:
-        return self.embedding.weight[torch.tensor(ids, dtype=torch.long, device=self.embedding.weight.device)].detach().float()
+        return self.embedding.weight[torch.tensor(ids, dtype=torch.long,
+                                                  device=self.embedding.weight.device)].detach().float()
 
     def encode(self, ids: Tensor, slots: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         def insert(_module, _inputs, embedded: Tensor) -> Tensor:
             return embedded.masked_scatter(slots.unsqueeze(-1), vectors.to(embedded.dtype))
 
         hook = self.embedding.register_forward_hook(insert) if vectors.numel() else None
+        # ours takes less memory in training; it is put in for this call alone
         activations = [part for part in self.model.modules()
                        if type(part).__name__ == "QuickGELUActivation" and "forward" not in part.__dict__]
         try:
@@ -123,9 +147,17 @@ class ClipText(TextEncoder):
 
 
 class DiffusersBackbone(Backbone):
-    """unet: UNet2DConditionModel; vae: AutoencoderKL; text: one ClipText (SD1.5) or two (SDXL: clip_l, clip_g)."""
+    """A backbone of diffusers and transformers modules.
 
-    def __init__(self, unet: nn.Module, vae: nn.Module, text: tuple[ClipText, ...], schedule: NoiseSchedule) -> None:
+    Args:
+        unet: Its attention processors are replaced; what they compute stays the same.
+        vae: The autoencoder.
+        text: One encoder (SD1.5, SD2) or two (SDXL: clip_l, clip_g).
+        schedule: The noise schedule that the UNet was trained with.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text: tuple[ClipText, ...],
+                 schedule: NoiseSchedule) -> None:
         for module in (unet, vae, *(encoder.model for encoder in text)):
             module.requires_grad_(False).eval()
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
@@ -134,8 +166,8 @@ class DiffusersBackbone(Backbone):
         self.picture_multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         for site in self.layout.sites:
             unet.get_submodule(site.name).set_processor(_SiteProcessor(site))
-            within = unet.get_submodule(f"{site.name.removesuffix('attn2')}attn1")
-            within.set_processor(_SelfProcessor(site, within.processor))
+            self_attention = unet.get_submodule(f"{site.name.removesuffix('attn2')}attn1")
+            self_attention.set_processor(_SelfProcessor(site, self_attention.processor))
         self.fingerprint = self._weight_hash()
 
     @property
@@ -146,8 +178,13 @@ class DiffusersBackbone(Backbone):
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
 
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.unet.parameters())
+
     def _weight_hash(self) -> str:
-        """Hash of the first and the last site's key weights in fp16: the same for a base saved in fp32 or fp16."""
+        """Hash of the first and the last site's key weights in fp16, so that a base saved in fp32 and in fp16
+        has one hash."""
         digest = hashlib.sha256()
         for site in (self.layout.sites[0], self.layout.sites[-1]):
             digest.update(self._weight(site, "to_k").detach().half().cpu().numpy().tobytes())
@@ -156,7 +193,7 @@ class DiffusersBackbone(Backbone):
     def _linear(self, site: Site, projection: str) -> nn.Linear:
         return _linear(self.unet.get_submodule(site.name), projection)
 
-    def _weight(self, site: Site, projection: str) -> nn.Parameter:
+    def _weight(self, site: Site, projection: str) -> Tensor:
         return self._linear(site, projection).weight
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -170,17 +207,24 @@ class DiffusersBackbone(Backbone):
         unscaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
         return self.vae.decode(unscaled.to(next(self.vae.parameters()).dtype)).sample.float().clamp(-1, 1)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, processor: AttentionProcessor | None = None) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
+                processor: AttentionProcessor | None = None) -> Tensor:
         dtype = self.dtype
         extra: dict[str, object] = {"cross_attention_kwargs": {"site_processor": processor}}
         if self.unet.config.addition_embed_type == "text_time":
-            extra["added_cond_kwargs"] = {"text_embeds": context.pooled.to(dtype), "time_ids": self._time_ids(latents)}
+            if context.pooled is None:
+                raise ConceptError("the base reads a pooled text (SDXL), "
+                                   "and the prompts were encoded without one")
+            extra["added_cond_kwargs"] = {"text_embeds": context.pooled.to(dtype),
+                                          "time_ids": self._time_ids(latents)}
         if processor is not None:
             processor.prepare(context)
-        return self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False, **extra)[0].float()
+        return self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False,
+                         **extra)[0].float()
 
     def _time_ids(self, latents: Tensor) -> Tensor:
-        """SDXL's size conditioning: original size, crop corner, target size, all of the picture itself."""
+        """SDXL's size conditioning `[B, 6]`: original size, crop corner and target size, all of the picture
+        itself."""
         height, width = latents.shape[-2] * self.picture_multiple, latents.shape[-1] * self.picture_multiple
         row = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=self.dtype)
         return row.expand(latents.shape[0], -1)
@@ -195,7 +239,8 @@ class DiffusersBackbone(Backbone):
             for (index, projection), delta in deltas.items():
                 weight = self._weight(self.layout.sites[index], projection)
                 if tuple(delta.shape) != tuple(weight.shape):
-                    raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site {index}, "
+                    raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site "
+                                       f"{index}, "
                                        f"which is {tuple(weight.shape)}")
                 original[index, projection] = weight.data
                 weight.data = (weight.data.float() + delta.dense().to(weight.device)).to(weight.dtype)

@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 
 
 class _QuickGELU(torch.autograd.Function):
-    """Of x alone, in place wherever that is possible: autograd would keep three tensors of x's size for each layer until the backward pass,
-    which for layer-wise words is most of what a text encoder keeps."""
+    """Keeps x alone for the backward pass. Autograd would keep three tensors of its size per layer: with
+    layer-wise words, most of the memory of a text encoder."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -19,11 +19,12 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        """x sigmoid(1.702 x) is SiLU(1.702 x) / 1.702, and torch has SiLU's derivative in one pass over memory."""
+        """x sigmoid(1.702 x) = SiLU(1.702 x) / 1.702, and torch computes the derivative of SiLU in one pass
+        over memory."""
         x, = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient, 1.702 * x)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), bit for bit what the hosts compute."""
+    """x sigmoid(1.702 x), element by element; bit for bit what the hosts compute."""
     return _QuickGELU.apply(x)

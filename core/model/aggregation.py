@@ -1,9 +1,12 @@
-"""Aggregation: per site, one weight per concept, from the prompt. Pure functions on tensors.
+"""Aggregation weights: one weight per site and concept, computed from the prompt. Pure functions on tensors.
 
-Three readings of elastic weight aggregation (CIDM, Eq. 3):
-- `sharp`, ours and the default: a concept that the prompt names has weight 1, others 0. Strength does not fade as the bank grows.
-- `paper`: relation = max over prompt positions of the dot product with the concept's mean token state; squared, L2-normalised.
-- `released`: cosines per concept word, max over prompt positions, mean over words; 4th power, L1-normalised; deltas scaled by 0.8.
+Elastic weight aggregation (CIDM, Eq. 3) comes in three forms:
+- `sharp`, ours and the default: a concept that the prompt names has weight 1, others 0. The strength of a
+  concept does not fade as the bank grows.
+- `paper`: the relation is the maximum over prompt positions of the dot product with the concept's mean token
+  state; the weights are the squared relations, L2-normalised.
+- `released`, as in the released code: the relation is the mean over the concept's words of the maximum over
+  prompt positions of the cosine; the weights are its 4th power, L1-normalised, and deltas are scaled by 0.8.
 """
 
 from __future__ import annotations
@@ -30,10 +33,15 @@ def equal_weights(count: int, sites: int) -> Tensor:
 
 
 def paper_weights(prompt: Tensor, concepts: Tensor) -> Tensor:
-    """psi(M) = M^2 / ||M^2||, M_i = max over positions of c e_i.
+    """psi(M) = M^2 / ||M^2||, with M_i the maximum over positions of c e_i (CIDM, Eq. 3). The norm is L2:
+    weights can sum to more than 1.
 
-    prompt: states of the inference prompt `[..., n, d]`; concepts: mean state of each concept's words `[..., g, d]`; returns `[..., g]`.
-    Weights can sum to more than 1: the norm is L2.
+    Args:
+        prompt: States of the inference prompt, `[..., n, d]`.
+        concepts: Mean state of each concept's words, `[..., g, d]`.
+
+    Returns:
+        The weights, `[..., g]`.
     """
     relation = (prompt @ concepts.transpose(-1, -2)).amax(-2)
     squared = relation.square()
@@ -41,9 +49,16 @@ def paper_weights(prompt: Tensor, concepts: Tensor) -> Tensor:
 
 
 def released_weights(prompt: Tensor, words: Tensor, counts: Sequence[int]) -> Tensor:
-    """As the released code does: words `[..., sum(counts), d]` are the states of all concept words in one prompt, begin token left out.
+    """The weights of CIDM's released code.
 
-    prompt `[..., n, d]`; returns `[..., g]`, summing to 1.
+    Args:
+        prompt: States of the inference prompt, `[..., n, d]`.
+        words: States of all concepts' words, encoded in one prompt, without the begin token:
+            `[..., sum(counts), d]`.
+        counts: Number of words of each of the g concepts.
+
+    Returns:
+        The weights, `[..., g]`; they sum to 1.
     """
     cosine = F.normalize(prompt, dim=-1) @ F.normalize(words, dim=-1).transpose(-1, -2)
     per_word = cosine.amax(-2)

@@ -1,11 +1,20 @@
-"""The backbone: the host's model behind one interface. Everything in core reaches UNet, text encoders and autoencoder through it."""
+"""The interface of a host's model. Everything in core reaches the UNet, the text encoders and the autoencoder
+through it.
+
+`Backbone` is the model, `TextEncoder` one of its text encoders, and `Context` an encoded prompt. An
+`AttentionProcessor` says what the text cross-attention sites do beside their frozen weights; a `SiteCall` is
+one call of one site.
+
+Letters in shapes: B rows of a batch, L layer copies, N tokens, D context width, S cells of a site's grid, a
+and b output and input width of a projection, C h w channels and size of latents.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,10 +28,13 @@ from .sites import Site, SiteLayout
 
 @dataclass(frozen=True)
 class Context:
-    """Encoded prompts.
+    """Encoded prompts, one per row.
 
-    hidden: `[B, L, N, D]`, L = 1 when no layer-wise word is in them; pooled: `[B, P]` where the family has it (SDXL), else None;
-    words: for every prompt, concept name -> token positions of its words in 0..N-1.
+    Attributes:
+        hidden: `[B, L, N, D]`. L = 1 where no layer-wise word is in the prompts, else the number of layer
+            copies.
+        pooled: `[B, P]` for model families that read a pooled text (SDXL), else None.
+        words: For every row, concept name -> positions of its words among the N tokens.
     """
 
     hidden: Tensor
@@ -37,26 +49,29 @@ class Context:
         return self.hidden[:, site.copy if self.hidden.shape[1] > 1 else 0]
 
     def __getitem__(self, rows: slice) -> Context:
-        return Context(self.hidden[rows], None if self.pooled is None else self.pooled[rows], self.words[rows])
+        """Some of the rows."""
+        return Context(self.hidden[rows], None if self.pooled is None else self.pooled[rows],
+                       self.words[rows])
 
     def repeated(self, length: int) -> Context:
-        """The same prompts over a multiple of their length (softmax does not see repetition)."""
+        """The same prompts, repeated to `length` tokens, a multiple of N. Softmax does not see the
+        repetition."""
         n = self.hidden.shape[2]
-        return Context(self.hidden.repeat(1, 1, length // n, 1), self.pooled, tuple(_repeated(row, n, length) for row in self.words))
+        words = tuple({name: tuple(place + start for start in range(0, length, n) for place in places)
+                       for name, places in row.items()} for row in self.words)
+        return Context(self.hidden.repeat(1, 1, length // n, 1), self.pooled, words)
 
     @staticmethod
     def cat(parts: list[Context]) -> Context:
-        """One batch out of several; contexts without layers are repeated, shorter ones too."""
+        """Joins the rows of several contexts. Shorter contexts, and those without layer copies, are repeated
+        to fit."""
         copies = max(part.hidden.shape[1] for part in parts)
-        parts = [part.repeated(math.lcm(*(p.hidden.shape[2] for p in parts))) for part in parts]
-        pooled = None if any(p.pooled is None for p in parts) else torch.cat([p.pooled for p in parts])
+        length = math.lcm(*(part.hidden.shape[2] for part in parts))
+        parts = [part.repeated(length) for part in parts]
+        pooled = [part.pooled for part in parts if part.pooled is not None]
         words = tuple(row for part in parts for row in part.words)
-        return Context(torch.cat([p.hidden.expand(-1, copies, -1, -1) for p in parts]), pooled, words)
-
-
-def _repeated(words: dict[str, tuple[int, ...]], n: int, length: int) -> dict[str, tuple[int, ...]]:
-    """Positions in a context of n tokens that is repeated up to `length`."""
-    return {name: tuple(place + start for start in range(0, length, n) for place in places) for name, places in words.items()}
+        hidden = torch.cat([part.hidden.expand(-1, copies, -1, -1) for part in parts])
+        return Context(hidden, torch.cat(pooled) if len(pooled) == len(parts) else None, words)
 
 
 class AttentionFunction(Protocol):
@@ -72,7 +87,8 @@ class HostAttention:
 
     Attributes:
         plain: The attention without other nodes' code.
-        replaced: What other nodes run in its place, such as an image prompt adapter; None where there is no such code.
+        replaced: What other nodes run in its place, such as an image prompt adapter; None where there is no
+            such code.
     """
 
     plain: AttentionFunction
@@ -84,7 +100,9 @@ class HostAttention:
 
     def added_by_others(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """What other nodes' code adds to plain attention, `[B, S, a]`; None where there is no such code."""
-        return None if self.replaced is None else self.replaced(query, key, value) - self.plain(query, key, value)
+        if self.replaced is None:
+            return None
+        return self.replaced(query, key, value) - self.plain(query, key, value)
 
 
 @dataclass
@@ -103,8 +121,10 @@ class SiteCall:
         processor: What the site does beside its frozen weights.
         site: The site that is called.
         hidden: What to_q reads, `[B, S, b]`; `enter` may replace it.
-        key_text, value_text: What to_k and to_v read, `[B, N, D]`. They differ only where another node changed one of them.
-        reads_text: False where `enter` found that no key or value will be read. The host may then project an empty text.
+        key_text, value_text: What to_k and to_v read, `[B, N, D]`. They differ only where another node
+            changed one of them.
+        reads_text: False where `enter` found that no key or value will be read. The host may then project an
+            empty text.
         after_out: What is done with the output of to_out; None for nothing.
     """
 
@@ -134,15 +154,18 @@ class SiteCall:
         self.hidden, self._attend_reordered, self.after_out = hidden, attend, restore
 
     def project(self, projection: str, y: Tensor) -> Tensor:
-        """From the output of the frozen to_q, to_k or to_v, `[B, N, a]`, to the output that `attend` takes."""
+        """From the output of the frozen to_q, to_k or to_v, `[B, N, a]`, to the output that `attend`
+        takes."""
         if projection == "to_q":
             return self.processor.project(self.site, projection, self.hidden, y)
         if not self.reads_text:
             return y
-        return self.processor.project(self.site, projection, self.key_text if projection == "to_k" else self.value_text, y)
+        return self.processor.project(self.site, projection, self.key_text if projection == "to_k"
+                                      else self.value_text, y)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
-        """From what `project` gave, query `[B, S, a]`, key and value `[B, N, a]`, to what the frozen to_out reads, `[B, S, a]`."""
+        """From what `project` gave, query `[B, S, a]`, key and value `[B, N, a]`, to what the frozen to_out
+        reads, `[B, S, a]`."""
         if self._attend_reordered is not None:
             self._attended = self._attend_reordered(query, key, value, attention)
         else:
@@ -150,7 +173,8 @@ class SiteCall:
         return self._attended
 
     def finish(self, output: Tensor) -> Tensor:
-        """From the output of the frozen to_out to the output of the site. Unchanged where `attend` was not called."""
+        """From the output of the frozen to_out to the output of the site. Unchanged where `attend` was not
+        called."""
         if self._attended is None:
             return output
         output = self.processor.project(self.site, "to_out", self._attended, output)
@@ -158,10 +182,12 @@ class SiteCall:
 
 
 class AttentionProcessor:
-    """What the sites do beside their frozen weights. This base class changes nothing; subclasses override what they need.
+    """What the sites do beside their frozen weights. This base class changes nothing; subclasses override
+    what they need.
 
-    A processor may keep what depends on the text or the layout alone. What belongs to one call of a site goes into the `SiteCall`:
-    gradient checkpointing calls a site again in the backward pass, and it must then do the same again.
+    A processor may keep what depends on the text or the layout alone. What belongs to one call of a site goes
+    into the `SiteCall`: gradient checkpointing calls a site again in the backward pass, and it must then do
+    the same again.
     """
 
     @property
@@ -173,8 +199,8 @@ class AttentionProcessor:
         """Called before every forward pass, with the prompts that the pass reads."""
 
     def enter(self, call: SiteCall) -> None:
-        """May reorder the cells (`call.reorder`) or set `call.reads_text` to False. Called before to_q, and only where no other code
-        sees what lies between to_q and to_out."""
+        """May reorder the cells (`call.reorder`) or set `call.reads_text` to False. Called before to_q, and
+        only where no other code sees what lies between to_q and to_out."""
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         """A projection with what the processor adds to it.
@@ -188,7 +214,8 @@ class AttentionProcessor:
         """
         return y
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
         """Attention of the picture to the text.
 
         Args:
@@ -197,25 +224,37 @@ class AttentionProcessor:
             attention: The host's attention, with and without other nodes' code.
 
         Returns:
-            What to_out reads, `[B, S, a]`. What is to happen with the output of to_out goes into `call.after_out`.
+            What to_out reads, `[B, S, a]`. What is to happen with the output of to_out goes into
+            `call.after_out`.
         """
         return attention(query, key, value)
 
-    def self_attention(self, site: Site, query: Tensor, key: Tensor, value: Tensor, attention: AttentionFunction) -> Tensor:
+    def self_attention(self, site: Site, query: Tensor, key: Tensor, value: Tensor,
+                       attention: AttentionFunction) -> Tensor:
         """Self-attention of the block that a site is in: query, key and value `[B, S, a]` to `[B, S, a]`."""
         return attention(query, key, value)
 
 
 class TextEncoder(ABC):
-    """One text encoder of a backbone: its vocabulary, and a forward pass in which learned vectors can stand for tokens."""
+    """One text encoder of a backbone: its vocabulary, and a forward pass in which learned vectors may replace
+    tokens.
+
+    Attributes:
+        name: As in checkpoints and exports, such as `clip_l`.
+        width: Of its token vectors.
+        length: Tokens per chunk, begin and end included.
+        start, end, pad: Ids of these tokens.
+        encodes_prefixes: Whether `encode` takes rows shorter than `length`. In a causal encoder, what is cut
+            off changes nothing.
+    """
 
     name: str
-    width: int            # of the token vectors
-    length: int           # tokens per chunk, begin and end included
+    width: int
+    length: int
     start: int
     end: int
     pad: int
-    encodes_prefixes: bool = False      # whether `encode` takes shorter rows too; causal as they are, what is cut off changes nothing
+    encodes_prefixes: bool = False
 
     @abstractmethod
     def ids(self, text: str) -> list[int]:
@@ -223,13 +262,20 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def vectors(self, ids: list[int]) -> Tensor:
-        """The vocabulary's vectors, `[n, width]`, float32."""
+        """The vocabulary's vectors of these tokens, `[n, width]`, float32."""
 
     @abstractmethod
     def encode(self, ids: Tensor, slots: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
-        """ids `[B, length]`; slots `[B, length]` bool, True where `vectors` `[slots.sum(), width]` stand in, in row order.
+        """Runs the encoder.
 
-        Returns hidden states as the UNet reads them `[B, length, D]` and the pooled output `[B, P]` or None.
+        Args:
+            ids: `[B, length]`.
+            slots: `[B, length]` bool, True where a learned vector replaces the token.
+            vectors: `[slots.sum(), width]`, the learned vectors in the order of the rows.
+
+        Returns:
+            The hidden states as the UNet reads them, `[B, length, D]`, and the pooled output `[B, P]` or
+            None.
         """
 
 
@@ -243,41 +289,77 @@ class Projections(Protocol):
 
 
 class Backbone(ABC):
-    """A frozen latent diffusion model."""
+    """A frozen latent diffusion model. Nothing that is learned is ever written into its weights.
+
+    Attributes:
+        layout: Its sites.
+        schedule: Its noise schedule.
+        text: Its text encoders; a context's width is the sum of theirs.
+        latent_channels: C of its latents.
+        picture_multiple: Pixels per latent cell along each side. The sides of pictures are multiples of it.
+        fingerprint: Hash of the weights: concepts remember which base they were learned on.
+        overlay: Hash of what changes the model beside its weights (LoRA patches, CLIP skip), "" for nothing.
+            A stopped run only resumes with the same one.
+    """
 
     layout: SiteLayout
     schedule: NoiseSchedule
     text: tuple[TextEncoder, ...]
     latent_channels: int
-    picture_multiple: int            # pictures' sides are multiples of this; latents are that much smaller
-    fingerprint: str                 # of the weights, for provenance
-    overlay: str = ""                # digest of what lies over them (LoRA patches, clip skip): another one makes it another run
+    picture_multiple: int
+    fingerprint: str
+    overlay: str = ""
 
     @property
     @abstractmethod
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the UNet computes."""
+
+    @property
+    @abstractmethod
+    def parameter_count(self) -> int:
+        """Number of weights of the UNet."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` in -1..1 to scaled latents `[B, C, H/m, W/m]`, m the picture multiple."""
+        """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, C, H/m, W/m]`, m the picture multiple, scaled as
+        the UNet reads them."""
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Inverse of `encode_images`, clamped to -1..1."""
 
     @abstractmethod
-    def predict(self, latents: Tensor, timesteps: Tensor, context: Context, processor: AttentionProcessor | None = None) -> Tensor:
-        """The UNet's output (epsilon or v, see schedule) for noisy latents `[B, C, h, w]` at integer timesteps `[B]`."""
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
+                processor: AttentionProcessor | None = None) -> Tensor:
+        """One evaluation of the UNet.
+
+        Args:
+            latents: Noisy latents, `[B, C, h, w]`.
+            timesteps: `[B]`, whole numbers as in the schedule.
+            context: The prompts, B rows.
+            processor: What the sites do beside their frozen weights; without one the model runs untouched.
+
+        Returns:
+            The UNet's output, `[B, C, h, w]` float32: epsilon or v, see the schedule. Gradients reach the
+            context and the processor, never the weights.
+        """
 
     @abstractmethod
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
-        """One projection of a site, frozen (and folded) weights."""
+        """One projection of a site by its frozen weights, with the folded deltas: x `[..., b]` to `[...,
+        a]`."""
 
     @abstractmethod
-    def folded(self, deltas: Deltas):
-        """Context manager: inside, the weights carry `deltas`; afterwards they are what they were, bit for bit."""
+    def folded(self, deltas: Deltas) -> AbstractContextManager[None]:
+        """Inside, the weights contain `deltas`. Afterwards they are what they were, bit for bit."""
 
-    @contextmanager
-    def gradient_checkpointing(self, enabled: bool) -> Iterator[None]:
-        """Trades time for memory in `predict` while inside; a host that cannot ignores it."""
-        yield
+    def training(self) -> AbstractContextManager[None]:
+        """Surrounds a whole run of learning. Inside, gradients pass through UNet and text encoders; a host
+        may prepare for that."""
+        return nullcontext()
+
+    def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        """Inside, `predict` stores fewer activations and computes them again in the backward pass. A host may
+        ignore it."""
+        return nullcontext()

@@ -29,6 +29,7 @@ def recomputed(model: nn.Module, kinds: Collection[str]) -> Iterator[None]:
 
 
 def _checkpointed(forward: Callable, *args, **kwargs):
-    """Dictionaries are copied: a host may write the number of each next block into the same one before the backward pass."""
-    kept = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    return checkpoint(forward, *args, use_reentrant=False, **kept)
+    """Dictionaries are copied, because a host may write the number of the next block into the same one before
+    the backward pass."""
+    own = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+    return checkpoint(partial(forward, **own), *args, use_reentrant=False)

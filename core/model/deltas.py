@@ -14,12 +14,13 @@ from ..errors import ConceptError
 from .sites import PROJECTIONS, Site, SiteLayout
 
 DeltaKey = tuple[int, str]     # (site index, projection)
-SPARSE_SIZE = 2                # a sparse entry is a place and a value, twice the size of a number of a factor
+# a sparse entry is an index and a value: twice the size of an entry of a factor
+SPARSE_SIZE = 2
 
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """`scale * up @ down`: up `[a, r]`, down `[r, b]` (the papers' A and B)."""
+    """`scale * up @ down`, with up `[a, r]` and down `[r, b]` (A and B in the papers)."""
 
     up: Tensor
     down: Tensor
@@ -27,13 +28,15 @@ class LowRankDelta:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(a, b)."""
         return self.up.shape[0], self.down.shape[1]
 
     def dense(self) -> Tensor:
+        """The matrix `[a, b]`, float32."""
         return self.scale * (self.up.float() @ self.down.float())
 
     def apply(self, x: Tensor) -> Tensor:
-        """The projection's change for input `x [..., b]`: `[..., a]`."""
+        """What it adds to the output of the projection: x `[..., b]` to `[..., a]`, in the type of x."""
         return self.scale * F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
 
     def scaled(self, weight: float) -> LowRankDelta:
@@ -48,7 +51,8 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class SparseDelta:
-    """A few changed entries of an `[a, b]` weight: flat `indices` int32 and their `values`, times `scale`."""
+    """Changes of a few entries of a weight `[a, b]`: `scale * values` at the flat `indices` (int32); size is
+    (a, b)."""
 
     size: tuple[int, int]
     indices: Tensor
@@ -88,8 +92,8 @@ def check_fits(deltas: Deltas, layout: SiteLayout, owner: str) -> None:
             raise ConceptError(f"{owner} has a delta for site {index}; this base has {layout.describe()}")
         wanted = layout.sites[index].shape(projection)
         if tuple(delta.shape) != wanted:
-            raise ConceptError(f"{owner} has a {delta.shape[0]}x{delta.shape[1]} delta for {projection} of site {index}; "
-                               f"this base needs {wanted[0]}x{wanted[1]}")
+            raise ConceptError(f"{owner} has a {delta.shape[0]}x{delta.shape[1]} delta for {projection} of "
+                               f"site {index}; this base needs {wanted[0]}x{wanted[1]}")
 
 
 def only_low_rank(deltas: Deltas) -> dict[DeltaKey, LowRankDelta]:
@@ -98,23 +102,30 @@ def only_low_rank(deltas: Deltas) -> dict[DeltaKey, LowRankDelta]:
 
 
 def concatenate(parts: Iterable[tuple[float, LowRankDelta]]) -> LowRankDelta:
-    """Weighted sum of low-rank deltas as one of summed rank: no a×b matrix is built."""
-    parts = [(weight * delta.scale, delta) for weight, delta in parts]
-    up = torch.cat([delta.up.float() * weight for weight, delta in parts], dim=1)
-    return LowRankDelta(up, torch.cat([delta.down.float() for _, delta in parts], dim=0))
+    """Weighted sum of low-rank deltas as one delta whose rank is the sum of theirs. No `[a, b]` matrix is
+    built."""
+    scaled = [(weight * delta.scale, delta) for weight, delta in parts]
+    up = torch.cat([delta.up.float() * weight for weight, delta in scaled], dim=1)
+    return LowRankDelta(up, torch.cat([delta.down.float() for _, delta in scaled], dim=0))
 
 
 def weighted_sum(parts: list[tuple[float, Delta]]) -> Delta:
-    """Weighted sum of deltas of one projection. Low-rank ones are one product of their factors side by side, however many there are; the
-    sum stays low rank while that is the smaller form."""
+    """Weighted sum of deltas of one projection.
+
+    Low-rank deltas take one product of their concatenated factors, however many there are. The sum stays low
+    rank while that takes less memory than a sparse delta.
+    """
     if len(parts) == 1:
         return parts[0][1].scaled(parts[0][0])
     a, b = parts[0][1].shape
     factors = [(weight, delta) for weight, delta in parts if isinstance(delta, LowRankDelta)]
-    stacked = concatenate(factors) if factors else None
-    if len(factors) == len(parts) and stacked.up.shape[1] * (a + b) < SPARSE_SIZE * a * b:
-        return stacked
-    total = torch.zeros(a, b, device=parts[0][1].tensors()[-1].device) if stacked is None else stacked.dense()
+    if factors:
+        summed = concatenate(factors)
+        if len(factors) == len(parts) and summed.up.shape[1] * (a + b) < SPARSE_SIZE * a * b:
+            return summed
+        total = summed.dense()
+    else:
+        total = torch.zeros(a, b, device=parts[0][1].tensors()[-1].device)
     for weight, delta in parts:
         if isinstance(delta, SparseDelta):
             total += weight * delta.dense()
@@ -123,42 +134,52 @@ def weighted_sum(parts: list[tuple[float, Delta]]) -> Delta:
 
 
 def pack(deltas: Deltas, layout: SiteLayout) -> tuple[dict[str, Tensor], dict]:
-    """A few tensors for a whole concept: factors of all sites side by side, so that a file of 1,000 concepts has a short header.
+    """Packs the deltas of a concept into a few tensors, so that the header of a file of 1,000 concepts stays
+    short.
 
-    Returns tensors by name (`to_q.up` `[sum a, r]`, `to_q.down` `[r, sum b]`; or `to_k.indices`, `to_k.values`) and
-    the JSON that `unpack` needs.
+    Returns:
+        Tensors by name, the factors of all sites side by side: `to_q.up` `[sum a, r]` and `to_q.down`
+            `[r, sum b]`, or `to_k.indices` and `to_k.values`. And the JSON that `unpack` needs.
+
+    Raises:
+        ConceptError: The deltas of a projection mix forms or ranks, or do not fit the layout.
     """
-    tensors, notes = {}, {}
+    tensors: dict[str, Tensor] = {}
+    notes: dict[str, dict] = {}
     for projection in PROJECTIONS:
-        present = {index: delta for (index, name), delta in deltas.items() if name == projection}
-        if not present:
+        sites = sorted(index for index, name in deltas if name == projection)
+        if not sites:
             continue
-        indices = sorted(present)
-        kinds = {type(delta) for delta in present.values()}
-        if len(kinds) > 1:
-            raise ConceptError(f"the deltas of {projection} mix low rank and sparse; allowed: one form per projection")
-        note = {"sites": indices, "scale": [float(present[i].scale) for i in indices]}
-        if kinds == {LowRankDelta}:
-            ranks = {present[i].up.shape[1] for i in indices}
+        present = [deltas[index, projection] for index in sites]
+        low_rank = [delta for delta in present if isinstance(delta, LowRankDelta)]
+        sparse = [delta for delta in present if isinstance(delta, SparseDelta)]
+        if low_rank and sparse:
+            raise ConceptError(f"the deltas of {projection} mix low rank and sparse; allowed: "
+                               "one form per projection")
+        notes[projection] = {"sites": sites, "scale": [float(delta.scale) for delta in present]}
+        if low_rank:
+            ranks = {delta.up.shape[1] for delta in low_rank}
             if len(ranks) > 1:
-                raise ConceptError(f"the deltas of {projection} have ranks {sorted(ranks)}; allowed: one rank per projection")
-            tensors[f"{projection}.up"] = torch.cat([present[i].up for i in indices], dim=0)
-            tensors[f"{projection}.down"] = torch.cat([present[i].down for i in indices], dim=1)
+                raise ConceptError(f"the deltas of {projection} have ranks {sorted(ranks)}; allowed: "
+                                   "one rank per projection")
+            tensors[f"{projection}.up"] = torch.cat([delta.up for delta in low_rank], dim=0)
+            tensors[f"{projection}.down"] = torch.cat([delta.down for delta in low_rank], dim=1)
         else:
-            note["counts"] = [present[i].indices.numel() for i in indices]
-            tensors[f"{projection}.indices"] = torch.cat([present[i].indices.int() for i in indices])
-            tensors[f"{projection}.values"] = torch.cat([present[i].values for i in indices])
-        notes[projection] = note
+            notes[projection]["counts"] = [delta.indices.numel() for delta in sparse]
+            tensors[f"{projection}.indices"] = torch.cat([delta.indices.int() for delta in sparse])
+            tensors[f"{projection}.values"] = torch.cat([delta.values for delta in sparse])
     check_fits(deltas, layout, "the concept")
     return tensors, notes
 
 
 def unpack(tensors: Mapping[str, Tensor], notes: dict, layout: SiteLayout) -> dict[DeltaKey, Delta]:
-    """Inverse of `pack`; raises ConceptError when tensors and notes do not agree."""
+    """Inverse of `pack`. Raises ConceptError where tensors and notes do not agree."""
     deltas: dict[DeltaKey, Delta] = {}
     for projection, note in notes.items():
-        if any(not 0 <= i < len(layout) for i in note["sites"]) or len(set(note["sites"])) < len(note["sites"]):
-            raise ConceptError(f"the deltas of {projection} are for sites {note['sites']}; allowed: each of 0 to {len(layout) - 1} once")
+        if any(not 0 <= i < len(layout)
+               for i in note["sites"]) or len(set(note["sites"])) < len(note["sites"]):
+            raise ConceptError(f"the deltas of {projection} are for sites {note['sites']}; allowed: "
+                               f"each of 0 to {len(layout) - 1} once")
         scales = [float(scale) for scale in note["scale"]]
         if not all(map(math.isfinite, scales)):
             raise ConceptError(f"the deltas of {projection} have scales {scales}; allowed: finite numbers")
@@ -169,14 +190,15 @@ def unpack(tensors: Mapping[str, Tensor], notes: dict, layout: SiteLayout) -> di
     return deltas
 
 
-def _unpack_low_rank(tensors: Mapping[str, Tensor], projection: str, _note: dict, sites: list[Site], scales: list[float]) -> list[Delta]:
+def _unpack_low_rank(tensors: Mapping[str, Tensor], projection: str, _note: dict, sites: list[Site],
+                     scales: list[float]) -> list[Delta]:
     up, down = tensors[f"{projection}.up"], tensors[f"{projection}.down"]
     shapes = [site.shape(projection) for site in sites]
     ups = _split(up, [a for a, _ in shapes], 0, 2, f"{projection}.up")
     downs = _split(down, [b for _, b in shapes], 1, 2, f"{projection}.down")
     if up.shape[1] != down.shape[0]:
-        raise ConceptError(f"tensors '{projection}.up' and '{projection}.down' have ranks {up.shape[1]} and {down.shape[0]}; "
-                           "they must agree")
+        raise ConceptError(f"tensors '{projection}.up' and '{projection}.down' have ranks {up.shape[1]} and "
+                           f"{down.shape[0]}; they must agree")
     return [LowRankDelta(*factors) for factors in zip(ups, downs, scales, strict=True)]
 
 
@@ -184,16 +206,18 @@ def _unpack_sparse(tensors: Mapping[str, Tensor], projection: str, note: dict, s
                    scales: list[float]) -> list[Delta]:
     indices = _split(tensors[f"{projection}.indices"], note["counts"], 0, 1, f"{projection}.indices")
     values = _split(tensors[f"{projection}.values"], note["counts"], 0, 1, f"{projection}.values")
-    deltas = []
+    deltas: list[Delta] = []
     for site, index, value, scale in zip(sites, indices, values, scales, strict=True):
         a, b = site.shape(projection)
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < a * b:
-            raise ConceptError(f"tensor '{projection}.indices' points outside the {a}x{b} weight of site {site.index}")
+            raise ConceptError(f"tensor '{projection}.indices' points outside the {a}x{b} weight of site "
+                               f"{site.index}")
         deltas.append(SparseDelta((a, b), index, value, scale))
     return deltas
 
 
 def _split(tensor: Tensor, sizes: list[int], dim: int, ndim: int, name: str) -> tuple[Tensor, ...]:
     if tensor.ndim != ndim or min(sizes, default=0) < 0 or tensor.shape[dim] != sum(sizes):
-        raise ConceptError(f"tensor '{name}' has shape {tuple(tensor.shape)}; of its {ndim} dimensions, {dim} must be {sum(sizes)}")
+        raise ConceptError(f"tensor '{name}' has shape {tuple(tensor.shape)}; of its {ndim} dimensions, "
+                           f"{dim} must be {sum(sizes)}")
     return tensor.split(sizes, dim=dim)

@@ -18,7 +18,8 @@ def _expand(values: Tensor, like: Tensor) -> Tensor:
 
 
 def cumulative_alphas(start: float, end: float, steps: int = 1000, kind: str = "scaled_linear") -> Tensor:
-    """`[steps]` for betas that grow linearly ("linear"), or whose roots do ("scaled_linear": Stable Diffusion's)."""
+    """`[steps]` for betas that grow linearly (kind "linear"), or whose roots do ("scaled_linear", as in
+    Stable Diffusion)."""
     if kind not in ("linear", "scaled_linear"):
         raise ValueError(f"beta schedule {kind!r} is not supported; supported: scaled_linear, linear")
     power = 2 if kind == "scaled_linear" else 1
@@ -28,7 +29,12 @@ def cumulative_alphas(start: float, end: float, steps: int = 1000, kind: str = "
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alphas_cumprod: `[T]`, share of signal variance at each training timestep; prediction: what the UNet puts out."""
+    """The noise schedule of a model.
+
+    Attributes:
+        alphas_cumprod: `[T]`, the share of signal variance at each training timestep.
+        prediction: What the UNet predicts: "epsilon", the noise, or "v_prediction".
+    """
 
     alphas_cumprod: Tensor
     prediction: str = "epsilon"
@@ -50,24 +56,26 @@ class NoiseSchedule:
         return _expand(alpha.sqrt(), like), _expand((1 - alpha).sqrt(), like)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents `[B, C, h, w]` at timesteps `[B]`."""
         signal, sigma = self._factors(latents, timesteps)
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should put out: the noise, or v of Salimans & Ho (2022)."""
+        """What the UNet should predict: the noise, or v of Salimans & Ho (2022)."""
         if self.prediction == "epsilon":
             return noise
         signal, sigma = self._factors(latents, timesteps)
         return signal * noise - sigma * latents
 
     def to_epsilon(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The UNet's output as a noise estimate."""
+        """The UNet's output for noisy latents, as a noise estimate."""
         if self.prediction == "epsilon":
             return output
         signal, sigma = self._factors(noisy, timesteps)
         return signal * output + sigma * noisy
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Loss weights `[B]` of Hang et al. (2023), Min-SNR: min(snr, gamma) / snr for epsilon, over snr + 1 for v."""
+        """Min-SNR loss weights `[B]` (Hang et al., 2023): min(snr, gamma) / snr for epsilon, min(snr, gamma)
+        / (snr + 1) for v."""
         snr = self.snr.to(timesteps.device)[timesteps]
         return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)

@@ -1,4 +1,5 @@
-"""Sites: the text cross-attention layers (`attn2`) of a UNet, numbered in execution order (down, middle, up)."""
+"""Sites: the text cross-attention layers (`attn2`) of a UNet, numbered in execution order (down, middle,
+up)."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ from ..errors import ConceptError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-_LAYER_PER_GROUP_ABOVE = 16      # more sites than SD1.5's 16 share a layer copy per transformer group (SDXL: 70 sites, 11 groups)
+# more sites than SD1.5's 16 share a layer copy per transformer group (SDXL: 70 sites, 11 groups)
+_LAYER_PER_GROUP_ABOVE = 16
 
 
 def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a site that has that many cells, for a latent of height × width (sides halve and round up per level)."""
+    """Rows and columns of a site with so many cells, for a latent of height x width. Every level halves the
+    sides and rounds up."""
     rows, columns = height, width
     while rows * columns > max(1, cells):
         rows, columns = -(-rows // 2), -(-columns // 2)
@@ -29,8 +32,13 @@ def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
 class Site:
     """One text cross-attention layer.
 
-    name: its diffusers module path (`down_blocks.0...attn2`), the same for every host; copy: the layer copy of the
-    context that it reads (0 when tokens are not layer-wise); width: features of the picture side; context_width: of the text side.
+    Attributes:
+        index: Its number in execution order.
+        name: Its diffusers module path (`down_blocks.0...attn2`), the same for every host.
+        copy: The layer copy of a context that it reads; contexts without layer-wise words have only one.
+        heads: Number of attention heads.
+        width: Features of the picture side.
+        context_width: Features of the text side.
     """
 
     index: int
@@ -49,9 +57,12 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """All sites of one model family, with the text encoders' widths: what a concept has to fit.
+    """What a concept must fit: all sites of a model family, and the widths of its text encoders.
 
-    text_widths: one entry per text encoder, name -> token vector width (`{"clip_l": 768}`; SDXL has two).
+    Attributes:
+        sites: In execution order.
+        text_widths: Per text encoder its name and the width of its token vectors (`("clip_l", 768)`; SDXL has
+            two).
     """
 
     sites: tuple[Site, ...]
@@ -62,12 +73,13 @@ class SiteLayout:
 
     @cached_property
     def copies(self) -> int:
-        """Layer copies of a token: 16 for SD1.5 (one per site), 11 for SDXL (one per transformer group)."""
+        """Layer copies of a layer-wise token: 16 for SD1.5 (one per site), 11 for SDXL (one per transformer
+        group)."""
         return 1 + max(site.copy for site in self.sites)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of every shape; two models with the same one can use each other's concepts."""
+        """Short hash of all shapes. Models with the same fingerprint can use each other's concepts."""
         shapes = [(site.name, site.copy, site.heads, site.width, site.context_width) for site in self.sites]
         return hashlib.sha256(json.dumps([shapes, self.text_widths]).encode()).hexdigest()[:16]
 
@@ -84,30 +96,35 @@ class SiteLayout:
 
     @classmethod
     def from_json(cls, data: dict) -> SiteLayout:
-        """Reads what `to_json` wrote; raises ConceptError when the sites do not make sense."""
+        """Reads what `to_json` wrote. Raises ConceptError where the sites are invalid."""
         sites = tuple(Site(**site) for site in data["sites"])
         for i, site in enumerate(sites):
             sizes = (site.heads, site.width, site.context_width)
-            if site.index != i or not isinstance(site.name, str) or not all(isinstance(n, int) and n >= 1 for n in sizes):
-                raise ConceptError(f"site {i} of the layout is {site}; indices must run from 0, heads and widths be 1 or more")
+            if site.index != i or not isinstance(site.name, str) or not all(isinstance(n, int) and n >= 1
+                                                                            for n in sizes):
+                raise ConceptError(f"site {i} of the layout is {site}; indices must run from 0, "
+                                   "heads and widths be 1 or more")
             if not isinstance(site.copy, int) or not 0 <= site.copy < len(sites):
-                raise ConceptError(f"site {i} of the layout reads layer copy {site.copy!r}; allowed: 0 to {len(sites) - 1}")
+                raise ConceptError(f"site {i} of the layout reads layer copy {site.copy!r}; allowed: "
+                                   f"0 to {len(sites) - 1}")
         if not sites or not data["text_widths"]:
             raise ConceptError("the layout has no sites or no text encoders")
         return cls(sites, tuple((str(name), int(width)) for name, width in data["text_widths"]))
 
 
-def unet_layout(shapes: Mapping[str, tuple[int, int, int]], text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
+def unet_layout(shapes: Mapping[str, tuple[int, int, int]],
+                text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
     """The layout of a UNet, the same from every host.
 
     Args:
-        shapes: Site name -> heads, width and context width, in execution order within the down, middle and up blocks.
+        shapes: Site name -> heads, width and context width, in execution order within the down, middle and up
+            blocks.
         text_widths: As in `SiteLayout`.
     """
     names = sorted(shapes, key=lambda name: _EXECUTION_ORDER[name.split(".")[0]])
-    groups = list(dict.fromkeys(name.split(".transformer_blocks")[0] for name in names))
-    sites = []
-    for index, name in enumerate(names):
-        copy = index if len(names) <= _LAYER_PER_GROUP_ABOVE else groups.index(name.split(".transformer_blocks")[0])
-        sites.append(Site(index, name, copy, *shapes[name]))
+    per_group = len(names) > _LAYER_PER_GROUP_ABOVE
+    owners = [name.split(".transformer_blocks")[0] if per_group else name for name in names]
+    copies = list(dict.fromkeys(owners))      # who has the layer copies, in their order
+    sites = [Site(index, name, copies.index(owner), *shapes[name])
+             for index, (name, owner) in enumerate(zip(names, owners, strict=True))]
     return SiteLayout(tuple(sites), text_widths)

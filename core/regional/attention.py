@@ -1,13 +1,13 @@
 """Region cross-attention: RCA of CIDM (Sec. 3.4), by Mix-of-Show's rules, with every region's own weights.
 
-Every region is attended by a model of its own and the scene's cells by the scene's model; only the results are mixed, by the
-weights of `Cover`. A region's model differs from the base by low-rank deltas, so nothing is computed twice: its keys and values
-depend on the text alone and are computed once per sampling, its query is the frozen one and a low-rank addition, and what its
-to_out adds is carried along as a few columns. Regions of similar size share one attention call, and the number of operations
-does not depend on the number of regions.
+Every region is attended by a model of its own and the scene's cells by the scene's model; only the results
+are mixed, by the weights of `Cover`. A region's model differs from the base by low-rank deltas, so nothing is
+computed twice: its keys and values depend on the text alone and are computed once per sampling, its query is
+the frozen one and a low-rank addition, and what its to_out adds is carried along as a few columns. Regions of
+similar size share one attention call, and the number of operations does not depend on the number of regions.
 
-The paper writes sigma and calls it a sigmoid; it is the softmax of Mix-of-Show. In Mix-of-Show the deltas are those of the whole
-picture; here every region has its own.
+The paper writes sigma and calls it a sigmoid; it is the softmax of Mix-of-Show. In Mix-of-Show the deltas are
+those of the whole picture; here every region has its own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def taken(x: Tensor, cells: Tensor, regions: int) -> Tensor:
 
 
 def _mixed(results: Sequence[Tensor], cover: Cover, batch: int) -> Tensor:
-    """`[B, S, c]` from the groups' results `[G, T, c]`: for every cell the weighted sum of its sources. Each cell is written once,
-    so the sum does not depend on an order that a device may choose."""
+    """`[B, S, c]` from the groups' results `[G, T, c]`: for every cell the weighted sum of its sources. Each
+    cell is written once, so the sum does not depend on an order that a device may choose."""
     flat = [result.reshape(-1, result.shape[-1]) for result in results]
     together = flat[0] if len(flat) == 1 else torch.cat(flat)
     parts = [together.index_select(0, places).unflatten(0, (batch, -1)) for places in cover.order(batch).back]
@@ -45,7 +45,8 @@ def _with_scene(mixed: Tensor, base: Tensor | None, cover: Cover) -> Tensor:
     return mixed if base is None else base * cover.scene.to(base.dtype).unsqueeze(-1) + mixed
 
 
-def mixed_query(query: Tensor, hidden: Tensor, base: Tensor, packed: Sequence[PackedKeysValues], cover: Cover) -> Tensor:
+def mixed_query(query: Tensor, hidden: Tensor, base: Tensor, packed: Sequence[PackedKeysValues],
+                cover: Cover) -> Tensor:
     """Every cell's query as its own region asks it, mixed.
 
     Args:
@@ -61,14 +62,17 @@ def mixed_query(query: Tensor, hidden: Tensor, base: Tensor, packed: Sequence[Pa
     if not cover.groups:
         return base
     own = [group_packed.queries(*(taken(x, cells, len(group.members)) for x in (query, hidden)))[0]
-           for group, group_packed, cells in zip(cover.groups, packed, cover.order(len(query)).cells, strict=True)]
+           for group, group_packed,
+           cells in zip(cover.groups, packed, cover.order(len(query)).cells, strict=True)]
     return _with_scene(_mixed(own, cover, len(query)), base, cover)
 
 
-def isolated_attention(query: Tensor, key: Tensor, value: Tensor, cover: Cover, heads: int, attention: AttentionFunction) -> Tensor:
+def isolated_attention(query: Tensor, key: Tensor, value: Tensor, cover: Cover, heads: int,
+                       attention: AttentionFunction) -> Tensor:
     """Self-attention in which regions do not see each other; the scene's cells see everything.
 
-    Its cost is the sum of the squares of the regions' areas: less than plain self-attention where regions cover the picture.
+    Its cost is the sum of the squares of the regions' areas: less than plain self-attention where regions
+    cover the picture.
 
     Args:
         query, key, value: `[B, S, a]`.
@@ -84,7 +88,8 @@ def isolated_attention(query: Tensor, key: Tensor, value: Tensor, cover: Cover, 
         return base
     results, batch = [], len(query)
     for group, cells in zip(cover.groups, cover.order(batch).cells, strict=True):
-        q, k, v = (taken(x, cells, batch * len(group.members)) for x in (query, key, value))      # [G * B, S', a]
+        # [G * B, S', a]
+        q, k, v = (taken(x, cells, batch * len(group.members)) for x in (query, key, value))
         if group.own is None:
             out = attention(q, k, v)
         else:      # padding must not be seen
@@ -95,7 +100,8 @@ def isolated_attention(query: Tensor, key: Tensor, value: Tensor, cover: Cover, 
     return _with_scene(_mixed(results, cover, batch), base, cover)
 
 
-def region_attention(query: Tensor, hidden: Tensor, base: Tensor | None, packed: Sequence[PackedKeysValues], cover: Cover,
+def region_attention(query: Tensor, hidden: Tensor, base: Tensor | None, packed: Sequence[PackedKeysValues],
+                     cover: Cover,
                      rows: Tensor, heads: int, attention: AttentionFunction,
                      others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Cross-attention in which every region reads its own prompt with its own weights.
@@ -118,7 +124,8 @@ def region_attention(query: Tensor, hidden: Tensor, base: Tensor | None, packed:
     for group, group_packed, cells in zip(cover.groups, packed, cover.order(batch).cells, strict=True):
         count = len(group.members)
         own_others = None if others is None else taken(others, cells, count)
-        out, low = group_packed.attended(taken(query, cells, count), taken(hidden, cells, count), rows, heads, attention, own_others)
+        out, low = group_packed.attended(taken(query, cells, count), taken(hidden, cells, count), rows, heads,
+                                         attention, own_others)
         results.append(out)
         behind.append(None if low is None else group_packed.added(low))
     if all(added is None for added in behind):

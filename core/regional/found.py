@@ -1,9 +1,11 @@
-"""Regions without boxes: where each concept of a prompt is, is read from attention while the picture is sampled. Ours.
+"""Regions without boxes: where each concept of a prompt is, is read from attention while the picture is
+sampled. Ours.
 
-In the first steps the scene is sampled as it is, and the coarse sites record how much every place attends to each concept's
-words. From then on every concept has a region where its words got most attention, in every picture of a batch its own, with a
-prompt in which the other concepts are replaced by their class nouns. There is no phase before sampling and no further
-evaluation. FreeFuse, the nearest relative, first samples a part of the picture.
+In the first steps the scene is sampled as it is, and the coarse sites record how much every place attends to
+each concept's words. From then on every concept has a region where its words got most attention, in every
+picture of a batch its own, with a prompt in which the other concepts are replaced by their class nouns. There
+is no phase before sampling and no further evaluation. FreeFuse, the nearest relative, first samples a part of
+the picture.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from .processor import Part, RegionProcessor
 from .regions import Region
 
 FOUND_AFTER = 0.35      # share of the steps after which there are regions
-THRESHOLD = 0.5         # a place is a concept's where its map is above this share of its maximum, and highest of all concepts
+# a place is a concept's where its map is above this share of its maximum, and highest of all concepts
+THRESHOLD = 0.5
 
 
 class FoundRegions(RegionProcessor):
@@ -53,13 +56,18 @@ class FoundRegions(RegionProcessor):
     def masks(self, grid: tuple[int, int]) -> Tensor:
         if self.found is None:
             return torch.zeros(len(self.parts), *grid)
-        resized = F.interpolate(self.found, grid, mode="area" if grid[0] < self.found.shape[-2] else "bilinear")
-        return resized[:, torch.arange(len(self.rows)) % resized.shape[1]]      # for every row the masks of its picture
+        resized = F.interpolate(self.found, grid, mode="area" if grid[0] < self.found.shape[-2]
+                                else "bilinear")
+        # for every row the masks of its picture
+        return resized[:, torch.arange(len(self.rows)) % resized.shape[1]]
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
         cells, positive = query.shape[1], self.rows.bool()
-        self.phase()      # before this step is recorded: whether both halves of guidance come in one call must not matter
-        if self.found is None and bool(positive.any()) and cells <= max(FINEST, self.latent[0] * self.latent[1] // 16):
+        # before this step is recorded: whether both halves of guidance come in one call must not matter
+        self.phase()
+        finest = max(FINEST, self.latent[0] * self.latent[1] // 16)
+        if self.found is None and bool(positive.any()) and cells <= finest:
             maps = attention_maps(query[positive].float(), key[positive].float(), call.site.heads)
             recorded = torch.stack([maps[..., list(words)].mean(-1) for words in self.words], dim=1)
             self._sums[cells] = self._sums.get(cells, 0) + recorded

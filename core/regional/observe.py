@@ -1,4 +1,5 @@
-"""Attention maps of each region's words. They are taken in the last step only, so that sampling costs what it does without them."""
+"""Attention maps of each region's words. They are taken in the last step only, so that sampling costs what it
+does without them."""
 
 from __future__ import annotations
 
@@ -13,19 +14,21 @@ from ..model.backbone import HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 from .processor import RegionProcessor
 
-AT_ONCE = 2**25      # attention weights that are held at once; it limits how many pictures of a batch are observed together
+# attention weights that are held at once; it limits how many pictures of a batch are observed together
+AT_ONCE = 2**25
 
 
 class ObservedRegions(RegionProcessor):
     """A `RegionProcessor` that records, for every region, how much each place attends to the region's words.
 
-    Only grids of at most `FINEST` cells, or a sixteenth of the latent's, are recorded: coarse grids show who is where
-    (Prompt-to-Prompt uses 16 x 16 of 64 x 64), finer ones cost more and show no more.
+    Only grids of at most `FINEST` cells, or a sixteenth of the latent's, are recorded: coarse grids show who
+    is where (Prompt-to-Prompt uses 16 x 16 of 64 x 64), finer ones cost more and show no more.
 
     Attributes:
         tokens: Per region the positions of the words to observe.
         is_observing: Whether the next forward pass is recorded.
-        maps: Site index -> `[U, h, w]`, the share of attention on those positions, averaged over heads and positive rows.
+        maps: Site index -> `[U, h, w]`, the share of attention on those positions, averaged over heads and
+            positive rows.
     """
 
     def __init__(self, *args, tokens: Sequence[tuple[int, ...]], **kwargs) -> None:
@@ -35,13 +38,15 @@ class ObservedRegions(RegionProcessor):
         self._word_positions: Tensor | None = None
 
     def _observes(self, cells: int) -> bool:
-        return self.is_observing and bool(self.parts) and cells <= max(FINEST, self.latent[0] * self.latent[1] // 16)
+        return self.is_observing and bool(self.parts) and cells <= max(FINEST,
+                                                                       self.latent[0] * self.latent[1] // 16)
 
     def enter(self, call: SiteCall) -> None:
         if not self._observes(call.hidden.shape[1]):      # maps need the cells in their places
             super().enter(call)
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
         site, cells = call.site, query.shape[1]
         if self._observes(cells):
             chunks = zip(self._chunks(site, query), self._chunks(site, call.hidden), strict=True)
@@ -55,13 +60,17 @@ class ObservedRegions(RegionProcessor):
         return x[self.rows.bool()].split(max(1, AT_ONCE // weights))
 
     def _shares(self, site: Site, query: Tensor, hidden: Tensor) -> Tensor:
-        """`[U, b, S]`: how much every region's words get at every cell, its own and others', for query and hidden `[b, S, c]`."""
+        """`[U, b, S]`: how much every region's words get at every cell, its own and others', for query and
+        hidden `[b, S, c]`."""
         packed = self.packed(site, tuple(range(len(self.parts))))
-        queries, extension = packed.queries(*(x.flatten(0, 1).expand(len(self.parts), -1, -1) for x in (query, hidden)))
-        q, k = (x.float().unflatten(-1, (site.heads, -1)) for x in (queries, packed.key[:, 1]))      # [U, b * S or N, H, d]
+        queries, extension = packed.queries(*(x.flatten(0, 1).expand(len(self.parts), -1, -1)
+                                              for x in (query, hidden)))
+        # [U, b * S or N, H, d]
+        q, k = (x.float().unflatten(-1, (site.heads, -1)) for x in (queries, packed.key[:, 1]))
         logits = torch.einsum("ushd,unhd->uhsn", q, k)
         if extension is not None and packed.extension_key is not None:
-            logits = logits + torch.einsum("usx,unhx->uhsn", extension.float(), packed.extension_key[:, 1].float())
+            logits = logits + torch.einsum("usx,unhx->uhsn", extension.float(),
+                                           packed.extension_key[:, 1].float())
         weights = (logits * q.shape[-1] ** -0.5).softmax(-1).mean(1)
         return torch.einsum("usn,un->us", weights, self._positions(weights)).unflatten(1, (len(query), -1))
 
@@ -75,7 +84,8 @@ class ObservedRegions(RegionProcessor):
         return self._word_positions
 
     def picture_maps(self, size: tuple[int, int]) -> Tensor:
-        """`[U, H, W]` in 0..1: the maps of all sites, resized and averaged, each region stretched to its own range."""
+        """`[U, H, W]` in 0..1: the maps of all sites, resized and averaged, each region stretched to its own
+        range."""
         resized = [F.interpolate(m.unsqueeze(0), size, mode="bilinear")[0] for m in self.maps.values()]
         if not resized:
             return torch.zeros(len(self.parts), *size)

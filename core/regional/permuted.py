@@ -1,9 +1,10 @@
-"""Region attention with the cells of each region side by side, for sites where every cell belongs to one region or to the scene.
+"""Region attention with the cells of each region side by side, for sites where every cell belongs to one
+region or to the scene.
 
-The cells are permuted into the regions' order before to_q and back after to_out; everything in between works on them where they
-lie. Where no cell is the scene's, its keys and values are not computed, because nobody reads them. This saves operations rather
-than arithmetic: a fast graphics card spends its time on the number of operations. No other node's code may see the cells in
-between, see `SiteCall.enter`.
+The cells are permuted into the regions' order before to_q and back after to_out; everything in between works
+on them where they lie. Where no cell is the scene's, its keys and values are not computed, because nobody
+reads them. This saves operations rather than arithmetic: a fast graphics card spends its time on the number
+of operations. No other node's code may see the cells in between, see `SiteCall.enter`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SceneAttention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class PermutedCells:
-    """The cells of one call of one site in the regions' order. P counts the places: B * S where none is padding.
+    """The cells of one call of one site in the regions' order. P counts the places: B * S where none is
+    padding.
 
     Args:
         order: Of a partition, for a batch of B pictures of S cells.
@@ -29,10 +31,12 @@ class PermutedCells:
         hidden: What to_q would read, `[B, S, b]`.
     """
 
-    def __init__(self, order: Order, members: Sequence[int], packed: Sequence[PackedKeysValues], hidden: Tensor) -> None:
+    def __init__(self, order: Order, members: Sequence[int], packed: Sequence[PackedKeysValues],
+                 hidden: Tensor) -> None:
         self.order, self.packed, self.batch = order, packed, len(hidden)
         self._members = list(members)
-        self.hidden = hidden.flatten(0, 1).index_select(0, order.whole).unsqueeze(0)      # [1, P, b], what to_q is to read
+        # [1, P, b], what to_q is to read
+        self.hidden = hidden.flatten(0, 1).index_select(0, order.whole).unsqueeze(0)
         self._added: list[Tensor | None] = []
 
     def attend(self, query: Tensor, rows: Tensor, heads: int, attention: AttentionFunction,
@@ -42,8 +46,8 @@ class PermutedCells:
         Args:
             query: The frozen query, `[1, P, a]`.
             rows, heads, attention: As in `PackedKeysValues.attended`.
-            scene: From the query `[B, S', a]` of the scene's cells, and what to_q read there, to what is attended and what is
-                added after to_out. None where no cell is the scene's.
+            scene: From the query `[B, S', a]` of the scene's cells, and what to_q read there, to what is
+                attended and what is added after to_out. None where no cell is the scene's.
 
         Returns:
             The attended values, `[1, P, a]`.
@@ -66,7 +70,8 @@ class PermutedCells:
         return together
 
     def restore(self, y: Tensor) -> Tensor:
-        """From the output of to_out, `[1, P, a]`, which is overwritten, to the output of the site, `[B, S, a]`."""
+        """From the output of to_out, `[1, P, a]`, which is overwritten, to the output of the site,
+        `[B, S, a]`."""
         for i, (part, added) in enumerate(zip(self._split(y), self._added, strict=True)):
             if added is not None and i < len(self.packed):
                 self.packed[i].added(added, part)
@@ -79,4 +84,5 @@ class PermutedCells:
         sizes = [len(cells) for cells in self.order.cells]
         rest = x.shape[1] - sum(sizes)
         leads = [*self._members, self.batch] if rest else self._members
-        return [part.view(lead, -1, x.shape[-1]) for lead, part in zip(leads, x[0].split([*sizes, rest] if rest else sizes), strict=True)]
+        return [part.view(lead, -1, x.shape[-1]) for lead,
+                part in zip(leads, x[0].split([*sizes, rest] if rest else sizes), strict=True)]

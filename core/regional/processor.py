@@ -1,4 +1,5 @@
-"""What the sites do while a picture with regions is sampled: one UNet evaluation per step, whatever the number of regions."""
+"""What the sites do while a picture with regions is sampled: one UNet evaluation per step, whatever the
+number of regions."""
 
 from __future__ import annotations
 
@@ -38,12 +39,14 @@ class Part:
 
 
 def _keys_values(backbone: Projections, site: Site, part: Part, length: int) -> KeysValues:
-    """What a part reads at a site. Its context is repeated up to `length` tokens: softmax does not see repetition."""
+    """What a part reads at a site. Its context is repeated up to `length` tokens: softmax does not see
+    repetition."""
     context = part.context if part.context.hidden.shape[2] == length else part.context.repeated(length)
     concepts, text = TokenLora(part.word_bound, context), context.at(site)
 
     def projected(name: str) -> Tensor:
-        return concepts.project(site, name, text, with_delta(part.deltas, site, name, text, backbone.project(site, name, text)))
+        return concepts.project(site, name, text,
+                                with_delta(part.deltas, site, name, text, backbone.project(site, name, text)))
 
     key, value = projected("to_k"), projected("to_v")
     query, out = part.deltas.get((site.index, "to_q")), part.deltas.get((site.index, "to_out"))
@@ -53,33 +56,37 @@ def _keys_values(backbone: Projections, site: Site, part: Part, length: int) -> 
 def keys_values_of(backbone: Projections, parts: Sequence[Part]) -> dict[int, list[KeysValues]]:
     """Site index -> what each of the parts reads there, all of one length."""
     length = math.lcm(*(part.context.hidden.shape[2] for part in parts))
-    return {site.index: [_keys_values(backbone, site, part, length) for part in parts] for site in backbone.layout.sites}
+    return {site.index: [_keys_values(backbone, site, part, length) for part in parts]
+            for site in backbone.layout.sites}
 
 
 class RegionProcessor(AttentionProcessor):
     """Region attention with every region's own deltas, see attention.py.
 
-    What regions read depends on the text alone, so it is computed here, once per sampling. What other nodes' attention adds to
-    the scene is added everywhere.
+    What regions read depends on the text alone, so it is computed here, once per sampling. What other nodes'
+    attention adds to the scene is added everywhere.
 
     Args:
         backbone: Projects the texts.
         scene: The prompt of the whole picture.
         regions: Where and when every part acts.
         parts: One per region.
-        rows: `[B]`, for each row of the UNet's batch whether it is the negative (0) or the positive (1) half of guidance.
+        rows: `[B]`, for each row of the UNet's batch whether it is the negative (0) or the positive (1) half
+            of guidance.
         latent: Height and width of the latent.
         overlap: As in `regions.shares`.
         isolation: Share of the first steps in which regions do not see each other in self-attention either.
 
     Attributes:
         progress: Share of the steps that are done; the caller sets it before every step.
-        scene_concepts: The scene's word-bound concepts in the present call, where the host knows them better than its context.
+        scene_concepts: The scene's word-bound concepts in the present call, where the host knows them better
+            than its context.
     """
 
-    def __init__(self, backbone: Projections, scene: Part, regions: Sequence[Region], parts: Sequence[Part], rows: Tensor,
-                 latent: tuple[int, int], overlap: str = "average", isolation: float = 0.0) -> None:
-        self.scene, self.regions, self.parts, self.rows, self.latent = scene, list(regions), list(parts), rows, latent
+    def __init__(self, backbone: Projections, scene: Part, regions: Sequence[Region], parts: Sequence[Part],
+                 rows: Tensor, latent: tuple[int, int], overlap: str = "average", isolation: float = 0.0) -> None:
+        self.scene, self.regions, self.parts = scene, list(regions), list(parts)
+        self.rows, self.latent = rows, latent
         self.progress, self.overlap, self.isolation = 0.0, overlap, isolation
         self.scene_concepts: TokenLora | None = None
         self._concepts_of_context = TokenLora(scene.word_bound, scene.context)
@@ -88,8 +95,10 @@ class RegionProcessor(AttentionProcessor):
         self._covers: dict[tuple, Cover] = {}
 
     def masks(self, grid: tuple[int, int]) -> Tensor:
-        """`[U, h, w]` or `[U, b, h, w]` for the regions that are on now, each times its strength; zeros for the others."""
-        return torch.stack([region.strength * region.active(self.progress) * region_mask(region, *grid) for region in self.regions])
+        """`[U, h, w]` or `[U, b, h, w]` for the regions that are on now, each times its strength; zeros for
+        the others."""
+        return torch.stack([region.strength * region.active(self.progress) * region_mask(region, *grid)
+                            for region in self.regions])
 
     def phase(self) -> tuple:
         """What the masks depend on beside the grid: they are computed once for each phase."""
@@ -100,7 +109,8 @@ class RegionProcessor(AttentionProcessor):
         key = (cells, self.phase())
         if key not in self._covers:
             region_share, scene_share = shares(self.masks(grid_of(cells, *self.latent)), self.overlap)
-            self._covers[key] = cover_of(region_share.flatten(-2).to(device), scene_share.flatten(-2).to(device))
+            self._covers[key] = cover_of(region_share.flatten(-2).to(device),
+                                         scene_share.flatten(-2).to(device))
         return self._covers[key]
 
     def packed(self, site: Site, members: tuple[int, ...]) -> PackedKeysValues:
@@ -114,9 +124,9 @@ class RegionProcessor(AttentionProcessor):
         site, cover = call.site, self.cover(call.hidden.shape[1], call.hidden.device)
         if not cover.is_partition:
             return
-        members = [group.members for group in cover.groups]
-        packed = [self.packed(site, numbers) for numbers in members]
-        cells = PermutedCells(cover.order(len(call.hidden)), [len(numbers) for numbers in members], packed, call.hidden)
+        packed = [self.packed(site, group.members) for group in cover.groups]
+        members = [len(group.members) for group in cover.groups]
+        cells = PermutedCells(cover.order(len(call.hidden)), members, packed, call.hidden)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
             def scene(own_query: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -131,20 +141,24 @@ class RegionProcessor(AttentionProcessor):
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
         if projection not in ("to_k", "to_v"):      # every region starts from the frozen query
             return y
-        return self._concepts().project(site, projection, x, with_delta(self.scene.deltas, site, projection, x, y))
+        return self._concepts().project(site, projection, x,
+                                        with_delta(self.scene.deltas, site, projection, x, y))
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
         site, hidden, plain = call.site, call.hidden, attention.plain
         cover = self.cover(query.shape[1], query.device)
         packed = [self.packed(site, group.members) for group in cover.groups]
         scene_query = with_delta(self.scene.deltas, site, "to_q", hidden, query)
         others = base = added = None
         if attention.replaced is not None:
-            others = attention.added_by_others(mixed_query(query, hidden, scene_query, packed, cover), key, value)
+            asked = mixed_query(query, hidden, scene_query, packed, cover)
+            others = attention.added_by_others(asked, key, value)
         if cover.needs_scene:
             base, added = self._scene(site, scene_query, hidden, key, value, plain, others)
             added = None if added is None else added * cover.scene.to(added.dtype).unsqueeze(-1)
-        mixed, own = region_attention(query, hidden, base, packed, cover, self.rows, site.heads, plain, others)
+        mixed, own = region_attention(query, hidden, base, packed, cover, self.rows, site.heads, plain,
+                                      others)
         added = own if added is None else added if own is None else own + added
         if added is not None:
             call.after_out = partial(plus, added)
@@ -154,14 +168,17 @@ class RegionProcessor(AttentionProcessor):
     def changes_self_attention(self) -> bool:
         return self.progress < self.isolation
 
-    def self_attention(self, site: Site, query: Tensor, key: Tensor, value: Tensor, attention: AttentionFunction) -> Tensor:
+    def self_attention(self, site: Site, query: Tensor, key: Tensor, value: Tensor,
+                       attention: AttentionFunction) -> Tensor:
         try:
             cover = self.cover(query.shape[1], query.device)
-        except ConceptError:      # another node has merged or tiled the cells, so there are no regions in them
+        # another node has merged or tiled the cells, so there are no regions in them
+        except ConceptError:
             return attention(query, key, value)
         return isolated_attention(query, key, value, cover, site.heads, attention)
 
-    def _scene(self, site: Site, query: Tensor, hidden: Tensor, key: Tensor, value: Tensor, attention: AttentionFunction,
+    def _scene(self, site: Site, query: Tensor, hidden: Tensor, key: Tensor, value: Tensor,
+               attention: AttentionFunction,
                others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The scene's attended values `[B, S, a]`, and what it adds after to_out (None: nothing)."""
         concepts, added = self._concepts(), None

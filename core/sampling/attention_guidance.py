@@ -146,7 +146,7 @@ class MapRecorder(AttentionProcessor):
         return torch.stack(next(iter(self.maps.values()))).mean(0)
 
 
-Evaluate = Callable[[Tensor, AttentionProcessor], object]      # one forward pass of the positive prompts
+Evaluate = Callable[[Tensor, MapRecorder], object]      # one forward pass of the positive prompts
 
 
 class AttentionGuidance:

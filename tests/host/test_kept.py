@@ -133,4 +133,4 @@ def test_nothing_stays_after_a_sampling(studio, bound):
 
     model, clip, positive = studio.aggregate("a <rex>", bound)
     studio.ksampler(model, positive, studio.encode(clip, ""))
-    assert processor_of(model)._kept == {}
+    assert processor_of(model)._cached == {}
