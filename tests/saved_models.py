@@ -95,7 +95,7 @@ def tiny_base():
 def site_output():
     """A function that runs one site with an attention processor and gives the site's output."""
     from continual_concepts.core.hosts.diffusers import multi_head
-    from continual_concepts.core.model.backbone import HostAttention, SiteCall
+    from continual_concepts.core.model.processor import HostAttention, SiteCall
 
     def run(backbone, processor, site, x, text, enters=False, replaced=None):
         call = SiteCall(processor, site, x, text, text)

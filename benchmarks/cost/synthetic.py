@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...core.model.backbone import Context
+from ...core.model.context import Context
 from ...core.model.deltas import Deltas, LowRankDelta
 from ...core.model.sites import PROJECTIONS, SiteLayout
 

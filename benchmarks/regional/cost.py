@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from ...core.model.backbone import Backbone, Context
+from ...core.model.backbone import Backbone
+from ...core.model.context import Context
 from ...core.regional.processor import Part, RegionProcessor
 from ..cost.synthetic import Operations, context_of, peak_gb, sd15_backbone
 from .boxes import Box, boxes_of, parts_of

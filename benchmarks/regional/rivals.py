@@ -17,8 +17,10 @@ from torch import Tensor
 from ...core.attention.token_lora import TokenLoraProcessor
 from ...core.bank.bank import ConceptBank
 from ...core.conditioning.routing import aggregate
-from ...core.model.backbone import AttentionProcessor, Backbone, Context
+from ...core.model.backbone import Backbone
+from ...core.model.context import Context
 from ...core.model.deltas import Deltas
+from ...core.model.processor import AttentionProcessor
 from ...core.model.solver import DpmSolver, denoise, guided
 from ...core.regional.noise import NoiseSettings, region_noise
 from ...core.regional.processor import Part, RegionProcessor

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.processor import AttentionProcessor
 from ..model.sites import PROJECTIONS, Site, SiteLayout
 from ..model.storage import stored_deltas, wide_enough
 

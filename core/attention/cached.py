@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.backbone import Context, HostAttention, SiteCall
+from ..model.context import Context
+from ..model.processor import HostAttention, SiteCall
 from .packed import KeysValues, PackedKeysValues
 from .token_lora import TokenLora, TokenLoraProcessor, head_extension
 

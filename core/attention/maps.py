@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.backbone import AttentionProcessor, Context, HostAttention, SiteCall
+from ..model.context import Context
+from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 
 FINEST = 256     # cells of the finest grid that maps are taken of, or a sixteenth of the latent's if more

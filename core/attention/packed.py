@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.backbone import AttentionFunction
 from ..model.deltas import Delta, LowRankDelta
+from ..model.processor import AttentionFunction
 from .token_lora import HeadExtension, extended_attention, extended_heads
 
 

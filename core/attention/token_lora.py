@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Context, HostAttention, SiteCall
+from ..model.context import Context
 from ..model.deltas import Delta, Deltas, LowRankDelta
+from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site
 
 

@@ -11,8 +11,9 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..model.backbone import AttentionProcessor, Context
+from ..model.context import Context
 from ..model.deltas import Deltas, LowRankDelta
+from ..model.processor import AttentionProcessor
 from ..sampling.attention_guidance import AttentionGuidance, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
 from .sites import (

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.backbone import Backbone
 from ..model.checkpointing import recomputed
+from ..model.context import Context
 from ..model.deltas import Delta, Deltas
+from ..model.processor import AttentionProcessor
 from ..model.schedule import NoiseSchedule
 from ..model.sites import Site
 from .clip_gradients import fit_for_gradients

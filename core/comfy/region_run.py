@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..model.backbone import AttentionProcessor, Context
+from ..model.context import Context
 from ..model.deltas import Deltas
+from ..model.processor import AttentionProcessor
 from ..regional.crop_processor import CropProcessor
 from ..regional.found import FoundRegions
 from ..regional.observe import ObservedRegions

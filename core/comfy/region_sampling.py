@@ -16,7 +16,7 @@ from ..charts import regions_picture
 from ..conditioning.routing import aggregate, always_on_deltas, token_lora_deltas
 from ..errors import ConceptError
 from ..images import to_tensor
-from ..model.backbone import Context
+from ..model.context import Context
 from ..model.deltas import Deltas
 from ..regional.noise import NoiseSettings
 from ..regional.processor import Part

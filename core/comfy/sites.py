@@ -21,7 +21,7 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor, nn
 
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, HostAttention, SiteCall
+from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, SiteLayout, unet_layout
 
 # OFFSETS and WORDS are keywords of the UNet call, and keys in transformer_options:

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 from ..bank.prompts import Prompt, WordRef
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..model.backbone import Backbone, Context, TextEncoder
+from ..model.backbone import Backbone, TextEncoder
+from ..model.context import Context
 from .placeholder_nouns import Words, encoded_apart, noun_for, noun_ids, positions_of, with_words
 
 SLOT_ID = 0     # id at the place of a learned word; never the end token, whose place some encoders look up

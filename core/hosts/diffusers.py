@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Backbone, Context, HostAttention, SiteCall, TextEncoder
+from ..model.backbone import Backbone, TextEncoder
 from ..model.checkpointing import recomputed
+from ..model.context import Context
 from ..model.deltas import Deltas
+from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.schedule import NoiseSchedule
 from ..model.sites import PROJECTIONS, Site, SiteLayout, unet_layout
 from .quick_gelu import quick_gelu

@@ -22,8 +22,10 @@ from ..conditioning.learned_words import LearnedWords, Words
 from ..data.batch import Batch
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.backbone import Backbone
+from ..model.context import Context
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.processor import AttentionProcessor
 from ..model.storage import stored_dtype
 from ..neurons.neurons import NeuronSelection
 from .config import MethodConfig

@@ -24,7 +24,7 @@ import torch
 from ..attention.token_lora import TokenLoraProcessor
 from ..bank.composition import WORDS
 from ..bank.tokens import TokenGroup
-from ..model.backbone import AttentionProcessor
+from ..model.processor import AttentionProcessor
 from ..settings import setting
 from .base import Outcome, register
 from .low_rank import LowRankConfig, LowRankMethod

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..attention.adapters import AdapterProcessor, LowRankAdapters
 from ..bank.composition import PROMPT
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.processor import AttentionProcessor
 from ..settings import between
 from .base import Forward, Task, low_rank_deltas, register
 from .cidm_losses import orthogonality_rr, stored_up

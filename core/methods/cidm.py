@@ -24,8 +24,8 @@ from ..attention.adapters import adapter_key
 from ..attention.maps import MapProcessor, attention_regulariser
 from ..bank.composition import PROMPT
 from ..conditioning.learned_words import LearnedWords
-from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
+from ..model.processor import AttentionProcessor
 from ..settings import between, one_of, setting
 from . import cidm_losses as losses
 from .base import Forward, Task, low_rank_deltas, register

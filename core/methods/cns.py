@@ -34,8 +34,8 @@ from ..bank.prompts import Vocabulary
 from ..conditioning.encoding import encode_prompts
 from ..data.batch import Batch
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas
+from ..model.processor import AttentionProcessor
 from ..model.sites import SiteLayout
 from ..neurons.neurons import UNITS, NeuronSelection, concept_neurons, unit_count
 from ..neurons.scores import (

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..attention.adapters import LowRankAdapters, adapter_key
 from ..data.batch import Batch
-from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, LowRankDelta
+from ..model.processor import AttentionProcessor
 from ..model.sites import Site
 from ..settings import at_least, between
 from .base import Forward, Task, register

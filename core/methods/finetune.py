@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..attention.adapters import AdapterProcessor, LowRankAdapters, adapter_key
 from ..bank.composition import SUM
-from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.processor import AttentionProcessor
 from ..model.sites import Site
 from ..model.storage import stored_deltas
 from .base import Task, register

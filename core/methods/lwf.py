@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..model.backbone import AttentionProcessor
+from ..model.processor import AttentionProcessor
 from .base import Forward, Task, register
 from .config import NOT_NEGATIVE
 from .finetune import Finetune, FinetuneConfig

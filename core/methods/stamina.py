@@ -31,8 +31,8 @@ from ..attention.adapters import adapter_key
 from ..bank.tokens import TokenGroup
 from ..conditioning.learned_words import Words
 from ..data.batch import Batch
-from ..model.backbone import AttentionProcessor
 from ..model.deltas import DeltaKey, Deltas, SparseDelta
+from ..model.processor import AttentionProcessor
 from ..model.sites import Site
 from ..model.storage import wide_enough
 from ..settings import above, between

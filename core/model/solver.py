@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .backbone import AttentionProcessor, Backbone, Context
+from .backbone import Backbone
+from .context import Context
+from .processor import AttentionProcessor
 from .schedule import NoiseSchedule
 
 Estimate = Callable[[Tensor, int, float], Tensor]      # latents, timestep, progress -> noise, or latents

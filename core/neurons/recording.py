@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..bank.prompts import NO_CONCEPTS
 from ..conditioning.encoding import encode_prompts
-from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.backbone import Backbone
+from ..model.context import Context
 from ..model.deltas import DeltaKey
+from ..model.processor import AttentionProcessor
 from ..model.sites import Site
 from ..model.solver import Ddim, denoise, guided
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from ..bank.prompts import NO_CONCEPTS
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Backbone, Context, HostAttention, SiteCall
+from ..model.backbone import Backbone
+from ..model.context import Context
 from ..model.deltas import DeltaKey
+from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, SiteLayout
 from ..model.solver import Ddim, denoise, guided
 from .neurons import NeuronSelection, Votes

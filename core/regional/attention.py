@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.packed import PackedKeysValues
-from ..model.backbone import AttentionFunction
+from ..model.processor import AttentionFunction
 from .cover import Cover
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..attention.packed import PackedKeysValues
 from ..attention.token_lora import TokenLora, plus, with_delta
-from ..model.backbone import AttentionProcessor, HostAttention, Projections, SiteCall
+from ..model.backbone import Projections
+from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site
 from .attention import taken
 from .cover import Order

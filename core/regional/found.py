@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST, attention_maps
-from ..model.backbone import HostAttention, Projections, SiteCall
+from ..model.backbone import Projections
+from ..model.processor import HostAttention, SiteCall
 from ..model.sites import grid_of
 from .processor import Part, RegionProcessor
 from .regions import Region

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST
-from ..model.backbone import HostAttention, SiteCall
+from ..model.processor import HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 from .processor import RegionProcessor
 

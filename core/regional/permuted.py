@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..attention.packed import PackedKeysValues
-from ..model.backbone import AttentionFunction
+from ..model.processor import AttentionFunction
 from .cover import Order
 
 SceneAttention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]

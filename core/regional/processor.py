@@ -14,8 +14,10 @@ from torch import Tensor
 from ..attention.packed import KeysValues, PackedKeysValues
 from ..attention.token_lora import TokenLora, head_extension, plus, token_lora_attention, with_delta
 from ..errors import ConceptError
-from ..model.backbone import AttentionFunction, AttentionProcessor, Context, HostAttention, Projections, SiteCall
+from ..model.backbone import Projections
+from ..model.context import Context
 from ..model.deltas import Deltas
+from ..model.processor import AttentionFunction, AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 from .attention import isolated_attention, mixed_query, region_attention
 from .cover import Cover, cover_of

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.maps import FINEST, attention_maps
-from ..model.backbone import AttentionProcessor, Context, HostAttention, SiteCall
+from ..model.context import Context
+from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 
 STEP = 0.05      # latent per step at strength 1 and loss 1, for latents of about unit variance

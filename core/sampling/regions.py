@@ -11,7 +11,9 @@ from torch import Tensor
 from ..bank.bank import ConceptBank
 from ..bank.prompts import Prompt
 from ..conditioning.routing import aggregate, always_on_deltas
-from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.backbone import Backbone
+from ..model.context import Context
+from ..model.processor import AttentionProcessor
 from ..model.solver import DpmSolver, denoise, guided
 from ..regional.crop_processor import CropProcessor
 from ..regional.processor import Part, RegionProcessor

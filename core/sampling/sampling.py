@@ -14,8 +14,10 @@ from ..bank.prompts import Prompt
 from ..conditioning.encoding import encode_prompts, text_positions
 from ..conditioning.routing import aggregate, averaged_names, token_lora_deltas
 from ..errors import ConceptError
-from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.backbone import Backbone
+from ..model.context import Context
 from ..model.deltas import Deltas
+from ..model.processor import AttentionProcessor
 from ..model.solver import DpmSolver, Estimate, denoise, guided
 from .attention_guidance import AttentionGuidance, Subject
 from .settings import SampleSettings

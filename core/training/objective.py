@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..methods.base import Forward
-from ..model.backbone import AttentionProcessor, Backbone, Context
+from ..model.backbone import Backbone
+from ..model.context import Context
+from ..model.processor import AttentionProcessor
 from .config import TrainingConfig
 
 

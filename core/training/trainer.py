@@ -23,7 +23,7 @@ from ..data.batch import Batch
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..methods.base import Method, Task
-from ..model.backbone import Context
+from ..model.context import Context
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig, optimizer_class
 from .early_stopping import Evaluator, has_stalled

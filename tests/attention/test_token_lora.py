@@ -13,8 +13,9 @@ from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.interop.export import export_concept
-from continual_concepts.core.model.backbone import Context, HostAttention, SiteCall
+from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
+from continual_concepts.core.model.processor import HostAttention, SiteCall
 from continual_concepts.core.model.sites import Site
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions

@@ -12,7 +12,7 @@ from continual_concepts.core.bank.tokens import TokenGroup
 from continual_concepts.core.conditioning.encoding import TextMemory, encode_prompts, encode_words
 from continual_concepts.core.conditioning.placeholder_nouns import placeholder_noun_ids
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.model.backbone import Context
+from continual_concepts.core.model.context import Context
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ def test_concat_appends(studio, carrying):
 def by_layers(studio, layers: torch.Tensor):
     """The denoised latents of a context `[1, L, N, D]`, by core."""
     from continual_concepts.core.comfy.backbone import ComfyBackbone
-    from continual_concepts.core.model.backbone import Context
+    from continual_concepts.core.model.context import Context
 
     backbone, sampling = ComfyBackbone(studio.model, studio.clip), studio.model.model.model_sampling
     sigma = torch.tensor(3.0)

@@ -10,7 +10,8 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.prompts import Vocabulary
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.hosts.quick_gelu import quick_gelu
-from continual_concepts.core.model.backbone import AttentionProcessor, Context
+from continual_concepts.core.model.context import Context
+from continual_concepts.core.model.processor import AttentionProcessor
 from continual_concepts.core.model.sites import PROJECTIONS
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings

@@ -14,7 +14,7 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.fusion import mark
 from continual_concepts.core.methods.mix_of_show import GROUPS
-from continual_concepts.core.model.backbone import AttentionProcessor
+from continual_concepts.core.model.processor import AttentionProcessor
 from continual_concepts.core.neurons.recording import MomentRecorder, record_moments
 
 QUICK = {"passes": 3, "rows": 24, "lr": 0.05}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.model.backbone import AttentionProcessor
+from continual_concepts.core.model.processor import AttentionProcessor
 from continual_concepts.core.neurons.neurons import NeuronSelection, Votes, base_neurons, concept_neurons, unit_count
 from continual_concepts.core.neurons.scores import (
     CALIBRATION,

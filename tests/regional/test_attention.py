@@ -9,7 +9,7 @@ import torch
 
 from continual_concepts.core.attention.packed import KeysValues, PackedKeysValues
 from continual_concepts.core.hosts.diffusers import multi_head
-from continual_concepts.core.model.backbone import HostAttention, SiteCall
+from continual_concepts.core.model.processor import HostAttention, SiteCall
 from continual_concepts.core.regional.attention import isolated_attention, region_attention
 from continual_concepts.core.regional.cover import cover_of
 from continual_concepts.core.regional.processor import Part, RegionProcessor

@@ -9,7 +9,7 @@ import torch
 
 from continual_concepts.benchmarks.cost.synthetic import Operations, context_of, deltas_of
 from continual_concepts.benchmarks.regional import cost as regional_cost
-from continual_concepts.core.model.backbone import SiteCall
+from continual_concepts.core.model.processor import SiteCall
 from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions

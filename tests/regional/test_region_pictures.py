@@ -9,7 +9,7 @@ import torch
 
 from continual_concepts.core.attention.token_lora import TokenLoraProcessor
 from continual_concepts.core.hosts.diffusers import multi_head
-from continual_concepts.core.model.backbone import AttentionProcessor, HostAttention, SiteCall
+from continual_concepts.core.model.processor import AttentionProcessor, HostAttention, SiteCall
 from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions

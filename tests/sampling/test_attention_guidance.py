@@ -11,7 +11,7 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.prompts import Vocabulary
 from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.model.backbone import AttentionProcessor
+from continual_concepts.core.model.processor import AttentionProcessor
 from continual_concepts.core.sampling import attention_guidance as artists
 from continual_concepts.core.sampling.attention_guidance import (
     AttentionGuidance,
