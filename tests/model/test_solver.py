@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.bank.prompts import Vocabulary
-from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.encoding import encode_plain
 from continual_concepts.core.model.solver import Ddim, DpmSolver, denoise, guided
 
 
@@ -52,7 +51,7 @@ def test_what_moves_latents_acts_before_every_estimate(tiny_backbone):
 @torch.no_grad()
 def test_guidance_is_both_halves_in_one_evaluation(tiny_backbone, monkeypatch):
     x, t = random(2, 4, 8, 8), torch.tensor([400, 400])
-    negative, positive = (encode_prompts(tiny_backbone, [text] * 2, Vocabulary([]), {}) for text in ("blurry", "a dog"))
+    negative, positive = (encode_plain(tiny_backbone, [text] * 2) for text in ("blurry", "a dog"))
     without, wanted = (tiny_backbone.predict(x, t, context) for context in (negative, positive))
     sizes, original = [], tiny_backbone.predict
     monkeypatch.setattr(tiny_backbone, "predict", lambda latents, *rest: sizes.append(len(latents)) or original(latents, *rest))
