@@ -14,7 +14,7 @@ from PIL import Image
 from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.continual import embedded as continual
 from continual_concepts.benchmarks.continual.concepts import TEN
-from continual_concepts.core.demo import base
+from continual_concepts.core.demo.base import load_base
 
 
 @pytest.fixture
@@ -23,8 +23,15 @@ def command(tmp_path):
     return lambda *arguments: main(["continual", "--json", str(tmp_path / "c.json"), *arguments])
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    return load_base()
+
+
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, loaded):
+    """One sampling step, few pictures, and a base that is loaded once."""
+    monkeypatch.setattr(continual, "load_base", lambda: loaded)
     monkeypatch.setattr(continual, "SETTINGS", replace(continual.SETTINGS, steps=1))
     monkeypatch.setattr(continual, "SEEDS", (1, 2))
     monkeypatch.setattr(continual, "GROUP_SEEDS", (3,))
@@ -45,7 +52,7 @@ def sentence(capsys) -> str:
 ])
 def test_bad_input_is_named_before_the_base_is_read(command, capsys, tmp_path, monkeypatch, arguments,
                                                     expected):
-    monkeypatch.setattr(base, "load_base", None)
+    monkeypatch.setattr(continual, "load_base", None)
     assert command(*arguments) == 1 and expected in sentence(capsys)
     assert not list(tmp_path.iterdir())
 
@@ -91,6 +98,13 @@ def test_nothing_to_summarise(command, quick, capsys, tmp_path):
     assert command("--tasks", "1", "--merge") == 1
     assert "c.cells' holds no finished run of 1 tasks" in sentence(capsys)
     assert not (tmp_path / "c.json").exists()
+
+
+@pytest.mark.parametrize("flag", ["--runs", "--cells"])
+def test_the_folder_of_runs_can_be_named(command, quick, tmp_path, capsys, flag):
+    (tmp_path / "elsewhere").mkdir()
+    assert command("--tasks", "1", "--merge", flag, str(tmp_path / "elsewhere")) == 1
+    assert "elsewhere' holds no finished run of 1 tasks" in sentence(capsys)
 
 
 def test_an_override_is_a_row_of_its_own(command, quick, tmp_path):
