@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.conditioning.encoding import encode_plain
 from continual_concepts.core.model.solver import Ddim, DpmSolver, denoise, guided
+from continual_concepts.core.neurons.scores import encode_plain
 
 
 def random(*shape, seed=0):
