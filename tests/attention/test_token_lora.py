@@ -104,8 +104,8 @@ def test_a_kept_site_needs_few_operations(weights):
             with Operations() as counter:
                 run(processor, text, weights, picture)
             counts.append(counter.count)
-    plain, few, many = counts
-    assert few <= plain + 2 < many - 20
+    plain, cached, uncached = counts
+    assert plain <= cached < plain + (uncached - plain) / 10      # the layout once per sampling is what costs
 
 
 def test_without_its_words_a_concept_does_nothing_bit_for_bit(weights):

@@ -73,7 +73,7 @@ def wish():
 
 def test_every_way_draws_something_of_its_own(tiny_backbone, bank, wish):
     found = {name: way(tiny_backbone, bank, wish) for name, way in WAYS.items()}
-    assert all(picture.shape == (1, 3, 32, 64) and torch.isfinite(picture).all() for picture in found.values())
+    assert all(picture.shape == (1, 3, 32, 64) and picture.abs().max() <= 1 for picture in found.values())
     names = [name for name in found if name != "found"]      # two steps are too few to find anything
     for i, one in enumerate(names):
         assert not any(torch.allclose(found[one], found[other], atol=1e-4) for other in names[i + 1:])
@@ -136,7 +136,7 @@ def test_the_unet_alone(tiny_backbone, monkeypatch):
 
 @pytest.mark.parametrize("is_bound", [True, False])
 def test_more_regions_are_no_more_operations(tiny_backbone, monkeypatch, is_bound):
-    """And a site needs few of them: on a graphics card each is a kernel launch."""
+    """A layout of any number of regions costs far less than a plain step for every region would."""
     monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
     cost = regional_cost.DiffusersCost(tiny_backbone, 64, 3)
     with torch.inference_mode():
@@ -144,8 +144,7 @@ def test_more_regions_are_no_more_operations(tiny_backbone, monkeypatch, is_boun
                                                                         lambda: cost.regions(regional_cost.boxes_of(4), is_bound)))
         others = [regional_cost._counted(cost, lambda boxes=boxes: cost.regions(boxes, is_bound))
                   for boxes in regional_cost.LAYOUTS.values()]
-    assert two == four and plain < four <= plain + 5 * len(tiny_backbone.layout)
-    assert four < min(others) and max(others) <= plain + 14 * len(tiny_backbone.layout)
+    assert plain < two == four < min(others) and max(others) < 2 * plain
 
 
 def test_operations_are_what_computes(tiny_backbone):

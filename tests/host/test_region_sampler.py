@@ -82,8 +82,11 @@ def test_a_region_over_everything_is_its_prompt(studio):
 
 def test_a_long_region_prompt_and_a_long_scene(studio):
     long = "a photo of <rex> " + "in a green meadow with a red ball, " * 6
-    found = studio.regional(long, [studio.region(long, right=0.5), studio.region("<mimi>", left=0.5)], studio.bank)
-    assert torch.isfinite(found).all()
+    halves = [studio.region(long, right=0.5), studio.region("<mimi>", left=0.5)]
+    picture = studio.regional(long, halves, studio.bank)
+    assert distance(studio.regional(long, halves[::-1], studio.bank), picture) < 1e-4      # which comes first does not matter
+    assert distance(studio.regional(SCENE, halves, studio.bank), picture) < 1e-4      # nor the scene where they cover all
+    assert distance(studio.regional(SCENE, halves[1:], studio.bank), picture) > 1e-3
 
 
 def test_a_region_over_everything_with_long_prompts_is_its_prompt(studio):

@@ -67,7 +67,14 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(tiny_backbone, ban
     both = sample_found(tiny_backbone, bank, SCENE, [1, 2], QUICK)
     alone = [sample_found(tiny_backbone, bank, SCENE, [seed], QUICK) for seed in (1, 2)]
     assert torch.allclose(both, torch.cat(alone), atol=1e-4)
-    assert torch.isfinite(sample_found(tiny_backbone, bank, SCENE, [1], replace(QUICK, cfg=1.0))).all()
+
+
+def test_without_guidance_the_prompt_alone_is_evaluated(tiny_backbone, bank, calls):
+    sample_found(tiny_backbone, bank, SCENE, [1], QUICK)
+    guided = list(calls)
+    calls.clear()
+    sample_found(tiny_backbone, bank, SCENE, [1], replace(QUICK, cfg=1.0))
+    assert [2 * size for size in calls] == guided
 
 
 def test_a_prompt_with_one_concept_is_plain(tiny_backbone, bank):
