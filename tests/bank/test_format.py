@@ -26,8 +26,8 @@ def bank(layout, make_concept):
     first = replace(first, tokens=replace(first.tokens, placeholder_noun="duck toy"))
     third = replace(make_concept(layout, "ink", 3, words=1, layerwise=False, method="cns"), deltas=sparse)
     shared = {"cidm": {"0-to_q": torch.arange(6.0).view(2, 3)}, "cns": {"union": torch.tensor([True, False])}}
-    return ConceptBank(layout).add(first,
-                                   shared).add(make_concept(layout, "mimi", 2, dtype=torch.float16)).add(third)
+    second = make_concept(layout, "mimi", 2, dtype=torch.float16)
+    return ConceptBank(layout).add(first, shared).add(second).add(third)
 
 
 @pytest.fixture
@@ -38,7 +38,10 @@ def path(bank, tmp_path):
 
 def same(one: ConceptBank, two: ConceptBank) -> bool:
     """Equal in everything that a bank holds."""
-    if one.layout != two.layout or one.infos != two.infos or one.names != two.names or one.shared.keys() != two.shared.keys():
+    def header(bank):
+        return bank.layout, bank.infos, bank.names, bank.shared.keys()
+
+    if header(one) != header(two):
         return False
     pairs = [(a[name], b[name]) for m in one.shared for a, b in [(one.shared[m], two.shared[m])]
              for name in a.keys() | b.keys()]
@@ -64,8 +67,8 @@ def test_what_was_saved_comes_back(bank, path, layout):
 def test_same_sees_differences(bank, layout, make_concept):
     """Or the test above could not fail."""
     assert not same(bank, bank.remove("rex"))
-    assert not same(bank,
-                    bank.remove("ink").add(make_concept(layout, "ink", 4, words=1, layerwise=False, method="cns")))
+    other = make_concept(layout, "ink", 4, words=1, layerwise=False, method="cns")
+    assert not same(bank, bank.remove("ink").add(other))
 
 
 def test_opening_reads_no_tensors(path, monkeypatch):

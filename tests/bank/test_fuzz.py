@@ -127,8 +127,8 @@ def survives(read, inputs) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def bank(layout, make_concept):
-    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1,
-                                                thumbnail=b"\xff\xd8\xff")).add(make_concept(layout, "mimi", 2))
+    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1, thumbnail=b"\xff\xd8\xff"))
+    bank = bank.add(make_concept(layout, "mimi", 2))
     return bank.add(make_concept(layout, "ink", 3), {"cidm": {"0-to_q": torch.ones(2, 3)}})
 
 
@@ -157,9 +157,8 @@ def test_banks(bank, tmp_path, trials):
 
 def test_loras(bank, layout, tmp_path, trials):
     path = tmp_path / "some.safetensors"
-    state = kohya_state(layout,
-                        bank["rex"].deltas) | {"bundle_emb.rex.clip_l": torch.ones(2, 3),
-                                               "bundle_emb.rex.clip_g": torch.ones(2, 2)}
+    words = {"bundle_emb.rex.clip_l": torch.ones(2, 3), "bundle_emb.rex.clip_g": torch.ones(2, 2)}
+    state = kohya_state(layout, bank["rex"].deltas) | words
     save_file(state, path, {"ss_network_dim": "2"})
 
     def read(file) -> None:
@@ -202,8 +201,8 @@ def texts(sound: list[str], count: int, seed: int):
         text = dice.choice(sound)
         for _ in range(dice.choice((1, 3, 30))):
             cut = dice.randrange(len(text) + 1)
-            text = text[:cut] + "".join(dice.choice(alphabet)
-                                        for _ in range(dice.choice((1, 1, 5)))) + text[cut + dice.randrange(3):]
+            inserted = "".join(dice.choice(alphabet) for _ in range(dice.choice((1, 1, 5))))
+            text = text[:cut] + inserted + text[cut + dice.randrange(3):]
         return text * dice.choice((1, 1, 1, 50))
 
     return (lambda number=number: make(number) for number in range(count))

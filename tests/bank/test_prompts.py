@@ -25,7 +25,8 @@ def vocabulary():
 
 
 def test_a_placeholder_becomes_the_words_of_its_concept(vocabulary):
-    assert vocabulary.parse("a <rex> on grass").pieces == ("a ", WordRef("rex", 0), WordRef("rex", 1), " on grass")
+    pieces = vocabulary.parse("a <rex> on grass").pieces
+    assert pieces == ("a ", WordRef("rex", 0), WordRef("rex", 1), " on grass")
 
 
 def test_a_word_can_stand_alone(vocabulary):

@@ -39,9 +39,8 @@ def path(tmp_path):
 def grow(layout, make_concept, path):
     """grow(name): adds a concept to the file."""
     def run(name):
-        return change_bank(path,
-                           lambda now: (now
-                                        or ConceptBank(layout)).add(make_concept(layout, name, len(name))))
+        concept = make_concept(layout, name, len(name))
+        return change_bank(path, lambda now: (now or ConceptBank(layout)).add(concept))
 
     return run
 
@@ -166,7 +165,8 @@ def test_a_folder_that_cannot_be_written_is_told(grow, path, monkeypatch):
 def test_who_waits_too_long_is_told(grow, path, monkeypatch):
     grow("one")
     monkeypatch.setattr(bankkeep, "PATIENCE", 0.05)
-    with FileLock(str(path.with_name(f".{path.name}.lock"))), pytest.raises(ConceptError, match="another program has been writing"):
+    lock = FileLock(str(path.with_name(f".{path.name}.lock")))
+    with lock, pytest.raises(ConceptError, match="another program has been writing"):
         grow("two")
     assert names_of(path) == ["one"]
 
@@ -210,7 +210,8 @@ concept = few[few.names[0]]
 def change(now):
     return now.add(concept.renamed(f"c{len(now)}")) if len(now) < 12 else now.first(1)
 print("ready", flush=True)
-for _ in sys.stdin:      # for every line a process that writes until it is killed; to import all this anew each time takes seconds
+# For every line a process that writes until it is killed; importing all this anew each time takes seconds.
+for _ in sys.stdin:
     writer = os.fork()
     while not writer:
         change_bank(path, change)

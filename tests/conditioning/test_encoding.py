@@ -18,8 +18,8 @@ from continual_concepts.core.model.context import Context
 @pytest.fixture(scope="module")
 def bank(tiny_backbone, make_concept):
     layout = tiny_backbone.layout
-    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1,
-                                                size=0.1)).add(make_concept(layout, "mimi", 2, words=3, size=0.1))
+    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1, size=0.1))
+    bank = bank.add(make_concept(layout, "mimi", 2, words=3, size=0.1))
     return bank.add(make_concept(layout, "flat", 3, words=1, layerwise=False, size=0.1))
 
 

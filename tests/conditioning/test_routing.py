@@ -92,8 +92,7 @@ def test_sharp_strength_does_not_depend_on_the_bank(tiny_backbone, bank, make_co
     ("paper", lambda w: torch.allclose(w.norm(dim=1), torch.tensor(1.0)) and (w >= 0).all()),
     ("sharp", lambda w: set(w.flatten().tolist()) <= {0.0, 1.0} and w.max() == 1),
 ])
-@pytest.mark.parametrize("prompt", ["a <rex>", "a <flat>", "<rex> <mimi> <flat> and dogs dogs dogs dogs dogs "
-                                                           "dogs"])
+@pytest.mark.parametrize("prompt", ["a <rex>", "a <flat>", "<rex> <mimi> <flat> and" + 6 * " dogs"])
 def test_weights_of_each_mode(tiny_backbone, bank, mode, check, prompt):
     found = aggregate(tiny_backbone, bank, bank.parse(prompt), mode)
     assert found.names == ("rex", "mimi", "flat") and found.weights.shape == (7, 3)

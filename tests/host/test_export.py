@@ -64,16 +64,17 @@ def predict(model, conditioning) -> torch.Tensor:
 
     g = torch.Generator().manual_seed(5)
     latent = torch.randn(1, 12, 16, 16, generator=g)
-    seen = []
-    sampler = comfy.samplers.KSAMPLER(lambda model, x, sigmas, extra_args, callback, disable,
-                                      **_: seen.append(
-        model(x, sigmas[0] * x.new_ones([1]), **extra_args)) or seen[0])
+
+    def look(model, x, sigmas, extra_args, callback, disable, **_):
+        return model(x, sigmas[0] * x.new_ones([1]), **extra_args)
+
+    sampler = comfy.samplers.KSAMPLER(look)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning, conditioning)
     guider.set_cfg(1.0)
     with torch.inference_mode():
-        return guider.sample(latent, torch.zeros_like(latent), sampler, torch.tensor([3.0, 0.0]),
-                             seed=0).clone()
+        noise = torch.zeros_like(latent)
+        return guider.sample(latent, noise, sampler, torch.tensor([3.0, 0.0]), seed=0).clone()
 
 
 def sites_of(model, clip):
@@ -187,7 +188,8 @@ def test_sdxl_loads_every_key_and_both_word_vectors(small_sdxl, make_concept, tm
     with caplog.at_level(logging.WARNING):
         model, _ = load_lora(small_sdxl, None, kohya)
     assert len(layout) == 70 and len(model.patches) == 4 * 70 and not warnings(caplog)
-    tokens = comfy.sdxl_clip.SDXLTokenizer(embedding_directory=str(tmp_path)).tokenize_with_weights(f"embedding:{embedding.stem}")
+    tokenizer = comfy.sdxl_clip.SDXLTokenizer(embedding_directory=str(tmp_path))
+    tokens = tokenizer.tokenize_with_weights(f"embedding:{embedding.stem}")
     for key, encoder in (("l", "clip_l"), ("g", "clip_g")):
         vectors = torch.stack([token for chunk in tokens[key] for token, *_ in chunk
                                if torch.is_tensor(token)])
@@ -234,11 +236,12 @@ def test_the_node_exports_a_prompt_a_concept_and_a_whole_bank(pack, bank, own_fo
     # saved graphs know inputs by their order
     assert optional == ["bank", "concept", "format", "strength", "prompt"]
     text = node.execute(bank, "rex", "LoRA and embedding", 1.0).args[0]
-    assert written(own_folder,
-                   "loras") == ["rex_lora.safetensors"] and written(own_folder, "embeddings") == ["rex.safetensors"]
+    assert written(own_folder, "loras") == ["rex_lora.safetensors"]
+    assert written(own_folder, "embeddings") == ["rex.safetensors"]
     assert "wrote rex_lora.safetensors" in text and "not in these files" not in text
     text = node.execute(bank, "tom", "LoRA", 1.0, prompt="<rex> and <mimi>").args[0]
-    assert "wrote prompt_rex_mimi_lora.safetensors" in text and "export the format 'embedding' as well" in text
+    assert "wrote prompt_rex_mimi_lora.safetensors" in text
+    assert "export the format 'embedding' as well" in text
     for everything in ("", " * "):
         text = node.execute(bank, everything, "embedding", 1.0).args[0]
         assert text.count("wrote ") == len(bank)

@@ -62,8 +62,8 @@ def predictions(model, *conditionings, calls=None, sigma: float = 3.0):
     guider.inner_set_conds({str(i): conditioning for i, conditioning in enumerate(conditionings)})
 
     def look(_model, _x, sigmas, extra_args, callback, disable, **_):
-        found.extend(comfy.samplers.calc_cond_batch(guider.inner_model, list(guider.conds.values()), noisy(), sigmas[:1],
-                                                    extra_args["model_options"]))
+        conds, options = list(guider.conds.values()), extra_args["model_options"]
+        found.extend(comfy.samplers.calc_cond_batch(guider.inner_model, conds, noisy(), sigmas[:1], options))
         return found[0]
 
     unet = model.model.diffusion_model

@@ -137,7 +137,8 @@ def test_embeddings_hold_the_mean_copy_and_tell_the_loss(layout, bank):
     assert list(bundled_words("rex", one)) == ["bundle_emb.rex.string_to_param.*"]
     assert list(bundled_words("rex", rex)) == ["bundle_emb.rex.clip_l", "bundle_emb.rex.clip_g"]
     spread = torch.cat([(v - v.mean(0)).flatten() for v in rex.vectors.values()]).norm()
-    assert layer_loss(rex) == pytest.approx(float(spread / torch.cat([v.flatten() for v in rex.vectors.values()]).norm()), rel=1e-5)
+    whole = torch.cat([v.flatten() for v in rex.vectors.values()]).norm()
+    assert layer_loss(rex) == pytest.approx(float(spread / whole), rel=1e-5)
     assert layer_loss(mimi) == 0
 
 
@@ -149,9 +150,11 @@ def test_export_writes_every_format_with_metadata(bank, thumbnail, tmp_path):
     for facts in data:
         assert facts["modelspec.title"] == facts["modelspec.trigger_phrase"] == "rex"
         assert facts["modelspec.date"] == "2025-01-01T00:00:00+00:00"
-        assert base64.b64decode(facts["modelspec.thumbnail"].removeprefix("data:image/jpeg;base64,")) == thumbnail
+        encoded = facts["modelspec.thumbnail"].removeprefix("data:image/jpeg;base64,")
+        assert base64.b64decode(encoded) == thumbnail
         assert base64.b64decode(json.loads(facts["ssmd_cover_images"])[0]) == thumbnail
-    assert data[0]["modelspec.architecture"].endswith("/lora") and data[3]["modelspec.architecture"].endswith("/textual-inversion")
+    assert data[0]["modelspec.architecture"].endswith("/lora")
+    assert data[3]["modelspec.architecture"].endswith("/textual-inversion")
     assert (data[0]["ss_network_dim"], data[0]["ss_network_alpha"], data[0]["ss_steps"]) == ("2", "1.0", "3")
     assert json.loads(data[0]["ss_tag_frequency"]) == {"rex": {"rex": 2}}
     lora, bundle = (load_file(file).keys() for file in exported.files[:2])
@@ -189,7 +192,8 @@ def test_nothing_is_overwritten_and_files_of_one_call_share_a_counter(bank, tmp_
     (tmp_path / "rex_lora_00002.safetensors").symlink_to(tmp_path / "elsewhere")
     exported = export_concept(bank, "rex", tmp_path / "." / "deeper" / "..")
     assert [file.name for file in exported.files] == ["rex_lora_00003.safetensors", "rex_00003.safetensors"]
-    assert (tmp_path / "rex.safetensors").read_bytes() == b"somebody's" and not (tmp_path / "elsewhere").exists()
+    assert (tmp_path / "rex.safetensors").read_bytes() == b"somebody's"
+    assert not (tmp_path / "elsewhere").exists()
     assert any("embedding:rex_00003" in note for note in exported.notes)
 
 
@@ -197,7 +201,8 @@ def test_the_same_concept_gives_the_same_contents(bank, tmp_path):
     one, two = (export_concept(bank, "rex", tmp_path / folder).files for folder in ("a", "b"))
     for a, b in zip(one, two, strict=True):
         x, y = load_file(a), load_file(b)
-        assert metadata(a) == metadata(b) and x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+        assert metadata(a) == metadata(b)
+        assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
 def test_bad_requests_leave_no_file(bank, layout, make_concept, tmp_path, monkeypatch):
@@ -251,7 +256,8 @@ def test_the_command(bank, tmp_path, capsys):
     assert main(["--json", *command, "--format", "diffusers", "--format", "embedding", "--strength",
                  "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert "wrote " in printed and json.loads(printed[printed.index("{"):])["files"][0].endswith("rex_diffusers_lora_00002.safetensors")
+    report = json.loads(printed[printed.index("{"):])
+    assert "wrote " in printed and report["files"][0].endswith("rex_diffusers_lora_00002.safetensors")
     assert main(["bank", "export", str(file), "tom", "--output",
                  str(out)]) == 1 and "no concept 'tom'" in capsys.readouterr().err
 
@@ -304,7 +310,9 @@ def test_diffusers_loads_it_and_predicts_the_same(host, make_concept, tmp_path):
                              {"rex": concept.tokens})
     with host.folded(concept.deltas):
         ours = host.predict(latents, times, context)
-    extra = None if context.pooled is None else {"text_embeds": context.pooled, "time_ids": host._time_ids(latents)}
+    extra = None
+    if context.pooled is not None:
+        extra = {"text_embeds": context.pooled, "time_ids": host._time_ids(latents)}
     theirs = unet(latents, times, context.hidden[:, 0], added_cond_kwargs=extra, return_dict=False)[0]
     assert distance(theirs, ours) < 1e-4 < distance(host.predict(latents, times, context), ours)
 

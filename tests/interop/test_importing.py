@@ -34,7 +34,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def bank(tiny_backbone, make_concept):
-    return ConceptBank(tiny_backbone.layout).add(make_concept(tiny_backbone.layout, "rex", 1, size=0.1, layerwise=False))
+    layout = tiny_backbone.layout
+    return ConceptBank(layout).add(make_concept(layout, "rex", 1, size=0.1, layerwise=False))
 
 
 def same_deltas(one, two) -> bool:
@@ -49,7 +50,8 @@ def test_what_was_exported_comes_back(bank, tmp_path, formats):
                            embedding=files[1] if len(files) > 1 else None)
     assert same_deltas(found.concept.deltas, bank["rex"].deltas)
     vectors = found.concept.tokens.vectors["clip_l"]
-    assert vectors.shape == bank["rex"].tokens.vectors["clip_l"].shape and distance(vectors, bank["rex"].tokens.vectors["clip_l"]) < HALF
+    own = bank["rex"].tokens.vectors["clip_l"]
+    assert vectors.shape == own.shape and distance(vectors, own) < HALF
     # nothing left out
     assert "taken: 28 text cross-attention layers, 100 %" in found.notes[1] and len(found.notes) == 2
 
@@ -107,11 +109,10 @@ def test_names_of_the_true_families():
     def site(name, index):
         return Site(index, name, 0, 8, 320, 768)
 
-    found = site_names(SiteLayout(tuple(site(f"{path}.transformer_blocks.0.attn2", i)
-                                        for i, path in enumerate((
-        "down_blocks.0.attentions.0", "down_blocks.2.attentions.1", "mid_block.attentions.0",
-        "up_blocks.1.attentions.0",
-        "up_blocks.3.attentions.2"))), (("clip_l", 768),)))
+    paths = ("down_blocks.0.attentions.0", "down_blocks.2.attentions.1", "mid_block.attentions.0",
+             "up_blocks.1.attentions.0", "up_blocks.3.attentions.2")
+    sites = tuple(site(f"{path}.transformer_blocks.0.attn2", i) for i, path in enumerate(paths))
+    found = site_names(SiteLayout(sites, (("clip_l", 768),)))
     for number, name in enumerate(("input_blocks_1_1", "input_blocks_8_1", "middle_block_1",
                                    "output_blocks_3_1", "output_blocks_11_1")):
         assert found[f"{name}_transformer_blocks_0_attn2_to_k"] == (number, "to_k")
@@ -152,7 +153,8 @@ def test_what_is_left_out_is_told(bank, tmp_path):
                 f"{module}.lora_down.weight": torch.randn(2, size)}
 
     inner = "attentions_0_transformer_blocks_0_attn1_to_q"
-    extra = factors("lora_te_text_model_encoder_layers_0_mlp_fc1") | factors(f"lora_unet_down_blocks_0_{inner}")
+    text = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    extra = factors(text) | factors(f"lora_unet_down_blocks_0_{inner}")
     odd = {"lora_unet_mid_block_x.hada_w1_a": torch.ones(2, 2),
            "lora_unet_mid_block_x.hada_w1_b": torch.ones(2, 2)}
     save_file(named(bank.layout, bank["rex"].deltas, "kohya", extra | odd), tmp_path / "some.safetensors")
@@ -250,7 +252,8 @@ def test_requests_that_cannot_be_met(bank, tmp_path, tiny_backbone):
 
 
 def test_two_encoders(tiny_sdxl, make_concept, tmp_path):
-    bank = ConceptBank(tiny_sdxl.layout).add(make_concept(tiny_sdxl.layout, "rex", 1, size=0.1, layerwise=False))
+    concept = make_concept(tiny_sdxl.layout, "rex", 1, size=0.1, layerwise=False)
+    bank = ConceptBank(tiny_sdxl.layout).add(concept)
     for formats in (("embedding",), ("kohya", "embedding"), ("bundle",)):
         files = export_concept(bank, "rex", tmp_path, formats).files
         own = {"embedding": files[-1]} if "embedding" in formats else {}

@@ -61,10 +61,9 @@ def bank(tiny_backbone, make_concept):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_lora_holds_what_the_bank_gives_for_the_prompt(tiny_backbone, bank, tmp_path, mode):
     done = export_prompt(bank, BOTH, tmp_path, mode=mode, strength=0.7, backbone=tiny_backbone)
-    assert [file.name
-            for file in done.files] == ["prompt_rex_mimi_lora.safetensors", "rex.safetensors",
-                                        "mimi.safetensors"]
-    state, deltas = load_file(done.files[0]), aggregate(tiny_backbone, bank, bank.parse(BOTH), mode, 0.7).deltas
+    assert [file.stem for file in done.files] == ["prompt_rex_mimi_lora", "rex", "mimi"]
+    state = load_file(done.files[0])
+    deltas = aggregate(tiny_backbone, bank, bank.parse(BOTH), mode, 0.7).deltas
     assert len(state) == 3 * len(deltas)
     assert all(distance(dense(state, bank.layout, key), delta.dense()) < HALF
                for key, delta in deltas.items())
@@ -112,23 +111,23 @@ def test_all_files_of_a_prompt_share_a_counter_and_words_go_to_their_folder(bank
     words.mkdir()
     (words / "mimi.safetensors").write_bytes(b"somebody's")
     done = export_prompt(bank, BOTH, tmp_path / "loras", words_folder=words)
-    assert [f"{f.parent.name}/{f.stem}"
-            for f in done.files] == ["loras/prompt_rex_mimi_lora_00002", "embeddings/rex_00002",
-                                                               "embeddings/mimi_00002"]
-    assert (words / "mimi.safetensors").read_bytes() == b"somebody's" and any("embedding:mimi_00002" in note for note in done.notes)
+    names = [f"{file.parent.name}/{file.stem}" for file in done.files]
+    assert names == ["loras/prompt_rex_mimi_lora_00002", "embeddings/rex_00002", "embeddings/mimi_00002"]
+    assert (words / "mimi.safetensors").read_bytes() == b"somebody's"
+    assert any("embedding:mimi_00002" in note for note in done.notes)
     assert len(list(words.iterdir())) == 3 and len(list((tmp_path / "loras").iterdir())) == 1
 
 
 def test_a_bundle_holds_the_words_of_all_and_metadata_tell_the_prompt(layout, make_concept, tmp_path):
     thumbnail = b"\xff\xd8\xff" + b"0" * 9
     bank = bank_on(layout, make_concept, "cidm", "cidm")
-    bank = bank.replace(replace(bank["rex"],
-                                thumbnail=thumbnail)).replace(replace(bank["mimi"], thumbnail=thumbnail + b"1"))
+    bank = bank.replace(replace(bank["rex"], thumbnail=thumbnail))
+    bank = bank.replace(replace(bank["mimi"], thumbnail=thumbnail + b"1"))
     done = export_prompt(bank, BOTH, tmp_path, ["bundle"])
     names = {key.split(".")[1] for key in load_file(done.files[0]) if key.startswith("bundle_emb.")}
     facts = safe_open(str(done.files[0]), framework="pt").metadata()
-    assert names == {"rex",
-                     "mimi"} and facts["modelspec.trigger_phrase"] == BOTH and "mode sharp" in facts["modelspec.description"]
+    assert names == {"rex", "mimi"}
+    assert facts["modelspec.trigger_phrase"] == BOTH and "mode sharp" in facts["modelspec.description"]
     assert len(json.loads(facts["ssmd_cover_images"])) == 2 and json.loads(facts["ss_tag_frequency"]) == {
         "prompt_rex_mimi": {"rex": 1, "mimi": 1}}
 
@@ -162,8 +161,7 @@ def test_sums_are_exact_and_no_wider_than_the_weight_unless_a_rank_is_asked_for(
     assert distance(whole.deltas[0, "to_k"].dense(), wanted) < 1e-5
     cut = low_rank_sum(parts, "the prompt", rank=5, max_error=0.9)
     assert cut.deltas[0, "to_k"].down.shape[0] == 5
-    assert cut.error == pytest.approx(distance(cut.deltas[0, "to_k"].dense(), wanted),
-                                      rel=1e-3) and cut.error > 0
+    assert 0 < cut.error == pytest.approx(distance(cut.deltas[0, "to_k"].dense(), wanted), rel=1e-3)
     with pytest.raises(ConceptError,
                        match=r"the prompt has deltas of which rank 1 loses .* which rank \d+ keeps"):
         low_rank_sum(parts, "the prompt", rank=1)
@@ -172,8 +170,8 @@ def test_sums_are_exact_and_no_wider_than_the_weight_unless_a_rank_is_asked_for(
                           LowRankDelta(torch.randn(60, 4, generator=g), torch.randn(4, 50, generator=g)))]}
     # by QR: four columns are fewer than fifty
     held = low_rank_sum(narrow, "the prompt", rank=2, max_error=0.99)
-    assert held.error == pytest.approx(distance(held.deltas[0, "to_k"].dense(),
-                                                narrow[0, "to_k"][0][1].dense()), rel=1e-3)
+    whole = narrow[0, "to_k"][0][1].dense()
+    assert held.error == pytest.approx(distance(held.deltas[0, "to_k"].dense(), whole), rel=1e-3)
 
 
 def test_sparse_parts_are_cut_and_low_rank_ones_beside_them_are_not():
@@ -182,8 +180,8 @@ def test_sparse_parts_are_cut_and_low_rank_ones_beside_them_are_not():
                                torch.randn(3, 10, generator=g)), sparse(12, 10, 30)
     found = low_rank_sum({(0, "to_k"): [(1.0, exact), (0.5, rest)], (1, "to_k"): [(1.0, exact)]},
                          "the prompt")
-    assert found.error < 1e-5 and distance(found.deltas[0, "to_k"].dense(),
-                                           exact.dense() + 0.5 * rest.dense()) < 1e-5
+    whole = exact.dense() + 0.5 * rest.dense()
+    assert found.error < 1e-5 and distance(found.deltas[0, "to_k"].dense(), whole) < 1e-5
     assert torch.equal(found.deltas[1, "to_k"].down, exact.down)
     with pytest.raises(ConceptError, match="changes no weights"):
         low_rank_sum({(0, "to_k"): [(0.0, exact), (0.0, exact), (0.0, exact), (0.0, exact)]}, "the prompt")
@@ -193,12 +191,11 @@ def test_a_whole_bank_is_exported_but_for_what_cannot_be(layout, make_concept, t
     bank = bank_on(layout, make_concept, "cidm", "cidm")
     wide = replace(make_concept(layout, "tom"), deltas={(2, "to_q"): sparse(8, 8, 60)})
     done = export_bank(bank.add(wide), tmp_path, rank=1)
-    assert [file.stem
-            for file in done.files] == ["rex_lora", "rex", "mimi_lora",
-                                        "mimi"] and len(list(tmp_path.iterdir())) == 4
+    assert [file.stem for file in done.files] == ["rex_lora", "rex", "mimi_lora", "mimi"]
+    assert len(list(tmp_path.iterdir())) == 4
     left = [note for note in done.notes if "was left out" in note]
-    assert len(left) == 1 and left[0].startswith("<tom> was left out: concept 'tom' has sparse deltas of "
-                                                 "which rank 1 loses")
+    reason = "concept 'tom' has sparse deltas of which rank 1 loses"
+    assert len(left) == 1 and left[0].startswith(f"<tom> was left out: {reason}")
     with pytest.raises(ConceptError, match="none of the 1 concepts.*rank 1"):
         export_bank(ConceptBank(layout).add(wide), tmp_path, rank=1)
     with pytest.raises(ConceptError, match="holds no concept"):
@@ -258,7 +255,8 @@ def test_the_command_exports_prompts_whole_banks_and_refitted_words(base, make_c
     assert main(["--json", *command, "--prompt", BOTH, "--mode", "paper", "--refit"]) == 0
     printed = capsys.readouterr().out
     facts = json.loads(printed[printed.index("{"):])
-    assert facts["mode"] == "paper" and len(facts["files"]) == 3 and any("re-fitted" in note for note in facts["notes"])
+    assert facts["mode"] == "paper" and len(facts["files"]) == 3
+    assert any("re-fitted" in note for note in facts["notes"])
     for wrong, sentence in (([], "nothing to export"), (["rex", "--all"], "a name and --all"),
                             (["rex", "--mode", "equal"], "with --prompt")):
         assert main([*command, *wrong]) == 1 and sentence in capsys.readouterr().err
