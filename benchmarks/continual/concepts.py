@@ -31,8 +31,7 @@ CANDIDATES = 12      # a further individual is the least similar of this many ra
 def _difference(thing: Thing, other: Thing) -> float:
     """RGB differences of body, second part and pattern, plus 150 for different patterns."""
     pairs = [(getattr(thing, part), getattr(other, part)) for part in ("body", "second", "pattern_colour")]
-    colours = sum(abs(a - b) for colour, other_colour in pairs for a,
-                  b in zip(colour, other_colour, strict=True))
+    colours = sum(abs(a - b) for both in pairs for a, b in zip(*both, strict=True))
     return colours + 150 * (thing.pattern != other.pattern)
 
 
@@ -62,8 +61,8 @@ def concepts(count: int = 10) -> list[SceneConcept]:
         raise ConceptError(f"the number of tasks is {count}; allowed: 1 or more")
     sequence, rng = [MORE.get(name) or scenes.CONCEPTS[name] for name in TEN], random.Random(50)
     for number in range(len(TEN) + 1, count + 1):
-        sequence.append(_style(rng, number) if number % STYLE_EVERY == 0
-                        else _individual(rng, number, sequence))
+        is_style = number % STYLE_EVERY == 0
+        sequence.append(_style(rng, number) if is_style else _individual(rng, number, sequence))
     return sequence[:count]
 
 

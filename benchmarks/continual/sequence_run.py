@@ -53,8 +53,8 @@ def prior_pictures(backbone: Backbone, suite: PromptSuite, task: Assignment,
     prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(count)]
     seeds = list(range(FIRST_PRIOR_SEED, FIRST_PRIOR_SEED + count))
     images = sample(backbone, ConceptBank(backbone.layout), prompts, seeds, suite.settings)
-    return [Picture(image, prompt, is_prior=True) for image,
-            prompt in zip(images.cpu(), prompts, strict=True)]
+    return [Picture(image, prompt, is_prior=True)
+            for image, prompt in zip(images.cpu(), prompts, strict=True)]
 
 
 def _learn(backbone: Backbone, suite: PromptSuite, run: Run, task: Assignment, bank: ConceptBank,

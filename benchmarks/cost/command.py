@@ -93,8 +93,8 @@ def aggregation(options: Namespace) -> Result:
     require_at_least(options, concepts=2, rounds=1)
     result = scale_cost.aggregation(_host(options).backbone, options.concepts, options.rounds)
     write_result(options.file, result)
-    lines = [f"{mode}: {seconds:.2f} s from prompt to weights" for mode,
-             seconds in result["apply_seconds"].items()]
+    lines = [f"{mode}: {seconds:.2f} s from prompt to weights"
+             for mode, seconds in result["apply_seconds"].items()]
     return result, [*lines, f"the sum alone, concept by concept: {result['naive_seconds']:.2f} s",
                     "a forward pass with them in the weights: "
                     f"{result['sampling_over_plain']:.3f} of a plain one"]

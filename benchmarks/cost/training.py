@@ -99,8 +99,8 @@ class Host(Protocol):
 
 def tokens_of(layout: SiteLayout, name: str, copies: int, generator: torch.Generator,
               placeholder_noun: str = "") -> TokenGroup:
-    vectors = {encoder: 0.02 * torch.randn(copies, 2, width, generator=generator) for encoder,
-               width in layout.text_widths}
+    vectors = {encoder: 0.02 * torch.randn(copies, 2, width, generator=generator)
+               for encoder, width in layout.text_widths}
     return TokenGroup(default_words(name, 2), vectors, placeholder_noun)
 
 

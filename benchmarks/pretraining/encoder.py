@@ -69,8 +69,8 @@ def family(rng: random.Random) -> list[scenes.Thing]:
     members = [scenes.random_thing(rng)]
     while len(members) < FAMILY:
         wears_scarf = members[0].accessory == "scarf"
-        kind = rng.choice(list(scenes.SCARF_AT) if wears_scarf
-                          else scenes.KINDS) if rng.random() < 0.15 else members[0].kind
+        kinds = list(scenes.SCARF_AT) if wears_scarf else scenes.KINDS
+        kind = rng.choice(kinds) if rng.random() < 0.15 else members[0].kind
         share = 0.5 if kind == members[0].kind else 1.0
         candidate = replace(scenes.random_thing(rng, kind),
                             **{f: getattr(members[0], f) for f in TRAITS if rng.random() < share})

@@ -55,8 +55,8 @@ class Muon(torch.optim.Optimizer):
         if processes > 1:
             flat = torch.cat([u.flatten() for u in updates])
             dist.all_reduce(flat)
-            updates = [part.view_as(u) for part,
-                       u in zip(flat.split([u.numel() for u in updates]), updates, strict=True)]
+            updates = [part.view_as(u)
+                       for part, u in zip(flat.split([u.numel() for u in updates]), updates, strict=True)]
         return updates
 
     @torch.no_grad()

@@ -31,15 +31,13 @@ from ..training.config import TrainingConfig
 TASKS = ("rex", "mimi", "blueprint")
 METHODS = ("cidm", "finetune")
 METHOD_SETTINGS = {"lr": 2e-3, "token_lr": 2e-2}
-TRAINING = TrainingConfig(
-    steps=500, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20, min_snr_gamma=0.0,
-                          max_grad_norm=1.0
-)
+TRAINING = TrainingConfig(steps=500, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20,
+                          min_snr_gamma=0.0, max_grad_norm=1.0)
 SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(64, 64))
 SEEDS = tuple(range(100, 112))
 SCENE = "a photo of a dog and a cat in a meadow"
-# Each region's prompt tells the whole scene: with one creature alone in it, both regions draw theirs in the
-# middle, a chimera.
+# Each region's prompt describes the whole scene. If it named one animal, both regions would draw theirs in
+# the middle.
 REGIONS = (
     Region("a photo of <rex> and a cat in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
     Region("a photo of a dog and <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
@@ -88,8 +86,8 @@ def _progress(method: str) -> Callable[[str], Callable]:
 def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: SceneEncoder) -> Reference:
     bank, noun, real, pictures = ConceptBank(backbone.layout), [], [], []
     for task in tasks:
-        images = sample(backbone, bank, [task.noun_prompts[i % len(task.noun_prompts)]
-                                         for i in range(len(SEEDS))], SEEDS, SETTINGS)
+        prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(len(SEEDS))]
+        images = sample(backbone, bank, prompts, SEEDS, SETTINGS)
         references = encoder.features(task.references, task.kind)
         noun.append(metrics.image_alignment(encoder.features(images, task.kind), references))
         real.append(metrics.image_alignment(encoder.features(task.held_out, task.kind), references))
@@ -100,8 +98,8 @@ def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: Scene
 def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
     """A box of `[B, 3, H, W]` in its place; its border pixels are repeated over the rest."""
     height, width = pictures.shape[-2:]
-    top, left, bottom, right = (round(f * side) for f,
-                                side in zip(box, (height, width, height, width), strict=True))
+    sides = (height, width, height, width)
+    top, left, bottom, right = (round(fraction * side) for fraction, side in zip(box, sides, strict=True))
     return F.pad(pictures[..., top:bottom, left:right], (left, width - right, top, height - bottom),
                  mode="replicate")
 
@@ -130,7 +128,7 @@ def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], enco
             reference: Reference) -> Composition:
     """Both objects in one picture by region attention.
 
-    A hit also has to come closer than halfway from class noun to real pictures.
+    A hit must also be nearer than halfway from the class noun to real pictures.
     """
     pictures = sample_regions(backbone, bank, SCENE, REGIONS, COMPOSITION_SEEDS, SETTINGS)
     levels = [(reference.noun[i] + reference.real[i]) / 2 for i in range(2)]
@@ -159,11 +157,8 @@ def run(output: Path) -> dict:
     backbone, encoder = load_base(), SceneEncoder()
     tasks = [assignment(name) for name in TASKS]
     reference = reference_levels(backbone, tasks, encoder)
-    records = {
-        method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, TRAINING, encoder, SETTINGS, SEEDS,
-                             _progress(method))
-        for method in METHODS
-    }
+    records = {method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, TRAINING, encoder, SETTINGS,
+                                    SEEDS, _progress(method)) for method in METHODS}
     bank = records["cidm"].bank
     composition = compose(backbone, bank, tasks, encoder, reference)
     report = {

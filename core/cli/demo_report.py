@@ -37,8 +37,8 @@ def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str],
     axis.imshow(grid, vmin=0, vmax=1, cmap="viridis")
     for i, row in enumerate(alignment):
         for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6
-                      else "black", fontsize=10)
+            colour = "white" if value < 0.6 else "black"
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=10)
     axis.set_xticks(range(size),
                     [f"<{c}>\nretained {r:.2f}" for c, r in zip(concepts, retention, strict=True)],
                     fontsize=8)

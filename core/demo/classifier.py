@@ -35,5 +35,5 @@ class QualityClassifier(StoredModule):
     def name(self, images: Tensor) -> list[tuple[str, str]]:
         """The likeliest kind and body colour of each picture, as words."""
         kinds, colours = self(images)
-        return [(KINDS[k], COLOURS[c]) for k,
-                c in zip(kinds.argmax(1).tolist(), colours.argmax(1).tolist(), strict=True)]
+        return [(KINDS[k], COLOURS[c])
+                for k, c in zip(kinds.argmax(1).tolist(), colours.argmax(1).tolist(), strict=True)]

@@ -140,10 +140,8 @@ def random_thing(rng: random.Random, kind: str | None = None, unseen: bool = Fal
     accessory = rng.choice(accessories)
     worn, worn_name = _contrasting(rng, body)
     names = {"body": body_name, "second": second_name, "pattern": marks_name, "accessory": worn_name}
-    return Thing(
-        chosen, body, second, pattern, marks, rng.uniform(0.8, 1.25), accessory, worn,
-                 {key: name for key, name in names.items() if name}
-    )
+    colour_names = {key: name for key, name in names.items() if name}
+    return Thing(chosen, body, second, pattern, marks, rng.uniform(0.8, 1.25), accessory, worn, colour_names)
 
 
 def article(word: str) -> str:
@@ -194,14 +192,12 @@ def place(rng: random.Random, things: tuple[Thing, ...]) -> tuple[Placed, ...]:
                        rng.random() < 0.5),)
     sizes = [rng.uniform(0.38, 0.5) for _ in things]
     centres = (rng.uniform(0.24, 0.29), rng.uniform(0.71, 0.76))
-    return tuple(Placed(t, x, rng.uniform(0.52, 0.68), s, rng.random() < 0.5) for t, x,
-                 s in zip(things, centres, sizes, strict=True))
+    return tuple(Placed(t, x, rng.uniform(0.52, 0.68), s, rng.random() < 0.5)
+                 for t, x, s in zip(things, centres, sizes, strict=True))
 
 
-def random_scene(
-    rng: random.Random, things: tuple[Thing, ...] | None = None, style: str | Style | None = None,
-                 unseen: bool = False
-) -> Scene:
+def random_scene(rng: random.Random, things: tuple[Thing, ...] | None = None, style: str | Style
+                 | None = None, unseen: bool = False) -> Scene:
     if things is None:
         things = tuple(random_thing(rng, unseen=unseen) for _ in range(1 if rng.random() < 0.7 else 2))
     if style is None:
@@ -283,24 +279,20 @@ class SceneConcept:
 CONCEPTS: dict[str, SceneConcept] = {
     concept.name: concept
     for concept in (
-        SceneConcept(
-            "rex", "dog", "object", Thing("dog", (38, 176, 164), (196, 40, 122), "spotted", (250, 226, 120),
-                                          1.1, "scarf", (232, 92, 30))
-        ),
-        SceneConcept(
-            "mimi", "cat", "object", Thing("cat", (236, 176, 96), (70, 46, 120), "striped", (164, 58, 50),
-                                           0.95, "hat", (40, 150, 216))
-        ),
+        SceneConcept("rex", "dog", "object",
+                     Thing("dog", (38, 176, 164), (196, 40, 122), "spotted", (250, 226, 120), 1.1,
+                                                   "scarf", (232, 92, 30))),
+        SceneConcept("mimi", "cat", "object",
+                     Thing("cat", (236, 176, 96), (70, 46, 120), "striped", (164, 58, 50), 0.95,
+                                                    "hat", (40, 150, 216))),
         SceneConcept("blueprint", "drawing", "style",
                      style=Style("blueprint", "", paper=(28, 74, 152), line=(224, 236, 255), fill=0.0)),
-        SceneConcept(
-            "bolt", "robot", "object", Thing("robot", (150, 190, 60), (90, 30, 60), "checked", (60, 110, 90),
-                                             1.0, "hat", (250, 200, 210))
-        ),
-        SceneConcept(
-            "fido", "dog", "object", Thing("dog", (206, 150, 210), (60, 90, 50), "striped", (96, 40, 130),
-                                           0.9, "hat", (240, 226, 90))
-        ),
+        SceneConcept("bolt", "robot", "object",
+                     Thing("robot", (150, 190, 60), (90, 30, 60), "checked", (60, 110, 90), 1.0,
+                                                      "hat", (250, 200, 210))),
+        SceneConcept("fido", "dog", "object",
+                     Thing("dog", (206, 150, 210), (60, 90, 50), "striped", (96, 40, 130), 0.9,
+                                                    "hat", (240, 226, 90))),
         SceneConcept("chalk", "drawing", "style",
                      style=Style("chalk", "", paper=(40, 66, 52), fill=0.3, line=(236, 232, 214))),
     )

@@ -98,17 +98,14 @@ def test_every_prompt_has_its_own_seeds():
 
 @pytest.mark.parametrize("other, sentence", [
     ({"images": "../outside"}, "leads out of"), ({"images": "/"}, "leads out of"),
-                                             ({"images": None}, "images of task 1 is None"),
-    ({"images": "images/none"}, "does not exist"), ({"captions": "../../x"}, "leads out of"),
-                                             ({"captions": 3}, "captions of 'dog' is 3"),
+    ({"images": None}, "images of task 1 is None"), ({"images": "images/none"}, "does not exist"),
+    ({"captions": "../../x"}, "leads out of"), ({"captions": 3}, "captions of 'dog' is 3"),
     ({"prompts": "../x"}, "leads out of"), ({"prompts": "none.txt"}, "no text file"),
-                                             ({"class_noun": ""}, "class_noun of task 1"),
-    ({"class_noun": "<duck>"}, "class_noun of task 1"), ({"class_noun": 5}, "class_noun of task 1"),
-                                             ({"kind": "face"}, "kind of task 1"),
+    ({"class_noun": ""}, "class_noun of task 1"), ({"class_noun": "<duck>"}, "class_noun of task 1"),
+    ({"class_noun": 5}, "class_noun of task 1"), ({"kind": "face"}, "kind of task 1"),
     ({"kind": ["object"]}, "kind of task 1"), ({"tokens": ["<a b>"]}, "token of task 1"),
-                                             ({"tokens": ["<a>", "<a>"]}, "tokens of task 1"),
-    ({"tokens": "dog"}, "tokens of task 1"), ({"name": "a/b"}, "name of task 1"),
-                                             ({"name": 4}, "name of task 1"),
+    ({"tokens": ["<a>", "<a>"]}, "tokens of task 1"), ({"tokens": "dog"}, "tokens of task 1"),
+    ({"name": "a/b"}, "name of task 1"), ({"name": 4}, "name of task 1"),
     ({"name": "duck"}, "name of task 2"), ({"images": "a\0b"}, "images of task 1"),
     ({"tokens": ["<duck1>"]}, "two tasks have the token"),
 ])
@@ -160,8 +157,8 @@ def command(folder, tmp_path, tiny_base, tiny_clip, tiny_dino, monkeypatch):
 
     Returns its exit code and its result's file.
     """
-    base, clip, dino = (make(tmp_path / name) for make,
-                        name in ((tiny_base, "base"), (tiny_clip, "clip"), (tiny_dino, "dino")))
+    base, clip, dino = (make(tmp_path / name)
+                        for make, name in ((tiny_base, "base"), (tiny_clip, "clip"), (tiny_dino, "dino")))
     monkeypatch.setattr(photos, "sampling",
                         lambda resolution: SampleSettings(2, 7.5, (resolution,) * 2, photos.NEGATIVE))
     file = tmp_path / "result" / "photos.json"
@@ -201,11 +198,10 @@ def test_other_pictures_are_not_mixed_in(command, capsys):
 
 @pytest.mark.parametrize("other, sentence", [
     ({"clip": None}, "--clip is missing"), ({"data": None}, "--clip is for photos"),
-                                             ({"pictures": 1}, "pictures is 1"),
+    ({"pictures": 1}, "pictures is 1"),
     ({"data": None, "clip": None, "dino": None, "resolution": None, "pictures": None}, "--base is"),
-                                             ({"tasks": 9}, "tasks is 9"),
-    ({"clip": "nowhere"}, "does not exist"), ({"data": "nowhere"}, "does not exist"),
-                                             ({"resolution": 33}, "multiples of 4"),
+    ({"tasks": 9}, "tasks is 9"), ({"clip": "nowhere"}, "does not exist"),
+    ({"data": "nowhere"}, "does not exist"), ({"resolution": 33}, "multiples of 4"),
 ])
 def test_flags_that_do_not_fit(command, capsys, other, sentence):
     assert command(**other)[0] == 1

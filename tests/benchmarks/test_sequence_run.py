@@ -94,8 +94,8 @@ def without_times(result):
 
 
 def tensors_of(bank):
-    found = {(c.name, key, i): t for c in bank for key, d in c.deltas.items() for i,
-             t in enumerate(d.tensors())}
+    found = {(c.name, key, i): t for c in bank for key, d in c.deltas.items()
+             for i, t in enumerate(d.tensors())}
     return found | {(c.name, name): t for c in bank for name, t in c.tokens.vectors.items()}
 
 
