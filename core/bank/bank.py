@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -57,11 +57,9 @@ class ConceptBank:
 
     layout: SiteLayout
     entries: tuple[Entry, ...] = ()
-    shared: Mapping[str, Mapping[str, Tensor]] = None
+    shared: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.shared is None:
-            object.__setattr__(self, "shared", {})
         if len(self.infos) < len(self.entries):
             names = [entry.info.name for entry in self.entries]
             double = next(name for name in names if names.count(name) > 1)

@@ -51,7 +51,7 @@ class Prompt:
 
     def plain(self, infos: Mapping[str, ConceptInfo]) -> str:
         """The text with class nouns in place of concepts, for text alignment (CIDM's protocol)."""
-        text = "".join(_with_class_nouns(self.pieces, infos))
+        text = _joined(_with_class_nouns(self.pieces, infos), infos).text
         return re.sub(r"\s+", " ", text).strip()
 
     def apart(self, infos: Mapping[str, ConceptInfo]) -> dict[str, Prompt]:

@@ -29,7 +29,7 @@ def placeholder_noun_ids(encoder: TextEncoder, noun: str, count: int) -> list[in
 
 def noun_ids(encoder: TextEncoder, groups: Mapping[str, TokenGroup]) -> dict[WordRef, int]:
     """Learned word -> the token id in its place, for the concepts that have a placeholder noun."""
-    found = {}
+    found: dict[WordRef, int] = {}
     for name, group in groups.items():
         if group.placeholder_noun:
             ids = placeholder_noun_ids(encoder, group.placeholder_noun, len(group.words))

@@ -47,7 +47,8 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     formats = check_formats(formats)
     strength, concept = check_strength(strength), bank.passing(name)
     concept.check_fits(bank.layout)
-    owner, factors, tokens, lost = f"concept '{concept.name}'", None, concept.tokens, []
+    owner, factors = f"concept '{concept.name}'", None
+    tokens, lost = concept.tokens, list[str]()
     if formats != ("embedding",):
         factors = low_rank(concept.deltas, owner, rank, max_error)
     if {"embedding", "bundle"} & set(formats):
@@ -96,7 +97,7 @@ def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = 
 
 def _state(kind: str, name: str, tokens: TokenGroup, layout: SiteLayout, factors: Factors | None,
            strength: float) -> dict[str, Tensor]:
-    if kind == "embedding":
+    if kind == "embedding" or factors is None:      # factors are there for every other kind
         return embedding_state(tokens)
     words = bundled_words(name, tokens) if kind == "bundle" else {}
     return lora_state(kind, layout, factors, strength) | words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -84,12 +85,12 @@ def low_rank_sum(parts: Mapping[DeltaKey, Sequence[tuple[float, Delta]]], owner:
                 sparse.setdefault(key, []).append((weight, delta))
     cut, error = _cut({key: weighted_sum(group) for key, group in sparse.items()}, owner, DEFAULT_RANK,
                       max_error)
-    factors = {}
+    factors: dict[DeltaKey, LowRankDelta] = {}
     for key in exact | cut:
-        group = [*exact.get(key, ()), *([(1.0, cut[key])] if key in cut else ())]
-        delta = _no_wider(concatenate(group), f"{owner}: {key[1]} of site {key[0]}")
-        if delta is not None:
-            factors[key] = delta
+        side_by_side = [*exact.get(key, ()), *([(1.0, cut[key])] if key in cut else ())]
+        narrow = _no_wider(concatenate(side_by_side), f"{owner}: {key[1]} of site {key[0]}")
+        if narrow is not None:
+            factors[key] = narrow
     return _not_empty(Factors(factors, DEFAULT_RANK, error), owner)
 
 
@@ -145,8 +146,8 @@ def _truncated(delta: Delta, rank: int, where: str) -> tuple[LowRankDelta | None
 
 def _check_error(spectra: list[Tensor], what: str, rank: int, max_error: float) -> float:
     longest = max(spectrum.numel() for spectrum in spectra)
-    energy = sum(torch.nn.functional.pad(spectrum**2, (0, longest - spectrum.numel()))
-                 for spectrum in spectra)
+    padded = (torch.nn.functional.pad(spectrum**2, (0, longest - spectrum.numel())) for spectrum in spectra)
+    energy = reduce(torch.add, padded)
     # lost[r] = energy that rank r leaves out; sums of the tail lose no digits, unlike 1 - head
     lost = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     errors = (lost / lost[0].clamp_min(1e-300)).sqrt()

@@ -9,7 +9,7 @@ untrusted: safetensors alone, and whatever does not fit is refused with one sent
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..bank.concepts import Concept, ConceptInfo, Provenance
 from ..bank.tokens import MAX_WORDS, TokenGroup, check_name, default_words
 from ..errors import ConceptError
+from ..model.backbone import TextEncoder
 from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.sites import Site, SiteLayout
 from .lora_names import part_of, site_names
@@ -182,7 +183,7 @@ def embedding_vectors(tensors: Mapping[str, Tensor], layout: SiteLayout, owner: 
     return _counted(vectors, owner)
 
 
-def trigger_vectors(encoders, trigger: str) -> dict[str, Tensor]:
+def trigger_vectors(encoders: Iterable[TextEncoder], trigger: str) -> dict[str, Tensor]:
     """Text encoder -> the vocabulary's vectors of the words that people type for a LoRA, `[n, D]`."""
     return _counted({encoder.name: encoder.vectors(encoder.ids(trigger)) for encoder in encoders},
                     f"the trigger {trigger!r}")
@@ -251,8 +252,8 @@ def _half(tensor: Tensor) -> Tensor:
     return half if torch.isfinite(half).all() else tensor
 
 
-def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout, encoders=(),
-                   lora: Path | str | None = None,
+def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout,
+                   encoders: Iterable[TextEncoder] = (), lora: Path | str | None = None,
                    embedding: Path | str | None = None, trigger: str = "") -> Imported:
     """Makes a concept from a LoRA file, an embedding file or both.
 
@@ -264,20 +265,24 @@ def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout, en
         ConceptError: A file cannot be read or does not fit, or there are no words for the concept.
     """
     check_name(name)
-    paths = tuple(Path(path) for path in (lora, embedding) if path is not None)
-    if not paths:
-        raise ConceptError("there is nothing to import; give a LoRA file, an embedding file or both")
-    file = None if lora is None else read_lora(lora)
-    taken = None if file is None else lora_deltas(file, layout, f"the LoRA '{Path(lora).name}'")
+    files: list[str] = []
+    taken: Taken | None = None
+    vectors: dict[str, Tensor] | None = None
+    if lora is not None:
+        owner, file = f"the LoRA '{Path(lora).name}'", read_lora(lora)
+        files.append(Path(lora).name)
+        taken = lora_deltas(file, layout, owner)
+        if file.words and embedding is None:
+            vectors = embedding_vectors(file.words, layout, owner)
     if embedding is not None:
-        vectors = embedding_vectors(read_embedding(embedding), layout,
-                                    f"the embedding '{Path(embedding).name}'")
-    elif file.words:
-        vectors = embedding_vectors(file.words, layout, f"the LoRA '{Path(lora).name}'")
-    elif trigger.strip():
+        files.append(Path(embedding).name)
+        vectors = embedding_vectors(read_embedding(embedding), layout, f"the embedding '{files[-1]}'")
+    if not files:
+        raise ConceptError("there is nothing to import; give a LoRA file, an embedding file or both")
+    if vectors is None and trigger.strip():
         vectors = trigger_vectors(encoders, trigger.strip())
-    else:
-        raise ConceptError(f"the LoRA '{Path(lora).name}' has no learned words; give the trigger words that "
-                           "are typed for it, or an "
-                           "embedding file")
-    return imported(name, class_noun, kind, layout, vectors, taken, tuple(path.name for path in paths))
+    if vectors is None:
+        raise ConceptError(f"the LoRA '{files[0]}' has no learned words; give the trigger words that are "
+                           "typed "
+                           "for it, or an embedding file")
+    return imported(name, class_noun, kind, layout, vectors, taken, tuple(files))

@@ -139,8 +139,8 @@ def kohya_metadata(info: ConceptInfo, layout: SiteLayout, state: Mapping[str, Te
         data["ss_num_train_images"] = str(len(origin.images))
     if origin.steps:
         data["ss_steps"] = str(origin.steps)
-    if _date(origin.date) is not None:
-        data["ss_training_finished_at"] = str(_date(origin.date).timestamp())
+    if (date := _date(origin.date)) is not None:
+        data["ss_training_finished_at"] = str(date.timestamp())
     return data | _settings(origin.settings)
 
 
