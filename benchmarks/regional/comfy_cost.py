@@ -1,4 +1,4 @@
-"""`bench regional --comfyui`: what regions cost in ComfyUI, on a UNet of Stable Diffusion 1.5's shape with random weights."""
+"""Cost of regions in ComfyUI, on a UNet of Stable Diffusion 1.5's shape with random weights."""
 
 from __future__ import annotations
 
@@ -18,29 +18,38 @@ from torch import Tensor
 
 from ...core.comfy.apply import with_word_bound
 from ...core.comfy.region_run import RegionRun
-from ...core.comfy.regions import with_regions
-from ...core.comfy.sites import ATTENTION, WORDS, OffsetCond, differentiable_attention, find_sites
+from ...core.comfy.regions import Conditioning, with_regions
+from ...core.comfy.sites import ATTENTION, WORDS, OffsetCond, UNetSites, differentiable_attention, find_sites
 from ...core.comfy.token_lora import code
+from ...core.model.deltas import Deltas
 from ...core.regional.noise import NoiseSettings
 from ...core.regional.processor import Part
-from ..cost.synthetic import TOKENS, context_of, deltas_of, peak_gb, random_weights
-from .boxes import Box, boxes_of, parts_of
+from ...core.regional.regions import Box
+from ..cost.synthetic import TOKENS, Operations, context_of, deltas_of, peak_gb, random_weights
+from .boxes import Measurement, boxes_of, parts_of
 
-_COMMON = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True, "legacy": False,
-           "use_temporal_attention": False}
+_COMMON = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
+    "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False,
+}
 SHAPES: dict[str, dict] = {
-    "sd15": _COMMON | {"num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-                       "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8,
-                       "num_head_channels": -1, "use_linear_in_transformer": False, "adm_in_channels": None},
-    "sdxl": _COMMON | {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
-                       "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 2048,
-                       "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True, "adm_in_channels": 2816,
-                       "num_classes": "sequential"},
+    "sd15": _COMMON | {
+        "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 768,
+        "num_heads": 8, "num_head_channels": -1, "use_linear_in_transformer": False, "adm_in_channels": None,
+    },
+    "sdxl": _COMMON | {
+        "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10,
+        "context_dim": 2048, "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True,
+        "adm_in_channels": 2816, "num_classes": "sequential",
+    },
 }
 
 
 def random_model(shape: str = "sd15"):
-    """A MODEL of a checkpoint's shape; weights are random but of a size that keeps activations finite."""
+    """A MODEL of a checkpoint's shape. Its weights are random, of a size that keeps activations finite."""
     device = comfy.model_management.get_torch_device()
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     family = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[shape]
@@ -52,19 +61,20 @@ def random_model(shape: str = "sd15"):
 
 
 class ComfyCost:
-    """Times of single steps of KSampler's sampling at `pixels`, and the peak of memory."""
+    """Times of single steps of KSampler's sampling, and the peak of memory. pixels: side of the picture."""
 
     def __init__(self, pixels: int, steps: int) -> None:
-        self.model, self.side, self.steps, self.counter = random_model(), pixels // 8, steps, None
+        self.model, self.side, self.steps = random_model(), pixels // 8, steps
+        self.counter: Operations | None = None
         self.sites = find_sites(self.model, (("clip_l", 768),))
 
-    def _conditioning(self, seed: int):
+    def _conditioning(self, seed: int) -> Conditioning:
         return [[context_of(1, 1, seed=seed).hidden[:, 0], {}]]
 
-    def _sampled(self, model, positive, negative) -> dict:
-        """Seconds of every step but the first, which also prepares; and the peak."""
-        latent, seen = torch.zeros(1, 4, self.side, self.side), []
-        if self.counter is not None:      # as on a graphics card, where attention is one operation
+    def _sampled(self, model, positive: Conditioning, negative: Conditioning) -> Measurement:
+        latent, ends = torch.zeros(1, 4, self.side, self.side), []
+        counter, steps = self.counter, self.steps if self.counter is None else 3
+        if counter is not None:      # as on a graphics card, where attention is one operation
             model = model.clone()
             model.model_options["transformer_options"][ATTENTION] = differentiable_attention
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
@@ -73,52 +83,61 @@ class ComfyCost:
             with ExitStack() as stack:
 
                 def callback(*_) -> None:
-                    seen.append(time.perf_counter())
-                    if self.counter is not None and len(seen) == 1:
-                        stack.enter_context(self.counter)
-                    elif len(seen) == 2:
+                    ends.append(time.perf_counter())
+                    if counter is not None and len(ends) == 1:
+                        stack.enter_context(counter)
+                    elif len(ends) == 2:
                         stack.close()
 
-                comfy.sample.sample(model, noise, self.steps if self.counter is None else 3, 7.0, "euler", "normal", positive, negative,
-                                    latent, disable_pbar=True, seed=1, callback=callback)
+                comfy.sample.sample(model, noise, steps, 7.0, "euler", "normal", positive, negative, latent,
+                                    disable_pbar=True, seed=1, callback=callback)
 
-        return {"peak_gb": peak_gb(sampling), "seconds": [b - a for a, b in zip(seen, seen[1:], strict=False)]}
+        peak = peak_gb(sampling)
+        return {"peak_gb": peak, "seconds": [end - begin for begin, end in zip(ends, ends[1:], strict=False)]}
 
-    def plain(self) -> dict:
+    def plain(self) -> Measurement:
         return self._sampled(self.model, self._conditioning(1), self._conditioning(0))
 
-    def regions(self, boxes: Sequence[Box], is_bound: bool = True) -> dict:
-        regions, parts, bound = parts_of(self.sites.layout, boxes, is_bound)
-        parts = [replace(part, word_bound={}) for part in parts]      # the run gives each the bound concepts that its words name
-        run = RegionRun(self.sites, Part(context_of(2, 1, seed=5), {}), regions, parts, [(3, 4)] * len(boxes), bound)
-        return self._sampled(with_regions(self.model, run, NoiseSettings()), self._conditioning(1), self._conditioning(0))
+    def regions(self, boxes: Sequence[Box], is_word_bound: bool = True) -> Measurement:
+        regions, parts, word_bound = parts_of(self.sites.layout, boxes, is_word_bound)
+        parts = [replace(part, word_bound={}) for part in parts]      # the run finds them by the words
+        scene, words = Part(context_of(2, 1, seed=5), {}), [(3, 4)] * len(boxes)
+        run = RegionRun(self.sites, scene, regions, parts, words, word_bound)
+        model = with_regions(self.model, run, NoiseSettings())
+        return self._sampled(model, self._conditioning(1), self._conditioning(0))
 
-    def prompt(self, count: int) -> dict:
-        """No regions: that many bound concepts in the picture's one prompt."""
+    def prompt(self, count: int) -> Measurement:
+        """Without regions: `count` word-bound concepts in one prompt."""
         names = [f"concept{i}" for i in range(count)]
         codes = [code(names[i]) if i < count else 0 for i in range(TOKENS)]
         words = OffsetCond(torch.tensor(codes).view(1, 1, -1, 1))
-        nobody = OffsetCond(torch.zeros_like(words.cond))
-        model = with_word_bound(self.model, self.sites, {name: deltas_of(self.sites.layout, seed=i) for i, name in enumerate(names)})
-        positive, negative = ([[hidden, extra | {"model_conds": {WORDS: own}}] for hidden, extra in self._conditioning(seed)]
-                              for seed, own in ((1, words), (0, nobody)))
-        return self._sampled(model, positive, negative)
+        no_words = OffsetCond(torch.zeros_like(words.cond))
+        deltas = {name: deltas_of(self.sites.layout, seed=i) for i, name in enumerate(names)}
+        model = with_word_bound(self.model, self.sites, deltas)
 
-    def hooks(self, count: int) -> dict:
+        def conditioning(seed: int, own: OffsetCond) -> Conditioning:
+            return [[hidden, extra | {"model_conds": {WORDS: own}}]
+                    for hidden, extra in self._conditioning(seed)]
+
+        return self._sampled(model, conditioning(1, words), conditioning(0, no_words))
+
+    def hooks(self, count: int) -> Measurement:
         """ComfyUI's own way: a LoRA hook and a mask for every region's prompt."""
-        positive = []
+        positive: Conditioning = []
         for i, (_, left, _, right) in enumerate(boxes_of(count)):
             mask = torch.zeros(1, 8 * self.side, 8 * self.side)
             mask[..., round(left * mask.shape[-1]):round(right * mask.shape[-1])] = 1.0
-            hook = comfy.hooks.create_hook_lora(_lora(self.sites, deltas_of(self.sites.layout, seed=i)), 1.0, 0.0)
-            positive += comfy.hooks.set_conds_props([self._conditioning(10 + i)], 1.0, "default", mask=mask, hooks=hook)[0]
+            lora = _lora(self.sites, deltas_of(self.sites.layout, seed=i))
+            hook = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+            conditioning = [self._conditioning(10 + i)]
+            positive += comfy.hooks.set_conds_props(conditioning, 1.0, "default", mask=mask, hooks=hook)[0]
         return self._sampled(self.model, positive, self._conditioning(0))
 
 
-def _lora(sites, deltas) -> dict[str, Tensor]:
-    """Deltas as a LoRA file under ComfyUI's own names."""
-    found = {}
+def _lora(sites: UNetSites, deltas: Deltas) -> dict[str, Tensor]:
+    """Low-rank deltas as a LoRA file under ComfyUI's names."""
+    lora = {}
     for (index, projection), delta in deltas.items():
         name = sites.key(sites.layout.sites[index], projection).removesuffix(".weight")
-        found[f"{name}.lora_up.weight"], found[f"{name}.lora_down.weight"] = delta.up, delta.down
-    return found
+        lora[f"{name}.lora_up.weight"], lora[f"{name}.lora_down.weight"] = delta.tensors()
+    return lora

@@ -1,4 +1,4 @@
-"""`bench regional`, quality: K concepts in K regions on the embedded base, by all ways of regional_rivals."""
+"""Quality of regions: K concepts in K regions on the embedded base, drawn in all ways of `rivals`."""
 
 from __future__ import annotations
 
@@ -17,42 +17,52 @@ from ...core.data.training_set import prepare
 from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.methods.base import Task, make
 from ...core.model.backbone import Backbone
+from ...core.regional.regions import Box
 from ...core.training.loop import learn
 from ..continual import prompt_suite
 from ..continual.concepts import concepts
 from ..continual.embedded import SEEDS, SETTINGS, settings_of, training
-from .rivals import WAYS, Box, Wish
+from .rivals import WAYS, Request
 
 NAMES = ("rex", "quack", "mimi", "pack", "teddy", "fido")      # the last is the second dog
-GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 6: (2, 3)}      # rows and columns; a region is as large as a picture
+# Rows and columns; a region is as large as a picture
+GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 6: (2, 3)}
 SIDE, STEPS, PHOTOS, BATCH = 64, 600, 10, 8
-RANKS = {"bound": 16, "cidm": 4}      # deltas that act at two words alone have room for more; with 8 CIDM's concepts bleed more
-UNPLACED = ("prompt", "found")      # ways that are not told who is to be where
-OF_LORA = ("masked", "hooks", "couple")      # ways of files that are LoRA: they get concepts whose deltas act on every word, CIDM's
+RANKS = {"bound": 16, "cidm": 4}      # deltas of two words alone have room for more; at 8 CIDM's bleed more
+UNPLACED = ("prompt", "found")      # ways that are not given places
+OF_LORA = ("masked", "hooks", "couple")      # ways of LoRA files: they draw CIDM's concepts, on every word
 
 
 def method_of(way: str) -> str:
-    """Whose concepts a way draws."""
+    """The method whose concepts a way draws."""
     return "cidm" if way in OF_LORA else "bound"
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Who is to be seen: features of real pictures, and how near to them a picture must come (halfway from class noun to real)."""
+    """Recognises concepts.
+
+    Args:
+        encoder: Of pictures.
+        references: Concept -> features of real pictures `[R, F]`.
+        levels: Concept -> how similar to these a picture has to be: halfway from class noun to real pictures.
+    """
 
     encoder: SceneEncoder
     references: dict[str, Tensor]
     levels: dict[str, float]
 
     def scores(self, pictures: Tensor, boxes: Sequence[Box], names: Sequence[str]) -> Tensor:
-        """`[B, regions, names]`: how like each concept a region is."""
+        """How similar each region is to each concept, `[B, regions, names]`, for pictures `[B, 3, H, W]`."""
         height, width = pictures.shape[-2:]
-        seen = []
+        regions = []
         for box in boxes:
-            top, left, bottom, right = (round(f * side) for f, side in zip(box, (height, width, height, width), strict=True))
-            found = self.encoder.features(pictures[..., top:bottom, left:right].contiguous(), "object")
-            seen.append(torch.stack([(found @ self.references[name].T).mean(1) for name in names], dim=1))
-        return torch.stack(seen, dim=1)
+            sides = zip(box, (height, width, height, width), strict=True)
+            top, left, bottom, right = (round(fraction * side) for fraction, side in sides)
+            features = self.encoder.features(pictures[..., top:bottom, left:right].contiguous(), "object")
+            scores = [(features @ self.references[name].T).mean(1) for name in names]
+            regions.append(torch.stack(scores, dim=1))
+        return torch.stack(regions, dim=1)
 
 
 def judge(backbone: Backbone) -> Judge:
@@ -63,24 +73,29 @@ def judge(backbone: Backbone) -> Judge:
 
 
 def _tasks(photos: int = 5) -> list:
-    return [assignment_of(concept, photos, seed=7 + i) for i, concept in enumerate(concepts(10)) if concept.name in NAMES]
+    return [assignment_of(concept, photos, seed=7 + i) for i, concept in enumerate(concepts(10))
+            if concept.name in NAMES]
 
 
 def bank_name(method: str, steps: int) -> str:
-    """How a bank was learned, for the names of files that depend on it."""
+    """How a bank was learned, for the names of files."""
     return f"r{RANKS[method]}-s{steps}-b{BATCH}-p{PHOTOS}"
 
 
-def learned_bank(backbone: Backbone, method: str, file: Path, steps: int, tell: Callable[[str], object]) -> ConceptBank:
-    """The concepts learned one after another, kept in a file after each: a run that was cut goes on."""
+def learned_bank(backbone: Backbone, method: str, file: Path, steps: int,
+                 tell: Callable[[str], object]) -> ConceptBank:
+    """The concepts, learned one after another. The bank is saved after each, so an interrupted run can
+    continue."""
     bank = open_bank(file) if file.exists() else ConceptBank(backbone.layout)
     config = replace(training(steps, 0), batch_size=BATCH)
     for task in _tasks(PHOTOS):
         if task.name in bank:
             continue
-        data = prepare(backbone, list(task.pictures), task.name, task.class_noun, Framing(config.resolution, config.framing, config.flip))
-        one = Task(task.name, task.class_noun, backbone, bank, task.kind, (), torch.Generator().manual_seed(0))
-        bank = learn(one, make(method, settings_of(method) | {"rank": RANKS[method]}), data, config).bank
+        framing = Framing(config.resolution, config.framing, config.flip)
+        data = prepare(backbone, list(task.pictures), task.name, task.class_noun, framing)
+        generator = torch.Generator().manual_seed(0)
+        learning = Task(task.name, task.class_noun, backbone, bank, task.kind, (), generator)
+        bank = learn(learning, make(method, settings_of(method) | {"rank": RANKS[method]}), data, config).bank
         file.parent.mkdir(parents=True, exist_ok=True)
         save_bank(bank, file)
         tell(f"{method}: learned <{task.name}>")
@@ -89,71 +104,93 @@ def learned_bank(backbone: Backbone, method: str, file: Path, steps: int, tell: 
 
 def boxes_of(count: int) -> tuple[Box, ...]:
     rows, columns = GRIDS[count]
-    return tuple((r / rows, c / columns, (r + 1) / rows, (c + 1) / columns) for r in range(rows) for c in range(columns))
+    return tuple((row / rows, column / columns, (row + 1) / rows, (column + 1) / columns)
+                 for row in range(rows) for column in range(columns))
 
 
-def wishes(count: int, pictures: int) -> list[Wish]:
-    """`pictures` pictures of `count` concepts: who stands where and the place change, the seed too."""
+def requests(count: int, pictures: int) -> list[Request]:
+    """Requests of one picture each, of `count` concepts: their places, the scene's place and the seed
+    change."""
     rows, columns = GRIDS[count]
     settings = replace(SETTINGS, size=(SIDE * rows, SIDE * columns))
-    found = []
-    for i in range(pictures):
-        names = tuple(NAMES[(i + j) % len(NAMES)] for j in range(count))
-        found.append(Wish(names, boxes_of(count), PLACES[i % 4], (500 + i,), settings))
-    return found
+    names = [tuple(NAMES[(i + j) % len(NAMES)] for j in range(count)) for i in range(pictures)]
+    return [Request(own, boxes_of(count), PLACES[i % 4], (500 + i,), settings) for i, own in enumerate(names)]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Of one picture's regions, all `[K]`: the concept that is there, its number among the wished ones, -1 for nobody; hit, missing."""
+class Recognised:
+    """What one picture's regions show, all `[K]`.
+
+    Args:
+        shown: The number of the concept that a region shows; -1 for none.
+        hit: Whether a region shows its own concept.
+        missing: Whether no region shows a concept.
+    """
 
     shown: Tensor
     hit: Tensor
     missing: Tensor
 
 
-def seen_in(scores: Tensor, levels: Tensor, is_placed: bool) -> Seen:
-    """scores `[K, K]` of regions and concepts; levels `[K]`. Where places were not asked for, concepts get the regions that fit best."""
+def recognised(scores: Tensor, levels: Tensor, is_placed: bool) -> Recognised:
+    """What regions show.
+
+    Args:
+        scores: `[K, K]`, of regions and concepts.
+        levels: `[K]`, what a concept's score has to exceed.
+        is_placed: Whether places were asked for; else concepts get the regions that fit best.
+    """
     count = len(levels)
     if not is_placed:
-        ways = torch.tensor(list(permutations(range(count))))
-        scores = scores[ways[scores[ways, torch.arange(count)].sum(1).argmax()]]
+        orders = torch.tensor(list(permutations(range(count))))
+        scores = scores[orders[scores[orders, torch.arange(count)].sum(1).argmax()]]
     nearest = scores.argmax(1)
-    shown = torch.where(scores.gather(1, nearest.unsqueeze(1)).squeeze(1) > levels[nearest], nearest, -1)
-    own = torch.arange(count)
-    return Seen(shown, shown == own, ~(shown.unsqueeze(1) == own).any(0))
+    is_above = scores.gather(1, nearest.unsqueeze(1)).squeeze(1) > levels[nearest]
+    shown, own = torch.where(is_above, nearest, -1), torch.arange(count)
+    return Recognised(shown, shown == own, ~(shown.unsqueeze(1) == own).any(0))
 
 
 def border_gradient(pictures: Tensor, boxes: Sequence[Box]) -> float:
-    """How much larger steps from one pixel to the next are across the regions' inner borders than elsewhere; 1 = no border to be seen."""
+    """How much larger differences between neighbouring pixels are across the regions' inner borders than
+    elsewhere; 1 = no border is visible."""
     height, width = pictures.shape[-2:]
     columns = sorted({round(f * width) for box in boxes for f in (box[1], box[3])} - {0, width})
     rows = sorted({round(f * height) for box in boxes for f in (box[0], box[2])} - {0, height})
-    across, along = (pictures.diff(dim=dim).abs().mean((0, 1)) for dim in (3, 2))      # `[H, W - 1]`, `[H - 1, W]`
+    # `[H, W - 1]` and `[H - 1, W]`
+    across, along = (pictures.diff(dim=dim).abs().mean((0, 1)) for dim in (3, 2))
     at = torch.cat([across[:, [c - 1 for c in columns]].flatten(), along[[r - 1 for r in rows]].flatten()])
     return float(at.mean() / torch.cat([across.flatten(), along.flatten()]).mean()) if len(at) else 1.0
 
 
 @torch.no_grad()
 def quality(backbone: Backbone, bank: ConceptBank, judge: Judge, way: str, count: int, pictures: int) -> dict:
-    """Figures of one way with `count` regions. bleed: share of regions that show another of the wished concepts, per other concept; matrix:
-    the same, by who was meant and who is there; missing: share of wished concepts that no region shows."""
+    """Figures of one way with `count` regions.
+
+    bleed: share of regions that show another one of the requested concepts, per other concept; matrix: the
+    same by the concept that was meant and the one that is shown; missing: share of requested concepts that no
+    region shows.
+    """
     hits, missing, borders = [], [], []
     shown, meant = torch.zeros(len(NAMES), len(NAMES)), torch.zeros(len(NAMES), len(NAMES))
-    for wish in wishes(count, pictures):
-        picture = WAYS[way](backbone, bank, wish)
-        levels = torch.tensor([judge.levels[name] for name in wish.names])
-        found = seen_in(judge.scores(picture, wish.boxes, wish.names)[0], levels, way not in UNPLACED)
-        hits.append(found.hit.float().mean())
-        missing.append(found.missing.float().mean())
-        borders.append(border_gradient(picture, wish.boxes))
-        numbers = [NAMES.index(name) for name in wish.names]
-        for i, own in enumerate(numbers):
-            meant[own, numbers] += 1
-            if found.shown[i] >= 0:
-                shown[own, numbers[int(found.shown[i])]] += 1
+    for request in requests(count, pictures):
+        picture = WAYS[way](backbone, bank, request)
+        levels = torch.tensor([judge.levels[name] for name in request.names])
+        scores = judge.scores(picture, request.boxes, request.names)[0]
+        result = recognised(scores, levels, way not in UNPLACED)
+        hits.append(result.hit.float().mean())
+        missing.append(result.missing.float().mean())
+        borders.append(border_gradient(picture, request.boxes))
+        numbers = [NAMES.index(name) for name in request.names]
+        for i, number in enumerate(numbers):
+            meant[number, numbers] += 1
+            if result.shown[i] >= 0:
+                shown[number, numbers[int(result.shown[i])]] += 1
     matrix, others = shown / meant.clamp(min=1), ~torch.eye(len(NAMES), dtype=torch.bool)
     bleed = float(shown[others].sum() / meant[others].sum().clamp(min=1))
-    return {"hit_rate": float(torch.stack(hits).mean()), "bleed": bleed, "missing": float(torch.stack(missing).mean()),
-            "border": sum(borders) / len(borders), "pictures": pictures, "steps": SETTINGS.steps, "rank": RANKS[method_of(way)],
-            "photos": PHOTOS, "matrix": [[round(x, 4) for x in row] for row in matrix.tolist()]}
+    return {
+        "hit_rate": float(torch.stack(hits).mean()), "bleed": bleed,
+        "missing": float(torch.stack(missing).mean()), "border": sum(borders) / len(borders),
+        "pictures": pictures, "steps": SETTINGS.steps,
+        "rank": RANKS[method_of(way)], "photos": PHOTOS,
+        "matrix": [[round(x, 4) for x in row] for row in matrix.tolist()],
+    }

@@ -1,14 +1,18 @@
-"""Ways to have several concepts in one picture, each with the same wish: ours in a few forms, and what people do today.
+"""Ways to draw several concepts in one picture, all with the same request: ours in a few forms, and what
+people do today.
 
-`prompt`: one prompt that names all. `masked`: ComfyUI's masked conditioning, every region's prompt predicted over the whole frame and
-the noises mixed by masks, all concepts' deltas loaded at once. `hooks`: the same with each concept's deltas in its own prediction alone
-(LoRA hooks); one evaluation per region and step, as `masked`. `couple`: Attention Couple, one evaluation, every region with keys and values
-of its own prompt but the same weights, all deltas loaded at once.
+* `prompt`: one prompt that names all concepts.
+* `masked`: ComfyUI's masked conditioning. Each region's prompt is predicted over the whole frame, and masks
+  mix the noises. All concepts' deltas are loaded at once.
+* `hooks`: the same, but each concept's deltas act in its own prediction alone (LoRA hooks). Like `masked` it
+  is one evaluation per region and step.
+* `couple`: Attention Couple. One evaluation, in which each region has keys and values of its own prompt but
+  the same weights; all deltas are loaded at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,21 +28,27 @@ from ...core.model.processor import AttentionProcessor
 from ...core.model.solver import DpmSolver, denoise, guided
 from ...core.regional.noise import NoiseSettings, region_noise
 from ...core.regional.processor import Part, RegionProcessor
-from ...core.regional.regions import Region, masks_of
+from ...core.regional.regions import Box, Region, masks_of
 from ...core.sampling.found import sample_found
-from ...core.sampling.regions import sample_regions
-from ...core.sampling.sampling import encode, sample, starting_noise
+from ...core.sampling.regions import guidance_rows, sample_regions
+from ...core.sampling.sampling import encode, repeated, sample, starting_noise
 from ...core.sampling.settings import SampleSettings
 
-CROP_DENOISING = 0.7      # the embedded base knows pictures of one size alone: what is settled before it sees a larger frame stays settled
+CROP_DENOISING = 0.7      # high: the embedded base knows one size, and what crops have settled stays
 ISOLATION = 1.0
 FEATHER = 0.1
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Wish:
-    """Concepts `names`, each in its own of `boxes`, somewhere: one picture per seed, of the settings' size."""
+class Request:
+    """Pictures that every way is asked for, one per seed, of the settings' size.
+
+    Args:
+        names: The concepts.
+        boxes: Where each of them is to be.
+        place: Where the scene is, in words.
+        feather: Width of the regions' soft edges.
+    """
 
     names: tuple[str, ...]
     boxes: tuple[Box, ...]
@@ -49,8 +59,9 @@ class Wish:
 
     @property
     def regions(self) -> list[Region]:
-        texts = [f"a photo of <{name}> {self.place}" for name in self.names]
-        return [Region(text, box, feather=self.feather) for text, box in zip(texts, self.boxes, strict=True)]
+        prompts = [f"a photo of <{name}> {self.place}" for name in self.names]
+        return [Region(prompt, box, feather=self.feather)
+                for prompt, box in zip(prompts, self.boxes, strict=True)]
 
     @property
     def scene(self) -> str:
@@ -58,86 +69,96 @@ class Wish:
 
     @property
     def listed(self) -> str:
+        """One prompt that names all concepts."""
         words = [f"<{name}>" for name in self.names]
-        return f"a photo of {' and '.join([', '.join(words[:-1]), words[-1]]) if words[1:] else words[0]} {self.place}"
+        together = f"{', '.join(words[:-1])} and {words[-1]}" if words[1:] else words[0]
+        return f"a photo of {together} {self.place}"
 
 
-def ours(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    settings = replace(wish.settings, noise=NoiseSettings(crop_denoising=CROP_DENOISING), isolation=ISOLATION)
-    return sample_regions(backbone, bank, wish.scene, wish.regions, wish.seeds, settings)
+def ours(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
+    """Crop denoising, region attention and self-attention isolation."""
+    noise = NoiseSettings(crop_denoising=CROP_DENOISING)
+    settings = replace(request.settings, noise=noise, isolation=ISOLATION)
+    return sample_regions(backbone, bank, request.scene, request.regions, request.seeds, settings)
 
 
-def one_pass(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    """Ours without solo steps and isolation: region attention alone."""
-    return sample_regions(backbone, bank, wish.scene, wish.regions, wish.seeds, wish.settings)
+def one_pass(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
+    """Ours without crop denoising and isolation: region attention alone."""
+    return sample_regions(backbone, bank, request.scene, request.regions, request.seeds, request.settings)
 
 
-def feathered(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
+def feathered(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
     """Ours with soft edges."""
-    return ours(backbone, bank, replace(wish, feather=FEATHER))
+    return ours(backbone, bank, replace(request, feather=FEATHER))
 
 
-def found(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    """Ours without boxes: the prompt of `prompt`, every concept kept to where it is found."""
-    return sample_found(backbone, bank, wish.listed, wish.seeds, wish.settings)
+def found(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
+    """Ours without boxes: the prompt of `prompt`, in which each concept is kept to where it is found."""
+    return sample_found(backbone, bank, request.listed, request.seeds, request.settings)
 
 
-def prompt(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    return sample(backbone, bank, [wish.listed] * len(wish.seeds), wish.seeds, wish.settings)
+def prompt(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
+    return sample(backbone, bank, [request.listed] * len(request.seeds), request.seeds, request.settings)
 
 
-def _all_at_once(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Deltas:
-    return aggregate(backbone, bank, bank.parse(wish.listed)).deltas
+def _all_deltas(backbone: Backbone, bank: ConceptBank, request: Request) -> Deltas:
+    return aggregate(backbone, bank, bank.parse(request.listed)).deltas
 
 
-def _halves(backbone: Backbone, bank: ConceptBank, text: str, settings: SampleSettings, count: int = 1) -> tuple[Context, Context]:
-    return tuple(Context.cat([encode(backbone, bank, [words])] * count) for words in (settings.negative, text))
-
-
-def _by_masks(backbone: Backbone, bank: ConceptBank, wish: Wish, loaded: Deltas, processors: list[AttentionProcessor | None]) -> Tensor:
-    """Every region's prompt over the whole frame, noises mixed by masks."""
-    contexts = [_halves(backbone, bank, region.prompt, wish.settings, len(wish.seeds)) for region in wish.regions]
-    latents = starting_noise(backbone, wish.seeds, wish.settings.size).to(backbone.device)
-    masks = masks_of(wish.regions, *latents.shape[-2:])
+def _mixed_by_masks(backbone: Backbone, bank: ConceptBank, request: Request, folded: Deltas,
+                    processors: Sequence[AttentionProcessor | None]) -> Tensor:
+    """Each region's prompt over the whole frame, the noises mixed by masks."""
+    settings, count = request.settings, len(request.seeds)
+    negative = repeated(encode(backbone, bank, [settings.negative]), count)
+    positives = [repeated(encode(backbone, bank, [region.prompt]), count) for region in request.regions]
+    latents = starting_noise(backbone, request.seeds, settings.size).to(backbone.device)
+    masks = masks_of(request.regions, latents.shape[-2], latents.shape[-1])
 
     def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
-        each = [guided(backbone, x, t, *context, wish.settings.cfg, processor)
-                for context, processor in zip(contexts, processors, strict=True)]
-        return region_noise(torch.zeros_like(x), torch.stack(each), masks, 0.0)
+        noises = [guided(backbone, x, t, negative, positive, settings.cfg, processor)
+                  for positive, processor in zip(positives, processors, strict=True)]
+        return region_noise(torch.zeros_like(x), torch.stack(noises), masks, 0.0)
 
-    with backbone.folded(loaded):
-        return backbone.decode_latents(denoise(DpmSolver(backbone.schedule, wish.settings.steps), latents, estimate))
-
-
-@torch.no_grad()
-def masked(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    return _by_masks(backbone, bank, wish, _all_at_once(backbone, bank, wish), [None] * len(wish.names))
+    with backbone.folded(folded):
+        latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate)
+        return backbone.decode_latents(latents)
 
 
 @torch.no_grad()
-def hooks(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    deltas = [aggregate(backbone, bank, bank.parse(region.prompt)).deltas for region in wish.regions]
-    return _by_masks(backbone, bank, wish, {}, [TokenLoraProcessor({}, own) for own in deltas])
+def masked(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
+    nothing: list[AttentionProcessor | None] = [None] * len(request.names)
+    return _mixed_by_masks(backbone, bank, request, _all_deltas(backbone, bank, request), nothing)
 
 
 @torch.no_grad()
-def couple(backbone: Backbone, bank: ConceptBank, wish: Wish) -> Tensor:
-    settings, count = wish.settings, len(wish.seeds)
-    latents = starting_noise(backbone, wish.seeds, settings.size).to(backbone.device)
-    scene = _halves(backbone, bank, wish.scene, settings)
-    rows = torch.tensor([0] * count + [1] * count, device=backbone.device)
-    with backbone.folded(_all_at_once(backbone, bank, wish)):
-        parts = [Part(Context.cat(list(_halves(backbone, bank, region.prompt, settings))), {}) for region in wish.regions]
-        processor = RegionProcessor(backbone, Part(Context.cat(list(scene)), {}), wish.regions, parts, rows, tuple(latents.shape[-2:]))
-        negative, positive = (Context.cat([half] * count) for half in scene)
+def hooks(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
+    deltas = [aggregate(backbone, bank, bank.parse(region.prompt)).deltas for region in request.regions]
+    return _mixed_by_masks(backbone, bank, request, {}, [TokenLoraProcessor({}, own) for own in deltas])
+
+
+@torch.no_grad()
+def couple(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
+    settings, count = request.settings, len(request.seeds)
+    latents = starting_noise(backbone, request.seeds, settings.size).to(backbone.device)
+    rows, size = guidance_rows(backbone, count, settings.cfg), (latents.shape[-2], latents.shape[-1])
+    negative = encode(backbone, bank, [settings.negative])
+
+    def part(text: str) -> Part:
+        return Part(Context.cat([negative, encode(backbone, bank, [text])]), {})
+
+    with backbone.folded(_all_deltas(backbone, bank, request)):
+        scene, parts = part(request.scene), [part(region.prompt) for region in request.regions]
+        processor = RegionProcessor(backbone, scene, request.regions, parts, rows, size)
+        negatives, positives = (repeated(scene.context[half:half + 1], count) for half in (0, 1))
 
         def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
-            return guided(backbone, x, t, negative, positive, settings.cfg, processor)
+            return guided(backbone, x, t, negatives, positives, settings.cfg, processor)
 
-        return backbone.decode_latents(denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate))
+        latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate)
+        return backbone.decode_latents(latents)
 
 
-WAYS: dict[str, Callable[[Backbone, ConceptBank, Wish], Tensor]] = {
-    "ours": ours, "one_pass": one_pass, "feathered": feathered, "found": found, "prompt": prompt, "masked": masked, "hooks": hooks,
-    "couple": couple,
+WAYS: dict[str, Callable[[Backbone, ConceptBank, Request], Tensor]] = {
+    "ours": ours, "one_pass": one_pass, "feathered": feathered, "found": found, "prompt": prompt,
+    "masked": masked, "hooks": hooks, "couple": couple,
 }
