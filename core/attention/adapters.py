@@ -25,8 +25,7 @@ class Adapters(nn.Module):
 
     @abstractmethod
     def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
-        """What is added to the output of a projection for its input `[..., b]`: `[..., a]`, None for
-        nothing."""
+        """What a projection's output gains for the input x `[..., b]`: `[..., a]`, None for nothing."""
 
     @abstractmethod
     def stored(self, dtype: torch.dtype) -> Deltas:
@@ -54,8 +53,7 @@ class LowRankAdapters(Adapters):
             self.up[adapter_key(index, projection)] = nn.Parameter(torch.zeros(a, rank, device=device))
 
     def delta(self, key: DeltaKey) -> LowRankDelta:
-        """The delta of one projection, with gradient. Raises KeyError for a projection that is not
-        adapted."""
+        """The delta of one projection, with gradient. Raises KeyError where nothing is adapted."""
         name = adapter_key(*key)
         return LowRankDelta(self.up[name], self.down[name], self.scale)
 
@@ -78,8 +76,8 @@ class FullAdapters(Adapters):
         super().__init__()
         self.keys = keys
         shapes = {adapter_key(index, part): layout.sites[index].shape(part) for index, part in self.keys}
-        self.differences = nn.ParameterDict({name: nn.Parameter(torch.zeros(shape, device=device))
-                                             for name, shape in shapes.items()})
+        zeros = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        self.differences = nn.ParameterDict({name: nn.Parameter(zero) for name, zero in zeros.items()})
 
     def at(self, key: DeltaKey) -> Tensor:
         return self.differences[adapter_key(*key)]

@@ -33,8 +33,7 @@ from .config import MethodConfig
 
 @dataclass(frozen=True)
 class Task:
-    """What to learn, on which base and bank. words: names of the learned words; without, they follow the
-    concept's."""
+    """What to learn, on which base and bank. words: names of the learned words, empty for default ones."""
 
     name: str
     class_noun: str
@@ -120,8 +119,7 @@ class Method(ABC):
         self.config = config
 
     def use_selection(self, selection: NeuronSelection) -> None:
-        """Trains the given neurons only; called before `begin`. Raises ConceptError unless the method selects
-        neurons."""
+        """Trains these neurons only; called before `begin`. Raises ConceptError if the method has none."""
         able = [entry.name for entry in METHODS.values() if entry.method.use_selection
                 is not Method.use_selection]
         raise ConceptError(f"method '{self.name}' cannot use a neuron selection; methods that can: "
@@ -139,8 +137,7 @@ class Method(ABC):
         """The trainable deltas of the task, at their start."""
 
     def on_data(self, data: TrainingData) -> None:  # noqa: B027 - a hook: most methods need none
-        """Receives the training set once, after `begin` and before deltas are folded in. A resumed run calls
-        it too."""
+        """Receives the training set once, after `begin` and before deltas are folded in."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser, float32 whatever the base's type."""
@@ -161,8 +158,7 @@ class Method(ABC):
         return batch
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        """Named terms that are added to the denoising loss. None before the second task unless the method
-        says so."""
+        """Named terms that are added to the denoising loss; most methods have none in their first task."""
         return {}
 
     def after_step(self, step: int) -> None:  # noqa: B027 - a hook: most methods need none
@@ -191,8 +187,7 @@ class Method(ABC):
         return {"words": self.words, "adapters": self.adapters}
 
     def extra_state(self) -> Any:
-        """What a checkpoint must hold beside the modules, under `extra_key`: tensors and JSON values, or
-        None."""
+        """What a checkpoint must hold beside the modules, under `extra_key`: tensors and JSON values."""
         return None
 
     def load_extra_state(self, state: Any) -> None:  # noqa: B027 - only for methods with an extra state
@@ -205,8 +200,7 @@ class Method(ABC):
         return state | ({self.extra_key: self.extra_state()} if self.extra_key else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned. Raises KeyError or RuntimeError for a state that does not
-        fit."""
+        """Restores what `state_dict` returned. Raises KeyError or RuntimeError if it does not fit."""
         for part, module in self.parts().items():
             start = f"{part}."
             own = {name.removeprefix(start): state[name] for name in state if name.startswith(start)}

@@ -13,7 +13,8 @@ order of tasks is needed, and a step costs the same for any bank.
 
 Related work: Mix-of-Show and CIDM bind region prompts to boxes. Perfusion gates rank-one updates of k and v
 by similarity to the concept's text state and leaves to_q and to_out alone. We know of no other method that
-binds all four projections to the words in one attention call. """
+binds all four projections to the words in one attention call.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ class Bound(LowRankMethod):
         return replace(tokens, placeholder_noun=self.task.class_noun if self.config.apart else "")
 
     def processor(self) -> AttentionProcessor:
-        return TokenLoraProcessor({self.task.name: {key: self.adapters.delta(key)
-                                                    for key in self.adapters.keys}})
+        deltas = {key: self.adapters.delta(key) for key in self.adapters.keys}
+        return TokenLoraProcessor({self.task.name: deltas})
 
     @torch.no_grad()
     def finish(self) -> Outcome:

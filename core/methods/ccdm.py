@@ -12,7 +12,8 @@ and compared, and is not the paper's:
   as in CIDM's R1. A_s is held fixed in them: the denoising loss alone moves what is shared.
 - Concepts are prompt-activated, as in CIDM, with the same modes of aggregation. A prompt that names two
   concepts adds the shared part twice. The aggregation by relevance (weights softmax(cos / tau) in our
-  reading) is not built. """
+  reading) is not built.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +38,7 @@ from .low_rank import LowRankMethod
 @dataclass(frozen=True)
 class CCDMConfig(RankConfig):
     """rank, shared_rank: of the task's own and of the shared delta; slow: factor on the shared one's rate
-    after the first task; gamma_shared, gamma_specific: weights of the penalties. Rates are CIDM's, the rest
-    is ours."""
+    after the first task; gamma_shared, gamma_specific: weights of the penalties. Rates are CIDM's."""
 
     rank: int = 4
     shared_rank: int = 4

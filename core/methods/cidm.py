@@ -8,7 +8,8 @@ and attention terms only.
 Where we deviate: R1's default is the r×r reading; `orthogonality="aa"` is the printed one. W* and H default
 to closed-form alternating least squares in low-rank algebra; `shared="gradient"` is the paper's step. W* is
 bounded to rank `shared_rank`: with the paper's full-rank W* and H, R2 has a trivial zero once all old row
-spaces fit side by side. """
+spaces fit side by side.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class CIDMConfig(RankConfig):
     token_norm_stop 0.55.
 
     first_std: the code uses 0.011 to 0.020 for SD1.5; token_norm_stop: the code's absolute 0.55 is about 1.4
-    times SD1.5's usual length. """
+    times SD1.5's usual length.
+    """
 
     rank: int = setting(4, "Rank of the deltas. Paper: 4.", 1, 128)
     scale: float = setting(1.0, "Factor on the deltas; 1 = none.", 0.01, 16.0, 0.05)
@@ -51,8 +53,8 @@ class CIDMConfig(RankConfig):
     layerwise: bool = setting(
         True, "One vector per word and layer (the paper's), or one for all layers, which exports as an "
               "embedding.")
-    gamma1: float = setting(0.1, "Weight of the task-specific loss R1; 0 = off. Paper: 0.1.", 0.0, 100.0,
-                            0.01)
+    gamma1: float = setting(0.1, "Weight of the task-specific loss R1; 0 = off. Paper: 0.1.", 
+                            0.0, 100.0, 0.01)
     gamma2: float = setting(1.0, "Weight of the task-shared loss R2; 0 = off. Paper: 1.", 0.0, 100.0, 0.1)
     orthogonality: str = setting("rr", "How R1 is read: rr compares r x r products (ours), aa a x a products "
                                        "(as printed).",

@@ -2,7 +2,8 @@
 
 Symbols as in the paper: task g is being learned, i < g are old; dW_i = A_i B_i (`up`, `down`); W* is the
 common subspace of all tasks and H_i the projection of task i onto it. All functions are per projection of a
-site; callers sum over sites. """
+site; callers sum over sites.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ RIDGE = 1e-6     # relative to the mean diagonal, keeps the solves defined when 
 def orthogonality_rr(old_up: Tensor, up: Tensor) -> Tensor:
     """sum |A_i^T A_g|: r×r products of column spaces, as in the cited O-LoRA; our default reading of R1.
 
-    old_up: the A_i of all old tasks side by side `[a, sum r]`, so that no loop over concepts is needed; up: `[a, r]`.
+    old_up: the A_i of all old tasks side by side `[a, sum r]`, so that no loop over concepts is needed; up:
+    `[a, r]`.
     """
     return _Overlap.apply(old_up, up)
 
@@ -63,10 +65,13 @@ def stored_up(delta: LowRankDelta) -> Tensor:
 
 
 def weighted_rows(delta: LowRankDelta) -> Tensor:
-    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix: C = (A^T A)^(1/2) B, rotated."""
+    """C `[r, b]` with C^T C = dW^T dW, so that sums over tasks need no b×b matrix.
+
+    C = (A^T A)^(1/2) B, up to a rotation.
+    """
     up, down = delta.up.float() * delta.scale, delta.down.float()
     gram = up.T @ up
-    if not torch.isfinite(gram).all():      # a diverged run: the next loss reports it more clearly than a solver
+    if not torch.isfinite(gram).all():      # a diverged run, which the next loss reports more clearly
         return torch.zeros_like(down)
     values, vectors = torch.linalg.eigh(gram)
     return (values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T) @ down
@@ -95,8 +100,8 @@ def residual(delta_up: Tensor, delta_down: Tensor, projected: Tensor, basis: Ten
 class Gram:
     """S = sum_i dW_i^T dW_i `[b, b]` of some tasks, as its factors; smaller ranks are padded with zeros.
 
-    downs: the B_i `[g, R, b]` in their stored type, which halves the memory of many concepts; inner: the A_i^T A_i
-    `[g, R, R]`.
+    downs: the B_i `[g, R, b]` in their stored type, which halves the memory of many concepts; inner: the
+    A_i^T A_i `[g, R, R]`.
     """
 
     downs: Tensor
@@ -119,8 +124,8 @@ class Gram:
 def als_sweep(grams: Iterable[Gram], basis: Tensor) -> Tensor:
     """One alternating-least-squares sweep for W*'s row space: all H_i in closed form, then W*.
 
-    With H_i eliminated, W* = K Q S up to an s×s factor, S = sum dW_i^T dW_i. That factor does not change H_i W*, so
-    the rows are re-orthonormalised.
+    With H_i eliminated, W* = K Q S up to an s×s factor, S = sum dW_i^T dW_i. That factor does not change H_i
+    W*, so the rows are re-orthonormalised.
 
     Args:
         grams: of all tasks together.
@@ -136,7 +141,7 @@ def als_sweep(grams: Iterable[Gram], basis: Tensor) -> Tensor:
 
 
 def initial_basis(rows: Tensor, rank: int) -> Tensor:
-    """The `rank` leading right-singular directions of stacked rows. After one task W* is that task's row space."""
+    """The `rank` leading right-singular directions of stacked rows: W* after the first task."""
     _, _, right = torch.linalg.svd(rows, full_matrices=False)
     basis = right[:rank]
     if basis.shape[0] < rank:      # fewer directions than asked for: fill with orthogonal ones
@@ -150,8 +155,8 @@ class DenseCommon:
     """W* `[a, b]` and every H_i `[a, a]` as printed, with the paper's own gradient step on them (Eq. 7).
 
     The paper does not state the initialisation. Ours: H_g = I, and W* = mean of the old dW_i the first time,
-    carried over afterwards. Old H_i are solved again by ridge regression instead of stored (they are a×a each).
-    All-zero starts are avoided, because both gradients vanish there.
+    carried over afterwards. Old H_i are solved again by ridge regression instead of stored (they are a×a
+    each). All-zero starts are avoided, because both gradients vanish there.
     """
 
     common: Tensor
@@ -176,7 +181,7 @@ class DenseCommon:
 
     @torch.no_grad()
     def step(self, delta: Tensor, lr: float) -> None:
-        """Step two: W* and H_i descend R2. The printed update adds the gradients, which would ascend; we subtract."""
+        """Step two: W* and H_i descend R2. The printed update adds the gradients, which would ascend."""
         error = torch.cat([self.old, delta.unsqueeze(0)]) - self.projections @ self.common
         h_gradient = -2 * error @ self.common.T
         w_gradient = -2 * (self.projections.transpose(1, 2) @ error).sum(0)

@@ -18,7 +18,8 @@ one (`norm.<concept>`).
 The past sum is computed from the bank's concepts when a task begins. A second copy in the bank would be a
 dense matrix per projection (1.4 GB for SDXL) and would still contain deleted concepts. While a task runs, the
 sum is in memory and a step builds the a×b products of the formula; neither grows with the bank. Of several
-words, all but the first start at the class noun. """
+words, all but the first start at the class noun.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +39,7 @@ from .low_rank import KEYS_AND_VALUES, LowRankMethod
 
 @dataclass(frozen=True)
 class CLoRAConfig(RankConfig):
-    """forget: lambda. rank, lr, forget are recalled from the paper's appendix; one word and layerwise off are
-    its own."""
+    """forget: lambda. rank, lr and forget are recalled from the paper's appendix; token_lr is ours."""
 
     rank: int = 16
     scale: float = 1.0
@@ -54,8 +54,7 @@ class CLoRAConfig(RankConfig):
 
 
 def past_changes(task: Task, method: str) -> dict[DeltaKey, Tensor]:
-    """`|sum_{t'<t} A_t' B_t'|` of one method's concepts: `[a, b]` float32 per projection that any of them
-    changed."""
+    """`|sum_{t'<t} A_t' B_t'|` of one method's concepts: `[a, b]` float32 per changed projection."""
     parts: dict[DeltaKey, list[tuple[float, Delta]]] = {}
     for concept in task.earlier(method):
         for key, delta in concept.deltas.items():
@@ -64,8 +63,7 @@ def past_changes(task: Task, method: str) -> dict[DeltaKey, Tensor]:
 
 
 def forgetting(past: Mapping[DeltaKey, Tensor], product: Callable[[DeltaKey], Tensor]) -> Tensor:
-    """`sum || past (.) product ||_F^2` over projections, Eq. 3. product: key -> A_t B_t `[a, b]` with
-    gradient."""
+    """`sum || past (.) product ||_F^2` over projections, Eq. 3. product: key -> A_t B_t `[a, b]`."""
     terms = [(past[key] * product(key).float()).square().sum() for key in past]
     return sum(terms[1:], terms[0])
 
@@ -74,7 +72,8 @@ class _Forgetting(torch.autograd.Function):
     """`|| past (.) (A B) ||_F^2` of the factors.
 
     Autograd would keep a×b matrices of all projections until the backward pass. The gradients for A and B
-    have the size of the factors and are known in the forward pass. """
+    have the size of the factors and are known in the forward pass.
+    """
 
     @staticmethod
     def forward(ctx, past: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -114,8 +113,7 @@ class CLoRA(LowRankMethod):
 
     @torch.no_grad()
     def monitors(self) -> dict[str, float]:
-        """norm: ||A_t B_t||_F over all projections. Near zero in a later task, the penalty has prevented
-        learning."""
+        """norm: ||A_t B_t||_F. Near zero in a later task, the penalty has prevented learning."""
         return {"norm": float(self.norm())}
 
     @torch.no_grad()
@@ -132,5 +130,5 @@ class CLoRA(LowRankMethod):
         return norms | {f"norm.{self.task.name}": self.norm().cpu().clone()}
 
 
-register("clora", CLoRAConfig, CLoRA, "low-rank keys and values in one set of weights; what earlier tasks "
-                                      "changed is left alone")
+register("clora", CLoRAConfig, CLoRA,
+         "low-rank keys and values in one set of weights; what earlier tasks changed is left alone")

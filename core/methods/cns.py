@@ -14,7 +14,8 @@ Ours, since the paper's formulas were not available:
   the second tie would be plain weight decay. The deltas have no weight decay.
 - One vector per word and layer as in the other methods here, so that a comparison differs in the method
   alone. General neurons are found once per bank. Unknown: score, thresholds, number of prompts, coefficients,
-  learning rates, steps. """
+  learning rates, steps.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ class CNS(Method):
 
     After `begin`: gradients: sums them over the steps before the selection; general, earlier: general
     neurons, and those of earlier tasks; energy: ||M_con W||^2; drift: per weight `W_t-1 - W_0` at the
-    selected neurons `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`. """
+    selected neurons `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`.
+    """
 
     composition = SUM
     learns_alone = True      # neurons are selected by the gradients of the pictures that a process saw
@@ -215,11 +217,11 @@ class CNS(Method):
             union = torch.zeros(size, dtype=torch.bool)
             if earlier is not None and key in earlier.sizes:
                 union = earlier.mask(key)
-            self.drift[key], self.overlap[key] = total[places], union.flatten().to(places.device)[places].float()
+            self.drift[key] = total[places]
+            self.overlap[key] = union.flatten().to(places.device)[places].float()
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        """The two ties of L_reg, from the second task on, over the selected neurons alone, whatever the
-        bank's size."""
+        """The two ties of L_reg over the selected neurons, from the second task on."""
         c = self.config
         terms: dict[str, Tensor] = {}
         if self.earlier is None or not self.is_chosen:

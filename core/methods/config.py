@@ -17,7 +17,8 @@ class MethodConfig:
 
     lr, token_lr: learning rates of deltas and words; layerwise: one vector per word and layer copy, else one
     per word; first_std: spread of the first word's start, 0 = that of the vocabulary; stored: type of the
-    bank's tensors. limits: allowed values of a method's own fields. """
+    bank's tensors. limits: allowed values of a method's own fields.
+    """
 
     lr: float
     token_lr: float

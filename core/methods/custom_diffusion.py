@@ -46,9 +46,8 @@ from .fusion import Rows, fit, fused_outcome, text_rows
 _THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "boat", "chair", "teacup", "clock", "guitar", "tree",
            "flower", "mountain", "castle", "robot", "child", "woman", "backpack", "toy duck", "teddy bear",
            "train", "house", "bowl of fruit", "city street")
-_SCENES = ("a photo of a {}", "a painting of a {}", "a {} on a beach", "a {} in the snow", "a drawing of a "
-                                                                                           "{}",
-           "a {} at night", "a {} in a room", "a small red {} in a meadow")
+_SCENES = ("a photo of a {}", "a painting of a {}", "a {} on a beach", "a {} in the snow",
+           "a drawing of a {}", "a {} at night", "a {} in a room", "a small red {} in a meadow")
 # 200 as in the code; ours
 CAPTIONS = tuple(scene.format(thing) for thing in _THINGS for scene in _SCENES)
 CONSTRAINT_RIDGE = 1e-8      # relative; target words of two prompts may nearly agree
@@ -56,9 +55,8 @@ CONSTRAINT_RIDGE = 1e-8      # relative; target words of two prompts may nearly 
 
 @dataclass(frozen=True)
 class CustomDiffusionConfig(MethodConfig):
-    """kept: share of the sum of singular values that a record keeps, 1 = the exact difference, 0.6 the
-    paper's compression; train_noun: whether the words after the first, which start as the class noun, train
-    too."""
+    """kept: share of the sum of singular values that a record keeps, 1 = the exact difference, paper 0.6;
+    train_noun: whether the words after the first, which start as the class noun, are trained."""
 
     lr: float = 8e-5
     token_lr: float = 8e-5
@@ -73,8 +71,7 @@ class CustomDiffusionConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class CustomDiffusionMergeConfig(MethodConfig):
-    """ridge: added to C_reg^T C_reg, relative to its mean diagonal; train_noun as in
-    CustomDiffusionConfig."""
+    """ridge: added to C_reg^T C_reg, relative to its mean diagonal; train_noun: see CustomDiffusionConfig."""
 
     lr: float = 8e-5
     token_lr: float = 8e-5
@@ -122,8 +119,7 @@ class CustomDiffusion(FullMethod):
 
 
 class CustomDiffusionMerge(FullMethod):
-    """Each task on the base alone, merged in closed form. captions: regularise the merge; may be set before
-    `begin`."""
+    """Each task on the base alone, merged in closed form. captions: of C_reg; may be set before `begin`."""
 
     builds_on_sum = False
     captions: tuple[str, ...] = CAPTIONS

@@ -11,7 +11,8 @@ an unnormalised Fisher, which does not carry over to factors and a Fisher of mea
 
 Ours: F_t comes from the gradients that training computes anyway, per sample, over about the last
 `fisher_window` steps. It is an exponential mean, so that a run may end at any step. lambda and decay are ours
-too. """
+too.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +71,7 @@ def squared_gradients(gradient: Tensor, x: Tensor, up: Tensor, down: Tensor,
 
 
 class WatchedProcessor(ContinuedProcessor):
-    """Calls `note` with the gradient that returns to the output of an adapted projection, and with its
-    input."""
+    """Calls `note` with the input of every adapted projection and the gradient of its output."""
 
     def __init__(self, adapters: LowRankAdapters, start: dict[DeltaKey, LowRankDelta],
                  note: Callable[[DeltaKey, Tensor, Tensor], None]) -> None:
@@ -98,8 +98,8 @@ class EWC(Finetune):
         self.pending: dict[str, Tensor] = {}      # factor -> those of the step under way
         state, factors = task.bank.shared.get(self.name, {}), self._factors()
         saved = {name: state[_FISHER + name] for name in factors if _FISHER + name in state}
-        fits = self.start and all(name in saved and saved[name].shape == p.shape for name,
-                                  p in factors.items())
+        shapes = {name: p.shape for name, p in factors.items()}
+        fits = self.start and {name: fisher.shape for name, fisher in saved.items()} == shapes
         device = task.backbone.device
         self.fisher = {name: saved[name].to(device, torch.float32) for name in factors} if fits else {}
         self.anchor = {name: p.detach().clone() for name, p in factors.items()} if fits else {}
@@ -159,5 +159,5 @@ class EWC(Finetune):
         self.mean = {name: squares.to(device, copy=True) for name, squares in state["mean"].items()}
 
 
-register("ewc", EWCConfig, EWC, "sequential finetuning, each factor held the more the old concepts' loss "
-                                "depends on it")
+register("ewc", EWCConfig, EWC,
+         "sequential finetuning, each factor held the more the old concepts' loss depends on it")

@@ -3,7 +3,8 @@
 The CIDM paper compares with "Finetuning" without saying which weights move. Our reading has CIDM's capacity
 (tokens, and q, k, v, out of every site at one rank) and nothing against forgetting. The record of task t is
 what it added: the new product minus the old one, exact at rank 2r. Composition is the sum of all tasks'
-deltas. """
+deltas.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +29,7 @@ class FinetuneConfig(LowRankConfig):
 
 
 class ContinuedProcessor(AdapterProcessor):
-    """The old sum is folded into the weights, so what is added is the difference to where training
-    started."""
+    """Adds the difference to where training started, since the old sum is folded into the weights."""
 
     def __init__(self, adapters: LowRankAdapters, start: dict[DeltaKey, LowRankDelta]) -> None:
         super().__init__(adapters)
@@ -76,5 +76,5 @@ class Finetune(LowRankMethod):
                 for factor, tensor in zip(("up", "down"), self.adapters.delta(key).tensors(), strict=True)}
 
 
-register("finetune", FinetuneConfig, Finetune, "sequential finetuning of one low-rank adapter; the baseline "
-                                               "that forgets")
+register("finetune", FinetuneConfig, Finetune,
+         "sequential finetuning of one low-rank adapter; the baseline that forgets")

@@ -1,8 +1,8 @@
 """Fusion of concepts into one set of weights that does on each concept's inputs what its own deltas do.
 
-Custom Diffusion's merge and Mix-of-Show's gradient fusion share this. Per projection, concept i is described by
-rows: inputs X_i `[s, b]` and targets T_i = X_i dW_i^T `[s, a]`. The fused weight is W_0 + D; W_0 is on both sides
-and cancels. Fusion runs after a task, never inside a training step.
+Custom Diffusion's merge and Mix-of-Show's gradient fusion share this. Per projection, concept i is described
+by rows: inputs X_i `[s, b]` and targets T_i = X_i dW_i^T `[s, a]`. The fused weight is W_0 + D; W_0 is on
+both sides and cancels. Fusion runs after a task, never inside a training step.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ def mark(tokens: TokenGroup, record: Mapping[DeltaKey, LowRankDelta]) -> str:
 @torch.no_grad()
 def text_rows(backbone: Backbone, tokens: TokenGroup, name: str,
               prompts: Sequence[str] = CONCEPT_PROMPTS) -> list[Tensor]:
-    """Text features of a concept's words and of the end token after them, in every prompt: per site `[s, b]`."""
+    """Text features of a concept's words and the end token after them, in every prompt: per site `[s, b]`."""
     vocabulary = Vocabulary([ConceptInfo(name, "", "", tokens.words)])
     parsed = vocabulary.parse_all([prompt.format(f"<{name}>") for prompt in prompts])
     context = encode_prompts(backbone, parsed, {name: tokens})
     places = [[*row[name], row[name][-1] + 1] for row in context.words]
     features = (context.at(site).float().cpu() for site in backbone.layout.sites)
-    return [torch.cat([row[chosen] for row, chosen in zip(hidden, places, strict=True)]) for hidden in features]
+    return [torch.cat([row[chosen] for row, chosen in zip(hidden, places, strict=True)])
+            for hidden in features]
 
 
 def fit(rows: Rows, ridge: float, metric: Tensor | None = None) -> LowRankDelta:
@@ -74,8 +75,8 @@ def fit(rows: Rows, ridge: float, metric: Tensor | None = None) -> LowRankDelta:
     Args:
         rows: X `[s, b]` and T `[s, a]`.
         ridge: rho relative to the mean diagonal of X P X^T.
-        metric: P `[b, b]` positive definite, float64; D is smallest in ||D P^-1/2||. None = identity, with which D
-            minimises ||X D^T - T||^2 + rho ||D||^2.
+        metric: P `[b, b]` positive definite, float64; D is smallest in ||D P^-1/2||. None = identity, with
+            which D minimises ||X D^T - T||^2 + rho ||D||^2.
 
     Returns:
         D `[a, b]` of rank min(s, b), in float32, solved in double precision.
@@ -94,7 +95,7 @@ def fit(rows: Rows, ridge: float, metric: Tensor | None = None) -> LowRankDelta:
 
 def fused_record(fused: Mapping[DeltaKey, LowRankDelta], earlier: Records,
                  dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
-    """The record of a task: fused deltas minus all earlier records, so that all records add up to the fused deltas."""
+    """The record of a task: fused deltas minus all earlier records, so that the records add up to them."""
     added, floors = {}, {}
     for key, delta in fused.items():
         old = [record[key].to("cpu", torch.float32) for record in earlier.values() if key in record]
@@ -109,7 +110,7 @@ def fused_record(fused: Mapping[DeltaKey, LowRankDelta], earlier: Records,
 
 
 def pack_rows(rows: Mapping[DeltaKey, Rows], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Packs rows of several projections, equally many in each, side by side into two tensors of shared state."""
+    """Packs rows of several projections, equally many in each, into two tensors of shared state."""
     packed = {"inputs": stored(torch.cat([r.inputs for r in rows.values()], dim=1), dtype),
               "targets": stored(torch.cat([r.targets for r in rows.values()], dim=1), dtype)}
     if not all(torch.isfinite(tensor).all() for tensor in packed.values()):
@@ -130,7 +131,7 @@ def unpack_rows(packed: Mapping[str, Tensor], keys: Iterable[DeltaKey],
 
 
 def fused_concepts(bank: ConceptBank, method: str) -> Records:
-    """The method's concepts that its shared state describes. Others (of a merged bank) cannot be fused and stay."""
+    """The method's concepts that its shared state describes; others (of a merged bank) cannot be fused."""
     described = {name.split(".")[0] for name in bank.shared.get(method, {})}
     concepts = [bank[name] for name, info in bank.infos.items() if info.method == method]
     return {owner: deltas for concept in concepts

@@ -11,9 +11,9 @@ Ours, since no code was available:
 - Low-rank keys and values on top of all earlier tasks are trained, and the concept's words. A bank holds
   deltas; full keys and values would cost 19 million values per concept on SD1.5. Rank 8 on two projections
   has as many weights as CIDM's rank 4 on four.
-- Features are those of `neurons.recording.unet_features`, in place of CLIP image features, which a base model does
-  not include. `L2DM.features` takes another extractor. Candidates for a stored feature are the pictures of
-  its own prompt.
+- Features are those of `neurons.recording.unet_features`, in place of CLIP image features, which a base model
+  does not include. `L2DM.features` takes another extractor. Candidates for a stored feature are the pictures
+  of its own prompt.
 - Every batch replays `replay` pictures, each old task with equal probability, so that a step's cost does not
   grow with the bank. The term is weighted by the number of old tasks, which in expectation makes it the sum
   of Eq. 4.
@@ -23,7 +23,8 @@ Ours, since no code was available:
 
 Unknown: alpha, beta, mu, eta, how pictures are generated, learning rates, steps, rank. The short-term memory
 is made anew per task, before anything is folded into the weights. A resumed run makes it again and then takes
-its checkpoint's. """
+its checkpoint's.
+"""
 
 from __future__ import annotations
 
@@ -133,8 +134,7 @@ class L2DM(LowRankMethod):
 
     @torch.no_grad()
     def _generated(self, size: tuple[int, int], device: torch.device) -> ShortTerm:
-        """The short-term memory by Eq. 5, from pictures of the current model with all concepts of the
-        bank."""
+        """The short-term memory by Eq. 5, from pictures of the current model with the whole bank."""
         c, backbone, count = self.config, self.task.backbone, len(self.old.owners)
         multiple = backbone.picture_multiple
         settings = SampleSettings(steps=c.generation_steps, cfg=c.cfg,
@@ -157,15 +157,16 @@ class L2DM(LowRankMethod):
         """Appends replayed rows and weights them by Eq. 4.
 
         The trainer's mean over all rows becomes the mean over the given ones, plus alpha times the sum over
-        old tasks of their expected loss. """
+        old tasks of their expected loss.
+        """
         c = self.config
         batch = replace(batch, weights=torch.where(batch.is_prior, c.beta * batch.weights, batch.weights))
         if self.short is None or not (c.alpha or c.mu):
             return batch
         # Seeded by the step, not drawn from one running generator, so that an interrupted step is drawn again
         # alike.
-        generator = torch.Generator().manual_seed((self.seed + 7919 * self.steps + 104729 * self.draws)
-                                                  % 2**63)
+        seed = (self.seed + 7919 * self.steps + 104729 * self.draws) % 2**63
+        generator = torch.Generator().manual_seed(seed)
         self.draws += 1
         rows, given = self.short.draw(c.replay, generator), len(batch.prompts)
         latents = self.short.latents[rows.to(self.short.latents.device)].to(batch.latents)
@@ -186,7 +187,8 @@ class L2DM(LowRankMethod):
         rows.
 
         The previous model is what is folded into the weights, without this task's deltas. Replayed prompts
-        have old words only. """
+        have old words only.
+        """
         if self.config.mu == 0 or self.joined is None or seen.batch is not self.joined[0]:
             return {}
         rows = slice(self.joined[1], None)

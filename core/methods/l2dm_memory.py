@@ -1,4 +1,4 @@
-"""The memories of L2DM (Sun et al., arXiv 2309.04430, Alg. 1), and the selection of generated pictures (Eq. 5)."""
+"""The memories of L2DM (Sun et al., arXiv 2309.04430, Alg. 1), and how pictures are selected (Eq. 5)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def rainbow_scores(generated: Tensor, own: Tensor, real: Tensor, closeness: floa
         closeness: the paper's beta.
 
     Returns:
-        `[n, eta]`: the mean of 1 - cos over all generated pictures, itself included as printed, plus closeness
-        times the cosine with the real picture.
+        `[n, eta]`: the mean of 1 - cos over all generated pictures, itself included as printed, plus
+        closeness times the cosine with the real picture.
     """
     unit, target = F.normalize(generated, dim=-1), F.normalize(real, dim=-1)
     different = 1 - unit @ unit.mean(0)
@@ -39,8 +39,8 @@ def rainbow_scores(generated: Tensor, own: Tensor, real: Tensor, closeness: floa
 
 @dataclass(frozen=True)
 class LongTerm:
-    """The long-term memory. features: `[n, F]`; owners: a digest of the words of each row's concept, which renaming
-    does not change; prompts: of each row, with `<>` for the owner's placeholder."""
+    """The long-term memory. features: `[n, F]`; owners: a digest of the words of each row's concept, which
+    renaming does not change; prompts: of each row, with `<>` for the owner's placeholder."""
 
     features: Tensor
     owners: tuple[str, ...] = ()
@@ -52,14 +52,15 @@ class LongTerm:
 
     @classmethod
     def read(cls, state: Mapping[str, Tensor]) -> LongTerm:
-        """Inverse of `tensors`; an empty state is an empty memory. Raises ConceptError for any other state."""
+        """Inverse of `tensors`; an empty state is an empty memory. Raises ConceptError for any other."""
         if not state:
             return cls(torch.zeros(0, 0))
         try:
             owners, prompts = json.loads(bytes(state[_NOTES].tolist()))
             is_text = all(isinstance(text, str) for text in (*owners, *prompts))
             if not is_text or not len(owners) == len(prompts) == len(state[_FEATURES]):
-                raise ValueError(f"{len(owners)} owners, {len(prompts)} prompts, {len(state[_FEATURES])} features")
+                count = len(state[_FEATURES])
+                raise ValueError(f"{len(owners)} owners, {len(prompts)} prompts, {count} features")
             return cls(state[_FEATURES], tuple(owners), tuple(prompts))
         except (KeyError, ValueError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -84,7 +85,7 @@ def words_digest(tokens: TokenGroup) -> str:
 
 @dataclass(frozen=True)
 class ShortTerm:
-    """The short-term memory: latents `[n, C, h, w]`, prompts and old task numbers `[n]` of generated pictures."""
+    """The short-term memory: latents `[n, C, h, w]`, prompts and task numbers `[n]` of generated pictures."""
 
     latents: Tensor
     prompts: tuple[str, ...]
@@ -95,6 +96,6 @@ class ShortTerm:
         return len(self.tasks.unique())
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draws row numbers `[count]` with replacement: each old task is equally likely, then each of its pictures."""
+        """Draws row numbers `[count]`: each old task is equally likely, then each of its pictures."""
         chances = 1.0 / self.tasks.bincount()[self.tasks].float()
         return torch.multinomial(chances, count, replacement=True, generator=generator)

@@ -8,7 +8,8 @@ one UNet evaluation per concept.
 
 CIDM's ablation lists LoRA-M as its own baseline. We therefore learn what CIDM learns, without its losses:
 layer-wise tokens, and rank-4 deltas of q, k, v, out at every site, at CIDM's rates. Ours: the attention
-regulariser of the released code is left out, as in the other baselines here. """
+regulariser of the released code is left out, as in the other baselines here.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +33,12 @@ class LoraM(LowRankMethod):
 
 
 class LoraC(LoraM):
-    """The mean prediction of all concepts' models. Where weights are asked for, the mean of the deltas
-    replaces it."""
+    """The mean prediction of all concepts' models; where weights are needed, the mean of the deltas."""
 
     composition = Composition(Kind.AVERAGE, merged=None)
 
 
-register("lora_m", LoraMergeConfig, LoraM, "each concept learned alone, the deltas of all merged equally "
-                                           "into one set of weights")
-register("lora_c", LoraMergeConfig, LoraC, "each concept learned alone, the noise predictions of all "
-                                           "concepts' models averaged")
+register("lora_m", LoraMergeConfig, LoraM,
+         "each concept learned alone, the deltas of all merged equally into one set of weights")
+register("lora_c", LoraMergeConfig, LoraC,
+         "each concept learned alone, the noise predictions of all concepts' models averaged")

@@ -32,14 +32,12 @@ class LowRankConfig(RankConfig):
 
 
 class LowRankMethod(Method):
-    """Trains words and low-rank deltas of `projections` at every site. A method overrides the hooks that
-    differ."""
+    """Trains words and low-rank deltas of `projections` at every site."""
 
     projections: ClassVar[Sequence[str]] = PROJECTIONS
     config: RankConfig
     adapters: LowRankAdapters
 
     def make_adapters(self) -> LowRankAdapters:
-        c, backbone = self.config, self.task.backbone
-        return LowRankAdapters(backbone.layout, c.rank, c.scale, self.task.generator, backbone.device,
-                               self.projections)
+        c, backbone, generator = self.config, self.task.backbone, self.task.generator
+        return LowRankAdapters(backbone.layout, c.rank, c.scale, generator, backbone.device, self.projections)

@@ -12,7 +12,8 @@ cannot serve, because the prediction for the new concept has to change.
 
 The old model is the base with the old sum folded in, where training starts: the teacher is a forward pass
 without the adapters and needs no copy. After the first task, a step costs one forward pass of the base, and
-forward and backward for twice the pictures. What is trained and recorded is that of `finetune`. """
+forward and backward for twice the pictures. What is trained and recorded is that of `finetune`.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +32,7 @@ from .finetune import Finetune, FinetuneConfig
 
 @dataclass(frozen=True)
 class LwFConfig(FinetuneConfig):
-    """distil: weight of the distillation. 1 is the paper's for classification; for pictures it is
-    untested."""
+    """distil: weight of the distillation; 1 is the paper's for classification, untested for pictures."""
 
     distil: float = 1.0
 
@@ -58,7 +58,8 @@ class LwF(Finetune):
 
         These rows have weight 0 in the denoising loss, and the weights of the others grow so that its mean
         stays the same. They are marked as prior pictures, so that the attention regulariser and the like
-        leave them out. """
+        leave them out.
+        """
         own = (~batch.is_prior).nonzero().squeeze(1)
         if not self.requests or not len(own):
             return batch
@@ -72,8 +73,7 @@ class LwF(Finetune):
         return self.extended
 
     def _next_request(self, prompt: str) -> str:
-        """The caption with the next old request; the step decides where the turn starts, so resumed runs
-        agree."""
+        """The caption with the next old request. The step decides where the turn starts, for resumed runs."""
         request = self.requests[(self.steps + self.asked) % len(self.requests)]
         self.asked += 1
         for word in (self.task.name, *self.task.word_names):
@@ -107,5 +107,5 @@ class LwF(Finetune):
         self.steps, self.asked = int(state["steps"]), 0
 
 
-register("lwf", LwFConfig, LwF, "sequential finetuning that keeps, on the new pictures, the old model's "
-                                "answers to old wishes")
+register("lwf", LwFConfig, LwF,
+         "sequential finetuning that keeps, on the new pictures, the old model's answers to old wishes")

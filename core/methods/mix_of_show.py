@@ -19,7 +19,8 @@ fuses anew.
 
 Shared state per concept: what its layers read and what its own deltas make of that. This takes rows × 50,000
 numbers for q and out of SD1.5 (6 MB in float16 with 64 rows) and 1 MB for its text. Fusion runs once, after a
-task; no training step depends on old concepts. """
+task; no training step depends on old concepts.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +91,7 @@ class MixOfShow(LowRankMethod):
                              lambda rows: fit(rows, self.config.ridge), dtype)
 
     def _own_rows(self, words: TokenGroup, dtype: torch.dtype) -> dict[str, dict[DeltaKey, Rows]]:
-        """X_i and dW_i X_i of this concept in two groups. Before the first batch there is no "picture"
-        group."""
+        """X_i and dW_i X_i of this concept, in two groups; without a batch there is no "picture" group."""
         backbone, name, deltas = self.task.backbone, self.task.name, self.adapters.stored(dtype)
         text = text_rows(backbone, words, name)
         rows = {"text": {key: Rows.of(text[key[0]], delta) for key,
@@ -114,5 +114,5 @@ class MixOfShow(LowRankMethod):
         self.size = height, width
 
 
-register("mix_of_show", MixOfShowConfig, MixOfShow, "each concept learned alone, fused by least squares over "
-                                                    "what its layers read")
+register("mix_of_show", MixOfShowConfig, MixOfShow,
+         "each concept learned alone, fused by least squares over what its layers read")

@@ -43,8 +43,7 @@ TAKEN = 1e-2            # share of a column's energy in a concept's row space fr
 
 @dataclass(frozen=True)
 class OrthogonalAdaptationConfig(RankConfig):
-    """columns: which columns of O a concept gets ("random" is the paper's); rank: how many, at most the
-    narrowest input."""
+    """columns: which columns of O a concept gets ("random" is the paper's); rank: how many."""
 
     rank: int = 20
     columns: str = "disjoint"
@@ -58,8 +57,7 @@ class OrthogonalAdaptationConfig(RankConfig):
 
 
 def orthogonal_matrix(width: int) -> Tensor:
-    """O `[width, width]` float32: QR of a seeded Gaussian, R's diagonal positive. Equal on every machine up
-    to rounding."""
+    """O `[width, width]` float32, equal on every machine up to rounding."""
     gaussian = torch.randn(width, width, generator=torch.Generator().manual_seed(SEED + width),
                            dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
@@ -89,8 +87,8 @@ class OrthogonalAdaptation(LowRankMethod):
     def begin(self, task: Task) -> None:
         layout = task.backbone.layout
         narrowest = min(min(site.width, site.context_width) for site in layout.sites)
-        require(self.config.rank <= narrowest, "rank", self.config.rank, f"1 to {narrowest}, this base's "
-                                                                         "narrowest input")
+        require(self.config.rank <= narrowest, "rank", self.config.rank, 
+                f"1 to {narrowest}, this base's narrowest input")
         super().begin(task)
         self.adapters.down.requires_grad_(False)
         seed = task.draw_seed() ^ zlib.crc32(task.name.encode())

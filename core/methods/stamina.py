@@ -14,7 +14,8 @@ The words' MLP has one hidden layer (tanh) and starts at a random word. All numb
 are ours. Unknown: all of these, and the penalty's weight.
 
 The record is sparse: the kept entries of the product. A step builds a×b matrices for product, mask and noise,
-as the formula requires. """
+as the formula requires.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +61,7 @@ class StaminaConfig(CLoRAConfig):
 
 
 class GeneratedWords(Words):
-    """Token vectors that an MLP generates from one fixed random input. They start at the vectors of
-    `start`."""
+    """Token vectors that an MLP generates from one fixed random input; they begin at `start`."""
 
     def __init__(self, start: TokenGroup, task: Task, hidden: int) -> None:
         super().__init__()
@@ -158,8 +158,7 @@ class Stamina(CLoRA):
         return batch
 
     def product(self, key: DeltaKey) -> Tensor:
-        """`(A_t B_t) (.) M_t` `[a, b]` with gradient. Step and batch decide the noise, however often it is
-        asked for."""
+        """`(A_t B_t) (.) M_t` `[a, b]` with gradient. The noise depends on step and batch alone."""
         logits = self.masks.logits(key)
         place = f"{self.seed} {self.steps} {self.batches} {self.numbers[key]}"
         # 32 bits of a seed count
@@ -213,5 +212,5 @@ class Stamina(CLoRA):
         self.steps, self.batches = int(state["steps"]), 0
 
 
-register("stamina", StaminaConfig, Stamina, "C-LoRA with learned hard masks: each task changes few entries "
-                                            "of the keys and values")
+register("stamina", StaminaConfig, Stamina,
+         "C-LoRA with learned hard masks: each task changes few entries of the keys and values")

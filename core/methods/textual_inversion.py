@@ -10,7 +10,8 @@ towards the class word, per-picture words.
 Ours: a task may name several words, as other methods here have two; name one for the paper's form. They start
 at the class noun's last words. `start="random"` draws the first word as CIDM does. Layer-wise vectors, off as
 in the paper, make it extended textual inversion (P+). Only words are learned, so nothing learned earlier can
-be forgotten. """
+be forgotten.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class TextualInversionConfig(MethodConfig):
     """start: where the first word begins, at the class noun or at random; first_std: its spread when random.
 
     lr is not used, since no weight is trained. It is accepted so that one set of settings can serve several
-    methods. """
+    methods.
+    """
 
     token_lr: float = 5e-3
     lr: float = 0.0
@@ -81,5 +83,5 @@ class TextualInversion(Method):
         return super().parameter_groups()[:1]
 
 
-register("textual_inversion", TextualInversionConfig, TextualInversion, "learned words alone, no weight "
-                                                                        "changes; forgets nothing")
+register("textual_inversion", TextualInversionConfig, TextualInversion,
+         "learned words alone, no weight changes; forgets nothing")

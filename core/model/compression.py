@@ -36,8 +36,8 @@ def compressed(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype, kept
     Args:
         deltas: in any rank.
         dtype: of the result, whose two factors are balanced.
-        kept: share of the sum of singular values that must remain. 1 = all that `dtype` can tell from rounding,
-            relative to the largest one, or to the delta's floor if that is larger.
+        kept: share of the sum of singular values that must remain. 1 = all that `dtype` can tell from
+            rounding, relative to the largest one, or to the delta's floor if that is larger.
         floors: size of the numbers whose rounding a delta carries.
     """
     spectra, needed = {key: svd(delta) for key, delta in deltas.items()}, dict.fromkeys(PROJECTIONS, 1)
@@ -47,4 +47,5 @@ def compressed(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype, kept
         if kept < 1 and s.sum() > 0:
             rank = min(rank, 1 + int((s.cumsum(0) / s.sum() < kept).sum()))
         needed[key[1]] = max(needed[key[1]], rank)
-    return stored_deltas({key: _truncated(factors, needed[key[1]]) for key, factors in spectra.items()}, dtype)
+    smallest = {key: _truncated(factors, needed[key[1]]) for key, factors in spectra.items()}
+    return stored_deltas(smallest, dtype)

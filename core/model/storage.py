@@ -1,5 +1,4 @@
-"""Number types of a bank's tensors: detached copies on the CPU, in float16 unless a value is too large for
-it."""
+"""Number types of a bank's tensors: float32 where a value is too large for float16."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Neurons: which entries of the key and value weights a concept may change, and the rules that select them by
+"""Neurons: which entries of the key and value weights a concept may change, and how they are selected by
 score.
 
 Source: Concept Neuron Selection, CNS (Liao et al., ICCV 2025, arXiv 2510.02296). From its project page and
-abstract: base neurons answer strongly to the concept, general neurons to many unrelated prompts; concept
-neurons are base minus general, `M_con = M_base AND NOT M_gen`, in the weights W_k and W_v of cross-attention,
-about 0.13 % of the parameters. The paper's thresholds, and whether its neuron is an entry or a row, were not
-available to us: shares, quorum and unit are our reading. Scores are in `neuron_scores`. """
+abstract: base neurons respond strongly to the concept, general neurons to many unrelated prompts. Concept
+neurons are base minus general, `M_con = M_base AND NOT M_gen`, in W_k and W_v of cross-attention, about 0.13
+% of the parameters. The paper's thresholds, and whether its neuron is an entry or a row, were not available:
+shares, quorum and unit are our reading. neurons.scores has the scores.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from ..model.sites import PROJECTIONS, SiteLayout
 
 Scores = Mapping[DeltaKey, Tensor]      # importance of every entry of a weight, `[a, b]` float32, 0 or more
 UNITS = ("weight", "row")
+Size = tuple[int, int]
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
@@ -48,7 +50,7 @@ class NeuronSelection:
     def of_masks(cls, masks: Mapping[DeltaKey, Tensor]) -> NeuronSelection:
         """From bool masks `[a, b]`, True where selected."""
         return cls({key: mask.flatten().nonzero().squeeze(1) for key, mask in masks.items()},
-                   {k: tuple(m.shape) for k, m in masks.items()})
+                   {k: size_of(m) for k, m in masks.items()})
 
     @classmethod
     def of_rows(cls, rows: Mapping[DeltaKey, Tensor], layout: SiteLayout) -> NeuronSelection:
@@ -60,8 +62,7 @@ class NeuronSelection:
         return sum(found.numel() for found in self.indices.values())
 
     def share(self, parameters: int = 0) -> float:
-        """Selected entries over `parameters` (of a whole UNet, say); 0 = over all entries of the weights that
-        the selection covers."""
+        """Selected entries divided by `parameters`; 0 = by the entries of the weights in the selection."""
         return len(self) / max(1, parameters or sum(a * b for a, b in self.sizes.values()))
 
     def mask(self, key: DeltaKey) -> Tensor:
@@ -76,7 +77,7 @@ class NeuronSelection:
         return self._combined(other, {*self.sizes, *other.sizes}, torch.logical_or)
 
     def __sub__(self, other: NeuronSelection) -> NeuronSelection:
-        """What is in this one alone: `self AND NOT other`."""
+        """Difference: `self AND NOT other`."""
         return self._combined(other, set(self.sizes), lambda mine, theirs: mine & ~theirs)
 
     def __and__(self, other: NeuronSelection) -> NeuronSelection:
@@ -106,8 +107,7 @@ class NeuronSelection:
                                    f"{'x'.join(map(str, layout.sites[index].shape(projection)))}")
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """One bit per entry, however many are selected: `3-to_k` -> uint8 `[ceil(a b / 8)]`, lowest bit
-        first."""
+        """One bit per entry: `3-to_k` -> uint8 `[ceil(a b / 8)]`, lowest bit first."""
         packed = {}
         for index, projection in self.indices:
             flat = self.mask((index, projection)).flatten()
@@ -117,8 +117,7 @@ class NeuronSelection:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], layout: SiteLayout) -> NeuronSelection:
-        """Reads what `to_tensors` wrote; raises ConceptError for names and sizes that the layout does not
-        have."""
+        """Inverse of `to_tensors`. Raises ConceptError for names and sizes that the layout lacks."""
         masks = {}
         for name, packed in tensors.items():
             index, _, projection = name.partition("-")
@@ -134,8 +133,13 @@ class NeuronSelection:
         return cls.of_masks(masks)
 
 
-def unit_count(size: tuple[int, int], share: float, unit: str = "weight") -> int:
-    """How many units (single entries, or rows) a share of an (a, b) weight is: at least one."""
+def size_of(scores: Tensor) -> Size:
+    a, b = scores.shape
+    return a, b
+
+
+def unit_count(size: Size, share: float, unit: str = "weight") -> int:
+    """How many units (single entries, or rows) a share of an (a, b) weight comprises, at least one."""
     if unit not in UNITS or not 0 < share <= 1:
         raise ConceptError(f"unit and share of neurons are {unit!r} and {share}; allowed: "
                            f"{' or '.join(UNITS)}, above 0 to 1")
@@ -147,63 +151,67 @@ def _units(scores: Tensor, unit: str) -> Tensor:
 
 
 def _entries(units: Tensor, width: int, unit: str) -> Tensor:
-    return units if unit == "weight" else (units.unsqueeze(1) * width
-                                           + torch.arange(width, device=units.device)).flatten()
+    if unit == "weight":
+        return units
+    return (units.unsqueeze(1) * width + torch.arange(width, device=units.device)).flatten()
 
 
 def _top(scores: Tensor, share: float, unit: str) -> Tensor:
-    """Units of the highest score; among equals the first."""
-    return _units(scores, unit).sort(descending=True,
-                                     stable=True).indices[:unit_count(tuple(scores.shape), share, unit)]
+    """Units of the highest score; the first among equals."""
+    order = _units(scores, unit).sort(descending=True, stable=True).indices
+    return order[:unit_count(size_of(scores), share, unit)]
 
 
 def base_neurons(scores: Scores, share: float = 0.1, unit: str = "weight") -> NeuronSelection:
-    """M_base: in every weight the top `share` by score. unit: "weight" (single entries) or "row" (whole
-    neurons, by their sum)."""
+    """M_base: in every weight the top `share` by score. unit: "weight" (entries) or "row" (by their sum)."""
     return NeuronSelection({k: _entries(_top(s, share, unit), s.shape[1], unit) for k, s in scores.items()},
-                           {k: tuple(s.shape) for k, s in scores.items()})
+                           {k: size_of(s) for k, s in scores.items()})
 
 
 def concept_neurons(scores: Scores, general: NeuronSelection | None, share: float = 0.058,
                     unit: str = "weight") -> NeuronSelection:
-    """M_con = M_base AND NOT M_gen, in every weight with M_base just large enough that `share` of the weight
-    remains.
+    """M_con = M_base AND NOT M_gen, with M_base just large enough that `share` of every weight remains.
 
-    The default is 5.8 % of W_k and W_v, which is the paper's 0.13 % of Stable Diffusion 1.5's UNet. Rows with
-    a general entry are out. """
-    found = {}
+    Args:
+        scores: of every entry of every weight.
+        general: M_gen, None = no neuron is general. A row with a general entry is excluded.
+        share: of each weight. The default is 5.8 % of W_k and W_v, the paper's 0.13 % of SD1.5's UNet.
+        unit: "weight" or "row".
+    """
+    selected = {}
     for key, own in scores.items():
         units = _units(own, unit).clone()
         if general is not None and key in general.sizes:
             blocked = general.mask(key).to(own.device)
             units[blocked.flatten() if unit == "weight" else blocked.any(1)] = -1.0
-        best = units.sort(descending=True, stable=True).indices[:unit_count(tuple(own.shape), share, unit)]
-        found[key] = _entries(best[units[best] >= 0], own.shape[1], unit)
-    return NeuronSelection(found, {key: tuple(own.shape) for key, own in scores.items()})
+        order = units.sort(descending=True, stable=True).indices
+        best = order[:unit_count(size_of(own), share, unit)]
+        selected[key] = _entries(best[units[best] >= 0], own.shape[1], unit)
+    return NeuronSelection(selected, {key: size_of(own) for key, own in scores.items()})
 
 
 class Votes:
-    """M_gen: the entries (or rows) that are in the top `share` for at least `quorum` of many unrelated
-    prompts."""
+    """M_gen: entries (or rows) in the top `share` for at least `quorum` of many unrelated prompts."""
 
     def __init__(self, share: float = 0.1, quorum: float = 0.5, unit: str = "weight") -> None:
         if not 0 < quorum <= 1:
             raise ConceptError(f"the quorum of general neurons is {quorum}; allowed: above 0 to 1")
         self.share, self.quorum, self.unit, self.count = share, quorum, unit, 0
         self.votes: dict[DeltaKey, Tensor] = {}
-        self.sizes: dict[DeltaKey, tuple[int, int]] = {}
+        self.sizes: dict[DeltaKey, Size] = {}
 
     def add(self, scores: Scores) -> None:
-        """The scores of one more prompt."""
+        """Adds the votes of one more prompt, from its scores."""
         self.count += 1
         for key, own in scores.items():
-            self.sizes[key] = tuple(own.shape)
-            votes = self.votes.setdefault(key, torch.zeros(_units(own, self.unit).shape, dtype=torch.int16,
-                                                           device=own.device))
-            votes[_top(own, self.share, self.unit)] += 1
+            self.sizes[key] = size_of(own)
+            if key not in self.votes:
+                count = _units(own, self.unit).shape
+                self.votes[key] = torch.zeros(count, dtype=torch.int16, device=own.device)
+            self.votes[key][_top(own, self.share, self.unit)] += 1
 
     def general(self) -> NeuronSelection:
         needed = max(1e-9, self.quorum * self.count)
-        found = {key: _entries((v >= needed).nonzero().squeeze(1), self.sizes[key][1], self.unit) for key,
-                 v in self.votes.items()}
-        return NeuronSelection(found, self.sizes)
+        units = {key: (votes >= needed).nonzero().squeeze(1) for key, votes in self.votes.items()}
+        entries = {key: _entries(chosen, self.sizes[key][1], self.unit) for key, chosen in units.items()}
+        return NeuronSelection(entries, self.sizes)

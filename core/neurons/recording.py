@@ -1,4 +1,5 @@
-"""Recorders of the inputs of the sites' projections: second moments for fusion, pooled activations as features."""
+"""Recorders of the inputs of the sites' projections: second moments for fusion, pooled activations as
+features."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ FEATURE_NOISE = 0.25      # timestep of the features, as a share of the noise sc
 
 
 class MomentRecorder(AttentionProcessor):
-    """Second moments of the inputs of to_q and to_out: the mean of x x^T `[b, b]` over passes, samples and cells."""
+    """Second moments of the inputs of to_q and to_out: the mean of x x^T `[b, b]` over passes, samples and
+    cells."""
 
     def __init__(self, inner: AttentionProcessor) -> None:
         self.inner = inner
@@ -68,7 +70,8 @@ def record_moments(backbone: Backbone, context: Context, processor: AttentionPro
 
 
 class PooledRecorder(AttentionProcessor):
-    """Mean and standard deviation, over cells, of the input of every site. by_size: number of cells -> one per site."""
+    """Mean and standard deviation, over cells, of the input of every site. by_size: number of cells -> one
+    per site."""
 
     def __init__(self) -> None:
         self.by_size: dict[int, list[Tensor]] = {}
@@ -89,8 +92,8 @@ class PooledRecorder(AttentionProcessor):
 def unet_features(backbone: Backbone, latents: Tensor) -> Tensor:
     """Describes pictures by pooled activations at the deepest sites of the frozen base: `[B, F]`.
 
-    Ours, in place of CLIP image features. The latents `[B, C, h, w]` get a little noise, the same for every picture,
-    so that equal pictures have equal features. The prompt is empty.
+    Ours, in place of CLIP image features. The latents `[B, C, h, w]` get a little noise, the same for every
+    picture, so that equal pictures have equal features. The prompt is empty.
     """
     t = int(FEATURE_NOISE * (len(backbone.schedule) - 1))
     noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
@@ -98,7 +101,8 @@ def unet_features(backbone: Backbone, latents: Tensor) -> Tensor:
     for chunk in latents.split(4):
         timesteps = torch.full((len(chunk),), t, device=chunk.device)
         context = encode_prompts(backbone, NO_CONCEPTS.parse_all([""] * len(chunk)), {})
-        recorder, noisy = PooledRecorder(), backbone.schedule.add_noise(chunk, noise.expand_as(chunk), timesteps)
+        recorder, noisy = PooledRecorder(), backbone.schedule.add_noise(chunk, noise.expand_as(chunk),
+                                                                        timesteps)
         backbone.predict(noisy, timesteps, context, recorder)
         features.append(recorder.deepest())
     return torch.cat(features)

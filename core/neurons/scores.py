@@ -1,10 +1,13 @@
 """Scores of neurons: how much a concept, or any prompt, depends on an entry of a weight.
 
-CNS (Liao et al., ICCV 2025, arXiv 2510.02296) selects neurons by a score that was not available to us; it
-says that base neurons answer strongly to the concept's pictures and that general ones are active over a
-diverse calibration set. Both scores here are our reading: "gradient" sees the pictures, "activation" the text
-alone. The calibration prompts are ours too. Weights are read through `Backbone.project` and gradients through
-what comes back to a projection, so every host works and no frozen weight gets a gradient. """
+CNS (Liao et al., ICCV 2025, arXiv 2510.02296) selects neurons by a score that was not available to us. It
+says that base neurons respond strongly to the concept's pictures, and that general ones are active over a
+diverse calibration set. Both scores here are our reading: "gradient" depends on the pictures, "activation" on
+the text alone. The calibration prompts are ours too.
+
+Weights are read through `Backbone.project`, and gradients from what returns to a projection's output. Every
+host therefore works, and no frozen weight gets a gradient.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "bicycle", "boat", "cha
            "lighthouse", "train", "airplane", "butterfly", "city street", "wooden house")
 _SCENES = ("a photo of a {}", "a painting of a {}", "a {} on a beach", "a {} in the snow",
            "a drawing of a {}", "a {} at night", "a {} in a room", "a {} in a meadow")
-# ours, not the paper's
+# ours; the paper's are not known
 CALIBRATION = tuple(_SCENES[i % len(_SCENES)].format(thing) for i, thing in enumerate(_THINGS))
 
 
@@ -43,24 +46,31 @@ def key_value_weights(layout: SiteLayout) -> list[DeltaKey]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def weight_of(backbone: Backbone, key: DeltaKey) -> Tensor:
-    """A projection's weight as the host applies it now, `[a, b]` float32: its answer to unit vectors, its
-    bias taken off."""
+    """A projection's weight as the host applies it now, `[a, b]` float32: its outputs for unit vectors."""
     site, width = backbone.layout.sites[key[0]], backbone.layout.sites[key[0]].shape(key[1])[1]
     probe = torch.cat([torch.zeros(1, width), torch.eye(width)]).unsqueeze(0).to(backbone.device)
-    answer = backbone.project(site, key[1], probe)[0].float()
-    return (answer[1:] - answer[0]).T.contiguous()
+    output = backbone.project(site, key[1], probe)[0].float()
+    return (output[1:] - output[0]).T.contiguous()      # less the bias
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def activation_scores(backbone: Backbone, context: Context, positions: Sequence[Sequence[int]],
                       keys: Sequence[DeltaKey] | None = None) -> dict[DeltaKey, Tensor]:
-    """`S_ij = |W_ij| ||X_j||_2`, the score of weight pruning (Sun et al. 2024, Wanda): text alone, no
-    backward pass.
+    """Computes `S_ij = |W_ij| ||X_j||_2`, the score of weight pruning (Wanda, Sun et al. 2024), from text
+    alone.
 
-    X: what goes into the weight at `positions` of each prompt of the context, all prompts together. Keys and
-    values only: what goes into the other projections depends on the picture, and ConceptError is raised for
-    them. """
+    Args:
+        context: the prompts. X are the inputs of a weight at the chosen positions of all prompts together.
+        positions: token positions in each prompt.
+        keys: which weights, None = W_k and W_v of every site.
+
+    Returns:
+        weight -> `[a, b]` float32.
+
+    Raises:
+        ConceptError: for other projections, whose inputs depend on the picture.
+    """
     scores = {}
     for key in keys or key_value_weights(backbone.layout):
         if key[1] not in ("to_k", "to_v"):
@@ -72,15 +82,23 @@ def activation_scores(backbone: Backbone, context: Context, positions: Sequence[
 
 
 class GradientProcessor(AttentionProcessor):
-    """Sums the loss's gradient over weights that stay frozen: `dL/dW = sum g x^T` from what comes back to a
-    projection's output, so that a backward pass in which nothing but activations has gradients is enough.
-    sums: weight -> `[a, b]` float32.
+    """Sums the loss's gradient with respect to weights that stay frozen.
 
-    rows: weight of each sample of the batch `[B]`, None = 1; inner: what the sites do beside it.
+    `dL/dW = sum g x^T` is computed from the gradient g that returns to a projection's output and its input x.
+    A backward pass through the activations is enough.
+
+    Args:
+        keys: which weights.
+        inner: another processor that acts at the same sites.
+
+    Attributes:
+        sums: weight -> `[a, b]` float32.
+        rows: weight of each sample of the batch `[B]`, None = 1.
     """
 
     def __init__(self, keys: Sequence[DeltaKey], inner: AttentionProcessor | None = None) -> None:
-        self.keys, self.inner, self.rows = frozenset(keys), inner or AttentionProcessor(), None
+        self.keys, self.inner = frozenset(keys), inner or AttentionProcessor()
+        self.rows: Tensor | None = None
         self.sums: dict[DeltaKey, Tensor] = {}
 
     def prepare(self, context: Context) -> None:
@@ -91,39 +109,48 @@ class GradientProcessor(AttentionProcessor):
         if key in self.keys and torch.is_grad_enabled():
             # text has no gradient of its own to hook into
             y = y + torch.zeros((), device=y.device, dtype=y.dtype, requires_grad=True)
-            # fires once, also where checkpointing runs this again
+            # runs once, with checkpointing too
             y.register_hook(lambda gradient: self._add(key, gradient, x))
         return y
 
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
+               attention: HostAttention) -> Tensor:
         return self.inner.attend(call, query, key, value, attention)
 
     @torch.no_grad()
     def _add(self, key: DeltaKey, gradient: Tensor, x: Tensor) -> None:
-        g = gradient.float() if self.rows is None else gradient.float() * self.rows.to(gradient.device,
-                                                                                       torch.float32).view(-1,
-                                                                                                           1,
-                                                                                                           1)
-        found = g.flatten(0, 1).T @ x.expand(len(g), -1, -1).float().flatten(0, 1)
-        if torch.isfinite(found).all():      # a loss scaled too high for fp16: that step is skipped anyway
-            self.sums[key] = found if key not in self.sums else self.sums[key].add_(found)
+        g = gradient.float()
+        if self.rows is not None:
+            g = g * self.rows.to(g.device, torch.float32).view(-1, 1, 1)
+        product = g.flatten(0, 1).T @ x.expand(len(g), -1, -1).float().flatten(0, 1)
+        # else the loss was scaled too high for fp16, and the step is skipped
+        if torch.isfinite(product).all():
+            self.sums[key] = product if key not in self.sums else self.sums[key].add_(product)
 
     def scores(self, backbone: Backbone) -> dict[DeltaKey, Tensor]:
-        """`S_ij = |W_ij sum dL/dW_ij|`: how much the loss would move if the entry went away, to first
+        """`S_ij = |W_ij sum dL/dW_ij|`: by how much the loss would change without the entry, to first
         order."""
-        return {key: (weight_of(backbone, key) * found).abs() for key, found in self.sums.items()}
+        return {key: (weight_of(backbone, key) * gradient).abs() for key, gradient in self.sums.items()}
 
 
 @torch.inference_mode(False)
 def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, generator: torch.Generator,
                     draws: int = 64, batch: int = 4, keys: Sequence[DeltaKey] | None = None,
                     progress: Callable[[int, int], None] | None = None) -> dict[DeltaKey, Tensor]:
-    """`S_ij = |W_ij sum_{t,n} dL/dW_ij|`, L the denoising loss of pictures under their prompts: sees the
-    pictures, costs backward passes.
+    """Computes `S_ij = |W_ij sum_{t,n} dL/dW_ij|`, L the denoising loss of pictures, with backward passes.
 
-    latents `[n, C, h, w]` clean; context: one row per picture, or one for all; draws: pairs of timestep and
-    noise, spread over the pictures; batch: of them at once; progress: called with draws done and in all, may
-    raise. """
+    Args:
+        latents: of the pictures, clean, `[n, C, h, w]`.
+        context: one row per picture, or one for all.
+        generator: source of timesteps and noise.
+        draws: pairs of timestep and noise, spread over the pictures.
+        batch: draws evaluated at once.
+        keys: which weights, None = W_k and W_v of every site.
+        progress: called with the number of finished and of all draws; may raise.
+
+    Returns:
+        weight -> `[a, b]` float32.
+    """
     latents, schedule = latents.clone().to(backbone.device), backbone.schedule
     fixed = Context(context.hidden.detach().clone(),
                     None if context.pooled is None else context.pooled.detach().clone())
@@ -143,13 +170,13 @@ def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, gener
 
 
 def text_positions(backbone: Backbone, prompts: Sequence[str]) -> list[list[int]]:
-    """Where the text of each plain prompt stands, without begin, end and padding."""
+    """Token positions of the text of each plain prompt, without begin, end and padding."""
     encoder = backbone.text[0]
     return [list(range(1, 1 + min(len(encoder.ids(prompt)), encoder.length - 2))) for prompt in prompts]
 
 
 def encode_plain(backbone: Backbone, prompts: Sequence[str]) -> Context:
-    """Prompts without placeholders."""
+    """Encodes prompts without placeholders."""
     return encode_prompts(backbone, NO_CONCEPTS.parse_all(prompts), {})
 
 
@@ -157,8 +184,7 @@ def encode_plain(backbone: Backbone, prompts: Sequence[str]) -> Context:
 @torch.no_grad()
 def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: torch.Generator,
             steps: int = 8, cfg: float = 5.0) -> Tensor:
-    """Latents `[1, C, h, w]` of the base's own picture of a prompt: a few DDIM steps, enough to ask for
-    gradients. size: (h, w)."""
+    """Samples the base's own picture of a prompt in a few DDIM steps: latents `[1, C, h, w]`. size: (h, w)."""
     both = encode_plain(backbone, ["", prompt])
     noise = torch.randn(1, backbone.latent_channels, *size, generator=generator).to(backbone.device)
 
@@ -172,12 +198,21 @@ def general_neurons(backbone: Backbone, generator: torch.Generator, prompts: Seq
                     score: str = "gradient", share: float = 0.1, quorum: float = 0.5, unit: str = "weight",
                     size: tuple[int, int] = (64, 64), draws: int = 4, keys: Sequence[DeltaKey] | None = None,
                     progress: Callable[[int, int], None] | None = None) -> NeuronSelection:
-    """M_gen of a base from calibration prompts; with score "gradient" from its own pictures of them, with
-    "activation" from text alone.
+    """Finds M_gen of a base by the votes of calibration prompts. It does not depend on concepts.
 
-    size: of the latents (h, w); draws: gradients per prompt; progress: called with prompts done and in all,
-    may raise. Raises ConceptError for an unknown score and for no prompts. Belongs to a base, not to a
-    concept: find it once. """
+    Args:
+        generator: source of all random numbers.
+        prompts: at least one.
+        score: "gradient", from the base's own pictures of the prompts, or "activation", from text alone.
+        share, quorum, unit: see Votes.
+        size: (h, w) of the latents.
+        draws: gradients per prompt.
+        keys: which weights, None = W_k and W_v of every site.
+        progress: called with the number of finished and of all prompts; may raise.
+
+    Raises:
+        ConceptError: for an unknown score, or without prompts.
+    """
     if score not in SCORES or not prompts:
         raise ConceptError(f"the score is {score!r} over {len(prompts)} calibration prompts; allowed: "
                            f"{' or '.join(SCORES)}, 1 or more")

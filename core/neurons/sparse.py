@@ -19,7 +19,8 @@ class SparseLinear(torch.autograd.Function):
     """`x D^T` for a sparse D `[a, b]`.
 
     D is filled for the product, in both passes, and never kept. At these densities that is the fastest way,
-    and no dense matrix outlives its site's call. """
+    and no dense matrix outlives its site's call.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, values: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,7 +1,8 @@
 """Submodular selection of rows: coverage of similar rows minus the risk for old concepts, by lazy greedy.
 
 Our reading of SCNS (ICML 2026), of which only the abstract was available; methods/scns.py says what it is
-used for. """
+used for.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Checkpoints: safetensors with the nested structure as JSON. Resuming is exact, and loading a file runs no
-code."""
+"""Checkpoints: safetensors with the nested structure as JSON. Resuming is exact; loading runs no code."""
 
 from __future__ import annotations
 
@@ -53,8 +52,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def identity(path: Path) -> dict:
-    """Reads which run a checkpoint belongs to (record.run_identity) from its header; empty for any other
-    file."""
+    """Reads whose run a checkpoint is (record.run_identity) from its header; empty for other files."""
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})[KEY])

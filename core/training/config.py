@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -21,10 +23,10 @@ UNFIT = {"LBFGS": "needs closures", "SparseAdam": "needs sparse gradients", "Muo
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
     """Looks up an optimiser by name; None where it is not installed or cannot train a concept."""
-    home = torch.optim
+    home: ModuleType = torch.optim
     if name in EIGHT_BIT:
         try:
-            import bitsandbytes.optim as home
+            home = importlib.import_module("bitsandbytes.optim")
         except (ImportError, OSError, RuntimeError):      # not installed, or not built for this driver
             return None
     kind = getattr(home, name, None)

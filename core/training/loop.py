@@ -1,5 +1,4 @@
-"""Learning one concept from start to end: steps, evaluations, checkpoints, and what is left when a run is
-interrupted."""
+"""Learning one concept from start to end: steps, evaluations, checkpoints, interruptions."""
 
 from __future__ import annotations
 
@@ -79,5 +78,5 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         raise
     if checkpoint_file is not None:
         checkpoint.save(checkpoint_file, trainer.state())
-    return conclude(trainer.task, method, data, config, trainer.losses, time.perf_counter() - began,
-                    thumbnail)
+    seconds = time.perf_counter() - began
+    return conclude(trainer.task, method, data, config, trainer.losses, seconds, thumbnail)

@@ -2,7 +2,8 @@
 
 glibc returns large blocks to the system as soon as they are freed. The next step then asks for them again,
 and the system clears every page first. A step of Stable Diffusion 1.5 frees gigabytes; clearing them costs a
-tenth to a fifth of its time. """
+tenth to a fifth of its time.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ def _leave(library: ctypes.CDLL) -> None:
 def retained_between_steps(device: torch.device) -> Iterator[None]:
     """Inside, freed memory stays with the process; afterwards all of it is returned to the system.
 
-    Does nothing for other devices, where torch caches memory itself, or without glibc. No computed number
-    changes. """
+    Does nothing on other devices, where torch caches memory itself, and without glibc.
+    """
     library = _glibc() if torch.device(device).type == "cpu" else None
     if library is None:
         yield

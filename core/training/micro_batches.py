@@ -1,5 +1,4 @@
-"""Splits a training batch into micro-batches: the whole batch, one process's share, or less where memory is
-short."""
+"""Splits a training batch into micro-batches: for several processes, or where memory is short."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.
     """Draws uniform timesteps below `timesteps`, and Gaussian noise.
 
     With `noise_offset` a constant per sample and channel is added to the noise, as in CIDM's released code.
-    It lets the overall brightness of the pictures change. """
+    It lets the overall brightness of the pictures change.
+    """
     latents = batch.latents
     t = torch.randint(timesteps, (len(latents),), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -62,6 +63,6 @@ def denoising_loss(backbone: Backbone, seen: Forward, config: TrainingConfig) ->
     per_sample = ((output.float() - seen.target).square() * masks).sum((1, 2, 3)) / area
     weights = seen.batch.weights.to(per_sample)
     if config.min_snr_gamma > 0:
-        weights = weights * backbone.schedule.min_snr_weights(seen.timesteps,
-                                                              config.min_snr_gamma).to(per_sample)
+        by_snr = backbone.schedule.min_snr_weights(seen.timesteps, config.min_snr_gamma)
+        weights = weights * by_snr.to(per_sample)
     return (per_sample * weights).mean()

@@ -2,7 +2,8 @@
 
 Each process takes a share of every batch, and gradients are averaged. All processes draw the whole batch from
 the same seed, so the result is that of one process with that batch, up to the order of sums. Only the first
-one writes files. """
+one writes files.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +33,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def share(self, count: int) -> Tensor:
-        """Rows of a batch of `count` that this process takes. Raises ConceptError where they cannot be shared
-        equally."""
+        """This process's rows of a batch of `count`. Raises ConceptError unless all get equally many."""
         if count % self.size:
             raise ConceptError(f"a batch has {count} pictures; with {self.size} processes allowed: a "
                                f"multiple of {self.size}")
@@ -47,7 +47,8 @@ class ProcessGroup:
         """Averages the gradients over processes, in place and in one exchange.
 
         A parameter with a gradient in no process keeps None. With one in some process, it has one in all of
-        them. """
+        them.
+        """
         if self.size == 1:
             return
         has = torch.tensor([float(p.grad is not None) for p in parameters])

@@ -53,7 +53,7 @@ def brief(value: object) -> str:
 def method_settings(method: Method) -> dict:
     """The settings of a method as JSON values; empty for a method without settings."""
     config = getattr(method, "config", None)
-    return asdict(config) if is_dataclass(config) else {}
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,4 @@
-"""The trainer: state and steps of one run. It knows no method by name and calls nothing but the method's
-hooks."""
+"""The trainer: state and steps of one run. It knows no method by name and calls only the method's hooks."""
 
 from __future__ import annotations
 
@@ -214,8 +213,7 @@ class Trainer:
         for _ in range(config.accumulation):
             batch = self.data.draw(config.batch_size, config.prior_weight, self.generator)
             for micro_batch in micro_batches(batch, self.method, config, timesteps, self.generator,
-                                             self.group,
-                                             self.micro_batch_size):
+                                             self.group, self.micro_batch_size):
                 share = micro_batch.weight / config.accumulation
                 loss, penalties = self._backward(micro_batch, share)
                 total += share * loss

@@ -231,7 +231,7 @@ def test_no_gradient_for_frozen_weights(comfyui, studio):
 
 @pytest.fixture
 def judged(studio):
-    """judged(...): all outputs of ConceptLearner with a CLIP_VISION that gives each look the next of these
+    """judged(...): all outputs of ConceptLearner with a CLIP_VISION that gives each evaluation the next of these
     vectors' cosines."""
     def run(scores, **other):
         left = iter(scores)
@@ -241,7 +241,7 @@ def judged(studio):
                 if image.shape[1] == 40:      # the photos
                     return {"image_embeds": torch.tensor([[1.0, 0.0]])}
                 Vision.count = getattr(Vision, "count", 0) + 1
-                if Vision.count % 4 == 1:      # a look is four pictures
+                if Vision.count % 4 == 1:      # an evaluation is four pictures
                     Vision.score = next(left)
                 return {"image_embeds": torch.tensor([[Vision.score, (1 - Vision.score**2) ** 0.5]])}
 
@@ -260,7 +260,7 @@ def judged(studio):
 def test_it_stops_when_live_samples_get_no_better(judged):
     bank, loss, previews, older = judged([0.1, 0.5, 0.4, 0.5])
     assert bank["spot"].info.provenance.steps == 8
-    assert len(previews) == 4 and loss.shape[-1] == 3      # the look that ended it is not taken twice
+    assert len(previews) == 4 and loss.shape[-1] == 3      # the last evaluation is not repeated
 
 
 def test_showing_likeness_changes_nothing_that_is_learned(judged, studio):
@@ -290,7 +290,8 @@ def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
     said = []
     monkeypatch.setattr(progress, "say", lambda node, text: said.append(text))
     judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
-    assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "similarity 10.0" in said[2] and said[6].endswith(" left")
+    assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "similarity 10.0" in said[2]
+    assert said[6].endswith(" left")
     assert [progress.duration(s) for s in (7, 61, 3700)] == ["7 s", "1 min 1 s", "1 h 1 min"]
 
 
@@ -302,6 +303,17 @@ def test_it_warns_of_concepts_that_will_get_in_each_others_way(studio, bank, cap
               "name": "rexy", "class_noun": "dog", "kind": "object", "method": "bound", "steps": 1, "lr": 0.0,
               "token_lr": 0.0, "resolution": 32, "batch_size": 1, "seed": 0, "preview_every": 0,
               "if_known": "keep it", "bank": known}
-    found = studio.pack.ConceptLearner.execute(**{key: value if isinstance(value, list) else [value] for key,
-                                                  value in inputs.items()})
+    listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
+    found = studio.pack.ConceptLearner.execute(**listed)
     assert "<rexy>" in found.ui["text"][0] and "<rexy>" in caplog.text
+
+
+def test_a_neuron_selection_for_a_method_without_neurons_is_refused(studio):
+    """It used to be dropped silently, and everything was trained."""
+    from continual_concepts.core.errors import ConceptError
+    from continual_concepts.core.neurons.neurons import NeuronSelection
+
+    selection = NeuronSelection.of_rows({(0, "to_k"): torch.tensor([1])}, studio.bank.layout)
+    with pytest.raises(ConceptError, match="method 'bound' cannot use a neuron selection; methods that can: cns, scns"):
+        studio.learn(method="bound", selection=selection)
+    assert studio.learn(method="cns", selection=selection)["spot"].deltas.keys() == {(0, "to_k")}

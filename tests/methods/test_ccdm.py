@@ -78,9 +78,8 @@ def test_the_penalties_are_their_formulas(tiny_backbone, banks):
     assert terms["shared"].item() == pytest.approx(2 * shared, rel=1e-4)
     assert terms["specific"].item() == pytest.approx(3 * specific, rel=1e-4)
     sum(terms.values()).backward()
-    assert all(p.grad.any()
-               for p in method.adapters.up.parameters()) and all(p.grad is None
-                                                                 for p in method.shared.parameters())
+    assert all(p.grad.any() for p in method.adapters.up.parameters())
+    assert all(p.grad is None for p in method.shared.parameters())
 
 
 def test_penalties_keep_the_own_parts_apart(tiny_backbone, banks, teach):
@@ -92,10 +91,8 @@ def test_penalties_keep_the_own_parts_apart(tiny_backbone, banks, teach):
         for key, delta in grown["bear"].deltas.items():
             others = torch.cat([delta.up[:, :3], banks[1]["rex"].deltas[key].up[:, 3:],
                                 banks[1]["mimi"].deltas[key].up[:, 3:]], dim=1)
-            overlap, norm = overlap + float((others.T
-                                             @ delta.up[:,
-                                                        3:]).abs().sum()), norm + float(delta.up[:,
-                                                                                                 3:].norm())
+            own = delta.up[:, 3:]
+            overlap, norm = overlap + float((others.T @ own).abs().sum()), norm + float(own.norm())
         overlaps.append(overlap / norm)
     assert overlaps[1] < 0.7 * overlaps[0]
 

@@ -124,8 +124,8 @@ def test_a_resumed_run_keeps_its_tokens_stopped(tiny_backbone, teach, tmp_path):
     whole = teach(tiny_backbone, bank, settings=settings)
     with pytest.raises(KeyboardInterrupt):
         teach(tiny_backbone, bank, settings=settings, callback=stop, checkpoint_file=tmp_path / "c")
-    expected, found = tensors_of(whole), tensors_of(teach(tiny_backbone, bank, settings=settings,
-                                                          checkpoint_file=tmp_path / "c"))
+    resumed = teach(tiny_backbone, bank, settings=settings, checkpoint_file=tmp_path / "c")
+    expected, found = tensors_of(whole), tensors_of(resumed)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 

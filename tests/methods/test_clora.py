@@ -50,9 +50,8 @@ def test_the_past_is_what_the_weights_carry(tiny_backbone, bank):
     past = past_changes(Task("new", "dog", tiny_backbone, bank), "clora")
     for key, delta in always_on_deltas(bank).items():
         assert torch.allclose(past[key], delta.dense().abs(), atol=1e-7) and past[key].any()
-    assert past_changes(Task("new", "dog", tiny_backbone, bank.remove("mimi")),
-                        "clora").keys() == past.keys() and not past_changes(Task("new", "dog", tiny_backbone,
-                                                                                 bank), "stamina")
+    assert past_changes(Task("new", "dog", tiny_backbone, bank.remove("mimi")), "clora").keys() == past.keys()
+    assert not past_changes(Task("new", "dog", tiny_backbone, bank), "stamina")
 
 
 def test_other_places_cost_nothing():
@@ -73,10 +72,10 @@ def test_the_gradient_is_the_formulas(tiny_backbone, bank):
     """Written out for the factors; autograd's is that of the formula."""
     method = begun(tiny_backbone, bank, scale=0.5)
     randomise(method)
-    parameters, formula = list(method.adapters.parameters()), lambda: forgetting(method.past,
-                                                                                 product_of(method))
-    quick, plain = (torch.autograd.grad(loss, parameters) for loss in (method.forgotten(), formula()))
-    assert method.forgotten().item() == pytest.approx(formula().item(), rel=1e-5)
+    parameters, product = list(method.adapters.parameters()), product_of(method)
+    losses = method.forgotten(), forgetting(method.past, product)
+    quick, plain = (torch.autograd.grad(loss, parameters) for loss in losses)
+    assert method.forgotten().item() == pytest.approx(forgetting(method.past, product).item(), rel=1e-5)
     for one, other in zip(quick, plain, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-9) and other.any()
 
@@ -84,9 +83,8 @@ def test_the_gradient_is_the_formulas(tiny_backbone, bank):
 def test_half_precision_does_not_reach_the_penalty():
     """1e-5 times 1e-5, squared, is far below what 16 bits hold."""
     past = {(0, "to_k"): torch.full((4, 4), 1e-5)}
-    assert forgetting(past,
-                      lambda key: torch.full((4, 4), 1e-5,
-                                             dtype=torch.bfloat16)).item() == pytest.approx(16e-20, rel=0.02)
+    product = torch.full((4, 4), 1e-5, dtype=torch.bfloat16)
+    assert forgetting(past, lambda key: product).item() == pytest.approx(16e-20, rel=0.02)
 
 
 def test_the_penalty_holds_the_new_product_small(tiny_backbone, bank, teach):
@@ -106,8 +104,8 @@ def test_the_norm_is_watched_and_kept(tiny_backbone, bank, teach):
     # lambda is large: the collapse shows
     assert infos[0].monitors["norm"] > 2 * infos[-1].monitors["norm"]
     state = learned.bank.shared["clora"]
-    assert set(state) == {"norm.rex", "norm.mimi",
-                          "norm.bear"} and float(state["norm.bear"]) == pytest.approx(infos[-1].monitors["norm"])
+    assert set(state) == {"norm.rex", "norm.mimi", "norm.bear"}
+    assert float(state["norm.bear"]) == pytest.approx(infos[-1].monitors["norm"])
 
 
 def test_one_random_word_and_keys_and_values_alone(tiny_backbone, bank):
@@ -123,6 +121,6 @@ def test_one_random_word_and_keys_and_values_alone(tiny_backbone, bank):
 def test_other_methods_have_no_figures_to_watch(tiny_backbone, teach):
     infos = []
     teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "finetune", steps=1, callback=infos.append)
-    assert infos[0].monitors == {} and len(teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex",
-                                                 "finetune", steps=1)
-                                           .concept.info.words) == 2
+    assert infos[0].monitors == {}
+    assert len(teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "finetune",
+                     steps=1) .concept.info.words) == 2

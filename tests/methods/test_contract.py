@@ -106,8 +106,8 @@ def test_a_task_leaves_the_state_that_it_was_given(tiny_backbone, teach, run, me
 
 def test_the_seed_decides_everything(tiny_backbone, teach, run, method):
     again = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat")
-    assert again.losses == run["second"].losses and equal(tensors_of(again.concept),
-                                                          tensors_of(run["second"].concept))
+    assert again.losses == run["second"].losses
+    assert equal(tensors_of(again.concept), tensors_of(run["second"].concept))
     other = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", seed=1)
     assert not equal(tensors_of(other.concept), tensors_of(run["second"].concept))
 
@@ -191,8 +191,8 @@ def test_a_neuron_selection_is_used_or_refused(tiny_backbone, method):
         chosen.begin(Task("rex", "dog", tiny_backbone, ConceptBank(layout)))
         assert chosen.finish().deltas.keys() == {(0, "to_k")}
     else:
-        with pytest.raises(ConceptError, match=f"method '{method}' cannot use a neuron selection; methods "
-                                               "that can: cns, scns"):
+        says = f"method '{method}' cannot use a neuron selection; methods that can: cns, scns"
+        with pytest.raises(ConceptError, match=says):
             chosen.use_selection(selection)
 
 

@@ -73,8 +73,8 @@ def test_all_keys_and_values_train_and_nothing_else(bank, tiny_backbone):
         assert set(concept.deltas) == set(key_value_weights(tiny_backbone.layout))
         assert all(delta.dense().any() for delta in concept.deltas.values())
     groups = begun(tiny_backbone).parameter_groups()
-    assert sum(p.numel() for p in groups[1]["params"]) == sum(2 * 32 * site.width
-                                                              for site in tiny_backbone.layout.sites)
+    expected = sum(2 * 32 * site.width for site in tiny_backbone.layout.sites)
+    assert sum(p.numel() for p in groups[1]["params"]) == expected
 
 
 @pytest.mark.parametrize("stored", ["float16", "float32"])
@@ -101,8 +101,8 @@ def test_a_cut_record_keeps_its_share_of_the_singular_values(tiny_backbone):
 
 
 def test_a_later_task_learns_on_top_of_the_sum(bank, tiny_backbone, teach, monkeypatch):
-    found, expected = learning_deltas(bank, "custom_diffusion",
-                                      METHODS["custom_diffusion"].method.builds_on_sum), always_on_deltas(bank)
+    builds_on_sum = METHODS["custom_diffusion"].method.builds_on_sum
+    found, expected = learning_deltas(bank, "custom_diffusion", builds_on_sum), always_on_deltas(bank)
     assert all(torch.equal(found[key].dense(), expected[key].dense()) for key in expected)
     assert torch.allclose(found[0, "to_k"].dense(),
                           sum(concept.deltas[0, "to_k"].dense() for concept in bank), atol=1e-7)
@@ -203,5 +203,5 @@ def test_settings_out_of_range_are_named(method, settings):
 @pytest.mark.parametrize("method", ["custom_diffusion", "custom_diffusion_merge"])
 def test_it_learns_on_two_text_encoders(tiny_sdxl, teach, method):
     concept = teach(tiny_sdxl, ConceptBank(tiny_sdxl.layout), "rex", method, RATES, steps=1).concept
-    assert len(concept.deltas) == 2 * len(tiny_sdxl.layout) and all(delta.dense().any()
-                                                                    for delta in concept.deltas.values())
+    assert len(concept.deltas) == 2 * len(tiny_sdxl.layout)
+    assert all(delta.dense().any() for delta in concept.deltas.values())

@@ -74,8 +74,8 @@ def test_the_gathered_squares_are_the_denoising_losss_alone(tiny_backbone, banks
         part = type(drawn)(drawn.timesteps[rows], drawn.noise[rows])
         loss = denoising_loss(tiny_backbone, predict(tiny_backbone, one, context[rows], part, plain),
                               config) / 3
-        for name, gradient in zip(factors, torch.autograd.grad(loss, list(factors.values()),
-                                                               retain_graph=True), strict=True):
+        gradients = torch.autograd.grad(loss, list(factors.values()), retain_graph=True)
+        for name, gradient in zip(factors, gradients, strict=True):
             expected[name] += gradient.square()
     assert noted.keys() == expected.keys() and any(squares.any() for squares in noted.values())
     for name, squares in noted.items():

@@ -97,8 +97,8 @@ def test_the_memory_has_every_real_picture_once(bank, tiny_backbone, data):
 def test_features_tell_pictures_apart_and_batches_not(tiny_backbone):
     latents = random(5, 4, 8, 8)
     found = unet_features(tiny_backbone, latents)
-    assert found.shape[0] == 5 and torch.allclose(found[3:4], unet_features(tiny_backbone, latents[3:4]),
-                                                  atol=1e-5)
+    assert found.shape[0] == 5
+    assert torch.allclose(found[3:4], unet_features(tiny_backbone, latents[3:4]), atol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
@@ -159,7 +159,7 @@ def test_the_loss_is_the_papers_sum(tiny_backbone, bank, data, replay):
 def test_replay_is_decided_by_the_step(tiny_backbone, bank, data):
     method, other = (begun(tiny_backbone, bank, data, replay=3) for _ in range(2))
     given = data.draw(1, 1.0, torch.Generator().manual_seed(0))
-    first = [method.on_batch(given).latents for _ in range(2)]      # two passes of one step (accumulation)
+    first = [method.on_batch(given).latents for _ in range(2)]      # two micro-batches of one step (accumulation)
     assert not torch.equal(*first)
     method.after_step(1)
     other.on_batch(given)      # a pass of a step that was broken off, or was not there
@@ -188,8 +188,8 @@ def test_distillation_is_the_distance_to_the_model_before(tiny_backbone, bank, d
             method.adapters.up[adapter_key(1, "to_v")].add_(0.3)
         seen = seen_by(tiny_backbone, method, data, bank)
         term = method.penalty(seen)["distillation"]
-    assert seen.batch.prompts[1:] != ("",
-                                      ) * 2 and all("bear" not in prompt for prompt in seen.batch.prompts[1:])
+    assert seen.batch.prompts[1:] != ("", ) * 2
+    assert all("bear" not in prompt for prompt in seen.batch.prompts[1:])
     with tiny_backbone.folded(always_on_deltas(bank)):
         old = tiny_backbone.predict(seen.noisy[1:], seen.timesteps[1:], seen.context[1:])
     assert torch.allclose(term, 2 * (seen.output[1:] - old).square().mean(), rtol=1e-4) and term > 1e-6

@@ -88,8 +88,8 @@ def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
     found = sample(tiny_backbone, bank, [prompt], [7], QUICK)
     assert torch.allclose(found, expected, atol=1e-4)
     merged = sample(tiny_backbone, as_method(bank, "lora_m"), [prompt], [7], QUICK)
-    routed = sample(tiny_backbone, as_method(bank, "cidm"), [prompt], [7], QUICK)
-    assert not torch.allclose(found, merged, atol=1e-3) and not torch.allclose(found, routed, atol=1e-3)
+    activated = sample(tiny_backbone, as_method(bank, "cidm"), [prompt], [7], QUICK)
+    assert not torch.allclose(found, merged, atol=1e-3) and not torch.allclose(found, activated, atol=1e-3)
 
 
 @torch.no_grad()
@@ -107,11 +107,11 @@ def test_one_prediction_is_the_mean_of_all(tiny_backbone, banks, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["rex", "mimi"])
-def test_one_concept_alone_is_as_if_it_were_routed(tiny_backbone, banks, name):
+def test_one_concept_alone_is_as_if_it_were_activated(tiny_backbone, banks, name):
     for method in ("lora_m", "lora_c"):
         bank = banks[method, (name,)]
-        routed = sample(tiny_backbone, as_method(bank, "cidm"), [f"a <{name}>"], [7], QUICK)
-        assert torch.allclose(sample(tiny_backbone, bank, [f"a <{name}>"], [7], QUICK), routed, atol=1e-4)
+        activated = sample(tiny_backbone, as_method(bank, "cidm"), [f"a <{name}>"], [7], QUICK)
+        assert torch.allclose(sample(tiny_backbone, bank, [f"a <{name}>"], [7], QUICK), activated, atol=1e-4)
 
 
 def test_an_average_costs_one_evaluation_per_concept(tiny_backbone, banks, monkeypatch):

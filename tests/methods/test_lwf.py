@@ -1,4 +1,4 @@
-"""LwF: the old model's answers to old wishes are the target, and asking for them changes nothing else."""
+"""LwF: the old model's answers to old requests are the target, and the requests change nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def running(backbone, bank, **settings):
     return Trainer(Task("mimi", "cat", backbone, bank), make("lwf", settings), data, CONFIG), data
 
 
-def test_old_wishes_come_in_turn_beside_the_batch(tiny_backbone, bank):
+def test_old_requests_come_in_turn_beside_the_batch(tiny_backbone, bank):
     run, data = running(tiny_backbone, bank)
     batch = Batch(data.latents, data.captions, data.masks, data.is_prior, torch.tensor([1.0, 1.0, 0.5]))
     added = run.method.on_batch(batch)
@@ -78,7 +78,8 @@ def test_the_penalty_is_the_distance_from_the_old_model(tiny_backbone, bank):
         teacher = tiny_backbone.predict(now.noisy, now.timesteps, now.context).detach()
         term = run.method.penalty(now)["distil"]
     assert term.item() == pytest.approx(2.0 * float((now.output.detach() - teacher)[-2:].square().mean()),
-                                        rel=1e-4) and term > 0
+                                        rel=1e-4)
+    assert term > 0
     term.backward()
     assert all(p.grad.any() for p in run.method.adapters.up.parameters())
     assert all(p.grad is None or not p.grad.any() for p in run.method.words.parameters())
@@ -106,8 +107,8 @@ def test_nothing_is_asked_before_the_second_task_or_at_weight_zero(tiny_backbone
 def test_it_teaches_alike_with_checkpointing_and_half_precision(tiny_backbone, bank, teach):
     plain, again, half = (teach(tiny_backbone, bank, "mimi", "lwf", steps=2, noun="cat", **more)
                           for more in ({}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}))
-    assert plain.losses == pytest.approx(again.losses,
-                                         rel=1e-4) and plain.losses == pytest.approx(half.losses, rel=0.1)
+    assert plain.losses == pytest.approx(again.losses, rel=1e-4)
+    assert plain.losses == pytest.approx(half.losses, rel=0.1)
     infos = []
     teach(tiny_backbone, bank, "mimi", "lwf", steps=1, noun="cat", precision="bfloat16",
           callback=infos.append)

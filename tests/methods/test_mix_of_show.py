@@ -96,7 +96,7 @@ def test_the_first_record_has_no_more_rank_than_the_adapter(bank):
 
 
 def test_recorded_moments_are_of_the_inputs(tiny_backbone):
-    """Every x that a program sees at to_q and to_out, of both halves of guidance, and nothing else."""
+    """Every x that a processor sees at to_q and to_out, of both halves of guidance, and nothing else."""
     seen = {}
 
     class Watch(AttentionProcessor):
@@ -106,10 +106,8 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
 
     context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog", "a cat"]), {})
     recorder = record_moments(tiny_backbone, context, Watch(), (8, 8), 3, seed=0)
-    assert {key[1] for key in recorder.sums} == {"to_q",
-                                                 "to_out"} and {key[1]
-                                                                for key in seen} == {"to_q", "to_k", "to_v",
-                                                                                     "to_out"}
+    assert {key[1] for key in recorder.sums} == {"to_q", "to_out"}
+    assert {key[1] for key in seen} == {"to_q", "to_k", "to_v", "to_out"}
     for key in recorder.sums:
         x = torch.cat(seen[key]).double()
         assert len(x) == recorder.counts[key] and len(seen[key]) == 3
@@ -181,8 +179,8 @@ def test_a_leading_row_is_the_direction_of_most_energy():
     recorder.project(Place, "to_q", x, x)
     recorder.project(Place, "to_k", x, x)
     first = recorder.leading((0, "to_q"), 1)[0]
-    assert first[0].abs() / first.norm() > 0.99 and first.norm() == pytest.approx(float(x[...,
-                                                                                          0].square().mean().sqrt()), rel=0.02)
+    assert first[0].abs() / first.norm() > 0.99
+    assert first.norm() == pytest.approx(float(x[..., 0].square().mean().sqrt()), rel=0.02)
     assert list(recorder.sums) == [(0, "to_q")]
 
 

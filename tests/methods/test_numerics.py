@@ -68,15 +68,15 @@ def gradient_of(value: float):
 
 WAYS = {"a loss of NaN": (lambda output: output * NAN, "the loss became nan"),
         "an infinite loss": (lambda output: output * INF, "the loss became (inf|nan)"),
-        "a loss beyond float32": (lambda output: output.detach().sign() * 1e30 + output * 0, "the loss "
-                                                                                             "became inf"),
+        "a loss beyond float32": (lambda output: output.detach().sign() * 1e30 + output * 0,
+                              "the loss became inf"),
         "a gradient of NaN": (gradient_of(NAN), "the gradient became nan"),
         "an infinite gradient": (gradient_of(INF), "the gradient became (inf|nan)")}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_it_is_told_at_the_step_and_nothing_is_poisoned(tiny_backbone, empty, teach, tmp_path, monkeypatch,
-                                                        spoil, way):
+def test_it_is_reported_at_the_step_and_nothing_is_poisoned(
+        tiny_backbone, empty, teach, tmp_path, monkeypatch, spoil, way):
     file, (how, says) = tmp_path / "run.checkpoint", WAYS[way]
     whole = teach(tiny_backbone, empty, steps=3, checkpoint_every=1)
     spoil(3, how)
@@ -101,7 +101,7 @@ def test_a_last_step_that_goes_too_far_is_told(tiny_backbone, empty, teach, monk
                 parameter.detach().fill_(value)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", too_far)
-    says = r"norm of the weights became (nan|inf) at step 1 of concept 'rex'; .*\(lr, token_lr\).* the bank is unchanged"
+    says = r"norm of the weights became (nan|inf) at step 1 of concept 'rex'; .*\(lr, token_lr\).* is unchanged"
     with pytest.raises(ConceptError, match=says):
         teach(tiny_backbone, empty, steps=1, settings={"shared": "off"})
     assert len(empty) == 0
@@ -109,7 +109,7 @@ def test_a_last_step_that_goes_too_far_is_told(tiny_backbone, empty, teach, monk
 
 @pytest.mark.parametrize("method", ["cidm", "bound", "textual_inversion"])
 def test_words_that_grow_without_end_stay_what_they_are(tiny_backbone, empty, teach, tmp_path, method):
-    """Beyond what float16 holds they are kept in float32."""
+    """Beyond what float16 holds they are stored in float32."""
     learned = teach(tiny_backbone, empty, method=method, settings={"token_lr": 1e6, "stored": "float16"},
                     steps=2)
     assert max(t.abs().max() for t in learned.concept.tokens.vectors.values()) > LARGEST
@@ -178,15 +178,14 @@ def test_values_near_the_end_of_float16(layout, make_concept, tmp_path, value, d
     bank = ConceptBank(layout).add(type(concept)(concept.info, concept.tokens, deltas))
     save_bank(bank, tmp_path / "b.safetensors")
     verify_bank(tmp_path / "b.safetensors")
-    assert float(open_bank(tmp_path / "b.safetensors")["rex"].deltas[0,
-                                                                     "to_q"].up[1, 1]) == pytest.approx(value,
-                                                                                                        rel=1e-3)
+    found = open_bank(tmp_path / "b.safetensors")["rex"].deltas[0, "to_q"].up[1, 1]
+    assert float(found) == pytest.approx(value, rel=1e-3)
 
 
 def test_what_is_no_number_does_not_become_one():
     for value in (NAN, INF):
-        assert not torch.isfinite(torch.tensor([value]).to(wide_enough(torch.float16,
-                                                                       [torch.tensor([value])]))).any()
+        tensor = torch.tensor([value])
+        assert not torch.isfinite(tensor.to(wide_enough(torch.float16, [tensor]))).any()
     assert wide_enough(torch.float16, []) == torch.float16 == wide_enough(torch.float16, [torch.zeros(0)])
 
 

@@ -12,7 +12,11 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
-from continual_concepts.core.methods.orthogonal_adaptation import draw_columns, orthogonal_matrix, taken_columns
+from continual_concepts.core.methods.orthogonal_adaptation import (
+    draw_columns,
+    orthogonal_matrix,
+    taken_columns,
+)
 
 NAME = "orthogonal_adaptation"
 # row 0 of O for width 32; another one would not fit concepts learned before
@@ -86,8 +90,8 @@ def test_a_concept_does_nothing_to_inputs_in_another_s_space(bank):
 def test_only_the_other_factor_trains(tiny_backbone, teach):
     method = begun(tiny_backbone, empty(tiny_backbone), "rex", rank=8)
     _, weights = method.parameter_groups()
-    assert len(weights["params"]) == 4 * len(tiny_backbone.layout) and all(p.requires_grad
-                                                                           for p in weights["params"])
+    assert len(weights["params"]) == 4 * len(tiny_backbone.layout)
+    assert all(p.requires_grad for p in weights["params"])
     assert not any(p.requires_grad for p in method.adapters.down.values())
     learned = teach(tiny_backbone, empty(tiny_backbone), "rex", NAME, {"rank": 8}).concept
     for key, delta in learned.deltas.items():

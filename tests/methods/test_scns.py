@@ -172,8 +172,8 @@ def test_other_weights_stay_bit_identical(banks, tiny_backbone):
 
 
 def test_general_neurons_and_a_given_selection_are_respected(tiny_backbone, teach, monkeypatch):
-    empty, general = ConceptBank(tiny_backbone.layout), {key: torch.arange(0, 32, 2)
-                                                         for key in key_value_weights(tiny_backbone.layout)}
+    empty = ConceptBank(tiny_backbone.layout)
+    general = {key: torch.arange(0, 32, 2) for key in key_value_weights(tiny_backbone.layout)}
     chosen = NeuronSelection.of_rows(general, tiny_backbone.layout)
     monkeypatch.setattr("continual_concepts.core.methods.cns.general_neurons", lambda *_: chosen)
     concept = teach(tiny_backbone, empty, "rex", "scns", QUICK | {"calibration": 2}, steps=3).concept
@@ -181,7 +181,8 @@ def test_general_neurons_and_a_given_selection_are_respected(tiny_backbone, teac
     method = make("scns")
     method.use_selection(chosen)
     method.begin(Task("rex", "dog", tiny_backbone, empty))
-    assert method.is_chosen and method.adapters.pool.numel() == len(chosen) and set(method.adapters.sizes) == set(chosen.sizes)
+    assert method.is_chosen and method.adapters.pool.numel() == len(chosen)
+    assert set(method.adapters.sizes) == set(chosen.sizes)
 
 
 def test_the_pool_is_divided_as_chosen_and_stays_so_in_a_checkpoint(tiny_backbone):

@@ -41,8 +41,8 @@ class Toy(LowRankMethod):
     def processor(self):
         if self.composition.kind is not Kind.WORDS:
             return super().processor()
-        return TokenLoraProcessor({self.task.name: {key: self.adapters.delta(key)
-                                                    for key in self.adapters.keys}})
+        deltas = {key: self.adapters.delta(key) for key in self.adapters.keys}
+        return TokenLoraProcessor({self.task.name: deltas})
 
     def penalty(self, seen):
         ups = [self.adapters.delta(key).up for key in self.adapters.keys]

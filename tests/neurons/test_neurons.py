@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.processor import AttentionProcessor
-from continual_concepts.core.neurons.neurons import NeuronSelection, Votes, base_neurons, concept_neurons, unit_count
+from continual_concepts.core.neurons.neurons import (
+    NeuronSelection,
+    Votes,
+    base_neurons,
+    concept_neurons,
+    unit_count,
+)
 from continual_concepts.core.neurons.scores import (
     CALIBRATION,
     GradientProcessor,
@@ -48,8 +54,8 @@ entries = st.sets(st.integers(0, SIZE[0] * SIZE[1] - 1))
 def test_selections_are_sets(one, two):
     a, b = selection(one), selection(two)
     assert places(a | b) == one | two and places(a - b) == one - two and places(a & b) == one & two
-    assert len(a) == len(one) and a.share() == pytest.approx(len(one)
-                                                             / 20) and a.share(1000) == pytest.approx(len(one) / 1000)
+    assert len(a) == len(one) and a.share() == pytest.approx(len(one) / 20)
+    assert a.share(1000) == pytest.approx(len(one) / 1000)
     assert set(a.mask(KEY).flatten().nonzero().flatten().tolist()) == one
 
 

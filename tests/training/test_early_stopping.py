@@ -1,4 +1,4 @@
-"""Looks while a concept is learned: when they end learning, and that a cut run with them goes on exactly."""
+"""Evaluations while a concept is learned: when they end learning, and that interrupted runs resume exactly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATES = {"lr": 1e-2, "token_lr": 1e-2}
 
 
 @given(st.lists(st.floats(0, 1), max_size=12), st.integers(1, 4))
-def test_it_has_stalled_when_the_last_looks_brought_nothing(scores, patience):
+def test_it_has_stalled_when_the_last_evaluations_brought_nothing(scores, patience):
     best = scores.index(max(scores)) if scores else 0
     assert has_stalled(scores, patience) == (len(scores) > patience and best < len(scores) - patience)
     assert not has_stalled(scores, 0)
@@ -111,7 +111,7 @@ def test_a_look_that_was_cut_off_is_made_up_for(run, tmp_path, cut_at):
     assert all(torch.equal(a, b) for a, b in zip(tensors(resumed), tensors(whole), strict=True))
 
 
-def test_what_cannot_be_judged_is_refused(run):
+def test_early_stopping_needs_an_evaluator(run):
     with pytest.raises(ConceptError, match="setting 'patience' is 2; allowed: 0 where there is no evaluator"):
         run()
     with pytest.raises(ConceptError, match="setting 'look_every' is 0; allowed: 1 or more"):

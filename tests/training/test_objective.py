@@ -62,10 +62,8 @@ def test_the_loss_is_a_mean_over_what_counts(begun):
     first = loss(replace(batch, weights=torch.tensor([1.0, 0.0])))[0].item()
     second = loss(replace(batch, weights=torch.tensor([0.0, 1.0])))[0].item()
     assert first + second == pytest.approx(full, rel=1e-5)
-    assert loss(replace(batch,
-                        weights=torch.tensor([1.0,
-                                              0.25])))[0].item() == pytest.approx(first + 0.25 * second,
-                                                                                  rel=1e-5)
+    both = loss(replace(batch, weights=torch.tensor([1.0, 0.25])))[0].item()
+    assert both == pytest.approx(first + 0.25 * second, rel=1e-5)
     gamma = begun[0].task.backbone.schedule.min_snr_weights(torch.tensor([100, 800]), 5.0)
     weighted = loss(batch, TrainingConfig(min_snr_gamma=5.0))[0].item()
     assert weighted == pytest.approx(float(gamma[0]) * first + float(gamma[1]) * second, rel=1e-5)
@@ -86,7 +84,8 @@ def test_gradient_checkpointing_changes_nothing(tiny_backbone, begun):
     assert again == pytest.approx(plain, abs=1e-6) and again_terms == pytest.approx(plain_terms, abs=1e-6)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, checkpointed, strict=True))
     assert sum(g.abs().sum() for g in gradients) > 0
-    assert tiny_backbone.unet.mid_block.resnets[0].forward.__func__ is forward and not tiny_backbone.unet.training
+    assert tiny_backbone.unet.mid_block.resnets[0].forward.__func__ is forward
+    assert not tiny_backbone.unet.training
 
 
 def test_checkpointing_recomputes_with_its_own_program(tiny_backbone, begun):
@@ -116,8 +115,8 @@ def test_checkpointing_saves_activations(tiny_backbone, begun):
             total[0] += tensor.numel()
             return tensor
 
-        with tiny_backbone.gradient_checkpointing(enabled), torch.autograd.graph.saved_tensors_hooks(count,
-                                                                                                     lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with tiny_backbone.gradient_checkpointing(enabled), hooks:
             loss(batch)
         kept.append(total[0])
     assert kept[1] < 0.7 * kept[0]

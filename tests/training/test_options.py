@@ -30,8 +30,8 @@ OPTIONS = {
                   "early stopping": {"patience": 1, "look_every": 1},
     "dropout in micro-batches": {"caption_dropout": 0.5},
 }
-DRAWN = {"plain", "flip", "buckets", "noise_offset", "accumulation", "prior pictures", "dropout in "
-                                                                                       "micro-batches"}
+DRAWN = {"plain", "flip", "buckets", "noise_offset", "accumulation", "prior pictures",
+         "dropout in " "micro-batches"}
 
 
 def pictures(option: str, name: str, noun: str) -> list[Picture]:

@@ -1,4 +1,4 @@
-"""Several processes learn what one does; where memory runs out, smaller pieces do."""
+"""Several processes learn what one process learns, and micro-batches what whole batches do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parameters(run):
     return torch.cat([p.detach().flatten() for p in run.parameters])
 
 
-def in_pieces(backbone, limit, monkeypatch):
+def in_micro_batches(backbone, limit, monkeypatch):
     """A backbone whose memory holds `limit` pictures; returns how many it was asked for."""
     sizes, predict = [], backbone.predict
 
@@ -57,22 +57,22 @@ def in_pieces(backbone, limit, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [{}, {"caption_dropout": 0.5}, {"accumulation": 2}, {"batch_size": 3}])
-def test_a_batch_in_pieces_teaches_the_same(tiny_backbone, training_set, monkeypatch, config):
-    whole, pieces = (run_of(tiny_backbone, training_set, **config) for _ in range(2))
+def test_a_batch_in_micro_batches_teaches_the_same(tiny_backbone, training_set, monkeypatch, config):
+    whole, split = (run_of(tiny_backbone, training_set, **config) for _ in range(2))
     for _ in range(3):
         whole.step()
-    sizes = in_pieces(tiny_backbone, 1, monkeypatch)
+    sizes = in_micro_batches(tiny_backbone, 1, monkeypatch)
     for _ in range(3):
-        pieces.step()
-    assert max(sizes[:2]) > 1 and set(sizes[4:]) == {1} and pieces.micro_batch_size == 1
-    assert torch.allclose(parameters(pieces), parameters(whole), atol=1e-5)
-    assert pieces.losses == pytest.approx(whole.losses, rel=1e-4)
+        split.step()
+    assert max(sizes[:2]) > 1 and set(sizes[4:]) == {1} and split.micro_batch_size == 1
+    assert torch.allclose(parameters(split), parameters(whole), atol=1e-5)
+    assert split.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
 def test_memory_for_not_one_picture_is_told(tiny_backbone, training_set, monkeypatch):
     run = run_of(tiny_backbone, training_set)
     before = parameters(run)
-    in_pieces(tiny_backbone, 0, monkeypatch)
+    in_micro_batches(tiny_backbone, 0, monkeypatch)
     with pytest.raises(ConceptError, match="memory ran out at step 1 of concept 'spot' with 1 pictures of 32 "
                                            "pixels"):
         run.step()
@@ -82,9 +82,9 @@ def test_memory_for_not_one_picture_is_told(tiny_backbone, training_set, monkeyp
 def test_replay_is_added_to_every_piece(tiny_backbone, training_set, make_concept, monkeypatch):
     bank = ConceptBank(tiny_backbone.layout).add(make_concept(tiny_backbone.layout, "rex", 1, method="lwf"))
     run = run_of(tiny_backbone, training_set, "lwf", bank=bank)
-    sizes = in_pieces(tiny_backbone, 2, monkeypatch)
+    sizes = in_micro_batches(tiny_backbone, 2, monkeypatch)
     run.step()
-    # one picture and its wish of old
+    # one picture and its old request
     assert sizes[0] == 4 and 2 in sizes and torch.isfinite(parameters(run)).all()
 
 
@@ -139,9 +139,9 @@ def test_two_processes_learn_what_one_does(photos, installed):
     said = {}
     for processes in (1, 2):
         bank = photos / f"{processes}.safetensors"
-        wish = ["--bank", bank, "--name", "spot", "--noun", "dog", "--steps", 3, "--batch-size", 4]
-        said[processes] = json.loads(command("--json", "learn", photos / "photos", *wish, processes=processes,
-                                             folder=photos))
+        options = ["--bank", bank, "--name", "spot", "--noun", "dog", "--steps", 3, "--batch-size", 4]
+        said[processes] = json.loads(command("--json", "learn", photos / "photos", *options,
+                                             processes=processes, folder=photos))
     one, two = (open_bank(photos / f"{n}.safetensors")["spot"] for n in (1, 2))
     for key, delta in one.deltas.items():
         assert torch.allclose(two.deltas[key].dense(), delta.dense(), atol=2e-5)
