@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -21,3 +22,23 @@ class Batch:
     masks: Tensor
     is_prior: Tensor
     weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, index: Tensor) -> Batch:
+        """The samples with these numbers `[n]`, on any device."""
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[index.to(tensor.device)]
+
+        prompts = tuple(self.prompts[i] for i in index.tolist())
+        return Batch(pick(self.latents), prompts, pick(self.masks), pick(self.is_prior), pick(self.weights))
+
+    def joined(self, other: Batch) -> Batch:
+        """This batch and another one behind it, which is moved to this one's devices and types."""
+        def join(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.cat([mine, theirs.to(mine)])
+
+        return Batch(join(self.latents, other.latents), self.prompts + other.prompts,
+                     join(self.masks, other.masks), join(self.is_prior, other.is_prior),
+                     join(self.weights, other.weights))

@@ -30,9 +30,6 @@ from torch import Tensor
 
 from ..attention.adapters import adapter_key
 from ..bank.composition import SUM
-from ..bank.concepts import ConceptInfo
-from ..bank.prompts import Vocabulary
-from ..conditioning.encoding import encode_prompts
 from ..data.batch import Batch
 from ..errors import ConceptError
 from ..model.deltas import DeltaKey, Deltas
@@ -52,6 +49,7 @@ from ..neurons.sparse import SparseAdapters
 from ..settings import at_least, between, one_of, require
 from .base import Forward, Method, Task, register
 from .config import NOT_NEGATIVE, SHARE, MethodConfig
+from .fusion import encode_concept
 
 # of the activation score
 CONCEPT_PROMPTS = ("a photo of {}", "a {} on a beach", "a painting of {}", "{} in a room")
@@ -177,13 +175,10 @@ class CNS(Method):
                 scores[key] = torch.zeros(size, device=backbone.device)
         return concept_neurons(scores, self.general, c.share, c.unit)
 
-    @torch.no_grad()
     def _activation_scores(self) -> dict[DeltaKey, Tensor]:
-        name, words = self.task.name, self.words.group()
-        vocabulary = Vocabulary([ConceptInfo(name, self.task.class_noun, self.name, words.words)])
-        prompts = [prompt.format(f"<{name}>") for prompt in CONCEPT_PROMPTS]
-        context = encode_prompts(self.task.backbone, vocabulary.parse_all(prompts), {name: words})
-        return activation_scores(self.task.backbone, context, [row[name] for row in context.words])
+        name, backbone = self.task.name, self.task.backbone
+        context = encode_concept(backbone, name, self.words.group(), CONCEPT_PROMPTS)
+        return activation_scores(backbone, context, [row[name] for row in context.words])
 
     def _calibration(self) -> tuple[str, ...]:
         return tuple(self.calibration_prompts) or CALIBRATION[:self.config.calibration]

@@ -20,7 +20,7 @@ from ..bank.prompts import Vocabulary
 from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..model.backbone import Backbone
+from ..model.backbone import Backbone, Context
 from ..model.compression import compressed, svd
 from ..model.deltas import DeltaKey, LowRankDelta, concatenate, only_low_rank
 from ..model.sites import SiteLayout
@@ -57,12 +57,17 @@ def mark(tokens: TokenGroup, record: Mapping[DeltaKey, LowRankDelta]) -> str:
 
 
 @torch.no_grad()
+def encode_concept(backbone: Backbone, name: str, tokens: TokenGroup, prompts: Sequence[str]) -> Context:
+    """Encodes prompts in which `{}` stands for a concept that need not be in a bank."""
+    vocabulary = Vocabulary([ConceptInfo(name, "", "", tokens.words)])
+    parsed = vocabulary.parse_all([prompt.format(f"<{name}>") for prompt in prompts])
+    return encode_prompts(backbone, parsed, {name: tokens})
+
+
 def text_rows(backbone: Backbone, tokens: TokenGroup, name: str,
               prompts: Sequence[str] = CONCEPT_PROMPTS) -> list[Tensor]:
     """Text features of a concept's words and the end token after them, in every prompt: per site `[s, b]`."""
-    vocabulary = Vocabulary([ConceptInfo(name, "", "", tokens.words)])
-    parsed = vocabulary.parse_all([prompt.format(f"<{name}>") for prompt in prompts])
-    context = encode_prompts(backbone, parsed, {name: tokens})
+    context = encode_concept(backbone, name, tokens, prompts)
     places = [[*row[name], row[name][-1] + 1] for row in context.words]
     features = (context.at(site).float().cpu() for site in backbone.layout.sites)
     return [torch.cat([row[chosen] for row, chosen in zip(hidden, places, strict=True)])

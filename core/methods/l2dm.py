@@ -168,17 +168,14 @@ class L2DM(LowRankMethod):
         seed = (self.seed + 7919 * self.steps + 104729 * self.draws) % 2**63
         generator = torch.Generator().manual_seed(seed)
         self.draws += 1
-        rows, given = self.short.draw(c.replay, generator), len(batch.prompts)
-        latents = self.short.latents[rows.to(self.short.latents.device)].to(batch.latents)
+        rows, given = self.short.draw(c.replay, generator), len(batch)
+        latents = self.short.latents[rows.to(self.short.latents.device)]
         total = given + len(rows)
-        weights = torch.full((len(rows),),
-                             c.alpha * self.short.task_count * total / len(rows)).to(batch.weights)
+        weights = torch.full((len(rows),), c.alpha * self.short.task_count * total / len(rows))
         prompts = tuple(self.short.prompts[i] for i in rows.tolist())
-        is_prior = torch.zeros(len(rows), dtype=torch.bool).to(batch.is_prior)
-        joined = Batch(torch.cat([batch.latents, latents]), batch.prompts + prompts,
-                       torch.cat([batch.masks, torch.ones_like(latents[:, :1]).to(batch.masks)]),
-                       torch.cat([batch.is_prior, is_prior]),
-                       torch.cat([batch.weights * total / given, weights]))
+        replay = Batch(latents, prompts, torch.ones_like(latents[:, :1]),
+                       torch.zeros(len(rows), dtype=torch.bool), weights)
+        joined = replace(batch, weights=batch.weights * total / given).joined(replay)
         self.joined = joined, given
         return joined
 

@@ -64,12 +64,11 @@ class LwF(Finetune):
         if not self.requests or not len(own):
             return batch
         self.added = len(own)
-        prompts = [self._next_request(batch.prompts[i]) for i in own.tolist()]
-        weights = batch.weights * ((len(batch.prompts) + len(own)) / len(batch.prompts))
-        self.extended = Batch(torch.cat([batch.latents, batch.latents[own]]), (*batch.prompts, *prompts),
-                              torch.cat([batch.masks, batch.masks[own]]),
-                              torch.cat([batch.is_prior, torch.ones_like(batch.is_prior[own])]),
-                              torch.cat([weights, torch.zeros_like(weights[own])]))
+        asked = batch.rows(own)
+        asked = replace(asked, prompts=tuple(self._next_request(prompt) for prompt in asked.prompts),
+                        is_prior=torch.ones_like(asked.is_prior), weights=torch.zeros_like(asked.weights))
+        share = (len(batch) + len(own)) / len(batch)
+        self.extended = replace(batch, weights=batch.weights * share).joined(asked)
         return self.extended
 
     def _next_request(self, prompt: str) -> str:
@@ -90,7 +89,7 @@ class LwF(Finetune):
         """The distillation over the appended rows, from the second task on."""
         if self.extended is None or seen.batch is not self.extended:
             return {}
-        rows = slice(len(seen.batch.prompts) - self.added, None)
+        rows = slice(len(seen.batch) - self.added, None)
         context = replace(seen.context[rows], hidden=seen.context.hidden[rows].detach())
         kind, dtype, enabled = self.autocast
         with torch.no_grad(), torch.autocast(kind, dtype, enabled):

@@ -31,10 +31,7 @@ from torch import Tensor
 
 from ..attention.adapters import AdapterProcessor
 from ..bank.composition import SUM
-from ..bank.concepts import ConceptInfo
-from ..bank.prompts import Vocabulary
 from ..bank.tokens import TokenGroup
-from ..conditioning.encoding import encode_prompts
 from ..data.batch import Batch
 from ..model.deltas import DeltaKey
 from ..model.storage import stored_dtype
@@ -42,7 +39,7 @@ from ..neurons.recording import RECORDED, record_moments
 from ..settings import above, between
 from .base import Outcome, Task, register
 from .config import RankConfig
-from .fusion import CONCEPT_PROMPTS, Rows, fit, fused_outcome, text_rows
+from .fusion import CONCEPT_PROMPTS, Rows, encode_concept, fit, fused_outcome, text_rows
 from .low_rank import KEYS_AND_VALUES, LowRankMethod
 
 GROUPS = {"text": KEYS_AND_VALUES, "picture": RECORDED}
@@ -97,9 +94,7 @@ class MixOfShow(LowRankMethod):
         rows = {"text": {key: Rows.of(text[key[0]], delta) for key,
                          delta in deltas.items() if key[1] in GROUPS["text"]}}
         if min(self.size) > 0:
-            prompts = ["", *(prompt.format(f"<{name}>") for prompt in CONCEPT_PROMPTS)]
-            vocabulary = Vocabulary([ConceptInfo(name, "", self.name, words.words)])
-            context = encode_prompts(backbone, vocabulary.parse_all(prompts), {name: words})
+            context = encode_concept(backbone, name, words, ["", *CONCEPT_PROMPTS])
             recorder = record_moments(backbone, context, AdapterProcessor(self.adapters), self.size,
                               self.config.passes, self.seed)
             rows["picture"] = {key: Rows.of(recorder.leading(key, self.config.rows), delta)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ..data.batch import Batch
 from ..methods.base import Method
@@ -43,7 +42,7 @@ def micro_batches(batch: Batch, method: Method, config: TrainingConfig, timestep
         group: the processes that share the batch.
         size: rows per micro-batch, 0 = all rows of this process.
     """
-    count = len(batch.prompts)
+    count = len(batch)
     if group.size == 1 and not 0 < size < count and config.caption_dropout == 0:
         batch = method.on_batch(batch)      # noise for added rows is drawn together with that of the others
         yield MicroBatch(batch, draw(batch, timesteps, config, generator))
@@ -52,7 +51,7 @@ def micro_batches(batch: Batch, method: Method, config: TrainingConfig, timestep
     drawn = draw(batch, timesteps, config, generator)
     batch = drop_captions(batch, config.caption_dropout, generator)
     for chosen in rows.split(size or len(rows)):
-        part = method.on_batch(_rows(batch, chosen))
+        part = method.on_batch(batch.rows(chosen))
         own = Draw(drawn.timesteps[chosen.to(drawn.timesteps.device)],
                    drawn.noise[chosen.to(drawn.noise.device)])
         yield MicroBatch(part, _extended(own, part, timesteps, config, generator), len(chosen) / len(rows))
@@ -62,24 +61,16 @@ def drop_captions(batch: Batch, share: float, generator: torch.Generator) -> Bat
     """Empties each caption with probability `share`, which trains the unconditional prediction as well."""
     if share == 0:
         return batch
-    drop = torch.rand(len(batch.prompts), generator=generator) < share
+    drop = torch.rand(len(batch), generator=generator) < share
     pairs = zip(drop.tolist(), batch.prompts, strict=True)
     return replace(batch, prompts=tuple("" if dropped else prompt for dropped, prompt in pairs))
-
-
-def _rows(batch: Batch, rows: Tensor) -> Batch:
-    def pick(tensor: Tensor) -> Tensor:
-        return tensor[rows.to(tensor.device)]
-
-    return Batch(pick(batch.latents), tuple(batch.prompts[i] for i in rows.tolist()), pick(batch.masks),
-                 pick(batch.is_prior), pick(batch.weights))
 
 
 def _extended(drawn: Draw, batch: Batch, timesteps: int, config: TrainingConfig,
               generator: torch.Generator) -> Draw:
     """The draw of a batch to which a method has appended rows: theirs is drawn now."""
     count = len(drawn.timesteps)
-    if len(batch.prompts) == count:
+    if len(batch) == count:
         return drawn
-    added = draw(_rows(batch, torch.arange(count, len(batch.prompts))), timesteps, config, generator)
+    added = draw(batch.rows(torch.arange(count, len(batch))), timesteps, config, generator)
     return Draw(torch.cat([drawn.timesteps, added.timesteps]), torch.cat([drawn.noise, added.noise]))

@@ -231,7 +231,7 @@ def test_no_gradient_for_frozen_weights(comfyui, studio):
 
 @pytest.fixture
 def judged(studio):
-    """judged(...): all outputs of ConceptLearner with a CLIP_VISION that gives each evaluation the next of these
+    """judged(...): all outputs of ConceptLearner with a CLIP_VISION that gives the next of these
     vectors' cosines."""
     def run(scores, **other):
         left = iter(scores)
@@ -314,6 +314,7 @@ def test_a_neuron_selection_for_a_method_without_neurons_is_refused(studio):
     from continual_concepts.core.neurons.neurons import NeuronSelection
 
     selection = NeuronSelection.of_rows({(0, "to_k"): torch.tensor([1])}, studio.bank.layout)
-    with pytest.raises(ConceptError, match="method 'bound' cannot use a neuron selection; methods that can: cns, scns"):
+    says = "method 'bound' cannot use a neuron selection; methods that can: cns, scns"
+    with pytest.raises(ConceptError, match=says):
         studio.learn(method="bound", selection=selection)
     assert studio.learn(method="cns", selection=selection)["spot"].deltas.keys() == {(0, "to_k")}

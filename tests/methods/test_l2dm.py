@@ -159,7 +159,7 @@ def test_the_loss_is_the_papers_sum(tiny_backbone, bank, data, replay):
 def test_replay_is_decided_by_the_step(tiny_backbone, bank, data):
     method, other = (begun(tiny_backbone, bank, data, replay=3) for _ in range(2))
     given = data.draw(1, 1.0, torch.Generator().manual_seed(0))
-    first = [method.on_batch(given).latents for _ in range(2)]      # two micro-batches of one step (accumulation)
+    first = [method.on_batch(given).latents for _ in range(2)]      # two micro-batches of one step
     assert not torch.equal(*first)
     method.after_step(1)
     other.on_batch(given)      # a pass of a step that was broken off, or was not there

@@ -1,4 +1,4 @@
-"""Evaluations while a concept is learned: when they end learning, and that interrupted runs resume exactly."""
+"""Evaluations while a concept is learned: when they end learning, and that runs with them resume exactly."""
 
 from __future__ import annotations
 
