@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -26,7 +25,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
     home: ModuleType = torch.optim
     if name in EIGHT_BIT:
         try:
-            home = importlib.import_module("bitsandbytes.optim")
+            from bitsandbytes import optim as eight_bit
+            home = eight_bit
         except (ImportError, OSError, RuntimeError):      # not installed, or not built for this driver
             return None
     kind = getattr(home, name, None)
