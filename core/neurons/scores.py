@@ -184,7 +184,7 @@ def encode_plain(backbone: Backbone, prompts: Sequence[str]) -> Context:
 @torch.no_grad()
 def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: torch.Generator,
             steps: int = 8, cfg: float = 5.0) -> Tensor:
-    """Samples the base's own picture of a prompt in a few DDIM steps: latents `[1, C, h, w]`. size: (h, w)."""
+    """Samples the base's picture of a prompt in few DDIM steps: latents `[1, C, h, w]`. size: (h, w)."""
     both = encode_plain(backbone, ["", prompt])
     noise = torch.randn(1, backbone.latent_channels, *size, generator=generator).to(backbone.device)
 

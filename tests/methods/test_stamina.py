@@ -40,7 +40,7 @@ def test_masks_are_zero_or_one_with_the_logits_probability():
     mask = hard_mask(logits, torch.rand(20000, 3, generator=g), 0.7)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     assert torch.allclose(mask.mean(0), torch.sigmoid(logits[0]), atol=0.015)
-    ends = hard_mask(logits[:2], torch.tensor([[0.0] * 3, [1.0] * 3]), 0.1)      # where the logistic noise is infinite
+    ends = hard_mask(logits[:2], torch.tensor([[0.0] * 3, [1.0] * 3]), 0.1)      # infinite logistic noise
     assert ends.tolist() == [[0.0] * 3, [1.0] * 3]
 
 
