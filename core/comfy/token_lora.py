@@ -74,8 +74,8 @@ class TokenLoraRun:
         return (self._cached.pop(kind) if is_last else self._cached[kind])[1]
 
     def _has_constant_weights(self, options: dict) -> bool:
-        """Whether the weights surely are the same in all steps. Forgets the cache of another sampling, which may
-        have had other weights."""
+        """Whether the weights are known to be the same in all steps. Forgets the cache of another sampling,
+        which may have had other weights."""
         sampling = options.get("sample_sigmas")
         if sampling is not self._sampling:
             self._cached, self._sampling = {}, sampling

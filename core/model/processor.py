@@ -1,5 +1,4 @@
-"""What the text cross-attention sites do beside their frozen weights: attention processors, and the calls
-that they take part in.
+"""Attention processors, which say what sites do beside their frozen weights, and the calls of sites.
 
 Letters in shapes: B rows of a batch, N tokens, D context width, S cells of a site's grid, a and b output and
 input width of a projection.
@@ -97,14 +96,11 @@ class SiteCall:
         self.hidden, self._attend_reordered, self.after_out = hidden, attend, restore
 
     def project(self, projection: str, y: Tensor) -> Tensor:
-        """From the output of the frozen to_q, to_k or to_v, `[B, N, a]`, to the output that `attend`
-        takes."""
-        if projection == "to_q":
-            return self.processor.project(self.site, projection, self.hidden, y)
-        if not self.reads_text:
+        """From the output y of the frozen to_q, to_k or to_v to what `attend` takes."""
+        if projection != "to_q" and not self.reads_text:
             return y
-        return self.processor.project(self.site, projection, self.key_text if projection == "to_k"
-                                      else self.value_text, y)
+        x = {"to_q": self.hidden, "to_k": self.key_text, "to_v": self.value_text}[projection]
+        return self.processor.project(self.site, projection, x, y)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
         """From what `project` gave, query `[B, S, a]`, key and value `[B, N, a]`, to what the frozen to_out
@@ -116,8 +112,10 @@ class SiteCall:
         return self._attended
 
     def finish(self, output: Tensor) -> Tensor:
-        """From the output of the frozen to_out to the output of the site. Unchanged where `attend` was not
-        called."""
+        """From the output of the frozen to_out to the output of the site, `[B, S, a]`.
+
+        Where another node took the attention away, so that `attend` was not called, nothing is changed.
+        """
         if self._attended is None:
             return output
         output = self.processor.project(self.site, "to_out", self._attended, output)

@@ -76,7 +76,8 @@ class CropProcessor(AttentionProcessor):
 
     def enter(self, call: SiteCall) -> None:
         x = call.hidden
-        cells = PermutedCells(self._order(x.shape[1], x.device), [self.count], [self._packed_at(call.site)], x)
+        order, packed = self._order(x.shape[1], x.device), [self._packed_at(call.site)]
+        cells = PermutedCells(order, [self.count], packed, x)
         rows, heads = self._rows_of(x.shape[1], x.device), call.site.heads
 
         def attend(query: Tensor, _key: Tensor, _value: Tensor, attention: HostAttention) -> Tensor:

@@ -86,7 +86,8 @@ class RegionProcessor(AttentionProcessor):
     """
 
     def __init__(self, backbone: Projections, scene: Part, regions: Sequence[Region], parts: Sequence[Part],
-                 rows: Tensor, latent: tuple[int, int], overlap: str = "average", isolation: float = 0.0) -> None:
+                 rows: Tensor, latent: tuple[int, int], overlap: str = "average",
+                 isolation: float = 0.0) -> None:
         self.scene, self.regions, self.parts = scene, list(regions), list(parts)
         self.rows, self.latent = rows, latent
         self.progress, self.overlap, self.isolation = 0.0, overlap, isolation

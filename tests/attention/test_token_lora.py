@@ -57,10 +57,12 @@ def by_definition(known, found, weights, picture):
     for b, words in enumerate(found.words):
         owner = {n: name for name, places in words.items() for n in places if name in known}
         text, out = found.hidden[b, 0], torch.zeros(picture.shape[1], 8)
-        maps = [{p: weights[p] + (known[owner[n]][0, p].dense() if n in owner else 0) for p in SHAPES} for n in range(len(text))]
+        maps = [{p: weights[p] + (known[owner[n]][0, p].dense() if n in owner else 0) for p in SHAPES}
+                for n in range(len(text))]
         for h in range(2):
             part = slice(4 * h, 4 * h + 4)
-            logits = [(picture[b] @ m["to_q"].T)[:, part] @ (m["to_k"] @ text[n])[part] for n, m in enumerate(maps)]
+            logits = [(picture[b] @ m["to_q"].T)[:, part] @ (m["to_k"] @ text[n])[part]
+                      for n, m in enumerate(maps)]
             share = (torch.stack(logits, 1) / 2).softmax(1)
             for n, m in enumerate(maps):
                 out += share[:, n:n + 1] * (m["to_out"][:, part] @ (m["to_v"] @ text[n])[part])
@@ -73,7 +75,9 @@ def weights():
     return {name: draw(*shape, seed=90 + i) for i, (name, shape) in enumerate(SHAPES.items())}
 
 
-@pytest.mark.parametrize("words", [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}), ({}, {"rex": (2,)})])
+@pytest.mark.parametrize("words",
+                         [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}),
+                          ({}, {"rex": (2,)})])
 def test_every_position_has_its_own_maps(weights, words):
     known = {"rex": deltas(20), "mimi": deltas(50)}
     found, picture = context(*words), draw(len(words), 9, 8, seed=3)
@@ -81,11 +85,14 @@ def test_every_position_has_its_own_maps(weights, words):
     assert torch.allclose(run(TokenLoraProcessor(known), found, weights, picture), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("words", [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}), ({}, {"rex": (2,)})])
+@pytest.mark.parametrize("words",
+                         [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}),
+                          ({}, {"rex": (2,)})])
 @pytest.mark.parametrize("parts", [tuple(SHAPES), ("to_k", "to_v"), ("to_q", "to_k"), ("to_v", "to_out")])
 def test_what_is_read_is_kept(weights, words, parts):
     """The first pass and all later ones give what BoundProgram gives, and later ones look at no text."""
-    known = {name: {key: delta for key, delta in deltas(seed).items() if key[1] in parts} for name, seed in (("rex", 20), ("mimi", 50))}
+    known = {name: {key: delta for key, delta in deltas(seed).items() if key[1] in parts}
+             for name, seed in (("rex", 20), ("mimi", 50))}
     found = context(*words)
     kept = CachedTokenLora(TokenLora(known, found), len(words), "cpu")
     for i in range(3):
@@ -96,11 +103,13 @@ def test_what_is_read_is_kept(weights, words, parts):
 
 
 def test_a_kept_site_needs_few_operations(weights):
-    known, found, picture = {"rex": deltas(20), "mimi": deltas(50)}, context({"rex": (1,), "mimi": (2,)}), draw(1, 9, 8, seed=3)
+    known, found, picture = {"rex": deltas(20),
+                             "mimi": deltas(50)}, context({"rex": (1,), "mimi": (2,)}), draw(1, 9, 8, seed=3)
     kept, nothing, counts = CachedTokenLora(TokenLora(known, found), 1, "cpu"), context({}, length=0), []
     run(kept, found, weights, picture)
     with torch.inference_mode():
-        for processor, text in ((TokenLoraProcessor({}), found), (kept, nothing), (TokenLoraProcessor(known), found)):
+        for processor, text in ((TokenLoraProcessor({}), found), (kept, nothing),
+                                (TokenLoraProcessor(known), found)):
             with Operations() as counter:
                 run(processor, text, weights, picture)
             counts.append(counter.count)
@@ -112,7 +121,8 @@ def test_without_its_words_a_concept_does_nothing_bit_for_bit(weights):
     found, picture = context({}, {"mimi": (1,)}), draw(2, 9, 8, seed=3)
     plain = run(TokenLoraProcessor({}), found, weights, picture)
     assert torch.equal(run(TokenLoraProcessor({"rex": deltas(20)}), found, weights, picture), plain)
-    assert not torch.allclose(run(TokenLoraProcessor({"mimi": deltas(20)}), found, weights, picture)[1], plain[1], atol=1e-3)
+    assert not torch.allclose(run(TokenLoraProcessor({"mimi": deltas(20)}), found, weights, picture)[1],
+                              plain[1], atol=1e-3)
 
 
 def test_a_part_of_the_deltas_is_enough(weights):
@@ -164,13 +174,15 @@ def test_regions_keep_their_own_concepts(tiny_backbone, bank):
     halves = [Region("a <rex>", box=(0.0, 0.0, 1.0, 0.5)), Region("a <mimi>", box=(0.0, 0.5, 1.0, 1.0))]
     first = sample_regions(tiny_backbone, bank, "a meadow", halves, [1], QUICK)
     assert torch.equal(first, sample_regions(tiny_backbone, bank, "a meadow", halves, [1], QUICK))
-    others = sample_regions(tiny_backbone, bank, "a meadow", [Region("a dog", box=h.box) for h in halves], [1], QUICK)
+    dogs = [Region("a dog", box=half.box) for half in halves]
+    others = sample_regions(tiny_backbone, bank, "a meadow", dogs, [1], QUICK)
     assert not torch.allclose(first, others, atol=1e-3)
 
 
 def test_the_scene_may_name_bound_concepts_too(tiny_backbone, bank):
     region = Region("a <mimi>", box=(0.0, 0.5, 1.0, 1.0))
-    named, plain = (sample_regions(tiny_backbone, bank, scene, [region], [1], QUICK) for scene in ("a <rex>", "a dog"))
+    named, plain = (sample_regions(tiny_backbone, bank, scene, [region], [1], QUICK)
+                    for scene in ("a <rex>", "a dog"))
     assert not torch.allclose(named, plain, atol=1e-3)
 
 
@@ -178,7 +190,8 @@ def test_strength_zero_leaves_the_words_alone(tiny_backbone, bank):
     zero = SampleSettings(steps=2, cfg=2.0, size=(32, 32), strength=0.0)
     vocabulary, tokens = bank.vocabulary, {"rex": bank["rex"].tokens}
     assert encode_prompts(tiny_backbone, vocabulary.parse_all(["a <rex>"]), tokens).hidden.shape[0] == 1
-    assert not torch.equal(sample(tiny_backbone, bank, ["a <rex>"], [1], zero), sample(tiny_backbone, bank, ["a <rex>"], [1], QUICK))
+    assert not torch.equal(sample(tiny_backbone, bank, ["a <rex>"], [1], zero),
+                           sample(tiny_backbone, bank, ["a <rex>"], [1], QUICK))
 
 
 def test_an_export_says_what_a_lora_cannot_hold(layout, make_concept, tmp_path):

@@ -13,7 +13,8 @@ from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
 
 TOLERANCE = 1e-4
-PROMPTS = ["a photo of a red dog on a beach", "a photo of <rex> in a meadow", "<blueprint> of a car, <mimi> at night"]
+PROMPTS = ["a photo of a red dog on a beach", "a photo of <rex> in a meadow",
+           "<blueprint> of a car, <mimi> at night"]
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def noisy(count: int = 2):
 
 def encoded(host, bank, prompt):
     names = bank.vocabulary.parse(prompt).concepts
-    return encode_prompts(host, bank.vocabulary.parse_all([prompt] * 2), {name: bank[name].tokens for name in names})
+    return encode_prompts(host, bank.vocabulary.parse_all([prompt] * 2),
+                          {name: bank[name].tokens for name in names})
 
 
 def test_layout_schedule_and_fingerprint_are_the_same(backbone, reference):
@@ -81,7 +83,9 @@ def test_learning_takes_an_attention_that_has_a_gradient(backbone, bank, prompt,
 
     def overridden(q, *args, **kwargs):
         own = (kwargs.get("transformer_options") or {}).get("optimized_attention_override")
-        return without_gradient(q, *args, **kwargs) if own is None else own(without_gradient, q, *args, **kwargs)
+        if own is None:
+            return without_gradient(q, *args, **kwargs)
+        return own(without_gradient, q, *args, **kwargs)
 
     with backbone.training():
         context = encoded(backbone, bank, prompt)
@@ -104,7 +108,8 @@ def test_regions(backbone, reference, bank):
     regions = [Region("<rex>", box=(0.0, 0.0, 1.0, 0.5)), Region("<mimi>", box=(0.3, 0.4, 0.9, 1.0))]
     results = []
     for host in (backbone, reference):
-        parts = [Part(encoded(host, bank, region.prompt), bank[region.prompt[1:-1]].deltas) for region in regions]
+        parts = [Part(encoded(host, bank, region.prompt), bank[region.prompt[1:-1]].deltas)
+                 for region in regions]
         scene = Part(encoded(host, bank, "a photo in a meadow"), {})
         processor = RegionProcessor(host, scene, regions, parts, torch.tensor([0, 1]), (16, 16))
         results.append(host.predict(*noisy(), scene.context, processor))

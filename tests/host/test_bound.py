@@ -1,4 +1,5 @@
-"""Word-bound concepts in ComfyUI: the same predictions as in the diffusers host, nothing where their words are not, and no traces."""
+"""Word-bound concepts in ComfyUI: the same predictions as in the diffusers host, nothing where their words
+are not, and no traces."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ SCENE = "a photo of a red dog on a beach"
 
 @pytest.fixture(scope="module")
 def bound(bank):
-    """The bank of the other tests, its concepts bound to their words; one of them encoded together with the prompt."""
+    """The bank of the other tests, its concepts bound to their words; one of them encoded together with the
+    prompt."""
     made = ConceptBank(bank.layout)
     for concept, placeholder_noun in zip(bank, ("dog", "duck toy", ""), strict=True):
         tokens = replace(concept.tokens, placeholder_noun=placeholder_noun)
@@ -34,17 +36,21 @@ TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prompt", ["a photo of <rex> in a meadow", "<rex> and <mimi> at night", "<blueprint> of <mimi>"])
+@pytest.mark.parametrize("prompt",
+                         ["a photo of <rex> in a meadow", "<rex> and <mimi> at night",
+                          "<blueprint> of <mimi>"])
 def test_the_stock_nodes_predict_what_core_predicts(studio, reference, bound, prompt):
     """CLIP Text Encode and one KSampler step from pure noise, against the diffusers host."""
     import comfy.sample
 
     model, clip, _ = studio.aggregate("", bound)
     latent = studio.latent()["samples"]
-    ours = model.model.process_latent_in(studio.ksampler(model, studio.encode(clip, prompt), studio.encode(clip, ""), steps=1, cfg=1.0))
+    ours = model.model.process_latent_in(studio.ksampler(model, studio.encode(clip, prompt),
+                                                         studio.encode(clip, ""), steps=1, cfg=1.0))
     noise, sigma = comfy.sample.prepare_noise(latent, 1), model.model.model_sampling.sigma_max
     named = [name for name in bound.names if f"<{name}>" in prompt]
-    context = encode_prompts(reference, bound.vocabulary.parse_all([prompt]), {name: bound[name].tokens for name in named})
+    context = encode_prompts(reference, bound.vocabulary.parse_all([prompt]),
+                             {name: bound[name].tokens for name in named})
 
     def denoised(processor):
         output, t = reference.predict(noise, torch.tensor([999]), context, processor), torch.tensor([999])
@@ -60,13 +66,15 @@ def test_words_are_encoded_apart_as_in_core(studio, reference, bound, prompt):
 
     _, clip, _ = studio.aggregate("", bound)
     ours = context_of(studio.encode(clip, prompt), bound.layout.copies, bound.names)
-    theirs = encode_prompts(reference, bound.vocabulary.parse_all([prompt]), {concept.name: concept.tokens for concept in bound})
+    theirs = encode_prompts(reference, bound.vocabulary.parse_all([prompt]),
+                            {concept.name: concept.tokens for concept in bound})
     assert distance(ours.hidden, theirs.hidden) < 1e-5 and ours.words == theirs.words
 
 
 def test_all_else_of_a_prompt_is_what_it_is_without_concepts(studio, bound):
     _, clip, _ = studio.aggregate("", bound)
-    named, plain = studio.encode(clip, "a photo of <rex> on a beach")[0][0], studio.encode(studio.clip, "a photo of a dog on a beach")[0][0]
+    named = studio.encode(clip, "a photo of <rex> on a beach")[0][0]
+    plain = studio.encode(studio.clip, "a photo of a dog on a beach")[0][0]
     same = (named == plain).all(-1)[0]
     assert same.sum() == len(same) - 2      # its two words
 
@@ -82,7 +90,8 @@ def test_prompts_without_its_words_are_plain_comfyui_bit_for_bit(studio, bound):
     model, clip, positive = studio.aggregate(SCENE, bound)
     ours = studio.ksampler(model, positive, studio.encode(clip, "blurry"), studio.latent(2))
     assert torch.equal(ours, studio.ksampler(studio.model, SCENE, "blurry", studio.latent(2)))
-    assert torch.equal(studio.regional(SCENE, bank=bound, negative_scene="blurry"), studio.ksampler(studio.model, SCENE, "blurry"))
+    assert torch.equal(studio.regional(SCENE, bank=bound, negative_scene="blurry"),
+                       studio.ksampler(studio.model, SCENE, "blurry"))
 
 
 def test_no_weight_is_patched(studio, bound):
@@ -95,7 +104,8 @@ def test_any_prompt_of_the_clip_has_the_concepts(studio, bound):
     one, clip, _ = studio.aggregate("nothing", bound)
     other, _, positive = studio.aggregate("a photo of <rex>", bound)
     negative = studio.encode(clip, "")
-    assert torch.equal(studio.ksampler(one, studio.encode(clip, "a photo of <rex>"), negative), studio.ksampler(other, positive, negative))
+    assert torch.equal(studio.ksampler(one, studio.encode(clip, "a photo of <rex>"), negative),
+                       studio.ksampler(other, positive, negative))
 
 
 def test_a_b_a(studio, bound):
@@ -129,11 +139,13 @@ def test_a_region_over_everything_is_its_prompt(studio, bound):
 @pytest.mark.parametrize("noise", [False, True])
 def test_regions_and_a_scene_with_concepts(studio, bound, noise):
     regions = [studio.region("a <rex>", right=0.5, top=0.3), studio.region("a <mimi>", left=0.5, top=0.3)]
-    first, second = (studio.regional("a photo of <blueprint>", regions, bound, region_noise=noise) for _ in range(2))
+    first, second = (studio.regional("a photo of <blueprint>", regions, bound, region_noise=noise)
+                     for _ in range(2))
     assert torch.equal(first, second) and torch.isfinite(first).all()
     assert not torch.equal(first, studio.regional("a photo of a drawing", regions, bound, region_noise=noise))
     plain = [studio.region("a dog", right=0.5, top=0.3), studio.region("a cat", left=0.5, top=0.3)]
-    assert distance(studio.regional("a photo of <blueprint>", plain, bound, region_noise=noise), first) > TOLERANCE
+    assert distance(studio.regional("a photo of <blueprint>", plain, bound, region_noise=noise),
+                    first) > TOLERANCE
 
 
 def test_two_aggregates_in_a_row(studio, bound):
@@ -152,7 +164,8 @@ def test_two_aggregates_in_a_row(studio, bound):
 def test_regions_on_a_model_that_has_the_concepts_already(studio, bound):
     model, clip, _ = studio.aggregate("", bound)
     regions = [studio.region("a <rex>", right=0.5)]
-    assert torch.equal(studio.regional("a meadow", regions, bound, model=model, clip=clip), studio.regional("a meadow", regions, bound))
+    assert torch.equal(studio.regional("a meadow", regions, bound, model=model, clip=clip),
+                       studio.regional("a meadow", regions, bound))
 
 
 def test_prompts_of_different_length_share_a_batch(studio, bound, monkeypatch):
@@ -182,7 +195,9 @@ def test_another_nodes_attention_stays_on_top(studio, bound):
         other = studio.model.clone()
         for kind, number, index in find_addresses(studio):
             other.set_model_attn2_replace(
-                lambda q, k, v, options: optimized_attention(q, k, v, options["n_heads"]) + size * torch.ones_like(q), kind, number, index)
+                lambda q, k, v, options: optimized_attention(q, k, v,
+                                                             options["n_heads"]) + size * torch.ones_like(q),
+                                          kind, number, index)
         return other
 
     def run(model, regions=()):
@@ -193,7 +208,8 @@ def test_another_nodes_attention_stays_on_top(studio, bound):
 
     for regions in ([], [studio.region("a <rex>", right=0.5, top=0.3)]):
         plain = run(studio.model, regions)
-        assert distance(run(replaced(0.0), regions), plain) < 1e-4 < distance(run(replaced(0.2), regions), plain)
+        neutral, strong = (distance(run(replaced(size), regions), plain) for size in (0.0, 0.2))
+        assert neutral < 1e-4 < strong
 
 
 def find_addresses(studio):

@@ -1,5 +1,5 @@
-"""Sites gone through region by region in ComfyUI: the same pictures, and only where nobody else's code is in between. And windows in one
-batch."""
+"""Sites gone through region by region in ComfyUI: the same pictures, and only where nobody else's code is in
+between. And windows in one batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture
 def entered(monkeypatch):
-    """For every site that was asked from here on, whether it was gone through region by region; and whether the text was left out."""
+    """For every site that was asked from here on, whether it was gone through region by region; and whether
+    the text was left out."""
     from continual_concepts.core.comfy import sites
     from continual_concepts.core.regional import processor as processor
 
@@ -41,10 +42,12 @@ def drawn(studio, kind: str, **other):
     regions = [studio.region(prompt, left=i / 4, right=(i + 1) / 4) for i, prompt in enumerate(PROMPTS)]
     if kind == "island":
         regions = [studio.region("<rex>", left=0.25, right=0.75, top=0.25, bottom=0.75)]
-    return studio.regional("a photo in a meadow", regions, studio.bank, latent=studio.latent(2, 32, 32), **other)
+    latent = studio.latent(2, 32, 32)
+    return studio.regional("a photo in a meadow", regions, studio.bank, latent=latent, **other)
 
 
-@pytest.mark.parametrize("kind, sampler", [("columns", "euler"), ("columns", "dpmpp_sde"), ("island", "euler")])
+@pytest.mark.parametrize("kind, sampler",
+                         [("columns", "euler"), ("columns", "dpmpp_sde"), ("island", "euler")])
 def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
     from continual_concepts.core.comfy import sites
     from continual_concepts.core.regional import processor as processor
@@ -52,7 +55,8 @@ def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
     one = drawn(studio, kind, sampler_name=sampler)
     assert any(entered["entered"]) and any(entered["no text"]) == (kind == "columns")
     entered["no text"].clear()
-    monkeypatch.setattr(sites, "_is_plain", lambda _: False)      # weights of another kind: the text is read, nobody looks at it
+    # weights of another kind: the text is read, nobody looks at it
+    monkeypatch.setattr(sites, "_is_plain", lambda _: False)
     two = drawn(studio, kind, sampler_name=sampler)
     assert not any(entered["no text"])
     monkeypatch.setattr(processor.RegionProcessor, "enter", lambda *_: None)
@@ -62,8 +66,9 @@ def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
 
 @pytest.mark.parametrize("by_region", [False, True])
 def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, by_region):
-    """Where only the scene is, one UNet call differs from the plain one through self-attention and convolutions alone: the sites' own
-    output is the scene's, bit for bit; to rounding where the scene's cells are attended without the others."""
+    """Where only the scene is, one UNet call differs from the plain one through self-attention and
+    convolutions alone: the sites' own output is the scene's, bit for bit; to rounding where the scene's cells
+    are attended without the others."""
     from continual_concepts.core.regional import processor as processor
 
     seen, attend, enter = [], processor.RegionProcessor.attend, processor.RegionProcessor.enter
@@ -77,11 +82,13 @@ def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, by_regi
     def entering(self, call):
         rows, cells = call.hidden.shape[:2]
         enter(self, call)
-        inner, scene = call._attend_reordered, rows * int((self.cover(cells, call.hidden.device).scene == 1).sum())
+        inner, scene = call._attend_reordered, rows * int((self.cover(cells,
+                                                                      call.hidden.device).scene == 1).sum())
 
         def attending(query, key, value, attention):
             out = inner(query, key, value, attention)
-            found, asked = (x[:, -scene:].reshape(rows, -1, x.shape[-1]) for x in (out, query))      # the scene's cells come last
+            # the scene's cells come last
+            found, asked = (x[:, -scene:].reshape(rows, -1, x.shape[-1]) for x in (out, query))
             seen.append(torch.allclose(found, attention(asked, key, value), atol=1e-5))
             return out
 
@@ -120,20 +127,26 @@ def test_crops_in_one_batch_are_crops_one_by_one(studio, monkeypatch, other):
         model.set_model_attn2_output_patch(lambda n, options: 0.9 * n)
     elif other == "cfg":
         model.set_model_sampler_cfg_function(lambda args: args["cond"] + 2 * (args["cond"] - args["uncond"]))
-    four = [studio.region(prompt, left=i % 2 / 2, right=(i % 2 + 1) / 2, top=i // 2 / 2, bottom=(i // 2 + 1) / 2)
+    four = [studio.region(prompt, left=i % 2 / 2, right=(i % 2 + 1) / 2, top=i // 2 / 2,
+                          bottom=(i // 2 + 1) / 2)
             for i, prompt in enumerate(PROMPTS)]
 
     def drawn(name: str):
         batches.clear()
-        found = studio.regional("a photo in a meadow", four, studio.bank, steps=4, solo=0.5, latent=studio.latent(2, 32, 32), model=model)
+        found = studio.regional("a photo in a meadow", four, studio.bank, steps=4, solo=0.5,
+                                latent=studio.latent(2, 32, 32), model=model)
         calls[name] = list(batches)
         return found
 
-    hook = model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: batches.append(len(inputs[0])))
+    def counting(_unet, inputs) -> None:
+        batches.append(len(inputs[0]))
+
+    hook = model.model.diffusion_model.register_forward_pre_hook(counting)
     try:
         together = drawn("together")
         monkeypatch.setattr(denoise, "batches_of", lambda crops, _most: [[i] for i in range(len(crops))])
         apart = drawn("apart")
     finally:
         hook.remove()
-    assert calls["together"] == [16, 16, 4, 4] and calls["apart"] == [4] * 10 and distance(together, apart) < 1e-4
+    assert calls["together"] == [16, 16, 4,
+                                 4] and calls["apart"] == [4] * 10 and distance(together, apart) < 1e-4

@@ -14,7 +14,8 @@ PROMPT = "a photo of <rex> in a meadow"
 
 @pytest.fixture(params=[torch.float32, torch.float16])
 def backbone(comfyui, request):
-    """A base of its own, whose CLIP is stored in that type and computes in float32, as ComfyUI's loaders have it."""
+    """A base of its own, whose CLIP is stored in that type and computes in float32, as ComfyUI's loaders have
+    it."""
     import comfy.ops
 
     from continual_concepts.core.comfy.backbone import ComfyBackbone
@@ -43,7 +44,8 @@ def encoded(backbone, bank) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = bank["rex"].tokens
     vectors = {name: vector.float().clone().requires_grad_() for name, vector in tokens.vectors.items()}
     with torch.enable_grad():
-        hidden = encode_prompts(backbone, bank.vocabulary.parse_all([PROMPT]), {"rex": TokenGroup(tokens.words, vectors)}).hidden
+        hidden = encode_prompts(backbone, bank.vocabulary.parse_all([PROMPT]),
+                                {"rex": TokenGroup(tokens.words, vectors)}).hidden
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
         (weights * hidden).sum().backward()
     return hidden.detach(), torch.cat([vector.grad.flatten() for vector in vectors.values()])
@@ -51,11 +53,14 @@ def encoded(backbone, bank) -> tuple[torch.Tensor, torch.Tensor]:
 
 def state_of(clip) -> list[tuple]:
     layers = layers_of(clip)
-    return [(layer.mlp.activation, [(one.weight.dtype, one.weight.detach().clone()) for one in linears_of(layer)]) for layer in layers]
+    return [(layer.mlp.activation,
+             [(one.weight.dtype, one.weight.detach().clone()) for one in linears_of(layer)])
+            for layer in layers]
 
 
 def same(one: list[tuple], other: list[tuple]) -> bool:
-    return all(a is b and all(t is u and torch.equal(x, y) for (t, x), (u, y) in zip(mine, theirs, strict=True))
+    return all(a is b
+               and all(t is u and torch.equal(x, y) for (t, x), (u, y) in zip(mine, theirs, strict=True))
                for (a, mine), (b, theirs) in zip(one, other, strict=True))
 
 
@@ -64,7 +69,8 @@ def test_values_and_gradients_are_the_hosts(backbone, bank, monkeypatch):
 
     with backbone.training():
         assert all(layer.mlp.activation is quick_gelu for layer in layers_of(backbone.clip))
-        assert all(one.weight.dtype == torch.float32 for layer in layers_of(backbone.clip) for one in linears_of(layer))
+        assert all(one.weight.dtype == torch.float32 for layer in layers_of(backbone.clip)
+                   for one in linears_of(layer))
         ours = encoded(backbone, bank)
     monkeypatch.setattr(clip_gradients, "quick_gelu", clip_gradients.ACTIVATIONS["quick_gelu"])
     monkeypatch.setattr(clip_gradients, "_cast_once", lambda _: clip_gradients._lean_activations(()))

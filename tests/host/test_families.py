@@ -12,7 +12,8 @@ from continual_concepts.core.conditioning.encoding import encode_prompts
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
 SCENE = "a photo of a dog in a meadow"
-TYPES = {"bf16, cast": (torch.bfloat16, torch.float32), "fp16, cast": (torch.float16, torch.float32), "bf16": (torch.bfloat16, None)}
+TYPES = {"bf16, cast": (torch.bfloat16, torch.float32), "fp16, cast": (torch.float16, torch.float32),
+         "bf16": (torch.bfloat16, None)}
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -21,7 +22,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(params=list(TYPES))
 def other_type(request, pack, studio, bank, monkeypatch):
-    """The embedded base with weights of another type: stored so and cast for arithmetic, or used as they are."""
+    """The embedded base with weights of another type: stored so and cast for arithmetic, or used as they
+    are."""
     from continual_concepts.core.comfy import demo as module
 
     stored, cast = TYPES[request.param]
@@ -33,7 +35,8 @@ def other_type(request, pack, studio, bank, monkeypatch):
 
 @pytest.mark.parametrize("method", ["bound", "cidm", "finetune"])
 def test_weights_of_eight_bits(pack, studio, bank, monkeypatch, method):
-    """A base in fp8, cast for arithmetic: learning leaves its weights alone, and gives what the same numbers give in fp32."""
+    """A base in fp8, cast for arithmetic: learning leaves its weights alone, and gives what the same numbers
+    give in fp32."""
     from continual_concepts.core.comfy import demo as module
 
     config, eight = module._unet_config(), torch.float8_e4m3fn
@@ -43,10 +46,12 @@ def test_weights_of_eight_bits(pack, studio, bank, monkeypatch, method):
     monkeypatch.setattr(module, "_unet_config", lambda: config | {"dtype": eight})
     monkeypatch.setattr(module._Config, "manual_cast_dtype", torch.float32)
     ours, results = type(studio)(pack, module.load_demo(), bank), []
-    before = {name: weight.clone().view(torch.uint8) for name, weight in ours.model.model.state_dict().items() if weight.dtype == eight}
+    before = {name: weight.clone().view(torch.uint8) for name, weight in ours.model.model.state_dict().items()
+              if weight.dtype == eight}
     assert len(before) > 100
     for one in (ours, rounded):
-        first = one.learn(steps=2, method=method, training_settings=[{"checkpoint_every": 0, "gradient_checkpointing": True}])
+        first = one.learn(steps=2, method=method,
+                          training_settings=[{"checkpoint_every": 0, "gradient_checkpointing": True}])
         both = one.learn(steps=2, method=method, name="tom", noun="cat", bank=[first])
         after = ours.model.model.state_dict()
         assert all(torch.equal(after[name].view(torch.uint8), weight) for name, weight in before.items())
@@ -60,21 +65,25 @@ def test_weights_of_eight_bits(pack, studio, bank, monkeypatch, method):
 
 @pytest.mark.parametrize("method", ["cidm", "finetune"])
 def test_weights_of_other_types(other_type, studio, method):
-    """Learn, learn another on top, aggregate, sample, regions: all close to what the same weights give in fp32."""
+    """Learn, learn another on top, aggregate, sample, regions: all close to what the same weights give in
+    fp32."""
     ours, stored = other_type
     before = {name: weight.clone() for name, weight in ours.model.model.state_dict().items()}
     assert before["diffusion_model.out.2.weight"].dtype == stored
     banks = []
     for one in (ours, studio):
-        first = one.learn(steps=2, method=method, training_settings=[{"checkpoint_every": 0, "gradient_checkpointing": True}])
+        first = one.learn(steps=2, method=method,
+                          training_settings=[{"checkpoint_every": 0, "gradient_checkpointing": True}])
         banks.append(one.learn(steps=2, method=method, name="tom", noun="cat", bank=[first]))
     after = ours.model.model.state_dict()
-    assert all(after[name].dtype == weight.dtype and torch.equal(after[name], weight) for name, weight in before.items())
+    assert all(after[name].dtype == weight.dtype and torch.equal(after[name], weight)
+               for name, weight in before.items())
     results = []
     for one, bank in zip((ours, studio), banks, strict=True):
         model, clip, positive = one.aggregate("<spot>", bank)
         pictures = [one.ksampler(model, positive, one.encode(clip, ""), steps=2),
-                    one.regional(SCENE, [one.region("<spot>", right=0.5), one.region("<tom>", left=0.5)], bank, steps=2)]
+                    one.regional(SCENE, [one.region("<spot>", right=0.5), one.region("<tom>", left=0.5)],
+                                 bank, steps=2)]
         results.append(torch.cat(pictures))
     assert torch.isfinite(results[0]).all() and distance(*results) < 0.1
     assert torch.equal(ours.regional(SCENE), ours.ksampler(ours.model, SCENE, ""))
@@ -94,17 +103,22 @@ def test_sdxl_in_both_hosts(xl, tiny_sdxl):
     from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     ours = ComfyBackbone(xl.model, xl.clip, xl.vae)
-    assert ours.layout == tiny_sdxl.layout and ours.fingerprint == tiny_sdxl.fingerprint and ours.layout.copies == 7
+    assert ours.layout == tiny_sdxl.layout and ours.layout.copies == 7
+    assert ours.fingerprint == tiny_sdxl.fingerprint
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([100, 800])
-    for prompt in ("a photo of a dog", "<rex> in a meadow", "a photo of <rex> and <mimi> with " + "a red ball and a car and " * 3):
-        contexts = [encode_prompts(host, xl.bank.vocabulary.parse_all([prompt] * 2), {name: xl.bank[name].tokens for name in xl.bank.names})
+    for prompt in ("a photo of a dog", "<rex> in a meadow",
+                   "a photo of <rex> and <mimi> with " + "a red ball and a car and " * 3):
+        contexts = [encode_prompts(host, xl.bank.vocabulary.parse_all([prompt] * 2),
+                                   {name: xl.bank[name].tokens for name in xl.bank.names})
                     for host in (ours, tiny_sdxl)]
-        assert distance(contexts[0].hidden, contexts[1].hidden) < 1e-5 and distance(contexts[0].pooled, contexts[1].pooled) < 1e-5
+        assert distance(contexts[0].hidden,
+                        contexts[1].hidden) < 1e-5 and distance(contexts[0].pooled, contexts[1].pooled) < 1e-5
         stock = xl.stock.CLIPTextEncode().encode(xl.aggregate("a dog", xl.bank)[1], prompt)[0]
         assert distance(stock[0][1]["pooled_output"], contexts[1].pooled[:1]) < 1e-5
         assert distance(stock[0][0], contexts[1].hidden[:1].mean(1)) < 1e-5
         with ours.folded(xl.bank["rex"].deltas), tiny_sdxl.folded(xl.bank["rex"].deltas):
-            results = [host.predict(x, t, context) for host, context in zip((ours, tiny_sdxl), contexts, strict=True)]
+            results = [host.predict(x, t, context)
+                       for host, context in zip((ours, tiny_sdxl), contexts, strict=True)]
         assert distance(*results) < 1e-4
 
 
@@ -134,14 +148,16 @@ def test_sdxl_through_the_nodes(xl):
     model, clip, positive = xl.aggregate("<spot> and <rex>", bank)
     picture = xl.ksampler(model, positive, xl.encode(clip, ""))
     regions = [xl.region("<spot>", right=0.5), xl.region("<mimi>", left=0.4, feather=0.1)]
-    both = [xl.regional(SCENE, regions, bank, latent=xl.latent(2), sampler_name="euler_ancestral") for _ in range(2)]
+    both = [xl.regional(SCENE, regions, bank, latent=xl.latent(2), sampler_name="euler_ancestral")
+            for _ in range(2)]
     assert torch.equal(*both) and torch.isfinite(both[0]).all() and not torch.equal(picture, plain)
 
 
 def test_sdxl_region_over_everything_is_its_prompt(xl):
     model, clip, positive = xl.aggregate("<rex> in a meadow", xl.bank)
     folded = xl.ksampler(model, positive, xl.encode(clip, ""), steps=2)
-    found = xl.regional(SCENE, [xl.region("<rex> in a meadow")], xl.bank, steps=2)      # the pooled text is the region's too
+    # the pooled text is the region's too
+    found = xl.regional(SCENE, [xl.region("<rex> in a meadow")], xl.bank, steps=2)
     assert distance(found, folded) < 1e-3
 
 

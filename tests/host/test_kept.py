@@ -1,4 +1,5 @@
-"""What bound concepts read is kept from step to step: the same pictures, and never what belongs to another text or other weights."""
+"""What bound concepts read is kept from step to step: the same pictures, and never what belongs to another
+text or other weights."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def distance(a, b):
 
 
 def unkept(model):
-    """The same MODEL with another node's patch that changes nothing: then nobody knows what sites will read."""
+    """The same MODEL with another node's patch that changes nothing: then nobody knows what sites will
+    read."""
     clone = model.clone()
     clone.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
     return clone
@@ -60,7 +62,8 @@ def both_ways(studio, model, positive, negative, calls, **other):
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_sde", "dpm_2_ancestral"])
 def test_pictures_are_the_same(studio, bound, calls, sampler):
     model, clip, positive = studio.aggregate("a <rex> and <mimi>", bound)
-    both_ways(studio, model, positive, studio.encode(clip, "<blueprint>"), calls, sampler=sampler, latent=studio.latent(2))
+    both_ways(studio, model, positive, studio.encode(clip, "<blueprint>"), calls, sampler=sampler,
+              latent=studio.latent(2))
     both_ways(studio, model, positive, studio.encode(clip, ""), calls, sampler=sampler, cfg=1.0)
 
 
@@ -68,20 +71,25 @@ def test_a_text_that_changes_on_the_way(studio, bound, calls):
     model, clip, _ = studio.aggregate("", bound)
     parts = []
     for prompt, start, end in (("a <rex>", 0.0, 0.5), ("a <mimi> at night", 0.5, 1.0)):
-        parts += [[hidden, extra | {"start_percent": start, "end_percent": end}] for hidden, extra in studio.encode(clip, prompt)]
+        parts += [[hidden, extra | {"start_percent": start, "end_percent": end}]
+                  for hidden, extra in studio.encode(clip, prompt)]
     both_ways(studio, model, parts, studio.encode(clip, ""), calls, steps=6)
 
 
 def test_two_prompts_at_once(studio, bound, calls):
-    """They share a batch, or are called one after another where memory is short; neither takes the other's."""
+    """They share a batch, or are called one after another where memory is short; neither takes the
+    other's."""
     model, clip, _ = studio.aggregate("", bound)
-    both_ways(studio, model, studio.encode(clip, "a <rex>") + studio.encode(clip, "a <mimi>"), studio.encode(clip, ""), calls)
+    both_ways(studio, model, studio.encode(clip, "a <rex>") + studio.encode(clip, "a <mimi>"),
+              studio.encode(clip, ""), calls)
     long = "a <mimi>, " + "very " * 90 + "green"
-    both_ways(studio, model, studio.encode(clip, "a <rex>") + studio.encode(clip, long), studio.encode(clip, "<rex>"), calls)
+    both_ways(studio, model, studio.encode(clip, "a <rex>") + studio.encode(clip, long),
+              studio.encode(clip, "<rex>"), calls)
 
 
 def test_weights_that_change_between_samplings(studio, bound, calls):
-    """A LoRA loader behind the concepts shares their run with the model before it, of which a sampling was stopped on its way."""
+    """A LoRA loader behind the concepts shares their run with the model before it, of which a sampling was
+    stopped on its way."""
     import comfy.sd
 
     model, clip, positive = studio.aggregate("a <rex>", bound)
@@ -89,7 +97,8 @@ def test_weights_that_change_between_samplings(studio, bound, calls):
     for key, weight in model.model.state_dict().items():
         if key.endswith("attn2.to_k.weight"):
             name, (a, b) = key.removesuffix(".weight"), weight.shape
-            state[f"{name}.lora_up.weight"], state[f"{name}.lora_down.weight"] = torch.full((a, 1), 0.3), torch.full((1, b), 0.3)
+            state[f"{name}.lora_up.weight"] = torch.full((a, 1), 0.3)
+            state[f"{name}.lora_down.weight"] = torch.full((1, b), 0.3)
     changed, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
     first = both_ways(studio, model, positive, negative, calls)
     stopped, steps = model.clone(), []

@@ -23,7 +23,8 @@ def test_no_concepts_give_the_model_and_the_clip_as_they_are(studio, held, mode)
     bank = None if held == "none" else ConceptBank(studio.bank.layout)
     model, clip, positive = studio.aggregate(SCENE, bank, mode)
     assert model is studio.model and clip is studio.clip
-    assert torch.equal(studio.ksampler(model, positive, NEGATIVE), studio.ksampler(studio.model, SCENE, NEGATIVE))
+    assert torch.equal(studio.ksampler(model, positive, NEGATIVE),
+                       studio.ksampler(studio.model, SCENE, NEGATIVE))
 
 
 @pytest.mark.parametrize("mode", ["sharp", "paper", "released code", "equal merge"])
@@ -36,7 +37,8 @@ def test_strength_zero_without_placeholders(studio, mode):
 def test_sharp_mode_without_placeholders(studio):
     model, clip, positive = studio.aggregate(SCENE, studio.bank)
     assert not model.patches
-    assert torch.equal(studio.ksampler(model, positive, studio.encode(clip, NEGATIVE)), studio.ksampler(studio.model, SCENE, NEGATIVE))
+    assert torch.equal(studio.ksampler(model, positive, studio.encode(clip, NEGATIVE)),
+                       studio.ksampler(studio.model, SCENE, NEGATIVE))
 
 
 def test_strength_changes_pictures(studio):
@@ -48,12 +50,15 @@ def test_strength_changes_pictures(studio):
 
 
 @pytest.mark.parametrize("sampler, scheduler", [
-    ("euler", "normal"), ("euler_ancestral", "karras"), ("dpmpp_2m_sde", "karras"), ("heun", "exponential"), ("dpm_2", "sgm_uniform"),
+    ("euler", "normal"), ("euler_ancestral", "karras"), ("dpmpp_2m_sde", "karras"), ("heun", "exponential"),
+                                                ("dpm_2", "sgm_uniform"),
     ("dpmpp_sde", "simple"), ("ddim", "ddim_uniform"), ("uni_pc", "beta"), ("lcm", "simple")])
 def test_without_regions_it_is_ksampler(studio, sampler, scheduler):
     """With a bank whose concepts the scene does not name; without one: below."""
-    ours = studio.regional(SCENE, bank=studio.bank, negative_scene=NEGATIVE, sampler_name=sampler, scheduler=scheduler)
-    assert torch.equal(ours, studio.ksampler(studio.model, SCENE, NEGATIVE, sampler=sampler, scheduler=scheduler))
+    ours = studio.regional(SCENE, bank=studio.bank, negative_scene=NEGATIVE, sampler_name=sampler,
+                           scheduler=scheduler)
+    assert torch.equal(ours,
+                       studio.ksampler(studio.model, SCENE, NEGATIVE, sampler=sampler, scheduler=scheduler))
 
 
 @pytest.mark.parametrize("case", ["cfg 1", "denoise", "inpainting", "batch", "wide"])
@@ -84,17 +89,21 @@ def test_conditionings_instead_of_texts(studio):
 def test_a_concept_in_the_scene_is_what_aggregating_it_gives(studio):
     model, clip, positive = studio.aggregate("<rex> on a beach", studio.bank)
     theirs = studio.ksampler(model, positive, studio.encode(clip, ""), sampler="euler_ancestral")
-    assert torch.equal(studio.regional("<rex> on a beach", bank=studio.bank, sampler_name="euler_ancestral"), theirs)
+    ours = studio.regional("<rex> on a beach", bank=studio.bank, sampler_name="euler_ancestral")
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
 @pytest.mark.parametrize("noise", [False, True])
 def test_a_b_a_with_regions(studio, sampler, noise):
     def picture(prompts, seed):
-        regions = [studio.region(prompt, left=0.5 * i, right=0.5 * i + 0.5) for i, prompt in enumerate(prompts)]
-        return studio.regional("in a meadow", regions, studio.bank, sampler_name=sampler, seed=seed, region_noise=noise)
+        regions = [studio.region(prompt, left=0.5 * i, right=0.5 * i + 0.5)
+                   for i, prompt in enumerate(prompts)]
+        return studio.regional("in a meadow", regions, studio.bank, sampler_name=sampler, seed=seed,
+                               region_noise=noise)
 
-    first, other, again = picture(("<rex>", "<mimi>"), 1), picture(("<mimi>", "<blueprint>"), 2), picture(("<rex>", "<mimi>"), 1)
+    first, other, again = picture(("<rex>", "<mimi>"), 1), picture(("<mimi>", "<blueprint>"),
+                                                                   2), picture(("<rex>", "<mimi>"), 1)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -105,7 +114,8 @@ def test_a_b_a_with_aggregation(studio, sampler):
         return studio.ksampler(model, positive, studio.encode(clip, ""), sampler=sampler)
 
     plain = studio.ksampler(studio.model, SCENE, "")
-    first, _, _, again = picture("<rex>"), picture("<mimi>", "paper"), studio.regional(SCENE), picture("<rex>")
+    first, _, _, again = picture("<rex>"), picture("<mimi>",
+                                                   "paper"), studio.regional(SCENE), picture("<rex>")
     assert torch.equal(first, again)
     assert torch.equal(plain, studio.ksampler(studio.model, SCENE, ""))
 
@@ -113,5 +123,6 @@ def test_a_b_a_with_aggregation(studio, sampler):
 def test_the_same_region_objects_serve_many_runs(studio):
     regions = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
     sizes = [studio.latent(), studio.latent(2, 8, 24), studio.latent()]
-    first, _, again = (studio.regional("in a meadow", regions, studio.bank, latent=latent) for latent in sizes)
+    first, _, again = (studio.regional("in a meadow", regions, studio.bank, latent=latent)
+                       for latent in sizes)
     assert torch.equal(first, again)

@@ -1,4 +1,5 @@
-"""Regions beside what other people put into workflows: ControlNet, image prompts, LoRA loaders, every sampler, no negatives."""
+"""Regions beside what other people put into workflows: ControlNet, image prompts, LoRA loaders, every
+sampler, no negatives."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def halves(studio, **other) -> list:
-    return [studio.region("<rex> in a meadow", right=0.5, **other), studio.region("<mimi> in a meadow", left=0.5, **other)]
+    return [studio.region("<rex> in a meadow", right=0.5, **other),
+            studio.region("<mimi> in a meadow", left=0.5, **other)]
 
 
 def samplers() -> list[str]:
@@ -23,7 +25,8 @@ def samplers() -> list[str]:
         import comfy.samplers
     except ImportError:
         return ["euler"]      # the module is skipped anyway
-    return [name for name in comfy.samplers.KSampler.SAMPLERS if "adaptive" not in name]      # they take as long as they like
+    # they take as long as they like
+    return [name for name in comfy.samplers.KSampler.SAMPLERS if "adaptive" not in name]
 
 
 @pytest.fixture
@@ -41,7 +44,8 @@ def test_every_sampler_samples_with_regions_and_twice_the_same(studio, every_sam
         if not torch.isfinite(one).all() or one.std() < 1e-3:
             wrong.append(sampler)
     assert not wrong and len(every_sampler) > 20
-    again = [studio.regional(SCENE, halves(studio), studio.bank, sampler_name="dpmpp_2m_sde", steps=4, solo=0.4) for _ in range(2)]
+    again = [studio.regional(SCENE, halves(studio), studio.bank, sampler_name="dpmpp_2m_sde", steps=4,
+                             solo=0.4) for _ in range(2)]
     assert torch.equal(*again)
 
 
@@ -73,19 +77,25 @@ class Control:
         self.net = Net()
 
     def on(self, conditioning):
-        return [[hidden, {**extra, "control": self.net, "control_apply_to_uncond": True}] for hidden, extra in conditioning]
+        return [[hidden, {**extra, "control": self.net, "control_apply_to_uncond": True}]
+                for hidden, extra in conditioning]
 
 
 def test_a_controlnet_acts_with_regions_and_sees_whole_frames(studio):
     positive, negative = studio.encode(studio.clip, SCENE), studio.encode(studio.clip, "")
     control = Control(3.0)
-    plain = studio.regional(SCENE, halves(studio), studio.bank, positive=positive, negative=negative, solo=0.4)
-    found = studio.regional(SCENE, halves(studio), studio.bank, positive=control.on(positive), negative=control.on(negative), solo=0.4)
+    plain = studio.regional(SCENE, halves(studio), studio.bank, positive=positive, negative=negative,
+                            solo=0.4)
+    found = studio.regional(SCENE, halves(studio), studio.bank, positive=control.on(positive),
+                            negative=control.on(negative), solo=0.4)
     assert torch.isfinite(found).all() and distance(found, plain) > 1e-3
     assert set(control.net.sizes) == {(16, 16)}
     off = Control(0.0)
-    same = studio.regional(SCENE, halves(studio), studio.bank, positive=off.on(positive), negative=off.on(negative), solo=0.4)
-    assert distance(same, studio.regional(SCENE, halves(studio), studio.bank, positive=positive, negative=negative, solo=0.0)) < 1e-5
+    same = studio.regional(SCENE, halves(studio), studio.bank, positive=off.on(positive),
+                           negative=off.on(negative), solo=0.4)
+    assert distance(same,
+                    studio.regional(SCENE, halves(studio), studio.bank, positive=positive, negative=negative,
+                                    solo=0.0)) < 1e-5
 
 
 def image_prompted(model, size: float = 1.0):
@@ -93,8 +103,11 @@ def image_prompted(model, size: float = 1.0):
     from comfy.ldm.modules.attention import optimized_attention
 
     def replace(q, k, v, options):
-        tokens = torch.randn(q.shape[0], 4, q.shape[-1], generator=torch.Generator().manual_seed(q.shape[-1])).to(q)
-        return optimized_attention(q, k, v, options["n_heads"]) + size * optimized_attention(q, tokens, tokens, options["n_heads"])
+        tokens = torch.randn(q.shape[0], 4, q.shape[-1],
+                             generator=torch.Generator().manual_seed(q.shape[-1])).to(q)
+        return optimized_attention(q, k, v,
+                                   options["n_heads"]) + size * optimized_attention(q, tokens, tokens,
+                                                                                    options["n_heads"])
 
     clone = model.clone()
     for block in (("input", 3), ("input", 4), ("middle", 0), ("output", 2), ("output", 3)):
@@ -103,7 +116,8 @@ def image_prompted(model, size: float = 1.0):
 
 
 def test_an_image_prompt_acts_inside_regions_too(studio):
-    """Two regions that cover everything leave the scene no place of its own; the image prompt is there all the same."""
+    """Two regions that cover everything leave the scene no place of its own; the image prompt is there all
+    the same."""
     plain = studio.regional(SCENE, halves(studio), studio.bank)
     with_image = studio.regional(SCENE, halves(studio), studio.bank, model=image_prompted(studio.model))
     assert torch.isfinite(with_image).all() and distance(with_image, plain) > 1e-2
@@ -122,16 +136,19 @@ def lora_of(studio, size: float) -> dict:
         if key.endswith(("attn2.to_k.weight", "attn2.to_q.weight", "attn1.to_v.weight")):
             name = key.removesuffix(".weight")
             found[f"{name}.lora_up.weight"] = size * torch.randn(weight.shape[0], 2, generator=generator)
-            found[f"{name}.lora_down.weight"] = torch.randn(2, weight.shape[1], generator=generator) * weight.shape[1]**-0.5
+            found[f"{name}.lora_down.weight"] = torch.randn(2, weight.shape[1],
+                                                            generator=generator) * weight.shape[1]**-0.5
     return found
 
 
 def test_a_lora_acts_in_scene_and_regions(studio):
-    """Loaded before us; with strength 0 nothing changes, and a region over everything is its prompt with the LoRA."""
+    """Loaded before us; with strength 0 nothing changes, and a region over everything is its prompt with the
+    LoRA."""
     import comfy.sd
 
     prompt = "<rex> in a meadow"
-    loaded, empty = (comfy.sd.load_lora_for_models(studio.model, None, lora_of(studio, size), 1.0, 0.0)[0] for size in (0.5, 0.0))
+    loaded, empty = (comfy.sd.load_lora_for_models(studio.model, None, lora_of(studio, size), 1.0, 0.0)[0]
+                     for size in (0.5, 0.0))
     plain = studio.regional(SCENE, halves(studio), studio.bank)
     assert distance(studio.regional(SCENE, halves(studio), studio.bank, model=empty), plain) < 1e-4
     assert distance(studio.regional(SCENE, halves(studio), studio.bank, model=loaded), plain) > 1e-2
@@ -145,7 +162,8 @@ def test_a_lora_acts_in_scene_and_regions(studio):
 def test_without_guidance_and_without_negatives(studio, more):
     """CFG 1, as turbo and distilled models want: one half, whatever the negative prompt says."""
     scene, regions = ("<rex> and <mimi>", ()) if more == "found" else (SCENE, halves(studio))
-    one, two = (studio.regional(scene, regions, studio.bank, cfg=1.0, negative_scene=text, steps=4, **MORE[more]) for text in ("", "blue"))
+    one, two = (studio.regional(scene, regions, studio.bank, cfg=1.0, negative_scene=text, steps=4,
+                                **MORE[more]) for text in ("", "blue"))
     assert torch.equal(one, two) and torch.isfinite(one).all()
 
 

@@ -31,7 +31,8 @@ def inputs(backbone, seed=0):
 def test_without_a_program_it_is_the_model_itself(backbone):
     latents, timesteps, context = inputs(backbone)
     ours, unet = backbone.predict(latents, timesteps, context), backbone.unet
-    extra = {} if context.pooled is None else {"text_embeds": context.pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
+    extra = {} if context.pooled is None else {"text_embeds": context.pooled,
+                                               "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
     processors = dict(unet.attn_processors)
     try:
         unet.set_attn_processor(AttnProcessor2_0())
@@ -40,7 +41,8 @@ def test_without_a_program_it_is_the_model_itself(backbone):
     finally:
         unet.set_attn_processor(processors)
     assert torch.allclose(ours, expected, atol=1e-5)
-    assert torch.allclose(backbone.predict(latents, timesteps, context, AttentionProcessor()), expected, atol=1e-5)
+    assert torch.allclose(backbone.predict(latents, timesteps, context, AttentionProcessor()), expected,
+                          atol=1e-5)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -65,7 +67,8 @@ def test_texts_are_encoded_with_our_activation_and_the_model_keeps_its_own(tiny_
         assert fails
     finally:
         hook.remove()
-    assert seen == [True] * len(activations) != [] and not any("forward" in part.__dict__ for part in activations)
+    assert seen == [True] * len(activations) != [] and not any("forward" in part.__dict__
+                                                               for part in activations)
 
 
 def test_sites_run_in_the_order_of_their_numbers(backbone):
@@ -100,8 +103,9 @@ def test_a_program_sees_what_project_computes(backbone, projection):
 
 
 def test_copies_are_per_site_up_to_16_and_per_group_above(tiny_backbone, tiny_sdxl):
-    assert [site.copy for site in tiny_backbone.layout.sites] == list(range(7)) and tiny_backbone.layout.copies == 7
-    assert [site.copy for site in tiny_sdxl.layout.sites] == [i // 3 for i in range(21)] and tiny_sdxl.layout.copies == 7
+    first, second = tiny_backbone.layout, tiny_sdxl.layout
+    assert [site.copy for site in first.sites] == list(range(7)) and first.copies == 7
+    assert [site.copy for site in second.sites] == [i // 3 for i in range(21)] and second.copies == 7
     assert tiny_sdxl.layout.text_widths == (("clip_l", 32), ("clip_g", 24))
     assert tiny_backbone.layout.fingerprint != tiny_sdxl.layout.fingerprint
     names = [site.name.split(".")[0] for site in tiny_sdxl.layout.sites]
@@ -112,22 +116,27 @@ def test_each_site_reads_its_layer_copy(backbone):
     latents, timesteps, context = inputs(backbone)
     base = backbone.predict(latents, timesteps, context)
     layered = context.hidden.repeat(1, backbone.layout.copies, 1, 1)
-    assert torch.allclose(backbone.predict(latents, timesteps, Context(layered, context.pooled)), base, atol=1e-5)
+    assert torch.allclose(backbone.predict(latents, timesteps, Context(layered, context.pooled)), base,
+                          atol=1e-5)
     for copy in range(backbone.layout.copies):
         changed = layered.clone()
         changed[:, copy] += 1.0
-        assert not torch.allclose(backbone.predict(latents, timesteps, Context(changed, context.pooled)), base, atol=1e-4), copy
+        assert not torch.allclose(backbone.predict(latents, timesteps, Context(changed, context.pooled)),
+                                  base, atol=1e-4), copy
 
 
 def test_pooled_text_reaches_the_unet(tiny_sdxl):
     latents, timesteps, context = inputs(tiny_sdxl)
     other = Context(context.hidden, context.pooled + 1.0)
-    assert not torch.allclose(tiny_sdxl.predict(latents, timesteps, other), tiny_sdxl.predict(latents, timesteps, context), atol=1e-3)
+    assert not torch.allclose(tiny_sdxl.predict(latents, timesteps, other),
+                              tiny_sdxl.predict(latents, timesteps, context), atol=1e-3)
 
 
 def test_sdxl_learns_and_samples(tiny_sdxl, teach):
     learned = teach(tiny_sdxl, ConceptBank(tiny_sdxl.layout), steps=2)
-    assert {name: tuple(v.shape) for name, v in learned.concept.tokens.vectors.items()} == {"clip_l": (7, 2, 32), "clip_g": (7, 2, 24)}
+    assert {name: tuple(v.shape)
+            for name, v in learned.concept.tokens.vectors.items()} == {"clip_l": (7, 2, 32),
+                                                                       "clip_g": (7, 2, 24)}
     settings = SampleSettings(steps=1, size=(32, 32))
     named, base = sample(tiny_sdxl, learned.bank, ["<rex>", "a dog"], [1, 1], settings)
     assert torch.isfinite(named).all() and not torch.allclose(named, base, atol=1e-4)
@@ -141,3 +150,8 @@ def test_latents_have_the_advertised_shape_and_scale(tiny_backbone):
         assert torch.allclose(latents, tiny_backbone.vae.encode(images).latent_dist.mean * 0.5, atol=1e-6)
     decoded = tiny_backbone.decode_latents(latents * 100)
     assert decoded.shape == images.shape and decoded.abs().max() <= 1
+
+
+def test_training_is_allowed_and_weights_are_counted(backbone):
+    with backbone.training():
+        assert backbone.parameter_count == sum(weight.numel() for weight in backbone.unet.parameters()) > 0

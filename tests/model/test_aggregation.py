@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.model.aggregation import equal_weights, paper_weights, released_weights, sharp_weights
+from continual_concepts.core.model.aggregation import (
+    equal_weights,
+    paper_weights,
+    released_weights,
+    sharp_weights,
+)
 
 
 def states(*shape, seed=0):
@@ -41,7 +46,8 @@ def test_released_by_loops():
     prompt, words, counts = states(9, 6), states(5, 6, seed=1), [2, 3]
     best = [max(float(torch.cosine_similarity(c, w, dim=0)) for c in prompt) for w in words]
     relation = torch.tensor([sum(best[:2]) / 2, sum(best[2:]) / 3])
-    assert torch.allclose(released_weights(prompt, words, counts), relation**4 / (relation**4).sum(), atol=1e-6)
+    assert torch.allclose(released_weights(prompt, words, counts), relation**4 / (relation**4).sum(),
+                          atol=1e-6)
 
 
 @pytest.mark.parametrize("counts", [[1], [2, 2], [1, 2, 3]])
@@ -52,7 +58,9 @@ def test_released_sums_to_one_and_sees_no_length(counts):
     assert torch.allclose(released_weights(prompt * 3, words * 0.1, counts), weights, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", [lambda p, w: paper_weights(p, w), lambda p, w: released_weights(p, w, [1] * w.shape[-2])])
+@pytest.mark.parametrize("function",
+                         [lambda p, w: paper_weights(p, w),
+                          lambda p, w: released_weights(p, w, [1] * w.shape[-2])])
 def test_the_concept_in_the_prompt_weighs_most(function):
     concepts = torch.nn.functional.normalize(states(4, 6), dim=-1)
     prompt = torch.cat([states(3, 6, seed=2) * 0.1, concepts[2:3]])

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta, check_fits, concatenate, pack, unpack, weighted_sum
+from continual_concepts.core.model.deltas import (
+    LowRankDelta,
+    SparseDelta,
+    check_fits,
+    concatenate,
+    pack,
+    unpack,
+    weighted_sum,
+)
 
 
 def low_rank(a=6, b=5, rank=2, seed=0, scale=0.5):
@@ -18,7 +26,8 @@ def low_rank(a=6, b=5, rank=2, seed=0, scale=0.5):
 
 def sparse(a=6, b=5, count=7, seed=0, scale=0.5):
     g = torch.Generator().manual_seed(seed)
-    return SparseDelta((a, b), torch.randperm(a * b, generator=g)[:count].int(), torch.randn(count, generator=g), scale)
+    return SparseDelta((a, b), torch.randperm(a * b, generator=g)[:count].int(),
+                       torch.randn(count, generator=g), scale)
 
 
 FORMS = pytest.mark.parametrize("make", [low_rank, sparse])
@@ -68,7 +77,8 @@ def test_a_sum_stays_low_rank_only_while_that_is_smaller():
 def test_concatenation_adds_ranks():
     joined = concatenate([(1.0, low_rank(rank=2)), (3.0, low_rank(rank=1, seed=1))])
     assert joined.up.shape == (6, 3)
-    assert torch.allclose(joined.dense(), low_rank(rank=2).dense() + 3 * low_rank(rank=1, seed=1).dense(), atol=1e-5)
+    assert torch.allclose(joined.dense(), low_rank(rank=2).dense() + 3 * low_rank(rank=1, seed=1).dense(),
+                          atol=1e-5)
 
 
 def deltas_for(layout, make, projections=("to_q", "to_k", "to_out"), sites=(0, 1, 2)):

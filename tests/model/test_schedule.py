@@ -38,14 +38,16 @@ def test_v_is_the_derivative_of_salimans_and_ho(tiny_backbone, drawn):
     latents, noise = drawn
     schedule = NoiseSchedule(tiny_backbone.schedule.alphas_cumprod, "v_prediction")
     alpha = schedule.alphas_cumprod[T].view(-1, 1, 1, 1)
-    assert torch.allclose(schedule.target(latents, noise, T), alpha.sqrt() * noise - (1 - alpha).sqrt() * latents, atol=1e-6)
+    assert torch.allclose(schedule.target(latents, noise, T),
+                          alpha.sqrt() * noise - (1 - alpha).sqrt() * latents, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights(schedule, gamma):
     alpha = schedule.alphas_cumprod[T]
     snr = alpha / (1 - alpha)
-    expected = torch.minimum(snr, torch.tensor(gamma)) / (snr if schedule.prediction == "epsilon" else snr + 1)
+    expected = torch.minimum(snr, torch.tensor(gamma)) / (snr if schedule.prediction == "epsilon"
+                                                          else snr + 1)
     assert torch.allclose(schedule.min_snr_weights(T, gamma), expected)
     assert (schedule.min_snr_weights(T, gamma) <= 1).all()
 

@@ -15,21 +15,26 @@ def random(*shape, seed=0):
 
 def test_dpm_solver_runs_on_the_schedule_of_training(tiny_backbone):
     solver = DpmSolver(tiny_backbone.schedule, 10)
-    assert torch.allclose(solver.scheduler.alphas_cumprod.float(), tiny_backbone.schedule.alphas_cumprod, atol=1e-5)
+    assert torch.allclose(solver.scheduler.alphas_cumprod.float(), tiny_backbone.schedule.alphas_cumprod,
+                          atol=1e-5)
     assert len(solver.timesteps) == 10 and solver.timesteps[0] == 999
 
 
 def test_ddim_by_its_equation(tiny_backbone):
-    schedule, solver, x, noise = tiny_backbone.schedule, Ddim(tiny_backbone.schedule, 4), random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
+    schedule, solver, x, noise = tiny_backbone.schedule, Ddim(tiny_backbone.schedule,
+                                                              4), random(2, 4, 3,
+                                                                         3), random(2, 4, 3, 3, seed=1)
     assert solver.timesteps == [999, 749, 499, 249]
     now, then = schedule.alphas_cumprod[749], schedule.alphas_cumprod[499]
     clean = (x - (1 - now).sqrt() * noise) / now.sqrt()
-    assert torch.allclose(solver.step(noise, 749, x), then.sqrt() * clean + (1 - then).sqrt() * noise, atol=1e-5)
+    assert torch.allclose(solver.step(noise, 749, x), then.sqrt() * clean + (1 - then).sqrt() * noise,
+                          atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", [Ddim, DpmSolver])
 def test_a_solver_that_knows_the_noise_ends_at_the_clean_latents(tiny_backbone, solver):
-    schedule, clean, noise, seen = tiny_backbone.schedule, 0.3 * random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1), []
+    schedule, clean, noise, seen = tiny_backbone.schedule, 0.3 * random(2, 4, 3,
+                                                                        3), random(2, 4, 3, 3, seed=1), []
     start = schedule.add_noise(clean, noise, torch.full((2,), 999))
 
     def estimate(x, t, progress):
@@ -42,7 +47,8 @@ def test_a_solver_that_knows_the_noise_ends_at_the_clean_latents(tiny_backbone, 
 
 
 def test_what_moves_latents_acts_before_every_estimate(tiny_backbone):
-    found = denoise(Ddim(tiny_backbone.schedule, 3), random(1, 4, 3, 3), lambda x, t, progress: torch.zeros_like(x),
+    found = denoise(Ddim(tiny_backbone.schedule, 3), random(1, 4, 3, 3),
+                    lambda x, t, progress: torch.zeros_like(x),
                     lambda x, t, progress: torch.full_like(x, float(t)))
     last = tiny_backbone.schedule.alphas_cumprod[333].sqrt()
     assert torch.allclose(found, 333 / last.expand_as(found))
@@ -54,7 +60,9 @@ def test_guidance_is_both_halves_in_one_evaluation(tiny_backbone, monkeypatch):
     negative, positive = (encode_plain(tiny_backbone, [text] * 2) for text in ("blurry", "a dog"))
     without, wanted = (tiny_backbone.predict(x, t, context) for context in (negative, positive))
     sizes, original = [], tiny_backbone.predict
-    monkeypatch.setattr(tiny_backbone, "predict", lambda latents, *rest: sizes.append(len(latents)) or original(latents, *rest))
-    assert torch.allclose(guided(tiny_backbone, x, 400, negative, positive, 3.0), without + 3 * (wanted - without), atol=1e-4)
+    monkeypatch.setattr(tiny_backbone, "predict", lambda latents, *rest: sizes.append(len(latents))
+                        or original(latents, *rest))
+    assert torch.allclose(guided(tiny_backbone, x, 400, negative, positive, 3.0),
+                          without + 3 * (wanted - without), atol=1e-4)
     assert torch.allclose(guided(tiny_backbone, x, 400, negative, positive, 1.0), wanted, atol=1e-4)
     assert sizes == [4, 2]

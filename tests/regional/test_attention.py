@@ -34,13 +34,15 @@ def attend(query, key, value):
 @pytest.fixture
 def qkv():
     query, base = random(2, 16, 8), random(2, 16, 8, seed=1)
-    return query, base, [random(2, 5, 8, seed=2), random(2, 5, 8, seed=3)], [random(2, 5, 8, seed=4), random(2, 5, 8, seed=5)]
+    return query, base, [random(2, 5, 8, seed=2), random(2, 5, 8, seed=3)], [random(2, 5, 8, seed=4),
+                                                                             random(2, 5, 8, seed=5)]
 
 
 def plain_regions(query, base, keys, values, masks):
     """Region attention with the scene's weights everywhere."""
     cover = cover_of(*shares(masks))
-    stacks = [PackedKeysValues([KeysValues(keys[u], values[u]) for u in group.members]) for group in cover.groups]
+    stacks = [PackedKeysValues([KeysValues(keys[u], values[u]) for u in group.members])
+              for group in cover.groups]
     out, more = region_attention(query, query, base, stacks, cover, torch.arange(len(query)), 2, attend)
     assert more is None
     return out
@@ -59,12 +61,14 @@ def test_one_full_region_is_plain_attention_with_its_prompt(qkv):
 
 def test_overlaps_are_averaged_and_the_rest_is_the_scenes(qkv):
     query, base, keys, values = qkv
-    masks = torch.stack([box_mask((0, 0, 0.75, 0.75), 4, 4).flatten(), box_mask((0.25, 0.25, 1, 1), 4, 4).flatten()])
+    masks = torch.stack([box_mask((0, 0, 0.75, 0.75), 4, 4).flatten(),
+                         box_mask((0.25, 0.25, 1, 1), 4, 4).flatten()])
     before = base.clone()
     out = plain_regions(query, base, keys, values, masks)
     first, second = (attend(query, k, v) for k, v in zip(keys, values, strict=True))
     only, other = masks[0].bool(), masks[1].bool()
-    for where, expected in [(only & other, (first + second) / 2), (only & ~other, first), (other & ~only, second), (~only & ~other, base)]:
+    for where, expected in [(only & other, (first + second) / 2), (only & ~other, first),
+                            (other & ~only, second), (~only & ~other, base)]:
         assert where.any() and torch.allclose(out[:, where], expected[:, where], atol=1e-6)
     assert torch.equal(base, before)
 
@@ -83,27 +87,32 @@ def bank(region_bank):
 def processor_of(backbone, bank, regions, scene=None):
     context = encode(backbone, bank, ["", "a dog"])
     parts = [Part(context, bank[name].deltas) for name in ("rex", "mimi")[:len(regions)]]
-    return RegionProcessor(backbone, Part(context, scene or {}), regions, parts, torch.tensor([0, 1]), (8, 8)), parts
+    return RegionProcessor(backbone, Part(context, scene or {}), regions, parts, torch.tensor([0, 1]),
+                           (8, 8)), parts
 
 
 LAYOUTS = {
     "halves": [Region("a", LEFT), Region("b", RIGHT)],
     "overlap": [Region("a", (0, 0, 0.75, 0.75)), Region("b", (0.25, 0.25, 1, 1), strength=0.5)],
-    "one size after another": [Region("a", FULL), Region("b", (0.0, 0.0, 0.26, 0.26)), Region("a", (0.5, 0.5, 0.76, 1.0), feather=0.2)],
+    "one size after another": [Region("a", FULL), Region("b", (0.0, 0.0, 0.26, 0.26)),
+                               Region("a", (0.5, 0.5, 0.76, 1.0), feather=0.2)],
 }
 
 
 def by_definition(backbone, site, bank, scene, regions, contexts, x, overlap):
-    """to_out's output where every part of the picture is attended by its own model, one after another, and the results are mixed."""
+    """to_out's output where every part of the picture is attended by its own model, one after another, and
+    the results are mixed."""
     side = int(x.shape[1]**0.5)
     own, rest = shares(masks_of(regions, side, side), overlap)
     total = torch.zeros(2, x.shape[1], site.width)
-    for share, name, context in zip([*own, rest], [*(r.prompt for r in regions), None], [*contexts, scene], strict=True):
+    for share, name, context in zip([*own, rest], [*(r.prompt for r in regions), None], [*contexts, scene],
+                                    strict=True):
         with backbone.folded(bank[{"a": "rex", "b": "mimi"}[name]].deltas if name else bank["tuned"].deltas):
             q = backbone.project(site, "to_q", x)
             k, v = (backbone.project(site, p, context.at(site)) for p in ("to_k", "to_v"))
             attended = multi_head(q, k, v, site.heads)
-            total += share.flatten().view(1, -1, 1) * torch.nn.functional.linear(attended, backbone._weight(site, "to_out"))
+            out = torch.nn.functional.linear(attended, backbone._weight(site, "to_out"))
+            total += share.flatten().view(1, -1, 1) * out
     return total + backbone._linear(site, "to_out").bias
 
 
@@ -112,14 +121,19 @@ def by_definition(backbone, site, bank, scene, regions, contexts, x, overlap):
 @torch.no_grad()
 def test_every_region_is_attended_by_a_model_of_its_own(tiny_backbone, bank, site_output, layout, overlap):
     regions, backbone = LAYOUTS[layout], tiny_backbone
-    contexts = [encode(backbone, bank, ["", f"a {color} thing"]) for color in ("red", "green", "blue")[:len(regions)]]
+    contexts = [encode(backbone, bank, ["", f"a {color} thing"])
+                for color in ("red", "green", "blue")[:len(regions)]]
     scene = encode(backbone, bank, ["", "a dog"])
-    parts = [Part(c, bank[{"a": "rex", "b": "mimi"}[r.prompt]].deltas) for r, c in zip(regions, contexts, strict=True)]
-    processor = RegionProcessor(backbone, Part(scene, bank["tuned"].deltas), regions, parts, torch.tensor([0, 1]), (8, 8), overlap)
+    parts = [Part(c, bank[{"a": "rex", "b": "mimi"}[r.prompt]].deltas)
+             for r, c in zip(regions, contexts, strict=True)]
+    processor = RegionProcessor(backbone, Part(scene, bank["tuned"].deltas), regions, parts,
+                                torch.tensor([0, 1]), (8, 8), overlap)
     for site, cells in ((backbone.layout.sites[0], 64), (backbone.layout.sites[2], 16)):
         x = random(2, cells, site.width)
         found = site_output(backbone, processor, site, x, scene.at(site))
-        assert torch.allclose(found, by_definition(backbone, site, bank, scene, regions, contexts, x, overlap), atol=1e-4)
+        assert torch.allclose(found,
+                              by_definition(backbone, site, bank, scene, regions, contexts, x, overlap),
+                              atol=1e-4)
 
 
 @torch.no_grad()
@@ -136,12 +150,16 @@ def test_what_other_peoples_attention_adds_is_added_everywhere(tiny_backbone, ba
 
     call = SiteCall(processor, site, query, query, query)
     expected = processor.attend(call, query, query, query, HostAttention(attend)) + 0.5
-    assert torch.allclose(processor.attend(call, query, query, query, HostAttention(attend, theirs)), expected, atol=1e-5)
+    assert torch.allclose(processor.attend(call, query, query, query, HostAttention(attend, theirs)),
+                          expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("masks", [[(0, 0, 1, 0.5), (0, 0.5, 1, 1)], [FULL], [(0, 0, 1, 0.75), (0, 0.75, 1, 1)], [(0, 0, 0.5, 0.5)]])
+@pytest.mark.parametrize("masks",
+                         [[(0, 0, 1, 0.5), (0, 0.5, 1, 1)], [FULL], [(0, 0, 1, 0.75), (0, 0.75, 1, 1)],
+                          [(0, 0, 0.5, 0.5)]])
 def test_regions_do_not_see_each_other_in_self_attention(masks):
-    """Every region attends to its own cells, the scene's cells to everything; regions of one size and of several."""
+    """Every region attends to its own cells, the scene's cells to everything; regions of one size and of
+    several."""
     query, key, value = (random(2, 16, 8, seed=i) for i in range(3))
     flat = torch.stack([box_mask(box, 4, 4).flatten() for box in masks])
     cover, base = cover_of(*shares(flat)), attend(query, key, value)
@@ -153,8 +171,10 @@ def test_regions_do_not_see_each_other_in_self_attention(masks):
 
 
 def test_isolation_keeps_what_is_elsewhere_out_and_costs_nothing_where_there_is_one(tiny_backbone, bank):
-    for regions, same in (([Region("<rex>", FULL)], True), ([Region("<rex>", LEFT), Region("<mimi>", RIGHT)], False)):
-        one, two = (sample_regions(tiny_backbone, bank, "a room", regions, [1], replace(QUICK, isolation=i)) for i in (0.0, 1.0))
+    for regions, same in (([Region("<rex>", FULL)], True),
+                          ([Region("<rex>", LEFT), Region("<mimi>", RIGHT)], False)):
+        one, two = (sample_regions(tiny_backbone, bank, "a room", regions, [1], replace(QUICK, isolation=i))
+                    for i in (0.0, 1.0))
         assert torch.allclose(one, two, atol=1e-4) == same
 
 
@@ -162,13 +182,15 @@ def test_self_attention_is_the_hosts_own_until_it_is_asked_for(tiny_backbone, ba
     """Isolation ends with its share of the steps; tiles of another node are left alone."""
     asked = []
     original = RegionProcessor.self_attention
-    monkeypatch.setattr(RegionProcessor, "self_attention", lambda self, *rest: asked.append(self.progress) or original(self, *rest))
+    monkeypatch.setattr(RegionProcessor, "self_attention", lambda self, *rest: asked.append(self.progress)
+                        or original(self, *rest))
     regions = [Region("<rex>", LEFT), Region("<mimi>", RIGHT)]
     sample_regions(tiny_backbone, bank, "a room", regions, [1], replace(QUICK, isolation=0.4))
     assert set(asked) == {0.0}
     processor, _ = processor_of(tiny_backbone, bank, regions)
     tiles = random(8, 7, 64)
-    assert torch.equal(processor.self_attention(tiny_backbone.layout.sites[2], tiles, tiles, tiles, attend), attend(tiles, tiles, tiles))
+    assert torch.equal(processor.self_attention(tiny_backbone.layout.sites[2], tiles, tiles, tiles, attend),
+                       attend(tiles, tiles, tiles))
 
 
 def test_the_order_of_regions_that_do_not_overlap_does_not_matter(tiny_backbone, bank):
@@ -182,7 +204,8 @@ def test_keys_and_values_of_regions_have_their_deltas_and_halves(tiny_backbone, 
     processor, parts = processor_of(tiny_backbone, bank, [Region("a", FULL)])
     site = tiny_backbone.layout.sites[1]
     with tiny_backbone.folded(bank["rex"].deltas):
-        key, value = (tiny_backbone.project(site, name, parts[0].context.at(site)) for name in ("to_k", "to_v"))
+        key, value = (tiny_backbone.project(site, name, parts[0].context.at(site))
+                      for name in ("to_k", "to_v"))
     query, scene_key = random(2, 16, 64), random(2, 16, 64, seed=1)
     call = SiteCall(processor, site, query, scene_key, scene_key)
     out = processor.attend(call, query, scene_key, scene_key, HostAttention(attend))

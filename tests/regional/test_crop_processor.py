@@ -18,7 +18,8 @@ COUNT, PICTURES = 3, 2
 @pytest.fixture(params=[True, False], ids=["bound", "routed"])
 def made(request, tiny_backbone, monkeypatch):
     """The scene and parts of three regions, the last without a concept."""
-    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
+    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH",
+                        tiny_backbone.layout.sites[0].context_width)
     _, parts, _ = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(COUNT), request.param)
     parts[-1] = Part(context_of(2, 1, seed=3), {})
     return Part(context_of(2, 1, seed=1), deltas_of(tiny_backbone.layout, seed=8)), parts
@@ -37,7 +38,8 @@ def test_every_region_gets_what_it_gets_alone(tiny_backbone, made, halves, enter
     for u, part in enumerate(parts):
         rows = torch.tensor(halves).repeat_interleave(PICTURES)
         alone = RegionProcessor(tiny_backbone, scene, [Region("a", (0, 0, 1, 1))], [part], rows, (8, 8))
-        expected = site_output(tiny_backbone, alone, site, x[:, u].flatten(0, 1), text[:len(rows)]).view_as(x[:, u])
+        expected = site_output(tiny_backbone, alone, site, x[:, u].flatten(0, 1),
+                               text[:len(rows)]).view_as(x[:, u])
         assert torch.allclose(found[:, u], expected, atol=1e-5)
 
 
@@ -51,5 +53,6 @@ def test_what_other_peoples_attention_adds_is_there(tiny_backbone, made, site_ou
         return multi_head(*qkv, site.heads) + 0.5
 
     text = torch.ones(len(x), 7, site.context_width)
-    plain, found = (site_output(tiny_backbone, processor, site, x, text, replaced=code) for code in (None, theirs))
+    plain, found = (site_output(tiny_backbone, processor, site, x, text, replaced=code)
+                    for code in (None, theirs))
     assert (found - plain).abs().min() > 0      # 0.5 everywhere, through to_out

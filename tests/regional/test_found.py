@@ -30,24 +30,29 @@ def bank(request, region_bank, tiny_backbone, teach):
 def processor_of(backbone, bank, pictures=2):
     prompts = bank.parse(SCENE).apart(bank.infos)
     negative = bank.parse("")
-    scene, *parts = (Part(encode(backbone, bank, [negative, prompt]), {}) for prompt in (bank.parse(SCENE), *prompts.values()))
+    scene, *parts = (Part(encode(backbone, bank, [negative, prompt]), {})
+                     for prompt in (bank.parse(SCENE), *prompts.values()))
     words = [scene.context.words[1][name] for name in prompts]
-    return FoundRegions(backbone, scene, list(prompts), parts, words, torch.tensor([0] * pictures + [1] * pictures), (16, 16))
+    return FoundRegions(backbone, scene, list(prompts), parts, words,
+                        torch.tensor([0] * pictures + [1] * pictures), (16, 16))
 
 
 def test_masks_are_where_a_concepts_map_is_high_and_highest(tiny_backbone, region_bank):
     processor = processor_of(tiny_backbone, region_bank)
     maps = torch.full((2, 2, 8, 8), 0.01)
-    maps[0, 0, :, :3], maps[0, 1, :, 5:] = 0.6, 0.2      # the first picture: rex left, mimi right, more faintly
+    # the first picture: rex left, mimi right, more faintly
+    maps[0, 0, :, :3], maps[0, 1, :, 5:] = 0.6, 0.2
     maps[1, 0, :3], maps[1, 1, 5:] = 0.3, 0.9            # the second: rex above, mimi below
     processor._sums, processor.progress = {64: maps.flatten(2)}, 1.0
     assert processor.phase() == (True,)
     found = processor.found
     assert found.shape == (2, 2, 8, 8)
-    assert found[0, 0, :, :3].all() and not found[0, 0, :, 5:].any() and found[1, 0, :, 5:].all() and not found[1, 0, :, :3].any()
+    assert found[0, 0, :, :3].all() and not found[0, 0, :, 5:].any()
+    assert found[1, 0, :, 5:].all() and not found[1, 0, :, :3].any()
     assert found[0, 1, :3].all() and found[1, 1, 5:].all() and (found.sum(0) <= 1).all()
     rows = processor.masks((4, 4))
-    assert rows.shape == (2, 4, 4, 4) and torch.equal(rows[:, :2], rows[:, 2:])      # each picture's negative and positive half
+    # each picture's negative and positive half
+    assert rows.shape == (2, 4, 4, 4) and torch.equal(rows[:, :2], rows[:, 2:])
 
 
 def test_before_they_are_found_the_scene_is_all(tiny_backbone, bank, monkeypatch):
@@ -59,7 +64,9 @@ def test_before_they_are_found_the_scene_is_all(tiny_backbone, bank, monkeypatch
 def test_regions_are_found_at_the_price_of_a_plain_picture(tiny_backbone, bank, calls):
     found = sample_found(tiny_backbone, bank, SCENE, [1, 2], QUICK)
     assert calls == [4] * 5
-    assert torch.isfinite(found).all() and not torch.allclose(found, sample(tiny_backbone, bank, [SCENE] * 2, [1, 2], QUICK), atol=1e-3)
+    assert torch.isfinite(found).all() and not torch.allclose(found,
+                                                              sample(tiny_backbone, bank, [SCENE] * 2, [1, 2],
+                                                                     QUICK), atol=1e-3)
     assert torch.equal(found, sample_found(tiny_backbone, bank, SCENE, [1, 2], QUICK))
 
 

@@ -16,7 +16,8 @@ from continual_concepts.core.regional.regions import box_mask, shares
 def test_released_weights(fixtures_dir):
     data = load_file(fixtures_dir / "aggregation.safetensors")
     counts = data["token_counts"].tolist()
-    words = data["concept_embeddings"][:, None, 1:1 + sum(counts)]      # between the begin token and the padding
+    # between the begin token and the padding
+    words = data["concept_embeddings"][:, None, 1:1 + sum(counts)]
     weights = released_weights(data["prompt_embeddings"], words, counts)
     assert torch.allclose(weights, data["weights"], atol=1e-5)
 
@@ -42,7 +43,9 @@ def test_region_attention(golden):
     masks = torch.stack([box_mask(tuple(box), 16, 16).flatten() for box in golden["boxes"].tolist()])
     keys, values = ([golden[f"region{i}_{what}"] for i in range(2)] for what in ("key", "value"))
     query, cover = golden["query"], cover_of(*shares(masks))
-    stacks = [PackedKeysValues([KeysValues(keys[u], values[u]) for u in group.members]) for group in cover.groups]
-    out, more = region_attention(query, query, golden["base_output"], stacks, cover, torch.arange(len(query)), 1, attend)
+    stacks = [PackedKeysValues([KeysValues(keys[u], values[u]) for u in group.members])
+              for group in cover.groups]
+    out, more = region_attention(query, query, golden["base_output"], stacks, cover, torch.arange(len(query)),
+                                 1, attend)
     assert more is None
     assert torch.allclose(out, golden["output"], atol=1e-5)

@@ -1,4 +1,5 @@
-"""Sites gone through region by region: the same result with fewer operations, and only where every cell is one region's or the scene's."""
+"""Sites gone through region by region: the same result with fewer operations, and only where every cell is
+one region's or the scene's."""
 
 from __future__ import annotations
 
@@ -28,25 +29,34 @@ OTHERS = {
     "soft": [Region("a", (0, 0, 1, 0.5), feather=0.2), Region("b", (0, 0.5, 1, 1), feather=0.2)],
     "weak": [Region("a", (0, 0, 1, 0.5)), Region("b", (0, 0.5, 1, 1), strength=0.5)],
     "nobody": [Region("a", (0, 0, 1, 0.5), end=0.2)],
-    "many fillings": [Region("a", (0, 0, 0.5, 1)), Region("b", (0.5, 0, 1, 0.5)), Region("c", (0.5, 0.5, 1, 1))],      # one group
+    # one group
+    "many fillings": [Region("a", (0, 0, 0.5, 1)), Region("b", (0.5, 0, 1, 0.5)),
+                      Region("c", (0.5, 0.5, 1, 1))],
 }
 
 
 @pytest.fixture
 def processor(tiny_backbone, monkeypatch):
-    """Of regions with boxes: bound or routed concepts, the last of several has none; the scene has one of each kind."""
-    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH", tiny_backbone.layout.sites[0].context_width)
+    """Of regions with boxes: bound or routed concepts, the last of several has none; the scene has one of
+    each kind."""
+    monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH",
+                        tiny_backbone.layout.sites[0].context_width)
 
     def build(boxes, is_bound=True, rows=(0, 1)):
-        _, parts, bound = regional_cost.parts_of(tiny_backbone.layout, regional_cost.boxes_of(len(boxes)), is_bound)
+        drawn = regional_cost.boxes_of(len(boxes))
+        _, parts, _ = regional_cost.parts_of(tiny_backbone.layout, drawn, is_bound)
         if is_bound:
-            parts[0] = replace(parts[0], word_bound={name: {k: d for k, d in deltas.items() if k[1] != "to_q"} for name, deltas in
-                                                parts[0].word_bound.items()})      # no delta of to_q: its columns are fillings
+            parts[0] = replace(parts[0],
+                               word_bound={name: {k: d for k, d in deltas.items() if k[1] != "to_q"}
+                                           for name, deltas in
+                                                # no delta of to_q: its columns are fillings
+                                                parts[0].word_bound.items()})
         if len(parts) > 1:
             parts[-1] = Part(context_of(2, 1, seed=3), {})
         regions = [box if isinstance(box, Region) else Region("a", box) for box in boxes]
         own = deltas_of(tiny_backbone.layout, seed=9)
-        scene = Part(context_of(2, 1, seed=1, words={"own": (1, 2)}), deltas_of(tiny_backbone.layout, seed=8), {"own": own})
+        scene = Part(context_of(2, 1, seed=1, words={"own": (1, 2)}), deltas_of(tiny_backbone.layout, seed=8),
+                     {"own": own})
         return RegionProcessor(tiny_backbone, scene, regions, parts, torch.tensor(rows), (8, 8))
 
     return build
@@ -70,14 +80,16 @@ def test_it_is_left_alone_elsewhere(tiny_backbone, processor, name):
     running, site = processor(OTHERS[name]), tiny_backbone.layout.sites[0]
     running.progress = 0.5
     for one, is_reordered in ((running, False), (processor(PARTITIONS["halves"]), True)):
-        call = SiteCall(one, site, x := torch.zeros(2, 64, site.width), text := one.scene.context.at(site), text)
+        x, text = torch.zeros(2, 64, site.width), one.scene.context.at(site)
+        call = SiteCall(one, site, x, text, text)
         call.enter()
         assert (call.hidden is not x) == is_reordered
 
 
 def test_a_picture_is_the_same(tiny_backbone, region_bank, monkeypatch):
     settings = SampleSettings(steps=3, cfg=3.0, size=(32, 32))
-    regions = [Region("<rex>", (0, 0, 1, 0.5)), Region("<mimi> at night", (0, 0.5, 1, 1)), Region("a car", (0, 0, 1, 1), end=0.5)]
+    regions = [Region("<rex>", (0, 0, 1, 0.5)), Region("<mimi> at night", (0, 0.5, 1, 1)),
+               Region("a car", (0, 0, 1, 1), end=0.5)]
 
     def picture():
         return sample_regions(tiny_backbone, region_bank, "a room", regions, [1, 2], settings)

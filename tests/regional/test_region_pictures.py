@@ -46,20 +46,23 @@ def test_one_full_region_is_its_own_picture(any_backbone, bank, cfg, negative):
 @pytest.mark.parametrize("regions", [[], [Region("<rex>", FULL, strength=0.0)]])
 def test_no_region_is_the_scene(tiny_backbone, bank, regions):
     scene = sample(tiny_backbone, bank, ["a <mimi>"], [3], QUICK)
-    assert torch.allclose(sample_regions(tiny_backbone, bank, "a <mimi>", regions, [3], QUICK), scene, atol=1e-4)
+    assert torch.allclose(sample_regions(tiny_backbone, bank, "a <mimi>", regions, [3], QUICK), scene,
+                          atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_one_evaluation_per_step_for_any_number_of_regions(tiny_backbone, bank, calls, count, cfg):
-    sample_regions(tiny_backbone, bank, "a dog", [Region("<rex>", LEFT)] * count, [1, 2], replace(QUICK, cfg=cfg))
+    sample_regions(tiny_backbone, bank, "a dog", [Region("<rex>", LEFT)] * count, [1, 2],
+                   replace(QUICK, cfg=cfg))
     assert calls == [2 if cfg == 1.0 else 4] * 3
 
 
 def processor_of(backbone, bank, regions, scene=None):
     context = encode(backbone, bank, ["", "a dog"])
     parts = [Part(context, bank[name].deltas) for name in ("rex", "mimi")[:len(regions)]]
-    return RegionProcessor(backbone, Part(context, scene or {}), regions, parts, torch.tensor([0, 1]), (8, 8)), parts
+    return RegionProcessor(backbone, Part(context, scene or {}), regions, parts, torch.tensor([0, 1]),
+                           (8, 8)), parts
 
 
 def attend(query, key, value):
@@ -70,14 +73,16 @@ def test_regions_are_on_from_start_to_end(tiny_backbone, bank):
     processor, _ = processor_of(tiny_backbone, bank, [Region("a", FULL, start=0.25, end=0.5)])
     site, query = tiny_backbone.layout.sites[1], random(2, 16, 64)
     base = attend(query, query, query)
-    for progress, on in [(0.0, False), (0.2, False), (0.25, True), (0.5, True), (0.51, False), (1.0, False), (0.3, True)]:
+    for progress, on in [(0.0, False), (0.2, False), (0.25, True), (0.5, True), (0.51, False), (1.0, False),
+                         (0.3, True)]:
         processor.progress = progress
         call = SiteCall(processor, site, query, query, query)
         assert torch.allclose(processor.attend(call, query, query, query, HostAttention(attend)), base) != on
 
 
 def test_a_schedule_changes_the_picture(tiny_backbone, bank):
-    whole, first, last = (sample_regions(tiny_backbone, bank, "a dog", [Region("<rex>", FULL, start=s, end=e)], [1], QUICK)
+    whole, first, last = (sample_regions(tiny_backbone, bank, "a dog",
+                                         [Region("<rex>", FULL, start=s, end=e)], [1], QUICK)
                           for s, e in ((0, 1), (0, 0.4), (0.6, 1)))
     assert not torch.allclose(whole, first, atol=1e-3) and not torch.allclose(first, last, atol=1e-3)
 
@@ -89,21 +94,26 @@ def test_a_region_acts_where_it_is(tiny_backbone, bank):
             self.inner, self.out = inner, None
 
         def attend(self, call, query, key, value, attention):
-            self.out = self.inner.attend(call, query, key, value, attention) if call.site.index == 0 else self.out
+            self.out = self.inner.attend(call, query, key, value,
+                                         attention) if call.site.index == 0 else self.out
             call.after_out = None
             return attention(query, key, value)
 
     outputs = []
     for regions in ([Region("a", LEFT)], [Region("a", LEFT, strength=0.0)]):
         processor = First(processor_of(tiny_backbone, bank, regions)[0])
-        tiny_backbone.predict(random(2, 4, 8, 8), torch.tensor([500, 500]), encode(tiny_backbone, bank, ["", "a dog"]), processor)
+        tiny_backbone.predict(random(2, 4, 8, 8), torch.tensor([500, 500]),
+                              encode(tiny_backbone, bank, ["", "a dog"]), processor)
         outputs.append(processor.out.view(2, 8, 8, -1))
     assert torch.equal(outputs[0][:, :, 4:], outputs[1][:, :, 4:])
     assert not torch.allclose(outputs[0][:, :, :4], outputs[1][:, :, :4], atol=1e-3)
 
 
 def test_deltas_as_activations_equal_folded_ones(tiny_backbone, bank):
-    latents, t, context = random(2, 4, 8, 8), torch.tensor([10, 900]), encode(tiny_backbone, bank, ["a <rex>", "a dog"])
+    latents, t, context = random(2, 4, 8, 8), torch.tensor([10, 900]), encode(tiny_backbone, bank,
+                                                                              ["a <rex>", "a dog"])
     with tiny_backbone.folded(bank["rex"].deltas):
         folded = tiny_backbone.predict(latents, t, context)
-    assert torch.allclose(tiny_backbone.predict(latents, t, context, TokenLoraProcessor({}, bank["rex"].deltas)), folded, atol=1e-4)
+    assert torch.allclose(tiny_backbone.predict(latents, t, context,
+                                                TokenLoraProcessor({}, bank["rex"].deltas)), folded,
+                          atol=1e-4)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.sites import grid_of
 from continual_concepts.core.regional.cover import cover_of
-from continual_concepts.core.regional.regions import OVERLAPS, Region, box_mask, masks_of, pooled_of, region_mask, shares
+from continual_concepts.core.regional.regions import (
+    OVERLAPS,
+    Region,
+    box_mask,
+    masks_of,
+    pooled_of,
+    region_mask,
+    shares,
+)
 from continual_concepts.core.sampling.settings import SampleSettings
 
 FULL = (0.0, 0.0, 1.0, 1.0)

@@ -1,0 +1,76 @@
+"""The layout of a UNet: execution order and layer copies, the same from every host."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from continual_concepts.core.model.checkpointing import recomputed
+from continual_concepts.core.model.sites import unet_layout
+
+WIDTHS = (("clip_l", 768),)
+
+
+def names_of(groups, depth):
+    """Sites in execution order: so many transformer groups going down, one in the middle, as many going
+    up."""
+    places = [f"down_blocks.{i}.attentions.0" for i in range(groups)] + ["mid_block.attentions.0"]
+    places += [f"up_blocks.{i}.attentions.0" for i in range(groups)]
+    return [f"{place}.transformer_blocks.{block}.attn2" for place in places for block in range(depth)]
+
+
+@pytest.mark.parametrize("groups, depth, copies",
+                         [(7, 1, list(range(15))), (3, 2, list(range(14))),
+                          (3, 3, [i // 3 for i in range(21)])])
+def test_up_to_sixteen_sites_have_a_layer_copy_each_and_more_share_one_per_group(groups, depth, copies):
+    names = names_of(groups, depth)
+    layout = unet_layout({name: (8, 320, 768) for name in names}, WIDTHS)
+    assert [site.name for site in layout.sites] == names and [site.copy for site in layout.sites] == copies
+    assert [site.index for site in layout.sites] == list(range(len(names))) and layout.text_widths == WIDTHS
+
+
+def test_the_order_of_the_blocks_is_execution_order_whatever_the_host_lists_first():
+    names = names_of(3, 1)
+    blocks = [[name for name in names if name.startswith(block)]
+              for block in ("down_blocks", "mid_block", "up_blocks")]
+    random.Random(0).shuffle(blocks)
+    shapes = {name: (i + 1, 8, 6) for i, name in enumerate(name for block in blocks for name in block)}
+    layout = unet_layout(shapes, WIDTHS)
+    assert [site.name for site in layout.sites] == names
+    assert all((site.heads, site.width, site.context_width) == shapes[site.name] for site in layout.sites)
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.numbers = []
+
+    def forward(self, x, options):
+        self.numbers.append(options["number"])
+        return (x * options["number"]).square()
+
+
+def test_a_recomputed_block_sees_the_options_of_its_own_call():
+    """A host writes the number of each block into one dictionary, before the backward pass comes to the first
+    one."""
+    blocks = torch.nn.Sequential(Block(), Block())
+    x, options = torch.ones(3, requires_grad=True), {}
+    with recomputed(blocks, ("Block",)):
+        y = x
+        for number, block in enumerate(blocks, 2):
+            options["number"] = number
+            y = block(y, options=options)
+        y.sum().backward()
+    # forward, and again in the backward pass
+    assert [block.numbers for block in blocks] == [[2, 2], [3, 3]]
+    assert torch.allclose(x.grad, torch.full((3,), 4 * 9 * 16.0))       # of (3 (2 x)^2)^2 = 144 x^4
+    assert not any("forward" in block.__dict__ for block in blocks)
+
+
+def test_without_kinds_no_block_is_recomputed():
+    block = torch.nn.Sequential(Block())
+    with recomputed(block, ()):
+        block[0](torch.ones(1, requires_grad=True), options={"number": 1}).sum().backward()
+    assert block[0].numbers == [1]
