@@ -20,8 +20,9 @@ from ..bank.prompts import Vocabulary
 from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
-from ..model.backbone import Backbone, Context
+from ..model.backbone import Backbone
 from ..model.compression import compressed, svd
+from ..model.context import Context
 from ..model.deltas import DeltaKey, LowRankDelta, concatenate, only_low_rank
 from ..model.sites import SiteLayout
 from ..model.storage import stored
