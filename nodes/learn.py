@@ -64,7 +64,7 @@ class ConceptLearner(io.ComfyNode):
                 io.Image.Input("images",
                                tooltip="3 to 10 photos of the concept: a batch, or a list of any sizes."),
                 io.String.Input("name", default="rex",
-                                tooltip="What you type between < and > in prompts: letters, digits, - and _."),
+                                tooltip="What you type in prompts as <name>: letters, digits, - and _."),
                 io.String.Input("class_noun", default="dog",
                                 tooltip="What it is, in a word the model knows: dog, teddy bear, painting."),
                 io.Combo.Input("kind", options=list(KINDS), default="object",

@@ -1,4 +1,5 @@
-"""Photos and captions as people have them, and worse: each is read as what it shows, or named in one sentence."""
+"""Photos and captions as people have them, and worse: each is read as what it shows, or named in one
+sentence."""
 
 from __future__ import annotations
 
@@ -74,13 +75,17 @@ def test_every_way_to_hold_a_camera(photo, orientation):
     """A corner of the scene is red; it ends up where the scene has it."""
     scene = Image.new("RGB", (32, 16), BLUE)
     scene.paste(RED, (0, 0, 16, 8))
-    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270}
     exif = Image.Exif()
     exif[0x0112] = orientation
-    (scene if undo[orientation] is None else scene.transpose(undo[orientation])).save(photo.with_suffix(".jpg"), quality=95, exif=exif)
+    (scene if undo[orientation] is None
+     else scene.transpose(undo[orientation])).save(photo.with_suffix(".jpg"), quality=95, exif=exif)
     pixels = only(photo)
-    assert pixels.shape == (3, 16, 32) and near(colour_at(pixels, 3, 6), RED, 20) and near(colour_at(pixels, 12, 24), BLUE, 20)
+    assert pixels.shape == (3, 16, 32) and near(colour_at(pixels, 3, 6), RED, 20)
+    assert near(colour_at(pixels, 12, 24), BLUE, 20)
 
 
 def sixteen_bits(path, colour: int) -> None:
@@ -90,7 +95,8 @@ def sixteen_bits(path, colour: int) -> None:
 
     rows = b"".join(b"\0" + struct.pack(">HHH", colour, 0, 65535) * 8 for _ in range(8))
     header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 def test_sixteen_bits_in_colour(photo):
@@ -104,12 +110,16 @@ def as_array(dtype, value):
 
 @pytest.mark.parametrize(("make", "suffix", "wanted"), [
     (lambda: as_array(np.uint16, 200), ".png", (1, 1, 1)),      # nearly black in 16 bits, not nearly white
-    (lambda: as_array(np.uint16, 51400), ".png", (200,) * 3), (lambda: as_array(np.float32, 0.5), ".tif", (127,) * 3),
-    (lambda: as_array(np.float32, 200.0), ".tif", (200,) * 3), (lambda: as_array(np.float32, 32768.0), ".tif", (127,) * 3),
+    (lambda: as_array(np.uint16, 51400), ".png", (200,) * 3),
+    (lambda: as_array(np.float32, 0.5), ".tif", (127,) * 3),
+    (lambda: as_array(np.float32, 200.0), ".tif", (200,) * 3),
+    (lambda: as_array(np.float32, 32768.0), ".tif", (127,) * 3),
     (lambda: Image.new("CMYK", (8, 8), (0, 255, 255, 0)), ".jpg", RED),
     (lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 0)), ".png", (255,) * 3),
-    (lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 255)), ".webp", RED), (lambda: Image.new("LA", (8, 8), (0, 128)), ".png", (127,) * 3),
-    (lambda: Image.new("RGB", (8, 8), RED).convert("P"), ".gif", RED), (lambda: Image.new("1", (8, 8), 1), ".bmp", (255,) * 3),
+    (lambda: Image.new("RGBA", (8, 8), (255, 0, 0, 255)), ".webp", RED),
+    (lambda: Image.new("LA", (8, 8), (0, 128)), ".png", (127,) * 3),
+    (lambda: Image.new("RGB", (8, 8), RED).convert("P"), ".gif", RED),
+    (lambda: Image.new("1", (8, 8), 1), ".bmp", (255,) * 3),
 ])
 def test_what_is_seen_is_what_is_read(photo, make, suffix, wanted):
     make().save(photo.with_suffix(suffix), **({"lossless": True} if suffix == ".webp" else {}))
@@ -131,11 +141,13 @@ def test_a_decompression_bomb_is_not_decompressed(photo, side, says):
     text = sentence(lambda: read_folder(photo.parent))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert says in text and "a.png" in text and f"up to {MOST_PIXELS // 10**6} million" in text and peak < 8 << 20
+    assert says in text and "a.png" in text and f"up to {MOST_PIXELS // 10**6} million" in text
+    assert peak < 8 << 20
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"a text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n", b"P6 4 4 255\n" + bytes(48), b"\0" * 4096,
+    b"", b"a text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n",
+    b"P6 4 4 255\n" + bytes(48), b"\0" * 4096,
     b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x89PNG\r\n\x1a\n"])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif"])
 def test_what_is_no_picture_whatever_its_name(photo, content, name):
@@ -174,24 +186,31 @@ def one(height: int, width: int, value: float = 0.3, caption: str = "", mask=Non
 @pytest.mark.parametrize(("picture", "says"), [
     (one(1, 1), "picture 2 is 1x1 pixels; with resolution 64 both sides must be at least 4"),
     (one(2, 20000), "picture 2 is 20000x2 pixels"),
-    (one(64, 64, float("nan")), "picture 2 .*NaN"), (one(64, 64, mask=torch.zeros(1, 64, 64)), "mask of picture 2 leaves nothing"),
-    (one(64, 64, caption="word " * 1001), "caption of picture 2 has 5005 characters"), (one(1, 9, is_prior=True), "prior picture 1 is 9x1"),
+    (one(64, 64, float("nan")), "picture 2 .*NaN"), (one(64, 64, mask=torch.zeros(1, 64, 64)),
+                                                     "mask of picture 2 leaves nothing"),
+    (one(64, 64, caption="word " * 1001), "caption of picture 2 has 5005 characters"),
+    (one(1, 9, is_prior=True), "prior picture 1 is 9x1"),
 ])
 def test_what_there_is_nothing_to_learn_from(tiny_backbone, picture, says):
-    assert re.search(says, sentence(lambda: prepare(tiny_backbone, [one(64, 64), picture], "rex", "dog", Framing(64))))
+    assert re.search(says,
+                     sentence(lambda: prepare(tiny_backbone, [one(64, 64), picture], "rex", "dog",
+                                              Framing(64))))
 
 
 def test_a_mask_outside_the_square(tiny_backbone):
     mask = torch.zeros(1, 32, 96)
     mask[..., :20] = 1
-    assert "framing crop" in sentence(lambda: prepare(tiny_backbone, [one(32, 96, mask=mask)], "rex", "dog", Framing(32)))
+    assert "framing crop" in sentence(lambda: prepare(tiny_backbone, [one(32, 96, mask=mask)], "rex", "dog",
+                                                      Framing(32)))
     for mode in ("pad", "buckets"):
         side = 32 if mode == "pad" else 64
-        assert prepare(tiny_backbone, [one(32, 96, mask=mask)], "rex", "dog", Framing(side, mode)).masks.max() > 0
+        assert prepare(tiny_backbone, [one(32, 96, mask=mask)], "rex", "dog",
+                       Framing(side, mode)).masks.max() > 0
 
 
 def test_an_autoencoder_that_fails_is_told(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(tiny_backbone, "encode_images", lambda images: torch.full((len(images), 4, 8, 8), float("nan")))
+    monkeypatch.setattr(tiny_backbone, "encode_images", lambda images: torch.full((len(images), 4, 8, 8),
+                                                                                  float("nan")))
     assert "autoencoder" in sentence(lambda: prepare(tiny_backbone, [one(32, 32)], "rex", "dog", Framing(32)))
 
 
@@ -208,11 +227,14 @@ def test_long_strips_take_little_memory(tiny_backbone, size, mode):
 def test_usual_shapes_are_framed_as_ever(ratio):
     """The ends of a strip are cut off first, of nothing else."""
     g = torch.Generator().manual_seed(0)
-    picture = Picture(torch.rand(3, 40, int(40 * ratio), generator=g), mask=torch.rand(1, 40, int(40 * ratio), generator=g))
+    picture = Picture(torch.rand(3, 40, int(40 * ratio), generator=g),
+                      mask=torch.rand(1, 40, int(40 * ratio), generator=g))
     height, width = picture.pixels.shape[1:]
     grown = max(16 / height, 16 / width)
-    whole = torch.nn.functional.interpolate(picture.pixels[None], (max(1, round(height * grown)), max(1, round(width * grown))),
-                                            mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
+    whole = torch.nn.functional.interpolate(picture.pixels[None],
+                                            (max(1, round(height * grown)), max(1, round(width * grown))),
+                                            mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1,
+                                                                                                          1)
     top, left = (whole.shape[1] - 16) // 2, (whole.shape[2] - 16) // 2
     assert torch.equal(frame(picture, Framing(16)).pixels, whole[:, top:top + 16, left:left + 16])
 
@@ -229,17 +251,20 @@ def moved(learned) -> bool:
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
 def test_photos_of_one_colour_are_learned(tiny_backbone, empty, teach, value):
-    """Their latents are noised like any others, so that the loss of an untrained model is about the noise's variance."""
+    """Their latents are noised like any others, so that the loss of an untrained model is about the noise's
+    variance."""
     learned = teach(tiny_backbone, empty, pictures=[one(32, 32, value)], steps=2)
     assert all(0.3 < loss < 3 for loss in learned.losses) and moved(learned)
 
 
 def test_the_same_photo_twice_counts_twice(tiny_backbone):
-    data = prepare(tiny_backbone, [one(32, 32, 0.1), one(32, 32, 0.1), one(32, 32, 0.9)], "rex", "dog", Framing(32, flip=False))
+    data = prepare(tiny_backbone, [one(32, 32, 0.1), one(32, 32, 0.1), one(32, 32, 0.9)], "rex", "dog",
+                   Framing(32, flip=False))
     assert len(data) == 3 == len(data.digests) and torch.equal(data.latents[0], data.latents[1])
 
 
-@pytest.mark.parametrize("caption", ["", "   ", "a dog on a beach " * 60, "<rex> " * 300, "<rex>" * 300, "dog", "🐕 <rex> " + "犬" * 200,
+@pytest.mark.parametrize("caption", ["", "   ", "a dog on a beach " * 60, "<rex> " * 300, "<rex>" * 300,
+                                     "dog", "🐕 <rex> " + "犬" * 200,
                                      "\u200b"])
 def test_captions_of_any_length_are_learned(tiny_backbone, empty, teach, caption):
     """The text encoder here takes 14 tokens at a time."""
@@ -252,8 +277,10 @@ def test_a_prompt_that_names_three_hundred_concepts(tiny_backbone, empty, make_c
     for i in range(300):
         bank = bank.add(make_concept(empty.layout, f"c{i}", i, size=0.01))
     prompt = " ".join(f"<{name}>" for name in bank.names)
-    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all([prompt]), {name: bank[name].tokens for name in bank.names})
-    assert [len(places) for places in context.words[0].values()] == [2] * 300      # every concept's two words are there
+    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all([prompt]),
+                             {name: bank[name].tokens for name in bank.names})
+    # every concept's two words are there
+    assert [len(places) for places in context.words[0].values()] == [2] * 300
     assert len({place for places in context.words[0].values() for place in places}) == 600
     picture, base = (sample(tiny_backbone, held, [text], [0], SampleSettings(steps=1, size=(32, 32)))
                      for held, text in ((bank, prompt), (empty, "a dog")))

@@ -38,7 +38,8 @@ def test_a_folder_is_read_in_name_order_with_captions(folder):
 
 
 def test_a_digest_is_of_the_pixels_not_of_the_file(tmp_path):
-    """The same photo as another lossless file, renamed or turned by its metadata is the same photo; one changed level is not."""
+    """The same photo as another lossless file, renamed or turned by its metadata is the same photo; one
+    changed level is not."""
     levels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
     image = Image.fromarray(levels)
     image.save(tmp_path / "a.png")
@@ -64,8 +65,10 @@ def test_pictures_are_paired_with_captions_and_masks():
     assert [p.caption for p in pair_pictures(photos, [], [])] == ["", ""]
     assert [p.caption for p in pair_pictures(photos, [" a dog "], [])] == ["a dog", "a dog"]
     first, second = pair_pictures(photos, ["a", "b"], [mask, torch.ones(1, 5, 5)])
-    assert (first.caption, second.caption) == ("a", "b") and first.mask is mask and second.digest == photo_digest(photos[1])
-    for captions, masks, wrong in ((["a"] * 3, [], "3 captions for 2"), ([], [mask], "1 masks for 2"), ([], [mask, mask], "mask 2 is 6x4")):
+    assert (first.caption, second.caption) == ("a", "b") and first.mask is mask
+    assert second.digest == photo_digest(photos[1])
+    for captions, masks, wrong in ((["a"] * 3, [], "3 captions for 2"), ([], [mask], "1 masks for 2"),
+                                   ([], [mask, mask], "mask 2 is 6x4")):
         with pytest.raises(ConceptError, match=wrong):
             pair_pictures(photos, captions, masks)
 
@@ -76,12 +79,15 @@ def test_masks_and_captions_from_other_folders(folder, tmp_path):
     Image.new("L", (40, 20), 255).save(extra / "a.png")
     (extra / "b.txt").write_text("a cat")
     first, second = read_folder(folder, captions=extra, masks=extra)
-    assert first.mask.shape == (1, 10, 20) and first.mask.mean() == 1 and second.mask is None and second.caption == "a cat"
+    assert first.mask.shape == (1, 10, 20) and first.mask.mean() == 1 and second.mask is None
+    assert second.caption == "a cat"
 
 
 @pytest.mark.parametrize(("mode", "colour", "expected"), [
-    ("RGB", (255, 0, 0), (1, -1, -1)), ("L", 255, (1, 1, 1)), ("1", 1, (1, 1, 1)), ("P", 0, None), ("CMYK", (0, 0, 0, 0), (1, 1, 1)),
-    ("RGBA", (0, 0, 0, 0), (1, 1, 1)), ("LA", (0, 0), (1, 1, 1)), ("I;16", 65535, (1, 1, 1)), ("I;16", 257 * 51, (-0.6, -0.6, -0.6)),
+    ("RGB", (255, 0, 0), (1, -1, -1)), ("L", 255, (1, 1, 1)), ("1", 1, (1, 1, 1)), ("P", 0, None),
+    ("CMYK", (0, 0, 0, 0), (1, 1, 1)),
+    ("RGBA", (0, 0, 0, 0), (1, 1, 1)), ("LA", (0, 0), (1, 1, 1)), ("I;16", 65535, (1, 1, 1)),
+    ("I;16", 257 * 51, (-0.6, -0.6, -0.6)),
     ("I", 255, (1, 1, 1)),
 ])
 def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, expected):
@@ -108,7 +114,8 @@ def damaged_png(path):
     path.write_bytes(path.read_bytes()[:2000])
 
 
-SPOILS = [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"GIF89a"), lambda p: p.write_text("text"), damaged_png]
+SPOILS = [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"GIF89a"), lambda p: p.write_text("text"),
+          damaged_png]
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
@@ -126,7 +133,8 @@ def test_an_unreadable_mask_is_named(folder, tmp_path):
         read_folder(folder, masks=masks)
 
 
-@pytest.mark.parametrize("arguments", [("missing",), ("empty",), ("full", "missing"), ("full", None, "missing")])
+@pytest.mark.parametrize("arguments", [("missing",), ("empty",), ("full", "missing"),
+                                       ("full", None, "missing")])
 def test_missing_and_empty_folders_are_named(folder, tmp_path, arguments):
     (tmp_path / "empty").mkdir()
     paths = {"missing": tmp_path / "missing", "empty": tmp_path / "empty", "full": folder, None: None}
@@ -140,7 +148,8 @@ def test_frames_are_squares(size, mode):
     framed = frame(Picture(torch.ones(3, *size)), Framing(16, mode))
     assert framed.pixels.shape == (3, 16, 16) and framed.mask.shape == (1, 16, 16)
     inside = framed.mask > 0
-    assert torch.allclose(framed.pixels[:, inside[0]], torch.ones(()), atol=1e-4) and not framed.pixels[:, ~inside[0]].any()
+    assert torch.allclose(framed.pixels[:, inside[0]], torch.ones(()), atol=1e-4)
+    assert not framed.pixels[:, ~inside[0]].any()
     share = 1.0 if mode == "crop" else min(size) / max(size)
     assert framed.mask.mean() == pytest.approx(share, abs=1 / 16)
 
@@ -153,24 +162,31 @@ def test_a_mask_is_framed_with_its_picture():
 
 
 def pictures(own=3, prior=0):
-    return [Picture(torch.full((3, 32, 32), i / 10), f"p{i}", is_prior=i >= own, digest=str(i)) for i in range(own + prior)]
+    return [Picture(torch.full((3, 32, 32), i / 10), f"p{i}", is_prior=i >= own, digest=str(i))
+            for i in range(own + prior)]
 
 
 def test_preparing_encodes_each_picture_and_its_mirror_once(tiny_backbone):
     g = torch.Generator().manual_seed(0)
-    picture = Picture(torch.rand(3, 32, 32, generator=g), "a dog", torch.rand(1, 32, 32, generator=g), digest="x")
+    picture = Picture(torch.rand(3, 32, 32, generator=g), "a dog", torch.rand(1, 32, 32, generator=g),
+                      digest="x")
     data = prepare(tiny_backbone, [picture], "rex", "dog", Framing(32))
     assert len(data) == 2 and data.captions == ("a <rex>",) * 2 and data.digests == ("x",)
-    mirrored = prepare(tiny_backbone, [Picture(picture.pixels.flip(-1), mask=picture.mask.flip(-1))], "rex", "dog", Framing(32, flip=False))
-    assert torch.allclose(data.latents[1:], mirrored.latents, atol=1e-5) and torch.allclose(data.masks[1:], mirrored.masks)
+    mirrored = prepare(tiny_backbone, [Picture(picture.pixels.flip(-1), mask=picture.mask.flip(-1))], "rex",
+                       "dog", Framing(32, flip=False))
+    assert torch.allclose(data.latents[1:], mirrored.latents, atol=1e-5)
+    assert torch.allclose(data.masks[1:], mirrored.masks)
 
 
 def test_prior_pictures_come_along_with_their_weight(tiny_backbone):
     data = prepare(tiny_backbone, pictures(3, 2), "rex", "dog", Framing(32, flip=False))
-    assert data.captions == ("<rex>, p0", "<rex>, p1", "<rex>, p2", "p3", "p4") and data.digests == ("0", "1", "2")
+    assert data.captions == ("<rex>, p0", "<rex>, p1", "<rex>, p2", "p3", "p4")
+    assert data.digests == ("0", "1", "2")
     batch = data.draw(2, 0.25, torch.Generator().manual_seed(0))
-    assert batch.is_prior.tolist() == [False, False, True, True] and batch.weights.tolist() == [1, 1, 0.25, 0.25]
-    assert all((p in ("p3", "p4")) == flag for p, flag in zip(batch.prompts, batch.is_prior.tolist(), strict=True))
+    assert batch.is_prior.tolist() == [False, False, True, True]
+    assert batch.weights.tolist() == [1, 1, 0.25, 0.25]
+    assert all((p in ("p3", "p4")) == flag for p, flag in zip(batch.prompts, batch.is_prior.tolist(),
+                                                              strict=True))
     assert not data.draw(2, 0.0, torch.Generator().manual_seed(0)).is_prior.any()
 
 
@@ -183,8 +199,10 @@ def test_a_batch_uses_pictures_evenly(tiny_backbone, count, size):
 
 
 @pytest.mark.parametrize("make", [
-    lambda b: prepare(b, [], "rex", "dog", Framing(32)), lambda b: prepare(b, pictures(0, 2), "rex", "dog", Framing(32)),
-    lambda b: prepare(b, pictures(), "rex", "dog", Framing(30)), lambda b: prepare(b, pictures(), "rex", "dog", Framing(4)),
+    lambda b: prepare(b, [], "rex", "dog", Framing(32)), lambda b: prepare(b, pictures(0, 2), "rex", "dog",
+                                                                           Framing(32)),
+    lambda b: prepare(b, pictures(), "rex", "dog", Framing(30)),
+    lambda b: prepare(b, pictures(), "rex", "dog", Framing(4)),
     lambda b: Framing(32, "stretch"),
 ])
 def test_what_cannot_be_prepared_is_refused(tiny_backbone, make):
@@ -193,8 +211,10 @@ def test_what_cannot_be_prepared_is_refused(tiny_backbone, make):
 
 
 @pytest.mark.parametrize("settings", [
-    {"steps": 0}, {"batch_size": 0}, {"caption_dropout": 1.0}, {"precision": "int8"}, {"schedule": "step"}, {"optimizer": "LBFGS"},
-    {"optimizer": "Muon"}, {"optimizer": "lr_scheduler"}, {"optimizer": "Optimizer"}, {"optimizer": None}, {"weight_decay": -1},
+    {"steps": 0}, {"batch_size": 0}, {"caption_dropout": 1.0}, {"precision": "int8"}, {"schedule": "step"},
+    {"optimizer": "LBFGS"},
+    {"optimizer": "Muon"}, {"optimizer": "lr_scheduler"}, {"optimizer": "Optimizer"}, {"optimizer": None},
+    {"weight_decay": -1},
     {"noise_offset": float("nan")},
 ])
 def test_bad_training_settings_are_named(settings):
@@ -203,7 +223,8 @@ def test_bad_training_settings_are_named(settings):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([256, 512, 1024]), st.sampled_from([32, 64]))
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([256, 512, 1024]),
+       st.sampled_from([32, 64]))
 def test_buckets_fit_the_picture_and_the_area(height, width, resolution, step):
     tall, wide = bucket_of(height, width, resolution, step)
     assert tall % step == wide % step == 0 and step * step <= tall * wide <= resolution**2
@@ -212,7 +233,8 @@ def test_buckets_fit_the_picture_and_the_area(height, width, resolution, step):
 
 
 @pytest.mark.parametrize(("picture", "bucket"), [
-    ((512, 512), (512, 512)), ((4000, 4000), (512, 512)), ((768, 1024), (448, 576)), ((1920, 1080), (640, 384)), ((300, 200), (256, 192)),
+    ((512, 512), (512, 512)), ((4000, 4000), (512, 512)), ((768, 1024), (448, 576)),
+    ((1920, 1080), (640, 384)), ((300, 200), (256, 192)),
     ((2000, 500), (1024, 256)), ((40, 900), (64, 896)), ((900, 40), (896, 64)),
 ])
 def test_buckets_of_usual_pictures(picture, bucket):
@@ -229,7 +251,8 @@ def test_pictures_keep_their_shape_in_buckets(tiny_backbone):
     side = 16 * multiple
     pictures = shaped((side, side), (side // 2, side), (side // 2, side), prior=1)
     data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(side, "buckets", flip=False))
-    assert isinstance(data, BucketSet) and len(data) == 5 and data.digests == ("0", "1", "2")      # the prior picture in both shapes
+    assert isinstance(data, BucketSet) and len(data) == 5
+    assert data.digests == ("0", "1", "2")      # the prior picture in both shapes
     shapes, generator = [], torch.Generator().manual_seed(0)
     for _ in range(60):
         batch = data.draw(1, 1.0, generator)
@@ -244,13 +267,16 @@ def test_pictures_keep_their_shape_in_buckets(tiny_backbone):
 def test_one_bucket_is_a_plain_set(tiny_backbone):
     side = 8 * tiny_backbone.picture_multiple
     pictures = shaped((side, side), (side, side))
-    data, plain = (prepare(tiny_backbone, pictures, "rex", "dog", Framing(side, mode)) for mode in ("buckets", "crop"))
-    assert isinstance(data, TrainingSet) and torch.equal(data.latents, plain.latents) and data.digests == plain.digests
+    data, plain = (prepare(tiny_backbone, pictures, "rex", "dog", Framing(side, mode))
+                   for mode in ("buckets", "crop"))
+    assert isinstance(data, TrainingSet) and torch.equal(data.latents, plain.latents)
+    assert data.digests == plain.digests
 
 
 def test_learning_from_buckets(tiny_backbone, teach):
     side, bank = 16 * tiny_backbone.picture_multiple, ConceptBank(tiny_backbone.layout)
-    some = {"pictures": shaped((side, side), (side // 2, side)), "resolution": side, "framing": "buckets", "batch_size": 1, "steps": 6}
+    some = {"pictures": shaped((side, side), (side // 2, side)), "resolution": side, "framing": "buckets",
+            "batch_size": 1, "steps": 6}
     first = teach(tiny_backbone, bank, **some)
     assert first.losses == teach(tiny_backbone, bank, **some).losses and len(set(first.losses)) == 6
     with pytest.raises(ConceptError, match="needs all pictures in one shape"):

@@ -1,4 +1,5 @@
-"""The picture of a bank: everything is in it, nothing runs into anything else, and it stays of a size that can be looked at."""
+"""The picture of a bank: everything is in it, nothing runs into anything else, and it stays of a size that
+can be looked at."""
 
 from __future__ import annotations
 
@@ -24,14 +25,18 @@ def thumbnail(shade: int) -> bytes:
 
 
 def facts(name, **other) -> Facts:
-    known = {"placeholder": f"<{name}>", "class_noun": "dog", "kind": "object", "method": "lora_m", "composes": "summed", "words": 2,
-             "photos": 5, "steps": 300, "date": "2026-01-01", "stores": "rank 4", "copies": 1, "nbytes": 55_000, "thumbnail": thumbnail(40)}
+    known = {"placeholder": f"<{name}>", "class_noun": "dog", "kind": "object", "method": "lora_m",
+             "composes": "summed", "words": 2,
+             "photos": 5, "steps": 300, "date": "2026-01-01", "stores": "rank 4", "copies": 1,
+             "nbytes": 55_000, "thumbnail": thumbnail(40)}
     return Facts(name, **(known | other))
 
 
 def inspection(several, collisions=(), warnings=()) -> Inspection:
     g = torch.Generator().manual_seed(0)
-    return Inspection(tuple(several), {"deltas": torch.rand(len(several), len(several), generator=g).double()}, tuple(collisions),
+    return Inspection(tuple(several),
+                      {"deltas": torch.rand(len(several), len(several), generator=g).double()},
+                      tuple(collisions),
                       tuple(warnings))
 
 
@@ -42,7 +47,8 @@ def drawn(monkeypatch):
     real_text, real_card = bank_picture.ImageDraw.ImageDraw.text, bank_picture._card
 
     def text(self, place, what, *rest, **other):
-        box = self.textbbox(place, what, font=next((one for one in rest if hasattr(one, "getlength")), None), anchor=other.get("anchor"))
+        box = self.textbbox(place, what, font=next((one for one in rest if hasattr(one, "getlength")), None),
+                            anchor=other.get("anchor"))
         texts.append((what, box))
         real_text(self, place, what, *rest, **other)
 
@@ -59,7 +65,8 @@ def overlap(one, other) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-HARD = [facts("rex"), facts(LONG), facts("mimi", class_noun="a word " * 90, thumbnail=b"no picture"), facts("x" * 64, fault="damaged"),
+HARD = [facts("rex"), facts(LONG), facts("mimi", class_noun="a word " * 90, thumbnail=b"no picture"),
+        facts("x" * 64, fault="damaged"),
         facts("\u732b" * 64, method="m" * 200, class_noun="\ud800 half a letter\n\n", steps=10**12),
         facts("ink", class_noun="", thumbnail=b"")]
 
@@ -67,7 +74,8 @@ HARD = [facts("rex"), facts(LONG), facts("mimi", class_noun="a word " * 90, thum
 @pytest.mark.parametrize("count", [1, 2, 3, len(HARD), 40])
 def test_nothing_overlaps_and_nothing_leaves_its_card(drawn, count):
     several = [*HARD, *(facts(f"c{i}") for i in range(40))][:count]
-    found = inspection(several, [Collision(LONG, several[0].name, "photos", "why")] if count > 2 else [], ["a warning " * 60] * 9)
+    found = inspection(several, [Collision(LONG, several[0].name, "photos", "why")] if count > 2 else [],
+                       ["a warning " * 60] * 9)
     pages = bank_pages(found)
     texts, cards = drawn
     assert len(cards) == count
@@ -77,7 +85,8 @@ def test_nothing_overlaps_and_nothing_leaves_its_card(drawn, count):
     for what, (left, top, right, bottom) in texts:
         assert left >= 0 and right <= pages[0].width and top >= 0 and bottom <= pages[0].height, what
         inside = [box for box in boxes if overlap(box, (left, top, right, bottom))]
-        assert all(box[0] < left and right < box[2] and box[1] < top and bottom < box[3] for box in inside), what
+        assert all(box[0] < left and right < box[2] and box[1] < top and bottom < box[3]
+                   for box in inside), what
     per_page = len(texts) if len(pages) == 1 else 0
     for i, (one, a) in enumerate(texts[:per_page]):
         for other, b in texts[i + 1 : per_page]:
@@ -111,16 +120,19 @@ def test_an_empty_bank_says_so(drawn):
 
 
 def test_those_that_collide_are_red():
-    pages = bank_pages(inspection([facts("rex"), facts("mimi"), facts("tom")], [Collision("rex", "mimi", "photos", "why")]))
+    pages = bank_pages(inspection([facts("rex"), facts("mimi"), facts("tom")],
+                                  [Collision("rex", "mimi", "photos", "why")]))
     colours = {colour for _, colour in pages[0].getcolors(1 << 20)}
     assert bank_picture.ALARM in colours and bank_picture.ALARM_PAPER in colours
-    calm = {colour for _, colour in bank_pages(inspection([facts("rex"), facts("mimi")]))[0].getcolors(1 << 20)}
+    calm = {colour
+            for _, colour in bank_pages(inspection([facts("rex"), facts("mimi")]))[0].getcolors(1 << 20)}
     assert bank_picture.ALARM not in calm
 
 
 @pytest.mark.parametrize("text", ["", "rex", "a b c", "the-very-long-name-of-my-cat", LONG, "one two " * 50])
 def test_wrapped_texts_fit_and_lose_nothing_until_the_last_line(text):
     lines = wrapped(text, font(13), 120, 30)
-    assert all(font(13).getlength(line) <= 120 for line in lines) and "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert all(font(13).getlength(line) <= 120 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     short = wrapped(text, font(13), 120, 2)
     assert len(short) <= 2 and (short == lines or short[-1].endswith("..."))

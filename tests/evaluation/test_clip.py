@@ -1,4 +1,5 @@
-"""CLIP and DINO as metric encoders: the papers' preprocessing and features, from folders on disk, told from folders that are none."""
+"""CLIP and DINO as metric encoders: the papers' preprocessing and features, from folders on disk, told from
+folders that are none."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.evaluation.clip import CLIP_MEAN, CLIP_STD, DINO_MARGIN, IMAGENET_MEAN, IMAGENET_STD, ClipEncoder, preprocess
+from continual_concepts.core.evaluation.clip import (
+    CLIP_MEAN,
+    CLIP_STD,
+    DINO_MARGIN,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ClipEncoder,
+    preprocess,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,8 @@ def tensor(image: Image.Image) -> torch.Tensor:
 def with_pillow(image: Image.Image, resize: int, crop: int, mean, std) -> torch.Tensor:
     """What the papers' code does: Pillow's bicubic on 8 bits, centre crop, normalisation."""
     width, height = image.size
-    size = (resize, int(resize * height / width)) if width <= height else (int(resize * width / height), resize)
+    size = (resize, int(resize * height / width)) if width <= height else (int(resize * width / height),
+                                                                           resize)
     left, top = round((size[0] - crop) / 2), round((size[1] - crop) / 2)
     small = image.resize(size, Image.BICUBIC).crop((left, top, left + crop, top + crop))
     return ((torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255 - torch.tensor(mean).view(3, 1, 1))
@@ -48,7 +58,8 @@ def with_pillow(image: Image.Image, resize: int, crop: int, mean, std) -> torch.
 
 
 @pytest.mark.parametrize("size", [(90, 70), (64, 100), (20, 24)])
-@pytest.mark.parametrize("resize, crop, mean, std", [(32, 32, CLIP_MEAN, CLIP_STD), (37, 32, IMAGENET_MEAN, IMAGENET_STD)])
+@pytest.mark.parametrize("resize, crop, mean, std", [(32, 32, CLIP_MEAN, CLIP_STD),
+                                                     (37, 32, IMAGENET_MEAN, IMAGENET_STD)])
 def test_pictures_are_prepared_as_the_papers_code_does(size, resize, crop, mean, std):
     ours = preprocess(tensor(photo(*size)), resize, crop, mean, std)
     assert ours.shape == (1, 3, crop, crop)
@@ -62,7 +73,8 @@ def test_features_are_the_models_own(encoder):
         output = encoder.model.get_image_features(pixel_values=pixels)
     theirs = torch.nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1)
     ours = encoder.image_text_features(tensor(image))
-    assert torch.allclose(ours, theirs, atol=0.02) and not torch.allclose(ours, encoder.image_text_features(-tensor(image)), atol=0.02)
+    assert torch.allclose(ours, theirs, atol=0.02)
+    assert not torch.allclose(ours, encoder.image_text_features(-tensor(image)), atol=0.02)
     assert torch.equal(encoder.features(tensor(image), "style"), ours)
 
 
@@ -70,7 +82,8 @@ def test_objects_are_compared_by_dino_when_there_is_one(encoder, clip_folder):
     image = tensor(photo())
     pixels = with_pillow(photo(), round(32 * DINO_MARGIN), 32, IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
-        theirs = torch.nn.functional.normalize(encoder.dino(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
+        theirs = torch.nn.functional.normalize(encoder.dino(pixel_values=pixels).last_hidden_state[:, 0],
+                                               dim=-1)
     assert torch.allclose(encoder.features(image, "object"), theirs, atol=0.02)
     alone = ClipEncoder.load(clip_folder)
     assert torch.equal(alone.features(image, "object"), encoder.image_text_features(image))
@@ -89,7 +102,8 @@ def test_captions(encoder):
 
 
 def test_features_have_unit_length_and_do_not_depend_on_the_batch(encoder):
-    images = torch.rand(70, 3, 36, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1      # more than one batch
+    # more than one batch
+    images = torch.rand(70, 3, 36, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for kind in ("object", "style"):
         features = encoder.features(images, kind)
         assert torch.allclose(features.norm(dim=1), torch.ones(70))

@@ -1,4 +1,5 @@
-"""Puts a real ComfyUI on the path: COMFYUI_PATH, else the ComfyUI whose custom_nodes this checkout lies in, else ~/comfy/ComfyUI."""
+"""Puts a real ComfyUI on the path: COMFYUI_PATH, else the ComfyUI whose custom_nodes this checkout lies in,
+else ~/comfy/ComfyUI."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def find_comfyui() -> Path | None:
 
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
-    """Its folder, importable and set to CPU; skips when there is none or when this Python lacks what it needs."""
+    """Its folder, importable and set to CPU; skips when there is none or when this Python lacks what it
+    needs."""
     path = find_comfyui()
     if path is None:
         pytest.skip("no ComfyUI found: set COMFYUI_PATH to its folder")
@@ -86,7 +88,8 @@ def bank(reference, make_concept):
 
 @pytest.fixture(scope="session")
 def pack(comfyui, tmp_path_factory):
-    """Our node classes by their ids. What nodes write goes to folders of this run, `output` and `temp` below `pack.folder`."""
+    """Our node classes by their ids. What nodes write goes to folders of this run, `output` and `temp` below
+    `pack.folder`."""
     import folder_paths
 
     folder = tmp_path_factory.mktemp("comfyui")
@@ -107,7 +110,8 @@ def as_in_comfyui():
 
 
 class Studio:
-    """The embedded base, ComfyUI's own nodes and ours, with short defaults: pictures are latents of 12 channels, steps are few."""
+    """The embedded base, ComfyUI's own nodes and ours, with short defaults: pictures are latents of 12
+    channels, steps are few."""
 
     def __init__(self, pack, demo, bank) -> None:
         import nodes
@@ -122,42 +126,56 @@ class Studio:
     @staticmethod
     def latent(count: int = 1, height: int = 16, width: int = 16, content: bool = False, **more) -> dict:
         shape = (count, 12, height, width)
-        return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(9)) if content else torch.zeros(shape), **more}
+        return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(9))
+                if content else torch.zeros(shape), **more}
 
-    def ksampler(self, model, positive, negative, latent=None, seed=1, steps=3, cfg=4.0, sampler="euler", scheduler="normal", denoise=1.0):
+    def ksampler(self, model, positive, negative, latent=None, seed=1, steps=3, cfg=4.0, sampler="euler",
+                 scheduler="normal", denoise=1.0):
         """ComfyUI's KSampler; prompts may be texts for the plain CLIP."""
-        positive, negative = (self.encode(self.clip, p) if isinstance(p, str) else p for p in (positive, negative))
+        positive, negative = (self.encode(self.clip, p) if isinstance(p, str) else p
+                              for p in (positive, negative))
         latent = self.latent() if latent is None else latent
-        return self.stock.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)[0]["samples"]
+        return self.stock.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative,
+                                          latent, denoise)[0]["samples"]
 
     def regional(self, scene, regions=(), bank=None, model=None, clip=None, latent=None, **other):
         """Our sampler; returns latents. `regions` from `region` below."""
-        settings = {"negative_scene": "", "seed": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
-                    "strength": 1.0, "region_noise": False, "alpha": 0.1, "outside": "keep", "solo": 0.0} | other
+        settings = {"negative_scene": "", "seed": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler",
+                    "scheduler": "normal", "denoise": 1.0,
+                    "strength": 1.0, "region_noise": False, "alpha": 0.1, "outside": "keep",
+                    "solo": 0.0} | other
         latent = self.latent() if latent is None else latent
         node = self.pack.RegionalConceptSampler
-        return node.execute(model=model or self.model, clip=clip or self.clip, latent_image=latent, scene=scene, bank=bank,
+        return node.execute(model=model or self.model, clip=clip or self.clip, latent_image=latent,
+                            scene=scene, bank=bank,
                             regions=list(regions) or None, **settings)[0]["samples"]
 
-    def region(self, prompt, left=0.0, top=0.0, right=1.0, bottom=1.0, strength=1.0, start=0.0, end=1.0, feather=0.0, **other):
+    def region(self, prompt, left=0.0, top=0.0, right=1.0, bottom=1.0, strength=1.0, start=0.0, end=1.0,
+               feather=0.0, **other):
         """One region of our region node."""
-        return self.pack.ConceptRegion.execute(prompt, left, top, right, bottom, strength, start, end, feather, **other)[0][-1]
+        return self.pack.ConceptRegion.execute(prompt, left, top, right, bottom, strength, start, end,
+                                               feather, **other)[0][-1]
 
     def aggregate(self, prompt, bank=None, mode="sharp", strength=1.0, model=None, clip=None, concept=""):
         """model, clip and conditioning of ElasticWeightAggregate."""
         node = self.pack.ElasticWeightAggregate
-        return node.execute(model or self.model, clip or self.clip, prompt, mode, strength, concept, bank).args[:3]
+        return node.execute(model or self.model, clip or self.clip, prompt, mode, strength, concept,
+                            bank).args[:3]
 
     def photos(self, count: int = 2, size: int = 32):
         """An IMAGE of random photos."""
         return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(3))
 
-    def learn(self, images=None, name="spot", noun="dog", model=None, clip=None, vae=None, kind="object", method="cidm", **other):
+    def learn(self, images=None, name="spot", noun="dog", model=None, clip=None, vae=None, kind="object",
+              method="cidm", **other):
         """bank of ConceptLearner, which takes lists."""
-        settings = {"steps": 3, "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1, "seed": 0, "preview_every": 0,
+        settings = {"steps": 3, "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1, "seed": 0,
+                    "preview_every": 0,
                     "if_known": "keep it"} | other
-        inputs = {"model": model or self.model, "clip": clip or self.clip, "vae": vae or self.vae, "name": name, "class_noun": noun,
-                  "images": self.photos() if images is None else images, "kind": kind, "method": method, **settings}
+        inputs = {"model": model or self.model, "clip": clip or self.clip, "vae": vae or self.vae,
+                  "name": name, "class_noun": noun,
+                  "images": self.photos() if images is None else images, "kind": kind, "method": method,
+                  **settings}
         listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
         return self.pack.ConceptLearner.execute(**listed)[0]
 
@@ -199,15 +217,21 @@ def _model(unet):
         unet_extra_config: dict = {}
 
     config = Config({
-        "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": [1, 1],
-        "transformer_depth": [3, 3], "transformer_depth_output": [3, 3, 3, 3], "transformer_depth_middle": 3, "num_heads": 2,
-        "num_head_channels": -1, "context_dim": 56, "use_spatial_transformer": True, "use_linear_in_transformer": False, "legacy": False,
-        "adm_in_channels": 24 + 6 * 8, "num_classes": "sequential", "use_temporal_attention": False, "dtype": torch.float32})
+        "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
+        "num_res_blocks": [1, 1],
+        "transformer_depth": [3, 3], "transformer_depth_output": [3, 3, 3, 3], "transformer_depth_middle": 3,
+        "num_heads": 2,
+        "num_head_channels": -1, "context_dim": 56, "use_spatial_transformer": True,
+        "use_linear_in_transformer": False, "legacy": False,
+        "adm_in_channels": 24 + 6 * 8, "num_classes": "sequential", "use_temporal_attention": False,
+        "dtype": torch.float32})
     device = torch.device("cpu")
     model = config.get_model({}, device=device)
     model.embedder = comfy.model_base.Timestep(8)
     names, own = comfy.utils.unet_to_diffusers(config.unet_config), unet.state_dict()
-    missing, unexpected = model.diffusion_model.load_state_dict({names[name]: weight for name, weight in own.items()}, strict=False)
+    missing, unexpected = model.diffusion_model.load_state_dict({names[name]: weight
+                                                                 for name, weight in own.items()},
+                                                                strict=False)
     assert not missing and not unexpected
     return comfy.model_patcher.ModelPatcher(model, device, device)
 
@@ -225,13 +249,18 @@ def _clip(encoders):
     def one(encoder):
         config, tokens = encoder.model.config, encoder.tokenizer
         clip = comfy.sd1_clip.SDClipModel(
-            max_length=encoder.length, layer="hidden", layer_idx=0, layer_norm_hidden_state=False, dtype=torch.float32,
+            max_length=encoder.length, layer="hidden", layer_idx=0, layer_norm_hidden_state=False,
+            dtype=torch.float32,
             textmodel_json_config=config.to_dict() | {"eos_token_id": tokens.eos_token_id},
             return_projected_pooled=encoder.name == "clip_g",
-            special_tokens={"start": tokens.bos_token_id, "end": tokens.eos_token_id, "pad": tokens.pad_token_id})
-        clip.transformer.set_input_embeddings(clip.operations.Embedding(len(tokens), encoder.width, dtype=torch.float32))
-        weights = {name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}": weight
-                   for name, weight in encoder.model.state_dict().items() if not name.endswith("position_ids")}
+            special_tokens={"start": tokens.bos_token_id, "end": tokens.eos_token_id,
+                            "pad": tokens.pad_token_id})
+        clip.transformer.set_input_embeddings(clip.operations.Embedding(len(tokens), encoder.width,
+                                                                        dtype=torch.float32))
+        weights = {name if name.startswith(("text_model.", "text_projection"))
+                   else f"text_model.{name}": weight
+                   for name, weight in encoder.model.state_dict().items()
+                   if not name.endswith("position_ids")}
         weights.setdefault("text_projection.weight", torch.eye(encoder.width))
         clip.transformer.load_state_dict(weights)
         return clip
@@ -246,7 +275,8 @@ def _clip(encoders):
         def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
             for name, width in widths.items():
                 setattr(self, name, comfy.sd1_clip.SDTokenizer(
-                    str(base.TOKENIZER), max_length=encoders[0].length, embedding_directory=embedding_directory, embedding_size=width,
+                    str(base.TOKENIZER), max_length=encoders[0].length,
+                    embedding_directory=embedding_directory, embedding_size=width,
                     embedding_key=name, tokenizer_data={}))
 
     return comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(Tokenizer, Text), embedding_directory=None)

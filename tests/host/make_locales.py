@@ -16,7 +16,8 @@ FILE = ROOT / "locales" / "en" / "nodeDefs.json"
 
 def _one(part) -> dict[str, str]:
     """What people read of an input or an output."""
-    found = {"name": getattr(part, "display_name", None) or getattr(part, "id", None), "tooltip": getattr(part, "tooltip", None)}
+    found = {"name": getattr(part, "display_name", None) or getattr(part, "id", None),
+             "tooltip": getattr(part, "tooltip", None)}
     return {key: value for key, value in found.items() if value}
 
 

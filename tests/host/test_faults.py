@@ -1,6 +1,8 @@
-"""What goes wrong in the host: memory runs out, a person cancels, something raises, models are unloaded, libraries are missing.
+"""What goes wrong in the host: memory runs out, a person cancels, something raises, models are unloaded,
+libraries are missing.
 
-It ends in one sentence or the host's own exception, the models are what they were, and the next run gives what it gives without the fault.
+It ends in one sentence or the host's own exception, the models are what they were, and the next run gives
+what it gives without the fault.
 """
 
 from __future__ import annotations
@@ -44,31 +46,39 @@ def untouched(studio):
     """untouched(): fails when MODEL, CLIP or VAE are not what they were."""
     def state():
         wholes = (studio.model.model, studio.clip.cond_stage_model, studio.vae.first_stage_model)
-        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__) for whole in wholes for m in whole.modules()]
-        patches = (len(studio.model.patches), len(studio.clip.patcher.patches), repr(studio.model.model_options))
-        return [{name: tensor.clone() for name, tensor in whole.state_dict().items()} for whole in wholes], hooks, patches
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
+                 for whole in wholes for m in whole.modules()]
+        patches = (len(studio.model.patches), len(studio.clip.patcher.patches),
+                   repr(studio.model.model_options))
+        return [{name: tensor.clone() for name, tensor in whole.state_dict().items()}
+                for whole in wholes], hooks, patches
 
     weights, *others = state()
 
     def check() -> None:
         now, *now_others = state()
-        assert all(torch.equal(tensor, after[name]) for before, after in zip(weights, now, strict=True) for name, tensor in before.items())
+        assert all(torch.equal(tensor, after[name]) for before, after in zip(weights, now, strict=True)
+                   for name, tensor in before.items())
         assert now_others == others and torch.is_inference_mode_enabled()
 
     return check
 
 
 def tensors_of(concept) -> list:
-    return [*concept.tokens.vectors.values(), *(t for _, delta in sorted(concept.deltas.items()) for t in delta.tensors())]
+    return [*concept.tokens.vectors.values(),
+            *(t for _, delta in sorted(concept.deltas.items()) for t in delta.tensors())]
 
 
 def same(one, two) -> bool:
-    return one.info.provenance.steps == two.info.provenance.steps and all(map(torch.equal, tensors_of(one), tensors_of(two)))
+    if one.info.provenance.steps != two.info.provenance.steps:
+        return False
+    return all(map(torch.equal, tensors_of(one), tensors_of(two)))
 
 
 @pytest.fixture
 def at_call(monkeypatch):
-    """at_call(owner, name, call, error): that call of `owner.name` raises instead; returns the calls seen so far."""
+    """at_call(owner, name, call, error): that call of `owner.name` raises instead; returns the calls seen so
+    far."""
     def arrange(owner, name: str, call: int, error, only_once: bool = True) -> list:
         original, seen = getattr(owner, name), []
 
@@ -94,7 +104,9 @@ def unet(studio):
 
 def test_memory_runs_out_while_learning(studio, whole_run, unet, at_call, monkeypatch, untouched):
     at_call(unet, "forward", 2, OUT_OF_MEMORY("no memory"))
-    with pytest.raises(ConceptError, match="memory ran out at step 2 of concept 'spot' .*batch_size; the bank is unchanged") as caught:
+    with pytest.raises(ConceptError,
+                       match="memory ran out at step 2 of concept 'spot' .*batch_size; the bank is "
+                             "unchanged") as caught:
         studio.learn(steps=4)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
@@ -110,7 +122,8 @@ def test_memory_runs_out_with_more_pictures_at_once(studio, unet, at_call, untou
     untouched()
 
 
-@pytest.mark.parametrize("call", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("call", [2, pytest.param(1, marks=pytest.mark.slow),
+                                  pytest.param(3, marks=pytest.mark.slow)])
 def test_memory_runs_out_while_sampling_with_regions(studio, unet, at_call, monkeypatch, untouched, call):
     def run():
         regions = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
@@ -137,13 +150,16 @@ def test_memory_runs_out_in_a_preview(studio, whole_run, unet, at_call, monkeypa
 # Cancelling, and errors, at every stage of the learner
 
 
-STAGES = {"photos": 0, "words": 0, "first step": 0, "backward": 1, "optimizer": 0, "between steps": 3, "preview": 2, "preview's picture": 2,
-          "last step": 3, "last preview": 4}      # -> steps that are safe in a checkpoint then, 0 = there is none
+STAGES = {"photos": 0, "words": 0, "first step": 0, "backward": 1, "optimizer": 0, "between steps": 3,
+          "preview": 2, "preview's picture": 2,
+          # -> steps that are safe in a checkpoint then, 0 = there is none
+          "last step": 3, "last preview": 4}
 SLOW = [name for name in STAGES if name not in ("photos", "optimizer", "preview", "last step")]
 
 @pytest.fixture
 def fault_at(studio, unet, at_call, monkeypatch):
-    """fault_at(stage, error): the next run of four steps with a preview every two, itself of two steps, has it there."""
+    """fault_at(stage, error): the next run of four steps with a preview every two, itself of two steps, has
+    it there."""
     from continual_concepts.nodes import progress
 
     def arrange(stage: str, error) -> None:
@@ -174,15 +190,18 @@ def whole_run(studio):
         return studio.learn(steps=4, if_known="learn it again")["spot"]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STAGES])
+@pytest.mark.parametrize("stage",
+                         [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in STAGES])
 @pytest.mark.parametrize("kind", ["cancel", pytest.param("failure", marks=pytest.mark.slow)])
-def test_a_fault_at_any_stage(studio, whole_run, fault_at, monkeypatch, interrupt, untouched, own_folder, stage, kind):
+def test_a_fault_at_any_stage(studio, whole_run, fault_at, monkeypatch, interrupt, untouched, own_folder,
+                              stage, kind):
     error = interrupt() if kind == "cancel" else RuntimeError("somebody else's error")
     fault_at(stage, error)
     with pytest.raises(type(error)) as caught:
         studio.learn(steps=4, preview_every=2)
     assert caught.value is error
-    assert [len(checkpoint.load(file)["losses"]) for file in checkpoints(own_folder)] == [STAGES[stage]] * (STAGES[stage] > 0)
+    assert [len(checkpoint.load(file)["losses"])
+            for file in checkpoints(own_folder)] == [STAGES[stage]] * (STAGES[stage] > 0)
     monkeypatch.undo()
     untouched()
     assert same(studio.learn(steps=4, preview_every=2)["spot"], whole_run)
@@ -205,7 +224,8 @@ def test_the_button_itself(studio, whole_run, interrupt, untouched):
 
 @pytest.fixture
 def unloading(monkeypatch, comfyui):
-    """unloading(): from then on every model is unloaded after every step; returns how many were left each time."""
+    """unloading(): from then on every model is unloaded after every step; returns how many were left each
+    time."""
     import comfy.model_management as management
 
     from continual_concepts.nodes import progress
@@ -216,7 +236,8 @@ def unloading(monkeypatch, comfyui):
         before(self, info)
         management.unload_all_models()
         management.free_memory(1e30, management.get_torch_device())      # where that is the processor, too
-        seen.append(sum(one.model is not None for one in management.current_loaded_models))      # None: of clones that are gone
+        # None: of clones that are gone
+        seen.append(sum(one.model is not None for one in management.current_loaded_models))
 
     return lambda: monkeypatch.setattr(progress.Reporter, "__call__", report) or seen
 
@@ -224,13 +245,16 @@ def unloading(monkeypatch, comfyui):
 @pytest.mark.parametrize(("method", "with_lora"), [
     ("cidm", True), ("finetune", True), pytest.param("finetune", False, marks=pytest.mark.slow)])
 def test_models_unloaded_between_steps(studio, make_concept, unloading, untouched, method, with_lora):
-    """Also those that carry a LoRA, which the host takes off the weights then; finetune learns on what is folded into them."""
+    """Also those that carry a LoRA, which the host takes off the weights then; finetune learns on what is
+    folded into them."""
     from continual_concepts.core.comfy.apply import fold
     from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     sites, clip = ComfyBackbone(studio.model, studio.clip).sites, studio.clip.clone()
-    model = fold(studio.model, sites, make_concept(studio.bank.layout, size=0.3).deltas, False) if with_lora else studio.model
-    key, weight = next(item for item in clip.patcher.model.state_dict().items() if item[0].endswith("q_proj.weight"))
+    model = fold(studio.model, sites, make_concept(studio.bank.layout, size=0.3).deltas,
+                 False) if with_lora else studio.model
+    key, weight = next(item for item in clip.patcher.model.state_dict().items()
+                       if item[0].endswith("q_proj.weight"))
     clip.add_patches({key: ("diff", (torch.full(weight.shape, 0.05),))} if with_lora else {})
     first = studio.learn(model=model, clip=clip, name="tom", noun="cat", method=method, steps=2)
     whole = studio.learn(model=model, clip=clip, method=method, bank=[first])["spot"]
@@ -253,7 +277,8 @@ def studio_output():
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_model_that_is_loaded_in_part(studio, make_concept, untouched, share):
-    """As on a small graphics card: some weights wait elsewhere, and a LoRA is put on them when they are used."""
+    """As on a small graphics card: some weights wait elsewhere, and a LoRA is put on them when they are
+    used."""
     import comfy.model_management as management
 
     from continual_concepts.core.comfy.apply import fold
@@ -276,7 +301,8 @@ def test_a_model_that_is_loaded_in_part(studio, make_concept, untouched, share):
 # Libraries that a ComfyUI may lack
 
 
-OPTIONAL = ["peft", "bitsandbytes", "matplotlib", "accelerate", "xformers", "sageattention", "triton", "torchvision"]
+OPTIONAL = ["peft", "bitsandbytes", "matplotlib", "accelerate", "xformers", "sageattention", "triton",
+            "torchvision"]
 LEARNING = """
 import sys
 for name in {missing!r}:
@@ -285,7 +311,8 @@ sys.path.insert(0, {comfyui!r})
 from comfy.cli_args import args
 args.cpu = True
 import pytest
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", {test!r}, "-k", "test_memory_runs_out_in_a_preview"]))
+arguments = ["-q", "-x", "-p", "no:cacheprovider", {test!r}]
+sys.exit(pytest.main([*arguments, "-k", "test_memory_runs_out_in_a_preview"]))
 """
 
 

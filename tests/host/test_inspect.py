@@ -36,7 +36,8 @@ def thumbnail(shade: int, right: int = 0) -> bytes:
 def alike(bank):
     """Two bound dogs with nearly the same thumbnail, and a third concept with another one."""
     made = ConceptBank(bank.layout)
-    for i, (name, picture) in enumerate((("rex", thumbnail(200)), ("mimi", thumbnail(200, 3)), ("blueprint", thumbnail(20, 250)))):
+    for i, (name, picture) in enumerate((("rex", thumbnail(200)), ("mimi", thumbnail(200, 3)),
+                                         ("blueprint", thumbnail(20, 250)))):
         info = bank[name].info
         info = replace(info, method="bound", provenance=replace(info.provenance, images=(f"{i}",)))
         made = made.add(replace(bank[name], info=info, thumbnail=picture))
@@ -52,10 +53,13 @@ def test_the_id_and_the_places_of_inputs_and_outputs_stay(studio):
 def test_picture_text_and_report(studio, alike):
     result = studio.pack.ConceptBankInspect.execute(alike)
     picture, text, report = result.args
-    assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[-1] == 3 and picture.min() >= 0 and picture.max() <= 1
-    assert [line.split("  ")[0] for line in text.splitlines()] == ["<rex>", "<mimi>", "<blueprint>"] and "warning" not in text
+    assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[-1] == 3 and picture.min() >= 0
+    assert picture.max() <= 1
+    assert [line.split("  ")[0] for line in text.splitlines()] == ["<rex>", "<mimi>", "<blueprint>"]
+    assert "warning" not in text
     told = json.loads(report)
-    assert [one["name"] for one in told["concepts"]] == alike.names and set(told["likeness"]) == {"deltas", "words"}
+    assert [one["name"] for one in told["concepts"]] == alike.names
+    assert set(told["likeness"]) == {"deltas", "words"}
     assert result.ui["text"] == (text,) and len(result.ui["images"]) == 1
 
 
@@ -63,7 +67,8 @@ def test_with_a_vision_model_thumbnails_are_compared_and_warnings_come_first(stu
     _, text, report = studio.pack.ConceptBankInspect.execute(alike, Colours()).args
     assert text.startswith("warning: <rex> and <mimi> collide: their thumbnails look alike")
     told = json.loads(report)
-    assert told["collisions"][0]["kind"] == "covers" and told["concepts"][0]["most_like"]["covers"]["name"] == "mimi"
+    assert told["collisions"][0]["kind"] == "covers"
+    assert told["concepts"][0]["most_like"]["covers"]["name"] == "mimi"
 
 
 def test_a_vision_model_that_gives_no_vectors_is_refused(studio, alike):

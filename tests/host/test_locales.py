@@ -56,6 +56,7 @@ def test_translations_are_translated(english, language):
         for name, part in one["inputs"].items():
             there = found[node]["inputs"][name]["tooltip"]
             same, count = same + (there == part["tooltip"]), count + 1
-            for literal in ("<rex>", "models/concept_banks", "models/loras", "output/concept_banks", "CIDM", "LoRA"):
-                assert (literal in there) or (literal not in part["tooltip"]), f"{language}, {node}, {name}: {literal}"
+            for literal in ("<rex>", "models/concept_banks", "models/loras", "output/concept_banks", "CIDM",
+                            "LoRA"):
+                assert literal in there or literal not in part["tooltip"], f"{language}: {node}, {name}"
     assert same < 0.05 * count

@@ -28,7 +28,8 @@ def learned_by_command(tmp_path):
     """learned_by_command(folder): a bank with <rex>, learned by the command line."""
     def learn(folder):
         file = tmp_path / "pets.safetensors"
-        assert main(["--json", "learn", str(folder), "--bank", str(file), "--name", "rex", "--noun", "dog", "--steps", "1"]) in (0, None)
+        assert main(["--json", "learn", str(folder), "--bank", str(file), "--name", "rex", "--noun", "dog",
+                     "--steps", "1"]) in (0, None)
         return open_bank(file)
 
     return learn
@@ -37,8 +38,10 @@ def learned_by_command(tmp_path):
 def assert_recognised(bank) -> None:
     first, second = (bank.infos[name].provenance.images for name in ("rex", "spot"))
     assert first == second and all(len(digest) == 16 for digest in first)
-    assert [(c.one, c.other, c.kind) for c in collisions_of(list(bank.infos.values()))] == [("rex", "spot", "photos")]
-    assert "<rex> and <spot> collide: they were learned from the same photos (3 of 3)" in inspect(bank).warnings
+    assert [(c.one, c.other, c.kind) for c in collisions_of(list(bank.infos.values()))] == [("rex", "spot",
+                                                                                             "photos")]
+    warning = "<rex> and <spot> collide: they were learned from the same photos (3 of 3)"
+    assert warning in inspect(bank).warnings
 
 
 def test_through_load_concept_photos(studio, learned_by_command):

@@ -1,6 +1,7 @@
 """Saved graphs outlive a version: ids, types, order, defaults and options of every node stay what they were.
 
-`tests/fixtures/before/nodes.json` was written by `node_schemas.schemas` from the code of before the rooms were moved, inside ComfyUI 0.33.
+`tests/fixtures/before/nodes.json` was written by `node_schemas.schemas` from the code of before the rooms
+were moved, inside ComfyUI 0.33.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-BEFORE = json.loads((Path(__file__).parents[1] / "fixtures" / "before" / "nodes.json").read_text(encoding="utf-8"))
+BEFORE = json.loads((Path(__file__).parents[1] / "fixtures" / "before"
+                     / "nodes.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,8 @@ def test_a_node_is_what_saved_graphs_know(now, node):
     before, after = BEFORE[node], now[node]
     count = len(before["inputs"])
     assert after["inputs"][:count] == before["inputs"]
-    assert all(entry["optional"] for entry in after["inputs"][count:])      # what is new comes last and may be missing
+    # what is new comes last and may be missing
+    assert all(entry["optional"] for entry in after["inputs"][count:])
     assert after["outputs"][:len(before["outputs"])] == before["outputs"]
     assert {key: after[key] for key in before if key not in ("inputs", "outputs")} == \
         {key: before[key] for key in before if key not in ("inputs", "outputs")}

@@ -1,4 +1,5 @@
-"""Starts a real ComfyUI server on this checkout: free port, CPU, a base directory of its own that is thrown away afterwards."""
+"""Starts a real ComfyUI server on this checkout: free port, CPU, a base directory of its own that is thrown
+away afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def find_comfyui() -> Path | None:
     named = os.environ.get("COMFYUI_PATH")
     around = [ROOT.parents[1]] if ROOT.parent.name == "custom_nodes" else []
     candidates = [Path(named)] if named else [*around, Path.home() / "comfy" / "ComfyUI"]
-    return next((path for path in candidates if (path / "main.py").is_file() and (path / "comfy").is_dir()), None)
+    return next((path for path in candidates if (path / "main.py").is_file() and (path / "comfy").is_dir()),
+                None)
 
 
 @dataclass
@@ -48,9 +50,11 @@ class Server:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def call(self, path: str, data: dict | None = None, timeout: float = 300):
-        """What the server answers, from JSON. An error's answer comes back too: {"error": ..., "node_errors": ...}."""
+        """What the server answers, from JSON. An error's answer comes back too: {"error": ..., "node_errors":
+        ...}."""
         body = None if data is None else json.dumps(data).encode()
-        request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, data=body,
+                                         headers={"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 return json.loads(answer.read() or b"null")
@@ -96,7 +100,8 @@ class Server:
     def pictures(self, entry: dict, node: str | None = None) -> list[Path]:
         """The files of the pictures that a run saved (not the previews), of one node or of all."""
         outputs = [entry["outputs"].get(node, {})] if node else entry["outputs"].values()
-        named = [image for output in outputs for image in output.get("images", []) if image["type"] == "output"]
+        named = [image for output in outputs for image in output.get("images", [])
+                 if image["type"] == "output"]
         return [self.base / "output" / image.get("subfolder", "") / image["filename"] for image in named]
 
 
@@ -119,7 +124,8 @@ def _start(comfyui: Path, base: Path, *more: str, packs: tuple[Path, ...] = ()) 
     for name, pack in {FOLDER: ROOT, **{pack.name: pack for pack in packs}}.items():
         (base / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
     port, log = _free_port(), base / "server.log"
-    options = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
+    options = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", "--base-directory", str(base),
+               "--database-url", "sqlite:///:memory:"]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "main.py", *options, *more, "--listen", "127.0.0.1", "--port", str(port)],
@@ -160,7 +166,8 @@ def comfyui_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(comfyui_folder, tmp_path_factory):
-    """start_server(*options, packs=()): a context in which a ComfyUI runs with this checkout, and the folders `packs`, as custom nodes."""
+    """start_server(*options, packs=()): a context in which a ComfyUI runs with this checkout, and the folders
+    `packs`, as custom nodes."""
     @contextmanager
     def run(*options: str, packs: tuple[Path, ...] = ()) -> Iterator[Server]:
         running = _start(comfyui_folder, tmp_path_factory.mktemp("comfyui") / "base", *options, packs=packs)
@@ -189,11 +196,13 @@ def object_info(server) -> dict:
 
 @pytest.fixture(scope="module")
 def browser(server):
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page tests need playwright: pip install playwright")
+    playwright = pytest.importorskip("playwright.sync_api",
+                                     reason="the page tests need playwright: pip install playwright")
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("the page tests need Chromium: none of " + ", ".join(BROWSERS) + " is on the path")
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        chromium = driver.chromium.launch(executable_path=found,
+                                          args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield chromium
         chromium.close()

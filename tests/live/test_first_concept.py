@@ -1,4 +1,5 @@
-"""A newcomer's way: photos in a folder, a template, a name, Run, a new prompt. Takes the pictures of docs/first-concept.
+"""A newcomer's way: photos in a folder, a template, a name, Run, a new prompt. Takes the pictures of
+docs/first-concept.
 
 The embedded base stands for the checkpoint that a person would have, with settings that fit its size.
 """
@@ -32,7 +33,8 @@ SMALL = """prompt => {
     const learner = of('ConceptLearner');
     base.connect(3, learner, learner.inputs.findIndex(input => input.name === 'clip_vision'));
     set('ConceptPhotosLoad', {folder: 'mimi'});
-    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', resolution: 64, batch_size: 4, steps: 400, lr: 0.002, token_lr: 0.02,
+    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', resolution: 64, batch_size: 4, steps: 400,
+                           lr: 0.002, token_lr: 0.02,
                            preview_every: 50});
     set('ElasticWeightAggregate', {prompt});
     set('EmptyLatentImage', {width: 128, height: 128, batch_size: 4});
@@ -46,13 +48,16 @@ SMALL = """prompt => {
     larger.connect(0, saver, 0);
 }"""
 SET = """([type, name, value]) => {
-    app.graph._nodes.find(node => node.type === type).widgets.find(widget => widget.name === name).value = value;
+    const found = app.graph._nodes.find(node => node.type === type);
+    found.widgets.find(widget => widget.name === name).value = value;
 }"""
 SHOW = """types => {
     const nodes = app.graph._nodes.filter(node => types.includes(node.type) || types.includes(node.title));
-    const boxes = nodes.map(node => [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
+    const boxes = nodes.map(
+        node => [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
     const edge = (i, pick) => pick(...boxes.map(box => box[i]));
-    const [left, top, right, bottom] = [edge(0, Math.min), edge(1, Math.min), edge(2, Math.max), edge(3, Math.max)];
+    const [left, top] = [edge(0, Math.min), edge(1, Math.min)];
+    const [right, bottom] = [edge(2, Math.max), edge(3, Math.max)];
     const scale = Math.min(1280 / (right - left), 740 / (bottom - top), 1.3);
     app.canvas.ds.scale = scale;
     app.canvas.ds.offset = [(70 + (1310 - scale * (right - left)) / 2) / scale - left, 125 / scale - top];
@@ -60,7 +65,8 @@ SHOW = """types => {
 }"""
 SEEN = """() => {
     window.seen = {previews: 0, lines: []};
-    for (const name of ['b_preview', 'b_preview_with_metadata']) app.api.addEventListener(name, () => seen.previews++);
+    for (const name of ['b_preview', 'b_preview_with_metadata'])
+        app.api.addEventListener(name, () => seen.previews++);
     app.api.addEventListener('progress_text', event => seen.lines.push(event.detail.text));
 }"""
 
@@ -81,7 +87,8 @@ def page(browser, server, steps):
     page.wait_for_function(steps.READY, timeout=180_000)
     page.wait_for_timeout(1500)
     page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
-    page.evaluate("app.extensionManager.setting.set('LiteGraph.Canvas.MinFontSizeForLOD', 0)")      # small writing stays writing
+    # small writing stays writing
+    page.evaluate("app.extensionManager.setting.set('LiteGraph.Canvas.MinFontSizeForLOD', 0)")
     yield page
     page.close()
 
@@ -98,12 +105,14 @@ def put_photos(folder: Path) -> None:
 
 def press_run(page, server) -> str:
     """Returns the run's id, which the page has just sent."""
-    before = set(server.call("/history")) | {one[1] for kind in ("queue_running", "queue_pending") for one in server.call("/queue")[kind]}
+    before = set(server.call("/history")) | {one[1] for kind in ("queue_running", "queue_pending")
+                                             for one in server.call("/queue")[kind]}
     page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
     for _ in range(200):
         page.wait_for_timeout(100)
         queue = server.call("/queue")
-        now = set(server.call("/history")) | {one[1] for kind in ("queue_running", "queue_pending") for one in queue[kind]}
+        now = set(server.call("/history")) | {one[1] for kind in ("queue_running", "queue_pending")
+                                              for one in queue[kind]}
         if now - before:
             return (now - before).pop()
     raise AssertionError(f"nothing was queued: {server.log[-1000:]}")
@@ -137,13 +146,15 @@ def test_a_newcomers_first_concept(page, server, steps, tmp_path):
     entry = server.wait(run, 600)
     assert entry["status"]["status_str"] == "success", server.error_of(entry)
     done("learned, saved, drawn")
-    assert (server.base / "output" / "concept_banks" / "my-concepts.safetensors").is_file() and len(server.pictures(entry)) == 4
+    assert (server.base / "output" / "concept_banks" / "my-concepts.safetensors").is_file()
+    assert len(server.pictures(entry)) == 4
     page.wait_for_timeout(2500)
     shoot(page, tmp_path, 4, "ConceptBankSave", "ConceptBankInspect", "Loss", "While it was learning")
     page.evaluate(SET, ["ElasticWeightAggregate", "prompt", PROMPTS[1]])
     entry = server.wait(press_run(page, server), 300)
     assert entry["status"]["status_str"] == "success", server.error_of(entry)
-    cached = {node for kind, message in entry["status"]["messages"] if kind == "execution_cached" for node in message["nodes"]}
+    cached = {node for kind, message in entry["status"]["messages"] if kind == "execution_cached"
+              for node in message["nodes"]}
     learner = page.evaluate("app.graph._nodes.find(node => node.type === 'ConceptLearner').id")
     assert str(learner) in cached      # what is learned is not learned again for another prompt
     done("a new prompt drawn")

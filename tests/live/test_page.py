@@ -1,4 +1,5 @@
-"""What a person sees: Chromium opens every workflow from the template browser, and the tour runs at a press of Run."""
+"""What a person sees: Chromium opens every workflow from the template browser, and the tour runs at a press
+of Run."""
 
 from __future__ import annotations
 
@@ -16,17 +17,21 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 READY = "!!(window.app && app.graph && window.LiteGraph && LiteGraph.registered_node_types['ConceptLearner'])"
 EVERYTHING_IN_SIGHT = """() => {
-    const boxes = [...app.graph._nodes, ...app.graph._groups].map(item => [item.pos[0], item.pos[1] - 30, ...item.size]);
+    const boxes = [...app.graph._nodes, ...app.graph._groups].map(
+        item => [item.pos[0], item.pos[1] - 30, ...item.size]);
     const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
-    const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3] + 30));
+    const right = Math.max(...boxes.map(b => b[0] + b[2]));
+    const bottom = Math.max(...boxes.map(b => b[1] + b[3] + 30));
     const scale = Math.min(1600 / (right - left), 880 / (bottom - top), 1);
     app.canvas.ds.scale = scale;
     app.canvas.ds.offset = [80 / scale - left, 80 / scale - top];
     app.graph.setDirtyCanvas(true, true);
 }"""
-UNKNOWN_NODES = "() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+UNKNOWN_NODES = """() =>
+    app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"""
 OVERLAPS = """() => {
-    const boxes = app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+    const boxes = app.graph._nodes.map(
+        n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
     const found = [];
     boxes.forEach((a, i) => boxes.slice(i + 1).forEach(b => {
         if (a[1] < b[3] && b[1] < a[3] && a[2] < b[4] && b[2] < a[4]) found.push(a[0] + " and " + b[0]);
@@ -70,11 +75,13 @@ def browse(page) -> None:
 
 def open_template(page, name: str) -> None:
     browse(page)
-    title = page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).last  # the first may be in a note below the dialog
+    # the first may be in a note below the dialog
+    title = page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).last
     title.scroll_into_view_if_needed()
     page.wait_for_timeout(700)
     title.click()
-    page.wait_for_function("name => app.graph._nodes.some(n => n.type === 'MarkdownNote' && n.widgets[0].value.includes(name))", arg=name)
+    page.wait_for_function("name => app.graph._nodes.some(n => n.type === 'MarkdownNote' && "
+                           "n.widgets[0].value.includes(name))", arg=name)
     page.wait_for_timeout(1500)
 
 
@@ -129,13 +136,15 @@ def test_the_tour_runs_at_a_press_of_run(page, server, tmp_path):
 
 
 def test_the_help_panel_shows_our_page(page, server):
-    text = page.evaluate("fetch('/extensions/continual-concepts/docs/ConceptLearner.md').then(answer => answer.text())")
+    text = page.evaluate("fetch('/extensions/continual-concepts/docs/ConceptLearner.md').then(answer => "
+                         "answer.text())")
     assert "| `class_noun` |" in text
 
 
 LISTEN = """() => {
     window.seen = {previews: 0, lines: []};
-    for (const name of ['b_preview', 'b_preview_with_metadata']) app.api.addEventListener(name, () => seen.previews++);
+    for (const name of ['b_preview', 'b_preview_with_metadata'])
+        app.api.addEventListener(name, () => seen.previews++);
     app.api.addEventListener('progress_text', event => seen.lines.push(event.detail.text));
 }"""
 LONG = """() => {
@@ -161,7 +170,8 @@ def test_learning_shows_how_it_comes_along_and_stops_when_told(page, server, tmp
     entry = server.call("/history")[new.pop()]
     assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
     lines = page.evaluate("seen.lines")
-    assert all(re.match(r"step \d+ of 100000, loss \d", line) for line in lines) and lines[-1].endswith(" left")
+    assert all(re.match(r"step \d+ of 100000, loss \d", line) for line in lines)
+    assert lines[-1].endswith(" left")
     kept = list((server.base / "output" / "concept_banks" / ".unfinished").glob("*.checkpoint"))
     assert kept      # the next run of the same goes on there
 
@@ -174,7 +184,8 @@ def test_blueprints_open_and_become_the_nodes_that_they_hold(page, server, path,
     offered = server.call("/global_subgraphs")
     if not isinstance(offered, dict) or "error" in offered:
         pytest.skip("this ComfyUI is of before blueprints")
-    mine = {key: entry["name"] for key, entry in offered.items() if entry["info"]["node_pack"] == "custom_nodes.continual-concepts"}
+    mine = {key: entry["name"] for key, entry in offered.items()
+            if entry["info"]["node_pack"] == "custom_nodes.continual-concepts"}
     assert sorted(mine.values()) == [one.stem for one in BLUEPRINTS]
     graph = json.loads(path.read_text(encoding="utf-8"))
     page.keyboard.press("Escape")      # a dialog that greets
@@ -183,7 +194,8 @@ def test_blueprints_open_and_become_the_nodes_that_they_hold(page, server, path,
     shoot(page, tmp_path, path.stem)
     output = page.evaluate("app.graphToPrompt().then(found => found.output)")
     inside = graph["definitions"]["subgraphs"][0]
-    assert sorted(node["class_type"] for node in output.values()) == sorted(node["type"] for node in inside["nodes"])
+    assert sorted(node["class_type"] for node in output.values()) == sorted(node["type"]
+                                                                            for node in inside["nodes"])
     assert not page.errors
     for node in inside["nodes"]:      # what is shown outside arrives inside, and nothing else has changed
         sent = next(one["inputs"] for one in output.values() if one["class_type"] == node["type"])

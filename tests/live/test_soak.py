@@ -1,4 +1,5 @@
-"""A server that has run for long: the same graph gives the same pictures bit for bit, and the memory in use does not grow.
+"""A server that has run for long: the same graph gives the same pictures bit for bit, and the memory in use
+does not grow.
 
 500 queue runs of all workflows in one process with `make verify`, a few otherwise; about four seconds each.
 """
@@ -41,8 +42,8 @@ def resident(server) -> int:
 
 
 def held(server) -> int:
-    """`resident`, once the host has collected garbage. By itself it does so every ten seconds: how many models of earlier runs still lie
-    about would depend on how fast this machine is."""
+    """`resident`, once the host has collected garbage. By itself it does so every ten seconds: how many
+    models of earlier runs still lie about would depend on how fast this machine is."""
     server.call("/free", {"unload_models": True, "free_memory": True})
     before, now = 0, resident(server)
     for _ in range(30):
@@ -63,7 +64,8 @@ def used(server) -> int:
 
 
 def run_once(server, workflows, graph: dict) -> str:
-    """Runs a graph from the start, learning included; returns a digest of its pictures, which are deleted then."""
+    """Runs a graph from the start, learning included; returns a digest of its pictures, which are deleted
+    then."""
     for file in (server.base / "output" / "concept_banks" / ".unfinished").glob("*.checkpoint"):
         file.unlink()
     entry, digest = server.run(graph), hashlib.sha256()
@@ -76,8 +78,8 @@ def run_once(server, workflows, graph: dict) -> str:
 
 
 def growth_of(memory: list[int]) -> float:
-    """By how much the median of the last window is above that of the first, of a figure per round of all graphs. The first tenth, one round
-    in any case, is warming up."""
+    """By how much the median of the last window is above that of the first, of a figure per round of all
+    graphs. The first tenth, one round in any case, is warming up."""
     measured = memory[max(1, len(memory) // 10):]
     size = max(1, len(measured) // WINDOWS)
     return statistics.median(measured[-size:]) / statistics.median(measured[:size]) - 1
@@ -85,7 +87,8 @@ def growth_of(memory: list[int]) -> float:
 
 def test_growth_is_seen():
     steady = [100, 102, 101] * 10
-    assert abs(growth_of(steady)) <= 0.01 and growth_of([value - 50 * (i < 3) for i, value in enumerate(steady)]) == growth_of(steady)
+    assert abs(growth_of(steady)) <= 0.01
+    assert growth_of([value - 50 * (i < 3) for i, value in enumerate(steady)]) == growth_of(steady)
     assert growth_of([value * (1 + 0.002 * i) for i, value in enumerate(steady)]) > MOST_GROWTH
 
 
@@ -103,7 +106,8 @@ def test_a_server_that_has_run_for_long(long_server, workflows, trials, capsys):
         memory["held"].append(held(long_server))
         memory["in use"].append(used(long_server))
         if done:
-            told = ", ".join(f"{what} {found[-1] / 2**20:.1f} MiB, {100 * growth_of(found):+.2f} %" for what, found in memory.items())
+            told = ", ".join(f"{what} {found[-1] / 2**20:.1f} MiB, {100 * growth_of(found):+.2f} %"
+                             for what, found in memory.items())
             with capsys.disabled():
                 print(f"\n{(done + 1) * len(graphs)} runs, drift none, memory {told}", end="", flush=True)
     with capsys.disabled():

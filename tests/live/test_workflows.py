@@ -15,7 +15,8 @@ WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(WORKFLOWS.glob("*.json"))
 API_GRAPHS = sorted((WORKFLOWS / "api").glob("*.json"))
 OF_THE_PAGE = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}  # nodes that the server knows nothing of
-FILES = {"ckpt_name", "bank_name", "folder", "image", "lora", "embedding", "clip_name"}  # lists of what a person's folders hold
+# lists of what a person's folders hold
+FILES = {"ckpt_name", "bank_name", "folder", "image", "lora", "embedding", "clip_name"}
 
 
 def name_of(path: Path) -> str:
@@ -53,13 +54,15 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def test_the_pack_loads(server, object_info):
-    wrong = [text for text in ("IMPORT FAILED", "Cannot import", "Error while calling comfy_entrypoint") if text in server.log]
+    wrong = [text for text in ("IMPORT FAILED", "Cannot import", "Error while calling comfy_entrypoint")
+             if text in server.log]
     assert not wrong, server.log[-3000:]
     assert {"ConceptLearner", "ElasticWeightAggregate", "RegionalConceptSampler"} <= set(object_info)
 
 
 def our_nodes(object_info) -> dict:
-    return {name: node for name, node in object_info.items() if node["python_module"] == "custom_nodes.continual-concepts"}
+    return {name: node for name, node in object_info.items()
+            if node["python_module"] == "custom_nodes.continual-concepts"}
 
 
 def test_every_node_explains_itself(object_info):
@@ -75,12 +78,15 @@ def test_every_node_has_a_help_page_that_names_its_inputs(server, object_info):
         page = (pages / f"{name}.md").read_text(encoding="utf-8")
         inputs = [key for group in ("required", "optional") for key in node["input_order"].get(group, [])]
         assert not [key for key in inputs if f"`{key}`" not in page], f"{name}.md says nothing of an input"
-        assert not [key for key in node["output_name"] if f"`{key}`" not in page], f"{name}.md says nothing of an output"
+        assert not [key for key in node["output_name"]
+                    if f"`{key}`" not in page], f"{name}.md says nothing of an output"
 
 
 def test_the_server_serves_help_and_templates(server):
-    assert set(server.call("/api/workflow_templates")["continual-concepts"]) == {name_of(path) for path in GRAPHS}
-    assert server.text("/extensions/continual-concepts/docs/ConceptLearner.md").startswith("# Concept Learner")
+    assert set(server.call("/api/workflow_templates")["continual-concepts"]) == {name_of(path)
+                                                                                 for path in GRAPHS}
+    page = server.text("/extensions/continual-concepts/docs/ConceptLearner.md")
+    assert page.startswith("# Concept Learner")
 
 
 # The files
@@ -94,7 +100,8 @@ def test_every_workflow_has_its_api_form_and_its_picture():
 
 
 def test_every_node_has_an_example(object_info):
-    """In the graph that people open, but for the demo's nodes, which take the place of a checkpoint in the form that runs anywhere."""
+    """In the graph that people open, but for the demo's nodes, which take the place of a checkpoint in the
+    form that runs anywhere."""
     opened = {node["type"] for path in GRAPHS for node in read(path)["nodes"]}
     run = {node["class_type"] for path in API_GRAPHS for node in read(path).values()}
     assert set(our_nodes(object_info)) <= opened | run
@@ -111,18 +118,21 @@ def test_thumbnails_are_small(path):
 
 
 def sockets_and_widgets(node: dict) -> tuple[list[str], list[tuple[str, tuple]]]:
-    """A node's inputs in order: those that only take links, and those with a widget, phantom widgets included."""
+    """A node's inputs in order: those that only take links, and those with a widget, phantom widgets
+    included."""
     sockets, widgets = [], []
     for group in ("required", "optional"):
         for name in node["input_order"].get(group, []):
             kind, *more = node["input"][group][name]
             options = more[0] if more else {}
-            if not (isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")) or options.get("forceInput"):
+            if not (isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN",
+                                                       "COMBO")) or options.get("forceInput"):
                 sockets.append(name)
                 continue
             widgets.append((name, (kind, options)))
             if kind == "INT" and (options.get("control_after_generate") or name in ("seed", "noise_seed")):
-                widgets.append(("control_after_generate", (["fixed", "increment", "decrement", "randomize"], {})))
+                widgets.append(("control_after_generate", (["fixed", "increment", "decrement", "randomize"],
+                                                           {})))
             if options.get("image_upload"):
                 widgets.append(("upload", (["image"], {})))
     return sockets, widgets
@@ -151,7 +161,8 @@ def test_workflows_fit_the_nodes(path, object_info):
         values = node.get("widgets_values", [])
         assert len(values) == len(widgets), f"{node['type']}: {values} for {[name for name, _ in widgets]}"
         pairs = zip(widgets, values, strict=True)
-        wrong = [(name, value) for (name, (kind, options)), value in pairs if not fits(name, kind, options, value)]
+        wrong = [(name, value) for (name, (kind, options)), value in pairs
+                 if not fits(name, kind, options, value)]
         assert not wrong, f"{node['type']}: {wrong}"
 
 
@@ -176,17 +187,21 @@ def test_workflows_are_linked_as_the_nodes_say(path, object_info):
 @pytest.mark.parametrize("path", GRAPHS, ids=name_of)
 def test_workflows_have_notes_and_no_overlaps(path):
     graph = read(path)
-    assert any(node["type"] == "MarkdownNote" and len(node["widgets_values"][0]) > 200 for node in graph["nodes"])
+    assert any(node["type"] == "MarkdownNote" and len(node["widgets_values"][0]) > 200
+               for node in graph["nodes"])
     boxes = [(node["type"], *node["pos"], *node["size"]) for node in graph["nodes"]]
-    boxes = [(kind, x, y - 30, x + width, y + height) for kind, x, y, width, height in boxes]  # 30: a node's title
+    # 30: a node's title
+    boxes = [(kind, x, y - 30, x + width, y + height) for kind, x, y, width, height in boxes]
     for i, (kind, left, top, right, bottom) in enumerate(boxes):
         for other, left2, top2, right2, bottom2 in boxes[i + 1 :]:
-            assert right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top, f"{kind} lies on {other}"
+            apart = right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top
+            assert apart, f"{kind} lies on {other}"
 
 
 @pytest.mark.parametrize("path", GRAPHS, ids=name_of)
 def test_both_forms_do_the_same_job(path, object_info):
-    """The API form learns on the embedded base what the other one takes from disk; everything else of ours is in both."""
+    """The API form learns on the embedded base what the other one takes from disk; everything else of ours is
+    in both."""
     loaders = {"ConceptPhotosLoad", "ConceptBankLoad", "ConceptImport"}
     ours = set(our_nodes(object_info)) - loaders
     seen = {node["type"] for node in read(path)["nodes"]} & ours
@@ -202,7 +217,8 @@ def test_workflows_run(path, server):
     graph = shortened(read(path))
     entry = server.run(graph)
     savers = nodes_of(graph, "SaveImage")
-    side = 256 if nodes_of(graph, "ImageScale") and not nodes_of(graph, "VAEEncode") else 64  # the tour shows its pictures larger
+    # the tour shows its pictures larger
+    side = 256 if nodes_of(graph, "ImageScale") and not nodes_of(graph, "VAEEncode") else 64
     wide = 2 if nodes_of(graph, "RegionalConceptSampler") and nodes_of(graph, "EmptyLatentImage") else 1
     assert savers
     for saver in savers:
@@ -210,7 +226,8 @@ def test_workflows_run(path, server):
         assert files
         for file in files:
             picture = pixels(file)
-            if graph[saver]["inputs"]["images"][0] not in nodes_of(graph, "ConceptEvaluate"):      # a sheet is as large as it must be
+            # a sheet is as large as it must be
+            if graph[saver]["inputs"]["images"][0] not in nodes_of(graph, "ConceptEvaluate"):
                 assert picture.shape == (side, wide * side, 3)
             assert picture.std() > 5, f"{file.name} shows nothing"
 
@@ -218,7 +235,8 @@ def test_workflows_run(path, server):
 def test_a_second_concept_leaves_the_first_as_it_was(server):
     graph = shortened(read(WORKFLOWS / "api" / "Add a second concept.json"), learning=8)
     entry = server.run(graph)
-    old, new, second = (pixels(server.pictures(entry, f"{tag}_picture")[0]) for tag in ("old_bank", "new_bank", "second"))
+    old, new, second = (pixels(server.pictures(entry, f"{tag}_picture")[0])
+                        for tag in ("old_bank", "new_bank", "second"))
     assert (old == new).all()
     assert (old != second).any()
 
@@ -228,7 +246,8 @@ def test_inpainting_leaves_the_rest_of_the_photo_alone(server):
     entry = server.run(graph)
     before, after = (pixels(server.pictures(entry, key)[0]) for key in ("photo_picture", "picture"))
     box, grown = graph["mask"]["inputs"], graph["grow"]["inputs"]["expand"]
-    right, bottom = (box[at] + graph["white"]["inputs"][side] + grown for at, side in (("x", "width"), ("y", "height")))
+    right, bottom = (box[at] + graph["white"]["inputs"][side] + grown
+                     for at, side in (("x", "width"), ("y", "height")))
     changed = (before != after).any(-1)
     assert changed.any()
     changed[max(box["y"] - grown, 0) : bottom, max(box["x"] - grown, 0) : right] = False

@@ -1,7 +1,7 @@
 """A node for the soak test's server: how much memory its process has in use.
 
-What a process holds (its resident size) also counts what the C library keeps for later, in pieces too small to give back; that differs
-from run to run and says nothing about leaks.
+What a process holds (its resident size) also counts what the C library keeps for later, in pieces too small
+to give back; that differs from run to run and says nothing about leaks.
 """
 
 import ctypes
@@ -11,7 +11,8 @@ import gc
 class _Info(ctypes.Structure):
     """glibc's struct mallinfo2."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd",
+                                                     "usmblks", "fsmblks", "uordblks",
                                                      "fordblks", "keepcost")]
 
 
