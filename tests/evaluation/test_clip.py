@@ -98,7 +98,8 @@ def test_captions(encoder):
     theirs = torch.nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1)
     assert torch.allclose(features[:1], theirs, atol=1e-5)      # padding changes nothing
     assert (features[0] - features[1]).norm() > 1e-3
-    assert torch.equal(features[2], features[3]) and not torch.allclose(features[2], features[0], atol=1e-3)      # both are cut
+    assert torch.equal(features[2], features[3])
+    assert not torch.allclose(features[2], features[0], atol=1e-3)      # both are cut
 
 
 def test_features_have_unit_length_and_do_not_depend_on_the_batch(encoder):
