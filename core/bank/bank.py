@@ -62,8 +62,8 @@ class ConceptBank:
     def __post_init__(self) -> None:
         if len(self.infos) < len(self.entries):
             names = [entry.info.name for entry in self.entries]
-            double = next(name for name in names if names.count(name) > 1)
-            raise ConceptError(f"the bank holds two concepts '{double}'; names must differ")
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ConceptError(f"the bank holds two concepts '{repeated}'; names must differ")
         _ = self.vocabulary      # raises when two concepts claim one placeholder
 
     @cached_property
@@ -124,8 +124,8 @@ class ConceptBank:
 
     def remove(self, name: str) -> ConceptBank:
         """This bank without one concept; its tensors are not read, so a damaged one can be removed."""
-        gone = self._entry(name)
-        return replace(self, entries=tuple(entry for entry in self.entries if entry is not gone))
+        removed = self._entry(name)
+        return replace(self, entries=tuple(entry for entry in self.entries if entry is not removed))
 
     def first(self, count: int) -> ConceptBank:
         """This bank with its first `count` concepts alone. Shared state stays."""
@@ -143,8 +143,8 @@ class ConceptBank:
     def replace(self, concept: Concept) -> ConceptBank:
         """This bank with another record of a concept that it holds, in its old place."""
         concept.check_fits(self.layout)
-        gone = self._entry(concept.name)
-        entries = (_loaded(concept) if entry is gone else entry for entry in self.entries)
+        replaced = self._entry(concept.name)
+        entries = (_loaded(concept) if entry is replaced else entry for entry in self.entries)
         return replace(self, entries=tuple(entries))
 
     def merge(self, other: ConceptBank) -> ConceptBank:
@@ -156,9 +156,10 @@ class ConceptBank:
         if self.layout.fingerprint != other.layout.fingerprint:
             raise ConceptError(f"the banks belong to different bases: {self.layout.describe()} and "
                                f"{other.layout.describe()}")
-        double = [name for name in other.names if name in self]
-        if double:
-            raise ConceptError(f"both banks hold {', '.join(repr(n) for n in double)}; rename in one of them "
+        in_both = [name for name in other.names if name in self]
+        if in_both:
+            raise ConceptError(f"both banks hold {', '.join(repr(n) for n in in_both)}; rename in one of "
+                               "them "
                                "before merging")
         return replace(self, entries=(*self.entries, *other.entries), shared={**other.shared, **self.shared})
 

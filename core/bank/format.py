@@ -135,14 +135,14 @@ class _Tensors:
         with self.path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
-        found: dict[str, dict[str, tuple]] = {}
+        places: dict[str, dict[str, tuple]] = {}
         for key, entry in header.items():
             if key != "__metadata__" and key.count("/") >= 2:
                 group, owner, name = key.split("/", 2)
                 first, last = entry["data_offsets"]
                 place = _TYPES[entry["dtype"]], entry["shape"], start + first, start + last
-                found.setdefault(f"{group}/{owner}", {})[name] = place
-        return found
+                places.setdefault(f"{group}/{owner}", {})[name] = place
+        return places
 
     def read(self, group: str) -> dict[str, Tensor]:
         if self._stamp(self.path) != self.stamp:

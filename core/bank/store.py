@@ -171,10 +171,10 @@ def restore(path: Path | str, number: int = 1) -> ConceptBank:
     path = Path(path)
 
     def make() -> ConceptBank:
-        found = {version.number: version.path for version in versions(path)}
-        if number not in found:
+        paths = {version.number: version.path for version in versions(path)}
+        if number not in paths:
             raise ConceptError(f"the bank '{path}' has no version {number!r}; there are "
-                               f"{', '.join(map(str, found)) or 'none'}")
-        return open_bank(found[number])      # saving reads it whole before the versions move up
+                               f"{', '.join(map(str, paths)) or 'none'}")
+        return open_bank(paths[number])      # saving reads it whole before the versions move up
 
     return _replaced(path, make)

@@ -36,12 +36,12 @@ Concepts = dict[str, tuple[ConceptInfo, TokenGroup]]
 
 def encoder_names(clip) -> tuple[str, ...]:
     """The CLIP text encoders of a CLIP, in the order in which their outputs lie side by side."""
-    found = tuple(name for name in NAMES
+    names = tuple(name for name in NAMES
                   if hasattr(clip.cond_stage_model, name) and hasattr(clip.tokenizer, name))
-    if not found:
+    if not names:
         raise ConceptError(f"the CLIP is a {type(clip.cond_stage_model).__name__}, which has no CLIP text "
                            "encoder; allowed: the CLIP of Stable Diffusion 1.x, 2.x and SDXL checkpoints")
-    return found
+    return names
 
 
 def text_widths(clip) -> tuple[tuple[str, int], ...]:
@@ -141,8 +141,9 @@ class _Tokenizer(_Wrapped):
             if not first.startswith(_MARK):
                 return files(embedding_name)
             words = self.vocabulary.entries[first.removeprefix(_MARK)]
-            found = [self.concepts[word.concept][1].word(word.position, encoder).float() for word in words]
-            vectors = torch.stack(found)      # [words, L, D]
+            groups = [self.concepts[word.concept][1] for word in words]
+            vectors = torch.stack([group.word(word.position, encoder).float()
+                                   for group, word in zip(groups, words, strict=True)])      # [words, L, D]
             return (vectors, rest.strip()) if arity == 2 else (vectors, first, rest.strip())
 
         clone._try_get_embedding = look_up
@@ -176,8 +177,8 @@ class _Encoder(_Wrapped):
         apart = encoded_apart(words, next(iter(self.nouns.values())))
         output, hidden = self._layers(self._with_nouns(tokens) if apart else tokens)
         for name in apart:
-            _, own = self._layers(self._with_nouns(tokens, but=name))
-            hidden = with_words(hidden, own, positions_of(words)[name])
+            _, own_states = self._layers(self._with_nouns(tokens, but=name))
+            hidden = with_words(hidden, own_states, positions_of(words)[name])
         if self.copies == 1 and not self.word_bound:
             return (hidden[:, 0], *output[1:])
         hidden = hidden.expand(-1, self.copies, -1, -1) if hidden.shape[1] == 1 else hidden

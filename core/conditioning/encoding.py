@@ -32,9 +32,9 @@ class _Row:
 
     def with_nouns(self, nouns: Mapping[WordRef, int], but: str = "") -> _Row:
         """With placeholder nouns in place of the words that have one, those of the concept `but` excepted."""
-        found = [noun_for(word, nouns, but) for word in self.words]
-        ids = [token if noun is None else noun for token, noun in zip(self.ids, found, strict=True)]
-        words = [word if noun is None else None for word, noun in zip(self.words, found, strict=True)]
+        found_nouns = [noun_for(word, nouns, but) for word in self.words]
+        ids = [token if noun is None else noun for token, noun in zip(self.ids, found_nouns, strict=True)]
+        words = [word if noun is None else None for word, noun in zip(self.words, found_nouns, strict=True)]
         return _Row(ids, words)
 
 
@@ -126,10 +126,10 @@ class _EncoderPass:
             return self.encode(rows, copies)
         worded = [row for row in rows if row.has_words]
         fresh = iter(zip(*_given(self.encode(worded, copies)), strict=True) if worded else ())
-        found = [next(fresh) if row.has_words else _given(self.memory.get(self.encoder, row, self.device))
+        encoded = [next(fresh) if row.has_words else _given(self.memory.get(self.encoder, row, self.device))
                  for row in rows]
         stacked = [torch.stack([part.expand(copies, *part.shape[1:]) for part in parts])
-                   for parts in zip(*found, strict=True)]
+                   for parts in zip(*encoded, strict=True)]
         return stacked[0], stacked[1] if len(stacked) > 1 else None
 
     def apart(self, rows: Sequence[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
@@ -142,9 +142,9 @@ class _EncoderPass:
         together = {word.concept for row in rest for word in row.words if word is not None}
         layers = max([self.tokens[name].copies for name in together], default=1)
         hidden, pooled = self.remembered(rest, layers)
-        own = self.words_only([rows[b].with_nouns(nouns, but=name) for b, name in apart], copies)
+        own_states = self.words_only([rows[b].with_nouns(nouns, but=name) for b, name in apart], copies)
         states = list(hidden.expand(-1, copies, -1, -1))
-        for (b, name), words in zip(apart, own, strict=True):
+        for (b, name), words in zip(apart, own_states, strict=True):
             states[b] = with_words(states[b], words, positions_of(rows[b].words)[name])
         return torch.stack(states), pooled
 
@@ -209,7 +209,7 @@ def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[T
 
     Concepts with equal layer copies share one batch, no longer than their words where the encoder allows
     that: a hundred concepts cost as much as a few prompts. """
-    found: dict[str, list[Tensor]] = {name: [] for name in tokens}
+    states_of: dict[str, list[Tensor]] = {name: [] for name in tokens}
     for encoder in backbone.text:
         encoding = _EncoderPass(encoder, tokens, backbone.device)
         rows = {name: _row(encoder, [WordRef(name, i) for i in range(len(group.words))], 1)
@@ -218,8 +218,8 @@ def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[T
             names = [name for name, group in tokens.items() if group.copies == copies]
             hidden = encoding.words_only([rows[name] for name in names], copies)
             for name, states in zip(names, hidden, strict=True):
-                found[name].append(states[:, list(positions_of(rows[name].words)[name])])
-    return [torch.cat(parts, dim=-1) for parts in found.values()]
+                states_of[name].append(states[:, list(positions_of(rows[name].words)[name])])
+    return [torch.cat(parts, dim=-1) for parts in states_of.values()]
 
 
 def text_positions(backbone: Backbone, prompt: Prompt) -> tuple[int, ...]:

@@ -29,12 +29,12 @@ def placeholder_noun_ids(encoder: TextEncoder, noun: str, count: int) -> list[in
 
 def noun_ids(encoder: TextEncoder, groups: Mapping[str, TokenGroup]) -> dict[WordRef, int]:
     """Learned word -> the token id in its place, for the concepts that have a placeholder noun."""
-    found: dict[WordRef, int] = {}
+    ids_of: dict[WordRef, int] = {}
     for name, group in groups.items():
         if group.placeholder_noun:
             ids = placeholder_noun_ids(encoder, group.placeholder_noun, len(group.words))
-            found |= {WordRef(name, i): token for i, token in enumerate(ids)}
-    return found
+            ids_of |= {WordRef(name, i): token for i, token in enumerate(ids)}
+    return ids_of
 
 
 def encoded_apart(words: Iterable[WordRef | None], nouns: Mapping[WordRef, int]) -> list[str]:
@@ -55,11 +55,11 @@ def noun_for(word: WordRef | None, nouns: Mapping[WordRef, int], but: str = "") 
 
 def positions_of(words: Iterable[WordRef | None]) -> dict[str, tuple[int, ...]]:
     """Concept -> the token positions of its words, in order."""
-    found: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for position, word in enumerate(words):
         if word is not None:
-            found.setdefault(word.concept, []).append(position)
-    return {name: tuple(positions) for name, positions in found.items()}
+            positions.setdefault(word.concept, []).append(position)
+    return {name: tuple(found) for name, found in positions.items()}
 
 
 def with_words(rest: Tensor, own: Tensor, positions: Iterable[int]) -> Tensor:

@@ -60,9 +60,9 @@ def _sum(bank: ConceptBank, weights: SiteWeights) -> Deltas:
 
 def _shares(bank: ConceptBank, *kinds: Kind) -> dict[str, float]:
     """Concepts of these kinds of composition -> their share of the deltas of their method."""
-    found = {name: info for name, info in bank.infos.items() if info.composes.kind in kinds}
-    counts = Counter(info.method for info in found.values())
-    return {name: info.composes.share(counts[info.method]) for name, info in found.items()}
+    infos = {name: info for name, info in bank.infos.items() if info.composes.kind in kinds}
+    counts = Counter(info.method for info in infos.values())
+    return {name: info.composes.share(counts[info.method]) for name, info in infos.items()}
 
 
 def always_on_shares(bank: ConceptBank) -> dict[str, float]:
@@ -111,8 +111,8 @@ def token_lora_deltas(bank: ConceptBank, strength: float = 1.0,
         strength: Factor on the deltas; 0 gives an empty mapping.
         names: Only these concepts; None = all.
     """
-    found = [name for name in _shares(bank, Kind.WORDS) if names is None or name in names]
-    return _LazyDeltas(bank, found if strength else [], strength)
+    word_bound = [name for name in _shares(bank, Kind.WORDS) if names is None or name in names]
+    return _LazyDeltas(bank, word_bound if strength else [], strength)
 
 
 def learning_names(bank: ConceptBank, method: str, builds_on_sum: bool) -> list[str]:

@@ -73,8 +73,8 @@ def low_rank_sum(parts: Mapping[DeltaKey, Sequence[tuple[float, Delta]]], owner:
                  if isinstance(delta, LowRankDelta) and delta.down.shape[0] <= rank}
         large = {key: delta for key, delta in sums.items() if key not in small}
         cut, error = _cut(large, owner, rank, max_error, "deltas")
-        kept = {key: delta for key, delta in small.items() if delta.scale}
-        return _not_empty(Factors(kept | cut, rank, error), owner)
+        rest = {key: delta for key, delta in small.items() if delta.scale}
+        return _not_empty(Factors(rest | cut, rank, error), owner)
     exact: dict[DeltaKey, list[tuple[float, LowRankDelta]]] = {}
     sparse: dict[DeltaKey, list[tuple[float, Delta]]] = {}
     for key, group in parts.items():
@@ -138,9 +138,9 @@ def _truncated(delta: Delta, rank: int, where: str) -> tuple[LowRankDelta | None
     if not all(torch.isfinite(tensor).all() for tensor in delta.tensors()):
         raise ConceptError(f"{where} holds NaN or infinity; allowed: finite numbers")
     left, spectrum, right = _svd(delta)
-    kept = min(rank, int((spectrum > 0).sum()))
-    root = spectrum[:kept].sqrt()       # the same magnitude on both sides keeps both in fp16's range
-    cut = LowRankDelta(left[:, :kept] * root, root.unsqueeze(1) * right[:kept]) if kept else None
+    count = min(rank, int((spectrum > 0).sum()))
+    root = spectrum[:count].sqrt()       # the same magnitude on both sides keeps both in fp16's range
+    cut = LowRankDelta(left[:, :count] * root, root.unsqueeze(1) * right[:count]) if count else None
     return cut, spectrum.double()
 
 

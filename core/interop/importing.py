@@ -166,15 +166,15 @@ def embedding_vectors(tensors: Mapping[str, Tensor], layout: SiteLayout, owner: 
             tensor.
     """
     widths = dict(layout.text_widths)
-    found = {_ENCODERS.get(key, key): tensor for key, tensor in tensors.items()}
-    if not set(widths) <= set(found):
+    named = {_ENCODERS.get(key, key): tensor for key, tensor in tensors.items()}
+    if not set(widths) <= set(named):
         if len(widths) > 1 or len(tensors) != 1:
             raise ConceptError(f"{owner} holds {', '.join(sorted(tensors)[:6]) or 'nothing'}; allowed: "
                                f"vectors for {', '.join(widths)}")
-        found = {next(iter(widths)): next(iter(tensors.values()))}
+        named = {next(iter(widths)): next(iter(tensors.values()))}
     vectors = {}
     for encoder, width in widths.items():
-        tensor = found[encoder]
+        tensor = named[encoder]
         fits = tensor.dtype.is_floating_point and tensor.ndim in (1, 2) and tensor.shape[-1] == width
         if not fits or not torch.isfinite(tensor).all():
             raise ConceptError(f"{owner} has vectors of shape {tuple(tensor.shape)} for '{encoder}'; "
@@ -192,8 +192,8 @@ def trigger_vectors(encoders: Iterable[TextEncoder], trigger: str) -> dict[str, 
 def _counted(vectors: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
     counts = sorted({len(vector) for vector in vectors.values()})
     if len(counts) != 1 or not 1 <= counts[0] <= MAX_WORDS:
-        found = " and ".join(map(str, counts))
-        raise ConceptError(f"{owner} has {found} vectors; allowed: 1 to {MAX_WORDS}, as many for each text "
+        listed = " and ".join(map(str, counts))
+        raise ConceptError(f"{owner} has {listed} vectors; allowed: 1 to {MAX_WORDS}, as many for each text "
                            "encoder")
     return vectors
 

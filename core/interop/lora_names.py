@@ -31,25 +31,25 @@ class Part:
 
 def part_of(key: str) -> Part | None:
     """Parses a tensor's name; None for tensors that belong to no LoRA (LoHa, LoKr, DoRA's magnitudes)."""
-    found = _FACTOR.match(key) or _ALPHA.match(key)
-    if found is None:
+    match = _FACTOR.match(key) or _ALPHA.match(key)
+    if match is None:
         return None
-    name = found["module"].replace(".processor", "").replace(".", "_")
-    side = _SIDES[found["side"]] if "side" in found.groupdict() else "alpha"
+    name = match["module"].replace(".processor", "").replace(".", "_")
+    side = _SIDES[match["side"]] if "side" in match.groupdict() else "alpha"
     return Part(_PREFIX.sub("", name), side, bool(_TEXT.match(name)))
 
 
 def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
     """Every name of a site's projection: diffusers' and that of the original code
     (`input_blocks_1_1_...`)."""
-    found: dict[str, DeltaKey] = {}
+    places: dict[str, DeltaKey] = {}
     original = _original_names([site.name for site in layout.sites])
     for site in layout.sites:
         for name in (site.name, original[site.name]):
             for projection in PROJECTIONS:
                 flat = f"{name}.{projection}".replace(".", "_")
-                found[flat] = found[f"{flat}_0"] = (site.index, projection)
-    return found
+                places[flat] = places[f"{flat}_0"] = (site.index, projection)
+    return places
 
 
 def _original_names(names: Iterable[str]) -> dict[str, str]:
@@ -62,15 +62,15 @@ def _original_names(names: Iterable[str]) -> dict[str, str]:
                          r"|mid_block\.attentions\.0\.(.+)")
     matches = {name: pattern.fullmatch(name) for name in names}
     layers = 1 + max((int(m[3]) for m in matches.values() if m and m[1] == "down_blocks"), default=1)
-    found = {}
+    originals = {}
     for name, m in matches.items():
         if m is None:
-            found[name] = name
+            originals[name] = name
         elif m[5]:
-            found[name] = f"middle_block.1.{m[5]}"
+            originals[name] = f"middle_block.1.{m[5]}"
         else:
             block, layer = int(m[2]), int(m[3])
             is_down = m[1] == "down_blocks"
             number = block * (layers + 1) + layer + is_down
-            found[name] = f"{'input' if is_down else 'output'}_blocks.{number}.1.{m[4]}"
-    return found
+            originals[name] = f"{'input' if is_down else 'output'}_blocks.{number}.1.{m[4]}"
+    return originals

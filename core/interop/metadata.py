@@ -61,10 +61,11 @@ def modelspec(concept: Concept, layout: SiteLayout, kind: str, usage: str) -> di
     """
     info = concept.info
     noun = f" ({info.class_noun})" if info.class_noun else ""
-    told = f"The {info.kind} {info.name}{noun}, learned with Continual Concepts by the method {info.method}"
+    description = (f"The {info.kind} {info.name}{noun}, learned with Continual Concepts by the method "
+                   f"{info.method}")
     date = _date(info.provenance.date)
     dated = {} if date is None else {"modelspec.date": date.isoformat(timespec="seconds")}
-    data = _described(layout, kind, info.name, told, info.name, usage)
+    data = _described(layout, kind, info.name, description, info.name, usage)
     return data | dated | _thumbnails([concept.thumbnail])
 
 
@@ -84,14 +85,15 @@ def _described(layout: SiteLayout, kind: str, title: str, description: str, trig
 
 def _thumbnails(thumbnails: Sequence[bytes]) -> dict[str, str]:
     """The valid ones, up to THUMBNAIL_LIMIT together."""
-    kept: list[bytes] = []
+    included: list[bytes] = []
     for thumbnail in thumbnails:
-        if thumbnail_type(thumbnail) is not None and sum(map(len, kept)) + len(thumbnail) <= THUMBNAIL_LIMIT:
-            kept.append(thumbnail)
-    if not kept:
+        fits = sum(map(len, included)) + len(thumbnail) <= THUMBNAIL_LIMIT
+        if fits and thumbnail_type(thumbnail) is not None:
+            included.append(thumbnail)
+    if not included:
         return {}
-    encoded = [base64.b64encode(thumbnail).decode("ascii") for thumbnail in kept]
-    return {"modelspec.thumbnail": f"data:{thumbnail_type(kept[0])};base64,{encoded[0]}",
+    encoded = [base64.b64encode(thumbnail).decode("ascii") for thumbnail in included]
+    return {"modelspec.thumbnail": f"data:{thumbnail_type(included[0])};base64,{encoded[0]}",
             "ssmd_cover_images": json.dumps(encoded)}
 
 
@@ -104,8 +106,8 @@ def aggregate_metadata(title: str, prompt: str, reading: str, named: Sequence[Co
         reading: Mode and strength, in words.
         named: The concepts in the prompt.
     """
-    told = f"What a bank of Continual Concepts gives for the prompt {prompt!r} ({reading})"
-    data = _described(layout, "lora", title, told, prompt, usage)
+    description = f"What a bank of Continual Concepts gives for the prompt {prompt!r} ({reading})"
+    data = _described(layout, "lora", title, description, prompt, usage)
     data |= _thumbnails([concept.thumbnail for concept in named])
     tags = {title: {concept.name: 1 for concept in named}}
     return data | _network(title, layout, state, tags, f"Continual Concepts, {reading}")

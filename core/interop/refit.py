@@ -62,11 +62,12 @@ def single_copy(concept: Concept, backbone: Backbone | None = None) -> tuple[Tok
     if backbone is None:
         lost = f"their mean, {layer_loss(tokens):.3f} away (relative)"
         return tokens.mean_copy(), [f"{have}: {lost}, so pictures differ from those of the bank"]
-    found = refit(backbone, concept)
-    lost = (f"re-fitted: what the text encoder makes of it is {found.fitted:.3f} away from what it makes of "
+    refitted = refit(backbone, concept)
+    lost = (f"re-fitted: what the text encoder makes of it is {refitted.fitted:.3f} away from what it makes "
+            "of "
             "the copies (relative; of their "
-            f"mean {found.mean:.3f}, of no single copy less than {found.floor:.3f})")
-    return found.tokens, [f"{have}, {lost}, so pictures differ from those of the bank"]
+            f"mean {refitted.mean:.3f}, of no single copy less than {refitted.floor:.3f})")
+    return refitted.tokens, [f"{have}, {lost}, so pictures differ from those of the bank"]
 
 
 def refit(backbone: Backbone, concept: Concept, steps: int = STEPS) -> Refitted:

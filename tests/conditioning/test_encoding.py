@@ -158,12 +158,12 @@ def test_contexts_of_different_shapes_join(tiny_backbone, bank):
 
 @pytest.fixture(scope="module")
 def apart(bank):
-    """The concepts' tokens, two of them with stand-ins."""
-    stand_ins = {"rex": "dog", "mimi": "duck toy"}
-    return {c.name: replace(c.tokens, placeholder_noun=stand_ins.get(c.name, "")) for c in bank}
+    """The concepts' tokens, two of them with placeholder nouns."""
+    nouns = {"rex": "dog", "mimi": "duck toy"}
+    return {c.name: replace(c.tokens, placeholder_noun=nouns.get(c.name, "")) for c in bank}
 
 
-def test_all_else_is_encoded_with_stand_ins(tiny_backbone, bank, apart):
+def test_all_else_is_encoded_with_nouns(tiny_backbone, bank, apart):
     encoder = tiny_backbone.text[0]
     ids = placeholder_noun_ids(encoder, "dog", 2)
     assert len(ids) == 2 and ids == encoder.ids("a dog")[-2:]
@@ -199,7 +199,7 @@ def test_words_apart_need_only_what_comes_before_them(tiny_backbone, bank, apart
         assert torch.allclose(short.hidden, whole.hidden, atol=1e-6) and short.words == whole.words
 
 
-def test_words_with_and_without_stand_ins_mix(tiny_backbone, bank, apart):
+def test_words_with_and_without_nouns_mix(tiny_backbone, bank, apart):
     mixed = encode(tiny_backbone, bank, "<flat> and <mimi>", "<flat>", "a dog", tokens=apart)
     alone = encode(tiny_backbone, bank, "<flat>", tokens=apart)
     assert torch.allclose(mixed.hidden[1], alone.hidden[0].expand_as(mixed.hidden[1]), atol=1e-6)

@@ -31,7 +31,7 @@ def bank(tiny_backbone, make_concept):
 
 
 @pytest.fixture
-def standing(bank, make_concept):
+def always_on(bank, make_concept):
     """The bank and a concept of a method that folds all its tasks into the weights."""
     return bank.add(make_concept(bank.layout, "tuned", 9, method="finetune", size=0.2))
 
@@ -66,14 +66,15 @@ def test_removing_a_concept_restores_earlier_pictures(tiny_backbone, bank, make_
     assert torch.equal(picture(tiny_backbone, grown.remove("new"), "a <rex>", settings), before)
 
 
-def test_a_standing_concept_is_always_on_until_removed(tiny_backbone, bank, standing):
+def test_an_always_on_concept_stays_on_until_removed(tiny_backbone, bank, always_on):
     base = picture(tiny_backbone, bank)
-    assert not torch.allclose(picture(tiny_backbone, standing), base, atol=1e-3)
-    assert torch.equal(picture(tiny_backbone, standing.remove("tuned")), base)
-    found = aggregate(tiny_backbone, standing, standing.parse("a dog"), "equal", 0.0)
+    assert not torch.allclose(picture(tiny_backbone, always_on), base, atol=1e-3)
+    assert torch.equal(picture(tiny_backbone, always_on.remove("tuned")), base)
+    found = aggregate(tiny_backbone, always_on, always_on.parse("a dog"), "equal", 0.0)
     assert (found.weights[:, :3] == 0).all() and (found.weights[:, 3] == 1).all()
-    assert always_on_deltas(standing).keys() == standing["tuned"].deltas.keys() and not always_on_deltas(bank)
-    assert not aggregate(tiny_backbone, standing, standing.parse("a dog"), always_on=False).deltas
+    assert always_on_deltas(always_on).keys() == always_on["tuned"].deltas.keys()
+    assert not always_on_deltas(bank)
+    assert not aggregate(tiny_backbone, always_on, always_on.parse("a dog"), always_on=False).deltas
 
 
 @pytest.mark.parametrize("others", [0, 1, 6])
