@@ -1,4 +1,4 @@
-"""Continual Concepts: teach a diffusion model concepts one after another, without forgetting. Nodes for ComfyUI."""
+"""Nodes for ComfyUI that teach a diffusion model concepts one after another, without forgetting."""
 
 WEB_DIRECTORY = "./nodes/web"
 

@@ -19,12 +19,12 @@ def fit_for_gradients(clip) -> Iterator[None]:
     layers = [layer for layer in getattr(text, "inner", text).modules()
               if type(layer).__name__ == "CLIPLayer"]
     on_cpu = clip.patcher.load_device.type == "cpu"
-    with _inputs_kept(layers), _lean_activations(layers), _cast_once(layers if on_cpu else ()):
+    with _inputs_retained(layers), _lean_activations(layers), _cast_once(layers if on_cpu else ()):
         yield
 
 
 @contextmanager
-def _inputs_kept(layers: Sequence[CLIPLayer]) -> Iterator[None]:
+def _inputs_retained(layers: Sequence[CLIPLayer]) -> Iterator[None]:
     """ComfyUI's CLIP layers write into the inputs that their norms store for the backward pass. Inside, the
     norms store copies."""
     hooks = [norm.register_forward_pre_hook(_copied) for layer in layers

@@ -1,4 +1,4 @@
-"""The embedded base: a small latent diffusion model that ships with the project, so that everything runs with no download."""
+"""The embedded base: a small latent diffusion model that ships with the project; it needs no download."""
 
 from __future__ import annotations
 
@@ -33,15 +33,20 @@ def build_modules() -> dict[str, nn.Module]:
 
 
 def save_base(modules: dict[str, nn.Module], path: Path, notes: dict) -> None:
-    """One file: weights in fp16 as `unet.*`, `vae.*`, `text_encoder.*` (diffusers names), shapes and notes as JSON metadata."""
+    """Writes one file: weights in fp16 under diffusers' names, shapes and notes as JSON metadata.
+
+    The weights are `unet.*`, `vae.*` and `text_encoder.*`.
+    """
     tensors = {
         f"{part}.{name}": tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
         for part in PARTS
         for name, tensor in modules[part].state_dict().items()
         if not name.endswith("position_ids")
     }
-    header = {"unet": networks.UNET, "vae": networks.VAE, "text_encoder": networks.TEXT, "schedule": networks.SCHEDULE, "notes": notes}
-    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), {"continual_concepts_base": json.dumps(header)}))
+    header = {"unet": networks.UNET, "vae": networks.VAE, "text_encoder": networks.TEXT,
+              "schedule": networks.SCHEDULE, "notes": notes}
+    metadata = {"continual_concepts_base": json.dumps(header)}
+    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata))
 
 
 def load_modules(path: Path = BASE_FILE) -> dict[str, nn.Module]:
@@ -50,14 +55,17 @@ def load_modules(path: Path = BASE_FILE) -> dict[str, nn.Module]:
     with safe_open(str(path), framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}
     for part in PARTS:
-        own = {key[len(part) + 1 :]: tensor.float() for key, tensor in state.items() if key.startswith(f"{part}.")}
-        missing, unexpected = modules[part].load_state_dict(own, strict=False)
+        weights = {key[len(part) + 1 :]: tensor.float() for key, tensor in state.items()
+                   if key.startswith(f"{part}.")}
+        missing, unexpected = modules[part].load_state_dict(weights, strict=False)
         if unexpected or any(not name.endswith("position_ids") for name in missing):
-            raise RuntimeError(f"the embedded base does not fit its own shapes: missing {missing[:3]}, unexpected {unexpected[:3]}")
+            raise RuntimeError(f"the embedded base does not fit its own shapes: missing {missing[:3]}, "
+                               f"unexpected {unexpected[:3]}")
     return modules
 
 
-def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
+def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu",
+              dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
     """The trained base as a backbone."""
     modules = load_modules(path)
     for part in PARTS:

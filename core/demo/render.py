@@ -1,7 +1,8 @@
-"""Draws the scenes of the embedded base's world.
+"""Draws scenes.
 
-A scene is drawn three times too large as a map of *roles* (body, second, pattern, ...), coloured by its drawing style,
-and averaged down. Roles before colours is what lets one drawing be a photo, an ink sheet or a neon sign.
+A scene is drawn at three times its size as a map of *roles* (body, second, pattern, ...), coloured by its
+drawing style, and averaged down. Because roles come before colours, one drawing can be a photo, an ink sheet
+or a neon sign.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ SUPERSAMPLING = 3
 ROLES = ("empty", "body", "head", "second", "pattern", "accessory", "light", "dark")
 EMPTY, BODY, HEAD, SECOND, PATTERN, ACCESSORY, LIGHT, DARK = range(len(ROLES))
 
-# Parts of every kind in a unit box (x right, y down, feet at y = 1), painted in order: (role, shape, numbers).
+# Parts of every kind in a unit box (x right, y down, feet at y = 1), painted in order: (role, shape,
+# numbers).
 # ellipse and box: left, top, right, bottom; polygon: x, y, x, y, ...; line: x, y, x, y, width.
 # fmt: off
 PARTS: dict[str, tuple] = {
@@ -30,16 +32,17 @@ PARTS: dict[str, tuple] = {
     "cat": (
         (SECOND, "line", (0.4, 0.8, 0.8, 0.5, 0.16)), (SECOND, "line", (0.8, 0.5, 0.75, 0.0, 0.16)),
         (BODY, "ellipse", (-0.52, -0.1, 0.52, 1.0)),
-        (SECOND, "polygon", (-0.55, -1.0, -0.55, -0.4, -0.1, -0.7)), (SECOND, "polygon", (0.55, -1.0, 0.55, -0.4, 0.1, -0.7)),
-        (HEAD, "ellipse", (-0.6, -0.8, 0.6, 0.15)),
+        (SECOND, "polygon", (-0.55, -1.0, -0.55, -0.4, -0.1, -0.7)),
+        (SECOND, "polygon", (0.55, -1.0, 0.55, -0.4, 0.1, -0.7)), (HEAD, "ellipse", (-0.6, -0.8, 0.6, 0.15)),
         (DARK, "ellipse", (-0.36, -0.5, -0.18, -0.28)), (DARK, "ellipse", (0.18, -0.5, 0.36, -0.28)),
-        (LIGHT, "ellipse", (-0.22, -0.25, 0.22, 0.06)), (DARK, "polygon", (-0.09, -0.2, 0.09, -0.2, 0.0, -0.08)),
+        (LIGHT, "ellipse", (-0.22, -0.25, 0.22, 0.06)),
+        (DARK, "polygon", (-0.09, -0.2, 0.09, -0.2, 0.0, -0.08)),
     ),
     "duck toy": (
         (BODY, "polygon", (-1.0, -0.05, -0.6, 0.75, -0.3, 0.3)),
         (BODY, "ellipse", (-0.9, 0.05, 0.75, 1.0)), (HEAD, "ellipse", (0.0, -0.85, 0.72, 0.1)),
-        (SECOND, "polygon", (0.62, -0.5, 1.05, -0.3, 0.62, -0.12)), (SECOND, "ellipse", (-0.6, 0.25, 0.15, 0.72)),
-        (DARK, "ellipse", (0.38, -0.58, 0.54, -0.4)),
+        (SECOND, "polygon", (0.62, -0.5, 1.05, -0.3, 0.62, -0.12)),
+        (SECOND, "ellipse", (-0.6, 0.25, 0.15, 0.72)), (DARK, "ellipse", (0.38, -0.58, 0.54, -0.4)),
     ),
     "teddy bear": (
         (SECOND, "ellipse", (-0.72, -1.0, -0.25, -0.5)), (SECOND, "ellipse", (0.25, -1.0, 0.72, -0.5)),
@@ -53,16 +56,19 @@ PARTS: dict[str, tuple] = {
         (SECOND, "ellipse", (-0.3, -1.05, 0.3, -0.5)), (EMPTY, "ellipse", (-0.16, -0.92, 0.16, -0.5)),
         (SECOND, "box", (-0.92, -0.2, -0.66, 0.8)), (SECOND, "box", (0.66, -0.2, 0.92, 0.8)),
         (HEAD, "ellipse", (-0.75, -0.85, 0.75, 0.35)), (BODY, "box", (-0.75, -0.15, 0.75, 1.0)),
-        (SECOND, "box", (-0.48, 0.3, 0.48, 0.86)), (LIGHT, "box", (-0.4, -0.12, 0.4, 0.0)), (LIGHT, "box", (-0.1, 0.3, 0.1, 0.5)),
+        (SECOND, "box", (-0.48, 0.3, 0.48, 0.86)), (LIGHT, "box", (-0.4, -0.12, 0.4, 0.0)),
+        (LIGHT, "box", (-0.1, 0.3, 0.1, 0.5)),
     ),
     "fish": (
-        (SECOND, "polygon", (-0.55, 0.1, -1.05, -0.45, -1.05, 0.65)), (SECOND, "polygon", (-0.3, -0.3, 0.1, -0.85, 0.35, -0.3)),
+        (SECOND, "polygon", (-0.55, 0.1, -1.05, -0.45, -1.05, 0.65)),
+        (SECOND, "polygon", (-0.3, -0.3, 0.1, -0.85, 0.35, -0.3)),
         (SECOND, "polygon", (-0.2, 0.5, 0.05, 0.95, 0.25, 0.5)),
         (HEAD, "ellipse", (-0.75, -0.5, 1.0, 0.7)), (BODY, "ellipse", (-0.75, -0.5, 0.55, 0.7)),
         (LIGHT, "ellipse", (0.48, -0.25, 0.78, 0.07)), (DARK, "ellipse", (0.58, -0.17, 0.74, 0.0)),
     ),
     "car": (
-        (HEAD, "polygon", (-0.65, 0.15, -0.42, -0.5, 0.35, -0.5, 0.65, 0.15)), (BODY, "box", (-1.0, 0.05, 1.0, 0.7)),
+        (HEAD, "polygon", (-0.65, 0.15, -0.42, -0.5, 0.35, -0.5, 0.65, 0.15)),
+        (BODY, "box", (-1.0, 0.05, 1.0, 0.7)),
         (LIGHT, "polygon", (-0.5, 0.08, -0.34, -0.36, -0.06, -0.36, -0.06, 0.08)),
         (LIGHT, "polygon", (0.06, 0.08, 0.06, -0.36, 0.28, -0.36, 0.47, 0.08)),
         (DARK, "ellipse", (-0.8, 0.4, -0.24, 0.98)), (DARK, "ellipse", (0.24, 0.4, 0.8, 0.98)),
@@ -70,7 +76,8 @@ PARTS: dict[str, tuple] = {
         (LIGHT, "box", (0.86, 0.2, 1.0, 0.38)),
     ),
     "robot": (
-        (SECOND, "box", (-0.05, -1.05, 0.05, -0.8)), (SECOND, "box", (-0.9, -0.05, -0.55, 0.55)), (SECOND, "box", (0.55, -0.05, 0.9, 0.55)),
+        (SECOND, "box", (-0.05, -1.05, 0.05, -0.8)), (SECOND, "box", (-0.9, -0.05, -0.55, 0.55)),
+        (SECOND, "box", (0.55, -0.05, 0.9, 0.55)),
         (SECOND, "box", (-0.4, 0.6, -0.12, 1.0)), (SECOND, "box", (0.12, 0.6, 0.4, 1.0)),
         (HEAD, "box", (-0.52, -0.85, 0.52, -0.18)), (BODY, "box", (-0.58, -0.1, 0.58, 0.68)),
         (LIGHT, "ellipse", (-0.36, -0.7, -0.06, -0.4)), (LIGHT, "ellipse", (0.06, -0.7, 0.36, -0.4)),
@@ -79,10 +86,12 @@ PARTS: dict[str, tuple] = {
     ),
 }
 # Where a hat sits and where a scarf hangs: x, y, half width.
-HAT_AT = {"dog": (0.46, -0.82, 0.34), "cat": (0.0, -0.72, 0.36), "duck toy": (0.36, -0.78, 0.32), "teddy bear": (0.0, -0.82, 0.36),
-          "backpack": (0.0, -0.82, 0.42), "fish": (0.4, -0.42, 0.3), "car": (-0.04, -0.48, 0.34), "robot": (0.0, -0.84, 0.4)}
-SCARF_AT = {"dog": (0.3, -0.08, 0.36), "cat": (0.0, 0.12, 0.44), "duck toy": (0.28, 0.1, 0.36), "teddy bear": (0.0, 0.04, 0.42),
-            "robot": (0.0, -0.14, 0.44)}
+HAT_AT = {"dog": (0.46, -0.82, 0.34), "cat": (0.0, -0.72, 0.36), "duck toy": (0.36, -0.78, 0.32),
+          "teddy bear": (0.0, -0.82, 0.36),
+          "backpack": (0.0, -0.82, 0.42), "fish": (0.4, -0.42, 0.3), "car": (-0.04, -0.48, 0.34),
+          "robot": (0.0, -0.84, 0.4)}
+SCARF_AT = {"dog": (0.3, -0.08, 0.36), "cat": (0.0, 0.12, 0.44), "duck toy": (0.28, 0.1, 0.36),
+            "teddy bear": (0.0, 0.04, 0.42), "robot": (0.0, -0.14, 0.44)}
 # fmt: on
 
 
@@ -90,7 +99,8 @@ SCARF_AT = {"dog": (0.3, -0.08, 0.36), "cat": (0.0, 0.12, 0.44), "duck toy": (0.
 class Style:
     """How a role map becomes colours. `paper` and `line` are RGB in 0..255, or None to keep the scene's own.
 
-    fill: share of the object's colour over the paper, 0..1; line_from_role: lines take the colour of what they bound.
+    fill: share of the object's colour over the paper, 0..1; line_from_role: lines take the colour of what
+    they bound.
     """
 
     name: str
@@ -121,10 +131,12 @@ def _paint(draw: ImageDraw.ImageDraw, parts, to_canvas, scale: float) -> None:
 def _accessory_parts(kind: str, accessory: str) -> tuple:
     if accessory == "hat":
         x, y, w = HAT_AT[kind]
-        return ((ACCESSORY, "box", (x - w, y - 0.08, x + w, y + 0.08)), (ACCESSORY, "box", (x - 0.6 * w, y - 0.42, x + 0.6 * w, y)))
+        return ((ACCESSORY, "box", (x - w, y - 0.08, x + w, y + 0.08)),
+                (ACCESSORY, "box", (x - 0.6 * w, y - 0.42, x + 0.6 * w, y)))
     if accessory == "scarf":
         x, y, w = SCARF_AT[kind]
-        return ((ACCESSORY, "ellipse", (x - w, y - 0.13, x + w, y + 0.13)), (ACCESSORY, "box", (x - 0.55 * w, y, x - 0.1 * w, y + 0.5)))
+        return ((ACCESSORY, "ellipse", (x - w, y - 0.13, x + w, y + 0.13)),
+                (ACCESSORY, "box", (x - 0.55 * w, y, x - 0.1 * w, y + 0.5)))
     return ()
 
 
@@ -187,7 +199,8 @@ def _background(scene, size: int) -> np.ndarray:
     elif scene.background == "snow":
         draw.rectangle([0, 0, size, at(0.55)], fill=(190, 205, 225))
         draw.polygon(
-            [(at(0.0), at(0.6)), (at(0.25), at(0.25)), (at(0.5), at(0.6)), (at(0.75), at(0.32)), (size, at(0.6))], fill=(150, 165, 190)
+            [(at(0.0), at(0.6)), (at(0.25), at(0.25)), (at(0.5), at(0.6)), (at(0.75), at(0.32)),
+             (size, at(0.6))], fill=(150, 165, 190)
         )
         draw.rectangle([0, at(0.57), size, size], fill=(246, 249, 253))
     elif scene.background == "night":
@@ -204,7 +217,8 @@ def _background(scene, size: int) -> np.ndarray:
 def _role_colours(thing) -> np.ndarray:
     dark = (30, 28, 34)
     return np.array(
-        [(0, 0, 0), thing.body, thing.body, thing.second, thing.pattern_colour, thing.accessory_colour, (245, 240, 228), dark],
+        [(0, 0, 0), thing.body, thing.body, thing.second, thing.pattern_colour, thing.accessory_colour,
+         (245, 240, 228), dark],
         dtype=np.float32,
     )
 
@@ -225,7 +239,8 @@ def _apply_style(image, background, object_ids, colours_at, style: Style, size: 
             else np.zeros(object_ids.shape, bool)
         )
         drawn = _edges(object_ids, SUPERSAMPLING)[..., None]
-        image = np.where(drawn, 0.25 * line + 0.75 * np.maximum(colours_at, 70.0) * 1.15 if style.line_from_role else line, image)
+        tinted = 0.25 * line + 0.75 * np.maximum(colours_at, 70.0) * 1.15
+        image = np.where(drawn, tinted if style.line_from_role else line, image)
         faint = 0.5 * line + 0.5 * image if style.line is not None else image + 45.0
         image = np.where(horizon[..., None], faint, image)
     return image
@@ -244,13 +259,15 @@ def render(scene, size: int = 64) -> np.ndarray:
         image[there], colours_at[there] = colours[there], colours[there]
         ids[there] = roles[there] + len(ROLES) * (number + 1)
     # An edge belongs to whichever side is an object, so the colour is spread by a pixel before lines take it.
-    spread = np.where(colours_at.any(-1, keepdims=True), colours_at, np.roll(colours_at, (SUPERSAMPLING, SUPERSAMPLING), (0, 1)))
+    shifted = np.roll(colours_at, (SUPERSAMPLING, SUPERSAMPLING), (0, 1))
+    spread = np.where(colours_at.any(-1, keepdims=True), colours_at, shifted)
     image = _apply_style(image, background, ids, spread, scene.style, large)
     small = image.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
     tile = scene.style.tile
     if tile > 1:
         blocks = small.reshape(size // tile, tile, size // tile, tile, 3).mean((1, 3), keepdims=True)
-        small = np.broadcast_to(blocks, (size // tile, tile, size // tile, tile, 3)).reshape(size, size, 3).copy()
+        tiles = np.broadcast_to(blocks, (size // tile, tile, size // tile, tile, 3))
+        small = tiles.reshape(size, size, 3).copy()
         small[::tile] *= 0.72
         small[:, ::tile] *= 0.72
     return small.clip(0, 255).round().astype(np.uint8)

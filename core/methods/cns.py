@@ -96,8 +96,8 @@ class CNS(Method):
     `begin`.
 
     After `begin`: gradients: sums them over the steps before the selection; general, earlier: general
-    neurons, and those of earlier tasks; energy: ||M_con W||^2; drift: per weight `W_t-1 - W_0` at the
-    selected neurons `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`.
+    neurons, and those of earlier tasks; energy: ||M_con W||^2; earlier_change: per weight `W_t-1 - W_0` at
+    the selected neurons `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`.
     """
 
     composition = SUM
@@ -202,7 +202,7 @@ class CNS(Method):
 
     @torch.no_grad()
     def _tie(self) -> None:
-        self.drift: dict[DeltaKey, Tensor] = {}
+        self.earlier_change: dict[DeltaKey, Tensor] = {}
         self.overlap: dict[DeltaKey, Tensor] = {}
         concepts, earlier = self.task.earlier(self.name), self.earlier
         for key, size in self.adapters.sizes.items():
@@ -212,7 +212,7 @@ class CNS(Method):
             union = torch.zeros(size, dtype=torch.bool)
             if earlier is not None and key in earlier.sizes:
                 union = earlier.mask(key)
-            self.drift[key] = total[places]
+            self.earlier_change[key] = total[places]
             self.overlap[key] = union.flatten().to(places.device)[places].float()
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ class CNS(Method):
             squares = sum(((v.square() * self.overlap[key]).sum() for key, v in values.items()), zero)
             terms["previous"] = c.tie_previous * squares / self.energy
         if c.tie_base > 0:
-            squares = sum(((v + self.drift[key]).square().sum() for key, v in values.items()), zero)
+            squares = sum(((v + self.earlier_change[key]).square().sum() for key, v in values.items()), zero)
             terms["base"] = c.tie_base * squares / self.energy
         return terms
 
