@@ -158,9 +158,8 @@ class ConceptBank:
                                f"{other.layout.describe()}")
         in_both = [name for name in other.names if name in self]
         if in_both:
-            raise ConceptError(f"both banks hold {', '.join(repr(n) for n in in_both)}; rename in one of "
-                               "them "
-                               "before merging")
+            names = ", ".join(map(repr, in_both))
+            raise ConceptError(f"both banks hold {names}; rename in one of them before merging")
         return replace(self, entries=(*self.entries, *other.entries), shared={**other.shared, **self.shared})
 
     def lazily(self, info: ConceptInfo, load: Callable[[], Concept]) -> ConceptBank:

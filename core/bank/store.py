@@ -61,8 +61,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ConceptError(f"another program has been writing the bank '{path}' for {PATIENCE:.0f} seconds; "
-                           "try again, nothing is "
-                           "lost") from error
+                           "try again, nothing is lost") from error
     except OSError as error:
         raise ConceptError(f"cannot write '{path}': {error.strerror or error}") from error
     try:

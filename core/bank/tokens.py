@@ -59,8 +59,7 @@ class TokenGroup:
             fits = vector.ndim == 3 and vector.shape[1:] == (len(self.words), width)
             if not fits or vector.shape[0] not in (1, layout.copies):
                 raise ConceptError(f"{owner} has token vectors of shape {tuple(vector.shape)} for "
-                                   f"'{encoder}'; "
-                                   f"this base needs [1 or {layout.copies}, {len(self.words)}, {width}]")
+                                   f"'{encoder}'; this base needs [1 or {layout.copies}, {len(self.words)}, {width}]")
 
     def word(self, position: int, encoder: str) -> Tensor:
         """Vectors of one word, `[L, D]`."""

@@ -120,8 +120,7 @@ def lora_deltas(file: LoraFile, layout: SiteLayout, owner: str) -> Taken:
         inside += _energy(delta)
     if not deltas:
         raise ConceptError(f"{owner} changes no text cross-attention of this base ({layout.describe()}); "
-                           "allowed: LoRA files with attn2 "
-                           "layers for it")
+                           "allowed: LoRA files with attn2 layers for it")
     return Taken(deltas, inside / (inside + outside) if inside + outside > 0 else 1.0, left)
 
 
@@ -147,8 +146,7 @@ def _fitting(delta: LowRankDelta, site: Site, projection: str, owner: str) -> Lo
     if delta.shape != site.shape(projection):
         has, needs = ("x".join(map(str, shape)) for shape in (delta.shape, site.shape(projection)))
         raise ConceptError(f"{owner} has a {has} change for {projection} of site {site.index}; this base "
-                           "needs "
-                           f"{needs}: it was made for another family of models")
+                           f"needs {needs}: it was made for another family of models")
     return delta
 
 
@@ -283,6 +281,5 @@ def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout,
         vectors = trigger_vectors(encoders, trigger.strip())
     if vectors is None:
         raise ConceptError(f"the LoRA '{files[0]}' has no learned words; give the trigger words that are "
-                           "typed "
-                           "for it, or an embedding file")
+                           "typed for it, or an embedding file")
     return imported(name, class_noun, kind, layout, vectors, taken, tuple(files))

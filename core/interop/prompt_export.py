@@ -94,8 +94,7 @@ def _check(bank: ConceptBank, mode: str, refit: bool, backbone: Backbone | None)
         raise ConceptError(f"aggregation mode is {mode!r}; allowed: {', '.join(MODES)}")
     if backbone is None and mode not in WITHOUT_BASE:
         raise ConceptError(f"aggregation mode {mode!r} reads the prompt with the base's text encoder; "
-                           "allowed without a base: "
-                           f"{', '.join(WITHOUT_BASE)}")
+                           f"allowed without a base: {', '.join(WITHOUT_BASE)}")
     if backbone is None and refit:
         raise ConceptError("words are re-fitted with the base's text encoder; give a base, or leave refit "
                            "off")

@@ -63,10 +63,8 @@ def single_copy(concept: Concept, backbone: Backbone | None = None) -> tuple[Tok
         lost = f"their mean, {layer_loss(tokens):.3f} away (relative)"
         return tokens.mean_copy(), [f"{have}: {lost}, so pictures differ from those of the bank"]
     refitted = refit(backbone, concept)
-    lost = (f"re-fitted: what the text encoder makes of it is {refitted.fitted:.3f} away from what it makes "
-            "of "
-            "the copies (relative; of their "
-            f"mean {refitted.mean:.3f}, of no single copy less than {refitted.floor:.3f})")
+    lost = (f"re-fitted: its states are {refitted.fitted:.3f} away from those of the copies (relative; the "
+            f"mean's {refitted.mean:.3f}, any single copy's at least {refitted.floor:.3f})")
     return refitted.tokens, [f"{have}, {lost}, so pictures differ from those of the bank"]
 
 
