@@ -120,5 +120,5 @@ class CCDM(LowRankMethod):
         return {"words": self.words, "own": self.adapters, "shared": self.shared}
 
 
-register("ccdm", CCDMConfig, CCDM, "a shared low-rank delta that moves slowly and routed ones orthogonal to "
-                                   "it; our reading of an abstract")
+register("ccdm", CCDMConfig, CCDM, "a shared low-rank delta that moves slowly, and prompt-activated ones "
+         "orthogonal to it; our reading of an abstract")

@@ -208,6 +208,5 @@ class CIDM(LowRankMethod):
             dense.projections = state["projections"][adapter_key(*key)].to(dense.old)
 
 
-register("cidm", CIDMConfig, CIDM,
-         "layer-wise tokens and routed low-rank deltas with consolidation losses; nothing learned is ever "
-         "overwritten")
+register("cidm", CIDMConfig, CIDM, "layer-wise tokens and prompt-activated low-rank deltas with "
+         "consolidation losses; nothing learned is ever overwritten")

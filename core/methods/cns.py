@@ -13,8 +13,9 @@ Ours, since the paper's formulas were not available:
   It is relative, so that one pair of coefficients fits any base, and used from the second task on; before,
   the second tie would be plain weight decay. The deltas have no weight decay.
 - One vector per word and layer as in the other methods here, so that a comparison differs in the method
-  alone. General neurons are found once per bank. Unknown: score, thresholds, number of prompts, coefficients,
-  learning rates, steps.
+  alone. General neurons are found once per bank.
+
+Unknown: score, thresholds, number of prompts, coefficients, learning rates, steps.
 """
 
 from __future__ import annotations

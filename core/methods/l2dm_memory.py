@@ -19,12 +19,12 @@ Features = Callable[[Backbone, Tensor], Tensor]      # latents [B, C, h, w] -> [
 _FEATURES, _NOTES = "features", "notes"
 
 
-def rainbow_scores(generated: Tensor, own: Tensor, real: Tensor, closeness: float) -> Tensor:
+def rainbow_scores(generated: Tensor, candidates: Tensor, real: Tensor, closeness: float) -> Tensor:
     """Scores every candidate of every stored feature by Eq. 5.
 
     Args:
         generated: features of all generated pictures of all old tasks, `[G, F]`.
-        own: which of them are candidates of which stored feature, `[n, eta]`.
+        candidates: numbers of the generated pictures of each stored feature, `[n, eta]`.
         real: the stored features, `[n, F]`.
         closeness: the paper's beta.
 
@@ -34,7 +34,7 @@ def rainbow_scores(generated: Tensor, own: Tensor, real: Tensor, closeness: floa
     """
     unit, target = F.normalize(generated, dim=-1), F.normalize(real, dim=-1)
     different = 1 - unit @ unit.mean(0)
-    return different[own] + closeness * (unit[own] * target.unsqueeze(1)).sum(-1)
+    return different[candidates] + closeness * (unit[candidates] * target.unsqueeze(1)).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -107,4 +107,4 @@ class LwF(Finetune):
 
 
 register("lwf", LwFConfig, LwF,
-         "sequential finetuning that keeps, on the new pictures, the old model's answers to old wishes")
+         "sequential finetuning that keeps, on the new pictures, the old model's answers to old requests")

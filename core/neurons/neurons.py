@@ -37,9 +37,9 @@ class NeuronSelection:
 
     def __post_init__(self) -> None:
         ordered = {}
-        for key, found in self.indices.items():
+        for key, indices in self.indices.items():
             a, b = self.sizes[key]
-            places = found.detach().cpu().long().flatten().sort().values
+            places = indices.detach().cpu().long().flatten().sort().values
             if len(places) and (places[0] < 0 or places[-1] >= a * b or (places[1:] == places[:-1]).any()):
                 raise ConceptError(f"the neurons of {key[1]} of site {key[0]} are places {int(places[0])} to "
                                    f"{int(places[-1])}; allowed: each of 0 to {a * b - 1} once")
@@ -56,10 +56,11 @@ class NeuronSelection:
     def of_rows(cls, rows: Mapping[DeltaKey, Tensor], layout: SiteLayout) -> NeuronSelection:
         """Whole neurons: row numbers `[n]` per weight."""
         sizes = {(index, projection): layout.sites[index].shape(projection) for index, projection in rows}
-        return cls({key: _entries(found.long(), sizes[key][1], "row") for key, found in rows.items()}, sizes)
+        places = {key: _entries(numbers.long(), sizes[key][1], "row") for key, numbers in rows.items()}
+        return cls(places, sizes)
 
     def __len__(self) -> int:
-        return sum(found.numel() for found in self.indices.values())
+        return sum(places.numel() for places in self.indices.values())
 
     def share(self, parameters: int = 0) -> float:
         """Selected entries divided by `parameters`; 0 = by the entries of the weights in the selection."""
@@ -78,7 +79,7 @@ class NeuronSelection:
 
     def __sub__(self, other: NeuronSelection) -> NeuronSelection:
         """Difference: `self AND NOT other`."""
-        return self._combined(other, set(self.sizes), lambda mine, theirs: mine & ~theirs)
+        return self._combined(other, set(self.sizes), lambda first, second: first & ~second)
 
     def __and__(self, other: NeuronSelection) -> NeuronSelection:
         """Intersection."""
@@ -179,15 +180,15 @@ def concept_neurons(scores: Scores, general: NeuronSelection | None, share: floa
         unit: "weight" or "row".
     """
     selected = {}
-    for key, own in scores.items():
-        units = _units(own, unit).clone()
+    for key, score in scores.items():
+        units = _units(score, unit).clone()
         if general is not None and key in general.sizes:
-            blocked = general.mask(key).to(own.device)
+            blocked = general.mask(key).to(score.device)
             units[blocked.flatten() if unit == "weight" else blocked.any(1)] = -1.0
         order = units.sort(descending=True, stable=True).indices
-        best = order[:unit_count(size_of(own), share, unit)]
-        selected[key] = _entries(best[units[best] >= 0], own.shape[1], unit)
-    return NeuronSelection(selected, {key: size_of(own) for key, own in scores.items()})
+        best = order[:unit_count(size_of(score), share, unit)]
+        selected[key] = _entries(best[units[best] >= 0], score.shape[1], unit)
+    return NeuronSelection(selected, {key: size_of(score) for key, score in scores.items()})
 
 
 class Votes:
@@ -203,12 +204,12 @@ class Votes:
     def add(self, scores: Scores) -> None:
         """Adds the votes of one more prompt, from its scores."""
         self.count += 1
-        for key, own in scores.items():
-            self.sizes[key] = size_of(own)
+        for key, score in scores.items():
+            self.sizes[key] = size_of(score)
             if key not in self.votes:
-                count = _units(own, self.unit).shape
-                self.votes[key] = torch.zeros(count, dtype=torch.int16, device=own.device)
-            self.votes[key][_top(own, self.share, self.unit)] += 1
+                count = _units(score, self.unit).shape
+                self.votes[key] = torch.zeros(count, dtype=torch.int16, device=score.device)
+            self.votes[key][_top(score, self.share, self.unit)] += 1
 
     def general(self) -> NeuronSelection:
         needed = max(1e-9, self.quorum * self.count)

@@ -1,5 +1,4 @@
-"""Recorders of the inputs of the sites' projections: second moments for fusion, pooled activations as
-features."""
+"""Recorders of the inputs of the sites' projections: second moments for fusion, pooled features."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ FEATURE_NOISE = 0.25      # timestep of the features, as a share of the noise sc
 
 
 class MomentRecorder(AttentionProcessor):
-    """Second moments of the inputs of to_q and to_out: the mean of x x^T `[b, b]` over passes, samples and
-    cells."""
+    """Means of x x^T `[b, b]` over passes, samples and cells; x are the inputs of to_q and to_out."""
 
     def __init__(self, inner: AttentionProcessor) -> None:
         self.inner = inner
@@ -70,8 +68,7 @@ def record_moments(backbone: Backbone, context: Context, processor: AttentionPro
 
 
 class PooledRecorder(AttentionProcessor):
-    """Mean and standard deviation, over cells, of the input of every site. by_size: number of cells -> one
-    per site."""
+    """Mean and standard deviation, over cells, of the input of every site, grouped by number of cells."""
 
     def __init__(self) -> None:
         self.by_size: dict[int, list[Tensor]] = {}

@@ -128,8 +128,7 @@ class GradientProcessor(AttentionProcessor):
             self.sums[key] = product if key not in self.sums else self.sums[key].add_(product)
 
     def scores(self, backbone: Backbone) -> dict[DeltaKey, Tensor]:
-        """`S_ij = |W_ij sum dL/dW_ij|`: by how much the loss would change without the entry, to first
-        order."""
+        """`S_ij = |W_ij sum dL/dW_ij|`: to first order, the change of the loss without the entry."""
         return {key: (weight_of(backbone, key) * gradient).abs() for key, gradient in self.sums.items()}
 
 

@@ -46,8 +46,7 @@ class ProcessGroup:
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Averages the gradients over processes, in place and in one exchange.
 
-        A parameter with a gradient in no process keeps None. With one in some process, it has one in all of
-        them.
+        Afterwards a parameter has a gradient in all processes or in none.
         """
         if self.size == 1:
             return

@@ -57,13 +57,13 @@ def method_settings(method: Method) -> dict:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__.split("+")[0]}
+    versions = {"torch": torch.__version__.split("+")[0]}
     for name in ("continual-concepts", "diffusers", "transformers", "safetensors"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _refuse_nan(outcome: Outcome, name: str) -> None:

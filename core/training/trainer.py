@@ -128,11 +128,11 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continues from a checkpoint of this same run. Raises ConceptError for any other file."""
         state = checkpoint.load(path)
-        mine, theirs = self.identity(), state.get("identity", {})
-        for key, value in mine.items():
-            if theirs.get(key) != value:
+        saved = state.get("identity", {})
+        for key, value in self.identity().items():
+            if saved.get(key) != value:
                 raise ConceptError(f"the checkpoint '{path}' belongs to another run: its {key} is "
-                                   f"{brief(theirs.get(key))}, this run's is {brief(value)}")
+                                   f"{brief(saved.get(key))}, this run's is {brief(value)}")
         try:
             self._load(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
