@@ -191,8 +191,8 @@ def make_concept():
             return (torch.randn(*shape, generator=g) * size).to(dtype)
 
         names = default_words(name, words)
-        vectors = {encoder: random(layout.copies if layerwise else 1, words, width) for encoder,
-                   width in layout.text_widths}
+        vectors = {encoder: random(layout.copies if layerwise else 1, words, width)
+                   for encoder, width in layout.text_widths}
         shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
         deltas = {key: LowRankDelta(random(a, rank), random(rank, b), 0.5) for key, (a, b) in shapes.items()}
         origin = Provenance("abc", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"},

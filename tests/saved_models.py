@@ -104,7 +104,8 @@ def site_output():
         text = text if call.reads_text else text[:, :0]
         inputs = ("to_q", call.hidden), ("to_k", text), ("to_v", text)
         attention = HostAttention(lambda *qkv: multi_head(*qkv, site.heads), replaced)
-        attended = call.attend(*(call.project(name, backbone.project(site, name, of)) for name, of in inputs), attention)
+        attended = call.attend(*(call.project(name, backbone.project(site, name, of)) for name, of in inputs),
+                               attention)
         return call.finish(backbone.project(site, "to_out", attended))
 
     return run

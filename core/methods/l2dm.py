@@ -100,8 +100,8 @@ class L2DM(LowRankMethod):
     def _of_present_concepts(self, memory: LongTerm) -> LongTerm:
         """The rows of concepts that the bank still holds. Sets `names`: owner -> concept."""
         bank = self.task.bank
-        owners = {words_digest(bank[name].tokens): name for name,
-                  info in bank.infos.items() if info.method == self.name}
+        owners = {words_digest(bank[name].tokens): name for name, info in bank.infos.items()
+                  if info.method == self.name}
         self.names = {owner: owners[owner] for owner in dict.fromkeys(memory.owners) if owner in owners}
         return memory.rows([i for i, owner in enumerate(memory.owners)
                             if owner in owners and self._is_readable(self._prompt(memory, i))])

@@ -91,8 +91,8 @@ class MixOfShow(LowRankMethod):
         """X_i and dW_i X_i of this concept, in two groups; without a batch there is no "picture" group."""
         backbone, name, deltas = self.task.backbone, self.task.name, self.adapters.stored(dtype)
         text = text_rows(backbone, words, name)
-        rows = {"text": {key: Rows.of(text[key[0]], delta) for key,
-                         delta in deltas.items() if key[1] in GROUPS["text"]}}
+        rows = {"text": {key: Rows.of(text[key[0]], delta) for key, delta in deltas.items()
+                         if key[1] in GROUPS["text"]}}
         if min(self.size) > 0:
             context = encode_concept(backbone, name, words, ["", *CONCEPT_PROMPTS])
             recorder = record_moments(backbone, context, AdapterProcessor(self.adapters), self.size,

@@ -105,8 +105,8 @@ class SCNS(CNS):
         allowed = None if self.general is None else [~self.general.mask(key).any(1) for key in keys]
         costs = [sizes[key][1] for key in keys]
         taken = lazy_greedy(blocks, risks, costs, self.adapters.pool.numel(), allowed)
-        rows = {key: torch.tensor(sorted(chosen), dtype=torch.long) for key,
-                chosen in zip(keys, taken, strict=True)}
+        rows = {key: torch.tensor(sorted(chosen), dtype=torch.long)
+                for key, chosen in zip(keys, taken, strict=True)}
         return NeuronSelection.of_rows(rows, self.task.backbone.layout)
 
     def _choose(self, selection: NeuronSelection) -> None:

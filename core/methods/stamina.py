@@ -83,8 +83,8 @@ class GeneratedWords(Words):
 
     def group(self) -> TokenGroup:
         hidden = self.share * (self.first @ self.given).tanh()
-        return TokenGroup(self.names, {name: getattr(self.starts, name) + last @ hidden for name,
-                                       last in self.last.items()})
+        return TokenGroup(self.names, {name: getattr(self.starts, name) + last @ hidden
+                                       for name, last in self.last.items()})
 
 
 class LowRankMasks(nn.Module):

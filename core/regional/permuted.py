@@ -84,5 +84,5 @@ class PermutedCells:
         sizes = [len(cells) for cells in self.order.cells]
         rest = x.shape[1] - sum(sizes)
         leads = [*self._members, self.batch] if rest else self._members
-        return [part.view(lead, -1, x.shape[-1]) for lead,
-                part in zip(leads, x[0].split([*sizes, rest] if rest else sizes), strict=True)]
+        return [part.view(lead, -1, x.shape[-1])
+                for lead, part in zip(leads, x[0].split([*sizes, rest] if rest else sizes), strict=True)]

@@ -2,8 +2,8 @@
 
     python tests/host/make_checkpoint.py COMFYUI_FOLDER sd15 sd15.safetensors
 
-Where this package is installed. Names come from ComfyUI's own classes; numbers are of a size that keeps activations finite. Same family,
-same file.
+Where this package is installed. Names come from ComfyUI's own classes; numbers are of a size that keeps
+activations finite. Same family, same file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-_VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+_VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
 
 
 def shapes(family: str) -> dict[str, torch.Tensor]:
@@ -30,19 +30,25 @@ def shapes(family: str) -> dict[str, torch.Tensor]:
 
     from continual_concepts.benchmarks.regional.comfy_cost import SHAPES
 
-    config = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[family](dict(SHAPES[family]))
+    families = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}
+    config = families[family](dict(SHAPES[family]))
     folder, operations = Path(comfy.clip_model.__file__).parent, comfy.ops.disable_weight_init
 
     def text(name: str, file: str) -> dict:
-        model = comfy.clip_model.CLIPTextModel(json.loads((folder / file).read_text()), torch.float16, "meta", operations)
+        model = comfy.clip_model.CLIPTextModel(json.loads((folder / file).read_text()), torch.float16, "meta",
+                                               operations)
         return {f"{name}.transformer.{key}": weight for key, weight in model.state_dict().items()}
 
     with torch.device("meta"):
-        unet = openaimodel.UNetModel(**SHAPES[family], dtype=torch.float16, device="meta", operations=operations).state_dict()
+        unet = openaimodel.UNetModel(**SHAPES[family], dtype=torch.float16, device="meta",
+                                     operations=operations).state_dict()
         vae = autoencoder.AutoencoderKL(ddconfig=_VAE, embed_dim=4).state_dict()
-        clip = text("clip_l", "sd1_clip_config.json") | (text("clip_g", "clip_config_bigg.json") if family == "sdxl" else {})
+        clip = text("clip_l", "sd1_clip_config.json")
+        if family == "sdxl":
+            clip |= text("clip_g", "clip_config_bigg.json")
         clip = config.process_clip_state_dict_for_saving(clip)
-    return config.process_unet_state_dict_for_saving(unet) | config.process_vae_state_dict_for_saving(vae) | clip
+    saved = config.process_unet_state_dict_for_saving(unet) | config.process_vae_state_dict_for_saving(vae)
+    return saved | clip
 
 
 def fill(name: str, like: torch.Tensor) -> torch.Tensor:

@@ -74,8 +74,8 @@ def weights(studio) -> list[dict]:
 
 
 def same(before: list[dict], after: list[dict]) -> bool:
-    return all(torch.equal(tensor, b[name]) for a, b in zip(before, after, strict=True) for name,
-               tensor in a.items())
+    return all(torch.equal(tensor, b[name]) for a, b in zip(before, after, strict=True)
+               for name, tensor in a.items())
 
 
 @pytest.mark.parametrize("how", ["finished", "cancel", "failure"])
@@ -135,8 +135,8 @@ def test_a_stopped_run_goes_on_exactly(studio, tmp_path, stop_at, stopped, how):
     steps.clear()
     resumed = studio.learn(steps=6)["spot"]
     assert steps == [4, 5, 6]
-    assert all(torch.equal(whole.tokens.vectors[name], vectors) for name,
-               vectors in resumed.tokens.vectors.items())
+    assert all(torch.equal(whole.tokens.vectors[name], vectors)
+               for name, vectors in resumed.tokens.vectors.items())
     for key, delta in whole.deltas.items():
         assert torch.equal(delta.up,
                            resumed.deltas[key].up) and torch.equal(delta.down, resumed.deltas[key].down)

@@ -50,8 +50,8 @@ def test_the_program_is_the_record(tiny_backbone, banks):
 def test_the_shared_part_moves_slowly(tiny_backbone, banks, teach):
     def moved(slow):
         bank = teach(tiny_backbone, banks[0], "mimi", "ccdm", SETTINGS | {"slow": slow}, noun="cat").bank
-        return sum(float((f - banks[0].shared["ccdm"][name]).abs().sum()) for name,
-                   f in bank.shared["ccdm"].items())
+        return sum(float((f - banks[0].shared["ccdm"][name]).abs().sum())
+                   for name, f in bank.shared["ccdm"].items())
 
     still, slow, quick = moved(0.0), moved(0.1), moved(1.0)
     assert still == 0 and 0 < slow < 0.2 * quick
@@ -61,8 +61,8 @@ def test_the_penalties_are_their_formulas(tiny_backbone, banks):
     """Column by column over all old concepts."""
     method, g = begun(tiny_backbone, banks[1], gamma_shared=2.0,
                       gamma_specific=3.0), torch.Generator().manual_seed(0)
-    assert {name: term.item() for name,
-            term in method.penalty(None).items()} == {"shared": 0.0, "specific": 0.0}
+    assert {name: term.item() for name, term in method.penalty(None).items()} == {"shared": 0.0,
+                                                                                  "specific": 0.0}
     shared = specific = 0.0
     for key in method.adapters.keys:
         name = f"{key[0]}-{key[1]}"
@@ -99,8 +99,8 @@ def test_penalties_keep_the_own_parts_apart(tiny_backbone, banks, teach):
 
 def test_concepts_are_routed(tiny_backbone, banks):
     deltas = aggregate(tiny_backbone, banks[1], banks[1].parse("a <mimi>")).deltas
-    assert all(torch.equal(deltas[key].dense(), delta.dense()) for key,
-               delta in banks[1]["mimi"].deltas.items())
+    assert all(torch.equal(deltas[key].dense(), delta.dense())
+               for key, delta in banks[1]["mimi"].deltas.items())
 
 
 def test_the_shared_rank_of_a_bank_stays(tiny_backbone, banks):

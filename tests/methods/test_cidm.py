@@ -20,8 +20,8 @@ READINGS = [{"orthogonality": o, "shared": s} for o, s in product(("rr", "aa"), 
 
 def tensors_of(learned):
     concept = learned.concept
-    found = {(key, n): t for key, d in concept.deltas.items() for n,
-             t in enumerate(d.tensors())} | dict(concept.tokens.vectors)
+    found = {(key, n): t for key, d in concept.deltas.items()
+             for n, t in enumerate(d.tensors())} | dict(concept.tokens.vectors)
     return found | {("shared", name): t for name, t in learned.bank.shared.get("cidm", {}).items()}
 
 

@@ -163,8 +163,8 @@ def test_sweeps_never_raise_the_total_residual_and_find_the_best_subspace(count)
         history.append(total_residual(deltas, basis))
         basis = als_sweep(grams, basis)
         assert torch.allclose(basis @ basis.T, torch.eye(S), atol=1e-5)
-    assert all(after <= before * (1 + 1e-5) + 1e-4 for before,
-               after in zip(history, history[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) + 1e-4
+               for before, after in zip(history, history[1:], strict=False))
     best = float(torch.linalg.svdvals(torch.cat([d.dense() for d in deltas]))[S:].square().sum())
     assert history[-1] == pytest.approx(best, rel=0.05, abs=1e-3)
 
@@ -193,8 +193,8 @@ def test_dense_starts_as_documented(dense):
     assert torch.allclose(common.common,
                           common.old.mean(0)) and torch.equal(common.projections[-1], torch.eye(A))
     assert torch.allclose(common.total(delta), common.loss(delta) + sum(
-        (old - h @ common.common).square().sum() for old,
-        h in zip(common.old, common.projections, strict=False)), rtol=1e-5)
+        (old - h @ common.common).square().sum()
+        for old, h in zip(common.old, common.projections, strict=False)), rtol=1e-5)
 
 
 def test_the_printed_gradients_are_autograds_and_a_small_step_descends(dense):

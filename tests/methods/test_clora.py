@@ -41,8 +41,8 @@ def test_the_penalty_is_equation_3(tiny_backbone, bank):
     for key in method.adapters.keys:
         past = sum(concept.deltas[key].dense() for concept in bank)
         new = method.adapters.up[f"{key[0]}-{key[1]}"] @ method.adapters.down[f"{key[0]}-{key[1]}"]
-        expected += sum(float(p) ** 2 * float(n) ** 2 for p,
-                        n in zip(past.flatten(), new.detach().flatten(), strict=True))
+        expected += sum(float(p) ** 2 * float(n) ** 2
+                        for p, n in zip(past.flatten(), new.detach().flatten(), strict=True))
     assert method.penalty(None)["forget"].item() == pytest.approx(7.0 * expected, rel=1e-4)
 
 

@@ -245,8 +245,8 @@ def test_resuming_is_exact_before_at_and_after_the_choice(tiny_backbone, teach, 
     for key, delta in banks[1]["mimi"].deltas.items():
         assert torch.equal(again["mimi"].deltas[key].indices, delta.indices)
         assert torch.equal(again["mimi"].deltas[key].values, delta.values)
-    assert all(torch.equal(again.shared["cns"][name], tensor) for name,
-               tensor in banks[1].shared["cns"].items())
+    assert all(torch.equal(again.shared["cns"][name], tensor)
+               for name, tensor in banks[1].shared["cns"].items())
 
 
 def test_the_sparse_product_and_its_gradients():

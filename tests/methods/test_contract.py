@@ -97,8 +97,8 @@ def test_old_concepts_and_banks_stay_as_they_were(run):
 
 
 def test_a_task_leaves_the_state_that_it_was_given(tiny_backbone, teach, run, method):
-    given = {name: {k: t.clone() for k, t in state.items()} for name,
-             state in run["first"].bank.shared.items()}
+    given = {name: {k: t.clone() for k, t in state.items()}
+             for name, state in run["first"].bank.shared.items()}
     teach(tiny_backbone, run["first"].bank, "mimi", method, steps=2)
     for name, state in given.items():
         assert equal(state, dict(run["first"].bank.shared[name]))

@@ -147,8 +147,8 @@ def test_merged_weights_treat_target_words_as_each_concept_s_own(merged, tiny_ba
 def test_merged_weights_are_the_printed_formula(merged, tiny_backbone):
     """(V - W_0 C^T)(d C^T)^-1 d, d = C (C_reg^T C_reg)^-1, in plain dense algebra over the state."""
     hidden = encode_plain(tiny_backbone, CAPTIONS).hidden[:, 0].double()
-    features = torch.cat([row[1:2 + len(p)] for row,
-                          p in zip(hidden, text_positions(tiny_backbone, CAPTIONS), strict=True)])
+    features = torch.cat([row[1:2 + len(p)]
+                          for row, p in zip(hidden, text_positions(tiny_backbone, CAPTIONS), strict=True)])
     gram = features.T @ features
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(32)
     state, total = merged.shared["custom_diffusion_merge"], always_on_deltas(merged)
@@ -179,8 +179,8 @@ def test_captions_decide_what_the_merge_spares(tiny_backbone):
         randomise(method.adapters)
         deltas = method.finish().deltas
         hidden = encode_prompts(tiny_backbone, method.task.bank.vocabulary.parse_all(said), {}).hidden[:, 0]
-        rows = torch.cat([row[[*p, len(p) + 1]] for row,
-                          p in zip(hidden, text_positions(tiny_backbone, said), strict=True)])
+        rows = torch.cat([row[[*p, len(p) + 1]]
+                          for row, p in zip(hidden, text_positions(tiny_backbone, said), strict=True)])
         return sum(float(delta.apply(rows).square().sum()) for delta in deltas.values())
 
     assert moved(said) < 0.5 * moved(("old wooden house by the river", "x y z"))

@@ -100,8 +100,8 @@ def test_the_tie_is_its_formula(tiny_backbone, banks):
 def test_every_tasks_fisher_has_mean_one_and_old_ones_fade(banks):
     means = [float(torch.cat([f.flatten() for f in fisher(bank).values()]).mean()) for bank in banks]
     assert means == pytest.approx([1.0, 1.5], rel=1e-4)
-    assert all(bool((second >= 0.5 * first).all()) for first,
-               second in zip(*(fisher(b).values() for b in banks), strict=True))
+    assert all(bool((second >= 0.5 * first).all())
+               for first, second in zip(*(fisher(b).values() for b in banks), strict=True))
 
 
 def test_the_window_forgets_early_steps(tiny_backbone, banks):

@@ -47,8 +47,8 @@ def as_method(bank, method):
 @pytest.mark.parametrize("method", ["lora_m", "lora_c"])
 def test_every_concept_is_learned_alone(banks, method):
     alone, after = banks[method, ("mimi",)]["mimi"], banks[method, ("rex", "mimi")]["mimi"]
-    assert all(torch.equal(alone.tokens.vectors[name], vector) for name,
-               vector in after.tokens.vectors.items())
+    assert all(torch.equal(alone.tokens.vectors[name], vector)
+               for name, vector in after.tokens.vectors.items())
     for key, delta in after.deltas.items():
         assert torch.equal(alone.deltas[key].up,
                            delta.up) and torch.equal(alone.deltas[key].down, delta.down) and delta.up.any()

@@ -34,13 +34,13 @@ def banks(tiny_backbone, teach):
 
 
 def rows_of(concept):
-    return {(key, int(row)) for key,
-            d in concept.deltas.items() for row in (d.indices.long() // d.size[1]).unique()}
+    return {(key, int(row)) for key, d in concept.deltas.items()
+            for row in (d.indices.long() // d.size[1]).unique()}
 
 
 def value_of(blocks, risks, chosen):
-    covered = sum(float(block[:, rows].max(1).values.sum()) for block,
-                  rows in zip(blocks, chosen, strict=True) if rows)
+    covered = sum(float(block[:, rows].max(1).values.sum())
+                  for block, rows in zip(blocks, chosen, strict=True) if rows)
     return covered - sum(float(risk[rows].sum()) for risk, rows in zip(risks, chosen, strict=True))
 
 
@@ -215,8 +215,8 @@ def test_resuming_is_exact_before_at_and_after_the_choice(tiny_backbone, teach, 
     for key, delta in banks[1]["mimi"].deltas.items():
         assert torch.equal(again["mimi"].deltas[key].indices, delta.indices)
         assert torch.equal(again["mimi"].deltas[key].values, delta.values)
-    assert all(torch.equal(again.shared["scns"][name], tensor) for name,
-               tensor in banks[1].shared["scns"].items())
+    assert all(torch.equal(again.shared["scns"][name], tensor)
+               for name, tensor in banks[1].shared["scns"].items())
 
 
 def test_a_step_that_is_broken_off_leaves_nothing_behind(tiny_backbone, banks):

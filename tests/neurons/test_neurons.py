@@ -181,8 +181,8 @@ def test_gradients_are_those_of_the_frozen_weights(tiny_backbone, checkpointing)
     processor = GradientProcessor(keys, AttentionProcessor())
     with tiny_backbone.gradient_checkpointing(checkpointing):
         tiny_backbone.predict(latents, t, context, processor).square().mean().backward()
-    weights = [tiny_backbone._weight(tiny_backbone.layout.sites[index], projection) for index,
-               projection in keys]
+    weights = [tiny_backbone._weight(tiny_backbone.layout.sites[index], projection)
+               for index, projection in keys]
     assert all(weight.grad is None for weight in weights)
     try:
         for weight in weights:
