@@ -58,8 +58,9 @@ class TokenGroup:
                                    f"it has {held}")
             fits = vector.ndim == 3 and vector.shape[1:] == (len(self.words), width)
             if not fits or vector.shape[0] not in (1, layout.copies):
+                needs = f"[1 or {layout.copies}, {len(self.words)}, {width}]"
                 raise ConceptError(f"{owner} has token vectors of shape {tuple(vector.shape)} for "
-                                   f"'{encoder}'; this base needs [1 or {layout.copies}, {len(self.words)}, {width}]")
+                                   f"'{encoder}'; this base needs {needs}")
 
     def word(self, position: int, encoder: str) -> Tensor:
         """Vectors of one word, `[L, D]`."""
