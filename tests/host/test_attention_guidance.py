@@ -1,4 +1,4 @@
-"""Attention artists in ComfyUI's sampling: nothing at 0, pictures of their own above it, and the model as it was."""
+"""Attention guidance in ComfyUI's sampling: it changes pictures, at 0 nothing, and the model never."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def weights(studio) -> list[torch.Tensor]:
 def calls(studio):
     """Batch sizes of the UNet's calls from here on."""
     seen = []
-    hook = studio.model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
+    unet = studio.model.model.diffusion_model
+    hook = unet.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
     yield seen
     hook.remove()
 
@@ -33,7 +34,8 @@ def test_it_is_the_same_at_zero(studio, calls):
 
 @pytest.mark.parametrize("scene", [ONE, "a dog and a cat"])
 def test_fewer_than_two_concepts_are_left_alone(studio, scene):
-    assert torch.equal(studio.regional(scene, bank=studio.bank, artists=2.0), studio.regional(scene, bank=studio.bank))
+    assert torch.equal(studio.regional(scene, bank=studio.bank, artists=2.0),
+                       studio.regional(scene, bank=studio.bank))
 
 
 def test_regions_have_no_use_for_them(studio):
@@ -48,7 +50,8 @@ def test_they_change_the_picture_and_nothing_stays(studio, sampler):
     before = weights(studio)
     plain = studio.regional(TWO, bank=studio.bank, sampler_name=sampler)
     first = studio.regional(TWO, bank=studio.bank, sampler_name=sampler, artists=1.0)
-    other = studio.regional("<mimi> and <blueprint>", bank=studio.bank, sampler_name=sampler, artists=2.0, seed=2)
+    other = studio.regional("<mimi> and <blueprint>", bank=studio.bank, sampler_name=sampler, artists=2.0,
+                            seed=2)
     again = studio.regional(TWO, bank=studio.bank, sampler_name=sampler, artists=1.0)
     assert torch.isfinite(first).all() and torch.equal(first, again)
     assert not torch.allclose(first, plain, atol=1e-2) and not torch.equal(first, other)
@@ -76,7 +79,8 @@ def test_they_work_with(studio, case):
         settings = {"denoise": 0.6}
     else:
         scene = TWO + " with a red ball" * 12
-    plain, moved = (studio.regional(scene, bank=studio.bank, latent=dict(latent), artists=s, **settings) for s in (0.0, 1.0))
+    plain, moved = (studio.regional(scene, bank=studio.bank, latent=dict(latent), artists=s, **settings)
+                    for s in (0.0, 1.0))
     assert torch.isfinite(moved).all() and not torch.allclose(plain, moved, atol=1e-2)
     if case == "inpainting":
         assert torch.allclose(moved[..., 8:], latent["samples"][..., 8:], atol=1e-5)
@@ -92,7 +96,8 @@ def test_other_nodes_patches_still_act(studio):
     model = studio.model.clone()
     model.set_model_attn2_output_patch(lambda n, options: 0.9 * n)
     found = studio.regional(TWO, bank=studio.bank, model=model, artists=1.0)
-    assert torch.isfinite(found).all() and not torch.allclose(found, studio.regional(TWO, bank=studio.bank, artists=1.0), atol=1e-3)
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(found, studio.regional(TWO, bank=studio.bank, artists=1.0), atol=1e-3)
 
 
 def test_positions_are_those_of_learning(studio, reference):
@@ -103,7 +108,8 @@ def test_positions_are_those_of_learning(studio, reference):
     subject = subject_of(concept_clip(studio.clip, studio.bank), TWO)
     tokens = {concept.name: concept.tokens for concept in studio.bank}
     words = encode_prompts(reference, studio.bank.vocabulary.parse_all([TWO]), tokens).words[0]
-    assert subject.concepts == tuple(words.values()) and subject.text == text_positions(reference, studio.bank.vocabulary.parse(TWO))
+    assert subject.concepts == tuple(words.values())
+    assert subject.text == text_positions(reference, studio.bank.vocabulary.parse(TWO))
     assert subject_of(studio.clip, "a dog").concepts == ()
 
 
@@ -115,12 +121,14 @@ def test_one_step_is_the_other_hosts(studio, reference):
 
     vocabulary, tokens = studio.bank.vocabulary, {concept.name: concept.tokens for concept in studio.bank}
     positive = encode_prompts(reference, vocabulary.parse_all([TWO]), tokens)
-    guidance = AttentionGuidance([Subject(tuple(positive.words[0].values()), text_positions(reference, vocabulary.parse(TWO)))], 1.0)
+    text = text_positions(reference, vocabulary.parse(TWO))
+    guidance = AttentionGuidance([Subject(tuple(positive.words[0].values()), text)], 1.0)
     sampling = studio.model.get_model_object("model_sampling")
     import comfy.samplers
 
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)
-    with torch.inference_mode(False), torch.no_grad(), reference.folded(aggregate(reference, studio.bank, studio.bank.parse(TWO)).deltas):
+    deltas = aggregate(reference, studio.bank, studio.bank.parse(TWO)).deltas
+    with torch.inference_mode(False), torch.no_grad(), reference.folded(deltas):
         x = torch.randn(1, 12, 16, 16, generator=torch.manual_seed(1)) * (1 + float(sigmas[0]) ** 2) ** 0.5
         for i, (sigma, after) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
             t, scale = sampling.timestep(torch.tensor([sigma])).long(), (1 + sigma**2) ** 0.5

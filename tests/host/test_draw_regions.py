@@ -1,4 +1,5 @@
-"""Draw Concept Regions says the same as a chain of Concept Region; Show Concept Regions leaves all pixels but its lines alone."""
+"""Draw Concept Regions says the same as a chain of Concept Region; Show Concept Regions leaves all pixels but
+its lines alone."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def test_what_a_new_node_says_can_be_read(studio):
     assert "<rex>" in left.prompt and "<mimi>" in right.prompt and left.box[3] == right.box[1]
 
 
-@pytest.mark.parametrize("text", ["[", "{}", '[{"prompt": "a", "box": [0, 0, 2, 1]}]', '[{"prompt": "", "box": [0, 0, 1, 1]}]'])
+@pytest.mark.parametrize("text", ["[", "{}", '[{"prompt": "a", "box": [0, 0, 2, 1]}]',
+                                  '[{"prompt": "", "box": [0, 0, 1, 1]}]'])
 def test_a_mistake_is_one_sentence_before_anything_runs(studio, text):
     with pytest.raises(ConceptError) as caught:
         draw(studio, text)
@@ -92,7 +94,8 @@ def test_outlines_in_their_colours_and_nothing_else(studio, channels):
     regions = [*draw(studio, DRAWING), studio.region("by mask", mask=mask, strength=0.0)]
     found = show(studio, image, regions)
     assert found.shape == image.shape and torch.isfinite(found).all()
-    assert torch.equal(found[:, 50, 0, :3], torch.tensor([[0.0, 1.0, 0.0]] * 2))  # the drawing's own colour at the left edge
+    # The drawing's own colour at the left edge
+    assert torch.equal(found[:, 50, 0, :3], torch.tensor([[0.0, 1.0, 0.0]] * 2))
     changed = (found != image).any(-1)
     assert torch.equal(changed[0], changed[1]) and 0.01 < changed.float().mean() < 0.4
     assert not changed[:, :12, :60].any()  # above the first box there is nothing to be drawn

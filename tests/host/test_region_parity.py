@@ -1,5 +1,5 @@
-"""Regions in both hosts: the same weights, latents and prompts give the same guided noise and the same latents in the library and in
-ComfyUI, so figures measured with the one hold for the other."""
+"""Regions in both hosts: the same weights, latents and prompts give the same guided noise and the same
+latents in the library and in ComfyUI, so figures measured with the one hold for the other."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ CASES = {
     "feathered": ([LEFT, RIGHT], {"feather": 0.2}),
     "half as strong, late": ([LEFT, RIGHT], {"strength": 0.5, "start": 0.4}),
     "crop denoising": ([LEFT, RIGHT], {"noise": NoiseSettings(crop_denoising=0.5)}),
-    "crop denoising, feathered": ([LEFT, MIDDLE], {"noise": NoiseSettings(crop_denoising=0.5), "feather": 0.1}),
+    "crop denoising, feathered": ([LEFT, MIDDLE],
+                                  {"noise": NoiseSettings(crop_denoising=0.5), "feather": 0.1}),
     "region noise, frame": ([LEFT, RIGHT], {"noise": NoiseSettings(True)}),
     "region noise, crop": ([LEFT, MIDDLE], {"noise": NoiseSettings(True, area="crop")}),
     "region noise, literal": ([LEFT, MIDDLE], {"noise": NoiseSettings(True, outside="literal")}),
     "isolation": ([LEFT, MIDDLE], {"isolation": 0.5}),
-    "everything": ([LEFT, MIDDLE], {"noise": NoiseSettings(True, area="crop", crop_denoising=0.4), "isolation": 1.0}),
+    "everything": ([LEFT, MIDDLE], {"noise": NoiseSettings(True, area="crop", crop_denoising=0.4),
+                                    "isolation": 1.0}),
     "no guidance": ([LEFT, RIGHT], {"noise": NoiseSettings(crop_denoising=0.5), "cfg": 1.0}),
 }
 KINDS = {
@@ -71,22 +73,26 @@ class Hosts:
         self.sampling = model.get_model_object("model_sampling")
 
     def _comfy(self, function, bank, regions, settings, timesteps):
-        """Runs a sampler function of ComfyUI's over the noise levels of timesteps; its result as the UNet's latents."""
+        """Runs a sampler function of ComfyUI's over the noise levels of timesteps; its result as the UNet's
+        latents."""
         import comfy.sample
         import comfy.samplers
 
         from continual_concepts.core.comfy.region_sampling import Scene, prepare
 
-        ready = prepare(self.model, self.clip, bank, Scene(SCENE, settings.negative), regions, self.size, settings)
+        ready = prepare(self.model, self.clip, bank, Scene(SCENE, settings.negative), regions, self.size,
+                        settings)
         sigmas = torch.cat([self.sampling.sigmas[timesteps], torch.zeros(1)])
         noise = self.noise()
         found = comfy.sample.sample_custom(
-            ready.model, noise, settings.cfg, comfy.samplers.KSAMPLER(function), sigmas, ready.positive, ready.negative,
+            ready.model, noise, settings.cfg, comfy.samplers.KSAMPLER(function), sigmas, ready.positive,
+            ready.negative,
             torch.zeros_like(noise), disable_pbar=True)
         return ready.model.model.process_latent_in(found)
 
     def noise(self) -> torch.Tensor:
-        return torch.randn(COUNT, self.backbone.latent_channels, *self.size, generator=torch.Generator().manual_seed(4))
+        return torch.randn(COUNT, self.backbone.latent_channels, *self.size,
+                           generator=torch.Generator().manual_seed(4))
 
     def estimates(self, bank, regions, settings, timesteps=(999, 300)):
         """Pairs of guided noise estimates, of the library and of ComfyUI."""
@@ -99,8 +105,10 @@ class Hosts:
             return x
 
         self._comfy(sampler, bank, regions, settings, list(timesteps))
-        with torch.inference_mode(False), torch.no_grad(), self.backbone.folded(always_on_deltas(bank, averages=True)):
-            run = library.RegionSampling(self.backbone, bank, bank.parse(SCENE), regions, COUNT, settings, self.size)
+        always_on = always_on_deltas(bank, averages=True)
+        with torch.inference_mode(False), torch.no_grad(), self.backbone.folded(always_on):
+            run = library.RegionSampling(self.backbone, bank, bank.parse(SCENE), regions, COUNT, settings,
+                                         self.size)
             last = len(timesteps) - 1
             return [(run.estimate(latents, t, i / last), theirs[i]) for i, t in enumerate(timesteps)]
 
@@ -110,7 +118,8 @@ class Hosts:
 
         from continual_concepts.core.model.solver import Ddim
 
-        theirs = self._comfy(sample_euler, bank, regions, settings, Ddim(self.backbone.schedule, settings.steps).timesteps)
+        theirs = self._comfy(sample_euler, bank, regions, settings,
+                             Ddim(self.backbone.schedule, settings.steps).timesteps)
         monkeypatch.setattr(library, "DpmSolver", Ddim)
         monkeypatch.setattr(library, "starting_noise", lambda *_: self.noise())
         monkeypatch.setattr(self.backbone, "decode_latents", lambda latents: latents)
@@ -138,7 +147,8 @@ def test_guided_noise(hosts, banks, case, kind):
 def test_a_whole_sampling(hosts, banks, monkeypatch, kind):
     regions, settings = drawn("everything", kind)
     ours, comfy = hosts.sampled(monkeypatch, banks[kind], regions, settings)
-    plain, _ = hosts.sampled(monkeypatch, banks[kind], [replace(region, prompt=SCENE) for region in regions], settings)
+    plain, _ = hosts.sampled(monkeypatch, banks[kind], [replace(region, prompt=SCENE) for region in regions],
+                             settings)
     assert relative_error(comfy, ours) < TOLERANCE and relative_error(ours, plain) > 100 * TOLERANCE
 
 

@@ -14,15 +14,18 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def columns(studio, count: int, **other) -> list:
-    prompts = ["<rex>", "a photo of <mimi>", "<blueprint> of a car", "a red ball", "<rex> and <mimi>", "a (<mimi>:1.2) at night"]
-    return [studio.region(prompts[i % 6], left=i / count, right=(i + 1) / count, **other) for i in range(count)]
+    prompts = ["<rex>", "a photo of <mimi>", "<blueprint> of a car", "a red ball", "<rex> and <mimi>",
+               "a (<mimi>:1.2) at night"]
+    return [studio.region(prompts[i % 6], left=i / count, right=(i + 1) / count, **other)
+            for i in range(count)]
 
 
 @pytest.fixture
 def calls(studio):
     """Batch sizes of the UNet's calls from here on."""
     seen = []
-    hook = studio.model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
+    unet = studio.model.model.diffusion_model
+    hook = unet.register_forward_pre_hook(lambda _unet, inputs: seen.append(len(inputs[0])))
     yield seen
     hook.remove()
 
@@ -36,7 +39,8 @@ def test_any_number_of_regions_costs_what_ksampler_costs(studio, calls, count, s
 
 
 def test_region_noise_costs_one_more_for_each(studio, calls):
-    studio.regional(SCENE, [*columns(studio, 2), studio.region("a ball", end=0.0)], studio.bank, region_noise=True)
+    studio.regional(SCENE, [*columns(studio, 2), studio.region("a ball", end=0.0)], studio.bank,
+                    region_noise=True)
     assert len(calls) == 3 * 3 + 1
 
 
@@ -46,13 +50,17 @@ def test_no_guidance_needs_no_negative_half(studio, calls):
 
 
 CASES = {
-    "batch": {"latent": (3, 16, 16)}, "odd": {"latent": (1, 13, 11)}, "wide": {"latent": (2, 9, 30)}, "large": {"latent": (1, 24, 24)},
-    "feather": {"feather": 0.2}, "half": {"strength": 0.5}, "late": {"start": 0.5}, "early": {"end": 0.4}, "noise": {"region_noise": True},
-    "literal": {"region_noise": True, "outside": "literal"}, "weak": {"scale": -0.5}, "denoise": {"denoise": 0.5},
+    "batch": {"latent": (3, 16, 16)}, "odd": {"latent": (1, 13, 11)}, "wide": {"latent": (2, 9, 30)},
+    "large": {"latent": (1, 24, 24)},
+    "feather": {"feather": 0.2}, "half": {"strength": 0.5}, "late": {"start": 0.5}, "early": {"end": 0.4},
+    "noise": {"region_noise": True},
+    "literal": {"region_noise": True, "outside": "literal"}, "weak": {"scale": -0.5},
+    "denoise": {"denoise": 0.5},
 }
 
 
-@pytest.mark.parametrize("case, sampler", [*((case, "euler") for case in CASES), ("late", "heun"), ("odd", "dpmpp_2m_sde")])
+@pytest.mark.parametrize("case, sampler", [*((case, "euler") for case in CASES), ("late", "heun"),
+                                           ("odd", "dpmpp_2m_sde")])
 def test_settings_work_and_matter(studio, case, sampler):
     chosen = dict(CASES[case])
     latent = studio.latent(*chosen.pop("latent", (1, 16, 16)), content=True)
@@ -61,21 +69,27 @@ def test_settings_work_and_matter(studio, case, sampler):
         chosen["strength"] = chosen.pop("scale")
 
     def picture(**region):
-        return studio.regional(SCENE, columns(studio, 2, **region), studio.bank, latent=latent, sampler_name=sampler, steps=4, **chosen)
+        return studio.regional(SCENE, columns(studio, 2, **region), studio.bank, latent=latent,
+                               sampler_name=sampler, steps=4, **chosen)
 
-    found, plain = picture(**per_region), studio.regional(SCENE, [], studio.bank, latent=latent, sampler_name=sampler, steps=4,
-                                                          denoise=chosen.get("denoise", 1.0))
-    assert torch.isfinite(found).all() and found.shape == latent["samples"].shape and not torch.equal(found, plain)
+    denoise = chosen.get("denoise", 1.0)
+    found = picture(**per_region)
+    plain = studio.regional(SCENE, [], studio.bank, latent=latent, sampler_name=sampler, steps=4,
+                            denoise=denoise)
+    assert torch.isfinite(found).all() and found.shape == latent["samples"].shape
+    assert not torch.equal(found, plain)
     if per_region:
         assert not torch.equal(found, picture())
 
 
 def test_a_region_over_everything_is_its_prompt(studio):
-    """One region over the whole frame, with the concept's deltas as activations, is the concept folded into the weights."""
+    """One region over the whole frame, with the concept's deltas as activations, is the concept folded into
+    the weights."""
     regions = [studio.region("<rex> on a beach")]
     for prompt_model in ("<rex> on a beach", "a dog"):
         model, clip, _ = studio.aggregate(prompt_model, studio.bank)
-        folded = studio.ksampler(model, studio.encode(clip, "<rex> on a beach"), studio.encode(clip, ""), steps=2)
+        folded = studio.ksampler(model, studio.encode(clip, "<rex> on a beach"), studio.encode(clip, ""),
+                                 steps=2)
         close = distance(studio.regional(SCENE, regions, studio.bank, steps=2), folded) < 1e-3
         assert close == (prompt_model != "a dog")
 
@@ -84,8 +98,10 @@ def test_a_long_region_prompt_and_a_long_scene(studio):
     long = "a photo of <rex> " + "in a green meadow with a red ball, " * 6
     halves = [studio.region(long, right=0.5), studio.region("<mimi>", left=0.5)]
     picture = studio.regional(long, halves, studio.bank)
-    assert distance(studio.regional(long, halves[::-1], studio.bank), picture) < 1e-4      # which comes first does not matter
-    assert distance(studio.regional(SCENE, halves, studio.bank), picture) < 1e-4      # nor the scene where they cover all
+    # Which comes first does not matter
+    assert distance(studio.regional(long, halves[::-1], studio.bank), picture) < 1e-4
+    # Nor the scene where they cover all
+    assert distance(studio.regional(SCENE, halves, studio.bank), picture) < 1e-4
     assert distance(studio.regional(SCENE, halves[1:], studio.bank), picture) > 1e-3
 
 
@@ -98,28 +114,34 @@ def test_a_region_over_everything_with_long_prompts_is_its_prompt(studio):
 
 
 def test_overlapping_regions(studio):
-    regions = [studio.region("<rex>", right=0.7), studio.region("<mimi>", left=0.3), studio.region("a ball", top=0.4, bottom=0.6)]
+    regions = [studio.region("<rex>", right=0.7), studio.region("<mimi>", left=0.3),
+               studio.region("a ball", top=0.4, bottom=0.6)]
     found = studio.regional(SCENE, regions, studio.bank)
-    assert torch.isfinite(found).all() and not torch.equal(found, studio.regional(SCENE, regions[:2], studio.bank))
+    assert torch.isfinite(found).all()
+    assert not torch.equal(found, studio.regional(SCENE, regions[:2], studio.bank))
     twice = [studio.region("<rex>", right=0.5)] * 2
-    assert distance(studio.regional(SCENE, twice, studio.bank), studio.regional(SCENE, twice[:1], studio.bank)) < 1e-4
+    assert distance(studio.regional(SCENE, twice, studio.bank),
+                    studio.regional(SCENE, twice[:1], studio.bank)) < 1e-4
 
 
 def test_overlap_policies(studio):
     regions = [studio.region("<rex>"), studio.region("<mimi>", left=0.25, right=0.75, top=0.25, bottom=0.75)]
-    found = {overlap: studio.regional(SCENE, regions, studio.bank, overlap=overlap) for overlap in ("average", "priority", "nearest")}
+    found = {overlap: studio.regional(SCENE, regions, studio.bank, overlap=overlap)
+             for overlap in ("average", "priority", "nearest")}
     assert torch.equal(found["average"], studio.regional(SCENE, regions, studio.bank))
     alone = studio.regional(SCENE, regions[:1], studio.bank)
     assert distance(found["priority"], alone) < 1e-4      # the first covers everything
     assert distance(found["nearest"], alone) > 1e-3 and distance(found["nearest"], found["average"]) > 1e-3
 
 
-def test_region_noise_on_a_window_costs_by_area(studio):
+def test_region_noise_on_a_crop_costs_by_area(studio):
     sizes = []
-    hook = studio.model.model.diffusion_model.register_forward_pre_hook(lambda _unet, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
+    unet = studio.model.model.diffusion_model
+    hook = unet.register_forward_pre_hook(lambda _unet, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
     try:
         corner = [studio.region("<rex>", right=0.3, bottom=0.3)]
-        found = studio.regional(SCENE, corner, studio.bank, region_noise=True, noise_area="crop", steps=2, latent=studio.latent(1, 24, 16))
+        found = studio.regional(SCENE, corner, studio.bank, region_noise=True, noise_area="crop", steps=2,
+                                latent=studio.latent(1, 24, 16))
     finally:
         hook.remove()
     assert sizes == [(24, 16), (8, 8)] * 2 and torch.isfinite(found).all()
@@ -128,27 +150,33 @@ def test_region_noise_on_a_window_costs_by_area(studio):
     assert torch.equal(*whole)
 
 
-def test_region_noise_on_a_window_refuses_what_belongs_to_the_whole(studio):
-    masked = [[hidden, {**extra, "mask": torch.ones(1, 16, 16)}] for hidden, extra in studio.encode(studio.clip, SCENE)]
-    with pytest.raises(Exception, match="carries mask, which belongs to the whole picture; choose noise_area 'frame'"):
-        studio.regional(SCENE, columns(studio, 2), studio.bank, region_noise=True, noise_area="crop", positive=masked)
+def test_region_noise_on_a_crop_refuses_what_belongs_to_the_whole(studio):
+    masked = [[hidden, {**extra, "mask": torch.ones(1, 16, 16)}]
+              for hidden, extra in studio.encode(studio.clip, SCENE)]
+    with pytest.raises(Exception, match="carries mask, which belongs to the whole picture; choose"):
+        studio.regional(SCENE, columns(studio, 2), studio.bank, region_noise=True, noise_area="crop",
+                        positive=masked)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "dpmpp_sde"])
-def test_solo_steps_look_at_windows_alone(studio, calls, sampler):
-    """Halves that cover the picture: two windows in one batch in the first quarter of the steps, a frame in the others."""
+def test_crop_denoising_evaluates_crops_alone(studio, calls, sampler):
+    """Halves that cover the picture: two crops in one batch in the first quarter of the steps, a frame in
+    the others."""
     halves = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
     plain = studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler)
     without, _ = list(calls), calls.clear()
     found = studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler, solo=0.25)
-    assert set(without) == {2} and len(calls) == len(without) and set(calls[:2]) == {4} and set(calls[-4:]) == {2}
+    assert set(without) == {2} and len(calls) == len(without) and set(calls[:2]) == {4}
+    assert set(calls[-4:]) == {2}
     assert torch.isfinite(found).all() and distance(found, plain) > 1e-3
-    assert torch.equal(found, studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler, solo=0.25))
+    assert torch.equal(found, studio.regional(SCENE, halves, studio.bank, steps=8, sampler_name=sampler,
+                                              solo=0.25))
 
 
-def test_solo_steps_do_nothing_where_something_belongs_to_the_whole(studio):
+def test_crop_denoising_does_nothing_where_something_belongs_to_the_whole(studio):
     halves = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
-    masked = [[hidden, {**extra, "mask": torch.ones(1, 16, 16)}] for hidden, extra in studio.encode(studio.clip, SCENE)]
+    masked = [[hidden, {**extra, "mask": torch.ones(1, 16, 16)}]
+              for hidden, extra in studio.encode(studio.clip, SCENE)]
     found = [studio.regional(SCENE, halves, studio.bank, positive=masked, solo=solo) for solo in (0.0, 0.5)]
     assert torch.equal(*found)
 
@@ -161,9 +189,11 @@ def test_regions_are_found_at_the_price_of_ksampler(studio, calls, sampler):
     latent = studio.latent(2)
     plain = studio.regional(BOTH, bank=studio.bank, latent=latent, steps=6, sampler_name=sampler)
     without, _ = list(calls), calls.clear()
-    found = studio.regional(BOTH, bank=studio.bank, latent=latent, steps=6, sampler_name=sampler, find_regions=True)
+    found = studio.regional(BOTH, bank=studio.bank, latent=latent, steps=6, sampler_name=sampler,
+                            find_regions=True)
     assert calls == without and torch.isfinite(found).all() and distance(found, plain) > 1e-3
-    assert torch.equal(found, studio.regional(BOTH, bank=studio.bank, latent=latent, steps=6, sampler_name=sampler, find_regions=True))
+    assert torch.equal(found, studio.regional(BOTH, bank=studio.bank, latent=latent, steps=6,
+                                              sampler_name=sampler, find_regions=True))
 
 
 @pytest.mark.parametrize("scene", ["a dog in a meadow", "<rex> in a meadow"])
@@ -180,23 +210,27 @@ def test_found_regions_on_a_low_memory_host(studio, monkeypatch):
     assert distance(studio.regional(BOTH, bank=studio.bank, steps=6, find_regions=True), whole) < 1e-3
 
 
-def test_found_regions_and_artists_are_one_too_many(studio):
+def test_found_regions_and_attention_guidance_exclude_each_other(studio):
     with pytest.raises(Exception, match="find_regions is on and artists is 0.5"):
         studio.regional(BOTH, bank=studio.bank, find_regions=True, artists=0.5)
 
 
 def test_isolation(studio):
-    """It matters with two regions, not with one; another node's self-attention goes before it; nothing of it stays."""
+    """It matters with two regions, not with one; another node's self-attention goes before it; nothing of it
+    stays."""
     halves = [studio.region("<rex>", right=0.5), studio.region("<mimi>", left=0.5)]
-    off, on, again = (studio.regional(SCENE, halves, studio.bank, isolation=share) for share in (0.0, 1.0, 0.0))
+    off, on, again = (studio.regional(SCENE, halves, studio.bank, isolation=share)
+                      for share in (0.0, 1.0, 0.0))
     assert torch.equal(off, again) and distance(on, off) > 1e-3 and torch.isfinite(on).all()
-    one = [studio.regional(SCENE, [studio.region("<rex>")], studio.bank, isolation=share) for share in (0.0, 1.0)]
+    one = [studio.regional(SCENE, [studio.region("<rex>")], studio.bank, isolation=share)
+           for share in (0.0, 1.0)]
     assert distance(*one) < 1e-4
     pag = patched(studio, "self")
     theirs = [studio.regional(SCENE, halves, studio.bank, model=pag, isolation=share) for share in (0.0, 1.0)]
     assert torch.equal(*theirs) and distance(theirs[0], off) > 1e-3
-    sizes = studio.regional(SCENE, halves, studio.bank, isolation=0.7, solo=0.4, latent=studio.latent(2, 9, 30), steps=4)
-    assert torch.isfinite(sizes).all()
+    odd, plain = (studio.regional(SCENE, halves, studio.bank, isolation=share, solo=0.4, steps=4,
+                                  latent=studio.latent(2, 9, 30)) for share in (0.7, 0.0))
+    assert 1e-3 < distance(odd, plain) < 2
 
 
 def test_masks_are_boxes_in_another_form(studio):
@@ -217,7 +251,8 @@ def test_inpainting_keeps_what_is_outside_its_mask(studio):
 
 
 def test_a_negative_of_its_own(studio):
-    with_own = studio.regional(SCENE, [studio.region("<rex>", right=0.5, negative="a photo of <mimi>")], studio.bank)
+    with_own = studio.regional(SCENE, [studio.region("<rex>", right=0.5, negative="a photo of <mimi>")],
+                               studio.bank)
     assert not torch.equal(with_own, studio.regional(SCENE, [studio.region("<rex>", right=0.5)], studio.bank))
 
 
@@ -226,7 +261,8 @@ def extra(module: str, name: str, **inputs):
     import importlib
 
     cls = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
-    return cls.execute(**inputs)[0] if hasattr(cls, "define_schema") else getattr(cls(), cls.FUNCTION)(**inputs)[0]
+    call = cls.execute if hasattr(cls, "define_schema") else getattr(cls(), cls.FUNCTION)
+    return call(**inputs)[0]
 
 
 def patched(studio, kind: str):
@@ -256,17 +292,21 @@ def patched(studio, kind: str):
     elif kind == "pag":
         model = extra("nodes_pag", "PerturbedAttentionGuidance", model=model, scale=3.0)
     elif kind == "shrink":
-        where = {"block_number": 2, "downscale_factor": 2.0, "start_percent": 0.0, "end_percent": 0.5, "downscale_after_skip": True}
-        model = extra("nodes_model_downscale", "PatchModelAddDownscale", model=model, downscale_method="bicubic", upscale_method="bicubic",
+        where = {"block_number": 2, "downscale_factor": 2.0, "start_percent": 0.0, "end_percent": 0.5,
+                 "downscale_after_skip": True}
+        model = extra("nodes_model_downscale", "PatchModelAddDownscale", model=model,
+                      downscale_method="bicubic", upscale_method="bicubic",
                       **where)
     elif kind == "cfg":
         model.set_model_sampler_cfg_function(lambda args: args["cond"] + 2 * (args["cond"] - args["uncond"]))
     return model
 
 
-@pytest.mark.parametrize("kind", ["patch", "output", "replace", "replace whole block", "freeu", "cfg", "pag", "shrink"])
+@pytest.mark.parametrize("kind", ["patch", "output", "replace", "replace whole block", "freeu", "cfg", "pag",
+                                  "shrink"])
 def test_other_nodes_patches_still_act(studio, kind):
-    """Before us: a region of strength near zero gives what their patch gives alone; a full one gives something else."""
+    """Before us: a region of strength near zero gives what their patch gives alone; a full one gives
+    something else."""
     model = patched(studio, kind)
     theirs = studio.ksampler(model, SCENE, "")
     faint = studio.regional(SCENE, [studio.region("a red ball", right=0.5, strength=1e-6)], model=model)
@@ -287,7 +327,8 @@ def test_the_incoming_model_keeps_its_patches(studio, kind):
 
 
 def test_a_patch_between_the_aggregation_and_the_sampler(studio):
-    """Deltas of regions are computed from what the last patch hands to the projections, whoever set it and when."""
+    """Deltas of regions are computed from what the last patch hands to the projections, whoever set it and
+    when."""
     def scaled(n, context, value, options):
         return n, 1.5 * context, 1.5 * value
 
@@ -295,7 +336,8 @@ def test_a_patch_between_the_aggregation_and_the_sampler(studio):
     before.set_model_attn2_patch(scaled)
     before = studio.aggregate("a dog", studio.bank, model=before)[0]
     after.set_model_attn2_patch(scaled)
-    scenes = [studio.regional("<blueprint> in a meadow", [studio.region("<blueprint>", right=0.5)], studio.bank, model=model, steps=2)
+    scenes = [studio.regional("<blueprint> in a meadow", [studio.region("<blueprint>", right=0.5)],
+                              studio.bank, model=model, steps=2)
               for model in (before, after)]
     assert distance(*scenes) < 1e-4
 
@@ -304,14 +346,17 @@ def test_regions_on_an_aggregated_model(studio):
     """The aggregation's deltas are in the weights already: regions add theirs to them."""
     model, clip, _ = studio.aggregate("a dog", studio.bank)
     plain = studio.regional(SCENE, columns(studio, 2), studio.bank)
-    assert distance(studio.regional(SCENE, columns(studio, 2), studio.bank, model=model, clip=clip), plain) < 1e-5
+    assert distance(studio.regional(SCENE, columns(studio, 2), studio.bank, model=model, clip=clip),
+                    plain) < 1e-5
 
 
 def test_the_picture_of_attention(studio):
     node = studio.pack.RegionalConceptSampler
-    arguments = {"negative_scene": "", "seed": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+    arguments = {"negative_scene": "", "seed": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler",
+                 "scheduler": "normal", "denoise": 1.0,
                  "strength": 1.0, "region_noise": False, "alpha": 0.1, "outside": "keep"}
-    out = node.execute(model=studio.model, clip=studio.clip, latent_image=studio.latent(), scene=SCENE, bank=studio.bank,
+    out = node.execute(model=studio.model, clip=studio.clip, latent_image=studio.latent(), scene=SCENE,
+                       bank=studio.bank,
                        regions=columns(studio, 2), **arguments)
     assert out[1].ndim == 4 and out[1].std() > 0.01
     preview = out.ui.as_dict()["images"][0]
@@ -319,7 +364,8 @@ def test_the_picture_of_attention(studio):
 
 
 def test_deltas_on_a_scaled_latent_format(studio):
-    """Region noise mixes noises: with one region over everything and alpha 0 it is the region's own guided picture."""
+    """Region noise mixes noises: with one region over everything and alpha 0 it is the region's own guided
+    picture."""
     regions = [studio.region("<rex>")]
     found = studio.regional(SCENE, regions, studio.bank, region_noise=True, alpha=0.0, steps=2)
     assert distance(found, studio.regional(SCENE, regions, studio.bank, steps=2)) < 1e-3

@@ -21,9 +21,8 @@ def test_dpm_solver_runs_on_the_schedule_of_training(tiny_backbone):
 
 
 def test_ddim_by_its_equation(tiny_backbone):
-    schedule, solver, x, noise = tiny_backbone.schedule, Ddim(tiny_backbone.schedule,
-                                                              4), random(2, 4, 3,
-                                                                         3), random(2, 4, 3, 3, seed=1)
+    schedule, solver = tiny_backbone.schedule, Ddim(tiny_backbone.schedule, 4)
+    x, noise = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
     assert solver.timesteps == [999, 749, 499, 249]
     now, then = schedule.alphas_cumprod[749], schedule.alphas_cumprod[499]
     clean = (x - (1 - now).sqrt() * noise) / now.sqrt()
@@ -33,8 +32,8 @@ def test_ddim_by_its_equation(tiny_backbone):
 
 @pytest.mark.parametrize("solver", [Ddim, DpmSolver])
 def test_a_solver_that_knows_the_noise_ends_at_the_clean_latents(tiny_backbone, solver):
-    schedule, clean, noise, seen = tiny_backbone.schedule, 0.3 * random(2, 4, 3,
-                                                                        3), random(2, 4, 3, 3, seed=1), []
+    schedule, seen = tiny_backbone.schedule, []
+    clean, noise = 0.3 * random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
     start = schedule.add_noise(clean, noise, torch.full((2,), 999))
 
     def estimate(x, t, progress):
@@ -60,8 +59,8 @@ def test_guidance_is_both_halves_in_one_evaluation(tiny_backbone, monkeypatch):
     negative, positive = (encode_plain(tiny_backbone, [text] * 2) for text in ("blurry", "a dog"))
     without, wanted = (tiny_backbone.predict(x, t, context) for context in (negative, positive))
     sizes, original = [], tiny_backbone.predict
-    monkeypatch.setattr(tiny_backbone, "predict", lambda latents, *rest: sizes.append(len(latents))
-                        or original(latents, *rest))
+    monkeypatch.setattr(tiny_backbone, "predict",
+                        lambda latents, *rest: sizes.append(len(latents)) or original(latents, *rest))
     assert torch.allclose(guided(tiny_backbone, x, 400, negative, positive, 3.0),
                           without + 3 * (wanted - without), atol=1e-4)
     assert torch.allclose(guided(tiny_backbone, x, 400, negative, positive, 1.0), wanted, atol=1e-4)

@@ -20,6 +20,6 @@ def region_bank(tiny_backbone, make_concept):
 def calls(tiny_backbone, monkeypatch):
     """Batch sizes of the UNet's evaluations."""
     seen, original = [], tiny_backbone.predict
-    monkeypatch.setattr(tiny_backbone, "predict", lambda latents, *rest: seen.append(len(latents))
-                        or original(latents, *rest))
+    monkeypatch.setattr(tiny_backbone, "predict",
+                        lambda latents, *rest: seen.append(len(latents)) or original(latents, *rest))
     return seen

@@ -1,4 +1,5 @@
-"""The page's part of a drawing that needs no page: its reader, and the arithmetic of boxes. Runs in Node where there is one."""
+"""The page's part of a drawing that needs no page: its reader, and the arithmetic of boxes. Runs in Node
+where there is one."""
 
 from __future__ import annotations
 
@@ -27,13 +28,15 @@ def model(tmp_path_factory):
     (folder / "run.mjs").write_text(
         "import * as model from './model.mjs'; import { readFileSync } from 'node:fs';\n"
         "const [name, calls] = JSON.parse(readFileSync(0, 'utf8'));\n"
-        "const call = given => { try { return typeof model[name] === 'function' ? model[name](...given) : model[name]; }"
+        "const call = given => { try {"
+        " return typeof model[name] === 'function' ? model[name](...given) : model[name]; }"
         " catch (error) { return { error: error.message }; } };\n"
         "console.log(JSON.stringify(calls.map(call)));\n"
     )
 
     def run(name: str, calls: list) -> list:
-        done = subprocess.run([NODE, str(folder / "run.mjs")], input=json.dumps([name, calls]), capture_output=True, text=True, check=True)
+        done = subprocess.run([NODE, str(folder / "run.mjs")], input=json.dumps([name, calls]),
+                              capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
     return run
@@ -69,7 +72,8 @@ def test_the_page_refuses_what_the_server_refuses(model, script):
 def test_a_drawing_survives_the_page(model):
     items = [
         {"prompt": "a <b>\n\"'\u00e4\U0001f600", "box": [0, 0, 0.3333333333333333, 1]},
-        {"name": "n", "prompt": "", "box": [0.1, 0.2, 0.3, 0.4], "color": "#123456", "negative": "x", "strength": 0, "start": 0.25,
+        {"name": "n", "prompt": "", "box": [0.1, 0.2, 0.3, 0.4], "color": "#123456", "negative": "x",
+         "strength": 0, "start": 0.25,
          "end": 0.5, "feather": 0.125, "on": False},
         {"prompt": "x" * PROMPT, "box": [0, 0, 1, 1], "strength": 1, "on": True},
     ]  # fmt: skip
@@ -77,7 +81,8 @@ def test_a_drawing_survives_the_page(model):
     (text,) = model("serialise", [[regions]])
     assert model("serialise", [model("parse", [[text]])]) == [text]
     assert [region | {"color": found["color"]} for region, found in zip(items, regions, strict=True)] == [
-        {key: found[key] for key in region | {"color": ""}} for region, found in zip(items, regions, strict=True)
+        {key: found[key] for key in region | {"color": ""}}
+        for region, found in zip(items, regions, strict=True)
     ]
     # With a colour of its own each, and without what is as usual, it is the same drawing on the server
     assert parse_regions(text.replace('"prompt": ""', '"prompt": "y"')) == parse_regions(json.dumps(items))
@@ -87,23 +92,28 @@ def test_a_drawing_survives_the_page(model):
 def test_boxes_stay_boxes_whatever_is_done_to_them(model):
     chance = random.Random(0)
     start = boxes(300, chance)
-    by = [(chance.choice([0, 0.01, -0.01, 3, -3, chance.uniform(-1, 1)]), chance.uniform(-1, 1)) for _ in start]
-    for box, found in zip(start, model("moved", [[box, *step] for box, step in zip(start, by, strict=True)]), strict=True):
+    by = [(chance.choice([0, 0.01, -0.01, 3, -3, chance.uniform(-1, 1)]), chance.uniform(-1, 1))
+          for _ in start]
+    for box, found in zip(start, model("moved", [[box, *step] for box, step in zip(start, by, strict=True)]),
+                          strict=True):
         assert valid(found)
         assert all(abs((found[i + 2] - found[i]) - max(box[i + 2] - box[i], 0.02)) < 1.1e-3 for i in (0, 1))
     handles = [chance.choice(["n", "s", "e", "w", "nw", "ne", "se", "sw"]) for _ in start]
     calls = [[box, handle, *step] for box, handle, step in zip(start, handles, by, strict=True)]
     for (box, handle, *_), found in zip(calls, model("resized", calls), strict=True):
         assert valid(found)
-        assert all(found["wnes".index(side)] == box["wnes".index(side)] for side in "wnes" if side not in handle)
+        assert all(found["wnes".index(side)] == box["wnes".index(side)]
+                   for side in "wnes" if side not in handle)
     calls = [[[chance.uniform(-0.5, 1.5) for _ in "xy"] for _ in "ab"] for _ in range(300)]
     drawn = model("between", calls)
     assert all(box is None or valid(box) for box in drawn) and sum(box is not None for box in drawn) > 200
 
 
 def test_a_move_goes_as_far_as_asked(model):
-    assert model("moved", [[[0.1, 0.2, 0.3, 0.5], 0.05, -0.1], [[0.1, 0.2, 0.3, 0.5], 1, 1]]) == [[0.15, 0.1, 0.35, 0.4], [0.8, 0.7, 1, 1]]
-    assert model("resized", [[[0.1, 0.2, 0.3, 0.5], "se", 0.1, 0.1], [[0.1, 0.2, 0.3, 0.5], "w", 0.9, 0]]) == [
+    moves = [[[0.1, 0.2, 0.3, 0.5], 0.05, -0.1], [[0.1, 0.2, 0.3, 0.5], 1, 1]]
+    assert model("moved", moves) == [[0.15, 0.1, 0.35, 0.4], [0.8, 0.7, 1, 1]]
+    assert model("resized", [[[0.1, 0.2, 0.3, 0.5], "se", 0.1, 0.1],
+                             [[0.1, 0.2, 0.3, 0.5], "w", 0.9, 0]]) == [
         [0.1, 0.2, 0.4, 0.6],
         [0.28, 0.2, 0.3, 0.5],
     ]

@@ -18,7 +18,9 @@ def random(*shape, seed=0):
 
 @pytest.fixture
 def noises():
-    return random(2, 4, 6, 6), random(2, 2, 4, 6, 6, seed=1), torch.stack([box_mask(LEFT, 6, 6), box_mask((0, 0.25, 1, 1), 6, 6)])
+    masks = torch.stack([box_mask(LEFT, 6, 6), box_mask((0, 0.25, 1, 1), 6, 6)])
+    return random(2, 4, 6, 6), random(2, 2, 4, 6, 6, seed=1), masks
+
 
 
 def test_region_noise_by_its_formulas(noises):

@@ -31,14 +31,17 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 16])
-@pytest.mark.parametrize("box", [(0.0, 0.0, 0.05, 0.05), (0.95, 0.4, 1.0, 0.45), (0.49, 0.49, 0.51, 0.51), FULL])
+@pytest.mark.parametrize("box", [(0.0, 0.0, 0.05, 0.05), (0.95, 0.4, 1.0, 0.45), (0.49, 0.49, 0.51, 0.51),
+                                 FULL])
 def test_small_boxes_survive_on_every_grid(box, size):
     mask = box_mask(box, size, size)
     assert mask.any() and set(mask.flatten().tolist()) <= {0.0, 1.0}
     top, left, bottom, right = box
     rows, columns = mask.nonzero().T
-    assert rows.min() >= int(top * size) and rows.max() < max(bottom * size, 1 + int((top + bottom) / 2 * size))
-    assert columns.min() >= int(left * size) and columns.max() < max(right * size, 1 + int((left + right) / 2 * size))
+    assert rows.min() >= int(top * size)
+    assert rows.max() < max(bottom * size, 1 + int((top + bottom) / 2 * size))
+    assert columns.min() >= int(left * size)
+    assert columns.max() < max(right * size, 1 + int((left + right) / 2 * size))
 
 
 def test_boxes_take_whole_cells_despite_rounding():
@@ -76,7 +79,8 @@ def test_shares_sum_to_one():
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"box": FULL, "mask": torch.ones(2, 2)}, {"box": (0.5, 0, 0.5, 1)}, {"box": (0, 0, 1, 1.1)}, {"box": FULL, "strength": 2},
+    {}, {"box": FULL, "mask": torch.ones(2, 2)}, {"box": (0.5, 0, 0.5, 1)}, {"box": (0, 0, 1, 1.1)},
+    {"box": FULL, "strength": 2},
     {"box": FULL, "start": 0.5, "end": 0.4}, {"box": (float("nan"), 0, 1, 1)},
 ])
 def test_bad_regions_are_refused(fields):
@@ -87,9 +91,11 @@ def test_bad_regions_are_refused(fields):
 def test_pooled_text_is_the_mean_by_area():
     scene, own = torch.zeros(2, 4), [torch.ones(2, 4), 2 * torch.ones(2, 4)]
     assert torch.equal(pooled_of([Region("a", FULL)], scene, own[:1], (8, 8), "average"), own[0])
-    half = pooled_of([Region("a", LEFT, strength=0.5), Region("b", RIGHT, start=0.5)], scene, own, (8, 8), "average")
+    half = pooled_of([Region("a", LEFT, strength=0.5), Region("b", RIGHT, start=0.5)], scene, own, (8, 8),
+                     "average")
     assert torch.allclose(half, torch.full((2, 4), 0.25 * 1 + 0.25 * 2))
-    assert torch.equal(pooled_of([Region("a", LEFT, strength=0.0)], own[0], own[1:], (8, 8), "average"), own[0])
+    assert torch.equal(pooled_of([Region("a", LEFT, strength=0.0)], own[0], own[1:], (8, 8), "average"),
+                       own[0])
 
 
 def test_the_first_region_lies_on_top_and_the_nearest_keeps_its_place():
@@ -100,7 +106,8 @@ def test_the_first_region_lies_on_top_and_the_nearest_keeps_its_place():
     own, _ = shares(masks.flip(0), "priority")
     assert torch.equal(own[0], small) and torch.equal(own[1], large - small)
     own, scene = shares(masks, "nearest")
-    assert torch.equal(own[1], small) and torch.equal(own[0], large - small) and not scene.any()      # the same centre: the smaller one
+    # The same centre: the smaller one
+    assert torch.equal(own[1], small) and torch.equal(own[0], large - small) and not scene.any()
     left, right = box_mask((0, 0, 1, 0.75), 8, 8), box_mask((0, 0.25, 1, 1), 8, 8)
     own, _ = shares(torch.stack([left, right]), "nearest")
     assert torch.equal(own[0], box_mask(LEFT, 8, 8)) and torch.equal(own[1], box_mask(RIGHT, 8, 8))
@@ -121,15 +128,19 @@ def test_shares_sum_to_one_and_stay_where_the_masks_are(overlap, data):
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 6))
 def test_a_cover_gives_every_cell_its_sources(seed, count):
-    """Put together by the cover, marks of regions and cells come to their own cells with their own weights."""
+    """Put together by the cover, marks of regions and cells come to their own cells with their own
+    weights."""
     masks = torch.rand(count, 20, generator=torch.Generator().manual_seed(seed))
     masks = masks * (torch.rand(count, 20, generator=torch.Generator().manual_seed(seed + 1)) < 0.4)
     own, scene = shares(masks)
     cover = cover_of(own, scene)
-    marks = torch.cat([(100.0 * torch.tensor(g.members).view(-1, 1) + g.cells).flatten() for g in cover.groups] or [torch.zeros(1)])
+    marks = torch.cat([(100.0 * torch.tensor(g.members).view(-1, 1) + g.cells).flatten()
+                       for g in cover.groups] or [torch.zeros(1)])
     for cell in range(20):
-        found = {float(marks[place]): float(weight) for place, weight in zip(cover.sources[cell], cover.weights[0, cell], strict=True)
+        found = {float(marks[place]): float(weight)
+                 for place, weight in zip(cover.sources[cell], cover.weights[0, cell], strict=True)
                  if weight > 0}
-        assert found == pytest.approx({100.0 * u + cell: float(own[u, cell]) for u in range(count) if own[u, cell] > 0})
-    assert torch.equal(cover.scene[0], scene) and sorted(u for g in cover.groups for u in g.members) == [u for u in range(count)
-                                                                                                       if own[u].any()]
+        assert found == pytest.approx({100.0 * u + cell: float(own[u, cell])
+                                       for u in range(count) if own[u, cell] > 0})
+    assert torch.equal(cover.scene[0], scene)
+    assert sorted(u for g in cover.groups for u in g.members) == [u for u in range(count) if own[u].any()]

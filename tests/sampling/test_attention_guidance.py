@@ -1,4 +1,4 @@
-"""Attention artists: their losses by brute force, what they may touch, and that they do what they say to the maps."""
+"""Attention guidance: its losses by brute force, what it may change, and what it does to the maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from continual_concepts.core.bank.prompts import Vocabulary
 from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.processor import AttentionProcessor
-from continual_concepts.core.sampling import attention_guidance as artists
+from continual_concepts.core.sampling import attention_guidance as module
 from continual_concepts.core.sampling.attention_guidance import (
     AttentionGuidance,
     MapRecorder,
@@ -64,14 +64,16 @@ def test_the_losses_are_their_formulas(subject):
 def test_maps_are_shares_among_the_prompts_own_tokens():
     maps = random(16, 9).softmax(1)
     words = word_maps(maps, (1, 2, 5), (4, 4))
-    assert torch.allclose(words.sum(0), torch.ones(16), atol=1e-2)      # the blur's weights add up to nearly 1
+    # The blur's weights add up to nearly 1
+    assert torch.allclose(words.sum(0), torch.ones(16), atol=1e-2)
     assert not words[[0, 3, 4, 6, 7, 8]].any()
     scaled = maps * torch.where(torch.arange(9) == 0, 7.0, 1.0)      # what begin takes is of no account
     assert torch.allclose(word_maps(scaled, (1, 2, 5), (4, 4)), words, atol=1e-6)
 
 
 def test_perfect_maps_have_no_loss(subject):
-    """Two concepts on two halves, every cell all of its concept's: nothing is left but that two words share each half."""
+    """Two concepts on two halves, every cell all of its concept's: nothing is left but that two words share
+    each half."""
     maps = torch.zeros(64, 9)
     for cells, (identifier, noun) in ((range(32), (2, 3)), (range(32, 64), (5, 6))):
         maps[list(cells)[:16] if identifier == 2 else list(cells)[16:], identifier] = 0.5
@@ -99,7 +101,8 @@ def test_positions_of_the_text(tiny_backbone, bank):
     long = "red " * 20
     found = text_positions(tiny_backbone, Vocabulary(()).parse(long))
     length = tiny_backbone.text[0].length
-    assert len(found) == len(tiny_backbone.text[0].ids(long)) and not {0, length - 1, length, 2 * length - 1} & set(found)
+    assert len(found) == len(tiny_backbone.text[0].ids(long))
+    assert not {0, length - 1, length, 2 * length - 1} & set(found)
 
 
 def looks(backbone, bank, prompts, t=500):
@@ -114,10 +117,11 @@ def looks(backbone, bank, prompts, t=500):
 
 
 def loss_of(look, subjects, latents):
-    recorder = MapRecorder(AttentionProcessor(), artists.FINEST)
+    recorder = MapRecorder(AttentionProcessor(), module.FINEST)
     with torch.no_grad():
         look(latents, recorder)
-    return sum(sum(guidance_losses(m, s, (8, 8)).values()) for m, s in zip(recorder.mean(), subjects, strict=True)).item()
+    return sum(sum(guidance_losses(m, s, (8, 8)).values())
+               for m, s in zip(recorder.mean(), subjects, strict=True)).item()
 
 
 def test_the_gradient_is_the_losses(any_backbone, bank):
@@ -129,7 +133,7 @@ def test_the_gradient_is_the_losses(any_backbone, bank):
     sides = [loss_of(look, subjects, latents + h * direction) for h in (1e-2, -1e-2)]
     slope = (sides[0] - sides[1]) / 2e-2
     start = loss_of(look, subjects, latents)
-    assert slope < 0 and step.square().mean().sqrt().item() == pytest.approx(artists.STEP * start, rel=1e-3)
+    assert slope < 0 and step.square().mean().sqrt().item() == pytest.approx(module.STEP * start, rel=1e-3)
     for other in range(3):      # steepest: no other direction falls as fast
         way = random(1, 4, 8, 8, seed=10 + other)
         way = way / way.norm()
@@ -152,7 +156,8 @@ def test_a_latent_does_not_depend_on_its_batch(tiny_backbone, bank):
     assert torch.equal(together[1], latents[1])      # one concept: nothing to keep apart
     for i, prompt in ((0, TWO), (2, "<mimi> near <rex>")):
         look, subjects = looks(tiny_backbone, bank, [prompt])
-        assert torch.allclose(AttentionGuidance(subjects, 1.0).moved(latents[i:i + 1], look)[0], together[i], atol=1e-4)
+        assert torch.allclose(AttentionGuidance(subjects, 1.0).moved(latents[i:i + 1], look)[0], together[i],
+                              atol=1e-4)
 
 
 def test_later_passes_end_at_the_last_site_that_is_looked_at(tiny_backbone, bank):
@@ -195,15 +200,19 @@ def test_nothing_happens_at_strength_zero_or_with_one_concept(tiny_backbone, ban
 def test_a_picture_of_two_changes_and_nothing_else_does(any_backbone, bank, mode):
     settings = replace(QUICK, mode=mode)
     before = [p.detach().clone() for p in any_backbone.unet.parameters()]
-    plain, moved, again, last = (sample(any_backbone, bank, [TWO], [1], replace(settings, artists=s)) for s in (0.0, 2.0, 2.0, 0.0))
-    assert torch.equal(plain, last) and torch.equal(moved, again) and not torch.allclose(plain, moved, atol=1e-3)
-    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(any_backbone.unet.parameters(), before, strict=True))
+    plain, moved, again, last = (sample(any_backbone, bank, [TWO], [1], replace(settings, artists=s))
+                                 for s in (0.0, 2.0, 2.0, 0.0))
+    assert torch.equal(plain, last) and torch.equal(moved, again)
+    assert not torch.allclose(plain, moved, atol=1e-3)
+    assert all(torch.equal(p, b) and p.grad is None
+               for p, b in zip(any_backbone.unet.parameters(), before, strict=True))
 
 
 def test_it_works_under_inference_mode(tiny_backbone, bank):
     expected = sample(tiny_backbone, bank, [TWO], [1], replace(QUICK, artists=1.0))
     with torch.inference_mode():
-        assert torch.allclose(sample(tiny_backbone, bank, [TWO], [1], replace(QUICK, artists=1.0)), expected, atol=1e-5)
+        assert torch.allclose(sample(tiny_backbone, bank, [TWO], [1], replace(QUICK, artists=1.0)), expected,
+                              atol=1e-5)
 
 
 def test_two_encoders(tiny_sdxl, make_concept):
@@ -217,7 +226,8 @@ def test_two_encoders(tiny_sdxl, make_concept):
 def test_they_work_in_the_first_quarter(subject):
     guidance = AttentionGuidance([subject], 1.0)
     assert [guidance.acts(p) for p in (0.0, 0.2, 0.25, 1.0)] == [True, True, False, False]
-    assert not AttentionGuidance([subject], 0.0).acts(0.0) and not AttentionGuidance([Subject(((1, 2),), (1, 2))], 1.0).acts(0.0)
+    assert not AttentionGuidance([subject], 0.0).acts(0.0)
+    assert not AttentionGuidance([Subject(((1, 2),), (1, 2))], 1.0).acts(0.0)
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])

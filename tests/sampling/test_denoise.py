@@ -1,4 +1,5 @@
-"""Steps in which regions are evaluated alone: what is evaluated, how it is mixed, and the pictures that come of it."""
+"""Steps in which regions are evaluated alone: what is evaluated, how it is mixed, and the pictures that come
+of it."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Host:
         return {"noise": noise, "half": noise / 2}
 
 
-def step(regions, noise, progress=0.0, overlap="average", latents=torch.zeros(2, 4, 16, 16)):  # noqa: B008 - never changed
+def step(regions, noise, progress=0.0, overlap="average",
+         latents=torch.zeros(2, 4, 16, 16)):  # noqa: B008 - never changed
     host, found = Host(), RegionSteps(regions, noise, overlap).at(progress, latents)
     return None if found is None else (found.estimate(latents, host), host.calls)
 
@@ -58,9 +60,11 @@ def test_the_frame_is_evaluated_where_it_is_seen():
 
 
 def test_crops_of_different_sizes_are_evaluated_apart():
-    found, calls = step([Region("a", (0.0, 0.0, 0.5, 0.5)), Region("b", LEFT), Region("c", (0.5, 0.5, 1.0, 1.0))], CROPS)
+    found, calls = step([Region("a", (0.0, 0.0, 0.5, 0.5)), Region("b", LEFT),
+                         Region("c", (0.5, 0.5, 1.0, 1.0))], CROPS)
     assert calls[1:] == [((0, 2), (4, 4, 8, 8)), ((1,), (2, 4, 16, 8))]
-    assert (found["noise"][..., :8, :8] == 1.5).all() and (found["noise"][..., 8:, 8:] == 3).all()      # two share the corner
+    # Two share the corner
+    assert (found["noise"][..., :8, :8] == 1.5).all() and (found["noise"][..., 8:, 8:] == 3).all()
 
 
 @pytest.mark.parametrize("area, shape", [("frame", (2, 4, 16, 16)), ("crop", (2, 4, 16, 8))])
@@ -74,7 +78,8 @@ def test_region_noise_adds_a_share_of_the_scene(area, shape, outside):
 
 def test_steps_in_which_the_frame_is_all():
     late, off = Region("a", LEFT, start=0.5), Region("b", LEFT, strength=0.0)
-    assert step(HALVES, NoiseSettings()) is None and step(HALVES, CROPS, 0.4) is None and step([], NoiseSettings(True)) is None
+    assert step(HALVES, NoiseSettings()) is None and step(HALVES, CROPS, 0.4) is None
+    assert step([], NoiseSettings(True)) is None
     assert step([late, off], CROPS) is None and step([late, off], NoiseSettings(True)) is None
     assert step([off, late], NoiseSettings(True), 0.5)[1][1][0] == (1,)      # by its number among all regions
 
@@ -87,7 +92,8 @@ def test_soft_edges_make_no_crop_larger_and_stay_where_they_are_wanted():
 
 
 def test_every_kind_of_step_is_laid_out_once():
-    steps, latents = RegionSteps([*HALVES, Region("c", FULL, end=0.1)], CROPS, "average"), torch.zeros(1, 4, 16, 16)
+    steps = RegionSteps([*HALVES, Region("c", FULL, end=0.1)], CROPS, "average")
+    latents = torch.zeros(1, 4, 16, 16)
     found = [steps.at(progress, latents) for progress in (0.0, 0.1, 0.2, 0.3)]
     assert found[0] is found[1] and found[2] is found[3] and found[1] is not found[2]
     assert steps.at(0.3, latents[..., :8]) is not found[3]
@@ -106,7 +112,8 @@ def bank(tiny_backbone, make_concept):
 def evaluated(tiny_backbone, monkeypatch):
     """Shapes of what the UNet has evaluated: pictures, rows, columns."""
     seen, original = [], tiny_backbone.predict
-    monkeypatch.setattr(tiny_backbone, "predict", lambda x, *rest: seen.append((len(x), *x.shape[-2:])) or original(x, *rest))
+    monkeypatch.setattr(tiny_backbone, "predict",
+                        lambda x, *rest: seen.append((len(x), *x.shape[-2:])) or original(x, *rest))
     return seen
 
 
@@ -114,12 +121,15 @@ PROMPTS = [Region("<rex>", LEFT), Region("<mimi>", RIGHT)]
 
 
 def test_region_noise_evaluates_every_region(tiny_backbone, bank, evaluated):
-    noisy = sample_regions(tiny_backbone, bank, "a dog", PROMPTS, [1], replace(QUICK, noise=NoiseSettings(True)))
-    assert evaluated == [(2, 8, 8)] * 9      # both halves of guidance; latents are a quarter of the picture's sides
+    noisy = sample_regions(tiny_backbone, bank, "a dog", PROMPTS, [1],
+                           replace(QUICK, noise=NoiseSettings(True)))
+    # Both halves of guidance; latents are a quarter of the picture's sides
+    assert evaluated == [(2, 8, 8)] * 9
     without = sample_regions(tiny_backbone, bank, "a dog", PROMPTS, [1], QUICK)
     assert not torch.allclose(noisy, without, atol=1e-3)
     scene_alone = replace(QUICK, noise=NoiseSettings(True, alpha=1.0))
-    assert torch.allclose(sample_regions(tiny_backbone, bank, "a dog", PROMPTS, [1], scene_alone), without, atol=1e-4)
+    assert torch.allclose(sample_regions(tiny_backbone, bank, "a dog", PROMPTS, [1], scene_alone), without,
+                          atol=1e-4)
 
 
 def test_region_noise_by_area_evaluates_a_crop(tiny_backbone, bank, evaluated):
@@ -127,7 +137,8 @@ def test_region_noise_by_area_evaluates_a_crop(tiny_backbone, bank, evaluated):
     sample_regions(tiny_backbone, bank, "a dog", [Region("<rex>", (0.0, 0.0, 0.2, 0.3))], [1], settings)
     assert evaluated == [(2, 24, 16), (2, 8, 8)] * 2
     whole = [sample_regions(tiny_backbone, bank, "a dog", [Region("<rex>", FULL)], [1],
-                            replace(settings, noise=NoiseSettings(True, area=area))) for area in ("frame", "crop")]
+                            replace(settings, noise=NoiseSettings(True, area=area)))
+             for area in ("frame", "crop")]
     assert torch.equal(*whole)
 
 
@@ -139,7 +150,8 @@ def test_crop_denoising_costs_no_more_cells_than_a_plain_picture(tiny_backbone, 
 
 
 def test_a_region_in_crop_denoising_is_a_picture_of_its_own(tiny_backbone, bank, monkeypatch):
-    """Two halves are what each prompt gives on the half's own noise. Latents: the decoder sees over the border."""
+    """Two halves are what each prompt gives on the half's own noise. Latents: the decoder sees over the
+    border."""
     monkeypatch.setattr(tiny_backbone, "decode_latents", lambda latents: latents)
     settings = replace(QUICK, size=(64, 64), noise=NoiseSettings(crop_denoising=1.0), steps=1)
     found = sample_regions(tiny_backbone, bank, "a dog", PROMPTS, [1, 2], settings)
@@ -152,10 +164,12 @@ def test_a_region_in_crop_denoising_is_a_picture_of_its_own(tiny_backbone, bank,
 
 @torch.no_grad()
 def test_a_batch_of_crops_gives_what_crops_give_one_by_one(tiny_backbone, bank, monkeypatch):
-    run = RegionSampling(tiny_backbone, bank, bank.parse("a dog"), PROMPTS, 2, replace(QUICK, noise=CROPS), (16, 16))
+    run = RegionSampling(tiny_backbone, bank, bank.parse("a dog"), PROMPTS, 2, replace(QUICK, noise=CROPS),
+                         (16, 16))
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     batched = run.estimate(latents, 500, 0.0)
-    monkeypatch.setattr("continual_concepts.core.sampling.denoise.batches_of", lambda crops, _most: [[i] for i in range(len(crops))])
+    monkeypatch.setattr("continual_concepts.core.sampling.denoise.batches_of",
+                        lambda crops, _most: [[i] for i in range(len(crops))])
     run.steps = RegionSteps(run.steps.regions, CROPS, "average")
     one_by_one = run.estimate(latents, 500, 0.0)
     assert float((batched - one_by_one).norm() / one_by_one.norm()) < 1e-5
