@@ -1,4 +1,4 @@
-"""Word-bound deltas against their definition, position by position, and what must not move."""
+"""Word-bound deltas against their definition, position by position, and what they must not change."""
 
 from __future__ import annotations
 
@@ -89,26 +89,26 @@ def test_every_position_has_its_own_maps(weights, words):
                          [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}),
                           ({}, {"rex": (2,)})])
 @pytest.mark.parametrize("parts", [tuple(SHAPES), ("to_k", "to_v"), ("to_q", "to_k"), ("to_v", "to_out")])
-def test_what_is_read_is_kept(weights, words, parts):
-    """The first pass and all later ones give what BoundProgram gives, and later ones look at no text."""
+def test_keys_and_values_are_cached(weights, words, parts):
+    """Every pass gives what `TokenLoraProcessor` gives, and later ones read no text."""
     known = {name: {key: delta for key, delta in deltas(seed).items() if key[1] in parts}
              for name, seed in (("rex", 20), ("mimi", 50))}
     found = context(*words)
-    kept = CachedTokenLora(TokenLora(known, found), len(words), "cpu")
+    cached = CachedTokenLora(TokenLora(known, found), len(words), "cpu")
     for i in range(3):
         picture = draw(len(words), 9, 8, seed=3 + i)
         expected = run(TokenLoraProcessor(known), found, weights, picture)
         read = found if i == 0 else context(*({},) * len(words), length=0)
-        assert torch.allclose(run(kept, read, weights, picture), expected, atol=1e-5)
+        assert torch.allclose(run(cached, read, weights, picture), expected, atol=1e-5)
 
 
-def test_a_kept_site_needs_few_operations(weights):
-    known, found, picture = {"rex": deltas(20),
-                             "mimi": deltas(50)}, context({"rex": (1,), "mimi": (2,)}), draw(1, 9, 8, seed=3)
-    kept, nothing, counts = CachedTokenLora(TokenLora(known, found), 1, "cpu"), context({}, length=0), []
-    run(kept, found, weights, picture)
+def test_a_cached_site_costs_two_operations_more_than_a_plain_one(weights):
+    known, picture = {"rex": deltas(20), "mimi": deltas(50)}, draw(1, 9, 8, seed=3)
+    found = context({"rex": (1,), "mimi": (2,)})
+    cached, nothing, counts = CachedTokenLora(TokenLora(known, found), 1, "cpu"), context({}, length=0), []
+    run(cached, found, weights, picture)
     with torch.inference_mode():
-        for processor, text in ((TokenLoraProcessor({}), found), (kept, nothing),
+        for processor, text in ((TokenLoraProcessor({}), found), (cached, nothing),
                                 (TokenLoraProcessor(known), found)):
             with Operations() as counter:
                 run(processor, text, weights, picture)

@@ -1,5 +1,4 @@
-"""Regions beside what other people put into workflows: ControlNet, image prompts, LoRA loaders, every
-sampler, no negatives."""
+"""Regions together with other nodes: ControlNet, image prompts, LoRA loaders, every sampler, no negatives."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def inputs(backbone, seed=0):
     return torch.randn(2, 4, 8, 8, generator=g), torch.tensor([10, 700]), context
 
 
-def test_without_a_program_it_is_the_model_itself(backbone):
+def test_without_an_attention_processor_it_is_the_model_itself(backbone):
     latents, timesteps, context = inputs(backbone)
     ours, unet = backbone.predict(latents, timesteps, context), backbone.unet
     extra = {} if context.pooled is None else {"text_embeds": context.pooled,
@@ -54,12 +54,12 @@ def test_texts_are_encoded_with_our_activation_and_the_model_keeps_its_own(tiny_
     with torch.no_grad():
         expected = encoder.model(ids).last_hidden_state
 
-    def look(*_):
+    def watch(*_):
         seen.extend(part.forward is quick_gelu for part in activations)
         if fails:
             raise KeyboardInterrupt
 
-    hook = encoder.embedding.register_forward_hook(look)
+    hook = encoder.embedding.register_forward_hook(watch)
     try:
         with torch.no_grad():
             assert torch.equal(encoder.encode(ids, nothing, vectors)[0], expected)
@@ -91,7 +91,7 @@ def test_sites_run_in_the_order_of_their_numbers(backbone):
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_a_program_sees_what_project_computes(backbone, projection):
+def test_an_attention_processor_sees_what_project_computes(backbone, projection):
     class Check(AttentionProcessor):
         def project(self, site, name, x, y):
             if name == projection:

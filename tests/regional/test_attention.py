@@ -137,7 +137,7 @@ def test_every_region_is_attended_by_a_model_of_its_own(tiny_backbone, bank, sit
 
 
 @torch.no_grad()
-def test_what_other_peoples_attention_adds_is_added_everywhere(tiny_backbone, bank):
+def test_what_another_nodes_attention_adds_is_added_everywhere(tiny_backbone, bank):
     """As an image prompt adapter does: its part is there inside regions as outside, once."""
     processor, _ = processor_of(tiny_backbone, bank, [Region("a", LEFT)])
     site, query = tiny_backbone.layout.sites[2], random(2, 16, 64)

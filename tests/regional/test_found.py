@@ -19,9 +19,9 @@ QUICK = SampleSettings(steps=5, cfg=3.0, size=(64, 64))
 SCENE = "a photo of <rex> and <mimi> in a room"
 
 
-@pytest.fixture(params=["routed", "bound"])
+@pytest.fixture(params=["prompt-activated", "word-bound"])
 def bank(request, region_bank, tiny_backbone, teach):
-    if request.param == "routed":
+    if request.param == "prompt-activated":
         return region_bank
     bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "bound").bank
     return teach(tiny_backbone, bank, "mimi", "bound", noun="cat").bank

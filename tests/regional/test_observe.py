@@ -1,4 +1,4 @@
-"""The picture of what regions look at: every region's own attention on its words, at every cell."""
+"""Attention maps of regions: every region's own attention to its words, at every cell."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def observed(tiny_backbone, monkeypatch):
     monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH",
                         tiny_backbone.layout.sites[0].context_width)
 
-    def build(is_bound, count=2):
+    def build(is_word_bound, count=2):
         boxes = regional_cost.boxes_of(count)
-        regions, parts, _ = regional_cost.parts_of(tiny_backbone.layout, boxes, is_bound)
+        regions, parts, _ = regional_cost.parts_of(tiny_backbone.layout, boxes, is_word_bound)
         rows = torch.tensor([0, 0, 0, 1, 1, 1])
         processor = ObservedRegions(tiny_backbone, Part(context_of(2, 1, seed=1), {}), regions, parts, rows,
                                     (8, 8), tokens=[WORDS] * count)
@@ -32,30 +32,30 @@ def observed(tiny_backbone, monkeypatch):
 
 
 @pytest.mark.parametrize("at_once", [1, 2**25])
-@pytest.mark.parametrize("is_bound", [True, False])
+@pytest.mark.parametrize("is_word_bound", [True, False])
 @torch.no_grad()
-def test_maps_are_each_regions_own_attention(tiny_backbone, observed, site_output, is_bound, at_once,
+def test_maps_are_each_regions_own_attention(tiny_backbone, observed, site_output, is_word_bound, at_once,
                                              monkeypatch):
     monkeypatch.setattr(observe, "AT_ONCE", at_once)      # picture by picture, or all together
-    processor, site = observed(is_bound), tiny_backbone.layout.sites[2]
+    processor, site = observed(is_word_bound), tiny_backbone.layout.sites[2]
     x = torch.randn(6, 16, site.width, generator=torch.Generator().manual_seed(0))
     site_output(tiny_backbone, processor, site, x, processor.scene.context.at(site)[processor.rows],
                 enters=True)
     for u, part in enumerate(processor.parts):
-        delta = (part.word_bound[f"concept{u}"] if is_bound else part.deltas)[site.index, "to_q"]
+        delta = (part.word_bound[f"concept{u}"] if is_word_bound else part.deltas)[site.index, "to_q"]
         query = tiny_backbone.project(site, "to_q", x[3:])
         key = processor.keys_values[site.index][u].key[1]
         heads = [y.unflatten(-1, (site.heads, -1)) for y in (query, query + delta.apply(x[3:]), key)]
         frozen, own = (torch.einsum("bshd,nhd->bhsn", q, heads[2]) * heads[2].shape[-1]**-0.5
                        for q in heads[:2])
         acts = torch.zeros(frozen.shape[-1], dtype=torch.bool)      # where the concept's own query counts
-        acts[list(WORDS) if is_bound else slice(None)] = True
+        acts[list(WORDS) if is_word_bound else slice(None)] = True
         share = torch.where(acts, own, frozen).softmax(-1)[..., list(WORDS)].sum(-1).mean((0, 1))
         assert torch.allclose(processor.maps[site.index][u].flatten(), share, atol=1e-5)
     assert processor.picture_maps((32, 32)).shape == (2, 32, 32)
 
 
-def test_looking_costs_the_same_for_any_number_of_regions(tiny_backbone, observed):
+def test_observing_costs_the_same_for_any_number_of_regions(tiny_backbone, observed):
     site, found = tiny_backbone.layout.sites[2], []
     for count in (2, 4):
         processor = observed(True, count)
@@ -68,7 +68,7 @@ def test_looking_costs_the_same_for_any_number_of_regions(tiny_backbone, observe
     assert found[0] == found[1]
 
 
-def test_fine_grids_are_not_looked_at(tiny_backbone, observed):
+def test_fine_grids_are_not_observed(tiny_backbone, observed):
     processor = observed(True)
     processor.latent = (64, 64)
     assert processor._observes(256) and not processor._observes(1024)

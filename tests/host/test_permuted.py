@@ -1,5 +1,5 @@
-"""Sites gone through region by region in ComfyUI: the same pictures, and only where nobody else's code is in
-between. And windows in one batch."""
+"""Permuted cells in ComfyUI: the same pictures, and only where no other node's code is in between. And crops
+in one batch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture
 def entered(monkeypatch):
-    """For every site that was asked from here on, whether it was gone through region by region; and whether
-    the text was left out."""
+    """For every call of a site from here on: whether its cells were permuted, and whether it read no text."""
     from continual_concepts.core.comfy import sites
     from continual_concepts.core.regional import processor as processor
 
@@ -55,7 +54,7 @@ def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
     one = drawn(studio, kind, sampler_name=sampler)
     assert any(entered["entered"]) and any(entered["no text"]) == (kind == "columns")
     entered["no text"].clear()
-    # weights of another kind: the text is read, nobody looks at it
+    # weights of another kind: the text is projected, and the result is not used
     monkeypatch.setattr(sites, "_is_plain", lambda _: False)
     two = drawn(studio, kind, sampler_name=sampler)
     assert not any(entered["no text"])
@@ -64,11 +63,10 @@ def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
     assert distance(one, two) < 1e-5 and distance(one, three) < 1e-4
 
 
-@pytest.mark.parametrize("by_region", [False, True])
-def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, by_region):
-    """Where only the scene is, one UNet call differs from the plain one through self-attention and
-    convolutions alone: the sites' own output is the scene's, bit for bit; to rounding where the scene's cells
-    are attended without the others."""
+@pytest.mark.parametrize("is_permuted", [False, True])
+def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, is_permuted):
+    """Outside the region the sites give the scene's output: bit for bit, or to rounding where the cells are
+    permuted. Only self-attention and convolutions carry the region further."""
     from continual_concepts.core.regional import processor as processor
 
     seen, attend, enter = [], processor.RegionProcessor.attend, processor.RegionProcessor.enter
@@ -94,14 +92,14 @@ def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, by_regi
 
         call._attend_reordered = attending
 
-    monkeypatch.setattr(processor.RegionProcessor, "enter", entering if by_region else lambda *_: None)
-    monkeypatch.setattr(processor.RegionProcessor, "attend", attend if by_region else attending)
+    monkeypatch.setattr(processor.RegionProcessor, "enter", entering if is_permuted else lambda *_: None)
+    monkeypatch.setattr(processor.RegionProcessor, "attend", attend if is_permuted else attending)
     studio.regional("a photo in a meadow", [studio.region("<rex>", right=0.5)], studio.bank)
     assert seen and all(seen)
 
 
 @pytest.mark.parametrize("kind", ["output", "replacement"])
-def test_with_other_peoples_code_in_between_cells_keep_their_places(studio, entered, kind):
+def test_cells_keep_their_places_where_another_nodes_code_is_in_between(studio, entered, kind):
     model = studio.model.clone()
     if kind == "output":
         model.set_model_attn2_output_patch(lambda n, options: 0.9 * n)
@@ -111,7 +109,7 @@ def test_with_other_peoples_code_in_between_cells_keep_their_places(studio, ente
     assert not entered["entered"] and not any(entered["no text"])
 
 
-def test_other_peoples_code_before_is_no_hindrance(studio, entered):
+def test_cells_are_permuted_after_another_nodes_code(studio, entered):
     model = studio.model.clone()
     model.set_model_attn2_patch(lambda n, context, value, options: (1.1 * n, context, value))
     drawn(studio, "columns", model=model)

@@ -1,5 +1,5 @@
-"""What bound concepts read is kept from step to step: the same pictures, and never what belongs to another
-text or other weights."""
+"""Keys and values of word-bound concepts are cached from step to step: the same pictures, and never the cache
+of another text or of other weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("as_in_comfyui")
 
 
 @pytest.fixture(scope="module")
-def bound(bank):
+def word_bound(bank):
     made = ConceptBank(bank.layout)
     for concept in bank:
         made = made.add(replace(concept, info=replace(concept.info, method="bound")))
@@ -23,7 +23,7 @@ def bound(bank):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """For every site from here on, whether it read no text because what it reads was kept."""
+    """For every call of a site from here on, whether its keys and values were cached."""
     from continual_concepts.core.attention.cached import CachedTokenLora
 
     seen, enter = [], CachedTokenLora.enter
@@ -40,35 +40,34 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def unkept(model):
-    """The same MODEL with another node's patch that changes nothing: then nobody knows what sites will
-    read."""
+def uncached(model):
+    """The same MODEL with another node's patch that changes nothing. What sites read is then unknown."""
     clone = model.clone()
     clone.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
     return clone
 
 
 def both_ways(studio, model, positive, negative, calls, **other):
-    """One picture with what is read kept, after a check that it is the same without."""
+    """A picture with the cache, after a check that it is the same without."""
     calls.clear()
-    kept = studio.ksampler(model, positive, negative, **other)
+    cached = studio.ksampler(model, positive, negative, **other)
     assert any(calls)
     calls.clear()
-    plain = studio.ksampler(unkept(model), positive, negative, **other)
-    assert not calls and distance(kept, plain) < 1e-4
-    return kept
+    plain = studio.ksampler(uncached(model), positive, negative, **other)
+    assert not calls and distance(cached, plain) < 1e-4
+    return cached
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_sde", "dpm_2_ancestral"])
-def test_pictures_are_the_same(studio, bound, calls, sampler):
-    model, clip, positive = studio.aggregate("a <rex> and <mimi>", bound)
+def test_pictures_are_the_same(studio, word_bound, calls, sampler):
+    model, clip, positive = studio.aggregate("a <rex> and <mimi>", word_bound)
     both_ways(studio, model, positive, studio.encode(clip, "<blueprint>"), calls, sampler=sampler,
               latent=studio.latent(2))
     both_ways(studio, model, positive, studio.encode(clip, ""), calls, sampler=sampler, cfg=1.0)
 
 
-def test_a_text_that_changes_on_the_way(studio, bound, calls):
-    model, clip, _ = studio.aggregate("", bound)
+def test_a_text_that_changes_while_sampling(studio, word_bound, calls):
+    model, clip, _ = studio.aggregate("", word_bound)
     parts = []
     for prompt, start, end in (("a <rex>", 0.0, 0.5), ("a <mimi> at night", 0.5, 1.0)):
         parts += [[hidden, extra | {"start_percent": start, "end_percent": end}]
@@ -76,10 +75,9 @@ def test_a_text_that_changes_on_the_way(studio, bound, calls):
     both_ways(studio, model, parts, studio.encode(clip, ""), calls, steps=6)
 
 
-def test_two_prompts_at_once(studio, bound, calls):
-    """They share a batch, or are called one after another where memory is short; neither takes the
-    other's."""
-    model, clip, _ = studio.aggregate("", bound)
+def test_two_prompts_at_once(studio, word_bound, calls):
+    """They share a batch, or follow each other where memory is short. Neither takes the other's cache."""
+    model, clip, _ = studio.aggregate("", word_bound)
     both_ways(studio, model, studio.encode(clip, "a <rex>") + studio.encode(clip, "a <mimi>"),
               studio.encode(clip, ""), calls)
     long = "a <mimi>, " + "very " * 90 + "green"
@@ -87,12 +85,12 @@ def test_two_prompts_at_once(studio, bound, calls):
               studio.encode(clip, "<rex>"), calls)
 
 
-def test_weights_that_change_between_samplings(studio, bound, calls):
-    """A LoRA loader behind the concepts shares their run with the model before it, of which a sampling was
-    stopped on its way."""
+def test_weights_that_change_between_samplings(studio, word_bound, calls):
+    """A LoRA loader after the concepts shares their run with the model before it, whose sampling was
+    interrupted."""
     import comfy.sd
 
-    model, clip, positive = studio.aggregate("a <rex>", bound)
+    model, clip, positive = studio.aggregate("a <rex>", word_bound)
     negative, state = studio.encode(clip, ""), {}
     for key, weight in model.model.state_dict().items():
         if key.endswith("attn2.to_k.weight"):
@@ -116,11 +114,11 @@ def test_weights_that_change_between_samplings(studio, bound, calls):
     assert distance(first, second) > 1e-3 and torch.equal(first, studio.ksampler(model, positive, negative))
 
 
-def test_weights_that_change_within_a_sampling(studio, bound, calls):
-    """LoRA hooks with a strength of their own for every part of the sampling: nothing is kept under them."""
+def test_weights_that_change_within_a_sampling(studio, word_bound, calls):
+    """LoRA hooks whose strength changes while sampling: nothing is cached under them."""
     import comfy.hooks
 
-    model, clip, positive = studio.aggregate("a <rex>", bound)
+    model, clip, positive = studio.aggregate("a <rex>", word_bound)
     key = next(key for key in model.model.state_dict() if key.endswith("attn2.to_k.weight"))
     a, b = model.model.state_dict()[key].shape
     name = key.removesuffix(".weight")
@@ -133,13 +131,13 @@ def test_weights_that_change_within_a_sampling(studio, bound, calls):
     hooked = comfy.hooks.set_conds_props([positive], 1.0, "default", hooks=hook)[0]
     calls.clear()
     one = studio.ksampler(model, hooked, studio.encode(clip, ""))
-    assert distance(one, studio.ksampler(unkept(model), hooked, studio.encode(clip, ""))) < 1e-4
+    assert distance(one, studio.ksampler(uncached(model), hooked, studio.encode(clip, ""))) < 1e-4
     assert distance(one, studio.ksampler(model, positive, studio.encode(clip, ""))) > 1e-4
 
 
-def test_nothing_stays_after_a_sampling(studio, bound):
+def test_nothing_stays_after_a_sampling(studio, word_bound):
     from continual_concepts.core.comfy.apply import processor_of
 
-    model, clip, positive = studio.aggregate("a <rex>", bound)
+    model, clip, positive = studio.aggregate("a <rex>", word_bound)
     studio.ksampler(model, positive, studio.encode(clip, ""))
     assert processor_of(model)._cached == {}
