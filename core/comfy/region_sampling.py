@@ -58,20 +58,20 @@ class ConceptPrompts:
     def regions(self, scene: str, positive: Conditioning, negative: Conditioning, regions: Sequence[Region],
                 settings: SampleSettings) -> RegionRun:
         """A sampling with regions."""
-        below = self._context(negative)
-        negatives = [self._context(self.encode(region.negative)) if region.negative else below
+        scene_negative = self._context(negative)
+        negatives = [self._context(self.encode(region.negative)) if region.negative else scene_negative
                      for region in regions]
         parts = [self._part(region.prompt, own) for region, own in zip(regions, negatives, strict=True)]
         words = [learned_positions(self.clip, region.prompt) for region in regions]
-        whole = Part(Context.cat([below, self._context(positive)]), self.deltas(scene))
+        whole = Part(Context.cat([scene_negative, self._context(positive)]), self.deltas(scene))
         return RegionRun(self.sites, whole, regions, parts, words, self.word_bound, settings.overlap,
                          settings.isolation)
 
     def found_regions(self, scene: str, positive: Conditioning, negative: Conditioning) -> FoundRun:
         """A sampling that finds the regions of the concepts that the scene names."""
-        below, prompts = self._context(negative), self.named(scene)
-        parts = [self._part(prompt, below) for prompt in prompts.values()]
-        whole = Part(Context.cat([below, self._context(positive)]), self.deltas(scene))
+        scene_negative, prompts = self._context(negative), self.named(scene)
+        parts = [self._part(prompt, scene_negative) for prompt in prompts.values()]
+        whole = Part(Context.cat([scene_negative, self._context(positive)]), self.deltas(scene))
         everywhere = [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in prompts]
         words = subject_of(self.clip, scene).concepts
         return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound)

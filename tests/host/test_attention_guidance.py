@@ -133,11 +133,11 @@ def test_one_step_is_the_other_hosts(studio, reference):
         for i, (sigma, after) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
             t, scale = sampling.timestep(torch.tensor([sigma])).long(), (1 + sigma**2) ** 0.5
 
-            def look(latents, processor, t=t):
+            def evaluate(latents, processor, t=t):
                 return reference.predict(latents, t, positive, processor)
 
             if guidance.acts(i / 3):
-                x = guidance.moved(x / scale, look) * scale
+                x = guidance.moved(x / scale, evaluate) * scale
             noise = reference.schedule.to_epsilon(reference.predict(x / scale, t, positive), x / scale, t)
             x = x + noise * (after - sigma)
     found = studio.regional(TWO, bank=studio.bank, steps=4, cfg=1.0, artists=1.0)

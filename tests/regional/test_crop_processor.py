@@ -15,7 +15,7 @@ from continual_concepts.core.regional.regions import Region
 COUNT, PICTURES = 3, 2
 
 
-@pytest.fixture(params=[True, False], ids=["bound", "routed"])
+@pytest.fixture(params=[True, False], ids=["word-bound", "prompt-activated"])
 def made(request, tiny_backbone, monkeypatch):
     """The scene and parts of three regions, the last without a concept."""
     monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH",

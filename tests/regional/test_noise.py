@@ -27,8 +27,8 @@ def test_region_noise_by_its_formulas(noises):
     scene, regions, masks = noises
     count = masks.sum(0)
     mean = (regions * masks[:, None, None]).sum(0) / count.clamp(min=1)
-    kept = torch.where(count > 0, 0.1 * scene + 0.9 * mean, scene)
-    assert torch.allclose(region_noise(scene, regions, masks), kept, atol=1e-6)
+    expected = torch.where(count > 0, 0.1 * scene + 0.9 * mean, scene)
+    assert torch.allclose(region_noise(scene, regions, masks), expected, atol=1e-6)
     literal = 0.1 * scene + sum(0.9 * regions[u] * masks[u] for u in range(2))
     assert torch.allclose(region_noise(scene, regions, masks, outside="literal"), literal, atol=1e-6)
 

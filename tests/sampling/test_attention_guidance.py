@@ -72,8 +72,8 @@ def test_maps_are_shares_among_the_prompts_own_tokens():
 
 
 def test_perfect_maps_have_no_loss(subject):
-    """Two concepts on two halves, every cell all of its concept's: nothing is left but that two words share
-    each half."""
+    """Two concepts on two halves, each cell with all of its attention on its concept. What is left of the
+    loss is that two words share a half."""
     maps = torch.zeros(64, 9)
     for cells, (identifier, noun) in ((range(32), (2, 3)), (range(32, 64), (5, 6))):
         maps[list(cells)[:16] if identifier == 2 else list(cells)[16:], identifier] = 0.5
@@ -105,64 +105,64 @@ def test_positions_of_the_text(tiny_backbone, bank):
     assert not {0, length - 1, length, 2 * length - 1} & set(found)
 
 
-def looks(backbone, bank, prompts, t=500):
+def evaluation_of(backbone, bank, prompts, t=500):
     context = encode(backbone, bank, prompts)
     subjects = [Subject(tuple(words.values()), text_positions(backbone, bank.vocabulary.parse(prompt)))
                 for words, prompt in zip(context.words, prompts, strict=True)]
 
-    def look(latents, processor):
+    def evaluate(latents, processor):
         return backbone.predict(latents, torch.full((len(latents),), t), context, processor)
 
-    return look, subjects
+    return evaluate, subjects
 
 
-def loss_of(look, subjects, latents):
+def loss_of(evaluate, subjects, latents):
     recorder = MapRecorder(AttentionProcessor(), module.FINEST)
     with torch.no_grad():
-        look(latents, recorder)
+        evaluate(latents, recorder)
     return sum(sum(guidance_losses(m, s, (8, 8)).values())
                for m, s in zip(recorder.mean(), subjects, strict=True)).item()
 
 
 def test_the_gradient_is_the_losses(any_backbone, bank):
     """Against the finite difference along the direction of the step."""
-    look, subjects = looks(any_backbone, bank, [TWO])
+    evaluate, subjects = evaluation_of(any_backbone, bank, [TWO])
     latents = random(1, 4, 8, 8)
-    step = AttentionGuidance(subjects, 1.0).moved(latents, look) - latents
+    step = AttentionGuidance(subjects, 1.0).moved(latents, evaluate) - latents
     direction = step / step.norm()
-    sides = [loss_of(look, subjects, latents + h * direction) for h in (1e-2, -1e-2)]
+    sides = [loss_of(evaluate, subjects, latents + h * direction) for h in (1e-2, -1e-2)]
     slope = (sides[0] - sides[1]) / 2e-2
-    start = loss_of(look, subjects, latents)
+    start = loss_of(evaluate, subjects, latents)
     assert slope < 0 and step.square().mean().sqrt().item() == pytest.approx(module.STEP * start, rel=1e-3)
     for other in range(3):      # steepest: no other direction falls as fast
         way = random(1, 4, 8, 8, seed=10 + other)
         way = way / way.norm()
-        assert loss_of(look, subjects, latents + 1e-2 * way) - start > 1e-2 * slope * 0.9
+        assert loss_of(evaluate, subjects, latents + 1e-2 * way) - start > 1e-2 * slope * 0.9
 
 
 def test_many_steps_bring_the_loss_down(tiny_backbone, bank):
-    look, subjects = looks(tiny_backbone, bank, [TWO, TWO])
+    evaluate, subjects = evaluation_of(tiny_backbone, bank, [TWO, TWO])
     latents = random(2, 4, 8, 8)
-    before, guidance = loss_of(look, subjects, latents), AttentionGuidance(subjects, 1.0)
+    before, guidance = loss_of(evaluate, subjects, latents), AttentionGuidance(subjects, 1.0)
     for _ in range(10):
-        latents = guidance.moved(latents, look)
-    assert loss_of(look, subjects, latents) < before - 1e-3
+        latents = guidance.moved(latents, evaluate)
+    assert loss_of(evaluate, subjects, latents) < before - 1e-3
 
 
 def test_a_latent_does_not_depend_on_its_batch(tiny_backbone, bank):
     latents = random(3, 4, 8, 8)
-    look, subjects = looks(tiny_backbone, bank, [TWO, ONE, "<mimi> near <rex>"])
-    together = AttentionGuidance(subjects, 1.0).moved(latents, look)
+    evaluate, subjects = evaluation_of(tiny_backbone, bank, [TWO, ONE, "<mimi> near <rex>"])
+    together = AttentionGuidance(subjects, 1.0).moved(latents, evaluate)
     assert torch.equal(together[1], latents[1])      # one concept: nothing to keep apart
     for i, prompt in ((0, TWO), (2, "<mimi> near <rex>")):
-        look, subjects = looks(tiny_backbone, bank, [prompt])
-        assert torch.allclose(AttentionGuidance(subjects, 1.0).moved(latents[i:i + 1], look)[0], together[i],
-                              atol=1e-4)
+        evaluate, subjects = evaluation_of(tiny_backbone, bank, [prompt])
+        alone = AttentionGuidance(subjects, 1.0).moved(latents[i:i + 1], evaluate)
+        assert torch.allclose(alone[0], together[i], atol=1e-4)
 
 
-def test_later_passes_end_at_the_last_site_that_is_looked_at(tiny_backbone, bank):
+def test_later_passes_end_at_the_last_recorded_site(tiny_backbone, bank):
     """The same gradient, without the rest of the net."""
-    look, subjects = looks(tiny_backbone, bank, [TWO])
+    evaluate, subjects = evaluation_of(tiny_backbone, bank, [TWO])
     seen, latents, guidance = [], random(1, 4, 8, 8), AttentionGuidance(subjects, 1.0)
 
     class Counting(AttentionProcessor):
@@ -170,21 +170,21 @@ def test_later_passes_end_at_the_last_site_that_is_looked_at(tiny_backbone, bank
             seen.append(query.shape[1])
             return attention(query, key, value)
 
-    first = guidance.moved(latents, look, Counting())
+    first = guidance.moved(latents, evaluate, Counting())
     whole = list(seen)
     seen.clear()
-    assert torch.equal(guidance.moved(latents, look), first) and len(whole) == 7
+    assert torch.equal(guidance.moved(latents, evaluate), first) and len(whole) == 7
     assert seen == whole[:len(seen)] and len(seen) < len(whole)
 
 
-def test_only_coarse_grids_are_kept(tiny_backbone, bank):
-    look, _ = looks(tiny_backbone, bank, [TWO])
+def test_only_coarse_grids_are_recorded(tiny_backbone, bank):
+    evaluate, _ = evaluation_of(tiny_backbone, bank, [TWO])
     for most, cells in ((256, 64), (64, 64), (63, 16)):
         recorder = MapRecorder(AttentionProcessor(), most)
-        look(random(1, 4, 8, 8), recorder)
+        evaluate(random(1, 4, 8, 8), recorder)
         assert recorder.mean().shape[:2] == (1, cells)
     recorder = MapRecorder(AttentionProcessor(), 3)
-    look(random(1, 4, 8, 8), recorder)
+    evaluate(random(1, 4, 8, 8), recorder)
     assert recorder.mean() is None
 
 
@@ -223,7 +223,7 @@ def test_two_encoders(tiny_sdxl, make_concept):
     assert torch.isfinite(moved).all() and not torch.allclose(plain, moved, atol=1e-3)
 
 
-def test_they_work_in_the_first_quarter(subject):
+def test_guidance_acts_in_the_first_quarter(subject):
     guidance = AttentionGuidance([subject], 1.0)
     assert [guidance.acts(p) for p in (0.0, 0.2, 0.25, 1.0)] == [True, True, False, False]
     assert not AttentionGuidance([subject], 0.0).acts(0.0)
