@@ -93,8 +93,7 @@ class Method(ABC):
 
     Attributes:
         composition: how its concepts act together, see bank.composition.
-        builds_on_sum: whether a method of summed deltas trains on top of its earlier tasks, else on the base
-            alone.
+        builds_on_sum: whether a method of summed deltas trains on top of its earlier tasks.
         wants_prior: whether its paper trains with prior-preservation pictures.
         word_count: words of a concept whose words are not named.
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
@@ -120,8 +119,8 @@ class Method(ABC):
 
     def use_selection(self, selection: NeuronSelection) -> None:
         """Trains these neurons only; called before `begin`. Raises ConceptError if the method has none."""
-        able = [entry.name for entry in METHODS.values() if entry.method.use_selection
-                is not Method.use_selection]
+        able = [name for name, entry in METHODS.items()
+                if entry.method.use_selection is not Method.use_selection]
         raise ConceptError(f"method '{self.name}' cannot use a neuron selection; methods that can: "
                            f"{', '.join(sorted(able))}")
 

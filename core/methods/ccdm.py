@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.adapters import AdapterProcessor, LowRankAdapters
-from ..bank.composition import PROMPT
 from ..errors import ConceptError
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor
@@ -59,7 +58,6 @@ class CCDMConfig(RankConfig):
 class CCDM(LowRankMethod):
     """adapters: the task's own deltas; shared: the shared ones."""
 
-    composition = PROMPT
     config: CCDMConfig
 
     def begin(self, task: Task) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..attention.adapters import adapter_key
 from ..attention.maps import MapProcessor, attention_regulariser
-from ..bank.composition import PROMPT
 from ..conditioning.learned_words import LearnedWords
 from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.processor import AttentionProcessor
@@ -77,7 +76,6 @@ class CIDMConfig(RankConfig):
 
 
 class CIDM(LowRankMethod):
-    composition = PROMPT
     extra_key = "shared._extra_state"
     config: CIDMConfig
     words: LearnedWords

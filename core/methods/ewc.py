@@ -32,14 +32,15 @@ from ..model.sites import Site
 from ..settings import at_least, between
 from .base import Forward, Task, register
 from .config import NOT_NEGATIVE
-from .finetune import ContinuedProcessor, Finetune, FinetuneConfig
+from .finetune import ContinuedProcessor, Finetune
 from .fisher import running_fisher
+from .low_rank import LowRankConfig
 
 _FISHER = "fisher."
 
 
 @dataclass(frozen=True)
-class EWCConfig(FinetuneConfig):
+class EWCConfig(LowRankConfig):
     """tie: lambda, for a Fisher of mean 1; decay: of the running Fisher per task, 1 = old tasks never fade;
     fisher_window: steps at the end of a task over which its Fisher is averaged, approximately."""
 

@@ -8,8 +8,6 @@ deltas.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -21,11 +19,6 @@ from ..model.sites import Site
 from ..model.storage import stored_deltas
 from .base import Task, register
 from .low_rank import LowRankConfig, LowRankMethod
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(LowRankConfig):
-    """Settings as CIDM's, so that a comparison differs in the method alone."""
 
 
 class ContinuedProcessor(AdapterProcessor):
@@ -76,5 +69,5 @@ class Finetune(LowRankMethod):
                 for factor, tensor in zip(("up", "down"), self.adapters.delta(key).tensors(), strict=True)}
 
 
-register("finetune", FinetuneConfig, Finetune,
+register("finetune", LowRankConfig, Finetune,
          "sequential finetuning of one low-rank adapter; the baseline that forgets")

@@ -103,15 +103,12 @@ class L2DM(LowRankMethod):
         owners = {words_digest(bank[name].tokens): name for name, info in bank.infos.items()
                   if info.method == self.name}
         self.names = {owner: owners[owner] for owner in dict.fromkeys(memory.owners) if owner in owners}
+        # a caption may also name other concepts, which may have been deleted since
         return memory.rows([i for i, owner in enumerate(memory.owners)
-                            if owner in owners and self._is_readable(self._prompt(memory, i))])
+                            if owner in owners and bank.vocabulary.knows(self._prompt(memory, i))])
 
     def _prompt(self, memory: LongTerm, row: int) -> str:
         return memory.prompts[row].replace("<>", f"<{self.names[memory.owners[row]]}>")
-
-    def _is_readable(self, prompt: str) -> bool:
-        """A caption may name other concepts, which may have been deleted since."""
-        return self.task.bank.vocabulary.knows(prompt)
 
     def on_data(self, data: TrainingData) -> None:
         """Describes the task's own pictures for the long-term memory and fills the short-term memory.
@@ -163,8 +160,7 @@ class L2DM(LowRankMethod):
         batch = replace(batch, weights=torch.where(batch.is_prior, c.beta * batch.weights, batch.weights))
         if self.short is None or not (c.alpha or c.mu):
             return batch
-        # Seeded by the step, not drawn from one running generator, so that an interrupted step is drawn again
-        # alike.
+        # Seeded by the step and not by one running generator, so that an interrupted step is drawn alike.
         seed = (self.seed + 7919 * self.steps + 104729 * self.draws) % 2**63
         generator = torch.Generator().manual_seed(seed)
         self.draws += 1
@@ -180,8 +176,7 @@ class L2DM(LowRankMethod):
         return joined
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        """ECD: mean squared difference between the outputs of the previous model and of this one, on replayed
-        rows.
+        """ECD: mean squared difference between the old model's outputs and this one's on replayed rows.
 
         The previous model is what is folded into the weights, without this task's deltas. Replayed prompts
         have old words only.

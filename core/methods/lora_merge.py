@@ -13,16 +13,9 @@ regulariser of the released code is left out, as in the other baselines here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..bank.composition import Composition, Kind
 from .base import register
 from .low_rank import LowRankConfig, LowRankMethod
-
-
-@dataclass(frozen=True)
-class LoraMergeConfig(LowRankConfig):
-    """Settings as CIDM's, so that a comparison differs in the method alone."""
 
 
 class LoraM(LowRankMethod):
@@ -38,7 +31,7 @@ class LoraC(LoraM):
     composition = Composition(Kind.AVERAGE, merged=None)
 
 
-register("lora_m", LoraMergeConfig, LoraM,
+register("lora_m", LowRankConfig, LoraM,
          "each concept learned alone, the deltas of all merged equally into one set of weights")
-register("lora_c", LoraMergeConfig, LoraC,
+register("lora_c", LowRankConfig, LoraC,
          "each concept learned alone, the noise predictions of all concepts' models averaged")

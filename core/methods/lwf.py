@@ -27,11 +27,12 @@ from ..data.batch import Batch
 from ..model.processor import AttentionProcessor
 from .base import Forward, Task, register
 from .config import NOT_NEGATIVE
-from .finetune import Finetune, FinetuneConfig
+from .finetune import Finetune
+from .low_rank import LowRankConfig
 
 
 @dataclass(frozen=True)
-class LwFConfig(FinetuneConfig):
+class LwFConfig(LowRankConfig):
     """distil: weight of the distillation; 1 is the paper's for classification, untested for pictures."""
 
     distil: float = 1.0

@@ -61,8 +61,8 @@ def test_the_penalties_are_their_formulas(tiny_backbone, banks):
     """Column by column over all old concepts."""
     method, g = begun(tiny_backbone, banks[1], gamma_shared=2.0,
                       gamma_specific=3.0), torch.Generator().manual_seed(0)
-    assert {name: term.item() for name, term in method.penalty(None).items()} == {"shared": 0.0,
-                                                                                  "specific": 0.0}
+    assert {name: term.item()
+            for name, term in method.penalty(None).items()} == {"shared": 0.0, "specific": 0.0}
     shared = specific = 0.0
     for key in method.adapters.keys:
         name = f"{key[0]}-{key[1]}"

@@ -84,8 +84,8 @@ def test_compression_keeps_all_that_the_type_can_hold_at_one_rank_per_projection
     deltas = {(0, "to_k"): low_rank(7, 9, 2), (1, "to_k"): low_rank(4, 9, 6, seed=5),
               (0, "to_v"): low_rank(7, 9, 1)}
     found = compressed(deltas, torch.float32)
-    assert {key: delta.up.shape[1] for key, delta in found.items()} == {(0, "to_k"): 4, (1, "to_k"): 4,
-                                                                        (0, "to_v"): 1}
+    assert {key: delta.up.shape[1]
+            for key, delta in found.items()} == {(0, "to_k"): 4, (1, "to_k"): 4, (0, "to_v"): 1}
     assert all(torch.allclose(found[key].dense(), delta.dense(), atol=1e-5) for key, delta in deltas.items())
     noisy = LowRankDelta(torch.cat([random(7, 1), 1e-6 * random(7, 1, seed=2)], 1), random(2, 9, seed=3))
     assert compressed({(0, "to_k"): noisy}, torch.float16)[0, "to_k"].up.shape[1] == 1

@@ -149,9 +149,9 @@ def test_the_recording_ends_at_a_clean_picture(tiny_backbone, monkeypatch):
     context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
     record_moments(tiny_backbone, context, AttentionProcessor(), (8, 8), 50, seed=0)
     assert len(last) == 50
+    alphas = schedule.alphas_cumprod[torch.linspace(999, 0, 51).long()]
     noise = [float((x[:1] - alpha.sqrt() * clean).std() / (1 - alpha).sqrt())
-             for x,
-             alpha in zip(last, schedule.alphas_cumprod[torch.linspace(999, 0, 51).long()], strict=False)]
+             for x, alpha in zip(last, alphas, strict=False)]
     assert noise == pytest.approx([noise[0]] * 50, rel=1e-2)      # one and the same noise all the way down
 
 
