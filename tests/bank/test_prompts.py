@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+from continual_concepts.core.bank import prompts
 from continual_concepts.core.bank.concepts import ConceptInfo
 from continual_concepts.core.bank.prompts import (
     NO_CONCEPTS,
@@ -123,3 +127,12 @@ def test_plain_text_has_class_nouns(vocabulary, prompt, expected):
 )
 def test_captions_name_the_concept(caption, noun, expected):
     assert caption_with_placeholder(caption, "rex", noun) == expected
+
+
+@pytest.mark.parametrize("room", ["model", "attention", "conditioning", "regional"])
+def test_nothing_below_the_edges_parses_text(room):
+    """Samplers, nodes and learning parse; what they call takes a `Prompt`."""
+    core = Path(prompts.__file__).parents[1]
+    for file in sorted((core / room).glob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        assert not re.search(r"\bVocabulary\b|\bPLACEHOLDER\b|\bparse(_all)?\(", source), file.name
