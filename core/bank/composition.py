@@ -1,5 +1,4 @@
-"""How the concepts of a bank act together in one picture: a property of the method, kept with each
-concept."""
+"""How the concepts of a bank act together in one picture. Methods define it, concepts carry it."""
 
 from __future__ import annotations
 
@@ -92,6 +91,5 @@ _OLDER_METHODS = {
 
 
 def of_older_file(method: str) -> Composition:
-    """The composition of a concept whose file does not hold it: prompt-activated where the method is
-    unknown."""
+    """The composition of a concept whose file does not hold it; unknown methods are prompt-activated."""
     return _OLDER_METHODS.get(str(method), PROMPT)

@@ -56,8 +56,7 @@ _DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeE
 
 
 def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] = lambda: None) -> None:
-    """Writes the bank atomically. Everything is read first, so a bank may be saved over the file it came
-    from.
+    """Writes the bank atomically, also over the file that it was opened from.
 
     Args:
         before: See `files.write_atomically`.
@@ -130,8 +129,7 @@ class _Tensors:
 
     @cached_property
     def _places(self) -> dict[str, dict[str, tuple[torch.dtype, list[int], int, int]]]:
-        """`concept/<i>` or `shared/<method>` -> rest of the tensor's name -> type, shape, first and last
-        byte."""
+        """`concept/<i>` or `shared/<method>` -> rest of the name -> type, shape, first and last byte."""
         with self.path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))

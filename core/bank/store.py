@@ -33,8 +33,7 @@ Change = Callable[[ConceptBank | None], ConceptBank]
 
 @dataclass(frozen=True)
 class Version:
-    """An earlier state of a bank's file. number: 1 is the newest; changed: when written, seconds since
-    1970."""
+    """An earlier state of a bank's file. number: 1 = the newest; changed: seconds since 1970."""
 
     number: int
     path: Path
@@ -154,8 +153,7 @@ def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping
 
 
 def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:
-    """Replaces a concept by a fuller record of the same learning (with a thumbnail); this makes no
-    version."""
+    """Replaces a concept by a fuller record of the same learning; this makes no version."""
     def make() -> ConceptBank:
         now = _present(Path(path))
         if now is None or concept.name not in now:

@@ -74,8 +74,7 @@ class TokenGroup:
 
 def initial_vectors(class_vectors: Tensor, words: int, copies: int, std: float,
                     generator: torch.Generator) -> Tensor:
-    """CIDM's start: the first word is N(0, std), the others are the class noun's vectors; all copies are
-    equal.
+    """CIDM's start: the first word is drawn from N(0, std), the others are the class noun's vectors.
 
     Args:
         class_vectors: The vocabulary's vectors of the class noun, `[n, D]`. Of more than words - 1 the last

@@ -113,8 +113,7 @@ class _Wrapped:
 
 
 class _Tokenizer(_Wrapped):
-    """A CLIP's tokenizer that knows placeholders. A learned word is a token `[L, D]`: its vector in every
-    layer copy."""
+    """A CLIP's tokenizer that knows placeholders. A learned word is a token `[L, D]` of L layer copies."""
 
     def __init__(self, original, encoders: tuple[str, ...], concepts: Concepts) -> None:
         super().__init__(copy.copy(original))
@@ -151,8 +150,7 @@ class _Tokenizer(_Wrapped):
 
 
 class _Encoder(_Wrapped):
-    """A CLIP's text model that encodes prompts once per layer copy and passes the copies on inside the
-    CONDITIONING.
+    """A CLIP's text model that encodes prompts once per layer copy; the CONDITIONING carries all copies.
 
     The CONDITIONING itself is the mean over the copies, which nodes that know no layers can use (ControlNet,
     other MODELs, averaging). The difference of each copy from it travels as a model condition. Words with a
@@ -186,8 +184,12 @@ class _Encoder(_Wrapped):
         return mean, output[1], self._extra(output, hidden - mean.unsqueeze(1), words)
 
     def _layers(self, tokens):
-        """The text model's output, whose pooled part is the mean over copies, and hidden states `[B, L, N,
-        D]`; L = 1 without layer-wise words."""
+        """Encodes tokens once per layer copy.
+
+        Returns:
+            The text model's output, its pooled part being the mean over copies, and hidden states `[B, L, N,
+            D]`; L = 1 without layer-wise words.
+        """
         layers = max((token.shape[0] for token in _learned(tokens)), default=1)
         outputs = [self.inner.encode_token_weights(_at(tokens, layer)) for layer in range(layers)]
         hidden = torch.stack([output[0] for output in outputs], dim=1)
@@ -195,8 +197,7 @@ class _Encoder(_Wrapped):
         return (outputs[0][0], outputs[0][1] if layers == 1 else pooled, *outputs[0][2:]), hidden
 
     def _with_nouns(self, tokens, but: str = ""):
-        """The tokens with placeholder nouns for the words that have one, those of the concept `but`
-        excepted."""
+        """The tokens with placeholder nouns for the words that have one; words of the concept `but` stay."""
         def pick(token, encoder: str):
             noun = noun_for(self.words.get(_key(token)), self.nouns.get(encoder, {}), but)
             return token if noun is None else noun
@@ -205,8 +206,7 @@ class _Encoder(_Wrapped):
                 for key, chunks in tokens.items()}
 
     def _extra(self, output, offsets: Tensor, words: Words) -> dict:
-        """The CONDITIONING's dictionary with the copies' offsets and, for word-bound concepts, whose word
-        each token is."""
+        """The CONDITIONING's dictionary with the copies' offsets and the codes of word-bound words."""
         extra = dict(output[2]) if len(output) > 2 else {}
         conds = {**extra.get("model_conds", {}), OFFSETS: OffsetCond(offsets)}
         if self.word_bound:
@@ -246,8 +246,7 @@ def learned_positions(clip, prompt: str) -> tuple[int, ...]:
 
 
 def subject_of(clip, prompt: str) -> Subject:
-    """Where a prompt's concepts and its own tokens are, in the first chunk; no concepts in a CLIP that knows
-    none."""
+    """Positions of a prompt's concepts and of its text in the first chunk; empty without concepts."""
     if not isinstance(clip.tokenizer, _Tokenizer):
         return Subject((), ())
     chunk = next(iter(clip.tokenize(prompt).values()))[0]
@@ -270,9 +269,10 @@ def _padding(chunk) -> int:
 
 
 def concept_clip(clip, bank: ConceptBank):
-    """A CLIP that understands the bank's placeholders beside those that it understands already; of equal
-    names the bank's concept is meant. The CLIP that came in stays as it is; for an empty bank it is
-    returned."""
+    """A CLIP that understands the bank's placeholders too. Of equal names the bank's concept is meant.
+
+    The given CLIP is not changed; for an empty bank it is returned.
+    """
     if not len(bank):
         return clip
     tokenizer, encoder, encoders = clip.tokenizer, clip.cond_stage_model, encoder_names(clip)

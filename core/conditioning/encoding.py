@@ -57,8 +57,7 @@ def _row(encoder: TextEncoder, units: Sequence[int | WordRef], chunks: int) -> _
 
 
 class TextMemory:
-    """Encoded texts without learned words, for callers that encode the same ones in every step, as learning
-    does.
+    """Cache of encoded texts without learned words, for callers that repeat them, as learning does.
 
     Each text is encoded alone, so that its states do not depend on the batch in which it came first.
     """

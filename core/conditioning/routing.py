@@ -133,8 +133,7 @@ def learning_deltas(bank: ConceptBank, method: str, builds_on_sum: bool) -> Delt
 
 
 def _states_together(backbone: Backbone, bank: ConceptBank, groups: Mapping[str, TokenGroup]) -> list[Tensor]:
-    """All words in one prompt, as in the released code: later concepts see earlier ones. `[L, words, D]`
-    each."""
+    """All words in one prompt, as in the released code: later ones see earlier ones. `[L, words, D]` each."""
     context = encode_prompts(backbone, [words_prompt([bank.infos[name] for name in groups])], groups)
     return [context.hidden[0][:, list(context.words[0][name])] for name in groups]
 

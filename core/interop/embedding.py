@@ -30,8 +30,7 @@ def embedding_state(tokens: TokenGroup) -> dict[str, Tensor]:
 
 
 def layer_loss(tokens: TokenGroup) -> float:
-    """What the mean copy loses: the distance of the layer copies from their mean, over the norm of the
-    copies.
+    """Distance of the layer copies from their mean, relative to the norm of the copies.
 
     0 to 1, all words and text encoders together: 0 for words with a single copy, 1 for copies that cancel.
     """

@@ -124,8 +124,7 @@ def _cut(deltas: Deltas, owner: str, rank: int, max_error: float,
 
 
 def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition; for narrow factors through their QR decompositions, of an `r x r`
-    matrix."""
+    """Singular value decomposition; for narrow factors of an `r x r` matrix, by QR."""
     if not isinstance(delta, LowRankDelta) or delta.down.shape[0] >= min(delta.shape):
         return torch.linalg.svd(delta.dense().cpu(), full_matrices=False)
     (q, r), (p, s) = (torch.linalg.qr(side.float().cpu()) for side in (delta.up, delta.down.T))

@@ -36,8 +36,7 @@ _ODD = "in a form other than plain LoRA"
 
 @dataclass(frozen=True)
 class LoraFile:
-    """tensors: LoRA factors and bundled words; others: names of the file's other tensors, which are not
-    read."""
+    """tensors: LoRA factors and bundled words; others: names of tensors that are not read."""
 
     tensors: Mapping[str, Tensor]
     others: tuple[str, ...] = ()

@@ -29,8 +29,7 @@ def module_name(layout: SiteLayout, key: DeltaKey) -> str:
 
 def kohya_state(layout: SiteLayout, deltas: Mapping[DeltaKey, LowRankDelta],
                 strength: float = 1.0) -> dict[str, Tensor]:
-    """Low-rank deltas under kohya's names: factors in float16, scale and strength in `alpha`, which stays
-    float32.
+    """Low-rank deltas under kohya's names: float16 factors, scale and strength in a float32 `alpha`.
 
     Args:
         deltas: See `factors.low_rank`.

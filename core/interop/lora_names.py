@@ -21,8 +21,7 @@ _SIDES = {"up": "up", "B": "up", "down": "down", "A": "down", "mid": "mid"}
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor's place. module: its name with `_` for dots, without prefixes; side: up | down | mid |
-    alpha."""
+    """A tensor's place. module: with `_` for dots, without prefixes; side: up | down | mid | alpha."""
 
     module: str
     side: str
@@ -40,8 +39,7 @@ def part_of(key: str) -> Part | None:
 
 
 def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
-    """Every name of a site's projection: diffusers' and that of the original code
-    (`input_blocks_1_1_...`)."""
+    """Every name of a site's projection: diffusers' and the original code's (`input_blocks_1_1_...`)."""
     places: dict[str, DeltaKey] = {}
     original = _original_names([site.name for site in layout.sites])
     for site in layout.sites:

@@ -132,8 +132,7 @@ def _network(title: str, layout: SiteLayout, state: Mapping[str, Tensor], tags: 
 
 
 def kohya_metadata(info: ConceptInfo, layout: SiteLayout, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """`ss_*` of a state dict under kohya's names: network, base, trigger word, and training as far as
-    known."""
+    """`ss_*` of a state dict under kohya's names: network, base, trigger word, known training."""
     origin = info.provenance
     tags = {info.name: {info.name: max(1, len(origin.images))}}
     data = _network(info.name, layout, state, tags, f"Continual Concepts, method {info.method}")
@@ -147,8 +146,7 @@ def kohya_metadata(info: ConceptInfo, layout: SiteLayout, state: Mapping[str, Te
 
 
 def _settings(settings: Mapping) -> dict[str, str]:
-    """Training settings under kohya's names. They come from a bank's header: unexpected values are left
-    out."""
+    """Training settings under kohya's names, without unexpected values of a bank's header."""
     parts = {name: part if isinstance(part := settings.get(name), Mapping) else {}
              for name in ("training", "method")}
     plain = (str, int, float)

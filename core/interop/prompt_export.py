@@ -44,8 +44,7 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
                   rank: int | None = None, max_error: float = DEFAULT_ERROR,
                   words_folder: Path | str | None = None, backbone: Backbone | None = None,
                   refit: bool = False) -> Exported:
-    """Writes the summed deltas for a prompt as one LoRA file per format, and its concepts' words as
-    embeddings.
+    """Writes a LoRA file per format with the summed deltas for a prompt, and embeddings of its concepts.
 
     Nothing is overwritten, as in `export_concept`.
 

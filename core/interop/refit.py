@@ -33,8 +33,7 @@ STEPS = 60      # evaluations; it has settled after about half of them
 
 @dataclass(frozen=True)
 class Refitted:
-    """Words with one copy, and how far states are from those of the layer copies, relative to the copies'
-    norm.
+    """Words with one copy, and relative distances of states from those of the layer copies.
 
     Args:
         tokens: With one copy.

@@ -26,8 +26,7 @@ _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt"
 
 @dataclass(frozen=True)
 class Exported:
-    """files: one per format, in the given order; notes: sentences on what the files hold and what they
-    lost."""
+    """files: one per format, in the given order; notes: what the files hold and what they lost."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
