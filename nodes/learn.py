@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import fields, replace
 
@@ -22,14 +20,19 @@ from ..core.data.photos import pair_pictures
 from ..core.data.training_set import prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
-from ..core.evaluation.previews import Previews, concept_prompt, older_concepts, similarity_to
-from ..core.images import thumbnail_of, to_tensor
+from ..core.evaluation.previews import (
+    Previews,
+    concept_prompt,
+    learn_with_previews,
+    older_concepts,
+    similarity_to,
+)
+from ..core.images import to_tensor
 from ..core.methods import DEFAULT, METHODS, Task, make
 from ..core.methods.base import Method
 from ..core.sampling.settings import SampleSettings
 from ..core.training.config import TrainingConfig
-from ..core.training.loop import learn
-from ..core.training.record import is_same_work, run_identity
+from ..core.training.record import is_same_work, run_identity, run_key
 from . import types
 from .folders import checkpoint_file
 from .images import masks_of, pictures_of, to_image, vision
@@ -173,12 +176,12 @@ class ConceptLearner(io.ComfyNode):
         config = _with_early_stopping(_training_config(given, first(training_settings)), given)
         with torch.inference_mode(False):
             backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])
-            known = ConceptBank(backbone.layout) if first(bank) is None else first(bank)
-            known.check_fits(backbone.layout)
-            if name in known and given["if_known"] == KEEP:
-                return _already_learned(known, name, method, config, photos)
-            known = known.remove(name) if name in known else known
-            task = Task(name, noun, backbone, known, given["kind"],
+            start = ConceptBank(backbone.layout) if first(bank) is None else first(bank)
+            start.check_fits(backbone.layout)
+            if name in start and given["if_known"] == KEEP:
+                return _already_learned(start, name, method, config, photos)
+            start = start.remove(name) if name in start else start
+            task = Task(name, noun, backbone, start, given["kind"],
                         generator=torch.Generator().manual_seed(config.seed))
             return _learn(task, method, config, [*photos, *prior], given,
                           getattr(cls.hidden, "unique_id", None))
@@ -244,24 +247,18 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
         similarity = None if encode is None else similarity_to([photo.pixels for photo in photos], encode)
         previews = Previews(backbone, concept_prompt(task.name, task.kind), settings, config.seed, similarity)
         report = Reporter(config.steps, given["preview_every"], previews, node)
-        file = checkpoint_file(task.name, _run_key(run_identity(task, method, data, config)))
-        learned = learn(task, method, data, config, report, file,
-                        evaluator=previews.evaluate if config.patience else None)
-        bank, steps = learned.bank, len(learned.losses)
-        if given["preview_every"]:
-            if previews.last_step != steps:      # else it is the one that ended learning
-                previews.draw(bank, steps)
-            bank = task.bank.add(replace(learned.concept, thumbnail=thumbnail_of(previews.pictures[-1])),
-                                 bank.shared)
+        file = checkpoint_file(task.name, run_key(run_identity(task, method, data, config)))
+        bank, losses = learn_with_previews(task, method, data, config, previews, report, file,
+                                           last=given["preview_every"] > 0)
         older = _no_older_concepts()
         if given["show_older"] and len(task.bank):
             cancel = comfy.model_management.throw_exception_if_processing_interrupted
             rows = older_concepts(backbone, bank, task.bank.names, settings, config.seed, before_each=cancel)
             older = to_tensor(thumbnails_picture(rows, columns=4))
-    if steps < config.steps:
-        notes.append(f"ended after {steps} of {config.steps} steps: the similarity to the photos no longer "
-                     "grew")
-    return _shown(bank, learned.losses, previews, older, notes, f"loss of <{task.name}>")
+    if len(losses) < config.steps:
+        notes.append(f"ended after {len(losses)} of {config.steps} steps: the similarity to the photos no "
+                     "longer grew")
+    return _shown(bank, losses, previews, older, notes, f"loss of <{task.name}>")
 
 
 def _shown(bank: ConceptBank, losses: tuple[float, ...], previews: Previews, older: Tensor, notes: list[str],
@@ -271,11 +268,6 @@ def _shown(bank: ConceptBank, losses: tuple[float, ...], previews: Previews, old
     shown = ui.PreviewImage(strip[-1:], cls=ConceptLearner).as_dict()
     text = {"text": ("\n".join(notes),)} if notes else {}
     return io.NodeOutput(bank, loss, strip, older, ui={**shown, **text})
-
-
-def _run_key(identity: dict) -> str:
-    """A short name for a run, the same for the same work."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _no_older_concepts() -> Tensor:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..data.training_set import TrainingData
 from ..images import spread, thumbnail_of
+from ..methods.base import Method, Task
 from ..model.backbone import Backbone
 from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
+from ..training.config import TrainingConfig
+from ..training.loop import Callback, learn
 from .bankcheck import Encode
 from .metrics import image_alignment
 
@@ -68,6 +73,31 @@ class Previews:
         """Draws a preview and returns its score, for early stopping."""
         self.draw(bank, step)
         return self.scores[-1][1]
+
+
+def learn_with_previews(task: Task, method: Method, data: TrainingData, config: TrainingConfig,
+                        previews: Previews,
+                        callback: Callback, checkpoint_file: Path, last: bool = True) -> tuple[ConceptBank,
+                                                                                               tuple[float,
+                                                                                                     ...]]:
+    """Learns a concept, with the similarity of its previews deciding when to stop if `config.patience` is
+    set.
+
+    Args:
+        previews: drawn by the callback, and here for early stopping and at the end.
+        last: draw a preview at the end; it becomes the concept's thumbnail.
+
+    Returns:
+        The bank with the concept, and the loss of every step.
+    """
+    evaluator = previews.evaluate if config.patience else None
+    learned = learn(task, method, data, config, callback, checkpoint_file, evaluator=evaluator)
+    if not last:
+        return learned.bank, learned.losses
+    if previews.last_step != len(learned.losses):      # else it is the one that ended learning
+        previews.draw(learned.bank, len(learned.losses))
+    concept = replace(learned.concept, thumbnail=thumbnail_of(previews.pictures[-1]))
+    return task.bank.add(concept, learned.bank.shared), learned.losses
 
 
 def older_concepts(backbone: Backbone, bank: ConceptBank, names: Sequence[str], settings: SampleSettings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -34,6 +35,11 @@ def run_identity(task: Task, method: Method, data: TrainingData, config: Trainin
             "settings": method_settings(method), "training": asdict(config),
             "base": task.backbone.fingerprint, "overlay": task.backbone.overlay, "bank": task.bank.names,
             "images": list(data.digests), "captions": list(data.captions)}
+
+
+def run_key(identity: dict) -> str:
+    """A short name for a run; runs of the same identity have the same name."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def is_same_work(origin: Provenance, method: Method, config: TrainingConfig) -> bool:
