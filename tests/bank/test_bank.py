@@ -1,5 +1,4 @@
-"""The bank as a value: adding, removing, renaming, merging; checked against a plain dict by a model-based
-test."""
+"""The bank as a value: adding, removing, renaming and merging, also against a plain dict at random."""
 
 from __future__ import annotations
 
@@ -115,7 +114,7 @@ NAMES = st.sampled_from(["a", "b", "c", "d"])
 @pytest.fixture
 def machine(layout, make_concept, tmp_path):
     class BankMachine(RuleBasedStateMachine):
-        """A bank beside a dict of name -> seed, which is all that a concept of `make_concept` depends on."""
+        """A bank and a dict of name -> seed; the concepts of `make_concept` depend on the seed alone."""
 
         @initialize()
         def begin(self):

@@ -1,5 +1,4 @@
-"""Random lives of a bank on disk, against a plain list of names: what is done to one is done to the other,
-and they agree all the time."""
+"""Random changes to a bank on disk and to a plain list of names: both agree after every change."""
 
 from __future__ import annotations
 
@@ -50,8 +49,7 @@ class Life(RuleBasedStateMachine):
         return self.make_concept(self.layout, name, self.seed)
 
     def changes(self, change, new):
-        """The change succeeds exactly when the model says so (`new` is its list then, None when it is to be
-        refused)."""
+        """The change succeeds exactly when the model allows it. new: its list then, None = refused."""
         if new is None:
             with pytest.raises(ConceptError):
                 change_bank(self.path, change)
@@ -100,7 +98,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.now)
     @rule()
     def a_write_fails(self):
-        """A full disk in the middle of it."""
+        """The disk is full in the middle of a write."""
         from continual_concepts.core.bank import format as bankfile
 
         original = bankfile.save_file

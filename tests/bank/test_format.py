@@ -1,4 +1,4 @@
-"""The bank's file: it gives back what was saved, reads late, breaks for nobody and believes nothing."""
+"""The bank's file: round trips, lazy reading, safe writing, and refusal of damaged files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def path(bank, tmp_path):
 
 
 def same(one: ConceptBank, two: ConceptBank) -> bool:
-    """Equal in everything that a bank holds."""
+    """Whether two banks hold the same."""
     def header(bank):
         return bank.layout, bank.infos, bank.names, bank.shared.keys()
 

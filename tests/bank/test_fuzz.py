@@ -1,5 +1,4 @@
-"""Files and texts of strangers: whatever is in them, there is one sentence about it, soon and in little
-memory.
+"""Damaged files and texts: each is read or refused with one sentence, quickly and in little memory.
 
 A few hundred damaged inputs per reader here, 20,000 each with `make verify`. Every one is made from a sound
 input and a seed.
@@ -42,7 +41,7 @@ def deep(levels: int):
 
 
 def changed(value, dice: random.Random):
-    """JSON with one place somewhere in it changed: another value, something gone, doubled or renamed."""
+    """JSON with one random change: another value, or a part removed, repeated or renamed."""
     if isinstance(value, dict) and value and dice.random() < 0.85:
         key, found = dice.choice(list(value)), dict(value)
         how = dice.random()
@@ -81,8 +80,7 @@ def joined(header, tensors: bytes) -> bytes:
 
 
 def damaged(data: bytes, dice: random.Random, key: str | None) -> bytes:
-    """A safetensors file with something wrong: in its bytes, in its header, or in the JSON under `key` of its
-    metadata."""
+    """A damaged safetensors file: in its bytes, its header, or the JSON under `key` of its metadata."""
     how = dice.random()
     if how < 0.25:
         found = bytearray(data)
@@ -106,8 +104,7 @@ def peak() -> int:
 
 
 def survives(read, inputs) -> tuple[int, int]:
-    """How many inputs were refused and how many were read. Anything but a ConceptError of some length fails,
-    as do time and memory."""
+    """Counts refused and read inputs. Other errors, short messages, much time or memory fail."""
     refused = read_well = 0
     before = peak()
     for number, make in enumerate(inputs):

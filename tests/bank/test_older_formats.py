@@ -1,5 +1,4 @@
-"""Banks of earlier format versions stay readable: one file of each lies beside this test and is never written
-again."""
+"""Banks of earlier formats stay readable: a file of each lies beside this test and never changes."""
 
 from __future__ import annotations
 
@@ -21,14 +20,13 @@ THUMBNAIL = b"\xff\xd8\xff\xd9"      # the smallest thing that begins and ends l
 
 
 def counted(*shape, start=0, dtype=torch.float16):
-    """Numbers that every version of torch makes alike."""
+    """Numbers that are equal in every version of torch."""
     count = torch.Size(shape).numel()
     return (((torch.arange(count) * 7 + start) % 61 - 30) / 16).reshape(shape).to(dtype)
 
 
 def first_bank(layout) -> ConceptBank:
-    """What the file of format 1 holds: low-rank and sparse deltas, layer copies and single ones, a
-    placeholder noun, a thumbnail, shared state."""
+    """The bank in the file of format 1, with every kind of delta, word and shared state."""
     shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
     low = {key: LowRankDelta(counted(a, 2, start=i), counted(2, b, start=i + 1), 0.5)
            for i, (key, (a, b)) in enumerate(shapes.items())}

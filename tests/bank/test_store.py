@@ -1,4 +1,4 @@
-"""A bank is changed by one program at a time, never torn, and its last versions come back."""
+"""Programs change a bank one at a time, its file is always whole, and its last versions can be restored."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def test_a_change_that_fails_changes_nothing(grow, path):
 
 
 def test_killed_between_keeping_and_replacing(grow, path, monkeypatch):
-    """The one moment at which a version is there twice: it is told once, and the next change does not count
-    it again."""
+    """A version that exists twice for a moment is listed once, and the next change does not count it
+    again."""
     grow("one"), grow("two")
     original = os.replace
 
@@ -223,8 +223,8 @@ for _ in sys.stdin:
 
 @pytest.fixture
 def killed(installed):
-    """killed(path, few, after): begins a process that changes the bank `path` all the time, and kills it
-    after some seconds."""
+    """killed(path, few, after): starts a process that keeps changing the bank, and kills it after some
+    seconds."""
     running = []
 
     def kill(path, few, after: float) -> None:
@@ -245,8 +245,7 @@ def killed(installed):
 
 
 def test_kill_9_never_tears_a_bank(layout, make_concept, tmp_path, trials, killed, capsys):
-    """At random moments of adding. Every time the file is one of the states that were written, and so are its
-    versions."""
+    """Killed at random moments, the file and its versions are always states that were written."""
     path, few = tmp_path / "mine.safetensors", tmp_path / "few.safetensors"
     bank = ConceptBank(layout).add(make_concept(layout, "c0", 1))
     save_bank(bank, few), save_bank(bank, path)

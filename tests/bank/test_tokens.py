@@ -1,4 +1,4 @@
-"""Token groups: names, starting vectors, what fits which base; concepts as records."""
+"""Token groups: names, starting vectors and checks against a base; concepts as records."""
 
 from __future__ import annotations
 

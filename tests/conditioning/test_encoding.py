@@ -29,7 +29,7 @@ def encode(backbone, bank, *prompts, tokens=None, chunks=1):
 
 
 def plain(encoder, text):
-    """The tokenizer's and the model's own way, nothing of ours."""
+    """The model's own output, without our code."""
     ids = encoder.tokenizer(text, padding="max_length", max_length=encoder.length, truncation=True,
                             return_tensors="pt").input_ids
     with torch.no_grad():

@@ -1,5 +1,4 @@
-"""From prompts to folded weights and pictures: the base comes back bit for bit whenever no concept is asked
-for."""
+"""From prompts to folded weights and pictures; without a concept the base's picture stays, bit for bit."""
 
 from __future__ import annotations
 

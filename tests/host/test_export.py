@@ -1,5 +1,4 @@
-"""What the stock ComfyUI does with exported files: every key is used, words are found by name, pictures are
-those of our own patches."""
+"""Exported files in stock ComfyUI: every key is used, words are found by name, pictures are ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Import Concept: what a LoRA and its words do in the stock nodes, the imported concept does."""
+"""Import Concept: the imported concept does what a LoRA and its words do in stock nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def files(studio, tmp_path_factory):
-    """In ComfyUI's folders for them."""
+    """A LoRA and an embedding in ComfyUI's folders."""
     import folder_paths
 
     folder = tmp_path_factory.mktemp("models")

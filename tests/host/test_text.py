@@ -1,4 +1,4 @@
-"""The CLIP that understands placeholders, and its conditionings in the hands of ComfyUI's own nodes."""
+"""The CLIP that understands placeholders, and its conditionings in ComfyUI's own nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def carrying(studio):
-    """MODEL and CLIP with the bank's words, and no deltas: differences come from words alone."""
+    """MODEL and CLIP with the bank's words but without its deltas."""
     with torch.inference_mode():
         return studio.aggregate("a dog", studio.bank)[:2]
 
@@ -54,8 +54,7 @@ def noisy(rows: int = 1):
 
 
 def predictions(model, *conditionings, calls=None, sigma: float = 3.0):
-    """What ComfyUI's sampling sees at one noise level, for each conditioning: denoised latents. calls: gets
-    the UNet's batch sizes."""
+    """Denoised latents of each conditioning at one noise level. calls: receives the UNet's batch sizes."""
     import comfy.samplers
 
     guider, found = comfy.samplers.CFGGuider(model), []
@@ -162,7 +161,7 @@ def test_combine(studio, carrying):
 
 
 def test_concat_appends(studio, carrying):
-    """What is appended keeps its mean copy; what was there keeps every layer's own."""
+    """The appended prompt keeps its mean copy, the first one all its layer copies."""
     ours = [stock(studio, carrying[1], text) for text in ("<rex>", "a red car")]
     joined = studio.stock.ConditioningConcat().concat(*ours)[0]
     calls, layers = [], torch.cat([layers_of(one).expand(-1, 7, -1, -1) for one in ours], 2)
@@ -203,8 +202,7 @@ def test_zero_out_beside_a_concept(studio, carrying):
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_average(studio, carrying, strength):
-    """The words that stay in ComfyUI's hands are averaged: the mean over the layers. At strength 1 it is the
-    conditioning itself."""
+    """ComfyUI averages the mean over layer copies. At strength 1 the conditioning stays as it is."""
     one, other = (stock(studio, carrying[1], text) for text in ("<rex>", "a red car"))
     mixed = studio.stock.ConditioningAverage().addWeighted(one, other, strength)[0]
     found, first, second = (predictions(carrying[0], text)[0] for text in (mixed, one, other))
@@ -310,7 +308,7 @@ def test_an_aggregated_clip_can_be_learned_with(studio, own_folder):
 
 
 def test_beginnings_of_rows_are_encoded_as_in_whole_rows(backbone):
-    """And the encoder's table of positions is what it was, also after an error."""
+    """The encoder's table of positions is restored, also after an error."""
     encoder = backbone.text[0]
     table = encoder.model.transformer.text_model.embeddings.position_embedding
     before = table.weight

@@ -1,5 +1,4 @@
-"""Files for other programs: they hold what the concept holds, say what they lose, and never touch a file that
-was there."""
+"""Files for other programs: contents, notes on losses, and no existing file is overwritten."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""LoRA and embedding files of other programs become concepts that do what they did; what is left out is
-told."""
+"""LoRA and embedding files of other programs become concepts with the same effect; losses are reported."""
 
 from __future__ import annotations
 

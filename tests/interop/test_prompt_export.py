@@ -1,4 +1,4 @@
-"""Files of what a bank gives for a prompt, of a whole bank, and words with one copy fitted to many."""
+"""Exports for a prompt and of a whole bank, and words with one copy re-fitted to layer copies."""
 
 from __future__ import annotations
 
