@@ -131,12 +131,12 @@ def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: in
         brightness = maps[u].numpy()[..., None]
         shade = brightness * np.array(colour(u)) + (1 - brightness) * np.array([20, 20, 26])
         image.paste(Image.fromarray(shade.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR), (x, 28))
-        mask = Image.fromarray((masks[u].numpy() * 255).astype(np.uint8)).resize(size,
-                                                                                 Image.Resampling.BILINEAR)
+        mask = Image.fromarray((masks[u].numpy() * 255).astype(np.uint8))
+        mask = mask.resize(size, Image.Resampling.BILINEAR)
         edge = np.array(mask) > 127
         inner = edge.copy()
-        inner[1:-1, 1:-1] = edge[1:-1, 1:-1] & edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1,
-                                                                                                         2:]
+        neighbours = edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1, 2:]
+        inner[1:-1, 1:-1] = edge[1:-1, 1:-1] & neighbours
         border = Image.fromarray(((edge & ~inner) * 255).astype(np.uint8))
         image.paste(Image.new("RGB", size, (255, 255, 255)), (x, 28), border)
         draw.text((x, 6), labels[u][: max(8, size[0] // 8)], INK, font(13))

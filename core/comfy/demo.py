@@ -108,9 +108,8 @@ def _text_class(encoder: torch.nn.Module, tokenizer):
 
     class Encoder(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
-            super().__init__(device, CONTEXT_LENGTH, textmodel_json_config={**networks.TEXT,
-                                                                            "eos_token_id": end},
-                             dtype=torch.float32,
+            config = {**networks.TEXT, "eos_token_id": end}
+            super().__init__(device, CONTEXT_LENGTH, textmodel_json_config=config, dtype=torch.float32,
                              special_tokens={"start": start, "end": end, "pad": end},
                              return_projected_pooled=False,
                              model_options={})
@@ -200,7 +199,6 @@ def load_demo(embedding_directory=None) -> tuple:
     """MODEL, CLIP and VAE of the embedded base; its CLIP_VISION is `DemoVision`."""
     modules: dict[str, Any] = base.load_modules()
     model = _load_model(modules["unet"], _preview(modules["vae"]))
-    target = comfy.supported_models_base.ClipTarget(_TextTokenizer,
-                                                    _text_class(modules["text_encoder"],
-                                                                modules["tokenizer"]))
+    text_class = _text_class(modules["text_encoder"], modules["tokenizer"])
+    target = comfy.supported_models_base.ClipTarget(_TextTokenizer, text_class)
     return model, comfy.sd.CLIP(target, embedding_directory=embedding_directory), DemoVAE(modules["vae"])

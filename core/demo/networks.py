@@ -111,8 +111,8 @@ class PatchAutoencoder(nn.Module):
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=self.encoder(images)))
 
     def decode(self, latents: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=nn.functional.pixel_shuffle(self.linear(latents) + self.detail(latents),
-                                                                  self.patch))
+        pixels = self.linear(latents) + self.detail(latents)
+        return SimpleNamespace(sample=nn.functional.pixel_shuffle(pixels, self.patch))
 
 
 def build_vae() -> PatchAutoencoder:

@@ -164,8 +164,8 @@ def bank_pages(inspection: Inspection) -> list[Image.Image]:
         cards = cards[: PAGES * rows * style.columns]
         heading = _heading(inspection, len(cards), WIDTH - 2 * GAP)
     rows = max(1, min(rows, -(-len(cards) // columns)))
-    wide = WIDTH if len(inspection.facts) >= style.columns or inspection.warnings else columns * (width
-                                                                                                  + GAP) + GAP
+    is_full = len(inspection.facts) >= style.columns or inspection.warnings
+    wide = WIDTH if is_full else columns * (width + GAP) + GAP
     size = (max(wide, 420), 2 * GAP + _height(heading) + rows * (height + GAP) if cards else 60)
     parts = [cards[i : i + rows * columns] for i in range(0, len(cards), rows * columns)] or [[]]
     return [_page(inspection, style, part, heading, size, (width, height)) for part in parts]

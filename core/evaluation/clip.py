@@ -39,8 +39,9 @@ def preprocess(images: Tensor, resize: int, crop: int, mean: Sequence[float], st
         `[B, 3, crop, crop]`.
     """
     height, width = images.shape[-2:]
-    size = (resize, int(resize * width / height)) if height <= width else (int(resize * height / width),
-                                                                           resize)
+    size = (resize, int(resize * width / height))
+    if height > width:
+        size = (int(resize * height / width), resize)
     # clamped, because the papers' code resizes 8-bit pictures, which cannot overshoot
     if size != (height, width):
         images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
@@ -92,8 +93,8 @@ class ClipEncoder:
 
         model = _model(CLIPModel, Path(folder), "CLIP", device)
         tokenizer = _loaded(CLIPTokenizer, Path(folder), "CLIP")
-        return cls(model, tokenizer, None if dino is None else _model(ViTModel, Path(dino), "DINO", device,
-                                                                      add_pooling_layer=False))
+        vision = None if dino is None else _model(ViTModel, Path(dino), "DINO", device, add_pooling_layer=False)
+        return cls(model, tokenizer, vision)
 
     def features(self, images: Tensor, kind: str) -> Tensor:
         """Features `[B, D]` of pictures `[B, 3, H, W]` in -1..1, to compare pictures of a kind (object or

@@ -48,8 +48,8 @@ def _low_rank_products(left: Sequence[LowRankDelta], right: Sequence[LowRankDelt
     total = torch.zeros(len(left), len(right), dtype=torch.float64)
     for rows in torch.arange(len(owner)).split(max(1, CHUNK // max(1, len(other_owner)))):
         products = (up[:, rows].T @ other_up) * (down[rows] @ other_down.T)      # [r, R]
-        sums = torch.zeros(len(rows), len(right), dtype=torch.float64).index_add_(1, other_owner,
-                                                                                  products.double())
+        sums = torch.zeros(len(rows), len(right), dtype=torch.float64)
+        sums.index_add_(1, other_owner, products.double())
         total.index_add_(0, owner[rows], sums)
     return total * scales[:, None] * other_scales
 
@@ -59,8 +59,8 @@ def _sparse_products(left: Sequence[SparseDelta], right: Sequence[SparseDelta]) 
     chunk by chunk."""
     deltas = [*left, *right]
     _, places = torch.cat([delta.indices.long() for delta in deltas]).unique(return_inverse=True)
-    owner = torch.arange(len(deltas)).repeat_interleave(torch.tensor([delta.indices.numel()
-                                                                      for delta in deltas]))
+    counts = torch.tensor([delta.indices.numel() for delta in deltas])
+    owner = torch.arange(len(deltas)).repeat_interleave(counts)
     values = torch.cat([delta.scale * delta.values.double() for delta in deltas])
     order = places.argsort()
     places, owner, values = places[order], owner[order], values[order]
@@ -98,9 +98,8 @@ def _at(concepts: Sequence[Deltas], key: DeltaKey, form: type[AnyDelta]) -> tupl
 
 
 def _add_products(total: Tensor, left: Sequence[Deltas], right: Sequence[Deltas], key: DeltaKey,
-                  form: type[AnyDelta],
-                  products: Callable[[Sequence[AnyDelta], Sequence[AnyDelta]], Tensor]) -> tuple[Tensor,
-                                                                                                 Tensor]:
+                  form: type[AnyDelta], products: Callable[[Sequence[AnyDelta], Sequence[AnyDelta]], Tensor]
+                  ) -> tuple[Tensor, Tensor]:
     """Adds the inner products of deltas of one form; returns the rows and columns that have such deltas."""
     rows, deltas = _at(left, key, form)
     columns, others = (rows, deltas) if left is right else _at(right, key, form)
@@ -117,8 +116,8 @@ def delta_cosines(left: Sequence[Deltas], right: Sequence[Deltas]) -> Tensor:
         place.
     """
     total = torch.zeros(len(left), len(right), dtype=torch.float64)
-    for key in sorted({key for deltas in left for key in deltas} & {key for deltas in right
-                                                                    for key in deltas}):
+    left_keys, right_keys = ({key for deltas in side for key in deltas} for side in (left, right))
+    for key in sorted(left_keys & right_keys):
         low, low_columns = _add_products(total, left, right, key, LowRankDelta, _low_rank_products)
         sparse, sparse_columns = _add_products(total, left, right, key, SparseDelta, _sparse_products)
         total[low[:, None], sparse_columns] = total[sparse[:, None], low_columns] = math.nan

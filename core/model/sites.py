@@ -100,8 +100,8 @@ class SiteLayout:
         sites = tuple(Site(**site) for site in data["sites"])
         for i, site in enumerate(sites):
             sizes = (site.heads, site.width, site.context_width)
-            if site.index != i or not isinstance(site.name, str) or not all(isinstance(n, int) and n >= 1
-                                                                            for n in sizes):
+            has_sizes = all(isinstance(n, int) and n >= 1 for n in sizes)
+            if site.index != i or not isinstance(site.name, str) or not has_sizes:
                 raise ConceptError(f"site {i} of the layout is {site}; indices must run from 0, "
                                    "heads and widths be 1 or more")
             if not isinstance(site.copy, int) or not 0 <= site.copy < len(sites):

@@ -98,8 +98,8 @@ def unet_features(backbone: Backbone, latents: Tensor) -> Tensor:
     for chunk in latents.split(4):
         timesteps = torch.full((len(chunk),), t, device=chunk.device)
         context = encode_prompts(backbone, NO_CONCEPTS.parse_all([""] * len(chunk)), {})
-        recorder, noisy = PooledRecorder(), backbone.schedule.add_noise(chunk, noise.expand_as(chunk),
-                                                                        timesteps)
+        recorder = PooledRecorder()
+        noisy = backbone.schedule.add_noise(chunk, noise.expand_as(chunk), timesteps)
         backbone.predict(noisy, timesteps, context, recorder)
         features.append(recorder.deepest())
     return torch.cat(features)

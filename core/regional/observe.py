@@ -38,8 +38,8 @@ class ObservedRegions(RegionProcessor):
         self._word_positions: Tensor | None = None
 
     def _observes(self, cells: int) -> bool:
-        return self.is_observing and bool(self.parts) and cells <= max(FINEST,
-                                                                       self.latent[0] * self.latent[1] // 16)
+        finest = max(FINEST, self.latent[0] * self.latent[1] // 16)
+        return self.is_observing and bool(self.parts) and cells <= finest
 
     def enter(self, call: SiteCall) -> None:
         if not self._observes(call.hidden.shape[1]):      # maps need the cells in their places

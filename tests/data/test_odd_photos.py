@@ -209,8 +209,10 @@ def test_a_mask_outside_the_square(tiny_backbone):
 
 
 def test_an_autoencoder_that_fails_is_told(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(tiny_backbone, "encode_images", lambda images: torch.full((len(images), 4, 8, 8),
-                                                                                  float("nan")))
+    def fail(images):
+        return torch.full((len(images), 4, 8, 8), float("nan"))
+
+    monkeypatch.setattr(tiny_backbone, "encode_images", fail)
     assert "autoencoder" in sentence(lambda: prepare(tiny_backbone, [one(32, 32)], "rex", "dog", Framing(32)))
 
 
@@ -231,10 +233,9 @@ def test_usual_shapes_are_framed_as_ever(ratio):
                       mask=torch.rand(1, 40, int(40 * ratio), generator=g))
     height, width = picture.pixels.shape[1:]
     grown = max(16 / height, 16 / width)
-    whole = torch.nn.functional.interpolate(picture.pixels[None],
-                                            (max(1, round(height * grown)), max(1, round(width * grown))),
-                                            mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1,
-                                                                                                          1)
+    size = (max(1, round(height * grown)), max(1, round(width * grown)))
+    whole = torch.nn.functional.interpolate(picture.pixels[None], size, mode="bicubic", antialias=True,
+                                            align_corners=False)[0].clamp(-1, 1)
     top, left = (whole.shape[1] - 16) // 2, (whole.shape[2] - 16) // 2
     assert torch.equal(frame(picture, Framing(16)).pixels, whole[:, top:top + 16, left:left + 16])
 

@@ -185,8 +185,8 @@ def test_prior_pictures_come_along_with_their_weight(tiny_backbone):
     batch = data.draw(2, 0.25, torch.Generator().manual_seed(0))
     assert batch.is_prior.tolist() == [False, False, True, True]
     assert batch.weights.tolist() == [1, 1, 0.25, 0.25]
-    assert all((p in ("p3", "p4")) == flag for p, flag in zip(batch.prompts, batch.is_prior.tolist(),
-                                                              strict=True))
+    flags = zip(batch.prompts, batch.is_prior.tolist(), strict=True)
+    assert all((prompt in ("p3", "p4")) == is_prior for prompt, is_prior in flags)
     assert not data.draw(2, 0.0, torch.Generator().manual_seed(0)).is_prior.any()
 
 
@@ -199,8 +199,8 @@ def test_a_batch_uses_pictures_evenly(tiny_backbone, count, size):
 
 
 @pytest.mark.parametrize("make", [
-    lambda b: prepare(b, [], "rex", "dog", Framing(32)), lambda b: prepare(b, pictures(0, 2), "rex", "dog",
-                                                                           Framing(32)),
+    lambda b: prepare(b, [], "rex", "dog", Framing(32)),
+    lambda b: prepare(b, pictures(0, 2), "rex", "dog", Framing(32)),
     lambda b: prepare(b, pictures(), "rex", "dog", Framing(30)),
     lambda b: prepare(b, pictures(), "rex", "dog", Framing(4)),
     lambda b: Framing(32, "stretch"),

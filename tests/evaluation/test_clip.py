@@ -49,8 +49,9 @@ def tensor(image: Image.Image) -> torch.Tensor:
 def with_pillow(image: Image.Image, resize: int, crop: int, mean, std) -> torch.Tensor:
     """What the papers' code does: Pillow's bicubic on 8 bits, centre crop, normalisation."""
     width, height = image.size
-    size = (resize, int(resize * height / width)) if width <= height else (int(resize * width / height),
-                                                                           resize)
+    size = (resize, int(resize * height / width))
+    if width > height:
+        size = (int(resize * width / height), resize)
     left, top = round((size[0] - crop) / 2), round((size[1] - crop) / 2)
     small = image.resize(size, Image.BICUBIC).crop((left, top, left + crop, top + crop))
     return ((torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255 - torch.tensor(mean).view(3, 1, 1))

@@ -71,11 +71,10 @@ def twin(one, name):
 def test_facts_are_what_the_concept_holds(concept, layout):
     one = concept(picture=thumbnail(9), class_noun="cat", kind="style", method="lora_m")
     facts = facts_of(one.info, one)
-    assert (facts.name, facts.placeholder, facts.class_noun, facts.kind, facts.method) == ("rex", "<rex>",
-                                                                                           "cat", "style",
-                                                                                           "lora_m")
-    assert (facts.composes, facts.words, facts.photos, facts.steps, facts.date) == ("summed", 2, 2, 3,
-                                                                                    "2025-01-01")
+    identity = (facts.name, facts.placeholder, facts.class_noun, facts.kind, facts.method)
+    assert identity == ("rex", "<rex>", "cat", "style", "lora_m")
+    origin = (facts.composes, facts.words, facts.photos, facts.steps, facts.date)
+    assert origin == ("summed", 2, 2, 3, "2025-01-01")
     assert facts.stores == "rank 2" and facts.copies == layout.copies and facts.nbytes == one.nbytes()
     assert facts.thumbnail == one.thumbnail
     places = SparseDelta((4, 5), torch.arange(7, dtype=torch.int32), torch.ones(7))
@@ -244,8 +243,8 @@ def test_warnings_before_a_concept_is_learned(concept, bank_of, name, noun, meth
     bank = bank_of(concept("rex", 1, "bound"), concept("fido", 2, "lora_m", photos="c"),
                    concept("spot", 3, "cidm", photos="d"))
     found = warnings_before(bank, name, noun, method)
-    assert len(found) == len(expected) and all(part in one for part, one in zip(expected, found,
-                                                                                strict=True)), found
+    assert len(found) == len(expected), found
+    assert all(part in warning for part, warning in zip(expected, found, strict=True)), found
     assert warnings_before(None, name, noun, method) == ()
 
 
@@ -253,8 +252,7 @@ def test_warnings_before_a_concept_is_learned(concept, bank_of, name, noun, meth
     ("ab", "dog", "object", True), ("abcdef", " Dog", "object", True), ("axyz", "dog", "object", True),
     ("xyz", "dog", "object", False),
     ("ab", "cat", "object", False), ("ab", "dog", "style", False), ("", "dog", "object", False)])
-def test_the_same_photos_are_warned_of_before_they_are_learned_again(concept, bank_of, digests, noun, kind,
-                                                                     warned):
+def test_known_photos_give_a_warning_before_learning(concept, bank_of, digests, noun, kind, warned):
     warnings = warnings_before(bank_of(concept("rex", 1, "bound", photos="ab")), "spot", noun, "bound", kind,
                                list(digests))
     assert [("<rex> was learned from the same photos" in warning) for warning in warnings] == [True] * warned

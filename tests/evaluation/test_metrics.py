@@ -33,8 +33,8 @@ def test_mmd_is_that_of_the_loops(m, n):
 
 def test_mmd_by_hand():
     """One coordinate: kernel (x y + 1)^3; own pairs of (1, 0) give 1, of (1, 1) give 8; across 8, 8, 1, 1."""
-    assert metrics.mmd(torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0], [1.0]])) == pytest.approx(1 + 8 - 2
-                                                                                                    * 4.5)
+    first, second = torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0], [1.0]])
+    assert metrics.mmd(first, second) == pytest.approx(1 + 8 - 2 * 4.5)
 
 
 def test_mmd_is_symmetric_unbiased_and_grows_with_the_distance():
@@ -66,8 +66,8 @@ def test_f_mmd_leaves_the_last_concept_out():
 
 def test_a_method_that_forgets_nothing_has_rate_zero_and_one_that_does_has_its_mean_drop():
     assert metrics.task_forgetting_rate([[0.8], [0.8, 0.7], [0.8, 0.7, 0.9]]) == 0
-    assert metrics.task_forgetting_rate([[0.8], [0.9, 0.7], [0.6, 0.6, 0.9]]) == pytest.approx((0.2
-                                                                                                + 0.1) / 2)
+    rate = metrics.task_forgetting_rate([[0.8], [0.9, 0.7], [0.6, 0.6, 0.9]])
+    assert rate == pytest.approx((0.2 + 0.1) / 2)
     assert metrics.task_forgetting_rate([[0.8], [0.9, 0.7]]) < 0      # getting better is no forgetting
     assert metrics.task_forgetting_rate([[0.8]]) == 0
 
@@ -89,6 +89,5 @@ def test_drift_is_a_share_of_the_full_range():
     assert metrics.base_change(pictures, pictures + 0.1) == pytest.approx(0.05, abs=1e-6)
     half = pictures.clone()
     half[0] += 0.2
-    assert metrics.base_change(pictures, half) == pytest.approx(0.1 / 2**0.5,
-                                                                abs=1e-6) == metrics.base_change(half,
-                                                                                                 pictures)
+    expected = pytest.approx(0.1 / 2**0.5, abs=1e-6)
+    assert metrics.base_change(pictures, half) == expected == metrics.base_change(half, pictures)

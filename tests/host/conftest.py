@@ -229,9 +229,8 @@ def _model(unet):
     model = config.get_model({}, device=device)
     model.embedder = comfy.model_base.Timestep(8)
     names, own = comfy.utils.unet_to_diffusers(config.unet_config), unet.state_dict()
-    missing, unexpected = model.diffusion_model.load_state_dict({names[name]: weight
-                                                                 for name, weight in own.items()},
-                                                                strict=False)
+    renamed = {names[name]: weight for name, weight in own.items()}
+    missing, unexpected = model.diffusion_model.load_state_dict(renamed, strict=False)
     assert not missing and not unexpected
     return comfy.model_patcher.ModelPatcher(model, device, device)
 
@@ -255,8 +254,8 @@ def _clip(encoders):
             return_projected_pooled=encoder.name == "clip_g",
             special_tokens={"start": tokens.bos_token_id, "end": tokens.eos_token_id,
                             "pad": tokens.pad_token_id})
-        clip.transformer.set_input_embeddings(clip.operations.Embedding(len(tokens), encoder.width,
-                                                                        dtype=torch.float32))
+        embedding = clip.operations.Embedding(len(tokens), encoder.width, dtype=torch.float32)
+        clip.transformer.set_input_embeddings(embedding)
         weights = {name if name.startswith(("text_model.", "text_projection"))
                    else f"text_model.{name}": weight
                    for name, weight in encoder.model.state_dict().items()

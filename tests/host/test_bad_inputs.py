@@ -116,8 +116,8 @@ def test_names_of_concepts(studio, name):
 @pytest.mark.parametrize("name", ESCAPES)
 def test_names_of_banks(studio, name, tmp_path):
     before = {path for path in tmp_path.parent.rglob("*")}
-    assert "letters, digits" in sentence(lambda: studio.pack.ConceptBankSave.execute(studio.bank, name,
-                                                                                     False))
+    save = studio.pack.ConceptBankSave.execute
+    assert "letters, digits" in sentence(lambda: save(studio.bank, name, False))
     assert "there is no bank" in sentence(lambda: studio.pack.ConceptBankLoad.execute(name))
     assert {path for path in tmp_path.parent.rglob("*")} - before <= {tmp_path / "concept_banks"}
 
@@ -192,8 +192,8 @@ def test_banks_and_nothing(studio):
     assert "no bank" in sentence(lambda: pack.ConceptBankSave.execute(None, "x", False))
     assert "no concept" in sentence(lambda: pack.ConceptBankEdit.execute(None, "remove", "rex"))
     assert "'tom'" in sentence(lambda: pack.ConceptBankEdit.execute(studio.bank, "remove", "tom"))
-    assert "letters, digits" in sentence(lambda: pack.ConceptBankEdit.execute(studio.bank, "rename", "rex",
-                                                                              "../x"))
+    edit = pack.ConceptBankEdit.execute
+    assert "letters, digits" in sentence(lambda: edit(studio.bank, "rename", "rex", "../x"))
     assert "both banks hold" in sentence(lambda: pack.ConceptBankMerge.execute(studio.bank, studio.bank))
     pack.ConceptBankSave.execute(studio.bank, "pets", False)
     assert "lacks" in sentence(lambda: pack.ConceptBankSave.execute(studio.bank.remove("rex"), "pets", False))

@@ -102,8 +102,9 @@ def test_a_b_a_with_regions(studio, sampler, noise):
         return studio.regional("in a meadow", regions, studio.bank, sampler_name=sampler, seed=seed,
                                region_noise=noise)
 
-    first, other, again = picture(("<rex>", "<mimi>"), 1), picture(("<mimi>", "<blueprint>"),
-                                                                   2), picture(("<rex>", "<mimi>"), 1)
+    first = picture(("<rex>", "<mimi>"), 1)
+    other = picture(("<mimi>", "<blueprint>"), 2)
+    again = picture(("<rex>", "<mimi>"), 1)
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

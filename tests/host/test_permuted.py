@@ -80,8 +80,8 @@ def test_outside_the_region_is_nothing_of_its_words(studio, monkeypatch, is_perm
     def entering(self, call):
         rows, cells = call.hidden.shape[:2]
         enter(self, call)
-        inner, scene = call._attend_reordered, rows * int((self.cover(cells,
-                                                                      call.hidden.device).scene == 1).sum())
+        inner = call._attend_reordered
+        scene = rows * int((self.cover(cells, call.hidden.device).scene == 1).sum())
 
         def attending(query, key, value, attention):
             out = inner(query, key, value, attention)

@@ -104,9 +104,8 @@ def image_prompted(model, size: float = 1.0):
     def replace(q, k, v, options):
         tokens = torch.randn(q.shape[0], 4, q.shape[-1],
                              generator=torch.Generator().manual_seed(q.shape[-1])).to(q)
-        return optimized_attention(q, k, v,
-                                   options["n_heads"]) + size * optimized_attention(q, tokens, tokens,
-                                                                                    options["n_heads"])
+        plain = optimized_attention(q, k, v, options["n_heads"])
+        return plain + size * optimized_attention(q, tokens, tokens, options["n_heads"])
 
     clone = model.clone()
     for block in (("input", 3), ("input", 4), ("middle", 0), ("output", 2), ("output", 3)):
@@ -135,8 +134,8 @@ def lora_of(studio, size: float) -> dict:
         if key.endswith(("attn2.to_k.weight", "attn2.to_q.weight", "attn1.to_v.weight")):
             name = key.removesuffix(".weight")
             found[f"{name}.lora_up.weight"] = size * torch.randn(weight.shape[0], 2, generator=generator)
-            found[f"{name}.lora_down.weight"] = torch.randn(2, weight.shape[1],
-                                                            generator=generator) * weight.shape[1]**-0.5
+            down = torch.randn(2, weight.shape[1], generator=generator)
+            found[f"{name}.lora_down.weight"] = down * weight.shape[1]**-0.5
     return found
 
 

@@ -38,8 +38,8 @@ def learned_by_command(tmp_path):
 def assert_recognised(bank) -> None:
     first, second = (bank.infos[name].provenance.images for name in ("rex", "spot"))
     assert first == second and all(len(digest) == 16 for digest in first)
-    assert [(c.one, c.other, c.kind) for c in collisions_of(list(bank.infos.values()))] == [("rex", "spot",
-                                                                                             "photos")]
+    collisions = collisions_of(list(bank.infos.values()))
+    assert [(c.one, c.other, c.kind) for c in collisions] == [("rex", "spot", "photos")]
     warning = "<rex> and <spot> collide: they were learned from the same photos (3 of 3)"
     assert warning in inspect(bank).warnings
 

@@ -23,8 +23,8 @@ def loaded(request, pack, tmp_path_factory, script):
     maker = script(Path(__file__).with_name("make_checkpoint.py"))
     file = maker.make(request.param, tmp_path_factory.mktemp("checkpoints") / f"{request.param}.safetensors")
     with torch.inference_mode():
-        yield request.param, comfy.sd.load_checkpoint_guess_config(str(file), output_vae=True,
-                                                                   output_clip=True)[:3]
+        parts = comfy.sd.load_checkpoint_guess_config(str(file), output_vae=True, output_clip=True)[:3]
+        yield request.param, parts
     comfy.model_management.unload_all_models()
     file.unlink()
 

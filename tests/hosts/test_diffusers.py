@@ -67,8 +67,8 @@ def test_texts_are_encoded_with_our_activation_and_the_model_keeps_its_own(tiny_
         assert fails
     finally:
         hook.remove()
-    assert seen == [True] * len(activations) != [] and not any("forward" in part.__dict__
-                                                               for part in activations)
+    assert seen == [True] * len(activations) != []
+    assert not any("forward" in part.__dict__ for part in activations)
 
 
 def test_sites_run_in_the_order_of_their_numbers(backbone):
@@ -134,9 +134,8 @@ def test_pooled_text_reaches_the_unet(tiny_sdxl):
 
 def test_sdxl_learns_and_samples(tiny_sdxl, teach):
     learned = teach(tiny_sdxl, ConceptBank(tiny_sdxl.layout), steps=2)
-    assert {name: tuple(v.shape)
-            for name, v in learned.concept.tokens.vectors.items()} == {"clip_l": (7, 2, 32),
-                                                                       "clip_g": (7, 2, 24)}
+    shapes = {name: tuple(v.shape) for name, v in learned.concept.tokens.vectors.items()}
+    assert shapes == {"clip_l": (7, 2, 32), "clip_g": (7, 2, 24)}
     settings = SampleSettings(steps=1, size=(32, 32))
     named, base = sample(tiny_sdxl, learned.bank, ["<rex>", "a dog"], [1, 1], settings)
     assert torch.isfinite(named).all() and not torch.allclose(named, base, atol=1e-4)

@@ -194,8 +194,8 @@ def test_blueprints_open_and_become_the_nodes_that_they_hold(page, server, path,
     shoot(page, tmp_path, path.stem)
     output = page.evaluate("app.graphToPrompt().then(found => found.output)")
     inside = graph["definitions"]["subgraphs"][0]
-    assert sorted(node["class_type"] for node in output.values()) == sorted(node["type"]
-                                                                            for node in inside["nodes"])
+    types = sorted(node["type"] for node in inside["nodes"])
+    assert sorted(node["class_type"] for node in output.values()) == types
     assert not page.errors
     for node in inside["nodes"]:      # what is shown outside arrives inside, and nothing else has changed
         sent = next(one["inputs"] for one in output.values() if one["class_type"] == node["type"])

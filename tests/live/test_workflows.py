@@ -83,8 +83,8 @@ def test_every_node_has_a_help_page_that_names_its_inputs(server, object_info):
 
 
 def test_the_server_serves_help_and_templates(server):
-    assert set(server.call("/api/workflow_templates")["continual-concepts"]) == {name_of(path)
-                                                                                 for path in GRAPHS}
+    templates = server.call("/api/workflow_templates")["continual-concepts"]
+    assert set(templates) == {name_of(path) for path in GRAPHS}
     page = server.text("/extensions/continual-concepts/docs/ConceptLearner.md")
     assert page.startswith("# Concept Learner")
 

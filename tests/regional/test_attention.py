@@ -34,8 +34,8 @@ def attend(query, key, value):
 @pytest.fixture
 def qkv():
     query, base = random(2, 16, 8), random(2, 16, 8, seed=1)
-    return query, base, [random(2, 5, 8, seed=2), random(2, 5, 8, seed=3)], [random(2, 5, 8, seed=4),
-                                                                             random(2, 5, 8, seed=5)]
+    keys, values = ([random(2, 5, 8, seed=seed) for seed in seeds] for seeds in ((2, 3), (4, 5)))
+    return query, base, keys, values
 
 
 def plain_regions(query, base, keys, values, masks):

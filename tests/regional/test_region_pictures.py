@@ -110,8 +110,8 @@ def test_a_region_acts_where_it_is(tiny_backbone, bank):
 
 
 def test_deltas_as_activations_equal_folded_ones(tiny_backbone, bank):
-    latents, t, context = random(2, 4, 8, 8), torch.tensor([10, 900]), encode(tiny_backbone, bank,
-                                                                              ["a <rex>", "a dog"])
+    latents, t = random(2, 4, 8, 8), torch.tensor([10, 900])
+    context = encode(tiny_backbone, bank, ["a <rex>", "a dog"])
     with tiny_backbone.folded(bank["rex"].deltas):
         folded = tiny_backbone.predict(latents, t, context)
     assert torch.allclose(tiny_backbone.predict(latents, t, context,
