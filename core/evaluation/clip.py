@@ -93,7 +93,9 @@ class ClipEncoder:
 
         model = _model(CLIPModel, Path(folder), "CLIP", device)
         tokenizer = _loaded(CLIPTokenizer, Path(folder), "CLIP")
-        vision = None if dino is None else _model(ViTModel, Path(dino), "DINO", device, add_pooling_layer=False)
+        vision = None
+        if dino is not None:
+            vision = _model(ViTModel, Path(dino), "DINO", device, add_pooling_layer=False)
         return cls(model, tokenizer, vision)
 
     def features(self, images: Tensor, kind: str) -> Tensor:

@@ -42,8 +42,8 @@ def load_pretrained(folder: Path, device: torch.device | str = "cpu",
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         text = [ClipText("clip_l", first.to(device), tokenizer, penultimate=has_two)]
         if has_two:
-            path = folder / "text_encoder_2"
-            second = CLIPTextModelWithProjection.from_pretrained(path, local_files_only=True, torch_dtype=dtype)
+            path, options = folder / "text_encoder_2", {"local_files_only": True, "torch_dtype": dtype}
+            second = CLIPTextModelWithProjection.from_pretrained(path, **options)
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
             text.append(ClipText("clip_g", second.to(device), tokenizer, penultimate=True))
         schedule = _schedule(folder / "scheduler" / "scheduler_config.json")

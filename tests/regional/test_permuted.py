@@ -45,8 +45,9 @@ def processor(tiny_backbone, monkeypatch):
         drawn = regional_cost.boxes_of(len(boxes))
         _, parts, _ = regional_cost.parts_of(tiny_backbone.layout, drawn, is_word_bound)
         if is_word_bound:
+            # the extension of to_q is padding
             without = {name: {key: delta for key, delta in deltas.items() if key[1] != "to_q"}
-                       for name, deltas in parts[0].word_bound.items()}      # the extension of to_q is padding
+                       for name, deltas in parts[0].word_bound.items()}
             parts[0] = replace(parts[0], word_bound=without)
         if len(parts) > 1:
             parts[-1] = Part(context_of(2, 1, seed=3), {})
