@@ -50,8 +50,7 @@ class _SiteProcessor:
         self.attention = HostAttention(partial(multi_head, heads=site.heads))
 
     def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor,
-                 attention_mask=None,
-                 site_processor: AttentionProcessor | None = None, **_) -> Tensor:
+                 attention_mask=None, site_processor: AttentionProcessor | None = None, **_) -> Tensor:
         copies = encoder_hidden_states.shape[1]
         text = encoder_hidden_states[:, self.site.copy if copies > 1 else 0]
         to_q, to_k, to_v, to_out = (_linear(attn, projection) for projection in PROJECTIONS)

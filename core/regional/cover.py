@@ -119,6 +119,23 @@ def _grouped(counts: Sequence[int]) -> list[list[int]]:
     return groups
 
 
+def _sources(regions: Sequence[tuple[Tensor, Tensor, Tensor]], length: int, batch: int,
+             like: Tensor) -> tuple[Tensor, Tensor]:
+    """`[S, M]` and `[b, S, M]` of a `Cover`, from the cells, the places and the weights of each region."""
+    depth = torch.zeros(length, dtype=torch.long, device=like.device)
+    slots = []
+    for cells, _, _ in regions:
+        slots.append(depth[cells].clone())
+        depth[cells] += 1
+    width = int(depth.max()) if regions else 0
+    sources = torch.zeros(length, width, dtype=torch.long, device=like.device)
+    weights = torch.zeros(batch, length, width, device=like.device, dtype=like.dtype)
+    for (cells, places, share), slot in zip(regions, slots, strict=True):
+        sources[cells, slot] = places
+        weights[:, cells, slot] = share
+    return sources, weights
+
+
 def cover_of(region_share: Tensor, scene_share: Tensor) -> Cover:
     """The cover for given shares.
 
@@ -145,17 +162,8 @@ def cover_of(region_share: Tensor, scene_share: Tensor) -> Cover:
         own = torch.arange(most, device=device) < lengths.unsqueeze(1)
         groups.append(Group(tuple(members), rows, None if bool(own.all()) else own))
         start += rows.numel()
-    depth = torch.zeros(length, dtype=torch.long, device=device)
-    slots = []
-    for cells, _, _ in regions:
-        slots.append(depth[cells].clone())
-        depth[cells] += 1
-    width = int(depth.max()) if regions else 0
-    sources = torch.zeros(length, width, dtype=torch.long, device=device)
-    weights = torch.zeros(batch, length, width, device=device, dtype=region_share.dtype)
-    for (cells, places, share), slot in zip(regions, slots, strict=True):
-        sources[cells, slot] = places
-        weights[:, cells, slot] = share
+    sources, weights = _sources(regions, length, batch, region_share)
+    width = sources.shape[1]
     is_one_each = width == 1 and bool((weights == 1).all())
     scenes = int((scene_share == 1).sum())
     is_either = bool(((weights == 1).any(-1) ^ (scene_share == 1)).all())      # shares sum to 1
