@@ -147,7 +147,7 @@ class MapRecorder(AttentionProcessor):
         return torch.stack(next(iter(self.maps.values()))).mean(0)
 
 
-Evaluate = Callable[[Tensor, MapRecorder], object]      # one forward pass of the positive prompts
+ForwardPass = Callable[[Tensor, MapRecorder], object]      # one forward pass of the positive prompts
 
 
 class AttentionGuidance:
@@ -176,7 +176,7 @@ class AttentionGuidance:
         return _sum(guidance_losses(maps, subject, grid).values())
 
     @torch.inference_mode(False)
-    def moved(self, latents: Tensor, evaluate: Evaluate, inner: AttentionProcessor | None = None) -> Tensor:
+    def moved(self, latents: Tensor, evaluate: ForwardPass, inner: AttentionProcessor | None = None) -> Tensor:
         """Latents after one step of guidance.
 
         Args:
