@@ -176,7 +176,8 @@ class AttentionGuidance:
         return _sum(guidance_losses(maps, subject, grid).values())
 
     @torch.inference_mode(False)
-    def moved(self, latents: Tensor, evaluate: ForwardPass, inner: AttentionProcessor | None = None) -> Tensor:
+    def moved(self, latents: Tensor, evaluate: ForwardPass,
+              inner: AttentionProcessor | None = None) -> Tensor:
         """Latents after one step of guidance.
 
         Args:
