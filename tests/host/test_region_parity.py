@@ -12,7 +12,9 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.regional.noise import NoiseSettings
 from continual_concepts.core.regional.regions import Region
+from continual_concepts.core.sampling import found as library_found
 from continual_concepts.core.sampling import regions as library
+from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
 TOLERANCE = 1e-4
@@ -72,22 +74,21 @@ class Hosts:
         self.backbone, self.model, self.clip, self.size = backbone, model, clip, size
         self.sampling = model.get_model_object("model_sampling")
 
-    def _comfy(self, function, bank, regions, settings, timesteps):
+    def _comfy(self, function, bank, regions, settings, timesteps, scene=SCENE):
         """Runs a sampler function of ComfyUI's over the noise levels of timesteps; its result as the UNet's
-        latents."""
+        latents. Without regions those of the scene's concepts are found."""
         import comfy.sample
         import comfy.samplers
 
         from continual_concepts.core.comfy.region_sampling import Scene, prepare
 
-        ready = prepare(self.model, self.clip, bank, Scene(SCENE, settings.negative), regions, self.size,
-                        settings)
+        ready = prepare(self.model, self.clip, bank, Scene(scene, settings.negative), regions, self.size,
+                        settings, find_regions=not regions)
         sigmas = torch.cat([self.sampling.sigmas[timesteps], torch.zeros(1)])
         noise = self.noise()
         found = comfy.sample.sample_custom(
             ready.model, noise, settings.cfg, comfy.samplers.KSAMPLER(function), sigmas, ready.positive,
-            ready.negative,
-            torch.zeros_like(noise), disable_pbar=True)
+            ready.negative, torch.zeros_like(noise), disable_pbar=True)
         return ready.model.model.process_latent_in(found)
 
     def noise(self) -> torch.Tensor:
@@ -112,19 +113,23 @@ class Hosts:
             last = len(timesteps) - 1
             return [(run.estimate(latents, t, i / last), theirs[i]) for i, t in enumerate(timesteps)]
 
-    def sampled(self, monkeypatch, bank, regions, settings):
+    def sampled(self, monkeypatch, bank, regions, settings, scene=SCENE):
         """Latents of a whole sampling. Euler's method over noise levels is DDIM over timesteps."""
         from comfy.k_diffusion.sampling import sample_euler
 
         from continual_concepts.core.model.solver import Ddim
 
-        theirs = self._comfy(sample_euler, bank, regions, settings,
-                             Ddim(self.backbone.schedule, settings.steps).timesteps)
-        monkeypatch.setattr(library, "DpmSolver", Ddim)
-        monkeypatch.setattr(library, "starting_noise", lambda *_: self.noise())
+        timesteps = Ddim(self.backbone.schedule, settings.steps).timesteps
+        theirs = self._comfy(sample_euler, bank, regions, settings, timesteps, scene)
+        for module in (library, library_found):
+            monkeypatch.setattr(module, "DpmSolver", Ddim)
+            monkeypatch.setattr(module, "starting_noise", lambda *_: self.noise())
         monkeypatch.setattr(self.backbone, "decode_latents", lambda latents: latents)
+        seeds = [0] * COUNT
         with torch.inference_mode(False):
-            return library.sample_regions(self.backbone, bank, SCENE, regions, [0] * COUNT, settings), theirs
+            if not regions:
+                return library_found.sample_found(self.backbone, bank, scene, seeds, settings), theirs
+            return library.sample_regions(self.backbone, bank, scene, regions, seeds, settings), theirs
 
 
 @pytest.fixture
@@ -149,6 +154,21 @@ def test_a_whole_sampling(hosts, banks, monkeypatch, kind):
     ours, comfy = hosts.sampled(monkeypatch, banks[kind], regions, settings)
     plain, _ = hosts.sampled(monkeypatch, banks[kind], [replace(region, prompt=SCENE) for region in regions],
                              settings)
+    assert relative_error(comfy, ours) < TOLERANCE and relative_error(ours, plain) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["prompt-activated", "word-bound"])
+@torch.inference_mode()
+def test_found_regions(hosts, banks, monkeypatch, reference, kind):
+    """Regions that are found in the first steps are the same in both hosts."""
+    from continual_concepts.core.sampling import sampling
+
+    scene = "a photo of <rex> and <mimi> in a meadow"
+    ours, comfy = hosts.sampled(monkeypatch, banks[kind], [], SETTINGS, scene)
+    monkeypatch.setattr(sampling, "DpmSolver", library_found.DpmSolver)
+    monkeypatch.setattr(sampling, "starting_noise", library_found.starting_noise)
+    with torch.inference_mode(False):
+        plain = sample(reference, banks[kind], [scene] * COUNT, [0] * COUNT, SETTINGS)
     assert relative_error(comfy, ours) < TOLERANCE and relative_error(ours, plain) > 100 * TOLERANCE
 
 
