@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from continual_concepts.benchmarks.regional.quality import (
 )
 from continual_concepts.benchmarks.regional.rivals import WAYS, Request
 from continual_concepts.core.conditioning.routing import aggregate
+from continual_concepts.core.demo import base
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
@@ -209,6 +211,8 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, expected):
 
 
 def test_a_short_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(base, "load_base", cache(base.load_base))      # both runs of the command use them
+    monkeypatch.setattr(regional_quality, "_tasks", cache(regional_quality._tasks))
     monkeypatch.setattr(regional_quality, "GRIDS", {1: (1, 1), 2: (1, 2)})
     monkeypatch.setattr(regional_quality, "SETTINGS", replace(continual.SETTINGS, steps=1))
     command = ["regional", "--json", str(tmp_path / "r.json"), "--only", "quality", "--pictures", "1",
