@@ -30,26 +30,19 @@ from ..model.processor import AttentionProcessor
 from ..settings import between
 from .base import Forward, Task, low_rank_deltas, register
 from .cidm_losses import orthogonality_rr, stored_up
-from .config import NOT_NEGATIVE, RANK, RankConfig
-from .low_rank import LowRankMethod
+from .config import NOT_NEGATIVE, RANK
+from .low_rank import LowRankConfig, LowRankMethod
 
 
 @dataclass(frozen=True)
-class CCDMConfig(RankConfig):
+class CCDMConfig(LowRankConfig):
     """rank, shared_rank: of the task's own and of the shared delta; slow: factor on the shared one's rate
     after the first task; gamma_shared, gamma_specific: weights of the penalties. Rates are CIDM's."""
 
-    rank: int = 4
     shared_rank: int = 4
-    scale: float = 1.0
     slow: float = 0.1
     gamma_shared: float = 0.1
     gamma_specific: float = 0.1
-    lr: float = 1e-4
-    token_lr: float = 1e-3
-    layerwise: bool = True
-    first_std: float = 0.0
-    stored: str = "float16"
 
     limits = {"shared_rank": RANK, "slow": between(0, 1), "gamma_shared": NOT_NEGATIVE,
               "gamma_specific": NOT_NEGATIVE}

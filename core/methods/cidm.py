@@ -29,15 +29,15 @@ from ..model.processor import AttentionProcessor
 from ..settings import between, one_of, setting
 from . import cidm_losses as losses
 from .base import Forward, Task, low_rank_deltas, register
-from .config import NOT_NEGATIVE, RankConfig
-from .low_rank import LowRankMethod
+from .config import NOT_NEGATIVE
+from .low_rank import LowRankConfig, LowRankMethod
 
 ORTHOGONALITIES = ("rr", "aa", "off")
 SHARED = ("als", "gradient", "off")
 
 
 @dataclass(frozen=True)
-class CIDMConfig(RankConfig):
+class CIDMConfig(LowRankConfig):
     """Paper: rank 4, token_lr 1e-3, lr 1e-4, gamma1 0.1, gamma2 1.0. Code: attention_weight 0.01,
     token_norm_stop 0.55.
 
@@ -46,9 +46,6 @@ class CIDMConfig(RankConfig):
     """
 
     rank: int = setting(4, "Rank of the deltas. Paper: 4.", 1, 128)
-    scale: float = setting(1.0, "Factor on the deltas; 1 = none.", 0.01, 16.0, 0.05)
-    lr: float = 1e-4
-    token_lr: float = 1e-3
     layerwise: bool = setting(
         True, "One vector per word and layer (the paper's), or one for all layers, which exports as an "
               "embedding.")
@@ -67,8 +64,6 @@ class CIDMConfig(RankConfig):
         1.4, "Words stop learning once their mean length reaches this many times the class noun's; 0 = "
              "never.",
         0.0, 100.0, 0.1)
-    first_std: float = 0.0
-    stored: str = "float16"
 
     limits = {"orthogonality": one_of(ORTHOGONALITIES), "shared": one_of(SHARED),
               "shared_rank": between(1, 256), "gamma1": NOT_NEGATIVE, "gamma2": NOT_NEGATIVE,

@@ -33,22 +33,18 @@ from torch.autograd.function import once_differentiable
 from ..bank.composition import SUM
 from ..model.deltas import Delta, DeltaKey, weighted_sum
 from .base import Forward, Task, register
-from .config import NOT_NEGATIVE, RankConfig
-from .low_rank import KEYS_AND_VALUES, LowRankMethod
+from .config import NOT_NEGATIVE
+from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
 
 @dataclass(frozen=True)
-class CLoRAConfig(RankConfig):
+class CLoRAConfig(LowRankConfig):
     """forget: lambda. rank, lr and forget are recalled from the paper's appendix; token_lr is ours."""
 
     rank: int = 16
-    scale: float = 1.0
-    forget: float = 1e8
     lr: float = 5e-4
-    token_lr: float = 1e-3
     layerwise: bool = False
-    first_std: float = 0.0
-    stored: str = "float16"
+    forget: float = 1e8
 
     limits = {"forget": NOT_NEGATIVE}
 

@@ -74,11 +74,6 @@ class CNSConfig(MethodConfig):
     quorum: float = 0.5
     tie_previous: float = 1.0
     tie_base: float = 0.1
-    lr: float = 1e-4
-    token_lr: float = 1e-3
-    layerwise: bool = True
-    first_std: float = 0.0
-    stored: str = "float16"
 
     limits = {"share": SHARE, "unit": one_of(UNITS), "score": one_of(SCORES), "selection_steps": at_least(1),
               "calibration": between(0, len(CALIBRATION)), "quorum": SHARE, "tie_previous": NOT_NEGATIVE,

@@ -54,32 +54,29 @@ CONSTRAINT_RIDGE = 1e-8      # relative; target words of two prompts may nearly 
 
 
 @dataclass(frozen=True)
-class CustomDiffusionConfig(MethodConfig):
-    """kept: share of the sum of singular values that a record keeps, 1 = the exact difference, paper 0.6;
-    train_noun: whether the words after the first, which start as the class noun, are trained."""
+class FullConfig(MethodConfig):
+    """train_noun: whether the words after the first, which start as the class noun, are trained."""
 
     lr: float = 8e-5
     token_lr: float = 8e-5
     layerwise: bool = False
     train_noun: bool = False
-    first_std: float = 0.0
+
+
+@dataclass(frozen=True)
+class CustomDiffusionConfig(FullConfig):
+    """kept: share of the sum of singular values that a record keeps, 1 = the exact difference, paper 0.6."""
+
     kept: float = 1.0
-    stored: str = "float16"
 
     limits = {"kept": SHARE}
 
 
 @dataclass(frozen=True)
-class CustomDiffusionMergeConfig(MethodConfig):
-    """ridge: added to C_reg^T C_reg, relative to its mean diagonal; train_noun: see CustomDiffusionConfig."""
+class CustomDiffusionMergeConfig(FullConfig):
+    """ridge: added to C_reg^T C_reg, relative to its mean diagonal."""
 
-    lr: float = 8e-5
-    token_lr: float = 8e-5
-    layerwise: bool = False
-    train_noun: bool = False
-    first_std: float = 0.0
     ridge: float = 1e-3
-    stored: str = "float16"
 
     limits = {"ridge": above(0)}
 
@@ -89,7 +86,7 @@ class FullMethod(Method):
 
     composition = SUM
     wants_prior = True
-    config: CustomDiffusionConfig | CustomDiffusionMergeConfig
+    config: FullConfig
     adapters: FullAdapters
 
     def make_adapters(self) -> FullAdapters:

@@ -44,13 +44,13 @@ from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from ..settings import at_least
 from .base import Forward, Task, register
-from .config import NOT_NEGATIVE, RankConfig
+from .config import NOT_NEGATIVE
 from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, words_digest
-from .low_rank import KEYS_AND_VALUES, LowRankMethod
+from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
 
 @dataclass(frozen=True)
-class L2DMConfig(RankConfig):
+class L2DMConfig(LowRankConfig):
     """alpha: weight of replay (Eq. 4); beta: of prior pictures (Eq. 4), times the training's prior_weight;
     mu: of distillation; eta: pictures generated per stored prompt; closeness: Eq. 5's beta, weight of the
     similarity to the real picture; replay: short-term pictures per batch; generation_steps, cfg: how pictures
@@ -58,10 +58,6 @@ class L2DMConfig(RankConfig):
     ten tasks of the embedded base, cfg 3 in place of 1 halved image alignment."""
 
     rank: int = 8
-    scale: float = 1.0
-    lr: float = 1e-4
-    token_lr: float = 1e-3
-    layerwise: bool = True
     alpha: float = 1.0
     beta: float = 1.0
     mu: float = 1.0
@@ -70,8 +66,6 @@ class L2DMConfig(RankConfig):
     replay: int = 1
     generation_steps: int = 25
     cfg: float = 1.0
-    first_std: float = 0.0
-    stored: str = "float16"
 
     limits = {**dict.fromkeys(("eta", "generation_steps", "replay"), at_least(1)),
               **dict.fromkeys(("alpha", "beta", "mu", "closeness", "cfg"), NOT_NEGATIVE)}

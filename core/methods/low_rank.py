@@ -10,25 +10,22 @@ from ..attention.adapters import LowRankAdapters
 from ..model.sites import PROJECTIONS
 from ..settings import setting
 from .base import Method
-from .config import RankConfig
+from .config import MethodConfig
 
 KEYS_AND_VALUES = ("to_k", "to_v")
 
 
 @dataclass(frozen=True)
-class LowRankConfig(RankConfig):
-    """What a low-rank method needs; see MethodConfig for the fields without a description."""
-
+class RankConfig(MethodConfig):
     rank: int = setting(4,
                         "Rank of the deltas. A higher rank holds more detail and makes the concept larger.",
                         1, 128)
+    scale = 1.0      # factor on the deltas; no field, because the merge of some methods fixes it
+
+
+@dataclass(frozen=True)
+class LowRankConfig(RankConfig):
     scale: float = setting(1.0, "Factor on the deltas; 1 = none.", 0.01, 16.0, 0.05)
-    lr: float = 1e-4
-    token_lr: float = 1e-3
-    layerwise: bool = setting(True, "One vector per word and layer, or one for all layers, which exports as "
-                                    "an embedding.")
-    first_std: float = 0.0
-    stored: str = "float16"
 
 
 class LowRankMethod(Method):

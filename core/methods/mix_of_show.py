@@ -38,28 +38,20 @@ from ..model.storage import stored_dtype
 from ..neurons.recording import RECORDED, record_moments
 from ..settings import above, between
 from .base import Outcome, Task, register
-from .config import RankConfig
 from .fusion import CONCEPT_PROMPTS, Rows, encode_concept, fit, fused_outcome, text_rows
-from .low_rank import KEYS_AND_VALUES, LowRankMethod
+from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
 GROUPS = {"text": KEYS_AND_VALUES, "picture": RECORDED}
 
 
 @dataclass(frozen=True)
-class MixOfShowConfig(RankConfig):
+class MixOfShowConfig(LowRankConfig):
     """passes: denoising steps whose inputs are recorded; rows: leading directions kept per layer; ridge:
     towards the base, relative."""
 
-    rank: int = 4
-    scale: float = 1.0
-    lr: float = 1e-4
-    token_lr: float = 1e-3
-    layerwise: bool = True
     passes: int = 20
     rows: int = 64
     ridge: float = 1e-3
-    first_std: float = 0.0
-    stored: str = "float16"
 
     limits = {"passes": between(1, 1000), "rows": between(1, 1024), "ridge": above(0)}
 

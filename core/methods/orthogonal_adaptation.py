@@ -32,8 +32,7 @@ from ..bank.composition import Composition, Kind
 from ..model.deltas import DeltaKey
 from ..settings import one_of, require
 from .base import Task, low_rank_deltas, register
-from .config import RankConfig
-from .low_rank import LowRankMethod
+from .low_rank import LowRankMethod, RankConfig
 
 COLUMNS = ("disjoint", "random")
 MERGE_WEIGHT = 0.6      # lambda of the paper
@@ -46,12 +45,8 @@ class OrthogonalAdaptationConfig(RankConfig):
     """columns: which columns of O a concept gets ("random" is the paper's); rank: how many."""
 
     rank: int = 20
-    columns: str = "disjoint"
     lr: float = 1e-5
-    token_lr: float = 1e-3
-    layerwise: bool = True
-    first_std: float = 0.0
-    stored: str = "float16"
+    columns: str = "disjoint"
 
     limits = {"columns": one_of(COLUMNS)}
 

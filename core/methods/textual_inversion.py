@@ -39,12 +39,10 @@ class TextualInversionConfig(MethodConfig):
     methods.
     """
 
-    token_lr: float = 5e-3
     lr: float = 0.0
+    token_lr: float = 5e-3
     layerwise: bool = False
     start: str = "class"
-    first_std: float = 0.0
-    stored: str = "float16"
 
     limits = {"start": one_of(STARTS)}
 
