@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..bank.prompts import Prompt, WordRef
+from ..bank.concepts import ConceptInfo
+from ..bank.prompts import Prompt, Vocabulary, WordRef
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone, TextEncoder
@@ -201,6 +202,14 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
         pooled = own_pooled if own_pooled is not None else pooled
     words = tuple(positions_of(row.words) for row in rows)
     return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words)
+
+
+@torch.no_grad()
+def encode_concept(backbone: Backbone, name: str, tokens: TokenGroup, prompts: Sequence[str]) -> Context:
+    """Encodes prompts in which `{}` stands for a concept that need not be in a bank."""
+    vocabulary = Vocabulary([ConceptInfo(name, "", "", tokens.words)])
+    parsed = vocabulary.parse_all([prompt.format(f"<{name}>") for prompt in prompts])
+    return encode_prompts(backbone, parsed, {name: tokens})
 
 
 def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[Tensor]:

@@ -36,12 +36,13 @@ from ..bank.tokens import TokenGroup
 from ..model.backbone import Backbone
 from ..model.compression import compressed
 from ..model.deltas import Deltas
+from ..model.least_squares import Rows, fit
 from ..model.storage import stored_dtype
 from ..neurons.scores import encode_plain, key_value_weights, text_positions
 from ..settings import above
 from .base import Method, Outcome, register
 from .config import SHARE, MethodConfig
-from .fusion import Rows, fit, fused_outcome, text_rows
+from .fusion import fused_outcome, text_rows
 
 _THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "boat", "chair", "teacup", "clock", "guitar", "tree",
            "flower", "mountain", "castle", "robot", "child", "woman", "backpack", "toy duck", "teddy bear",

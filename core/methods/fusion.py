@@ -9,44 +9,24 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..bank.concepts import ConceptInfo
-from ..bank.prompts import Vocabulary
 from ..bank.tokens import TokenGroup
-from ..conditioning.encoding import encode_prompts
+from ..conditioning.encoding import encode_concept
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.compression import compressed, svd
-from ..model.context import Context
 from ..model.deltas import DeltaKey, LowRankDelta, concatenate, only_low_rank
+from ..model.least_squares import Rows
 from ..model.sites import SiteLayout
 from ..model.storage import stored
 from .base import Outcome
 
 CONCEPT_PROMPTS = ("{}", "a photo of {}")      # of both papers' released code
 Records = Mapping[str, Mapping[DeltaKey, LowRankDelta]]      # mark of a concept -> its record
-
-
-@dataclass(frozen=True)
-class Rows:
-    """inputs `[s, b]` and targets `[s, a]` of one projection."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    @classmethod
-    def of(cls, inputs: Tensor, delta: LowRankDelta) -> Rows:
-        """The rows of a delta for given inputs."""
-        return cls(inputs, delta.apply(inputs))
-
-    @staticmethod
-    def stacked(parts: Sequence[Rows]) -> Rows:
-        return Rows(torch.cat([p.inputs for p in parts]), torch.cat([p.targets for p in parts]))
 
 
 def mark(tokens: TokenGroup, record: Mapping[DeltaKey, LowRankDelta]) -> str:
@@ -57,14 +37,6 @@ def mark(tokens: TokenGroup, record: Mapping[DeltaKey, LowRankDelta]) -> str:
     return f"{digest:08x}"
 
 
-@torch.no_grad()
-def encode_concept(backbone: Backbone, name: str, tokens: TokenGroup, prompts: Sequence[str]) -> Context:
-    """Encodes prompts in which `{}` stands for a concept that need not be in a bank."""
-    vocabulary = Vocabulary([ConceptInfo(name, "", "", tokens.words)])
-    parsed = vocabulary.parse_all([prompt.format(f"<{name}>") for prompt in prompts])
-    return encode_prompts(backbone, parsed, {name: tokens})
-
-
 def text_rows(backbone: Backbone, tokens: TokenGroup, name: str,
               prompts: Sequence[str] = CONCEPT_PROMPTS) -> list[Tensor]:
     """Text features of a concept's words and the end token after them, in every prompt: per site `[s, b]`."""
@@ -73,30 +45,6 @@ def text_rows(backbone: Backbone, tokens: TokenGroup, name: str,
     features = (context.at(site).float().cpu() for site in backbone.layout.sites)
     return [torch.cat([row[chosen] for row, chosen in zip(hidden, places, strict=True)])
             for hidden in features]
-
-
-def fit(rows: Rows, ridge: float, metric: Tensor | None = None) -> LowRankDelta:
-    """Solves for the smallest change that turns inputs into targets: `D = T^T (X P X^T + rho I)^-1 X P`.
-
-    Args:
-        rows: X `[s, b]` and T `[s, a]`.
-        ridge: rho relative to the mean diagonal of X P X^T.
-        metric: P `[b, b]` positive definite, float64; D is smallest in ||D P^-1/2||. None = identity, with
-            which D minimises ||X D^T - T||^2 + rho ||D||^2.
-
-    Returns:
-        D `[a, b]` of rank min(s, b), in float32, solved in double precision.
-    """
-    x, t = rows.inputs.double(), rows.targets.double()
-    weighted = x if metric is None else x @ metric
-    gram = weighted @ x.T
-    rho = ridge * gram.diagonal().mean().clamp(min=1e-30)
-    if metric is None and len(x) > x.shape[1]:      # push-through identity: the same in the smaller space
-        small = x.T @ x
-        solved = torch.linalg.solve(small + rho * torch.eye(len(small), dtype=small.dtype), x.T @ t)
-        return LowRankDelta(solved.T.float().contiguous(), torch.eye(x.shape[1]))
-    solved = torch.linalg.solve(gram + rho * torch.eye(len(gram), dtype=gram.dtype), t)
-    return LowRankDelta(solved.T.float().contiguous(), weighted.float().contiguous())
 
 
 def fused_record(fused: Mapping[DeltaKey, LowRankDelta], earlier: Records,

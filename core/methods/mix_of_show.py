@@ -32,13 +32,15 @@ from torch import Tensor
 from ..attention.adapters import AdapterProcessor
 from ..bank.composition import SUM
 from ..bank.tokens import TokenGroup
+from ..conditioning.encoding import encode_concept
 from ..data.batch import Batch
 from ..model.deltas import DeltaKey
+from ..model.least_squares import Rows, fit
 from ..model.storage import stored_dtype
 from ..neurons.recording import RECORDED, record_moments
 from ..settings import above, between
 from .base import Outcome, Task, register
-from .fusion import CONCEPT_PROMPTS, Rows, encode_concept, fit, fused_outcome, text_rows
+from .fusion import CONCEPT_PROMPTS, fused_outcome, text_rows
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
 GROUPS = {"text": KEYS_AND_VALUES, "picture": RECORDED}
