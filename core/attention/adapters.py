@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,41 @@ def adapter_key(index: int, projection: str) -> str:
     return f"{index}-{projection}"
 
 
+T = TypeVar("T")
+
+
+def by_name(values: Mapping[DeltaKey, T]) -> dict[str, T]:
+    """Values of projections by `adapter_key`."""
+    return {adapter_key(*key): value for key, value in values.items()}
+
+
+class Change(Protocol):
+    """What `AdapterProcessor` adds."""
+
+    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
+        """What a projection's output gains for the input x `[..., b]`: `[..., a]`, None for nothing."""
+
+
 class Adapters(nn.Module):
     """Trainable deltas of some projections."""
 
     @abstractmethod
     def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
-        """What a projection's output gains for the input x `[..., b]`: `[..., a]`, None for nothing."""
+        """See `Change`."""
 
     @abstractmethod
     def stored(self, dtype: torch.dtype) -> Deltas:
         """Detached copies on the CPU in the bank's type."""
+
+
+class NoAdapters(Adapters):
+    """No trainable deltas."""
+
+    def change(self, key: DeltaKey, x: Tensor) -> None:
+        return None
+
+    def stored(self, dtype: torch.dtype) -> Deltas:
+        return {}
 
 
 class LowRankAdapters(Adapters):
@@ -95,7 +121,7 @@ class FullAdapters(Adapters):
 class AdapterProcessor(AttentionProcessor):
     """Adds trainable deltas to the projections while training."""
 
-    def __init__(self, *adapters: Adapters) -> None:
+    def __init__(self, *adapters: Change) -> None:
         self.adapters = adapters
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A method is one file: settings, mathematics, hooks, and `register(...)` at the b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.context import Context
-from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.deltas import Delta, DeltaKey, Deltas, LowRankDelta, weighted_sum
 from ..model.processor import AttentionProcessor
 from ..model.storage import stored_dtype
 from ..neurons.neurons import NeuronSelection
@@ -56,6 +56,14 @@ class Task:
         bank = self.bank
         return [bank.passing(name) for name, info in bank.infos.items() if info.method == method]
 
+    def earlier_sum(self, method: str) -> dict[DeltaKey, Delta]:
+        """The sum of the deltas of those concepts, by projection."""
+        parts: dict[DeltaKey, list[tuple[float, Delta]]] = {}
+        for concept in self.earlier(method):
+            for key, delta in concept.deltas.items():
+                parts.setdefault(key, []).append((1.0, delta))
+        return {key: weighted_sum(deltas) for key, deltas in parts.items()}
+
     def draw_seed(self) -> int:
         """A seed for random numbers that a resumed run must draw again."""
         return int(torch.randint(2**31, (1,), generator=self.generator))
@@ -64,6 +72,11 @@ class Task:
 def low_rank_deltas(concepts: list[Concept], key: DeltaKey) -> list[LowRankDelta]:
     """The low-rank deltas that concepts have of one projection."""
     return [delta for concept in concepts if isinstance(delta := concept.deltas.get(key), LowRankDelta)]
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of scalars, with gradient; 0 for none."""
+    return sum(terms, torch.zeros(()))
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,7 @@ class Method(ABC):
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
         extra_key: name of `extra_state` in checkpoints, "" for a method without one.
+        steps: finished optimiser steps.
     """
 
     name: ClassVar[str]
@@ -108,6 +122,7 @@ class Method(ABC):
     wants_prior: ClassVar[bool] = False
     learns_alone: ClassVar[bool] = False
     extra_key: ClassVar[str] = ""
+    steps: int = 0
 
     config: MethodConfig
     task: Task
@@ -160,8 +175,9 @@ class Method(ABC):
         """Named terms that are added to the denoising loss; most methods have none in their first task."""
         return {}
 
-    def after_step(self, step: int) -> None:  # noqa: B027 - a hook: most methods need none
+    def after_step(self, step: int) -> None:
         """Runs after the optimiser's step: masking, clipping, the second step of an alternating scheme."""
+        self.steps = step
 
     def monitors(self) -> dict[str, float]:
         """Named figures of the method's state after a step, for display. They are part of no loss."""
@@ -187,10 +203,11 @@ class Method(ABC):
 
     def extra_state(self) -> Any:
         """What a checkpoint must hold beside the modules, under `extra_key`: tensors and JSON values."""
-        return None
+        return {"steps": self.steps}
 
-    def load_extra_state(self, state: Any) -> None:  # noqa: B027 - only for methods with an extra state
+    def load_extra_state(self, state: Any) -> None:
         """Restores what `extra_state` returned."""
+        self.steps = int(state["steps"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint of this task must hold."""

@@ -28,7 +28,7 @@ from ..errors import ConceptError
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor
 from ..settings import between
-from .base import Forward, Task, low_rank_deltas, register
+from .base import Forward, Task, low_rank_deltas, register, total
 from .cidm_losses import orthogonality_rr, stored_up
 from .config import NOT_NEGATIVE, RANK
 from .low_rank import LowRankConfig, LowRankMethod
@@ -87,15 +87,14 @@ class CCDM(LowRankMethod):
         """Overlap of A_i with A_s and with the old A_j, from the second task on."""
         if self.is_first:
             return {}
-        c, zero = self.config, torch.zeros((), device=self.task.backbone.device)
+        c, terms = self.config, {}
         ups = {key: self.adapters.scaled(key)[0] for key in self.adapters.keys}
-        terms = {}
         if c.gamma_shared > 0:
-            overlaps = (orthogonality_rr(self.shared.scaled(key)[0].detach(), up) for key, up in ups.items())
-            terms["shared"] = c.gamma_shared * sum(overlaps, zero)
+            terms["shared"] = c.gamma_shared * total(
+                orthogonality_rr(self.shared.scaled(key)[0].detach(), up) for key, up in ups.items())
         if c.gamma_specific > 0 and self.old_up:
-            overlaps = (orthogonality_rr(old, ups[key]) for key, old in self.old_up.items())
-            terms["specific"] = c.gamma_specific * sum(overlaps, zero)
+            terms["specific"] = c.gamma_specific * total(
+                orthogonality_rr(old, ups[key]) for key, old in self.old_up.items())
         return terms
 
     def recorded(self, dtype: torch.dtype) -> Deltas:

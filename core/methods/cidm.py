@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.adapters import adapter_key
+from ..attention.adapters import adapter_key, by_name
 from ..attention.maps import MapProcessor, attention_regulariser
 from ..conditioning.learned_words import LearnedWords
 from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.processor import AttentionProcessor
 from ..settings import between, one_of, setting
 from . import cidm_losses as losses
-from .base import Forward, Task, low_rank_deltas, register
+from .base import Forward, Task, low_rank_deltas, register, total
 from .config import NOT_NEGATIVE
 from .low_rank import LowRankConfig, LowRankMethod
 
@@ -139,21 +139,17 @@ class CIDM(LowRankMethod):
     def specific(self) -> Tensor:
         """R1 over all sites and projections; 0 for the first task."""
         r1 = losses.orthogonality_rr if self.config.orthogonality == "rr" else losses.orthogonality_aa
-        zero = torch.zeros((), device=self.task.backbone.device)
-        return sum((r1(old_up, self.adapters.delta(key).up) for key, old_up in self.old_up.items()), zero)
+        return total(r1(old_up, self.adapters.delta(key).up) for key, old_up in self.old_up.items())
 
     def shared(self) -> Tensor:
         """The part of R2 that reaches this task's deltas, with W* and H held fixed."""
-        total = torch.zeros((), device=self.task.backbone.device)
-        for key in self.old_up:
-            up, down = self.adapters.scaled(key)
-            if key in self.basis:
-                basis = self.basis[key]
-                projected = losses.project_onto(up.detach(), down.detach(), basis)
-                total = total + losses.residual(up, down, projected, basis)
-            else:
-                total = total + self.dense[key].loss(up @ down)
-        return total
+        return total(self._residual(key, *self.adapters.scaled(key)) for key in self.old_up)
+
+    def _residual(self, key: DeltaKey, up: Tensor, down: Tensor) -> Tensor:
+        if key in self.dense:
+            return self.dense[key].loss(up @ down)
+        basis = self.basis[key]
+        return losses.residual(up, down, losses.project_onto(up.detach(), down.detach(), basis), basis)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -173,8 +169,8 @@ class CIDM(LowRankMethod):
     @torch.no_grad()
     def shared_state(self) -> dict[str, Tensor]:
         """W* of every projection."""
-        state = {adapter_key(*key): basis.cpu().clone() for key, basis in self.basis.items()}
-        state |= {adapter_key(*key): dense.common.cpu().clone() for key, dense in self.dense.items()}
+        common = self.basis | {key: dense.common for key, dense in self.dense.items()}
+        state = by_name({key: tensor.cpu().clone() for key, tensor in common.items()})
         # after the first task W* is that task's own
         for key in () if self.old_up else self.adapters.keys:
             up, down = self.adapters.scaled(key)
@@ -186,9 +182,8 @@ class CIDM(LowRankMethod):
         return state
 
     def extra_state(self) -> dict[str, Any]:
-        dense = {adapter_key(*key): common for key, common in self.dense.items()}
-        return {"stopped": self.tokens_stopped,
-                "basis": {adapter_key(*key): basis for key, basis in self.basis.items()},
+        dense = by_name(self.dense)
+        return {"stopped": self.tokens_stopped, "basis": by_name(self.basis),
                 "common": {name: common.common for name, common in dense.items()},
                 "projections": {name: common.projections for name, common in dense.items()}}
 

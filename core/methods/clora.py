@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..bank.composition import SUM
-from ..model.deltas import Delta, DeltaKey, weighted_sum
-from .base import Forward, Task, register
+from ..model.deltas import DeltaKey
+from .base import Forward, Task, register, total
 from .config import NOT_NEGATIVE
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
@@ -51,17 +51,13 @@ class CLoRAConfig(LowRankConfig):
 
 def past_changes(task: Task, method: str) -> dict[DeltaKey, Tensor]:
     """`|sum_{t'<t} A_t' B_t'|` of one method's concepts: `[a, b]` float32 per changed projection."""
-    parts: dict[DeltaKey, list[tuple[float, Delta]]] = {}
-    for concept in task.earlier(method):
-        for key, delta in concept.deltas.items():
-            parts.setdefault(key, []).append((1.0, delta))
-    return {key: weighted_sum(deltas).dense().abs().to(task.backbone.device) for key, deltas in parts.items()}
+    device, summed = task.backbone.device, task.earlier_sum(method)
+    return {key: delta.dense().abs().to(device) for key, delta in summed.items()}
 
 
 def forgetting(past: Mapping[DeltaKey, Tensor], product: Callable[[DeltaKey], Tensor]) -> Tensor:
     """`sum || past (.) product ||_F^2` over projections, Eq. 3. product: key -> A_t B_t `[a, b]`."""
-    terms = [(past[key] * product(key).float()).square().sum() for key in past]
-    return sum(terms[1:], terms[0])
+    return total((past[key] * product(key).float()).square().sum() for key in past)
 
 
 class _Forgetting(torch.autograd.Function):
@@ -98,11 +94,9 @@ class CLoRA(LowRankMethod):
 
     def forgotten(self) -> Tensor:
         """Eq. 3 without lambda."""
-        terms = []
-        for key, past in self.past.items():
-            delta = self.adapters.delta(key)
-            terms.append(_Forgetting.apply(past, delta.up, delta.down) * delta.scale**2)
-        return sum(terms[1:], terms[0])
+        deltas = {key: self.adapters.delta(key) for key in self.past}
+        return total(_Forgetting.apply(self.past[key], delta.up, delta.down) * delta.scale**2
+                     for key, delta in deltas.items())
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         return {"forget": self.config.forget * self.forgotten()} if self.past else {}

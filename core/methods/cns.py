@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.adapters import adapter_key
+from ..attention.adapters import adapter_key, by_name
 from ..bank.composition import SUM
+from ..conditioning.encoding import encode_concept
 from ..data.batch import Batch
 from ..errors import ConceptError
 from ..model.deltas import DeltaKey, Deltas
@@ -48,9 +49,8 @@ from ..neurons.scores import (
 )
 from ..neurons.sparse import SparseAdapters
 from ..settings import at_least, between, one_of, require
-from .base import Forward, Method, Task, register
+from .base import Forward, Method, Task, register, total
 from .config import NOT_NEGATIVE, SHARE, MethodConfig
-from .fusion import encode_concept
 
 # of the activation score
 CONCEPT_PROMPTS = ("a photo of {}", "a {} on a beach", "a painting of {}", "{} in a room")
@@ -108,7 +108,7 @@ class CNS(Method):
         self.selection = selection
 
     def begin(self, task: Task) -> None:
-        self.steps, self.energy, self.is_chosen = 0, 1.0, False
+        self.energy, self.is_chosen = 1.0, False
         super().begin(task)
         # for the calibration, in resumed runs too
         self.seed, layout = task.draw_seed(), task.backbone.layout
@@ -200,16 +200,13 @@ class CNS(Method):
     def _tie(self) -> None:
         self.earlier_change: dict[DeltaKey, Tensor] = {}
         self.overlap: dict[DeltaKey, Tensor] = {}
-        concepts, earlier = self.task.earlier(self.name), self.earlier
+        changes, earlier = self.task.earlier_sum(self.name), self.earlier
         for key, size in self.adapters.sizes.items():
             places = self.adapters.at(key)[1].long()
-            old = [delta for concept in concepts if (delta := concept.deltas.get(key)) is not None]
-            total = sum((delta.dense() for delta in old), torch.zeros(size)).flatten().to(places.device)
-            union = torch.zeros(size, dtype=torch.bool)
-            if earlier is not None and key in earlier.sizes:
-                union = earlier.mask(key)
-            self.earlier_change[key] = total[places]
-            self.overlap[key] = union.flatten().to(places.device)[places].float()
+            change = changes[key].dense() if key in changes else torch.zeros(size)
+            is_old = earlier.mask(key) if earlier is not None and key in earlier.sizes else torch.zeros(size)
+            self.earlier_change[key] = change.flatten().to(places.device)[places]
+            self.overlap[key] = is_old.flatten().to(places.device)[places].float()
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """The two ties of L_reg over the selected neurons, from the second task on."""
@@ -218,17 +215,13 @@ class CNS(Method):
         if self.earlier is None or not self.is_chosen:
             return terms
         values = {key: self.adapters.at(key)[0] for key in self.adapters.sizes}
-        zero = torch.zeros((), device=self.task.backbone.device)
         if c.tie_previous > 0 and any(bool(overlap.any()) for overlap in self.overlap.values()):
-            squares = sum(((v.square() * self.overlap[key]).sum() for key, v in values.items()), zero)
+            squares = total((v.square() * self.overlap[key]).sum() for key, v in values.items())
             terms["previous"] = c.tie_previous * squares / self.energy
         if c.tie_base > 0:
-            squares = sum(((v + self.earlier_change[key]).square().sum() for key, v in values.items()), zero)
+            squares = total((v + self.earlier_change[key]).square().sum() for key, v in values.items())
             terms["base"] = c.tie_base * squares / self.energy
         return terms
-
-    def after_step(self, step: int) -> None:
-        self.steps = step
 
     def recorded(self, dtype: torch.dtype) -> Deltas:
         return self.adapters.stored(dtype) if self.is_chosen else {}
@@ -246,16 +239,15 @@ class CNS(Method):
         return shared
 
     def extra_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "energy": self.energy, "is_chosen": self.is_chosen,
+        return {**super().extra_state(), "energy": self.energy, "is_chosen": self.is_chosen,
                 "general": {} if self.general is None else self.general.to_tensors(),
-                "sums": {adapter_key(*key): gradient for key, gradient in self.gradients.sums.items()}}
+                "sums": by_name(self.gradients.sums)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        layout = self.task.backbone.layout
-        self.steps, self.energy = int(state["steps"]), float(state["energy"])
-        self.general = NeuronSelection.from_tensors(state["general"], layout) if state["general"] else None
+        super().load_extra_state(state)
+        self.energy, self.is_chosen = float(state["energy"]), bool(state["is_chosen"])
+        self.general = _stored_selection(state["general"], "", self.task.backbone.layout)
         self.gradients.sums = self.by_weight(state["sums"])
-        self.is_chosen = bool(state["is_chosen"])
         if self.is_chosen:
             self._tie()
 

@@ -30,7 +30,7 @@ from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.processor import AttentionProcessor
 from ..model.sites import Site
 from ..settings import at_least, between
-from .base import Forward, Task, register
+from .base import Forward, Task, register, total
 from .config import NOT_NEGATIVE
 from .finetune import ContinuedProcessor, Finetune
 from .fisher import running_fisher
@@ -94,20 +94,17 @@ class EWC(Finetune):
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.steps, self.is_own = 0, torch.ones(0)
+        self.is_own = torch.ones(0)
         self.mean: dict[str, Tensor] = {}      # factor -> exponential mean of this task's squared gradients
         self.pending: dict[str, Tensor] = {}      # factor -> those of the step under way
-        state, factors = task.bank.shared.get(self.name, {}), self._factors()
-        saved = {name: state[_FISHER + name] for name in factors if _FISHER + name in state}
-        shapes = {name: p.shape for name, p in factors.items()}
-        fits = self.start and {name: fisher.shape for name, fisher in saved.items()} == shapes
+        self.factors = dict(self.adapters.named_parameters())      # by names such as `up.3-to_k`
+        state = task.bank.shared.get(self.name, {})
+        saved = {name: state[_FISHER + name] for name in self.factors if _FISHER + name in state}
+        fits = self.start and all(name in saved and saved[name].shape == factor.shape
+                                  for name, factor in self.factors.items())
         device = task.backbone.device
-        self.fisher = {name: saved[name].to(device, torch.float32) for name in factors} if fits else {}
-        self.anchor = {name: p.detach().clone() for name, p in factors.items()} if fits else {}
-
-    def _factors(self) -> dict[str, Tensor]:
-        """All factors of the adapter by name, such as `up.3-to_k`."""
-        return dict(self.adapters.named_parameters())
+        self.fisher = {name: f.to(device, torch.float32) for name, f in saved.items()} if fits else {}
+        self.anchor = {name: factor.detach().clone() for name, factor in self.factors.items()} if fits else {}
 
     def processor(self) -> AttentionProcessor:
         return WatchedProcessor(self.adapters, self.start, self._note)
@@ -126,7 +123,7 @@ class EWC(Finetune):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        self.steps = step
+        super().after_step(step)
         finite = [torch.isfinite(squares).all() for squares in self.pending.values()]
         if finite and bool(torch.stack(finite).all()):      # else the loss was scaled too high for fp16
             share = 1.0 / min(step, self.config.fisher_window)
@@ -139,22 +136,22 @@ class EWC(Finetune):
         """`lambda / 2 sum_k F_k (theta_k - theta*_k)^2`, from the second task on."""
         if not self.fisher or self.config.tie == 0:
             return {}
-        factors = self._factors()
-        terms = [(f * (factors[name] - self.anchor[name]).square()).sum() for name, f in self.fisher.items()]
-        return {"tie": self.config.tie / 2 * sum(terms, torch.zeros_like(terms[0]))}
+        squares = total((fisher * (self.factors[name] - self.anchor[name]).square()).sum()
+                        for name, fisher in self.fisher.items())
+        return {"tie": self.config.tie / 2 * squares}
 
     @torch.no_grad()
     def shared_state(self) -> dict[str, Tensor]:
-        unseen = {name: torch.zeros_like(p) for name, p in self._factors().items() if name not in self.mean}
+        unseen = {name: torch.zeros_like(p) for name, p in self.factors.items() if name not in self.mean}
         running = running_fisher(self.fisher, self.mean | unseen, self.config.decay)
-        fisher = {_FISHER + name: running[name].cpu().clone() for name in self._factors() if name in running}
+        fisher = {_FISHER + name: running[name].cpu().clone() for name in self.factors if name in running}
         return {**super().shared_state(), **fisher}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "mean": dict(self.mean)}
+        return {**super().extra_state(), "mean": dict(self.mean)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.steps, self.pending = int(state["steps"]), {}
+        super().load_extra_state(state)
         # copies: views into a file have odd addresses, where sums may be rounded differently
         device = self.task.backbone.device
         self.mean = {name: squares.to(device, copy=True) for name, squares in state["mean"].items()}

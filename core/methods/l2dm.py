@@ -45,6 +45,7 @@ from ..sampling.settings import SampleSettings
 from ..settings import at_least
 from .base import Forward, Task, register
 from .config import NOT_NEGATIVE
+from .distillation import distillation
 from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, words_digest
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
@@ -84,7 +85,7 @@ class L2DM(LowRankMethod):
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.seed, self.steps, self.draws = task.draw_seed(), 0, 0
+        self.seed, self.draws = task.draw_seed(), 0
         self.old = self._of_present_concepts(LongTerm.read(task.bank.shared.get(self.name, {})))
         self.new: LongTerm | None = None
         self.short: ShortTerm | None = None
@@ -161,30 +162,22 @@ class L2DM(LowRankMethod):
         rows, given = self.short.draw(c.replay, generator), len(batch)
         latents = self.short.latents[rows.to(self.short.latents.device)]
         total = given + len(rows)
-        weights = torch.full((len(rows),), c.alpha * self.short.task_count * total / len(rows))
+        weight = c.alpha * self.short.task_count * total / len(rows)
         prompts = tuple(self.short.prompts[i] for i in rows.tolist())
         replay = Batch(latents, prompts, torch.ones_like(latents[:, :1]),
-                       torch.zeros(len(rows), dtype=torch.bool), weights)
-        joined = replace(batch, weights=batch.weights * total / given).joined(replay)
-        self.joined = joined, given
-        return joined
+                       torch.zeros(len(rows), dtype=torch.bool), torch.full((len(rows),), weight))
+        self.joined = replace(batch, weights=batch.weights * total / given).joined(replay), given
+        return self.joined[0]
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        """ECD: mean squared difference between the old model's outputs and this one's on replayed rows.
-
-        The previous model is what is folded into the weights, without this task's deltas. Replayed prompts
-        have old words only.
-        """
+        """ECD on the replayed rows, whose prompts have old words only."""
         if self.config.mu == 0 or self.joined is None or seen.batch is not self.joined[0]:
             return {}
-        rows = slice(self.joined[1], None)
-        with torch.no_grad():
-            context = seen.context[rows]
-            teacher = self.task.backbone.predict(seen.noisy[rows], seen.timesteps[rows], context)
-        return {"distillation": self.config.mu * (seen.output[rows].float() - teacher).square().mean()}
+        return {"distillation": self.config.mu * distillation(self.task.backbone, seen, self.joined[1])}
 
     def after_step(self, step: int) -> None:
-        self.steps, self.draws = step, 0
+        super().after_step(step)
+        self.draws = 0
 
     def shared_state(self) -> dict[str, Tensor]:
         memory = self.old
@@ -196,11 +189,11 @@ class L2DM(LowRankMethod):
     def extra_state(self) -> dict[str, Any]:
         short = self.short
         memory = short and {"latents": short.latents, "prompts": list(short.prompts), "tasks": short.tasks}
-        return {"steps": self.steps, "short": memory}
+        return {**super().extra_state(), "short": memory}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.steps, short = int(state["steps"]), state["short"]
-        if short is not None:
+        super().load_extra_state(state)
+        if (short := state["short"]) is not None:
             latents = short["latents"].to(self.task.backbone.device)
             self.short = ShortTerm(latents, tuple(short["prompts"]), short["tasks"])
 

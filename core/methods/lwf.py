@@ -18,7 +18,6 @@ forward and backward for twice the pictures. What is trained and recorded is tha
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from ..data.batch import Batch
 from ..model.processor import AttentionProcessor
 from .base import Forward, Task, register
 from .config import NOT_NEGATIVE
+from .distillation import distillation
 from .finetune import Finetune
 from .low_rank import LowRankConfig
 
@@ -47,9 +47,9 @@ class LwF(Finetune):
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.steps, self.asked = 0, 0
-        self.extended: Batch | None = None      # this step's batch, whose last `added` rows are old requests
-        self.added = 0
+        self.asked = 0
+        # this step's batch, and its first row with an old request
+        self.extended: tuple[Batch, int] | None = None
         old = [f"<{name}>" for name, info in task.bank.infos.items() if info.method == self.name]
         requests = old + [task.class_noun] * bool(task.class_noun)
         self.requests = tuple(requests) if old and self.config.distil > 0 else ()
@@ -64,13 +64,12 @@ class LwF(Finetune):
         own = (~batch.is_prior).nonzero().squeeze(1)
         if not self.requests or not len(own):
             return batch
-        self.added = len(own)
         asked = batch.rows(own)
         asked = replace(asked, prompts=tuple(self._next_request(prompt) for prompt in asked.prompts),
                         is_prior=torch.ones_like(asked.is_prior), weights=torch.zeros_like(asked.weights))
         share = (len(batch) + len(own)) / len(batch)
-        self.extended = replace(batch, weights=batch.weights * share).joined(asked)
-        return self.extended
+        self.extended = replace(batch, weights=batch.weights * share).joined(asked), len(batch)
+        return self.extended[0]
 
     def _next_request(self, prompt: str) -> str:
         """The caption with the next old request. The step decides where the turn starts, for resumed runs."""
@@ -88,23 +87,14 @@ class LwF(Finetune):
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """The distillation over the appended rows, from the second task on."""
-        if self.extended is None or seen.batch is not self.extended:
+        if self.extended is None or seen.batch is not self.extended[0]:
             return {}
-        rows = slice(len(seen.batch) - self.added, None)
-        context = replace(seen.context[rows], hidden=seen.context.hidden[rows].detach())
-        kind, dtype, enabled = self.autocast
-        with torch.no_grad(), torch.autocast(kind, dtype, enabled):
-            taught = self.task.backbone.predict(seen.noisy[rows], seen.timesteps[rows], context)
-        return {"distil": self.config.distil * (seen.output[rows].float() - taught.float()).square().mean()}
+        with torch.autocast(*self.autocast):
+            return {"distil": self.config.distil * distillation(self.task.backbone, seen, self.extended[1])}
 
     def after_step(self, step: int) -> None:
-        self.steps, self.asked, self.extended = step, 0, None
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.steps, self.asked = int(state["steps"]), 0
+        super().after_step(step)
+        self.asked, self.extended = 0, None
 
 
 register("lwf", LwFConfig, LwF,

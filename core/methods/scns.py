@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.adapters import adapter_key
+from ..attention.adapters import adapter_key, by_name
 from ..model.deltas import DeltaKey
 from ..neurons.neurons import NeuronSelection
 from ..neurons.scores import key_value_weights, weight_of
@@ -119,14 +119,14 @@ class SCNS(CNS):
         return {**super().shared_state(), **fisher}
 
     def extra_state(self) -> dict[str, Any]:
-        signatures = {adapter_key(*key): torch.stack(steps) for key, steps in self.signatures.items()}
-        squares = {adapter_key(*key): squares for key, squares in self.squares.items()}
-        return {**super().extra_state(), "sums": {}, "signatures": signatures, "squares": squares}
+        signatures = {key: torch.stack(steps) for key, steps in self.signatures.items()}
+        return {**super().extra_state(), "sums": {}, "signatures": by_name(signatures),
+                "squares": by_name(self.squares)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         super().load_extra_state(state)
-        signatures = self.by_weight(state["signatures"])
-        self.signatures = {key: list(steps.unbind()) for key, steps in signatures.items()}
+        self.signatures = {key: list(steps.unbind())
+                           for key, steps in self.by_weight(state["signatures"]).items()}
         self.squares = self.by_weight(state["squares"])
 
 

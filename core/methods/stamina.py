@@ -28,16 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.adapters import adapter_key
+from ..attention.adapters import AdapterProcessor, adapter_key
 from ..bank.tokens import TokenGroup
 from ..conditioning.learned_words import Words
 from ..data.batch import Batch
 from ..model.deltas import DeltaKey, Deltas, SparseDelta
 from ..model.processor import AttentionProcessor
-from ..model.sites import Site
-from ..model.storage import wide_enough
+from ..model.storage import stored_sparse
 from ..settings import above, between
-from .base import Forward, Task, register
+from .base import Forward, Task, register, total
 from .clora import CLoRA, CLoRAConfig, forgetting
 from .config import NOT_NEGATIVE, RANK
 
@@ -119,19 +118,6 @@ def hard_mask(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return (soft > 0.5).to(soft) + (soft - soft.detach())
 
 
-class MaskedProcessor(AttentionProcessor):
-    """Adds the masked products to the projections while training."""
-
-    def __init__(self, method: Stamina) -> None:
-        self.method = method
-
-    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        key = (site.index, projection)
-        if key not in self.method.numbers:
-            return y
-        return y + F.linear(x, self.method.product(key).to(x.dtype)).to(y.dtype)
-
-
 class Stamina(CLoRA):
     extra_key = "place._extra_state"
     config: StaminaConfig
@@ -143,7 +129,7 @@ class Stamina(CLoRA):
         self.numbers = {key: number for number, key in enumerate(self.adapters.keys)}
         sites = task.backbone.layout.sites
         self.entries = sum(math.prod(sites[index].shape(projection)) for index, projection in self.numbers)
-        self.seed, self.steps, self.batches = task.draw_seed(), 0, 0
+        self.seed, self.batches = task.draw_seed(), 0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         # without decay, which would pull the masks to keeping half of the entries
@@ -151,7 +137,10 @@ class Stamina(CLoRA):
         return [*super().parameter_groups(), masks]
 
     def processor(self) -> AttentionProcessor:
-        return MaskedProcessor(self)
+        return AdapterProcessor(self)
+
+    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
+        return F.linear(x, self.product(key).to(x.dtype)) if key in self.numbers else None
 
     def on_batch(self, batch: Batch) -> Batch:
         self.batches += 1
@@ -172,22 +161,24 @@ class Stamina(CLoRA):
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         terms = super().penalty(seen)
         if self.config.sparsity > 0:
-            shares = [torch.sigmoid(self.masks.logits(key)).sum() for key in self.numbers]
-            terms["sparsity"] = self.config.sparsity * (sum(shares[1:], shares[0]) / self.entries)
+            expected = total(torch.sigmoid(self.masks.logits(key)).sum() for key in self.numbers)
+            terms["sparsity"] = self.config.sparsity * (expected / self.entries)
         return terms
 
     def after_step(self, step: int) -> None:
-        self.steps, self.batches = step, 0
+        super().after_step(step)
+        self.batches = 0
 
     @torch.no_grad()
-    def retained(self, key: DeltaKey) -> tuple[Tensor, Tensor]:
-        """The recorded entries of a product, masked without noise: places int32 `[k]` and values `[k]`."""
+    def retained(self, key: DeltaKey) -> SparseDelta:
+        """The entries of a product that its mask keeps without noise."""
         places = (self.masks.logits(key) > 0).flatten().nonzero().squeeze(1)
-        return places.int(), self.adapters.delta(key).dense().flatten()[places]
+        delta = self.adapters.delta(key)
+        return SparseDelta(delta.shape, places.int(), delta.dense().flatten()[places])
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        return torch.stack([self.retained(key)[1].square().sum() for key in self.numbers]).sum().sqrt()
+        return torch.stack([self.retained(key).values.square().sum() for key in self.numbers]).sum().sqrt()
 
     @torch.no_grad()
     def monitors(self) -> dict[str, float]:
@@ -196,20 +187,10 @@ class Stamina(CLoRA):
         return {"norm": float(self.norm()), "kept": float(kept) / self.entries}
 
     def recorded(self, dtype: torch.dtype) -> Deltas:
-        sites, entries = self.task.backbone.layout.sites, {key: self.retained(key) for key in self.numbers}
-        dtype = wide_enough(dtype, (values for _, values in entries.values()))
-        return {(i, part): SparseDelta(sites[i].shape(part), places.cpu().clone(),
-                                       values.to(dtype).cpu().clone())
-                for (i, part), (places, values) in entries.items()}
+        return stored_sparse({key: self.retained(key) for key in self.numbers}, dtype)
 
     def parts(self) -> dict[str, nn.Module]:
         return {**super().parts(), "masks": self.masks}
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"steps": self.steps}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.steps, self.batches = int(state["steps"]), 0
 
 
 register("stamina", StaminaConfig, Stamina,

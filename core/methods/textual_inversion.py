@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from ..attention.adapters import Adapters
+from ..attention.adapters import NoAdapters
 from ..bank.tokens import initial_vectors
 from ..conditioning.learned_words import LearnedWords
-from ..model.deltas import DeltaKey, Deltas
 from ..settings import one_of
 from .base import Method, Task, register
 from .config import MethodConfig
@@ -45,16 +44,6 @@ class TextualInversionConfig(MethodConfig):
     start: str = "class"
 
     limits = {"start": one_of(STARTS)}
-
-
-class NoAdapters(Adapters):
-    """No trainable deltas."""
-
-    def change(self, key: DeltaKey, x: torch.Tensor) -> None:
-        return None
-
-    def stored(self, dtype: torch.dtype) -> Deltas:
-        return {}
 
 
 class TextualInversion(Method):

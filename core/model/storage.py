@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConceptError
-from .deltas import DeltaKey, LowRankDelta
+from .deltas import DeltaKey, LowRankDelta, SparseDelta
 
 STORED_TYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -39,3 +39,11 @@ def stored_deltas(deltas: Mapping[DeltaKey, LowRankDelta],
         return factor.detach().to(dtype).cpu().clone()
 
     return {key: LowRankDelta(copied(d.up), copied(d.down), d.scale) for key, d in deltas.items()}
+
+
+def stored_sparse(deltas: Mapping[DeltaKey, SparseDelta], dtype: torch.dtype) -> dict[DeltaKey, SparseDelta]:
+    """As `stored_deltas`, of sparse deltas. The type is that of their values."""
+    dtype = wide_enough(dtype, (delta.values for delta in deltas.values()))
+    values = {key: delta.values.detach().to(dtype).cpu().clone() for key, delta in deltas.items()}
+    return {key: SparseDelta(d.size, d.indices.cpu().clone(), values[key], d.scale)
+            for key, d in deltas.items()}

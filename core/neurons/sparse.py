@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention.adapters import Adapters, adapter_key
 from ..model.deltas import DeltaKey, SparseDelta
 from ..model.sites import SiteLayout
-from ..model.storage import wide_enough
+from ..model.storage import stored_sparse
 from .neurons import NeuronSelection
 
 
@@ -74,10 +74,8 @@ class SparseAdapters(Adapters):
 
     def stored(self, dtype: torch.dtype) -> dict[DeltaKey, SparseDelta]:
         entries = {key: self.at(key) for key in self.sizes}
-        dtype = wide_enough(dtype, (values for values, _ in entries.values()))
-        return {key: SparseDelta(self.sizes[key], places.cpu().clone(),
-                                 values.detach().to(dtype).cpu().clone())
-                for key, (values, places) in entries.items()}
+        return stored_sparse({key: SparseDelta(self.sizes[key], places, values)
+                              for key, (values, places) in entries.items()}, dtype)
 
     def selection(self) -> NeuronSelection:
         return NeuronSelection({key: self.at(key)[1] for key in self.sizes}, self.sizes)

@@ -66,7 +66,7 @@ def test_the_gathered_squares_are_the_denoising_losss_alone(tiny_backbone, banks
     context = run._context(whole)
     seen = predict(tiny_backbone, whole, context, drawn, processor)
     (denoising_loss(tiny_backbone, seen, config) + run.method.penalty(seen)["tie"]).backward()
-    noted, factors = dict(run.method.pending), run.method._factors()
+    noted, factors = dict(run.method.pending), run.method.factors
     expected = {name: torch.zeros_like(p) for name, p in factors.items()}
     plain = ContinuedProcessor(run.method.adapters, run.method.start)
     for i in range(2):
@@ -88,7 +88,7 @@ def test_the_tie_is_its_formula(tiny_backbone, banks):
     g, state = torch.Generator().manual_seed(0), banks[1].shared["ewc"]
     assert method.penalty(None)["tie"] == 0
     with torch.no_grad():
-        for name, factor in method._factors().items():
+        for name, factor in method.factors.items():
             step = 0.1 * torch.randn(factor.shape, generator=g)
             kind, key = name.split(".")
             assert torch.equal(factor, state[f"{key}.{kind}"])

@@ -35,7 +35,6 @@ class Toy(LowRankMethod):
 
     def begin(self, task):
         super().begin(task)
-        self.steps = 0
         self.adapters.down.requires_grad_(False)
 
     def processor(self):
@@ -48,17 +47,8 @@ class Toy(LowRankMethod):
         ups = [self.adapters.delta(key).up for key in self.adapters.keys]
         return {"toy": self.config.tie * sum(up.square().sum() for up in ups)} if len(self.task.bank) else {}
 
-    def after_step(self, step):
-        self.steps = step
-
     def shared_state(self):
         return {"tasks": torch.tensor(float(len(self.task.bank) + 1))}
-
-    def extra_state(self):
-        return {"steps": self.steps}
-
-    def load_extra_state(self, state):
-        self.steps = state["steps"]
 
 
 register("toy", ToyConfig, Toy, "a toy")
