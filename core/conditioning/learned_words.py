@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,9 +17,15 @@ BYTES = 256      # the first entries of every CLIP vocabulary, enough to estimat
 
 
 class Words(nn.Module):
-    """Trainable words. names: what they are called in prompts, as `<name>`."""
+    """Trainable words.
+
+    Attributes:
+        names: what they are called in prompts, as `<name>`.
+        placeholder_noun: see TokenGroup.
+    """
 
     names: tuple[str, ...]
+    placeholder_noun: str = ""
 
     @abstractmethod
     def group(self) -> TokenGroup:
@@ -26,7 +33,8 @@ class Words(nn.Module):
 
     def stored(self, dtype: torch.dtype) -> TokenGroup:
         """Detached copies on the CPU in the bank's type."""
-        return TokenGroup(self.names, {name: stored(v, dtype) for name, v in self.group().vectors.items()})
+        group = self.group()
+        return replace(group, vectors={name: stored(v, dtype) for name, v in group.vectors.items()})
 
 
 class LearnedWords(Words):
@@ -59,7 +67,7 @@ class LearnedWords(Words):
             self.vectors[encoder.name] = nn.Parameter(start.to(backbone.device))
 
     def group(self) -> TokenGroup:
-        return TokenGroup(self.names, dict(self.vectors.items()))
+        return TokenGroup(self.names, dict(self.vectors.items()), self.placeholder_noun)
 
     def mean_norm(self) -> float:
         """Mean length of the vectors, over encoders, layer copies and words."""

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from ..attention.adapters import AdapterProcessor, LowRankAdapters
 from ..errors import ConceptError
-from ..model.deltas import DeltaKey, Deltas, LowRankDelta
+from ..model.deltas import DeltaKey, Deltas
 from ..model.processor import AttentionProcessor
 from ..settings import between
 from .base import Forward, Task, low_rank_deltas, register, total
 from .cidm_losses import orthogonality_rr, stored_up
-from .config import NOT_NEGATIVE, RANK
+from .config import RANK
 from .low_rank import LowRankConfig, LowRankMethod
 
 
@@ -44,8 +44,7 @@ class CCDMConfig(LowRankConfig):
     gamma_shared: float = 0.1
     gamma_specific: float = 0.1
 
-    limits = {"shared_rank": RANK, "slow": between(0, 1), "gamma_shared": NOT_NEGATIVE,
-              "gamma_specific": NOT_NEGATIVE}
+    limits = {"shared_rank": RANK, "slow": between(0, 1)}
 
 
 class CCDM(LowRankMethod):
@@ -99,9 +98,7 @@ class CCDM(LowRankMethod):
 
     def recorded(self, dtype: torch.dtype) -> Deltas:
         shared, own = self.shared.stored(dtype), self.adapters.stored(dtype)
-        return {key: LowRankDelta(torch.cat([shared[key].up, own[key].up], dim=1),
-                                  torch.cat([shared[key].down, own[key].down], dim=0), self.config.scale)
-                                  for key in own}
+        return {key: shared[key].beside(own[key]) for key in own}
 
     def shared_state(self) -> dict[str, Tensor]:
         return {name: parameter.detach().cpu().clone() for name, parameter in self.shared.named_parameters()}

@@ -29,7 +29,6 @@ from ..model.processor import AttentionProcessor
 from ..settings import between, one_of, setting
 from . import cidm_losses as losses
 from .base import Forward, Task, low_rank_deltas, register, total
-from .config import NOT_NEGATIVE
 from .low_rank import LowRankConfig, LowRankMethod
 
 ORTHOGONALITIES = ("rr", "aa", "off")
@@ -38,18 +37,14 @@ SHARED = ("als", "gradient", "off")
 
 @dataclass(frozen=True)
 class CIDMConfig(LowRankConfig):
-    """Paper: rank 4, token_lr 1e-3, lr 1e-4, gamma1 0.1, gamma2 1.0. Code: attention_weight 0.01,
-    token_norm_stop 0.55.
-
-    first_std: the code uses 0.011 to 0.020 for SD1.5; token_norm_stop: the code's absolute 0.55 is about 1.4
-    times SD1.5's usual length.
-    """
+    """Both learning rates are the paper's. The code's attention_weight is 0.01, and its first_std 0.011 to
+    0.020 for SD1.5. Its token_norm_stop is absolute: 0.55, about 1.4 times SD1.5's usual length."""
 
     rank: int = setting(4, "Rank of the deltas. Paper: 4.", 1, 128)
     layerwise: bool = setting(
         True, "One vector per word and layer (the paper's), or one for all layers, which exports as an "
               "embedding.")
-    gamma1: float = setting(0.1, "Weight of the task-specific loss R1; 0 = off. Paper: 0.1.", 
+    gamma1: float = setting(0.1, "Weight of the task-specific loss R1; 0 = off. Paper: 0.1.",
                             0.0, 100.0, 0.01)
     gamma2: float = setting(1.0, "Weight of the task-shared loss R2; 0 = off. Paper: 1.", 0.0, 100.0, 0.1)
     orthogonality: str = setting("rr", "How R1 is read: rr compares r x r products (ours), aa a x a products "
@@ -66,8 +61,7 @@ class CIDMConfig(LowRankConfig):
         0.0, 100.0, 0.1)
 
     limits = {"orthogonality": one_of(ORTHOGONALITIES), "shared": one_of(SHARED),
-              "shared_rank": between(1, 256), "gamma1": NOT_NEGATIVE, "gamma2": NOT_NEGATIVE,
-              "attention_weight": NOT_NEGATIVE, "token_norm_stop": NOT_NEGATIVE}
+              "shared_rank": between(1, 256)}
 
 
 class CIDM(LowRankMethod):

@@ -11,9 +11,8 @@ Recalled from its appendix, not verified: rank 16, learning rate 5e-4, lambda 1e
 sum over entries, not a mean, and computed in float32, since the products are about 1e-10. Unknown: learning
 rate and spread of the word (ours), and weight decay (the trainer's).
 
-Known weakness: a new product of zero minimises the penalty, and training drives later tasks towards it.
-`monitors` reports ||A_t B_t||_F over all projections after every step, and the bank keeps each task's last
-one (`norm.<concept>`).
+Known weakness: a new product of zero minimises the penalty, and training drives later tasks towards it. The
+norm ||A_t B_t||_F is therefore monitored, and the bank keeps each task's last one (`norm.<concept>`).
 
 The past sum is computed from the bank's concepts when a task begins. A second copy in the bank would be a
 dense matrix per projection (1.4 GB for SDXL) and would still contain deleted concepts. While a task runs, the
@@ -33,20 +32,17 @@ from torch.autograd.function import once_differentiable
 from ..bank.composition import SUM
 from ..model.deltas import DeltaKey
 from .base import Forward, Task, register, total
-from .config import NOT_NEGATIVE
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
 
 @dataclass(frozen=True)
 class CLoRAConfig(LowRankConfig):
-    """forget: lambda. rank, lr and forget are recalled from the paper's appendix; token_lr is ours."""
+    """forget: lambda."""
 
     rank: int = 16
     lr: float = 5e-4
     layerwise: bool = False
     forget: float = 1e8
-
-    limits = {"forget": NOT_NEGATIVE}
 
 
 def past_changes(task: Task, method: str) -> dict[DeltaKey, Tensor]:
@@ -103,7 +99,7 @@ class CLoRA(LowRankMethod):
 
     @torch.no_grad()
     def monitors(self) -> dict[str, float]:
-        """norm: ||A_t B_t||_F. Near zero in a later task, the penalty has prevented learning."""
+        """norm: near zero in a later task, the penalty has prevented learning."""
         return {"norm": float(self.norm())}
 
     @torch.no_grad()

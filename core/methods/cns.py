@@ -50,7 +50,7 @@ from ..neurons.scores import (
 from ..neurons.sparse import SparseAdapters
 from ..settings import at_least, between, one_of, require
 from .base import Forward, Method, Task, register, total
-from .config import NOT_NEGATIVE, SHARE, MethodConfig
+from .config import SHARE, MethodConfig
 
 # of the activation score
 CONCEPT_PROMPTS = ("a photo of {}", "a {} on a beach", "a painting of {}", "{} in a room")
@@ -76,8 +76,7 @@ class CNSConfig(MethodConfig):
     tie_base: float = 0.1
 
     limits = {"share": SHARE, "unit": one_of(UNITS), "score": one_of(SCORES), "selection_steps": at_least(1),
-              "calibration": between(0, len(CALIBRATION)), "quorum": SHARE, "tie_previous": NOT_NEGATIVE,
-              "tie_base": NOT_NEGATIVE}
+              "calibration": between(0, len(CALIBRATION)), "quorum": SHARE}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,16 +164,15 @@ class CNS(Method):
     def select(self) -> NeuronSelection:
         """The concept neurons by the scores of the steps so far."""
         c, backbone = self.config, self.task.backbone
-        scores = self.gradients.scores(backbone) if c.score == "gradient" else self._activation_scores()
+        if c.score == "gradient":
+            scores = self.gradients.scores(backbone)
+        else:
+            context = encode_concept(backbone, self.task.name, self.words.group(), CONCEPT_PROMPTS)
+            scores = activation_scores(backbone, context, [row[self.task.name] for row in context.words])
         for key, size in self.adapters.sizes.items():
             if key not in scores:      # no gradient ever came: the loss does not reach the site
                 scores[key] = torch.zeros(size, device=backbone.device)
         return concept_neurons(scores, self.general, c.share, c.unit)
-
-    def _activation_scores(self) -> dict[DeltaKey, Tensor]:
-        name, backbone = self.task.name, self.task.backbone
-        context = encode_concept(backbone, name, self.words.group(), CONCEPT_PROMPTS)
-        return activation_scores(backbone, context, [row[name] for row in context.words])
 
     def _calibration(self) -> tuple[str, ...]:
         return tuple(self.calibration_prompts) or CALIBRATION[:self.config.calibration]

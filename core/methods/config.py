@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from ..model.storage import stored_dtype
 from ..settings import Limit, above, at_least, between, check, setting
 
-RANK, NOT_NEGATIVE, SHARE = between(1, 128), at_least(0), above(0, 1)
-_COMMON = {"rank": RANK, "lr": NOT_NEGATIVE, "token_lr": NOT_NEGATIVE, "first_std": NOT_NEGATIVE}
+RANK, SHARE = between(1, 128), above(0, 1)
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class MethodConfig:
 
     lr, token_lr: learning rates of deltas and words; layerwise: one vector per word and layer copy, else one
     per word; first_std: spread of the first word's start, 0 = that of the vocabulary; stored: type of the
-    bank's tensors. limits: allowed values of a method's own fields.
+    bank's tensors. limits: allowed values of fields; numbers that it does not list are 0 or more.
     """
 
     lr: float = 1e-4
@@ -31,5 +30,6 @@ class MethodConfig:
     limits: ClassVar[Mapping[str, Limit]] = {}
 
     def __post_init__(self) -> None:
-        check(self, {**_COMMON, **self.limits})
+        numbers = {f.name: at_least(0) for f in fields(self) if isinstance(f.default, (int, float))}
+        check(self, {**numbers, "rank": RANK, **self.limits})
         stored_dtype(self.stored)

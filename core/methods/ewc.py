@@ -16,23 +16,20 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention.adapters import LowRankAdapters, adapter_key
+from ..attention.adapters import adapter_key
+from ..attention.gradients import GradientHook
 from ..data.batch import Batch
-from ..model.deltas import DeltaKey, LowRankDelta
+from ..model.deltas import DeltaKey
 from ..model.processor import AttentionProcessor
-from ..model.sites import Site
 from ..settings import at_least, between
 from .base import Forward, Task, register, total
-from .config import NOT_NEGATIVE
-from .finetune import ContinuedProcessor, Finetune
+from .finetune import Finetune
 from .fisher import running_fisher
 from .low_rank import LowRankConfig
 
@@ -48,7 +45,7 @@ class EWCConfig(LowRankConfig):
     decay: float = 1.0
     fisher_window: int = 100
 
-    limits = {"tie": NOT_NEGATIVE, "decay": between(0, 1), "fisher_window": at_least(1)}
+    limits = {"decay": between(0, 1), "fisher_window": at_least(1)}
 
 
 def squared_gradients(gradient: Tensor, x: Tensor, up: Tensor, down: Tensor,
@@ -71,22 +68,6 @@ def squared_gradients(gradient: Tensor, x: Tensor, up: Tensor, down: Tensor,
     return of_up.square().sum(0), of_down.square().sum(0)
 
 
-class WatchedProcessor(ContinuedProcessor):
-    """Calls `note` with the input of every adapted projection and the gradient of its output."""
-
-    def __init__(self, adapters: LowRankAdapters, start: dict[DeltaKey, LowRankDelta],
-                 note: Callable[[DeltaKey, Tensor, Tensor], None]) -> None:
-        super().__init__(adapters, start)
-        self.note, self.adapted = note, frozenset(adapters.keys)
-
-    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        changed, key = super().project(site, projection, x, y), (site.index, projection)
-        if changed.requires_grad and key in self.adapted:
-            # runs once, with checkpointing too
-            changed.register_hook(partial(self.note, key, x.detach()))
-        return changed
-
-
 class EWC(Finetune):
     learns_alone = True      # the Fisher is of the pictures that a process saw
     extra_key = "gathered._extra_state"
@@ -100,14 +81,14 @@ class EWC(Finetune):
         self.factors = dict(self.adapters.named_parameters())      # by names such as `up.3-to_k`
         state = task.bank.shared.get(self.name, {})
         saved = {name: state[_FISHER + name] for name in self.factors if _FISHER + name in state}
-        fits = self.start and all(name in saved and saved[name].shape == factor.shape
+        fits = self.undone and all(name in saved and saved[name].shape == factor.shape
                                   for name, factor in self.factors.items())
         device = task.backbone.device
         self.fisher = {name: f.to(device, torch.float32) for name, f in saved.items()} if fits else {}
         self.anchor = {name: factor.detach().clone() for name, factor in self.factors.items()} if fits else {}
 
     def processor(self) -> AttentionProcessor:
-        return WatchedProcessor(self.adapters, self.start, self._note)
+        return GradientHook(self.adapters.keys, super().processor(), self._note)
 
     def on_batch(self, batch: Batch) -> Batch:
         self.is_own = ~batch.is_prior

@@ -11,37 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.adapters import AdapterProcessor, LowRankAdapters, adapter_key
+from ..attention.adapters import AdapterProcessor, adapter_key
 from ..bank.composition import SUM
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor
-from ..model.sites import Site
 from ..model.storage import stored_deltas
 from .base import Task, register
 from .low_rank import LowRankConfig, LowRankMethod
 
 
-class ContinuedProcessor(AdapterProcessor):
-    """Adds the difference to where training started, since the old sum is folded into the weights."""
-
-    def __init__(self, adapters: LowRankAdapters, start: dict[DeltaKey, LowRankDelta]) -> None:
-        super().__init__(adapters)
-        self.start = start
-
-    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        changed = super().project(site, projection, x, y)
-        before = self.start.get((site.index, projection))
-        return changed if before is None else changed - before.apply(x).to(y.dtype)
-
-
 class Finetune(LowRankMethod):
-    """start: the deltas that training starts at, by projection; empty in the first task."""
+    """undone: minus the deltas that training starts at, by projection; empty in the first task."""
 
     composition = SUM
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.start: dict[DeltaKey, LowRankDelta] = {}
+        self.undone: dict[DeltaKey, LowRankDelta] = {}
         state = task.bank.shared.get(self.name, {})
         for key in self.adapters.keys:
             (up, down), name = self.adapters.delta(key).tensors(), adapter_key(*key)
@@ -49,20 +35,19 @@ class Finetune(LowRankMethod):
                 with torch.no_grad():
                     up.copy_(state[f"{name}.up"])
                     down.copy_(state[f"{name}.down"])
-                self.start[key] = LowRankDelta(up.detach().clone(), down.detach().clone(), self.config.scale)
+                self.undone[key] = LowRankDelta(-up.detach(), down.detach().clone(), self.config.scale)
 
     def processor(self) -> AttentionProcessor:
-        return ContinuedProcessor(self.adapters, self.start)
+        return AdapterProcessor(self.adapters, self)
+
+    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
+        """Takes away what training starts at, since the old sum is folded into the weights."""
+        return self.undone[key].apply(x) if key in self.undone else None
 
     def recorded(self, dtype: torch.dtype) -> Deltas:
-        return stored_deltas({key: self._added(key) for key in self.adapters.keys}, dtype)
-
-    def _added(self, key: DeltaKey) -> LowRankDelta:
-        up, down = (factor.detach().cpu() for factor in self.adapters.delta(key).tensors())
-        if self.start:
-            before = self.start[key]
-            up, down = torch.cat([up, -before.up.cpu()], dim=1), torch.cat([down, before.down.cpu()], dim=0)
-        return LowRankDelta(up, down, self.config.scale)
+        deltas = {key: self.adapters.delta(key) for key in self.adapters.keys}
+        return stored_deltas({key: delta.beside(self.undone[key]) if self.undone else delta
+                              for key, delta in deltas.items()}, dtype)
 
     def shared_state(self) -> dict[str, Tensor]:
         return {f"{adapter_key(*key)}.{factor}": tensor.detach().cpu().clone() for key in self.adapters.keys

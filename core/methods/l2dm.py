@@ -44,7 +44,6 @@ from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from ..settings import at_least
 from .base import Forward, Task, register
-from .config import NOT_NEGATIVE
 from .distillation import distillation
 from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, words_digest
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
@@ -68,8 +67,7 @@ class L2DMConfig(LowRankConfig):
     generation_steps: int = 25
     cfg: float = 1.0
 
-    limits = {**dict.fromkeys(("eta", "generation_steps", "replay"), at_least(1)),
-              **dict.fromkeys(("alpha", "beta", "mu", "closeness", "cfg"), NOT_NEGATIVE)}
+    limits = dict.fromkeys(("eta", "generation_steps", "replay"), at_least(1))
 
 
 class L2DM(LowRankMethod):

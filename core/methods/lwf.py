@@ -10,9 +10,8 @@ replaces the new concept in the caption, in turn. The current model should predi
 task predicts, `distil ||eps_t-1(z_t, c_old) - eps_t(z_t, c_old)||^2`, mean over entries. The caption itself
 cannot serve, because the prediction for the new concept has to change.
 
-The old model is the base with the old sum folded in, where training starts: the teacher is a forward pass
-without the adapters and needs no copy. After the first task, a step costs one forward pass of the base, and
-forward and backward for twice the pictures. What is trained and recorded is that of `finetune`.
+After the first task, a step costs one more forward pass of the base, and forward and backward for twice the
+pictures. What is trained and recorded is that of `finetune`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..model.processor import AttentionProcessor
 from .base import Forward, Task, register
-from .config import NOT_NEGATIVE
 from .distillation import distillation
 from .finetune import Finetune
 from .low_rank import LowRankConfig
@@ -36,8 +34,6 @@ class LwFConfig(LowRankConfig):
     """distil: weight of the distillation; 1 is the paper's for classification, untested for pictures."""
 
     distil: float = 1.0
-
-    limits = {"distil": NOT_NEGATIVE}
 
 
 class LwF(Finetune):

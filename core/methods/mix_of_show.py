@@ -8,18 +8,15 @@ inputs under concept i. For keys and values they are the text features of the co
 token in "{concept}" and "photo of a {concept}"; for the others, what passes through them in 20 denoising
 steps of the concept's own model.
 
-Ours: the least squares are solved in closed form, with a ridge towards W_0 (`ridge`, relative to the mean
-diagonal) in place of L-BFGS's early end. The answer is then unique: the smallest change that does what the
-concepts' own models do. Only the sites' projections are adapted; the paper also adapts the text encoder and
-all attention layers. The prompts are "{concept}" and "a photo of {concept}". Recorded inputs are kept as the
-`rows` leading directions of their second moment. The released code's attention regulariser and its dropout of
-keys and values are left out. The record of a task is fused_t - fused_{t-1}, so that all records add up to the
-fused weights. Removing another concept than the newest leaves its share in later records until the next task
-fuses anew.
+Ours: the least squares are solved in closed form, with a ridge towards W_0 in place of L-BFGS's early end.
+The answer is then unique: the smallest change that does what the concepts' own models do. Only the sites'
+projections are adapted; the paper also adapts the text encoder and all attention layers. The prompts are
+"{concept}" and "a photo of {concept}". Of the recorded inputs, the leading directions of their second moment
+are kept. The released code's attention regulariser and its dropout of keys and values are left out. Removing
+another concept than the newest leaves its share in later records until the next task fuses anew.
 
 Shared state per concept: what its layers read and what its own deltas make of that. This takes rows × 50,000
-numbers for q and out of SD1.5 (6 MB in float16 with 64 rows) and 1 MB for its text. Fusion runs once, after a
-task; no training step depends on old concepts.
+numbers for q and out of SD1.5 (6 MB in float16 with 64 rows) and 1 MB for its text.
 """
 
 from __future__ import annotations

@@ -82,25 +82,25 @@ class OrthogonalAdaptation(LowRankMethod):
     def begin(self, task: Task) -> None:
         layout = task.backbone.layout
         narrowest = min(min(site.width, site.context_width) for site in layout.sites)
-        require(self.config.rank <= narrowest, "rank", self.config.rank, 
+        require(self.config.rank <= narrowest, "rank", self.config.rank,
                 f"1 to {narrowest}, this base's narrowest input")
         super().begin(task)
         self.adapters.down.requires_grad_(False)
         seed = task.draw_seed() ^ zlib.crc32(task.name.encode())
-        by_width: dict[int, list[DeltaKey]] = {}
-        for index, projection in self.adapters.keys:
-            by_width.setdefault(layout.sites[index].shape(projection)[1], []).append((index, projection))
-        for width, keys in by_width.items():
-            rows = self._rows(task, width, keys[0], torch.Generator().manual_seed(seed + width))
-            for key in keys:
-                self.adapters.delta(key).down.data.copy_(rows)
+        rows: dict[int, Tensor] = {}      # B_i^T by input width
+        for key in self.adapters.keys:
+            down = self.adapters.delta(key).down.data
+            width = down.shape[1]
+            if width not in rows:
+                rows[width] = self._rows(task, width, key, torch.Generator().manual_seed(seed + width))
+            down.copy_(rows[width])
 
     def _rows(self, task: Task, width: int, key: DeltaKey, generator: torch.Generator) -> Tensor:
         """B_i^T of this concept for one input width, `[r, width]`. key: any projection of that width."""
         basis, taken = orthogonal_matrix(width), torch.zeros(width, dtype=torch.bool)
         if self.config.columns == "disjoint":
-            taken = taken_columns(basis,
-                                  [delta.down for delta in low_rank_deltas(task.earlier(self.name), key)])
+            earlier = low_rank_deltas(task.earlier(self.name), key)
+            taken = taken_columns(basis, [delta.down for delta in earlier])
             free = int((~taken).sum())
             if free < self.config.rank:
                 warnings.warn(f"concept '{task.name}' finds {free} of {self.config.rank} columns of width "

@@ -37,7 +37,6 @@ from ..neurons.submodular import lazy_greedy, similarities
 from ..settings import between, one_of
 from .base import Task, register
 from .cns import CNS, CNSConfig
-from .config import NOT_NEGATIVE
 from .fisher import running_fisher
 
 _FISHER = "fisher."
@@ -58,7 +57,7 @@ class SCNSConfig(CNSConfig):
     decay: float = 1.0
 
     limits = {**CNSConfig.limits, "unit": one_of(("row",)), "score": one_of(("gradient",)),
-              "risk": NOT_NEGATIVE, "decay": between(0, 1)}
+              "decay": between(0, 1)}
 
 
 class SCNS(CNS):

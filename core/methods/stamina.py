@@ -38,7 +38,7 @@ from ..model.storage import stored_sparse
 from ..settings import above, between
 from .base import Forward, Task, register, total
 from .clora import CLoRA, CLoRAConfig, forgetting
-from .config import NOT_NEGATIVE, RANK
+from .config import RANK
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class StaminaConfig(CLoRAConfig):
     hidden: int = 64
 
     limits = {**CLoRAConfig.limits, "mask_rank": RANK, "keep": (lambda keep: 0 < keep < 1, "between 0 and 1"),
-              "temperature": above(0), "sparsity": NOT_NEGATIVE, "mask_lr": NOT_NEGATIVE,
-              "hidden": between(1, 4096)}
+              "temperature": above(0), "hidden": between(1, 4096)}
 
 
 class GeneratedWords(Words):

@@ -42,6 +42,11 @@ class LowRankDelta:
     def scaled(self, weight: float) -> LowRankDelta:
         return LowRankDelta(self.up, self.down, self.scale * weight)
 
+    def beside(self, other: LowRankDelta) -> LowRankDelta:
+        """The sum with a delta of the same scale, their factors side by side."""
+        return LowRankDelta(torch.cat([self.up, other.up], dim=1), torch.cat([self.down, other.down], dim=0),
+                            self.scale)
+
     def tensors(self) -> tuple[Tensor, ...]:
         return self.up, self.down
 

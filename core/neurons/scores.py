@@ -16,14 +16,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..attention.gradients import GradientHook
 from ..bank.prompts import NO_CONCEPTS
 from ..conditioning.encoding import encode_prompts
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.context import Context
 from ..model.deltas import DeltaKey
-from ..model.processor import AttentionProcessor, HostAttention, SiteCall
-from ..model.sites import Site, SiteLayout
+from ..model.processor import AttentionProcessor
+from ..model.sites import SiteLayout
 from ..model.solver import Ddim, denoise, guided
 from .neurons import NeuronSelection, Votes
 
@@ -81,7 +82,7 @@ def activation_scores(backbone: Backbone, context: Context, positions: Sequence[
     return scores
 
 
-class GradientProcessor(AttentionProcessor):
+class GradientProcessor(GradientHook):
     """Sums the loss's gradient with respect to weights that stay frozen.
 
     `dL/dW = sum g x^T` is computed from the gradient g that returns to a projection's output and its input x.
@@ -97,28 +98,12 @@ class GradientProcessor(AttentionProcessor):
     """
 
     def __init__(self, keys: Sequence[DeltaKey], inner: AttentionProcessor | None = None) -> None:
-        self.keys, self.inner = frozenset(keys), inner or AttentionProcessor()
+        super().__init__(keys, inner or AttentionProcessor(), self._add)
         self.rows: Tensor | None = None
         self.sums: dict[DeltaKey, Tensor] = {}
 
-    def prepare(self, context: Context) -> None:
-        self.inner.prepare(context)
-
-    def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        y, key, x = self.inner.project(site, projection, x, y), (site.index, projection), x.detach()
-        if key in self.keys and torch.is_grad_enabled():
-            # text has no gradient of its own to hook into
-            y = y + torch.zeros((), device=y.device, dtype=y.dtype, requires_grad=True)
-            # runs once, with checkpointing too
-            y.register_hook(lambda gradient: self._add(key, gradient, x))
-        return y
-
-    def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
-               attention: HostAttention) -> Tensor:
-        return self.inner.attend(call, query, key, value, attention)
-
     @torch.no_grad()
-    def _add(self, key: DeltaKey, gradient: Tensor, x: Tensor) -> None:
+    def _add(self, key: DeltaKey, x: Tensor, gradient: Tensor) -> None:
         g = gradient.float()
         if self.rows is not None:
             g = g * self.rows.to(g.device, torch.float32).view(-1, 1, 1)

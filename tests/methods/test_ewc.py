@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from continual_concepts.core.attention.adapters import AdapterProcessor
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.data.batch import Batch
@@ -13,7 +14,6 @@ from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import TrainingSet, prepare
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.ewc import squared_gradients
-from continual_concepts.core.methods.finetune import ContinuedProcessor
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 from continual_concepts.core.training.trainer import Trainer
@@ -68,7 +68,7 @@ def test_the_gathered_squares_are_the_denoising_losss_alone(tiny_backbone, banks
     (denoising_loss(tiny_backbone, seen, config) + run.method.penalty(seen)["tie"]).backward()
     noted, factors = dict(run.method.pending), run.method.factors
     expected = {name: torch.zeros_like(p) for name, p in factors.items()}
-    plain = ContinuedProcessor(run.method.adapters, run.method.start)
+    plain = AdapterProcessor(run.method.adapters, run.method)
     for i in range(2):
         one, rows = Batch(*(part[i:i + 1] for part in vars(whole).values())), slice(i, i + 1)
         part = type(drawn)(drawn.timesteps[rows], drawn.noise[rows])

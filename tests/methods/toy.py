@@ -12,7 +12,6 @@ import torch
 from continual_concepts.core.attention.token_lora import TokenLoraProcessor
 from continual_concepts.core.bank.composition import Kind
 from continual_concepts.core.methods.base import register
-from continual_concepts.core.methods.config import NOT_NEGATIVE
 from continual_concepts.core.methods.low_rank import LowRankConfig, LowRankMethod
 
 
@@ -23,8 +22,6 @@ class ToyConfig(LowRankConfig):
     rank: int = 1
     layerwise: bool = False
     tie: float = 1e-3
-
-    limits = {"tie": NOT_NEGATIVE}
 
 
 class Toy(LowRankMethod):
