@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..model.deltas import LowRankDelta
+from ..model.known_gradients import with_gradients
 
 RIDGE = 1e-6     # relative to the mean diagonal, keeps the solves defined when factors are still zero
 
@@ -24,29 +24,13 @@ def orthogonality_rr(old_up: Tensor, up: Tensor) -> Tensor:
     """sum |A_i^T A_g|: r×r products of column spaces, as in the cited O-LoRA; our default reading of R1.
 
     old_up: the A_i of all old tasks side by side `[a, sum r]`, so that no loop over concepts is needed; up:
-    `[a, r]`.
+    `[a, r]`. The gradient for A_g is A sign(A^T A_g).
     """
-    return _Overlap.apply(old_up, up)
-
-
-class _Overlap(torch.autograd.Function):
-    """sum |A^T A_g|. Autograd would keep A in A_g's type until the backward pass, for all sites and concepts.
-
-    The gradient for A_g is A sign(A^T A_g): it has the size of A_g and is known in the forward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, old_up: Tensor, up: Tensor) -> Tensor:
+    with torch.no_grad():
         old = old_up.to(up.dtype)
         overlap = old.T @ up
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(old @ overlap.sign())
-        return overlap.abs().sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient * ctx.saved_tensors[0]
+        gradient = old @ overlap.sign()
+    return with_gradients(overlap.abs().sum(), {up: gradient})
 
 
 def orthogonality_aa(old_up: Tensor, up: Tensor) -> Tensor:

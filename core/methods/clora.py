@@ -27,10 +27,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..bank.composition import SUM
 from ..model.deltas import DeltaKey
+from ..model.known_gradients import with_gradients
 from .base import Forward, Task, register, total
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
@@ -56,26 +56,15 @@ def forgetting(past: Mapping[DeltaKey, Tensor], product: Callable[[DeltaKey], Te
     return total((past[key] * product(key).float()).square().sum() for key in past)
 
 
-class _Forgetting(torch.autograd.Function):
-    """`|| past (.) (A B) ||_F^2` of the factors.
-
-    Autograd would keep a×b matrices of all projections until the backward pass. The gradients for A and B
-    have the size of the factors and are known in the forward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, past: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def forgetting_of_factors(past: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """`|| past (.) (A B) ||_F^2` of one projection, with gradient for A `[a, r]` and B `[r, b]`."""
+    with torch.no_grad():
         weighted = (up @ down).float().mul_(past)
         loss = weighted.flatten().dot(weighted.flatten())
         weighted.mul_(past).mul_(2)
-        ctx.save_for_backward((weighted @ down.float().T).to(up.dtype),
-                              (up.float().T @ weighted).to(down.dtype))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
-        return None, *(gradient * saved for saved in ctx.saved_tensors)
+        gradients = {up: (weighted @ down.float().T).to(up.dtype),
+                     down: (up.float().T @ weighted).to(down.dtype)}
+    return with_gradients(loss, gradients)
 
 
 class CLoRA(LowRankMethod):
@@ -91,7 +80,7 @@ class CLoRA(LowRankMethod):
     def forgotten(self) -> Tensor:
         """Eq. 3 without lambda."""
         deltas = {key: self.adapters.delta(key) for key in self.past}
-        return total(_Forgetting.apply(self.past[key], delta.up, delta.down) * delta.scale**2
+        return total(forgetting_of_factors(self.past[key], delta.up, delta.down) * delta.scale**2
                      for key, delta in deltas.items())
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
