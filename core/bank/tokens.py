@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -47,6 +48,13 @@ class TokenGroup:
     @property
     def copies(self) -> int:
         return max(vector.shape[0] for vector in self.vectors.values())
+
+    def digest(self) -> str:
+        """16 hex digits that identify the vectors, whatever the words are called."""
+        digest = hashlib.sha256()
+        for name in sorted(self.vectors):
+            digest.update(self.vectors[name].detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def check_fits(self, layout: SiteLayout, owner: str) -> None:
         """Raises ConceptError unless every text encoder of the base has its vectors in the right width."""

@@ -45,7 +45,7 @@ from ..sampling.settings import SampleSettings
 from ..settings import at_least
 from .base import Forward, Task, register
 from .distillation import distillation
-from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores, words_digest
+from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
 
@@ -93,7 +93,7 @@ class L2DM(LowRankMethod):
     def _of_present_concepts(self, memory: LongTerm) -> LongTerm:
         """The rows of concepts that the bank still holds. Sets `names`: owner -> concept."""
         bank = self.task.bank
-        owners = {words_digest(bank[name].tokens): name for name, info in bank.infos.items()
+        owners = {bank[name].tokens.digest(): name for name, info in bank.infos.items()
                   if info.method == self.name}
         self.names = {owner: owners[owner] for owner in dict.fromkeys(memory.owners) if owner in owners}
         # a caption may also name other concepts, which may have been deleted since
@@ -144,11 +144,7 @@ class L2DM(LowRankMethod):
                          torch.tensor([numbers[o] for o in self.old.owners]))
 
     def on_batch(self, batch: Batch) -> Batch:
-        """Appends replayed rows and weights them by Eq. 4.
-
-        The trainer's mean over all rows becomes the mean over the given ones, plus alpha times the sum over
-        old tasks of their expected loss.
-        """
+        """Appends replayed rows, with weights that make the trainer's mean over all rows Eq. 4."""
         c = self.config
         batch = replace(batch, weights=torch.where(batch.is_prior, c.beta * batch.weights, batch.weights))
         if self.short is None or not (c.alpha or c.mu):
@@ -180,7 +176,7 @@ class L2DM(LowRankMethod):
     def shared_state(self) -> dict[str, Tensor]:
         memory = self.old
         if self.new is not None:
-            owner = words_digest(self.words.stored(stored_dtype(self.config.stored)))
+            owner = self.words.stored(stored_dtype(self.config.stored)).digest()
             memory = memory.joined(replace(self.new, owners=(owner,) * len(self.new.prompts)))
         return memory.tensors() if memory.owners else {}
 

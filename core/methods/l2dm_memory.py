@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 
@@ -39,7 +37,7 @@ def rainbow_scores(generated: Tensor, candidates: Tensor, real: Tensor, closenes
 
 @dataclass(frozen=True)
 class LongTerm:
-    """The long-term memory. features: `[n, F]`; owners: a digest of the words of each row's concept, which
+    """The long-term memory. features: `[n, F]`; owners: `TokenGroup.digest` of each row's concept, which
     renaming does not change; prompts: of each row, with `<>` for the owner's placeholder."""
 
     features: Tensor
@@ -73,14 +71,6 @@ class LongTerm:
     def joined(self, other: LongTerm) -> LongTerm:
         features = torch.cat([self.features, other.features]) if len(self.owners) else other.features
         return LongTerm(features, self.owners + other.owners, self.prompts + other.prompts)
-
-
-def words_digest(tokens: TokenGroup) -> str:
-    """Identifies a concept in the memory, even after it is renamed."""
-    digest = hashlib.sha256()
-    for name in sorted(tokens.vectors):
-        digest.update(tokens.vectors[name].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class StaminaConfig(CLoRAConfig):
     mask_lr: float = 5e-3
     hidden: int = 64
 
-    limits = {**CLoRAConfig.limits, "mask_rank": RANK, "keep": (lambda keep: 0 < keep < 1, "between 0 and 1"),
+    limits = {"mask_rank": RANK, "keep": (lambda keep: 0 < keep < 1, "between 0 and 1"),
               "temperature": above(0), "hidden": between(1, 4096)}
 
 
@@ -126,8 +126,7 @@ class Stamina(CLoRA):
         self.words = GeneratedWords(self.words.group(), task, self.config.hidden)
         self.masks = LowRankMasks(task, self.adapters.keys, self.config)
         self.numbers = {key: number for number, key in enumerate(self.adapters.keys)}
-        sites = task.backbone.layout.sites
-        self.entries = sum(math.prod(sites[index].shape(projection)) for index, projection in self.numbers)
+        self.entries = sum(math.prod(self.adapters.delta(key).shape) for key in self.numbers)
         self.seed, self.batches = task.draw_seed(), 0
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, l2dm, make
 from continual_concepts.core.methods.base import Forward
 from continual_concepts.core.methods.l2dm import L2DM
-from continual_concepts.core.methods.l2dm_memory import LongTerm, ShortTerm, rainbow_scores, words_digest
+from continual_concepts.core.methods.l2dm_memory import LongTerm, ShortTerm, rainbow_scores
 from continual_concepts.core.neurons.recording import unet_features
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
@@ -86,7 +86,7 @@ def test_the_best_scoring_picture_is_kept(tiny_backbone, bank, data, monkeypatch
 def test_the_memory_has_every_real_picture_once(bank, tiny_backbone, data):
     memory = LongTerm.read(bank.shared["l2dm"])
     assert memory.prompts == ("a photo of <>",) * 6
-    assert memory.owners == tuple(words_digest(bank[name].tokens) for name in ("rex", "mimi")
+    assert memory.owners == tuple(bank[name].tokens.digest() for name in ("rex", "mimi")
                                   for _ in range(3))
     mine = begun(tiny_backbone, bank, data).new
     assert mine.features.shape[0] == 3      # neither mirrored copies nor prior pictures
