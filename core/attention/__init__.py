@@ -1,1 +1,1 @@
-"""What a site does beside its frozen weights: word-bound deltas, packed keys and values, attention maps."""
+"""Changes to cross-attention: trainable and word-bound deltas, packed keys and values, attention maps."""

@@ -59,8 +59,8 @@ class NoAdapters(Adapters):
 
 
 class LowRankAdapters(Adapters):
-    """Trainable factors: `down` `[r, b]` starts Kaiming-uniform, `up` `[a, r]` at zero, so training starts at
-    the base.
+    """Trainable factors: `down` `[r, b]` is initialised Kaiming-uniform, `up` `[a, r]` zero, so training
+    starts from the base.
 
     keys: the adapted projections, in the order of the sites.
     """
@@ -79,7 +79,7 @@ class LowRankAdapters(Adapters):
             self.up[adapter_key(index, projection)] = nn.Parameter(torch.zeros(a, rank, device=device))
 
     def delta(self, key: DeltaKey) -> LowRankDelta:
-        """The delta of one projection, with gradient. Raises KeyError where nothing is adapted."""
+        """The delta of one projection, with gradient. Raises KeyError if the projection is not adapted."""
         name = adapter_key(*key)
         return LowRankDelta(self.up[name], self.down[name], self.scale)
 
@@ -96,7 +96,7 @@ class LowRankAdapters(Adapters):
 
 
 class FullAdapters(Adapters):
-    """A trainable difference `[a, b]` of whole weights, zero at the start."""
+    """A trainable full-rank difference `[a, b]` per weight, zero at the start."""
 
     def __init__(self, layout: SiteLayout, keys: Sequence[DeltaKey], device: torch.device | str) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class FullAdapters(Adapters):
         return F.linear(x, self.at(key).to(x)) if adapter_key(*key) in self.differences else None
 
     def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
-        """The differences exactly, in the bank's type: `up` `[a, b]`, `down` the identity."""
+        """The exact differences in the bank's type, as factors: `up` `[a, b]` and `down` the identity."""
         dtype = wide_enough(dtype, (self.at(key) for key in self.keys))
         exact = {key: self.at(key).detach().to(dtype).cpu().clone() for key in self.keys}
         return {key: LowRankDelta(up, torch.eye(up.shape[1], dtype=dtype)) for key, up in exact.items()}

@@ -1,5 +1,4 @@
-"""Word-bound concepts of prompts that stay the same from step to step: keys and values are packed once and
-then cached."""
+"""Word-bound concepts with cached keys and values, for prompts that do not change between steps."""
 
 from __future__ import annotations
 
@@ -13,11 +12,10 @@ from .token_lora import TokenLora, TokenLoraProcessor, head_extension
 
 
 class CachedTokenLora(TokenLoraProcessor):
-    """Like `TokenLoraProcessor`, for one text under weights that do not change, as within one sampling;
-    without gradients.
+    """`TokenLoraProcessor` with a cache, for one text and constant weights, as in one sampling. No gradients.
 
-    From its second call on, a site reads no text and costs two operations more than a plain one. The host
-    takes another processor when the text changes.
+    From its second call on, a site reads no text and needs only two operations more than plain attention. The
+    host must use a new processor when the text changes.
     """
 
     def __init__(self, concepts: TokenLora, rows: int, device: torch.device | str) -> None:
@@ -27,7 +25,7 @@ class CachedTokenLora(TokenLoraProcessor):
         self._packed: dict[int, PackedKeysValues] = {}
 
     def prepare(self, context: Context) -> None:
-        """Does nothing: the concepts of the text are known already."""
+        """Does nothing, because the concepts of the text are already known."""
 
     def enter(self, call: SiteCall) -> None:
         call.reads_text = call.site.index not in self._packed

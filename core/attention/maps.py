@@ -1,5 +1,6 @@
-"""Cross-attention maps of a concept's words, and the regulariser that keeps them on the object
-(Mix-of-Show's, as in CIDM's code)."""
+"""Cross-attention maps of a concept's words, and the regulariser that keeps the maps on the object (from
+Mix-of-Show, as in CIDM's code).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from ..model.context import Context
 from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 
-FINEST = 256     # cells of the finest grid that maps are taken of, or a sixteenth of the latent's if more
+FINEST = 256     # cells of the finest recorded grid; a sixteenth of large latents
 
 
 def attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -41,15 +42,16 @@ class MapProcessor(AttentionProcessor):
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
                attention: HostAttention) -> Tensor:
-        # also in a recomputed block: it must compute the same
+        # also when a block is recomputed, because it must give the same result
         maps = attention_maps(query, key, call.site.heads)
         if self.recording:
             self.maps.append(maps)
         return self.inner.attend(call, query, key, value, attention)
 
     def take(self) -> list[Tensor]:
-        """The maps of the last forward pass, `[B, S, N]` per site. Recording then stops until the next
-        forward pass."""
+        """Returns the maps of the last forward pass, `[B, S, N]` per site, and stops recording until the next
+        one.
+        """
         maps, self.maps, self.recording = self.maps, [], False
         return maps
 
@@ -60,17 +62,17 @@ def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...
     resolutions.
 
     Mix-of-Show (Gu et al., 2023), as in CIDM's code. Maps are averaged over the sites of a resolution and
-    divided by their maximum. Where a mask covers the whole picture nothing is outside, and we leave the
-    second term out; the released code gets NaN there and drops both terms.
+    divided by their maximum. If a mask covers the whole picture, we leave out the second term; the released
+    code gets NaN and drops both terms.
 
     Args:
         maps: `[B, S, N]` per site, see `MapProcessor`.
-        positions: Per sample the token positions of the concept's words. Samples with fewer than two words do
-            not count.
+        positions: Per sample, the token positions of the concept's words. Samples with fewer than two words
+            are skipped.
         masks: Of the object, `[B, 1, h, w]` in 0..1.
 
     Returns:
-        The loss, or None where no sample counts.
+        The loss, or None if all samples are skipped.
     """
     rows = [i for i, words in enumerate(positions) if len(words) >= 2]
     if not rows or not maps:

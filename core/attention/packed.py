@@ -1,5 +1,6 @@
-"""Keys and values of several prompts, packed for one attention call. They depend on the text alone, so this
-is done once per sampling."""
+"""Keys and values of several prompts, packed for one attention call. They depend on the text alone, so
+packing happens once per sampling.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ from .token_lora import HeadExtension, extended_attention, extended_heads
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What a region (or a whole prompt) reads at a site, in R rows, such as the negative and the positive
+    """Keys and values of a region (or a whole prompt) at a site, in R rows, such as the negative and positive
     half of guidance.
 
     Attributes:
         key, value: `[R, N, a]`.
-        extension: Of its word-bound concepts.
-        query, out: Its own deltas of to_q and to_out.
+        extension: Head extension of its word-bound concepts.
+        query, out: Deltas of to_q and to_out of this region.
     """
 
     key: Tensor
@@ -34,7 +35,7 @@ class KeysValues:
 
 
 def _factors(delta: Delta | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """up `[a, r]` and down `[r, b]`; of a sparse delta its matrix and the identity."""
+    """Factors up `[a, r]` and down `[r, b]`; for a sparse delta, the dense matrix and the identity."""
     if delta is None:
         return None, None
     if isinstance(delta, LowRankDelta):
@@ -44,7 +45,7 @@ def _factors(delta: Delta | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 
 def _padded(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
-    """Tensors that differ in one dimension, padded with zeros and stacked; None where all are None."""
+    """Stacks tensors that differ in one dimension, padded with zeros; None if all are None."""
     some = next((part for part in parts if part is not None), None)
     if some is None:
         return None
@@ -58,7 +59,7 @@ def _padded(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
 
 
 class PackedKeysValues:
-    """The keys and values of G regions, side by side, for one attention call.
+    """Stacked keys and values of G regions for one attention call.
 
     In the shapes below, T counts the cells of a region in all pictures of a batch: T = B * S'.
     """
@@ -80,8 +81,9 @@ class PackedKeysValues:
         self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def _even(self, extension_up: Tensor | None) -> Tensor | None:
-        """Pads the extension until keys and values have one width, a multiple of 8, as fast attention kernels
-        need it. Returns `extension_up` with as many columns."""
+        """Pads the extension until keys and values have the same width, a multiple of 8, which fast attention
+        kernels need. Returns `extension_up` with the same number of columns.
+        """
         key, value = self.extension_key, self.extension_value
         if self.extension_down is None or key is None or value is None or extension_up is None:
             return extension_up
@@ -92,11 +94,11 @@ class PackedKeysValues:
         return F.pad(extension_up, (0, width - extension_up.shape[-1]))
 
     def queries(self, query: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The regions' own queries.
+        """Queries with the regions' deltas.
 
         Args:
             query: The frozen query, `[G, T, a]`.
-            hidden: What to_q read, `[G, T, b]`.
+            hidden: Input of to_q, `[G, T, b]`.
 
         Returns:
             The queries `[G, T, a]`, and their extension `[G, T, x]` or None.
@@ -110,20 +112,20 @@ class PackedKeysValues:
 
     def attended(self, query: Tensor, hidden: Tensor, rows: Tensor, heads: int, attention: AttentionFunction,
                  others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Attention of every region's cells to its own text.
+        """Attention from the cells of each region to the region's text.
 
         Args:
             query: The frozen query of the cells of every region, `[G, T, a]`.
-            hidden: What to_q read there, `[G, T, b]`.
-            rows: `[B]`, the row of the keys and values that each picture of the batch takes. The same tensor
-                means the same rows: keys and values of the last one are cached.
-            heads: Of the site.
+            hidden: Input of to_q at these cells, `[G, T, b]`.
+            rows: `[B]`, for each picture of the batch its row of the keys and values. Results for the last
+                tensor are cached by identity, so do not change it in place.
+            heads: Number of heads of the site.
             attention: Plain attention.
-            others: `[G, T, a]`, what other nodes' attention adds.
+            others: `[G, T, a]`, output that other nodes' attention adds.
 
         Returns:
-            The attended values `[G, T, a]`, and the low-rank columns `[G, T, p]` from which `added` makes
-            what the regions add after to_out (None: nothing).
+            The attended values `[G, T, a]`, and low-rank columns `[G, T, p]`, the input of `added`; None if
+            the regions add nothing after to_out.
         """
         query, extension = self.queries(query, hidden)
         query = query.view(-1, query.shape[1] // len(rows), query.shape[2])
@@ -143,10 +145,10 @@ class PackedKeysValues:
         return out, low
 
     def added(self, low: Tensor, to: Tensor | None = None) -> Tensor:
-        """From the columns `[G, T, p]` to what the regions add after to_out, `[G, T, a]`.
+        """Adds the regions' part after to_out, computed from the columns `[G, T, p]`.
 
         Args:
-            low: The columns that `attended` gave.
+            low: The columns from `attended`.
             to: The output of to_out, `[G, T, a]`; the sum is written into it.
         """
         if to is None:
@@ -164,7 +166,7 @@ class PackedKeysValues:
         return self._batch[1], self._batch[2]
 
     def _transposed(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One of the matrices for vectors in rows, in the type of the arithmetic; cast once."""
+        """One of the matrices, transposed for row vectors, in the computation's type. The cast is cached."""
         if (name, dtype) not in self._cast:
             self._cast[name, dtype] = getattr(self, name).to(dtype).transpose(1, 2)
         return self._cast[name, dtype]

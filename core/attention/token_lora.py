@@ -1,4 +1,4 @@
-"""Word-bound deltas: a concept's deltas act through the concept's own words and nowhere else. Ours.
+"""Word-bound deltas: a concept's deltas act only through the concept's own words. This is our own method.
 
 At a site with frozen projections, a text position n that belongs to concept i has its own query, key, value
 and output maps:
@@ -6,12 +6,12 @@ and output maps:
     logit(x, n) = ((W_q + dQ_i) x) . ((W_k + dK_i) c_n)        value(n) = (W_out + dO_i) (W_v + dV_i) c_n
 
 Every other position has the frozen maps. A prompt without the concept therefore gives the base's output bit
-for bit, and two concepts in one prompt share no weights: they meet in the softmax only.
+for bit, and two concepts in one prompt share no weights. They interact only in the softmax.
 
 One attention call computes this. dQ_i = U D is low rank, so `dQ_i x . k = (D x) . (U^T k)`: the query is
-extended by D x and the keys of the concept's words by U^T k. The values of its words are extended by D_o v;
-what comes out of these columns, times U_o, is added after to_out. With rank r and K concepts, a head of width
-d becomes r K wider.
+extended by D x and the keys of the concept's words by U^T k. The values of its words are extended by D_o v.
+The attended columns of this extension, times U_o, are added after to_out. With rank r and K concepts, a head
+of width d becomes r K wider.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class TokenAdapter:
 
 @dataclass(frozen=True)
 class HeadExtension:
-    """By what word-bound concepts extend the heads of a site, the ranks of all concepts side by side.
+    """Extension of a site's heads by word-bound concepts, with the ranks of all concepts concatenated.
 
     Attributes:
-        query_down: `[x, b]`, from what to_q reads to the extension of the query, the same for every head.
-        key: `[B, N, H, x]`, the extension of the keys. None, like `query_down`, where no concept has a delta
-            of to_q.
+        query_down: `[x, b]`, maps the input of to_q to the extension of the query, the same for every head.
+        key: `[B, N, H, x]`, the extension of the keys. None, like `query_down`, if no concept has a delta of
+            to_q.
         value: `[B, N, H, p]`, the extension of the values.
-        out_up: `[a, p]`, from the attended extension, summed over heads, to what is added after to_out. None,
-            like `value`, where no concept has a delta of to_out.
+        out_up: `[a, p]`, maps the attended extension, summed over heads, to the addition after to_out. None,
+            like `value`, if no concept has a delta of to_out.
     """
 
     query_down: Tensor | None = None
@@ -74,7 +74,7 @@ class HeadExtension:
 
 
 def head_extension(heads: int, key: Tensor, value: Tensor, adapters: Sequence[TokenAdapter]) -> HeadExtension:
-    """The extension for key and value `[B, N, a]`, which contain the concepts' dK and dV already."""
+    """Head extension for key and value `[B, N, a]`, which already contain the concepts' dK and dV."""
     k, v = (x.unflatten(-1, (heads, -1)) for x in (key, value))
     downs, keys, values, ups = [], [], [], []
     for adapter in adapters:
@@ -92,8 +92,9 @@ def head_extension(heads: int, key: Tensor, value: Tensor, adapters: Sequence[To
 
 
 def extended_heads(heads: int, x: Tensor, extension: Tensor | None) -> Tensor:
-    """Keys or values `[..., N, a]` and their extension `[..., N, H, p]`, or None, as heads
-    `[..., H, N, d + p]`."""
+    """Concatenates keys or values `[..., N, a]` and their extension `[..., N, H, p]` (or None) to heads
+    `[..., H, N, d + p]`.
+    """
     split = x.unflatten(-1, (heads, -1))
     return (split if extension is None else torch.cat([split, extension.to(split)], -1)).transpose(-3, -2)
 
@@ -109,7 +110,7 @@ def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
         query_extension: `[B, S, x]`, the same for every head, or None.
 
     Returns:
-        The attended values `[B, S, a]`, and the attended extension summed over heads `[B, S, p]`, None where
+        The attended values `[B, S, a]`, and the attended extension summed over heads `[B, S, p]`, None if
         values have no extension.
     """
     q = query.unflatten(-1, (heads, -1))      # [B, S, H, d]
@@ -127,15 +128,15 @@ def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor,
     """Attention with word-bound concepts.
 
     Args:
-        heads: Of the site.
-        hidden: What to_q read, `[B, S, b]`.
-        query: Its frozen output, `[B, S, a]`.
+        heads: Number of heads of the site.
+        hidden: Input of to_q, `[B, S, b]`.
+        query: Output of the frozen to_q, `[B, S, a]`.
         key, value: `[B, N, a]`, with the concepts' dK and dV at their words.
         adapters: The concepts.
 
     Returns:
-        The attended values `[B, S, a]`, which go through the frozen to_out, and what is added after it
-        `[B, S, a]` (None: nothing).
+        The attended values `[B, S, a]`, the input of the frozen to_out, and the addition after to_out `[B, S,
+        a]` (None for none).
     """
     extension = head_extension(heads, key, value, adapters)
     longer = None if extension.query_down is None else F.linear(hidden, extension.query_down.to(hidden))
@@ -150,7 +151,8 @@ class TokenLora:
     """The word-bound concepts of one encoded batch.
 
     Attributes:
-        masks: Concept -> `[B, N]`, see `word_mask`, for the concepts that some row of the batch has words of.
+        masks: Concept -> `[B, N]`, see `word_mask`, for the concepts whose words are in some row of the
+            batch.
         deltas: Concept -> its deltas; low rank on to_q and to_out.
     """
 
@@ -162,7 +164,7 @@ class TokenLora:
 
     @classmethod
     def at(cls, masks: Mapping[str, Tensor], deltas: Mapping[str, Deltas]) -> TokenLora:
-        """From masks `[B, N]` per concept that are known already."""
+        """Builds it from given masks `[B, N]` per concept."""
         concepts = cls.__new__(cls)
         concepts.masks, concepts.deltas = dict(sorted(masks.items())), {name: deltas[name] for name in masks}
         return concepts
@@ -175,7 +177,9 @@ class TokenLora:
         return self.at({name: mask[rows] for name, mask in self.masks.items()}, self.deltas)
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        """Keys or values y `[B, N, a]` of a text x `[B, N, D]`, with the concepts' own at their words."""
+        """Adds the concepts' deltas to keys or values y `[B, N, a]` of a text x `[B, N, D]`, at the concepts'
+        words.
+        """
         for name, mask in self.masks.items():
             delta = self.deltas[name].get((site.index, projection))
             if delta is not None:
@@ -183,7 +187,7 @@ class TokenLora:
         return y
 
     def adapters(self, site: Site) -> list[TokenAdapter]:
-        """The concepts at a site. Raises ConceptError where one has a sparse delta of to_q or to_out."""
+        """The concepts at a site. Raises ConceptError if one has a sparse delta of to_q or to_out."""
         return [TokenAdapter(mask, self._low_rank(name, site, "to_q"), self._low_rank(name, site, "to_out"))
                 for name, mask in self.masks.items()]
 
@@ -196,12 +200,13 @@ class TokenLora:
 
 
 class TokenLoraProcessor(AttentionProcessor):
-    """Word-bound concepts while training or sampling without regions, and deltas that act on every word.
+    """Applies word-bound concepts, and deltas that act on every word, in training and in sampling without
+    regions.
 
     Args:
         word_bound: Concept -> the deltas that act through its words.
-        deltas: Deltas that are added as activations instead of being folded into the weights, for prompts
-            that share a batch with others.
+        deltas: Deltas that act on every word, added as activations instead of folded into the weights. This
+            allows prompts with different deltas in one batch.
     """
 
     def __init__(self, word_bound: Mapping[str, Deltas], deltas: Deltas | None = None) -> None:
@@ -228,8 +233,9 @@ class TokenLoraProcessor(AttentionProcessor):
 
 
 def with_delta(deltas: Deltas, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-    """The output y `[B, S, a]` of a projection of x `[B, S, b]`, with the delta of that projection where
-    there is one."""
+    """Adds the delta of a projection, if there is one, to the projection's output: x `[B, S, b]`, y `[B, S,
+    a]`.
+    """
     delta = deltas.get((site.index, projection))
     return y if delta is None else plus(delta.apply(x), y)
 

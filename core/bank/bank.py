@@ -1,4 +1,6 @@
-"""The concept bank: ordered concepts and what their methods share. A value: every change gives a new bank."""
+"""The concept bank: ordered concepts and the shared state of their methods. It is immutable: every change
+returns a new bank.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from .tokens import TokenGroup, check_name
 
 @dataclass(frozen=True)
 class Entry:
-    """A concept's header and the way to its tensors, read when first used."""
+    """A concept's header and a function that loads its tensors."""
 
     info: ConceptInfo
     load: Callable[[], Concept]
@@ -47,12 +49,13 @@ class _Cached:
 class ConceptBank:
     """Concepts in the order in which they were learned.
 
-    Concepts never change in place, so learning a new concept cannot touch a stored tensor of an old one.
+    Concepts are immutable, so learning a new concept cannot change the stored tensors of an old one.
 
     Args:
-        layout: The sites that all concepts fit.
+        layout: The site layout of all concepts.
         entries: The concepts.
-        shared: Method -> tensors that it carries from task to task (CIDM's common subspace, C-LoRA's sum).
+        shared: Method -> tensors that the method passes from task to task (CIDM's common subspace, C-LoRA's
+            sum).
     """
 
     layout: SiteLayout
@@ -103,7 +106,7 @@ class ConceptBank:
         return self._entry(name).load()
 
     def passing(self, name: str) -> Concept:
-        """A concept for a single use: the bank does not keep its tensors in memory."""
+        """Loads a concept for a single use, without caching its tensors."""
         load = self._entry(name).load
         return load.passing() if isinstance(load, _Cached) else load()
 
@@ -114,7 +117,8 @@ class ConceptBank:
         return self._by_name[name]
 
     def add(self, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]] | None = None) -> ConceptBank:
-        """This bank and one more concept; `shared` replaces the shared state of the methods it names."""
+        """Returns the bank with one more concept. `shared` replaces the shared state of the methods it names.
+        """
         if concept.name in self:
             raise ConceptError(f"the bank already holds a concept '{concept.name}'; choose another name or "
                                "remove it first")
@@ -123,16 +127,18 @@ class ConceptBank:
                        shared={**self.shared, **(shared or {})})
 
     def remove(self, name: str) -> ConceptBank:
-        """This bank without one concept; its tensors are not read, so a damaged one can be removed."""
+        """Returns the bank without one concept. It does not read the tensors, so damaged concepts can be
+        removed.
+        """
         removed = self._entry(name)
         return replace(self, entries=tuple(entry for entry in self.entries if entry is not removed))
 
     def first(self, count: int) -> ConceptBank:
-        """This bank with its first `count` concepts alone. Shared state stays."""
+        """Returns the bank with only its first `count` concepts. Shared state stays."""
         return replace(self, entries=self.entries[:count])
 
     def rename(self, old: str, new: str) -> ConceptBank:
-        """This bank with one concept under another name, in its old place."""
+        """Returns the bank with one concept renamed, in the same position."""
         check_name(new)
         if new in self and new != old:
             raise ConceptError(f"the bank already holds a concept '{new}'; choose another name")
@@ -141,17 +147,18 @@ class ConceptBank:
         return replace(self, entries=tuple(entries))
 
     def replace(self, concept: Concept) -> ConceptBank:
-        """This bank with another record of a concept that it holds, in its old place."""
+        """Returns the bank with a new version of one of its concepts, in the same position."""
         concept.check_fits(self.layout)
         replaced = self._entry(concept.name)
         entries = (_loaded(concept) if entry is replaced else entry for entry in self.entries)
         return replace(self, entries=tuple(entries))
 
     def merge(self, other: ConceptBank) -> ConceptBank:
-        """This bank's concepts, then the other's. Of shared state that both hold, this bank's is kept.
+        """Returns the concepts of this bank, then those of the other. If both have shared state of a method,
+        this bank's is kept.
 
         Raises:
-            ConceptError: Equal names, because no concept is dropped silently, or banks for different bases.
+            ConceptError: Both banks have a concept of the same name, or they are for different bases.
         """
         if self.layout.fingerprint != other.layout.fingerprint:
             raise ConceptError(f"the banks belong to different bases: {self.layout.describe()} and "
@@ -163,7 +170,7 @@ class ConceptBank:
         return replace(self, entries=(*self.entries, *other.entries), shared={**other.shared, **self.shared})
 
     def lazily(self, info: ConceptInfo, load: Callable[[], Concept]) -> ConceptBank:
-        """This bank and one more concept whose tensors are read on first use."""
+        """Returns the bank with one more concept, whose tensors are read on first use."""
         return replace(self, entries=(*self.entries, Entry(info, _Cached(load))))
 
     def check_fits(self, layout: SiteLayout) -> None:

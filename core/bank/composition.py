@@ -1,4 +1,4 @@
-"""How the concepts of a bank act together in one picture. Methods define it, concepts carry it."""
+"""How the concepts of a bank act together in one picture. A method defines this; each concept stores it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Composition:
 
     Args:
         kind: When the deltas act.
-        merged: For always-on concepts: the factor on each concept's deltas once there are several, None = one
-            over their number.
+        merged: For always-on concepts: factor on each concept's deltas if there are several. None = 1 /
+            number of concepts.
     """
 
     kind: Kind = Kind.PROMPT
     merged: float | None = 1.0
 
     def share(self, count: int) -> float:
-        """The factor on each concept's deltas where `count` concepts of its method are in the bank."""
+        """Factor on each concept's deltas if the bank has `count` concepts of its method."""
         if count <= 1:
             return 1.0
         return 1.0 / count if self.merged is None else self.merged
@@ -55,7 +55,7 @@ class Composition:
         """Reads what `to_json` wrote; further keys of a newer version are ignored.
 
         Raises:
-            ConceptError: For anything else.
+            ConceptError: The data is anything else.
         """
         if isinstance(data, dict):
             kind, merged = data.get("kind"), data.get("merged", 1.0)
@@ -71,7 +71,7 @@ def _is_finite(value: object) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:      # a whole number too large for a float
+    except OverflowError:      # an integer too large for a float
         return False
 
 
@@ -80,7 +80,7 @@ WORDS = Composition(Kind.WORDS)
 SUM = Composition(Kind.SUM)
 AVERAGE = Composition(Kind.AVERAGE)
 
-# Files of the first version do not hold the composition. These were its methods; the list does not grow.
+# Bank files of the first version do not store the composition. These were its methods; the list is final.
 _OLDER_METHODS = {
     "bound": WORDS, "clora": SUM, "cns": SUM, "scns": SUM, "custom_diffusion": SUM,
     "custom_diffusion_merge": SUM, "ewc": SUM, "finetune": SUM, "l2dm": SUM, "lwf": SUM, "mix_of_show": SUM,
@@ -91,5 +91,6 @@ _OLDER_METHODS = {
 
 
 def of_older_file(method: str) -> Composition:
-    """The composition of a concept whose file does not hold it; unknown methods are prompt-activated."""
+    """The composition of a concept from a file that does not store it. Unknown methods are prompt-activated.
+    """
     return _OLDER_METHODS.get(str(method), PROMPT)

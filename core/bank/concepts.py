@@ -16,7 +16,7 @@ KINDS = ("object", "style")
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a concept was learned; none of it is needed to use the concept.
+    """How a concept was learned. Using the concept does not need this.
 
     Args:
         base: Fingerprint of the base model's weights.
@@ -38,9 +38,9 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ConceptInfo:
-    """The part of a concept that a bank's header holds: enough to list it and to route prompts.
+    """The part of a concept in a bank's header, enough to list the concept and to route prompts.
 
-    composition: how it acts beside others; None where the file does not hold it, see `composes`.
+    composition: how it acts together with others; None if the file does not store it, see `composes`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ConceptInfo:
 
     def to_json(self) -> dict:
         data = asdict(self)
-        del data["composition"]      # a file that does not hold it stays so
+        del data["composition"]      # files without this field are written without it again
         return data if self.composition is None else {**data, "composition": self.composition.to_json()}
 
     @classmethod

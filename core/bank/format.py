@@ -1,25 +1,24 @@
-"""The bank's file, format 1: one `.safetensors` file with a JSON header.
+"""The bank file, format 1: one `.safetensors` file with a JSON header.
 
 The metadata key `continual_concepts` holds `{"version", "layout", "concepts": [...], "shared": [method,
 ...]}`.
 
 A concept's record:
-- `info`: name, class noun, method, words, kind, provenance and `composition`, how the concept acts beside
-  others: `{"kind": "route" | "bound" | "sum" | "average", "merged": number or null}`, see `composition`.
-  Files of the first version hold no `composition`; it then follows from the method. Readers of the first
-  version ignore it.
+- `info`: name, class noun, method, words, kind, provenance and `composition`, how the concept acts together
+  with others: `{"kind": "route" | "bound" | "sum" | "average", "merged": number or null}`, see `composition`.
+  Files of the first version have no `composition`; the method then determines it. Readers of the first
+  version ignore the field.
 - `deltas`: form and scale of its deltas, see `deltas.pack`.
 - `encoders`: names of the text encoders that its words have vectors for.
-- `stand_in`: the placeholder noun, only where its words have one.
+- `stand_in`: the placeholder noun, if the words have one.
 
 Tensors:
 - `concept/<i>/token.<encoder>`, `concept/<i>/<projection>.<part>` (see `deltas.pack`);
 - `concept/<i>/cover`: the thumbnail, bytes of a JPEG or PNG file;
 - `shared/<method>/<name>`.
 
-Opening a bank reads the header. The tensors of a concept, or of a method's shared state, are read when first
-used.
-Files are untrusted: whatever does not fit is refused with one sentence.
+Opening a bank reads only the header. Tensors are read when first used. Files are untrusted: readers reject
+anything invalid with a one-sentence error.
 """
 
 from __future__ import annotations
@@ -56,13 +55,14 @@ _DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeE
 
 
 def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] = lambda: None) -> None:
-    """Writes the bank atomically, also over the file that it was opened from.
+    """Writes the bank atomically. It may overwrite the file that it was opened from.
 
     Args:
         before: See `files.write_atomically`.
 
     Raises:
-        ConceptError: For what `open_bank` would refuse (NaN, infinity, other types), and when writing fails.
+        ConceptError: The bank holds something that `open_bank` rejects (NaN, infinity, other types), or
+            writing fails.
     """
     tensors: dict[str, Tensor] = {}
     records = []
@@ -114,9 +114,8 @@ def _read_header(path: Path) -> tuple[dict, list[str]]:
 class _Tensors:
     """The tensors of a file whose header has been checked.
 
-    Their places are read once, because the header of a thousand concepts is megabytes. Tensors are copies,
-    not
-    views of the file: the file may be replaced or cut short while they are in use.
+    Offsets are read once, because the header of a thousand concepts is megabytes. Tensors are copies, not
+    views of the file, because the file may be replaced or truncated while they are in use.
     """
 
     def __init__(self, path: Path) -> None:
@@ -158,7 +157,8 @@ def _tensor(file, dtype: torch.dtype, shape: list[int], first: int, last: int) -
 
 
 def open_bank(path: Path | str) -> ConceptBank:
-    """Opens a bank by its header alone. Raises ConceptError for a missing, foreign, damaged or newer file."""
+    """Opens a bank by reading its header. Raises ConceptError for a missing, foreign, damaged or newer file.
+    """
     path = Path(path)
     header, keys = _read_header(path)
     file = _Tensors(path)

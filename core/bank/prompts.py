@@ -27,9 +27,9 @@ Piece = str | WordRef
 
 @dataclass(frozen=True)
 class Prompt:
-    """A parsed prompt. Prompts are parsed where they enter; everything below takes this value.
+    """A parsed prompt. Entry points parse prompts once; all other functions take this value.
 
-    text: as typed; pieces: the text between placeholders and the learned words, in order; no text is empty.
+    text: as typed. pieces: learned words and the non-empty texts between them, in order.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Prompt:
 
     @cached_property
     def concepts(self) -> tuple[str, ...]:
-        """Names of the concepts in the prompt, each once, in order."""
+        """Names of the concepts in the prompt, in order, without repetition."""
         return tuple(dict.fromkeys(piece.concept for piece in self.pieces if isinstance(piece, WordRef)))
 
     @cached_property
@@ -55,15 +55,15 @@ class Prompt:
         return re.sub(r"\s+", " ", text).strip()
 
     def apart(self, infos: Mapping[str, ConceptInfo]) -> dict[str, Prompt]:
-        """Each concept of the prompt -> the prompt with class nouns in place of all other concepts."""
+        """Concept -> the prompt with class nouns in place of all other concepts."""
         return {name: _joined(_with_class_nouns(self.pieces, infos, but=name), infos)
                 for name in self.concepts}
 
 
 def _with_class_nouns(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo],
                       but: str = "") -> Iterator[Piece]:
-    """The pieces with one class noun for each run of a concept's words; words of the concept `but` stay."""
-    previous = ""      # the concept to which the last word belongs, while only spaces have followed it
+    """Replaces each run of a concept's words by one class noun, except the words of concept `but`."""
+    previous = ""      # the concept of the last word, as long as only spaces follow it
     for piece in pieces:
         if isinstance(piece, str):
             yield piece
@@ -77,7 +77,7 @@ def _with_class_nouns(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo],
 
 
 def _joined(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo]) -> Prompt:
-    """A prompt of these pieces: neighbouring texts become one, so that they are tokenized as one."""
+    """A prompt of these pieces. Adjacent texts are joined so that they are tokenized together."""
     merged: list[Piece] = []
     for piece in pieces:
         last = merged[-1] if merged else None
@@ -113,10 +113,10 @@ class Vocabulary:
                                        f"concept '{info.name}'; rename one of them")
 
     def parse(self, prompt: str | Prompt) -> Prompt:
-        """Parses a prompt; one that is parsed already is returned as it is.
+        """Parses a prompt. A parsed prompt is returned unchanged.
 
         Raises:
-            ConceptError: for a placeholder that no concept has.
+            ConceptError: A placeholder belongs to no concept.
         """
         if isinstance(prompt, Prompt):
             return prompt
@@ -150,9 +150,10 @@ NO_CONCEPTS = Vocabulary(())      # for prompts in which no placeholder is allow
 
 
 def caption_with_placeholder(caption: str, info_name: str, class_noun: str) -> str:
-    """A training caption that names the concept: in place of the class noun, else in front of the text.
+    """Makes a training caption name the concept. The placeholder replaces the class noun if the caption has
+    it, else it goes in front.
 
-    A caption with placeholders stays as it is.
+    A caption with placeholders is returned unchanged.
     """
     if PLACEHOLDER.search(caption):
         return caption

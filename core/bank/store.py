@@ -1,7 +1,7 @@
-"""A bank on disk that several programs change: one at a time, with its last versions beside it.
+"""Changes to a bank file that several programs may write, with a lock and earlier versions.
 
-`save_bank` writes a file. Here a file is changed under a lock, starting from what it holds at that moment, so
-that no concept is lost that another program has added meanwhile. The replaced version goes to
+`save_bank` only writes a file. These functions take a lock, read the present file, change it and write it, so
+that concepts added by another program are not lost. The replaced version goes to
 `.<name>.earlier/1.safetensors`, the one before it to 2, and so on.
 """
 
@@ -25,8 +25,8 @@ from .concepts import Concept
 from .format import SUFFIX, open_bank, save_bank
 
 VERSIONS = 5
-PATIENCE = 30.0      # seconds to wait for another program that is writing; it takes far less
-ABANDONED = 3600.0      # seconds after which the writer of a half-written file counts as killed
+PATIENCE = 30.0      # seconds to wait while another program writes; a write takes far less
+ABANDONED = 3600.0      # seconds after which a half-written file is considered abandoned
 
 Change = Callable[[ConceptBank | None], ConceptBank]
 
@@ -70,13 +70,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def change_bank(path: Path | str, change: Change) -> ConceptBank:
-    """Replaces a bank's file by `change(what it holds now)` and returns the new bank.
+    """Replaces a bank file by `change(present bank)` and returns the new bank.
 
     Args:
-        change: Takes None where there is no file yet. Whatever it raises leaves the file as it was.
+        change: Gets None if there is no file yet. If it raises, the file stays unchanged.
 
     Raises:
-        ConceptError: The file cannot be read or written; the old one stays whole.
+        ConceptError: The file cannot be read or written. The old file stays intact.
     """
     return _replaced(Path(path), lambda: change(_present(Path(path))))
 
@@ -86,7 +86,9 @@ def _present(path: Path) -> ConceptBank | None:
 
 
 def _replaced(path: Path, make: Callable[[], ConceptBank], is_version: bool = True) -> ConceptBank:
-    """Writes what `make` returns, under the lock. is_version: Keep the present file as a version."""
+    """Writes what `make` returns, under the lock. is_version: Whether to keep the present file as an earlier
+    version.
+    """
     with _locked(path):
         _sweep(path)
         bank = make()
@@ -95,20 +97,21 @@ def _replaced(path: Path, make: Callable[[], ConceptBank], is_version: bool = Tr
 
 
 def _sweep(path: Path) -> None:
-    """Deletes half-written files of this bank whose writers were killed."""
+    """Deletes half-written files that killed programs left behind."""
     half = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.partial")
     for file in path.parent.glob(".*.partial"):
         try:
             if half.fullmatch(file.name) and time.time() - file.stat().st_mtime > ABANDONED:
                 file.unlink()
-        except OSError:      # deleted meanwhile, or not ours: no reason to refuse a change
+        except OSError:      # already deleted, or owned by another user: the change can go on
             continue
 
 
 def _keep(path: Path) -> None:
-    """Makes the present file version 1 and drops the oldest; where the disk knows links, nothing is copied.
+    """Makes the present file version 1 and deletes the oldest. It links files if the disk supports it, else
+    copies.
 
-    Called when the new file is complete, so that an earlier failure leaves the versions as they are.
+    Called when the new file is complete, so that an earlier failure leaves the versions unchanged.
     """
     if not path.exists():
         return
@@ -135,12 +138,12 @@ def _keep(path: Path) -> None:
 
 def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]],
                 start: ConceptBank) -> ConceptBank:
-    """Adds a concept to what the file holds now.
+    """Adds a concept to the present file.
 
     Args:
-        shared: What its method carries from task to task. Where another program has meanwhile added concepts,
-            the file's state of a method stays, because it knows these concepts.
-        start: The bank on top of which the concept was learned.
+        shared: State that the method passes from task to task. If another program added concepts meanwhile,
+            the file's own state is kept, because it includes those concepts.
+        start: The bank that the concept was learned on.
     """
     def change(now: ConceptBank | None) -> ConceptBank:
         bank = start if now is None else now
@@ -153,7 +156,9 @@ def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping
 
 
 def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:
-    """Replaces a concept by a fuller record of the same learning; this makes no version."""
+    """Replaces a concept by a more complete record of the same training run, without keeping an earlier
+    version.
+    """
     def make() -> ConceptBank:
         now = _present(Path(path))
         if now is None or concept.name not in now:
@@ -164,7 +169,7 @@ def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:
 
 
 def restore(path: Path | str, number: int = 1) -> ConceptBank:
-    """Brings an earlier version back. The present file, damaged or not, becomes version 1."""
+    """Restores an earlier version. The present file, damaged or not, becomes version 1."""
     path = Path(path)
 
     def make() -> ConceptBank:
@@ -172,6 +177,6 @@ def restore(path: Path | str, number: int = 1) -> ConceptBank:
         if number not in paths:
             raise ConceptError(f"the bank '{path}' has no version {number!r}; there are "
                                f"{', '.join(map(str, paths)) or 'none'}")
-        return open_bank(paths[number])      # saving reads it whole before the versions move up
+        return open_bank(paths[number])      # saving reads the whole file before the versions are renumbered
 
     return _replaced(path, make)

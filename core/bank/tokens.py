@@ -19,7 +19,7 @@ MAX_WORDS = 16
 
 
 def check_name(name: str, what: str = "concept name") -> str:
-    """The name itself when it is safe in prompts, files and tensor keys; ConceptError otherwise."""
+    """Returns the name if it is safe in prompts, files and tensor keys; raises ConceptError otherwise."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConceptError(f"{what} {name!r} is not allowed; use 1 to 64 letters, digits, '-' or '_', "
                            "beginning and ending with a letter or digit")
@@ -37,8 +37,8 @@ class TokenGroup:
     Args:
         words: Their names, each usable alone as `<word>`.
         vectors: Text encoder -> `[L, n, D]`: L layer copies (1 = not layer-wise), n words, width D.
-        placeholder_noun: Stands for the words while the rest of a prompt is encoded, usually the class noun;
-            "" = the words are encoded together with the rest. See `conditioning.placeholder_nouns`.
+        placeholder_noun: Replaces the words while the rest of a prompt is encoded; usually the class noun. ""
+            = the words are encoded together with the rest. See `conditioning.placeholder_nouns`.
     """
 
     words: tuple[str, ...]
@@ -57,7 +57,8 @@ class TokenGroup:
         return digest.hexdigest()[:16]
 
     def check_fits(self, layout: SiteLayout, owner: str) -> None:
-        """Raises ConceptError unless every text encoder of the base has its vectors in the right width."""
+        """Raises ConceptError unless there are vectors of the right width for every text encoder of the base.
+        """
         for encoder, width in layout.text_widths:
             vector = self.vectors.get(encoder)
             if vector is None:
@@ -75,18 +76,19 @@ class TokenGroup:
         return self.vectors[encoder][:, position]
 
     def mean_copy(self) -> TokenGroup:
-        """The same group with one copy, the mean over layers, for formats that know no layers."""
+        """The group with one copy, the mean over layers, for formats without layer copies."""
         means = {encoder: vector.mean(0, keepdim=True) for encoder, vector in self.vectors.items()}
         return replace(self, vectors=means)
 
 
 def initial_vectors(class_vectors: Tensor, words: int, copies: int, std: float,
                     generator: torch.Generator) -> Tensor:
-    """CIDM's start: the first word is drawn from N(0, std), the others are the class noun's vectors.
+    """Initial vectors as in CIDM: the first word is drawn from N(0, std), the others are the class noun's
+    vectors.
 
     Args:
-        class_vectors: The vocabulary's vectors of the class noun, `[n, D]`. Of more than words - 1 the last
-            are used; of fewer the last is repeated.
+        class_vectors: The vocabulary's vectors of the class noun, `[n, D]`. If n > words - 1, the last ones
+            are used; if n < words - 1, the last one is repeated.
         words: Number of words; 1 = the random word alone (C-LoRA's token without class noun).
         copies: L, the number of layer copies.
         std: Standard deviation of the first word's numbers.

@@ -1,6 +1,7 @@
-"""The only part of core that knows ComfyUI: a loaded MODEL, CLIP and VAE as a backbone, and concepts in them.
+"""The only package of core that imports ComfyUI. It wraps a loaded MODEL, CLIP and VAE as a backbone and
+applies concepts to them.
 
-sites: the text cross-attention of a UNet, and how attention processors reach it; text: encoders, and the CLIP
-that understands `<rex>`; backbone and clip_gradients: for learning; apply: MODELs that carry concepts and
-regions; demo: the embedded base as MODEL, CLIP and VAE.
+sites: hooks for attention processors in a UNet. text: text encoders, and the CLIP with placeholders such as
+`<rex>`. backbone and clip_gradients: training. apply: MODELs with concepts. regions and region_sampling:
+MODELs with regions. demo: the embedded base as MODEL, CLIP and VAE.
 """

@@ -1,5 +1,6 @@
-"""MODELs that carry concepts: deltas through ComfyUI's weight patches, layer-wise words and regions through
-wrappers and attn2 patches."""
+"""MODELs with concepts. Deltas become ComfyUI weight patches; layer-wise words and regions use wrappers and
+attn2 patches.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +50,9 @@ def weight_patches(sites: UNetSites, deltas: Deltas) -> dict:
 
 
 def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
-    """A clone of MODEL with deltas on its weights, which reads layer-wise words if `layerwise`. With neither,
-    MODEL itself."""
+    """Returns a clone of MODEL with deltas on its weights, and support for layer-wise words if `layerwise`.
+    With neither, returns MODEL itself.
+    """
     if not deltas and not layerwise:
         return model
     clone = model.clone()
@@ -63,7 +65,7 @@ def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
 
 
 def processor_of(model) -> ProcessorSource | None:
-    """Where the attention processors of a MODEL come from, or None where it has none."""
+    """The source of a MODEL's attention processors, or None."""
     wrappers = model.get_wrappers(Wrappers.DIFFUSION_MODEL, KEY)
     return wrappers[0].processor if wrappers else None
 
@@ -74,8 +76,9 @@ def _wrap(clone, processor: ProcessorSource | None) -> None:
 
 
 def with_word_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
-    """A clone of MODEL in which concepts act through their words, wherever a prompt of a concept CLIP has
-    them. MODEL itself without concepts."""
+    """Returns a clone of MODEL with word-bound concepts. They act where prompts encoded by a concept CLIP
+    contain their words. Without concepts, returns MODEL itself.
+    """
     if not deltas:
         return model
     source = processor_of(model)
@@ -84,7 +87,9 @@ def with_word_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
 
 
 def _once(model, name: str, patch) -> None:
-    """Appends a patch unless the model has one of its class (two ElasticWeightAggregate nodes in a row)."""
+    """Appends a patch unless the model already has one of its class, as with two ElasticWeightAggregate
+    nodes.
+    """
     patches = model.model_options["transformer_options"].get("patches", {}).get(name, [])
     if not any(type(other) is type(patch) for other in patches):
         model.set_model_patch(patch, name)
@@ -94,9 +99,9 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
     """The first entry of a CONDITIONING as a context `[1, L, N, D]`.
 
     Args:
-        conditioning: As ComfyUI's text nodes give it.
-        copies: L of the layout.
-        names: The concepts whose words are looked up in it.
+        conditioning: Output of ComfyUI's text nodes.
+        copies: L, the layout's number of layer copies.
+        names: The concepts whose word positions are read from it.
     """
     hidden, extra = conditioning[0]
     conds = extra.get("model_conds", {})
@@ -112,13 +117,13 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
 
 
 def with_processor(model, sites: UNetSites, processor: ProcessorSource, self_attention: bool = False):
-    """A clone of MODEL whose sites run the attention processors of a source.
+    """Returns a clone of MODEL whose sites run the attention processors from `processor`.
 
     Args:
         model: A MODEL.
-        sites: Its sites.
-        processor: Asked for an attention processor before each UNet call.
-        self_attention: Whether the processors may change the self-attention of the sites' blocks too.
+        sites: The MODEL's sites.
+        processor: Called before each UNet call; returns the attention processor.
+        self_attention: Whether the processors may also change the self-attention of the sites' blocks.
     """
     clone = model.clone()
     options = clone.model_options["transformer_options"]
@@ -138,7 +143,9 @@ def with_processor(model, sites: UNetSites, processor: ProcessorSource, self_att
 
 
 def with_attention_guidance(model, sites: UNetSites, subject: Subject, strength: float):
-    """A clone of MODEL for one sampling with attention guidance; MODEL itself where it has nothing to do."""
+    """Returns a clone of MODEL for one sampling with attention guidance. Returns MODEL itself if guidance
+    does nothing.
+    """
     if not AttentionGuidance([subject], strength).acts(0.0):
         return model
     run = _GuidanceRun(subject, strength, processor_of(model))
@@ -150,9 +157,9 @@ def with_attention_guidance(model, sites: UNetSites, subject: Subject, strength:
 class _GuidanceRun:
     """State of one sampling with attention guidance.
 
-    The latent belongs to the host's sampler. So what guidance moves it by is kept here, in units of the noise
-    level, and added before every evaluation. With Euler and DPM++ 2M that is exactly the moved latent; with
-    samplers that renew the noise, nearly.
+    The host's sampler owns the latent. The offset from guidance is therefore stored here, in units of the
+    noise level, and added before every evaluation. With Euler and DPM++ 2M this equals moving the latent;
+    with ancestral samplers it is an approximation.
     """
 
     def __init__(self, subject: Subject, strength: float, below: ProcessorSource | None = None) -> None:
@@ -179,11 +186,11 @@ class _GuidanceRun:
             x = moved
         return executor(x, timestep, model_options, seed)
 
-    @torch.inference_mode(False)      # the host samples under it; here the latent needs gradients
+    @torch.inference_mode(False)      # the latent needs gradients; the host forbids them
     def _moved(self, guider, x: Tensor, timestep: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
         inner = guider.inner_model
         plain_weights(inner.diffusion_model)
-        # the host's latents are that much larger than what the UNet reads
+        # factor between the host's latents and the UNet's input
         scale = (sigma.square() + 1).sqrt().clone()
 
         def evaluate(latents: Tensor, recorder: MapRecorder) -> None:

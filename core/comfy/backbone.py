@@ -1,5 +1,6 @@
-"""A loaded MODEL, CLIP and VAE as a backbone to learn on. They are not copied, and afterwards they are what
-they were."""
+"""A loaded MODEL, CLIP and VAE as a backbone for training. They are not copied, and training leaves them
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +43,18 @@ def schedule_of(model) -> NoiseSchedule:
 
 
 def without_dynamic(model):
-    """MODEL, or a clone of it whose weights are loaded as a whole: no gradient passes through lazily loaded
-    weights."""
+    """Returns MODEL, or a clone with fully loaded weights, because gradients do not pass through lazily
+    loaded ones.
+    """
     if getattr(model, "is_dynamic", bool)() and "disable_dynamic" in model.clone.__code__.co_varnames:
         return model.clone(disable_dynamic=True)
     return model
 
 
 def plain_weights(module: nn.Module) -> None:
-    """Replaces weights that were made under inference mode, which autograd refuses, by plain clones. This
-    happens one weight at a time, so that no second model is in memory. Afterwards no weight requires a
-    gradient."""
+    """Replaces inference-mode weights, which autograd rejects, by plain clones. Clones one weight at a time,
+    so that there is never a second model in memory. Afterwards no weight requires a gradient.
+    """
     module.requires_grad_(False)
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -64,12 +66,12 @@ def plain_weights(module: nn.Module) -> None:
 
 
 class ComfyBackbone(Backbone):
-    """A backbone of what ComfyUI's loaders give.
+    """A backbone from the outputs of ComfyUI's loaders.
 
     Args:
         model: A MODEL; LoRA patches on it are part of the base.
-        clip: A CLIP, likewise.
-        vae: A VAE; None where no picture is encoded or decoded.
+        clip: A CLIP; LoRA patches on it are part of the base.
+        vae: A VAE; None if no picture is encoded or decoded.
     """
 
     def __init__(self, model, clip, vae=None) -> None:
@@ -97,8 +99,9 @@ class ComfyBackbone(Backbone):
         return sum(parameter.numel() for parameter in self.unet.parameters())
 
     def _weight_hash(self) -> str:
-        """Hash of the first and the last site's key weights in fp16, as in the diffusers host: of the
-        checkpoint, without patches."""
+        """Hash of the first and last site's key weights in fp16, as in the diffusers host. Patches do not
+        count.
+        """
         digest = hashlib.sha256()
         for site in (self.layout.sites[0], self.layout.sites[-1]):
             key = self.sites.key(site, "to_k")
@@ -108,8 +111,9 @@ class ComfyBackbone(Backbone):
         return digest.hexdigest()[:16]
 
     def load(self) -> None:
-        """Loads UNet and text encoders on their device, with weights that gradients can pass through. Does so
-        again where the host has unloaded them meanwhile."""
+        """Loads UNet and text encoders on their device, with weights that gradients can pass through. Reloads
+        them if the host has unloaded them.
+        """
         if self._is_loaded and _are_loaded(self.model, self.clip.patcher):
             return
         with torch.inference_mode(False):
@@ -121,15 +125,17 @@ class ComfyBackbone(Backbone):
         self._is_loaded = self._was_loaded = True
 
     def _reload(self) -> None:
-        """For the text encoders. Does nothing unless `load` was called before: nodes that only encode never
-        call it."""
+        """Reloads the text encoders. Does nothing unless `load` was called before, because nodes that only
+        encode never call it.
+        """
         if self._was_loaded:
             self.load()
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Surrounds a whole run of learning: leaves inference mode, tells the host, and prepares the CLIP for
-        gradients."""
+        """Context manager around a training run: leaves inference mode, notifies the host, and prepares the
+        CLIP for gradients.
+        """
         before = getattr(management, "in_training", None)
         with torch.inference_mode(False):
             try:
@@ -147,7 +153,7 @@ class ComfyBackbone(Backbone):
             raise ConceptError("a VAE is needed to learn from pictures; connect one")
         pixels = ((images.float().permute(0, 2, 3, 1) + 1) / 2).cpu()
         latents = self.vae.encode(pixels)
-        self._is_loaded = False     # the host may have made room for the VAE
+        self._is_loaded = False     # the host may have unloaded the UNet for the VAE
         return self.model.model.process_latent_in(latents.float()).to(self.device).clone()
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -157,7 +163,7 @@ class ComfyBackbone(Backbone):
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
                 processor: AttentionProcessor | None = None) -> Tensor:
-        management.throw_exception_if_processing_interrupted()      # also in the middle of a preview
+        management.throw_exception_if_processing_interrupted()      # also runs while a preview is drawn
         self.load()
         dtype = _dtype(self.model.model)
         hidden = context.hidden.to(dtype)
@@ -176,7 +182,7 @@ class ComfyBackbone(Backbone):
         return output.float()
 
     def _size_and_pooled(self, latents: Tensor, context: Context) -> Tensor | None:
-        """SDXL's second conditioning: the pooled text and the picture's own size."""
+        """SDXL's vector conditioning: the pooled text and the picture's size."""
         if getattr(self.unet, "num_classes", None) is None:
             return None
         height, width = (side * self.picture_multiple for side in latents.shape[-2:])
@@ -211,7 +217,7 @@ def _are_loaded(*patchers) -> bool:
 
 
 class _Fold:
-    """A delta on a weight."""
+    """A delta folded into a weight."""
 
     def __init__(self, module: nn.Linear, delta: Delta) -> None:
         self.module, self.delta = module, delta
@@ -224,8 +230,9 @@ class _Fold:
         self.parameter.data = changed.to(self.before.dtype)
 
     def renew(self) -> None:
-        """Applies the delta again where the host has loaded the weights anew: it then replaces the parameters
-        that have a LoRA."""
+        """Applies the delta again if the host has reloaded the weights, which replaces parameters that have
+        LoRA patches.
+        """
         if self.module.weight is not self.parameter:
             self._apply()
 
@@ -234,8 +241,9 @@ class _Fold:
 
 
 def _overlay(*parts) -> str:
-    """Hash of what a run's result depends on beside the checkpoint's weights. Each tensor is represented by a
-    few of its numbers."""
+    """Hash of everything outside the checkpoint's weights that affects a run's result. A few numbers
+    represent each tensor.
+    """
     digest = hashlib.sha256()
 
     def add(thing) -> None:
@@ -258,7 +266,7 @@ def _overlay(*parts) -> str:
 
 
 def _ends(vae) -> tuple:
-    """First and last weight of an autoencoder."""
+    """The first and last weight of an autoencoder."""
     parameters = list(vae.first_stage_model.parameters())
     return (parameters[0], parameters[-1]) if parameters else ()
 
@@ -269,5 +277,5 @@ def _multiple(vae) -> int:
 
 
 def _dtype(base) -> torch.dtype:
-    """The type in which the host computes, which may differ from that of the stored weights."""
+    """The host's computation type, which may differ from the type of the stored weights."""
     return base.get_dtype() if base.manual_cast_dtype is None else base.manual_cast_dtype

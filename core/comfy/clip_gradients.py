@@ -1,4 +1,4 @@
-"""ComfyUI's CLIP while gradients pass through it. Afterwards it is what it was."""
+"""Temporarily prepares ComfyUI's CLIP for gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from ..hosts.quick_gelu import quick_gelu
 
 @contextmanager
 def fit_for_gradients(clip) -> Iterator[None]:
-    """Inside, a loaded CLIP computes the same, and gradients can pass through it in less time and memory."""
+    """Context manager in which gradients can pass through a loaded CLIP, with less time and memory. Its
+    outputs do not change.
+    """
     text = clip.cond_stage_model
     layers = [layer for layer in getattr(text, "inner", text).modules()
               if type(layer).__name__ == "CLIPLayer"]
@@ -25,8 +27,9 @@ def fit_for_gradients(clip) -> Iterator[None]:
 
 @contextmanager
 def _inputs_retained(layers: Sequence[CLIPLayer]) -> Iterator[None]:
-    """ComfyUI's CLIP layers write into the inputs that their norms store for the backward pass. Inside, the
-    norms store copies."""
+    """ComfyUI's CLIP layers write into the inputs that their norms store for the backward pass. In this
+    context the norms store copies instead.
+    """
     hooks = [norm.register_forward_pre_hook(_copied) for layer in layers
              for norm in (layer.layer_norm1, layer.layer_norm2)]
     try:
@@ -42,7 +45,9 @@ def _copied(_module, inputs: tuple) -> tuple:
 
 @contextmanager
 def _lean_activations(layers: Sequence[CLIPLayer]) -> Iterator[None]:
-    """Inside, layers use our quick GELU in place of ComfyUI's. Layers with another activation keep it."""
+    """Context manager in which layers use our quick GELU instead of ComfyUI's. Layers with other activations
+    are unchanged.
+    """
     theirs = ACTIVATIONS["quick_gelu"]
     changed = [layer.mlp for layer in layers if layer.mlp.activation is theirs]
     try:
@@ -56,11 +61,11 @@ def _lean_activations(layers: Sequence[CLIPLayer]) -> Iterator[None]:
 
 @contextmanager
 def _cast_once(layers: Sequence[CLIPLayer]) -> Iterator[None]:
-    """Inside, weights are float32.
+    """Context manager in which weights are float32.
 
-    ComfyUI stores a CLIP in half precision and computes in float32: every forward pass casts all weights
-    anew, and the casts stay in memory until the backward pass. On a graphics card casts are fast, and smaller
-    in mixed precision, so this is for the CPU.
+    ComfyUI stores a CLIP in half precision and computes in float32. Every forward pass casts all weights, and
+    the casts stay in memory until the backward pass. This is only used on the CPU: on a graphics card casts
+    are fast, and smaller in mixed precision.
     """
     linears = [part for layer in layers for part in layer.modules() if isinstance(part, nn.Linear)]
     changed = [(linear, linear.weight.dtype) for linear in linears
@@ -71,7 +76,7 @@ def _cast_once(layers: Sequence[CLIPLayer]) -> Iterator[None]:
             linear.weight.data = linear.weight.data.float()
         yield
     finally:
-        # cast, not restored: the host may have loaded the weights anew meanwhile
+        # cast back instead of restored, because the host may have reloaded the weights
         for linear, dtype in changed:
             if linear.weight.dtype == torch.float32:
                 linear.weight.data = linear.weight.data.to(dtype)

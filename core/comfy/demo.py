@@ -1,6 +1,6 @@
-"""The embedded base as MODEL, CLIP, VAE and CLIP_VISION, so that all nodes can be tried without a download.
+"""The embedded base as MODEL, CLIP, VAE and CLIP_VISION, for trying all nodes without a download.
 
-Its pictures have 64 pixels a side; a latent cell is 4 pixels.
+Its pictures are 64 x 64 pixels; a latent cell covers 4 x 4 pixels.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class _Config(comfy.supported_models_base.BASE):
         return comfy.model_base.ModelType.V_PREDICTION
 
     def inpaint_model(self):
-        return False        # ComfyUI takes a model of more than four channels for an inpainting model
+        return False        # ComfyUI treats a model with more than four channels as an inpainting model
 
 
 def _unet_config() -> dict:
-    """networks.UNET in ComfyUI's terms."""
+    """networks.UNET as a ComfyUI configuration."""
     shape: dict[str, Any] = networks.UNET
     widths, layers = shape["block_out_channels"], shape["layers_per_block"]
     depth = [int(kind.startswith("CrossAttn")) for kind in shape["down_block_types"]]
@@ -99,7 +99,7 @@ class _TextTokenizer(comfy.sd1_clip.SD1Tokenizer):
 
 
 def _text_class(encoder: torch.nn.Module, tokenizer):
-    """A class of ComfyUI's SD1 text encoder, in the embedded base's shape and with its weights."""
+    """Makes a class of ComfyUI's SD1 text encoder with the embedded base's shape and weights."""
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     weights = {("" if name.startswith("text_model.") else "text_model.") + name: w
                for name, w in encoder.state_dict().items()
@@ -130,8 +130,7 @@ class DemoVAE(comfy.sd.VAE):
     """The embedded base's autoencoder with ComfyUI's VAE interface: IMAGE `[B, H, W, 3]` in 0..1 to latents
     `[B, 12, H/4, W/4]`."""
 
-    # ComfyUI's own constructor recognises autoencoders by the names of their weights, and knows none of
-    # these.
+    # ComfyUI's constructor recognises autoencoders by weight names and does not know these.
     def __init__(self, autoencoder: networks.PatchAutoencoder) -> None:
         self.first_stage_model = autoencoder.eval()
         self.device, self.output_device = management.vae_device(), management.intermediate_device()
@@ -143,7 +142,7 @@ class DemoVAE(comfy.sd.VAE):
         self.crop_input, self.not_video = None, True
 
     def throw_exception_if_invalid(self) -> None:
-        """Does nothing: this one is always valid."""
+        """Does nothing, because this VAE is always valid."""
 
     @torch.no_grad()
     def encode(self, pixel_samples: Tensor) -> Tensor:
@@ -166,9 +165,9 @@ class DemoVAE(comfy.sd.VAE):
 
 
 class DemoVision:
-    """The embedded metric encoder as a CLIP_VISION, as far as nodes use one.
+    """The embedded metric encoder as a CLIP_VISION, with the methods that nodes use.
 
-    One half of a picture's vector says what is in it, the other half how it is drawn.
+    One half of a picture's vector describes the content, the other half the drawing style.
     """
 
     def __init__(self) -> None:
@@ -187,8 +186,7 @@ class DemoVision:
 
 
 def _preview(vae: networks.PatchAutoencoder) -> tuple[list, list]:
-    """Each latent channel's colour, and the bias, for latent previews; from the linear part of the
-    decoder."""
+    """Colours of the latent channels and a bias for latent previews, from the linear part of the decoder."""
     # pixel_shuffle orders [colour, row, column]
     weight = vae.linear.weight.detach().view(3, networks.PATCH**2, -1).mean(1)
     assert vae.linear.bias is not None
@@ -196,7 +194,7 @@ def _preview(vae: networks.PatchAutoencoder) -> tuple[list, list]:
 
 
 def load_demo(embedding_directory=None) -> tuple:
-    """MODEL, CLIP and VAE of the embedded base; its CLIP_VISION is `DemoVision`."""
+    """Loads MODEL, CLIP and VAE of the embedded base. `DemoVision` is its CLIP_VISION."""
     modules: dict[str, Any] = base.load_modules()
     model = _load_model(modules["unet"], _preview(modules["vae"]))
     text_class = _text_class(modules["text_encoder"], modules["tokenizer"])

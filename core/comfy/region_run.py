@@ -1,4 +1,4 @@
-"""State of one sampling with regions in ComfyUI: which attention processor each call of the UNet gets."""
+"""State of one sampling with regions in ComfyUI. It selects the attention processor of each UNet call."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ from .token_lora import TokenLoraRun
 
 @dataclass
 class RegionRun:
-    """A sampling with regions. Processors are built at the first call, when weights are on their device.
+    """A sampling with regions. Builds the processors at the first call, when weights are on their device.
 
     Args:
-        sites: The MODEL's.
+        sites: The MODEL's sites.
         scene: The prompt of the whole picture.
-        regions: Where and when every part acts.
+        regions: Where and when each part acts.
         parts: One per region.
-        words: Per region the positions of the tokens that the picture of attention shows.
+        words: Per region, the token positions whose attention is shown in the attention picture.
         word_bound: Concept -> its deltas, for the prompts of scene and regions.
         overlap: As in `regions.shares`.
         isolation: Share of the first steps with self-attention isolation.
 
     Attributes:
-        alone: Numbers of the regions that are evaluated alone now, one after another in the batch; None for
-            the frame.
+        alone: Numbers of the regions that are evaluated alone now, in batch order; None for the frame.
     """
 
     sites: UNetSites
@@ -56,8 +55,8 @@ class RegionRun:
         self._scene_words = TokenLoraRun(self.word_bound)
 
     def __call__(self, options: dict, x: Tensor) -> AttentionProcessor:
-        """The processor of a call with latents `[B, C, h, w]`."""
-        kinds = tuple(options["cond_or_uncond"])      # of the host: 0 = positive, 1 = negative
+        """Returns the processor for a call with latents `[B, C, h, w]`."""
+        kinds = tuple(options["cond_or_uncond"])      # the host's codes: 0 = positive, 1 = negative
         concepts = self._scene_words.concepts(options, x)
         if self.alone is not None:
             if self.alone not in self._crops:
@@ -77,8 +76,9 @@ class RegionRun:
         return frame
 
     def _rows_of(self, kinds: tuple[int, ...], x: Tensor) -> Tensor:
-        """`[B]`: the half of guidance of each row. Calls of one kind get the same tensor: processors know by
-        it what they have laid out already."""
+        """Half of guidance of each row, `[B]`. Calls of the same kind get the same tensor, because processors
+        cache results by its identity.
+        """
         key = kinds, len(x), str(x.device)
         if key not in self._rows:
             halves = torch.tensor([1 - kind for kind in kinds], device=x.device)
@@ -86,18 +86,19 @@ class RegionRun:
         return self._rows[key]
 
     def pooled(self, half: int) -> list[Tensor | None]:
-        """The regions' pooled text `[1, P]`, of their negative prompts (0) or their prompts (1). None where
-        the model has none."""
+        """The regions' pooled text `[1, P]`, of their negative prompts (0) or positive prompts (1). None if
+        the model uses no pooled text.
+        """
         pooled = [part.context.pooled for part in self.parts]
         return [None if rows is None else rows[half:half + 1] for rows in pooled]
 
     def maps(self, size: tuple[int, int]) -> Tensor:
-        """Attention of the last step per region, `[U, H, W]` in 0..1."""
+        """Attention maps of the last step, one per region, `[U, H, W]` in 0..1."""
         observed = [frame for frame in self._frames.values() if isinstance(frame, ObservedRegions)]
         return observed[-1].picture_maps(size) if observed else torch.zeros(len(self.regions), *size)
 
     def _on_device_of(self, x: Tensor) -> tuple[Part, list[Part]]:
-        """The scene and the parts, where the latents are."""
+        """Moves the scene and the parts to the device of the latents."""
         def moved(deltas: Deltas) -> Deltas:
             return {key: delta.to(x.device) for key, delta in deltas.items()}
 
@@ -119,16 +120,16 @@ class RegionRun:
         return CropProcessor(self.sites, scene, [parts[u] for u in alone])
 
 
-_NO_ROWS = torch.zeros(1, dtype=torch.long)      # every call brings its own
+_NO_ROWS = torch.zeros(1, dtype=torch.long)      # every call provides new ones
 
 
 class FoundRun(RegionRun):
-    """A sampling whose regions are found on the way, see regional.found.
+    """A sampling that finds its regions, see regional.found.
 
     Args:
-        regions: One for each concept, over the whole picture; its prompt is the concept's name.
-        words: Per concept the positions of its words in the scene's prompt.
-        parts: Per concept its own prompt.
+        regions: One region per concept, over the whole picture, with the concept's name as prompt.
+        words: Per concept, the positions of its words in the scene's prompt.
+        parts: Per concept, its own prompt.
     """
 
     def _frame_processor(self, size: tuple[int, int], x: Tensor) -> RegionProcessor:
@@ -137,7 +138,7 @@ class FoundRun(RegionRun):
         return FoundRegions(self.sites, scene, names, parts, self.words, _NO_ROWS, size)
 
     def found(self) -> Tensor | None:
-        """Masks of the first picture's regions `[U, h, w]`; None before they are found."""
+        """Masks of the first picture's regions `[U, h, w]`; None until they are found."""
         masks = [frame.found for frame in self._frames.values()
                  if isinstance(frame, FoundRegions) and frame.found is not None]
         return masks[-1][:, 0] if masks else None

@@ -1,5 +1,4 @@
-"""What KSampler gets from the region sampler: a MODEL and prompts, made of a scene, its regions and a bank's
-concepts."""
+"""Prepares MODEL and prompts for KSampler from a scene, its regions and a bank's concepts."""
 
 from __future__ import annotations
 
@@ -28,12 +27,11 @@ from .regions import Conditioning, whole_frame_things, with_found, with_pooled, 
 from .sites import UNetSites, find_sites
 from .text import concept_clip, encode, learned_positions, subject_of, text_widths
 
-PROPORTIONS = 0.05      # the ratio of a mask's sides may differ by this share from that of the picture's
+PROPORTIONS = 0.05      # allowed relative difference between the aspect ratios of mask and picture
 
 
 class ConceptPrompts:
-    """Prompts of one sampling: encoded by a CLIP that knows the bank's concepts, with the deltas that they
-    ask for."""
+    """Prompts of one sampling, encoded by a CLIP with the bank's concepts, and their deltas."""
 
     def __init__(self, clip, bank: ConceptBank, sites: UNetSites, strength: float) -> None:
         self.clip, self.bank, self.sites, self.strength = concept_clip(clip, bank), bank, sites, strength
@@ -43,15 +41,16 @@ class ConceptPrompts:
         return encode(self.clip, prompt)
 
     def deltas(self, prompt: str | Prompt) -> Deltas:
-        """The prompt-activated deltas."""
+        """Deltas of the prompt-activated concepts in a prompt."""
         if not len(self.bank) or not self.strength:
             return {}
         parsed = self.bank.parse(prompt)
         return aggregate(None, self.bank, parsed, "sharp", self.strength, always_on=False).deltas
 
     def named(self, scene: str) -> dict[str, Prompt]:
-        """Concept -> its own prompt, for a scene that names two concepts or more; empty where one cannot be
-        found in it."""
+        """Concept -> its own prompt, for a scene with at least two concepts. Empty if the words of one cannot
+        be located.
+        """
         prompts = self.bank.parse(scene).apart(self.bank.infos)
         return prompts if 1 < len(prompts) == len(subject_of(self.clip, scene).concepts) else {}
 
@@ -68,7 +67,7 @@ class ConceptPrompts:
                          settings.isolation)
 
     def found_regions(self, scene: str, positive: Conditioning, negative: Conditioning) -> FoundRun:
-        """A sampling that finds the regions of the concepts that the scene names."""
+        """A sampling that finds the regions of the scene's concepts."""
         scene_negative, prompts = self._context(negative), self.named(scene)
         parts = [self._part(prompt, scene_negative) for prompt in prompts.values()]
         whole = Part(Context.cat([scene_negative, self._context(positive)]), self.deltas(scene))
@@ -81,14 +80,14 @@ class ConceptPrompts:
         return context_of(conditioning, copies, tuple(self.word_bound))
 
     def _part(self, prompt: str | Prompt, negative: Context) -> Part:
-        text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may know more concepts
+        text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may have more concepts
         return Part(Context.cat([negative, self._context(self.encode(text))]), self.deltas(prompt))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What KSampler is to be given: model, positive, negative. run: the sampling with regions; None where
-    there are none."""
+    """Inputs for KSampler: model, positive, negative. run: the sampling with regions; None without regions.
+    """
 
     model: Any
     positive: Conditioning
@@ -96,11 +95,10 @@ class Prepared:
     run: RegionRun | None = None
 
     def picture(self, samples: Tensor) -> Tensor | None:
-        """Where the regions are and what their words attended to, `[1, H, W, 3]` in 0..1; None without
-        regions.
+        """Draws the regions and the attention of their words, `[1, H, W, 3]` in 0..1; None without regions.
 
         Args:
-            samples: The latents `[B, C, h, w]` that were sampled.
+            samples: The sampled latents, `[B, C, h, w]`.
         """
         if self.run is None:
             return None
@@ -116,8 +114,9 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Scene:
-    """The prompts of the whole picture. positive, negative: CONDITIONINGs of other nodes, in place of the
-    encoded texts."""
+    """The prompts of the whole picture. positive, negative: CONDITIONINGs of other nodes, which replace the
+    encoded texts.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -127,13 +126,13 @@ class Scene:
 
 def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequence[Region],
             latent: tuple[int, int], settings: SampleSettings, find_regions: bool = False) -> Prepared:
-    """What KSampler needs for a picture of a scene, with regions where some are given.
+    """Prepares the inputs of KSampler for a scene, with or without regions.
 
     Args:
-        model, clip: As ComfyUI has them; neither is changed.
+        model, clip: ComfyUI's MODEL and CLIP; neither is changed.
         latent: Height and width of the latents.
-        settings: Of which strength, noise, overlap, isolation and artists are read.
-        find_regions: Without regions, find those of the concepts that the scene names.
+        settings: Only strength, noise, overlap, isolation and artists are used.
+        find_regions: If no regions are given, whether to find those of the scene's concepts.
 
     Raises:
         ConceptError: The bank does not fit the model, a mask does not fit the picture, or settings contradict
@@ -176,8 +175,8 @@ def _with_regions(prepared: Prepared, run: RegionRun, latent: tuple[int, int],
 
 
 def _without_crops(noise: NoiseSettings, whole: Sequence[str]) -> NoiseSettings:
-    """The settings without crop denoising where something belongs to the whole frame, which decides the
-    layout anyway.
+    """Turns crop denoising off if the prompt or model carries something for the whole frame, such as
+    ControlNet, which fixes the layout anyway.
 
     Raises:
         ConceptError: Region noise on crops was asked for.

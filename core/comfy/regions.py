@@ -1,5 +1,4 @@
-"""MODELs that sample with regions, drawn or found, with region noise, crop denoising and SDXL's pooled
-text."""
+"""MODELs with drawn or found regions, region noise, crop denoising and SDXL's pooled text."""
 
 from __future__ import annotations
 
@@ -19,14 +18,15 @@ from .region_run import FoundRun, RegionRun
 Conditioning = list[list[Any]]      # ComfyUI's CONDITIONING: pairs of a tensor and a dictionary
 
 _AFTER = "sampler_post_cfg_function"      # ComfyUI's name for functions that are called after guidance
-_HALVES = ("cond_denoised", "uncond_denoised")      # what they are given beside the result
-_PIXELS = 8      # per cell of SDXL's latents, as ComfyUI counts the picture's size
-_WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # of a prompt: fit no crop
+_HALVES = ("cond_denoised", "uncond_denoised")      # their arguments besides the result
+_PIXELS = 8      # pixels per cell of SDXL's latents, for ComfyUI's picture size
+_WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # do not apply to crops
 
 
 def with_regions(model, run: RegionRun, noise: NoiseSettings):
-    """A clone of MODEL that samples with regions: one evaluation per step, but for the steps of `noise`, see
-    sampling.denoise."""
+    """Returns a clone of MODEL that samples with regions, with one evaluation per step. `noise` adds other
+    steps, see sampling.denoise.
+    """
     clone = with_processor(model, run.sites, run, self_attention=run.isolation > 0)
     if noise.is_on or noise.crop_denoising > 0:
         clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionSteps(run, noise))
@@ -36,18 +36,20 @@ def with_regions(model, run: RegionRun, noise: NoiseSettings):
 
 
 def with_found(model, run: FoundRun):
-    """A clone of MODEL for one sampling in which concepts are kept to where they are found."""
+    """Returns a clone of MODEL for one sampling that restricts concepts to the regions where they are found.
+    """
     return with_processor(model, run.sites, run)
 
 
 def with_pooled(conditioning: Conditioning, regions: Sequence[Region], own: Sequence[Tensor | None],
                 latent: tuple[int, int], overlap: str) -> Conditioning:
-    """A CONDITIONING with the pooled text of a picture with regions, see regional.regions.pooled_of.
+    """Returns a CONDITIONING with the pooled text of a picture with regions, see regional.regions.pooled_of.
 
-    It stays as it is where the model has no pooled text, and where another node made several prompts of it.
+    Returns it unchanged if the model has no pooled text, or if another node has split the prompt into
+    several.
 
     Args:
-        own: The regions' pooled text `[1, P]`.
+        own: The regions' pooled texts, `[1, P]` each.
         latent: Height and width of the latents.
     """
     def changed(extra: dict) -> dict:
@@ -63,14 +65,17 @@ def with_pooled(conditioning: Conditioning, regions: Sequence[Region], own: Sequ
 
 
 def whole_frame_things(model, conditioning: Sequence) -> list[str]:
-    """What prompts or the model carry that belongs to the whole frame: crops cannot be evaluated with it."""
+    """Names the parts of prompts or model, such as ControlNet, that only fit the whole frame. Crops cannot be
+    evaluated with these.
+    """
     carried = {key for _, extra in conditioning for key in _WHOLE_FRAME if key in extra}
     return sorted(carried) + ["an inpainting model's picture"] * bool(getattr(model.model, "concat_keys", ()))
 
 
 class _RegionSteps:
-    """ComfyUI's wrapper of a step's prediction: steps in which regions are evaluated alone, see
-    sampling.denoise."""
+    """ComfyUI wrapper around a step's prediction that evaluates regions alone in some steps, see
+    sampling.denoise.
+    """
 
     def __init__(self, run: RegionRun, noise: NoiseSettings) -> None:
         self.run, self.steps = run, RegionSteps(run.regions, noise, run.overlap)
@@ -84,8 +89,9 @@ class _RegionSteps:
 
 
 class _CropConditioning:
-    """ComfyUI's wrapper of the UNet's call: SDXL's second conditioning of regions that are evaluated alone.
-    As a picture of its own, each reads its own pooled text, and the size of what is evaluated."""
+    """ComfyUI wrapper around the UNet call with SDXL's vector conditioning for regions that are evaluated
+    alone. Each region gets its own pooled text and the size of its crop or frame.
+    """
 
     def __init__(self, run: RegionRun, base) -> None:
         self.run, self.base = run, base
@@ -99,7 +105,7 @@ class _CropConditioning:
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
     def _rows(self, x: Tensor, kinds: Sequence[int], alone: tuple[int, ...]) -> Tensor:
-        """`[B, P]` for a batch of both kinds of prompts, in each region by region."""
+        """Pooled texts `[B, P]` of a batch, by half of guidance, then by region."""
         key = tuple(x.shape), tuple(kinds), alone
         if key not in self._made:
             height, width = (_PIXELS * side for side in x.shape[-2:])
@@ -112,22 +118,25 @@ class _CropConditioning:
 
 
 class _Evaluation:
-    """Guided noise estimates of one step, by the host's names. Functions of other nodes and samplers (CFG++)
-    that are called after guidance are called once, with the whole picture, and not for every crop."""
+    """Guided noise estimates of one step, under the host's names. Post-guidance functions of other nodes and
+    samplers (CFG++) are called once per step, with the whole picture, not per crop.
+    """
 
     def __init__(self, run: RegionRun, executor, x: Tensor, timestep: Tensor, model_options: dict,
                  seed) -> None:
         self.run, self.executor, self.x, self.timestep = run, executor, x, timestep
         self.options, self.seed = model_options, seed
         self.functions = list(model_options.get(_AFTER, []))
-        self.args: dict[str, Any] = {}      # of these functions, as the host gives them
+        self.args: dict[str, Any] = {}      # arguments of these functions, from the host
 
     def _keep(self, args: dict) -> Tensor:
         self.args = args
         return args["denoised"]
 
     def __call__(self, latents: Tensor, regions: tuple[int, ...] | None) -> dict[str, Tensor]:
-        """The host predicts denoised pictures, x - sigma * noise, over any number of copies of the batch."""
+        """Converts the host's denoised predictions, x - sigma * noise, into noise estimates. Latents may hold
+        several copies of the batch.
+        """
         options = {**self.options, _AFTER: [self._keep]} if self.functions else self.options
         timestep = self.timestep.repeat(len(latents) // len(self.x))
         self.run.alone = regions
@@ -140,7 +149,7 @@ class _Evaluation:
         return {name: (latents - picture) / sigma for name, picture in pictures.items()}
 
     def after_guidance(self, noises: dict[str, Tensor]) -> Tensor:
-        """The denoised picture of mixed noise estimates, after the functions of others."""
+        """Converts mixed noise estimates into the denoised picture and applies post-guidance functions."""
         sigma = _by_picture(self.timestep, self.x)
         pictures = {name: self.x - sigma * noise for name, noise in noises.items()}
         given = {"input": self.x, "sigma": self.timestep, "model_options": self.options}
@@ -151,5 +160,5 @@ class _Evaluation:
 
 
 def _by_picture(values: Tensor, latents: Tensor) -> Tensor:
-    """One value for each picture, `[B]`, in the form of latents `[B, C, h, w]`: `[B, 1, 1, 1]`."""
+    """Reshapes one value per picture, `[B]`, to `[B, 1, 1, 1]` for latents `[B, C, h, w]`."""
     return values.view(-1, *[1] * (latents.ndim - 1))

@@ -2,8 +2,8 @@
 attn2 patches.
 
 A site's call is spread over three hooks of a transformer block: `Begin` (attn2 patch), `Replace` (attn2
-replacement) and `Finish` (attn2 output patch). The `SiteCall` travels between them in the options of this one
-block call.
+replacement) and `Finish` (attn2 output patch). The hooks pass the `SiteCall` on in the options of the block
+call.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from ..errors import ConceptError
 from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, SiteLayout, unet_layout
 
-# OFFSETS and WORDS are keywords of the UNet call, and keys in transformer_options:
+# keywords of the UNet call and keys in transformer_options:
 OFFSETS = "continual_concepts_offsets"      # layer copies minus their mean, `[B, L, N, D]`
-WORDS = "continual_concepts_words"          # whose words the tokens are, `[B, 1, N, 1]`: codes or 0
-# The others are keys in transformer_options alone:
+WORDS = "continual_concepts_words"          # code of the concept of each token, or 0, `[B, 1, N, 1]`
+# keys in transformer_options only:
 PROCESSOR = "continual_concepts_processor"  # the attention processor of this UNet call
-TEXT = "continual_concepts_text"            # prompts, offsets, words; None where other code may change them
-_ALONE = "continual_concepts_alone"         # whether no other code sees the cells between to_q and to_out
-_CALL = "continual_concepts_call"           # in the options of one block call: its SiteCall
+TEXT = "continual_concepts_text"            # prompts, offsets, words; None if other code may change them
+_ALONE = "continual_concepts_alone"         # whether no other code reads the cells between to_q and to_out
+_CALL = "continual_concepts_call"           # the SiteCall, in the options of one block call
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
-ATTENTION = "optimized_attention_override"  # the host's own key for another attention
+ATTENTION = "optimized_attention_override"  # the host's key for an attention override
 
 # ComfyUI's name of a transformer block: input | middle | output, number, index inside
 Address = tuple[str, int, int]
-# From the transformer options and the latents of a UNet call to its attention processor
+# (transformer options, latents of a UNet call) -> attention processor
 ProcessorSource = Callable[[dict, Tensor], "AttentionProcessor | None"]
 
 
@@ -54,7 +54,7 @@ class UNetSites:
 
     Attributes:
         unet: ComfyUI's module.
-        layout: The sites under diffusers' names, as in every host.
+        layout: The sites with diffusers' names, as in every host.
         paths: Site index -> module path of its transformer block.
     """
 
@@ -77,7 +77,7 @@ class UNetSites:
         return f"diffusion_model.{self.paths[site.index]}.attn2.{inner}.weight"
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
-        """x `[..., b]` to `[..., a]` by the weights that are loaded now."""
+        """Applies the projection's currently loaded weights: x `[..., b]` to `[..., a]`."""
         return self.linear(site, projection)(x)
 
 
@@ -101,8 +101,9 @@ def find_sites(model, text_widths: tuple[tuple[str, int], ...]) -> UNetSites:
 
 
 class OffsetCond(comfy.conds.CONDRegular):
-    """What each layer copy of a prompt adds to the mean of its copies, `[B, L, N, D]`. Prompts of different
-    length share a batch by repetition, as in ComfyUI's CONDCrossAttn."""
+    """Differences of a prompt's layer copies from their mean, `[B, L, N, D]`. Prompts of different lengths
+    share a batch by repetition, as in ComfyUI's CONDCrossAttn.
+    """
 
     def can_concat(self, other) -> bool:
         if not isinstance(other, OffsetCond) or self.cond.device != other.cond.device:
@@ -119,8 +120,8 @@ class OffsetCond(comfy.conds.CONDRegular):
 def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
     """Fits offsets `[B, L, n, D]` to a context `[B, N, D]` that other nodes may have changed.
 
-    In every row the offsets are repeated where the context is a repetition (batching), zero where something
-    was appended (Conditioning Concat), and zero where the context is (Conditioning Zero Out).
+    Offsets are repeated like the context (batching). They are zero for appended tokens (Conditioning Concat)
+    and where the context is zero (Conditioning Zero Out).
 
     Returns:
         `[B, L, N, D]`.
@@ -144,7 +145,8 @@ def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
 
 
 def progress_of(options: dict) -> float:
-    """Share of the sampling steps that are done, from the noise level: 0 at the first step, 1 at the last."""
+    """Share of completed sampling steps, computed from the noise level: 0 at the first step, 1 at the last.
+    """
     sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
     if sigmas is None or sigma is None or len(sigmas) < 3:
         return 0.0
@@ -153,12 +155,12 @@ def progress_of(options: dict) -> float:
 
 
 class DiffusionWrapper:
-    """ComfyUI wrapper around the UNet call: puts offsets, words and the attention processor where the sites
-    find them.
+    """ComfyUI wrapper around the UNet call: puts offsets, words and the attention processor into the
+    transformer options.
 
     Args:
         processor: Called with the transformer options and the latents before every UNet call; returns the
-            attention processor, or None for an untouched call.
+            attention processor, or None to leave the call unchanged.
     """
 
     def __init__(self, processor: ProcessorSource | None = None) -> None:
@@ -183,7 +185,7 @@ class DiffusionWrapper:
 
 
 class AddOffsets:
-    """attn2 patch: gives every site its layer copy."""
+    """attn2 patch: adds the offsets of each site's layer copy."""
 
     def __init__(self, addresses: dict[Address, Site]) -> None:
         self.addresses = addresses
@@ -199,7 +201,7 @@ class AddOffsets:
 
 
 class Begin:
-    """attn2 patch, the last one: begins the site's call with what goes into the frozen projections."""
+    """The last attn2 patch: begins the site's call and changes the inputs of the frozen projections."""
 
     def __init__(self, sites: UNetSites) -> None:
         self.addresses = sites.addresses
@@ -219,7 +221,9 @@ class Begin:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a projection is torch's own arithmetic. Other kinds of weights may fail on an empty text."""
+    """Whether a projection is an ordinary torch linear layer. Other kinds of layers may fail on an empty
+    text.
+    """
     weight = linear.weight
     is_own = type(weight) in (Tensor, nn.Parameter) and weight.device.type in ("cpu", "cuda")
     return is_own and weight.dtype in _PLAIN
@@ -244,8 +248,8 @@ class Replace:
 
     Args:
         site: The site.
-        previous: Another node's replacement, which stays on top of ours. One of our own is dropped:
-            processors do not stack.
+        previous: Another node's replacement, which is applied on top of ours. A replacement of our own is
+            dropped, because processors do not stack.
     """
 
     def __init__(self, site: Site, previous: Callable | None = None) -> None:
@@ -292,14 +296,15 @@ def _attention(heads: int, options: dict, query: Tensor, key: Tensor, value: Ten
 
 
 def differentiable_attention(_host, *args, **kwargs) -> Tensor:
-    """Torch's attention in place of the host's. The host's may have no gradient (SageAttention); its split
-    and sub-quadratic forms, used without a graphics card, are slower and store whole attention matrices for
-    the backward pass."""
+    """Torch's attention, used instead of the host's. The host's may have no gradient (SageAttention). Its
+    split and sub-quadratic forms, used without a graphics card, are slower and store full attention matrices
+    for the backward pass.
+    """
     return attention_pytorch(*args, **kwargs)
 
 
 class Finish:
-    """attn2 output patch: ends the site's call with what the processor does to the output of to_out."""
+    """attn2 output patch: ends the site's call and lets the processor change the output of to_out."""
 
     def __call__(self, y, options):
         call: SiteCall | None = options.pop(_CALL, None)
@@ -307,8 +312,7 @@ class Finish:
 
 
 def processor_patches(sites: UNetSites, previous: dict | None = None) -> dict:
-    """The hooks of all sites, in the form of transformer options. previous: attn2 replacements that are there
-    already."""
+    """The hooks of all sites as transformer options. previous: existing attn2 replacements."""
     previous = previous or {}
     replace = {address: Replace(site, previous.get(address) or previous.get(address[:2]))
                for address, site in sites.addresses.items()}

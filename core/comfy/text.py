@@ -1,4 +1,5 @@
-"""ComfyUI's text encoders: for learning, and as a CLIP that understands `<rex>` in stock nodes."""
+"""ComfyUI's text encoders, for training and as a CLIP that lets stock nodes use placeholders such as `<rex>`.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +30,13 @@ from .sites import OFFSETS, WORDS, OffsetCond
 from .token_lora import code
 
 NAMES = ("clip_l", "clip_g", "clip_h")
-_MARK = "concept."      # a placeholder goes through ComfyUI's tokenizer as `embedding:concept.<name>`
+_MARK = "concept."      # ComfyUI's tokenizer gets a placeholder as `embedding:concept.<name>`
 
 Concepts = dict[str, tuple[ConceptInfo, TokenGroup]]
 
 
 def encoder_names(clip) -> tuple[str, ...]:
-    """The CLIP text encoders of a CLIP, in the order in which their outputs lie side by side."""
+    """The CLIP text encoders of a CLIP, in the order in which their outputs are concatenated."""
     names = tuple(name for name in NAMES
                   if hasattr(clip.cond_stage_model, name) and hasattr(clip.tokenizer, name))
     if not names:
@@ -59,7 +60,7 @@ class ComfyText(TextEncoder):
     encodes_prefixes = True
 
     def __init__(self, name: str, clip, load: Callable[[], None] = lambda: None) -> None:
-        """load: Called before every pass; puts the weights where they are needed."""
+        """load: Called before every forward pass; moves the weights to their device."""
         self.name, self.clip, self.load = name, clip, load
         self.model, self.tokenizer = getattr(clip.cond_stage_model, name), getattr(clip.tokenizer, name)
         self.width, self.length = _embedding(self.model).shape[1], self.tokenizer.max_length
@@ -87,7 +88,7 @@ class ComfyText(TextEncoder):
 
 @contextmanager
 def _first_positions(model, count: int) -> Iterator[None]:
-    """Cuts the table of positions to `count` rows: ComfyUI's CLIP adds it whole, so rows must be as long."""
+    """Cuts the position embeddings to `count` rows, because ComfyUI's CLIP always adds the whole table."""
     table = model.transformer.text_model.embeddings.position_embedding
     whole = table.weight
     if count == len(whole):
@@ -101,19 +102,19 @@ def _first_positions(model, count: int) -> Iterator[None]:
 
 
 class _Wrapped:
-    """A part of a CLIP with changed methods; everything else is the original's."""
+    """A part of a CLIP with some methods replaced. All other attributes come from the original."""
 
     def __init__(self, inner) -> None:
         self.inner = inner
 
     def __getattr__(self, name: str):
-        if name == "inner":     # not there yet: while being copied
+        if name == "inner":     # not set yet while being copied
             raise AttributeError(name)
         return getattr(self.inner, name)
 
 
 class _Tokenizer(_Wrapped):
-    """A CLIP's tokenizer that knows placeholders. A learned word is a token `[L, D]` of L layer copies."""
+    """A CLIP's tokenizer with placeholders. A learned word becomes a token `[L, D]` of L layer copies."""
 
     def __init__(self, original, encoders: tuple[str, ...], concepts: Concepts) -> None:
         super().__init__(copy.copy(original))
@@ -123,16 +124,16 @@ class _Tokenizer(_Wrapped):
             setattr(self.inner, encoder, self._with_words(getattr(original, encoder), encoder))
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
-        prompt = self.vocabulary.parse(text)     # an unknown placeholder is an error here, in one sentence
+        prompt = self.vocabulary.parse(text)     # raises for an unknown placeholder
         marked = prompt.substituted(lambda name: f" embedding:{_MARK}{name} ")
         return self.inner.tokenize_with_weights(marked, *args, **kwargs)
 
     def _with_words(self, tokenizer, encoder: str):
-        """A copy of an SDTokenizer whose `embedding:` look-up finds learned words before files."""
+        """Copies an SDTokenizer. Its `embedding:` look-up finds learned words before files."""
         clone = copy.copy(tokenizer)
         files = tokenizer._try_get_embedding
         clone.embedding_directory = []
-        arity = len(clone._try_get_embedding("nothing"))      # embedding, since 0.33 its name, and the rest
+        arity = len(clone._try_get_embedding("nothing"))      # results, more since 0.33
         clone.embedding_directory = tokenizer.embedding_directory or []
 
         def look_up(embedding_name: str):
@@ -152,19 +153,19 @@ class _Tokenizer(_Wrapped):
 class _Encoder(_Wrapped):
     """A CLIP's text model that encodes prompts once per layer copy; the CONDITIONING carries all copies.
 
-    The CONDITIONING itself is the mean over the copies, which nodes that know no layers can use (ControlNet,
-    other MODELs, averaging). The difference of each copy from it travels as a model condition. Words with a
-    placeholder noun are encoded apart, see `conditioning.placeholder_nouns`.
+    The CONDITIONING itself is the mean over the copies, for nodes without layer support (ControlNet, other
+    MODELs, averaging). The copies' differences from the mean are a model condition. Words with a placeholder
+    noun are encoded separately, see `conditioning.placeholder_nouns`.
     """
 
     def __init__(self, inner, encoders: tuple[str, ...], concepts: Concepts, clip) -> None:
-        """clip: Gives the tokenizers for the placeholder nouns."""
+        """clip: Provides the tokenizers for the placeholder nouns."""
         super().__init__(inner)
         groups = {name: tokens for name, (_, tokens) in concepts.items()}
         self.copies = max(tokens.copies for tokens in groups.values())
         self.nouns = {encoder: noun_ids(ComfyText(encoder, clip), groups) for encoder in encoders}
         self.word_bound = {name for name, (info, _) in concepts.items() if info.composes.kind is Kind.WORDS}
-        self.words: dict[bytes, WordRef] = {}      # of the concepts that this encoder has to tell from others
+        self.words: dict[bytes, WordRef] = {}      # codes of the word-bound concepts
         for name, group in groups.items():
             if name in self.word_bound or group.placeholder_noun:
                 for i in range(len(group.words)):
@@ -187,8 +188,8 @@ class _Encoder(_Wrapped):
         """Encodes tokens once per layer copy.
 
         Returns:
-            The text model's output, its pooled part being the mean over copies, and hidden states `[B, L, N,
-            D]`; L = 1 without layer-wise words.
+            The text model's output, with the pooled output averaged over copies, and hidden states `[B, L, N,
+            D]`. L = 1 without layer-wise words.
         """
         layers = max((token.shape[0] for token in _learned(tokens)), default=1)
         outputs = [self.inner.encode_token_weights(_at(tokens, layer)) for layer in range(layers)]
@@ -197,7 +198,7 @@ class _Encoder(_Wrapped):
         return (outputs[0][0], outputs[0][1] if layers == 1 else pooled, *outputs[0][2:]), hidden
 
     def _with_nouns(self, tokens, but: str = ""):
-        """The tokens with placeholder nouns for the words that have one; words of the concept `but` stay."""
+        """Replaces words that have a placeholder noun by the noun, except the words of concept `but`."""
         def pick(token, encoder: str):
             noun = noun_for(self.words.get(_key(token)), self.nouns.get(encoder, {}), but)
             return token if noun is None else noun
@@ -218,7 +219,7 @@ class _Encoder(_Wrapped):
 
 
 def _key(token) -> bytes:
-    """A learned word by its numbers: nothing else of it comes through ComfyUI's tokenizer."""
+    """Identifies a learned word by its values, because ComfyUI's tokenizer passes nothing else on."""
     return token.detach().float().cpu().contiguous().numpy().tobytes() if torch.is_tensor(token) else b""
 
 
@@ -228,7 +229,7 @@ def _learned(tokens) -> list[Tensor]:
 
 
 def _at(tokens, layer: int):
-    """The tokens as one layer copy reads them: learned words `[L, D]` become `[D]`."""
+    """The tokens for one layer copy: learned words `[L, D]` become `[D]`."""
     def pick(token):
         if not torch.is_tensor(token) or token.ndim != 2:
             return token
@@ -239,14 +240,14 @@ def _at(tokens, layer: int):
 
 
 def learned_positions(clip, prompt: str) -> tuple[int, ...]:
-    """Positions of a prompt's learned words in its first chunk; of all its words when none is learned."""
+    """Positions of a prompt's learned words in its first chunk, or of all its words if none is learned."""
     chunk = next(iter(clip.tokenize(prompt).values()))[0]
     learned = [i for i, (token, *_) in enumerate(chunk) if torch.is_tensor(token)]
     return tuple(learned) or tuple(range(1, max(2, len(chunk) - 1 - _padding(chunk))))
 
 
 def subject_of(clip, prompt: str) -> Subject:
-    """Positions of a prompt's concepts and of its text in the first chunk; empty without concepts."""
+    """Positions of a prompt's concepts and its text in the first chunk; empty without concepts."""
     if not isinstance(clip.tokenizer, _Tokenizer):
         return Subject((), ())
     chunk = next(iter(clip.tokenize(prompt).values()))[0]
@@ -255,13 +256,13 @@ def subject_of(clip, prompt: str) -> Subject:
     ends = (i for i, token in enumerate(tokens) if not torch.is_tensor(token) and token == end_id)
     end = next(ends, len(tokens))
     pieces = clip.tokenizer.vocabulary.parse(prompt).pieces
-    words = iter([piece for piece in pieces if isinstance(piece, WordRef)])      # some may be cut off
+    words = iter([piece for piece in pieces if isinstance(piece, WordRef)])      # words may be cut off
     positions = positions_of(next(words, None) if torch.is_tensor(token) else None for token in tokens)
     return Subject(tuple(positions.values()), tuple(range(1, end)))
 
 
 def _padding(chunk) -> int:
-    """How many of a chunk's last tokens repeat the one before them."""
+    """Number of padding tokens at the end of a chunk."""
     same = 0
     while same < len(chunk) - 1 and chunk[-1 - same][0] == chunk[-2 - same][0]:
         same += 1
@@ -269,9 +270,10 @@ def _padding(chunk) -> int:
 
 
 def concept_clip(clip, bank: ConceptBank):
-    """A CLIP that understands the bank's placeholders too. Of equal names the bank's concept is meant.
+    """Returns a CLIP that also accepts the bank's placeholders. If names clash with embedding files, the
+    bank's concept is used.
 
-    The given CLIP is not changed; for an empty bank it is returned.
+    The given CLIP is not changed. For an empty bank it is returned itself.
     """
     if not len(bank):
         return clip
@@ -287,7 +289,7 @@ def concept_clip(clip, bank: ConceptBank):
 
 
 def encode(clip, prompt: str):
-    """What CLIP Text Encode gives; a placeholder in a CLIP without concepts is an error, not text."""
+    """Encodes like CLIP Text Encode. A placeholder raises an error if the CLIP has no concepts."""
     if not isinstance(clip.tokenizer, _Tokenizer):
         NO_CONCEPTS.parse(prompt)
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

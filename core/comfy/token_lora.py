@@ -1,5 +1,6 @@
-"""Word-bound concepts in ComfyUI. Which token belongs to which concept travels in the CONDITIONING; an
-attention processor acts on it."""
+"""Word-bound concepts in ComfyUI. The CONDITIONING stores which concept each token belongs to, for the
+attention processor.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from .sites import TEXT, WORDS, progress_of
 
 
 def code(name: str) -> int:
-    """A concept's name as a whole number above 0, the same in every process. The host passes whole numbers on
-    unchanged."""
+    """A concept's name as a positive integer, the same in every process. The host passes integers on
+    unchanged.
+    """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") + 1
 
 
@@ -35,29 +37,31 @@ def words_of(codes: Tensor, names: Mapping[int, str]) -> tuple[dict[str, tuple[i
 
 
 class TokenLoraRun:
-    """The source of attention processors of a MODEL with word-bound concepts.
+    """Provides the attention processors of a MODEL with word-bound concepts.
 
     Args:
         deltas: Concept -> its deltas.
-        below: Another such run, whose concepts act too. Of two concepts with one name, that of `deltas` acts.
-        base: The host's model, which shows whether weights change within a sampling. Without it nothing is
+        below: Another such run whose concepts also act. If both have a concept of the same name, that of
+            `deltas` acts.
+        base: The host's model, to detect whether weights change during a sampling. Without it, nothing is
             cached.
     """
 
     def __init__(self, deltas: Mapping[str, Deltas], below: TokenLoraRun | None = None, base=None) -> None:
-        # a concept's deltas are read from the bank when a prompt has its words
+        # deltas are read from the bank when a prompt contains the concept's words
         own = dict.fromkeys(deltas, deltas)
         self._sources: dict[str, Mapping[str, Deltas]] = own if below is None else below._sources | own
         self._codes = {name: code(name) for name in self._sources}
         self._base = base
         self._on_device: dict[tuple[str, str], Deltas] = {}
-        # kind of call -> its text, its processor
+        # kind of call -> text and processor
         self._cached: dict[tuple, tuple[tuple, TokenLoraProcessor | None]] = {}
-        self._sampling: Tensor | None = None      # the noise levels of the sampling that the cache belongs to
+        self._sampling: Tensor | None = None      # noise levels of the sampling that the cache is valid for
 
     def __call__(self, options: dict, x: Tensor) -> TokenLoraProcessor | None:
-        """None where no prompt of this call has words of the concepts: then the host's own attention runs,
-        untouched."""
+        """Returns None if no prompt of this call contains words of the concepts. The host's attention then
+        runs unchanged.
+        """
         text = options.get(TEXT)
         if text is None or not self._has_constant_weights(options):
             concepts = self.concepts(options, x)
@@ -70,12 +74,13 @@ class TokenLoraRun:
         if kind not in self._cached or not _is_same(self._cached[kind][0], text):
             concepts = self.concepts(options, x)
             self._cached[kind] = text, CachedTokenLora(concepts, len(x), x.device) if concepts else None
-        is_last = progress_of(options) == 1.0      # nothing stays in memory after the sampling
+        is_last = progress_of(options) == 1.0      # free the memory after the sampling
         return (self._cached.pop(kind) if is_last else self._cached[kind])[1]
 
     def _has_constant_weights(self, options: dict) -> bool:
-        """Whether the weights are known to be the same in all steps. Forgets the cache of another sampling,
-        which may have had other weights."""
+        """Whether the weights are known to be constant during the sampling. Clears the cache of an earlier
+        sampling, which may have used other weights.
+        """
         sampling = options.get("sample_sigmas")
         if sampling is not self._sampling:
             self._cached, self._sampling = {}, sampling
@@ -89,21 +94,21 @@ class TokenLoraRun:
         if codes is None:
             return TokenLora.at({}, {})
         here = codes[:, 0, :, 0]
-        # one transfer from the device, however many concepts there are
+        # a single transfer from the device for any number of concepts
         present = set(here.unique().tolist())
         masks = {name: (here == value).float() for name, value in self._codes.items() if value in present}
         return TokenLora.at(masks, {name: self._deltas_on(name, x.device) for name in masks})
 
     def _deltas_on(self, name: str, device: torch.device) -> Deltas:
         key = (name, str(device))
-        if key not in self._on_device:      # once per sampling and device, not in every step
+        if key not in self._on_device:      # cached per sampling and device
             deltas = self._sources[name][name]
             self._on_device[key] = {place: delta.to(device) for place, delta in deltas.items()}
         return self._on_device[key]
 
 
 def _is_same(one: tuple[Tensor | None, ...], other: tuple[Tensor | None, ...]) -> bool:
-    """Whether two texts hold the same values."""
+    """Whether two texts have the same values."""
     return all((a is b) if a is None or b is None else a.shape == b.shape and a.dtype == b.dtype
                and torch.equal(a, b)
                for a, b in zip(one, other, strict=True))

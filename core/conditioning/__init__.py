@@ -1,1 +1,1 @@
-"""From a prompt to encoded text and to the deltas that it asks for."""
+"""Turns a prompt into encoded text and selects the deltas that act for it."""

@@ -1,4 +1,4 @@
-"""Encodes prompts with text and learned words, once per layer copy of the words."""
+"""Encodes prompts of text and learned words, once per layer copy of the words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..model.backbone import Backbone, TextEncoder
 from ..model.context import Context
 from .placeholder_nouns import Words, encoded_apart, noun_for, noun_ids, positions_of, with_words
 
-SLOT_ID = 0     # id at the place of a learned word; never the end token, whose place some encoders look up
+SLOT_ID = 0     # id at the position of a learned word; not the end token, because some encoders search for it
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Row:
         return any(word is not None for word in self.words)
 
     def with_nouns(self, nouns: Mapping[WordRef, int], but: str = "") -> _Row:
-        """With placeholder nouns in place of the words that have one, those of the concept `but` excepted."""
+        """Replaces words that have a placeholder noun by the noun, except the words of concept `but`."""
         found_nouns = [noun_for(word, nouns, but) for word in self.words]
         ids = [token if noun is None else noun for token, noun in zip(self.ids, found_nouns, strict=True)]
         words = [word if noun is None else None for word, noun in zip(self.words, found_nouns, strict=True)]
@@ -47,7 +47,8 @@ def _units(encoder: TextEncoder, prompt: Prompt) -> list[int | WordRef]:
 
 
 def _row(encoder: TextEncoder, units: Sequence[int | WordRef], chunks: int) -> _Row:
-    """Chunks of `length - 2` units, each between begin and end, padded; as ComfyUI and A1111 do."""
+    """Splits a prompt into chunks of `length - 2` units with begin, end and padding, as ComfyUI and A1111 do.
+    """
     room = encoder.length - 2
     laid_out: list[int | WordRef] = []
     for start in range(0, chunks * room, room):
@@ -58,19 +59,19 @@ def _row(encoder: TextEncoder, units: Sequence[int | WordRef], chunks: int) -> _
 
 
 class TextMemory:
-    """Cache of encoded texts without learned words, for callers that repeat them, as learning does.
+    """Cache of encoded texts without learned words, for callers that repeat them, such as training.
 
-    Each text is encoded alone, so that its states do not depend on the batch in which it came first.
+    Each text is encoded alone, so that its states do not depend on a batch.
     """
 
-    LIMIT = 512     # texts; further ones are encoded each time
+    LIMIT = 512     # capacity in texts; further texts are not cached
 
     def __init__(self) -> None:
         self._encoded: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
     def get(self, encoder: TextEncoder, row: _Row, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """States `[1, N, D]` and pooled output `[1, P]` or None."""
+        """Cached or new states `[1, N, D]` and pooled output `[1, P]` or None."""
         key = encoder.name, tuple(row.ids)
         if key in self._encoded:
             return self._encoded[key]
@@ -83,7 +84,7 @@ class TextMemory:
 
 @dataclass(frozen=True)
 class _EncoderPass:
-    """One text encoder, and the learned words of the prompts that go through it."""
+    """One text encoder with the learned words of the prompts to encode."""
 
     encoder: TextEncoder
     tokens: Mapping[str, TokenGroup]
@@ -109,19 +110,19 @@ class _EncoderPass:
         flat = torch.cat(vectors) if vectors else torch.zeros(0, self.encoder.width, device=self.device)
         by_copy = [x.unsqueeze(1).expand(-1, copies, -1).reshape(-1, chunk) for x in (ids, slots)]
         hidden, pooled = self.encoder.encode(by_copy[0], by_copy[1], flat)
-        if pooled is not None:      # of the first chunk, as both hosts do
+        if pooled is not None:      # pooled output of the first chunk, as in both hosts
             pooled = pooled.view(batch, copies, length // chunk, -1)[:, :, 0]
         return hidden.view(batch, copies, length, -1), pooled
 
     def _vectors(self, row: _Row, copies: int) -> Tensor:
-        """Vectors of a row's learned words in the order of the batch: copy by copy, `[L * words, width]`."""
+        """Vectors of a row's learned words in batch order: copy by copy, `[L * words, width]`."""
         words = [word for word in row.words if word is not None]
         vectors = [self.tokens[word.concept].word(word.position, self.encoder.name) for word in words]
         vectors = [vector.float().to(self.device).expand(copies, -1) for vector in vectors]
         return torch.stack(vectors).transpose(0, 1).reshape(-1, self.encoder.width)
 
     def remembered(self, rows: Sequence[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
-        """As `encode`; rows without learned words come from the memory where there is one."""
+        """Like `encode`, but takes rows without learned words from the cache, if there is one."""
         if self.memory is None:
             return self.encode(rows, copies)
         worded = [row for row in rows if row.has_words]
@@ -133,7 +134,7 @@ class _EncoderPass:
         return stacked[0], stacked[1] if len(stacked) > 1 else None
 
     def apart(self, rows: Sequence[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
-        """As `encode`, with the words that have placeholder nouns encoded apart."""
+        """Like `encode`, but encodes words with placeholder nouns separately."""
         nouns = noun_ids(self.encoder, self.tokens)
         apart = [(b, name) for b, row in enumerate(rows) for name in encoded_apart(row.words, nouns)]
         if not apart:
@@ -149,7 +150,7 @@ class _EncoderPass:
         return torch.stack(states), pooled
 
     def words_only(self, rows: Sequence[_Row], copies: int) -> Tensor:
-        """States `[B, L, N, D]` of rows of which only the learned words count; others may be zero."""
+        """States `[B, L, N, D]` of rows for their learned words; states of other tokens may be zero."""
         length = len(rows[0].ids)
         needed = 1 + max(i for row in rows for i, word in enumerate(row.words) if word is not None)
         if not self.encoder.encodes_prefixes or length > self.encoder.length:
@@ -167,23 +168,22 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
                    chunks: int = 1, memory: TextMemory | None = None) -> Context:
     """Encodes prompts as one batch.
 
-    Words with a placeholder noun are encoded apart, see `placeholder_nouns`. The states of several text
-    encoders lie side by side (SDXL); their pooled output is the mean over layer copies, because the UNet
-    takes one.
+    Words with a placeholder noun are encoded separately, see `placeholder_nouns`. States of several text
+    encoders are concatenated (SDXL). The pooled output is the mean over layer copies, because the UNet takes
+    only one.
 
     Args:
         prompts: B parsed prompts.
-        tokens: Concept -> its learned words, of all concepts in the prompts; gradients flow into their
-            vectors.
-        chunks: At least so many chunks of the text encoder's length per prompt.
-        memory: Keeps texts without learned words from call to call, while the text encoders stay as they are.
+        tokens: Concept -> its learned words, for all concepts in the prompts. Gradients reach their vectors.
+        chunks: Minimum number of chunks per prompt.
+        memory: Cache of texts without learned words. Valid while the text encoders do not change.
 
     Returns:
-        Hidden states `[B, L, N, D]`, L = 1 where no word has layer copies, and the positions of every
-        concept's words.
+        Hidden states `[B, L, N, D]`, L = 1 if no word has layer copies, and the positions of every concept's
+        words.
 
     Raises:
-        ConceptError: The words of a concept in the prompts are missing.
+        ConceptError: `tokens` lacks a concept of the prompts.
     """
     used = {name: tokens.get(name) for prompt in prompts for name in prompt.concepts}
     missing = sorted(name for name, group in used.items() if group is None)
@@ -213,10 +213,11 @@ def encode_concept(backbone: Backbone, name: str, tokens: TokenGroup, prompts: S
 
 
 def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[Tensor]:
-    """The words of every concept, encoded as a prompt of them alone: `[L, words, D]` each.
+    """Encodes each concept's words as a prompt of their own, to `[L, words, D]` per concept.
 
-    Concepts with equal layer copies share one batch, no longer than their words where the encoder allows
-    that: a hundred concepts cost as much as a few prompts. """
+    Concepts with the same number of layer copies share one batch. If the encoder accepts short rows, the rows
+    are only as long as the words, so a hundred concepts cost as much as a few prompts.
+    """
     states_of: dict[str, list[Tensor]] = {name: [] for name in tokens}
     for encoder in backbone.text:
         encoding = _EncoderPass(encoder, tokens, backbone.device)
@@ -231,7 +232,7 @@ def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[T
 
 
 def text_positions(backbone: Backbone, prompt: Prompt) -> tuple[int, ...]:
-    """Token positions of a prompt's own text and words; begin, end and padding left out."""
+    """Token positions of a prompt's text and words, without begin, end and padding."""
     encoder = backbone.text[-1]
     room = encoder.length - 2
     count = len(_units(encoder, prompt))

@@ -29,7 +29,7 @@ class Words(nn.Module):
 
     @abstractmethod
     def group(self) -> TokenGroup:
-        """The words as trained so far, with gradient."""
+        """The current words, with gradient."""
 
     def stored(self, dtype: torch.dtype) -> TokenGroup:
         """Detached copies on the CPU in the bank's type."""
@@ -41,13 +41,13 @@ class LearnedWords(Words):
     """One parameter `[L, n, D]` per text encoder, initialised as in CIDM (see tokens.initial_vectors).
 
     Args:
-        backbone: its vocabulary gives the vectors of the class noun.
+        backbone: Its vocabulary provides the vectors of the class noun.
         concept: the concept's name, for messages.
-        names: the n words. With more than one, the class noun must not be empty.
-        class_noun: where all words but the first start.
+        names: The n words. If there is more than one, the class noun must not be empty.
+        class_noun: Initialises all words but the first.
         layerwise: one vector per word and layer copy (L copies), else one per word (L = 1).
-        first_std: standard deviation of the first word's start, 0 = that of the vocabulary.
-        generator: source of the first word's start.
+        first_std: Standard deviation of the first word's initial vector; 0 = that of the vocabulary.
+        generator: Draws the first word's initial vector.
     """
 
     def __init__(self, backbone: Backbone, concept: str, names: tuple[str, ...], class_noun: str,

@@ -1,10 +1,10 @@
-"""Placeholder nouns: how learned words are kept from changing the rest of a prompt, and each other. Ours.
+"""Placeholder nouns keep learned words from changing the rest of a prompt and each other. Our own method.
 
 A text encoder mixes all words of a prompt. A concept with a placeholder noun (usually its class noun) is
-therefore encoded apart: the rest of the prompt is encoded with the noun in place of the concept's words, and
-the concept's words are encoded with the nouns of all other concepts in their places. Naming a concept then
-changes nothing but the states at its own words. The library and ComfyUI share these rules and differ only in
-how they run a text encoder.
+therefore encoded separately. The rest of the prompt is encoded with the noun in place of the concept's words.
+The concept's words are encoded in a prompt where nouns replace all other concepts. Naming a concept then only
+changes the states at its own words. The library and ComfyUI share these rules; only running the text encoder
+differs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Words = Sequence[WordRef | None]      # the learned word at each token position,
 
 
 def placeholder_noun_ids(encoder: TextEncoder, noun: str, count: int) -> list[int]:
-    """The last `count` token ids of "a <noun>"; the first of them is repeated where there are too few."""
+    """The last `count` token ids of "a <noun>"; if there are fewer, the first one is repeated."""
     ids = (encoder.ids(f"a {noun}") or [encoder.pad])[-count:]
     return [ids[0]] * (count - len(ids)) + ids
 
 
 def noun_ids(encoder: TextEncoder, groups: Mapping[str, TokenGroup]) -> dict[WordRef, int]:
-    """Learned word -> the token id in its place, for the concepts that have a placeholder noun."""
+    """Learned word -> the token id that replaces it, for concepts with a placeholder noun."""
     ids_of: dict[WordRef, int] = {}
     for name, group in groups.items():
         if group.placeholder_noun:
@@ -38,17 +38,17 @@ def noun_ids(encoder: TextEncoder, groups: Mapping[str, TokenGroup]) -> dict[Wor
 
 
 def encoded_apart(words: Iterable[WordRef | None], nouns: Mapping[WordRef, int]) -> list[str]:
-    """Concepts among these words that are encoded apart, each once, in order."""
+    """Concepts of these words that are encoded separately, in order, without repetition."""
     return list(dict.fromkeys(word.concept for word in words if word is not None and word in nouns))
 
 
 def noun_for(word: WordRef | None, nouns: Mapping[WordRef, int], but: str = "") -> int | None:
-    """The token id that takes the place of a learned word; None where the token stays.
+    """The token id that replaces a learned word; None if the token stays.
 
     Args:
-        word: The learned word at a position, None where there is none.
+        word: The learned word at a position, or None.
         nouns: See `noun_ids`.
-        but: A concept whose own words stay.
+        but: A concept whose words are not replaced.
     """
     return None if word is None or word.concept == but else nouns.get(word)
 
@@ -63,12 +63,12 @@ def positions_of(words: Iterable[WordRef | None]) -> dict[str, tuple[int, ...]]:
 
 
 def with_words(rest: Tensor, own: Tensor, positions: Iterable[int]) -> Tensor:
-    """The prompt's states, with those of a concept that was encoded apart at its words.
+    """Inserts the states of a separately encoded concept at its words.
 
     Args:
         rest: States of the prompt, `[..., N, D]`.
-        own: States of the prompt in which the concept's words stayed, of a shape that broadcasts with `rest`.
-        positions: Where the concept's words are, 0 to N - 1.
+        own: States of the prompt with the concept's words in place, of a shape that broadcasts with `rest`.
+        positions: Positions of the concept's words, 0 to N - 1.
     """
     mask = torch.zeros(rest.shape[-2], 1, dtype=torch.bool)
     mask[list(positions)] = True

@@ -1,4 +1,4 @@
-"""From a prompt and a bank to the deltas in the weights: which concepts act, how strongly, at which site."""
+"""Computes from a prompt and a bank which concepts act, how strongly and at which site."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ SiteWeights = Mapping[str, Sequence[float]]      # concept -> its weight at ever
 
 @dataclass(frozen=True)
 class Aggregation:
-    """weights: `[sites, g]` for `names` in bank order; deltas: their weighted sum, ready to fold."""
+    """weights: `[sites, g]` for `names` in bank order. deltas: the weighted sum of their deltas, ready to
+    fold.
+    """
 
     names: tuple[str, ...]
     weights: Tensor
@@ -36,13 +38,13 @@ class Aggregation:
 def weighted_deltas(bank: ConceptBank, weights: SiteWeights,
                     load: Callable[[str],
                                    Concept] | None = None) -> dict[DeltaKey, list[tuple[float, Delta]]]:
-    """The deltas to sum up at every site and projection, with their weights.
+    """The deltas to sum at every site and projection, with their weights.
 
-    Concepts whose weight is 0 at every site are not read.
+    Concepts with weight 0 at every site are not loaded.
 
     Args:
         weights: The concepts' weights.
-        load: Reads a concept; None = `bank[name]`, which keeps the concept in memory.
+        load: Loads a concept; None = `bank[name]`, which caches the concept.
     """
     parts: dict[DeltaKey, list[tuple[float, Delta]]] = {}
     for name, per_site in weights.items():
@@ -59,34 +61,34 @@ def _sum(bank: ConceptBank, weights: SiteWeights) -> Deltas:
 
 
 def _shares(bank: ConceptBank, *kinds: Kind) -> dict[str, float]:
-    """Concepts of these kinds of composition -> their share of the deltas of their method."""
+    """Concept -> factor on its deltas, for the concepts of these kinds of composition."""
     infos = {name: info for name, info in bank.infos.items() if info.composes.kind in kinds}
     counts = Counter(info.method for info in infos.values())
     return {name: info.composes.share(counts[info.method]) for name, info in infos.items()}
 
 
 def always_on_shares(bank: ConceptBank) -> dict[str, float]:
-    """Always-on concepts that are one set of weights -> the share of their deltas in it."""
+    """Concept -> factor on its deltas, for always-on concepts whose deltas are summed."""
     return _shares(bank, Kind.SUM)
 
 
 def averaged_names(bank: ConceptBank) -> list[str]:
-    """Concepts of methods that average the predictions of all their concepts' models."""
+    """Concepts of methods that average predictions, with one model per concept."""
     return list(_shares(bank, Kind.AVERAGE))
 
 
 def always_on_deltas(bank: ConceptBank, averages: bool = False) -> Deltas:
-    """The deltas that act whatever the prompt says; none in a bank of prompt-activated concepts.
+    """The deltas that act for every prompt. A bank of prompt-activated concepts has none.
 
     Args:
-        averages: Also the averaged weights of methods that average predictions, see `aggregate`.
+        averages: Whether to include averaged deltas of methods that average predictions, see `aggregate`.
     """
     shares = _shares(bank, Kind.SUM, Kind.AVERAGE) if averages else always_on_shares(bank)
     return _sum(bank, {name: [share] * len(bank.layout) for name, share in shares.items()})
 
 
 class _LazyDeltas(Mapping[str, Deltas]):
-    """Concept -> its deltas times a strength, read from the bank on access."""
+    """Concept -> its deltas times a strength, loaded from the bank on access."""
 
     def __init__(self, bank: ConceptBank, names: Sequence[str], strength: float) -> None:
         self.bank, self.names, self.strength = bank, dict.fromkeys(names), strength
@@ -105,7 +107,7 @@ class _LazyDeltas(Mapping[str, Deltas]):
 
 def token_lora_deltas(bank: ConceptBank, strength: float = 1.0,
                       names: Sequence[str] | None = None) -> Mapping[str, Deltas]:
-    """Word-bound concepts -> their deltas, which act through the concept's own words and are never folded.
+    """Concept -> its deltas, for word-bound concepts. These deltas are never folded into the weights.
 
     Args:
         strength: Factor on the deltas; 0 gives an empty mapping.
@@ -116,24 +118,26 @@ def token_lora_deltas(bank: ConceptBank, strength: float = 1.0,
 
 
 def learning_names(bank: ConceptBank, method: str, builds_on_sum: bool) -> list[str]:
-    """The always-on concepts that are in the weights while a method learns.
+    """The always-on concepts whose deltas are in the weights while a method learns.
 
     Args:
-        builds_on_sum: False for a method that learns each task on the base alone: its own concepts are left
-            out.
+        builds_on_sum: False for a method that learns each task on the base alone. Its earlier concepts are
+            then left out.
     """
     return [name for name in always_on_shares(bank) if builds_on_sum or bank.infos[name].method != method]
 
 
 def learning_deltas(bank: ConceptBank, method: str, builds_on_sum: bool) -> Deltas:
-    """The deltas that are in the weights while this method learns its next task."""
+    """The deltas in the weights while this method learns its next task."""
     shares = always_on_shares(bank)
     names = learning_names(bank, method, builds_on_sum)
     return _sum(bank, {name: [shares[name]] * len(bank.layout) for name in names})
 
 
 def _states_together(backbone: Backbone, bank: ConceptBank, groups: Mapping[str, TokenGroup]) -> list[Tensor]:
-    """All words in one prompt, as in the released code: later ones see earlier ones. `[L, words, D]` each."""
+    """Encodes all words in one prompt, as in the released code, so later words see earlier ones. `[L, words,
+    D]` each.
+    """
     context = encode_prompts(backbone, [words_prompt([bank.infos[name] for name in groups])], groups)
     return [context.hidden[0][:, list(context.words[0][name])] for name in groups]
 
@@ -164,16 +168,16 @@ def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, mode
               always_on: bool = True, only: str = "", without: Sequence[str] = ()) -> Aggregation:
     """The weights and the summed deltas for one prompt.
 
-    Word-bound concepts have a weight but no part in the deltas, see `token_lora_deltas`. Averaging
-    predictions is not the same as averaging weights; the nearest sum stands for it here: all such concepts
-    with their share.
+    Word-bound concepts have a weight but are not in the summed deltas, see `token_lora_deltas`. Averaging
+    predictions is not the same as averaging weights. As an approximation, the deltas of such concepts are
+    averaged here.
 
     Args:
-        backbone: Encodes the prompt, for the modes paper and released; None is enough for the others.
+        backbone: Encodes the prompt in the modes paper and released; may be None for other modes.
         mode: sharp, paper, released or equal, see `aggregation`.
         strength: Factor on prompt-activated and word-bound concepts, 0 = the base.
-        always_on: False leaves out the always-on concepts, which have their share in every mode.
-        only: One concept that acts alone, whatever prompt and mode say.
+        always_on: False leaves out the always-on concepts, which otherwise act in every mode.
+        only: The only concept that acts, regardless of prompt and mode.
         without: Always-on concepts to leave out.
 
     Raises:
@@ -197,7 +201,7 @@ def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, m
     if backbone is not None:
         bank.check_fits(backbone.layout)
     if only:
-        bank[only]      # an unknown name is an error, also in a bank of always-on concepts
+        bank[only]      # raises for an unknown name, also in a bank of always-on concepts
     named = (only,) if only else prompt.concepts
     always, word_bound = _shares(bank, Kind.SUM, Kind.AVERAGE), _shares(bank, Kind.WORDS)
     by_prompt = [name for name in bank.names if name not in always and name not in word_bound]

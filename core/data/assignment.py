@@ -1,4 +1,4 @@
-"""A task of a sequence whose results are measured."""
+"""A task of a sequence, with pictures and prompts for its evaluation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .photos import Picture
 
 @dataclass(frozen=True)
 class Assignment:
-    """One task of a sequence: what to learn from, and what to measure with.
+    """One task of a sequence: training pictures, and pictures and prompts for evaluation.
 
-    pictures: to learn from; references: the same as `[N, 3, H, W]` in -1..1; held_out: real pictures `[M, 3,
-    H, W]` that are not learned from; prompts: with the placeholder; noun_prompts: the same prompts with the
-    class noun, for the base model; words: names of the learned words, empty = the method's.
+    pictures: training pictures; references: the same as `[N, 3, H, W]` in -1..1; held_out: real pictures `[M,
+    3, H, W]` not used for training; prompts: with the placeholder; noun_prompts: the same prompts with the
+    class noun, for the base model; words: names of the learned words, empty = the method's default.
     """
 
     name: str

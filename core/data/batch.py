@@ -12,9 +12,9 @@ from torch import Tensor
 class Batch:
     """One training batch.
 
-    latents: `[B, C, h, w]`, clean; prompts: B texts with placeholders; masks: `[B, 1, h, w]` in 0..1, the
-    part that counts; is_prior: `[B]` bool, True for prior-preservation pictures; weights: `[B]`, the loss
-    weight of each sample.
+    latents: `[B, C, h, w]`, clean; prompts: B texts with placeholders; masks: `[B, 1, h, w]` in 0..1, weights
+    of the loss; is_prior: `[B]` bool, True for prior-preservation pictures; weights: `[B]`, the loss weight
+    of each sample.
     """
 
     latents: Tensor
@@ -27,7 +27,7 @@ class Batch:
         return len(self.prompts)
 
     def rows(self, index: Tensor) -> Batch:
-        """The samples with these numbers `[n]`, on any device."""
+        """The samples with the given indices `[n]`, on any device."""
         def pick(tensor: Tensor) -> Tensor:
             return tensor[index.to(tensor.device)]
 
@@ -35,7 +35,7 @@ class Batch:
         return Batch(pick(self.latents), prompts, pick(self.masks), pick(self.is_prior), pick(self.weights))
 
     def joined(self, other: Batch) -> Batch:
-        """This batch and another one behind it, which is moved to this one's devices and types."""
+        """Concatenates this batch and another one, which is converted to this one's devices and types."""
         def join(mine: Tensor, theirs: Tensor) -> Tensor:
             return torch.cat([mine, theirs.to(mine)])
 

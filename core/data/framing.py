@@ -1,4 +1,4 @@
-"""Photos of any shape as training pictures: squares, or buckets of about one area."""
+"""Turns photos of any shape into training pictures: squares, or buckets of similar area."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from ..errors import ConceptError
 
 FRAMINGS = ("crop", "pad", "buckets")
-LONGEST_SIDE = 2      # of a bucket, in multiples of the resolution
-# A picture whose shape differs from the frame's by more than this factor loses its ends before it is resized.
+LONGEST_SIDE = 2      # longest side of a bucket, in multiples of the resolution
+# Pictures whose aspect ratio differs from the frame's by more than this factor are cropped before resizing.
 MOST_ELONGATED = 4
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A photo to learn from.
+    """A training photo.
 
-    pixels: `[3, H, W]` in -1..1; caption: may be empty; mask: `[1, H, W]` in 0..1, the part that counts, or
+    pixels: `[3, H, W]` in -1..1; caption: may be empty; mask: `[1, H, W]` in 0..1, weights of the loss, or
     None; is_prior: whether it is a prior-preservation picture; digest: see `photos.photo_digest`.
     """
 
@@ -33,11 +33,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Framing:
-    """How pictures of any shape become pictures of about `resolution` squared pixels.
+    """How pictures of any shape are converted to about `resolution` squared pixels.
 
-    mode: "crop" fills the square; "pad" shows the whole picture on grey and masks the rest; "buckets" keeps
-    the picture's shape as nearly as sides in steps allow (see `bucket_of`) and never enlarges a picture.
-    flip: also learn from mirrored pictures.
+    mode: "crop" fills the square; "pad" fits the whole picture on grey and masks the rest; "buckets" keeps
+    the picture's shape approximately (see `bucket_of`) and never enlarges a picture. flip: also train on
+    mirrored pictures.
     """
 
     resolution: int
@@ -50,14 +50,14 @@ class Framing:
 
 
 def bucket_of(height: int, width: int, resolution: int, step: int) -> tuple[int, int]:
-    """The bucket that shows most of a picture.
+    """Chooses the bucket that keeps most of a picture.
 
-    A bucket's sides are multiples of `step`. It has at most `resolution` squared pixels, and no side is
-    longer than the picture's, except for a single step. Among these, the product of the share of the picture
-    that is shown and of the bucket's area decides; among equal ones, the share.
+    A bucket's sides are multiples of `step`. It has at most `resolution` squared pixels. No side is longer
+    than the picture's, unless it is a single step. The chosen bucket maximises the visible share of the
+    picture times the bucket's area; ties go to the larger share.
 
     Args:
-        height, width: of the picture, in pixels.
+        height, width: Size of the picture in pixels.
 
     Returns:
         Height and width of the bucket.
@@ -70,7 +70,7 @@ def bucket_of(height: int, width: int, resolution: int, step: int) -> tuple[int,
     def quality(size: tuple[int, int]) -> tuple[float, float]:
         tall, wide = size[0] / height, size[1] / width
         share = min(tall, wide) / max(tall, wide)
-        # rounded, so that a turned picture gets the same
+        # rounded, so that a rotated picture gets the rotated bucket
         return round(share * (size[0] * size[1]) / area, 9), round(share, 9)
 
     sizes = [(tall, wide) for tall in sides(height) for wide in sides(width) if tall * wide <= area]
@@ -78,9 +78,9 @@ def bucket_of(height: int, width: int, resolution: int, step: int) -> tuple[int,
 
 
 def _without_far_ends(picture: Picture, tall: int, wide: int) -> Picture:
-    """The middle of a picture much longer than the frame; any other picture as it is.
+    """Crops a picture that is much longer than the frame to its middle. Other pictures are unchanged.
 
-    Resized as a whole, 20,000 x 40 pixels would take gigabytes, and nearly all of it would be cut off again.
+    Resizing a whole picture of 20,000 x 40 pixels would take gigabytes, and most of it would then be cropped.
     """
     def middle(length: int, longest: int) -> slice:
         first = max(0, (length - longest) // 2)
@@ -94,14 +94,13 @@ def _without_far_ends(picture: Picture, tall: int, wide: int) -> Picture:
 
 
 def frame(picture: Picture, framing: Framing, size: tuple[int, int] | None = None) -> Picture:
-    """A picture in its frame.
+    """Crops, pads or resizes a picture to its frame.
 
     Args:
-        size: height and width of the frame in pixels; None = the square of `framing.resolution`.
+        size: Height and width of the frame in pixels; None = the square of `framing.resolution`.
 
     Returns:
-        The picture with pixels `[3, *size]` and always a mask `[1, *size]`, which says what part of the frame
-        counts.
+        The picture with pixels `[3, *size]` and always a mask `[1, *size]` of the loss weights.
     """
     tall, wide = size or (framing.resolution, framing.resolution)
     if framing.mode != "pad":

@@ -1,4 +1,4 @@
-"""Photos from folders: pixels, captions, masks, and what identifies a photo."""
+"""Reads photos from folders with captions and masks, and computes digests of photos."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..images import eight_bit
 from .framing import Picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-# whatever a file is named; EPS for one would start a program
+# checked by content, not by name; EPS, for example, would start a program
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MOST_PIXELS = 64_000_000
 LONGEST_CAPTION = 5000         # characters
@@ -26,8 +26,8 @@ LONGEST_CAPTION = 5000         # characters
 def to_pixels(image: Image.Image) -> Tensor:
     """A picture as upright RGB `[3, H, W]` in -1..1.
 
-    Transparency is laid on white. 16-bit, floating-point and CMYK pictures are converted; an animation gives
-    its first frame.
+    Transparent areas become white. 16-bit, floating-point and CMYK pictures are converted. Of an animation,
+    the first frame is used.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -40,7 +40,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def _white(mode: str, array: np.ndarray) -> float:
-    """The number that means white, guessed where PIL's mode does not say how many bits there were."""
+    """The value of white. It is guessed if PIL's mode does not determine the bit depth."""
     if not np.isfinite(array).all():
         raise ConceptError("it has values that are no numbers (NaN or infinity)")
     top = array.max()
@@ -50,10 +50,10 @@ def _white(mode: str, array: np.ndarray) -> float:
 
 
 def read_picture(path: Path, caption: str = "", mask: Path | None = None, is_prior: bool = False) -> Picture:
-    """A picture file with its mask file, which may have another size.
+    """Reads a picture file and its mask file, which may have another size.
 
     Raises:
-        ConceptError: for a file that cannot be read.
+        ConceptError: A file cannot be read.
     """
     pixels = _opened(Path(path), "picture", to_pixels)
     white = None if mask is None else _opened(Path(mask), "mask", _to_mask)
@@ -63,12 +63,12 @@ def read_picture(path: Path, caption: str = "", mask: Path | None = None, is_pri
 
 
 def photo_digest(pixels: Tensor) -> str:
-    """What identifies a photo: 16 hex digits of SHA-256 over its pixels.
+    """Digest that identifies a photo: 16 hex digits of SHA-256 over its pixels.
 
-    ComfyUI hands over pixels and no file, so the file cannot be what identifies it. The pixels are those
-    before framing: upright, RGB, 8 bits, in the order channel, row, column. File names, metadata and lossless
-    formats change nothing. Another size, another decoder of a lossy format, and transparency on another
-    background give another digest. Banks of early versions hold digests of file bytes, which match none of
+    ComfyUI provides pixels but no file, so the digest cannot use the file. It covers the pixels before
+    framing: upright, RGB, 8 bits, in the order channel, row, column. File name, metadata and lossless file
+    format do not matter. Another size, another decoder of a lossy format, or another background behind
+    transparency changes the digest. Banks of early versions store digests of file bytes, which never match
     these.
 
     Args:
@@ -79,7 +79,7 @@ def photo_digest(pixels: Tensor) -> str:
 
 def pair_pictures(pixels: Sequence[Tensor], captions: Sequence[str],
                   masks: Sequence[Tensor]) -> list[Picture]:
-    """Photos with their captions and masks.
+    """Combines photos with their captions and masks.
 
     Args:
         pixels: photos `[3, H, W]` in -1..1 of any sizes.
@@ -87,7 +87,7 @@ def pair_pictures(pixels: Sequence[Tensor], captions: Sequence[str],
         masks: none, or one for each photo: `[1, H, W]` in 0..1, of the photo's size.
 
     Raises:
-        ConceptError: when counts or sizes disagree.
+        ConceptError: Counts or sizes disagree.
     """
     count = len(pixels)
     if len(captions) not in (0, 1, count):
@@ -125,14 +125,14 @@ def _opened(path: Path, what: str, convert: Callable[[Image.Image], Tensor]) -> 
                            f"are {', '.join(FORMATS)}") from None
     except ConceptError as error:
         raise ConceptError(f"the {what} '{path}' cannot be used: {error}") from None
-    except Exception as error:      # PIL's plugins raise nearly anything for a damaged file
+    except Exception as error:      # PIL's plugins raise arbitrary exceptions for damaged files
         raise ConceptError(f"the {what} '{path}' cannot be read ({type(error).__name__}: {error})") from error
     raise ConceptError(f"the {what} '{path}' has {size}; allowed: up to {MOST_PIXELS // 10**6} million, make "
                        "it smaller")
 
 
 def _read_caption(stem: str, folder: Path) -> str:
-    """The text of `<stem>.txt`, empty where there is none."""
+    """The text of `<stem>.txt`; empty if the file is missing."""
     file = folder / f"{stem}.txt"
     if not file.is_file():
         return ""
@@ -151,14 +151,15 @@ def _pictures_in(folder: Path) -> list[Path]:
 
 def read_folder(folder: Path | str, captions: Path | str | None = None, masks: Path | str | None = None,
                 is_prior: bool = False) -> list[Picture]:
-    """Every picture of a folder in the order of names, without hidden files.
+    """Reads all pictures of a folder, sorted by name, without hidden files.
 
     Args:
-        captions: folder of `<stem>.txt`; None = beside the pictures. A picture without one has no caption.
-        masks: folder of pictures `<stem>.*`; None = no masks. A picture without one counts as a whole.
+        captions: folder of `<stem>.txt`; None = beside the pictures. Pictures without a text file have no
+            caption.
+        masks: folder of pictures `<stem>.*`; None = no masks. Pictures without a mask are used whole.
 
     Raises:
-        ConceptError: for a missing folder, a folder without pictures, and files that cannot be read.
+        ConceptError: A folder is missing, has no pictures, or a file cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Photos that are framed and encoded once, and drawn from as batches."""
+"""Frames and encodes photos once, and draws batches from them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .batch import Batch
 from .framing import Framing, Picture, bucket_of, frame
 from .photos import LONGEST_CAPTION
 
-UNET_MULTIPLE = 8      # sides of latents in buckets: three halvings, as in every family here
-SMALLEST_SHARE = 16      # a picture's shorter side is at least the resolution divided by this
+UNET_MULTIPLE = 8      # factor of bucket latents' sides: UNets halve them three times
+SMALLEST_SHARE = 16      # minimum shorter side of a picture = resolution / this
 ENCODED_AT_ONCE = 8      # pictures
 
 
 class TrainingData(Protocol):
-    """What training reads of a task's photos: a `TrainingSet`, or a `BucketSet` of several shapes."""
+    """Training data of a task: a `TrainingSet`, or a `BucketSet` for several shapes."""
 
     def __len__(self) -> int: ...
 
@@ -47,7 +47,7 @@ class TrainingSet:
     """Encoded photos of one shape.
 
     latents: `[n, C, h, w]`; masks: `[n, 1, h, w]`; captions: n texts with placeholders; is_prior: `[n]` bool,
-    which rows are prior-preservation pictures; digests: of the concept's photos.
+    True for prior-preservation pictures; digests: digests of the concept's photos.
     """
 
     latents: Tensor
@@ -60,7 +60,7 @@ class TrainingSet:
         return len(self.captions)
 
     def draw(self, size: int, prior_weight: float, generator: torch.Generator) -> Batch:
-        """A batch of `size` photos of the concept, and of as many prior pictures where there are any."""
+        """Draws `size` photos of the concept, and the same number of prior pictures if there are any."""
         photos, prior = (~self.is_prior).nonzero().squeeze(1), self.is_prior.nonzero().squeeze(1)
         index = photos[_evenly(len(photos), size, generator)]
         if len(prior) and prior_weight > 0:
@@ -72,15 +72,16 @@ class TrainingSet:
 
 
 def _evenly(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """`size` random indices below `count`; every index comes up equally often, give or take one."""
+    """Draws `size` random indices below `count`. The counts of all indices differ by at most one."""
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
     return torch.cat(rounds)[:size]
 
 
 @dataclass(frozen=True)
 class BucketSet:
-    """Encoded photos of several shapes, a training set for each. A batch has one shape, which is drawn in
-    proportion to its photos."""
+    """Encoded photos of several shapes, with one training set per shape. A batch has a single shape, drawn in
+    proportion to its number of photos.
+    """
 
     parts: tuple[TrainingSet, ...]
     digests: tuple[str, ...]
@@ -98,7 +99,7 @@ class BucketSet:
 
     @property
     def latents(self) -> Tensor:
-        """Latents of several shapes are no single tensor: an error for methods that need one."""
+        """Raises an error for methods that need a single tensor of latents, because shapes differ."""
         raise ConceptError("this method needs all pictures in one shape, they have several; choose framing "
                            "crop or pad")
 
@@ -112,12 +113,12 @@ class BucketSet:
 @torch.no_grad()
 def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str,
             framing: Framing) -> TrainingData:
-    """Frames and encodes every picture once, and once mirrored where `framing.flip` is on.
+    """Frames and encodes every picture once, and once mirrored if `framing.flip` is on.
 
-    Prior pictures keep their captions as they are. With buckets, every shape gets all of them.
+    Captions of prior pictures are not changed. With buckets, every shape gets all prior pictures.
 
     Args:
-        name, class_noun: of the concept; they make captions name its placeholder.
+        name, class_noun: Name and class noun of the concept, used to put its placeholder into captions.
 
     Raises:
         ConceptError: when there is no photo, the resolution does not fit the model, or a picture cannot be
@@ -147,7 +148,7 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
 
 
 def _check(pictures: Sequence[Picture], framing: Framing) -> None:
-    """Raises ConceptError for pictures that nothing can be learned from."""
+    """Raises ConceptError for unusable pictures."""
     least = -(-framing.resolution // SMALLEST_SHARE)
     counts = {False: 0, True: 0}
     for picture in pictures:
@@ -168,7 +169,7 @@ def _check(pictures: Sequence[Picture], framing: Framing) -> None:
 
 
 def _visible(mask: Tensor, framing: Framing) -> Tensor:
-    """The part of a mask that framing leaves; its size may change."""
+    """The visible part of a mask after framing; its size may change."""
     return frame(Picture(mask), framing).pixels if framing.mode == "crop" else mask
 
 
@@ -177,7 +178,7 @@ def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_n
     pixels, masks, captions, priors = [], [], [], []
     for picture in pictures:
         framed = frame(picture, framing, size)
-        assert framed.mask is not None      # `frame` always gives one
+        assert framed.mask is not None      # `frame` always returns a mask
         caption = picture.caption
         if not picture.is_prior:
             caption = caption_with_placeholder(caption, name, class_noun)

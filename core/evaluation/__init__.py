@@ -1,2 +1,1 @@
-"""Evaluation of concepts and banks, with features and classifiers that share nothing with the model under
-test."""
+"""Evaluation of concepts and banks. Its features and classifiers are independent of the evaluated model."""

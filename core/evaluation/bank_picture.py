@@ -1,5 +1,6 @@
-"""A bank as a table of cards: thumbnail, name, class noun, kind, method, size, the most similar concept.
-Collisions are red."""
+"""Draws a bank as a table of cards with thumbnail, name, class noun, kind, method, size and most similar
+concept. Collisions are red.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +17,17 @@ from .collisions import listed
 from .inspection import Facts, Inspection, nearest_text
 
 ALARM_PAPER = (255, 238, 235)
-WIDTH, HEIGHT, GAP, PAD = 1200, 1400, 10, 10      # of a page, in pixels; a page of a few concepts is smaller
-PAGES = 4      # as many as a preview still shows well
-font = cache(make_font)      # a thousand cards need a few sizes
+WIDTH, HEIGHT, GAP, PAD = 1200, 1400, 10, 10      # maximum size of a page in pixels
+PAGES = 4      # maximum that stays readable in a preview
+font = cache(make_font)      # a few font sizes serve a thousand cards
 NAME_LINES, OTHER_LINES = 4, 2      # 64 of the widest letters still fit
 
 
 @dataclass(frozen=True)
 class CardStyle:
-    """columns: cards beside one another; side: of a thumbnail in pixels; names: sizes of a name's letters, of
-    which the largest that fits on a line is taken; text: size of all other letters."""
+    """columns: cards per row; side: side of a thumbnail in pixels; names: font sizes for names, of which the
+    largest that fits is used; text: font size of all other text.
+    """
 
     columns: int
     side: int
@@ -34,23 +36,21 @@ class CardStyle:
 
 
 LARGE, SMALL = CardStyle(3, 112, (17, 15, 13), 13), CardStyle(4, 60, (14, 12, 11), 11)
-MANY = 24      # concepts up to which cards are large
-Line = tuple[str, int, Colour]      # text, size of its letters, colour
+MANY = 24      # maximum number of concepts for large cards
+Line = tuple[str, int, Colour]      # text, font size, colour
 
 
 def _readable(text: str) -> str:
-    """A text as it can be drawn: on one line, without lone surrogates, which a bank from elsewhere may
-    hold."""
+    """A drawable text: on one line, without lone surrogates, which an untrusted bank may contain."""
     return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())[:400]
 
 
 def wrapped(text: str, face: Font, width: float, most: int) -> list[str]:
-    """A text on several lines, broken between words, and within words that are too wide. A text that is cut
-    ends in "...".
+    """Wraps a text to several lines, at spaces or within too long words. A truncated text ends in "...".
 
     Args:
-        width: of a line in pixels.
-        most: lines.
+        width: Width of a line in pixels.
+        most: Maximum number of lines.
     """
     lines: list[str] = []
     rest = _readable(text)
@@ -74,7 +74,7 @@ def _lines(text: str, size: int, width: float, colour: tuple[int, int, int],
 
 
 def _text_of(facts: Facts, inspection: Inspection, style: CardStyle, width: float) -> list[Line]:
-    """The text beside a thumbnail."""
+    """The text next to a thumbnail."""
     size = next((s for s in style.names if font(s).getlength(facts.placeholder) <= width), style.names[-1])
     lines = _lines(facts.placeholder, size, width, INK, NAME_LINES)
     lines += _lines(f"{facts.class_noun or 'no class noun'}, {facts.kind}", style.text, width, INK)
@@ -115,7 +115,7 @@ def _card(image: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int, 
 
 
 def _heading(inspection: Inspection, shown: int, width: int) -> list[Line]:
-    """Counts, then warnings."""
+    """The heading: counts, then warnings."""
     count, size = len(inspection.facts), sum(facts.nbytes for facts in inspection.facts)
     text = f"{count} concept{'' if count == 1 else 's'}, {size / 1e6:.2f} MB"
     text += f"; {shown} are shown, those that collide first" if shown < count else ""
@@ -129,7 +129,7 @@ def _heading(inspection: Inspection, shown: int, width: int) -> list[Line]:
 def _page(inspection: Inspection, style: CardStyle, cards: Sequence[tuple[Facts, list[Line]]],
           heading: list[Line], size: tuple[int, int],
           card: tuple[int, int]) -> Image.Image:
-    """One page; size: of the page; card: width and height of every card."""
+    """Draws one page. size: size of the page; card: width and height of every card."""
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
     y = GAP
@@ -145,10 +145,10 @@ def _page(inspection: Inspection, style: CardStyle, cards: Sequence[tuple[Facts,
 
 
 def bank_pages(inspection: Inspection) -> list[Image.Image]:
-    """Pages of one size, a single one where there are few concepts.
+    """Draws pages of equal size; a single page for few concepts.
 
-    Up to some hundred concepts all are shown. Of more, those that collide come first and the others are left
-    out.
+    Shows all concepts of banks with up to a few hundred. Of larger banks, colliding concepts come first and
+    some others are left out.
     """
     style = LARGE if len(inspection.facts) <= MANY else SMALL
     columns = max(1, min(style.columns, len(inspection.facts)))
@@ -159,7 +159,7 @@ def bank_pages(inspection: Inspection) -> list[Image.Image]:
     heading = _heading(inspection, len(cards), WIDTH - 2 * GAP)
     rows = max(1, (HEIGHT - _height(heading) - 2 * GAP) // (height + GAP))
     if len(cards) > PAGES * rows * style.columns:
-        # stable: else in the bank's order
+        # a stable sort keeps the bank's order
         cards.sort(key=lambda card: not (card[0].fault or inspection.partners(card[0].name)))
         cards = cards[: PAGES * rows * style.columns]
         heading = _heading(inspection, len(cards), WIDTH - 2 * GAP)

@@ -1,5 +1,6 @@
-"""Evaluation of a bank on a base: each concept's pictures against its photos, confused concepts, and the
-base's change."""
+"""Evaluates a bank on a base: similarity of each concept's pictures to its photos, confused concepts, and
+base change.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +19,19 @@ from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from . import metrics
 
-PLACE = "{}"      # where a prompt names the concept
+PLACE = "{}"      # position of the concept in a prompt
 PHOTOS, THUMBNAIL = "photos", "thumbnail"
 SOURCE_IN_JSON = {PHOTOS: "photos", THUMBNAIL: "cover"}
 # pictures [3, H, W] in -1..1 of any sizes -> unit vectors [n, D]
 Encode = Callable[[Sequence[Tensor]], Tensor]
-Progress = Callable[[int, int, Tensor], None]      # done, total, a picture that was just drawn
+Progress = Callable[[int, int, Tensor], None]      # done, total, the latest picture
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a concept's pictures are compared with.
+    """Reference pictures of a concept.
 
-    pictures: each `[3, H, W]` in -1..1; source: PHOTOS, or THUMBNAIL for the picture that the bank holds.
+    pictures: each `[3, H, W]` in -1..1; source: PHOTOS, or THUMBNAIL for the bank's thumbnail.
     """
 
     pictures: tuple[Tensor, ...]
@@ -41,9 +42,9 @@ class Reference:
 class BankReport:
     """Results of `check_bank`.
 
-    references: by concept; pictures: by concept, `[M, 3, H, W]` in -1..1; confusion: `[K, K]`, see
-    `metrics.confusion`; base_change: mean over the prompts without concepts, see `metrics.base_change`, or
-    None where there were none.
+    references: concept -> Reference; pictures: concept -> generated pictures, `[M, 3, H, W]` in -1..1;
+    confusion: `[K, K]`, see `metrics.confusion`; base_change: mean over the prompts without concepts, see
+    `metrics.base_change`, or None without such prompts.
     """
 
     references: Mapping[str, Reference]
@@ -60,7 +61,7 @@ class BankReport:
         return float(self.confusion[row, row])
 
     def nearest(self, row: int) -> str:
-        """The concept whose references a concept's pictures resemble most."""
+        """The concept whose references are most similar to a concept's pictures."""
         return self.names[int(self.confusion[row].argmax())]
 
     def to_json(self) -> dict:
@@ -78,13 +79,13 @@ class BankReport:
 
 def references_of(bank: ConceptBank, names: Sequence[str],
                   photos: Mapping[str, Sequence[Tensor]]) -> dict[str, Reference]:
-    """The photos of each concept, or its thumbnail where there are no photos.
+    """The photos of each concept, or its thumbnail if there are no photos.
 
     Args:
-        photos: by concept, each `[3, H, W]` in -1..1.
+        photos: Concept -> photos, each `[3, H, W]` in -1..1.
 
     Raises:
-        ConceptError: for a concept with neither, and for photos of a concept that the bank lacks.
+        ConceptError: A concept has neither, or there are photos of an unknown concept.
     """
     for name in photos:
         if name not in bank:
@@ -104,7 +105,7 @@ def references_of(bank: ConceptBank, names: Sequence[str],
 
 
 def prompts_for(name: str, lines: Sequence[str]) -> list[str]:
-    """Prompts of a concept from lines with {} in its place. Raises ConceptError for a line without it."""
+    """Fills a concept's placeholder into lines with {}. Raises ConceptError for a line without {}."""
     for line in lines:
         if PLACE not in line:
             raise ConceptError(f"the prompt {line!r} does not name the concept; write {PLACE} where it is to "
@@ -124,14 +125,14 @@ def check_bank(backbone: Backbone, bank: ConceptBank, references: Mapping[str, R
                prompts: Sequence[str],
                base_prompts: Sequence[str], encode: Encode, seeds: Sequence[int], settings: SampleSettings,
                progress: Progress) -> BankReport:
-    """Draws concepts with each prompt and seed, and compares them with their references.
+    """Samples each concept with every prompt and seed, and compares the pictures with the references.
 
     Args:
-        references: by concept; these concepts are evaluated.
-        prompts: with {} for the concept.
-        base_prompts: prompts without concepts, drawn with the bank and without it.
-        encode: pictures `[3, H, W]` of any sizes to unit vectors `[n, D]`.
-        progress: (done, total, a picture just drawn); it may raise to cancel.
+        references: Concept -> Reference; these concepts are evaluated.
+        prompts: Prompts with {} for the concept.
+        base_prompts: Prompts without concepts, sampled with and without the bank.
+        encode: Encodes pictures `[3, H, W]` of any sizes to unit vectors `[n, D]`.
+        progress: Called with (done, total, latest picture); it may raise to cancel.
 
     Raises:
         ConceptError: when there is nothing to draw, a prompt is wrong, the bank does not fit, or the encoder

@@ -1,7 +1,7 @@
 """CLIP and DINO as metric encoders of photos, with the definitions of CIDM's evaluation code.
 
-Weights come from folders on disk only. The papers use OpenAI's CLIP ViT-B/32 (`openai/clip-vit-base-patch32`
-in transformers' layout) and `dino_vits16` (`facebook/dino-vits16`).
+Weights are only loaded from folders on disk. The papers use OpenAI's CLIP ViT-B/32
+(`openai/clip-vit-base-patch32` in transformers' layout) and `dino_vits16` (`facebook/dino-vits16`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DINO_MARGIN = 256 / 224      # DINO's pictures are resized to this much more than the part that is cut out
+DINO_MARGIN = 256 / 224      # DINO resizes pictures to this factor times the side of the crop
 BATCH = 64
 
 
 def preprocess(images: Tensor, resize: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pictures as an encoder wants them: resized (bicubic), the centre cut out, normalised.
+    """Prepares pictures for an encoder: bicubic resize, centre crop, normalisation.
 
     Args:
         images: `[B, 3, H, W]` in -1..1.
-        resize: the shorter side's length in pixels.
-        crop: the side of the centre square in pixels.
-        mean, std: per channel, of pixels in 0..1.
+        resize: Length of the shorter side in pixels.
+        crop: Side of the centre square in pixels.
+        mean, std: Mean and standard deviation per channel, for pixels in 0..1.
 
     Returns:
         `[B, 3, crop, crop]`.
@@ -42,7 +42,7 @@ def preprocess(images: Tensor, resize: int, crop: int, mean: Sequence[float], st
     size = (resize, int(resize * width / height))
     if height > width:
         size = (int(resize * height / width), resize)
-    # clamped, because the papers' code resizes 8-bit pictures, which cannot overshoot
+    # clamped like 8-bit pictures, which the papers' code resizes
     if size != (height, width):
         images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = round((size[0] - crop) / 2), round((size[1] - crop) / 2)
@@ -51,11 +51,12 @@ def preprocess(images: Tensor, resize: int, crop: int, mean: Sequence[float], st
 
 
 def _loaded(kind: Any, folder: Path, what: str, **options: Any) -> Any:
-    """A model or tokenizer of transformers from a folder, without network and without files that run code
-    when they are read."""
+    """Loads a transformers model or tokenizer from a folder, without network access and without files that
+    could execute code.
+    """
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:      # transformers raises nearly anything over a damaged folder
+    except Exception as error:      # transformers raises arbitrary exceptions for damaged folders
         raise ConceptError(f"the {what} in '{folder}' cannot be loaded ({type(error).__name__}: "
                            f"{str(error).splitlines()[0]}); needed are config.json and model.safetensors"
                            + (" and a tokenizer" if what == "CLIP" else "")) from error
@@ -66,7 +67,7 @@ def _model(kind: Any, folder: Path, what: str, device: torch.device | str, **opt
         raise ConceptError(f"the {what} folder '{folder}' does not exist; it must hold a {what} model in "
                            "transformers' layout")
     model, report = _loaded(kind, folder, what, use_safetensors=True, output_loading_info=True, **options)
-    if report["missing_keys"]:      # transformers would go on with random weights in their place
+    if report["missing_keys"]:      # transformers would use random weights instead
         raise ConceptError(f"the folder '{folder}' lacks weights of a {what} model, "
                            f"'{min(report['missing_keys'])}' among them; it must hold a {what} model in "
                            "transformers' layout")
@@ -76,9 +77,9 @@ def _model(kind: Any, folder: Path, what: str, device: torch.device | str, **opt
 class ClipEncoder:
     """CLIP as a metric encoder (`evaluation.protocol.Encoder`) for IA, TA, MMD and confusion.
 
-    model: transformers' CLIPModel; tokenizer: its CLIPTokenizer; dino: a ViTModel that compares objects
-    instead. CLIP always compares styles, and pictures with texts. Features are float32 on the CPU, of unit
-    length.
+    model: transformers' CLIPModel; tokenizer: its CLIPTokenizer; dino: a ViTModel for comparing objects. CLIP
+    compares objects without it, and always compares styles, and pictures with texts. Features are float32 on
+    the CPU, of unit length.
     """
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, dino: ViTModel | None = None) -> None:
@@ -87,8 +88,9 @@ class ClipEncoder:
     @classmethod
     def load(cls, folder: Path | str, dino: Path | str | None = None,
              device: torch.device | str = "cpu") -> ClipEncoder:
-        """Loads folders in transformers' layout. Raises ConceptError when one is missing, damaged or of
-        another kind."""
+        """Loads folders in transformers' layout. Raises ConceptError if one is missing, damaged or holds
+        another kind of model.
+        """
         from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
         model = _model(CLIPModel, Path(folder), "CLIP", device)
@@ -99,8 +101,9 @@ class ClipEncoder:
         return cls(model, tokenizer, vision)
 
     def features(self, images: Tensor, kind: str) -> Tensor:
-        """Features `[B, D]` of pictures `[B, 3, H, W]` in -1..1, to compare pictures of a kind (object or
-        style) with one another."""
+        """Features `[B, D]` of pictures `[B, 3, H, W]` in -1..1, for comparing pictures of one kind (object
+        or style).
+        """
         if self.dino is not None and kind == "object":
             return _dino_features(self.dino, images)
         return self.image_text_features(images)
@@ -118,7 +121,7 @@ class ClipEncoder:
 
     @torch.no_grad()
     def caption_features(self, captions: Sequence[str]) -> Tensor:
-        """Features `[B, D]` of texts as they are, without a prefix, cut at CLIP's length."""
+        """Features `[B, D]` of texts without a prefix, truncated at CLIP's length."""
         length = self.model.config.text_config.max_position_embeddings
         rows = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=length,
                               return_tensors="pt")
@@ -131,7 +134,7 @@ class ClipEncoder:
 
 @torch.no_grad()
 def _dino_features(dino: ViTModel, images: Tensor) -> Tensor:
-    """`[B, D]`: the class token after the last norm, which is what `dino_vits16` gives."""
+    """The class token after the last norm, `[B, D]`, as in `dino_vits16`."""
     side = dino.config.image_size
 
     def encode(chunk: Tensor) -> Tensor:
@@ -142,6 +145,6 @@ def _dino_features(dino: ViTModel, images: Tensor) -> Tensor:
 
 
 def _in_batches(rows: Tensor, encode: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
-    """Encodes rows in batches on the model's device; unit vectors on the CPU."""
+    """Encodes rows in batches on the model's device. Returns unit vectors on the CPU."""
     device = next(model.parameters()).device
     return unit(torch.cat([encode(chunk.to(device)).float().cpu() for chunk in rows.split(BATCH)]))

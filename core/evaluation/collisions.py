@@ -1,4 +1,4 @@
-"""When two concepts of a bank collide, and warnings before another one is learned."""
+"""Finds concepts of a bank that collide, and warns before another one is learned."""
 
 from __future__ import annotations
 
@@ -18,34 +18,33 @@ from ..methods import METHODS
 
 # names in JSON reports
 COMPOSES = {"bound": "bound", "route": "routed", "sum": "summed", "average": "averaged"}
-ALWAYS_ON = ("summed", "averaged")      # in the weights whatever a prompt says
-NAMED = 3      # names that a sentence lists before it counts the rest
-SHARED_PHOTOS = 0.5      # of the photos of the concept with fewer of them
+ALWAYS_ON = ("summed", "averaged")      # in the weights for every prompt
+NAMED = 3      # maximum number of names listed in a sentence
+SHARED_PHOTOS = 0.5      # share of the photos of the concept with fewer photos
 COPY = 0.98
 
-# Why photos and thumbnails decide, and cosines of deltas and words do not. Measured on the embedded base.
-#
-# One dog was learned twice for 300 steps, beside another dog. Cosines of deltas: from the same photos 0.46
-# (bound), 0.49 (lora_m) and 0.00 (CIDM, which makes deltas orthogonal); from other photos of the dog 0.06
-# (bound) and 0.05 (lora_m); with the other dog 0.09 and 0.22. Among the benchmark's ten different concepts
-# they reach 0.26 (lora_m), 0.64 (EWC, C-LoRA) and 0.99 (CCDM). Cosines of word vectors: from the same photos
-# 0.53 (bound), 0.59 (lora_m) and 0.75 (CIDM); from other photos 0.38 and 0.24; with the other dog 0.36 and
-# 0.37. Two concepts of one class noun reach 0.97 (custom_diffusion_merge). Neither cosine tells whether two
-# concepts are the same, so they are reported and not thresholded. None of 7,379 pairs of different concepts
-# of 17 methods had both at 0.98 or more, so such a pair is a copy.
-#
-# Thumbnails are compared with an image encoder. A threshold on their cosine would depend on the encoder, so a
-# thumbnail is compared with its own crop instead (see inspection). Of 4,992 pairs of photos of different
-# things of one class noun, 1 was as similar as that; of 1,120 pairs of photos of one thing, 41 %; of 156
-# pairs of thumbnails of different things of one class noun, drawn from one seed, none. Of drawings in
-# different styles 2 % were, so styles are not judged.
+# Photos and thumbnails decide, not cosines of deltas and words, because of these measurements on the embedded
+# base. One dog was learned twice for 300 steps, beside another dog. Cosines of deltas: from the same photos
+# 0.46 (bound), 0.49 (lora_m) and 0.00 (CIDM, which makes deltas orthogonal); from other photos of the dog
+# 0.06 (bound) and 0.05 (lora_m); with the other dog 0.09 and 0.22. Among the benchmark's ten different
+# concepts they reach 0.26 (lora_m), 0.64 (EWC, C-LoRA) and 0.99 (CCDM). Cosines of word vectors: from the
+# same photos 0.53 (bound), 0.59 (lora_m) and 0.75 (CIDM); from other photos 0.38 and 0.24; with the other dog
+# 0.36 and 0.37. Two concepts of one class noun reach 0.97 (custom_diffusion_merge). Neither cosine tells
+# whether two concepts are the same, so they are reported and not thresholded. None of 7,379 pairs of
+# different concepts of 17 methods had both at 0.98 or more, so such a pair is a copy. Thumbnails are compared
+# with an image encoder. A threshold on their cosine would depend on the encoder, so a thumbnail is compared
+# with its own crop instead (see inspection). Pairs above this threshold: 1 of 4,992 pairs of photos of
+# different things with one class noun; 41 % of 1,120 pairs of photos of one thing; none of 156 pairs of
+# thumbnails of different things with one class noun, drawn from one seed. 2 % of drawings in different styles
+# exceed it, so styles are not compared.
 
 
 @dataclass(frozen=True)
 class Collision:
     """Two concepts that are probably the same thing under two names.
 
-    one, other: their names, the earlier one first; kind: "photos", "copy" or "covers"; why: half a sentence.
+    one, other: their names, the earlier one first; kind: "photos", "copy" or "covers"; why: the reason, as
+    part of a sentence.
     """
 
     one: str
@@ -59,18 +58,18 @@ class Collision:
 
 
 def composition_of(concept: ConceptInfo) -> str:
-    """How a concept acts beside others, by its name in JSON reports."""
+    """How a concept acts together with others, as named in JSON reports."""
     return COMPOSES[concept.composes.kind]
 
 
 def composition_of_method(method: str) -> str:
-    """How concepts of a method act beside others. An unknown method counts as prompt-activated."""
+    """How concepts of a method act together with others. An unknown method counts as prompt-activated."""
     composition = METHODS[str(method)].method.composition if str(method) in METHODS else PROMPT
     return COMPOSES[composition.kind]
 
 
 def plain(noun: str) -> str:
-    """A class noun without regard to capitals and spaces."""
+    """Normalises a class noun: lower case, without extra spaces."""
     return " ".join(str(noun).casefold().split())
 
 
@@ -89,15 +88,15 @@ def _digests(info: ConceptInfo) -> set[str]:
 
 
 def _are_same_photos(left: Collection[str], right: Collection[str]) -> bool:
-    """Whether two concepts share enough of the photos of the one with fewer."""
+    """Whether the photos of two concepts overlap enough, relative to the smaller set."""
     return bool(left and right) and len(set(left) & set(right)) >= SHARED_PHOTOS * min(len(left), len(right))
 
 
 def _same_photos(infos: Sequence[ConceptInfo]) -> list[Collision]:
-    """Concepts learned from the same photos, each with the earlier concept that shares most of them.
+    """Concepts learned from the same photos, each with the earlier concept that shares most photos.
 
-    Only concepts of one kind and class noun collide: with another noun, something else on the same photos may
-    have been learned.
+    Only concepts of the same kind and class noun collide. With another noun, the concept may be another
+    object in the same photos.
     """
     owners: dict[str, list[int]] = {}
     collisions = []
@@ -117,7 +116,7 @@ def _same_photos(infos: Sequence[ConceptInfo]) -> list[Collision]:
 
 def _most_similar(infos: Sequence[ConceptInfo], kind: str, collides: Tensor, cosines: Tensor,
                   why: str) -> list[Collision]:
-    """Each concept that collides with earlier ones, with the most similar of these.
+    """Pairs each concept that collides with earlier ones with the most similar of them.
 
     Args:
         collides: `[K, K]` bool.
@@ -132,19 +131,18 @@ def _most_similar(infos: Sequence[ConceptInfo], kind: str, collides: Tensor, cos
 
 
 def _copies(likeness: Mapping[str, Tensor]) -> Tensor:
-    """`[K, K]` bool: pairs with the same words and deltas, or with the same words where both have no
-    deltas."""
+    """Pairs with the same words and deltas, or with the same words and no deltas, `[K, K]` bool."""
     deltas, words = likeness["deltas"], likeness["words"]
     bare = deltas.diagonal().isnan()
     return (words >= COPY) & ((deltas >= COPY) | (bare & bare[:, None]))
 
 
 def _similar_thumbnails(infos: Sequence[ConceptInfo], cosines: Tensor) -> Tensor:
-    """`[K, K]` bool: objects of one class noun whose thumbnails are as similar as a thumbnail and its own
-    crop.
+    """Pairs of objects of one class noun whose thumbnails are as similar as a thumbnail and its own crop,
+    `[K, K]` bool.
 
     Args:
-        cosines: `[K, K]` of thumbnails; the diagonal compares each with its own crop.
+        cosines: `[K, K]` of thumbnails. The diagonal compares each thumbnail with its own crop.
     """
     numbers: dict[str, int] = {}
     nouns = torch.tensor([numbers.setdefault(noun_of(info), len(numbers)) for info in infos])
@@ -174,8 +172,9 @@ def collisions_of(infos: Sequence[ConceptInfo],
 
 
 def header_warnings(bank: ConceptBank) -> tuple[str, ...]:
-    """Warnings from a bank's headers, collisions apart: concepts that share the weights, and names that
-    differ in case only."""
+    """Warnings from a bank's headers, except collisions: concepts that share weights, and names that differ
+    only in case.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
     cases: dict[str, list[str]] = {}
     for name, info in bank.infos.items():
@@ -194,12 +193,12 @@ def warnings_before(bank: ConceptBank | None, name: str, class_noun: str, method
     """Warnings before a concept is learned into a bank.
 
     Args:
-        bank: None for a new one.
-        method: with which the concept will be learned, empty = not known yet.
-        digests: of its photos, empty = not known yet.
+        bank: The bank; None for a new one.
+        method: Method of the new concept, empty = not known yet.
+        digests: Digests of its photos, empty = not known yet.
 
     Raises:
-        ConceptError: for a name that is not allowed.
+        ConceptError: The name is not allowed.
     """
     check_name(name)
     if bank is None:
@@ -229,8 +228,9 @@ def warnings_before(bank: ConceptBank | None, name: str, class_noun: str, method
 
 
 def _shared_weights(infos: Mapping[str, ConceptInfo], class_noun: str, method: str) -> list[str]:
-    """Warnings of concepts with the same noun that share weights with the new one: always, or in a prompt
-    that names both."""
+    """Warnings about concepts with the same noun that share weights with the new one, always or in prompts
+    that name both.
+    """
     same_noun = [info for info in infos.values() if plain(class_noun) and noun_of(info) == plain(class_noun)]
     new = composition_of_method(method) if method else "bound"
     always = [info.name for info in same_noun if {composition_of(info), new} & set(ALWAYS_ON)]

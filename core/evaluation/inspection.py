@@ -1,4 +1,4 @@
-"""What a bank holds: facts of every concept, the likeness of concepts, and collisions."""
+"""Inspects a bank: facts of every concept, similarity of concepts, and collisions."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .bankcheck import Encode
 from .collisions import Collision, collisions_of, composition_of, header_warnings
 from .likeness import delta_cosines, word_cosines
 
-CROP = 0.8      # of a thumbnail's sides
-# concepts up to which the JSON report holds whole tables of likeness; those of more are megabytes
+CROP = 0.8      # share of a thumbnail's sides
+# maximum number of concepts for full similarity tables in the JSON report, which would be megabytes
 WHOLE = 100
 ACTS = {"bound": "word-bound", "routed": "prompt-activated", "summed": "always on", "averaged": "averaged"}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of one concept.
+    """Facts of one concept.
 
-    composes: how it acts beside others, a value of `collisions.COMPOSES`; stores: the form of its deltas;
-    copies: layer copies of its words; nbytes: size of its tensors; fault: why it could not be read, then the
-    fields that need its tensors are empty.
+    composes: how it acts together with others, a value of `collisions.COMPOSES`; stores: the form of its
+    deltas; copies: layer copies of its words; nbytes: size of its tensors; fault: why it could not be read.
+    With a fault, fields that need the tensors are empty.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Facts:
 
     @property
     def way(self) -> str:
-        """The method, and how its concepts act where its name does not say so."""
+        """The method, and how its concepts act if the name does not say so."""
         return self.method if self.method == self.composes else f"{self.method}, {ACTS[self.composes]}"
 
     def to_json(self) -> dict:
@@ -63,7 +63,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The concept that another resembles most, by which measure, and how much."""
+    """The most similar concept, the measure, and the similarity."""
 
     name: str
     measure: str
@@ -74,8 +74,8 @@ class Nearest:
 class Inspection:
     """Results of `inspect`.
 
-    likeness: measure (covers, deltas, words) -> cosines `[K, K]`, NaN where two cannot be compared; the
-    diagonal of covers compares each thumbnail with its own crop. warnings: sentences, collisions among them.
+    likeness: measure (covers, deltas, words) -> cosines `[K, K]`, NaN for pairs that cannot be compared. The
+    diagonal of covers compares each thumbnail with its own crop. warnings: sentences, including collisions.
     """
 
     facts: tuple[Facts, ...]
@@ -84,13 +84,14 @@ class Inspection:
     warnings: tuple[str, ...]
 
     def partners(self, name: str) -> list[str]:
-        """The concepts with which one collides, each once."""
+        """The concepts that a concept collides with, without repetition."""
         pairs = [pair for c in self.collisions for pair in ((c.one, c.other), (c.other, c.one))]
         return list(dict.fromkeys(other for one, other in pairs if one == name))
 
     def nearest(self, name: str, measure: str = "") -> Nearest | None:
-        """The most similar other concept, by one measure or by the first that compares the concept with any
-        other."""
+        """The most similar other concept by the given measure, or by the first measure that compares the
+        concept with any other.
+        """
         row = [facts.name for facts in self.facts].index(name)
         for chosen in [measure] if measure else list(self.likeness):
             cosines = self.likeness[chosen][row].clone().nan_to_num(-math.inf)
@@ -114,12 +115,12 @@ class Inspection:
 
 
 def _table(cosines: Tensor) -> list[list[float | None]]:
-    """A matrix as JSON, which knows no NaN."""
+    """A matrix as JSON, with null for NaN."""
     return [[None if math.isnan(x) else round(x, 4) for x in row] for row in cosines.tolist()]
 
 
 def _form(deltas: Deltas) -> str:
-    """Such as `rank 4`, `ranks 2 to 8 and 1,200 weights`, `words only`."""
+    """Describes the deltas, such as `rank 4`, `ranks 2 to 8 and 1,200 weights` or `words only`."""
     ranks = sorted({delta.up.shape[1] for delta in deltas.values() if isinstance(delta, LowRankDelta)})
     places = sum(delta.indices.numel() for delta in deltas.values() if not isinstance(delta, LowRankDelta))
     parts = [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"] if ranks else []
@@ -127,7 +128,7 @@ def _form(deltas: Deltas) -> str:
 
 
 def facts_of(info: ConceptInfo, concept: Concept | None = None, fault: str = "") -> Facts:
-    """Facts from the header, and from the tensors where the concept is given."""
+    """Facts from the header, and from the tensors if the concept is given."""
     origin = info.provenance
     facts = Facts(info.name, info.placeholder, str(info.class_noun), info.kind, str(info.method),
                   composition_of(info), len(info.words),
@@ -139,7 +140,7 @@ def facts_of(info: ConceptInfo, concept: Concept | None = None, fault: str = "")
 
 
 def _read(bank: ConceptBank) -> tuple[dict[str, Concept], dict[str, str]]:
-    """The concepts that can be read, by name, and why the others cannot be."""
+    """The readable concepts by name, and the errors of the others."""
     concepts, faults = {}, {}
     for name in bank.names:
         try:
@@ -150,14 +151,15 @@ def _read(bank: ConceptBank) -> tuple[dict[str, Concept], dict[str, str]]:
 
 
 def _crop(picture: Tensor) -> Tensor:
-    """The middle of a picture `[3, H, W]`, mirrored: surely another picture of the same thing."""
+    """The mirrored centre crop of a picture `[3, H, W]`, as a second picture of the same thing."""
     top, left = (int(side * (1 - CROP) / 2) for side in picture.shape[1:])
     return picture[:, top : picture.shape[1] - top, left : picture.shape[2] - left].flip(-1)
 
 
 def _thumbnail_cosines(concepts: Sequence[Concept], encode: Encode) -> Tensor:
-    """Cosines of thumbnails `[n, n]`, on the diagonal of a thumbnail and its own crop; NaN without a readable
-    thumbnail."""
+    """Cosines of thumbnails `[n, n]`. The diagonal compares each thumbnail with its own crop. NaN without a
+    readable thumbnail.
+    """
     cosines = torch.full((len(concepts), len(concepts)), math.nan, dtype=torch.float64)
     opened_thumbnails = ((i, opened(concept.thumbnail)) for i, concept in enumerate(concepts))
     pictures = {i: to_pixels(picture) for i, picture in opened_thumbnails if picture is not None}
@@ -177,11 +179,11 @@ def likeness(concepts: Sequence[Concept], encode: Encode | None = None,
     """Cosines of concepts by several measures.
 
     Args:
-        encode: compares thumbnails as well, as the first measure.
-        rows: m of the n concepts, which are compared with all; None = all.
+        encode: If given, thumbnails are compared too, as the first measure.
+        rows: Indices of m concepts to compare with all n; None = all.
 
     Returns:
-        Measure (covers, deltas, words) -> `[m, n]`, NaN where two cannot be compared.
+        Measure (covers, deltas, words) -> `[m, n]`, NaN for pairs that cannot be compared.
     """
     rows = range(len(concepts)) if rows is None else rows
     if not concepts or not rows:
@@ -195,12 +197,12 @@ def likeness(concepts: Sequence[Concept], encode: Encode | None = None,
 
 
 def inspect(bank: ConceptBank | None, encode: Encode | None = None, only: str = "") -> Inspection:
-    """Reads a whole bank and compares its concepts. A concept that cannot be read is reported and compared
-    with nothing.
+    """Reads a whole bank and compares its concepts. A concept that cannot be read is reported and not
+    compared.
 
     Args:
-        encode: compares thumbnails as well; pictures to unit vectors `[n, D]`.
-        only: a concept; then only its pairs are compared. Empty = all pairs.
+        encode: Encodes pictures to unit vectors `[n, D]`. If given, thumbnails are compared too.
+        only: Compares only pairs with this concept. Empty = all pairs.
     """
     if bank is None or not len(bank):
         return Inspection((), {}, (), ())
@@ -215,7 +217,7 @@ def inspect(bank: ConceptBank | None, encode: Encode | None = None, only: str = 
         table = torch.full((len(facts), len(facts)), math.nan, dtype=torch.float64)
         table[compared[:, None], columns] = cosines
         table[columns[:, None], compared] = cosines.T
-        if measure == "deltas":      # the diagonal also says which concepts have deltas at all
+        if measure == "deltas":      # the diagonal shows which concepts have deltas
             diagonal = [1.0 if concepts[facts[i].name].deltas else math.nan for i in readable]
             table[columns, columns] = torch.tensor(diagonal).double()
         tables[measure] = table
@@ -225,7 +227,7 @@ def inspect(bank: ConceptBank | None, encode: Encode | None = None, only: str = 
 
 
 def nearest_text(nearest: Nearest) -> str:
-    """Such as `most like <mimi> (deltas 0.12)`."""
+    """Text such as `most like <mimi> (deltas 0.12)`."""
     measure = "thumbnails" if nearest.measure == "covers" else nearest.measure
     return f"most like <{nearest.name}> ({measure} {nearest.cosine:.2f})"
 

@@ -1,8 +1,8 @@
-"""Likeness of concepts: cosines of their deltas and of their word vectors.
+"""Similarity of concepts: cosines of their deltas and of their word vectors.
 
-Deltas are compared in the form in which they are stored, so that no a×b matrix is built. For low-rank deltas,
-<s U D, t V E> = s t sum((U^T V) * (D E^T)). For sparse deltas, only the places that both change count. A
-low-rank and a sparse delta of one projection are not compared.
+Deltas are compared in stored form, so that no a×b matrix is built. For low-rank deltas, <s U D, t V E> = s t
+sum((U^T V) * (D E^T)). For sparse deltas, only the entries that both change count. A low-rank delta is not
+compared with a sparse one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from ..bank.tokens import TokenGroup
 from ..model.deltas import Delta, DeltaKey, Deltas, LowRankDelta, SparseDelta
 
-TINY = 1e-30      # stands for the largest entry of a factor of zeros
-CHUNK = 2**22      # entries of a table of products that is held at once
+TINY = 1e-30      # used instead of the largest entry of an all-zero factor
+CHUNK = 2**22      # maximum entries of a table in memory
 
 
 def _side_by_side(deltas: Sequence[LowRankDelta]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All deltas side by side, each factor scaled to a largest entry of 1, so that products stay within
+    """Concatenates all deltas. Each factor is scaled to a largest entry of 1, so that products stay in
     float32's range.
 
     Returns:
@@ -55,8 +55,7 @@ def _low_rank_products(left: Sequence[LowRankDelta], right: Sequence[LowRankDelt
 
 
 def _sparse_products(left: Sequence[SparseDelta], right: Sequence[SparseDelta]) -> Tensor:
-    """Inner products `[n, m]` of sparse deltas, from tables of concepts × places that any of them changes,
-    chunk by chunk."""
+    """Inner products `[n, m]` of sparse deltas, from tables of concepts × changed entries, chunk by chunk."""
     deltas = [*left, *right]
     _, places = torch.cat([delta.indices.long() for delta in deltas]).unique(return_inverse=True)
     counts = torch.tensor([delta.indices.numel() for delta in deltas])
@@ -83,7 +82,7 @@ def _squared(delta: Delta) -> float:
 
 
 def _norms(concepts: Sequence[Deltas]) -> Tensor:
-    """`[n]`: the norm of each concept's deltas as one vector."""
+    """The norm of each concept's deltas, taken as one vector, `[n]`."""
     return torch.tensor([sum(map(_squared, deltas.values())) for deltas in concepts],
                         dtype=torch.float64).sqrt()
 
@@ -92,7 +91,7 @@ AnyDelta = TypeVar("AnyDelta", LowRankDelta, SparseDelta)
 
 
 def _at(concepts: Sequence[Deltas], key: DeltaKey, form: type[AnyDelta]) -> tuple[Tensor, list[AnyDelta]]:
-    """The deltas of one form at a site's projection, and the numbers of their concepts."""
+    """The deltas of one form at a site's projection, and the indices of their concepts."""
     held = [(i, delta) for i, deltas in enumerate(concepts) if isinstance(delta := deltas.get(key), form)]
     return torch.tensor([i for i, _ in held], dtype=torch.long), [delta for _, delta in held]
 
@@ -112,8 +111,7 @@ def delta_cosines(left: Sequence[Deltas], right: Sequence[Deltas]) -> Tensor:
     """Cosines of concepts' deltas, each concept's deltas of all projections of all sites as one vector.
 
     Returns:
-        `[n, m]`; NaN where one of the two has no deltas, or the two have deltas of different forms at one
-        place.
+        `[n, m]`; NaN if a concept has no deltas, or if two deltas of one projection differ in form.
     """
     total = torch.zeros(len(left), len(right), dtype=torch.float64)
     left_keys, right_keys = ({key for deltas in side for key in deltas} for side in (left, right))
@@ -122,13 +120,12 @@ def delta_cosines(left: Sequence[Deltas], right: Sequence[Deltas]) -> Tensor:
         sparse, sparse_columns = _add_products(total, left, right, key, SparseDelta, _sparse_products)
         total[low[:, None], sparse_columns] = total[sparse[:, None], low_columns] = math.nan
     norms = _norms(left)
-    cosines = total / norms[:, None] / (norms if left is right else _norms(right))      # 0 / 0 is NaN
+    cosines = total / norms[:, None] / (norms if left is right else _norms(right))      # 0 / 0 gives NaN
     return torch.where(cosines.isfinite(), cosines, math.nan).clamp(-1, 1)
 
 
 def _directions(group: TokenGroup, copies: int) -> Tensor:
-    """`[copies, sum of widths]`: the mean of a group's words, of unit length for each text encoder and as a
-    whole."""
+    """Mean of a group's words, `[copies, sum of widths]`, normalised per text encoder and as a whole."""
     means = [group.vectors[encoder].double().mean(1) for encoder in sorted(group.vectors)]
     return torch.cat([torch.nn.functional.normalize(mean, dim=-1).expand(copies, -1) for mean in means],
                      dim=-1) / len(means) ** 0.5

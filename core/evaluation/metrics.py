@@ -1,5 +1,5 @@
-"""Metrics with the papers' definitions: those of CIDM's evaluation code unless a docstring names another
-source.
+"""Metrics as defined in the papers. The source is CIDM's evaluation code unless a docstring names another
+one.
 
 All features have unit length.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CLIPSCORE_WEIGHT = 2.5  # Hessel et al. (2021), as CIDM's evaluation uses it
+CLIPSCORE_WEIGHT = 2.5  # Hessel et al. (2021), as in CIDM's evaluation
 
 
 def image_alignment(generated: Tensor, references: Tensor) -> float:
@@ -24,13 +24,13 @@ def text_alignment(images: Tensor, texts: Tensor) -> float:
 
     Args:
         images: `[M, D]`.
-        texts: `[M, D]`, the prompts with class nouns in place of concepts.
+        texts: `[M, D]`, prompts with class nouns instead of concepts.
     """
     return float(CLIPSCORE_WEIGHT * (images * texts).sum(-1).clamp(min=0).mean())
 
 
 def retention(alignment: Sequence[Sequence[float]]) -> list[float]:
-    """Retained share of each concept: IA after the last task over IA right after its own.
+    """Retained share of each concept: IA after the last task / IA right after the concept's task.
 
     Args:
         alignment: `alignment[i][j]` is IA of concept j after task i, for j <= i.
@@ -40,13 +40,14 @@ def retention(alignment: Sequence[Sequence[float]]) -> list[float]:
 
 
 def forgetting(alignment: Sequence[Sequence[float]]) -> list[float]:
-    """Drop of each concept's IA from its best to its last value (LRCP's definition); see `retention` for
-    `alignment`."""
+    """Drop of each concept's IA from its best to its last value (LRCP's definition). See `retention` for
+    `alignment`.
+    """
     return [max(row[j] for row in alignment[j:]) - alignment[-1][j] for j in range(len(alignment[-1]))]
 
 
 def gap_closed(learned: float, noun: float, real: float) -> float:
-    """Where a learned concept lies between pictures of its class noun (0) and real pictures (1)."""
+    """Position of a learned concept between pictures of its class noun (0) and real pictures (1)."""
     return (learned - noun) / (real - noun)
 
 
@@ -64,7 +65,7 @@ def unit(x: Tensor) -> Tensor:
 def mmd(left: Tensor, right: Tensor) -> float:
     """Squared maximum mean discrepancy, unbiased, with the polynomial kernel (x·y / D + 1)^3.
 
-    KID is this on Inception features; C-LoRA's A_MMD and F_MMD are this on CLIP features.
+    With Inception features this is KID; with CLIP features, C-LoRA's A_MMD and F_MMD.
 
     Args:
         left, right: features `[M, D]` and `[N, D]`; M and N are 2 or more.
@@ -81,21 +82,23 @@ def mmd(left: Tensor, right: Tensor) -> float:
 
 
 def a_mmd(real: Sequence[Tensor], final: Sequence[Tensor]) -> float:
-    """C-LoRA's A_MMD: MMD between real pictures and those made after the last task, averaged over concepts;
-    lower is better."""
+    """C-LoRA's A_MMD: MMD between real pictures and those generated after the last task, averaged over
+    concepts. Lower is better.
+    """
     return sum(mmd(r, f) for r, f in zip(real, final, strict=True)) / len(final)
 
 
 def f_mmd(first: Sequence[Tensor], final: Sequence[Tensor]) -> float:
-    """C-LoRA's F_MMD: MMD between pictures made right after a concept's task and after the last one, averaged
-    over all concepts but the last."""
+    """C-LoRA's F_MMD: MMD between pictures generated right after a concept's task and after the last task,
+    averaged over all concepts except the last.
+    """
     return sum(mmd(a, b) for a, b in zip(first[:-1], final[:-1], strict=True)) / max(1, len(final) - 1)
 
 
 def task_forgetting_rate(alignment: Sequence[Sequence[float]]) -> float:
-    """TFR: mean drop of IA from right after a concept's task to the end, over all concepts but the last.
+    """TFR: mean drop of IA between a concept's own task and the last task, over all concepts except the last.
 
-    L2DM names this figure; we found no definition of it. See `retention` for `alignment`.
+    L2DM reports this figure, but we found no definition. See `retention` for `alignment`.
     """
     last = alignment[-1]
     return sum(alignment[j][j] - last[j] for j in range(len(last) - 1)) / max(1, len(last) - 1)
@@ -110,15 +113,14 @@ def confusion(features: Sequence[Tensor], references: Sequence[Tensor]) -> Tenso
 
     Returns:
         `[K, K]`; row i, column j compares pictures of concept i with real ones of concept j. The diagonal is
-        IA; elsewhere, lower is
-        better.
+        IA; for other entries, lower is better.
     """
     return torch.tensor([[float((drawn @ real.T).mean()) for real in references] for drawn in features])
 
 
 def base_change(before: Tensor, after: Tensor) -> float:
-    """Root mean square difference of the same pictures before and after learning, as a share of the full
-    range; 0 = bit for bit.
+    """Root mean square difference of pictures before and after learning, as a fraction of the full range. 0 =
+    bit-identical.
 
     Args:
         before, after: `[B, 3, H, W]` in -1..1, from the same prompts and seeds.

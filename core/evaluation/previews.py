@@ -1,4 +1,4 @@
-"""Pictures of a concept while it is learned, and of older concepts afterwards."""
+"""Samples previews of a concept during training, and of older concepts afterwards."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ..training.loop import Callback, learn
 from .bankcheck import Encode
 from .metrics import image_alignment
 
-SCORED = 4      # pictures of a preview that is scored: a single one says little
-OLDER = 8      # older concepts that are drawn, at most
+SCORED = 4      # pictures per scored preview, because a single one is too noisy
+OLDER = 8      # maximum number of older concepts to draw
 Similarity = Callable[[Sequence[Tensor]], float]
 
 
 def concept_prompt(name: str, kind: str) -> str:
-    """The plainest prompt that shows a concept."""
+    """A simple prompt for a concept."""
     return f"a photo of <{name}>" if kind == "object" else f"<{name}>"
 
 
 def similarity_to(photos: Sequence[Tensor], encode: Encode) -> Similarity:
-    """Image alignment of pictures with photos, as a function of the pictures.
+    """Returns a function that computes the image alignment of pictures with these photos.
 
     Args:
         photos: `[3, H, W]` in -1..1 of any sizes; they are encoded once.
-        encode: pictures to unit vectors `[n, D]`.
+        encode: Encodes pictures to unit vectors `[n, D]`.
     """
     references = encode(photos)
     return lambda pictures: image_alignment(encode(list(pictures)), references)
@@ -45,9 +45,9 @@ def similarity_to(photos: Sequence[Tensor], encode: Encode) -> Similarity:
 class Previews:
     """Previews of one concept, all from the same seeds.
 
-    prompt: what is drawn; similarity: scores a preview, None = previews are not scored; pictures: the first
+    prompt: prompt of the previews; similarity: scores a preview, None = no scores; pictures: the first
     picture of every preview, `[3, H, W]` in -1..1 on the CPU; scores: (step, similarity) of every scored
-    preview; last_step: of the last preview, 0 = none yet.
+    preview; last_step: step of the last preview, 0 = none yet.
     """
 
     backbone: Backbone
@@ -60,7 +60,7 @@ class Previews:
     last_step: int = 0
 
     def draw(self, bank: ConceptBank, step: int) -> None:
-        """Draws a preview with the concept as the bank holds it, and scores it."""
+        """Samples a preview of the bank's concept and scores it."""
         self.last_step = step
         count = 1 if self.similarity is None else SCORED
         pictures = sample(self.backbone, bank, [self.prompt] * count, range(self.seed, self.seed + count),
@@ -80,12 +80,11 @@ def learn_with_previews(task: Task, method: Method, data: TrainingData, config: 
                         callback: Callback, checkpoint_file: Path, last: bool = True) -> tuple[ConceptBank,
                                                                                                tuple[float,
                                                                                                      ...]]:
-    """Learns a concept, with the similarity of its previews deciding when to stop if `config.patience` is
-    set.
+    """Learns a concept. If `config.patience` is set, the similarity of its previews decides when to stop.
 
     Args:
-        previews: drawn by the callback, and here for early stopping and at the end.
-        last: draw a preview at the end; it becomes the concept's thumbnail.
+        previews: Drawn by the callback, for early stopping, and at the end.
+        last: Whether to draw a preview at the end as the concept's thumbnail.
 
     Returns:
         The bank with the concept, and the loss of every step.
@@ -94,7 +93,7 @@ def learn_with_previews(task: Task, method: Method, data: TrainingData, config: 
     learned = learn(task, method, data, config, callback, checkpoint_file, evaluator=evaluator)
     if not last:
         return learned.bank, learned.losses
-    if previews.last_step != len(learned.losses):      # else it is the one that ended learning
+    if previews.last_step != len(learned.losses):      # otherwise the preview that ended training is used
         previews.draw(learned.bank, len(learned.losses))
     concept = replace(learned.concept, thumbnail=thumbnail_of(previews.pictures[-1]))
     return task.bank.add(concept, learned.bank.shared), learned.losses
@@ -103,11 +102,11 @@ def learn_with_previews(task: Task, method: Method, data: TrainingData, config: 
 def older_concepts(backbone: Backbone, bank: ConceptBank, names: Sequence[str], settings: SampleSettings,
                    seed: int,
                    before_each: Callable[[], None] = lambda: None) -> list[tuple[str, bytes]]:
-    """Some older concepts as the bank draws them now, each after its thumbnail from when it was learned.
+    """Samples some older concepts with the present bank, and pairs each with its thumbnail from training.
 
     Args:
-        names: of the older concepts; at most `OLDER` of them are drawn, evenly spread.
-        before_each: called before each picture; it may raise to cancel.
+        names: Names of the older concepts. At most `OLDER` of them are drawn, evenly spread.
+        before_each: Called before each picture; it may raise to cancel.
 
     Returns:
         Captions with JPEG pictures; the bytes are empty for a concept without a thumbnail.

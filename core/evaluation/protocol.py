@@ -1,5 +1,4 @@
-"""The continual protocol: tasks are learned in order, and after each one all concepts so far are
-evaluated."""
+"""The continual protocol: learn tasks in order, and evaluate all concepts so far after each task."""
 
 from __future__ import annotations
 
@@ -25,26 +24,26 @@ from . import metrics
 
 
 class Encoder(Protocol):
-    """What the protocol needs of a metric encoder. All features have unit length; pictures are `[B, 3, H, W]`
-    in -1..1."""
+    """Interface of a metric encoder. All features have unit length; pictures are `[B, 3, H, W]` in -1..1."""
 
     def features(self, images: Tensor, kind: str) -> Tensor:
-        """`[B, D]`, to compare pictures of a kind (object or style) with one another."""
+        """Features `[B, D]` for comparing pictures of one kind (object or style)."""
         ...
 
     def image_text_features(self, images: Tensor) -> Tensor:
-        """`[B, D]`, to compare pictures with texts."""
+        """Features `[B, D]` of pictures for comparing with texts."""
         ...
 
     def caption_features(self, captions: Sequence[str]) -> Tensor:
-        """`[B, D]`, in the space of `image_text_features`."""
+        """Features `[B, D]` of texts in the space of `image_text_features`."""
         ...
 
 
 @dataclass
 class Record:
-    """Results of a method on a sequence. `image_alignment[i][j]`, `text_alignment[i][j]` and `samples[i][j]`
-    belong to concept j after task i."""
+    """Results of a method on a sequence. Indices `[i][j]` of `image_alignment`, `text_alignment` and
+    `samples` mean concept j after task i.
+    """
 
     method: str
     bank: ConceptBank
@@ -60,7 +59,7 @@ class Record:
 
 
 def words_for(method: str, task: Assignment) -> tuple[str, ...]:
-    """The words that a task names, or none for methods that learn a single word."""
+    """The task's words, or none for methods with a single word."""
     return task.words if METHODS[method].method.word_count > 1 else ()
 
 
@@ -73,10 +72,10 @@ def measure(
     settings: SampleSettings,
     seeds: Sequence[int],
 ) -> tuple[Tensor, float, float]:
-    """Draws and evaluates a task's concept.
+    """Samples and evaluates a task's concept.
 
     Args:
-        prompts: with the placeholder; they are repeated until there is one for each seed.
+        prompts: Prompts with the placeholder, repeated until there is one per seed.
 
     Returns:
         Pictures `[B, 3, H, W]`, their IA with the training pictures, and their TA.
@@ -104,9 +103,9 @@ def run_sequence(
     """Learns tasks in order with one method, and evaluates all concepts so far after each.
 
     Args:
-        method_settings: of the method; others have their defaults.
-        seeds: of the pictures of every concept.
-        progress: from a task's name to the training loop's callback.
+        method_settings: Settings of the method; missing ones have default values.
+        seeds: One picture per seed and concept.
+        progress: Takes a task's name, returns the training loop's callback.
     """
     bank = ConceptBank(backbone.layout)
     record = Record(method, bank)

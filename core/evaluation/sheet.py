@@ -1,4 +1,4 @@
-"""A bank's evaluation as one picture: a row per concept, and which concepts are confused."""
+"""Draws a bank's evaluation as one picture: a row per concept, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..images import ACCENT, ALARM, GRID, INK, PAPER, QUIET, font, spread, to_pi
 from .bankcheck import BankReport
 
 SIDE, GAP, LABEL = 112, 8, 170
-REFERENCES, SHOWN = 2, 6      # pictures of each concept that fit beside one another
+REFERENCES, SHOWN = 2, 6      # pictures per row
 
 
 def _square(picture: Tensor) -> Image.Image:
@@ -61,8 +61,9 @@ def _base(change: float | None) -> str:
 
 
 def sheet(report: BankReport) -> Image.Image:
-    """References on the left, drawn pictures on the right; below them the confusion matrix and the change of
-    the base."""
+    """References on the left, generated pictures on the right. Below them, the confusion matrix and the base
+    change.
+    """
     count, cell = len(report.names), 64
     rows, matrix = 34 + count * (SIDE + GAP), 44 + 30 * count
     wide = LABEL + (REFERENCES + SHOWN) * (SIDE + GAP) + 2 * GAP

@@ -1,1 +1,1 @@
-"""Files that other programs read: kohya and diffusers LoRA files, embedding files."""
+"""Reads and writes files of other programs: kohya and diffusers LoRA files, embedding files."""

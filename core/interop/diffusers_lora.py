@@ -20,9 +20,8 @@ def diffusers_state(layout: SiteLayout, deltas: Mapping[DeltaKey, LowRankDelta],
     """Low-rank deltas under diffusers' names; the change of a weight is `lora_B @ lora_A`.
 
     Scale and strength are in `lora_B`, because these files have no alpha. All factors are padded with zeros
-    to the
-    largest rank: without alphas, older diffusers scale modules wrongly whose rank is not the most frequent
-    one.
+    to the largest rank. Without alphas, older versions of diffusers wrongly scale modules whose rank is not
+    the most frequent one.
 
     Args:
         deltas: See `factors.low_rank`.

@@ -1,4 +1,4 @@
-"""Exports a concept, or all of a bank, to files that other programs read."""
+"""Exports one or all concepts of a bank to files for other programs."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
                    words_folder: Path | str | None = None, refit: Backbone | None = None) -> Exported:
     """Writes a concept of the bank into `folder`, one file per format, named after the concept.
 
-    Nothing is overwritten: a counter such as `_00002` follows the name instead, the same for all files of one
-    call.
+    Existing files are never overwritten. Instead, a counter such as `_00002` is appended to the name, the
+    same for all files of a call.
 
     Args:
         formats: kohya (LoRA), bundle (LoRA and words in one file), diffusers (LoRA), embedding (words).
         strength: Factor on the deltas.
-        rank, max_error: For sparse deltas, see `factors.low_rank`.
-        words_folder: Where embeddings go; None = into `folder`.
-        refit: A base whose text encoders words with layer copies are re-fitted to, see `refit`.
+        rank, max_error: Limits for sparse deltas, see `factors.low_rank`.
+        words_folder: Folder of embeddings; None = `folder`.
+        refit: A base; words with layer copies are re-fitted with its text encoders, see `refit`.
 
     Raises:
-        ConceptError: Something cannot be exported or written; no file is left then.
+        ConceptError: Something cannot be exported or written. No files remain then.
     """
     formats = check_formats(formats)
     strength, concept = check_strength(strength), bank.passing(name)
@@ -76,7 +76,7 @@ def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = 
     if not len(bank):
         raise ConceptError("the bank holds no concept to export")
     files: list[Path] = []
-    names_by_note: dict[str, list[str]] = {}      # a note that holds for several concepts comes once
+    names_by_note: dict[str, list[str]] = {}      # do not repeat a note that several concepts share
     failed: dict[str, str] = {}
     for name in bank.names:
         try:
@@ -97,7 +97,7 @@ def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = 
 
 def _state(kind: str, name: str, tokens: TokenGroup, layout: SiteLayout, factors: Factors | None,
            strength: float) -> dict[str, Tensor]:
-    if kind == "embedding" or factors is None:      # factors are there for every other kind
+    if kind == "embedding" or factors is None:      # all other kinds have factors
         return embedding_state(tokens)
     words = bundled_words(name, tokens) if kind == "bundle" else {}
     return lora_state(kind, layout, factors, strength) | words

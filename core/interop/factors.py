@@ -1,4 +1,4 @@
-"""Deltas as low-rank factors, the form that LoRA files hold."""
+"""Converts deltas to low-rank factors for LoRA files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..model.deltas import Delta, DeltaKey, Deltas, LowRankDelta, concatenate, w
 
 DEFAULT_RANK = 32
 DEFAULT_ERROR = 0.05
-_HALF_ERROR = 1e-3      # fp16 rounds to 5e-4; more means that numbers left its range
+_HALF_ERROR = 1e-3      # fp16 rounds to 5e-4; a larger error means that values left its range
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Factors:
 
     Args:
         deltas: The factors.
-        rank: The rank to which deltas were cut.
-        error: Relative error of all deltas that were cut, together: Frobenius norm of the difference over the
-            norm of these deltas. None where none was cut.
+        rank: The rank that deltas were truncated to.
+        error: Relative error over all truncated deltas: Frobenius norm of the difference / norm of these
+            deltas. None if none was truncated.
     """
 
     deltas: dict[DeltaKey, LowRankDelta]
@@ -36,16 +36,16 @@ class Factors:
 
 def low_rank(deltas: Deltas, owner: str, rank: int = DEFAULT_RANK,
              max_error: float = DEFAULT_ERROR) -> Factors:
-    """The deltas of a concept as factors. Low-rank ones stay as they are, sparse ones are cut by an SVD.
+    """Converts the deltas of a concept to factors. Low-rank deltas are unchanged; sparse ones are truncated
+    by an SVD.
 
     Args:
-        owner: Whose deltas they are, for messages.
-        rank: Of the sparse deltas.
-        max_error: The largest relative error of the sparse deltas, 0 to below 1.
+        owner: Owner of the deltas, for messages.
+        rank: Rank for sparse deltas.
+        max_error: Largest allowed relative error of sparse deltas, 0 to below 1.
 
     Raises:
-        ConceptError: There is no delta, or the error is larger; the message names a rank that is large
-            enough.
+        ConceptError: There is no delta, or the error is too large. The message then names a sufficient rank.
     """
     factors = {key: delta for key, delta in deltas.items() if isinstance(delta, LowRankDelta) and delta.scale}
     sparse = {key: delta for key, delta in deltas.items() if not isinstance(delta, LowRankDelta)}
@@ -55,17 +55,17 @@ def low_rank(deltas: Deltas, owner: str, rank: int = DEFAULT_RANK,
 
 def low_rank_sum(parts: Mapping[DeltaKey, Sequence[tuple[float, Delta]]], owner: str, rank: int | None = None,
                  max_error: float = DEFAULT_ERROR) -> Factors:
-    """Weighted sums of deltas as factors.
+    """Computes weighted sums of deltas as factors.
 
     Args:
-        parts: Per site and projection the weights and deltas of a sum, see `routing.weighted_deltas`.
-        owner: Whose sums they are, for messages.
-        rank: Of every sum. None keeps sums of low-rank deltas exact, with their factors side by side, and
-            cuts only sparse parts, to DEFAULT_RANK.
-        max_error: The largest relative error of all that is cut, 0 to below 1.
+        parts: Per site and projection, the weights and deltas of a sum, see `routing.weighted_deltas`.
+        owner: Owner of the sums, for messages.
+        rank: Rank of every sum. None keeps sums of low-rank deltas exact, with concatenated factors, and
+            truncates only sparse parts to DEFAULT_RANK.
+        max_error: Largest allowed relative error over everything truncated, 0 to below 1.
 
     Raises:
-        ConceptError: As `low_rank`.
+        ConceptError: As for `low_rank`.
     """
     if rank is not None:
         sums = {key: weighted_sum(list(group)) for key, group in parts.items()}
@@ -102,14 +102,14 @@ def _not_empty(factors: Factors, owner: str) -> Factors:
 
 
 def _no_wider(delta: LowRankDelta, where: str) -> LowRankDelta | None:
-    """The delta with no more columns than its weight has rank; None for zero."""
+    """Reduces a delta's columns to at most the rank of its weight; None for a zero delta."""
     most = min(delta.shape)
     return delta if delta.down.shape[0] <= most else _truncated(delta, most, where)[0]
 
 
 def _cut(deltas: Deltas, owner: str, rank: int, max_error: float,
          what: str = "sparse deltas") -> tuple[dict[DeltaKey, LowRankDelta], float | None]:
-    """Cuts each delta to `rank`; also returns the relative error of all of them, None for no deltas."""
+    """Truncates each delta to `rank`. Also returns the overall relative error; None without deltas."""
     if not isinstance(rank, int) or rank < 1:
         raise ConceptError(f"rank is {rank!r}; allowed: whole numbers of 1 or more")
     if not 0 <= max_error < 1:
@@ -124,7 +124,7 @@ def _cut(deltas: Deltas, owner: str, rank: int, max_error: float,
 
 
 def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition; for narrow factors of an `r x r` matrix, by QR."""
+    """Singular value decomposition. Narrow factors are first reduced to an `r x r` matrix by QR."""
     if not isinstance(delta, LowRankDelta) or delta.down.shape[0] >= min(delta.shape):
         return torch.linalg.svd(delta.dense().cpu(), full_matrices=False)
     (q, r), (p, s) = (torch.linalg.qr(side.float().cpu()) for side in (delta.up, delta.down.T))
@@ -133,12 +133,14 @@ def _svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _truncated(delta: Delta, rank: int, where: str) -> tuple[LowRankDelta | None, Tensor]:
-    """The best approximation of a rank (Eckart and Young, 1936), None for zero, and all singular values."""
+    """The best approximation of the given rank (Eckart and Young, 1936), None for zero, and all singular
+    values.
+    """
     if not all(torch.isfinite(tensor).all() for tensor in delta.tensors()):
         raise ConceptError(f"{where} holds NaN or infinity; allowed: finite numbers")
     left, spectrum, right = _svd(delta)
     count = min(rank, int((spectrum > 0).sum()))
-    root = spectrum[:count].sqrt()       # the same magnitude on both sides keeps both in fp16's range
+    root = spectrum[:count].sqrt()       # equal magnitudes keep both factors in fp16's range
     cut = LowRankDelta(left[:, :count] * root, root.unsqueeze(1) * right[:count]) if count else None
     return cut, spectrum.double()
 
@@ -147,7 +149,7 @@ def _check_error(spectra: list[Tensor], what: str, rank: int, max_error: float) 
     longest = max(spectrum.numel() for spectrum in spectra)
     padded = (torch.nn.functional.pad(spectrum**2, (0, longest - spectrum.numel())) for spectrum in spectra)
     energy = reduce(torch.add, padded)
-    # lost[r] = energy that rank r leaves out; sums of the tail lose no digits, unlike 1 - head
+    # lost[r] = energy beyond rank r; summing the tail avoids the cancellation of 1 - head
     lost = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     errors = (lost / lost[0].clamp_min(1e-300)).sqrt()
     error = float(errors[min(rank, longest)])
@@ -159,7 +161,9 @@ def _check_error(spectra: list[Tensor], what: str, rank: int, max_error: float) 
 
 
 def check_strength(strength: float) -> float:
-    """Refuses strength 0 too: kohya's programs read `alpha = 0` as 'alpha = rank', which is full strength."""
+    """Raises for invalid strengths. 0 is invalid because kohya's programs read `alpha = 0` as 'alpha = rank',
+    full strength.
+    """
     is_number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
     if not is_number or not math.isfinite(strength) or strength == 0:
         raise ConceptError(f"strength is {strength!r}; allowed: finite numbers other than 0")
@@ -167,7 +171,7 @@ def check_strength(strength: float) -> float:
 
 
 def compact(tensor: Tensor, name: str) -> Tensor:
-    """The tensor in float16, as in most LoRA files; in float32 where float16 does not hold its range."""
+    """Converts to float16, as in most LoRA files, or to float32 if values exceed float16's range."""
     exact = tensor.detach().float().cpu().contiguous()
     if not torch.isfinite(exact).all():
         raise ConceptError(f"tensor '{name}' holds NaN or infinity; allowed: finite numbers")

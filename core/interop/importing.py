@@ -1,9 +1,9 @@
 """Imports files of other programs as concepts: LoRA (kohya's, diffusers', PEFT's names) and embeddings.
 
-Of a LoRA the text cross-attention is taken, because concepts have deltas there alone; what else it changes is
-counted and reported. A LoRA without learned words gets those that people type for it: the vectors of its
-trigger. Files are
-untrusted: safetensors alone, and whatever does not fit is refused with one sentence.
+Only the text cross-attention of a LoRA is imported, because concepts have deltas nowhere else. Other changes
+of the LoRA are counted and reported. A LoRA without learned words gets the vocabulary's vectors of its
+trigger words. Files are untrusted: only safetensors are read, and anything invalid is rejected with a
+one-sentence error.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.sites import Site, SiteLayout
 from .lora_names import part_of, site_names
 
-# Not a method that learns. Such concepts act when a prompt names them, on all of its words, as a LoRA does.
+# Not a training method. Imported concepts are prompt-activated and act on all words of the prompt, like a
+# LoRA.
 METHOD = "imported"
 MOST_RANK = 1024
 LARGEST_EMBEDDING = 16 << 20      # bytes
 _BUNDLE = "bundle_emb."
-_ENCODERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}      # names of diffusers' scripts
+_ENCODERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}      # keys in diffusers' training scripts
 _ODD = "in a form other than plain LoRA"
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """tensors: LoRA factors and bundled words; others: names of tensors that are not read."""
+    """tensors: LoRA factors and bundled words; others: names of ignored tensors."""
 
     tensors: Mapping[str, Tensor]
     others: tuple[str, ...] = ()
 
     @property
     def words(self) -> dict[str, Tensor]:
-        """Learned words in the file: text encoder, or the key in its place -> vectors."""
+        """Learned words in the file: text encoder (or its key in the file) -> vectors."""
         return {key.removeprefix(_BUNDLE).split(".", 1)[-1]: t for key, t in self.tensors.items()
                 if key.startswith(_BUNDLE)}
 
@@ -65,12 +66,12 @@ def _read(path: Path | str, wanted: Callable[[str], bool]) -> LoraFile:
 
 
 def read_lora(path: Path | str) -> LoraFile:
-    """Reads a LoRA; raises ConceptError for anything but a `.safetensors` file."""
+    """Reads a LoRA. Raises ConceptError for anything but a `.safetensors` file."""
     return _read(path, lambda key: key.startswith(_BUNDLE) or part_of(key) is not None)
 
 
 def read_embedding(path: Path | str) -> Mapping[str, Tensor]:
-    """All tensors of a small `.safetensors` file; ConceptError for anything else."""
+    """Reads all tensors of a small `.safetensors` file. Raises ConceptError for anything else."""
     path = Path(path)
     if path.is_file() and path.stat().st_size > LARGEST_EMBEDDING:
         raise ConceptError(f"'{path.name}' is larger than {LARGEST_EMBEDDING >> 20} MB; an embedding is a "
@@ -80,12 +81,12 @@ def read_embedding(path: Path | str) -> Mapping[str, Tensor]:
 
 @dataclass(frozen=True)
 class Taken:
-    """The part of a LoRA that a concept can hold.
+    """The imported part of a LoRA.
 
     Args:
-        deltas: Of the sites.
-        share: Their part of the whole LoRA, in squared Frobenius norms, 0 to 1.
-        left: What the modules that were left out belong to -> their number.
+        deltas: Deltas of the sites.
+        share: Their share of the LoRA's squared Frobenius norm, 0 to 1.
+        left: Part of the model -> number of its modules that were left out.
     """
 
     deltas: Mapping[DeltaKey, LowRankDelta]
@@ -94,10 +95,10 @@ class Taken:
 
 
 def lora_deltas(file: LoraFile, layout: SiteLayout, owner: str) -> Taken:
-    """The text cross-attention of a LoRA.
+    """Extracts the text cross-attention of a LoRA.
 
     Raises:
-        ConceptError: It has none, is damaged, or belongs to another family of models.
+        ConceptError: The LoRA has none, is damaged, or belongs to another model family.
     """
     modules: dict[tuple[bool, str], dict[str, Tensor]] = {}
     for key, tensor in file.tensors.items():
@@ -135,7 +136,7 @@ def _delta(sides: Mapping[str, Tensor], owner: str) -> LowRankDelta:
         raise ConceptError(f"{owner} has ranks {up.shape[1]} and {rank}; allowed: the same on both sides, up "
                            f"to {MOST_RANK}")
     scale = 1.0 if alpha is None else float(alpha) / rank
-    # A scale of NaN fails the comparison.
+    # a scale of NaN fails this comparison too
     if not (torch.isfinite(up).all() and torch.isfinite(down).all() and abs(scale) < 1e4):
         raise ConceptError(f"{owner} holds NaN, infinity or a scale of {scale:g}; allowed: finite numbers")
     return LowRankDelta(up, down, scale)
@@ -156,11 +157,11 @@ def _energy(delta: LowRankDelta) -> float:
 
 
 def embedding_vectors(tensors: Mapping[str, Tensor], layout: SiteLayout, owner: str) -> dict[str, Tensor]:
-    """Text encoder -> its vectors of the words, `[n, D]`.
+    """Text encoder -> vectors of the words, `[n, D]`.
 
     Args:
-        tensors: Under clip_l and clip_g, or diffusers' text_encoders_0 and _1; for one encoder any single
-            tensor.
+        tensors: With keys clip_l and clip_g, or diffusers' text_encoders_0 and _1. For one encoder, any
+            single tensor.
     """
     widths = dict(layout.text_widths)
     named = {_ENCODERS.get(key, key): tensor for key, tensor in tensors.items()}
@@ -181,7 +182,7 @@ def embedding_vectors(tensors: Mapping[str, Tensor], layout: SiteLayout, owner: 
 
 
 def trigger_vectors(encoders: Iterable[TextEncoder], trigger: str) -> dict[str, Tensor]:
-    """Text encoder -> the vocabulary's vectors of the words that people type for a LoRA, `[n, D]`."""
+    """Text encoder -> the vocabulary's vectors of a LoRA's trigger words, `[n, D]`."""
     return _counted({encoder.name: encoder.vectors(encoder.ids(trigger)) for encoder in encoders},
                     f"the trigger {trigger!r}")
 
@@ -197,7 +198,7 @@ def _counted(vectors: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Imported:
-    """An imported concept. notes: sentences on what was taken and what was left out."""
+    """An imported concept. notes: sentences on imported and omitted parts."""
 
     concept: Concept
     notes: tuple[str, ...]
@@ -206,12 +207,12 @@ class Imported:
 def imported(name: str, class_noun: str, kind: str, layout: SiteLayout, vectors: Mapping[str, Tensor],
              taken: Taken | None = None,
              files: tuple[str, ...] = ()) -> Imported:
-    """Makes the concept.
+    """Builds the concept.
 
     Args:
         vectors: Text encoder -> vectors of its words, `[n, D]`.
-        taken: Its deltas; None for an embedding alone.
-        files: Names of the files, for its provenance.
+        taken: Its deltas; None for an embedding only.
+        files: File names, for the provenance.
     """
     words = default_words(name, len(next(iter(vectors.values()))))
     tokens = TokenGroup(words, {encoder: _half(vector).unsqueeze(0) for encoder, vector in vectors.items()})
@@ -233,7 +234,7 @@ def _told(taken: Taken) -> list[str]:
 
 
 def _one_rank(deltas: Mapping[DeltaKey, LowRankDelta]) -> dict[DeltaKey, LowRankDelta]:
-    """Pads factors with zeros to one rank per projection, as a bank holds them."""
+    """Pads factors with zeros to one rank per projection, as a bank requires."""
     ranks: dict[str, int] = {}
     for (_, projection), delta in deltas.items():
         ranks[projection] = max(ranks.get(projection, 0), delta.down.shape[0])
@@ -244,7 +245,7 @@ def _one_rank(deltas: Mapping[DeltaKey, LowRankDelta]) -> dict[DeltaKey, LowRank
 
 
 def _half(tensor: Tensor) -> Tensor:
-    """float16 where it holds the range, else float32."""
+    """Converts to float16 if the range allows it, else to float32."""
     half = tensor.half()
     return half if torch.isfinite(half).all() else tensor
 
@@ -256,7 +257,7 @@ def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout,
 
     Args:
         encoders: A backbone's text encoders, for `trigger`.
-        trigger: The words that people type for a LoRA without learned words.
+        trigger: Trigger words of a LoRA without learned words.
 
     Raises:
         ConceptError: A file cannot be read or does not fit, or there are no words for the concept.

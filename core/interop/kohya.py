@@ -1,4 +1,4 @@
-"""LoRA files under kohya's names, as ComfyUI, A1111, Forge and most trainers read them.
+"""LoRA files with kohya's names, the format of ComfyUI, A1111, Forge and most trainers.
 
 Keys: `lora_unet_<module path with _>.lora_up.weight` `[a, r]`, `.lora_down.weight` `[r, b]`, `.alpha`; the
 change of a weight is `alpha / r * up @ down` (kohya-ss/sd-scripts, networks/lora.py). Learned words are
@@ -29,7 +29,7 @@ def module_name(layout: SiteLayout, key: DeltaKey) -> str:
 
 def kohya_state(layout: SiteLayout, deltas: Mapping[DeltaKey, LowRankDelta],
                 strength: float = 1.0) -> dict[str, Tensor]:
-    """Low-rank deltas under kohya's names: float16 factors, scale and strength in a float32 `alpha`.
+    """Low-rank deltas with kohya's names: float16 factors, scale and strength in a float32 `alpha`.
 
     Args:
         deltas: See `factors.low_rank`.
@@ -46,11 +46,11 @@ def kohya_state(layout: SiteLayout, deltas: Mapping[DeltaKey, LowRankDelta],
 
 
 def bundled_words(name: str, tokens: TokenGroup) -> dict[str, Tensor]:
-    """The words' mean copy as `bundle_emb.<name>.*`, `[words, D]` per text encoder.
+    """The mean over the words' layer copies as `bundle_emb.<name>.*`, `[words, D]` per text encoder.
 
-    One entry for the whole group: A1111 then has it under the concept's name, and ComfyUI, which joins all
-    entries of a file in the order of their names, gets the words in their own order. One encoder goes under
-    A1111's key for SD1.x, two under theirs.
+    The whole group is one entry. A1111 then offers it under the concept's name. ComfyUI concatenates all
+    entries of a file by name, so a single entry keeps the words' order. Keys are A1111's for SD1.x (one
+    encoder) or SDXL (two).
     """
     check_name(name)
     vectors = mean_vectors(tokens)

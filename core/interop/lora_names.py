@@ -1,4 +1,4 @@
-"""Names of LoRA tensors in the files of other programs, and which site's projection each belongs to."""
+"""Maps names of LoRA tensors in files of other programs to projections of sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIDES = {"up": "up", "B": "up", "down": "down", "A": "down", "mid": "mid"}
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor's place. module: with `_` for dots, without prefixes; side: up | down | mid | alpha."""
+    """A parsed tensor name. module: with `_` for dots, without prefixes; side: up | down | mid | alpha."""
 
     module: str
     side: str
@@ -29,7 +29,7 @@ class Part:
 
 
 def part_of(key: str) -> Part | None:
-    """Parses a tensor's name; None for tensors that belong to no LoRA (LoHa, LoKr, DoRA's magnitudes)."""
+    """Parses a tensor's name; None for tensors outside plain LoRA (LoHa, LoKr, DoRA's magnitudes)."""
     match = _FACTOR.match(key) or _ALPHA.match(key)
     if match is None:
         return None
@@ -39,7 +39,7 @@ def part_of(key: str) -> Part | None:
 
 
 def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
-    """Every name of a site's projection: diffusers' and the original code's (`input_blocks_1_1_...`)."""
+    """All names of the sites' projections: diffusers' and the original code's (`input_blocks_1_1_...`)."""
     places: dict[str, DeltaKey] = {}
     original = _original_names([site.name for site in layout.sites])
     for site in layout.sites:
@@ -53,8 +53,8 @@ def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
 def _original_names(names: Iterable[str]) -> dict[str, str]:
     """diffusers' path of an attention layer -> its path in the original Stable Diffusion code.
 
-    There a down block has its layers and one more, which halves the picture; an up block has one layer more
-    than a down block, and doubles the picture in its last one.
+    In the original code, a down block has one more layer that halves the picture. An up block has one more
+    layer than a down block, and its last layer doubles the picture.
     """
     pattern = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)"
                          r"|mid_block\.attentions\.0\.(.+)")

@@ -1,8 +1,7 @@
 """Metadata of exported files: kohya's `ss_*`, ModelSpec's `modelspec.*` (1.0.0) and thumbnails, all as text.
 
 ComfyUI and A1111 show the picture in `ssmd_cover_images`; ComfyUI takes trigger words from
-`ss_tag_frequency`.
-Metadata do not depend on the day of the export: the same concept gives the same metadata.
+`ss_tag_frequency`. Metadata contain no export date, so the same concept always gives the same metadata.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..bank.concepts import Concept, ConceptInfo
 from ..model.sites import SiteLayout
 
-THUMBNAIL_LIMIT = 1 << 20       # bytes; programs read the whole header of every file when they list a folder
+THUMBNAIL_LIMIT = 1 << 20       # bytes; small, because programs read every file's whole header to list a folder
 _FAMILIES = {       # (sites, context width) -> ModelSpec's name of the architecture, kohya's name of the base
     (16, 768): ("stable-diffusion-v1", "sd_v1"),
     (16, 1024): ("stable-diffusion-v2-512", "sd_v2"),
@@ -37,7 +36,8 @@ def _family(layout: SiteLayout) -> tuple[str, str]:
 
 
 def thumbnail_type(thumbnail: bytes) -> str | None:
-    """`image/jpeg` or `image/png` by the first bytes; None for anything else and above THUMBNAIL_LIMIT."""
+    """`image/jpeg` or `image/png`, detected by the first bytes; None for other data or above THUMBNAIL_LIMIT.
+    """
     if len(thumbnail) > THUMBNAIL_LIMIT:
         return None
     magic = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
@@ -53,7 +53,7 @@ def _date(text: str) -> datetime.datetime | None:
 
 
 def modelspec(concept: Concept, layout: SiteLayout, kind: str, usage: str) -> dict[str, str]:
-    """ModelSpec's metadata of a concept's file, with the thumbnail where there is a valid one.
+    """ModelSpec metadata of a concept's file, with the thumbnail if it is valid.
 
     Args:
         kind: `lora` or `textual-inversion`.
@@ -84,7 +84,7 @@ def _described(layout: SiteLayout, kind: str, title: str, description: str, trig
 
 
 def _thumbnails(thumbnails: Sequence[bytes]) -> dict[str, str]:
-    """The valid ones, up to THUMBNAIL_LIMIT together."""
+    """The valid thumbnails, up to THUMBNAIL_LIMIT in total."""
     included: list[bytes] = []
     for thumbnail in thumbnails:
         fits = sum(map(len, included)) + len(thumbnail) <= THUMBNAIL_LIMIT
@@ -103,7 +103,7 @@ def aggregate_metadata(title: str, prompt: str, reading: str, named: Sequence[Co
     """Metadata of a bank's weights for one prompt.
 
     Args:
-        reading: Mode and strength, in words.
+        reading: Description of mode and strength.
         named: The concepts in the prompt.
     """
     description = f"What a bank of Continual Concepts gives for the prompt {prompt!r} ({reading})"
@@ -115,7 +115,7 @@ def aggregate_metadata(title: str, prompt: str, reading: str, named: Sequence[Co
 
 def _network(title: str, layout: SiteLayout, state: Mapping[str, Tensor], tags: Mapping,
              comment: str) -> dict[str, str]:
-    """kohya's description of a state dict; {} for one that is not under kohya's names."""
+    """kohya's description of a state dict; {} if it does not use kohya's names."""
     downs = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_down.weight")}
     alphas = {round(float(tensor), 6) for name, tensor in state.items() if name.endswith(".alpha")}
     if not downs:
@@ -132,7 +132,9 @@ def _network(title: str, layout: SiteLayout, state: Mapping[str, Tensor], tags: 
 
 
 def kohya_metadata(info: ConceptInfo, layout: SiteLayout, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """`ss_*` of a state dict under kohya's names: network, base, trigger word, known training."""
+    """`ss_*` metadata of a state dict with kohya's names: network, base, trigger word, known training
+    settings.
+    """
     origin = info.provenance
     tags = {info.name: {info.name: max(1, len(origin.images))}}
     data = _network(info.name, layout, state, tags, f"Continual Concepts, method {info.method}")
@@ -146,7 +148,7 @@ def kohya_metadata(info: ConceptInfo, layout: SiteLayout, state: Mapping[str, Te
 
 
 def _settings(settings: Mapping) -> dict[str, str]:
-    """Training settings under kohya's names, without unexpected values of a bank's header."""
+    """Training settings with kohya's names. Unexpected values from a bank's header are skipped."""
     parts = {name: part if isinstance(part := settings.get(name), Mapping) else {}
              for name in ("training", "method")}
     plain = (str, int, float)

@@ -1,4 +1,4 @@
-"""Exports a bank for one prompt to files that other programs read: one LoRA, and embeddings of the words."""
+"""Exports a bank for one prompt to files for other programs: one LoRA, and embeddings of the words."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .refit import single_copy
 from .writing import DEFAULT_FORMATS, Exported, Folders, OutputFile, check_formats, write_files
 
 WITHOUT_BASE = ("sharp", "equal")      # modes that need no text encoder
-_LONGEST = 48       # bytes of names in a file's name
+_LONGEST = 48       # maximum bytes of concept names in a file name
 
 
 @dataclass(frozen=True)
 class _Named:
-    """A concept in the prompt, its words with one copy, and notes on what that lost."""
+    """A concept in the prompt, its words with one layer copy, and notes on what was lost."""
 
     concept: Concept
     tokens: TokenGroup
@@ -46,18 +46,18 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
                   refit: bool = False) -> Exported:
     """Writes a LoRA file per format with the summed deltas for a prompt, and embeddings of its concepts.
 
-    Nothing is overwritten, as in `export_concept`.
+    Existing files are never overwritten, see `export_concept`.
 
     Args:
         mode: As for `routing.aggregate`; paper and released need a backbone.
         strength: Factor on prompt-activated and word-bound concepts.
         rank, max_error: See `factors.low_rank_sum`.
-        words_folder: Where embeddings go; None = into `folder`.
-        backbone: Its text encoders read the prompt, and words are re-fitted to them.
-        refit: Re-fit words with layer copies, see `refit`; False takes their mean.
+        words_folder: Folder of embeddings; None = `folder`.
+        backbone: Its text encoders encode the prompt and re-fit words.
+        refit: Whether to re-fit words with layer copies, see `refit`; False uses their mean.
 
     Raises:
-        ConceptError: Something cannot be exported or written; no file is left then.
+        ConceptError: Something cannot be exported or written. No files remain then.
     """
     formats, strength = check_formats(formats), check_strength(strength)
     _check(bank, mode, refit, backbone)
@@ -111,7 +111,7 @@ def _parts(bank: ConceptBank, weights: SiteWeights) -> dict[DeltaKey, list[tuple
 
 
 def _stem(names: Sequence[str]) -> str:
-    """`prompt_rex_mimi`, with a count in place of names for which there is no room."""
+    """File name such as `prompt_rex_mimi`, with a count instead of names that do not fit."""
     stem = "prompt"
     for i, name in enumerate(names):
         if len(f"{stem}_{name}".encode()) > _LONGEST:
@@ -154,7 +154,7 @@ def _uses(prompt: Prompt, loras: Sequence[str], words: Sequence[_Named], paths: 
 
 def _losses(bank: ConceptBank, weights: Mapping, prompt: Prompt, mode: str, formats: Sequence[str],
             factors: Factors) -> list[str]:
-    """Notes on what these files cannot hold."""
+    """Notes on what these files cannot represent."""
     notes = cut_notes(factors, "deltas")
     if not {"embedding", "bundle"} & set(formats):
         notes.append("the learned words are not in these files; export the format 'embedding' as well")

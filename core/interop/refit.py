@@ -1,13 +1,13 @@
-"""Re-fits words with layer copies to one copy whose states are nearest to those of the copies. Ours.
+"""Re-fits words with layer copies to a single copy with the nearest encoder states. Our own method.
 
-A mean of vectors is not encoded to the mean of their states. With copies v_l, prompts p and the states h_p of
-the words' positions, the single vector v minimises `sum_p,l |h_p(v) - h_p(v_l)|^2`. The states
-of one copy cannot be nearer to all copies' than the mean state is, which gives the floor.
+A text encoder does not map the mean of vectors to the mean of their states. With copies v_l, prompts p and
+the states h_p at the words' positions, the single vector v minimises `sum_p,l |h_p(v) - h_p(v_l)|^2`. The
+mean state minimises this distance over all states, which gives a lower bound (the floor).
 
-Measured on 14 learned concepts of the embedded base, in prompts that were not used for fitting: the words'
-states are 0.82 away instead of 0.88 (nearer in all 14), the UNet's predictions 0.254 instead of 0.256 (nearer
-in 8).
-Because the gain is small, re-fitting is not the default.
+Measured on 14 learned concepts of the embedded base, in prompts that were not used for fitting: the relative
+distance of the words' states is 0.82 instead of 0.88 for the mean copy (smaller for all 14), that of the
+UNet's predictions 0.254 instead of 0.256 (smaller for 8). Because the gain is small, re-fitting is not the
+default.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .embedding import layer_loss
 
 NEUTRAL = ("{}", "a photo of {}", "a {} on a beach", "a painting of the {} in a meadow",
            "two people and a {} in the street")
-STEPS = 60      # evaluations; it has settled after about half of them
+STEPS = 60      # evaluations; it converges after about half of them
 
 
 @dataclass(frozen=True)
 class Refitted:
-    """Words with one copy, and relative distances of states from those of the layer copies.
+    """Words with one copy, and relative distances between its states and those of the layer copies.
 
     Args:
-        tokens: With one copy.
-        mean: Distance of the mean copy's states.
-        fitted: Distance of this copy's states.
+        tokens: The words with one copy.
+        mean: Distance for the mean copy.
+        fitted: Distance for the fitted copy.
         floor: The smallest distance that any single copy could have.
     """
 
@@ -52,7 +52,7 @@ def single_copy(concept: Concept, backbone: Backbone | None = None) -> tuple[Tok
     """A concept's words with one copy, and notes on what that loses.
 
     Args:
-        backbone: Re-fits the words; None takes their mean.
+        backbone: Re-fits the words; None uses their mean.
     """
     tokens = concept.tokens
     if tokens.copies == 1:
@@ -68,10 +68,10 @@ def single_copy(concept: Concept, backbone: Backbone | None = None) -> tuple[Tok
 
 
 def refit(backbone: Backbone, concept: Concept, steps: int = STEPS) -> Refitted:
-    """Re-fits a concept's words; the mean copy where nothing better is found. Uses no random numbers."""
+    """Re-fits a concept's words. Returns the mean copy if nothing better is found. Uses no random numbers."""
     concept.tokens.check_fits(backbone.layout, f"concept '{concept.name}'")
     start = concept.tokens.mean_copy()
-    # ComfyUI runs nodes in inference mode, where nothing can be fitted
+    # ComfyUI runs nodes in inference mode, which forbids gradients
     with torch.inference_mode(False), torch.no_grad():
         copies = _states(backbone, concept, _plain(concept.tokens))
     mean_state = copies.mean(1, keepdim=True)
@@ -105,7 +105,7 @@ def _states(backbone: Backbone, concept: Concept, tokens: TokenGroup) -> Tensor:
 
 def _least(loss: Callable[[TokenGroup], Tensor], start: TokenGroup,
            steps: int) -> tuple[TokenGroup, float, float]:
-    """The best group that the search met, the loss of the first and the loss of the best."""
+    """The best group of the search, with the first and the best loss."""
     vectors = {name: vector.requires_grad_() for name, vector in start.vectors.items()}
     group = replace(start, vectors=vectors)
     search = torch.optim.LBFGS(list(vectors.values()), max_iter=steps, max_eval=steps,

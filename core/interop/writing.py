@@ -1,4 +1,4 @@
-"""Writes the files of an export: all of one call or none, never over an existing file."""
+"""Writes the files of an export, all or none, and never overwrites existing files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..bank.tokens import check_name
 from ..errors import ConceptError
 from ..files import write_atomically
 
-# What follows the concept's name in a file's name. The embedding has the plain name, because people type it.
+# Suffixes of file names. The embedding has none, because people type its name.
 ENDINGS = {"kohya": "_lora", "bundle": "_bundle", "diffusers": "_diffusers_lora", "embedding": ""}
 FORMATS = tuple(ENDINGS)
 DEFAULT_FORMATS = ("kohya", "embedding")
 _MOST = 99_999
-# Names that Windows reserves.
+# Names reserved by Windows.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """files: one per format, in the given order; notes: what the files hold and what they lost."""
+    """files: one per format, in the given order; notes: contents of the files and losses."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
@@ -40,7 +40,7 @@ class OutputFile:
         name: The concept's name, or that of the prompt's file.
         kind: The format.
         state: The tensors.
-        metadata: From the file's path to its metadata.
+        metadata: Function from the file's path to its metadata.
     """
 
     name: str
@@ -51,7 +51,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Folders:
-    """words: where embeddings go, None = to the other files."""
+    """words: folder of embeddings, None = same as the other files."""
 
     files: Path
     words: Path | None = None
@@ -65,7 +65,7 @@ class Folders:
 
 
 def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
-    """The formats, each once. Raises ConceptError for none and for unknown ones."""
+    """Returns the formats without repetition. Raises ConceptError if there are none or unknown ones."""
     formats = tuple(dict.fromkeys(formats))
     unknown = [kind for kind in formats if kind not in FORMATS]
     if unknown or not formats:
@@ -77,11 +77,11 @@ def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
 def write_files(owner: str, outputs: Sequence[OutputFile], folders: Folders) -> tuple[Path, ...]:
     """Writes all outputs or none.
 
-    Nothing is overwritten: a counter such as `_00002` follows the names instead, the same for all files of
-    one call.
+    Existing files are never overwritten. Instead, a counter such as `_00002` is appended to the names, the
+    same for all files of a call.
 
     Args:
-        owner: Of what these files are, for messages.
+        owner: Description of the exported object, for messages.
 
     Returns:
         A path for each output.
@@ -102,7 +102,7 @@ def _save(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Non
 
 @contextmanager
 def _new_files(owner: str, outputs: Sequence[OutputFile], folders: Folders) -> Iterator[tuple[Path, ...]]:
-    """Makes new empty files and yields their paths; they are removed when the block fails."""
+    """Creates empty files and yields their paths. Deletes them if the block fails."""
     try:
         for kind in dict.fromkeys(output.kind for output in outputs):
             folders.of_format(kind).mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def _reserved(outputs: Sequence[OutputFile], folders: Folders) -> tuple[Path, ..
         try:
             for stem, output in zip(stems, outputs, strict=True):
                 path = folders.of_format(output.kind) / f"{stem}{counter}.safetensors"
-                # Fails where anything exists, also a link, so that two exports at once never share a file.
+                # Fails if anything exists, even a link, so that two simultaneous exports never share a file.
                 path.open("xb").close()
                 made.append(path)
             return tuple(made)
@@ -138,7 +138,7 @@ def _reserved(outputs: Sequence[OutputFile], folders: Folders) -> tuple[Path, ..
 
 
 def _stems(outputs: Sequence[OutputFile]) -> list[str]:
-    """File names without counter, different also where a file system ignores case."""
+    """File names without counter, unique even if the file system ignores case."""
     stems: list[str] = []
     for output in outputs:
         name = check_name(output.name)

@@ -1,1 +1,1 @@
-"""Sites, deltas, schedules and the backbone interface: what every other room is built on."""
+"""Sites, deltas, noise schedules and the backbone interface. All other packages build on these."""

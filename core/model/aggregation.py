@@ -1,8 +1,8 @@
 """Aggregation weights: one weight per site and concept, computed from the prompt. Pure functions on tensors.
 
 Elastic weight aggregation (CIDM, Eq. 3) comes in three forms:
-- `sharp`, ours and the default: a concept that the prompt names has weight 1, others 0. The strength of a
-  concept does not fade as the bank grows.
+- `sharp`, ours and the default: a concept that the prompt names has weight 1, others 0. A concept keeps its
+  strength as the bank grows.
 - `paper`: the relation is the maximum over prompt positions of the dot product with the concept's mean token
   state; the weights are the squared relations, L2-normalised.
 - `released`, as in the released code: the relation is the mean over the concept's words of the maximum over
@@ -33,8 +33,8 @@ def equal_weights(count: int, sites: int) -> Tensor:
 
 
 def paper_weights(prompt: Tensor, concepts: Tensor) -> Tensor:
-    """psi(M) = M^2 / ||M^2||, with M_i the maximum over positions of c e_i (CIDM, Eq. 3). The norm is L2:
-    weights can sum to more than 1.
+    """psi(M) = M^2 / ||M^2||, with M_i the maximum over positions of c e_i (CIDM, Eq. 3). Because the norm is
+    L2, weights can sum to more than 1.
 
     Args:
         prompt: States of the inference prompt, `[..., n, d]`.

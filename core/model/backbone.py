@@ -1,7 +1,7 @@
-"""The interface of a host's model, through which core reaches UNet, text encoders and autoencoder.
+"""The interface through which core uses a host's UNet, text encoders and autoencoder.
 
-`Backbone` is the model and `TextEncoder` one of its text encoders. Prompts are encoded as a `Context`; what
-sites do beside their frozen weights is an `AttentionProcessor`.
+`Backbone` is the model and `TextEncoder` one of its text encoders. Encoded prompts are a `Context`. An
+`AttentionProcessor` changes what the cross-attention layers (sites) compute, without changing their weights.
 
 Letters in shapes: B rows of a batch, L layer copies, N tokens, D context width, a and b output and input
 width of a projection; C, h, w channels, height and width of latents.
@@ -28,12 +28,12 @@ class TextEncoder(ABC):
     tokens.
 
     Attributes:
-        name: As in checkpoints and exports, such as `clip_l`.
-        width: Of its token vectors.
+        name: Its name in checkpoints and exports, such as `clip_l`.
+        width: Width of its token vectors.
         length: Tokens per chunk, begin and end included.
-        start, end, pad: Ids of these tokens.
-        encodes_prefixes: Whether `encode` takes rows shorter than `length`. In a causal encoder, what is cut
-            off changes nothing.
+        start, end, pad: Token ids of begin, end and padding.
+        encodes_prefixes: Whether `encode` takes rows shorter than `length`. A causal encoder gives the same
+            states for a prefix.
     """
 
     name: str
@@ -68,7 +68,7 @@ class TextEncoder(ABC):
 
 
 class Projections(Protocol):
-    """Frozen projections of a model's sites: a backbone's, or a host's without the rest of a backbone."""
+    """Frozen projections of a model's sites. A host can offer these without the rest of a backbone."""
 
     @property
     def layout(self) -> SiteLayout: ...
@@ -77,17 +77,18 @@ class Projections(Protocol):
 
 
 class Backbone(ABC):
-    """A frozen latent diffusion model. Nothing that is learned is ever written into its weights.
+    """A frozen latent diffusion model. Learning never changes its weights.
 
     Attributes:
-        layout: Its sites.
+        layout: The sites of its UNet.
         schedule: Its noise schedule.
-        text: Its text encoders; a context's width is the sum of theirs.
-        latent_channels: C of its latents.
-        picture_multiple: Pixels per latent cell along each side. The sides of pictures are multiples of it.
-        fingerprint: Hash of the weights: concepts remember which base they were learned on.
-        overlay: Hash of what changes the model beside its weights (LoRA patches, CLIP skip), "" for nothing.
-            A stopped run only resumes with the same one.
+        text: Its text encoders. The width of a context is the sum of their widths.
+        latent_channels: C, the channels of a latent.
+        picture_multiple: Pixels per latent cell along each side. Width and height of a picture must be
+            multiples of it.
+        fingerprint: Hash of the weights. A concept stores the fingerprint of the base that it was learned on.
+        overlay: Hash of changes to the model that the weights do not show (LoRA patches, CLIP skip); "" for
+            none. A stopped run only resumes with the same overlay.
     """
 
     layout: SiteLayout
@@ -101,7 +102,7 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the UNet computes."""
+        """The device of the UNet."""
 
     @property
     @abstractmethod
@@ -110,8 +111,9 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, C, H/m, W/m]`, m the picture multiple, scaled as
-        the UNet reads them."""
+        """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, C, H/m, W/m]`, scaled for the UNet. m is the
+        picture multiple.
+        """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -124,30 +126,30 @@ class Backbone(ABC):
 
         Args:
             latents: Noisy latents, `[B, C, h, w]`.
-            timesteps: `[B]`, whole numbers as in the schedule.
+            timesteps: `[B]`, integer timesteps of the schedule.
             context: The prompts, B rows.
-            processor: What the sites do beside their frozen weights; without one the model runs untouched.
+            processor: Changes what the sites compute. None runs the model unchanged.
 
         Returns:
-            The UNet's output, `[B, C, h, w]` float32: epsilon or v, see the schedule. Gradients reach the
-            context and the processor, never the weights.
+            The UNet's output, `[B, C, h, w]` float32: epsilon or v, as the schedule's `prediction` says.
+            Gradients reach the context and the processor, never the weights.
         """
 
     @abstractmethod
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
-        """One projection of a site by its frozen weights, with the folded deltas: x `[..., b]` to `[...,
-        a]`."""
+        """Applies one projection of a site, frozen weights plus folded deltas: x `[..., b]` to `[..., a]`."""
 
     @abstractmethod
     def folded(self, deltas: Deltas) -> AbstractContextManager[None]:
-        """Inside, the weights contain `deltas`. Afterwards they are what they were, bit for bit."""
+        """Context manager that adds `deltas` to the weights and restores the weights bit for bit on exit."""
 
     def training(self) -> AbstractContextManager[None]:
-        """Surrounds a whole run of learning. Inside, gradients pass through UNet and text encoders; a host
-        may prepare for that."""
+        """Context manager around a training run. A host prepares UNet and text encoders for gradients here.
+        """
         return nullcontext()
 
     def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
-        """Inside, `predict` stores fewer activations and computes them again in the backward pass. A host may
-        ignore it."""
+        """Context manager in which `predict` recomputes activations in the backward pass. A host may ignore
+        it.
+        """
         return nullcontext()

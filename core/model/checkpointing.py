@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 @contextmanager
 def recomputed(model: nn.Module, kinds: Collection[str]) -> Iterator[None]:
-    """Inside, the blocks of some kinds store no activations: the backward pass computes them again.
+    """Context manager in which blocks of the given classes recompute their activations in the backward pass.
 
     Args:
-        model: The module whose blocks are meant.
-        kinds: Class names of the blocks; with none of them, nothing changes.
+        model: The module that contains the blocks.
+        kinds: Class names of the blocks to checkpoint. If the model has none of them, nothing changes.
     """
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     try:

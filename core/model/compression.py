@@ -1,4 +1,4 @@
-"""Low-rank deltas at the smallest rank that holds them, by SVD of their factors."""
+"""Compresses low-rank deltas to the smallest sufficient rank, by SVD of their factors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .deltas import DeltaKey, LowRankDelta
 from .sites import PROJECTIONS
 from .storage import stored_deltas
 
-NOISE = 1e-5      # relative size below which singular values of single-precision deltas are rounding
+NOISE = 1e-5      # singular values below this fraction of the largest are float32 rounding error
 
 
 def svd(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,11 +34,12 @@ def compressed(deltas: Mapping[DeltaKey, LowRankDelta], dtype: torch.dtype, kept
     """Compresses deltas to the smallest common rank per projection, since a bank stores one rank each.
 
     Args:
-        deltas: in any rank.
-        dtype: of the result, whose two factors are balanced.
-        kept: share of the sum of singular values that must remain. 1 = all that `dtype` can tell from
-            rounding, relative to the largest one, or to the delta's floor if that is larger.
-        floors: size of the numbers whose rounding a delta carries.
+        deltas: Low-rank deltas of any rank.
+        dtype: Type of the result. Its two factors have the same norm.
+        kept: Share of the sum of singular values that must remain. 1 keeps all values above the rounding
+            error of `dtype`, relative to the largest value or to the delta's floor, whichever is larger.
+        floors: Per delta, the magnitude of the weights that it was computed from; rounding errors scale with
+            it.
     """
     spectra, needed = {key: svd(delta) for key, delta in deltas.items()}, dict.fromkeys(PROJECTIONS, 1)
     for key, (_, s, _) in spectra.items():

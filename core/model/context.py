@@ -1,4 +1,4 @@
-"""Encoded prompts, as the sites read them."""
+"""Encoded prompts: the text input of the sites."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ class Context:
     """Encoded prompts, one per row.
 
     Attributes:
-        hidden: `[B, L, N, D]`. L = 1 where no layer-wise word is in the prompts, else the number of layer
-            copies.
-        pooled: `[B, P]` for model families that read a pooled text (SDXL), else None.
-        words: For every row, concept name -> positions of its words among the N tokens.
+        hidden: `[B, L, N, D]`. L is the number of layer copies, or 1 if no prompt contains a layer-wise word.
+        pooled: `[B, P]` for model families with a pooled text embedding (SDXL), else None.
+        words: One mapping per row: concept name -> positions of the concept's words among the N tokens.
     """
 
     hidden: Tensor
@@ -30,17 +29,18 @@ class Context:
         return self.hidden.shape[0]
 
     def at(self, site: Site) -> Tensor:
-        """What one site reads, `[B, N, D]`."""
+        """The text states that one site reads, `[B, N, D]`."""
         return self.hidden[:, site.copy if self.hidden.shape[1] > 1 else 0]
 
     def __getitem__(self, rows: slice) -> Context:
-        """Some of the rows."""
+        """The selected rows."""
         return Context(self.hidden[rows], None if self.pooled is None else self.pooled[rows],
                        self.words[rows])
 
     def repeated(self, length: int) -> Context:
-        """The same prompts, repeated to `length` tokens, a multiple of N. Softmax does not see the
-        repetition."""
+        """The same prompts, repeated to `length` tokens, a multiple of N. Repetition does not change softmax
+        attention.
+        """
         n = self.hidden.shape[2]
         words = tuple({name: tuple(place + start for start in range(0, length, n) for place in places)
                        for name, places in row.items()} for row in self.words)
@@ -48,8 +48,9 @@ class Context:
 
     @staticmethod
     def cat(parts: list[Context]) -> Context:
-        """Joins the rows of several contexts. Shorter contexts, and those without layer copies, are repeated
-        to fit."""
+        """Joins the rows of several contexts. Repeats shorter contexts, and contexts without layer copies, to
+        match the others.
+        """
         copies = max(part.hidden.shape[1] for part in parts)
         length = math.lcm(*(part.hidden.shape[2] for part in parts))
         parts = [part.repeated(length) for part in parts]

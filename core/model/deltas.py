@@ -1,4 +1,4 @@
-"""Deltas: what a concept adds to a projection of a site, low rank or sparse."""
+"""Deltas, low rank or sparse: changes that a concept adds to the projections of the sites."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ConceptError
 from .sites import PROJECTIONS, Site, SiteLayout
 
 DeltaKey = tuple[int, str]     # (site index, projection)
-# a sparse entry is an index and a value: twice the size of an entry of a factor
+# a sparse entry needs an index and a value: twice the memory of a factor's entry
 SPARSE_SIZE = 2
 
 
@@ -36,7 +36,7 @@ class LowRankDelta:
         return self.scale * (self.up.float() @ self.down.float())
 
     def apply(self, x: Tensor) -> Tensor:
-        """What it adds to the output of the projection: x `[..., b]` to `[..., a]`, in the type of x."""
+        """The delta's output for the projection's input: x `[..., b]` to `[..., a]`, in the type of x."""
         return self.scale * F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
 
     def scaled(self, weight: float) -> LowRankDelta:
@@ -56,8 +56,9 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class SparseDelta:
-    """Changes of a few entries of a weight `[a, b]`: `scale * values` at the flat `indices` (int32); size is
-    (a, b)."""
+    """Changes a few entries of a weight `[a, b]` by `scale * values`, at the flat `indices` (int32). `size`
+    is (a, b).
+    """
 
     size: tuple[int, int]
     indices: Tensor
@@ -102,13 +103,12 @@ def check_fits(deltas: Deltas, layout: SiteLayout, owner: str) -> None:
 
 
 def only_low_rank(deltas: Deltas) -> dict[DeltaKey, LowRankDelta]:
-    """The low-rank deltas among several."""
+    """Keeps only the low-rank deltas."""
     return {key: delta for key, delta in deltas.items() if isinstance(delta, LowRankDelta)}
 
 
 def concatenate(parts: Iterable[tuple[float, LowRankDelta]]) -> LowRankDelta:
-    """Weighted sum of low-rank deltas as one delta whose rank is the sum of theirs. No `[a, b]` matrix is
-    built."""
+    """Weighted sum of low-rank deltas as one delta; the ranks add up. Builds no `[a, b]` matrix."""
     scaled = [(weight * delta.scale, delta) for weight, delta in parts]
     up = torch.cat([delta.up.float() * weight for weight, delta in scaled], dim=1)
     return LowRankDelta(up, torch.cat([delta.down.float() for _, delta in scaled], dim=0))
@@ -117,8 +117,8 @@ def concatenate(parts: Iterable[tuple[float, LowRankDelta]]) -> LowRankDelta:
 def weighted_sum(parts: list[tuple[float, Delta]]) -> Delta:
     """Weighted sum of deltas of one projection.
 
-    Low-rank deltas take one product of their concatenated factors, however many there are. The sum stays low
-    rank while that takes less memory than a sparse delta.
+    Any number of low-rank deltas costs one product of their concatenated factors. The sum stays low rank
+    while that takes less memory than a sparse delta.
     """
     if len(parts) == 1:
         return parts[0][1].scaled(parts[0][0])
@@ -139,12 +139,12 @@ def weighted_sum(parts: list[tuple[float, Delta]]) -> Delta:
 
 
 def pack(deltas: Deltas, layout: SiteLayout) -> tuple[dict[str, Tensor], dict]:
-    """Packs the deltas of a concept into a few tensors, so that the header of a file of 1,000 concepts stays
-    short.
+    """Packs the deltas of a concept into a few tensors, which keeps the header short in a file of 1,000
+    concepts.
 
     Returns:
-        Tensors by name, the factors of all sites side by side: `to_q.up` `[sum a, r]` and `to_q.down`
-            `[r, sum b]`, or `to_k.indices` and `to_k.values`. And the JSON that `unpack` needs.
+        Tensors by name, the factors of all sites side by side: `to_q.up` `[sum a, r]` and `to_q.down` `[r,
+            sum b]`, or `to_k.indices` and `to_k.values`. Also the JSON that `unpack` needs.
 
     Raises:
         ConceptError: The deltas of a projection mix forms or ranks, or do not fit the layout.
@@ -178,7 +178,7 @@ def pack(deltas: Deltas, layout: SiteLayout) -> tuple[dict[str, Tensor], dict]:
 
 
 def unpack(tensors: Mapping[str, Tensor], notes: dict, layout: SiteLayout) -> dict[DeltaKey, Delta]:
-    """Inverse of `pack`. Raises ConceptError where tensors and notes do not agree."""
+    """Inverse of `pack`. Raises ConceptError if tensors and JSON disagree."""
     deltas: dict[DeltaKey, Delta] = {}
     for projection, note in notes.items():
         if any(not 0 <= i < len(layout)

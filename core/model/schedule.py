@@ -18,8 +18,9 @@ def _expand(values: Tensor, like: Tensor) -> Tensor:
 
 
 def cumulative_alphas(start: float, end: float, steps: int = 1000, kind: str = "scaled_linear") -> Tensor:
-    """`[steps]` for betas that grow linearly (kind "linear"), or whose roots do ("scaled_linear", as in
-    Stable Diffusion)."""
+    """Cumulative alphas, `[steps]`. Betas grow linearly (kind "linear"), or their square roots do
+    ("scaled_linear", as in Stable Diffusion).
+    """
     if kind not in ("linear", "scaled_linear"):
         raise ValueError(f"beta schedule {kind!r} is not supported; supported: scaled_linear, linear")
     power = 2 if kind == "scaled_linear" else 1

@@ -13,13 +13,14 @@ from ..errors import ConceptError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-# more sites than SD1.5's 16 share a layer copy per transformer group (SDXL: 70 sites, 11 groups)
+# models with more than SD1.5's 16 sites have one layer copy per transformer group (SDXL: 70 sites, 11 groups)
 _LAYER_PER_GROUP_ABOVE = 16
 
 
 def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a site with so many cells, for a latent of height x width. Every level halves the
-    sides and rounds up."""
+    """Rows and columns of a site with `cells` cells, for a latent of height x width. Every level halves both
+    sides and rounds up.
+    """
     rows, columns = height, width
     while rows * columns > max(1, cells):
         rows, columns = -(-rows // 2), -(-columns // 2)
@@ -35,7 +36,7 @@ class Site:
     Attributes:
         index: Its number in execution order.
         name: Its diffusers module path (`down_blocks.0...attn2`), the same for every host.
-        copy: The layer copy of a context that it reads; contexts without layer-wise words have only one.
+        copy: Index of its layer copy in a context. Contexts without layer-wise words have only one copy.
         heads: Number of attention heads.
         width: Features of the picture side.
         context_width: Features of the text side.
@@ -57,12 +58,11 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """What a concept must fit: all sites of a model family, and the widths of its text encoders.
+    """All sites of a model family and the widths of its text encoders. A concept must match this layout.
 
     Attributes:
         sites: In execution order.
-        text_widths: Per text encoder its name and the width of its token vectors (`("clip_l", 768)`; SDXL has
-            two).
+        text_widths: Name and token width of each text encoder, such as `("clip_l", 768)`. SDXL has two.
     """
 
     sites: tuple[Site, ...]
@@ -79,7 +79,7 @@ class SiteLayout:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short hash of all shapes. Models with the same fingerprint can use each other's concepts."""
+        """Short hash of all shapes. Models with the same fingerprint can share concepts."""
         shapes = [(site.name, site.copy, site.heads, site.width, site.context_width) for site in self.sites]
         return hashlib.sha256(json.dumps([shapes, self.text_widths]).encode()).hexdigest()[:16]
 
@@ -124,7 +124,7 @@ def unet_layout(shapes: Mapping[str, tuple[int, int, int]],
     names = sorted(shapes, key=lambda name: _EXECUTION_ORDER[name.split(".")[0]])
     per_group = len(names) > _LAYER_PER_GROUP_ABOVE
     owners = [name.split(".transformer_blocks")[0] if per_group else name for name in names]
-    copies = list(dict.fromkeys(owners))      # who has the layer copies, in their order
+    copies = list(dict.fromkeys(owners))      # one per layer copy, in order
     sites = [Site(index, name, copies.index(owner), *shapes[name])
              for index, (name, owner) in enumerate(zip(names, owners, strict=True))]
     return SiteLayout(tuple(sites), text_widths)

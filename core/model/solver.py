@@ -1,5 +1,4 @@
-"""Solvers of the denoising process, the guided noise estimate they ask for, and the one loop that runs
-them."""
+"""Solvers of the denoising process, the guided noise estimate, and the sampling loop."""
 
 from __future__ import annotations
 
@@ -18,19 +17,22 @@ Estimate = Callable[[Tensor, int, float], Tensor]      # latents, timestep, prog
 
 
 class Solver(Protocol):
-    """From noise to latents."""
+    """Interface of a diffusion solver."""
 
     @property
     def timesteps(self) -> Sequence[int]:
-        """Those of the training schedule at which it asks for an estimate, from noisy to clean."""
+        """Timesteps of the training schedule that need a noise estimate, from noisy to clean."""
 
     def step(self, noise: Tensor, t: int, latents: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` of the next timestep from those of timestep `t` and their noise estimate."""
+        """Latents `[B, C, h, w]` at the next timestep, from the latents at timestep `t` and their noise
+        estimate.
+        """
 
 
 class DpmSolver:
-    """DPM-Solver++ (2M) of Lu et al. (arXiv 2211.01095), as diffusers has it. It remembers the last step: one
-    instance per sampling."""
+    """DPM-Solver++ (2M) of Lu et al. (arXiv 2211.01095), as in diffusers. It stores the previous step, so use
+    one instance per sampling.
+    """
 
     def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
         from diffusers import DPMSolverMultistepScheduler
@@ -73,7 +75,7 @@ def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, posit
         latents: `[B, C, h, w]` at timestep `t`.
         negative, positive: one prompt for each of the latents.
         cfg: Guidance scale; at 1 the negative half is not evaluated.
-        processor: What the sites do beside their frozen weights.
+        processor: Changes what the sites compute.
 
     Returns:
         The noise estimate `[B, C, h, w]`: negative + cfg (positive - negative).
@@ -93,9 +95,9 @@ def denoise(solver: Solver, latents: Tensor, estimate: Estimate, move: Estimate 
 
     Args:
         latents: Starting noise `[B, C, h, w]`.
-        estimate: The guided noise of latents at a timestep; progress is 0 in the first step and 1 in the
-            last.
-        move: Called before each estimate; returns the latents that take the place of the given ones.
+        estimate: Returns the guided noise estimate. Its argument `progress` is 0 in the first step and 1 in
+            the last.
+        move: Called before each estimate; returns latents that replace the given ones.
     """
     for i, t in enumerate(solver.timesteps):
         progress = i / max(1, len(solver.timesteps) - 1)

@@ -1,4 +1,4 @@
-"""Number types of a bank's tensors: float32 where a value is too large for float16."""
+"""Number types of a bank's tensors. Values too large for float16 are stored as float32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stored_dtype(name: str) -> torch.dtype:
 
 
 def wide_enough(dtype: torch.dtype, tensors: Iterable[Tensor]) -> torch.dtype:
-    """`dtype`, or float32 where one of the tensors, which are stored together, would overflow to infinity."""
+    """`dtype`, or float32 if one of the tensors would overflow. All tensors get the same type."""
     tops = [tensor.detach().abs().amax() for tensor in tensors if tensor.numel()]
     return torch.float32 if tops and torch.stack(tops).max() > torch.finfo(dtype).max else dtype
 

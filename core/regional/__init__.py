@@ -1,1 +1,1 @@
-"""Several concepts in one picture: regions, region attention, region noise, crops. Works in any host."""
+"""Several concepts in one picture, for any host: regions, region attention, region noise and crops."""

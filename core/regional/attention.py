@@ -1,13 +1,13 @@
 """Region cross-attention: RCA of CIDM (Sec. 3.4), by Mix-of-Show's rules, with every region's own weights.
 
-Every region is attended by a model of its own and the scene's cells by the scene's model; only the results
-are mixed, by the weights of `Cover`. A region's model differs from the base by low-rank deltas, so nothing is
-computed twice: its keys and values depend on the text alone and are computed once per sampling, its query is
-the frozen one and a low-rank addition, and what its to_out adds is carried along as a few columns. Regions of
-similar size share one attention call, and the number of operations does not depend on the number of regions.
+Each region computes attention with its own deltas, and the scene's cells with the scene's deltas. The weights
+of `Cover` mix the results. The deltas are low rank, so nothing is computed twice. Keys and values depend on
+the text alone and are computed once per sampling. A region's query is the frozen query plus a low-rank term,
+and its addition after to_out is kept as a few columns. Regions of similar size share one attention call, so
+the number of operations does not depend on the number of regions.
 
-The paper writes sigma and calls it a sigmoid; it is the softmax of Mix-of-Show. In Mix-of-Show the deltas are
-those of the whole picture; here every region has its own.
+The paper writes sigma and calls it a sigmoid; we use the softmax of Mix-of-Show. Mix-of-Show has one set of
+deltas for the whole picture; here every region has its own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def taken(x: Tensor, cells: Tensor, regions: int) -> Tensor:
 
 
 def _mixed(results: Sequence[Tensor], cover: Cover, batch: int) -> Tensor:
-    """`[B, S, c]` from the groups' results `[G, T, c]`: for every cell the weighted sum of its sources. Each
-    cell is written once, so the sum does not depend on an order that a device may choose."""
+    """Mixes the groups' results `[G, T, c]` to `[B, S, c]`: each cell is the weighted sum of its sources.
+    Each cell is written once, so the result is deterministic on every device.
+    """
     flat = [result.reshape(-1, result.shape[-1]) for result in results]
     together = flat[0] if len(flat) == 1 else torch.cat(flat)
     parts = [together.index_select(0, places).unflatten(0, (batch, -1)) for places in cover.order(batch).back]
@@ -41,20 +42,20 @@ def _mixed(results: Sequence[Tensor], cover: Cover, batch: int) -> Tensor:
 
 
 def _with_scene(mixed: Tensor, base: Tensor | None, cover: Cover) -> Tensor:
-    """Adds the scene's share of base `[B, S, a]`; None where no cell is the scene's."""
+    """Adds the scene's share of base `[B, S, a]`; base is None if the scene has no cells."""
     return mixed if base is None else base * cover.scene.to(base.dtype).unsqueeze(-1) + mixed
 
 
 def mixed_query(query: Tensor, hidden: Tensor, base: Tensor, packed: Sequence[PackedKeysValues],
                 cover: Cover) -> Tensor:
-    """Every cell's query as its own region asks it, mixed.
+    """The query of every cell with the deltas of its regions, mixed by the cover's weights.
 
     Args:
         query: The frozen query, `[B, S, a]`.
-        hidden: What to_q read, `[B, S, b]`.
+        hidden: Input of to_q, `[B, S, b]`.
         base: The scene's query, `[B, S, a]`.
-        packed: One per group of the cover.
-        cover: Of the site's grid.
+        packed: Keys and values, one per group of the cover.
+        cover: Cover of the site's grid.
 
     Returns:
         `[B, S, a]`.
@@ -69,15 +70,15 @@ def mixed_query(query: Tensor, hidden: Tensor, base: Tensor, packed: Sequence[Pa
 
 def isolated_attention(query: Tensor, key: Tensor, value: Tensor, cover: Cover, heads: int,
                        attention: AttentionFunction) -> Tensor:
-    """Self-attention in which regions do not see each other; the scene's cells see everything.
+    """Self-attention in which regions do not see each other. The scene's cells see everything.
 
-    Its cost is the sum of the squares of the regions' areas: less than plain self-attention where regions
+    The cost is the sum of the squared areas of the regions. This is less than plain self-attention if regions
     cover the picture.
 
     Args:
         query, key, value: `[B, S, a]`.
-        cover: Of the site's grid.
-        heads: Of the site.
+        cover: Cover of the site's grid.
+        heads: Number of heads of the site.
         attention: Plain attention.
 
     Returns:
@@ -92,7 +93,7 @@ def isolated_attention(query: Tensor, key: Tensor, value: Tensor, cover: Cover, 
         q, k, v = (taken(x, cells, batch * len(group.members)) for x in (query, key, value))
         if group.own is None:
             out = attention(q, k, v)
-        else:      # padding must not be seen
+        else:      # mask out the padding
             mask = group.own.repeat_interleave(batch, 0)[:, None, None]
             q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
@@ -108,15 +109,15 @@ def region_attention(query: Tensor, hidden: Tensor, base: Tensor | None, packed:
 
     Args:
         query: The frozen query over a grid flattened row by row, `[B, S, a]`.
-        hidden: What to_q read, `[B, S, b]`.
-        base: The scene's result, `[B, S, a]`; needed where some cell is the scene's.
-        packed: One per group of the cover.
-        cover: Of the site's grid.
+        hidden: Input of to_q, `[B, S, b]`.
+        base: The scene's result, `[B, S, a]`; needed if the scene has any cell.
+        packed: Keys and values, one per group of the cover.
+        cover: Cover of the site's grid.
         rows, heads, attention: As in `PackedKeysValues.attended`.
-        others: `[B, S, a]`, what other nodes' attention adds; base contains it already.
+        others: `[B, S, a]`, output that other nodes' attention adds; already contained in base.
 
     Returns:
-        The attended values `[B, S, a]`, and what the regions add after to_out `[B, S, a]` (None: nothing).
+        The attended values `[B, S, a]`, and the regions' addition after to_out `[B, S, a]` (None for none).
     """
     if base is not None and not cover.groups:
         return base, None

@@ -1,5 +1,6 @@
-"""Which region reads which cells of a grid, arranged so that any number of regions costs the same few
-operations."""
+"""Assigns the cells of a grid to regions, in a layout that needs the same few operations for any number of
+regions.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# a cover is a partition only if it has at most so many places per cell: padding costs arithmetic
+# a cover with more places per cell is not used as a partition, because padding costs arithmetic
 MOST = 1.1
-LIKE = 0.5      # regions share an operation if the smaller has at least this share of the larger one's cells
+LIKE = 0.5      # regions share a group if the smaller one has at least this share of the larger one's cells
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Group:
     Attributes:
         members: Their numbers.
         cells: The cells of each, `[G, S']`; short rows are padded with cell 0.
-        own: `[G, S']`, False at the padding; None where there is none.
+        own: `[G, S']`, False at the padding; None without padding.
     """
 
     members: tuple[int, ...]
@@ -31,15 +32,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Order:
-    """The places of a cover in a batch of B pictures of S cells, which lie one after another.
+    """The places of a cover in a batch of B pictures of S cells, stored one after another.
 
     Attributes:
-        cells: Per group the cells of its places, region by region and within a region picture by picture,
-            `[G * B * S']`.
-        back: Per source the places that the cells take it from, `[B * S]`.
-        whole: `[P]`, the cells of all places, and after them those that are the scene's alone, picture by
-            picture.
-        home: `[B * S]`, where in `whole` a cell is. Only meaningful for a partition.
+        cells: Per group, the cells of its places, `[G * B * S']`, ordered by region, then by picture.
+        back: Per source, the place that each cell reads, `[B * S]`.
+        whole: `[P]`, the cells of all places, then the cells of the scene alone, ordered by picture.
+        home: `[B * S]`, the position of each cell in `whole`. Only meaningful for a partition.
     """
 
     cells: tuple[Tensor, ...]
@@ -50,21 +49,21 @@ class Order:
 
 @dataclass(frozen=True)
 class Cover:
-    """Which regions read which cells, with what weight.
+    """Which regions cover which cells, with which weights.
 
-    The results of the groups lie one after another, member by member; each result of a region at a cell is a
-    place. A cell's value is the weighted sum of up to M places and the scene.
+    The result of one region at one cell is called a place. The results of the groups are concatenated, member
+    by member. A cell's value is the weighted sum of up to M places and the scene.
 
     Attributes:
-        groups: The regions that have cells at all.
+        groups: The regions that have cells.
         sources: `[S, M]`, the places of every cell.
-        weights: `[b, S, M]`, their weights; 0 where a cell takes fewer than M. b is 1, or the batch where
-            pictures have their own masks.
+        weights: `[b, S, M]`, their weights; 0 for unused sources. b is the batch size if pictures have their
+            own masks, else 1.
         scene: `[b, S]`, the weight of the scene.
-        needs_scene: Whether any cell has a part of the scene.
-        is_one_each: Whether every cell takes one place with weight 1.
-        is_partition: Whether every cell takes one place or the scene, with weight 1, in all pictures, and
-            padding is rare.
+        needs_scene: Whether the scene has a share of any cell.
+        is_one_each: Whether every cell reads one place with weight 1.
+        is_partition: Whether every cell of all pictures reads either one place or the scene, with weight 1,
+            and padding is rare.
     """
 
     groups: tuple[Group, ...]
@@ -78,13 +77,13 @@ class Cover:
     _orders: dict[int, Order] = field(default_factory=dict, repr=False, compare=False)
 
     def weights_in(self, dtype: torch.dtype) -> Tensor:
-        """The weights as `[b, S, M, 1]` in the type of the arithmetic, cast once."""
+        """The weights as `[b, S, M, 1]` in the computation's type. The cast is cached."""
         if dtype not in self._cast:
             self._cast[dtype] = self.weights.to(dtype).unsqueeze(-1)
         return self._cast[dtype]
 
     def order(self, batch: int) -> Order:
-        """The places in a batch of so many pictures, computed once."""
+        """The places in a batch of the given number of pictures. Cached."""
         if batch not in self._orders:
             self._orders[batch] = self._ordered(batch)
         return self._orders[batch]
@@ -93,7 +92,7 @@ class Cover:
         length, pictures = len(self.sources), torch.arange(batch, device=self.sources.device).view(1, -1, 1)
         cells, places, start = [], [], 0
         for group in self.groups:
-            cells.append((group.cells.unsqueeze(1) + length * pictures).flatten())      # of [G, B, S']
+            cells.append((group.cells.unsqueeze(1) + length * pictures).flatten())      # shape [G, B, S']
             members, most = group.cells.shape
             own = start + torch.arange(len(cells[-1]), device=pictures.device).view(members, batch, most)
             places.append(own.transpose(0, 1).flatten(1))
@@ -109,7 +108,7 @@ class Cover:
 
 
 def _grouped(counts: Sequence[int]) -> list[list[int]]:
-    """Numbers of the regions that have cells, large ones first, in groups of similar size."""
+    """Groups regions with cells by similar size, large ones first."""
     groups: list[list[int]] = []
     for u in sorted((u for u, count in enumerate(counts) if count), key=lambda u: -counts[u]):
         if groups and counts[u] >= LIKE * counts[groups[-1][0]]:
@@ -121,7 +120,7 @@ def _grouped(counts: Sequence[int]) -> list[list[int]]:
 
 def _sources(regions: Sequence[tuple[Tensor, Tensor, Tensor]], length: int, batch: int,
              like: Tensor) -> tuple[Tensor, Tensor]:
-    """`[S, M]` and `[b, S, M]` of a `Cover`, from the cells, the places and the weights of each region."""
+    """Computes `sources` and `weights` of a `Cover` from the cells, places and weights of each region."""
     depth = torch.zeros(length, dtype=torch.long, device=like.device)
     slots = []
     for cells, _, _ in regions:
@@ -137,12 +136,12 @@ def _sources(regions: Sequence[tuple[Tensor, Tensor, Tensor]], length: int, batc
 
 
 def cover_of(region_share: Tensor, scene_share: Tensor) -> Cover:
-    """The cover for given shares.
+    """Builds the cover for given shares.
 
     Args:
-        region_share: Of the regions, `[U, S]`, or `[U, b, S]` where pictures have their own masks; see
+        region_share: Shares of the regions, `[U, S]`, or `[U, b, S]` if pictures have their own masks; see
             `regions.shares`.
-        scene_share: Of the scene, `[S]` or `[b, S]`.
+        scene_share: Share of the scene, `[S]` or `[b, S]`.
     """
     if region_share.ndim == 2:
         region_share, scene_share = region_share.unsqueeze(1), scene_share.unsqueeze(0)

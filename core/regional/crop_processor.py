@@ -1,4 +1,4 @@
-"""Regions that are evaluated alone, each as a picture of its own, several of them in one batch."""
+"""Evaluates regions alone, each as a separate picture, several in one batch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from .processor import Part, keys_values_of
 
 
 class CropProcessor(AttentionProcessor):
-    """Each of K regions reads its own prompt with its own weights; the scene is not read.
+    """Each of K regions reads its own prompt with its own deltas. The scene's prompt is not used.
 
-    A batch holds K * B pictures for every half of guidance, region by region: latents of crops that have one
-    size.
+    For each half of guidance (negative, positive), a batch holds K * B crops of one size, ordered by region.
 
     Args:
-        backbone: Whose projections are used.
-        scene: Its deltas act where other nodes look at the scene's keys and values.
+        backbone: Provides the frozen projections.
+        scene: Its deltas act on the scene's keys and values, which other nodes may read.
         parts: The regions.
     """
 
@@ -39,19 +38,19 @@ class CropProcessor(AttentionProcessor):
         self._packed: dict[int, PackedKeysValues] = {}
         self._orders: dict[tuple, Order] = {}
         self._rows: dict[tuple, Tensor] = {}
-        self._batch: tuple[tuple[int, ...], int] = ((), 0)      # halves, rows in all
+        self._batch: tuple[tuple[int, ...], int] = ((), 0)      # halves, total rows
 
     def take(self, halves: Sequence[int], rows: int) -> None:
         """Announces the next batch.
 
         Args:
-            halves: For every chunk of the batch its half of guidance: 0 negative, 1 positive.
-            rows: Rows of the batch in all.
+            halves: Half of guidance of each chunk of the batch: 0 negative, 1 positive.
+            rows: Total rows of the batch.
         """
         self._batch = tuple(halves), rows
 
     def _order(self, cells: int, device: torch.device) -> Order:
-        """Where the cells of the batch lie region by region, and back."""
+        """Permutes the cells of the batch to order by region, and back."""
         key = (*self._batch, cells, str(device))
         if key not in self._orders:
             halves, rows = self._batch

@@ -1,4 +1,4 @@
-"""Crops of latents that hold a region: where they lie, and which of them are evaluated in one batch."""
+"""Crops of latents around regions, and the batches in which they are evaluated."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 LEAST = 0.5      # a crop's sides are at least this share of the latent's smaller side
-MULTIPLE = 8     # and multiples of so many cells
+MULTIPLE = 8     # and multiples of this many cells
 
 
 @dataclass(frozen=True)
 class Crop:
-    """Rows `top` to `bottom` and columns `left` to `right` of a latent; the last ones are not included."""
+    """Rows `top` to `bottom` and columns `left` to `right` of a latent; the ends are exclusive."""
 
     top: int
     left: int
@@ -30,23 +30,25 @@ class Crop:
         return x[..., self.top:self.bottom, self.left:self.right].contiguous()
 
     def paste(self, part: Tensor, size: tuple[int, int]) -> Tensor:
-        """A crop `[..., h', w']` in its place in zeros `[..., h, w]`; size: (h, w)."""
+        """Places a crop `[..., h', w']` into zeros `[..., h, w]`; size: (h, w)."""
         whole = part.new_zeros(*part.shape[:-2], *size)
         whole[..., self.top:self.bottom, self.left:self.right] = part
         return whole
 
 
 def _span(first: int, last: int, size: int, least: int) -> tuple[int, int]:
-    """Cells first to last, widened to `least` cells and to a multiple of MULTIPLE, but not beyond the side of
-    `size` cells."""
+    """Widens the span first to last to `least` cells and to a multiple of MULTIPLE, within a side of `size`
+    cells.
+    """
     length = min(size, -(-max(last - first, least) // MULTIPLE) * MULTIPLE)
     start = min(max(0, (first + last - length + 1) // 2), size - length)
     return start, start + length
 
 
 def crop_of(mask: Tensor) -> Crop:
-    """The crop around a mask `[h, w]`. It is small, but not too small: a UNet draws little on sizes far below
-    those it has learned."""
+    """The smallest allowed crop around a mask `[h, w]`. UNets draw poorly at sizes far below their training
+    size.
+    """
     height, width = mask.shape
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     if not len(rows):
@@ -58,14 +60,15 @@ def crop_of(mask: Tensor) -> Crop:
 
 
 def crops_of(masks: Tensor, is_cropped: bool) -> list[Crop]:
-    """For each of the masks `[U, h, w]` its crop, or the whole frame."""
+    """One crop, or the whole frame, for each of the masks `[U, h, w]`."""
     height, width = masks.shape[-2:]
     return [crop_of(mask) if is_cropped else Crop(0, 0, height, width) for mask in masks]
 
 
 def batches_of(crops: Sequence[Crop], most: int) -> list[list[int]]:
-    """Numbers of the crops that are evaluated in one batch: of one size, and together of at most `most`
-    cells, the frame's."""
+    """Groups crops into batches: numbers of crops with the same size and together at most `most` cells (the
+    frame's).
+    """
     batches: list[list[int]] = []
     for i, crop in enumerate(crops):
         for batch in batches:

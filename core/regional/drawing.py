@@ -1,4 +1,4 @@
-"""Regions of a drawing, a JSON text that is not to be trusted; and their outlines over a picture."""
+"""Parses the regions of a drawing (untrusted JSON) and draws their outlines over a picture."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ..images import Colour, colour
 from .regions import Region, region_mask
 
 REGIONS = 32  # at most
-PROMPT, NAME, WHOLE = 4_000, 100, 1_000_000  # at most so many characters of a prompt, a name, the whole text
+PROMPT, NAME, WHOLE = 4_000, 100, 1_000_000  # most characters of a prompt, a name, the text
 KEYS = ("name", "prompt", "box", "color", "negative", "strength", "start", "end", "feather", "on")
-SHOWN = 60  # characters of a wrong value that a message repeats
+SHOWN = 60  # characters of a wrong value to quote in a message
 
 
 @dataclass(frozen=True)
 class DrawnRegion(Region):
-    """A region as it is shown: with its name, "" for none, and its colour as #rrggbb."""
+    """A region with its display name ("" for none) and its colour as #rrggbb."""
 
     name: str = ""
     colour: str = ""
 
 
 def parse_regions(text: str) -> list[Region]:
-    """The regions of a drawing that are on, in its order. Those that are off are checked too.
+    """Returns the active regions of a drawing in order. Inactive regions are checked too.
 
     Args:
         text: JSON: a list of objects {"prompt": str, "box": [left, top, right, bottom] as fractions of the
             picture}. They may also hold "name", "color" (#rrggbb), "negative", "strength", "start", "end",
-            "feather" (as in Region) and "on" (false = left out).
+            "feather" (as in Region) and "on" (false = inactive).
 
     Raises:
-        ConceptError: The text is no such list; the message names the region and what is allowed.
+        ConceptError: The text is not such a list. The message names the region and the allowed values.
     """
     items = _read(text)
     if not isinstance(items, list):
@@ -52,8 +52,9 @@ def parse_regions(text: str) -> list[Region]:
 
 
 def _read(text: str) -> object:
-    """The value of a JSON text. Python's reader also takes NaN and Infinity, which are not JSON, and fails on
-    deep nesting with an error of its own."""
+    """The value of a JSON text. Python's parser also accepts NaN and Infinity, which are not JSON, and raises
+    RecursionError on deep nesting.
+    """
     if len(text) > WHOLE:
         raise ConceptError(f"the drawing has {len(text):,} characters; allowed: at most {WHOLE:,}")
     if not text.strip():
@@ -64,9 +65,9 @@ def _read(text: str) -> object:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConceptError(f"the drawing is no JSON that can be read: {error.msg.lower()} at {where}; "
                            "allowed: a list of regions") from None
-    except ConceptError:  # of _no_number
+    except ConceptError:  # raised by _no_number
         raise
-    except (ValueError, RecursionError):  # a number of thousands of digits; thousands of lists in each other
+    except (ValueError, RecursionError):  # a number with thousands of digits, or thousands of nested lists
         raise ConceptError("the drawing has a number or a nesting beyond all measure; "
                            "allowed: a list of regions in JSON") from None
 
@@ -131,7 +132,7 @@ class _Item:
         if len(value) > limit:
             raise ConceptError(f"the {key} of {self.which} has {len(value):,} characters; "
                                f"allowed: at most {limit:,}")
-        if any("\ud800" <= sign <= "\udfff" for sign in value):  # half characters: no text encoder takes them
+        if any("\ud800" <= sign <= "\udfff" for sign in value):  # a lone surrogate cannot be encoded
             raise self.wrong(key, value, "a text of whole characters")
         return value
 
@@ -142,7 +143,7 @@ class _Item:
         return float(value)
 
     def box(self) -> tuple[float, float, float, float]:
-        """Its left, top, right and bottom."""
+        """The region's left, top, right and bottom."""
         if "box" not in self.item:
             raise ConceptError(f"{self.which} of the drawing has no box; every region needs one")
         box = self.item["box"]
@@ -155,7 +156,7 @@ class _Item:
         return left, top, right, bottom
 
     def shade(self) -> str:
-        """The colour that the page shows: the region's own, else that of its number."""
+        """The displayed colour: the region's own, else the one for its number."""
         if "color" not in self.item:
             return "#" + "".join(f"{part:02x}" for part in colour(self.number - 1))
         value = self.item["color"]
@@ -165,17 +166,17 @@ class _Item:
 
 
 def _is_number(value: object, most: float) -> bool:
-    """Whether it is a number in 0..most. True and false are not numbers, and NaN is in no range."""
+    """Whether the value is a number in 0..most. Excludes booleans and NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def with_outlines(images: Tensor, regions: Sequence[Region]) -> Tensor:
-    """Pictures `[B, H, W, C]` in 0..1 with the outline of each region and its label; further channels stay as
-    they are."""
+    """Pictures `[B, H, W, C]` in 0..1 with each region's outline and label. Further channels do not change.
+    """
     if not regions:
         return images
     height, width = images.shape[1:3]
-    # Without soft edges: an outline is as sharp as the picture can show it
+    # without soft edges, so that outlines are sharp
     masks = torch.stack([region_mask(replace(region, feather=0.0), height, width) for region in regions])
     labels, colours = zip(*(_shown_as(index, region) for index, region in enumerate(regions)), strict=True)
     layer = outlines_picture(masks, labels, colours).to(images)
@@ -184,7 +185,7 @@ def with_outlines(images: Tensor, regions: Sequence[Region]) -> Tensor:
 
 
 def _shown_as(index: int, region: Region) -> tuple[str, Colour]:
-    """A region's label and colour: those of its drawing, else its prompt and the colour of its number."""
+    """A region's label and colour: from its drawing, else its prompt and the colour for its number."""
     if isinstance(region, DrawnRegion):
         red, green, blue = (int(region.colour[i:i + 2], 16) for i in (1, 3, 5))
         return region.name.strip() or region.prompt, (red, green, blue)

@@ -1,11 +1,11 @@
-"""Regions without boxes: where each concept of a prompt is, is read from attention while the picture is
-sampled. Ours.
+"""Regions without boxes: attention maps show during sampling where each concept of a prompt is. Our own
+method.
 
-In the first steps the scene is sampled as it is, and the coarse sites record how much every place attends to
-each concept's words. From then on every concept has a region where its words got most attention, in every
-picture of a batch its own, with a prompt in which the other concepts are replaced by their class nouns. There
-is no phase before sampling and no further evaluation. FreeFuse, the nearest relative, first samples a part of
-the picture.
+In the first steps the scene is sampled as usual, and the coarse sites record how much every cell attends to
+each concept's words. After that, each concept gets a region: the cells where its words got most attention.
+Each picture of a batch has its own regions. A region's prompt is the scene's prompt with class nouns in place
+of the other concepts. This needs no phase before sampling and no extra evaluation. FreeFuse, the closest
+related method, first samples part of the picture.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..model.sites import grid_of
 from .processor import Part, RegionProcessor
 from .regions import Region
 
-FOUND_AFTER = 0.35      # share of the steps after which there are regions
-# a place is a concept's where its map is above this share of its maximum, and highest of all concepts
+FOUND_AFTER = 0.35      # share of the steps after which regions act
+# a cell belongs to a concept if its map is above this share of its maximum and highest of all concepts
 THRESHOLD = 0.5
 
 
@@ -33,12 +33,12 @@ class FoundRegions(RegionProcessor):
 
     Args:
         backbone, scene, rows, latent: As for `RegionProcessor`.
-        names: Of the concepts.
-        parts: Per concept its own prompt, see `Prompt.apart`, with its deltas.
-        words: Per concept the positions of its words in the scene's prompt.
+        names: Names of the concepts.
+        parts: Per concept, its own prompt (see `Prompt.apart`) with its deltas.
+        words: Per concept, the positions of its words in the scene's prompt.
 
     Attributes:
-        found: The masks `[U, b, h, w]`, b pictures; None before they are found.
+        found: The masks `[U, b, h, w]` for b pictures; None until they are found.
     """
 
     def __init__(self, backbone: Projections, scene: Part, names: Sequence[str], parts: Sequence[Part],
@@ -59,13 +59,14 @@ class FoundRegions(RegionProcessor):
             return torch.zeros(len(self.parts), *grid)
         resized = F.interpolate(self.found, grid, mode="area" if grid[0] < self.found.shape[-2]
                                 else "bilinear")
-        # for every row the masks of its picture
+        # repeat each picture's masks for all its rows
         return resized[:, torch.arange(len(self.rows)) % resized.shape[1]]
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
                attention: HostAttention) -> Tensor:
         cells, positive = query.shape[1], self.rows.bool()
-        # before this step is recorded: whether both halves of guidance come in one call must not matter
+        # before recording this step, so that the result is the same if the halves of guidance come in two
+        # calls
         self.phase()
         finest = max(FINEST, self.latent[0] * self.latent[1] // 16)
         if self.found is None and bool(positive.any()) and cells <= finest:

@@ -1,9 +1,9 @@
 """Region noise estimation: RNE of CIDM (Sec. 3.4, Eq. 5).
 
-The paper estimates each region's noise over the whole frame: one more evaluation per region and step. What
-lies outside the region's mask is not used, so the object of the region's prompt may be drawn where it is cut
-off. Ours, `area="crop"`, estimates the noise on a crop of the region's size. Its cost grows with the area,
-and the object has no other place to go.
+The paper estimates each region's noise over the whole frame, with one more evaluation per region and step.
+The estimate outside the region's mask is discarded, so the object may be drawn there and get cut off. Our
+variant, `area="crop"`, estimates the noise on a crop of the region's size. Its cost is proportional to the
+area, and the object must appear inside the crop.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ AREAS = ("frame", "crop")
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """Steps in which regions are evaluated alone.
+    """Which steps evaluate regions alone, and how.
 
     Args:
-        is_on: Region noise estimation.
+        is_on: Whether region noise estimation is used.
         alpha: Share of the scene's estimate inside regions, 0 to 1; 0.1 in the paper.
-        outside: What is outside regions, `keep` or `literal`, see `region_noise`.
-        area: Where a region's noise is estimated: on the whole `frame`, or on its `crop`.
+        outside: The estimate outside regions, `keep` or `literal`, see `region_noise`.
+        area: Whether a region's noise is estimated on the whole `frame` or on its `crop`.
         crop_denoising: Share of the first steps in which each region is denoised alone on its crop, without
             the scene. It does not depend on `is_on`.
     """
@@ -47,7 +47,7 @@ class NoiseSettings:
 
 
 def scene_is_seen(masks: Tensor, overlap: str = "average") -> bool:
-    """Whether regions with these masks `[U, h, w]` leave any of the picture to the scene."""
+    """Whether regions with these masks `[U, h, w]` leave part of the picture uncovered."""
     return bool((shares(masks, overlap)[1] > 1e-3).any())
 
 
@@ -55,9 +55,9 @@ def region_noise(scene: Tensor, regions: Tensor, masks: Tensor, alpha: float = 0
                  overlap: str = "average") -> Tensor:
     """Mixes the scene's noise estimate with the regions' own.
 
-    outside="literal" is Eq. 5: alpha E + sum_u (1 - alpha) E_u m_u. Outside all boxes only alpha E remains.
-    Our default, "keep", gives E there, and inside alpha E + (1 - alpha) mean_u E_u. Without regions it is
-    plain guidance.
+    outside="literal" is Eq. 5: alpha E + sum_u (1 - alpha) E_u m_u. Outside all boxes this leaves only alpha
+    E. Our default, "keep", gives E outside and alpha E + (1 - alpha) mean_u E_u inside. Without regions this
+    is plain guidance.
 
     Args:
         scene: E `[B, C, h, w]`, with guidance applied.
@@ -65,7 +65,7 @@ def region_noise(scene: Tensor, regions: Tensor, masks: Tensor, alpha: float = 0
         masks: m_u `[U, h, w]` in 0..1.
         alpha: Share of the scene's estimate inside regions; 0.1 in the paper.
         outside: `keep` or `literal`.
-        overlap: As in `regions.shares`; "literal" does not ask for it.
+        overlap: As in `regions.shares`; not used by "literal".
 
     Returns:
         E* `[B, C, h, w]`.

@@ -1,5 +1,6 @@
-"""Attention maps of each region's words. They are taken in the last step only, so that sampling costs what it
-does without them."""
+"""Attention maps of each region's words. They are recorded only in the last step, so that they cost almost
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +15,18 @@ from ..model.processor import HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 from .processor import RegionProcessor
 
-# attention weights that are held at once; it limits how many pictures of a batch are observed together
+# maximum number of attention weights in memory; limits the pictures per chunk
 AT_ONCE = 2**25
 
 
 class ObservedRegions(RegionProcessor):
-    """A `RegionProcessor` that records, for every region, how much each place attends to the region's words.
+    """A `RegionProcessor` that records, for every region, how much each cell attends to the region's words.
 
-    Only grids of at most `FINEST` cells, or a sixteenth of the latent's, are recorded: coarse grids show who
-    is where (Prompt-to-Prompt uses 16 x 16 of 64 x 64), finer ones cost more and show no more.
+    Only grids with at most `FINEST` cells, or a sixteenth of the latent's, are recorded. Coarse grids are
+    enough to locate concepts (Prompt-to-Prompt uses 16 x 16 of 64 x 64).
 
     Attributes:
-        tokens: Per region the positions of the words to observe.
+        tokens: Per region, the positions of the words to observe.
         is_observing: Whether the next forward pass is recorded.
         maps: Site index -> `[U, h, w]`, the share of attention on those positions, averaged over heads and
             positive rows.
@@ -42,7 +43,7 @@ class ObservedRegions(RegionProcessor):
         return self.is_observing and bool(self.parts) and cells <= finest
 
     def enter(self, call: SiteCall) -> None:
-        if not self._observes(call.hidden.shape[1]):      # maps need the cells in their places
+        if not self._observes(call.hidden.shape[1]):      # maps need the cells in their original order
             super().enter(call)
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
@@ -60,8 +61,9 @@ class ObservedRegions(RegionProcessor):
         return x[self.rows.bool()].split(max(1, AT_ONCE // weights))
 
     def _shares(self, site: Site, query: Tensor, hidden: Tensor) -> Tensor:
-        """`[U, b, S]`: how much every region's words get at every cell, its own and others', for query and
-        hidden `[b, S, c]`."""
+        """Attention on every region's words at every cell, inside and outside the region: `[U, b, S]`, from
+        query and hidden `[b, S, c]`.
+        """
         packed = self.packed(site, tuple(range(len(self.parts))))
         queries, extension = packed.queries(*(x.flatten(0, 1).expand(len(self.parts), -1, -1)
                                               for x in (query, hidden)))
@@ -84,8 +86,9 @@ class ObservedRegions(RegionProcessor):
         return self._word_positions
 
     def picture_maps(self, size: tuple[int, int]) -> Tensor:
-        """`[U, H, W]` in 0..1: the maps of all sites, resized and averaged, each region stretched to its own
-        range."""
+        """Averages the resized maps of all sites to `[U, H, W]` in 0..1, each region scaled to the full
+        range.
+        """
         resized = [F.interpolate(m.unsqueeze(0), size, mode="bilinear")[0] for m in self.maps.values()]
         if not resized:
             return torch.zeros(len(self.parts), *size)

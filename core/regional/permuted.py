@@ -1,10 +1,10 @@
-"""Region attention with the cells of each region side by side, for sites where every cell belongs to one
-region or to the scene.
+"""Region attention with the cells sorted by region, for sites where every cell belongs to one region or to
+the scene.
 
-The cells are permuted into the regions' order before to_q and back after to_out; everything in between works
-on them where they lie. Where no cell is the scene's, its keys and values are not computed, because nobody
-reads them. This saves operations rather than arithmetic: a fast graphics card spends its time on the number
-of operations. No other node's code may see the cells in between, see `SiteCall.enter`.
+The cells are permuted to order by region before to_q and back after to_out, so that nothing is gathered in
+between. If the scene has no cells, its keys and values are not computed. This saves kernel launches rather
+than arithmetic, because launches dominate on a fast graphics card. No other node's code may see the permuted
+cells, see `SiteCall.enter`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ SceneAttention = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class PermutedCells:
-    """The cells of one call of one site in the regions' order. P counts the places: B * S where none is
-    padding.
+    """The cells of one site call, ordered by region. P is the number of places: B * S without padding.
 
     Args:
-        order: Of a partition, for a batch of B pictures of S cells.
-        members: How many regions each group of the order has.
+        order: Order of a partition, for a batch of B pictures of S cells.
+        members: Number of regions of each group of the order.
         packed: The keys and values of each group.
-        hidden: What to_q would read, `[B, S, b]`.
+        hidden: The original input of to_q, `[B, S, b]`.
     """
 
     def __init__(self, order: Order, members: Sequence[int], packed: Sequence[PackedKeysValues],
                  hidden: Tensor) -> None:
         self.order, self.packed, self.batch = order, packed, len(hidden)
         self._members = list(members)
-        # [1, P, b], what to_q is to read
+        # [1, P, b], the permuted input of to_q
         self.hidden = hidden.flatten(0, 1).index_select(0, order.whole).unsqueeze(0)
         self._added: list[Tensor | None] = []
 
@@ -46,8 +45,8 @@ class PermutedCells:
         Args:
             query: The frozen query, `[1, P, a]`.
             rows, heads, attention: As in `PackedKeysValues.attended`.
-            scene: From the query `[B, S', a]` of the scene's cells, and what to_q read there, to what is
-                attended and what is added after to_out. None where no cell is the scene's.
+            scene: Attention of the scene's cells. Takes their query `[B, S', a]` and their input of to_q;
+                returns the attended values and the addition after to_out. None if the scene has no cells.
 
         Returns:
             The attended values, `[1, P, a]`.
@@ -70,8 +69,9 @@ class PermutedCells:
         return together
 
     def restore(self, y: Tensor) -> Tensor:
-        """From the output of to_out, `[1, P, a]`, which is overwritten, to the output of the site,
-        `[B, S, a]`."""
+        """Turns the output of to_out, `[1, P, a]`, into the output of the site, `[B, S, a]`. Overwrites its
+        input.
+        """
         for i, (part, added) in enumerate(zip(self._split(y), self._added, strict=True)):
             if added is not None and i < len(self.packed):
                 self.packed[i].added(added, part)
@@ -80,7 +80,7 @@ class PermutedCells:
         return y[0].index_select(0, self.order.home).unflatten(0, (self.batch, -1))
 
     def _split(self, x: Tensor) -> list[Tensor]:
-        """`[1, P, c]` into `[G, T, c]` per group, and `[B, S', c]` for the scene where it has cells."""
+        """Splits `[1, P, c]` into `[G, T, c]` per group, and `[B, S', c]` for the scene if it has cells."""
         sizes = [len(cells) for cells in self.order.cells]
         rest = x.shape[1] - sum(sizes)
         leads = [*self._members, self.batch] if rest else self._members

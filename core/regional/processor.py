@@ -1,5 +1,5 @@
-"""What the sites do while a picture with regions is sampled: one UNet evaluation per step, whatever the
-number of regions."""
+"""The attention processor for pictures with regions: one UNet evaluation per step for any number of regions.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Part:
     """A region, or the scene.
 
     Attributes:
-        context: Its negative and its positive prompt, two rows.
-        deltas: Its own deltas, which act on every word.
+        context: The negative and the positive prompt, two rows.
+        deltas: Deltas that act on every word of this part.
         word_bound: Concept -> the deltas that act through the concept's words in the context.
     """
 
@@ -41,8 +41,9 @@ class Part:
 
 
 def _keys_values(backbone: Projections, site: Site, part: Part, length: int) -> KeysValues:
-    """What a part reads at a site. Its context is repeated up to `length` tokens: softmax does not see
-    repetition."""
+    """Keys and values of a part at a site. The context is repeated to `length` tokens, which does not change
+    softmax attention.
+    """
     context = part.context if part.context.hidden.shape[2] == length else part.context.repeated(length)
     concepts, text = TokenLora(part.word_bound, context), context.at(site)
 
@@ -56,7 +57,7 @@ def _keys_values(backbone: Projections, site: Site, part: Part, length: int) -> 
 
 
 def keys_values_of(backbone: Projections, parts: Sequence[Part]) -> dict[int, list[KeysValues]]:
-    """Site index -> what each of the parts reads there, all of one length."""
+    """Site index -> keys and values of each part, all of one length."""
     length = math.lcm(*(part.context.hidden.shape[2] for part in parts))
     return {site.index: [_keys_values(backbone, site, part, length) for part in parts]
             for site in backbone.layout.sites}
@@ -65,24 +66,23 @@ def keys_values_of(backbone: Projections, parts: Sequence[Part]) -> dict[int, li
 class RegionProcessor(AttentionProcessor):
     """Region attention with every region's own deltas, see attention.py.
 
-    What regions read depends on the text alone, so it is computed here, once per sampling. What other nodes'
-    attention adds to the scene is added everywhere.
+    The regions' keys and values depend on the text alone, so they are computed once per sampling. The output
+    that other nodes' attention adds to the scene is added everywhere.
 
     Args:
-        backbone: Projects the texts.
+        backbone: Provides the frozen projections.
         scene: The prompt of the whole picture.
-        regions: Where and when every part acts.
+        regions: Where and when each part acts.
         parts: One per region.
-        rows: `[B]`, for each row of the UNet's batch whether it is the negative (0) or the positive (1) half
-            of guidance.
+        rows: `[B]`, the half of guidance of each row of the UNet's batch: 0 negative, 1 positive.
         latent: Height and width of the latent.
         overlap: As in `regions.shares`.
-        isolation: Share of the first steps in which regions do not see each other in self-attention either.
+        isolation: Share of the first steps with self-attention isolation between regions.
 
     Attributes:
-        progress: Share of the steps that are done; the caller sets it before every step.
-        scene_concepts: The scene's word-bound concepts in the present call, where the host knows them better
-            than its context.
+        progress: Share of the completed steps; the caller sets it before every step.
+        scene_concepts: The scene's word-bound concepts in the present call, if the host provides them; else
+            the context's words are used.
     """
 
     def __init__(self, backbone: Projections, scene: Part, regions: Sequence[Region], parts: Sequence[Part],
@@ -98,17 +98,17 @@ class RegionProcessor(AttentionProcessor):
         self._covers: dict[tuple, Cover] = {}
 
     def masks(self, grid: tuple[int, int]) -> Tensor:
-        """`[U, h, w]` or `[U, b, h, w]` for the regions that are on now, each times its strength; zeros for
-        the others."""
+        """`[U, h, w]` or `[U, b, h, w]` of the active regions, times their strengths; zeros for the others.
+        """
         return torch.stack([region.strength * region.active(self.progress) * region_mask(region, *grid)
                             for region in self.regions])
 
     def phase(self) -> tuple:
-        """What the masks depend on beside the grid: they are computed once for each phase."""
+        """Key of the set of active regions. Masks are cached per grid and phase."""
         return tuple(region.active(self.progress) for region in self.regions)
 
     def cover(self, cells: int, device: torch.device) -> Cover:
-        """The cover of a site's grid for the regions that are on now."""
+        """The cover of a site's grid for the active regions."""
         key = (cells, self.phase())
         if key not in self._covers:
             region_share, scene_share = shares(self.masks(grid_of(cells, *self.latent)), self.overlap)
@@ -117,7 +117,7 @@ class RegionProcessor(AttentionProcessor):
         return self._covers[key]
 
     def packed(self, site: Site, members: tuple[int, ...]) -> PackedKeysValues:
-        """What the regions with these numbers read at a site."""
+        """Packed keys and values of the regions with these numbers at a site."""
         key = (site.index, members)
         if key not in self._packed:
             self._packed[key] = PackedKeysValues([self.keys_values[site.index][u] for u in members])
@@ -142,7 +142,7 @@ class RegionProcessor(AttentionProcessor):
         call.reads_text = cover.needs_scene
 
     def project(self, site: Site, projection: str, x: Tensor, y: Tensor) -> Tensor:
-        if projection not in ("to_k", "to_v"):      # every region starts from the frozen query
+        if projection not in ("to_k", "to_v"):      # regions add their deltas to the frozen query
             return y
         return self._concepts().project(site, projection, x,
                                         with_delta(self.scene.deltas, site, projection, x, y))
@@ -175,7 +175,7 @@ class RegionProcessor(AttentionProcessor):
                        attention: AttentionFunction) -> Tensor:
         try:
             cover = self.cover(query.shape[1], query.device)
-        # another node has merged or tiled the cells, so there are no regions in them
+        # another node has merged or tiled the cells, so regions cannot be located
         except ConceptError:
             return attention(query, key, value)
         return isolated_attention(query, key, value, cover, site.heads, attention)
@@ -183,7 +183,7 @@ class RegionProcessor(AttentionProcessor):
     def _scene(self, site: Site, query: Tensor, hidden: Tensor, key: Tensor, value: Tensor,
                attention: AttentionFunction,
                others: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The scene's attended values `[B, S, a]`, and what it adds after to_out (None: nothing)."""
+        """The scene's attended values `[B, S, a]`, and its addition after to_out (None for none)."""
         concepts, added = self._concepts(), None
         if concepts:
             base, added = token_lora_attention(site.heads, hidden, query, key, value, concepts.adapters(site))

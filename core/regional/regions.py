@@ -1,4 +1,4 @@
-"""Regions: a mask or box with its own prompt."""
+"""A region is a box or mask with its own prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import ConceptError
 
 Box = tuple[float, float, float, float]      # top, left, bottom, right, as fractions of the picture
 OVERLAPS = ("average", "priority", "nearest")
-FINE = 8      # soft edges are drawn this many times finer than the grid
+FINE = 8      # soft edges are computed on a grid finer by this factor
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Region:
     Args:
         prompt: May name concepts, such as `<rex>`.
         box: Its top, left, bottom and right as fractions of the picture.
-        mask: `[H, W]` in 0..1, in place of the box.
+        mask: `[H, W]` in 0..1, instead of the box.
         negative: Its negative prompt; empty = the scene's.
-        strength: How much it takes the place of the scene, 0..1.
-        start, end: In which part of the sampling it is on: 0 = the first step, 1 = the last.
-        feather: Width of its soft edge as a share of the picture's smaller side; 0 = hard.
+        strength: Weight of the region relative to the scene, 0..1.
+        start, end: The part of the sampling in which the region is active: 0 = the first step, 1 = the last.
+        feather: Width of the soft edge as a fraction of the picture's smaller side; 0 = hard edge.
 
     Raises:
-        ConceptError: A value is out of its range, or there is no place, or two.
+        ConceptError: A value is out of range, or the region has neither box nor mask, or both.
     """
 
     prompt: str
@@ -63,15 +63,16 @@ class Region:
         return ConceptError(f"{name} of region '{self.prompt}' is {value}; allowed: {allowed}")
 
     def active(self, progress: float) -> bool:
-        """Whether it is on at this share of the sampling."""
+        """Whether the region is active at this share of the sampling."""
         return self.start <= progress <= self.end
 
 
 def box_mask(box: Box, height: int, width: int) -> Tensor:
-    """The cells of a grid that a box covers, `[height, width]` of 0 and 1.
+    """Mask of the cells that a box covers, `[height, width]` of 0 and 1.
 
-    A side runs from the ceil of its start to the floor of its end, as in Mix-of-Show. A box too small for
-    that on a coarse grid keeps the cell at its centre, so that small regions survive at the deepest level.
+    A side covers cells from the ceil of its start to the floor of its end, as in Mix-of-Show. If this leaves
+    no cell on a coarse grid, the box covers the cell at its centre, so that small regions also act at the
+    deepest level.
     """
     top, left, bottom, right = box
     rows = _cells(top, bottom, height)
@@ -82,7 +83,7 @@ def box_mask(box: Box, height: int, width: int) -> Tensor:
 
 
 def _cells(start: float, end: float, size: int) -> tuple[int, int]:
-    # A fraction that is a whole cell up to rounding (0.3 * 10 = 3.0000000000000004) counts as that cell.
+    # Rounding errors must not shift a box by a cell (0.3 * 10 = 3.0000000000000004).
     first, last = math.ceil(start * size - 1e-6), math.floor(end * size + 1e-6)
     if first < last:
         return first, last
@@ -93,12 +94,12 @@ def _cells(start: float, end: float, size: int) -> tuple[int, int]:
 def region_mask(region: Region, height: int, width: int) -> Tensor:
     """A region's mask on a grid, `[height, width]` in 0..1.
 
-    A box covers whole cells, a mask counts by area. A soft edge is drawn on a finer grid first, so that it is
-    the same on every grid.
+    A box covers whole cells; a mask is averaged over each cell's area. A soft edge is first computed on a
+    finer grid, so that it looks the same on every grid.
     """
     if region.box is not None and region.feather == 0:
         return box_mask(region.box, height, width)
-    fine = (cast(Tensor, region.mask).float() if region.box is None      # one of the two is there
+    fine = (cast(Tensor, region.mask).float() if region.box is None      # either box or mask is given
             else box_mask(region.box, FINE * height, FINE * width))
     if region.feather > 0:
         fine = _soften(_resized(fine, FINE * height, FINE * width), region.feather)
@@ -110,8 +111,9 @@ def _resized(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 def _soften(mask: Tensor, feather: float) -> Tensor:
-    """`[H, W]` with edges of about `feather` times the smaller side: blurred by a Gaussian of which two
-    sigmas on each side are the edge."""
+    """Softens a mask `[H, W]`: the edge is about `feather` times the smaller side. Blurs with a Gaussian; the
+    edge spans two sigmas on each side.
+    """
     sigma = feather * min(mask.shape) / 4
     reach = math.ceil(3 * sigma)
     line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma).square())
@@ -121,27 +123,27 @@ def _soften(mask: Tensor, feather: float) -> Tensor:
 
 
 def masks_of(regions: Sequence[Region], height: int, width: int, feathered: bool = True) -> Tensor:
-    """Masks `[U, height, width]`, each times its region's strength. feathered: with their soft edges."""
+    """Masks `[U, height, width]`, each times its region's strength. feathered: whether to draw soft edges."""
     regions = regions if feathered else [replace(region, feather=0.0) for region in regions]
     return torch.stack([region.strength * region_mask(region, height, width) for region in regions])
 
 
 def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
-    """What the regions and the scene contribute to every cell.
+    """The shares of the regions and the scene in every cell.
 
-    Where regions cover a cell only in part, the scene keeps the rest.
+    If regions cover a cell only partly, the scene gets the rest.
 
     Args:
         masks: `[U, ...]` in 0..1; `[U, ..., h, w]` for `nearest`.
-        overlap: Who has the cells where regions overlap. `average`: all, by count (Mix-of-Show). `priority`:
-            the region that comes first in the list. `nearest`: the region whose centre is nearest, of two as
-            near the smaller one.
+        overlap: Which region gets the cells where regions overlap. `average`: all, with equal shares
+            (Mix-of-Show). `priority`: the first region in the list. `nearest`: the region with the nearest
+            centre; at equal distance the smaller one.
 
     Returns:
         The regions' shares `[U, ...]` and the scene's `[...]`; together they are 1 in every cell.
 
     Raises:
-        ConceptError: `overlap` is none of the three.
+        ConceptError: `overlap` is unknown.
     """
     if overlap not in OVERLAPS:
         raise ConceptError(f"overlap is {overlap!r}; allowed: {', '.join(OVERLAPS)}")
@@ -160,7 +162,7 @@ def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
 def _distances(masks: Tensor) -> Tensor:
     """Squared distances `[U, ..., h, w]` from every cell to the centre of every mask.
 
-    A large mask is a little farther off than a small one; where a mask is 0 it is infinitely far.
+    Ties: a larger mask gets a slightly larger distance. Where a mask is 0, the distance is infinite.
     """
     height, width = masks.shape[-2:]
     rows, columns = torch.arange(height).to(masks).view(-1, 1), torch.arange(width).to(masks).view(1, -1)
@@ -172,14 +174,14 @@ def _distances(masks: Tensor) -> Tensor:
 
 def pooled_of(regions: Sequence[Region], scene: Tensor, own: Sequence[Tensor], latent: tuple[int, int],
               overlap: str) -> Tensor:
-    """The pooled text of a picture with regions, for SDXL, whose UNet takes one for the whole picture.
+    """The pooled text of a picture with regions, for SDXL, whose UNet takes a single one.
 
-    It is the mean of the scene's and the regions', by area, strength and the part of the sampling in which
-    they are on. Ours; others keep the scene's, which may name none of the concepts.
+    This is the mean of the pooled texts of scene and regions, weighted by area, strength and active part of
+    the sampling. It is our own rule: others use only the scene's pooled text, which may name no concept.
 
     Args:
         scene: The scene's pooled text `[B, P]`.
-        own: The regions' `[B, P]`.
+        own: The regions' pooled texts, `[B, P]` each.
         latent: Height and width of the latents.
     """
     region_share, _ = shares(masks_of(regions, *latent), overlap)

@@ -1,1 +1,1 @@
-"""Sampling in the library: the solver, guidance, attention guidance."""
+"""Sampling in the library, with classifier-free guidance and attention guidance."""

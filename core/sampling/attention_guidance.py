@@ -1,25 +1,24 @@
-"""Attention guidance: each concept that a prompt names gets attention, by gradients on the latent. No regions
-are needed.
+"""Attention guidance: gradients on the latent make sure that every concept of a prompt gets attention. It
+needs no regions.
 
 L2DM (Sun et al., arXiv 2309.04430, Fig. 2) has two parts at inference: the concept attention artist (losses
-L_DAL and L_CLUL) and the orthogonal attention artist (L_OAA). They are computed on cross-attention maps; the
-latent follows `z_t' = z_t - s_t grad` before
-the usual step.
+L_DAL and L_CLUL) and the orthogonal attention artist (L_OAA). They are computed on cross-attention maps. The
+latent follows `z_t' = z_t - s_t grad` before the usual step.
 
-The paper's formulas could not be read. Ours is the reading of the Attend-and-Excite family (Chefer et al.,
-SIGGRAPH 2023). From it come the grid of a quarter of the latent's sides and the slight blur of the maps.
-Guidance acts in the first quarter of the steps
-(that family: the first half), where the layout is decided. On the embedded base fewer pictures showed both
-concepts when it went on.
+The paper's formulas were not readable, so we follow the Attend-and-Excite family (Chefer et al., SIGGRAPH
+2023), which uses maps at a quarter of the latent's sides, slightly blurred. Guidance acts in the first
+quarter of the steps, where the layout is decided (that family: the first half). On the embedded base, a
+longer guidance gave fewer pictures with both concepts.
+
 The losses:
-    L_DAL  = mean over the concepts' words of 1 - max over cells of the word's attention L_CLUL = mean over
-    pairs of concepts of the cosine of their nouns' maps L_OAA  = mean over concepts of the share of the
-    identifier's attention that lies outside its noun's mask
+    L_DAL  = mean over the concepts' words of 1 - max over cells of the word's attention
+    L_CLUL = mean over pairs of concepts of the cosine of their nouns' maps
+    L_OAA  = mean over concepts of the share of the identifier's attention outside the noun's mask
+
 The noun is a concept's last word, the identifier its first. A mask holds the cells where the noun's map is
-above half its maximum and above the other nouns' maps. Attention is divided among the prompt's own tokens;
-begin, end and padding are left out. The step
-s_t is relative: it moves the latent by `strength * STEP * loss` per element (root mean square), so one
-strength fits any base.
+above half its maximum and above the other nouns' maps. Attention is normalised over the prompt's own tokens,
+without begin, end and padding. The step s_t is relative: it moves the latent by `strength * STEP * loss` per
+element (root mean square), so that one strength fits any base.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ from ..model.context import Context
 from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 
-STEP = 0.05      # latent per step at strength 1 and loss 1, for latents of about unit variance
-BLUR = (0.107, 0.787, 0.107)      # of the maps, along each side: a Gaussian of half a cell
+STEP = 0.05      # change of the latent per step at strength 1 and loss 1, for latents of about unit variance
+BLUR = (0.107, 0.787, 0.107)      # blur of the maps along each side: a Gaussian of half a cell
 UNTIL = 0.25     # share of the steps in which guidance acts
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Where a prompt's words are.
+    """Token positions of a prompt's words.
 
     Args:
-        concepts: For each concept that it names the token positions of the concept's words, in order.
-        text: The positions of all its own tokens.
+        concepts: For each concept in the prompt, the token positions of the concept's words, in order.
+        text: Positions of all tokens of the prompt, without begin, end and padding.
     """
 
     concepts: tuple[tuple[int, ...], ...]
@@ -61,11 +60,11 @@ def word_maps(maps: Tensor, text: Sequence[int], grid: tuple[int, int]) -> Tenso
 
     Args:
         maps: Attention `[S, N]` of S cells to N tokens.
-        text: Positions of the tokens among which attention is divided.
+        text: Positions of the tokens over which attention is normalised.
         grid: Rows and columns of the S cells.
 
     Returns:
-        `[N, S]`; 0 for tokens that are not in `text`.
+        `[N, S]`; 0 for tokens outside `text`.
     """
     is_text = maps.new_zeros(maps.shape[1]).index_fill(0, torch.tensor(text, device=maps.device), 1.0)
     divided = maps * is_text / (maps * is_text).sum(1, keepdim=True).clamp(min=1e-8)
@@ -75,7 +74,7 @@ def word_maps(maps: Tensor, text: Sequence[int], grid: tuple[int, int]) -> Tenso
 
 
 def guidance_losses(maps: Tensor, subject: Subject, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """The three losses of one prompt that names two concepts or more, each 0 to 1.
+    """The three losses of a prompt that names at least two concepts, each 0 to 1.
 
     Args:
         maps: Attention `[S, N]` of S cells to all tokens, with gradient.
@@ -95,8 +94,9 @@ def _overlap(nouns: Tensor) -> Tensor:
 
 
 def noun_masks(nouns: Tensor) -> Tensor:
-    """Where each noun is, `[U, S]` of 0 and 1: its map `[U, S]` is above half its maximum, and no other
-    noun's is higher."""
+    """Mask of each noun, `[U, S]` of 0 and 1: the cells where its map `[U, S]` is above half its maximum and
+    highest of all nouns.
+    """
     return ((nouns > 0.5 * nouns.amax(1, keepdim=True)) & (nouns == nouns.amax(0, keepdim=True))).to(nouns)
 
 
@@ -104,21 +104,21 @@ def _outside(identifiers: Tensor, masks: Tensor) -> Tensor:
     return (1 - (identifiers * masks).sum(1) / identifiers.sum(1).clamp(min=1e-8)).mean()
 
 
-class _Recorded(Exception):      # noqa: N818 - it is no error
-    """All maps are recorded; the rest of the UNet need not run."""
+class _Recorded(Exception):      # noqa: N818 - not an error
+    """Raised when all maps are recorded, to skip the rest of the UNet."""
 
 
 class MapRecorder(AttentionProcessor):
-    """Records the maps of one grid, with gradient, while another processor acts.
+    """Wraps another processor and records the maps of one grid, with gradient.
 
-    The grid is the finest of at most `most` cells. The first forward pass shows which sites have it; later
-    ones end at the last of these sites.
+    The grid is the finest one with at most `most` cells. The first forward pass finds the sites with this
+    grid; later passes end at the last of them.
     """
 
     def __init__(self, inner: AttentionProcessor, most: int) -> None:
         self.inner, self.most = inner, most
         self.maps: dict[int, list[Tensor]] = {}
-        self.last = self._latest = -1      # the last site of that grid; the last one that was recorded
+        self.last = self._latest = -1      # last site of that grid; last site recorded so far
 
     def prepare(self, context: Context) -> None:
         self.inner.prepare(context)
@@ -132,7 +132,7 @@ class MapRecorder(AttentionProcessor):
         site, cells = call.site, query.shape[1]
         if cells <= self.most and cells >= max(self.maps, default=0):
             if cells not in self.maps:
-                self.maps = {cells: []}      # a finer grid takes the place of coarser ones
+                self.maps = {cells: []}      # a finer grid replaces coarser ones
             self.maps[cells].append(attention_maps(query.float(), key.float(), site.heads))
             if site.index == self.last:
                 raise _Recorded
@@ -151,10 +151,10 @@ ForwardPass = Callable[[Tensor, MapRecorder], object]      # one forward pass of
 
 
 class AttentionGuidance:
-    """Moves latents so that every concept of their prompts gets attention. One instance per sampling.
+    """Moves latents so that every concept of a prompt gets attention. Use one instance per sampling.
 
     Args:
-        subjects: One for each latent of the batch; latents of fewer than two concepts stay as they are.
+        subjects: One per latent of the batch. Latents with fewer than two concepts are not moved.
         strength: Factor on the step; 0 = off.
     """
 
@@ -163,7 +163,7 @@ class AttentionGuidance:
         self._recorder: MapRecorder | None = None
 
     def acts(self, progress: float) -> bool:
-        """Whether latents are moved at this share of the steps."""
+        """Whether guidance acts at this share of the steps."""
         return self.strength > 0 and progress < UNTIL and any(map(self._is_guided, self.subjects))
 
     @staticmethod
@@ -178,12 +178,12 @@ class AttentionGuidance:
     @torch.inference_mode(False)
     def moved(self, latents: Tensor, evaluate: ForwardPass,
               inner: AttentionProcessor | None = None) -> Tensor:
-        """Latents after one step of guidance.
+        """Returns the latents after one step of guidance.
 
         Args:
-            latents: `[B, C, h, w]` of unit variance, as the UNet reads them.
+            latents: `[B, C, h, w]` of unit variance, scaled for the UNet.
             evaluate: Runs the UNet with the latents and a processor.
-            inner: What the sites do anyway.
+            inner: The attention processor to wrap; None for none.
         """
         height, width = latents.shape[-2:]
         if self._recorder is None:
@@ -199,7 +199,7 @@ class AttentionGuidance:
             losses = [self._loss(of_one, subject, grid)
                       for of_one, subject in zip(maps, self.subjects, strict=True)]
             gradient, = torch.autograd.grad(_sum(losses), z)
-        self._recorder.maps = {}      # and the graph with them
+        self._recorder.maps = {}      # and with them the autograd graph
         size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
         loss = torch.stack([loss.detach() for loss in losses]).view(-1, 1, 1, 1)
         return latents - self.strength * STEP * (loss * gradient / size.clamp(min=1e-12)).to(latents)

@@ -1,8 +1,8 @@
-"""One step of a sampling with regions, the same in every host: what is evaluated, in which batches, and how
-it is mixed.
+"""One sampling step with regions, the same in every host: which latents are evaluated, in which batches, and
+how the estimates are mixed.
 
 Most steps are one evaluation of the frame, in which regions read their own prompts (region attention). Two
-kinds of steps are more:
+kinds of steps need more:
 
 * Crop denoising, ours, in the first steps: each region is denoised alone on a crop of its size, as a picture
   of its own, so the concept that its prompt names has to appear there. The frame is evaluated only where
@@ -31,12 +31,11 @@ class Evaluate(Protocol):
     """A host's evaluation of latents at the step's timestep."""
 
     def __call__(self, latents: Tensor, regions: tuple[int, ...] | None) -> Mapping[str, Tensor]:
-        """Guided noise estimates, by any names that the host needs.
+        """Returns guided noise estimates, under names of the host's choice.
 
         Args:
             latents: The frame `[B, C, h, w]`, or crops of R regions `[R * B, C, h', w']`, region by region.
-            regions: Numbers of the regions that are denoised alone; None for the frame, in which all regions
-                are.
+            regions: Numbers of the regions that are denoised alone; None for the frame with all regions.
 
         Returns:
             Noise estimates of the latents' shape, with guidance applied.
@@ -45,13 +44,13 @@ class Evaluate(Protocol):
 
 @dataclass(frozen=True)
 class RegionStep:
-    """A step in which regions are evaluated alone.
+    """A step that evaluates regions alone.
 
     Args:
-        regions: Numbers of the regions that are on, U of them.
+        regions: Numbers of the U active regions.
         masks: `[U, h, w]` in 0..1.
         crops: One for each region.
-        batches: Places in `regions` that are evaluated together.
+        batches: Indices into `regions`, grouped by batch.
         needs_frame: Whether the frame is evaluated.
         alpha, outside, overlap: How estimates are mixed, see `region_noise`.
     """
@@ -66,7 +65,7 @@ class RegionStep:
     overlap: str
 
     def estimate(self, latents: Tensor, evaluate: Evaluate) -> dict[str, Tensor]:
-        """The mixed noise estimates `[B, C, h, w]`, by the names that `evaluate` gives."""
+        """The mixed noise estimates `[B, C, h, w]`, under the names that `evaluate` returns."""
         size = (latents.shape[-2], latents.shape[-1])
         frame = evaluate(latents, None) if self.needs_frame else {}
         own: dict[str, dict[int, Tensor]] = {}
@@ -84,16 +83,18 @@ class RegionStep:
 
 
 class RegionSteps:
-    """Says for each step of a sampling whether regions are evaluated alone in it. Steps of one kind are laid
-    out once."""
+    """Decides for each sampling step whether regions are evaluated alone. Layouts are cached per kind of
+    step.
+    """
 
     def __init__(self, regions: Sequence[Region], noise: NoiseSettings, overlap: str) -> None:
         self.regions, self.noise, self.overlap = list(regions), noise, overlap
         self._steps: dict[tuple, RegionStep] = {}
 
     def at(self, progress: float, latents: Tensor) -> RegionStep | None:
-        """The step at a share `progress` of the sampling for latents `[B, C, h, w]`; None: evaluate the
-        frame, nothing else."""
+        """The step at a share `progress` of the sampling for latents `[B, C, h, w]`; None = evaluate only the
+        frame.
+        """
         on = tuple(u for u, region in enumerate(self.regions) if region.active(progress) and region.strength)
         crop_denoising = progress < self.noise.crop_denoising
         if not on or not (crop_denoising or self.noise.is_on):
@@ -105,7 +106,7 @@ class RegionSteps:
 
     def _laid_out(self, on: tuple[int, ...], crop_denoising: bool, latents: Tensor) -> RegionStep:
         height, width = latents.shape[-2:]
-        # Over a soft edge a crop would reach into its neighbour.
+        # With a soft edge, a crop would overlap its neighbour.
         masks = masks_of([self.regions[u] for u in on], height, width, feathered=not crop_denoising)
         crops = crops_of(masks, crop_denoising or self.noise.area == "crop")
         batches = tuple(tuple(batch) for batch in batches_of(crops, height * width))

@@ -1,4 +1,4 @@
-"""Pictures of a prompt that names several concepts, each kept to where it is found."""
+"""Samples a prompt that names several concepts, each restricted to the region where it is found."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from .settings import SampleSettings
 @torch.no_grad()
 def sample_found(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, seeds: Sequence[int],
                  settings: SampleSettings) -> Tensor:
-    """Pictures of a prompt whose concepts are each kept to where they are found, see `regional.found`.
+    """Samples a prompt whose concepts are each restricted to the region where they are found, see
+    `regional.found`.
 
-    Of a prompt that names fewer than two concepts they are the pictures of `sample`.
+    For a prompt with fewer than two concepts, the result equals that of `sample`.
 
     Returns:
         `[B, 3, H, W]` in -1..1, one picture for each seed.

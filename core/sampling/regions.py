@@ -1,4 +1,4 @@
-"""Pictures of a scene with regions, each with a prompt of its own."""
+"""Samples a scene with regions, each with its own prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .settings import SampleSettings
 
 def part_of(backbone: Backbone, bank: ConceptBank, prompt: Prompt, negative: Prompt,
             settings: SampleSettings) -> Part:
-    """A prompt and its negative one, encoded, with the deltas that they ask for; on the backbone's device."""
+    """Encodes a prompt and its negative prompt and collects their deltas, on the backbone's device."""
     deltas = aggregate(backbone, bank, prompt, settings.mode, settings.strength, always_on=False).deltas
     context = Context.cat([encode(backbone, bank, [negative]), encode(backbone, bank, [prompt])])
     word_bound = word_bound_deltas(backbone, bank, [prompt, negative], settings)
@@ -38,8 +38,8 @@ def guidance_rows(backbone: Backbone, count: int, cfg: float) -> Tensor:
 
 
 class RegionSampling:
-    """One sampling of `count` pictures with regions: prompts encoded once, processors for the frame and for
-    crops of regions.
+    """One sampling of `count` pictures with regions. Encodes prompts once and builds processors for the frame
+    and for crops.
 
     Args:
         latent: Height and width of the latents.
@@ -85,7 +85,7 @@ class RegionSampling:
 
     def _guided(self, latents: Tensor, t: int, parts: Sequence[Part],
                 processor: AttentionProcessor) -> Tensor:
-        """Latents `[P * B, C, h, w]` of P parts, part by part."""
+        """Guided noise of latents `[P * B, C, h, w]` of P parts, ordered by part."""
         contexts = [part.context for part in parts for _ in range(self.count)]
         negative, positive = (Context.cat([context[half:half + 1] for context in contexts])
                               for half in (0, 1))
@@ -95,11 +95,11 @@ class RegionSampling:
 @torch.no_grad()
 def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, regions: Sequence[Region],
                    seeds: Sequence[int], settings: SampleSettings) -> Tensor:
-    """Pictures of a scene with regions, with region noise and crop denoising as `settings.noise` says.
+    """Samples a scene with regions. `settings.noise` selects region noise and crop denoising.
 
-    A step is one evaluation for any number of regions. Region noise adds one for each region that is on, over
-    the frame or on its crop. In crop denoising crops alone are evaluated, and the frame where regions leave
-    some of it to the scene.
+    A step is one evaluation for any number of regions. Region noise adds one evaluation per active region,
+    over the frame or on its crop. Crop denoising evaluates only crops, plus the frame if regions do not cover
+    all of it.
 
     Returns:
         `[B, 3, H, W]` in -1..1, one picture for each seed.

@@ -1,5 +1,6 @@
-"""Pictures of prompts that may name a bank's concepts: classifier-free guidance and DPM-Solver++ (CIDM's
-protocol)."""
+"""Samples prompts that may name a bank's concepts, with classifier-free guidance and DPM-Solver++ (CIDM's
+protocol).
+"""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ from .settings import SampleSettings
 
 
 def starting_noise(backbone: Backbone, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """Noise `[B, C, h, w]` for pictures of a size in pixels, on the processor.
+    """Starting noise `[B, C, h, w]` for pictures of a size in pixels, on the CPU.
 
-    Every seed has a generator: its picture does not depend on the batch that it is in.
+    Every seed has its own generator, so that a picture does not depend on its batch.
 
     Raises:
-        ConceptError: A side is no multiple of the backbone's picture multiple.
+        ConceptError: A side is not a multiple of the backbone's picture multiple.
     """
     multiple = backbone.picture_multiple
     if any(side < multiple or side % multiple for side in size):
@@ -41,7 +42,7 @@ def starting_noise(backbone: Backbone, seeds: Sequence[int], size: tuple[int, in
 
 def encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str | Prompt],
            chunks: int = 1) -> Context:
-    """Prompts that may name the bank's concepts, as one batch."""
+    """Encodes prompts that may name the bank's concepts, as one batch."""
     parsed = bank.vocabulary.parse_all(prompts)
     named = {name for prompt in parsed for name in prompt.concepts}
     return encode_prompts(backbone, parsed, bank.token_groups(named), chunks)
@@ -65,8 +66,9 @@ def word_bound_deltas(backbone: Backbone, bank: ConceptBank, prompts: Sequence[P
 
 def _guidance(backbone: Backbone, prompts: Sequence[Prompt], positive: Context, strength: float,
               processors: Sequence[AttentionProcessor | None]) -> Estimate | None:
-    """Attention guidance as what moves latents: the mean over the models of an average. None where it has
-    nothing to do."""
+    """A function that moves latents by attention guidance; None if guidance does nothing. With averaged
+    predictions it is the mean over the models.
+    """
     texts = [text_positions(backbone, prompt) for prompt in prompts]
     subjects = [Subject(tuple(words.values()), text)
                 for words, text in zip(positive.words, texts, strict=True)]
@@ -90,8 +92,9 @@ def _guidance(backbone: Backbone, prompts: Sequence[Prompt], positive: Context, 
 
 def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt], settings: SampleSettings,
                 averaged: Sequence[str]) -> list[AttentionProcessor | None]:
-    """What the sites do beside their folded weights: one processor, or one for each model of an average.
-    Word-bound concepts act in each."""
+    """The attention processors: a single one, or one per model of averaged predictions. Word-bound concepts
+    act in each.
+    """
     word_bound = word_bound_deltas(backbone, bank, prompts, settings)
     if averaged:
         return [TokenLoraProcessor(word_bound, on_device(backbone, bank[name].deltas)) for name in averaged]
@@ -100,8 +103,9 @@ def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt]
 
 def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[Prompt], seeds: list[int],
                   settings: SampleSettings) -> Tensor:
-    """Prompts that share their deltas, which are folded once. An average of predictions costs one evaluation
-    per concept."""
+    """Samples prompts with the same deltas, which are folded once. Averaging predictions costs one evaluation
+    per concept.
+    """
     averaged = averaged_names(bank)
     deltas = aggregate(backbone, bank, prompts[0], settings.mode, settings.strength, without=averaged).deltas
     processors = _processors(backbone, bank, prompts, settings, averaged)
@@ -127,15 +131,15 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[Prompt], 
     return torch.cat(pictures)
 
 
-@torch.inference_mode(False)      # attention guidance needs gradients through weights that are folded here
+@torch.inference_mode(False)      # attention guidance needs gradients through the folded weights
 @torch.no_grad()
 def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str | Prompt], seeds: Sequence[int],
            settings: SampleSettings) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1, one for each prompt and its seed. Prompts that ask for the same
-    deltas run together.
+    """Samples pictures `[B, 3, H, W]` in -1..1, one per prompt and seed. Prompts with the same deltas share a
+    batch.
 
     Raises:
-        ConceptError: There are no prompts, or not as many seeds as prompts.
+        ConceptError: There are no prompts, or the numbers of seeds and prompts differ.
     """
     if len(prompts) != len(seeds) or not prompts:
         raise ConceptError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; "

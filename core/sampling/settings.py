@@ -1,4 +1,4 @@
-"""Settings of a sampling, the same for one prompt, for regions and for regions that are found."""
+"""Sampling settings, shared by sampling of prompts, of drawn regions and of found regions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class SampleSettings:
         steps: Steps of DPM-Solver++ (2M).
         cfg: Guidance scale; 1 = no guidance.
         size: Height and width of the picture in pixels.
-        negative: Prompt of the negative half of guidance.
-        mode, strength: How deltas come together, see `conditioning.routing.aggregate`.
+        negative: Negative prompt.
+        mode, strength: How deltas are combined, see `conditioning.routing.aggregate`.
         noise: Region noise estimation and crop denoising.
-        overlap: Who has the places where regions overlap, see `regional.regions.shares`.
+        overlap: Which region gets the cells where regions overlap, see `regional.regions.shares`.
         isolation: Self-attention isolation: share of the first steps in which regions do not see each other
             in self-attention.
-        batch: Pictures that are sampled at once.
+        batch: Pictures per batch.
         artists: Strength of attention guidance for prompts that name two concepts or more; 0 = off. It does
             nothing with regions.
     """

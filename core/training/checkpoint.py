@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors with the nested structure as JSON. Resuming is exact; loading runs no code."""
+"""Checkpoints: safetensors with the nested structure as JSON. Resuming is exact. Loading executes no code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TENSOR, _TUPLE, _DICT = "__tensor__", "__tuple__", "__items__"
 
 
 def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Returns the JSON of a nested value. Its tensors are added to `tensors` under running numbers."""
+    """Returns the JSON of a nested value. Adds its tensors to `tensors` under consecutive numbers."""
     if isinstance(value, torch.Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().contiguous().clone()
@@ -45,14 +45,15 @@ def _restore(value: Any, read) -> Any:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint atomically: after a crash the previous one is still there."""
+    """Writes a checkpoint atomically, so that the previous one survives a crash."""
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_flatten(state, tensors))
     write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), {KEY: structure}))
 
 
 def identity(path: Path) -> dict:
-    """Reads whose run a checkpoint is (record.run_identity) from its header; empty for other files."""
+    """Reads the identity of a checkpoint's run (record.run_identity) from the header; empty for other files.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})[KEY])

@@ -12,16 +12,16 @@ from ..errors import ConceptError
 from ..settings import setting
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# offered; others of torch.optim are accepted
+# offered choices; other optimisers of torch.optim are accepted
 OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")
 LR_SCHEDULES = ("constant", "linear", "cosine")
-# of bitsandbytes, 8-bit optimiser states
+# from bitsandbytes, with 8-bit optimiser states
 EIGHT_BIT = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "Lion8bit")
 UNFIT = {"LBFGS": "needs closures", "SparseAdam": "needs sparse gradients", "Muon": "takes matrices only"}
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
-    """Looks up an optimiser by name; None where it is not installed or cannot train a concept."""
+    """Looks up an optimiser by name; None if it is not installed or cannot train a concept."""
     home: ModuleType = torch.optim
     if name in EIGHT_BIT:
         try:
@@ -36,7 +36,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of a run that do not belong to the method. Trained parameters always stay in float32."""
+    """Settings of a run that are independent of the method. Trained parameters are always float32."""
 
     steps: int = setting(800, "Optimiser steps. CIDM's paper uses 800.", 1, 100_000)
     batch_size: int = setting(1, "Photos per forward pass. More photos make training steadier and slower.",

@@ -1,4 +1,4 @@
-"""Learning one concept from start to end: steps, evaluations, checkpoints, interruptions."""
+"""Runs the training of one concept: steps, evaluations, checkpoints and interruptions."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ Callback = Callable[[StepInfo], None]
 def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig,
           callback: Callback | None = None, checkpoint_file: Path | None = None, thumbnail: bytes = b"",
           group: ProcessGroup = ONE_PROCESS, evaluator: Evaluator | None = None) -> Learned:
-    """Learns one concept. The base and the bank that came in stay as they are.
+    """Learns one concept. The given base and bank do not change.
 
     Args:
-        task: what to learn, on which base and bank.
-        method: a fresh instance; it serves one task.
-        data: the pictures, encoded.
-        config: settings of the run.
-        callback: called after every step. An exception from it ends the run.
-        checkpoint_file: an existing file is resumed exactly. The state is saved every `checkpoint_every`
-            steps, when the run is interrupted, and at the end. The caller deletes the file once the bank is
-            on disk, so that nothing learned exists in memory only. After a ConceptError, or in the middle of
-            an update, the previous save stays.
-        thumbnail: small picture of the concept, encoded.
-        group: the processes that learn together. All of them read the checkpoint; the first one writes it.
-        evaluator: scores the concept for early stopping; needed where `patience` is set.
+        task: The concept to learn, with base and bank.
+        method: A new instance for this task.
+        data: The encoded pictures.
+        config: Settings of the run.
+        callback: Called after every step. An exception from it ends the run.
+        checkpoint_file: If the file exists, training resumes exactly. The state is saved every
+            `checkpoint_every` steps, on interruption, and at the end. The caller deletes the file once the
+            bank is on disk, so that a crash cannot lose the concept. A ConceptError, or an interruption
+            during an update, keeps the previous checkpoint.
+        thumbnail: Small picture of the concept, as JPEG or PNG bytes.
+        group: The processes that train together. All of them read the checkpoint; the first one writes it.
+        evaluator: Scores the concept for early stopping; required if `patience` is set.
 
     Returns:
         The concept, the bank that holds it, and the loss of every step.
 
     Raises:
-        ConceptError: for a name that the bank holds, unfit settings or checkpoints, and numbers that diverge.
+        ConceptError: The bank already has the name, settings or checkpoint do not fit, or training diverges.
     """
     if config.patience and (evaluator is None or group.size > 1):
         reason = "there is no evaluator" if evaluator is None else f"{group.size} processes learn together"
@@ -71,7 +71,7 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
                     checkpoint.save(checkpoint_file, trainer.state())
                 if callback is not None:
                     callback(info)
-    except BaseException as error:      # a host's cancel is a BaseException: save, then pass it on
+    except BaseException as error:      # the host cancels with a BaseException: save, then re-raise
         is_resumable = trainer.losses and not trainer.is_updating and not isinstance(error, ConceptError)
         if checkpoint_file is not None and is_resumable:
             checkpoint.save(checkpoint_file, trainer.state())

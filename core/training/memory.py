@@ -1,4 +1,4 @@
-"""On a CPU, keeps the memory that one training step frees for the next step.
+"""On a CPU, keeps memory that a training step frees available for the next step.
 
 glibc returns large blocks to the system as soon as they are freed. The next step then asks for them again,
 and the system clears every page first. A step of Stable Diffusion 1.5 frees gigabytes; clearing them costs a
@@ -18,7 +18,7 @@ import torch
 # Option numbers of mallopt in glibc's malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
 _RETAINING = {_MMAP_THRESHOLD: 2**30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**27}
-# The values that glibc's own adjustment reaches in a process that has freed one large tensor.
+# The values that glibc's dynamic adjustment reaches after one large tensor has been freed.
 _USUAL = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26, _TOP_PAD: 2**17}
 
 
@@ -33,7 +33,7 @@ def _glibc() -> ctypes.CDLL | None:
     return None
 
 
-# the setting is the whole process's: the first user sets it, the last resets it
+# the setting affects the whole process: the first user sets it, the last one resets it
 _users, _lock = 0, threading.Lock()
 
 
@@ -58,9 +58,10 @@ def _leave(library: ctypes.CDLL) -> None:
 
 @contextmanager
 def retained_between_steps(device: torch.device) -> Iterator[None]:
-    """Inside, freed memory stays with the process; afterwards all of it is returned to the system.
+    """Context manager in which freed memory stays with the process. On exit all of it is returned to the
+    system.
 
-    Does nothing on other devices, where torch caches memory itself, and without glibc.
+    Does nothing without glibc, or on other devices, because torch caches memory there.
     """
     library = _glibc() if torch.device(device).type == "cpu" else None
     if library is None:

@@ -1,4 +1,4 @@
-"""Splits a training batch into micro-batches: for several processes, or where memory is short."""
+"""Splits a training batch into micro-batches, for several processes or to save memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass evaluates. weight: its share of the batch's loss."""
+    """Samples of one forward pass. weight: their share of the batch's loss."""
 
     batch: Batch
     drawn: Draw
@@ -30,21 +30,21 @@ def micro_batches(batch: Batch, method: Method, config: TrainingConfig, timestep
     """Yields the micro-batches of a batch that this process evaluates.
 
     Noise and dropped captions are drawn for the whole batch, so the gradient does not depend on how it is
-    split. Captions are dropped before `method.on_batch`, whose result is trained on as it is. What a method
-    adds to a micro-batch (replay) gets noise of its own.
+    split. Captions are dropped before `method.on_batch`, and its result is not changed afterwards. Samples
+    that a method appends (replay) get newly drawn noise.
 
     Args:
-        batch: the whole batch, `B` rows.
-        method: its `on_batch` sees every micro-batch once.
+        batch: The whole batch, `B` rows.
+        method: Its `on_batch` gets every micro-batch once.
         config: `caption_dropout` and `noise_offset` are used.
-        timesteps: of the noise schedule.
-        generator: source of all random numbers, in the same state in every process.
-        group: the processes that share the batch.
-        size: rows per micro-batch, 0 = all rows of this process.
+        timesteps: Number of timesteps of the noise schedule.
+        generator: Draws all random numbers; it has the same state in every process.
+        group: The processes that share the batch.
+        size: Rows per micro-batch, 0 = all rows of this process.
     """
     count = len(batch)
     if group.size == 1 and not 0 < size < count and config.caption_dropout == 0:
-        batch = method.on_batch(batch)      # noise for added rows is drawn together with that of the others
+        batch = method.on_batch(batch)      # so that noise of appended rows is drawn in the same order
         yield MicroBatch(batch, draw(batch, timesteps, config, generator))
         return
     rows = group.share(count)
@@ -68,7 +68,7 @@ def drop_captions(batch: Batch, share: float, generator: torch.Generator) -> Bat
 
 def _extended(drawn: Draw, batch: Batch, timesteps: int, config: TrainingConfig,
               generator: torch.Generator) -> Draw:
-    """The draw of a batch to which a method has appended rows: theirs is drawn now."""
+    """Extends a draw to a batch with appended rows, by drawing their timesteps and noise."""
     count = len(drawn.timesteps)
     if len(batch) == count:
         return drawn

@@ -27,7 +27,7 @@ def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.
     """Draws uniform timesteps below `timesteps`, and Gaussian noise.
 
     With `noise_offset` a constant per sample and channel is added to the noise, as in CIDM's released code.
-    It lets the overall brightness of the pictures change.
+    It lets the model learn the overall brightness of pictures.
     """
     latents = batch.latents
     t = torch.randint(timesteps, (len(latents),), generator=generator)
@@ -51,12 +51,13 @@ def denoising_loss(backbone: Backbone, seen: Forward, config: TrainingConfig) ->
     """Computes the masked mean squared error between the UNet's output and its target.
 
     Args:
-        backbone: its schedule gives the Min-SNR weights (Hang et al. 2023).
-        seen: a forward pass; each sample's error is divided by its mask's area, so small masks count as much.
-        config: `min_snr_gamma` 0 leaves the Min-SNR weights out.
+        backbone: Its schedule determines the Min-SNR weights (Hang et al. 2023).
+        seen: A forward pass. Each sample's error is divided by the mask's area, so that small masks have the
+            same weight.
+        config: `min_snr_gamma` 0 turns Min-SNR weighting off.
 
     Returns:
-        The mean over the batch, with the samples' own weights, as a scalar with gradient.
+        Mean over the batch with the samples' weights, a scalar with gradient.
     """
     masks, output = seen.batch.masks, seen.output
     area = masks.sum((1, 2, 3)).clamp(min=1e-6) * output.shape[1]

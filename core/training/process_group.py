@@ -1,8 +1,8 @@
-"""Several processes that learn one concept together (`torchrun ... learn`), by data parallelism.
+"""Data-parallel training of one concept by several processes (`torchrun ... learn`).
 
 Each process takes a share of every batch, and gradients are averaged. All processes draw the whole batch from
-the same seed, so the result is that of one process with that batch, up to the order of sums. Only the first
-one writes files.
+the same seed, so the result equals that of a single process up to the order of sums. Only the first process
+writes files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class ProcessGroup:
         return self.rank == 0
 
     def share(self, count: int) -> Tensor:
-        """This process's rows of a batch of `count`. Raises ConceptError unless all get equally many."""
+        """This process's rows of a batch of `count`. Raises ConceptError unless the batch can be divided
+        equally.
+        """
         if count % self.size:
             raise ConceptError(f"a batch has {count} pictures; with {self.size} processes allowed: a "
                                f"multiple of {self.size}")
@@ -46,7 +48,7 @@ class ProcessGroup:
     def average_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Averages the gradients over processes, in place and in one exchange.
 
-        Afterwards a parameter has a gradient in all processes or in none.
+        Afterwards each parameter has a gradient either in all processes or in none.
         """
         if self.size == 1:
             return
@@ -80,13 +82,13 @@ def _is_launched() -> bool:
 
 
 def own_device(device: str) -> str:
-    """Resolves `cuda` to this process's own card on a machine with several."""
+    """Resolves `cuda` to this process's graphics card on a machine with several."""
     return f"cuda:{dist.get_node_local_rank()}" if device == "cuda" and _is_launched() else device
 
 
 @contextmanager
 def process_group(device: str = "cpu") -> Iterator[ProcessGroup]:
-    """Joins the processes that torchrun started; without torchrun, yields a group of one."""
+    """Joins the process group of torchrun. Without torchrun, yields a group of one process."""
     if not _is_launched():
         yield ONE_PROCESS
         return

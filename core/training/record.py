@@ -1,4 +1,4 @@
-"""Records of a run: its identity, by which checkpoints are matched, and the provenance of what it learned."""
+"""Records of a run: the identity that a checkpoint must match, and the provenance of the learned concept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Learned:
 
 
 def run_identity(task: Task, method: Method, data: TrainingData, config: TrainingConfig) -> dict:
-    """Everything that must agree for a checkpoint to belong to a run, as JSON values."""
+    """Identity of a run as JSON values. A checkpoint belongs to a run if these agree."""
     return {"concept": task.name, "class noun": task.class_noun, "method": method.name,
             "words": list(task.worded(method.word_count).word_names),
             "settings": method_settings(method), "training": asdict(config),
@@ -38,12 +38,14 @@ def run_identity(task: Task, method: Method, data: TrainingData, config: Trainin
 
 
 def run_key(identity: dict) -> str:
-    """A short name for a run; runs of the same identity have the same name."""
+    """A short hash of a run's identity, for file names."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def is_same_work(origin: Provenance, method: Method, config: TrainingConfig) -> bool:
-    """Whether a concept was learned with these settings. A setting that its record lacks had its default."""
+    """Whether a concept was learned with these settings. A setting missing from its record had its default
+    value.
+    """
     defaults = {"method": method_settings(make(method.name)), "training": asdict(TrainingConfig())}
     wanted = {"method": method_settings(method), "training": asdict(config)}
     had = {part: {**defaults[part], **dict(origin.settings.get(part, {}))} for part in wanted}
@@ -51,7 +53,7 @@ def is_same_work(origin: Provenance, method: Method, config: TrainingConfig) -> 
 
 
 def brief(value: object) -> str:
-    """A value for a message, cut to 200 characters."""
+    """A value for a message, truncated to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -73,7 +75,9 @@ def _versions() -> dict[str, str]:
 
 
 def _refuse_nan(outcome: Outcome, name: str) -> None:
-    """The last step may have diverged, and no later loss would show it."""
+    """Raises if the learned tensors hold NaN or infinity: the last step may have diverged, which no loss
+    shows.
+    """
     factors = [tensor for delta in outcome.deltas.values() for tensor in delta.tensors()]
     tensors = (*outcome.tokens.vectors.values(), *factors, *outcome.shared.values())
     if not all(torch.isfinite(tensor).all() for tensor in tensors):

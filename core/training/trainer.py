@@ -1,4 +1,4 @@
-"""The trainer: state and steps of one run. It knows no method by name and calls only the method's hooks."""
+"""The trainer: state and steps of one run. It uses a method only through its hooks."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class StepInfo:
     """What a callback receives after each optimiser step.
 
     Attributes:
-        step, total: steps done, and steps planned.
-        loss: the denoising loss, without the method's terms.
-        terms: the method's penalties by name, as added to the loss.
-        lr: learning rate of the last parameter group.
-        grad_norm: norm of all gradients before clipping.
-        snapshot: builds a bank with the concept as it is now, to sample from inside the callback.
-        monitors: the method's own figures, see Method.monitors.
+        step, total: Completed and planned steps.
+        loss: The denoising loss without the method's terms.
+        terms: The method's penalties by name, as added to the loss.
+        lr: Learning rate of the last parameter group.
+        grad_norm: Norm of all gradients before clipping.
+        snapshot: Builds a bank with the current state of the concept, for sampling in the callback.
+        monitors: Figures of the method, see Method.monitors.
     """
 
     step: int
@@ -58,7 +58,7 @@ class StepInfo:
 
 
 def lr_factor(config: TrainingConfig) -> Callable[[int], float]:
-    """The learning-rate schedule: step number -> factor on the rates."""
+    """The learning-rate schedule: step number -> factor on the learning rates."""
     def factor(step: int) -> float:
         if step < config.warmup:
             return (step + 1) / config.warmup
@@ -70,7 +70,7 @@ def lr_factor(config: TrainingConfig) -> Callable[[int], float]:
 
 
 class Trainer:
-    """One learning run. `state` is what a checkpoint holds; `step` may be called inside `session`."""
+    """One training run. `state` is the content of a checkpoint. Call `step` inside `session`."""
 
     def __init__(self, task: Task, method: Method, data: TrainingData, config: TrainingConfig,
                  group: ProcessGroup = ONE_PROCESS) -> None:
@@ -96,8 +96,8 @@ class Trainer:
         self.memory = TextMemory()
         self.losses: list[float] = []
         self.scores: list[float] = []      # of the evaluations so far
-        self._before: Tensor | None = None      # generator state at the start of a step that is under way
-        # from the first changed weight of a step to its end, when no state may be saved
+        self._before: Tensor | None = None      # generator state at the start of the current step
+        # True while a step changes weights; the state must not be saved then
         self.is_updating = False
 
     @property
@@ -114,7 +114,7 @@ class Trainer:
             yield
 
     def state(self) -> dict:
-        """Everything that a checkpoint holds."""
+        """The content of a checkpoint."""
         return {"identity": self.identity(), "modules": dict(self.method.state_dict()),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": {"last_epoch": self.scheduler.last_epoch},
@@ -126,7 +126,7 @@ class Trainer:
         return run_identity(self.task, self.method, self.data, self.config)
 
     def restore(self, path: Path) -> None:
-        """Continues from a checkpoint of this same run. Raises ConceptError for any other file."""
+        """Restores a checkpoint of this run. Raises ConceptError for any other file."""
         state = checkpoint.load(path)
         saved = state.get("identity", {})
         for key, value in self.identity().items():
@@ -153,7 +153,7 @@ class Trainer:
         return len(self.losses) >= self.config.steps or has_stalled(self.scores, self.config.patience)
 
     def snapshot(self) -> ConceptBank:
-        """The bank with what has been learned so far.
+        """The bank with the current state of the concept.
 
         Always-on concepts are left out, because their deltas are folded into the weights during training.
         """
@@ -163,7 +163,7 @@ class Trainer:
         return bank.add(Concept(self.info, outcome.tokens, outcome.deltas))
 
     def evaluate(self, evaluator: Evaluator | None) -> None:
-        """Scores the concept when an evaluation is due. One that an interruption cut off is due again."""
+        """Scores the concept when an evaluation is due. An interrupted evaluation is repeated."""
         config = self.config
         if evaluator is None or not config.patience:
             return
@@ -171,7 +171,7 @@ class Trainer:
             self.scores.append(float(evaluator(self.snapshot(), len(self.losses))))
 
     def step(self) -> StepInfo:
-        """Makes one optimiser step. Where memory runs out, it starts again with smaller micro-batches."""
+        """Makes one optimiser step. If memory runs out, it restarts the step with smaller micro-batches."""
         self._before = self.generator.get_state()
         while True:
             try:
@@ -183,7 +183,7 @@ class Trainer:
         total = self.group.mean(total)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        if not self.scaler.is_enabled():      # the scaler itself skips such steps
+        if not self.scaler.is_enabled():      # the gradient scaler skips such steps
             self._refuse_nan(norm, "gradient")
         lr = self.optimizer.param_groups[-1]["lr"]
         self._update(total)
@@ -191,7 +191,9 @@ class Trainer:
                         self.method.monitors())
 
     def _halve_micro_batches(self, error: Exception) -> None:
-        """Raises ConceptError if a micro-batch is one picture, or if other processes wait for this one."""
+        """Halves the micro-batch size. Raises ConceptError if it is already one picture, or with several
+        processes.
+        """
         size = self.micro_batch_size or self.config.batch_size * (2 if bool(self.data.is_prior.any()) else 1)
         if size == 1 or self.group.size > 1:
             raise ConceptError(f"memory ran out at step {len(self.losses) + 1} of concept '{self.task.name}' "
@@ -231,7 +233,7 @@ class Trainer:
         penalties = self.method.penalty(seen)
         whole = loss + sum(penalties.values())
         self._refuse_nan(whole, "loss")
-        if whole.requires_grad:      # not where no prompt of the batch names a word-bound concept
+        if whole.requires_grad:      # no gradient if no prompt of the batch names a word-bound concept
             self.scaler.scale(whole * share).backward()
         return loss.item(), {name: value.item() for name, value in penalties.items()}
 
@@ -262,7 +264,7 @@ class Trainer:
 
 def _optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     kind = optimizer_class(config.optimizer)
-    assert kind is not None      # the configuration has checked it
+    assert kind is not None      # checked by the configuration
     has_decay = "weight_decay" in inspect.signature(kind).parameters
     decay: dict[str, Any] = {"weight_decay": config.weight_decay} if has_decay else {}
     try:
