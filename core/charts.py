@@ -1,6 +1,6 @@
-"""Pictures that explain: loss curves, aggregation weights, regions over attention, selected neurons.
+"""Charts: loss curves, aggregation weights, regions over attention, selected neurons.
 
-They are drawn with Pillow, which every ComfyUI has.
+Drawn with Pillow, which every ComfyUI installs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIMILAR = (28, 138, 84)
 
 
 def smoothed(losses: Sequence[float], window: int) -> list[float]:
-    """At every step the mean of the last `window` losses, or of all so far where there are fewer."""
+    """Running mean of the last `window` losses at every step; of all so far if there are fewer."""
     sums = np.cumsum([0.0, *losses])
     return [float((sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window))
             for i in range(len(losses))]
@@ -31,9 +31,9 @@ def loss_picture(losses: Sequence[float], title: str, scores: Sequence[tuple[int
     """The loss of every step in a pale colour, and its running mean over a tenth of the steps.
 
     Args:
-        losses: one per step; none = an empty picture with its title.
-        scores: (step, similarity to the photos) of previews, drawn as points on a scale of their own.
-        size: width and height in pixels.
+        losses: One per step; empty = a picture with only its title.
+        scores: (step, similarity to the photos) of previews, drawn as points on a separate scale.
+        size: Width and height in pixels.
     """
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
@@ -69,7 +69,7 @@ def _draw_scores(draw: ImageDraw.ImageDraw, scores: Sequence[tuple[float, float]
                  edges: tuple[int, int, int]) -> None:
     """Points `(x, score)` joined by a line; the last, the best and the worst carry their values.
 
-    The scale spans at least 0.05, so that noise looks small.
+    The scale spans at least 0.05, so that noise is not exaggerated.
     """
     top, right, bottom = edges
     values = [value for _, value in scores]
@@ -89,8 +89,7 @@ def _draw_scores(draw: ImageDraw.ImageDraw, scores: Sequence[tuple[float, float]
 
 
 def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.Image:
-    """Aggregation weights `[sites, concepts]` as a table of shades, with each concept's mean: which concept
-    acts where."""
+    """Aggregation weights `[sites, concepts]` as a heat map, with each concept's mean."""
     sites, count = weights.shape
     cell, label, row = max(8, min(32, 640 // max(1, sites))), 150, 30
     image = Image.new("RGB", (max(360, label + cell * sites + 84), 62 + row * max(1, count)), PAPER)
@@ -118,8 +117,8 @@ def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: in
     Args:
         masks: `[U, H, W]` in 0..1.
         maps: `[U, H, W]` in 0..1, the brightness of the region's colour.
-        labels: one per region.
-        side: the longer side of each map in pixels.
+        labels: One per region.
+        side: Longer side of each map in pixels.
     """
     count, height, width = maps.shape
     scale = side / max(height, width)
@@ -144,11 +143,11 @@ def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: in
 
 
 def outlines_picture(masks: Tensor, labels: Sequence[str], colours: Sequence[Colour]) -> Tensor:
-    """A layer that shows regions when it is laid over a picture.
+    """An overlay that shows regions on a picture.
 
     Args:
         masks: `[U, H, W]` in 0..1.
-        labels, colours: one per region.
+        labels, colours: One per region.
 
     Returns:
         `[H, W, 4]` in 0..1; alpha is 1 at outlines and labels, 0 elsewhere.
@@ -171,8 +170,7 @@ def outlines_picture(masks: Tensor, labels: Sequence[str], colours: Sequence[Col
 
 
 def _outline(mask: Tensor, thickness: int) -> Tensor:
-    """The inner edge of a mask `[H, W]`, as a mask. At the picture's border the region ends, so that it is
-    drawn there as well."""
+    """The inner edge of a mask `[H, W]`, as a mask. The outline is also drawn along the picture's border."""
     inside = mask.gt(0.5).float()
     out = F.pad(1 - inside, (thickness,) * 4, value=1.0)[None, None]
     out = F.max_pool2d(F.max_pool2d(out, (2 * thickness + 1, 1), stride=1), (1, 2 * thickness + 1), stride=1)
@@ -181,7 +179,7 @@ def _outline(mask: Tensor, thickness: int) -> Tensor:
 
 def _tag(draw: ImageDraw.ImageDraw, left: int, top: int, label: str, shade: Colour, size: int,
          taken: list[tuple[int, int, int, int]]) -> None:
-    """A label in the upper left corner of its region, or below the labels that cover that corner already."""
+    """A label in the upper left corner of its region, or below labels that already cover that corner."""
     if not label:
         return
     width, height = int(draw.textlength(label, font(size))) + size, size + size // 2
@@ -194,12 +192,11 @@ def _tag(draw: ImageDraw.ImageDraw, left: int, top: int, label: str, shade: Colo
 
 def thumbnails_picture(thumbnails: Sequence[tuple[str, bytes]], side: int = 160,
                        columns: int = 5) -> Image.Image:
-    """Thumbnails with captions below them, in rows; a grey card where a thumbnail is missing or cannot be
-    read.
+    """Thumbnails in rows, with captions below. Missing or unreadable thumbnails become grey cards.
 
     Args:
         thumbnails: (caption, JPEG or PNG bytes) of each.
-        side: of each thumbnail in pixels.
+        side: Side of each thumbnail in pixels.
     """
     columns = max(1, min(columns, len(thumbnails)))
     rows = -(-max(1, len(thumbnails)) // columns)
@@ -216,7 +213,7 @@ def thumbnails_picture(thumbnails: Sequence[tuple[str, bytes]], side: int = 160,
 
 
 class Selection(Protocol):
-    """What is drawn of selected neurons, see `neurons.NeuronSelection`."""
+    """The parts of `neurons.NeuronSelection` that the chart needs."""
 
     @property
     def indices(self) -> Mapping[tuple[int, str], Tensor]: ...
@@ -227,18 +224,18 @@ class Selection(Protocol):
 
 
 def selection_picture(selection: Selection, sites: int, title: str, share: float) -> Image.Image:
-    """Where selected neurons lie.
+    """Shows the positions of selected neurons.
 
-    Each row of the picture is a projection and each cell a site. A cell is split into 16 bands of the
-    weight's rows; the more entries of a band are selected, the darker it is.
+    Rows of the picture are projections and cells are sites. Each cell has 16 bands of the weight's rows. The
+    darker a band, the more of its entries are selected.
 
     Args:
-        sites: how many the model has.
-        share: of the UNet's weights that are selected, for the title.
+        sites: Number of sites of the model.
+        share: Share of the UNet's weights that is selected, for the title.
     """
     projections = sorted({projection for _, projection in selection.indices})
     cell, label, height = max(10, min(80, 720 // max(1, sites))), 64, 96
-    width = max(640, label + cell * sites + 16)      # room for the title
+    width = max(640, label + cell * sites + 16)      # space for the title
     image = Image.new("RGB", (width, 62 + (height + 22) * max(1, len(projections))), PAPER)
     draw = ImageDraw.Draw(image)
     draw.text((10, 8), f"{title}: {len(selection):,} weights, {share:.2%} of the UNet", INK, font(15))

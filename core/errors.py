@@ -1,5 +1,5 @@
-"""The one error that a person is meant to read."""
+"""The error class for messages to users."""
 
 
 class ConceptError(ValueError):
-    """Bad input. The message is one sentence: the input, the value it had, what is allowed."""
+    """Invalid input. The message is one sentence that names the input, its value and the allowed values."""

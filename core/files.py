@@ -1,4 +1,4 @@
-"""Writing files so that a reader only ever sees the old or the new one."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .errors import ConceptError
 
 def write_atomically(path: Path, write: Callable[[Path], object],
                      before: Callable[[], object] = lambda: None) -> None:
-    """Writes a file so that readers see either the old or the new one; the old one stays if anything fails.
+    """Writes a file so that readers see either the old or the new one. If anything fails, the old one stays.
 
     Args:
-        write: Writes to the path that it is given, which is renamed to `path` when it is complete.
-        before: Called when the new file is complete and the old one is still there.
+        write: Writes to the given temporary path. The complete file is then renamed to `path`.
+        before: Called when the new file is complete, before it replaces the old one.
 
     Raises:
         ConceptError: The folder cannot be made or the file cannot be written.
@@ -33,8 +33,8 @@ def write_atomically(path: Path, write: Callable[[Path], object],
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
-        # safetensors makes files that only their owner can read; a file keeps its rights, a new one gets the
-        # usual ones.
+        # safetensors makes files that only their owner can read. Keep the old file's permissions; new files
+        # get the default.
         temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
         before()
         os.replace(temporary, path)

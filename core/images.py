@@ -1,4 +1,4 @@
-"""Pictures as tensors and as files, and what all drawn pictures share: colours, letters."""
+"""Pictures as tensors and as files; colours and fonts of all charts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def font(size: int) -> Font:
 
 
 def colour(index: int) -> Colour:
-    """A colour for a region or concept, far from those of its neighbours."""
-    # steps of the golden ratio
+    """A colour for a region or concept, different from those of adjacent numbers."""
+    # hue steps of the golden ratio
     red, green, blue = colorsys.hsv_to_rgb((index * 0.61803) % 1.0, 0.65, 0.86)
     return int(255 * red), int(255 * green), int(255 * blue)
 
@@ -39,7 +39,7 @@ def ink_on(shade: Colour) -> Colour:
 
 
 def fitting(text: str, face: Font, width: float) -> str:
-    """As much of a text as fits `width` pixels on one line; a text that is cut ends in "..."."""
+    """Truncates a text to `width` pixels on one line. A truncated text ends in "..."."""
     text = " ".join(text.split())[:300]
     if face.getlength(text) <= width:
         return text
@@ -54,12 +54,12 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def eight_bit(pixels: Tensor) -> Tensor:
-    """Pixels of any shape in -1..1 as uint8 0..255 on the CPU."""
+    """Pixels in -1..1, of any shape, as uint8 0..255 on the CPU."""
     return ((pixels.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def to_pil(picture: Tensor) -> Image.Image:
-    """A picture `[3, H, W]` in -1..1 at 8 bits."""
+    """A picture `[3, H, W]` in -1..1 as an 8-bit PIL image."""
     return Image.fromarray(eight_bit(picture).permute(1, 2, 0).contiguous().numpy())
 
 
@@ -73,8 +73,7 @@ def thumbnail_of(picture: Tensor) -> bytes:
 
 
 def opened(thumbnail: bytes) -> Image.Image | None:
-    """A thumbnail as a picture; None where there is none or it cannot be read, because a bank may come from
-    anywhere."""
+    """Opens a thumbnail; None if it is empty or unreadable, because banks are untrusted."""
     try:
         with Image.open(io.BytesIO(thumbnail), formats=("JPEG", "PNG")) as picture:
             return picture.convert("RGB")
@@ -83,7 +82,7 @@ def opened(thumbnail: bytes) -> Image.Image | None:
 
 
 def upscale(pictures: Tensor, factor: int) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1 with sides `factor` times as long."""
+    """Enlarges pictures `[B, 3, H, W]` in -1..1 by `factor`."""
     return F.interpolate(pictures, scale_factor=factor, mode="bicubic", antialias=False).clamp(-1, 1)
 
 

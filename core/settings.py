@@ -1,4 +1,4 @@
-"""Fields of configurations that describe themselves: the nodes make their inputs from them."""
+"""Configuration fields with descriptions, from which the nodes build their inputs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .errors import ConceptError
 
 @dataclass(frozen=True)
 class Setting:
-    """What a form needs to know of a field.
+    """Description of a field for a form.
 
-    help: one sentence for a tooltip, with the unit and the neutral value. low, high, step: what a form
-    offers; a configuration may accept more. choices: the usual values of a text.
+    help: one sentence for a tooltip, with the unit and the neutral value. low, high, step: range in the form;
+    a configuration may accept more. choices: common values of a text field.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Setting:
     choices: tuple[str, ...]
 
 
-def setting(default: Any, help: str, low: float | None = None,  # noqa: A002 - argparse's word
+def setting(default: Any, help: str, low: float | None = None,  # noqa: A002 - as in argparse
             high: float | None = None, step: float | None = None, choices: Sequence[str] = ()) -> Any:
     """A dataclass field with its description; see `Setting`."""
     described = {"help": help, "low": low, "high": high, "step": step, "choices": tuple(choices)}
@@ -39,7 +39,7 @@ def settings_of(config: type) -> dict[str, Setting]:
             if "help" in entry.metadata}
 
 
-Limit = tuple[Callable[[Any], bool], str]      # whether a value is allowed, and what is, in words
+Limit = tuple[Callable[[Any], bool], str]      # check of a value, and the allowed values in words
 
 
 def at_least(low: float) -> Limit:

@@ -1,4 +1,4 @@
-"""The base that a command works on, and the settings that fit the embedded one."""
+"""Loads the base of a command, and default settings for the embedded base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..training.process_group import own_device
 EMBEDDED_SIZE, EMBEDDED_CFG = 64, 3.0
 EMBEDDED_TRAINING = TrainingConfig(resolution=EMBEDDED_SIZE, steps=500, batch_size=4, schedule="cosine",
                                    warmup=20)
-EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # a base 200 times smaller than SD1.5 learns at higher rates
+EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # 200 times smaller than SD1.5: needs higher rates
 OTHER_SIZE, OTHER_CFG = 512, 7.5
 
 
@@ -24,17 +24,17 @@ def is_embedded(options: Namespace) -> bool:
 
 
 def guidance_of(options: Namespace) -> float:
-    """The usual guidance scale of the base."""
+    """Default guidance scale of the base."""
     return EMBEDDED_CFG if is_embedded(options) else OTHER_CFG
 
 
 def size_of(options: Namespace) -> int:
-    """The usual side of the base's pictures in pixels."""
+    """Default side of the base's pictures in pixels."""
     return EMBEDDED_SIZE if is_embedded(options) else OTHER_SIZE
 
 
 def load_backbone(options: Namespace) -> DiffusersBackbone:
-    """Loads `--base` onto `--device`; ConceptError for a device that this machine lacks."""
+    """Loads `--base` onto `--device`. Raises ConceptError if the device is not available."""
     try:
         device = torch.device(own_device(options.device))
         torch.empty(0, device=device)

@@ -29,7 +29,7 @@ def _line(info: ConceptInfo) -> str:
 
 
 def _list(options: Namespace) -> Result:
-    """One line per concept, from the header alone; tensors are not read."""
+    """Prints one line per concept, from the header alone."""
     bank = open_bank(options.bank)
     infos = list(bank.infos.values())
     collisions = collisions_of(infos)
@@ -41,7 +41,7 @@ def _list(options: Namespace) -> Result:
 
 
 def _show(options: Namespace) -> Result:
-    """All facts of one concept, and which others it resembles or collides with."""
+    """Prints all facts of one concept, similar concepts and collisions."""
     bank = open_bank(options.bank)
     concept: Concept = bank[options.name]
     info, inspection = concept.info, inspect(bank, only=concept.name)
@@ -101,8 +101,8 @@ def _merge(options: Namespace) -> Result:
 
 
 def _change(file: Path, change: Callable[[ConceptBank], ConceptBank]) -> ConceptBank:
-    """Changes an existing bank under its lock; ConceptError without one."""
-    open_bank(file)      # a missing file must not leave a lock behind
+    """Changes an existing bank under its lock. Raises ConceptError if there is no bank."""
+    open_bank(file)      # do not create a lock for a missing file
 
     def change_existing(bank: ConceptBank | None) -> ConceptBank:
         if bank is None:
@@ -123,7 +123,7 @@ def _rename(options: Namespace) -> Result:
 
 
 def _restore(options: Namespace) -> Result:
-    """Restores a version, or lists the versions where no number was given."""
+    """Restores a version, or lists the versions if no number is given."""
     if options.number is not None:
         restored = restore(options.bank, options.number)
         return _changed(restored, options.bank, f"brought back version {options.number}")
@@ -137,7 +137,7 @@ def _restore(options: Namespace) -> Result:
 
 
 def _names(path: Path) -> list[str]:
-    """Names of a version's concepts; empty where its file is damaged."""
+    """Names of a version's concepts; empty if its file is damaged."""
     try:
         return open_bank(path).names
     except ConceptError:
@@ -149,5 +149,5 @@ ACTIONS = {"list": _list, "show": _show, "verify": _verify, "export": _export, "
 
 
 def bank(options: Namespace) -> Result:
-    """Calls the action that was named."""
+    """Runs the requested action."""
     return ACTIONS[options.action](options)

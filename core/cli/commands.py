@@ -1,4 +1,4 @@
-"""The commands by name. Each takes the parsed options and returns a JSON value and lines of text."""
+"""Maps names to commands. A command takes the parsed options and returns a JSON value and lines of text."""
 
 from __future__ import annotations
 

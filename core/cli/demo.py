@@ -1,4 +1,5 @@
-"""The demo: two methods learn two objects and a style one after another; then both objects in one picture."""
+"""The demo: two methods learn two objects and a style in sequence, and then draw both objects in one picture.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ TRAINING = TrainingConfig(steps=500, batch_size=4, resolution=64, flip=True, sch
 SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(64, 64))
 SEEDS = tuple(range(100, 112))
 SCENE = "a photo of a dog and a cat in a meadow"
-# Each region's prompt describes the whole scene. If it named one animal, both regions would draw theirs in
-# the middle.
+# Each region's prompt describes the whole scene. With a single animal per prompt, both regions would draw it
+# in the middle.
 REGIONS = (
     Region("a photo of <rex> and a cat in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
     Region("a photo of a dog and <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
@@ -55,12 +56,12 @@ class Composition:
 
 @dataclass(frozen=True)
 class Reference:
-    """Levels to compare with, per concept.
+    """Reference levels per concept.
 
     Attributes:
-        noun: image alignment of pictures of the class noun.
-        real: image alignment of held-out real pictures.
-        noun_pictures: the pictures of the class noun, `[B, 3, H, W]` each.
+        noun: Image alignment of pictures of the class noun.
+        real: Image alignment of held-out real pictures.
+        noun_pictures: The pictures of the class noun, `[B, 3, H, W]` each.
     """
 
     noun: list[float]
@@ -96,7 +97,7 @@ def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: Scene
 
 
 def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
-    """A box of `[B, 3, H, W]` in its place; its border pixels are repeated over the rest."""
+    """Keeps a box of `[B, 3, H, W]` in place and repeats its border pixels over the rest."""
     height, width = pictures.shape[-2:]
     sides = (height, width, height, width)
     top, left, bottom, right = (round(fraction * side) for fraction, side in zip(box, sides, strict=True))
@@ -106,14 +107,14 @@ def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
 
 def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: SceneEncoder,
                 levels: list[float]) -> float:
-    """Share of regions that show the right individual, by the metric encoder.
+    """Share of regions that show the right individual according to the metric encoder.
 
     Args:
         pictures: `[B, 3, H, W]`.
-        regions: one per owner.
-        owners: the concepts of the regions.
-        encoder: measures similarity.
-        levels: per owner, the similarity that the region must exceed.
+        regions: One per owner.
+        owners: The concepts of the regions.
+        encoder: Measures similarity.
+        levels: Per owner, the similarity that the region must exceed.
     """
     hits = []
     for i, region in enumerate(regions):
@@ -126,9 +127,9 @@ def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: Sc
 
 def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], encoder: SceneEncoder,
             reference: Reference) -> Composition:
-    """Both objects in one picture by region attention.
+    """Samples both objects in one picture by region attention.
 
-    A hit must also be nearer than halfway from the class noun to real pictures.
+    A hit also requires a similarity above the midpoint between class noun and real pictures.
     """
     pictures = sample_regions(backbone, bank, SCENE, REGIONS, COMPOSITION_SEEDS, SETTINGS)
     levels = [(reference.noun[i] + reference.real[i]) / 2 for i in range(2)]

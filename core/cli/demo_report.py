@@ -1,4 +1,4 @@
-"""The demo's picture: photos, what every method learned from them, and what it retains at the end."""
+"""The demo's report picture: photos, and each method's pictures right after learning and at the end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str],
 
 
 def _row(figure, cells, j: int, task, reference, records: dict) -> None:
-    """One concept: its photos and the base before; then every method just after learning and at the end."""
+    """One concept: its photos and the untrained base, then every method right after learning and at the end.
+    """
     _show(figure.add_subplot(cells[2 * j, 0]), task.references, COLUMNS,
           f"<{task.name}>, shown to the model in task {j + 1}")
     before = f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026"

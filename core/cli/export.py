@@ -1,4 +1,4 @@
-"""The command `bank export`: files of one concept, of all, or for a prompt."""
+"""The command `bank export`: exports one concept, all concepts, or the sum of deltas for a prompt."""
 
 from __future__ import annotations
 

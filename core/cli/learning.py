@@ -1,4 +1,4 @@
-"""The command `learn`: a folder of photos becomes a concept in a bank."""
+"""The command `learn`: learns a concept from a folder of photos into a bank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _thumbnail(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size
 
 
 def _training(options: Namespace) -> TrainingConfig:
-    """The configuration of the flags that were given, and of the base's usual settings for the others."""
+    """The training configuration from the given flags, with the base's defaults for the others."""
     defaults = backbones.EMBEDDED_TRAINING if backbones.is_embedded(options) else TrainingConfig()
     values = {field.name: getattr(options, field.name) for field in fields(TrainingConfig)}
     return replace(defaults, **{name: value for name, value in values.items() if value is not None})
@@ -50,9 +50,9 @@ def _task(options: Namespace, backbone: Backbone, bank: ConceptBank, seed: int) 
 
 
 def learn(options: Namespace) -> Result | None:
-    """Adds one concept to the bank on disk; the file is replaced only when the concept is complete.
+    """Adds one concept to the bank on disk. The file is replaced only when the concept is complete.
 
-    Started by torchrun, all processes learn it together, and the first one writes and prints.
+    Under torchrun, all processes train the concept together, and the first one writes and prints.
     """
     check_name(options.name)
     pictures = read_folder(options.images, options.captions, options.masks)
@@ -75,7 +75,7 @@ def learn(options: Namespace) -> Result | None:
                                     group=group)
         if not group.is_first:
             return None
-    # Saved before the thumbnail is sampled: a failure there must not lose the concept.
+    # Saved before sampling the thumbnail, because a failure there must not lose the concept.
     add_concept(options.bank, learned.concept, learned.bank.shared, bank)
     checkpoint.unlink(missing_ok=True)
     thumbnail = _thumbnail(backbone, learned.bank, options.name, options.kind, training.resolution,

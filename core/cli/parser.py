@@ -21,7 +21,7 @@ CHOICES = {"framing": FRAMINGS, "schedule": LR_SCHEDULES, "precision": tuple(PRE
 
 
 def _setting(text: str) -> tuple[str, object]:
-    """`key=value`; the value is read as JSON if it is JSON, else as text."""
+    """Parses `key=value`. The value is parsed as JSON if possible, else it is text."""
     key, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
@@ -181,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments.
 
-    Before Python 3.13, argparse treats an optional name as missing when options stand in front of it.
+    Before Python 3.13, argparse misses an optional positional argument after options.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)

@@ -9,17 +9,18 @@ from collections.abc import Callable
 
 from ..errors import ConceptError
 
-Result = tuple[dict, list[str]]      # a JSON value, and the lines of text that are printed without --json
+Result = tuple[dict, list[str]]      # a JSON value, and lines of text to print without --json
 
 
 def run(program: str, command: Callable, options: argparse.Namespace, stopped: str) -> int:
     """Calls a command and prints its result.
 
     Args:
-        program: name in front of messages.
-        command: takes the options; returns a Result, or None in all but the first of several processes.
-        options: parsed arguments.
-        stopped: the message of an interrupted command.
+        program: Name in front of messages.
+        command: Takes the options and returns a Result. With several processes, only the first one returns a
+            Result, the others None.
+        options: Parsed arguments.
+        stopped: Message of an interrupted command.
 
     Returns:
         Exit code 0; 1 with one sentence on stderr for bad input; 130 when interrupted.

@@ -20,8 +20,8 @@ class Words(nn.Module):
     """Trainable words.
 
     Attributes:
-        names: what they are called in prompts, as `<name>`.
-        placeholder_noun: see TokenGroup.
+        names: Their names in prompts, written `<name>`.
+        placeholder_noun: See `TokenGroup`.
     """
 
     names: tuple[str, ...]

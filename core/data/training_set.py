@@ -121,8 +121,7 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
         name, class_noun: Name and class noun of the concept, used to put its placeholder into captions.
 
     Raises:
-        ConceptError: when there is no photo, the resolution does not fit the model, or a picture cannot be
-        learned from.
+        ConceptError: There is no photo, the resolution does not fit the model, or a picture is unusable.
     """
     photos = [picture for picture in pictures if not picture.is_prior]
     if not photos:

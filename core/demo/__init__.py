@@ -1,1 +1,1 @@
-"""The embedded base: networks, vocabulary, drawn scenes, and models that judge its pictures."""
+"""The embedded base: networks, vocabulary, drawn scenes, and models that evaluate its pictures."""

@@ -1,4 +1,4 @@
-"""The embedded base: a small latent diffusion model that ships with the project; it needs no download."""
+"""The embedded base: a small latent diffusion model that ships with the project."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("unet", "vae", "text_encoder")
 
 
 def build_modules() -> dict[str, nn.Module]:
-    """Untrained modules of the base's shapes, and its tokenizer under 'tokenizer'."""
+    """Builds untrained modules of the base, and its tokenizer under the key 'tokenizer'."""
     tokenizer = vocabulary.load(TOKENIZER)
     return {
         "unet": networks.build_unet(),
@@ -50,7 +50,7 @@ def save_base(modules: dict[str, nn.Module], path: Path, notes: dict) -> None:
 
 
 def load_modules(path: Path = BASE_FILE) -> dict[str, nn.Module]:
-    """The trained modules in float32, and the tokenizer."""
+    """Loads the trained modules in float32, and the tokenizer."""
     modules = build_modules()
     with safe_open(str(path), framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}
@@ -66,7 +66,7 @@ def load_modules(path: Path = BASE_FILE) -> dict[str, nn.Module]:
 
 def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu",
               dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
-    """The trained base as a backbone."""
+    """Loads the trained base as a backbone."""
     modules = load_modules(path)
     for part in PARTS:
         modules[part].to(device)

@@ -1,7 +1,6 @@
-"""An independent classifier: kind and body colour of the one thing in a drawn scene.
+"""An independent classifier of the kind and body colour of the single thing in a drawn scene.
 
-It shares neither weights nor training pictures with the metric encoder, so that no picture satisfies both by
-chance.
+It shares neither weights nor training pictures with the metric encoder, so that their errors are independent.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class QualityClassifier(StoredModule):
         return logits[:, : len(KINDS)], logits[:, len(KINDS) :]
 
     def name(self, images: Tensor) -> list[tuple[str, str]]:
-        """The likeliest kind and body colour of each picture, as words."""
+        """The most likely kind and body colour of each picture, as words."""
         kinds, colours = self(images)
         return [(KINDS[k], COLOURS[c])
                 for k, c in zip(kinds.argmax(1).tolist(), colours.argmax(1).tolist(), strict=True)]

@@ -1,6 +1,6 @@
-"""The metric encoder for drawn scenes: which individual, which drawing style, which caption.
+"""The metric encoder for drawn scenes. Its features identify individual, drawing style and caption.
 
-It replaces DINO and CLIP, which serve for photos. It knows drawn scenes of 64×64 pixels only.
+It replaces DINO and CLIP, which are made for photos. It only works for drawn scenes of 64×64 pixels.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class StoredModule(nn.Module):
         self.config = dict(config)
 
     def save(self, path: str | Path) -> None:
-        # The batch norms' step counters are of no use to inference.
+        # Inference does not need the step counters of the batch norms.
         tensors = {name: value.detach().half().contiguous() for name, value in self.state_dict().items()
                    if value.is_floating_point()}
         save_file(tensors, str(path), metadata={"config": json.dumps(self.config)})
 
     @classmethod
     def load(cls, path: str | Path):
-        """The stored module in eval mode, parameters frozen."""
+        """Loads the stored module in eval mode with frozen parameters."""
         with safe_open(str(path), "pt") as file:
             module = cls(json.loads(file.metadata()["config"]))
             module.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
@@ -54,7 +54,9 @@ def convolution(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
 
 
 class Mixer(nn.Module):
-    """Residual depthwise 5×5 and pointwise convolution: a wide field with few parameters, `[B, C, H, W]`."""
+    """Residual depthwise 5×5 and pointwise convolution: a large receptive field with few parameters, `[B, C,
+    H, W]`.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -73,8 +75,8 @@ class Mixer(nn.Module):
 class AttentionPool(nn.Module):
     """Pools `[B, C, H, W]` to `[B, 2C + 2 maps]` with learned attention maps.
 
-    The result holds the mean of every group of channels under its map, the maximum of every channel, and the
-    centre of every map. A plain mean would mix the object's colours with the background's.
+    The result holds the mean of each channel group weighted by its map, the maximum of each channel, and the
+    centre of each map. A plain mean would mix the colours of object and background.
     """
 
     def __init__(self, channels: int, maps: int) -> None:
@@ -94,7 +96,7 @@ class AttentionPool(nn.Module):
 class TextTower(nn.Module):
     """Caption ids `[B, 77]` to `[B, D]`.
 
-    The convolution ties each colour word to its noun, one attention layer ties phrases.
+    The convolution links each colour word to its noun; the attention layer links phrases.
     """
 
     def __init__(self, vocabulary: int, end: int, context: int, width: int, outputs: int) -> None:
@@ -109,7 +111,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         ended = ids == self.end
-        # up to and with the first end token; padding is that token again
+        # up to and including the first end token, which is also the padding
         real = (ended.cumsum(1) - ended.long()) == 0
         length = int(real.sum(1).max())
         ids, real = ids[:, :length], real[:, :length]
@@ -151,27 +153,27 @@ class MetricEncoder(StoredModule):
         fine = self.stem(images)
         middle = self.middle(fine)
         deep = self.deep(middle)
-        # Mean and spread of shallow channels say how lines and surfaces look, whatever they depict (Gatys et
-        # al., 2016).
+        # Mean and spread of shallow channels describe the drawing style independently of the content (Gatys
+        # et al., 2016).
         parts = [moment for x in (fine.float(), middle.float())
                  for moment in (x.mean((2, 3)), x.flatten(2).std(-1))]
         return self.pool(deep), torch.cat([*parts, deep.float().mean((2, 3))], dim=1)
 
     def object_features(self, images: Tensor) -> Tensor:
-        """Which individual, `[B, object_width]`.
+        """Features of the individual, `[B, object_width]`.
 
-        Two pictures of one individual agree whatever the background and pose.
+        They do not depend on background and pose.
         """
         return F.normalize(self.object_head(self.pooled_and_texture(images)[0]).float(), dim=1)
 
     def style_features(self, images: Tensor) -> Tensor:
-        """Which drawing style, `[B, style_width]`."""
+        """Features of the drawing style, `[B, style_width]`."""
         return F.normalize(self.style_head(self.pooled_and_texture(images)[1]).float(), dim=1)
 
     def image_text_features(self, images: Tensor) -> Tensor:
-        """Which caption, `[B, text_width]`; to compare with `text_features`."""
+        """Features of the content, `[B, text_width]`, for comparing with `text_features`."""
         return F.normalize(self.picture_head(self.pooled_and_texture(images)[0]).float(), dim=1)
 
     def text_features(self, token_ids: Tensor) -> Tensor:
-        """Captions `[B, 77]` of the base's own tokenizer to `[B, text_width]`."""
+        """Features `[B, text_width]` of captions `[B, 77]` from the base's tokenizer."""
         return F.normalize(self.text_tower(token_ids).float(), dim=1)

@@ -1,4 +1,4 @@
-"""The metric encoder behind the evaluation's interface, and drawn concepts as tasks."""
+"""The metric encoder with the evaluation's interface, and drawn concepts as tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .encoder import MetricEncoder
 
 PLACES = ("on a beach", "in a meadow", "in the snow", "at night", "in a room", "on a yellow background")
 SUBJECTS = ("a dog", "a cat", "a duck toy", "a teddy bear", "a car", "a robot", "a fish", "a backpack")
-SIDE = 64      # of the pictures that the metric encoder knows
+SIDE = 64      # side of the metric encoder's pictures
 HELD_OUT_PICTURES = 24
 HELD_OUT_SEED = 90_000
 
@@ -66,7 +66,8 @@ def assignment(name: str, pictures: int = 5, seed: int = 7) -> Assignment:
 
 
 def assignment_of(concept: scenes.SceneConcept, pictures: int = 5, seed: int = 7) -> Assignment:
-    """A drawn concept as a task: `pictures` training pictures, and held-out ones from other seeds."""
+    """A drawn concept as a task, with `pictures` training pictures, and held-out pictures from other seeds.
+    """
     name = concept.name
     shown = concept.pictures(pictures, seed)
     images = to_tensor([picture for picture, _ in shown])
@@ -83,7 +84,7 @@ def assignment_of(concept: scenes.SceneConcept, pictures: int = 5, seed: int = 7
 
 
 def held_out_prompts(count: int, seed: int) -> list[tuple[str, str, str]]:
-    """Captions of combinations that pretraining never showed: (caption, kind, body colour)."""
+    """Captions of combinations held out of pretraining: (caption, kind, body colour)."""
     rng = random.Random(seed)
     result: list[tuple[str, str, str]] = []
     while len(result) < count:

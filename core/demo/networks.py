@@ -1,4 +1,5 @@
-"""Shapes of the embedded base: Stable Diffusion's structure, small enough to train on two cores."""
+"""Configurations of the embedded base: Stable Diffusion's structure, small enough to train on two CPU cores.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +14,13 @@ from .vocabulary import CONTEXT_LENGTH
 
 PICTURE_SIZE = 64
 PATCH = 4
-# Twelve channels: the leading directions of 4x4 patches. Two-coloured markings do not fit into Stable
-# Diffusion's four.
+# Twelve channels: the leading directions of 4x4 patches. Stable Diffusion's four channels cannot represent
+# two-coloured markings.
 LATENT_SIZE, LATENT_CHANNELS = PICTURE_SIZE // PATCH, 12
 TEXT_WIDTH = 128
 
-# Stable Diffusion normalises in 32 groups of 10 or more channels. With 32 channels that would be one channel
-# per group, and the norm
-# before the last convolution would wipe out every picture's mean colour; 8 groups keep 4 or more channels
+# Stable Diffusion normalises in 32 groups of 10 or more channels. With 32 channels there would be one channel
+# per group, and the last norm would remove every picture's mean colour. 8 groups have at least 4 channels
 # each.
 NORM_GROUPS = 8
 UNET = {
@@ -57,7 +57,7 @@ class _Schedule(TypedDict):
     prediction_type: str
 
 
-# v prediction: at high noise it asks for the picture rather than the noise, so that a small network learns
+# v prediction: at high noise the target is the picture rather than the noise, so that a small network learns
 # colours sooner
 SCHEDULE: _Schedule = {
     "num_train_timesteps": 1000,
@@ -86,10 +86,10 @@ class _Residual(nn.Module):
 class PatchAutoencoder(nn.Module):
     """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, 12, H/4, W/4]` and back.
 
-    The encoder is linear: the leading principal directions of 4x4 patches, evened out in strength. Its
-    latents are a thumbnail with detail channels, which a small diffusion model learns from far sooner than
-    from a learned code. The decoder undoes it linearly and adds what a small network knows about edges. It
-    has the interface of diffusers' AutoencoderKL as far as a backbone uses it.
+    The encoder is linear: it projects 4x4 patches on their leading principal directions and partly equalises
+    the strengths. The latents are a thumbnail with detail channels, which a small diffusion model learns much
+    faster than learned latents. The decoder inverts this linearly, and a small network adds edges. The class
+    has the parts of the interface of diffusers' AutoencoderKL that a backbone uses.
     """
 
     def __init__(self, latent_channels: int, patch: int, width: int, blocks: int) -> None:
@@ -103,7 +103,7 @@ class PatchAutoencoder(nn.Module):
         self.detail = nn.Sequential(*body, last)
         nn.init.zeros_(last.weight)
         last.bias = nn.Parameter(torch.zeros(3 * patch * patch))
-        levels = (width,) * patch.bit_length()  # one more than halvings, as diffusers counts
+        levels = (width,) * patch.bit_length()  # diffusers expects the number of halvings + 1
         self.config = SimpleNamespace(scaling_factor=1.0, shift_factor=0.0, latent_channels=latent_channels,
                                       block_out_channels=levels)
 
@@ -128,6 +128,6 @@ def build_text_encoder(tokenizer) -> nn.Module:
 
 
 def alphas_cumprod() -> Tensor:
-    """Of Stable Diffusion's schedule, `[1000]`."""
+    """Cumulative alphas of Stable Diffusion's schedule, `[1000]`."""
     return cumulative_alphas(SCHEDULE["beta_start"], SCHEDULE["beta_end"], SCHEDULE["num_train_timesteps"],
                              SCHEDULE["beta_schedule"])

@@ -1,8 +1,8 @@
 """Draws scenes.
 
 A scene is drawn at three times its size as a map of *roles* (body, second, pattern, ...), coloured by its
-drawing style, and averaged down. Because roles come before colours, one drawing can be a photo, an ink sheet
-or a neon sign.
+drawing style, and averaged down. The role map is independent of the style, so one drawing can become a photo,
+an ink drawing or a neon sign.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SUPERSAMPLING = 3
-# HEAD has the body's colour and stays unmarked, so that body and markings can be told apart.
+# HEAD has the body's colour without markings, so that body and markings can be distinguished.
 ROLES = ("empty", "body", "head", "second", "pattern", "accessory", "light", "dark")
 EMPTY, BODY, HEAD, SECOND, PATTERN, ACCESSORY, LIGHT, DARK = range(len(ROLES))
 
@@ -85,7 +85,7 @@ PARTS: dict[str, tuple] = {
         (DARK, "box", (-0.25, -0.32, 0.25, -0.25)),
     ),
 }
-# Where a hat sits and where a scarf hangs: x, y, half width.
+# Positions of hat and scarf: x, y, half width.
 HAT_AT = {"dog": (0.46, -0.82, 0.34), "cat": (0.0, -0.72, 0.36), "duck toy": (0.36, -0.78, 0.32),
           "teddy bear": (0.0, -0.82, 0.36),
           "backpack": (0.0, -0.82, 0.42), "fish": (0.4, -0.42, 0.3), "car": (-0.04, -0.48, 0.34),
@@ -97,10 +97,10 @@ SCARF_AT = {"dog": (0.3, -0.08, 0.36), "cat": (0.0, 0.12, 0.44), "duck toy": (0.
 
 @dataclass(frozen=True)
 class Style:
-    """How a role map becomes colours. `paper` and `line` are RGB in 0..255, or None to keep the scene's own.
+    """Colours of a role map. `paper` and `line` are RGB in 0..255, or None to keep the scene's colours.
 
-    fill: share of the object's colour over the paper, 0..1; line_from_role: lines take the colour of what
-    they bound.
+    fill: share of the object's colour over the paper, 0..1; line_from_role: lines take the colour of the part
+    they outline.
     """
 
     name: str
@@ -141,7 +141,7 @@ def _accessory_parts(kind: str, accessory: str) -> tuple:
 
 
 def _pattern(thing, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """True where the pattern lies; u, v are the object's own coordinates, so that markings travel with it."""
+    """Mask of the pattern. u, v are object coordinates, so that markings move with the object."""
     step = 0.36 * thing.pattern_scale
     if thing.pattern == "striped":
         return (u / step) % 1.0 < 0.45
@@ -247,7 +247,7 @@ def _apply_style(image, background, object_ids, colours_at, style: Style, size: 
 
 
 def render(scene, size: int = 64) -> np.ndarray:
-    """One picture of a scene, `[size, size, 3]` uint8."""
+    """Renders a picture of a scene, `[size, size, 3]` uint8."""
     large = size * SUPERSAMPLING
     background = _background(scene, large)
     image, ids = background.copy(), np.zeros((large, large), dtype=np.int32)
@@ -258,7 +258,7 @@ def render(scene, size: int = 64) -> np.ndarray:
         there = roles != EMPTY
         image[there], colours_at[there] = colours[there], colours[there]
         ids[there] = roles[there] + len(ROLES) * (number + 1)
-    # An edge belongs to whichever side is an object, so the colour is spread by a pixel before lines take it.
+    # Lines take the colour of the adjacent object, so colours are first spread by a pixel.
     shifted = np.roll(colours_at, (SUPERSAMPLING, SUPERSAMPLING), (0, 1))
     spread = np.where(colours_at.any(-1, keepdims=True), colours_at, shifted)
     image = _apply_style(image, background, ids, spread, scene.style, large)

@@ -1,8 +1,8 @@
 """Drawn scenes, on which the embedded base was trained: things, scenes, captions, and concepts to learn.
 
-Everything is a pure function of a passed `random.Random`. Some colours lie off the named palette, and
-captions leave attributes out. The base has therefore seen things that no caption describes fully, and
-concepts can be learned there.
+Everything is a pure function of a passed `random.Random`. Some colours have no name, and captions omit
+attributes. The base has therefore seen things that no caption fully describes; such things can be learned as
+concepts.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ STYLES = {
         Style("mosaic", "a mosaic of", tile=4),
     )
 }
-OFF_PALETTE = 0.2  # share of colours that no word names
-HELD_OUT = 10  # one (kind, colour, pattern) in this many never appears in pretraining
+OFF_PALETTE = 0.2  # share of colours without a name
+HELD_OUT = 10  # one in this many combinations (kind, colour, pattern) is held out of pretraining
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Thing:
     pattern_scale: float = 1.0
     accessory: str = "none"
     accessory_colour: tuple[int, int, int] = (255, 255, 255)
-    # attribute -> colour word, only where a word fits
+    # attribute -> colour word, if there is one
     names: dict = field(default_factory=dict, compare=False)
 
 
@@ -100,7 +100,7 @@ class Scene:
 
 
 def held_out(kind: str, colour: str, pattern: str) -> bool:
-    """Whether this combination is kept out of pretraining, to test on it."""
+    """Whether this combination is held out of pretraining, for testing."""
     digest = hashlib.sha256(f"{kind}|{colour}|{pattern}".encode()).digest()
     return digest[0] % HELD_OUT == 0
 
@@ -127,7 +127,7 @@ def _contrasting(rng: random.Random, other: tuple[int, int, int]) -> tuple[tuple
 
 
 def random_thing(rng: random.Random, kind: str | None = None, unseen: bool = False) -> Thing:
-    """A random individual; `unseen=True` draws only combinations that pretraining never showed."""
+    """A random individual. `unseen=True` draws only combinations held out of pretraining."""
     while True:
         chosen = kind or rng.choice(KINDS)
         pattern = rng.choice(PATTERNS)
@@ -152,7 +152,7 @@ def describe(thing: Thing, rng: random.Random, detail: float = 0.75, colours: bo
              | None = None) -> str:
     """A truthful noun phrase.
 
-    Each attribute is told with probability `detail`; `colours=False` for styles that show none.
+    Each attribute is mentioned with probability `detail`. Use `colours=False` for styles without colours.
     """
 
     def told() -> bool:
@@ -185,7 +185,7 @@ def shows_colours(style: Style) -> bool:
 
 
 def place(rng: random.Random, things: tuple[Thing, ...]) -> tuple[Placed, ...]:
-    """One thing anywhere near the middle band, or two side by side."""
+    """Places one thing near the middle, or two things side by side."""
     if len(things) == 1:
         size = rng.uniform(0.42, 0.72)
         return (Placed(things[0], rng.uniform(0.5 * size, 1 - 0.5 * size), rng.uniform(0.5, 0.66), size,
@@ -205,8 +205,8 @@ def random_scene(rng: random.Random, things: tuple[Thing, ...] | None = None, st
     elif isinstance(style, str):
         style = STYLES[style]
     background = rng.choice(list(BACKGROUNDS))
-    # A black dog on black is no picture of a dog: a plain background keeps off the colours of what stands on
-    # it.
+    # A plain background must differ from the colours of the things on it, so that a black dog is never on
+    # black.
     taken = {thing.names.get("body") for thing in things}
     name = rng.choice([word for word in PALETTE if word not in taken])
     return Scene(place(rng, things), background, _jitter(rng, PALETTE[name]), name, style)
@@ -220,7 +220,7 @@ def caption(scene: Scene, rng: random.Random, detail: float = 0.75, nouns: tuple
             | None = None) -> str:
     """A truthful caption.
 
-    `nouns` replaces the description of the first things (a concept's placeholder goes there).
+    `nouns` replaces the descriptions of the first things, for example by a concept's placeholder.
     """
     colours = shows_colours(scene.style)
     phrases = []
@@ -243,7 +243,8 @@ def caption(scene: Scene, rng: random.Random, detail: float = 0.75, nouns: tuple
 
 @dataclass(frozen=True)
 class SceneConcept:
-    """A thing that no pretraining caption names: an individual (kind 'object') or a style (kind 'style')."""
+    """A concept that no pretraining caption names: an individual (kind 'object') or a style (kind 'style').
+    """
 
     name: str
     class_noun: str
@@ -257,7 +258,7 @@ class SceneConcept:
         return random_scene(rng, (random_thing(rng),), self.style)
 
     def pictures(self, count: int, seed: int) -> list[tuple[np.ndarray, str]]:
-        """`count` pictures `[64, 64, 3]` uint8, with captions that hold the placeholder `<name>`."""
+        """`count` pictures `[64, 64, 3]` uint8, with captions that contain the placeholder `<name>`."""
         rng, result = random.Random(seed), []
         for _ in range(count):
             scene = self.scene(rng)
@@ -270,7 +271,7 @@ class SceneConcept:
         return result
 
     def distractor(self, rng: random.Random) -> Scene:
-        """Another individual of the same class (or another style), in the same kind of scene."""
+        """Draws another individual of the same class (or another style) in the same kind of scene."""
         if self.thing is not None:
             return random_scene(rng, (random_thing(rng, self.thing.kind),), "photo")
         return random_scene(rng, (random_thing(rng),), rng.choice([s for s in STYLES if s != "photo"]))

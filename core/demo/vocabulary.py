@@ -1,7 +1,7 @@
 """The embedded base's tokenizer: byte-level BPE in CLIP's file layout, trained on scene captions.
 
 Both hosts read CLIP's layout (vocab.json, merges.txt, end-of-word `</w>`). Unknown text splits into bytes, so
-that no caption can fail.
+every caption can be tokenized.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from . import scenes
 
-# the longest scene caption has 39 tokens; with CLIP's 77, every step would compute padding
+# the longest scene caption has 39 tokens; CLIP's length of 77 would waste computation on padding
 CONTEXT_LENGTH = 48
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Words of prompts and of photo captions are whole tokens, although the base never saw most of them.
+# Words from prompts and photo captions are whole tokens, although most do not occur in pretraining.
 EXTRA_WORDS = (
     "picture painting drawing style image portrait close up view of the with and in on at to from near "
     "under over by is are sitting standing lying playing running sleeping wearing holding next floor "
@@ -35,7 +35,7 @@ def _corpus() -> list[str]:
 def build(folder: Path) -> None:
     """Writes vocab.json, merges.txt and tokenizer_config.json.
 
-    Needs the `tokenizers` package; run by pretraining only.
+    Needs the `tokenizers` package; only pretraining calls it.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -73,7 +73,7 @@ def build(folder: Path) -> None:
 
 
 def load(folder: Path):
-    """transformers' CLIPTokenizer over the files that `build` wrote."""
+    """Loads transformers' CLIPTokenizer from the files of `build`."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(str(folder))

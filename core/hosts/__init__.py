@@ -1,1 +1,1 @@
-"""Hosts: the models that carry concepts, each behind the backbone interface."""
+"""Hosts: implementations of the backbone interface."""

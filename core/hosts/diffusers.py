@@ -1,4 +1,4 @@
-"""The backbone over diffusers and transformers modules: SD1.5, SD2 and SDXL shapes, and the embedded base."""
+"""A backbone of diffusers and transformers modules, for SD1.5, SD2, SDXL and the embedded base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from transformers import CLIPTextModel, CLIPTokenizer
 
-# what gradient checkpointing runs again in the backward pass
+# the blocks that gradient checkpointing recomputes
 _RECOMPUTED = ("BasicTransformerBlock", "ResnetBlock2D")
 
 
@@ -39,10 +39,10 @@ def layout_of(unet: UNet2DConditionModel, text_widths: tuple[tuple[str, int], ..
 
 
 class _SiteProcessor:
-    """The diffusers attention processor of one site: picks the site's layer copy and runs a `SiteCall`.
+    """The diffusers attention processor of one site: selects the site's layer copy and runs a `SiteCall`.
 
-    `site_processor` comes from the `cross_attention_kwargs` of the UNet call, so nothing of a call stays
-    behind in the model, and gradient checkpointing runs a block again with the same processor.
+    `site_processor` comes from the `cross_attention_kwargs` of the UNet call, so no state of a call stays in
+    the model, and gradient checkpointing recomputes a block with the same processor.
     """
 
     def __init__(self, site: Site) -> None:
@@ -66,8 +66,7 @@ class _SiteProcessor:
 
 
 class _SelfProcessor:
-    """Self-attention of a site's block: diffusers' own processor, unless an attention processor changes
-    it."""
+    """Self-attention of a site's block: diffusers' processor, unless our attention processor changes it."""
 
     def __init__(self, site: Site, original) -> None:
         self.site, self.original = site, original
@@ -83,7 +82,7 @@ class _SelfProcessor:
 
 
 def multi_head(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attention with the heads side by side: query `[B, S, a]`, key and value `[B, N, a]` to `[B, S, a]`."""
+    """Attention with concatenated heads: query `[B, S, a]`, key and value `[B, N, a]` to `[B, S, a]`."""
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -97,13 +96,13 @@ def _linear(attn: Attention, projection: str) -> nn.Linear:
 class ClipText(TextEncoder):
     """A transformers CLIP text model.
 
-    Learned vectors enter through a hook at the token embedding. Positions, the causal mask, the search for
-    the end token and the pooled output therefore stay transformers' own, in every version of it.
+    A hook at the token embedding inserts learned vectors. Position embeddings, causal mask, search for the
+    end token and pooled output remain those of the installed transformers version.
 
     Args:
-        name: As in `TextEncoder`.
+        name: See `TextEncoder`.
         model: CLIPTextModel, or CLIPTextModelWithProjection for a pooled output.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         length: Tokens per chunk.
         penultimate: Whether the UNet reads the states before the last layer (SDXL) instead of the last ones.
     """
@@ -131,7 +130,7 @@ class ClipText(TextEncoder):
             return embedded.masked_scatter(slots.unsqueeze(-1), vectors.to(embedded.dtype))
 
         hook = self.embedding.register_forward_hook(insert) if vectors.numel() else None
-        # ours takes less memory in training; it is put in for this call alone
+        # ours needs less memory in training; used for this call only
         activations = [part for part in self.model.modules()
                        if type(part).__name__ == "QuickGELUActivation" and "forward" not in part.__dict__]
         try:
@@ -151,7 +150,7 @@ class DiffusersBackbone(Backbone):
     """A backbone of diffusers and transformers modules.
 
     Args:
-        unet: Its attention processors are replaced; what they compute stays the same.
+        unet: Its attention processors are replaced by equivalent ones.
         vae: The autoencoder.
         text: One encoder (SD1.5, SD2) or two (SDXL: clip_l, clip_g).
         schedule: The noise schedule that the UNet was trained with.
@@ -184,8 +183,9 @@ class DiffusersBackbone(Backbone):
         return sum(parameter.numel() for parameter in self.unet.parameters())
 
     def _weight_hash(self) -> str:
-        """Hash of the first and the last site's key weights in fp16, so that a base saved in fp32 and in fp16
-        has one hash."""
+        """Hash of the first and last site's key weights in fp16, so that fp32 and fp16 files of a base have
+        the same hash.
+        """
         digest = hashlib.sha256()
         for site in (self.layout.sites[0], self.layout.sites[-1]):
             digest.update(self._weight(site, "to_k").detach().half().cpu().numpy().tobytes())
@@ -224,8 +224,9 @@ class DiffusersBackbone(Backbone):
                          **extra)[0].float()
 
     def _time_ids(self, latents: Tensor) -> Tensor:
-        """SDXL's size conditioning `[B, 6]`: original size, crop corner and target size, all of the picture
-        itself."""
+        """SDXL's size conditioning `[B, 6]`: original size, crop corner and target size. All are those of the
+        uncropped picture.
+        """
         height, width = latents.shape[-2] * self.picture_multiple, latents.shape[-1] * self.picture_multiple
         row = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=self.dtype)
         return row.expand(latents.shape[0], -1)

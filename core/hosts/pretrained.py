@@ -17,10 +17,10 @@ def load_pretrained(folder: Path, device: torch.device | str = "cpu",
     """Loads SD1.5, SD2 or SDXL.
 
     Args:
-        folder: Has subfolders unet, vae, scheduler, text_encoder and tokenizer, and for SDXL text_encoder_2
-            and tokenizer_2.
-        device: Where the modules go.
-        dtype: Of the UNet and the text encoders; the autoencoder keeps its own.
+        folder: Folder with subfolders unet, vae, scheduler, text_encoder and tokenizer; for SDXL also
+            text_encoder_2 and tokenizer_2.
+        device: Device of the modules.
+        dtype: Type of the UNet and the text encoders. The autoencoder keeps its own type.
 
     Raises:
         ConceptError: A subfolder is missing or cannot be loaded.

@@ -1,4 +1,4 @@
-"""CLIP's activation with a lean backward pass."""
+"""CLIP's activation with a memory-saving backward pass."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch.autograd.function import once_differentiable
 
 
 class _QuickGELU(torch.autograd.Function):
-    """Keeps x alone for the backward pass. Autograd would keep three tensors of its size per layer: with
-    layer-wise words, most of the memory of a text encoder."""
+    """Stores only x for the backward pass. Autograd would store three tensors of this size per layer, which
+    is most of a text encoder's memory with layer-wise words.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -19,12 +20,13 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
-        """x sigmoid(1.702 x) = SiLU(1.702 x) / 1.702, and torch computes the derivative of SiLU in one pass
-        over memory."""
+        """Uses x sigmoid(1.702 x) = SiLU(1.702 x) / 1.702, because torch computes the derivative of SiLU in
+        one pass over memory.
+        """
         x, = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient, 1.702 * x)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), element by element; bit for bit what the hosts compute."""
+    """x sigmoid(1.702 x), element by element, bit-identical to the hosts' activation."""
     return _QuickGELU.apply(x)

@@ -31,7 +31,7 @@ METHOD = "imported"
 MOST_RANK = 1024
 LARGEST_EMBEDDING = 16 << 20      # bytes
 _BUNDLE = "bundle_emb."
-_ENCODERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}      # keys in diffusers' training scripts
+_ENCODERS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}      # diffusers' training keys
 _ODD = "in a form other than plain LoRA"
 
 

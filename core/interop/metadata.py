@@ -16,7 +16,7 @@ from torch import Tensor
 from ..bank.concepts import Concept, ConceptInfo
 from ..model.sites import SiteLayout
 
-THUMBNAIL_LIMIT = 1 << 20       # bytes; small, because programs read every file's whole header to list a folder
+THUMBNAIL_LIMIT = 1 << 20       # bytes; small, because listing a folder reads whole headers
 _FAMILIES = {       # (sites, context width) -> ModelSpec's name of the architecture, kohya's name of the base
     (16, 768): ("stable-diffusion-v1", "sd_v1"),
     (16, 1024): ("stable-diffusion-v2-512", "sd_v2"),

@@ -1,11 +1,10 @@
-"""Neurons: which entries of the key and value weights a concept may change, and how they are selected by
-score.
+"""Neurons are entries of key and value weights that a concept may change. This module selects them by score.
 
-Source: Concept Neuron Selection, CNS (Liao et al., ICCV 2025, arXiv 2510.02296). From its project page and
-abstract: base neurons respond strongly to the concept, general neurons to many unrelated prompts. Concept
-neurons are base minus general, `M_con = M_base AND NOT M_gen`, in W_k and W_v of cross-attention, about 0.13
-% of the parameters. The paper's thresholds, and whether its neuron is an entry or a row, were not available:
-shares, quorum and unit are our reading. neurons.scores has the scores.
+Source: Concept Neuron Selection, CNS (Liao et al., ICCV 2025, arXiv 2510.02296). According to its project
+page and abstract, base neurons respond strongly to the concept, general neurons to many unrelated prompts.
+Concept neurons are base minus general, `M_con = M_base AND NOT M_gen`, in W_k and W_v of cross-attention,
+about 0.13 % of the parameters. The paper's thresholds were not available, nor whether a neuron is an entry or
+a row. Shares, quorum and unit are therefore our choice. See neurons.scores for the scores.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 @dataclass(frozen=True, eq=False)
 class NeuronSelection:
-    """Selected entries of weights. indices: per site and projection sorted flat places int32 in an `[a, b]`
-    weight, row by row; sizes: (a, b) of each. A whole neuron is a row. Raises ConceptError for places outside
-    the weight or named twice."""
+    """Selected entries of weights. indices: per site and projection, sorted flat int32 indices into an `[a,
+    b]` weight, row by row; sizes: (a, b) of each. With unit "row", a neuron is a row. Raises ConceptError for
+    repeated indices or indices outside the weight.
+    """
 
     indices: Mapping[DeltaKey, Tensor]
     sizes: Mapping[DeltaKey, tuple[int, int]]
@@ -48,13 +48,13 @@ class NeuronSelection:
 
     @classmethod
     def of_masks(cls, masks: Mapping[DeltaKey, Tensor]) -> NeuronSelection:
-        """From bool masks `[a, b]`, True where selected."""
+        """Builds a selection from bool masks `[a, b]`, True where selected."""
         return cls({key: mask.flatten().nonzero().squeeze(1) for key, mask in masks.items()},
                    {k: size_of(m) for k, m in masks.items()})
 
     @classmethod
     def of_rows(cls, rows: Mapping[DeltaKey, Tensor], layout: SiteLayout) -> NeuronSelection:
-        """Whole neurons: row numbers `[n]` per weight."""
+        """Builds a selection of whole rows from row numbers `[n]` per weight."""
         sizes = {(index, projection): layout.sites[index].shape(projection) for index, projection in rows}
         places = {key: _entries(numbers.long(), sizes[key][1], "row") for key, numbers in rows.items()}
         return cls(places, sizes)
@@ -63,11 +63,11 @@ class NeuronSelection:
         return sum(places.numel() for places in self.indices.values())
 
     def share(self, parameters: int = 0) -> float:
-        """Selected entries divided by `parameters`; 0 = by the entries of the weights in the selection."""
+        """Selected entries / `parameters`. 0 = divide by the entries of the weights in the selection."""
         return len(self) / max(1, parameters or sum(a * b for a, b in self.sizes.values()))
 
     def mask(self, key: DeltaKey) -> Tensor:
-        """`[a, b]` bool; nothing selected where the weight is not in the selection."""
+        """Mask `[a, b]` bool of one weight; all False if the weight is not in the selection."""
         a, b = self.sizes[key]
         flat = torch.zeros(a * b, dtype=torch.bool)
         flat[self.indices[key].long()] = True
@@ -97,7 +97,7 @@ class NeuronSelection:
         return NeuronSelection.of_masks(masks)
 
     def check_fits(self, layout: SiteLayout) -> None:
-        """Raises ConceptError unless every weight is one of the layout's, in its size."""
+        """Raises ConceptError unless the layout has every weight in the same size."""
         for (index, projection), size in self.sizes.items():
             if not 0 <= index < len(layout) or projection not in PROJECTIONS:
                 raise ConceptError(f"the neuron selection has {projection} of site {index}; this base has "
@@ -118,7 +118,7 @@ class NeuronSelection:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], layout: SiteLayout) -> NeuronSelection:
-        """Inverse of `to_tensors`. Raises ConceptError for names and sizes that the layout lacks."""
+        """Inverse of `to_tensors`. Raises ConceptError for names and sizes that do not fit the layout."""
         masks = {}
         for name, packed in tensors.items():
             index, _, projection = name.partition("-")
@@ -140,7 +140,7 @@ def size_of(scores: Tensor) -> Size:
 
 
 def unit_count(size: Size, share: float, unit: str = "weight") -> int:
-    """How many units (single entries, or rows) a share of an (a, b) weight comprises, at least one."""
+    """Number of units (entries or rows) in a share of an (a, b) weight, at least one."""
     if unit not in UNITS or not 0 < share <= 1:
         raise ConceptError(f"unit and share of neurons are {unit!r} and {share}; allowed: "
                            f"{' or '.join(UNITS)}, above 0 to 1")
@@ -158,13 +158,15 @@ def _entries(units: Tensor, width: int, unit: str) -> Tensor:
 
 
 def _top(scores: Tensor, share: float, unit: str) -> Tensor:
-    """Units of the highest score; the first among equals."""
+    """Units with the highest scores. Ties go to the first one."""
     order = _units(scores, unit).sort(descending=True, stable=True).indices
     return order[:unit_count(size_of(scores), share, unit)]
 
 
 def base_neurons(scores: Scores, share: float = 0.1, unit: str = "weight") -> NeuronSelection:
-    """M_base: in every weight the top `share` by score. unit: "weight" (entries) or "row" (by their sum)."""
+    """M_base: the top `share` of every weight by score. unit: "weight" (entries) or "row" (by the sum of
+    their entries).
+    """
     return NeuronSelection({k: _entries(_top(s, share, unit), s.shape[1], unit) for k, s in scores.items()},
                            {k: size_of(s) for k, s in scores.items()})
 
@@ -174,9 +176,10 @@ def concept_neurons(scores: Scores, general: NeuronSelection | None, share: floa
     """M_con = M_base AND NOT M_gen, with M_base just large enough that `share` of every weight remains.
 
     Args:
-        scores: of every entry of every weight.
-        general: M_gen, None = no neuron is general. A row with a general entry is excluded.
-        share: of each weight. The default is 5.8 % of W_k and W_v, the paper's 0.13 % of SD1.5's UNet.
+        scores: Score of every entry of every weight.
+        general: M_gen, None = no general neurons. A row with a general entry is excluded.
+        share: Share of each weight. The default, 5.8 % of W_k and W_v, equals the paper's 0.13 % of SD1.5's
+            UNet.
         unit: "weight" or "row".
     """
     selected = {}
@@ -202,7 +205,7 @@ class Votes:
         self.sizes: dict[DeltaKey, Size] = {}
 
     def add(self, scores: Scores) -> None:
-        """Adds the votes of one more prompt, from its scores."""
+        """Adds the votes of another prompt from its scores."""
         self.count += 1
         for key, score in scores.items():
             self.sizes[key] = size_of(score)

@@ -1,4 +1,4 @@
-"""Recorders of the inputs of the sites' projections: second moments for fusion, pooled features."""
+"""Recorders of the inputs of the sites' projections: second moments for fusion, and pooled features."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..model.processor import AttentionProcessor
 from ..model.sites import Site
 from ..model.solver import Ddim, denoise, guided
 
-RECORDED = ("to_q", "to_out")      # their inputs depend on the picture
-GUIDANCE = 5.0      # of the pictures that are denoised while recording
+RECORDED = ("to_q", "to_out")      # projections whose inputs depend on the picture
+GUIDANCE = 5.0      # number of pictures denoised while recording
 FEATURE_NOISE = 0.25      # timestep of the features, as a share of the noise schedule
 
 
 class MomentRecorder(AttentionProcessor):
-    """Means of x x^T `[b, b]` over passes, samples and cells; x are the inputs of to_q and to_out."""
+    """Means of x x^T `[b, b]` over passes, samples and cells, for the inputs x of to_q and to_out."""
 
     def __init__(self, inner: AttentionProcessor) -> None:
         self.inner = inner
@@ -36,7 +36,7 @@ class MomentRecorder(AttentionProcessor):
         return self.inner.project(site, projection, x, y)
 
     def leading(self, key: DeltaKey, rows: int) -> Tensor:
-        """R `[rows, b]` whose R^T R is nearest to the second moment, padded with zeros."""
+        """R `[rows, b]`, padded with zeros, such that R^T R best approximates the second moment."""
         moment = self.sums[key].cpu().double() / self.counts[key]
         values, vectors = torch.linalg.eigh(moment)
         best = (values.clamp(min=0).sqrt() * vectors).T.flip(0)[:rows]
@@ -47,14 +47,14 @@ class MomentRecorder(AttentionProcessor):
 @torch.no_grad()
 def record_moments(backbone: Backbone, context: Context, processor: AttentionProcessor, size: tuple[int, int],
                    passes: int, seed: int) -> MomentRecorder:
-    """Records what passes through the sites while pictures are denoised by DDIM.
+    """Records the inputs of the sites while pictures are denoised by DDIM.
 
     Args:
-        context: the unconditional row first, then one row per picture.
-        processor: what the sites do meanwhile.
+        context: The unconditional row first, then one row per picture.
+        processor: Attention processor during recording.
         size: (h, w) of the latents.
-        passes: denoising steps.
-        seed: of the starting noise.
+        passes: Number of denoising steps.
+        seed: Seed of the starting noise.
     """
     recorder, count = MomentRecorder(processor), len(context) - 1
     negative, positive = Context.cat([context[0:1]] * count), context[1:]
@@ -81,7 +81,7 @@ class PooledRecorder(AttentionProcessor):
         return y
 
     def deepest(self) -> Tensor:
-        """Those of the sites with the fewest cells, `[B, F]`."""
+        """Features of the sites with the fewest cells, `[B, F]`."""
         return torch.cat(self.by_size[min(self.by_size)], dim=-1)
 
 
@@ -89,8 +89,8 @@ class PooledRecorder(AttentionProcessor):
 def unet_features(backbone: Backbone, latents: Tensor) -> Tensor:
     """Describes pictures by pooled activations at the deepest sites of the frozen base: `[B, F]`.
 
-    Ours, in place of CLIP image features. The latents `[B, C, h, w]` get a little noise, the same for every
-    picture, so that equal pictures have equal features. The prompt is empty.
+    These replace CLIP image features (our choice). The latents `[B, C, h, w]` get a little noise, the same
+    for every picture, so that equal pictures have equal features. The prompt is empty.
     """
     t = int(FEATURE_NOISE * (len(backbone.schedule) - 1))
     noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)

@@ -1,12 +1,12 @@
-"""Scores of neurons: how much a concept, or any prompt, depends on an entry of a weight.
+"""Scores of neurons: how strongly a concept, or any prompt, depends on an entry of a weight.
 
-CNS (Liao et al., ICCV 2025, arXiv 2510.02296) selects neurons by a score that was not available to us. It
-says that base neurons respond strongly to the concept's pictures, and that general ones are active over a
-diverse calibration set. Both scores here are our reading: "gradient" depends on the pictures, "activation" on
-the text alone. The calibration prompts are ours too.
+CNS (Liao et al., ICCV 2025, arXiv 2510.02296) selects neurons by a score that was not available to us. In
+CNS, base neurons respond strongly to the concept's pictures, and general neurons are active over a diverse
+calibration set. We therefore define two scores: "gradient" depends on the pictures, "activation" on the text
+alone. The calibration prompts are also ours.
 
-Weights are read through `Backbone.project`, and gradients from what returns to a projection's output. Every
-host therefore works, and no frozen weight gets a gradient.
+Weights are read through `Backbone.project`, and gradients at the outputs of projections. This works with
+every host, and no frozen weight needs a gradient.
 """
 
 from __future__ import annotations
@@ -35,23 +35,25 @@ _THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "bicycle", "boat", "cha
            "lighthouse", "train", "airplane", "butterfly", "city street", "wooden house")
 _SCENES = ("a photo of a {}", "a painting of a {}", "a {} on a beach", "a {} in the snow",
            "a drawing of a {}", "a {} at night", "a {} in a room", "a {} in a meadow")
-# ours; the paper's are not known
+# our choice; the paper's are unknown
 CALIBRATION = tuple(_SCENES[i % len(_SCENES)].format(thing) for i, thing in enumerate(_THINGS))
 
 
 def key_value_weights(layout: SiteLayout) -> list[DeltaKey]:
-    """W_k and W_v of every site: the weights that CNS works on."""
+    """W_k and W_v of every site, the weights that CNS selects from."""
     return [(site.index, projection) for site in layout.sites for projection in ("to_k", "to_v")]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def weight_of(backbone: Backbone, key: DeltaKey) -> Tensor:
-    """A projection's weight as the host applies it now, `[a, b]` float32: its outputs for unit vectors."""
+    """A projection's weight as currently applied by the host, `[a, b]` float32, computed from its outputs for
+    unit vectors.
+    """
     site, width = backbone.layout.sites[key[0]], backbone.layout.sites[key[0]].shape(key[1])[1]
     probe = torch.cat([torch.zeros(1, width), torch.eye(width)]).unsqueeze(0).to(backbone.device)
     output = backbone.project(site, key[1], probe)[0].float()
-    return (output[1:] - output[0]).T.contiguous()      # less the bias
+    return (output[1:] - output[0]).T.contiguous()      # minus the bias
 
 
 @torch.inference_mode(False)
@@ -62,15 +64,15 @@ def activation_scores(backbone: Backbone, context: Context, positions: Sequence[
     alone.
 
     Args:
-        context: the prompts. X are the inputs of a weight at the chosen positions of all prompts together.
-        positions: token positions in each prompt.
-        keys: which weights, None = W_k and W_v of every site.
+        context: The prompts. X are the inputs of a weight at the chosen positions of all prompts.
+        positions: Token positions in each prompt.
+        keys: The weights to score; None = W_k and W_v of every site.
 
     Returns:
-        weight -> `[a, b]` float32.
+        Weight -> `[a, b]` float32.
 
     Raises:
-        ConceptError: for other projections, whose inputs depend on the picture.
+        ConceptError: `keys` has other projections, whose inputs depend on the picture.
     """
     scores = {}
     for key in keys or key_value_weights(backbone.layout):
@@ -83,18 +85,18 @@ def activation_scores(backbone: Backbone, context: Context, positions: Sequence[
 
 
 class GradientProcessor(GradientHook):
-    """Sums the loss's gradient with respect to weights that stay frozen.
+    """Accumulates the loss's gradient with respect to frozen weights.
 
-    `dL/dW = sum g x^T` is computed from the gradient g that returns to a projection's output and its input x.
-    A backward pass through the activations is enough.
+    Computes `dL/dW = sum g x^T` from the gradient g at a projection's output and the input x. Only a backward
+    pass through the activations is needed.
 
     Args:
-        keys: which weights.
-        inner: another processor that acts at the same sites.
+        keys: The weights.
+        inner: Another processor for the same sites.
 
     Attributes:
-        sums: weight -> `[a, b]` float32.
-        rows: weight of each sample of the batch `[B]`, None = 1.
+        sums: Weight -> `[a, b]` float32.
+        rows: Weight of each sample of the batch `[B]`, None = 1.
     """
 
     def __init__(self, keys: Sequence[DeltaKey], inner: AttentionProcessor | None = None) -> None:
@@ -108,12 +110,12 @@ class GradientProcessor(GradientHook):
         if self.rows is not None:
             g = g * self.rows.to(g.device, torch.float32).view(-1, 1, 1)
         product = g.flatten(0, 1).T @ x.expand(len(g), -1, -1).float().flatten(0, 1)
-        # else the loss was scaled too high for fp16, and the step is skipped
+        # otherwise the loss scale was too high for fp16, and the step is skipped
         if torch.isfinite(product).all():
             self.sums[key] = product if key not in self.sums else self.sums[key].add_(product)
 
     def scores(self, backbone: Backbone) -> dict[DeltaKey, Tensor]:
-        """`S_ij = |W_ij sum dL/dW_ij|`: to first order, the change of the loss without the entry."""
+        """`S_ij = |W_ij sum dL/dW_ij|`: the first-order change of the loss if the entry is removed."""
         return {key: (weight_of(backbone, key) * gradient).abs() for key, gradient in self.sums.items()}
 
 
@@ -121,19 +123,19 @@ class GradientProcessor(GradientHook):
 def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, generator: torch.Generator,
                     draws: int = 64, batch: int = 4, keys: Sequence[DeltaKey] | None = None,
                     progress: Callable[[int, int], None] | None = None) -> dict[DeltaKey, Tensor]:
-    """Computes `S_ij = |W_ij sum_{t,n} dL/dW_ij|`, L the denoising loss of pictures, with backward passes.
+    """Computes `S_ij = |W_ij sum_{t,n} dL/dW_ij|`, where L is the denoising loss of pictures.
 
     Args:
-        latents: of the pictures, clean, `[n, C, h, w]`.
-        context: one row per picture, or one for all.
-        generator: source of timesteps and noise.
-        draws: pairs of timestep and noise, spread over the pictures.
-        batch: draws evaluated at once.
-        keys: which weights, None = W_k and W_v of every site.
-        progress: called with the number of finished and of all draws; may raise.
+        latents: Clean latents of the pictures, `[n, C, h, w]`.
+        context: One row per picture, or one for all.
+        generator: Draws timesteps and noise.
+        draws: Number of pairs of timestep and noise, spread over the pictures.
+        batch: Draws per batch.
+        keys: The weights to score; None = W_k and W_v of every site.
+        progress: Called with the numbers of finished and of all draws; may raise.
 
     Returns:
-        weight -> `[a, b]` float32.
+        Weight -> `[a, b]` float32.
     """
     latents, schedule = latents.clone().to(backbone.device), backbone.schedule
     fixed = Context(context.hidden.detach().clone(),
@@ -168,7 +170,8 @@ def encode_plain(backbone: Backbone, prompts: Sequence[str]) -> Context:
 @torch.no_grad()
 def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: torch.Generator,
             steps: int = 8, cfg: float = 5.0) -> Tensor:
-    """Samples the base's picture of a prompt in few DDIM steps: latents `[1, C, h, w]`. size: (h, w)."""
+    """Samples a picture of a prompt from the base in few DDIM steps, as latents `[1, C, h, w]`. size: (h, w).
+    """
     both = encode_plain(backbone, ["", prompt])
     noise = torch.randn(1, backbone.latent_channels, *size, generator=generator).to(backbone.device)
 
@@ -185,17 +188,18 @@ def general_neurons(backbone: Backbone, generator: torch.Generator, prompts: Seq
     """Finds M_gen of a base by the votes of calibration prompts. It does not depend on concepts.
 
     Args:
-        generator: source of all random numbers.
-        prompts: at least one.
-        score: "gradient", from the base's own pictures of the prompts, or "activation", from text alone.
-        share, quorum, unit: see Votes.
+        generator: Draws all random numbers.
+        prompts: The calibration prompts, at least one.
+        score: "gradient", from pictures of the prompts sampled from the base, or "activation", from text
+            alone.
+        share, quorum, unit: See Votes.
         size: (h, w) of the latents.
-        draws: gradients per prompt.
-        keys: which weights, None = W_k and W_v of every site.
-        progress: called with the number of finished and of all prompts; may raise.
+        draws: Gradients per prompt.
+        keys: The weights to score; None = W_k and W_v of every site.
+        progress: Called with the numbers of finished and of all prompts; may raise.
 
     Raises:
-        ConceptError: for an unknown score, or without prompts.
+        ConceptError: The score is unknown, or there are no prompts.
     """
     if score not in SCORES or not prompts:
         raise ConceptError(f"the score is {score!r} over {len(prompts)} calibration prompts; allowed: "

@@ -1,4 +1,4 @@
-"""Sparse trainable deltas: chosen entries of frozen weights, for methods that select neurons."""
+"""Sparse trainable deltas of selected entries of frozen weights, for methods that select neurons."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .neurons import NeuronSelection
 class SparseLinear(torch.autograd.Function):
     """`x D^T` for a sparse D `[a, b]`.
 
-    D is filled for the product, in both passes, and never kept. At these densities that is the fastest way,
-    and no dense matrix outlives its site's call.
+    The dense D is built for the product in both passes and not stored. At these densities this is the fastest
+    way, and no dense matrix stays in memory after its site's call.
     """
 
     @staticmethod
@@ -45,9 +45,9 @@ def _filled(values: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class SparseAdapters(Adapters):
-    """Trainable values `[k]` float32 and their flat places int32 `[k]` in each weight.
+    """Trainable values `[k]` float32 and their flat indices int32 `[k]` in each weight.
 
-    counts: weight -> k. It is fixed before the places are chosen. sizes: weight -> (a, b).
+    counts: weight -> k, fixed before the indices are chosen. sizes: weight -> (a, b).
     """
 
     def __init__(self, layout: SiteLayout, counts: Mapping[DeltaKey, int],
@@ -61,12 +61,12 @@ class SparseAdapters(Adapters):
                                         torch.zeros(count, dtype=torch.int32, device=device))
 
     def place(self, selection: NeuronSelection) -> None:
-        """Sets the places. The selection has the counts of the constructor."""
+        """Sets the indices. The selection must have the counts of the constructor."""
         for key in self.sizes:
             getattr(self.places, adapter_key(*key)).copy_(selection.indices[key])
 
     def at(self, key: DeltaKey) -> tuple[Tensor, Tensor]:
-        """Values and places of one weight."""
+        """Values and indices of one weight."""
         return self.values[adapter_key(*key)], getattr(self.places, adapter_key(*key))
 
     def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
@@ -82,10 +82,10 @@ class SparseAdapters(Adapters):
 
 
 class PooledAdapters(SparseAdapters):
-    """As many trainable values as the budget allows. How many each weight gets is known after the selection
-    only.
+    """A pool of trainable values of the size of the budget. The selection decides how many of them each
+    weight gets.
 
-    all_sizes: weight -> (a, b) of all candidates; slices: weight -> its part of the pool.
+    all_sizes: weight -> (a, b) of all candidates; slices: weight -> its slice of the pool.
     """
 
     pool_places: Tensor

@@ -1,7 +1,6 @@
-"""Submodular selection of rows: coverage of similar rows minus the risk for old concepts, by lazy greedy.
+"""Submodular selection of rows by lazy greedy: coverage of similar rows minus the risk for old concepts.
 
-Our reading of SCNS (ICML 2026), of which only the abstract was available; methods/scns.py says what it is
-used for.
+Our interpretation of SCNS (ICML 2026), because only the abstract was available. Used by methods/scns.py.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from torch import Tensor
 
 
 def similarities(signatures: Tensor) -> Tensor:
-    """s_ij `[a, a]` of the rows of one weight, 0 or more, with s_ii = |g_i|. signatures: g `[a, T]`."""
+    """Similarities s_ij >= 0, `[a, a]`, of the rows of one weight, with s_ii = |g_i|. signatures: g `[a, T]`.
+    """
     roots = signatures.norm(dim=1).clamp(min=1e-30).sqrt()
     scaled = signatures / roots.unsqueeze(1)
     return (scaled @ scaled.T).clamp(min=0)
@@ -24,18 +24,18 @@ def lazy_greedy(blocks: Sequence[Tensor], risks: Sequence[Tensor], costs: Sequen
                 allowed: Sequence[Tensor] | None = None) -> list[list[int]]:
     """Maximises `sum over blocks of sum_i max_{j in S} s_ij - sum_{j in S} r_j` greedily, by gain per cost.
 
-    Gains only fall as S grows (submodularity), so a gain computed before is a bound. Most rows are evaluated
-    once.
+    Gains only decrease as S grows (submodularity), so an earlier gain is an upper bound. Most rows are
+    evaluated only once.
 
     Args:
-        blocks: similarities `[a, a]` of each weight, 0 or more, symmetric.
-        risks: r `[a]` of each weight, 0 or more.
-        costs: of one row of each weight.
-        budget: for the sum of costs.
-        allowed: `[a]` bool of each weight, the candidates; None = all rows.
+        blocks: Similarities `[a, a]` of each weight, non-negative and symmetric.
+        risks: r `[a]` of each weight, non-negative.
+        costs: Cost of one row of each weight.
+        budget: Limit for the sum of costs.
+        allowed: Candidates `[a]` bool of each weight; None = all rows.
 
     Returns:
-        The selected rows of every block, in the order in which they were taken.
+        The selected rows of every block, in order of selection.
     """
     best, taken = [torch.zeros(len(block)) for block in blocks], [list[int]() for _ in blocks]
     heap = []
@@ -49,7 +49,7 @@ def lazy_greedy(blocks: Sequence[Tensor], risks: Sequence[Tensor], costs: Sequen
         _, n, j, seen = heapq.heappop(heap)
         if costs[n] > budget:
             continue
-        if seen < len(taken[n]):      # computed for a smaller S: compute it again and put it back
+        if seen < len(taken[n]):      # outdated, from a smaller S: recompute and push again
             gain = float(((blocks[n][j] - best[n]).clamp(min=0).sum() - risks[n][j]) / costs[n])
             if gain > 0:
                 heapq.heappush(heap, (-gain, n, j, len(taken[n])))
