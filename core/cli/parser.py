@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -192,10 +194,21 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _names_bench(arguments: Sequence[str]) -> bool:
+    """Whether the command is `bench`, a command of earlier versions."""
+    return next((argument for argument in arguments if not argument.startswith("-")), "") == "bench"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit code, see `result.run`."""
     from . import commands
 
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if _names_bench(arguments):
+        print("continual-concepts: benchmarks run from a clone of the project, with the same options: "
+              "python -m continual_concepts.benchmarks "
+              f"{shlex.join(arguments[list(arguments).index('bench') + 1:]) or '--help'}", file=sys.stderr)
+        return 2
     options = _parsed(arguments)
     stopped = "stopped; the same command continues learning where it stopped"
     return run("continual-concepts", getattr(commands, options.command), options, stopped)

@@ -192,3 +192,19 @@ def test_photos_of_any_shape_with_captions_elsewhere(tmp_path, draw_photos):
     infos = open_bank(file).infos
     assert infos["duck"].words == ("duck1", "duck2",
                                    "duck3") and len(set(infos["dog"].provenance.images)) == 5
+
+
+@pytest.mark.parametrize("flag", ([], ["--json"]))
+def test_bench_says_what_to_run_instead(capsys, flag):
+    """Earlier versions had the command; benchmarks are not installed any more."""
+    assert main([*flag, "bench", "continual", "--json", "my photos.json", "--upper"]) == 2
+    assert capsys.readouterr() == (
+        "", "continual-concepts: benchmarks run from a clone of the project, with the same options: "
+        "python -m continual_concepts.benchmarks continual --json 'my photos.json' --upper\n")
+    assert main([*flag, "bench"]) == 2
+    assert "python -m continual_concepts.benchmarks --help\n" in capsys.readouterr().err
+
+
+def test_bench_may_be_a_name(bank_file, capsys):
+    assert main(["bank", "rename", str(bank_file), "rex", "bench"]) == 0
+    assert open_bank(bank_file).names == ["bench"]
