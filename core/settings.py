@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConceptError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,20 @@ def require(condition: bool, setting: str, value: object, allowed: str) -> None:
         raise ConceptError(f"setting '{setting}' is {value!r}; allowed: {allowed}")
 
 
-def check(config: object, limits: Mapping[str, Limit]) -> None:
-    """Raises ConceptError for the first field outside its limit. Limits of missing fields are skipped."""
-    for name, (allows, allowed) in limits.items():
+KINDS: Mapping[str, Limit] = {
+    "bool": (lambda value: isinstance(value, (int, float)) and value in (False, True), "true or false"),
+    "int": (lambda value: isinstance(value, int), "a whole number"),
+    "float": (lambda value: isinstance(value, (int, float)), "a number"),
+    "str": (lambda value: isinstance(value, str), "a text"),
+}
+
+
+def check(config: DataclassInstance, limits: Mapping[str, Limit]) -> None:
+    """Raises ConceptError for the first field that is not of its type, or outside its limit.
+
+    Limits of missing fields are skipped.
+    """
+    kinds = {entry.name: KINDS[entry.type] for entry in fields(config) if entry.type in KINDS}
+    for name, (allows, allowed) in [*kinds.items(), *limits.items()]:
         if hasattr(config, name):
             require(allows(getattr(config, name)), name, getattr(config, name), allowed)

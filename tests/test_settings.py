@@ -53,3 +53,16 @@ def test_what_is_offered_is_accepted(owner, entry):
 def test_other_words_than_the_choices_are_refused(owner, entry):
     with pytest.raises(ConceptError, match=entry.name):
         CONFIGS[owner](**{entry.name: "no such word"})
+
+
+NOT_OF_THE_TYPE = {"bool": ("yes", None, [1], 0.5), "int": ("4", None, [1], 4.5), "float": ("4", None, [1]),
+                   "str": (1, None, [1])}
+
+
+@pytest.mark.parametrize("owner", CONFIGS)
+def test_values_of_another_type_are_refused_with_one_sentence(owner):
+    """A command line gives whatever JSON holds (`--set rank=4.5`)."""
+    for entry in fields(CONFIGS[owner]):
+        for value in NOT_OF_THE_TYPE[str(entry.type)]:
+            with pytest.raises(ConceptError, match=f"setting '{entry.name}' is "):
+                CONFIGS[owner](**{entry.name: value})

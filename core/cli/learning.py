@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -13,8 +14,8 @@ from ..bank.concepts import Concept
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept
 from ..bank.tokens import check_name
-from ..data.framing import Framing
-from ..data.photos import read_folder
+from ..data.framing import Framing, Picture
+from ..data.photos import file_digests, read_folder
 from ..data.training_set import prepare
 from ..evaluation.previews import concept_prompt
 from ..images import thumbnail_of
@@ -22,6 +23,7 @@ from ..methods.base import Task, make
 from ..model.backbone import Backbone
 from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
+from ..training import checkpoint as checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import learn as learn_concept
 from ..training.process_group import process_group
@@ -49,6 +51,16 @@ def _task(options: Namespace, backbone: Backbone, bank: ConceptBank, seed: int) 
     return Task(options.name, options.noun, backbone, bank, options.kind, words, generator)
 
 
+def _renew_digests(checkpoint: Path, folder: Path, photos: list[Picture]) -> None:
+    """Checkpoints of early versions name photos by the digests of their files. Where the files are still the
+    same, the digests of today take their place, so that the run can go on."""
+    images = checkpoints.identity(checkpoint).get("images") if checkpoint.exists() else None
+    if images and images == file_digests(folder):
+        state = checkpoints.load(checkpoint)
+        state["identity"]["images"] = [photo.digest for photo in photos]
+        checkpoints.save(checkpoint, state)
+
+
 def learn(options: Namespace) -> Result | None:
     """Adds one concept to the bank on disk. The file is replaced only when the concept is complete.
 
@@ -56,6 +68,8 @@ def learn(options: Namespace) -> Result | None:
     """
     check_name(options.name)
     pictures = read_folder(options.images, options.captions, options.masks)
+    checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
+    _renew_digests(checkpoint, options.images, pictures)
     if options.prior is not None:
         pictures += read_folder(options.prior, is_prior=True)
     rates = backbones.EMBEDDED_RATES if backbones.is_embedded(options) else {}
@@ -68,7 +82,6 @@ def learn(options: Namespace) -> Result | None:
         bank = stored or ConceptBank(backbone.layout)
         task = _task(options, backbone, bank, training.seed)
         data = prepare(backbone, pictures, options.name, options.noun, framing)
-        checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
         is_quiet = options.json or not group.is_first
         with tqdm(total=training.steps, desc=f"learning <{options.name}>", disable=is_quiet) as bar:
             learned = learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint,

@@ -144,6 +144,11 @@ def _read_caption(stem: str, folder: Path) -> str:
     return caption.strip()
 
 
+def file_digests(folder: Path | str) -> list[str]:
+    """What identified the photos of a folder in early versions: 16 hex digits of SHA-256 over each file."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in _pictures_in(Path(folder))]
+
+
 def _pictures_in(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")
                   and f.is_file())

@@ -9,7 +9,7 @@ import torch
 
 from ..data.framing import FRAMINGS
 from ..errors import ConceptError
-from ..settings import setting
+from ..settings import check, setting
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # offered choices; other optimisers of torch.optim are accepted
@@ -69,6 +69,7 @@ class TrainingConfig:
     look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)
 
     def __post_init__(self) -> None:
+        check(self, {})
         for name in ("steps", "batch_size", "accumulation", "resolution"):
             self._check(getattr(self, name) >= 1, name, "1 or more")
         for name in ("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset",

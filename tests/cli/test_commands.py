@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import backbones, learning
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
+from continual_concepts.core.training import checkpoint
 
 QUICK = ["--steps", "2", "--batch-size", "2"]
 
@@ -172,6 +175,33 @@ def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, m
         assert torch.equal(delta.up, two.deltas[key].up) and torch.equal(delta.down, two.deltas[key].down)
     assert all(torch.equal(vector, two.tokens.vectors[name]) for name, vector in one.tokens.vectors.items())
     assert not list(tmp_path.glob(".*checkpoint"))
+
+
+def test_a_run_that_an_early_version_interrupted_goes_on(photos, tmp_path, capsys, monkeypatch):
+    """Its checkpoint names the photos by the digests of their files."""
+    def stop(bar, info):
+        raise KeyboardInterrupt
+
+    file, steps = tmp_path / "bank.safetensors", []
+    command = ["learn", str(photos), "--bank", str(file), "--name", "rex", "--noun", "dog", "--steps", "3"]
+    monkeypatch.setattr(learning, "_show", stop)
+    assert main(command) == 130
+    capsys.readouterr()
+    saved = tmp_path / ".bank.safetensors.rex.checkpoint"
+    state = checkpoint.load(saved)
+    assert len(state["identity"]["images"]) == 3
+    digests = [hashlib.sha256(photo.read_bytes()).hexdigest()[:16] for photo in sorted(photos.glob("*.png"))]
+    state["identity"]["images"] = digests
+    checkpoint.save(saved, state)
+
+    other = tmp_path / "other"
+    shutil.copytree(photos, other)
+    Image.new("RGB", (64, 64)).save(other / "0.png")
+    assert "belongs to another run: its images" in refused(capsys, command[0], str(other), *command[2:])
+
+    monkeypatch.setattr(learning, "_show", lambda bar, info: steps.append(info.step))
+    assert main(command) == 0 and steps == [2, 3]
+    assert not set(digests) & set(open_bank(file).infos["rex"].provenance.images)
 
 
 def test_devices_that_are_not_there(bank_file, capsys):
