@@ -81,7 +81,7 @@ def check(config: DataclassInstance, limits: Mapping[str, Limit]) -> None:
 
     Limits of missing fields are skipped.
     """
-    kinds = {entry.name: KINDS[entry.type] for entry in fields(config) if entry.type in KINDS}
+    kinds = {entry.name: KINDS[str(entry.type)] for entry in fields(config) if str(entry.type) in KINDS}
     for name, (allows, allowed) in [*kinds.items(), *limits.items()]:
         if hasattr(config, name):
             require(allows(getattr(config, name)), name, getattr(config, name), allowed)

@@ -11,9 +11,10 @@ quarter of the steps, where the layout is decided (that family: the first half).
 longer guidance gave fewer pictures with both concepts.
 
 The losses:
+
     L_DAL  = mean over the concepts' words of 1 - max over cells of the word's attention
     L_CLUL = mean over pairs of concepts of the cosine of their nouns' maps
-    L_OAA  = mean over concepts of the share of the identifier's attention outside the noun's mask
+    L_OAA  = mean over concepts of the share of the identifier's attention outside its noun's mask
 
 The noun is a concept's last word, the identifier its first. A mask holds the cells where the noun's map is
 above half its maximum and above the other nouns' maps. Attention is normalised over the prompt's own tokens,
