@@ -1,1 +1,1 @@
-"""Benchmarks, which are not installed. From a clone: python -m continual_concepts.benchmarks."""
+"""Benchmarks. They are not installed; run them from a clone: python -m continual_concepts.benchmarks."""

@@ -1,4 +1,4 @@
-"""`python -m continual_concepts.benchmarks NAME`: measures the figures of this project, from a clone."""
+"""`python -m continual_concepts.benchmarks NAME`: measures this project's figures, from a clone."""
 
 from __future__ import annotations
 

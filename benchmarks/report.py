@@ -1,4 +1,4 @@
-"""What every benchmark command shares: reading and writing JSON, checking numbers, reporting progress."""
+"""Helpers shared by the benchmark commands: JSON files, checks of numbers, progress reports."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ Result = tuple[dict, list[str]]
 
 
 def write_result(path: Path | None, result: dict) -> None:
-    """Writes a result as JSON; without a path it does nothing."""
+    """Writes a result as JSON. Does nothing without a path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 def require_at_least(options: Namespace, **least: int) -> None:
-    """Raises ConceptError for the first option below its least value."""
+    """Raises ConceptError for the first option below its minimum."""
     for name, value in least.items():
         if getattr(options, name) < value:
             raise ConceptError(f"{name} is {getattr(options, name)}; allowed: {value} or more")
 
 
 def load_or_make(path: Path, make: Callable[[], dict]) -> dict:
-    """One run of a benchmark, from its file or made and written: an interrupted benchmark can continue."""
+    """Loads one run of a benchmark from its file, or makes and writes it, so that an interrupted benchmark
+    can resume.
+    """
     if not path.exists():
         write_result(path, make())
     return json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The ComfyUI nodes: they parse inputs, call core and wrap results. Mathematics and training are in core."""
+"""The ComfyUI nodes. They parse inputs, call core and wrap results; all computation is in core."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ElasticWeightAggregate: concepts into a MODEL and a CLIP."""
+"""The node ElasticWeightAggregate: applies concepts to a MODEL and a CLIP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODES = {"sharp": "sharp", "paper": "paper", "released code": "released", "equal
 
 
 class ElasticWeightAggregate(io.ComfyNode):
-    """Which concepts act, how strongly, at which layer."""
+    """Selects which concepts act, how strongly, at which layer."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

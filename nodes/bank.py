@@ -1,4 +1,4 @@
-"""Banks: load, save, merge, edit, inspect."""
+"""Nodes that load, save, merge, edit and inspect banks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ register_folders()
 
 
 class ConceptBankLoad(io.ComfyNode):
-    """A bank from disk, or the start of a new one."""
+    """Loads a bank from disk, or starts a new one."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -58,7 +58,7 @@ class ConceptBankLoad(io.ComfyNode):
 
 
 class ConceptBankSave(io.ComfyNode):
-    """A bank to disk."""
+    """Saves a bank to disk."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -105,7 +105,7 @@ class ConceptBankSave(io.ComfyNode):
 
 
 def _remove_finished_runs(bank) -> None:
-    """Removes the checkpoints of runs whose concept a bank file holds now."""
+    """Deletes the checkpoints of runs whose concept is now in a bank file."""
     for file in checkpoint_folder().glob("*.checkpoint"):
         run = checkpoint.identity(file)
         info = bank.infos.get(run.get("concept"))
@@ -115,7 +115,7 @@ def _remove_finished_runs(bank) -> None:
 
 
 class ConceptBankMerge(io.ComfyNode):
-    """Two banks in one."""
+    """Merges two banks."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -141,7 +141,7 @@ class ConceptBankMerge(io.ComfyNode):
 
 
 class ConceptBankEdit(io.ComfyNode):
-    """Rename or remove one concept."""
+    """Renames or removes one concept."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -171,7 +171,7 @@ class ConceptBankEdit(io.ComfyNode):
 
 
 class ConceptBankInspect(io.ComfyNode):
-    """What a bank holds."""
+    """Shows the contents of a bank."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""Draw Concept Regions and Show Concept Regions."""
+"""The nodes Draw Concept Regions and Show Concept Regions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..core.regional.drawing import parse_regions, with_outlines
 from . import types
 from .schema import Schema
 
-# Each prompt says all that its region shows: in crop denoising a region is a picture of its own
+# prompts describe their regions completely, because crop denoising treats a region as a separate picture
 EXAMPLE = """[
 {"name": "left", "prompt": "a photo of <rex> in a meadow", "box": [0, 0.15, 0.5, 1]},
 {"name": "right", "prompt": "a photo of <mimi> in a meadow", "box": [0.5, 0.15, 1, 1]}
@@ -17,7 +17,7 @@ EXAMPLE = """[
 
 
 class ConceptRegionsDraw(io.ComfyNode):
-    """Regions drawn with the mouse. The drawing is a text, and the page edits it."""
+    """Regions drawn with the mouse. The drawing is stored as text, which the web page edits."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -55,7 +55,7 @@ class ConceptRegionsDraw(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, drawing):
-        """Reports a mistake before anything runs. A text from another node arrives as None."""
+        """Reports an invalid drawing before the graph runs. Text from another node is None at this point."""
         try:
             parse_regions(drawing or "")
         except ConceptError as error:
@@ -68,7 +68,7 @@ class ConceptRegionsDraw(io.ComfyNode):
 
 
 class ConceptRegionsShow(io.ComfyNode):
-    """Outlines of regions over a picture."""
+    """Draws outlines of regions over a picture."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

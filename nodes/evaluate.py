@@ -1,4 +1,4 @@
-"""Concept Reference Photos and Concept Evaluate: a bank's quality in figures and pictures."""
+"""The nodes Concept Reference Photos and Concept Evaluate, which measure a bank's quality."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .inputs import first, lines_of
 from .progress import bar_preview
 from .schema import Schema
 
-BATCH = 4      # pictures in one UNet call
+BATCH = 4      # pictures per UNet call
 
 
 class ConceptReferencePhotos(io.ComfyNode):
-    """Photos of one concept. Chain them."""
+    """Reference photos of one concept. These nodes can be chained."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -57,7 +57,7 @@ class ConceptReferencePhotos(io.ComfyNode):
 
 
 class ConceptEvaluate(io.ComfyNode):
-    """Draws every concept of a bank and measures it."""
+    """Samples every concept of a bank and evaluates the pictures."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""Export Concept: concepts as files of other programs."""
+"""The node Export Concept: exports concepts to files for other programs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ FORMATS = {
 
 
 def register_folders() -> None:
-    """Makes exported words available as `embedding:name`; ComfyUI does not search its output folder for
-    them."""
+    """Makes exported words available as `embedding:name`, because ComfyUI does not search its output folder
+    for embeddings.
+    """
     folder = os.path.join(folder_paths.get_output_directory(), "embeddings")
     folder_paths.add_model_folder_path("embeddings", folder)
 
 
 class ConceptExport(io.ComfyNode):
-    """One concept, all of a bank, or what a prompt gets, as LoRA and embedding files."""
+    """Exports one concept, all concepts, or the sum of deltas for a prompt, as LoRA and embedding files."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,7 +67,7 @@ class ConceptExport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, bank, concept, format, strength, prompt="") -> io.NodeOutput:  # noqa: A002 - an input's id
+    def execute(cls, bank, concept, format, strength, prompt="") -> io.NodeOutput:  # noqa: A002 - an input id
         if bank is None:
             raise ConceptError("the bank is new and holds no concept to export")
         if format not in FORMATS:

@@ -1,5 +1,4 @@
-"""Folders of the server: banks, what runs leave behind. Every name comes from a workflow, which anybody may
-have written."""
+"""The server's folders of banks and checkpoints. All names come from workflows, which are untrusted."""
 
 from __future__ import annotations
 
@@ -25,14 +24,13 @@ def register_folders() -> None:
 
 
 def bank_names() -> list[str]:
-    """Names of all banks. Hidden files and folders are left out: they hold earlier versions and unfinished
-    runs."""
+    """Names of all banks. Skips hidden files and folders, which hold earlier versions and unfinished runs."""
     names = folder_paths.get_filename_list(BANKS)
     return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
 def bank_file(name: str) -> Path:
-    """An existing bank's file; only names that the folders list are accepted."""
+    """The file of an existing bank. Only names listed in the folders are accepted."""
     if name not in bank_names():
         raise ConceptError(f"there is no bank {name!r}; there are {', '.join(bank_names()) or 'none yet'}")
     path = folder_paths.get_full_path(BANKS, name)
@@ -42,24 +40,23 @@ def bank_file(name: str) -> Path:
 
 
 def output_folder() -> Path:
-    """Where banks are saved; made when it is missing."""
+    """The folder for saving banks. Creates it if it is missing."""
     folder = Path(folder_paths.get_output_directory()) / BANKS
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def new_bank_file(name: str) -> Path:
-    """Where a bank of this name is saved. Names are letters, digits, - and _, so that no path can be made of
-    them."""
+    """The file for saving a bank. Names only have letters, digits, - and _, so that they cannot be paths."""
     return output_folder() / f"{check_name(name.removesuffix(SUFFIX), 'bank name')}{SUFFIX}"
 
 
 def checkpoint_folder() -> Path:
-    """Where unfinished runs are saved."""
+    """The folder of checkpoints of unfinished runs."""
     return output_folder() / ".unfinished"
 
 
 def checkpoint_file(name: str, key: str) -> Path:
-    """The file of a run that learns this concept; key: tells apart runs of one concept."""
+    """The checkpoint file of a run for this concept. key: distinguishes runs of the same concept."""
     checkpoint_folder().mkdir(exist_ok=True)
     return checkpoint_folder() / f"{check_name(name)}-{key}.checkpoint"

@@ -1,4 +1,4 @@
-"""ComfyUI's IMAGE, MASK and CLIP_VISION as the tensors that core takes."""
+"""Converts ComfyUI's IMAGE, MASK and CLIP_VISION to tensors for core."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..core.evaluation.metrics import unit
 
 
 def _batches(value: Iterable[Tensor | None] | Tensor | None) -> list[Tensor]:
-    """One batch or a list of them, as a list without those that are not connected."""
+    """Returns one batch, or several, as a list without unconnected inputs."""
     return [value] if isinstance(value, Tensor) else [batch for batch in value or () if batch is not None]
 
 
 def pictures_of(images: Iterable[Tensor | None] | Tensor | None, what: str) -> list[Tensor]:
-    """Single pictures from IMAGE batches.
+    """Splits IMAGE batches into single pictures.
 
     Args:
         images: `[B, H, W, C]` in 0..1, one batch or a list of them; C is 3 or more.
-        what: the input's name, for messages.
+        what: Name of the input, for messages.
 
     Returns:
         Pictures `[3, H, W]` in -1..1 on the CPU.
 
     Raises:
-        ConceptError: for another shape, NaN or infinity.
+        ConceptError: A batch has another shape, NaN or infinity.
     """
     pictures = []
     for batch in _batches(images):
@@ -37,14 +37,15 @@ def pictures_of(images: Iterable[Tensor | None] | Tensor | None, what: str) -> l
             raise ConceptError(f"{what} has a picture of shape {tuple(batch.shape)}; allowed: [count, "
                                "height, width, 3]")
         if not torch.isfinite(batch).all():
-            raise ConceptError(f"{what} has a picture with values that are no numbers (NaN or infinity)")
+            raise ConceptError(f"{what} has a picture with NaN or infinite values")
         pictures += [image.permute(2, 0, 1).float().cpu().clone() * 2 - 1 for image in batch[..., :3]]
     return pictures
 
 
 def masks_of(masks: Iterable[Tensor | None] | Tensor | None, what: str) -> list[Tensor]:
-    """Single masks `[1, H, W]` on the CPU from MASK batches `[B, H, W]` or `[H, W]`. Raises ConceptError for
-    an empty one."""
+    """Splits MASK batches `[B, H, W]` or `[H, W]` into single masks `[1, H, W]` on the CPU. Raises
+    ConceptError for an empty mask.
+    """
     singles = [mask.float().cpu().clone().unsqueeze(0) for batch in _batches(masks)
                for mask in batch.reshape(-1, *batch.shape[-2:])]
     for number, mask in enumerate(singles, 1):
@@ -60,13 +61,13 @@ def to_image(pictures: Tensor) -> Tensor:
 
 
 class ClipVision(Protocol):
-    """What we use of a CLIP_VISION. The output's item `image_embeds` holds `[B, D]`."""
+    """The parts of a CLIP_VISION that we use. The output's item `image_embeds` is `[B, D]`."""
 
     def encode_image(self, image: Tensor): ...
 
 
 def vision(clip_vision: ClipVision) -> Encode:
-    """A CLIP_VISION as a function of pictures, with ComfyUI's own preparation.
+    """Wraps a CLIP_VISION, with ComfyUI's preprocessing, as a function of pictures.
 
     Returns:
         A function from pictures `[3, H, W]` in -1..1 of any sizes to unit vectors `[n, D]` on the CPU.

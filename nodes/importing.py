@@ -1,4 +1,4 @@
-"""Import Concept: LoRAs and embeddings of other programs."""
+"""The node Import Concept: imports LoRAs and embeddings of other programs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def _files(kind: str) -> list[str]:
 
 
 def _file(kind: str, name: str) -> Path | None:
-    """The file of that name; only names that the folders list are accepted, because anybody may have written
-    a workflow."""
+    """The file with this name. Only names listed in the folders are accepted, because workflows are
+    untrusted.
+    """
     if name == NONE:
         return None
     if name not in _files(kind):
@@ -34,7 +35,7 @@ def _file(kind: str, name: str) -> Path | None:
 
 
 class ConceptImport(io.ComfyNode):
-    """A LoRA or an embedding as a concept."""
+    """Imports a LoRA or an embedding as a concept."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

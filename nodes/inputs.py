@@ -1,4 +1,4 @@
-"""Inputs that come from elsewhere: from lists, from lines of a text, from the fields of a configuration."""
+"""Helpers for node inputs: lists, lines of text, and inputs generated from configuration fields."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from ..core.settings import settings_of
 
 
 def first(value: Any) -> Any:
-    """The value of an input that arrives as a list, as all do at nodes that take lists of pictures."""
+    """The value of an input that arrives as a list. Nodes that accept lists of pictures get all inputs as
+    lists.
+    """
     return value[0] if isinstance(value, list) and value else value
 
 
 def lines_of(texts: Iterable[str] | None) -> list[str]:
-    """The lines of some texts, without empty ones and without space around them."""
+    """The stripped, non-empty lines of several texts."""
     return [line.strip() for text in texts or () for line in text.splitlines() if line.strip()]
 
 
 def setting_input(config: type, name: str, **changes: Any) -> io.Input:
-    """The input for a field of a configuration.
+    """Builds the input for a configuration field.
 
-    Its id, type, default, range, choices and tooltip are the field's (see core.settings); changes: what the
-    node has otherwise, in the words of ComfyUI's inputs.
+    Id, type, default, range, choices and tooltip come from the field (see core.settings). changes: keyword
+    arguments of ComfyUI's input that override these.
     """
     entry = settings_of(config)[name]
     given: dict[str, Any] = {"default": entry.default, "tooltip": entry.help}
@@ -37,5 +39,7 @@ def setting_input(config: type, name: str, **changes: Any) -> io.Input:
 
 
 def setting_inputs(config: type, names: Iterable[str], **changes: dict[str, Any]) -> list[io.Input]:
-    """The inputs for some fields of a configuration, in order; changes: field -> as in `setting_input`."""
+    """Builds the inputs for some configuration fields, in order. changes: field -> overrides, see
+    `setting_input`.
+    """
     return [setting_input(config, name, **changes.get(name, {})) for name in names]

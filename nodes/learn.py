@@ -1,4 +1,4 @@
-"""ConceptLearner."""
+"""The node ConceptLearner."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LATER = {"clip_vision": None, "stop_after": 0, "show_older": False}      # input
 
 
 class ConceptLearner(io.ComfyNode):
-    """Teaches the next concept on top of a bank."""
+    """Learns a new concept on top of a bank."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -188,8 +188,8 @@ class ConceptLearner(io.ComfyNode):
 
 
 def _method_settings(given: dict, settings: dict | None) -> dict:
-    """The method's settings, with the learner's learning rates where they are not 0 and the method has such a
-    rate."""
+    """The method's settings. Learning rates of the learner that are not 0 replace those that the method has.
+    """
     config = METHODS[given["method"]].config if given["method"] in METHODS else None
     rates = {"lr", "token_lr"} & {field.name for field in fields(config)} if config is not None else set()
     return dict(settings or {}) | {rate: given[rate] for rate in rates if given[rate] > 0}
@@ -205,8 +205,9 @@ def _training_config(given: dict, settings: dict | None) -> TrainingConfig:
 
 
 def _with_early_stopping(config: TrainingConfig, given: dict) -> TrainingConfig:
-    """Previews belong to a run's identity only where they can end it: whether they are shown changes nothing
-    that is learned."""
+    """Adds the preview settings to a run's identity only if early stopping uses them, because previews alone
+    do not change the result.
+    """
     patience, every = given["stop_after"], given["preview_every"]
     if patience and (given["clip_vision"] is None or not every):
         lacks = "clip_vision is not connected" if given["clip_vision"] is None else "preview_every is 0"
@@ -217,8 +218,9 @@ def _with_early_stopping(config: TrainingConfig, given: dict) -> TrainingConfig:
 
 def _already_learned(bank: ConceptBank, name: str, method: Method, config: TrainingConfig,
                      photos: list[Picture]) -> io.NodeOutput:
-    """The bank as it is, when its concept was learned from these photos with these settings: a saved graph
-    was run again."""
+    """Returns the bank unchanged if its concept was learned from these photos and settings, as when a saved
+    graph runs again.
+    """
     info = bank.infos[name]
     same_photos = list(info.provenance.images) == [photo.digest for photo in photos]
     if info.method != method.name or not same_photos or not is_same_work(info.provenance, method, config):
@@ -236,7 +238,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     photos = [picture for picture in pictures if not picture.is_prior]
     digests = [photo.digest for photo in photos]
     notes = list(warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests))
-    for note in notes:      # before the minutes that learning takes
+    for note in notes:      # check before the minutes of training
         logging.warning("Concept Learner: %s", note)
     size = (config.resolution, config.resolution)
     backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)

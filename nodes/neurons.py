@@ -1,4 +1,4 @@
-"""Concept Neuron Select: the weights that a concept depends on."""
+"""The node Concept Neuron Select: selects the weights that a concept depends on."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ from .schema import Schema
 
 
 class ConceptNeuronSelect(io.ComfyNode):
-    """CNS's concept neurons: those that respond to the concept, without those that respond to unrelated
-    prompts."""
+    """Selects CNS's concept neurons, which respond to the concept but not to unrelated prompts."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -118,7 +117,7 @@ class ConceptNeuronSelect(io.ComfyNode):
 
 def _select(backbone: ComfyBackbone, given: dict, photos: list[Tensor],
             prompts: tuple[str, ...]) -> NeuronSelection:
-    """The concept's neurons without the general ones; the progress bar counts prompts, then draws."""
+    """The concept's neurons without the general neurons. The progress bar counts prompts, then draws."""
     generator = torch.Generator().manual_seed(given["seed"])
     context = encode_plain(backbone, [given["prompt"]])
     bar = comfy.utils.ProgressBar(len(prompts) + given["draws"])

@@ -1,4 +1,4 @@
-"""Photos from a folder, and the embedded base."""
+"""Nodes for photos from a folder, and for the embedded base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = "(example photos: rex)"
 
 
 def _folders() -> list[str]:
-    """Folders with pictures inside ComfyUI's input folder, as `a/b`; two levels deep."""
+    """Folders with pictures inside ComfyUI's input folder, as `a/b`, up to two levels deep."""
     root = Path(folder_paths.get_input_directory())
     if not root.is_dir():
         return []
@@ -37,7 +37,7 @@ def _folder(name: str) -> Path:
 
 
 class ConceptPhotosLoad(io.ComfyNode):
-    """Photos with captions and masks from a folder."""
+    """Loads photos with captions and masks from a folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -79,7 +79,7 @@ class ConceptPhotosLoad(io.ComfyNode):
 
 
 class ConceptDemoBase(io.ComfyNode):
-    """The embedded base model."""
+    """Loads the embedded base."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -105,7 +105,7 @@ class ConceptDemoBase(io.ComfyNode):
 
 
 class ConceptDemoPhotos(io.ComfyNode):
-    """Photos of the demo's concepts."""
+    """Draws the photos of a demo concept."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

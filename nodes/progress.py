@@ -1,4 +1,4 @@
-"""What a person sees while a node works: progress bar, line of text, cancel button."""
+"""Feedback while a node runs: progress bar, status text and cancellation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..core.evaluation.previews import Previews
 from ..core.images import to_pil
 from ..core.training.trainer import StepInfo
 
-SHOWN = 512      # pixels of a preview's longer side, at most
+SHOWN = 512      # maximum longer side of a preview in pixels
 
 
 def say(node: str | None, text: str) -> None:
-    """Writes a line under a node; does nothing where no server runs or no page listens."""
-    module = sys.modules.get("server")      # importing it would start one's parts
+    """Writes a status line under a node. Does nothing without a server or a connected page."""
+    module = sys.modules.get("server")      # importing it would start parts of a server
     server = getattr(getattr(module, "PromptServer", None), "instance", None)
     if server is not None and node is not None and getattr(server, "client_id", None) is not None:
         server.send_progress_text(text, node)
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def bar_preview(picture: Tensor) -> tuple[str, Image.Image, int]:
-    """A picture `[3, H, W]` in -1..1 in the progress bar's form; a small one is enlarged."""
+    """Converts a picture `[3, H, W]` in -1..1 for the progress bar. Small pictures are enlarged."""
     image = to_pil(picture)
     if max(image.size) < 128:
         image = image.resize((image.width * 4, image.height * 4), Image.Resampling.LANCZOS)
@@ -46,8 +46,9 @@ def bar_preview(picture: Tensor) -> tuple[str, Image.Image, int]:
 
 @dataclass
 class Reporter:
-    """The training loop's callback: cancel button, progress bar, a line of text, and a preview every `every`
-    steps (0 = never)."""
+    """The training loop's callback: cancellation, progress bar, status text, and a preview every `every`
+    steps (0 = never).
+    """
 
     total: int
     every: int
@@ -65,7 +66,7 @@ class Reporter:
         self.times.append(time.monotonic())
         shown = None
         if self.every and info.step % self.every == 0 and info.step < self.total:
-            # early stopping has not drawn one at this step already
+            # unless early stopping has already drawn a preview at this step
             if self.previews.last_step != info.step:
                 self.previews.draw(info.snapshot(), info.step)
             shown = bar_preview(self.previews.pictures[-1])
@@ -73,8 +74,7 @@ class Reporter:
         say(self.node, self.line(info.step))
 
     def line(self, step: int) -> str:
-        """The smoothed loss, the last similarity, and the time left at the pace of this run, previews
-        included."""
+        """The smoothed loss, the last similarity, and the estimated remaining time, including previews."""
         parts = [f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
         if self.previews.scores:
             parts.append(f"similarity {100 * self.previews.scores[-1][1]:.1f}")

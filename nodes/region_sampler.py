@@ -1,4 +1,4 @@
-"""Regional Concept Sampler."""
+"""The node Regional Concept Sampler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
-from nodes import common_ksampler  # ComfyUI's own: ours are relative imports
+from nodes import common_ksampler  # ComfyUI's module; ours are relative imports
 
 from ..core.comfy.region_sampling import Scene, prepare
 from ..core.regional.noise import AREAS, OUTSIDE, NoiseSettings

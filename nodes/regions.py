@@ -1,4 +1,4 @@
-"""Concept Region."""
+"""The node Concept Region."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .schema import Schema
 
 
 class ConceptRegion(io.ComfyNode):
-    """One region: a box or a mask with a prompt of its own. Chain them."""
+    """One region: a box or a mask with its own prompt. These nodes can be chained."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

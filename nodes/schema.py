@@ -1,5 +1,6 @@
-"""`Schema` for every ComfyUI from 0.3.64 on, and `ADVANCED` for its inputs: what a version does not know yet
-is left out."""
+"""`Schema` and the input option `ADVANCED` for ComfyUI 0.3.64 and later. Fields that the installed version
+does not support are dropped.
+"""
 
 import dataclasses
 import inspect
@@ -13,5 +14,5 @@ def Schema(**fields) -> io.Schema:  # noqa: N802 - node scanners look for a call
     return io.Schema(**{key: value for key, value in fields.items() if key in _FIELDS})
 
 
-# An input that most people need not see
+# marks an input as advanced, so that the page hides it by default
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input).parameters else {}

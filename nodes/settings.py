@@ -1,5 +1,6 @@
-"""The optional settings of ConceptLearner: of training, and of the methods that people tune. Their inputs
-come from the configurations."""
+"""Nodes with optional settings of ConceptLearner, for training and for some methods. The inputs are generated
+from the configurations.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ CIDM = ("rank", "scale", "layerwise", "gamma1", "gamma2", "orthogonality", "shar
 
 
 class ConceptTrainingSettings(io.ComfyNode):
-    """What most people never need to touch about training."""
+    """Training settings that rarely need changes."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -32,7 +33,7 @@ class ConceptTrainingSettings(io.ComfyNode):
             display_name="Concept Training Settings",
             category=types.LEARNING,
             description="Optional settings of the training loop, for Concept Learner's training_settings.",
-            # a person may cancel in ComfyUI at any step
+            # ComfyUI can cancel at any step anyway
             inputs=setting_inputs(TrainingConfig, TRAINING, optimizer={"options": optimizers},
                                   checkpoint_every={"default": 100}),
             outputs=[types.Settings.Output(display_name="training_settings")],
@@ -40,7 +41,7 @@ class ConceptTrainingSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **settings) -> io.NodeOutput:
-        replace(TrainingConfig(), **settings)  # an error appears here, not in the learner
+        replace(TrainingConfig(), **settings)  # shows an error here, not in the learner
         return io.NodeOutput(settings)
 
 

@@ -1,8 +1,8 @@
-"""The types on our wires. The names are part of people's saved workflows: they never change."""
+"""The types of our links. Their names are part of saved workflows and must never change."""
 
 from comfy_api.latest import io
 
-Bank = io.Custom("CONCEPT_BANK")  # core.bank.ConceptBank, or None for a bank that is still to be begun
+Bank = io.Custom("CONCEPT_BANK")  # core.bank.ConceptBank, or None for a new bank
 Regions = io.Custom("CONCEPT_REGIONS")  # list of core.regional.Region
 Selection = io.Custom("NEURON_SELECTION")  # core.neurons.NeuronSelection
 Photos = io.Custom("CONCEPT_PHOTOS")  # dict: concept's name -> list of pictures [3, H, W] in -1..1

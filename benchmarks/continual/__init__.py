@@ -1,1 +1,1 @@
-"""Every method on sequences of concepts."""
+"""Benchmark of all methods on sequences of concepts."""

@@ -1,4 +1,4 @@
-"""The continual benchmark's chart: what methods retain, and how they draw concepts alone and combined."""
+"""The continual benchmark's chart: retention, and quality of single and combined concepts, per method."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 INK, QUIET, DEFAULT_COLOUR, OTHER_COLOUR = "#1d1d24", "#6b6b76", "#c2410c", "#9aa3b2"
-NAMED = 0.02      # a curve that begins nearer to zero gets no name beside it
-LINE_HEIGHT = 0.032      # of a name, in units of the curves
+NAMED = 0.02      # curves that begin nearer to zero are not labelled
+LINE_HEIGHT = 0.032      # height of a label, in units of the curves
 
 
 def _bars(axis, rows: list[tuple[str, float, float]], title: str, default: str, level: float
           | None = None) -> None:
-    """Horizontal bars with spreads; level: a dashed line to compare with.
+    """Horizontal bars with spreads. level: position of a dashed reference line.
 
     Without rows the axis stays empty.
     """
@@ -35,7 +35,7 @@ def _bars(axis, rows: list[tuple[str, float, float]], title: str, default: str, 
 
 
 def _rows(summary: Mapping, figure: str, higher_is_better: bool = True) -> list[tuple[str, float, float]]:
-    """Name, value and spread of every method that has the figure, best first."""
+    """Name, value and spread of every method with this figure, best first."""
     rows = []
     for name, row in summary["methods"].items():
         if figure in row:
@@ -45,7 +45,8 @@ def _rows(summary: Mapping, figure: str, higher_is_better: bool = True) -> list[
 
 
 def _curves(axis, runs: Sequence[Mapping], default: str) -> None:
-    """Per method: change of image alignment since a concept was learned, by its position, mean over runs."""
+    """Per method, the mean change of image alignment since a concept was learned, by the concept's position.
+    """
     begins = []
     for name in sorted({run["method"] for run in runs if not run["alone"]}):
         changes = [[end - just for end, just in zip(run["image_alignment"], run["just_learned"], strict=True)]
@@ -57,7 +58,7 @@ def _curves(axis, runs: Sequence[Mapping], default: str) -> None:
         if abs(means[0]) > NAMED or is_default:
             begins.append((means[0], name))
     free = float("inf")
-    for value, name in sorted(begins, reverse=True):      # names at least a line apart do not overlap
+    for value, name in sorted(begins, reverse=True):      # labels at least a line apart do not overlap
         free = min(value, free - LINE_HEIGHT)
         axis.annotate(name, (1, free), xytext=(-5, 0), textcoords="offset points", fontsize=6, va="center",
                       ha="right", color=DEFAULT_COLOUR if name == default else QUIET)
@@ -71,7 +72,7 @@ def _curves(axis, runs: Sequence[Mapping], default: str) -> None:
 def draw(path: Path, runs: Sequence[Mapping], summary: Mapping) -> None:
     """Writes the PNG.
 
-    Figures that no method has leave their place empty, such as groups in a sequence of one task.
+    Figures that no method has, such as groups in a sequence of one task, leave empty axes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

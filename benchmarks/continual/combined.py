@@ -1,9 +1,9 @@
-"""Several concepts in one picture without regions: which of them are present, and which are confused with
-another.
+"""Several concepts in one picture without regions: measures which concepts are present and which are
+confused.
 
-The picture is cut into as many upright strips as the prompt names concepts. Every strip is compared with the
-real pictures of every named concept, and strips are assigned to concepts in the way that fits best. The
-measure is ours: the papers show such pictures without figures.
+The picture is cut into one vertical strip per concept in the prompt. Every strip is compared with real
+pictures of every concept, and strips are optimally assigned to concepts. This measure is our own, because the
+papers show such pictures without figures.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Combined:
     """Results for pictures that name K concepts, each `[B, K]`.
 
     Attributes:
-        alignment: float, of every concept's strip with the concept.
-        confused: bool, whether that strip is nearer to another of the named concepts.
-        present: bool, whether the concept is there: not confused, and its alignment above its level.
+        alignment: Alignment of each concept's strip with the concept, float.
+        confused: Whether that strip is more similar to another concept of the prompt, bool.
+        present: Whether the concept is present: not confused, and its alignment above its level, bool.
     """
 
     alignment: Tensor
@@ -33,7 +33,7 @@ class Combined:
 
 
 def strip(pictures: Tensor, index: int, count: int) -> Tensor:
-    """One of `count` upright strips of `[B, 3, H, W]`, in its place.
+    """Keeps one of `count` vertical strips of `[B, 3, H, W]` in place.
 
     Its border columns are repeated over the rest.
     """
@@ -44,12 +44,12 @@ def strip(pictures: Tensor, index: int, count: int) -> Tensor:
 
 def similarities(pictures: Tensor, references: Sequence[Tensor],
                  features: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compares as many strips as there are concepts with every concept.
+    """Compares each of K strips with each of K concepts.
 
     Args:
         pictures: `[B, 3, H, W]`.
-        references: per concept, unit features of real pictures `[N, D]`.
-        features: pictures -> unit features `[B, D]`.
+        references: Per concept, unit features of real pictures `[N, D]`.
+        features: Pictures -> unit features `[B, D]`.
 
     Returns:
         Mean cosines `[B, strips, K]`.
@@ -61,11 +61,11 @@ def similarities(pictures: Tensor, references: Sequence[Tensor],
 
 
 def assign_strips(scores: Tensor, levels: Sequence[float]) -> Combined:
-    """Assigns strips to concepts such that the sum of scores is largest.
+    """Assigns strips to concepts with the largest sum of scores.
 
     Args:
         scores: `[B, K, K]`, strip by concept.
-        levels: per concept, the score that its strip must exceed to count as that individual.
+        levels: Per concept, the score that its strip must exceed to count as that individual.
     """
     count = scores.shape[-1]
     # assignments[i, c] = the strip of concept c

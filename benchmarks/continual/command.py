@@ -16,7 +16,7 @@ DRAWN = "where the result goes; a chart is drawn beside it"
 
 
 def add_commands(commands) -> None:
-    """Adds the two commands to a parser's commands."""
+    """Adds the two commands to a parser's subcommands."""
     _add_continual(commands)
     parser = commands.add_parser("neurons", help="how many base neurons do prompts share?")
     parser.add_argument("--json", dest="file", type=Path, required=True, help=DRAWN)
@@ -53,7 +53,7 @@ def _add_continual(commands) -> None:
 
 
 def neurons(options: Namespace) -> Result:
-    """How many base neurons prompts share, as JSON and as a chart beside it."""
+    """Measures how many base neurons prompts share; writes JSON and a chart next to it."""
     from ...core.demo.base import load_base
     from .neuron_sharing import draw, neuron_sharing
 
@@ -79,9 +79,9 @@ def _finished(path: Path) -> dict:
 
 
 def _runs(options: Namespace) -> list[Run]:
-    """Every method with every seed, seed s in order s modulo `orders`.
+    """Runs of every method with every seed; seed s uses order s modulo `orders`.
 
-    The upper bound of the default method last.
+    The last run is the upper bound of the default method.
     """
     from ...core.methods import DEFAULT, METHODS
 
@@ -96,7 +96,7 @@ def _runs(options: Namespace) -> list[Run]:
 
 
 def _reporting(run: Run) -> Callable[[str], Callable]:
-    """Step callbacks that report every learned concept on stderr."""
+    """Step callbacks that report each learned concept on stderr."""
     def start(name: str) -> Callable:
         def callback(info) -> None:
             if info.step == info.total:
@@ -106,9 +106,9 @@ def _reporting(run: Run) -> Callable[[str], Callable]:
 
 
 def continual(options: Namespace) -> Result | None:
-    """Performs the runs that have no file yet, and summarises all finished runs with this number of tasks.
+    """Performs the missing runs, and summarises all finished runs with this number of tasks.
 
-    Started by torchrun, each process performs its share of the runs. The first one waits for the others and
+    Under torchrun, each process performs its share of the runs. The first one waits for the others and
     summarises.
     """
     from ...core.training.process_group import process_group

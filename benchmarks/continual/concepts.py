@@ -1,4 +1,4 @@
-"""Task sequences of drawn concepts: ten as in the CIFC benchmark, and more on demand."""
+"""Task sequences of drawn concepts: ten as in the CIFC benchmark, and further random ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MORE: dict[str, SceneConcept] = {
 }
 TEN = ("rex", "quack", "mimi", "pack", "teddy", "blueprint", "fido", "chalk", "luna", "crimson")
 STYLE_EVERY = 5      # beyond the ten, every fifth concept is a style
-CANDIDATES = 12      # a further individual is the least similar of this many random ones
+CANDIDATES = 12      # a further individual is the least similar of this many random candidates
 
 
 def _difference(thing: Thing, other: Thing) -> float:
@@ -56,7 +56,7 @@ def _style(rng: random.Random, number: int) -> SceneConcept:
 
 
 def concepts(count: int = 10) -> list[SceneConcept]:
-    """The first `count` concepts of the sequence: the ten, then random ones from a fixed seed."""
+    """The first `count` concepts of the sequence: the fixed ten, then random ones from a fixed seed."""
     if count < 1:
         raise ConceptError(f"the number of tasks is {count}; allowed: 1 or more")
     sequence, rng = [MORE.get(name) or scenes.CONCEPTS[name] for name in TEN], random.Random(50)
@@ -67,7 +67,7 @@ def concepts(count: int = 10) -> list[SceneConcept]:
 
 
 def ordered(count: int, order: int) -> list[int]:
-    """Positions of `count` tasks in an order: 0 as given, 1 reversed, any other number its own shuffle."""
+    """Permutation of `count` tasks for an order: 0 as given, 1 reversed, others a shuffle with this seed."""
     places = list(range(count))
     if order == 1:
         places.reverse()

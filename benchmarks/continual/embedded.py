@@ -1,4 +1,4 @@
-"""The continual benchmark on the embedded base: its prompt suite, and settings that fit so small a base."""
+"""The continual benchmark on the embedded base: prompt suite, and settings for such a small base."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SETTINGS = SampleSettings(steps=16, cfg=3.0, size=(64, 64), batch=24)
 SEEDS = tuple(range(100, 108))
 GROUP_SEEDS = tuple(range(300, 306))
 PAIR_SEEDS = tuple(range(300, 348))
-RATES = {"lr": 2e-3, "token_lr": 2e-2}      # a base 200 times smaller than SD1.5 learns at higher rates
-OWN_RATES: dict[str, dict] = {      # other settings that were clearly better on two tasks
+RATES = {"lr": 2e-3, "token_lr": 2e-2}      # 200 times smaller than SD1.5: needs higher rates
+OWN_RATES: dict[str, dict] = {      # settings that were clearly better than the defaults on two tasks
     "custom_diffusion_merge": {"lr": 3e-3},
     "l2dm": {"replay": 4, "mu": 2.0, "generation_steps": 20, "cfg": 1.0},
 }
@@ -33,7 +33,9 @@ def settings_of(method: str) -> dict:
 
 
 def suite_of(backbone: DiffusersBackbone, count: int) -> tuple[PromptSuite, dict]:
-    """The suite of the first `count` concepts, and the levels of the untrained base and of real pictures."""
+    """The prompt suite of the first `count` concepts, and the levels of the untrained base and of real
+    pictures.
+    """
     encoder = SceneEncoder()
     tasks = tuple(assignment_of(concept, seed=7 + i) for i, concept in enumerate(concepts(count)))
     noun, text, real = prompt_suite.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
@@ -47,7 +49,8 @@ def suite_of(backbone: DiffusersBackbone, count: int) -> tuple[PromptSuite, dict
 
 
 def embedded_benchmark(count: int, steps: int) -> Benchmark:
-    """The embedded base with drawn pictures; count: of tasks; steps: per task."""
+    """The benchmark on the embedded base with drawn pictures. count: number of tasks; steps: steps per task.
+    """
     backbone = load_base()
     suite, untrained = suite_of(backbone, count)
     return Benchmark(backbone, suite, untrained, lambda seed: training(steps, seed), settings_of)

@@ -1,4 +1,4 @@
-"""The figures of a run: single concepts, several concepts in one prompt, the base's change, and costs."""
+"""The figures of a run: single concepts, several concepts in one prompt, base change, and costs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .prompt_suite import PromptSuite
 from .runs import Progress
 
 FIRST_UNRELATED_SEED = 7000
-# features of a concept's pictures [B, D], their image and text alignment
+# features of a concept's pictures [B, D], image and text alignment
 Evaluation = tuple[Tensor, float, float]
 
 
 def evaluate_concept(backbone: Backbone, bank: ConceptBank, suite: PromptSuite,
                      task: Assignment) -> Evaluation:
-    """Samples a concept and measures it. The pictures are dropped: a thousand of 512 pixels take 3 GB."""
+    """Samples and evaluates a concept. Pictures are not stored, because a thousand of 512 pixels take 3 GB.
+    """
     pictures, image, text = measure(backbone, bank, task, task.prompts, suite.encoder, suite.settings,
                                     suite.seeds)
     return suite.encoder.features(pictures, task.kind), image, text
@@ -33,7 +34,7 @@ def evaluate_concept(backbone: Backbone, bank: ConceptBank, suite: PromptSuite,
 
 def concept_figures(suite: PromptSuite, progress: Progress, tasks: Sequence[Assignment],
                     final: Sequence[Evaluation]) -> dict:
-    """Figures of single concepts, in learning order; final: the evaluations at the end of the sequence."""
+    """Figures of single concepts in learning order. final: evaluations at the end of the sequence."""
     just, last = [image for image, _ in progress.just], [image for _, image, _ in final]
     features = [seen for seen, _, _ in final]
     real = [suite.encoder.features(task.references, task.kind) for task in tasks]
@@ -66,9 +67,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def group_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> dict:
-    """Two and three concepts of different classes in one prompt.
+    """Figures for two and three concepts of different classes in one prompt.
 
-    Empty where the bank holds no whole group.
+    Empty if the bank has no complete group.
     """
     groups = [group for group in suite.groups if all(name in bank for name in group)]
     results = [_combined(backbone, bank, suite, group, suite.group_seeds) for group in groups]
@@ -79,15 +80,15 @@ def group_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> 
 
 
 def pairs_of(suite: PromptSuite, names: ConceptBank | Container[str]) -> list[tuple[str, ...]]:
-    """The suite's pairs of one class, both of which are among the names."""
+    """The suite's same-class pairs whose two concepts are both in `names`."""
     return [pair for pair in suite.pairs if all(name in names for name in pair)]
 
 
 def pair_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> dict:
-    """Two concepts of one class in one prompt.
+    """Figures for two concepts of one class in one prompt.
 
-    Whether they are confused is a yes or no per picture, so telling methods apart takes many pictures. Their
-    number is therefore one of the figures.
+    Confusion is a yes or no per picture, so comparing methods takes many pictures. The number of pictures is
+    therefore reported.
     """
     results = [_combined(backbone, bank, suite, pair, suite.pair_seeds) for pair in pairs_of(suite, bank)]
     if not results:
@@ -98,7 +99,7 @@ def pair_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> d
 
 
 def base_change(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> float:
-    """How much pictures change whose prompts name no concept."""
+    """Mean change of pictures whose prompts name no concept."""
     seeds = list(range(FIRST_UNRELATED_SEED, FIRST_UNRELATED_SEED + len(suite.unrelated)))
     empty = ConceptBank(backbone.layout)
     before, after = (sample(backbone, b, suite.unrelated, seeds, suite.settings) for b in (empty, bank))
@@ -106,7 +107,7 @@ def base_change(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> fl
 
 
 def _weight_count(delta: Delta) -> int:
-    """Numbers that a delta stores; the places of sparse ones are not counted."""
+    """Number of weights in a delta, without the indices of sparse deltas."""
     return delta.values.numel() if isinstance(delta, SparseDelta) else delta.up.numel() + delta.down.numel()
 
 

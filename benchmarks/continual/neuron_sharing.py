@@ -1,15 +1,15 @@
-"""How many base neurons of one prompt are also base neurons of others.
+"""Measures how many base neurons of one prompt are also base neurons of other prompts.
 
-The observation is that of CNS (Liao et al., ICCV 2025, arXiv 2510.02296): about 53 % of base neurons stay
-shared as more prompts are added. That is why CNS removes general neurons. Only the figure was available to
-us, from a summary, but not its model, score, threshold, prompts or counting rule.
+CNS (Liao et al., ICCV 2025, arXiv 2510.02296) observes that about 53 % of base neurons stay shared as more
+prompts are added. This is why CNS removes general neurons. Only this figure was available to us, but not its
+model, score, threshold, prompts or counting rule.
 
-Ours: the embedded base instead of Stable Diffusion; base neurons as in `neurons.base_neurons`, the top 10 %
-of every W_k and W_v; both scores, both units, and the calibration prompts. A neuron of the first prompt
+We use the embedded base instead of Stable Diffusion, both scores, both units, and the calibration prompts.
+Base neurons are the top 10 % of every W_k and W_v, see `neurons.base_neurons`. A neuron of the first prompt
 counts as shared in two ways: if it is a base neuron of every prompt so far, or of at least half of them (the
-vote of `neurons.Votes`, which includes the first prompt). By chance, the first share would fall to 10 % with
-the second prompt. For comparison we measure how many neurons another picture of the very same prompt shares,
-because the gradient score depends on the picture.
+vote of `neurons.Votes`, which includes the first prompt). For random neurons, the first share would fall to
+10 % with the second prompt. As a reference we measure how many neurons another picture of the same prompt
+shares, because the gradient score depends on the picture.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from ...core.neurons.scores import (
 )
 
 PAPER = 0.53
-SHARE, QUORUM = 0.1, 0.5      # CNSConfig's
+SHARE, QUORUM = 0.1, 0.5      # as in CNSConfig
 COLOURS, QUIET = {"gradient": "#c2410c", "activation": "#1d4ed8"}, "#6b6b76"
 LINES = {"weight": "-", "row": "--"}
 
 
 def shares_of_first(masks: Tensor, first: int) -> tuple[list[float], list[float]]:
-    """Shares of one prompt's base neurons that are shared after 1, 2, ... P prompts.
+    """Fractions of one prompt's base neurons that are shared after 1, 2, ... P prompts.
 
     Args:
         masks: `[P, N]` bool, prompt by neuron.
-        first: the prompt to begin with; the others follow in turn.
+        first: Index of the first prompt; the others follow cyclically.
 
     Returns:
-        The share that all prompts so far have, and the share that QUORUM of them or more have.
+        The fraction shared by all prompts so far, and the fraction shared by at least QUORUM of them.
     """
-    # only the first prompt's neurons: row 0 is all ones
+    # keep only the first prompt's neurons, so that row 0 is all ones
     neurons = masks.roll(-first, 0)[:, masks[first]].float()
     count = torch.arange(1, len(masks) + 1).unsqueeze(1)
     votes = neurons.cumsum(0)
@@ -58,16 +58,16 @@ def shares_of_first(masks: Tensor, first: int) -> tuple[list[float], list[float]
 
 
 def _flat(scores: Scores, unit: str) -> Tensor:
-    """Base neurons of all weights side by side, `[N]` bool."""
+    """Base neurons of all weights, concatenated, `[N]` bool."""
     neurons = base_neurons(scores, SHARE, unit)
     return torch.cat([neurons.mask(key).flatten() for key in sorted(neurons.sizes)])
 
 
 def base_masks(backbone: Backbone, prompts: Sequence[str], draws: int, seed: int,
                progress: Callable[[int, int], None] | None = None) -> dict[str, Tensor]:
-    """Base neurons of every prompt, `score-unit` -> `[P, N]` bool.
+    """Base neurons of every prompt: `score-unit` -> `[P, N]` bool.
 
-    Gradients use the base's picture of the prompt.
+    The gradient score uses a picture of the prompt sampled from the base.
     """
     collected: dict[str, list[Tensor]] = {f"{score}-{unit}": [] for score in SCORES for unit in UNITS}
     generator = torch.Generator().manual_seed(seed)
@@ -90,19 +90,19 @@ def _means(rows: Sequence[Sequence[float]]) -> list[float]:
 
 def neuron_sharing(backbone: Backbone, prompts: Sequence[str] = CALIBRATION, firsts: int = 8, draws: int = 16,
                    seed: int = 0, progress: Callable[[int, int], None] | None = None) -> dict:
-    """Means over several first prompts.
+    """Runs the benchmark: means over several first prompts.
 
     Args:
-        backbone: the base.
-        prompts: the prompts, P of them.
-        firsts: number of first prompts, evenly from the list.
-        draws: gradients per prompt.
-        seed: of the gradients' noise and pictures.
-        progress: is called with the number of finished prompts and P.
+        backbone: The base.
+        prompts: The P prompts.
+        firsts: Number of first prompts, evenly spread over the list.
+        draws: Gradients per prompt.
+        seed: Seed of the gradients' noise and pictures.
+        progress: Called with the number of finished prompts and P.
 
     Returns:
-        The benchmark's JSON. `shares`: by all prompts so far; `general`: by half of them or more;
-        `same_prompt`: by another picture of the first prompt itself.
+        The benchmark's JSON. `shares`: shared by all prompts so far; `general`: by at least half of them;
+        `same_prompt`: by another picture of the first prompt.
     """
     if not 1 <= firsts <= len(prompts) or draws < 1:
         raise ConceptError(f"first prompts and draws are {firsts} and {draws}; allowed: "

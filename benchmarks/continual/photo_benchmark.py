@@ -1,4 +1,4 @@
-"""The continual benchmark on photos: a real base, CLIP, and the settings of the papers."""
+"""The continual benchmark on photos, with a real base, CLIP, and the settings of the papers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ...core.model.backbone import Backbone
 from . import photos
 from .prompt_suite import Benchmark, Levels
 
-STEPS = 800      # the papers'
+STEPS = 800      # as in the papers
 
 
 def check_flags(options: Namespace) -> None:
-    """Raises ConceptError for flags that mean nothing without photos, and for photos without an encoder."""
+    """Raises ConceptError for flags that need photos if there are none, and for photos without an encoder."""
     if options.data is None:
         for name in ("clip", "dino", "resolution", "pictures"):
             if getattr(options, name) is not None:
@@ -41,7 +41,7 @@ def check_flags(options: Namespace) -> None:
 
 def _origin(options: Namespace, backbone: Backbone, tasks: Sequence[Assignment], pictures: int,
             resolution: int) -> dict:
-    """What the figures depend on beside method and training."""
+    """Everything besides method and training that affects the figures."""
     data = json.dumps([[task.name, task.prompts, [p.digest for p in task.pictures]] for task in tasks])
     return {"base": backbone.fingerprint, "data": hashlib.sha256(data.encode()).hexdigest()[:16],
             "resolution": resolution,
@@ -49,9 +49,9 @@ def _origin(options: Namespace, backbone: Backbone, tasks: Sequence[Assignment],
 
 
 def _levels(file: Path, origin: Mapping, measure: Callable[[], Levels]) -> Levels:
-    """Levels from the file where it fits base, photos and sizes.
+    """Reads the levels from the file if it matches base, photos and sizes.
 
-    Else measured, which costs as much as all concepts.
+    Otherwise measures them, which takes as long as evaluating all concepts.
     """
     if file.exists():
         try:
@@ -70,7 +70,7 @@ def _levels(file: Path, origin: Mapping, measure: Callable[[], Levels]) -> Level
 
 
 def photo_benchmark(options: Namespace, folder: Path) -> Benchmark:
-    """Everything from disk; folder: of the runs."""
+    """Loads the benchmark from disk. folder: folder of the runs."""
     tasks = photos.read_tasks(options.data, options.tasks)
     backbone = load_backbone(options)
     encoder = ClipEncoder.load(options.clip, options.dino, backbone.device)

@@ -4,7 +4,7 @@ The folder holds `tasks.json`: {"tasks": [{"images", "captions", "class_noun", "
 learning order. `images` and `captions` are folders inside it (captions are optional), `kind` is object or
 style, and `tokens` such as ["<dog1>", "<dog2>"] name the learned words. A task may also have "name" and
 "prompts". Their defaults are the folder's name and a file of `evaluation_prompts`: one prompt per line, with
-<TOK> for the concept. Nothing in the file is trusted.
+<TOK> for the concept. The file is untrusted.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from .prompt_suite import Levels, PromptSuite, groups_and_pairs, halfway, levels
 # CIDM's negative prompt
 NEGATIVE = ("longbody, lowres, bad anatomy, bad hands, extra digit, fewer digits, cropped, worst quality, "
             "low quality")
-FIRST_SEED = 2024      # CIDM's evaluation starts every prompt with it
-SIDE = 512      # of the reference pictures, as in the benchmark
+FIRST_SEED = 2024      # CIDM's evaluation puts it in front of every prompt
+SIDE = 512      # side of the reference pictures, as in the benchmark
 TOKEN, MAX_BYTES, MAX_TASKS = "<TOK>", 1_000_000, 1000
-PETS = ("dog", "cat")      # have their own prompts; other objects have those of toys
+PETS = ("dog", "cat")      # classes with their own prompts; other objects use those of toys
 COMBINED = ("a photo of {} in the forest", "a photo of {} on the street", "a photo of {} on a beach",
             "a photo of {} in front of a house")
-PICTURES, NOUN_PICTURES = 100, 40      # per concept: the default, and the largest number for its class noun
+PICTURES, NOUN_PICTURES = 100, 40      # pictures per concept: default, and maximum for class nouns
 GROUP_PICTURES, PAIR_PICTURES = 12, 48
 
 
 def training(steps: int, resolution: int, seed: int) -> TrainingConfig:
-    """The papers' training (CIDM's: 800 steps of single pictures, rates falling to 0).
+    """The papers' training configuration (CIDM: 800 steps of single pictures, learning rates decay to 0).
 
-    Rates are the methods' own.
+    Learning rates come from the methods.
     """
     return TrainingConfig(steps=steps, batch_size=1, resolution=resolution, seed=seed)
 
 
 def sampling(resolution: int) -> SampleSettings:
-    """CIDM's: 50 steps, guidance 7.5, one negative prompt."""
+    """CIDM's sampling settings: 50 steps, guidance 7.5, one negative prompt."""
     return SampleSettings(steps=50, cfg=7.5, size=(resolution, resolution), negative=NEGATIVE, batch=8)
 
 
@@ -67,7 +67,7 @@ def _read_json(file: Path) -> object:
 
 
 def _inside(root: Path, given: object, what: str) -> Path:
-    """A path that tasks.json names; it must lie below the folder of that file."""
+    """A path from tasks.json. It must be inside the folder of that file."""
     if not isinstance(given, str) or not given or "\0" in given:
         raise ConceptError(f"{what} is {given!r}; allowed: a path inside '{root}'")
     path = (root / given).resolve()
@@ -88,7 +88,7 @@ def _words(given: object, where: str) -> tuple[str, ...]:
 
 
 def _entries(root: Path) -> list[dict]:
-    """The tasks of tasks.json with name, class_noun, kind, words and images checked.
+    """Reads the tasks of tasks.json and checks name, class_noun, kind, words and images.
 
     Other paths are checked on use.
     """
@@ -136,10 +136,10 @@ def _named(entries: list[dict]) -> list[dict]:
 
 
 def adjectives(captions: Sequence[str], class_noun: str) -> str:
-    """The words right before the class noun in every caption, without articles.
+    """The words directly before the class noun in every caption, without articles.
 
-    For the duck toy these are "yellow rubber". The evaluation prompts contain them as well, because they are
-    part of the concept's description.
+    For the duck toy these are "yellow rubber". Evaluation prompts also contain them, because they are part of
+    the concept's description.
     """
     noun = rf"\b{re.escape(class_noun)}\b"
     before = [re.split(noun, caption, maxsplit=1, flags=re.IGNORECASE) for caption in captions]
@@ -173,7 +173,7 @@ def _prompts(root: Path, entry: Mapping, described: str) -> tuple[tuple[str, ...
 
 
 def assignment_of(root: Path, entry: Mapping) -> Assignment:
-    """A checked task of tasks.json with its pictures.
+    """Loads the pictures of a checked task of tasks.json.
 
     References are centre squares of 512 pixels. No pictures are held out, because a concept has only 4 to 7.
     """
@@ -193,7 +193,7 @@ def assignment_of(root: Path, entry: Mapping) -> Assignment:
 
 
 def read_tasks(folder: Path | str, count: int | None = None) -> tuple[Assignment, ...]:
-    """The first `count` tasks of a folder; ConceptError names the file or task that is wrong."""
+    """Reads the first `count` tasks of a folder. A ConceptError names the invalid file or task."""
     root = Path(folder)
     if not root.is_dir():
         raise ConceptError(f"the data folder '{root}' does not exist; "
@@ -222,16 +222,16 @@ def _seeds(tasks: Sequence[Assignment], pictures: int) -> tuple[int, ...]:
 
 def suite_of(backbone: DiffusersBackbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int,
              settings: SampleSettings, measured: Levels, origin: Mapping) -> tuple[PromptSuite, dict]:
-    """The suite of a sequence, and the levels of the untrained base and of real pictures.
+    """The prompt suite of a sequence, and the levels of the untrained base and of real pictures.
 
     Args:
-        backbone: the base.
-        tasks: in learning order.
-        encoder: measures similarity.
-        pictures: per concept and evaluation; the paper has 1000.
-        settings: of the sampler.
-        measured: the result of `measured_levels`.
-        origin: see PromptSuite.
+        backbone: The base.
+        tasks: Tasks in learning order.
+        encoder: Measures similarity.
+        pictures: Pictures per concept and evaluation; 1000 in the paper.
+        settings: Sampling settings.
+        measured: Result of `measured_levels`.
+        origin: See PromptSuite.
     """
     noun, text, real = measured
     groups, pairs = groups_and_pairs(tasks)

@@ -1,4 +1,4 @@
-"""Prompt suites: tasks, prompts and seeds of a sequence, and the levels to compare its figures with."""
+"""Prompt suites: tasks, prompts and seeds of a sequence, and reference levels of its figures."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ...core.training.config import TrainingConfig
 
 Names = tuple[tuple[str, ...], ...]
 Levels = tuple[dict[str, float], dict[str, float], dict[str, float]]
-GROUPS, TRIPLES, PAIRS = 6, 2, 4      # of two concepts, of three, and of two of one class
+GROUPS, TRIPLES, PAIRS = 6, 2, 4      # groups of two concepts, of three; pairs of one class
 
 
 @dataclass(frozen=True)
 class PromptSuite:
-    """What all runs of a benchmark share.
+    """Data shared by all runs of a benchmark.
 
     Attributes:
-        tasks: in the sequence's own order.
-        groups: names of two or three concepts of different classes that one prompt names.
-        pairs: names of two concepts of one class that one prompt names.
-        combined: prompts with one `{}` for the list of names.
-        unrelated: prompts without concepts.
-        encoder: measures similarity.
-        settings: of the sampler.
-        seeds, group_seeds, pair_seeds: one picture each, per concept, per group and per pair.
-        levels: concept -> image alignment halfway between pictures of its class noun and real pictures.
-        unet_weights: number of weights of the base's UNet.
-        origin: what else the figures depend on (base, data, ...), as JSON values.
+        tasks: Tasks in the sequence's original order.
+        groups: Names of two or three concepts of different classes in one prompt.
+        pairs: Names of two concepts of one class in one prompt.
+        combined: Prompts with one `{}` for the list of names.
+        unrelated: Prompts without concepts.
+        encoder: Measures similarity.
+        settings: Sampling settings.
+        seeds, group_seeds, pair_seeds: Seeds of the pictures per concept, per group and per pair.
+        levels: Concept -> image alignment halfway between pictures of its class noun and real pictures.
+        unet_weights: Number of weights of the base's UNet.
+        origin: Other factors that affect the figures (base, data, ...), as JSON values.
     """
 
     tasks: tuple[Assignment, ...]
@@ -62,14 +62,14 @@ class PromptSuite:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What the runs of one command work on.
+    """Inputs of the runs of one command.
 
     Attributes:
-        backbone: the base.
-        suite: tasks, prompts and seeds.
-        untrained: levels of the untrained base and of real pictures.
-        training: seed -> configuration.
-        settings_of: method -> its settings.
+        backbone: The base.
+        suite: Tasks, prompts and seeds.
+        untrained: Levels of the untrained base and of real pictures.
+        training: Seed -> configuration.
+        settings_of: Method -> its settings.
     """
 
     backbone: Backbone
@@ -98,8 +98,8 @@ def unrelated_prompts(tasks: Sequence[Assignment]) -> tuple[str, ...]:
 def _real_alignment(features: Tensor, held_out: Tensor) -> float:
     """Image alignment of real pictures.
 
-    Held-out pictures `[M, D]` are compared with the references `[N, D]`. Without any, the references are
-    compared with one another; a single reference has alignment 1.
+    Compares held-out pictures `[M, D]` with the references `[N, D]`. Without held-out pictures, the
+    references are compared with one another. A single reference has alignment 1.
     """
     if len(held_out):
         return metrics.image_alignment(held_out, features)
@@ -109,18 +109,18 @@ def _real_alignment(features: Tensor, held_out: Tensor) -> float:
 
 def levels(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, settings: SampleSettings,
            seeds: Sequence[int]) -> Levels:
-    """Three levels per concept: of the untouched base, prompted with the class noun, and of real pictures.
+    """Three levels per concept: image and text alignment of the untrained base with the class noun, and image
+    alignment of real pictures.
 
     Args:
-        backbone: the untrained base.
-        tasks: the concepts.
-        encoder: measures similarity.
-        settings: of the sampler.
-        seeds: one picture each.
+        backbone: The untrained base.
+        tasks: The concepts.
+        encoder: Measures similarity.
+        settings: Sampling settings.
+        seeds: One picture per seed.
 
     Returns:
-        Concept -> image alignment of the base's pictures, their text alignment, image alignment of real
-        pictures.
+        Concept -> image and text alignment of the base's pictures, and image alignment of real pictures.
     """
     bank, noun, text, real = ConceptBank(backbone.layout), {}, {}, {}
     for task in tasks:
@@ -137,7 +137,7 @@ def levels(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, se
 
 def untrained(noun: Mapping[str, float], text: Mapping[str, float], real: Mapping[str, float]
               ) -> dict[str, float]:
-    """Means over concepts of the three results of `levels`."""
+    """Means over concepts of the three levels."""
     names = {"image_alignment": noun, "text_alignment": text, "real_pictures": real}
     return {name: sum(values.values()) / len(values) for name, values in names.items()}
 
@@ -145,6 +145,6 @@ def untrained(noun: Mapping[str, float], text: Mapping[str, float], real: Mappin
 def halfway(noun: Mapping[str, float], real: Mapping[str, float]) -> dict[str, float]:
     """Concept -> alignment halfway between class noun and real pictures.
 
-    Above it the individual is present.
+    Above this level the individual counts as present.
     """
     return {name: (noun[name] + real[name]) / 2 for name in noun}

@@ -1,6 +1,6 @@
-"""Runs of the continual benchmark: which method, settings, order and seed.
+"""Runs of the continual benchmark: method, settings, order and seed.
 
-And the progress of an unfinished one.
+Also the progress of an unfinished run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from ...core.errors import ConceptError
 from ...core.files import write_atomically
 
-# overrides that change how a bank is sampled, not how it is learned
+# overrides that affect sampling but not training
 SAMPLING = ("mode", "strength", "artists")
 
 
@@ -21,15 +21,14 @@ class Run:
     """One method on one sequence with one seed.
 
     Attributes:
-        method: id of the method.
-        tasks: number of tasks.
-        order: of the tasks, see `concepts.ordered`.
-        seed: of the training.
-        alone: every concept on an empty bank of its own: the upper bound that no continual method is expected
-            to beat.
-        overrides: settings beside the method's usual ones, as `key=value` joined by `+`. Each combination is
-            a row of its own. Keys of SAMPLING go to SampleSettings: the same learned bank is only sampled
-            differently.
+        method: Id of the method.
+        tasks: Number of tasks.
+        order: Order of the tasks, see `concepts.ordered`.
+        seed: Seed of the training.
+        alone: Whether each concept is learned alone into an empty bank. This is an upper bound for continual
+            methods.
+        overrides: Changed settings, as `key=value` joined by `+`. Each combination is a separate row. Keys in
+            SAMPLING change SampleSettings, so the same learned bank is sampled differently.
     """
 
     method: str
@@ -45,7 +44,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The stem of its files."""
+        """The stem of the run's file names."""
         return f"{self.label}{'-alone' if self.alone else ''}-n{self.tasks}-o{self.order}-s{self.seed}"
 
     @property
@@ -53,9 +52,9 @@ class Run:
         return self.overrides.split("+") if self.overrides else []
 
     def settings(self) -> dict:
-        """The overridden settings of the method.
+        """The method's changed settings.
 
-        ConceptError for a part that is not of the form key=value.
+        Raises ConceptError for a part that is not of the form key=value.
         """
         return {key: value for key, value in map(_setting, self._parts) if key not in SAMPLING}
 
@@ -63,19 +62,19 @@ class Run:
         return {key: value for key, value in map(_setting, self._parts) if key in SAMPLING}
 
     def learned_as(self) -> Run:
-        """The run that learns the same bank and samples it in the usual way."""
+        """The run with the same bank and default sampling."""
         return replace(self,
                        overrides="+".join(part for part in self._parts if _setting(part)[0] not in SAMPLING))
 
     def to_json(self) -> dict:
-        """What a result file says of its run; the keys are those of committed files."""
+        """The run's entry in a result file. The keys are those of committed files."""
         facts = asdict(self)
         return {**{key: value for key, value in facts.items() if key != "overrides"}, "method": self.label,
                 "variant": self.overrides}
 
 
 def _setting(part: str) -> tuple[str, object]:
-    """`rank=8` as a name and a value."""
+    """Parses `rank=8` into name and value."""
     key, separator, value = part.partition("=")
     if not separator:
         raise ConceptError(f"override {part!r} is not of the form key=value")
@@ -87,15 +86,15 @@ def _setting(part: str) -> tuple[str, object]:
 
 @dataclass
 class Progress:
-    """An unfinished run on disk, as JSON.
+    """Progress of an unfinished run, saved as JSON.
 
     Attributes:
-        names: of the learned concepts, in learning order.
-        just: per concept, image and text alignment just after learning.
-        features: per concept, the features of its pictures just after learning.
-        seconds: per concept.
-        bytes: per concept.
-        made_with: steps and settings; None in files that older versions wrote.
+        names: Names of the learned concepts, in learning order.
+        just: Per concept, image and text alignment right after learning.
+        features: Per concept, the features of its pictures right after learning.
+        seconds: Training time per concept.
+        bytes: Size per concept.
+        made_with: Steps and settings; None in files of older versions.
     """
 
     names: list[str]
@@ -107,7 +106,8 @@ class Progress:
 
     @staticmethod
     def load(path: Path, made_with: dict) -> Progress:
-        """Reads a run's progress, which is empty without a file; ConceptError for other steps or settings."""
+        """Reads a run's progress; empty if there is no file. Raises ConceptError for other steps or settings.
+        """
         progress = Progress(**json.loads(path.read_text())) if path.exists() else Progress([], [], [], [], [])
         check_same(path, progress.made_with or made_with, made_with)
         progress.made_with = made_with
@@ -118,7 +118,7 @@ class Progress:
 
 
 def check_same(path: Path, stored: dict, requested: dict) -> None:
-    """Raises ConceptError where a file was made with other values than requested.
+    """Raises ConceptError if a file was made with other values than requested.
 
     Missing keys are accepted.
     """

@@ -1,8 +1,8 @@
-"""One run of the continual benchmark: a method learns a sequence with one seed in one order, and is measured
-at the end.
+"""One run of the continual benchmark: a method learns a sequence with one seed and order, and is evaluated at
+the end.
 
-Progress is saved after every task. An interrupted run continues from there and gives the same figures. Files
-that were made with other steps or settings are refused.
+Progress is saved after every task. An interrupted run resumes and gives the same figures. Files made with
+other steps or settings raise an error.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def _made_with(suite: PromptSuite, run: Run, settings: Mapping, training: Traini
 
 def prior_pictures(backbone: Backbone, suite: PromptSuite, task: Assignment,
                    count: int = 16) -> list[Picture]:
-    """Prior-preservation pictures: the base's pictures of the class noun, with their prompts as captions."""
+    """Prior-preservation pictures: pictures of the class noun sampled from the base, with their prompts as
+    captions.
+    """
     prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(count)]
     seeds = list(range(FIRST_PRIOR_SEED, FIRST_PRIOR_SEED + count))
     images = sample(backbone, ConceptBank(backbone.layout), prompts, seeds, suite.settings)
@@ -60,7 +62,7 @@ def prior_pictures(backbone: Backbone, suite: PromptSuite, task: Assignment,
 def _learn(backbone: Backbone, suite: PromptSuite, run: Run, task: Assignment, bank: ConceptBank,
            settings: Mapping,
            training: TrainingConfig, callback) -> tuple[ConceptBank, float]:
-    """The bank with the task's concept, and the seconds that learning it took."""
+    """Learns the task's concept. Returns the bank with the concept, and the training time in seconds."""
     pictures = list(task.pictures)
     if METHODS[run.method].method.wants_prior:
         pictures += prior_pictures(backbone, suite, task)
@@ -76,9 +78,9 @@ def _learn(backbone: Backbone, suite: PromptSuite, run: Run, task: Assignment, b
 
 def _learned_elsewhere(folder: Path, run: Run, names: list[str], made_with: Mapping
                        ) -> tuple[ConceptBank, float] | None:
-    """The bank of a finished run that learned the same, and its seconds per concept.
+    """The bank of a finished run with the same training, and its seconds per concept.
 
-    None where there is none.
+    None if there is no such run.
     """
     other = run.learned_as()
     figures, bank = folder / f"{other.name}.json", folder / f"{other.name}.{len(names)}.safetensors"
@@ -93,19 +95,19 @@ def _learned_elsewhere(folder: Path, run: Run, names: list[str], made_with: Mapp
 def learn_sequence(backbone: Backbone, suite: PromptSuite, run: Run, places: Sequence[int], settings: Mapping,
                    training: TrainingConfig, folder: Path,
                    callbacks: Callable[[str], object] = lambda _: None) -> tuple[Progress, ConceptBank]:
-    """Learns the tasks that are not learned yet.
+    """Learns the remaining tasks.
 
-    The name of the bank's file says how many concepts it holds, so that progress and bank never disagree.
+    The bank's file name contains the number of concepts, so that progress and bank always match.
 
     Args:
-        backbone: the base.
-        suite: its tasks are learned.
-        run: method, order and seed.
-        places: positions of the tasks in learning order.
-        settings: of the method.
-        training: configuration, with the seed.
-        folder: where progress and bank are saved.
-        callbacks: name of a concept -> step callback.
+        backbone: The base.
+        suite: Provides the tasks.
+        run: Method, order and seed.
+        places: Indices of the tasks in learning order.
+        settings: Settings of the method.
+        training: Training configuration, with the seed.
+        folder: Folder of progress and bank.
+        callbacks: Name of a concept -> step callback.
     """
     path, made_with = folder / f"{run.name}.progress.json", _made_with(suite, run, settings, training)
     progress = Progress.load(path, made_with)
@@ -144,8 +146,8 @@ def _up_to_date(backbone: Backbone, suite: PromptSuite, run: Run, finished: dict
                 folder: Path) -> dict | None:
     """The figures of a finished run.
 
-    Where the suite asks for another number of pictures of pairs, those are sampled again from the run's bank.
-    None where that bank is gone.
+    If the suite requests another number of pair pictures, they are sampled again from the run's bank. None if
+    that bank is missing.
     """
     names = finished["concepts"]
     if run.alone or finished.get("pair_pictures", 0) == len(pairs_of(suite, names)) * len(suite.pair_seeds):
@@ -164,12 +166,12 @@ def _write(path: Path, result: dict) -> None:
 def perform(backbone: Backbone, suite: PromptSuite, run: Run, places: Sequence[int], settings: Mapping,
             training: TrainingConfig, folder: Path,
             callbacks: Callable[[str], object] = lambda _: None) -> dict:
-    """All figures of a run; a finished run is read from its file.
+    """Returns all figures of a run. A finished run is read from its file.
 
     Args: see `learn_sequence`.
 
     Raises:
-        ConceptError: for a file that was made with other steps or settings.
+        ConceptError: A file was made with other steps or settings.
     """
     path, made_with = folder / f"{run.name}.json", _made_with(suite, run, settings, training)
     suite = replace(suite, settings=replace(suite.settings, **run.sampling()))

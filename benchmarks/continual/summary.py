@@ -10,9 +10,9 @@ from ...core.errors import ConceptError
 PLAIN = ("multi_alignment", "multi_present", "pair_alignment", "confusion", "base_drift", "a_mmd", "f_mmd",
          "trained_share", "bytes_per_concept", "seconds_per_concept")
 PER_CONCEPT = ("image_alignment", "text_alignment", "just_learned", "forgetting")
-# below this image alignment a concept was not learned, so that its retained share says nothing
+# below this image alignment a concept was not learned, so its retained share is meaningless
 LEARNED = 0.2
-# Claims of the papers that the table can confirm or not: (better, worse, figure, whether higher is better).
+# claims of the papers to check against the table: (better, worse, figure, whether higher is better)
 ORDERINGS = (
     ("cidm", "lora_m", "image_alignment", True),
     ("clora", "finetune", "forgetting", False),
@@ -28,14 +28,14 @@ def _mean(values: Sequence[float]) -> float:
 def run_figures(run: Mapping, upper: Mapping[str, float] | None = None) -> dict[str, float]:
     """One number per figure of a run.
 
-    `retention` is the mean alignment at the end over the mean alignment just after learning.
-    `worst_retention` is the smallest such share of a concept that was learned. `plasticity` says how well
-    late concepts are learned compared with early ones: the mean of alignment / upper just after learning,
-    second half of the sequence over first half.
+    `retention` is the mean alignment at the end / the mean alignment right after learning. `worst_retention`
+    is the smallest such share among the learned concepts. `plasticity` compares how well late and early
+    concepts are learned: the mean of alignment / upper right after learning, second half of the sequence /
+    first half.
 
     Args:
-        run: the JSON of a finished run.
-        upper: concept -> alignment of a model of its own; without it there is no plasticity.
+        run: The JSON of a finished run.
+        upper: Concept -> alignment of the concept learned alone; without it there is no plasticity.
     """
     figures = {name: _mean(run[name]) for name in PER_CONCEPT}
     figures |= {name: run[name] for name in PLAIN if name in run}
@@ -51,7 +51,7 @@ def run_figures(run: Mapping, upper: Mapping[str, float] | None = None) -> dict[
 
 
 def upper_levels(runs: Sequence[Mapping]) -> dict[str, float]:
-    """Concept -> mean image alignment of models of their own."""
+    """Concept -> mean image alignment of the concept learned alone."""
     levels: dict[str, list[float]] = {}
     for run in runs:
         for name, alignment in zip(run["concepts"], run["just_learned"], strict=True):
@@ -60,10 +60,10 @@ def upper_levels(runs: Sequence[Mapping]) -> dict[str, float]:
 
 
 def method_row(runs: Sequence[Mapping], upper: Mapping[str, float] | None) -> dict:
-    """Means over a method's runs of the figures that all of them have.
+    """Means over a method's runs, of the figures that all runs have.
 
     `cells` is the number of runs. `spread` is the standard deviation over seeds and orders, 0 for a single
-    run. Of the seconds the smallest counts, because other work on the machine only adds to them.
+    run. For seconds the smallest value is used, because other load on the machine only increases them.
     """
     figures = [run_figures(run, upper) for run in runs]
     row: dict = {"cells": len(runs)}
@@ -82,9 +82,9 @@ def _value(row: Mapping, name: str) -> float:
 
 
 def orderings(methods: Mapping[str, Mapping]) -> list[dict]:
-    """The papers' claims, and whether they hold.
+    """The papers' claims, and whether our results confirm them.
 
-    `clear` means by more than both spreads together, where both methods have two or more runs.
+    `clear` means that the difference exceeds the sum of both spreads, with at least two runs of each method.
     """
     claims = []
     for better, worse, name, higher_is_better in ORDERINGS:
@@ -103,7 +103,7 @@ def summarise(runs: Sequence[Mapping], default: str, untrained: Mapping) -> dict
     """The benchmark's JSON from all runs with one number of tasks.
 
     Raises:
-        ConceptError: for no runs, and for runs with different steps.
+        ConceptError: There are no runs, or runs have different steps.
     """
     steps = sorted({run["steps"] for run in runs})
     if len(steps) != 1:
@@ -137,7 +137,7 @@ COLUMNS = (("image_alignment", "IA", 100, 1), ("text_alignment", "TA", 100, 1),
 
 
 def table(summary: Mapping) -> str:
-    """Markdown, best image alignment first.
+    """The table as Markdown, best image alignment first.
 
     Figures are mean ± spread; alignments and shares are times 100.
     """

@@ -1,1 +1,1 @@
-"""Seconds and memory of learning, aggregation and bank files."""
+"""Benchmarks of time and memory: training, aggregation and bank files."""

@@ -1,4 +1,4 @@
-"""Learning in ComfyUI, and ComfyUI's own Train LoRA node, on a checkpoint's shape."""
+"""Training in ComfyUI, and ComfyUI's Train LoRA node, on random models of a checkpoint's shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = {"sd15": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
 
 
 def random_clip(shape: str):
-    """A CLIP of a checkpoint's shape."""
+    """A random CLIP of a checkpoint's shape."""
     target = comfy.supported_models_base.ClipTarget(*TEXTS[shape])
     clip = comfy.sd.CLIP(target)
     random_weights(clip.cond_stage_model)
@@ -31,7 +31,7 @@ def random_clip(shape: str):
 
 
 class ComfyHost:
-    """Learning on a loaded MODEL and CLIP, as Concept Learner does."""
+    """Trains on a loaded MODEL and CLIP, like Concept Learner."""
 
     def __init__(self, setup: Setup) -> None:
         self.backbone, self.setup = ComfyBackbone(random_model(setup.shape), random_clip(setup.shape)), setup
@@ -55,7 +55,7 @@ class ComfyHost:
                 if self.setup.shape == "sdxl" else {}]
 
     def _core(self, steps: int, **overrides) -> Timing:
-        """ComfyUI's node with its defaults, except for our rank and our precision."""
+        """Runs ComfyUI's node with its defaults, except for rank and precision, which are ours."""
         from comfy_extras.nodes_train import TrainLoraNode
 
         dtype = {"float32": "fp32", "bfloat16": "bf16"}[self.setup.precision]
@@ -65,7 +65,7 @@ class ComfyHost:
         settings["existing_lora"] = ["[None]"]
         shape, side = self.setup.shape, self.setup.side
         model = random_model(shape)
-        # newer hosts load a copy
+        # newer versions load a copy
         model.cached_patcher_init = (lambda disable_dynamic=False: random_model(shape), ())
         latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
         inputs = {"model": [model], "latents": [{"samples": latents}], "positive": [[self._text()]]}

@@ -60,7 +60,7 @@ def _host(options: Namespace):
 
 
 def training(options: Namespace) -> Result:
-    """The cost of a training step, compared with its forward passes and with other trainers."""
+    """Measures the cost of a training step, relative to its forward passes and to other trainers."""
     from . import training as training_cost
 
     require_at_least(options, pixels=64, steps=2, rounds=1)
@@ -87,7 +87,7 @@ def training(options: Namespace) -> Result:
 
 
 def aggregation(options: Namespace) -> Result:
-    """The cost of many concepts between a prompt and a picture."""
+    """Measures the cost of many concepts when sampling a prompt."""
     from . import scale as scale_cost
 
     require_at_least(options, concepts=2, rounds=1)
@@ -101,7 +101,7 @@ def aggregation(options: Namespace) -> Result:
 
 
 def bank(options: Namespace) -> Result:
-    """The cost of many concepts in a file."""
+    """Measures the cost of many concepts in a bank file."""
     from tempfile import TemporaryDirectory
 
     from . import scale as scale_cost

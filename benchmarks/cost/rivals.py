@@ -1,4 +1,4 @@
-"""Trainers to compare with: diffusers with PEFT's LoRA on the same layers; and a UNet without ComfyUI."""
+"""Trainers for comparison: diffusers with PEFT's LoRA on the same layers. Also a host without ComfyUI."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def _device() -> str:
 
 
 def peft_loop(setup: Setup, steps: int) -> Timing:
-    """The usual script: LoRA on q, k, v and out of the same attention layers.
+    """The training loop of common scripts: LoRA on q, k, v and out of the same attention layers.
 
-    The text is encoded beforehand.
+    Texts are encoded in advance.
     """
     from peft import LoraConfig
 
     side, unet = setup.side, random_unet(setup.shape).requires_grad_(False)
     if setup.checkpointing:
-        unet.train()      # recomputes only in training mode; it has no dropout
+        unet.train()      # checkpointing needs training mode; there is no dropout
         unet.enable_gradient_checkpointing()
     names = [f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
@@ -52,13 +52,13 @@ def peft_loop(setup: Setup, steps: int) -> Timing:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            loss.item()      # waits for the graphics card, so that the clock is right
+            loss.item()      # waits for the graphics card, for correct timing
 
     return optimizer_steps(run)
 
 
 def peft_rival(setup: Setup) -> dict[str, Callable[[int], Timing]]:
-    """The PEFT trainer by its name; empty where PEFT is not installed."""
+    """The PEFT trainer by name; empty if PEFT is not installed."""
     if not (find_spec("peft") and find_spec("diffusers")):
         return {}
     return {"peft": lambda steps: peft_loop(setup, steps)}

@@ -1,4 +1,4 @@
-"""The cost of many concepts in a prompt and in a file, on Stable Diffusion 1.5's shape."""
+"""Measures the cost of many concepts in a prompt and in a file, on Stable Diffusion 1.5's shape."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from .training import random_bank
 
 
 def naive(backbone: Backbone, bank: ConceptBank) -> None:
-    """One product and one addition per concept and projection, as in published code.
+    """Baseline: one product and one addition per concept and projection, as in published code.
 
-    The sum to compare with.
     """
     weight = 1 / len(bank)
     for site in backbone.layout.sites:
@@ -30,12 +29,12 @@ def naive(backbone: Backbone, bank: ConceptBank) -> None:
 
 @torch.inference_mode()
 def aggregation(backbone: Backbone, concepts: int, rounds: int) -> dict:
-    """The JSON of the benchmark.
+    """Runs the benchmark and returns its JSON.
 
     Args:
-        backbone: the base.
-        concepts: number of concepts in the bank.
-        rounds: measurements of everything.
+        backbone: The base.
+        concepts: Number of concepts in the bank.
+        rounds: Number of measurements.
 
     Returns:
         `apply_seconds`: by mode, from the prompt to folded weights; in mode sharp only the prompt's two
@@ -78,7 +77,7 @@ def _sampling_ratio(backbone: Backbone, deltas, x, steps, rounds: int) -> float:
 
 
 def bank(backbone: Backbone, concepts: int, folder: Path, rounds: int) -> dict:
-    """Saves a bank in `folder` and measures it.
+    """Saves a bank in `folder` and measures reading it.
 
     Returns:
         `open_seconds`: opening and listing; `one_seconds`: opening and reading one concept; `all_seconds`:
@@ -100,7 +99,7 @@ def bank(backbone: Backbone, concepts: int, folder: Path, rounds: int) -> dict:
 
 
 def _repeated(few: ConceptBank, count: int) -> ConceptBank:
-    """`count` concepts that repeat the tensors of a few."""
+    """`count` concepts that reuse the tensors of a few."""
     originals = list(few)
     renamed = (originals[i % len(originals)].renamed(f"old{i}") for i in range(count))
     return ConceptBank(few.layout,

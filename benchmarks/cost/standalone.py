@@ -11,14 +11,14 @@ from ...core.errors import ConceptError
 
 
 def start(folder: Path) -> None:
-    """Makes the modules of a ComfyUI folder importable; call it before any of them is imported.
+    """Makes the modules of a ComfyUI folder importable. Call it before importing any of them.
 
     Raises:
-        ConceptError: if the folder holds no ComfyUI.
+        ConceptError: The folder does not contain ComfyUI.
     """
     if not (folder / "comfy").is_dir():
         raise ConceptError(f"'{folder}' is not a ComfyUI folder: it has no folder comfy")
     sys.path.insert(0, str(folder))
-    from comfy.cli_args import args  # does not read the command line by default
+    from comfy.cli_args import args  # ComfyUI ignores the command line here
 
     args.cpu = not torch.cuda.is_available()

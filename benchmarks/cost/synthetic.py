@@ -1,4 +1,4 @@
-"""Random models, concepts and prompts for figures of speed and memory, and how these are measured."""
+"""Random models, concepts and prompts for benchmarks of speed and memory, and the measuring functions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ...core.model.deltas import Deltas, LowRankDelta
 from ...core.model.sites import PROJECTIONS, SiteLayout
 
 _FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
-TOKENS, WIDTH = 77, 768      # of SD1.5's prompts
-# Arguments of diffusers' UNet beside its defaults, which are SD1.5's.
+TOKENS, WIDTH = 77, 768      # shape of SD1.5's encoded prompts
+# arguments of diffusers' UNet that differ from its defaults (SD1.5)
 UNETS: dict[str, dict] = {
     "sd15": {"cross_attention_dim": WIDTH},
     "sdxl": {"cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280),
@@ -45,7 +45,7 @@ def deltas_of(layout: SiteLayout, seed: int, rank: int = 4, size: float = 0.01) 
 
 def context_of(batch: int, copies: int, seed: int, words: dict[str, tuple[int, ...]]
                | None = None) -> Context:
-    """`batch` random prompts; words: word positions of the last one."""
+    """`batch` random prompts. words: word positions of the last one."""
     hidden = torch.randn(batch, copies, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
     return Context(hidden, None, ({},) * (batch - 1) + (words or {},))
 
@@ -53,7 +53,7 @@ def context_of(batch: int, copies: int, seed: int, words: dict[str, tuple[int, .
 def _resident() -> float:
     """Peak GiB of this process since the peak was reset.
 
-    OSError or KeyError if the system does not report it.
+    Raises OSError or KeyError if the system does not report it.
     """
     rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
                 if ":" in line)
@@ -61,7 +61,7 @@ def _resident() -> float:
 
 
 def peak_gb(run: Callable[[], object]) -> float | None:
-    """Peak of memory in GiB while `run` runs: of the graphics card if there is one, else of the process.
+    """Peak memory in GiB while `run` runs, of the graphics card if there is one, else of the process.
 
     None if the system does not report it.
     """
@@ -79,7 +79,7 @@ def peak_gb(run: Callable[[], object]) -> float | None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that compute something: on a graphics card, each is at least one kernel launch.
+    """Counts operations that launch kernels: each is at least one kernel launch on a graphics card.
 
     Views and operations with an empty result do not count.
     """
@@ -98,7 +98,7 @@ class Operations(TorchDispatchMode):
 
 
 def seconds(run: Callable[[], object], rounds: int = 2) -> float:
-    """The smallest time of several calls; the first one also warms up."""
+    """The smallest time of several calls. The first call also warms up."""
     times = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -110,10 +110,10 @@ def seconds(run: Callable[[], object], rounds: int = 2) -> float:
 
 
 def random_weights(module: nn.Module) -> None:
-    """Fills a module with random weights whose size keeps activations finite."""
+    """Fills a module with random weights, scaled so that activations stay finite."""
     generator = torch.Generator().manual_seed(0)
     for name, weight in module.state_dict().items():
-        if not weight.dtype.is_floating_point:      # position numbers
+        if not weight.dtype.is_floating_point:      # buffers of position ids
             continue
         if "embedding" in name:
             weight.normal_(0, 0.02, generator=generator)
@@ -124,7 +124,7 @@ def random_weights(module: nn.Module) -> None:
 
 
 def random_unet(shape: str = "sd15") -> nn.Module:
-    """diffusers' UNet of a shape, on the graphics card if there is one."""
+    """A random diffusers UNet of a shape, on the graphics card if there is one."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(**UNETS[shape])
@@ -133,10 +133,10 @@ def random_unet(shape: str = "sd15") -> nn.Module:
 
 
 def sd15_backbone(text: tuple = ()):
-    """A backbone with such a UNet and no autoencoder; text: its text encoders, if prompts are encoded."""
+    """A backbone with a random UNet and no autoencoder. text: its text encoders, if prompts are encoded."""
     from ...core.hosts.diffusers import DiffusersBackbone
     from ...core.model.schedule import NoiseSchedule, cumulative_alphas
 
     vae = nn.Module()
-    vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # nothing else is read
+    vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # no other parts are used
     return DiffusersBackbone(random_unet(), vae, text, NoiseSchedule(cumulative_alphas(0.00085, 0.012)))

@@ -1,4 +1,6 @@
-"""The cost of a training step on a checkpoint's shape with random weights, compared with other trainers."""
+"""Measures the cost of a training step on a checkpoint's shape with random weights, compared with other
+trainers.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,13 @@ ROWS: dict[str, tuple[str, dict]] = {
     "bound": ("bound", {}), "bound, one copy": ("bound", {"layerwise": False}), "cidm": ("cidm", {}),
     "cidm, one copy": ("cidm", {"layerwise": False}), "clora": ("clora", {}),
 }
-CONCEPTS = (1, 100)      # in the bank while one more is learned
-# rows that are measured with both banks; the others only with the first
+CONCEPTS = (1, 100)      # number of concepts in the bank during training
+# rows measured with both banks; the others only with the first
 GROWING = ("bound", "cidm", "clora")
 
 
 class Timing(TypedDict):
-    """Measurements of several steps: seconds of every step but the first, and the peak of memory in GiB."""
+    """Measurements of several steps: seconds of every step except the first, and peak memory in GiB."""
 
     seconds: list[float]
     peak_gb: float | None
@@ -51,7 +53,7 @@ class Timing(TypedDict):
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds, measured right after one another: forward passes of text encoder and UNet, and a step."""
+    """Seconds of consecutive measurements: forward passes of text encoder and UNet, and a step."""
 
     text: float
     forward: float
@@ -60,13 +62,13 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a step is measured on.
+    """Setup of a measured step.
 
     Attributes:
-        shape: of a checkpoint.
-        pixels: side of the pictures.
-        precision: type of the arithmetic.
-        checkpointing: recompute activations instead of storing them.
+        shape: Name of a checkpoint's shape.
+        pixels: Side of the pictures in pixels.
+        precision: Computation type.
+        checkpointing: Whether activations are recomputed instead of stored.
     """
 
     shape: str = "sd15"
@@ -76,7 +78,7 @@ class Setup:
 
     @property
     def side(self) -> int:
-        """Of the latents."""
+        """Side of the latents."""
         return self.pixels // 8
 
     def training(self, steps: int) -> TrainingConfig:
@@ -85,7 +87,7 @@ class Setup:
 
 
 class Host(Protocol):
-    """A model to learn on, and other trainers for the same shape: name -> steps -> Timing."""
+    """A model for training, and other trainers for the same shape: name -> steps -> Timing."""
 
     backbone: Backbone
     setup: Setup
@@ -105,7 +107,7 @@ def tokens_of(layout: SiteLayout, name: str, copies: int, generator: torch.Gener
 
 
 def random_bank(layout: SiteLayout, method: str, count: int) -> ConceptBank:
-    """`count` random concepts of one method, in the types in which it stores them."""
+    """A bank of `count` random concepts of one method, with the method's storage types."""
     bank, generator = ConceptBank(layout), torch.Generator().manual_seed(0)
     for i in range(count):
         name = f"old{i}"
@@ -118,7 +120,7 @@ def random_bank(layout: SiteLayout, method: str, count: int) -> ConceptBank:
 
 
 def random_set(backbone: Backbone, side: int) -> TrainingSet:
-    """Four latents with two captions."""
+    """A training set of four random latents with two captions."""
     latents = torch.randn(4, backbone.latent_channels, side, side,
                           generator=torch.Generator().manual_seed(1)).to(backbone.device)
     masks = torch.ones(4, 1, side, side, device=backbone.device)
@@ -126,14 +128,14 @@ def random_set(backbone: Backbone, side: int) -> TrainingSet:
 
 
 def timed(run: Callable[[Callable[[], object]], object]) -> Timing:
-    """Calls `run` with a function that it must call after every step."""
+    """Times the steps of `run`, which must call the given function after every step."""
     marks: list[float] = []
     peak = peak_gb(lambda: run(lambda *_: marks.append(time.perf_counter())))
     return {"seconds": [b - a for a, b in zip(marks, marks[1:], strict=False)], "peak_gb": peak}
 
 
 def stored_bank(layout: SiteLayout, method: str, count: int, folder: Path) -> ConceptBank:
-    """A random bank opened from a file, its tensors still on disk."""
+    """A random bank opened from a file, with its tensors still on disk."""
     path = folder / f"{method}-{count}.safetensors"
     if not path.exists():
         save_bank(random_bank(layout, method, count), path)
@@ -141,7 +143,7 @@ def stored_bank(layout: SiteLayout, method: str, count: int, folder: Path) -> Co
 
 
 def peak_of(host: Host, row: str, bank: ConceptBank) -> float | None:
-    """GiB at the peak of learning beside the concepts of a bank."""
+    """Peak GiB of training with the concepts of a bank."""
     method, settings = ROWS[row]
     backbone, data = host.backbone, random_set(host.backbone, host.setup.side)
 
@@ -157,7 +159,7 @@ def _clock(run: Callable[[], object]) -> float:
 
 
 def _passes(host: Host, row: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The forward passes that a step of a row needs: of the text encoder and of the UNet."""
+    """The forward passes of a row's step: text encoder and UNet."""
     method, settings = ROWS[row]
     backbone, config = host.backbone, METHODS[method].config(**settings)
     copies = backbone.layout.copies if config.layerwise else 1
@@ -177,7 +179,7 @@ def _passes(host: Host, row: str) -> tuple[Callable[[], object], Callable[[], ob
 
 @contextmanager
 def _trainers(host: Host, row: str, banks: Sequence[ConceptBank], steps: int) -> Iterator[list[Trainer]]:
-    """A trainer for each bank, in a context in which it can make steps."""
+    """Context manager that yields a trainer for each bank, ready to make steps."""
     method, settings = ROWS[row]
     data = random_set(host.backbone, host.setup.side)
     training = host.setup.training(steps)
@@ -192,10 +194,10 @@ def _step(trainer: Trainer) -> float:
 
 
 def step_times(host: Host, row: str, bank: ConceptBank, rounds: int) -> list[StepTimes]:
-    """Forward passes and a step, measured `rounds` times right after one another.
+    """Measures forward passes and a step `rounds` times, one directly after the other.
 
-    A machine's speed changes more between runs than the ratios that are asked for. A first round warms up and
-    is left out.
+    The speed of a machine varies more between runs than the measured ratios. The first round warms up and is
+    discarded.
     """
     with _trainers(host, row, [bank], rounds + 1) as (trainer,):
         text, forward = _passes(host, row)
@@ -203,7 +205,7 @@ def step_times(host: Host, row: str, bank: ConceptBank, rounds: int) -> list[Ste
 
 
 def growth(host: Host, row: str, banks: Sequence[ConceptBank], rounds: int) -> list[tuple[float, float]]:
-    """Seconds of a step with the first bank and of one with the second, `rounds` times in turn."""
+    """Seconds of a step with the first and with the second bank, alternating, `rounds` times."""
     with _trainers(host, row, banks, rounds + 1) as trainers:
         first, second = trainers
         return [(_step(first), _step(second)) for _ in range(rounds + 1)][1:]
@@ -211,18 +213,18 @@ def growth(host: Host, row: str, banks: Sequence[ConceptBank], rounds: int) -> l
 
 def measure(host: Host, steps: int, rounds: int, report: Callable[[str], object],
             names: Sequence[str] = tuple(ROWS), alone: bool = False) -> dict:
-    """The JSON of the benchmark.
+    """Runs the benchmark and returns its JSON.
 
-    Ratios to the forward passes and between banks are medians of measurements right after one another.
-    Seconds are the smallest ones. The host's model is released in the end.
+    Ratios to the forward passes and between banks are medians over consecutive measurements. Seconds are
+    minima. The host's model is released at the end.
 
     Args:
-        host: model and other trainers.
-        steps: of each measurement.
-        rounds: measurements of each row.
-        report: is called with a line per row.
-        names: of the rows.
-        alone: no banks of a hundred concepts, no other trainers.
+        host: Model and other trainers.
+        steps: Steps of each measurement.
+        rounds: Measurements of each row.
+        report: Called with a line per row.
+        names: Names of the rows.
+        alone: Whether to skip banks of a hundred concepts and other trainers.
     """
     rows: dict[str, dict] = {}
     with TemporaryDirectory() as name:
@@ -236,7 +238,7 @@ def measure(host: Host, steps: int, rounds: int, report: Callable[[str], object]
             report(f"{row}: {rows[row]['step_seconds']:.2f} s a step, "
                    f"{rows[row]['step_over_forwards']:.2f} of its forward passes")
     rivals, others = {}, {} if alone else host.rivals()
-    host.release()      # other trainers' memory must not include our model
+    host.release()      # the memory of other trainers must not include our model
     gc.collect()
     for name, train in others.items():
         rivals[name] = train(steps)
@@ -270,7 +272,7 @@ def _grown(pairs: Sequence[tuple[float, float]], peaks: Sequence[float | None]) 
     seconds = [min(pair[i] for pair in pairs) for i in range(len(CONCEPTS))]
     return {"concepts": {str(count): {"step_seconds": second, "peak_gb": peak}
                          for count, second, peak in zip(CONCEPTS, seconds, peaks, strict=True)},
-            "hundred_over_one": statistics.median(many / one for one, many in pairs),
+            "hundred_over_one": statistics.median(hundred / single for single, hundred in pairs),
             "peak_hundred_over_one": _ratio(peaks[1], peaks[0])}
 
 
@@ -279,7 +281,7 @@ def _ratio(value: float | None, other: float | None) -> float | None:
 
 
 def profile(host: Host, row: str) -> str:
-    """A profile of the second of two steps, as a table."""
+    """Profiles the second of two steps; returns a table."""
     on_card = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_card
     method, settings = ROWS[row]
@@ -295,7 +297,7 @@ def profile(host: Host, row: str) -> str:
 
 
 def optimizer_steps(run: Callable[[], object]) -> Timing:
-    """Measures a trainer without callbacks: the steps of its optimiser are counted."""
+    """Times a trainer without callbacks, by its optimiser steps."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def marked(mark) -> None:

@@ -1,4 +1,5 @@
-"""Stage 1: the autoencoder. Its linear part is solved; only the decoder's detail network is trained."""
+"""Stage 1: the autoencoder. Its linear part has a closed form; only the decoder's detail network is trained.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +14,10 @@ from ...core.demo import networks
 from .data import to_tensor
 from .loop import Run
 
-# 0: principal directions keep their strength, brightness first; 1: all directions have the same strength
+# 0: principal directions keep their strength; 1: all directions have the same strength
 EVENING = 0.25
 EDGE_WEIGHT = 0.5
-# spread of the noise on the decoder's latents, in units of theirs: a diffusion model's latents are imperfect
-# as well
+# maximum noise on the decoder's latents, relative to their spread, because diffusion latents are imperfect
 LATENT_ERROR = 0.15
 FITTED_ON = 4000
 
@@ -48,16 +48,17 @@ def _edges(x: Tensor) -> Tensor:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 + L2 on pixels and L1 on differences of neighbours (edges carry the drawing)."""
+    """L1 + L2 on pixels, and L1 on differences of neighbouring pixels, because edges matter most in drawings.
+    """
     difference = output - target
     edges = (_edges(output) - _edges(target)).abs().mean()
     return difference.abs().mean() + difference.square().mean() + EDGE_WEIGHT * edges
 
 
 def train(pictures: np.ndarray, folder: Path, steps: int, batch: int = 32, seed: int = 0) -> nn.Module:
-    """The decoder's detail network, on latents with noise of a random spread.
+    """Trains the decoder's detail network on latents with noise of random strength.
 
-    One process; a few minutes on one core.
+    Runs in one process, for a few minutes on one core.
     """
     torch.manual_seed(seed)
     vae = networks.build_vae()
@@ -79,6 +80,6 @@ def train(pictures: np.ndarray, folder: Path, steps: int, batch: int = 32, seed:
 
 @torch.no_grad()
 def encode_all(vae: nn.Module, pictures: np.ndarray, batch: int = 1000) -> Tensor:
-    """Latents of every picture `[N, 12, 16, 16]` fp16."""
+    """Encodes all pictures to latents `[N, 12, 16, 16]` fp16."""
     return torch.cat([vae.encode(to_tensor(pictures[i : i + batch])).latent_dist.mean.half()
                       for i in range(0, len(pictures), batch)])

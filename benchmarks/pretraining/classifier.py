@@ -1,4 +1,4 @@
-"""Trains the independent classifier of kind and body colour, on photos of its own."""
+"""Trains the independent classifier of kind and body colour on separate photos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .data import to_tensor
 from .encoder import Pool, cached, disturb
 from .loop import Run
 
-UNSEEN = 0.15  # share of combinations that the base never saw, which the classifier must know as well
+UNSEEN = 0.15  # share of training photos with combinations held out of the base's pretraining
 
 
 def named_thing(rng: random.Random, unseen: bool = False) -> scenes.Thing:
@@ -28,7 +28,7 @@ def named_thing(rng: random.Random, unseen: bool = False) -> scenes.Thing:
 
 
 def render_photos(count: int, seed: int) -> Pool:
-    """`count` photos of one thing each; facts `[count, 2]`: the indices of kind and body colour."""
+    """Renders `count` photos of one thing each. facts `[count, 2]`: the indices of kind and body colour."""
     rng, pictures, facts = random.Random(seed), [], []
     for _ in range(count):
         thing = named_thing(rng, rng.random() < UNSEEN)
@@ -39,7 +39,7 @@ def render_photos(count: int, seed: int) -> Pool:
 
 def train(folder: Path, steps: int, count: int = 16000, batch: int = 192,
           seed: int = 9000) -> QualityClassifier:
-    """`folder` keeps the rendered photos and the checkpoint."""
+    """Trains the classifier. `folder` stores the rendered photos and the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     photos = cached(folder / "photos.npz", lambda: render_photos(count, seed))
     torch.manual_seed(seed)

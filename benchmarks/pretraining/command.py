@@ -1,7 +1,7 @@
-"""The commands `pretraining FOLDER` and `base`: train the embedded base from scratch, and measure it.
+"""The commands `pretraining FOLDER` and `base`, which train the embedded base from scratch and measure it.
 
-On two cores: rendering 3 minutes, autoencoder 5, diffusion an hour and more. Each process takes one core and
-a share of every batch.
+On two cores, rendering takes 3 minutes, the autoencoder 5 minutes, and diffusion at least an hour. Each
+process uses one core and computes a share of every batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .export import export
 
 
 def _prepare(options: argparse.Namespace) -> np.ndarray:
-    """Pictures, autoencoder and latents; returns the pictures on which the linear part was fitted."""
+    """Makes pictures, autoencoder and latents. Returns the pictures used for fitting the linear part."""
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not (TOKENIZER / "vocab.json").exists():
@@ -37,7 +37,7 @@ def _prepare(options: argparse.Namespace) -> np.ndarray:
 
 
 def add_commands(commands) -> None:
-    """Adds the two commands to a parser's commands."""
+    """Adds the two commands to a parser's subcommands."""
     parser = commands.add_parser("pretraining", help="train the embedded base from scratch, stage by stage")
     parser.add_argument("folder", type=Path,
                         help="of pictures and checkpoints; a second call continues from there")
@@ -55,7 +55,7 @@ def add_commands(commands) -> None:
 
 
 def pretrain(options: argparse.Namespace) -> Result:
-    """Trains the stages that are not finished and writes the file that ships."""
+    """Trains the unfinished stages and writes the shipped file."""
     fitted_on = _prepare(options)
     (options.folder / "rendezvous").unlink(missing_ok=True)
     if options.workers > 1:

@@ -1,4 +1,4 @@
-"""Pretraining pictures in shards on disk: rendered once, read by every stage."""
+"""Pretraining pictures in shards on disk, rendered once and read by all stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CAPTIONS_PER_PICTURE = 3
 
 
 def render_shard(folder: Path, number: int) -> None:
-    """Writes pictures `[SHARD, 64, 64, 3]` uint8 and their captions; a finished shard is left as it is."""
+    """Writes pictures `[SHARD, 64, 64, 3]` uint8 and their captions; a finished shard is kept."""
     target = folder / f"pictures_{number:03d}.npy"
     if target.exists():
         return

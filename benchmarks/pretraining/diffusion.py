@@ -1,4 +1,6 @@
-"""Stage 2: text encoder and UNet together, v prediction on cached latents, captions drawn anew each time."""
+"""Stage 2: trains text encoder and UNet together, with v prediction on cached latents and randomly drawn
+captions.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ from ...core.demo.vocabulary import CONTEXT_LENGTH
 from ...core.model.schedule import NoiseSchedule
 from .loop import Run
 
-CAPTION_DROPOUT = 0.1  # share of empty prompts, so that classifier-free guidance has its unconditional half
-# of the timesteps; the others crowd around the middle, where it is decided what a picture shows
+CAPTION_DROPOUT = 0.1  # share of empty prompts, for the unconditional half of classifier-free guidance
+# share of uniform timesteps; the others concentrate around the middle, where the content is decided
 UNIFORM_SHARE = 0.3
 
 
 def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
-    """Ids of every caption `[N, captions per picture, tokens]` int16."""
+    """Token ids of all captions, `[N, captions per picture, tokens]` int16."""
     flat = [text for group in captions for text in group]
     ids = tokenizer(flat, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH).input_ids
     return torch.tensor(ids, dtype=torch.int16).view(len(captions), -1, CONTEXT_LENGTH)
@@ -29,8 +31,8 @@ def draw_timesteps(batch: int, count: int, generator: torch.Generator) -> Tensor
     """`[batch]` timesteps below `count`: a few uniform, most logit-normal around 0.55 (as in Stable Diffusion
     3, Esser et al. 2024).
 
-    Measured here: begun from a real picture at t = 850, as many classes came out wrong as from pure noise;
-    from t = 500, a third of that.
+    Measured here: sampling from a real picture noised to t = 850 gives as many wrong classes as from pure
+    noise; from t = 500, a third of that.
     """
     middle = torch.sigmoid(0.2 + torch.randn(batch, generator=generator))
     uniform = torch.rand(batch, generator=generator)
@@ -51,14 +53,14 @@ def train(
     """Trains text encoder and UNet together.
 
     Args:
-        tokenizer: of the captions.
+        tokenizer: Tokenizer of the captions.
         latents: `[N, 12, 16, 16]` with unit variance.
-        ids: from `tokenize`.
-        folder: of the checkpoint.
-        steps: in total.
-        batch: over all processes.
-        seed: of weights and noise.
-        start: trained modules to continue from instead of new ones.
+        ids: Token ids from `tokenize`.
+        folder: Folder of the checkpoint.
+        steps: Total number of steps.
+        batch: Batch size over all processes.
+        seed: Seed of weights and noise.
+        start: Trained modules to continue from; None = new ones.
     """
     torch.manual_seed(seed)  # every process starts from the same weights
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -87,9 +89,9 @@ def train(
 
 
 def worker(rank: int, processes: int, folder: Path, steps: int, from_shipped: bool) -> None:
-    """One of several processes, with its share of the cores and of every batch.
+    """One of several processes, with a share of the cores and of every batch.
 
-    In a module of its own: spawned processes import it.
+    A module-level function, because spawned processes import it.
     """
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     if processes > 1:

@@ -1,7 +1,8 @@
-"""Trains the metric encoder: individuals and drawing styles by supervised contrast, captions by CLIP's loss.
+"""Trains the metric encoder: individuals and drawing styles by supervised contrastive loss, captions by
+CLIP's loss.
 
-Pools of pictures are rendered once and kept on disk. None of `scenes.CONCEPTS` is in them: the individuals
-are random, and so are the styles other than the five that pretraining shows.
+Pools of pictures are rendered once and stored on disk. They contain none of `scenes.CONCEPTS`: individuals
+are random, and so are styles, except for the five pretraining styles.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from .data import to_tensor
 from .diffusion import tokenize
 from .loop import Run
 
-FAMILY = 4  # individuals (or styles) that differ from one another in few attributes: the hard negatives
-# moderate, so that an individual sharing most attributes still lies nearer than one sharing none
+FAMILY = 4  # individuals (or styles) per family that differ in few attributes (hard negatives)
+# moderate, so that an individual with most attributes in common stays nearer than one with none
 TEMPERATURE = 0.12
 TEXT_TEMPERATURE = 0.07
 COLOUR_FIELDS = ("body", "second", "pattern_colour", "accessory_colour")
 TRAITS = ("body", "second", "pattern", "pattern_colour", "accessory", "accessory_colour")
 ACCESSORIES = ("none", "hat", "scarf")
-SWAPPED = (tuple(scenes.PALETTE), scenes.KINDS, scenes.PATTERNS[1:])  # words of one group exclude one another
+SWAPPED = (tuple(scenes.PALETTE), scenes.KINDS, scenes.PATTERNS[1:])  # mutually exclusive words per group
 
 
 @dataclass(frozen=True)
 class Pool:
     """Pictures `[M, 64, 64, 3]` uint8.
 
-    Owners `[M, 2]`: what each shows (-1: nothing more); `facts` `[individuals, F]`.
+    owners `[M, 2]`: the individuals (or styles) in each picture, -1 for none; facts `[individuals, F]`.
     """
 
     pictures: np.ndarray
@@ -49,14 +50,14 @@ class Pool:
 
 
 def facts_of(thing: scenes.Thing) -> list[float]:
-    """Four colours in 0..1, then the indices of kind, pattern and accessory."""
+    """Attributes of a thing: four colours in 0..1, then the indices of kind, pattern and accessory."""
     colours = [c / 255 for name in COLOUR_FIELDS for c in getattr(thing, name)]
     return [*colours, scenes.KINDS.index(thing.kind), scenes.PATTERNS.index(thing.pattern),
             ACCESSORIES.index(thing.accessory)]
 
 
 def _tell_apart(a: scenes.Thing, b: scenes.Thing) -> bool:
-    """Whether the two differ in something that a picture shows, and not by a shade only."""
+    """Whether two things differ visibly, not only by a shade."""
     if (a.kind, a.pattern, a.accessory) != (b.kind, b.pattern, b.accessory):
         return True
     shown = ["body", "second", *["pattern_colour"] * (a.pattern != "plain"),
@@ -65,7 +66,7 @@ def _tell_apart(a: scenes.Thing, b: scenes.Thing) -> bool:
 
 
 def family(rng: random.Random) -> list[scenes.Thing]:
-    """FAMILY individuals that share half of their attributes, or all of them but the class."""
+    """FAMILY individuals that share half of their attributes, or all except the class."""
     members = [scenes.random_thing(rng)]
     while len(members) < FAMILY:
         wears_scarf = members[0].accessory == "scarf"
@@ -80,7 +81,9 @@ def family(rng: random.Random) -> list[scenes.Thing]:
 
 
 def render_individuals(families: int, views: int, seed: int) -> Pool:
-    """Photos of every individual alone, and one of every fourth beside the next family's."""
+    """Renders photos of every individual alone, and one of every fourth next to an individual of the next
+    family.
+    """
     rng = random.Random(seed)
     things = [thing for _ in range(families) for thing in family(rng)]
     pictures, owners = [], []
@@ -110,7 +113,7 @@ def random_style(rng: random.Random) -> Style:
 
 
 def style_family(rng: random.Random) -> list[Style]:
-    """A random style and others that change one or two of its traits."""
+    """A random style, and variations that change one or two of its traits."""
     members = [random_style(rng)]
     while len(members) < FAMILY:
         other = random_style(rng)
@@ -126,16 +129,16 @@ def _styles_differ(a: Style, b: Style) -> bool:
         return (p is None) != (q is None) or (p is not None
                                               and sum(abs(i - j) for i, j in zip(p, q, strict=True)) > 90)
 
-    lined = not (a.line_from_role and b.line_from_role)  # a line that takes its role's colour hides its own
+    lined = not (a.line_from_role and b.line_from_role)  # a line with its role's colour does not show its own
     filled = a.paper is not None and b.paper is not None and abs(a.fill - b.fill) > 0.25
     is_other_kind = a.line_from_role != b.line_from_role or a.tile != b.tile
     return is_other_kind or far(a.paper, b.paper) or filled or (lined and far(a.line, b.line))
 
 
 def render_styles(families: int, views: int, seed: int) -> Pool:
-    """The five known styles first (many views each), then families of random ones.
+    """Renders the five pretraining styles (many views each), then families of random styles.
 
-    Contents differ in every picture.
+    Every picture has another content.
     """
     rng = random.Random(seed)
     styles = list(scenes.STYLES.values()) + [s for _ in range(families) for s in style_family(rng)]
@@ -165,7 +168,7 @@ def _cosine_basis() -> Tensor:
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Disturbs pictures `[B, 3, H, W]` in -1..1 as an autoencoder does: blur, blocks, colours, noise."""
+    """Degrades pictures `[B, 3, H, W]` in -1..1 like an autoencoder: blur, blocks, colours, noise."""
     count = len(images)
 
     def share(low: float, high: float, likelihood: float) -> Tensor:
@@ -189,9 +192,9 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def contrast(features: Tensor, owners: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Supervised contrast (Khosla et al., 2020) of `[B, D]` unit features.
+    """Supervised contrastive loss (Khosla et al., 2020) of unit features `[B, D]`.
 
-    Pictures match that share an owner `[B, 2]`.
+    Pictures with a common owner `[B, 2]` are positives.
     """
     is_equal = owners[:, None, :, None] == owners[None, :, None, :]
     same = (is_equal & (owners >= 0)[:, None, :, None]).flatten(2).any(-1)
@@ -203,18 +206,18 @@ def contrast(features: Tensor, owners: Tensor, temperature: float = TEMPERATURE)
 
 
 def swap_table(tokenizer) -> Tensor:
-    """The group of every token id `[vocabulary]`, -1 for none. Kinds of two words stay out."""
+    """The group of every token id `[vocabulary]`, -1 for none. Skips kinds of two words."""
     table = torch.full((len(tokenizer),), -1)
     for group, words in enumerate(SWAPPED):
-        found = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
-        table[[ids[0] for ids in found if len(ids) == 1]] = group
+        token_ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+        table[[ids[0] for ids in token_ids if len(ids) == 1]] = group
     return table
 
 
 def with_wrong_word(ids: Tensor, table: Tensor, generator: torch.Generator) -> Tensor:
-    """Captions `[B, 77]` made untrue: one colour, kind or pattern of each replaced by another.
+    """Makes captions `[B, 77]` wrong by replacing one colour, kind or pattern of each.
 
-    A caption without any stays.
+    Captions without such a word do not change.
     """
     place = torch.rand(ids.shape, generator=generator).masked_fill(table[ids] < 0, -1).argmax(1, keepdim=True)
     old = ids.gather(1, place)
@@ -224,9 +227,9 @@ def with_wrong_word(ids: Tensor, table: Tensor, generator: torch.Generator) -> T
 
 
 def caption_loss(pictures: Tensor, texts: Tensor, wrong: Tensor, untrue: Tensor) -> Tensor:
-    """CLIP's loss of `[B, D]` features.
+    """CLIP's loss of features `[B, D]`.
 
-    Every picture also rejects its own caption with a wrong word where `untrue` `[B]`.
+    Captions with a wrong word are additional negatives of their pictures where `untrue` `[B]`.
     """
     logits, target = pictures @ texts.T / TEXT_TEMPERATURE, torch.arange(len(pictures))
     spoilt = ((pictures * wrong).sum(1, keepdim=True) / TEXT_TEMPERATURE).masked_fill(~untrue[:, None], -1e9)
@@ -235,12 +238,12 @@ def caption_loss(pictures: Tensor, texts: Tensor, wrong: Tensor, untrue: Tensor)
 
 
 def attributes_loss(outputs: Tensor, facts: Tensor) -> Tensor:
-    """Loss of the attributes `facts` `[B, 15]` predicted as `outputs` `[B, 27]`.
+    """Loss of predicted attributes: `outputs` `[B, 27]` for `facts` `[B, 15]`.
 
-    It teaches the trunk early.
+    It speeds up early training of the trunk.
     """
     error = (outputs[:, :12] - facts[:, :12]).square().unflatten(1, (4, 3)).mean(2)
-    # no pattern, no colour of it
+    # without a pattern there is no pattern colour
     shown = torch.cat([torch.ones(len(facts), 2), (facts[:, 13:] > 0).float()], dim=1)
     kinds, patterns, accessories = outputs[:, 12:].split((8, 4, 3), dim=1)
     columns = ((12, kinds), (13, patterns), (14, accessories))
@@ -250,14 +253,14 @@ def attributes_loss(outputs: Tensor, facts: Tensor) -> Tensor:
 
 def pick(groups: list[np.ndarray], families: np.ndarray, views: int, offset: int,
          rng: np.random.Generator) -> np.ndarray:
-    """`views` pictures of every member of the chosen families; members start at `offset`."""
+    """Picks `views` pictures of every member of the chosen families, whose members start at `offset`."""
     members = [offset + FAMILY * f + k for f in families for k in range(FAMILY)]
     return np.concatenate([rng.choice(groups[m], views, replace=False) for m in members])
 
 
 def train(tokenizer, pictures: np.ndarray, captions: list[list[str]], folder: Path, steps: int,
           seed: int = 0) -> MetricEncoder:
-    """Trains on the pretraining pairs; `folder` holds the rendered pools and the checkpoint."""
+    """Trains on the pretraining pairs. `folder` stores the rendered pools and the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     things = cached(folder / "individuals.npz", lambda: render_individuals(750, 4, seed + 71))
     styles = cached(folder / "styles.npz", lambda: render_styles(150, 4, seed + 72))

@@ -1,4 +1,4 @@
-"""Stage 3: averaged weights into the file that ships."""
+"""Stage 3: writes the averaged weights to the shipped file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trained_autoencoder(folder: Path, pictures: np.ndarray) -> nn.Module:
 
 
 def export(folder: Path, pictures: np.ndarray, target: Path) -> None:
-    """folder: where `autoencoder.pt` and `diffusion.pt` of the earlier stages lie."""
+    """Writes the base. folder: folder with `autoencoder.pt` and `diffusion.pt` from the earlier stages."""
     modules = base.build_modules() | {"vae": trained_autoencoder(folder, pictures)}
     diffusion = torch.load(folder / "diffusion.pt", weights_only=True)
     for part in ("unet", "text_encoder"):

@@ -1,4 +1,4 @@
-"""What the stages share: averaged weights, the learning rate, and checkpoints to resume from."""
+"""Parts shared by the stages: weight averaging, learning-rate schedule, and resumable checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def rate(step: int, total: int, warmup: int = 200, floor: float = 0.02) -> float
 
 
 class Ema:
-    """Running average of parameters, `decay` growing with the step so that early steps do not linger."""
+    """Exponential moving average of parameters. The decay grows with the step, so that early steps are
+    forgotten.
+    """
 
     def __init__(self, modules: nn.ModuleDict, decay: float = 0.999) -> None:
         self.modules, self.decay = modules, decay
@@ -40,7 +42,9 @@ class Ema:
 
 
 class Run:
-    """Training with checkpoints: `for step in run` resumes from the file; `after(loss)` makes the step."""
+    """Training with checkpoints. `for step in run` resumes from the file; `after(loss)` makes the optimiser
+    step.
+    """
 
     def __init__(self, modules: nn.ModuleDict, file: Path, steps: int, lr: float, weight_decay: float = 0.01,
                  every: int = 250, muon: bool = False) -> None:
@@ -65,7 +69,7 @@ class Run:
             yield step
 
     def _average_gradients(self) -> None:
-        """Averages gradients over processes; one process per core avoids thread barriers within a layer."""
+        """Averages gradients over processes. One process per core avoids thread barriers within a layer."""
         if not dist.is_initialized():
             return
         gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]

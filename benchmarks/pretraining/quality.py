@@ -20,7 +20,7 @@ REAL_PICTURES = 400
 
 @torch.no_grad()
 def classifier_accuracy(count: int = REAL_PICTURES, seed: int = 31_000) -> dict:
-    """Accuracy of the classifier on drawn scenes that it never saw."""
+    """Accuracy of the classifier on unseen drawn scenes."""
     rng, things = random.Random(seed), []
     while len(things) < count:
         thing = scenes.random_thing(rng, unseen=len(things) % 2 == 1)
@@ -36,7 +36,7 @@ def classifier_accuracy(count: int = REAL_PICTURES, seed: int = 31_000) -> dict:
 
 @torch.no_grad()
 def encoder_auc(pictures: int = 40, seed: int = 32_000) -> dict:
-    """Area under the curve per concept: its pictures against distractors of its class."""
+    """Area under the ROC curve per concept, for its pictures against distractors of its class."""
     encoder, result = SceneEncoder(), {}
     for name, concept in scenes.CONCEPTS.items():
         rng = random.Random(seed)
@@ -53,7 +53,9 @@ def encoder_auc(pictures: int = 40, seed: int = 32_000) -> dict:
 
 @torch.no_grad()
 def base_quality(pictures: int = 400) -> dict:
-    """Shares of pictures with the right class, body colour and both, for captions of unseen combinations."""
+    """Shares of pictures with the right class, the right body colour, and both, for captions of unseen
+    combinations.
+    """
     backbone = load_base()
     prompts = held_out_prompts(pictures, seed=33_000)
     images = sample(backbone, ConceptBank(backbone.layout), [text for text, _, _ in prompts],

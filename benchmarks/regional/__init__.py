@@ -1,1 +1,1 @@
-"""Several concepts in one picture: quality and cost of regions."""
+"""Benchmarks of quality and cost of regions, with several concepts in one picture."""

@@ -49,7 +49,7 @@ SHAPES: dict[str, dict] = {
 
 
 def random_model(shape: str = "sd15"):
-    """A MODEL of a checkpoint's shape. Its weights are random, of a size that keeps activations finite."""
+    """A MODEL of a checkpoint's shape with random weights, scaled so that activations stay finite."""
     device = comfy.model_management.get_torch_device()
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     family = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[shape]
@@ -61,7 +61,7 @@ def random_model(shape: str = "sd15"):
 
 
 class ComfyCost:
-    """Times of single steps of KSampler's sampling, and the peak of memory. pixels: side of the picture."""
+    """Times single steps of KSampler and measures peak memory. pixels: side of the picture."""
 
     def __init__(self, pixels: int, steps: int) -> None:
         self.model, self.side, self.steps = random_model(), pixels // 8, steps
@@ -74,7 +74,7 @@ class ComfyCost:
     def _sampled(self, model, positive: Conditioning, negative: Conditioning) -> Measurement:
         latent, ends = torch.zeros(1, 4, self.side, self.side), []
         counter, steps = self.counter, self.steps if self.counter is None else 3
-        if counter is not None:      # as on a graphics card, where attention is one operation
+        if counter is not None:      # as on a graphics card, where attention is a single operation
             model = model.clone()
             model.model_options["transformer_options"][ATTENTION] = differentiable_attention
         noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
@@ -100,14 +100,14 @@ class ComfyCost:
 
     def regions(self, boxes: Sequence[Box], is_word_bound: bool = True) -> Measurement:
         regions, parts, word_bound = parts_of(self.sites.layout, boxes, is_word_bound)
-        parts = [replace(part, word_bound={}) for part in parts]      # the run finds them by the words
+        parts = [replace(part, word_bound={}) for part in parts]      # the run locates them by the words
         scene, words = Part(context_of(2, 1, seed=5), {}), [(3, 4)] * len(boxes)
         run = RegionRun(self.sites, scene, regions, parts, words, word_bound)
         model = with_regions(self.model, run, NoiseSettings())
         return self._sampled(model, self._conditioning(1), self._conditioning(0))
 
     def prompt(self, count: int) -> Measurement:
-        """Without regions: `count` word-bound concepts in one prompt."""
+        """One prompt with `count` word-bound concepts, without regions."""
         names = [f"concept{i}" for i in range(count)]
         codes = [code(names[i]) if i < count else 0 for i in range(TOKENS)]
         words = OffsetCond(torch.tensor(codes).view(1, 1, -1, 1))
@@ -122,7 +122,7 @@ class ComfyCost:
         return self._sampled(model, conditioning(1, words), conditioning(0, no_words))
 
     def hooks(self, count: int) -> Measurement:
-        """ComfyUI's own way: a LoRA hook and a mask for every region's prompt."""
+        """ComfyUI's built-in way: a LoRA hook and a mask per region."""
         positive: Conditioning = []
         for i, (_, left, _, right) in enumerate(boxes_of(count)):
             mask = torch.zeros(1, 8 * self.side, 8 * self.side)
@@ -135,7 +135,7 @@ class ComfyCost:
 
 
 def _lora(sites: UNetSites, deltas: Deltas) -> dict[str, Tensor]:
-    """Low-rank deltas as a LoRA file under ComfyUI's names."""
+    """Low-rank deltas as a LoRA file with ComfyUI's names."""
     lora = {}
     for (index, projection), delta in deltas.items():
         name = sites.key(sites.layout.sites[index], projection).removesuffix(".weight")

@@ -63,8 +63,7 @@ def _cost(options: Namespace) -> dict:
 
 
 def regional(options: Namespace) -> Result:
-    """What regions cost, and whether they keep concepts apart. A part that is not asked for stays as it is in
-    the file."""
+    """Measures cost and quality of regions. Parts that are not requested stay unchanged in the file."""
     require_at_least(options, pictures=1, learn_steps=1, pixels=64, steps=2, rounds=1)
     result = json.loads(options.file.read_text()) if options.file.exists() else {}
     if options.only != "quality":
@@ -76,7 +75,7 @@ def regional(options: Namespace) -> Result:
 
 
 def _lines(result: dict) -> list[str]:
-    """The result for a person: a line per cost, a table of quality."""
+    """The readable result: a line per cost, and a table of quality."""
     lines = [f"{kind} {count}: {row['over_plain']:.3f} of a plain step"
              for kind in ("regions", "routed", "prompt", "hooks")
              for count, row in result.get("cost", {}).get(kind, {}).items()]

@@ -1,5 +1,6 @@
-"""Cost of regions: seconds per step and peak memory against a plain picture, on SD1.5's shape with random
-weights."""
+"""Cost of regions: seconds per step and peak memory relative to a plain picture, on SD1.5's shape with random
+weights.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +23,17 @@ from ..cost.synthetic import Operations, context_of, peak_gb, sd15_backbone
 from .boxes import Measurement, boxes_of, parts_of
 
 COUNTS = (2, 4, 8)
-LAYOUTS: dict[str, list[Box]] = {      # for these, operations alone are counted
+LAYOUTS: dict[str, list[Box]] = {      # only operations are counted for these
     "free cells": [(0.25, 0.125, 0.75, 0.375), (0.25, 0.625, 0.75, 0.875)],
     "overlap": [(0.0, 0.0, 1.0, 0.75), (0.0, 0.25, 1.0, 1.0)],
 }
-HOOKS = (2, 4)      # one evaluation for each region: eight take too long
+HOOKS = (2, 4)      # one evaluation per region: eight would take too long
 
 
 class Cost(Protocol):
-    """A host with a model; every method samples a few steps and gives a Measurement.
+    """A host with a model. Every method samples a few steps and returns a Measurement.
 
-    With a counter the second step is counted: the first one prepares, and the last one of a picture may do
-    more.
+    A counter counts the second step, because the first one includes preparation and the last one may do more.
     """
 
     counter: Operations | None
@@ -45,7 +45,7 @@ class Cost(Protocol):
 
 @runtime_checkable
 class HostCost(Cost, Protocol):
-    """A host with more than a UNet: prompts of word-bound concepts, and regions in its own way."""
+    """A host that also supports prompts with word-bound concepts and its own kind of regions."""
 
     def prompt(self, count: int) -> Measurement: ...
 
@@ -53,7 +53,7 @@ class HostCost(Cost, Protocol):
 
 
 class DiffusersCost:
-    """A UNet alone, evaluated as a step with guidance evaluates it. backbone: one of the wanted shape."""
+    """A UNet alone, evaluated like a step with guidance. backbone: a backbone of the required shape."""
 
     def __init__(self, backbone: Backbone, pixels: int, steps: int) -> None:
         self.backbone, self.side, self.steps = backbone, pixels // 8, steps
@@ -84,7 +84,7 @@ class DiffusersCost:
 
 
 def comfyui_cost(folder: Path, pixels: int, steps: int) -> Cost:
-    """In the ComfyUI of a folder."""
+    """The host in the ComfyUI of a folder."""
     from ..cost import standalone
 
     standalone.start(folder)
@@ -94,14 +94,14 @@ def comfyui_cost(folder: Path, pixels: int, steps: int) -> Cost:
 
 
 def diffusers_cost(pixels: int, steps: int) -> Cost:
-    """Without ComfyUI: a UNet of SD1.5's shape."""
+    """The host without ComfyUI: a UNet of SD1.5's shape."""
     return DiffusersCost(sd15_backbone(), pixels, steps)
 
 
 def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:
-    """Measures every way right after a plain picture, `rounds` times, and takes the median of the ratios.
+    """Measures every way directly after a plain picture, `rounds` times, and takes the median of the ratios.
 
-    The speed of a machine changes from minute to minute, but it is about the same for both of a pair.
+    The speed of a machine changes from minute to minute, but is nearly equal for both measurements of a pair.
     """
     ways: dict[str, Callable[[], Measurement]] = {"routed 4": partial(cost.regions, boxes_of(4), False)}
     ways |= {f"regions {count}": partial(cost.regions, boxes_of(count)) for count in COUNTS}
@@ -116,8 +116,8 @@ def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:
         for i in range(rounds):
             for name, way in ((ways | hooks) if i == 0 else ways).items():      # hooks: once is enough
                 pairs[name].append((cost.plain(), way()))
-                plain, own = (min(measured["seconds"]) for measured in pairs[name][-1])
-                tell(f"round {i + 1}, {name}: {own:.2f} s per step, plain {plain:.2f} s")
+                plain, with_regions = (min(measured["seconds"]) for measured in pairs[name][-1])
+                tell(f"round {i + 1}, {name}: {with_regions:.2f} s per step, plain {plain:.2f} s")
     rows = _rows(pairs, counts)
     rows["layouts"] = {name: {"operations": count, "operations_over_plain": count / counts["plain"]}
                        for name, count in layouts.items()}
@@ -125,8 +125,9 @@ def measure(cost: Cost, rounds: int, tell: Callable[[str], object]) -> dict:
 
 
 def _counted(cost: Cost, way: Callable[[], Measurement]) -> int:
-    """Operations of a step. On a graphics card each is one kernel launch or more; the machine's speed does
-    not matter."""
+    """Number of operations of a step. It does not depend on the machine's speed. On a graphics card each is
+    at least one kernel launch.
+    """
     cost.counter = counter = Operations()
     try:
         way()
@@ -140,8 +141,8 @@ def _rows(pairs: Mapping[str, list[tuple[Measurement, Measurement]]], counts: Ma
     rows: dict = {"plain": _row(plain) | {"operations": counts["plain"]}}
     for name, measurements in pairs.items():
         kind, _, count = name.partition(" ")
-        row = _row([own for _, own in measurements])
-        ratios = [min(own["seconds"]) / min(base["seconds"]) for base, own in measurements]
+        row = _row([measured for _, measured in measurements])
+        ratios = [min(measured["seconds"]) / min(base["seconds"]) for base, measured in measurements]
         row["over_plain"] = statistics.median(ratios)
         are_known = None not in (row["peak_gb"], rows["plain"]["peak_gb"])
         row["peak_over_plain"] = row["peak_gb"] / rows["plain"]["peak_gb"] if are_known else None
@@ -152,7 +153,7 @@ def _rows(pairs: Mapping[str, list[tuple[Measurement, Measurement]]], counts: Ma
 
 
 def _row(measurements: Sequence[Measurement]) -> dict:
-    """The smallest of the times, and of the peaks that are known."""
+    """The smallest time, and the smallest known peak."""
     peaks = [measured["peak_gb"] for measured in measurements if measured["peak_gb"] is not None]
     seconds = [second for measured in measurements for second in measured["seconds"]]
     return {"step_seconds": min(seconds), "peak_gb": min(peaks) if peaks else None}

@@ -1,4 +1,4 @@
-"""Quality of regions: K concepts in K regions on the embedded base, drawn in all ways of `rivals`."""
+"""Quality of regions: K concepts in K regions on the embedded base, sampled in all ways of `rivals`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from ..continual.concepts import concepts
 from ..continual.embedded import SEEDS, SETTINGS, settings_of, training
 from .rivals import WAYS, Request
 
-NAMES = ("rex", "quack", "mimi", "pack", "teddy", "fido")      # the last is the second dog
-# Rows and columns; a region is as large as a picture
+NAMES = ("rex", "quack", "mimi", "pack", "teddy", "fido")      # the last one is a second dog
+# rows and columns; a region has the size of a training picture
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 6: (2, 3)}
 SIDE, STEPS, PHOTOS, BATCH = 64, 600, 10, 8
-RANKS = {"bound": 16, "cidm": 4}      # deltas of two words alone have room for more; at 8 CIDM's bleed more
-UNPLACED = ("prompt", "found")      # ways that are not given places
-OF_LORA = ("masked", "hooks", "couple")      # ways of LoRA files: they draw CIDM's concepts, on every word
+RANKS = {"bound": 16, "cidm": 4}      # word-bound deltas allow a higher rank; at rank 8, CIDM's bleed more
+UNPLACED = ("prompt", "found")      # ways without given positions
+OF_LORA = ("masked", "hooks", "couple")      # ways with LoRA files: CIDM's concepts, deltas on every word
 
 
 def method_of(way: str) -> str:
-    """The method whose concepts a way draws."""
+    """The method whose concepts a way uses."""
     return "cidm" if way in OF_LORA else "bound"
 
 
@@ -43,9 +43,10 @@ class Judge:
     """Recognises concepts.
 
     Args:
-        encoder: Of pictures.
+        encoder: Encoder of pictures.
         references: Concept -> features of real pictures `[R, F]`.
-        levels: Concept -> how similar to these a picture has to be: halfway from class noun to real pictures.
+        levels: Concept -> required similarity to the references: halfway between class noun and real
+            pictures.
     """
 
     encoder: SceneEncoder
@@ -53,7 +54,7 @@ class Judge:
     levels: dict[str, float]
 
     def scores(self, pictures: Tensor, boxes: Sequence[Box], names: Sequence[str]) -> Tensor:
-        """How similar each region is to each concept, `[B, regions, names]`, for pictures `[B, 3, H, W]`."""
+        """Similarity of each region to each concept, `[B, regions, names]`, for pictures `[B, 3, H, W]`."""
         height, width = pictures.shape[-2:]
         regions = []
         for box in boxes:
@@ -78,14 +79,13 @@ def _tasks(photos: int = 5) -> list:
 
 
 def bank_name(method: str, steps: int) -> str:
-    """How a bank was learned, for the names of files."""
+    """Description of a bank's training for file names."""
     return f"r{RANKS[method]}-s{steps}-b{BATCH}-p{PHOTOS}"
 
 
 def learned_bank(backbone: Backbone, method: str, file: Path, steps: int,
                  tell: Callable[[str], object]) -> ConceptBank:
-    """The concepts, learned one after another. The bank is saved after each, so an interrupted run can
-    continue."""
+    """Learns the concepts in sequence. The bank is saved after each one, so an interrupted run can resume."""
     bank = open_bank(file) if file.exists() else ConceptBank(backbone.layout)
     config = replace(training(steps, 0), batch_size=BATCH)
     for task in _tasks(PHOTOS):
@@ -109,20 +109,20 @@ def boxes_of(count: int) -> tuple[Box, ...]:
 
 
 def requests(count: int, pictures: int) -> list[Request]:
-    """Requests of one picture each, of `count` concepts: their places, the scene's place and the seed
-    change."""
+    """Requests of one picture each with `count` concepts. Positions, scene and seed vary."""
     rows, columns = GRIDS[count]
     settings = replace(SETTINGS, size=(SIDE * rows, SIDE * columns))
     names = [tuple(NAMES[(i + j) % len(NAMES)] for j in range(count)) for i in range(pictures)]
-    return [Request(own, boxes_of(count), PLACES[i % 4], (500 + i,), settings) for i, own in enumerate(names)]
+    return [Request(group, boxes_of(count), PLACES[i % 4], (500 + i,), settings)
+            for i, group in enumerate(names)]
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """What one picture's regions show, all `[K]`.
+    """The recognised contents of one picture's regions, all `[K]`.
 
     Args:
-        shown: The number of the concept that a region shows; -1 for none.
+        shown: Number of the concept shown by a region; -1 for none.
         hit: Whether a region shows its own concept.
         missing: Whether no region shows a concept.
     """
@@ -133,12 +133,12 @@ class Recognised:
 
 
 def recognised(scores: Tensor, levels: Tensor, is_placed: bool) -> Recognised:
-    """What regions show.
+    """Recognises the concepts in regions.
 
     Args:
-        scores: `[K, K]`, of regions and concepts.
-        levels: `[K]`, what a concept's score has to exceed.
-        is_placed: Whether places were asked for; else concepts get the regions that fit best.
+        scores: `[K, K]`, similarity of regions to concepts.
+        levels: `[K]`, the score that a concept must exceed.
+        is_placed: Whether positions were requested; otherwise concepts are optimally assigned to regions.
     """
     count = len(levels)
     if not is_placed:
@@ -146,13 +146,14 @@ def recognised(scores: Tensor, levels: Tensor, is_placed: bool) -> Recognised:
         scores = scores[orders[scores[orders, torch.arange(count)].sum(1).argmax()]]
     nearest = scores.argmax(1)
     is_above = scores.gather(1, nearest.unsqueeze(1)).squeeze(1) > levels[nearest]
-    shown, own = torch.where(is_above, nearest, -1), torch.arange(count)
-    return Recognised(shown, shown == own, ~(shown.unsqueeze(1) == own).any(0))
+    shown, numbers = torch.where(is_above, nearest, -1), torch.arange(count)
+    return Recognised(shown, shown == numbers, ~(shown.unsqueeze(1) == numbers).any(0))
 
 
 def border_gradient(pictures: Tensor, boxes: Sequence[Box]) -> float:
-    """How much larger differences between neighbouring pixels are across the regions' inner borders than
-    elsewhere; 1 = no border is visible."""
+    """Ratio of differences between neighbouring pixels across inner borders of regions to those elsewhere; 1
+    = no visible border.
+    """
     height, width = pictures.shape[-2:]
     columns = sorted({round(f * width) for box in boxes for f in (box[1], box[3])} - {0, width})
     rows = sorted({round(f * height) for box in boxes for f in (box[0], box[2])} - {0, height})
@@ -164,11 +165,10 @@ def border_gradient(pictures: Tensor, boxes: Sequence[Box]) -> float:
 
 @torch.no_grad()
 def quality(backbone: Backbone, bank: ConceptBank, judge: Judge, way: str, count: int, pictures: int) -> dict:
-    """Figures of one way with `count` regions.
+    """Quality figures of one way with `count` regions.
 
-    bleed: share of regions that show another one of the requested concepts, per other concept; matrix: the
-    same by the concept that was meant and the one that is shown; missing: share of requested concepts that no
-    region shows.
+    bleed: share of regions that show another requested concept, per other concept; matrix: shares by
+    requested and shown concept; missing: share of requested concepts that no region shows.
     """
     hits, missing, borders = [], [], []
     shown, meant = torch.zeros(len(NAMES), len(NAMES)), torch.zeros(len(NAMES), len(NAMES))

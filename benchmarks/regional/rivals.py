@@ -1,13 +1,11 @@
-"""Ways to draw several concepts in one picture, all with the same request: ours in a few forms, and what
-people do today.
+"""Ways to sample several concepts in one picture, with the same request: variants of our method, and common
+alternatives.
 
-* `prompt`: one prompt that names all concepts.
-* `masked`: ComfyUI's masked conditioning. Each region's prompt is predicted over the whole frame, and masks
-  mix the noises. All concepts' deltas are loaded at once.
-* `hooks`: the same, but each concept's deltas act in its own prediction alone (LoRA hooks). Like `masked` it
-  is one evaluation per region and step.
-* `couple`: Attention Couple. One evaluation, in which each region has keys and values of its own prompt but
-  the same weights; all deltas are loaded at once.
+* `prompt`: one prompt that names all concepts. * `masked`: ComfyUI's masked conditioning. Each region's noise
+  is estimated over the whole frame, and masks mix the estimates. The deltas of all concepts act at once. *
+  `hooks`: like `masked`, but each concept's deltas act only in its own estimate (LoRA hooks). Both need one
+  evaluation per region and step. * `couple`: Attention Couple. One evaluation, in which each region has the
+  keys and values of its own prompt, but all deltas act at once in the same weights.
 """
 
 from __future__ import annotations
@@ -34,19 +32,19 @@ from ...core.sampling.regions import guidance_rows, sample_regions
 from ...core.sampling.sampling import encode, repeated, sample, starting_noise
 from ...core.sampling.settings import SampleSettings
 
-CROP_DENOISING = 0.7      # high: the embedded base knows one size, and what crops have settled stays
+CROP_DENOISING = 0.7      # high: the embedded base has one training size; crops fix the layout
 ISOLATION = 1.0
 FEATHER = 0.1
 
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures that every way is asked for, one per seed, of the settings' size.
+    """A request to every way: one picture per seed, of the settings' size.
 
     Args:
         names: The concepts.
-        boxes: Where each of them is to be.
-        place: Where the scene is, in words.
+        boxes: Requested position of each concept.
+        place: Description of the scene's place.
         feather: Width of the regions' soft edges.
     """
 
@@ -83,17 +81,19 @@ def ours(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
 
 
 def one_pass(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
-    """Ours without crop denoising and isolation: region attention alone."""
+    """Our method without crop denoising and isolation: only region attention."""
     return sample_regions(backbone, bank, request.scene, request.regions, request.seeds, request.settings)
 
 
 def feathered(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
-    """Ours with soft edges."""
+    """Our method with soft edges."""
     return ours(backbone, bank, replace(request, feather=FEATHER))
 
 
 def found(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
-    """Ours without boxes: the prompt of `prompt`, in which each concept is kept to where it is found."""
+    """Our method without boxes: the prompt of `prompt`, with each concept restricted to the region where it
+    is found.
+    """
     return sample_found(backbone, bank, request.listed, request.seeds, request.settings)
 
 
@@ -107,7 +107,7 @@ def _all_deltas(backbone: Backbone, bank: ConceptBank, request: Request) -> Delt
 
 def _mixed_by_masks(backbone: Backbone, bank: ConceptBank, request: Request, folded: Deltas,
                     processors: Sequence[AttentionProcessor | None]) -> Tensor:
-    """Each region's prompt over the whole frame, the noises mixed by masks."""
+    """Estimates each region's noise over the whole frame and mixes the estimates by masks."""
     settings, count = request.settings, len(request.seeds)
     negative = repeated(encode(backbone, bank, [settings.negative]), count)
     positives = [repeated(encode(backbone, bank, [region.prompt]), count) for region in request.regions]
@@ -133,7 +133,8 @@ def masked(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
 @torch.no_grad()
 def hooks(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
     deltas = [aggregate(backbone, bank, bank.parse(region.prompt)).deltas for region in request.regions]
-    return _mixed_by_masks(backbone, bank, request, {}, [TokenLoraProcessor({}, own) for own in deltas])
+    processors = [TokenLoraProcessor({}, region_deltas) for region_deltas in deltas]
+    return _mixed_by_masks(backbone, bank, request, {}, processors)
 
 
 @torch.no_grad()

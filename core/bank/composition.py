@@ -59,9 +59,9 @@ class Composition:
         """
         if isinstance(data, dict):
             kind, merged = data.get("kind"), data.get("merged", 1.0)
-            if kind in [known.value for known in Kind] and (merged is None or _is_finite(merged)):
+            if kind in [member.value for member in Kind] and (merged is None or _is_finite(merged)):
                 return cls(Kind(kind), merged)
-        kinds = ", ".join(known.value for known in Kind)
+        kinds = ", ".join(member.value for member in Kind)
         raise ConceptError(f"composition is {str(data)[:80]!r}; allowed: kind {kinds}; merged a finite "
                            "number or null")
 

@@ -78,8 +78,8 @@ class ConceptInfo:
     @classmethod
     def from_json(cls, data: dict) -> ConceptInfo:
         """Reads what `to_json` wrote; unknown keys of a newer version are ignored."""
-        known = {f.name for f in fields(Provenance)}
-        origin = {key: value for key, value in data.get("provenance", {}).items() if key in known}
+        names = {f.name for f in fields(Provenance)}
+        origin = {key: value for key, value in data.get("provenance", {}).items() if key in names}
         origin["images"] = tuple(origin.get("images", ()))
         composition = Composition.from_json(data["composition"]) if "composition" in data else None
         return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"],

@@ -60,7 +60,8 @@ class ConceptPrompts:
         scene_negative = self._context(negative)
         negatives = [self._context(self.encode(region.negative)) if region.negative else scene_negative
                      for region in regions]
-        parts = [self._part(region.prompt, own) for region, own in zip(regions, negatives, strict=True)]
+        parts = [self._part(region.prompt, context)
+                 for region, context in zip(regions, negatives, strict=True)]
         words = [learned_positions(self.clip, region.prompt) for region in regions]
         whole = Part(Context.cat([scene_negative, self._context(positive)]), self.deltas(scene))
         return RegionRun(self.sites, whole, regions, parts, words, self.word_bound, settings.overlap,
@@ -154,8 +155,8 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
         run = prompts.regions(scene.prompt, positive, negative, regions, settings)
         return _with_regions(Prepared(model, positive, negative, run), run, latent, settings)
     if find_regions and prompts.named(scene.prompt):
-        found = prompts.found_regions(scene.prompt, positive, negative)
-        return Prepared(with_found(model, found), positive, negative, found)
+        found_run = prompts.found_regions(scene.prompt, positive, negative)
+        return Prepared(with_found(model, found_run), positive, negative, found_run)
     model = fold(model, sites, prompts.deltas(scene.prompt), False)
     model = with_word_bound(model, sites, prompts.word_bound)
     if settings.artists > 0:

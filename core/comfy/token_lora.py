@@ -49,8 +49,9 @@ class TokenLoraRun:
 
     def __init__(self, deltas: Mapping[str, Deltas], below: TokenLoraRun | None = None, base=None) -> None:
         # deltas are read from the bank when a prompt contains the concept's words
-        own = dict.fromkeys(deltas, deltas)
-        self._sources: dict[str, Mapping[str, Deltas]] = own if below is None else below._sources | own
+        sources = dict.fromkeys(deltas, deltas)
+        self._sources: dict[str, Mapping[str, Deltas]] = (
+            sources if below is None else below._sources | sources)
         self._codes = {name: code(name) for name in self._sources}
         self._base = base
         self._on_device: dict[tuple[str, str], Deltas] = {}

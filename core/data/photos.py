@@ -42,7 +42,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 def _white(mode: str, array: np.ndarray) -> float:
     """The value of white. It is guessed if PIL's mode does not determine the bit depth."""
     if not np.isfinite(array).all():
-        raise ConceptError("it has values that are no numbers (NaN or infinity)")
+        raise ConceptError("it has NaN or infinite values")
     top = array.max()
     if mode == "F" and top <= 1:
         return 1.0
@@ -121,8 +121,8 @@ def _opened(path: Path, what: str, convert: Callable[[Image.Image], Tensor]) -> 
     except Image.DecompressionBombError:
         size = "too many pixels"
     except UnidentifiedImageError:
-        raise ConceptError(f"the {what} '{path}' is no picture that can be read, whatever its name; readable "
-                           f"are {', '.join(FORMATS)}") from None
+        raise ConceptError(f"the {what} '{path}' is not a readable picture; readable formats are "
+                           f"{', '.join(FORMATS)}") from None
     except ConceptError as error:
         raise ConceptError(f"the {what} '{path}' cannot be used: {error}") from None
     except Exception as error:      # PIL's plugins raise arbitrary exceptions for damaged files

@@ -158,7 +158,7 @@ def _check(pictures: Sequence[Picture], framing: Framing) -> None:
             raise ConceptError(f"{what} is {width}x{height} pixels; with resolution {framing.resolution} "
                                f"both sides must be at least {least}")
         if not torch.isfinite(picture.pixels).all():
-            raise ConceptError(f"{what} has values that are no numbers (NaN or infinity)")
+            raise ConceptError(f"{what} has NaN or infinite values")
         if len(picture.caption) > LONGEST_CAPTION:
             raise ConceptError(f"the caption of {what} has {len(picture.caption)} characters; allowed: up to "
                                f"{LONGEST_CAPTION}")
@@ -189,7 +189,7 @@ def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_n
     latents = torch.cat([backbone.encode_images(chunk)
                          for chunk in torch.stack(pixels).split(ENCODED_AT_ONCE)])
     if not torch.isfinite(latents).all():
-        raise ConceptError("the autoencoder makes values that are no numbers (NaN or infinity) of the "
-                           "pictures; run it in float32 (ComfyUI: --fp32-vae) or load another VAE")
+        raise ConceptError("the autoencoder returns NaN or infinite values for the pictures; "
+                           "run it in float32 (ComfyUI: --fp32-vae) or load another VAE")
     small = F.interpolate(torch.stack(masks), latents.shape[-2:], mode="area")
     return TrainingSet(latents, small.to(latents.device), tuple(captions), torch.tensor(priors), digests)

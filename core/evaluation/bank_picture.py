@@ -122,8 +122,8 @@ def _heading(inspection: Inspection, shown: int, width: int) -> list[Line]:
     lines = [(text if count else "the bank is empty", 17, INK)]
     for warning in inspection.warnings[:3]:
         lines += _lines(warning, 13, width, ALARM)
-    more = len(inspection.warnings) - 3
-    return [*lines, (f"and {more} more; the text lists them all", 13, ALARM)] if more > 0 else lines
+    unlisted = len(inspection.warnings) - 3
+    return [*lines, (f"and {unlisted} more; the text lists them all", 13, ALARM)] if unlisted > 0 else lines
 
 
 def _page(inspection: Inspection, style: CardStyle, cards: Sequence[tuple[Facts, list[Line]]],

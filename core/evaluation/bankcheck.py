@@ -108,8 +108,8 @@ def prompts_for(name: str, lines: Sequence[str]) -> list[str]:
     """Fills a concept's placeholder into lines with {}. Raises ConceptError for a line without {}."""
     for line in lines:
         if PLACE not in line:
-            raise ConceptError(f"the prompt {line!r} does not name the concept; write {PLACE} where it is to "
-                               "be")
+            raise ConceptError(f"the prompt {line!r} does not name the concept; write {PLACE} in its "
+                               "place")
     return [line.replace(PLACE, f"<{name}>") for line in lines]
 
 
@@ -160,6 +160,5 @@ def check_bank(backbone: Backbone, bank: ConceptBank, references: Mapping[str, R
     real = [encode(reference.pictures) for reference in references.values()]
     confusion = metrics.confusion([encode(list(drawn)) for drawn in pictures.values()], real)
     if not torch.isfinite(confusion).all():
-        raise ConceptError("the picture features are no numbers (NaN); choose another vision model, or fewer "
-                           "cfg")
+        raise ConceptError("the picture features are NaN; choose another vision model, or a lower cfg")
     return BankReport(dict(references), pictures, confusion, sum(changes) / len(changes) if changes else None)

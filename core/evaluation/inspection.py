@@ -86,7 +86,7 @@ class Inspection:
     def partners(self, name: str) -> list[str]:
         """The concepts that a concept collides with, without repetition."""
         pairs = [pair for c in self.collisions for pair in ((c.one, c.other), (c.other, c.one))]
-        return list(dict.fromkeys(other for one, other in pairs if one == name))
+        return list(dict.fromkeys(other for concept, other in pairs if concept == name))
 
     def nearest(self, name: str, measure: str = "") -> Nearest | None:
         """The most similar other concept by the given measure, or by the first measure that compares the

@@ -68,9 +68,9 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
                if any(per_site)}
     loras = [kind for kind in formats if kind != "embedding"]
     if not (weights if loras else named):
-        known = ", ".join(f"<{name}>" for name in bank.names[:12]) or "none"
+        names = ", ".join(f"<{name}>" for name in bank.names[:12]) or "none"
         raise ConceptError(f"the prompt {prompt.text!r} names no concept of the bank, so there is nothing to "
-                           f"export; it holds {known}")
+                           f"export; it holds {names}")
     owner = f"the prompt {prompt.text!r}"
     factors = low_rank_sum(_parts(bank, weights), owner, rank, max_error) if loras else None
     if {"embedding", "bundle"} & set(formats):

@@ -77,7 +77,7 @@ def refit(backbone: Backbone, concept: Concept, steps: int = STEPS) -> Refitted:
     mean_state = copies.mean(1, keepdim=True)
     total = float(copies.square().sum())
     if not total or not torch.isfinite(copies).all():
-        raise ConceptError(f"the words of concept '{concept.name}' are encoded to nothing that is finite; "
+        raise ConceptError(f"the words of concept '{concept.name}' are encoded to NaN or infinity; "
                            "allowed: finite numbers")
     spread = float((copies - mean_state).square().sum()) / total
 

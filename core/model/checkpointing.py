@@ -31,5 +31,5 @@ def recomputed(model: nn.Module, kinds: Collection[str]) -> Iterator[None]:
 def _checkpointed(forward: Callable, *args, **kwargs):
     """Dictionaries are copied, because a host may write the number of the next block into the same one before
     the backward pass."""
-    own = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    return checkpoint(partial(forward, **own), *args, use_reentrant=False)
+    copied = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+    return checkpoint(partial(forward, **copied), *args, use_reentrant=False)

@@ -143,12 +143,12 @@ def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, gener
     processor = GradientProcessor(keys or key_value_weights(backbone.layout))
     for start in range(0, draws, batch):
         rows = [i % len(latents) for i in range(start, min(start + batch, draws))]
-        clean, own = latents[rows], fixed[0:1] if len(fixed) == 1 else fixed
-        own = Context.cat([own[0:1] if len(fixed) == 1 else own[i:i + 1] for i in rows])
+        clean, contexts = latents[rows], fixed[0:1] if len(fixed) == 1 else fixed
+        contexts = Context.cat([contexts[0:1] if len(fixed) == 1 else contexts[i:i + 1] for i in rows])
         t = torch.randint(len(schedule), (len(rows),), generator=generator).to(latents.device)
         noise = torch.randn(clean.shape, generator=generator).to(latents.device)
         with torch.enable_grad():
-            output = backbone.predict(schedule.add_noise(clean, noise, t), t, own, processor)
+            output = backbone.predict(schedule.add_noise(clean, noise, t), t, contexts, processor)
             (output - schedule.target(clean, noise, t)).square().mean((1, 2, 3)).sum().backward()
         if progress is not None:
             progress(min(start + batch, draws), draws)

@@ -62,10 +62,10 @@ def mixed_query(query: Tensor, hidden: Tensor, base: Tensor, packed: Sequence[Pa
     """
     if not cover.groups:
         return base
-    own = [group_packed.queries(*(taken(x, cells, len(group.members)) for x in (query, hidden)))[0]
-           for group, group_packed,
-           cells in zip(cover.groups, packed, cover.order(len(query)).cells, strict=True)]
-    return _with_scene(_mixed(own, cover, len(query)), base, cover)
+    order = cover.order(len(query))
+    queries = [group_packed.queries(*(taken(x, cells, len(group.members)) for x in (query, hidden)))[0]
+               for group, group_packed, cells in zip(cover.groups, packed, order.cells, strict=True)]
+    return _with_scene(_mixed(queries, cover, len(query)), base, cover)
 
 
 def isolated_attention(query: Tensor, key: Tensor, value: Tensor, cover: Cover, heads: int,

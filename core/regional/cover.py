@@ -94,8 +94,8 @@ class Cover:
         for group in self.groups:
             cells.append((group.cells.unsqueeze(1) + length * pictures).flatten())      # shape [G, B, S']
             members, most = group.cells.shape
-            own = start + torch.arange(len(cells[-1]), device=pictures.device).view(members, batch, most)
-            places.append(own.transpose(0, 1).flatten(1))
+            indices = start + torch.arange(len(cells[-1]), device=pictures.device).view(members, batch, most)
+            places.append(indices.transpose(0, 1).flatten(1))
             start += len(cells[-1])
         in_batch = torch.cat([*places, pictures.new_zeros(batch, 0)], 1)      # [B, places of a picture]
         back = tuple(in_batch[:, source].flatten() for source in self.sources.unbind(1))
@@ -158,8 +158,8 @@ def cover_of(region_share: Tensor, scene_share: Tensor) -> Cover:
             places = start + g * most + torch.arange(len(cells), device=device)
             regions.append((cells, places, region_share[u][:, cells]))
         lengths = torch.tensor([len(held[u]) for u in members], device=device)
-        own = torch.arange(most, device=device) < lengths.unsqueeze(1)
-        groups.append(Group(tuple(members), rows, None if bool(own.all()) else own))
+        is_cell = torch.arange(most, device=device) < lengths.unsqueeze(1)
+        groups.append(Group(tuple(members), rows, None if bool(is_cell.all()) else is_cell))
         start += rows.numel()
     sources, weights = _sources(regions, length, batch, region_share)
     width = sources.shape[1]

@@ -68,12 +68,12 @@ def _read(text: str) -> object:
     except ConceptError:  # raised by _no_number
         raise
     except (ValueError, RecursionError):  # a number with thousands of digits, or thousands of nested lists
-        raise ConceptError("the drawing has a number or a nesting beyond all measure; "
+        raise ConceptError("the drawing has a number that is too long or nesting that is too deep; "
                            "allowed: a list of regions in JSON") from None
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ConceptError(f"the drawing holds {name}, which is no number of JSON; "
+    raise ConceptError(f"the drawing holds {name}, which is not a JSON number; "
                        "allowed: plain numbers such as 0.5")
 
 

@@ -160,9 +160,9 @@ class RegionProcessor(AttentionProcessor):
         if cover.needs_scene:
             base, added = self._scene(site, scene_query, hidden, key, value, plain, others)
             added = None if added is None else added * cover.scene.to(added.dtype).unsqueeze(-1)
-        mixed, own = region_attention(query, hidden, base, packed, cover, self.rows, site.heads, plain,
-                                      others)
-        added = own if added is None else added if own is None else own + added
+        mixed, region_added = region_attention(query, hidden, base, packed, cover, self.rows, site.heads,
+                                               plain, others)
+        added = region_added if added is None else added if region_added is None else region_added + added
         if added is not None:
             call.after_out = partial(plus, added)
         return mixed
@@ -192,8 +192,8 @@ class RegionProcessor(AttentionProcessor):
         base = base if others is None else base + others
         delta = self.scene.deltas.get((site.index, "to_out"))
         if delta is not None:
-            own = delta.apply(base)
-            added = own if added is None else added + own
+            from_delta = delta.apply(base)
+            added = from_delta if added is None else added + from_delta
         return base, added
 
     def _concepts(self) -> TokenLora:

@@ -154,8 +154,8 @@ def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
     total = masks.sum(0)
     if overlap == "nearest" and len(masks):
         nearest = _distances(masks).argmin(0, keepdim=True)
-        own = torch.zeros_like(masks).scatter_(0, nearest, total.clamp(max=1.0).unsqueeze(0))
-        return own, (1 - total).clamp(min=0.0)
+        region_share = torch.zeros_like(masks).scatter_(0, nearest, total.clamp(max=1.0).unsqueeze(0))
+        return region_share, (1 - total).clamp(min=0.0)
     return masks / total.clamp(min=1.0), (1 - total).clamp(min=0.0)
 
 

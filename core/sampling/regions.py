@@ -54,8 +54,8 @@ class RegionSampling:
         self.parts = [part_of(backbone, bank, prompt, negative, settings) for prompt, negative in prompts]
         self.scene = part_of(backbone, bank, scene, bank.parse(settings.negative), settings)
         if self.scene.context.pooled is not None:
-            own = [part.context.pooled for part in self.parts if part.context.pooled is not None]
-            pooled = pooled_of(regions, self.scene.context.pooled, own, latent, settings.overlap)
+            texts = [part.context.pooled for part in self.parts if part.context.pooled is not None]
+            pooled = pooled_of(regions, self.scene.context.pooled, texts, latent, settings.overlap)
             self.scene = replace(self.scene, context=replace(self.scene.context, pooled=pooled))
         rows = guidance_rows(backbone, count, settings.cfg)
         self.processor = RegionProcessor(backbone, self.scene, list(regions), self.parts, rows, latent,

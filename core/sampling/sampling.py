@@ -61,7 +61,7 @@ def word_bound_deltas(backbone: Backbone, bank: ConceptBank, prompts: Sequence[P
     """Deltas of the word-bound concepts that the prompts name."""
     named = {name for prompt in prompts for name in prompt.concepts}
     deltas = token_lora_deltas(bank, settings.strength, tuple(named))
-    return {name: on_device(backbone, own) for name, own in deltas.items()}
+    return {name: on_device(backbone, concept_deltas) for name, concept_deltas in deltas.items()}
 
 
 def _guidance(backbone: Backbone, prompts: Sequence[Prompt], positive: Context, strength: float,
@@ -151,7 +151,7 @@ def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str | Prompt
         groups.setdefault(named if settings.mode in ("sharp", "equal") else (prompt,), []).append(i)
     pictures: dict[int, Tensor] = {}
     for members in groups.values():
-        own = [parsed[i] for i in members], [seeds[i] for i in members]
-        sampled = _sample_group(backbone, bank, *own, settings)
+        group = [parsed[i] for i in members], [seeds[i] for i in members]
+        sampled = _sample_group(backbone, bank, *group, settings)
         pictures.update(zip(members, sampled, strict=True))
     return torch.stack([pictures[i] for i in range(len(prompts))])

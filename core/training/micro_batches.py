@@ -52,9 +52,10 @@ def micro_batches(batch: Batch, method: Method, config: TrainingConfig, timestep
     batch = drop_captions(batch, config.caption_dropout, generator)
     for chosen in rows.split(size or len(rows)):
         part = method.on_batch(batch.rows(chosen))
-        own = Draw(drawn.timesteps[chosen.to(drawn.timesteps.device)],
-                   drawn.noise[chosen.to(drawn.noise.device)])
-        yield MicroBatch(part, _extended(own, part, timesteps, config, generator), len(chosen) / len(rows))
+        part_draw = Draw(drawn.timesteps[chosen.to(drawn.timesteps.device)],
+                         drawn.noise[chosen.to(drawn.noise.device)])
+        part_draw = _extended(part_draw, part, timesteps, config, generator)
+        yield MicroBatch(part, part_draw, len(chosen) / len(rows))
 
 
 def drop_captions(batch: Batch, share: float, generator: torch.Generator) -> Batch:
