@@ -155,7 +155,7 @@ def test_progress_and_cancelling(evaluate, monkeypatch):
 @pytest.mark.parametrize("other, sentence", [
     ({"bank": None}, "no concept to evaluate"), ({}, "'mimi' has neither photos nor a thumbnail"),
     ({"concepts": "tom"}, "concepts names 'tom'"),
-    ({"concepts": "rex", "prompts": "a dog"}, "write {} where"),
+    ({"concepts": "rex", "prompts": "a dog"}, "write {} in"),
     ({"concepts": "rex", "prompts": " \n"}, "0 prompts"),
     ({"concepts": "rex", "base_prompts": "a <rex>"}, "names <rex>"),
     ({"concepts": "rex", "base_prompts": "a <rxe>"}, "<rxe>"),
@@ -166,7 +166,7 @@ def test_progress_and_cancelling(evaluate, monkeypatch):
     ({"concepts": "rex",
       "clip_vision": SimpleNamespace(encode_image=lambda image: {"image_embeds": torch.full((1, 3),
                                                                                             float("nan"))})},
-     "no numbers"),
+     "features are NaN"),
 ])
 def test_what_goes_wrong_is_one_sentence(evaluate, other, sentence):
     with pytest.raises(ConceptError) as caught:
@@ -176,7 +176,7 @@ def test_what_goes_wrong_is_one_sentence(evaluate, other, sentence):
 
 def test_photos_that_are_none(studio):
     for images, concept, sentence in ((None, "rex", "no photos of 'rex'"),
-                                      (torch.full((1, 8, 8, 3), float("nan")), "rex", "no numbers"),
+                                      (torch.full((1, 8, 8, 3), float("nan")), "rex", "NaN or infinite"),
                                       (torch.zeros(1, 8, 8, 1), "rex", "shape"),
                                       (studio.photos(), "a/b", "concept name")):
         with pytest.raises(ConceptError, match=sentence):
