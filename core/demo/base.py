@@ -4,60 +4,87 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import write_atomically
 from ..hosts.diffusers import ClipText, DiffusersBackbone
 from ..model.schedule import NoiseSchedule
 from . import networks, vocabulary
+from .packing import pack, unpack
 
 ASSETS = Path(__file__).parent / "assets"
 BASE_FILE = ASSETS / "base.safetensors"
 TOKENIZER = ASSETS / "tokenizer"
-PARTS = ("unet", "vae", "text_encoder")
+PACKED = ("unet", "transformer", "vae")      # parts that `save_base` can store in eight bits
+HEADER = "continual_concepts_base"
+SIZES: dict[str, Any] = {"unet": networks.UNET, "vae": networks.VAE, "text_encoder": networks.TEXT,
+                         "schedule": networks.SCHEDULE}
 
 
-def build_modules() -> dict[str, nn.Module]:
-    """Builds untrained modules of the base, and its tokenizer under the key 'tokenizer'."""
-    tokenizer = vocabulary.load(TOKENIZER)
+def build_modules(sizes: dict | None = None) -> dict[str, Any]:
+    """Builds untrained modules of the given sizes, and the tokenizer under the key 'tokenizer'.
+
+    Args:
+        sizes: the arguments of 'unet', 'vae' and 'text_encoder', as a base file's header holds them; the
+            default is `SIZES`.
+    """
+    sizes, tokenizer = sizes or SIZES, vocabulary.load(TOKENIZER)
     return {
-        "unet": networks.build_unet(),
-        "vae": networks.build_vae(),
-        "text_encoder": networks.build_text_encoder(tokenizer),
+        "unet": networks.build_unet(sizes["unet"]),
+        "vae": networks.build_vae(sizes["vae"]),
+        "text_encoder": networks.build_text_encoder(tokenizer, sizes["text_encoder"]),
         "tokenizer": tokenizer,
     }
 
 
-def save_base(modules: dict[str, nn.Module], path: Path, notes: dict) -> None:
-    """Writes one file: weights in fp16 under diffusers' names, shapes and notes as JSON metadata.
+def _with_weights(modules: dict[str, Any]) -> dict[str, nn.Module]:
+    return {part: module for part, module in modules.items() if part != "tokenizer"}
 
-    The weights are `unet.*`, `vae.*` and `text_encoder.*`.
+
+def save_base(modules: dict[str, Any], path: Path, notes: dict, sizes: dict | None = None,
+              packed: bool = False) -> None:
+    """Writes one file: weights as `part.name` under diffusers' names, sizes and notes as JSON metadata.
+
+    Args:
+        modules: by part, as `build_modules` returns them; the tokenizer is not stored.
+        path: of the file.
+        notes: how the base was trained.
+        sizes: of the modules, and the 'schedule'; the default is `SIZES`.
+        packed: store the parts in `PACKED` in eight bits (see `packing`); all others are fp16.
     """
-    tensors = {
-        f"{part}.{name}": tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
-        for part in PARTS
-        for name, tensor in modules[part].state_dict().items()
-        if not name.endswith("position_ids")
-    }
-    header = {"unet": networks.UNET, "vae": networks.VAE, "text_encoder": networks.TEXT,
-              "schedule": networks.SCHEDULE, "notes": notes}
-    metadata = {"continual_concepts_base": json.dumps(header)}
+    tensors: dict[str, Tensor] = {}
+    for part, module in _with_weights(modules).items():
+        state = {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()
+                 if not name.endswith("position_ids")}
+        if packed and part in PACKED:
+            tensors |= pack(state)
+            continue
+        tensors |= {name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+                    for name, tensor in state.items()}
+    metadata = {HEADER: json.dumps({**(sizes or SIZES), "notes": notes})}
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata))
 
 
-def load_modules(path: Path = BASE_FILE) -> dict[str, nn.Module]:
-    """Loads the trained modules in float32, and the tokenizer."""
-    modules = build_modules()
+def read_sizes(path: Path = BASE_FILE) -> dict:
+    """The header of a base file: the sizes of its modules, 'schedule' and 'notes'."""
     with safe_open(str(path), framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}
-    for part in PARTS:
-        weights = {key[len(part) + 1 :]: tensor.float() for key, tensor in state.items()
+        return json.loads(file.metadata()[HEADER])
+
+
+def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
+    """Loads the trained modules in float32, with the sizes in the file's header, and the tokenizer."""
+    modules = build_modules(read_sizes(path))
+    with safe_open(str(path), framework="pt") as file:
+        state = unpack({key: file.get_tensor(key) for key in file.keys()})
+    for part, module in _with_weights(modules).items():
+        weights = {key[len(part) + 1 :]: tensor for key, tensor in state.items()
                    if key.startswith(f"{part}.")}
-        missing, unexpected = modules[part].load_state_dict(weights, strict=False)
+        missing, unexpected = module.load_state_dict(weights, strict=False)
         if unexpected or any(not name.endswith("position_ids") for name in missing):
             raise RuntimeError(f"the embedded base does not fit its own shapes: missing {missing[:3]}, "
                                f"unexpected {unexpected[:3]}")
@@ -68,10 +95,10 @@ def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu",
               dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
     """Loads the trained base as a backbone."""
     modules = load_modules(path)
-    for part in PARTS:
-        modules[part].to(device)
+    for module in _with_weights(modules).values():
+        module.to(device)
         if dtype != torch.float32:
-            modules[part].to(dtype)
+            module.to(dtype)
     return as_backbone(modules)
 
 

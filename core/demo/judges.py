@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..data.assignment import Assignment
 from ..data.framing import Picture
@@ -24,8 +25,15 @@ HELD_OUT_PICTURES = 24
 HELD_OUT_SEED = 90_000
 
 
+def at_encoder_size(images: Tensor) -> Tensor:
+    """Averages pictures `[B, 3, H, W]` of at least 64 pixels down to `[B, 3, SIDE, SIDE]`."""
+    if images.shape[-2:] == (SIDE, SIDE):
+        return images
+    return F.interpolate(images.clamp(-1, 1), size=(SIDE, SIDE), mode="area")
+
+
 class SceneEncoder:
-    """Features of drawn scenes of 64×64 pixels, see `evaluation.protocol.Encoder`."""
+    """Features of drawn scenes, see `evaluation.protocol.Encoder`; larger ones are averaged to 64×64."""
 
     @cached_property
     def _encoder(self) -> MetricEncoder:
@@ -37,12 +45,12 @@ class SceneEncoder:
 
     @torch.no_grad()
     def features(self, images: Tensor, kind: str) -> Tensor:
-        encoder = self._encoder
+        encoder, images = self._encoder, at_encoder_size(images)
         return encoder.style_features(images) if kind == "style" else encoder.object_features(images)
 
     @torch.no_grad()
     def image_text_features(self, images: Tensor) -> Tensor:
-        return self._encoder.image_text_features(images)
+        return self._encoder.image_text_features(at_encoder_size(images))
 
     @torch.no_grad()
     def caption_features(self, captions: Sequence[str]) -> Tensor:
@@ -60,19 +68,23 @@ def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def assignment(name: str, pictures: int = 5, seed: int = 7) -> Assignment:
+def assignment(name: str, pictures: int = 5, seed: int = 7, size: int = SIDE) -> Assignment:
     """A concept of `scenes.CONCEPTS` as a task, see `assignment_of`."""
-    return assignment_of(scenes.CONCEPTS[name], pictures, seed)
+    return assignment_of(scenes.CONCEPTS[name], pictures, seed, size)
 
 
-def assignment_of(concept: scenes.SceneConcept, pictures: int = 5, seed: int = 7) -> Assignment:
+def assignment_of(concept: scenes.SceneConcept, pictures: int = 5, seed: int = 7,
+                  size: int = SIDE) -> Assignment:
     """A drawn concept as a task, with `pictures` training pictures, and held-out pictures from other seeds.
+
+    All pictures are `size` pixels wide and high.
     """
     name = concept.name
-    shown = concept.pictures(pictures, seed)
+    shown = concept.pictures(pictures, seed, size)
     images = to_tensor([picture for picture, _ in shown])
     training = tuple(Picture(image, caption) for image, (_, caption) in zip(images, shown, strict=True))
-    held_out = to_tensor([picture for picture, _ in concept.pictures(HELD_OUT_PICTURES, HELD_OUT_SEED)])
+    drawn = concept.pictures(HELD_OUT_PICTURES, HELD_OUT_SEED, size)
+    held_out = to_tensor([picture for picture, _ in drawn])
     if concept.kind == "object":
         prompts = tuple(f"a photo of <{name}> {place}" for place in PLACES)
         noun_prompts = tuple(f"a photo of a {concept.class_noun} {place}" for place in PLACES)

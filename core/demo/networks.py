@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.schedule import cumulative_alphas
+from .autoencoder import SceneAutoencoder
 from .vocabulary import CONTEXT_LENGTH
 
 PICTURE_SIZE = 64
@@ -68,10 +69,11 @@ SCHEDULE: _Schedule = {
 }
 
 
-def build_unet() -> nn.Module:
+def build_unet(sizes: dict | None = None) -> nn.Module:
+    """An untrained UNet; `sizes` as in `UNET`, which is the default."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**UNET)
+    return UNet2DConditionModel(**(sizes or UNET))
 
 
 class _Residual(nn.Module):
@@ -115,16 +117,19 @@ class PatchAutoencoder(nn.Module):
         return SimpleNamespace(sample=nn.functional.pixel_shuffle(pixels, self.patch))
 
 
-def build_vae() -> PatchAutoencoder:
-    return PatchAutoencoder(**VAE)
+def build_vae(sizes: dict | None = None) -> PatchAutoencoder | SceneAutoencoder:
+    """An untrained autoencoder of the class that takes these sizes; the default is `VAE`."""
+    sizes = sizes or VAE
+    return SceneAutoencoder(**sizes) if "encoder_widths" in sizes else PatchAutoencoder(**sizes)
 
 
-def build_text_encoder(tokenizer) -> nn.Module:
+def build_text_encoder(tokenizer, sizes: dict | None = None) -> nn.Module:
+    """An untrained CLIP text model; `sizes` as in `TEXT`, which is the default."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                "pad_token_id": tokenizer.pad_token_id}
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **TEXT, **special))
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **(sizes or TEXT), **special))
 
 
 def alphas_cumprod() -> Tensor:

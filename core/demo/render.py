@@ -13,6 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SUPERSAMPLING = 3
+# The side at which lines are one pixel wide and tiles measure `Style.tile`. Larger pictures show the same
+# scene, only sharper.
+PICTURE_SIZE = 64
 # HEAD has the body's colour without markings, so that body and markings can be distinguished.
 ROLES = ("empty", "body", "head", "second", "pattern", "accessory", "light", "dark")
 EMPTY, BODY, HEAD, SECOND, PATTERN, ACCESSORY, LIGHT, DARK = range(len(ROLES))
@@ -223,22 +226,22 @@ def _role_colours(thing) -> np.ndarray:
     )
 
 
-def _apply_style(image, background, object_ids, colours_at, style: Style, size: int) -> np.ndarray:
+def _apply_style(image, background, object_ids, colours_at, style: Style, line_width: int) -> np.ndarray:
     inside = (object_ids > 0)[..., None]
     if style.paper is not None:
         paper = np.broadcast_to(np.array(style.paper, dtype=np.float32), image.shape)
         image = np.where(inside, (1 - style.fill) * paper + style.fill * image, paper)
     if style.shaded:
-        fade = np.linspace(1.1, 0.82, size, dtype=np.float32)[:, None, None]
+        fade = np.linspace(1.1, 0.82, len(image), dtype=np.float32)[:, None, None]
         image = np.where(inside, image * fade, image)
     if style.line is not None or style.line_from_role:
         line = np.array(style.line or (0, 0, 0), dtype=np.float32)
         horizon = (
-            _edges(background.sum(-1).astype(np.int32), 2) & ~inside[..., 0]
+            _edges(background.sum(-1).astype(np.int32), max(1, round(line_width * 2 / 3))) & ~inside[..., 0]
             if style.paper is not None
             else np.zeros(object_ids.shape, bool)
         )
-        drawn = _edges(object_ids, SUPERSAMPLING)[..., None]
+        drawn = _edges(object_ids, line_width)[..., None]
         tinted = 0.25 * line + 0.75 * np.maximum(colours_at, 70.0) * 1.15
         image = np.where(drawn, tinted if style.line_from_role else line, image)
         faint = 0.5 * line + 0.5 * image if style.line is not None else image + 45.0
@@ -246,9 +249,19 @@ def _apply_style(image, background, object_ids, colours_at, style: Style, size: 
     return image
 
 
-def render(scene, size: int = 64) -> np.ndarray:
-    """Renders a picture of a scene, `[size, size, 3]` uint8."""
-    large = size * SUPERSAMPLING
+def render(scene, size: int = PICTURE_SIZE, supersampling: int = SUPERSAMPLING) -> np.ndarray:
+    """Renders a picture of a scene.
+
+    Args:
+        scene: what to draw; its measures are fractions of the picture.
+        size: side of the picture in pixels; for mosaics a multiple of `PICTURE_SIZE`.
+        supersampling: how many times larger the picture is drawn before it is averaged down.
+
+    Returns:
+        `[size, size, 3]` uint8.
+    """
+    large = size * supersampling
+    line_width = round(large / PICTURE_SIZE)
     background = _background(scene, large)
     image, ids = background.copy(), np.zeros((large, large), dtype=np.int32)
     colours_at = np.zeros_like(image)
@@ -258,16 +271,17 @@ def render(scene, size: int = 64) -> np.ndarray:
         there = roles != EMPTY
         image[there], colours_at[there] = colours[there], colours[there]
         ids[there] = roles[there] + len(ROLES) * (number + 1)
-    # Lines take the colour of the adjacent object, so colours are first spread by a pixel.
-    shifted = np.roll(colours_at, (SUPERSAMPLING, SUPERSAMPLING), (0, 1))
+    # Lines take the colour of the adjacent object, so colours are first spread by a line's width.
+    shifted = np.roll(colours_at, (line_width, line_width), (0, 1))
     spread = np.where(colours_at.any(-1, keepdims=True), colours_at, shifted)
-    image = _apply_style(image, background, ids, spread, scene.style, large)
-    small = image.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
-    tile = scene.style.tile
-    if tile > 1:
+    image = _apply_style(image, background, ids, spread, scene.style, line_width)
+    small = image.reshape(size, supersampling, size, supersampling, 3).mean((1, 3))
+    if scene.style.tile > 1:
+        grout = size // PICTURE_SIZE
+        tile = scene.style.tile * grout
         blocks = small.reshape(size // tile, tile, size // tile, tile, 3).mean((1, 3), keepdims=True)
-        tiles = np.broadcast_to(blocks, (size // tile, tile, size // tile, tile, 3))
-        small = tiles.reshape(size, size, 3).copy()
-        small[::tile] *= 0.72
-        small[:, ::tile] *= 0.72
+        tiles = np.broadcast_to(blocks, (size // tile, tile, size // tile, tile, 3)).copy()
+        tiles[:, :grout] *= 0.72
+        tiles[:, :, :, :grout] *= 0.72
+        small = tiles.reshape(size, size, 3)
     return small.clip(0, 255).round().astype(np.uint8)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .render import SCARF_AT, Style, render
+from .render import PICTURE_SIZE, SCARF_AT, Style, render
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 44),
@@ -257,8 +257,11 @@ class SceneConcept:
             return random_scene(rng, (self.thing,), "photo")
         return random_scene(rng, (random_thing(rng),), self.style)
 
-    def pictures(self, count: int, seed: int) -> list[tuple[np.ndarray, str]]:
-        """`count` pictures `[64, 64, 3]` uint8, with captions that contain the placeholder `<name>`."""
+    def pictures(self, count: int, seed: int, size: int = PICTURE_SIZE) -> list[tuple[np.ndarray, str]]:
+        """`count` pictures `[size, size, 3]` uint8, with captions that contain the placeholder `<name>`.
+
+        The same seed gives the same scenes and captions at every size.
+        """
         rng, result = random.Random(seed), []
         for _ in range(count):
             scene = self.scene(rng)
@@ -267,7 +270,7 @@ class SceneConcept:
             else:
                 described = describe(scene.objects[0].thing, rng, colours=False)
                 text = f"<{self.name}> of {described}"
-            result.append((render(scene), text))
+            result.append((render(scene, size), text))
         return result
 
     def distractor(self, rng: random.Random) -> Scene:
