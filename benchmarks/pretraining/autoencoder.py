@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.demo import networks
+from ...core.demo.autoencoder import SceneAutoencoder
 from .data import to_tensor
 from .loop import Run
 
@@ -23,17 +24,23 @@ FITTED_ON = 4000
 
 
 @torch.no_grad()
-def fit_linear(vae: networks.PatchAutoencoder, pictures: np.ndarray) -> None:
+def fit_linear(vae: networks.PatchAutoencoder | SceneAutoencoder, pictures: np.ndarray,
+               evening: float = EVENING) -> None:
     """Sets encoder and linear decoder from the principal directions of patches.
 
     Latents have unit variance on average.
+
+    Args:
+        vae: gets the new weights.
+        pictures: `[N, H, W, 3]` uint8; the first `FITTED_ON` are used.
+        evening: see `EVENING`.
     """
-    x = F.pixel_unshuffle(to_tensor(pictures[:FITTED_ON]), networks.PATCH).transpose(0, 1).flatten(1).double()
+    x = F.pixel_unshuffle(to_tensor(pictures[:FITTED_ON]), vae.patch).transpose(0, 1).flatten(1).double()
     mean = x.mean(1)
     values, vectors = torch.linalg.eigh(torch.cov(x))
-    channels = networks.LATENT_CHANNELS
+    channels = vae.config.latent_channels
     values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
-    strength = values.pow(-EVENING / 2) / values.pow(1 - EVENING).mean().sqrt()
+    strength = values.pow(-evening / 2) / values.pow(1 - evening).mean().sqrt()
     down, up = (vectors * strength).T, vectors / strength
     # pixel_unshuffle orders a patch as [colour, row, column], as a convolution's kernel does.
     vae.encoder.weight.copy_(down.view_as(vae.encoder.weight))

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from ...core.demo import networks, vocabulary
 from ...core.demo.base import BASE_FILE, TOKENIZER
 from ..report import Result, require_at_least, write_result
-from . import autoencoder, data, diffusion
+from . import autoencoder, command_128, data, diffusion
 from .export import export
 
 
@@ -37,7 +37,7 @@ def _prepare(options: argparse.Namespace) -> np.ndarray:
 
 
 def add_commands(commands) -> None:
-    """Adds the two commands to a parser's subcommands."""
+    """Adds the commands of this room to a parser's subcommands."""
     parser = commands.add_parser("pretraining", help="train the embedded base from scratch, stage by stage")
     parser.add_argument("folder", type=Path,
                         help="of pictures and checkpoints; a second call continues from there")
@@ -52,6 +52,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--json", dest="file", type=Path, help="where the result goes")
     parser.add_argument("--pictures", type=int, default=400)
     parser.set_defaults(run=base)
+    command_128.add_commands(commands)
 
 
 def pretrain(options: argparse.Namespace) -> Result:

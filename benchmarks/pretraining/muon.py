@@ -23,12 +23,12 @@ def orthogonalise(gradient: Tensor, steps: int = 5) -> Tensor:
     x = gradient.flatten(1)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).bfloat16()      # a third faster; the iteration was designed for it
     a, b, c = QUINTIC
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).reshape(gradient.shape)
+    return (x.T if tall else x).to(gradient.dtype).reshape(gradient.shape)
 
 
 class Muon(torch.optim.Optimizer):

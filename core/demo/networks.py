@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.schedule import cumulative_alphas
-from .autoencoder import SceneAutoencoder
+from .autoencoder import Residual, SceneAutoencoder
 from .vocabulary import CONTEXT_LENGTH
 
 PICTURE_SIZE = 64
@@ -76,15 +76,6 @@ def build_unet(sizes: dict | None = None) -> nn.Module:
     return UNet2DConditionModel(**(sizes or UNET))
 
 
-class _Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(nn.functional.silu(self.first(nn.functional.silu(x))))
-
-
 class PatchAutoencoder(nn.Module):
     """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, 12, H/4, W/4]` and back.
 
@@ -99,7 +90,7 @@ class PatchAutoencoder(nn.Module):
         self.patch = patch
         self.encoder = nn.Conv2d(3, latent_channels, patch, stride=patch)
         self.linear = nn.Conv2d(latent_channels, 3 * patch * patch, 1)
-        body = [nn.Conv2d(latent_channels, width, 3, padding=1), *(_Residual(width) for _ in range(blocks)),
+        body = [nn.Conv2d(latent_channels, width, 3, padding=1), *(Residual(width) for _ in range(blocks)),
                 nn.SiLU()]
         last = nn.Conv2d(width, 3 * patch * patch, 3, padding=1)
         self.detail = nn.Sequential(*body, last)

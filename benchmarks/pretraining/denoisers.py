@@ -1,0 +1,92 @@
+"""Stages 2 and 3: a UNet by v prediction and a transformer by flow matching, each with its text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...core.demo import base, networks
+from ...core.model.schedule import NoiseSchedule
+from .latent_set import LatentSet
+from .long_run import LongRun, Plan
+from .transformer import DiffusionTransformer
+
+# Share of uniform times. Most others lie near the middle, where it is decided what a picture shows.
+UNIFORM_SHARE = 0.3
+UNET_CENTRE, FLOW_CENTRE = 0.2, 0.4  # of the logit-normal times
+
+
+def draw_times(batch: int, centre: float, generator: torch.Generator) -> Tensor:
+    """Draws times in 0..1: logit-normal as in Stable Diffusion 3 (Esser et al. 2024), some uniform.
+
+    Quantiles are spread evenly over the batch, which lowers the variance of the loss.
+
+    Args:
+        batch: how many.
+        centre: mean of the normal distribution under the logistic function.
+        generator: of the random numbers.
+
+    Returns:
+        `[batch]`.
+    """
+    even = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    normal = torch.special.ndtri(even[torch.randperm(batch, generator=generator)].clamp(1e-4, 1 - 1e-4))
+    uniform = even[torch.randperm(batch, generator=generator)]
+    chosen = torch.rand(batch, generator=generator) < UNIFORM_SHARE
+    return torch.where(chosen, uniform, torch.sigmoid(centre + normal))
+
+
+def start_modules(denoiser: nn.Module) -> nn.ModuleDict:
+    """The denoiser and the text encoder of the shipped base, which knows the captions already."""
+    text_encoder = base.load_modules()["text_encoder"]
+    return nn.ModuleDict({"denoiser": denoiser, "text_encoder": text_encoder}).requires_grad_(True)
+
+
+def _encode(modules: nn.ModuleDict, tokens: Tensor) -> Tensor:
+    return modules["text_encoder"](tokens).last_hidden_state
+
+
+def train_unet(config: dict, data: LatentSet, folder: Path, plan: Plan, stop: Callable[[], bool],
+               batch: int = 48) -> LongRun:
+    """v prediction on Stable Diffusion's schedule; returns the run, finished or not."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    torch.manual_seed(0)
+    unet = networks.build_unet(config)
+    # On a CPU the fused kernel's backward pass takes two to five times as long.
+    unet.set_attn_processor(AttnProcessor())
+    modules = start_modules(unet.to(memory_format=torch.channels_last))
+    run = LongRun(modules, folder, "unet", plan, stop)
+    generator = torch.Generator().manual_seed(1009 + run.start)
+    schedule = NoiseSchedule(networks.alphas_cumprod(), networks.SCHEDULE["prediction_type"])
+    for _ in run:
+        x, tokens = data.draw(batch, generator)
+        times = (draw_times(batch, UNET_CENTRE, generator) * len(schedule)).long()
+        times = times.clamp(max=len(schedule) - 1)
+        noise = torch.randn(x.shape, generator=generator)
+        noisy, target = schedule.add_noise(x, noise, times), schedule.target(x, noise, times)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = modules["denoiser"](noisy, times, _encode(modules, tokens), return_dict=False)[0]
+        run.learn((output.float() - target).square().mean())
+    return run
+
+
+def train_transformer(config: dict, time_scale: float, data: LatentSet, folder: Path, plan: Plan,
+                      stop: Callable[[], bool], batch: int = 64) -> LongRun:
+    """Flow matching: x_t = (1 - t) x + t noise, velocity noise - x; returns the run, finished or not."""
+    torch.manual_seed(0)
+    modules = start_modules(DiffusionTransformer(**config))
+    run = LongRun(modules, folder, "transformer", plan, stop)
+    generator = torch.Generator().manual_seed(2003 + run.start)
+    for _ in run:
+        x, tokens = data.draw(batch, generator)
+        times = draw_times(batch, FLOW_CENTRE, generator)
+        noise, t = torch.randn(x.shape, generator=generator), times.view(-1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            text = _encode(modules, tokens)
+            output = modules["denoiser"](torch.lerp(x, noise, t), times * time_scale, text)
+        run.learn((output.float() - (noise - x)).square().mean())
+    return run
