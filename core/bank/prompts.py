@@ -149,6 +149,12 @@ class Vocabulary:
 NO_CONCEPTS = Vocabulary(())      # for prompts in which no placeholder is allowed
 
 
+def filled_templates(templates: Iterable[str], name: str, words: tuple[str, ...]) -> list[Prompt]:
+    """Parses prompts in which `{}` stands for a concept that need not be in a bank."""
+    vocabulary = Vocabulary([ConceptInfo(name, "", "", words)])
+    return vocabulary.parse_all([template.format(f"<{name}>") for template in templates])
+
+
 def caption_with_placeholder(caption: str, info_name: str, class_noun: str) -> str:
     """Makes a training caption name the concept. The placeholder replaces the class noun if the caption has
     it, else it goes in front.

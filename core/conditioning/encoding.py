@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..bank.concepts import ConceptInfo
-from ..bank.prompts import Prompt, Vocabulary, WordRef
+from ..bank.prompts import Prompt, WordRef, filled_templates
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone, TextEncoder
@@ -207,9 +206,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
 @torch.no_grad()
 def encode_concept(backbone: Backbone, name: str, tokens: TokenGroup, prompts: Sequence[str]) -> Context:
     """Encodes prompts in which `{}` stands for a concept that need not be in a bank."""
-    vocabulary = Vocabulary([ConceptInfo(name, "", "", tokens.words)])
-    parsed = vocabulary.parse_all([prompt.format(f"<{name}>") for prompt in prompts])
-    return encode_prompts(backbone, parsed, {name: tokens})
+    return encode_prompts(backbone, filled_templates(prompts, name, tokens.words), {name: tokens})
 
 
 def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[Tensor]:
