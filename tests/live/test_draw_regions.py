@@ -26,9 +26,12 @@ NODE = "app.graph._nodes.find(n => n.type === 'ConceptRegionsDraw')"
 VALUE = f"{NODE}.widgets.find(w => w.name === 'drawing').value"
 
 
+RENDERER = "Comfy.VueNodes.Enabled"      # a setting that the server keeps for all later pages
+
+
 @pytest.fixture(scope="module")
 def tab(browser, server):
-    """ComfyUI's page. It starts slowly, so one serves all tests."""
+    """ComfyUI's page. It starts slowly, so one serves all tests. The renderer is set back at the end."""
     tab = browser.new_page(viewport={"width": 1500, "height": 1050})
     tab.set_default_timeout(60_000)
     tab.errors = []
@@ -37,15 +40,17 @@ def tab(browser, server):
     tab.wait_for_function(READY, timeout=180_000)
     tab.wait_for_timeout(1500)
     tab.keyboard.press("Escape")  # the template browser of a first visit
+    before = tab.evaluate("name => app.extensionManager.setting.get(name)", RENDERER)
     yield tab
+    tab.evaluate("([name, on]) => app.extensionManager.setting.set(name, on)", [RENDERER, before])
     tab.close()
 
 
 @pytest.fixture(params=["classic", "vue"])
 def page(tab, request):
     """A new node, alone in the graph, in one of the renderers; nothing may go wrong on the page."""
-    tab.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)",
-                 request.param == "vue")
+    tab.evaluate("([name, on]) => app.extensionManager.setting.set(name, on)",
+                 [RENDERER, request.param == "vue"])
     tab.evaluate(ADD, EMPTY)
     tab.renderer = request.param
     ready(tab)
