@@ -23,10 +23,8 @@ ADD = """async empty => {
     app.graph.setDirtyCanvas(true, true);
 }"""
 NODE = "app.graph._nodes.find(n => n.type === 'ConceptRegionsDraw')"
+RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 VALUE = f"{NODE}.widgets.find(w => w.name === 'drawing').value"
-
-
-RENDERER = "Comfy.VueNodes.Enabled"      # a setting that the server keeps for all later pages
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +38,16 @@ def tab(browser, server):
     tab.wait_for_function(READY, timeout=180_000)
     tab.wait_for_timeout(1500)
     tab.keyboard.press("Escape")  # the template browser of a first visit
-    before = tab.evaluate("name => app.extensionManager.setting.get(name)", RENDERER)
+    before = tab.evaluate("() => app.extensionManager.setting.get('Comfy.VueNodes.Enabled')")
     yield tab
-    tab.evaluate("([name, on]) => app.extensionManager.setting.set(name, on)", [RENDERER, before])
+    tab.evaluate(RENDER, before)      # the server keeps it for all later pages
     tab.close()
 
 
 @pytest.fixture(params=["classic", "vue"])
 def page(tab, request):
     """A new node, alone in the graph, in one of the renderers; nothing may go wrong on the page."""
-    tab.evaluate("([name, on]) => app.extensionManager.setting.set(name, on)",
-                 [RENDERER, request.param == "vue"])
+    tab.evaluate(RENDER, request.param == "vue")
     tab.evaluate(ADD, EMPTY)
     tab.renderer = request.param
     ready(tab)
@@ -75,16 +72,14 @@ def drawing(page) -> list[dict]:
 
 def seen(page) -> list[list[float]]:
     """The boxes as they lie on the page, in shares of the frame."""
-    return page.evaluate(
-        """() => {
+    return page.evaluate("""() => {
         const frame = document.querySelector('.ccr-frame').getBoundingClientRect();
         return [...document.querySelectorAll('.ccr-box')].map(box => {
             const { left, top, right, bottom } = box.getBoundingClientRect();
             return [(left - frame.left) / frame.width, (top - frame.top) / frame.height,
                     (right - frame.left) / frame.width, (bottom - frame.top) / frame.height];
         });
-    }"""
-    )
+    }""")
 
 
 def drag(page, start: tuple[float, float], end: tuple[float, float], shift: bool = False) -> None:
