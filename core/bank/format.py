@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,9 @@ def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] 
 
 
 def _read_header(path: Path) -> tuple[dict, list[str]]:
-    if not path.is_file():
+    if os.path.isdir(path):
+        raise ConceptError(f"the bank '{path}' is a folder; give the path of a file")
+    if not os.path.isfile(path):
         raise ConceptError(f"there is no bank file '{path}'")
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import ConceptError
+from ..files import LONGEST_NAME, beside, check_output, partial_file, real_file, shortened
 from .bank import ConceptBank
 from .concepts import Concept
 from .format import SUFFIX, open_bank, save_bank
@@ -41,12 +42,12 @@ class Version:
 
 
 def _folder(path: Path) -> Path:
-    return path.with_name(f".{path.name.removesuffix(SUFFIX)}.earlier")
+    return path.with_name(f".{shortened(path.name.removesuffix(SUFFIX), LONGEST_NAME - 9)}.earlier")
 
 
 def versions(path: Path | str) -> list[Version]:
     """The earlier versions of a bank, newest first."""
-    path = Path(path)
+    path = real_file(path)
     files = {number: _folder(path) / f"{number}{SUFFIX}" for number in range(1, VERSIONS + 1)}
     return [Version(number, file, file.stat().st_mtime) for number, file in files.items()
             if file.is_file() and not (path.exists() and os.path.samefile(file, path))]
@@ -54,7 +55,7 @@ def versions(path: Path | str) -> list[Version]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(str(path.with_name(f".{path.name}.lock")), timeout=PATIENCE)
+    lock = FileLock(str(beside(path, ".lock")), timeout=PATIENCE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -78,7 +79,8 @@ def change_bank(path: Path | str, change: Change) -> ConceptBank:
     Raises:
         ConceptError: The file cannot be read or written. The old file stays intact.
     """
-    return _replaced(Path(path), lambda: change(_present(Path(path))))
+    path = check_output(path, "bank")
+    return _replaced(path, lambda: change(_present(path)))
 
 
 def _present(path: Path) -> ConceptBank | None:
@@ -98,7 +100,8 @@ def _replaced(path: Path, make: Callable[[], ConceptBank], is_version: bool = Tr
 
 def _sweep(path: Path) -> None:
     """Deletes half-written files that killed programs left behind."""
-    half = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.partial")
+    start = partial_file(path, "0" * 8).name.removesuffix("0" * 8 + ".partial")
+    half = re.compile(re.escape(start) + r"[0-9a-f]{8}\.partial")
     for file in path.parent.glob(".*.partial"):
         try:
             if half.fullmatch(file.name) and time.time() - file.stat().st_mtime > ABANDONED:
@@ -159,18 +162,20 @@ def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:
     """Replaces a concept by a more complete record of the same training run, without keeping an earlier
     version.
     """
+    path = check_output(path, "bank")
+
     def make() -> ConceptBank:
-        now = _present(Path(path))
+        now = _present(path)
         if now is None or concept.name not in now:
             raise ConceptError(f"the bank '{path}' holds no concept '{concept.name}' any more")
         return now.replace(concept)
 
-    return _replaced(Path(path), make, is_version=False)
+    return _replaced(path, make, is_version=False)
 
 
 def restore(path: Path | str, number: int = 1) -> ConceptBank:
     """Restores an earlier version. The present file, damaged or not, becomes version 1."""
-    path = Path(path)
+    path = check_output(path, "bank")
 
     def make() -> ConceptBank:
         paths = {version.number: version.path for version in versions(path)}

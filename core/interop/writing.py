@@ -13,15 +13,13 @@ from torch import Tensor
 
 from ..bank.tokens import check_name
 from ..errors import ConceptError
-from ..files import write_atomically
+from ..files import is_device, write_atomically
 
 # Suffixes of file names. The embedding has none, because people type its name.
 ENDINGS = {"kohya": "_lora", "bundle": "_bundle", "diffusers": "_diffusers_lora", "embedding": ""}
 FORMATS = tuple(ENDINGS)
 DEFAULT_FORMATS = ("kohya", "embedding")
 _MOST = 99_999
-# Names reserved by Windows.
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def _stems(outputs: Sequence[OutputFile]) -> list[str]:
     stems: list[str] = []
     for output in outputs:
         name = check_name(output.name)
-        stem = f"{name}_concept" if name.lower() in _DEVICES else name
+        stem = f"{name}_concept" if is_device(name) else name
         stem += ENDINGS[output.kind]
         while stem.casefold() in {other.casefold() for other in stems}:
             stem += "-2"

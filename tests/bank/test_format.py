@@ -210,8 +210,8 @@ def test_other_files_and_missing_ones_are_refused(tmp_path):
     save_file({"a": torch.ones(1)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(ConceptError, match="not a concept bank"):
         open_bank(tmp_path / "other.safetensors")
-    for name in ("missing.safetensors", "."):
-        with pytest.raises(ConceptError, match="no bank file"):
+    for name, reason in (("missing.safetensors", "no bank file"), (".", "is a folder")):
+        with pytest.raises(ConceptError, match=reason):
             open_bank(tmp_path / name)
 
 
