@@ -14,7 +14,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.slow
 
-NAME = "Learn a first concept"
+NAME = "02 Learn a first concept"
 WHO = "mimi"
 PROMPTS = ("a photo of <mimi> on a beach", "a photo of <mimi> in the snow")
 SMALL = """prompt => {

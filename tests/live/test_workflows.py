@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,12 @@ def name_of(path: Path) -> str:
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def api_graph(title: str) -> dict:
+    """The workflow of this title in API format. Its file has a number before the title."""
+    (path,) = (WORKFLOWS / "api").glob(f"?? {title}.json")
+    return read(path)
 
 
 def shortened(graph: dict, learning: int = 4, sampling: int = 3) -> dict:
@@ -97,6 +104,29 @@ def test_every_workflow_has_its_api_form_and_its_picture():
     assert [name_of(path) for path in GRAPHS] == [name_of(path) for path in API_GRAPHS]
     assert {path.stem for path in WORKFLOWS.glob("*.jpg")} == {name_of(path) for path in GRAPHS}
     assert {path.suffix for path in WORKFLOWS.iterdir() if path.is_file()} == {".json", ".jpg"}
+
+
+def test_g15_templates_are_numbered_in_the_order_of_learning():
+    """The template browser shows file names. A number before the title says what comes next."""
+    numbers, titles = zip(*(name_of(path).split(" ", 1) for path in GRAPHS), strict=True)
+    assert list(numbers) == [f"{number:02d}" for number in range(1, len(GRAPHS) + 1)]
+    assert titles[:4] == ("Ten-second tour", "Learn a first concept", "Use concepts with KSampler",
+                          "Add a second concept")
+
+
+def test_g15_sibling_texts_name_templates_that_exist():
+    """Notes and help pages name a template by its title, in bold; the README by its file name."""
+    titles = [name_of(path).split(" ", 1)[1] for path in GRAPHS]
+    beginnings = {tuple(title.split()[:2]) for title in titles}
+    pages = (ROOT / "nodes" / "web" / "docs").glob("*.md")
+    texts = [*(note for path in GRAPHS for note in notes_of(read(path))),
+             *(" ".join(page.read_text(encoding="utf-8").split()) for page in pages)]
+    bold = [name for text in texts for name in re.findall(r"\*\*([^*\n]+)\*\*", text)]
+    named = [name for name in bold if tuple(name.split()[:2]) in beginnings]
+    assert len(named) > 8
+    assert set(named) <= set(titles)
+    opened = re.findall(r"Templates → continual-concepts → (.+?)\*", (ROOT / "README.md").read_text("utf-8"))
+    assert opened and set(opened) <= {name_of(path) for path in GRAPHS}
 
 
 def test_every_node_has_an_example(object_info):
@@ -184,6 +214,17 @@ def test_workflows_are_linked_as_the_nodes_say(path, object_info):
             assert needed <= linked, f"{node['type']} lacks {needed - linked}"
 
 
+def notes_of(graph: dict) -> list[str]:
+    return [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=name_of)
+def test_g13_sibling_notes_have_no_inline_code(path):
+    """Nodes 2.0 writes it blue on brown, which nobody can read."""
+    assert not [note for note in notes_of(read(path)) if "`" in note]
+    assert all(note.startswith(f"# {name_of(path).split(' ', 1)[1]}") for note in notes_of(read(path)))
+
+
 @pytest.mark.parametrize("path", GRAPHS, ids=name_of)
 def test_workflows_have_notes_and_no_overlaps(path):
     graph = read(path)
@@ -233,7 +274,7 @@ def test_workflows_run(path, server):
 
 
 def test_a_second_concept_leaves_the_first_as_it_was(server):
-    graph = shortened(read(WORKFLOWS / "api" / "Add a second concept.json"), learning=8)
+    graph = shortened(api_graph("Add a second concept"), learning=8)
     entry = server.run(graph)
     old, new, second = (pixels(server.pictures(entry, f"{tag}_picture")[0])
                         for tag in ("old_bank", "new_bank", "second"))
@@ -242,7 +283,7 @@ def test_a_second_concept_leaves_the_first_as_it_was(server):
 
 
 def test_inpainting_leaves_the_rest_of_the_photo_alone(server):
-    graph = shortened(read(WORKFLOWS / "api" / "Edit a photo by inpainting a concept.json"))
+    graph = shortened(api_graph("Edit a photo by inpainting a concept"))
     entry = server.run(graph)
     before, after = (pixels(server.pictures(entry, key)[0]) for key in ("photo_picture", "picture"))
     box, grown = graph["mask"]["inputs"], graph["grow"]["inputs"]["expand"]
@@ -255,7 +296,7 @@ def test_inpainting_leaves_the_rest_of_the_photo_alone(server):
 
 
 def test_an_unchanged_graph_is_not_run_again(server):
-    graph = shortened(read(WORKFLOWS / "api" / "Ten-second tour.json"))
+    graph = shortened(api_graph("Ten-second tour"))
     server.run(graph)
     again = server.run(graph)
     cached = next(message for kind, message in again["status"]["messages"] if kind == "execution_cached")
