@@ -38,6 +38,9 @@ def check_file_name(name: str, what: str = "file name") -> str:
                            f"'{name.split('.')[0].strip()}' for a device; choose another name")
     if odd:
         raise ConceptError(f"{what} {name!r} is not allowed, because file names cannot hold {odd!r}")
+    if name.endswith((".", " ")) and name not in (".", ".."):
+        raise ConceptError(f"{what} {name!r} is not allowed, because Windows drops a dot or a space at its "
+                           "end")
     if len(name.encode("utf-8", "surrogateescape")) > LONGEST_NAME:
         raise ConceptError(f"{what} '{name[:40]}...' is too long with {len(name)} letters; a file name can "
                            f"have {LONGEST_NAME} bytes")

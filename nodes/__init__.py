@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
+from ..core.errors import ConceptError
 from . import (
     apply,
     bank,
@@ -24,6 +25,8 @@ class Extension(ComfyExtension):
     """All nodes of this pack."""
 
     async def get_node_list(self) -> list[type]:
+        # The page shows an error as "module.class: sentence". Our module is named by its path on the disk.
+        ConceptError.__module__, ConceptError.__qualname__ = "builtins", "Continual Concepts"
         families = (learn, settings, neurons, apply, regions, region_sampler, draw_regions, bank, export,
                     importing, evaluate, photos)
         return [node for family in families for node in family.NODES]

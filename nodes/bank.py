@@ -15,7 +15,15 @@ from ..core.evaluation.inspection import inspect, lines
 from ..core.images import to_tensor
 from ..core.training import checkpoint
 from . import types
-from .folders import NEW_BANK, bank_file, bank_names, checkpoint_folder, new_bank_file, register_folders
+from .folders import (
+    NEW_BANK,
+    bank_file,
+    bank_names,
+    check_bank_name,
+    checkpoint_folder,
+    new_bank_file,
+    register_folders,
+)
 from .images import vision
 from .schema import Schema
 
@@ -81,6 +89,16 @@ class ConceptBankSave(io.ComfyNode):
             ],
             outputs=[],
         )
+
+    @classmethod
+    def validate_inputs(cls, bank_name):
+        """Reports a wrong name before the graph runs. Text from another node is None at this point."""
+        try:
+            if bank_name is not None:
+                check_bank_name(bank_name)
+        except ConceptError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, bank, bank_name, allow_fewer) -> io.NodeOutput:

@@ -10,6 +10,7 @@ import folder_paths
 from ..core.bank.format import SUFFIX
 from ..core.bank.tokens import check_name
 from ..core.errors import ConceptError
+from ..core.files import check_file_name
 
 BANKS = "concept_banks"
 NEW_BANK = "(new bank)"
@@ -46,9 +47,15 @@ def output_folder() -> Path:
     return folder
 
 
+def check_bank_name(name: str) -> str:
+    """The file name of a new bank. Names only have letters, digits, - and _, so that they cannot be paths."""
+    stem = check_name(name.strip().removesuffix(SUFFIX), "bank name")
+    return check_file_name(stem, "bank name") + SUFFIX
+
+
 def new_bank_file(name: str) -> Path:
-    """The file for saving a bank. Names only have letters, digits, - and _, so that they cannot be paths."""
-    return output_folder() / f"{check_name(name.removesuffix(SUFFIX), 'bank name')}{SUFFIX}"
+    """The file for saving a bank."""
+    return output_folder() / check_bank_name(name)
 
 
 def checkpoint_folder() -> Path:

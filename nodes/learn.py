@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS
-from ..core.bank.tokens import check_name
+from ..core.bank.tokens import check_class_noun, check_name
 from ..core.charts import loss_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.framing import Framing, Picture
@@ -159,12 +159,23 @@ class ConceptLearner(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name, class_noun):
+        """Reports a wrong name before the graph runs. Text from another node is None at this point."""
+        try:
+            if first(name) is not None:
+                check_name(first(name).strip().strip("<>"))
+            check_class_noun(first(class_noun) or "")
+        except ConceptError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
         cls, images, captions=None, bank=None, masks=None, prior_images=None, selection=None,
         method_settings=None, training_settings=None, **inputs
     ) -> io.NodeOutput:
         given = {key: first(value) for key, value in (LATER | inputs).items()}
-        name, noun = check_name(given["name"].strip().strip("<>")), given["class_noun"].strip()
+        name, noun = check_name(given["name"].strip().strip("<>")), check_class_noun(given["class_noun"])
         if given["if_known"] not in (KEEP, AGAIN):
             raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}")
         photos = pair_pictures(pictures_of(images, "images"), lines_of(captions), masks_of(masks, "masks"))

@@ -16,21 +16,38 @@ from .images import to_image
 from .schema import Schema
 
 EXAMPLES = "(example photos: rex)"
+MASKS = "masks"      # subfolder with the masks of a folder of photos
 
 
 def _folders() -> list[str]:
-    """Folders with pictures inside ComfyUI's input folder, as `a/b`, up to two levels deep."""
+    """Folders with pictures inside ComfyUI's input folder, as `a/b`, up to two levels deep. Folders of masks
+    are left out, and so is ComfyUI's own folder of painted masks."""
     root = Path(folder_paths.get_input_directory())
     if not root.is_dir():
         return []
     candidates = [path for pattern in ("*", "*/*") for path in root.glob(pattern)
-                  if path.is_dir() and not path.name.startswith(".")]
+                  if path.is_dir() and not path.name.startswith(".") and path != root / "clipspace"]
     return sorted(path.relative_to(root).as_posix() for path in candidates
-                  if any(f.suffix.lower() in SUFFIXES for f in path.iterdir()))
+                  if _has_pictures(path) and not _holds_masks(path))
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
+
+
+def _holds_masks(folder: Path) -> bool:
+    """Whether a folder holds the masks of the photos in the folder above it."""
+    above = folder.parent
+    is_inside = above != Path(folder_paths.get_input_directory())
+    return is_inside and folder.name.lower() == MASKS and _has_pictures(above)
 
 
 def _folder(name: str) -> Path:
     if name not in _folders():
+        above, _, last = name.rpartition("/")
+        if last.lower() == MASKS and above in _folders():
+            raise ConceptError(f"the folder '{name}' holds the masks of the photos in '{above}'; choose "
+                               f"'{above}'")
         raise ConceptError(f"there is no photo folder {name!r} in ComfyUI's input folder; there are "
                            f"{', '.join(_folders()) or 'none'}")
     return Path(folder_paths.get_input_directory()) / name
@@ -69,7 +86,7 @@ class ConceptPhotosLoad(io.ComfyNode):
     @classmethod
     def execute(cls, folder) -> io.NodeOutput:
         path = _folder(folder)
-        masks = path / "masks"
+        masks = path / MASKS
         pictures = read_folder(path, masks=masks if masks.is_dir() else None)
         images = [to_image(picture.pixels.unsqueeze(0)) for picture in pictures]
         shown = [torch.ones(1, *picture.pixels.shape[1:]) if picture.mask is None else picture.mask

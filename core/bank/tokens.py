@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,9 @@ from ..model.sites import SiteLayout
 # 1 to 64 letters and digits of any script, with - and _ inside.
 NAME = re.compile(r"[^\W_](?:[\w-]{0,62}[^\W_])?")
 MAX_WORDS = 16
+LONGEST_NOUN = 64
+# In a prompt these set weights, name embeddings and placeholders, or choose at random.
+_OF_PROMPTS = set("<>()[]{}:|\\")
 
 
 def check_name(name: str, what: str = "concept name") -> str:
@@ -24,6 +28,20 @@ def check_name(name: str, what: str = "concept name") -> str:
         raise ConceptError(f"{what} {name!r} is not allowed; use 1 to 64 letters, digits, '-' or '_', "
                            "beginning and ending with a letter or digit")
     return name
+
+
+def check_class_noun(noun: str) -> str:
+    """Returns a class noun without spaces at its ends; "" is allowed. A noun is encoded as plain text, so
+    raises ConceptError if it holds a sign that has a meaning in prompts."""
+    noun = " ".join(noun.split())
+    # full-width signs are read as the common ones
+    odd = next((sign for sign in unicodedata.normalize("NFKC", noun) if sign in _OF_PROMPTS), "")
+    if odd or len(noun) > LONGEST_NOUN:
+        shown = noun if len(noun) <= LONGEST_NOUN else f"{noun[:40]}..."
+        reason = f"it holds {odd!r}" if odd else f"it has more than {LONGEST_NOUN} letters"
+        raise ConceptError(f"class noun '{shown}' is not allowed, because {reason}; give a plain word, such "
+                           "as dog or teddy bear")
+    return noun
 
 
 def default_words(name: str, count: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept, ConceptInfo
 from ..bank.format import open_bank, verify_bank
 from ..bank.store import add_concept, change_bank, restore, versions
+from ..bank.tokens import check_class_noun
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
 from ..evaluation.inspection import inspect
@@ -78,6 +79,7 @@ def _export(options: Namespace) -> Result:
 
 
 def _import(options: Namespace) -> Result:
+    check_class_noun(options.noun)
     stored = open_bank(options.bank) if options.bank.exists() else None
     backbone = backbones.load_backbone(options)
     bank = stored or ConceptBank(backbone.layout)

@@ -13,7 +13,7 @@ from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept
-from ..bank.tokens import check_name
+from ..bank.tokens import check_class_noun, check_name
 from ..data.framing import Framing, Picture
 from ..data.photos import file_digests, read_folder
 from ..data.training_set import prepare
@@ -67,6 +67,7 @@ def learn(options: Namespace) -> Result | None:
     Under torchrun, all processes train the concept together, and the first one writes and prints.
     """
     check_name(options.name)
+    options.noun = check_class_noun(options.noun)
     pictures = read_folder(options.images, options.captions, options.masks)
     checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
     _renew_digests(checkpoint, options.images, pictures)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..bank.concepts import Concept, ConceptInfo, Provenance
-from ..bank.tokens import MAX_WORDS, TokenGroup, check_name, default_words
+from ..bank.tokens import MAX_WORDS, TokenGroup, check_class_noun, check_name, default_words
 from ..errors import ConceptError
 from ..model.backbone import TextEncoder
 from ..model.deltas import DeltaKey, LowRankDelta
@@ -263,6 +263,7 @@ def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout,
         ConceptError: A file cannot be read or does not fit, or there are no words for the concept.
     """
     check_name(name)
+    class_noun = check_class_noun(class_noun)
     files: list[str] = []
     taken: Taken | None = None
     vectors: dict[str, Tensor] | None = None
