@@ -32,10 +32,11 @@ from ..model.sites import Site
 
 
 def word_mask(context: Context, name: str) -> Tensor:
-    """`[B, N]` float: 1 where a token is one of the concept's words, else 0."""
+    """`[B, N]` float: the concept's strength where a token is one of its words, 1 by default; else 0."""
     mask = torch.zeros(len(context), context.hidden.shape[2])
     for row, words in enumerate(context.words):
-        mask[row, list(words.get(name, ()))] = 1.0
+        strengths = context.strengths[row].get(name) if context.strengths else None
+        mask[row, list(words.get(name, ()))] = 1.0 if strengths is None else torch.tensor(strengths)
     return mask.to(context.hidden.device)
 
 
@@ -44,7 +45,7 @@ class TokenAdapter:
     """A word-bound concept at one site.
 
     Attributes:
-        mask: `[B, N]`, 1 at its words, see `word_mask`.
+        mask: `[B, N]`, its strength at its words, see `word_mask`.
         query: Its delta of to_q, or None.
         out: Its delta of to_out, or None.
     """

@@ -1,17 +1,20 @@
-"""Prompts: `a photo of <rex> on a beach`, parsed once into text and the learned words of concepts."""
+"""Prompts: `a photo of <rex> on a beach`, parsed once into text and the learned words of concepts.
+
+The grammar is that of `grammar`; docs/prompts.md describes it.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..errors import ConceptError
 from .concepts import ConceptInfo
-
-PLACEHOLDER = re.compile(r"<([\w-]+)>")
+from .grammar import PLACEHOLDER, Part, Placeholder, parts_of, written
 
 
 @dataclass(frozen=True)
@@ -29,81 +32,111 @@ Piece = str | WordRef
 class Prompt:
     """A parsed prompt. Entry points parse prompts once; all other functions take this value.
 
-    text: as typed. pieces: learned words and the non-empty texts between them, in order.
+    text: as typed. pieces: learned words and the non-empty texts between them, in order. weights: one per
+    piece; empty = all are 1. parts: the texts and placeholders of which the pieces were made.
     """
 
     text: str
     pieces: tuple[Piece, ...]
+    weights: tuple[float, ...] = ()
+    parts: tuple[Part, ...] = field(default=(), compare=False, repr=False)
+
+    @cached_property
+    def weighted(self) -> tuple[tuple[Piece, float], ...]:
+        """The pieces, each with its weight."""
+        return tuple(zip(self.pieces, self.weights or [1.0] * len(self.pieces), strict=True))
 
     @cached_property
     def concepts(self) -> tuple[str, ...]:
         """Names of the concepts in the prompt, in order, without repetition."""
         return tuple(dict.fromkeys(piece.concept for piece in self.pieces if isinstance(piece, WordRef)))
 
+    def weights_of(self, concept: str) -> tuple[float, ...]:
+        """The different weights of a concept's words, in order."""
+        return tuple(dict.fromkeys(weight for piece, weight in self.weighted
+                                   if isinstance(piece, WordRef) and piece.concept == concept))
+
+    def strength_of(self, concept: str) -> float:
+        """Factor on a concept's deltas where one number acts for the whole prompt: its first weight; 1 if the
+        prompt does not name it.
+        """
+        return next(iter(self.weights_of(concept)), 1.0)
+
     @cached_property
     def placeholders(self) -> tuple[str, ...]:
-        """Names between `<` and `>` as typed, of concepts or of single words, in order."""
-        return tuple(PLACEHOLDER.findall(self.text))
+        """Names of the placeholders, of concepts or of single words, in order."""
+        return tuple(part.name for part, _ in self.parts if isinstance(part, Placeholder))
 
     def substituted(self, replacement: Callable[[str], str]) -> str:
-        """The text with `replacement(name)` in place of every placeholder."""
-        return PLACEHOLDER.sub(lambda match: replacement(match[1]), self.text)
+        """The prompt with `replacement(name)` in place of every placeholder, and with its weights."""
+        return written(self.parts, replacement)
 
     def plain(self, infos: Mapping[str, ConceptInfo]) -> str:
         """The text with class nouns in place of concepts, for text alignment (CIDM's protocol)."""
-        text = _joined(_with_class_nouns(self.pieces, infos), infos).text
+        pieces = _with_class_nouns(self.weighted, infos)
+        text = "".join(piece for piece, _ in pieces if isinstance(piece, str))
         return re.sub(r"\s+", " ", text).strip()
 
     def apart(self, infos: Mapping[str, ConceptInfo]) -> dict[str, Prompt]:
         """Concept -> the prompt with class nouns in place of all other concepts."""
-        return {name: _joined(_with_class_nouns(self.pieces, infos, but=name), infos)
+        return {name: _joined(_with_class_nouns(self.weighted, infos, but=name), infos)
                 for name in self.concepts}
 
 
-def _with_class_nouns(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo],
-                      but: str = "") -> Iterator[Piece]:
+_Weighted = tuple[Piece, float]
+
+
+def _with_class_nouns(pieces: Iterable[_Weighted], infos: Mapping[str, ConceptInfo],
+                      but: str = "") -> Iterator[_Weighted]:
     """Replaces each run of a concept's words by one class noun, except the words of concept `but`."""
     previous = ""      # the concept of the last word, as long as only spaces follow it
-    for piece in pieces:
+    for piece, weight in pieces:
         if isinstance(piece, str):
-            yield piece
+            yield piece, weight
             previous = "" if piece.strip() else previous
         else:
             if piece.concept == but:
-                yield piece
+                yield piece, weight
             elif piece.concept != previous:
-                yield infos[piece.concept].class_noun
+                yield infos[piece.concept].class_noun, weight
             previous = piece.concept
 
 
-def _joined(pieces: Iterable[Piece], infos: Mapping[str, ConceptInfo]) -> Prompt:
-    """A prompt of these pieces. Adjacent texts are joined so that they are tokenized together."""
-    merged: list[Piece] = []
-    for piece in pieces:
-        last = merged[-1] if merged else None
-        if isinstance(piece, str) and isinstance(last, str):
-            merged[-1] = last + piece
+def _joined(pieces: Iterable[_Weighted], infos: Mapping[str, ConceptInfo]) -> Prompt:
+    """A prompt of these pieces. Adjacent texts of one weight are joined so that they are tokenized together.
+    """
+    merged: list[_Weighted] = []
+    for piece, weight in pieces:
+        last, last_weight = merged[-1] if merged else (None, 1.0)
+        if isinstance(piece, str) and isinstance(last, str) and weight == last_weight:
+            merged[-1] = last + piece, weight
         else:
-            merged.append(piece)
-    typed = (piece if isinstance(piece, str) else f"<{infos[piece.concept].words[piece.position]}>"
-             for piece in merged)
-    return Prompt("".join(typed), tuple(piece for piece in merged if piece != ""))
+            merged.append((piece, weight))
+    merged = [(piece, weight) for piece, weight in merged if piece != ""]
+    parts: list[Part] = [(piece, weight) if isinstance(piece, str)
+                         else (Placeholder(infos[piece.concept].words[piece.position]), weight)
+                         for piece, weight in merged]
+    return _prompt(written(parts, "<{}>".format, "()<>"), merged, parts)
+
+
+def _prompt(text: str, pieces: Sequence[_Weighted], parts: Sequence[Part]) -> Prompt:
+    weights = tuple(weight for _, weight in pieces)
+    is_weighted = any(weight != 1.0 for weight in weights)
+    return Prompt(text, tuple(piece for piece, _ in pieces), weights if is_weighted else (), tuple(parts))
 
 
 def words_prompt(infos: Sequence[ConceptInfo]) -> Prompt:
     """All words of these concepts and nothing else, with a space between concepts."""
-    pieces: list[Piece] = []
-    for info in infos:
-        pieces += [" "] * bool(pieces) + [WordRef(info.name, i) for i in range(len(info.words))]
-    return Prompt(" ".join(info.placeholder for info in infos), tuple(pieces))
+    return Vocabulary(infos).parse(" ".join(info.placeholder for info in infos))
 
 
 class Vocabulary:
     """Which placeholders exist: `<name>` for a whole concept, `<word>` for one of its words."""
 
     def __init__(self, infos: Iterable[ConceptInfo]) -> None:
+        self.infos = {info.name: info for info in infos}
         self.entries: dict[str, tuple[WordRef, ...]] = {}      # placeholder -> its words
-        for info in infos:
+        for info in self.infos.values():
             words = tuple(WordRef(info.name, i) for i in range(len(info.words)))
             single = [(word, (ref,)) for word, ref in zip(info.words, words, strict=True)]
             for name, refs in [(info.name, words), *single]:
@@ -111,31 +144,50 @@ class Vocabulary:
                 if previous[0].concept != info.name:
                     raise ConceptError(f"placeholder <{name}> would mean concept '{previous[0].concept}' and "
                                        f"concept '{info.name}'; rename one of them")
+        self._by_letters = {unicodedata.normalize("NFKC", name): name for name in self.entries}
+
+    def known(self, typed: str) -> str | None:
+        """The name of a placeholder, or None. Letters that are typed in another form, such as an accent of
+        its own or full width, count as the same.
+        """
+        return typed if typed in self.entries else self._by_letters.get(unicodedata.normalize("NFKC", typed))
 
     def parse(self, prompt: str | Prompt) -> Prompt:
         """Parses a prompt. A parsed prompt is returned unchanged.
 
         Raises:
-            ConceptError: A placeholder belongs to no concept.
+            ConceptError: A placeholder belongs to no concept, or a weight is not finite.
         """
         if isinstance(prompt, Prompt):
             return prompt
+        parts = parts_of(prompt, self.known, self._unknown)
+        pieces: list[_Weighted] = []
+        for part, weight in parts:
+            own: tuple[Piece, ...] = self.entries[part.name] if isinstance(part, Placeholder) else (part,)
+            pieces += [(piece, weight) for piece in own]
+        return _prompt(prompt, pieces, parts)
+
+    def parse_caption(self, caption: str) -> Prompt:
+        """Parses a training caption, in which everything but `<name>` is text.
+
+        Raises:
+            ConceptError: A placeholder belongs to no concept.
+        """
         pieces: list[Piece] = []
         end = 0
-        for match in PLACEHOLDER.finditer(prompt):
-            refs = self.entries.get(match[1])
-            if refs is None:
+        for match in PLACEHOLDER.finditer(caption):
+            if match[1] not in self.entries:
                 raise ConceptError(self._unknown(match[1]))
-            pieces += [prompt[end:match.start()], *refs]
+            pieces += [caption[end:match.start()], *self.entries[match[1]]]
             end = match.end()
-        pieces.append(prompt[end:])
-        return Prompt(prompt, tuple(piece for piece in pieces if piece != ""))
+        pieces.append(caption[end:])
+        return Prompt(caption, tuple(piece for piece in pieces if piece != ""))
 
     def parse_all(self, prompts: Iterable[str | Prompt]) -> list[Prompt]:
         return [self.parse(prompt) for prompt in prompts]
 
     def knows(self, text: str) -> bool:
-        """Whether every placeholder in the text exists."""
+        """Whether every placeholder in a caption exists."""
         return all(name in self.entries for name in PLACEHOLDER.findall(text))
 
     def _unknown(self, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +13,23 @@ from ..bank.prompts import Prompt, WordRef, filled_templates
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone, TextEncoder
-from ..model.context import Context
+from ..model.context import Context, strengths_or_none
 from .placeholder_nouns import Words, encoded_apart, noun_for, noun_ids, positions_of, with_words
 
 SLOT_ID = 0     # id at the position of a learned word; not the end token, because some encoders search for it
+UNDIVIDED = 8      # shorter texts and placeholders are not divided between chunks, as in ComfyUI
+
+_Unit = tuple[int | WordRef, float]      # a token id or a learned word, and its weight
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One prompt for one encoder, all chunks: the token id and the learned word at each position."""
+    """One prompt for one encoder, all chunks: the token id, the learned word and the weight at each position.
+    """
 
     ids: list[int]
     words: Words
+    weights: Sequence[float] = ()
 
     @property
     def has_words(self) -> bool:
@@ -35,26 +40,51 @@ class _Row:
         found_nouns = [noun_for(word, nouns, but) for word in self.words]
         ids = [token if noun is None else noun for token, noun in zip(self.ids, found_nouns, strict=True)]
         words = [word if noun is None else None for word, noun in zip(self.words, found_nouns, strict=True)]
-        return _Row(ids, words)
+        return _Row(ids, words, self.weights)
 
 
-def _units(encoder: TextEncoder, prompt: Prompt) -> list[int | WordRef]:
-    units: list[int | WordRef] = []
-    for piece in prompt.pieces:
-        units += [piece] if isinstance(piece, WordRef) else encoder.ids(piece)
-    return units
+def _groups(encoder: TextEncoder, prompt: Prompt) -> list[list[_Unit]]:
+    """The tokens of each text and of each run of a concept's words."""
+    groups: list[list[_Unit]] = []
+    previous: WordRef | None = None
+    for piece, weight in prompt.weighted:
+        if isinstance(piece, str):
+            groups.append([(token, weight) for token in encoder.ids(piece)])
+            previous = None
+            continue
+        if previous == WordRef(piece.concept, piece.position - 1):
+            groups[-1].append((piece, weight))
+        else:
+            groups.append([(piece, weight)])
+        previous = piece
+    return groups
 
 
-def _row(encoder: TextEncoder, units: Sequence[int | WordRef], chunks: int) -> _Row:
-    """Splits a prompt into chunks of `length - 2` units with begin, end and padding, as ComfyUI and A1111 do.
-    """
-    room = encoder.length - 2
-    laid_out: list[int | WordRef] = []
-    for start in range(0, chunks * room, room):
-        laid_out += [encoder.start, *units[start:start + room], encoder.end]
-        laid_out += [encoder.pad] * (-len(laid_out) % encoder.length)
-    return _Row([SLOT_ID if isinstance(unit, WordRef) else unit for unit in laid_out],
-                [unit if isinstance(unit, WordRef) else None for unit in laid_out])
+def _chunks(encoder: TextEncoder, groups: Sequence[Sequence[_Unit]]) -> list[list[_Unit]]:
+    """Distributes a prompt over chunks of at most `length - 2` units, as ComfyUI does."""
+    chunks: list[list[_Unit]] = [[]]
+    for group in groups:
+        rest = list(group)
+        while rest:
+            room = encoder.length - 2 - len(chunks[-1])
+            taken = len(rest) if len(rest) <= room else room if len(group) >= UNDIVIDED else 0
+            chunks[-1] += rest[:taken]
+            rest = rest[taken:]
+            if rest:
+                chunks.append([])
+    return chunks
+
+
+def _row(encoder: TextEncoder, chunks: Sequence[Sequence[_Unit]], count: int) -> _Row:
+    """Lays out `count` chunks, each with begin, end and padding."""
+    laid_out: list[_Unit] = []
+    for number in range(count):
+        units = chunks[number] if number < len(chunks) else []
+        laid_out += [(encoder.start, 1.0), *units, (encoder.end, 1.0)]
+        laid_out += [(encoder.pad, 1.0)] * (-len(laid_out) % encoder.length)
+    return _Row([SLOT_ID if isinstance(unit, WordRef) else unit for unit, _ in laid_out],
+                [unit if isinstance(unit, WordRef) else None for unit, _ in laid_out],
+                [weight for _, weight in laid_out])
 
 
 class TextMemory:
@@ -159,12 +189,36 @@ class _EncoderPass:
         return pad(self.encode(short, copies, needed)[0], (0, 0, 0, length - needed))
 
 
+    def weighed(self, hidden: Tensor, rows: Sequence[_Row], by_strength: Collection[str]) -> Tensor:
+        """Moves the states of weighted tokens between those of the empty prompt and their own, as ComfyUI
+        does.
+
+        Args:
+            hidden: States `[B, L, N, D]`.
+            rows: B rows.
+            by_strength: Concepts whose words keep their states, because their weights act on deltas.
+        """
+        weights = [[1.0 if word is not None and word.concept in by_strength else weight
+                    for word, weight in zip(row.words, row.weights, strict=True)] for row in rows]
+        if all(weight == 1.0 for row in weights for weight in row):
+            return hidden
+        empty = _row(self.encoder, [], 1)
+        if self.memory is None:
+            plain = self.encode([empty], 1)[0]
+        else:
+            plain = self.memory.get(self.encoder, empty, self.device)[0].unsqueeze(0)
+        plain = plain.repeat(1, 1, hidden.shape[2] // plain.shape[2], 1)
+        factors = torch.tensor(weights, device=hidden.device, dtype=hidden.dtype)[:, None, :, None]
+        return torch.where(factors == 1.0, hidden, (hidden - plain) * factors + plain)
+
+
 def _given(parts: tuple[Tensor, Tensor | None]) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mapping[str, TokenGroup],
-                   chunks: int = 1, memory: TextMemory | None = None) -> Context:
+                   chunks: int = 1, memory: TextMemory | None = None,
+                   by_strength: Collection[str] = ()) -> Context:
     """Encodes prompts as one batch.
 
     Words with a placeholder noun are encoded separately, see `placeholder_nouns`. States of several text
@@ -176,6 +230,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
         tokens: Concept -> its learned words, for all concepts in the prompts. Gradients reach their vectors.
         chunks: Minimum number of chunks per prompt.
         memory: Cache of texts without learned words. Valid while the text encoders do not change.
+        by_strength: Concepts whose weights are factors on their deltas. All other weights act on states.
 
     Returns:
         Hidden states `[B, L, N, D]`, L = 1 if no word has layer copies, and the positions of every concept's
@@ -190,17 +245,22 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
         raise ConceptError(f"the words of concept '{missing[0]}' are not loaded")
     groups = {name: group for name, group in used.items() if group is not None}
     copies = max([group.copies for group in groups.values()], default=1)
-    units = [[_units(encoder, prompt) for prompt in prompts] for encoder in backbone.text]
-    for encoder, of_encoder in zip(backbone.text, units, strict=True):
-        chunks = max([chunks, *(-(-len(row) // (encoder.length - 2)) for row in of_encoder)])
+    laid_out = [[_chunks(encoder, _groups(encoder, prompt)) for prompt in prompts]
+                for encoder in backbone.text]
+    chunks = max([chunks, *(len(prompt) for of_encoder in laid_out for prompt in of_encoder)])
     hiddens, pooled = [], None
-    for encoder, of_encoder in zip(backbone.text, units, strict=True):
-        rows = [_row(encoder, row, chunks) for row in of_encoder]
-        hidden, own_pooled = _EncoderPass(encoder, groups, backbone.device, memory).apart(rows, copies)
-        hiddens.append(hidden)
+    for encoder, of_encoder in zip(backbone.text, laid_out, strict=True):
+        rows = [_row(encoder, prompt, chunks) for prompt in of_encoder]
+        encoding = _EncoderPass(encoder, groups, backbone.device, memory)
+        hidden, own_pooled = encoding.apart(rows, copies)
+        hiddens.append(encoding.weighed(hidden, rows, by_strength))
         pooled = own_pooled if own_pooled is not None else pooled
     words = tuple(positions_of(row.words) for row in rows)
-    return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words)
+    strengths = tuple({name: tuple(row.weights[place] for place in places)
+                       for name, places in found.items() if name in by_strength}
+                      for row, found in zip(rows, words, strict=True))
+    return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words,
+                   strengths_or_none(strengths))
 
 
 @torch.no_grad()
@@ -218,7 +278,7 @@ def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[T
     states_of: dict[str, list[Tensor]] = {name: [] for name in tokens}
     for encoder in backbone.text:
         encoding = _EncoderPass(encoder, tokens, backbone.device)
-        rows = {name: _row(encoder, [WordRef(name, i) for i in range(len(group.words))], 1)
+        rows = {name: _row(encoder, [[(WordRef(name, i), 1.0) for i in range(len(group.words))]], 1)
                 for name, group in tokens.items()}
         for copies in {group.copies for group in tokens.values()}:
             names = [name for name, group in tokens.items() if group.copies == copies]
@@ -231,6 +291,6 @@ def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[T
 def text_positions(backbone: Backbone, prompt: Prompt) -> tuple[int, ...]:
     """Token positions of a prompt's text and words, without begin, end and padding."""
     encoder = backbone.text[-1]
-    room = encoder.length - 2
-    count = len(_units(encoder, prompt))
-    return tuple(i // room * encoder.length + 1 + i % room for i in range(count))
+    chunks = _chunks(encoder, _groups(encoder, prompt))
+    return tuple(number * encoder.length + 1 + i for number, chunk in enumerate(chunks)
+                 for i in range(len(chunk)))

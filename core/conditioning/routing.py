@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,31 @@ def token_lora_deltas(bank: ConceptBank, strength: float = 1.0,
     return _LazyDeltas(bank, word_bound if strength else [], strength)
 
 
+def by_strength(bank: ConceptBank, names: Iterable[str]) -> set[str]:
+    """The concepts whose weights in prompts are factors on their deltas: those that have deltas and act where
+    prompts name them. The weights of all others act on their words, as on text.
+    """
+    kinds = (Kind.PROMPT, Kind.WORDS)
+    return {name for name in names if bank.infos[name].composes.kind in kinds and bank[name].deltas}
+
+
+def negative_only(bank: ConceptBank, negative: Prompt, positive: Sequence[Prompt], mode: str) -> list[str]:
+    """The prompt-activated concepts whose deltas act in the negative half of guidance alone: those that only
+    the negative prompt names.
+
+    The deltas of the positive prompt act in both halves. In the modes that weigh all concepts, every concept
+    acts there already.
+    """
+    named = {name for prompt in positive for name in prompt.concepts}
+    return [name for name in negative.concepts if mode == "sharp" and name not in named
+            and bank.infos[name].composes.kind is Kind.PROMPT]
+
+
+def prompt_deltas(bank: ConceptBank, names: Sequence[str], strength: float) -> Mapping[str, Deltas]:
+    """Concept -> its deltas times a strength; 0 gives an empty mapping."""
+    return _LazyDeltas(bank, names if strength else [], strength)
+
+
 def learning_names(bank: ConceptBank, method: str, builds_on_sum: bool) -> list[str]:
     """The always-on concepts whose deltas are in the weights while a method learns.
 
@@ -150,7 +175,8 @@ def _elastic(backbone: Backbone, bank: ConceptBank, names: Sequence[str], prompt
     copies = max(s.shape[0] for s in states)
     states = [s.expand(copies, -1, -1) for s in states]      # `[L, words, D]`
     # `[L, N, D]`
-    hidden = encode_prompts(backbone, [prompt], bank.token_groups(prompt.concepts)).hidden[0]
+    hidden = encode_prompts(backbone, [prompt], bank.token_groups(prompt.concepts),
+                            by_strength=by_strength(bank, prompt.concepts)).hidden[0]
     hidden = hidden.expand(copies, -1, -1) if hidden.shape[0] == 1 else hidden
     if mode == "paper":
         means = torch.stack([s.mean(1) for s in states], dim=1)
@@ -215,6 +241,8 @@ def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, m
                            "allowed without: sharp, equal")
     else:
         weights = _elastic(backbone, bank, by_prompt, prompt, mode)
-    columns = dict(zip(by_prompt, (strength * weights).T.tolist(), strict=True))
+    factors = {name: strength * prompt.strength_of(name) for name in (*by_prompt, *word_bound)}
+    columns = {name: [factors[name] * weight for weight in column]
+               for name, column in zip(by_prompt, weights.T.tolist(), strict=True)}
     columns |= {name: [share * always_on * (name not in without)] * sites for name, share in always.items()}
-    return columns | {name: [strength * (name in named)] * sites for name in word_bound}
+    return columns | {name: [factors[name] * (name in named)] * sites for name in word_bound}

@@ -19,7 +19,7 @@ from ..regional.crop_processor import CropProcessor
 from ..regional.processor import Part, RegionProcessor
 from ..regional.regions import Region, pooled_of
 from .denoise import RegionSteps
-from .sampling import encode, on_device, sample, starting_noise, word_bound_deltas
+from .sampling import encode, encode_negative, on_device, sample, starting_noise, word_bound_deltas
 from .settings import SampleSettings
 
 
@@ -27,8 +27,9 @@ def part_of(backbone: Backbone, bank: ConceptBank, prompt: Prompt, negative: Pro
             settings: SampleSettings) -> Part:
     """Encodes a prompt and its negative prompt and collects their deltas, on the backbone's device."""
     deltas = aggregate(backbone, bank, prompt, settings.mode, settings.strength, always_on=False).deltas
-    context = Context.cat([encode(backbone, bank, [negative]), encode(backbone, bank, [prompt])])
-    word_bound = word_bound_deltas(backbone, bank, [prompt, negative], settings)
+    context = Context.cat([encode_negative(backbone, bank, negative, [prompt], settings.mode),
+                           encode(backbone, bank, [prompt])])
+    word_bound = word_bound_deltas(backbone, bank, [prompt], negative, settings)
     return Part(context, on_device(backbone, deltas), word_bound)
 
 

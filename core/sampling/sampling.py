@@ -13,7 +13,14 @@ from ..attention.token_lora import TokenLoraProcessor
 from ..bank.bank import ConceptBank
 from ..bank.prompts import Prompt
 from ..conditioning.encoding import encode_prompts, text_positions
-from ..conditioning.routing import aggregate, averaged_names, token_lora_deltas
+from ..conditioning.routing import (
+    aggregate,
+    averaged_names,
+    by_strength,
+    negative_only,
+    prompt_deltas,
+    token_lora_deltas,
+)
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.context import Context
@@ -45,7 +52,17 @@ def encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str | Prompt
     """Encodes prompts that may name the bank's concepts, as one batch."""
     parsed = bank.vocabulary.parse_all(prompts)
     named = {name for prompt in parsed for name in prompt.concepts}
-    return encode_prompts(backbone, parsed, bank.token_groups(named), chunks)
+    return encode_prompts(backbone, parsed, bank.token_groups(named), chunks,
+                          by_strength=by_strength(bank, named))
+
+
+def encode_negative(backbone: Backbone, bank: ConceptBank, negative: Prompt, positive: Sequence[Prompt],
+                    mode: str) -> Context:
+    """Encodes a negative prompt. Prompt-activated concepts that only it names act at all its tokens."""
+    context = encode(backbone, bank, [negative])
+    for name in negative_only(bank, negative, positive, mode):
+        context = context.with_concept(name, negative.strength_of(name))
+    return context
 
 
 def repeated(context: Context, count: int) -> Context:
@@ -56,11 +73,13 @@ def on_device(backbone: Backbone, deltas: Deltas) -> Deltas:
     return {key: delta.to(backbone.device) for key, delta in deltas.items()}
 
 
-def word_bound_deltas(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt],
+def word_bound_deltas(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt], negative: Prompt,
                       settings: SampleSettings) -> dict[str, Deltas]:
-    """Deltas of the word-bound concepts that the prompts name."""
-    named = {name for prompt in prompts for name in prompt.concepts}
-    deltas = token_lora_deltas(bank, settings.strength, tuple(named))
+    """Deltas of the word-bound concepts that the prompts name, and of those that act in the negative half
+    alone."""
+    named = {name for prompt in (*prompts, negative) for name in prompt.concepts}
+    deltas = {**token_lora_deltas(bank, settings.strength, tuple(named)),
+              **prompt_deltas(bank, negative_only(bank, negative, prompts, settings.mode), settings.strength)}
     return {name: on_device(backbone, concept_deltas) for name, concept_deltas in deltas.items()}
 
 
@@ -90,12 +109,12 @@ def _guidance(backbone: Backbone, prompts: Sequence[Prompt], positive: Context, 
     return move
 
 
-def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt], settings: SampleSettings,
-                averaged: Sequence[str]) -> list[AttentionProcessor | None]:
+def _processors(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt], negative: Prompt,
+                settings: SampleSettings, averaged: Sequence[str]) -> list[AttentionProcessor | None]:
     """The attention processors: a single one, or one per model of averaged predictions. Word-bound concepts
     act in each.
     """
-    word_bound = word_bound_deltas(backbone, bank, prompts, settings)
+    word_bound = word_bound_deltas(backbone, bank, prompts, negative, settings)
     if averaged:
         return [TokenLoraProcessor(word_bound, on_device(backbone, bank[name].deltas)) for name in averaged]
     return [TokenLoraProcessor(word_bound) if word_bound else None]
@@ -108,13 +127,14 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[Prompt], 
     """
     averaged = averaged_names(bank)
     deltas = aggregate(backbone, bank, prompts[0], settings.mode, settings.strength, without=averaged).deltas
-    processors = _processors(backbone, bank, prompts, settings, averaged)
     negative_prompt, pictures = bank.parse(settings.negative), []
+    processors = _processors(backbone, bank, prompts, negative_prompt, settings, averaged)
     with backbone.folded(deltas):
         for start in range(0, len(prompts), settings.batch):
             chunk = slice(start, start + settings.batch)
             positive = encode(backbone, bank, prompts[chunk])
-            negative = repeated(encode(backbone, bank, [negative_prompt]), len(positive))
+            negative = repeated(encode_negative(backbone, bank, negative_prompt, prompts, settings.mode),
+                                len(positive))
             latents = starting_noise(backbone, seeds[chunk], settings.size).to(backbone.device)
 
             def estimate(x: Tensor, t: int, _progress: float, negative: Context = negative,
@@ -147,7 +167,7 @@ def sample(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str | Prompt
     parsed = bank.vocabulary.parse_all(prompts)
     groups: dict[tuple, list[int]] = {}
     for i, prompt in enumerate(parsed):
-        named = tuple(sorted(prompt.concepts))
+        named = tuple(sorted((name, prompt.strength_of(name)) for name in prompt.concepts))
         groups.setdefault(named if settings.mode in ("sharp", "equal") else (prompt,), []).append(i)
     pictures: dict[int, Tensor] = {}
     for members in groups.values():

@@ -90,7 +90,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
         self.vocabulary = Vocabulary([*task.bank.infos.values(), self.info])
-        if not any(task.name in self.vocabulary.parse(caption).concepts for caption in data.captions):
+        if not any(task.name in self.vocabulary.parse_caption(caption).concepts for caption in data.captions):
             raise ConceptError(f"no caption of concept '{task.name}' names it; write <{task.name}> where it "
                                "is in the picture, or give no captions")
         self.memory = TextMemory()
@@ -238,7 +238,7 @@ class Trainer:
         return loss.item(), {name: value.item() for name, value in penalties.items()}
 
     def _context(self, batch: Batch) -> Context:
-        prompts = self.vocabulary.parse_all(batch.prompts)
+        prompts = [self.vocabulary.parse_caption(prompt) for prompt in batch.prompts]
         older = {name for prompt in prompts for name in prompt.concepts} - {self.task.name}
         tokens = self.task.bank.token_groups(older) | {self.task.name: self.method.token_group()}
         return encode_prompts(self.task.backbone, prompts, tokens, memory=self.memory)

@@ -1,0 +1,73 @@
+"""Notes on a prompt: what looks like a concept but reads as text. A note never stops anything, because text
+may be meant literally.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+from .composition import Kind
+from .prompts import Prompt, Vocabulary
+
+_OPEN, _CLOSE = "<＜〈《‹«⟨", ">＞〉》›»⟩"
+_INSIDE = rf"[^{_OPEN}{_CLOSE}\n]{{1,80}}?"
+_CHUNK = re.compile(rf"(?:\\?[{_OPEN}]|&lt;)({_INSIDE})(?:\\?[{_CLOSE}]|&gt;)")
+_WEIGHT = re.compile(r"[:：=]\s*([+-]?\d+(?:[.,]\d+)?)\s*\\?$")
+_LOADER = re.compile(r"\s*(?:lora|lyco|lycoris|hypernet)\s*[:：]", re.IGNORECASE)
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+_SEVERAL = 12      # placeholders that a note lists at most
+
+
+def notes_on(vocabulary: Vocabulary, prompts: Iterable[Prompt]) -> list[str]:
+    """Notes on these prompts, each once, in order."""
+    return list(dict.fromkeys(note for prompt in prompts for note in _notes(vocabulary, prompt)))
+
+
+def _notes(vocabulary: Vocabulary, prompt: Prompt) -> Iterator[str]:
+    text = " ".join(part for part, _ in prompt.parts if isinstance(part, str))
+    text = unicodedata.normalize("NFC", text)
+    for chunk in _CHUNK.finditer(text):
+        yield from _on_chunk(vocabulary, chunk[0], chunk[1])
+    bare = _CHUNK.sub(" ", text)
+    for name in _names_in(vocabulary, bare):
+        if vocabulary.entries[name][0].concept not in prompt.concepts:
+            yield f"'{name}' is plain text in the prompt; for the concept write <{name}>"
+    for concept in prompt.concepts:
+        weights = prompt.weights_of(concept)
+        if len(weights) > 1 and vocabulary.infos[concept].composes.kind is Kind.PROMPT:
+            listed = " and ".join(f"{weight:g}" for weight in weights)
+            yield (f"<{concept}> has the weights {listed} in one prompt, but its deltas have one strength "
+                   f"for the whole picture: {weights[0]:g}")
+
+
+def _on_chunk(vocabulary: Vocabulary, typed: str, inside: str) -> Iterator[str]:
+    """Notes on text in brackets."""
+    number = _WEIGHT.search(inside)
+    weight = "" if number is None else f":{number[1].replace(',', '.')}"
+    names = list(_names_in(vocabulary, inside))
+    if not names and number is not None:
+        names = difflib.get_close_matches(inside[:number.start()].strip(), list(vocabulary.entries), n=1)
+    if names:
+        yield f"'{typed}' is plain text in the prompt; for the concept write <{names[0]}{weight}>"
+    elif _LOADER.match(inside):
+        yield f"'{typed}' is plain text in the prompt; it loads no file"
+    elif number is not None and vocabulary.entries:
+        held = ", ".join(f"<{name}>" for name in sorted(vocabulary.infos)[:_SEVERAL])
+        yield f"'{typed}' is plain text in the prompt; concepts here are {held}"
+
+
+def _names_in(vocabulary: Vocabulary, text: str) -> Iterator[str]:
+    """Placeholders whose name stands in a text as a word, whatever the case, longest first."""
+    lowered = text.casefold()
+    for name in sorted(vocabulary.entries, key=lambda name: (-len(name), name)):
+        if name.casefold() not in lowered:      # fast, and true for nearly all
+            continue
+        word = re.escape(name.casefold())
+        if not _UNSPACED.search(name):
+            word = rf"(?<![\w-]){word}(?![\w-])"
+        lowered, count = re.subn(word, " ", lowered)
+        if count:
+            yield name
