@@ -20,7 +20,7 @@ _DEEPEST = 100      # pairs of parentheses inside one another
 
 _BRACKETS = re.compile(r"(?<!\\)[<＜]([^<>＜＞\n]*)(?<!\\)[>＞]")
 _COLON = re.compile("[:：]")
-# Noncharacters of Unicode, which no text contains, stand for escaped brackets and for placeholders.
+# Noncharacters of Unicode, which no text contains, replace escaped brackets and for placeholders.
 _ESCAPES = {"\\(": "\ufdd0", "\\)": "\ufdd1", "\\<": "\ufdd2", "\\>": "\ufdd3"}
 _MARK = "\ufdd4"
 
@@ -69,9 +69,10 @@ def parts_of(text: str, known: Callable[[str], str | None], unknown: Callable[[s
         return _MARK
 
     masked = _BRACKETS.sub(mask, text)
-    for escape, stand_in in _ESCAPES.items():
-        masked = masked.replace(escape, stand_in)
-    remaining, parts = iter(found), []
+    for escape, mark in _ESCAPES.items():
+        masked = masked.replace(escape, mark)
+    remaining = iter(found)
+    parts: list[Part] = []
     for segment, weight in _weighted(masked, 1.0, 0):
         for i, piece in enumerate(segment.split(_MARK)):
             if i > 0:
@@ -99,8 +100,8 @@ def written(parts: Iterable[Part], replacement: Callable[[str], str], brackets: 
 
 
 def _shown(text: str) -> str:
-    for escape, stand_in in _ESCAPES.items():
-        text = text.replace(stand_in, escape[1])
+    for escape, mark in _ESCAPES.items():
+        text = text.replace(mark, escape[1])
     return text
 
 

@@ -152,23 +152,27 @@ class Vocabulary:
         """
         return typed if typed in self.entries else self._by_letters.get(unicodedata.normalize("NFKC", typed))
 
-    def parse(self, prompt: str | Prompt) -> Prompt:
+    def parse(self, prompt: str | Prompt, what: str = "the prompt") -> Prompt:
         """Parses a prompt. A parsed prompt is returned unchanged.
+
+        Args:
+            prompt: The text.
+            what: Where it comes from, for messages.
 
         Raises:
             ConceptError: A placeholder belongs to no concept, or a weight is not finite.
         """
         if isinstance(prompt, Prompt):
             return prompt
-        parts = parts_of(prompt, self.known, self._unknown)
+        parts = parts_of(prompt, self.known, lambda name: self._unknown(name, what))
         pieces: list[_Weighted] = []
         for part, weight in parts:
             own: tuple[Piece, ...] = self.entries[part.name] if isinstance(part, Placeholder) else (part,)
             pieces += [(piece, weight) for piece in own]
         return _prompt(prompt, pieces, parts)
 
-    def parse_caption(self, caption: str) -> Prompt:
-        """Parses a training caption, in which everything but `<name>` is text.
+    def parse_caption(self, caption: str, what: str = "the prompt") -> Prompt:
+        """Parses a training caption, in which everything but `<name>` is text. `what` is as for `parse`.
 
         Raises:
             ConceptError: A placeholder belongs to no concept.
@@ -177,7 +181,7 @@ class Vocabulary:
         end = 0
         for match in PLACEHOLDER.finditer(caption):
             if match[1] not in self.entries:
-                raise ConceptError(self._unknown(match[1]))
+                raise ConceptError(self._unknown(match[1], what))
             pieces += [caption[end:match.start()], *self.entries[match[1]]]
             end = match.end()
         pieces.append(caption[end:])
@@ -190,12 +194,12 @@ class Vocabulary:
         """Whether every placeholder in a caption exists."""
         return all(name in self.entries for name in PLACEHOLDER.findall(text))
 
-    def _unknown(self, name: str) -> str:
+    def _unknown(self, name: str, what: str) -> str:
         names = sorted(self.entries)
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"known: {', '.join(f'<{n}>' for n in names[:12])}" if names else "the bank is empty"
         hint = f"did you mean <{near[0]}>?" if near else hint
-        return f"the prompt names <{name}>, which the bank does not hold; {hint}"
+        return f"{what} names <{name}>, which the bank does not hold; {hint}"
 
 
 NO_CONCEPTS = Vocabulary(())      # for prompts in which no placeholder is allowed

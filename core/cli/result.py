@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from ..errors import ConceptError
 
-Result = tuple[dict, list[str]]      # a JSON value, and lines of text to print without --json
+# A JSON value, and lines of text to print without --json. Notes of the value that are no lines go to stderr.
+Result = tuple[dict, list[str]]
 
 
 def run(program: str, command: Callable, options: argparse.Namespace, stopped: str) -> int:
@@ -35,5 +36,9 @@ def run(program: str, command: Callable, options: argparse.Namespace, stopped: s
         return 130
     if result is not None:
         facts, lines = result
+        if not options.json:
+            for note in facts.get("notes", ()):
+                if note not in lines:
+                    print(f"{program}: note: {note}", file=sys.stderr)
         print(json.dumps(facts, indent=1) if options.json else "\n".join(lines))
     return 0

@@ -7,6 +7,8 @@ from functools import partial
 
 from ..bank.bank import ConceptBank
 from ..bank.format import open_bank
+from ..bank.hints import notes_on
+from ..bank.prompts import NO_CONCEPTS
 from ..errors import ConceptError
 from ..files import write_atomically
 from ..images import to_pil
@@ -37,6 +39,9 @@ def sample(options: Namespace) -> Result:
         raise ConceptError(f"count is {options.count}; allowed: 1 or more")
     regions = [_region(text) for text in options.region]
     stored = open_bank(options.bank) if options.bank is not None else None
+    vocabulary = NO_CONCEPTS if stored is None else stored.vocabulary
+    prompts = vocabulary.parse_all([options.prompt, options.negative, *(region.prompt for region in regions)])
+    notes = notes_on(vocabulary, prompts)
     backbone = backbones.load_backbone(options)
     bank = stored or ConceptBank(backbone.layout)
     bank.check_fits(backbone.layout)
@@ -52,5 +57,5 @@ def sample(options: Namespace) -> Result:
     for seed, tensor in zip(seeds, pictures, strict=True):
         files.append(options.output / f"sample_{seed:05d}.png")
         write_atomically(files[-1], partial(to_pil(tensor).save, format="PNG"))
-    facts = {"prompt": options.prompt, "files": [str(file) for file in files]}
+    facts = {"prompt": options.prompt, "files": [str(file) for file in files], "notes": notes}
     return facts, [f"wrote {file}" for file in files]
