@@ -20,7 +20,7 @@ _DEEPEST = 100      # pairs of parentheses inside one another
 
 _BRACKETS = re.compile(r"(?<!\\)[<＜]([^<>＜＞\n]*)(?<!\\)[>＞]")
 _COLON = re.compile("[:：]")
-# Noncharacters of Unicode, which no text contains, replace escaped brackets and for placeholders.
+# Noncharacters of Unicode, which no text contains, replace escaped brackets and placeholders.
 _ESCAPES = {"\\(": "\ufdd0", "\\)": "\ufdd1", "\\<": "\ufdd2", "\\>": "\ufdd3"}
 _MARK = "\ufdd4"
 
