@@ -20,7 +20,15 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import ConceptError
-from ..files import LONGEST_NAME, beside, check_output, partial_file, real_file, shortened
+from ..files import (
+    LONGEST_NAME,
+    beside,
+    check_output,
+    keep_elsewhere,
+    partial_file,
+    real_file,
+    shortened,
+)
 from .bank import ConceptBank
 from .concepts import Concept
 from .format import SUFFIX, open_bank, save_bank
@@ -140,22 +148,42 @@ def _keep(path: Path) -> None:
 
 
 def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]],
-                start: ConceptBank) -> ConceptBank:
+                start: ConceptBank, replaces: bool = False) -> ConceptBank:
     """Adds a concept to the present file.
 
     Args:
         shared: State that the method passes from task to task. If another program added concepts meanwhile,
             the file's own state is kept, because it includes those concepts.
         start: The bank that the concept was learned on.
+        replaces: Whether a concept of this name is removed first.
     """
     def change(now: ConceptBank | None) -> ConceptBank:
         bank = start if now is None else now
+        bank = bank.remove(concept.name) if replaces and concept.name in bank else bank
         is_as_learned = bank.names == start.names
         fresh = {method: state for method, state in shared.items() if is_as_learned
                  or method not in bank.shared}
         return bank.add(concept, fresh)
 
     return change_bank(path, change)
+
+
+def kept_elsewhere(error: ConceptError, path: Path | str, bank: ConceptBank) -> ConceptError:
+    """Writes what a bank's file could not take to another file, see `files.keep_elsewhere`.
+
+    Args:
+        error: Why the file could not be written.
+        path: The bank's file.
+        bank: What must not be lost.
+
+    Returns:
+        The error to raise: its sentence names the file.
+    """
+    kept = keep_elsewhere(real_file(path), lambda temporary: save_bank(bank, temporary))
+    if kept is None:
+        return error
+    names = f"{', '.join(f'<{name}>' for name in bank.names)} {'is' if len(bank) == 1 else 'are'}"
+    return ConceptError(f"{error}; {names} kept in the bank '{kept}', which can be merged later")
 
 
 def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:

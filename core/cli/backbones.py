@@ -47,4 +47,4 @@ def load_backbone(options: Namespace) -> DiffusersBackbone:
         return load_base(device=device)
     from ..hosts.pretrained import load_pretrained
 
-    return load_pretrained(Path(options.base), device)
+    return load_pretrained(Path(options.base).expanduser(), device)

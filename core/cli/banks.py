@@ -17,6 +17,7 @@ from ..bank.tokens import check_class_noun
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
 from ..evaluation.inspection import inspect
+from ..files import check_output
 from ..interop.importing import import_concept
 from . import backbones
 from .export import export
@@ -79,8 +80,9 @@ def _export(options: Namespace) -> Result:
 
 
 def _import(options: Namespace) -> Result:
-    check_class_noun(options.noun)
-    stored = open_bank(options.bank) if options.bank.exists() else None
+    options.noun = check_class_noun(options.noun)
+    file = check_output(options.bank, "bank")
+    stored = open_bank(file) if file.exists() else None
     backbone = backbones.load_backbone(options)
     bank = stored or ConceptBank(backbone.layout)
     bank.check_fits(backbone.layout)
@@ -97,6 +99,7 @@ def _changed(bank: ConceptBank, file: Path, change: str) -> Result:
 
 
 def _merge(options: Namespace) -> Result:
+    check_output(options.output, "bank")
     bank = open_bank(options.bank)
     merged = change_bank(options.output, lambda _: bank.merge(open_bank(options.other)))
     return _changed(merged, options.output, "merged")

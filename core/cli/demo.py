@@ -21,7 +21,7 @@ from ..demo.base import load_base
 from ..demo.judges import SceneEncoder, assignment
 from ..evaluation import metrics
 from ..evaluation.protocol import Record, run_sequence
-from ..files import write_atomically
+from ..files import check_output, check_output_folder, write_atomically
 from ..model.backbone import Backbone
 from ..regional.regions import Region
 from ..sampling.regions import sample_regions
@@ -154,6 +154,9 @@ def run(output: Path) -> dict:
     """Writes report.png, report.json and bank.safetensors into `output`; returns the report."""
     from .demo_report import draw
 
+    check_output_folder(output)
+    for name in ("bank.safetensors", "report.png", "report.json"):
+        check_output(output / name, "demo's file")
     began = time.perf_counter()
     backbone, encoder = load_base(), SceneEncoder()
     tasks = [assignment(name) for name in TASKS]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..bank.bank import ConceptBank
 from ..errors import ConceptError
+from ..files import check_output_folder
 from ..interop.export import export_bank, export_concept
 from ..interop.factors import DEFAULT_RANK
 from ..interop.prompt_export import WITHOUT_BASE, export_prompt
@@ -25,6 +26,7 @@ def export(bank: ConceptBank, options: Namespace,
     if options.mode != "sharp" and options.prompt is None:
         raise ConceptError(f"--mode {options.mode} says how concepts are weighted for a prompt; "
                            "give it with --prompt")
+    check_output_folder(options.output)
     needs_base = options.refit or (options.prompt is not None and options.mode not in WITHOUT_BASE)
     backbone = load_backbone(options) if needs_base else None
     if backbone is not None:

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept
 from ..bank.format import open_bank
-from ..bank.store import add_concept, replace_concept
+from ..bank.store import add_concept, kept_elsewhere, replace_concept
 from ..bank.tokens import check_class_noun, check_name
-from ..data.framing import Framing, Picture
+from ..data.framing import Framing, Picture, frame
 from ..data.photos import file_digests, read_folder
 from ..data.training_set import prepare
-from ..evaluation.previews import concept_prompt
+from ..demo.judges import SceneEncoder
+from ..errors import ConceptError
+from ..evaluation.clip import ClipEncoder
+from ..evaluation.collisions import warnings_before
+from ..evaluation.previews import Previews, concept_prompt, similarity_to
+from ..evaluation.protocol import Encoder
+from ..files import beside, check_output, shortened
 from ..images import thumbnail_of
-from ..methods.base import Task, make
+from ..methods.base import Method, Task, get, make
 from ..model.backbone import Backbone
 from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
+from ..settings import read_settings, unusual
 from ..training import checkpoint as checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import learn as learn_concept
-from ..training.process_group import process_group
+from ..training.process_group import ProcessGroup, process_group
+from ..training.record import Learned, check_known
 from ..training.trainer import StepInfo
 from . import backbones
 from .result import Result
+
+KEEP, AGAIN = "keep", "again"
+IF_KNOWN = (KEEP, AGAIN)
 
 
 def _thumbnail(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size: int, cfg: float) -> bytes:
@@ -61,6 +76,49 @@ def _renew_digests(checkpoint: Path, folder: Path, photos: list[Picture]) -> Non
         checkpoints.save(checkpoint, state)
 
 
+def _previews(options: Namespace, training: TrainingConfig, backbone: Backbone, photos: list[Picture],
+              encoder: Encoder | None) -> Previews | None:
+    """What early stopping compares with the photos; None without early stopping."""
+    if not training.patience:
+        return None
+    judge, size = encoder or SceneEncoder(), (training.resolution, training.resolution)
+
+    def encode(pictures: Sequence[Tensor]) -> Tensor:
+        return torch.cat([judge.features(picture.unsqueeze(0), options.kind) for picture in pictures])
+
+    shown = [frame(photo, Framing(training.resolution)).pixels for photo in photos]
+    settings = SampleSettings(steps=15, cfg=backbones.guidance_of(options), size=size)
+    return Previews(backbone, concept_prompt(options.name, options.kind), settings, training.seed,
+                    similarity_to(shown, encode))
+
+
+def _encoder(options: Namespace, training: TrainingConfig) -> Encoder | None:
+    """The encoder that was given. Raises ConceptError if early stopping needs one."""
+    if not training.patience and options.encoder is not None:
+        raise ConceptError("--encoder compares pictures with the photos for early stopping; give --patience "
+                           "and --look-every, too")
+    if training.patience and options.encoder is None and not backbones.is_embedded(options):
+        raise ConceptError(f"setting 'patience' is {training.patience}; with this base it needs --encoder, "
+                           "the folder of a CLIP model that compares pictures with the photos")
+    return None if options.encoder is None else ClipEncoder.load(options.encoder, device=options.device)
+
+
+def _known(options: Namespace, stored: ConceptBank, method: Method, training: TrainingConfig,
+           photos: list[Picture]) -> Result:
+    """The result for a concept that the bank holds already."""
+    check_known(stored.infos[options.name], method, training, [photo.digest for photo in photos],
+                "give --if-known again to replace it")
+    concept = stored[options.name]
+    facts = {**_facts(options, concept, stored), "learned": False}
+    return facts, [f"{concept.info.placeholder} is in {options.bank} already, learned from these photos with "
+                   "these settings; nothing was changed"]
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
 def learn(options: Namespace) -> Result | None:
     """Adds one concept to the bank on disk. The file is replaced only when the concept is complete.
 
@@ -68,34 +126,73 @@ def learn(options: Namespace) -> Result | None:
     """
     check_name(options.name)
     options.noun = check_class_noun(options.noun)
-    pictures = read_folder(options.images, options.captions, options.masks)
-    checkpoint = options.bank.with_name(f".{options.bank.name}.{options.name}.checkpoint")
-    _renew_digests(checkpoint, options.images, pictures)
-    if options.prior is not None:
-        pictures += read_folder(options.prior, is_prior=True)
+    file = check_output(options.bank, "bank")
     rates = backbones.EMBEDDED_RATES if backbones.is_embedded(options) else {}
-    method, training = make(options.method, {**rates, **dict(options.settings)}), _training(options)
+    method = make(options.method, {**rates, **_method_settings(options)})
+    training = _training(options)
+    photos = read_folder(options.images, options.captions, options.masks)
+    checkpoint = beside(file, f".{shortened(options.name, 100)}.checkpoint")
+    _renew_digests(checkpoint, options.images, photos)
+    prior = [] if options.prior is None else read_folder(options.prior, is_prior=True)
     # reports a damaged bank before the base is loaded
-    stored = open_bank(options.bank) if options.bank.exists() else None
-    framing = Framing(training.resolution, training.framing, training.flip)
+    stored = open_bank(file) if os.path.exists(file) else None
+    encoder = _encoder(options, training)
     with process_group(options.device) as group:
+        if stored is not None and options.name in stored and options.if_known == KEEP:
+            result = _known(options, stored, method, training, photos)
+            return result if group.is_first else None
         backbone = backbones.load_backbone(options)
         bank = stored or ConceptBank(backbone.layout)
+        bank = bank.remove(options.name) if options.name in bank else bank
+        warnings = [*unusual(method.config), *unusual(training),
+                    *warnings_before(bank, options.name, options.noun, options.method, options.kind,
+                                     [photo.digest for photo in photos])]
+        _warn(warnings if group.is_first else ())
+        previews = _previews(options, training, backbone, photos, encoder)
         task = _task(options, backbone, bank, training.seed)
-        data = prepare(backbone, pictures, options.name, options.noun, framing)
-        is_quiet = options.json or not group.is_first
-        with tqdm(total=training.steps, desc=f"learning <{options.name}>", disable=is_quiet) as bar:
-            learned = learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint,
-                                    group=group)
+        learned = _train(options, task, method, [*photos, *prior], training, previews, checkpoint, group)
         if not group.is_first:
             return None
-    # Saved before sampling the thumbnail, because a failure there must not lose the concept.
-    add_concept(options.bank, learned.concept, learned.bank.shared, bank)
+    concept, grown = _saved(options, file, learned, task, training.resolution)
     checkpoint.unlink(missing_ok=True)
-    thumbnail = _thumbnail(backbone, learned.bank, options.name, options.kind, training.resolution,
+    return _report(options, concept, grown, learned.losses, training, warnings)
+
+
+def _train(options: Namespace, task: Task, method: Method, pictures: list[Picture], training: TrainingConfig,
+           previews: Previews | None, checkpoint: Path, group: ProcessGroup) -> Learned:
+    framing = Framing(training.resolution, training.framing, training.flip)
+    data = prepare(task.backbone, pictures, task.name, task.class_noun, framing)
+    is_quiet = options.json or not group.is_first
+    with tqdm(total=training.steps, desc=f"learning <{task.name}>", disable=is_quiet) as bar:
+        return learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint,
+                             group=group, evaluator=None if previews is None else previews.evaluate)
+
+
+def _saved(options: Namespace, file: Path, learned: Learned, task: Task,
+           size: int) -> tuple[Concept, ConceptBank]:
+    """Writes the concept, samples its thumbnail and adds it. Returns the concept and the bank on disk.
+
+    The concept is written first, because a failure of the thumbnail must not lose it. size: side of the
+    thumbnail's picture in pixels.
+    """
+    try:
+        add_concept(file, learned.concept, learned.bank.shared, task.bank, options.if_known == AGAIN)
+    except ConceptError as error:
+        alone = ConceptBank(task.bank.layout).add(learned.concept, learned.bank.shared)
+        raise kept_elsewhere(error, file, alone) from error
+    thumbnail = _thumbnail(task.backbone, learned.bank, task.name, task.kind, size,
                            backbones.guidance_of(options))
     concept = replace(learned.concept, thumbnail=thumbnail)
-    return _report(options, concept, replace_concept(options.bank, concept), learned.losses)
+    return concept, replace_concept(file, concept)
+
+
+def _method_settings(options: Namespace) -> dict[str, object]:
+    """The settings given by --set. Raises ConceptError for one of training, which has a flag of its own."""
+    for name, text in options.settings:
+        if name in (field.name for field in fields(TrainingConfig)):
+            raise ConceptError(f"setting '{name}' is one of training; give --{name.replace('_', '-')} {text} "
+                               "instead of --set")
+    return read_settings(get(options.method).config, options.settings)
 
 
 def _show(bar: tqdm, info: StepInfo) -> None:
@@ -104,19 +201,28 @@ def _show(bar: tqdm, info: StepInfo) -> None:
     bar.set_postfix({"loss": f"{info.loss:.3f}", **figures}, refresh=False)
 
 
-def _report(options: Namespace, concept: Concept, bank: ConceptBank, losses: tuple[float, ...]) -> Result:
+def _facts(options: Namespace, concept: Concept, bank: ConceptBank) -> dict:
     info = concept.info
-    facts = {
+    return {
         "bank": str(options.bank),
         "concept": concept.name,
         "placeholder": info.placeholder,
         "words": list(info.words),
-        "method": options.method,
-        "steps": len(losses),
-        "final_loss": losses[-1],
+        "method": info.method,
+        "steps": info.provenance.steps,
         "seconds": info.provenance.seconds,
         "bytes": concept.nbytes(),
         "concepts": bank.names,
     }
+
+
+def _report(options: Namespace, concept: Concept, bank: ConceptBank, losses: tuple[float, ...],
+            training: TrainingConfig, warnings: list[str]) -> Result:
+    facts = {**_facts(options, concept, bank), "final_loss": losses[-1], "learned": True,
+             "warnings": warnings}
     names = ", ".join(f"<{name}>" for name in bank.names)
-    return facts, [f"learned {info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {names}"]
+    lines = [f"learned {concept.info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {names}"]
+    if len(losses) < training.steps:
+        lines.append(f"ended after {len(losses)} of {training.steps} steps, because the similarity to the "
+                     "photos no longer grew")
+    return facts, lines

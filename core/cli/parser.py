@@ -3,95 +3,107 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from ..bank.concepts import KINDS
 from ..conditioning.routing import MODES
-from ..data.framing import FRAMINGS
 from ..interop.export import DEFAULT_FORMATS, FORMATS
 from ..interop.factors import DEFAULT_ERROR, DEFAULT_RANK
 from ..methods import DEFAULT, METHODS
-from ..training.config import LR_SCHEDULES, PRECISIONS, TrainingConfig
+from ..sampling.settings import SampleSettings
+from ..settings import FINITE, SEED, at_least, between
+from ..training.config import TrainingConfig
+from .arguments import (
+    Parser,
+    add_settings,
+    concept_name,
+    file_path,
+    number,
+    setting_pair,
+    whole,
+    with_plain_booleans,
+)
+from .backbones import EMBEDDED_CFG, EMBEDDED_SIZE, EMBEDDED_TRAINING, OTHER_CFG, OTHER_SIZE
+from .learning import IF_KNOWN
 from .result import run
 
-CHOICES = {"framing": FRAMINGS, "schedule": LR_SCHEDULES, "precision": tuple(PRECISIONS)}
-
-
-def _setting(text: str) -> tuple[str, object]:
-    """Parses `key=value`. The value is parsed as JSON if possible, else it is text."""
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+BANK_HELP, NAME_HELP = "bank file", "name of a concept in the bank"
+KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose the base."""
     parser.add_argument("--base", default="embedded",
-                        help="'embedded', or the folder of a model in diffusers' layout (SD1.5, SD2, SDXL)")
-    parser.add_argument("--device", default="cpu", help="torch device of the base (cpu, cuda, ...)")
+                        help="'embedded', or the folder of a model in diffusers' layout (SD1.5, SD2, SDXL) "
+                        "(default %(default)s)")
+    parser.add_argument("--device", default="cpu",
+                        help="torch device of the base, such as cpu or cuda (default %(default)s)")
 
 
 def _add_learn(commands) -> None:
     parser = commands.add_parser("learn", help="learn a concept from a folder of photos into a bank")
-    parser.add_argument("images", type=Path,
+    parser.add_argument("images", type=file_path,
                         help="folder of pictures; <name>.txt beside a picture is its caption")
-    parser.add_argument("--bank", type=Path, required=True,
+    parser.add_argument("--bank", type=file_path, required=True,
                         help="bank file to add it to (created if missing)")
-    parser.add_argument("--name", required=True, help="name of the concept: <name> in prompts")
+    parser.add_argument("--name", type=concept_name, required=True,
+                        help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="", help="class noun: an ordinary word for it, e.g. dog")
     parser.add_argument("--words", default="",
-                        help="names of the learned words, comma separated, e.g. dog1,dog2 (default: two)")
-    parser.add_argument("--kind", choices=KINDS, default="object")
-    parser.add_argument("--captions", type=Path,
+                        help="names of the learned words, comma separated, e.g. dog1,dog2 (default: as many "
+                        "as the method learns)")
+    parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
+    parser.add_argument("--captions", type=file_path,
                         help="folder of captions, if they are not beside the pictures")
-    parser.add_argument("--masks", type=Path,
+    parser.add_argument("--masks", type=file_path,
                         help="folder of masks: white areas are learned, black ones are not")
-    parser.add_argument("--prior", type=Path, help="folder of prior-preservation pictures with captions")
-    parser.add_argument("--method", choices=sorted(METHODS), default=DEFAULT)
-    parser.add_argument("--set", dest="settings", type=_setting, action="append", default=[],
+    parser.add_argument("--prior", type=file_path, help="folder of prior-preservation pictures with captions")
+    parser.add_argument("--method", choices=sorted(METHODS), default=DEFAULT,
+                        help="how the concept is learned (default %(default)s)")
+    parser.add_argument("--set", dest="settings", type=setting_pair, action="append", default=[],
                         metavar="KEY=VALUE", help="a setting of the method, e.g. rank=8")
-    for field in fields(TrainingConfig):
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.name in CHOICES:
-            parser.add_argument(flag, choices=CHOICES[field.name], default=None)
-        elif field.type == "bool":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            parser.add_argument(flag, type={"int": int, "float": float, "str": str}[str(field.type)],
-                                default=None)
+    parser.add_argument("--if-known", choices=IF_KNOWN, default=IF_KNOWN[0],
+                        help="if the bank holds this name: keep the concept if it was learned from these "
+                        "photos and settings, else an error; or learn it again and replace it "
+                        "(default %(default)s)")
+    parser.add_argument("--encoder", type=file_path,
+                        help="folder of a CLIP model in transformers' layout, which compares pictures with "
+                        "the photos for --patience; the embedded base brings its own")
+    add_settings(parser, TrainingConfig, EMBEDDED_TRAINING, "the embedded base")
     add_base(parser)
 
 
 def _add_sample(commands) -> None:
     parser = commands.add_parser("sample", help="draw pictures from a prompt and a bank")
     parser.add_argument("prompt", help="e.g. 'a photo of <rex> on a beach'")
-    parser.add_argument("--bank", type=Path, help="bank file (default: the base alone)")
-    parser.add_argument("--output", type=Path, default=Path("samples"), help="folder for the pictures")
-    parser.add_argument("--count", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0,
-                        help="seed of the first picture; each further one adds 1")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--cfg", type=float, default=None,
-                        help="guidance scale, 1 = none (default 3 for the embedded base, else 7.5)")
-    parser.add_argument("--negative", default="")
-    parser.add_argument("--size", type=int, default=None,
-                        help="side in pixels (default 64 for the embedded base, else 512)")
-    parser.add_argument("--mode", choices=MODES, default="sharp", help="how concepts are weighted")
-    parser.add_argument("--strength", type=float, default=1.0, help="of the concepts; 0 = the base alone")
+    parser.add_argument("--bank", type=file_path, help="bank file (default: the base alone)")
+    parser.add_argument("--output", type=file_path, default=Path("samples"),
+                        help="folder for the pictures; existing files are kept (default %(default)s)")
+    parser.add_argument("--count", type=whole(at_least(1)), default=4,
+                        help="number of pictures (default %(default)s)")
+    parser.add_argument("--seed", type=whole(SEED), default=0,
+                        help="seed of the first picture; each further one adds 1 (default %(default)s)")
+    parser.add_argument("--steps", type=whole(at_least(1)), default=SampleSettings.steps,
+                        help="steps of the sampler (default %(default)s)")
+    parser.add_argument("--cfg", type=number(at_least(0)), default=None,
+                        help=f"guidance scale, 1 = none (default {EMBEDDED_CFG:g} for the embedded base, "
+                        f"else {OTHER_CFG:g})")
+    parser.add_argument("--negative", default="", help="negative prompt (default: none)")
+    parser.add_argument("--size", type=whole(at_least(8)), default=None,
+                        help=f"side in pixels (default {EMBEDDED_SIZE} for the embedded base, else "
+                        f"{OTHER_SIZE})")
+    parser.add_argument("--mode", choices=MODES, default="sharp",
+                        help="how concepts are weighted (default %(default)s)")
+    parser.add_argument("--strength", type=number(FINITE), default=1.0,
+                        help="of the concepts; 0 = the base alone (default %(default)s)")
     parser.add_argument("--region", action="append", default=[], metavar="TOP,LEFT,BOTTOM,RIGHT:PROMPT",
                         help="a box in fractions of the picture with its own prompt")
     parser.add_argument("--region-noise", action="store_true",
                         help="region noise estimation: one more evaluation per region and step")
-    parser.add_argument("--solo", type=float, default=0.4,
+    parser.add_argument("--solo", type=number(between(0, 1)), default=0.4,
                         help="crop denoising: share of the first steps in which regions are denoised alone "
                         "(default %(default)s)")
     add_base(parser)
@@ -102,36 +114,38 @@ def _add_bank(commands) -> None:
                                help="list, show, remove, rename, merge, verify, export, import, restore")
     bank = bank.add_subparsers(dest="action", required=True)
     for action, help_text in (("list", "one line per concept"), ("verify", "read and check every concept")):
-        bank.add_parser(action, help=help_text).add_argument("bank", type=Path)
+        bank.add_parser(action, help=help_text).add_argument("bank", type=file_path, help=BANK_HELP)
     show = bank.add_parser("show", help="all facts about a concept")
     remove = bank.add_parser("remove", help="remove a concept")
     for parser in (show, remove):
-        parser.add_argument("bank", type=Path)
-        parser.add_argument("name")
+        parser.add_argument("bank", type=file_path, help=BANK_HELP)
+        parser.add_argument("name", type=concept_name, help=NAME_HELP)
     rename = bank.add_parser("rename", help="rename a concept")
-    rename.add_argument("bank", type=Path)
-    rename.add_argument("name")
-    rename.add_argument("new")
+    rename.add_argument("bank", type=file_path, help=BANK_HELP)
+    rename.add_argument("name", type=concept_name, help=NAME_HELP)
+    rename.add_argument("new", type=concept_name, help="its new name")
     restore = bank.add_parser("restore",
                               help="bring back an earlier version of a bank; without --version: list them")
-    restore.add_argument("bank", type=Path)
-    restore.add_argument("--version", dest="number", type=int, help="1 is the one before the present")
+    restore.add_argument("bank", type=file_path, help=BANK_HELP)
+    restore.add_argument("--version", dest="number", type=whole(at_least(1)),
+                         help="1 is the one before the present")
     merge = bank.add_parser("merge", help="merge two banks into one file")
-    merge.add_argument("bank", type=Path)
-    merge.add_argument("other", type=Path)
-    merge.add_argument("--output", type=Path, required=True)
+    merge.add_argument("bank", type=file_path, help=BANK_HELP)
+    merge.add_argument("other", type=file_path, help="bank file whose concepts come last")
+    merge.add_argument("--output", type=file_path, required=True, help="bank file to write")
     _add_export(bank)
     _add_import(bank)
 
 
 def _add_import(bank) -> None:
     parser = bank.add_parser("import", help="add a LoRA or an embedding of another program as a concept")
-    parser.add_argument("bank", type=Path, help="bank file to add it to (created if missing)")
-    parser.add_argument("name", help="of the concept: <name> in prompts")
+    parser.add_argument("bank", type=file_path, help="bank file to add it to (created if missing)")
+    parser.add_argument("name", type=concept_name, help="of the concept: <name> in prompts")
     parser.add_argument("--noun", default="", help="class noun: an ordinary word for it, e.g. dog")
-    parser.add_argument("--kind", choices=KINDS, default="object")
-    parser.add_argument("--lora", type=Path, help=".safetensors, with kohya's, diffusers' or PEFT's names")
-    parser.add_argument("--embedding", type=Path, help=".safetensors, a textual inversion")
+    parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
+    parser.add_argument("--lora", type=file_path,
+                        help=".safetensors, with kohya's, diffusers' or PEFT's names")
+    parser.add_argument("--embedding", type=file_path, help=".safetensors, a textual inversion")
     parser.add_argument("--trigger", default="",
                         help="trigger words of a LoRA without learned words, e.g. 'sks dog'")
     add_base(parser)
@@ -140,24 +154,25 @@ def _add_import(bank) -> None:
 def _add_export(bank) -> None:
     export = bank.add_parser("export",
                              help="write files for other programs: of one concept, of all, or for a prompt")
-    export.add_argument("bank", type=Path)
-    export.add_argument("name", nargs="?", help="of the concept")
+    export.add_argument("bank", type=file_path, help=BANK_HELP)
+    export.add_argument("name", type=concept_name, nargs="?", help=NAME_HELP)
     export.add_argument("--all", action="store_true", help="every concept; failures are reported and skipped")
     export.add_argument("--prompt",
                         help="one LoRA with everything the bank adds for this prompt, and the words of the "
                         "concepts it names")
     export.add_argument("--mode", choices=MODES, default="sharp",
-                        help="with --prompt: how concepts are weighted")
-    export.add_argument("--output", type=Path, required=True,
+                        help="with --prompt: how concepts are weighted (default %(default)s)")
+    export.add_argument("--output", type=file_path, required=True,
                         help="folder for the files; existing files are kept")
     export.add_argument("--format", dest="formats", choices=FORMATS, action="append",
                         help="can be given several times; kohya: LoRA, bundle: LoRA and words in one file, "
                         f"diffusers: LoRA, embedding: words (default: {' and '.join(DEFAULT_FORMATS)})")
-    export.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA")
-    export.add_argument("--rank", type=int,
+    export.add_argument("--strength", type=number(FINITE), default=1.0,
+                        help="factor on the LoRA (default %(default)s)")
+    export.add_argument("--rank", type=whole(at_least(1)),
                         help=f"of a LoRA made from sparse deltas (default {DEFAULT_RANK}); "
                         "with --prompt: of the LoRA")
-    export.add_argument("--max-error", type=float, default=DEFAULT_ERROR,
+    export.add_argument("--max-error", type=number(at_least(0)), default=DEFAULT_ERROR,
                         help="largest relative error that this rank may cause (default %(default)s)")
     export.add_argument("--refit", action="store_true",
                         help="layer-wise words: "
@@ -168,25 +183,26 @@ def _add_export(bank) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     description = "Teach an image model concepts one after another, with nothing forgotten."
-    parser = argparse.ArgumentParser(prog="continual-concepts", description=description)
+    parser = Parser(prog="continual-concepts", description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo",
                                help="learn two objects and a style on the embedded base, by two methods")
-    demo.add_argument("--output", type=Path, default=Path("demo"))
+    demo.add_argument("--output", type=file_path, default=Path("demo"),
+                      help="folder for the report and the bank (default %(default)s)")
     _add_learn(commands)
     _add_sample(commands)
     _add_bank(commands)
     return parser
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """Parses the arguments.
 
     Before Python 3.13, argparse misses an optional positional argument after options.
     """
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(with_plain_booleans(arguments, TrainingConfig))
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "name", "") is None:
         options.name, rest = rest[0], []
     if rest:

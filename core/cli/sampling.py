@@ -10,12 +10,13 @@ from ..bank.format import open_bank
 from ..bank.hints import notes_on
 from ..bank.prompts import NO_CONCEPTS
 from ..errors import ConceptError
-from ..files import write_atomically
+from ..files import check_output_folder, write_new
 from ..images import to_pil
 from ..regional.noise import NoiseSettings
 from ..regional.regions import Region
 from ..sampling.regions import sample_regions
 from ..sampling.settings import SampleSettings
+from ..settings import SEED, require
 from . import backbones
 from .result import Result
 
@@ -34,9 +35,8 @@ def _region(text: str) -> Region:
 
 
 def sample(options: Namespace) -> Result:
-    """Writes `--count` pictures of the prompt, one per seed."""
-    if options.count < 1:
-        raise ConceptError(f"count is {options.count}; allowed: 1 or more")
+    """Writes `--count` pictures of the prompt, one per seed. Existing files are kept."""
+    check_output_folder(options.output)
     regions = [_region(text) for text in options.region]
     stored = open_bank(options.bank) if options.bank is not None else None
     vocabulary = NO_CONCEPTS if stored is None else stored.vocabulary
@@ -51,11 +51,9 @@ def sample(options: Namespace) -> Result:
     settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode,
                               options.strength, noise)
     seeds = list(range(options.seed, options.seed + options.count))
+    require(SEED[0](seeds[-1]), "seed", options.seed, f"{SEED[1]}, the seeds of all pictures")
     pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
-    options.output.mkdir(parents=True, exist_ok=True)
-    files = []
-    for seed, tensor in zip(seeds, pictures, strict=True):
-        files.append(options.output / f"sample_{seed:05d}.png")
-        write_atomically(files[-1], partial(to_pil(tensor).save, format="PNG"))
+    files = [write_new(options.output / f"sample_{seed:05d}.png", partial(to_pil(tensor).save, format="PNG"))
+             for seed, tensor in zip(seeds, pictures, strict=True)]
     facts = {"prompt": options.prompt, "files": [str(file) for file in files], "notes": notes}
     return facts, [f"wrote {file}" for file in files]

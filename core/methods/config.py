@@ -21,8 +21,8 @@ class MethodConfig:
     bank's tensors. limits: allowed values of fields; numbers that it does not list are 0 or more.
     """
 
-    lr: float = 1e-4
-    token_lr: float = 1e-3
+    lr: float = setting(1e-4, "Learning rate of the deltas.", 1e-6, 2e-2)
+    token_lr: float = setting(1e-3, "Learning rate of the words.", 1e-6, 0.2)
     layerwise: bool = setting(True, "One vector per word and layer, or one for all layers, which exports as "
                                     "an embedding.")
     first_std: float = 0.0

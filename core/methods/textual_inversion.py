@@ -23,7 +23,7 @@ import torch
 from ..attention.adapters import NoAdapters
 from ..bank.tokens import initial_vectors
 from ..conditioning.learned_words import LearnedWords
-from ..settings import one_of
+from ..settings import one_of, setting
 from .base import Method, Task, register
 from .config import MethodConfig
 
@@ -38,7 +38,7 @@ class TextualInversionConfig(MethodConfig):
     methods.
     """
 
-    lr: float = 0.0
+    lr: float = setting(0.0, "Not used, because no weight is trained.", 0.0, 1.0)
     token_lr: float = 5e-3
     layerwise: bool = False
     start: str = "class"

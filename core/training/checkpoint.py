@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConceptError
-from ..files import write_atomically
+from ..files import keep_elsewhere, write_atomically
 
 KEY = "continual_concepts_checkpoint"
 _TENSOR, _TUPLE, _DICT = "__tensor__", "__tuple__", "__items__"
@@ -44,11 +45,28 @@ def _restore(value: Any, read) -> Any:
     return {key: _restore(item, read) for key, item in value[_DICT]}
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint atomically, so that the previous one survives a crash."""
+def _writer(state: dict[str, Any]) -> Callable[[Path], None]:
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_flatten(state, tensors))
-    write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), {KEY: structure}))
+    return lambda path: save_file(tensors, str(path), {KEY: structure})
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically, so that the previous one survives a crash."""
+    write_atomically(Path(path), _writer(state))
+
+
+def save_or_keep(path: Path, state: dict[str, Any]) -> None:
+    """Writes the checkpoint of an interrupted run. Raises ConceptError if it had to be written elsewhere."""
+    write = _writer(state)
+    try:
+        write_atomically(Path(path), write)
+    except ConceptError as error:
+        kept = keep_elsewhere(Path(path), write)
+        if kept is None:
+            raise
+        raise ConceptError(f"{error}; the interrupted run is kept in '{kept}'; move it to '{path}' and run "
+                           "again to resume") from error
 
 
 def identity(path: Path) -> dict:

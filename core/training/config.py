@@ -8,8 +8,7 @@ from types import ModuleType
 import torch
 
 from ..data.framing import FRAMINGS
-from ..errors import ConceptError
-from ..settings import check, setting
+from ..settings import SEED, at_least, check, one_of, require, setting
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # offered choices; other optimisers of torch.optim are accepted
@@ -69,22 +68,15 @@ class TrainingConfig:
     look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)
 
     def __post_init__(self) -> None:
-        check(self, {})
-        for name in ("steps", "batch_size", "accumulation", "resolution"):
-            self._check(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset",
-                     "prior_weight", "checkpoint_every", "patience", "look_every"):
-            self._check(getattr(self, name) >= 0, name, "0 or more")
-        self._check(self.look_every > 0 or self.patience == 0, "look_every",
-                    "1 or more where patience is not 0")
-        self._check(0 <= self.caption_dropout < 1, "caption_dropout", "0 to below 1")
-        self._check(self.precision in PRECISIONS, "precision", ", ".join(PRECISIONS))
-        self._check(self.schedule in LR_SCHEDULES, "schedule", ", ".join(LR_SCHEDULES))
-        self._check(optimizer_class(str(self.optimizer)) is not None, "optimizer",
-                    f"a class of torch.optim such as AdamW, Adam, SGD, or one of {', '.join(EIGHT_BIT)} "
-                    "where bitsandbytes is installed; not "
-                    + ", ".join(f"{name} ({why})" for name, why in UNFIT.items()))
-
-    def _check(self, condition: bool, name: str, allowed: str) -> None:
-        if not condition:
-            raise ConceptError(f"setting '{name}' is {getattr(self, name)!r}; allowed: {allowed}")
+        positive = dict.fromkeys(("steps", "batch_size", "accumulation", "resolution"), at_least(1))
+        others = dict.fromkeys(("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset",
+                                "prior_weight", "checkpoint_every", "patience", "look_every"), at_least(0))
+        check(self, {**positive, **others, "seed": SEED, "framing": one_of(FRAMINGS),
+                     "precision": one_of(tuple(PRECISIONS)), "schedule": one_of(LR_SCHEDULES),
+                     "caption_dropout": (lambda value: 0 <= value < 1, "0 to below 1")})
+        require(self.look_every > 0 or self.patience == 0, "look_every", self.look_every,
+                "1 or more where patience is not 0")
+        require(optimizer_class(self.optimizer) is not None, "optimizer", self.optimizer,
+                f"a class of torch.optim such as AdamW, Adam, SGD, or one of {', '.join(EIGHT_BIT)} "
+                "where bitsandbytes is installed; not "
+                + ", ".join(f"{name} ({why})" for name, why in UNFIT.items()))

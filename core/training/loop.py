@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
+from ..files import check_output
 from ..methods.base import Method, Task
 from . import checkpoint
 from .config import TrainingConfig
@@ -34,9 +36,10 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         config: Settings of the run.
         callback: Called after every step. An exception from it ends the run.
         checkpoint_file: If the file exists, training resumes exactly. The state is saved every
-            `checkpoint_every` steps, on interruption, and at the end. The caller deletes the file once the
-            bank is on disk, so that a crash cannot lose the concept. A ConceptError, or an interruption
-            during an update, keeps the previous checkpoint.
+            `checkpoint_every` steps, on interruption, and at the end. If that fails, learning
+            continues with a warning, and an interruption names another file with the state. The caller
+            deletes the file once the bank is on disk, so that a crash cannot lose the concept. A
+            ConceptError, or an interruption during an update, keeps the previous checkpoint.
         thumbnail: Small picture of the concept, as JPEG or PNG bytes.
         group: The processes that train together. All of them read the checkpoint; the first one writes it.
         evaluator: Scores the concept for early stopping; required if `patience` is set.
@@ -45,7 +48,8 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         The concept, the bank that holds it, and the loss of every step.
 
     Raises:
-        ConceptError: The bank already has the name, settings or checkpoint do not fit, or training diverges.
+        ConceptError: The bank already has the name, settings or checkpoint do not fit, the checkpoint cannot
+            be written, or training diverges.
     """
     if config.patience and (evaluator is None or group.size > 1):
         reason = "there is no evaluator" if evaluator is None else f"{group.size} processes learn together"
@@ -54,6 +58,8 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         raise ConceptError(f"the bank already holds a concept '{task.name}'; choose another name or remove "
                            "it first")
     task.bank.check_fits(task.backbone.layout)
+    if checkpoint_file is not None and group.is_first:
+        check_output(checkpoint_file, "checkpoint")
     trainer, began = Trainer(task, method, data, config, group), time.perf_counter()
     if checkpoint_file is not None and Path(checkpoint_file).exists():
         trainer.restore(checkpoint_file)
@@ -68,15 +74,23 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
                 trainer.evaluate(evaluator)
                 is_due = config.checkpoint_every and info.step % config.checkpoint_every == 0
                 if checkpoint_file is not None and is_due:
-                    checkpoint.save(checkpoint_file, trainer.state())
+                    _save(checkpoint_file, trainer)
                 if callback is not None:
                     callback(info)
     except BaseException as error:      # the host cancels with a BaseException: save, then re-raise
         is_resumable = trainer.losses and not trainer.is_updating and not isinstance(error, ConceptError)
         if checkpoint_file is not None and is_resumable:
-            checkpoint.save(checkpoint_file, trainer.state())
+            checkpoint.save_or_keep(checkpoint_file, trainer.state())
         raise
     if checkpoint_file is not None:
-        checkpoint.save(checkpoint_file, trainer.state())
+        _save(checkpoint_file, trainer)
     seconds = time.perf_counter() - began
     return conclude(trainer.task, method, data, config, trainer.losses, seconds, thumbnail)
+
+
+def _save(file: Path, trainer: Trainer) -> None:
+    """Saves the state. A full disk must not end the run, because what is learned is in memory."""
+    try:
+        checkpoint.save(file, trainer.state())
+    except ConceptError as error:
+        warnings.warn(f"there is no safety copy of the run: {error}", stacklevel=2)

@@ -6,8 +6,9 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 
 import torch
 
@@ -42,14 +43,85 @@ def run_key(identity: dict) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _with_defaults(settings: Mapping, method: str) -> dict[str, dict]:
+    """Settings of a method and of training, as `{"method": ..., "training": ...}`. A setting missing from an
+    older record had its default value."""
+    defaults = {"method": method_settings(make(method)), "training": asdict(TrainingConfig())}
+    return {part: {**defaults[part], **dict(settings.get(part, {}))} for part in defaults}
+
+
 def is_same_work(origin: Provenance, method: Method, config: TrainingConfig) -> bool:
-    """Whether a concept was learned with these settings. A setting missing from its record had its default
-    value.
+    """Whether a concept was learned with these settings."""
+    return not _differences_of_settings(origin.settings, method, config)
+
+
+def _differences_of_settings(there: Mapping, method: Method, config: TrainingConfig) -> list[str]:
+    here = {"method": method_settings(method), "training": asdict(config)}
+    had = json.loads(json.dumps(_with_defaults(there, method.name)))
+    return [line for part in here for line in _differences(had[part], json.loads(json.dumps(here[part])))]
+
+
+def check_known(info: ConceptInfo, method: Method, config: TrainingConfig, digests: Sequence[str],
+                again: str) -> None:
+    """Checks that a concept of the bank was learned by this method, from these photos, with these settings.
+
+    Args:
+        digests: Digests of the photos.
+        again: How to learn it again, for the message: "set x to y".
+
+    Raises:
+        ConceptError: It was learned otherwise.
     """
-    defaults = {"method": method_settings(make(method.name)), "training": asdict(TrainingConfig())}
-    wanted = {"method": method_settings(method), "training": asdict(config)}
-    had = {part: {**defaults[part], **dict(origin.settings.get(part, {}))} for part in wanted}
-    return json.loads(json.dumps(had)) == json.loads(json.dumps(wanted))
+    here = {"method": method.name, "images": list(digests)}
+    there = {"method": info.method, "images": list(info.provenance.images)}
+    found = _differences(there, here)
+    if info.method == method.name:
+        found += _differences_of_settings(info.provenance.settings, method, config)
+    if found:
+        raise ConceptError(f"the bank already holds a concept '{info.name}', learned from other photos or "
+                           f"settings ({'; '.join(found)}); choose another name, or {again}")
+
+
+def check_same_run(path: Path, there: Mapping, here: Mapping) -> None:
+    """Checks that a checkpoint is of this run. Raises ConceptError that names what differs.
+
+    Args:
+        path: The checkpoint.
+        there, here: The identities of both runs, see `run_identity`.
+    """
+    there = dict(there)
+    if there.get("method") == here["method"]:
+        filled = _with_defaults({"method": there.get("settings", {}), "training": there.get("training", {})},
+                                str(here["method"]))
+        there |= {"settings": filled["method"], "training": filled["training"]}
+    else:      # settings of another method tell nothing
+        here = {name: value for name, value in here.items() if name not in ("settings", "words")}
+    found = _differences(there, json.loads(json.dumps(here)))
+    if found:
+        raise ConceptError(f"the checkpoint '{path}' belongs to another run: {'; '.join(found)}; give what "
+                           "that run had to resume it, or delete the file to start anew")
+
+
+def _differences(there: Mapping, here: Mapping) -> list[str]:
+    """One phrase for each value of `here` that differs from that of the same name in `there`."""
+    found = []
+    for name, value in here.items():
+        had = there.get(name)
+        if isinstance(value, dict) and isinstance(had, dict):
+            found += _differences(had, value)
+        elif had != value:
+            found.append(_difference(name, had, value))
+    return found
+
+
+def _difference(name: str, had: object, has: object) -> str:
+    if name == "images" and isinstance(had, list) and isinstance(has, list):
+        common = len(set(had) & set(has))
+        return f"its images are {len(had)}, now {len(has)}, of which {common} are the same"
+    if isinstance(had, list) and isinstance(has, list) and len(had) == len(has):
+        i = next(i for i in range(len(has)) if had[i] != has[i])
+        return f"its {name} number {i + 1} is {brief(had[i])}, now {brief(has[i])}"
+    return f"its {name} is {brief(had)}, now {brief(has)}"
 
 
 def brief(value: object) -> str:

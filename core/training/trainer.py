@@ -30,7 +30,7 @@ from .memory import retained_between_steps
 from .micro_batches import OUT_OF_MEMORY, MicroBatch, micro_batches
 from .objective import denoising_loss, predict
 from .process_group import ONE_PROCESS, ProcessGroup
-from .record import brief, run_identity
+from .record import brief, check_same_run, run_identity
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Restores a checkpoint of this run. Raises ConceptError for any other file."""
         state = checkpoint.load(path)
-        saved = state.get("identity", {})
-        for key, value in self.identity().items():
-            if saved.get(key) != value:
-                raise ConceptError(f"the checkpoint '{path}' belongs to another run: its {key} is "
-                                   f"{brief(saved.get(key))}, this run's is {brief(value)}")
+        check_same_run(path, state.get("identity", {}), self.identity())
         try:
             self._load(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -102,7 +102,7 @@ def test_bad_pictures_and_banks_are_named_and_the_bank_is_untouched(bank_file, p
     assert "broken.png" in refused(capsys, "learn", str(photos), *learn)
     (photos / "broken.png").unlink()
     assert "already holds" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name", "rex",
-                                      "--noun", "dog", *QUICK)
+                                      "--noun", "dog", "--seed", "4", *QUICK)
     assert "'bad name'" in refused(capsys, "learn", str(photos), "--bank", str(bank_file), "--name",
                                    "bad name", "--noun", "dog", *QUICK)
     assert "'rnk'" in refused(capsys, "learn", str(photos), *learn, "--set", "rnk=4")
@@ -156,14 +156,14 @@ def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, m
     assert main(["learn", str(photos), "--bank", str(whole), *arguments]) == 0
     original, count = learning.learn_concept, {"steps": 0}
 
-    def interrupted(task, method, data, training, callback, checkpoint, group):
+    def interrupted(task, method, data, training, callback, checkpoint, group, evaluator):
         def stop(info):
             callback(info)
             if info.step == 2:
                 raise KeyboardInterrupt
 
         return original(task, method, data, training, stop if not count["steps"] else callback, checkpoint,
-                        group=group)
+                        group=group, evaluator=evaluator)
 
     monkeypatch.setattr(learning, "learn_concept", interrupted)
     assert main(["learn", str(photos), "--bank", str(stopped), *arguments]) == 130
@@ -197,7 +197,7 @@ def test_a_run_that_an_early_version_interrupted_goes_on(photos, tmp_path, capsy
     other = tmp_path / "other"
     shutil.copytree(photos, other)
     Image.new("RGB", (64, 64)).save(other / "0.png")
-    assert "belongs to another run: its images" in refused(capsys, command[0], str(other), *command[2:])
+    assert "images are 3, now 3, of which 0 are the same" in refused(capsys, command[0], str(other), *command[2:])
 
     monkeypatch.setattr(learning, "_show", lambda bar, info: steps.append(info.step))
     assert main(command) == 0 and steps == [2, 3]

@@ -170,7 +170,7 @@ def test_it_learns_under_inference_mode(tiny_backbone, empty, teach):
     assert same(normal, inside)
 
 
-@pytest.mark.parametrize("settings", [{"lr": 1e30}, {"token_lr": float("inf")}])
+@pytest.mark.parametrize("settings", [{"lr": 1e30}, {"token_lr": 1e38}])
 def test_nan_ends_the_run_with_one_sentence(tiny_backbone, empty, teach, settings, tmp_path):
     with pytest.raises(ConceptError, match="bank is unchanged"):
         teach(tiny_backbone, empty, settings=settings, checkpoint_file=tmp_path / "c", max_grad_norm=0.0)

@@ -1,0 +1,108 @@
+"""Types of command-line arguments, and flags that are made from the fields of a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..settings import Limit, read_bool, read_setting, settings_of
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose usage errors are one sentence. Commands added to it are such parsers, too."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see '{self.prog} --help'", file=sys.stderr)
+        sys.exit(2)
+
+
+def file_path(text: str) -> Path:
+    """A path, with `~` as the home folder wherever a shell has left it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"the home folder of {text!r} is not known") from error
+
+
+def concept_name(text: str) -> str:
+    """The name of a concept, which may be given as `<name>`."""
+    return text.strip().strip("<>")
+
+
+def setting_pair(text: str) -> tuple[str, str]:
+    """`key=value` as two texts."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return key.strip(), value.strip()
+
+
+def _number(kind: type, limit: Limit, text: str) -> Any:
+    allows, allowed = limit
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or value != value or not allows(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: "
+                                         f"{'a whole number' if kind is int else 'a number'}, {allowed}")
+    return value
+
+
+def whole(limit: Limit) -> Callable[[str], int]:
+    """A type for whole numbers within a limit."""
+    return partial(_number, int, limit)
+
+
+def number(limit: Limit) -> Callable[[str], float]:
+    """A type for numbers within a limit."""
+    return partial(_number, float, limit)
+
+
+def _default_of(value: object, other: object, where: str) -> str:
+    """`(default 512; 64 for the embedded base)`."""
+    def shown(default: object) -> str:
+        return {True: "on", False: "off"}[default] if isinstance(default, bool) else f"{default}"
+
+    return f"(default {shown(value)}" + (f"; {shown(other)} for {where})" if other != value else ")")
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type, others: object, where: str) -> None:
+    """Adds a flag for every field. The value is None for flags that are not given.
+
+    Values are read as in `--set`; whether they are allowed is checked by the configuration itself.
+
+    Args:
+        others: A configuration with other defaults, named in the help.
+        where: When these other defaults hold.
+    """
+    described, defaults = settings_of(config), config()
+    for field in fields(config):
+        name, flag = field.name, f"--{field.name.replace('_', '-')}"
+        default = _default_of(getattr(defaults, name), getattr(others, name), where)
+        text = f"{described[name].help} {default}".replace("%", "%%")
+        if field.type == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            choices = described[name].choices
+            parser.add_argument(flag, type=partial(read_setting, config, name), default=None, help=text,
+                                metavar="{" + ",".join(choices) + "}" if choices else None)
+
+
+def with_plain_booleans(arguments: Sequence[str], config: type) -> list[str]:
+    """Rewrites `--flip=false` as `--no-flip`, in every spelling of truth values."""
+    flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(config)
+             if field.type == "bool"}
+    rewritten = []
+    for argument in arguments:
+        flag, _, text = argument.partition("=")
+        value = read_bool(text) if flag in flags else None
+        rewritten.append(argument if value is None else flag if value else f"--no-{flag[2:]}")
+    return rewritten
