@@ -206,7 +206,7 @@ def write_new(path: Path, write: Callable[[Path], object]) -> Path:
     return file
 
 
-def keep_elsewhere(path: Path, write: Callable[[Path], object]) -> Path | None:
+def write_elsewhere(path: Path, write: Callable[[Path], object]) -> Path | None:
     """Writes what could not be written to `path` under another name: beside it, in the current folder, or
     in the system's folder for temporary files.
 

@@ -24,10 +24,10 @@ from ..files import (
     LONGEST_NAME,
     beside,
     check_output,
-    keep_elsewhere,
     partial_file,
     real_file,
     shortened,
+    write_elsewhere,
 )
 from .bank import ConceptBank
 from .concepts import Concept
@@ -168,8 +168,8 @@ def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping
     return change_bank(path, change)
 
 
-def kept_elsewhere(error: ConceptError, path: Path | str, bank: ConceptBank) -> ConceptError:
-    """Writes what a bank's file could not take to another file, see `files.keep_elsewhere`.
+def saved_elsewhere(error: ConceptError, path: Path | str, bank: ConceptBank) -> ConceptError:
+    """Writes what a bank's file could not take to another file, see `files.write_elsewhere`.
 
     Args:
         error: Why the file could not be written.
@@ -179,11 +179,11 @@ def kept_elsewhere(error: ConceptError, path: Path | str, bank: ConceptBank) -> 
     Returns:
         The error to raise: its sentence names the file.
     """
-    kept = keep_elsewhere(real_file(path), lambda temporary: save_bank(bank, temporary))
-    if kept is None:
+    other = write_elsewhere(real_file(path), lambda temporary: save_bank(bank, temporary))
+    if other is None:
         return error
     names = f"{', '.join(f'<{name}>' for name in bank.names)} {'is' if len(bank) == 1 else 'are'}"
-    return ConceptError(f"{error}; {names} kept in the bank '{kept}', which can be merged later")
+    return ConceptError(f"{error}; {names} kept in the bank '{other}', which can be merged later")
 
 
 def replace_concept(path: Path | str, concept: Concept) -> ConceptBank:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept
 from ..bank.format import open_bank
-from ..bank.store import add_concept, kept_elsewhere, replace_concept
+from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name
 from ..data.framing import Framing, Picture, frame
 from ..data.photos import file_digests, read_folder
@@ -179,7 +179,7 @@ def _saved(options: Namespace, file: Path, learned: Learned, task: Task,
         add_concept(file, learned.concept, learned.bank.shared, task.bank, options.if_known == AGAIN)
     except ConceptError as error:
         alone = ConceptBank(task.bank.layout).add(learned.concept, learned.bank.shared)
-        raise kept_elsewhere(error, file, alone) from error
+        raise saved_elsewhere(error, file, alone) from error
     thumbnail = _thumbnail(task.backbone, learned.bank, task.name, task.kind, size,
                            backbones.guidance_of(options))
     concept = replace(learned.concept, thumbnail=thumbnail)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConceptError
-from ..files import keep_elsewhere, write_atomically
+from ..files import write_atomically, write_elsewhere
 
 KEY = "continual_concepts_checkpoint"
 _TENSOR, _TUPLE, _DICT = "__tensor__", "__tuple__", "__items__"
@@ -56,16 +56,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(Path(path), _writer(state))
 
 
-def save_or_keep(path: Path, state: dict[str, Any]) -> None:
+def save_somewhere(path: Path, state: dict[str, Any]) -> None:
     """Writes the checkpoint of an interrupted run. Raises ConceptError if it had to be written elsewhere."""
     write = _writer(state)
     try:
         write_atomically(Path(path), write)
     except ConceptError as error:
-        kept = keep_elsewhere(Path(path), write)
-        if kept is None:
+        other = write_elsewhere(Path(path), write)
+        if other is None:
             raise
-        raise ConceptError(f"{error}; the interrupted run is kept in '{kept}'; move it to '{path}' and run "
+        raise ConceptError(f"{error}; the interrupted run is kept in '{other}'; move it to '{path}' and run "
                            "again to resume") from error
 
 

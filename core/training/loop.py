@@ -80,7 +80,7 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
     except BaseException as error:      # the host cancels with a BaseException: save, then re-raise
         is_resumable = trainer.losses and not trainer.is_updating and not isinstance(error, ConceptError)
         if checkpoint_file is not None and is_resumable:
-            checkpoint.save_or_keep(checkpoint_file, trainer.state())
+            checkpoint.save_somewhere(checkpoint_file, trainer.state())
         raise
     if checkpoint_file is not None:
         _save(checkpoint_file, trainer)
