@@ -29,6 +29,12 @@ def by_name(values: Mapping[DeltaKey, T]) -> dict[str, T]:
     return {adapter_key(*key): value for key, value in values.items()}
 
 
+def by_key(named: Mapping[str, Tensor], device: torch.device | str) -> dict[DeltaKey, Tensor]:
+    """Tensors of a checkpoint, named by `adapter_key`, by projection and on a device."""
+    keys = {name: name.split("-") for name in named}
+    return {(int(index), projection): named[name].to(device) for name, (index, projection) in keys.items()}
+
+
 class Change(Protocol):
     """What `AdapterProcessor` adds."""
 

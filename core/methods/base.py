@@ -81,8 +81,8 @@ def total(terms: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Forward:
-    """One training forward pass: its batch and context, timesteps `[B]`, noisy latents, the target, and the
-    UNet's output `[B, C, h, w]` with gradient."""
+    """One training forward pass: its batch and context, timesteps `[B]`, noisy latents, the target, the
+    UNet's output `[B, C, h, w]` with gradient, and autocast's type, None without autocast."""
 
     batch: Batch
     context: Context
@@ -90,6 +90,7 @@ class Forward:
     noisy: Tensor
     target: Tensor
     output: Tensor
+    precision: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Method(ABC):
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
         extra_key: name of `extra_state` in checkpoints, "" for a method without one.
-        steps: finished optimiser steps.
+        steps, passes: finished optimiser steps, and batches so far in the step under way. The trainer counts.
     """
 
     name: ClassVar[str]
@@ -123,6 +124,7 @@ class Method(ABC):
     learns_alone: ClassVar[bool] = False
     extra_key: ClassVar[str] = ""
     steps: int = 0
+    passes: int = 0
 
     config: MethodConfig
     task: Task
@@ -171,13 +173,19 @@ class Method(ABC):
         """May extend or replace a batch (replay). What it returns is trained on, unchanged."""
         return batch
 
+    def next_batch(self, batch: Batch) -> Batch:
+        """What the trainer trains on for a batch."""
+        batch = self.on_batch(batch)
+        self.passes += 1
+        return batch
+
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """Named terms that are added to the denoising loss; most methods have none in their first task."""
         return {}
 
     def after_step(self, step: int) -> None:
         """Runs after the optimiser's step: masking, clipping, the second step of an alternating scheme."""
-        self.steps = step
+        self.steps, self.passes = step, 0
 
     def monitors(self) -> dict[str, float]:
         """Named figures of the method's state after a step, for display. They are part of no loss."""
@@ -203,11 +211,10 @@ class Method(ABC):
 
     def extra_state(self) -> Any:
         """What a checkpoint must hold beside the modules, under `extra_key`: tensors and JSON values."""
-        return {"steps": self.steps}
+        return None
 
-    def load_extra_state(self, state: Any) -> None:
+    def load_extra_state(self, state: Any) -> None:  # noqa: B027 - most methods have none
         """Restores what `extra_state` returned."""
-        self.steps = int(state["steps"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint of this task must hold."""

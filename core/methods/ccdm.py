@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.adapters import AdapterProcessor, LowRankAdapters
-from ..errors import ConceptError
+from ..attention.adapters import AdapterProcessor, LowRankAdapters, adapter_key
 from ..model.deltas import DeltaKey, Deltas
 from ..model.processor import AttentionProcessor
-from ..settings import between
+from ..settings import between, require
 from .base import Forward, Task, low_rank_deltas, register, total
 from .cidm_losses import orthogonality_rr, stored_up
 from .config import RANK
@@ -61,13 +60,10 @@ class CCDM(LowRankMethod):
         self.old_up: dict[DeltaKey, Tensor] = {}
         if self.is_first:
             return
-        for name, parameter in self.shared.named_parameters():
-            if name not in state or state[name].shape != parameter.shape:
-                rank = state[name].shape[1 if name.startswith("up") else 0] if name in state else "none"
-                raise ConceptError(f"setting 'shared_rank' is {c.shared_rank}; allowed: {rank}, the rank of "
-                                   "the bank's shared deltas")
-            with torch.no_grad():
-                parameter.copy_(state[name])
+        rank = state[f"up.{adapter_key(*self.shared.keys[0])}"].shape[1]
+        require(rank == c.shared_rank, "shared_rank", c.shared_rank,
+                f"{rank}, the rank of the bank's shared deltas")
+        self.shared.load_state_dict(state)
         earlier = task.earlier(self.name)
         for key in self.adapters.keys:
             ups = [stored_up(delta)[:, c.shared_rank:] for delta in low_rank_deltas(earlier, key)]

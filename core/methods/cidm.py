@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.adapters import adapter_key, by_name
+from ..attention.adapters import adapter_key
 from ..attention.maps import MapProcessor, attention_regulariser
 from ..conditioning.learned_words import LearnedWords
 from ..model.deltas import DeltaKey, LowRankDelta
@@ -37,13 +37,10 @@ SHARED = ("als", "gradient", "off")
 
 @dataclass(frozen=True)
 class CIDMConfig(LowRankConfig):
-    """Both learning rates are the paper's. The code's attention_weight is 0.01, and its first_std 0.011 to
-    0.020 for SD1.5. Its token_norm_stop is absolute: 0.55, about 1.4 times SD1.5's usual length."""
+    """Rank, layer-wise words and both learning rates are the paper's. The code's attention_weight is 0.01,
+    its first_std 0.011 to 0.020 for SD1.5. Its token_norm_stop is absolute: 0.55, about 1.4 times SD1.5's
+    usual length."""
 
-    rank: int = setting(4, "Rank of the deltas. Paper: 4.", 1, 128)
-    layerwise: bool = setting(
-        True, "One vector per word and layer (the paper's), or one for all layers, which exports as an "
-              "embedding.")
     gamma1: float = setting(0.1, "Weight of the task-specific loss R1; 0 = off. Paper: 0.1.",
                             0.0, 100.0, 0.01)
     gamma2: float = setting(1.0, "Weight of the task-shared loss R2; 0 = off. Paper: 1.", 0.0, 100.0, 0.1)
@@ -65,6 +62,8 @@ class CIDMConfig(LowRankConfig):
 
 
 class CIDM(LowRankMethod):
+    """old_up: the old A_i of each projection, as the chosen reading of R1 takes them; common: W* and H."""
+
     extra_key = "shared._extra_state"
     config: CIDMConfig
     words: LearnedWords
@@ -78,7 +77,14 @@ class CIDM(LowRankMethod):
         old = {key: [d.to(device) for d in low_rank_deltas(earlier, key)] for key in self.adapters.keys}
         old = {key: deltas for key, deltas in old.items() if deltas}
         self.old_up = {key: self._stacked_ups(deltas) for key, deltas in old.items()}
-        self._begin_shared(old, task.bank.shared.get(self.name, {}))
+        self.common = self._common(old, task.bank.shared.get(self.name, {}))
+
+    def _common(self, tasks: Mapping[DeltaKey, list[LowRankDelta]], carried: Mapping[str, Tensor],
+                ) -> Mapping[DeltaKey, losses.LowRankCommon | losses.DenseCommon]:
+        """W* and H of some tasks, by projection."""
+        c, kinds = self.config, {"als": losses.LowRankCommon, "gradient": losses.DenseCommon}
+        return {key: kinds[c.shared](deltas, carried.get(adapter_key(*key)), c.shared_rank)
+                for key, deltas in tasks.items() if c.shared != "off"}
 
     def _stacked_ups(self, deltas: list[LowRankDelta]) -> Tensor:
         """The old A_i for the chosen reading of R1: side by side `[a, sum r]`, or stacked `[g - 1, a, R]`."""
@@ -93,26 +99,6 @@ class CIDM(LowRankMethod):
                  if (ids := encoder.ids(self.task.class_noun))]
         return float(torch.stack(norms).mean()) if norms else float("inf")
 
-    def _begin_shared(self, old: Mapping[DeltaKey, list[LowRankDelta]], state: Mapping[str, Tensor]) -> None:
-        """W* of every projection: carried over from the bank, else made from the old deltas."""
-        self.grams: dict[DeltaKey, losses.Gram] = {}
-        self.basis: dict[DeltaKey, Tensor] = {}
-        self.dense: dict[DeltaKey, losses.DenseCommon] = {}
-        rank = self.config.shared_rank
-        for key, deltas in old.items():
-            saved = state.get(adapter_key(*key))
-            if self.config.shared == "als":
-                gram = self.grams[key] = losses.Gram.of(deltas)
-                if saved is not None and saved.shape == (rank, deltas[0].shape[1]):
-                    self.basis[key] = saved.to(gram.inner)
-                else:
-                    rows = torch.cat([losses.weighted_rows(delta) for delta in deltas])
-                    self.basis[key] = losses.initial_basis(rows, rank)
-            elif self.config.shared == "gradient":
-                stacked = torch.stack([delta.dense() for delta in deltas])
-                common = saved.to(stacked) if saved is not None and saved.shape == stacked.shape[1:] else None
-                self.dense[key] = losses.DenseCommon.start(stacked, common)
-
     def processor(self) -> AttentionProcessor:
         return self.maps or super().processor()
 
@@ -126,7 +112,7 @@ class CIDM(LowRankMethod):
                 terms["attention"] = c.attention_weight * value
         if self.old_up and c.orthogonality != "off":
             terms["specific"] = c.gamma1 * self.specific()
-        if self.old_up and c.shared != "off":
+        if self.common:
             terms["shared"] = c.gamma2 * self.shared()
         return terms
 
@@ -137,57 +123,40 @@ class CIDM(LowRankMethod):
 
     def shared(self) -> Tensor:
         """The part of R2 that reaches this task's deltas, with W* and H held fixed."""
-        return total(self._residual(key, *self.adapters.scaled(key)) for key in self.old_up)
-
-    def _residual(self, key: DeltaKey, up: Tensor, down: Tensor) -> Tensor:
-        if key in self.dense:
-            return self.dense[key].loss(up @ down)
-        basis = self.basis[key]
-        return losses.residual(up, down, losses.project_onto(up.detach(), down.detach(), basis), basis)
+        return total(common.loss(*self.adapters.scaled(key)) for key, common in self.common.items())
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Stops the words at their limit, then moves W* and H with this task's deltas held fixed."""
+        super().after_step(step)
         if not self.tokens_stopped and self.norm_limit > 0 and self.words.mean_norm() >= self.norm_limit:
             self.tokens_stopped = True
             self.words.requires_grad_(False)
             for vector in self.words.vectors.values():
                 vector.grad = None      # the optimiser skips parameters without a gradient
-        for key in self.basis:
-            own = losses.Gram.of([LowRankDelta(*self.adapters.scaled(key))])
-            self.basis[key] = losses.als_sweep((self.grams[key], own), self.basis[key])
-        for key, dense in self.dense.items():
-            up, down = self.adapters.scaled(key)
-            dense.step(up @ down, self.config.lr)
+        for key, common in self.common.items():
+            common.step(*self.adapters.scaled(key), self.config.lr)
 
     @torch.no_grad()
     def shared_state(self) -> dict[str, Tensor]:
-        """W* of every projection."""
-        common = self.basis | {key: dense.common for key, dense in self.dense.items()}
-        state = by_name({key: tensor.cpu().clone() for key, tensor in common.items()})
-        # after the first task W* is that task's own
-        for key in () if self.old_up else self.adapters.keys:
-            up, down = self.adapters.scaled(key)
-            if self.config.shared == "als":
-                rows = losses.weighted_rows(LowRankDelta(up, down))
-                state[adapter_key(*key)] = losses.initial_basis(rows.cpu(), self.config.shared_rank)
-            elif self.config.shared == "gradient":
-                state[adapter_key(*key)] = (up @ down).cpu()
-        return state
+        """W* of every projection; after the first task it is that task's own."""
+        own = {key: [LowRankDelta(*self.adapters.scaled(key))] for key in self.adapters.keys}
+        common = self.common if self.old_up else self._common(own, {})
+        return {adapter_key(*key): getattr(c, c.trained[0]).cpu().clone() for key, c in common.items()}
 
     def extra_state(self) -> dict[str, Any]:
-        dense = by_name(self.dense)
-        return {"stopped": self.tokens_stopped, "basis": by_name(self.basis),
-                "common": {name: common.common for name, common in dense.items()},
-                "projections": {name: common.projections for name, common in dense.items()}}
+        state: dict[str, Any] = {"stopped": self.tokens_stopped}
+        for key, common in self.common.items():
+            for name in common.trained:
+                state.setdefault(name, {})[adapter_key(*key)] = getattr(common, name)
+        return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.tokens_stopped = bool(state["stopped"])
         self.words.requires_grad_(not self.tokens_stopped)
-        self.basis = {key: state["basis"][adapter_key(*key)].to(basis) for key, basis in self.basis.items()}
-        for key, dense in self.dense.items():
-            dense.common = state["common"][adapter_key(*key)].to(dense.old)
-            dense.projections = state["projections"][adapter_key(*key)].to(dense.old)
+        for key, common in self.common.items():
+            for name in common.trained:
+                setattr(common, name, state[name][adapter_key(*key)].to(getattr(common, name)))
 
 
 register("cidm", CIDMConfig, CIDM, "layer-wise tokens and prompt-activated low-rank deltas with "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -134,39 +135,61 @@ def initial_basis(rows: Tensor, rank: int) -> Tensor:
     return basis
 
 
-@dataclass
+class LowRankCommon:
+    """W* bounded to rank s, as its row space Q `[s, b]` (`basis`), with every H_i in closed form.
+
+    Q starts at the leading directions of the old tasks, unless one of this size is carried over. trained: the
+    tensors that `step` changes, the first of which is carried over to the next task.
+    """
+
+    trained: ClassVar[tuple[str, ...]] = ("basis",)
+
+    def __init__(self, old: Sequence[LowRankDelta], carried: Tensor | None, rank: int) -> None:
+        self.old = Gram.of(old)
+        if carried is not None and carried.shape == (rank, old[0].shape[1]):
+            self.basis = carried.to(self.old.inner)
+        else:
+            self.basis = initial_basis(torch.cat([weighted_rows(delta) for delta in old]), rank)
+
+    def loss(self, up: Tensor, down: Tensor) -> Tensor:
+        """||dW_g - H_g W*||_F^2, the only part of R2 that reaches dW_g, with H_g and W* held fixed."""
+        return residual(up, down, project_onto(up.detach(), down.detach(), self.basis), self.basis)
+
+    def step(self, up: Tensor, down: Tensor, _lr: float) -> None:
+        """Step two: one sweep of least squares, in place of the paper's gradient step."""
+        self.basis = als_sweep((self.old, Gram.of([LowRankDelta(up, down)])), self.basis)
+
+
 class DenseCommon:
     """W* `[a, b]` and every H_i `[a, a]` as printed, with the paper's own gradient step on them (Eq. 7).
 
     The paper does not state the initialisation. Ours: H_g = I, and W* = mean of the old dW_i the first time,
     carried over afterwards. Old H_i are solved again by ridge regression instead of stored (they are a×a
-    each). All-zero starts are avoided, because both gradients vanish there.
+    each). All-zero starts are avoided, because both gradients vanish there. common: W*; projections: H_i
+    `[g, a, a]`, the last one is H_g; old: the old dW_i `[g - 1, a, b]`.
     """
 
-    common: Tensor
-    projections: Tensor      # [g, a, a], the last one is H_g
-    old: Tensor              # [g - 1, a, b], dW_i of the old tasks
+    trained: ClassVar[tuple[str, ...]] = ("common", "projections")
 
-    @classmethod
-    def start(cls, old: Tensor, common: Tensor | None) -> DenseCommon:
-        common = old.mean(0) if common is None else common.clone()      # `step` changes it; the bank's stays
+    def __init__(self, old: Sequence[LowRankDelta], carried: Tensor | None, _rank: int = 0) -> None:
+        self.old = torch.stack([delta.dense() for delta in old])
+        common = self.old.mean(0)
+        if carried is not None and carried.shape == common.shape:
+            common = carried.to(common, copy=True)      # `step` changes it; the bank's stays
         wide = common.double()      # W* W*^T is far from full rank; single precision would drown the ridge
-        cross = (old.double() @ wide.T).transpose(1, 2)
+        cross = (self.old.double() @ wide.T).transpose(1, 2)
         solved = torch.linalg.solve(_ridged(wide @ wide.T), cross).transpose(1, 2).to(common)
-        return cls(common, torch.cat([solved, torch.eye(common.shape[0]).to(common).unsqueeze(0)]), old)
+        self.projections = torch.cat([solved, torch.eye(len(common)).to(common).unsqueeze(0)])
+        self.common = common
 
-    def loss(self, delta: Tensor) -> Tensor:
-        """||dW_g - H_g W*||_F^2, the only part of R2 that reaches dW_g."""
-        return (delta - self.projections[-1] @ self.common).square().sum()
-
-    def total(self, delta: Tensor) -> Tensor:
-        """R2 = sum_{i<=g} ||dW_i - H_i W*||_F^2."""
-        return (torch.cat([self.old, delta.unsqueeze(0)]) - self.projections @ self.common).square().sum()
+    def loss(self, up: Tensor, down: Tensor) -> Tensor:
+        """As `LowRankCommon.loss`."""
+        return (up @ down - self.projections[-1] @ self.common).square().sum()
 
     @torch.no_grad()
-    def step(self, delta: Tensor, lr: float) -> None:
+    def step(self, up: Tensor, down: Tensor, lr: float) -> None:
         """Step two: W* and H_i descend R2. The printed update adds the gradients, which would ascend."""
-        error = torch.cat([self.old, delta.unsqueeze(0)]) - self.projections @ self.common
+        error = torch.cat([self.old, (up @ down).unsqueeze(0)]) - self.projections @ self.common
         h_gradient = -2 * error @ self.common.T
         w_gradient = -2 * (self.projections.transpose(1, 2) @ error).sum(0)
         self.projections -= lr * h_gradient

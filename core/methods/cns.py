@@ -22,21 +22,19 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..attention.adapters import adapter_key, by_name
+from ..attention.adapters import by_key, by_name
 from ..bank.composition import SUM
 from ..conditioning.encoding import encode_concept
 from ..data.batch import Batch
 from ..errors import ConceptError
 from ..model.deltas import DeltaKey, Deltas
 from ..model.processor import AttentionProcessor
-from ..model.sites import SiteLayout
 from ..neurons.neurons import UNITS, NeuronSelection, concept_neurons, unit_count
 from ..neurons.scores import (
     CALIBRATION,
@@ -92,7 +90,8 @@ class CNS(Method):
 
     After `begin`: gradients: sums them over the steps before the selection; general, earlier: general
     neurons, and those of earlier tasks; energy: ||M_con W||^2; earlier_change: per weight `W_t-1 - W_0` at
-    the selected neurons `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`.
+    the selected neurons `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`, of weights
+    where some are.
     """
 
     composition = SUM
@@ -100,6 +99,7 @@ class CNS(Method):
     selection: NeuronSelection | None = None
     calibration_prompts: tuple[str, ...] = ()
     extra_key = "choice._extra_state"
+    kind: ClassVar[type[SparseAdapters]] = SparseAdapters
     config: CNSConfig
     adapters: SparseAdapters
 
@@ -109,12 +109,16 @@ class CNS(Method):
     def begin(self, task: Task) -> None:
         self.energy, self.is_chosen = 1.0, False
         super().begin(task)
+        c, layout, state = self.config, task.backbone.layout, task.bank.shared.get(self.name, {})
         # for the calibration, in resumed runs too
-        self.seed, layout = task.draw_seed(), task.backbone.layout
-        state = task.bank.shared.get(self.name, {})
-        self.earlier = _stored_selection(state, _EARLIER, layout)
-        made_with = int(state[_MADE_WITH]) if _MADE_WITH in state else None
-        self.general = _stored_selection(state, _GENERAL, layout) if made_with == self._made_with() else None
+        self.seed = task.draw_seed()
+        self.prompts = tuple(self.calibration_prompts) or CALIBRATION[:c.calibration]
+        # a checksum of everything that general neurons depend on, except the base
+        self.made_with = zlib.crc32(json.dumps([c.score, c.unit, c.general_share, c.quorum,
+                                                self.prompts]).encode())
+        self.earlier = NeuronSelection.from_tensors(state, layout, _EARLIER)
+        is_known = int(state.get(_MADE_WITH, -1)) == self.made_with
+        self.general = NeuronSelection.from_tensors(state, layout, _GENERAL) if is_known else None
         self.gradients = GradientProcessor(key_value_weights(layout))
         if self.selection is not None:
             self._choose(self.selection)
@@ -131,10 +135,7 @@ class CNS(Method):
             if not counts:
                 raise ConceptError(f"the neuron selection for concept '{self.task.name}' has 0 entries; "
                                    "allowed: 1 or more")
-        return self.sparse_adapters(counts)
-
-    def sparse_adapters(self, counts: Mapping[DeltaKey, int]) -> SparseAdapters:
-        return SparseAdapters(self.task.backbone.layout, counts, self.task.backbone.device)
+        return self.kind(layout, counts, self.task.backbone.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         words, deltas = super().parameter_groups()
@@ -147,19 +148,16 @@ class CNS(Method):
 
     def on_batch(self, batch: Batch) -> Batch:
         """Selects the neurons when it is time: here and not in after_step, so that a cancel loses nothing."""
-        if not self.is_chosen and self.steps >= self.config.selection_steps:
-            height, width = batch.latents.shape[-2:]
-            self._find_general((height, width))
+        c = self.config
+        if not self.is_chosen and self.steps >= c.selection_steps:
+            if self.general is None and self.prompts:
+                height, width = batch.latents.shape[-2:]
+                generator = torch.Generator().manual_seed(self.seed)
+                self.general = general_neurons(self.task.backbone, generator, self.prompts, c.score,
+                                               c.general_share, c.quorum, c.unit, (height, width))
             self._choose(self.select())
         self.gradients.rows = (~batch.is_prior).float()
         return batch
-
-    def _find_general(self, size: tuple[int, int]) -> None:
-        c, prompts = self.config, self._calibration()
-        if self.general is None and prompts:
-            generator = torch.Generator().manual_seed(self.seed)
-            self.general = general_neurons(self.task.backbone, generator, prompts, c.score, c.general_share,
-                                           c.quorum, c.unit, size)
 
     def select(self) -> NeuronSelection:
         """The concept neurons by the scores of the steps so far."""
@@ -169,19 +167,9 @@ class CNS(Method):
         else:
             context = encode_concept(backbone, self.task.name, self.words.group(), CONCEPT_PROMPTS)
             scores = activation_scores(backbone, context, [row[self.task.name] for row in context.words])
-        for key, size in self.adapters.sizes.items():
-            if key not in scores:      # no gradient ever came: the loss does not reach the site
-                scores[key] = torch.zeros(size, device=backbone.device)
+        for key, size in self.adapters.sizes.items():      # no gradient ever came from sites beyond the loss
+            scores.setdefault(key, torch.zeros(size, device=backbone.device))
         return concept_neurons(scores, self.general, c.share, c.unit)
-
-    def _calibration(self) -> tuple[str, ...]:
-        return tuple(self.calibration_prompts) or CALIBRATION[:self.config.calibration]
-
-    def _made_with(self) -> int:
-        """A checksum of everything that general neurons depend on, except the base."""
-        c = self.config
-        return zlib.crc32(json.dumps([c.score, c.unit, c.general_share, c.quorum,
-                                      self._calibration()]).encode())
 
     @torch.no_grad()
     def _choose(self, selection: NeuronSelection) -> None:
@@ -190,34 +178,35 @@ class CNS(Method):
         weights = (weight_of(self.task.backbone, key).flatten()[self.adapters.at(key)[1].long()]
                    for key in self.adapters.sizes)
         self.energy = max(1e-12, sum(float(weight.square().sum()) for weight in weights))
-        self.is_chosen = True
-        self.gradients.sums = {}
+        self.is_chosen, self.gradients.sums = True, {}
         self._tie()
 
     @torch.no_grad()
     def _tie(self) -> None:
         self.earlier_change: dict[DeltaKey, Tensor] = {}
         self.overlap: dict[DeltaKey, Tensor] = {}
-        changes, earlier = self.task.earlier_sum(self.name), self.earlier
-        for key, size in self.adapters.sizes.items():
-            places = self.adapters.at(key)[1].long()
-            change = changes[key].dense() if key in changes else torch.zeros(size)
-            is_old = earlier.mask(key) if earlier is not None and key in earlier.sizes else torch.zeros(size)
-            self.earlier_change[key] = change.flatten().to(places.device)[places]
-            self.overlap[key] = is_old.flatten().to(places.device)[places].float()
+        changes = self.task.earlier_sum(self.name)
+        for key in self.adapters.sizes:
+            places = self.adapters.at(key)[1]
+            if key in changes:
+                self.earlier_change[key] = changes[key].dense().flatten().to(places.device)[places.long()]
+            if key in self.earlier.indices:
+                is_old = torch.isin(places, self.earlier.indices[key].to(places.device))
+                if is_old.any():
+                    self.overlap[key] = is_old.float()
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """The two ties of L_reg over the selected neurons, from the second task on."""
         c = self.config
         terms: dict[str, Tensor] = {}
-        if self.earlier is None or not self.is_chosen:
+        if not self.earlier.sizes or not self.is_chosen:
             return terms
         values = {key: self.adapters.at(key)[0] for key in self.adapters.sizes}
-        if c.tie_previous > 0 and any(bool(overlap.any()) for overlap in self.overlap.values()):
-            squares = total((v.square() * self.overlap[key]).sum() for key, v in values.items())
+        if c.tie_previous > 0 and self.overlap:
+            squares = total((values[key].square() * old).sum() for key, old in self.overlap.items())
             terms["previous"] = c.tie_previous * squares / self.energy
         if c.tie_base > 0:
-            squares = total((v + self.earlier_change[key]).square().sum() for key, v in values.items())
+            squares = total((v + self.earlier_change.get(key, 0)).square().sum() for key, v in values.items())
             terms["base"] = c.tie_base * squares / self.energy
         return terms
 
@@ -226,42 +215,24 @@ class CNS(Method):
 
     def shared_state(self) -> dict[str, Tensor]:
         """All tasks' neurons and the general ones, as bits."""
-        union = self.earlier
-        if self.is_chosen:
-            chosen = self.adapters.selection()
-            union = chosen if union is None else union | chosen
-        shared = {} if union is None else {_EARLIER + name: bits for name, bits in union.to_tensors().items()}
+        union = self.earlier | self.adapters.selection() if self.is_chosen else self.earlier
+        shared = union.to_tensors(_EARLIER)
         if self.general is not None:
-            shared |= {_GENERAL + name: bits for name, bits in self.general.to_tensors().items()}
-            shared[_MADE_WITH] = torch.tensor(self._made_with())
+            shared |= {**self.general.to_tensors(_GENERAL), _MADE_WITH: torch.tensor(self.made_with)}
         return shared
 
     def extra_state(self) -> dict[str, Any]:
-        return {**super().extra_state(), "energy": self.energy, "is_chosen": self.is_chosen,
-                "general": {} if self.general is None else self.general.to_tensors(),
-                "sums": by_name(self.gradients.sums)}
+        return {"energy": self.energy, "is_chosen": self.is_chosen, "sums": by_name(self.gradients.sums),
+                "general": {} if self.general is None else self.general.to_tensors()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        super().load_extra_state(state)
+        backbone = self.task.backbone
         self.energy, self.is_chosen = float(state["energy"]), bool(state["is_chosen"])
-        self.general = _stored_selection(state["general"], "", self.task.backbone.layout)
-        self.gradients.sums = self.by_weight(state["sums"])
+        if state["general"]:
+            self.general = NeuronSelection.from_tensors(state["general"], backbone.layout)
+        self.gradients.sums = by_key(state["sums"], backbone.device)
         if self.is_chosen:
             self._tie()
-
-    def by_weight(self, saved: Mapping[str, Tensor]) -> dict[DeltaKey, Tensor]:
-        """Tensors of a checkpoint by weight, on the device, in the order of the uninterrupted run.
-
-        They are copies: views into a file have odd addresses, where sums may be rounded differently.
-        """
-        keys = {adapter_key(*key): key for key in key_value_weights(self.task.backbone.layout)}
-        return {keys[name]: tensor.to(self.task.backbone.device, copy=True) for name, tensor in saved.items()}
-
-
-def _stored_selection(state: Mapping[str, Tensor], prefix: str, layout: SiteLayout) -> NeuronSelection | None:
-    """A selection in a bank's shared state, None where there is none."""
-    tensors = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-    return NeuronSelection.from_tensors(tensors, layout) if tensors else None
 
 
 register("cns", CNSConfig, CNS, "a few concept neurons of the keys and values, chosen per concept and tied "

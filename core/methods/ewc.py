@@ -30,10 +30,8 @@ from ..model.processor import AttentionProcessor
 from ..settings import at_least, between
 from .base import Forward, Task, register, total
 from .finetune import Finetune
-from .fisher import running_fisher
+from .fisher import running_fisher, stored_fisher
 from .low_rank import LowRankConfig
-
-_FISHER = "fisher."
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,9 @@ def squared_gradients(gradient: Tensor, x: Tensor, up: Tensor, down: Tensor,
 
 
 class EWC(Finetune):
+    """factors: the adapter's, by name such as `up.3-to_k`; fisher, anchor: F and theta*, empty at first;
+    pending, mean: squared gradients of the step under way, and their exponential mean over this task."""
+
     learns_alone = True      # the Fisher is of the pictures that a process saw
     extra_key = "gathered._extra_state"
     config: EWCConfig
@@ -76,16 +77,15 @@ class EWC(Finetune):
     def begin(self, task: Task) -> None:
         super().begin(task)
         self.is_own = torch.ones(0)
-        self.mean: dict[str, Tensor] = {}      # factor -> exponential mean of this task's squared gradients
-        self.pending: dict[str, Tensor] = {}      # factor -> those of the step under way
-        self.factors = dict(self.adapters.named_parameters())      # by names such as `up.3-to_k`
-        state = task.bank.shared.get(self.name, {})
-        saved = {name: state[_FISHER + name] for name in self.factors if _FISHER + name in state}
-        fits = self.undone and all(name in saved and saved[name].shape == factor.shape
-                                  for name, factor in self.factors.items())
-        device = task.backbone.device
-        self.fisher = {name: f.to(device, torch.float32) for name, f in saved.items()} if fits else {}
-        self.anchor = {name: factor.detach().clone() for name, factor in self.factors.items()} if fits else {}
+        self.mean: dict[str, Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
+        self.factors = dict(self.adapters.named_parameters())
+        stored = stored_fisher(task.bank.shared.get(self.name, {}), task.backbone.device)
+        # with another rank there is no theta*, and training starts anew
+        fits = all(name in stored and stored[name].shape == factor.shape
+                   for name, factor in self.factors.items())
+        self.fisher = stored if fits and self.undone else {}
+        self.anchor = {name: self.factors[name].detach().clone() for name in self.fisher}
 
     def processor(self) -> AttentionProcessor:
         return GradientHook(self.adapters.keys, super().processor(), self._note)
@@ -100,7 +100,7 @@ class EWC(Finetune):
         both = squared_gradients((own * gradient).float(), x.float(), delta.up, delta.down, delta.scale)
         for factor, squares in zip(("up", "down"), both, strict=True):
             name = f"{factor}.{adapter_key(*key)}"
-            self.pending[name] = squares if name not in self.pending else self.pending[name] + squares
+            self.pending[name] = squares + self.pending.get(name, 0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -123,19 +123,15 @@ class EWC(Finetune):
 
     @torch.no_grad()
     def shared_state(self) -> dict[str, Tensor]:
-        unseen = {name: torch.zeros_like(p) for name, p in self.factors.items() if name not in self.mean}
-        running = running_fisher(self.fisher, self.mean | unseen, self.config.decay)
-        fisher = {_FISHER + name: running[name].cpu().clone() for name in self.factors if name in running}
-        return {**super().shared_state(), **fisher}
+        squares = {name: self.mean.get(name, torch.zeros_like(p)) for name, p in self.factors.items()}
+        return {**super().shared_state(), **running_fisher(self.fisher, squares, self.config.decay)}
 
     def extra_state(self) -> dict[str, Any]:
-        return {**super().extra_state(), "mean": dict(self.mean)}
+        return {"mean": dict(self.mean)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        super().load_extra_state(state)
-        # copies: views into a file have odd addresses, where sums may be rounded differently
         device = self.task.backbone.device
-        self.mean = {name: squares.to(device, copy=True) for name, squares in state["mean"].items()}
+        self.mean = {name: squares.to(device) for name, squares in state["mean"].items()}
 
 
 register("ewc", EWCConfig, EWC,

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-Key = TypeVar("Key")
+_PREFIX = "fisher."
 
 
-def running_fisher(old: Mapping[Key, Tensor], new: Mapping[Key, Tensor], decay: float) -> dict[Key, Tensor]:
-    """`F <- decay F + F_t`, with F_t normalised to mean 1 over all entries, so that no task counts more for
-    its size.
+def stored_fisher(state: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """F by parameter, from shared state that `running_fisher` returned; empty before the first task."""
+    return {name.removeprefix(_PREFIX): f.to(device, torch.float32) for name, f in state.items()
+            if name.startswith(_PREFIX)}
+
+
+def running_fisher(old: Mapping[str, Tensor], new: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
+    """`F <- decay F + F_t` for shared state, with F_t normalised to mean 1 over all entries, so that no task
+    counts more for its size.
 
     Args:
         old: F, empty after the first task.
@@ -22,10 +28,10 @@ def running_fisher(old: Mapping[Key, Tensor], new: Mapping[Key, Tensor], decay: 
         decay: 1 = old tasks never fade.
     """
     total = sum(float(squares.sum()) for squares in new.values())
-    if total == 0 or not math.isfinite(total):
-        return dict(old)
-    share = sum(squares.numel() for squares in new.values()) / total
-    running = {key: decay * fisher for key, fisher in old.items()}
-    for key, squares in new.items():
-        running[key] = squares * share + running[key] if key in running else squares * share
-    return running
+    running = dict(old)
+    if total > 0 and math.isfinite(total):
+        share = sum(squares.numel() for squares in new.values()) / total
+        running = {name: decay * fisher for name, fisher in old.items()}
+        for name, squares in new.items():
+            running[name] = squares * share + running.get(name, 0)
+    return {_PREFIX + name: fisher.cpu().clone() for name, fisher in running.items()}

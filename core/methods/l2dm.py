@@ -28,6 +28,7 @@ its checkpoint's.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,8 +45,8 @@ from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from ..settings import at_least
 from .base import Forward, Task, register
-from .distillation import distillation
-from .l2dm_memory import Features, LongTerm, ShortTerm, rainbow_scores
+from .distillation import Teacher
+from .l2dm_memory import Features, LongTerm, rainbow_scores
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
 
 
@@ -71,7 +72,10 @@ class L2DMConfig(LowRankConfig):
 
 
 class L2DM(LowRankMethod):
-    """features: how pictures are described in the memory; set before `begin`, the same for a whole bank."""
+    """features: how pictures are described in the memory; set before `begin`, the same for a whole bank.
+
+    old, new: the long-term memory of earlier tasks and of this one; short: the short-term memory.
+    """
 
     composition = SUM
     wants_prior = True
@@ -83,19 +87,17 @@ class L2DM(LowRankMethod):
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.seed, self.draws = task.draw_seed(), 0
+        self.seed, self.teacher = task.draw_seed(), Teacher(task.backbone)
         self.old = self._of_present_concepts(LongTerm.read(task.bank.shared.get(self.name, {})))
         self.new: LongTerm | None = None
-        self.short: ShortTerm | None = None
-        # the last batch with replay, and its first replayed row
-        self.joined: tuple[Batch, int] | None = None
+        self.short: Batch | None = None
 
     def _of_present_concepts(self, memory: LongTerm) -> LongTerm:
         """The rows of concepts that the bank still holds. Sets `names`: owner -> concept."""
         bank = self.task.bank
         owners = {bank[name].tokens.digest(): name for name, info in bank.infos.items()
                   if info.method == self.name}
-        self.names = {owner: owners[owner] for owner in dict.fromkeys(memory.owners) if owner in owners}
+        self.names = {owner: owners[owner] for owner in memory.owners if owner in owners}
         # a caption may also name other concepts, which may have been deleted since
         return memory.rows([i for i, owner in enumerate(memory.owners)
                             if owner in owners and bank.vocabulary.knows(self._prompt(memory, i))])
@@ -110,26 +112,24 @@ class L2DM(LowRankMethod):
         """
         own = (~data.is_prior).nonzero().squeeze(1)
         own = own[::max(1, len(own) // max(1, len(data.digests)))]
-        device = data.latents.device
-        features = self.features(self.task.backbone, data.latents[own.to(device)]).float().cpu()
-        if len(self.old.owners) and self.old.features.shape[1] != features.shape[1]:
+        features = self.features(self.task.backbone, data.latents[own.to(data.latents.device)]).float().cpu()
+        if self.old.owners and self.old.features.shape[1] != features.shape[1]:
             raise ConceptError(f"the bank's long-term memory of '{self.name}' has features of length "
                                f"{self.old.features.shape[1]}, this run's have {features.shape[1]}; allowed: "
                                "one feature function for a whole bank")
         prompts = tuple(data.captions[i].replace(f"<{self.task.name}>", "<>") for i in own.tolist())
         self.new = LongTerm(features, ("",) * len(own), prompts)
-        if len(self.old.owners):
-            height, width = data.latents.shape[-2:]
-            self.short = self._generated((height, width), device)
+        if self.old.owners:
+            self.short = self._generated(data.latents)
 
     @torch.no_grad()
-    def _generated(self, size: tuple[int, int], device: torch.device) -> ShortTerm:
-        """The short-term memory by Eq. 5, from pictures of the current model with the whole bank."""
+    def _generated(self, own: Tensor) -> Batch:
+        """The short-term memory by Eq. 5: pictures of the current model with the whole bank, in the shape of
+        the own latents. The weights are the chances of being replayed, alike for every old task."""
         c, backbone, count = self.config, self.task.backbone, len(self.old.owners)
-        multiple = backbone.picture_multiple
-        settings = SampleSettings(steps=c.generation_steps, cfg=c.cfg,
-                                  size=(size[0] * multiple, size[1] * multiple), batch=4)
-        prompts = [self._prompt(self.old, i) for i in range(count)]
+        height, width = (side * backbone.picture_multiple for side in own.shape[-2:])
+        settings = SampleSettings(steps=c.generation_steps, cfg=c.cfg, size=(height, width), batch=4)
+        prompts = tuple(self._prompt(self.old, i) for i in range(count))
         repeated = [prompt for prompt in prompts for _ in range(c.eta)]
         seeds = [self.seed + i for i in range(len(repeated))]
         pictures = sample(backbone, self.task.bank, repeated, seeds, settings)
@@ -138,10 +138,11 @@ class L2DM(LowRankMethod):
         candidates = torch.arange(len(repeated)).view(count, c.eta)
         generated = self.features(backbone, latents).float().cpu()
         scores = rainbow_scores(generated, candidates, self.old.features, c.closeness)
-        best = candidates.gather(1, scores.argmax(1, keepdim=True)).squeeze(1).to(latents.device)
-        numbers = {owner: number for number, owner in enumerate(dict.fromkeys(self.old.owners))}
-        return ShortTerm(latents[best].to(device), tuple(prompts),
-                         torch.tensor([numbers[o] for o in self.old.owners]))
+        best = candidates.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+        latents = latents[best.to(latents.device)].to(own.device)
+        pictures_of = Counter(self.old.owners)
+        return Batch(latents, prompts, torch.ones_like(latents[:, :1]), torch.zeros(count, dtype=torch.bool),
+                     1.0 / torch.tensor([pictures_of[owner] for owner in self.old.owners]).float())
 
     def on_batch(self, batch: Batch) -> Batch:
         """Appends replayed rows, with weights that make the trainer's mean over all rows Eq. 4."""
@@ -150,28 +151,17 @@ class L2DM(LowRankMethod):
         if self.short is None or not (c.alpha or c.mu):
             return batch
         # Seeded by the step and not by one running generator, so that an interrupted step is drawn alike.
-        seed = (self.seed + 7919 * self.steps + 104729 * self.draws) % 2**63
+        seed = (self.seed + 7919 * self.steps + 104729 * self.passes) % 2**63
         generator = torch.Generator().manual_seed(seed)
-        self.draws += 1
-        rows, given = self.short.draw(c.replay, generator), len(batch)
-        latents = self.short.latents[rows.to(self.short.latents.device)]
-        total = given + len(rows)
-        weight = c.alpha * self.short.task_count * total / len(rows)
-        prompts = tuple(self.short.prompts[i] for i in rows.tolist())
-        replay = Batch(latents, prompts, torch.ones_like(latents[:, :1]),
-                       torch.zeros(len(rows), dtype=torch.bool), torch.full((len(rows),), weight))
-        self.joined = replace(batch, weights=batch.weights * total / given).joined(replay), given
-        return self.joined[0]
+        rows = torch.multinomial(self.short.weights, c.replay, replacement=True, generator=generator)
+        weight = c.alpha * len(set(self.old.owners)) * (len(batch) + c.replay) / c.replay
+        replayed = replace(self.short.rows(rows), weights=torch.full((c.replay,), weight))
+        return self.teacher.extend(batch, replayed)
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """ECD on the replayed rows, whose prompts have old words only."""
-        if self.config.mu == 0 or self.joined is None or seen.batch is not self.joined[0]:
-            return {}
-        return {"distillation": self.config.mu * distillation(self.task.backbone, seen, self.joined[1])}
-
-    def after_step(self, step: int) -> None:
-        super().after_step(step)
-        self.draws = 0
+        distance = self.teacher.distillation(seen) if self.config.mu > 0 else None
+        return {} if distance is None else {"distillation": self.config.mu * distance}
 
     def shared_state(self) -> dict[str, Tensor]:
         memory = self.old
@@ -181,15 +171,12 @@ class L2DM(LowRankMethod):
         return memory.tensors() if memory.owners else {}
 
     def extra_state(self) -> dict[str, Any]:
-        short = self.short
-        memory = short and {"latents": short.latents, "prompts": list(short.prompts), "tasks": short.tasks}
-        return {**super().extra_state(), "short": memory}
+        return {"short": None if self.short is None else {"latents": self.short.latents}}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        super().load_extra_state(state)
-        if (short := state["short"]) is not None:
-            latents = short["latents"].to(self.task.backbone.device)
-            self.short = ShortTerm(latents, tuple(short["prompts"]), short["tasks"])
+        if self.short is not None:
+            latents = state["short"]["latents"].to(self.short.latents.device)
+            self.short = replace(self.short, latents=latents)
 
 
 register("l2dm", L2DMConfig, L2DM, "replays generated pictures of old concepts, chosen by a memory of "

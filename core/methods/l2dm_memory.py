@@ -71,21 +71,3 @@ class LongTerm:
     def joined(self, other: LongTerm) -> LongTerm:
         features = torch.cat([self.features, other.features]) if len(self.owners) else other.features
         return LongTerm(features, self.owners + other.owners, self.prompts + other.prompts)
-
-
-@dataclass(frozen=True)
-class ShortTerm:
-    """The short-term memory: latents `[n, C, h, w]`, prompts and task numbers `[n]` of generated pictures."""
-
-    latents: Tensor
-    prompts: tuple[str, ...]
-    tasks: Tensor
-
-    @property
-    def task_count(self) -> int:
-        return len(self.tasks.unique())
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draws row numbers `[count]`: each old task is equally likely, then each of its pictures."""
-        chances = 1.0 / self.tasks.bincount()[self.tasks].float()
-        return torch.multinomial(chances, count, replacement=True, generator=generator)

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..model.processor import AttentionProcessor
 from .base import Forward, Task, register
-from .distillation import distillation
+from .distillation import Teacher
 from .finetune import Finetune
 from .low_rank import LowRankConfig
 
@@ -37,25 +36,22 @@ class LwFConfig(LowRankConfig):
 
 
 class LwF(Finetune):
+    """asked: old requests so far in the step under way."""
+
     learns_alone = True      # old requests are taken in turn, forward pass by forward pass
-    extra_key = "place._extra_state"
     config: LwFConfig
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.asked = 0
-        # this step's batch, and its first row with an old request
-        self.extended: tuple[Batch, int] | None = None
+        self.asked, self.teacher = 0, Teacher(task.backbone)
         old = [f"<{name}>" for name, info in task.bank.infos.items() if info.method == self.name]
         requests = old + [task.class_noun] * bool(task.class_noun)
         self.requests = tuple(requests) if old and self.config.distil > 0 else ()
 
     def on_batch(self, batch: Batch) -> Batch:
-        """Appends the own pictures with old requests.
+        """Appends the own pictures with old requests, with weight 0 in the denoising loss.
 
-        These rows have weight 0 in the denoising loss, and the weights of the others grow so that its mean
-        stays the same. They are marked as prior pictures, so that the attention regulariser and the like
-        leave them out.
+        They are marked as prior pictures, so that the attention regulariser and the like leave them out.
         """
         own = (~batch.is_prior).nonzero().squeeze(1)
         if not self.requests or not len(own):
@@ -63,9 +59,7 @@ class LwF(Finetune):
         asked = batch.rows(own)
         asked = replace(asked, prompts=tuple(self._next_request(prompt) for prompt in asked.prompts),
                         is_prior=torch.ones_like(asked.is_prior), weights=torch.zeros_like(asked.weights))
-        share = (len(batch) + len(own)) / len(batch)
-        self.extended = replace(batch, weights=batch.weights * share).joined(asked), len(batch)
-        return self.extended[0]
+        return self.teacher.extend(batch, asked)
 
     def _next_request(self, prompt: str) -> str:
         """The caption with the next old request. The step decides where the turn starts, for resumed runs."""
@@ -75,22 +69,14 @@ class LwF(Finetune):
             prompt = prompt.replace(f"<{word}>", request)
         return prompt
 
-    def processor(self) -> AttentionProcessor:
-        # called inside the trainer's autocast, which the teacher must share
-        kind = self.task.backbone.device.type
-        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        return super().processor()
-
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
         """The distillation over the appended rows, from the second task on."""
-        if self.extended is None or seen.batch is not self.extended[0]:
-            return {}
-        with torch.autocast(*self.autocast):
-            return {"distil": self.config.distil * distillation(self.task.backbone, seen, self.extended[1])}
+        distance = self.teacher.distillation(seen) if self.requests else None
+        return {} if distance is None else {"distil": self.config.distil * distance}
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
-        self.asked, self.extended = 0, None
+        self.asked = 0
 
 
 register("lwf", LwFConfig, LwF,

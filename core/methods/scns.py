@@ -21,25 +21,22 @@ no formula, number or code. Ours, made to be built and compared:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention.adapters import adapter_key, by_name
+from ..attention.adapters import adapter_key, by_key, by_name
 from ..model.deltas import DeltaKey
 from ..neurons.neurons import NeuronSelection
-from ..neurons.scores import key_value_weights, weight_of
+from ..neurons.scores import weight_of
 from ..neurons.sparse import PooledAdapters
 from ..neurons.submodular import lazy_greedy, similarities
 from ..settings import between, one_of
 from .base import Task, register
 from .cns import CNS, CNSConfig
-from .fisher import running_fisher
-
-_FISHER = "fisher."
+from .fisher import running_fisher, stored_fisher
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,9 @@ class SCNSConfig(CNSConfig):
 
 class SCNS(CNS):
     """weights: read once and needed until the selection; signatures: weight -> one `[a]` per step; squares:
-    weight -> this concept's Fisher so far `[a]`; fisher: that of old concepts."""
+    weight -> this concept's Fisher so far `[a]`; fisher: that of old concepts, by name of the weight."""
 
+    kind = PooledAdapters
     config: SCNSConfig
     adapters: PooledAdapters
 
@@ -71,14 +69,8 @@ class SCNS(CNS):
         self.weights: dict[DeltaKey, Tensor] = {}
         self.signatures: dict[DeltaKey, list[Tensor]] = {}
         self.squares: dict[DeltaKey, Tensor] = {}
-        state, keys = task.bank.shared.get(self.name, {}), key_value_weights(task.backbone.layout)
-        self.fisher = {key: state[_FISHER + adapter_key(*key)].to(task.backbone.device) for key in keys
-                       if _FISHER + adapter_key(*key) in state}
+        self.fisher = stored_fisher(task.bank.shared.get(self.name, {}), task.backbone.device)
         super().begin(task)
-
-    def sparse_adapters(self, counts: Mapping[DeltaKey, int]) -> PooledAdapters:
-        backbone = self.task.backbone
-        return PooledAdapters(backbone.layout, list(counts), sum(counts.values()), backbone.device)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -87,23 +79,21 @@ class SCNS(CNS):
             if key not in self.weights:
                 self.weights[key] = weight_of(self.task.backbone, key)
             self.signatures.setdefault(key, []).append((self.weights[key] * gradient).sum(1))
-            squares = gradient.square().sum(1)
-            self.squares[key] = self.squares[key] + squares if key in self.squares else squares
+            self.squares[key] = gradient.square().sum(1) + self.squares.get(key, 0)
         self.gradients.sums = {}      # one step's own, so that an interrupted step leaves nothing behind
 
     @torch.no_grad()
     def select(self) -> NeuronSelection:
         """Maximises F over the rows of all weights."""
-        keys, sizes = list(self.signatures), {key: self.adapters.all_sizes[key] for key in self.signatures}
+        keys, sizes = list(self.signatures), [self.adapters.all_sizes[key] for key in self.signatures]
         blocks = [similarities(torch.stack(self.signatures[key], dim=1)).cpu() for key in keys]
         coverage = max(1e-30, sum(float(block.max(1).values.sum()) for block in blocks))
         blocks = [block.div_(coverage) for block in blocks]
-        total = max(1e-30, sum(float(f.sum()) for f in self.fisher.values()))
-        risks = [(self.config.risk / total * self.fisher[key]).cpu() if key in self.fisher
-                 else torch.zeros(sizes[key][0]) for key in keys]
+        factor = self.config.risk / max(1e-30, sum(float(f.sum()) for f in self.fisher.values()))
+        risks = [(factor * self.fisher.get(adapter_key(*key), torch.zeros(a))).cpu()
+                 for key, (a, _) in zip(keys, sizes, strict=True)]
         allowed = None if self.general is None else [~self.general.mask(key).any(1) for key in keys]
-        costs = [sizes[key][1] for key in keys]
-        taken = lazy_greedy(blocks, risks, costs, self.adapters.pool.numel(), allowed)
+        taken = lazy_greedy(blocks, risks, [b for _, b in sizes], self.adapters.pool.numel(), allowed)
         rows = {key: torch.tensor(sorted(chosen), dtype=torch.long)
                 for key, chosen in zip(keys, taken, strict=True)}
         return NeuronSelection.of_rows(rows, self.task.backbone.layout)
@@ -113,9 +103,8 @@ class SCNS(CNS):
         self.weights, self.signatures = {}, {}
 
     def shared_state(self) -> dict[str, Tensor]:
-        running = running_fisher(self.fisher, self.squares, self.config.decay)
-        fisher = {_FISHER + adapter_key(*key): f.cpu().clone() for key, f in running.items()}
-        return {**super().shared_state(), **fisher}
+        return {**super().shared_state(),
+                **running_fisher(self.fisher, by_name(self.squares), self.config.decay)}
 
     def extra_state(self) -> dict[str, Any]:
         signatures = {key: torch.stack(steps) for key, steps in self.signatures.items()}
@@ -124,9 +113,10 @@ class SCNS(CNS):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         super().load_extra_state(state)
-        self.signatures = {key: list(steps.unbind())
-                           for key, steps in self.by_weight(state["signatures"]).items()}
-        self.squares = self.by_weight(state["squares"])
+        device = self.task.backbone.device
+        signatures = by_key(state["signatures"], device)
+        self.signatures = {key: list(steps.unbind()) for key, steps in signatures.items()}
+        self.squares = by_key(state["squares"], device)
 
 
 register("scns", SCNSConfig, SCNS, "rows of the keys and values, chosen to cover a concept and to spare what "

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from ..attention.adapters import AdapterProcessor, adapter_key
 from ..bank.tokens import TokenGroup
 from ..conditioning.learned_words import Words
-from ..data.batch import Batch
 from ..model.deltas import DeltaKey, Deltas, SparseDelta
 from ..model.processor import AttentionProcessor
 from ..model.storage import stored_sparse
@@ -118,7 +117,6 @@ def hard_mask(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 
 class Stamina(CLoRA):
-    extra_key = "place._extra_state"
     config: StaminaConfig
 
     def begin(self, task: Task) -> None:
@@ -127,7 +125,7 @@ class Stamina(CLoRA):
         self.masks = LowRankMasks(task, self.adapters.keys, self.config)
         self.numbers = {key: number for number, key in enumerate(self.adapters.keys)}
         self.entries = sum(math.prod(self.adapters.delta(key).shape) for key in self.numbers)
-        self.seed, self.batches = task.draw_seed(), 0
+        self.seed = task.draw_seed()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         # without decay, which would pull the masks to keeping half of the entries
@@ -140,14 +138,10 @@ class Stamina(CLoRA):
     def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
         return F.linear(x, self.product(key).to(x.dtype)) if key in self.numbers else None
 
-    def on_batch(self, batch: Batch) -> Batch:
-        self.batches += 1
-        return batch
-
     def product(self, key: DeltaKey) -> Tensor:
         """`(A_t B_t) (.) M_t` `[a, b]` with gradient. The noise depends on step and batch alone."""
         logits = self.masks.logits(key)
-        place = f"{self.seed} {self.steps} {self.batches} {self.numbers[key]}"
+        place = f"{self.seed} {self.steps} {self.passes} {self.numbers[key]}"
         # 32 bits of a seed count
         generator = torch.Generator(logits.device).manual_seed(zlib.crc32(place.encode()))
         noise = torch.rand(logits.shape, generator=generator, device=logits.device)
@@ -162,10 +156,6 @@ class Stamina(CLoRA):
             expected = total(torch.sigmoid(self.masks.logits(key)).sum() for key in self.numbers)
             terms["sparsity"] = self.config.sparsity * (expected / self.entries)
         return terms
-
-    def after_step(self, step: int) -> None:
-        super().after_step(step)
-        self.batches = 0
 
     @torch.no_grad()
     def retained(self, key: DeltaKey) -> SparseDelta:

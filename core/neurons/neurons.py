@@ -107,21 +107,28 @@ class NeuronSelection:
                                    f"{size[0]}x{size[1]}; this base needs "
                                    f"{'x'.join(map(str, layout.sites[index].shape(projection)))}")
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """One bit per entry: `3-to_k` -> uint8 `[ceil(a b / 8)]`, lowest bit first."""
+    def to_tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """One bit per entry: prefix and `3-to_k` -> uint8 `[ceil(a b / 8)]`, lowest bit first."""
         packed = {}
         for index, projection in self.indices:
             flat = self.mask((index, projection)).flatten()
             bits = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-            packed[f"{index}-{projection}"] = (bits * _BITS).sum(1).to(torch.uint8)
+            packed[f"{prefix}{index}-{projection}"] = (bits * _BITS).sum(1).to(torch.uint8)
         return packed
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], layout: SiteLayout) -> NeuronSelection:
-        """Inverse of `to_tensors`. Raises ConceptError for names and sizes that do not fit the layout."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], layout: SiteLayout,
+                     prefix: str = "") -> NeuronSelection:
+        """Inverse of `to_tensors`; tensors without the prefix are skipped.
+
+        Raises:
+            ConceptError: A name or size does not fit the layout.
+        """
         masks = {}
         for name, packed in tensors.items():
-            index, _, projection = name.partition("-")
+            if not name.startswith(prefix):
+                continue
+            index, _, projection = name.removeprefix(prefix).partition("-")
             if not index.isdecimal() or int(index) >= len(layout) or projection not in PROJECTIONS:
                 raise ConceptError(f"the neuron mask '{name}' belongs to no weight; this base has "
                                    f"{layout.describe()}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -82,18 +82,18 @@ class SparseAdapters(Adapters):
 
 
 class PooledAdapters(SparseAdapters):
-    """A pool of trainable values of the size of the budget. The selection decides how many of them each
-    weight gets.
+    """A pool of trainable values, as many as the counts add up to. The selection divides it among weights.
 
     all_sizes: weight -> (a, b) of all candidates; slices: weight -> its slice of the pool.
     """
 
     pool_places: Tensor
 
-    def __init__(self, layout: SiteLayout, keys: Sequence[DeltaKey], budget: int,
+    def __init__(self, layout: SiteLayout, counts: Mapping[DeltaKey, int],
                  device: torch.device | str) -> None:
         super().__init__(layout, {}, device)
-        self.all_sizes = {key: layout.sites[key[0]].shape(key[1]) for key in keys}
+        self.all_sizes = {key: layout.sites[key[0]].shape(key[1]) for key in counts}
+        budget = sum(counts.values())
         self.pool = nn.Parameter(torch.zeros(budget, device=device))
         self.register_buffer("pool_places", torch.zeros(budget, dtype=torch.int32, device=device))
         self._divide({})

@@ -85,6 +85,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})[KEY])
+            # copies: views into a file have odd addresses, where sums may be rounded differently
             return _restore(structure, lambda key: file.get_tensor(key).clone())
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = type(error).__name__

@@ -44,14 +44,14 @@ def micro_batches(batch: Batch, method: Method, config: TrainingConfig, timestep
     """
     count = len(batch)
     if group.size == 1 and not 0 < size < count and config.caption_dropout == 0:
-        batch = method.on_batch(batch)      # so that noise of appended rows is drawn in the same order
+        batch = method.next_batch(batch)      # so that noise of appended rows is drawn in the same order
         yield MicroBatch(batch, draw(batch, timesteps, config, generator))
         return
     rows = group.share(count)
     drawn = draw(batch, timesteps, config, generator)
     batch = drop_captions(batch, config.caption_dropout, generator)
     for chosen in rows.split(size or len(rows)):
-        part = method.on_batch(batch.rows(chosen))
+        part = method.next_batch(batch.rows(chosen))
         part_draw = Draw(drawn.timesteps[chosen.to(drawn.timesteps.device)],
                          drawn.noise[chosen.to(drawn.noise.device)])
         part_draw = _extended(part_draw, part, timesteps, config, generator)

@@ -38,13 +38,13 @@ def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.
 
 
 def predict(backbone: Backbone, batch: Batch, context: Context, drawn: Draw,
-            processor: AttentionProcessor | None) -> Forward:
-    """Runs one forward pass of a batch at its drawn timesteps and noise."""
+            processor: AttentionProcessor | None, precision: torch.dtype | None = None) -> Forward:
+    """Runs one forward pass of a batch at its drawn timesteps and noise. precision: autocast's type."""
     schedule = backbone.schedule
     noisy = schedule.add_noise(batch.latents, drawn.noise, drawn.timesteps)
     target = schedule.target(batch.latents, drawn.noise, drawn.timesteps)
     output = backbone.predict(noisy, drawn.timesteps, context, processor)
-    return Forward(batch, context, drawn.timesteps, noisy, target, output)
+    return Forward(batch, context, drawn.timesteps, noisy, target, output, precision)
 
 
 def denoising_loss(backbone: Backbone, seen: Forward, config: TrainingConfig) -> Tensor:

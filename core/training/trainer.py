@@ -141,6 +141,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
+        self.method.steps = len(self.losses)
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -224,7 +225,8 @@ class Trainer:
         config, backbone, batch = self.config, self.task.backbone, micro_batch.batch
         dtype = PRECISIONS[config.precision]
         with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
-            seen = predict(backbone, batch, self._context(batch), micro_batch.drawn, self.method.processor())
+            seen = predict(backbone, batch, self._context(batch), micro_batch.drawn, self.method.processor(),
+                           dtype)
             loss = denoising_loss(backbone, seen, config)
         penalties = self.method.penalty(seen)
         whole = loss + sum(penalties.values())

@@ -185,40 +185,50 @@ def test_the_initial_basis_is_orthonormal_and_holds_the_rows(rank):
 
 @pytest.fixture
 def dense():
-    return DenseCommon.start(torch.stack([d.dense() for d in tasks(2)]), None), tasks(3)[2].dense()
+    return DenseCommon(tasks(2), None), factors(tasks(3)[2])
+
+
+def factors(delta):
+    return delta.scale * delta.up, delta.down
+
+
+def r2(dense, projections, common, up, down):
+    """R2 = sum_{i<=g} ||dW_i - H_i W*||_F^2."""
+    deltas = torch.cat([dense.old, (up @ down).unsqueeze(0)])
+    return (deltas - projections @ common).square().sum()
 
 
 def test_dense_starts_as_documented(dense):
-    common, delta = dense
+    common, new = dense
     assert torch.allclose(common.common,
                           common.old.mean(0)) and torch.equal(common.projections[-1], torch.eye(A))
-    assert torch.allclose(common.total(delta), common.loss(delta) + sum(
+    assert torch.allclose(r2(common, common.projections, common.common, *new), common.loss(*new) + sum(
         (old - h @ common.common).square().sum()
         for old, h in zip(common.old, common.projections, strict=False)), rtol=1e-5)
 
 
 def test_the_printed_gradients_are_autograds_and_a_small_step_descends(dense):
-    common, delta = dense
+    common, new = dense
     projections, shared, lr = common.projections.clone(), common.common.clone(), 1e-4
     leaves = projections.clone().requires_grad_(), shared.clone().requires_grad_()
-    total = DenseCommon(leaves[1], leaves[0], common.old).total(delta)
-    h_gradient, w_gradient = torch.autograd.grad(total, leaves)
-    common.step(delta, lr)
+    before = r2(common, *leaves, *new)
+    h_gradient, w_gradient = torch.autograd.grad(before, leaves)
+    common.step(*new, lr)
     assert torch.allclose(common.projections, projections - lr * h_gradient, atol=1e-5)
     assert torch.allclose(common.common, shared - lr * w_gradient, atol=1e-5)
-    assert common.total(delta) < total
+    assert r2(common, common.projections, common.common, *new) < before
 
 
 def test_dense_steps_leave_the_given_common_subspace_alone():
     given = random(A, B)
-    common = DenseCommon.start(torch.stack([d.dense() for d in tasks(2)]), given)
-    common.step(tasks(3)[2].dense(), 0.1)
+    common = DenseCommon(tasks(2), given)
+    common.step(*factors(tasks(3)[2]), 0.1)
     assert torch.equal(given, random(A, B)) and not torch.equal(common.common, given)
 
 
 def test_dense_projections_stay_bounded_where_the_common_subspace_has_low_rank():
     """W* W*^T is singular: in single precision a plain solve gives projections that make the step diverge."""
     for seed in range(20):
-        delta = 0.01 * random(32, 4, seed=seed) @ random(4, 32, seed=seed + 1)
-        common = DenseCommon.start(delta.unsqueeze(0), delta.clone())
+        delta = LowRankDelta(0.01 * random(32, 4, seed=seed), random(4, 32, seed=seed + 1))
+        common = DenseCommon([delta], delta.dense())
         assert torch.linalg.matrix_norm(common.projections, 2).max() < 1.1

@@ -187,7 +187,8 @@ def test_general_neurons_and_a_given_selection_are_respected(tiny_backbone, teac
 
 def test_the_pool_is_divided_as_chosen_and_stays_so_in_a_checkpoint(tiny_backbone):
     keys = key_value_weights(tiny_backbone.layout)
-    one, other = (PooledAdapters(tiny_backbone.layout, keys, 10, "cpu") for _ in range(2))
+    counts = dict.fromkeys(keys, 0) | {keys[0]: 10}      # the budget is their sum
+    one, other = (PooledAdapters(tiny_backbone.layout, counts, "cpu") for _ in range(2))
     sizes = {key: one.all_sizes[key] for key in keys[:3]}
     places = torch.arange(4), torch.tensor([], dtype=torch.long), torch.tensor([7, 9])
     one.place(NeuronSelection(dict(zip(keys[:3], places, strict=True)), sizes))

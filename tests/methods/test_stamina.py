@@ -77,7 +77,7 @@ def test_training_adds_the_masked_product(tiny_backbone, bank):
     y = method.processor().project(tiny_backbone.layout.sites[2], "to_k", x, torch.zeros(1, 3, 64))
     first = method.product(key)
     assert torch.allclose(y, x @ first.T, atol=1e-5) and torch.equal(method.product(key), first)
-    method.on_batch(None)
+    method.next_batch(None)
     second = method.product(key)
     method.after_step(1)
     assert not torch.equal(second, first) and not torch.equal(method.product(key), second)

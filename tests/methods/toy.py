@@ -27,7 +27,6 @@ class ToyConfig(LowRankConfig):
 class Toy(LowRankMethod):
     word_count = 1
     projections = ("to_v",)
-    extra_key = "steps"
     config: ToyConfig
 
     def begin(self, task):
