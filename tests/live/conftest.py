@@ -1,10 +1,15 @@
 """Starts a real ComfyUI server on this checkout: free port, CPU, a base directory of its own that is thrown
-away afterwards."""
+away afterwards.
+
+No test may depend on what an earlier one left behind. `SHUFFLE=7 pytest tests/live` runs the modules, and the
+tests in each, in another order; the number is the seed.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -23,6 +28,28 @@ ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT = 240  # seconds
 FOLDER = "continual-concepts"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+READY = "!!(window.app && app.graph && window.LiteGraph && LiteGraph.registered_node_types['ConceptLearner'])"
+# The server keeps a person's settings for all pages, so every page begins with these.
+SETTINGS = {"Comfy.VueNodes.Enabled": False, "Comfy.ColorPalette": "dark", "Comfy.TutorialCompleted": True,
+            "Comfy.Minimap.Visible": False, "Comfy.RightSidePanel.IsOpen": False,
+            "LiteGraph.Canvas.MinFontSizeForLOD": 8}
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    seed = os.environ.get("SHUFFLE")
+    if not seed:
+        return
+    here = Path(__file__).parent
+    places = [i for i, item in enumerate(items) if item.path.parent == here]
+    modules: dict[Path, list] = {}
+    for i in places:
+        modules.setdefault(items[i].path, []).append(items[i])
+    order, mixed = random.Random(seed), list(modules.values())
+    order.shuffle(mixed)
+    for module in mixed:
+        order.shuffle(module)
+    for i, item in zip(places, (item for module in mixed for item in module), strict=True):
+        items[i] = item
 
 
 def find_comfyui() -> Path | None:
@@ -206,3 +233,27 @@ def browser(server):
                                           args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def open_page(browser, server):
+    """open_page(width, height): ComfyUI's page with the settings of a new person, whatever tests before
+    changed. `errors` collects what goes wrong on the page."""
+    pages = []
+
+    def open_one(width: int = 1800, height: int = 1050):
+        server.call("/settings", SETTINGS)
+        page = browser.new_page(viewport={"width": width, "height": height})
+        pages.append(page)
+        page.set_default_timeout(60_000)
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.goto(server.url, wait_until="load", timeout=180_000)
+        page.wait_for_function(READY, timeout=180_000)
+        page.wait_for_timeout(1500)
+        page.keyboard.press("Escape")      # the template browser of a first visit
+        return page
+
+    yield open_one
+    for page in pages:
+        page.close()

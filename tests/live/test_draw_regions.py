@@ -9,8 +9,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-READY = ("!!(window.app && app.graph && window.LiteGraph && "
-         "LiteGraph.registered_node_types['ConceptRegionsDraw'])")
 EMPTY = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "config": {},
          "extra": {}, "version": 0.4}
 ADD = """async empty => {
@@ -28,20 +26,9 @@ VALUE = f"{NODE}.widgets.find(w => w.name === 'drawing').value"
 
 
 @pytest.fixture(scope="module")
-def tab(browser, server):
-    """ComfyUI's page. It starts slowly, so one serves all tests. The renderer is set back at the end."""
-    tab = browser.new_page(viewport={"width": 1500, "height": 1050})
-    tab.set_default_timeout(60_000)
-    tab.errors = []
-    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.goto(server.url, wait_until="load", timeout=180_000)
-    tab.wait_for_function(READY, timeout=180_000)
-    tab.wait_for_timeout(1500)
-    tab.keyboard.press("Escape")  # the template browser of a first visit
-    before = tab.evaluate("() => app.extensionManager.setting.get('Comfy.VueNodes.Enabled')")
-    yield tab
-    tab.evaluate(RENDER, before)      # the server keeps it for all later pages
-    tab.close()
+def tab(open_page):
+    """ComfyUI's page. It starts slowly, so one serves all tests."""
+    return open_page(1500, 1050)
 
 
 @pytest.fixture(params=["classic", "vue"])

@@ -78,19 +78,11 @@ def steps(script):
 
 
 @pytest.fixture
-def page(browser, server, steps):
-    page = browser.new_page(viewport={"width": 1400, "height": 880})
-    page.set_default_timeout(60_000)
-    page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(server.url, wait_until="load", timeout=180_000)
-    page.wait_for_function(steps.READY, timeout=180_000)
-    page.wait_for_timeout(1500)
-    page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
+def page(open_page):
+    page = open_page(1400, 880)
     # small writing stays writing
     page.evaluate("app.extensionManager.setting.set('LiteGraph.Canvas.MinFontSizeForLOD', 0)")
-    yield page
-    page.close()
+    return page
 
 
 def put_photos(folder: Path) -> None:

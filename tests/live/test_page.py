@@ -16,7 +16,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 TOUR = NAMES[0]
-READY = "!!(window.app && app.graph && window.LiteGraph && LiteGraph.registered_node_types['ConceptLearner'])"
 EVERYTHING_IN_SIGHT = """() => {
     const boxes = [...app.graph._nodes, ...app.graph._groups].map(
         item => [item.pos[0], item.pos[1] - 30, ...item.size]);
@@ -42,22 +41,14 @@ OVERLAPS = """() => {
 
 
 @pytest.fixture(scope="module")
-def tab(browser, server, comfyui_folder):
+def tab(open_page, server, comfyui_folder):
     """ComfyUI's page, with the photos that the workflows name. It starts slowly, so one serves all tests."""
     example = comfyui_folder / "input" / "example.png"
     for folder in ("", "rex", "mimi"):
         if example.is_file():
             (server.base / "input" / folder).mkdir(exist_ok=True)
             shutil.copy(example, server.base / "input" / folder)
-    tab = browser.new_page(viewport={"width": 1800, "height": 1050})
-    tab.set_default_timeout(60_000)
-    tab.errors = []
-    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.goto(server.url, wait_until="load", timeout=180_000)
-    tab.wait_for_function(READY, timeout=180_000)
-    tab.wait_for_timeout(1500)
-    yield tab
-    tab.close()
+    return open_page()
 
 
 @pytest.fixture

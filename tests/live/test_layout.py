@@ -1,0 +1,116 @@
+"""Row G13: the workflows as they open in both of ComfyUI's renderers. Sizes are those of the real page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+OPEN = "([graph, name]) => app.loadGraphData(graph, true, true, name, {openSource: 'template'})"
+SMALLEST_FONT = 8      # below this size, the classic renderer draws grey boxes in place of words
+# Boxes of the nodes in the graph's coordinates: name, type, left, top, right, bottom
+BOXES = """() => {
+    const {scale, offset} = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect();
+    return app.canvas.graph._nodes.map(node => {
+        const seen = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+        const [x, y] = node.pos, [width, height] = node.size;
+        const box = seen
+            ? [(seen.left - canvas.left) / scale - offset[0], (seen.top - canvas.top) / scale - offset[1],
+               (seen.right - canvas.left) / scale - offset[0], (seen.bottom - canvas.top) / scale - offset[1]]
+            : [x, y - 30, x + width, y + height];
+        return [`${node.title} (${node.id})`, node.type, ...box];
+    });
+}"""
+GROUPS = """() => app.canvas.graph._groups.map(
+    group => [group.title, 'group', group.pos[0], group.pos[1], group.pos[0] + group.size[0],
+              group.pos[1] + group.size[1]])"""
+SHOW_PICTURES = """types => app.graph._nodes.filter(node => types.includes(node.type)).forEach(node =>
+    app.api.dispatchCustomEvent('executed', {
+        node: String(node.id), display_node: String(node.id), prompt_id: 'none',
+        output: {images: [{filename: 'example.png', type: 'input', subfolder: ''}]}}))"""
+WITH_PICTURES = ["ConceptBankInspect", "ConceptEvaluate", "ConceptLearner", "ConceptNeuronSelect",
+                 "ConceptRegionsShow", "ElasticWeightAggregate", "PreviewImage", "RegionalConceptSampler",
+                 "SaveImage"]
+HIDDEN_TEXT = """() => [...document.querySelectorAll('.comfy-markdown-content')].filter(
+    note => note.scrollHeight > note.clientHeight + 2).length"""
+
+
+@pytest.fixture(scope="module")
+def tab(open_page, server, comfyui_folder):
+    example = comfyui_folder / "input" / "example.png"
+    if not example.is_file():
+        pytest.skip("this ComfyUI has no example.png")
+    shutil.copy(example, server.base / "input")
+    return open_page()
+
+
+@pytest.fixture(params=["classic", "vue"])
+def page(tab, request):
+    tab.evaluate(RENDER, request.param == "vue")
+    tab.renderer = request.param
+    tab.errors.clear()
+    return tab
+
+
+def overlapping(boxes: list) -> list[str]:
+    return [f"{one[0]} and {other[0]}" for i, one in enumerate(boxes) for other in boxes[i + 1:]
+            if one[2] < other[4] and other[2] < one[4] and one[3] < other[5] and other[3] < one[5]]
+
+
+def is_inside(box: list, group: list) -> bool:
+    return group[2] <= box[2] and group[3] <= box[3] and box[4] <= group[4] and box[5] <= group[5]
+
+
+def outside_groups(boxes: list, groups: list) -> list[str]:
+    """Nodes that no group holds completely. Notes stand alone."""
+    return [box[0] for box in boxes if box[1] != "MarkdownNote"
+            and not any(is_inside(box, group) for group in groups)]
+
+
+def check(page) -> None:
+    boxes, groups = page.evaluate(BOXES), page.evaluate(GROUPS)
+    assert boxes and not overlapping(boxes)
+    assert not overlapping([*groups, *(box for box in boxes if box[1] == "MarkdownNote")])
+    assert not groups or not outside_groups(boxes, groups)
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_g13_workflows_are_laid_out(page, path, tmp_path):
+    """Before and after a run, whose pictures make nodes taller."""
+    page.evaluate(OPEN, [json.loads(path.read_text(encoding="utf-8")), path.stem])
+    page.wait_for_timeout(1200)
+    page.screenshot(path=str(tmp_path / f"{page.renderer}-{path.stem}.png"))
+    print(f"screenshot: {tmp_path}")
+    assert 14 * page.evaluate("app.canvas.ds.scale") >= SMALLEST_FONT
+    check(page)
+    assert page.renderer == "classic" or not page.evaluate(HIDDEN_TEXT)
+    page.evaluate(SHOW_PICTURES, WITH_PICTURES)
+    page.wait_for_timeout(1200)
+    page.screenshot(path=str(tmp_path / f"{page.renderer}-{path.stem}-after.png"))
+    check(page)
+    assert not page.errors
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_g13_sibling_blueprints_are_laid_out(page, path, tmp_path):
+    """The nodes inside, as one sees them after a double-click."""
+    page.evaluate(OPEN, [json.loads(path.read_text(encoding="utf-8")), path.stem])
+    page.wait_for_timeout(1000)
+    page.evaluate("() => app.canvas.setGraph([...app.graph.subgraphs.values()][0])")
+    page.wait_for_timeout(800)
+    page.evaluate("() => { app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [500, 200]; "
+                  "app.canvas.setDirty(true, true); }")
+    page.wait_for_timeout(1000)
+    page.screenshot(path=str(tmp_path / f"{page.renderer}-{path.stem}.png"))
+    print(f"screenshot: {tmp_path}")
+    check(page)
+    page.evaluate("() => app.canvas.setGraph(app.rootGraph ?? app.graph)")
+    assert not page.errors
