@@ -32,10 +32,18 @@ BOXES = """() => {
 GROUPS = """() => app.canvas.graph._groups.map(
     group => [group.title, 'group', group.pos[0], group.pos[1], group.pos[0] + group.size[0],
               group.pos[1] + group.size[1]])"""
-SHOW_PICTURES = """types => app.graph._nodes.filter(node => types.includes(node.type)).forEach(node =>
-    app.api.dispatchCustomEvent('executed', {
-        node: String(node.id), display_node: String(node.id), prompt_id: 'none',
-        output: {images: [{filename: 'example.png', type: 'input', subfolder: ''}]}}))"""
+# As after a run: a picture on each node of these types, and the learner's line of progress below its widgets
+SHOW_PICTURES = """types => {
+    for (const node of app.graph._nodes.filter(node => types.includes(node.type))) {
+        const id = String(node.id);
+        if (node.type === 'ConceptLearner') app.api.dispatchCustomEvent('progress_text', {
+            nodeId: id, text: 'step 400 of 800, loss 0.1234, similarity 61.2, 12 min left'});
+        app.api.dispatchCustomEvent('executed', {
+            node: id, display_node: id, prompt_id: 'none',
+            output: {images: [{filename: 'example.png', type: 'input', subfolder: ''}]}});
+    }
+    app.canvas.setDirty(true, true);
+}"""
 WITH_PICTURES = ["ConceptBankInspect", "ConceptEvaluate", "ConceptLearner", "ConceptNeuronSelect",
                  "ConceptRegionsShow", "ElasticWeightAggregate", "PreviewImage", "RegionalConceptSampler",
                  "SaveImage"]
@@ -92,8 +100,12 @@ def test_g13_workflows_are_laid_out(page, path, tmp_path):
     assert 14 * page.evaluate("app.canvas.ds.scale") >= SMALLEST_FONT
     check(page)
     assert page.renderer == "classic" or not page.evaluate(HIDDEN_TEXT)
+    shown = page.evaluate(BOXES)
     page.evaluate(SHOW_PICTURES, WITH_PICTURES)
     page.wait_for_timeout(1200)
+    grown = [after[0] for before, after in zip(shown, page.evaluate(BOXES), strict=True)
+             if after[5] > before[5] + 100]
+    assert grown or "ElasticWeightAggregate" not in {box[1] for box in shown}
     page.screenshot(path=str(tmp_path / f"{page.renderer}-{path.stem}-after.png"))
     check(page)
     assert not page.errors
