@@ -45,8 +45,9 @@ class ConceptImport(io.ComfyNode):
             category=types.BANKS,
             search_aliases=["load lora", "textual inversion", "import lora"],
             description="Makes a concept of a LoRA, an embedding or both and adds it to a bank; <name> in a "
-                        "prompt then activates it. Only the text cross-attention of a LoRA is used; the "
-                        "notes say what was left out, and how much that is.",
+                        "prompt then activates it. Reads LoRA, DoRA, LoHa, LoKr, .diff and Custom Diffusion. "
+                        "Only their text cross-attention is used; the notes say what was left out, and how "
+                        "much that is.",
             inputs=[
                 io.Model.Input("model", tooltip="The kind of model that the files were made for."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
@@ -66,19 +67,24 @@ class ConceptImport(io.ComfyNode):
                 ),
                 types.Bank.Input("bank", optional=True,
                                  tooltip="The bank to add it to; none begins a new one."),
+                io.String.Input(
+                    "which", default="", optional=True,
+                    tooltip="For a file with several adapters or embeddings: the one to take. One of each "
+                            "with a comma. Empty: asks where there are several."
+                ),
             ],
             outputs=[types.Bank.Output(display_name="bank"), io.String.Output(display_name="notes")],
         )
 
     @classmethod
     def execute(cls, model, clip, lora, embedding, name, class_noun, kind, trigger,
-                bank=None) -> io.NodeOutput:
+                bank=None, which="") -> io.NodeOutput:
         backbone = ComfyBackbone(model, clip)
         if bank is not None:
             bank.check_fits(backbone.layout)
         result = import_concept(name.strip().strip("<>"), class_noun.strip(), kind, backbone.layout,
                                 backbone.text, _file("loras", lora),
-                                _file("embeddings", embedding), trigger)
+                                _file("embeddings", embedding), trigger, which, backbone)
         text = "\n".join(result.notes)
         grown = (ConceptBank(backbone.layout) if bank is None else bank).add(result.concept)
         return io.NodeOutput(grown, text, ui=ui.PreviewText(text))

@@ -87,7 +87,7 @@ def _import(options: Namespace) -> Result:
     bank = stored or ConceptBank(backbone.layout)
     bank.check_fits(backbone.layout)
     result = import_concept(options.name, options.noun, options.kind, bank.layout, backbone.text,
-                            options.lora, options.embedding, options.trigger)
+                            options.lora, options.embedding, options.trigger, options.which, backbone)
     add_concept(options.bank, result.concept, {}, bank)
     facts = {"concept": options.name, "bank": str(options.bank), "notes": list(result.notes)}
     return facts, [*result.notes, f"{options.bank} holds <{options.name}>"]

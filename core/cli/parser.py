@@ -144,10 +144,14 @@ def _add_import(bank) -> None:
     parser.add_argument("--noun", default="", help="class noun: an ordinary word for it, e.g. dog")
     parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
     parser.add_argument("--lora", type=file_path,
-                        help=".safetensors, with kohya's, diffusers' or PEFT's names")
+                        help=".safetensors file (LoRA, DoRA, LoHa, LoKr, .diff or Custom Diffusion; kohya's, "
+                        "LyCORIS', diffusers' or PEFT's names), or the folder that PEFT or diffusers saved")
     parser.add_argument("--embedding", type=file_path, help=".safetensors, a textual inversion")
     parser.add_argument("--trigger", default="",
                         help="trigger words of a LoRA without learned words, e.g. 'sks dog'")
+    parser.add_argument("--which", default="",
+                        help="the adapter or embedding to take from a file that holds several; one of each "
+                        "with a comma")
     add_base(parser)
 
 

@@ -9,33 +9,94 @@ from dataclasses import dataclass
 from ..model.deltas import DeltaKey
 from ..model.sites import PROJECTIONS, SiteLayout
 
+# forms of a change that become deltas
+LORA, LOHA, LOKR, DIFF, CUSTOM_DIFFUSION = "LoRA", "LoHa", "LoKr", ".diff", "Custom Diffusion"
+DORA = "DoRA"       # magnitudes beside one of these forms
+FORMS = (LORA, DORA, LOHA, LOKR, DIFF, CUSTOM_DIFFUSION)
+ALPHA, BIAS, NORM = "alpha", "bias", "norm"
+LONGEST_NAME = 512
+
+# name behind the module's -> (form, side). The sources are the files of kohya's scripts, LyCORIS, PEFT and
+# diffusers.
+_SIDES = {
+    "lora_up": (LORA, "up"), "lora_B": (LORA, "up"), "lora_down": (LORA, "down"), "lora_A": (LORA, "down"),
+    "lora_mid": (LORA, "mid"),
+    "dora_scale": (DORA, "dora_scale"), "lora_magnitude_vector": (DORA, "lora_magnitude_vector"),
+    **{f"hada_{side}": (LOHA, side) for side in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{side}": (LOKR, side) for side in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    "diff": (DIFF, "diff"), "alpha": (ALPHA, "alpha"),
+    # these are no sums of a weight and a change that is known without further weights
+    "set_weight": ("set_weight", ""), "reshape_weight": ("reshape_weight", ""),
+    **dict.fromkeys(("oft_blocks", "rescale", "oft_r", "oft_R"), ("OFT", "")),
+    **dict.fromkeys(("boft_R", "boft_s"), ("BOFT", "")),
+    **dict.fromkeys(("a1", "a2", "b1", "b2", "bm1", "bm2"), ("GLoRA", "")),
+    **dict.fromkeys(("q_layer", "p_layer", "lambda_layer"), ("T-LoRA", "")),
+    **dict.fromkeys(("lora_E", "ranknum"), ("AdaLoRA", "")),
+    **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), ("VeRA", "")),
+    **dict.fromkeys(("ia3_l", "on_input"), ("IA3", "")),
+    **dict.fromkeys(("hra_u",), ("HRA", "")),
+    "w_norm": (NORM, ""),
+    **dict.fromkeys(("diff_b", "b_norm", "bias_values", "bias_indices", "bias_size"), (BIAS, "")),
+}
 # kohya: `<module>.lora_up.weight`; PEFT: `<module>.lora_B.weight`, with or without the adapter's name before
-# `weight`; diffusers: `<module>.lora.up.weight`, and in 2023 `<attention>.processor.to_q_lora.up.weight`.
-_FACTOR = re.compile(r"(?P<module>.+?)(?:[._]lora[._](?P<side>up|down|A|B|mid))(?:\.[\w-]+)?\.weight$")
-_ALPHA = re.compile(r"(?P<module>.+?)\.alpha$")
-_PREFIX = re.compile(r"^(?:base_model_model_|model_|lora_|unet_|diffusion_)+")
-_TEXT = re.compile(r"^(?:base_model_model_)?(?:lora_)?"
-                   r"(?:te|te1|te2|text_encoder|text_encoder_2|text_model|cond_stage_model|clip)_")
-_SIDES = {"up": "up", "B": "up", "down": "down", "A": "down", "mid": "mid"}
+# `weight`; diffusers: `<module>.lora.up.weight`, and in 2023 `<attention>.processor.to_q_lora.up.weight`;
+# transformers: `<module>.lora_linear_layer.up.weight`. Numbers are no adapters: they are slices of a weight.
+_NAME = re.compile(
+    r"(?P<module>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<factor>up|down|A|B|mid)"
+    r"|_(?P<whole>custom_diffusion)(?:\.0)?"
+    rf"|\.(?P<side>{'|'.join(sorted(_SIDES, key=len, reverse=True))}))"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias|\d+)(?:\.|$))[\w-]+))?(?:\.(?:weight|(?P<bias>bias)))?$")
+_PREFIX = re.compile(r"^(?:base_model_model_|model_|lora_|lycoris_|unet_|diffusion_)+")
+_TEXT = re.compile(r"^(?:base_model_model_)?(?:lora_|lycoris_)?"
+                   r"(?:te|te1|te2|text_encoders?|text_encoder_2|text_model|cond_stage_model|clip)_")
+# name inside a UNet -> kind of layer, the first that is found
+_KINDS = (("attn1", "self-attention"), ("attn2", "text cross-attention that this base does not have"),
+          (r"_ff_", "feed-forward"), ("norm", "normalisation"), ("time_emb", "time embedding"),
+          ("proj_(in|out)", "proj_in and proj_out"),
+          (r"resnets|conv|sampl|in_layers|out_layers|skip_connection|_op$", "convolutions"))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A parsed tensor name. module: with `_` for dots, without prefixes; side: up | down | mid | alpha."""
+    """A parsed tensor name.
+
+    Args:
+        module: With `_` for dots, without prefixes.
+        path: As the file spells it.
+        form: One of FORMS, ALPHA, BIAS or the name of a form that cannot become a delta.
+        side: Which part of the form.
+        adapter: PEFT's name of the adapter; "" if the file names none.
+    """
 
     module: str
+    path: str
+    form: str
     side: str
+    adapter: str
     is_text: bool
 
 
 def part_of(key: str) -> Part | None:
-    """Parses a tensor's name; None for tensors outside plain LoRA (LoHa, LoKr, DoRA's magnitudes)."""
-    match = _FACTOR.match(key) or _ALPHA.match(key)
+    """Parses a tensor's name; None for names outside LoRA files."""
+    match = _NAME.match(key) if len(key) <= LONGEST_NAME else None
     if match is None:
         return None
+    if match["bias"]:
+        form, side = BIAS, ""
+    elif match["whole"]:
+        form, side = CUSTOM_DIFFUSION, "weight"
+    else:
+        form, side = _SIDES[match["side"] or f"lora_{match['factor']}"]
     name = match["module"].replace(".processor", "").replace(".", "_")
-    side = _SIDES[match["side"]] if "side" in match.groupdict() else "alpha"
-    return Part(_PREFIX.sub("", name), side, bool(_TEXT.match(name)))
+    return Part(_PREFIX.sub("", name), match["module"], form, side, match["adapter"] or "",
+                bool(_TEXT.match(name)))
+
+
+def kind_of(module: str, is_text: bool) -> str:
+    """The kind of a layer that is no site of the base, for messages."""
+    if is_text:
+        return "text encoder"
+    return next((kind for name, kind in _KINDS if re.search(name, module)), "other layers")
 
 
 def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:

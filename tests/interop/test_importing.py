@@ -12,15 +12,11 @@ from continual_concepts.core.cli.parser import main
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import aggregate
 from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.interop.embedding_file import LARGEST_EMBEDDING, read_embedding
 from continual_concepts.core.interop.export import export_concept
-from continual_concepts.core.interop.importing import (
-    LARGEST_EMBEDDING,
-    LoraFile,
-    import_concept,
-    lora_deltas,
-    read_embedding,
-    read_lora,
-)
+from continual_concepts.core.interop.importing import import_concept, imported
+from continual_concepts.core.interop.lora_deltas import lora_deltas
+from continual_concepts.core.interop.lora_file import LoraFile, read_lora
 from continual_concepts.core.interop.lora_names import part_of, site_names
 from continual_concepts.core.model.sites import PROJECTIONS, Site, SiteLayout
 
@@ -133,6 +129,14 @@ def test_names_of_the_true_families():
      "text_encoder_text_model_encoder_layers_0_self_attn_q_proj",
      "down", True),
     ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "mid_block_resnets_0_conv1", "mid", False),
+    ("lycoris_mid_block_x_attn2_to_k.lokr_w2_a", "mid_block_x_attn2_to_k", "w2_a", False),
+    ("text_encoder.text_model.x.q_proj.lora_linear_layer.down.weight", "text_encoder_text_model_x_q_proj",
+     "down", True),
+    ("base_model.model.mid_block.attn2.to_k.lora_magnitude_vector.rex.weight", "mid_block_attn2_to_k",
+     "lora_magnitude_vector", False),
+    ("mid_block.attn2.processor.to_out_custom_diffusion.0.weight", "mid_block_attn2_to_out", "weight", False),
+    ("diffusion_model.middle_block.1.attn2.to_v.diff", "middle_block_1_attn2_to_v", "diff", False),
+    ("unet.mid_block.attn2.to_out.0.lora_B.default.bias", "mid_block_attn2_to_out_0", "", False),
 ])
 def test_parts(key, module, side, is_text):
     part = part_of(key)
@@ -140,8 +144,8 @@ def test_parts(key, module, side, is_text):
 
 
 @pytest.mark.parametrize("key",
-                         ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.dora_scale",
-                          "emb_params", "x.weight", ""])
+                         ["emb_params", "x.weight", "x.lora_up.0.weight",
+                          "model.diffusion_model.x.attn2.to_k.weight", "<s0>", "", "x" * 1000 + ".alpha"])
 def test_what_is_no_lora_is_no_part(key):
     assert part_of(key) is None
 
@@ -163,8 +167,10 @@ def test_what_is_left_out_is_told(bank, tmp_path):
     outside = sum(float((extra[key] @ extra[key.replace("lora_up", "lora_down")]).square().sum())
                   for key in ups)
     assert len(ups) == 2 and taken.share == pytest.approx(inside / (inside + outside), rel=1e-4)
-    assert taken.left == {"of the text encoder": 1, "of other layers of the UNet": 1,
-                          "in a form other than plain LoRA": 1}
+    assert {kind: left.layers for kind, left in taken.left.items()} == {
+        "text encoder": 1, "self-attention": 1, "other layers, incomplete": 1}
+    shares = [left.share for left in taken.left.values() if left.share is not None]
+    assert sum(shares) + taken.share == pytest.approx(1, rel=1e-5)
 
 
 def test_a_trigger_is_what_is_typed(tiny_backbone, bank, tmp_path):
@@ -191,8 +197,6 @@ def test_layers_of_several_ranks(bank):
     taken = lora_deltas(LoraFile(state), bank.layout, "it")
     place = site_names(bank.layout)[module.removeprefix("lora_unet_")]
     assert distance(taken.deltas[place].dense(), state[key] @ state[f"{module}.lora_down.weight"]) < 1e-5
-    from continual_concepts.core.interop.importing import imported
-
     found = imported("many", "dog", "object", bank.layout, {"clip_l": torch.zeros(1, 32)}, taken).concept
     assert {d.up.shape[1] for key, d in found.deltas.items() if key[1] == "to_q"} == {7}
     assert distance(found.deltas[place].dense(), taken.deltas[place].dense()) < HALF
