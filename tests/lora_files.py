@@ -26,7 +26,7 @@ class Writer:
 
     def lora(self, weight: Tensor) -> tuple[Sides, Tensor]:
         (a, b), rank, alpha = weight.shape, 3, 2.0
-        up, down = self.size * self.random(a, rank) / a**0.5, self.random(rank, b) / b**0.5
+        up, down = self.size * self.random(a, rank), self.random(rank, b) / b**0.5
         sides = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(alpha)}
         return sides, alpha / rank * up @ down
 
