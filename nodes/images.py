@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..core.data.pictures import Deferred
 from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import Encode
 from ..core.evaluation.metrics import unit
@@ -16,6 +18,27 @@ from ..core.evaluation.metrics import unit
 def _batches(value: Iterable[Tensor | None] | Tensor | None) -> list[Tensor]:
     """Returns one batch, or several, as a list without unconnected inputs."""
     return [value] if isinstance(value, Tensor) else [batch for batch in value or () if batch is not None]
+
+
+def deferred_pictures(images: Iterable[Tensor | None] | Tensor | None, what: str) -> list[Deferred]:
+    """The same as `pictures_of`, but converted each time they are read, because ComfyUI holds large photos as
+    float32 already.
+    """
+    pictures = []
+    for batch in _batches(images):
+        if batch.ndim != 4 or batch.shape[-1] < 3 or min(batch.shape[:3]) < 1:
+            raise ConceptError(f"{what} has a picture of shape {tuple(batch.shape)}; allowed: [count, "
+                               "height, width, 3]")
+        if not torch.isfinite(batch).all():
+            raise ConceptError(f"{what} has a picture with NaN or infinite values")
+        height, width = batch.shape[1:3]
+        pictures += [Deferred((height, width), partial(_signed, image)) for image in batch[..., :3]]
+    return pictures
+
+
+def _signed(image: Tensor) -> Tensor:
+    """`[H, W, 3]` in 0..1 as `[3, H, W]` in -1..1 on the CPU."""
+    return image.permute(2, 0, 1).float().cpu() * 2 - 1
 
 
 def pictures_of(images: Iterable[Tensor | None] | Tensor | None, what: str) -> list[Tensor]:
@@ -31,15 +54,7 @@ def pictures_of(images: Iterable[Tensor | None] | Tensor | None, what: str) -> l
     Raises:
         ConceptError: A batch has another shape, NaN or infinity.
     """
-    pictures = []
-    for batch in _batches(images):
-        if batch.ndim != 4 or batch.shape[-1] < 3 or min(batch.shape[:3]) < 1:
-            raise ConceptError(f"{what} has a picture of shape {tuple(batch.shape)}; allowed: [count, "
-                               "height, width, 3]")
-        if not torch.isfinite(batch).all():
-            raise ConceptError(f"{what} has a picture with NaN or infinite values")
-        pictures += [image.permute(2, 0, 1).float().cpu().clone() * 2 - 1 for image in batch[..., :3]]
-    return pictures
+    return [picture.read() for picture in deferred_pictures(images, what)]
 
 
 def masks_of(masks: Iterable[Tensor | None] | Tensor | None, what: str) -> list[Tensor]:

@@ -11,13 +11,14 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..core.bank.bank import ConceptBank
-from ..core.bank.concepts import KINDS
+from ..core.bank.concepts import KINDS, ConceptInfo
 from ..core.bank.tokens import check_class_noun, check_name
 from ..core.charts import loss_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
-from ..core.data.framing import Framing, Picture
-from ..core.data.photos import pair_pictures
-from ..core.data.training_set import prepare
+from ..core.data.framing import Framing
+from ..core.data.pictures import Picture, pair_pictures, prior_caption
+from ..core.data.report import prior_warnings, report_of
+from ..core.data.training_set import check_captions, prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.previews import (
@@ -35,8 +36,8 @@ from ..core.training.config import TrainingConfig
 from ..core.training.record import is_same_work, run_identity, run_key
 from . import types
 from .folders import checkpoint_file
-from .images import masks_of, pictures_of, to_image, vision
-from .inputs import first, lines_of, setting_input
+from .images import deferred_pictures, masks_of, to_image, vision
+from .inputs import first, setting_input
 from .progress import Reporter
 from .schema import Schema
 
@@ -178,9 +179,9 @@ class ConceptLearner(io.ComfyNode):
         name, noun = check_name(given["name"].strip().strip("<>")), check_class_noun(given["class_noun"])
         if given["if_known"] not in (KEEP, AGAIN):
             raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}")
-        photos = pair_pictures(pictures_of(images, "images"), lines_of(captions), masks_of(masks, "masks"))
-        prior = [Picture(p, f"a photo of a {noun}", is_prior=True)
-                 for p in pictures_of(prior_images, "prior_images")]
+        photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))
+        prior = [Picture(p, prior_caption(noun), is_prior=True)
+                 for p in deferred_pictures(prior_images, "prior_images")]
         method = make(given["method"], _method_settings(given, first(method_settings)))
         if first(selection) is not None:
             method.use_selection(first(selection))
@@ -248,9 +249,17 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
            node: str | None) -> io.NodeOutput:
     photos = [picture for picture in pictures if not picture.is_prior]
     digests = [photo.digest for photo in photos]
-    notes = list(warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests))
-    for note in notes:      # check before the minutes of training
+    words = task.worded(method.word_count).word_names
+    info = ConceptInfo(task.name, task.class_noun, method.name, words, task.kind)
+    check_captions(photos, [*task.bank.infos.values(), info])
+    taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
+                                                         task.bank.infos, task.name)
+    warnings = [*taken.warnings, *(prior_warnings(method.composition) if len(pictures) > len(photos) else [])]
+    notes = [*warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
+             *(warning.text for warning in warnings)]
+    for note in notes:      # before the minutes of training
         logging.warning("Concept Learner: %s", note)
+    notes.insert(0, taken.headline)
     size = (config.resolution, config.resolution)
     backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)
     with backbone.training():

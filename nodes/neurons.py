@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..core.charts import selection_picture
 from ..core.comfy.backbone import ComfyBackbone
-from ..core.data.framing import Framing, Picture
+from ..core.data.framing import Framing
+from ..core.data.pictures import Picture
 from ..core.data.training_set import prepare
 from ..core.errors import ConceptError
 from ..core.images import to_tensor

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..core.comfy.demo import DemoVision, load_demo
-from ..core.data.photos import SUFFIXES, read_folder
+from ..core.data.folder import MASKS, pictures_in, read_folder
+from ..core.data.pictures import captions_text, weights
 from ..core.errors import ConceptError
 from . import types
 from .images import to_image
 from .schema import Schema
 
 EXAMPLES = "(example photos: rex)"
-MASKS = "masks"      # subfolder with the masks of a folder of photos
 
 
 def _folders() -> list[str]:
@@ -28,18 +28,14 @@ def _folders() -> list[str]:
     candidates = [path for pattern in ("*", "*/*") for path in root.glob(pattern)
                   if path.is_dir() and not path.name.startswith(".") and path != root / "clipspace"]
     return sorted(path.relative_to(root).as_posix() for path in candidates
-                  if _has_pictures(path) and not _holds_masks(path))
-
-
-def _has_pictures(folder: Path) -> bool:
-    return any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
+                  if pictures_in(path) and not _holds_masks(path))
 
 
 def _holds_masks(folder: Path) -> bool:
     """Whether a folder holds the masks of the photos in the folder above it."""
     above = folder.parent
     is_inside = above != Path(folder_paths.get_input_directory())
-    return is_inside and folder.name.lower() == MASKS and _has_pictures(above)
+    return is_inside and folder.name.lower() == MASKS and bool(pictures_in(above))
 
 
 def _folder(name: str) -> Path:
@@ -86,13 +82,13 @@ class ConceptPhotosLoad(io.ComfyNode):
     @classmethod
     def execute(cls, folder) -> io.NodeOutput:
         path = _folder(folder)
-        masks = path / MASKS
-        pictures = read_folder(path, masks=masks if masks.is_dir() else None)
-        images = [to_image(picture.pixels.unsqueeze(0)) for picture in pictures]
-        shown = [torch.ones(1, *picture.pixels.shape[1:]) if picture.mask is None else picture.mask
-                 for picture in pictures]
-        captions = [" ".join(picture.caption.split()) for picture in pictures]
-        return io.NodeOutput(images, "\n".join(captions) if all(captions) else "", shown)
+        photos = read_folder(path)
+        images = [to_image(picture.pixels.unsqueeze(0)) for picture in photos.pictures]
+        masks = [torch.ones(1, *picture.size) if mask is None else weights(mask)
+                 for picture in photos.pictures for mask in [picture.stored_mask()]]
+        captions = [" ".join(picture.caption.split()) for picture in photos.pictures]
+        text = ui.PreviewText("\n".join(photos.report.checked().lines()))
+        return io.NodeOutput(images, captions_text(captions), masks, ui=text)
 
 
 class ConceptDemoBase(io.ComfyNode):

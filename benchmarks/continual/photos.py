@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from ...core.bank.concepts import KINDS
 from ...core.bank.prompts import PLACEHOLDER
 from ...core.bank.tokens import check_name
 from ...core.data.assignment import Assignment
-from ...core.data.framing import Framing, Picture, frame
-from ...core.data.photos import read_folder
+from ...core.data.folder import read_folder
+from ...core.data.framing import Framing, frame
 from ...core.errors import ConceptError
 from ...core.evaluation.protocol import Encoder
 from ...core.hosts.diffusers import DiffusersBackbone
@@ -179,9 +180,8 @@ def assignment_of(root: Path, entry: Mapping) -> Assignment:
     """
     captions = entry.get("captions")
     captions = None if captions is None else _inside(root, captions, f"captions of '{entry['name']}'")
-    pictures = tuple(Picture(p.pixels, p.caption.splitlines()[0].strip() if p.caption else "", p.mask,
-                             digest=p.digest)
-                     for p in read_folder(entry["images"], captions))
+    pictures = tuple(replace(p, caption=p.caption.splitlines()[0].strip() if p.caption else "")
+                     for p in read_folder(entry["images"], captions).pictures)
     if len(pictures) < 2:
         raise ConceptError(f"'{entry['images']}' holds {len(pictures)} picture; "
                            "measuring a concept takes two or more")

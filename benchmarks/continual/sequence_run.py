@@ -18,7 +18,8 @@ import torch
 from ...core.bank.bank import ConceptBank
 from ...core.bank.format import open_bank, save_bank
 from ...core.data.assignment import Assignment
-from ...core.data.framing import Framing, Picture
+from ...core.data.framing import Framing
+from ...core.data.pictures import Picture
 from ...core.data.training_set import prepare
 from ...core.evaluation.protocol import words_for
 from ...core.files import write_atomically

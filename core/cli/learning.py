@@ -18,8 +18,9 @@ from ..bank.concepts import Concept
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name
-from ..data.framing import Framing, Picture, frame
-from ..data.photos import file_digests, read_folder
+from ..data.folder import file_digests
+from ..data.framing import Framing, frame
+from ..data.pictures import Picture
 from ..data.training_set import prepare
 from ..demo.judges import SceneEncoder
 from ..errors import ConceptError
@@ -41,6 +42,7 @@ from ..training.process_group import ProcessGroup, process_group
 from ..training.record import Learned, check_known
 from ..training.trainer import StepInfo
 from . import backbones
+from .photos import read_photos
 from .result import Result
 
 KEEP, AGAIN = "keep", "again"
@@ -130,14 +132,17 @@ def learn(options: Namespace) -> Result | None:
     rates = backbones.EMBEDDED_RATES if backbones.is_embedded(options) else {}
     method = make(options.method, {**rates, **_method_settings(options)})
     training = _training(options)
-    photos = read_folder(options.images, options.captions, options.masks)
+    read = read_photos(options, training.resolution)
+    photos = read.photos.pictures
     checkpoint = beside(file, f".{shortened(options.name, 100)}.checkpoint")
     _renew_digests(checkpoint, options.images, photos)
-    prior = [] if options.prior is None else read_folder(options.prior, is_prior=True)
     # reports a damaged bank before the base is loaded
     stored = open_bank(file) if os.path.exists(file) else None
     encoder = _encoder(options, training)
+    read = read.checked(options, training, stored, method)
     with process_group(options.device) as group:
+        if group.is_first and not options.json:
+            print("\n".join(read.lines()), flush=True)
         if stored is not None and options.name in stored and options.if_known == KEEP:
             result = _known(options, stored, method, training, photos)
             return result if group.is_first else None
@@ -150,12 +155,12 @@ def learn(options: Namespace) -> Result | None:
         _warn(warnings if group.is_first else ())
         previews = _previews(options, training, backbone, photos, encoder)
         task = _task(options, backbone, bank, training.seed)
-        learned = _train(options, task, method, [*photos, *prior], training, previews, checkpoint, group)
+        learned = _train(options, task, method, read.pictures, training, previews, checkpoint, group)
         if not group.is_first:
             return None
     concept, grown = _saved(options, file, learned, task, training.resolution)
     checkpoint.unlink(missing_ok=True)
-    return _report(options, concept, grown, learned.losses, training, warnings)
+    return _report(options, concept, grown, learned.losses, training, warnings, read.to_json())
 
 
 def _train(options: Namespace, task: Task, method: Method, pictures: list[Picture], training: TrainingConfig,
@@ -217,9 +222,9 @@ def _facts(options: Namespace, concept: Concept, bank: ConceptBank) -> dict:
 
 
 def _report(options: Namespace, concept: Concept, bank: ConceptBank, losses: tuple[float, ...],
-            training: TrainingConfig, warnings: list[str]) -> Result:
+            training: TrainingConfig, warnings: list[str], photos: dict) -> Result:
     facts = {**_facts(options, concept, bank), "final_loss": losses[-1], "learned": True,
-             "warnings": warnings}
+             "warnings": warnings, "photos": photos}
     names = ", ".join(f"<{name}>" for name in bank.names)
     lines = [f"learned {concept.info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {names}"]
     if len(losses) < training.steps:

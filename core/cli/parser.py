@@ -46,7 +46,9 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def _add_learn(commands) -> None:
     parser = commands.add_parser("learn", help="learn a concept from a folder of photos into a bank")
     parser.add_argument("images", type=file_path,
-                        help="folder of pictures; <name>.txt beside a picture is its caption")
+                        help="folder of pictures, or one picture; <name>.txt beside a picture is its caption")
+    parser.add_argument("--subfolders", action="store_true",
+                        help="learn from the pictures in all subfolders; those in 10_dog count 10 times")
     parser.add_argument("--bank", type=file_path, required=True,
                         help="bank file to add it to (created if missing)")
     parser.add_argument("--name", type=concept_name, required=True,
@@ -57,10 +59,14 @@ def _add_learn(commands) -> None:
                         "as the method learns)")
     parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
     parser.add_argument("--captions", type=file_path,
-                        help="folder of captions, if they are not beside the pictures")
+                        help="folder of captions, or a table such as metadata.jsonl, if they are not beside "
+                        "the pictures")
     parser.add_argument("--masks", type=file_path,
-                        help="folder of masks: white areas are learned, black ones are not")
-    parser.add_argument("--prior", type=file_path, help="folder of prior-preservation pictures with captions")
+                        help="folder of masks: white areas are learned, black ones are not (default: the "
+                        "subfolder masks, and files such as a-masklabel.png)")
+    parser.add_argument("--prior", type=file_path,
+                        help="folder of prior-preservation pictures; the caption of those without one is "
+                        "'a photo of a NOUN'")
     parser.add_argument("--method", choices=sorted(METHODS), default=DEFAULT,
                         help="how the concept is learned (default %(default)s)")
     parser.add_argument("--set", dest="settings", type=setting_pair, action="append", default=[],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .photos import Picture
+from .pictures import Picture
 
 
 @dataclass(frozen=True)

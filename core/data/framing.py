@@ -9,26 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConceptError
+from .pictures import Picture, signed, weights
 
 FRAMINGS = ("crop", "pad", "buckets")
 LONGEST_SIDE = 2      # longest side of a bucket, in multiples of the resolution
 # Pictures whose aspect ratio differs from the frame's by more than this factor are cropped before resizing.
 MOST_ELONGATED = 4
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A training photo.
-
-    pixels: `[3, H, W]` in -1..1; caption: may be empty; mask: `[1, H, W]` in 0..1, weights of the loss, or
-    None; is_prior: whether it is a prior-preservation picture; digest: see `photos.photo_digest`.
-    """
-
-    pixels: Tensor
-    caption: str = ""
-    mask: Tensor | None = None
-    is_prior: bool = False
-    digest: str = ""
+ROWS = 256      # rows that are resized at once, to save memory
 
 
 @dataclass(frozen=True)
@@ -77,8 +64,9 @@ def bucket_of(height: int, width: int, resolution: int, step: int) -> tuple[int,
     return max(sizes, key=quality, default=(step, step))
 
 
-def _without_far_ends(picture: Picture, tall: int, wide: int) -> Picture:
-    """Crops a picture that is much longer than the frame to its middle. Other pictures are unchanged.
+def _without_far_ends(size: tuple[int, int], tall: int, wide: int) -> tuple[slice, slice]:
+    """Rows and columns of a picture that is cropped to its middle because it is much longer than the frame.
+    Other pictures stay whole.
 
     Resizing a whole picture of 20,000 x 40 pixels would take gigabytes, and most of it would then be cropped.
     """
@@ -86,11 +74,29 @@ def _without_far_ends(picture: Picture, tall: int, wide: int) -> Picture:
         first = max(0, (length - longest) // 2)
         return slice(first, length - first)
 
-    height, width = picture.pixels.shape[1:]
-    rows = middle(height, -(-MOST_ELONGATED * width * tall // wide))
-    columns = middle(width, -(-MOST_ELONGATED * height * wide // tall))
-    mask = None if picture.mask is None else picture.mask[:, rows, columns]
-    return replace(picture, pixels=picture.pixels[:, rows, columns], mask=mask)
+    height, width = size
+    return (middle(height, -(-MOST_ELONGATED * width * tall // wide)),
+            middle(width, -(-MOST_ELONGATED * height * wide // tall)))
+
+
+def resized(pixels: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Resizes pixels with antialiasing.
+
+    The width comes first, some rows at a time, because a large photo as float32 takes four times its memory.
+    The result is the same bit for bit as that of one call.
+
+    Args:
+        pixels: `[C, H, W]`, in -1..1 or 8 bits.
+        size: Height and width.
+
+    Returns:
+        `[C, *size]`, in about -1..1.
+    """
+    def interpolated(part: Tensor, to: tuple[int, int]) -> Tensor:
+        return F.interpolate(part.unsqueeze(0), to, mode=mode, antialias=True, align_corners=False).squeeze(0)
+
+    narrow = [interpolated(signed(rows), (rows.shape[1], size[1])) for rows in pixels.split(ROWS, 1)]
+    return interpolated(torch.cat(narrow, 1), size)
 
 
 def frame(picture: Picture, framing: Framing, size: tuple[int, int] | None = None) -> Picture:
@@ -103,17 +109,18 @@ def frame(picture: Picture, framing: Framing, size: tuple[int, int] | None = Non
         The picture with pixels `[3, *size]` and always a mask `[1, *size]` of the loss weights.
     """
     tall, wide = size or (framing.resolution, framing.resolution)
+    pixels, mask = picture.stored_pixels(), picture.stored_mask()
     if framing.mode != "pad":
-        picture = _without_far_ends(picture, tall, wide)
-    height, width = picture.pixels.shape[1:]
+        rows, columns = _without_far_ends(picture.size, tall, wide)
+        pixels, mask = pixels[:, rows, columns], None if mask is None else mask[:, rows, columns]
+    height, width = pixels.shape[1:]
     ratio = (min if framing.mode == "pad" else max)(tall / height, wide / width)
-    resized = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-    pixels = F.interpolate(picture.pixels.unsqueeze(0), resized, mode="bicubic", antialias=True,
-                           align_corners=False)
-    mask = torch.ones(1, height, width) if picture.mask is None else picture.mask
-    mask = F.interpolate(mask.unsqueeze(0), resized, mode="area")
-    top, left = (resized[0] - tall) // 2, (resized[1] - wide) // 2
-    margins = (max(0, -left), max(0, wide - resized[1] + left), max(0, -top), max(0, tall - resized[0] + top))
+    full = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+    pixels = resized(pixels, full)
+    mask = torch.ones(1, 1, *full) if mask is None else F.interpolate(weights(mask).unsqueeze(0), full,
+                                                                      mode="area")
+    top, left = (full[0] - tall) // 2, (full[1] - wide) // 2
+    margins = (max(0, -left), max(0, wide - full[1] + left), max(0, -top), max(0, tall - full[0] + top))
     rows, columns = slice(max(0, top), max(0, top) + tall), slice(max(0, left), max(0, left) + wide)
-    pixels = F.pad(pixels.squeeze(0).clamp(-1, 1), margins)[:, rows, columns]      # 0 is grey
-    return replace(picture, pixels=pixels, mask=F.pad(mask.squeeze(0), margins)[:, rows, columns])
+    pixels = F.pad(pixels.clamp(-1, 1), margins)[:, rows, columns]      # 0 is grey
+    return replace(picture, source=pixels, mask=F.pad(mask.squeeze(0), margins)[:, rows, columns])

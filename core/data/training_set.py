@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank.prompts import caption_with_placeholder
+from ..bank.concepts import ConceptInfo
+from ..bank.prompts import Vocabulary, caption_with_placeholder
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from .batch import Batch
-from .framing import Framing, Picture, bucket_of, frame
-from .photos import LONGEST_CAPTION
+from .captions import LONGEST_CAPTION
+from .framing import Framing, bucket_of, frame
+from .pictures import Picture, weights
 
 UNET_MULTIPLE = 8      # factor of bucket latents' sides: UNets halve them three times
 SMALLEST_SHARE = 16      # minimum shorter side of a picture = resolution / this
@@ -39,6 +42,9 @@ class TrainingData(Protocol):
     @property
     def digests(self) -> tuple[str, ...]: ...
 
+    @property
+    def repeats(self) -> tuple[int, ...]: ...
+
     def draw(self, size: int, prior_weight: float, generator: torch.Generator) -> Batch: ...
 
 
@@ -47,7 +53,8 @@ class TrainingSet:
     """Encoded photos of one shape.
 
     latents: `[n, C, h, w]`; masks: `[n, 1, h, w]`; captions: n texts with placeholders; is_prior: `[n]` bool,
-    True for prior-preservation pictures; digests: digests of the concept's photos.
+    True for prior-preservation pictures; digests: digests of the concept's photos; repeats: how often each
+    one is drawn, relative to the others, empty = equally often.
     """
 
     latents: Tensor
@@ -55,13 +62,24 @@ class TrainingSet:
     captions: tuple[str, ...]
     is_prior: Tensor
     digests: tuple[str, ...]
+    repeats: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
 
+    def _drawable(self, is_prior: bool) -> Tensor:
+        """Indices of the photos or of the prior pictures, each as often as it is repeated."""
+        index = (self.is_prior if is_prior else ~self.is_prior).nonzero().squeeze(1)
+        return index.repeat_interleave(torch.tensor(self.repeats)[index]) if self.repeats else index
+
+    @property
+    def photo_count(self) -> int:
+        """Number of photos with their repeats."""
+        return len(self._drawable(False))
+
     def draw(self, size: int, prior_weight: float, generator: torch.Generator) -> Batch:
         """Draws `size` photos of the concept, and the same number of prior pictures if there are any."""
-        photos, prior = (~self.is_prior).nonzero().squeeze(1), self.is_prior.nonzero().squeeze(1)
+        photos, prior = self._drawable(False), self._drawable(True)
         index = photos[_evenly(len(photos), size, generator)]
         if len(prior) and prior_weight > 0:
             index = torch.cat([index, prior[_evenly(len(prior), size, generator)]])
@@ -98,13 +116,17 @@ class BucketSet:
         return torch.cat([part.is_prior for part in self.parts])
 
     @property
+    def repeats(self) -> tuple[int, ...]:
+        return tuple(count for part in self.parts for count in part.repeats)
+
+    @property
     def latents(self) -> Tensor:
         """Raises an error for methods that need a single tensor of latents, because shapes differ."""
         raise ConceptError("this method needs all pictures in one shape, they have several; choose framing "
                            "crop or pad")
 
     def draw(self, size: int, prior_weight: float, generator: torch.Generator) -> Batch:
-        photos = torch.tensor([float((~part.is_prior).sum()) for part in self.parts])
+        photos = torch.tensor([float(part.photo_count) for part in self.parts])
         index = int(torch.multinomial(photos, 1, generator=generator))
         return self.parts[index].draw(size, prior_weight, generator)
 
@@ -132,18 +154,35 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
         raise ConceptError(f"resolution is {framing.resolution}; with framing {framing.mode} it must be a "
                            f"multiple of {step}, at least {least}")
     _check(pictures, framing)
+    pictures = _with_fewest_repeats(pictures)
+    photos = [picture for picture in pictures if not picture.is_prior]
     digests = tuple(photo.digest for photo in photos)
     if framing.mode != "buckets":
         square = (framing.resolution, framing.resolution)
         return _encoded(backbone, pictures, name, class_noun, framing, square, digests)
     buckets: dict[tuple[int, int], list[Picture]] = {}
     for photo in photos:
-        height, width = photo.pixels.shape[1:]
+        height, width = photo.size
         buckets.setdefault(bucket_of(height, width, framing.resolution, step), []).append(photo)
     prior = [picture for picture in pictures if picture.is_prior]
     parts = [_encoded(backbone, [*members, *prior], name, class_noun, framing, size, ())
              for size, members in buckets.items()]
     return replace(parts[0], digests=digests) if len(parts) == 1 else BucketSet(tuple(parts), digests)
+
+
+def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo]) -> None:
+    """Raises ConceptError if a caption names a concept that is not among these."""
+    vocabulary = Vocabulary(infos)
+    for picture in pictures:
+        vocabulary.parse_caption(picture.caption, picture.caption_name or "a caption")
+
+
+def _with_fewest_repeats(pictures: Sequence[Picture]) -> list[Picture]:
+    """The pictures with repeats divided by their greatest common divisor, for photos and prior pictures
+    apart."""
+    divisors = {is_prior: math.gcd(*(picture.repeats for picture in pictures if picture.is_prior == is_prior))
+                for is_prior in (False, True)}
+    return [replace(picture, repeats=picture.repeats // divisors[picture.is_prior]) for picture in pictures]
 
 
 def _check(pictures: Sequence[Picture], framing: Framing) -> None:
@@ -152,17 +191,18 @@ def _check(pictures: Sequence[Picture], framing: Framing) -> None:
     counts = {False: 0, True: 0}
     for picture in pictures:
         counts[picture.is_prior] += 1
-        what = f"{'prior ' * picture.is_prior}picture {counts[picture.is_prior]}"
-        height, width = picture.pixels.shape[1:]
+        what = picture.name or f"{'prior ' * picture.is_prior}picture {counts[picture.is_prior]}"
+        height, width = picture.size
         if min(height, width) < least:
             raise ConceptError(f"{what} is {width}x{height} pixels; with resolution {framing.resolution} "
                                f"both sides must be at least {least}")
-        if not torch.isfinite(picture.pixels).all():
+        if isinstance(picture.source, Tensor) and not torch.isfinite(picture.source).all():
             raise ConceptError(f"{what} has NaN or infinite values")
         if len(picture.caption) > LONGEST_CAPTION:
             raise ConceptError(f"the caption of {what} has {len(picture.caption)} characters; allowed: up to "
                                f"{LONGEST_CAPTION}")
-        if picture.mask is not None and not _visible(picture.mask, framing).max() > 0:
+        mask = picture.stored_mask()
+        if mask is not None and not _visible(weights(mask), framing).max() > 0:
             raise ConceptError(f"the mask of {what} leaves nothing of it with framing {framing.mode}; white "
                                "must be somewhere in the part that is learned")
 
@@ -174,7 +214,7 @@ def _visible(mask: Tensor, framing: Framing) -> Tensor:
 
 def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_noun: str, framing: Framing,
              size: tuple[int, int], digests: tuple[str, ...]) -> TrainingSet:
-    pixels, masks, captions, priors = [], [], [], []
+    pixels, masks, captions, priors, repeats = [], [], [], [], []
     for picture in pictures:
         framed = frame(picture, framing, size)
         assert framed.mask is not None      # `frame` always returns a mask
@@ -186,10 +226,12 @@ def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_n
             masks.append(framed.mask.flip(-1) if mirrored else framed.mask)
             captions.append(caption)
             priors.append(picture.is_prior)
+            repeats.append(picture.repeats)
     latents = torch.cat([backbone.encode_images(chunk)
                          for chunk in torch.stack(pixels).split(ENCODED_AT_ONCE)])
     if not torch.isfinite(latents).all():
         raise ConceptError("the autoencoder returns NaN or infinite values for the pictures; "
                            "run it in float32 (ComfyUI: --fp32-vae) or load another VAE")
     small = F.interpolate(torch.stack(masks), latents.shape[-2:], mode="area")
-    return TrainingSet(latents, small.to(latents.device), tuple(captions), torch.tensor(priors), digests)
+    return TrainingSet(latents, small.to(latents.device), tuple(captions), torch.tensor(priors), digests,
+                       tuple(repeats) if any(count != 1 for count in repeats) else ())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.assignment import Assignment
-from ..data.framing import Picture
+from ..data.pictures import Picture
 from . import scenes, vocabulary
 from .base import ASSETS, TOKENIZER
 from .classifier import QualityClassifier

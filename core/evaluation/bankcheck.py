@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..data.photos import to_pixels
+from ..data.reading import to_pixels
 from ..errors import ConceptError
 from ..images import opened
 from ..model.backbone import Backbone

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept, ConceptInfo
-from ..data.photos import to_pixels
+from ..data.reading import to_pixels
 from ..errors import ConceptError
 from ..images import opened
 from ..model.deltas import Deltas, LowRankDelta

@@ -35,7 +35,8 @@ def run_identity(task: Task, method: Method, data: TrainingData, config: Trainin
             "words": list(task.worded(method.word_count).word_names),
             "settings": method_settings(method), "training": asdict(config),
             "base": task.backbone.fingerprint, "overlay": task.backbone.overlay, "bank": task.bank.names,
-            "images": list(data.digests), "captions": list(data.captions)}
+            "images": list(data.digests), "captions": list(data.captions),
+            **({"repeats": list(data.repeats)} if data.repeats else {})}
 
 
 def run_key(identity: dict) -> str:

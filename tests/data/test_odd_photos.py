@@ -16,8 +16,10 @@ from PIL import Image, features
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.data.captions import LONGEST_CAPTION
+from continual_concepts.core.data.folder import read_folder
 from continual_concepts.core.data.framing import Framing, Picture, frame
-from continual_concepts.core.data.photos import LONGEST_CAPTION, MOST_PIXELS, read_folder
+from continual_concepts.core.data.reading import MOST_PIXELS
 from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.sampling.sampling import sample
@@ -46,7 +48,7 @@ def made(photo):
 
 
 def only(photo) -> torch.Tensor:
-    (picture,) = read_folder(photo.parent)
+    (picture,) = read_folder(photo.parent).pictures
     return picture.pixels
 
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.data.folder import read_folder
 from continual_concepts.core.data.framing import Framing, Picture, bucket_of, frame
-from continual_concepts.core.data.photos import pair_pictures, photo_digest, read_folder, read_picture
+from continual_concepts.core.data.pictures import pair_pictures, photo_digest, signed, weights
+from continual_concepts.core.data.reading import read_photo
 from continual_concepts.core.data.training_set import BucketSet, TrainingSet, prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.training.config import TrainingConfig
@@ -31,7 +33,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_read_in_name_order_with_captions(folder):
-    first, second = read_folder(folder)
+    first, second = read_folder(folder).pictures
     assert (first.caption, second.caption) == ("a red dog", "") and first.pixels.shape == (3, 10, 20)
     assert first.pixels[0].mean() > 0.9 and second.pixels[0].mean() == -1
     assert len(first.digest) == 16 and first.digest != second.digest
@@ -49,7 +51,7 @@ def test_a_digest_is_of_the_pixels_not_of_the_file(tmp_path):
     image.rotate(90, expand=True).save(tmp_path / "c.png", exif=turned)
     levels[0, 0, 0] ^= 1
     Image.fromarray(levels).save(tmp_path / "d.png")
-    same, other, upright, changed = (picture.digest for picture in read_folder(tmp_path))
+    same, other, upright, changed = (picture.digest for picture in read_folder(tmp_path).pictures)
     assert same == other == upright != changed
 
 
@@ -78,8 +80,8 @@ def test_masks_and_captions_from_other_folders(folder, tmp_path):
     extra.mkdir()
     Image.new("L", (40, 20), 255).save(extra / "a.png")
     (extra / "b.txt").write_text("a cat")
-    first, second = read_folder(folder, captions=extra, masks=extra)
-    assert first.mask.shape == (1, 10, 20) and first.mask.mean() == 1 and second.mask is None
+    first, second = read_folder(folder, captions=extra, masks=extra).pictures
+    assert first.mask.shape == (1, 10, 20) and weights(first.mask).mean() == 1 and second.mask is None
     assert second.caption == "a cat"
 
 
@@ -96,7 +98,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, expected):
         Image.fromarray(np.full((4, 4), colour, np.uint16)).save(path)
     else:
         Image.new(mode, (4, 4), colour).save(path)
-    pixels = read_picture(path).pixels
+    pixels = signed(read_photo(path).levels)
     assert pixels.shape == (3, 4, 4) and pixels.abs().max() <= 1
     if expected is not None:
         assert torch.allclose(pixels[:, 2, 2], torch.tensor(expected, dtype=torch.float32), atol=0.01)
@@ -106,7 +108,7 @@ def test_turned_photos_stand_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_picture(tmp_path / "a.jpg").pixels.shape == (3, 20, 10)
+    assert read_photo(tmp_path / "a.jpg").levels.shape == (3, 20, 10)
 
 
 def damaged_png(path):

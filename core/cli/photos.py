@@ -1,0 +1,68 @@
+"""Reads the photos of the command `learn`, and tells what was taken before anything is learned."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, replace
+
+from ..bank.bank import ConceptBank
+from ..bank.concepts import ConceptInfo
+from ..bank.tokens import default_words
+from ..data.folder import Photos, read_folder
+from ..data.pictures import Picture
+from ..data.report import prior_warnings
+from ..data.training_set import check_captions
+from ..methods.base import Method
+from ..training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class TrainingPhotos:
+    """The photos of a concept, and its prior-preservation pictures if there are any."""
+
+    photos: Photos
+    prior: Photos | None
+
+    def checked(self, options: Namespace, training: TrainingConfig, stored: ConceptBank | None,
+                method: Method) -> TrainingPhotos:
+        """The same with warnings in the reports.
+
+        Args:
+            stored: The bank; None for a new one.
+
+        Raises:
+            ConceptError: A caption names an unknown concept.
+        """
+        infos = {} if stored is None else dict(stored.infos)
+        words = tuple(word.strip() for word in options.words.split(",") if word.strip())
+        info = ConceptInfo(options.name, options.noun, method.name,
+                           words or default_words(options.name, method.word_count), options.kind)
+        check_captions(self.pictures, [*infos.values(), info])
+        report = self.photos.report.checked(training.resolution, training.framing != "buckets", infos,
+                                            options.name)
+        prior = self.prior
+        if prior is not None:
+            warnings = (*prior.report.warnings, *prior_warnings(method.composition))
+            prior = Photos(prior.pictures, replace(prior.report, warnings=warnings))
+        return TrainingPhotos(Photos(self.photos.pictures, report), prior)
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [*self.photos.pictures, *(self.prior.pictures if self.prior is not None else [])]
+
+    def lines(self) -> list[str]:
+        return [*self.photos.report.lines(), *(self.prior.report.lines() if self.prior is not None else [])]
+
+    def to_json(self) -> dict:
+        prior = {} if self.prior is None else {"prior": self.prior.report.to_json()}
+        return {**self.photos.report.to_json(), **prior}
+
+
+def read_photos(options: Namespace, resolution: int) -> TrainingPhotos:
+    """Reads the photos and prior pictures that the options name."""
+    photos = read_folder(options.images, options.captions, options.masks, subfolders=options.subfolders,
+                         resolution=resolution)
+    prior = None
+    if options.prior is not None:
+        prior = read_folder(options.prior, is_prior=True, class_noun=options.noun, resolution=resolution)
+    return TrainingPhotos(photos, prior)

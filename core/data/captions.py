@@ -1,0 +1,213 @@
+"""Finds the captions of photos: text files, and tables such as metadata.jsonl."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConceptError
+
+TEXTS = (".txt", ".caption")      # one caption per file; the first one comes first
+TABLES = (".jsonl", ".csv", ".json")
+NAMED_TABLES = ("metadata.jsonl", "metadata.csv", "captions.jsonl", "captions.json")
+NAME_KEYS = ("file_name", "image", "file", "path", "name")
+TEXT_KEYS = ("text", "caption", "captions", "prompt")
+LONGEST_CAPTION = 5000         # characters
+LARGEST_TABLE = 16_000_000      # bytes
+# longer marks first, because UTF-32 begins like UTF-16
+MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+         (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption and the file it comes from."""
+
+    text: str
+    file: Path
+
+
+@dataclass
+class Found:
+    """What a search found. of: photo -> its caption or mask file; unused: file -> why it was not used, or
+    what of it was not used."""
+
+    of: dict[Path, Any] = field(default_factory=dict)
+    unused: dict[Path, str] = field(default_factory=dict)
+
+
+def is_caption_file(path: Path) -> bool:
+    return path.suffix.lower() in (*TEXTS, *TABLES)
+
+
+def decoded(data: bytes, file: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Raises:
+        ConceptError: It is in another encoding.
+    """
+    mark, encoding = next(((m, e) for m, e in MARKS if data.startswith(m)), (b"", "utf-8"))
+    try:
+        text = data[len(mark):].decode(encoding)
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:      # also UTF-16 without a mark
+        raise ConceptError(f"the caption file '{file}' is not in UTF-8; save it as UTF-8 (UTF-16 with a byte "
+                           "order mark is read as well)")
+    return text
+
+
+def _text_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        data = opened.read(4 * LONGEST_CAPTION + 5)      # a character has up to 4 bytes
+    if len(data) > 4 * LONGEST_CAPTION + 4:
+        _refuse_long(file)
+    return checked(decoded(data, file), file)
+
+
+def checked(text: str, file: Path) -> str:
+    """A caption without space around it. Raises ConceptError if it is too long."""
+    if len(text) > LONGEST_CAPTION:
+        _refuse_long(file)
+    return text.strip()
+
+
+def _refuse_long(file: Path) -> None:
+    raise ConceptError(f"the caption '{file}' is longer than {LONGEST_CAPTION} characters, the most that is "
+                       "allowed")
+
+
+def matches(base: str, photo: Path) -> tuple[int, int] | None:
+    """How well a name fits a photo, smaller is better: first the case of letters, then whether it is the
+    photo's name without or with its suffix. None if it does not fit."""
+    for ignores_case in (False, True):
+        for with_suffix, name in enumerate((photo.stem, photo.name)):
+            if base == name or (ignores_case and base.casefold() == name.casefold()):
+                return int(ignores_case), with_suffix
+    return None
+
+
+def find_captions(photos: Sequence[Path], files: Iterable[Path]) -> Found:
+    """Assigns captions to photos.
+
+    A text file has the photo's name, with or without its suffix: `a.txt` or `a.jpg.txt`. It comes before a
+    table that names the photo, `.txt` before `.caption`, and equal case before other case.
+
+    Args:
+        photos: Picture files.
+        files: Text files and tables.
+
+    Returns:
+        `of`: photo -> `Caption`.
+
+    Raises:
+        ConceptError: A caption is too long, or not in a known encoding; or a table of a standard name is
+            damaged.
+    """
+    files = sorted(files)
+    found = Found()
+    texts = [file for file in files if file.suffix.lower() in TEXTS]
+    losers: dict[Path, str] = {}
+    for photo in photos:
+        ranked = sorted((rank[0], rank[1], TEXTS.index(file.suffix.lower()), file.name, file)
+                        for file in texts
+                        if (rank := matches(file.stem, photo)) is not None)
+        if ranked:
+            file = ranked[0][-1]
+            found.of[photo] = Caption(_text_of(file), file)
+            losers |= {other[-1]: f"'{photo.name}' has its caption from '{file.name}'"
+                       for other in ranked[1:]}
+    chosen = {caption.file for caption in found.of.values()}
+    for file in texts:
+        if file not in chosen:
+            found.unused[file] = losers.get(file, "a text, but no photo has this name")
+    for file in (file for file in files if file.suffix.lower() in TABLES):
+        _add_table(found, photos, file)
+    return found
+
+
+def _add_table(found: Found, photos: Sequence[Path], file: Path) -> None:
+    """Adds the captions of one table for photos that have none yet."""
+    is_named = file.name.lower() in NAMED_TABLES
+    try:
+        rows = _rows(file)
+    except ConceptError as error:
+        if is_named:
+            raise
+        found.unused[file] = str(error).partition(": ")[2] or "it is not in UTF-8"
+        return
+    absent, lost, used = [], [], 0
+    for name, text in rows:
+        last = name.replace("\\", "/").rpartition("/")[2]
+        ranks = [(rank, photo) for photo in photos if (rank := matches(last, photo)) is not None]
+        best = min((rank[0] for rank, _ in ranks), default=0)
+        owners = [photo for rank, photo in ranks if rank[0] == best]
+        used += bool(owners)
+        absent += [] if owners else [last]
+        for photo in owners:
+            present = found.of.get(photo)
+            if present is None:
+                found.of[photo] = Caption(checked(text, file), file)
+            elif present.text != text.strip():
+                lost.append(f"'{photo.name}' has its caption from '{present.file.name}'")
+    if not used:
+        found.unused[file] = "it has no captions of these photos"
+    elif absent or lost:
+        found.unused[file] = "; ".join([*lost, *([f"no photo is named {_listed(absent)}"] if absent else [])])
+
+
+def _listed(names: Sequence[str]) -> str:
+    text = ", ".join(f"'{name}'" for name in names[:5])
+    return f"{text} and {len(names) - 5} more" if len(names) > 5 else text
+
+
+def _rows(file: Path) -> list[tuple[str, str]]:
+    """Names and captions of a table.
+
+    Raises:
+        ConceptError: It cannot be read; the reason follows the first colon.
+    """
+    if file.stat().st_size > LARGEST_TABLE:
+        raise ConceptError(f"the captions '{file}' cannot be read: it has more than {LARGEST_TABLE} bytes")
+    text = decoded(file.read_bytes(), file)
+    try:
+        if file.suffix.lower() == ".csv":
+            return _entries(list(csv.DictReader(io.StringIO(text))))
+        if file.suffix.lower() == ".jsonl":
+            return _entries([json.loads(line) for line in text.splitlines() if line.strip()])
+        return _entries(json.loads(text))
+    except (ValueError, RecursionError, csv.Error) as error:
+        kind = file.suffix[1:].upper()
+        raise ConceptError(f"the captions '{file}' cannot be read: it is no valid {kind} ({error})") from None
+
+
+def _entries(value: object) -> list[tuple[str, str]]:
+    """Names and captions: of a list of records with a name, or of an object name -> text or record."""
+    pairs: list[tuple[object, object]] = []
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        records = [record for record in value if isinstance(record, dict)]
+        pairs = [(next((record[key] for key in NAME_KEYS if record.get(key)), None), record)
+                 for record in records]
+    texts = [(name, _caption_in(content)) for name, content in pairs]
+    return [(name, text) for name, text in texts if isinstance(name, str) and text]
+
+
+def _caption_in(content: object) -> str:
+    """The caption in a table's entry: a text, the first of several, or a record with a caption and tags."""
+    if isinstance(content, list):
+        content = content[0] if content else ""
+    if isinstance(content, dict):
+        texts = [_caption_in(content[key]) for key in TEXT_KEYS if content.get(key)][:1]
+        tags = content.get("tags")
+        tags = ", ".join(map(str, tags)) if isinstance(tags, list) else tags
+        # as kohya's scripts join them
+        return ", ".join([*texts, *([tags] if isinstance(tags, str) and tags.strip() else [])])
+    return content if isinstance(content, str) else ""

@@ -1,0 +1,293 @@
+"""Reads the photos of a folder, with captions and masks. Every file is either taken or named in the
+report."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import ConceptError
+from .captions import TABLES, Caption, Found, find_captions, is_caption_file
+from .masks import find_masks, masks_among, read_mask
+from .pictures import Deferred, Picture, photo_digest, prior_caption
+from .quality import measure
+from .reading import SUFFIXES, Shape, is_picture, read_photo, why_unreadable
+from .report import PhotoFacts, Report, Skipped, Warning, counted, listed
+
+DEFERRED = 2_000_000      # photos of more pixels are read again when they are framed, to save memory
+MASKS, CAPTIONS = "masks", "captions"      # subfolders that are used without being asked for
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
+REPEATS = re.compile(r"(\d{1,4})_\S.*")      # kohya's folder names: 10_dog
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Pictures to learn from, and the report on them."""
+
+    pictures: list[Picture]
+    report: Report
+
+
+def repeats_of(folder: Path) -> int:
+    """The repeats in a folder's name: 10 for `10_dog`, else 1."""
+    match = REPEATS.fullmatch(folder.name)
+    return max(1, int(match[1])) if match else 1
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise ConceptError(f"the folder '{folder}' cannot be read: {error.strerror}") from None
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file belongs to the system or is hidden."""
+    return path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
+
+
+def _files(path: Path) -> list[Path]:
+    """The visible files of a folder; a file itself."""
+    return [path] if path.is_file() else [entry for entry in _entries(path) if entry.is_file()
+                                          and not is_hidden(entry)]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The photos of a folder by name: no hidden files, no masks beside photos."""
+    files = [path for path in _entries(folder) if is_picture(path.name) and not is_hidden(path)
+             and path.is_file()]
+    masks = set(masks_among(files))
+    return [path for path in files if path not in masks]
+
+
+def file_digests(folder: Path | str) -> list[str]:
+    """What identified the photos of a folder in early versions: 16 hex digits of SHA-256 over each file."""
+    folder = Path(folder)
+    files = [folder] if folder.is_file() else pictures_in(folder) if folder.is_dir() else []
+    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+
+
+def subfolders_with_pictures(folder: Path) -> list[Path]:
+    """The visible subfolders that hold photos, without those of masks and captions."""
+    return [path for path in _entries(folder) if path.is_dir() and not is_hidden(path)
+            and path.name.lower() not in (MASKS, CAPTIONS) and pictures_in(path)]
+
+
+def read_folder(folder: Path | str, captions: Path | str | None = None, masks: Path | str | None = None,
+                is_prior: bool = False, class_noun: str = "", subfolders: bool = False,
+                resolution: int | None = None) -> Photos:
+    """Reads all photos of a folder, sorted by name.
+
+    Args:
+        folder: A folder, or a single photo.
+        captions: Folder of captions, or a table of them; None = beside the photos, and in a subfolder
+            "captions". See `captions.find_captions`.
+        masks: Folder of masks; None = beside the photos (`a-masklabel.png`), and in a subfolder "masks".
+            Photos without a mask are used whole.
+        is_prior: Whether these are prior-preservation pictures.
+        class_noun: For the captions of prior pictures that have none.
+        subfolders: Read the subfolders instead. Their names may give repeats: `10_dog`.
+        resolution: Of the training pictures, at which sharpness is measured.
+
+    Raises:
+        ConceptError: A folder is missing, has no pictures, or has no captions or masks of these photos; or a
+            file cannot be read.
+    """
+    folder = Path(folder).expanduser()
+    if folder.is_file():
+        photos = [folder]
+    elif folder.is_dir():
+        if subfolders:
+            return _read_subfolders(folder, captions, masks, is_prior, class_noun, resolution)
+        photos = pictures_in(folder)
+    else:
+        raise ConceptError(f"the picture folder '{folder}' does not exist")
+    return _Reader(folder, photos, captions, masks, is_prior, class_noun, resolution).read()
+
+
+def _read_subfolders(folder: Path, captions: Path | str | None, masks: Path | str | None, is_prior: bool,
+                     class_noun: str, resolution: int | None) -> Photos:
+    """The photos of all subfolders. The folder's own photos are not read."""
+    parts = subfolders_with_pictures(folder)
+    if not parts:
+        raise ConceptError(f"the folder '{folder}' has no subfolders with pictures")
+    pictures: list[Picture] = []
+    facts: list[PhotoFacts] = []
+    skipped = [Skipped(path.name, "subfolders are read, this is not in one") for path in _entries(folder)
+               if path not in parts]
+    warnings: list[Warning] = []
+    for part in parts:
+        read = _Reader(part, pictures_in(part), captions, masks, is_prior, class_noun, resolution,
+                       repeats_of(part)).read()
+        first = len(pictures)
+        pictures += read.pictures
+        facts += [replace(photo, name=f"{part.name}/{photo.name}") for photo in read.report.photos]
+        skipped += [Skipped(f"{part.name}/{name.name}", name.reason) for name in read.report.skipped]
+        warnings += [replace(warning, photos=tuple(first + i for i in warning.photos))
+                     for warning in read.report.warnings]
+    what = "prior picture" if is_prior else "photo"
+    return Photos(pictures, Report(tuple(facts), tuple(skipped), tuple(warnings), what))
+
+
+class _Reader:
+    """One folder, or one photo, and everything that is found for it."""
+
+    def __init__(self, folder: Path, photos: list[Path], captions: Path | str | None,
+                 masks: Path | str | None,
+                 is_prior: bool, class_noun: str, resolution: int | None, repeats: int = 1) -> None:
+        self.is_single = folder.is_file()
+        self.folder = folder.parent if self.is_single else folder
+        self.given = folder
+        self.photos, self.is_prior, self.class_noun = photos, is_prior, class_noun
+        self.resolution, self.repeats = resolution, repeats
+        self.entries = [path for path in _entries(self.folder) if path not in photos]
+        self.files = [path for path in self.entries if path.is_file() and not is_hidden(path)]
+        self.side_folders: list[Path] = []      # of captions and masks
+        self._check_photos()
+        self.captions = self._find_captions(captions)
+        self.masks = self._find_masks(masks)
+
+    def _check_photos(self) -> None:
+        """Raises ConceptError if there is no readable photo."""
+        if self.is_single and not is_picture(self.given.name):
+            reason = why_unreadable(self.given.name) or f"readable are {', '.join(SUFFIXES)}"
+            raise ConceptError(f"'{self.given}' is neither a folder nor a readable picture; {reason}")
+        if self.photos:
+            return
+        subfolders = [f"'{path.name}' ({counted(len(pictures_in(path)), 'picture')})"
+                      for path in subfolders_with_pictures(self.folder)]
+        unreadable = [f"'{path.name}' ({why})" for path in self.entries if (why := why_unreadable(path.name))]
+        if subfolders:
+            raise ConceptError(f"the folder '{self.folder}' holds no pictures itself; its subfolders do: "
+                               f"{listed(subfolders)}; choose one of them, or all with --subfolders (10_dog "
+                               "then counts 10 times)")
+        raise ConceptError(f"the folder '{self.folder}' holds no pictures that can be read; "
+                           + (listed(unreadable) if unreadable else f"readable are {', '.join(SUFFIXES)}"))
+
+    def _side_folder(self, given: Path | str | None, name: str, what: str) -> Path | None:
+        """The folder of captions or masks: the given one, or the subfolder of that name if there is one."""
+        if given is None:
+            found = next((path for path in self.entries if path.is_dir() and path.name.lower() == name), None)
+        else:
+            found = Path(given).expanduser()
+            is_table = what == "caption" and found.is_file() and found.suffix.lower() in TABLES
+            if not found.is_dir() and not is_table:
+                raise ConceptError(f"the {what} folder '{found}' does not exist")
+        if found is not None and found.is_dir():
+            self.side_folders.append(found)
+        return found
+
+    def _find_captions(self, given: Path | str | None) -> Found:
+        where = self._side_folder(given, CAPTIONS, "caption")
+        beside = [path for path in self.files if is_caption_file(path)]
+        files = [] if where is None else [path for path in _files(where) if is_caption_file(path)]
+        return self._chosen(partial(find_captions, self.photos), beside, files, where, given, "caption",
+                            ".txt")
+
+    def _find_masks(self, given: Path | str | None) -> Found:
+        where = self._side_folder(given, MASKS, "mask")
+        beside = masks_among([*self.photos, *(path for path in self.files if is_picture(path.name))])
+        files = [] if where is None else [path for path in _files(where) if is_picture(path.name)]
+        return self._chosen(partial(find_masks, self.photos), beside, files, where, given, "mask", ".png")
+
+    def _chosen(self, find: Callable[[Iterable[Path]], Found], beside: list[Path], inside: list[Path],
+                where: Path | None, given: Path | str | None, what: str, suffix: str) -> Found:
+        """Captions or masks: of a given folder alone; else first those beside the photos, then those of the
+        subfolder."""
+        if given is None:
+            found, more = find(beside), find(inside)
+            found.unused |= more.unused
+            for photo, caption in more.of.items():
+                if found.of.setdefault(photo, caption) is not caption:
+                    file = caption.file if isinstance(caption, Caption) else caption
+                    found.unused.setdefault(file, f"'{photo.name}' has a {what} beside it")
+            return found
+        found = find([path for path in inside if path not in self.photos])
+        if not found.of:
+            raise ConceptError(f"no {what} in '{where}' belongs to a picture in '{self.folder}'; the {what} "
+                               f"of '{self.photos[0].name}' is '{self.photos[0].stem}{suffix}'")
+        reason = f"{what}s are read from '{where}'"
+        found.unused |= {path: reason for path in beside if path not in inside}
+        return found
+
+    def read(self) -> Photos:
+        read = [self._read(path) for path in self.photos]
+        what = "prior picture" if self.is_prior else "photo"
+        report = Report(tuple(facts for _, facts in read), tuple(self._skipped()),
+                        tuple(self._warnings()), what)
+        return Photos([picture for picture, _ in read], report)
+
+    def _read(self, path: Path) -> tuple[Picture, PhotoFacts]:
+        """One photo with its caption and mask."""
+        photo = read_photo(path)
+        levels, note = photo.levels, ""
+        width, height = photo.shape.size
+        is_large = height * width > DEFERRED
+        source = Deferred((height, width), partial(_levels_of, path)) if is_large else levels
+        mask: Tensor | Deferred | None = None
+        mask_file = self.masks.of.get(path)
+        if mask_file is not None:
+            mask, note = read_mask(mask_file, photo.shape)
+            if is_large:
+                mask = Deferred((height, width), partial(_mask_of, mask_file, photo.shape))
+        caption: Caption | None = self.captions.of.get(path)
+        text = caption.text if caption is not None else ""
+        digest, quality = photo_digest(levels), measure(levels, self.resolution)
+        facts = PhotoFacts(path.name, width, height, digest, quality, text,
+                           self._named(caption.file) if caption is not None and text else "",
+                           self._named(mask_file) if mask_file is not None else "", self.repeats, note)
+        if self.is_prior:
+            text = text or prior_caption(self.class_noun)
+        return Picture(source, text, mask, self.is_prior, digest, f"the picture '{path}'",
+                       f"the caption '{caption.file}'" if caption is not None else "", self.repeats), facts
+
+    def _named(self, file: Path) -> str:
+        """A file's name for the report: relative to the folder of the photos if it is inside."""
+        return file.relative_to(self.folder).as_posix() if file.is_relative_to(self.folder) else str(file)
+
+    def _skipped(self) -> list[Skipped]:
+        """All files that were not used, with reasons. Beside a single photo, only its own."""
+        used = {caption.file for caption in self.captions.of.values()} | set(self.masks.of.values())
+        unused = {caption.file: "the caption is empty" for caption in self.captions.of.values()
+                  if not caption.text}
+        if not self.is_single:
+            unused |= {**self.captions.unused, **self.masks.unused}
+            others = [*self.entries, *(path for folder in self.side_folders for path in _entries(folder))]
+            unused |= {path: self._reason(path) for path in others
+                       if path not in used and path not in unused and path not in self.photos}
+        return [Skipped(self._named(path), reason) for path, reason in sorted(unused.items()) if reason]
+
+    def _reason(self, path: Path) -> str:
+        if is_hidden(path):
+            return "a hidden file" if path.name.startswith(".") else "a file of the system"
+        if path.is_dir():
+            if path in self.side_folders:
+                return ""      # its files are named one by one
+            count = len(pictures_in(path))
+            return f"a subfolder with {counted(count, 'picture')}; subfolders are not read"
+        if not path.is_file():
+            return "not a file"
+        return why_unreadable(path.name) or "neither a picture nor a caption"
+
+    def _warnings(self) -> Iterable[Warning]:
+        """Photos without captions or masks where others have some."""
+        for kind, found, text in (("caption", self.captions, "no caption, others do"),
+                                  ("mask", self.masks, "no mask, others do, and will be learned whole")):
+            bare = tuple(i for i, photo in enumerate(self.photos) if photo not in found.of)
+            if found.of and bare:
+                names = listed(self.photos[i].name for i in bare)
+                yield Warning(kind, f"{names} {'has' if len(bare) == 1 else 'have'} {text}", bare)
+
+
+def _levels_of(path: Path) -> Tensor:
+    return read_photo(path).levels
+
+
+def _mask_of(file: Path, photo: Shape) -> Tensor:
+    return read_mask(file, photo)[0]

@@ -1,0 +1,86 @@
+"""Measures whether photos are blurred, of one colour or nearly alike.
+
+The thresholds come from the 53 photos of the CIFC benchmark. Sharpness at 512 pixels was 0.06 to 0.26, and
+below 0.05 for the same photos blurred by 2 to 16 pixels. Two photos of one concept had a similarity of at
+most 0.84; a photo and its copy in half the size, brighter, or without a margin of 2 % had 0.90 or more, the
+median being 0.98.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..images import eight_bit
+from .framing import resized
+
+BLURRED = 0.03      # sharpness below this
+ALIKE = 0.97      # similarity from this on
+SIDE = 512      # shorter side at which sharpness is measured if the resolution is not known
+THUMBNAIL = 192      # longer side of thumbnails
+PATTERN = 16      # photos are compared as grey pictures of this side
+FLAT = 1.5      # standard deviation of brightness, of 255
+
+
+@dataclass(frozen=True)
+class Quality:
+    """sharpness: share of the contrast that halving the picture loses; None for pictures of one colour.
+    pattern: `[256]`, brightness of the picture at 16x16, normalised. thumbnail: for contact sheets."""
+
+    sharpness: float | None
+    pattern: Tensor
+    thumbnail: Image.Image
+
+
+def measure(pixels: Tensor, resolution: int | None = None) -> Quality:
+    """Measures a photo.
+
+    Args:
+        pixels: `[3, H, W]` in -1..1, or 8 bits.
+        resolution: Shorter side at which sharpness counts, in pixels; None = 512. Smaller photos are measured
+            as they are.
+    """
+    height, width = pixels.shape[1:]
+    side = resolution or SIDE
+    scale = min(1.0, side / min(height, width))
+    small = resized(pixels, _scaled(height, width, scale), mode="bilinear")
+    image = Image.fromarray(eight_bit(small).permute(1, 2, 0).contiguous().numpy())
+    grey = image.convert("L")
+    thumbnail = image.copy()
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    pattern = torch.from_numpy(_array(grey.resize((PATTERN, PATTERN), Image.Resampling.BOX)).flatten())
+    pattern = pattern - pattern.mean()
+    contrast = _array(grey).std()
+    sharpness = None
+    if contrast > FLAT:
+        half = grey.resize((max(1, grey.width // 2), max(1, grey.height // 2)), Image.Resampling.BOX)
+        lost = _array(grey) - _array(half.resize(grey.size, Image.Resampling.BICUBIC))
+        sharpness = float(lost.std() / contrast)
+    return Quality(sharpness, pattern / pattern.norm().clamp(min=1e-6), thumbnail)
+
+
+def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
+    # strips are cut to a usable length by scaling them down further
+    scale = min(scale, 4096 / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float32)
+
+
+def alike(qualities: Sequence[Quality]) -> list[list[int]]:
+    """Groups of photos that are nearly alike, each as indices in order; photos of one colour are left out."""
+    usable = [i for i, quality in enumerate(qualities) if quality.sharpness is not None]
+    group = {i: [i] for i in usable}
+    for position, i in enumerate(usable):
+        for j in usable[:position]:
+            if group[i] is not group[j] and float(qualities[i].pattern @ qualities[j].pattern) >= ALIKE:
+                merged = sorted(group[i] + group[j])
+                group |= dict.fromkeys(merged, merged)
+    return [members for i, members in group.items() if members[0] == i and len(members) > 1]
