@@ -217,13 +217,14 @@ def _encoded(backbone: Backbone, pictures: Sequence[Picture], name: str, class_n
     pixels, masks, captions, priors, repeats = [], [], [], [], []
     for picture in pictures:
         framed = frame(picture, framing, size)
-        assert framed.mask is not None      # `frame` always returns a mask
+        mask = framed.stored_mask()
+        assert mask is not None      # `frame` always returns a mask
         caption = picture.caption
         if not picture.is_prior:
             caption = caption_with_placeholder(caption, name, class_noun)
         for mirrored in (False, True) if framing.flip else (False,):
             pixels.append(framed.pixels.flip(-1) if mirrored else framed.pixels)
-            masks.append(framed.mask.flip(-1) if mirrored else framed.mask)
+            masks.append(mask.flip(-1) if mirrored else mask)
             captions.append(caption)
             priors.append(picture.is_prior)
             repeats.append(picture.repeats)
