@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..core.charts import weights_picture
 from ..core.comfy.apply import fold, with_word_bound
 from ..core.comfy.backbone import ComfyBackbone
-from ..core.comfy.text import concept_clip, encode
+from ..core.comfy.concept_clip import concept_clip, encode
 from ..core.conditioning.routing import aggregate, token_lora_deltas
 from ..core.errors import ConceptError
 from ..core.images import to_tensor
@@ -77,12 +77,15 @@ class ElasticWeightAggregate(io.ComfyNode):
         if mode == ONE and not only:
             raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds "
                                f"{', '.join(bank.names)}")
-        aggregation = aggregate(backbone, bank, bank.parse(prompt), MODES[mode], strength, only=only)
+        parsed = bank.parse(prompt)
+        aggregation = aggregate(backbone, bank, parsed, MODES[mode], strength, only=only)
         layerwise = any(member.tokens.copies > 1 for member in bank)
         patched = fold(model, backbone.sites, aggregation.deltas if strength else {}, layerwise)
         patched = with_word_bound(patched, backbone.sites,
                                   token_lora_deltas(bank, strength, [only] if only else None))
-        new_clip = concept_clip(clip, bank)
+        acting = {name: parsed.strength_of(name) for name, column in
+                  zip(aggregation.names, aggregation.weights.T, strict=True) if column.any()}
+        new_clip = concept_clip(clip, bank, acting if strength else None)
         picture = to_tensor(weights_picture(aggregation.names, aggregation.weights,
                                             f"weights, {mode}, strength {strength:g}"))
         return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture,

@@ -12,13 +12,15 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..model.context import Context
+from ..model.context import Context, Strengths
 from ..model.deltas import Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor
 from ..sampling.attention_guidance import AttentionGuidance, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
+from .carried import carried_by, settle
 from .sites import (
     OFFSETS,
+    STRENGTHS,
     WORDS,
     AddOffsets,
     DiffusionWrapper,
@@ -28,7 +30,7 @@ from .sites import (
     processor_patches,
     progress_of,
 )
-from .token_lora import TokenLoraRun, code, words_of
+from .token_lora import TokenLoraRun, Words, code, words_of
 
 KEY = "continual_concepts"
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -73,6 +75,8 @@ def processor_of(model) -> ProcessorSource | None:
 def _wrap(clone, processor: ProcessorSource | None) -> None:
     clone.remove_wrappers_with_key(Wrappers.DIFFUSION_MODEL, KEY)
     clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(processor))
+    clone.remove_wrappers_with_key(Wrappers.OUTER_SAMPLE, f"{KEY}_states")
+    clone.add_wrapper_with_key(Wrappers.OUTER_SAMPLE, f"{KEY}_states", settle)
 
 
 def with_word_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
@@ -103,17 +107,18 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
         copies: L, the layout's number of layer copies.
         names: The concepts whose word positions are read from it.
     """
-    hidden, extra = conditioning[0]
-    conds = extra.get("model_conds", {})
+    hidden, conds = carried_by(conditioning)
     layers = hidden.unsqueeze(1)
     if OFFSETS in conds:
         layers = layers + conds[OFFSETS].cond.to(hidden)
     if layers.shape[1] == 1:
         layers = layers.expand(-1, copies, -1, -1)
-    words: tuple[dict[str, tuple[int, ...]], ...] = ({},) * len(hidden)
+    words: Words = ({},) * len(hidden)
+    strengths: Strengths = ()
     if WORDS in conds:
-        words = words_of(conds[WORDS].cond, {code(name): name for name in names})
-    return Context(layers, extra.get("pooled_output"), words)
+        words, strengths = words_of(conds[WORDS].cond, conds[STRENGTHS].cond,
+                                    {code(name): name for name in names})
+    return Context(layers, conditioning[0][1].get("pooled_output"), words, strengths)
 
 
 def with_processor(model, sites: UNetSites, processor: ProcessorSource, self_attention: bool = False):

@@ -22,10 +22,11 @@ from ..regional.processor import Part
 from ..regional.regions import Region, masks_of
 from ..sampling.settings import SampleSettings
 from .apply import context_of, fold, with_attention_guidance, with_word_bound
+from .concept_clip import concept_clip, encode, learned_positions, subject_of
 from .region_run import FoundRun, RegionRun
 from .regions import Conditioning, whole_frame_things, with_found, with_pooled, with_regions
 from .sites import UNetSites, find_sites
-from .text import concept_clip, encode, learned_positions, subject_of, text_widths
+from .text import text_widths
 
 PROPORTIONS = 0.05      # allowed relative difference between the aspect ratios of mask and picture
 

@@ -19,6 +19,7 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..errors import ConceptError
 from ..model.processor import AttentionProcessor, HostAttention, SiteCall
@@ -26,10 +27,11 @@ from ..model.sites import Site, SiteLayout, unet_layout
 
 # keywords of the UNet call and keys in transformer_options:
 OFFSETS = "continual_concepts_offsets"      # layer copies minus their mean, `[B, L, N, D]`
-WORDS = "continual_concepts_words"          # code of the concept of each token, or 0, `[B, 1, N, 1]`
+WORDS = "continual_concepts_words"          # codes of the concepts at each token, or 0, `[B, S, N, 1]`
+STRENGTHS = "continual_concepts_strengths"  # factors on their deltas, `[B, S, N, 1]`
 # keys in transformer_options only:
 PROCESSOR = "continual_concepts_processor"  # the attention processor of this UNet call
-TEXT = "continual_concepts_text"            # prompts, offsets, words; None if other code may change them
+TEXT = "continual_concepts_text"            # prompts, offsets, words, strengths; None if not constant
 _ALONE = "continual_concepts_alone"         # whether no other code reads the cells between to_q and to_out
 _CALL = "continual_concepts_call"           # the SiteCall, in the options of one block call
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -117,6 +119,20 @@ class OffsetCond(comfy.conds.CONDRegular):
         return torch.cat([cond.repeat(1, 1, length // cond.shape[2], 1) for cond in conds])
 
 
+class SlotCond(OffsetCond):
+    """Values at every token in S slots, `[B, S, N, 1]`. Prompts with fewer slots get empty ones."""
+
+    def can_concat(self, other) -> bool:
+        return isinstance(other, SlotCond) and OffsetCond(self.cond[:, :1]).can_concat(
+            OffsetCond(other.cond[:, :1]))
+
+    def concat(self, others) -> Tensor:
+        slots = max(cond.cond.shape[1] for cond in (self, *others))
+        filled = [OffsetCond(pad(cond.cond, (0, 0, 0, 0, 0, slots - cond.cond.shape[1])))
+                  for cond in (self, *others)]
+        return filled[0].concat(filled[1:])
+
+
 def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
     """Fits offsets `[B, L, n, D]` to a context `[B, N, D]` that other nodes may have changed.
 
@@ -172,14 +188,15 @@ class DiffusionWrapper:
         options = dict(transformer_options or {})
         if offsets is not None:
             options[OFFSETS] = fit_offsets(offsets, context)
-        words = kwargs.pop(WORDS, None)
-        if words is not None:
-            options[WORDS] = fit_offsets(words, context)
+        for key in (WORDS, STRENGTHS):
+            values = kwargs.pop(key, None)
+            if values is not None:
+                options[key] = fit_offsets(values, context)
         if self.processor is not None:
             options[_ALONE], options[TEXT] = _is_alone(options), None
             if options[_ALONE] and all(isinstance(patch, (AddOffsets, Begin))
                                        for patch in options["patches"]["attn2_patch"]):
-                options[TEXT] = context, options.get(OFFSETS), options.get(WORDS)
+                options[TEXT] = context, *(options.get(key) for key in (OFFSETS, WORDS, STRENGTHS))
             options[PROCESSOR] = self.processor(options, x)
         return executor(x, timesteps, context, y, control, options, **kwargs)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..attention.cached import CachedTokenLora
 from ..attention.token_lora import TokenLora, TokenLoraProcessor
+from ..model.context import Strengths, strengths_or_none
 from ..model.deltas import Deltas
-from .sites import TEXT, WORDS, progress_of
+from .sites import STRENGTHS, TEXT, WORDS, progress_of
 
 
 def code(name: str) -> int:
@@ -23,17 +24,28 @@ def code(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") + 1
 
 
-def words_of(codes: Tensor, names: Mapping[int, str]) -> tuple[dict[str, tuple[int, ...]], ...]:
-    """Codes `[B, 1, N, 1]` as the words of a context: concept -> positions, for the concepts in `names` (code
-    -> concept)."""
-    rows: list[dict[str, tuple[int, ...]]] = []
-    for row in codes[:, 0, :, 0].tolist():
-        words: dict[str, list[int]] = {}
-        for position, value in enumerate(row):
-            if value in names:
-                words.setdefault(names[value], []).append(position)
-        rows.append({name: tuple(positions) for name, positions in words.items()})
-    return tuple(rows)
+Words = tuple[dict[str, tuple[int, ...]], ...]
+
+
+def words_of(codes: Tensor, strengths: Tensor, names: Mapping[int, str]) -> tuple[Words, Strengths]:
+    """The words of a context and their strengths, see `Context`.
+
+    Args:
+        codes: `[B, S, N, 1]`.
+        strengths: `[B, S, N, 1]`.
+        names: Code -> concept, for the concepts to look for.
+    """
+    words, factors = [], []
+    for row, row_strengths in zip(codes[..., 0].tolist(), strengths[..., 0].tolist(), strict=True):
+        found: dict[str, dict[int, float]] = {}
+        for slot, slot_strengths in zip(row, row_strengths, strict=True):
+            for position, (value, strength) in enumerate(zip(slot, slot_strengths, strict=True)):
+                if value in names:
+                    found.setdefault(names[value], {})[position] = strength
+        words.append({name: tuple(sorted(places)) for name, places in found.items()})
+        factors.append({name: tuple(places[place] for place in sorted(places))
+                        for name, places in found.items()})
+    return tuple(words), strengths_or_none(tuple(factors))
 
 
 class TokenLoraRun:
@@ -94,10 +106,11 @@ class TokenLoraRun:
         codes = options.get(WORDS)
         if codes is None:
             return TokenLora.at({}, {})
-        here = codes[:, 0, :, 0]
+        here, strengths = codes[..., 0], options[STRENGTHS][..., 0]      # [B, S, N]
         # a single transfer from the device for any number of concepts
         present = set(here.unique().tolist())
-        masks = {name: (here == value).float() for name, value in self._codes.items() if value in present}
+        masks = {name: ((here == value) * strengths.float()).sum(1)
+                 for name, value in self._codes.items() if value in present}
         return TokenLora.at(masks, {name: self._deltas_on(name, x.device) for name in masks})
 
     def _deltas_on(self, name: str, device: torch.device) -> Deltas:

@@ -102,7 +102,7 @@ def test_other_nodes_patches_still_act(studio):
 
 def test_positions_are_those_of_learning(studio, reference):
     """What the host finds in its tokens is what the other host's encoding says."""
-    from continual_concepts.core.comfy.text import concept_clip, subject_of
+    from continual_concepts.core.comfy.concept_clip import concept_clip, subject_of
     from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
 
     subject = subject_of(concept_clip(studio.clip, studio.bank), TWO)

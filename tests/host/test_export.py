@@ -134,7 +134,7 @@ def test_a_layerwise_concept_gives_its_mean_copy(clip, bank, folder):
 
 def test_lora_and_embedding_predict_what_our_own_patches_predict(demo, clip, bank, exported):
     from continual_concepts.core.comfy.apply import fold
-    from continual_concepts.core.comfy.text import concept_clip
+    from continual_concepts.core.comfy.concept_clip import concept_clip
 
     lora, loaded = load_lora(demo[0], clip, exported["kohya"])
     theirs = predict(lora, encode(loaded, PROMPT.format(f"embedding:{CONCEPT}")))
@@ -208,7 +208,7 @@ def single(bank):
 
 def test_what_a_prompt_gets_predicts_the_same_through_comfyuis_own_loader(demo, clip, single, folder, caplog):
     from continual_concepts.core.comfy.apply import fold
-    from continual_concepts.core.comfy.text import concept_clip
+    from continual_concepts.core.comfy.concept_clip import concept_clip
     from continual_concepts.core.conditioning.routing import aggregate
 
     prompt, sites = TWO.format("<rex>", "<mimi>"), sites_of(*demo[:2])
