@@ -27,6 +27,7 @@ from .sites import (
     ProcessorSource,
     ReplaceSelf,
     UNetSites,
+    fit_offsets,
     processor_patches,
     progress_of,
 )
@@ -110,14 +111,14 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
     hidden, conds = carried_by(conditioning)
     layers = hidden.unsqueeze(1)
     if OFFSETS in conds:
-        layers = layers + conds[OFFSETS].cond.to(hidden)
+        layers = layers + fit_offsets(conds[OFFSETS].cond.to(hidden), hidden)
     if layers.shape[1] == 1:
         layers = layers.expand(-1, copies, -1, -1)
     words: Words = ({},) * len(hidden)
     strengths: Strengths = ()
     if WORDS in conds:
-        words, strengths = words_of(conds[WORDS].cond, conds[STRENGTHS].cond,
-                                    {code(name): name for name in names})
+        fitted = (fit_offsets(conds[key].cond.to(hidden.device), hidden) for key in (WORDS, STRENGTHS))
+        words, strengths = words_of(*fitted, {code(name): name for name in names})
     return Context(layers, conditioning[0][1].get("pooled_output"), words, strengths)
 
 

@@ -8,6 +8,7 @@ torchvision's TVTensors do with their metadata. The conditions reach the UNet th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -17,8 +18,8 @@ from torch.nn.functional import pad
 from .sites import OFFSETS, STRENGTHS, WORDS, OffsetCond, SlotCond
 
 # Operations by name. They move rows and tokens, or are linear.
-_MOVES = {"to", "cpu", "cuda", "clone", "contiguous", "detach", "float", "half", "bfloat16", "__deepcopy__",
-          "__getitem__", "narrow", "repeat"}
+_MOVES = {"to", "cpu", "cuda", "clone", "contiguous", "detach", "float", "half", "bfloat16", "__getitem__",
+         , "narrow", "repeat"}
 _JOINS = {"cat", "concat", "concatenate"}
 _ADDS = {"add", "sub", "__add__", "__radd__", "__sub__", "lerp"}
 _SCALES = {"mul", "multiply", "div", "__mul__", "__rmul__", "__truediv__"}
@@ -72,6 +73,9 @@ class PromptStates(Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.plain.__reduce_ex__(protocol)      # files hold the states alone
+
+    def __deepcopy__(self, memo):
+        return self._made(copy.deepcopy(self.plain, memo), copy.deepcopy(self.carried, memo), self.codes)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -1,0 +1,349 @@
+"""Prompts in ComfyUI's graphs: two texts of SDXL, weights on concepts, and nodes that compute with
+conditionings that carry concepts."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.prompts import WordRef
+from continual_concepts.core.errors import ConceptError
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+
+
+@pytest.fixture(scope="module")
+def mixed(bank):
+    """<rex> and <mimi> are word-bound, <blueprint> is prompt-activated, <plain> has words alone."""
+    made = ConceptBank(bank.layout)
+    for concept, method in zip(bank, ("bound", "bound", "cidm"), strict=True):
+        made = made.add(replace(concept, info=replace(concept.info, method=method)))
+    plain = bank["rex"].renamed("plain")
+    vectors = {name: vector + 0.1 for name, vector in plain.tokens.vectors.items()}
+    return made.add(replace(plain, deltas={}, tokens=replace(plain.tokens, vectors=vectors)))
+
+
+@pytest.fixture(scope="module")
+def carrying(studio, mixed):
+    """MODEL and CLIP with the bank's concepts."""
+    with torch.inference_mode():
+        return studio.aggregate("", mixed)[:2]
+
+
+@pytest.fixture(scope="module")
+def draw(studio, carrying):
+    """draw(positive): KSampler's latents of a prompt or CONDITIONING."""
+    def drawn(positive, model=None, negative="", clip=None):
+        clip = clip or carrying[1]
+        positive, negative = (studio.encode(clip, each) if isinstance(each, str) else each
+                              for each in (positive, negative))
+        return studio.ksampler(model or carrying[0], positive, negative, steps=2)
+
+    return drawn
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ----- one grammar -----
+
+TEXTS = st.sampled_from(["a dog", " red ", "in a park, ", "<rex>", "<mimi:0.5>", "<rex-2>", "< mimi >",
+                         "<rex:1.3>", "＜rex＞", "(", ")", ":1.2)", ":", ":)", r"\(", r"\)", r"\<rex\>",
+                         "<lora:rex:1>", "((", " "])
+PROMPTS = st.lists(TEXTS, max_size=9).map("".join)
+
+
+def test_g8_sibling_both_hosts_read_a_prompt_alike(carrying, mixed, trials):
+    """The library's pieces and weights are the tokens and weights of ComfyUI's tokenizer."""
+    from continual_concepts.core.comfy.text import ComfyText
+
+    clip = carrying[1]
+    encoder, learned = ComfyText("clip_l", clip), {}
+    for concept in mixed:
+        for i in range(len(concept.tokens.words)):
+            learned[concept.tokens.word(i, "clip_l").float().numpy().tobytes()] = WordRef(concept.name, i)
+
+    @settings(max_examples=trials(50, 2000), deadline=None)
+    @given(PROMPTS)
+    def alike(text):
+        try:
+            parsed = mixed.parse(text)
+        except ConceptError:
+            with pytest.raises(ConceptError):
+                clip.tokenize(text)
+            return
+        ours = [(unit, weight) for piece, weight in parsed.weighted
+                for unit in ([piece] if isinstance(piece, WordRef) else encoder.ids(piece))]
+        chunks = clip.tokenize(text)["l"]
+        theirs = [(learned[token.numpy().tobytes()] if torch.is_tensor(token) else token, weight)
+                  for chunk in chunks for token, weight in chunk[1:]]
+        assert [pair for pair in theirs if pair[0] not in (encoder.end, encoder.pad, encoder.start)] == ours
+
+    alike()
+
+
+# ----- G3: two texts -----
+
+def both_texts(clip, text_g: str, text_l: str):
+    """ComfyUI's CLIPTextEncodeSDXL."""
+    from comfy_extras.nodes_clip_sdxl import CLIPTextEncodeSDXL
+
+    sizes = {"width": 64, "height": 64, "crop_w": 0, "crop_h": 0, "target_width": 64, "target_height": 64}
+    return CLIPTextEncodeSDXL.execute(clip, **sizes, text_g=text_g, text_l=text_l)[0]
+
+
+@pytest.fixture(scope="module")
+def xl(tiny_xl, tiny_sdxl, make_concept, studio):
+    """CLIP with <rex> and <mimi>, word-bound, and the names of the concepts."""
+    from continual_concepts.core.comfy.concept_clip import concept_clip
+
+    bank = ConceptBank(tiny_sdxl.layout)
+    for i, name in enumerate(("rex", "mimi")):
+        bank = bank.add(make_concept(tiny_sdxl.layout, name, seed=i, method="bound"))
+    with torch.inference_mode():
+        return concept_clip(tiny_xl[1], bank), bank
+
+
+def words(conditioning, bank) -> dict[str, tuple[int, ...]]:
+    from continual_concepts.core.comfy.apply import context_of
+
+    return context_of(conditioning, bank.layout.copies, tuple(bank.names)).words[0]
+
+
+def test_g3_words_of_both_texts_act(xl):
+    clip, bank = xl
+    same = words(both_texts(clip, "a <rex>", "a <rex>"), bank)
+    assert same == {"rex": (2, 3)} == words(both_texts(clip, "a dog", "a <rex>"), bank)
+    assert words(both_texts(clip, "a <rex>", "<rex> dog"), bank) == {"rex": (1, 2, 3)}
+    assert words(both_texts(clip, "a dog <rex>", "<mimi>"), bank) == {"mimi": (1, 2), "rex": (3, 4)}
+
+
+@pytest.mark.parametrize(("text_g", "text_l", "difference"), [
+    ("a <rex>", "a <mimi>", "<mimi> and <rex> at the same place, token 2"),
+    ("<rex:1.5>", "<rex>", "<rex> the weights 1 and 1.5 at the same place, token 1"),
+])
+def test_g3_texts_that_cannot_agree_are_told(xl, text_g, text_l, difference):
+    with pytest.raises(ConceptError) as caught:
+        both_texts(xl[0], text_g, text_l)
+    assert difference in str(caught.value)
+
+
+def test_g3_sibling_each_encoder_keeps_its_words_at_its_own_places(xl, tiny_sdxl):
+    """With placeholder nouns, a word is inserted in its encoder's part of the states alone."""
+    from continual_concepts.core.comfy.concept_clip import concept_clip
+
+    clip, bank = xl
+    noun = bank.replace(replace(bank["rex"], tokens=replace(bank["rex"].tokens, placeholder_noun="dog")))
+    clip = concept_clip(clip, noun)
+    width = dict(noun.layout.text_widths)["clip_l"]
+    first, second = (both_texts(clip, g, "a <rex> in a park")[0][0] for g in ("a <rex> in a park", "<rex>"))
+    assert torch.equal(first.plain[..., :width], second.plain[..., :width])
+
+
+def test_g3_sibling_texts_of_different_length(xl):
+    clip, bank = xl
+    long = "a <rex>, " + "very " * 40
+    assert words(both_texts(clip, "<mimi>", "a red dog " * 8 + "<rex>"), bank)["mimi"] == (1, 2)
+    assert words(both_texts(clip, long, "a dog"), bank) == {"rex": (2, 3)}
+
+
+# ----- G8: weights -----
+
+@pytest.mark.parametrize("weight", [0.4, 1.5])
+def test_g8_a_weight_is_the_strength_of_a_word_bound_concept(studio, draw, mixed, weight):
+    model, clip, _ = studio.aggregate("", mixed, strength=weight)
+    expected = draw("a <rex> in a park", model, clip=clip)
+    for typed in (f"a (<rex>:{weight}) in a park", f"a <rex:{weight}> in a park"):
+        assert distance(draw(typed), expected) < 1e-4
+    assert distance(draw("a <rex> in a park"), expected) > 1e-3
+
+
+def test_g8_a_weight_is_the_strength_of_a_prompt_activated_concept(studio, draw, mixed):
+    prompt, plain = "a <blueprint:0.4> of a car", "a <blueprint> of a car"
+    weighed, half = studio.aggregate(prompt, mixed), studio.aggregate(plain, mixed, strength=0.4)
+    assert distance(draw(weighed[2], weighed[0]), draw(half[2], half[0])) < 1e-4
+    scenes = [studio.regional(text, bank=mixed, strength=strength)
+              for text, strength in ((prompt, 1.0), (plain, 0.4), (plain, 1.0))]
+    assert distance(scenes[0], scenes[1]) < 1e-4 < distance(scenes[0], scenes[2])
+
+
+def test_g8_sibling_in_regions(studio, mixed):
+    def inside(text, strength=1.0):
+        return studio.regional("a meadow", [studio.region(text, right=0.5)], mixed, strength=strength)
+
+    for text, name in (("a <rex{}>", "rex"), ("a <blueprint{}>", "blueprint")):
+        weighed, half, plain = inside(text.format(":0.4")), inside(f"a <{name}>", 0.4), inside(f"a <{name}>")
+        assert distance(weighed, half) < 1e-4 < distance(weighed, plain)
+
+
+def test_g8_sibling_words_without_deltas_are_weighed_as_text(draw):
+    assert distance(draw("a (<plain>:1.5)"), draw("a <plain>")) > 1e-3
+    assert torch.equal(draw("a (<plain>:1.5)"), draw("a <plain:1.5>"))
+
+
+def test_g8_sibling_a_weight_that_does_not_act_is_told(studio, mixed, caplog):
+    _, clip, _ = studio.aggregate("a <blueprint>", mixed)
+    assert not caplog.messages
+    studio.encode(clip, "a <blueprint:1.5>")
+    studio.encode(clip, "a <blueprint:1.5>")
+    assert len(caplog.messages) == 1 and "decides its strength, with the weight 1" in caplog.messages[0]
+    _, clip, _ = studio.aggregate("a dog", mixed)
+    studio.encode(clip, "a <blueprint>")
+    assert "its words act without its deltas" in caplog.messages[-1]
+
+
+def test_g8_sibling_names_without_brackets_are_told_in_the_log(studio, carrying, caplog):
+    studio.encode(carrying[1], "a photo of mimi")
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("for the concept write <mimi>")
+
+
+# ----- G5: nodes that compute with conditionings -----
+
+def contents(conditioning, bank):
+    """Layers, words and strengths of a CONDITIONING."""
+    from continual_concepts.core.comfy.apply import context_of
+
+    return context_of(conditioning, bank.layout.copies, tuple(bank.names))
+
+
+def by_hand(conditioning, bank):
+    """The same CONDITIONING as a plain tensor with model conditions."""
+    from continual_concepts.core.comfy.carried import carried_by
+
+    states, conditions = carried_by(conditioning)
+    return [[states, {**conditioning[0][1], "model_conds": conditions}]]
+
+
+def test_g5_concat_carries_concepts_along(studio, draw, carrying, mixed):
+    one, two = (studio.encode(carrying[1], text) for text in ("a dog and <rex>", "a <mimi:0.5> at night"))
+    joined = studio.stock.ConditioningConcat().concat(one, two)[0]
+    found, first, second = (contents(each, mixed) for each in (joined, one, two))
+    assert torch.equal(found.hidden, torch.cat([first.hidden, second.hidden], 2))
+    length = first.hidden.shape[2]
+    shifted = {name: tuple(length + place for place in places) for name, places in second.words[0].items()}
+    assert found.words == ({**first.words[0], **shifted},) and found.strengths[0]["mimi"] == (0.5, 0.5)
+    latents = draw(joined)
+    assert torch.equal(latents, draw(by_hand(joined, mixed)))
+    dropped = [[joined[0][0].plain, joined[0][1]]]      # with the first prompt's dictionary alone
+    assert distance(draw(dropped), latents) > 1e-3
+
+
+@pytest.mark.parametrize("clip_of_to", ["plain", "with concepts"])
+def test_g5_average_carries_concepts_along(studio, draw, carrying, mixed, clip_of_to):
+    clip = studio.clip if clip_of_to == "plain" else carrying[1]
+    one, two = studio.encode(clip, "a photo of a dog"), studio.encode(carrying[1], "a photo of <rex>")
+    average = studio.stock.ConditioningAverage().addWeighted(one, two, 0.25)[0]
+    found, first, second = (contents(each, mixed) for each in (average, one, two))
+    assert torch.allclose(found.hidden, 0.25 * first.hidden + 0.75 * second.hidden, atol=1e-6)
+    assert found.words == second.words and found.strengths == ({"rex": (0.75, 0.75)},)
+    assert torch.equal(draw(average), draw(by_hand(average, mixed)))
+    whole = studio.stock.ConditioningAverage().addWeighted(one, two, 0.0)[0]
+    assert distance(draw(whole), draw(two)) < 1e-4
+
+
+def test_g5_sibling_one_place_with_two_concepts(studio, draw, carrying, mixed):
+    one, two = (studio.encode(carrying[1], f"a {name}") for name in ("<rex>", "<mimi>"))
+    average = studio.stock.ConditioningAverage().addWeighted(one, two, 0.5)[0]
+    found = contents(average, mixed)
+    assert found.words[0] == {"rex": (2, 3), "mimi": (2, 3)} and set(found.strengths[0]["rex"]) == {0.5}
+    alone = [draw(each) for each in (average, one, two)]
+    assert min(distance(alone[0], other) for other in alone[1:]) > 1e-3
+    together = studio.ksampler(carrying[0], average, studio.encode(carrying[1], "a <mimi>"), steps=2)
+    assert torch.isfinite(together).all()
+
+
+@pytest.fixture
+def scheduled(studio):
+    """scheduled(clip): the CLIP with hooks that change nothing, scheduled in two halves."""
+    import comfy.hooks
+    from comfy_extras.nodes_hooks import SetClipHooks
+
+    def hooked(clip):
+        fc = studio.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[0].mlp.fc1.weight
+        name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+        lora = {f"{name}.lora_up.weight": torch.zeros(fc.shape[0], 2),
+                f"{name}.lora_down.weight": torch.zeros(2, fc.shape[1]), f"{name}.alpha": torch.tensor(2.0)}
+        group, keyframes = comfy.hooks.create_hook_lora(lora, 1.0, 1.0), comfy.hooks.HookKeyframeGroup()
+        for start, strength in ((0.0, 1.0), (0.5, 0.5)):
+            keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+        group.set_keyframes_on_hooks(keyframes)
+        return SetClipHooks().apply_hooks(clip, schedule_clip=True, apply_to_conds=False, hooks=group)[0]
+
+    return hooked
+
+
+def test_g5_scheduled_hooks_carry_concepts_along(studio, draw, carrying, mixed, scheduled):
+    plain, text = studio.encode(carrying[1], "a <rex> in a park"), "a <rex> in a park"
+    halves = studio.encode(scheduled(carrying[1]), text)
+    assert [(entry[1]["clip_start_percent"], entry[1]["clip_end_percent"]) for entry in halves] == \
+        [(0.0, 0.5), (0.5, 1.0)]
+    for entry in halves:
+        found, expected = contents([entry], mixed), contents(plain, mixed)
+        assert torch.equal(found.hidden, expected.hidden) and found.words == expected.words
+    assert distance(draw(halves), draw(plain)) < 1e-4
+
+
+def test_g5_sibling_nodes_that_keep_the_states(studio, draw, carrying, mixed):
+    nodes, one = studio.stock, studio.encode(carrying[1], "a <rex:0.5>")
+    expected = contents(one, mixed)
+    kept = [nodes.ConditioningSetTimestepRange().set_range(one, 0.0, 0.7)[0],
+            nodes.ConditioningCombine().combine(one, studio.encode(carrying[1], "a dog"))[0],
+            nodes.ConditioningSetArea().append(one, 64, 64, 0, 0, 1.0)[0],
+            nodes.ConditioningSetMask().append(one, torch.ones(1, 16, 16), "default", 1.0)[0]]
+    for conditioning in kept:
+        found = contents(conditioning[:1], mixed)
+        assert torch.equal(found.hidden, expected.hidden) and found.strengths == expected.strengths
+        assert torch.isfinite(draw(conditioning)).all()
+
+
+def test_g5_sibling_zero_out_and_multiply(studio, draw, carrying, mixed):
+    one, nodes = studio.encode(carrying[1], "a <rex>"), studio.stock
+    zero = nodes.ConditioningZeroOut().zero_out(one)[0]
+    assert not contents(zero, mixed).hidden.any() and torch.isfinite(draw(zero)).all()
+    if hasattr(nodes, "ConditioningMultiply"):
+        half = contents(nodes.ConditioningMultiply().multiply(one, 0.5)[0], mixed)
+        assert torch.allclose(half.hidden, 0.5 * contents(one, mixed).hidden, atol=1e-6)
+        assert half.strengths == ({"rex": (0.5, 0.5)},)
+
+
+def test_g5_sibling_prompts_of_several_chunks(studio, draw, carrying, mixed):
+    long = "a photo of a cat, " + "in a green meadow with a red ball, " * 6 + "<mimi> at night"
+    one, two = (studio.encode(carrying[1], text) for text in (long, "a <rex>"))
+    nodes = studio.stock
+    joined = contents(nodes.ConditioningConcat().concat(one, two)[0], mixed)
+    assert joined.words[0]["rex"] == (one[0][0].shape[1] + 2, one[0][0].shape[1] + 3)
+    assert joined.words[0]["mimi"] == contents(one, mixed).words[0]["mimi"]
+    for to, other in ((one, two), (two, one)):
+        average = nodes.ConditioningAverage().addWeighted(to, other, 0.5)[0]
+        assert "rex" in contents(average, mixed).words[0] and torch.isfinite(draw(average)).all()
+
+
+def test_g5_sibling_states_are_an_ordinary_tensor_elsewhere(studio, carrying, mixed):
+    """Files hold plain tensors, other operations give plain tensors, copies stay complete."""
+    states = studio.encode(carrying[1], "a <rex>")[0][0]
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert type(loaded) is torch.Tensor and torch.equal(loaded, states.plain)
+    for plain in (states.softmax(-1), states @ torch.ones(states.shape[-1], 3), states[0], states.mean(1),
+                  states + 1.0, states.flatten(1), torch.zeros_like(states)):
+        assert type(plain) is torch.Tensor
+    for moved in (states.half(), states.to(torch.float64), states.clone(), states.repeat(2, 1, 1)):
+        assert moved.carried.shape[:2] == moved.shape[:2] and moved.carried.dtype == moved.dtype
+    assert torch.equal(copy.deepcopy(states).as_subclass(torch.Tensor), states.plain)
+
+
+def test_g5_sibling_a_model_without_concepts_takes_the_states(studio, carrying):
+    positive, negative = (studio.encode(carrying[1], text) for text in ("a <rex>", ""))
+    plain = [[positive[0][0].plain, {"pooled_output": positive[0][1].get("pooled_output")}]]
+    assert distance(studio.ksampler(studio.model, positive, negative),
+                    studio.ksampler(studio.model, plain, "")) < 1e-4
