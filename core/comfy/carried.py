@@ -19,7 +19,7 @@ from .sites import OFFSETS, STRENGTHS, WORDS, OffsetCond, SlotCond
 
 # Operations by name. They move rows and tokens, or are linear.
 _MOVES = {"to", "cpu", "cuda", "clone", "contiguous", "detach", "float", "half", "bfloat16", "__getitem__",
-         , "narrow", "repeat"}
+          "narrow", "repeat"}
 _JOINS = {"cat", "concat", "concatenate"}
 _ADDS = {"add", "sub", "__add__", "__radd__", "__sub__", "lerp"}
 _SCALES = {"mul", "multiply", "div", "__mul__", "__rmul__", "__truediv__"}
