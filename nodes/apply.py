@@ -83,9 +83,8 @@ class ElasticWeightAggregate(io.ComfyNode):
         patched = fold(model, backbone.sites, aggregation.deltas if strength else {}, layerwise)
         patched = with_word_bound(patched, backbone.sites,
                                   token_lora_deltas(bank, strength, [only] if only else None))
-        acting = {name: parsed.strength_of(name) for name, column in
-                  zip(aggregation.names, aggregation.weights.T, strict=True) if column.any()}
-        new_clip = concept_clip(clip, bank, acting if strength else None)
+        acting = [only] if only else parsed.concepts if MODES[mode] == "sharp" else bank.names
+        new_clip = concept_clip(clip, bank, {name: parsed.strength_of(name) for name in acting})
         picture = to_tensor(weights_picture(aggregation.names, aggregation.weights,
                                             f"weights, {mode}, strength {strength:g}"))
         return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture,

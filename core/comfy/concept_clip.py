@@ -98,9 +98,9 @@ class ConceptTokenizer(_Wrapped):
                 notes.append(f"a prompt names <{name}>, but the prompt of Elastic Weight Aggregate does not, "
                              "so its words act without its deltas; name it there too")
             elif weight not in (1.0, acting):
-                notes.append(f"a prompt gives <{name}> the weight {weight:g}, but the prompt of Elastic "
-                             f"Weight Aggregate decides its strength, with the weight {acting:g}; give the "
-                             "weight there")
+                notes.append(f"the weight {weight:g} of <{name}> weighs its words as text; the prompt of "
+                             "Elastic Weight Aggregate decides the strength of its deltas, so give the "
+                             "weight there too")
         return notes
 
     def _with_words(self, tokenizer, encoder: str):
@@ -137,8 +137,9 @@ class ConceptEncoder(_Wrapped):
     `conditioning.placeholder_nouns`.
     """
 
-    def __init__(self, inner, encoders: tuple[str, ...], concepts: Concepts, clip) -> None:
-        """clip: Provides the tokenizers for the placeholder nouns."""
+    def __init__(self, inner, encoders: tuple[str, ...], concepts: Concepts, clip,
+                 acting: Mapping[str, float] | None = None) -> None:
+        """clip: Provides the tokenizers for the placeholder nouns. acting: See `concept_clip`."""
         super().__init__(inner)
         groups = {name: known.tokens for name, known in concepts.items()}
         self.copies = max(tokens.copies for tokens in groups.values())
@@ -146,6 +147,7 @@ class ConceptEncoder(_Wrapped):
         self.word_bound = {name for name, known in concepts.items()
                            if known.info.composes.kind is Kind.WORDS}
         self.by_strength = {name for name, known in concepts.items() if known.by_strength}
+        self.acting = acting
         self.encoders, self.widths = encoders, [width for _, width in text_widths(clip)]
         self.words = {_key(group.word(i, encoder)): WordRef(name, i) for name, group in groups.items()
                       for i in range(len(group.words)) for encoder in encoders}
@@ -174,7 +176,10 @@ class ConceptEncoder(_Wrapped):
         """
         def weight_of(token, weight: float) -> float:
             word = self.words.get(_key(token))
-            return 1.0 if word is not None and word.concept in self.by_strength else weight
+            if word is None or word.concept not in self.by_strength:
+                return weight
+            follows = word.concept in self.word_bound or self.acting is None
+            return 1.0 if follows or self.acting.get(word.concept) == weight else weight
 
         return {key: [[(token, weight_of(token, weight), *rest) for token, weight, *rest in chunk]
                       for chunk in chunks] for key, chunks in tokens.items()}
@@ -306,8 +311,9 @@ def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = N
     Args:
         clip: A CLIP of ComfyUI.
         bank: The concepts.
-        acting: Prompt-activated concepts whose deltas are in the MODEL -> their weight. Other prompts that
-            name a concept differently get a note in the log. None = every prompt brings its own deltas.
+        acting: Prompt-activated concepts whose deltas are in the MODEL -> their weight in the prompt that
+            decided so. In other prompts, another weight acts on the words as on text, with a note in the
+            log. None = every prompt brings its own deltas.
     """
     if not len(bank):
         return clip
@@ -323,7 +329,7 @@ def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = N
     inner = encoder.inner if isinstance(encoder, ConceptEncoder) else encoder
     clone = clip.clone()
     clone.tokenizer = ConceptTokenizer(original, encoders, concepts, acting)
-    clone.cond_stage_model = ConceptEncoder(inner, encoders, concepts, clip)
+    clone.cond_stage_model = ConceptEncoder(inner, encoders, concepts, clip, acting)
     return clone
 
 
