@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import ConceptError
+from .errors import ConceptError, WriteError
 
 LONGEST_NAME = 255      # bytes of a file name in UTF-8, on all common file systems
 # Windows gives these names to devices, whatever the ending, so that a file of such a name cannot be opened.
@@ -63,7 +63,11 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def real_file(path: Path | str) -> Path:
-    """The file that a path stands for: the target of a symbolic link, else the path itself."""
+    """The file that a path stands for: the target of a symbolic link, else the path itself.
+
+    Raises:
+        ConceptError: The link leads back to itself.
+    """
     if not os.path.islink(path):
         return Path(path)
     target = Path(os.path.realpath(path))
@@ -89,7 +93,7 @@ def check_output(path: Path | str, what: str = "file") -> Path:
         raise ConceptError(f"the {what} '{path}' is a folder; give the path of a file")
     check_file_name(file.name, f"{what} name")
     if os.path.exists(file) and not os.access(file, os.W_OK):
-        raise ConceptError(f"the {what} '{path}' is write-protected; allow writing or choose another file")
+        raise WriteError(f"the {what} '{path}' is write-protected; allow writing or choose another file")
     _check_folder(file.parent, f"the {what} '{path}' cannot be written", file.name)
     return file
 
@@ -98,7 +102,7 @@ def check_output_folder(folder: Path | str, what: str = "output folder") -> None
     """Checks that files can be written into a folder, which may be missing. Leaves nothing behind.
 
     Raises:
-        ConceptError: It is a file, or it cannot be made or written.
+        WriteError: It is a file, or it cannot be made or written.
     """
     _check_folder(Path(folder), f"the {what} '{folder}' cannot be used")
 
@@ -110,12 +114,12 @@ def _check_folder(folder: Path, sentence: str, name: str = "file") -> None:
         check_file_name(nearest.name, "folder name")
         nearest = nearest.parent
     if not os.path.isdir(nearest):
-        raise ConceptError(f"{sentence}: '{nearest}' is not a folder")
+        raise WriteError(f"{sentence}: '{nearest}' is not a folder")
     trial = beside(nearest / name, f".{secrets.token_hex(4)}.partial")
     try:
         trial.write_bytes(b"trial")
     except OSError as error:
-        raise ConceptError(f"{sentence}: {_reason(error)} in '{nearest}'") from error
+        raise WriteError(f"{sentence}: {_reason(error)} in '{nearest}'") from error
     finally:
         _remove(trial)
 
@@ -135,13 +139,13 @@ def write_atomically(path: Path, write: Callable[[Path], object],
         before: Called when the new file is complete, before it replaces the old one.
 
     Raises:
-        ConceptError: The folder cannot be made or the file cannot be written.
+        WriteError: The folder cannot be made or the file cannot be written.
     """
     path = real_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConceptError(f"cannot make the folder '{path.parent}': {_reason(error)}") from error
+        raise WriteError(f"cannot make the folder '{path.parent}': {_reason(error)}") from error
     temporary = partial_file(path, secrets.token_hex(4))
     try:
         write(temporary)
@@ -154,7 +158,7 @@ def write_atomically(path: Path, write: Callable[[Path], object],
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:      # safetensors reports a full disk as its own error
-        raise ConceptError(f"cannot write '{path}': {_reason(error)}") from error
+        raise WriteError(f"cannot write '{path}': {_reason(error)}") from error
     finally:
         _remove(temporary)
 
@@ -178,7 +182,7 @@ def new_file(path: Path) -> Path:
     Two programs that call this at the same time get different files.
 
     Raises:
-        ConceptError: No file can be created.
+        WriteError: No file can be created.
     """
     path = Path(path)
     try:
@@ -191,8 +195,8 @@ def new_file(path: Path) -> Path:
             except FileExistsError:
                 continue
     except OSError as error:
-        raise ConceptError(f"cannot write '{path}': {_reason(error)}") from error
-    raise ConceptError(f"'{path.parent}' holds {_MOST} files like '{path.name}'; choose another folder")
+        raise WriteError(f"cannot write '{path}': {_reason(error)}") from error
+    raise WriteError(f"'{path.parent}' holds {_MOST} files like '{path.name}'; choose another folder")
 
 
 def write_new(path: Path, write: Callable[[Path], object]) -> Path:
@@ -217,7 +221,7 @@ def write_elsewhere(path: Path, write: Callable[[Path], object]) -> Path | None:
     for folder in _other_folders(path):
         try:
             return write_new(folder / name, write).absolute()
-        except ConceptError:
+        except WriteError:
             continue
     return None
 

@@ -8,10 +8,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.bank.format import open_bank
-from ..core.bank.store import change_bank
-from ..core.errors import ConceptError
+from ..core.bank.store import change_bank, saved_elsewhere
+from ..core.errors import ConceptError, WriteError
 from ..core.evaluation.bank_picture import bank_pages
 from ..core.evaluation.inspection import inspect, lines
+from ..core.files import check_output
 from ..core.images import to_tensor
 from ..core.training import checkpoint
 from . import types
@@ -19,7 +20,6 @@ from .folders import (
     NEW_BANK,
     bank_file,
     bank_names,
-    check_bank_name,
     checkpoint_folder,
     new_bank_file,
     register_folders,
@@ -92,10 +92,11 @@ class ConceptBankSave(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, bank_name):
-        """Reports a wrong name before the graph runs. Text from another node is None at this point."""
+        """Reports a wrong name, or a folder that cannot be written, before the graph runs. Text from another
+        node is None at this point."""
         try:
             if bank_name is not None:
-                check_bank_name(bank_name)
+                check_output(new_bank_file(bank_name), "bank")
         except ConceptError as error:
             return str(error)
         return True
@@ -116,7 +117,10 @@ class ConceptBankSave(io.ComfyNode):
                 )
             return bank
 
-        change_bank(path, change)
+        try:
+            change_bank(path, change)
+        except WriteError as error:
+            raise saved_elsewhere(error, path, bank) from error
         _remove_finished_runs(bank)
         names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
         return io.NodeOutput(ui=ui.PreviewText(f"{path.name}: {names}"))

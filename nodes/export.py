@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..core.errors import ConceptError
+from ..core.files import check_output_folder
 from ..core.interop.export import export_bank, export_concept
 from ..core.interop.prompt_export import export_prompt
 from . import types
@@ -65,6 +66,17 @@ class ConceptExport(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="notes")],
         )
+
+    @classmethod
+    def validate_inputs(cls, strength):
+        """Reports folders that cannot be written before the graph runs. ComfyUI only calls it if it takes an
+        input."""
+        try:
+            for folder in ("loras", "embeddings"):
+                check_output_folder(Path(folder_paths.get_output_directory()) / folder)
+        except ConceptError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, bank, concept, format, strength, prompt="") -> io.NodeOutput:  # noqa: A002 - an input id

@@ -10,7 +10,7 @@ import folder_paths
 from ..core.bank.format import SUFFIX
 from ..core.bank.tokens import check_name
 from ..core.errors import ConceptError
-from ..core.files import check_file_name
+from ..core.files import check_file_name, shortened
 
 BANKS = "concept_banks"
 NEW_BANK = "(new bank)"
@@ -41,10 +41,8 @@ def bank_file(name: str) -> Path:
 
 
 def output_folder() -> Path:
-    """The folder for saving banks. Creates it if it is missing."""
-    folder = Path(folder_paths.get_output_directory()) / BANKS
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """The folder for saving banks; it may be missing."""
+    return Path(folder_paths.get_output_directory()) / BANKS
 
 
 def check_bank_name(name: str) -> str:
@@ -65,5 +63,4 @@ def checkpoint_folder() -> Path:
 
 def checkpoint_file(name: str, key: str) -> Path:
     """The checkpoint file of a run for this concept. key: distinguishes runs of the same concept."""
-    checkpoint_folder().mkdir(exist_ok=True)
-    return checkpoint_folder() / f"{check_name(name)}-{key}.checkpoint"
+    return checkpoint_folder() / f"{shortened(check_name(name), 180)}-{key}.checkpoint"

@@ -28,14 +28,16 @@ from ..core.evaluation.previews import (
     older_concepts,
     similarity_to,
 )
+from ..core.files import check_output_folder
 from ..core.images import to_tensor
 from ..core.methods import DEFAULT, METHODS, Task, make
 from ..core.methods.base import Method
 from ..core.sampling.settings import SampleSettings
+from ..core.settings import unusual
 from ..core.training.config import TrainingConfig
-from ..core.training.record import is_same_work, run_identity, run_key
+from ..core.training.record import check_known, run_identity, run_key
 from . import types
-from .folders import checkpoint_file
+from .folders import checkpoint_file, checkpoint_folder
 from .images import deferred_pictures, masks_of, to_image, vision
 from .inputs import first, setting_input
 from .progress import Reporter
@@ -161,11 +163,13 @@ class ConceptLearner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name, class_noun):
-        """Reports a wrong name before the graph runs. Text from another node is None at this point."""
+        """Reports a wrong name, or a folder that cannot be written, before the graph runs. Text from another
+        node is None at this point."""
         try:
             if first(name) is not None:
                 check_name(first(name).strip().strip("<>"))
             check_class_noun(first(class_noun) or "")
+            check_output_folder(checkpoint_folder())
         except ConceptError as error:
             return str(error)
         return True
@@ -233,13 +237,8 @@ def _already_learned(bank: ConceptBank, name: str, method: Method, config: Train
     """Returns the bank unchanged if its concept was learned from these photos and settings, as when a saved
     graph runs again.
     """
-    info = bank.infos[name]
-    same_photos = list(info.provenance.images) == [photo.digest for photo in photos]
-    if info.method != method.name or not same_photos or not is_same_work(info.provenance, method, config):
-        raise ConceptError(
-            f"the bank already holds a concept '{name}', learned from other photos or settings; choose "
-            f"another name, or set if_known to '{AGAIN}'"
-        )
+    check_known(bank.infos[name], method, config, [photo.digest for photo in photos],
+                f"set if_known to '{AGAIN}'")
     picture = to_tensor(loss_picture([], f"<{name}> is known already"))
     text = ui.PreviewText(f"<{name}> is in the bank already, learned from these photos")
     return io.NodeOutput(bank, picture, picture, _no_older_concepts(), ui=text)
@@ -255,7 +254,8 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
                                                          task.bank.infos, task.name)
     warnings = [*taken.warnings, *(prior_warnings(method.composition) if len(pictures) > len(photos) else [])]
-    notes = [*warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
+    notes = [*unusual(method.config), *unusual(config),
+             *warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
              *(warning.text for warning in warnings)]
     for note in notes:      # before the minutes of training
         logging.warning("Concept Learner: %s", note)

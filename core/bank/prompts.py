@@ -196,9 +196,11 @@ class Vocabulary:
 
     def _unknown(self, name: str, what: str) -> str:
         names = sorted(self.entries)
+        if not names:
+            return f"{what} names <{name}>, but no bank was given, or it holds no concept"
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"known: {', '.join(f'<{n}>' for n in names[:12])}" if names else "the bank is empty"
-        hint = f"did you mean <{near[0]}>?" if near else hint
+        known = f"known: {', '.join(f'<{n}>' for n in names[:12])}"
+        hint = f"did you mean <{near[0]}>?" if near else known
         return f"{what} names <{name}>, which the bank does not hold; {hint}"
 
 

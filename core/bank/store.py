@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..errors import ConceptError
+from ..errors import ConceptError, WriteError
 from ..files import (
     LONGEST_NAME,
     beside,
@@ -68,10 +68,10 @@ def _locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise ConceptError(f"another program has been writing the bank '{path}' for {PATIENCE:.0f} seconds; "
-                           "try again, nothing is lost") from error
+        raise WriteError(f"another program has been writing the bank '{path}' for {PATIENCE:.0f} seconds; "
+                         "try again, nothing is lost") from error
     except OSError as error:
-        raise ConceptError(f"cannot write '{path}': {error.strerror or error}") from error
+        raise WriteError(f"cannot write '{path}': {error.strerror or error}") from error
     try:
         yield
     finally:
@@ -143,8 +143,8 @@ def _keep(path: Path) -> None:
             shutil.copy2(path, temporary)
             os.replace(temporary, first)
     except OSError as error:
-        raise ConceptError(f"cannot keep the present version of '{path}': {error.strerror or error}; nothing "
-                           "was changed") from error
+        raise WriteError(f"cannot keep the present version of '{path}': {error.strerror or error}; nothing "
+                         "was changed") from error
 
 
 def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]],

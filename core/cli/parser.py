@@ -70,7 +70,7 @@ def _add_learn(commands) -> None:
     parser.add_argument("--method", choices=sorted(METHODS), default=DEFAULT,
                         help="how the concept is learned (default %(default)s)")
     parser.add_argument("--set", dest="settings", type=setting_pair, action="append", default=[],
-                        metavar="KEY=VALUE", help="a setting of the method, e.g. rank=8")
+                        metavar="KEY=VALUE", help="a setting of the method, e.g. rank=8 or lr=1e-4")
     parser.add_argument("--if-known", choices=IF_KNOWN, default=IF_KNOWN[0],
                         help="if the bank holds this name: keep the concept if it was learned from these "
                         "photos and settings, else an error; or learn it again and replace it "

@@ -42,16 +42,16 @@ def sample(options: Namespace) -> Result:
     vocabulary = NO_CONCEPTS if stored is None else stored.vocabulary
     prompts = vocabulary.parse_all([options.prompt, options.negative, *(region.prompt for region in regions)])
     notes = notes_on(vocabulary, prompts)
-    backbone = backbones.load_backbone(options)
-    bank = stored or ConceptBank(backbone.layout)
-    bank.check_fits(backbone.layout)
     side = options.size or backbones.size_of(options)
     cfg = options.cfg if options.cfg is not None else backbones.guidance_of(options)
     noise = NoiseSettings(options.region_noise, crop_denoising=options.solo)
     settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode,
                               options.strength, noise)
     seeds = list(range(options.seed, options.seed + options.count))
-    require(SEED[0](seeds[-1]), "seed", options.seed, f"{SEED[1]}, the seeds of all pictures")
+    require(SEED[0](seeds[-1]), "seed", options.seed, f"{SEED[1]}, for all pictures")
+    backbone = backbones.load_backbone(options)
+    bank = stored or ConceptBank(backbone.layout)
+    bank.check_fits(backbone.layout)
     pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
     files = [write_new(options.output / f"sample_{seed:05d}.png", partial(to_pil(tensor).save, format="PNG"))
              for seed, tensor in zip(seeds, pictures, strict=True)]

@@ -30,6 +30,6 @@ class MethodConfig:
     limits: ClassVar[Mapping[str, Limit]] = {}
 
     def __post_init__(self) -> None:
-        numbers = {f.name: at_least(0) for f in fields(self) if isinstance(f.default, (int, float))}
+        numbers = {f.name: at_least(0) for f in fields(self) if type(f.default) in (int, float)}
         check(self, {**numbers, "rank": RANK, **self.limits})
         stored_dtype(self.stored)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import ConceptError
+from ..errors import ConceptError, WriteError
 from ..files import write_atomically, write_elsewhere
 
 KEY = "continual_concepts_checkpoint"
@@ -57,16 +57,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def save_somewhere(path: Path, state: dict[str, Any]) -> None:
-    """Writes the checkpoint of an interrupted run. Raises ConceptError if it had to be written elsewhere."""
+    """Writes the checkpoint of an interrupted run. Raises WriteError if it had to be written elsewhere."""
     write = _writer(state)
     try:
         write_atomically(Path(path), write)
-    except ConceptError as error:
+    except WriteError as error:
         other = write_elsewhere(Path(path), write)
         if other is None:
             raise
-        raise ConceptError(f"{error}; the interrupted run is kept in '{other}'; move it to '{path}' and run "
-                           "again to resume") from error
+        raise WriteError(f"{error}; the interrupted run is kept in '{other}'; move it to '{path}' and run "
+                         "again to resume") from error
 
 
 def identity(path: Path) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..data.training_set import TrainingData
-from ..errors import ConceptError
+from ..errors import ConceptError, WriteError
 from ..files import check_output
 from ..methods.base import Method, Task
 from . import checkpoint
@@ -92,5 +92,5 @@ def _save(file: Path, trainer: Trainer) -> None:
     """Saves the state. A full disk must not end the run, because what is learned is in memory."""
     try:
         checkpoint.save(file, trainer.state())
-    except ConceptError as error:
+    except WriteError as error:
         warnings.warn(f"there is no safety copy of the run: {error}", stacklevel=2)

@@ -51,12 +51,8 @@ def _with_defaults(settings: Mapping, method: str) -> dict[str, dict]:
     return {part: {**defaults[part], **dict(settings.get(part, {}))} for part in defaults}
 
 
-def is_same_work(origin: Provenance, method: Method, config: TrainingConfig) -> bool:
-    """Whether a concept was learned with these settings."""
-    return not _differences_of_settings(origin.settings, method, config)
-
-
-def _differences_of_settings(there: Mapping, method: Method, config: TrainingConfig) -> list[str]:
+def setting_differences(there: Mapping, method: Method, config: TrainingConfig) -> list[str]:
+    """One phrase for each setting that differs from those of a concept's record."""
     here = {"method": method_settings(method), "training": asdict(config)}
     had = json.loads(json.dumps(_with_defaults(there, method.name)))
     return [line for part in here for line in _differences(had[part], json.loads(json.dumps(here[part])))]
@@ -77,7 +73,7 @@ def check_known(info: ConceptInfo, method: Method, config: TrainingConfig, diges
     there = {"method": info.method, "images": list(info.provenance.images)}
     found = _differences(there, here)
     if info.method == method.name:
-        found += _differences_of_settings(info.provenance.settings, method, config)
+        found += setting_differences(info.provenance.settings, method, config)
     if found:
         raise ConceptError(f"the bank already holds a concept '{info.name}', learned from other photos or "
                            f"settings ({'; '.join(found)}); choose another name, or {again}")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from continual_concepts.core import files
+from continual_concepts.core.bank import store
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.bank.store import change_bank, restore, versions
-from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.cli import backbones, learning
+from continual_concepts.core.errors import ConceptError, WriteError
 from continual_concepts.core.files import LONGEST_NAME, check_file_name, check_output, check_output_folder
 
 
@@ -34,6 +37,114 @@ def test_c1_a_place_that_cannot_be_written_is_told_before(tmp_path):
     check_output(tmp_path / "new" / "newer" / "bank.safetensors")
     check_output_folder(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def without_base(monkeypatch):
+    """Loading the base fails the test."""
+    def load(options):
+        raise AssertionError("the base is loaded before the output is checked")
+
+    monkeypatch.setattr(backbones, "load_backbone", load)
+
+
+def test_c1_every_command_checks_its_output_first(run, learned, photos, tmp_path, without_base):
+    file = tmp_path / "file"
+    file.write_text("")
+    below = file / "bank.safetensors"
+    lora = tmp_path / "x.safetensors"
+    learning_rex = ("--name", "rex", "--noun", "dog")
+    for arguments in (("learn", photos, "--bank", below, *learning_rex),
+                      ("learn", photos, "--bank", tmp_path, *learning_rex),
+                      ("sample", "a dog", "--output", file), ("sample", "a dog", "--output", below),
+                      ("demo", "--output", file), ("bank", "import", below, "rex", "--lora", lora),
+                      ("bank", "merge", learned, learned, "--output", below),
+                      ("bank", "export", learned, "rex", "--refit", "--output", file)):
+        sentence = run(*arguments).sentence
+        assert "is not a folder" in sentence or "is a folder; give the path" in sentence, arguments
+
+
+def test_c1_a_protected_file_is_told(monkeypatch, tmp_path):
+    file = tmp_path / "bank.safetensors"
+    file.write_text("")
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)      # the superuser may write anything
+    with pytest.raises(ConceptError, match="write-protected"):
+        check_output(file, "bank")
+
+
+def full(file, *rest):
+    raise OSError(28, "No space left on device")
+
+
+def test_c1_what_was_learned_is_kept_elsewhere(learn, photos, tmp_path, monkeypatch):
+    """The disk is full from the last step on; the folder for temporary files has room."""
+    spare = tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.chdir(photos)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(spare))
+    replace = files.os.replace
+    monkeypatch.setattr(files.os, "replace",
+                        lambda old, new: replace(old, new) if spare in new.parents else full(new))
+    with pytest.warns(UserWarning, match="no safety copy of the run: cannot write"):
+        told = learn(photos)
+    other = spare / "bank_kept.safetensors"
+    assert f"No space left on device; <rex> is kept in the bank '{other}'" in told.sentence
+    assert open_bank(other).names == ["rex"] and not (tmp_path / "bank.safetensors").exists()
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_c1_sibling_a_name_that_was_taken_meanwhile(learn, photos, learned, tmp_path, monkeypatch):
+    """Two programs learn <rex> into one bank; the second one's is kept beside it."""
+    add = learning.add_concept
+
+    def other_was_faster(file, *rest):
+        learned.rename(file)
+        return add(file, *rest)
+
+    monkeypatch.setattr(learning, "add_concept", other_was_faster)
+    sentence = learn(photos, "--seed", 4).sentence
+    assert "already holds a concept 'rex'" in sentence and "bank_kept.safetensors" in sentence
+    kept = open_bank(tmp_path / "bank_kept.safetensors")
+    assert kept.infos["rex"].provenance.settings["training"]["seed"] == 4
+
+
+def test_c1_sibling_an_interrupted_run_is_kept_elsewhere(tiny_backbone, teach, tmp_path, monkeypatch):
+    """The state of an interrupted run, where its own folder is full; a copy resumes it."""
+    file, spare = tmp_path / "run.checkpoint", tmp_path / "spare"
+    spare.mkdir()
+    empty, losses = ConceptBank(tiny_backbone.layout), []
+
+    def stop(info):
+        if info.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.chdir(spare)
+        replace = files.os.replace
+        patched.setattr(files.os, "replace",
+                        lambda old, new: replace(old, new) if new.parent == spare else full(new))
+        with pytest.raises(WriteError, match="the interrupted run is kept in .*run_kept.checkpoint"):
+            teach(tiny_backbone, empty, "rex", "bound", callback=stop, checkpoint_file=file)
+    (spare / "run_kept.checkpoint").rename(file)
+    teach(tiny_backbone, empty, "rex", "bound", callback=lambda info: losses.append(info.step),
+          checkpoint_file=file)
+    assert losses == [3]
+
+
+def test_c1_sibling_a_checkpoint_that_cannot_be_written_is_told_before(tiny_backbone, teach, tmp_path):
+    (tmp_path / "file").write_text("")
+    steps = []
+    with pytest.raises(ConceptError, match="the checkpoint .* cannot be written"):
+        teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "bound",
+              callback=lambda info: steps.append(info), checkpoint_file=tmp_path / "file" / "run.checkpoint")
+    assert steps == []
+
+
+def test_c1_sibling_with_no_room_anywhere_the_reason_is_told(layout, make_concept, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "replace", full)
+    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1))
+    error = store.saved_elsewhere(WriteError("the disk is full"), tmp_path / "bank.safetensors", bank)
+    assert str(error) == "the disk is full" and not list(tmp_path.iterdir())
 
 
 def test_c2_the_target_of_a_link_is_written(grow, tmp_path):
@@ -87,7 +198,37 @@ def test_c3_sibling_control_characters_in_names():
         check_file_name("two\nlines")
 
 
-def test_c5_a_folder_is_no_bank(grow, tmp_path, run, photos):
+def test_c4_pictures_are_counted_on(run, tmp_path):
+    arguments = ("sample", "a dog", "--output", tmp_path / "out", "--count", 1, "--steps", 1)
+    first, second = run(*arguments), run(*arguments)
+    assert first.code == second.code == 0
+    assert [file.name for file in sorted((tmp_path / "out").iterdir())] == ["sample_00000.png",
+                                                                          "sample_00000_00002.png"]
+    assert "sample_00000_00002.png" in second.out
+
+
+def test_c4_sibling_a_picture_that_cannot_be_written_leaves_no_empty_file(tmp_path):
+    with pytest.raises(ConceptError, match="No space left"):
+        files.write_new(tmp_path / "a.png", full)
+    assert not list(tmp_path.iterdir())
+
+
+def test_c5_the_home_folder_is_expanded(run, learned, photos, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert "<rex>" in run("bank", "list", "~/learned.safetensors").out
+    kept = run("learn", "~/photos", "--bank=~/learned.safetensors", "--name", "rex", "--noun", "dog",
+               "--batch-size", 2, "--steps", 2)
+    assert kept.code == 0 and not (tmp_path / "~").exists()
+
+
+def test_c5_sibling_paths_that_mean_nothing(run):
+    assert "the path is empty" in run("bank", "list", "").sentence
+    assert "home folder of '~nobody-of-this-name/x' is not known" in run("bank", "list",
+                                                                         "~nobody-of-this-name/x").sentence
+
+
+def test_c5_a_folder_is_no_bank(grow, tmp_path):
     for act in (lambda: grow(tmp_path, "rex"), lambda: open_bank(tmp_path)):
         with pytest.raises(ConceptError, match="is a folder; give the path of a file"):
             act()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from continual_concepts.core.methods.base import Task, make
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.early_stopping import has_stalled
 from continual_concepts.core.training.loop import learn
-from continual_concepts.core.training.record import is_same_work
+from continual_concepts.core.training.record import setting_differences
 
 CONFIG = TrainingConfig(steps=12, batch_size=1, resolution=32, patience=2, look_every=2)
 RATES = {"lr": 1e-2, "token_lr": 1e-2}
@@ -122,6 +123,8 @@ def test_a_record_of_before_a_setting_existed_had_its_default():
     method, config = make("bound", RATES), TrainingConfig(steps=5)
     settings = {"method": {"lr": 1e-2, "token_lr": 1e-2}, "training": {"steps": 5}}
     origin = Provenance(base="b", images=(), settings=settings, versions={}, date="", steps=5, seconds=1.0)
-    assert is_same_work(origin, method, config)
-    assert not is_same_work(origin, method, replace(config, patience=1, look_every=1))
-    assert not is_same_work(origin, make("bound", RATES | {"rank": 2}), config)
+    differences = partial(setting_differences, origin.settings)
+    assert differences(method, config) == []
+    assert differences(method, replace(config, patience=1, look_every=1)) == [
+        "its patience is 0, now 1", "its look_every is 0, now 1"]
+    assert differences(make("bound", RATES | {"rank": 2}), config) == ["its rank is 4, now 2"]
