@@ -88,7 +88,7 @@ def test_all_words_of_concepts_as_a_prompt(vocabulary):
 
 
 def test_an_empty_bank_says_so():
-    with pytest.raises(ConceptError, match="empty"):
+    with pytest.raises(ConceptError, match="no bank was given, or it holds no concept"):
         Vocabulary([]).parse("<rex>")
 
 
