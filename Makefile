@@ -1,18 +1,27 @@
-# Every target makes what it needs in .venv first. That is repeated only when the list of dependencies changes.
+# Every target makes what it needs in .venv (test-oldest: .venv-oldest) first. That is repeated only when the list of
+# dependencies changes.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest/bin
+OLDEST_READY := .venv-oldest/.ready
 # Tests run in one process per core, at most eight. Each computes with one thread, because threads of several processes block one another.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 
-.PHONY: demo test verify lint clean
+TESTS ?= tests
+
+.PHONY: demo test test-oldest verify lint clean
 
 demo: $(READY)
 	$(BIN)/continual-concepts demo --output demo
 
 # -I keeps this folder off sys.path, where nodes/ would hide ComfyUI's nodes.py.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) -m "not slow and not host and not live" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) -m "not slow and not host and not live" $(TESTS)
+
+# The same with the oldest versions that pyproject.toml declares.
+test-oldest: $(OLDEST_READY)
+	OMP_NUM_THREADS=1 $(OLDEST)/python -I -m pytest -q -n $(JOBS) -m "not slow and not host and not live" $(TESTS)
 
 # The long form of the randomised tests: 120,000 damaged files and texts, 500 bank histories, 300 killed writers. Where there is a ComfyUI
 # (see CONTRIBUTING), also every fault at every stage and 500 queue runs in one server. Each of the two parts takes about half an hour.
@@ -28,13 +37,28 @@ lint: $(READY)
 	MYPYPATH=.venv/types $(BIN)/mypy -p continual_concepts.core -p continual_concepts.nodes
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+  echo "Continual Concepts needs Python 3.10 or newer; '$(PYTHON)' is not one. Name another: make PYTHON=python3.12" >&2; exit 1; }
+endef
+
 $(READY): pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-	  echo "Continual Concepts needs Python 3.10 or newer; '$(PYTHON)' is not one. Name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(CHECK_PYTHON)
 	@echo "Setting up .venv. PyTorch is a large download: the first time takes some minutes."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,test]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,lint,test]"
+	@touch $@
+
+# uv installs, per package, the oldest allowed version that has a wheel for this Python: torch 2.4 up to Python 3.12, 2.5 on 3.13.
+$(OLDEST_READY): pyproject.toml setup.py
+	$(CHECK_PYTHON)
+	@echo "Setting up .venv-oldest. PyTorch is a large download: the first time takes some minutes."
+	@$(PYTHON) -m venv .venv-oldest
+	@$(OLDEST)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(OLDEST)/uv pip install --quiet --python $(OLDEST)/python --resolution lowest-direct --no-build \
+	  --requirements pyproject.toml --extra demo --extra test
+	@$(OLDEST)/uv pip install --quiet --python $(OLDEST)/python --no-deps --editable .
 	@touch $@

@@ -4,6 +4,10 @@ WEB_DIRECTORY = "./nodes/web"
 
 
 async def comfy_entrypoint():
-    from .nodes import Extension  # lazy: tests and the command line import this file too, without ComfyUI
+    # lazy: tests and the command line import this file too, without ComfyUI
+    from .core.versions import check_versions
+
+    check_versions()
+    from .nodes import Extension
 
     return Extension()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = (
-    ("errors", "files", "images", "charts", "settings"),
+    ("errors", "files", "images", "charts", "settings", "versions"),
     ("model",),
     ("bank", "attention", "hosts"),
     ("conditioning", "data", "regional"),

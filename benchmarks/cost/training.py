@@ -288,8 +288,7 @@ def profile(host: Host, row: str) -> str:
     task = Task(NEW, NOUN, host.backbone, random_bank(host.backbone.layout, method, 1))
     data = random_set(host.backbone, host.setup.side)
     plan = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-    with torch.profiler.profile(activities=activities, schedule=plan,
-                                acc_events=True) as profiler, host.training():
+    with torch.profiler.profile(activities=activities, schedule=plan) as profiler, host.training():
         learn(task, make(method, settings), data, host.setup.training(2), lambda _: profiler.step())
     order = f"self_{'device' if on_card else 'cpu'}_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=48)

@@ -1,5 +1,21 @@
 """The command line `continual-concepts`."""
 
-from .parser import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import sys
+from collections.abc import Sequence
+
+from ..errors import ConceptError
+from ..versions import check_versions
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line if the installed packages are new enough. Returns the exit code."""
+    try:
+        check_versions()
+    except ConceptError as error:
+        print(f"continual-concepts: {error}", file=sys.stderr)
+        return 1
+    from .parser import main as run      # lazy: old packages may fail when they are imported
+
+    return run(arguments)

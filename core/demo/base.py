@@ -76,6 +76,16 @@ def read_sizes(path: Path = BASE_FILE) -> dict:
         return json.loads(file.metadata()[HEADER])
 
 
+def _renamed(weights: dict[str, Tensor], text_encoder: nn.Module) -> dict[str, Tensor]:
+    """Names a CLIP text model's weights as the installed transformers does: version 4 puts "text_model." in
+    front, version 5 does not.
+    """
+    prefix = "text_model."
+    is_used = any(name.startswith(prefix) for name in text_encoder.state_dict())
+    plain = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return {f"{prefix}{name}": tensor for name, tensor in plain.items()} if is_used else plain
+
+
 def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
     """Loads the trained modules in float32, with the sizes in the file's header, and the tokenizer."""
     modules = build_modules(read_sizes(path))
@@ -84,6 +94,8 @@ def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
     for part, module in _with_weights(modules).items():
         weights = {key[len(part) + 1 :]: tensor for key, tensor in state.items()
                    if key.startswith(f"{part}.")}
+        if part == "text_encoder":
+            weights = _renamed(weights, module)
         missing, unexpected = module.load_state_dict(weights, strict=False)
         if unexpected or any(not name.endswith("position_ids") for name in missing):
             raise RuntimeError(f"the embedded base does not fit its own shapes: missing {missing[:3]}, "

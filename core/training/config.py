@@ -12,7 +12,8 @@ from ..settings import SEED, at_least, check, one_of, require, setting
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # offered choices; other optimisers of torch.optim are accepted
-OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")
+OPTIMIZERS = tuple(name for name in ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")
+                   if hasattr(torch.optim, name))      # torch 2.4 has no Adafactor
 LR_SCHEDULES = ("constant", "linear", "cosine")
 # from bitsandbytes, with 8-bit optimiser states
 EIGHT_BIT = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "Lion8bit")
