@@ -16,6 +16,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConceptError as error:
         print(f"continual-concepts: {error}", file=sys.stderr)
         return 1
-    from .parser import main as run      # lazy: old packages may fail when they are imported
+    from .parser import main as run  # lazy: old packages may fail when they are imported
 
     return run(arguments)

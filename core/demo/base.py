@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..files import write_atomically
 from ..hosts.diffusers import ClipText, DiffusersBackbone
+from ..hosts.text_encoder import named_as_in
 from ..model.schedule import NoiseSchedule
 from . import networks, vocabulary
 from .packing import pack, unpack
@@ -76,16 +77,6 @@ def read_sizes(path: Path = BASE_FILE) -> dict:
         return json.loads(file.metadata()[HEADER])
 
 
-def _renamed(weights: dict[str, Tensor], text_encoder: nn.Module) -> dict[str, Tensor]:
-    """Names a CLIP text model's weights as the installed transformers does: version 4 puts "text_model." in
-    front, version 5 does not.
-    """
-    prefix = "text_model."
-    is_used = any(name.startswith(prefix) for name in text_encoder.state_dict())
-    plain = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return {f"{prefix}{name}": tensor for name, tensor in plain.items()} if is_used else plain
-
-
 def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
     """Loads the trained modules in float32, with the sizes in the file's header, and the tokenizer."""
     modules = build_modules(read_sizes(path))
@@ -95,7 +86,7 @@ def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
         weights = {key[len(part) + 1 :]: tensor for key, tensor in state.items()
                    if key.startswith(f"{part}.")}
         if part == "text_encoder":
-            weights = _renamed(weights, module)
+            weights = named_as_in(module, weights)
         missing, unexpected = module.load_state_dict(weights, strict=False)
         if unexpected or any(not name.endswith("position_ids") for name in missing):
             raise RuntimeError(f"the embedded base does not fit its own shapes: missing {missing[:3]}, "

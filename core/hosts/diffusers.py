@@ -162,7 +162,9 @@ class DiffusersBackbone(Backbone):
             module.requires_grad_(False).eval()
         self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
         self.layout = layout_of(unet, tuple((encoder.name, encoder.width) for encoder in text))
-        self.latent_channels = unet.config.in_channels
+        self.latent_channels = vae.config.latent_channels
+        self._extra_channels = unet.config.in_channels - self.latent_channels
+        self._blank: dict[tuple[int, int], Tensor] = {}
         self.picture_multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         for site in self.layout.sites:
             unet.get_submodule(site.name).set_processor(_SiteProcessor(site))
@@ -220,8 +222,25 @@ class DiffusersBackbone(Backbone):
                                           "time_ids": self._time_ids(latents)}
         if processor is not None:
             processor.prepare(context)
+        if self._extra_channels:
+            latents = torch.cat([latents, self._extra(latents)], 1)
         return self.unet(latents.to(dtype), timesteps, context.hidden.to(dtype), return_dict=False,
                          **extra)[0].float()
+
+    def _extra(self, latents: Tensor) -> Tensor:
+        """What an inpainting or InstructPix2Pix UNet reads besides latents `[B, C, h, w]`, for a picture that
+        is drawn from text alone: a mask of ones and a grey picture `[B, 1 + C, h, w]`, or no picture `[B, C, h, w]`,
+        which is zeros.
+        """
+        if self._extra_channels == self.latent_channels:
+            return torch.zeros_like(latents)
+        size = (latents.shape[-2], latents.shape[-1])
+        if size not in self._blank:
+            sides = [side * self.picture_multiple for side in size]
+            with torch.no_grad():
+                self._blank[size] = self.encode_images(torch.zeros(1, 3, *sides))
+        grey = self._blank[size].to(latents).expand(len(latents), -1, -1, -1)
+        return torch.cat([torch.ones_like(latents[:, :1]), grey], 1)
 
     def _time_ids(self, latents: Tensor) -> Tensor:
         """SDXL's size conditioning `[B, 6]`: original size, crop corner and target size. All are those of the

@@ -2,59 +2,141 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ..errors import ConceptError
-from ..model.schedule import NoiseSchedule, cumulative_alphas
-from .diffusers import ClipText, DiffusersBackbone
+from ..model.schedule import NoiseSchedule, cumulative_alphas, zero_terminal_snr
+from .base_folder import BaseFolder
+from .diffusers import ClipText, DiffusersBackbone, layout_of
+from .text_encoder import load_tokenizer, named_as_in
 
 
 def load_pretrained(folder: Path, device: torch.device | str = "cpu",
                     dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
-    """Loads SD1.5, SD2 or SDXL.
+    """Loads SD1.5, SD2 or SDXL, or an inpainting or InstructPix2Pix model of their structure.
 
     Args:
         folder: Folder with subfolders unet, vae, scheduler, text_encoder and tokenizer; for SDXL also
-            text_encoder_2 and tokenizer_2.
+            text_encoder_2 and tokenizer_2. Weights are .safetensors, whole or sharded; a variant such as fp16
+            is read where there is no other.
         device: Device of the modules.
         dtype: Type of the UNet and the text encoders. The autoencoder keeps its own type.
 
     Raises:
-        ConceptError: A subfolder is missing or cannot be loaded.
+        ConceptError: A part is missing, is of another kind, or cannot be loaded. Most faults are found before
+            weights are read.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    folder = Path(folder)
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (folder / part).is_dir():
-            raise ConceptError(f"base '{folder}' has no subfolder '{part}'; "
-                               "it must be a model in diffusers' layout, or 'embedded'")
-    try:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, torch_dtype=dtype)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
-        has_two = (folder / "text_encoder_2").is_dir()
-        first = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True,
-                                              torch_dtype=dtype)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        text = [ClipText("clip_l", first.to(device), tokenizer, penultimate=has_two)]
-        if has_two:
-            path, options = folder / "text_encoder_2", {"local_files_only": True, "torch_dtype": dtype}
-            second = CLIPTextModelWithProjection.from_pretrained(path, **options)
-            tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
-            text.append(ClipText("clip_g", second.to(device), tokenizer, penultimate=True))
-        schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
-    except (OSError, ValueError, KeyError) as error:
-        raise ConceptError(f"base '{folder}' cannot be loaded: {error}") from error
+    base = BaseFolder(folder)
+    schedule = noise_schedule(base.scheduler, f"base '{folder}'")
+    unet = _loaded(UNet2DConditionModel, base, "unet", torch_dtype=dtype)
+    vae = _loaded(AutoencoderKL, base, "vae")
+    encoders = [("clip_l", "", CLIPTextModel), ("clip_g", "_2", CLIPTextModelWithProjection)]
+    text = []
+    for name, suffix, kind in encoders[: 2 if base.has_two else 1]:
+        model = _loaded(kind, base, f"text_encoder{suffix}", torch_dtype=dtype).to(device)
+        text.append(ClipText(name, model, _tokenizer(base, f"tokenizer{suffix}", model),
+                             penultimate=base.has_two))
+    _check_widths(base, unet, text)
     return DiffusersBackbone(unet.to(device), vae.to(device), tuple(text), schedule)
 
 
-def _schedule(file: Path) -> NoiseSchedule:
-    config = json.loads(file.read_text())
-    alphas = cumulative_alphas(config["beta_start"], config["beta_end"],
-                               config.get("num_train_timesteps", 1000),
-                               config.get("beta_schedule", "linear"))
-    return NoiseSchedule(alphas, config.get("prediction_type", "epsilon"))
+def _loaded(kind: Any, base: BaseFolder, part: str, **options: Any) -> Any:
+    """Loads a model of diffusers or transformers. Its weights must be complete: both libraries would fill the
+    rest with random numbers.
+    """
+    folder, variant = base.path / part, base.variants[part]
+    try:
+        model, report = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant,
+                                             output_loading_info=True, **options)
+        missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
+        if missing and part.startswith("text_encoder"):
+            missing = _load_renamed(model, folder, variant)
+    except Exception as error:      # both raise arbitrary exceptions for damaged folders
+        raise ConceptError(f"base '{base.path}': its {part} cannot be loaded ({type(error).__name__}: "
+                           f"{str(error).splitlines()[0] if str(error) else ''})") from error
+    if missing:
+        raise ConceptError(f"base '{base.path}': its {part} lacks weights, {min(missing)!r} among them; "
+                           f"needed: all weights of a {kind.__name__}")
+    return model
+
+
+def _load_renamed(text_encoder: Any, folder: Path, variant: str | None) -> list[str]:
+    """Loads a text encoder that another version of transformers saved. Returns the missing names."""
+    weights: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        if (variant or "safetensors") in file.name:
+            weights |= load_file(file)
+    missing, _ = text_encoder.load_state_dict(named_as_in(text_encoder, weights), strict=False)
+    return [name for name in missing if not name.endswith("position_ids")]
+
+
+def _tokenizer(base: BaseFolder, part: str, model: Any) -> Any:
+    try:
+        tokenizer = load_tokenizer(base.path / part)
+    except ConceptError:
+        raise
+    except Exception as error:      # transformers raises arbitrary exceptions for damaged files
+        raise ConceptError(f"base '{base.path}': its {part} cannot be loaded ({type(error).__name__}: "
+                           f"{str(error).splitlines()[0] if str(error) else ''})") from error
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ConceptError(f"base '{base.path}': its {part} has {len(tokenizer)} tokens, and its text encoder "
+                           f"knows {known}; they are not of one model")
+    return tokenizer
+
+
+def _check_widths(base: BaseFolder, unet: Any, text: list[ClipText]) -> None:
+    read = {site.context_width for site in layout_of(unet, ()).sites}
+    given = sum(encoder.width for encoder in text)
+    if read != {given}:
+        widths = ", ".join(map(str, sorted(read))) or "none"
+        raise ConceptError(f"base '{base.path}': its text encoders give a text of width {given}, and the "
+                           f"cross-attentions of its unet read width {widths}; they are not of one model")
+
+
+def noise_schedule(config: Mapping[str, Any], what: str) -> NoiseSchedule:
+    """The noise schedule of a diffusers scheduler's configuration, with the alphas that diffusers computes.
+
+    Args:
+        config: Of any scheduler with betas.
+        what: The base's name in messages.
+
+    Raises:
+        ConceptError: The scheduler has no betas, or cannot be used with its prediction type.
+    """
+    kind, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    try:
+        if config.get("trained_betas") is not None:
+            betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+            if betas.ndim != 1 or len(betas) < 2 or not bool(((betas >= 0) & (betas <= 1)).all()):
+                raise ValueError("trained_betas must be two or more numbers from 0 to 1")
+            alphas = torch.cumprod(1 - betas, 0).float()
+        elif kind in ("linear", "scaled_linear"):
+            alphas = cumulative_alphas(config["beta_start"], config["beta_end"],
+                                       config.get("num_train_timesteps", 1000), kind)
+        else:
+            from diffusers import DDPMScheduler
+
+            names = ("beta_start", "beta_end", "num_train_timesteps", "beta_schedule")
+            alphas = DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod
+    except (KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        problem = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise ConceptError(f"{what}: its scheduler {config.get('_class_name', '')} cannot be used ({problem}); "
+                           "allowed: schedulers with betas") from error
+    if config.get("rescale_betas_zero_snr"):
+        alphas = zero_terminal_snr(alphas)
+    schedule = NoiseSchedule(alphas, prediction)
+    if schedule.ends_in_noise and prediction == "epsilon":
+        raise ConceptError(f"{what}: its scheduler ends in pure noise (rescale_betas_zero_snr or trained_betas) and "
+                           "has prediction_type 'epsilon'; needed: 'v_prediction', because pure noise says nothing "
+                           "of the picture")
+    return schedule
