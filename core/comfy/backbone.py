@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConceptError
+from ..hosts.base_folder import check_channels
 from ..model.backbone import Backbone
 from ..model.checkpointing import recomputed
 from ..model.context import Context
@@ -82,6 +83,7 @@ class ComfyBackbone(Backbone):
         self.unet = model.model.diffusion_model
         self.text = tuple(ComfyText(name, clip, self._reload) for name in encoder_names(clip))
         self.latent_channels = model.model.latent_format.latent_channels
+        check_channels("the model", self.unet.in_channels, self.latent_channels)
         self.picture_multiple = _multiple(vae)
         self._is_loaded = self._was_loaded = False
         self._folds: list[_Fold] = []
@@ -177,9 +179,22 @@ class ComfyBackbone(Backbone):
             processor.prepare(context)
             options[PROCESSOR] = processor
         y = self._size_and_pooled(latents, context)
+        if self.unet.in_channels != self.latent_channels:
+            latents = torch.cat([latents, self._extra(latents)], 1)
         output = self.unet(latents.to(dtype), timesteps, context=mean, y=None if y is None else y.to(dtype),
                            transformer_options=options)
         return output.float()
+
+    def _extra(self, latents: Tensor) -> Tensor:
+        """What an inpainting or InstructPix2Pix model reads besides latents, for a picture that is drawn from
+        text alone: what the host gives it when no picture and no mask is connected.
+        """
+        extra = self.model.model.concat_cond(noise=latents, latent_image=torch.zeros_like(latents),
+                                             device=latents.device)
+        if extra is None:
+            raise ConceptError(f"the model is a {type(self.model.model).__name__} that reads more than "
+                               "latents and text; allowed: Stable Diffusion 1.x, 2.x and SDXL checkpoints")
+        return extra
 
     def _size_and_pooled(self, latents: Tensor, context: Context) -> Tensor | None:
         """SDXL's vector conditioning: the pooled text and the picture's size."""

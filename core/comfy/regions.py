@@ -69,7 +69,8 @@ def whole_frame_things(model, conditioning: Sequence) -> list[str]:
     evaluated with these.
     """
     carried = {key for _, extra in conditioning for key in _WHOLE_FRAME if key in extra}
-    return sorted(carried) + ["an inpainting model's picture"] * bool(getattr(model.model, "concat_keys", ()))
+    reads_picture = model.model.diffusion_model.in_channels > model.model.latent_format.latent_channels
+    return sorted(carried) + ["an inpainting model's picture"] * reads_picture
 
 
 class _RegionSteps:

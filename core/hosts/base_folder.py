@@ -62,11 +62,11 @@ class BaseFolder:
             raise ConceptError(f"base '{self.path}': its unet is a {kind}; {_ALLOWED}")
         for name, allowed in _CONDITIONS.items():
             if unet.get(name) not in allowed:
-                raise ConceptError(f"base '{self.path}': its unet has {name} = {unet[name]!r} and reads more than "
-                                   f"a text; {_ALLOWED}")
+                raise ConceptError(f"base '{self.path}': its unet has {name} = {unet[name]!r} and reads more "
+                                   f"than a text; {_ALLOWED}")
         if unet.get("addition_embed_type") == "text_time" and not self.has_two:
-            raise ConceptError(f"base '{self.path}' has no subfolder 'text_encoder_2', whose text its unet reads; "
-                               f"{_ALLOWED}")
+            raise ConceptError(f"base '{self.path}' has no subfolder 'text_encoder_2', whose text its unet "
+                               f"reads; {_ALLOWED}")
         check_channels(f"base '{self.path}'", unet.get("in_channels", 4), vae.get("latent_channels", 4))
 
     def _variant(self, part: str) -> str | None:
@@ -82,8 +82,8 @@ class BaseFolder:
             return "fp16" if "fp16" in found else found[0]
         pickled = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
         has = f"only {pickled[0]}, and pickled files are not read" if pickled else "no weights"
-        raise ConceptError(f"base '{self.path}': its {part} has {has}; needed: {stem}.safetensors, or a variant "
-                           f"such as {stem}.fp16.safetensors")
+        raise ConceptError(f"base '{self.path}': its {part} has {has}; needed: {stem}.safetensors, or a "
+                           f"variant such as {stem}.fp16.safetensors")
 
 
 def check_channels(what: str, unet: int, latents: int) -> None:
@@ -96,5 +96,5 @@ def check_channels(what: str, unet: int, latents: int) -> None:
     """
     if unet not in (latents, 2 * latents, 2 * latents + 1):
         raise ConceptError(f"{what}: its unet reads {unet} channels; allowed: {latents} (latents), "
-                           f"{2 * latents} (with a picture, InstructPix2Pix) and {2 * latents + 1} (with a picture "
-                           "and a mask, inpainting)")
+                           f"{2 * latents} (with a picture, InstructPix2Pix) and {2 * latents + 1} (with a "
+                           "picture and a mask, inpainting)")

@@ -229,8 +229,11 @@ class DiffusersBackbone(Backbone):
 
     def _extra(self, latents: Tensor) -> Tensor:
         """What an inpainting or InstructPix2Pix UNet reads besides latents `[B, C, h, w]`, for a picture that
-        is drawn from text alone: a mask of ones and a grey picture `[B, 1 + C, h, w]`, or no picture `[B, C, h, w]`,
-        which is zeros.
+        is drawn from text alone.
+
+        Returns:
+            Inpainting: a mask of ones and a grey picture, `[B, 1 + C, h, w]`. InstructPix2Pix: zeros, which
+            stand for no picture, `[B, C, h, w]`.
         """
         if self._extra_channels == self.latent_channels:
             return torch.zeros_like(latents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,30 @@ def _loaded(kind: Any, base: BaseFolder, part: str, **options: Any) -> Any:
     """
     folder, variant = base.path / part, base.variants[part]
     try:
-        model, report = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, variant=variant,
-                                             output_loading_info=True, **options)
+        model, report = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True,
+                                             variant=variant, output_loading_info=True, **options)
         missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
         if missing and part.startswith("text_encoder"):
             missing = _load_renamed(model, folder, variant)
     except Exception as error:      # both raise arbitrary exceptions for damaged folders
-        raise ConceptError(f"base '{base.path}': its {part} cannot be loaded ({type(error).__name__}: "
-                           f"{str(error).splitlines()[0] if str(error) else ''})") from error
+        raise _unreadable(base, part, error) from error
     if missing:
         raise ConceptError(f"base '{base.path}': its {part} lacks weights, {min(missing)!r} among them; "
                            f"needed: all weights of a {kind.__name__}")
     return model
 
 
+def _unreadable(base: BaseFolder, part: str, error: Exception) -> ConceptError:
+    reason = " ".join(str(error).split("\n")[0].split())
+    return ConceptError(f"base '{base.path}': its {part} cannot be loaded ({type(error).__name__}: {reason})")
+
+
 def _load_renamed(text_encoder: Any, folder: Path, variant: str | None) -> list[str]:
     """Loads a text encoder that another version of transformers saved. Returns the missing names."""
     weights: dict[str, Tensor] = {}
+    pattern = rf"\w+\.{variant}\b.*" if variant else r"\w+(-\d+-of-\d+)?\.safetensors"
     for file in folder.glob("*.safetensors"):
-        if (variant or "safetensors") in file.name:
+        if re.fullmatch(pattern, file.name):
             weights |= load_file(file)
     missing, _ = text_encoder.load_state_dict(named_as_in(text_encoder, weights), strict=False)
     return [name for name in missing if not name.endswith("position_ids")]
@@ -85,12 +91,11 @@ def _tokenizer(base: BaseFolder, part: str, model: Any) -> Any:
     except ConceptError:
         raise
     except Exception as error:      # transformers raises arbitrary exceptions for damaged files
-        raise ConceptError(f"base '{base.path}': its {part} cannot be loaded ({type(error).__name__}: "
-                           f"{str(error).splitlines()[0] if str(error) else ''})") from error
+        raise _unreadable(base, part, error) from error
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
-        raise ConceptError(f"base '{base.path}': its {part} has {len(tokenizer)} tokens, and its text encoder "
-                           f"knows {known}; they are not of one model")
+        raise ConceptError(f"base '{base.path}': its {part} has {len(tokenizer)} tokens, and its text "
+                           f"encoder knows {known}; they are not of one model")
     return tokenizer
 
 
@@ -130,13 +135,13 @@ def noise_schedule(config: Mapping[str, Any], what: str) -> NoiseSchedule:
             alphas = DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod
     except (KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         problem = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise ConceptError(f"{what}: its scheduler {config.get('_class_name', '')} cannot be used ({problem}); "
-                           "allowed: schedulers with betas") from error
+        raise ConceptError(f"{what}: its scheduler {config.get('_class_name', '')} cannot be used "
+                           f"({problem}); allowed: schedulers with betas") from error
     if config.get("rescale_betas_zero_snr"):
         alphas = zero_terminal_snr(alphas)
     schedule = NoiseSchedule(alphas, prediction)
     if schedule.ends_in_noise and prediction == "epsilon":
-        raise ConceptError(f"{what}: its scheduler ends in pure noise (rescale_betas_zero_snr or trained_betas) and "
-                           "has prediction_type 'epsilon'; needed: 'v_prediction', because pure noise says nothing "
-                           "of the picture")
+        raise ConceptError(f"{what}: its scheduler ends in pure noise (rescale_betas_zero_snr or "
+                           "trained_betas), so its prediction_type is 'epsilon' by mistake; needed: "
+                           "'v_prediction'")
     return schedule

@@ -39,5 +39,5 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     if has["tokenizer.json"]:      # saved by transformers 5
         return CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    raise ConceptError(f"the tokenizer folder '{folder}' has no vocabulary; needed: vocab.json and merges.txt, "
-                       "or tokenizer.json")
+    raise ConceptError(f"the tokenizer folder '{folder}' has no vocabulary; needed: vocab.json and "
+                       "merges.txt, or tokenizer.json")

@@ -213,12 +213,15 @@ def _model(unet):
     import comfy.supported_models
     import comfy.utils
 
-    class Config(comfy.supported_models.SDXL):
+    channels = unet.config.in_channels
+    kind = comfy.supported_models.SDXL_instructpix2pix if channels == 8 else comfy.supported_models.SDXL
+
+    class Config(kind):
         unet_extra_config: dict = {}
 
     config = Config({
-        "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2],
-        "num_res_blocks": [1, 1],
+        "image_size": 8, "in_channels": channels, "out_channels": 4, "model_channels": 32,
+        "channel_mult": [1, 2], "num_res_blocks": [1, 1],
         "transformer_depth": [3, 3], "transformer_depth_output": [3, 3, 3, 3], "transformer_depth_middle": 3,
         "num_heads": 2,
         "num_head_channels": -1, "context_dim": 56, "use_spatial_transformer": True,
