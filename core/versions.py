@@ -9,7 +9,7 @@ from .errors import ConceptError
 
 # pyproject.toml declares the same bounds. torch stands there in the extras only, so pip may leave an old one.
 OLDEST = {
-    "torch": "2.4", "diffusers": "0.30", "filelock": "3.0.12", "numpy": "1.25", "pillow": "10.3",
+    "torch": "2.4", "diffusers": "0.31", "filelock": "3.0.12", "numpy": "1.25", "pillow": "10.3",
     "safetensors": "0.4.4", "tqdm": "4.42.1", "transformers": "4.43",
 }
 

@@ -23,7 +23,7 @@ class BaseFolder:
     Attributes:
         path: The folder.
         has_two: Whether there are two text encoders (SDXL).
-        variants: Part -> the variant of its weights, such as "fp16"; None for files without one.
+        suffixes: Part -> the variant of its weight files, such as "fp16"; None for files without one.
         scheduler: The scheduler's configuration.
 
     Raises:
@@ -45,7 +45,7 @@ class BaseFolder:
         self.scheduler = self._config("scheduler/scheduler_config.json")
         self._check_unet(self._config("unet/config.json"), self._config("vae/config.json"))
         weights = [part for part in _WEIGHTS if part != "text_encoder_2" or self.has_two]
-        self.variants = {part: self._variant(part) for part in weights}
+        self.suffixes = {part: self._suffix(part) for part in weights}
 
     def _config(self, name: str) -> dict:
         try:
@@ -69,13 +69,15 @@ class BaseFolder:
                                f"reads; {_ALLOWED}")
         check_channels(f"base '{self.path}'", unet.get("in_channels", 4), vae.get("latent_channels", 4))
 
-    def _variant(self, part: str) -> str | None:
+    def _suffix(self, part: str) -> str | None:
         """The variant of a part's weights that is read: none, else fp16, else the first by name."""
         stem = _WEIGHTS[part]
-        pattern = rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json"
+        # of pieces: early diffusers put the variant before "index"
+        index = rf"{stem}\.safetensors(?:\.index(?:\.(\w+))?|\.(\w+)\.index)\.json"
+        pattern = rf"{stem}(?:\.(\w+))?\.safetensors|{index}"
         names = sorted(file.name for file in (self.path / part).iterdir())
         matches = [match for name in names if (match := re.fullmatch(pattern, name))]
-        found = [match[1] or match[2] for match in matches]
+        found = [match[1] or match[2] or match[3] for match in matches]
         if None in found:
             return None
         if found:

@@ -54,13 +54,13 @@ def _loaded(kind: Any, base: BaseFolder, part: str, **options: Any) -> Any:
     """Loads a model of diffusers or transformers. Its weights must be complete: both libraries would fill the
     rest with random numbers.
     """
-    folder, variant = base.path / part, base.variants[part]
+    folder, suffix = base.path / part, base.suffixes[part]
+    options |= {"local_files_only": True, "use_safetensors": True, "variant": suffix}
     try:
-        model, report = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True,
-                                             variant=variant, output_loading_info=True, **options)
+        model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
         if missing and part.startswith("text_encoder"):
-            missing = _load_renamed(model, folder, variant)
+            missing = _load_renamed(model, folder, suffix)
     except Exception as error:      # both raise arbitrary exceptions for damaged folders
         raise _unreadable(base, part, error) from error
     if missing:
@@ -74,10 +74,10 @@ def _unreadable(base: BaseFolder, part: str, error: Exception) -> ConceptError:
     return ConceptError(f"base '{base.path}': its {part} cannot be loaded ({type(error).__name__}: {reason})")
 
 
-def _load_renamed(text_encoder: Any, folder: Path, variant: str | None) -> list[str]:
+def _load_renamed(text_encoder: Any, folder: Path, suffix: str | None) -> list[str]:
     """Loads a text encoder that another version of transformers saved. Returns the missing names."""
     weights: dict[str, Tensor] = {}
-    pattern = rf"\w+\.{variant}\b.*" if variant else r"\w+(-\d+-of-\d+)?\.safetensors"
+    pattern = rf"\w+\.{suffix}\b.*" if suffix else r"\w+(-\d+-of-\d+)?\.safetensors"
     for file in folder.glob("*.safetensors"):
         if re.fullmatch(pattern, file.name):
             weights |= load_file(file)
