@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageFont
 from torch import Tensor
 
 PAPER, INK, QUIET, GRID = (252, 252, 250), (29, 29, 36), (120, 120, 130), (226, 226, 230)
-ACCENT, ALARM = (44, 86, 206), (190, 40, 30)
+ACCENT, ALARM, ALARM_PAPER = (44, 86, 206), (190, 40, 30), (255, 238, 235)
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Item = TypeVar("Item")
@@ -46,6 +47,34 @@ def fitting(text: str, face: Font, width: float) -> str:
     while text and face.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..." if text else ""
+
+
+def _readable(text: str) -> str:
+    """A drawable text: on one line, without lone surrogates, which an untrusted bank may contain."""
+    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())[:400]
+
+
+def wrapped(text: str, face: Font, width: float, most: int) -> list[str]:
+    """Wraps a text to several lines, at spaces or within too long words. A truncated text ends in "...".
+
+    Args:
+        width: Width of a line in pixels.
+        most: Maximum number of lines.
+    """
+    lines: list[str] = []
+    rest = _readable(text)
+    while rest and len(lines) < most:
+        # letters that fit
+        end = bisect_right(range(1, len(rest) + 1), width, key=lambda count: face.getlength(rest[:count]))
+        if end == len(rest):
+            return [*lines, rest]
+        if len(lines) == most - 1:
+            return [*lines, fitting(rest[: end + 1], face, width)]
+        marks = rest.rfind(" ", 0, end + 1), max(rest.rfind(mark, 0, end) + 1 for mark in "-_")
+        end = next((mark for mark in marks if mark > end // 2), max(1, end))
+        lines.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
+    return lines
 
 
 def to_tensor(image: Image.Image) -> Tensor:

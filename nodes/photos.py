@@ -9,9 +9,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.comfy.demo import DemoVision, load_demo
+from ..core.data.contact_sheet import contact_sheet
 from ..core.data.folder import MASKS, pictures_in, read_folder
 from ..core.data.pictures import captions_text, weights
 from ..core.errors import ConceptError
+from ..core.images import to_tensor
 from . import types
 from .images import to_image
 from .schema import Schema
@@ -87,8 +89,10 @@ class ConceptPhotosLoad(io.ComfyNode):
         masks = [torch.ones(1, *picture.size) if mask is None else weights(mask)
                  for picture in photos.pictures for mask in [picture.stored_mask()]]
         captions = [" ".join(picture.caption.split()) for picture in photos.pictures]
-        text = ui.PreviewText("\n".join(photos.report.checked().lines()))
-        return io.NodeOutput(images, captions_text(captions), masks, ui=text)
+        report = photos.report.checked()
+        sheet = ui.PreviewImage(to_tensor(contact_sheet(report)), cls=cls).as_dict()
+        shown = {**sheet, "text": ("\n".join(report.lines()),)}
+        return io.NodeOutput(images, captions_text(captions), masks, ui=shown)
 
 
 class ConceptDemoBase(io.ComfyNode):

@@ -18,7 +18,7 @@ from .masks import find_masks, masks_among, read_mask
 from .pictures import Deferred, Picture, photo_digest, prior_caption
 from .quality import measure
 from .reading import SUFFIXES, Shape, is_picture, read_photo, why_unreadable
-from .report import PhotoFacts, Report, Skipped, Warning, counted, listed
+from .report import PhotoFacts, Report, Skipped, Warning, counted, listed, small_mask
 
 DEFERRED = 2_000_000      # photos of more pixels are read again when they are framed, to save memory
 MASKS, CAPTIONS = "masks", "captions"      # subfolders that are used without being asked for
@@ -231,9 +231,11 @@ class _Reader:
         is_large = height * width > DEFERRED
         source = Deferred((height, width), partial(_levels_of, path)) if is_large else levels
         mask: Tensor | Deferred | None = None
+        mask_shown = None
         mask_file = self.masks.of.get(path)
         if mask_file is not None:
             mask, note = read_mask(mask_file, photo.shape)
+            mask_shown = small_mask(mask)
             if is_large:
                 mask = Deferred((height, width), partial(_mask_of, mask_file, photo.shape))
         caption: Caption | None = self.captions.of.get(path)
@@ -241,7 +243,8 @@ class _Reader:
         digest, quality = photo_digest(levels), measure(levels, self.resolution)
         facts = PhotoFacts(path.name, width, height, digest, quality, text,
                            self._named(caption.file) if caption is not None and text else "",
-                           self._named(mask_file) if mask_file is not None else "", self.repeats, note)
+                           self._named(mask_file) if mask_file is not None else "", self.repeats, note,
+                           mask_shown)
         if self.is_prior:
             text = text or prior_caption(self.class_noun)
         return Picture(source, text, mask, self.is_prior, digest, f"the picture '{path}'",
@@ -277,8 +280,8 @@ class _Reader:
 
     def _warnings(self) -> Iterable[Warning]:
         """Photos without captions or masks where others have some."""
-        for kind, found, text in (("caption", self.captions, "no caption, others do"),
-                                  ("mask", self.masks, "no mask, others do, and will be learned whole")):
+        for kind, found, text in (("caption", self.captions, "no caption; the others do"),
+                                  ("mask", self.masks, "no mask and will be learned whole")):
             bare = tuple(i for i, photo in enumerate(self.photos) if photo not in found.of)
             if found.of and bare:
                 names = listed(self.photos[i].name for i in bare)

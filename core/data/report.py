@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from PIL import Image
+from torch import Tensor
+
 from ..bank.composition import WORDS, Composition
 from ..bank.concepts import ConceptInfo
 from .pictures import Picture
-from .quality import BLURRED, Quality, alike, measure
+from .quality import BLURRED, THUMBNAIL, Quality, alike, measure
 
 FEWEST = 3      # photos of a concept
 ENLARGED = 1.25      # photos that must be enlarged by more than this factor are too small
@@ -23,7 +26,7 @@ class PhotoFacts:
 
     name: file name, or "picture 3"; width, height: in pixels, upright; caption: text, may be empty;
     caption_from, mask_from: file names, "input" where they did not come from a file, empty = none; repeats:
-    how often it is drawn, relative to others; note: what was done to fit its mask.
+    how often it is drawn, relative to others; note: what was done to fit its mask; mask: a small copy of it.
     """
 
     name: str
@@ -36,6 +39,7 @@ class PhotoFacts:
     mask_from: str = ""
     repeats: int = 1
     note: str = ""
+    mask: Image.Image | None = None
 
     def to_json(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -110,14 +114,18 @@ class Report:
         text += f", {masks} with masks" if masks else ""
         return text + (f"; {counted(len(self.skipped), 'file')} skipped" if self.skipped else "")
 
+    def reasons(self) -> dict[str, list[str]]:
+        """Reason -> the files that were not used because of it."""
+        reasons: dict[str, list[str]] = {}
+        for skipped in self.skipped:
+            reasons.setdefault(skipped.reason, []).append(skipped.name)
+        return reasons
+
     def lines(self) -> list[str]:
         """The report as lines of text: counts, photos, skipped files by reason, warnings."""
         rows = [self.headline, *(f"  {photo.line()}" for photo in self.photos[:LISTED])]
         rows += [f"  and {len(self.photos) - LISTED} more"] if len(self.photos) > LISTED else []
-        reasons: dict[str, list[str]] = {}
-        for skipped in self.skipped:
-            reasons.setdefault(skipped.reason, []).append(skipped.name)
-        rows += [f"  not used: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+        rows += [f"  not used: {', '.join(names)}: {reason}" for reason, names in self.reasons().items()]
         return [*rows, *(f"  warning: {warning.text}" for warning in self.warnings)]
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +136,16 @@ class Report:
                              for warning in self.warnings]}
 
 
+def small_mask(mask: Tensor | None) -> Image.Image | None:
+    """A copy of a mask `[1, H, W]` for contact sheets."""
+    if mask is None:
+        return None
+    levels = (mask[0] * 255).round().clamp(0, 255).byte() if mask.is_floating_point() else mask[0]
+    image = Image.fromarray(levels.cpu().numpy())
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return image
+
+
 def report_of(pictures: Sequence[Picture], resolution: int | None = None, what: str = "photo") -> Report:
     """The report on photos that did not come from files."""
     facts = []
@@ -136,7 +154,8 @@ def report_of(pictures: Sequence[Picture], resolution: int | None = None, what: 
         quality = measure(picture.stored_pixels(), resolution)
         facts.append(PhotoFacts(picture.name, width, height, picture.digest, quality, picture.caption,
                                 "input" if picture.caption else "",
-                                "input" if picture.mask is not None else ""))
+                                "input" if picture.mask is not None else "",
+                                mask=small_mask(picture.stored_mask())))
     return Report(tuple(facts), what=what)
 
 
@@ -175,8 +194,8 @@ def _duplicates(photos: Sequence[PhotoFacts]) -> list[Warning]:
     for group in same.values():
         if len(group) > 1:
             warnings.append(Warning("duplicate",
-                                    f"{listed(photos[i].name for i in group)} are the same picture, "
-                                    "which counts that often", tuple(group)))
+                                    f"{listed(photos[i].name for i in group)} are the same picture; it "
+                                    f"counts {len(group)} times", tuple(group)))
     for group in alike([photo.quality for photo in photos]):
         if len({photos[i].digest for i in group}) > 1:
             warnings.append(Warning("alike",

@@ -4,19 +4,17 @@ concept. Collisions are red.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..images import ALARM, GRID, INK, PAPER, QUIET, Colour, Font, fitting, opened
+from ..images import ALARM, ALARM_PAPER, GRID, INK, PAPER, QUIET, Colour, opened, wrapped
 from ..images import font as make_font
 from .collisions import listed
 from .inspection import Facts, Inspection, nearest_text
 
-ALARM_PAPER = (255, 238, 235)
 WIDTH, HEIGHT, GAP, PAD = 1200, 1400, 10, 10      # maximum size of a page in pixels
 PAGES = 4      # maximum that stays readable in a preview
 font = cache(make_font)      # a few font sizes serve a thousand cards
@@ -38,34 +36,6 @@ class CardStyle:
 LARGE, SMALL = CardStyle(3, 112, (17, 15, 13), 13), CardStyle(4, 60, (14, 12, 11), 11)
 MANY = 24      # maximum number of concepts for large cards
 Line = tuple[str, int, Colour]      # text, font size, colour
-
-
-def _readable(text: str) -> str:
-    """A drawable text: on one line, without lone surrogates, which an untrusted bank may contain."""
-    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())[:400]
-
-
-def wrapped(text: str, face: Font, width: float, most: int) -> list[str]:
-    """Wraps a text to several lines, at spaces or within too long words. A truncated text ends in "...".
-
-    Args:
-        width: Width of a line in pixels.
-        most: Maximum number of lines.
-    """
-    lines: list[str] = []
-    rest = _readable(text)
-    while rest and len(lines) < most:
-        # letters that fit
-        end = bisect_right(range(1, len(rest) + 1), width, key=lambda count: face.getlength(rest[:count]))
-        if end == len(rest):
-            return [*lines, rest]
-        if len(lines) == most - 1:
-            return [*lines, fitting(rest[: end + 1], face, width)]
-        marks = rest.rfind(" ", 0, end + 1), max(rest.rfind(mark, 0, end) + 1 for mark in "-_")
-        end = next((mark for mark in marks if mark > end // 2), max(1, end))
-        lines.append(rest[:end].rstrip())
-        rest = rest[end:].lstrip()
-    return lines
 
 
 def _lines(text: str, size: int, width: float, colour: tuple[int, int, int],

@@ -166,9 +166,13 @@ class Studio:
         """An IMAGE of random photos."""
         return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(3))
 
-    def learn(self, images=None, name="spot", noun="dog", model=None, clip=None, vae=None, kind="object",
-              method="cidm", **other):
-        """bank of ConceptLearner, which takes lists."""
+    def learn(self, *given, **named):
+        """The bank that `learner` gives."""
+        return self.learner(*given, **named)[0]
+
+    def learner(self, images=None, name="spot", noun="dog", model=None, clip=None, vae=None, kind="object",
+                method="cidm", **other):
+        """What ConceptLearner gives; it takes lists."""
         settings = {"steps": 3, "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1, "seed": 0,
                     "preview_every": 0,
                     "if_known": "keep it"} | other
@@ -177,7 +181,7 @@ class Studio:
                   "images": self.photos() if images is None else images, "kind": kind, "method": method,
                   **settings}
         listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
-        return self.pack.ConceptLearner.execute(**listed)[0]
+        return self.pack.ConceptLearner.execute(**listed)
 
 
 @pytest.fixture(scope="session")
