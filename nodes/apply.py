@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.bank.composition import Kind
 from ..core.charts import weights_picture
 from ..core.comfy.apply import fold, with_word_bound
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.comfy.concept_clip import concept_clip, encode
+from ..core.comfy.saving import Held, telling_clip, telling_model
 from ..core.conditioning.routing import aggregate, token_lora_deltas
 from ..core.errors import ConceptError
 from ..core.images import to_tensor
 from . import types
+from .progress import tell
 from .schema import Schema
 
 ONE = "one concept"
@@ -81,14 +84,23 @@ class ElasticWeightAggregate(io.ComfyNode):
         aggregation = aggregate(backbone, bank, parsed, MODES[mode], strength, only=only)
         layerwise = any(member.tokens.copies > 1 for member in bank)
         patched = fold(model, backbone.sites, aggregation.deltas if strength else {}, layerwise)
-        patched = with_word_bound(patched, backbone.sites,
-                                  token_lora_deltas(bank, strength, [only] if only else None))
+        word_bound = token_lora_deltas(bank, strength, [only] if only else None)
+        patched = with_word_bound(patched, backbone.sites, word_bound)
+        patched = telling_model(patched, Held(_folded(bank, aggregation), tuple(word_bound), tell))
         acting = [only] if only else parsed.concepts if MODES[mode] == "sharp" else bank.names
         new_clip = concept_clip(clip, bank, {name: parsed.strength_of(name) for name in acting})
+        new_clip = telling_clip(new_clip, Held((), tuple(bank.names), tell))
         picture = to_tensor(weights_picture(aggregation.names, aggregation.weights,
                                             f"weights, {mode}, strength {strength:g}"))
         return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture,
                              ui=ui.PreviewImage(picture, cls=cls))
+
+
+def _folded(bank, aggregation) -> tuple[str, ...]:
+    """The concepts whose deltas are in the weights."""
+    acting = (aggregation.weights != 0).any(0).tolist()
+    return tuple(name for name, acts in zip(aggregation.names, acting, strict=True)
+                 if acts and bank.infos[name].composes.kind is not Kind.WORDS and bank[name].deltas)
 
 
 NODES = [ElasticWeightAggregate]

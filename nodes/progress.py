@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from dataclasses import dataclass, field
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
@@ -25,6 +27,13 @@ def say(node: str | None, text: str) -> None:
     server = getattr(getattr(module, "PromptServer", None), "instance", None)
     if server is not None and node is not None and getattr(server, "client_id", None) is not None:
         server.send_progress_text(text, node)
+
+
+def tell(text: str) -> None:
+    """Writes a sentence to the log and under the node that runs now, which may be another pack's."""
+    logging.warning("Continual Concepts: %s", text)
+    running = get_executing_context()
+    say(None if running is None else running.node_id, text)
 
 
 def duration(seconds: float) -> str:
