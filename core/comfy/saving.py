@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 _SHOWN = 6      # names in a message
 KEEP = "keep the bank, and apply it to the loaded model with Elastic Weight Aggregate"
@@ -81,7 +82,8 @@ def telling_model(model, held: Held):
         return model
     clone = model.clone()
     before = getattr(model, "held", None)
-    clone.__class__ = _model_class(type(clone))
+    base: Any = type(clone)
+    clone.__class__ = _model_class(base)
     clone.held, clone.is_told = held.and_below(before), False
     return clone
 
@@ -92,19 +94,22 @@ def telling_clip(clip, held: Held):
         return clip
     clone = clip.clone()
     before = getattr(clip, "held", None)
-    clone.__class__ = _clip_class(type(clone))
+    base: Any = type(clone)
+    clone.__class__ = _clip_class(base)
     clone.held = held.and_below(before)
     return clone
 
 
 @cache
-def _model_class(base: type) -> type:
+def _model_class(base: Any) -> type:
     """A class of patchers (ComfyUI has several) with the sentences. Clones keep their class."""
     if hasattr(base, "tells_of_concepts"):
         return base
 
-    class TellingPatcher(base):      # type: ignore[misc, valid-type]
+    class TellingPatcher(base):
         tells_of_concepts = True
+        held: Held
+        is_told = False
 
         def clone(self, *args, **kwargs):
             clone = super().clone(*args, **kwargs)
@@ -131,12 +136,13 @@ def _model_class(base: type) -> type:
 
 
 @cache
-def _clip_class(base: type) -> type:
+def _clip_class(base: Any) -> type:
     if hasattr(base, "tells_of_concepts"):
         return base
 
-    class TellingClip(base):      # type: ignore[misc, valid-type]
+    class TellingClip(base):
         tells_of_concepts = True
+        held: Held
 
         def clone(self, *args, **kwargs):
             clone = super().clone(*args, **kwargs)      # of the host's own class
