@@ -119,6 +119,30 @@ def written(form: str, layout: SiteLayout, weight: Weight, prefix: str = "lora_u
     return state, changes
 
 
+def peft(layout: SiteLayout, weight: Weight, prefix: str = "base_model.model.", adapter: str = "",
+         seed: int = 0) -> tuple[Sides, dict[tuple[int, str], Tensor]]:
+    """PEFT's names with rank 2; the changes at scale 1."""
+    writer, state, changes = Writer(seed), {}, {}
+    for site, projection in module_names(layout):
+        a, b = weight(site, projection).shape
+        path = f"{prefix}{layout.sites[site].name}.{projection}{'.0' * (projection == 'to_out')}"
+        up, down = writer.random(a, 2), 0.1 * writer.random(2, b)
+        state |= {f"{path}.lora_B{adapter}.weight": up, f"{path}.lora_A{adapter}.weight": down}
+        changes[site, projection] = up @ down
+    return state, changes
+
+
+def custom_diffusion(layout: SiteLayout, weight: Weight) -> tuple[Sides, dict[tuple[int, str], Tensor]]:
+    """diffusers' file of Custom Diffusion: whole weights of to_k and to_v."""
+    state, changes = {}, {}
+    for site in layout.sites:
+        for projection in ("to_k", "to_v"):
+            _, changes[site.index, projection] = Writer(site.index).diff(weight(site.index, projection))
+            whole = weight(site.index, projection) + changes[site.index, projection]
+            state[f"{site.name}.processor.{projection}_custom_diffusion.weight"] = whole
+    return state, changes
+
+
 def factors(module: str, a: int = 8, b: int = 8, rank: int = 2, seed: int = 0) -> Sides:
     """A plain LoRA of one layer."""
     writer = Writer(seed)

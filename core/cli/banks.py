@@ -13,12 +13,12 @@ from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept, ConceptInfo
 from ..bank.format import open_bank, verify_bank
 from ..bank.store import add_concept, change_bank, restore, versions
-from ..bank.tokens import check_class_noun
+from ..bank.tokens import check_class_noun, check_name
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
 from ..evaluation.inspection import inspect
 from ..files import check_output
-from ..interop.importing import import_concept
+from ..interop.importing import concept_of, read_sources
 from . import backbones
 from .export import export
 from .result import Result
@@ -80,14 +80,16 @@ def _export(options: Namespace) -> Result:
 
 
 def _import(options: Namespace) -> Result:
+    check_name(options.name)
     options.noun = check_class_noun(options.noun)
     file = check_output(options.bank, "bank")
     stored = open_bank(file) if file.exists() else None
+    sources = read_sources(options.lora, options.embedding, options.which)      # before the base is loaded
     backbone = backbones.load_backbone(options)
     bank = stored or ConceptBank(backbone.layout)
     bank.check_fits(backbone.layout)
-    result = import_concept(options.name, options.noun, options.kind, bank.layout, backbone.text,
-                            options.lora, options.embedding, options.trigger, options.which, backbone)
+    result = concept_of(options.name, options.noun, options.kind, bank.layout, backbone.text, sources,
+                        options.trigger, options.which, backbone)
     add_concept(options.bank, result.concept, {}, bank)
     facts = {"concept": options.name, "bank": str(options.bank), "notes": list(result.notes)}
     return facts, [*result.notes, f"{options.bank} holds <{options.name}>"]

@@ -13,6 +13,7 @@ from ..bank.tokens import MAX_WORDS
 from ..errors import ConceptError
 from ..model.sites import SiteLayout
 from .lora_file import chosen, read_tensors
+from .lora_names import part_of, shown
 
 LARGEST_EMBEDDING = 16 << 20      # bytes
 # diffusers' training keys
@@ -56,19 +57,22 @@ def embedding_vectors(tensors: Mapping[str, Tensor], layout: SiteLayout, owner: 
     if len(widths) > 1 or not tensors or (len(tensors) > 1 and set(named) & _KNOWN):
         raise ConceptError(f"{owner} holds {_listed(tensors) or 'nothing'}; allowed: vectors for "
                            f"{', '.join(widths)}")
+    if any(part_of(key) is not None for key in tensors):
+        raise ConceptError(f"{owner} is a LoRA file; allowed: an embedding. Give it as the LoRA")
     groups = _groups(tensors, which)
     name = chosen(groups, which, owner, "embeddings")
     if len(groups) > 1:
-        notes.append(f"taken: the embedding {name[:40]}; left out: {_listed(set(groups) - {name})}")
+        notes.append(f"taken: the embedding {shown(name)}; left out: {_listed(set(groups) - {name})}")
     encoder, = widths
     rows = [_checked({encoder: tensors[key]}, widths, owner)[encoder] for key in groups[name]]
     if len(rows) > 1:
-        notes.append(f"the words {', '.join(groups[name])[:200]} of the file are one concept, in this order")
+        notes.append(f"the words {', '.join(map(shown, groups[name]))} of the file are one concept, in this "
+                     "order")
     return counted({encoder: torch.cat(rows)}, owner), notes
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(name[:40] for name in sorted(names)[:6])
+    return ", ".join(map(shown, sorted(names)[:6]))
 
 
 def _groups(tensors: Mapping[str, Tensor], which: str) -> dict[str, list[str]]:

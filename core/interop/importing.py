@@ -24,8 +24,8 @@ from ..model.sites import SiteLayout
 from .embedding_file import counted, embedding_vectors, read_embedding
 from .factors import compact
 from .lora_deltas import Taken, lora_deltas
-from .lora_file import chosen, read_lora
-from .lora_names import LORA
+from .lora_file import LoraFile, chosen, read_lora
+from .lora_names import LORA, shown
 
 # Not a training method. Imported concepts are prompt-activated and act on all words of the prompt, like a
 # LoRA.
@@ -91,6 +91,36 @@ def _one_rank(deltas: Mapping) -> dict:
     return padded
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What was read to make a concept. files: their names, the LoRA's first."""
+
+    files: tuple[str, ...]
+    lora: LoraFile | None = None
+    embedding: Mapping[str, Tensor] | None = None
+
+
+def read_sources(lora: Path | str | None, embedding: Path | str | None, which: str = "") -> Sources:
+    """Reads the files of an import. Needs no base.
+
+    Raises:
+        ConceptError: There is no file, one cannot be read, or `which` names something that is not there.
+    """
+    files = tuple(Path(path).name for path in (lora, embedding) if path is not None)
+    if not files:
+        raise ConceptError("there is nothing to import; give a LoRA file, an embedding file or both")
+    read = None if lora is None else read_lora(lora, which)
+    tensors = None if embedding is None else read_embedding(embedding)
+    names = set(tensors or ())
+    if read is not None:
+        names |= {*read.adapters, *read.folders, *read.embeddings}
+    unknown = {choice.strip() for choice in which.split(",")} - names - {""}
+    if unknown:
+        allowed = ", ".join(map(shown, sorted(names - {""})[:8])) or "nothing to choose from"
+        raise ConceptError(f"{' and '.join(files)} holds no {min(unknown)!r}; allowed: {allowed}")
+    return Sources(files, read, tensors)
+
+
 def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout,
                    encoders: Iterable[TextEncoder] = (), lora: Path | str | None = None,
                    embedding: Path | str | None = None, trigger: str = "", which: str = "",
@@ -108,35 +138,36 @@ def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout,
     """
     check_name(name)
     class_noun = check_class_noun(class_noun)
-    files: list[str] = []
+    return concept_of(name, class_noun, kind, layout, encoders, read_sources(lora, embedding, which), trigger,
+                      which, backbone)
+
+
+def concept_of(name: str, class_noun: str, kind: str, layout: SiteLayout, encoders: Iterable[TextEncoder],
+               sources: Sources, trigger: str = "", which: str = "",
+               backbone: Backbone | None = None) -> Imported:
+    """Makes a concept from files that were read, see `import_concept`."""
     taken: Taken | None = None
     vectors: dict[str, Tensor] | None = None
     notes: list[str] = []
-    names: set[str] = set()
-    if lora is not None:
-        owner, file = f"the LoRA '{Path(lora).name}'", read_lora(lora, which)
-        files.append(Path(lora).name)
-        names |= {*file.adapters, *file.folders, *file.embeddings}
+    if sources.lora is not None:
+        owner, file = f"the LoRA '{sources.files[0]}'", sources.lora
         taken = lora_deltas(file, layout, owner, which, backbone)
-        if file.embeddings and embedding is None:
+        if file.embeddings and sources.embedding is None:
             bundled = chosen(file.embeddings, which, owner, "embeddings")
             vectors, notes = embedding_vectors(file.embeddings[bundled], layout, owner, which)
-    if embedding is not None:
-        files.append(Path(embedding).name)
-        tensors = read_embedding(embedding)
-        names |= set(tensors)
-        vectors, notes = embedding_vectors(tensors, layout, f"the embedding '{files[-1]}'", which)
-    if not files:
-        raise ConceptError("there is nothing to import; give a LoRA file, an embedding file or both")
-    if vectors is None and trigger.strip():
+        elif file.embeddings:
+            notes.append("left out: the words in the LoRA; those of the embedding file were taken")
+    if sources.embedding is not None:
+        owner = f"the embedding '{sources.files[-1]}'"
+        vectors, more = embedding_vectors(sources.embedding, layout, owner, which)
+        notes += more
+    if vectors is not None and trigger.strip():
+        notes.append("the trigger was not used, because the file brings its own words")
+    elif trigger.strip():
         vectors = trigger_vectors(encoders, trigger.strip())
     if vectors is None:
-        raise ConceptError(f"the LoRA '{files[0]}' has no learned words; give the trigger words that are "
-                           "typed for it, or an embedding file")
-    unknown = {choice.strip() for choice in which.split(",")} - names - {""}
-    if unknown:
-        raise ConceptError(f"{' and '.join(files)} holds no {min(unknown)!r}; allowed: "
-                           f"{', '.join(sorted(names - {''})[:8]) or 'nothing to choose from'}")
+        raise ConceptError(f"the LoRA '{sources.files[0]}' has no learned words; give the trigger words that "
+                           "are typed for it, or an embedding file")
     base = backbone.fingerprint if taken is not None and taken.used_base and backbone is not None else ""
-    result = imported(name, class_noun, kind, layout, vectors, taken, tuple(files), base)
+    result = imported(name, class_noun, kind, layout, vectors, taken, sources.files, base)
     return replace(result, notes=(*result.notes, *notes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,20 @@ from ..model.deltas import DeltaKey, LowRankDelta
 from ..model.sites import Site, SiteLayout
 from .lora_file import Layer, LoraFile, layers_of
 from .lora_forms import Change, Matrix, change_of, full_rank, is_complete, with_magnitudes
-from .lora_names import BIAS, CUSTOM_DIFFUSION, DIFF, DORA, FORMS, LOHA, LOKR, LORA, NORM, kind_of, site_names
+from .lora_names import (
+    BIAS,
+    CUSTOM_DIFFUSION,
+    DIFF,
+    DORA,
+    FORMS,
+    LOHA,
+    LOKR,
+    LORA,
+    NORM,
+    kind_of,
+    shown,
+    site_names,
+)
 
 _ADDED = (LORA, LOHA, LOKR, DIFF)      # changes that are added to a weight; their size is known without it
 
@@ -127,7 +141,7 @@ class _Reader:
                                f"base needs {needs}: it was made for another family of models")
         if place in self.deltas:
             raise ConceptError(f"{self.owner} changes {projection} of site {site.index} under two names, one "
-                               f"is {layer.path[:80]}; allowed: one")
+                               f"is {shown(layer.path)}; allowed: one")
         if form == CUSTOM_DIFFUSION:
             change = replace(change, first=Matrix(change.first.left - self._weight(site, projection, form)))
         delta = change.delta()
@@ -135,7 +149,7 @@ class _Reader:
             delta = self._with_magnitudes(layer.forms[DORA], delta, site, projection, where)
             form = DORA if form == LORA else f"{form} with DoRA"
         self.forms[form] += 1
-        self.inside += change.energy()
+        self.inside += _finite(change.energy(), where)
         self.deltas[place] = delta
 
     def _change(self, layer: Layer, form: str, where: str) -> Change:
@@ -176,8 +190,8 @@ class _Reader:
             if form in (BIAS, NORM):
                 self._note_left("biases" if form == BIAS else kind, None)
             elif form in _ADDED and is_complete(form, sides):
-                change = self._change(layer, form, f"{self.owner}: {layer.module}")
-                self._note_left(kind, change.energy())
+                where = f"{self.owner}: {layer.module}"
+                self._note_left(kind, _finite(self._change(layer, form, where).energy(), where))
             elif form != DORA:
                 self._note_left(f"{kind} as {form}" if form not in FORMS else f"{kind}, incomplete", None)
 
@@ -192,8 +206,8 @@ class _Reader:
                 for kind, group in self.left.items()}
         modules = {key.rsplit(".", 1)[0] for key in self.file.others}
         if modules:
-            example = min(self.file.others)[:60]
-            left[f"names that are no LoRA's, such as {example!r}"] = Left(len(modules), None)
+            example = shown(min(self.file.others))
+            left[f"names that are no LoRA's, such as '{example}'"] = Left(len(modules), None)
         if not self.deltas:
             found = ", ".join(f"{kind} ({some.layers})" for kind, some in sorted(left.items())) or "nothing"
             raise ConceptError(f"{self.owner} changes no text cross-attention of this base "
@@ -207,6 +221,9 @@ class _Reader:
         if self.file.lacks_config:
             remarks.append("its names are PEFT's and there is no adapter_config.json beside it, so alpha "
                            "counts as the rank; if the file is too weak or too strong, import its folder")
+        if self.file.configs and not self.configs:
+            source = next(iter(self.file.configs.values())).source
+            remarks.append(f"{source} names none of its layers, so alpha counts as the rank")
         if self.alphas_of_zero:
             remarks.append(f"alpha is 0 in {self.alphas_of_zero} layers and counts as the rank there, as in "
                            "kohya's programs")
@@ -216,6 +233,12 @@ class _Reader:
             remarks.append("everything that was taken is zero: the concept changes no weights, and only its "
                            "words act")
         return remarks
+
+
+def _finite(energy: float, where: str) -> float:
+    if not math.isfinite(energy):
+        raise ConceptError(f"{where} makes numbers too large for a weight; allowed: finite numbers")
+    return energy
 
 
 def frozen_weight(base: Projections, site: Site, projection: str, device: torch.device) -> Tensor:

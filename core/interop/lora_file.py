@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ConceptError
-from .lora_names import ALPHA, Part, part_of
+from .lora_names import ALPHA, Part, part_of, shown
 from .peft_config import RAW, PeftConfig, in_folder, in_header
 
 BUNDLE = "bundle_emb."
@@ -122,7 +122,7 @@ def chosen(names: Iterable[str], which: str, owner: str, what: str) -> str:
         return names[0] if names else ""
     wanted = {name.strip() for name in which.split(",")} & set(names)
     if len(wanted) != 1:
-        listed = ", ".join(name[:40] or "one without a name" for name in names[:8])
+        listed = ", ".join(shown(name) or "one without a name" for name in names[:8])
         raise ConceptError(f"{owner} holds {len(names)} {what}: {listed}; say with 'which' the one to import")
     return wanted.pop()
 

@@ -54,7 +54,7 @@ class Matrix:
     def energy(self) -> float:
         """Squared Frobenius norm."""
         if self.right is None:
-            return float(self.left.double().square().sum())
+            return float(torch.linalg.vector_norm(self.left)) ** 2
         product = (self.left.T @ self.left).double() * (self.right @ self.right.T).double()
         return float(product.sum().clamp(min=0))
 
@@ -82,7 +82,7 @@ class Change:
         elif self.form == LOKR:
             total = self.first.energy() * self.second.energy()
         else:
-            total = float((self.first.dense() * self.second.dense()).double().square().sum())
+            total = float(torch.linalg.vector_norm(self.first.dense() * self.second.dense())) ** 2
         return self.scale**2 * total
 
     def delta(self) -> LowRankDelta:
@@ -126,6 +126,8 @@ def change_of(form: str, sides: Mapping[str, Tensor], scale_of: Callable[[int | 
     if missing:
         raise ConceptError(f"{where} is incomplete: its {form} has {', '.join(sorted(sides))} but no "
                            f"{', '.join(missing)}")
+    if form == DIFF and sides["diff"].ndim == 1:      # of a normalisation
+        sides = {"diff": sides["diff"].unsqueeze(1)}
     sides = {side: _plain(tensor, f"{where} has factors", side) for side, tensor in sides.items()}
     second, rank = None, None
     if form == LORA:

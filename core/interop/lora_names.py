@@ -78,7 +78,7 @@ class Part:
 
 def part_of(key: str) -> Part | None:
     """Parses a tensor's name; None for names outside LoRA files."""
-    match = _NAME.match(key) if len(key) <= LONGEST_NAME else None
+    match = _NAME.match(key) if len(key) <= LONGEST_NAME and key.isprintable() else None
     if match is None:
         return None
     if match["bias"]:
@@ -90,6 +90,11 @@ def part_of(key: str) -> Part | None:
     name = match["module"].replace(".processor", "").replace(".", "_")
     return Part(_PREFIX.sub("", name), match["module"], form, side, match["adapter"] or "",
                 bool(_TEXT.match(name)))
+
+
+def shown(name: str) -> str:
+    """A name from an untrusted file, for messages."""
+    return name[:60] if name[:60].isprintable() else ascii(name[:60])
 
 
 def kind_of(module: str, is_text: bool) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConceptError
+from .lora_names import shown
 
 HEADER = "lora_adapter_metadata"      # diffusers' key: flat JSON such as {"unet.lora_alpha": 16}
 FILE = "adapter_config.json"
@@ -50,8 +51,8 @@ class PeftConfig:
         """
         alpha, own = _match(self.alphas, path, self.alpha), _match(self.ranks, path, self.rank)
         if rank not in (None, own):
-            raise ConceptError(f"{self.source} gives {path[:80]} the rank {own:g}, and its tensors have rank "
-                               f"{rank}; they belong to different files")
+            raise ConceptError(f"{self.source} gives {shown(path)} the rank {own:g}, and its tensors have "
+                               f"rank {rank}; they belong to different files")
         return alpha / (math.sqrt(own) if self.is_rslora else own)
 
     def told(self) -> str:
@@ -108,7 +109,7 @@ def _json(text: str, what: str) -> dict:
 def _config(data: Mapping, source: str) -> PeftConfig:
     kind = str(data.get("peft_type") or "LORA").removeprefix("PeftType.").upper()
     if kind not in TYPES:
-        raise ConceptError(f"{source} says peft_type {kind[:20]}; allowed: {', '.join(TYPES)}")
+        raise ConceptError(f"{source} says peft_type {kind[:20]!r}; allowed: {', '.join(TYPES)}")
     start = data.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_RESIDUAL):
         raise ConceptError(f"{source} says init_lora_weights {start[:20]!r}, which also changes the base's "
@@ -133,7 +134,7 @@ def _patterns(data: Mapping, name: str, source: str) -> dict:
             raise ConceptError(f"{source} has the {name} {pattern[:40]!r}; allowed: names of layers, "
                                "no regular expressions")
         if _number(value, name, source) <= 0 and name == "rank_pattern":
-            raise ConceptError(f"{source} says {name} {value!r} for {pattern[:40]}; allowed: above 0")
+            raise ConceptError(f"{source} says {name} {value!r} for {shown(pattern)}; allowed: above 0")
     return patterns
 
 

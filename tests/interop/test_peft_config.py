@@ -39,7 +39,7 @@ def test_headers():
 
 @pytest.mark.parametrize(("config", "sentence"), [
     (CONFIG | {"init_lora_weights": "pissa_niter_4"}, "also changes the base's weights"),
-    (CONFIG | {"peft_type": "OFT"}, "peft_type OFT; allowed: LORA, LOHA, LOKR"),
+    (CONFIG | {"peft_type": "OFT"}, "peft_type 'OFT'; allowed: LORA, LOHA, LOKR"),
     (CONFIG | {"alpha_pattern": {"(a+)+$": 4}}, "no regular expressions"),
     (CONFIG | {"alpha_pattern": {"to_k": "much"}}, "alpha_pattern 'much'; allowed: a number"),
     (CONFIG | {"alpha_pattern": [4]}, "allowed: layer names with numbers"),

@@ -13,7 +13,15 @@ from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.demo.base import load_base
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.interop.importing import Imported, import_concept
-from continual_concepts.tests.lora_files import FORMS, Writer, factors, module_names, written
+from continual_concepts.tests.lora_files import (
+    FORMS,
+    Writer,
+    custom_diffusion,
+    factors,
+    module_names,
+    peft,
+    written,
+)
 
 
 @pytest.fixture(scope="session")
@@ -69,18 +77,6 @@ def same(result: Imported, changes: dict[tuple[int, str], Tensor]) -> bool:
         distance(deltas[key].dense(), change) < 1e-3 for key, change in changes.items())
 
 
-def peft(base, weight, prefix: str = "base_model.model.", adapter: str = "", seed: int = 0):
-    """PEFT's names with rank 2; the changes at scale 1."""
-    writer, state, changes = Writer(seed), {}, {}
-    for site, projection in module_names(base.layout):
-        a, b = weight(site, projection).shape
-        path = f"{prefix}{base.layout.sites[site].name}.{projection}{'.0' * (projection == 'to_out')}"
-        up, down = writer.random(a, 2), 0.1 * writer.random(2, b)
-        state |= {f"{path}.lora_B{adapter}.weight": up, f"{path}.lora_A{adapter}.weight": down}
-        changes[site, projection] = up @ down
-    return state, changes
-
-
 def scaled(changes, factor: float):
     return {key: factor * change for key, change in changes.items()}
 
@@ -90,21 +86,21 @@ CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 32}
 
 @pytest.mark.parametrize(("more", "factor"), [({}, 16.0), ({"use_rslora": True}, 32 / 2**0.5)])
 def test_e1_alpha_of_a_peft_folder(make, base, weight, tmp_path, more, factor):
-    state, changes = peft(base, weight)
+    state, changes = peft(base.layout, weight)
     result = make(state, CONFIG | more)
     assert same(result, scaled(changes, factor)) and any("alpha 32" in note for note in result.notes)
     assert same(make(tmp_path / "lora"), scaled(changes, factor))      # the folder itself
 
 
 def test_e1_alpha_in_the_header(make, base, weight):
-    state, changes = peft(base, weight, "unet.")
+    state, changes = peft(base.layout, weight, "unet.")
     flat = {f"unet.{key}": value for key, value in (CONFIG | {"use_rslora": True}).items()}
     header = {"lora_adapter_metadata": json.dumps(flat | {"text_encoder.r": 2})}
     assert same(make(state, header=header), scaled(changes, 32 / 2**0.5))
 
 
 def test_e1_sibling_patterns(make, base, weight):
-    state, changes = peft(base, weight)
+    state, changes = peft(base.layout, weight)
     name = f"{base.layout.sites[0].name}.to_k"
     config = CONFIG | {"alpha_pattern": {"attn2.to_k": 4, "attn2.to_v": 8}, "r": 5,
                        "rank_pattern": dict.fromkeys(["to_q", "to_k", "to_v", "attn2.to_out.0"], 2)}
@@ -117,16 +113,22 @@ def test_e1_sibling_patterns(make, base, weight):
 
 
 def test_e1_sibling_no_configuration_is_told(make, base, weight):
-    state, changes = peft(base, weight)
+    state, changes = peft(base.layout, weight)
     result = make(state)
     assert same(result, changes) and any("no adapter_config.json beside it" in note for note in result.notes)
-    own, _ = peft(base, weight, "unet.")
+    own, _ = peft(base.layout, weight, "unet.")
     assert not any("adapter_config" in note for note in make(own).notes)
+
+
+def test_e1_sibling_a_header_for_other_names(make, base, weight):
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 8})}
+    notes = make(peft(base.layout, weight, "unet.")[0], header=header).notes
+    assert "the header's lora_adapter_metadata names none of its layers, so alpha counts as the rank" in notes
 
 
 def test_e1_sibling_the_configuration_of_another_file(make, base, weight):
     with pytest.raises(ConceptError, match="rank 4, and its tensors have rank 2"):
-        make(peft(base, weight)[0], CONFIG | {"r": 4})
+        make(peft(base.layout, weight)[0], CONFIG | {"r": 4})
 
 
 @pytest.mark.parametrize("form", ["dora_of_columns", "dora_of_rows", "dora_of_peft", "lokr_with_dora"])
@@ -150,18 +152,8 @@ def test_e3_forms_and_lycoris_names(make, base, weight, form, prefix):
     assert same(result, changes) and "100 % of what the LoRA changes" in result.notes[1]
 
 
-def custom_diffusion(base, weight):
-    state, changes = {}, {}
-    for site in base.layout.sites:
-        for projection in ("to_k", "to_v"):
-            _, changes[site.index, projection] = Writer(site.index).diff(weight(site.index, projection))
-            whole = weight(site.index, projection) + changes[site.index, projection]
-            state[f"{site.name}.processor.{projection}_custom_diffusion.weight"] = whole
-    return state, changes
-
-
 def test_e3_custom_diffusion(make, base, weight):
-    state, changes = custom_diffusion(base, weight)
+    state, changes = custom_diffusion(base.layout, weight)
     assert same(make(state), changes)
     with pytest.raises(ConceptError, match="form Custom Diffusion, which needs the weights of the base"):
         make(state, backbone=None)
@@ -209,7 +201,7 @@ def test_e4_several_bundled_embeddings(make, base, weight, width):
 
 
 def test_e4_several_adapters_in_one_file(make, base, weight):
-    (state, _), (other, changes) = (peft(base, weight, adapter=f".{name}", seed=seed)
+    (state, _), (other, changes) = (peft(base.layout, weight, adapter=f".{name}", seed=seed)
                                     for seed, name in enumerate(("rex", "mimi")))
     with pytest.raises(ConceptError, match="holds 2 adapters: mimi, rex; say with 'which'"):
         make(state | other)
@@ -218,14 +210,14 @@ def test_e4_several_adapters_in_one_file(make, base, weight):
 
 def test_e4_sibling_several_adapters_in_one_folder(make, base, weight, tmp_path):
     for seed, name in enumerate((".", "mimi", "text_encoder")):
-        (tmp_path / "all" / name).mkdir(parents=True, exist_ok=True)
-        save_file(peft(base, weight, seed=seed)[0], tmp_path / "all" / name / "adapter_model.safetensors")
-        config = json.dumps(CONFIG | {"lora_alpha": 2 + seed})
-        (tmp_path / "all" / name / "adapter_config.json").write_text(config)
+        folder = tmp_path / "all" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(peft(base.layout, weight, seed=seed)[0], folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(CONFIG | {"lora_alpha": 2 + seed}))
     with pytest.raises(ConceptError, match="'all' holds 2 adapters: default, mimi; say with 'which'"):
         make(tmp_path / "all")
     result = make(tmp_path / "all", which="mimi")
-    assert same(result, scaled(peft(base, weight, seed=1)[1], 1.5))
+    assert same(result, scaled(peft(base.layout, weight, seed=1)[1], 1.5))
     assert "left out: text_encoder/adapter_model.safetensors" in result.notes
 
 
@@ -236,6 +228,16 @@ def test_e4_sibling_several_embeddings_in_one_file(embed, width):
     result = embed(state, which="<dog>")
     assert len(result.concept.info.words) == 2
     assert result.notes[1] == "taken: the embedding <dog>; left out: <cat>"
+
+
+def test_e4_sibling_words_and_triggers_that_are_not_used(make, base, weight, width, tmp_path):
+    state, _ = written("lora", base.layout, weight)
+    save_file({"emb_params": torch.ones(1, width)}, tmp_path / "words.safetensors")
+    state["bundle_emb.cat.emb_params"] = torch.ones(2, width)
+    result = make(state, embedding=tmp_path / "words.safetensors")
+    assert len(result.concept.info.words) == 1
+    assert "left out: the words in the LoRA; those of the embedding file were taken" in result.notes
+    assert "the trigger was not used, because the file brings its own words" in result.notes
 
 
 def test_e4_sibling_a_choice_that_is_not_there(embed, width):
@@ -260,7 +262,7 @@ def test_e5_an_import_that_changes_nothing_says_so(make, base, weight, form):
 
 
 def test_e5_sibling_peft_alpha_zero(make, base, weight):
-    notes = make(peft(base, weight)[0], CONFIG | {"lora_alpha": 0}).notes
+    notes = make(peft(base.layout, weight)[0], CONFIG | {"lora_alpha": 0}).notes
     assert any("everything that was taken is zero" in note for note in notes)
 
 
@@ -301,6 +303,11 @@ def test_e7_an_sdxl_embedding_on_a_smaller_base(embed, width):
     assert "left out of the embedding: the vectors for clip_g, which this base" in result.notes[1]
 
 
+def test_e7_sibling_a_lora_as_embedding(embed):
+    with pytest.raises(ConceptError, match="is a LoRA file; allowed: an embedding"):
+        embed(factors("lora_unet_mid_block_attentions_0_proj_in"))
+
+
 def test_e7_many_vectors(embed, width):
     with pytest.raises(ConceptError, match="has 75 vectors; allowed: 1 to 16, the most words of a concept"):
         embed({"emb_params": torch.ones(75, width)})
@@ -325,15 +332,16 @@ def test_e7_sibling_numbered_words_and_other_tensors(embed, width):
 
 def test_the_command(run, base, weight, tmp_path):
     """The command line brings the base's weights, takes folders and asks which."""
-    state, changes = peft(base, weight, adapter=".one")
-    other, _ = peft(base, weight, adapter=".two")
+    state, changes = peft(base.layout, weight, adapter=".one")
+    other, _ = peft(base.layout, weight, adapter=".two")
     save_file({key: t.contiguous() for key, t in (state | other).items()}, tmp_path / "two.safetensors")
     bank = tmp_path / "bank.safetensors"
     command = ["bank", "import", bank, "rex", "--noun", "dog", "--trigger", "dog", "--lora"]
     assert "say with 'which'" in run(*command, tmp_path / "two.safetensors").sentence
     outcome = run(*command, tmp_path / "two.safetensors", "--which", "one")
     assert outcome.code == 0 and "100 % of what the LoRA changes" in outcome.out
-    save_file(custom_diffusion(base, weight)[0], tmp_path / "pytorch_custom_diffusion_weights.safetensors")
+    state = custom_diffusion(base.layout, weight)[0]
+    save_file(state, tmp_path / "pytorch_custom_diffusion_weights.safetensors")
     command[3] = "mimi"
     assert "Custom Diffusion)" in run(*command, tmp_path).out
     stored = open_bank(bank)
