@@ -45,8 +45,8 @@ SHOW_PICTURES = """types => {
     app.canvas.setDirty(true, true);
 }"""
 WITH_PICTURES = ["ConceptBankInspect", "ConceptEvaluate", "ConceptLearner", "ConceptNeuronSelect",
-                 "ConceptRegionsShow", "ElasticWeightAggregate", "PreviewImage", "RegionalConceptSampler",
-                 "SaveImage"]
+                 "ConceptPhotosLoad", "ConceptRegionsShow", "ElasticWeightAggregate", "PreviewImage",
+                 "RegionalConceptSampler", "SaveImage"]
 HIDDEN_TEXT = """() => [...document.querySelectorAll('.comfy-markdown-content')].filter(
     note => note.scrollHeight > note.clientHeight + 2).length"""
 

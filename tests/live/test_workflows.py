@@ -312,3 +312,24 @@ def test_a_mistake_in_drawn_regions_stops_the_run_before_it_starts(server):
     }
     answer = server.call("/prompt", {"prompt": graph})
     assert "the prompt of region 1 is empty" in json.dumps(answer["node_errors"])
+
+
+def test_g9_the_page_gets_the_sentence_without_a_path(server):
+    graph = shortened(api_graph("Ten-second tour"))
+    (learner,) = nodes_of(graph, "ConceptLearner")
+    graph[learner]["inputs"] |= {"stop_after": 3, "preview_every": 0}
+    entry = server.wait(server.queue(graph))
+    (error,) = (message for kind, message in entry["status"]["messages"] if kind == "execution_error")
+    shown = f"{error['exception_type']}: {error['exception_message']}".strip()
+    assert shown.startswith("Continual Concepts: stop_after is 3 but ") and "\n" not in shown
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [
+    ("ConceptLearner", "class_noun", "(dog:1.2)"), ("ConceptLearner", "name", "two words"),
+    ("ConceptBankSave", "bank_name", "CON")])
+def test_g12_wrong_names_stop_the_run_before_it_starts(server, kind, name, value):
+    graph = shortened(api_graph("Learn a first concept"))
+    (node,) = nodes_of(graph, kind)
+    graph[node]["inputs"][name] = value
+    answer = server.call("/prompt", {"prompt": graph})
+    assert f"{value}' is not allowed" in json.dumps(answer["node_errors"])
