@@ -10,7 +10,8 @@ from comfy_api.latest import io, ui
 
 from ..core.comfy.demo import DemoVision, load_demo
 from ..core.data.contact_sheet import contact_sheet
-from ..core.data.folder import MASKS, pictures_in, read_folder
+from ..core.data.folder import read_folder
+from ..core.data.listing import MASKS, holds_photos
 from ..core.data.pictures import captions_text, weights
 from ..core.errors import ConceptError
 from ..core.images import to_tensor
@@ -30,14 +31,14 @@ def _folders() -> list[str]:
     candidates = [path for pattern in ("*", "*/*") for path in root.glob(pattern)
                   if path.is_dir() and not path.name.startswith(".") and path != root / "clipspace"]
     return sorted(path.relative_to(root).as_posix() for path in candidates
-                  if pictures_in(path) and not _holds_masks(path))
+                  if holds_photos(path) and not _holds_masks(path))
 
 
 def _holds_masks(folder: Path) -> bool:
     """Whether a folder holds the masks of the photos in the folder above it."""
     above = folder.parent
     is_inside = above != Path(folder_paths.get_input_directory())
-    return is_inside and folder.name.lower() == MASKS and bool(pictures_in(above))
+    return is_inside and folder.name.lower() == MASKS and holds_photos(above)
 
 
 def _folder(name: str) -> Path:

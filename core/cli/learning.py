@@ -18,8 +18,8 @@ from ..bank.concepts import Concept
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name
-from ..data.folder import file_digests
 from ..data.framing import Framing, frame
+from ..data.listing import file_digests
 from ..data.pictures import Picture
 from ..data.training_set import prepare
 from ..demo.judges import SceneEncoder

@@ -3,17 +3,26 @@ report."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 
 from ..errors import ConceptError
 from .captions import TABLES, Caption, Found, find_captions, is_caption_file
+from .listing import (
+    CAPTIONS,
+    MASKS,
+    entries,
+    is_hidden,
+    pictures_in,
+    repeats_of,
+    subfolders_with_pictures,
+    visible_files,
+)
 from .masks import find_masks, masks_among, read_mask
 from .pictures import Deferred, Picture, photo_digest, prior_caption
 from .quality import measure
@@ -21,9 +30,6 @@ from .reading import SUFFIXES, Shape, is_picture, read_photo, why_unreadable
 from .report import PhotoFacts, Report, Skipped, Warning, counted, listed, small_mask
 
 DEFERRED = 2_000_000      # photos of more pixels are read again when they are framed, to save memory
-MASKS, CAPTIONS = "masks", "captions"      # subfolders that are used without being asked for
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
-REPEATS = re.compile(r"(\d{1,4})_\S.*")      # kohya's folder names: 10_dog
 
 
 @dataclass(frozen=True)
@@ -32,51 +38,6 @@ class Photos:
 
     pictures: list[Picture]
     report: Report
-
-
-def repeats_of(folder: Path) -> int:
-    """The repeats in a folder's name: 10 for `10_dog`, else 1."""
-    match = REPEATS.fullmatch(folder.name)
-    return max(1, int(match[1])) if match else 1
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise ConceptError(f"the folder '{folder}' cannot be read: {error.strerror}") from None
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether a file belongs to the system or is hidden."""
-    return path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
-
-
-def _files(path: Path) -> list[Path]:
-    """The visible files of a folder; a file itself."""
-    return [path] if path.is_file() else [entry for entry in _entries(path) if entry.is_file()
-                                          and not is_hidden(entry)]
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The photos of a folder by name: no hidden files, no masks beside photos."""
-    files = [path for path in _entries(folder) if is_picture(path.name) and not is_hidden(path)
-             and path.is_file()]
-    masks = set(masks_among(files))
-    return [path for path in files if path not in masks]
-
-
-def file_digests(folder: Path | str) -> list[str]:
-    """What identified the photos of a folder in early versions: 16 hex digits of SHA-256 over each file."""
-    folder = Path(folder)
-    files = [folder] if folder.is_file() else pictures_in(folder) if folder.is_dir() else []
-    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
-
-
-def subfolders_with_pictures(folder: Path) -> list[Path]:
-    """The visible subfolders that hold photos, without those of masks and captions."""
-    return [path for path in _entries(folder) if path.is_dir() and not is_hidden(path)
-            and path.name.lower() not in (MASKS, CAPTIONS) and pictures_in(path)]
 
 
 def read_folder(folder: Path | str, captions: Path | str | None = None, masks: Path | str | None = None,
@@ -104,26 +65,28 @@ def read_folder(folder: Path | str, captions: Path | str | None = None, masks: P
         photos = [folder]
     elif folder.is_dir():
         if subfolders:
-            return _read_subfolders(folder, captions, masks, is_prior, class_noun, resolution)
+            if captions is not None or masks is not None:
+                raise ConceptError("captions and masks of subfolders are read from the subfolders; give no "
+                                   "other folder for them")
+            return _read_subfolders(folder, is_prior, class_noun, resolution)
         photos = pictures_in(folder)
     else:
         raise ConceptError(f"the picture folder '{folder}' does not exist")
     return _Reader(folder, photos, captions, masks, is_prior, class_noun, resolution).read()
 
 
-def _read_subfolders(folder: Path, captions: Path | str | None, masks: Path | str | None, is_prior: bool,
-                     class_noun: str, resolution: int | None) -> Photos:
+def _read_subfolders(folder: Path, is_prior: bool, class_noun: str, resolution: int | None) -> Photos:
     """The photos of all subfolders. The folder's own photos are not read."""
     parts = subfolders_with_pictures(folder)
     if not parts:
         raise ConceptError(f"the folder '{folder}' has no subfolders with pictures")
     pictures: list[Picture] = []
     facts: list[PhotoFacts] = []
-    skipped = [Skipped(path.name, "subfolders are read, this is not in one") for path in _entries(folder)
-               if path not in parts]
+    skipped = [Skipped(path.name, "a subfolder without pictures" if path.is_dir() else "not in a subfolder")
+               for path in entries(folder) if path not in parts]
     warnings: list[Warning] = []
     for part in parts:
-        read = _Reader(part, pictures_in(part), captions, masks, is_prior, class_noun, resolution,
+        read = _Reader(part, pictures_in(part), None, None, is_prior, class_noun, resolution,
                        repeats_of(part)).read()
         first = len(pictures)
         pictures += read.pictures
@@ -146,7 +109,7 @@ class _Reader:
         self.given = folder
         self.photos, self.is_prior, self.class_noun = photos, is_prior, class_noun
         self.resolution, self.repeats = resolution, repeats
-        self.entries = [path for path in _entries(self.folder) if path not in photos]
+        self.entries = [path for path in entries(self.folder) if path not in photos]
         self.files = [path for path in self.entries if path.is_file() and not is_hidden(path)]
         self.side_folders: list[Path] = []      # of captions and masks
         self._check_photos()
@@ -186,14 +149,14 @@ class _Reader:
     def _find_captions(self, given: Path | str | None) -> Found:
         where = self._side_folder(given, CAPTIONS, "caption")
         beside = [path for path in self.files if is_caption_file(path)]
-        files = [] if where is None else [path for path in _files(where) if is_caption_file(path)]
+        files = [] if where is None else [path for path in visible_files(where) if is_caption_file(path)]
         return self._chosen(partial(find_captions, self.photos), beside, files, where, given, "caption",
                             ".txt")
 
     def _find_masks(self, given: Path | str | None) -> Found:
         where = self._side_folder(given, MASKS, "mask")
         beside = masks_among([*self.photos, *(path for path in self.files if is_picture(path.name))])
-        files = [] if where is None else [path for path in _files(where) if is_picture(path.name)]
+        files = [] if where is None else [path for path in visible_files(where) if is_picture(path.name)]
         return self._chosen(partial(find_masks, self.photos), beside, files, where, given, "mask", ".png")
 
     def _chosen(self, find: Callable[[Iterable[Path]], Found], beside: list[Path], inside: list[Path],
@@ -202,6 +165,8 @@ class _Reader:
         subfolder."""
         if given is None:
             found, more = find(beside), find(inside)
+            if inside and not found.of and not more.of:
+                self._refuse(where, what, suffix)
             found.unused |= more.unused
             for photo, caption in more.of.items():
                 if found.of.setdefault(photo, caption) is not caption:
@@ -210,11 +175,15 @@ class _Reader:
             return found
         found = find([path for path in inside if path not in self.photos])
         if not found.of:
-            raise ConceptError(f"no {what} in '{where}' belongs to a picture in '{self.folder}'; the {what} "
-                               f"of '{self.photos[0].name}' is '{self.photos[0].stem}{suffix}'")
+            self._refuse(where, what, suffix)
         reason = f"{what}s are read from '{where}'"
         found.unused |= {path: reason for path in beside if path not in inside}
         return found
+
+    def _refuse(self, where: Path | None, what: str, suffix: str) -> NoReturn:
+        photo = self.photos[0]
+        raise ConceptError(f"no {what} in '{where}' belongs to a picture in '{self.folder}'; the {what} of "
+                           f"'{photo.name}' is '{photo.stem}{suffix}'")
 
     def read(self) -> Photos:
         read = [self._read(path) for path in self.photos]
@@ -226,7 +195,7 @@ class _Reader:
     def _read(self, path: Path) -> tuple[Picture, PhotoFacts]:
         """One photo with its caption and mask."""
         photo = read_photo(path)
-        levels, note = photo.levels, ""
+        levels, notes = photo.levels, [photo.note]
         width, height = photo.shape.size
         is_large = height * width > DEFERRED
         source = Deferred((height, width), partial(_levels_of, path)) if is_large else levels
@@ -235,19 +204,22 @@ class _Reader:
         mask_file = self.masks.of.get(path)
         if mask_file is not None:
             mask, note = read_mask(mask_file, photo.shape)
+            notes.append(note)
             mask_shown = small_mask(mask)
             if is_large:
                 mask = Deferred((height, width), partial(_mask_of, mask_file, photo.shape))
         caption: Caption | None = self.captions.of.get(path)
         text = caption.text if caption is not None else ""
+        learned_text = text
+        if self.is_prior and not text:
+            learned_text = prior_caption(self.class_noun)
+            notes.append(f"learned as '{learned_text}'")
         digest, quality = photo_digest(levels), measure(levels, self.resolution)
         facts = PhotoFacts(path.name, width, height, digest, quality, text,
                            self._named(caption.file) if caption is not None and text else "",
-                           self._named(mask_file) if mask_file is not None else "", self.repeats, note,
-                           mask_shown)
-        if self.is_prior:
-            text = text or prior_caption(self.class_noun)
-        return Picture(source, text, mask, self.is_prior, digest, f"the picture '{path}'",
+                           self._named(mask_file) if mask_file is not None else "", self.repeats,
+                           ", ".join(filter(None, notes)), mask_shown)
+        return Picture(source, learned_text, mask, self.is_prior, digest, f"the picture '{path}'",
                        f"the caption '{caption.file}'" if caption is not None else "", self.repeats), facts
 
     def _named(self, file: Path) -> str:
@@ -261,7 +233,7 @@ class _Reader:
                   if not caption.text}
         if not self.is_single:
             unused |= {**self.captions.unused, **self.masks.unused}
-            others = [*self.entries, *(path for folder in self.side_folders for path in _entries(folder))]
+            others = [*self.entries, *(path for folder in self.side_folders for path in entries(folder))]
             unused |= {path: self._reason(path) for path in others
                        if path not in used and path not in unused and path not in self.photos}
         return [Skipped(self._named(path), reason) for path, reason in sorted(unused.items()) if reason]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConceptError
 from .captions import Found, matches
-from .reading import TURNS, Shape, eight_bits, opened_picture
+from .reading import TURNS, Shape, eight_bits, has_alpha, opened_picture
 
 # endings of a mask's name, beside its photo or in a folder of masks
 ENDINGS = ("-masklabel", "_masklabel", "-mask", "_mask", ".mask")
@@ -62,7 +62,7 @@ def find_masks(photos: Sequence[Path], files: Iterable[Path]) -> Found:
 
 def _to_grey(image: Image.Image) -> Image.Image:
     """A mask as 8-bit grey. If parts of the picture are transparent, its opacity is the mask."""
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if has_alpha(image):
         alpha = image.convert("RGBA").getchannel("A")
         if alpha.getextrema() != (255, 255):
             return alpha

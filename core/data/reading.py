@@ -52,16 +52,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo as it was read. levels: `[3, H, W]`, 8 bits, upright."""
+    """A photo as it was read. levels: `[3, H, W]`, 8 bits, upright; note: what of the file is not in them."""
 
     levels: Tensor
     shape: Shape
+    note: str = ""
 
 
 def is_picture(name: str) -> bool:
     """Whether a file with this name can be read as a picture."""
     suffix = Path(name).suffix.lower()
     return suffix in SUFFIXES or (suffix in OPTIONAL and _is_registered(suffix))
+
+
+def is_photo(name: str) -> bool:
+    """The same, also if the package that reads it is not installed."""
+    return Path(name).suffix.lower() in (*SUFFIXES, *OPTIONAL)
 
 
 def why_unreadable(name: str) -> str:
@@ -97,6 +103,11 @@ def _register(package: str) -> None:
         import pillow_avif  # type: ignore[import-not-found]  # noqa: F401
 
 
+def has_alpha(image: Image.Image) -> bool:
+    """Whether a picture can have transparent areas."""
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
 def to_levels(image: Image.Image) -> Tensor:
     """A picture as upright RGB `[3, H, W]` with 8 bits.
 
@@ -106,7 +117,7 @@ def to_levels(image: Image.Image) -> Tensor:
     ImageOps.exif_transpose(image, in_place=True)      # a copy would take the memory twice
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(eight_bits(image))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if has_alpha(image):
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
     levels = np.empty((image.height, image.width, 3), np.uint8)
@@ -167,9 +178,20 @@ def opened_picture(path: Path, what: str, convert: Callable[[Image.Image], Item]
 
 def _to_photo(image: Image.Image) -> Photo:
     orientation = image.getexif().get(ORIENTATION, 1)
+    note = _note(image)
     levels = to_levels(image)
     size = (levels.shape[2], levels.shape[1])
-    return Photo(levels, Shape(size, orientation if orientation in TURNS else 1))
+    return Photo(levels, Shape(size, orientation if orientation in TURNS else 1), note)
+
+
+def _note(image: Image.Image) -> str:
+    """What `to_levels` changes: transparency, and all frames of an animation but the first."""
+    # a phone's JPEG of several pictures (MPO) counts as one
+    is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    notes = ["the first picture of several"] if is_animated else []
+    if has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        notes.append("transparent areas are white")
+    return ", ".join(notes)
 
 
 def read_photo(path: Path) -> Photo:

@@ -55,6 +55,14 @@ def test_a9_sibling_no_captions_at_all(studio, folder):
     assert captions == "" and captions_for(3, [captions]) == []
 
 
+def test_a1_a_folder_of_heic_alone_is_offered_and_says_why(studio, folder):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "x.heic").write_bytes(b"")
+    with pytest.raises(ConceptError, match="x.heic.*pillow-heif"):
+        load(studio)
+
+
 def test_a13_the_folder_is_reported(studio, folder):
     (folder / "x.heic").write_bytes(b"")
     shown = load(studio).ui

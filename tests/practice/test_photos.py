@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
+import threading
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -12,7 +16,7 @@ from continual_concepts.core.bank.concepts import ConceptInfo
 from continual_concepts.core.data import reading
 from continual_concepts.core.data.folder import DEFERRED, read_folder
 from continual_concepts.core.data.framing import Framing, frame
-from continual_concepts.core.data.training_set import TrainingSet
+from continual_concepts.core.data.training_set import TrainingSet, prepare
 from continual_concepts.tests.practice.photo_files import kinds, photo, refusal, skipped
 
 # A1
@@ -62,6 +66,16 @@ def test_a1_sibling_raw_photos_and_other_files_are_named(tmp_path):
     assert "save it as PNG" in reasons["b.cr2"] and reasons[".hidden.png"] == "a hidden file"
 
 
+def test_a1_sibling_what_a_photo_loses_is_told(tmp_path):
+    """Transparency and the other pictures of an animation."""
+    frames = [Image.new("RGB", (48, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (48, 32), (255, 0, 0, 9)).save(tmp_path / "b.png")
+    Image.new("RGBA", (48, 32), (255, 0, 0, 255)).save(tmp_path / "c.png")
+    notes = [facts.note for facts in read_folder(tmp_path).report.photos]
+    assert notes == ["the first picture of several", "transparent areas are white", ""]
+
+
 # A4
 
 
@@ -80,6 +94,11 @@ def test_a4_subfolders_with_repeats(tmp_path):
     photos = read_folder(tmp_path, subfolders=True)
     assert [(p.name, p.repeats) for p in photos.report.photos] == [("10_dog/a.png", 10), ("20_dog/b.png", 20)]
     assert photos.pictures[1].caption == "a dog" and "c.png" in skipped(photos.report)
+
+
+def test_a4_sibling_subfolders_with_other_captions_are_refused(tmp_path):
+    photo(tmp_path / "10_dog" / "a.png")
+    assert "subfolders" in refusal(lambda: read_folder(tmp_path, captions=tmp_path, subfolders=True))
 
 
 def test_a4_sibling_repeats_are_how_often_a_photo_is_drawn():
@@ -125,6 +144,30 @@ def test_a12_large_photos_are_not_held(tmp_path):
 def test_a12_sibling_small_photos_are_held_as_8_bits(photos):
     for picture in read_folder(photos).pictures:
         assert picture.source.dtype == torch.uint8 and picture.pixels.dtype == torch.float32
+
+
+def resident() -> int:
+    """Memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a12_sibling_reading_and_framing_large_photos_takes_little_memory(tmp_path, tiny_backbone):
+    """Four photos of 6 megapixels are 72 MB as 8 bits and 288 MB as float32."""
+    for i in range(4):
+        photo(tmp_path / f"{i}.jpg", (3000, 2000))
+    stopped, peak, before = threading.Event(), [0], resident()
+
+    def watch():
+        while not stopped.wait(0.002):
+            peak[0] = max(peak[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    prepare(tiny_backbone, read_folder(tmp_path).pictures, "rex", "dog", Framing(64))
+    stopped.set()
+    watcher.join()
+    assert peak[0] - before < 100e6
 
 
 # A13

@@ -52,6 +52,14 @@ def test_a6_masks_that_match_nothing(tmp_path):
         Image.new("L", (48, 32)).save(tmp_path / "m" / "b.png")
 
 
+def test_a6_sibling_the_subfolder_masks_without_a_match_is_refused(tmp_path):
+    photo(tmp_path / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    assert len(read_folder(tmp_path).pictures) == 1      # an empty one asks for nothing
+    Image.new("L", (48, 32)).save(tmp_path / "masks" / "b.png")
+    assert "no mask in" in refusal(lambda: read_folder(tmp_path))
+
+
 def test_a6_sibling_some_photos_without_masks_are_told(tmp_path):
     photo(tmp_path / "a.jpg")
     photo(tmp_path / "b.jpg")
