@@ -194,11 +194,10 @@ class ConceptLearner(io.ComfyNode):
             backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])
             start = ConceptBank(backbone.layout) if first(bank) is None else first(bank)
             start.check_fits(backbone.layout)
-            if name in start and given["if_known"] == KEEP:
-                return _already_learned(start, name, method, config, photos)
-            start = start.remove(name) if name in start else start
-            task = Task(name, noun, backbone, start, given["kind"],
+            task = Task(name, noun, backbone, start.remove(name) if name in start else start, given["kind"],
                         generator=torch.Generator().manual_seed(config.seed))
+            if name in start and given["if_known"] == KEEP:
+                return _already_learned(start, _info(task, method), method, config, photos)
             return _learn(task, method, config, [*photos, *prior], given,
                           getattr(cls.hidden, "unique_id", None))
 
@@ -232,12 +231,18 @@ def _with_early_stopping(config: TrainingConfig, given: dict) -> TrainingConfig:
     return replace(config, patience=patience, look_every=every) if patience else config
 
 
-def _already_learned(bank: ConceptBank, name: str, method: Method, config: TrainingConfig,
+def _info(task: Task, method: Method) -> ConceptInfo:
+    words = task.worded(method.word_count).word_names
+    return ConceptInfo(task.name, task.class_noun, method.name, words, task.kind)
+
+
+def _already_learned(bank: ConceptBank, info: ConceptInfo, method: Method, config: TrainingConfig,
                      photos: list[Picture]) -> io.NodeOutput:
     """Returns the bank unchanged if its concept was learned from these photos and settings, as when a saved
-    graph runs again.
+    graph runs again. info: what would be learned now.
     """
-    check_known(bank.infos[name], method, config, [photo.digest for photo in photos],
+    name = info.name
+    check_known(bank.infos[name], info, method, config, [photo.digest for photo in photos],
                 f"set if_known to '{AGAIN}'")
     picture = to_tensor(loss_picture([], f"<{name}> is known already"))
     text = ui.PreviewText(f"<{name}> is in the bank already, learned from these photos")
@@ -248,9 +253,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
            node: str | None) -> io.NodeOutput:
     photos = [picture for picture in pictures if not picture.is_prior]
     digests = [photo.digest for photo in photos]
-    words = task.worded(method.word_count).word_names
-    info = ConceptInfo(task.name, task.class_noun, method.name, words, task.kind)
-    check_captions(photos, [*task.bank.infos.values(), info])
+    check_captions(photos, [*task.bank.infos.values(), _info(task, method)])
     taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
                                                          task.bank.infos, task.name)
     warnings = [*taken.warnings, *(prior_warnings(method.composition) if len(pictures) > len(photos) else [])]

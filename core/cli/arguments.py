@@ -36,6 +36,11 @@ def concept_name(text: str) -> str:
     return text.strip().strip("<>")
 
 
+def word_names(text: str) -> tuple[str, ...]:
+    """The names of words, comma separated; none for an empty text."""
+    return tuple(concept_name(word) for word in text.split(",")) if text.strip() else ()
+
+
 def setting_pair(text: str) -> tuple[str, str]:
     """`key=value` as two texts."""
     key, separator, value = text.partition("=")

@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from ..bank.bank import ConceptBank
 from ..bank.format import save_bank
+from ..bank.store import saved_elsewhere
 from ..data.assignment import Assignment
 from ..demo.base import load_base
 from ..demo.judges import SceneEncoder, assignment
+from ..errors import WriteError
 from ..evaluation import metrics
 from ..evaluation.protocol import Record, run_sequence
 from ..files import check_output, check_output_folder, write_atomically
@@ -174,7 +176,10 @@ def run(output: Path) -> dict:
         "seconds": time.perf_counter() - began,
     }
     output.mkdir(parents=True, exist_ok=True)
-    save_bank(bank, output / "bank.safetensors")
+    try:
+        save_bank(bank, output / "bank.safetensors")
+    except WriteError as error:
+        raise saved_elsewhere(error, output / "bank.safetensors", bank) from error
     draw(output / "report.png", tasks, reference, records, composition)
     write_atomically(output / "report.json",
                      lambda temporary: temporary.write_text(json.dumps(report, indent=1) + "\n"))

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..files import write_atomically
+
 INK, QUIET = "#1d1d24", "#6b6b76"
 COLUMNS = 5
 NAMES = {"cidm": "CIDM", "finetune": "Sequential finetuning"}
@@ -94,5 +96,4 @@ def draw(path: Path, tasks, reference, records: dict, composition) -> None:
     _bottom(figure, outer[1], [task.name for task in tasks], records, composition)
     note = "Same seeds everywhere. Alignment: mean cosine with the training pictures, by the metric encoder."
     figure.text(0.03, 0.012, note, fontsize=9, color=QUIET)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..bank.bank import ConceptBank
-from ..bank.concepts import Concept
+from ..bank.concepts import Concept, ConceptInfo
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name
@@ -42,7 +42,7 @@ from ..training.process_group import ProcessGroup, process_group
 from ..training.record import Learned, check_known
 from ..training.trainer import StepInfo
 from . import backbones
-from .photos import read_photos
+from .photos import info_of, read_photos
 from .result import Result
 
 KEEP, AGAIN = "keep", "again"
@@ -63,9 +63,8 @@ def _training(options: Namespace) -> TrainingConfig:
 
 
 def _task(options: Namespace, backbone: Backbone, bank: ConceptBank, seed: int) -> Task:
-    words = tuple(word.strip() for word in options.words.split(",") if word.strip())
     generator = torch.Generator().manual_seed(seed)
-    return Task(options.name, options.noun, backbone, bank, options.kind, words, generator)
+    return Task(options.name, options.noun, backbone, bank, options.kind, options.words, generator)
 
 
 def _renew_digests(checkpoint: Path, folder: Path, photos: list[Picture]) -> None:
@@ -105,10 +104,10 @@ def _encoder(options: Namespace, training: TrainingConfig) -> Encoder | None:
     return None if options.encoder is None else ClipEncoder.load(options.encoder, device=options.device)
 
 
-def _known(options: Namespace, stored: ConceptBank, method: Method, training: TrainingConfig,
-           photos: list[Picture]) -> Result:
-    """The result for a concept that the bank holds already."""
-    check_known(stored.infos[options.name], method, training, [photo.digest for photo in photos],
+def _known(options: Namespace, stored: ConceptBank, info: ConceptInfo, method: Method,
+           training: TrainingConfig, photos: list[Picture]) -> Result:
+    """The result for a concept that the bank holds already. info: what would be learned now."""
+    check_known(stored.infos[options.name], info, method, training, [photo.digest for photo in photos],
                 "give --if-known again to replace it")
     concept = stored[options.name]
     facts = {**_facts(options, concept, stored), "learned": False}
@@ -144,7 +143,7 @@ def learn(options: Namespace) -> Result | None:
         if group.is_first and not options.json:
             print("\n".join(read.lines()), flush=True)
         if stored is not None and options.name in stored and options.if_known == KEEP:
-            result = _known(options, stored, method, training, photos)
+            result = _known(options, stored, info_of(options, method), method, training, photos)
             return result if group.is_first else None
         backbone = backbones.load_backbone(options)
         bank = stored or ConceptBank(backbone.layout)

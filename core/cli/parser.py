@@ -25,6 +25,7 @@ from .arguments import (
     setting_pair,
     whole,
     with_plain_booleans,
+    word_names,
 )
 from .backbones import EMBEDDED_CFG, EMBEDDED_SIZE, EMBEDDED_TRAINING, OTHER_CFG, OTHER_SIZE
 from .learning import IF_KNOWN
@@ -54,7 +55,7 @@ def _add_learn(commands) -> None:
     parser.add_argument("--name", type=concept_name, required=True,
                         help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="", help="class noun: an ordinary word for it, e.g. dog")
-    parser.add_argument("--words", default="",
+    parser.add_argument("--words", type=word_names, default=(),
                         help="names of the learned words, comma separated, e.g. dog1,dog2 (default: as many "
                         "as the method learns)")
     parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
@@ -229,12 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit code, see `result.run`."""
     from . import commands
 
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     if _names_bench(arguments):
         print("continual-concepts: benchmarks run from a clone of the project, with the same options: "
               "python -m continual_concepts.benchmarks "
               f"{shlex.join(arguments[list(arguments).index('bench') + 1:]) or '--help'}", file=sys.stderr)
         return 2
-    options = _parsed(arguments)
+    options = _parsed(sorted(arguments, key=lambda argument: argument != "--json"))      # at any place
     stopped = "stopped; the same command continues learning where it stopped"
     return run("continual-concepts", getattr(commands, options.command), options, stopped)

@@ -16,6 +16,12 @@ from ..methods.base import Method
 from ..training.config import TrainingConfig
 
 
+def info_of(options: Namespace, method: Method) -> ConceptInfo:
+    """What the options say about the concept."""
+    words = options.words or default_words(options.name, method.word_count)
+    return ConceptInfo(options.name, options.noun, method.name, words, options.kind)
+
+
 @dataclass(frozen=True)
 class TrainingPhotos:
     """The photos of a concept, and its prior-preservation pictures if there are any."""
@@ -34,10 +40,7 @@ class TrainingPhotos:
             ConceptError: A caption names an unknown concept.
         """
         infos = {} if stored is None else dict(stored.infos)
-        words = tuple(word.strip() for word in options.words.split(",") if word.strip())
-        info = ConceptInfo(options.name, options.noun, method.name,
-                           words or default_words(options.name, method.word_count), options.kind)
-        check_captions(self.pictures, [*infos.values(), info])
+        check_captions(self.pictures, [*infos.values(), info_of(options, method)])
         report = self.photos.report.checked(training.resolution, training.framing != "buckets", infos,
                                             options.name)
         prior = self.prior

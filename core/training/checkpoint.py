@@ -89,4 +89,5 @@ def load(path: Path) -> dict[str, Any]:
             return _restore(structure, lambda key: file.get_tensor(key).clone())
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = type(error).__name__
-        raise ConceptError(f"'{path}' is not a checkpoint of a learning run ({reason})") from error
+        raise ConceptError(f"'{path}' is not a checkpoint of a learning run ({reason}); delete it to start "
+                           "anew") from error

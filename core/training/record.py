@@ -58,19 +58,21 @@ def setting_differences(there: Mapping, method: Method, config: TrainingConfig) 
     return [line for part in here for line in _differences(had[part], json.loads(json.dumps(here[part])))]
 
 
-def check_known(info: ConceptInfo, method: Method, config: TrainingConfig, digests: Sequence[str],
-                again: str) -> None:
+def check_known(info: ConceptInfo, wanted: ConceptInfo, method: Method, config: TrainingConfig,
+                digests: Sequence[str], again: str) -> None:
     """Checks that a concept of the bank was learned by this method, from these photos, with these settings.
 
     Args:
+        wanted: What would be learned now.
         digests: Digests of the photos.
         again: How to learn it again, for the message: "set x to y".
 
     Raises:
         ConceptError: It was learned otherwise.
     """
-    here = {"method": method.name, "images": list(digests)}
-    there = {"method": info.method, "images": list(info.provenance.images)}
+    here, there = ({"class noun": " ".join(one.class_noun.split()), "kind": one.kind, "method": one.method}
+                   for one in (wanted, info))
+    here["images"], there["images"] = list(digests), list(info.provenance.images)
     found = _differences(there, here)
     if info.method == method.name:
         found += setting_differences(info.provenance.settings, method, config)

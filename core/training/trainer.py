@@ -133,7 +133,8 @@ class Trainer:
             self._load(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {brief(error)}"
-            raise ConceptError(f"the checkpoint '{path}' is damaged ({reason})") from error
+            raise ConceptError(f"the checkpoint '{path}' is damaged ({reason}); delete it to start "
+                               "anew") from error
 
     def _load(self, state: dict) -> None:
         self.method.load_state_dict(state["modules"])

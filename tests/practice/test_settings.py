@@ -152,6 +152,11 @@ def test_b6_seeds_that_are_too_large(learn, run, photos, seed):
     assert f"argument --seed: '{seed}' is not allowed" in run("sample", "a dog", f"--seed={seed}").sentence
 
 
+def test_b5_sibling_a_damaged_checkpoint_names_the_way_on(tmp_path, learn, photos):
+    (tmp_path / ".bank.safetensors.rex.checkpoint").write_bytes(b"half")
+    assert "is not a checkpoint" in learn(photos).sentence and "delete it" in learn(photos).sentence
+
+
 def test_b6_sibling_the_largest_seeds(run):
     assert TrainingConfig(seed=2**64 - 1).seed == 2**64 - 1
     past = run("sample", "a dog", "--seed", 2**64 - 1, "--count", 2)
@@ -176,6 +181,8 @@ def test_b7_a_known_concept_is_kept_or_replaced(again, learned):
     assert "a concept 'rex', learned from other photos or settings (its seed is 0, now 5)" in other
     assert other.endswith("choose another name, or give --if-known again to replace it")
     assert learned.read_bytes() == before
+    assert "(its class noun is 'dog', now 'cat'; its kind is 'object', now 'style')" in again(
+        "--noun", "cat", "--kind", "style").sentence
     replaced = again("--seed", 5, "--if-known", "again")
     assert replaced.code == 0 and open_bank(learned).names == ["rex"]
     assert open_bank(learned).infos["rex"].provenance.settings["training"]["seed"] == 5
@@ -189,14 +196,17 @@ def test_b7_likeness_to_known_concepts_is_told(again, learned):
 
 
 def test_b7_sibling_json_says_whether_it_was_learned(run, learned, photos):
-    facts = json.loads(run("--json", "learn", photos, "--bank", learned, "--name", "rex", "--noun", "dog",
-                           "--batch-size", 2, "--steps", 2).out)
+    facts = json.loads(run("learn", photos, "--bank", learned, "--name", "rex", "--noun", "dog", "--json",
+                           "--batch-size", 2, "--steps", 2).out)      # --json may stand anywhere
     assert facts["learned"] is False and facts["concepts"] == ["rex"]
 
 
 def test_b8_brackets_of_names_are_stripped(run, learned):
     options = build_parser().parse_args(["learn", "photos", "--bank", "b", "--name", " <rex>"])
     assert options.name == "rex"
+    assert options.words == ()
+    words = ["learn", "photos", "--bank", "b", "--name", "rex", "--words", "<a>, b"]
+    assert build_parser().parse_args(words).words == ("a", "b")
     assert run("bank", "show", learned, "<rex>").code == 0
     assert run("bank", "rename", learned, "<rex>", "<tom>").code == 0
     assert run("bank", "remove", learned, "<tom>").code == 0 and open_bank(learned).names == []
@@ -240,7 +250,7 @@ def test_b11_help_says_what_the_code_does(name):
             continue
         text = parser._get_formatter()._expand_help(action) if action.help else ""
         assert text, (name, action.dest)
-        if action.default not in (None, "", False, [], argparse.SUPPRESS):
+        if action.default not in (None, "", False, [], (), argparse.SUPPRESS):
             assert f"(default {action.default})" in text, (name, action.dest)
     assert parser.format_help()
 
