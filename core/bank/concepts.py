@@ -9,7 +9,7 @@ from ..errors import ConceptError
 from ..model.deltas import Deltas, check_fits
 from ..model.sites import SiteLayout
 from .composition import Composition, of_older_file
-from .tokens import MAX_WORDS, TokenGroup, check_name
+from .tokens import MAX_WORDS, TokenGroup, check_name, word_after
 
 KINDS = ("object", "style")
 
@@ -111,7 +111,8 @@ class Concept:
 
     def renamed(self, name: str) -> Concept:
         """The same concept under another name; words that were named after it follow."""
-        words = tuple(name + word[len(self.name):] if f"{word}-".startswith(f"{self.name}-") else word
+        old = self.name
+        words = tuple(word_after(name, word[len(old):]) if f"{word}-".startswith(f"{old}-") else word
                       for word in self.info.words)
         info = replace(self.info, name=name, words=words)
         return replace(self, info=info, tokens=replace(self.tokens, words=words))

@@ -16,6 +16,7 @@ from ..model.sites import SiteLayout
 
 # 1 to 64 letters and digits of any script, with - and _ inside.
 NAME = re.compile(r"[^\W_](?:[\w-]{0,62}[^\W_])?")
+LONGEST_NAME = 64
 MAX_WORDS = 16
 LONGEST_NOUN = 64
 # In a prompt these set weights, name embeddings and placeholders, or choose at random.
@@ -44,8 +45,13 @@ def check_class_noun(noun: str) -> str:
     return noun
 
 
+def word_after(name: str, ending: str) -> str:
+    """A word that is named after a concept. The end of a long name gives way to the ending."""
+    return name[:LONGEST_NAME - len(ending)] + ending
+
+
 def default_words(name: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{name}-{i + 1}" for i in range(count))
+    return tuple(word_after(name, f"-{i + 1}") for i in range(count))
 
 
 @dataclass(frozen=True)

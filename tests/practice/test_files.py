@@ -9,6 +9,7 @@ from continual_concepts.core.bank import store
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.bank.store import change_bank, restore, versions
+from continual_concepts.core.bank.tokens import default_words
 from continual_concepts.core.cli import backbones, learning
 from continual_concepts.core.errors import ConceptError, WriteError
 from continual_concepts.core.files import LONGEST_NAME, check_file_name, check_output, check_output_folder
@@ -184,6 +185,14 @@ def test_c3_names_that_no_disk_can_hold_are_told(grow, tmp_path, name):
     with pytest.raises(ConceptError, match="folder name .* is too long"):
         grow(tmp_path / name / "bank.safetensors", "rex")
     assert not list(tmp_path.iterdir())
+
+
+def test_c3_sibling_concept_names_of_64_letters(layout, make_concept):
+    """Their words are named after them and must fit as well."""
+    name = "r" * 64
+    assert default_words(name, 2) == ("r" * 62 + "-1", "r" * 62 + "-2")
+    bank = ConceptBank(layout).add(make_concept(layout, "rex", 1)).rename("rex", name)
+    assert bank.infos[name].words == default_words(name, 2)
 
 
 @pytest.mark.parametrize("name", ["CON", "aux.safetensors", "Lpt1.tar.gz", "nul ", "COM¹"])

@@ -1,0 +1,62 @@
+"""C: in ComfyUI, folders are checked before a graph runs, and what cannot be saved is kept elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from continual_concepts.core import files
+from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.errors import ConceptError
+
+
+@pytest.fixture
+def blocked(own_folder):
+    """An output folder in which every folder of ours is a file."""
+    for name in ("concept_banks", "loras"):
+        (own_folder / name).write_text("")
+    return own_folder
+
+
+def test_c1_folders_are_checked_before_the_graph_runs(studio, blocked):
+    pack = studio.pack
+    for answer in (pack.ConceptBankSave.validate_inputs("pets"), pack.ConceptExport.validate_inputs([1.0]),
+                   pack.ConceptLearner.validate_inputs(["rex"], ["dog"])):
+        assert "is not a folder" in answer and answer.count("\n") == 0
+
+
+def test_c1_nothing_is_left_behind_by_the_check(studio, own_folder):
+    pack = studio.pack
+    assert pack.ConceptBankSave.validate_inputs("pets") is True
+    assert pack.ConceptLearner.validate_inputs(["rex"], ["dog"]) is True
+    assert pack.ConceptExport.validate_inputs([1.0]) is True
+    assert not list(own_folder.iterdir())
+
+
+def test_c1_a_learner_that_cannot_keep_its_run_makes_no_step(studio, blocked):
+    with pytest.raises(ConceptError, match="the checkpoint .* cannot be written"):
+        studio.learn(steps=10_000)
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_c1_a_bank_that_cannot_be_saved_is_kept_elsewhere(studio, bank, tmp_path_factory, monkeypatch):
+    spare, replace = tmp_path_factory.mktemp("spare"), files.os.replace
+
+    def full(old, new):
+        if new.parent != spare:
+            raise OSError(28, "No space left on device")
+        replace(old, new)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.chdir(spare)
+    with pytest.raises(ConceptError, match="No space left on device; .* kept in the bank '.*pets_kept.safe"):
+        studio.pack.ConceptBankSave.execute(bank, "pets", False)
+    assert open_bank(spare / "pets_kept.safetensors").names == bank.names
+
+
+def test_c3_long_names_in_four_byte_letters(studio, own_folder):
+    """64 letters of four bytes are more than a file name can hold. A bank's name is refused, a concept's works.
+    """
+    name = "𠮷" * 64
+    assert "too long" in studio.pack.ConceptBankSave.validate_inputs(name)
+    assert studio.learn(name=name, steps=1).names == [name]
+    assert list((own_folder / "concept_banks" / ".unfinished").glob("𠮷*.checkpoint"))
