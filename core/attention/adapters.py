@@ -89,6 +89,10 @@ class LowRankAdapters(Adapters):
         name = adapter_key(*key)
         return LowRankDelta(self.up[name], self.down[name], self.scale)
 
+    def deltas(self) -> dict[DeltaKey, LowRankDelta]:
+        """All deltas, with gradient."""
+        return {key: self.delta(key) for key in self.keys}
+
     def scaled(self, key: DeltaKey) -> tuple[Tensor, Tensor]:
         """The papers' A `[a, r]`, scale included, and B `[r, b]` of one projection, with gradient."""
         delta = self.delta(key)
@@ -98,7 +102,7 @@ class LowRankAdapters(Adapters):
         return self.delta(key).apply(x) if adapter_key(*key) in self.up else None
 
     def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
-        return stored_deltas({key: self.delta(key) for key in self.keys}, dtype)
+        return stored_deltas(self.deltas(), dtype)
 
 
 class FullAdapters(Adapters):

@@ -1,14 +1,14 @@
 """The method interface: hooks that the trainer calls. Their defaults train a concept's words and adapters.
 
-A method is one file: settings, mathematics, hooks, and `register(...)` at the bottom.
+A method is one file: settings, mathematics, and a class with hooks that is decorated with `register`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,32 @@ from ..model.deltas import Delta, DeltaKey, Deltas, LowRankDelta, weighted_sum
 from ..model.processor import AttentionProcessor
 from ..model.storage import stored_dtype
 from ..neurons.neurons import NeuronSelection
-from .config import MethodConfig
+from ..settings import Limit, above, at_least, between, check, setting
+
+RANK, SHARE = between(1, 128), above(0, 1)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Settings of every method. A method's own class adds fields and replaces defaults.
+
+    lr, token_lr: learning rates of deltas and words; layerwise: one vector per word and layer copy, else one
+    per word; first_std: spread of the first word's start, 0 = that of the vocabulary; stored: type of the
+    bank's tensors. limits: allowed values of fields; numbers that it does not list are 0 or more.
+    """
+
+    lr: float = setting(1e-4, "Learning rate of the deltas.", 1e-6, 2e-2)
+    token_lr: float = setting(1e-3, "Learning rate of the words.", 1e-6, 0.2)
+    layerwise: bool = setting(True, "One vector per word and layer, or one for all layers, which exports as "
+                                    "an embedding.")
+    first_std: float = 0.0
+    stored: str = "float16"
+    limits: ClassVar[Mapping[str, Limit]] = {}
+
+    def __post_init__(self) -> None:
+        numbers = {f.name: at_least(0) for f in fields(self) if type(f.default) in (int, float)}
+        check(self, {**numbers, "rank": RANK, **self.limits})
+        stored_dtype(self.stored)
 
 
 @dataclass(frozen=True)
@@ -53,8 +78,7 @@ class Task:
 
     def earlier(self, method: str) -> list[Concept]:
         """The bank's concepts of one method, in the order in which they were learned."""
-        bank = self.bank
-        return [bank.passing(name) for name, info in bank.infos.items() if info.method == method]
+        return [self.bank.passing(name) for name, info in self.bank.infos.items() if info.method == method]
 
     def earlier_sum(self, method: str) -> dict[DeltaKey, Delta]:
         """The sum of the deltas of those concepts, by projection."""
@@ -218,40 +242,42 @@ class Method(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint of this task must hold."""
-        state = {f"{part}.{name}": value for part, module in self.parts().items()
-                 for name, value in module.state_dict().items()}
+        state: dict[str, Any] = nn.ModuleDict(self.parts()).state_dict()
         return state | ({self.extra_key: self.extra_state()} if self.extra_key else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned. Raises KeyError or RuntimeError if it does not fit."""
-        for part, module in self.parts().items():
-            start = f"{part}."
-            own = {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
-            module.load_state_dict(own)
+        parts = nn.ModuleDict(self.parts())
+        parts.load_state_dict({name: state[name] for name in state if name.split(".")[0] in parts})
         if self.extra_key:
             self.load_extra_state(state[self.extra_key])
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A method by name, with its configuration class and one sentence for lists."""
+    """A method with its configuration class and one sentence for lists."""
 
-    name: str
     config: type
     method: type[Method]
     summary: str
 
 
 METHODS: dict[str, Registered] = {}
+T = TypeVar("T", bound=Method)
 
 
-def register(name: str, config: type, method: type[Method], summary: str) -> None:
-    """Makes a method known by name; called at the bottom of its file."""
+def register(name: str, config: type, summary: str) -> Callable[[type[T]], type[T]]:
+    """Makes the decorated method known by name."""
     if name != name.lower() or name in METHODS:
         raise ConceptError(f"method name {name!r} must be lower case and new; taken: "
                            f"{', '.join(sorted(METHODS))}")
-    method.name = name
-    METHODS[name] = Registered(name, config, method, summary)
+
+    def registered(method: type[T]) -> type[T]:
+        method.name = name
+        METHODS[name] = Registered(config, method, summary)
+        return method
+
+    return registered
 
 
 def get(name: str) -> Registered:

@@ -31,6 +31,8 @@ class BoundConfig(LowRankConfig):
                                 "concepts mix less.")
 
 
+@register("bound", BoundConfig, "layer-wise words, and low-rank deltas that act through those words alone: "
+          "concepts cannot touch each other")
 class Bound(LowRankMethod):
     composition = WORDS
     config: BoundConfig
@@ -40,10 +42,4 @@ class Bound(LowRankMethod):
         self.words.placeholder_noun = task.class_noun if self.config.apart else ""
 
     def processor(self) -> AttentionProcessor:
-        deltas = {key: self.adapters.delta(key) for key in self.adapters.keys}
-        return TokenLoraProcessor({self.task.name: deltas})
-
-
-register("bound", BoundConfig, Bound,
-         "layer-wise words, and low-rank deltas that act through those words alone: concepts cannot touch "
-         "each other")
+        return TokenLoraProcessor({self.task.name: self.adapters.deltas()})

@@ -27,9 +27,8 @@ from ..attention.adapters import AdapterProcessor, LowRankAdapters, adapter_key
 from ..model.deltas import DeltaKey, Deltas
 from ..model.processor import AttentionProcessor
 from ..settings import between, require
-from .base import Forward, Task, low_rank_deltas, register, total
+from .base import RANK, Forward, Task, low_rank_deltas, register, total
 from .cidm_losses import orthogonality_rr, stored_up
-from .config import RANK
 from .low_rank import LowRankConfig, LowRankMethod
 
 
@@ -46,6 +45,8 @@ class CCDMConfig(LowRankConfig):
     limits = {"shared_rank": RANK, "slow": between(0, 1)}
 
 
+@register("ccdm", CCDMConfig, "a shared low-rank delta that moves slowly, and prompt-activated ones "
+          "orthogonal to it; our reading of an abstract")
 class CCDM(LowRankMethod):
     """adapters: the task's own deltas; shared: the shared ones."""
 
@@ -101,7 +102,3 @@ class CCDM(LowRankMethod):
 
     def parts(self) -> dict[str, nn.Module]:
         return {"words": self.words, "own": self.adapters, "shared": self.shared}
-
-
-register("ccdm", CCDMConfig, CCDM, "a shared low-rank delta that moves slowly, and prompt-activated ones "
-         "orthogonal to it; our reading of an abstract")

@@ -61,6 +61,8 @@ class CIDMConfig(LowRankConfig):
               "shared_rank": between(1, 256)}
 
 
+@register("cidm", CIDMConfig, "layer-wise tokens and prompt-activated low-rank deltas with consolidation "
+          "losses; nothing learned is ever overwritten")
 class CIDM(LowRankMethod):
     """old_up: the old A_i of each projection, as the chosen reading of R1 takes them; common: W* and H."""
 
@@ -119,7 +121,7 @@ class CIDM(LowRankMethod):
     def specific(self) -> Tensor:
         """R1 over all sites and projections; 0 for the first task."""
         r1 = losses.orthogonality_rr if self.config.orthogonality == "rr" else losses.orthogonality_aa
-        return total(r1(old_up, self.adapters.delta(key).up) for key, old_up in self.old_up.items())
+        return total(r1(old_up, self.adapters.scaled(key)[0]) for key, old_up in self.old_up.items())
 
     def shared(self) -> Tensor:
         """The part of R2 that reaches this task's deltas, with W* and H held fixed."""
@@ -157,7 +159,3 @@ class CIDM(LowRankMethod):
         for key, common in self.common.items():
             for name in common.trained:
                 setattr(common, name, state[name][adapter_key(*key)].to(getattr(common, name)))
-
-
-register("cidm", CIDMConfig, CIDM, "layer-wise tokens and prompt-activated low-rank deltas with "
-         "consolidation losses; nothing learned is ever overwritten")

@@ -45,12 +45,6 @@ class CLoRAConfig(LowRankConfig):
     forget: float = 1e8
 
 
-def past_changes(task: Task, method: str) -> dict[DeltaKey, Tensor]:
-    """`|sum_{t'<t} A_t' B_t'|` of one method's concepts: `[a, b]` float32 per changed projection."""
-    device, summed = task.backbone.device, task.earlier_sum(method)
-    return {key: delta.dense().abs().to(device) for key, delta in summed.items()}
-
-
 def forgetting(past: Mapping[DeltaKey, Tensor], product: Callable[[DeltaKey], Tensor]) -> Tensor:
     """`sum || past (.) product ||_F^2` over projections, Eq. 3. product: key -> A_t B_t `[a, b]`."""
     return total((past[key] * product(key).float()).square().sum() for key in past)
@@ -67,7 +61,11 @@ def forgetting_of_factors(past: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return with_gradients(loss, gradients)
 
 
+@register("clora", CLoRAConfig,
+          "low-rank keys and values in one set of weights; what earlier tasks changed is left alone")
 class CLoRA(LowRankMethod):
+    """past: `|sum_{t'<t} A_t' B_t'|` `[a, b]` float32, by projection; empty in the first task."""
+
     composition = SUM
     word_count = 1
     projections = KEYS_AND_VALUES
@@ -75,7 +73,8 @@ class CLoRA(LowRankMethod):
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.past = past_changes(task, self.name) if self.config.forget > 0 else {}
+        earlier = task.earlier_sum(self.name) if self.config.forget > 0 else {}
+        self.past = {key: delta.dense().abs().to(task.backbone.device) for key, delta in earlier.items()}
 
     def forgotten(self) -> Tensor:
         """Eq. 3 without lambda."""
@@ -94,8 +93,8 @@ class CLoRA(LowRankMethod):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """||A_t B_t||_F over all projections, from r×r matrices; the products are not built."""
-        deltas = [self.adapters.delta(key) for key in self.adapters.keys]
-        squares = [d.scale**2 * ((d.up.T @ d.up) * (d.down @ d.down.T)).sum() for d in deltas]
+        squares = [d.scale**2 * ((d.up.T @ d.up) * (d.down @ d.down.T)).sum()
+                   for d in self.adapters.deltas().values()]
         return torch.stack(squares).sum().clamp(min=0).sqrt()
 
     def shared_state(self) -> dict[str, Tensor]:
@@ -103,7 +102,3 @@ class CLoRA(LowRankMethod):
         state = self.task.bank.shared.get(self.name, {})
         norms = {name: norm.clone() for name, norm in state.items() if name.startswith("norm.")}
         return norms | {f"norm.{self.task.name}": self.norm().cpu().clone()}
-
-
-register("clora", CLoRAConfig, CLoRA,
-         "low-rank keys and values in one set of weights; what earlier tasks changed is left alone")

@@ -47,8 +47,7 @@ from ..neurons.scores import (
 )
 from ..neurons.sparse import SparseAdapters
 from ..settings import at_least, between, one_of, require
-from .base import Forward, Method, Task, register, total
-from .config import SHARE, MethodConfig
+from .base import SHARE, Forward, Method, MethodConfig, Task, register, total
 
 # of the activation score
 CONCEPT_PROMPTS = ("a photo of {}", "a {} on a beach", "a painting of {}", "{} in a room")
@@ -84,6 +83,8 @@ class CNSConfig(MethodConfig):
                 f"above 0 to quorum (1 - share) = {room:.3g}")
 
 
+@register("cns", CNSConfig, "a few concept neurons of the keys and values, chosen per concept and tied to "
+          "what earlier ones learned")
 class CNS(Method):
     """calibration_prompts: unrelated prompts that replace the built-in ones, all of them used; set before
     `begin`.
@@ -233,7 +234,3 @@ class CNS(Method):
         self.gradients.sums = by_key(state["sums"], backbone.device)
         if self.is_chosen:
             self._tie()
-
-
-register("cns", CNSConfig, CNS, "a few concept neurons of the keys and values, chosen per concept and tied "
-                                "to what earlier ones learned")

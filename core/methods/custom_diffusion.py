@@ -40,8 +40,7 @@ from ..model.least_squares import Rows, fit
 from ..model.storage import stored_dtype
 from ..neurons.scores import encode_plain, key_value_weights, text_positions
 from ..settings import above
-from .base import Method, Outcome, register
-from .config import SHARE, MethodConfig
+from .base import SHARE, Method, MethodConfig, Outcome, register
 from .fusion import fused_outcome, text_rows
 
 _THINGS = ("dog", "cat", "horse", "bird", "fish", "car", "boat", "chair", "teacup", "clock", "guitar", "tree",
@@ -106,6 +105,8 @@ class FullMethod(Method):
         return TokenGroup(group.words, frozen)
 
 
+@register("custom_diffusion", CustomDiffusionConfig,
+          "keys, values and one word finetuned task after task on the same weights")
 class CustomDiffusion(FullMethod):
     """Task after task on one set of weights; it forgets."""
 
@@ -116,6 +117,8 @@ class CustomDiffusion(FullMethod):
         return exact if kept == 1 else compressed(exact, dtype, kept)
 
 
+@register("custom_diffusion_merge", CustomDiffusionMergeConfig,
+          "keys, values and one word learned alone per concept, merged in closed form under constraints")
 class CustomDiffusionMerge(FullMethod):
     """Each task on the base alone, merged in closed form. captions: of C_reg; may be set before `begin`."""
 
@@ -158,9 +161,3 @@ def regularisation_metric(backbone: Backbone, captions: tuple[str, ...], ridge: 
             gram += features.T @ features
     rho = ridge * gram.diagonal().mean().clamp(min=1e-30)
     return torch.linalg.inv(gram + rho * torch.eye(width, dtype=torch.float64))
-
-
-register("custom_diffusion", CustomDiffusionConfig, CustomDiffusion,
-         "keys, values and one word finetuned task after task on the same weights")
-register("custom_diffusion_merge", CustomDiffusionMergeConfig, CustomDiffusionMerge,
-         "keys, values and one word learned alone per concept, merged in closed form under constraints")

@@ -66,6 +66,8 @@ def squared_gradients(gradient: Tensor, x: Tensor, up: Tensor, down: Tensor,
     return of_up.square().sum(0), of_down.square().sum(0)
 
 
+@register("ewc", EWCConfig,
+          "sequential finetuning, each factor held the more the old concepts' loss depends on it")
 class EWC(Finetune):
     """factors: the adapter's, by name such as `up.3-to_k`; fisher, anchor: F and theta*, empty at first;
     pending, mean: squared gradients of the step under way, and their exponential mean over this task."""
@@ -132,7 +134,3 @@ class EWC(Finetune):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         device = self.task.backbone.device
         self.mean = {name: squares.to(device) for name, squares in state["mean"].items()}
-
-
-register("ewc", EWCConfig, EWC,
-         "sequential finetuning, each factor held the more the old concepts' loss depends on it")

@@ -20,6 +20,8 @@ from .base import Task, register
 from .low_rank import LowRankConfig, LowRankMethod
 
 
+@register("finetune", LowRankConfig,
+          "sequential finetuning of one low-rank adapter; the baseline that forgets")
 class Finetune(LowRankMethod):
     """undone: minus the deltas that training starts at, by projection; empty in the first task."""
 
@@ -45,14 +47,9 @@ class Finetune(LowRankMethod):
         return self.undone[key].apply(x) if key in self.undone else None
 
     def recorded(self, dtype: torch.dtype) -> Deltas:
-        deltas = {key: self.adapters.delta(key) for key in self.adapters.keys}
         return stored_deltas({key: delta.beside(self.undone[key]) if self.undone else delta
-                              for key, delta in deltas.items()}, dtype)
+                              for key, delta in self.adapters.deltas().items()}, dtype)
 
     def shared_state(self) -> dict[str, Tensor]:
-        return {f"{adapter_key(*key)}.{factor}": tensor.detach().cpu().clone() for key in self.adapters.keys
-                for factor, tensor in zip(("up", "down"), self.adapters.delta(key).tensors(), strict=True)}
-
-
-register("finetune", LowRankConfig, Finetune,
-         "sequential finetuning of one low-rank adapter; the baseline that forgets")
+        return {f"{adapter_key(*key)}.{factor}": getattr(delta, factor).detach().cpu().clone()
+                for key, delta in self.adapters.deltas().items() for factor in ("up", "down")}

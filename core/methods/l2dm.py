@@ -28,17 +28,21 @@ its checkpoint's.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank.composition import SUM
 from ..data.batch import Batch
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
+from ..model.backbone import Backbone
 from ..model.storage import stored_dtype
 from ..neurons.recording import unet_features
 from ..sampling.sampling import sample
@@ -46,8 +50,10 @@ from ..sampling.settings import SampleSettings
 from ..settings import at_least
 from .base import Forward, Task, register
 from .distillation import Teacher
-from .l2dm_memory import Features, LongTerm, rainbow_scores
 from .low_rank import KEYS_AND_VALUES, LowRankConfig, LowRankMethod
+
+Features = Callable[[Backbone, Tensor], Tensor]      # latents [B, C, h, w] -> [B, F], of any length
+_FEATURES, _NOTES = "features", "notes"
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,69 @@ class L2DMConfig(LowRankConfig):
     limits = dict.fromkeys(("eta", "generation_steps", "replay"), at_least(1))
 
 
+def rainbow_scores(generated: Tensor, candidates: Tensor, real: Tensor, closeness: float) -> Tensor:
+    """Scores every candidate of every stored feature by Eq. 5.
+
+    Args:
+        generated: features of all generated pictures of all old tasks, `[G, F]`.
+        candidates: numbers of the generated pictures of each stored feature, `[n, eta]`.
+        real: the stored features, `[n, F]`.
+        closeness: the paper's beta.
+
+    Returns:
+        `[n, eta]`: the mean of 1 - cos over all generated pictures, itself included as printed, plus
+        closeness times the cosine with the real picture.
+    """
+    unit, target = F.normalize(generated, dim=-1), F.normalize(real, dim=-1)
+    different = 1 - unit @ unit.mean(0)
+    return different[candidates] + closeness * (unit[candidates] * target.unsqueeze(1)).sum(-1)
+
+
+@dataclass(frozen=True)
+class LongTerm:
+    """The long-term memory. features: `[n, F]`; owners: `TokenGroup.digest` of each row's concept, which
+    renaming does not change; prompts: of each row, with `<>` for the owner's placeholder."""
+
+    features: Tensor
+    owners: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        text = json.dumps([self.owners, self.prompts]).encode()
+        return {_FEATURES: self.features, _NOTES: torch.tensor(list(text), dtype=torch.uint8)}
+
+    @classmethod
+    def read(cls, state: Mapping[str, Tensor]) -> LongTerm:
+        """Inverse of `tensors`; an empty state is an empty memory. Raises ConceptError for any other."""
+        if not state:
+            return cls(torch.zeros(0, 0))
+        try:
+            owners, prompts = json.loads(bytes(state[_NOTES].tolist()))
+            is_text = all(isinstance(text, str) for text in (*owners, *prompts))
+            if not is_text or not len(owners) == len(prompts) == len(state[_FEATURES]):
+                count = len(state[_FEATURES])
+                raise ValueError(f"{len(owners)} owners, {len(prompts)} prompts, {count} features")
+            return cls(state[_FEATURES], tuple(owners), tuple(prompts))
+        except (KeyError, ValueError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConceptError(f"the bank's long-term memory of 'l2dm' is damaged ({reason})") from error
+
+    def rows(self, keep: list[int]) -> LongTerm:
+        return LongTerm(self.features[keep], tuple(self.owners[i] for i in keep),
+                        tuple(self.prompts[i] for i in keep))
+
+    def joined(self, other: LongTerm) -> LongTerm:
+        features = torch.cat([self.features, other.features]) if len(self.owners) else other.features
+        return LongTerm(features, self.owners + other.owners, self.prompts + other.prompts)
+
+
+@register("l2dm", L2DMConfig, "replays generated pictures of old concepts, chosen by a memory of features, "
+          "and distils the old model")
 class L2DM(LowRankMethod):
     """features: how pictures are described in the memory; set before `begin`, the same for a whole bank.
 
-    old, new: the long-term memory of earlier tasks and of this one; short: the short-term memory.
+    old, new: the long-term memory of earlier tasks and of this one; short: the short-term memory; names:
+    owner -> concept.
     """
 
     composition = SUM
@@ -88,19 +153,14 @@ class L2DM(LowRankMethod):
     def begin(self, task: Task) -> None:
         super().begin(task)
         self.seed, self.teacher = task.draw_seed(), Teacher(task.backbone)
-        self.old = self._of_present_concepts(LongTerm.read(task.bank.shared.get(self.name, {})))
         self.new: LongTerm | None = None
         self.short: Batch | None = None
-
-    def _of_present_concepts(self, memory: LongTerm) -> LongTerm:
-        """The rows of concepts that the bank still holds. Sets `names`: owner -> concept."""
-        bank = self.task.bank
-        owners = {bank[name].tokens.digest(): name for name, info in bank.infos.items()
-                  if info.method == self.name}
-        self.names = {owner: owners[owner] for owner in memory.owners if owner in owners}
-        # a caption may also name other concepts, which may have been deleted since
-        return memory.rows([i for i, owner in enumerate(memory.owners)
-                            if owner in owners and bank.vocabulary.knows(self._prompt(memory, i))])
+        bank, memory = task.bank, LongTerm.read(task.bank.shared.get(self.name, {}))
+        self.names = {bank[name].tokens.digest(): name for name, info in bank.infos.items()
+                      if info.method == self.name}
+        # only of concepts that the bank still holds; a caption may name another one, deleted since
+        self.old = memory.rows([i for i, owner in enumerate(memory.owners) if owner in self.names
+                                and bank.vocabulary.knows(self._prompt(memory, i))])
 
     def _prompt(self, memory: LongTerm, row: int) -> str:
         return memory.prompts[row].replace("<>", f"<{self.names[memory.owners[row]]}>")
@@ -177,7 +237,3 @@ class L2DM(LowRankMethod):
         if self.short is not None:
             latents = state["short"]["latents"].to(self.short.latents.device)
             self.short = replace(self.short, latents=latents)
-
-
-register("l2dm", L2DMConfig, L2DM, "replays generated pictures of old concepts, chosen by a memory of "
-                                   "features, and distils the old model")

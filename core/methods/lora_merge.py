@@ -18,6 +18,8 @@ from .base import register
 from .low_rank import LowRankConfig, LowRankMethod
 
 
+@register("lora_m", LowRankConfig,
+          "each concept learned alone, the deltas of all merged equally into one set of weights")
 class LoraM(LowRankMethod):
     """One set of weights: the mean of all concepts' deltas."""
 
@@ -25,13 +27,9 @@ class LoraM(LowRankMethod):
     builds_on_sum = False
 
 
+@register("lora_c", LowRankConfig,
+          "each concept learned alone, the noise predictions of all concepts' models averaged")
 class LoraC(LoraM):
     """The mean prediction of all concepts' models; where weights are needed, the mean of the deltas."""
 
     composition = Composition(Kind.AVERAGE, merged=None)
-
-
-register("lora_m", LowRankConfig, LoraM,
-         "each concept learned alone, the deltas of all merged equally into one set of weights")
-register("lora_c", LowRankConfig, LoraC,
-         "each concept learned alone, the noise predictions of all concepts' models averaged")

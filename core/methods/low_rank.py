@@ -9,8 +9,7 @@ from typing import ClassVar
 from ..attention.adapters import LowRankAdapters
 from ..model.sites import PROJECTIONS
 from ..settings import setting
-from .base import Method
-from .config import MethodConfig
+from .base import Method, MethodConfig
 
 KEYS_AND_VALUES = ("to_k", "to_v")
 

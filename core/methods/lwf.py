@@ -35,6 +35,8 @@ class LwFConfig(LowRankConfig):
     distil: float = 1.0
 
 
+@register("lwf", LwFConfig,
+          "sequential finetuning that keeps, on the new pictures, the old model's answers to old requests")
 class LwF(Finetune):
     """asked: old requests so far in the step under way."""
 
@@ -77,7 +79,3 @@ class LwF(Finetune):
     def after_step(self, step: int) -> None:
         super().after_step(step)
         self.asked = 0
-
-
-register("lwf", LwFConfig, LwF,
-         "sequential finetuning that keeps, on the new pictures, the old model's answers to old requests")

@@ -28,10 +28,8 @@ from torch import Tensor
 
 from ..attention.adapters import AdapterProcessor
 from ..bank.composition import SUM
-from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import encode_concept
 from ..data.batch import Batch
-from ..model.deltas import DeltaKey
 from ..model.least_squares import Rows, fit
 from ..model.storage import stored_dtype
 from ..neurons.recording import RECORDED, record_moments
@@ -55,6 +53,8 @@ class MixOfShowConfig(LowRankConfig):
     limits = {"passes": between(1, 1000), "rows": between(1, 1024), "ridge": above(0)}
 
 
+@register("mix_of_show", MixOfShowConfig,
+          "each concept learned alone, fused by least squares over what its layers read")
 class MixOfShow(LowRankMethod):
     composition = SUM
     builds_on_sum = False
@@ -73,24 +73,20 @@ class MixOfShow(LowRankMethod):
 
     @torch.no_grad()
     def finish(self) -> Outcome:
-        dtype = stored_dtype(self.config.stored)
-        words = self.words.stored(dtype)
-        return fused_outcome(self.task.bank, self.name, words, self._own_rows(words, dtype),
-                             lambda rows: fit(rows, self.config.ridge), dtype)
-
-    def _own_rows(self, words: TokenGroup, dtype: torch.dtype) -> dict[str, dict[DeltaKey, Rows]]:
-        """X_i and dW_i X_i of this concept, in two groups; without a batch there is no "picture" group."""
-        backbone, name, deltas = self.task.backbone, self.task.name, self.adapters.stored(dtype)
+        """Fuses by X_i and dW_i X_i in two groups; without a batch there is no "picture" group."""
+        c, backbone, name = self.config, self.task.backbone, self.task.name
+        dtype = stored_dtype(c.stored)
+        words, deltas = self.words.stored(dtype), self.adapters.stored(dtype)
         text = text_rows(backbone, words, name)
         rows = {"text": {key: Rows.of(text[key[0]], delta) for key, delta in deltas.items()
                          if key[1] in GROUPS["text"]}}
         if min(self.size) > 0:
             context = encode_concept(backbone, name, words, ["", *CONCEPT_PROMPTS])
             recorder = record_moments(backbone, context, AdapterProcessor(self.adapters), self.size,
-                              self.config.passes, self.seed)
-            rows["picture"] = {key: Rows.of(recorder.leading(key, self.config.rows), delta)
+                                      c.passes, self.seed)
+            rows["picture"] = {key: Rows.of(recorder.leading(key, c.rows), delta)
                                for key, delta in deltas.items() if key[1] in GROUPS["picture"]}
-        return rows
+        return fused_outcome(self.task.bank, self.name, words, rows, lambda rows: fit(rows, c.ridge), dtype)
 
     def extra_state(self) -> Tensor:
         return torch.tensor(self.size)
@@ -98,7 +94,3 @@ class MixOfShow(LowRankMethod):
     def load_extra_state(self, state: Tensor) -> None:
         height, width = state.tolist()
         self.size = height, width
-
-
-register("mix_of_show", MixOfShowConfig, MixOfShow,
-         "each concept learned alone, fused by least squares over what its layers read")

@@ -74,6 +74,8 @@ def draw_columns(taken: Tensor, rank: int, generator: torch.Generator) -> Tensor
     return torch.cat([order[~taken[order]], order[taken[order]]])[:rank]
 
 
+@register("orthogonal_adaptation", OrthogonalAdaptationConfig, "each concept learned alone in its own "
+          "directions of one fixed orthogonal matrix, all merged with weight 0.6")
 class OrthogonalAdaptation(LowRankMethod):
     composition = Composition(Kind.SUM, MERGE_WEIGHT)
     builds_on_sum = False
@@ -107,8 +109,3 @@ class OrthogonalAdaptation(LowRankMethod):
                               f"{width} free; the others are shared with earlier concepts, which it may "
                               "disturb", stacklevel=2)
         return basis[:, draw_columns(taken, self.config.rank, generator)].T.contiguous()
-
-
-register("orthogonal_adaptation", OrthogonalAdaptationConfig, OrthogonalAdaptation,
-         "each concept learned alone in its own directions of one fixed orthogonal matrix, all merged with "
-         "weight 0.6")

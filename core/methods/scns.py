@@ -57,6 +57,8 @@ class SCNSConfig(CNSConfig):
               "decay": between(0, 1)}
 
 
+@register("scns", SCNSConfig, "rows of the keys and values, chosen to cover a concept and to spare what old "
+          "ones need; our reading")
 class SCNS(CNS):
     """weights: read once and needed until the selection; signatures: weight -> one `[a]` per step; squares:
     weight -> this concept's Fisher so far `[a]`; fisher: that of old concepts, by name of the weight."""
@@ -117,7 +119,3 @@ class SCNS(CNS):
         signatures = by_key(state["signatures"], device)
         self.signatures = {key: list(steps.unbind()) for key, steps in signatures.items()}
         self.squares = by_key(state["squares"], device)
-
-
-register("scns", SCNSConfig, SCNS, "rows of the keys and values, chosen to cover a concept and to spare what "
-                                   "old ones need; our reading")

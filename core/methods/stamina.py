@@ -35,9 +35,8 @@ from ..model.deltas import DeltaKey, Deltas, SparseDelta
 from ..model.processor import AttentionProcessor
 from ..model.storage import stored_sparse
 from ..settings import above, between
-from .base import Forward, Task, register, total
+from .base import RANK, Forward, Task, register, total
 from .clora import CLoRA, CLoRAConfig, forgetting
-from .config import RANK
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,8 @@ def hard_mask(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     return (soft > 0.5).to(soft) + (soft - soft.detach())
 
 
+@register("stamina", StaminaConfig,
+          "C-LoRA with learned hard masks: each task changes few entries of the keys and values")
 class Stamina(CLoRA):
     config: StaminaConfig
 
@@ -179,7 +180,3 @@ class Stamina(CLoRA):
 
     def parts(self) -> dict[str, nn.Module]:
         return {**super().parts(), "masks": self.masks}
-
-
-register("stamina", StaminaConfig, Stamina,
-         "C-LoRA with learned hard masks: each task changes few entries of the keys and values")

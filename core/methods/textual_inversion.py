@@ -24,8 +24,7 @@ from ..attention.adapters import NoAdapters
 from ..bank.tokens import initial_vectors
 from ..conditioning.learned_words import LearnedWords
 from ..settings import one_of, setting
-from .base import Method, Task, register
-from .config import MethodConfig
+from .base import Method, MethodConfig, Task, register
 
 STARTS = ("class", "random")
 
@@ -46,6 +45,8 @@ class TextualInversionConfig(MethodConfig):
     limits = {"start": one_of(STARTS)}
 
 
+@register("textual_inversion", TextualInversionConfig,
+          "learned words alone, no weight changes; forgets nothing")
 class TextualInversion(Method):
     config: TextualInversionConfig
     words: LearnedWords
@@ -68,7 +69,3 @@ class TextualInversion(Method):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return super().parameter_groups()[:1]
-
-
-register("textual_inversion", TextualInversionConfig, TextualInversion,
-         "learned words alone, no weight changes; forgets nothing")

@@ -79,17 +79,19 @@ def bank(tiny_backbone, make_concept):
     return bank.add(make_concept(tiny_backbone.layout, "other", 9, method="finetune"))
 
 
-def test_specific_is_r1_over_all_sites_and_the_methods_own_concepts(tiny_backbone, bank):
-    method, expected = begun(tiny_backbone, bank, rank=2), {"rr": 0.0, "aa": 0.0}
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_specific_is_r1_over_all_sites_and_the_methods_own_concepts(tiny_backbone, bank, scale):
+    """The A of old and new deltas, with their scales."""
+    method, expected = begun(tiny_backbone, bank, rank=2, scale=scale), {"rr": 0.0, "aa": 0.0}
     for (index, projection), up in ((key, method.adapters.up[adapter_key(*key)].detach())
                                     for key in method.adapters.keys):
         for name in ("c0", "c1", "c2"):
             old = bank[name].deltas[index, projection]
-            expected["rr"] += float((0.5 * old.up.T @ up).abs().sum())
-            expected["aa"] += float((0.5 * old.up @ up.T).abs().sum())
+            expected["rr"] += scale * float((0.5 * old.up.T @ up).abs().sum())
+            expected["aa"] += scale * float((0.5 * old.up @ up.T).abs().sum())
     assert method.specific().item() == pytest.approx(expected["rr"], rel=1e-4)
-    assert begun(tiny_backbone, bank, rank=2,
-                 orthogonality="aa").specific().item() == pytest.approx(expected["aa"], rel=1e-4)
+    printed = begun(tiny_backbone, bank, rank=2, scale=scale, orthogonality="aa")
+    assert printed.specific().item() == pytest.approx(expected["aa"], rel=1e-4)
 
 
 @pytest.mark.parametrize("shared", ["als", "gradient"])

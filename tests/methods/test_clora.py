@@ -9,7 +9,7 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.routing import always_on_deltas
 from continual_concepts.core.methods import Task, make
-from continual_concepts.core.methods.clora import forgetting, past_changes
+from continual_concepts.core.methods.clora import forgetting
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,14 @@ def test_the_penalty_is_equation_3(tiny_backbone, bank):
 
 
 def test_the_past_is_what_the_weights_carry(tiny_backbone, bank):
-    past = past_changes(Task("new", "dog", tiny_backbone, bank), "clora")
+    past = begun(tiny_backbone, bank).past
     for key, delta in always_on_deltas(bank).items():
         assert torch.allclose(past[key], delta.dense().abs(), atol=1e-7) and past[key].any()
-    assert past_changes(Task("new", "dog", tiny_backbone, bank.remove("mimi")), "clora").keys() == past.keys()
-    assert not past_changes(Task("new", "dog", tiny_backbone, bank), "stamina")
+    assert begun(tiny_backbone, bank.remove("mimi")).past.keys() == past.keys()
+    assert not begun(tiny_backbone, bank, forget=0.0).past
+    other = make("stamina")      # a C-LoRA too, but with its own concepts
+    other.begin(Task("new", "dog", tiny_backbone, bank))
+    assert not other.past
 
 
 def test_other_places_cost_nothing():

@@ -201,4 +201,4 @@ def test_unknown_methods_are_refused_with_the_known_ones():
         get("ewx")
     for name in ("cidm", "CIDM"):
         with pytest.raises(ConceptError, match="taken"):
-            register(name, get("cidm").config, get("cidm").method, "")
+            register(name, get("cidm").config, "")(get("cidm").method)

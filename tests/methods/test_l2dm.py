@@ -18,8 +18,7 @@ from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, l2dm, make
 from continual_concepts.core.methods.base import Forward
-from continual_concepts.core.methods.l2dm import L2DM
-from continual_concepts.core.methods.l2dm_memory import LongTerm, rainbow_scores
+from continual_concepts.core.methods.l2dm import L2DM, LongTerm, rainbow_scores
 from continual_concepts.core.neurons.recording import unet_features
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict

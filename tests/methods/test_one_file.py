@@ -40,7 +40,7 @@ def derived(toy, way: str, alone: bool = False, share: float = 1.0) -> str:
     """Registers a toy that composes in this way."""
     members = {"composition": Composition(Kind(way), share), "builds_on_sum": not alone}
     name = f"toy_{way}{'_alone' if alone else ''}"
-    register(name, toy.ToyConfig, type("Toy", (toy.Toy,), members), "a toy")
+    register(name, toy.ToyConfig, "a toy")(type("Toy", (toy.Toy,), members))
     return name
 
 

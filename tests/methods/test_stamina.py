@@ -8,7 +8,6 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
-from continual_concepts.core.methods.clora import past_changes
 from continual_concepts.core.methods.stamina import hard_mask
 from continual_concepts.core.model.deltas import SparseDelta
 
@@ -89,7 +88,8 @@ def test_training_adds_the_masked_product(tiny_backbone, bank):
 def test_the_penalties_are_their_formulas(tiny_backbone, bank):
     method = begun(tiny_backbone, bank, forget=10.0, sparsity=3.0)
     randomise(method)
-    past, terms = past_changes(Task("new", "dog", tiny_backbone, bank), "stamina"), method.penalty(None)
+    past, terms = method.past, method.penalty(None)
+    assert past.keys() == bank["rex"].deltas.keys()
     forget = sum(float((past[key] * method.product(key).detach()).square().sum()) for key in past)
     chance = torch.cat([torch.sigmoid(method.masks.logits(key)).flatten() for key in method.numbers])
     assert terms["forget"].item() == pytest.approx(10 * forget, rel=1e-4) and forget > 0

@@ -24,6 +24,7 @@ class ToyConfig(LowRankConfig):
     tie: float = 1e-3
 
 
+@register("toy", ToyConfig, "a toy")
 class Toy(LowRankMethod):
     word_count = 1
     projections = ("to_v",)
@@ -36,8 +37,7 @@ class Toy(LowRankMethod):
     def processor(self):
         if self.composition.kind is not Kind.WORDS:
             return super().processor()
-        deltas = {key: self.adapters.delta(key) for key in self.adapters.keys}
-        return TokenLoraProcessor({self.task.name: deltas})
+        return TokenLoraProcessor({self.task.name: self.adapters.deltas()})
 
     def penalty(self, seen):
         ups = [self.adapters.delta(key).up for key in self.adapters.keys]
@@ -45,6 +45,3 @@ class Toy(LowRankMethod):
 
     def shared_state(self):
         return {"tasks": torch.tensor(float(len(self.task.bank) + 1))}
-
-
-register("toy", ToyConfig, Toy, "a toy")
