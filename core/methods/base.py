@@ -198,7 +198,7 @@ class Method(ABC):
         return batch
 
     def next_batch(self, batch: Batch) -> Batch:
-        """What the trainer trains on for a batch."""
+        """What `on_batch` makes of a batch of the trainer, counted."""
         batch = self.on_batch(batch)
         self.passes += 1
         return batch

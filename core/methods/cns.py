@@ -100,7 +100,7 @@ class CNS(Method):
     selection: NeuronSelection | None = None
     calibration_prompts: tuple[str, ...] = ()
     extra_key = "choice._extra_state"
-    kind: ClassVar[type[SparseAdapters]] = SparseAdapters
+    adapter_class: ClassVar[type[SparseAdapters]] = SparseAdapters
     config: CNSConfig
     adapters: SparseAdapters
 
@@ -136,7 +136,7 @@ class CNS(Method):
             if not counts:
                 raise ConceptError(f"the neuron selection for concept '{self.task.name}' has 0 entries; "
                                    "allowed: 1 or more")
-        return self.kind(layout, counts, self.task.backbone.device)
+        return self.adapter_class(layout, counts, self.task.backbone.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         words, deltas = super().parameter_groups()
@@ -168,7 +168,7 @@ class CNS(Method):
         else:
             context = encode_concept(backbone, self.task.name, self.words.group(), CONCEPT_PROMPTS)
             scores = activation_scores(backbone, context, [row[self.task.name] for row in context.words])
-        for key, size in self.adapters.sizes.items():      # no gradient ever came from sites beyond the loss
+        for key, size in self.adapters.sizes.items():      # the loss may not reach every site
             scores.setdefault(key, torch.zeros(size, device=backbone.device))
         return concept_neurons(scores, self.general, c.share, c.unit)
 

@@ -77,13 +77,12 @@ class L2DMConfig(LowRankConfig):
     limits = dict.fromkeys(("eta", "generation_steps", "replay"), at_least(1))
 
 
-def rainbow_scores(generated: Tensor, candidates: Tensor, real: Tensor, closeness: float) -> Tensor:
+def rainbow_scores(generated: Tensor, real: Tensor, closeness: float) -> Tensor:
     """Scores every candidate of every stored feature by Eq. 5.
 
     Args:
-        generated: features of all generated pictures of all old tasks, `[G, F]`.
-        candidates: numbers of the generated pictures of each stored feature, `[n, eta]`.
-        real: the stored features, `[n, F]`.
+        generated: features of the pictures that were generated for each stored feature, `[n, eta, F]`.
+        real: the stored features of all old tasks, `[n, F]`.
         closeness: the paper's beta.
 
     Returns:
@@ -91,8 +90,8 @@ def rainbow_scores(generated: Tensor, candidates: Tensor, real: Tensor, closenes
         closeness times the cosine with the real picture.
     """
     unit, target = F.normalize(generated, dim=-1), F.normalize(real, dim=-1)
-    different = 1 - unit @ unit.mean(0)
-    return different[candidates] + closeness * (unit[candidates] * target.unsqueeze(1)).sum(-1)
+    different = 1 - unit @ unit.flatten(0, 1).mean(0)
+    return different + closeness * (unit * target.unsqueeze(1)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -191,15 +190,13 @@ class L2DM(LowRankMethod):
         settings = SampleSettings(steps=c.generation_steps, cfg=c.cfg, size=(height, width), batch=4)
         prompts = tuple(self._prompt(self.old, i) for i in range(count))
         repeated = [prompt for prompt in prompts for _ in range(c.eta)]
-        seeds = [self.seed + i for i in range(len(repeated))]
+        seeds = [self.seed + i for i in range(count * c.eta)]
         pictures = sample(backbone, self.task.bank, repeated, seeds, settings)
         # contiguous, as a checkpoint returns them: another memory layout is rounded differently
         latents = torch.cat([backbone.encode_images(chunk) for chunk in pictures.split(4)]).contiguous()
-        candidates = torch.arange(len(repeated)).view(count, c.eta)
-        generated = self.features(backbone, latents).float().cpu()
-        scores = rainbow_scores(generated, candidates, self.old.features, c.closeness)
-        best = candidates.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
-        latents = latents[best.to(latents.device)].to(own.device)
+        generated = self.features(backbone, latents).float().cpu().unflatten(0, (count, c.eta))
+        best = rainbow_scores(generated, self.old.features, c.closeness).argmax(1)
+        latents = latents.unflatten(0, (count, c.eta))[torch.arange(count), best].to(own.device)
         pictures_of = Counter(self.old.owners)
         return Batch(latents, prompts, torch.ones_like(latents[:, :1]), torch.zeros(count, dtype=torch.bool),
                      1.0 / torch.tensor([pictures_of[owner] for owner in self.old.owners]).float())

@@ -63,7 +63,7 @@ class SCNS(CNS):
     """weights: read once and needed until the selection; signatures: weight -> one `[a]` per step; squares:
     weight -> this concept's Fisher so far `[a]`; fisher: that of old concepts, by name of the weight."""
 
-    kind = PooledAdapters
+    adapter_class = PooledAdapters
     config: SCNSConfig
     adapters: PooledAdapters
 

@@ -55,13 +55,12 @@ def begun(backbone, bank, data, **settings):
 
 def test_scores_are_those_of_the_formula():
     """Eq. 5, term by term."""
-    generated, real = random(6, 5), random(3, 5, seed=1)
-    own = torch.arange(6).view(3, 2)
-    scores = rainbow_scores(generated, own, real, 0.7)
+    generated, real = random(3, 2, 5), random(3, 5, seed=1)
+    scores = rainbow_scores(generated, real, 0.7)
     for i in range(3):
         for j in range(2):
-            me = generated[own[i, j]]
-            different = sum(1 - float(F.cosine_similarity(me, other, dim=0)) for other in generated) / 6
+            me, others = generated[i, j], generated.flatten(0, 1)
+            different = sum(1 - float(F.cosine_similarity(me, other, dim=0)) for other in others) / 6
             close = float(F.cosine_similarity(me, real[i], dim=0))
             assert float(scores[i, j]) == pytest.approx(different + 0.7 * close, abs=1e-5)
 
@@ -75,8 +74,7 @@ def test_the_best_scoring_picture_is_kept(tiny_backbone, bank, data, monkeypatch
     prompts, pictures = seen[0]
     assert prompts == ["a photo of <rex>"] * 9 + ["a photo of <mimi>"] * 9
     latents = tiny_backbone.encode_images(pictures)
-    scores = rainbow_scores(unet_features(tiny_backbone, latents), torch.arange(18).view(6, 3),
-                            method.old.features, 1.0)
+    scores = rainbow_scores(unet_features(tiny_backbone, latents).view(6, 3, -1), method.old.features, 1.0)
     for i, column in enumerate(scores.argmax(1).tolist()):
         assert torch.allclose(method.short.latents[i], latents[3 * i + column], atol=1e-5)
     assert method.short.weights.tolist() == pytest.approx([1 / 3] * 6)
