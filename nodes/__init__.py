@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension
 from ..core.errors import ConceptError
 from . import (
     apply,
+    apply_regions,
     bank,
     draw_regions,
     evaluate,
@@ -27,6 +28,6 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
         # The page shows an error as "module.class: sentence". Our module is named by its path on the disk.
         ConceptError.__module__, ConceptError.__qualname__ = "builtins", "Continual Concepts"
-        families = (learn, settings, neurons, apply, regions, region_sampler, draw_regions, bank, export,
-                    importing, evaluate, photos)
+        families = (learn, settings, neurons, apply, regions, region_sampler, apply_regions, draw_regions,
+                    bank, export, importing, evaluate, photos)
         return [node for family in families for node in family.NODES]

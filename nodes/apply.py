@@ -7,9 +7,10 @@ from comfy_api.latest import io, ui
 
 from ..core.bank.composition import Kind
 from ..core.charts import weights_picture
-from ..core.comfy.apply import fold, with_word_bound
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.comfy.concept_clip import concept_clip, encode
+from ..core.comfy.model_concepts import Carried, with_concepts
+from ..core.comfy.regions import refuse_regions
 from ..core.comfy.saving import Held, telling_clip, telling_model
 from ..core.conditioning.routing import aggregate, token_lora_deltas
 from ..core.errors import ConceptError
@@ -75,6 +76,7 @@ class ElasticWeightAggregate(io.ComfyNode):
         if bank is None or not len(bank):
             picture = to_tensor(weights_picture([], torch.zeros(1, 0), "weights: no concepts"))
             return io.NodeOutput(model, clip, encode(clip, prompt), picture)
+        refuse_regions(model)
         backbone = ComfyBackbone(model, clip)
         only = concept.strip().strip("<>") if mode == ONE else ""
         if mode == ONE and not only:
@@ -82,11 +84,10 @@ class ElasticWeightAggregate(io.ComfyNode):
                                f"{', '.join(bank.names)}")
         parsed = bank.parse(prompt)
         aggregation = aggregate(backbone, bank, parsed, MODES[mode], strength, only=only)
-        layerwise = any(member.tokens.copies > 1 for member in bank)
-        patched = fold(model, backbone.sites, aggregation.deltas if strength else {}, layerwise)
-        word_bound = token_lora_deltas(bank, strength, [only] if only else None)
-        patched = with_word_bound(patched, backbone.sites, word_bound)
-        patched = telling_model(patched, Held(_folded(bank, aggregation), tuple(word_bound), tell))
+        word_bound = tuple(token_lora_deltas(bank, strength, [only] if only else None))
+        carried = Carried(bank, strength, aggregation.folded if strength else {}, word_bound)
+        patched = with_concepts(model, backbone.sites, carried, aggregation.deltas if strength else {})
+        patched = telling_model(patched, Held(_folded(bank, aggregation), word_bound, tell))
         acting = [only] if only else parsed.concepts if MODES[mode] == "sharp" else bank.names
         new_clip = concept_clip(clip, bank, {name: parsed.strength_of(name) for name in acting})
         new_clip = telling_clip(new_clip, Held((), tuple(bank.names), tell))

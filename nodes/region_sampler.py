@@ -37,7 +37,11 @@ class RegionalConceptSampler(io.ComfyNode):
             description="Several concepts in one picture, each in its own region. Any number of regions "
             "needs one UNet evaluation per step. Without regions it is KSampler.",
             inputs=[
-                io.Model.Input("model", tooltip="The model of a checkpoint, with or without concepts."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model of a checkpoint, plain or with concepts of Elastic Weight Aggregate. "
+                    "Each concept acts once.",
+                ),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Latent.Input(
                     "latent_image",
@@ -111,7 +115,12 @@ class RegionalConceptSampler(io.ComfyNode):
                     default="keep",
                     tooltip="Region noise outside regions: keep the scene, or the paper's literal formula.",
                 ),
-                types.Bank.Input("bank", optional=True, tooltip="Concepts for scene and regions."),
+                types.Bank.Input(
+                    "bank",
+                    optional=True,
+                    tooltip="Concepts for scene and regions; none = those that the model carries. Concepts "
+                    "of the same names in the model are replaced.",
+                ),
                 types.Regions.Input(
                     "regions", optional=True, tooltip="From the region nodes; none = KSampler's picture."
                 ),

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ...core.comfy.apply import with_word_bound
+from ...core.comfy.prompt_marks import Conditioning, marked
 from ...core.comfy.region_run import RegionRun
-from ...core.comfy.regions import Conditioning, with_regions
+from ...core.comfy.regions import with_regions
 from ...core.comfy.sites import ATTENTION, WORDS, OffsetCond, UNetSites, differentiable_attention, find_sites
 from ...core.comfy.token_lora import code
 from ...core.model.deltas import Deltas
@@ -104,7 +105,7 @@ class ComfyCost:
         scene, words = Part(context_of(2, 1, seed=5), {}), [(3, 4)] * len(boxes)
         run = RegionRun(self.sites, scene, regions, parts, words, word_bound)
         model = with_regions(self.model, run, NoiseSettings())
-        return self._sampled(model, self._conditioning(1), self._conditioning(0))
+        return self._sampled(model, marked(self._conditioning(1), 1), marked(self._conditioning(0), 0))
 
     def prompt(self, count: int) -> Measurement:
         """One prompt with `count` word-bound concepts, without regions."""

@@ -80,6 +80,12 @@ def _wrap(clone, processor: ProcessorSource | None) -> None:
     clone.add_wrapper_with_key(Wrappers.OUTER_SAMPLE, f"{KEY}_states", settle)
 
 
+def drop_processor(clone) -> None:
+    """Removes the attention processors from a clone; layer-wise words are still supported."""
+    if clone.get_wrappers(Wrappers.DIFFUSION_MODEL, KEY):
+        _wrap(clone, None)
+
+
 def with_word_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
     """Returns a clone of MODEL with word-bound concepts. They act where prompts encoded by a concept CLIP
     contain their words. Without concepts, returns MODEL itself.

@@ -333,6 +333,11 @@ def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = N
     return clone
 
 
+def vocabulary_of(clip) -> Vocabulary:
+    """The placeholders that a CLIP knows."""
+    return clip.tokenizer.vocabulary if isinstance(clip.tokenizer, ConceptTokenizer) else NO_CONCEPTS
+
+
 def encode(clip, prompt: str):
     """Encodes like CLIP Text Encode. A placeholder raises an error if the CLIP has no concepts."""
     if not isinstance(clip.tokenizer, ConceptTokenizer):

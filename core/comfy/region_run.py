@@ -8,21 +8,39 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..errors import ConceptError
 from ..model.context import Context
 from ..model.deltas import Deltas
 from ..model.processor import AttentionProcessor
 from ..regional.crop_processor import CropProcessor
 from ..regional.found import FoundRegions
-from ..regional.observe import ObservedRegions
+from ..regional.observe import ObservedRegions, picture_maps
 from ..regional.processor import Part, RegionProcessor
-from ..regional.regions import Region
+from ..regional.regions import Region, regions_in
+from .prompt_marks import MARKS, Mark
 from .sites import UNetSites, progress_of
 from .token_lora import TokenLoraRun
+
+EVALUATED = "continual_concepts_evaluated"      # key in transformer_options: an `Evaluated`
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the host evaluates.
+
+    Attributes:
+        frame: Height and width of the picture's latents.
+        alone: Numbers of the regions that are evaluated alone, in batch order; None for the frame.
+    """
+
+    frame: tuple[int, int]
+    alone: tuple[int, ...] | None = None
 
 
 @dataclass
 class RegionRun:
-    """A sampling with regions. Builds the processors at the first call, when weights are on their device.
+    """Samplings with regions, one after another. Builds the processors at the first call of each, when
+    weights are on their device.
 
     Args:
         sites: The MODEL's sites.
@@ -33,9 +51,6 @@ class RegionRun:
         word_bound: Concept -> its deltas, for the prompts of scene and regions.
         overlap: As in `regions.shares`.
         isolation: Share of the first steps with self-attention isolation.
-
-    Attributes:
-        alone: Numbers of the regions that are evaluated alone now, in batch order; None for the frame.
     """
 
     sites: UNetSites
@@ -46,43 +61,78 @@ class RegionRun:
     word_bound: Mapping[str, Deltas] = field(default_factory=dict)
     overlap: str = "average"
     isolation: float = 0.0
-    alone: tuple[int, ...] | None = None
-    _frames: dict[tuple[int, int], RegionProcessor] = field(default_factory=dict)
+    _frames: dict[tuple, RegionProcessor] = field(default_factory=dict)
     _crops: dict[tuple[int, ...], CropProcessor] = field(default_factory=dict)
     _rows: dict[tuple, Tensor] = field(default_factory=dict)
+    _maps: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._scene_words = TokenLoraRun(self.word_bound)
 
+    def begin(self) -> None:
+        """Begins a sampling: nothing of an earlier one is used, because weights may have changed."""
+        self._frames, self._crops, self._rows, self._maps = {}, {}, {}, {}
+
+    def end(self) -> None:
+        """Ends a sampling: frees the memory and keeps what the picture shows."""
+        maps = [frame.maps for frame in self._frames.values() if isinstance(frame, ObservedRegions)]
+        self.begin()
+        self._maps = maps[-1] if maps else {}
+
     def __call__(self, options: dict, x: Tensor) -> AttentionProcessor:
-        """Returns the processor for a call with latents `[B, C, h, w]`."""
-        kinds = tuple(options["cond_or_uncond"])      # the host's codes: 0 = positive, 1 = negative
+        """Returns the processor for a call with latents `[B, C, h, w]`.
+
+        Raises:
+            ConceptError: Another node evaluates the picture in parts, so that regions cannot be located.
+        """
+        size, marks = (x.shape[-2], x.shape[-1]), options.get(MARKS)
+        evaluated: Evaluated = options.get(EVALUATED) or Evaluated(size)
         concepts = self._scene_words.concepts(options, x)
-        if self.alone is not None:
-            if self.alone not in self._crops:
-                self._crops[self.alone] = self._crop_processor(self.alone, x)
-            crops = self._crops[self.alone]
+        if marks is not None and evaluated.alone is not None:
+            if evaluated.alone not in self._crops:
+                self._crops[evaluated.alone] = self._crop_processor(evaluated.alone, x)
+            crops = self._crops[evaluated.alone]
             crops.scene_concepts = concepts
-            crops.take([1 - kind for kind in kinds], len(x))
+            crops.take([half for half, _ in marks], len(x))
             return crops
-        size = (x.shape[-2], x.shape[-1])
-        if size not in self._frames:
-            self._frames[size] = self._frame_processor(size, x)
-        frame = self._frames[size]
+        frame = self._frame(size, marks, evaluated.frame, x)
         frame.scene_concepts = concepts
-        frame.rows, frame.progress = self._rows_of(kinds, x), progress_of(options)
-        if isinstance(frame, ObservedRegions):
-            frame.is_observing = frame.progress == 1.0 and 0 in kinds
+        if marks is not None:
+            halves = tuple(half for half, _ in marks)
+            frame.rows, frame.progress = self._rows_of(halves, x), progress_of(options)
+            if isinstance(frame, ObservedRegions):
+                frame.is_observing = frame.progress == 1.0 and 1 in halves
         return frame
 
-    def _rows_of(self, kinds: tuple[int, ...], x: Tensor) -> Tensor:
+    def _frame(self, size: tuple[int, int], marks: tuple[Mark, ...] | None, frame: tuple[int, int],
+               x: Tensor) -> RegionProcessor:
+        """The processor for a part of the frame: an area of the prompt's, or all of it. Prompts without marks
+        have no regions.
+        """
+        area = None if marks is None else marks[0][1]
+        whole = frame if area is None else area[:2]
+        if marks is not None and (size[0] < whole[0] or size[1] < whole[1]):
+            raise ConceptError(f"another node evaluates the latent of {frame[1]}x{frame[0]} cells in parts "
+                               f"of {size[1]}x{size[0]} and does not say where they are; regions need the "
+                               "whole picture, so remove that node or the regions")
+        key = marks is None, size, area, frame if area else None
+        if key not in self._frames:
+            if marks is None:
+                scene, _ = self._on_device_of(x)
+                self._frames[key] = RegionProcessor(self.sites, scene, [], [], _NO_ROWS, size)
+            else:
+                regions = self.regions if area is None else regions_in(self.regions, frame, area)
+                self._frames[key] = self._frame_processor(size, regions, x)
+        return self._frames[key]
+
+    def _rows_of(self, halves: tuple[int, ...], x: Tensor) -> Tensor:
         """Half of guidance of each row, `[B]`. Calls of the same kind get the same tensor, because processors
         cache results by its identity.
         """
-        key = kinds, len(x), str(x.device)
+        key = halves, len(x), str(x.device)
         if key not in self._rows:
-            halves = torch.tensor([1 - kind for kind in kinds], device=x.device)
-            self._rows[key] = halves.repeat_interleave(len(x) // len(kinds))
+            rows = torch.tensor(halves, device=x.device).repeat_interleave(len(x) // len(halves))
+            self._rows[key] = rows
         return self._rows[key]
 
     def pooled(self, half: int) -> list[Tensor | None]:
@@ -94,8 +144,7 @@ class RegionRun:
 
     def maps(self, size: tuple[int, int]) -> Tensor:
         """Attention maps of the last step, one per region, `[U, H, W]` in 0..1."""
-        observed = [frame for frame in self._frames.values() if isinstance(frame, ObservedRegions)]
-        return observed[-1].picture_maps(size) if observed else torch.zeros(len(self.regions), *size)
+        return picture_maps(self._maps, self.regions, self.overlap, size)
 
     def _on_device_of(self, x: Tensor) -> tuple[Part, list[Part]]:
         """Moves the scene and the parts to the device of the latents."""
@@ -111,9 +160,10 @@ class RegionRun:
                  for context, part in zip(contexts, self.parts, strict=True)]
         return replace(self.scene, deltas=moved(self.scene.deltas), word_bound={}), parts
 
-    def _frame_processor(self, size: tuple[int, int], x: Tensor) -> RegionProcessor:
+    def _frame_processor(self, size: tuple[int, int], regions: Sequence[Region],
+                         x: Tensor) -> RegionProcessor:
         scene, parts = self._on_device_of(x)
-        return ObservedRegions(self.sites, scene, list(self.regions), parts, _NO_ROWS, size, self.overlap,
+        return ObservedRegions(self.sites, scene, list(regions), parts, _NO_ROWS, size, self.overlap,
                                self.isolation, tokens=list(self.words))
 
     def _crop_processor(self, alone: tuple[int, ...], x: Tensor) -> CropProcessor:
@@ -133,13 +183,20 @@ class FoundRun(RegionRun):
         parts: Per concept, its own prompt.
     """
 
-    def _frame_processor(self, size: tuple[int, int], x: Tensor) -> RegionProcessor:
+    _found: Tensor | None = None
+
+    def _frame_processor(self, size: tuple[int, int], regions: Sequence[Region],
+                         x: Tensor) -> RegionProcessor:
         scene, parts = self._on_device_of(x)
-        names = [region.prompt for region in self.regions]
+        names = [region.prompt for region in regions]
         return FoundRegions(self.sites, scene, names, parts, self.words, _NO_ROWS, size)
+
+    def end(self) -> None:
+        masks = [frame.found for frame in self._frames.values()
+                 if isinstance(frame, FoundRegions) and frame.found is not None]
+        super().end()
+        self._found = masks[-1][:, 0] if masks else None
 
     def found(self) -> Tensor | None:
         """Masks of the first picture's regions `[U, h, w]`; None until they are found."""
-        masks = [frame.found for frame in self._frames.values()
-                 if isinstance(frame, FoundRegions) and frame.found is not None]
-        return masks[-1][:, 0] if masks else None
+        return self._found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..bank.bank import ConceptBank
 from ..bank.prompts import Prompt
 from ..charts import regions_picture
-from ..conditioning.routing import aggregate, always_on_deltas, token_lora_deltas
+from ..conditioning.routing import always_on_deltas, token_lora_deltas
 from ..errors import ConceptError
 from ..images import to_tensor
 from ..model.context import Context
@@ -22,9 +23,11 @@ from ..regional.processor import Part
 from ..regional.regions import Region, masks_of
 from ..sampling.settings import SampleSettings
 from .apply import context_of, fold, with_attention_guidance, with_word_bound
-from .concept_clip import concept_clip, encode, learned_positions, subject_of
+from .concept_clip import concept_clip, encode, learned_positions, subject_of, vocabulary_of
+from .model_concepts import KnownConcepts, added, concepts_in, without_concepts, without_prompt_activated
+from .prompt_marks import Conditioning, marked
 from .region_run import FoundRun, RegionRun
-from .regions import Conditioning, whole_frame_things, with_found, with_pooled, with_regions
+from .regions import refuse_regions, whole_frame_things, with_found, with_regions
 from .sites import UNetSites, find_sites
 from .text import text_widths
 
@@ -32,54 +35,74 @@ PROPORTIONS = 0.05      # allowed relative difference between the aspect ratios 
 
 
 class ConceptPrompts:
-    """Prompts of one sampling, encoded by a CLIP with the bank's concepts, and their deltas."""
+    """Prompts of one sampling, encoded by a CLIP with the bank's concepts, and their deltas.
 
-    def __init__(self, clip, bank: ConceptBank, sites: UNetSites, strength: float) -> None:
-        self.clip, self.bank, self.sites, self.strength = concept_clip(clip, bank), bank, sites, strength
-        self.word_bound = token_lora_deltas(bank, strength)
+    Args:
+        clip: ComfyUI's CLIP.
+        model: A MODEL; the concepts that it carries may be named too.
+        bank: The sampling's own bank.
+        strength: Factor on the deltas of the bank's concepts.
+    """
+
+    def __init__(self, clip, model, bank: ConceptBank, sites: UNetSites, strength: float = 1.0) -> None:
+        self.own, self.sites = token_lora_deltas(bank, strength), sites
+        self.known = KnownConcepts(bank, strength, concepts_in(model))
+        self.clip = reduce(concept_clip, [known for known, _ in reversed(self.known.banks)], clip)
+        self._in_weights = {name for carried in concepts_in(model) for name in carried.weights}
 
     def encode(self, prompt: str) -> Conditioning:
         return encode(self.clip, prompt)
 
+    def parse(self, prompt: str | Prompt) -> Prompt:
+        """Parses a prompt; raises ConceptError for a concept that neither the bank nor the model holds."""
+        unknown = [name for name in vocabulary_of(self.clip).parse(prompt).concepts
+                   if name not in self.known.infos]
+        if unknown:
+            raise ConceptError(f"the prompt names <{unknown[0]}>, which the CLIP knows, but neither the bank "
+                               "nor the model holds it; connect the model of Elastic Weight Aggregate, or "
+                               "the bank")
+        return self.known.vocabulary.parse(prompt)
+
     def deltas(self, prompt: str | Prompt) -> Deltas:
-        """Deltas of the prompt-activated concepts in a prompt."""
-        if not len(self.bank) or not self.strength:
-            return {}
-        parsed = self.bank.parse(prompt)
-        return aggregate(None, self.bank, parsed, "sharp", self.strength, always_on=False).deltas
+        """Deltas of the prompt-activated concepts in a region's prompt."""
+        return self.known.deltas(self.parse(prompt))
+
+    def scene_deltas(self, scene: str) -> Deltas:
+        """Deltas of the prompt-activated concepts in the scene's prompt that are not in the weights already.
+        """
+        return self.known.deltas(self.parse(scene), but=self._in_weights)
 
     def named(self, scene: str) -> dict[str, Prompt]:
         """Concept -> its own prompt, for a scene with at least two concepts. Empty if the words of one cannot
         be located.
         """
-        prompts = self.bank.parse(scene).apart(self.bank.infos)
+        prompts = self.parse(scene).apart(self.known.infos)
         return prompts if 1 < len(prompts) == len(subject_of(self.clip, scene).concepts) else {}
 
-    def regions(self, scene: str, positive: Conditioning, negative: Conditioning, regions: Sequence[Region],
-                settings: SampleSettings) -> RegionRun:
-        """A sampling with regions."""
+    def regions(self, scene: Deltas, positive: Conditioning, negative: Conditioning,
+                regions: Sequence[Region], overlap: str, isolation: float) -> RegionRun:
+        """Samplings with regions. scene: The scene's deltas."""
         scene_negative = self._context(negative)
         negatives = [self._context(self.encode(region.negative)) if region.negative else scene_negative
                      for region in regions]
         parts = [self._part(region.prompt, context)
                  for region, context in zip(regions, negatives, strict=True)]
         words = [learned_positions(self.clip, region.prompt) for region in regions]
-        whole = Part(Context.cat([scene_negative, self._context(positive)]), self.deltas(scene))
-        return RegionRun(self.sites, whole, regions, parts, words, self.word_bound, settings.overlap,
-                         settings.isolation)
+        whole = Part(Context.cat([scene_negative, self._context(positive)]), scene)
+        return RegionRun(self.sites, whole, regions, parts, words, self.known.word_bound, overlap, isolation)
 
-    def found_regions(self, scene: str, positive: Conditioning, negative: Conditioning) -> FoundRun:
-        """A sampling that finds the regions of the scene's concepts."""
+    def found_regions(self, scene: str, deltas: Deltas, positive: Conditioning,
+                      negative: Conditioning) -> FoundRun:
+        """A sampling that finds the regions of the scene's concepts. deltas: The scene's."""
         scene_negative, prompts = self._context(negative), self.named(scene)
         parts = [self._part(prompt, scene_negative) for prompt in prompts.values()]
-        whole = Part(Context.cat([scene_negative, self._context(positive)]), self.deltas(scene))
+        whole = Part(Context.cat([scene_negative, self._context(positive)]), deltas)
         everywhere = [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in prompts]
         words = subject_of(self.clip, scene).concepts
-        return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound)
+        return FoundRun(self.sites, whole, everywhere, parts, words, self.known.word_bound)
 
     def _context(self, conditioning: Conditioning) -> Context:
-        copies = max([concept.tokens.copies for concept in self.bank], default=1)
-        return context_of(conditioning, copies, tuple(self.word_bound))
+        return context_of(conditioning, self.known.copies, tuple(self.known.word_bound))
 
     def _part(self, prompt: str | Prompt, negative: Context) -> Part:
         text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may have more concepts
@@ -146,47 +169,63 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
     sites = find_sites(model, text_widths(clip))
     bank = ConceptBank(sites.layout) if bank is None else bank
     bank.check_fits(sites.layout)
-    prompts = ConceptPrompts(clip, bank, sites, settings.strength)
+    refuse_regions(model)
+    model = without_concepts(model, sites, bank.names)      # the bank's act instead
+    prompts = ConceptPrompts(clip, model, bank, sites, settings.strength)
     positive = prompts.encode(scene.prompt) if scene.positive is None else scene.positive
     negative = prompts.encode(scene.negative_prompt) if scene.negative is None else scene.negative
+    deltas = prompts.scene_deltas(scene.prompt)
     model = fold(model, sites, always_on_deltas(bank), any(concept.tokens.copies > 1 for concept in bank))
     regions = [region for region in regions if region.strength > 0]
     if regions:
         _check_masks(regions, latent)
-        run = prompts.regions(scene.prompt, positive, negative, regions, settings)
-        return _with_regions(Prepared(model, positive, negative, run), run, latent, settings)
+        model, carried = without_prompt_activated(model, sites)
+        run = prompts.regions(added([deltas, carried]), positive, negative, regions, settings.overlap,
+                              settings.isolation)
+        return _with_regions(Prepared(model, positive, negative, run), run, settings.noise)
     if find_regions and prompts.named(scene.prompt):
-        found_run = prompts.found_regions(scene.prompt, positive, negative)
-        return Prepared(with_found(model, found_run), positive, negative, found_run)
-    model = fold(model, sites, prompts.deltas(scene.prompt), False)
-    model = with_word_bound(model, sites, prompts.word_bound)
+        model, carried = without_prompt_activated(model, sites)
+        found_run = prompts.found_regions(scene.prompt, added([deltas, carried]), positive, negative)
+        return Prepared(with_found(model, found_run), marked(positive, 1), marked(negative, 0), found_run)
+    model = with_word_bound(fold(model, sites, deltas, False), sites, prompts.own)
     if settings.artists > 0:
         subject = subject_of(prompts.clip, scene.prompt)
         model = with_attention_guidance(model, sites, subject, settings.artists)
     return Prepared(model, positive, negative)
 
 
-def _with_regions(prepared: Prepared, run: RegionRun, latent: tuple[int, int],
-                  settings: SampleSettings) -> Prepared:
-    def pooled(conditioning: Conditioning, half: int) -> Conditioning:
-        return with_pooled(conditioning, run.regions, run.pooled(half), latent, settings.overlap)
+def apply_regions(model, clip, positive: Conditioning, negative: Conditioning | None,
+                  regions: Sequence[Region], settings: SampleSettings) -> Prepared:
+    """Regions for any sampler: MODEL and CONDITIONINGs that any number of samplings may use, at any size.
 
-    whole = whole_frame_things(prepared.model, [*prepared.positive, *prepared.negative])
-    model = with_regions(prepared.model, run, _without_crops(settings.noise, whole))
-    return Prepared(model, pooled(prepared.positive, 1), pooled(prepared.negative, 0), run)
-
-
-def _without_crops(noise: NoiseSettings, whole: Sequence[str]) -> NoiseSettings:
-    """Turns crop denoising off if the prompt or model carries something for the whole frame, such as
-    ControlNet, which fixes the layout anyway.
+    Args:
+        model, clip: With concepts or without; neither is changed.
+        positive, negative: The prompts of the whole picture; negative None = an empty one.
+        settings: Only crop denoising, overlap and isolation are used.
 
     Raises:
-        ConceptError: Region noise on crops was asked for.
+        ConceptError: The model has regions already, or a region names a concept that the model does not hold.
     """
+    regions = [region for region in regions if region.strength > 0]
+    sites = find_sites(model, text_widths(clip))
+    prompts = ConceptPrompts(clip, model, ConceptBank(sites.layout), sites)
+    negative = prompts.encode("") if negative is None else negative
+    if not regions:
+        return Prepared(model, positive, negative)
+    refuse_regions(model)
+    model, carried = without_prompt_activated(model, sites)
+    run = prompts.regions(carried, positive, negative, regions, settings.overlap, settings.isolation)
+    return _with_regions(Prepared(model, positive, negative, run), run, settings.noise)
+
+
+def _with_regions(prepared: Prepared, run: RegionRun, noise: NoiseSettings) -> Prepared:
+    model, prompts = prepared.model, [*prepared.positive, *prepared.negative]
+    whole = whole_frame_things(model.model_options, model.model, [extra for _, extra in prompts])
     if whole and noise.is_on and noise.area == "crop":
         raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, "
                            "which belongs to the whole picture; choose noise_area 'frame'")
-    return replace(noise, crop_denoising=0.0) if whole else noise
+    return Prepared(with_regions(model, run, noise), marked(prepared.positive, 1),
+                    marked(prepared.negative, 0), run)
 
 
 def _check_masks(regions: Sequence[Region], latent: tuple[int, int]) -> None:

@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import comfy.model_base
 import torch
 from torch import Tensor
 
+from ..errors import ConceptError
 from ..regional.noise import NoiseSettings
 from ..regional.regions import Region, pooled_of
 from ..sampling.denoise import RegionSteps
 from .apply import KEY, Wrappers, progress_of, with_processor
-from .region_run import FoundRun, RegionRun
+from .prompt_marks import MARKS, is_marked
+from .region_run import EVALUATED, Evaluated, FoundRun, RegionRun
+from .sites import ReplaceSelf
 
-Conditioning = list[list[Any]]      # ComfyUI's CONDITIONING: pairs of a tensor and a dictionary
-
-_AFTER = "sampler_post_cfg_function"      # ComfyUI's name for functions that are called after guidance
-_HALVES = ("cond_denoised", "uncond_denoised")      # their arguments besides the result
+_CROPS = f"{KEY}_crops"
 _PIXELS = 8      # pixels per cell of SDXL's latents, for ComfyUI's picture size
 _WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")      # do not apply to crops
+
+_log = logging.getLogger(__name__)
 
 
 def with_regions(model, run: RegionRun, noise: NoiseSettings):
     """Returns a clone of MODEL that samples with regions, with one evaluation per step. `noise` adds other
-    steps, see sampling.denoise.
+    steps, see sampling.denoise. Regions act on conditionings with a mark, see prompt_marks.
     """
     clone = with_processor(model, run.sites, run, self_attention=run.isolation > 0)
-    if noise.is_on or noise.crop_denoising > 0:
-        clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, _RegionSteps(run, noise))
-        conditioning = _CropConditioning(run, model.model)
-        clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, f"{KEY}_crops", conditioning)
+    steps = _RegionSteps(run, noise)
+    clone.add_wrapper_with_key(Wrappers.OUTER_SAMPLE, KEY, _Sampling(run, steps))
+    clone.add_wrapper_with_key(Wrappers.CALC_COND_BATCH, KEY, steps)
+    if steps.has_crops:
+        clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, _CROPS, _CropConditioning(run, model.model))
     return clone
 
 
 def with_found(model, run: FoundRun):
     """Returns a clone of MODEL for one sampling that restricts concepts to the regions where they are found.
     """
-    return with_processor(model, run.sites, run)
+    clone = with_processor(model, run.sites, run)
+    clone.add_wrapper_with_key(Wrappers.OUTER_SAMPLE, KEY, _Sampling(run))
+    return clone
 
 
-def with_pooled(conditioning: Conditioning, regions: Sequence[Region], own: Sequence[Tensor | None],
-                latent: tuple[int, int], overlap: str) -> Conditioning:
-    """Returns a CONDITIONING with the pooled text of a picture with regions, see regional.regions.pooled_of.
+def refuse_regions(model) -> None:
+    """Raises ConceptError if a MODEL comes from `with_regions`."""
+    if model.get_wrappers(Wrappers.CALC_COND_BATCH, KEY):
+        raise ConceptError("the model has regions already; connect all regions to one Apply Regions, put "
+                           "Elastic Weight Aggregate before it, and sample with KSampler")
+
+
+def with_pooled(extra: Mapping, regions: Sequence[Region], own: Sequence[Tensor | None],
+                latent: tuple[int, int], overlap: str) -> dict:
+    """Returns a conditioning's dictionary with the pooled text of a picture with regions, see
+    regional.regions.pooled_of.
 
     Returns it unchanged if the model has no pooled text, or if another node has split the prompt into
     several.
@@ -52,41 +66,134 @@ def with_pooled(conditioning: Conditioning, regions: Sequence[Region], own: Sequ
         own: The regions' pooled texts, `[1, P]` each.
         latent: Height and width of the latents.
     """
-    def changed(extra: dict) -> dict:
-        pooled = extra.get("pooled_output")
-        if pooled is None:
-            return extra
-        fitting = [rows for rows in own if rows is not None and rows.shape == pooled.shape]
-        if len(fitting) < len(own):
-            return extra
-        return {**extra, "pooled_output": pooled_of(regions, pooled, fitting, latent, overlap)}
-
-    return [[hidden, changed(extra)] for hidden, extra in conditioning]
+    pooled = extra.get("pooled_output")
+    if pooled is None:
+        return dict(extra)
+    fitting = [rows for rows in own if rows is not None and rows.shape == pooled.shape]
+    if len(fitting) < len(own):
+        return dict(extra)
+    return {**extra, "pooled_output": pooled_of(regions, pooled, fitting, latent, overlap)}
 
 
-def whole_frame_things(model, conditioning: Sequence) -> list[str]:
-    """Names the parts of prompts or model, such as ControlNet, that only fit the whole frame. Crops cannot be
-    evaluated with these.
+def whole_frame_things(model_options: Mapping, base, extras: Iterable[Mapping]) -> list[str]:
+    """Names what only fits the whole frame, such as ControlNet. Crops cannot be evaluated with it.
+
+    Args:
+        model_options: Of the MODEL.
+        base: The host's model.
+        extras: The dictionaries of the prompts.
     """
-    carried = {key for _, extra in conditioning for key in _WHOLE_FRAME if key in extra}
-    reads_picture = model.model.diffusion_model.in_channels > model.model.latent_format.latent_channels
-    return sorted(carried) + ["an inpainting model's picture"] * reads_picture
+    carried = {key for extra in extras for key in _WHOLE_FRAME if key in extra}
+    replaced = model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
+    others = [patch for patch in replaced.values()
+              if not isinstance(patch, ReplaceSelf) or patch.previous is not None]
+    reads_picture = base.diffusion_model.in_channels > base.latent_format.latent_channels
+    return (sorted(carried) + ["an inpainting model's picture"] * reads_picture
+            + ["another node's self-attention"] * bool(others))
+
+
+class _Sampling:
+    """ComfyUI wrapper around a whole sampling with regions."""
+
+    def __init__(self, run: RegionRun, steps: _RegionSteps | None = None) -> None:
+        self.run, self.steps = run, steps
+
+    def __call__(self, executor, noise, *args, **kwargs):
+        guider = executor.class_obj
+        conds = [cond for conds in guider.conds.values() for cond in conds if is_marked([cond])]
+        if not conds:
+            raise ConceptError("the model has regions, but no conditioning of the node that applied them "
+                               "reaches the sampler; connect its outputs positive and negative")
+        if self.steps is not None:
+            base = guider.model_patcher.model
+            self.steps.begin(whole_frame_things(guider.model_options, base, conds), guider.model_options)
+            for cond in conds:
+                pooled = self.run.pooled(cond["model_conds"][MARKS].cond[0])
+                size = noise.shape[-2], noise.shape[-1]
+                cond.update(with_pooled(cond, self.run.regions, pooled, size, self.run.overlap))
+        self.run.begin()
+        try:
+            return executor(noise, *args, **kwargs)
+        finally:
+            self.run.end()
 
 
 class _RegionSteps:
-    """ComfyUI wrapper around a step's prediction that evaluates regions alone in some steps, see
-    sampling.denoise.
+    """ComfyUI wrapper around the predictions of a step, before guidance. It evaluates regions alone in some
+    steps, see sampling.denoise.
+
+    Guidance, and other nodes' functions before and after it, therefore see one prediction of the whole
+    picture per prompt and step. Other nodes' wrappers around the model's call, which may be caches, see
+    frames only.
     """
 
     def __init__(self, run: RegionRun, noise: NoiseSettings) -> None:
-        self.run, self.steps = run, RegionSteps(run.regions, noise, run.overlap)
+        self.has_crops = noise.is_on or noise.crop_denoising > 0
+        self._with_crops = RegionSteps(run.regions, noise, run.overlap)
+        self._without_crops = RegionSteps(run.regions, replace(noise, crop_denoising=0.0), run.overlap)
+        self._steps = self._with_crops
 
-    def __call__(self, executor, x, timestep, model_options=None, seed=None):
-        step = self.steps.at(progress_of({**model_options["transformer_options"], "sigmas": timestep}), x)
+    def begin(self, whole: Sequence[str], model_options: Mapping) -> None:
+        """Begins a sampling. whole: What only fits the whole frame; turns crop denoising off."""
+        self._steps = self._without_crops if whole else self._with_crops
+        if whole and self._with_crops.noise.crop_denoising > 0:
+            _log.warning("Crop denoising is off: the prompt or the model carries %s, which belongs to the "
+                         "whole picture.", whole[0])
+        skipped = _skipped_on_crops(model_options)
+        if skipped and self.has_crops:
+            _log.info("Regions that are denoised alone bypass other nodes' wrappers of the model: %s.",
+                      ", ".join(skipped))
+
+    def __call__(self, executor, model, conds, x, timestep, model_options):
+        size = x.shape[-2], x.shape[-1]
+
+        def predicted(latents: Tensor, prompts: list, alone: tuple[int, ...] | None = None) -> list[Tensor]:
+            options = _with_evaluated(model_options, Evaluated(size, alone))
+            return executor(model, prompts, latents, timestep.repeat(len(latents) // len(x)), options)
+
+        regional = [cond if cond is not None and is_marked(cond) else None for cond in conds]
+        progress = progress_of({**model_options["transformer_options"], "sigmas": timestep})
+        step = self._steps.at(progress, x) if any(regional) else None
         if step is None:
-            return executor(x, timestep, model_options, seed)
-        evaluation = _Evaluation(self.run, executor, x, timestep, model_options, seed)
-        return evaluation.after_guidance(step.estimate(x, evaluation))
+            return predicted(x, conds)
+
+        def evaluate(latents: Tensor, regions: tuple[int, ...] | None) -> dict[str, Tensor]:
+            """Converts denoised predictions, x - sigma * noise, into noise estimates."""
+            sigma = _by_picture(timestep.repeat(len(latents) // len(x)), latents)
+            return {str(i): (latents - picture) / sigma
+                    for i, picture in enumerate(predicted(latents, regional, regions)) if regional[i]}
+
+        noises = step.estimate(x, evaluate)
+        others = [None if own else cond for cond, own in zip(conds, regional, strict=True)]
+        rest = predicted(x, others) if any(others) else [torch.zeros_like(x) for _ in conds]
+        sigma = _by_picture(timestep, x)
+        return [x - sigma * noises[str(i)] if own else rest[i] for i, own in enumerate(regional)]
+
+
+def _with_evaluated(model_options: Mapping, evaluated: Evaluated) -> dict:
+    """Returns model options that tell the attention processor what is evaluated. For regions alone, other
+    nodes' wrappers are left out.
+    """
+    options = {**model_options, "transformer_options": {**model_options["transformer_options"],
+                                                        EVALUATED: evaluated}}
+    if evaluated.alone is not None:
+        options.pop("model_function_wrapper", None)
+        wrappers = dict(options["transformer_options"].get("wrappers", {}))
+        for kind in _AROUND_THE_MODEL:
+            wrappers[kind] = {key: ours for key, ours in wrappers.get(kind, {}).items() if key in _OURS}
+        options["transformer_options"]["wrappers"] = wrappers
+    return options
+
+
+_OURS = (KEY, _CROPS)
+_AROUND_THE_MODEL = (Wrappers.APPLY_MODEL, Wrappers.DIFFUSION_MODEL)
+
+
+def _skipped_on_crops(model_options: Mapping) -> list[str]:
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    keys = {str(key) for kind in _AROUND_THE_MODEL for key, found in wrappers.get(kind, {}).items()
+            if found and key not in _OURS}
+    return sorted(keys) + ["model_function_wrapper"] * ("model_function_wrapper" in model_options)
 
 
 class _CropConditioning:
@@ -100,64 +207,24 @@ class _CropConditioning:
 
     def __call__(self, executor, x, timesteps, context, y=None, control=None, transformer_options=None,
                  **kwargs):
-        alone = self.run.alone
+        options = transformer_options or {}
+        evaluated, marks = options.get(EVALUATED), options.get(MARKS)
+        alone = None if evaluated is None or marks is None else evaluated.alone
         if alone is not None and y is not None and isinstance(self.base, comfy.model_base.SDXL):
-            y = self._rows(x, transformer_options["cond_or_uncond"], alone).to(y)
+            y = self._rows(x, tuple(half for half, _ in marks), alone).to(y)
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
-    def _rows(self, x: Tensor, kinds: Sequence[int], alone: tuple[int, ...]) -> Tensor:
+    def _rows(self, x: Tensor, halves: tuple[int, ...], alone: tuple[int, ...]) -> Tensor:
         """Pooled texts `[B, P]` of a batch, by half of guidance, then by region."""
-        key = tuple(x.shape), tuple(kinds), alone
+        key = tuple(x.shape), halves, alone
         if key not in self._made:
             height, width = (_PIXELS * side for side in x.shape[-2:])
-            pooled = {kind: self.run.pooled(1 - kind) for kind in kinds}
+            pooled = {half: self.run.pooled(half) for half in halves}
             size = {"height": height, "width": width, "device": x.device}
-            rows = [self.base.encode_adm(pooled_output=pooled[kind][u], **size)
-                    for kind in kinds for u in alone]
+            rows = [self.base.encode_adm(pooled_output=pooled[half][u], **size)
+                    for half in halves for u in alone]
             self._made[key] = torch.cat(rows).repeat_interleave(len(x) // len(rows), 0)
         return self._made[key]
-
-
-class _Evaluation:
-    """Guided noise estimates of one step, under the host's names. Post-guidance functions of other nodes and
-    samplers (CFG++) are called once per step, with the whole picture, not per crop.
-    """
-
-    def __init__(self, run: RegionRun, executor, x: Tensor, timestep: Tensor, model_options: dict,
-                 seed) -> None:
-        self.run, self.executor, self.x, self.timestep = run, executor, x, timestep
-        self.options, self.seed = model_options, seed
-        self.functions = list(model_options.get(_AFTER, []))
-        self.args: dict[str, Any] = {}      # arguments of these functions, from the host
-
-    def _keep(self, args: dict) -> Tensor:
-        self.args = args
-        return args["denoised"]
-
-    def __call__(self, latents: Tensor, regions: tuple[int, ...] | None) -> dict[str, Tensor]:
-        """Converts the host's denoised predictions, x - sigma * noise, into noise estimates. Latents may hold
-        several copies of the batch.
-        """
-        options = {**self.options, _AFTER: [self._keep]} if self.functions else self.options
-        timestep = self.timestep.repeat(len(latents) // len(self.x))
-        self.run.alone = regions
-        try:
-            pictures = {"denoised": self.executor(latents, timestep, options, self.seed)}
-        finally:
-            self.run.alone = None
-        pictures |= {name: self.args[name] for name in _HALVES if torch.is_tensor(self.args.get(name))}
-        sigma = _by_picture(timestep, latents)
-        return {name: (latents - picture) / sigma for name, picture in pictures.items()}
-
-    def after_guidance(self, noises: dict[str, Tensor]) -> Tensor:
-        """Converts mixed noise estimates into the denoised picture and applies post-guidance functions."""
-        sigma = _by_picture(self.timestep, self.x)
-        pictures = {name: self.x - sigma * noise for name, noise in noises.items()}
-        given = {"input": self.x, "sigma": self.timestep, "model_options": self.options}
-        args = {**self.args, **pictures, **given}
-        for function in self.functions:
-            args["denoised"] = function(args)
-        return args["denoised"]
 
 
 def _by_picture(values: Tensor, latents: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from ..errors import ConceptError
 from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, SiteLayout, unet_layout
+from .prompt_marks import MARKS
 
 # keywords of the UNet call and keys in transformer_options:
 OFFSETS = "continual_concepts_offsets"      # layer copies minus their mean, `[B, L, N, D]`
@@ -192,6 +193,7 @@ class DiffusionWrapper:
             values = kwargs.pop(key, None)
             if values is not None:
                 options[key] = fit_offsets(values, context)
+        options[MARKS] = kwargs.pop(MARKS, None)
         if self.processor is not None:
             options[_ALONE], options[TEXT] = _is_alone(options), None
             if options[_ALONE] and all(isinstance(patch, (AddOffsets, Begin))

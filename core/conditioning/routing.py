@@ -27,12 +27,13 @@ SiteWeights = Mapping[str, Sequence[float]]      # concept -> its weight at ever
 @dataclass(frozen=True)
 class Aggregation:
     """weights: `[sites, g]` for `names` in bank order. deltas: the weighted sum of their deltas, ready to
-    fold.
+    fold. folded: concept -> its weight at every site, for the concepts in that sum.
     """
 
     names: tuple[str, ...]
     weights: Tensor
     deltas: Deltas
+    folded: SiteWeights
 
 
 def weighted_deltas(bank: ConceptBank, weights: SiteWeights,
@@ -56,7 +57,8 @@ def weighted_deltas(bank: ConceptBank, weights: SiteWeights,
     return parts
 
 
-def _sum(bank: ConceptBank, weights: SiteWeights) -> Deltas:
+def folded_deltas(bank: ConceptBank, weights: SiteWeights) -> Deltas:
+    """The weighted sum of the concepts' deltas."""
     return {key: weighted_sum(parts) for key, parts in weighted_deltas(bank, weights).items()}
 
 
@@ -65,6 +67,11 @@ def _shares(bank: ConceptBank, *kinds: Kind) -> dict[str, float]:
     infos = {name: info for name, info in bank.infos.items() if info.composes.kind in kinds}
     counts = Counter(info.method for info in infos.values())
     return {name: info.composes.share(counts[info.method]) for name, info in infos.items()}
+
+
+def prompt_activated_names(bank: ConceptBank) -> list[str]:
+    """Concepts whose deltas act because a prompt names them, on all its words."""
+    return list(_shares(bank, Kind.PROMPT))
 
 
 def always_on_shares(bank: ConceptBank) -> dict[str, float]:
@@ -84,7 +91,7 @@ def always_on_deltas(bank: ConceptBank, averages: bool = False) -> Deltas:
         averages: Whether to include averaged deltas of methods that average predictions, see `aggregate`.
     """
     shares = _shares(bank, Kind.SUM, Kind.AVERAGE) if averages else always_on_shares(bank)
-    return _sum(bank, {name: [share] * len(bank.layout) for name, share in shares.items()})
+    return folded_deltas(bank, {name: [share] * len(bank.layout) for name, share in shares.items()})
 
 
 class _LazyDeltas(Mapping[str, Deltas]):
@@ -156,7 +163,7 @@ def learning_deltas(bank: ConceptBank, method: str, builds_on_sum: bool) -> Delt
     """The deltas in the weights while this method learns its next task."""
     shares = always_on_shares(bank)
     names = learning_names(bank, method, builds_on_sum)
-    return _sum(bank, {name: [shares[name]] * len(bank.layout) for name in names})
+    return folded_deltas(bank, {name: [shares[name]] * len(bank.layout) for name in names})
 
 
 def _states_together(backbone: Backbone, bank: ConceptBank, groups: Mapping[str, TokenGroup]) -> list[Tensor]:
@@ -213,8 +220,8 @@ def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, mode
     word_bound = _shares(bank, Kind.WORDS)
     table = torch.tensor([columns[name]
                           for name in bank.names]).T if bank.names else torch.zeros(len(bank.layout), 0)
-    folded = {name: weights for name, weights in columns.items() if name not in word_bound}
-    return Aggregation(tuple(bank.names), table, _sum(bank, folded))
+    folded = {name: weights for name, weights in columns.items() if name not in word_bound and any(weights)}
+    return Aggregation(tuple(bank.names), table, folded_deltas(bank, folded), folded)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from ..attention.maps import FINEST
 from ..model.processor import HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 from .processor import RegionProcessor
+from .regions import Region, masks_of, shares
 
 # maximum number of attention weights in memory; limits the pictures per chunk
 AT_ONCE = 2**25
@@ -85,13 +86,24 @@ class ObservedRegions(RegionProcessor):
             self._word_positions = positions.to(weights)
         return self._word_positions
 
-    def picture_maps(self, size: tuple[int, int]) -> Tensor:
-        """Averages the resized maps of all sites to `[U, H, W]` in 0..1, each region scaled to the full
-        range.
-        """
-        resized = [F.interpolate(m.unsqueeze(0), size, mode="bilinear")[0] for m in self.maps.values()]
-        if not resized:
-            return torch.zeros(len(self.parts), *size)
-        maps = torch.stack(resized).mean(0).cpu()
-        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-        return (maps - low) / (high - low).clamp(min=1e-8)
+
+def picture_maps(maps: Mapping[int, Tensor], regions: Sequence[Region], overlap: str,
+                 size: tuple[int, int]) -> Tensor:
+    """A picture of where the words of each region act, `[U, H, W]` in 0..1.
+
+    The resized maps of all sites are averaged, scaled to the full range inside each region, and multiplied by
+    the region's share of every cell, because elsewhere its words do not act.
+
+    Args:
+        maps: Site index -> `[U, h, w]`.
+        regions: The U regions.
+        overlap: As in `regions.shares`.
+        size: Height and width of the picture.
+    """
+    if not maps:
+        return torch.zeros(len(regions), *size)
+    resized = [F.interpolate(m.unsqueeze(0), size, mode="bilinear")[0] for m in maps.values()]
+    mean, (share, _) = torch.stack(resized).mean(0).cpu(), shares(masks_of(regions, *size), overlap)
+    low = mean.masked_fill(share == 0, torch.inf).amin((1, 2), keepdim=True)
+    high = mean.masked_fill(share == 0, -torch.inf).amax((1, 2), keepdim=True)
+    return torch.where(share == 0, 0.0, share * (mean - low) / (high - low).clamp(min=1e-8))

@@ -100,6 +100,8 @@ class RegionProcessor(AttentionProcessor):
     def masks(self, grid: tuple[int, int]) -> Tensor:
         """`[U, h, w]` or `[U, b, h, w]` of the active regions, times their strengths; zeros for the others.
         """
+        if not self.regions:
+            return torch.zeros(0, *grid)
         return torch.stack([region.strength * region.active(self.progress) * region_mask(region, *grid)
                             for region in self.regions])
 

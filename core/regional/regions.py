@@ -128,6 +128,19 @@ def masks_of(regions: Sequence[Region], height: int, width: int, feathered: bool
     return torch.stack([region.strength * region_mask(region, height, width) for region in regions])
 
 
+def regions_in(regions: Sequence[Region], frame: tuple[int, int], area: Sequence[int]) -> list[Region]:
+    """The regions as a part of the frame sees them.
+
+    Args:
+        frame: Height and width of the whole latent.
+        area: Height, width, top and left of the part, in cells.
+    """
+    height, width, top, left = area
+    parts = [region_mask(region, *frame)[top:top + height, left:left + width] for region in regions]
+    return [replace(region, box=None, mask=part, feather=0.0)
+            for region, part in zip(regions, parts, strict=True)]
+
+
 def shares(masks: Tensor, overlap: str = "average") -> tuple[Tensor, Tensor]:
     """The shares of the regions and the scene in every cell.
 

@@ -156,6 +156,12 @@ class Studio:
         return self.pack.ConceptRegion.execute(prompt, left, top, right, bottom, strength, start, end,
                                                feather, **other)[0][-1]
 
+    def apply_regions(self, regions, positive, negative=None, model=None, clip=None, **other):
+        """model, positive and negative of our node Apply Regions."""
+        node = self.pack.ConceptRegionsApply
+        return node.execute(model or self.model, clip or self.clip, positive, list(regions), negative,
+                            **other).args[:3]
+
     def aggregate(self, prompt, bank=None, mode="sharp", strength=1.0, model=None, clip=None, concept=""):
         """model, clip and conditioning of ElasticWeightAggregate."""
         node = self.pack.ElasticWeightAggregate

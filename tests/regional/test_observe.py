@@ -10,6 +10,7 @@ from continual_concepts.benchmarks.regional import cost as regional_cost
 from continual_concepts.core.regional import observe
 from continual_concepts.core.regional.observe import ObservedRegions
 from continual_concepts.core.regional.processor import Part
+from continual_concepts.core.regional.regions import Region, masks_of, shares
 
 WORDS = (3, 4)
 
@@ -52,7 +53,21 @@ def test_maps_are_each_regions_own_attention(tiny_backbone, observed, site_outpu
         acts[list(WORDS) if is_word_bound else slice(None)] = True
         share = torch.where(acts, own, frozen).softmax(-1)[..., list(WORDS)].sum(-1).mean((0, 1))
         assert torch.allclose(processor.maps[site.index][u].flatten(), share, atol=1e-5)
-    assert processor.picture_maps((32, 32)).shape == (2, 32, 32)
+    assert observe.picture_maps(processor.maps, processor.regions, "average", (32, 32)).shape == (2, 32, 32)
+
+
+@pytest.mark.parametrize("overlap", ["average", "priority"])
+def test_the_picture_shows_words_only_where_they_act(overlap):
+    """Whatever the attention outside a region is; inside, the picture has the full range."""
+    regions = [Region("a", box=(0.0, 0.0, 1.0, 0.5)), Region("b", box=(0.0, 0.5, 1.0, 1.0)),
+               Region("c", box=(0.0, 0.0, 0.5, 0.5), start=0.9)]
+    attention = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = observe.picture_maps({0: attention, 4: attention[:, :4, :4]}, regions, overlap, (16, 16))
+    share, _ = shares(masks_of(regions, 16, 16), overlap)
+    assert bool((found[share == 0] == 0).all()) and bool((found <= share + 1e-6).all())
+    assert found[1].max() == 1 and found[1, :, 8:].min() == 0 and found[0, 8:, :8].max() > 0.5
+    none = observe.picture_maps({}, regions, overlap, (4, 4))
+    assert none.shape == (3, 4, 4) and not none.any()
 
 
 def test_observing_costs_the_same_for_any_number_of_regions(tiny_backbone, observed):

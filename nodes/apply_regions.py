@@ -1,0 +1,104 @@
+"""The node Apply Regions: regions as a MODEL and CONDITIONINGs."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..core.comfy.region_sampling import apply_regions
+from ..core.regional.noise import NoiseSettings
+from ..core.regional.regions import OVERLAPS
+from ..core.sampling.settings import SampleSettings
+from . import types
+from .schema import ADVANCED, Schema
+
+
+class ConceptRegionsApply(io.ComfyNode):
+    """Regions for any sampler node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptRegionsApply",
+            display_name="Apply Regions",
+            category=types.USING,
+            search_aliases=["regional prompt", "attention couple", "regional conditioning", "region model"],
+            description="Regions for KSampler, SamplerCustomAdvanced, upscalers and detailers. The picture "
+            "is that of Regional Concept Sampler with the same settings.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="With the concepts that Elastic Weight Aggregate put into it, or plain."
+                ),
+                io.Clip.Input("clip", tooltip="From the same node. It encodes the prompts of the regions."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt of the whole picture. It acts where no region is."
+                ),
+                types.Regions.Input(
+                    "regions",
+                    optional=True,
+                    tooltip="From the region nodes; none = model and prompts as they are. Their places are "
+                    "shares of the latent that is sampled, whatever its size. A node that samples a tile or "
+                    "a detail as a picture of its own therefore shows the whole layout in it.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt of the whole picture; none = an empty one.",
+                ),
+                io.Combo.Input(
+                    "overlap",
+                    options=list(OVERLAPS),
+                    default="average",
+                    optional=True,
+                    tooltip="Where regions overlap: mix them evenly, let the first lie on top, or give each "
+                    "place to the region whose centre is nearest.",
+                ),
+                io.Float.Input(
+                    "solo",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Crop denoising: share of the first steps in which each region is denoised "
+                    "alone, so that its concept appears. 0 = off; 0.4 for a picture from noise, 0 for tiles "
+                    "and second passes.",
+                ),
+                io.Float.Input(
+                    "isolation",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Share of the first steps in which regions do not see each other in "
+                    "self-attention. Concepts mix less, and a step is faster. 0 = off.",
+                    **ADVANCED,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        positive,
+        regions=None,
+        negative=None,
+        overlap="average",
+        solo=0.0,
+        isolation=0.0,
+    ) -> io.NodeOutput:
+        settings = SampleSettings(
+            noise=NoiseSettings(crop_denoising=solo), overlap=overlap, isolation=isolation
+        )
+        applied = apply_regions(model, clip, positive, negative, regions or [], settings)
+        return io.NodeOutput(applied.model, applied.positive, applied.negative)
+
+
+NODES = [ConceptRegionsApply]

@@ -1,0 +1,170 @@
+"""Regions as MODEL and CONDITIONING: the sampler's picture in ComfyUI's own samplers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from continual_concepts.core.bank.bank import ConceptBank
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+SCENE = "a photo of <blueprint> in a meadow"
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def word_bound(bank):
+    made = ConceptBank(bank.layout)
+    for concept in bank:
+        made = made.add(replace(concept, info=replace(concept.info, method="bound")))
+    return made
+
+
+def halves(studio) -> list:
+    return [studio.region("<rex> in a meadow", right=0.5, negative="a cat"),
+            studio.region("<mimi> in a meadow", left=0.5)]
+
+
+def applied(studio, bank, scene=SCENE, regions=None, **other):
+    """model, positive and negative behind Elastic Weight Aggregate and Apply Regions."""
+    model, clip, positive = studio.aggregate(scene, bank)
+    regions = halves(studio) if regions is None else regions
+    return studio.apply_regions(regions, positive, studio.encode(clip, ""), model, clip, **other)
+
+
+@pytest.mark.parametrize("settings", [{}, {"solo": 0.5, "overlap": "priority"}])
+@pytest.mark.parametrize("kind", ["prompt-activated", "word-bound"])
+def test_the_picture_is_the_samplers(studio, word_bound, kind, settings):
+    """Bit for bit, in a batch, at two sizes one after the other."""
+    bank = word_bound if kind == "word-bound" else studio.bank
+    model, positive, negative = applied(studio, bank, **settings)
+    for latent in (studio.latent(2), studio.latent(1, 8, 24)):
+        ours = studio.regional(SCENE, halves(studio), bank, latent=latent, **settings)
+        assert torch.equal(studio.ksampler(model, positive, negative, latent), ours)
+
+
+def test_no_regions_leave_everything_as_it_is(studio):
+    positive, negative = (studio.encode(studio.clip, text) for text in ("a dog", "blurry"))
+    for regions in ([], [studio.region("a cat", strength=0.0)]):
+        out = studio.apply_regions(regions, positive, negative)
+        assert out[0] is studio.model and out[1] is positive and out[2] is negative
+        assert torch.equal(studio.ksampler(*out), studio.ksampler(studio.model, "a dog", "blurry"))
+
+
+def test_faint_regions_are_the_plain_picture(studio):
+    """Nothing but the regions acts."""
+    positive, negative = (studio.encode(studio.clip, text) for text in ("a dog", "blurry"))
+    faint = studio.apply_regions([studio.region("a cat", right=0.5, strength=1e-6)], positive, negative)
+    assert distance(studio.ksampler(*faint), studio.ksampler(studio.model, "a dog", "blurry")) < 1e-4
+
+
+def test_a_b_a(studio):
+    """One model for several samplings, in between with other weights behind it; nothing is kept."""
+
+    model, positive, negative = applied(studio, studio.bank)
+    first = studio.ksampler(model, positive, negative)
+    other = model.clone()
+    keys = [key for key in model.model.state_dict() if key.endswith("attn2.to_k.weight")]
+    weights = model.model.state_dict()
+    other.add_patches({key: ("diff", (0.5 * torch.ones_like(weights[key]),)) for key in keys})
+    changed = studio.ksampler(other, positive, negative)
+    assert torch.equal(studio.ksampler(model, positive, negative), first) and distance(changed, first) > 1e-3
+
+
+def sampled(studio, guider, latent, steps=3):
+    import comfy.samplers
+
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+    noise = torch.randn(latent["samples"].shape, generator=torch.manual_seed(1))
+    return guider.sample(noise, latent["samples"], comfy.samplers.sampler_object("euler"), sigmas, seed=1)
+
+
+def test_guiders_of_custom_samplers(studio):
+    """A guider numbers its prompts as it likes: regions follow their prompts, and others have none."""
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    model, positive, negative = applied(studio, studio.bank)
+    latent = studio.latent()
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(4.0)
+    expected = studio.ksampler(model, positive, negative, latent)
+    assert torch.equal(sampled(studio, guider, latent), expected)
+    both, plain = Guider_DualCFG(model), studio.encode(studio.clip, "a photo")
+    both.set_conds(positive, plain, negative)
+    both.set_cfg(4.0, 4.0)
+    assert distance(sampled(studio, both, latent), expected) < 1e-4      # the middle prompt cancels out
+    both.set_cfg(4.0, 2.0)
+    assert distance(sampled(studio, both, latent), expected) > 1e-3
+
+
+def test_prompts_without_regions(studio):
+    """A plain prompt beside ours is drawn as without regions."""
+    positive, negative = (studio.encode(studio.clip, text) for text in ("a dog", "blurry"))
+    model, ours, _ = studio.apply_regions([studio.region("a red ball", right=0.5)], positive, negative)
+    found = studio.ksampler(model, ours, negative, cfg=4.0)
+    assert torch.isfinite(found).all()
+    with pytest.raises(Exception, match="no conditioning of the node that applied them reaches the sampler"):
+        studio.ksampler(model, positive, negative)
+
+
+def test_an_area_shows_its_part_of_the_layout(studio):
+    """A prompt for a part of the picture has the regions of that part."""
+    import nodes
+
+    model, positive, negative = applied(studio, studio.bank)
+    whole = nodes.ConditioningSetAreaPercentage().append(positive, 1.0, 1.0, 0.0, 0.0, 1.0)[0]
+    expected = studio.ksampler(model, positive, negative)
+    assert distance(studio.ksampler(model, whole, negative), expected) < 1e-4
+    left = nodes.ConditioningSetAreaPercentage().append(positive, 0.5, 1.0, 0.0, 0.0, 1.0)[0]
+    right_only = [halves(studio)[1]]
+    without = applied(studio, studio.bank, regions=right_only)
+    within = nodes.ConditioningSetAreaPercentage().append(without[1], 0.5, 1.0, 0.0, 0.0, 1.0)[0]
+    found = studio.ksampler(without[0], within, without[2])
+    assert distance(studio.ksampler(model, left, negative), found) > 1e-3
+
+
+def test_tiles_that_do_not_say_where_they_are_are_refused(studio):
+    model, positive, negative = applied(studio, studio.bank)
+    model = model.clone()
+
+    def tiled(apply_model, args):
+        return torch.cat([apply_model(tile, args["timestep"], **args["c"])
+                          for tile in args["input"].chunk(2, -1)], -1)
+
+    model.set_model_unet_function_wrapper(tiled)
+    with pytest.raises(Exception, match="in parts of 8x16 and does not say where they are"):
+        studio.ksampler(model, positive, negative)
+
+
+def test_regions_twice_are_refused(studio):
+    model, positive, negative = applied(studio, studio.bank)
+    for call in (lambda: studio.apply_regions(halves(studio), positive, negative, model,
+                                              studio.aggregate("", studio.bank)[1]),
+                 lambda: studio.aggregate("<rex>", studio.bank, model=model),
+                 lambda: studio.regional(SCENE, halves(studio), studio.bank, model=model)):
+        with pytest.raises(Exception, match="the model has regions already; connect all regions to one"):
+            call()
+
+
+def test_weight_hooks_act_in_regions(studio):
+    """A LoRA hook on the prompts changes the regions too."""
+    import comfy.hooks
+
+    model, positive, negative = applied(studio, studio.bank)
+    weights = model.model.state_dict()
+    key = next(key for key in weights if key.endswith("attn1.to_v.weight"))
+    (rows, columns), name = weights[key].shape, key.removesuffix(".weight")
+    lora = {f"{name}.lora_up.weight": 0.3 * torch.ones(rows, 1),
+            f"{name}.lora_down.weight": torch.ones(1, columns)}
+    hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    hooked = [comfy.hooks.set_hooks_for_conditioning(prompt, hooks) for prompt in (positive, negative)]
+    plain, found = studio.ksampler(model, positive, negative), studio.ksampler(model, *hooked)
+    assert torch.isfinite(found).all() and distance(found, plain) > 1e-3
