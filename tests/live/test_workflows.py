@@ -40,7 +40,7 @@ def shortened(graph: dict, learning: int = 4, sampling: int = 3) -> dict:
         inputs = node["inputs"]
         if node["class_type"] == "ConceptLearner":
             inputs["steps"], inputs["preview_every"] = learning, min(inputs["preview_every"], learning // 2)
-        elif node["class_type"] in ("KSampler", "RegionalConceptSampler"):
+        elif node["class_type"] in ("KSampler", "BasicScheduler", "RegionalConceptSampler"):
             inputs["steps"] = sampling
         elif node["class_type"] == "ConceptEvaluate":
             inputs["steps"], inputs["seeds"] = sampling, 1
@@ -260,7 +260,8 @@ def test_workflows_run(path, server):
     savers = nodes_of(graph, "SaveImage")
     # the tour shows its pictures larger
     side = 256 if nodes_of(graph, "ImageScale") and not nodes_of(graph, "VAEEncode") else 64
-    wide = 2 if nodes_of(graph, "RegionalConceptSampler") and nodes_of(graph, "EmptyLatentImage") else 1
+    regional = nodes_of(graph, "RegionalConceptSampler") or nodes_of(graph, "ConceptRegionsApply")
+    wide = 2 if regional and nodes_of(graph, "EmptyLatentImage") else 1
     assert savers
     for saver in savers:
         files = server.pictures(entry, saver)
