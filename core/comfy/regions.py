@@ -208,10 +208,10 @@ class _CropConditioning:
     def __call__(self, executor, x, timesteps, context, y=None, control=None, transformer_options=None,
                  **kwargs):
         options = transformer_options or {}
-        evaluated, marks = options.get(EVALUATED), options.get(MARKS)
-        alone = None if evaluated is None or marks is None else evaluated.alone
+        evaluated, halves = options.get(EVALUATED), tuple(half for half, _ in options.get(MARKS) or ())
+        alone = evaluated.alone if evaluated is not None and halves else None
         if alone is not None and y is not None and isinstance(self.base, comfy.model_base.SDXL):
-            y = self._rows(x, tuple(half for half, _ in marks), alone).to(y)
+            y = self._rows(x, halves, alone).to(y)
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
     def _rows(self, x: Tensor, halves: tuple[int, ...], alone: tuple[int, ...]) -> Tensor:

@@ -251,8 +251,9 @@ def test_two_aggregations_in_a_row(studio):
 
 
 def test_a_second_aggregation_of_the_same_bank(studio):
+    """The last one decides, for prompt-activated concepts as for word-bound ones."""
     model, clip, _ = studio.aggregate("<rex>", studio.bank, strength=0.5)
-    model, clip, _ = studio.aggregate("<rex>", studio.bank, strength=0.5, model=model, clip=clip)
+    model, clip, _ = studio.aggregate("<rex>", studio.bank, model=model, clip=clip)
     once = studio.aggregate("<rex>", studio.bank)
     results = [studio.ksampler(m, stock(studio, c, "<rex>"), stock(studio, c, ""))
                for m, c in ((model, clip), once[:2])]
