@@ -54,8 +54,7 @@ def test_c1_a_bank_that_cannot_be_saved_is_kept_elsewhere(studio, bank, tmp_path
 
 
 def test_c3_long_names_in_four_byte_letters(studio, own_folder):
-    """64 letters of four bytes are more than a file name can hold. A bank's name is refused, a concept's works.
-    """
+    """64 letters of four bytes are more than a file name can hold: refused for a bank, not for a concept."""
     name = "𠮷" * 64
     assert "too long" in studio.pack.ConceptBankSave.validate_inputs(name)
     assert studio.learn(name=name, steps=1).names == [name]
