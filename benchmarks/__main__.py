@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..core.cli.arguments import Parser
 from ..core.cli.result import run
 from .continual import command as continual
 from .cost import command as cost
@@ -16,8 +17,7 @@ PROGRAM = "continual_concepts.benchmarks"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM,
-                                     description="Measure the figures that this project reports.")
+    parser = Parser(prog=PROGRAM, description="Measure the figures that this project reports.")
     parser.set_defaults(json=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for room in (continual, regional, cost, pretraining):

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from ...core.errors import ConceptError
 from ...core.files import write_atomically
+from ...core.methods import get
+from ...core.sampling.settings import SampleSettings
+from ...core.settings import read_settings
 
 # overrides that affect sampling but not training
 SAMPLING = ("mode", "strength", "artists")
@@ -54,12 +57,14 @@ class Run:
     def settings(self) -> dict:
         """The method's changed settings.
 
-        Raises ConceptError for a part that is not of the form key=value.
+        Raises ConceptError for a part that is not of the form key=value, or a key that comes twice.
         """
-        return {key: value for key, value in map(_setting, self._parts) if key not in SAMPLING}
+        return read_settings(get(self.method).config,
+                             [pair for pair in map(_setting, self._parts) if pair[0] not in SAMPLING])
 
     def sampling(self) -> dict:
-        return {key: value for key, value in map(_setting, self._parts) if key in SAMPLING}
+        return read_settings(SampleSettings,
+                             [pair for pair in map(_setting, self._parts) if pair[0] in SAMPLING])
 
     def learned_as(self) -> Run:
         """The run with the same bank and default sampling."""
@@ -73,15 +78,12 @@ class Run:
                 "variant": self.overrides}
 
 
-def _setting(part: str) -> tuple[str, object]:
-    """Parses `rank=8` into name and value."""
+def _setting(part: str) -> tuple[str, str]:
+    """Splits `rank=8` into name and value."""
     key, separator, value = part.partition("=")
     if not separator:
         raise ConceptError(f"override {part!r} is not of the form key=value")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+    return key, value
 
 
 @dataclass
