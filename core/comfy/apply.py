@@ -123,8 +123,9 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
     words: Words = ({},) * len(hidden)
     strengths: Strengths = ()
     if WORDS in conds:
-        fitted = (fit_offsets(conds[key].cond.to(hidden.device), hidden) for key in (WORDS, STRENGTHS))
-        words, strengths = words_of(*fitted, {code(name): name for name in names})
+        codes, factors = (fit_offsets(conds[key].cond.to(hidden.device), hidden)
+                          for key in (WORDS, STRENGTHS))
+        words, strengths = words_of(codes, factors, {code(name): name for name in names})
     return Context(layers, conditioning[0][1].get("pooled_output"), words, strengths)
 
 

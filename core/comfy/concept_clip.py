@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,14 +60,17 @@ class _Wrapped:
 class ConceptTokenizer(_Wrapped):
     """A CLIP's tokenizer with placeholders. A learned word becomes a token `[L, D]` of L layer copies.
 
-    Notes on prompts go to the log, because ComfyUI's own nodes have no place for them.
+    Args:
+        original: The CLIP's tokenizer.
+        encoders: Names of its encoders.
+        concepts: The concepts.
+        acting, tell: See `concept_clip`.
     """
 
     def __init__(self, original, encoders: tuple[str, ...], concepts: Concepts,
-                 acting: Mapping[str, float] | None = None) -> None:
-        """acting: see `concept_clip`."""
+                 acting: Mapping[str, float] | None, tell: Callable[[str], None]) -> None:
         super().__init__(copy.copy(original))
-        self.original, self.concepts, self.acting = original, concepts, acting
+        self.original, self.concepts, self.acting, self.tell = original, concepts, acting, tell
         self.vocabulary = Vocabulary(known.info for known in concepts.values())
         self._told: set[str] = set()
         for encoder in encoders:
@@ -80,11 +83,12 @@ class ConceptTokenizer(_Wrapped):
         return self.inner.tokenize_with_weights(marked, *args, **kwargs)
 
     def _tell(self, prompt: Prompt) -> None:
-        """Logs notes on a prompt, each once."""
-        for note in [*notes_on(self.vocabulary, [prompt]), *self._on_deltas(prompt)]:
-            if note not in self._told:
-                logging.warning("continual concepts: %s", note)
-                self._told.add(note)
+        """Tells notes on a prompt, each once."""
+        notes = [*notes_on(self.vocabulary, [prompt]), *self._on_deltas(prompt)]
+        fresh = [note for note in notes if note not in self._told]
+        if fresh:
+            self.tell("\n".join(fresh))
+        self._told.update(fresh)
 
     def _on_deltas(self, prompt: Prompt) -> list[str]:
         """Notes on concepts whose deltas follow another node's prompt."""
@@ -178,8 +182,9 @@ class ConceptEncoder(_Wrapped):
             word = self.words.get(_key(token))
             if word is None or word.concept not in self.by_strength:
                 return weight
-            follows = word.concept in self.word_bound or self.acting is None
-            return 1.0 if follows or self.acting.get(word.concept) == weight else weight
+            if word.concept in self.word_bound or self.acting is None:
+                return 1.0
+            return 1.0 if self.acting.get(word.concept) == weight else weight
 
         return {key: [[(token, weight_of(token, weight), *rest) for token, weight, *rest in chunk]
                       for chunk in chunks] for key, chunks in tokens.items()}
@@ -302,7 +307,12 @@ def _padding(chunk) -> int:
     return same
 
 
-def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = None):
+def log(text: str) -> None:
+    logging.warning("Continual Concepts: %s", text)
+
+
+def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = None,
+                 tell: Callable[[str], None] = log):
     """Returns a CLIP that also accepts the bank's placeholders. If names clash with embedding files, the
     bank's concept is used.
 
@@ -312,8 +322,9 @@ def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = N
         clip: A CLIP of ComfyUI.
         bank: The concepts.
         acting: Prompt-activated concepts whose deltas are in the MODEL -> their weight in the prompt that
-            decided so. In other prompts, another weight acts on the words as on text, with a note in the
-            log. None = every prompt brings its own deltas.
+            decided so. In other prompts, another weight acts on the words as on text, with a note.
+            None = every prompt brings its own deltas.
+        tell: Takes notes on prompts that this CLIP reads.
     """
     if not len(bank):
         return clip
@@ -328,7 +339,7 @@ def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = N
     original = tokenizer if earlier is None else earlier.original
     inner = encoder.inner if isinstance(encoder, ConceptEncoder) else encoder
     clone = clip.clone()
-    clone.tokenizer = ConceptTokenizer(original, encoders, concepts, acting)
+    clone.tokenizer = ConceptTokenizer(original, encoders, concepts, acting, tell)
     clone.cond_stage_model = ConceptEncoder(inner, encoders, concepts, clip, acting)
     return clone
 
