@@ -191,7 +191,7 @@ class Vocabulary:
         return [self.parse(prompt) for prompt in prompts]
 
     def knows(self, text: str) -> bool:
-        """Whether every placeholder in a caption exists."""
+        """Whether every placeholder `<name>` in a text exists."""
         return all(name in self.entries for name in PLACEHOLDER.findall(text))
 
     def _unknown(self, name: str, what: str) -> str:

@@ -90,6 +90,26 @@ def test_g8_sibling_both_hosts_read_a_prompt_alike(carrying, mixed, trials):
     alike()
 
 
+@pytest.mark.parametrize("text", [
+    "a (red:1.4) dog (on grass)", "(a <plain:0.5> and <rex:1.5> in a park:0.7)",
+    "a photo of a cat, " + "in a green meadow with a (red:1.3) ball, " * 6 + "(<mimi>:0.5) at night",
+    "dog " * 74 + "<rex> in a park",
+])
+def test_g8_sibling_both_hosts_encode_weighted_prompts_alike(studio, demo, mixed, text):
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.comfy.concept_clip import concept_clip
+    from continual_concepts.core.sampling.sampling import encode
+
+    ours = contents(studio.encode(concept_clip(studio.clip, mixed), text), mixed)
+    theirs = encode(ComfyBackbone(*demo), mixed, [text])
+    assert distance(ours.hidden, theirs.hidden.expand_as(ours.hidden)) < 1e-5
+    named = {name: places for name, places in theirs.words[0].items() if mixed[name].info.method == "bound"}
+    assert ours.words == (named,)
+    for name in named:
+        theirs_of = theirs.strengths[0].get(name) if theirs.strengths else None
+        assert (ours.strengths[0][name] if ours.strengths else None) == pytest.approx(theirs_of)
+
+
 # ----- G3: two texts -----
 
 def both_texts(clip, text_g: str, text_l: str):
@@ -347,3 +367,19 @@ def test_g5_sibling_a_model_without_concepts_takes_the_states(studio, carrying):
     plain = [[positive[0][0].plain, {"pooled_output": positive[0][1].get("pooled_output")}]]
     assert distance(studio.ksampler(studio.model, positive, negative),
                     studio.ksampler(studio.model, plain, "")) < 1e-4
+
+
+# ----- F3: notes in ComfyUI -----
+
+def test_f3_sibling_a_note_is_told_by_the_node_that_runs(studio, mixed, monkeypatch):
+    from continual_concepts.nodes import apply
+
+    told = []
+    monkeypatch.setattr(apply, "tell", told.append)
+    _, clip, _ = studio.aggregate("a photo of rex", mixed)
+    assert told == ["'rex' is plain text in the prompt; for the concept write <rex>"]
+    studio.encode(clip, "a photo of rex")
+    assert len(told) == 1      # each note once
+    studio.encode(clip, "<rex,> with mimi")
+    assert told[1] == ("'<rex,>' is plain text in the prompt; for the concept write <rex>\n"
+                       "'mimi' is plain text in the prompt; for the concept write <mimi>")
