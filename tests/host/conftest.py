@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +194,49 @@ class Studio:
 @pytest.fixture(scope="session")
 def studio(pack, demo, bank):
     return Studio(pack, demo, bank)
+
+
+@pytest.fixture(scope="session")
+def mixed(bank):
+    """<rex> and <mimi> are word-bound, <blueprint> is prompt-activated, <plain> has words alone."""
+    from continual_concepts.core.bank.bank import ConceptBank
+
+    made = ConceptBank(bank.layout)
+    for concept, method in zip(bank, ("bound", "bound", "cidm"), strict=True):
+        made = made.add(replace(concept, info=replace(concept.info, method=method)))
+    plain = bank["rex"].renamed("plain")
+    vectors = {name: vector + 0.1 for name, vector in plain.tokens.vectors.items()}
+    return made.add(replace(plain, deltas={}, tokens=replace(plain.tokens, vectors=vectors)))
+
+
+@pytest.fixture(scope="session")
+def carrying(studio, mixed):
+    """MODEL and CLIP with the concepts of `mixed`."""
+    with torch.inference_mode():
+        return studio.aggregate("", mixed)[:2]
+
+
+@pytest.fixture(scope="session")
+def draw(studio, carrying):
+    """draw(positive): KSampler's latents of a prompt or CONDITIONING."""
+    def drawn(positive, model=None, negative="", clip=None):
+        clip = clip or carrying[1]
+        positive, negative = (studio.encode(clip, each) if isinstance(each, str) else each
+                              for each in (positive, negative))
+        return studio.ksampler(model or carrying[0], positive, negative, steps=2)
+
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def contents(mixed):
+    """contents(conditioning): its layers, words and strengths, as a Context."""
+    def found(conditioning):
+        from continual_concepts.core.comfy.apply import context_of
+
+        return context_of(conditioning, mixed.layout.copies, tuple(mixed.names))
+
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,7 @@
-"""Prompts in ComfyUI's graphs: two texts of SDXL, weights on concepts, and nodes that compute with
-conditionings that carry concepts."""
+"""Prompts in ComfyUI's graphs: one grammar, two texts of SDXL, weights on concepts, notes."""
 
 from __future__ import annotations
 
-import copy
-import io
 from dataclasses import replace
 
 import pytest
@@ -17,36 +14,6 @@ from continual_concepts.core.bank.prompts import WordRef
 from continual_concepts.core.errors import ConceptError
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
-
-
-@pytest.fixture(scope="module")
-def mixed(bank):
-    """<rex> and <mimi> are word-bound, <blueprint> is prompt-activated, <plain> has words alone."""
-    made = ConceptBank(bank.layout)
-    for concept, method in zip(bank, ("bound", "bound", "cidm"), strict=True):
-        made = made.add(replace(concept, info=replace(concept.info, method=method)))
-    plain = bank["rex"].renamed("plain")
-    vectors = {name: vector + 0.1 for name, vector in plain.tokens.vectors.items()}
-    return made.add(replace(plain, deltas={}, tokens=replace(plain.tokens, vectors=vectors)))
-
-
-@pytest.fixture(scope="module")
-def carrying(studio, mixed):
-    """MODEL and CLIP with the bank's concepts."""
-    with torch.inference_mode():
-        return studio.aggregate("", mixed)[:2]
-
-
-@pytest.fixture(scope="module")
-def draw(studio, carrying):
-    """draw(positive): KSampler's latents of a prompt or CONDITIONING."""
-    def drawn(positive, model=None, negative="", clip=None):
-        clip = clip or carrying[1]
-        positive, negative = (studio.encode(clip, each) if isinstance(each, str) else each
-                              for each in (positive, negative))
-        return studio.ksampler(model or carrying[0], positive, negative, steps=2)
-
-    return drawn
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -95,12 +62,12 @@ def test_g8_sibling_both_hosts_read_a_prompt_alike(carrying, mixed, trials):
     "a photo of a cat, " + "in a green meadow with a (red:1.3) ball, " * 6 + "(<mimi>:0.5) at night",
     "dog " * 74 + "<rex> in a park",
 ])
-def test_g8_sibling_both_hosts_encode_weighted_prompts_alike(studio, demo, mixed, text):
+def test_g8_sibling_both_hosts_encode_weighted_prompts_alike(studio, demo, mixed, text, contents):
     from continual_concepts.core.comfy.backbone import ComfyBackbone
     from continual_concepts.core.comfy.concept_clip import concept_clip
     from continual_concepts.core.sampling.sampling import encode
 
-    ours = contents(studio.encode(concept_clip(studio.clip, mixed), text), mixed)
+    ours = contents(studio.encode(concept_clip(studio.clip, mixed), text))
     theirs = encode(ComfyBackbone(*demo), mixed, [text])
     assert distance(ours.hidden, theirs.hidden.expand_as(ours.hidden)) < 1e-5
     named = {name: places for name, places in theirs.words[0].items() if mixed[name].info.method == "bound"}
@@ -226,147 +193,6 @@ def test_g8_sibling_names_without_brackets_are_told_in_the_log(studio, carrying,
 
 
 # ----- G5: nodes that compute with conditionings -----
-
-def contents(conditioning, bank):
-    """Layers, words and strengths of a CONDITIONING."""
-    from continual_concepts.core.comfy.apply import context_of
-
-    return context_of(conditioning, bank.layout.copies, tuple(bank.names))
-
-
-def by_hand(conditioning, bank):
-    """The same CONDITIONING as a plain tensor with model conditions."""
-    from continual_concepts.core.comfy.carried import carried_by
-
-    states, conditions = carried_by(conditioning)
-    return [[states, {**conditioning[0][1], "model_conds": conditions}]]
-
-
-def test_g5_concat_carries_concepts_along(studio, draw, carrying, mixed):
-    one, two = (studio.encode(carrying[1], text) for text in ("a dog and <rex>", "a <mimi:0.5> at night"))
-    joined = studio.stock.ConditioningConcat().concat(one, two)[0]
-    found, first, second = (contents(each, mixed) for each in (joined, one, two))
-    assert torch.equal(found.hidden, torch.cat([first.hidden, second.hidden], 2))
-    length = first.hidden.shape[2]
-    shifted = {name: tuple(length + place for place in places) for name, places in second.words[0].items()}
-    assert found.words == ({**first.words[0], **shifted},) and found.strengths[0]["mimi"] == (0.5, 0.5)
-    latents = draw(joined)
-    assert torch.equal(latents, draw(by_hand(joined, mixed)))
-    dropped = [[joined[0][0].plain, joined[0][1]]]      # with the first prompt's dictionary alone
-    assert distance(draw(dropped), latents) > 1e-3
-
-
-@pytest.mark.parametrize("clip_of_to", ["plain", "with concepts"])
-def test_g5_average_carries_concepts_along(studio, draw, carrying, mixed, clip_of_to):
-    clip = studio.clip if clip_of_to == "plain" else carrying[1]
-    one, two = studio.encode(clip, "a photo of a dog"), studio.encode(carrying[1], "a photo of <rex>")
-    average = studio.stock.ConditioningAverage().addWeighted(one, two, 0.25)[0]
-    found, first, second = (contents(each, mixed) for each in (average, one, two))
-    assert torch.allclose(found.hidden, 0.25 * first.hidden + 0.75 * second.hidden, atol=1e-6)
-    assert found.words == second.words and found.strengths == ({"rex": (0.75, 0.75)},)
-    assert torch.equal(draw(average), draw(by_hand(average, mixed)))
-    whole = studio.stock.ConditioningAverage().addWeighted(one, two, 0.0)[0]
-    assert distance(draw(whole), draw(two)) < 1e-4
-
-
-def test_g5_sibling_one_place_with_two_concepts(studio, draw, carrying, mixed):
-    one, two = (studio.encode(carrying[1], f"a {name}") for name in ("<rex>", "<mimi>"))
-    average = studio.stock.ConditioningAverage().addWeighted(one, two, 0.5)[0]
-    found = contents(average, mixed)
-    assert found.words[0] == {"rex": (2, 3), "mimi": (2, 3)} and set(found.strengths[0]["rex"]) == {0.5}
-    alone = [draw(each) for each in (average, one, two)]
-    assert min(distance(alone[0], other) for other in alone[1:]) > 1e-3
-    together = studio.ksampler(carrying[0], average, studio.encode(carrying[1], "a <mimi>"), steps=2)
-    assert torch.isfinite(together).all()
-
-
-@pytest.fixture
-def scheduled(studio):
-    """scheduled(clip): the CLIP with hooks that change nothing, scheduled in two halves."""
-    import comfy.hooks
-    from comfy_extras.nodes_hooks import SetClipHooks
-
-    def hooked(clip):
-        fc = studio.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[0].mlp.fc1.weight
-        name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
-        lora = {f"{name}.lora_up.weight": torch.zeros(fc.shape[0], 2),
-                f"{name}.lora_down.weight": torch.zeros(2, fc.shape[1]), f"{name}.alpha": torch.tensor(2.0)}
-        group, keyframes = comfy.hooks.create_hook_lora(lora, 1.0, 1.0), comfy.hooks.HookKeyframeGroup()
-        for start, strength in ((0.0, 1.0), (0.5, 0.5)):
-            keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
-        group.set_keyframes_on_hooks(keyframes)
-        return SetClipHooks().apply_hooks(clip, schedule_clip=True, apply_to_conds=False, hooks=group)[0]
-
-    return hooked
-
-
-def test_g5_scheduled_hooks_carry_concepts_along(studio, draw, carrying, mixed, scheduled):
-    plain, text = studio.encode(carrying[1], "a <rex> in a park"), "a <rex> in a park"
-    halves = studio.encode(scheduled(carrying[1]), text)
-    assert [(entry[1]["clip_start_percent"], entry[1]["clip_end_percent"]) for entry in halves] == \
-        [(0.0, 0.5), (0.5, 1.0)]
-    for entry in halves:
-        found, expected = contents([entry], mixed), contents(plain, mixed)
-        assert torch.equal(found.hidden, expected.hidden) and found.words == expected.words
-    assert distance(draw(halves), draw(plain)) < 1e-4
-
-
-def test_g5_sibling_nodes_that_keep_the_states(studio, draw, carrying, mixed):
-    nodes, one = studio.stock, studio.encode(carrying[1], "a <rex:0.5>")
-    expected = contents(one, mixed)
-    kept = [nodes.ConditioningSetTimestepRange().set_range(one, 0.0, 0.7)[0],
-            nodes.ConditioningCombine().combine(one, studio.encode(carrying[1], "a dog"))[0],
-            nodes.ConditioningSetArea().append(one, 64, 64, 0, 0, 1.0)[0],
-            nodes.ConditioningSetMask().append(one, torch.ones(1, 16, 16), "default", 1.0)[0]]
-    for conditioning in kept:
-        found = contents(conditioning[:1], mixed)
-        assert torch.equal(found.hidden, expected.hidden) and found.strengths == expected.strengths
-        assert torch.isfinite(draw(conditioning)).all()
-
-
-def test_g5_sibling_zero_out_and_multiply(studio, draw, carrying, mixed):
-    one, nodes = studio.encode(carrying[1], "a <rex>"), studio.stock
-    zero = nodes.ConditioningZeroOut().zero_out(one)[0]
-    assert not contents(zero, mixed).hidden.any() and torch.isfinite(draw(zero)).all()
-    if hasattr(nodes, "ConditioningMultiply"):
-        half = contents(nodes.ConditioningMultiply().multiply(one, 0.5)[0], mixed)
-        assert torch.allclose(half.hidden, 0.5 * contents(one, mixed).hidden, atol=1e-6)
-        assert half.strengths == ({"rex": (0.5, 0.5)},)
-
-
-def test_g5_sibling_prompts_of_several_chunks(studio, draw, carrying, mixed):
-    long = "a photo of a cat, " + "in a green meadow with a red ball, " * 6 + "<mimi> at night"
-    one, two = (studio.encode(carrying[1], text) for text in (long, "a <rex>"))
-    nodes = studio.stock
-    joined = contents(nodes.ConditioningConcat().concat(one, two)[0], mixed)
-    assert joined.words[0]["rex"] == (one[0][0].shape[1] + 2, one[0][0].shape[1] + 3)
-    assert joined.words[0]["mimi"] == contents(one, mixed).words[0]["mimi"]
-    for to, other in ((one, two), (two, one)):
-        average = nodes.ConditioningAverage().addWeighted(to, other, 0.5)[0]
-        assert "rex" in contents(average, mixed).words[0] and torch.isfinite(draw(average)).all()
-
-
-def test_g5_sibling_states_are_an_ordinary_tensor_elsewhere(studio, carrying, mixed):
-    """Files hold plain tensors, other operations give plain tensors, copies stay complete."""
-    states = studio.encode(carrying[1], "a <rex>")[0][0]
-    buffer = io.BytesIO()
-    torch.save(states, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=True)
-    assert type(loaded) is torch.Tensor and torch.equal(loaded, states.plain)
-    for plain in (states.softmax(-1), states @ torch.ones(states.shape[-1], 3), states[0], states.mean(1),
-                  states + 1.0, states.flatten(1), torch.zeros_like(states)):
-        assert type(plain) is torch.Tensor
-    for moved in (states.half(), states.to(torch.float64), states.clone(), states.repeat(2, 1, 1)):
-        assert moved.carried.shape[:2] == moved.shape[:2] and moved.carried.dtype == moved.dtype
-    assert torch.equal(copy.deepcopy(states).as_subclass(torch.Tensor), states.plain)
-
-
-def test_g5_sibling_a_model_without_concepts_takes_the_states(studio, carrying):
-    positive, negative = (studio.encode(carrying[1], text) for text in ("a <rex>", ""))
-    plain = [[positive[0][0].plain, {"pooled_output": positive[0][1].get("pooled_output")}]]
-    assert distance(studio.ksampler(studio.model, positive, negative),
-                    studio.ksampler(studio.model, plain, "")) < 1e-4
 
 
 # ----- F3: notes in ComfyUI -----
