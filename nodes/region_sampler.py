@@ -13,6 +13,7 @@ from ..core.regional.noise import AREAS, OUTSIDE, NoiseSettings
 from ..core.regional.regions import OVERLAPS
 from ..core.sampling.settings import SampleSettings
 from . import types
+from .progress import tell
 from .schema import ADVANCED, Schema
 
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
@@ -228,7 +229,7 @@ class RegionalConceptSampler(io.ComfyNode):
         )
         prompts = Scene(scene, negative_scene, positive, negative)
         size = tuple(latent_image["samples"].shape[-2:])
-        prepared = prepare(model, clip, bank, prompts, regions or [], size, settings, find_regions)
+        prepared = prepare(model, clip, bank, prompts, regions or [], size, settings, find_regions, tell)
         positive, negative = prepared.positive, prepared.negative
         settings_of_ksampler = (seed, steps, cfg, sampler_name, scheduler)
         latent = common_ksampler(

@@ -17,6 +17,7 @@ from ..conditioning.routing import (
     aggregate,
     folded_deltas,
     prompt_activated_names,
+    prompt_deltas,
     token_lora_deltas,
 )
 from ..model.deltas import Deltas, weighted_sum
@@ -156,6 +157,11 @@ class KnownConcepts:
     def copies(self) -> int:
         """The layer copies of their words."""
         return max((concept.tokens.copies for known, _ in self.banks for concept in known), default=1)
+
+    def each(self, names: Collection[str]) -> Mapping[str, Deltas]:
+        """Concept -> its deltas, for these prompt-activated concepts."""
+        return ChainMap(*(prompt_deltas(known, [name for name in names if name in known], factor)
+                          for known, factor in self.banks))  # type: ignore[arg-type]
 
     def deltas(self, prompt: Prompt, but: Collection[str] = ()) -> Deltas:
         """Deltas of the prompt-activated concepts in a prompt, without those in `but`."""

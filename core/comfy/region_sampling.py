@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.composition import Kind
 from ..bank.prompts import Prompt
 from ..charts import regions_picture
-from ..conditioning.routing import always_on_deltas, token_lora_deltas
+from ..conditioning.routing import always_on_deltas, negative_only, token_lora_deltas
 from ..errors import ConceptError
 from ..images import to_tensor
 from ..model.context import Context
@@ -23,13 +24,15 @@ from ..regional.processor import Part
 from ..regional.regions import Region, masks_of
 from ..sampling.settings import SampleSettings
 from .apply import context_of, fold, with_attention_guidance, with_word_bound
-from .concept_clip import concept_clip, encode, learned_positions, subject_of, vocabulary_of
+from .carried import with_strength
+from .concept_clip import concept_clip, encode, learned_positions, log, subject_of, vocabulary_of
 from .model_concepts import KnownConcepts, added, concepts_in, without_concepts, without_prompt_activated
 from .prompt_marks import Conditioning, marked
 from .region_run import FoundRun, RegionRun
 from .regions import refuse_regions, whole_frame_things, with_found, with_regions
 from .sites import UNetSites, find_sites
 from .text import text_widths
+from .token_lora import code
 
 PROPORTIONS = 0.05      # allowed relative difference between the aspect ratios of mask and picture
 
@@ -42,16 +45,48 @@ class ConceptPrompts:
         model: A MODEL; the concepts that it carries may be named too.
         bank: The sampling's own bank.
         strength: Factor on the deltas of the bank's concepts.
+        tell: Takes notes on the prompts.
     """
 
-    def __init__(self, clip, model, bank: ConceptBank, sites: UNetSites, strength: float = 1.0) -> None:
-        self.own, self.sites = token_lora_deltas(bank, strength), sites
+    def __init__(self, clip, model, bank: ConceptBank, sites: UNetSites, strength: float = 1.0,
+                 tell: Callable[[str], None] = log) -> None:
+        self._own, self.sites = token_lora_deltas(bank, strength), sites
         self.known = KnownConcepts(bank, strength, concepts_in(model))
-        self.clip = reduce(concept_clip, [known for known, _ in reversed(self.known.banks)], clip)
-        self._in_weights = {name for carried in concepts_in(model) for name in carried.weights}
+        self.clip = clip
+        for known, _ in reversed(self.known.banks):
+            self.clip = concept_clip(self.clip, known, None, tell)
+        self._in_negative: set[str] = set()      # prompt-activated concepts that act in a negative half alone
+        self.in_weights = {name for carried in concepts_in(model) for name in carried.weights}
 
     def encode(self, prompt: str) -> Conditioning:
         return encode(self.clip, prompt)
+
+    def negative(self, text: str, positive: str | Prompt, but: Collection[str] = ()) -> Conditioning:
+        """Encodes a negative prompt. Prompt-activated concepts that only it names act at all its tokens.
+
+        Args:
+            text: The negative prompt.
+            positive: The prompt beside it.
+            but: Concepts that act already.
+        """
+        conditioning, parsed = self.encode(text), vocabulary_of(self.clip).parse(text)
+        infos = {name: self.known.infos[name] for name in parsed.concepts if name in self.known.infos}
+        if any(info.composes.kind is Kind.PROMPT for info in infos.values()):
+            for name in negative_only(infos, parsed, [self.parse(positive)], "sharp"):
+                if name not in but:
+                    self._in_negative.add(name)
+                    conditioning = with_strength(conditioning, code(name), parsed.strength_of(name))
+        return conditioning
+
+    @property
+    def own(self) -> Mapping[str, Deltas]:
+        """Concept -> its deltas, for the sampling's own word-bound concepts and those of negative prompts."""
+        return ChainMap(self._own, self.known.each(self._in_negative))  # type: ignore[arg-type]
+
+    @property
+    def word_bound(self) -> Mapping[str, Deltas]:
+        """The same, with the word-bound concepts that the model carries."""
+        return ChainMap(self.known.word_bound, self.known.each(self._in_negative))  # type: ignore[arg-type]
 
     def parse(self, prompt: str | Prompt) -> Prompt:
         """Parses a prompt; raises ConceptError for a concept that neither the bank nor the model holds."""
@@ -70,7 +105,7 @@ class ConceptPrompts:
     def scene_deltas(self, scene: str) -> Deltas:
         """Deltas of the prompt-activated concepts in the scene's prompt that are not in the weights already.
         """
-        return self.known.deltas(self.parse(scene), but=self._in_weights)
+        return self.known.deltas(self.parse(scene), but=self.in_weights)
 
     def named(self, scene: str) -> dict[str, Prompt]:
         """Concept -> its own prompt, for a scene with at least two concepts. Empty if the words of one cannot
@@ -80,29 +115,41 @@ class ConceptPrompts:
         return prompts if 1 < len(prompts) == len(subject_of(self.clip, scene).concepts) else {}
 
     def regions(self, scene: Deltas, positive: Conditioning, negative: Conditioning,
-                regions: Sequence[Region], overlap: str, isolation: float) -> RegionRun:
-        """Samplings with regions. scene: The scene's deltas."""
+                regions: Sequence[Region], overlap: str, isolation: float,
+                negative_prompt: str = "") -> RegionRun:
+        """Samplings with regions.
+
+        Args:
+            scene: The scene's deltas.
+            positive, negative: The scene's prompts.
+            regions, overlap, isolation: As for `RegionRun`.
+            negative_prompt: The text of `negative`; empty if it is not known.
+        """
         scene_negative = self._context(negative)
-        negatives = [self._context(self.encode(region.negative)) if region.negative else scene_negative
-                     for region in regions]
+        negatives = [self._context(self.negative(text, region.prompt)) if text else scene_negative
+                     for region in regions for text in [region.negative or negative_prompt]]
         parts = [self._part(region.prompt, context)
                  for region, context in zip(regions, negatives, strict=True)]
         words = [learned_positions(self.clip, region.prompt) for region in regions]
         whole = Part(Context.cat([scene_negative, self._context(positive)]), scene)
-        return RegionRun(self.sites, whole, regions, parts, words, self.known.word_bound, overlap, isolation)
+        return RegionRun(self.sites, whole, regions, parts, words, self.word_bound, overlap, isolation)
 
-    def found_regions(self, scene: str, deltas: Deltas, positive: Conditioning,
-                      negative: Conditioning) -> FoundRun:
-        """A sampling that finds the regions of the scene's concepts. deltas: The scene's."""
+    def found_regions(self, scene: str, deltas: Deltas, positive: Conditioning, negative: Conditioning,
+                      negative_prompt: str = "") -> FoundRun:
+        """A sampling that finds the regions of the scene's concepts. deltas: The scene's. negative_prompt: As
+        for `regions`."""
         scene_negative, prompts = self._context(negative), self.named(scene)
-        parts = [self._part(prompt, scene_negative) for prompt in prompts.values()]
+        negatives = [self._context(self.negative(negative_prompt, prompt)) if negative_prompt
+                     else scene_negative for prompt in prompts.values()]
+        parts = [self._part(prompt, context)
+                 for prompt, context in zip(prompts.values(), negatives, strict=True)]
         whole = Part(Context.cat([scene_negative, self._context(positive)]), deltas)
         everywhere = [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in prompts]
         words = subject_of(self.clip, scene).concepts
-        return FoundRun(self.sites, whole, everywhere, parts, words, self.known.word_bound)
+        return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound)
 
     def _context(self, conditioning: Conditioning) -> Context:
-        return context_of(conditioning, self.known.copies, tuple(self.known.word_bound))
+        return context_of(conditioning, self.known.copies, tuple(self.word_bound))
 
     def _part(self, prompt: str | Prompt, negative: Context) -> Part:
         text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may have more concepts
@@ -150,7 +197,8 @@ class Scene:
 
 
 def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequence[Region],
-            latent: tuple[int, int], settings: SampleSettings, find_regions: bool = False) -> Prepared:
+            latent: tuple[int, int], settings: SampleSettings, find_regions: bool = False,
+            tell: Callable[[str], None] = log) -> Prepared:
     """Prepares the inputs of KSampler for a scene, with or without regions.
 
     Args:
@@ -158,6 +206,7 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
         latent: Height and width of the latents.
         settings: Only strength, noise, overlap, isolation and artists are used.
         find_regions: If no regions are given, whether to find those of the scene's concepts.
+        tell: Takes notes on the prompts.
 
     Raises:
         ConceptError: The bank does not fit the model, a mask does not fit the picture, or settings contradict
@@ -171,9 +220,12 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
     bank.check_fits(sites.layout)
     refuse_regions(model)
     model = without_concepts(model, sites, bank.names)      # the bank's act instead
-    prompts = ConceptPrompts(clip, model, bank, sites, settings.strength)
+    prompts = ConceptPrompts(clip, model, bank, sites, settings.strength, tell)
     positive = prompts.encode(scene.prompt) if scene.positive is None else scene.positive
-    negative = prompts.encode(scene.negative_prompt) if scene.negative is None else scene.negative
+    negative, negative_prompt = scene.negative, ""
+    if negative is None:
+        negative_prompt = scene.negative_prompt
+        negative = prompts.negative(negative_prompt, scene.prompt, but=prompts.in_weights)
     deltas = prompts.scene_deltas(scene.prompt)
     model = fold(model, sites, always_on_deltas(bank), any(concept.tokens.copies > 1 for concept in bank))
     regions = [region for region in regions if region.strength > 0]
@@ -181,11 +233,12 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
         _check_masks(regions, latent)
         model, carried = without_prompt_activated(model, sites)
         run = prompts.regions(added([deltas, carried]), positive, negative, regions, settings.overlap,
-                              settings.isolation)
+                              settings.isolation, negative_prompt)
         return _with_regions(Prepared(model, positive, negative, run), run, settings.noise)
     if find_regions and prompts.named(scene.prompt):
         model, carried = without_prompt_activated(model, sites)
-        found_run = prompts.found_regions(scene.prompt, added([deltas, carried]), positive, negative)
+        found_run = prompts.found_regions(scene.prompt, added([deltas, carried]), positive, negative,
+                                          negative_prompt)
         return Prepared(with_found(model, found_run), marked(positive, 1), marked(negative, 0), found_run)
     model = with_word_bound(fold(model, sites, deltas, False), sites, prompts.own)
     if settings.artists > 0:

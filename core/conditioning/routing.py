@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bank.bank import ConceptBank
 from ..bank.composition import Kind
-from ..bank.concepts import Concept
+from ..bank.concepts import Concept, ConceptInfo
 from ..bank.prompts import Prompt, words_prompt
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
@@ -132,7 +132,8 @@ def by_strength(bank: ConceptBank, names: Iterable[str]) -> set[str]:
     return {name for name in names if bank.infos[name].composes.kind in kinds and bank[name].deltas}
 
 
-def negative_only(bank: ConceptBank, negative: Prompt, positive: Sequence[Prompt], mode: str) -> list[str]:
+def negative_only(infos: Mapping[str, ConceptInfo], negative: Prompt, positive: Sequence[Prompt],
+                  mode: str) -> list[str]:
     """The prompt-activated concepts whose deltas act in the negative half of guidance alone: those that only
     the negative prompt names.
 
@@ -141,7 +142,7 @@ def negative_only(bank: ConceptBank, negative: Prompt, positive: Sequence[Prompt
     """
     named = {name for prompt in positive for name in prompt.concepts}
     return [name for name in negative.concepts if mode == "sharp" and name not in named
-            and bank.infos[name].composes.kind is Kind.PROMPT]
+            and infos[name].composes.kind is Kind.PROMPT]
 
 
 def prompt_deltas(bank: ConceptBank, names: Sequence[str], strength: float) -> Mapping[str, Deltas]:

@@ -60,7 +60,7 @@ def encode_negative(backbone: Backbone, bank: ConceptBank, negative: Prompt, pos
                     mode: str) -> Context:
     """Encodes a negative prompt. Prompt-activated concepts that only it names act at all its tokens."""
     context = encode(backbone, bank, [negative])
-    for name in negative_only(bank, negative, positive, mode):
+    for name in negative_only(bank.infos, negative, positive, mode):
         context = context.with_concept(name, negative.strength_of(name))
     return context
 
@@ -78,8 +78,9 @@ def word_bound_deltas(backbone: Backbone, bank: ConceptBank, prompts: Sequence[P
     """Deltas of the word-bound concepts that the prompts name, and of those that act in the negative half
     alone."""
     named = {name for prompt in (*prompts, negative) for name in prompt.concepts}
+    only = negative_only(bank.infos, negative, prompts, settings.mode)
     deltas = {**token_lora_deltas(bank, settings.strength, tuple(named)),
-              **prompt_deltas(bank, negative_only(bank, negative, prompts, settings.mode), settings.strength)}
+              **prompt_deltas(bank, only, settings.strength)}
     return {name: on_device(backbone, concept_deltas) for name, concept_deltas in deltas.items()}
 
 

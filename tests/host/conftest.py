@@ -220,8 +220,7 @@ def carrying(studio, mixed):
 def draw(studio, carrying):
     """draw(positive): KSampler's latents of a prompt or CONDITIONING."""
     def drawn(positive, model=None, negative="", clip=None):
-        clip = clip or carrying[1]
-        positive, negative = (studio.encode(clip, each) if isinstance(each, str) else each
+        positive, negative = (studio.encode(clip or carrying[1], each) if isinstance(each, str) else each
                               for each in (positive, negative))
         return studio.ksampler(model or carrying[0], positive, negative, steps=2)
 
@@ -231,12 +230,9 @@ def draw(studio, carrying):
 @pytest.fixture(scope="session")
 def contents(mixed):
     """contents(conditioning): its layers, words and strengths, as a Context."""
-    def found(conditioning):
-        from continual_concepts.core.comfy.apply import context_of
+    from continual_concepts.core.comfy.apply import context_of
 
-        return context_of(conditioning, mixed.layout.copies, tuple(mixed.names))
-
-    return found
+    return lambda conditioning: context_of(conditioning, mixed.layout.copies, tuple(mixed.names))
 
 
 @pytest.fixture(scope="session")

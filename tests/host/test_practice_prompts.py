@@ -209,3 +209,45 @@ def test_f3_sibling_a_note_is_told_by_the_node_that_runs(studio, mixed, monkeypa
     studio.encode(clip, "<rex,> with mimi")
     assert told[1] == ("'<rex,>' is plain text in the prompt; for the concept write <rex>\n"
                        "'mimi' is plain text in the prompt; for the concept write <mimi>")
+
+
+# ----- F2: negative prompts -----
+
+@pytest.mark.parametrize("name", ["rex", "blueprint"])
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("crops", [0.0, 0.5])
+def test_f2_sibling_a_concept_in_the_negative_prompt_acts_in_comfyui(studio, mixed, name, regions, crops):
+    """With its words and its deltas, whichever way its deltas act."""
+    without = mixed.replace(replace(mixed[name], deltas={}))
+
+    def picture(bank, negative="", own=""):
+        areas = [studio.region("a cat", right=0.5, negative=own)] if regions else []
+        return studio.regional("a dog", areas, bank, negative_scene=negative, solo=crops if regions else 0.0)
+
+    plain, named, words = picture(mixed), picture(mixed, f"<{name}>"), picture(without, f"<{name}>")
+    assert min(distance(named, words), distance(words, plain)) > 1e-3
+    assert torch.equal(picture(without), plain)
+    if regions:
+        assert distance(picture(mixed, own=f"<{name}>"), picture(without, own=f"<{name}>")) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["rex", "blueprint"])
+def test_f2_sibling_both_hosts_predict_negative_prompts_alike(studio, reference, mixed, name):
+    """One step from pure noise, guided, against the diffusers host."""
+    import comfy.sample
+
+    from continual_concepts.core.attention.token_lora import TokenLoraProcessor
+    from continual_concepts.core.sampling import sampling
+
+    negative, positive = mixed.parse(f"a photo of <{name}:0.6>"), mixed.parse("a photo of <mimi>")
+    ours = studio.regional(positive.text, bank=mixed, negative_scene=negative.text, steps=1, cfg=4.0)
+    ours = studio.model.model.process_latent_in(ours)
+    noise = comfy.sample.prepare_noise(studio.latent()["samples"], 1)
+    sigma = studio.model.model.model_sampling.sigma_max
+    settings_of = sampling.SampleSettings()
+    deltas = sampling.word_bound_deltas(reference, mixed, [positive], negative, settings_of)
+    contexts = (sampling.encode_negative(reference, mixed, negative, [positive], "sharp"),
+                sampling.encode(reference, mixed, [positive]))
+    epsilon = sampling.guided(reference, noise, 999, *contexts, 4.0, TokenLoraProcessor(deltas))
+    theirs = (1 + sigma**2).sqrt() * noise - sigma * epsilon
+    assert distance(ours, theirs) < 1e-4
