@@ -1,8 +1,8 @@
 """Measures whether photos are blurred, of one colour or nearly alike.
 
-The thresholds come from the 55 photos of the CIFC benchmark. Sharpness at 512 pixels was 0.06 to 0.26; blurred
-by 2 pixels, 91 % of them were below 0.03. Two photos of one concept had a similarity of at most 0.84; copies in
-half the size had 1.00, brighter ones or ones without a margin of 2 % had 0.90 to 1.00.
+The thresholds come from the 55 photos of the CIFC benchmark. Sharpness at 512 pixels was 0.06 to 0.26;
+blurred by 2 pixels, 91 % of them were below 0.03. Two photos of one concept had a similarity of at most 0.84;
+copies in half the size had 1.00, brighter ones or ones without a margin of 2 % had 0.90 to 1.00.
 """
 
 from __future__ import annotations
