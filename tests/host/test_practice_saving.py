@@ -171,3 +171,16 @@ def test_g7_sibling_loras_and_plain_models_tell_nothing(studio, stock, word_boun
     assert not hasattr(studio.model, "held") and not hasattr(studio.clip, "held")
     empty = studio.aggregate("a dog", ConceptBank(studio.bank.layout))
     assert empty[0] is studio.model and empty[1] is studio.clip
+
+
+def test_g7_the_sentence_is_shown_on_the_node_that_runs(pack, monkeypatch):
+    from comfy_execution.utils import CurrentNodeContext
+
+    from continual_concepts.nodes import progress
+
+    shown = []
+    monkeypatch.setattr(progress, "say", lambda node, text: shown.append((node, text)))
+    with CurrentNodeContext("prompt", "7"):
+        progress.tell("one sentence")
+    progress.tell("another, without a run")
+    assert shown == [("7", "one sentence"), (None, "another, without a run")]

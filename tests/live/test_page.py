@@ -194,3 +194,19 @@ def test_blueprints_open_and_become_the_nodes_that_they_hold(page, server, path,
         widgets = [one["name"] for one in node["inputs"] if "widget" in one]
         kept = [value for value in node["widgets_values"] if value != "fixed"]
         assert {name: sent[name] for name in widgets} == dict(zip(widgets, kept, strict=True))
+
+
+SET = "([name, value]) => app.extensionManager.setting.set(name, value)"
+GET = "name => app.extensionManager.setting.get(name)"
+
+
+def test_g14_a_page_begins_with_the_same_settings_whatever_was_set_before(open_page):
+    """The server keeps settings for all pages. A test that changed them made later ones fail."""
+    page = open_page()
+    changed = {"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": "light",
+               "LiteGraph.Canvas.MinFontSizeForLOD": 0}
+    for item in changed.items():
+        page.evaluate(SET, list(item))
+    page.wait_for_timeout(500)
+    later = open_page()
+    assert not [name for name, value in changed.items() if later.evaluate(GET, name) == value]
