@@ -56,7 +56,7 @@ $(READY): pyproject.toml setup.py
 $(OLDEST_READY): pyproject.toml setup.py
 	$(CHECK_PYTHON)
 	@echo "Setting up .venv-oldest. PyTorch is a large download: the first time takes some minutes."
-	@$(PYTHON) -m venv .venv-oldest
+	@$(PYTHON) -m venv --clear .venv-oldest
 	@$(OLDEST)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(OLDEST)/uv pip install --quiet --python $(OLDEST)/python --resolution lowest-direct --no-build \
 	  --requirements pyproject.toml --extra demo --extra test
