@@ -41,7 +41,10 @@ class BaseFolder:
         parts = (*_PARTS, "tokenizer_2") if self.has_two else _PARTS
         missing = [part for part in parts if not (self.path / part).is_dir()]
         if missing:
-            raise ConceptError(f"base '{path}' has no subfolder {', '.join(map(repr, missing))}; {_ALLOWED}")
+            inner = [*self.path.glob("*/unet"), *self.path.glob("snapshots/*/unet")]      # a hub's cache
+            hint = f"; did you mean '{inner[0].parent}'?" if inner else ""
+            raise ConceptError(f"base '{path}' has no subfolder {', '.join(map(repr, missing))}; {_ALLOWED}"
+                               f"{hint}")
         self.scheduler = self._config("scheduler/scheduler_config.json")
         self._check_unet(self._config("unet/config.json"), self._config("vae/config.json"))
         weights = [part for part in _WEIGHTS if part != "text_encoder_2" or self.has_two]

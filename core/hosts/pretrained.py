@@ -38,14 +38,11 @@ def load_pretrained(folder: Path, device: torch.device | str = "cpu",
 
     base = BaseFolder(folder)
     schedule = noise_schedule(base.scheduler, f"base '{folder}'")
+    text = [_text_encoder(base, "clip_l", CLIPTextModel, "", device, dtype)]
+    if base.has_two:
+        text.append(_text_encoder(base, "clip_g", CLIPTextModelWithProjection, "_2", device, dtype))
     unet = _loaded(UNet2DConditionModel, base, "unet", torch_dtype=dtype)
     vae = _loaded(AutoencoderKL, base, "vae")
-    encoders = [("clip_l", "", CLIPTextModel), ("clip_g", "_2", CLIPTextModelWithProjection)]
-    text = []
-    for name, suffix, kind in encoders[: 2 if base.has_two else 1]:
-        model = _loaded(kind, base, f"text_encoder{suffix}", torch_dtype=dtype).to(device)
-        text.append(ClipText(name, model, _tokenizer(base, f"tokenizer{suffix}", model),
-                             penultimate=base.has_two))
     _check_widths(base, unet, text)
     return DiffusersBackbone(unet.to(device), vae.to(device), tuple(text), schedule)
 
@@ -85,18 +82,22 @@ def _load_renamed(text_encoder: Any, folder: Path, suffix: str | None) -> list[s
     return [name for name in missing if not name.endswith("position_ids")]
 
 
-def _tokenizer(base: BaseFolder, part: str, model: Any) -> Any:
+def _text_encoder(base: BaseFolder, name: str, kind: Any, suffix: str, device: torch.device | str,
+                  dtype: torch.dtype) -> ClipText:
+    """Loads a text encoder and its tokenizer from `text_encoder` and `tokenizer` with this suffix."""
+    part = f"tokenizer{suffix}"
     try:
         tokenizer = load_tokenizer(base.path / part)
     except ConceptError:
         raise
     except Exception as error:      # transformers raises arbitrary exceptions for damaged files
         raise _unreadable(base, part, error) from error
+    model = _loaded(kind, base, f"text_encoder{suffix}", torch_dtype=dtype).to(device)
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise ConceptError(f"base '{base.path}': its {part} has {len(tokenizer)} tokens, and its text "
                            f"encoder knows {known}; they are not of one model")
-    return tokenizer
+    return ClipText(name, model, tokenizer, penultimate=base.has_two)
 
 
 def _check_widths(base: BaseFolder, unet: Any, text: list[ClipText]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import continual_concepts
 from continual_concepts.core import cli, versions
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.prompts import Vocabulary
@@ -234,6 +236,13 @@ def test_d3_sibling_parts_that_are_missing(base):
     assert "no subfolder 'unet', 'text_encoder', 'tokenizer'; allowed:" in refused(base)
 
 
+def test_d3_sibling_the_folder_around_a_base(base):
+    """As a hub's cache has it."""
+    inner = base.parent / "models--a--b" / "snapshots" / "0123abc"
+    shutil.move(base, inner)
+    assert refused(inner.parents[1]).endswith(f"; did you mean '{inner}'?")
+
+
 def test_d3_sibling_parts_that_are_empty(base):
     (base / "unet" / "config.json").write_text("[]")
     assert "unet/config.json holds no settings" in refused(base)
@@ -307,6 +316,12 @@ def test_d5_old_packages_are_refused_with_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "continual-concepts: these installed packages are too old: torch 2.3.1+cu121 (needed: 2.4 or newer), "
         "pillow 9.5.0 (needed: 10.3 or newer); upgrade them with pip in the Python that runs this"]
+
+
+def test_d5_sibling_comfyui_is_told_too(monkeypatch):
+    monkeypatch.setattr(versions, "version", lambda package: "1.0")
+    with pytest.raises(ConceptError, match="too old: torch 1.0 .needed: 2.4 or newer"):
+        asyncio.run(continual_concepts.comfy_entrypoint())
 
 
 @pytest.mark.parametrize("installed", ["2.4", "2.4.0", "2.4.0a0+5be2d1e", "2.11.0.dev20260101+cpu", "3"])
