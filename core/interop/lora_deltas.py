@@ -31,6 +31,7 @@ from .lora_names import (
     site_names,
 )
 
+MOST_ENTRIES = 1 << 33      # SDXL has less than half
 _ADDED = (LORA, LOHA, LOKR, DIFF)      # changes that are added to a weight; their size is known without it
 
 
@@ -111,6 +112,7 @@ class _Reader:
         self.forms: Counter[str] = Counter()
         self.alphas_of_zero = 0
         self.used_base = False
+        self.entries = 0
         self.configs: dict[str, None] = {}      # what was said about scales, once each
 
     def add(self, layer: Layer) -> None:
@@ -167,7 +169,12 @@ class _Reader:
             self.alphas_of_zero += alpha == 0
             return 1.0 if rank is None or alpha == 0 else alpha / rank
 
-        return change_of(form, layer.forms[form], scale, where)
+        change = change_of(form, layer.forms[form], scale, where)
+        self.entries += math.prod(change.shape)
+        if self.entries > MOST_ENTRIES:
+            raise ConceptError(f"{self.owner} changes more numbers than these models have; allowed: up to "
+                               f"{MOST_ENTRIES}")
+        return change
 
     def _weight(self, site: Site, projection: str, form: str) -> Tensor:
         if self.backbone is None:

@@ -25,7 +25,8 @@ from ..model.deltas import LowRankDelta
 from .lora_names import CUSTOM_DIFFUSION, DIFF, LOHA, LOKR, LORA
 
 MOST_RANK = 1024
-LARGEST_LAYER = 1 << 27      # entries; SDXL's largest layer has a quarter of it
+LARGEST_LAYER = 1 << 26      # entries; SDXL's largest layer is a vocabulary of almost this size
+_AT_ONCE = 1 << 22           # entries of a product that is only measured
 _NEEDED = {LORA: ("up", "down"), LOHA: ("w1_a", "w1_b", "w2_a", "w2_b"), DIFF: ("diff",),
            CUSTOM_DIFFUSION: ("weight",)}
 
@@ -43,6 +44,11 @@ class Matrix:
 
     def dense(self) -> Tensor:
         return self.left if self.right is None else self.left @ self.right
+
+    def rows(self, start: int, count: int) -> Tensor:
+        """Some rows, `[count, b]`."""
+        left = self.left[start:start + count]
+        return left if self.right is None else left @ self.right
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Two factors; one of them is an identity matrix if there were none."""
@@ -82,7 +88,10 @@ class Change:
         elif self.form == LOKR:
             total = self.first.energy() * self.second.energy()
         else:
-            total = float(torch.linalg.vector_norm(self.first.dense() * self.second.dense())) ** 2
+            a, b = self.shape
+            rows = max(1, _AT_ONCE // b)
+            total = sum(Matrix(self.first.rows(i, rows) * self.second.rows(i, rows)).energy()
+                        for i in range(0, a, rows))
         return self.scale**2 * total
 
     def delta(self) -> LowRankDelta:
@@ -180,8 +189,12 @@ def _product(left: Tensor, right: Tensor, where: str, core: Tensor | None = None
                            f"up to {MOST_RANK}")
     if core is None:
         return Matrix(left, right)
-    _check_size((left.shape[1], right.shape[1] * core[0, 0].numel()), where)
-    return Matrix(torch.einsum("ij...,ip,jr->pr...", core, left, right).flatten(1))
+    # an untrusted file must not make large intermediate results from small tensors
+    wide = right.shape[1] * core[0, 0].numel()
+    _check_size((core.shape[0], wide), where)
+    _check_size((left.shape[1], wide), where)
+    inner = torch.einsum("ij...,jr->ir...", core, right).flatten(1)
+    return Matrix(left.T.contiguous(), inner)
 
 
 def _kronecker_side(sides: Mapping[str, Tensor], name: str, where: str) -> Matrix:

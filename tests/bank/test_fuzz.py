@@ -12,6 +12,7 @@ import resource
 import struct
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,14 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import METADATA_KEY, open_bank, save_bank, verify_bank
 from continual_concepts.core.bank.prompts import Vocabulary, caption_with_placeholder
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.interop.importing import import_concept, read_embedding, read_lora
+from continual_concepts.core.interop.embedding_file import read_embedding
+from continual_concepts.core.interop.importing import import_concept
 from continual_concepts.core.interop.kohya import kohya_state
+from continual_concepts.core.interop.lora_file import read_lora
+from continual_concepts.core.interop.peft_config import HEADER
 from continual_concepts.core.regional.drawing import parse_regions
 from continual_concepts.core.training import checkpoint
+from continual_concepts.tests.lora_files import peft, written
 
 LONGEST, LARGEST = 5.0, 300 << 20      # seconds and bytes that one input may take
 VALUES = [None, True, -1, 0, 1.5, 2**31, 2**63, 10**30, float("nan"), float("inf"), "", "x", "../../etc",
@@ -164,6 +169,28 @@ def test_loras(bank, layout, tmp_path, trials):
 
     refused, read_well = survives(read, of_file(path.read_bytes(), path, None, trials(400, 20_000), 2))
     assert refused > 0 < read_well and read_lora      # an odd tensor more is left out, so some are read
+
+
+def test_loras_of_other_forms(layout, tmp_path, trials):
+    path = tmp_path / "some.safetensors"
+    config = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"to_k": 4}, "unet.peft_type": "LORA"}
+
+    def zeros(site: int, projection: str) -> torch.Tensor:
+        return torch.zeros(layout.sites[site].shape(projection))
+
+    encoders = [SimpleNamespace(name=name, ids=len, vectors=lambda ids, width=width: torch.ones(1, width))
+                for name, width in layout.text_widths]
+
+    def read(file) -> None:
+        import_concept("some", "dog", "object", layout, encoders, file, trigger="dog")
+
+    for seed, state in enumerate((written("loha", layout, zeros)[0], written("diff", layout, zeros)[0],
+                                  peft(layout, zeros, "unet.")[0])):
+        tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+        save_file(tensors, path, {HEADER: json.dumps(config)})
+        inputs = of_file(path.read_bytes(), path, HEADER, trials(150, 10_000), 20 + seed)
+        refused, read_well = survives(read, inputs)
+        assert refused > 0 < read_well
 
 
 def test_embeddings(layout, tmp_path, trials):

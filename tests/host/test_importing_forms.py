@@ -34,12 +34,17 @@ def base(studio):
     return ComfyBackbone(studio.model, studio.clip)
 
 
-@pytest.fixture(scope="module")
-def weight(base):
+def weights_of(base):
+    """The stored weights, by site and projection."""
     def of(site: int, projection: str) -> torch.Tensor:
         return base.sites.linear(base.layout.sites[site], projection).weight.detach().float().clone()
 
     return of
+
+
+@pytest.fixture(scope="module")
+def weight(base):
+    return weights_of(base)
 
 
 @pytest.fixture
@@ -112,3 +117,38 @@ def test_a_choice_among_adapters(studio, folder, base, weight):
     with pytest.raises(ConceptError, match="holds 2 adapters: mimi, rex; say with 'which'"):
         imported(studio, "two.safetensors")
     assert "100 %" in imported(studio, "two.safetensors", which="rex")[1]
+
+
+@pytest.mark.parametrize("form", ["loha_of_full_rank", "lokr_of_factors", "dora_of_columns"])
+def test_sdxl(pack, studio, folder, tiny_xl, form):
+    """The tiny SDXL, whose sites have other names in ComfyUI than in diffusers."""
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
+
+    small = type(studio)(pack, tiny_xl, None)
+    base = ComfyBackbone(small.model, small.clip)
+    state, _ = written(form, base.layout, weights_of(base))
+    save_file(state, folder / f"xl-{form}.safetensors")
+    positive, latent = small.encode(small.clip, "a red dog"), {"samples": torch.zeros(1, 4, 8, 8)}
+    ours, theirs, plain = (small.ksampler(model, positive, "", latent, steps=1, cfg=1.0) for model in (
+        imported(small, f"xl-{form}.safetensors")[0], loaded(small, f"xl-{form}.safetensors"), small.model))
+    assert distance(ours, theirs) < EXACT < distance(theirs, plain)
+
+
+@pytest.mark.parametrize("form", ["dora_of_columns", "lokr_with_dora"])
+def test_a_base_of_half_precision(pack, studio, folder, bank, monkeypatch, form):
+    """The weights that DoRA needs are read as the host computes with them."""
+    from continual_concepts.core.comfy import demo as module
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
+
+    config = module._unet_config()
+    monkeypatch.setattr(module, "_unet_config", lambda: config | {"dtype": torch.float16})
+    monkeypatch.setattr(module._Config, "manual_cast_dtype", torch.float32)
+    half = type(studio)(pack, module.load_demo(), bank)
+    base = ComfyBackbone(half.model, half.clip)
+    state, _ = written(form, base.layout, weights_of(base))
+    save_file(state, folder / f"half-{form}.safetensors")
+    positive = half.encode(half.clip, "a red dog")
+    ours, theirs = (half.ksampler(model, positive, "", steps=1, cfg=1.0) for model in (
+        imported(half, f"half-{form}.safetensors")[0], loaded(half, f"half-{form}.safetensors")))
+    print(distance(ours, theirs))
+    assert distance(ours, theirs) < EXACT
