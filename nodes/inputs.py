@@ -12,9 +12,9 @@ from ..core.settings import settings_of
 
 def first(value: Any) -> Any:
     """The value of an input that arrives as a list. Nodes that accept lists of pictures get all inputs as
-    lists.
+    lists, and as `(None,)` while another node has yet to give the value.
     """
-    return value[0] if isinstance(value, list) and value else value
+    return value[0] if isinstance(value, list | tuple) and value else value
 
 
 def lines_of(texts: Iterable[str] | None) -> list[str]:

@@ -57,7 +57,8 @@ def test_g12_sibling_ordinary_class_nouns_are_allowed(noun):
 
 
 def test_g12_sibling_names_from_other_nodes_wait_for_the_run(pack):
-    assert pack.ConceptLearner.validate_inputs(name=[None], class_noun=[None]) is True
+    waiting = (None,)      # what ComfyUI gives for an input that is linked
+    assert pack.ConceptLearner.validate_inputs(name=waiting, class_noun=waiting) is True
     assert pack.ConceptBankSave.validate_inputs(bank_name=None) is True
     assert "concept name '../x'" in pack.ConceptLearner.validate_inputs(name=["../x"], class_noun=["dog"])
 

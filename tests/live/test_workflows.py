@@ -315,6 +315,13 @@ def test_a_mistake_in_drawn_regions_stops_the_run_before_it_starts(server):
     assert "the prompt of region 1 is empty" in json.dumps(answer["node_errors"])
 
 
+def test_g12_sibling_a_name_from_another_node_waits_for_the_run(server):
+    graph = shortened(api_graph("Ten-second tour"))
+    (photos,), (learner,) = (nodes_of(graph, kind) for kind in ("ConceptDemoPhotos", "ConceptLearner"))
+    graph[learner]["inputs"]["class_noun"] = [photos, 2]
+    server.run(graph)
+
+
 def test_g9_the_page_gets_the_sentence_without_a_path(server):
     graph = shortened(api_graph("Ten-second tour"))
     (learner,) = nodes_of(graph, "ConceptLearner")
