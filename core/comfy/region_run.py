@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class RegionRun:
         word_bound: Concept -> its deltas, for the prompts of scene and regions.
         overlap: As in `regions.shares`.
         isolation: Share of the first steps with self-attention isolation.
+        base: The host's model, to see whether hooks change its weights during a sampling.
     """
 
     sites: UNetSites
@@ -61,17 +63,19 @@ class RegionRun:
     word_bound: Mapping[str, Deltas] = field(default_factory=dict)
     overlap: str = "average"
     isolation: float = 0.0
+    base: Any = None
     _frames: dict[tuple, RegionProcessor] = field(default_factory=dict)
     _crops: dict[tuple[int, ...], CropProcessor] = field(default_factory=dict)
     _rows: dict[tuple, Tensor] = field(default_factory=dict)
     _maps: Mapping[int, Tensor] = field(default_factory=dict)
+    _hooked: dict[tuple, bool] = field(default_factory=dict)      # whether hooks acted in the last call
 
     def __post_init__(self) -> None:
         self._scene_words = TokenLoraRun(self.word_bound)
 
     def begin(self) -> None:
         """Begins a sampling: nothing of an earlier one is used, because weights may have changed."""
-        self._frames, self._crops, self._rows, self._maps = {}, {}, {}, {}
+        self._frames, self._crops, self._rows, self._maps, self._hooked = {}, {}, {}, {}, {}
 
     def end(self) -> None:
         """Ends a sampling: frees the memory and keeps what the picture shows."""
@@ -89,7 +93,7 @@ class RegionRun:
         evaluated: Evaluated = options.get(EVALUATED) or Evaluated(size)
         concepts = self._scene_words.concepts(options, x)
         if marks is not None and evaluated.alone is not None:
-            if evaluated.alone not in self._crops:
+            if self._is_stale(evaluated.alone) or evaluated.alone not in self._crops:
                 self._crops[evaluated.alone] = self._crop_processor(evaluated.alone, x)
             crops = self._crops[evaluated.alone]
             crops.scene_concepts = concepts
@@ -123,7 +127,16 @@ class RegionRun:
             else:
                 regions = self.regions if area is None else regions_in(self.regions, frame, area)
                 self._frames[key] = self._frame_processor(size, regions, x)
+            self._is_stale(key)
+        elif self._is_stale(key):
+            self._frames[key].read_again()
         return self._frames[key]
+
+    def _is_stale(self, key: tuple) -> bool:
+        """Whether hooks may have changed the weights since the last call with this key."""
+        hooks = getattr(getattr(self.base, "current_patcher", None), "current_hooks", None)
+        had_hooks, self._hooked[key] = self._hooked.get(key, False), hooks is not None
+        return had_hooks or hooks is not None
 
     def _rows_of(self, halves: tuple[int, ...], x: Tensor) -> Tensor:
         """Half of guidance of each row, `[B]`. Calls of the same kind get the same tensor, because processors

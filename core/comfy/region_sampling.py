@@ -50,7 +50,7 @@ class ConceptPrompts:
 
     def __init__(self, clip, model, bank: ConceptBank, sites: UNetSites, strength: float = 1.0,
                  tell: Callable[[str], None] = log) -> None:
-        self._own, self.sites = token_lora_deltas(bank, strength), sites
+        self._own, self.sites, self.base = token_lora_deltas(bank, strength), sites, model.model
         self.known = KnownConcepts(bank, strength, concepts_in(model))
         self.clip = clip
         for known, _ in reversed(self.known.banks):
@@ -132,7 +132,8 @@ class ConceptPrompts:
                  for region, context in zip(regions, negatives, strict=True)]
         words = [learned_positions(self.clip, region.prompt) for region in regions]
         whole = Part(Context.cat([scene_negative, self._context(positive)]), scene)
-        return RegionRun(self.sites, whole, regions, parts, words, self.word_bound, overlap, isolation)
+        return RegionRun(self.sites, whole, regions, parts, words, self.word_bound, overlap, isolation,
+                         self.base)
 
     def found_regions(self, scene: str, deltas: Deltas, positive: Conditioning, negative: Conditioning,
                       negative_prompt: str = "") -> FoundRun:
@@ -146,7 +147,7 @@ class ConceptPrompts:
         whole = Part(Context.cat([scene_negative, self._context(positive)]), deltas)
         everywhere = [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in prompts]
         words = subject_of(self.clip, scene).concepts
-        return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound)
+        return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound, base=self.base)
 
     def _context(self, conditioning: Conditioning) -> Context:
         return context_of(conditioning, self.known.copies, tuple(self.word_bound))

@@ -93,9 +93,14 @@ class RegionProcessor(AttentionProcessor):
         self.progress, self.overlap, self.isolation = 0.0, overlap, isolation
         self.scene_concepts: TokenLora | None = None
         self._concepts_of_context = TokenLora(scene.word_bound, scene.context)
-        self.keys_values = keys_values_of(backbone, parts)
-        self._packed: dict[tuple, PackedKeysValues] = {}
+        self._backbone = backbone
+        self.read_again()
         self._covers: dict[tuple, Cover] = {}
+
+    def read_again(self) -> None:
+        """Computes the regions' keys and values anew, for a host that has changed its weights."""
+        self.keys_values = keys_values_of(self._backbone, self.parts)
+        self._packed: dict[tuple, PackedKeysValues] = {}
 
     def masks(self, grid: tuple[int, int]) -> Tensor:
         """`[U, h, w]` or `[U, b, h, w]` of the active regions, times their strengths; zeros for the others.

@@ -154,17 +154,40 @@ def test_regions_twice_are_refused(studio):
             call()
 
 
-def test_weight_hooks_act_in_regions(studio):
-    """A LoRA hook on the prompts changes the regions too."""
+@pytest.mark.parametrize("keyframes", [False, True])
+def test_weight_hooks_act_in_regions(studio, keyframes):
+    """A LoRA hook on the positive prompt alone, the same in every step or in the second half. A region over
+    everything is its prompt."""
     import comfy.hooks
 
-    model, positive, negative = applied(studio, studio.bank)
-    weights = model.model.state_dict()
-    key = next(key for key in weights if key.endswith("attn1.to_v.weight"))
-    (rows, columns), name = weights[key].shape, key.removesuffix(".weight")
-    lora = {f"{name}.lora_up.weight": 0.3 * torch.ones(rows, 1),
-            f"{name}.lora_down.weight": torch.ones(1, columns)}
+    positive, negative = (studio.encode(studio.clip, text) for text in ("a red ball", "blurry"))
+    weights = studio.model.model.state_dict()
+    lora = {}
+    for key in (key for key in weights if key.endswith("attn2.to_k.weight")):
+        (rows, columns), name = weights[key].shape, key.removesuffix(".weight")
+        random = torch.randn(rows + columns, generator=torch.manual_seed(3))
+        lora |= {f"{name}.lora_up.weight": 0.5 * random[:rows, None],
+                 f"{name}.lora_down.weight": random[None, rows:]}
     hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
-    hooked = [comfy.hooks.set_hooks_for_conditioning(prompt, hooks) for prompt in (positive, negative)]
-    plain, found = studio.ksampler(model, positive, negative), studio.ksampler(model, *hooked)
-    assert torch.isfinite(found).all() and distance(found, plain) > 1e-3
+    if keyframes:
+        frames = comfy.hooks.HookKeyframeGroup()
+        for strength, start in ((0.0, 0.0), (1.0, 0.4)):
+            frames.add(comfy.hooks.HookKeyframe(strength, start_percent=start))
+        hooks.set_keyframes_on_hooks(frames)
+    hooked = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
+    expected = studio.ksampler(studio.model, hooked, negative, steps=4)
+    assert distance(expected, studio.ksampler(studio.model, positive, negative, steps=4)) > 1e-2
+    model, ours, theirs = studio.apply_regions([studio.region("a red ball")], positive, negative)
+    ours = comfy.hooks.set_hooks_for_conditioning(ours, hooks)
+    assert distance(studio.ksampler(model, ours, theirs, steps=4), expected) < 1e-3
+
+
+def test_windows_of_a_batch(studio):
+    """A node that evaluates a long batch in windows."""
+    windows = pytest.importorskip("comfy_extras.nodes_context_windows")
+    model, positive, negative = applied(studio, studio.bank)
+    latent = studio.latent(4)
+    whole = studio.ksampler(model, positive, negative, latent, steps=2)
+    node = windows.ContextWindowsManualNode
+    windowed = node.execute(model, 2, 0, "standard_static", 1, False, "flat", 0, False)[0]
+    assert distance(studio.ksampler(windowed, positive, negative, latent, steps=2), whole) < 1e-3
