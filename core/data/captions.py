@@ -32,6 +32,11 @@ class Caption:
     text: str
     file: Path
 
+    def named(self, photo: Path) -> str:
+        """The caption of a photo, for messages."""
+        return f"the caption of '{photo.name}' in '{self.file}'" if self.file.suffix.lower() in TABLES \
+            else f"the caption '{self.file}'"
+
 
 @dataclass
 class Found:
@@ -66,31 +71,35 @@ def decoded(data: bytes, file: Path) -> str:
 def _text_of(file: Path) -> str:
     with file.open("rb") as opened:
         data = opened.read(4 * LONGEST_CAPTION + 5)      # a character has up to 4 bytes
-    if len(data) > 4 * LONGEST_CAPTION + 4:
-        _refuse_long(file)
-    return checked(decoded(data, file), file)
+    is_whole = len(data) <= 4 * LONGEST_CAPTION + 4
+    return _checked(decoded(data, file) if is_whole else " " * len(data), f"the caption '{file}'")
 
 
-def checked(text: str, file: Path) -> str:
+def _checked(text: str, what: str) -> str:
     """A caption without space around it. Raises ConceptError if it is too long."""
     if len(text) > LONGEST_CAPTION:
-        _refuse_long(file)
+        raise ConceptError(f"{what} is longer than {LONGEST_CAPTION} characters, the most that is allowed")
     return text.strip()
 
 
-def _refuse_long(file: Path) -> None:
-    raise ConceptError(f"the caption '{file}' is longer than {LONGEST_CAPTION} characters, the most that is "
-                       "allowed")
+Rank = tuple[int, int]      # how well a name fits a photo, smaller is better
 
 
-def matches(base: str, photo: Path) -> tuple[int, int] | None:
-    """How well a name fits a photo, smaller is better: first the case of letters, then whether it is the
-    photo's name without or with its suffix. None if it does not fit."""
-    for ignores_case in (False, True):
-        for with_suffix, name in enumerate((photo.stem, photo.name)):
-            if base == name or (ignores_case and base.casefold() == name.casefold()):
-                return int(ignores_case), with_suffix
-    return None
+class PhotoNames:
+    """Photos by name, without and with their suffix, in any case of letters."""
+
+    def __init__(self, photos: Iterable[Path]) -> None:
+        self._photos: dict[str, list[Path]] = {}
+        for photo in photos:
+            for name in (photo.stem, photo.name):
+                self._photos.setdefault(name.casefold(), []).append(photo)
+
+    def ranked(self, name: str) -> list[tuple[Rank, Path]]:
+        """The photos that a name fits. Equal case of letters ranks first, then a name without suffix."""
+        def rank(photo: Path) -> Rank:
+            return int(name not in (photo.stem, photo.name)), int(name.casefold() != photo.stem.casefold())
+
+        return [(rank(photo), photo) for photo in self._photos.get(name.casefold(), ())]
 
 
 def find_captions(photos: Sequence[Path], files: Iterable[Path]) -> Found:
@@ -112,27 +121,39 @@ def find_captions(photos: Sequence[Path], files: Iterable[Path]) -> Found:
     """
     files = sorted(files)
     found = Found()
+    names = PhotoNames(photos)
     texts = [file for file in files if file.suffix.lower() in TEXTS]
-    losers: dict[Path, str] = {}
-    for photo in photos:
-        ranked = sorted((rank[0], rank[1], TEXTS.index(file.suffix.lower()), file.name, file)
-                        for file in texts
-                        if (rank := matches(file.stem, photo)) is not None)
-        if ranked:
-            file = ranked[0][-1]
-            found.of[photo] = Caption(_text_of(file), file)
-            losers |= {other[-1]: f"'{photo.name}' has its caption from '{file.name}'"
-                       for other in ranked[1:]}
-    chosen = {caption.file for caption in found.of.values()}
-    for file in texts:
-        if file not in chosen:
-            found.unused[file] = losers.get(file, "a text, but no photo has this name")
+    fits = [(photo, (*rank, TEXTS.index(file.suffix.lower())), file) for file in texts
+            for rank, photo in names.ranked(file.stem)]
+    chosen, found.unused = choose(texts, fits, "caption", "a text, but no photo has this name")
+    found.of = {photo: Caption(_text_of(file), file) for photo, file in chosen.items()}
     for file in (file for file in files if file.suffix.lower() in TABLES):
-        _add_table(found, photos, file)
+        _add_table(found, names, file)
     return found
 
 
-def _add_table(found: Found, photos: Sequence[Path], file: Path) -> None:
+def choose(files: Iterable[Path], fits: Iterable[tuple[Path, tuple[int, ...], Path]], what: str,
+           reason: str) -> tuple[dict[Path, Path], dict[Path, str]]:
+    """Chooses the best file for each photo.
+
+    Args:
+        fits: photo, rank, and a file that fits it.
+        what, reason: What the files are, and why they are not used if they fit no photo; for the report.
+
+    Returns:
+        photo -> file, and file -> why it is not used.
+    """
+    chosen: dict[Path, Path] = {}
+    losers: dict[Path, str] = {}
+    for photo, _, file in sorted(fits):
+        best = chosen.setdefault(photo, file)
+        if best != file:
+            losers[file] = f"'{photo.name}' has its {what} from '{best.name}'"
+    used = set(chosen.values())
+    return chosen, {file: losers.get(file, reason) for file in files if file not in used}
+
+
+def _add_table(found: Found, names: PhotoNames, file: Path) -> None:
     """Adds the captions of one table for photos that have none yet."""
     is_named = file.name.lower() in NAMED_TABLES
     try:
@@ -145,7 +166,7 @@ def _add_table(found: Found, photos: Sequence[Path], file: Path) -> None:
     absent, lost, used = [], [], 0
     for name, text in rows:
         last = name.replace("\\", "/").rpartition("/")[2]
-        ranks = [(rank, photo) for photo in photos if (rank := matches(last, photo)) is not None]
+        ranks = names.ranked(last)
         best = min((rank[0] for rank, _ in ranks), default=0)
         owners = [photo for rank, photo in ranks if rank[0] == best]
         used += bool(owners)
@@ -153,7 +174,7 @@ def _add_table(found: Found, photos: Sequence[Path], file: Path) -> None:
         for photo in owners:
             present = found.of.get(photo)
             if present is None:
-                found.of[photo] = Caption(checked(text, file), file)
+                found.of[photo] = Caption(_checked(text, f"the caption of '{photo.name}' in '{file}'"), file)
             elif present.text != text.strip():
                 lost.append(f"'{photo.name}' has its caption from '{present.file.name}'")
     if not used:

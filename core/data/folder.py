@@ -27,7 +27,7 @@ from .masks import find_masks, masks_among, read_mask
 from .pictures import Deferred, Picture, photo_digest, prior_caption
 from .quality import measure
 from .reading import SUFFIXES, Shape, is_picture, read_photo, why_unreadable
-from .report import PhotoFacts, Report, Skipped, Warning, counted, listed, small_mask
+from .report import PhotoFacts, PhotoWarning, Report, Skipped, counted, listed, small_mask
 
 DEFERRED = 2_000_000      # photos of more pixels are read again when they are framed, to save memory
 
@@ -84,7 +84,7 @@ def _read_subfolders(folder: Path, is_prior: bool, class_noun: str, resolution: 
     facts: list[PhotoFacts] = []
     skipped = [Skipped(path.name, "a subfolder without pictures" if path.is_dir() else "not in a subfolder")
                for path in entries(folder) if path not in parts]
-    warnings: list[Warning] = []
+    warnings: list[PhotoWarning] = []
     for part in parts:
         read = _Reader(part, pictures_in(part), None, None, is_prior, class_noun, resolution,
                        repeats_of(part)).read()
@@ -220,7 +220,7 @@ class _Reader:
                            self._named(mask_file) if mask_file is not None else "", self.repeats,
                            ", ".join(filter(None, notes)), mask_shown)
         return Picture(source, learned_text, mask, self.is_prior, digest, f"the picture '{path}'",
-                       f"the caption '{caption.file}'" if caption is not None else "", self.repeats), facts
+                       caption.named(path) if caption is not None else "", self.repeats), facts
 
     def _named(self, file: Path) -> str:
         """A file's name for the report: relative to the folder of the photos if it is inside."""
@@ -250,14 +250,14 @@ class _Reader:
             return "not a file"
         return why_unreadable(path.name) or "neither a picture nor a caption"
 
-    def _warnings(self) -> Iterable[Warning]:
+    def _warnings(self) -> Iterable[PhotoWarning]:
         """Photos without captions or masks where others have some."""
         for kind, found, text in (("caption", self.captions, "no caption; the others do"),
                                   ("mask", self.masks, "no mask and will be learned whole")):
             bare = tuple(i for i, photo in enumerate(self.photos) if photo not in found.of)
             if found.of and bare:
                 names = listed(self.photos[i].name for i in bare)
-                yield Warning(kind, f"{names} {'has' if len(bare) == 1 else 'have'} {text}", bare)
+                yield PhotoWarning(kind, f"{names} {'has' if len(bare) == 1 else 'have'} {text}", bare)
 
 
 def _levels_of(path: Path) -> Tensor:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import ConceptError
-from .captions import Found, matches
+from .captions import Found, PhotoNames, choose
 from .reading import TURNS, Shape, eight_bits, has_alpha, opened_picture
 
 # endings of a mask's name, beside its photo or in a folder of masks
@@ -29,11 +29,10 @@ def owner_name(path: Path) -> str:
 
 def masks_among(files: Sequence[Path]) -> list[Path]:
     """The masks in a folder of photos: files that are named like the mask of another file."""
-    def owner(mask: Path) -> bool:
-        return any(matches(owner_name(mask), photo) for photo in files if photo != mask)
-
+    names = PhotoNames(files)
     return [file for file in files if owner_name(file)
-            and (owner(file) or any(file.stem.lower().endswith(ending) for ending in SURE_ENDINGS))]
+            and (names.ranked(owner_name(file))
+                 or any(file.stem.lower().endswith(ending) for ending in SURE_ENDINGS))]
 
 
 def find_masks(photos: Sequence[Path], files: Iterable[Path]) -> Found:
@@ -42,22 +41,10 @@ def find_masks(photos: Sequence[Path], files: Iterable[Path]) -> Found:
     Returns:
         `of`: photo -> mask file.
     """
-    files = sorted(files)
-    found = Found()
-    losers: dict[Path, str] = {}
-    for photo in photos:
-        ranked = sorted((rank, file.name, file) for file in files
-                        for base in (file.stem, owner_name(file))
-                        if base and (rank := matches(base, photo)) is not None)
-        if ranked:
-            found.of[photo] = ranked[0][-1]
-            losers |= {other[-1]: f"'{photo.name}' has its mask from '{ranked[0][-1].name}'"
-                       for other in ranked[1:]}
-    chosen = set(found.of.values())
-    for file in files:
-        if file not in chosen:
-            found.unused[file] = losers.get(file, "a mask, but no photo has this name")
-    return found
+    files, names = sorted(files), PhotoNames(photos)
+    fits = [(photo, rank, file) for file in files for base in (file.stem, owner_name(file)) if base
+            for rank, photo in names.ranked(base)]
+    return Found(*choose(files, fits, "mask", "a mask, but no photo has this name"))
 
 
 def _to_grey(image: Image.Image) -> Image.Image:

@@ -76,10 +76,13 @@ def _array(image: Image.Image) -> np.ndarray:
 def alike(qualities: Sequence[Quality]) -> list[list[int]]:
     """Groups of photos that are nearly alike, each as indices in order; photos of one colour are left out."""
     usable = [i for i, quality in enumerate(qualities) if quality.sharpness is not None]
+    if not usable:
+        return []
+    patterns = torch.stack([qualities[i].pattern for i in usable])
     group = {i: [i] for i in usable}
-    for position, i in enumerate(usable):
-        for j in usable[:position]:
-            if group[i] is not group[j] and float(qualities[i].pattern @ qualities[j].pattern) >= ALIKE:
-                merged = sorted(group[i] + group[j])
-                group |= dict.fromkeys(merged, merged)
+    for row, column in (patterns @ patterns.T >= ALIKE).triu(1).nonzero().tolist():
+        i, j = usable[row], usable[column]
+        if group[i] is not group[j]:
+            merged = sorted(group[i] + group[j])
+            group |= dict.fromkeys(merged, merged)
     return [members for i, members in group.items() if members[0] == i and len(members) > 1]

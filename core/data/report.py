@@ -69,11 +69,11 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Warning:  # noqa: A001 - the word of this page
+class PhotoWarning:
     """Something that may spoil what is learned.
 
-    kind: "few", "duplicate", "alike", "small", "blurred", "flat", "bank" or "other"; text: a sentence;
-    photos: indices of the photos that it is about.
+    kind: "few", "duplicate", "alike", "small", "blurred", "flat", "bank", "caption", "mask" or "prior"; text:
+    a sentence; photos: indices of the photos that it is about.
     """
 
     kind: str
@@ -87,7 +87,7 @@ class Report:
 
     photos: tuple[PhotoFacts, ...]
     skipped: tuple[Skipped, ...] = ()
-    warnings: tuple[Warning, ...] = ()
+    warnings: tuple[PhotoWarning, ...] = ()
     what: str = "photo"      # or "prior picture"
 
     def checked(self, resolution: int | None = None, enlarges: bool = True,
@@ -159,11 +159,12 @@ def report_of(pictures: Sequence[Picture], resolution: int | None = None, what: 
     return Report(tuple(facts), what=what)
 
 
-def prior_warnings(composition: Composition) -> list[Warning]:
+def prior_warnings(composition: Composition) -> list[PhotoWarning]:
     """A warning if prior pictures have no effect with a method of this composition."""
     if composition != WORDS:
         return []
-    return [Warning("prior", "prior pictures have no effect on a word-bound concept: it acts through its own "
+    return [PhotoWarning("prior",
+                         "prior pictures have no effect on a word-bound concept: it acts through its own "
                     "words alone, so its class noun keeps its meaning without them")]
 
 
@@ -178,44 +179,45 @@ def listed(names: Iterable[str]) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
-def _few(report: Report) -> list[Warning]:
+def _few(report: Report) -> list[PhotoWarning]:
     count = len(report.photos)
     if count >= FEWEST or report.what != "photo":
         return []
-    return [Warning("few", f"{counted(count, 'photo')} {'is' if count == 1 else 'are'} few; with 3 to 10 in "
+    return [PhotoWarning("few",
+                         f"{counted(count, 'photo')} {'is' if count == 1 else 'are'} few; with 3 to 10 in "
                     "different places the concept is not confused with its background")]
 
 
-def _duplicates(photos: Sequence[PhotoFacts]) -> list[Warning]:
+def _duplicates(photos: Sequence[PhotoFacts]) -> list[PhotoWarning]:
     same: dict[str, list[int]] = {}
     for i, photo in enumerate(photos):
         same.setdefault(photo.digest or f"photo {i}", []).append(i)
     warnings = []
     for group in same.values():
         if len(group) > 1:
-            warnings.append(Warning("duplicate",
+            warnings.append(PhotoWarning("duplicate",
                                     f"{listed(photos[i].name for i in group)} are the same picture; it "
                                     f"counts {len(group)} times", tuple(group)))
     for group in alike([photo.quality for photo in photos]):
         if len({photos[i].digest for i in group}) > 1:
-            warnings.append(Warning("alike",
+            warnings.append(PhotoWarning("alike",
                                     f"{listed(photos[i].name for i in group)} are nearly alike; such "
                                     "photos teach little more than one of them", tuple(group)))
     return warnings
 
 
-def _small(photos: Sequence[PhotoFacts], resolution: int | None) -> list[Warning]:
+def _small(photos: Sequence[PhotoFacts], resolution: int | None) -> list[PhotoWarning]:
     small = [i for i, photo in enumerate(photos)
              if resolution and min(photo.width, photo.height) * ENLARGED < resolution]
     if not small:
         return []
     names = listed(f"{photos[i].name} ({photos[i].width}x{photos[i].height})" for i in small)
-    return [Warning("small",
+    return [PhotoWarning("small",
                     f"{names} {'is' if len(small) == 1 else 'are'} small for the resolution {resolution} "
                     "and will be enlarged", tuple(small))]
 
 
-def _blurred(photos: Sequence[PhotoFacts]) -> list[Warning]:
+def _blurred(photos: Sequence[PhotoFacts]) -> list[PhotoWarning]:
     warnings = []
     for kind, chosen, text in (
             ("blurred", lambda s: s is not None and s < BLURRED, "blurred; the concept will be drawn so"),
@@ -223,18 +225,18 @@ def _blurred(photos: Sequence[PhotoFacts]) -> list[Warning]:
         found = tuple(i for i, photo in enumerate(photos) if chosen(photo.quality.sharpness))
         if found:
             names = listed(photos[i].name for i in found)
-            warnings.append(Warning(kind, f"{names} {'is' if len(found) == 1 else 'are'} {text}", found))
+            warnings.append(PhotoWarning(kind, f"{names} {'is' if len(found) == 1 else 'are'} {text}", found))
     return warnings
 
 
-def _known(photos: Sequence[PhotoFacts], infos: Mapping[str, ConceptInfo], but: str) -> list[Warning]:
+def _known(photos: Sequence[PhotoFacts], infos: Mapping[str, ConceptInfo], but: str) -> list[PhotoWarning]:
     warnings = []
     for name, info in infos.items():
         images = set(info.provenance.images)
         found = tuple(i for i, photo in enumerate(photos) if photo.digest and photo.digest in images)
         if found and name != but:
             which = listed(photos[i].name for i in found)
-            warnings.append(Warning("bank",
+            warnings.append(PhotoWarning("bank",
                                     f"{which} {'is' if len(found) == 1 else 'are'} in the bank already, "
                                     f"learned as <{name}>", found))
     return warnings

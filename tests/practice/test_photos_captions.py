@@ -75,6 +75,12 @@ def test_a2_sibling_a_damaged_table_is_refused_by_name(tmp_path):
     assert "metadata.jsonl" in refusal(lambda: read_folder(tmp_path))
 
 
+def test_a2_sibling_a_caption_of_a_book_in_a_table(tmp_path):
+    photo(tmp_path / "a.jpg")
+    (tmp_path / "captions.json").write_text(json.dumps({"a": "dog " * 2000}))
+    assert "'a.jpg'" in (said := refusal(lambda: read_folder(tmp_path))) and "5000 characters" in said
+
+
 # A3
 
 
@@ -153,7 +159,7 @@ def test_f4_a_caption_that_names_an_unknown_concept_is_named(photos, learn):
 
 def test_f4_sibling_in_a_table_and_in_prior_captions(photos, learn, tmp_path):
     (photos / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "<nobody>"}')
-    assert "metadata.jsonl" in learn(photos).sentence
+    assert "the caption of '1.png' in '" in (said := learn(photos).sentence) and "metadata.jsonl" in said
     (photos / "metadata.jsonl").unlink()
     photo(tmp_path / "prior" / "a.png")
     (tmp_path / "prior" / "a.txt").write_text("a <nobody>")
