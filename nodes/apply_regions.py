@@ -9,6 +9,7 @@ from ..core.regional.noise import NoiseSettings
 from ..core.regional.regions import OVERLAPS
 from ..core.sampling.settings import SampleSettings
 from . import types
+from .progress import tell
 from .schema import ADVANCED, Schema
 
 
@@ -97,7 +98,7 @@ class ConceptRegionsApply(io.ComfyNode):
         settings = SampleSettings(
             noise=NoiseSettings(crop_denoising=solo), overlap=overlap, isolation=isolation
         )
-        applied = apply_regions(model, clip, positive, negative, regions or [], settings)
+        applied = apply_regions(model, clip, positive, negative, regions or [], settings, tell)
         return io.NodeOutput(applied.model, applied.positive, applied.negative)
 
 

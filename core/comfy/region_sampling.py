@@ -235,7 +235,7 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
         model, carried = without_prompt_activated(model, sites)
         run = prompts.regions(added([deltas, carried]), positive, negative, regions, settings.overlap,
                               settings.isolation, negative_prompt)
-        return _with_regions(Prepared(model, positive, negative, run), run, settings.noise)
+        return _with_regions(Prepared(model, positive, negative, run), run, settings.noise, tell)
     if find_regions and prompts.named(scene.prompt):
         model, carried = without_prompt_activated(model, sites)
         found_run = prompts.found_regions(scene.prompt, added([deltas, carried]), positive, negative,
@@ -249,36 +249,39 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
 
 
 def apply_regions(model, clip, positive: Conditioning, negative: Conditioning | None,
-                  regions: Sequence[Region], settings: SampleSettings) -> Prepared:
+                  regions: Sequence[Region], settings: SampleSettings,
+                  tell: Callable[[str], None] = log) -> Prepared:
     """Regions for any sampler: MODEL and CONDITIONINGs that any number of samplings may use, at any size.
 
     Args:
         model, clip: With concepts or without; neither is changed.
         positive, negative: The prompts of the whole picture; negative None = an empty one.
         settings: Only crop denoising, overlap and isolation are used.
+        tell: Takes notes on the prompts and on crop denoising.
 
     Raises:
         ConceptError: The model has regions already, or a region names a concept that the model does not hold.
     """
     regions = [region for region in regions if region.strength > 0]
     sites = find_sites(model, text_widths(clip))
-    prompts = ConceptPrompts(clip, model, ConceptBank(sites.layout), sites)
+    prompts = ConceptPrompts(clip, model, ConceptBank(sites.layout), sites, 1.0, tell)
     negative = prompts.encode("") if negative is None else negative
     if not regions:
         return Prepared(model, positive, negative)
     refuse_regions(model)
     model, carried = without_prompt_activated(model, sites)
     run = prompts.regions(carried, positive, negative, regions, settings.overlap, settings.isolation)
-    return _with_regions(Prepared(model, positive, negative, run), run, settings.noise)
+    return _with_regions(Prepared(model, positive, negative, run), run, settings.noise, tell)
 
 
-def _with_regions(prepared: Prepared, run: RegionRun, noise: NoiseSettings) -> Prepared:
+def _with_regions(prepared: Prepared, run: RegionRun, noise: NoiseSettings,
+                  tell: Callable[[str], None]) -> Prepared:
     model, prompts = prepared.model, [*prepared.positive, *prepared.negative]
     whole = whole_frame_things(model.model_options, model.model, [extra for _, extra in prompts])
     if whole and noise.is_on and noise.area == "crop":
         raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, "
                            "which belongs to the whole picture; choose noise_area 'frame'")
-    return Prepared(with_regions(model, run, noise), marked(prepared.positive, 1),
+    return Prepared(with_regions(model, run, noise, tell), marked(prepared.positive, 1),
                     marked(prepared.negative, 0), run)
 
 

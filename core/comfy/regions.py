@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import comfy.model_base
@@ -15,6 +15,7 @@ from ..regional.noise import NoiseSettings
 from ..regional.regions import Region, pooled_of
 from ..sampling.denoise import RegionSteps
 from .apply import KEY, Wrappers, progress_of, with_processor
+from .concept_clip import log
 from .prompt_marks import MARKS, is_marked
 from .region_run import EVALUATED, Evaluated, FoundRun, RegionRun
 from .sites import ReplaceSelf
@@ -26,12 +27,17 @@ _WHOLE_FRAME = ("control", "mask", "area", "gligen", "concat_latent_image")     
 _log = logging.getLogger(__name__)
 
 
-def with_regions(model, run: RegionRun, noise: NoiseSettings):
-    """Returns a clone of MODEL that samples with regions, with one evaluation per step. `noise` adds other
-    steps, see sampling.denoise. Regions act on conditionings with a mark, see prompt_marks.
+def with_regions(model, run: RegionRun, noise: NoiseSettings, tell: Callable[[str], None] = log):
+    """Returns a clone of MODEL that samples with regions, with one evaluation per step. Regions act on
+    conditionings with a mark, see prompt_marks.
+
+    Args:
+        run: Where, when and how regions act.
+        noise: Adds other steps, see sampling.denoise.
+        tell: Takes a note where crop denoising cannot be used.
     """
     clone = with_processor(model, run.sites, run, self_attention=run.isolation > 0)
-    steps = _RegionSteps(run, noise)
+    steps = _RegionSteps(run, noise, tell)
     clone.add_wrapper_with_key(Wrappers.OUTER_SAMPLE, KEY, _Sampling(run, steps))
     clone.add_wrapper_with_key(Wrappers.CALC_COND_BATCH, KEY, steps)
     if steps.has_crops:
@@ -127,7 +133,8 @@ class _RegionSteps:
     frames only.
     """
 
-    def __init__(self, run: RegionRun, noise: NoiseSettings) -> None:
+    def __init__(self, run: RegionRun, noise: NoiseSettings, tell: Callable[[str], None]) -> None:
+        self.tell = tell
         self.has_crops = noise.is_on or noise.crop_denoising > 0
         self._with_crops = RegionSteps(run.regions, noise, run.overlap)
         self._without_crops = RegionSteps(run.regions, replace(noise, crop_denoising=0.0), run.overlap)
@@ -137,8 +144,8 @@ class _RegionSteps:
         """Begins a sampling. whole: What only fits the whole frame; turns crop denoising off."""
         self._steps = self._without_crops if whole else self._with_crops
         if whole and self._with_crops.noise.crop_denoising > 0:
-            _log.warning("Crop denoising is off: the prompt or the model carries %s, which belongs to the "
-                         "whole picture.", whole[0])
+            self.tell(f"crop denoising is off: the prompt or the model carries {whole[0]}, which belongs to "
+                      "the whole picture")
         skipped = _skipped_on_crops(model_options)
         if skipped and self.has_crops:
             _log.info("Regions that are denoised alone bypass other nodes' wrappers of the model: %s.",

@@ -177,7 +177,7 @@ def test_g2_sibling_guidance_from_the_models_own_attention_turns_crops_off(studi
     with_crops, without = (studio.regional(SCENE, halves(studio), studio.bank, model=model, steps=2,
                                            solo=solo) for solo in (0.5, 0.0))
     assert torch.equal(with_crops, without)
-    assert "Crop denoising is off: the prompt or the model carries another node's self-attention" in (
+    assert "crop denoising is off: the prompt or the model carries another node's self-attention" in (
         caplog.text)
 
 
