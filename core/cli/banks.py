@@ -84,6 +84,9 @@ def _import(options: Namespace) -> Result:
     options.noun = check_class_noun(options.noun)
     file = check_output(options.bank, "bank")
     stored = open_bank(file) if file.exists() else None
+    if stored is not None and options.name in stored:
+        raise ConceptError(f"the bank already holds a concept '{options.name}'; choose another name or "
+                           "remove it first")
     sources = read_sources(options.lora, options.embedding, options.which)      # before the base is loaded
     backbone = backbones.load_backbone(options)
     bank = stored or ConceptBank(backbone.layout)
@@ -102,9 +105,17 @@ def _changed(bank: ConceptBank, file: Path, change: str) -> Result:
 
 def _merge(options: Namespace) -> Result:
     check_output(options.output, "bank")
-    bank = open_bank(options.bank)
-    merged = change_bank(options.output, lambda _: bank.merge(open_bank(options.other)))
-    return _changed(merged, options.output, "merged")
+    merged = open_bank(options.bank).merge(open_bank(options.other))
+
+    def change(stored: ConceptBank | None) -> ConceptBank:
+        lost = [name for name in (stored.names if stored is not None else ()) if name not in merged]
+        if lost:
+            names = ", ".join(f"<{name}>" for name in lost)
+            raise ConceptError(f"the bank '{options.output}' holds {names}, which the merged bank lacks; "
+                               "choose another --output")
+        return merged
+
+    return _changed(change_bank(options.output, change), options.output, "merged")
 
 
 def _change(file: Path, change: Callable[[ConceptBank], ConceptBank]) -> ConceptBank:

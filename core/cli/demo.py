@@ -15,12 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..bank.bank import ConceptBank
-from ..bank.format import save_bank
-from ..bank.store import saved_elsewhere
+from ..bank.store import change_bank, saved_elsewhere
 from ..data.assignment import Assignment
 from ..demo.base import load_base
 from ..demo.judges import SceneEncoder, assignment
-from ..errors import WriteError
+from ..errors import ConceptError
 from ..evaluation import metrics
 from ..evaluation.protocol import Record, run_sequence
 from ..files import check_output, check_output_folder, write_atomically
@@ -177,8 +176,8 @@ def run(output: Path) -> dict:
     }
     output.mkdir(parents=True, exist_ok=True)
     try:
-        save_bank(bank, output / "bank.safetensors")
-    except WriteError as error:
+        change_bank(output / "bank.safetensors", lambda _: bank)      # an earlier bank stays as a version
+    except ConceptError as error:
         raise saved_elsewhere(error, output / "bank.safetensors", bank) from error
     draw(output / "report.png", tasks, reference, records, composition)
     write_atomically(output / "report.json",

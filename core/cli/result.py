@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable
 
 from ..errors import ConceptError
 
 # A JSON value, and lines of text to print without --json. Notes of the value that are no lines go to stderr.
 Result = tuple[dict, list[str]]
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Prints a warning as one sentence, without the line of code that gave it."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def run(program: str, command: Callable, options: argparse.Namespace, stopped: str) -> int:
@@ -27,7 +33,9 @@ def run(program: str, command: Callable, options: argparse.Namespace, stopped: s
         Exit code 0; 1 with one sentence on stderr for bad input; 130 when interrupted.
     """
     try:
-        result = command(options)
+        with warnings.catch_warnings():      # which restores how warnings are shown
+            warnings.showwarning = _show_warning
+            result = command(options)
     except ConceptError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
