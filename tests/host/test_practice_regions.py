@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.sampling.settings import SampleSettings
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
 SCENE = "a photo in a meadow"
@@ -259,3 +260,27 @@ def test_g16_regions_for_any_sampler(studio):
     applied = studio.apply_regions(halves(studio), positive, studio.encode(clip, ""), model, clip)
     expected = studio.regional(NAMED, halves(studio), studio.bank, steps=2)
     assert torch.equal(studio.ksampler(*applied, steps=2), expected)
+
+
+def seen(studio, regions, **other):
+    """The attention maps behind the sampler's picture."""
+    from continual_concepts.core.comfy.region_sampling import Scene, prepare
+
+    settings = SampleSettings(**other)
+    ready = prepare(studio.model, studio.clip, studio.bank, Scene(SCENE), regions, (16, 16), settings)
+    studio.ksampler(ready.model, ready.positive, ready.negative, steps=2)
+    return ready.run.maps((16, 16))
+
+
+def test_g11_the_attention_picture_shows_words_where_they_act(studio):
+    left, right = seen(studio, halves(studio))
+    assert left[:, :8].max() > 0.99 and not left[:, 8:].any()
+    assert right[:, 8:].max() > 0.99 and not right[:, :8].any()
+
+
+def test_g11_sibling_covered_and_weak_regions(studio):
+    """A region under another one acts nowhere; a weak one is as dark as it acts."""
+    covered = seen(studio, [studio.region("<rex>"), studio.region("<mimi>", left=0.5)], overlap="priority")
+    assert covered[0].max() > 0.99 and not covered[1].any()
+    weak, = seen(studio, [studio.region("<rex>", strength=0.5)])
+    assert 0.4 < weak.max() <= 0.5
