@@ -12,6 +12,7 @@ from torch import Tensor
 from ..bank.bank import ConceptBank
 from ..bank.composition import Kind
 from ..bank.concepts import Concept
+from ..bank.hints import notes_on
 from ..bank.prompts import Prompt
 from ..bank.tokens import TokenGroup
 from ..conditioning.routing import MODES, SiteWeights, site_weights, weighted_deltas
@@ -81,7 +82,7 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
     outputs = [_lora(kind, bank, prompt, reading, words, factors) for kind in loras] if factors else []
     outputs += [_embedding(bank, word) for word in words] if "embedding" in formats else []
     paths = write_files(owner, outputs, Folders.of(folder, words_folder))
-    notes = _uses(prompt, loras, words, paths)
+    notes = notes_on(bank.vocabulary, [prompt]) + _uses(prompt, loras, words, paths)
     notes += [f"<{word.concept.name}>: {note}" for word in words for note in word.lost]
     if factors is not None:
         notes += _losses(bank, weights, prompt, mode, formats, factors)

@@ -86,6 +86,11 @@ def test_f3_a_name_without_brackets_is_told(run, learned, tmp_path):
     assert len(json.loads(shown.out)["notes"]) == 1 and not shown.err
 
 
+def test_f3_sibling_exports_for_a_prompt_tell(run, learned, tmp_path):
+    out = run("bank", "export", learned, "--prompt", "<rex> and <lora:rex:1>", "--output", tmp_path / "files")
+    assert out.code == 0 and "for the concept write <rex:1>" in out.out
+
+
 @pytest.mark.parametrize("prompt",
                          ["a photo of <rex>, rex is a dog", "a trex", "rex-like", "anorexia", "a dog"])
 def test_f3_sibling_no_note_where_there_is_nothing_to_say(prompt):
