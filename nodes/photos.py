@@ -17,6 +17,7 @@ from ..core.errors import ConceptError
 from ..core.images import to_tensor
 from . import types
 from .images import to_image
+from .progress import say
 from .schema import Schema
 
 EXAMPLES = "(example photos: rex)"
@@ -75,6 +76,7 @@ class ConceptPhotosLoad(io.ComfyNode):
                 io.String.Output(display_name="captions"),
                 io.Mask.Output(display_name="masks", is_output_list=True),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -92,6 +94,7 @@ class ConceptPhotosLoad(io.ComfyNode):
         captions = [" ".join(picture.caption.split()) for picture in photos.pictures]
         report = photos.report.checked()
         sheet = ui.PreviewImage(to_tensor(contact_sheet(report)), cls=cls).as_dict()
+        say(getattr(cls.hidden, "unique_id", None), "\n".join(report.lines(with_photos=False)))
         shown = {**sheet, "text": ("\n".join(report.lines()),)}
         return io.NodeOutput(images, captions_text(captions), masks, ui=shown)
 

@@ -24,6 +24,9 @@ OPTIONAL = {".avif": "pillow-avif-plugin", ".heic": "pillow-heif", ".heif": "pil
             ".hif": "pillow-heif",
             ".jxl": "pillow-jxl-plugin"}
 OPTIONAL_FORMATS = ("AVIF", "HEIF", "JXL")
+# how these files begin: bytes 8 to 12 after "ftyp", or the first bytes
+BRANDS = {**dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1"), ".heic"), b"avif": ".avif"}
+JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
 # pictures in formats that are never read
 OTHER_PICTURES = (".svg", ".psd", ".xcf", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
                   ".tga", ".ico", ".jp2", ".exr", ".hdr", ".eps", ".pdf", ".mp4", ".mov", ".webm")
@@ -157,6 +160,7 @@ def opened_picture(path: Path, what: str, convert: Callable[[Image.Image], Item]
     Raises:
         ConceptError: The file cannot be read or converted.
     """
+    _check_content(path, what)
     formats = (*FORMATS, *(name for name in OPTIONAL_FORMATS if name in Image.OPEN))
     try:
         with Image.open(path, formats=formats) as image:
@@ -174,6 +178,20 @@ def opened_picture(path: Path, what: str, convert: Callable[[Image.Image], Item]
         raise ConceptError(f"the {what} '{path}' cannot be read ({type(error).__name__}: {error})") from error
     raise ConceptError(f"the {what} '{path}' has {size}; allowed: up to {MOST_PIXELS // 10**6} million, make "
                        "it smaller")
+
+
+def _check_content(path: Path, what: str) -> None:
+    """Raises ConceptError for a picture that needs a package, whatever its name says: phones' HEIC pictures
+    are often named `.jpg`."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:      # opening the picture says why
+        return
+    suffix = BRANDS.get(start[8:12], "") if start[4:8] == b"ftyp" else ""
+    suffix = ".jxl" if start.startswith(JXL_STARTS) else suffix
+    if suffix and not _is_registered(suffix):
+        raise ConceptError(f"the {what} '{path}' cannot be read: {why_unreadable(f'a{suffix}')}")
 
 
 def _to_photo(image: Image.Image) -> Photo:

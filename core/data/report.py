@@ -121,10 +121,12 @@ class Report:
             reasons.setdefault(skipped.reason, []).append(skipped.name)
         return reasons
 
-    def lines(self) -> list[str]:
+    def lines(self, with_photos: bool = True) -> list[str]:
         """The report as lines of text: counts, photos, skipped files by reason, warnings."""
-        rows = [self.headline, *(f"  {photo.line()}" for photo in self.photos[:LISTED])]
-        rows += [f"  and {len(self.photos) - LISTED} more"] if len(self.photos) > LISTED else []
+        rows = [self.headline]
+        if with_photos:
+            rows += [f"  {photo.line()}" for photo in self.photos[:LISTED]]
+            rows += [f"  and {len(self.photos) - LISTED} more"] if len(self.photos) > LISTED else []
         rows += [f"  not used: {', '.join(names)}: {reason}" for reason, names in self.reasons().items()]
         return [*rows, *(f"  warning: {warning.text}" for warning in self.warnings)]
 

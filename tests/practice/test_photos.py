@@ -59,6 +59,15 @@ def test_a1_sibling_a_folder_of_heic_alone_says_why(tmp_path):
     assert "c.heic" in text and "pillow-heif" in text
 
 
+@pytest.mark.parametrize(("start", "package"), [
+    (b"\0\0\0\x18ftypheic", "pillow-heif"), (b"\xff\x0a\x7a\x1f", "pillow-jxl-plugin")])
+def test_a1_sibling_heic_that_is_named_jpg(tmp_path, monkeypatch, start, package):
+    """As phones and messengers send it."""
+    monkeypatch.setattr(reading, "_is_registered", lambda suffix: False)
+    (tmp_path / "a.jpg").write_bytes(start + bytes(64))
+    assert "a.jpg" in (said := refusal(lambda: read_folder(tmp_path))) and package in said
+
+
 def test_a1_sibling_raw_photos_and_other_files_are_named(tmp_path):
     photo(tmp_path / "a.png")
     for name in ("b.cr2", "notes.md", ".hidden.png", "Thumbs.db"):
