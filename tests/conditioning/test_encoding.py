@@ -259,3 +259,29 @@ def test_words_alone_are_those_of_prompts_of_their_own(tiny_backbone, tiny_sdxl,
         for name, states in zip(known.names, found, strict=True):
             context = encode(backbone, known, f"<{name}>")
             assert torch.allclose(states, context.hidden[0][:, list(context.words[0][name])], atol=1e-6)
+
+
+def test_weights_of_text_move_states_and_those_of_concepts_do_not(tiny_backbone, bank):
+    plain, empty = (encode(tiny_backbone, bank, text) for text in ("a red <rex> dog", ""))
+    groups = {concept.name: concept.tokens for concept in bank}
+    prompt = bank.parse("a (red:1.5) (<rex>:0.3) dog")
+    weighted = encode_prompts(tiny_backbone, [prompt], groups, by_strength={"rex"})
+    expected = plain.hidden.clone()
+    expected[:, :, 2] = (plain.hidden - empty.hidden)[:, :, 2] * 1.5 + empty.hidden[:, :, 2]
+    assert torch.allclose(weighted.hidden, expected, atol=1e-6)
+    assert weighted.strengths == ({"rex": (0.3, 0.3)},) and weighted.words == plain.words
+    as_text = encode_prompts(tiny_backbone, [prompt], groups)
+    assert not as_text.strengths and not torch.allclose(as_text.hidden[:, :, 3:5], expected[:, :, 3:5])
+
+
+def test_strengths_follow_rows_and_repetition(tiny_backbone, bank):
+    groups = {concept.name: concept.tokens for concept in bank}
+    weighted = encode_prompts(tiny_backbone, [bank.parse("<rex:0.3>")], groups, by_strength={"rex"})
+    plain = encode(tiny_backbone, bank, "<rex>")
+    both = Context.cat([plain, weighted])
+    assert both.strengths == ({}, {"rex": (0.3, 0.3)}) and not both[0:1].strengths[0]
+    assert weighted.repeated(32).strengths == ({"rex": (0.3,) * 4},)
+    assert not Context.cat([plain, plain]).strengths
+    everywhere = plain.with_concept("mimi", 0.5)
+    assert everywhere.words[0]["mimi"] == tuple(range(16)) and everywhere.words[0]["rex"] == (1, 2)
+    assert set(everywhere.strengths[0]["mimi"]) == {0.5} and not plain.with_concept("mimi", 1.0).strengths
