@@ -70,9 +70,9 @@ def check_known(info: ConceptInfo, wanted: ConceptInfo, method: Method, config: 
     Raises:
         ConceptError: It was learned otherwise.
     """
-    here, there = ({"class noun": " ".join(one.class_noun.split()), "kind": one.kind, "method": one.method}
-                   for one in (wanted, info))
-    here["images"], there["images"] = list(digests), list(info.provenance.images)
+    there, here = ({"class noun": " ".join(concept.class_noun.split()), "kind": concept.kind,
+                    "method": concept.method, "images": list(images)}
+                   for concept, images in ((info, info.provenance.images), (wanted, digests)))
     found = _differences(there, here)
     if info.method == method.name:
         found += setting_differences(info.provenance.settings, method, config)

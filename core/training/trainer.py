@@ -244,7 +244,12 @@ class Trainer:
 
     def _update(self, loss: float) -> None:
         self.is_updating = True
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            self._refuse_nan(torch.tensor(torch.inf), "size of the step")
         self.scaler.update()
         norms = torch._foreach_norm([p.detach() for p in self.parameters])
         self._refuse_nan(torch.stack(norms).max(), "norm of the weights")
