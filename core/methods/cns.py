@@ -86,19 +86,13 @@ class CNSConfig(MethodConfig):
 @register("cns", CNSConfig, "a few concept neurons of the keys and values, chosen per concept and tied to "
           "what earlier ones learned")
 class CNS(Method):
-    """calibration_prompts: unrelated prompts that replace the built-in ones, all of them used; set before
-    `begin`.
-
-    After `begin`: gradients: sums them over the steps before the selection; general, earlier: general
-    neurons, and those of earlier tasks; energy: ||M_con W||^2; earlier_change: per weight `W_t-1 - W_0` at
-    the selected neurons `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`, of weights
-    where some are.
-    """
+    """gradients: sums them over the steps before the selection; general, earlier: general neurons, and those
+    of earlier tasks; energy: ||M_con W||^2; earlier_change: per weight `W_t-1 - W_0` at the selected neurons
+    `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`, of weights where some are."""
 
     composition = SUM
     learns_alone = True      # neurons are selected by the gradients of the pictures that a process saw
     selection: NeuronSelection | None = None
-    calibration_prompts: tuple[str, ...] = ()
     extra_key = "choice._extra_state"
     adapter_class: ClassVar[type[SparseAdapters]] = SparseAdapters
     config: CNSConfig
@@ -113,7 +107,7 @@ class CNS(Method):
         c, layout, state = self.config, task.backbone.layout, task.bank.shared.get(self.name, {})
         # for the calibration, in resumed runs too
         self.seed = task.draw_seed()
-        self.prompts = tuple(self.calibration_prompts) or CALIBRATION[:c.calibration]
+        self.prompts = CALIBRATION[:c.calibration]
         # a checksum of everything that general neurons depend on, except the base
         self.made_with = zlib.crc32(json.dumps([c.score, c.unit, c.general_share, c.quorum,
                                                 self.prompts]).encode())

@@ -94,18 +94,18 @@ class OrthogonalAdaptation(LowRankMethod):
             down = self.adapters.delta(key).down.data
             width = down.shape[1]
             if width not in rows:
-                rows[width] = self._rows(task, width, key, torch.Generator().manual_seed(seed + width))
+                rows[width] = self._rows(width, key, torch.Generator().manual_seed(seed + width))
             down.copy_(rows[width])
 
-    def _rows(self, task: Task, width: int, key: DeltaKey, generator: torch.Generator) -> Tensor:
+    def _rows(self, width: int, key: DeltaKey, generator: torch.Generator) -> Tensor:
         """B_i^T of this concept for one input width, `[r, width]`. key: any projection of that width."""
         basis, taken = orthogonal_matrix(width), torch.zeros(width, dtype=torch.bool)
         if self.config.columns == "disjoint":
-            earlier = low_rank_deltas(task.earlier(self.name), key)
+            earlier = low_rank_deltas(self.task.earlier(self.name), key)
             taken = taken_columns(basis, [delta.down for delta in earlier])
             free = int((~taken).sum())
             if free < self.config.rank:
-                warnings.warn(f"concept '{task.name}' finds {free} of {self.config.rank} columns of width "
-                              f"{width} free; the others are shared with earlier concepts, which it may "
-                              "disturb", stacklevel=2)
+                warnings.warn(f"concept '{self.task.name}' finds {free} of {self.config.rank} columns of "
+                              f"width {width} free; the others are shared with earlier concepts, which it "
+                              "may disturb", stacklevel=2)
         return basis[:, draw_columns(taken, self.config.rank, generator)].T.contiguous()
