@@ -45,17 +45,13 @@ class CIDMConfig(LowRankConfig):
                             0.0, 100.0, 0.01)
     gamma2: float = setting(1.0, "Weight of the task-shared loss R2; 0 = off. Paper: 1.", 0.0, 100.0, 0.1)
     orthogonality: str = setting("rr", "How R1 is read: rr compares r x r products (ours), aa a x a products "
-                                       "(as printed).",
-                                 choices=ORTHOGONALITIES)
+                                       "(as printed).", choices=ORTHOGONALITIES)
     shared: str = setting("als", "How W* and H are found: als solves for them, gradient takes the paper's "
-                                 "step.",
-                          choices=SHARED)
+                                 "step.", choices=SHARED)
     shared_rank: int = setting(8, "Rank of the common subspace W*: its rows per projection.", 1, 256)
     attention_weight: float = setting(0.01, "Weight of the attention regulariser; 0 = off.", 0.0, 10.0, 0.01)
-    token_norm_stop: float = setting(
-        1.4, "Words stop learning once their mean length reaches this many times the class noun's; 0 = "
-             "never.",
-        0.0, 100.0, 0.1)
+    token_norm_stop: float = setting(1.4, "Words stop learning once their mean length reaches this many "
+                                          "times the class noun's; 0 = never.", 0.0, 100.0, 0.1)
 
     limits = {"orthogonality": one_of(ORTHOGONALITIES), "shared": one_of(SHARED),
               "shared_rank": between(1, 256)}

@@ -16,9 +16,8 @@ KEYS_AND_VALUES = ("to_k", "to_v")
 
 @dataclass(frozen=True)
 class RankConfig(MethodConfig):
-    rank: int = setting(4,
-                        "Rank of the deltas. A higher rank holds more detail and makes the concept larger.",
-                        1, 128)
+    rank: int = setting(4, "Rank of the deltas. A higher rank holds more detail and makes the concept "
+                           "larger.", 1, 128)
     scale = 1.0      # factor on the deltas; no field, because the merge of some methods fixes it
 
 
