@@ -189,7 +189,8 @@ class L2DM(LowRankMethod):
         height, width = (side * backbone.picture_multiple for side in own.shape[-2:])
         settings = SampleSettings(steps=c.generation_steps, cfg=c.cfg, size=(height, width), batch=4)
         prompts = tuple(self._prompt(self.old, i) for i in range(count))
-        repeated = [prompt for prompt in prompts for _ in range(c.eta)]
+        # captions, so parentheses and the like are text
+        repeated = [self.task.bank.vocabulary.parse_caption(p) for p in prompts for _ in range(c.eta)]
         seeds = [self.seed + i for i in range(count * c.eta)]
         pictures = sample(backbone, self.task.bank, repeated, seeds, settings)
         # contiguous, as a checkpoint returns them: another memory layout is rounded differently

@@ -67,7 +67,7 @@ class NeuronSelection:
         return len(self) / max(1, parameters or sum(a * b for a, b in self.sizes.values()))
 
     def mask(self, key: DeltaKey) -> Tensor:
-        """Mask `[a, b]` bool of one weight; all False if the weight is not in the selection."""
+        """Mask `[a, b]` bool of one weight of the selection. Raises KeyError for any other."""
         a, b = self.sizes[key]
         flat = torch.zeros(a * b, dtype=torch.bool)
         flat[self.indices[key].long()] = True

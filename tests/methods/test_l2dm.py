@@ -71,13 +71,25 @@ def test_the_best_scoring_picture_is_kept(tiny_backbone, bank, data, monkeypatch
     seen, original = [], l2dm.sample
     monkeypatch.setattr(l2dm, "sample", lambda *args: seen.append((args[2], original(*args))) or seen[-1][1])
     method = begun(tiny_backbone, bank, data, eta=3)
-    prompts, pictures = seen[0]
+    prompts, pictures = [prompt.text for prompt in seen[0][0]], seen[0][1]
     assert prompts == ["a photo of <rex>"] * 9 + ["a photo of <mimi>"] * 9
     latents = tiny_backbone.encode_images(pictures)
     scores = rainbow_scores(unet_features(tiny_backbone, latents).view(6, 3, -1), method.old.features, 1.0)
     for i, column in enumerate(scores.argmax(1).tolist()):
         assert torch.allclose(method.short.latents[i], latents[3 * i + column], atol=1e-5)
     assert method.short.weights.tolist() == pytest.approx([1 / 3] * 6)
+
+
+def test_stored_captions_are_text_without_weights(tiny_backbone, teach, data, monkeypatch):
+    """The pictures are generated from what the concept was learned with."""
+    seen, original = [], l2dm.sample
+    monkeypatch.setattr(l2dm, "sample", lambda *args: seen.extend(args[2]) or original(*args))
+    photos = [Picture(random(3, 32, 32), "<rex> (sharp:1.5), [old]", digest="0")]
+    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "l2dm", QUICK, steps=1,
+                 pictures=photos).bank
+    begun(tiny_backbone, bank, data)
+    expected = bank.vocabulary.parse_caption("<rex> (sharp:1.5), [old]")
+    assert seen == [expected] * 2 and expected != bank.parse("<rex> (sharp:1.5), [old]")
 
 
 def test_the_memory_has_every_real_picture_once(bank, tiny_backbone, data):
