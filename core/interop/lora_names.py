@@ -44,7 +44,7 @@ _SIDES = {
 _NAME = re.compile(
     r"(?P<module>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<factor>up|down|A|B|mid)"
     r"|_(?P<whole>custom_diffusion)(?:\.0)?"
-    rf"|\.(?P<side>{'|'.join(sorted(_SIDES, key=len, reverse=True))}))"
+    rf"|(?:_lora)?\.(?P<side>{'|'.join(sorted(_SIDES, key=len, reverse=True))}))"
     r"(?:\.(?P<adapter>(?!(?:weight|bias|\d+)(?:\.|$))[\w-]+))?(?:\.(?:weight|(?P<bias>bias)))?$")
 _PREFIX = re.compile(r"^(?:base_model_model_|model_|lora_|lycoris_|unet_|diffusion_)+")
 _TEXT = re.compile(r"^(?:base_model_model_)?(?:lora_|lycoris_)?"

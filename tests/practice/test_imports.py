@@ -160,9 +160,9 @@ def test_e3_custom_diffusion(make, base, weight):
 
 
 @pytest.mark.parametrize(("side", "named"), [
-    ("oft_blocks", "OFT"), ("boft_R", "BOFT"), ("b2.weight", "GLoRA"), ("q_layer.weight", "T-LoRA")])
+    (".oft_blocks", "OFT"), (".boft_R", "BOFT"), (".b2.weight", "GLoRA"), ("_lora.q_layer.weight", "T-LoRA")])
 def test_e3_sibling_refused_by_name(make, base, weight, side, named):
-    state = {f"{name}.{side}": torch.ones(2, 2) for name in module_names(base.layout).values()}
+    state = {f"{name}{side}": torch.ones(2, 2) for name in module_names(base.layout).values()}
     with pytest.raises(ConceptError, match=f"changes text cross-attention by {named} .*; allowed: one of"):
         make(state)
 
