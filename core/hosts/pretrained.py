@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ConceptError
-from ..model.schedule import NoiseSchedule, cumulative_alphas, zero_terminal_snr
+from ..model.schedule import SMALLEST, NoiseSchedule, cumulative_alphas, zero_terminal_snr
 from .base_folder import BaseFolder
 from .diffusers import ClipText, DiffusersBackbone, layout_of
 from .text_encoder import load_tokenizer, named_as_in
@@ -140,9 +140,8 @@ def noise_schedule(config: Mapping[str, Any], what: str) -> NoiseSchedule:
                            f"({problem}); allowed: schedulers with betas") from error
     if config.get("rescale_betas_zero_snr"):
         alphas = zero_terminal_snr(alphas)
-    schedule = NoiseSchedule(alphas, prediction)
-    if schedule.ends_in_noise and prediction == "epsilon":
+    if alphas[-1] <= SMALLEST and prediction == "epsilon":
         raise ConceptError(f"{what}: its scheduler ends in pure noise (rescale_betas_zero_snr or "
                            "trained_betas), so its prediction_type is 'epsilon' by mistake; needed: "
                            "'v_prediction'")
-    return schedule
+    return NoiseSchedule(alphas.clamp(min=SMALLEST), prediction)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConceptError
 
 PREDICTIONS = ("epsilon", "v_prediction")
-_SMALLEST = 2**-24      # smallest alpha, so that the signal can be divided by; as in diffusers' samplers
+SMALLEST = 2**-24      # an alpha of pure noise, so that the signal can be divided by; as diffusers' samplers
 
 
 def _expand(values: Tensor, like: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def cumulative_alphas(start: float, end: float, steps: int = 1000, kind: str = "
 
 
 def zero_terminal_snr(alphas: Tensor) -> Tensor:
-    """Rescales cumulative alphas `[T]` so that the last timestep is pure noise (Lin et al., arXiv 2305.08891,
+    """Rescales cumulative alphas `[T]` so that the last one is 0: pure noise (Lin et al., arXiv 2305.08891,
     Algorithm 1).
     """
     root = alphas.double().sqrt()
@@ -43,7 +43,7 @@ class NoiseSchedule:
     """The noise schedule of a model.
 
     Attributes:
-        alphas_cumprod: `[T]`, the share of signal variance at each training timestep; at least 2^-24.
+        alphas_cumprod: `[T]`, the share of signal variance at each training timestep; above 0.
         prediction: What the UNet predicts: "epsilon", the noise, or "v_prediction".
     """
 
@@ -53,12 +53,6 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ConceptError(f"prediction type is {self.prediction!r}; allowed: {', '.join(PREDICTIONS)}")
-        object.__setattr__(self, "alphas_cumprod", self.alphas_cumprod.clamp(min=_SMALLEST))
-
-    @property
-    def ends_in_noise(self) -> bool:
-        """Whether the last timestep has no signal."""
-        return bool(self.alphas_cumprod[-1] <= _SMALLEST)
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
