@@ -9,6 +9,7 @@ from ..bank.bank import ConceptBank
 from ..bank.concepts import ConceptInfo
 from ..bank.tokens import default_words
 from ..data.folder import Photos, read_folder
+from ..data.listing import pictures_in
 from ..data.pictures import Picture
 from ..data.report import prior_warnings
 from ..data.training_set import check_captions
@@ -67,5 +68,8 @@ def read_photos(options: Namespace, resolution: int) -> TrainingPhotos:
                          resolution=resolution)
     prior = None
     if options.prior is not None:
-        prior = read_folder(options.prior, is_prior=True, class_noun=options.noun, resolution=resolution)
+        # kohya's folders of prior pictures may have subfolders (1_dog) or not
+        subfolders = options.subfolders and options.prior.is_dir() and not pictures_in(options.prior)
+        prior = read_folder(options.prior, is_prior=True, class_noun=options.noun, subfolders=subfolders,
+                            resolution=resolution)
     return TrainingPhotos(photos, prior)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import threading
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.bank.concepts import ConceptInfo
+from continual_concepts.core.cli.photos import read_photos
 from continual_concepts.core.data import reading
 from continual_concepts.core.data.folder import DEFERRED, read_folder
 from continual_concepts.core.data.framing import Framing, frame
@@ -105,6 +107,15 @@ def test_a4_subfolders_with_repeats(tmp_path):
     photos = read_folder(tmp_path, subfolders=True)
     assert [(p.name, p.repeats) for p in photos.report.photos] == [("10_dog/a.png", 10), ("20_dog/b.png", 20)]
     assert photos.pictures[1].caption == "a dog" and "c.png" in skipped(photos.report)
+
+
+@pytest.mark.parametrize("place", ["prior/a.png", "prior/1_dog/a.png"])
+def test_a4_sibling_prior_pictures_with_and_without_subfolders(tmp_path, place):
+    photo(tmp_path / "photos" / "10_dog" / "a.png")
+    photo(tmp_path / place)
+    options = Namespace(images=tmp_path / "photos", captions=None, masks=None, subfolders=True, noun="dog",
+                        prior=tmp_path / "prior")
+    assert [picture.is_prior for picture in read_photos(options, 64).pictures] == [False, True]
 
 
 def test_a4_sibling_subfolders_with_other_captions_are_refused(tmp_path):
