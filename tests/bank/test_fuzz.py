@@ -7,6 +7,7 @@ input and a seed.
 from __future__ import annotations
 
 import json
+import math
 import random
 import resource
 import struct
@@ -237,8 +238,10 @@ def test_prompts_and_captions(bank, trials):
 
     def read(text: str) -> None:
         caption_with_placeholder(text, "rex", text[:12])
-        pieces = vocabulary.parse(text).pieces
-        assert sum(isinstance(piece, str) for piece in pieces) <= text.count(">") + 1
+        weighted = vocabulary.parse(text).weighted
+        texts = [piece for piece, _ in weighted if isinstance(piece, str)]
+        assert all(texts) and sum(map(len, texts)) <= len(text)
+        assert all(math.isfinite(weight) for _, weight in weighted)
 
     sound = ["a photo of <rex> on a beach", "<mimi> and <ink-1>", "(<rex>:1.2), a [dog]",
              "embedding:rex <lora:x:1>", ""]
