@@ -76,8 +76,8 @@ class ElasticWeightAggregate(io.ComfyNode):
         if bank is None or not len(bank):
             picture = to_tensor(weights_picture([], torch.zeros(1, 0), "weights: no concepts"))
             return io.NodeOutput(model, clip, encode(clip, prompt), picture)
-        refuse_regions(model)
         backbone = ComfyBackbone(model, clip)
+        refuse_regions(model)
         only = concept.strip().strip("<>") if mode == ONE else ""
         if mode == ONE and not only:
             raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds "
