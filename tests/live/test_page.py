@@ -27,6 +27,7 @@ EVERYTHING_IN_SIGHT = """() => {
     app.canvas.ds.offset = [80 / scale - left, 80 / scale - top];
     app.graph.setDirtyCanvas(true, true);
 }"""
+SHOWN = "names => names.filter(name => document.querySelector(`img[alt=\"${name}\"]`)).length"
 UNKNOWN_NODES = """() =>
     app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"""
 OVERLAPS = """() => {
@@ -63,6 +64,12 @@ def browse(page) -> None:
     page.wait_for_timeout(1000)
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text("continual-concepts", exact=True).first.click()
+    page.wait_for_timeout(1000)
+    for _ in range(5):      # the dialog shows twelve templates, and more where one scrolls to the last
+        if page.evaluate(SHOWN, NAMES) == len(NAMES):
+            return
+        page.locator("img[alt]").last.scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
 
 
 def open_template(page, name: str) -> None:
@@ -89,6 +96,8 @@ def shoot(page, folder: Path, name: str) -> Path:
 def test_the_template_browser_shows_our_workflows_with_their_pictures(page, tmp_path):
     browse(page)
     for name in NAMES:
+        # a picture is loaded when its card comes into view
+        page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).last.scroll_into_view_if_needed()
         picture = page.locator(f'img[alt="{name}"]').first
         picture.wait_for(state="attached")
         picture.scroll_into_view_if_needed()
