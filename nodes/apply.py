@@ -34,15 +34,15 @@ class ElasticWeightAggregate(io.ComfyNode):
             display_name="Elastic Weight Aggregate",
             category=types.USING,
             search_aliases=["load concept", "apply concept", "EWA", "merge lora", "concept bank"],
-            description="Puts a bank's concepts into a model and a CLIP. Then <rex> works in every prompt of "
-                        "CLIP Text Encode. Concepts learned with 'bound' act through their own words; those "
-                        "of other methods are patched into the weights, once.",
+            description="Adds a bank's concepts to a model and a CLIP. With its outputs, <rex> works in "
+                        "every CLIP Text Encode. Concepts learned with 'bound' act through their own words; "
+                        "concepts of other methods are patched into the weights once.",
             inputs=[
                 io.Model.Input("model",
                                tooltip="The checkpoint that the bank was learned on, or one of its family."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's; it gets the bank's words."),
                 types.Bank.Input("bank", optional=True,
-                                 tooltip="Nothing connected, or an empty bank = model and clip as they are."),
+                                 tooltip="Not connected, or an empty bank = model and clip unchanged."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -54,8 +54,8 @@ class ElasticWeightAggregate(io.ComfyNode):
                     options=list(MODES),
                     default="sharp",
                     tooltip="sharp: the concepts the prompt names, at full strength (ours). paper: CIDM's "
-                            "elastic weights. released code: as CIDM's code computes them. equal merge: "
-                            "all alike. one concept: the one named below.",
+                            "elastic weights. released code: the weights of CIDM's code. equal merge: "
+                            "all with equal weights. one concept: the one named below.",
                 ),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05,
                                tooltip="Factor on the deltas; 0 = the plain model."),

@@ -23,11 +23,11 @@ class ConceptRegionsApply(io.ComfyNode):
             display_name="Apply Regions",
             category=types.USING,
             search_aliases=["regional prompt", "attention couple", "regional conditioning", "region model"],
-            description="Regions for KSampler, SamplerCustomAdvanced, upscalers and detailers. The picture "
-            "is that of Regional Concept Sampler with the same settings.",
+            description="Adds regions to a model and its prompts, for KSampler, SamplerCustomAdvanced, upscalers "
+            "and detailers. Gives the same picture as Regional Concept Sampler with the same settings.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="With the concepts that Elastic Weight Aggregate put into it, or plain."
+                    "model", tooltip="From Elastic Weight Aggregate, with its concepts, or a plain model."
                 ),
                 io.Clip.Input("clip", tooltip="From the same node. It encodes the prompts of the regions."),
                 io.Conditioning.Input(
@@ -36,9 +36,9 @@ class ConceptRegionsApply(io.ComfyNode):
                 types.Regions.Input(
                     "regions",
                     optional=True,
-                    tooltip="From the region nodes; none = model and prompts as they are. Their places are "
-                    "shares of the latent that is sampled, whatever its size. A node that samples a tile or "
-                    "a detail as a picture of its own therefore shows the whole layout in it.",
+                    tooltip="From the region nodes; none = model and prompts unchanged. Positions are fractions "
+                    "of the sampled latent, whatever its size. A node that samples a tile or a detail as a "
+                    "separate picture therefore shows the whole layout in it.",
                 ),
                 io.Conditioning.Input(
                     "negative",

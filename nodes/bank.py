@@ -47,7 +47,7 @@ class ConceptBankLoad(io.ComfyNode):
                     "bank_name",
                     options=[NEW_BANK, *bank_names()],
                     default=NEW_BANK,
-                    tooltip="Banks lie in models/concept_banks and output/concept_banks.",
+                    tooltip="Banks are in models/concept_banks and output/concept_banks.",
                 )
             ],
             outputs=[types.Bank.Output(display_name="bank")],
@@ -78,7 +78,7 @@ class ConceptBankSave(io.ComfyNode):
             description="Writes a bank to output/concept_banks. The file is replaced only when the new one "
                         "is complete on disk.",
             inputs=[
-                types.Bank.Input("bank", tooltip="The bank to keep."),
+                types.Bank.Input("bank", tooltip="The bank to save."),
                 io.String.Input("bank_name", default="my-concepts", tooltip="Letters, digits, - and _."),
                 io.Boolean.Input(
                     "allow_fewer",
@@ -145,12 +145,12 @@ class ConceptBankMerge(io.ComfyNode):
             node_id="ConceptBankMerge",
             display_name="Merge Concept Banks",
             category=types.BANKS,
-            description="All concepts of both banks. Equal names are refused: rename one first.",
+            description="Joins the concepts of two banks. If both hold a name, rename one of them first.",
             inputs=[
                 types.Bank.Input("bank",
                                  tooltip="Its concepts come first, and methods continue from its state."),
                 types.Bank.Input("other",
-                                 tooltip="Its concepts come last. Equal names are refused."),
+                                 tooltip="Its concepts come last. No name may be in both banks."),
             ],
             outputs=[types.Bank.Output(display_name="merged")],
         )
@@ -172,13 +172,13 @@ class ConceptBankEdit(io.ComfyNode):
             display_name="Edit Concept Bank",
             category=types.BANKS,
             search_aliases=["rename concept", "delete concept", "forget"],
-            description="Renames or removes a concept. The other concepts stay bit for bit as they are.",
+            description="Renames or removes a concept. The other concepts stay unchanged, bit for bit.",
             inputs=[
-                types.Bank.Input("bank", tooltip="The bank to change; the one that comes in stays as it is."),
+                types.Bank.Input("bank", tooltip="The bank to change. The input itself stays unchanged."),
                 io.Combo.Input("action", options=["rename", "remove"], default="rename",
-                               tooltip="Give it another name, or take it out."),
+                               tooltip="Give the concept another name, or remove it."),
                 io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank."),
-                io.String.Input("new_name", default="", tooltip="For 'rename'."),
+                io.String.Input("new_name", default="", tooltip="The new name, for 'rename'."),
             ],
             outputs=[types.Bank.Output(display_name="edited")],
         )
@@ -206,7 +206,7 @@ class ConceptBankInspect(io.ComfyNode):
             description="Shows a bank's concepts as cards: thumbnails, methods, sizes, the most similar "
                         "concepts, and warnings where two collide.",
             inputs=[
-                types.Bank.Input("bank", tooltip="The bank to look into."),
+                types.Bank.Input("bank", tooltip="The bank to show."),
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
                     tooltip="Compares thumbnails too, for example CLIP ViT-B/32. Without it, deltas and "

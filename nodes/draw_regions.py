@@ -36,8 +36,8 @@ class ConceptRegionsDraw(io.ComfyNode):
             display_name="Draw Concept Regions",
             category=types.USING,
             search_aliases=["regional prompt", "attention couple", "area", "box", "draw regions"],
-            description="Parts of the picture with their own prompts, drawn as boxes. "
-            "Connect to Regional Concept Sampler.",
+            description="Defines parts of the picture with their own prompts, drawn as boxes. "
+            "Connect to Regional Concept Sampler or Apply Regions.",
             inputs=[
                 io.String.Input(
                     "drawing",
@@ -77,10 +77,10 @@ class ConceptRegionsShow(io.ComfyNode):
             display_name="Show Concept Regions",
             category=types.USING,
             search_aliases=["preview regions", "region overlay", "boxes"],
-            description="Draws the outline of every region over a picture, with its name or its prompt.",
+            description="Draws the outline of every region on a picture, with its name or its prompt.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture that was made, or any other."),
-                types.Regions.Input("regions", optional=True, tooltip="Nothing = the picture as it is."),
+                io.Image.Input("image", tooltip="The generated picture, or any other."),
+                types.Regions.Input("regions", optional=True, tooltip="Not connected = the picture unchanged."),
             ],
             outputs=[io.Image.Output(display_name="outlined")],
             is_output_node=True,

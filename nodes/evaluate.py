@@ -35,7 +35,7 @@ class ConceptReferencePhotos(io.ComfyNode):
             display_name="Concept Reference Photos",
             category=types.EXTRAS,
             is_input_list=True,
-            description="Real photos of one concept, for Concept Evaluate to compare with. Chain several "
+            description="Gives real photos of one concept to Concept Evaluate. Chain several "
                         "through 'photos'.",
             inputs=[
                 io.Image.Input("images", tooltip="Photos of the concept: a batch, or a list of any sizes."),
@@ -71,7 +71,7 @@ class ConceptEvaluate(io.ComfyNode):
                         "those of the other concepts, and whether prompts without concepts still give the "
                         "base's pictures.",
             inputs=[
-                io.Model.Input("model", tooltip="The base, before Elastic Weight Aggregate."),
+                io.Model.Input("model", tooltip="The base, without Elastic Weight Aggregate."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Vae.Input("vae", tooltip="The same checkpoint's."),
                 io.ClipVision.Input("clip_vision",
@@ -81,7 +81,7 @@ class ConceptEvaluate(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     default="a photo of {}\na photo of {} in a forest",
-                    tooltip="A line each, with {} for the concept.",
+                    tooltip="One prompt per line, with {} for the concept.",
                 ),
                 io.String.Input(
                     "base_prompts",
@@ -92,7 +92,7 @@ class ConceptEvaluate(io.ComfyNode):
                 ),
                 io.Int.Input("seeds", default=2, min=1, max=64, tooltip="Pictures per concept and prompt."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF,
-                             tooltip="Seed of the first picture; the next ones follow."),
+                             tooltip="Seed of the first picture; each further picture adds 1."),
                 io.Int.Input("steps", default=20, min=1, max=1000,
                              tooltip="Steps of DPM-Solver++; the papers use 50."),
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,

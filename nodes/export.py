@@ -43,8 +43,8 @@ class ConceptExport(io.ComfyNode):
             category=types.BANKS,
             is_output_node=True,
             search_aliases=["save lora", "export lora", "embedding"],
-            description="Writes one concept, a whole bank, or what a bank gives for a prompt as files that "
-                        "ComfyUI itself and other programs read, to output/loras and output/embeddings. "
+            description="Writes one concept, a whole bank, or the concepts of a prompt as files that "
+                        "ComfyUI and other programs read, to output/loras and output/embeddings. "
                         "Existing files are never replaced.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank that holds it."),
@@ -60,8 +60,9 @@ class ConceptExport(io.ComfyNode):
                     "prompt",
                     optional=True,
                     default="",
-                    tooltip="If given, 'concept' does not count: one LoRA with all concepts that this prompt "
-                            "names, such as a photo of <rex> and <mimi>, and the words of each. Empty = off.",
+                    tooltip="If given, 'concept' is ignored. Writes one LoRA with all concepts that this "
+                            "prompt names, such as a photo of <rex> and <mimi>, and the words of each. "
+                            "Empty = off.",
                 ),
             ],
             outputs=[io.String.Output(display_name="notes")],

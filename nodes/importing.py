@@ -46,10 +46,10 @@ class ConceptImport(io.ComfyNode):
             search_aliases=["load lora", "textual inversion", "import lora"],
             description="Makes a concept of a LoRA, an embedding or both and adds it to a bank; <name> in a "
                         "prompt then activates it. Reads LoRA, DoRA, LoHa, LoKr, .diff and Custom Diffusion. "
-                        "Only their text cross-attention is used; the notes say what was left out, and how "
-                        "much that is.",
+                        "Only their text cross-attention is imported; the notes list the omitted parts and "
+                        "their share.",
             inputs=[
-                io.Model.Input("model", tooltip="The kind of model that the files were made for."),
+                io.Model.Input("model", tooltip="A checkpoint of the family that the files were made for."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Combo.Input("lora", options=[NONE, *_files("loras")], default=NONE,
                                tooltip="A LoRA from models/loras."),
@@ -58,19 +58,19 @@ class ConceptImport(io.ComfyNode):
                     tooltip="An embedding from models/embeddings."
                 ),
                 io.String.Input("name", default="rex", tooltip="What you write in prompts: <rex>."),
-                io.String.Input("class_noun", default="dog", tooltip="What it is, in ordinary words."),
+                io.String.Input("class_noun", default="dog", tooltip="An ordinary word for it."),
                 io.Combo.Input("kind", options=list(KINDS), default=KINDS[0],
-                               tooltip="A thing, or a way to draw."),
+                               tooltip="object: a thing. style: how pictures look."),
                 io.String.Input(
                     "trigger", default="",
                     tooltip="For a LoRA without an embedding: its trigger words, such as sks dog."
                 ),
                 types.Bank.Input("bank", optional=True,
-                                 tooltip="The bank to add it to; none begins a new one."),
+                                 tooltip="The bank to add it to; not connected = a new one."),
                 io.String.Input(
                     "which", default="", optional=True,
-                    tooltip="For a file with several adapters or embeddings: the one to take. One of each "
-                            "with a comma. Empty: asks where there are several."
+                    tooltip="For a file with several adapters or embeddings: the one to import, or one of "
+                            "each with a comma. If it is empty, an error lists them."
                 ),
             ],
             outputs=[types.Bank.Output(display_name="bank"), io.String.Output(display_name="notes")],

@@ -61,8 +61,8 @@ class ConceptLearner(io.ComfyNode):
             search_aliases=["train lora", "dreambooth", "textual inversion", "continual learning", "CIDM",
                             "teach"],
             description="Learns one concept (your dog, your painter's style) from a few photos and adds it "
-                        "to a bank. The concepts in the bank stay bit for bit as they are, and the model is "
-                        "not changed.",
+                        "to a bank. The concepts in the bank stay unchanged, bit for bit, and so does the "
+                        "model.",
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint to learn on; it is not changed."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
@@ -109,17 +109,18 @@ class ConceptLearner(io.ComfyNode):
                     "if_known",
                     options=[KEEP, AGAIN],
                     default=KEEP,
-                    tooltip="When the bank already holds this name: keep the concept if it was learned from "
+                    tooltip="If the bank already holds this name: keep the concept if it was learned from "
                             "these photos and settings (otherwise an error), or replace it.",
                 ),
                 types.Bank.Input("bank", optional=True,
-                                 tooltip="The bank to grow; nothing connected = a new one."),
+                                 tooltip="The bank to add it to; not connected = a new one."),
                 io.String.Input(
                     "captions",
                     optional=True,
                     default="",
                     multiline=True,
-                    tooltip="One line per photo, or one line for all. Empty = 'a photo of <name>'.",
+                    tooltip="One line per photo (an empty line = no caption), or one line for all. Empty = "
+                            "'a photo of <name>'.",
                 ),
                 io.Mask.Input("masks", optional=True,
                               tooltip="White where the concept is, one per photo, same size."),

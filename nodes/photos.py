@@ -63,12 +63,12 @@ class ConceptPhotosLoad(io.ComfyNode):
             display_name="Load Concept Photos",
             category=types.EXTRAS,
             search_aliases=["load images from folder", "dataset"],
-            description="Every photo of a folder inside ComfyUI's input folder, any size. Captions are .txt "
-                        "files of the same name; masks are pictures of the same name in a subfolder 'masks'.",
+            description="Loads every photo of a folder inside ComfyUI's input folder, with captions and masks, and "
+                        "shows a contact sheet of what was used and what was not.",
             inputs=[
                 io.Combo.Input(
                     "folder", options=_folders() or ["put a folder of photos into ComfyUI's input folder"],
-                    tooltip="A folder inside ComfyUI's input folder; name.txt beside a photo is its caption."
+                    tooltip="A folder inside ComfyUI's input folder. name.txt beside a photo is its caption."
                 )
             ],
             outputs=[
@@ -136,10 +136,10 @@ class ConceptDemoPhotos(io.ComfyNode):
             node_id="ConceptDemoPhotos",
             display_name="Concept Demo Photos",
             category=types.EXTRAS,
-            description="A few pictures of a concept that the demo base does not know, to learn from.",
+            description="Gives a few pictures of a concept that the demo base was not trained on.",
             inputs=[
                 io.Combo.Input("concept", options=list(CONCEPTS),
-                               tooltip="Two dogs, things and ways to draw from the demo's own world."),
+                               tooltip="Two dogs, a cat, a robot and two drawing styles of the demo."),
                 io.Int.Input("count", default=5, min=1, max=24, tooltip="How many photos."),
                 io.Int.Input("seed", default=7, min=0, max=0xFFFFFFFF,
                              tooltip="Another seed gives other photos of the same concept."),

@@ -36,7 +36,7 @@ class RegionalConceptSampler(io.ComfyNode):
                 "region sampler",
             ],
             description="Several concepts in one picture, each in its own region. Any number of regions "
-            "needs one UNet evaluation per step. Without regions it is KSampler.",
+            "needs one UNet evaluation per step. Without regions it gives KSampler's picture.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -66,7 +66,7 @@ class RegionalConceptSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Same seed, same picture.",
+                    tooltip="The same seed gives the same picture.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="Sampling steps."),
                 io.Float.Input(
@@ -86,7 +86,7 @@ class RegionalConceptSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 = from noise; less keeps the latent's structure.",
+                    tooltip="1 = from noise; a lower value keeps the latent's structure.",
                 ),
                 io.Float.Input(
                     "strength",

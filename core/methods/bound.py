@@ -31,8 +31,8 @@ class BoundConfig(LowRankConfig):
                                 "concepts mix less.")
 
 
-@register("bound", BoundConfig, "layer-wise words, and low-rank deltas that act through those words alone: "
-          "concepts cannot touch each other")
+@register("bound", BoundConfig, "layer-wise words, and low-rank deltas that act through these words only, so "
+          "that concepts stay distinct")
 class Bound(LowRankMethod):
     composition = WORDS
     config: BoundConfig

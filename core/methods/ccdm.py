@@ -45,7 +45,7 @@ class CCDMConfig(LowRankConfig):
     limits = {"shared_rank": RANK, "slow": between(0, 1)}
 
 
-@register("ccdm", CCDMConfig, "a shared low-rank delta that moves slowly, and prompt-activated ones "
+@register("ccdm", CCDMConfig, "a shared low-rank delta that changes slowly, and prompt-activated deltas "
           "orthogonal to it; our reading of an abstract")
 class CCDM(LowRankMethod):
     """adapters: the task's own deltas; shared: the shared ones."""

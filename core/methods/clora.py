@@ -62,7 +62,7 @@ def forgetting_of_factors(past: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 @register("clora", CLoRAConfig,
-          "low-rank keys and values in one set of weights; what earlier tasks changed is left alone")
+          "low-rank keys and values in one set of weights; a penalty protects what earlier tasks changed")
 class CLoRA(LowRankMethod):
     """past: `|sum_{t'<t} A_t' B_t'|` `[a, b]` float32, by projection; empty in the first task."""
 

@@ -67,7 +67,7 @@ def squared_gradients(gradient: Tensor, x: Tensor, up: Tensor, down: Tensor,
 
 
 @register("ewc", EWCConfig,
-          "sequential finetuning, each factor held the more the old concepts' loss depends on it")
+          "sequential finetuning with a penalty on changing weights that old concepts depend on")
 class EWC(Finetune):
     """factors: the adapter's, by name such as `up.3-to_k`; fisher, anchor: F and theta*, empty at first;
     pending, mean: squared gradients of the step under way, and their exponential mean over this task."""

@@ -36,7 +36,7 @@ class LwFConfig(LowRankConfig):
 
 
 @register("lwf", LwFConfig,
-          "sequential finetuning that keeps, on the new pictures, the old model's answers to old requests")
+          "sequential finetuning that keeps the old model's outputs for old prompts, on the new pictures")
 class LwF(Finetune):
     """asked: old requests so far in the step under way."""
 

@@ -54,7 +54,7 @@ class MixOfShowConfig(LowRankConfig):
 
 
 @register("mix_of_show", MixOfShowConfig,
-          "each concept learned alone, fused by least squares over what its layers read")
+          "each concept learned alone, all fused by least squares over the inputs of their layers")
 class MixOfShow(LowRankMethod):
     composition = SUM
     builds_on_sum = False

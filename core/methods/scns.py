@@ -57,8 +57,8 @@ class SCNSConfig(CNSConfig):
               "decay": between(0, 1)}
 
 
-@register("scns", SCNSConfig, "rows of the keys and values, chosen to cover a concept and to spare what old "
-          "ones need; our reading")
+@register("scns", SCNSConfig, "rows of the keys and values, chosen to cover a concept and to spare rows that "
+          "old ones need; our reading of an abstract")
 class SCNS(CNS):
     """weights: read once and needed until the selection; signatures: weight -> one `[a]` per step; squares:
     weight -> this concept's Fisher so far `[a]`; fisher: that of old concepts, by name of the weight."""

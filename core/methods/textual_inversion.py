@@ -46,7 +46,7 @@ class TextualInversionConfig(MethodConfig):
 
 
 @register("textual_inversion", TextualInversionConfig,
-          "learned words alone, no weight changes; forgets nothing")
+          "learned words only, no weight changes; forgets nothing")
 class TextualInversion(Method):
     config: TextualInversionConfig
     words: LearnedWords
