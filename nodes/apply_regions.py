@@ -23,8 +23,9 @@ class ConceptRegionsApply(io.ComfyNode):
             display_name="Apply Regions",
             category=types.USING,
             search_aliases=["regional prompt", "attention couple", "regional conditioning", "region model"],
-            description="Adds regions to a model and its prompts, for KSampler, SamplerCustomAdvanced, upscalers "
-            "and detailers. Gives the same picture as Regional Concept Sampler with the same settings.",
+            description="Adds regions to a model and its prompts, for KSampler, SamplerCustomAdvanced, "
+            "upscalers and detailers. Gives the same picture as Regional Concept Sampler with the same "
+            "settings.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="From Elastic Weight Aggregate, with its concepts, or a plain model."
@@ -36,9 +37,9 @@ class ConceptRegionsApply(io.ComfyNode):
                 types.Regions.Input(
                     "regions",
                     optional=True,
-                    tooltip="From the region nodes; none = model and prompts unchanged. Positions are fractions "
-                    "of the sampled latent, whatever its size. A node that samples a tile or a detail as a "
-                    "separate picture therefore shows the whole layout in it.",
+                    tooltip="From the region nodes; none = model and prompts unchanged. Positions are "
+                    "fractions of the sampled latent, whatever its size. A node that samples a tile or a "
+                    "detail as a separate picture therefore shows the whole layout in it.",
                 ),
                 io.Conditioning.Input(
                     "negative",

@@ -80,7 +80,8 @@ class ConceptRegionsShow(io.ComfyNode):
             description="Draws the outline of every region on a picture, with its name or its prompt.",
             inputs=[
                 io.Image.Input("image", tooltip="The generated picture, or any other."),
-                types.Regions.Input("regions", optional=True, tooltip="Not connected = the picture unchanged."),
+                types.Regions.Input("regions", optional=True,
+                                    tooltip="Not connected = the picture unchanged."),
             ],
             outputs=[io.Image.Output(display_name="outlined")],
             is_output_node=True,

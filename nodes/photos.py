@@ -63,8 +63,8 @@ class ConceptPhotosLoad(io.ComfyNode):
             display_name="Load Concept Photos",
             category=types.EXTRAS,
             search_aliases=["load images from folder", "dataset"],
-            description="Loads every photo of a folder inside ComfyUI's input folder, with captions and masks, and "
-                        "shows a contact sheet of what was used and what was not.",
+            description="Loads every photo of a folder inside ComfyUI's input folder, with captions and "
+                        "masks, and shows a contact sheet of what was used and what was not.",
             inputs=[
                 io.Combo.Input(
                     "folder", options=_folders() or ["put a folder of photos into ComfyUI's input folder"],

@@ -37,7 +37,7 @@ class ConceptRegion(io.ComfyNode):
                 fraction("right", 0.5, "Right edge as a share of the width."),
                 fraction("bottom", 1.0, "Bottom edge as a share of the height."),
                 fraction("strength", 1.0, "How much its prompt replaces the scene's; 0 = not at all."),
-                fraction("start", 0.0, "Share of the steps at which the region starts to act; 0 = the first step."),
+                fraction("start", 0.0, "Share of the steps at which the region starts; 0 = the first step."),
                 fraction("end", 1.0, "Share of the steps at which the region stops; 1 = the last step."),
                 io.Float.Input(
                     "feather",

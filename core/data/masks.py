@@ -93,7 +93,7 @@ def _fitted(image: Image.Image, photo: Shape) -> tuple[Image.Image, str]:
     if not _is_scaled(grey.size, photo.size):
         stored = f" ({_size(raw)} as stored)" if raw != photo.size else ""
         raise ConceptError(f"it is {_size(grey.size)}, its photo is {_size(photo.size)}{stored}; they must "
-                           "have one size")
+                           "have the same proportions")
     return grey, done
 
 

@@ -166,8 +166,8 @@ def prior_warnings(composition: Composition) -> list[PhotoWarning]:
     if composition != WORDS:
         return []
     return [PhotoWarning("prior",
-                         "prior pictures have no effect on a word-bound concept: it acts through its own "
-                    "words alone, so its class noun keeps its meaning without them")]
+                         "prior pictures have no effect on a word-bound concept, because it acts through "
+                         "its own words only; its class noun keeps its meaning without them")]
 
 
 def counted(count: int, noun: str) -> str:
@@ -186,8 +186,8 @@ def _few(report: Report) -> list[PhotoWarning]:
     if count >= FEWEST or report.what != "photo":
         return []
     return [PhotoWarning("few",
-                         f"{counted(count, 'photo')} {'is' if count == 1 else 'are'} few; with 3 to 10 in "
-                    "different places the concept is not confused with its background")]
+                         f"there {'is' if count == 1 else 'are'} only {counted(count, 'photo')}; use 3 to "
+                         "10 in different places, so that the concept is not confused with its background")]
 
 
 def _duplicates(photos: Sequence[PhotoFacts]) -> list[PhotoWarning]:
@@ -222,7 +222,8 @@ def _small(photos: Sequence[PhotoFacts], resolution: int | None) -> list[PhotoWa
 def _blurred(photos: Sequence[PhotoFacts]) -> list[PhotoWarning]:
     warnings = []
     for kind, chosen, text in (
-            ("blurred", lambda s: s is not None and s < BLURRED, "blurred; the concept will be drawn so"),
+            ("blurred", lambda s: s is not None and s < BLURRED,
+             "blurred; pictures of the concept will be too"),
             ("flat", lambda s: s is None, "of one colour; there is nothing to learn from")):
         found = tuple(i for i, photo in enumerate(photos) if chosen(photo.quality.sharpness))
         if found:

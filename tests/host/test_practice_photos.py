@@ -74,7 +74,7 @@ def test_a13_the_learner_warns_before_it_learns(studio, folder, caplog):
     images = load(studio).args[0]
     shown = studio.learner(images=images[:1] * 2, steps=1).ui["text"][0]
     assert shown.startswith("2 photos, none with captions")
-    for text in ("2 photos are few", "picture 1 and picture 2 are the same picture"):
+    for text in ("only 2 photos", "picture 1 and picture 2 are the same picture"):
         assert text in shown and text in caplog.text
 
 
