@@ -52,7 +52,7 @@ $(READY): pyproject.toml setup.py
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,lint,test]"
 	@touch $@
 
-# uv installs, per package, the oldest allowed version that has a wheel for this Python: torch 2.4 up to Python 3.12, 2.5 on 3.13.
+# uv installs, per package, the oldest allowed version that has a wheel for this Python.
 $(OLDEST_READY): pyproject.toml setup.py
 	$(CHECK_PYTHON)
 	@echo "Setting up .venv-oldest. PyTorch is a large download: the first time takes some minutes."

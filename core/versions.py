@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from .errors import ConceptError
 
 # pyproject.toml declares the same bounds. torch stands there in the extras only, so pip may leave an old one.
 OLDEST = {
-    "torch": "2.4", "diffusers": "0.31", "filelock": "3.0.12", "numpy": "1.25", "pillow": "10.3",
-    "safetensors": "0.4.4", "tqdm": "4.42.1", "transformers": "4.43",
+    "torch": "2.6" if sys.version_info >= (3, 13) else "2.4",
+    "diffusers": "0.31", "filelock": "3.0.12", "numpy": "1.25", "pillow": "10.3", "safetensors": "0.4.4",
+    "tqdm": "4.42.1", "transformers": "4.43",
 }
 
 
