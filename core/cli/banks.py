@@ -144,7 +144,7 @@ def _restore(options: Namespace) -> Result:
     """Restores a version, or lists the versions if no number is given."""
     if options.number is not None:
         restored = restore(options.bank, options.number)
-        return _changed(restored, options.bank, f"brought back version {options.number}")
+        return _changed(restored, options.bank, f"restored version {options.number}")
     rows, lines = [], []
     for version in versions(options.bank):
         changed = datetime.fromtimestamp(version.changed).isoformat(" ", "seconds")

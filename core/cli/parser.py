@@ -78,7 +78,7 @@ def _add_learn(commands) -> None:
                         "(default %(default)s)")
     parser.add_argument("--encoder", type=file_path,
                         help="folder of a CLIP model in transformers' layout, which compares pictures with "
-                        "the photos for --patience; the embedded base brings its own")
+                        "the photos for --patience; the embedded base has its own")
     add_settings(parser, TrainingConfig, EMBEDDED_TRAINING, "the embedded base")
     add_base(parser)
 
@@ -105,7 +105,7 @@ def _add_sample(commands) -> None:
     parser.add_argument("--mode", choices=MODES, default="sharp",
                         help="how concepts are weighted (default %(default)s)")
     parser.add_argument("--strength", type=number(FINITE), default=1.0,
-                        help="of the concepts; 0 = the base alone (default %(default)s)")
+                        help="factor on the concepts' deltas; 0 = the base alone (default %(default)s)")
     parser.add_argument("--region", action="append", default=[], metavar="TOP,LEFT,BOTTOM,RIGHT:PROMPT",
                         help="a box in fractions of the picture with its own prompt")
     parser.add_argument("--region-noise", action="store_true",
@@ -135,7 +135,7 @@ def _add_bank(commands) -> None:
                               help="bring back an earlier version of a bank; without --version: list them")
     restore.add_argument("bank", type=file_path, help=BANK_HELP)
     restore.add_argument("--version", dest="number", type=whole(at_least(1)),
-                         help="1 is the one before the present")
+                         help="1 is the latest earlier version")
     merge = bank.add_parser("merge", help="merge two banks into one file")
     merge.add_argument("bank", type=file_path, help=BANK_HELP)
     merge.add_argument("other", type=file_path, help="bank file whose concepts come last")
@@ -147,7 +147,7 @@ def _add_bank(commands) -> None:
 def _add_import(bank) -> None:
     parser = bank.add_parser("import", help="add a LoRA or an embedding of another program as a concept")
     parser.add_argument("bank", type=file_path, help="bank file to add it to (created if missing)")
-    parser.add_argument("name", type=concept_name, help="of the concept: <name> in prompts")
+    parser.add_argument("name", type=concept_name, help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="", help="class noun: an ordinary word for it, e.g. dog")
     parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
     parser.add_argument("--lora", type=file_path,

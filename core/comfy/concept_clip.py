@@ -68,7 +68,7 @@ class ConceptTokenizer(Wrapped):
                 notes.append(f"a prompt names <{name}>, but the prompt of Elastic Weight Aggregate does not, "
                              "so its words act without its deltas; name it there too")
             elif weight not in (1.0, acting):
-                notes.append(f"the weight {weight:g} of <{name}> weighs its words as text; the prompt of "
+                notes.append(f"the weight {weight:g} of <{name}> acts on its words as on text; the prompt of "
                              "Elastic Weight Aggregate decides the strength of its deltas, so give the "
                              "weight there too")
         return notes

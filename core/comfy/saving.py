@@ -55,7 +55,7 @@ class Held:
 
     @property
     def of_merged_model(self) -> str:
-        return (f"the merged model does not take over {listed(self.word_bound)}, because word-bound concepts "
+        return (f"the merged model does not hold {listed(self.word_bound)}, because word-bound concepts "
                 "are no part of the weights; apply the bank after the merge")
 
     @property
@@ -65,7 +65,7 @@ class Held:
 
     @property
     def of_merged_clip(self) -> str:
-        return (f"the merged CLIP does not take over the words of {listed(self.word_bound)}; apply the bank "
+        return (f"the merged CLIP does not hold the words of {listed(self.word_bound)}; apply the bank "
                 "after the merge")
 
 

@@ -73,7 +73,7 @@ class Taken:
                 + ("" if some.share is None else f", {_percent(some.share)}") + ")"
                 for kind, some in sorted(self.left.items(), key=lambda item: -(item[1].share or 0))]
         if left:
-            notes.append(f"left out: {', '.join(left)}; what they do is not in the concept")
+            notes.append(f"left out: {', '.join(left)}; the concept does not have these changes")
         return [*notes, *self.remarks]
 
 
@@ -179,7 +179,7 @@ class _Reader:
     def _weight(self, site: Site, projection: str, form: str) -> Tensor:
         if self.backbone is None:
             raise ConceptError(f"{self.owner} is in the form {form}, which needs the weights of the base; "
-                               "allowed: importing with the base at hand")
+                               "allowed: an import that loads the base")
         self.used_base = True
         return frozen_weight(self.backbone, site, projection, self.backbone.device)
 
@@ -235,9 +235,10 @@ class _Reader:
             remarks.append(f"alpha is 0 in {self.alphas_of_zero} layers and counts as the rank there, as in "
                            "kohya's programs")
         if self.used_base:
-            remarks.append("the changes were computed from the weights of this base and belong to it")
+            remarks.append("the changes were computed from the weights of this base; use the concept with "
+                           "this base only")
         if not any(delta.scale and delta.up.any() and delta.down.any() for delta in self.deltas.values()):
-            remarks.append("everything that was taken is zero: the concept changes no weights, and only its "
+            remarks.append("all imported changes are zero: the concept changes no weights, and only its "
                            "words act")
         return remarks
 

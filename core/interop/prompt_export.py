@@ -160,7 +160,7 @@ def _losses(bank: ConceptBank, weights: Mapping, prompt: Prompt, mode: str, form
     if not {"embedding", "bundle"} & set(formats):
         notes.append("the learned words are not in these files; export the format 'embedding' as well")
     if mode != "sharp":
-        notes.append(f"mode {mode} weighs concepts anew for every prompt; these files hold its weights for "
+        notes.append(f"mode {mode} computes new weights for every prompt; these files hold the weights for "
                      f"{prompt.text!r}")
     by_composition: dict[Kind, list[str]] = {}
     for name in weights:
@@ -170,9 +170,9 @@ def _losses(bank: ConceptBank, weights: Mapping, prompt: Prompt, mode: str, form
                      "programs the LoRA acts on every word of a prompt, and the concepts act on each other's "
                      "words")
     if always_on := by_composition.get(Kind.SUM):
-        notes.append(f"{', '.join(always_on)}: on whatever the prompt says, so their deltas are in these "
-                     "files too")
+        notes.append(f"{', '.join(always_on)}: always on, whatever the prompt says; their deltas are in "
+                     "these files too")
     if average := by_composition.get(Kind.AVERAGE):
         notes.append(f"{', '.join(average)}: the bank averages predictions; these files hold the average of "
-                     "the weights, which is near it")
+                     "the weights, which is similar but not the same")
     return notes

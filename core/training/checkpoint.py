@@ -90,4 +90,4 @@ def load(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         reason = type(error).__name__
         raise ConceptError(f"'{path}' is not a checkpoint of a learning run ({reason}); delete it to start "
-                           "anew") from error
+                           "again") from error

@@ -93,4 +93,4 @@ def _save(file: Path, trainer: Trainer) -> None:
     try:
         checkpoint.save(file, trainer.state())
     except WriteError as error:
-        warnings.warn(f"there is no safety copy of the run: {error}", stacklevel=2)
+        warnings.warn(f"the checkpoint of the run was not written: {error}", stacklevel=2)

@@ -97,8 +97,8 @@ def check_same_run(path: Path, there: Mapping, here: Mapping) -> None:
         here = {name: value for name, value in here.items() if name not in ("settings", "words")}
     found = _differences(there, json.loads(json.dumps(here)))
     if found:
-        raise ConceptError(f"the checkpoint '{path}' belongs to another run: {'; '.join(found)}; give what "
-                           "that run had to resume it, or delete the file to start anew")
+        raise ConceptError(f"the checkpoint '{path}' belongs to another run: {'; '.join(found)}; give the "
+                           "values of that run to resume it, or delete the file to start again")
 
 
 def _differences(there: Mapping, here: Mapping) -> list[str]:

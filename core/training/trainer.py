@@ -134,7 +134,7 @@ class Trainer:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {brief(error)}"
             raise ConceptError(f"the checkpoint '{path}' is damaged ({reason}); delete it to start "
-                               "anew") from error
+                               "again") from error
 
     def _load(self, state: dict) -> None:
         self.method.load_state_dict(state["modules"])

@@ -181,7 +181,7 @@ def test_g8_sibling_a_weight_that_does_not_act_is_told(studio, mixed, caplog):
     assert not caplog.messages
     studio.encode(clip, "a <blueprint:1.5>")
     studio.encode(clip, "a <blueprint:1.5>")
-    assert len(caplog.messages) == 1 and "weighs its words as text" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "acts on its words as on text" in caplog.messages[0]
     _, clip, _ = studio.aggregate("a dog", mixed)
     studio.encode(clip, "a <blueprint>")
     assert "its words act without its deltas" in caplog.messages[-1]

@@ -130,7 +130,7 @@ def test_g7_merging_at_a_half_halves_folded_concepts(studio, stock, told, is_fir
 def test_g7_merging_word_bound_concepts_is_told(studio, stock, word_bound, told):
     model, _, _ = studio.aggregate("a photo of <spot>", word_bound)
     lines = told(lambda: stock.ModelMergeSimple().merge(studio.model, model, 0.5))
-    assert len(lines) == 1 and "does not take over <spot>" in lines[0]
+    assert len(lines) == 1 and "does not hold <spot>" in lines[0]
     lines = told(lambda: stock.ModelMergeSimple().merge(model, studio.model, 0.5))
     assert len(lines) == 1 and "does not scale <spot>" in lines[0]
     lines = told(lambda: stock.ModelMergeBlocks().merge(model, studio.model, input=0.5, middle=0.2, out=1.0))
@@ -140,7 +140,7 @@ def test_g7_merging_word_bound_concepts_is_told(studio, stock, word_bound, told)
 def test_g7_sibling_merging_clips_is_told(studio, stock, told):
     _, clip, _ = studio.aggregate(PROMPT, studio.bank)
     lines = told(lambda: stock.CLIPMergeSimple().merge(studio.clip, clip, 0.5))
-    assert len(lines) == 1 and "does not take over the words of <rex>" in lines[0]
+    assert len(lines) == 1 and "does not hold the words of <rex>" in lines[0]
     assert not told(lambda: stock.CLIPMergeSimple().merge(clip, studio.clip, 0.5))      # keeps its words
 
 

@@ -69,7 +69,7 @@ def test_the_lora_holds_what_the_bank_gives_for_the_prompt(tiny_backbone, bank, 
                for key, delta in deltas.items())
     for file, name in zip(done.files[1:], ("rex", "mimi"), strict=True):
         assert torch.equal(load_file(file)["emb_params"], embedding_state(bank[name].tokens)["emb_params"])
-    assert any("weighs concepts anew" in note for note in done.notes) == (mode != "sharp")
+    assert any("computes new weights" in note for note in done.notes) == (mode != "sharp")
     assert "in ComfyUI the prompt is then: a photo of embedding:rex and embedding:mimi" in done.notes
     assert any(note.startswith("<mimi>: the words have 7 layer copies") for note in done.notes)
 
@@ -91,7 +91,7 @@ def test_bound_concepts_are_in_it_and_the_notes_say_what_is_lost(layout, make_co
     done = export_prompt(bank, "a <rex> in a meadow", tmp_path)
     text = "\n".join(done.notes)
     assert "<rex>: in the bank each acts through its own words alone" in text
-    assert "<mimi>" in text and "on whatever the prompt says" in text
+    assert "<mimi>" in text and "always on, whatever the prompt says" in text
     state = load_file(done.files[0])
     wanted = sum(bank[name].deltas[0, "to_k"].dense() for name in bank.names)
     assert distance(dense(state, layout, (0, "to_k")), wanted) < HALF

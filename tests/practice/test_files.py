@@ -91,7 +91,7 @@ def test_c1_what_was_learned_is_kept_elsewhere(learn, photos, tmp_path, monkeypa
     monkeypatch.setattr(files.os, "replace",
                         lambda old, new: replace(old, new) if spare in new.parents else full(new))
     told = learn(photos)
-    assert "warning: there is no safety copy of the run: cannot write" in told.err
+    assert "warning: the checkpoint of the run was not written: cannot write" in told.err
     other = spare / "bank_kept.safetensors"
     assert f"No space left on device; <rex> is kept in the bank '{other}'" in told.sentence
     assert open_bank(other).names == ["rex"] and not (tmp_path / "bank.safetensors").exists()
