@@ -1,4 +1,4 @@
-"""Reads the photos of the command `learn`, and tells what was taken before anything is learned."""
+"""Reads the photos for the command `learn`, and reports on them before learning."""
 
 from __future__ import annotations
 

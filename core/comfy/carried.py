@@ -1,8 +1,8 @@
 """States of a prompt that keep what concepts add to them while other nodes compute with them.
 
-ComfyUI's nodes compute on the states of a CONDITIONING. Its dictionary stays behind: Conditioning Concat and
-Average keep that of one prompt alone, and encoding with scheduled hooks drops it. `PromptStates` are a tensor
-that applies the same operation to the layer copies and to the strengths of word-bound concepts, as
+ComfyUI's nodes compute on the states of a CONDITIONING and may lose its dictionary: Conditioning Concat and
+Average keep the dictionary of one prompt only, and encoding with scheduled hooks drops it. `PromptStates` are
+a tensor that applies the same operation to the layer copies and to the strengths of word-bound concepts, as
 torchvision's TVTensors do with their metadata. The conditions reach the UNet through the dictionary.
 """
 
@@ -52,7 +52,7 @@ class PromptStates(Tensor):
 
     @property
     def plain(self) -> Tensor:
-        """The states alone."""
+        """The states as an ordinary tensor."""
         return self.as_subclass(Tensor)
 
     @property

@@ -30,11 +30,11 @@ class Carried:
     """Concepts of one bank in a MODEL.
 
     Attributes:
-        bank: All its concepts are known to nodes behind, also those that do not act yet.
+        bank: Later nodes may use all its concepts, also those that do not act yet.
         strength: Factor on the deltas.
-        weights: Concept -> its weight at every site, for those in the MODEL's weights.
+        weights: Concept -> its weight at every site, for concepts in the MODEL's weights.
         word_bound: Names of those that act through their words.
-        patches: ComfyUI's values of the weight patches; they identify what to take out.
+        patches: ComfyUI's values of the weight patches; they identify the patches to remove.
     """
 
     bank: ConceptBank
@@ -50,7 +50,7 @@ class Carried:
 
     @property
     def prompt_activated(self) -> SiteWeights:
-        """Those of `weights` that a prompt has chosen."""
+        """The weights of the prompt-activated concepts."""
         names = prompt_activated_names(self.bank)
         return {name: row for name, row in self.weights.items() if name in names}
 

@@ -1,9 +1,9 @@
-"""MODELs and CLIPs with concepts that say what is lost when other nodes save or merge them.
+"""Messages on what is lost when other nodes save or merge a MODEL or CLIP with concepts.
 
-ComfyUI's nodes for that copy weights. The deltas of prompt-activated and always-on concepts are patched into
-the weights, so they are saved and merged. Word-bound concepts act in the attention, and learned words are in
-the CLIP's tokenizer, so they stay behind. Older ComfyUI (such as 0.8) saves weights without asking the MODEL.
-There, only CLIPs and merges say so.
+ComfyUI's saving and merging nodes copy weights. The deltas of prompt-activated and always-on concepts are
+patched into the weights, so they are saved and merged. Word-bound concepts act in the attention, and learned
+words are in the CLIP's tokenizer, so they are not copied. Older ComfyUI (such as 0.8) saves weights without
+calling the MODEL; it shows these messages for CLIPs and merges only.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def listed(names: Sequence[str]) -> str:
 
 
 def telling_model(model, held: Held):
-    """Returns a clone of MODEL that tells what is lost when it is saved or merged. Without concepts, returns
-    MODEL itself.
+    """Returns a clone of MODEL with messages on what is lost when it is saved or merged. Without concepts,
+    returns MODEL itself.
     """
     if not held.folded and not held.word_bound:
         return model
