@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -189,5 +190,6 @@ def test_windows_of_a_batch(studio):
     latent = studio.latent(4)
     whole = studio.ksampler(model, positive, negative, latent, steps=2)
     node = windows.ContextWindowsManualNode
-    windowed = node.execute(model, 2, 0, "standard_static", 1, False, "flat", 0, False)[0]
+    newer = [False] if "freenoise" in inspect.signature(node.execute).parameters else []
+    windowed = node.execute(model, 2, 0, "standard_static", 1, False, "flat", 0, *newer)[0]
     assert distance(studio.ksampler(windowed, positive, negative, latent, steps=2), whole) < 1e-3
