@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
@@ -13,12 +14,21 @@ from typing import Any, NoReturn
 from ..settings import Limit, read_bool, read_setting, settings_of
 
 
+class UsageError(SystemExit):
+    """Ends the program, because the arguments are not understood. The sentence is on stderr already."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(2)
+        self.sentence = sentence
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose usage errors are one sentence. Commands added to it are such parsers, too."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see '{self.prog} --help'", file=sys.stderr)
-        sys.exit(2)
+        sentence = f"{message}; see '{self.prog} --help'"
+        print(f"{self.prog}: {sentence}", file=sys.stderr)
+        raise UsageError(sentence)
 
 
 def file_path(text: str) -> Path:
@@ -31,9 +41,16 @@ def file_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"the home folder of {text!r} is not known") from error
 
 
+def base_name(text: str) -> str:
+    """What `--base` names. An empty text would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 def concept_name(text: str) -> str:
-    """The name of a concept, which may be given as `<name>`."""
-    return text.strip().strip("<>")
+    """The name of a concept, which may be given as `<name>`. macOS gives accents as signs of their own."""
+    return unicodedata.normalize("NFC", text.strip().strip("<>"))
 
 
 def word_names(text: str) -> tuple[str, ...]:

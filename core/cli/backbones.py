@@ -39,7 +39,7 @@ def load_backbone(options: Namespace) -> DiffusersBackbone:
         device = torch.device(own_device(options.device))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]      # PyTorch lists all of its devices
         raise ConceptError(f"device '{options.device}' cannot be used here ({reason})") from error
     if is_embedded(options):
         from ..demo.base import load_base

@@ -136,6 +136,8 @@ def _remove(options: Namespace) -> Result:
 
 
 def _rename(options: Namespace) -> Result:
+    if options.name == options.new:
+        raise ConceptError(f"the new name '{options.new}' is the old one; give another")
     changed = _change(options.bank, lambda bank: bank.rename(options.name, options.new))
     return _changed(changed, options.bank, f"renamed <{options.name}> to <{options.new}>")
 
@@ -146,7 +148,10 @@ def _restore(options: Namespace) -> Result:
         restored = restore(options.bank, options.number)
         return _changed(restored, options.bank, f"restored version {options.number}")
     rows, lines = [], []
-    for version in versions(options.bank):
+    found = versions(options.bank)
+    if not found:
+        open_bank(options.bank)      # says so if there is no bank
+    for version in found:
         changed = datetime.fromtimestamp(version.changed).isoformat(" ", "seconds")
         names = _names(version.path)
         rows.append({"version": version.number, "changed": changed, "concepts": names})

@@ -43,7 +43,7 @@ from ..training.record import Learned, check_known
 from ..training.trainer import StepInfo
 from . import backbones
 from .photos import info_of, read_photos
-from .result import Result
+from .result import Result, say
 
 KEEP, AGAIN = "keep", "again"
 IF_KNOWN = (KEEP, AGAIN)
@@ -141,7 +141,7 @@ def learn(options: Namespace) -> Result | None:
     read = read.checked(options, training, stored, method)
     with process_group(options.device) as group:
         if group.is_first and not options.json:
-            print("\n".join(read.lines()), flush=True)
+            say("\n".join(read.lines()))
         if stored is not None and options.name in stored and options.if_known == KEEP:
             result = _known(options, stored, info_of(options, method), method, training, photos)
             return result if group.is_first else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from ..settings import FINITE, SEED, at_least, between
 from ..training.config import TrainingConfig
 from .arguments import (
     Parser,
+    UsageError,
     add_settings,
+    base_name,
     concept_name,
     file_path,
     number,
@@ -29,7 +32,7 @@ from .arguments import (
 )
 from .backbones import EMBEDDED_CFG, EMBEDDED_SIZE, EMBEDDED_TRAINING, OTHER_CFG, OTHER_SIZE
 from .learning import IF_KNOWN
-from .result import run
+from .result import run, say
 
 BANK_HELP, NAME_HELP = "bank file", "name of a concept in the bank"
 KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
@@ -37,7 +40,7 @@ KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose the base."""
-    parser.add_argument("--base", default="embedded",
+    parser.add_argument("--base", type=base_name, default="embedded",
                         help="'embedded', or the folder of a model in diffusers' layout (SD1.5, SD2, SDXL) "
                         "(default %(default)s)")
     parser.add_argument("--device", default="cpu",
@@ -236,6 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
               "python -m continual_concepts.benchmarks "
               f"{shlex.join(arguments[list(arguments).index('bench') + 1:]) or '--help'}", file=sys.stderr)
         return 2
-    options = _parsed(sorted(arguments, key=lambda argument: argument != "--json"))      # at any place
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    flags = sorted(arguments[:end], key=lambda argument: argument != "--json")      # --json at any place
+    try:
+        options = _parsed([*flags, *arguments[end:]])
+    except UsageError as error:
+        if "--json" in flags:
+            say(json.dumps({"error": error.sentence}))
+        raise
     stopped = "stopped; the same command continues learning where it stopped"
     return run("continual-concepts", getattr(commands, options.command), options, stopped)

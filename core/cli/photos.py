@@ -41,12 +41,15 @@ class TrainingPhotos:
             ConceptError: A caption names an unknown concept.
         """
         infos = {} if stored is None else dict(stored.infos)
-        check_captions(self.pictures, [*infos.values(), info_of(options, method)])
+        known = [*infos.values(), info_of(options, method)]
+        on_captions = check_captions(self.photos.pictures, known)
         report = self.photos.report.checked(training.resolution, training.framing != "buckets", infos,
                                             options.name)
+        report = replace(report, warnings=(*report.warnings, *on_captions))
         prior = self.prior
         if prior is not None:
-            warnings = (*prior.report.warnings, *prior_warnings(method.composition))
+            warnings = (*prior.report.warnings, *check_captions(prior.pictures, known),
+                        *prior_warnings(method.composition))
             prior = Photos(prior.pictures, replace(prior.report, warnings=warnings))
         return TrainingPhotos(Photos(self.photos.pictures, report), prior)
 

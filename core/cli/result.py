@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from ..errors import ConceptError
 
@@ -17,6 +19,51 @@ Result = tuple[dict, list[str]]
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Prints a warning as one sentence, without the line of code that gave it."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+def print_readably() -> None:
+    """Prints letters that the console's encoding lacks as escapes, such as `\\u732b`, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str) -> bool:
+    """Prints to stdout. A full disk or a closed pipe must not end a command whose work is worth more.
+
+    Returns:
+        Whether the text was printed; if not, stderr says why.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Python writes the rest of the buffer when it ends, and would fail again
+        with suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        print(f"warning: the output cannot be printed ({error.strerror})", file=sys.stderr)
+        return False
+    return True
+
+
+def failed(program: str, sentence: str, code: int, is_json: bool) -> int:
+    """Reports a failed command on stderr, and as `{"error": sentence}` on stdout with --json."""
+    print(f"{program}: {sentence}", file=sys.stderr)
+    if is_json:
+        say(json.dumps({"error": sentence}))
+    return code
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turns a lack of memory, which PyTorch reports in several ways, into a ConceptError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        lacks_memory = any(words in str(error) for words in ("out of memory", "allocate memory"))
+        if not isinstance(error, MemoryError) and not lacks_memory:
+            raise
+        raise ConceptError("there is not enough memory for this; choose a smaller size, resolution or batch "
+                           "size") from error
 
 
 def run(program: str, command: Callable, options: argparse.Namespace, stopped: str) -> int:
@@ -32,21 +79,20 @@ def run(program: str, command: Callable, options: argparse.Namespace, stopped: s
     Returns:
         Exit code 0; 1 with one sentence on stderr for bad input; 130 when interrupted.
     """
+    print_readably()
     try:
-        with warnings.catch_warnings():      # which restores how warnings are shown
+        with warnings.catch_warnings(), _one_sentence():      # the first restores how warnings are shown
             warnings.showwarning = _show_warning
             result = command(options)
     except ConceptError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1
+        return failed(program, str(error), 1, options.json)
     except KeyboardInterrupt:
-        print(f"{program}: {stopped}", file=sys.stderr)
-        return 130
-    if result is not None:
-        facts, lines = result
-        if not options.json:
-            for note in facts.get("notes", ()):
-                if note not in lines:
-                    print(f"{program}: note: {note}", file=sys.stderr)
-        print(json.dumps(facts, indent=1) if options.json else "\n".join(lines))
-    return 0
+        return failed(program, stopped, 130, options.json)
+    if result is None:
+        return 0
+    facts, lines = result
+    if not options.json:
+        for note in facts.get("notes", ()):
+            if note not in lines:
+                print(f"{program}: note: {note}", file=sys.stderr)
+    return 0 if say(json.dumps(facts, indent=1) if options.json else "\n".join(lines)) else 1

@@ -48,7 +48,7 @@ def sample(options: Namespace) -> Result:
     settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode,
                               options.strength, noise)
     seeds = list(range(options.seed, options.seed + options.count))
-    require(SEED[0](seeds[-1]), "seed", options.seed, f"{SEED[1]}, for all pictures")
+    require(SEED[0](seeds[-1]), "seed", seeds[-1], f"{SEED[1]}; each picture after the first adds 1")
     backbone = backbones.load_backbone(options)
     bank = stored or ConceptBank(backbone.layout)
     bank.check_fits(backbone.layout)
