@@ -6,7 +6,8 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,26 @@ def _checked(text: str, what: str) -> str:
 Rank = tuple[int, int]      # how well a name fits a photo, smaller is better
 
 
+def _letters(name: str) -> str:
+    """A name for comparison: in any case, with accents in one form, since macOS has two signs for é."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 class PhotoNames:
-    """Photos by name, without and with their suffix, in any case of letters."""
+    """Photos by name, without and with their suffix, in any case and form of letters."""
 
     def __init__(self, photos: Iterable[Path]) -> None:
         self._photos: dict[str, list[Path]] = {}
         for photo in photos:
             for name in (photo.stem, photo.name):
-                self._photos.setdefault(name.casefold(), []).append(photo)
+                self._photos.setdefault(_letters(name), []).append(photo)
 
     def ranked(self, name: str) -> list[tuple[Rank, Path]]:
         """The photos that a name fits. Equal case of letters ranks first, then a name without suffix."""
         def rank(photo: Path) -> Rank:
-            return int(name not in (photo.stem, photo.name)), int(name.casefold() != photo.stem.casefold())
+            return int(name not in (photo.stem, photo.name)), int(_letters(name) != _letters(photo.stem))
 
-        return [(rank(photo), photo) for photo in self._photos.get(name.casefold(), ())]
+        return [(rank(photo), photo) for photo in self._photos.get(_letters(name), ())]
 
 
 def find_captions(photos: Sequence[Path], files: Iterable[Path]) -> Found:
@@ -176,11 +182,19 @@ def _add_table(found: Found, names: PhotoNames, file: Path) -> None:
             if present is None:
                 found.of[photo] = Caption(_checked(text, f"the caption of '{photo.name}' in '{file}'"), file)
             elif present.text != text.strip():
-                lost.append(f"'{photo.name}' has its caption from '{present.file.name}'")
+                lost.append(f"'{photo.name}' is in it several times, and the first caption is used"
+                            if present.file == file else
+                            f"'{photo.name}' has its caption from '{present.file.name}'")
     if not used:
-        found.unused[file] = "it has no captions of these photos"
+        found.unused[file] = "it has no captions of these photos" + ("" if rows else _wanted(file))
     elif absent or lost:
         found.unused[file] = "; ".join([*lost, *([f"no photo is named {_listed(absent)}"] if absent else [])])
+
+
+def _wanted(file: Path) -> str:
+    """What a table needs in which no name and caption were found."""
+    place = {".csv": "row", ".jsonl": "line"}.get(file.suffix.lower())
+    return "" if place is None else f"; needed are {NAME_KEYS[0]} and {TEXT_KEYS[0]} in every {place}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -199,13 +213,32 @@ def _rows(file: Path) -> list[tuple[str, str]]:
     text = decoded(file.read_bytes(), file)
     try:
         if file.suffix.lower() == ".csv":
-            return _entries(list(csv.DictReader(io.StringIO(text))))
+            return _entries(_csv_records(text))
         if file.suffix.lower() == ".jsonl":
-            return _entries([json.loads(line) for line in text.splitlines() if line.strip()])
+            return _entries(list(_json_lines(text)))
         return _entries(json.loads(text))
     except (ValueError, RecursionError, csv.Error) as error:
         kind = file.suffix[1:].upper()
         raise ConceptError(f"the captions '{file}' cannot be read: it is no valid {kind} ({error})") from None
+
+
+def _csv_records(text: str) -> list[dict]:
+    """The rows of a CSV table by column. Spreadsheets separate columns by commas, semicolons or tabs."""
+    header = text.lstrip().partition("\n")[0]
+    separator = max(",;\t", key=header.count)
+    rows = csv.DictReader(io.StringIO(text.lstrip()), delimiter=separator, skipinitialspace=True)
+    return [{key.strip().lower(): value for key, value in row.items() if key is not None} for row in rows]
+
+
+def _json_lines(text: str) -> Iterator[object]:
+    """The values of a JSONL table. Raises ValueError with the number of a damaged line."""
+    # only these end a line: a caption may hold other signs that str.splitlines splits at
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from None
 
 
 def _entries(value: object) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank.concepts import ConceptInfo
+from ..bank.hints import notes_on_caption
 from ..bank.prompts import Vocabulary, caption_with_placeholder
 from ..errors import ConceptError
 from ..model.backbone import Backbone
@@ -19,6 +20,7 @@ from .batch import Batch
 from .captions import LONGEST_CAPTION
 from .framing import Framing, bucket_of, frame
 from .pictures import Picture, weights
+from .report import PhotoWarning
 
 UNET_MULTIPLE = 8      # factor of bucket latents' sides: UNets halve them three times
 SMALLEST_SHARE = 16      # minimum shorter side of a picture = resolution / this
@@ -170,11 +172,19 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
     return replace(parts[0], digests=digests) if len(parts) == 1 else BucketSet(tuple(parts), digests)
 
 
-def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo]) -> None:
-    """Raises ConceptError if a caption names a concept that is not among these."""
-    vocabulary = Vocabulary(infos)
-    for picture in pictures:
-        vocabulary.parse_caption(picture.caption, picture.caption_name or "a caption")
+def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo]) -> list[PhotoWarning]:
+    """Warnings about captions that name a concept in a way that is text there, such as `<rex:0.8>`.
+
+    Raises:
+        ConceptError: A caption names a concept that is not among these.
+    """
+    vocabulary, warnings = Vocabulary(infos), []
+    for i, picture in enumerate(pictures):
+        what = picture.caption_name or "a caption"
+        vocabulary.parse_caption(picture.caption, what)
+        warnings += [PhotoWarning("caption", note, (i,))
+                     for note in notes_on_caption(vocabulary, picture.caption, what)]
+    return warnings
 
 
 def _with_fewest_repeats(pictures: Sequence[Picture]) -> list[Picture]:
