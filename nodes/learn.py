@@ -254,10 +254,11 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
            node: str | None) -> io.NodeOutput:
     photos = [picture for picture in pictures if not picture.is_prior]
     digests = [photo.digest for photo in photos]
-    check_captions(photos, [*task.bank.infos.values(), _info(task, method)])
+    on_captions = check_captions(photos, [*task.bank.infos.values(), _info(task, method)])
     taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
                                                          task.bank.infos, task.name)
-    warnings = [*taken.warnings, *(prior_warnings(method.composition) if len(pictures) > len(photos) else [])]
+    warnings = [*taken.warnings, *on_captions,
+                *(prior_warnings(method.composition) if len(pictures) > len(photos) else [])]
     notes = [*unusual(method.config), *unusual(config),
              *warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
              *(warning.text for warning in warnings)]

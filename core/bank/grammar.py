@@ -35,6 +35,22 @@ class Placeholder:
 Part = tuple[str | Placeholder, float]      # a text or a placeholder, and its weight
 
 
+def check_letters(text: str, what: str) -> str:
+    """Returns a text that tokenizers can read.
+
+    Args:
+        what: Description of the text, for messages.
+
+    Raises:
+        ConceptError: It holds half a character (a lone surrogate), or one that Unicode reserves for programs.
+    """
+    odd = next((letter for letter in text if "\ud800" <= letter <= "\udfff"
+                or "\ufdd0" <= letter <= "\ufdef"), "")
+    if odd:
+        raise ConceptError(f"{what} holds U+{ord(odd):04X}, which is no letter; type this place again")
+    return text
+
+
 def number_of(text: str) -> float | None:
     """A finite number, or None for any other text."""
     try:

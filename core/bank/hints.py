@@ -15,25 +15,55 @@ from .prompts import Prompt, Vocabulary
 _OPEN, _CLOSE = "<＜〈《‹«⟨", ">＞〉》›»⟩"
 _INSIDE = rf"[^{_OPEN}{_CLOSE}\n]{{1,80}}?"
 _CHUNK = re.compile(rf"(?:\\?[{_OPEN}]|&lt;)({_INSIDE})(?:\\?[{_CLOSE}]|&gt;)")
-_WEIGHT = re.compile(r"[:：=]\s*([+-]?\d+(?:[.,]\d+)?)\s*\\?$")
+_WEIGHT = re.compile(r"[:：=]\s*([+-]?(?:\d+(?:[.,]\d*)?|[.,]\d+))\s*\\?$")
 _LOADER = re.compile(r"\s*(?:lora|lyco|lycoris|hypernet)\s*[:：]", re.IGNORECASE)
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+_EMBEDDING = re.compile(r"\bembedding:\S+", re.IGNORECASE)
+_SQUARE = re.compile(r"[\[{]\s*([\w-]+)\s*[\]}]")
+_ORDINARY = frozenset((
+    "a", "an", "the", "and", "or", "of", "in", "on", "at", "by", "to", "with", "without", "for", "from", "is",
+    "as", "photo", "picture", "image", "painting", "drawing", "sketch", "art", "artwork", "style", "portrait",
+    "landscape", "background", "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink",
+    "brown", "black", "white", "grey", "gray", "gold", "silver", "man", "woman", "boy", "girl", "person",
+    "people"))
 _SEVERAL = 12      # placeholders that a note lists at most
 
 
-def notes_on(vocabulary: Vocabulary, prompts: Iterable[Prompt]) -> list[str]:
-    """Notes on these prompts, each once, in order."""
-    return list(dict.fromkeys(note for prompt in prompts for note in _notes(vocabulary, prompt)))
+def notes_on(vocabulary: Vocabulary, prompts: Iterable[Prompt], loads_embeddings: bool = False) -> list[str]:
+    """Notes on these prompts, each once, in order.
+
+    loads_embeddings: Whether `embedding:name` loads a file, as in ComfyUI, and so is no text.
+    """
+    return list(dict.fromkeys(note for prompt in prompts
+                              for note in _notes(vocabulary, prompt, loads_embeddings)))
 
 
-def _notes(vocabulary: Vocabulary, prompt: Prompt) -> Iterator[str]:
+def notes_on_caption(vocabulary: Vocabulary, caption: str, what: str) -> list[str]:
+    """Notes on a caption: placeholders that are written as only prompts allow.
+
+    what: Which caption it is, for the notes.
+    """
+    text = unicodedata.normalize("NFC", caption)
+    return [f"{what} has '{chunk[0]}', which is plain text in a caption; for the concept write <{name}>"
+            for chunk in _CHUNK.finditer(text) if chunk[1] not in vocabulary.entries or chunk[0][0] != "<"
+            for name in list(_names_in(vocabulary, chunk[1]))[:1]]
+
+
+def _ordinary_words(vocabulary: Vocabulary) -> set[str]:
+    """Names that stand in prompts for themselves: class nouns, and words of nearly every prompt."""
+    return _ORDINARY | {info.class_noun.casefold() for info in vocabulary.infos.values()}
+
+
+def _notes(vocabulary: Vocabulary, prompt: Prompt, loads_embeddings: bool) -> Iterator[str]:
     text = " ".join(part for part, _ in prompt.parts if isinstance(part, str))
     text = unicodedata.normalize("NFC", text)
     for chunk in _CHUNK.finditer(text):
         yield from _on_chunk(vocabulary, chunk[0], chunk[1])
     bare = _CHUNK.sub(" ", text)
+    bare = _EMBEDDING.sub(" ", bare) if loads_embeddings else bare
+    ordinary = _ordinary_words(vocabulary) - {inside[1].casefold() for inside in _SQUARE.finditer(bare)}
     for name in _names_in(vocabulary, bare):
-        if vocabulary.entries[name][0].concept not in prompt.concepts:
+        if name.casefold() not in ordinary and vocabulary.entries[name][0].concept not in prompt.concepts:
             yield f"'{name}' is plain text in the prompt; for the concept write <{name}>"
     for concept in prompt.concepts:
         weights = prompt.weights_of(concept)

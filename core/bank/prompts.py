@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ..errors import ConceptError
 from .concepts import ConceptInfo
-from .grammar import PLACEHOLDER, Part, Placeholder, parts_of, written
+from .grammar import PLACEHOLDER, Part, Placeholder, check_letters, parts_of, written
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Vocabulary:
         """
         if isinstance(prompt, Prompt):
             return prompt
-        parts = parts_of(prompt, self.known, lambda name: self._unknown(name, what))
+        parts = parts_of(check_letters(prompt, what), self.known, lambda name: self._unknown(name, what))
         pieces: list[_Weighted] = []
         for part, weight in parts:
             own: tuple[Piece, ...] = self.entries[part.name] if isinstance(part, Placeholder) else (part,)
@@ -177,6 +177,7 @@ class Vocabulary:
         Raises:
             ConceptError: A placeholder belongs to no concept.
         """
+        caption = unicodedata.normalize("NFC", check_letters(caption, what))
         pieces: list[Piece] = []
         end = 0
         for match in PLACEHOLDER.finditer(caption):
@@ -219,6 +220,7 @@ def caption_with_placeholder(caption: str, info_name: str, class_noun: str) -> s
 
     A caption with placeholders is returned unchanged.
     """
+    caption = unicodedata.normalize("NFC", caption)
     if PLACEHOLDER.search(caption):
         return caption
     placeholder = f"<{info_name}>"

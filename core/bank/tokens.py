@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConceptError
 from ..model.sites import SiteLayout
+from .grammar import check_letters
 
 # 1 to 64 letters and digits of any script, with - and _ inside.
 NAME = re.compile(r"[^\W_](?:[\w-]{0,62}[^\W_])?")
@@ -34,7 +35,7 @@ def check_name(name: str, what: str = "concept name") -> str:
 def check_class_noun(noun: str) -> str:
     """Returns a class noun without spaces at its ends; "" is allowed. A noun is encoded as plain text, so
     raises ConceptError if it holds a sign that has a meaning in prompts."""
-    noun = " ".join(noun.split())
+    noun = check_letters(" ".join(noun.split()), "the class noun")
     # full-width signs are read as the common ones
     odd = next((sign for sign in unicodedata.normalize("NFKC", noun) if sign in _OF_PROMPTS), "")
     if odd or len(noun) > LONGEST_NOUN:

@@ -50,7 +50,7 @@ class ConceptTokenizer(Wrapped):
 
     def _tell(self, prompt: Prompt) -> None:
         """Tells notes on a prompt, each once."""
-        notes = [*notes_on(self.vocabulary, [prompt]), *self._on_deltas(prompt)]
+        notes = [*notes_on(self.vocabulary, [prompt], loads_embeddings=True), *self._on_deltas(prompt)]
         fresh = [note for note in notes if note not in self._told]
         if fresh:
             self.tell("\n".join(fresh))

@@ -223,7 +223,8 @@ def warnings_before(bank: ConceptBank | None, name: str, class_noun: str, method
     same = [other for other, info in others.items() if (info.kind, noun_of(info)) == (kind, plain(class_noun))
             and _are_same_photos(photos, _digests(info))]
     if same:
-        warnings.append(f"{listed(same)} was learned from the same photos; two concepts of one thing collide")
+        warnings.append(f"{listed(same)} {'was' if len(same) == 1 else 'were'} learned from the same photos; "
+                        "two concepts of one thing collide")
     return (*warnings, *_shared_weights(others, class_noun, method))
 
 

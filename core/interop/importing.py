@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..bank.concepts import Concept, ConceptInfo, Provenance
+from ..bank.grammar import PLACEHOLDER, check_letters
 from ..bank.tokens import TokenGroup, check_class_noun, check_name, default_words
 from ..errors import ConceptError
 from ..model.backbone import Backbone, TextEncoder
@@ -33,7 +34,15 @@ METHOD = "imported"
 
 
 def trigger_vectors(encoders: Iterable[TextEncoder], trigger: str) -> dict[str, Tensor]:
-    """Text encoder -> the vocabulary's vectors of a LoRA's trigger words, `[n, D]`."""
+    """Text encoder -> the vocabulary's vectors of a LoRA's trigger words, `[n, D]`.
+
+    Raises:
+        ConceptError: They are longer than a concept can be, or name a concept, which has no vectors there.
+    """
+    placeholder = PLACEHOLDER.search(check_letters(trigger, "the trigger"))
+    if placeholder:
+        raise ConceptError(f"the trigger {trigger!r} holds the placeholder {placeholder[0]}, which the text "
+                           "encoder does not know; give the plain words that are typed for the LoRA")
     return counted({encoder.name: encoder.vectors(encoder.ids(trigger)) for encoder in encoders},
                    f"the trigger {trigger!r}")
 

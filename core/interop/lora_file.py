@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..bank.format import METADATA_KEY
 from ..errors import ConceptError
 from .lora_names import ALPHA, Part, part_of, shown
 from .peft_config import RAW, PeftConfig, in_folder, in_header
@@ -173,14 +174,19 @@ def read_tensors(path: Path,
     """
     if not path.is_file():
         raise ConceptError(f"there is no file '{path}'")
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise ConceptError(f"'{path.name}' is a {path.suffix or 'nameless'} file; allowed: .safetensors "
                            "(others can run code when opened)")
     try:
         with safe_open(str(path), framework="pt") as file:
-            keys = list(file.keys())
+            keys, metadata = list(file.keys()), file.metadata() or {}
+            if METADATA_KEY in metadata:
+                raise ConceptError(f"'{path.name}' is a bank of this program; merge it with another "
+                                   "bank, or open it")
             tensors = {key: file.get_tensor(key) for key in keys if wanted(key)}
-            return tensors, tuple(key for key in keys if key not in tensors), file.metadata() or {}
+            return tensors, tuple(key for key in keys if key not in tensors), metadata
+    except ConceptError:
+        raise
     # safetensors names some number formats that torch does not have: KeyError or AttributeError
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise ConceptError(f"'{path.name}' is not a readable .safetensors file ({error})") from error
