@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +110,7 @@ def _read_header(path: Path) -> tuple[dict, list[str]]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__})") from error
     if version != VERSION:
-        raise ConceptError(f"the bank '{path}' has format version {version!r}; this version of Continual "
+        raise ConceptError(f"the bank '{path}' has format version {reprlib.repr(version)}; this version of Continual "
                            f"Concepts reads {VERSION}")
     return header, keys
 
