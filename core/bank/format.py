@@ -110,8 +110,8 @@ def _read_header(path: Path) -> tuple[dict, list[str]]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__})") from error
     if version != VERSION:
-        raise ConceptError(f"the bank '{path}' has format version {reprlib.repr(version)}; this version of Continual "
-                           f"Concepts reads {VERSION}")
+        raise ConceptError(f"the bank '{path}' has format version {reprlib.repr(version)}; this version of "
+                           f"Continual Concepts reads {VERSION}")
     return header, keys
 
 
