@@ -49,7 +49,7 @@ def notes_on_caption(vocabulary: Vocabulary, caption: str, what: str) -> list[st
             for name in list(_names_in(vocabulary, chunk[1]))[:1]]
 
 
-def _ordinary_words(vocabulary: Vocabulary) -> set[str]:
+def _ordinary_words(vocabulary: Vocabulary) -> frozenset[str]:
     """Names that stand in prompts for themselves: class nouns, and words of nearly every prompt."""
     return _ORDINARY | {info.class_noun.casefold() for info in vocabulary.infos.values()}
 
