@@ -6,9 +6,9 @@ from comfy_api.latest import io
 
 from ..core.comfy.region_sampling import apply_regions
 from ..core.regional.noise import NoiseSettings
-from ..core.regional.regions import OVERLAPS
 from ..core.sampling.settings import SampleSettings
 from . import types
+from .inputs import crop_denoising_input, isolation_input, overlap_input
 from .progress import tell
 from .schema import ADVANCED, Schema
 
@@ -46,36 +46,10 @@ class ConceptRegionsApply(io.ComfyNode):
                     optional=True,
                     tooltip="The negative prompt of the whole picture; none = an empty one.",
                 ),
-                io.Combo.Input(
-                    "overlap",
-                    options=list(OVERLAPS),
-                    default="average",
-                    optional=True,
-                    tooltip="Where regions overlap: mix them evenly, let the first lie on top, or give each "
-                    "place to the region whose centre is nearest.",
-                ),
-                io.Float.Input(
-                    "solo",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Crop denoising: share of the first steps in which each region is denoised "
-                    "alone, so that its concept appears. 0 = off; 0.4 for a picture from noise, 0 for tiles "
-                    "and second passes.",
-                ),
-                io.Float.Input(
-                    "isolation",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Share of the first steps in which regions do not see each other in "
-                    "self-attention. Concepts mix less, and a step is faster. 0 = off.",
-                    **ADVANCED,
-                ),
+                overlap_input(),
+                crop_denoising_input(
+                    0.0, "0 = off; 0.4 for a picture from noise, 0 for tiles and second passes."),
+                isolation_input(**ADVANCED),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.regional.regions import OVERLAPS
 from ..core.settings import settings_of
 
 
@@ -43,3 +44,24 @@ def setting_inputs(config: type, names: Iterable[str], **changes: dict[str, Any]
     `setting_input`.
     """
     return [setting_input(config, name, **changes.get(name, {})) for name in names]
+
+
+def overlap_input() -> io.Input:
+    return io.Combo.Input("overlap", options=list(OVERLAPS), default="average", optional=True,
+                          tooltip="Where regions overlap: mix them evenly, let the first lie on top, or give "
+                                  "each place to the region whose centre is nearest.")
+
+
+def crop_denoising_input(default: float, advice: str) -> io.Input:
+    """The input `solo`. advice: the end of its tooltip."""
+    return io.Float.Input("solo", default=default, min=0.0, max=1.0, step=0.05, optional=True,
+                          tooltip="Crop denoising: share of the first steps in which each region is denoised "
+                                  f"alone, so that its concept appears. {advice}")
+
+
+def isolation_input(**changes: Any) -> io.Input:
+    """changes: keyword arguments of ComfyUI's input."""
+    return io.Float.Input("isolation", default=0.0, min=0.0, max=1.0, step=0.05, optional=True,
+                          tooltip="Share of the first steps in which regions do not see each other in "
+                                  "self-attention. Concepts mix less, and a step is faster. 0 = off.",
+                          **changes)

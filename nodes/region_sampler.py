@@ -10,9 +10,9 @@ from nodes import common_ksampler  # ComfyUI's module; ours are relative imports
 
 from ..core.comfy.region_sampling import Scene, prepare
 from ..core.regional.noise import AREAS, OUTSIDE, NoiseSettings
-from ..core.regional.regions import OVERLAPS
 from ..core.sampling.settings import SampleSettings
 from . import types
+from .inputs import crop_denoising_input, isolation_input, overlap_input
 from .progress import tell
 from .schema import ADVANCED, Schema
 
@@ -140,14 +140,7 @@ class RegionalConceptSampler(io.ComfyNode):
                     "attention guidance (L2DM's attention artists) gives attention to each of them. 0 = off.",
                     **ADVANCED,
                 ),
-                io.Combo.Input(
-                    "overlap",
-                    options=list(OVERLAPS),
-                    default="average",
-                    optional=True,
-                    tooltip="Where regions overlap: mix them evenly, let the first lie on top, or give each "
-                    "place to the region whose centre is nearest.",
-                ),
+                overlap_input(),
                 io.Combo.Input(
                     "noise_area",
                     options=list(AREAS),
@@ -157,27 +150,9 @@ class RegionalConceptSampler(io.ComfyNode):
                     "region's size, whose cost grows with its area.",
                     **ADVANCED,
                 ),
-                io.Float.Input(
-                    "solo",
-                    default=0.4,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Crop denoising: share of the first steps in which each region is denoised "
-                    "alone, so that its concept appears. Costs nothing more where regions cover the picture. "
-                    "0 = off.",
-                ),
-                io.Float.Input(
-                    "isolation",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Share of the first steps in which regions do not see each other in "
-                    "self-attention. Concepts mix less, and a step is faster. 0 = off.",
-                ),
+                crop_denoising_input(
+                    0.4, "Costs nothing more where regions cover the picture. 0 = off."),
+                isolation_input(),
                 io.Boolean.Input(
                     "find_regions",
                     default=False,

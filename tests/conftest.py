@@ -32,7 +32,7 @@ def _load_package() -> None:
 
 
 _load_package()
-pytest_plugins = ["continual_concepts.tests.saved_models"]
+pytest_plugins = ["continual_concepts.tests.saved_models", "continual_concepts.tests.host_banks"]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -267,8 +267,10 @@ def test_kill_9_never_tears_a_bank(layout, make_concept, tmp_path, trials, kille
 
 
 def test_the_command(grow, path, capsys):
+    assert main(["bank", "restore", str(path)]) == 1 and "there is no bank file" in capsys.readouterr().err
+    grow("one")
     assert main(["bank", "restore", str(path)]) == 0 and "no earlier versions" in capsys.readouterr().out
-    grow("one"), grow("two")
+    grow("two")
     assert main(["bank", "remove", str(path), "one"]) == 0 and names_of(path) == ["two"]
     capsys.readouterr()
     assert main(["bank", "restore", str(path)]) == 0

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,19 +193,6 @@ class Studio:
 @pytest.fixture(scope="session")
 def studio(pack, demo, bank):
     return Studio(pack, demo, bank)
-
-
-@pytest.fixture(scope="session")
-def mixed(bank):
-    """<rex> and <mimi> are word-bound, <blueprint> is prompt-activated, <plain> has words alone."""
-    from continual_concepts.core.bank.bank import ConceptBank
-
-    made = ConceptBank(bank.layout)
-    for concept, method in zip(bank, ("bound", "bound", "cidm"), strict=True):
-        made = made.add(replace(concept, info=replace(concept.info, method=method)))
-    plain = bank["rex"].renamed("plain")
-    vectors = {name: vector + 0.1 for name, vector in plain.tokens.vectors.items()}
-    return made.add(replace(plain, deltas={}, tokens=replace(plain.tokens, vectors=vectors)))
 
 
 @pytest.fixture(scope="session")

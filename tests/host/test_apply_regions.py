@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 
 import pytest
 import torch
-
-from continual_concepts.core.bank.bank import ConceptBank
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
 SCENE = "a photo of <blueprint> in a meadow"
@@ -16,14 +13,6 @@ SCENE = "a photo of <blueprint> in a meadow"
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.fixture(scope="module")
-def word_bound(bank):
-    made = ConceptBank(bank.layout)
-    for concept in bank:
-        made = made.add(replace(concept, info=replace(concept.info, method="bound")))
-    return made
 
 
 def halves(studio) -> list:

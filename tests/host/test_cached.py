@@ -3,22 +3,10 @@ of another text or of other weights."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from continual_concepts.core.bank.bank import ConceptBank
-
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
-
-
-@pytest.fixture(scope="module")
-def word_bound(bank):
-    made = ConceptBank(bank.layout)
-    for concept in bank:
-        made = made.add(replace(concept, info=replace(concept.info, method="bound")))
-    return made
 
 
 @pytest.fixture

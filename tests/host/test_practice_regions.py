@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 
 import pytest
 import torch
@@ -182,28 +181,14 @@ def test_g2_sibling_guidance_from_the_models_own_attention_turns_crops_off(studi
         caplog.text)
 
 
-def word_bound(bank):
-    made = ConceptBank(bank.layout)
-    for concept in bank:
-        made = made.add(replace(concept, info=replace(concept.info, method="bound")))
-    return made
-
-
-def always_on(bank):
-    made = ConceptBank(bank.layout)
-    for concept in bank:
-        made = made.add(replace(concept, info=replace(concept.info, method="ewc", composition=None)))
-    return made
-
-
-KINDS = {"prompt-activated": lambda bank: bank, "word-bound": word_bound, "always on": always_on}
+KINDS = {"prompt-activated": "cidm", "word-bound": "bound", "always on": "ewc"}
 NAMED = "<rex> in a meadow"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_g4_a_model_that_carries_the_concepts_gives_the_same_picture(studio, kind):
+def test_g4_a_model_that_carries_the_concepts_gives_the_same_picture(studio, of_method, kind):
     """Elastic Weight Aggregate before the sampler, with the bank there, here, or at both: nothing twice."""
-    bank = KINDS[kind](studio.bank)
+    bank = of_method(KINDS[kind])
     expected = studio.regional(NAMED, halves(studio), bank, steps=2)
     model, clip, _ = studio.aggregate(NAMED, bank)
     both = studio.regional(NAMED, halves(studio), bank, model=model, clip=clip, steps=2)

@@ -51,12 +51,9 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def banks(bank):
+def banks(bank, word_bound):
     """The same concepts, prompt-activated and word-bound."""
-    bound = ConceptBank(bank.layout)
-    for concept in bank:
-        bound = bound.add(replace(concept, info=replace(concept.info, method="bound", composition=None)))
-    return {"plain": bank, "prompt-activated": bank, "word-bound": bound}
+    return {"plain": bank, "prompt-activated": bank, "word-bound": word_bound}
 
 
 def drawn(case: str, kind: str) -> tuple[list[Region], SampleSettings]:
