@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.bank.composition import Kind
+from ..core.bank.tokens import typed_name
 from ..core.charts import weights_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.comfy.concept_clip import concept_clip, encode
@@ -78,7 +79,7 @@ class ElasticWeightAggregate(io.ComfyNode):
             return io.NodeOutput(model, clip, encode(clip, prompt), picture)
         backbone = ComfyBackbone(model, clip)
         refuse_regions(model)
-        only = concept.strip().strip("<>") if mode == ONE else ""
+        only = typed_name(concept) if mode == ONE else ""
         if mode == ONE and not only:
             raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds "
                                f"{', '.join(bank.names)}")

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..core.bank.format import open_bank
 from ..core.bank.store import change_bank, saved_elsewhere
+from ..core.bank.tokens import typed_name
 from ..core.errors import ConceptError, WriteError
 from ..core.evaluation.bank_picture import bank_pages
 from ..core.evaluation.inspection import inspect, lines
@@ -189,7 +190,9 @@ class ConceptBankEdit(io.ComfyNode):
             raise ConceptError("the bank is new and holds no concept to edit")
         if action not in ("rename", "remove"):
             raise ConceptError(f"action is {action!r}; allowed: rename, remove")
-        return io.NodeOutput(bank.remove(concept) if action == "remove" else bank.rename(concept, new_name))
+        name = typed_name(concept)
+        edited = bank.remove(name) if action == "remove" else bank.rename(name, typed_name(new_name))
+        return io.NodeOutput(edited)
 
 
 class ConceptBankInspect(io.ComfyNode):

@@ -9,7 +9,7 @@ import comfy.utils
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..core.bank.tokens import check_name
+from ..core.bank.tokens import check_name, typed_name
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import check_bank, references_of
@@ -48,7 +48,7 @@ class ConceptReferencePhotos(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, concept, photos=None) -> io.NodeOutput:
-        name = check_name(first(concept).strip().strip("<>"))
+        name = check_name(typed_name(first(concept)))
         pictures = pictures_of(images, f"images of '{name}'")
         if not pictures:
             raise ConceptError(f"there are no photos of '{name}'; connect one or more")
@@ -141,7 +141,7 @@ class ConceptEvaluate(io.ComfyNode):
 def _names(bank, concepts: str) -> list[str]:
     if bank is None or not len(bank):
         raise ConceptError("the bank holds no concept to evaluate; learn one first")
-    names = [name.strip().strip("<>") for name in concepts.split(",") if name.strip()]
+    names = [typed_name(name) for name in concepts.split(",") if name.strip()]
     unknown = [name for name in names if name not in bank]
     if unknown:
         raise ConceptError(f"concepts names '{unknown[0]}', which the bank does not hold; it holds "

@@ -8,6 +8,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..core.bank.tokens import typed_name
 from ..core.errors import ConceptError
 from ..core.files import check_output_folder
 from ..core.interop.export import export_bank, export_concept
@@ -85,7 +86,7 @@ class ConceptExport(io.ComfyNode):
             raise ConceptError("the bank is new and holds no concept to export")
         if format not in FORMATS:
             raise ConceptError(f"format is {format!r}; allowed: {', '.join(FORMATS)}")
-        output, name = Path(folder_paths.get_output_directory()), concept.strip().strip("<>")
+        output, name = Path(folder_paths.get_output_directory()), typed_name(concept)
         settings = {"formats": FORMATS[format], "strength": strength, "words_folder": output / "embeddings"}
         if prompt.strip():
             export = export_prompt(bank, prompt, output / "loras", **settings)

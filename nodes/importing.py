@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS
+from ..core.bank.tokens import typed_name
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
 from ..core.interop.importing import import_concept
@@ -82,7 +83,7 @@ class ConceptImport(io.ComfyNode):
         backbone = ComfyBackbone(model, clip)
         if bank is not None:
             bank.check_fits(backbone.layout)
-        result = import_concept(name.strip().strip("<>"), class_noun.strip(), kind, backbone.layout,
+        result = import_concept(typed_name(name), class_noun.strip(), kind, backbone.layout,
                                 backbone.text, _file("loras", lora),
                                 _file("embeddings", embedding), trigger, which, backbone)
         text = "\n".join(result.notes)

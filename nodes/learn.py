@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS, ConceptInfo
-from ..core.bank.tokens import check_class_noun, check_name
+from ..core.bank.tokens import check_class_noun, check_name, typed_name
 from ..core.charts import loss_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.framing import Framing
@@ -168,7 +168,7 @@ class ConceptLearner(io.ComfyNode):
         node is None at this point."""
         try:
             if first(name) is not None:
-                check_name(first(name).strip().strip("<>"))
+                check_name(typed_name(first(name)))
             check_class_noun(first(class_noun) or "")
             check_output_folder(checkpoint_folder())
         except ConceptError as error:
@@ -181,7 +181,7 @@ class ConceptLearner(io.ComfyNode):
         method_settings=None, training_settings=None, **inputs
     ) -> io.NodeOutput:
         given = {key: first(value) for key, value in (LATER | inputs).items()}
-        name, noun = check_name(given["name"].strip().strip("<>")), check_class_noun(given["class_noun"])
+        name, noun = check_name(typed_name(given["name"])), check_class_noun(given["class_noun"])
         if given["if_known"] not in (KEEP, AGAIN):
             raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}")
         photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))

@@ -24,6 +24,12 @@ LONGEST_NOUN = 64
 _OF_PROMPTS = set("<>()[]{}:|\\")
 
 
+def typed_name(text: str) -> str:
+    """A name as a person types it, which may be given as `<name>`. macOS gives accents as signs of their own.
+    """
+    return unicodedata.normalize("NFC", text.strip().strip("<>"))
+
+
 def check_name(name: str, what: str = "concept name") -> str:
     """Returns the name if it is safe in prompts, files and tensor keys; raises ConceptError otherwise."""
     if not isinstance(name, str) or not NAME.fullmatch(name):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..bank.tokens import typed_name
 from ..settings import Limit, read_bool, read_setting, settings_of
 
 
@@ -48,14 +48,9 @@ def base_name(text: str) -> str:
     return text
 
 
-def concept_name(text: str) -> str:
-    """The name of a concept, which may be given as `<name>`. macOS gives accents as signs of their own."""
-    return unicodedata.normalize("NFC", text.strip().strip("<>"))
-
-
 def word_names(text: str) -> tuple[str, ...]:
     """The names of words, comma separated; none for an empty text."""
-    return tuple(concept_name(word) for word in text.split(",")) if text.strip() else ()
+    return tuple(typed_name(word) for word in text.split(",")) if text.strip() else ()
 
 
 def setting_pair(text: str) -> tuple[str, str]:

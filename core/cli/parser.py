@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bank.concepts import KINDS
+from ..bank.tokens import typed_name
 from ..conditioning.routing import MODES
 from ..interop.export import DEFAULT_FORMATS, FORMATS
 from ..interop.factors import DEFAULT_ERROR, DEFAULT_RANK
@@ -22,7 +23,6 @@ from .arguments import (
     UsageError,
     add_settings,
     base_name,
-    concept_name,
     file_path,
     number,
     setting_pair,
@@ -55,7 +55,7 @@ def _add_learn(commands) -> None:
                         help="learn from the pictures in all subfolders; those in 10_dog count 10 times")
     parser.add_argument("--bank", type=file_path, required=True,
                         help="bank file to add it to (created if missing)")
-    parser.add_argument("--name", type=concept_name, required=True,
+    parser.add_argument("--name", type=typed_name, required=True,
                         help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="", help="class noun: an ordinary word for it, e.g. dog")
     parser.add_argument("--words", type=word_names, default=(),
@@ -129,11 +129,11 @@ def _add_bank(commands) -> None:
     remove = bank.add_parser("remove", help="remove a concept")
     for parser in (show, remove):
         parser.add_argument("bank", type=file_path, help=BANK_HELP)
-        parser.add_argument("name", type=concept_name, help=NAME_HELP)
+        parser.add_argument("name", type=typed_name, help=NAME_HELP)
     rename = bank.add_parser("rename", help="rename a concept")
     rename.add_argument("bank", type=file_path, help=BANK_HELP)
-    rename.add_argument("name", type=concept_name, help=NAME_HELP)
-    rename.add_argument("new", type=concept_name, help="its new name")
+    rename.add_argument("name", type=typed_name, help=NAME_HELP)
+    rename.add_argument("new", type=typed_name, help="its new name")
     restore = bank.add_parser("restore",
                               help="bring back an earlier version of a bank; without --version: list them")
     restore.add_argument("bank", type=file_path, help=BANK_HELP)
@@ -150,7 +150,7 @@ def _add_bank(commands) -> None:
 def _add_import(bank) -> None:
     parser = bank.add_parser("import", help="add a LoRA or an embedding of another program as a concept")
     parser.add_argument("bank", type=file_path, help="bank file to add it to (created if missing)")
-    parser.add_argument("name", type=concept_name, help="name of the concept: <name> in prompts")
+    parser.add_argument("name", type=typed_name, help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="", help="class noun: an ordinary word for it, e.g. dog")
     parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
     parser.add_argument("--lora", type=file_path,
@@ -169,7 +169,7 @@ def _add_export(bank) -> None:
     export = bank.add_parser("export",
                              help="write files for other programs: of one concept, of all, or for a prompt")
     export.add_argument("bank", type=file_path, help=BANK_HELP)
-    export.add_argument("name", type=concept_name, nargs="?", help=NAME_HELP)
+    export.add_argument("name", type=typed_name, nargs="?", help=NAME_HELP)
     export.add_argument("--all", action="store_true", help="every concept; failures are reported and skipped")
     export.add_argument("--prompt",
                         help="one LoRA with everything the bank adds for this prompt, and the words of the "

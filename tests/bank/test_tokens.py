@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.concepts import ConceptInfo
-from continual_concepts.core.bank.tokens import MAX_WORDS, TokenGroup, check_name, initial_vectors
+from continual_concepts.core.bank.tokens import MAX_WORDS, TokenGroup, check_name, initial_vectors, typed_name
 from continual_concepts.core.errors import ConceptError
 
 
@@ -79,6 +79,11 @@ def test_a_concept_needs_vectors_for_its_own_words(layout, make_concept):
     other = replace(concept, tokens=TokenGroup(("x", "y"), concept.tokens.vectors))
     with pytest.raises(ConceptError, match="words"):
         other.check_fits(layout)
+
+
+def test_a_name_may_be_typed_as_a_placeholder_and_with_separate_accents():
+    assert typed_name(" <rex> ") == "rex"
+    assert check_name(typed_name("<Jose\u0301>")) == "Jos\u00e9"
 
 
 def test_renaming_renames_the_words_that_bear_the_name(layout, make_concept):
