@@ -17,7 +17,7 @@ from ..model.deltas import Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor
 from ..sampling.attention_guidance import AttentionGuidance, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
-from .carried import carried_by, settle
+from .prompt_states import carried_by, settle
 from .sites import (
     OFFSETS,
     STRENGTHS,

@@ -12,9 +12,7 @@ from ..bank.bank import ConceptBank
 from ..bank.composition import Kind
 from ..bank.hints import notes_on
 from ..bank.prompts import NO_CONCEPTS, Prompt, Vocabulary, WordRef
-from ..conditioning.placeholder_nouns import (
-    positions_of,
-)
+from ..conditioning.placeholder_nouns import positions_of
 from ..conditioning.routing import by_strength
 from ..sampling.attention_guidance import Subject
 from .concept_encoder import ConceptEncoder, Concepts, KnownConcept, Wrapped

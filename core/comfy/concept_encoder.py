@@ -14,7 +14,7 @@ from ..bank.prompts import WordRef
 from ..bank.tokens import TokenGroup
 from ..conditioning.placeholder_nouns import encoded_apart, noun_for, noun_ids, positions_of, with_words
 from ..errors import ConceptError
-from .carried import PromptStates, conditions_of
+from .prompt_states import PromptStates, conditions_of
 from .text import ComfyText, text_widths
 from .token_lora import code
 
@@ -51,7 +51,7 @@ class ConceptEncoder(Wrapped):
 
     The CONDITIONING itself is the mean over the copies, for nodes without layer support (ControlNet, other
     MODELs). The copies' differences from the mean and the strengths of word-bound concepts are model
-    conditions, see `carried`. Words with a placeholder noun are encoded separately, see
+    conditions, see `prompt_states`. Words with a placeholder noun are encoded separately, see
     `conditioning.placeholder_nouns`.
     """
 
@@ -136,7 +136,7 @@ class ConceptEncoder(Wrapped):
                 for key, chunks in tokens.items()}
 
     def _output(self, output, mean: Tensor, offsets: Tensor, merged: _Row) -> tuple:
-        """The text model's output with what the concepts add, see `carried`."""
+        """The text model's output with what the concepts add, see `prompt_states`."""
         extra = dict(output[2]) if len(output) > 2 else {}
         strengths: dict[int, Tensor] = {}
         for name, places in positions_of(word for word, _ in merged).items():

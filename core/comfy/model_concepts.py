@@ -118,11 +118,11 @@ def without_prompt_activated(model, sites: UNetSites) -> tuple[object, Deltas]:
 
 def added(deltas: Sequence[Deltas]) -> Deltas:
     """The sum of several concepts' deltas."""
-    filled = [one for one in deltas if one]
-    if len(filled) < 2:
-        return filled[0] if filled else {}
-    return {key: weighted_sum([(1.0, one[key]) for one in filled if key in one])
-            for key in dict.fromkeys(key for one in filled for key in one)}
+    terms = [term for term in deltas if term]
+    if len(terms) < 2:
+        return terms[0] if terms else {}
+    return {key: weighted_sum([(1.0, term[key]) for term in terms if key in term])
+            for key in dict.fromkeys(key for term in terms for key in term)}
 
 
 class KnownConcepts:

@@ -24,10 +24,10 @@ from ..regional.processor import Part
 from ..regional.regions import Region, masks_of
 from ..sampling.settings import SampleSettings
 from .apply import context_of, fold, with_attention_guidance, with_word_bound
-from .carried import with_strength
 from .concept_clip import concept_clip, encode, learned_positions, log, subject_of, vocabulary_of
 from .model_concepts import KnownConcepts, added, concepts_in, without_concepts, without_prompt_activated
 from .prompt_marks import Conditioning, marked
+from .prompt_states import with_strength
 from .region_run import FoundRun, RegionRun
 from .regions import refuse_regions, whole_frame_things, with_found, with_regions
 from .sites import UNetSites, find_sites

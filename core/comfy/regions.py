@@ -14,11 +14,11 @@ from ..errors import ConceptError
 from ..regional.noise import NoiseSettings
 from ..regional.regions import Region, pooled_of
 from ..sampling.denoise import RegionSteps
-from .apply import KEY, Wrappers, progress_of, with_processor
+from .apply import KEY, Wrappers, with_processor
 from .concept_clip import log
 from .prompt_marks import MARKS, is_marked
 from .region_run import EVALUATED, Evaluated, FoundRun, RegionRun
-from .sites import ReplaceSelf
+from .sites import ReplaceSelf, progress_of
 
 _CROPS = f"{KEY}_crops"
 _PIXELS = 8      # pixels per cell of SDXL's latents, for ComfyUI's picture size

@@ -17,7 +17,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def by_hand(conditioning):
     """The same CONDITIONING as a plain tensor with model conditions."""
-    from continual_concepts.core.comfy.carried import carried_by
+    from continual_concepts.core.comfy.prompt_states import carried_by
 
     states, conditions = carried_by(conditioning)
     return [[states, {**conditioning[0][1], "model_conds": conditions}]]

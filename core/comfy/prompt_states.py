@@ -104,7 +104,6 @@ def _aligned(name: str, args: tuple) -> tuple[list, tuple[int, ...], int, int] |
     width = members[0].shape[2]
     codes = tuple(dict.fromkeys(code for member in members for code in member.codes))
     layers = max(member.carried.shape[2] - len(member.codes) for member in members)
-
     columns = layers + len(codes)
 
     def carried(value):
