@@ -20,8 +20,6 @@ from .images import to_image
 from .progress import say
 from .schema import Schema
 
-EXAMPLES = "(example photos: rex)"
-
 
 def _folders() -> list[str]:
     """Folders with pictures inside ComfyUI's input folder, as `a/b`, up to two levels deep. Folders of masks

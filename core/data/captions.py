@@ -70,17 +70,24 @@ def decoded(data: bytes, file: Path) -> str:
 
 
 def _text_of(file: Path) -> str:
+    what = f"the caption '{file}'"
+    largest = 4 * (LONGEST_CAPTION + 1)      # bytes: up to 4 per character, and the mark
     with file.open("rb") as opened:
-        data = opened.read(4 * LONGEST_CAPTION + 5)      # a character has up to 4 bytes
-    is_whole = len(data) <= 4 * LONGEST_CAPTION + 4
-    return _checked(decoded(data, file) if is_whole else " " * len(data), f"the caption '{file}'")
+        data = opened.read(largest + 1)
+    if len(data) > largest:
+        raise _too_long(what)
+    return _checked(decoded(data, file), what)
 
 
 def _checked(text: str, what: str) -> str:
     """A caption without space around it. Raises ConceptError if it is too long."""
     if len(text) > LONGEST_CAPTION:
-        raise ConceptError(f"{what} is longer than {LONGEST_CAPTION} characters, the most that is allowed")
+        raise _too_long(what)
     return text.strip()
+
+
+def _too_long(what: str) -> ConceptError:
+    return ConceptError(f"{what} is longer than {LONGEST_CAPTION} characters, the most that is allowed")
 
 
 Rank = tuple[int, int]      # how well a name fits a photo, smaller is better

@@ -15,7 +15,7 @@ COLUMNS, MOST = 5, 40      # cards per row, and in all
 SIDE, PAD, GAP = 192, 10, 10      # side of a thumbnail's box, in pixels
 CARD = SIDE + 2 * PAD
 TEXT, NAME, HEADING = 12, 14, 18      # font sizes
-CHIP = 19      # height of a mark
+CHIP, CHIP_GAP = 19, 4      # height of a mark, and the space between marks
 ROWS = 8      # lines of warnings, and of files that were not used
 MASK, WHITE = (16, 122, 108), (255, 255, 255)
 SHADE = 0.8      # how much of the picture a mask's black hides
@@ -36,30 +36,29 @@ def _chips(report: Report, index: int) -> list[Chip]:
     return [*chips, *((CHIPS[kind], ALARM, True) for kind in dict.fromkeys(kinds) if kind in CHIPS)]
 
 
-def _height_of_chips(chips: Sequence[Chip]) -> int:
-    x, rows = 0.0, 1
+def _boxes(chips: Sequence[Chip]) -> list[tuple[float, int, float]]:
+    """Left, top and width of each mark. Marks that do not fit into a row begin the next one."""
+    x, y = 0.0, 0
+    boxes = []
     for text, _, _ in chips:
-        width = _chip_width(text)
+        width = font(TEXT).getlength(text) + 14
         if x and x + width > SIDE:
-            x, rows = 0.0, rows + 1
-        x += width + 4
-    return rows * (CHIP + 4)
+            x, y = 0.0, y + CHIP + CHIP_GAP
+        boxes.append((x, y, width))
+        x += width + CHIP_GAP
+    return boxes
 
 
-def _chip_width(text: str) -> float:
-    return font(TEXT).getlength(text) + 14
+def _height_of_chips(chips: Sequence[Chip]) -> int:
+    return _boxes(chips)[-1][1] + CHIP + CHIP_GAP      # a photo has at least one
 
 
 def _draw_chips(draw: ImageDraw.ImageDraw, left: int, top: int, chips: Sequence[Chip]) -> None:
-    x, y = float(left), top
-    for text, shade, is_filled in chips:
-        width = _chip_width(text)
-        if x > left and x + width > left + SIDE:
-            x, y = float(left), y + CHIP + 4
+    for (text, shade, is_filled), (x, y, width) in zip(chips, _boxes(chips), strict=True):
+        x, y = left + x, top + y
         draw.rounded_rectangle([x, y, x + width, y + CHIP], CHIP // 2, shade if is_filled else WHITE, shade)
         draw.text((x + width / 2, y + CHIP / 2), text, ink_on(shade) if is_filled else shade, font(TEXT),
                   anchor="mm")
-        x += width + 4
 
 
 def _thumbnail(photo: PhotoFacts) -> Image.Image:
@@ -73,9 +72,8 @@ def _thumbnail(photo: PhotoFacts) -> Image.Image:
     faded = Image.blend(picture, Image.new("RGB", picture.size, WHITE), SHADE)
     mask = photo.mask.resize(picture.size)
     masked = Image.composite(picture, faded, mask)
-    edge = ImageChops.subtract(mask.point(lambda level: 255 * (level > 127)),
-                               _eroded(mask.point(lambda level: 255 * (level > 127))))
-    masked.paste(MASK, (0, 0), edge)
+    inside = mask.point(lambda level: 255 * (level > 127))
+    masked.paste(MASK, (0, 0), ImageChops.subtract(inside, _eroded(inside)))
     return masked
 
 
@@ -160,9 +158,8 @@ def contact_sheet(report: Report) -> Image.Image:
     width = max(GAP + columns * (CARD + GAP), 3 * (CARD + GAP) + GAP)
     heading, footing = _heading(report, len(order), width - 2 * GAP), _footing(report, width - 2 * GAP)
     rows = [order[i : i + columns] for i in range(0, len(order), columns)]
-    heights = [max(2 * PAD + SIDE + 10 + _height_of_chips(_chips(report,
-                                                                 i)) + _height(_text(report.photos[i]))
-                   for i in row) for row in rows]
+    heights = [max(2 * PAD + SIDE + 10 + _height_of_chips(_chips(report, i))
+                   + _height(_text(report.photos[i])) for i in row) for row in rows]
     total = GAP + _height(heading) + GAP + sum(height + GAP for height in heights)
     image = Image.new("RGB", (width, total + (_height(footing) + GAP if footing else 0)), PAPER)
     draw = ImageDraw.Draw(image)

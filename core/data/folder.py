@@ -91,7 +91,7 @@ def _read_subfolders(folder: Path, is_prior: bool, class_noun: str, resolution: 
         first = len(pictures)
         pictures += read.pictures
         facts += [replace(photo, name=f"{part.name}/{photo.name}") for photo in read.report.photos]
-        skipped += [Skipped(f"{part.name}/{name.name}", name.reason) for name in read.report.skipped]
+        skipped += [replace(file, name=f"{part.name}/{file.name}") for file in read.report.skipped]
         warnings += [replace(warning, photos=tuple(first + i for i in warning.photos))
                      for warning in read.report.warnings]
     what = "prior picture" if is_prior else "photo"
@@ -102,8 +102,8 @@ class _Reader:
     """One folder, or one photo, and everything that is found for it."""
 
     def __init__(self, folder: Path, photos: list[Path], captions: Path | str | None,
-                 masks: Path | str | None,
-                 is_prior: bool, class_noun: str, resolution: int | None, repeats: int = 1) -> None:
+                 masks: Path | str | None, is_prior: bool, class_noun: str, resolution: int | None,
+                 repeats: int = 1) -> None:
         self.is_single = folder.is_file()
         self.folder = folder.parent if self.is_single else folder
         self.given = folder

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..images import eight_bit
+from ..images import to_pil
 from .framing import resized
 
 BLURRED = 0.03      # sharpness below this
@@ -48,7 +48,7 @@ def measure(pixels: Tensor, resolution: int | None = None) -> Quality:
     side = resolution or SIDE
     scale = min(1.0, side / min(height, width))
     small = resized(pixels, _scaled(height, width, scale), mode="bilinear")
-    image = Image.fromarray(eight_bit(small).permute(1, 2, 0).contiguous().numpy())
+    image = to_pil(small)
     grey = image.convert("L")
     thumbnail = image.copy()
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)

@@ -21,8 +21,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", "
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 # read where Pillow can: suffix -> package that adds it to Pillow
 OPTIONAL = {".avif": "pillow-avif-plugin", ".heic": "pillow-heif", ".heif": "pillow-heif",
-            ".hif": "pillow-heif",
-            ".jxl": "pillow-jxl-plugin"}
+            ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 OPTIONAL_FORMATS = ("AVIF", "HEIF", "JXL")
 # how these files begin: bytes 8 to 12 after "ftyp", or the first bytes
 BRANDS = {**dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1"), ".heic"), b"avif": ".avif"}
@@ -33,10 +32,10 @@ OTHER_PICTURES = (".svg", ".psd", ".xcf", ".dng", ".cr2", ".cr3", ".nef", ".arw"
 MOST_PIXELS = 64_000_000
 ROWS = 256      # rows that are converted at once, to save memory
 ORIENTATION = 0x0112      # EXIF tag
+# EXIF orientation -> what makes the picture upright
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}      # EXIF orientation -> what makes the picture upright
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+         7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 @dataclass(frozen=True)
