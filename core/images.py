@@ -6,6 +6,7 @@ import colorsys
 import io
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Item = TypeVar("Item")
 
 
+@cache      # a few sizes serve a thousand cards
 def font(size: int) -> Font:
     """Pillow's own font; size in pixels."""
     return ImageFont.load_default(size)

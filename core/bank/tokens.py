@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +50,12 @@ def check_class_noun(noun: str) -> str:
         raise ConceptError(f"class noun '{shown}' is not allowed, because {reason}; give a plain word, such "
                            "as dog or teddy bear")
     return noun
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Names of concepts in a sentence: `<a>, <b>, <c> and 4 more`."""
+    text = ", ".join(f"<{name}>" for name in names[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
 def word_after(name: str, ending: str) -> str:

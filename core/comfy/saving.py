@@ -8,12 +8,14 @@ calling the MODEL; it shows these messages for CLIPs and merges only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-_SHOWN = 6      # names in a message
+from ..bank.tokens import listed
+
+_listed = partial(listed, most=6)
 KEEP = "keep the bank, and apply it to the loaded model with Elastic Weight Aggregate"
 
 
@@ -40,9 +42,9 @@ class Held:
 
     @property
     def of_saved_model(self) -> str:
-        inside = (f"the weights of {listed(self.folded)}, at the strength of the prompt that was set, but "
+        inside = (f"the weights of {_listed(self.folded)}, at the strength of the prompt that was set, but "
                   "not their words" if self.folded else "")
-        outside = (f"{listed(self.word_bound)}, because word-bound concepts are no part of the weights"
+        outside = (f"{_listed(self.word_bound)}, because word-bound concepts are no part of the weights"
                    if self.word_bound else "")
         if inside and outside:
             return f"the saved model holds {inside} and not {outside}; {KEEP}"
@@ -51,27 +53,22 @@ class Held:
 
     @property
     def of_saved_clip(self) -> str:
-        return f"the saved CLIP does not hold the words of {listed(self.word_bound)}; {KEEP}"
+        return f"the saved CLIP does not hold the words of {_listed(self.word_bound)}; {KEEP}"
 
     @property
     def of_merged_model(self) -> str:
-        return (f"the merged model does not hold {listed(self.word_bound)}, because word-bound concepts "
+        return (f"the merged model does not hold {_listed(self.word_bound)}, because word-bound concepts "
                 "are no part of the weights; apply the bank after the merge")
 
     @property
     def of_merging_model(self) -> str:
-        return (f"the merge does not scale {listed(self.word_bound)}, because word-bound concepts are no "
+        return (f"the merge does not scale {_listed(self.word_bound)}, because word-bound concepts are no "
                 "part of the weights; for another strength, apply the bank after the merge")
 
     @property
     def of_merged_clip(self) -> str:
-        return (f"the merged CLIP does not hold the words of {listed(self.word_bound)}; apply the bank "
+        return (f"the merged CLIP does not hold the words of {_listed(self.word_bound)}; apply the bank "
                 "after the merge")
-
-
-def listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"<{name}>" for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def telling_model(model, held: Held):

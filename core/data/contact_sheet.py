@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 from PIL import Image, ImageChops, ImageDraw
 
-from ..images import ACCENT, ALARM, ALARM_PAPER, GRID, INK, PAPER, QUIET, Colour, fitting, ink_on, wrapped
-from ..images import font as make_font
+from ..images import (
+    ACCENT,
+    ALARM,
+    ALARM_PAPER,
+    GRID,
+    INK,
+    PAPER,
+    QUIET,
+    Colour,
+    fitting,
+    font,
+    ink_on,
+    wrapped,
+)
 from .report import PhotoFacts, Report
 
 COLUMNS, MOST = 5, 40      # cards per row, and in all
@@ -21,7 +32,6 @@ MASK, WHITE = (16, 122, 108), (255, 255, 255)
 SHADE = 0.8      # how much of the picture a mask's black hides
 CHIPS = {"duplicate": "same", "alike": "alike", "small": "small", "blurred": "blurred", "flat": "one colour",
          "bank": "in the bank"}      # kind of warning -> its mark
-font = cache(make_font)
 Chip = tuple[str, Colour, bool]      # text, colour, whether it is filled
 Line = tuple[str, int, Colour]      # text, font size, colour
 

@@ -6,18 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from PIL import Image, ImageDraw, ImageOps
 
-from ..images import ALARM, ALARM_PAPER, GRID, INK, PAPER, QUIET, Colour, opened, wrapped
-from ..images import font as make_font
-from .collisions import listed
+from ..bank.tokens import listed
+from ..images import ALARM, ALARM_PAPER, GRID, INK, PAPER, QUIET, Colour, font, opened, wrapped
 from .inspection import Facts, Inspection, nearest_text
 
 WIDTH, HEIGHT, GAP, PAD = 1200, 1400, 10, 10      # maximum size of a page in pixels
 PAGES = 4      # maximum that stays readable in a preview
-font = cache(make_font)      # a few font sizes serve a thousand cards
 NAME_LINES, OTHER_LINES = 4, 2      # 64 of the widest letters still fit
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 from ..bank.bank import ConceptBank
 from ..bank.composition import PROMPT
 from ..bank.concepts import ConceptInfo
-from ..bank.tokens import check_name, default_words
+from ..bank.tokens import check_name, default_words, listed
 from ..methods import METHODS
 
 # names in JSON reports
 COMPOSES = {"bound": "bound", "route": "routed", "sum": "summed", "average": "averaged"}
 ALWAYS_ON = ("summed", "averaged")      # in the weights for every prompt
-NAMED = 3      # maximum number of names listed in a sentence
 SHARED_PHOTOS = 0.5      # share of the photos of the concept with fewer photos
 COPY = 0.98
 
@@ -75,12 +74,6 @@ def plain(noun: str) -> str:
 
 def noun_of(info: ConceptInfo) -> str:
     return plain(info.class_noun)
-
-
-def listed(names: Sequence[str]) -> str:
-    """`<a>, <b>, <c> and 4 more`."""
-    text = ", ".join(f"<{name}>" for name in names[:NAMED])
-    return f"{text} and {len(names) - NAMED} more" if len(names) > NAMED else text
 
 
 def _digests(info: ConceptInfo) -> set[str]:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.evaluation import collisions
 from continual_concepts.core.evaluation.bank_picture import bank_pages
 from continual_concepts.core.evaluation.collisions import (
     collisions_of,
@@ -265,7 +264,7 @@ def test_names_that_are_not_allowed_are_refused():
 
 def test_many_names_are_counted(concept, bank_of):
     bank = bank_of(*(concept(f"dog{i}", i, "lora_m", str(i)) for i in range(9)))
-    assert "and 6 more" in header_warnings(bank)[0] and collisions.NAMED == 3
+    assert "and 6 more" in header_warnings(bank)[0]
 
 
 def test_a_header_full_of_nonsense_is_survived(concept, bank_of):
