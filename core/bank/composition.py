@@ -43,10 +43,6 @@ class Composition:
             return 1.0
         return 1.0 / count if self.merged is None else self.merged
 
-    @property
-    def is_always_on(self) -> bool:
-        return self.kind in (Kind.SUM, Kind.AVERAGE)
-
     def to_json(self) -> dict:
         return {**asdict(self), "kind": self.kind.value}
 

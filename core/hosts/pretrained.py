@@ -55,7 +55,7 @@ def _loaded(kind: Any, base: BaseFolder, part: str, **options: Any) -> Any:
     options |= {"local_files_only": True, "use_safetensors": True, "variant": suffix}
     try:
         model, report = kind.from_pretrained(folder, output_loading_info=True, **options)
-        missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
+        missing = _learned(report["missing_keys"])
         if missing and part.startswith("text_encoder"):
             missing = _load_renamed(model, folder, suffix)
     except Exception as error:      # both raise arbitrary exceptions for damaged folders
@@ -79,7 +79,12 @@ def _load_renamed(text_encoder: Any, folder: Path, suffix: str | None) -> list[s
         if re.fullmatch(pattern, file.name):
             weights |= load_file(file)
     missing, _ = text_encoder.load_state_dict(named_as_in(text_encoder, weights), strict=False)
-    return [name for name in missing if not name.endswith("position_ids")]
+    return _learned(missing)
+
+
+def _learned(names: Iterable[str]) -> list[str]:
+    """Without the numbers of positions, which some versions of transformers store beside the weights."""
+    return [name for name in names if not name.endswith("position_ids")]
 
 
 def _text_encoder(base: BaseFolder, name: str, kind: Any, suffix: str, device: torch.device | str,

@@ -137,7 +137,7 @@ class Method(ABC):
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
         extra_key: name of `extra_state` in checkpoints, "" for a method without one.
-        steps, passes: finished optimiser steps, and batches so far in the step under way. The trainer counts.
+        steps, batches: finished optimiser steps, and batches so far in the step under way. The trainer counts.
     """
 
     name: ClassVar[str]
@@ -148,7 +148,7 @@ class Method(ABC):
     learns_alone: ClassVar[bool] = False
     extra_key: ClassVar[str] = ""
     steps: int = 0
-    passes: int = 0
+    batches: int = 0
 
     config: MethodConfig
     task: Task
@@ -200,7 +200,7 @@ class Method(ABC):
     def next_batch(self, batch: Batch) -> Batch:
         """What `on_batch` makes of a batch of the trainer, counted."""
         batch = self.on_batch(batch)
-        self.passes += 1
+        self.batches += 1
         return batch
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
@@ -209,7 +209,7 @@ class Method(ABC):
 
     def after_step(self, step: int) -> None:
         """Runs after the optimiser's step: masking, clipping, the second step of an alternating scheme."""
-        self.steps, self.passes = step, 0
+        self.steps, self.batches = step, 0
 
     def monitors(self) -> dict[str, float]:
         """Named figures of the method's state after a step, for display. They are part of no loss."""

@@ -209,7 +209,7 @@ class L2DM(LowRankMethod):
         if self.short is None or not (c.alpha or c.mu):
             return batch
         # Seeded by the step and not by one running generator, so that an interrupted step is drawn alike.
-        seed = (self.seed + 7919 * self.steps + 104729 * self.passes) % 2**63
+        seed = (self.seed + 7919 * self.steps + 104729 * self.batches) % 2**63
         generator = torch.Generator().manual_seed(seed)
         rows = torch.multinomial(self.short.weights, c.replay, replacement=True, generator=generator)
         weight = c.alpha * len(set(self.old.owners)) * (len(batch) + c.replay) / c.replay

@@ -142,7 +142,7 @@ class Stamina(CLoRA):
     def product(self, key: DeltaKey) -> Tensor:
         """`(A_t B_t) (.) M_t` `[a, b]` with gradient. The noise depends on step and batch alone."""
         logits = self.masks.logits(key)
-        place = f"{self.seed} {self.steps} {self.passes} {self.numbers[key]}"
+        place = f"{self.seed} {self.steps} {self.batches} {self.numbers[key]}"
         # 32 bits of a seed count
         generator = torch.Generator(logits.device).manual_seed(zlib.crc32(place.encode()))
         noise = torch.rand(logits.shape, generator=generator, device=logits.device)

@@ -143,8 +143,8 @@ def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, gener
     processor = GradientProcessor(keys or key_value_weights(backbone.layout))
     for start in range(0, draws, batch):
         rows = [i % len(latents) for i in range(start, min(start + batch, draws))]
-        clean, contexts = latents[rows], fixed[0:1] if len(fixed) == 1 else fixed
-        contexts = Context.cat([contexts[0:1] if len(fixed) == 1 else contexts[i:i + 1] for i in rows])
+        clean = latents[rows]
+        contexts = Context.cat([fixed if len(fixed) == 1 else fixed[i:i + 1] for i in rows])
         t = torch.randint(len(schedule), (len(rows),), generator=generator).to(latents.device)
         noise = torch.randn(clean.shape, generator=generator).to(latents.device)
         with torch.enable_grad():
