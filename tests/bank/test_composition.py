@@ -55,10 +55,6 @@ def test_share(merged, expected):
     assert [Composition(Kind.SUM, merged).share(count) for count in (0, 1, 2, 5)] == expected
 
 
-def test_always_on():
-    assert SUM.is_always_on and AVERAGE.is_always_on and not PROMPT.is_always_on and not WORDS.is_always_on
-
-
 def without_composition(path) -> None:
     """Checks that a file was written before compositions were."""
     with safe_open(str(path), framework="pt") as file:
