@@ -137,7 +137,7 @@ class Method(ABC):
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
         extra_key: name of `extra_state` in checkpoints, "" for a method without one.
-        steps, batches: finished optimiser steps, and batches so far in the step under way. The trainer counts.
+        steps, batches: finished optimiser steps, and batches so far in this step. The trainer counts.
     """
 
     name: ClassVar[str]
