@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 
 from ..errors import ConceptError
+from ..model.sites import PROJECTIONS
 
 
 class Kind(str, Enum):
@@ -32,10 +33,16 @@ class Composition:
         kind: When the deltas act.
         merged: For always-on concepts: factor on each concept's deltas if there are several. None = 1 /
             number of concepts.
+        free: For word-bound concepts: the projections whose deltas are prompt-activated all the same.
     """
 
     kind: Kind = Kind.PROMPT
     merged: float | None = 1.0
+    free: tuple[str, ...] = ()
+
+    def is_word_bound(self, projection: str) -> bool:
+        """Whether the deltas of a projection act through the concept's own words alone."""
+        return self.kind is Kind.WORDS and projection not in self.free
 
     def share(self, count: int) -> float:
         """Factor on each concept's deltas if the bank has `count` concepts of its method."""
@@ -44,7 +51,8 @@ class Composition:
         return 1.0 / count if self.merged is None else self.merged
 
     def to_json(self) -> dict:
-        return {**asdict(self), "kind": self.kind.value}
+        data = {**asdict(self), "kind": self.kind.value}
+        return data if self.free else {key: value for key, value in data.items() if key != "free"}
 
     @classmethod
     def from_json(cls, data: object) -> Composition:
@@ -54,12 +62,13 @@ class Composition:
             ConceptError: The data is anything else.
         """
         if isinstance(data, dict):
-            kind, merged = data.get("kind"), data.get("merged", 1.0)
-            if kind in [member.value for member in Kind] and (merged is None or _is_finite(merged)):
-                return cls(Kind(kind), merged)
+            kind, merged, free = data.get("kind"), data.get("merged", 1.0), data.get("free", [])
+            if (kind in [member.value for member in Kind] and (merged is None or _is_finite(merged))
+                    and isinstance(free, (list, tuple)) and all(name in PROJECTIONS for name in free)):
+                return cls(Kind(kind), merged, tuple(free))
         kinds = ", ".join(member.value for member in Kind)
         raise ConceptError(f"composition is {str(data)[:80]!r}; allowed: kind {kinds}; merged a finite "
-                           "number or null")
+                           f"number or null; free a list of {', '.join(PROJECTIONS)}")
 
 
 def _is_finite(value: object) -> bool:

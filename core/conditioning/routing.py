@@ -36,9 +36,8 @@ class Aggregation:
     folded: SiteWeights
 
 
-def weighted_deltas(bank: ConceptBank, weights: SiteWeights,
-                    load: Callable[[str],
-                                   Concept] | None = None) -> dict[DeltaKey, list[tuple[float, Delta]]]:
+def weighted_deltas(bank: ConceptBank, weights: SiteWeights, load: Callable[[str], Concept] | None = None,
+                    word_bound: bool = True) -> dict[DeltaKey, list[tuple[float, Delta]]]:
     """The deltas to sum at every site and projection, with their weights.
 
     Concepts with weight 0 at every site are not loaded.
@@ -46,20 +45,22 @@ def weighted_deltas(bank: ConceptBank, weights: SiteWeights,
     Args:
         weights: The concepts' weights.
         load: Loads a concept; None = `bank[name]`, which caches the concept.
+        word_bound: Whether to include the deltas that act through words alone.
     """
     parts: dict[DeltaKey, list[tuple[float, Delta]]] = {}
     for name, per_site in weights.items():
         if any(per_site):
             concept = bank[name] if load is None else load(name)
             for key, delta in concept.deltas.items():
-                if per_site[key[0]]:
+                if per_site[key[0]] and (word_bound or not concept.info.composes.is_word_bound(key[1])):
                     parts.setdefault(key, []).append((per_site[key[0]], delta))
     return parts
 
 
 def folded_deltas(bank: ConceptBank, weights: SiteWeights) -> Deltas:
-    """The weighted sum of the concepts' deltas."""
-    return {key: weighted_sum(parts) for key, parts in weighted_deltas(bank, weights).items()}
+    """The weighted sum of the concepts' deltas, without the word-bound ones."""
+    parts = weighted_deltas(bank, weights, word_bound=False)
+    return {key: weighted_sum(deltas) for key, deltas in parts.items()}
 
 
 def _shares(bank: ConceptBank, *kinds: Kind) -> dict[str, float]:
@@ -103,7 +104,9 @@ class _LazyDeltas(Mapping[str, Deltas]):
     def __getitem__(self, name: str) -> Deltas:
         if name not in self.names:
             raise KeyError(name)
-        return {key: delta.scaled(self.strength) for key, delta in self.bank[name].deltas.items()}
+        concept = self.bank[name]
+        return {key: delta.scaled(self.strength) for key, delta in concept.deltas.items()
+                if concept.info.composes.is_word_bound(key[1])}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -114,7 +117,7 @@ class _LazyDeltas(Mapping[str, Deltas]):
 
 def token_lora_deltas(bank: ConceptBank, strength: float = 1.0,
                       names: Sequence[str] | None = None) -> Mapping[str, Deltas]:
-    """Concept -> its deltas, for word-bound concepts. These deltas are never folded into the weights.
+    """Concept -> its word-bound deltas. These deltas are never folded into the weights.
 
     Args:
         strength: Factor on the deltas; 0 gives an empty mapping.
@@ -218,7 +221,8 @@ def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, mode
         ConceptError: Unknown mode or concept, a bank for another base, or a mode that needs a text encoder.
     """
     columns = site_weights(backbone, bank, prompt, mode, strength, always_on, only, without)
-    word_bound = _shares(bank, Kind.WORDS)
+    # they are not loaded if all their deltas are word-bound
+    word_bound = [name for name in _shares(bank, Kind.WORDS) if not bank.infos[name].composes.free]
     table = torch.tensor([columns[name]
                           for name in bank.names]).T if bank.names else torch.zeros(len(bank.layout), 0)
     folded = {name: weights for name, weights in columns.items() if name not in word_bound and any(weights)}

@@ -10,13 +10,16 @@ from . import (  # noqa: F401 - importing registers them
     ewc,
     finetune,
     l2dm,
+    lora,
     lora_merge,
     lwf,
     mix_of_show,
     orthogonal_adaptation,
     scns,
     stamina,
+    tara,
     textual_inversion,
+    tova,
 )
 from .base import METHODS, Method, Task, get, make
 

@@ -22,11 +22,11 @@ from ..bank.composition import WORDS
 from ..model.processor import AttentionProcessor
 from ..settings import setting
 from .base import Task, register
-from .low_rank import LowRankConfig, LowRankMethod
+from .low_rank import LowRankMethod, ProjectionsConfig
 
 
 @dataclass(frozen=True)
-class BoundConfig(LowRankConfig):
+class BoundConfig(ProjectionsConfig):
     apart: bool = setting(True, "Encode the words apart from the rest of the prompt, so that several "
                                 "concepts mix less.")
 

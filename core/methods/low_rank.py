@@ -8,10 +8,11 @@ from typing import ClassVar
 
 from ..attention.adapters import LowRankAdapters
 from ..model.sites import PROJECTIONS
-from ..settings import setting
+from ..settings import one_of, setting
 from .base import Method, MethodConfig
 
 KEYS_AND_VALUES = ("to_k", "to_v")
+LETTERS = {"qkvo": PROJECTIONS, "qvo": ("to_q", "to_v", "to_out"), "kv": KEYS_AND_VALUES, "v": ("to_v",)}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class LowRankConfig(RankConfig):
     scale: float = setting(1.0, "Factor on the deltas; 1 = none.", 0.01, 16.0, 0.05)
 
 
+@dataclass(frozen=True)
+class ProjectionsConfig(LowRankConfig):
+    """projections: the adapted ones, for ablations: qkvo, qvo, kv or v."""
+
+    projections: str = "qkvo"
+
+    limits = {"projections": one_of(tuple(LETTERS))}
+
+
 class LowRankMethod(Method):
     """Trains words and low-rank deltas of `projections` at every site."""
 
@@ -35,4 +45,5 @@ class LowRankMethod(Method):
 
     def make_adapters(self) -> LowRankAdapters:
         c, backbone, generator = self.config, self.task.backbone, self.task.generator
-        return LowRankAdapters(backbone.layout, c.rank, c.scale, generator, backbone.device, self.projections)
+        chosen = LETTERS[c.projections] if isinstance(c, ProjectionsConfig) else self.projections
+        return LowRankAdapters(backbone.layout, c.rank, c.scale, generator, backbone.device, chosen)

@@ -21,7 +21,7 @@ from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.trainer import Trainer
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
-WITHOUT_HISTORY = {"attention", "sparsity"}      # terms that a first task may have
+WITHOUT_HISTORY = {"alignment", "attention", "sparsity"}      # terms that a first task may have
 
 
 @pytest.fixture(scope="module", params=sorted(METHODS))

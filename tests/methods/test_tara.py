@@ -1,0 +1,123 @@
+"""TARA, ToVA and the plain control: where their deltas act, and TARA's alignment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from continual_concepts.core.attention.token_lora import TokenLoraProcessor
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.composition import Composition, Kind
+from continual_concepts.core.bank.format import open_bank, save_bank
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.conditioning.routing import aggregate, token_lora_deltas
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods import make
+from continual_concepts.core.methods.tara import FREE, TaraProcessor
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
+
+QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
+
+
+def learned(backbone, teach, method, **settings):
+    bank = ConceptBank(backbone.layout)
+    for name, noun in (("rex", "dog"), ("mimi", "cat")):
+        bank = teach(backbone, bank, name, method, {"lr": 0.1, **settings}, noun=noun, steps=4).bank
+    return bank
+
+
+@pytest.fixture(scope="module")
+def tara(tiny_backbone, teach):
+    return learned(tiny_backbone, teach, "tara")
+
+
+def test_tara_binds_keys_and_values_and_folds_the_others(tara):
+    folded = aggregate(None, tara, tara.parse("<rex>"), "sharp").deltas
+    assert {projection for _, projection in folded} == {"to_q", "to_out"}
+    bound = token_lora_deltas(tara)["rex"]
+    assert {projection for _, projection in bound} == {"to_k", "to_v"}
+    assert len(folded) + len(bound) == len(tara["rex"].deltas)
+    assert not aggregate(None, tara, tara.parse("a dog"), "sharp").deltas
+
+
+def test_tara_in_a_prompt_without_concepts_is_the_base(tiny_backbone, tara):
+    plain = sample(tiny_backbone, ConceptBank(tiny_backbone.layout), ["a dog"], [0], QUICK)
+    assert torch.equal(plain, sample(tiny_backbone, tara, ["a dog"], [0], QUICK))
+
+
+def test_training_and_sampling_agree(tiny_backbone, tara):
+    """The processor of training gives the prediction of sampling: folded q and out, word-bound k and v."""
+    deltas = tara["rex"].deltas
+    bound = {key: delta for key, delta in deltas.items() if key[1] not in FREE}
+    free = {key: delta for key, delta in deltas.items() if key[1] in FREE}
+    context = encode_prompts(tiny_backbone, [tara.parse("a <rex> here")], tara.token_groups(["rex"]))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([500])
+    trained = tiny_backbone.predict(noise, time, context, TaraProcessor("rex", bound, free))
+    folded = aggregate(None, tara, tara.parse("<rex>"), "sharp").deltas
+    with tiny_backbone.folded(folded):
+        words = TokenLoraProcessor({"rex": token_lora_deltas(tara)["rex"]})
+        sampled = tiny_backbone.predict(noise, time, context, words)
+    torch.testing.assert_close(trained, sampled, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(trained, tiny_backbone.predict(noise, time, context, None), atol=1e-3)
+
+
+def test_the_alignment_is_the_distance_of_keys(tiny_backbone, tara):
+    bound = {key: delta for key, delta in tara["rex"].deltas.items() if key[1] not in FREE}
+    processor = TaraProcessor("rex", bound, {})
+    prompts = [tara.parse("a <rex>"), tara.parse("a dog")]
+    context = encode_prompts(tiny_backbone, prompts, tara.token_groups(["rex"]))
+    first, second = context.words[0]["rex"]
+    processor.prepare(context)
+    expected = []
+    for site in tiny_backbone.layout.sites:
+        text = context.at(site)
+        weight = torch.randn(site.shape("to_k"), generator=torch.Generator().manual_seed(site.index))
+        y = text @ weight.T
+        processor.project(site, "to_k", text, y)
+        key = y[0, first] + bound[site.index, "to_k"].apply(text)[0, first]
+        expected.append((key - y[0, second]).abs().mean())
+    torch.testing.assert_close(processor.take(), torch.stack(expected).mean())
+    processor.project(site, "to_k", text, y)      # a block that is computed again
+    assert len(processor.distances) == len(expected)
+
+
+def test_the_alignment_moves_keys_to_the_noun(tiny_backbone, teach):
+    def last_distance(weight):
+        infos = []
+        teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "tara",
+              {"lr": 0.02, "alignment": weight}, steps=12, callback=infos.append)
+        return infos[0].terms["alignment"] / weight, infos[-1].terms["alignment"] / weight
+
+    (start, free), (_, pulled) = last_distance(1e-6), last_distance(10.0)
+    assert pulled < 0.8 * start and pulled < 0.8 * free
+
+
+def test_tova_adapts_values_at_its_words_alone(tiny_backbone, teach):
+    concept = learned(tiny_backbone, teach, "tova")["rex"]
+    assert {projection for _, projection in concept.deltas} == {"to_v"}
+    assert concept.info.composes == Composition(Kind.WORDS)
+
+
+def test_the_control_has_no_penalty_and_the_bytes_of_the_default(tiny_backbone, teach):
+    control = learned(tiny_backbone, teach, "lora")
+    default = learned(tiny_backbone, teach, "bound")
+    assert control["rex"].info.composes == Composition(Kind.PROMPT)
+    assert abs(control["rex"].nbytes() - default["rex"].nbytes()) < 64
+    keys_only = learned(tiny_backbone, teach, "lora", projections="kv")["rex"]
+    assert {projection for _, projection in keys_only.deltas} == {"to_k", "to_v"}
+
+
+def test_projections_are_checked():
+    with pytest.raises(ConceptError, match="projections.*qkvo"):
+        make("lora", {"projections": "kq"})
+
+
+def test_the_file_keeps_which_projections_are_free(tara, tmp_path):
+    save_bank(tara, tmp_path / "bank.safetensors")
+    opened = open_bank(tmp_path / "bank.safetensors")
+    assert opened["rex"].info.composes == Composition(Kind.WORDS, free=("to_q", "to_out"))
+    assert "free" not in Composition(Kind.WORDS).to_json()
+    with pytest.raises(ConceptError, match="free a list of"):
+        Composition.from_json({"kind": "bound", "free": ["to_x"]})
