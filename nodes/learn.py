@@ -134,7 +134,8 @@ class ConceptLearner(io.ComfyNode):
                                      tooltip="From Concept Training Settings; none = its defaults."),
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
-                    tooltip="Shows the similarity of every preview to your photos."
+                    tooltip="Shows the similarity of every preview to your photos. The method l2dm describes "
+                            "pictures with it.",
                 ),
                 io.Int.Input(
                     "stop_after",
@@ -271,6 +272,8 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
         data = prepare(backbone, pictures, task.name, task.class_noun,
                        Framing(config.resolution, config.framing, config.flip))
         encode = None if given["clip_vision"] is None else vision(given["clip_vision"])
+        if encode is not None:
+            task = replace(task, encode=lambda pictures: encode(list(pictures)))
         similarity = None if encode is None else similarity_to([photo.pixels for photo in photos], encode)
         previews = Previews(backbone, concept_prompt(task.name, task.kind), settings, config.seed, similarity)
         report = Reporter(config.steps, given["preview_every"], previews, node)

@@ -63,8 +63,11 @@ class Run:
                              [pair for pair in map(_setting, self._parts) if pair[0] not in SAMPLING])
 
     def sampling(self) -> dict:
-        return read_settings(SampleSettings,
-                             [pair for pair in map(_setting, self._parts) if pair[0] in SAMPLING])
+        """The changed sampling settings, with the aggregation mode of the method's paper."""
+        asked = read_settings(SampleSettings,
+                              [pair for pair in map(_setting, self._parts) if pair[0] in SAMPLING])
+        mode = get(self.method).method.published_mode
+        return asked if mode == "sharp" else {"mode": mode, **asked}
 
     def learned_as(self) -> Run:
         """The run with the same bank and default sampling."""

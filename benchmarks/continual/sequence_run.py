@@ -71,7 +71,8 @@ def _learn(backbone: Backbone, suite: PromptSuite, run: Run, task: Assignment, b
     data, began = prepare(backbone, pictures, task.name, task.class_noun, framing), time.perf_counter()
     generator = torch.Generator().manual_seed(training.seed)
     words = words_for(run.method, task)
-    learned = learn(Task(task.name, task.class_noun, backbone, bank, task.kind, words, generator),
+    learned = learn(Task(task.name, task.class_noun, backbone, bank, task.kind, words, generator,
+                         suite.encoder.image_text_features),
                     make(run.method, settings),
                     data, training, callback)
     return learned.bank, time.perf_counter() - began

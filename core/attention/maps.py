@@ -62,8 +62,9 @@ def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...
     resolutions.
 
     Mix-of-Show (Gu et al., 2023), as in CIDM's code. Maps are averaged over the sites of a resolution and
-    divided by their maximum. If a mask covers the whole picture, we leave out the second term; the released
-    code gets NaN and drops both terms.
+    divided by their maximum. The mean over an empty outside is NaN, and the code then drops both terms. So a
+    sample whose mask covers the whole picture at some resolution has no regulariser here either: the first
+    term alone would only make the attention to the noun uniform.
 
     Args:
         maps: `[B, S, N]` per site, see `MapProcessor`.
@@ -72,7 +73,7 @@ def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...
         masks: Of the object, `[B, 1, h, w]` in 0..1.
 
     Returns:
-        The loss, or None if all samples are skipped.
+        The mean loss of the samples, or None if all are skipped.
     """
     rows = [i for i, words in enumerate(positions) if len(words) >= 2]
     if not rows or not maps:
@@ -82,14 +83,15 @@ def attention_regulariser(maps: list[Tensor], positions: Sequence[tuple[int, ...
     by_cells: dict[int, list[Tensor]] = {}
     for m in maps:
         by_cells.setdefault(m.shape[1], []).append(m[rows].float())
-    total = torch.zeros((), device=masks.device)
+    losses = torch.zeros(len(rows), device=masks.device)
+    has_outside = torch.ones(len(rows), dtype=torch.bool, device=masks.device)
     for cells, group in by_cells.items():
         mean = torch.stack(group).mean(0)
-        grid = grid_of(cells, *masks.shape[-2:])
-        mask = F.interpolate(masks[rows].float(), grid, mode="area").flatten(1)
+        mask = F.interpolate(masks[rows].float(), grid_of(cells, *masks.shape[-2:]), mode="area").flatten(1)
         one, two = (mean.gather(2, at.view(-1, 1, 1).expand(-1, cells, 1)).squeeze(2)
                     for at in (first, second))
         one, two = (m / m.amax(1, keepdim=True).clamp(min=1e-6) for m in (one, two))
         outside = (mask < 0.5).float()
-        total = total + (two - mask).square().mean() + (one * outside).sum() / outside.sum().clamp(min=1)
-    return total
+        has_outside &= outside.any(1)
+        losses = losses + (two - mask).square().mean(1) + (one * outside).sum(1) / outside.sum(1).clamp(min=1)
+    return losses[has_outside].mean() if bool(has_outside.any()) else None

@@ -95,7 +95,8 @@ def _previews(options: Namespace, training: TrainingConfig, backbone: Backbone, 
 
 def _encoder(options: Namespace, training: TrainingConfig) -> Encoder | None:
     """The encoder that was given. Raises ConceptError if early stopping needs one."""
-    if not training.patience and options.encoder is not None:
+    is_used = training.patience or get(options.method).method.describes_pictures
+    if options.encoder is not None and not is_used:
         raise ConceptError("--encoder compares pictures with the photos for early stopping; give --patience "
                            "and --look-every, too")
     if training.patience and options.encoder is None and not backbones.is_embedded(options):
@@ -153,7 +154,8 @@ def learn(options: Namespace) -> Result | None:
                                      [photo.digest for photo in photos])]
         _warn(warnings if group.is_first else ())
         previews = _previews(options, training, backbone, photos, encoder)
-        task = _task(options, backbone, bank, training.seed)
+        task = replace(_task(options, backbone, bank, training.seed),
+                       encode=None if encoder is None else encoder.image_text_features)
         learned = _train(options, task, method, read.pictures, training, previews, checkpoint, group)
         if not group.is_first:
             return None

@@ -58,7 +58,8 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """What to learn, on which base and bank. words: names of the learned words, empty for default ones."""
+    """What to learn, on which base and bank. words: names of the learned words, empty for default ones;
+    encode: the user's image encoder, pictures `[B, 3, H, W]` in -1..1 to features `[B, F]`, or None."""
 
     name: str
     class_noun: str
@@ -67,6 +68,7 @@ class Task:
     kind: str = "object"
     words: tuple[str, ...] = ()
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    encode: Callable[[Tensor], Tensor] | None = None
 
     @property
     def word_names(self) -> tuple[str, ...]:
@@ -136,6 +138,9 @@ class Method(ABC):
         word_count: words of a concept whose words are not named.
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
+        describes_pictures: whether it uses the task's image encoder.
+        published_mode: the paper's aggregation mode, see conditioning.routing; "sharp" for a paper without
+            one. Benchmarks sample with it; users choose.
         extra_key: name of `extra_state` in checkpoints, "" for a method without one.
         steps, batches: finished optimiser steps, and batches so far in this step. The trainer counts.
     """
@@ -146,6 +151,8 @@ class Method(ABC):
     word_count: ClassVar[int] = 2
     wants_prior: ClassVar[bool] = False
     learns_alone: ClassVar[bool] = False
+    describes_pictures: ClassVar[bool] = False
+    published_mode: ClassVar[str] = "sharp"
     extra_key: ClassVar[str] = ""
     steps: int = 0
     batches: int = 0

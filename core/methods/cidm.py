@@ -2,13 +2,21 @@
 
 Trained: layer-wise tokens and rank-4 deltas on q, k, v, out of every site. Loss: denoising + gamma1 R1
 (task-specific: orthogonal subspaces) + gamma2 R2 (task-shared: a common subspace W*), alternating with a step
-on W* and H (cidm_losses), + the attention regulariser of the released code. The first task uses the denoising
-and attention terms only.
+on W* and H (cidm_losses). The first task uses the denoising term only. Elastic weight aggregation gives every
+concept of the bank a weight at inference (Eq. 3, see model.aggregation).
 
-Where we deviate: R1's default is the r×r reading; `orthogonality="aa"` is the printed one. W* and H default
-to closed-form alternating least squares in low-rank algebra; `shared="gradient"` is the paper's step. W* is
-bounded to rank `shared_rank`: with the paper's full-rank W* and H, R2 has a trivial zero once all old row
-spaces fit side by side.
+The released code (JiahuaDong/CIFC) differs from the paper. It has no R2. In place of R1 it takes 0.1 times
+`orthogonality_released`, a mean where the paper has a sum. It adds the attention regulariser of Mix-of-Show,
+which drops out where the mask of a picture is full, as without object masks and padding; and it stops the
+words at a length. Its aggregation has another power, norm and scale. `orthogonality="released"`,
+`shared="off"` and the aggregation mode `released` are its training and sampling; `orthogonality="aa"`,
+`shared="gradient"`, `attention_weight=0`, `token_norm_stop=0` and the mode `paper` are the paper's.
+
+Where we deviate: R1's default is the r×r reading, because the printed one is zero only for A_g = 0. W* and H
+default to closed-form alternating least squares in low-rank algebra. W* is bounded to rank `shared_rank`:
+with the paper's full-rank W* and H, R2 has a trivial zero once all old row spaces fit side by side. R1 and R2
+are quadratic in deltas, whose size grows with the learning rate. The gammas were published for the rate 1e-4,
+so they are multiplied by (`gamma_lr` / lr)^2.
 """
 
 from __future__ import annotations
@@ -31,7 +39,7 @@ from . import cidm_losses as losses
 from .base import Forward, Task, low_rank_deltas, register, total
 from .low_rank import LowRankConfig, LowRankMethod
 
-ORTHOGONALITIES = ("rr", "aa", "off")
+ORTHOGONALITIES = ("rr", "aa", "released", "off")
 SHARED = ("als", "gradient", "off")
 
 
@@ -39,19 +47,21 @@ SHARED = ("als", "gradient", "off")
 class CIDMConfig(LowRankConfig):
     """Rank, layer-wise words and both learning rates are the paper's. The code's attention_weight is 0.01,
     its first_std 0.011 to 0.020 for SD1.5. Its token_norm_stop is absolute: 0.55, about 1.4 times SD1.5's
-    usual length."""
+    usual length. gamma_lr: the learning rate that the gammas hold for; 0 = every rate."""
 
     gamma1: float = setting(0.1, "Weight of the task-specific loss R1; 0 = off. Paper: 0.1.",
                             0.0, 100.0, 0.01)
     gamma2: float = setting(1.0, "Weight of the task-shared loss R2; 0 = off. Paper: 1.", 0.0, 100.0, 0.1)
     orthogonality: str = setting("rr", "How R1 is read: rr compares r x r products (ours), aa a x a products "
-                                       "(as printed).", choices=ORTHOGONALITIES)
+                                       "(as printed), released as in the paper's code.",
+                                 choices=ORTHOGONALITIES)
     shared: str = setting("als", "How W* and H are found: als solves for them, gradient takes the paper's "
                                  "step.", choices=SHARED)
     shared_rank: int = setting(8, "Rank of the common subspace W*: its rows per projection.", 1, 256)
     attention_weight: float = setting(0.01, "Weight of the attention regulariser; 0 = off.", 0.0, 10.0, 0.01)
     token_norm_stop: float = setting(1.4, "Words stop learning once their mean length reaches this many "
                                           "times the class noun's; 0 = never.", 0.0, 100.0, 0.1)
+    gamma_lr: float = 1e-4
 
     limits = {"orthogonality": one_of(ORTHOGONALITIES), "shared": one_of(SHARED),
               "shared_rank": between(1, 256)}
@@ -63,6 +73,7 @@ class CIDM(LowRankMethod):
     """old_up: the old A_i of each projection, as the chosen reading of R1 takes them; common: W* and H."""
 
     extra_key = "shared._extra_state"
+    published_mode = "paper"
     config: CIDMConfig
     words: LearnedWords
 
@@ -87,7 +98,7 @@ class CIDM(LowRankMethod):
     def _stacked_ups(self, deltas: list[LowRankDelta]) -> Tensor:
         """The old A_i for the chosen reading of R1: side by side `[a, sum r]`, or stacked `[g - 1, a, R]`."""
         ups = [losses.stored_up(delta) for delta in deltas]
-        if self.config.orthogonality != "aa":
+        if self.config.orthogonality == "rr":
             return torch.cat(ups, dim=1)
         rank = max(up.shape[1] for up in ups)
         return torch.stack([F.pad(up, (0, rank - up.shape[1])) for up in ups])
@@ -96,6 +107,12 @@ class CIDM(LowRankMethod):
         norms = [encoder.vectors(ids).norm(dim=-1).mean() for encoder in self.task.backbone.text
                  if (ids := encoder.ids(self.task.class_noun))]
         return float(torch.stack(norms).mean()) if norms else float("inf")
+
+    @property
+    def matched(self) -> float:
+        """Factor on the gammas for this learning rate; 1 at the published one."""
+        c = self.config
+        return (c.gamma_lr / c.lr) ** 2 if c.gamma_lr > 0 and c.lr > 0 else 1.0
 
     def processor(self) -> AttentionProcessor:
         return self.maps or super().processor()
@@ -111,13 +128,17 @@ class CIDM(LowRankMethod):
         if self.old_up and c.orthogonality != "off":
             terms["specific"] = c.gamma1 * self.specific()
         if self.common:
-            terms["shared"] = c.gamma2 * self.shared()
+            terms["shared"] = c.gamma2 * self.matched * self.shared()
         return terms
 
     def specific(self) -> Tensor:
-        """R1 over all sites and projections; 0 for the first task."""
+        """R1 over all sites and projections, for this learning rate; 0 for the first task."""
+        ups = {key: self.adapters.scaled(key)[0] for key in self.old_up}
+        if self.config.orthogonality == "released":      # a mean, with a term that is not quadratic in A_g
+            return total(losses.orthogonality_released(old, ups[key])
+                         for key, old in self.old_up.items()) / max(1, len(ups))
         r1 = losses.orthogonality_rr if self.config.orthogonality == "rr" else losses.orthogonality_aa
-        return total(r1(old_up, self.adapters.scaled(key)[0]) for key, old_up in self.old_up.items())
+        return self.matched * total(r1(old, ups[key]) for key, old in self.old_up.items())
 
     def shared(self) -> Tensor:
         """The part of R2 that reaches this task's deltas, with W* and H held fixed."""

@@ -44,6 +44,14 @@ def orthogonality_aa(old_up: Tensor, up: Tensor) -> Tensor:
     return (old @ new.T).abs().sum()
 
 
+def orthogonality_released(old_up: Tensor, up: Tensor) -> Tensor:
+    """mean |A_i A_g^T| + mean (A_g - 1)^2: what the released code has in place of R1 and R2.
+
+    The second term is not in the paper. It keeps A_g from becoming zero. old_up, up: see `orthogonality_aa`.
+    """
+    return orthogonality_aa(old_up, up) / (len(old_up) * up.shape[0] ** 2) + (up - 1).square().mean()
+
+
 def stored_up(delta: LowRankDelta) -> Tensor:
     """A of a stored delta, scale included; in its stored type where that is exact, to save memory."""
     return delta.up if delta.scale == 1 else delta.up.float() * delta.scale

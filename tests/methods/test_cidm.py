@@ -4,6 +4,7 @@ regularised."""
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
+from continual_concepts.core.methods.cidm_losses import orthogonality_released
 
-READINGS = [{"orthogonality": o, "shared": s} for o, s in product(("rr", "aa"), ("als", "gradient"))]
+READINGS = [{"orthogonality": o, "shared": s}
+            for o, s in product(("rr", "aa", "released"), ("als", "gradient"))]
 
 
 def tensors_of(learned):
@@ -41,10 +44,29 @@ def test_every_reading_trains_and_resumes_exactly(tiny_backbone, teach, tmp_path
     again = teach(tiny_backbone, first, "mimi", settings=reading, checkpoint_file=tmp_path / "c")
     expected, found = tensors_of(whole), tensors_of(again)
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
-    assert set(infos[-1].terms) == {"attention", "specific",
-                                    "shared"} and infos[-1].terms["specific"] > 0 < infos[-1].terms["shared"]
+    assert set(infos[-1].terms) == {"specific", "shared"}      # the masks are full, so no attention term
+    assert infos[-1].terms["specific"] > 0 < infos[-1].terms["shared"]
     assert all(torch.equal(given[name], t) for name, t in first.shared["cidm"].items())
     assert any(not torch.equal(given[name], t) for name, t in whole.bank.shared["cidm"].items())
+
+
+def test_the_gammas_hold_for_their_learning_rate(tiny_backbone, teach):
+    """At twice the rate the penalties weigh a quarter, so their share of a loss of twice the delta stays."""
+    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout)).bank
+
+    def weight(**settings):
+        method = begun(tiny_backbone, first, **settings)
+        return method.matched
+
+    assert weight(lr=1e-4) == weight(lr=2e-4, gamma_lr=0) == 1 and weight(lr=2e-4) == pytest.approx(0.25)
+
+
+def test_the_released_loss_is_a_mean():
+    g = torch.Generator().manual_seed(0)
+    old, up = torch.randn(2, 6, 3, generator=g), torch.randn(6, 3, generator=g)
+    products = torch.stack([(o @ up.T).abs().mean() for o in old]).mean()
+    expected = products + (up - 1).square().mean()
+    torch.testing.assert_close(orthogonality_released(old, up), expected)
 
 
 def test_losses_can_be_off(tiny_backbone, teach):
@@ -60,7 +82,7 @@ def test_old_tasks_may_have_another_rank_or_reading(tiny_backbone, teach):
     for i, reading in enumerate(READINGS):
         bank = teach(tiny_backbone, bank, f"c{i}", settings=reading | {"rank": 1 + i, "shared_rank": 2 + i},
                      steps=1).bank
-    assert len(bank) == 4
+    assert len(bank) == len(READINGS)
 
 
 def begun(backbone, bank, **settings):
@@ -175,8 +197,24 @@ def test_the_regulariser_is_the_released_formula():
     one, two = first / first.max(), second / second.max()
     expected = (two - MASK[0, 0]).square().mean() + one[MASK[0, 0] == 0].mean()
     assert torch.allclose(regulariser(first, second), expected)
-    full = torch.ones_like(MASK)      # no outside: no NaN, the other half stays
-    assert torch.allclose(regulariser(first, second, full), (two - 1).square().mean())
+    assert regulariser(first, second, torch.ones_like(MASK)) is None      # no outside: both terms drop out
+
+
+def test_a_full_mask_does_not_change_other_samples():
+    g = torch.Generator().manual_seed(0)
+    both = [torch.rand(2, 16, 5, generator=g)]
+    masks = torch.cat([MASK, torch.ones_like(MASK)])
+    alone = attention_regulariser([both[0][:1]], ((1, 2),), MASK)
+    assert torch.allclose(attention_regulariser(both, ((1, 2), (1, 2)), masks), alone)
+
+
+@pytest.mark.parametrize(("mask", "terms"), [(MASK, {"attention"}), (torch.ones_like(MASK), set())])
+def test_the_attention_term_needs_an_object_mask(tiny_backbone, mask, terms):
+    method = begun(tiny_backbone, ConceptBank(tiny_backbone.layout))
+    method.maps.maps = maps(torch.ones(4, 4), MASK)
+    context = SimpleNamespace(words=({"new": (1, 2)},))
+    seen = SimpleNamespace(context=context, batch=SimpleNamespace(masks=mask))
+    assert set(method.penalty(seen)) == terms
 
 
 def test_the_regulariser_sums_resolutions_and_averages_sites():

@@ -24,7 +24,7 @@ from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 from continual_concepts.core.training.trainer import Trainer
 
-QUICK = {"generation_steps": 2, "cfg": 2.0}
+QUICK = {"generation_steps": 2, "cfg": 2.0, "old_prior": 0, "elasticity": 0.0}
 
 
 def random(*shape, seed=0):
@@ -46,9 +46,9 @@ def data(tiny_backbone):
     return prepare(tiny_backbone, pictures, "bear", "bear", Framing(32, flip=True))
 
 
-def begun(backbone, bank, data, **settings):
+def begun(backbone, bank, data, encode=None, **settings):
     method = make("l2dm", {"stored": "float32"} | QUICK | settings)
-    method.begin(Task("bear", "bear", backbone, bank))
+    method.begin(Task("bear", "bear", backbone, bank, encode=encode))
     method.on_data(data)
     return method
 
@@ -191,6 +191,59 @@ def seen_by(backbone, method, data, bank):
     context = encode_prompts(backbone, run.vocabulary.parse_all(batch.prompts), tokens)
     return predict(backbone, batch, context, draw(batch, 1000, TrainingConfig(), generator),
                    method.processor())
+
+
+def test_prior_pictures_of_old_classes_are_the_bases(tiny_backbone, bank, data, monkeypatch):
+    """The pretrained model draws them, without any concept, from the stored prompts with class nouns."""
+    seen, original = [], l2dm.sample
+    monkeypatch.setattr(l2dm, "sample", lambda *args: seen.append(args) or original(*args))
+    method = begun(tiny_backbone, bank, data, old_prior=2, prior_cfg=4.0)
+    base = seen[1]
+    assert [prompt.text for prompt in base[2]] == ["a photo of dog"] * 3 + ["a photo of cat"] * 3
+    assert not len(base[1]) and base[4].cfg == 4.0
+    assert method.prior.prompts == tuple(prompt.text for prompt in base[2]) and method.prior.is_prior.all()
+
+
+def test_the_loss_has_the_prior_pictures_of_all_classes(tiny_backbone, bank, data):
+    """Eq. 4: beta times the sum over classes, beside alpha times the sum over old tasks."""
+    method = begun(tiny_backbone, bank, data, alpha=0.5, beta=0.25, replay=2, old_prior=3)
+    config, generator = TrainingConfig(resolution=32), torch.Generator().manual_seed(1)
+    batch = method.on_batch(data.draw(2, 0.0, generator))
+    assert len(batch) == 2 + 2 + 3 and batch.is_prior.tolist() == [False] * 4 + [True] * 3
+    drawn = draw(batch, 1000, config, generator)
+    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all([""] * len(batch)), {})
+    seen = predict(tiny_backbone, batch, context, drawn, None)
+    each = (seen.output - seen.target).square().mean((1, 2, 3))
+    expected = each[:2].mean() + 0.5 * 2 * each[2:4].mean() + 0.25 * 2 * each[4:].mean()
+    assert torch.allclose(denoising_loss(tiny_backbone, seen, config), expected, rtol=1e-4)
+    assert (method.teacher.start, method.teacher.end) == (2, 4)      # prior pictures are not distilled
+
+
+def test_elastic_distillation_counts_by_distance(tiny_backbone, bank, data):
+    """A picture that has moved most from the teacher counts most; the sum of the weights is that of uniform
+    ones."""
+    method = begun(tiny_backbone, bank, data, replay=3, elasticity=1.0)
+    with tiny_backbone.folded(learning_deltas(bank, "l2dm", METHODS["l2dm"].method.builds_on_sum)):
+        with torch.no_grad():
+            method.adapters.up[adapter_key(1, "to_v")].add_(0.3)
+        seen = seen_by(tiny_backbone, method, data, bank)
+        found = method.teacher.distillation(seen, 1.0)
+        even = method.teacher.distillation(seen, 0.0)
+        old = tiny_backbone.predict(seen.noisy[1:], seen.timesteps[1:], seen.context[1:])
+    d = (seen.output[1:] - old).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, d.square().sum() / d.sum(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(even, d.mean(), rtol=1e-4, atol=0)
+    assert found > even > 0
+
+
+def test_the_users_image_encoder_describes_pictures(tiny_backbone, data):
+    """It gets pictures, as the autoencoder returns them."""
+    def encode(pictures):
+        return pictures.flatten(2).mean(-1)
+
+    method = begun(tiny_backbone, ConceptBank(tiny_backbone.layout), data, encode=encode)
+    own = tiny_backbone.decode_latents(data.latents[[0, 2, 4]])
+    torch.testing.assert_close(method.new.features, encode(own), rtol=1e-4, atol=1e-5)
 
 
 def test_distillation_is_the_distance_to_the_model_before(tiny_backbone, bank, data):
