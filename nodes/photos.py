@@ -13,12 +13,15 @@ from ..core.data.contact_sheet import contact_sheet
 from ..core.data.folder import read_folder
 from ..core.data.listing import MASKS, holds_photos
 from ..core.data.pictures import captions_text, weights
+from ..core.demo.bases import EMBEDDED, NAMES, picture_size
 from ..core.errors import ConceptError
 from ..core.images import to_tensor
 from . import types
 from .images import to_image
 from .progress import say
 from .schema import Schema
+
+FIRST = "embedded-64"      # the base of graphs that were saved before there was a choice
 
 
 def _folders() -> list[str]:
@@ -106,10 +109,14 @@ class ConceptDemoBase(io.ComfyNode):
             node_id="ConceptDemoBase",
             display_name="Concept Demo Base",
             category=types.EXTRAS,
-            description="A small model that ships with this pack, for a tour without a download: 64-pixel "
+            description="A small model that ships with this pack, for a tour without a download: small "
                         "pictures of toys and animals. An Empty Latent Image of 128 x 128 gives its usual "
                         "size.",
-            inputs=[],
+            inputs=[
+                io.Combo.Input("base", options=list(NAMES), default=EMBEDDED, optional=True,
+                               tooltip="embedded: the newest one. Choose an older one for a bank that was "
+                                       "made on it."),
+            ],
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip"),
@@ -119,8 +126,8 @@ class ConceptDemoBase(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo(folder_paths.get_folder_paths("embeddings")), DemoVision())
+    def execute(cls, base=FIRST) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo(folder_paths.get_folder_paths("embeddings"), base), DemoVision())
 
 
 class ConceptDemoPhotos(io.ComfyNode):
@@ -141,6 +148,8 @@ class ConceptDemoPhotos(io.ComfyNode):
                 io.Int.Input("count", default=5, min=1, max=24, tooltip="How many photos."),
                 io.Int.Input("seed", default=7, min=0, max=0xFFFFFFFF,
                              tooltip="Another seed gives other photos of the same concept."),
+                io.Combo.Input("base", options=list(NAMES), default=EMBEDDED, optional=True,
+                               tooltip="The base that learns from them; they are as large as its pictures."),
             ],
             outputs=[
                 io.Image.Output(display_name="images"),
@@ -150,13 +159,13 @@ class ConceptDemoPhotos(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, concept, count, seed) -> io.NodeOutput:
+    def execute(cls, concept, count, seed, base=FIRST) -> io.NodeOutput:
         from ..core.demo.judges import to_tensor
         from ..core.demo.scenes import CONCEPTS
 
         if concept not in CONCEPTS:
             raise ConceptError(f"concept is {concept!r}; allowed: {', '.join(CONCEPTS)}")
-        drawn = CONCEPTS[concept].pictures(count, seed)
+        drawn = CONCEPTS[concept].pictures(count, seed, picture_size(base))
         images = to_image(to_tensor([picture for picture, _ in drawn]))
         return io.NodeOutput(images, "\n".join(caption for _, caption in drawn), CONCEPTS[concept].class_noun)
 

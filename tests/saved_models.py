@@ -57,6 +57,32 @@ def tiny_dino():
 
 
 @pytest.fixture(scope="session")
+def other_base(tmp_path_factory) -> Path:
+    """The file of an embedded base of random numbers.
+
+    It has attention on all levels, the second one is wider by a third, and a latent has six channels for
+    8x8 pixels.
+    """
+    from continual_concepts.core.demo import base, networks
+
+    unet = networks.UNET | {
+        "sample_size": 4, "in_channels": 6, "out_channels": 6, "block_out_channels": (24, 32, 32),
+        "attention_head_dim": 4,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+    vae = {"latent_channels": 6, "encoder_widths": (8, 8), "encoder_blocks": 1, "decoder_widths": (8, 8, 8),
+           "decoder_blocks": (1, 1, 1)}
+    sizes = base.SIZES | {"unet": unet, "vae": vae, "picture_size": 32}
+    file = tmp_path_factory.mktemp("other") / "base.safetensors"
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(10)
+        modules = base.build_modules(sizes)
+        for parameter in modules["vae"].parameters():      # some of them start at zero
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    base.save_base(modules, file, {"steps": 1}, sizes, packed=True)
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_base():
     """tiny_base(folder): Stable Diffusion 1's structure in diffusers' layout, pictures of 32 pixels.
 

@@ -17,6 +17,7 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.composition import Kind
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.demo.base import load_base
+from continual_concepts.core.demo.bases import FILES
 from continual_concepts.core.regional.noise import NoiseSettings
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.found import sample_found
@@ -39,7 +40,7 @@ REGIONS = [Region("a photo of <rex> and a cat in a meadow", box=(0.1, 0.0, 1.0, 
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base()
+    return load_base(FILES["embedded-64"])
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...core.demo.networks import LATENT_SIZE
 from ...core.errors import ConceptError
-from ...core.model.backbone import Backbone
+from ...core.hosts.diffusers import DiffusersBackbone
 from ...core.neurons.neurons import UNITS, Scores, base_neurons
 from ...core.neurons.scores import (
     CALIBRATION,
@@ -63,7 +62,7 @@ def _flat(scores: Scores, unit: str) -> Tensor:
     return torch.cat([neurons.mask(key).flatten() for key in sorted(neurons.sizes)])
 
 
-def base_masks(backbone: Backbone, prompts: Sequence[str], draws: int, seed: int,
+def base_masks(backbone: DiffusersBackbone, prompts: Sequence[str], draws: int, seed: int,
                progress: Callable[[int, int], None] | None = None) -> dict[str, Tensor]:
     """Base neurons of every prompt: `score-unit` -> `[P, N]` bool.
 
@@ -71,9 +70,10 @@ def base_masks(backbone: Backbone, prompts: Sequence[str], draws: int, seed: int
     """
     collected: dict[str, list[Tensor]] = {f"{score}-{unit}": [] for score in SCORES for unit in UNITS}
     generator = torch.Generator().manual_seed(seed)
+    side = backbone.picture_size // backbone.picture_multiple
     for i, prompt in enumerate(prompts):
         context = encode_plain(backbone, [prompt])
-        latents = imagine(backbone, prompt, (LATENT_SIZE, LATENT_SIZE), generator)
+        latents = imagine(backbone, prompt, (side, side), generator)
         scores = {"gradient": gradient_scores(backbone, latents, context, generator, draws),
                   "activation": activation_scores(backbone, context, text_positions(backbone, [prompt]))}
         for name, masks in collected.items():
@@ -88,8 +88,9 @@ def _means(rows: Sequence[Sequence[float]]) -> list[float]:
     return [round(sum(values) / len(values), 4) for values in zip(*rows, strict=True)]
 
 
-def neuron_sharing(backbone: Backbone, prompts: Sequence[str] = CALIBRATION, firsts: int = 8, draws: int = 16,
-                   seed: int = 0, progress: Callable[[int, int], None] | None = None) -> dict:
+def neuron_sharing(backbone: DiffusersBackbone, prompts: Sequence[str] = CALIBRATION, firsts: int = 8,
+                   draws: int = 16, seed: int = 0,
+                   progress: Callable[[int, int], None] | None = None) -> dict:
     """Runs the benchmark: means over several first prompts.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 from ...core.demo import networks, vocabulary
-from ...core.demo.base import BASE_FILE, TOKENIZER
+from ...core.demo.bases import FILES, TOKENIZER
 from ..report import Result, require_at_least, write_result
 from . import autoencoder, command_128, data, diffusion
 from .export import export
@@ -64,10 +64,11 @@ def pretrain(options: argparse.Namespace) -> Result:
                                          options.from_shipped), nprocs=options.workers)
     else:
         diffusion.worker(0, 1, options.folder, options.steps, options.from_shipped)
-    export(options.folder, fitted_on, BASE_FILE)
+    target = FILES["embedded-64"]
+    export(options.folder, fitted_on, target)
     parameters = sum(p.numel() for p in networks.build_unet().parameters())
-    return {"file": str(BASE_FILE),
-            "unet": parameters}, [f"wrote {BASE_FILE} (UNet of {parameters / 1e6:.1f} M weights)"]
+    return {"file": str(target),
+            "unet": parameters}, [f"wrote {target} (UNet of {parameters / 1e6:.1f} M weights)"]
 
 
 def base(options: argparse.Namespace) -> Result:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.demo import base, networks
+from ...core.demo.bases import FILES
 from ...core.model.schedule import NoiseSchedule
 from .latent_set import LatentSet
 from .long_run import LongRun, Plan
@@ -40,8 +41,8 @@ def draw_times(batch: int, centre: float, generator: torch.Generator) -> Tensor:
 
 
 def start_modules(denoiser: nn.Module) -> nn.ModuleDict:
-    """The denoiser and the text encoder of the shipped base, which knows the captions already."""
-    text_encoder = base.load_modules()["text_encoder"]
+    """The denoiser and the text encoder of the base of 64 pixels, which knows the captions already."""
+    text_encoder = base.load_modules(FILES["embedded-64"])["text_encoder"]
     return nn.ModuleDict({"denoiser": denoiser, "text_encoder": text_encoder}).requires_grad_(True)
 
 

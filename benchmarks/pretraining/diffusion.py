@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...core.demo import base, networks, vocabulary
+from ...core.demo.bases import FILES
 from ...core.demo.vocabulary import CONTEXT_LENGTH
 from ...core.model.schedule import NoiseSchedule
 from .loop import Run
@@ -98,5 +99,5 @@ def worker(rank: int, processes: int, folder: Path, steps: int, from_shipped: bo
         rendezvous = f"file://{(folder / 'rendezvous').resolve()}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
     cached = torch.load(folder / "latents.pt", weights_only=True)
-    start = base.load_modules() if from_shipped else None
+    start = base.load_modules(FILES["embedded-64"]) if from_shipped else None
     train(vocabulary.load(base.TOKENIZER), cached["latents"], cached["ids"], folder, steps, start=start)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.demo import vocabulary
-from ...core.demo.base import TOKENIZER
+from ...core.demo.bases import TOKENIZER
 from .diffusion import CAPTION_DROPOUT, tokenize
 from .pictures import load_shard
 

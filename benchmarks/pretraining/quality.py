@@ -9,12 +9,14 @@ import torch
 from ...core.bank.bank import ConceptBank
 from ...core.demo import scenes
 from ...core.demo.base import load_base
-from ...core.demo.judges import SceneEncoder, held_out_prompts, load_classifier, to_tensor
+from ...core.demo.bases import picture_size
+from ...core.demo.judges import SceneEncoder, at_encoder_size, held_out_prompts, load_classifier, to_tensor
 from ...core.evaluation import metrics
 from ...core.sampling.sampling import sample
 from ...core.sampling.settings import SampleSettings
 
-SETTINGS = SampleSettings(steps=20, cfg=4.0, size=(64, 64), batch=25)
+SIDE = picture_size()
+SETTINGS = SampleSettings(steps=20, cfg=4.0, size=(SIDE, SIDE), batch=25)
 REAL_PICTURES = 400
 
 
@@ -60,7 +62,7 @@ def base_quality(pictures: int = 400) -> dict:
     prompts = held_out_prompts(pictures, seed=33_000)
     images = sample(backbone, ConceptBank(backbone.layout), [text for text, _, _ in prompts],
                     list(range(pictures)), SETTINGS)
-    named = load_classifier().name(images)
+    named = load_classifier().name(at_encoder_size(images))
     kinds = [k == kind for (k, _), (_, kind, _) in zip(named, prompts, strict=True)]
     colours = [c == colour for (_, c), (_, _, colour) in zip(named, prompts, strict=True)]
     both = [a and b for a, b in zip(kinds, colours, strict=True)]

@@ -21,13 +21,13 @@ from ...core.regional.regions import Box
 from ...core.training.loop import learn
 from ..continual import prompt_suite
 from ..continual.concepts import concepts
-from ..continual.embedded import SEEDS, SETTINGS, settings_of, training
+from ..continual.embedded import SEEDS, SETTINGS, SIDE, settings_of, training
 from .rivals import WAYS, Request
 
 NAMES = ("rex", "quack", "mimi", "pack", "teddy", "fido")      # the last one is a second dog
 # rows and columns; a region has the size of a training picture
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 6: (2, 3)}
-SIDE, STEPS, PHOTOS, BATCH = 64, 600, 10, 8
+STEPS, PHOTOS, BATCH = 600, 10, 8
 RANKS = {"bound": 16, "cidm": 4}      # word-bound deltas allow a higher rank; at rank 8, CIDM's bleed more
 UNPLACED = ("prompt", "found")      # ways without given positions
 OF_LORA = ("masked", "hooks", "couple")      # ways with LoRA files: CIDM's concepts, deltas on every word
@@ -74,7 +74,7 @@ def judge(backbone: Backbone) -> Judge:
 
 
 def _tasks(photos: int = 5) -> list:
-    return [assignment_of(concept, photos, seed=7 + i) for i, concept in enumerate(concepts(10))
+    return [assignment_of(concept, photos, 7 + i, SIDE) for i, concept in enumerate(concepts(10))
             if concept.name in NAMES]
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from ..bank.format import open_bank
+from ..demo.bases import EMBEDDED, NAMES, NEWEST, file_of, picture_size
 from ..errors import ConceptError
 from ..hosts.diffusers import DiffusersBackbone
 from ..training.config import TrainingConfig
 from ..training.process_group import own_device
 
-EMBEDDED_SIZE, EMBEDDED_CFG = 64, 3.0
+EMBEDDED_SIZE, EMBEDDED_CFG = picture_size(), 3.0
 EMBEDDED_TRAINING = TrainingConfig(resolution=EMBEDDED_SIZE, steps=500, batch_size=4, schedule="cosine",
                                    warmup=20)
 EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # 200 times smaller than SD1.5: needs higher rates
@@ -20,7 +23,28 @@ OTHER_SIZE, OTHER_CFG = 512, 7.5
 
 
 def is_embedded(options: Namespace) -> bool:
-    return options.base == "embedded"
+    return options.base in NAMES
+
+
+def embedded_name(options: Namespace) -> str:
+    """Name of a command's embedded base: the one that its bank was made on, unless `--base` names another.
+
+    A bank that cannot be read counts as none; the command itself says what is wrong with it.
+    """
+    if options.base != EMBEDDED:
+        return options.base
+    try:
+        made_on = open_bank(options.bank).layout.embedded_base if getattr(options, "bank", None) else ""
+    except ConceptError:
+        made_on = ""
+    return made_on if made_on in NAMES else NEWEST
+
+
+def training_of(options: Namespace) -> TrainingConfig:
+    """Default settings of training on the base."""
+    if not is_embedded(options):
+        return TrainingConfig()
+    return replace(EMBEDDED_TRAINING, resolution=picture_size(embedded_name(options)))
 
 
 def guidance_of(options: Namespace) -> float:
@@ -30,7 +54,7 @@ def guidance_of(options: Namespace) -> float:
 
 def size_of(options: Namespace) -> int:
     """Default side of the base's pictures in pixels."""
-    return EMBEDDED_SIZE if is_embedded(options) else OTHER_SIZE
+    return picture_size(embedded_name(options)) if is_embedded(options) else OTHER_SIZE
 
 
 def load_backbone(options: Namespace) -> DiffusersBackbone:
@@ -44,7 +68,7 @@ def load_backbone(options: Namespace) -> DiffusersBackbone:
     if is_embedded(options):
         from ..demo.base import load_base
 
-        return load_base(device=device)
+        return load_base(file_of(embedded_name(options)), device)
     from ..hosts.pretrained import load_pretrained
 
     return load_pretrained(Path(options.base).expanduser(), device)

@@ -18,6 +18,7 @@ from ..bank.bank import ConceptBank
 from ..bank.store import change_bank, saved_elsewhere
 from ..data.assignment import Assignment
 from ..demo.base import load_base
+from ..demo.bases import picture_size
 from ..demo.judges import SceneEncoder, assignment
 from ..errors import ConceptError
 from ..evaluation import metrics
@@ -33,9 +34,10 @@ from ..training.config import TrainingConfig
 TASKS = ("rex", "mimi", "blueprint")
 METHODS = ("cidm", "finetune")
 METHOD_SETTINGS = {"lr": 2e-3, "token_lr": 2e-2}
-TRAINING = TrainingConfig(steps=500, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20,
+SIDE = picture_size()
+TRAINING = TrainingConfig(steps=500, batch_size=4, resolution=SIDE, flip=True, schedule="cosine", warmup=20,
                           min_snr_gamma=0.0, max_grad_norm=1.0)
-SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(64, 64))
+SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(SIDE, SIDE))
 SEEDS = tuple(range(100, 112))
 SCENE = "a photo of a dog and a cat in a meadow"
 # Each region's prompt describes the whole scene. With a single animal per prompt, both regions would draw it
@@ -160,7 +162,7 @@ def run(output: Path) -> dict:
         check_output(output / name, "demo's file")
     began = time.perf_counter()
     backbone, encoder = load_base(), SceneEncoder()
-    tasks = [assignment(name) for name in TASKS]
+    tasks = [assignment(name, size=SIDE) for name in TASKS]
     reference = reference_levels(backbone, tasks, encoder)
     records = {method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, TRAINING, encoder, SETTINGS,
                                     SEEDS, _progress(method)) for method in METHODS}

@@ -11,6 +11,7 @@ from ..files import write_atomically
 
 INK, QUIET = "#1d1d24", "#6b6b76"
 COLUMNS = 5
+SHOWN = 192      # height of a picture in pixels, unless the pictures themselves are larger
 NAMES = {"cidm": "CIDM", "finetune": "Sequential finetuning"}
 
 
@@ -18,7 +19,8 @@ def _strip(pictures: Tensor, columns: int) -> np.ndarray:
     """The first `columns` pictures side by side with a white gap, `[H, W, 3]` uint8, enlarged."""
     from ..images import eight_bit, upscale
 
-    images = eight_bit(upscale(pictures[:columns], 3)).permute(0, 2, 3, 1).numpy()
+    factor = max(1, SHOWN // pictures.shape[-2])
+    images = eight_bit(upscale(pictures[:columns], factor)).permute(0, 2, 3, 1).numpy()
     gap = np.full((images.shape[1], 6, 3), 255, dtype=np.uint8)
     return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
 

@@ -57,7 +57,7 @@ def _thumbnail(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size
 
 def _training(options: Namespace) -> TrainingConfig:
     """The training configuration from the given flags, with the base's defaults for the others."""
-    defaults = backbones.EMBEDDED_TRAINING if backbones.is_embedded(options) else TrainingConfig()
+    defaults = backbones.training_of(options)
     values = {field.name: getattr(options, field.name) for field in fields(TrainingConfig)}
     return replace(defaults, **{name: value for name, value in values.items() if value is not None})
 

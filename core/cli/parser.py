@@ -12,6 +12,7 @@ from pathlib import Path
 from ..bank.concepts import KINDS
 from ..bank.tokens import typed_name
 from ..conditioning.routing import MODES
+from ..demo.bases import FILES
 from ..interop.export import DEFAULT_FORMATS, FORMATS
 from ..interop.factors import DEFAULT_ERROR, DEFAULT_RANK
 from ..methods import DEFAULT, METHODS
@@ -41,8 +42,9 @@ KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose the base."""
     parser.add_argument("--base", type=base_name, default="embedded",
-                        help="'embedded', or the folder of a model in diffusers' layout (SD1.5, SD2, SDXL) "
-                        "(default %(default)s)")
+                        help="'embedded' (a small base that ships: the one that the bank was made on, else "
+                        f"the newest; by name: {', '.join(FILES)}), or the folder of a model in diffusers' "
+                        "layout (SD1.5, SD2, SDXL) (default %(default)s)")
     parser.add_argument("--device", default="cpu",
                         help="torch device of the base, such as cpu or cuda (default %(default)s)")
 

@@ -1,11 +1,12 @@
-"""The embedded base as MODEL, CLIP, VAE and CLIP_VISION, for trying all nodes without a download.
+"""The embedded bases as MODEL, CLIP, VAE and CLIP_VISION, for trying all nodes without a download.
 
-Its pictures are 64 x 64 pixels; a latent cell covers 4 x 4 pixels.
+All sizes come from the header of the base's file.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
@@ -21,28 +22,26 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..demo import base, judges, networks
+from ..demo import base, judges
+from ..demo.bases import EMBEDDED, TOKENIZER, file_of, read_sizes
 from ..demo.encoder import MetricEncoder
+from ..demo.networks import Autoencoder
 from ..demo.vocabulary import CONTEXT_LENGTH
 
 
-class _Operations(comfy.ops.manual_cast):
-    """ComfyUI's layers, with the embedded base's 8 groups per norm (networks.NORM_GROUPS); ComfyUI's UNet
-    asks for 32."""
+def _operations(groups: int) -> type:
+    """ComfyUI's layers with a number of groups per norm of our own; ComfyUI's UNet asks for 32."""
 
-    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
-        def __init__(self, num_groups, num_channels, *args, **kwargs) -> None:
-            super().__init__(networks.NORM_GROUPS, num_channels, *args, **kwargs)
+    class Operations(comfy.ops.manual_cast):
+        class GroupNorm(comfy.ops.manual_cast.GroupNorm):
+            def __init__(self, num_groups, num_channels, *args, **kwargs) -> None:
+                super().__init__(groups, num_channels, *args, **kwargs)
 
-
-class _Latents(comfy.latent_formats.LatentFormat):
-    latent_channels = networks.LATENT_CHANNELS
+    return Operations
 
 
 class _Config(comfy.supported_models_base.BASE):
     unet_extra_config: dict = {}
-    latent_format = _Latents
-    custom_operations = _Operations
 
     def model_type(self, state_dict, prefix=""):
         return comfy.model_base.ModelType.V_PREDICTION
@@ -51,15 +50,30 @@ class _Config(comfy.supported_models_base.BASE):
         return False        # ComfyUI treats a model with more than four channels as an inpainting model
 
 
-def _unet_config() -> dict:
-    """networks.UNET as a ComfyUI configuration."""
-    shape: dict[str, Any] = networks.UNET
+class _Multiplier:
+    """The width of a level as a multiple of the first level's, where the factor is no whole number."""
+
+    def __init__(self, width: int, first: int) -> None:
+        self.width, self.first = width, first
+
+    def __mul__(self, channels: int) -> int:
+        return self.width * channels // self.first
+
+    __rmul__ = __mul__
+
+
+def _multiplier(width: int, first: int) -> int | _Multiplier:
+    return _Multiplier(width, first) if width % first else width // first
+
+
+def _unet_config(shape: dict[str, Any]) -> dict:
+    """The sizes of a UNet, as in `networks.UNET`, as a ComfyUI configuration."""
     widths, layers = shape["block_out_channels"], shape["layers_per_block"]
     depth = [int(kind.startswith("CrossAttn")) for kind in shape["down_block_types"]]
     return {
         "image_size": shape["sample_size"], "in_channels": shape["in_channels"],
         "out_channels": shape["out_channels"],
-        "model_channels": widths[0], "channel_mult": [width // widths[0] for width in widths],
+        "model_channels": widths[0], "channel_mult": [_multiplier(width, widths[0]) for width in widths],
         "num_res_blocks": [layers] * len(widths),
         "transformer_depth": [d for d in depth for _ in range(layers)],
         "transformer_depth_output": [d for d in depth for _ in range(layers + 1)],
@@ -72,9 +86,12 @@ def _unet_config() -> dict:
     }
 
 
-def _load_model(unet: torch.nn.Module, rgb: tuple[list, list]):
-    config = _Config(_unet_config())
+def _load_model(unet: torch.nn.Module, shape: dict[str, Any], rgb: tuple[list, list]):
+    """The MODEL of a UNet of the given sizes. rgb: colours for latent previews, from `_preview`."""
+    config = _Config(_unet_config(shape))
+    config.latent_format.latent_channels = shape["in_channels"]
     config.latent_format.latent_rgb_factors, config.latent_format.latent_rgb_factors_bias = rgb
+    config.custom_operations = _operations(shape["norm_num_groups"])
     model = config.get_model({}, device=None)
     names = comfy.utils.unet_to_diffusers(config.unet_config)
     weights = {names[name]: weight for name, weight in unet.state_dict().items()}
@@ -86,35 +103,38 @@ def _load_model(unet: torch.nn.Module, rgb: tuple[list, list]):
                                             management.unet_offload_device())
 
 
-class _Tokenizer(comfy.sd1_clip.SDTokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
-        super().__init__(str(base.TOKENIZER), max_length=CONTEXT_LENGTH,
-                         embedding_directory=embedding_directory,
-                         embedding_size=networks.TEXT_WIDTH, tokenizer_data=tokenizer_data or {})
+def _tokenizer_class(width: int) -> type:
+    """A class of ComfyUI's SD1 tokenizer with the embedded bases' words. width: of a token vector."""
+
+    class Tokenizer(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
+            super().__init__(str(TOKENIZER), max_length=CONTEXT_LENGTH,
+                             embedding_directory=embedding_directory,
+                             embedding_size=width, tokenizer_data=tokenizer_data or {})
+
+    class TextTokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
+            super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=Tokenizer)
+
+    return TextTokenizer
 
 
-class _TextTokenizer(comfy.sd1_clip.SD1Tokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
-        super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=_Tokenizer)
-
-
-def _text_class(encoder: torch.nn.Module, tokenizer):
-    """Makes a class of ComfyUI's SD1 text encoder with the embedded base's shape and weights."""
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+def _text_class(encoder: torch.nn.Module, shape: dict[str, Any], tokenizer) -> type:
+    """A class of ComfyUI's SD1 text encoder with an embedded base's sizes and weights."""
+    start, end, width = tokenizer.bos_token_id, tokenizer.eos_token_id, shape["hidden_size"]
     weights = {("" if name.startswith("text_model.") else "text_model.") + name: w
                for name, w in encoder.state_dict().items()
                if not name.endswith("position_ids")}
-    weights["text_projection.weight"] = torch.eye(networks.TEXT_WIDTH)
+    weights["text_projection.weight"] = torch.eye(width)
 
     class Encoder(comfy.sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
-            config = {**networks.TEXT, "eos_token_id": end}
+            config = {**shape, "eos_token_id": end}
             super().__init__(device, CONTEXT_LENGTH, textmodel_json_config=config, dtype=torch.float32,
                              special_tokens={"start": start, "end": end, "pad": end},
                              return_projected_pooled=False,
                              model_options={})
-            words = self.operations.Embedding(len(tokenizer), networks.TEXT_WIDTH, device=device,
-                                              dtype=torch.float32)
+            words = self.operations.Embedding(len(tokenizer), width, device=device, dtype=torch.float32)
             self.transformer.set_input_embeddings(words)
             self.transformer.load_state_dict(weights)
             self.freeze()
@@ -127,17 +147,20 @@ def _text_class(encoder: torch.nn.Module, tokenizer):
 
 
 class DemoVAE(comfy.sd.VAE):
-    """The embedded base's autoencoder with ComfyUI's VAE interface: IMAGE `[B, H, W, 3]` in 0..1 to latents
-    `[B, 12, H/4, W/4]`."""
+    """An embedded base's autoencoder with ComfyUI's VAE interface.
+
+    It turns IMAGE `[B, H, W, 3]` in 0..1 into latents `[B, C, H/m, W/m]`, m being the side of its patches.
+    """
 
     # ComfyUI's constructor recognises autoencoders by weight names and does not know these.
-    def __init__(self, autoencoder: networks.PatchAutoencoder) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         self.first_stage_model = autoencoder.eval()
         self.device, self.output_device = management.vae_device(), management.intermediate_device()
         self.patcher = comfy.model_patcher.ModelPatcher(autoencoder, self.device,
                                                         management.vae_offload_device())
-        self.vae_dtype, self.latent_channels, self.latent_dim = torch.float32, networks.LATENT_CHANNELS, 2
-        self.output_channels, self.downscale_ratio, self.upscale_ratio = 3, networks.PATCH, networks.PATCH
+        self.vae_dtype, self.latent_channels = torch.float32, autoencoder.config.latent_channels
+        self.downscale_ratio = self.upscale_ratio = autoencoder.patch
+        self.output_channels, self.latent_dim = 3, 2
         self.size, self.disable_offload, self.extra_1d_channel = None, False, None
         self.crop_input, self.not_video = None, True
 
@@ -147,7 +170,7 @@ class DemoVAE(comfy.sd.VAE):
     @torch.no_grad()
     def encode(self, pixel_samples: Tensor) -> Tensor:
         management.load_models_gpu([self.patcher])
-        height, width = (side - side % networks.PATCH for side in pixel_samples.shape[1:3])
+        height, width = (side - side % self.first_stage_model.patch for side in pixel_samples.shape[1:3])
         x = pixel_samples[:, :height, :width, :3].permute(0, 3, 1, 2).to(self.device, torch.float32) * 2 - 1
         return self.first_stage_model.encode(x).latent_dist.mean.to(self.output_device)
 
@@ -185,18 +208,32 @@ class DemoVision:
         return output
 
 
-def _preview(vae: networks.PatchAutoencoder) -> tuple[list, list]:
+def _preview(vae: Autoencoder) -> tuple[list, list]:
     """Colours of the latent channels and a bias for latent previews, from the linear part of the decoder."""
     # pixel_shuffle orders [colour, row, column]
-    weight = vae.linear.weight.detach().view(3, networks.PATCH**2, -1).mean(1)
+    weight = vae.linear.weight.detach().view(3, vae.patch**2, -1).mean(1)
     assert vae.linear.bias is not None
     return weight.T.tolist(), vae.linear.bias.detach().view(3, -1).mean(1).tolist()
 
 
-def load_demo(embedding_directory=None) -> tuple:
-    """Loads MODEL, CLIP and VAE of the embedded base. `DemoVision` is its CLIP_VISION."""
-    modules: dict[str, Any] = base.load_modules()
-    model = _load_model(modules["unet"], _preview(modules["vae"]))
-    text_class = _text_class(modules["text_encoder"], modules["tokenizer"])
-    target = comfy.supported_models_base.ClipTarget(_TextTokenizer, text_class)
+def load_demo(embedding_directory=None, name: str = EMBEDDED) -> tuple:
+    """Loads MODEL, CLIP and VAE of an embedded base. `DemoVision` is its CLIP_VISION.
+
+    Args:
+        embedding_directory: Where textual inversions are.
+        name: One of `bases.NAMES`.
+
+    Raises:
+        ConceptError: The name is unknown.
+    """
+    return load_demo_file(file_of(name), embedding_directory)
+
+
+def load_demo_file(path: Path, embedding_directory=None) -> tuple:
+    """`load_demo` of a base file whose denoiser is a UNet."""
+    sizes, modules = read_sizes(path), base.load_modules(path)
+    model = _load_model(modules["unet"], sizes["unet"], _preview(modules["vae"]))
+    text_class = _text_class(modules["text_encoder"], sizes["text_encoder"], modules["tokenizer"])
+    target = comfy.supported_models_base.ClipTarget(_tokenizer_class(sizes["text_encoder"]["hidden_size"]),
+                                                    text_class)
     return model, comfy.sd.CLIP(target, embedding_directory=embedding_directory), DemoVAE(modules["vae"])

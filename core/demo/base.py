@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files import write_atomically
@@ -16,15 +15,14 @@ from ..hosts.diffusers import ClipText, DiffusersBackbone
 from ..hosts.text_encoder import named_as_in
 from ..model.schedule import NoiseSchedule
 from . import networks, vocabulary
+from .bases import EMBEDDED, HEADER, TOKENIZER, file_of, read_sizes
 from .packing import pack, unpack
 
-ASSETS = Path(__file__).parent / "assets"
-BASE_FILE = ASSETS / "base.safetensors"
-TOKENIZER = ASSETS / "tokenizer"
+BASE_FILE = file_of(EMBEDDED)
 PACKED = ("unet", "transformer", "vae")      # parts that `save_base` can store in eight bits
-HEADER = "continual_concepts_base"
+# of the base of 64 pixels
 SIZES: dict[str, Any] = {"unet": networks.UNET, "vae": networks.VAE, "text_encoder": networks.TEXT,
-                         "schedule": networks.SCHEDULE}
+                         "schedule": networks.SCHEDULE, "picture_size": networks.PICTURE_SIZE}
 
 
 def build_modules(sizes: dict | None = None) -> dict[str, Any]:
@@ -71,17 +69,10 @@ def save_base(modules: dict[str, Any], path: Path, notes: dict, sizes: dict | No
     write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata))
 
 
-def read_sizes(path: Path = BASE_FILE) -> dict:
-    """The header of a base file: the sizes of its modules, 'schedule' and 'notes'."""
-    with safe_open(str(path), framework="pt") as file:
-        return json.loads(file.metadata()[HEADER])
-
-
 def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
     """Loads the trained modules in float32, with the sizes in the file's header, and the tokenizer."""
     modules = build_modules(read_sizes(path))
-    with safe_open(str(path), framework="pt") as file:
-        state = unpack({key: file.get_tensor(key) for key in file.keys()})
+    state = unpack(load_file(path))
     for part, module in _with_weights(modules).items():
         weights = {key[len(part) + 1 :]: tensor for key, tensor in state.items()
                    if key.startswith(f"{part}.")}

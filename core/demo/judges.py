@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..data.assignment import Assignment
 from ..data.pictures import Picture
 from . import scenes, vocabulary
-from .base import ASSETS, TOKENIZER
+from .bases import ASSETS, TOKENIZER
 from .classifier import QualityClassifier
 from .encoder import MetricEncoder
 

@@ -1,4 +1,6 @@
-"""Configurations of the embedded base: Stable Diffusion's structure, small enough to train on two CPU cores.
+"""Networks of the embedded bases: Stable Diffusion's structure, small enough to train on two CPU cores.
+
+The sizes here are those of the base of 64 pixels. A base's file names its own.
 """
 
 from __future__ import annotations
@@ -108,7 +110,10 @@ class PatchAutoencoder(nn.Module):
         return SimpleNamespace(sample=nn.functional.pixel_shuffle(pixels, self.patch))
 
 
-def build_vae(sizes: dict | None = None) -> PatchAutoencoder | SceneAutoencoder:
+Autoencoder = PatchAutoencoder | SceneAutoencoder
+
+
+def build_vae(sizes: dict | None = None) -> Autoencoder:
     """An untrained autoencoder of the class that takes these sizes; the default is `VAE`."""
     sizes = sizes or VAE
     return SceneAutoencoder(**sizes) if "encoder_widths" in sizes else PatchAutoencoder(**sizes)

@@ -181,6 +181,11 @@ class DiffusersBackbone(Backbone):
         return next(self.unet.parameters()).dtype
 
     @property
+    def picture_size(self) -> int:
+        """Side in pixels of the pictures that the UNet was trained on."""
+        return self.unet.config.sample_size * self.picture_multiple
+
+    @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.unet.parameters())
 

@@ -13,6 +13,8 @@ from ..errors import ConceptError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+# fingerprints of the embedded bases, so that messages can name the base of a bank
+_EMBEDDED = {"6f395a5ccb499e4b": "embedded-64", "b9658e3c739a55e4": "embedded-128"}
 # models with more than SD1.5's 16 sites have one layer copy per transformer group (SDXL: 70 sites, 11 groups)
 _LAYER_PER_GROUP_ABOVE = 16
 
@@ -87,9 +89,15 @@ class SiteLayout:
         """Widths of all sites on one side of a projection (0 = output, 1 = input), in site order."""
         return [site.shape(projection)[side] for site in self.sites]
 
+    @property
+    def embedded_base(self) -> str:
+        """Name of the embedded base that has this layout; "" for other bases."""
+        return _EMBEDDED.get(self.fingerprint, "")
+
     def describe(self) -> str:
         widths = "/".join(str(width) for _, width in self.text_widths)
-        return f"{len(self)} sites with {self.sites[0].context_width}-wide context and {widths}-wide tokens"
+        sites = f"{len(self)} sites with {self.sites[0].context_width}-wide context and {widths}-wide tokens"
+        return f"{sites}, as {self.embedded_base} has" if self.embedded_base else sites
 
     def to_json(self) -> dict:
         return {"sites": [asdict(site) for site in self.sites], "text_widths": list(self.text_widths)}

@@ -1,4 +1,4 @@
-"""The embedded base: its size, and that its pictures follow captions."""
+"""The embedded bases: their sizes, and that their pictures follow captions."""
 
 from __future__ import annotations
 
@@ -9,19 +9,46 @@ import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.demo import scenes
-from continual_concepts.core.demo.base import ASSETS, load_base
-from continual_concepts.core.demo.judges import held_out_prompts, load_classifier, to_tensor
+from continual_concepts.core.demo.base import load_base
+from continual_concepts.core.demo.bases import ASSETS, FILES, NAMES, NEWEST, file_of, picture_size
+from continual_concepts.core.demo.judges import at_encoder_size, held_out_prompts, load_classifier, to_tensor
+from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
 
+@pytest.fixture(scope="module", params=list(FILES))
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def base():
-    return load_base()
+def base(name):
+    return load_base(FILES[name])
 
 
-def test_all_weights_fit_into_twelve_megabytes():
-    assert sum(file.stat().st_size for file in ASSETS.glob("*.safetensors")) <= 12e6
+def size_of(*files) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def test_the_newest_base_and_its_judges_fit_into_sixteen_megabytes():
+    older = {file for name, file in FILES.items() if name != NEWEST}
+    assert size_of(*(set(ASSETS.glob("*.safetensors")) - older)) <= 16e6
+
+
+def test_all_weights_that_ship_fit_into_twenty_four_megabytes():
+    assert size_of(*ASSETS.glob("*.safetensors")) <= 24e6
+
+
+def test_names_of_bases():
+    assert file_of("embedded") == FILES[NEWEST] and "embedded-64" in NAMES
+    with pytest.raises(ConceptError, match="'embedded-63' is unknown; allowed: embedded, embedded-64"):
+        file_of("embedded-63")
+
+
+def test_a_layout_names_its_base(name, base):
+    assert base.layout.embedded_base == name and f"as {name} has" in base.layout.describe()
+    assert base.picture_size == picture_size(name)
 
 
 def test_the_structure_is_stable_diffusions(base):
@@ -32,7 +59,8 @@ def test_the_structure_is_stable_diffusions(base):
 
 
 def test_the_autoencoder_keeps_pictures(base):
-    pictures = to_tensor([picture for picture, _ in (scenes.sample(random.Random(i)) for i in range(16))])
+    drawn = [scenes.random_scene(random.Random(i)) for i in range(16)]
+    pictures = to_tensor([scenes.render(scene, base.picture_size) for scene in drawn])
     with torch.no_grad():
         again = base.decode_latents(base.encode_images(pictures))
     error = (again - pictures).abs().mean()
@@ -63,9 +91,9 @@ def test_a_scene_is_a_function_of_its_seed():
 def test_captions_are_followed(base):
     """A quick check, below the figures of the benchmark `base`, so that a broken file cannot pass."""
     wishes = held_out_prompts(24, seed=5)
-    settings = SampleSettings(10, 4.0, (64, 64), batch=24)
+    settings = SampleSettings(10, 4.0, (base.picture_size,) * 2, batch=24)
     images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(24)),
                     settings)
     with torch.no_grad():
-        named = load_classifier().name(images)
+        named = load_classifier().name(at_encoder_size(images))
     assert sum(named[i] == wishes[i][1:] for i in range(24)) >= 19

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from continual_concepts.core.demo import base, judges, networks, scenes
+from continual_concepts.core.demo import base, bases, judges, scenes
 from continual_concepts.core.demo.packing import pack, unpack
 from continual_concepts.core.demo.render import render
-
-AUTOENCODER = {"latent_channels": 6, "encoder_widths": (8, 8), "encoder_blocks": 1,
-               "decoder_widths": (8, 8, 8), "decoder_blocks": (1, 1, 1)}
 
 
 @pytest.mark.parametrize("style", [*scenes.STYLES, "blueprint"])
@@ -47,17 +44,14 @@ def test_packed_weights_come_back_within_half_a_step():
     assert error < step / 2 and torch.equal(restored["conv.bias"], bias)
 
 
-def test_a_base_of_other_sizes_is_built_from_its_own_header(tmp_path):
-    unet = networks.UNET | {"sample_size": 2, "in_channels": 6, "out_channels": 6,
-                            "block_out_channels": (8, 8, 8)}
-    sizes = base.SIZES | {"unet": unet, "vae": AUTOENCODER}
-    modules, file = base.build_modules(sizes), tmp_path / "base.safetensors"
-    base.save_base(modules, file, {"steps": 1}, sizes, packed=True)
-    backbone = base.load_base(file)
+def test_a_base_of_other_sizes_is_built_from_its_own_header(other_base):
+    backbone = base.load_base(other_base)
     assert backbone.latent_channels == 6 and backbone.picture_multiple == 8
-    assert base.read_sizes(file)["notes"] == {"steps": 1}
+    assert backbone.picture_size == bases.read_sizes(other_base)["picture_size"] == 32
+    assert bases.read_sizes(other_base)["notes"] == {"steps": 1}
+    assert backbone.layout.embedded_base == "" and " has" not in backbone.layout.describe()
 
 
-def test_the_shipped_file_names_the_default_sizes():
-    header = base.read_sizes()
+def test_the_base_of_64_pixels_names_the_default_sizes():
+    header = bases.read_sizes(bases.FILES["embedded-64"])
     assert header.pop("notes") and header == json.loads(json.dumps(base.SIZES))

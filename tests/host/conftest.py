@@ -110,24 +110,29 @@ def as_in_comfyui():
 
 
 class Studio:
-    """The embedded base, ComfyUI's own nodes and ours, with short defaults: pictures are latents of 12
-    channels, steps are few."""
+    """The embedded base, ComfyUI's own nodes and ours, with short defaults: pictures are latents of 16 x 16
+    cells, steps are few."""
 
     def __init__(self, pack, demo, bank) -> None:
         import nodes
 
         self.pack, self.bank, self.stock = pack, bank, nodes
         self.model, self.clip, self.vae = demo
+        self.channels = self.vae.latent_channels
+        self.side = 8 * self.vae.downscale_ratio      # of the photos that `learn` takes
 
     @staticmethod
     def encode(clip, text: str):
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
-    @staticmethod
-    def latent(count: int = 1, height: int = 16, width: int = 16, content: bool = False, **more) -> dict:
-        shape = (count, 12, height, width)
-        return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(9))
-                if content else torch.zeros(shape), **more}
+    def noise(self, count: int = 1, height: int = 16, width: int = 16, seed: int = 9) -> torch.Tensor:
+        shape = (count, self.channels, height, width)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def latent(self, count: int = 1, height: int = 16, width: int = 16, content: bool = False,
+               **more) -> dict:
+        noise = self.noise(count, height, width)
+        return {"samples": noise if content else torch.zeros_like(noise), **more}
 
     def ksampler(self, model, positive, negative, latent=None, seed=1, steps=3, cfg=4.0, sampler="euler",
                  scheduler="normal", denoise=1.0):
@@ -168,9 +173,10 @@ class Studio:
         return node.execute(model or self.model, clip or self.clip, prompt, mode, strength, concept,
                             bank).args[:3]
 
-    def photos(self, count: int = 2, size: int = 32):
+    def photos(self, count: int = 2, size: int | None = None):
         """An IMAGE of random photos."""
-        return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(3))
+        side = size or self.side
+        return torch.rand(count, side, side, 3, generator=torch.Generator().manual_seed(3))
 
     def learn(self, *given, **named):
         """The bank that `learner` gives."""
@@ -179,7 +185,8 @@ class Studio:
     def learner(self, images=None, name="spot", noun="dog", model=None, clip=None, vae=None, kind="object",
                 method="cidm", **other):
         """What ConceptLearner gives; it takes lists."""
-        settings = {"steps": 3, "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1, "seed": 0,
+        settings = {"steps": 3, "lr": 1e-2, "token_lr": 1e-2, "resolution": self.side, "batch_size": 1,
+                    "seed": 0,
                     "preview_every": 0,
                     "if_known": "keep it"} | other
         inputs = {"model": model or self.model, "clip": clip or self.clip, "vae": vae or self.vae,

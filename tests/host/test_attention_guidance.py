@@ -129,7 +129,7 @@ def test_one_step_is_the_other_hosts(studio, reference):
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 4)
     deltas = aggregate(reference, studio.bank, studio.bank.parse(TWO)).deltas
     with torch.inference_mode(False), torch.no_grad(), reference.folded(deltas):
-        x = torch.randn(1, 12, 16, 16, generator=torch.manual_seed(1)) * (1 + float(sigmas[0]) ** 2) ** 0.5
+        x = studio.noise(seed=1) * (1 + float(sigmas[0]) ** 2) ** 0.5
         for i, (sigma, after) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
             t, scale = sampling.timestep(torch.tensor([sigma])).long(), (1 + sigma**2) ** 0.5
 

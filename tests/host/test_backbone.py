@@ -28,9 +28,9 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def noisy(count: int = 2):
-    g = torch.Generator().manual_seed(5)
-    return torch.randn(count, 12, 16, 16, generator=g), torch.tensor([120, 700])[:count]
+def noisy(host, count: int = 2):
+    noise = torch.randn(count, host.latent_channels, 16, 16, generator=torch.Generator().manual_seed(5))
+    return noise, torch.tensor([120, 700])[:count]
 
 
 def encoded(host, bank, prompt):
@@ -46,7 +46,8 @@ def test_layout_schedule_and_fingerprint_are_the_same(backbone, reference):
 
 
 def test_pictures_to_latents_and_back(backbone, reference):
-    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    side = reference.picture_size
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents = reference.encode_images(x)
     assert distance(backbone.encode_images(x), latents) < TOLERANCE
     assert distance(backbone.decode_latents(latents), reference.decode_latents(latents)) < TOLERANCE
@@ -59,7 +60,9 @@ def test_prompts_and_predictions(backbone, reference, bank, prompt):
     assert distance(ours.hidden, theirs.hidden) < TOLERANCE and ours.words == theirs.words
     deltas = aggregate(reference, bank, bank.parse(prompt)).deltas
     with backbone.folded(deltas), reference.folded(deltas):
-        assert distance(backbone.predict(*noisy(), ours), reference.predict(*noisy(), theirs)) < TOLERANCE
+        outputs = [host.predict(*noisy(host), context)
+                   for host, context in ((backbone, ours), (reference, theirs))]
+        assert distance(*outputs) < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["paper", "released", "equal"])
@@ -90,16 +93,16 @@ def test_learning_takes_an_attention_that_has_a_gradient(backbone, bank, prompt,
     with backbone.training():
         context = encoded(backbone, bank, prompt)
         with torch.no_grad():
-            expected = backbone.predict(*noisy(), context)
+            expected = backbone.predict(*noisy(backbone), context)
         monkeypatch.setattr(attention, "optimized_attention", overridden)
         monkeypatch.setattr(sites, "optimized_attention", without_gradient)
         hidden = context.hidden.detach().requires_grad_()
-        found = backbone.predict(*noisy(), replace(context, hidden=hidden))
+        found = backbone.predict(*noisy(backbone), replace(context, hidden=hidden))
         found.sum().backward()
         assert not called and hidden.grad.abs().sum() > 0
         assert distance(found.detach(), expected) < TOLERANCE
         with torch.no_grad():
-            backbone.predict(*noisy(), context)
+            backbone.predict(*noisy(backbone), context)
         assert called      # a host's choice where nothing is learned
 
 
@@ -112,8 +115,8 @@ def test_regions(backbone, reference, bank):
                  for region in regions]
         scene = Part(encoded(host, bank, "a photo in a meadow"), {})
         processor = RegionProcessor(host, scene, regions, parts, torch.tensor([0, 1]), (16, 16))
-        results.append(host.predict(*noisy(), scene.context, processor))
-    plain = reference.predict(*noisy(), encoded(reference, bank, "a photo in a meadow"))
+        results.append(host.predict(*noisy(host), scene.context, processor))
+    plain = reference.predict(*noisy(reference), encoded(reference, bank, "a photo in a meadow"))
     assert distance(*results) < TOLERANCE < distance(results[0], plain)
 
 

@@ -135,9 +135,10 @@ def test_a_bank_outside_its_folder_is_not_read(studio, tmp_path):
             lambda name=name: studio.pack.ConceptBankLoad.fingerprint_inputs(name))
 
 
-@pytest.mark.parametrize("resolution, allowed", [(34, "multiple of 4"), (4, "at least 8")])
-def test_resolutions(studio, resolution, allowed):
-    assert allowed in sentence(lambda: studio.learn(resolution=resolution))
+def test_resolutions(studio):
+    cell = studio.vae.downscale_ratio
+    for resolution, allowed in ((8 * cell + 2, f"multiple of {cell}"), (4, "at least")):
+        assert allowed in sentence(lambda size=resolution: studio.learn(resolution=size))
 
 
 def test_a_known_name_with_other_photos(studio):

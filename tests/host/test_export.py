@@ -61,8 +61,8 @@ def predict(model, conditioning) -> torch.Tensor:
     import comfy.model_management
     import comfy.samplers
 
-    g = torch.Generator().manual_seed(5)
-    latent = torch.randn(1, 12, 16, 16, generator=g)
+    channels = model.get_model_object("latent_format").latent_channels
+    latent = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(5))
 
     def look(model, x, sigmas, extra_args, callback, disable, **_):
         return model(x, sigmas[0] * x.new_ones([1]), **extra_args)

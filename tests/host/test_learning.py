@@ -248,7 +248,7 @@ def judged(studio):
         photos = torch.rand(2, 40, 40, 3, generator=torch.Generator().manual_seed(2))
         inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": [photos],
                   "name": "spot", "class_noun": "dog", "kind": "object", "method": "bound", "steps": 12,
-                  "lr": 1e-2, "token_lr": 1e-2, "resolution": 32, "batch_size": 1, "seed": 0,
+                  "lr": 1e-2, "token_lr": 1e-2, "resolution": studio.side, "batch_size": 1, "seed": 0,
                   "preview_every": 2, "if_known": "keep it", "clip_vision": Vision(), "stop_after": 2,
                   **other}
         listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
@@ -301,7 +301,7 @@ def test_it_warns_of_concepts_that_will_get_in_each_others_way(studio, bank, cap
     known = ConceptBank(bank.layout).add(bank["rex"])
     inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": studio.photos(),
               "name": "rexy", "class_noun": "dog", "kind": "object", "method": "bound", "steps": 1, "lr": 0.0,
-              "token_lr": 0.0, "resolution": 32, "batch_size": 1, "seed": 0, "preview_every": 0,
+              "token_lr": 0.0, "resolution": studio.side, "batch_size": 1, "seed": 0, "preview_every": 0,
               "if_known": "keep it", "bank": known}
     listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
     found = studio.pack.ConceptLearner.execute(**listed)

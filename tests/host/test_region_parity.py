@@ -20,7 +20,7 @@ from continual_concepts.core.sampling.settings import SampleSettings
 TOLERANCE = 1e-4
 SIZE, COUNT = (8, 16), 2      # of latents; pictures at once
 SCENE = "a photo in a meadow"
-SETTINGS = SampleSettings(steps=4, cfg=4.0, size=(32, 64), negative="a blurry photo")
+SETTINGS = SampleSettings(steps=4, cfg=4.0, negative="a blurry photo")
 LEFT, RIGHT, MIDDLE = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0), (0.25, 0.3, 0.8, 0.7)
 CASES = {
     "boxes": ([LEFT, RIGHT], {}),
@@ -71,6 +71,11 @@ class Hosts:
         self.backbone, self.model, self.clip, self.size = backbone, model, clip, size
         self.sampling = model.get_model_object("model_sampling")
 
+    def sized(self, settings):
+        """Settings with the pictures' size."""
+        height, width = (side * self.backbone.picture_multiple for side in self.size)
+        return replace(settings, size=(height, width))
+
     def _comfy(self, function, bank, regions, settings, timesteps, scene=SCENE):
         """Runs a sampler function of ComfyUI's over the noise levels of timesteps; its result as the UNet's
         latents. Without regions those of the scene's concepts are found."""
@@ -118,6 +123,7 @@ class Hosts:
 
         timesteps = Ddim(self.backbone.schedule, settings.steps).timesteps
         theirs = self._comfy(sample_euler, bank, regions, settings, timesteps, scene)
+        settings = self.sized(settings)
         for module in (library, library_found):
             monkeypatch.setattr(module, "DpmSolver", Ddim)
             monkeypatch.setattr(module, "starting_noise", lambda *_: self.noise())
@@ -165,7 +171,7 @@ def test_found_regions(hosts, banks, monkeypatch, reference, kind):
     monkeypatch.setattr(sampling, "DpmSolver", library_found.DpmSolver)
     monkeypatch.setattr(sampling, "starting_noise", library_found.starting_noise)
     with torch.inference_mode(False):
-        plain = sample(reference, banks[kind], [scene] * COUNT, [0] * COUNT, SETTINGS)
+        plain = sample(reference, banks[kind], [scene] * COUNT, [0] * COUNT, hosts.sized(SETTINGS))
     assert relative_error(comfy, ours) < TOLERANCE and relative_error(ours, plain) > 100 * TOLERANCE
 
 

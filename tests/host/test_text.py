@@ -48,9 +48,9 @@ def by_core(backbone, bank, prompt):
                           {name: bank[name].tokens for name in names})
 
 
-def noisy(rows: int = 1):
-    g = torch.Generator().manual_seed(5)
-    return torch.randn(1, 12, 16, 16, generator=g).expand(rows, -1, -1, -1)
+def noisy(model) -> torch.Tensor:
+    channels = model.get_model_object("latent_format").latent_channels
+    return torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
 def predictions(model, *conditionings, calls=None, sigma: float = 3.0):
@@ -62,14 +62,16 @@ def predictions(model, *conditionings, calls=None, sigma: float = 3.0):
 
     def look(_model, _x, sigmas, extra_args, callback, disable, **_):
         conds, options = list(guider.conds.values()), extra_args["model_options"]
-        found.extend(comfy.samplers.calc_cond_batch(guider.inner_model, conds, noisy(), sigmas[:1], options))
+        found.extend(comfy.samplers.calc_cond_batch(guider.inner_model, conds, noisy(model), sigmas[:1],
+                                                    options))
         return found[0]
 
     unet = model.model.diffusion_model
     hook = unet.register_forward_pre_hook(lambda _unet, inputs: None if calls is None
                                           else calls.append(len(inputs[0])))
     try:
-        guider.sample(noisy(), torch.zeros_like(noisy()), comfy.samplers.KSAMPLER(look),
+        latents = noisy(model)
+        guider.sample(latents, torch.zeros_like(latents), comfy.samplers.KSAMPLER(look),
                       torch.tensor([sigma, 0.0]), seed=0)
     finally:
         hook.remove()
@@ -131,7 +133,7 @@ def test_every_site_reads_its_own_copy(studio, carrying, backbone, prompt):
     sigma = studio.model.model.model_sampling.sigmas[500]
     ours = predictions(carrying[0], stock(studio, carrying[1], prompt), sigma=sigma.item())[0]
     alpha = 1 / (1 + sigma.square())
-    latents = noisy() * alpha.sqrt()
+    latents = noisy(studio.model) * alpha.sqrt()
     v = backbone.predict(latents, torch.tensor([500]), by_core(backbone, studio.bank, prompt))
     core = alpha.sqrt() * latents - (1 - alpha).sqrt() * v
     assert distance(ours, core) < 1e-4
@@ -179,7 +181,7 @@ def by_layers(studio, layers: torch.Tensor):
     backbone, sampling = ComfyBackbone(studio.model, studio.clip), studio.model.model.model_sampling
     sigma = torch.tensor(3.0)
     alpha = 1 / (1 + sigma.square())
-    latents = noisy() * alpha.sqrt()
+    latents = noisy(studio.model) * alpha.sqrt()
     v = backbone.predict(latents, sampling.timestep(sigma).view(1).float(), Context(layers))
     return alpha.sqrt() * latents - (1 - alpha).sqrt() * v
 

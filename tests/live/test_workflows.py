@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from continual_concepts.core.demo.bases import picture_size
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(WORKFLOWS.glob("*.json"))
@@ -259,7 +261,7 @@ def test_workflows_run(path, server):
     entry = server.run(graph)
     savers = nodes_of(graph, "SaveImage")
     # the tour shows its pictures larger
-    side = 256 if nodes_of(graph, "ImageScale") and not nodes_of(graph, "VAEEncode") else 64
+    side = 256 if nodes_of(graph, "ImageScale") and not nodes_of(graph, "VAEEncode") else picture_size()
     regional = nodes_of(graph, "RegionalConceptSampler") or nodes_of(graph, "ConceptRegionsApply")
     wide = 2 if regional and nodes_of(graph, "EmptyLatentImage") else 1
     assert savers

@@ -1,0 +1,38 @@
+"""The embedded bases that ship: their names and files, and the sizes in a file's header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ..errors import ConceptError
+
+ASSETS = Path(__file__).parent / "assets"
+TOKENIZER = ASSETS / "tokenizer"
+HEADER = "continual_concepts_base"
+OLD_SIZE = 64      # of pictures, for files of before headers named it
+
+FILES = {"embedded-64": ASSETS / "base.safetensors"}      # oldest first
+NEWEST = list(FILES)[-1]
+EMBEDDED = "embedded"      # the newest one
+NAMES = (EMBEDDED, *FILES)
+
+
+def file_of(name: str) -> Path:
+    """The file of an embedded base. Raises ConceptError for a name that is not in `NAMES`."""
+    if name not in NAMES:
+        raise ConceptError(f"base {name!r} is unknown; allowed: {', '.join(NAMES)}")
+    return FILES[NEWEST if name == EMBEDDED else name]
+
+
+def read_sizes(path: Path = FILES[NEWEST]) -> dict:
+    """The header of a base file: the sizes of its modules, 'schedule', 'notes' and 'picture_size'."""
+    with safe_open(str(path), framework="pt") as file:
+        return {"picture_size": OLD_SIZE, **json.loads(file.metadata()[HEADER])}
+
+
+def picture_size(name: str = EMBEDDED) -> int:
+    """Side in pixels of the pictures that an embedded base draws."""
+    return read_sizes(file_of(name))["picture_size"]

@@ -1,0 +1,53 @@
+"""Which embedded base a command uses."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.format import save_bank
+from continual_concepts.core.cli import backbones
+from continual_concepts.core.demo.base import load_base
+from continual_concepts.core.demo.bases import FILES
+
+
+@pytest.fixture(autouse=True)
+def newer(monkeypatch):
+    """A newer base than the one of 64 pixels."""
+    monkeypatch.setattr(backbones, "NEWEST", "newer")
+    monkeypatch.setattr(backbones, "NAMES", ("embedded", "embedded-64", "newer"))
+
+
+@pytest.fixture(scope="module")
+def banks(tmp_path_factory, other_base):
+    """Paths of banks by the base that they were made on."""
+    folder = tmp_path_factory.mktemp("banks")
+    files = {"embedded-64": FILES["embedded-64"], "another": other_base}
+    for name, file in files.items():
+        save_bank(ConceptBank(load_base(file).layout), folder / f"{name}.safetensors")
+    (folder / "damaged.safetensors").write_bytes(b"no bank")
+    return folder
+
+
+@pytest.mark.parametrize(("bank", "expected"), [
+    ("embedded-64", "embedded-64"), ("another", "newer"), ("damaged", "newer"), ("missing", "newer")])
+def test_a_bank_finds_the_base_that_it_was_made_on(banks, bank, expected):
+    options = Namespace(base="embedded", bank=banks / f"{bank}.safetensors")
+    assert backbones.embedded_name(options) == expected
+
+
+def test_a_named_base_is_taken(banks):
+    options = Namespace(base="newer", bank=banks / "embedded-64.safetensors")
+    assert backbones.embedded_name(options) == "newer" and backbones.is_embedded(options)
+
+
+def test_without_a_bank_the_newest_is_taken():
+    assert backbones.embedded_name(Namespace(base="embedded", bank=None)) == "newer"
+    assert backbones.embedded_name(Namespace(base="embedded")) == "newer"
+
+
+def test_size_and_training_are_those_of_the_base(banks):
+    options = Namespace(base="embedded", bank=banks / "embedded-64.safetensors")
+    assert backbones.size_of(options) == backbones.training_of(options).resolution == 64
