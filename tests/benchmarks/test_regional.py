@@ -64,7 +64,7 @@ def test_requests_name_every_concept_in_boxes_that_cover_the_picture(count):
         area = sum((bottom - top) * (right - left) for top, left, bottom, right in request.boxes)
         assert area == pytest.approx(1.0) and all(f"<{name}>" in request.listed for name in request.names)
         height, width = request.settings.size
-        assert height * width == count * 64 * 64
+        assert height * width == count * regional_quality.SIDE**2
 
 
 @pytest.fixture(scope="module")

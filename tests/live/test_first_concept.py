@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from continual_concepts.core.demo.bases import picture_size
+
 pytestmark = pytest.mark.slow
 
 NAME = "02 Learn a first concept"
@@ -33,7 +35,7 @@ SMALL = """prompt => {
     const learner = of('ConceptLearner');
     base.connect(3, learner, learner.inputs.findIndex(input => input.name === 'clip_vision'));
     set('ConceptPhotosLoad', {folder: 'mimi'});
-    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', resolution: 64, batch_size: 4, steps: 400,
+    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', resolution: SIDE, batch_size: 4, steps: 400,
                            lr: 0.002, token_lr: 0.02,
                            preview_every: 50});
     set('ElasticWeightAggregate', {prompt});
@@ -91,7 +93,7 @@ def put_photos(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    for number, (picture, _) in enumerate(scenes.CONCEPTS[WHO].pictures(5, seed=7)):
+    for number, (picture, _) in enumerate(scenes.CONCEPTS[WHO].pictures(5, 7, picture_size())):
         Image.fromarray(picture).save(folder / f"{number + 1}.png")
 
 
@@ -128,7 +130,7 @@ def test_a_newcomers_first_concept(page, server, steps, tmp_path):
     page.wait_for_timeout(1500)
     shoot(page, tmp_path, 1)
     steps.open_template(page, NAME)
-    page.evaluate(SMALL, PROMPTS[0])
+    page.evaluate(SMALL.replace("SIDE", str(picture_size())), PROMPTS[0])
     done("template opened")
     shoot(page, tmp_path, 2, "ConceptPhotosLoad", "ConceptDemoBase", "ConceptLearner")
     page.evaluate(SEEN)
