@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ...core.demo.base import load_base
-from ...core.demo.bases import picture_size
 from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.hosts.diffusers import DiffusersBackbone
 from ...core.sampling.settings import SampleSettings
@@ -13,8 +12,7 @@ from .concepts import concepts
 from .prompt_suite import Benchmark, PromptSuite
 
 STEPS = 200
-SIDE = picture_size()
-SETTINGS = SampleSettings(steps=16, cfg=3.0, size=(SIDE, SIDE), batch=24)
+SETTINGS = SampleSettings(steps=16, cfg=3.0, size=(64, 64), batch=24)
 SEEDS = tuple(range(100, 108))
 GROUP_SEEDS = tuple(range(300, 306))
 PAIR_SEEDS = tuple(range(300, 348))
@@ -26,7 +24,7 @@ OWN_RATES: dict[str, dict] = {      # settings that were clearly better than the
 
 
 def training(steps: int, seed: int) -> TrainingConfig:
-    return TrainingConfig(steps=steps, batch_size=4, resolution=SIDE, flip=True, schedule="cosine", warmup=20,
+    return TrainingConfig(steps=steps, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20,
                           seed=seed)
 
 
@@ -39,7 +37,7 @@ def suite_of(backbone: DiffusersBackbone, count: int) -> tuple[PromptSuite, dict
     pictures.
     """
     encoder = SceneEncoder()
-    tasks = tuple(assignment_of(concept, seed=7 + i, size=SIDE) for i, concept in enumerate(concepts(count)))
+    tasks = tuple(assignment_of(concept, seed=7 + i) for i, concept in enumerate(concepts(count)))
     noun, text, real = prompt_suite.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
     groups, pairs = prompt_suite.groups_and_pairs(tasks)
     combined = tuple(f"a photo of {{}} {place}" for place in PLACES[:4])

@@ -14,6 +14,7 @@ from ...core.bank.bank import ConceptBank
 from ...core.bank.format import open_bank, save_bank
 from ...core.data.framing import Framing
 from ...core.data.training_set import prepare
+from ...core.demo.bases import NEWEST, picture_size
 from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.methods.base import Task, make
 from ...core.model.backbone import Backbone
@@ -21,13 +22,13 @@ from ...core.regional.regions import Box
 from ...core.training.loop import learn
 from ..continual import prompt_suite
 from ..continual.concepts import concepts
-from ..continual.embedded import SEEDS, SETTINGS, SIDE, settings_of, training
+from ..continual.embedded import SEEDS, SETTINGS, settings_of, training
 from .rivals import WAYS, Request
 
 NAMES = ("rex", "quack", "mimi", "pack", "teddy", "fido")      # the last one is a second dog
 # rows and columns; a region has the size of a training picture
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 6: (2, 3)}
-STEPS, PHOTOS, BATCH = 600, 10, 8
+SIDE, STEPS, PHOTOS, BATCH = picture_size(), 600, 10, 8
 RANKS = {"bound": 16, "cidm": 4}      # word-bound deltas allow a higher rank; at rank 8, CIDM's bleed more
 UNPLACED = ("prompt", "found")      # ways without given positions
 OF_LORA = ("masked", "hooks", "couple")      # ways with LoRA files: CIDM's concepts, deltas on every word
@@ -68,7 +69,7 @@ class Judge:
 
 def judge(backbone: Backbone) -> Judge:
     encoder, tasks = SceneEncoder(), _tasks()
-    noun, _, real = prompt_suite.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
+    noun, _, real = prompt_suite.levels(backbone, tasks, encoder, replace(SETTINGS, size=(SIDE, SIDE)), SEEDS)
     references = {task.name: encoder.features(task.references, "object") for task in tasks}
     return Judge(encoder, references, prompt_suite.halfway(noun, real))
 
@@ -79,15 +80,16 @@ def _tasks(photos: int = 5) -> list:
 
 
 def bank_name(method: str, steps: int) -> str:
-    """Description of a bank's training for file names."""
-    return f"r{RANKS[method]}-s{steps}-b{BATCH}-p{PHOTOS}"
+    """Description of a bank's training for file names. Those of the first base name no base."""
+    base = "" if NEWEST == "embedded-64" else f"{NEWEST}-"
+    return f"{base}r{RANKS[method]}-s{steps}-b{BATCH}-p{PHOTOS}"
 
 
 def learned_bank(backbone: Backbone, method: str, file: Path, steps: int,
                  tell: Callable[[str], object]) -> ConceptBank:
     """Learns the concepts in sequence. The bank is saved after each one, so an interrupted run can resume."""
     bank = open_bank(file) if file.exists() else ConceptBank(backbone.layout)
-    config = replace(training(steps, 0), batch_size=BATCH)
+    config = replace(training(steps, 0), batch_size=BATCH, resolution=SIDE)
     for task in _tasks(PHOTOS):
         if task.name in bank:
             continue
