@@ -1,95 +1,154 @@
-"""The continual benchmark's chart: retention, and quality of single and combined concepts, per method."""
+"""The continual benchmark's chart: alone against combined, and what is confused, retained and changed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-INK, QUIET, DEFAULT_COLOUR, OTHER_COLOUR = "#1d1d24", "#6b6b76", "#c2410c", "#9aa3b2"
-NAMED = 0.02      # curves that begin nearer to zero are not labelled
-LINE_HEIGHT = 0.032      # height of a label, in units of the curves
+from .markdown import ranked
+from .plan import NAMED
+from .tables import ALONE, COMBINED, CONFUSED
+
+INK, QUIET, FAINT = "#1d1d24", "#6b6b76", "#c9ced8"
+DEFAULT_COLOUR, NAMED_COLOUR, OTHER_COLOUR = "#c2410c", "#28507a", "#9aa3b2"
+FRONT_COLOUR = "#e8b08c"
+LETTER, LINE = 5.4, 11.0      # width of a letter and height of a line of a label, in points
+# offsets of a label from its point, in points, and its alignment; the first one that is free is taken
+PLACES = ((7, 6, "left"), (7, -6, "left"), (-7, 6, "right"), (-7, -6, "right"), (0, 13, "center"),
+          (0, -13, "center"), (14, 18, "left"), (14, -18, "left"), (-14, 18, "right"), (-14, -18, "right"),
+          (22, 30, "left"), (22, -30, "left"), (-22, 30, "right"), (-22, -30, "right"))
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]
 
 
-def _bars(axis, rows: list[tuple[str, float, float]], title: str, default: str, level: float
-          | None = None) -> None:
-    """Horizontal bars with spreads. level: position of a dashed reference line.
+def pareto_front(points: Mapping[str, Point]) -> list[str]:
+    """The names of the points that no other point beats in both directions, by the first coordinate."""
+    front = [name for name, (x, y) in points.items()
+             if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())]
+    return sorted(front, key=lambda name: points[name])
 
-    Without rows the axis stays empty.
-    """
-    if not rows:
-        axis.set_axis_off()
-        return
-    names, values, spreads = zip(*rows, strict=True)
-    colours = [DEFAULT_COLOUR if name == default else OTHER_COLOUR for name in names]
-    axis.barh(range(len(rows)), values, xerr=spreads, color=colours, height=0.7,
-              error_kw={"lw": 1, "ecolor": INK})
-    if not any(values):      # matplotlib cannot scale an axis of zeros
-        axis.set_xlim(0, 0.1)
-    if level is not None:
-        axis.axvline(level, color=QUIET, lw=1, ls="--")
-    axis.set_yticks(range(len(rows)), names, fontsize=8, color=INK)
-    axis.invert_yaxis()
-    axis.set_title(title, fontsize=9, color=INK, loc="left")
+
+def _colour(name: str, default: str) -> str:
+    return DEFAULT_COLOUR if name == default else NAMED_COLOUR if name in NAMED else OTHER_COLOUR
+
+
+def _apart(one: Box, other: Box) -> bool:
+    return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def _label_box(point: Point, place: tuple[float, float, str], text: str) -> Box:
+    x, y, width = point[0] + place[0], point[1] + place[1], LETTER * len(text)
+    left = {"left": x, "right": x - width, "center": x - width / 2}[place[2]]
+    return left, y - LINE / 2, left + width, y + LINE / 2
+
+
+def _place_labels(axis, points: Mapping[str, Point], default: str) -> None:
+    """Writes each name beside its point, where it covers neither a point nor another name."""
+    to_points = 72.0 / axis.figure.dpi
+    at = {name: tuple(axis.transData.transform(point) * to_points) for name, point in points.items()}
+    taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
+    order = sorted(points, key=lambda name: (name != default, name not in NAMED, -sum(points[name])))
+    for name in order:
+        boxes = [_label_box(at[name], place, name) for place in PLACES]
+        free = [i for i, box in enumerate(boxes) if all(_apart(box, other) for other in taken)]
+        chosen = free[0] if free else 0
+        taken.append(boxes[chosen])
+        dx, dy, side = PLACES[chosen]
+        far = abs(dy) > 13
+        axis.annotate(name, points[name], xytext=(dx, dy), textcoords="offset points", ha=side, va="center",
+                      fontsize=9 if name == default else 8, color=_colour(name, default),
+                      fontweight="bold" if name == default else "normal", zorder=5,
+                      arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.7} if far else None)
+
+
+def _bare(axis) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axis.spines[side].set_color(FAINT)
+    axis.tick_params(colors=QUIET, labelsize=8, length=3)
 
 
-def _rows(summary: Mapping, figure: str, higher_is_better: bool = True) -> list[tuple[str, float, float]]:
-    """Name, value and spread of every method with this figure, best first."""
-    rows = []
-    for name, row in summary["methods"].items():
-        if figure in row:
-            value = row[figure]["mean"] if isinstance(row[figure], Mapping) else row[figure]
-            rows.append((name, value, row["spread"][figure]))
-    return sorted(rows, key=lambda item: -item[1] if higher_is_better else item[1])
+def _error(entry: Mapping) -> list[list[float]]:
+    """Distances to the ends of an interval in percent, as matplotlib takes them."""
+    return [[100 * max(0.0, entry["mean"] - entry["low"])], [100 * max(0.0, entry["high"] - entry["mean"])]]
 
 
-def _curves(axis, runs: Sequence[Mapping], default: str) -> None:
-    """Per method, the mean change of image alignment since a concept was learned, by the concept's position.
-    """
-    begins = []
-    for name in sorted({run["method"] for run in runs if not run["alone"]}):
-        changes = [[end - just for end, just in zip(run["image_alignment"], run["just_learned"], strict=True)]
-                   for run in runs if run["method"] == name and not run["alone"]]
-        means = [sum(values) / len(values) for values in zip(*changes, strict=True)]
-        is_default = name == default
-        axis.plot(range(1, len(means) + 1), means, color=DEFAULT_COLOUR if is_default else OTHER_COLOUR,
-                  lw=2.2 if is_default else 1, zorder=3 if is_default else 2)
-        if abs(means[0]) > NAMED or is_default:
-            begins.append((means[0], name))
-    free = float("inf")
-    for value, name in sorted(begins, reverse=True):      # labels at least a line apart do not overlap
-        free = min(value, free - LINE_HEIGHT)
-        axis.annotate(name, (1, free), xytext=(-5, 0), textcoords="offset points", fontsize=6, va="center",
-                      ha="right", color=DEFAULT_COLOUR if name == default else QUIET)
-    axis.set_title("Alignment since it was learned, by position", fontsize=9, color=INK, loc="left")
-    axis.set_xlabel("position in the sequence", fontsize=8, color=QUIET)
-    axis.yaxis.tick_right()
-    for side in ("top", "left"):
-        axis.spines[side].set_visible(False)
+def _scatter(axis, result: Mapping) -> None:
+    rows = {name: row for name, row in result["methods"].items()
+            if "mean" in row.get(ALONE, {}) and "mean" in row.get(COMBINED, {})}
+    _bare(axis)
+    axis.set_title("How well concepts are shown, alone and combined", fontsize=10, color=INK, loc="left")
+    axis.set_xlabel("alone: % of the way from class noun to real pictures", fontsize=8.5, color=QUIET)
+    axis.set_ylabel("combined: two and three concepts in one prompt", fontsize=8.5, color=QUIET)
+    if not rows:
+        return
+    points = {name: (100 * row[ALONE]["mean"], 100 * row[COMBINED]["mean"]) for name, row in rows.items()}
+    front = pareto_front(points)
+    lowest = [min(values) for values in zip(*points.values(), strict=True)]
+    corners = [(lowest[0], points[front[0]][1]), *(points[name] for name in front),
+               (points[front[-1]][0], lowest[1])]
+    axis.step([x for x, _ in corners], [y for _, y in corners], where="pre", color=FRONT_COLOUR, lw=1.4,
+              zorder=1, label="Pareto front")
+    for name, (x, y) in points.items():
+        row, colour = rows[name], _colour(name, result["default"])
+        axis.errorbar(x, y, xerr=_error(row[ALONE]), yerr=_error(row[COMBINED]), color=colour, elinewidth=0.9,
+                      alpha=0.55, zorder=2)
+        axis.plot(x, y, "o", ms=8 if name == result["default"] else 5.5, color=colour, zorder=4,
+                  mec="white", mew=0.7)
+    axis.margins(0.12)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", labelcolor=QUIET)
 
 
-def draw(path: Path, runs: Sequence[Mapping], summary: Mapping) -> None:
-    """Writes the PNG.
+def _dots(axis, result: Mapping, names: Sequence[str], figure: str, title: str) -> None:
+    """A row of dots, one per method, with intervals where the figure has them."""
+    _bare(axis)
+    axis.set_title(title, fontsize=9.5, color=INK, loc="left")
+    for i, name in enumerate(names):
+        entry = result["methods"][name].get(figure)
+        entry = {"mean": entry} if isinstance(entry, int | float) else entry
+        if not entry or "mean" not in entry or entry["mean"] != entry["mean"]:
+            continue
+        colour = _colour(name, result["default"])
+        axis.plot(100 * entry["mean"], i, "o", ms=5.5, color=colour, zorder=3)
+        if "low" in entry:
+            axis.plot([100 * entry["low"], 100 * entry["high"]], [i, i], color=colour, lw=1.4, alpha=0.5)
+    axis.grid(axis="y", color="#eceef2", lw=0.8)
+    axis.set_axisbelow(True)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.margins(x=0.1)
 
-    Figures that no method has, such as groups in a sequence of one task, leave empty axes.
-    """
+
+def draw(path: Path, result: Mapping) -> None:
+    """Writes the PNG from the benchmark's result. Figures that no method has leave empty axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    default, upper = summary["default"], summary["upper_bound"]
-    figure = Figure(figsize=(12, 3 + 0.5 * len(summary["methods"])), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3).flatten()
-    level = upper["image_alignment"]["mean"] if upper else None
-    title = "Image alignment" + (" (dashed: one model per concept)" if level is not None else "")
-    _bars(axes[0], _rows(summary, "image_alignment"), title, default, level)
-    _bars(axes[1], _rows(summary, "multi_alignment"), "Two and three in one prompt", default)
-    _bars(axes[2], _rows(summary, "confusion", False), "Two of one class: share confused", default)
-    _bars(axes[3], _rows(summary, "worst_retention"), "Worst concept's share retained", default, 1.0)
-    _bars(axes[4], _rows(summary, "base_drift", False), "Change of pictures without concepts", default)
-    _curves(axes[5], runs, default)
-    count = (f"{summary['tasks']} tasks, seeds {summary['seeds']}, orders {summary['orders']}, "
-             f"{summary['steps']} steps per task")
-    figure.suptitle(count, fontsize=9, color=QUIET, x=0.01, ha="left")
+    names = ranked(result)
+    figure = Figure(figsize=(14, max(5.6, 1.6 + 0.27 * len(names))), dpi=110, layout="constrained",
+                    facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    left, confused, retained, changed = figure.subplots(1, 4, width_ratios=(3.4, 1, 0.8, 0.8))
+    _scatter(left, result)
+    _dots(confused, result, names, CONFUSED, "Confused, %")
+    floor = result["floor"].get(CONFUSED)
+    if floor:
+        confused.axvline(100 * floor["mean"], color=QUIET, lw=0.9, ls=":")
+    _dots(retained, result, names, "retained", "Retained, %")
+    _dots(changed, result, names, "base_change", "Base change, %")
+    for axis in (retained, changed):
+        axis.sharey(confused)
+        axis.tick_params(labelleft=False)
+    confused.set_yticks(range(len(names)), names, fontsize=8)
+    for label, name in zip(confused.get_yticklabels(), names, strict=True):
+        label.set_color(_colour(name, result["default"]))
+    seeds, orders = (", ".join(map(str, result[key])) for key in ("seeds", "orders"))
+    figure.suptitle(f"{result['tasks']} tasks, seeds {seeds}, orders {orders}. Lines are "
+                    f"{round(100 * result['intervals']['level'])} % intervals over runs and concepts. "
+                    "Dotted: class nouns of the base.", fontsize=8.5, color=QUIET, x=0.01, ha="left")
+    canvas.draw()      # fixes the axes, so that labels can be placed
+    points = {name: (100 * row[ALONE]["mean"], 100 * row[COMBINED]["mean"])
+              for name, row in result["methods"].items()
+              if "mean" in row.get(ALONE, {}) and "mean" in row.get(COMBINED, {})}
+    _place_labels(left, points, result["default"])
     figure.savefig(path)

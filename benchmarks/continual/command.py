@@ -1,10 +1,10 @@
-"""The commands `continual` and `neurons`."""
+"""The commands `continual`, `tune` and `neurons`."""
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...core.cli.parser import add_base
@@ -13,11 +13,19 @@ from ..report import Result, require_at_least, say, write_result
 from .runs import Run
 
 DRAWN = "where the result goes; a chart is drawn beside it"
+RUNS = "folder of finished runs, which are not repeated (default: the result's name with the suffix .cells)"
+USUAL = 3      # seeds and orders on photos
 
 
 def add_commands(commands) -> None:
-    """Adds the two commands to a parser's subcommands."""
+    """Adds the commands to a parser's subcommands."""
     _add_continual(commands)
+    parser = commands.add_parser("tune", help="choose the settings of every method on a suite of their own")
+    parser.add_argument("--json", dest="file", type=Path, help="where the result goes (default: the "
+                        "committed file, from which `continual` reads its settings)")
+    parser.add_argument("--runs", type=Path, help=RUNS)
+    parser.add_argument("--methods", default="", help="comma separated (default: all)")
+    parser.set_defaults(run=tune)
     parser = commands.add_parser("neurons", help="how many base neurons do prompts share?")
     parser.add_argument("--json", dest="file", type=Path, required=True, help=DRAWN)
     parser.add_argument("--draws", type=int, default=16, help="gradients per prompt (default %(default)s)")
@@ -28,17 +36,23 @@ def _add_continual(commands) -> None:
     parser = commands.add_parser("continual", help="every method on one sequence of tasks")
     add = parser.add_argument
     add("--json", dest="file", type=Path, required=True, help=DRAWN)
-    add("--runs", "--cells", dest="runs", type=Path,
-        help="folder of finished runs, which are not repeated (default: "
-             "the result's name with the suffix .cells)")
+    add("--runs", "--cells", dest="runs", type=Path, help=RUNS)
     add("--methods", default="",
         help="comma separated (default: all); name+key=value overrides a setting and is a row of its own")
     add("--tasks", type=int, default=10, help="number of concepts (default %(default)s)")
-    add("--seeds", type=int, default=3, help="number of seeds (default %(default)s)")
-    add("--orders", type=int, default=3, help="number of orders; seed s learns in order s modulo this number")
-    add("--steps", type=int, help="per task (default 200, with --data 800)")
-    add("--upper", action="store_true", help="also learn one model per concept, as the upper bound")
+    add("--seed", help="seeds, comma separated, each with every order of --order (default: five seeds in one "
+                       "order and two further orders at one seed for the methods that are compared by name, "
+                       "three runs for the others)")
+    add("--order", help="orders, comma separated: 0 as listed, 1 reversed, others shuffled (default 0)")
+    add("--seeds", type=int, help="number of seeds, from 0 on")
+    add("--orders", type=int, help="with --seeds: number of orders; seed s learns in order s modulo this "
+                                   "number (default 3)")
+    add("--steps", type=int, help="per task (default: as tuned, else 200; with --data 800)")
+    add("--upper", action="store_true",
+        help="also learn each concept into a bank of its own with the default method, as one more row")
     add("--merge", action="store_true", help="run nothing, only summarise the finished runs")
+    add("--write", type=Path, nargs="+", default=[], metavar="FILE",
+        help="documents whose sections <!-- continual:NAME --> are filled from the result")
     add_base(parser)
     add("--data", type=Path,
         help="folder with tasks.json and photos, such as CIFC's (default: drawn pictures)")
@@ -68,31 +82,49 @@ def neurons(options: Namespace) -> Result:
     return result, [*lines, f"CNS reports about {100 * result['paper']:.0f} %"]
 
 
-def _finished(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConceptError(f"'{path}' is not a readable run ({error}); delete it to repeat it") from error
-    if not isinstance(content, dict) or "method" not in content:
-        raise ConceptError(f"'{path}' is JSON but not a finished run; move it out of the folder")
-    return content
+def _rows(text: str) -> list[tuple[str, str]]:
+    """Method and overrides of every row; all methods for an empty text."""
+    from ...core.methods import METHODS
+    from .plan import all_methods
 
-
-def _runs(options: Namespace) -> list[Run]:
-    """Runs of every method with every seed; seed s uses order s modulo `orders`.
-
-    The last run is the upper bound of the default method.
-    """
-    from ...core.methods import DEFAULT, METHODS
-
-    rows = [name.strip().partition("+")[::2] for name in options.methods.split(",") if name.strip()]
-    rows = rows or [(name, "") for name in sorted(METHODS)]
+    rows = [name.strip().partition("+")[::2] for name in text.split(",") if name.strip()]
     unknown = [name for name, _ in rows if name not in METHODS]
     if unknown:
         raise ConceptError(f"unknown method {unknown[0]!r}; known: {', '.join(sorted(METHODS))}")
-    runs = [Run(name, options.tasks, seed % options.orders, seed, overrides=overrides)
-            for seed in range(options.seeds) for name, overrides in rows]
-    return runs + ([Run(DEFAULT, options.tasks, 0, 0, alone=True)] if options.upper else [])
+    return rows or all_methods()
+
+
+def _numbers(text: str | None, name: str) -> list[int]:
+    """`21,22` as numbers; 0 where nothing is given."""
+    parts = [part.strip() for part in (text or "0").split(",")]
+    wrong = [part for part in parts if not part.isdecimal()]
+    if wrong:
+        raise ConceptError(f"{name} is {text!r}; allowed: numbers of 0 or more, separated by commas")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _runs(options: Namespace) -> list[Run]:
+    """The runs that are asked for, or the default plan; see the flags."""
+    from ...core.methods import DEFAULT
+    from .plan import planned
+
+    rows, tasks = _rows(options.methods), options.tasks
+    by_number = options.seed is not None or options.order is not None
+    by_count = options.seeds is not None or options.orders is not None
+    if by_number and by_count:
+        raise ConceptError("--seed and --order name runs, --seeds and --orders count them; give one kind")
+    if by_number:
+        orders, seeds = _numbers(options.order, "order"), _numbers(options.seed, "seed")
+        runs = [Run(name, tasks, order, seed, overrides=overrides)
+                for order in orders for seed in seeds for name, overrides in rows]
+    elif by_count or options.data is not None:
+        seeds, orders = (USUAL if count is None else count for count in (options.seeds, options.orders))
+        require_at_least(Namespace(seeds=seeds, orders=orders), seeds=1, orders=1)
+        runs = [Run(name, tasks, seed % orders, seed, overrides=overrides)
+                for seed in range(seeds) for name, overrides in rows]
+    else:
+        runs = planned(rows, tasks)
+    return runs + ([Run(DEFAULT, tasks, runs[0].order, runs[0].seed, alone=True)] if options.upper else [])
 
 
 def _reporting(run: Run) -> Callable[[str], Callable]:
@@ -105,51 +137,110 @@ def _reporting(run: Run) -> Callable[[str], Callable]:
     return start
 
 
+def tune(options: Namespace) -> Result:
+    """Performs the missing trials of all methods, and writes the chosen settings."""
+    from .tuned import FILE
+    from .tuning import tune as choose
+
+    rows = _rows(options.methods)
+    overridden = [f"{name}+{overrides}" for name, overrides in rows if overrides]
+    if overridden:
+        raise ConceptError(f"methods names {overridden[0]!r}; allowed: methods without overrides")
+    file = options.file or FILE
+    result = choose([name for name, _ in rows], file, options.runs or file.with_suffix(".cells"), say)
+    return result, [f"{name}: " + ", ".join(f"{key} {value:g}" for key, value in entry["chosen"].items())
+                    for name, entry in result["methods"].items() if "chosen" in entry]
+
+
 def continual(options: Namespace) -> Result | None:
     """Performs the missing runs, and summarises all finished runs with this number of tasks.
 
-    Under torchrun, each process performs its share of the runs. The first one waits for the others and
-    summarises.
+    Processes that run the same command, or the processes of torchrun, share the runs. Under torchrun the
+    first one waits for the others and summarises.
     """
     from ...core.training.process_group import process_group
-    from .concepts import ordered
-    from .embedded import STEPS, embedded_benchmark
-    from .photo_benchmark import STEPS as PHOTO_STEPS
-    from .photo_benchmark import check_flags, photo_benchmark
-    from .sequence_run import perform
+    from .photo_benchmark import check_flags
 
     check_flags(options)
-    if options.steps is None:
-        options.steps = STEPS if options.data is None else PHOTO_STEPS
-    require_at_least(options, tasks=1, seeds=1, orders=1, steps=1)
+    require_at_least(options, tasks=1)
+    if options.steps is not None:
+        require_at_least(options, steps=1)
     runs = [] if options.merge else _runs(options)
     folder = options.runs or options.file.with_suffix(".cells")
-    benchmark = (embedded_benchmark(options.tasks, options.steps) if options.data is None
-                 else photo_benchmark(options, folder))
     with process_group() as group:
-        for run in runs[group.rank::group.size]:
-            settings = {**benchmark.settings_of(run.method), **run.settings()}
-            places = ordered(options.tasks, run.order)
-            perform(benchmark.backbone, benchmark.suite, run, places, settings, benchmark.training(run.seed),
-                    folder, _reporting(run))
+        if runs:
+            _perform(options, runs, folder)
         group.wait()
         if not group.is_first:
             return None
-    return _summarised(options, folder, benchmark.untrained)
+    return _summarised(options, folder)
 
 
-def _summarised(options: Namespace, folder: Path, untrained: dict) -> Result:
+def _perform(options: Namespace, runs: Sequence[Run], folder: Path) -> None:
+    """Performs the runs that have no file yet, together with other processes."""
+    from .concepts import ordered
+    from .embedded import ten_and_more
+    from .judged import floor_and_ceiling
+    from .levels import file_of, measured
+    from .photo_benchmark import photo_benchmark
+    from .pictures import Sampler
+    from .sequence_run import perform
+    from .sharing import share
+
+    benchmark = (ten_and_more(options.tasks, options.steps, options.base) if options.data is None
+                 else photo_benchmark(options))
+    sampler, suite = Sampler(benchmark.backbone), benchmark.suite
+
+    def one(run: Run) -> None:
+        settings = {**benchmark.settings_of(run.method), **run.settings()}
+        training = benchmark.training(run.steps(benchmark.steps_of(run.method)), run.seed)
+        perform(sampler, suite, run, ordered(options.tasks, run.order), settings, training, folder,
+                _reporting(run))
+
+    measured(file_of(folder, options.tasks), suite.origin, lambda: floor_and_ceiling(sampler, suite))
+    share(folder, lambda: runs, one)
+
+
+def _summarised(options: Namespace, folder: Path) -> Result:
     from ...core.methods import DEFAULT
+    from . import levels, tuned
     from .chart import draw
-    from .summary import summarise, table
+    from .markdown import sections, write_sections
+    from .sequence_run import finished_run
+    from .summary import summarise
 
-    finished = [_finished(path) for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))
-                if not path.name.endswith(".progress.json")]
+    paths = [path for path in sorted(folder.glob(f"*-n{options.tasks}-o*-s*.json"))
+             if not path.name.endswith(".progress.json")]
+    finished = [run for path in paths if (run := finished_run(path)) is not None]
     if not finished:
         raise ConceptError(f"the folder '{folder}' holds no finished run of {options.tasks} tasks")
-    result = summarise(finished, DEFAULT, untrained)
+    recent = [run for run in finished if "judges" in run]
+    if not recent:
+        return _summarised_earlier(options, finished)
+    if len(recent) < len(finished):
+        say(f"{len(finished) - len(recent)} runs of an earlier version are left out")
+    found = levels.read(levels.file_of(folder, options.tasks))
+    if found is None:
+        raise ConceptError(f"'{levels.file_of(folder, options.tasks)}' is missing; run the command without "
+                           "--merge to measure it again")
+    base = found["origin"].get("base", "")
+    result = summarise(recent, found, DEFAULT, lambda method: tuned.trials(method, base))
+    write_result(options.file, result)
+    draw(options.file.with_suffix(".png"), result)
+    for document in options.write:
+        write_sections(document, result)
+    text = sections(result)
+    return result, [text["main"], *filter(None, [text["claims"]])]
+
+
+def _summarised_earlier(options: Namespace, finished: Sequence[dict]) -> Result:
+    """Summarises runs of an earlier version, which have one judge and no intervals."""
+    from ...core.methods import DEFAULT
+    from .earlier_chart import draw
+    from .earlier_summary import summarise, table
+
+    stored = json.loads(options.file.read_text()) if options.file.exists() else {}
+    result = summarise(finished, DEFAULT, stored.get("untrained", {}))
     write_result(options.file, result)
     draw(options.file.with_suffix(".png"), finished, result)
-    claims = [f"{o['claim']}: {'holds' if o['holds'] else 'does not hold'}{', clearly' if o['clear'] else ''}"
-              for o in result["orderings"]]
-    return result, [table(result), *claims]
+    return result, [table(result)]

@@ -1,8 +1,10 @@
-"""Task sequences of drawn concepts: ten as in the CIFC benchmark, and further random ones."""
+"""Task sequences of drawn concepts: ten as in the CIFC benchmark, further random ones, and others for tuning.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from ...core.demo import scenes
 from ...core.demo.render import Style
@@ -26,6 +28,9 @@ MORE: dict[str, SceneConcept] = {
 TEN = ("rex", "quack", "mimi", "pack", "teddy", "blueprint", "fido", "chalk", "luna", "crimson")
 STYLE_EVERY = 5      # beyond the ten, every fifth concept is a style
 CANDIDATES = 12      # a further individual is the least similar of this many random candidates
+# Classes of the tuning suite, None for a style: two of one class, neighbours of different classes.
+TUNING = ("robot", "duck toy", None, "fish", "robot", None)
+TUNING_SEED = 7700
 
 
 def _difference(thing: Thing, other: Thing) -> float:
@@ -35,23 +40,23 @@ def _difference(thing: Thing, other: Thing) -> float:
     return colours + 150 * (thing.pattern != other.pattern)
 
 
-def _individual(rng: random.Random, number: int, earlier: list[SceneConcept]) -> SceneConcept:
-    kind = scenes.KINDS[number % len(scenes.KINDS)]
+def _individual(rng: random.Random, name: str, kind: str, earlier: Sequence[SceneConcept]) -> SceneConcept:
     relatives = [c.thing for c in earlier if c.thing is not None and c.thing.kind == kind]
     candidates = [scenes.random_thing(rng, kind) for _ in range(CANDIDATES)]
     thing = max(candidates,
                 key=lambda candidate: min((_difference(candidate, r) for r in relatives), default=0.0))
-    return SceneConcept(f"thing{number}", kind, "object", thing)
+    return SceneConcept(name, kind, "object", thing)
 
 
-def _style(rng: random.Random, number: int) -> SceneConcept:
+def random_style(rng: random.Random, name: str) -> SceneConcept:
+    """A drawing style with random colours of paper and line."""
     dark = rng.random() < 0.5
     def colour(low: int, high: int) -> tuple[int, int, int]:
         return rng.randrange(low, high), rng.randrange(low, high), rng.randrange(low, high)
 
     paper = colour(20, 110) if dark else colour(190, 256)
     line = colour(190, 256) if dark else colour(0, 110)
-    style = Style(f"style{number}", "", paper=paper, line=line, fill=rng.choice((0.0, 0.15, 0.35)))
+    style = Style(name, "", paper=paper, line=line, fill=rng.choice((0.0, 0.15, 0.35)))
     return SceneConcept(style.name, "drawing", "style", style=style)
 
 
@@ -62,8 +67,19 @@ def concepts(count: int = 10) -> list[SceneConcept]:
     sequence, rng = [MORE.get(name) or scenes.CONCEPTS[name] for name in TEN], random.Random(50)
     for number in range(len(TEN) + 1, count + 1):
         is_style = number % STYLE_EVERY == 0
-        sequence.append(_style(rng, number) if is_style else _individual(rng, number, sequence))
+        kind = scenes.KINDS[number % len(scenes.KINDS)]
+        sequence.append(random_style(rng, f"style{number}") if is_style
+                        else _individual(rng, f"thing{number}", kind, sequence))
     return sequence[:count]
+
+
+def tuning_concepts() -> list[SceneConcept]:
+    """The concepts with which settings are chosen. None of them is in `concepts(50)`."""
+    sequence, rng = concepts(50), random.Random(TUNING_SEED)
+    for number, kind in enumerate(TUNING, 1):
+        sequence.append(random_style(rng, f"tuning{number}") if kind is None
+                        else _individual(rng, f"tuning{number}", kind, sequence))
+    return sequence[50:]
 
 
 def ordered(count: int, order: int) -> list[int]:

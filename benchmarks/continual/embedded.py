@@ -1,20 +1,28 @@
-"""The continual benchmark on the embedded base: prompt suite, and settings for such a small base."""
+"""The continual benchmark on the embedded base: prompt suites, and settings for such a small base."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from ...core.demo.base import load_base
+from ...core.demo.bases import EMBEDDED, file_of
 from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
+from ...core.demo.scenes import SceneConcept
 from ...core.hosts.diffusers import DiffusersBackbone
 from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
-from . import prompt_suite
+from . import tuned
 from .concepts import concepts
-from .prompt_suite import Benchmark, PromptSuite
+from .judges import ENCODER, TEMPLATE, EncoderJudge
+from .prompt_suite import Benchmark, PromptSuite, groups_and_pairs, unrelated_prompts
+from .real_pictures import side_by_side
+from .template_judge import TemplateJudge
 
 STEPS = 200
 SETTINGS = SampleSettings(steps=16, cfg=3.0, size=(64, 64), batch=24)
-SEEDS = tuple(range(100, 108))
-GROUP_SEEDS = tuple(range(300, 306))
+SEEDS = tuple(range(100, 124))
+GROUP_SEEDS = tuple(range(300, 312))
 PAIR_SEEDS = tuple(range(300, 348))
 RATES = {"lr": 2e-3, "token_lr": 2e-2}      # 200 times smaller than SD1.5: needs higher rates
 OWN_RATES: dict[str, dict] = {      # settings that were clearly better than the defaults on two tasks
@@ -23,34 +31,53 @@ OWN_RATES: dict[str, dict] = {      # settings that were clearly better than the
 }
 
 
-def training(steps: int, seed: int) -> TrainingConfig:
-    return TrainingConfig(steps=steps, batch_size=4, resolution=64, flip=True, schedule="cosine", warmup=20,
+def training(steps: int, seed: int, side: int = 64) -> TrainingConfig:
+    """Training configuration for pictures of `side` pixels."""
+    return TrainingConfig(steps=steps, batch_size=4, resolution=side, flip=True, schedule="cosine", warmup=20,
                           seed=seed)
 
 
-def settings_of(method: str) -> dict:
+def usual_settings(method: str) -> dict:
+    """The settings that a method has before it is tuned."""
     return {**RATES, **OWN_RATES.get(method, {})}
 
 
-def suite_of(backbone: DiffusersBackbone, count: int) -> tuple[PromptSuite, dict]:
-    """The prompt suite of the first `count` concepts, and the levels of the untrained base and of real
-    pictures.
-    """
-    encoder = SceneEncoder()
-    tasks = tuple(assignment_of(concept, seed=7 + i) for i, concept in enumerate(concepts(count)))
-    noun, text, real = prompt_suite.levels(backbone, tasks, encoder, SETTINGS, SEEDS)
-    groups, pairs = prompt_suite.groups_and_pairs(tasks)
-    combined = tuple(f"a photo of {{}} {place}" for place in PLACES[:4])
-    weights = backbone.parameter_count
-    suite = PromptSuite(tasks, groups, pairs, combined, prompt_suite.unrelated_prompts(tasks), encoder,
-                        SETTINGS, SEEDS,
-                        GROUP_SEEDS, PAIR_SEEDS, prompt_suite.halfway(noun, real), weights)
-    return suite, prompt_suite.untrained(noun, text, real)
+def settings_of(method: str, fingerprint: str = "") -> dict:
+    """A method's settings: those chosen by tuning on the base with this fingerprint, where there are some."""
+    return {**usual_settings(method), **tuned.chosen_settings(method, fingerprint)}
 
 
-def embedded_benchmark(count: int, steps: int) -> Benchmark:
-    """The benchmark on the embedded base with drawn pictures. count: number of tasks; steps: steps per task.
+def suite_of(backbone: DiffusersBackbone, sequence: Sequence[SceneConcept]) -> PromptSuite:
+    """The prompt suite of a sequence of drawn concepts, in the size of the base's pictures."""
+    encoder, side = SceneEncoder(), backbone.picture_size
+    by_name = {concept.name: concept for concept in sequence}
+    tasks = tuple(assignment_of(concept, seed=7 + i, size=side) for i, concept in enumerate(sequence))
+    groups, pairs = groups_and_pairs(tasks)
+    judges = {ENCODER: EncoderJudge(encoder, tasks), TEMPLATE: TemplateJudge(sequence, tasks)}
+    together = {group: side_by_side([by_name[name] for name in group], side) for group in (*groups, *pairs)}
+    return PromptSuite(tasks, groups, pairs, tuple(f"a photo of {{}} {place}" for place in PLACES[:4]),
+                       unrelated_prompts(tasks), encoder, judges, replace(SETTINGS, size=(side, side)), SEEDS,
+                       GROUP_SEEDS, PAIR_SEEDS, backbone.parameter_count, together,
+                       origin={"base": backbone.fingerprint, "pictures": len(SEEDS),
+                               "group_pictures": len(GROUP_SEEDS)})
+
+
+def embedded_benchmark(sequence: Sequence[SceneConcept], steps: int | None = None,
+                       base_name: str = EMBEDDED) -> Benchmark:
+    """The benchmark on an embedded base with drawn pictures.
+
+    Args:
+        sequence: The concepts, in the order in which order 0 learns them.
+        steps: Steps per task; None = those chosen by tuning, else `STEPS`.
+        base_name: Name of the embedded base.
     """
-    backbone = load_base()
-    suite, untrained = suite_of(backbone, count)
-    return Benchmark(backbone, suite, untrained, lambda seed: training(steps, seed), settings_of)
+    backbone = load_base(file_of(base_name))
+    side, base = backbone.picture_size, backbone.fingerprint
+    return Benchmark(backbone, suite_of(backbone, sequence), lambda count, seed: training(count, seed, side),
+                     lambda method: settings_of(method, base),
+                     lambda method: steps or tuned.chosen_steps(method, base) or STEPS)
+
+
+def ten_and_more(count: int, steps: int | None, base_name: str = EMBEDDED) -> Benchmark:
+    """`embedded_benchmark` of the first `count` concepts."""
+    return embedded_benchmark(concepts(count), steps, base_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,105 +10,102 @@ from torch import Tensor
 from ...core.bank.bank import ConceptBank
 from ...core.data.assignment import Assignment
 from ...core.evaluation import metrics
-from ...core.evaluation.protocol import measure
-from ...core.model.backbone import Backbone
 from ...core.model.deltas import Delta, SparseDelta
-from ...core.sampling.sampling import sample
-from .combined import Combined, assign_strips, similarities
+from .judged import alone_scores, features_of, groups_of, judged, of_bank, scores_of, together_figures
+from .pictures import Sampler
 from .prompt_suite import PromptSuite
 from .runs import Progress
 
 FIRST_UNRELATED_SEED = 7000
-# features of a concept's pictures [B, D], image and text alignment
-Evaluation = tuple[Tensor, float, float]
 
 
-def evaluate_concept(backbone: Backbone, bank: ConceptBank, suite: PromptSuite,
-                     task: Assignment) -> Evaluation:
-    """Samples and evaluates a concept. Pictures are not stored, because a thousand of 512 pixels take 3 GB.
+def concept_pictures(sampler: Sampler, bank: ConceptBank, suite: PromptSuite, task: Assignment) -> Tensor:
+    """Pictures `[B, 3, H, W]` of a concept, one per seed; its prompts take turns."""
+    prompts = [task.prompts[i % len(task.prompts)] for i in range(len(suite.seeds))]
+    return sampler.sample(bank, prompts, suite.seeds, suite.settings)
+
+
+def just_learned(sampler: Sampler, bank: ConceptBank, suite: PromptSuite,
+                 task: Assignment) -> tuple[dict[str, float], list[list[float]]]:
+    """Right after learning: judge -> mean score of a concept's pictures, and the pictures' features."""
+    pictures = concept_pictures(sampler, bank, suite, task)
+    features = features_of(suite, pictures, task.kind).tolist()
+    return alone_scores(suite, pictures, task.name), [[round(x, 5) for x in row] for row in features]
+
+
+def _text_alignment(suite: PromptSuite, bank: ConceptBank, task: Assignment, pictures: Tensor) -> float:
+    prompts = [bank.parse(task.prompts[i % len(task.prompts)]) for i in range(len(pictures))]
+    texts = suite.encoder.caption_features([prompt.plain(bank.infos) for prompt in prompts])
+    return metrics.text_alignment(suite.encoder.image_text_features(pictures), texts)
+
+
+def final_figures(sampler: Sampler, banks: Mapping[str, ConceptBank], bank: ConceptBank, suite: PromptSuite,
+                  progress: Progress, alone: bool) -> dict:
+    """Figures at the end of the sequence, of single concepts and of several in one prompt.
+
+    A_MMD compares with held-out real pictures, where there are some. C-LoRA's paper takes CLIP's features;
+    here they are the suite's encoder's.
+
+    Args:
+        sampler: Samples the pictures.
+        banks: Concept -> the bank that draws it alone.
+        bank: The bank that draws several.
+        suite: Prompts, seeds and judges.
+        progress: Figures right after learning.
+        alone: Whether every concept has a bank of its own, so that there are no pictures of several.
     """
-    pictures, image, text = measure(backbone, bank, task, task.prompts, suite.encoder, suite.settings,
-                                    suite.seeds)
-    return suite.encoder.features(pictures, task.kind), image, text
-
-
-def concept_figures(suite: PromptSuite, progress: Progress, tasks: Sequence[Assignment],
-                    final: Sequence[Evaluation]) -> dict:
-    """Figures of single concepts in learning order. final: evaluations at the end of the sequence."""
-    just, last = [image for image, _ in progress.just], [image for _, image, _ in final]
-    features = [seen for seen, _, _ in final]
-    real = [suite.encoder.features(task.references, task.kind) for task in tasks]
+    tasks = [suite.named(name) for name in progress.names]
+    rows, last, text = [], [], []
+    for task in tasks:      # one concept at a time, because a thousand pictures of 512 pixels take 3 GB
+        pictures = concept_pictures(sampler, banks[task.name], suite, task)
+        rows.append(scores_of(suite, pictures, progress.names))
+        last.append(features_of(suite, pictures, task.kind))
+        text.append(_text_alignment(suite, banks[task.name], task, pictures))
+    draw = of_bank(sampler, bank, suite) if not alone else lambda *_: None
+    figures = judged(suite, progress.names, rows, draw)
+    for name in suite.judges:
+        figures[name]["just"] = [scores[name] for scores in progress.just]
+    real = [suite.encoder.features(task.held_out if len(task.held_out) else task.references, task.kind)
+            for task in tasks]
     first = [torch.tensor(rows) for rows in progress.features]
-    objects = [i for i, task in enumerate(tasks) if task.kind == "object"]
     return {
-        "just_learned": just,
-        "image_alignment": last,
-        "text_alignment": [text for _, _, text in final],
-        "retention": [b / a for a, b in zip(just, last, strict=True)],
-        "forgetting": [a - b for a, b in zip(just, last, strict=True)],
-        "a_mmd": metrics.a_mmd(real, features),
-        "f_mmd": metrics.f_mmd(first, features),
-        "bleed": metrics.confusion([features[i] for i in objects], [real[i] for i in objects]).tolist(),
+        "kinds": [task.kind for task in tasks],
+        "judges": figures,
+        "text_alignment": text,
+        "a_mmd": metrics.a_mmd(real, last),
+        "f_mmd": metrics.f_mmd(first, [features.cpu() for features in last]),
+        "pair_pictures": 0 if alone else pair_pictures(suite, progress.names),
+        "base_change": base_change(sampler, bank, suite),
     }
 
 
-def _combined(backbone: Backbone, bank: ConceptBank, suite: PromptSuite, group: Sequence[str],
-              seeds: Sequence[int]) -> Combined:
-    listed = ", ".join(f"<{name}>" for name in group[:-1]) + f" and <{group[-1]}>"
-    prompts = [suite.combined[i % len(suite.combined)].format(listed) for i in range(len(seeds))]
-    pictures = sample(backbone, bank, prompts, seeds, suite.settings)
-    references = [suite.encoder.features(suite.named(name).references, "object") for name in group]
-    scores = similarities(pictures, references, lambda images: suite.encoder.features(images, "object"))
-    return assign_strips(scores, [suite.levels[name] for name in group])
+def pair_pictures(suite: PromptSuite, names: Sequence[str]) -> int:
+    """Number of pictures of two concepts of one class."""
+    return len(groups_of(suite, names, pairs=True)) * len(suite.pair_seeds)
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def with_other_pairs(sampler: Sampler, bank: ConceptBank, suite: PromptSuite, finished: Mapping) -> dict:
+    """A finished run with the figures of the suite's pairs, drawn by the run's bank."""
+    pairs = together_figures(suite, bank, of_bank(sampler, bank, suite), pairs=True)
+    judges = {name: {**figures, "pairs": pairs[name]} for name, figures in finished["judges"].items()}
+    return {**finished, "judges": judges, "pair_pictures": pair_pictures(suite, finished["concepts"])}
 
 
-def group_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> dict:
-    """Figures for two and three concepts of different classes in one prompt.
-
-    Empty if the bank has no complete group.
-    """
-    groups = [group for group in suite.groups if all(name in bank for name in group)]
-    results = [_combined(backbone, bank, suite, group, suite.group_seeds) for group in groups]
-    if not results:
-        return {}
-    return {"multi_alignment": mean([float(result.alignment.mean()) for result in results]),
-            "multi_present": mean([float(result.present.float().mean()) for result in results])}
-
-
-def pairs_of(suite: PromptSuite, names: ConceptBank | Container[str]) -> list[tuple[str, ...]]:
-    """The suite's same-class pairs whose two concepts are both in `names`."""
-    return [pair for pair in suite.pairs if all(name in names for name in pair)]
-
-
-def pair_figures(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> dict:
-    """Figures for two concepts of one class in one prompt.
-
-    Confusion is a yes or no per picture, so comparing methods takes many pictures. The number of pictures is
-    therefore reported.
-    """
-    results = [_combined(backbone, bank, suite, pair, suite.pair_seeds) for pair in pairs_of(suite, bank)]
-    if not results:
-        return {}
-    return {"pair_alignment": mean([float(result.alignment.mean()) for result in results]),
-            "confusion": mean([float(result.confused.float().mean()) for result in results]),
-            "pair_pictures": len(results) * len(suite.pair_seeds)}
-
-
-def base_change(backbone: Backbone, bank: ConceptBank, suite: PromptSuite) -> float:
+def base_change(sampler: Sampler, bank: ConceptBank, suite: PromptSuite) -> float:
     """Mean change of pictures whose prompts name no concept."""
     seeds = list(range(FIRST_UNRELATED_SEED, FIRST_UNRELATED_SEED + len(suite.unrelated)))
-    empty = ConceptBank(backbone.layout)
-    before, after = (sample(backbone, b, suite.unrelated, seeds, suite.settings) for b in (empty, bank))
+    empty = ConceptBank(sampler.backbone.layout)
+    before, after = (sampler.sample(b, suite.unrelated, seeds, suite.settings) for b in (empty, bank))
     return metrics.base_change(before, after)
 
 
 def _weight_count(delta: Delta) -> int:
     """Number of weights in a delta, without the indices of sparse deltas."""
     return delta.values.numel() if isinstance(delta, SparseDelta) else delta.up.numel() + delta.down.numel()
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def cost_figures(suite: PromptSuite, progress: Progress, bank: ConceptBank) -> dict:

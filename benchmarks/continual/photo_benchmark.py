@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from ...core.cli.backbones import load_backbone, size_of
 from ...core.data.assignment import Assignment
+from ...core.demo.bases import NAMES
 from ...core.errors import ConceptError
 from ...core.evaluation.clip import ClipEncoder
-from ...core.files import write_atomically
 from ...core.model.backbone import Backbone
 from . import photos
-from .prompt_suite import Benchmark, Levels
+from .prompt_suite import Benchmark
 
 STEPS = 800      # as in the papers
 
@@ -27,8 +26,8 @@ def check_flags(options: Namespace) -> None:
             if getattr(options, name) is not None:
                 raise ConceptError(f"--{name} is for photos; "
                                    "name their folder with --data as well, or leave it out")
-        for name, usual in (("base", "embedded"), ("device", "cpu")):
-            if getattr(options, name) != usual:
+        for name, usual in (("base", NAMES), ("device", ("cpu",))):
+            if getattr(options, name) not in usual:
                 raise ConceptError(f"--{name} is '{getattr(options, name)}', which is for photos; "
                                    "name their folder with --data as well, or leave it out")
     elif options.clip is None:
@@ -48,37 +47,14 @@ def _origin(options: Namespace, backbone: Backbone, tasks: Sequence[Assignment],
             "pictures": pictures, "encoder": "CLIP" if options.dino is None else "CLIP and DINO"}
 
 
-def _levels(file: Path, origin: Mapping, measure: Callable[[], Levels]) -> Levels:
-    """Reads the levels from the file if it matches base, photos and sizes.
-
-    Otherwise measures them, which takes as long as evaluating all concepts.
-    """
-    if file.exists():
-        try:
-            stored = json.loads(file.read_text())
-            if stored["origin"] == dict(origin):
-                noun, text, real = stored["levels"]
-                return noun, text, real
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConceptError(f"'{file}' cannot be read ({type(error).__name__}); "
-                               "delete it and it is made again") from error
-    levels = measure()
-    content = json.dumps({"origin": dict(origin), "levels": levels}) + "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda temporary: temporary.write_text(content))
-    return levels
-
-
-def photo_benchmark(options: Namespace, folder: Path) -> Benchmark:
-    """Loads the benchmark from disk. folder: folder of the runs."""
+def photo_benchmark(options: Namespace) -> Benchmark:
+    """Loads the benchmark from disk."""
     tasks = photos.read_tasks(options.data, options.tasks)
     backbone = load_backbone(options)
     encoder = ClipEncoder.load(options.clip, options.dino, backbone.device)
-    resolution = options.resolution or size_of(options)
+    resolution, steps = options.resolution or size_of(options), options.steps or STEPS
     pictures = options.pictures or photos.PICTURES
-    settings, origin = photos.sampling(resolution), _origin(options, backbone, tasks, pictures, resolution)
-    levels = _levels(folder / f"levels-n{options.tasks}.json", origin,
-                     lambda: photos.measured_levels(backbone, tasks, encoder, pictures, settings))
-    suite, untrained = photos.suite_of(backbone, tasks, encoder, pictures, settings, levels, origin)
-    return Benchmark(backbone, suite, untrained,
-                     lambda seed: photos.training(options.steps, resolution, seed), lambda _: {})
+    suite = photos.suite_of(backbone, tasks, encoder, pictures, photos.sampling(resolution),
+                            _origin(options, backbone, tasks, pictures, resolution))
+    return Benchmark(backbone, suite, lambda count, seed: photos.training(count, resolution, seed),
+                     lambda _: {}, lambda _: steps)

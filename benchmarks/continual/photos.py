@@ -26,10 +26,10 @@ from ...core.data.framing import Framing, frame
 from ...core.errors import ConceptError
 from ...core.evaluation.protocol import Encoder
 from ...core.hosts.diffusers import DiffusersBackbone
-from ...core.model.backbone import Backbone
 from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
-from .prompt_suite import Levels, PromptSuite, groups_and_pairs, halfway, levels, unrelated_prompts, untrained
+from .judges import ENCODER, EncoderJudge
+from .prompt_suite import PromptSuite, groups_and_pairs, unrelated_prompts
 
 # CIDM's negative prompt
 NEGATIVE = ("longbody, lowres, bad anatomy, bad hands, extra digit, fewer digits, cropped, worst quality, "
@@ -210,19 +210,13 @@ def seeds_of(count: int, prompts: int) -> tuple[int, ...]:
     return tuple(FIRST_SEED + i // prompts for i in range(count))
 
 
-def measured_levels(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int,
-                    settings: SampleSettings) -> Levels:
-    """`prompt_suite.levels` with at most NOUN_PICTURES pictures."""
-    return levels(backbone, tasks, encoder, settings, _seeds(tasks, min(pictures, NOUN_PICTURES)))
-
-
 def _seeds(tasks: Sequence[Assignment], pictures: int) -> tuple[int, ...]:
     return seeds_of(pictures, min(len(task.prompts) for task in tasks))
 
 
 def suite_of(backbone: DiffusersBackbone, tasks: Sequence[Assignment], encoder: Encoder, pictures: int,
-             settings: SampleSettings, measured: Levels, origin: Mapping) -> tuple[PromptSuite, dict]:
-    """The prompt suite of a sequence, and the levels of the untrained base and of real pictures.
+             settings: SampleSettings, origin: Mapping) -> PromptSuite:
+    """The prompt suite of a sequence. Its only judge is the encoder, and no real picture shows two concepts.
 
     Args:
         backbone: The base.
@@ -230,15 +224,12 @@ def suite_of(backbone: DiffusersBackbone, tasks: Sequence[Assignment], encoder: 
         encoder: Measures similarity.
         pictures: Pictures per concept and evaluation; 1000 in the paper.
         settings: Sampling settings.
-        measured: Result of `measured_levels`.
         origin: See PromptSuite.
     """
-    noun, text, real = measured
     groups, pairs = groups_and_pairs(tasks)
     group_seeds, pair_seeds = (tuple(FIRST_SEED + i for i in range(min(pictures, most)))
                                for most in (GROUP_PICTURES, PAIR_PICTURES))
-    weights = backbone.parameter_count
-    suite = PromptSuite(tuple(tasks), groups, pairs, COMBINED, unrelated_prompts(tasks), encoder, settings,
-                        _seeds(tasks, pictures), group_seeds, pair_seeds, halfway(noun, real), weights,
-                        origin)
-    return suite, untrained(noun, text, real)
+    return PromptSuite(tuple(tasks), groups, pairs, COMBINED, unrelated_prompts(tasks), encoder,
+                       {ENCODER: EncoderJudge(encoder, tasks)}, settings, _seeds(tasks, pictures),
+                       group_seeds, pair_seeds, backbone.parameter_count,
+                       noun_seeds=_seeds(tasks, min(pictures, NOUN_PICTURES)), origin=origin)

@@ -1,4 +1,4 @@
-"""Prompt suites: tasks, prompts and seeds of a sequence, and reference levels of its figures."""
+"""Prompt suites: tasks, prompts, seeds and judges of a sequence."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-import torch
 from torch import Tensor
 
-from ...core.bank.bank import ConceptBank
 from ...core.data.assignment import Assignment
-from ...core.evaluation import metrics
+from ...core.demo.scenes import article
 from ...core.evaluation.protocol import Encoder
 from ...core.images import spread
 from ...core.model.backbone import Backbone
-from ...core.sampling.sampling import sample
 from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
+from .judges import Judges
 
 Names = tuple[tuple[str, ...], ...]
-Levels = tuple[dict[str, float], dict[str, float], dict[str, float]]
 GROUPS, TRIPLES, PAIRS = 6, 2, 4      # groups of two concepts, of three; pairs of one class
 
 
@@ -34,11 +31,13 @@ class PromptSuite:
         pairs: Names of two concepts of one class in one prompt.
         combined: Prompts with one `{}` for the list of names.
         unrelated: Prompts without concepts.
-        encoder: Measures similarity.
+        encoder: Features of pictures and captions, for the metrics of the papers.
+        judges: Name -> judge. `encoder` is the first.
         settings: Sampling settings.
         seeds, group_seeds, pair_seeds: Seeds of the pictures per concept, per group and per pair.
-        levels: Concept -> image alignment halfway between pictures of its class noun and real pictures.
         unet_weights: Number of weights of the base's UNet.
+        together: Group or pair -> real pictures of it `[N, 3, H, W]`; empty where there are none.
+        noun_seeds: Seeds of the pictures of class nouns per concept; empty = `seeds`.
         origin: Other factors that affect the figures (base, data, ...), as JSON values.
     """
 
@@ -48,12 +47,14 @@ class PromptSuite:
     combined: tuple[str, ...]
     unrelated: tuple[str, ...]
     encoder: Encoder
+    judges: Judges
     settings: SampleSettings
     seeds: tuple[int, ...]
     group_seeds: tuple[int, ...]
     pair_seeds: tuple[int, ...]
-    levels: Mapping[str, float]
     unet_weights: int
+    together: Mapping[tuple[str, ...], Tensor] = field(default_factory=dict)
+    noun_seeds: tuple[int, ...] = ()
     origin: Mapping = field(default_factory=dict)
 
     def named(self, name: str) -> Assignment:
@@ -67,16 +68,27 @@ class Benchmark:
     Attributes:
         backbone: The base.
         suite: Tasks, prompts and seeds.
-        untrained: Levels of the untrained base and of real pictures.
-        training: Seed -> configuration.
+        training: Steps and seed -> configuration.
         settings_of: Method -> its settings.
+        steps_of: Method -> its steps per task.
     """
 
     backbone: Backbone
     suite: PromptSuite
-    untrained: dict
-    training: Callable[[int], TrainingConfig]
+    training: Callable[[int, int], TrainingConfig]
     settings_of: Callable[[str], Mapping]
+    steps_of: Callable[[str], int]
+
+
+def listed(phrases: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
+
+
+def prompts_together(suite: PromptSuite, group: Sequence[str], count: int, nouns: bool = False) -> list[str]:
+    """`count` prompts that name a group's concepts, or their class nouns."""
+    phrases = [article(suite.named(name).class_noun) if nouns else f"<{name}>" for name in group]
+    return [suite.combined[i % len(suite.combined)].format(listed(phrases)) for i in range(count)]
 
 
 def groups_and_pairs(tasks: Sequence[Assignment]) -> tuple[Names, Names]:
@@ -93,58 +105,3 @@ def groups_and_pairs(tasks: Sequence[Assignment]) -> tuple[Names, Names]:
 def unrelated_prompts(tasks: Sequence[Assignment]) -> tuple[str, ...]:
     """Prompts without concepts, one from each of the first ten tasks."""
     return tuple(task.noun_prompts[i % len(task.noun_prompts)] for i, task in enumerate(tasks[:10]))
-
-
-def _real_alignment(features: Tensor, held_out: Tensor) -> float:
-    """Image alignment of real pictures.
-
-    Compares held-out pictures `[M, D]` with the references `[N, D]`. Without held-out pictures, the
-    references are compared with one another. A single reference has alignment 1.
-    """
-    if len(held_out):
-        return metrics.image_alignment(held_out, features)
-    others = ~torch.eye(len(features), dtype=torch.bool)
-    return float((features @ features.T)[others].mean()) if len(features) > 1 else 1.0
-
-
-def levels(backbone: Backbone, tasks: Sequence[Assignment], encoder: Encoder, settings: SampleSettings,
-           seeds: Sequence[int]) -> Levels:
-    """Three levels per concept: image and text alignment of the untrained base with the class noun, and image
-    alignment of real pictures.
-
-    Args:
-        backbone: The untrained base.
-        tasks: The concepts.
-        encoder: Measures similarity.
-        settings: Sampling settings.
-        seeds: One picture per seed.
-
-    Returns:
-        Concept -> image and text alignment of the base's pictures, and image alignment of real pictures.
-    """
-    bank, noun, text, real = ConceptBank(backbone.layout), {}, {}, {}
-    for task in tasks:
-        prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(len(seeds))]
-        images, references = sample(backbone, bank, prompts, seeds,
-                                    settings), encoder.features(task.references, task.kind)
-        noun[task.name] = metrics.image_alignment(encoder.features(images, task.kind), references)
-        text[task.name] = metrics.text_alignment(encoder.image_text_features(images),
-                                                 encoder.caption_features(prompts))
-        held_out = encoder.features(task.held_out, task.kind) if len(task.held_out) else references[:0]
-        real[task.name] = _real_alignment(references, held_out)
-    return noun, text, real
-
-
-def untrained(noun: Mapping[str, float], text: Mapping[str, float], real: Mapping[str, float]
-              ) -> dict[str, float]:
-    """Means over concepts of the three levels."""
-    names = {"image_alignment": noun, "text_alignment": text, "real_pictures": real}
-    return {name: sum(values.values()) / len(values) for name, values in names.items()}
-
-
-def halfway(noun: Mapping[str, float], real: Mapping[str, float]) -> dict[str, float]:
-    """Concept -> alignment halfway between class noun and real pictures.
-
-    Above this level the individual counts as present.
-    """
-    return {name: (noun[name] + real[name]) / 2 for name in noun}

@@ -17,6 +17,7 @@ from ...core.settings import read_settings
 
 # overrides that affect sampling but not training
 SAMPLING = ("mode", "strength", "artists")
+STEPS = "steps"      # the override that is no setting of the method
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Run:
         alone: Whether each concept is learned alone into an empty bank. This is an upper bound for continual
             methods.
         overrides: Changed settings, as `key=value` joined by `+`. Each combination is a separate row. Keys in
-            SAMPLING change SampleSettings, so the same learned bank is sampled differently.
+            SAMPLING change SampleSettings, so the same learned bank is sampled differently. `steps` changes
+            the number of steps.
     """
 
     method: str
@@ -59,8 +61,17 @@ class Run:
 
         Raises ConceptError for a part that is not of the form key=value, or a key that comes twice.
         """
-        return read_settings(get(self.method).config,
-                             [pair for pair in map(_setting, self._parts) if pair[0] not in SAMPLING])
+        return read_settings(get(self.method).config, [pair for pair in map(_setting, self._parts)
+                                                       if pair[0] not in (*SAMPLING, STEPS)])
+
+    def steps(self, usual: int) -> int:
+        """Steps per task. Raises ConceptError for an override that is no number of steps."""
+        texts = [value for name, value in map(_setting, self._parts) if name == STEPS]
+        if not texts:
+            return usual
+        if not texts[-1].isdecimal() or not int(texts[-1]):
+            raise ConceptError(f"override 'steps={texts[-1]}' is no number of steps; allowed: 1 or more")
+        return int(texts[-1])
 
     def sampling(self) -> dict:
         """The changed sampling settings, with the aggregation mode of the method's paper."""
@@ -95,15 +106,15 @@ class Progress:
 
     Attributes:
         names: Names of the learned concepts, in learning order.
-        just: Per concept, image and text alignment right after learning.
+        just: Per concept, judge -> score right after learning.
         features: Per concept, the features of its pictures right after learning.
         seconds: Training time per concept.
         bytes: Size per concept.
-        made_with: Steps and settings; None in files of older versions.
+        made_with: Steps, settings, base and numbers of pictures.
     """
 
     names: list[str]
-    just: list[tuple[float, float]]
+    just: list[dict[str, float]]
     features: list[list[list[float]]]
     seconds: list[float]
     bytes: list[int]
@@ -111,9 +122,16 @@ class Progress:
 
     @staticmethod
     def load(path: Path, made_with: dict) -> Progress:
-        """Reads a run's progress; empty if there is no file. Raises ConceptError for other steps or settings.
+        """Reads a run's progress; empty if there is no file.
+
+        Raises:
+            ConceptError: An earlier version wrote the file, or it has other steps or settings.
         """
-        progress = Progress(**json.loads(path.read_text())) if path.exists() else Progress([], [], [], [], [])
+        if not path.exists():
+            return Progress([], [], [], [], [], made_with)
+        progress = Progress(**json.loads(path.read_text()))
+        if not all(isinstance(scores, dict) for scores in progress.just):
+            raise ConceptError(f"'{path}' was written by an earlier version; delete it to begin again")
         check_same(path, progress.made_with or made_with, made_with)
         progress.made_with = made_with
         return progress

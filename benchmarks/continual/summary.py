@@ -1,159 +1,252 @@
-"""Summary of the continual benchmark: mean and spread per method, the table, and the claims of the papers."""
+"""Summary of the continual benchmark: all figures with intervals, and what differs from the default."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from ...core.errors import ConceptError
-
-PLAIN = ("multi_alignment", "multi_present", "pair_alignment", "confusion", "base_drift", "a_mmd", "f_mmd",
-         "trained_share", "bytes_per_concept", "seconds_per_concept")
-PER_CONCEPT = ("image_alignment", "text_alignment", "just_learned", "forgetting")
-# below this image alignment a concept was not learned, so its retained share is meaningless
-LEARNED = 0.2
-# claims of the papers to check against the table: (better, worse, figure, whether higher is better)
-ORDERINGS = (
-    ("cidm", "lora_m", "image_alignment", True),
-    ("clora", "finetune", "forgetting", False),
-    ("cns", "finetune", "image_alignment", True),
-    ("l2dm", "finetune", "image_alignment", True),
+from ...core.evaluation.metrics import task_forgetting_rate
+from . import bootstrap
+from .judges import ENCODER
+from .tables import (
+    ALONE,
+    COMBINED,
+    CONFUSED,
+    FORGOTTEN,
+    HIGHER_IS_BETTER,
+    PAIRS,
+    Table,
+    columns_of,
+    common,
+    spreads,
+    table_of,
 )
+
+SEED = 0      # of the resampling, the same for every figure
+KINDS = {"objects": "object", "styles": "style"}
+# below this share right after learning a concept was not learned, so its retained share is meaningless
+LEARNED = 0.2
+PLAIN = ("base_change", "a_mmd", "f_mmd", "bytes_per_concept", "trained_share")
+# claims of the papers: (method, method, figure); the first should be better
+CLAIMS = (("cidm", "lora_m", ALONE), ("clora", "finetune", FORGOTTEN), ("cns", "finetune", FORGOTTEN),
+          ("l2dm", "finetune", FORGOTTEN))
+
+
+def _generator() -> np.random.Generator:
+    return np.random.default_rng(SEED)
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return float(np.mean(values))
 
 
-def run_figures(run: Mapping, upper: Mapping[str, float] | None = None) -> dict[str, float]:
-    """One number per figure of a run.
+def _known(value: float) -> float | None:
+    """None for what is not a number, which JSON cannot hold."""
+    return value if np.isfinite(value) else None
 
-    `retention` is the mean alignment at the end / the mean alignment right after learning. `worst_retention`
-    is the smallest such share among the learned concepts. `plasticity` compares how well late and early
-    concepts are learned: the mean of alignment / upper right after learning, second half of the sequence /
-    first half.
+
+def _kind(table: Table, levels: Mapping, kind: str) -> Table:
+    """The columns of one kind of concept."""
+    kinds = dict(zip(levels["concepts"], levels["kinds"], strict=True))
+    return table.only(columns=[column for column in table.columns if kinds[column] == kind])
+
+
+def _tables(runs: Sequence[Mapping], levels: Mapping, judge: str) -> dict[str, Table]:
+    """Figure -> its table; `objects` and `styles` are parts of `alone`."""
+    found = {figure: table_of(runs, levels, figure, judge) for figure in HIGHER_IS_BETTER}
+    tables = {figure: table for figure, table in found.items() if table is not None}
+    for name, kind in KINDS.items():
+        part = _kind(tables[ALONE], levels, kind) if ALONE in tables else None
+        if part is not None and part.columns:
+            tables[name] = part
+    return tables
+
+
+def _judge_row(tables: Mapping[str, Table]) -> dict:
+    """The figures of one judge with their intervals."""
+    row: dict = {}
+    for figure, table in tables.items():
+        entry: dict = bootstrap.interval(table.values, _generator()).to_json()
+        if figure in KINDS:
+            row[ALONE] |= {figure: entry["mean"], f"{figure}_interval": [entry["low"], entry["high"]]}
+            continue
+        row[figure] = {**entry, "spread": spreads(table)}
+    return row
+
+
+def compared(left: Mapping[str, Table], right: Mapping[str, Table]) -> dict[str, dict]:
+    """Figure -> how the left method differs from the right one, over the runs and concepts of both."""
+    found = {}
+    for figure in left:
+        if figure in right:
+            one, other = common(left[figure], right[figure])
+            if not one.runs or not one.columns:
+                continue
+            between = bootstrap.difference(one.values, other.values, _generator())
+            better = HIGHER_IS_BETTER.get(figure, True)
+            found[figure] = {"difference": between.mean, "low": between.low, "high": between.high,
+                             "runs": len(one.runs),
+                             "verdict": bootstrap.verdict(between, len(one.runs), better)}
+    return found
+
+
+def _score(run: Mapping, judge: str, what: str) -> float | None:
+    """The judge's own score, not a share: of single concepts (`alone`, `just`), of `groups` or of `pairs`."""
+    figures = run["judges"][judge]
+    if what in ("groups", "pairs"):
+        scores = [value for group in figures[what] for value in group["alignment"]]
+        return _mean(scores) if scores else None
+    return _mean(figures[what])
+
+
+def _scores(runs: Sequence[Mapping], judge: str) -> dict[str, float]:
+    names = {ALONE: "alone", COMBINED: "groups", PAIRS: "pairs"}
+    found = {figure: [_score(run, judge, what) for run in runs] for figure, what in names.items()}
+    return {figure: _mean([v for v in values if v is not None]) for figure, values in found.items()
+            if None not in values}
+
+
+def bleed_of(row: Mapping, levels: Mapping, judge: str, concepts: Sequence[str]) -> dict:
+    """How much pictures show what was not asked for, beyond real pictures of what was asked.
 
     Args:
-        run: The JSON of a finished run.
-        upper: Concept -> alignment of the concept learned alone; without it there is no plasticity.
+        row: A run, or the floor of the levels.
+        levels: Holds the ceiling.
+        judge: Whose scores.
+        concepts: The concepts of the row's matrix, in its order.
+
+    Returns:
+        `alone`: `[asked, shown]`, in the order of the levels' concepts; None where a concept was not learned.
+        `alone_excess`, `together_excess`: mean excess over the ceiling of all entries off the diagonal, of
+        pictures of one concept and of several; None where there are none.
     """
-    figures = {name: _mean(run[name]) for name in PER_CONCEPT}
-    figures |= {name: run[name] for name in PLAIN if name in run}
-    figures["retention"] = _mean(run["image_alignment"]) / _mean(run["just_learned"])
-    learned = [share for share, just in zip(run["retention"], run["just_learned"], strict=True)
-               if just >= LEARNED]
-    figures["worst_retention"] = min(learned or run["retention"])
-    if upper is not None and len(run["concepts"]) > 1:
-        shares = [just / upper[name] for just, name in zip(run["just_learned"], run["concepts"], strict=True)]
-        half = len(shares) // 2
-        figures["plasticity"] = _mean(shares[-half:]) / _mean(shares[:half])
-    return figures
+    own, real = row["judges"][judge], levels["ceiling"]["judges"][judge]
+    order, places = levels["concepts"], {name: i for i, name in enumerate(concepts)}
+    matrix = [[own["bleed"][places[asked]][places[shown]] if {asked, shown} <= places.keys() else None
+               for shown in order] for asked in order]
+    excess = [matrix[i][j] - real["bleed"][i][j] for i in range(len(order)) for j in range(len(order))
+              if i != j and matrix[i][j] is not None]
+    ceilings = {tuple(group["concepts"]): group["bleed"] for group in (*real["groups"], *real["pairs"])}
+    together = [value - ceilings[tuple(group["concepts"])][i][j]
+                for group in (*own["groups"], *own["pairs"]) if tuple(group["concepts"]) in ceilings
+                for i, line in enumerate(group["bleed"]) for j, value in enumerate(line) if i != j]
+    return {"alone": matrix, "alone_excess": _mean(excess) if excess else None,
+            "together_excess": _mean(together) if together else None}
 
 
-def upper_levels(runs: Sequence[Mapping]) -> dict[str, float]:
-    """Concept -> mean image alignment of the concept learned alone."""
-    levels: dict[str, list[float]] = {}
-    for run in runs:
-        for name, alignment in zip(run["concepts"], run["just_learned"], strict=True):
-            levels.setdefault(name, []).append(alignment)
-    return {name: _mean(values) for name, values in levels.items()}
+def _bleed(runs: Sequence[Mapping], levels: Mapping, judge: str) -> dict:
+    found = [bleed_of(run, levels, judge, run["concepts"]) for run in runs]
+    matrices = np.array([f["alone"] for f in found], dtype=float)      # None becomes not a number
+    mean = [[None if np.isnan(v) else float(v) for v in line] for line in matrices.mean(0)]
+    excess = {name: [f[name] for f in found] for name in ("alone_excess", "together_excess")}
+    return {"alone": mean, **{name: None if None in values else _mean(values)
+                              for name, values in excess.items()}}
 
 
-def method_row(runs: Sequence[Mapping], upper: Mapping[str, float] | None) -> dict:
-    """Means over a method's runs, of the figures that all runs have.
+def _retained(run: Mapping, levels: Mapping) -> tuple[float, float]:
+    """What is left at the end of the concepts' shares right after learning: of all, and of the worst one."""
+    end = columns_of(run, levels, ALONE)
+    lost = columns_of(run, levels, FORGOTTEN)
+    just = {name: end[name] + lost[name] for name in end}
+    learned = [end[name] / just[name] for name in end if just[name] >= LEARNED]
+    total = sum(just.values())
+    return sum(end.values()) / total if total > 0 else float("nan"), min(learned, default=float("nan"))
 
-    `cells` is the number of runs. `spread` is the standard deviation over seeds and orders, 0 for a single
-    run. For seconds the smallest value is used, because other load on the machine only increases them.
-    """
-    figures = [run_figures(run, upper) for run in runs]
-    row: dict = {"cells": len(runs)}
-    spread = {}
-    for name in (name for name in figures[0] if all(name in f for f in figures)):
-        values = [f[name] for f in figures]
-        spread[name] = statistics.stdev(values) if len(values) > 1 else 0.0
-        has_spread = name in ("image_alignment", "text_alignment")
-        row[name] = {"mean": _mean(values), "std": spread[name]} if has_spread else _mean(values)
+
+def _tfr(run: Mapping) -> float:
+    just, end = (run["judges"][ENCODER][what] for what in ("just", "alone"))
+    return task_forgetting_rate([[0.0] * i + [value] for i, value in enumerate(just[:-1])] + [end])
+
+
+def _same(runs: Sequence[Mapping], method: str) -> None:
+    """Raises ConceptError if the runs of a method have different steps or settings."""
+    for key in ("steps", "settings"):
+        found = {str(run[key]): run[key] for run in runs}
+        if len(found) > 1:
+            raise ConceptError(f"the runs of '{method}' have the {key} {' and '.join(sorted(found))}; "
+                               "allowed: the same for all")
+
+
+def method_row(runs: Sequence[Mapping], levels: Mapping, trials: int) -> dict:
+    """All figures of a method's runs. Of the seconds the smallest count, because other load adds to them."""
+    retained = [_retained(run, levels) for run in runs]
+    row: dict = {"runs": [[run["order"], run["seed"]] for run in runs],
+                 **_judge_row(_tables(runs, levels, ENCODER))}
+    for figure, score in _scores(runs, ENCODER).items():
+        row.setdefault(figure, {})["cosine"] = score
+    row |= {"retained": _known(_mean([whole for whole, _ in retained])),
+            "retained_worst": _known(_mean([worst for _, worst in retained])),
+            "tfr": _mean([_tfr(run) for run in runs]),
+            "text_alignment": _mean([_mean(run["text_alignment"]) for run in runs])}
+    row |= {name: _mean([run[name] for run in runs]) for name in PLAIN}
     row["seconds_per_concept"] = min(run["seconds_per_concept"] for run in runs)
-    return {**row, "spread": spread}
+    row["tuned"] = {"trials": trials, "steps": runs[0]["steps"], "settings": runs[0]["settings"]}
+    row["bleed"] = _bleed(runs, levels, ENCODER)
+    row["judges"] = {judge: {**_judge_row(_tables(runs, levels, judge)), "score": _scores(runs, judge),
+                             "bleed": _bleed(runs, levels, judge)}
+                     for judge in runs[0]["judges"] if judge != ENCODER}
+    return row
 
 
-def _value(row: Mapping, name: str) -> float:
-    return row[name]["mean"] if isinstance(row[name], Mapping) else row[name]
+def level_row(levels: Mapping, which: str) -> dict:
+    """The row `floor` or `ceiling`: its shares are 0 or 1 by definition, all else is measured."""
+    row, share = levels[which], {"floor": 0.0, "ceiling": 1.0}[which]
+    found = {}
+    for judge, figures in row["judges"].items():
+        scores = _scores([row], judge)
+        entry = {figure: {"mean": share, "cosine" if judge == ENCODER else "score": score}
+                 for figure, score in scores.items()}
+        if figures["pairs"]:
+            entry[CONFUSED] = {"mean": _mean([pair["confused"] for pair in figures["pairs"]])}
+        entry["bleed"] = bleed_of(row, levels, judge, levels["concepts"])
+        found[judge] = entry
+    first = found.pop(ENCODER)
+    text = {"text_alignment": _mean(row["text_alignment"])} if "text_alignment" in row else {}
+    return {**first, **text, "judges": found}
 
 
-def orderings(methods: Mapping[str, Mapping]) -> list[dict]:
-    """The papers' claims, and whether our results confirm them.
+def summarise(runs: Sequence[Mapping], levels: Mapping, default: str,
+              trials: Callable[[str], int] = lambda _: 0) -> dict:
+    """The benchmark's JSON from all finished runs with one number of tasks.
 
-    `clear` means that the difference exceeds the sum of both spreads, with at least two runs of each method.
-    """
-    claims = []
-    for better, worse, name, higher_is_better in ORDERINGS:
-        if better in methods and worse in methods:
-            difference = _value(methods[better], name) - _value(methods[worse], name)
-            margin = methods[better]["spread"][name] + methods[worse]["spread"][name]
-            gain = difference if higher_is_better else -difference
-            has_spread = min(methods[better]["cells"], methods[worse]["cells"]) > 1
-            claim = f"{better} {'above' if higher_is_better else 'below'} {worse} in {name}"
-            clear = has_spread and gain > margin
-            claims.append({"claim": claim, "difference": difference, "holds": gain > 0, "clear": clear})
-    return claims
-
-
-def summarise(runs: Sequence[Mapping], default: str, untrained: Mapping) -> dict:
-    """The benchmark's JSON from all runs with one number of tasks.
+    Args:
+        runs: The JSON of the runs.
+        levels: Floor and ceiling, see `judged.floor_and_ceiling`.
+        default: The method that all others are compared with.
+        trials: Method -> how many settings were tried for it.
 
     Raises:
-        ConceptError: There are no runs, or runs have different steps.
+        ConceptError: There are no runs, or runs of a method have different settings or steps.
     """
-    steps = sorted({run["steps"] for run in runs})
-    if len(steps) != 1:
-        raise ConceptError(f"the runs have steps {', '.join(map(str, steps))}; allowed: one number for all"
-                           if steps
-                           else "there is no run to summarise; allowed: 1 or more")
-    alone = [run for run in runs if run["alone"]]
-    upper = upper_levels(alone) or None
-    names = sorted({run["method"] for run in runs if not run["alone"]})
-    methods = {name: method_row([r for r in runs if r["method"] == name and not r["alone"]], upper)
-               for name in names}
+    groups: dict[str, list[Mapping]] = {}
+    for run in sorted(runs, key=lambda run: (run["method"], run["order"], run["seed"])):
+        groups.setdefault(f"{run['method']} alone" if run["alone"] else run["method"], []).append(run)
+    if not groups:
+        raise ConceptError("there is no run to summarise; allowed: 1 or more")
+    for name, group in groups.items():
+        _same(group, name)
+    judges = list(runs[0]["judges"])
+    tables = {judge: {name: _tables(group, levels, judge) for name, group in groups.items()}
+              for judge in judges}
+    methods = {name: method_row(group, levels, trials(name.partition("+")[0]))
+               for name, group in groups.items()}
+    if default in groups:
+        for name, row in methods.items():
+            for judge in judges:
+                target = row if judge == ENCODER else row["judges"][judge]
+                if name != default:
+                    target["against_default"] = compared(tables[judge][name], tables[judge][default])
+    claims = [{"claim": [better, worse, figure],
+               **compared(tables[ENCODER][better], tables[ENCODER][worse]).get(figure, {})}
+              for better, worse, figure in CLAIMS if better in groups and worse in groups]
     return {
-        "tasks": runs[0]["tasks"],
-        "seeds": sorted({run["seed"] for run in runs}),
-        "orders": sorted({run["order"] for run in runs}),
-        "steps": steps[0],
-        "default": default,
-        "methods": methods,
-        "upper_bound": method_row(alone, upper) if alone else {},
-        "untrained": dict(untrained),
-        "orderings": orderings(methods),
+        "tasks": runs[0]["tasks"], "concepts": levels["concepts"], "kinds": levels["kinds"],
+        "seeds": sorted({run["seed"] for run in runs}), "orders": sorted({run["order"] for run in runs}),
+        "default": default, "origin": levels["origin"],
+        "intervals": {"level": bootstrap.LEVEL, "draws": bootstrap.DRAWS, "seed": SEED,
+                      "fewest_runs": bootstrap.FEWEST_RUNS},
+        "methods": methods, "floor": level_row(levels, "floor"), "ceiling": level_row(levels, "ceiling"),
+        "claims": [claim for claim in claims if "verdict" in claim],
     }
-
-
-# figure, title, factor, digits
-COLUMNS = (("image_alignment", "IA", 100, 1), ("text_alignment", "TA", 100, 1),
-           ("worst_retention", "retained, worst", 100, 0), ("forgetting", "forgotten", 100, 1),
-           ("multi_alignment", "combined", 100, 1), ("confusion", "confused", 100, 0),
-           ("base_drift", "base change", 100, 1), ("plasticity", "plasticity", 1, 2),
-           ("bytes_per_concept", "kB", 1e-3, 0), ("seconds_per_concept", "s", 1, 0))
-
-
-def table(summary: Mapping) -> str:
-    """The table as Markdown, best image alignment first.
-
-    Figures are mean ± spread; alignments and shares are times 100.
-    """
-    rows = sorted(summary["methods"].items(), key=lambda item: -_value(item[1], "image_alignment"))
-    if summary["upper_bound"]:
-        rows = [("*one model per concept*", summary["upper_bound"]), *rows]
-    titles = " | ".join(title for _, title, _, _ in COLUMNS)
-    lines = [f"| method | {titles} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, row in rows:
-        entries = []
-        for figure, _, factor, digits in COLUMNS:
-            if figure not in row:
-                entries.append("")
-                continue
-            spread = f" ± {row['spread'][figure] * factor:.{digits}f}" if row["cells"] > 1 else ""
-            entries.append(f"{_value(row, figure) * factor:.{digits}f}{spread}")
-        title = f"**{name}**" if name == summary["default"] else name
-        lines.append(f"| {title} | {' | '.join(entries)} |")
-    return "\n".join(lines)

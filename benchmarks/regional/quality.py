@@ -19,16 +19,18 @@ from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.methods.base import Task, make
 from ...core.model.backbone import Backbone
 from ...core.regional.regions import Box
+from ...core.sampling.sampling import sample
 from ...core.training.loop import learn
-from ..continual import prompt_suite
 from ..continual.concepts import concepts
-from ..continual.embedded import SEEDS, SETTINGS, settings_of, training
+from ..continual.embedded import RATES, SETTINGS, training
+from ..continual.judges import EncoderJudge
 from .rivals import WAYS, Request
 
 NAMES = ("rex", "quack", "mimi", "pack", "teddy", "fido")      # the last one is a second dog
 # rows and columns; a region has the size of a training picture
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 5), 6: (2, 3)}
 SIDE, STEPS, PHOTOS, BATCH = picture_size(), 600, 10, 8
+SEEDS = tuple(range(100, 108))      # pictures of each class noun
 RANKS = {"bound": 16, "cidm": 4}      # word-bound deltas allow a higher rank; at rank 8, CIDM's bleed more
 UNPLACED = ("prompt", "found")      # ways without given positions
 OF_LORA = ("masked", "hooks", "couple")      # ways with LoRA files: CIDM's concepts, deltas on every word
@@ -69,9 +71,15 @@ class Judge:
 
 def judge(backbone: Backbone) -> Judge:
     encoder, tasks = SceneEncoder(), _tasks()
-    noun, _, real = prompt_suite.levels(backbone, tasks, encoder, replace(SETTINGS, size=(SIDE, SIDE)), SEEDS)
-    references = {task.name: encoder.features(task.references, "object") for task in tasks}
-    return Judge(encoder, references, prompt_suite.halfway(noun, real))
+    by_encoder, levels = EncoderJudge(encoder, tasks), {}
+    settings = replace(SETTINGS, size=(SIDE, SIDE))
+    for task in tasks:
+        prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(len(SEEDS))]
+        drawn = sample(backbone, ConceptBank(backbone.layout), prompts, SEEDS, settings)
+        noun, real = (float(by_encoder.scores(pictures, [task.name]).mean())
+                      for pictures in (drawn, task.held_out))
+        levels[task.name] = (noun + real) / 2
+    return Judge(encoder, {task.name: by_encoder.features_of(task.name) for task in tasks}, levels)
 
 
 def _tasks(photos: int = 5) -> list:
@@ -97,7 +105,7 @@ def learned_bank(backbone: Backbone, method: str, file: Path, steps: int,
         data = prepare(backbone, list(task.pictures), task.name, task.class_noun, framing)
         generator = torch.Generator().manual_seed(0)
         learning = Task(task.name, task.class_noun, backbone, bank, task.kind, (), generator)
-        bank = learn(learning, make(method, settings_of(method) | {"rank": RANKS[method]}), data, config).bank
+        bank = learn(learning, make(method, {**RATES, "rank": RANKS[method]}), data, config).bank
         file.parent.mkdir(parents=True, exist_ok=True)
         save_bank(bank, file)
         tell(f"{method}: learned <{task.name}>")

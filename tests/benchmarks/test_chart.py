@@ -1,4 +1,4 @@
-"""The benchmark's chart is drawn from whatever figures there are, without a screen."""
+"""The benchmark's chart is drawn from a result, without a screen; the Pareto front against brute force."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from continual_concepts.benchmarks.continual.chart import draw
+from continual_concepts.benchmarks.continual.chart import draw, pareto_front
 from continual_concepts.benchmarks.continual.summary import summarise
+from continual_concepts.tests.benchmarks.runs_made import levels, run
+
+RUNS = [run("bound"), run("bound", seed=22),
+        run("ewc", alone=(0.6, 0.5, 0.4, 0.3), combined=0.4, confused=0.3)]
 
 
-def made(method, tasks=3, alone=False, seed=0, **more):
-    found = {"method": method, "tasks": tasks, "order": 0, "seed": seed, "alone": alone, "steps": 5,
-             "concepts": list("abc"[:tasks])}
-    for name in ("image_alignment", "text_alignment", "just_learned", "retention", "forgetting"):
-        found[name] = [0.5 + 0.1 * seed] * tasks
-    return found | {"base_drift": 0.1, "a_mmd": 0.1, "f_mmd": 0.1, "trained_share": 0.1,
-                    "bytes_per_concept": 1.0, "seconds_per_concept": 1.0} | more
+def result(runs=RUNS, of=None):
+    return summarise(runs, of or levels(), "bound")
 
 
-COMBINED = {"multi_alignment": 0.4, "multi_present": 0.5, "confusion": 0.2, "pair_alignment": 0.3}
+def without_groups():
+    bare = levels()
+    for judge in bare["ceiling"]["judges"].values():
+        judge["groups"] = judge["pairs"] = []
+    return bare
 
 
-@pytest.mark.parametrize("runs", [
-    [made("cidm", **COMBINED), made("cidm", seed=1, **COMBINED), made("ewc", **COMBINED),
-     made("cidm", alone=True)],
-    [made("cidm", tasks=1)],                                     # a single task has neither groups nor pairs
-    [made("ewc", multi_alignment=0.3, multi_present=0.1)],       # groups, but no two of one class
-    [made("cidm", alone=True)],                                  # nothing but the upper bound
-])
-def test_a_picture_is_drawn(tmp_path, runs):
-    draw(tmp_path / "figure.png", runs, summarise(runs, "cidm", {}))
+@pytest.mark.parametrize("made", [result(), result(RUNS[:1]), result(of=without_groups())])
+def test_a_picture_is_drawn(tmp_path, made):
+    draw(tmp_path / "figure.png", made)
     with Image.open(tmp_path / "figure.png") as picture:
         assert picture.format == "PNG" and picture.width > 600 and np.asarray(picture.convert("L")).std() > 5
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
-def test_the_same_runs_give_the_same_picture(tmp_path):
-    runs = [made("cidm", **COMBINED), made("ewc", seed=1, **COMBINED)]
-    for name in ("one.png", "two.png"):
-        draw(tmp_path / name, runs, summarise(runs, "cidm", {}))
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    other = [made("cidm", seed=1, **COMBINED), made("ewc", **COMBINED)]
-    draw(tmp_path / "other.png", other, summarise(other, "cidm", {}))
-    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+def test_the_same_result_gives_the_same_picture(tmp_path):
+    for name, runs in (("one", RUNS), ("two", RUNS), ("other", [*RUNS[:2], run("ewc")])):
+        draw(tmp_path / f"{name}.png", result(runs))
+    one, two, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "two", "other"))
+    assert one == two != other
+
+
+def test_the_front_holds_what_nothing_beats():
+    points = {"a": (1.0, 5.0), "b": (2.0, 4.0), "c": (1.5, 3.0), "d": (4.0, 1.0), "e": (3.9, 0.9)}
+    assert pareto_front(points) == ["a", "b", "d"]
+    assert pareto_front({"a": (1.0, 1.0), "b": (1.0, 1.0)}) == ["a", "b"]
+    assert pareto_front({"a": (1.0, 2.0), "b": (1.0, 1.0)}) == ["a"]

@@ -1,4 +1,4 @@
-"""Which concepts are present in a picture of several: against brute force, and on scores made by hand."""
+"""How well each concept of a picture of several is shown: against brute force, and on scores made by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from continual_concepts.benchmarks.continual.combined import assign_strips, similarities, strip
+from continual_concepts.benchmarks.continual.combined import assign_strips, strip, strip_scores
 
 
 def draw(*shape, seed=0):
@@ -36,51 +36,38 @@ def test_the_only_strip_is_the_picture():
     assert torch.equal(strip(pictures, 0, 1), pictures)
 
 
-def test_similarities_compare_every_strip_with_every_concept():
-    pictures, references = draw(2, 3, 4, 6), [draw(5, 3, seed=1), draw(2, 3, seed=2)]
+def test_every_strip_is_scored_for_every_concept():
+    pictures, weights = draw(2, 3, 4, 6), draw(3, 2, seed=1)
 
-    def features(images):
-        return images.mean((2, 3))
+    def score(images):
+        return images.mean((2, 3)) @ weights
 
-    found = similarities(pictures, references, features)
+    found = strip_scores(pictures, 2, score)
     assert found.shape == (2, 2, 2)
-    for b in range(2):
-        for s in range(2):
-            for c, own in enumerate(references):
-                expected = (own @ features(strip(pictures, s, 2))[b]).mean()
-                assert found[b, s, c] == pytest.approx(float(expected), abs=1e-6)
+    for s in range(2):
+        assert torch.allclose(found[:, s], score(strip(pictures, s, 2)))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_the_best_assignment_is_that_of_brute_force(count):
-    scores, levels = draw(20, count, count, seed=count), [0.3] * count
-    found = assign_strips(scores, levels)
+    scores = draw(20, count, count, seed=count)
+    found = assign_strips(scores)
     for b, own in enumerate(scores.tolist()):
         best = max(permutations(range(count)), key=lambda way: sum(own[way[c]][c] for c in range(count)))
         for c in range(count):
             row = own[best[c]]
             assert found.alignment[b, c] == pytest.approx(row[c])
             assert bool(found.confused[b, c]) == (max(row) > row[c])
-            assert bool(found.present[b, c]) == (max(row) == row[c] and row[c] > 0.3)
+            assert found.bleed[b, c].tolist() == pytest.approx(row)
 
 
-def test_both_in_either_order_are_there():
-    found = assign_strips(torch.tensor([[[0.9, 0.2], [0.1, 0.8]], [[0.2, 0.8], [0.9, 0.1]]]), [0.5, 0.5])
-    assert found.present.all() and not found.confused.any()
+def test_both_in_either_order_are_found():
+    found = assign_strips(torch.tensor([[[0.9, 0.2], [0.1, 0.8]], [[0.2, 0.8], [0.9, 0.1]]]))
+    assert not found.confused.any()
     assert torch.allclose(found.alignment, torch.tensor([[0.9, 0.8], [0.9, 0.8]]))
 
 
 def test_one_individual_twice_confuses_the_other():
-    found = assign_strips(torch.tensor([[[0.9, 0.3], [0.8, 0.3]]]), [0.5, 0.2])
-    assert found.confused.tolist() == [[False, True]] and found.present.tolist() == [[True, False]]
-
-
-def test_below_its_level_a_concept_is_not_there_but_not_confused_either():
-    found = assign_strips(torch.tensor([[[0.4, 0.1], [0.1, 0.8]]]), [0.5, 0.5])
-    assert not found.confused.any() and found.present.tolist() == [[False, True]]
-
-
-def test_each_concept_has_its_own_level():
-    scores = torch.tensor([[[0.4, 0.1], [0.1, 0.4]]])
-    assert assign_strips(scores, [0.3, 0.5]).present.tolist() == [[True, False]]
-    assert assign_strips(scores, [0.5, 0.3]).present.tolist() == [[False, True]]
+    found = assign_strips(torch.tensor([[[0.9, 0.3], [0.8, 0.3]]]))
+    assert found.confused.tolist() == [[False, True]]
+    assert torch.allclose(found.bleed, torch.tensor([[[0.9, 0.3], [0.8, 0.3]]]))

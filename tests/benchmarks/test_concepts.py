@@ -8,7 +8,14 @@ import pytest
 
 from continual_concepts.benchmarks.continual import embedded as continual
 from continual_concepts.benchmarks.continual import prompt_suite
-from continual_concepts.benchmarks.continual.concepts import MORE, STYLE_EVERY, TEN, concepts, ordered
+from continual_concepts.benchmarks.continual.concepts import (
+    MORE,
+    STYLE_EVERY,
+    TEN,
+    concepts,
+    ordered,
+    tuning_concepts,
+)
 from continual_concepts.core.bank.tokens import check_name
 from continual_concepts.core.demo import scenes
 from continual_concepts.core.errors import ConceptError
@@ -66,6 +73,18 @@ def test_pictures_name_the_concept_and_do_not_change():
     for concept in concepts(15)[9:]:
         (picture, caption), (again, _) = concept.pictures(1, 3)[0], concept.pictures(1, 3)[0]
         assert picture.shape == (64, 64, 3) and (picture == again).all() and f"<{concept.name}>" in caption
+
+
+def test_settings_are_tuned_on_other_concepts(fifty):
+    tuning = tuning_concepts()
+    assert tuning == tuning_concepts() and not {c.name for c in tuning} & {c.name for c in fifty}
+    assert [c.kind for c in tuning].count("style") == 2
+    things, styles = ([getattr(c, part) for c in [*tuning, *fifty] if getattr(c, part) is not None]
+                      for part in ("thing", "style"))
+    assert len({(t.kind, t.body, t.second, t.pattern_colour) for t in things}) == len(things)
+    assert len({(s.paper, s.line, s.fill) for s in styles}) == len(styles)
+    groups, pairs = prompt_suite.groups_and_pairs([c for c in tuning if c.kind == "object"])
+    assert len(groups) == 5 and len(pairs) == 1      # both figures of several concepts can be measured
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +17,8 @@ from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.continual import embedded as continual
 from continual_concepts.benchmarks.continual.concepts import TEN
 from continual_concepts.core.demo.base import load_base
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -31,10 +35,11 @@ def loaded():
 @pytest.fixture
 def quick(monkeypatch, loaded):
     """One sampling step, few pictures, and a base that is loaded once."""
-    monkeypatch.setattr(continual, "load_base", lambda: loaded)
+    monkeypatch.setattr(continual, "load_base", lambda _: loaded)
     monkeypatch.setattr(continual, "SETTINGS", replace(continual.SETTINGS, steps=1))
     monkeypatch.setattr(continual, "SEEDS", (1, 2))
     monkeypatch.setattr(continual, "GROUP_SEEDS", (3,))
+    monkeypatch.setattr(continual, "PAIR_SEEDS", (3,))
 
 
 def sentence(capsys) -> str:
@@ -49,6 +54,9 @@ def sentence(capsys) -> str:
     (["--seeds", "-1"], "seeds is -1; allowed: 1 or more"),
     (["--orders", "0"], "orders is 0; allowed: 1 or more"),
     (["--steps", "0"], "steps is 0; allowed: 1 or more"),
+    (["--seed", "1,x"], "seed is '1,x'; allowed: numbers of 0 or more, separated by commas"),
+    (["--order", "-1"], "order is '-1'; allowed: numbers of 0 or more"),
+    (["--seed", "1", "--seeds", "2"], "--seed and --order name runs, --seeds and --orders count them"),
 ])
 def test_bad_input_is_named_before_the_base_is_read(command, capsys, tmp_path, monkeypatch, arguments,
                                                     expected):
@@ -64,34 +72,56 @@ def test_the_result_has_a_place(capsys):
 
 
 def test_runs_their_files_and_the_summary_of_finished_ones(command, quick, tmp_path, capsys):
-    short = ["--tasks", "2", "--seeds", "1", "--steps", "1"]
+    short = ["--tasks", "2", "--seed", "4,6", "--order", "1", "--steps", "1"]
     assert command(*short, "--methods", "bound, ewc") == 0
     shown = capsys.readouterr()
-    assert "| ewc |" in shown.out and "| **bound** |" in shown.out
-    assert "ewc-n2-o0-s0: learned <quack>" in shown.err
+    assert "| ewc |" in shown.out and "| **bound** |" in shown.out and "| *class nouns* |" in shown.out
+    assert "ewc-n2-o1-s4: learned <rex>" in shown.err
     result = json.loads((tmp_path / "c.json").read_text())
     assert set(result["methods"]) == {"bound", "ewc"}
-    assert (result["tasks"], result["steps"], result["default"]) == (2, 1, "bound")
-    assert result["methods"]["bound"]["base_drift"] == 0 < result["methods"]["ewc"]["base_drift"]
-    assert set(result["untrained"]) >= {"image_alignment", "text_alignment", "real_pictures"}
+    facts = {"tasks": 2, "seeds": [4, 6], "orders": [1], "default": "bound"}
+    assert {name: result[name] for name in facts} == facts
+    assert result["methods"]["bound"]["base_change"] == 0 < result["methods"]["ewc"]["base_change"]
+    assert result["methods"]["bound"]["runs"] == [[1, 4], [1, 6]]
+    assert result["methods"]["bound"]["retained"] == pytest.approx(1)
+    assert set(result["methods"]["bound"]["judges"]) == {"template"}
+    assert result["floor"]["alone"]["cosine"] < result["ceiling"]["alone"]["cosine"]
     folder = tmp_path / "c.cells"
-    assert json.loads((folder / "bound-n2-o0-s0.json").read_text())["concepts"] == list(TEN[:2])
+    run = json.loads((folder / "bound-n2-o1-s4.json").read_text())
+    assert run["concepts"] == [TEN[1], TEN[0]] and run["steps"] == 1 and run["pictures"] == 2
+    assert not list(folder.glob(".*"))      # no locks are left
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.format == "PNG"
 
     (tmp_path / "c.json").unlink()
-    assert command("--tasks", "2", "--merge") == 0
-    assert json.loads((tmp_path / "c.json").read_text()) == result
+    page = tmp_path / "page.md"
+    page.write_text("<!-- continual:readme -->\n<!-- /continual:readme -->\n")
+    assert command("--tasks", "2", "--merge", "--write", str(page)) == 0
+    assert json.loads((tmp_path / "c.json").read_text()) == result and "| **bound** |" in page.read_text()
     assert "learned" not in capsys.readouterr().err
 
     # other steps than the finished run
-    assert command("--tasks", "2", "--seeds", "1", "--steps", "3", "--methods", "ewc") == 1
+    assert command(*short[:-1], "3", "--methods", "ewc") == 1
     assert "steps 1" in sentence(capsys)
-    (folder / "ewc-n2-o0-s0.json").write_text("{")
+    (folder / "ewc-n2-o1-s4.json").write_text("{")
     assert command("--tasks", "2",
-                   "--merge") == 1 and "ewc-n2-o0-s0.json' is not a readable run" in sentence(capsys)
-    (folder / "ewc-n2-o0-s0.json").write_text("[]")
+                   "--merge") == 1 and "ewc-n2-o1-s4.json' is not a readable run" in sentence(capsys)
+    (folder / "ewc-n2-o1-s4.json").write_text("[]")
     assert command("--tasks", "2", "--merge") == 1 and "not a finished run" in sentence(capsys)
+    (folder / "ewc-n2-o1-s4.json").unlink()
+    (folder / "levels-n2.json").unlink()
+    assert command("--tasks", "2", "--merge") == 1 and "levels-n2.json' is missing" in sentence(capsys)
+
+
+def test_runs_of_an_earlier_version_are_summarised_as_before(command, tmp_path, capsys):
+    shutil.copytree(RESULTS / "continual-ablation.cells", tmp_path / "c.cells")
+    committed = json.loads((RESULTS / "continual-ablation.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps({"untrained": committed["untrained"]}))
+    assert command("--merge") == 0
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["methods"].keys() == committed["methods"].keys()
+    assert found["untrained"] == committed["untrained"]
+    assert "| **bound** | 75.7 |" in capsys.readouterr().out
 
 
 def test_nothing_to_summarise(command, quick, capsys, tmp_path):
@@ -110,7 +140,7 @@ def test_the_folder_of_runs_can_be_named(command, quick, tmp_path, capsys, flag)
 def test_an_override_is_a_row_of_its_own(command, quick, tmp_path):
     assert command("--tasks", "1", "--seeds", "1", "--steps", "1", "--methods",
                    "bound,bound+apart=false+rank=2") == 0
-    runs = {path.name: json.loads(path.read_text()) for path in (tmp_path / "c.cells").glob("*.json")}
+    runs = {path.name: json.loads(path.read_text()) for path in (tmp_path / "c.cells").glob("*-s0.json")}
     assert set(runs) == {"bound-n1-o0-s0.json", "bound+apart=false+rank=2-n1-o0-s0.json"}
     changed = runs["bound+apart=false+rank=2-n1-o0-s0.json"]["settings"]
     assert changed["apart"] is False and changed["rank"] == 2

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from continual_concepts.benchmarks.__main__ import main
-from continual_concepts.benchmarks.continual import photos
+from continual_concepts.benchmarks.continual import judged, photos
 from continual_concepts.benchmarks.continual.photos import FIRST_SEED, adjectives, read_tasks, seeds_of
 from continual_concepts.benchmarks.continual.prompt_suite import groups_and_pairs
 from continual_concepts.core.errors import ConceptError
@@ -176,16 +176,18 @@ def test_the_command_on_photos(command, capsys, monkeypatch):
     code, file = command()
     assert code == 0, capsys.readouterr().err
     result = json.loads(file.read_text())
-    assert set(result["methods"]) == {"bound", "clora"} and result["tasks"] == 2 and result["steps"] == 1
-    assert all(-1 <= result["untrained"][name] <= 2.5
-               for name in ("image_alignment", "text_alignment", "real_pictures"))
+    assert set(result["methods"]) == {"bound", "clora"} and result["tasks"] == 2
+    assert all(-1 <= result[row]["alone"]["cosine"] <= 1 for row in ("floor", "ceiling"))
+    # no real picture shows two of them, so nothing says how far the way is
+    assert "combined" not in result["ceiling"] and "mean" not in result["methods"]["bound"]["combined"]
+    assert -1 <= result["methods"]["bound"]["combined"]["cosine"] <= 1
     assert file.with_suffix(".png").exists() and "| **bound** |" in capsys.readouterr().out
     run = json.loads((file.parent / "photos.cells" / "bound-n2-o0-s0.json").read_text())
-    assert run["concepts"] == ["dog", "duck"] and run["settings"] == {} and run["base_drift"] == 0
+    assert run["concepts"] == ["dog", "duck"] and run["settings"] == {} and run["base_change"] == 0
     assert run["pictures"] == 3
     assert run["encoder"] == "CLIP and DINO" and len(run["base"]) == 16
-    assert run["multi_alignment"] == pytest.approx(0, abs=1)
-    monkeypatch.setattr(photos, "levels", None)      # known from the first run
+    assert run["steps"] == 1 and set(run["judges"]) == {"encoder"}
+    monkeypatch.setattr(judged, "floor_and_ceiling", None)      # known from the first run
     assert command()[0] == 0
     assert json.loads(file.read_text()) == result
 

@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from continual_concepts.benchmarks.continual import evaluation
+from continual_concepts.benchmarks.continual import pictures
 from continual_concepts.benchmarks.continual import sequence_run as continual
+from continual_concepts.benchmarks.continual.judges import EncoderJudge
+from continual_concepts.benchmarks.continual.pictures import Sampler
 from continual_concepts.benchmarks.continual.prompt_suite import PromptSuite
 from continual_concepts.benchmarks.continual.runs import Run
 from continual_concepts.benchmarks.continual.sequence_run import learn_sequence, perform, prior_pictures
@@ -68,17 +70,17 @@ def suite(tiny_backbone):
     tasks = (assignment("rex", "dog", "object", 10), assignment("fido", "dog", "object", 20),
              assignment("chalk", "drawing", "style", 30))
     weights = sum(p.numel() for p in tiny_backbone.unet.parameters())
-    levels = dict.fromkeys(("rex", "fido", "chalk"), 0.1)
+    encoder = ToyEncoder()
     return PromptSuite(tasks, (("rex", "mimi"),), (("rex", "fido"),), ("a photo of {}", "{} at night"),
-                       ("a dog", "a cat in a room"),
-                 ToyEncoder(), QUICK, (1, 2), (3, 4), (3, 4), levels, weights)
+                       ("a dog", "a cat in a room"), encoder, {"encoder": EncoderJudge(encoder, tasks)},
+                       QUICK, (1, 2), (3, 4), (3, 4), weights)
 
 
 @pytest.fixture(scope="module")
 def run(tiny_backbone, suite, tmp_path_factory):
     def go(wanted, folder=None, places=None, **other):
         arguments = {"settings": SETTINGS, "training": TRAINING} | other
-        return perform(tiny_backbone, suite, wanted, places or PLACES, folder=folder
+        return perform(Sampler(tiny_backbone), suite, wanted, places or PLACES, folder=folder
                        or tmp_path_factory.mktemp("runs"), **arguments)
     return go
 
@@ -87,6 +89,10 @@ def run(tiny_backbone, suite, tmp_path_factory):
 def whole(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     return run(Run("ewc", 3, 0, 0), folder), folder
+
+
+def judged(result, what):
+    return result["judges"]["encoder"][what]
 
 
 def without_times(result):
@@ -113,16 +119,14 @@ def test_the_figures_of_a_run(whole, suite):
     result, folder = whole
     assert result["concepts"] == ["rex", "fido",
                                   "chalk"] and result["method"] == "ewc" and result["steps"] == 2
-    for name in ("just_learned", "image_alignment", "text_alignment", "retention", "forgetting"):
-        assert len(result[name]) == 3
-    assert [len(row) for row in result["bleed"]] == [2, 2]      # objects alone
-    pairs = zip(result["just_learned"], result["image_alignment"], strict=True)
-    assert result["forgetting"] == pytest.approx([just - end for just, end in pairs])
-    assert result["just_learned"][2] == result["image_alignment"][2]
-    assert result["just_learned"][0] != result["image_alignment"][0]
+    assert result["kinds"] == ["object", "object", "style"] and len(result["text_alignment"]) == 3
+    just, alone = judged(result, "just"), judged(result, "alone")
+    assert len(just) == len(alone) == 3
+    assert [row[i] for i, row in enumerate(judged(result, "bleed"))] == alone
+    assert just[2] == pytest.approx(alone[2]) and just[0] != pytest.approx(alone[0])
     # the only group names somebody whom nobody taught
-    assert "confusion" in result and "multi_alignment" not in result
-    assert result["base_drift"] > 0 and 0 < result["trained_share"] < 1 and result["bytes_per_concept"] > 0
+    assert len(judged(result, "pairs")) == 1 and judged(result, "groups") == []
+    assert result["base_change"] > 0 and 0 < result["trained_share"] < 1 and result["bytes_per_concept"] > 0
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["ewc-n3-o0-s0.3.safetensors", "ewc-n3-o0-s0.json"]
 
@@ -130,8 +134,7 @@ def test_the_figures_of_a_run(whole, suite):
 def test_a_finished_run_is_read_and_not_run_again(whole, run, monkeypatch):
     result, folder = whole
     monkeypatch.setattr(continual, "learn", None)
-    monkeypatch.setattr(continual, "evaluate_concept", None)
-    monkeypatch.setattr(evaluation, "sample", None)
+    monkeypatch.setattr(pictures, "sample", None)
     assert run(Run("ewc", 3, 0, 0), folder) == json.loads(json.dumps(result))
 
 
@@ -141,11 +144,11 @@ def test_more_pictures_of_pairs_come_from_the_bank(whole, run, suite, tiny_backb
     assert result["pair_pictures"] == 2
     more = replace(suite, pair_seeds=(3, 4, 5, 6))
     monkeypatch.setattr(continual, "learn", None)
-    again = perform(tiny_backbone, more, Run("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING, tmp_path / "more")
-    assert again["pair_pictures"] == 4 and again["pair_alignment"] != result["pair_alignment"]
-    for found in (one := dict(again), other := json.loads(json.dumps(result))):
-        for name in ("pair_pictures", "pair_alignment", "confusion"):
-            found.pop(name)
+    again = perform(Sampler(tiny_backbone), more, Run("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING,
+                    tmp_path / "more")
+    assert again["pair_pictures"] == 4 and judged(again, "pairs") != judged(result, "pairs")
+    for found in (one := json.loads(json.dumps(again)), other := json.loads(json.dumps(result))):
+        del found["pair_pictures"], found["judges"]["encoder"]["pairs"]
     assert one == other
     assert json.loads((tmp_path / "more" / "ewc-n3-o0-s0.json").read_text()) == again
     assert run(Run("ewc", 3, 0, 0), tmp_path / "more") == result      # and back, by the same bank
@@ -155,8 +158,8 @@ def test_more_pictures_of_pairs_without_the_bank_are_a_new_run(whole, suite, tin
     result, folder = whole
     shutil.copy(folder / "ewc-n3-o0-s0.json", tmp_path)
     more = replace(suite, pair_seeds=(3, 4, 5, 6))
-    again = perform(tiny_backbone, more, Run("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING, tmp_path)
-    assert again["pair_pictures"] == 4 and again["just_learned"] == result["just_learned"]
+    again = perform(Sampler(tiny_backbone), more, Run("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING, tmp_path)
+    assert again["pair_pictures"] == 4 and judged(again, "just") == judged(result, "just")
     assert (tmp_path / "ewc-n3-o0-s0.3.safetensors").exists()
 
 
@@ -211,21 +214,21 @@ def test_files_of_other_settings_are_refused(run, whole, tmp_path):
 def test_the_order_is_respected_and_the_seed_is_the_trainings(run, whole):
     backwards = run(Run("ewc", 3, 1, 0), places=[2, 1, 0])
     assert backwards["concepts"] == ["chalk", "fido", "rex"]
-    assert backwards["just_learned"][2] == backwards["image_alignment"][2]
-    assert backwards["just_learned"][2] != whole[0]["just_learned"][0]
+    assert judged(backwards, "just")[2] == pytest.approx(judged(backwards, "alone")[2])
+    assert judged(backwards, "just")[2] != pytest.approx(judged(whole[0], "just")[0])
     other = run(Run("ewc", 3, 0, 1), training=replace(TRAINING, seed=1))
     assert other["concepts"] == whole[0]["concepts"]
-    assert other["image_alignment"] != whole[0]["image_alignment"]
+    assert judged(other, "alone") != judged(whole[0], "alone")
 
 
 @pytest.mark.parametrize("method", ["ewc"])      # in one bank its tasks would be one set of weights
 def test_alone_every_concept_is_what_it_is_on_an_empty_bank(run, tiny_backbone, suite, method):
     result = run(Run(method, 3, 0, 0, alone=True))
     first = run(Run(method, 1, 0, 0), places=[1])      # fido as the only task
-    assert result["just_learned"][1] == first["just_learned"][0]
+    assert judged(result, "just")[1] == judged(first, "just")[0]
     # whatever the others are, they are not there
-    assert result["image_alignment"] == result["just_learned"]
-    assert not {"multi_alignment", "multi_present", "pair_alignment", "confusion"} & set(result)
+    assert judged(result, "alone") == pytest.approx(judged(result, "just"))
+    assert judged(result, "groups") == judged(result, "pairs") == []
     assert Run(method, 3, 0, 0, alone=True).name != Run(method, 3, 0, 0).name
 
 
@@ -239,12 +242,12 @@ def test_prior_pictures_for_methods_that_want_them(tiny_backbone, suite, method,
         return original(backbone, pictures, *rest)
 
     monkeypatch.setattr(continual, "prepare", prepare)
-    learn_sequence(tiny_backbone, suite, Run(method, 1, 0, 0), [0], SETTINGS, TRAINING, tmp_path)
+    learn_sequence(Sampler(tiny_backbone), suite, Run(method, 1, 0, 0), [0], SETTINGS, TRAINING, tmp_path)
     assert seen == [[False] * 2 + [True] * 16 * wants]
 
 
 def test_prior_pictures_are_the_untouched_bases(tiny_backbone, suite):
-    found = prior_pictures(tiny_backbone, suite, suite.tasks[0], 3)
+    found = prior_pictures(Sampler(tiny_backbone), suite, suite.tasks[0], 3)
     assert [p.caption for p in found] == ["a dog", "dog at night", "a dog"] and all(p.is_prior for p in found)
     expected = sample(tiny_backbone, ConceptBank(tiny_backbone.layout), ["a dog"], [9000], QUICK)[0]
     assert torch.allclose(found[0].pixels, expected, atol=1e-4)
@@ -252,7 +255,7 @@ def test_prior_pictures_are_the_untouched_bases(tiny_backbone, suite):
 
 
 def test_word_bound_concepts_do_not_change_the_base(run):
-    assert run(Run("bound", 1, 0, 0), places=[0])["base_drift"] == 0
+    assert run(Run("bound", 1, 0, 0), places=[0])["base_change"] == 0
 
 
 def test_sampling_overrides_use_the_same_bank_without_learning_again(run, monkeypatch, tmp_path):
@@ -265,8 +268,8 @@ def test_sampling_overrides_use_the_same_bank_without_learning_again(run, monkey
     monkeypatch.setattr(continual, "learn", None)
     shared = run(sampled, tmp_path / "shared")
     assert without_times(shared) == without_times(own)
-    assert shared["image_alignment"] != whole["image_alignment"]
-    assert shared["seconds_per_concept"] == whole["seconds_per_concept"] and shared["base_drift"] > 0
+    assert judged(shared, "alone") != judged(whole, "alone")
+    assert shared["seconds_per_concept"] == whole["seconds_per_concept"] and shared["base_change"] > 0
     assert not list((tmp_path / "shared").glob("cidm+*.safetensors"))
     assert shared["method"] == "cidm+mode=equal"
 
@@ -277,7 +280,28 @@ def test_a_bank_of_another_order_is_refused(run, tmp_path):
         run(Run("cidm", 2, 0, 0, overrides="mode=equal"), tmp_path, places=[1, 0])
 
 
+def test_files_of_an_earlier_version_are_refused(run, whole, tmp_path):
+    stored = {name: value for name, value in whole[0].items() if name != "judges"}
+    (tmp_path / "ewc-n3-o0-s0.json").write_text(json.dumps(stored))
+    with pytest.raises(ConceptError, match="earlier version; choose another folder"):
+        run(Run("ewc", 3, 0, 0), tmp_path)
+    progress = {"names": ["rex"], "just": [[0.1, 0.2]], "features": [[]], "seconds": [1], "bytes": [1]}
+    (tmp_path / "ewc-n3-o1-s0.progress.json").write_text(json.dumps(progress))
+    with pytest.raises(ConceptError, match="earlier version; delete it"):
+        run(Run("ewc", 3, 1, 0), tmp_path)
+
+
+def test_a_concept_that_cannot_be_learned_names_its_run(run):
+    with pytest.raises(continual.LearningError, match="ewc-n3-o0-s0: .*lr"):
+        run(Run("ewc", 3, 0, 0), settings={"lr": 1e30, "token_lr": 1e30}, training=replace(TRAINING, steps=6))
+
+
 def test_overrides_divide_into_learning_and_sampling():
     changed = Run("bound", 3, 0, 0, overrides="rank=2+mode=paper+apart=false")
     assert changed.settings() == {"rank": 2, "apart": False} and changed.sampling() == {"mode": "paper"}
     assert changed.learned_as().overrides == "rank=2+apart=false"
+    longer = Run("bound", 3, 0, 0, overrides="steps=50+rank=2")
+    assert longer.steps(200) == 50 and longer.settings() == {"rank": 2} and changed.steps(200) == 200
+    for text in ("steps=0", "steps=x"):
+        with pytest.raises(ConceptError, match=f"override '{text}' is no number of steps"):
+            Run("bound", 3, 0, 0, overrides=text).steps(200)

@@ -1,155 +1,175 @@
-"""The summary of runs: means, spreads, plasticity, claims, the table.
-
-Also for runs without groups or upper bound.
-"""
+"""The summary of runs: shares, tables of runs and concepts, comparisons, bleed, and what is refused."""
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 
-from continual_concepts.benchmarks.continual.summary import (
-    orderings,
-    run_figures,
-    summarise,
-    table,
-    upper_levels,
-)
+from continual_concepts.benchmarks.continual.summary import summarise
+from continual_concepts.benchmarks.continual.tables import Table, common, share, spreads, table_of
 from continual_concepts.core.errors import ConceptError
+from continual_concepts.tests.benchmarks.runs_made import CEILING, FLOOR, NAMES, levels, run
+
+RUNS = ((21, 21), (21, 22), (22, 21))
 
 
-def made(method="cidm", ia=(0.8, 0.6), just=(0.8, 0.6), seed=0, order=0, alone=False, steps=100,
-         names=("rex", "mimi"), **more):
-    found = {"method": method, "tasks": len(ia), "order": order, "seed": seed, "alone": alone, "steps": steps,
-             "concepts": list(names)}
-    found |= {"image_alignment": list(ia), "just_learned": list(just), "text_alignment": [0.5] * len(ia)}
-    found |= {"retention": [b / a for a, b in zip(just, ia, strict=True)],
-              "forgetting": [a - b for a, b in zip(just, ia, strict=True)]}
-    found |= {"a_mmd": 0.1, "f_mmd": 0.2, "base_drift": 0.0, "trained_share": 0.01,
-              "bytes_per_concept": 2000.0}
-    found |= {"seconds_per_concept": 3.0}
-    return found | ({} if alone else {"multi_alignment": 0.4, "multi_present": 0.5, "pair_alignment": 0.3,
-                                      "confusion": 0.25}) | more
+def runs(method, **figures):
+    return [run(method, order, seed, **figures) for order, seed in RUNS]
 
 
-def row(value, spread=0.0, runs=3, name="image_alignment"):
-    held = {"mean": value, "std": spread} if name == "image_alignment" else value
-    return {name: held, "spread": {name: spread}, "cells": runs}
+def as_share(score):
+    return (score - FLOOR) / (CEILING - FLOOR)
 
 
-def test_lists_become_means_and_the_worst_retention():
-    found = run_figures(made(ia=(0.4, 0.9), just=(0.8, 0.9)))
-    assert found["image_alignment"] == pytest.approx(0.65) and found["forgetting"] == pytest.approx(0.2)
-    assert found["retention"] == pytest.approx(1.3 / 1.7) and found["worst_retention"] == pytest.approx(0.5)
-    assert found["confusion"] == 0.25 and "plasticity" not in found and "bleed" not in found
+def test_a_share_is_the_way_from_floor_to_ceiling():
+    assert share(0.2, 0.2, 0.9) == 0 and share(0.9, 0.2, 0.9) == 1
+    assert share(0.1, 0.2, 0.9) < 0 and np.isnan(share(0.5, 0.9, 0.9))
 
 
-def test_a_concept_that_was_never_learned_does_not_count_as_forgotten():
-    found = run_figures(made(ia=(0.3, 0.9), just=(0.01, 0.9)))
-    assert found["worst_retention"] == pytest.approx(1.0) and found["retention"] == pytest.approx(1.2 / 0.91)
+def test_tables_have_a_row_per_run_and_a_column_per_concept():
+    found = table_of([run(order=22), run(order=21, alone=(0.2, 0.9, 0.55, 0.2))], levels(), "alone")
+    assert found.runs == ((21, 21), (22, 21)) and found.columns == tuple(sorted(NAMES))
+    first = dict(zip(found.columns, found.values[0], strict=True))
+    assert first == pytest.approx({"rex": 0, "fido": 1, "mimi": 0.5, "chalk": 0})
+    combined, confused = (table_of([run()], levels(), figure) for figure in ("combined", "confused"))
+    assert combined.columns == ("fido", "mimi") and combined.values == pytest.approx(as_share(0.6))
+    assert confused.columns == ("rex+fido",) and confused.values == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("just", "expected"), [
-    ((0.8, 0.8, 0.4, 0.4), 0.5), ((0.4, 0.4, 0.8, 0.8), 2.0),
-    ((0.8, 0.8, 0.1, 0.4, 0.4), 0.5),      # the middle of an odd number is in neither half
-])
-def test_plasticity_is_late_over_early(just, expected):
-    names = tuple("abcde"[:len(just)])
-    assert run_figures(made(ia=just, just=just, names=names),
-                       dict.fromkeys(names, 0.8))["plasticity"] == pytest.approx(expected)
+def test_another_order_of_learning_gives_the_same_columns():
+    turned = run(names=NAMES[::-1], alone=(0.1, 0.2, 0.3, 0.4))
+    found = table_of([turned], levels(), "alone")
+    assert dict(zip(found.columns, found.values[0], strict=True))["rex"] == pytest.approx(as_share(0.4))
 
 
-def test_plasticity_does_not_take_hard_concepts_for_late_ones():
-    found = run_figures(made(just=(0.8, 0.4)), {"rex": 0.8, "mimi": 0.4})
-    assert found["plasticity"] == pytest.approx(1.0)
-    assert "plasticity" not in run_figures(made(ia=(0.8,), just=(0.8,), names=("rex",)), {"rex": 0.8})
+def test_figures_without_a_ceiling_are_left_out():
+    bare = levels()
+    for judge in bare["ceiling"]["judges"].values():
+        judge["groups"] = []
+    assert table_of([run()], bare, "combined") is None
+    row = summarise(runs("bound"), bare, "bound")["methods"]["bound"]
+    assert row["combined"] == {"cosine": pytest.approx(0.6)} and "mean" in row["alone"]
 
 
-def test_upper_levels_are_means_per_concept_whatever_the_order():
-    runs = [made(just=(0.8, 0.6), alone=True), made(just=(0.5, 0.6), names=("mimi", "rex"), alone=True)]
-    assert upper_levels(runs) == pytest.approx({"rex": 0.7, "mimi": 0.55})
+def test_common_rows_and_columns_are_in_the_same_order():
+    left = Table(np.arange(6.0).reshape(3, 2), ((1, 1), (1, 2), (2, 1)), ("a", "b"))
+    right = Table(np.arange(4.0).reshape(2, 2), ((2, 1), (1, 1)), ("b", "c"))
+    one, other = common(left, right)
+    assert one.runs == other.runs == ((1, 1), (2, 1)) and one.columns == other.columns == ("b",)
+    assert one.values.tolist() == [[1.0], [5.0]] and other.values.tolist() == [[2.0], [0.0]]
 
 
-def test_means_and_spreads_over_runs():
-    found = summarise([made(ia=(0.8, 0.6)), made(ia=(0.6, 0.4), seed=1, order=1, base_drift=0.2),
-                       made("ewc")], "cidm", {})
-    mine = found["methods"]["cidm"]
-    assert mine["cells"] == 2
-    assert mine["image_alignment"] == pytest.approx({"mean": 0.6, "std": 0.02**0.5})
-    assert mine["base_drift"] == pytest.approx(0.1)
-    assert mine["spread"]["base_drift"] == pytest.approx(0.02**0.5)
-    assert found["methods"]["ewc"]["spread"]["image_alignment"] == 0
-    facts = {"tasks": 2, "seeds": [0, 1], "orders": [0, 1], "steps": 100, "default": "cidm"}
-    assert {name: found[name] for name in facts} == facts
-    assert found["upper_bound"] == {} and "plasticity" not in mine
+def test_seeds_and_orders_are_told_apart():
+    values = np.array([[0.1], [0.3], [0.1], [0.9]])
+    found = spreads(Table(values, ((21, 21), (21, 22), (22, 21), (23, 21)), ("rex",)))
+    assert found["seeds"] == pytest.approx(np.std([0.1, 0.3], ddof=1))
+    assert found["orders"] == pytest.approx(np.std([0.1, 0.1, 0.9], ddof=1))
+    assert spreads(Table(values[:1], ((21, 21),), ("rex",))) == {"seeds": None, "orders": None}
 
 
-def test_models_of_their_own_are_the_upper_bound_and_no_method():
-    found = summarise([made(), made(alone=True, ia=(0.9, 0.8), just=(0.9, 0.8))], "cidm",
-                      {"image_alignment": 0.1})
-    assert found["methods"]["cidm"]["cells"] == 1
-    assert found["upper_bound"]["image_alignment"]["mean"] == pytest.approx(0.85)
-    assert found["methods"]["cidm"]["plasticity"] == pytest.approx((0.6 / 0.8) / (0.8 / 0.9))
-    assert found["untrained"] == {"image_alignment": 0.1}
+def test_the_result_has_the_agreed_form():
+    result = summarise([*runs("bound"), *runs("cidm", alone=(0.5,) * 4)], levels(), "bound", lambda _: 9)
+    assert {"tasks", "seeds", "orders", "default", "methods", "floor", "ceiling"} <= set(result)
+    facts = {"tasks": 4, "seeds": [21, 22], "orders": [21, 22], "default": "bound"}
+    assert {name: result[name] for name in facts} == facts
+    for row in result["methods"].values():
+        assert {"mean", "low", "high", "objects", "styles", "cosine"} <= set(row["alone"])
+        assert all({"mean", "low", "high"} <= set(row[name]) for name in ("combined", "confused"))
+        plain = ("retained", "base_change", "tfr", "a_mmd", "f_mmd", "bytes_per_concept",
+                 "seconds_per_concept")
+        assert all(isinstance(row[name], float) for name in plain)
+        assert row["tuned"] == {"trials": 9, "steps": 200, "settings": {"lr": 0.002}}
+        assert set(row["judges"]) == {"template"}
+    assert result["floor"]["alone"] == {"mean": 0.0, "cosine": pytest.approx(FLOOR)}
+    assert result["ceiling"]["combined"] == {"mean": 1.0, "cosine": pytest.approx(CEILING)}
+    assert result["floor"]["confused"] == {"mean": 0.25} and result["ceiling"]["confused"] == {"mean": 0.0}
 
 
-def test_figures_that_not_every_run_has_are_left_out():
-    bare = {name: value for name, value in made(seed=1).items()
-            if name not in ("confusion", "pair_alignment")}
-    for runs in ([made(), bare], [bare, made()], [bare]):
-        found = summarise(runs, "cidm", {})["methods"]["cidm"]
-        assert "confusion" not in found and "confusion" not in found["spread"] and "multi_alignment" in found
+def test_objects_and_styles_are_parts_of_alone():
+    row = summarise(runs("bound", alone=(0.9, 0.9, 0.9, 0.2)), levels(), "bound")["methods"]["bound"]["alone"]
+    assert row["objects"] == pytest.approx(1) and row["styles"] == pytest.approx(0)
+    assert row["mean"] == pytest.approx(0.75) and row["cosine"] == pytest.approx(0.725)
 
 
-def test_runs_of_other_steps_are_refused():
-    with pytest.raises(ConceptError, match="100.*200"):
-        summarise([made(), made(steps=200)], "cidm", {})
+def test_better_and_worse_where_the_interval_says_so_and_no_difference_elsewhere():
+    rng = np.random.default_rng(0)
+    noisy = [run("ewc", *place, alone=0.7 + rng.normal(0, 0.1, 4)) for place in RUNS]
+    result = summarise([*runs("bound"), *runs("lora", alone=(0.8,) * 4, combined=0.5, confused=0.3), *noisy],
+                       levels(), "bound")
+    lora, ewc = (result["methods"][name]["against_default"] for name in ("lora", "ewc"))
+    assert (lora["alone"]["verdict"], lora["combined"]["verdict"], lora["confused"]["verdict"]) == (
+        "better", "worse", "worse")
+    assert lora["alone"]["difference"] == pytest.approx(0.1 / 0.7) and lora["alone"]["runs"] == 3
+    assert ewc["alone"]["verdict"] == ewc["combined"]["verdict"] == "no difference"
+    assert "against_default" not in result["methods"]["bound"]
+
+
+def test_few_common_runs_give_no_verdict():
+    result = summarise([*runs("bound"), run("cns", 21, 21, alone=(0.9,) * 4), run("cns", 5, 5)], levels(),
+                       "bound")
+    found = result["methods"]["cns"]["against_default"]["alone"]
+    assert found["runs"] == 1 and found["verdict"] == "too few runs"
+
+
+def test_forgetting_and_what_is_retained():
+    lost = runs("finetune", just=(0.9, 0.9, 0.9, 0.9), alone=(0.55, 0.9, 0.9, 0.9))
+    row = summarise(lost, levels(), "bound")["methods"]["finetune"]
+    assert row["retained"] == pytest.approx(3.5 / 4) and row["retained_worst"] == pytest.approx(0.5)
+    assert row["tfr"] == pytest.approx(0.35 / 3)      # a cosine, over all but the last concept
+    unlearned = summarise(runs("ewc", just=(0.25, 0.9, 0.9, 0.9), alone=(0.2, 0.9, 0.9, 0.9)), levels(),
+                          "bound")
+    assert unlearned["methods"]["ewc"]["retained_worst"] == pytest.approx(1)
+
+
+def test_claims_are_compared_with_intervals():
+    found = summarise([*runs("cidm", alone=(0.8,) * 4), *runs("lora_m", alone=(0.6,) * 4),
+                       *runs("cns"), *runs("finetune", just=(0.9,) * 4, alone=(0.5,) * 4)], levels(),
+                      "bound")["claims"]
+    assert {tuple(entry["claim"]): entry["verdict"] for entry in found} == {
+        ("cidm", "lora_m", "alone"): "better", ("cns", "finetune", "forgotten"): "better"}
+
+
+def test_bleed_is_counted_beyond_that_of_real_pictures():
+    row = run()
+    for figures in row["judges"].values():
+        figures["bleed"][0][1] += 0.12      # rex's pictures look a little like fido
+        figures["pairs"][0]["bleed"][0][1] += 0.2
+    found = summarise([row], levels(), "bound")["methods"]["bound"]["bleed"]
+    assert found["alone"][0][1] == pytest.approx(0.42) and found["alone_excess"] == pytest.approx(0.12 / 12)
+    assert found["together_excess"] == pytest.approx(0.2 / 4)
+
+
+def test_runs_of_one_method_with_other_steps_are_refused_and_methods_may_differ():
+    with pytest.raises(ConceptError, match="'bound' have the steps 200 and 300"):
+        summarise([run(), run(seed=22, steps=300)], levels(), "bound")
+    with pytest.raises(ConceptError, match="settings"):
+        summarise([run(), run(seed=22, settings={})], levels(), "bound")
+    found = summarise([run(), run("ewc", steps=300)], levels(), "bound")
+    assert found["methods"]["ewc"]["tuned"]["steps"] == 300
     with pytest.raises(ConceptError, match="no run"):
-        summarise([], "cidm", {})
+        summarise([], levels(), "bound")
 
 
-def claim(better, worse, name):
-    found = {o["claim"]: o for o in orderings({better[0]: row(*better[1:], name=name),
-                                               worse[0]: row(*worse[1:], name=name)})}
-    return next(o for text, o in found.items() if text.startswith(better[0]))
+def test_the_order_of_the_runs_and_other_methods_do_not_change_a_row():
+    some = [*runs("bound", alone=(0.7, 0.6, 0.8, 0.5)), *runs("ewc")]
+    assert summarise(some, levels(), "bound") == summarise(some[::-1], levels(), "bound")
+    alone = summarise(some[:3], levels(), "bound")
+    assert alone["methods"]["bound"] == summarise(some, levels(), "bound")["methods"]["bound"]
 
 
-@pytest.mark.parametrize(("good", "bad", "holds", "clear"), [
-    ((0.8, 0.05), (0.6, 0.05), True, True), ((0.8, 0.15), (0.6, 0.1), True, False),
-    ((0.6, 0.0), (0.8, 0.0), False, False), ((0.8, 0.0), (0.8, 0.0), False, False),
-    # one run has no spread
-    ((0.8, 0.0, 1), (0.6, 0.05), True, False), ((0.8, 0.05), (0.6, 0.0, 1), True, False),
-])
-def test_more_is_better_where_it_is(good, bad, holds, clear):
-    found = claim(("cidm", *good), ("lora_m", *bad), "image_alignment")
-    assert (found["holds"],
-            found["clear"]) == (holds, clear) and found["difference"] == pytest.approx(good[0] - bad[0])
+def test_concepts_with_banks_of_their_own_are_a_row_without_groups():
+    alone = run("bound", alone=(0.8,) * 4) | {"alone": True}
+    for figures in alone["judges"].values():
+        figures["groups"] = figures["pairs"] = []
+    result = summarise([*runs("bound"), alone], levels(), "bound")
+    row = result["methods"]["bound alone"]
+    assert row["alone"]["cosine"] == pytest.approx(0.8) and "combined" not in row and "confused" not in row
+    assert row["bleed"]["together_excess"] is None and len(result["methods"]["bound"]["runs"]) == 3
 
 
-def test_less_is_better_for_forgetting():
-    assert claim(("clora", 0.1, 0.01), ("finetune", 0.3, 0.01), "forgetting")["clear"]
-    worse = claim(("clora", 0.3, 0.01), ("finetune", 0.1, 0.01), "forgetting")
-    assert not worse["holds"] and "below finetune" in worse["claim"]
-
-
-def test_claims_about_methods_that_did_not_run_are_not_made():
-    assert orderings({"cidm": row(0.8), "cns": row(0.7)}) == []
-
-
-def test_the_table_is_best_first_with_spreads_where_there_are_some():
-    runs = [made(ia=(0.8, 0.7)), made(ia=(0.9, 0.8), seed=1), made("ewc", ia=(0.5, 0.4)),
-            made(alone=True, ia=(0.9, 0.9))]
-    lines = table(summarise(runs, "cidm", {})).split("\n")
-    names = [line.split("|")[1].strip() for line in lines[2:]]
-    assert names == ["*one model per concept*", "**cidm**", "ewc"]
-    assert {line.count("|") for line in lines} == {lines[0].count("|")} and set(lines[1]) == {"|", "-"}
-    head = [title.strip() for title in lines[0].split("|")]
-    values = {line.split("|")[1].strip(): dict(zip(head, map(str.strip, line.split("|")), strict=True))
-              for line in lines[2:]}
-    assert values["**cidm**"]["IA"] == "80.0 ± 7.1" and values["ewc"]["IA"] == "45.0"
-    assert values["ewc"]["kB"] == "2"
-    assert values["*one model per concept*"]["confused"] == "" and values["ewc"]["confused"] == "25"
-
-
-def test_the_smallest_seconds_count():
-    found = summarise([made(seconds_per_concept=9.0), made(seed=1, seconds_per_concept=3.5)], "cidm", {})
-    assert found["methods"]["cidm"]["seconds_per_concept"] == 3.5
+def test_what_was_never_learned_has_no_retained_share():
+    row = summarise(runs("ewc", alone=(0.1,) * 4), levels(), "bound")["methods"]["ewc"]
+    assert row["retained"] is None and row["retained_worst"] is None
+    json.dumps(row, allow_nan=False)

@@ -1,0 +1,203 @@
+"""Chooses learning rates, strength and steps of every method on concepts that the benchmark does not use.
+
+Every method gets the same number of trials, in three stages: rates, then the strength of its own main
+regulariser, then steps. A stage starts from the best trial so far. A trial learns the tuning suite once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ...core.methods import get
+from ..report import write_result
+from .concepts import ordered, tuning_concepts
+from .embedded import STEPS, embedded_benchmark, usual_settings
+from .judged import floor_and_ceiling
+from .levels import file_of, measured
+from .pictures import Sampler
+from .prompt_suite import Benchmark
+from .runs import STEPS as STEPS_KEY
+from .runs import Run
+from .sequence_run import LearningError, finished_run, perform
+from .sharing import is_finished, share
+from .tables import ALONE, COMBINED, columns_of
+
+SEED, ORDER = 71, 0      # neither is used by the benchmark
+PICTURES, GROUP_PICTURES, PAIR_PICTURES = 8, 6, 8
+RATE_FACTORS = (1.0, 0.25, 0.5, 2.0)      # on the usual rates of deltas and words
+STRENGTH_FACTORS = (0.01, 0.1, 10.0)      # on the usual strength
+# for methods without a regulariser, on the rate of the words alone; textual_inversion has no other rate
+WORD_FACTORS = (0.25, 0.5, 2.0)
+OTHER_STEPS = (100, 400)
+STRENGTHS = {
+    "cidm": "gamma1", "ccdm": "gamma_specific", "clora": "forget", "cns": "tie_previous",
+    "custom_diffusion_merge": "ridge", "ewc": "tie", "l2dm": "mu", "lwf": "distil", "mix_of_show": "ridge",
+    "scns": "risk", "stamina": "forget", "tara": "alignment",
+}
+OBJECTIVE = ("mean of alone and combined at the end of the sequence, as shares of the way from class nouns "
+             "to real pictures, averaged over the judges")
+Trial = dict[str, float | int]      # settings that differ from the usual ones, and `steps`
+
+
+def strength_of(method: str) -> tuple[str, float] | None:
+    """The setting that is the method's main regulariser, with its usual value; None if it has none."""
+    name = STRENGTHS.get(method)
+    if name is None or name not in {entry.name for entry in fields(get(method).config)}:
+        return None
+    value = getattr(get(method).config(**usual_settings(method)), name)
+    return (name, value) if value else None
+
+
+def _rates(method: str) -> list[Trial]:
+    config = get(method).config(**usual_settings(method))
+    return [{"lr": config.lr * factor, "token_lr": config.token_lr * factor, STEPS_KEY: STEPS}
+            for factor in RATE_FACTORS]
+
+
+def stage_trials(method: str, stage: int, best: Trial) -> list[Trial]:
+    """The trials of a stage: 0 rates, 1 strength, 2 steps. best: the best trial of earlier stages."""
+    if stage == 0:
+        return _rates(method)
+    if stage == 2:
+        return [{**best, STEPS_KEY: steps} for steps in OTHER_STEPS]
+    strength = strength_of(method)
+    if strength is None:
+        return [{**best, "token_lr": best["token_lr"] * factor} for factor in WORD_FACTORS]
+    name, usual = strength
+    return [{**best, name: usual * factor} for factor in STRENGTH_FACTORS]
+
+
+STAGES = 3
+BUDGET = len(RATE_FACTORS) + len(STRENGTH_FACTORS) + len(OTHER_STEPS)
+
+
+def run_of(method: str, trial: Trial, tasks: int) -> Run:
+    """The run of a trial; its overrides name all that the trial sets."""
+    overrides = "+".join(f"{name}={value:g}".replace("e+", "e") for name, value in sorted(trial.items()))
+    return Run(method, tasks, ORDER, SEED, overrides=overrides)
+
+
+def figures(run: Mapping, levels: Mapping) -> dict[str, float]:
+    """The figures of a trial's run, and its objective, by all judges. A failed run has no objective."""
+    if "failed" in run:
+        return {}
+    found = {}
+    for figure in (ALONE, COMBINED):
+        values = [sum(columns.values()) / len(columns) for judge in run["judges"]
+                  if (columns := columns_of(run, levels, figure, judge))]
+        found[figure] = sum(values) / len(values)
+    return {**found, "objective": (found[ALONE] + found[COMBINED]) / 2,
+            "seconds_per_concept": run["seconds_per_concept"]}
+
+
+class Tuning:
+    """The trials of some methods, and what their finished runs say."""
+
+    def __init__(self, methods: Sequence[str], folder: Path, levels: Mapping, tasks: int) -> None:
+        self.methods, self.folder, self.levels, self.tasks = methods, folder, levels, tasks
+
+    def _result(self, method: str, trial: Trial) -> dict | None:
+        run = run_of(method, trial, self.tasks)
+        stored = finished_run(self.folder / f"{run.name}.json")
+        if stored is None:
+            return None
+        failed = {"failed": stored["failed"]} if "failed" in stored else {}
+        return {"settings": trial, **figures(stored, self.levels), **failed}
+
+    def of(self, method: str) -> tuple[list[dict], list[Trial], Trial | None]:
+        """A method's finished trials, those of its present stage, and the best one if all are finished."""
+        done: list[dict] = []
+        best: Trial = {}
+        for stage in range(STAGES):
+            trials = stage_trials(method, stage, best)
+            results = [self._result(method, trial) for trial in trials]
+            done += [{"stage": stage, **result} for result in results if result is not None]
+            if None in results:
+                return done, trials, None
+            ranked = [result for result in done if "objective" in result]
+            if not ranked:      # no rate works
+                return done, trials, trials[0]
+            best = max(ranked, key=lambda result: result["objective"])["settings"]
+        return done, [], best
+
+    def wanted(self) -> list[Run]:
+        """The runs of the present stage of every method."""
+        return [run_of(method, trial, self.tasks) for method in self.methods for trial in self.of(method)[1]]
+
+    def to_json(self, base: str) -> dict:
+        methods = {}
+        for method in self.methods:
+            done, _, best = self.of(method)
+            methods[method] = {**({"chosen": best} if best is not None else {}), "trials": done}
+        return {"base": base, "tasks": self.tasks, "seed": SEED, "order": ORDER, "objective": OBJECTIVE,
+                "budget": BUDGET, "methods": methods}
+
+
+def tuning_benchmark() -> Benchmark:
+    """The tuning suite on the embedded base, with fewer pictures than the benchmark."""
+    benchmark = embedded_benchmark(tuning_concepts(), STEPS)
+    suite = benchmark.suite
+    origin = {**suite.origin, "pictures": PICTURES, "group_pictures": GROUP_PICTURES}
+    return replace(benchmark, suite=replace(
+        suite, seeds=suite.seeds[:PICTURES], group_seeds=suite.group_seeds[:GROUP_PICTURES],
+        pair_seeds=suite.pair_seeds[:PAIR_PICTURES], origin=origin), settings_of=usual_settings)
+
+
+def _perform(sampler: Sampler, benchmark: Benchmark, run: Run, folder: Path) -> None:
+    """Performs a trial. One that diverges is a result, too."""
+    file = folder / f"{run.name}.json"
+    if is_finished(folder, run) and "failed" in (finished_run(file) or {}):
+        return
+    settings = {**benchmark.settings_of(run.method), **run.settings()}
+    get(run.method).config(**settings)      # wrong settings are an error, not a result
+    training = benchmark.training(run.steps(STEPS), run.seed)
+    try:
+        perform(sampler, benchmark.suite, run, ordered(run.tasks, run.order), settings, training, folder)
+    except LearningError as error:
+        write_result(file, {**run.to_json(), "failed": str(error)})
+
+
+def _others(file: Path, result: Mapping) -> Mapping:
+    """What the file holds of other methods that were tuned in the same way on the same base."""
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    same = all(stored.get(name) == value for name, value in result.items() if name != "methods")
+    return stored["methods"] if same else {}
+
+
+def tune(methods: Sequence[str], file: Path, folder: Path,
+         tell: Callable[[str], object] = lambda _: None) -> dict:
+    """Performs all missing trials, together with other processes of the same command.
+
+    Args:
+        methods: Whose settings are chosen.
+        file: The result, written after every trial. Other methods that it holds stay.
+        folder: Folder of the trials.
+        tell: Reports a finished trial.
+
+    Returns:
+        The result: every trial with its figures, and the chosen settings of each method.
+    """
+    benchmark = tuning_benchmark()
+    sampler, suite = Sampler(benchmark.backbone), benchmark.suite
+    levels = measured(file_of(folder, len(suite.tasks)), suite.origin,
+                      lambda: floor_and_ceiling(sampler, suite))
+    tuning = Tuning(methods, folder, levels, len(suite.tasks))
+
+    def write() -> dict:
+        result = tuning.to_json(benchmark.backbone.fingerprint)
+        result["methods"] = dict(sorted({**_others(file, result), **result["methods"]}.items()))
+        write_result(file, result)
+        return result
+
+    def trial(run: Run) -> None:
+        was_finished = is_finished(folder, run)
+        _perform(sampler, benchmark, run, folder)
+        if not was_finished:
+            tell(f"{run.name}: finished")
+            write()
+
+    share(folder, tuning.wanted, trial)
+    return write()

@@ -1,0 +1,139 @@
+"""Tuning: the same budget for every method, stages that build on one another, and who reads the result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from continual_concepts.benchmarks.__main__ import main
+from continual_concepts.benchmarks.continual import embedded, tuned, tuning
+from continual_concepts.benchmarks.continual.runs import Run
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods import METHODS, get
+from continual_concepts.tests.benchmarks.runs_made import levels, run
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A result of tuning on the base `abc`, in place of the committed one."""
+    path = tmp_path / "tuning.json"
+    content = {"base": "abc", "methods": {
+        "bound": {"chosen": {"lr": 0.001, "token_lr": 0.01, "steps": 400}, "trials": [{}] * 9},
+        "ewc": {"trials": [{}] * 4}}}
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(tuned, "FILE", path)
+    return path
+
+
+def test_every_method_has_the_same_budget_of_valid_settings():
+    for method in METHODS:
+        best, count = {}, 0
+        for stage in range(tuning.STAGES):
+            trials = tuning.stage_trials(method, stage, best)
+            count += len(trials)
+            for trial in trials:
+                planned = tuning.run_of(method, trial, 6)
+                settings = {**embedded.usual_settings(method), **planned.settings()}
+                config = get(method).config(**settings)
+                assert planned.steps(1) == trial["steps"] and config.token_lr > 0
+            names = {json.dumps(trial, sort_keys=True) for trial in trials}
+            assert len(names) == len(trials) and json.dumps(best, sort_keys=True) not in names
+            best = trials[0]
+        assert count == tuning.BUDGET == 9
+
+
+def test_strengths_are_settings_of_their_methods():
+    for method, name in tuning.STRENGTHS.items():
+        assert method in METHODS and name in {entry.name for entry in fields(get(method).config)}
+        assert tuning.strength_of(method) is None or tuning.strength_of(method)[1] > 0
+    assert tuning.strength_of("bound") is None
+
+
+class Finished:
+    """A folder of finished trials whose objective is best for given settings."""
+
+    def __init__(self, folder, prefer):
+        self.folder, self.prefer = folder, prefer
+        self.tuning = tuning.Tuning(["ewc"], folder, levels(), 4)
+
+    def finish(self, runs):
+        for planned in runs:
+            settings = {**planned.settings(), "steps": planned.steps(0)}
+            good = sum(settings.get(name) == pytest.approx(value) for name, value in self.prefer.items())
+            made = run("ewc", 0, 71, alone=(0.4 + 0.1 * good,) * 4)
+            (self.folder / f"{planned.name}.json").write_text(json.dumps(made))
+
+
+def test_each_stage_starts_from_the_best_of_the_earlier_ones(tmp_path):
+    usual = tuning.strength_of("ewc")[1]
+    best = {"lr": 1e-3, "token_lr": 1e-2, "tie": 10 * usual, "steps": 100}
+    finished = Finished(tmp_path, best)
+    for size in (4, 3, 2):
+        assert "chosen" not in finished.tuning.to_json("abc")["methods"]["ewc"]
+        wanted = finished.tuning.wanted()
+        assert len(wanted) == size
+        finished.finish(wanted)
+    assert finished.tuning.wanted() == []
+    entry = finished.tuning.to_json("abc")["methods"]["ewc"]
+    assert entry["chosen"] == pytest.approx(best) and len(entry["trials"]) == tuning.BUDGET
+    for trial in entry["trials"]:
+        assert {"stage", "settings", "alone", "combined", "objective"} <= set(trial)
+
+
+def test_a_trial_that_fails_is_recorded_and_not_chosen(tmp_path):
+    finished = Finished(tmp_path, {})
+    wanted = finished.tuning.wanted()
+    finished.finish(wanted[1:])
+    (tmp_path / f"{wanted[0].name}.json").write_text(json.dumps({"method": "ewc", "failed": "NaN"}))
+    done, trials, _ = finished.tuning.of("ewc")
+    assert done[0]["failed"] == "NaN" and "objective" not in done[0] and len(trials) == 3
+    assert all(trial["lr"] == pytest.approx(5e-4) for trial in trials)
+
+
+def test_the_objective_is_the_mean_of_alone_and_combined_by_all_judges():
+    found = tuning.figures(run(alone=(0.9,) * 4, combined=0.55), levels())
+    assert found["alone"] == pytest.approx(1) and found["combined"] == pytest.approx(0.5)
+    assert found["objective"] == pytest.approx(0.75)
+
+
+def test_the_benchmark_reads_what_was_chosen(file):
+    assert embedded.settings_of("bound", "abc") == {"lr": 0.001, "token_lr": 0.01}
+    assert tuned.chosen_steps("bound", "abc") == 400 and tuned.trials("bound", "abc") == 9
+    # another base, a method that is still being tuned, and one that is not
+    for method, base in (("bound", "xyz"), ("ewc", "abc"), ("l2dm", "abc")):
+        assert embedded.settings_of(method, base) == embedded.usual_settings(method)
+        assert tuned.chosen_steps(method, base) is None
+
+
+def test_without_a_file_the_usual_settings_stand(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "FILE", tmp_path / "none.json")
+    assert embedded.settings_of("bound", "abc") == embedded.RATES and tuned.trials("bound", "abc") == 0
+
+
+def test_a_broken_file_is_named(file):
+    file.with_name("other.json").write_text("[]")
+    with pytest.raises(ConceptError, match="other.json' is no result of the command tune"):
+        tuned._read(file.with_name("other.json"))
+
+
+def test_other_methods_of_the_file_stay(file):
+    result = tuning.Tuning([], file.parent, levels(), 4).to_json("abc")
+    assert tuning._others(file, result) == {}      # tuned in another way
+    stored = {**result, "methods": {"bound": {"trials": []}}}
+    file.write_text(json.dumps(stored))
+    assert tuning._others(file, result) == {"bound": {"trials": []}}
+    assert tuning._others(file, {**result, "base": "xyz"}) == {}
+
+
+@pytest.mark.parametrize(("methods", "sentence"), [
+    ("nonsense", "unknown method 'nonsense'"), ("bound+rank=2", "methods names 'bound+rank=2'"),
+])
+def test_bad_input_is_named(capsys, methods, sentence):
+    assert main(["tune", "--methods", methods]) == 1 and sentence in capsys.readouterr().err
+
+
+def test_names_of_trials_are_allowed_names_of_files():
+    planned = tuning.run_of("clora", {"lr": 5e-4, "token_lr": 0.005, "forget": 1e9, "steps": 200}, 6)
+    assert planned == Run("clora", 6, 0, 71, overrides="forget=1e09+lr=0.0005+steps=200+token_lr=0.005")
