@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..model.deltas import Delta, LowRankDelta
 from ..model.processor import AttentionFunction
+from ..model.slots import SlotDelta, of_one_length, with_slots
 from .token_lora import HeadExtension, extended_attention, extended_heads
 
 
@@ -58,6 +59,41 @@ def _padded(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
     return result
 
 
+class PackedSlots:
+    """Slots of up to C concepts in each of G regions, all of one length m.
+
+    Args:
+        key, value: `[C, G, m, a]`; zeros where a region has fewer concepts.
+        heads: Number of heads of the site.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, heads: int) -> None:
+        self.key, self.value, self.heads, self.count = key, value, heads, len(key)
+        self._batch: tuple[int, Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, regions: Sequence[Sequence[SlotDelta]]) -> PackedSlots | None:
+        """Packs the slots of every region; None if there are none."""
+        every = [delta for slots in regions for delta in slots]
+        if not every:
+            return None
+        keys, values = of_one_length(every)
+        shape = max(map(len, regions)), len(regions), *keys.shape[1:]
+        key, value, place = keys.new_zeros(shape), values.new_zeros(shape), 0
+        for region, slots in enumerate(regions):
+            for concept in range(len(slots)):
+                key[concept, region], value[concept, region] = keys[place], values[place]
+                place += 1
+        return cls(key, value, every[0].heads)
+
+    def for_rows(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values for `rows` pictures of every region, `[C, G * rows, m, a]`. Cached."""
+        if self._batch is None or self._batch[0] != rows or self._batch[1].dtype != dtype:
+            key, value = (x.to(dtype).repeat_interleave(rows, 1) for x in (self.key, self.value))
+            self._batch = rows, key, value
+        return self._batch[1], self._batch[2]
+
+
 class PackedKeysValues:
     """Stacked keys and values of G regions for one attention call.
 
@@ -73,25 +109,36 @@ class PackedKeysValues:
         self.out_down = _padded([down for _, down in outs], 0)
         self.extension_down = _padded([part.extension.query_down for part in parts], 0)      # [G, x, b]
         self.extension_key = _padded([part.extension.key for part in parts], -1)             # [G, R, N, H, x]
-        self.extension_value = _padded([part.extension.value for part in parts], -1)         # [G, R, N, H, p]
-        extension_up = self._even(_padded([part.extension.out_up for part in parts], 1))
+        values = _padded([part.extension.value for part in parts], -1)                       # [G, R, N, H, p]
+        masses = _padded([part.extension.mass for part in parts], -1)                        # [G, R, N, C]
+        self.slots = PackedSlots.of([part.extension.slots for part in parts])
+        self.extension_value = self._columns(values, masses)                             # [G, R, N, H, p + C]
+        self._even()
+        self._low_columns = 0 if values is None else values.shape[-1]
+        extension_up = _padded([part.extension.out_up for part in parts], 1)
         ups = [up for up in (extension_up, _padded([up for up, _ in outs], 1)) if up is not None]
         self.out_up = torch.cat(ups, -1) if ups else None      # [G, a, p], extensions and deltas of to_out
         self._batch: tuple[Tensor, Tensor, Tensor] | None = None      # rows, and their keys and values
         self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def _even(self, extension_up: Tensor | None) -> Tensor | None:
-        """Pads the extension until keys and values have the same width, a multiple of 8, which fast attention
-        kernels need. Returns `extension_up` with the same number of columns.
+    def _columns(self, values: Tensor | None, masses: Tensor | None) -> Tensor | None:
+        """Extension of the values and masks side by side; None for neither."""
+        if masses is None or self.slots is None:
+            return values
+        masses = masses.unsqueeze(3).expand(-1, -1, -1, self.slots.heads, -1)
+        return masses if values is None else torch.cat([values, masses], -1)
+
+    def _even(self) -> None:
+        """Pads the extensions until keys and values have the same width, a multiple of 8, which fast
+        attention kernels need.
         """
         key, value = self.extension_key, self.extension_value
-        if self.extension_down is None or key is None or value is None or extension_up is None:
-            return extension_up
+        if self.extension_down is None or key is None or value is None:
+            return
         width = max(self.extension_down.shape[1], value.shape[-1])
         width += -(self.key.shape[-1] // key.shape[-2] + width) % 8
         self.extension_down = F.pad(self.extension_down, (0, 0, 0, width - self.extension_down.shape[1]))
         self.extension_key, self.extension_value = (F.pad(x, (0, width - x.shape[-1])) for x in (key, value))
-        return F.pad(extension_up, (0, width - extension_up.shape[-1]))
 
     def queries(self, query: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries with the regions' deltas.
@@ -135,8 +182,12 @@ class PackedKeysValues:
             out = attention(query, key, value)
         else:
             extension = None if extension is None else extension.view(len(query), -1, extension.shape[2])
-            out, low = extended_attention(heads, query, key, value, extension)
-            low = None if low is None else low.reshape(*hidden.shape[:2], -1)
+            out, columns = extended_attention(heads, query, key, value, extension)
+            if self.slots is not None:
+                mass = columns.narrow(-1, self._low_columns, self.slots.count)
+                out = with_slots(heads, out, query, mass, *self.slots.for_rows(len(rows), out.dtype))
+            if self._low_columns:
+                low = columns[..., :self._low_columns].sum(2).reshape(*hidden.shape[:2], -1)
         out = out.reshape(*hidden.shape[:2], -1)
         out = out if others is None else out + others
         if self.out_down is not None:

@@ -29,6 +29,7 @@ from ..model.context import Context
 from ..model.deltas import Delta, Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site
+from ..model.slots import SLOTS, SlotDelta, of_one_length, with_slots
 
 
 def word_mask(context: Context, name: str) -> Tensor:
@@ -48,11 +49,13 @@ class TokenAdapter:
         mask: `[B, N]`, its strength at its words, see `word_mask`.
         query: Its delta of to_q, or None.
         out: Its delta of to_out, or None.
+        slots: Its slots, or None.
     """
 
     mask: Tensor
     query: LowRankDelta | None
     out: LowRankDelta | None
+    slots: SlotDelta | None = None
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,33 @@ class HeadExtension:
         value: `[B, N, H, p]`, the extension of the values.
         out_up: `[a, p]`, maps the attended extension, summed over heads, to the addition after to_out. None,
             like `value`, if no concept has a delta of to_out.
+        mass: `[B, N, C]`, the masks of the C concepts with slots. Attended like a value, they give the
+            attention that is paid to the concepts' words. None for C = 0.
+        slots: The slots of these concepts.
     """
 
     query_down: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
     out_up: Tensor | None = None
+    mass: Tensor | None = None
+    slots: tuple[SlotDelta, ...] = ()
+
+    def columns(self, heads: int) -> Tensor | None:
+        """The extension of the values and the masks, `[B, N, H, p + C]`; None for no columns."""
+        mass = None if self.mass is None else self.mass.unsqueeze(2).expand(-1, -1, heads, -1)
+        parts = [part for part in (self.value, mass) if part is not None]
+        return torch.cat(parts, -1) if parts else None
 
 
 def head_extension(heads: int, key: Tensor, value: Tensor, adapters: Sequence[TokenAdapter]) -> HeadExtension:
     """Head extension for key and value `[B, N, a]`, which already contain the concepts' dK and dV."""
     k, v = (x.unflatten(-1, (heads, -1)) for x in (key, value))
-    downs, keys, values, ups = [], [], [], []
+    downs, keys, values, ups, masses = [], [], [], [], []
     for adapter in adapters:
         mask = adapter.mask.to(k)[:, :, None, None]
+        if adapter.slots is not None:
+            masses.append(mask[..., 0])
         if adapter.query is not None:
             up = adapter.query.up.to(k).unflatten(0, (heads, -1))
             downs.append(adapter.query.scale * adapter.query.down)
@@ -88,8 +104,11 @@ def head_extension(heads: int, key: Tensor, value: Tensor, adapters: Sequence[To
             down = adapter.out.down.to(v).unflatten(1, (heads, -1))
             values.append(torch.einsum("bnhd,rhd->bnhr", v, down) * mask)
             ups.append(adapter.out.scale * adapter.out.up)
-    columns = ((downs, 0), (keys, -1), (values, -1), (ups, 1))
-    return HeadExtension(*(torch.cat(parts, dim) if parts else None for parts, dim in columns))
+    columns = ((downs, 0), (keys, -1), (values, -1), (ups, 1), (masses, -1))
+    down, extended_key, extended_value, up, mass = (torch.cat(parts, dim) if parts else None
+                                                    for parts, dim in columns)
+    slots = tuple(adapter.slots for adapter in adapters if adapter.slots is not None)
+    return HeadExtension(down, extended_key, extended_value, up, mass, slots)
 
 
 def extended_heads(heads: int, x: Tensor, extension: Tensor | None) -> Tensor:
@@ -101,7 +120,7 @@ def extended_heads(heads: int, x: Tensor, extension: Tensor | None) -> Tensor:
 
 
 def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
-                       query_extension: Tensor | None) -> tuple[Tensor, Tensor | None]:
+                       query_extension: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of extended heads.
 
     Args:
@@ -111,8 +130,8 @@ def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
         query_extension: `[B, S, x]`, the same for every head, or None.
 
     Returns:
-        The attended values `[B, S, a]`, and the attended extension summed over heads `[B, S, p]`, None if
-        values have no extension.
+        The attended values `[B, S, a]`, and the attended extension `[B, S, H, p]`, with p = 0 if values have
+        no extension.
     """
     q = query.unflatten(-1, (heads, -1))      # [B, S, H, d]
     width = q.shape[-1]
@@ -120,8 +139,7 @@ def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
         q = torch.cat([q, query_extension.to(q).unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), key, value, scale=width**-0.5)
     attended = attended.transpose(1, 2)
-    low = attended[..., width:].sum(2) if attended.shape[-1] > width else None
-    return attended[..., :width].flatten(2), low
+    return attended[..., :width].flatten(2), attended[..., width:]
 
 
 def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor,
@@ -141,10 +159,15 @@ def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor,
     """
     extension = head_extension(heads, key, value, adapters)
     longer = None if extension.query_down is None else F.linear(hidden, extension.query_down.to(hidden))
-    keys, values = extended_heads(heads, key, extension.key), extended_heads(heads, value, extension.value)
-    attended, low = extended_attention(heads, query, keys, values, longer)
-    if low is None or extension.out_up is None:
+    keys = extended_heads(heads, key, extension.key)
+    values = extended_heads(heads, value, extension.columns(heads))
+    attended, columns = extended_attention(heads, query, keys, values, longer)
+    if extension.slots:
+        mass = columns[..., columns.shape[-1] - len(extension.slots):]
+        attended = with_slots(heads, attended, query, mass, *of_one_length(extension.slots))
+    if extension.out_up is None:
         return attended, None
+    low = columns[..., :extension.out_up.shape[1]].sum(2)
     return attended, F.linear(low, extension.out_up.to(low))
 
 
@@ -189,8 +212,13 @@ class TokenLora:
 
     def adapters(self, site: Site) -> list[TokenAdapter]:
         """The concepts at a site. Raises ConceptError if one has a sparse delta of to_q or to_out."""
-        return [TokenAdapter(mask, self._low_rank(name, site, "to_q"), self._low_rank(name, site, "to_out"))
+        return [TokenAdapter(mask, self._low_rank(name, site, "to_q"), self._low_rank(name, site, "to_out"),
+                             self._slots(name, site))
                 for name, mask in self.masks.items()]
+
+    def _slots(self, name: str, site: Site) -> SlotDelta | None:
+        delta = self.deltas[name].get((site.index, SLOTS))
+        return delta if isinstance(delta, SlotDelta) else None
 
     def _low_rank(self, name: str, site: Site, projection: str) -> LowRankDelta | None:
         delta: Delta | None = self.deltas[name].get((site.index, projection))

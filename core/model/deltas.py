@@ -1,9 +1,9 @@
-"""Deltas, low rank or sparse: changes that a concept adds to the projections of the sites."""
+"""Deltas: changes that a concept adds to the projections of the sites, low rank or sparse, and its slots."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import ConceptError
 from .sites import PROJECTIONS, Site, SiteLayout
+from .slots import SLOTS, SlotDelta
 
-DeltaKey = tuple[int, str]     # (site index, projection)
+DeltaKey = tuple[int, str]     # (site index, projection), or (site index, SLOTS)
 # a sparse entry needs an index and a value: twice the memory of a factor's entry
 SPARSE_SIZE = 2
 
@@ -87,7 +88,7 @@ class SparseDelta:
         return SparseDelta(self.size, self.indices.to(device), self.values.to(device, dtype), self.scale)
 
 
-Delta = LowRankDelta | SparseDelta
+Delta = LowRankDelta | SparseDelta | SlotDelta
 Deltas = Mapping[DeltaKey, Delta]
 
 
@@ -96,10 +97,20 @@ def check_fits(deltas: Deltas, layout: SiteLayout, owner: str) -> None:
     for (index, projection), delta in deltas.items():
         if not 0 <= index < len(layout):
             raise ConceptError(f"{owner} has a delta for site {index}; this base has {layout.describe()}")
+        if projection == SLOTS:
+            _check_slots(delta, layout.sites[index], owner)
+            continue
         wanted = layout.sites[index].shape(projection)
         if tuple(delta.shape) != wanted:
             raise ConceptError(f"{owner} has a {delta.shape[0]}x{delta.shape[1]} delta for {projection} of "
                                f"site {index}; this base needs {wanted[0]}x{wanted[1]}")
+
+
+def _check_slots(delta: Delta, site: Site, owner: str) -> None:
+    width = site.shape("to_k")[0]
+    if not isinstance(delta, SlotDelta) or delta.key.shape != delta.value.shape or delta.shape[1] != width:
+        raise ConceptError(f"{owner} has slots of width {delta.shape[1]} at site {site.index}; this base "
+                           f"needs {width}, for keys and values alike")
 
 
 def only_low_rank(deltas: Deltas) -> dict[DeltaKey, LowRankDelta]:
@@ -151,7 +162,7 @@ def pack(deltas: Deltas, layout: SiteLayout) -> tuple[dict[str, Tensor], dict]:
     """
     tensors: dict[str, Tensor] = {}
     notes: dict[str, dict] = {}
-    for projection in PROJECTIONS:
+    for projection in (*PROJECTIONS, SLOTS):
         sites = sorted(index for index, name in deltas if name == projection)
         if not sites:
             continue
@@ -162,7 +173,9 @@ def pack(deltas: Deltas, layout: SiteLayout) -> tuple[dict[str, Tensor], dict]:
             raise ConceptError(f"the deltas of {projection} mix low rank and sparse; allowed: "
                                "one form per projection")
         notes[projection] = {"sites": sites, "scale": [float(delta.scale) for delta in present]}
-        if low_rank:
+        if projection == SLOTS:
+            tensors |= _packed_slots([delta for delta in present if isinstance(delta, SlotDelta)])
+        elif low_rank:
             ranks = {delta.up.shape[1] for delta in low_rank}
             if len(ranks) > 1:
                 raise ConceptError(f"the deltas of {projection} have ranks {sorted(ranks)}; allowed: "
@@ -189,7 +202,8 @@ def unpack(tensors: Mapping[str, Tensor], notes: dict, layout: SiteLayout) -> di
         if not all(map(math.isfinite, scales)):
             raise ConceptError(f"the deltas of {projection} have scales {scales}; allowed: finite numbers")
         sites = [layout.sites[i] for i in note["sites"]]
-        read = _unpack_low_rank if f"{projection}.up" in tensors else _unpack_sparse
+        read = _unpack_slots if projection == SLOTS else (
+            _unpack_low_rank if f"{projection}.up" in tensors else _unpack_sparse)
         for site, delta in zip(sites, read(tensors, projection, note, sites, scales), strict=True):
             deltas[site.index, projection] = delta
     return deltas
@@ -219,6 +233,25 @@ def _unpack_sparse(tensors: Mapping[str, Tensor], projection: str, note: dict, s
                                f"{site.index}")
         deltas.append(SparseDelta((a, b), index, value, scale))
     return deltas
+
+
+def _packed_slots(slots: Sequence[SlotDelta]) -> dict[str, Tensor]:
+    counts = {delta.shape[0] for delta in slots}
+    if len(counts) > 1:
+        raise ConceptError(f"the sites have {sorted(counts)} slots; allowed: one number for all sites")
+    return {f"{SLOTS}.key": torch.cat([delta.key for delta in slots], dim=1),
+            f"{SLOTS}.value": torch.cat([delta.value for delta in slots], dim=1)}
+
+
+def _unpack_slots(tensors: Mapping[str, Tensor], _projection: str, _note: dict, sites: list[Site],
+                  scales: list[float]) -> list[Delta]:
+    widths = [site.shape("to_k")[0] for site in sites]
+    keys, values = (_split(tensors[name], widths, 1, 2, name) for name in (f"{SLOTS}.key", f"{SLOTS}.value"))
+    if len(tensors[f"{SLOTS}.key"]) != len(tensors[f"{SLOTS}.value"]):
+        raise ConceptError(f"tensors '{SLOTS}.key' and '{SLOTS}.value' have different numbers of slots; they "
+                           "must agree")
+    return [SlotDelta(key, value, site.heads, scale)
+            for key, value, site, scale in zip(keys, values, sites, scales, strict=True)]
 
 
 def _split(tensor: Tensor, sizes: list[int], dim: int, ndim: int, name: str) -> tuple[Tensor, ...]:
