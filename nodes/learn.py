@@ -234,7 +234,7 @@ def _with_early_stopping(config: TrainingConfig, given: dict) -> TrainingConfig:
 
 
 def _info(task: Task, method: Method) -> ConceptInfo:
-    words = task.worded(method.word_count).word_names
+    words = task.worded(method.words_of_kind(task.kind)).word_names
     return ConceptInfo(task.name, task.class_noun, method.name, words, task.kind)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from ..errors import ConceptError
 from ..model.deltas import Deltas, check_fits
 from ..model.sites import SiteLayout
+from ..model.slots import SLOTS
 from .composition import Composition, of_older_file
 from .tokens import MAX_WORDS, TokenGroup, check_name, word_after
 
@@ -99,6 +100,11 @@ class Concept:
     @property
     def name(self) -> str:
         return self.info.name
+
+    @property
+    def slots(self) -> int:
+        """The number of slots at a site, 0 for none."""
+        return max((delta.shape[0] for (_, place), delta in self.deltas.items() if place == SLOTS), default=0)
 
     def check_fits(self, layout: SiteLayout) -> None:
         """Raises ConceptError unless words and deltas have the shapes that the layout needs."""

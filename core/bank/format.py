@@ -1,4 +1,4 @@
-"""The bank file, format 1: one `.safetensors` file with a JSON header.
+"""The bank file, format 1 or 2: one `.safetensors` file with a JSON header.
 
 The metadata key `continual_concepts` holds `{"version", "layout", "concepts": [...], "shared": [method,
 ...]}`.
@@ -8,7 +8,8 @@ A concept's record:
   with others: `{"kind": "route" | "bound" | "sum" | "average", "merged": number or null}`, see `composition`.
   Files of the first version have no `composition`; the method then determines it. Readers of the first
   version ignore the field.
-- `deltas`: form and scale of its deltas, see `deltas.pack`.
+- `deltas`: form and scale of its deltas, see `deltas.pack`. A file whose deltas include slots has format 2,
+  every other one format 1, so that versions without slots refuse the former and read the latter.
 - `encoders`: names of the text encoders that its words have vectors for.
 - `stand_in`: the placeholder noun, if the words have one.
 
@@ -40,13 +41,14 @@ from ..errors import ConceptError
 from ..files import write_atomically
 from ..model.deltas import pack, unpack
 from ..model.sites import SiteLayout
+from ..model.slots import SLOTS
 from .bank import ConceptBank, Entry, _Cached
 from .concepts import Concept, ConceptInfo
 from .tokens import TokenGroup
 
 METADATA_KEY = "continual_concepts"
 LONGEST_PLACEHOLDER_NOUN = 200
-VERSION = 1
+VERSION, WITHOUT_SLOTS = 2, 1
 SUFFIX = ".safetensors"
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
           "U8": torch.uint8, "I8": torch.int8,
@@ -85,7 +87,8 @@ def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] 
             raise ConceptError(f"the shared state of method '{method}' holds NaN or infinity")
         tensors |= {f"shared/{method}/{name}": tensor.detach().clone().contiguous().cpu()
                     for name, tensor in state.items()}
-    header = {"version": VERSION, "layout": bank.layout.to_json(), "concepts": records,
+    version = VERSION if any(SLOTS in record["deltas"] for record in records) else WITHOUT_SLOTS
+    header = {"version": version, "layout": bank.layout.to_json(), "concepts": records,
               "shared": sorted(bank.shared)}
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), metadata), before)
@@ -109,9 +112,9 @@ def _read_header(path: Path) -> tuple[dict, list[str]]:
         version = header["version"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConceptError(f"the bank '{path}' has damaged metadata ({type(error).__name__})") from error
-    if version != VERSION:
+    if version not in (WITHOUT_SLOTS, VERSION):
         raise ConceptError(f"the bank '{path}' has format version {reprlib.repr(version)}; this version of "
-                           f"Continual Concepts reads {VERSION}")
+                           f"Continual Concepts reads {WITHOUT_SLOTS} and {VERSION}")
     return header, keys
 
 

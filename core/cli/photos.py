@@ -19,7 +19,7 @@ from ..training.config import TrainingConfig
 
 def info_of(options: Namespace, method: Method) -> ConceptInfo:
     """What the options say about the concept."""
-    words = options.words or default_words(options.name, method.word_count)
+    words = options.words or default_words(options.name, method.words_of_kind(options.kind))
     return ConceptInfo(options.name, options.noun, method.name, words, options.kind)
 
 

@@ -14,7 +14,8 @@ from ..bank.concepts import Concept, ConceptInfo
 from ..data.reading import to_pixels
 from ..errors import ConceptError
 from ..images import opened
-from ..model.deltas import Deltas, LowRankDelta
+from ..model.deltas import Deltas, LowRankDelta, SparseDelta
+from ..model.slots import SlotDelta
 from .bankcheck import Encode
 from .collisions import Collision, collisions_of, composition_of, header_warnings
 from .likeness import delta_cosines, word_cosines
@@ -120,10 +121,14 @@ def _table(cosines: Tensor) -> list[list[float | None]]:
 
 
 def _form(deltas: Deltas) -> str:
-    """Describes the deltas, such as `rank 4`, `ranks 2 to 8 and 1,200 weights` or `words only`."""
+    """Describes the deltas, such as `rank 4`, `8 slots and rank 4`, `ranks 2 to 8 and 1,200 weights` or
+    `words only`.
+    """
     ranks = sorted({delta.up.shape[1] for delta in deltas.values() if isinstance(delta, LowRankDelta)})
-    places = sum(delta.indices.numel() for delta in deltas.values() if not isinstance(delta, LowRankDelta))
-    parts = [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"] if ranks else []
+    places = sum(delta.indices.numel() for delta in deltas.values() if isinstance(delta, SparseDelta))
+    slots = max((delta.shape[0] for delta in deltas.values() if isinstance(delta, SlotDelta)), default=0)
+    parts = [f"{slots} slots"] if slots else []
+    parts += [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"] if ranks else []
     return " and ".join([*parts, f"{places:,} weights"] if places else parts) or "words only"
 
 

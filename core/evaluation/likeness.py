@@ -74,11 +74,13 @@ def _sparse_products(left: Sequence[SparseDelta], right: Sequence[SparseDelta]) 
 
 
 def _squared(delta: Delta) -> float:
-    """Squared Frobenius norm of a delta."""
+    """Squared Frobenius norm of a delta; 0 for slots, whose order means nothing."""
     if isinstance(delta, LowRankDelta):
         up, down = delta.up.double(), delta.down.double()
         return delta.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
-    return float((delta.scale * delta.values.double()).square().sum())
+    if isinstance(delta, SparseDelta):
+        return float((delta.scale * delta.values.double()).square().sum())
+    return 0.0
 
 
 def _norms(concepts: Sequence[Deltas]) -> Tensor:

@@ -59,8 +59,8 @@ class Record:
 
 
 def words_for(method: str, task: Assignment) -> tuple[str, ...]:
-    """The task's words, or none for methods with a single word."""
-    return task.words if METHODS[method].method.word_count > 1 else ()
+    """The task's words, or none for methods with another number of words."""
+    return task.words if METHODS[method].method.words_of_kind(task.kind) == len(task.words) else ()
 
 
 def measure(

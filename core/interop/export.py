@@ -14,6 +14,7 @@ from ..bank.concepts import Concept
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone
+from ..model.deltas import projected
 from ..model.sites import SiteLayout
 from .diffusers_lora import diffusers_state
 from .embedding import embedding_state
@@ -50,7 +51,7 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     owner, factors = f"concept '{concept.name}'", None
     tokens, lost = concept.tokens, list[str]()
     if formats != ("embedding",):
-        factors = low_rank(concept.deltas, owner, rank, max_error)
+        factors = low_rank(projected(concept.deltas), owner, rank, max_error)
     if {"embedding", "bundle"} & set(formats):
         tokens, lost = single_copy(concept, refit)
     states = {kind: _state(kind, concept.name, tokens, bank.layout, factors, strength) for kind in formats}
@@ -138,12 +139,20 @@ def cut_notes(factors: Factors, what: str) -> list[str]:
     return [f"{what} were cut to rank {factors.rank}, which loses {factors.error:.4f} of them (relative)"]
 
 
+def slots_note(names: Sequence[str]) -> str:
+    """What is lost of concepts with slots."""
+    return (f"{', '.join(f'<{name}>' for name in names)}: the slots hold most of what was learned, and no "
+            "other program reads slots; for other programs learn the concept with the method lora")
+
+
 def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None) -> list[str]:
     notes = []
     if not {"embedding", "bundle"} & set(formats):
         notes.append("the learned words are not in these files; export the format 'embedding' as well")
     if factors is not None:
         notes += cut_notes(factors, "sparse deltas")
+    if concept.slots:
+        notes.append(slots_note([concept.name]))
     kind = concept.info.composes.kind
     if factors is not None and kind is Kind.SUM:
         notes.append(f"method {concept.info.method} adds up the deltas of all concepts; these files hold "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from ..bank.tokens import TokenGroup
 from ..conditioning.routing import MODES, SiteWeights, site_weights, weighted_deltas
 from ..errors import ConceptError
 from ..model.backbone import Backbone
-from ..model.deltas import Delta, DeltaKey
+from ..model.deltas import Delta, DeltaKey, projected
 from .embedding import embedding_state
-from .export import cut_notes, embedding_metadata, lora_state, usage
+from .export import cut_notes, embedding_metadata, lora_state, slots_note, usage
 from .factors import DEFAULT_ERROR, Factors, check_strength, low_rank_sum
 from .kohya import bundled_words
 from .metadata import aggregate_metadata
@@ -106,7 +106,7 @@ def _parts(bank: ConceptBank, weights: SiteWeights) -> dict[DeltaKey, list[tuple
     def load(name: str) -> Concept:
         concept = bank.passing(name)
         concept.check_fits(bank.layout)
-        return concept
+        return replace(concept, deltas=projected(concept.deltas))
 
     return weighted_deltas(bank, weights, load)
 
@@ -169,6 +169,8 @@ def _losses(bank: ConceptBank, weights: Mapping, prompt: Prompt, mode: str, form
         notes.append(f"{', '.join(word_bound)}: in the bank each acts through its own words alone; in other "
                      "programs the LoRA acts on every word of a prompt, and the concepts act on each other's "
                      "words")
+    if slotted := [name for name in weights if bank[name].slots]:
+        notes.append(slots_note(slotted))
     if always_on := by_composition.get(Kind.SUM):
         notes.append(f"{', '.join(always_on)}: always on, whatever the prompt says; their deltas are in "
                      "these files too")

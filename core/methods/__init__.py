@@ -16,6 +16,7 @@ from . import (  # noqa: F401 - importing registers them
     mix_of_show,
     orthogonal_adaptation,
     scns,
+    slots,
     stamina,
     tara,
     textual_inversion,

@@ -135,7 +135,7 @@ class Method(ABC):
         composition: how its concepts act together, see bank.composition.
         builds_on_sum: whether a method of summed deltas trains on top of its earlier tasks.
         wants_prior: whether its paper trains with prior-preservation pictures.
-        word_count: words of a concept whose words are not named.
+        word_count: words of a concept whose words are not named, see `words_of_kind`.
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
         describes_pictures: whether it uses the task's image encoder.
@@ -164,6 +164,16 @@ class Method(ABC):
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
+
+    @classmethod
+    def words_of_kind(cls, kind: str) -> int:
+        """Words of a concept of a kind whose words are not named."""
+        return cls.word_count
+
+    @classmethod
+    def composition_of_kind(cls, kind: str) -> Composition:
+        """How a concept of a kind acts together with others."""
+        return cls.composition
 
     def use_selection(self, selection: NeuronSelection) -> None:
         """Trains these neurons only; called before `begin`. Raises ConceptError if the method has none."""

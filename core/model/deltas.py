@@ -113,6 +113,11 @@ def _check_slots(delta: Delta, site: Site, owner: str) -> None:
                            f"needs {width}, for keys and values alike")
 
 
+def projected(deltas: Deltas) -> Deltas:
+    """Without slots: the deltas of projections."""
+    return {key: delta for key, delta in deltas.items() if key[1] != SLOTS}
+
+
 def only_low_rank(deltas: Deltas) -> dict[DeltaKey, LowRankDelta]:
     """Keeps only the low-rank deltas."""
     return {key: delta for key, delta in deltas.items() if isinstance(delta, LowRankDelta)}

@@ -32,7 +32,7 @@ class Learned:
 def run_identity(task: Task, method: Method, data: TrainingData, config: TrainingConfig) -> dict:
     """Identity of a run as JSON values. A checkpoint belongs to a run if these agree."""
     return {"concept": task.name, "class noun": task.class_noun, "method": method.name,
-            "words": list(task.worded(method.word_count).word_names),
+            "words": list(task.worded(method.words_of_kind(task.kind)).word_names),
             "settings": method_settings(method), "training": asdict(config),
             "base": task.backbone.fingerprint, "overlay": task.backbone.overlay, "bank": task.bank.names,
             "images": list(data.digests), "captions": list(data.captions),
@@ -166,7 +166,7 @@ def conclude(task: Task, method: Method, data: TrainingData, config: TrainingCon
     origin = Provenance(base=task.backbone.fingerprint, images=data.digests, settings=settings,
                         versions=_versions(), date=now, steps=len(losses), seconds=round(seconds, 2))
     info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin,
-                       method.composition)
+                       method.composition_of_kind(task.kind))
     concept = Concept(info, outcome.tokens, outcome.deltas, thumbnail)
     shared = {method.name: dict(outcome.shared)} if outcome.shared else {}
     return Learned(concept, task.bank.add(concept, shared), tuple(losses))

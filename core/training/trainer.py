@@ -77,7 +77,7 @@ class Trainer:
         if group.size > 1 and method.learns_alone:
             raise ConceptError(f"method '{method.name}' depends on its own gradients or replays, which would "
                                f"differ between {group.size} processes; start it in one")
-        task = task.worded(method.word_count)
+        task = task.worded(method.words_of_kind(task.kind))
         self.task, self.method, self.data, self.config, self.group = task, method, data, config, group
         self.micro_batch_size = 0      # set once memory has run out; 0 = the whole batch
         method.begin(task)

@@ -17,6 +17,7 @@ from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
 from continual_concepts.core.model.processor import HostAttention, SiteCall
 from continual_concepts.core.model.sites import Site
+from continual_concepts.core.model.slots import SLOTS, SlotDelta
 from continual_concepts.core.regional.regions import Region
 from continual_concepts.core.sampling.regions import sample_regions
 from continual_concepts.core.sampling.sampling import sample
@@ -34,6 +35,10 @@ def draw(*shape, seed):
 def deltas(seed, rank=2, scale=0.7):
     return {(0, name): LowRankDelta(draw(a, rank, seed=seed + i), draw(rank, b, seed=seed + 10 + i), scale)
             for i, (name, (a, b)) in enumerate(SHAPES.items())}
+
+
+def slots(seed, count=3, scale=0.8):
+    return {(0, SLOTS): SlotDelta(draw(count, 8, seed=seed), draw(count, 8, seed=seed + 1), 2, scale)}
 
 
 def context(*words, length=5):
@@ -57,8 +62,8 @@ def by_definition(known, found, weights, picture):
     for b, words in enumerate(found.words):
         owner = {n: name for name, places in words.items() for n in places if name in known}
         text, out = found.hidden[b, 0], torch.zeros(picture.shape[1], 8)
-        maps = [{p: weights[p] + (known[owner[n]][0, p].dense() if n in owner else 0) for p in SHAPES}
-                for n in range(len(text))]
+        maps = [{p: weights[p] + (known[owner[n]][0, p].dense() if n in owner and (0, p) in known[owner[n]]
+                                  else 0) for p in SHAPES} for n in range(len(text))]
         for h in range(2):
             part = slice(4 * h, 4 * h + 4)
             logits = [(picture[b] @ m["to_q"].T)[:, part] @ (m["to_k"] @ text[n])[part]
@@ -66,6 +71,13 @@ def by_definition(known, found, weights, picture):
             share = (torch.stack(logits, 1) / 2).softmax(1)
             for n, m in enumerate(maps):
                 out += share[:, n:n + 1] * (m["to_out"][:, part] @ (m["to_v"] @ text[n])[part])
+            query = (picture[b] @ weights["to_q"].T)[:, part]
+            for n, name in owner.items():
+                if (0, SLOTS) in known[name]:
+                    delta = known[name][0, SLOTS]
+                    shares = (query @ delta.key[:, part].T / 2).softmax(1)
+                    read = shares @ (delta.scale * delta.value[:, part])
+                    out += share[:, n:n + 1] * read @ weights["to_out"][:, part].T
         rows.append(out)
     return torch.stack(rows)
 
@@ -88,11 +100,39 @@ def test_every_position_has_its_own_maps(weights, words):
 @pytest.mark.parametrize("words",
                          [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}),
                           ({}, {"rex": (2,)})])
-@pytest.mark.parametrize("parts", [tuple(SHAPES), ("to_k", "to_v"), ("to_q", "to_k"), ("to_v", "to_out")])
+@pytest.mark.parametrize("parts", [(), tuple(SHAPES)])
+def test_slots_share_the_attention_of_their_words(weights, words, parts):
+    known = {name: {key: delta for key, delta in deltas(seed).items() if key[1] in parts} | slots(seed, count)
+             for name, seed, count in (("rex", 20, 4), ("mimi", 50, 6))}
+    found, picture = context(*words), draw(len(words), 9, 8, seed=3)
+    expected = by_definition(known, found, weights, picture)
+    assert torch.allclose(run(TokenLoraProcessor(known), found, weights, picture), expected, atol=1e-4)
+
+
+def test_slots_take_no_attention_from_other_words(weights):
+    """However strong the keys of one concept are, another concept reads what it reads without them."""
+    found, picture = context({"rex": (1,), "mimi": (3, 4)}), draw(1, 9, 8, seed=3)
+    mimi = slots(50)
+
+    def added(strength):
+        strong = {(0, SLOTS): SlotDelta(strength * draw(3, 8, seed=20), torch.zeros(3, 8), 2)}
+        both, alone = ({"rex": strong} | more for more in ({"mimi": mimi}, {}))
+        results = [run(TokenLoraProcessor(known), found, weights, picture) for known in (both, alone)]
+        return results[0] - results[1]
+
+    assert torch.allclose(added(1.0), added(100.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("words",
+                         [({"rex": (1, 2)},), ({"rex": (1,), "mimi": (3, 4)}, {"mimi": (0,)}),
+                          ({}, {"rex": (2,)})])
+@pytest.mark.parametrize("parts", [tuple(SHAPES), ("to_k", "to_v"), ("to_q", "to_k"), ("to_v", "to_out"),
+                                   (SLOTS,), (*SHAPES, SLOTS), ("to_out", SLOTS)])
 def test_keys_and_values_are_cached(weights, words, parts):
     """Every pass gives what `TokenLoraProcessor` gives, and later ones read no text."""
-    known = {name: {key: delta for key, delta in deltas(seed).items() if key[1] in parts}
-             for name, seed in (("rex", 20), ("mimi", 50))}
+    known = {name: {key: delta for key, delta in {**deltas(seed), **slots(seed, count)}.items()
+                    if key[1] in parts}
+             for name, seed, count in (("rex", 20, 4), ("mimi", 50, 6))}
     found = context(*words)
     cached = CachedTokenLora(TokenLora(known, found), len(words), "cpu")
     for i in range(3):
@@ -150,8 +190,8 @@ def test_no_binding_is_plain_attention():
 
 @pytest.fixture(scope="module")
 def bank(tiny_backbone, teach):
-    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "bound").bank
-    return teach(tiny_backbone, bank, "mimi", "bound", noun="cat").bank
+    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "slots").bank
+    return teach(tiny_backbone, bank, "mimi", "slots", noun="cat").bank
 
 
 def test_prompts_without_concepts_are_the_base(tiny_backbone, bank):

@@ -1,0 +1,117 @@
+"""Key/value slots bound to a concept's words. Ours, and the default.
+
+An object has layer-wise words and slots at every site (model.slots has the formula): the attention that the
+picture pays to the words is divided among eight learned keys, and their learned values are added. The words
+also have low-rank deltas, as in `bound`. So a concept acts only where the picture attends to its words, and
+takes no attention from other words. Two concepts in one prompt share no weights. No penalty, shared state or
+order of tasks is needed, and a step costs the same for any bank.
+
+Why slots: a bound word is encoded apart, so its text state is almost constant. Its low-rank deltas then come
+down to one direction of attention and one output vector per word, head and site. Slots give each site eight
+output vectors that depend on the cell.
+
+A style acts on the whole picture, which no word of it owns. It is learned as prompt-activated low-rank
+deltas, as in `lora`.
+
+Related work: Custom Diffusion, Perfusion and TARA change keys and values of a concept's words. IP-Adapter adds
+keys and values of its own, computed from a picture, in a softmax of their own. We know of no other method
+that divides the attention of words among learned keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.adapters import AdapterProcessor
+from ..attention.token_lora import TokenLoraProcessor
+from ..bank.composition import PROMPT, Composition
+from ..model.deltas import DeltaKey, Deltas
+from ..model.processor import AttentionProcessor
+from ..model.sites import SiteLayout
+from ..model.slots import SLOTS, SlotDelta
+from ..model.storage import wide_enough
+from ..settings import between, setting
+from .base import Task, register
+from .bound import Bound, BoundConfig
+
+
+@dataclass(frozen=True)
+class SlotsConfig(BoundConfig):
+    """slots: at every site; slot_lr: their learning rate."""
+
+    slots: int = setting(8, "Slots of an object at every site. More slots hold more detail and make the "
+                            "concept larger.", 1, 64)
+    slot_lr: float = setting(1.5e-3, "Learning rate of the slots.", 1e-6, 0.2)
+
+    limits = {**BoundConfig.limits, "slots": between(1, 64)}
+
+
+class SlotAdapters(nn.Module):
+    """Trainable slots of every site. Keys start as normal random numbers, values as zero."""
+
+    def __init__(self, layout: SiteLayout, slots: int, generator: torch.Generator,
+                 device: torch.device | str) -> None:
+        super().__init__()
+        self.heads = [site.heads for site in layout.sites]
+        shapes = [(slots, site.shape("to_k")[0]) for site in layout.sites]
+        self.key = nn.ParameterList(torch.randn(shape, generator=generator).to(device) for shape in shapes)
+        self.value = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes)
+
+    def deltas(self) -> dict[DeltaKey, SlotDelta]:
+        """The slots by site, with gradient."""
+        sites = enumerate(zip(self.key, self.value, self.heads, strict=True))
+        return {(index, SLOTS): SlotDelta(key, value, heads) for index, (key, value, heads) in sites}
+
+    def stored(self, dtype: torch.dtype) -> Deltas:
+        """Detached copies on the CPU in the bank's type."""
+        dtype = wide_enough(dtype, self.parameters())
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype).cpu().clone()
+
+        return {place: SlotDelta(copied(delta.key), copied(delta.value), delta.heads)
+                for place, delta in self.deltas().items()}
+
+
+@register("slots", SlotsConfig, "objects as learned keys and values that share the attention of the "
+          "concept's words, styles as prompt-activated low-rank deltas")
+class Slots(Bound):
+    word_count = 4
+    config: SlotsConfig
+    slots: SlotAdapters | None = None
+
+    @classmethod
+    def words_of_kind(cls, kind: str) -> int:
+        return 2 if kind == "style" else cls.word_count
+
+    @classmethod
+    def composition_of_kind(cls, kind: str) -> Composition:
+        return PROMPT if kind == "style" else cls.composition
+
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        if task.kind == "style":
+            self.words.placeholder_noun = ""
+        else:
+            self.slots = SlotAdapters(task.backbone.layout, self.config.slots, task.generator,
+                                      task.backbone.device)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        slots = [] if self.slots is None else [{"params": list(self.slots.parameters()),
+                                                "lr": self.config.slot_lr, "weight_decay": 0.0}]
+        return super().parameter_groups() + slots
+
+    def processor(self) -> AttentionProcessor:
+        if self.slots is None:
+            return AdapterProcessor(self.adapters)
+        return TokenLoraProcessor({self.task.name: {**self.adapters.deltas(), **self.slots.deltas()}})
+
+    def recorded(self, dtype: torch.dtype) -> Deltas:
+        slots = {} if self.slots is None else self.slots.stored(dtype)
+        return {**super().recorded(dtype), **slots}
+
+    def parts(self) -> dict[str, nn.Module]:
+        return super().parts() if self.slots is None else {**super().parts(), "slots": self.slots}
