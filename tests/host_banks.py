@@ -22,8 +22,32 @@ def of_method(bank):
 
 
 @pytest.fixture(scope="session")
-def word_bound(of_method):
-    return of_method("bound")
+def slotted():
+    """slotted(concept, layout, count): the concept with random slots at every site, beside its deltas."""
+    import torch
+
+    from continual_concepts.core.model.slots import SLOTS, SlotDelta
+
+    def make(concept, layout, count: int = 4):
+        generator = torch.Generator().manual_seed(count)
+        slots = {}
+        for site in layout.sites:
+            key, value = (torch.randn(count, site.shape("to_k")[0], generator=generator) for _ in range(2))
+            slots[site.index, SLOTS] = SlotDelta(key, value, site.heads, 0.3)
+        return replace(concept, deltas={**concept.deltas, **slots})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def word_bound(of_method, slotted):
+    """Word-bound concepts; all but the first have slots, each another number of them."""
+    from continual_concepts.core.bank.bank import ConceptBank
+
+    made = ConceptBank(of_method("bound").layout)
+    for number, concept in enumerate(of_method("bound")):
+        made = made.add(slotted(concept, made.layout, 2 + 2 * number) if number else concept)
+    return made
 
 
 @pytest.fixture(scope="session")

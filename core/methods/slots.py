@@ -13,9 +13,9 @@ output vectors that depend on the cell.
 A style acts on the whole picture, which no word of it owns. It is learned as prompt-activated low-rank
 deltas, as in `lora`.
 
-Related work: Custom Diffusion, Perfusion and TARA change keys and values of a concept's words. IP-Adapter adds
-keys and values of its own, computed from a picture, in a softmax of their own. We know of no other method
-that divides the attention of words among learned keys.
+Related work: Custom Diffusion, Perfusion and TARA change keys and values of a concept's words. IP-Adapter
+adds keys and values of its own, computed from a picture, in a softmax of their own. We know of no other
+method that divides the attention of words among learned keys.
 """
 
 from __future__ import annotations
