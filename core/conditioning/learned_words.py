@@ -66,6 +66,16 @@ class LearnedWords(Words):
             start = initial_vectors(noun, len(names), copies, std, generator)
             self.vectors[encoder.name] = nn.Parameter(start.to(backbone.device))
 
+    @torch.no_grad()
+    def start_from_noun(self, backbone: Backbone, class_noun: str) -> None:
+        """Sets the words to the class noun's last tokens, the last one repeated. Without a noun, nothing."""
+        for encoder in backbone.text:
+            vectors = self.vectors[encoder.name]
+            if ids := encoder.ids(class_noun):
+                copies, words = vectors.shape[:2]
+                start = initial_vectors(encoder.vectors(ids), words + 1, copies, 0.0, torch.Generator())
+                vectors.copy_(start[:, 1:])
+
     def group(self) -> TokenGroup:
         return TokenGroup(self.names, dict(self.vectors.items()), self.placeholder_noun)
 

@@ -1,14 +1,16 @@
 """Key/value slots bound to a concept's words. Ours, and the default.
 
-An object has layer-wise words and slots at every site (model.slots has the formula): the attention that the
-picture pays to the words is divided among eight learned keys, and their learned values are added. The words
-also have low-rank deltas, as in `bound`. So a concept acts only where the picture attends to its words, and
-takes no attention from other words. Two concepts in one prompt share no weights. No penalty, shared state or
-order of tasks is needed, and a step costs the same for any bank.
+An object has slots at every site (model.slots has the formula): the attention that the picture pays to the
+concept's words is divided among learned keys, and their learned values are added. So an object acts only
+where the picture attends to its words, and takes no attention from other words. Two concepts in one prompt
+share no weights. No penalty, shared state or order of tasks is needed. A step costs the same for any bank.
 
-Why slots: a bound word is encoded apart, so its text state is almost constant. Its low-rank deltas then come
-down to one direction of attention and one output vector per word, head and site. Slots give each site eight
-output vectors that depend on the cell.
+The words of an object are its class noun, repeated. They are not trained, so learning needs no gradient of a
+text encoder. Several words collect more attention than one.
+
+Why slots: a word that is encoded apart has an almost constant text state. The low-rank deltas of such a word,
+as in `bound`, come down to one direction of attention and one output vector per word, head and site. Slots
+give each site several output vectors, chosen by the cell.
 
 A style acts on the whole picture, which no word of it owns. It is learned as prompt-activated low-rank
 deltas, as in `lora`.
@@ -26,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.adapters import AdapterProcessor
 from ..attention.token_lora import TokenLoraProcessor
-from ..bank.composition import PROMPT, Composition
+from ..bank.composition import PROMPT, WORDS, Composition
+from ..conditioning.learned_words import LearnedWords
 from ..model.deltas import DeltaKey, Deltas
 from ..model.processor import AttentionProcessor
 from ..model.sites import SiteLayout
@@ -36,18 +38,20 @@ from ..model.slots import SLOTS, SlotDelta
 from ..model.storage import wide_enough
 from ..settings import between, setting
 from .base import Task, register
-from .bound import Bound, BoundConfig
+from .low_rank import LowRankConfig, LowRankMethod
 
 
 @dataclass(frozen=True)
-class SlotsConfig(BoundConfig):
-    """slots: at every site; slot_lr: their learning rate."""
+class SlotsConfig(LowRankConfig):
+    """slots, slot_lr: of objects. learn_words: whether an object's words are trained too, with token_lr.
+    rank, scale, lr, layerwise: of styles."""
 
     slots: int = setting(8, "Slots of an object at every site. More slots hold more detail and make the "
                             "concept larger.", 1, 64)
-    slot_lr: float = setting(1.5e-3, "Learning rate of the slots.", 1e-6, 0.2)
+    slot_lr: float = setting(1.5e-3, "Learning rate of an object's slots.", 1e-6, 0.2)
+    learn_words: bool = setting(False, "Also train the words of an object.")
 
-    limits = {**BoundConfig.limits, "slots": between(1, 64)}
+    limits = {"slots": between(1, 64)}
 
 
 class SlotAdapters(nn.Module):
@@ -78,9 +82,11 @@ class SlotAdapters(nn.Module):
 
 @register("slots", SlotsConfig, "objects as learned keys and values that share the attention of the "
           "concept's words, styles as prompt-activated low-rank deltas")
-class Slots(Bound):
+class Slots(LowRankMethod):
+    composition = WORDS
     word_count = 4
     config: SlotsConfig
+    words: LearnedWords
     slots: SlotAdapters | None = None
 
     @classmethod
@@ -92,26 +98,31 @@ class Slots(Bound):
         return PROMPT if kind == "style" else cls.composition
 
     def begin(self, task: Task) -> None:
-        super().begin(task)
         if task.kind == "style":
-            self.words.placeholder_noun = ""
-        else:
-            self.slots = SlotAdapters(task.backbone.layout, self.config.slots, task.generator,
-                                      task.backbone.device)
+            super().begin(task)
+            return
+        c, self.task = self.config, task
+        self.words = LearnedWords(task.backbone, task.name, task.word_names, task.class_noun,
+                                  c.layerwise and c.learn_words, c.first_std, task.generator)
+        self.words.start_from_noun(task.backbone, task.class_noun)
+        self.words.requires_grad_(c.learn_words)
+        self.words.placeholder_noun = task.class_noun
+        self.slots = SlotAdapters(task.backbone.layout, c.slots, task.generator, task.backbone.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        slots = [] if self.slots is None else [{"params": list(self.slots.parameters()),
-                                                "lr": self.config.slot_lr, "weight_decay": 0.0}]
-        return super().parameter_groups() + slots
+        if self.slots is None:
+            return super().parameter_groups()
+        words = {"params": list(self.words.parameters()), "lr": self.config.token_lr}
+        slots = {"params": list(self.slots.parameters()), "lr": self.config.slot_lr, "weight_decay": 0.0}
+        return [words, slots] if self.config.learn_words else [slots]
 
     def processor(self) -> AttentionProcessor:
         if self.slots is None:
-            return AdapterProcessor(self.adapters)
-        return TokenLoraProcessor({self.task.name: {**self.adapters.deltas(), **self.slots.deltas()}})
+            return super().processor()
+        return TokenLoraProcessor({self.task.name: self.slots.deltas()})
 
     def recorded(self, dtype: torch.dtype) -> Deltas:
-        slots = {} if self.slots is None else self.slots.stored(dtype)
-        return {**super().recorded(dtype), **slots}
+        return super().recorded(dtype) if self.slots is None else self.slots.stored(dtype)
 
     def parts(self) -> dict[str, nn.Module]:
-        return super().parts() if self.slots is None else {**super().parts(), "slots": self.slots}
+        return super().parts() if self.slots is None else {"words": self.words, "slots": self.slots}

@@ -18,10 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..attention.adapters import NoAdapters
-from ..bank.tokens import initial_vectors
 from ..conditioning.learned_words import LearnedWords
 from ..settings import one_of, setting
 from .base import Method, MethodConfig, Task, register
@@ -51,18 +48,10 @@ class TextualInversion(Method):
     config: TextualInversionConfig
     words: LearnedWords
 
-    @torch.no_grad()
     def begin(self, task: Task) -> None:
         super().begin(task)
-        if self.config.start == "random":
-            return
-        # all words are the class noun's; a single word without one stays random
-        for encoder in task.backbone.text:
-            vectors = self.words.vectors[encoder.name]
-            if ids := encoder.ids(task.class_noun):
-                copies, words = vectors.shape[:2]
-                start = initial_vectors(encoder.vectors(ids), words + 1, copies, 0.0, torch.Generator())
-                vectors.copy_(start[:, 1:])
+        if self.config.start == "class":      # a single word without a class noun stays random
+            self.words.start_from_noun(task.backbone, task.class_noun)
 
     def make_adapters(self) -> NoAdapters:
         return NoAdapters()

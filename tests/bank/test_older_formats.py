@@ -88,7 +88,8 @@ def same(one: dict, two: dict) -> bool:
 
 @pytest.mark.parametrize("version", range(1, VERSION + 1))
 def test_a_bank_of_every_version_reads_as_it_was_written(layout, version):
-    assert same(contents(open_bank(FILES / f"format-{version}.safetensors")), contents(bank_of(version, layout)))
+    opened = open_bank(FILES / f"format-{version}.safetensors")
+    assert same(contents(opened), contents(bank_of(version, layout)))
 
 
 @pytest.mark.parametrize("version", range(1, VERSION + 1))

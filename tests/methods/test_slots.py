@@ -1,0 +1,103 @@
+"""Slots: what an object and a style train, and how they act."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.composition import Kind
+from continual_concepts.core.bank.format import open_bank, save_bank
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.interop.export import export_concept
+from continual_concepts.core.methods import make
+from continual_concepts.core.model.deltas import LowRankDelta
+from continual_concepts.core.model.slots import SLOTS, SlotDelta
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
+
+QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
+FAST = {"slot_lr": 0.1}
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_backbone, teach):
+    bank = ConceptBank(tiny_backbone.layout)
+    for name, noun, kind in (("rex", "dog", "object"), ("mimi", "cat", "object"),
+                             ("chalk", "drawing", "style")):
+        bank = teach(tiny_backbone, bank, name, "slots", FAST, noun=noun, kind=kind, steps=4).bank
+    return bank
+
+
+def test_an_object_is_slots_at_every_site(tiny_backbone, bank):
+    deltas = bank["rex"].deltas
+    assert set(deltas) == {(site.index, SLOTS) for site in tiny_backbone.layout.sites}
+    assert all(isinstance(delta, SlotDelta) and delta.shape[0] == 8 and delta.value.any()
+               for delta in deltas.values())
+    assert bank.infos["rex"].composes.kind is Kind.WORDS
+
+
+def test_the_words_of_an_object_are_its_class_noun(tiny_backbone, bank):
+    for encoder in tiny_backbone.text:
+        noun = encoder.vectors(encoder.ids("dog"))[-1].half()
+        words = bank["rex"].tokens.vectors[encoder.name]
+        assert words.shape[:2] == (1, 4) and torch.equal(words[0, -1].half(), noun)
+
+
+def test_learned_words_change(tiny_backbone, teach):
+    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "slots",
+                 {**FAST, "learn_words": True}, steps=2).bank
+    for encoder in tiny_backbone.text:
+        words = bank["rex"].tokens.vectors[encoder.name]
+        assert words.shape[0] == tiny_backbone.layout.copies
+        assert not torch.equal(words[0, -1], encoder.vectors(encoder.ids("dog"))[-1])
+
+
+def test_a_style_is_the_control(tiny_backbone, teach, bank):
+    control = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "chalk", "lora", noun="drawing",
+                    kind="style", steps=4).bank["chalk"]
+    style = bank["chalk"]
+    assert style.info.composes == control.info.composes and style.info.composes.kind is Kind.PROMPT
+    assert style.deltas.keys() == control.deltas.keys()
+    for key, delta in style.deltas.items():
+        assert isinstance(delta, LowRankDelta) and torch.equal(delta.up, control.deltas[key].up)
+        assert torch.equal(delta.down, control.deltas[key].down)
+    assert all(torch.equal(v, control.tokens.vectors[k]) for k, v in style.tokens.vectors.items())
+
+
+def test_a_saved_bank_draws_the_same_picture(tiny_backbone, bank, tmp_path):
+    save_bank(bank, tmp_path / "bank.safetensors")
+    prompts = ["a <rex> and a <mimi>, <chalk>"]
+    again = sample(tiny_backbone, open_bank(tmp_path / "bank.safetensors"), prompts, [1], QUICK)
+    assert torch.equal(sample(tiny_backbone, bank, prompts, [1], QUICK), again)
+
+
+def test_a_picture_does_not_depend_on_the_order_of_learning(tiny_backbone, bank):
+    other = ConceptBank(bank.layout).add(bank["mimi"]).add(bank["rex"])
+    one, two = (sample(tiny_backbone, b, ["a <rex> and a <mimi>"], [1], QUICK) for b in (bank, other))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, sample(tiny_backbone, bank, ["a dog and a cat"], [1], QUICK))
+
+
+def test_strength_zero_is_the_base_with_the_noun(tiny_backbone, bank):
+    settings = {strength: replace(QUICK, strength=strength) for strength in (1.0, 0.0)}
+    full, none = (sample(tiny_backbone, bank, ["a <rex>"], [1], settings[s]) for s in (1.0, 0.0))
+    rex = bank["rex"]
+    empty = ConceptBank(bank.layout).add(replace(rex, deltas={key: delta.scaled(0.0)
+                                                              for key, delta in rex.deltas.items()}))
+    assert not torch.equal(full, none)
+    assert torch.allclose(none, sample(tiny_backbone, empty, ["a <rex>"], [1], QUICK), atol=1e-6)
+
+
+def test_slots_are_not_exported_as_a_lora(bank, tmp_path):
+    with pytest.raises(ConceptError, match="'rex' changes no weights"):
+        export_concept(bank, "rex", tmp_path)
+    assert export_concept(bank, "chalk", tmp_path).files
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_the_number_of_slots_is_bounded(count):
+    with pytest.raises(ConceptError, match="slots"):
+        make("slots", {"slots": count})
