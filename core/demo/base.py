@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import ConceptError
 from ..files import write_atomically
 from ..hosts.diffusers import ClipText, DiffusersBackbone
 from ..hosts.text_encoder import named_as_in
@@ -70,8 +71,16 @@ def save_base(modules: dict[str, Any], path: Path, notes: dict, sizes: dict | No
 
 
 def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
-    """Loads the trained modules in float32, with the sizes in the file's header, and the tokenizer."""
-    modules = build_modules(read_sizes(path))
+    """Loads the trained modules in float32, with the sizes in the file's header, and the tokenizer.
+
+    Raises:
+        ConceptError: The denoiser is no UNet.
+    """
+    sizes = read_sizes(path)
+    if "unet" not in sizes:
+        kinds = ", ".join(part for part in sizes if part in PACKED and part != "vae")
+        raise ConceptError(f"base '{path.name}' has the denoiser '{kinds}'; allowed: unet")
+    modules = build_modules(sizes)
     state = unpack(load_file(path))
     for part, module in _with_weights(modules).items():
         weights = {key[len(part) + 1 :]: tensor for key, tensor in state.items()

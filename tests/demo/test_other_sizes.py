@@ -12,6 +12,7 @@ import torch
 from continual_concepts.core.demo import base, bases, judges, scenes
 from continual_concepts.core.demo.packing import pack, unpack
 from continual_concepts.core.demo.render import render
+from continual_concepts.core.errors import ConceptError
 
 
 @pytest.mark.parametrize("style", [*scenes.STYLES, "blueprint"])
@@ -50,6 +51,13 @@ def test_a_base_of_other_sizes_is_built_from_its_own_header(other_base):
     assert backbone.picture_size == bases.read_sizes(other_base)["picture_size"] == 32
     assert bases.read_sizes(other_base)["notes"] == {"steps": 1}
     assert backbone.layout.embedded_base == "" and " has" not in backbone.layout.describe()
+
+
+def test_a_base_with_another_denoiser_is_refused(tmp_path):
+    sizes = {part: size for part, size in base.SIZES.items() if part != "unet"} | {"transformer": {}}
+    base.save_base({}, tmp_path / "base.safetensors", {}, sizes)
+    with pytest.raises(ConceptError, match="has the denoiser 'transformer'; allowed: unet"):
+        base.load_base(tmp_path / "base.safetensors")
 
 
 def test_the_base_of_64_pixels_names_the_default_sizes():
