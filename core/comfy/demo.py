@@ -51,7 +51,10 @@ class _Config(comfy.supported_models_base.BASE):
 
 
 class _Multiplier:
-    """The width of a level as a multiple of the first level's, where the factor is no whole number."""
+    """A level's width over the first level's, where that is no whole number.
+
+    ComfyUI computes a level's width as the first one times such a factor, and layers need whole numbers.
+    """
 
     def __init__(self, width: int, first: int) -> None:
         self.width, self.first = width, first
