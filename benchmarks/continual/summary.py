@@ -118,7 +118,8 @@ def bleed_of(row: Mapping, levels: Mapping, judge: str, concepts: Sequence[str])
         concepts: The concepts of the row's matrix, in its order.
 
     Returns:
-        `alone`: `[asked, shown]`, in the order of the levels' concepts; None where a concept was not learned.
+        `alone`, `together`: scores `[asked, shown]` of pictures of one concept and of several, in the order
+        of the levels' concepts; None where a concept was not learned, or two were never named together.
         `alone_excess`, `together_excess`: mean excess over the ceiling of all entries off the diagonal, of
         pictures of one concept and of several; None where there are none.
     """
@@ -132,17 +133,32 @@ def bleed_of(row: Mapping, levels: Mapping, judge: str, concepts: Sequence[str])
     together = [value - ceilings[tuple(group["concepts"])][i][j]
                 for group in (*own["groups"], *own["pairs"]) if tuple(group["concepts"]) in ceilings
                 for i, line in enumerate(group["bleed"]) for j, value in enumerate(line) if i != j]
-    return {"alone": matrix, "alone_excess": _mean(excess) if excess else None,
+    return {"alone": matrix, "together": _together(own, order),
+            "alone_excess": _mean(excess) if excess else None,
             "together_excess": _mean(together) if together else None}
+
+
+def _together(figures: Mapping, order: Sequence[str]) -> list[list[float | None]]:
+    """Mean scores `[asked, shown]` over all groups and pairs that name both concepts."""
+    scores: dict[tuple[str, str], list[float]] = {}
+    for group in (*figures["groups"], *figures["pairs"]):
+        for asked, line in zip(group["concepts"], group["bleed"], strict=True):
+            for shown, value in zip(group["concepts"], line, strict=True):
+                scores.setdefault((asked, shown), []).append(value)
+    return [[_mean(scores[asked, shown]) if (asked, shown) in scores else None for shown in order]
+            for asked in order]
 
 
 def _bleed(runs: Sequence[Mapping], levels: Mapping, judge: str) -> dict:
     found = [bleed_of(run, levels, judge, run["concepts"]) for run in runs]
-    matrices = np.array([f["alone"] for f in found], dtype=float)      # None becomes not a number
-    mean = [[None if np.isnan(v) else float(v) for v in line] for line in matrices.mean(0)]
-    excess = {name: [f[name] for f in found] for name in ("alone_excess", "together_excess")}
-    return {"alone": mean, **{name: None if None in values else _mean(values)
-                              for name, values in excess.items()}}
+    row: dict = {}
+    for name in ("alone", "together"):
+        mean = np.array([f[name] for f in found], dtype=float).mean(0)      # None becomes not a number
+        row[name] = [[_known(float(value)) for value in line] for line in mean]
+    for name in ("alone_excess", "together_excess"):
+        values = [f[name] for f in found]
+        row[name] = None if None in values else _mean(values)
+    return row
 
 
 def _retained(run: Mapping, levels: Mapping) -> tuple[float, float]:

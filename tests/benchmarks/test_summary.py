@@ -139,6 +139,8 @@ def test_bleed_is_counted_beyond_that_of_real_pictures():
     found = summarise([row], levels(), "bound")["methods"]["bound"]["bleed"]
     assert found["alone"][0][1] == pytest.approx(0.42) and found["alone_excess"] == pytest.approx(0.12 / 12)
     assert found["together_excess"] == pytest.approx(0.2 / 4)
+    # asked for rex and for fido in one prompt; nobody asked for rex and mimi
+    assert found["together"][0][:2] == pytest.approx([0.6, 0.5]) and found["together"][0][2] is None
 
 
 def test_runs_of_one_method_with_other_steps_are_refused_and_methods_may_differ():

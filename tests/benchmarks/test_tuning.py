@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.continual import embedded, tuned, tuning
+from continual_concepts.benchmarks.continual.concepts import tuning_concepts
 from continual_concepts.benchmarks.continual.runs import Run
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, get
@@ -137,3 +138,26 @@ def test_bad_input_is_named(capsys, methods, sentence):
 def test_names_of_trials_are_allowed_names_of_files():
     planned = tuning.run_of("clora", {"lr": 5e-4, "token_lr": 0.005, "forget": 1e9, "steps": 200}, 6)
     assert planned == Run("clora", 6, 0, 71, overrides="forget=1e09+lr=0.0005+steps=200+token_lr=0.005")
+
+
+@pytest.mark.slow
+def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys):
+    """Two concepts, one sampling step and trials of one to three steps."""
+    monkeypatch.setattr(embedded, "SETTINGS", replace(embedded.SETTINGS, steps=1))
+    monkeypatch.setattr(tuning, "tuning_concepts", lambda: tuning_concepts()[:2])
+    monkeypatch.setattr(tuning, "STEPS", 1)
+    monkeypatch.setattr(tuning, "OTHER_STEPS", (2, 3))
+    for name in ("PICTURES", "GROUP_PICTURES", "PAIR_PICTURES"):
+        monkeypatch.setattr(tuning, name, 2)
+    file = tmp_path / "tuning.json"
+    assert main(["tune", "--json", str(file), "--methods", "textual_inversion"]) == 0
+    result = json.loads(file.read_text())
+    entry = result["methods"]["textual_inversion"]
+    assert len(entry["trials"]) == result["budget"] == 9 and result["base"]
+    best = max(entry["trials"], key=lambda trial: trial["objective"])
+    assert entry["chosen"] == best["settings"]
+    monkeypatch.setattr(tuned, "FILE", file)
+    assert tuned.chosen_steps("textual_inversion", result["base"]) == best["settings"]["steps"]
+    capsys.readouterr()
+    assert main(["tune", "--json", str(file), "--methods", "textual_inversion"]) == 0
+    assert json.loads(file.read_text()) == result and "finished" not in capsys.readouterr().err
