@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..files import write_atomically
 from ..hosts.diffusers import ClipText, DiffusersBackbone
 from ..hosts.text_encoder import named_as_in
 from ..model.schedule import NoiseSchedule
-from . import networks, vocabulary
+from . import networks, scenes, vocabulary
 from .bases import EMBEDDED, HEADER, TOKENIZER, file_of, read_sizes
 from .packing import pack, unpack
 
@@ -108,4 +109,7 @@ def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu",
 def as_backbone(modules: dict) -> DiffusersBackbone:
     schedule = NoiseSchedule(networks.alphas_cumprod(), networks.SCHEDULE["prediction_type"])
     text = ClipText("clip_l", modules["text_encoder"], modules["tokenizer"], length=vocabulary.CONTEXT_LENGTH)
-    return DiffusersBackbone(modules["unet"], modules["vae"], (text,), schedule)
+    backbone = DiffusersBackbone(modules["unet"], modules["vae"], (text,), schedule)
+    rng = random.Random(0)
+    backbone.known_prompts = tuple(scenes.caption(scenes.random_scene(rng), rng) for _ in range(32))
+    return backbone

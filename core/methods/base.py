@@ -146,7 +146,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    composition: ClassVar[Composition] = PROMPT
+    composition: Composition = PROMPT
     builds_on_sum: ClassVar[bool] = True
     word_count: ClassVar[int] = 2
     wants_prior: ClassVar[bool] = False

@@ -18,17 +18,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..attention.token_lora import TokenLoraProcessor
-from ..bank.composition import WORDS
+from ..bank.composition import WORDS, Composition, Kind
 from ..model.processor import AttentionProcessor
-from ..settings import setting
+from ..settings import one_of, setting
 from .base import Task, register
-from .low_rank import LowRankMethod, ProjectionsConfig
+from .low_rank import LETTERS, LowRankMethod, ProjectionsConfig
 
 
 @dataclass(frozen=True)
 class BoundConfig(ProjectionsConfig):
+    """free: projections whose deltas are prompt-activated all the same, for ablations: qo, kv or qkvo."""
+
     apart: bool = setting(True, "Encode the words apart from the rest of the prompt, so that several "
                                 "concepts mix less.")
+    free: str = ""
+
+    limits = {**ProjectionsConfig.limits, "free": one_of(("", "qo", "kv", "qkvo"))}
 
 
 @register("bound", BoundConfig, "layer-wise words, and low-rank deltas that act through these words only, so "
@@ -40,6 +45,11 @@ class Bound(LowRankMethod):
     def begin(self, task: Task) -> None:
         super().begin(task)
         self.words.placeholder_noun = task.class_noun if self.config.apart else ""
+        free = self.config.free
+        self.composition = Composition(Kind.WORDS, free=tuple(LETTERS[free])) if free else WORDS
 
     def processor(self) -> AttentionProcessor:
-        return TokenLoraProcessor({self.task.name: self.adapters.deltas()})
+        deltas, free = self.adapters.deltas(), self.composition.free
+        word_bound = {key: delta for key, delta in deltas.items() if key[1] not in free}
+        return TokenLoraProcessor({self.task.name: word_bound},
+                                  {key: delta for key, delta in deltas.items() if key[1] in free})

@@ -1,9 +1,9 @@
 """A reading of CCDM, "Crafting Your Evolving Dreams" (arXiv 2606.04797, by the group of CIDM).
 
-Only the paper's abstract was available. AD-LoRA, low-rank deltas with decoupled attributes, keeps what is
-specific to each task. A relevance-guided aggregation uses what tasks have in common. Pictures of several
-regions have smooth borders. There was no formula, number or code. Everything below is ours, made to be built
-and compared, and is not the paper's:
+The paper's abstract was read, not its full text (arxiv.org/html/2606.04797). AD-LoRA, low-rank deltas with
+decoupled attributes, keeps what is specific to each task. A relevance-guided aggregation uses what tasks have
+in common. Pictures of several regions have smooth borders. Everything below is ours, made to be built and
+compared, and is not the paper's: formulas, numbers and what is shared.
 
 - `dW_i = A_s B_s + A_i B_i`. A_s B_s is shared, learned with the first task and moved slowly (`slow` times
   the rate) by later ones; A_i B_i is the task's own. A concept's record holds its own A_i B_i and the A_s B_s
@@ -11,8 +11,8 @@ and compared, and is not the paper's:
 - From the second task on, `gamma_shared sum |A_i^T A_s| + gamma_specific sum_{j<i} |A_i^T A_j|`, r×r products
   as in CIDM's R1. A_s is held fixed in them: the denoising loss alone moves what is shared.
 - Concepts are prompt-activated, as in CIDM, with the same modes of aggregation. A prompt that names two
-  concepts adds the shared part twice. The aggregation by relevance (weights softmax(cos / tau) in our
-  reading) is not built.
+  concepts adds the shared part twice. Aggregation by relevance is that of CIDM, the modes `paper` and
+  `released`; how CCDM's differs is not known to us.
 """
 
 from __future__ import annotations

@@ -12,7 +12,10 @@ sum over entries, not a mean, and computed in float32, since the products are ab
 rate and spread of the word (ours), and weight decay (the trainer's).
 
 Known weakness: a new product of zero minimises the penalty, and training drives later tasks towards it. The
-norm ||A_t B_t||_F is therefore monitored, and the bank keeps each task's last one (`norm.<concept>`).
+norm ||A_t B_t||_F is therefore monitored, and the bank keeps each task's last one (`norm.<concept>`). The
+penalty grows with the fourth power of the deltas, and the deltas with the learning rate and the steps, so a
+lambda holds for one rate and one size of base. Where it is too large, later tasks learn their word alone, on
+a base that the first task has changed for every prompt.
 
 The past sum is computed from the bank's concepts when a task begins. A second copy in the bank would be a
 dense matrix per projection (1.4 GB for SDXL) and would still contain deleted concepts. While a task runs, the

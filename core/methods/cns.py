@@ -7,11 +7,18 @@ edited in place, with no fusion and nothing extra at inference.
 
 Ours, since the paper's formulas were not available:
 - Single weight entries as neurons (`unit`), and both scores.
+- Base neurons are the `base_share` best of every weight, general ones those that at least `quorum` of the
+  calibration prompts vote for, with `general_share` of a weight each. What remains of the base neurons is the
+  concept's share, a result. The paper reports 0.13 % of the parameters, which is 5.8 % of SD1.5's W_k and
+  W_v, and that about 53 % of base neurons stay shared as prompts are added; 12 % base neurons agree with
+  both. A `share` above 0 fixes it instead, with as many base neurons as that needs.
+- The calibration prompts show what the base can draw: its own (`Backbone.known_prompts`), or general ones.
 - Neurons are selected after some steps that train the words alone, from the gradients of those steps. The
   selection therefore needs no forward passes of its own.
 - `L_reg = (tie_previous ||M_1:t-1 M_con (W - W_t-1)||^2 + tie_base ||M_con (W - W_0)||^2) / ||M_con W||^2`.
   It is relative, so that one pair of coefficients fits any base, and used from the second task on; before,
-  the second tie would be plain weight decay. The deltas have no weight decay.
+  the second tie would be plain weight decay. The deltas have no weight decay. W is W_t-1 in the norm, also
+  for a selection that is given.
 - One vector per word and layer as in the other methods here, so that a comparison differs in the method
   alone. General neurons are found once per bank.
 
@@ -21,9 +28,10 @@ Unknown: score, thresholds, number of prompts, coefficients, learning rates, ste
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +43,7 @@ from ..data.batch import Batch
 from ..errors import ConceptError
 from ..model.deltas import DeltaKey, Deltas
 from ..model.processor import AttentionProcessor
-from ..neurons.neurons import UNITS, NeuronSelection, concept_neurons, unit_count
+from ..neurons.neurons import UNITS, NeuronSelection, base_neurons, concept_neurons, unit_count
 from ..neurons.scores import (
     CALIBRATION,
     SCORES,
@@ -45,7 +53,7 @@ from ..neurons.scores import (
     key_value_weights,
     weight_of,
 )
-from ..neurons.sparse import SparseAdapters
+from ..neurons.sparse import PooledAdapters
 from ..settings import at_least, between, one_of, require
 from .base import SHARE, Forward, Method, MethodConfig, Task, register, total
 
@@ -56,13 +64,15 @@ _EARLIER, _GENERAL, _MADE_WITH = "union.", "general.", "general_made_with"
 
 @dataclass(frozen=True)
 class CNSConfig(MethodConfig):
-    """share: of W_k and W_v that a concept may change; 5.8 % is 0.13 % of SD1.5's UNet (the paper's figure).
-    unit, score: see neurons. selection_steps: steps of words alone before neurons are selected; a run that is
-    no longer has no deltas. calibration: number of unrelated prompts that vote on general neurons, 0 = none
-    are general. general_share: share of a weight that a prompt may vote for. quorum: share of votes that
-    makes a neuron general. tie_previous, tie_base: L_reg."""
+    """share: of W_k and W_v that a concept may change; 0 = what is left of the base neurons. base_share:
+    share of a weight in the base neurons. unit, score: see neurons. selection_steps: steps of words
+    before neurons are selected; a run that is no longer has no deltas. calibration: number of unrelated
+    prompts that vote on general neurons, 0 = none are general. general_share: share of a weight that a
+    prompt may vote for. quorum: share of votes that makes a neuron general. tie_previous, tie_base:
+    L_reg."""
 
-    share: float = 0.058
+    share: float = 0.0
+    base_share: float = 0.12
     unit: str = "weight"
     score: str = "gradient"
     selection_steps: int = 50
@@ -72,15 +82,16 @@ class CNSConfig(MethodConfig):
     tie_previous: float = 1.0
     tie_base: float = 0.1
 
-    limits = {"share": SHARE, "unit": one_of(UNITS), "score": one_of(SCORES), "selection_steps": at_least(1),
+    limits = {"share": between(0, 1), "base_share": SHARE,
+              "unit": one_of(UNITS), "score": one_of(SCORES), "selection_steps": at_least(1),
               "calibration": between(0, len(CALIBRATION)), "quorum": SHARE}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # at most general_share / quorum of a weight can be general; the concept's share must fit beside it
-        room = self.quorum * (1 - self.share)
+        # at most general_share / quorum of a weight can be general; a fixed share must fit beside it
+        room = min(1.0, self.quorum * (1 - self.share)) if self.share else 1.0
         require(0 < self.general_share <= room, "general_share", self.general_share,
-                f"above 0 to quorum (1 - share) = {room:.3g}")
+                f"above 0 to quorum (1 - share) = {room:.3g}" if self.share else "above 0 to 1")
 
 
 @register("cns", CNSConfig, "a few concept neurons of the keys and values, chosen per concept and tied to "
@@ -94,20 +105,19 @@ class CNS(Method):
     learns_alone = True      # neurons are selected by the gradients of the pictures that a process saw
     selection: NeuronSelection | None = None
     extra_key = "choice._extra_state"
-    adapter_class: ClassVar[type[SparseAdapters]] = SparseAdapters
     config: CNSConfig
-    adapters: SparseAdapters
+    adapters: PooledAdapters
 
     def use_selection(self, selection: NeuronSelection) -> None:
         self.selection = selection
 
     def begin(self, task: Task) -> None:
-        self.energy, self.is_chosen = 1.0, False
+        self.energy, self.is_chosen = 0.0, False
         super().begin(task)
         c, layout, state = self.config, task.backbone.layout, task.bank.shared.get(self.name, {})
         # for the calibration, in resumed runs too
         self.seed = task.draw_seed()
-        self.prompts = CALIBRATION[:c.calibration]
+        self.prompts = (task.backbone.known_prompts or CALIBRATION)[:c.calibration]
         # a checksum of everything that general neurons depend on, except the base
         self.made_with = zlib.crc32(json.dumps([c.score, c.unit, c.general_share, c.quorum,
                                                 self.prompts]).encode())
@@ -118,19 +128,20 @@ class CNS(Method):
         if self.selection is not None:
             self._choose(self.selection)
 
-    def make_adapters(self) -> SparseAdapters:
-        layout, unit = self.task.backbone.layout, self.config.unit
+    def make_adapters(self) -> PooledAdapters:
+        """Room for the largest selection."""
+        c, layout = self.config, self.task.backbone.layout
         if self.selection is None:
             sizes = {key: layout.sites[key[0]].shape(key[1]) for key in key_value_weights(layout)}
-            counts = {key: unit_count(size, self.config.share, unit) * (1 if unit == "weight" else size[1])
-                      for key, size in sizes.items()}
+            counts = {key: unit_count(size, c.share or c.base_share, c.unit)
+                      * (1 if c.unit == "weight" else size[1]) for key, size in sizes.items()}
         else:
             self.selection.check_fits(layout)
             counts = {key: len(places) for key, places in self.selection.indices.items() if len(places)}
             if not counts:
                 raise ConceptError(f"the neuron selection for concept '{self.task.name}' has 0 entries; "
                                    "allowed: 1 or more")
-        return self.adapter_class(layout, counts, self.task.backbone.device)
+        return PooledAdapters(layout, counts, self.task.backbone.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         words, deltas = super().parameter_groups()
@@ -151,6 +162,8 @@ class CNS(Method):
                 self.general = general_neurons(self.task.backbone, generator, self.prompts, c.score,
                                                c.general_share, c.quorum, c.unit, (height, width))
             self._choose(self.select())
+        if self.is_chosen and not self.energy:      # here, because earlier deltas are in the weights by now
+            self._measure_energy()
         self.gradients.rows = (~batch.is_prior).float()
         return batch
 
@@ -162,19 +175,25 @@ class CNS(Method):
         else:
             context = encode_concept(backbone, self.task.name, self.words.group(), CONCEPT_PROMPTS)
             scores = activation_scores(backbone, context, [row[self.task.name] for row in context.words])
-        for key, size in self.adapters.sizes.items():      # the loss may not reach every site
+        for key, size in self.adapters.all_sizes.items():      # the loss may not reach every site
             scores.setdefault(key, torch.zeros(size, device=backbone.device))
-        return concept_neurons(scores, self.general, c.share, c.unit)
+        if c.share:
+            return concept_neurons(scores, self.general, c.share, c.unit)
+        base = base_neurons(scores, c.base_share, c.unit)
+        return base if self.general is None else base - self.general
 
     @torch.no_grad()
     def _choose(self, selection: NeuronSelection) -> None:
         """Trains these neurons from here on."""
         self.adapters.place(selection)
+        self.is_chosen, self.gradients.sums = True, {}
+        self._tie()
+
+    @torch.no_grad()
+    def _measure_energy(self) -> None:
         weights = (weight_of(self.task.backbone, key).flatten()[self.adapters.at(key)[1].long()]
                    for key in self.adapters.sizes)
         self.energy = max(1e-12, sum(float(weight.square().sum()) for weight in weights))
-        self.is_chosen, self.gradients.sums = True, {}
-        self._tie()
 
     @torch.no_grad()
     def _tie(self) -> None:
@@ -204,6 +223,13 @@ class CNS(Method):
             squares = total((v + self.earlier_change.get(key, 0)).square().sum() for key, v in values.items())
             terms["base"] = c.tie_base * squares / self.energy
         return terms
+
+    def monitors(self) -> dict[str, float]:
+        """share: of W_k and W_v, the concept's neurons."""
+        layout = self.task.backbone.layout
+        entries = sum(math.prod(layout.sites[key[0]].shape(key[1])) for key in key_value_weights(layout))
+        chosen = sum(self.adapters.at(key)[0].numel() for key in self.adapters.sizes)
+        return {"share": chosen / entries} if self.is_chosen else {}
 
     def recorded(self, dtype: torch.dtype) -> Deltas:
         return self.adapters.stored(dtype) if self.is_chosen else {}

@@ -12,7 +12,8 @@ from ..settings import one_of, setting
 from .base import Method, MethodConfig
 
 KEYS_AND_VALUES = ("to_k", "to_v")
-LETTERS = {"qkvo": PROJECTIONS, "qvo": ("to_q", "to_v", "to_out"), "kv": KEYS_AND_VALUES, "v": ("to_v",)}
+LETTERS = {"qkvo": PROJECTIONS, "qvo": ("to_q", "to_v", "to_out"), "kv": KEYS_AND_VALUES, "v": ("to_v",),
+           "qo": ("to_q", "to_out")}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ProjectionsConfig(LowRankConfig):
 
     projections: str = "qkvo"
 
-    limits = {"projections": one_of(tuple(LETTERS))}
+    limits = {"projections": one_of(tuple(letters for letters in LETTERS if letters != "qo"))}
 
 
 class LowRankMethod(Method):

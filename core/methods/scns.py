@@ -31,10 +31,9 @@ from ..attention.adapters import adapter_key, by_key, by_name
 from ..model.deltas import DeltaKey
 from ..neurons.neurons import NeuronSelection
 from ..neurons.scores import weight_of
-from ..neurons.sparse import PooledAdapters
 from ..neurons.submodular import lazy_greedy, similarities
 from ..settings import between, one_of
-from .base import Task, register
+from .base import SHARE, Task, register
 from .cns import CNS, CNSConfig
 from .fisher import running_fisher, stored_fisher
 
@@ -54,7 +53,7 @@ class SCNSConfig(CNSConfig):
     decay: float = 1.0
 
     limits = {**CNSConfig.limits, "unit": one_of(("row",)), "score": one_of(("gradient",)),
-              "decay": between(0, 1)}
+              "share": SHARE, "decay": between(0, 1)}
 
 
 @register("scns", SCNSConfig, "rows of the keys and values, chosen to cover a concept and to spare rows that "
@@ -63,9 +62,7 @@ class SCNS(CNS):
     """weights: read once and needed until the selection; signatures: weight -> one `[a]` per step; squares:
     weight -> this concept's Fisher so far `[a]`; fisher: that of old concepts, by name of the weight."""
 
-    adapter_class = PooledAdapters
     config: SCNSConfig
-    adapters: PooledAdapters
 
     def begin(self, task: Task) -> None:
         self.weights: dict[DeltaKey, Tensor] = {}

@@ -87,6 +87,8 @@ class Backbone(ABC):
         picture_multiple: Pixels per latent cell along each side. Width and height of a picture must be
             multiples of it.
         fingerprint: Hash of the weights. A concept stores the fingerprint of the base that it was learned on.
+        known_prompts: Prompts of pictures that the model draws well, for methods that measure what it does
+            without a concept; () = prompts for a general model.
         overlay: Hash of changes to the model that the weights do not show (LoRA patches, CLIP skip); "" for
             none. A stopped run only resumes with the same overlay.
     """
@@ -97,6 +99,7 @@ class Backbone(ABC):
     latent_channels: int
     picture_multiple: int
     fingerprint: str
+    known_prompts: tuple[str, ...] = ()
     overlay: str = ""
 
     @property

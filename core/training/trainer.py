@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,8 @@ class Trainer:
         bank, outcome = self.task.bank, self.method.finish()
         for name in learning_names(bank, self.method.name, self.method.builds_on_sum):
             bank = bank.remove(name)
-        return bank.add(Concept(self.info, outcome.tokens, outcome.deltas))
+        info = replace(self.info, composition=self.method.composition)
+        return bank.add(Concept(info, outcome.tokens, outcome.deltas))
 
     def evaluate(self, evaluator: Evaluator | None) -> None:
         """Scores the concept when an evaluation is due. An interrupted evaluation is repeated."""

@@ -11,8 +11,10 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import always_on_deltas
+from continual_concepts.core.data.batch import Batch
 from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
+from continual_concepts.core.demo.base import load_base
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.methods.cns import CNS
@@ -23,7 +25,7 @@ from continual_concepts.core.neurons.sparse import SparseAdapters, SparseLinear
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
 
-QUICK = {"selection_steps": 2, "calibration": 2}
+QUICK = {"selection_steps": 2, "calibration": 2, "share": 0.058}
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +69,32 @@ def test_a_concept_has_its_share_of_the_keys_and_values(banks, tiny_backbone):
         assert selection_of(concept).share() == pytest.approx(0.058, abs=0.001)
 
 
-def test_the_default_share_is_the_papers_of_stable_diffusion():
-    """16 sites: widths 320 x 5, 640 x 5, 1280 x 6, context 768; 859.5 M weights in the UNet."""
+def test_the_share_agrees_with_the_papers_figures_of_stable_diffusion():
+    """16 sites: widths 320 x 5, 640 x 5, 1280 x 6, context 768; 859.5 M weights in the UNet. 53 % of the base
+    neurons are general."""
     weights = 2 * 768 * (5 * 320 + 5 * 640 + 6 * 1280)
-    assert make("cns").config.share * weights / 859.5e6 == pytest.approx(0.0013, abs=0.00002)
+    assert 0.47 * make("cns").config.base_share * weights / 859.5e6 == pytest.approx(0.0013, abs=0.0001)
+
+
+def test_the_share_is_what_the_general_neurons_leave(tiny_backbone, teach):
+    """It differs between weights and concepts, and is never more than the base neurons."""
+    settings, infos = {"selection_steps": 2, "calibration": 4, "quorum": 0.25}, []
+    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "cns", settings, steps=4,
+                 callback=infos.append).bank
+    found, general = selection_of(bank["rex"]), stored(bank, "general.")
+    shares = {key: len(places) / (found.sizes[key][0] * found.sizes[key][1])
+              for key, places in found.indices.items()}
+    assert len(found & general) == 0 and len(set(shares.values())) > 1
+    assert max(shares.values()) <= 0.12 and found.share() < 0.12
+    entries = sum(a * b for a, b in (tiny_backbone.layout.sites[i].shape(part)
+                                     for i, part in key_value_weights(tiny_backbone.layout)))
+    assert infos[-1].monitors["share"] == pytest.approx(len(found) / entries)
+
+
+def test_the_calibration_shows_what_the_base_knows(tiny_backbone, monkeypatch):
+    monkeypatch.setattr(tiny_backbone, "known_prompts", ("a red dog", "a cat"), raising=False)
+    assert begun(tiny_backbone, ConceptBank(tiny_backbone.layout)).prompts == ("a red dog", "a cat")
+    assert len(load_base().known_prompts) == 32
 
 
 def test_concept_neurons_are_not_general(banks):
@@ -210,8 +234,13 @@ def test_the_ties_are_the_two_distances(tiny_backbone, banks):
     weights."""
     chosen, bank = everything(tiny_backbone), banks[1]
     method = begun(tiny_backbone, bank, {"tie_previous": 2.0, "tie_base": 3.0}, chosen)
+    drift = always_on_deltas(bank)
+    latents = torch.zeros(1, 4, 8, 8)
+    batch = Batch(latents, ("",), latents[:, :1], torch.zeros(1, dtype=torch.bool), torch.ones(1))
+    with tiny_backbone.folded(drift):      # as while training
+        method.on_batch(batch)
     g, previous, base, energy = torch.Generator().manual_seed(0), 0.0, 0.0, 0.0
-    union, drift = stored(bank, "union."), always_on_deltas(bank)
+    union = stored(bank, "union.")
     for key in chosen.sizes:
         values, places = method.adapters.at(key)
         with torch.no_grad():
@@ -220,7 +249,7 @@ def test_the_ties_are_the_two_distances(tiny_backbone, banks):
         mask = chosen.mask(key)
         previous += float((now * (union.mask(key) & mask)).square().sum())
         base += float(((now + drift[key].dense()) * mask).square().sum())
-        energy += float((weight_of(tiny_backbone, key) * mask).square().sum())
+        energy += float(((weight_of(tiny_backbone, key) + drift[key].dense()) * mask).square().sum())
     terms = method.penalty(None)
     assert terms["previous"].item() == pytest.approx(2.0 * previous / energy, rel=1e-4)
     assert terms["base"].item() == pytest.approx(3.0 * base / energy, rel=1e-4)
@@ -264,9 +293,9 @@ def test_the_sparse_product_and_its_gradients():
 
 
 def test_trainables_are_the_sparse_values_and_the_words(tiny_backbone):
-    method = begun(tiny_backbone, ConceptBank(tiny_backbone.layout))
+    method = begun(tiny_backbone, ConceptBank(tiny_backbone.layout), {"share": 0.058})
     words, weights = method.parameter_groups()
-    expected = sum(int(0.058 * a * b) for a, b in method.adapters.sizes.values())
+    expected = sum(int(0.058 * a * b) for a, b in method.adapters.all_sizes.values())
     assert sum(p.numel() for p in weights["params"]) == expected and len(words["params"]) == 1
     assert weights["weight_decay"] == 0.0
 
@@ -278,8 +307,9 @@ def test_other_projections_are_left_alone(tiny_backbone):
 
 
 @pytest.mark.parametrize("settings", [
-    {"share": 0.0}, {"unit": "column"}, {"score": "fisher"}, {"selection_steps": 0}, {"calibration": 99},
-    {"quorum": 0.0}, {"general_share": 0.6}, {"tie_previous": -1.0}, {"tie_base": -1.0},
+    {"share": -0.1}, {"base_share": 0.0}, {"general_share": 1.1}, {"general_share": 0.6, "share": 0.1},
+    {"unit": "column"}, {"score": "fisher"}, {"selection_steps": 0}, {"calibration": 99},
+    {"quorum": 0.0}, {"tie_previous": -1.0}, {"tie_base": -1.0},
 ])
 def test_settings_out_of_range_are_named(settings):
     with pytest.raises(ConceptError, match=f"'{next(iter(settings))}'"):

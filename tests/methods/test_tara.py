@@ -14,6 +14,7 @@ from continual_concepts.core.conditioning.routing import aggregate, token_lora_d
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import make
 from continual_concepts.core.methods.tara import FREE, TaraProcessor
+from continual_concepts.core.methods.tova import PROMPTS, KeyLock, LockedKeys, mean_states
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
@@ -109,6 +110,17 @@ def test_the_control_has_no_penalty_and_the_bytes_of_the_default(tiny_backbone, 
     assert {projection for _, projection in keys_only.deltas} == {"to_k", "to_v"}
 
 
+def test_the_control_is_cidm_without_its_terms(tiny_backbone, teach):
+    off = {"orthogonality": "off", "shared": "off", "attention_weight": 0.0, "token_norm_stop": 0.0}
+    control, stripped = learned(tiny_backbone, teach, "lora"), learned(tiny_backbone, teach, "cidm", **off)
+    for name in ("rex", "mimi"):
+        for key, delta in control[name].deltas.items():
+            pairs = zip(delta.tensors(), stripped[name].deltas[key].tensors(), strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)
+        assert all(torch.equal(vector, stripped[name].tokens.vectors[encoder])
+                   for encoder, vector in control[name].tokens.vectors.items())
+
+
 def test_projections_are_checked():
     with pytest.raises(ConceptError, match="projections.*qkvo"):
         make("lora", {"projections": "kq"})
@@ -121,3 +133,65 @@ def test_the_file_keeps_which_projections_are_free(tara, tmp_path):
     assert "free" not in Composition(Kind.WORDS).to_json()
     with pytest.raises(ConceptError, match="free a list of"):
         Composition.from_json({"kind": "bound", "free": ["to_x"]})
+
+
+@pytest.mark.parametrize(("free", "folded"), [
+    ("", set()), ("qo", {"to_q", "to_out"}), ("kv", {"to_k", "to_v"}),
+    ("qkvo", {"to_q", "to_k", "to_v", "to_out"}),
+])
+def test_each_projection_can_be_word_bound_or_prompt_activated(tiny_backbone, teach, free, folded):
+    """The four corners, with the same words; training and sampling agree in each."""
+    given = []
+    settings, empty = {"lr": 0.1, "free": free}, ConceptBank(tiny_backbone.layout)
+    learned = teach(tiny_backbone, empty, "rex", "bound", settings, steps=2,
+                    callback=lambda info: given.append(info.snapshot()["rex"].info.composes))
+    bank, concept = learned.bank, learned.concept
+    deltas = aggregate(None, bank, bank.parse("<rex>"), "sharp").deltas
+    assert {projection for _, projection in deltas} == folded
+    assert given[-1] == concept.info.composes == Composition(Kind.WORDS, free=concept.info.composes.free)
+    bound = token_lora_deltas(bank)["rex"]
+    assert len(bound) + len(deltas) == len(concept.deltas)
+    context = encode_prompts(tiny_backbone, [bank.parse("a <rex> here")], bank.token_groups(["rex"]))
+    noise, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    free_deltas = {key: delta for key, delta in concept.deltas.items() if key[1] in folded}
+    trained = tiny_backbone.predict(noise, time, context, TokenLoraProcessor({"rex": bound}, free_deltas))
+    with tiny_backbone.folded(deltas):
+        sampled = tiny_backbone.predict(noise, time, context, TokenLoraProcessor({"rex": bound}))
+    torch.testing.assert_close(trained, sampled, rtol=1e-4, atol=1e-5)
+
+
+def test_locked_keys_are_the_nouns(tiny_backbone, teach):
+    """The record maps the mean states of the words to the noun's key, with as many ranks as words."""
+    settings = {"lr": 0.1, "lock_keys": True, "stored": "float32"}
+    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "tova", settings, steps=3).bank
+    concept = bank["rex"]
+    assert {projection for _, projection in concept.deltas} == {"to_k", "to_v"}
+    noun = encode_prompts(tiny_backbone, [bank.parse("a photo of dog")], {})
+    prompts = bank.vocabulary.parse_all([template.format("<rex>") for template in PROMPTS])
+    context = encode_prompts(tiny_backbone, prompts, bank.token_groups(["rex"]))
+    for site in tiny_backbone.layout.sites:
+        target = tiny_backbone.project(site, "to_k", noun.at(site))[0, 4]
+        states, delta = mean_states(context, "rex", site), concept.deltas[site.index, "to_k"]
+        plain = tiny_backbone.project(site, "to_k", states)
+        assert delta.up.shape[1] == 2 and (plain - target).norm() > 0.1
+        torch.testing.assert_close(plain + delta.apply(states), target.expand(2, -1), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ConceptError, match="lock_keys"):
+        make("tova", {"lock_keys": True, "projections": "qkvo"})
+
+
+def test_locked_keys_follow_the_words_while_they_train(tiny_backbone, tara):
+    """In a pass with one prompt, every key of the concept is the noun's."""
+    lock = KeyLock(tiny_backbone, "dog")
+    processor = LockedKeys("rex", {}, lock)
+    prompts = tara.vocabulary.parse_all(["a <rex> here", "a dog"])
+    context = encode_prompts(tiny_backbone, prompts, tara.token_groups(["rex"]))
+    processor.prepare(context)
+    places = list(context.words[0]["rex"])
+    for site, key in lock.keys.items():
+        text = context.at(site)
+        plain = tiny_backbone.project(site, "to_k", text)
+        found = processor.project(site, "to_k", text, plain)
+        torch.testing.assert_close(found[0, places], key.expand(2, -1), rtol=1e-3, atol=1e-3)
+        others = [n for n in range(text.shape[1]) if n not in places]
+        assert torch.equal(found[0, others], plain[0, others]) and torch.equal(found[1], plain[1])
+    assert lock.edits(context[1:2], "rex") == {}
