@@ -111,8 +111,12 @@ def with_slots(heads: int, attended: Tensor, query: Tensor, mass: Tensor, keys: 
     Returns:
         `[B, S, a]`.
     """
-    result = attended.unflatten(-1, (heads, -1))
-    for concept, (key, value) in enumerate(zip(keys, values, strict=True)):
-        read = slot_attention(heads, query, key, value).unflatten(-1, (heads, -1))
-        result = result + read * mass[..., concept:concept + 1]
-    return result.flatten(2)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, keys, values))
+    if k.ndim == 5:      # [C, B, H, m, d]
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+    shape = len(q), len(keys), *k.shape[-3:]
+    # one call for all concepts, so that their number does not change the number of operations
+    read = F.scaled_dot_product_attention(q.unsqueeze(1).expand(-1, len(keys), -1, -1, -1), k.expand(shape),
+                                          v.expand(shape))      # [B, C, H, S, d]
+    added = (read * mass.permute(0, 3, 2, 1).unsqueeze(-1)).sum(1)
+    return attended + added.transpose(1, 2).flatten(2)

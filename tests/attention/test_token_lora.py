@@ -157,6 +157,20 @@ def test_a_cached_site_costs_hardly_more_than_a_plain_one(weights):
     assert plain <= cached < plain + (uncached - plain) / 10      # the layout once per sampling is what costs
 
 
+@pytest.mark.parametrize("known", [deltas, slots])
+def test_the_number_of_concepts_adds_no_operation(weights, known):
+    counts, picture, nothing = [], draw(1, 9, 8, seed=3), context({}, length=0)
+    for names in (("rex",), ("rex", "mimi", "fido")):
+        found = context({name: (i + 1,) for i, name in enumerate(names)})
+        concepts = TokenLora({name: known(20 + 10 * i) for i, name in enumerate(names)}, found)
+        cached = CachedTokenLora(concepts, 1, "cpu")
+        run(cached, found, weights, picture)
+        with torch.inference_mode(), Operations() as counter:
+            run(cached, nothing, weights, picture)
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
+
+
 def test_without_its_words_a_concept_does_nothing_bit_for_bit(weights):
     found, picture = context({}, {"mimi": (1,)}), draw(2, 9, 8, seed=3)
     plain = run(TokenLoraProcessor({}), found, weights, picture)
