@@ -28,7 +28,6 @@ RATES = {"lr": 2e-3, "token_lr": 2e-2}      # 200 times smaller than SD1.5: need
 OWN_RATES: dict[str, dict] = {      # settings that were clearly better than the defaults on two tasks
     "custom_diffusion_merge": {"lr": 3e-3},
     "clora": {"forget": 10.0},      # at 1e3 and above later tasks learn their word alone, see docs/claims.md
-    "slots": {"slot_lr": 3e-2},
     "l2dm": {"replay": 4, "mu": 2.0, "generation_steps": 20, "cfg": 1.0},
 }
 

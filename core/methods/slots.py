@@ -40,15 +40,17 @@ from ..settings import between, setting
 from .base import Task, register
 from .low_rank import LowRankConfig, LowRankMethod
 
+# Slots are as large as keys and values, about 1; entries of low-rank factors are 1/sqrt(width) and smaller.
+SLOT_RATE = 30.0      # on the learning rate, measured on the embedded base
+
 
 @dataclass(frozen=True)
 class SlotsConfig(LowRankConfig):
-    """slots, slot_lr: of objects. learn_words: whether an object's words are trained too, with token_lr.
-    rank, scale, lr, layerwise: of styles."""
+    """slots: of objects, which learn at SLOT_RATE times `lr`. learn_words: whether an object's words are
+    trained too, with token_lr. rank, scale, layerwise: of styles."""
 
     slots: int = setting(8, "Slots of an object at every site. More slots hold more detail and make the "
                             "concept larger.", 1, 64)
-    slot_lr: float = setting(1.5e-3, "Learning rate of an object's slots.", 1e-6, 0.2)
     learn_words: bool = setting(False, "Also train the words of an object.")
 
     limits = {"slots": between(1, 64)}
@@ -112,9 +114,10 @@ class Slots(LowRankMethod):
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.slots is None:
             return super().parameter_groups()
-        words = {"params": list(self.words.parameters()), "lr": self.config.token_lr}
-        slots = {"params": list(self.slots.parameters()), "lr": self.config.slot_lr, "weight_decay": 0.0}
-        return [words, slots] if self.config.learn_words else [slots]
+        c = self.config
+        slots = {"params": list(self.slots.parameters()), "lr": SLOT_RATE * c.lr, "weight_decay": 0.0}
+        words = {"params": list(self.words.parameters()), "lr": c.token_lr}
+        return [words, slots] if c.learn_words else [slots]
 
     def processor(self) -> AttentionProcessor:
         if self.slots is None:

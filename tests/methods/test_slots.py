@@ -19,7 +19,7 @@ from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
-FAST = {"slot_lr": 0.1}
+FAST = {"lr": 1e-2}
 
 
 @pytest.fixture(scope="module")
