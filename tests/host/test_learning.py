@@ -270,6 +270,17 @@ def test_showing_likeness_changes_nothing_that_is_learned(judged, studio):
         assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
 
 
+def test_l2dm_describes_pictures_with_the_clip_vision(judged):
+    class Means:
+        def encode_image(self, image, crop=True):
+            return {"image_embeds": image.mean((1, 2))}
+
+    settings = {"method": "l2dm", "steps": 1, "stop_after": 0, "preview_every": 0}
+    described = judged([], clip_vision=Means(), **settings)[0].shared["l2dm"]["features"]
+    plain = judged([], clip_vision=None, **settings)[0].shared["l2dm"]["features"]
+    assert described.shape == (2, 3) and plain.shape[1] > 3
+
+
 @pytest.mark.parametrize("lacking", [{"clip_vision": None}, {"preview_every": 0}])
 def test_stopping_needs_something_to_tell_when(judged, lacking):
     from continual_concepts.core.errors import ConceptError
