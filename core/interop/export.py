@@ -51,6 +51,9 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     owner, factors = f"concept '{concept.name}'", None
     tokens, lost = concept.tokens, list[str]()
     if formats != ("embedding",):
+        if concept.slots and not projected(concept.deltas):
+            raise ConceptError(f"{owner} was learned as slots, which no other program reads; for a LoRA file "
+                               "learn it with the method lora")
         factors = low_rank(projected(concept.deltas), owner, rank, max_error)
     if {"embedding", "bundle"} & set(formats):
         tokens, lost = single_copy(concept, refit)

@@ -92,7 +92,7 @@ def test_strength_zero_is_the_base_with_the_noun(tiny_backbone, bank):
 
 
 def test_slots_are_not_exported_as_a_lora(bank, tmp_path):
-    with pytest.raises(ConceptError, match="'rex' changes no weights"):
+    with pytest.raises(ConceptError, match="'rex' was learned as slots, which no other program reads"):
         export_concept(bank, "rex", tmp_path)
     assert export_concept(bank, "chalk", tmp_path).files
 
