@@ -170,10 +170,9 @@ class Method(ABC):
         """Words of a concept of a kind whose words are not named."""
         return cls.word_count
 
-    @classmethod
-    def composition_of_kind(cls, kind: str) -> Composition:
-        """How a concept of a kind acts together with others."""
-        return cls.composition
+    def composition_of_kind(self, kind: str) -> Composition:
+        """How a concept of a kind acts together with others, with this method's settings."""
+        return self.composition
 
     def use_selection(self, selection: NeuronSelection) -> None:
         """Trains these neurons only; called before `begin`. Raises ConceptError if the method has none."""

@@ -95,9 +95,8 @@ class Slots(LowRankMethod):
     def words_of_kind(cls, kind: str) -> int:
         return 2 if kind == "style" else cls.word_count
 
-    @classmethod
-    def composition_of_kind(cls, kind: str) -> Composition:
-        return PROMPT if kind == "style" else cls.composition
+    def composition_of_kind(self, kind: str) -> Composition:
+        return PROMPT if kind == "style" else self.composition
 
     def begin(self, task: Task) -> None:
         if task.kind == "style":

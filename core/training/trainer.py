@@ -158,7 +158,7 @@ class Trainer:
         bank, outcome = self.task.bank, self.method.finish()
         for name in learning_names(bank, self.method.name, self.method.builds_on_sum):
             bank = bank.remove(name)
-        info = replace(self.info, composition=self.method.composition)
+        info = replace(self.info, composition=self.method.composition_of_kind(self.task.kind))
         return bank.add(Concept(info, outcome.tokens, outcome.deltas))
 
     def evaluate(self, evaluator: Evaluator | None) -> None:
