@@ -111,7 +111,7 @@ def with_slots(heads: int, attended: Tensor, query: Tensor, mass: Tensor, keys: 
     Returns:
         `[B, S, a]`.
     """
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, keys, values))
+    q, k, v = (x.to(query).unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, keys, values))
     if k.ndim == 5:      # [C, B, H, m, d]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
     shape = len(q), len(keys), *k.shape[-3:]

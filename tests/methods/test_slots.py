@@ -74,6 +74,14 @@ def test_a_saved_bank_draws_the_same_picture(tiny_backbone, bank, tmp_path):
     assert torch.equal(sample(tiny_backbone, bank, prompts, [1], QUICK), again)
 
 
+def test_a_concept_in_half_precision_draws_on_a_base_in_single_precision(tiny_backbone, bank, teach):
+    halves = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "slots",
+                   {**FAST, "stored": "float16"}, steps=4).bank
+    assert halves["rex"].deltas[0, SLOTS].key.dtype == torch.float16
+    pictures = [sample(tiny_backbone, one, ["a photo of <rex>"], [0], QUICK) for one in (bank, halves)]
+    assert torch.allclose(*pictures, atol=0.05)
+
+
 def test_a_picture_does_not_depend_on_the_order_of_learning(tiny_backbone, bank):
     other = ConceptBank(bank.layout).add(bank["mimi"]).add(bank["rex"])
     one, two = (sample(tiny_backbone, b, ["a <rex> and a <mimi>"], [1], QUICK) for b in (bank, other))
