@@ -21,7 +21,8 @@ from continual_concepts.core.evaluation.metrics import area_under_curve
 
 TEN = concepts(10)
 NAMES = [concept.name for concept in TEN]
-LEAST = {"encoder": 0.93, "template": 0.99}      # `chalk` is what the encoder tells apart worst
+LEAST = {"encoder": 0.97, "template": 0.99}
+HARD = {("encoder", "chalk"): 0.89}      # the encoder takes some drawings of other styles for chalk
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,10 @@ def test_held_out_pictures_are_told_from_all_others(judges, tasks, name):
     shown = torch.arange(len(TEN)).repeat_interleave(12)
     for i, concept in enumerate(TEN):
         own, others = table[shown == i, i], table[shown != i, i]
-        assert area_under_curve(own, others) >= LEAST[name], concept.name
+        least = HARD.get((name, concept.name), LEAST[name])
+        assert area_under_curve(own, others) >= least, concept.name
         unknown = judges[name].scores(strangers(concept), [concept.name])[:, 0]
-        assert area_under_curve(own, unknown) >= LEAST[name], concept.name
+        assert area_under_curve(own, unknown) >= least, concept.name
 
 
 def test_training_pictures_are_the_measure_of_the_template_judge(judges, tasks):

@@ -33,7 +33,7 @@ def grown(backbone, method, bank, name):
 def banks(tiny_backbone):
     """Method -> its bank of one concept, and the same with another one."""
     found = {}
-    for method in ("bound", "cidm", "finetune", "lora_c"):
+    for method in ("bound", "slots", "cidm", "finetune", "lora_c"):
         torch.manual_seed(0)
         one = grown(tiny_backbone, method, ConceptBank(tiny_backbone.layout), "rex")
         found[method] = one, grown(tiny_backbone, method, one, "mimi")
@@ -41,8 +41,8 @@ def banks(tiny_backbone):
 
 
 @pytest.mark.parametrize(("method", "mode", "same"), [
-    ("bound", "sharp", True), ("cidm", "sharp", True), ("cidm", "equal", False), ("cidm", "released", False),
-    ("finetune", "sharp", False), ("lora_c", "sharp", False),
+    ("bound", "sharp", True), ("slots", "sharp", True), ("cidm", "sharp", True), ("cidm", "equal", False),
+    ("cidm", "released", False), ("finetune", "sharp", False), ("lora_c", "sharp", False),
 ])
 def test_digests_are_equal_where_pictures_are(tiny_backbone, banks, method, mode, same):
     settings = replace(QUICK, mode=mode)
