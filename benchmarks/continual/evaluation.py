@@ -101,7 +101,9 @@ def base_change(sampler: Sampler, bank: ConceptBank, suite: PromptSuite) -> floa
 
 def _weight_count(delta: Delta) -> int:
     """Number of weights in a delta, without the indices of sparse deltas."""
-    return delta.values.numel() if isinstance(delta, SparseDelta) else delta.up.numel() + delta.down.numel()
+    if isinstance(delta, SparseDelta):
+        return delta.values.numel()
+    return sum(tensor.numel() for tensor in delta.tensors())
 
 
 def mean(values: Sequence[float]) -> float:
