@@ -133,7 +133,10 @@ def _remove_finished_runs(bank) -> None:
         run = checkpoint.identity(file)
         info = bank.infos.get(run.get("concept"))
         origin = None if info is None else info.provenance
-        if origin is not None and (list(origin.images), origin.base) == (run.get("images"), run.get("base")):
+        images = run.get("images")
+        if origin is None or origin.base != run.get("base") or not isinstance(images, list):
+            continue
+        if list(origin.images) == images or (origin.refined and set(images) <= set(origin.images)):
             file.unlink(missing_ok=True)
 
 

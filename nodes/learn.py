@@ -36,6 +36,7 @@ from ..core.sampling.settings import SampleSettings
 from ..core.settings import unusual
 from ..core.training.config import TrainingConfig
 from ..core.training.record import check_known, run_identity, run_key
+from ..core.training.refinement import check_refinable, knows_all, notes_on_photos, settings_of, with_replay
 from . import types
 from .folders import checkpoint_file, checkpoint_folder
 from .images import deferred_pictures, masks_of, to_image, vision
@@ -43,7 +44,7 @@ from .inputs import first, setting_input
 from .progress import Reporter
 from .schema import Schema
 
-KEEP, AGAIN = "keep it", "learn it again"
+KEEP, AGAIN, REFINE = "keep it", "learn it again", "refine it"
 OF_TRAINING = ("steps", "batch_size", "resolution", "seed")      # inputs that are fields of TrainingConfig
 LATER = {"clip_vision": None, "stop_after": 0, "show_older": False}      # inputs that saved graphs may lack
 
@@ -107,10 +108,11 @@ class ConceptLearner(io.ComfyNode):
                              tooltip="Steps between previews; 0 = none."),
                 io.Combo.Input(
                     "if_known",
-                    options=[KEEP, AGAIN],
+                    options=[KEEP, AGAIN, REFINE],
                     default=KEEP,
                     tooltip="If the bank already holds this name: keep the concept if it was learned from "
-                            "these photos and settings (otherwise an error), or replace it.",
+                            "these photos and settings (otherwise an error), or replace it, or refine it: go "
+                            "on from what it has learned, with further photos.",
                 ),
                 types.Bank.Input("bank", optional=True,
                                  tooltip="The bank to add it to; not connected = a new one."),
@@ -183,12 +185,17 @@ class ConceptLearner(io.ComfyNode):
     ) -> io.NodeOutput:
         given = {key: first(value) for key, value in (LATER | inputs).items()}
         name, noun = check_name(typed_name(given["name"])), check_class_noun(given["class_noun"])
-        if given["if_known"] not in (KEEP, AGAIN):
-            raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}")
+        if given["if_known"] not in (KEEP, AGAIN, REFINE):
+            raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}, {REFINE}")
+        known = None
+        if given["if_known"] == REFINE:
+            known = check_refinable(first(bank), name, class_noun=noun, kind=given["kind"],
+                                    method=given["method"])
         photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))
         prior = [Picture(p, prior_caption(noun), is_prior=True)
                  for p in deferred_pictures(prior_images, "prior_images")]
-        method = make(given["method"], _method_settings(given, first(method_settings)))
+        settings = _method_settings(given, first(method_settings))
+        method = make(given["method"], settings if known is None else settings_of(known, settings))
         if first(selection) is not None:
             method.use_selection(first(selection))
         config = _with_early_stopping(_training_config(given, first(training_settings)), given)
@@ -198,6 +205,10 @@ class ConceptLearner(io.ComfyNode):
             start.check_fits(backbone.layout)
             task = Task(name, noun, backbone, start.remove(name) if name in start else start, given["kind"],
                         generator=torch.Generator().manual_seed(config.seed))
+            if known is not None:
+                if knows_all(known, photos):
+                    return _unchanged(start, f"<{name}> was learned from these photos already")
+                task = replace(task, words=known.words, refined=start)
             if name in start and given["if_known"] == KEEP:
                 return _already_learned(start, _info(task, method), method, config, photos)
             return _learn(task, method, config, [*photos, *prior], given,
@@ -246,9 +257,12 @@ def _already_learned(bank: ConceptBank, info: ConceptInfo, method: Method, confi
     name = info.name
     check_known(bank.infos[name], info, method, config, [photo.digest for photo in photos],
                 f"set if_known to '{AGAIN}'")
-    picture = to_tensor(loss_picture([], f"<{name}> is known already"))
-    text = ui.PreviewText(f"<{name}> is in the bank already, learned from these photos")
-    return io.NodeOutput(bank, picture, picture, _no_older_concepts(), ui=text)
+    return _unchanged(bank, f"<{name}> is in the bank already, learned from these photos")
+
+
+def _unchanged(bank: ConceptBank, sentence: str) -> io.NodeOutput:
+    picture = to_tensor(loss_picture([], "the concept is known already"))
+    return io.NodeOutput(bank, picture, picture, _no_older_concepts(), ui=ui.PreviewText(sentence))
 
 
 def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Picture], given: dict,
@@ -262,13 +276,16 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
                 *(prior_warnings(method.composition) if len(pictures) > len(photos) else [])]
     notes = [*unusual(method.config), *unusual(config),
              *warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
+             *([] if task.start is None else notes_on_photos(task.start.info, photos)),
              *(warning.text for warning in warnings)]
     for note in notes:      # before the minutes of training
         logging.warning("Concept Learner: %s", note)
     notes.insert(0, taken.headline)
     size = (config.resolution, config.resolution)
     backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)
+    cancel = comfy.model_management.throw_exception_if_processing_interrupted
     with backbone.training():
+        pictures = with_replay(task, pictures, config, settings.cfg, before_each=cancel)
         data = prepare(backbone, pictures, task.name, task.class_noun,
                        Framing(config.resolution, config.framing, config.flip))
         encode = None if given["clip_vision"] is None else vision(given["clip_vision"])
@@ -282,7 +299,6 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
                                            last=given["preview_every"] > 0)
         older = _no_older_concepts()
         if given["show_older"] and len(task.bank):
-            cancel = comfy.model_management.throw_exception_if_processing_interrupted
             rows = older_concepts(backbone, bank, task.bank.names, settings, config.seed, before_each=cancel)
             older = to_tensor(thumbnails_picture(rows, columns=4))
     if len(losses) < config.steps:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConceptError
 from ..model.deltas import DeltaKey, Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor
 from ..model.sites import PROJECTIONS, Site, SiteLayout
-from ..model.storage import stored_deltas, wide_enough
+from ..model.storage import load_stored, stored_deltas, wide_enough
 
 
 def adapter_key(index: int, projection: str) -> str:
@@ -53,6 +54,21 @@ class Adapters(nn.Module):
     def stored(self, dtype: torch.dtype) -> Deltas:
         """Detached copies on the CPU in the bank's type."""
 
+    def load(self, deltas: Deltas) -> None:
+        """Sets the parameters to stored deltas. Raises ConceptError if they do not fit, or are of adapters
+        that cannot be set."""
+        raise ConceptError("these deltas cannot be learned further")
+
+
+def _check_places(deltas: Deltas, places: Collection[DeltaKey]) -> None:
+    """Raises ConceptError unless there are stored deltas of these projections, and of no others."""
+    other = sorted(set(deltas) ^ set(places))
+    if other:
+        site, projection = other[0]
+        has, adapts = ("has a", "do not") if other[0] in deltas else ("has no", "do")
+        raise ConceptError(f"the concept {has} delta of {projection} at site {site}; the settings of the "
+                           f"method {adapts} adapt it")
+
 
 class NoAdapters(Adapters):
     """No trainable deltas."""
@@ -62,6 +78,9 @@ class NoAdapters(Adapters):
 
     def stored(self, dtype: torch.dtype) -> Deltas:
         return {}
+
+    def load(self, deltas: Deltas) -> None:
+        _check_places(deltas, ())
 
 
 class LowRankAdapters(Adapters):
@@ -103,6 +122,16 @@ class LowRankAdapters(Adapters):
 
     def stored(self, dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
         return stored_deltas(self.deltas(), dtype)
+
+    def load(self, deltas: Deltas) -> None:
+        _check_places(deltas, self.keys)
+        for (index, projection), delta in deltas.items():
+            name = adapter_key(index, projection)
+            if not isinstance(delta, LowRankDelta) or delta.scale != self.scale:
+                raise ConceptError(f"the delta of {projection} at site {index} has scale {delta.scale:g}; "
+                                   f"the settings of the method need a low-rank one of scale {self.scale:g}")
+            for factors, stored in ((self.up, delta.up), (self.down, delta.down)):
+                load_stored(factors[name], stored, f"the factors of {projection} at site {index}")
 
 
 class FullAdapters(Adapters):

@@ -146,12 +146,13 @@ class ConceptBank:
         entries = (_loaded(concept) if entry.info.name == old else entry for entry in self.entries)
         return replace(self, entries=tuple(entries))
 
-    def replace(self, concept: Concept) -> ConceptBank:
-        """Returns the bank with a new version of one of its concepts, in the same position."""
+    def replace(self, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]] | None = None
+                ) -> ConceptBank:
+        """Returns the bank with a new version of a concept in its position. shared: see `add`."""
         concept.check_fits(self.layout)
         replaced = self._entry(concept.name)
         entries = (_loaded(concept) if entry is replaced else entry for entry in self.entries)
-        return replace(self, entries=tuple(entries))
+        return replace(self, entries=tuple(entries), shared={**self.shared, **(shared or {})})
 
     def merge(self, other: ConceptBank) -> ConceptBank:
         """Returns the concepts of this bank, then those of the other. If both have shared state of a method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -25,7 +26,9 @@ class Provenance:
         settings: The method's and the training's settings, as JSON values.
         versions: Library -> version.
         date: ISO 8601, UTC.
-        steps, seconds: How long learning took.
+        steps, seconds: How long learning took. For a refined concept these and `settings` are of the last
+            run, and `images` has the photos of all runs.
+        refined: Earlier runs of a refined concept, oldest first: date, steps, seconds, and number of photos.
     """
 
     base: str = ""
@@ -35,6 +38,7 @@ class Provenance:
     date: str = ""
     steps: int = 0
     seconds: float = 0.0
+    refined: tuple[Mapping, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ class ConceptInfo:
 
     def to_json(self) -> dict:
         data = asdict(self)
-        del data["composition"]      # files without this field are written without it again
+        if not self.provenance.refined:      # files without these fields are written without them again
+            del data["provenance"]["refined"]
+        del data["composition"]
         return data if self.composition is None else {**data, "composition": self.composition.to_json()}
 
     @classmethod
@@ -81,7 +87,7 @@ class ConceptInfo:
         """Reads what `to_json` wrote; unknown keys of a newer version are ignored."""
         names = {f.name for f in fields(Provenance)}
         origin = {key: value for key, value in data.get("provenance", {}).items() if key in names}
-        origin["images"] = tuple(origin.get("images", ()))
+        origin |= {key: tuple(origin.get(key, ())) for key in ("images", "refined")}
         composition = Composition.from_json(data["composition"]) if "composition" in data else None
         return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"],
                    words=tuple(data["words"]), kind=data.get("kind", "object"),
@@ -122,6 +128,16 @@ class Concept:
                       for word in self.info.words)
         info = replace(self.info, name=name, words=words)
         return replace(self, info=info, tokens=replace(self.tokens, words=words))
+
+    def digest(self) -> str:
+        """16 hex digits that identify words and deltas, whatever the concept is called."""
+        digest = hashlib.sha256(self.tokens.digest().encode())
+        for key in sorted(self.deltas):
+            delta = self.deltas[key]
+            digest.update(repr((key, delta.scale)).encode())
+            for tensor in delta.tensors():
+                digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def nbytes(self) -> int:
         tensors = [t for delta in self.deltas.values() for t in delta.tensors()]

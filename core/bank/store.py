@@ -148,7 +148,7 @@ def _keep(path: Path) -> None:
 
 
 def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]],
-                start: ConceptBank, replaces: bool = False) -> ConceptBank:
+                start: ConceptBank, replaces: bool = False, in_place: bool = False) -> ConceptBank:
     """Adds a concept to the present file.
 
     Args:
@@ -156,14 +156,16 @@ def add_concept(path: Path | str, concept: Concept, shared: Mapping[str, Mapping
             the file's own state is kept, because it includes those concepts.
         start: The bank that the concept was learned on.
         replaces: Whether a concept of this name is removed first.
+        in_place: Whether a concept of this name is replaced in its position, as when it was refined.
     """
     def change(now: ConceptBank | None) -> ConceptBank:
         bank = start if now is None else now
-        bank = bank.remove(concept.name) if replaces and concept.name in bank else bank
-        is_as_learned = bank.names == start.names
+        others = bank.remove(concept.name) if (replaces or in_place) and concept.name in bank else bank
+        is_as_learned = others.names == start.names
         fresh = {method: state for method, state in shared.items() if is_as_learned
                  or method not in bank.shared}
-        return bank.add(concept, fresh)
+        is_there = in_place and concept.name in bank
+        return bank.replace(concept, fresh) if is_there else others.add(concept, fresh)
 
     return change_bank(path, change)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..bank.bank import ConceptBank
-from ..bank.concepts import Concept, ConceptInfo
+from ..bank.concepts import KINDS, Concept, ConceptInfo
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name
@@ -30,6 +30,7 @@ from ..evaluation.previews import Previews, concept_prompt, similarity_to
 from ..evaluation.protocol import Encoder
 from ..files import beside, check_output, shortened
 from ..images import thumbnail_of
+from ..methods import DEFAULT
 from ..methods.base import Method, Task, get, make
 from ..model.backbone import Backbone
 from ..sampling.sampling import sample
@@ -40,13 +41,14 @@ from ..training.config import TrainingConfig
 from ..training.loop import learn as learn_concept
 from ..training.process_group import ProcessGroup, process_group
 from ..training.record import Learned, check_known
+from ..training.refinement import check_refinable, knows_all, notes_on_photos, settings_of, with_replay
 from ..training.trainer import StepInfo
 from . import backbones
 from .photos import info_of, read_photos
 from .result import Result, say
 
-KEEP, AGAIN = "keep", "again"
-IF_KNOWN = (KEEP, AGAIN)
+KEEP, AGAIN, REFINE = "keep", "again", "refine"
+IF_KNOWN = (KEEP, AGAIN, REFINE)
 
 
 def _thumbnail(backbone: Backbone, bank: ConceptBank, name: str, kind: str, size: int, cfg: float) -> bytes:
@@ -105,15 +107,31 @@ def _encoder(options: Namespace, training: TrainingConfig) -> Encoder | None:
     return None if options.encoder is None else ClipEncoder.load(options.encoder, device=options.device)
 
 
+def _chosen(options: Namespace, stored: ConceptBank | None) -> ConceptInfo | None:
+    """Fills in what was not given. Returns the header of the concept that is refined; None if none is."""
+    info = None
+    if options.if_known == REFINE:
+        info = check_refinable(stored, options.name, class_noun=options.noun, kind=options.kind or "",
+                               method=options.method or "", words=options.words)
+        options.noun, options.words = info.class_noun, info.words
+    options.kind = options.kind or (KINDS[0] if info is None else info.kind)
+    options.method = options.method or (DEFAULT if info is None else info.method)
+    return info
+
+
 def _known(options: Namespace, stored: ConceptBank, info: ConceptInfo, method: Method,
            training: TrainingConfig, photos: list[Picture]) -> Result:
     """The result for a concept that the bank holds already. info: what would be learned now."""
     check_known(stored.infos[options.name], info, method, training, [photo.digest for photo in photos],
                 "give --if-known again to replace it")
+    return _unchanged(options, stored, "learned from these photos with these settings")
+
+
+def _unchanged(options: Namespace, stored: ConceptBank, why: str) -> Result:
+    """The result for a concept that stays as it is."""
     concept = stored[options.name]
     facts = {**_facts(options, concept, stored), "learned": False}
-    return facts, [f"{concept.info.placeholder} is in {options.bank} already, learned from these photos with "
-                   "these settings; nothing was changed"]
+    return facts, [f"{concept.info.placeholder} is in {options.bank} already, {why}; nothing was changed"]
 
 
 def _warn(sentences: Iterable[str]) -> None:
@@ -129,15 +147,18 @@ def learn(options: Namespace) -> Result | None:
     check_name(options.name)
     options.noun = check_class_noun(options.noun)
     file = check_output(options.bank, "bank")
+    # reports a damaged bank before the photos are read and the base is loaded
+    stored = open_bank(file) if os.path.exists(file) else None
+    refined = _chosen(options, stored)
     rates = backbones.EMBEDDED_RATES if backbones.is_embedded(options) else {}
-    method = make(options.method, {**rates, **_method_settings(options)})
+    settings = _method_settings(options)
+    method = make(options.method,
+                  {**rates, **settings} if refined is None else settings_of(refined, settings))
     training = _training(options)
     read = read_photos(options, training.resolution)
     photos = read.photos.pictures
     checkpoint = beside(file, f".{shortened(options.name, 100)}.checkpoint")
     _renew_digests(checkpoint, options.images, photos)
-    # reports a damaged bank before the base is loaded
-    stored = open_bank(file) if os.path.exists(file) else None
     encoder = _encoder(options, training)
     read = read.checked(options, training, stored, method)
     with process_group(options.device) as group:
@@ -146,17 +167,22 @@ def learn(options: Namespace) -> Result | None:
         if stored is not None and options.name in stored and options.if_known == KEEP:
             result = _known(options, stored, info_of(options, method), method, training, photos)
             return result if group.is_first else None
+        if refined is not None and stored is not None and knows_all(refined, photos):
+            return _unchanged(options, stored, "learned from these photos") if group.is_first else None
         backbone = backbones.load_backbone(options)
         bank = stored or ConceptBank(backbone.layout)
         bank = bank.remove(options.name) if options.name in bank else bank
         warnings = [*unusual(method.config), *unusual(training),
                     *warnings_before(bank, options.name, options.noun, options.method, options.kind,
-                                     [photo.digest for photo in photos])]
+                                     [photo.digest for photo in photos]),
+                    *([] if refined is None else notes_on_photos(refined, photos))]
         _warn(warnings if group.is_first else ())
         previews = _previews(options, training, backbone, photos, encoder)
         task = replace(_task(options, backbone, bank, training.seed),
-                       encode=None if encoder is None else encoder.image_text_features)
-        learned = _train(options, task, method, read.pictures, training, previews, checkpoint, group)
+                       encode=None if encoder is None else encoder.image_text_features,
+                       refined=None if refined is None else stored)
+        pictures = with_replay(task, read.pictures, training, backbones.guidance_of(options))
+        learned = _train(options, task, method, pictures, training, previews, checkpoint, group)
         if not group.is_first:
             return None
     concept, grown = _saved(options, file, learned, task, training.resolution)
@@ -182,7 +208,8 @@ def _saved(options: Namespace, file: Path, learned: Learned, task: Task,
     thumbnail's picture in pixels.
     """
     try:
-        add_concept(file, learned.concept, learned.bank.shared, task.bank, options.if_known == AGAIN)
+        add_concept(file, learned.concept, learned.bank.shared, task.bank, options.if_known == AGAIN,
+                    in_place=task.refined is not None)
     except ConceptError as error:
         alone = ConceptBank(task.bank.layout).add(learned.concept, learned.bank.shared)
         raise saved_elsewhere(error, file, alone) from error
@@ -226,8 +253,11 @@ def _report(options: Namespace, concept: Concept, bank: ConceptBank, losses: tup
             training: TrainingConfig, warnings: list[str], photos: dict) -> Result:
     facts = {**_facts(options, concept, bank), "final_loss": losses[-1], "learned": True,
              "warnings": warnings, "photos": photos}
+    if options.if_known == REFINE:
+        facts["refined"] = [dict(run) for run in concept.info.provenance.refined]
     names = ", ".join(f"<{name}>" for name in bank.names)
-    lines = [f"learned {concept.info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {names}"]
+    done = "refined" if options.if_known == REFINE else "learned"
+    lines = [f"{done} {concept.info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {names}"]
     if len(losses) < training.steps:
         lines.append(f"ended after {len(losses)} of {training.steps} steps, because the similarity to the "
                      "photos no longer grew")

@@ -63,7 +63,7 @@ def _add_learn(commands) -> None:
     parser.add_argument("--words", type=word_names, default=(),
                         help="names of the learned words, comma separated, e.g. dog1,dog2 (default: as many "
                         "as the method learns)")
-    parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
+    parser.add_argument("--kind", choices=KINDS, help=KIND_HELP.replace("%(default)s", KINDS[0]))
     parser.add_argument("--captions", type=file_path,
                         help="folder of captions, or a table such as metadata.jsonl, if they are not beside "
                         "the pictures")
@@ -73,14 +73,15 @@ def _add_learn(commands) -> None:
     parser.add_argument("--prior", type=file_path,
                         help="folder of prior-preservation pictures; the caption of those without one is "
                         "'a photo of a NOUN'")
-    parser.add_argument("--method", choices=sorted(METHODS), default=DEFAULT,
-                        help="how the concept is learned (default %(default)s)")
+    parser.add_argument("--method", choices=sorted(METHODS),
+                        help=f"how the concept is learned (default {DEFAULT})")
     parser.add_argument("--set", dest="settings", type=setting_pair, action="append", default=[],
                         metavar="KEY=VALUE", help="a setting of the method, e.g. rank=8 or lr=1e-4")
     parser.add_argument("--if-known", choices=IF_KNOWN, default=IF_KNOWN[0],
                         help="if the bank holds this name: keep the concept if it was learned from these "
-                        "photos and settings, else an error; or learn it again and replace it "
-                        "(default %(default)s)")
+                        "photos and settings, else an error; or learn it again and replace it; or refine: "
+                        "go on from what it has learned, with further photos; noun, kind, method and its "
+                        "settings are then its own (default %(default)s)")
     parser.add_argument("--encoder", type=file_path,
                         help="folder of a CLIP model in transformers' layout, which compares pictures with "
                         "the photos for --patience (the embedded base has its own), and describes pictures "

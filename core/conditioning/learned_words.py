@@ -11,7 +11,7 @@ from torch import nn
 from ..bank.tokens import TokenGroup, initial_vectors
 from ..errors import ConceptError
 from ..model.backbone import Backbone
-from ..model.storage import stored
+from ..model.storage import load_stored, stored
 
 BYTES = 256      # the first entries of every CLIP vocabulary, enough to estimate its spread
 
@@ -75,6 +75,12 @@ class LearnedWords(Words):
                 copies, words = vectors.shape[:2]
                 start = initial_vectors(encoder.vectors(ids), words + 1, copies, 0.0, torch.Generator())
                 vectors.copy_(start[:, 1:])
+
+    def load(self, group: TokenGroup) -> None:
+        """Sets the words to stored ones. Raises ConceptError if they do not fit."""
+        for encoder, vectors in self.vectors.items():
+            load_stored(vectors, group.vectors[encoder], f"the words for {encoder}")
+        self.placeholder_noun = group.placeholder_noun
 
     def group(self) -> TokenGroup:
         return TokenGroup(self.names, dict(self.vectors.items()), self.placeholder_noun)

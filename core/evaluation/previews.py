@@ -96,7 +96,7 @@ def learn_with_previews(task: Task, method: Method, data: TrainingData, config: 
     if previews.last_step != len(learned.losses):      # otherwise the preview that ended training is used
         previews.draw(learned.bank, len(learned.losses))
     concept = replace(learned.concept, thumbnail=thumbnail_of(previews.pictures[-1]))
-    return task.bank.add(concept, learned.bank.shared), learned.losses
+    return task.grown(concept, learned.bank.shared), learned.losses
 
 
 def older_concepts(backbone: Backbone, bank: ConceptBank, names: Sequence[str], settings: SampleSettings,

@@ -59,7 +59,8 @@ class MethodConfig:
 @dataclass(frozen=True)
 class Task:
     """What to learn, on which base and bank. words: names of the learned words, empty for default ones;
-    encode: the user's image encoder, pictures `[B, 3, H, W]` in -1..1 to features `[B, F]`, or None."""
+    encode: the user's image encoder, pictures `[B, 3, H, W]` in -1..1 to features `[B, F]`, or None; refined:
+    the bank with the concept that learning goes on from, None for a new one. `bank` lacks the concept."""
 
     name: str
     class_noun: str
@@ -69,6 +70,17 @@ class Task:
     words: tuple[str, ...] = ()
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     encode: Callable[[Tensor], Tensor] | None = None
+    refined: ConceptBank | None = None
+
+    @property
+    def start(self) -> Concept | None:
+        """The stored concept that learning goes on from; None for a new one."""
+        return None if self.refined is None else self.refined[self.name]
+
+    def grown(self, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]]) -> ConceptBank:
+        """The bank with the learned concept: at the end, or in its place if it was refined."""
+        return (self.bank.add(concept, shared) if self.refined is None
+                else self.refined.replace(concept, shared))
 
     @property
     def word_names(self) -> tuple[str, ...]:
@@ -139,6 +151,7 @@ class Method(ABC):
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
         describes_pictures: whether it uses the task's image encoder.
+        refinable: whether learning can go on from a stored concept, see `start_from`.
         published_mode: the paper's aggregation mode, see conditioning.routing; "sharp" for a paper without
             one. Benchmarks sample with it; users choose.
         extra_key: name of `extra_state` in checkpoints, "" for a method without one.
@@ -152,6 +165,7 @@ class Method(ABC):
     wants_prior: ClassVar[bool] = False
     learns_alone: ClassVar[bool] = False
     describes_pictures: ClassVar[bool] = False
+    refinable: ClassVar[bool] = False
     published_mode: ClassVar[str] = "sharp"
     extra_key: ClassVar[str] = ""
     steps: int = 0
@@ -187,6 +201,16 @@ class Method(ABC):
         self.words = LearnedWords(task.backbone, task.name, task.word_names, task.class_noun, c.layerwise,
                                   c.first_std, task.generator)
         self.adapters = self.make_adapters()
+
+    def start_from(self, concept: Concept) -> None:
+        """Sets the parameters to those of a stored concept of this method, after `begin`.
+
+        `finish` then returns the stored tensors, bit for bit. Raises ConceptError if the concept does not
+        fit the settings. Only for methods with `refinable`.
+        """
+        assert isinstance(self.words, LearnedWords)
+        self.words.load(concept.tokens)
+        self.adapters.load(concept.deltas)
 
     @abstractmethod
     def make_adapters(self) -> Adapters:

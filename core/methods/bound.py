@@ -40,6 +40,7 @@ class BoundConfig(ProjectionsConfig):
           "that concepts stay distinct")
 class Bound(LowRankMethod):
     composition = WORDS
+    refinable = True
     config: BoundConfig
 
     def begin(self, task: Task) -> None:

@@ -74,6 +74,7 @@ class CIDM(LowRankMethod):
 
     extra_key = "shared._extra_state"
     published_mode = "paper"
+    refinable = True
     config: CIDMConfig
     words: LearnedWords
 

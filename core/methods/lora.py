@@ -15,4 +15,5 @@ from .low_rank import LowRankMethod, ProjectionsConfig
 @register("lora", ProjectionsConfig, "layer-wise words and prompt-activated low-rank deltas without any "
           "penalty; the control")
 class Lora(LowRankMethod):
+    refinable = True
     config: ProjectionsConfig

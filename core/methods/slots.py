@@ -30,12 +30,14 @@ from torch import Tensor, nn
 
 from ..attention.token_lora import TokenLoraProcessor
 from ..bank.composition import PROMPT, WORDS, Composition
+from ..bank.concepts import Concept
 from ..conditioning.learned_words import LearnedWords
+from ..errors import ConceptError
 from ..model.deltas import DeltaKey, Deltas
 from ..model.processor import AttentionProcessor
 from ..model.sites import SiteLayout
 from ..model.slots import SLOTS, SlotDelta
-from ..model.storage import wide_enough
+from ..model.storage import load_stored, wide_enough
 from ..settings import between, setting
 from .base import Task, register
 from .low_rank import LowRankConfig, LowRankMethod
@@ -72,6 +74,16 @@ class SlotAdapters(nn.Module):
         sites = enumerate(zip(self.key, self.value, self.heads, strict=True))
         return {(index, SLOTS): SlotDelta(key, value, heads) for index, (key, value, heads) in sites}
 
+    def load(self, deltas: Deltas) -> None:
+        """Sets the slots to stored ones. Raises ConceptError if they do not fit."""
+        for index, (key, value) in enumerate(zip(self.key, self.value, strict=True)):
+            delta = deltas.get((index, SLOTS))
+            if not isinstance(delta, SlotDelta) or delta.scale != 1.0:
+                raise ConceptError(f"the concept has no slots of scale 1 at site {index}, which are learned "
+                                   "further")
+            load_stored(key, delta.key, f"the slots of site {index}")
+            load_stored(value, delta.value, f"the slots of site {index}")
+
     def stored(self, dtype: torch.dtype) -> Deltas:
         """Detached copies on the CPU in the bank's type."""
         dtype = wide_enough(dtype, self.parameters())
@@ -87,6 +99,7 @@ class SlotAdapters(nn.Module):
 class Slots(LowRankMethod):
     composition = WORDS
     word_count = 4
+    refinable = True
     config: SlotsConfig
     words: LearnedWords
     slots: SlotAdapters | None = None
@@ -109,6 +122,13 @@ class Slots(LowRankMethod):
         self.words.requires_grad_(c.learn_words)
         self.words.placeholder_noun = task.class_noun
         self.slots = SlotAdapters(task.backbone.layout, c.slots, task.generator, task.backbone.device)
+
+    def start_from(self, concept: Concept) -> None:
+        if self.slots is None:
+            super().start_from(concept)
+            return
+        self.words.load(concept.tokens)
+        self.slots.load(concept.deltas)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.slots is None:

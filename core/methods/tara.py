@@ -78,6 +78,7 @@ class TaraProcessor(TokenLoraProcessor):
           "outputs for the whole prompt; keys stay near the class noun's")
 class Tara(LowRankMethod):
     composition = Composition(Kind.WORDS, free=FREE)
+    refinable = True
     config: TaraConfig
 
     def processor(self) -> TaraProcessor:

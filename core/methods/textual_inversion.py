@@ -45,6 +45,7 @@ class TextualInversionConfig(MethodConfig):
 @register("textual_inversion", TextualInversionConfig,
           "learned words only, no weight changes; forgets nothing")
 class TextualInversion(Method):
+    refinable = True
     config: TextualInversionConfig
     words: LearnedWords
 

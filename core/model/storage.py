@@ -31,6 +31,16 @@ def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(wide_enough(dtype, [tensor])).cpu().clone()
 
 
+@torch.no_grad()
+def load_stored(parameter: Tensor, stored: Tensor, what: str) -> None:
+    """Copies a stored tensor into a parameter. Raises ConceptError if their shapes differ."""
+    if parameter.shape != stored.shape:
+        had, needs = ("x".join(map(str, tensor.shape)) for tensor in (stored, parameter))
+        raise ConceptError(f"{what} are {had}, the settings of the method need {needs}; a concept is refined "
+                           "with the rank, slots, layers and projections that it was learned with")
+    parameter.copy_(stored)
+
+
 def stored_deltas(deltas: Mapping[DeltaKey, LowRankDelta],
                   dtype: torch.dtype) -> dict[DeltaKey, LowRankDelta]:
     """Detached copies on the CPU, all in one type, as a bank's file requires."""

@@ -67,11 +67,14 @@ class TrainingConfig:
     patience: int = setting(0, "Training stops after this many evaluations without improvement; 0 = never.",
                             0, 100)
     look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)
+    replay: int = setting(16, "When a concept is refined: pictures of it as it was before, which are drawn "
+                              "first and keep what it knew; 0 = none.", 0, 256)
 
     def __post_init__(self) -> None:
         positive = dict.fromkeys(("steps", "batch_size", "accumulation", "resolution"), at_least(1))
         others = dict.fromkeys(("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset",
-                                "prior_weight", "checkpoint_every", "patience", "look_every"), at_least(0))
+                                "prior_weight", "checkpoint_every", "patience", "look_every", "replay"),
+                               at_least(0))
         check(self, {**positive, **others, "seed": SEED, "framing": one_of(FRAMINGS),
                      "precision": one_of(tuple(PRECISIONS)), "schedule": one_of(LR_SCHEDULES),
                      "caption_dropout": (lambda value: 0 <= value < 1, "0 to below 1")})

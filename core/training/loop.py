@@ -27,7 +27,7 @@ Callback = Callable[[StepInfo], None]
 def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig,
           callback: Callback | None = None, checkpoint_file: Path | None = None, thumbnail: bytes = b"",
           group: ProcessGroup = ONE_PROCESS, evaluator: Evaluator | None = None) -> Learned:
-    """Learns one concept. The given base and bank do not change.
+    """Learns one concept, or goes on with `task.refined`'s. The given base and bank do not change.
 
     Args:
         task: The concept to learn, with base and bank.

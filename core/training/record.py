@@ -36,7 +36,8 @@ def run_identity(task: Task, method: Method, data: TrainingData, config: Trainin
             "settings": method_settings(method), "training": asdict(config),
             "base": task.backbone.fingerprint, "overlay": task.backbone.overlay, "bank": task.bank.names,
             "images": list(data.digests), "captions": list(data.captions),
-            **({"repeats": list(data.repeats)} if data.repeats else {})}
+            **({"repeats": list(data.repeats)} if data.repeats else {}),
+            **({"refined concept": task.start.digest()} if task.start is not None else {})}
 
 
 def run_key(identity: dict) -> str:
@@ -88,7 +89,7 @@ def check_same_run(path: Path, there: Mapping, here: Mapping) -> None:
         path: The checkpoint.
         there, here: The identities of both runs, see `run_identity`.
     """
-    there = dict(there)
+    there, here = ({"refined concept": "", **identity} for identity in (there, here))
     if there.get("method") == here["method"]:
         filled = _with_defaults({"method": there.get("settings", {}), "training": there.get("training", {})},
                                 str(here["method"]))
@@ -163,10 +164,17 @@ def conclude(task: Task, method: Method, data: TrainingData, config: TrainingCon
     _refuse_nan(outcome, task.name)
     settings = {"method": method_settings(method), "training": asdict(config)}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    origin = Provenance(base=task.backbone.fingerprint, images=data.digests, settings=settings,
-                        versions=_versions(), date=now, steps=len(losses), seconds=round(seconds, 2))
+    start = task.start
+    before = Provenance() if start is None else start.info.provenance
+    refined = () if start is None else (*before.refined, {
+        "date": before.date, "steps": before.steps, "seconds": before.seconds, "photos": len(before.images)})
+    images = tuple(dict.fromkeys((*before.images, *data.digests))) if start is not None else data.digests
+    origin = Provenance(base=task.backbone.fingerprint, images=images, settings=settings,
+                        versions=_versions(), date=now, steps=len(losses), seconds=round(seconds, 2),
+                        refined=refined)
     info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin,
                        method.composition_of_kind(task.kind))
+    thumbnail = thumbnail or (b"" if start is None else start.thumbnail)
     concept = Concept(info, outcome.tokens, outcome.deltas, thumbnail)
     shared = {method.name: dict(outcome.shared)} if outcome.shared else {}
-    return Learned(concept, task.bank.add(concept, shared), tuple(losses))
+    return Learned(concept, task.grown(concept, shared), tuple(losses))

@@ -31,6 +31,7 @@ from .micro_batches import OUT_OF_MEMORY, MicroBatch, micro_batches
 from .objective import denoising_loss, predict
 from .process_group import ONE_PROCESS, ProcessGroup
 from .record import brief, check_same_run, run_identity
+from .refinement import Before
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class Trainer:
         self.task, self.method, self.data, self.config, self.group = task, method, data, config, group
         self.micro_batch_size = 0      # set once memory has run out; 0 = the whole batch
         method.begin(task)
+        if task.start is not None:
+            method.start_from(task.start)
+        self.before = Before(task, method) if task.start is not None and bool(data.is_prior.any()) else None
         method.on_data(data)
         self.groups = method.parameter_groups()
         self.optimizer = _optimizer(config, self.groups)
@@ -229,6 +233,7 @@ class Trainer:
         with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
             seen = predict(backbone, batch, self._context(batch), micro_batch.drawn, self.method.processor(),
                            dtype)
+            seen = seen if self.before is None else self.before.taught(seen, self.vocabulary)
             loss = denoising_loss(backbone, seen, config)
         penalties = self.method.penalty(seen)
         whole = loss + sum(penalties.values())

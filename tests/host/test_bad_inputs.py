@@ -154,6 +154,16 @@ def test_words_that_collide(studio):
     assert "rex-1" in sentence(lambda: studio.learn(name="rex-1", bank=[studio.bank]))
 
 
+@pytest.mark.parametrize("wrong, names", [
+    ({"bank": None}, "holds no concept 'rex'"), ({"name": "tim"}, "holds no concept 'tim'"),
+    ({"noun": "cat"}, "class noun of concept 'rex'"), ({"kind": "style"}, "kind of concept 'rex'"),
+    ({"method": "lora"}, "method of concept 'rex'")])
+def test_what_cannot_be_refined(studio, wrong, names):
+    given = {"name": "rex", "noun": studio.bank.infos["rex"].class_noun, "method": "cidm",
+             "bank": [studio.bank], **wrong}
+    assert names in sentence(lambda: studio.learn(steps=1, if_known="refine it", **given))
+
+
 @pytest.mark.parametrize("noun", ["", "  "])
 def test_no_class_noun(studio, noun):
     assert "class noun" in sentence(lambda: studio.learn(noun=noun))

@@ -1,0 +1,157 @@
+"""Refinement: photos are added to a concept later, when the photos that it was learned from are gone.
+
+Learning goes on from the stored words and deltas with the new photos. That alone would forget the old photos.
+So pictures of the concept as it was are drawn first and take part in every batch, as prior pictures do. Their
+target is not the noise that was added to them. It is what the concept predicted for them before this run.
+
+Why this target: the denoising loss on pictures that a model draws has that model's own prediction as its
+minimum. Taking the prediction as target has the same minimum without the noise of the sampled target, and its
+gradient is zero at the start. Faults of drawn pictures, such as too strong guidance, are not learned, because
+pictures only decide where both predictions are compared. Why drawn pictures and not the new photos: on these
+the prediction for the concept has to change, as their captions name it. LwF therefore replaces the concept in
+the captions; here there is one concept only.
+
+Both halves of a batch have the same weight: errors of both are measured against predictions of the same size.
+A step costs a second forward and backward pass for the drawn pictures, and one forward pass of the concept as
+it was.
+
+Related work: generative replay (Shin et al., NeurIPS 2017, 1705.08690) trains on samples of the old model;
+distillation is that of LwF (see methods.lwf). We know of no published method that adds photos to a concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from ..bank.bank import ConceptBank
+from ..bank.concepts import ConceptInfo
+from ..bank.prompts import Vocabulary
+from ..conditioning.encoding import TextMemory, encode_prompts
+from ..data.pictures import Picture
+from ..errors import ConceptError
+from ..methods.base import METHODS, Forward, Method, Task, get, make
+from ..sampling.sampling import sample
+from ..sampling.settings import SampleSettings
+from .config import TrainingConfig
+from .record import method_settings
+
+# Ordinary places and subjects, which every base knows. The bank does not store old captions.
+PROMPTS = {
+    "object": ("a photo of {}", "a photo of {} on a beach", "a photo of {} in a meadow",
+               "a photo of {} in the snow", "a photo of {} at night", "a photo of {} in a room"),
+    "style": ("{}", "{} of a dog", "{} of a cat", "{} of a car", "{} of a fish", "{} of a robot"),
+}
+STEPS, AT_ONCE = 25, 4      # of the sampler; pictures per batch of it
+
+
+def check_refinable(bank: ConceptBank | None, name: str, **given: str | Sequence[str]) -> ConceptInfo:
+    """Checks that a concept can be refined. Returns its header.
+
+    Args:
+        bank: The bank that should hold it; None for a new one.
+        name: The concept.
+        given: What a person has chosen, by field of `ConceptInfo`. An empty value means the concept's own.
+
+    Raises:
+        ConceptError: The bank does not hold it, its method cannot, or a chosen value is not its own.
+    """
+    if bank is None or name not in bank:
+        held = "none" if bank is None else ", ".join(bank.names) or "none"
+        raise ConceptError(f"the bank holds no concept '{name}' that could be refined; it holds {held}; "
+                           "learn it first")
+    info = bank.infos[name]
+    able = sorted(method for method, entry in METHODS.items() if entry.method.refinable)
+    if info.method not in able:
+        reason = ("its concepts share weights, are merged, or were learned on top of one another"
+                  if info.method in METHODS else "it was not learned by a method of this version")
+        raise ConceptError(f"concept '{name}' of method '{info.method}' cannot be refined, because {reason}; "
+                           f"methods that can: {', '.join(able)}")
+    for field, value in given.items():
+        own = getattr(info, field)
+        if field == "class_noun":
+            own, value = " ".join(own.split()), " ".join(str(value).split())
+        if value and value != own:
+            shown = own if isinstance(own, str) else ",".join(own)
+            raise ConceptError(f"the {field.replace('_', ' ')} of concept '{name}' is {shown!r}, now "
+                               f"{value!r} is given; refining keeps it, so give the same or none")
+    return info
+
+
+def settings_of(info: ConceptInfo, given: Mapping[str, object]) -> dict[str, object]:
+    """Settings of the method of a concept that is refined: the given ones, else those of its record."""
+    known = {field.name for field in fields(get(info.method).config)}
+    stored = info.provenance.settings.get("method", {})
+    return {**{name: value for name, value in stored.items() if name in known}, **given}
+
+
+def knows_all(info: ConceptInfo, photos: Sequence[Picture]) -> bool:
+    """Whether a concept was learned from all of these photos, so that there is nothing to refine."""
+    return {photo.digest for photo in photos} <= set(info.provenance.images)
+
+
+def notes_on_photos(info: ConceptInfo, photos: Sequence[Picture]) -> list[str]:
+    """A note if the concept was learned from some of these photos already."""
+    known = sum(photo.digest in info.provenance.images for photo in photos)
+    return [f"<{info.name}> was learned from {known} of these {len(photos)} photos already"] if known else []
+
+
+def with_replay(task: Task, pictures: Sequence[Picture], config: TrainingConfig, cfg: float,
+                before_each: Callable[[], None] = lambda: None) -> list[Picture]:
+    """The pictures of a task, and behind them those that are replayed if a concept is refined.
+
+    Args:
+        task: Its `refined` bank draws the concept as it was.
+        pictures: Photos, and prior pictures if there are any.
+        config: Number, size and seed of the replayed pictures.
+        cfg: Guidance scale that is usual for the base.
+        before_each: Called before each batch of pictures; it may raise to cancel.
+    """
+    if task.refined is None or not config.replay or not config.prior_weight:
+        return list(pictures)
+    prompts = [text.format(f"<{task.name}>") for text in PROMPTS[task.kind]]
+    prompts = [prompts[i % len(prompts)] for i in range(config.replay)]
+    generator = torch.Generator().manual_seed(config.seed)
+    seeds = torch.randint(2**31, (config.replay,), generator=generator).tolist()
+    side = config.resolution
+    settings, drawn = SampleSettings(steps=STEPS, cfg=cfg, size=(side, side), batch=AT_ONCE), []
+    for first in range(0, config.replay, AT_ONCE):
+        before_each()
+        rows = slice(first, first + AT_ONCE)
+        drawn += list(sample(task.backbone, task.refined, prompts[rows], seeds[rows], settings).cpu())
+    replayed = [Picture(pixels, prompt, is_prior=True) for pixels, prompt in zip(drawn, prompts, strict=True)]
+    return [*pictures, *replayed]
+
+
+class Before:
+    """The concept as it was before the run, as a second, frozen instance of its method."""
+
+    def __init__(self, task: Task, method: Method) -> None:
+        self.task, self.memory = task, TextMemory()
+        self.method = make(method.name, method_settings(method))
+        self.method.begin(replace(task, generator=torch.Generator().manual_seed(0)))
+        assert task.start is not None
+        self.method.start_from(task.start)
+
+    @torch.no_grad()
+    def taught(self, seen: Forward, vocabulary: Vocabulary) -> Forward:
+        """The forward pass with the old prediction as the target of replayed rows.
+
+        These are the prior pictures whose captions name the concept.
+        """
+        batch, task = seen.batch, self.task
+        prior = batch.is_prior.tolist()
+        chosen = [i for i, words in enumerate(seen.context.words) if prior[i] and task.name in words]
+        if not chosen:
+            return seen
+        prompts = [vocabulary.parse_caption(batch.prompts[i]) for i in chosen]
+        named = {name for prompt in prompts for name in prompt.concepts} - {task.name}
+        tokens = task.bank.token_groups(named) | {task.name: self.method.token_group()}
+        context = encode_prompts(task.backbone, prompts, tokens, memory=self.memory)
+        rows = torch.tensor(chosen, device=seen.noisy.device)
+        output: Tensor = task.backbone.predict(seen.noisy[rows], seen.timesteps[rows], context,
+                                               self.method.processor())
+        return replace(seen, target=seen.target.index_copy(0, rows, output.to(seen.target)))

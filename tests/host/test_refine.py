@@ -1,0 +1,64 @@
+"""Concept Learner adds photos to a concept of the bank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
+
+
+@pytest.fixture
+def stop_at(monkeypatch, pack):
+    """stop_at(step): the next runs are cancelled after that step; returns the steps they did."""
+    import comfy.model_management
+
+    from continual_concepts.nodes import progress
+
+    before, seen = progress.Reporter.__call__, []
+
+    def arrange(step: int) -> list[int]:
+        def report(self, info):
+            seen.append(info.step)
+            if info.step == step:
+                comfy.model_management.interrupt_current_processing()
+            before(self, info)
+
+        monkeypatch.setattr(progress.Reporter, "__call__", report)
+        return seen
+
+    yield arrange
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_new_photos_are_added_to_a_concept(studio, stop_at):
+    """It keeps its place, the other concept stays, and the same graph run again changes nothing."""
+    both = studio.learn(name="tom", noun="cat", bank=[studio.learn()])
+    new = {"images": 1 - studio.photos(), "if_known": "refine it", "training_settings": [{"replay": 2}]}
+    refined = studio.learn(bank=[both], **new)
+    before, after = both.infos["spot"].provenance, refined.infos["spot"].provenance
+    assert refined.names == ["spot", "tom"] and refined["tom"] is both["tom"]
+    assert len(after.images) == 4 and after.images[:2] == before.images
+    assert [(run["date"], run["steps"]) for run in after.refined] == [(before.date, 3)]
+    assert not all(torch.equal(delta.up, both["spot"].deltas[key].up)
+                   for key, delta in refined["spot"].deltas.items())
+    steps = stop_at(-1)
+    assert studio.learn(bank=[refined], **new) is refined and steps == []
+
+
+def test_a_cancelled_refinement_goes_on_exactly(studio, tmp_path, stop_at):
+    import comfy.model_management as management
+
+    known = studio.learn()
+    new = {"bank": [known], "images": 1 - studio.photos(), "if_known": "refine it", "steps": 4,
+           "training_settings": [{"replay": 1}]}
+    whole = studio.learn(**new)["spot"]
+    for file in (tmp_path / "concept_banks" / ".unfinished").iterdir():
+        file.unlink()
+    steps = stop_at(2)
+    with pytest.raises(management.InterruptProcessingException):
+        studio.learn(**new)
+    stop_at(-1)
+    resumed = studio.learn(**new)["spot"]
+    assert steps == [1, 2, 3, 4]
+    assert all(torch.equal(delta.up, whole.deltas[key].up) for key, delta in resumed.deltas.items())
