@@ -11,6 +11,7 @@ from ..core.cli.result import run
 from .continual import command as continual
 from .cost import command as cost
 from .pretraining import command as pretraining
+from .refine import command as refine
 from .regional import command as regional
 
 PROGRAM = "continual_concepts.benchmarks"
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description="Measure the figures that this project reports.")
     parser.set_defaults(json=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for room in (continual, regional, cost, pretraining):
+    for room in (continual, refine, regional, cost, pretraining):
         room.add_commands(commands)
     return parser
 
