@@ -26,6 +26,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--runs", type=Path, help=RUNS)
     parser.add_argument("--methods", default="", help="comma separated (default: all)")
     parser.set_defaults(run=tune)
+    _add_one_class(commands)
     parser = commands.add_parser("neurons", help="how many base neurons do prompts share?")
     parser.add_argument("--json", dest="file", type=Path, required=True, help=DRAWN)
     parser.add_argument("--draws", type=int, default=16, help="gradients per prompt (default %(default)s)")
@@ -64,6 +65,32 @@ def _add_continual(commands) -> None:
     add("--pictures", type=int,
         help="with --data: per concept and evaluation (default 100; the papers: 1000)")
     parser.set_defaults(run=continual)
+
+
+def _add_one_class(commands) -> None:
+    parser = commands.add_parser("one-class", help="many individuals of one class in one bank, in all pairs")
+    add = parser.add_argument
+    add("--json", dest="file", type=Path, required=True, help="where the result goes, and pictures beside it")
+    add("--runs", type=Path, help=RUNS)
+    add("--methods", default="slots,lora", help="comma separated (default %(default)s)")
+    add("--class", dest="kind", default="dog", help="what they are (default %(default)s)")
+    add("--count", type=int, default=10, help="number of individuals (default %(default)s)")
+    add_base(parser)
+    parser.set_defaults(run=individuals)
+
+
+def individuals(options: Namespace) -> Result:
+    """Learns individuals of one class one after another and draws all pairs of them."""
+    from ...core.methods import METHODS
+    from .one_class import one_class, table
+
+    methods = [name.strip() for name in options.methods.split(",") if name.strip()]
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods:
+        raise ConceptError(f"unknown method {(unknown or [''])[0]!r}; known: {', '.join(sorted(METHODS))}")
+    result = one_class(methods, options.kind, options.count, options.file,
+                       options.runs or options.file.with_suffix(".cells"), options.base, say)
+    return result, [table(result)]
 
 
 def neurons(options: Namespace) -> Result:

@@ -40,7 +40,8 @@ def _difference(thing: Thing, other: Thing) -> float:
     return colours + 150 * (thing.pattern != other.pattern)
 
 
-def _individual(rng: random.Random, name: str, kind: str, earlier: Sequence[SceneConcept]) -> SceneConcept:
+def individual(rng: random.Random, name: str, kind: str, earlier: Sequence[SceneConcept]) -> SceneConcept:
+    """A random individual of a class, the least similar of some candidates to the earlier ones."""
     relatives = [c.thing for c in earlier if c.thing is not None and c.thing.kind == kind]
     candidates = [scenes.random_thing(rng, kind) for _ in range(CANDIDATES)]
     thing = max(candidates,
@@ -69,7 +70,7 @@ def concepts(count: int = 10) -> list[SceneConcept]:
         is_style = number % STYLE_EVERY == 0
         kind = scenes.KINDS[number % len(scenes.KINDS)]
         sequence.append(random_style(rng, f"style{number}") if is_style
-                        else _individual(rng, f"thing{number}", kind, sequence))
+                        else individual(rng, f"thing{number}", kind, sequence))
     return sequence[:count]
 
 
@@ -78,7 +79,7 @@ def tuning_concepts() -> list[SceneConcept]:
     sequence, rng = concepts(50), random.Random(TUNING_SEED)
     for number, kind in enumerate(TUNING, 1):
         sequence.append(random_style(rng, f"tuning{number}") if kind is None
-                        else _individual(rng, f"tuning{number}", kind, sequence))
+                        else individual(rng, f"tuning{number}", kind, sequence))
     return sequence[50:]
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..report import Result, require_at_least
+from ..sheet import save_sheet
 from . import export_128, progress, stages
 from .long_run import Deadline
 
@@ -53,7 +54,7 @@ def show_progress(options: argparse.Namespace) -> Result:
     draw = make_draw(modules, options.steps, options.cfg)
     if options.sheet:
         seeds = [progress.SHEET_SEED + i for i in range(len(progress.PROMPTS))]
-        progress.save_sheet(draw(list(progress.PROMPTS), seeds), options.sheet)
+        save_sheet(draw(list(progress.PROMPTS), seeds), options.sheet)
     followed = progress.captions_followed(draw, options.pictures) if options.pictures else {}
     shares = "".join(f", {name} {share:.2f}" for name, share in followed.items())
     return {"step": step, **followed}, [f"{options.kind} at step {step}{shares}"]

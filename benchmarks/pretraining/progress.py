@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...core.bank.bank import ConceptBank
@@ -142,10 +141,3 @@ def captions_followed(draw: Draw, count: int) -> dict[str, float]:
     colours = [c == colour for (_, c), (_, _, colour) in zip(named, prompts, strict=True)]
     both = [a and b for a, b in zip(kinds, colours, strict=True)]
     return {"class": sum(kinds) / count, "colour": sum(colours) / count, "both": sum(both) / count}
-
-
-def save_sheet(pictures: Tensor, path: Path, columns: int = 6) -> None:
-    """Pictures `[N, 3, H, W]` in -1..1 as a table."""
-    rows = [torch.cat(list(pictures[i : i + columns]), 2) for i in range(0, len(pictures), columns)]
-    table = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    Image.fromarray(table.numpy()).save(path)
