@@ -96,17 +96,21 @@ def always_on_deltas(bank: ConceptBank, averages: bool = False) -> Deltas:
 
 
 class _LazyDeltas(Mapping[str, Deltas]):
-    """Concept -> its deltas times a strength, loaded from the bank on access."""
+    """Concept -> its deltas times a strength, loaded from the bank on access.
 
-    def __init__(self, bank: ConceptBank, names: Sequence[str], strength: float) -> None:
+    word_bound: whether the deltas that do not act through the concept's own words are left out.
+    """
+
+    def __init__(self, bank: ConceptBank, names: Sequence[str], strength: float, word_bound: bool) -> None:
         self.bank, self.names, self.strength = bank, dict.fromkeys(names), strength
+        self.word_bound = word_bound
 
     def __getitem__(self, name: str) -> Deltas:
         if name not in self.names:
             raise KeyError(name)
         concept = self.bank[name]
         return {key: delta.scaled(self.strength) for key, delta in concept.deltas.items()
-                if concept.info.composes.is_word_bound(key[1])}
+                if not self.word_bound or concept.info.composes.is_word_bound(key[1])}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -124,7 +128,7 @@ def token_lora_deltas(bank: ConceptBank, strength: float = 1.0,
         names: Only these concepts; None = all.
     """
     word_bound = [name for name in _shares(bank, Kind.WORDS) if names is None or name in names]
-    return _LazyDeltas(bank, word_bound if strength else [], strength)
+    return _LazyDeltas(bank, word_bound if strength else [], strength, word_bound=True)
 
 
 def by_strength(bank: ConceptBank, names: Iterable[str]) -> set[str]:
@@ -150,7 +154,7 @@ def negative_only(infos: Mapping[str, ConceptInfo], negative: Prompt, positive: 
 
 def prompt_deltas(bank: ConceptBank, names: Sequence[str], strength: float) -> Mapping[str, Deltas]:
     """Concept -> its deltas times a strength; 0 gives an empty mapping."""
-    return _LazyDeltas(bank, names if strength else [], strength)
+    return _LazyDeltas(bank, names if strength else [], strength, word_bound=False)
 
 
 def learning_names(bank: ConceptBank, method: str, builds_on_sum: bool) -> list[str]:

@@ -222,9 +222,10 @@ def test_captions_may_name_other_concepts_by_any_word(tiny_backbone, empty, teac
 
 
 def test_terms_are_averaged_over_batches(tiny_backbone, empty, teach):
-    infos = []
+    infos, mask = [], torch.zeros(1, 32, 32)
+    mask[:, :16] = 1
     teach(tiny_backbone, empty, callback=infos.append, steps=1, accumulation=4, batch_size=1,
-          caption_dropout=0.6)
+          caption_dropout=0.6, pictures=[Picture(torch.zeros(3, 32, 32), mask=mask)])
     assert infos[0].terms["attention"] > 0      # although the last batch alone may have none
     assert infos[0].step == infos[0].total == 1 and infos[0].grad_norm > 0
 

@@ -91,7 +91,7 @@ def parameters(trainer: Trainer) -> torch.Tensor:
 def test_an_option_takes_no_term_away(tiny_backbone, plain, method, option):
     bank, _, expected = plain(method)
     trainer, terms = trained(tiny_backbone, bank, method, option)
-    assert set().union(*terms) == set().union(*expected)
+    assert set().union(*terms) >= set().union(*expected)      # masks switch CIDM's attention term on
     assert len(trainer.scores) == (2 if option == "early stopping" else 0)
     if option in RANDOM:
         again, _ = trained(tiny_backbone, bank, method, option)
