@@ -140,8 +140,8 @@ def test_a_base_of_half_precision(pack, studio, folder, bank, monkeypatch, form)
     from continual_concepts.core.comfy import demo as module
     from continual_concepts.core.comfy.backbone import ComfyBackbone
 
-    config = module._unet_config()
-    monkeypatch.setattr(module, "_unet_config", lambda: config | {"dtype": torch.float16})
+    config = module._unet_config
+    monkeypatch.setattr(module, "_unet_config", lambda shape: config(shape) | {"dtype": torch.float16})
     monkeypatch.setattr(module._Config, "manual_cast_dtype", torch.float32)
     half = type(studio)(pack, module.load_demo(), bank)
     base = ComfyBackbone(half.model, half.clip)
