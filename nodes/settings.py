@@ -65,6 +65,26 @@ class WordBoundSettings(io.ComfyNode):
         return io.NodeOutput(settings)
 
 
+class SlotSettings(io.ComfyNode):
+    """The settings of slots (methods/slots.py)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="SlotSettings",
+            display_name="Slot Settings",
+            category=types.LEARNING,
+            description="Optional settings of the method 'slots', for Concept Learner's method_settings.",
+            inputs=setting_inputs(METHODS["slots"].config, ("slots", "learn_words", "rank")),
+            outputs=[types.Settings.Output(display_name="method_settings")],
+        )
+
+    @classmethod
+    def execute(cls, **settings) -> io.NodeOutput:
+        make("slots", settings)
+        return io.NodeOutput(settings)
+
+
 class CIDMSettings(io.ComfyNode):
     """The settings of CIDM (methods/cidm.py)."""
 
@@ -86,4 +106,4 @@ class CIDMSettings(io.ComfyNode):
         return io.NodeOutput(settings)
 
 
-NODES = [ConceptTrainingSettings, WordBoundSettings, CIDMSettings]
+NODES = [ConceptTrainingSettings, WordBoundSettings, SlotSettings, CIDMSettings]
