@@ -102,9 +102,9 @@ def test_c1_sibling_a_name_that_was_taken_meanwhile(learn, photos, learned, tmp_
     """Two programs learn <rex> into one bank; the second one's is kept beside it."""
     add = learning.add_concept
 
-    def other_was_faster(file, *rest):
+    def other_was_faster(file, *rest, **how):
         learned.rename(file)
-        return add(file, *rest)
+        return add(file, *rest, **how)
 
     monkeypatch.setattr(learning, "add_concept", other_was_faster)
     sentence = learn(photos, "--seed", 4).sentence
