@@ -50,7 +50,8 @@ class SlotDelta:
 
     def apply(self, x: Tensor) -> Tensor:
         """What cells with the query x `[B, S, a]` read from the slots: `[B, S, a]`."""
-        return slot_attention(self.heads, x, self.key.to(x), self.scale * self.value.to(x))
+        read = _read(self.heads, x, *of_one_length([self]))
+        return read[:, 0].transpose(1, 2).flatten(2)
 
     def dense(self) -> Tensor:
         """Raises ConceptError: slots are not a matrix."""
@@ -67,21 +68,20 @@ class SlotDelta:
         return SlotDelta(self.key.to(device, dtype), self.value.to(device, dtype), self.heads, self.scale)
 
 
-def slot_attention(heads: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention to slots.
+def _read(heads: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What cells read from the slots of C concepts, in one call for all of them.
 
-    Args:
-        heads: H.
-        query: `[B, S, a]`.
-        key, value: `[m, a]`, or one set for each row, `[B, m, a]`.
+    The number of concepts does not change the number of operations. Shapes as in `with_slots`.
 
     Returns:
-        `[B, S, a]`.
+        `[B, C, H, S, d]`.
     """
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, key, value))
-    if k.ndim == 3:
-        k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    q, k, v = (x.to(query).unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, keys, values))
+    if k.ndim == 5:      # [C, B, H, m, d]
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+    shape = len(q), len(keys), *k.shape[-3:]
+    return F.scaled_dot_product_attention(q.unsqueeze(1).expand(-1, len(keys), -1, -1, -1), k.expand(shape),
+                                          v.expand(shape))
 
 
 def of_one_length(slots: Sequence[SlotDelta]) -> tuple[Tensor, Tensor]:
@@ -111,12 +111,6 @@ def with_slots(heads: int, attended: Tensor, query: Tensor, mass: Tensor, keys: 
     Returns:
         `[B, S, a]`.
     """
-    q, k, v = (x.to(query).unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, keys, values))
-    if k.ndim == 5:      # [C, B, H, m, d]
-        k, v = k.transpose(0, 1), v.transpose(0, 1)
-    shape = len(q), len(keys), *k.shape[-3:]
-    # one call for all concepts, so that their number does not change the number of operations
-    read = F.scaled_dot_product_attention(q.unsqueeze(1).expand(-1, len(keys), -1, -1, -1), k.expand(shape),
-                                          v.expand(shape))      # [B, C, H, S, d]
+    read = _read(heads, query, keys, values)
     added = (read * mass.permute(0, 3, 2, 1).unsqueeze(-1)).sum(1)
     return attended + added.transpose(1, 2).flatten(2)
