@@ -15,14 +15,15 @@ from ..bank.prompts import NO_CONCEPTS, Prompt, Vocabulary, WordRef
 from ..conditioning.placeholder_nouns import positions_of
 from ..conditioning.routing import by_strength
 from ..sampling.attention_guidance import Subject
-from .concept_encoder import ConceptEncoder, Concepts, KnownConcept, Wrapped
+from .concept_encoder import ConceptEncoder, Concepts, KnownConcept, Wrapped, word_token
 from .text import encoder_names
 
 _MARK = "concept."      # ComfyUI's tokenizer gets a placeholder as `embedding:concept.<name>`
 
 
 class ConceptTokenizer(Wrapped):
-    """A CLIP's tokenizer with placeholders. A learned word becomes a token `[L, D]` of L layer copies.
+    """A CLIP's tokenizer with placeholders. A learned word becomes a token, see
+    `concept_encoder.word_token`.
 
     Args:
         original: The CLIP's tokenizer.
@@ -84,9 +85,8 @@ class ConceptTokenizer(Wrapped):
             if not first.startswith(_MARK):
                 return files(embedding_name)
             words = self.vocabulary.entries[first.removeprefix(_MARK)]
-            groups = [self.concepts[word.concept].tokens for word in words]
-            vectors = torch.stack([group.word(word.position, encoder).float()
-                                   for group, word in zip(groups, words, strict=True)])      # [words, L, D]
+            vectors = torch.stack([word_token(self.concepts[word.concept].tokens.word(
+                word.position, encoder).float(), word) for word in words])      # [words, L + 1, D]
             return (vectors, rest.strip()) if arity == 2 else (vectors, first, rest.strip())
 
         clone._try_get_embedding = look_up

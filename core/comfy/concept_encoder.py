@@ -31,6 +31,9 @@ class KnownConcept:
 Concepts = dict[str, KnownConcept]
 
 
+KEY_LENGTH = 9      # numbers that identify a learned word, see `_numbers`
+
+
 class Wrapped:
     """A part of a CLIP with some methods replaced. All other attributes come from the original."""
 
@@ -67,8 +70,8 @@ class ConceptEncoder(Wrapped):
         self.by_strength = {name for name, known in concepts.items() if known.by_strength}
         self.acting = acting
         self.encoders, self.widths = encoders, [width for _, width in text_widths(clip)]
-        self.words = {_key(group.word(i, encoder)): WordRef(name, i) for name, group in groups.items()
-                      for i in range(len(group.words)) for encoder in encoders}
+        refs = [WordRef(name, i) for name, group in groups.items() for i in range(len(group.words))]
+        self.words = {_numbers(ref): ref for ref in refs}
 
     def encode_token_weights(self, tokens):
         rows = [self._row(tokens[encoder.removeprefix("clip_")]) for encoder in self.encoders]
@@ -120,7 +123,7 @@ class ConceptEncoder(Wrapped):
             The text model's output, with the pooled output averaged over copies, and hidden states `[B, L, N,
             D]`. L = 1 without layer-wise words.
         """
-        layers = max((token.shape[0] for token in _learned(tokens)), default=1)
+        layers = max((token.shape[0] - 1 for token in _learned(tokens)), default=1)
         outputs = [self.inner.encode_token_weights(_at(tokens, layer)) for layer in range(layers)]
         hidden = torch.stack([output[0] for output in outputs], dim=1)
         pooled = None if outputs[0][1] is None else torch.stack([output[1] for output in outputs]).mean(0)
@@ -170,22 +173,41 @@ def _merged(rows: Sequence[_Row]) -> _Row:
     return merged
 
 
-def _key(token) -> bytes:
-    """Identifies a learned word by its values, because ComfyUI's tokenizer passes nothing else on."""
-    return token.detach().float().cpu().contiguous().numpy().tobytes() if torch.is_tensor(token) else b""
+def _numbers(word: WordRef) -> tuple[int, ...]:
+    """Identifies a learned word by numbers of 0 to 255, which every float type holds exactly."""
+    return (*code(word.concept).to_bytes(8, "big"), word.position)
+
+
+def word_token(vectors: Tensor, word: WordRef) -> Tensor:
+    """A learned word as a token of ComfyUI's tokenizer, `[L + 1, D]`: its vectors `[L, D]`, then a row that
+    says which word it is. The tokenizer passes only tensors on, and words of several concepts may have the
+    same vectors: those of a class noun.
+    """
+    row = vectors.new_zeros(1, vectors.shape[1])
+    row[0, :KEY_LENGTH] = torch.tensor(_numbers(word))
+    return torch.cat([vectors, row])
+
+
+def _key(token) -> tuple[int, ...]:
+    """Identifies a learned word; empty for other tokens."""
+    return tuple(map(int, token[-1, :KEY_LENGTH].tolist())) if _is_learned(token) else ()
+
+
+def _is_learned(token) -> bool:
+    return torch.is_tensor(token) and token.ndim == 2
 
 
 def _learned(tokens) -> list[Tensor]:
     return [token for chunks in tokens.values() for chunk in chunks for token, *_ in chunk
-            if torch.is_tensor(token) and token.ndim == 2]
+            if _is_learned(token)]
 
 
 def _at(tokens, layer: int):
-    """The tokens for one layer copy: learned words `[L, D]` become `[D]`."""
+    """The tokens for one layer copy: learned words `[L + 1, D]` become `[D]`."""
     def pick(token):
-        if not torch.is_tensor(token) or token.ndim != 2:
+        if not _is_learned(token):
             return token
-        return token[layer if token.shape[0] > 1 else 0]
+        return token[layer if token.shape[0] > 2 else 0]
 
     return {name: [[(pick(token), *rest) for token, *rest in chunk] for chunk in chunks]
             for name, chunks in tokens.items()}

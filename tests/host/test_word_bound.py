@@ -70,6 +70,27 @@ def test_words_are_encoded_apart_as_in_core(studio, reference, word_bound, promp
     assert distance(ours.hidden, theirs.hidden) < 1e-5 and ours.words == theirs.words
 
 
+def test_concepts_whose_words_have_the_same_vectors_are_told_apart(studio, reference, bank, slotted):
+    """Words of slots are their class noun, so all dogs of a bank have the same ones."""
+    from continual_concepts.core.comfy.apply import context_of
+
+    dogs = ConceptBank(bank.layout)
+    for number, concept in enumerate(list(bank)[:2]):
+        vectors = {name: vector[:1, :1].expand(-1, 2, -1)
+                   for name, vector in bank["rex"].tokens.vectors.items()}
+        tokens = replace(concept.tokens, vectors=vectors, placeholder_noun="dog")
+        dog = replace(concept, info=replace(concept.info, method="bound"), tokens=tokens, deltas={})
+        dogs = dogs.add(slotted(dog, bank.layout, 2 + number))
+    _, clip, _ = studio.aggregate("", dogs)
+    for prompt in ("a photo of <rex>", "<mimi> beside <rex>", "<rex-2> and a (<mimi>:0.5)"):
+        ours = context_of(studio.encode(clip, prompt), dogs.layout.copies, dogs.names)
+        theirs = encode_prompts(reference, dogs.vocabulary.parse_all([prompt]),
+                                {concept.name: concept.tokens for concept in dogs},
+                                by_strength=set(dogs.names))
+        assert distance(ours.hidden, theirs.hidden) < 1e-5
+        assert ours.words == theirs.words and ours.strengths == theirs.strengths
+
+
 def test_the_rest_of_a_prompt_is_encoded_as_without_concepts(studio, word_bound):
     _, clip, _ = studio.aggregate("", word_bound)
     named = studio.encode(clip, "a photo of <rex> on a beach")[0][0]
