@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from ..core.bank.composition import Kind
+from ..core.bank.composition import WORDS
 from ..core.bank.tokens import typed_name
 from ..core.charts import weights_picture
 from ..core.comfy.backbone import ComfyBackbone
@@ -102,7 +102,7 @@ def _folded(bank, aggregation) -> tuple[str, ...]:
     """The concepts whose deltas are in the weights."""
     acting = (aggregation.weights != 0).any(0).tolist()
     return tuple(name for name, acts in zip(aggregation.names, acting, strict=True)
-                 if acts and bank.infos[name].composes.kind is not Kind.WORDS and bank[name].deltas)
+                 if acts and bank.infos[name].composes != WORDS and bank[name].deltas)
 
 
 NODES = [ElasticWeightAggregate]

@@ -40,6 +40,13 @@ class Composition:
     merged: float | None = 1.0
     free: tuple[str, ...] = ()
 
+    @property
+    def acts_on_all_words(self) -> bool:
+        """Whether deltas act on all words of a prompt because it names the concept: all of them, or those of
+        the `free` projections.
+        """
+        return self.kind is Kind.PROMPT or (self.kind is Kind.WORDS and bool(self.free))
+
     def is_word_bound(self, projection: str) -> bool:
         """Whether the deltas of a projection act through the concept's own words alone."""
         return self.kind is Kind.WORDS and projection not in self.free

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..bank.composition import Kind
 from ..bank.prompts import Prompt
 from ..charts import regions_picture
-from ..conditioning.routing import always_on_deltas, negative_only, token_lora_deltas
+from ..conditioning.routing import (
+    always_on_deltas,
+    name_on_all_words,
+    negative_only,
+    token_lora_deltas,
+)
 from ..errors import ConceptError
 from ..images import to_tensor
 from ..model.context import Context
@@ -71,11 +75,12 @@ class ConceptPrompts:
         """
         conditioning, parsed = self.encode(text), vocabulary_of(self.clip).parse(text)
         infos = {name: self.known.infos[name] for name in parsed.concepts if name in self.known.infos}
-        if any(info.composes.kind is Kind.PROMPT for info in infos.values()):
+        if any(info.composes.acts_on_all_words for info in infos.values()):
             for name in negative_only(infos, parsed, [self.parse(positive)], "sharp"):
                 if name not in but:
                     self._in_negative.add(name)
-                    conditioning = with_strength(conditioning, code(name), parsed.strength_of(name))
+                    conditioning = with_strength(conditioning, code(name_on_all_words(infos[name])),
+                                                 parsed.strength_of(name))
         return conditioning
 
     @property

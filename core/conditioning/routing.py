@@ -71,8 +71,8 @@ def _shares(bank: ConceptBank, *kinds: Kind) -> dict[str, float]:
 
 
 def prompt_activated_names(bank: ConceptBank) -> list[str]:
-    """Concepts whose deltas act because a prompt names them, on all its words."""
-    return list(_shares(bank, Kind.PROMPT))
+    """Concepts with deltas that act because a prompt names them, on all its words."""
+    return [name for name, info in bank.infos.items() if info.composes.acts_on_all_words]
 
 
 def always_on_shares(bank: ConceptBank) -> dict[str, float]:
@@ -96,21 +96,21 @@ def always_on_deltas(bank: ConceptBank, averages: bool = False) -> Deltas:
 
 
 class _LazyDeltas(Mapping[str, Deltas]):
-    """Concept -> its deltas times a strength, loaded from the bank on access.
+    """Name -> deltas of a concept times a strength, loaded from the bank on access.
 
-    word_bound: whether the deltas that do not act through the concept's own words are left out.
+    names: name -> concept. word_bound: whether these are the deltas that act through the concept's own words,
+    or the others.
     """
 
-    def __init__(self, bank: ConceptBank, names: Sequence[str], strength: float, word_bound: bool) -> None:
-        self.bank, self.names, self.strength = bank, dict.fromkeys(names), strength
+    def __init__(self, bank: ConceptBank, names: Mapping[str, str], strength: float,
+                 word_bound: bool) -> None:
+        self.bank, self.names, self.strength = bank, names if strength else {}, strength
         self.word_bound = word_bound
 
     def __getitem__(self, name: str) -> Deltas:
-        if name not in self.names:
-            raise KeyError(name)
-        concept = self.bank[name]
+        concept = self.bank[self.names[name]]
         return {key: delta.scaled(self.strength) for key, delta in concept.deltas.items()
-                if not self.word_bound or concept.info.composes.is_word_bound(key[1])}
+                if concept.info.composes.is_word_bound(key[1]) is self.word_bound}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -127,8 +127,8 @@ def token_lora_deltas(bank: ConceptBank, strength: float = 1.0,
         strength: Factor on the deltas; 0 gives an empty mapping.
         names: Only these concepts; None = all.
     """
-    word_bound = [name for name in _shares(bank, Kind.WORDS) if names is None or name in names]
-    return _LazyDeltas(bank, word_bound if strength else [], strength, word_bound=True)
+    word_bound = {name: name for name in _shares(bank, Kind.WORDS) if names is None or name in names}
+    return _LazyDeltas(bank, word_bound, strength, word_bound=True)
 
 
 def by_strength(bank: ConceptBank, names: Iterable[str]) -> set[str]:
@@ -141,20 +141,31 @@ def by_strength(bank: ConceptBank, names: Iterable[str]) -> set[str]:
 
 def negative_only(infos: Mapping[str, ConceptInfo], negative: Prompt, positive: Sequence[Prompt],
                   mode: str) -> list[str]:
-    """The prompt-activated concepts whose deltas act in the negative half of guidance alone: those that only
+    """The concepts whose prompt-activated deltas act in the negative half of guidance alone: those that only
     the negative prompt names.
 
     The deltas of the positive prompt act in both halves. In the modes that weigh all concepts, every concept
-    acts there already.
+    acts there already, except those that have word-bound deltas, too.
     """
     named = {name for prompt in positive for name in prompt.concepts}
-    return [name for name in negative.concepts if mode == "sharp" and name not in named
-            and infos[name].composes.kind is Kind.PROMPT]
+    composes = {name: infos[name].composes for name in negative.concepts if name not in named}
+    return [name for name, own in composes.items()
+            if own.acts_on_all_words and (mode == "sharp" or own.kind is Kind.WORDS)]
+
+
+def name_on_all_words(info: ConceptInfo) -> str:
+    """The name by which a context says that a concept's prompt-activated deltas act at its tokens. It is not
+    the concept's own if its words have word-bound deltas, which act at other tokens.
+    """
+    return info.name if info.composes.kind is Kind.PROMPT else info.placeholder
 
 
 def prompt_deltas(bank: ConceptBank, names: Sequence[str], strength: float) -> Mapping[str, Deltas]:
-    """Concept -> its deltas times a strength; 0 gives an empty mapping."""
-    return _LazyDeltas(bank, names if strength else [], strength, word_bound=False)
+    """`name_on_all_words` -> the concept's prompt-activated deltas times a strength; 0 gives an empty
+    mapping.
+    """
+    return _LazyDeltas(bank, {name_on_all_words(bank.infos[name]): name for name in names}, strength,
+                       word_bound=False)
 
 
 def learning_names(bank: ConceptBank, method: str, builds_on_sum: bool) -> list[str]:
@@ -226,7 +237,8 @@ def aggregate(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, mode
     """
     columns = site_weights(backbone, bank, prompt, mode, strength, always_on, only, without)
     # they are not loaded if all their deltas are word-bound
-    word_bound = [name for name in _shares(bank, Kind.WORDS) if not bank.infos[name].composes.free]
+    word_bound = [name for name in _shares(bank, Kind.WORDS)
+                  if not bank.infos[name].composes.acts_on_all_words]
     table = torch.tensor([columns[name]
                           for name in bank.names]).T if bank.names else torch.zeros(len(bank.layout), 0)
     folded = {name: weights for name, weights in columns.items() if name not in word_bound and any(weights)}

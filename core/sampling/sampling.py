@@ -17,6 +17,7 @@ from ..conditioning.routing import (
     aggregate,
     averaged_names,
     by_strength,
+    name_on_all_words,
     negative_only,
     prompt_deltas,
     token_lora_deltas,
@@ -61,7 +62,7 @@ def encode_negative(backbone: Backbone, bank: ConceptBank, negative: Prompt, pos
     """Encodes a negative prompt. Prompt-activated concepts that only it names act at all its tokens."""
     context = encode(backbone, bank, [negative])
     for name in negative_only(bank.infos, negative, positive, mode):
-        context = context.with_concept(name, negative.strength_of(name))
+        context = context.with_concept(name_on_all_words(bank.infos[name]), negative.strength_of(name))
     return context
 
 

@@ -186,3 +186,36 @@ def test_sdxl(tiny_xl, tiny_sdxl, make_concept, monkeypatch, case):
     regions, settings = drawn(case, "prompt-activated")
     pairs = Hosts(tiny_sdxl, *tiny_xl[:2]).estimates(bank, regions, settings)
     assert max(relative_error(comfy, ours) for ours, comfy in pairs) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def half_bound(bank):
+    """Concepts whose keys and values act through their words, queries and outputs on the whole prompt."""
+    from continual_concepts.core.bank.composition import Composition, Kind
+
+    made = ConceptBank(bank.layout)
+    for concept in bank:
+        composition = Composition(Kind.WORDS, free=("to_q", "to_out"))
+        made = made.add(replace(concept, info=replace(concept.info, composition=composition)))
+    return made
+
+
+@torch.inference_mode()
+def test_free_projections_of_concepts_that_negative_prompts_name(hosts, half_bound):
+    regions = [Region("<rex>", LEFT), Region("a photo of <mimi>", RIGHT, negative="a (<rex>:0.5)")]
+    settings = replace(SETTINGS, negative="<blueprint>")
+    errors = [relative_error(comfy, ours) for ours, comfy in hosts.estimates(half_bound, regions, settings)]
+    assert max(errors) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_free_projections_of_concepts_in_the_model_act_once(hosts, half_bound, studio):
+    """Regions leave out what the MODEL's weights hold already."""
+    from comfy.k_diffusion.sampling import sample_euler
+
+    scene, regions = "<rex> in a meadow", [Region("a photo of <rex>", LEFT), Region("<mimi>", RIGHT)]
+    model, clip, *_ = studio.aggregate(scene, half_bound)
+    held = Hosts(hosts.backbone, model, clip)
+    found, expected = (host._comfy(sample_euler, own, regions, SETTINGS, [999, 500], scene)
+                       for host, own in ((held, None), (hosts, half_bound)))
+    assert relative_error(found, expected) < TOLERANCE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import make
 from continual_concepts.core.methods.tara import FREE, TaraProcessor
 from continual_concepts.core.methods.tova import PROMPTS, KeyLock, LockedKeys, mean_states
-from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.sampling import encode, encode_negative, sample, word_bound_deltas
 from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
@@ -45,6 +47,26 @@ def test_tara_binds_keys_and_values_and_folds_the_others(tara):
 def test_tara_in_a_prompt_without_concepts_is_the_base(tiny_backbone, tara):
     plain = sample(tiny_backbone, ConceptBank(tiny_backbone.layout), ["a dog"], [0], QUICK)
     assert torch.equal(plain, sample(tiny_backbone, tara, ["a dog"], [0], QUICK))
+
+
+@pytest.mark.parametrize("mode", ["sharp", "equal"])
+def test_in_a_negative_prompt_alone_all_deltas_act(tiny_backbone, tara, mode):
+    """What the negative half reads is the same as with the deltas of q and out in the weights."""
+    negative, positive = tara.parse("a (<rex>:0.5)"), [tara.parse("a <mimi>")]
+    settings = replace(QUICK, mode=mode)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([500])
+    context = encode_negative(tiny_backbone, tara, negative, positive, mode)
+    deltas = word_bound_deltas(tiny_backbone, tara, positive, negative, settings)
+    ours = tiny_backbone.predict(noise, time, context, TokenLoraProcessor(deltas))
+    words = TokenLoraProcessor({"rex": token_lora_deltas(tara)["rex"]})
+    plain = encode(tiny_backbone, tara, [negative])
+    with tiny_backbone.folded(aggregate(None, tara, negative, "sharp").deltas):
+        whole = tiny_backbone.predict(noise, time, plain, words)
+    torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(whole, tiny_backbone.predict(noise, time, plain, words), atol=1e-3)
+    named = encode_negative(tiny_backbone, tara, negative, [negative], mode)      # folded by its prompt
+    assert named.words == plain.words
 
 
 def test_training_and_sampling_agree(tiny_backbone, tara):
