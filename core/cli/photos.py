@@ -49,7 +49,7 @@ class TrainingPhotos:
         prior = self.prior
         if prior is not None:
             warnings = (*prior.report.warnings, *check_captions(prior.pictures, known),
-                        *prior_warnings(method.composition))
+                        *prior_warnings(method.composition_of_kind(options.kind)))
             prior = Photos(prior.pictures, replace(prior.report, warnings=warnings))
         return TrainingPhotos(Photos(self.photos.pictures, report), prior)
 

@@ -14,7 +14,7 @@ from ..bank.bank import ConceptBank
 from ..bank.composition import PROMPT
 from ..bank.concepts import ConceptInfo
 from ..bank.tokens import check_name, default_words, listed
-from ..methods import METHODS
+from ..methods import METHODS, make
 
 # names in JSON reports
 COMPOSES = {"bound": "bound", "route": "routed", "sum": "summed", "average": "averaged"}
@@ -61,9 +61,11 @@ def composition_of(concept: ConceptInfo) -> str:
     return COMPOSES[concept.composes.kind]
 
 
-def composition_of_method(method: str) -> str:
-    """How concepts of a method act together with others. An unknown method counts as prompt-activated."""
-    composition = METHODS[str(method)].method.composition if str(method) in METHODS else PROMPT
+def composition_of_method(method: str, kind: str = "object") -> str:
+    """How a method's concepts of a kind act together with others. An unknown method counts as
+    prompt-activated.
+    """
+    composition = make(str(method)).composition_of_kind(kind) if str(method) in METHODS else PROMPT
     return COMPOSES[composition.kind]
 
 
@@ -218,15 +220,16 @@ def warnings_before(bank: ConceptBank | None, name: str, class_noun: str, method
     if same:
         warnings.append(f"{listed(same)} {'was' if len(same) == 1 else 'were'} learned from the same photos; "
                         "two concepts of one thing collide")
-    return (*warnings, *_shared_weights(others, class_noun, method))
+    return (*warnings, *_shared_weights(others, class_noun, method, kind))
 
 
-def _shared_weights(infos: Mapping[str, ConceptInfo], class_noun: str, method: str) -> list[str]:
+def _shared_weights(infos: Mapping[str, ConceptInfo], class_noun: str, method: str,
+                    kind: str) -> list[str]:
     """Warnings about concepts with the same noun that share weights with the new one, always or in prompts
     that name both.
     """
     same_noun = [info for info in infos.values() if plain(class_noun) and noun_of(info) == plain(class_noun)]
-    new = composition_of_method(method) if method else "bound"
+    new = composition_of_method(method, kind) if method else "bound"
     always = [info.name for info in same_noun if {composition_of(info), new} & set(ALWAYS_ON)]
     together = [info.name for info in same_noun if {composition_of(info), new} == {"routed"}]
     noun, warnings = " ".join(class_noun.split()), []

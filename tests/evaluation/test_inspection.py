@@ -86,6 +86,7 @@ def test_facts_are_what_the_concept_holds(concept, layout):
 def test_every_method_composes_in_a_way_with_a_name():
     assert {composition_of_method(name) for name in METHODS} == {"bound", "routed", "summed", "averaged"}
     assert composition_of_method("of another version") == "routed"
+    assert (composition_of_method("slots"), composition_of_method("slots", "style")) == ("bound", "routed")
 
 
 def test_a_report_is_json_and_complete(concept, bank_of):
