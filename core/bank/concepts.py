@@ -10,7 +10,7 @@ from ..errors import ConceptError
 from ..model.deltas import Deltas, check_fits
 from ..model.sites import SiteLayout
 from ..model.slots import SLOTS
-from .composition import Composition, of_older_file
+from .composition import Composition, Kind, of_older_file
 from .tokens import MAX_WORDS, TokenGroup, check_name, word_after
 
 KINDS = ("object", "style")
@@ -120,6 +120,10 @@ class Concept:
                                f"{list(self.info.words)}")
         self.tokens.check_fits(layout, owner)
         check_fits(self.deltas, layout, owner)
+        kind = self.info.composes.kind
+        if self.slots and kind is not Kind.WORDS:
+            raise ConceptError(f"{owner} has slots, which act through its words, and its composition is "
+                               f"'{kind.value}'; allowed with slots: '{Kind.WORDS.value}'")
 
     def renamed(self, name: str) -> Concept:
         """The same concept under another name; words that were named after it follow."""

@@ -108,6 +108,9 @@ def check_fits(deltas: Deltas, layout: SiteLayout, owner: str) -> None:
 
 def _check_slots(delta: Delta, site: Site, owner: str) -> None:
     width = site.shape("to_k")[0]
+    if not delta.shape[0]:
+        raise ConceptError(f"{owner} has no slots at site {site.index}, but a record of them; allowed: 1 or "
+                           "more")
     if not isinstance(delta, SlotDelta) or delta.key.shape != delta.value.shape or delta.shape[1] != width:
         raise ConceptError(f"{owner} has slots of width {delta.shape[1]} at site {site.index}; this base "
                            f"needs {width}, for keys and values alike")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.bank.composition import Kind
+from continual_concepts.core.bank.composition import Composition, Kind
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.interop.export import export_concept
@@ -97,6 +97,22 @@ def test_strength_zero_is_the_base_with_the_noun(tiny_backbone, bank):
                                                               for key, delta in rex.deltas.items()}))
     assert not torch.equal(full, none)
     assert torch.allclose(none, sample(tiny_backbone, empty, ["a <rex>"], [1], QUICK), atol=1e-6)
+
+
+@pytest.mark.parametrize("composition", [Composition(Kind.PROMPT), Composition(Kind.SUM), None])
+def test_slots_need_words(tiny_backbone, bank, composition):
+    """Slots that would be summed into weights are a damaged record."""
+    rex = bank["rex"]
+    with pytest.raises(ConceptError, match="has slots, which act through its words, and its composition is"):
+        replace(rex, info=replace(rex.info, composition=composition)).check_fits(bank.layout)
+
+
+def test_a_record_of_no_slots_is_damage(bank):
+    rex = bank["rex"]
+    empty = {key: replace(delta, key=delta.key[:0], value=delta.value[:0])
+             for key, delta in rex.deltas.items()}
+    with pytest.raises(ConceptError, match="no slots at site 0"):
+        replace(rex, deltas=empty).check_fits(bank.layout)
 
 
 def test_slots_are_not_exported_as_a_lora(bank, tmp_path):
