@@ -36,7 +36,14 @@ from ..core.sampling.settings import SampleSettings
 from ..core.settings import unusual
 from ..core.training.config import TrainingConfig
 from ..core.training.record import check_known, run_identity, run_key
-from ..core.training.refinement import check_refinable, knows_all, notes_on_photos, settings_of, with_replay
+from ..core.training.refinement import (
+    check_refinable,
+    check_start,
+    knows_all,
+    notes_on_photos,
+    settings_of,
+    with_replay,
+)
 from . import types
 from .folders import checkpoint_file, checkpoint_folder
 from .images import deferred_pictures, masks_of, to_image, vision
@@ -273,7 +280,8 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
                                                          task.bank.infos, task.name)
     warnings = [*taken.warnings, *on_captions,
-                *(prior_warnings(method.composition) if len(pictures) > len(photos) else [])]
+                *(prior_warnings(method.composition_of_kind(task.kind)) if len(pictures) > len(photos)
+                  else [])]
     notes = [*unusual(method.config), *unusual(config),
              *warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
              *([] if task.start is None else notes_on_photos(task.start.info, photos)),
@@ -285,6 +293,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)
     cancel = comfy.model_management.throw_exception_if_processing_interrupted
     with backbone.training():
+        check_start(task, method)
         pictures = with_replay(task, pictures, config, settings.cfg, before_each=cancel)
         data = prepare(backbone, pictures, task.name, task.class_noun,
                        Framing(config.resolution, config.framing, config.flip))

@@ -47,14 +47,16 @@ def refine(options: Namespace) -> Result:
     """Performs the runs that have no file yet, and summarises all that were asked for."""
     from ...core.demo.base import load_base
     from ...core.demo.bases import file_of
-    from ...core.methods import DEFAULT, get
+    from ...core.methods import DEFAULT, METHODS, get
     from ..continual.embedded import SEEDS
     from .halves import HELD_OUT, PHOTOS
     from .measure import REFINED, ROWS, Refinement, limits, measure
 
     require_at_least(options, steps=1, replay=1)
     chosen, seeds, method = _concepts(options.concepts), _seeds(options.seed), options.method or DEFAULT
-    get(method)
+    if not get(method).method.refinable:
+        able = ", ".join(sorted(name for name, entry in METHODS.items() if entry.method.refinable))
+        raise ConceptError(f"method {method!r} cannot refine a concept; methods that can: {able}")
     backbone, parts = load_base(file_of(options.base)), []
     folder = options.file.with_suffix(".cells") / backbone.fingerprint[:12]
     for concept in chosen:

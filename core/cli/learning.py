@@ -41,7 +41,14 @@ from ..training.config import TrainingConfig
 from ..training.loop import learn as learn_concept
 from ..training.process_group import ProcessGroup, process_group
 from ..training.record import Learned, check_known
-from ..training.refinement import check_refinable, knows_all, notes_on_photos, settings_of, with_replay
+from ..training.refinement import (
+    check_refinable,
+    check_start,
+    knows_all,
+    notes_on_photos,
+    settings_of,
+    with_replay,
+)
 from ..training.trainer import StepInfo
 from . import backbones
 from .photos import info_of, read_photos
@@ -181,6 +188,7 @@ def learn(options: Namespace) -> Result | None:
         task = replace(_task(options, backbone, bank, training.seed),
                        encode=None if encoder is None else encoder.image_text_features,
                        refined=None if refined is None else stored)
+        check_start(task, method)
         pictures = with_replay(task, read.pictures, training, backbones.guidance_of(options))
         learned = _train(options, task, method, pictures, training, previews, checkpoint, group)
         if not group.is_first:

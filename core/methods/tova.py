@@ -17,12 +17,13 @@ without a gradient. Perfusion gates it by the similarity to C; here it acts at t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..attention.token_lora import TokenLoraProcessor
+from ..bank.concepts import Concept
 from ..bank.prompts import NO_CONCEPTS
 from ..conditioning.encoding import encode_concept, encode_prompts, text_positions
 from ..model.backbone import Backbone
@@ -103,6 +104,13 @@ class Tova(Bound):
     def begin(self, task: Task) -> None:
         super().begin(task)
         self.lock = KeyLock(task.backbone, task.class_noun) if self.config.lock_keys else None
+
+    def start_from(self, concept: Concept) -> None:
+        """As in `Method`, but the edits of locked keys are computed from the words again."""
+        if self.lock is not None:
+            learned = {key: delta for key, delta in concept.deltas.items() if key[1] != "to_k"}
+            concept = replace(concept, deltas=learned)
+        super().start_from(concept)
 
     def processor(self) -> AttentionProcessor:
         if self.lock is None:

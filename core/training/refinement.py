@@ -84,7 +84,9 @@ def check_refinable(bank: ConceptBank | None, name: str, **given: str | Sequence
 def settings_of(info: ConceptInfo, given: Mapping[str, object]) -> dict[str, object]:
     """Settings of the method of a concept that is refined: the given ones, else those of its record."""
     known = {field.name for field in fields(get(info.method).config)}
-    stored = info.provenance.settings.get("method", {})
+    record = info.provenance.settings      # of a file, so it may be anything
+    stored = record.get("method") if isinstance(record, Mapping) else None
+    stored = stored if isinstance(stored, Mapping) else {}
     return {**{name: value for name, value in stored.items() if name in known}, **given}
 
 
@@ -124,6 +126,14 @@ def with_replay(task: Task, pictures: Sequence[Picture], config: TrainingConfig,
         drawn += list(sample(task.backbone, task.refined, prompts[rows], seeds[rows], settings).cpu())
     replayed = [Picture(pixels, prompt, is_prior=True) for pixels, prompt in zip(drawn, prompts, strict=True)]
     return [*pictures, *replayed]
+
+
+def check_start(task: Task, method: Method) -> None:
+    """Raises ConceptError if a concept that is refined does not fit the method's settings. This is cheap, and
+    drawing pictures of the concept is not.
+    """
+    if task.start is not None:
+        Before(task.worded(method.words_of_kind(task.kind)), method)
 
 
 class Before:

@@ -94,7 +94,9 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind)
         self.vocabulary = Vocabulary([*task.bank.infos.values(), self.info])
-        if not any(task.name in self.vocabulary.parse_caption(caption).concepts for caption in data.captions):
+        captions = [caption for caption, is_prior in zip(data.captions, data.is_prior.tolist(), strict=True)
+                    if not is_prior]      # replayed pictures name the concept, too
+        if not any(task.name in self.vocabulary.parse_caption(caption).concepts for caption in captions):
             raise ConceptError(f"no caption of concept '{task.name}' names it; write <{task.name}> where it "
                                "is in the picture, or give no captions")
         self.memory = TextMemory()

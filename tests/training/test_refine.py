@@ -16,7 +16,13 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import learn
-from continual_concepts.core.training.refinement import check_refinable, knows_all, settings_of, with_replay
+from continual_concepts.core.training.refinement import (
+    check_refinable,
+    check_start,
+    knows_all,
+    settings_of,
+    with_replay,
+)
 from continual_concepts.core.training.trainer import Trainer
 
 REFINABLE = sorted(name for name, entry in METHODS.items() if entry.method.refinable)
@@ -126,6 +132,40 @@ def test_what_is_not_there_cannot_be_refined(learned):
 def test_settings_that_do_not_fit_the_concept_are_refused(tiny_backbone, learned, method, settings, message):
     with pytest.raises(ConceptError, match=message):
         refine(tiny_backbone, learned(method), settings=settings)
+
+
+@pytest.mark.parametrize("method, settings", [("lora", {"rank": 2}), ("slots", {"slots": 4}),
+                                              ("slots", {"learn_words": True})])
+def test_settings_that_do_not_fit_are_found_without_drawing(tiny_backbone, learned, method, settings):
+    task, _, _, _ = start(tiny_backbone, learned(method), replay=0)
+    with pytest.raises(ConceptError, match="of the method need"):
+        check_start(task, make(method, settings_of(task.start.info, settings)))
+    state = task.generator.get_state()
+    check_start(task, make(method, settings_of(task.start.info, {})))
+    assert torch.equal(task.generator.get_state(), state)
+
+
+def test_locked_keys_are_computed_again(tiny_backbone, teach):
+    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "tova", {"lock_keys": True},
+                 steps=2).bank
+    again = refine(tiny_backbone, bank, steps=1).concept
+    assert again.deltas.keys() == bank["rex"].deltas.keys() and (0, "to_k") in again.deltas
+
+
+def test_captions_of_new_photos_must_name_the_concept(tiny_backbone, learned):
+    bank = learned()
+    task, method, data, config = start(tiny_backbone, bank)
+    captions = tuple("a dog" if not prior else caption
+                     for caption, prior in zip(data.captions, data.is_prior.tolist(), strict=True))
+    with pytest.raises(ConceptError, match="no caption of concept 'rex' names it"):
+        learn(task, method, replace(data, captions=captions), config)
+
+
+@pytest.mark.parametrize("record", [[], "lost", {"method": 3}, {"method": {"slots": 8, "unknown": 1}}])
+def test_a_concept_without_a_readable_record_is_refined_with_the_usual_settings(learned, record):
+    info = learned()["rex"].info
+    info = replace(info, provenance=replace(info.provenance, settings=record))
+    assert set(settings_of(info, {"lr": 0.1})) <= {"slots", "lr"}
 
 
 @pytest.mark.parametrize("method", ["slots", "cidm"])
