@@ -88,6 +88,9 @@ class ConceptInfo:
         names = {f.name for f in fields(Provenance)}
         origin = {key: value for key, value in data.get("provenance", {}).items() if key in names}
         origin |= {key: tuple(origin.get(key, ())) for key in ("images", "refined")}
+        if not all(isinstance(run, dict) for run in origin["refined"]):
+            raise ConceptError(f"the earlier runs of concept '{data['name']}' are "
+                               f"{str(origin['refined'])[:80]}; allowed: a list of objects")
         composition = Composition.from_json(data["composition"]) if "composition" in data else None
         return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"],
                    words=tuple(data["words"]), kind=data.get("kind", "object"),

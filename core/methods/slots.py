@@ -116,6 +116,9 @@ class Slots(LowRankMethod):
             super().begin(task)
             return
         c, self.task = self.config, task
+        if not task.class_noun.strip() and not c.learn_words:
+            raise ConceptError(f"class noun of concept '{task.name}' is empty; the words of slots are the noun, "
+                               "so give one, or set learn_words")
         self.words = LearnedWords(task.backbone, task.name, task.word_names, task.class_noun,
                                   c.layerwise and c.learn_words, c.first_std, task.generator)
         self.words.start_from_noun(task.backbone, task.class_noun)

@@ -119,3 +119,9 @@ def test_a_file_with_a_damaged_composition_is_refused(layout, make_concept, tmp_
     save_file(load_file(path), path, {METADATA_KEY: json.dumps(header)})
     with pytest.raises(ConceptError, match="cannot be used: composition is .*allowed: kind route"):
         open_bank(path)
+
+
+def test_earlier_runs_that_are_no_objects_are_damage():
+    data = ConceptInfo("rex", "dog", "slots", ("rex-1",)).to_json()
+    with pytest.raises(ConceptError, match="earlier runs of concept 'rex'"):
+        ConceptInfo.from_json({**data, "provenance": {"refined": ["yesterday"]}})

@@ -30,13 +30,15 @@ PROMPTS = st.lists(TEXTS, max_size=9).map("".join)
 
 def test_g8_sibling_both_hosts_read_a_prompt_alike(carrying, mixed, trials):
     """The library's pieces and weights are the tokens and weights of ComfyUI's tokenizer."""
+    from continual_concepts.core.comfy.concept_encoder import word_token
     from continual_concepts.core.comfy.text import ComfyText
 
     clip = carrying[1]
     encoder, learned = ComfyText("clip_l", clip), {}
     for concept in mixed:
         for i in range(len(concept.tokens.words)):
-            learned[concept.tokens.word(i, "clip_l").float().numpy().tobytes()] = WordRef(concept.name, i)
+            word = WordRef(concept.name, i)
+            learned[word_token(concept.tokens.word(i, "clip_l").float(), word).numpy().tobytes()] = word
 
     @settings(max_examples=trials(50, 2000), deadline=None)
     @given(PROMPTS)

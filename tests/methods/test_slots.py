@@ -12,7 +12,7 @@ from continual_concepts.core.bank.composition import Composition, Kind
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.interop.export import export_concept
-from continual_concepts.core.methods import make
+from continual_concepts.core.methods import Task, make
 from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 from continual_concepts.core.sampling.sampling import sample
@@ -44,6 +44,13 @@ def test_the_words_of_an_object_are_its_class_noun(tiny_backbone, bank):
         noun = encoder.vectors(encoder.ids("dog"))[-1].half()
         words = bank["rex"].tokens.vectors[encoder.name]
         assert words.shape[:2] == (1, 4) and torch.equal(words[0, -1].half(), noun)
+
+
+def test_one_word_of_an_object_needs_a_class_noun_or_training(tiny_backbone):
+    task = Task("rex", "", tiny_backbone, ConceptBank(tiny_backbone.layout), words=("rex-1",))
+    with pytest.raises(ConceptError, match="class noun of concept 'rex' is empty; the words of slots are"):
+        make("slots").begin(task)
+    make("slots", {"learn_words": True}).begin(task)
 
 
 def test_learned_words_change(tiny_backbone, teach):
