@@ -108,6 +108,11 @@ class Slots(LowRankMethod):
     def words_of_kind(cls, kind: str) -> int:
         return 2 if kind == "style" else cls.word_count
 
+    @property
+    def _learns_words(self) -> bool:
+        """Without a class noun there is nothing else that the words could be."""
+        return self.config.learn_words or not self.task.class_noun.strip()
+
     def composition_of_kind(self, kind: str) -> Composition:
         return PROMPT if kind == "style" else self.composition
 
@@ -116,13 +121,10 @@ class Slots(LowRankMethod):
             super().begin(task)
             return
         c, self.task = self.config, task
-        if not task.class_noun.strip() and not c.learn_words:
-            raise ConceptError(f"class noun of concept '{task.name}' is empty; the words of slots are the noun, "
-                               "so give one, or set learn_words")
         self.words = LearnedWords(task.backbone, task.name, task.word_names, task.class_noun,
-                                  c.layerwise and c.learn_words, c.first_std, task.generator)
+                                  c.layerwise and self._learns_words, c.first_std, task.generator)
         self.words.start_from_noun(task.backbone, task.class_noun)
-        self.words.requires_grad_(c.learn_words)
+        self.words.requires_grad_(self._learns_words)
         self.words.placeholder_noun = task.class_noun
         self.slots = SlotAdapters(task.backbone.layout, c.slots, task.generator, task.backbone.device)
 
@@ -139,7 +141,7 @@ class Slots(LowRankMethod):
         c = self.config
         slots = {"params": list(self.slots.parameters()), "lr": SLOT_RATE * c.lr, "weight_decay": 0.0}
         words = {"params": list(self.words.parameters()), "lr": c.token_lr}
-        return [words, slots] if c.learn_words else [slots]
+        return [words, slots] if self._learns_words else [slots]
 
     def processor(self) -> AttentionProcessor:
         if self.slots is None:

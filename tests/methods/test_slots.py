@@ -46,11 +46,11 @@ def test_the_words_of_an_object_are_its_class_noun(tiny_backbone, bank):
         assert words.shape[:2] == (1, 4) and torch.equal(words[0, -1].half(), noun)
 
 
-def test_one_word_of_an_object_needs_a_class_noun_or_training(tiny_backbone):
-    task = Task("rex", "", tiny_backbone, ConceptBank(tiny_backbone.layout), words=("rex-1",))
-    with pytest.raises(ConceptError, match="class noun of concept 'rex' is empty; the words of slots are"):
-        make("slots").begin(task)
-    make("slots", {"learn_words": True}).begin(task)
+def test_words_without_a_class_noun_are_learned(tiny_backbone):
+    method = make("slots")
+    method.begin(Task("rex", "", tiny_backbone, ConceptBank(tiny_backbone.layout), words=("rex-1",)))
+    assert all(parameter.requires_grad for parameter in method.words.parameters())
+    assert len(method.parameter_groups()) == 2
 
 
 def test_learned_words_change(tiny_backbone, teach):
