@@ -53,7 +53,7 @@ from ..neurons.scores import (
     key_value_weights,
     weight_of,
 )
-from ..neurons.sparse import PooledAdapters
+from ..neurons.sparse import SparseAdapters
 from ..settings import at_least, between, one_of, require
 from .base import SHARE, Forward, Method, MethodConfig, Task, register, total
 
@@ -106,7 +106,7 @@ class CNS(Method):
     selection: NeuronSelection | None = None
     extra_key = "choice._extra_state"
     config: CNSConfig
-    adapters: PooledAdapters
+    adapters: SparseAdapters
 
     def use_selection(self, selection: NeuronSelection) -> None:
         self.selection = selection
@@ -128,7 +128,7 @@ class CNS(Method):
         if self.selection is not None:
             self._choose(self.selection)
 
-    def make_adapters(self) -> PooledAdapters:
+    def make_adapters(self) -> SparseAdapters:
         """Room for the largest selection."""
         c, layout = self.config, self.task.backbone.layout
         if self.selection is None:
@@ -141,7 +141,7 @@ class CNS(Method):
             if not counts:
                 raise ConceptError(f"the neuron selection for concept '{self.task.name}' has 0 entries; "
                                    "allowed: 1 or more")
-        return PooledAdapters(layout, counts, self.task.backbone.device)
+        return SparseAdapters(layout, counts, self.task.backbone.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         words, deltas = super().parameter_groups()

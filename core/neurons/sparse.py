@@ -45,53 +45,23 @@ def _filled(values: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class SparseAdapters(Adapters):
-    """Trainable values `[k]` float32 and their flat indices int32 `[k]` in each weight.
+    """A pool of trainable values float32 and their flat indices int32. A selection divides it among weights.
 
-    counts: weight -> k, fixed before the indices are chosen. sizes: weight -> (a, b).
-    """
+    Args:
+        layout: The sites of the base.
+        counts: Candidate weights; the pool is as large as their counts together.
+        device: Where the pool is.
 
-    def __init__(self, layout: SiteLayout, counts: Mapping[DeltaKey, int],
-                 device: torch.device | str) -> None:
-        super().__init__()
-        self.sizes = {key: layout.sites[key[0]].shape(key[1]) for key in counts}
-        self.values, self.places = nn.ParameterDict(), nn.Module()
-        for key, count in counts.items():
-            self.values[adapter_key(*key)] = nn.Parameter(torch.zeros(count, device=device))
-            self.places.register_buffer(adapter_key(*key),
-                                        torch.zeros(count, dtype=torch.int32, device=device))
-
-    def place(self, selection: NeuronSelection) -> None:
-        """Sets the indices. The selection must have the counts of the constructor."""
-        for key in self.sizes:
-            getattr(self.places, adapter_key(*key)).copy_(selection.indices[key])
-
-    def at(self, key: DeltaKey) -> tuple[Tensor, Tensor]:
-        """Values and indices of one weight."""
-        return self.values[adapter_key(*key)], getattr(self.places, adapter_key(*key))
-
-    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
-        return SparseLinear.apply(x, *self.at(key), self.sizes[key]) if key in self.sizes else None
-
-    def stored(self, dtype: torch.dtype) -> dict[DeltaKey, SparseDelta]:
-        entries = {key: self.at(key) for key in self.sizes}
-        return stored_sparse({key: SparseDelta(self.sizes[key], places, values)
-                              for key, (values, places) in entries.items()}, dtype)
-
-    def selection(self) -> NeuronSelection:
-        return NeuronSelection({key: self.at(key)[1] for key in self.sizes}, self.sizes)
-
-
-class PooledAdapters(SparseAdapters):
-    """A pool of trainable values, as many as the counts add up to. The selection divides it among weights.
-
-    all_sizes: weight -> (a, b) of all candidates; slices: weight -> its slice of the pool.
+    Attributes:
+        all_sizes, sizes: Weight -> (a, b), of all candidates and of the selected weights.
+        slices: Selected weight -> its slice of the pool.
     """
 
     pool_places: Tensor
 
     def __init__(self, layout: SiteLayout, counts: Mapping[DeltaKey, int],
                  device: torch.device | str) -> None:
-        super().__init__(layout, {}, device)
+        super().__init__()
         self.all_sizes = {key: layout.sites[key[0]].shape(key[1]) for key in counts}
         budget = sum(counts.values())
         self.pool = nn.Parameter(torch.zeros(budget, device=device))
@@ -106,12 +76,25 @@ class PooledAdapters(SparseAdapters):
             start += count
 
     def place(self, selection: NeuronSelection) -> None:
+        """Sets the indices to those of a selection that is no larger than the pool."""
         self._divide({key: places.numel() for key, places in selection.indices.items() if places.numel()})
         for key, where in self.slices.items():
             self.pool_places[where] = selection.indices[key].to(self.pool_places)
 
     def at(self, key: DeltaKey) -> tuple[Tensor, Tensor]:
+        """Values and indices of one weight."""
         return self.pool[self.slices[key]], self.pool_places[self.slices[key]]
+
+    def change(self, key: DeltaKey, x: Tensor) -> Tensor | None:
+        return SparseLinear.apply(x, *self.at(key), self.sizes[key]) if key in self.sizes else None
+
+    def stored(self, dtype: torch.dtype) -> dict[DeltaKey, SparseDelta]:
+        entries = {key: self.at(key) for key in self.sizes}
+        return stored_sparse({key: SparseDelta(self.sizes[key], places, values)
+                              for key, (values, places) in entries.items()}, dtype)
+
+    def selection(self) -> NeuronSelection:
+        return NeuronSelection({key: self.at(key)[1] for key in self.sizes}, self.sizes)
 
     def get_extra_state(self) -> dict[str, int]:
         return {adapter_key(*key): where.stop - where.start for key, where in self.slices.items()}

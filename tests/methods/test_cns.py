@@ -301,9 +301,13 @@ def test_trainables_are_the_sparse_values_and_the_words(tiny_backbone):
 
 
 def test_other_projections_are_left_alone(tiny_backbone):
-    processor = AdapterProcessor(SparseAdapters(tiny_backbone.layout, {(0, "to_k"): 3}, "cpu"))
-    x, y = torch.ones(1, 2, 32), torch.ones(1, 2, 32)
-    assert processor.project(tiny_backbone.layout.sites[0], "to_v", x, y) is y
+    layout, key = tiny_backbone.layout, (0, "to_k")
+    site, adapters = layout.sites[0], SparseAdapters(layout, {key: 3}, "cpu")
+    size = site.shape("to_k")
+    adapters.place(NeuronSelection({key: torch.arange(3)}, {key: size}))
+    x, y = torch.ones(1, 2, size[1]), torch.ones(1, 2, size[0])
+    assert AdapterProcessor(adapters).project(site, "to_v", x, y) is y
+    assert AdapterProcessor(adapters).project(site, "to_k", x, y) is not y
 
 
 @pytest.mark.parametrize("settings", [

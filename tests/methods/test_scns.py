@@ -18,7 +18,7 @@ from continual_concepts.core.methods import Task, make
 from continual_concepts.core.model.deltas import SparseDelta
 from continual_concepts.core.neurons.neurons import NeuronSelection
 from continual_concepts.core.neurons.scores import GradientProcessor, key_value_weights, weight_of
-from continual_concepts.core.neurons.sparse import PooledAdapters
+from continual_concepts.core.neurons.sparse import SparseAdapters
 from continual_concepts.core.neurons.submodular import lazy_greedy, similarities
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.objective import denoising_loss, draw, predict
@@ -188,7 +188,7 @@ def test_general_neurons_and_a_given_selection_are_respected(tiny_backbone, teac
 def test_the_pool_is_divided_as_chosen_and_stays_so_in_a_checkpoint(tiny_backbone):
     keys = key_value_weights(tiny_backbone.layout)
     counts = dict.fromkeys(keys, 0) | {keys[0]: 10}      # the budget is their sum
-    one, other = (PooledAdapters(tiny_backbone.layout, counts, "cpu") for _ in range(2))
+    one, other = (SparseAdapters(tiny_backbone.layout, counts, "cpu") for _ in range(2))
     sizes = {key: one.all_sizes[key] for key in keys[:3]}
     places = torch.arange(4), torch.tensor([], dtype=torch.long), torch.tensor([7, 9])
     one.place(NeuronSelection(dict(zip(keys[:3], places, strict=True)), sizes))
