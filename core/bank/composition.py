@@ -59,7 +59,9 @@ class Composition:
 
     def to_json(self) -> dict:
         data = {**asdict(self), "kind": self.kind.value}
-        return data if self.free else {key: value for key, value in data.items() if key != "free"}
+        if not self.free:      # files without this field are written without it again
+            del data["free"]
+        return data
 
     @classmethod
     def from_json(cls, data: object) -> Composition:

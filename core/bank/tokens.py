@@ -25,7 +25,7 @@ _OF_PROMPTS = set("<>()[]{}:|\\")
 
 
 def typed_name(text: str) -> str:
-    """A name as a person types it, which may be given as `<name>`. macOS gives accents as signs of their own.
+    """The name that a person typed, with or without brackets. macOS types an accent as a separate character.
     """
     return unicodedata.normalize("NFC", text.strip().strip("<>"))
 

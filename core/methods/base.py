@@ -144,7 +144,7 @@ class Method(ABC):
     """One way to learn a concept. An instance serves one task.
 
     Attributes:
-        composition: how its concepts act together, see bank.composition.
+        composition: how its concepts act together, see bank.composition and `composition_of_kind`.
         builds_on_sum: whether a method of summed deltas trains on top of its earlier tasks.
         wants_prior: whether its paper trains with prior-preservation pictures.
         word_count: words of a concept whose words are not named, see `words_of_kind`.
@@ -159,7 +159,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    composition: Composition = PROMPT
+    composition: ClassVar[Composition] = PROMPT
     builds_on_sum: ClassVar[bool] = True
     word_count: ClassVar[int] = 2
     wants_prior: ClassVar[bool] = False

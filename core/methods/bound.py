@@ -22,7 +22,7 @@ from ..bank.composition import WORDS, Composition, Kind
 from ..model.processor import AttentionProcessor
 from ..settings import one_of, setting
 from .base import Task, register
-from .low_rank import LETTERS, LowRankMethod, ProjectionsConfig
+from .low_rank import LowRankMethod, ProjectionsConfig, projections_of
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class Bound(LowRankMethod):
     def begin(self, task: Task) -> None:
         super().begin(task)
         self.words.placeholder_noun = task.class_noun if self.config.apart else ""
-        free = self.config.free
-        self.composition = Composition(Kind.WORDS, free=tuple(LETTERS[free])) if free else WORDS
+
+    def composition_of_kind(self, kind: str) -> Composition:
+        return Composition(Kind.WORDS, free=projections_of(self.config.free))
 
     def processor(self) -> AttentionProcessor:
-        deltas, free = self.adapters.deltas(), self.composition.free
-        word_bound = {key: delta for key, delta in deltas.items() if key[1] not in free}
-        return TokenLoraProcessor({self.task.name: word_bound},
-                                  {key: delta for key, delta in deltas.items() if key[1] in free})
+        word_bound, free = self.by_activation()
+        return TokenLoraProcessor({self.task.name: word_bound}, free)

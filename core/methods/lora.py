@@ -2,8 +2,8 @@
 
 It trains what the word-bound method trains (layer-wise words, rank-4 deltas on q, k, v, out of every site)
 with the denoising loss alone. A prompt that names the concept folds its deltas into the weights. So retention
-is 1 and the base does not change, as with every method that stores concepts separately. What another method
-adds to this control is the worth of its own idea.
+is 1 and the base does not change, as with every method that stores concepts separately. Another method is
+worth what it adds to this control.
 """
 
 from __future__ import annotations

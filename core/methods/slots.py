@@ -1,4 +1,4 @@
-"""Key/value slots bound to a concept's words. Ours, and the default.
+"""Key/value slots bound to a concept's words. Ours.
 
 An object has slots at every site (model.slots has the formula): the attention that the picture pays to the
 concept's words is divided among learned keys, and their learned values are added. So an object acts only
@@ -49,11 +49,14 @@ SLOT_RATE = 30.0      # on the learning rate, measured on the embedded base
 @dataclass(frozen=True)
 class SlotsConfig(LowRankConfig):
     """slots: of objects, which learn at SLOT_RATE times `lr`. learn_words: whether an object's words are
-    trained too, with token_lr. rank, scale, layerwise: of styles."""
+    trained too, with token_lr. rank, scale: of styles; layerwise: of styles and of learned words."""
 
     slots: int = setting(8, "Slots of an object at every site. More slots hold more detail and make the "
                             "concept larger.", 1, 64)
     learn_words: bool = setting(False, "Also train the words of an object.")
+
+    rank: int = setting(4, "Rank of the deltas of a style. A higher rank holds more detail and makes the "
+                           "concept larger.", 1, 128)
 
     limits = {"slots": between(1, 64)}
 

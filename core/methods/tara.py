@@ -77,19 +77,18 @@ class TaraProcessor(TokenLoraProcessor):
 @register("tara", TaraConfig, "layer-wise words; keys and values change at these words alone, queries and "
           "outputs for the whole prompt; keys stay near the class noun's")
 class Tara(LowRankMethod):
+    """latest: the processor of the last forward pass."""
+
     composition = Composition(Kind.WORDS, free=FREE)
     refinable = True
     config: TaraConfig
 
     def processor(self) -> TaraProcessor:
-        deltas = self.adapters.deltas()
-        word_bound = {key: delta for key, delta in deltas.items() if key[1] not in FREE}
-        free = {key: delta for key, delta in deltas.items() if key[1] in FREE}
-        self.used = TaraProcessor(self.task.name, word_bound, free)
-        return self.used
+        self.latest = TaraProcessor(self.task.name, *self.by_activation())
+        return self.latest
 
     def penalty(self, seen: Forward) -> dict[str, Tensor]:
-        distance = self.used.take()
+        distance = self.latest.take()
         if distance is None or not self.config.alignment:
             return {}
         return {"alignment": self.config.alignment * distance}

@@ -77,12 +77,12 @@ class KeyLock:
         """The edits for the words in encoded prompts; none if no prompt names the concept."""
         if not any(words.get(name) for words in context.words):
             return {}
-        found = {}
+        edits = {}
         for site, key in self.keys.items():
             states = mean_states(context, name, site)
-            found[site.index, "to_k"] = LowRankDelta(key.unsqueeze(1) - self._keys(site, states).T,
+            edits[site.index, "to_k"] = LowRankDelta(key.unsqueeze(1) - self._keys(site, states).T,
                                                      torch.linalg.pinv(states.T))
-        return found
+        return edits
 
 
 class LockedKeys(TokenLoraProcessor):

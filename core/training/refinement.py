@@ -71,11 +71,11 @@ def check_refinable(bank: ConceptBank | None, name: str, **given: str | Sequence
         raise ConceptError(f"concept '{name}' of method '{info.method}' cannot be refined, because {reason}; "
                            f"methods that can: {', '.join(able)}")
     for field, value in given.items():
-        own = getattr(info, field)
+        stored = getattr(info, field)
         if field == "class_noun":
-            own, value = " ".join(own.split()), " ".join(str(value).split())
-        if value and value != own:
-            shown = own if isinstance(own, str) else ",".join(own)
+            stored, value = " ".join(stored.split()), " ".join(str(value).split())
+        if value and value != stored:
+            shown = stored if isinstance(stored, str) else ",".join(stored)
             raise ConceptError(f"the {field.replace('_', ' ')} of concept '{name}' is {shown!r}, now "
                                f"{value!r} is given; refining keeps it, so give the same or none")
     return info

@@ -11,10 +11,22 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.cli import learning
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
+from continual_concepts.core.sampling.settings import SampleSettings
+from continual_concepts.core.training import refinement
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--replay", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_pictures():
+    """Replayed pictures and thumbnails take two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refinement, "STEPS", 2)
+        patch.setattr(learning, "SampleSettings", lambda **given: SampleSettings(**given | {"steps": 2}))
+        yield
 
 
 def drawn(folder: Path, seed: int) -> Path:
