@@ -1,13 +1,14 @@
-"""Helpers shared by the benchmark commands: JSON files, checks of numbers, progress reports."""
+"""Helpers shared by the benchmark commands: JSON files, flags, checks of numbers, progress reports."""
 
 from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from ..core.demo.bases import EMBEDDED, NAMES
 from ..core.errors import ConceptError
 from ..core.files import write_atomically
 
@@ -26,6 +27,20 @@ def require_at_least(options: Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(options, name) < value:
             raise ConceptError(f"{name} is {getattr(options, name)}; allowed: {value} or more")
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """`21,22` as numbers, each once. Raises ConceptError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConceptError(f"{name} is {text!r}; allowed: numbers of 0 or more, separated by commas")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def add_embedded_base(parser: ArgumentParser) -> None:
+    """Adds the flag that chooses an embedded base, for commands that need one."""
+    parser.add_argument("--base", choices=NAMES, default=EMBEDDED,
+                        help="the embedded base; 'embedded' is the newest one (default %(default)s)")
 
 
 def load_or_make(path: Path, make: Callable[[], dict]) -> dict:

@@ -63,10 +63,10 @@ def difference(left: np.ndarray, right: np.ndarray, generator: np.random.Generat
     return interval(left - right, generator, draws)
 
 
-def verdict(found: Interval, runs: int, higher_is_better: bool) -> str:
+def verdict(between: Interval, runs: int, higher_is_better: bool) -> str:
     """The word for a difference: an interval that contains 0 is no difference."""
     if runs < FEWEST_RUNS:
         return FEW
-    if found.low <= 0 <= found.high:
+    if between.low <= 0 <= between.high:
         return SAME
-    return BETTER if (found.low > 0) == higher_is_better else WORSE
+    return BETTER if (between.low > 0) == higher_is_better else WORSE

@@ -74,16 +74,20 @@ def _error(entry: Mapping) -> list[list[float]]:
     return [[100 * max(0.0, entry["mean"] - entry["low"])], [100 * max(0.0, entry["high"] - entry["mean"])]]
 
 
-def _scatter(axis, result: Mapping) -> None:
-    rows = {name: row for name, row in result["methods"].items()
+def _points(result: Mapping) -> dict[str, Point]:
+    """Method -> its alone and combined in percent, for methods that have both."""
+    return {name: (100 * row[ALONE]["mean"], 100 * row[COMBINED]["mean"])
+            for name, row in result["methods"].items()
             if "mean" in row.get(ALONE, {}) and "mean" in row.get(COMBINED, {})}
+
+
+def _scatter(axis, result: Mapping, points: Mapping[str, Point]) -> None:
     _bare(axis)
     axis.set_title("How well concepts are shown, alone and combined", fontsize=10, color=INK, loc="left")
     axis.set_xlabel("alone: % of the way from class noun to real pictures", fontsize=8.5, color=QUIET)
     axis.set_ylabel("combined: two and three concepts in one prompt", fontsize=8.5, color=QUIET)
-    if not rows:
+    if not points:
         return
-    points = {name: (100 * row[ALONE]["mean"], 100 * row[COMBINED]["mean"]) for name, row in rows.items()}
     front = pareto_front(points)
     lowest = [min(values) for values in zip(*points.values(), strict=True)]
     corners = [(lowest[0], points[front[0]][1]), *(points[name] for name in front),
@@ -91,7 +95,7 @@ def _scatter(axis, result: Mapping) -> None:
     axis.step([x for x, _ in corners], [y for _, y in corners], where="pre", color=FRONT_COLOUR, lw=1.4,
               zorder=1, label="Pareto front")
     for name, (x, y) in points.items():
-        row, colour = rows[name], _colour(name, result["default"])
+        row, colour = result["methods"][name], _colour(name, result["default"])
         axis.errorbar(x, y, xerr=_error(row[ALONE]), yerr=_error(row[COMBINED]), color=colour, elinewidth=0.9,
                       alpha=0.55, zorder=2)
         axis.plot(x, y, "o", ms=8 if name == result["default"] else 5.5, color=colour, zorder=4,
@@ -124,12 +128,12 @@ def draw(path: Path, result: Mapping) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = ranked(result)
+    names, points = ranked(result), _points(result)
     figure = Figure(figsize=(14, max(5.6, 1.6 + 0.27 * len(names))), dpi=110, layout="constrained",
                     facecolor="white")
     canvas = FigureCanvasAgg(figure)
     left, confused, retained, changed = figure.subplots(1, 4, width_ratios=(3.4, 1, 0.8, 0.8))
-    _scatter(left, result)
+    _scatter(left, result, points)
     _dots(confused, result, names, CONFUSED, "Confused, %")
     floor = result["floor"].get(CONFUSED)
     if floor:
@@ -147,8 +151,5 @@ def draw(path: Path, result: Mapping) -> None:
                     f"{round(100 * result['intervals']['level'])} % intervals over runs and concepts. "
                     "Dotted: class nouns of the base.", fontsize=8.5, color=QUIET, x=0.01, ha="left")
     canvas.draw()      # fixes the axes, so that labels can be placed
-    points = {name: (100 * row[ALONE]["mean"], 100 * row[COMBINED]["mean"])
-              for name, row in result["methods"].items()
-              if "mean" in row.get(ALONE, {}) and "mean" in row.get(COMBINED, {})}
     _place_labels(left, points, result["default"])
     figure.savefig(path)

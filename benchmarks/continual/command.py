@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...core.cli.parser import add_base
 from ...core.errors import ConceptError
-from ..report import Result, require_at_least, say, write_result
+from ..report import Result, add_embedded_base, numbers, require_at_least, say, write_result
 from .runs import Run
 
 DRAWN = "where the result goes; a chart is drawn beside it"
@@ -75,21 +75,17 @@ def _add_one_class(commands) -> None:
     add("--methods", default="slots,lora", help="comma separated (default %(default)s)")
     add("--class", dest="kind", default="dog", help="what they are (default %(default)s)")
     add("--count", type=int, default=10, help="number of individuals (default %(default)s)")
-    add_base(parser)
-    parser.set_defaults(run=individuals)
+    add_embedded_base(parser)
+    parser.set_defaults(run=one_class)
 
 
-def individuals(options: Namespace) -> Result:
+def one_class(options: Namespace) -> Result:
     """Learns individuals of one class one after another and draws all pairs of them."""
-    from ...core.methods import METHODS
-    from .one_class import one_class, table
+    from .one_class import one_class as perform
+    from .one_class import table
 
-    methods = [name.strip() for name in options.methods.split(",") if name.strip()]
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown or not methods:
-        raise ConceptError(f"unknown method {(unknown or [''])[0]!r}; known: {', '.join(sorted(METHODS))}")
-    result = one_class(methods, options.kind, options.count, options.file,
-                       options.runs or options.file.with_suffix(".cells"), options.base, say)
+    result = perform(_methods(options.methods), options.kind, options.count, options.file,
+                     options.runs or options.file.with_suffix(".cells"), options.base, say)
     return result, [table(result)]
 
 
@@ -121,13 +117,13 @@ def _rows(text: str) -> list[tuple[str, str]]:
     return rows or all_methods()
 
 
-def _numbers(text: str | None, name: str) -> list[int]:
-    """`21,22` as numbers; 0 where nothing is given."""
-    parts = [part.strip() for part in (text or "0").split(",")]
-    wrong = [part for part in parts if not part.isdecimal()]
-    if wrong:
-        raise ConceptError(f"{name} is {text!r}; allowed: numbers of 0 or more, separated by commas")
-    return list(dict.fromkeys(map(int, parts)))
+def _methods(text: str) -> list[str]:
+    """Methods of a command that takes no overrides; all for an empty text."""
+    rows = _rows(text)
+    overridden = [f"{name}+{overrides}" for name, overrides in rows if overrides]
+    if overridden:
+        raise ConceptError(f"methods names {overridden[0]!r}; allowed: methods without overrides")
+    return [name for name, _ in rows]
 
 
 def _runs(options: Namespace) -> list[Run]:
@@ -141,7 +137,7 @@ def _runs(options: Namespace) -> list[Run]:
     if by_number and by_count:
         raise ConceptError("--seed and --order name runs, --seeds and --orders count them; give one kind")
     if by_number:
-        orders, seeds = _numbers(options.order, "order"), _numbers(options.seed, "seed")
+        orders, seeds = numbers(options.order or "0", "order"), numbers(options.seed or "0", "seed")
         runs = [Run(name, tasks, order, seed, overrides=overrides)
                 for order in orders for seed in seeds for name, overrides in rows]
     elif by_count or options.data is not None:
@@ -169,12 +165,8 @@ def tune(options: Namespace) -> Result:
     from .tuned import FILE
     from .tuning import tune as choose
 
-    rows = _rows(options.methods)
-    overridden = [f"{name}+{overrides}" for name, overrides in rows if overrides]
-    if overridden:
-        raise ConceptError(f"methods names {overridden[0]!r}; allowed: methods without overrides")
     file = options.file or FILE
-    result = choose([name for name, _ in rows], file, options.runs or file.with_suffix(".cells"), say)
+    result = choose(_methods(options.methods), file, options.runs or file.with_suffix(".cells"), say)
     return result, [f"{name}: " + ", ".join(f"{key} {value:g}" for key, value in entry["chosen"].items())
                     for name, entry in result["methods"].items() if "chosen" in entry]
 
@@ -218,14 +210,12 @@ def _perform(options: Namespace, runs: Sequence[Run], folder: Path) -> None:
                  else photo_benchmark(options))
     sampler, suite = Sampler(benchmark.backbone), benchmark.suite
 
-    def one(run: Run) -> None:
-        settings = {**benchmark.settings_of(run.method), **run.settings()}
-        training = benchmark.training(run.steps(benchmark.steps_of(run.method)), run.seed)
-        perform(sampler, suite, run, ordered(options.tasks, run.order), settings, training, folder,
+    def perform_run(run: Run) -> None:
+        perform(sampler, suite, run, ordered(options.tasks, run.order), *benchmark.configured(run), folder,
                 _reporting(run))
 
     measured(file_of(folder, options.tasks), suite.origin, lambda: floor_and_ceiling(sampler, suite))
-    share(folder, lambda: runs, one)
+    share(folder, lambda: runs, perform_run)
 
 
 def _summarised(options: Namespace, folder: Path) -> Result:
@@ -246,12 +236,12 @@ def _summarised(options: Namespace, folder: Path) -> Result:
         return _summarised_earlier(options, finished)
     if len(recent) < len(finished):
         say(f"{len(finished) - len(recent)} runs of an earlier version are left out")
-    found = levels.read(levels.file_of(folder, options.tasks))
-    if found is None:
+    limits = levels.read(levels.file_of(folder, options.tasks))
+    if limits is None:
         raise ConceptError(f"'{levels.file_of(folder, options.tasks)}' is missing; run the command without "
                            "--merge to measure it again")
-    base = found["origin"].get("base", "")
-    result = summarise(recent, found, DEFAULT, lambda method: tuned.trials(method, base))
+    base = limits["origin"].get("base", "")
+    result = summarise(recent, limits, DEFAULT, lambda method: tuned.trials(method, base))
     write_result(options.file, result)
     draw(options.file.with_suffix(".png"), result)
     for document in options.write:

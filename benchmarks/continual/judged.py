@@ -1,4 +1,4 @@
-"""What the judges say about pictures of one concept and of several: of runs, of the floor and the ceiling."""
+"""Figures of all judges for pictures of one concept and of several: of runs, the floor and the ceiling."""
 
 from __future__ import annotations
 

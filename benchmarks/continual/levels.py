@@ -41,11 +41,11 @@ def measured(file: Path, origin: Mapping, measure: Callable[[], Mapping]) -> dic
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = file.with_name(f".{file.name}.lock")
     with FileLock(str(lock)):
-        found = read(file)
-        if found is None or found["origin"] != dict(origin):
+        levels = read(file)
+        if levels is None or levels["origin"] != dict(origin):
             content = json.dumps({"origin": dict(origin), **measure()}, indent=1) + "\n"
             write_atomically(file, lambda temporary: temporary.write_text(content))
-            found = read(file)
+            levels = read(file)
         lock.unlink(missing_ok=True)      # whoever still waits for it finds the levels measured
-    assert found is not None
-    return found
+    assert levels is not None
+    return levels

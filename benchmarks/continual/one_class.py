@@ -63,19 +63,22 @@ def confusions(names: Sequence[str], pairs: Sequence[Mapping]) -> list[list[floa
 
 
 def figures(run: Mapping) -> dict:
-    """What a run says, by each judge: means over individuals and pairs, and the matrices."""
-    found = {}
+    """A run's figures by each judge: means over individuals and pairs, and the matrices.
+
+    `alone` and `beside` are the judge's scores, not shares of the way from floor to ceiling.
+    """
+    by_judge = {}
     for judge, values in run["judges"].items():
         pairs = values["pairs"]
         beside = [score for pair in pairs for score in pair["alignment"]]
-        found[judge] = {
+        by_judge[judge] = {
             "alone": sum(values["alone"]) / len(values["alone"]),
             "beside": sum(beside) / len(beside),
             "confused": sum(pair["confused"] for pair in pairs) / len(pairs),
             "confusions": confusions(run["concepts"], pairs),
             "bleed": values["bleed"],
         }
-    return found
+    return by_judge
 
 
 def one_class(methods: Sequence[str], kind: str, count: int, file: Path, folder: Path, base_name: str,
@@ -94,13 +97,11 @@ def one_class(methods: Sequence[str], kind: str, count: int, file: Path, folder:
     benchmark = one_class_benchmark(kind, count, base_name)
     sampler, runs = Sampler(benchmark.backbone), [Run(name, count, 0, SEED) for name in methods]
 
-    def one(run: Run) -> None:
-        training = benchmark.training(run.steps(benchmark.steps_of(run.method)), run.seed)
-        settings = {**benchmark.settings_of(run.method), **run.settings()}
-        perform(sampler, benchmark.suite, run, range(count), settings, training, folder)
+    def perform_run(run: Run) -> None:
+        perform(sampler, benchmark.suite, run, range(count), *benchmark.configured(run), folder)
         tell(f"{run.name}: finished")
 
-    share(folder, lambda: runs, one)
+    share(folder, lambda: runs, perform_run)
     rows, names = {}, [task.name for task in benchmark.suite.tasks]
     for run in runs:
         finished = finished_run(folder / f"{run.name}.json")

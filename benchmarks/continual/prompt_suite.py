@@ -16,6 +16,7 @@ from ...core.model.backbone import Backbone
 from ...core.sampling.settings import SampleSettings
 from ...core.training.config import TrainingConfig
 from .judges import Judges
+from .runs import Run
 
 Names = tuple[tuple[str, ...], ...]
 GROUPS, TRIPLES, PAIRS = 6, 2, 4      # groups of two concepts, of three; pairs of one class
@@ -78,6 +79,11 @@ class Benchmark:
     training: Callable[[int, int], TrainingConfig]
     settings_of: Callable[[str], Mapping]
     steps_of: Callable[[str], int]
+
+    def configured(self, run: Run) -> tuple[dict, TrainingConfig]:
+        """The settings of a run's method and its training configuration, overrides included."""
+        return ({**self.settings_of(run.method), **run.settings()},
+                self.training(run.steps(self.steps_of(run.method)), run.seed))
 
 
 def listed(phrases: Sequence[str]) -> str:

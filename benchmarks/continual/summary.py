@@ -78,18 +78,18 @@ def _judge_row(tables: Mapping[str, Table]) -> dict:
 
 def compared(left: Mapping[str, Table], right: Mapping[str, Table]) -> dict[str, dict]:
     """Figure -> how the left method differs from the right one, over the runs and concepts of both."""
-    found = {}
+    differences = {}
     for figure in left:
         if figure in right:
-            one, other = common(left[figure], right[figure])
-            if not one.runs or not one.columns:
+            ours, theirs = common(left[figure], right[figure])
+            if not ours.runs or not ours.columns:
                 continue
-            between = bootstrap.difference(one.values, other.values, _generator())
+            between = bootstrap.difference(ours.values, theirs.values, _generator())
             better = HIGHER_IS_BETTER.get(figure, True)
-            found[figure] = {"difference": between.mean, "low": between.low, "high": between.high,
-                             "runs": len(one.runs),
-                             "verdict": bootstrap.verdict(between, len(one.runs), better)}
-    return found
+            differences[figure] = {"difference": between.mean, "low": between.low, "high": between.high,
+                             "runs": len(ours.runs),
+                             "verdict": bootstrap.verdict(between, len(ours.runs), better)}
+    return differences
 
 
 def _score(run: Mapping, judge: str, what: str) -> float | None:
@@ -123,17 +123,17 @@ def bleed_of(row: Mapping, levels: Mapping, judge: str, concepts: Sequence[str])
         `alone_excess`, `together_excess`: mean excess over the ceiling of all entries off the diagonal, of
         pictures of one concept and of several; None where there are none.
     """
-    own, real = row["judges"][judge], levels["ceiling"]["judges"][judge]
+    figures, real = row["judges"][judge], levels["ceiling"]["judges"][judge]
     order, places = levels["concepts"], {name: i for i, name in enumerate(concepts)}
-    matrix = [[own["bleed"][places[asked]][places[shown]] if {asked, shown} <= places.keys() else None
+    matrix = [[figures["bleed"][places[asked]][places[shown]] if {asked, shown} <= places.keys() else None
                for shown in order] for asked in order]
     excess = [matrix[i][j] - real["bleed"][i][j] for i in range(len(order)) for j in range(len(order))
               if i != j and matrix[i][j] is not None]
     ceilings = {tuple(group["concepts"]): group["bleed"] for group in (*real["groups"], *real["pairs"])}
     together = [value - ceilings[tuple(group["concepts"])][i][j]
-                for group in (*own["groups"], *own["pairs"]) if tuple(group["concepts"]) in ceilings
+                for group in (*figures["groups"], *figures["pairs"]) if tuple(group["concepts"]) in ceilings
                 for i, line in enumerate(group["bleed"]) for j, value in enumerate(line) if i != j]
-    return {"alone": matrix, "together": _together(own, order),
+    return {"alone": matrix, "together": _together(figures, order),
             "alone_excess": _mean(excess) if excess else None,
             "together_excess": _mean(together) if together else None}
 

@@ -30,8 +30,8 @@ def _read(path: Path) -> Mapping:
 
 def _chosen(method: str, fingerprint: str) -> Mapping:
     """What was chosen for a method on the base with this fingerprint; empty for another base."""
-    found = _read(FILE)
-    return found["methods"].get(method, {}) if found and found["base"] == fingerprint else {}
+    tuning = _read(FILE)
+    return tuning["methods"].get(method, {}) if tuning and tuning["base"] == fingerprint else {}
 
 
 def chosen_settings(method: str, fingerprint: str) -> dict:
@@ -45,5 +45,5 @@ def chosen_steps(method: str, fingerprint: str) -> int | None:
 
 def trials(method: str, fingerprint: str) -> int:
     """How many settings were tried for a method on this base."""
-    found = _read(FILE)
-    return found["trials"].get(method, 0) if found and found["base"] == fingerprint else 0
+    tuning = _read(FILE)
+    return tuning["trials"].get(method, 0) if tuning and tuning["base"] == fingerprint else 0

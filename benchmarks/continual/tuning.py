@@ -94,7 +94,7 @@ def figures(run: Mapping, levels: Mapping) -> dict[str, float]:
 
 
 class Tuning:
-    """The trials of some methods, and what their finished runs say."""
+    """The trials of some methods, and the figures of those that are finished."""
 
     def __init__(self, methods: Sequence[str], folder: Path, levels: Mapping, tasks: int) -> None:
         self.methods, self.folder, self.levels, self.tasks = methods, folder, levels, tasks
@@ -151,9 +151,8 @@ def _perform(sampler: Sampler, benchmark: Benchmark, run: Run, folder: Path) -> 
     file = folder / f"{run.name}.json"
     if is_finished(folder, run) and "failed" in (finished_run(file) or {}):
         return
-    settings = {**benchmark.settings_of(run.method), **run.settings()}
+    settings, training = benchmark.configured(run)
     get(run.method).config(**settings)      # wrong settings are an error, not a result
-    training = benchmark.training(run.steps(STEPS), run.seed)
     try:
         perform(sampler, benchmark.suite, run, ordered(run.tasks, run.order), settings, training, folder)
     except LearningError as error:

@@ -6,9 +6,17 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...core.cli.parser import add_base
 from ...core.errors import ConceptError
-from ..report import Result, load_or_make, require_at_least, say, write_result
+from ..continual.tables import share
+from ..report import (
+    Result,
+    add_embedded_base,
+    load_or_make,
+    numbers,
+    require_at_least,
+    say,
+    write_result,
+)
 
 
 def add_commands(commands) -> None:
@@ -22,41 +30,37 @@ def add_commands(commands) -> None:
     parser.add_argument("--steps", type=int, default=200, help="of each learning (default %(default)s)")
     parser.add_argument("--replay", type=int, default=16,
                         help="pictures that are drawn of the concept as it was (default %(default)s)")
-    add_base(parser)
+    add_embedded_base(parser)
     parser.set_defaults(run=refine)
-
-
-def _seeds(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConceptError(f"seed is {text!r}; allowed: whole numbers from 0 on, comma separated")
-    return [int(part) for part in parts]
 
 
 def _concepts(text: str) -> list:
     from ..continual.concepts import concepts
 
     known = {concept.name: concept for concept in concepts()}
-    wrong = [name for name in text.split(",") if name not in known]
+    names = [name.strip() for name in text.split(",")]
+    wrong = [name for name in names if name not in known]
     if wrong:
         raise ConceptError(f"concepts names {wrong[0]!r}; allowed: {', '.join(known)}")
-    return [known[name] for name in text.split(",")]
+    return [known[name] for name in names]
 
 
 def refine(options: Namespace) -> Result:
     """Performs the runs that have no file yet, and summarises all that were asked for."""
     from ...core.demo.base import load_base
     from ...core.demo.bases import file_of
-    from ...core.methods import DEFAULT, METHODS, get
+    from ...core.methods import DEFAULT, get
+    from ...core.training.refinement import refinable_methods
     from ..continual.embedded import SEEDS
     from .halves import HELD_OUT, PHOTOS
     from .measure import REFINED, ROWS, Refinement, limits, measure
 
     require_at_least(options, steps=1, replay=1)
-    chosen, seeds, method = _concepts(options.concepts), _seeds(options.seed), options.method or DEFAULT
+    chosen, seeds = _concepts(options.concepts), numbers(options.seed, "seed")
+    method = options.method or DEFAULT
     if not get(method).method.refinable:
-        able = ", ".join(sorted(name for name, entry in METHODS.items() if entry.method.refinable))
-        raise ConceptError(f"method {method!r} cannot refine a concept; methods that can: {able}")
+        raise ConceptError(f"method {method!r} cannot refine a concept; methods that can: "
+                           f"{', '.join(refinable_methods())}")
     backbone, parts = load_base(file_of(options.base)), []
     folder = options.file.with_suffix(".cells") / backbone.fingerprint[:12]
     for concept in chosen:
@@ -77,12 +81,6 @@ def refine(options: Namespace) -> Result:
     return result, _lines(result)
 
 
-def _way(part: dict, row: str, half: str) -> float:
-    """How far a likeness is on the way from the class noun to real photos."""
-    floor, ceiling = part["floor"][half], part["ceiling"][half]
-    return (part[row][half] - floor) / (ceiling - floor)
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -98,7 +96,8 @@ def _summary(parts: Sequence[dict], row: str) -> dict:
         return _mean([part[which][half] for part in parts])
 
     def way(which: str, half: str) -> float:
-        return _mean([_way(part, which, half) for part in parts])
+        return _mean([share(part[which][half], part["floor"][half], part["ceiling"][half])
+                      for part in parts])
 
     return {"old": mean(row, "old"), "new": mean(row, "new"),
             "retained": mean(row, "old") / mean("before", "old"),

@@ -48,6 +48,10 @@ PROMPTS = {
 STEPS, AT_ONCE = 25, 4      # of the sampler; pictures per batch of it
 
 
+def refinable_methods() -> list[str]:
+    return sorted(name for name, entry in METHODS.items() if entry.method.refinable)
+
+
 def check_refinable(bank: ConceptBank | None, name: str, **given: str | Sequence[str]) -> ConceptInfo:
     """Checks that a concept can be refined. Returns its header.
 
@@ -64,7 +68,7 @@ def check_refinable(bank: ConceptBank | None, name: str, **given: str | Sequence
         raise ConceptError(f"the bank holds no concept '{name}' that could be refined; it holds {held}; "
                            "learn it first")
     info = bank.infos[name]
-    able = sorted(method for method, entry in METHODS.items() if entry.method.refinable)
+    able = refinable_methods()
     if info.method not in able:
         reason = ("its concepts share weights, are merged, or were learned on top of one another"
                   if info.method in METHODS else "it was not learned by a method of this version")

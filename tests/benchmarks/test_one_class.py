@@ -38,6 +38,13 @@ def test_the_matrix_has_every_pair_twice():
     assert found["beside"] == pytest.approx((0.1 + 0.2 + 0.3 + 3) / 6)
 
 
+@pytest.mark.parametrize(("methods", "sentence"), [
+    ("nonsense", "unknown method 'nonsense'"), ("bound+rank=2", "methods names 'bound+rank=2'")])
+def test_wrong_methods_are_one_sentence(tmp_path, capsys, methods, sentence):
+    assert main(["one-class", "--json", str(tmp_path / "r.json"), "--methods", methods]) == 1
+    assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_whole_command(tmp_path):
     file = tmp_path / "result.json"
