@@ -47,7 +47,8 @@ def test_the_summary_compares_with_the_concept_before_and_with_all_photos_at_onc
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--concepts", "rex,nobody"], "concepts names 'nobody'; allowed: rex"),
     (["--seed", "1,x"], "seed is '1,x'; allowed: numbers of 0 or more"),
-    (["--method", "nonsense"], "nonsense"), (["--replay", "0"], "replay is 0; allowed: 1 or more")])
+    (["--method", "ewc"], "cannot refine a concept; methods that can: bound"),
+    (["--replay", "0"], "replay is 0; allowed: 1 or more")])
 def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, sentence):
     assert main(["refine", "--json", str(tmp_path / "r.json"), *arguments]) == 1
     error = capsys.readouterr().err
