@@ -71,9 +71,15 @@ def _training(options: Namespace) -> TrainingConfig:
     return replace(defaults, **{name: value for name, value in values.items() if value is not None})
 
 
-def _task(options: Namespace, backbone: Backbone, bank: ConceptBank, seed: int) -> Task:
-    generator = torch.Generator().manual_seed(seed)
-    return Task(options.name, options.noun, backbone, bank, options.kind, options.words, generator)
+def _task(options: Namespace, backbone: Backbone, stored: ConceptBank | None, seed: int,
+          encoder: Encoder | None) -> Task:
+    """The task on the stored bank without the concept; None for a new bank."""
+    bank = stored or ConceptBank(backbone.layout)
+    bank = bank.remove(options.name) if options.name in bank else bank
+    return Task(options.name, options.noun, backbone, bank, options.kind, options.words,
+                torch.Generator().manual_seed(seed),
+                encode=None if encoder is None else encoder.image_text_features,
+                refined=stored if options.if_known == REFINE else None)
 
 
 def _renew_digests(checkpoint: Path, folder: Path, photos: list[Picture]) -> None:
@@ -177,17 +183,13 @@ def learn(options: Namespace) -> Result | None:
         if refined is not None and stored is not None and knows_all(refined, photos):
             return _unchanged(options, stored, "learned from these photos") if group.is_first else None
         backbone = backbones.load_backbone(options)
-        bank = stored or ConceptBank(backbone.layout)
-        bank = bank.remove(options.name) if options.name in bank else bank
+        task = _task(options, backbone, stored, training.seed, encoder)
         warnings = [*unusual(method.config), *unusual(training),
-                    *warnings_before(bank, options.name, options.noun, options.method, options.kind,
+                    *warnings_before(task.bank, options.name, options.noun, options.method, options.kind,
                                      [photo.digest for photo in photos]),
                     *([] if refined is None else notes_on_photos(refined, photos))]
         _warn(warnings if group.is_first else ())
         previews = _previews(options, training, backbone, photos, encoder)
-        task = replace(_task(options, backbone, bank, training.seed),
-                       encode=None if encoder is None else encoder.image_text_features,
-                       refined=None if refined is None else stored)
         check_start(task, method)
         pictures = with_replay(task, read.pictures, training, backbones.guidance_of(options))
         learned = _train(options, task, method, pictures, training, previews, checkpoint, group)
