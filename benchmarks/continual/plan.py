@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...core.methods import DEFAULT, METHODS
+from ...core.methods import METHODS
 from .runs import Run
 
-# The default and the methods that it is compared with by name. Others have fewer runs.
-NAMED = (DEFAULT, "lora", "tara", "tova", "cidm", "cns", "l2dm", "clora", "finetune")
+# The word-bound methods and those that they are compared with by name. Others have fewer runs.
+NAMED = ("slots", "bound", "lora", "tara", "tova", "cidm", "cns", "l2dm", "clora", "finetune")
 SEEDS, ORDERS = (21, 22, 23, 24, 25), (21, 22, 23)      # none of them was used to choose a setting
 # (order, seed): five seeds in one order, and two further orders at one seed
 MANY = (*((ORDERS[0], seed) for seed in SEEDS), *((order, SEEDS[0]) for order in ORDERS[1:]))

@@ -42,7 +42,7 @@ def test_every_method_has_the_same_budget_of_valid_settings():
             names = {json.dumps(trial, sort_keys=True) for trial in trials}
             assert len(names) == len(trials) and json.dumps(best, sort_keys=True) not in names
             best = trials[0]
-        assert count == tuning.BUDGET == 9
+        assert count == tuning.BUDGET == 7
 
 
 def test_strengths_are_settings_of_their_methods():
@@ -101,7 +101,7 @@ def test_the_objective_is_the_mean_of_alone_and_combined_by_all_judges():
 
 def test_the_benchmark_reads_what_was_chosen(file):
     assert embedded.settings_of("bound", "abc") == {"lr": 0.001, "token_lr": 0.01}
-    assert tuned.chosen_steps("bound", "abc") == 400 and tuned.trials("bound", "abc") == 9
+    assert tuned.chosen_steps("bound", "abc") == 400 and tuned.trials("bound", "abc") == 7
     # another base, a method that is still being tuned, and one that is not
     for method, base in (("bound", "xyz"), ("ewc", "abc"), ("l2dm", "abc")):
         assert embedded.settings_of(method, base) == embedded.usual_settings(method)
@@ -153,7 +153,7 @@ def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys)
     assert main(["tune", "--json", str(file), "--methods", "textual_inversion"]) == 0
     result = json.loads(file.read_text())
     entry = result["methods"]["textual_inversion"]
-    assert len(entry["trials"]) == result["budget"] == 9 and result["base"]
+    assert len(entry["trials"]) == result["budget"] == 7 and result["base"]
     best = max(entry["trials"], key=lambda trial: trial["objective"])
     assert entry["chosen"] == best["settings"]
     monkeypatch.setattr(tuned, "FILE", file)
