@@ -71,7 +71,7 @@ def test_each_stage_starts_from_the_best_of_the_earlier_ones(tmp_path):
     usual = tuning.strength_of("ewc")[1]
     best = {"lr": 1e-3, "token_lr": 1e-2, "tie": 10 * usual, "steps": 100}
     finished = Finished(tmp_path, best)
-    for size in (4, 3, 2):
+    for size in (4, 2, 1):
         assert "chosen" not in finished.tuning.to_json("abc")["methods"]["ewc"]
         wanted = finished.tuning.wanted()
         assert len(wanted) == size
@@ -89,7 +89,7 @@ def test_a_trial_that_fails_is_recorded_and_not_chosen(tmp_path):
     finished.finish(wanted[1:])
     (tmp_path / f"{wanted[0].name}.json").write_text(json.dumps({"method": "ewc", "failed": "NaN"}))
     done, trials, _ = finished.tuning.of("ewc")
-    assert done[0]["failed"] == "NaN" and "objective" not in done[0] and len(trials) == 3
+    assert done[0]["failed"] == "NaN" and "objective" not in done[0] and len(trials) == 2
     assert all(trial["lr"] == pytest.approx(5e-4) for trial in trials)
 
 
@@ -101,7 +101,7 @@ def test_the_objective_is_the_mean_of_alone_and_combined_by_all_judges():
 
 def test_the_benchmark_reads_what_was_chosen(file):
     assert embedded.settings_of("bound", "abc") == {"lr": 0.001, "token_lr": 0.01}
-    assert tuned.chosen_steps("bound", "abc") == 400 and tuned.trials("bound", "abc") == 7
+    assert tuned.chosen_steps("bound", "abc") == 400 and tuned.trials("bound", "abc") == 9
     # another base, a method that is still being tuned, and one that is not
     for method, base in (("bound", "xyz"), ("ewc", "abc"), ("l2dm", "abc")):
         assert embedded.settings_of(method, base) == embedded.usual_settings(method)
@@ -142,11 +142,11 @@ def test_names_of_trials_are_allowed_names_of_files():
 
 @pytest.mark.slow
 def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys):
-    """Two concepts, one sampling step and trials of one to three steps."""
+    """Two concepts, one sampling step and trials of one or two steps."""
     monkeypatch.setattr(embedded, "SETTINGS", replace(embedded.SETTINGS, steps=1))
     monkeypatch.setattr(tuning, "tuning_concepts", lambda: tuning_concepts()[:2])
     monkeypatch.setattr(tuning, "STEPS", 1)
-    monkeypatch.setattr(tuning, "OTHER_STEPS", (2, 3))
+    monkeypatch.setattr(tuning, "OTHER_STEPS", (2,))
     for name in ("PICTURES", "GROUP_PICTURES", "PAIR_PICTURES"):
         monkeypatch.setattr(tuning, name, 2)
     file = tmp_path / "tuning.json"
