@@ -1,10 +1,13 @@
-"""Sites: the text cross-attention layers (`attn2`) of a UNet, numbered in execution order (down, middle,
-up)."""
+"""Sites: the text cross-attention layers of a denoiser, numbered in execution order.
+
+They are `attn2` of a UNet (down, middle, up) and `blocks.N.cross_attn` of a diffusion transformer.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,6 +15,7 @@ from functools import cached_property
 from ..errors import ConceptError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+_TRANSFORMER_SITE = re.compile(r"blocks\.(\d+)\.cross_attn")
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # fingerprints of the embedded bases, so that messages can name the base of a bank
 _EMBEDDED = {"6f395a5ccb499e4b": "embedded-64", "b9658e3c739a55e4": "embedded-128"}
@@ -37,7 +41,8 @@ class Site:
 
     Attributes:
         index: Its number in execution order.
-        name: Its diffusers module path (`down_blocks.0...attn2`), the same for every host.
+        name: Its module path, the same for every host: diffusers' for a UNet (`down_blocks.0...attn2`),
+            `blocks.N.cross_attn` for a transformer.
         copy: Index of its layer copy in a context. Contexts without layer-wise words have only one copy.
         heads: Number of attention heads.
         width: Features of the picture side.
@@ -135,4 +140,27 @@ def unet_layout(shapes: Mapping[str, tuple[int, int, int]],
     copies = list(dict.fromkeys(owners))      # one per layer copy, in order
     sites = [Site(index, name, copies.index(owner), *shapes[name])
              for index, (name, owner) in enumerate(zip(names, owners, strict=True))]
+    return SiteLayout(tuple(sites), text_widths)
+
+
+def transformer_layout(shapes: Mapping[str, tuple[int, int, int]],
+                       text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
+    """The layout of a diffusion transformer with cross-attention, the same from every host.
+
+    All sites read the same layer copy, so words are not layer-wise there.
+
+    Args:
+        shapes: Site name `blocks.N.cross_attn` -> heads, width and context width, in any order.
+        text_widths: As in `SiteLayout`.
+
+    Raises:
+        ConceptError: A name has another form.
+    """
+    def block(name: str) -> int:
+        match = _TRANSFORMER_SITE.fullmatch(name)
+        if match is None:
+            raise ConceptError(f"site '{name}' is not one of a transformer; allowed: blocks.N.cross_attn")
+        return int(match[1])
+
+    sites = [Site(index, name, 0, *shapes[name]) for index, name in enumerate(sorted(shapes, key=block))]
     return SiteLayout(tuple(sites), text_widths)

@@ -1,4 +1,4 @@
-"""The layout of a UNet: execution order and layer copies, the same from every host."""
+"""Layouts of UNets and transformers: execution order and layer copies, the same from every host."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
+from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.checkpointing import recomputed
-from continual_concepts.core.model.sites import unet_layout
+from continual_concepts.core.model.sites import SiteLayout, transformer_layout, unet_layout
 
 WIDTHS = (("clip_l", 768),)
 
@@ -40,6 +41,22 @@ def test_the_order_of_the_blocks_is_execution_order_whatever_the_host_lists_firs
     layout = unet_layout(shapes, WIDTHS)
     assert [site.name for site in layout.sites] == names
     assert all((site.heads, site.width, site.context_width) == shapes[site.name] for site in layout.sites)
+
+
+def test_the_blocks_of_a_transformer_run_by_number_and_share_one_layer_copy():
+    shapes = {f"blocks.{n}.cross_attn": (n + 1, 8 * (n + 1), 6) for n in (10, 2, 0, 11, 1)}
+    layout = transformer_layout(shapes, (("qwen3_06b", 6),))
+    assert [site.name for site in layout.sites] == [f"blocks.{n}.cross_attn" for n in (0, 1, 2, 10, 11)]
+    assert [site.index for site in layout.sites] == [0, 1, 2, 3, 4] and layout.copies == 1
+    assert all((site.heads, site.width, site.context_width) == shapes[site.name] for site in layout.sites)
+    assert SiteLayout.from_json(layout.to_json()) == layout
+
+
+@pytest.mark.parametrize("name", ["blocks.1.self_attn", "blocks.x.cross_attn", "mid_block.attn2",
+                                  "net.blocks.1.cross_attn"])
+def test_a_site_of_another_form_is_not_one_of_a_transformer(name):
+    with pytest.raises(ConceptError, match=r"allowed: blocks\.N\.cross_attn"):
+        transformer_layout({"blocks.0.cross_attn": (1, 8, 6), name: (1, 8, 6)}, WIDTHS)
 
 
 class Block(torch.nn.Module):
