@@ -39,48 +39,73 @@ def share(score: float, floor: float, ceiling: float) -> float:
     return (score - floor) / (ceiling - floor) if ceiling > floor else float("nan")
 
 
+@dataclass(frozen=True)
+class Way:
+    """gained: what scores are above the floor; whole: what the ceiling is above the floor; both summed."""
+
+    gained: float = 0.0
+    whole: float = 0.0
+
+    def __add__(self, other: Way) -> Way:
+        return Way(self.gained + other.gained, self.whole + other.whole)
+
+    @property
+    def share(self) -> float:
+        """The share of the way that was gained. Not a number if there is no way."""
+        return share(self.gained, 0.0, self.whole)
+
+
 def _key(group: Sequence[str]) -> str:
     return "+".join(group)
 
 
-def _single(figures: Mapping, levels: Mapping, judge: str, names: Sequence[str],
-            what: str) -> dict[str, float]:
-    """Concept -> share of its score in `figures[what]`, for the learned concepts `names`."""
+def _single(figures: Mapping, levels: Mapping, judge: str, names: Sequence[str], what: str) -> dict[str, Way]:
+    """Concept -> way of its score in `figures[what]`, for the learned concepts `names`."""
     floor, ceiling = (levels[row]["judges"][judge]["alone"] for row in ("floor", "ceiling"))
-    known = levels["concepts"]
-    return {name: share(score, floor[known.index(name)], ceiling[known.index(name)])
-            for name, score in zip(names, figures[what], strict=True)}
+    places = [levels["concepts"].index(name) for name in names]
+    return {name: Way(score - floor[place], ceiling[place] - floor[place])
+            for name, place, score in zip(names, places, figures[what], strict=True)}
 
 
-def _several(figures: Mapping, levels: Mapping, judge: str, what: str) -> dict[str, float]:
-    """Concept -> mean share over the groups (or pairs) that name it and have a ceiling."""
+def _several(figures: Mapping, levels: Mapping, judge: str, what: str) -> dict[str, Way]:
+    """Concept -> its way in the groups (or pairs) that name it and have a ceiling.
+
+    Scores are summed over the groups before they become a share: where floor and ceiling are close, a group's
+    own share is mostly noise.
+    """
     floors, ceilings = ({_key(group["concepts"]): group["alignment"] for group in
                          levels[row]["judges"][judge][what]} for row in ("floor", "ceiling"))
-    shares: dict[str, list[float]] = {}
+    ways: dict[str, Way] = {}
     for group in figures[what]:
         key = _key(group["concepts"])
         if key in floors and key in ceilings:
-            for name, *scores in zip(group["concepts"], group["alignment"], floors[key], ceilings[key],
-                                     strict=True):
-                shares.setdefault(name, []).append(share(*scores))
-    return {name: float(np.mean(values)) for name, values in shares.items()}
+            for name, score, floor, ceiling in zip(group["concepts"], group["alignment"], floors[key],
+                                                   ceilings[key], strict=True):
+                ways[name] = ways.get(name, Way()) + Way(score - floor, ceiling - floor)
+    return ways
+
+
+def _ways(run: Mapping, levels: Mapping, figure: str, judge: str) -> dict[str, Way]:
+    figures = run["judges"][judge]
+    if figure == ALONE:
+        return _single(figures, levels, judge, run["concepts"], "alone")
+    return _several(figures, levels, judge, {COMBINED: "groups", PAIRS: "pairs"}[figure])
+
+
+def overall_share(run: Mapping, levels: Mapping, figure: str, judge: str = ENCODER) -> float:
+    """The share of the way that all concepts together have gained: of ALONE, COMBINED or PAIRS."""
+    return sum(_ways(run, levels, figure, judge).values(), Way()).share
 
 
 def columns_of(run: Mapping, levels: Mapping, figure: str, judge: str = ENCODER) -> dict[str, float]:
     """Column -> value of one figure of a run; empty where the run or the levels do not have it."""
     figures, names = run["judges"][judge], run["concepts"]
-    if figure == ALONE:
-        return _single(figures, levels, judge, names, "alone")
-    if figure == COMBINED:
-        return _several(figures, levels, judge, "groups")
-    if figure == PAIRS:
-        return _several(figures, levels, judge, "pairs")
     if figure == CONFUSED:
         return {_key(pair["concepts"]): pair["confused"] for pair in figures["pairs"]}
     if figure == FORGOTTEN:
         just, end = (_single(figures, levels, judge, names, what) for what in ("just", "alone"))
-        return {name: just[name] - end[name] for name in names}
-    raise KeyError(figure)
+        return {name: just[name].share - end[name].share for name in names}
+    return {name: way.share for name, way in _ways(run, levels, figure, judge).items()}
 
 
 def table_of(runs: Sequence[Mapping], levels: Mapping, figure: str, judge: str = ENCODER) -> Table | None:

@@ -23,7 +23,7 @@ from .runs import STEPS as STEPS_KEY
 from .runs import Run
 from .sequence_run import LearningError, finished_run, perform
 from .sharing import is_finished, share
-from .tables import ALONE, COMBINED, columns_of
+from .tables import ALONE, COMBINED, overall_share
 
 SEED, ORDER = 71, 0      # neither is used by the benchmark
 PICTURES, GROUP_PICTURES, PAIR_PICTURES = 8, 6, 8
@@ -37,8 +37,8 @@ STRENGTHS = {
     "custom_diffusion_merge": "ridge", "ewc": "tie", "l2dm": "mu", "lwf": "distil", "mix_of_show": "ridge",
     "scns": "risk", "stamina": "forget", "tara": "alignment",
 }
-OBJECTIVE = ("mean of alone and combined at the end of the sequence, as shares of the way from class nouns "
-             "to real pictures, averaged over the judges")
+OBJECTIVE = ("mean of alone and combined at the end of the sequence, as shares of the way that all concepts "
+             "together go from class nouns to real pictures, averaged over the judges")
 Trial = dict[str, float | int]      # settings that differ from the usual ones, and `steps`
 
 
@@ -86,9 +86,8 @@ def figures(run: Mapping, levels: Mapping) -> dict[str, float]:
         return {}
     found = {}
     for figure in (ALONE, COMBINED):
-        values = [sum(columns.values()) / len(columns) for judge in run["judges"]
-                  if (columns := columns_of(run, levels, figure, judge))]
-        found[figure] = sum(values) / len(values)
+        shares = [overall_share(run, levels, figure, judge) for judge in run["judges"]]
+        found[figure] = sum(shares) / len(shares)
     return {**found, "objective": (found[ALONE] + found[COMBINED]) / 2,
             "seconds_per_concept": run["seconds_per_concept"]}
 

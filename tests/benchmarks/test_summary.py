@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from continual_concepts.benchmarks.continual.summary import summarise
-from continual_concepts.benchmarks.continual.tables import Table, common, share, spreads, table_of
+from continual_concepts.benchmarks.continual.tables import (
+    Table,
+    common,
+    overall_share,
+    share,
+    spreads,
+    table_of,
+)
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.tests.benchmarks.runs_made import CEILING, FLOOR, NAMES, levels, run
 
@@ -36,6 +43,22 @@ def test_tables_have_a_row_per_run_and_a_column_per_concept():
     combined, confused = (table_of([run()], levels(), figure) for figure in ("combined", "confused"))
     assert combined.columns == ("fido", "mimi") and combined.values == pytest.approx(as_share(0.6))
     assert confused.columns == ("rex+fido",) and confused.values == pytest.approx(0.1)
+
+
+def test_scores_of_a_concept_are_summed_over_groups_before_they_are_a_share():
+    """A group whose floor is next to its ceiling does not decide."""
+    made, known = run(), levels()
+    group = made["judges"]["encoder"]["groups"][0]
+    close = {**group, "concepts": [*group["concepts"], "chalk"], "alignment": [0.5, 0.5, 0.5]}
+    made["judges"]["encoder"]["groups"] = [group, close]
+    for row, score in (("floor", 0.3), ("ceiling", 0.31)):
+        known[row]["judges"]["encoder"]["groups"].append({**close, "alignment": [score] * 3})
+    table, way = table_of([made], known, "combined"), CEILING - FLOOR + 0.01
+    found = dict(zip(table.columns, table.values[0], strict=True))
+    score = dict(zip(group["concepts"], group["alignment"], strict=True))["mimi"]
+    assert found["mimi"] == pytest.approx((score - FLOOR + 0.2) / way) and found["chalk"] == pytest.approx(20)
+    together = (2 * (score - FLOOR) + 0.6) / (2 * way + 0.01)
+    assert overall_share(made, known, "combined") == pytest.approx(together)
 
 
 def test_another_order_of_learning_gives_the_same_columns():
