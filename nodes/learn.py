@@ -208,6 +208,7 @@ class ConceptLearner(io.ComfyNode):
         config = _with_early_stopping(_training_config(given, first(training_settings)), given)
         with torch.inference_mode(False):
             backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])
+            config.check_schedule(backbone.schedule)
             start = ConceptBank(backbone.layout) if first(bank) is None else first(bank)
             start.check_fits(backbone.layout)
             task = Task(name, noun, backbone, start.remove(name) if name in start else start, given["kind"],

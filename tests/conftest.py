@@ -161,6 +161,26 @@ def tiny_sdxl():
                                        _text("clip_g", 6, 24, projected=True, penultimate=True)))
 
 
+@pytest.fixture(scope="session")
+def tiny_transformer():
+    """The embedded transformer's structure with random weights: 3 sites, latents of 8 for 32 pixels, 14
+    tokens."""
+    from continual_concepts.core.demo.transformer import DiffusionTransformer
+    from continual_concepts.core.hosts.transformer import TransformerBackbone
+    from continual_concepts.core.model.flow import FlowSchedule
+
+    def build():
+        transformer = DiffusionTransformer(in_channels=4, model_channels=48, num_blocks=3, num_heads=2,
+                                           crossattn_emb_channels=32, adaln_lora_dim=8, rope_ratio=0.0125)
+        for parameter in transformer.parameters():      # some of them start at zero, norms at one
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return transformer
+
+    return TransformerBackbone(_seeded(build, 11), _seeded(_vae, 2), _text("clip_l", 3),
+                               FlowSchedule.shifted(3.0),
+                               picture_size=32)
+
+
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def any_backbone(request, tiny_backbone, tiny_backbone_v):
     return tiny_backbone if request.param == "epsilon" else tiny_backbone_v

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ...core.demo import base, networks
 from ...core.demo.bases import FILES
+from ...core.demo.transformer import DiffusionTransformer
 from ...core.model.schedule import NoiseSchedule
 from .latent_set import LatentSet
 from .long_run import LongRun, Plan
-from .transformer import DiffusionTransformer
 
 # Share of uniform times. Most others lie near the middle, where it is decided what a picture shows.
 UNIFORM_SHARE = 0.3

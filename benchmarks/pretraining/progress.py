@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ...core.bank.bank import ConceptBank
 from ...core.demo import base, judges, networks, vocabulary
+from ...core.demo.transformer import DiffusionTransformer
 from ...core.errors import ConceptError
 from ...core.sampling.sampling import sample
 from ...core.sampling.settings import SampleSettings
 from . import scene_autoencoder, sizes, stages
 from .long_run import load_average
-from .transformer import DiffusionTransformer
 
 PROMPTS = (
     "a photo of a red striped dog on a beach",

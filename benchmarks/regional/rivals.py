@@ -23,7 +23,7 @@ from ...core.model.backbone import Backbone
 from ...core.model.context import Context
 from ...core.model.deltas import Deltas
 from ...core.model.processor import AttentionProcessor
-from ...core.model.solver import DpmSolver, denoise, guided
+from ...core.model.solver import denoise, guided, solver_for
 from ...core.regional.noise import NoiseSettings, region_noise
 from ...core.regional.processor import Part, RegionProcessor
 from ...core.regional.regions import Box, Region, masks_of
@@ -120,7 +120,7 @@ def _mixed_by_masks(backbone: Backbone, bank: ConceptBank, request: Request, fol
         return region_noise(torch.zeros_like(x), torch.stack(noises), masks, 0.0)
 
     with backbone.folded(folded):
-        latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate)
+        latents = denoise(solver_for(backbone.schedule, settings.steps), latents, estimate)
         return backbone.decode_latents(latents)
 
 
@@ -155,7 +155,7 @@ def couple(backbone: Backbone, bank: ConceptBank, request: Request) -> Tensor:
         def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
             return guided(backbone, x, t, negatives, positives, settings.cfg, processor)
 
-        latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate)
+        latents = denoise(solver_for(backbone.schedule, settings.steps), latents, estimate)
         return backbone.decode_latents(latents)
 
 

@@ -4,7 +4,7 @@ packing happens once per sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -98,9 +98,16 @@ class PackedKeysValues:
     """Stacked keys and values of G regions for one attention call.
 
     In the shapes below, T counts the cells of a region in all pictures of a batch: T = B * S'.
+
+    Args:
+        parts: The regions.
+        normalise: The site's norm of queries, `[..., a]` to the same. None if queries are given behind it; no
+            part may then have a delta of to_q.
     """
 
-    def __init__(self, parts: Sequence[KeysValues]) -> None:
+    def __init__(self, parts: Sequence[KeysValues],
+                 normalise: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._normalise = normalise
         self.key = torch.stack([part.key for part in parts])
         self.value = torch.stack([part.value for part in parts])
         queries, outs = [_factors(part.query) for part in parts], [_factors(part.out) for part in parts]
@@ -144,15 +151,17 @@ class PackedKeysValues:
         """Queries with the regions' deltas.
 
         Args:
-            query: The frozen query, `[G, T, a]`.
+            query: The frozen query before its norm, `[G, T, a]`.
             hidden: Input of to_q, `[G, T, b]`.
 
         Returns:
-            The queries `[G, T, a]`, and their extension `[G, T, x]` or None.
+            The normalised queries `[G, T, a]`, and their extension `[G, T, x]` or None.
         """
         if self.query_down is not None:
             low = torch.bmm(hidden, self._transposed("query_down", hidden.dtype))
             query = torch.baddbmm(query, low, self._transposed("query_up", hidden.dtype))
+        if self._normalise is not None:
+            query = self._normalise(query)
         if self.extension_down is None:
             return query, None
         return query, torch.bmm(hidden, self._transposed("extension_down", hidden.dtype))
@@ -162,7 +171,7 @@ class PackedKeysValues:
         """Attention from the cells of each region to the region's text.
 
         Args:
-            query: The frozen query of the cells of every region, `[G, T, a]`.
+            query: The frozen query of the cells of every region, as for `queries`, `[G, T, a]`.
             hidden: Input of to_q at these cells, `[G, T, b]`.
             rows: `[B]`, for each picture of the batch its row of the keys and values. Results for the last
                 tensor are cached by identity, so do not change it in place.

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ..bank.format import open_bank
-from ..demo.bases import EMBEDDED, NAMES, NEWEST, file_of, picture_size
+from ..demo.bases import EMBEDDED, NAMES, NEWEST, TRANSFORMERS, file_of, picture_size
 from ..errors import ConceptError
-from ..hosts.diffusers import DiffusersBackbone
+from ..hosts.modules import ModuleBackbone
 from ..training.config import TrainingConfig
 from ..training.process_group import own_device
 
@@ -23,7 +23,7 @@ OTHER_SIZE, OTHER_CFG = 512, 7.5
 
 
 def is_embedded(options: Namespace) -> bool:
-    return options.base in NAMES
+    return options.base in NAMES or options.base in TRANSFORMERS
 
 
 def embedded_name(options: Namespace) -> str:
@@ -57,7 +57,7 @@ def size_of(options: Namespace) -> int:
     return picture_size(embedded_name(options)) if is_embedded(options) else OTHER_SIZE
 
 
-def load_backbone(options: Namespace) -> DiffusersBackbone:
+def load_backbone(options: Namespace) -> ModuleBackbone:
     """Loads `--base` onto `--device`. Raises ConceptError if the device is not available."""
     try:
         device = torch.device(own_device(options.device))

@@ -183,6 +183,7 @@ def learn(options: Namespace) -> Result | None:
         if refined is not None and stored is not None and knows_all(refined, photos):
             return _unchanged(options, stored, "learned from these photos") if group.is_first else None
         backbone = backbones.load_backbone(options)
+        training.check_schedule(backbone.schedule)
         task = _task(options, backbone, stored, training.seed, encoder)
         warnings = [*unusual(method.config), *unusual(training),
                     *warnings_before(task.bank, options.name, options.noun, options.method, options.kind,

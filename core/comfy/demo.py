@@ -27,6 +27,7 @@ from ..demo.bases import EMBEDDED, TOKENIZER, file_of, read_sizes
 from ..demo.encoder import MetricEncoder
 from ..demo.networks import Autoencoder
 from ..demo.vocabulary import CONTEXT_LENGTH
+from ..errors import ConceptError
 
 
 def _operations(groups: int) -> type:
@@ -233,8 +234,11 @@ def load_demo(embedding_directory=None, name: str = EMBEDDED) -> tuple:
 
 
 def load_demo_file(path: Path, embedding_directory=None) -> tuple:
-    """`load_demo` of a base file whose denoiser is a UNet."""
+    """`load_demo` of a base file. Raises ConceptError if its denoiser is no UNet."""
     sizes, modules = read_sizes(path), base.load_modules(path)
+    if "unet" not in modules:
+        raise ConceptError(f"base '{path.name}' is a transformer, which the library runs and ComfyUI does "
+                           "not; allowed: a UNet")
     model = _load_model(modules["unet"], sizes["unet"], _preview(modules["vae"]))
     text_class = _text_class(modules["text_encoder"], sizes["text_encoder"], modules["tokenizer"])
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(sizes["text_encoder"]["hidden_size"]),

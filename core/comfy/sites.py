@@ -83,6 +83,10 @@ class UNetSites:
         """Applies the projection's currently loaded weights: x `[..., b]` to `[..., a]`."""
         return self.linear(site, projection)(x)
 
+    def normalised(self, site: Site, projection: str, y: Tensor) -> Tensor:
+        """These UNets have no norm of queries and keys."""
+        return y
+
 
 def find_sites(model, text_widths: tuple[tuple[str, int], ...]) -> UNetSites:
     """The sites of a MODEL. Raises ConceptError unless it is a UNet of the Stable Diffusion 1, 2 or XL

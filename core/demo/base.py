@@ -14,14 +14,19 @@ from torch import Tensor, nn
 from ..errors import ConceptError
 from ..files import write_atomically
 from ..hosts.diffusers import ClipText, DiffusersBackbone
+from ..hosts.modules import ModuleBackbone
 from ..hosts.text_encoder import named_as_in
+from ..hosts.transformer import TransformerBackbone
+from ..model.flow import FlowSchedule
 from ..model.schedule import NoiseSchedule
 from . import networks, scenes, vocabulary
 from .bases import EMBEDDED, HEADER, TOKENIZER, file_of, read_sizes
 from .packing import pack, unpack
+from .transformer import DiffusionTransformer
 
 BASE_FILE = file_of(EMBEDDED)
-PACKED = ("unet", "transformer", "vae")      # parts that `save_base` can store in eight bits
+DENOISERS = ("unet", "transformer")
+PACKED = (*DENOISERS, "vae")      # parts that `save_base` can store in eight bits
 # of the base of 64 pixels
 SIZES: dict[str, Any] = {"unet": networks.UNET, "vae": networks.VAE, "text_encoder": networks.TEXT,
                          "schedule": networks.SCHEDULE, "picture_size": networks.PICTURE_SIZE}
@@ -31,12 +36,14 @@ def build_modules(sizes: dict | None = None) -> dict[str, Any]:
     """Builds untrained modules of the given sizes, and the tokenizer under the key 'tokenizer'.
 
     Args:
-        sizes: the arguments of 'unet', 'vae' and 'text_encoder', as a base file's header holds them; the
-            default is `SIZES`.
+        sizes: the arguments of the denoiser, 'unet' or 'transformer', and of 'vae' and 'text_encoder', as a
+            base file's header holds them; the default is `SIZES`.
     """
     sizes, tokenizer = sizes or SIZES, vocabulary.load(TOKENIZER)
+    denoiser = ({"unet": networks.build_unet(sizes["unet"])} if "unet" in sizes else
+                {"transformer": DiffusionTransformer(**sizes["transformer"])})
     return {
-        "unet": networks.build_unet(sizes["unet"]),
+        **denoiser,
         "vae": networks.build_vae(sizes["vae"]),
         "text_encoder": networks.build_text_encoder(tokenizer, sizes["text_encoder"]),
         "tokenizer": tokenizer,
@@ -75,12 +82,12 @@ def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
     """Loads the trained modules in float32, with the sizes in the file's header, and the tokenizer.
 
     Raises:
-        ConceptError: The denoiser is no UNet.
+        ConceptError: The header names no denoiser that is known.
     """
     sizes = read_sizes(path)
-    if "unet" not in sizes:
-        kinds = ", ".join(part for part in sizes if part in PACKED and part != "vae")
-        raise ConceptError(f"base '{path.name}' has the denoiser '{kinds}'; allowed: unet")
+    if not any(kind in sizes for kind in DENOISERS):
+        raise ConceptError(f"base '{path.name}' names the parts {', '.join(sizes)}, but no denoiser; "
+                           f"allowed: {' or '.join(DENOISERS)}")
     modules = build_modules(sizes)
     state = unpack(load_file(path))
     for part, module in _with_weights(modules).items():
@@ -96,20 +103,40 @@ def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
 
 
 def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu",
-              dtype: torch.dtype = torch.float32) -> DiffusersBackbone:
-    """Loads the trained base as a backbone."""
-    modules = load_modules(path)
+              dtype: torch.dtype = torch.float32) -> ModuleBackbone:
+    """Loads a trained base as a backbone; its file says what it is.
+
+    Args:
+        path: of the file.
+        device: of the modules.
+        dtype: of the modules. A transformer's must be float32.
+    """
+    modules, sizes = load_modules(path), read_sizes(path)
+    if dtype != torch.float32 and "transformer" in modules:
+        raise ConceptError(f"type {dtype} was asked for base '{path.name}', which is a transformer; allowed: "
+                           "torch.float32")
     for module in _with_weights(modules).values():
         module.to(device)
         if dtype != torch.float32:
             module.to(dtype)
-    return as_backbone(modules)
+    return as_backbone(modules, sizes)
 
 
-def as_backbone(modules: dict) -> DiffusersBackbone:
-    schedule = NoiseSchedule(networks.alphas_cumprod(), networks.SCHEDULE["prediction_type"])
+def as_backbone(modules: dict, sizes: dict | None = None) -> ModuleBackbone:
+    """Modules as `build_modules` returns them, as a backbone. sizes: as there; a transformer's schedule and
+    picture size are read from them.
+    """
+    sizes = sizes or SIZES
     text = ClipText("clip_l", modules["text_encoder"], modules["tokenizer"], length=vocabulary.CONTEXT_LENGTH)
-    backbone = DiffusersBackbone(modules["unet"], modules["vae"], (text,), schedule)
+    backbone: ModuleBackbone
+    if "transformer" in modules:
+        flow = sizes["schedule"]
+        backbone = TransformerBackbone(modules["transformer"], modules["vae"], text,
+                                       FlowSchedule.shifted(flow["shift"]), sizes["picture_size"],
+                                       flow["multiplier"])
+    else:
+        schedule = NoiseSchedule(networks.alphas_cumprod(), networks.SCHEDULE["prediction_type"])
+        backbone = DiffusersBackbone(modules["unet"], modules["vae"], (text,), schedule)
     rng = random.Random(0)
     backbone.known_prompts = tuple(scenes.caption(scenes.random_scene(rng), rng) for _ in range(32))
     return backbone

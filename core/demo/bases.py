@@ -17,11 +17,18 @@ OLD_SIZE = 64      # of pictures, for files of before headers named it
 FILES = {"embedded-64": ASSETS / "base.safetensors"}      # oldest first
 NEWEST = list(FILES)[-1]
 EMBEDDED = "embedded"      # the newest one
-NAMES = (EMBEDDED, *FILES)
+# diffusion transformers; a name is offered once its file is there
+TRANSFORMERS = {"embedded-dit": ASSETS / "base-dit.safetensors"}
+NAMES = (EMBEDDED, *FILES, *(name for name, file in TRANSFORMERS.items() if file.exists()))
 
 
 def file_of(name: str) -> Path:
     """The file of an embedded base. Raises ConceptError for a name that is not in `NAMES`."""
+    if name in TRANSFORMERS:
+        if not TRANSFORMERS[name].exists():
+            raise ConceptError(f"base {name!r} is not trained yet, so this version has no file of it; "
+                               f"allowed: {', '.join(NAMES)}")
+        return TRANSFORMERS[name]
     if name not in NAMES:
         raise ConceptError(f"base {name!r} is unknown; allowed: {', '.join(NAMES)}")
     return FILES[NEWEST if name == EMBEDDED else name]

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConceptError
-from ..model.backbone import Backbone, TextEncoder
+from ..model.backbone import TextEncoder
 from ..model.checkpointing import recomputed
 from ..model.context import Context
-from ..model.deltas import Deltas
 from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.schedule import NoiseSchedule
 from ..model.sites import PROJECTIONS, Site, SiteLayout, unet_layout
+from .modules import ModuleBackbone, multi_head
 from .quick_gelu import quick_gelu
 
 if TYPE_CHECKING:
@@ -81,14 +78,6 @@ class _SelfProcessor:
                                                     partial(multi_head, heads=attn.heads)))
 
 
-def multi_head(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attention with concatenated heads: query `[B, S, a]`, key and value `[B, N, a]` to `[B, S, a]`."""
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    return F.scaled_dot_product_attention(split(query), split(key), split(value)).transpose(1, 2).flatten(2)
-
-
 def _linear(attn: Attention, projection: str) -> nn.Linear:
     return attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
 
@@ -146,7 +135,7 @@ class ClipText(TextEncoder):
         return hidden, getattr(output, "text_embeds", None)
 
 
-class DiffusersBackbone(Backbone):
+class DiffusersBackbone(ModuleBackbone):
     """A backbone of diffusers and transformers modules.
 
     Args:
@@ -158,62 +147,24 @@ class DiffusersBackbone(Backbone):
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text: tuple[ClipText, ...],
                  schedule: NoiseSchedule) -> None:
-        for module in (unet, vae, *(encoder.model for encoder in text)):
-            module.requires_grad_(False).eval()
-        self.unet, self.vae, self.text, self.schedule = unet, vae, text, schedule
-        self.layout = layout_of(unet, tuple((encoder.name, encoder.width) for encoder in text))
-        self.latent_channels = vae.config.latent_channels
+        for encoder in text:
+            encoder.model.requires_grad_(False).eval()
+        layout = layout_of(unet, tuple((encoder.name, encoder.width) for encoder in text))
+        self.unet = unet
+        super().__init__(unet, vae, text, schedule, layout)
         self._extra_channels = unet.config.in_channels - self.latent_channels
         self._blank: dict[tuple[int, int], Tensor] = {}
-        self.picture_multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         for site in self.layout.sites:
             unet.get_submodule(site.name).set_processor(_SiteProcessor(site))
             self_attention = unet.get_submodule(f"{site.name.removesuffix('attn2')}attn1")
             self_attention.set_processor(_SelfProcessor(site, self_attention.processor))
-        self.fingerprint = self._weight_hash()
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
 
     @property
     def picture_size(self) -> int:
-        """Side in pixels of the pictures that the UNet was trained on."""
         return self.unet.config.sample_size * self.picture_multiple
-
-    @property
-    def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.unet.parameters())
-
-    def _weight_hash(self) -> str:
-        """Hash of the first and last site's key weights in fp16, so that fp32 and fp16 files of a base have
-        the same hash.
-        """
-        digest = hashlib.sha256()
-        for site in (self.layout.sites[0], self.layout.sites[-1]):
-            digest.update(self._weight(site, "to_k").detach().half().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def _linear(self, site: Site, projection: str) -> nn.Linear:
         return _linear(self.unet.get_submodule(site.name), projection)
-
-    def _weight(self, site: Site, projection: str) -> Tensor:
-        return self._linear(site, projection).weight
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        config = self.vae.config
-        parameter = next(self.vae.parameters())
-        latents = self.vae.encode(images.to(parameter.device, parameter.dtype)).latent_dist.mean.float()
-        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        unscaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return self.vae.decode(unscaled.to(next(self.vae.parameters()).dtype)).sample.float().clamp(-1, 1)
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
                 processor: AttentionProcessor | None = None) -> Tensor:
@@ -257,26 +208,6 @@ class DiffusersBackbone(Backbone):
         height, width = latents.shape[-2] * self.picture_multiple, latents.shape[-1] * self.picture_multiple
         row = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=self.dtype)
         return row.expand(latents.shape[0], -1)
-
-    def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
-        return self._linear(site, projection)(x.to(self.dtype))
-
-    @contextmanager
-    def folded(self, deltas: Deltas) -> Iterator[None]:
-        original: dict[tuple[int, str], Tensor] = {}
-        try:
-            for (index, projection), delta in deltas.items():
-                weight = self._weight(self.layout.sites[index], projection)
-                if tuple(delta.shape) != tuple(weight.shape):
-                    raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site "
-                                       f"{index}, "
-                                       f"which is {tuple(weight.shape)}")
-                original[index, projection] = weight.data
-                weight.data = (weight.data.float() + delta.dense().to(weight.device)).to(weight.dtype)
-            yield
-        finally:
-            for (index, projection), data in original.items():
-                self._weight(self.layout.sites[index], projection).data = data
 
     def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
         return recomputed(self.unet, _RECOMPUTED if enabled else ())

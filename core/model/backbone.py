@@ -1,4 +1,4 @@
-"""The interface through which core uses a host's UNet, text encoders and autoencoder.
+"""The interface through which core uses a host's denoiser, text encoders and autoencoder.
 
 `Backbone` is the model and `TextEncoder` one of its text encoders. Encoded prompts are a `Context`. An
 `AttentionProcessor` changes what the cross-attention layers (sites) compute, without changing their weights.
@@ -19,7 +19,7 @@ from torch import Tensor
 from .context import Context
 from .deltas import Deltas
 from .processor import AttentionProcessor
-from .schedule import NoiseSchedule
+from .schedule import Schedule
 from .sites import Site, SiteLayout
 
 
@@ -32,6 +32,8 @@ class TextEncoder(ABC):
         width: Width of its token vectors.
         length: Tokens per chunk, begin and end included.
         start, end, pad: Token ids of begin, end and padding.
+        takes_vectors: Whether `encode` puts learned vectors in place of tokens, so that words can be learned
+            in front of the encoder.
         encodes_prefixes: Whether `encode` takes rows shorter than `length`. A causal encoder gives the same
             states for a prefix.
     """
@@ -42,6 +44,7 @@ class TextEncoder(ABC):
     start: int
     end: int
     pad: int
+    takes_vectors: bool = True
     encodes_prefixes: bool = False
 
     @abstractmethod
@@ -62,7 +65,7 @@ class TextEncoder(ABC):
             vectors: `[slots.sum(), width]`, the learned vectors in the order of the rows.
 
         Returns:
-            The hidden states as the UNet reads them, `[B, length, D]`, and the pooled output `[B, P]` or
+            The hidden states as the denoiser reads them, `[B, length, D]`, and the pooled output `[B, P]` or
             None.
         """
 
@@ -75,13 +78,15 @@ class Projections(Protocol):
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor: ...
 
+    def normalised(self, site: Site, projection: str, y: Tensor) -> Tensor: ...
+
 
 class Backbone(ABC):
     """A frozen latent diffusion model. Learning never changes its weights.
 
     Attributes:
-        layout: The sites of its UNet.
-        schedule: Its noise schedule.
+        layout: The sites of its denoiser.
+        schedule: How it adds noise, and what it predicts.
         text: Its text encoders. The width of a context is the sum of their widths.
         latent_channels: C, the channels of a latent.
         picture_multiple: Pixels per latent cell along each side. Width and height of a picture must be
@@ -94,7 +99,7 @@ class Backbone(ABC):
     """
 
     layout: SiteLayout
-    schedule: NoiseSchedule
+    schedule: Schedule
     text: tuple[TextEncoder, ...]
     latent_channels: int
     picture_multiple: int
@@ -105,16 +110,16 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """The device of the UNet."""
+        """The device of the denoiser."""
 
     @property
     @abstractmethod
     def parameter_count(self) -> int:
-        """Number of weights of the UNet."""
+        """Number of weights of the denoiser."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, C, H/m, W/m]`, scaled for the UNet. m is the
+        """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, C, H/m, W/m]`, scaled for the denoiser. m is the
         picture multiple.
         """
 
@@ -125,7 +130,7 @@ class Backbone(ABC):
     @abstractmethod
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
                 processor: AttentionProcessor | None = None) -> Tensor:
-        """One evaluation of the UNet.
+        """One evaluation of the denoiser.
 
         Args:
             latents: Noisy latents, `[B, C, h, w]`.
@@ -134,7 +139,7 @@ class Backbone(ABC):
             processor: Changes what the sites compute. None runs the model unchanged.
 
         Returns:
-            The UNet's output, `[B, C, h, w]` float32: epsilon or v, as the schedule's `prediction` says.
+            The UNet's output, `[B, C, h, w]` float32: what the schedule's `target` is.
             Gradients reach the context and the processor, never the weights.
         """
 
@@ -142,12 +147,19 @@ class Backbone(ABC):
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
         """Applies one projection of a site, frozen weights plus folded deltas: x `[..., b]` to `[..., a]`."""
 
+    def normalised(self, site: Site, projection: str, y: Tensor) -> Tensor:
+        """Applies the site's norm of queries or keys to the output y `[..., a]` of to_q or to_k, heads apart.
+        Most models have none.
+        """
+        return y
+
     @abstractmethod
     def folded(self, deltas: Deltas) -> AbstractContextManager[None]:
         """Context manager that adds `deltas` to the weights and restores the weights bit for bit on exit."""
 
     def training(self) -> AbstractContextManager[None]:
-        """Context manager around a training run. A host prepares UNet and text encoders for gradients here.
+        """Context manager around a training run. A host prepares denoiser and text encoders for gradients
+        here.
         """
         return nullcontext()
 

@@ -55,10 +55,13 @@ class SiteCall:
     Every host runs these steps around its own frozen projections:
 
         call.enter()      # only where no other code sees what lies between to_q and to_out
-        q = call.project("to_q", to_q(call.hidden))
-        k = call.project("to_k", to_k(call.key_text))
+        q = norm(call.project("to_q", to_q(call.hidden)))
+        k = norm(call.project("to_k", to_k(call.key_text)))
         v = call.project("to_v", to_v(call.value_text))
         y = call.finish(to_out(call.attend(q, k, v, attention)))
+
+    `norm` is that of the site's heads; most models have none. Deltas thus act before it, as they do when they
+    are folded into the weights.
 
     Attributes:
         processor: The attention processor in use.
@@ -80,6 +83,7 @@ class SiteCall:
     after_out: Callable[[Tensor], Tensor] | None = None
     _attend_reordered: Callable[[Tensor, Tensor, Tensor, HostAttention], Tensor] | None = None
     _attended: Tensor | None = None
+    _query: Tensor | None = None
 
     def enter(self) -> None:
         """Calls the processor's `enter`, which may reorder the cells or skip the text."""
@@ -97,15 +101,24 @@ class SiteCall:
         self.hidden, self._attend_reordered, self.after_out = hidden, attend, restore
 
     def project(self, projection: str, y: Tensor) -> Tensor:
-        """Changes the output y of the frozen to_q, to_k or to_v; the result is an input of `attend`."""
+        """Changes the output y of the frozen to_q, to_k or to_v. The result, normalised if the site does
+        that, is an input of `attend`.
+        """
         if projection != "to_q" and not self.reads_text:
             return y
         x = {"to_q": self.hidden, "to_k": self.key_text, "to_v": self.value_text}[projection]
-        return self.processor.project(self.site, projection, x, y)
+        y = self.processor.project(self.site, projection, x, y)
+        if projection == "to_q":
+            self._query = y
+        return y
+
+    def before_norm(self, query: Tensor) -> Tensor:
+        """The query of `attend` as it was before the site's norm."""
+        return query if self._query is None else self._query
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
-        """Attention from the results of `project`, query `[B, S, a]`, key and value `[B, N, a]`, to the input
-        of the frozen to_out, `[B, S, a]`.
+        """Attention from the normalised results of `project`, query `[B, S, a]`, key and value `[B, N, a]`,
+        to the input of the frozen to_out, `[B, S, a]`.
         """
         if self._attend_reordered is not None:
             self._attended = self._attend_reordered(query, key, value, attention)
@@ -161,8 +174,8 @@ class AttentionProcessor:
         """Cross-attention from picture to text.
 
         Args:
-            query: `[B, S, a]` from `project`, heads concatenated.
-            key, value: `[B, N, a]`, likewise.
+            query: `[B, S, a]` from `project`, heads concatenated, and normalised if the site does that.
+            key, value: `[B, N, a]`, likewise; values are never normalised.
             attention: The host's attention, with and without other nodes' code.
 
         Returns:

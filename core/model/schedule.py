@@ -1,9 +1,15 @@
-"""The noise schedule of a latent diffusion model, for epsilon and v prediction."""
+"""How a latent diffusion model adds noise: the interface, and the noise schedule for epsilon and v
+prediction.
+
+`flow.FlowSchedule` is the other implementation.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +20,8 @@ PREDICTIONS = ("epsilon", "v_prediction")
 SMALLEST = 2**-24      # an alpha of pure noise, so that the signal can be divided by; as diffusers' samplers
 
 
-def _expand(values: Tensor, like: Tensor) -> Tensor:
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """Values `[B]` in the type of `like` `[B, ...]` and with as many dimensions."""
     return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
@@ -38,8 +45,54 @@ def zero_terminal_snr(alphas: Tensor) -> Tensor:
     return root.square().float()
 
 
+class Schedule(ABC):
+    """Noisy latents, targets and steps of a model. Timesteps are integers from 0, clean, to `len` - 1, noise.
+
+    Attributes:
+        has_snr_weights: Whether Min-SNR loss weights are defined.
+    """
+
+    has_snr_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of training timesteps."""
+
+    @abstractmethod
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents `[B, C, h, w]` at timesteps `[B]`."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict, `[B, C, h, w]`."""
+
+    @abstractmethod
+    def estimate(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The denoiser's output for noisy latents as the estimate that guidance, regions and solvers combine:
+        the noise, or the velocity of a flow.
+        """
+
+    @abstractmethod
+    def step(self, estimate: Tensor, latents: Tensor, t: int, following: int | None) -> Tensor:
+        """One first-order step of sampling.
+
+        Args:
+            estimate: From `estimate`, `[B, C, h, w]`.
+            latents: At timestep `t`.
+            t: The present timestep.
+            following: The next, smaller timestep; None for clean latents.
+
+        Returns:
+            Latents at the next timestep, `[B, C, h, w]`.
+        """
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Min-SNR loss weights `[B]`, where `has_snr_weights`."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class NoiseSchedule:
+class NoiseSchedule(Schedule):
     """The noise schedule of a model.
 
     Attributes:
@@ -47,6 +100,7 @@ class NoiseSchedule:
         prediction: What the UNet predicts: "epsilon", the noise, or "v_prediction".
     """
 
+    has_snr_weights: ClassVar[bool] = True
     alphas_cumprod: Tensor
     prediction: str = "epsilon"
 
@@ -64,7 +118,7 @@ class NoiseSchedule:
 
     def _factors(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alphas_cumprod.to(like.device)[timesteps]
-        return _expand(alpha.sqrt(), like), _expand((1 - alpha).sqrt(), like)
+        return expand(alpha.sqrt(), like), expand((1 - alpha).sqrt(), like)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents `[B, C, h, w]` at timesteps `[B]`."""
@@ -84,6 +138,17 @@ class NoiseSchedule:
             return output
         signal, sigma = self._factors(noisy, timesteps)
         return signal * output + sigma * noisy
+
+    def estimate(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return self.to_epsilon(output, noisy, timesteps)
+
+    def step(self, estimate: Tensor, latents: Tensor, t: int, following: int | None) -> Tensor:
+        """DDIM of Song et al. (ICLR 2021), Eq. 12 with sigma = 0."""
+        alpha = self.alphas_cumprod.to(latents.device)[t]
+        clean = (latents - (1 - alpha).sqrt() * estimate) / alpha.sqrt()
+        if following is None:
+            return clean
+        return self.add_noise(clean, estimate, torch.full((len(latents),), following, device=latents.device))
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Min-SNR loss weights `[B]` (Hang et al., 2023): min(snr, gamma) / snr for epsilon, min(snr, gamma)

@@ -18,7 +18,8 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _TRANSFORMER_SITE = re.compile(r"blocks\.(\d+)\.cross_attn")
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # fingerprints of the embedded bases, so that messages can name the base of a bank
-_EMBEDDED = {"6f395a5ccb499e4b": "embedded-64", "b9658e3c739a55e4": "embedded-128"}
+_EMBEDDED = {"6f395a5ccb499e4b": "embedded-64", "b9658e3c739a55e4": "embedded-128",
+             "d3a84fc032a41b4e": "embedded-dit"}
 # models with more than SD1.5's 16 sites have one layer copy per transformer group (SDXL: 70 sites, 11 groups)
 _LAYER_PER_GROUP_ABOVE = 16
 

@@ -1,4 +1,7 @@
-"""Solvers of the denoising process, the guided noise estimate, and the sampling loop."""
+"""Solvers of the denoising process, the guided estimate, and the sampling loop.
+
+An estimate is what `Schedule.estimate` returns: the noise, or the velocity of a flow.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from torch import Tensor
 from .backbone import Backbone
 from .context import Context
 from .processor import AttentionProcessor
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, Schedule
 
-Estimate = Callable[[Tensor, int, float], Tensor]      # latents, timestep, progress -> noise, or latents
+Estimate = Callable[[Tensor, int, float], Tensor]      # latents, timestep, progress -> estimate, or latents
 
 
 class Solver(Protocol):
@@ -21,11 +24,10 @@ class Solver(Protocol):
 
     @property
     def timesteps(self) -> Sequence[int]:
-        """Timesteps of the training schedule that need a noise estimate, from noisy to clean."""
+        """Timesteps of the training schedule that need an estimate, from noisy to clean."""
 
-    def step(self, noise: Tensor, t: int, latents: Tensor) -> Tensor:
-        """Latents `[B, C, h, w]` at the next timestep, from the latents at timestep `t` and their noise
-        estimate.
+    def step(self, estimate: Tensor, t: int, latents: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` at the next timestep, from the latents at timestep `t` and their estimate.
         """
 
 
@@ -49,22 +51,24 @@ class DpmSolver:
         return self.scheduler.step(noise, t, latents, return_dict=False)[0]
 
 
-class Ddim:
-    """DDIM of Song et al. (ICLR 2021, Eq. 12 with sigma = 0) over evenly spaced timesteps. Its last step
-    gives the clean latents."""
+class FirstOrder:
+    """First-order steps over evenly spaced timesteps: DDIM for a noise schedule, Euler's method for a flow.
+    The last step gives the clean latents.
+    """
 
-    def __init__(self, schedule: NoiseSchedule, steps: int) -> None:
+    def __init__(self, schedule: Schedule, steps: int) -> None:
         self.schedule = schedule
         times = torch.linspace(len(schedule) - 1, 0, steps + 1).long().unique().flip(0).tolist()
-        self.timesteps, self._next = times[:-1], dict(zip(times[:-1], times[1:], strict=True))
+        self.timesteps: list[int] = times[:-1]
+        self._next = dict(zip(times[:-1], [*times[1:-1], None], strict=True))
 
-    def step(self, noise: Tensor, t: int, latents: Tensor) -> Tensor:
-        alpha = self.schedule.alphas_cumprod.to(latents.device)[t]
-        clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
-        if t == self.timesteps[-1]:
-            return clean
-        timesteps = torch.full((len(latents),), self._next[t], device=latents.device)
-        return self.schedule.add_noise(clean, noise, timesteps)
+    def step(self, estimate: Tensor, t: int, latents: Tensor) -> Tensor:
+        return self.schedule.step(estimate, latents, t, self._next[t])
+
+
+def solver_for(schedule: Schedule, steps: int) -> Solver:
+    """The solver that pictures are sampled with. Use one instance per sampling."""
+    return DpmSolver(schedule, steps) if isinstance(schedule, NoiseSchedule) else FirstOrder(schedule, steps)
 
 
 def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, positive: Context, cfg: float,
@@ -78,15 +82,15 @@ def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, posit
         processor: Changes what the sites compute.
 
     Returns:
-        The noise estimate `[B, C, h, w]`: negative + cfg (positive - negative).
+        The estimate `[B, C, h, w]`: negative + cfg (positive - negative).
     """
     timesteps = torch.full((len(latents),), t, device=latents.device, dtype=torch.long)
     if cfg == 1.0:
         output = backbone.predict(latents, timesteps, positive, processor)
-        return backbone.schedule.to_epsilon(output, latents, timesteps)
+        return backbone.schedule.estimate(output, latents, timesteps)
     latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
     output = backbone.predict(latents, timesteps, Context.cat([negative, positive]), processor)
-    unconditional, conditional = backbone.schedule.to_epsilon(output, latents, timesteps).chunk(2)
+    unconditional, conditional = backbone.schedule.estimate(output, latents, timesteps).chunk(2)
     return unconditional + cfg * (conditional - unconditional)
 
 
@@ -95,7 +99,7 @@ def denoise(solver: Solver, latents: Tensor, estimate: Estimate, move: Estimate 
 
     Args:
         latents: Starting noise `[B, C, h, w]`.
-        estimate: Returns the guided noise estimate. Its argument `progress` is 0 in the first step and 1 in
+        estimate: Returns the guided estimate. Its argument `progress` is 0 in the first step and 1 in
             the last.
         move: Called before each estimate; returns latents that replace the given ones.
     """

@@ -12,7 +12,7 @@ from ..model.context import Context
 from ..model.deltas import DeltaKey
 from ..model.processor import AttentionProcessor
 from ..model.sites import Site
-from ..model.solver import Ddim, denoise, guided
+from ..model.solver import FirstOrder, denoise, guided
 
 RECORDED = ("to_q", "to_out")      # projections whose inputs depend on the picture
 GUIDANCE = 5.0      # number of pictures denoised while recording
@@ -47,7 +47,7 @@ class MomentRecorder(AttentionProcessor):
 @torch.no_grad()
 def record_moments(backbone: Backbone, context: Context, processor: AttentionProcessor, size: tuple[int, int],
                    passes: int, seed: int) -> MomentRecorder:
-    """Records the inputs of the sites while pictures are denoised by DDIM.
+    """Records the inputs of the sites while pictures are denoised in first-order steps.
 
     Args:
         context: The unconditional row first, then one row per picture.
@@ -63,7 +63,7 @@ def record_moments(backbone: Backbone, context: Context, processor: AttentionPro
     def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
         return guided(backbone, x, t, negative, positive, GUIDANCE, recorder)
 
-    denoise(Ddim(backbone.schedule, passes), noise.to(backbone.device), estimate)
+    denoise(FirstOrder(backbone.schedule, passes), noise.to(backbone.device), estimate)
     return recorder
 
 

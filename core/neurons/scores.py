@@ -25,7 +25,7 @@ from ..model.context import Context
 from ..model.deltas import DeltaKey
 from ..model.processor import AttentionProcessor
 from ..model.sites import SiteLayout
-from ..model.solver import Ddim, denoise, guided
+from ..model.solver import FirstOrder, denoise, guided
 from .neurons import NeuronSelection, Votes
 
 SCORES = ("gradient", "activation")
@@ -170,7 +170,7 @@ def encode_plain(backbone: Backbone, prompts: Sequence[str]) -> Context:
 @torch.no_grad()
 def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: torch.Generator,
             steps: int = 8, cfg: float = 5.0) -> Tensor:
-    """Samples a picture of a prompt from the base in few DDIM steps, as latents `[1, C, h, w]`. size: (h, w).
+    """Samples a picture of a prompt from the base in few steps, as latents `[1, C, h, w]`. size: (h, w).
     """
     both = encode_plain(backbone, ["", prompt])
     noise = torch.randn(1, backbone.latent_channels, *size, generator=generator).to(backbone.device)
@@ -178,7 +178,7 @@ def imagine(backbone: Backbone, prompt: str, size: tuple[int, int], generator: t
     def estimate(x: Tensor, t: int, _progress: float) -> Tensor:
         return guided(backbone, x, t, both[0:1], both[1:2], cfg)
 
-    return denoise(Ddim(backbone.schedule, steps), noise, estimate)
+    return denoise(FirstOrder(backbone.schedule, steps), noise, estimate)
 
 
 def general_neurons(backbone: Backbone, generator: torch.Generator, prompts: Sequence[str] = CALIBRATION,

@@ -51,7 +51,7 @@ def mixed_query(query: Tensor, hidden: Tensor, base: Tensor, packed: Sequence[Pa
     """The query of every cell with the deltas of its regions, mixed by the cover's weights.
 
     Args:
-        query: The frozen query, `[B, S, a]`.
+        query: The frozen query before its norm, `[B, S, a]`.
         hidden: Input of to_q, `[B, S, b]`.
         base: The scene's query, `[B, S, a]`.
         packed: Keys and values, one per group of the cover.
@@ -108,7 +108,7 @@ def region_attention(query: Tensor, hidden: Tensor, base: Tensor | None, packed:
     """Cross-attention in which every region reads its own prompt with its own weights.
 
     Args:
-        query: The frozen query over a grid flattened row by row, `[B, S, a]`.
+        query: The frozen query before its norm, over a grid flattened row by row, `[B, S, a]`.
         hidden: Input of to_q, `[B, S, b]`.
         base: The scene's result, `[B, S, a]`; needed if the scene has any cell.
         packed: Keys and values, one per group of the cover.

@@ -31,7 +31,7 @@ class CropProcessor(AttentionProcessor):
     """
 
     def __init__(self, backbone: Projections, scene: Part, parts: Sequence[Part]) -> None:
-        self.keys_values = keys_values_of(backbone, parts)
+        self.keys_values, self._backbone = keys_values_of(backbone, parts), backbone
         self.count = len(parts)
         self.scene_concepts: TokenLora | None = None      # word-bound concepts of the scene's prompt
         self._scene_deltas = scene.deltas
@@ -70,7 +70,8 @@ class CropProcessor(AttentionProcessor):
 
     def _packed_at(self, site: Site) -> PackedKeysValues:
         if site.index not in self._packed:
-            self._packed[site.index] = PackedKeysValues(self.keys_values[site.index])
+            self._packed[site.index] = PackedKeysValues(self.keys_values[site.index],
+                                                        partial(self._backbone.normalised, site, "to_q"))
         return self._packed[site.index]
 
     def enter(self, call: SiteCall) -> None:
@@ -80,7 +81,7 @@ class CropProcessor(AttentionProcessor):
         rows, heads = self._rows_of(x.shape[1], x.device), call.site.heads
 
         def attend(query: Tensor, _key: Tensor, _value: Tensor, attention: HostAttention) -> Tensor:
-            return cells.attend(query, rows, heads, attention)
+            return cells.attend(call.before_norm(query), rows, heads, attention)
 
         call.reorder(cells.hidden, attend, cells.restore)
         call.reads_text = False
@@ -95,7 +96,7 @@ class CropProcessor(AttentionProcessor):
                attention: HostAttention) -> Tensor:
         site, packed = call.site, self._packed_at(call.site)
         order = self._order(query.shape[1], query.device)
-        own, hidden = (taken(x, order.whole, self.count) for x in (query, call.hidden))
+        own, hidden = (taken(x, order.whole, self.count) for x in (call.before_norm(query), call.hidden))
         rows, others = self._rows_of(query.shape[1], query.device), None
         if attention.replaced is not None:
             asking = self._back(packed.queries(own, hidden)[0], order, query)

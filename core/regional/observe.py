@@ -51,7 +51,8 @@ class ObservedRegions(RegionProcessor):
                attention: HostAttention) -> Tensor:
         site, cells = call.site, query.shape[1]
         if self._observes(cells):
-            chunks = zip(self._chunks(site, query), self._chunks(site, call.hidden), strict=True)
+            chunks = zip(self._chunks(site, call.before_norm(query)), self._chunks(site, call.hidden),
+                         strict=True)
             shares = [self._shares(site, *chunk) for chunk in chunks]
             self.maps[site.index] = torch.cat(shares, 1).mean(1).unflatten(-1, grid_of(cells, *self.latent))
         return super().attend(call, query, key, value, attention)

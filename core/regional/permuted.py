@@ -43,10 +43,11 @@ class PermutedCells:
         """Attention of every region, and of the scene.
 
         Args:
-            query: The frozen query, `[1, P, a]`.
+            query: The frozen query before its norm, `[1, P, a]`.
             rows, heads, attention: As in `PackedKeysValues.attended`.
-            scene: Attention of the scene's cells. Takes their query `[B, S', a]` and their input of to_q;
-                returns the attended values and the addition after to_out. None if the scene has no cells.
+            scene: Attention of the scene's cells. Takes their query, likewise, `[B, S', a]` and their input
+                of to_q; returns the attended values and the addition after to_out. None if the scene has no
+                cells.
 
         Returns:
             The attended values, `[1, P, a]`.

@@ -51,7 +51,7 @@ def _keys_values(backbone: Projections, site: Site, part: Part, length: int) -> 
         return concepts.project(site, name, text,
                                 with_delta(part.deltas, site, name, text, backbone.project(site, name, text)))
 
-    key, value = projected("to_k"), projected("to_v")
+    key, value = backbone.normalised(site, "to_k", projected("to_k")), projected("to_v")
     query, out = part.deltas.get((site.index, "to_q")), part.deltas.get((site.index, "to_out"))
     return KeysValues(key, value, head_extension(site.heads, key, value, concepts.adapters(site)), query, out)
 
@@ -127,7 +127,8 @@ class RegionProcessor(AttentionProcessor):
         """Packed keys and values of the regions with these numbers at a site."""
         key = (site.index, members)
         if key not in self._packed:
-            self._packed[key] = PackedKeysValues([self.keys_values[site.index][u] for u in members])
+            self._packed[key] = PackedKeysValues([self.keys_values[site.index][u] for u in members],
+                                                 partial(self._backbone.normalised, site, "to_q"))
         return self._packed[key]
 
     def enter(self, call: SiteCall) -> None:
@@ -140,10 +141,11 @@ class RegionProcessor(AttentionProcessor):
 
         def attend(query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
             def scene(own_query: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-                own_query = with_delta(self.scene.deltas, site, "to_q", hidden, own_query)
+                own_query = self._scene_query(site, hidden, own_query)
                 return self._scene(site, own_query, hidden, key, value, attention)
 
-            return cells.attend(query, self.rows, site.heads, attention, scene if cover.needs_scene else None)
+            return cells.attend(call.before_norm(query), self.rows, site.heads, attention,
+                                scene if cover.needs_scene else None)
 
         call.reorder(cells.hidden, attend, cells.restore)
         call.reads_text = cover.needs_scene
@@ -159,7 +161,8 @@ class RegionProcessor(AttentionProcessor):
         site, hidden, plain = call.site, call.hidden, attention.plain
         cover = self.cover(query.shape[1], query.device)
         packed = [self.packed(site, group.members) for group in cover.groups]
-        scene_query = with_delta(self.scene.deltas, site, "to_q", hidden, query)
+        query = call.before_norm(query)
+        scene_query = self._scene_query(site, hidden, query)
         others = base = added = None
         if attention.replaced is not None:
             asked = mixed_query(query, hidden, scene_query, packed, cover)
@@ -186,6 +189,13 @@ class RegionProcessor(AttentionProcessor):
         except ConceptError:
             return attention(query, key, value)
         return isolated_attention(query, key, value, cover, site.heads, attention)
+
+    def _scene_query(self, site: Site, hidden: Tensor, query: Tensor) -> Tensor:
+        """The scene's query behind the norm, from the frozen one before it: hidden `[B, S, b]`, query
+        `[B, S, a]`.
+        """
+        query = with_delta(self.scene.deltas, site, "to_q", hidden, query)
+        return self._backbone.normalised(site, "to_q", query)
 
     def _scene(self, site: Site, query: Tensor, hidden: Tensor, key: Tensor, value: Tensor,
                attention: AttentionFunction,

@@ -11,7 +11,7 @@ from ..bank.bank import ConceptBank
 from ..bank.prompts import Prompt
 from ..conditioning.routing import always_on_deltas
 from ..model.backbone import Backbone
-from ..model.solver import DpmSolver, denoise, guided
+from ..model.solver import denoise, guided, solver_for
 from ..regional.found import FoundRegions
 from .regions import guidance_rows, part_of
 from .sampling import repeated, sample, starting_noise
@@ -49,5 +49,5 @@ def sample_found(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, see
             processor.progress = progress
             return guided(backbone, x, t, negative, positive, settings.cfg, processor)
 
-        latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate)
+        latents = denoise(solver_for(backbone.schedule, settings.steps), latents, estimate)
         return backbone.decode_latents(latents)

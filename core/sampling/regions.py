@@ -14,7 +14,7 @@ from ..conditioning.routing import aggregate, always_on_deltas
 from ..model.backbone import Backbone
 from ..model.context import Context
 from ..model.processor import AttentionProcessor
-from ..model.solver import DpmSolver, denoise, guided
+from ..model.solver import denoise, guided, solver_for
 from ..regional.crop_processor import CropProcessor
 from ..regional.processor import Part, RegionProcessor
 from ..regional.regions import Region, pooled_of
@@ -112,5 +112,5 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, r
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
         latent = (latents.shape[-2], latents.shape[-1])
         run = RegionSampling(backbone, bank, bank.parse(scene), regions, len(seeds), settings, latent)
-        latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, run.estimate)
+        latents = denoise(solver_for(backbone.schedule, settings.steps), latents, run.estimate)
         return backbone.decode_latents(latents)

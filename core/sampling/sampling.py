@@ -27,7 +27,7 @@ from ..model.backbone import Backbone
 from ..model.context import Context
 from ..model.deltas import Deltas
 from ..model.processor import AttentionProcessor
-from ..model.solver import DpmSolver, Estimate, denoise, guided
+from ..model.solver import Estimate, denoise, guided, solver_for
 from .attention_guidance import AttentionGuidance, Subject
 from .settings import SampleSettings
 
@@ -148,7 +148,7 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[Prompt], 
             move = None
             if settings.artists:
                 move = _guidance(backbone, prompts[chunk], positive, settings.artists, processors)
-            latents = denoise(DpmSolver(backbone.schedule, settings.steps), latents, estimate, move)
+            latents = denoise(solver_for(backbone.schedule, settings.steps), latents, estimate, move)
             pictures.append(backbone.decode_latents(latents))
     return torch.cat(pictures)
 

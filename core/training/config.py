@@ -8,12 +8,15 @@ from types import ModuleType
 import torch
 
 from ..data.framing import FRAMINGS
+from ..errors import ConceptError
+from ..model.schedule import Schedule
 from ..settings import SEED, at_least, check, one_of, require, setting
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # offered choices; other optimisers of torch.optim are accepted
 OPTIMIZERS = tuple(name for name in ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")
                    if hasattr(torch.optim, name))      # torch 2.4 has no Adafactor
+TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 # from bitsandbytes, with 8-bit optimiser states
 EIGHT_BIT = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "Lion8bit")
@@ -69,6 +72,9 @@ class TrainingConfig:
     look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)
     replay: int = setting(16, "When a concept is refined: pictures of it as it was before, which are drawn "
                               "first and keep what it knew; 0 = none.", 0, 256)
+    timestep_sampling: str = setting(
+        "uniform", "How timesteps are drawn: evenly, or logit-normal, which prefers the middle of the base's "
+        "schedule.", choices=TIMESTEP_SAMPLINGS)
 
     def __post_init__(self) -> None:
         positive = dict.fromkeys(("steps", "batch_size", "accumulation", "resolution"), at_least(1))
@@ -77,6 +83,7 @@ class TrainingConfig:
                                at_least(0))
         check(self, {**positive, **others, "seed": SEED, "framing": one_of(FRAMINGS),
                      "precision": one_of(tuple(PRECISIONS)), "schedule": one_of(LR_SCHEDULES),
+                     "timestep_sampling": one_of(TIMESTEP_SAMPLINGS),
                      "caption_dropout": (lambda value: 0 <= value < 1, "0 to below 1")})
         require(self.look_every > 0 or self.patience == 0, "look_every", self.look_every,
                 "1 or more where patience is not 0")
@@ -84,3 +91,9 @@ class TrainingConfig:
                 f"a class of torch.optim such as AdamW, Adam, SGD, or one of {', '.join(EIGHT_BIT)} "
                 "where bitsandbytes is installed; not "
                 + ", ".join(f"{name} ({why})" for name, why in UNFIT.items()))
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raises ConceptError if the base cannot be trained with these settings."""
+        if self.min_snr_gamma > 0 and not schedule.has_snr_weights:
+            raise ConceptError(f"setting 'min_snr_gamma' is {self.min_snr_gamma:g}; allowed: 0 for a base "
+                               "that is trained by flow matching")

@@ -58,6 +58,7 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         raise ConceptError(f"the bank already holds a concept '{task.name}'; choose another name or remove "
                            "it first")
     task.bank.check_fits(task.backbone.layout)
+    config.check_schedule(task.backbone.schedule)
     if checkpoint_file is not None and group.is_first:
         check_output(checkpoint_file, "checkpoint")
     trainer, began = Trainer(task, method, data, config, group), time.perf_counter()

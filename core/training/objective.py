@@ -24,13 +24,18 @@ class Draw:
 
 
 def draw(batch: Batch, timesteps: int, config: TrainingConfig, generator: torch.Generator) -> Draw:
-    """Draws uniform timesteps below `timesteps`, and Gaussian noise.
+    """Draws timesteps below `timesteps` as `timestep_sampling` says, and Gaussian noise.
 
-    With `noise_offset` a constant per sample and channel is added to the noise, as in CIDM's released code.
-    It lets the model learn the overall brightness of pictures.
+    Logit-normal timesteps are `timesteps` times the sigmoid of a normal number (Stable Diffusion 3, Esser et
+    al. 2024). With `noise_offset` a constant per sample and channel is added to the noise, as in CIDM's
+    released code. It lets the model learn the overall brightness of pictures.
     """
     latents = batch.latents
-    t = torch.randint(timesteps, (len(latents),), generator=generator)
+    if config.timestep_sampling == "logit-normal":
+        middle = torch.randn(len(latents), generator=generator).sigmoid()
+        t = (middle * timesteps).long().clamp(max=timesteps - 1)
+    else:
+        t = torch.randint(timesteps, (len(latents),), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
     if config.noise_offset > 0:
         noise = noise + config.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)

@@ -10,8 +10,8 @@ from continual_concepts.benchmarks.__main__ import build_parser, main
 from continual_concepts.benchmarks.pretraining import command_128
 from continual_concepts.benchmarks.pretraining.autoencoder import fit_linear
 from continual_concepts.benchmarks.pretraining.data import to_tensor
-from continual_concepts.benchmarks.pretraining.transformer import DiffusionTransformer
 from continual_concepts.core.demo.autoencoder import SceneAutoencoder
+from continual_concepts.core.demo.transformer import DiffusionTransformer
 
 AUTOENCODER = {"latent_channels": 6, "encoder_widths": (8, 8), "encoder_blocks": 1,
                "decoder_widths": (8, 8, 8), "decoder_blocks": (1, 1, 1)}

@@ -9,8 +9,10 @@ import pytest
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import save_bank
 from continual_concepts.core.cli import backbones
+from continual_concepts.core.demo import bases
 from continual_concepts.core.demo.base import load_base
 from continual_concepts.core.demo.bases import FILES
+from continual_concepts.core.errors import ConceptError
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,17 @@ def test_a_bank_finds_the_base_that_it_was_made_on(banks, bank, expected):
 def test_a_named_base_is_taken(banks):
     options = Namespace(base="newer", bank=banks / "embedded-64.safetensors")
     assert backbones.embedded_name(options) == "newer" and backbones.is_embedded(options)
+
+
+def test_the_transformer_is_refused_until_its_file_is_there(monkeypatch, tmp_path, other_base):
+    options = Namespace(base="embedded-dit", device="cpu")
+    monkeypatch.setitem(bases.TRANSFORMERS, "embedded-dit", tmp_path / "none.safetensors")
+    for use in (backbones.size_of, backbones.training_of, backbones.load_backbone):
+        with pytest.raises(ConceptError,
+                           match="'embedded-dit' is not trained yet.*allowed: embedded, embedded-64"):
+            use(options)
+    monkeypatch.setitem(bases.TRANSFORMERS, "embedded-dit", other_base)
+    assert backbones.size_of(options) == 32 and backbones.load_backbone(options).picture_size == 32
 
 
 def test_without_a_bank_the_newest_is_taken():

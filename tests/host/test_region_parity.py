@@ -119,13 +119,13 @@ class Hosts:
         """Latents of a whole sampling. Euler's method over noise levels is DDIM over timesteps."""
         from comfy.k_diffusion.sampling import sample_euler
 
-        from continual_concepts.core.model.solver import Ddim
+        from continual_concepts.core.model.solver import FirstOrder
 
-        timesteps = Ddim(self.backbone.schedule, settings.steps).timesteps
+        timesteps = FirstOrder(self.backbone.schedule, settings.steps).timesteps
         theirs = self._comfy(sample_euler, bank, regions, settings, timesteps, scene)
         settings = self.sized(settings)
         for module in (library, library_found):
-            monkeypatch.setattr(module, "DpmSolver", Ddim)
+            monkeypatch.setattr(module, "solver_for", FirstOrder)
             monkeypatch.setattr(module, "starting_noise", lambda *_: self.noise())
         monkeypatch.setattr(self.backbone, "decode_latents", lambda latents: latents)
         seeds = [0] * COUNT
@@ -168,7 +168,7 @@ def test_found_regions(hosts, banks, monkeypatch, reference, kind):
 
     scene = "a photo of <rex> and <mimi> in a meadow"
     ours, comfy = hosts.sampled(monkeypatch, banks[kind], [], SETTINGS, scene)
-    monkeypatch.setattr(sampling, "DpmSolver", library_found.DpmSolver)
+    monkeypatch.setattr(sampling, "solver_for", library_found.solver_for)
     monkeypatch.setattr(sampling, "starting_noise", library_found.starting_noise)
     with torch.inference_mode(False):
         plain = sample(reference, banks[kind], [scene] * COUNT, [0] * COUNT, hosts.sized(SETTINGS))

@@ -7,7 +7,7 @@ import types
 
 import torch
 
-from continual_concepts.benchmarks.pretraining.transformer import DiffusionTransformer
+from continual_concepts.core.demo.transformer import DiffusionTransformer
 
 TINY = {"in_channels": 4, "model_channels": 48, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 16,
         "adaln_lora_dim": 8, "rope_ratio": 0.0125}

@@ -14,7 +14,7 @@ from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import always_on_deltas, averaged_names
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import make
-from continual_concepts.core.model.solver import DpmSolver, denoise
+from continual_concepts.core.model.solver import denoise, solver_for
 from continual_concepts.core.sampling import sampling
 from continual_concepts.core.sampling.sampling import sample, starting_noise
 from continual_concepts.core.sampling.settings import SampleSettings
@@ -83,7 +83,7 @@ def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
         return torch.stack(list(folded_estimates(tiny_backbone, bank, prompt, x, t))).mean(0)
 
     noise = starting_noise(tiny_backbone, [7], (32, 32))
-    latents = denoise(DpmSolver(tiny_backbone.schedule, QUICK.steps), noise, estimate)
+    latents = denoise(solver_for(tiny_backbone.schedule, QUICK.steps), noise, estimate)
     expected = tiny_backbone.decode_latents(latents)
     found = sample(tiny_backbone, bank, [prompt], [7], QUICK)
     assert torch.allclose(found, expected, atol=1e-4)

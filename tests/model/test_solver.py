@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.model.solver import Ddim, DpmSolver, denoise, guided
+from continual_concepts.core.model.flow import FlowSchedule
+from continual_concepts.core.model.solver import DpmSolver, FirstOrder, denoise, guided, solver_for
 from continual_concepts.core.neurons.scores import encode_plain
 
 
@@ -21,7 +22,7 @@ def test_dpm_solver_runs_on_the_schedule_of_training(tiny_backbone):
 
 
 def test_ddim_by_its_equation(tiny_backbone):
-    schedule, solver = tiny_backbone.schedule, Ddim(tiny_backbone.schedule, 4)
+    schedule, solver = tiny_backbone.schedule, FirstOrder(tiny_backbone.schedule, 4)
     x, noise = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
     assert solver.timesteps == [999, 749, 499, 249]
     now, then = schedule.alphas_cumprod[749], schedule.alphas_cumprod[499]
@@ -30,7 +31,7 @@ def test_ddim_by_its_equation(tiny_backbone):
                           atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", [Ddim, DpmSolver])
+@pytest.mark.parametrize("solver", [FirstOrder, DpmSolver])
 def test_a_solver_that_knows_the_noise_ends_at_the_clean_latents(tiny_backbone, solver):
     schedule, seen = tiny_backbone.schedule, []
     clean, noise = 0.3 * random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
@@ -45,8 +46,29 @@ def test_a_solver_that_knows_the_noise_ends_at_the_clean_latents(tiny_backbone, 
     assert torch.allclose(found, clean, atol=1e-2) and seen == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
+def test_eulers_method_by_its_equation():
+    flow = FlowSchedule.shifted(3.0)
+    solver = FirstOrder(flow, 4)
+    x, velocity = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
+    assert solver.timesteps == [999, 749, 499, 249]
+    expected = x + (flow.sigmas[499] - flow.sigmas[749]) * velocity
+    assert torch.allclose(solver.step(velocity, 749, x), expected, atol=1e-6)
+    assert torch.allclose(solver.step(velocity, 249, x), x - flow.sigmas[249] * velocity, atol=1e-6)
+
+
+def test_a_flow_that_is_known_ends_at_the_clean_latents():
+    clean, noise, flow = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1), FlowSchedule.shifted(3.0)
+    found = denoise(solver_for(flow, 5), noise, lambda x, t, progress: noise - clean)
+    assert torch.allclose(found, clean, atol=1e-5)
+
+
+def test_each_schedule_has_its_solver(tiny_backbone):
+    assert isinstance(solver_for(tiny_backbone.schedule, 3), DpmSolver)
+    assert isinstance(solver_for(FlowSchedule.shifted(3.0), 3), FirstOrder)
+
+
 def test_what_moves_latents_acts_before_every_estimate(tiny_backbone):
-    found = denoise(Ddim(tiny_backbone.schedule, 3), random(1, 4, 3, 3),
+    found = denoise(FirstOrder(tiny_backbone.schedule, 3), random(1, 4, 3, 3),
                     lambda x, t, progress: torch.zeros_like(x),
                     lambda x, t, progress: torch.full_like(x, float(t)))
     last = tiny_backbone.schedule.alphas_cumprod[333].sqrt()

@@ -22,7 +22,7 @@ from continual_concepts.core.demo import base as embedded
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.hosts.pretrained import load_pretrained, noise_schedule
 from continual_concepts.core.model.schedule import NoiseSchedule
-from continual_concepts.core.model.solver import DpmSolver, denoise
+from continual_concepts.core.model.solver import denoise, solver_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = versions.OLDEST["torch"]
@@ -125,7 +125,7 @@ def test_d1_sibling_sampling_starts_from_pure_noise(change):
         return schedule.to_epsilon(v, noisy, torch.tensor([t]))
 
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    drawn = denoise(DpmSolver(schedule, 10), noise, estimate)
+    drawn = denoise(solver_for(schedule, 10), noise, estimate)
     assert torch.allclose(drawn, picture, atol=2e-3)
 
 

@@ -8,6 +8,7 @@ modulates each block through a low-rank map. Text enters at `blocks.N.cross_attn
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -71,17 +72,31 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, context: Tensor | None = None,
-                table: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x: `[B, N, width]`; context: `[B, L, context_width]`; table: see `rotary_table`."""
-        source = x if context is None else context
+    def plain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention with concatenated heads: query `[B, N, width]`, key and value `[B, L, width]` to
+        `[B, N, width]`.
+        """
+        return attend(*map(self._heads, (query, key, value))).transpose(1, 2).flatten(2)
+
+    def projected(self, x: Tensor, source: Tensor,
+                  table: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query of x and key and value of source, each `[B, H, N, d]`, normalised and rotated."""
         query = self.q_norm(self._heads(self.q_proj(x)).float())  # RMSNorm is fused in float32 only
         key = self.k_norm(self._heads(self.k_proj(source)).float())
         value = self._heads(self.v_proj(source))
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        return self.output_proj(attend(query, key, value).transpose(1, 2).flatten(2))
+        return query.to(value.dtype), key.to(value.dtype), value
+
+    def forward(self, x: Tensor, context: Tensor | None = None,
+                table: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x: `[B, N, width]`; context: `[B, L, context_width]`; table: see `rotary_table`."""
+        heads = attend(*self.projected(x, x if context is None else context, table))
+        return self.output_proj(heads.transpose(1, 2).flatten(2))
+
+
+# Runs an attention layer: arguments and result of `Attention.forward`, with the layer in front.
+RunAttention = Callable[[Attention, Tensor, Tensor | None, tuple[Tensor, Tensor] | None], Tensor]
 
 
 class FeedForward(nn.Module):
@@ -113,11 +128,11 @@ class Block(nn.Module):
         self.adaln_modulation_mlp = _modulation(width, rank, 3)
 
     def forward(self, x: Tensor, time: Tensor, shared: Tensor, context: Tensor,
-                table: tuple[Tensor, Tensor]) -> Tensor:
+                table: tuple[Tensor, Tensor], run: RunAttention = Attention.__call__) -> Tensor:
         """x: `[B, N, width]`; time: `[B, 1, width]`; shared: `[B, 1, 3 * width]`, part of all modulations."""
         branches = (
-            (self.adaln_modulation_self_attn, lambda y: self.self_attn(y, table=table)),
-            (self.adaln_modulation_cross_attn, lambda y: self.cross_attn(y, context)),
+            (self.adaln_modulation_self_attn, lambda y: run(self.self_attn, y, None, table)),
+            (self.adaln_modulation_cross_attn, lambda y: run(self.cross_attn, y, context, None)),
             (self.adaln_modulation_mlp, self.mlp),
         )
         for modulation, branch in branches:
@@ -183,8 +198,22 @@ class DiffusionTransformer(nn.Module):
         angles = times.float()[:, None, None] * torch.exp(-math.log(10_000) * places)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    def forward(self, x: Tensor, times: Tensor, context: Tensor) -> Tensor:
-        """x: `[B, C, h, w]`; times: `[B]`, ComfyUI's `timestep(sigma)`; context: `[B, L, D]`."""
+    def forward(self, x: Tensor, times: Tensor, context: Tensor,
+                run: RunAttention = Attention.__call__) -> Tensor:
+        """Predicts the velocity.
+
+        Args:
+            x: `[B, C, h, w]`. Sides that are no multiples of a patch are padded as in ComfyUI.
+            times: `[B]`, ComfyUI's `timestep(sigma)`.
+            context: `[B, L, D]`.
+            run: Runs every attention layer.
+
+        Returns:
+            `[B, C, h, w]`.
+        """
+        height, width = x.shape[2:]
+        if height % self.patch or width % self.patch:
+            x = F.pad(x, (0, -width % self.patch, 0, -height % self.patch), mode="circular")
         masked = F.pad(x, (0, 0, 0, 0, 0, 1))
         rows, columns = x.shape[2] // self.patch, x.shape[3] // self.patch
         # unfold orders a patch as channel, row, column: ComfyUI's "(c r m n)".
@@ -193,10 +222,10 @@ class DiffusionTransformer(nn.Module):
         shared, time = self.t_embedder[1](waves), self.t_embedding_norm(waves)
         cosine, sine = rotary_table(self.head_dim, rows, columns, self.rope_ratio)
         table = cosine.to(x.device), sine.to(x.device)
-        hidden = self.x_embedder["proj"][1](places).float()
+        hidden = self.get_submodule("x_embedder.proj.1")(places).float()
         for block in self.blocks:
-            hidden = block(hidden, time, shared, context, table)
+            hidden = block(hidden, time, shared, context, table, run)
         out = self.final_layer(hidden, time, shared)
         # ComfyUI's "(p1 p2 t C)": channels run fastest.
         out = out.unflatten(-1, (self.patch, self.patch, -1)).permute(0, 4, 2, 3, 1).flatten(1, 3)
-        return F.fold(out, x.shape[2:], self.patch, stride=self.patch)
+        return F.fold(out, x.shape[2:], self.patch, stride=self.patch)[..., :height, :width]
