@@ -37,9 +37,9 @@ def numbers(text: str, name: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def add_embedded_base(parser: ArgumentParser) -> None:
+def add_embedded_base(parser: ArgumentParser, default: str = EMBEDDED) -> None:
     """Adds the flag that chooses an embedded base, for commands that need one."""
-    parser.add_argument("--base", choices=NAMES, default=EMBEDDED,
+    parser.add_argument("--base", choices=NAMES, default=default,
                         help="the embedded base; 'embedded' is the newest one (default %(default)s)")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...core.cli.parser import add_base
 from ...core.errors import ConceptError
 from ..report import Result, add_embedded_base, numbers, require_at_least, say, write_result
-from .runs import Run
+from .runs import BASE, Run
 
 DRAWN = "where the result goes; a chart is drawn beside it"
 RUNS = "folder of finished runs, which are not repeated (default: the result's name with the suffix .cells)"
@@ -25,6 +25,7 @@ def add_commands(commands) -> None:
                         "committed file, from which `continual` reads its settings)")
     parser.add_argument("--runs", type=Path, help=RUNS)
     parser.add_argument("--methods", default="", help="comma separated (default: all)")
+    add_embedded_base(parser, BASE)
     parser.set_defaults(run=tune)
     _add_one_class(commands)
     parser = commands.add_parser("neurons", help="how many base neurons do prompts share?")
@@ -54,7 +55,7 @@ def _add_continual(commands) -> None:
     add("--merge", action="store_true", help="run nothing, only summarise the finished runs")
     add("--write", type=Path, nargs="+", default=[], metavar="FILE",
         help="documents whose sections <!-- continual:NAME --> are filled from the result")
-    add_base(parser)
+    add_base(parser, BASE)
     add("--data", type=Path,
         help="folder with tasks.json and photos, such as CIFC's (default: drawn pictures)")
     add("--clip", type=Path,
@@ -166,7 +167,8 @@ def tune(options: Namespace) -> Result:
     from .tuning import tune as choose
 
     file = options.file or FILE
-    result = choose(_methods(options.methods), file, options.runs or file.with_suffix(".cells"), say)
+    result = choose(_methods(options.methods), file, options.runs or file.with_suffix(".cells"), say,
+                    options.base)
     return result, [f"{name}: " + ", ".join(f"{key} {value:g}" for key, value in entry["chosen"].items())
                     for name, entry in result["methods"].items() if "chosen" in entry]
 

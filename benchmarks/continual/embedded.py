@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...core.demo.base import load_base
-from ...core.demo.bases import EMBEDDED, file_of
+from ...core.demo.bases import file_of
 from ...core.demo.judges import PLACES, SceneEncoder, assignment_of
 from ...core.demo.scenes import SceneConcept
 from ...core.hosts.diffusers import DiffusersBackbone
@@ -17,6 +17,7 @@ from .concepts import concepts
 from .judges import ENCODER, TEMPLATE, EncoderJudge
 from .prompt_suite import Benchmark, PromptSuite, groups_and_pairs, unrelated_prompts
 from .real_pictures import side_by_side
+from .runs import BASE
 from .template_judge import TemplateJudge
 
 STEPS = 200
@@ -64,7 +65,7 @@ def suite_of(backbone: DiffusersBackbone, sequence: Sequence[SceneConcept]) -> P
 
 
 def embedded_benchmark(sequence: Sequence[SceneConcept], steps: int | None = None,
-                       base_name: str = EMBEDDED) -> Benchmark:
+                       base_name: str = BASE) -> Benchmark:
     """The benchmark on an embedded base with drawn pictures.
 
     Args:
@@ -79,6 +80,6 @@ def embedded_benchmark(sequence: Sequence[SceneConcept], steps: int | None = Non
                      lambda method: steps or tuned.chosen_steps(method, base) or STEPS)
 
 
-def ten_and_more(count: int, steps: int | None, base_name: str = EMBEDDED) -> Benchmark:
+def ten_and_more(count: int, steps: int | None, base_name: str = BASE) -> Benchmark:
     """`embedded_benchmark` of the first `count` concepts."""
     return embedded_benchmark(concepts(count), steps, base_name)

@@ -12,13 +12,14 @@ import torch
 
 from ...core.bank.format import open_bank
 from ...core.demo import scenes
+from ...core.demo.bases import EMBEDDED
 from ...core.demo.scenes import SceneConcept
 from ...core.errors import ConceptError
 from ...core.sampling.sampling import sample
 from ..report import write_result
 from ..sheet import save_sheet
 from .concepts import concepts, individual
-from .embedded import EMBEDDED, embedded_benchmark
+from .embedded import embedded_benchmark
 from .pictures import Sampler
 from .prompt_suite import Benchmark
 from .runs import Run

@@ -19,8 +19,8 @@ from .judged import floor_and_ceiling
 from .levels import file_of, measured
 from .pictures import Sampler
 from .prompt_suite import Benchmark
+from .runs import BASE, Run
 from .runs import STEPS as STEPS_KEY
-from .runs import Run
 from .sequence_run import LearningError, finished_run, perform
 from .sharing import is_finished, share
 from .tables import ALONE, COMBINED, overall_share
@@ -135,9 +135,9 @@ class Tuning:
                 "budget": BUDGET, "methods": methods}
 
 
-def tuning_benchmark() -> Benchmark:
+def tuning_benchmark(base_name: str) -> Benchmark:
     """The tuning suite on the embedded base, with fewer pictures than the benchmark."""
-    benchmark = embedded_benchmark(tuning_concepts(), STEPS)
+    benchmark = embedded_benchmark(tuning_concepts(), STEPS, base_name)
     suite = benchmark.suite
     origin = {**suite.origin, "pictures": PICTURES, "group_pictures": GROUP_PICTURES}
     return replace(benchmark, suite=replace(
@@ -166,7 +166,7 @@ def _others(file: Path, result: Mapping) -> Mapping:
 
 
 def tune(methods: Sequence[str], file: Path, folder: Path,
-         tell: Callable[[str], object] = lambda _: None) -> dict:
+         tell: Callable[[str], object] = lambda _: None, base_name: str = BASE) -> dict:
     """Performs all missing trials, together with other processes of the same command.
 
     Args:
@@ -174,11 +174,12 @@ def tune(methods: Sequence[str], file: Path, folder: Path,
         file: The result, written after every trial. Other methods that it holds stay.
         folder: Folder of the trials.
         tell: Reports a finished trial.
+        base_name: Name of the embedded base.
 
     Returns:
         The result: every trial with its figures, and the chosen settings of each method.
     """
-    benchmark = tuning_benchmark()
+    benchmark = tuning_benchmark(base_name)
     sampler, suite = Sampler(benchmark.backbone), benchmark.suite
     levels = measured(file_of(folder, len(suite.tasks)), suite.origin,
                       lambda: floor_and_ceiling(sampler, suite))

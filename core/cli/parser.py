@@ -39,9 +39,9 @@ BANK_HELP, NAME_HELP = "bank file", "name of a concept in the bank"
 KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
+def add_base(parser: argparse.ArgumentParser, default: str = "embedded") -> None:
     """Adds the flags that choose the base."""
-    parser.add_argument("--base", type=base_name, default="embedded",
+    parser.add_argument("--base", type=base_name, default=default,
                         help="'embedded' (a small base that ships: the one that the bank was made on, else "
                         f"the newest; by name: {', '.join(FILES)}), or the folder of a model in diffusers' "
                         "layout (SD1.5, SD2, SDXL) (default %(default)s)")

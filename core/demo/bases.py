@@ -14,7 +14,8 @@ TOKENIZER = ASSETS / "tokenizer"
 HEADER = "continual_concepts_base"
 OLD_SIZE = 64      # of pictures, for files of before headers named it
 
-FILES = {"embedded-64": ASSETS / "base.safetensors"}      # oldest first
+# oldest first
+FILES = {"embedded-64": ASSETS / "base.safetensors", "embedded-128": ASSETS / "base-128.safetensors"}
 NEWEST = list(FILES)[-1]
 EMBEDDED = "embedded"      # the newest one
 # diffusion transformers; a name is offered once its file is there

@@ -16,7 +16,9 @@ from PIL import Image
 from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.continual import embedded as continual
 from continual_concepts.benchmarks.continual.concepts import TEN
+from continual_concepts.benchmarks.continual.runs import BASE
 from continual_concepts.core.demo.base import load_base
+from continual_concepts.core.demo.bases import file_of
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -29,7 +31,7 @@ def command(tmp_path):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_base()
+    return load_base(file_of(BASE))
 
 
 @pytest.fixture
