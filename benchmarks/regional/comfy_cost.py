@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ...core.comfy.apply import with_word_bound
+from ...core.comfy.families import find_sites
+from ...core.comfy.families.base import Family
 from ...core.comfy.prompt_marks import Conditioning, marked
 from ...core.comfy.region_run import RegionRun
 from ...core.comfy.regions import with_regions
-from ...core.comfy.sites import ATTENTION, WORDS, OffsetCond, UNetSites, differentiable_attention, find_sites
+from ...core.comfy.sites import ATTENTION, WORDS, OffsetCond, differentiable_attention
 from ...core.comfy.token_lora import code
 from ...core.model.deltas import Deltas
 from ...core.regional.noise import NoiseSettings
@@ -135,7 +137,7 @@ class ComfyCost:
         return self._sampled(self.model, positive, self._conditioning(0))
 
 
-def _lora(sites: UNetSites, deltas: Deltas) -> dict[str, Tensor]:
+def _lora(sites: Family, deltas: Deltas) -> dict[str, Tensor]:
     """Low-rank deltas as a LoRA file with ComfyUI's names."""
     lora = {}
     for (index, projection), delta in deltas.items():

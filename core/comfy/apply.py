@@ -17,18 +17,16 @@ from ..model.deltas import Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor
 from ..sampling.attention_guidance import AttentionGuidance, MapRecorder, Subject
 from .backbone import plain_weights, without_dynamic
+from .families.base import Family
 from .prompt_states import carried_by, settle
 from .sites import (
     OFFSETS,
     STRENGTHS,
     WORDS,
-    AddOffsets,
     DiffusionWrapper,
+    Hooks,
     ProcessorSource,
-    ReplaceSelf,
-    UNetSites,
     fit_offsets,
-    processor_patches,
     progress_of,
 )
 from .token_lora import TokenLoraRun, Words, code, words_of
@@ -37,7 +35,7 @@ KEY = "continual_concepts"
 Wrappers = comfy.patcher_extension.WrappersMP
 
 
-def weight_patches(sites: UNetSites, deltas: Deltas) -> dict:
+def weight_patches(sites: Family, deltas: Deltas) -> dict:
     """Deltas as ComfyUI's weight patches: low-rank ones as LoRA adapters, sparse ones as differences."""
     state, keys = {}, {}
     for (index, projection), delta in deltas.items():
@@ -52,7 +50,7 @@ def weight_patches(sites: UNetSites, deltas: Deltas) -> dict:
     return comfy.lora.load_lora(state, keys)
 
 
-def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
+def fold(model, sites: Family, deltas: Deltas, layerwise: bool):
     """Returns a clone of MODEL with deltas on its weights, and support for layer-wise words if `layerwise`.
     With neither, returns MODEL itself.
     """
@@ -62,8 +60,8 @@ def fold(model, sites: UNetSites, deltas: Deltas, layerwise: bool):
     if deltas:
         clone.add_patches(weight_patches(sites, deltas))
     if layerwise:
-        _wrap(clone, processor_of(model))
-        _once(clone, "attn2_patch", AddOffsets(sites.addresses))
+        _wrap(clone, sites, processor_of(model))
+        sites.add_layer_copies(clone)
     return clone
 
 
@@ -73,20 +71,21 @@ def processor_of(model) -> ProcessorSource | None:
     return wrappers[0].processor if wrappers else None
 
 
-def _wrap(clone, processor: ProcessorSource | None) -> None:
+def _wrap(clone, sites: Hooks, processor: ProcessorSource | None) -> None:
     clone.remove_wrappers_with_key(Wrappers.DIFFUSION_MODEL, KEY)
-    clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(processor))
+    clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, KEY, DiffusionWrapper(sites, processor))
     clone.remove_wrappers_with_key(Wrappers.OUTER_SAMPLE, f"{KEY}_states")
     clone.add_wrapper_with_key(Wrappers.OUTER_SAMPLE, f"{KEY}_states", settle)
 
 
 def drop_processor(clone) -> None:
     """Removes the attention processors from a clone; layer-wise words are still supported."""
-    if clone.get_wrappers(Wrappers.DIFFUSION_MODEL, KEY):
-        _wrap(clone, None)
+    wrappers = clone.get_wrappers(Wrappers.DIFFUSION_MODEL, KEY)
+    if wrappers:
+        _wrap(clone, wrappers[0].hooks, None)
 
 
-def with_word_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
+def with_word_bound(model, sites: Family, deltas: Mapping[str, Deltas]):
     """Returns a clone of MODEL with word-bound concepts. They act where prompts encoded by a concept CLIP
     contain their words. Without concepts, returns MODEL itself.
     """
@@ -95,15 +94,6 @@ def with_word_bound(model, sites: UNetSites, deltas: Mapping[str, Deltas]):
     source = processor_of(model)
     below = source if isinstance(source, TokenLoraRun) else None
     return with_processor(model, sites, TokenLoraRun(deltas, below, model.model))
-
-
-def _once(model, name: str, patch) -> None:
-    """Appends a patch unless the model already has one of its class, as with two ElasticWeightAggregate
-    nodes.
-    """
-    patches = model.model_options["transformer_options"].get("patches", {}).get(name, [])
-    if not any(type(other) is type(patch) for other in patches):
-        model.set_model_patch(patch, name)
 
 
 def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
@@ -129,7 +119,7 @@ def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
     return Context(layers, conditioning[0][1].get("pooled_output"), words, strengths)
 
 
-def with_processor(model, sites: UNetSites, processor: ProcessorSource, self_attention: bool = False):
+def with_processor(model, sites: Family, processor: ProcessorSource, self_attention: bool = False):
     """Returns a clone of MODEL whose sites run the attention processors from `processor`.
 
     Args:
@@ -139,23 +129,12 @@ def with_processor(model, sites: UNetSites, processor: ProcessorSource, self_att
         self_attention: Whether the processors may also change the self-attention of the sites' blocks.
     """
     clone = model.clone()
-    options = clone.model_options["transformer_options"]
-    patches = processor_patches(sites, options.get("patches_replace", {}).get("attn2"))
-    for address, replace in patches["patches_replace"]["attn2"].items():
-        clone.set_model_attn2_replace(replace, *address)
-    if self_attention:
-        others = options.get("patches_replace", {}).get("attn1", {})
-        for address, site in sites.addresses.items():
-            replace = ReplaceSelf(site, others.get(address) or others.get(address[:2]))
-            clone.set_model_patch_replace(replace, "attn1", *address)
-    for name, ours in patches["patches"].items():
-        for patch in ours:
-            _once(clone, name, patch)
-    _wrap(clone, processor)
+    sites.hook(clone, self_attention)
+    _wrap(clone, sites, processor)
     return clone
 
 
-def with_attention_guidance(model, sites: UNetSites, subject: Subject, strength: float):
+def with_attention_guidance(model, sites: Family, subject: Subject, strength: float):
     """Returns a clone of MODEL for one sampling with attention guidance. Returns MODEL itself if guidance
     does nothing.
     """

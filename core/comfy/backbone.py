@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import comfy.model_management as management
-import comfy.model_sampling
 import torch
 from torch import Tensor, nn
 
@@ -20,27 +19,12 @@ from ..model.checkpointing import recomputed
 from ..model.context import Context
 from ..model.deltas import Delta, Deltas
 from ..model.processor import AttentionProcessor
-from ..model.schedule import NoiseSchedule
 from ..model.sites import Site
 from .clip_gradients import fit_for_gradients
-from .sites import ATTENTION, OFFSETS, PROCESSOR, differentiable_attention, find_sites, processor_patches
+from .families import find_sites
+from .families.base import computation_type
+from .sites import ATTENTION, PROCESSOR, differentiable_attention
 from .text import ComfyText, encoder_names, text_widths
-
-_RECOMPUTED = ("BasicTransformerBlock", "ResBlock")
-
-
-def schedule_of(model) -> NoiseSchedule:
-    """The MODEL's noise schedule. Raises ConceptError for prediction types other than epsilon and v."""
-    sampling = model.get_model_object("model_sampling")
-    # V is a subclass of EPS
-    kinds = (comfy.model_sampling.V_PREDICTION, "v_prediction"), (comfy.model_sampling.EPS, "epsilon")
-    prediction = next((name for kind, name in kinds if isinstance(sampling, kind)), None)
-    is_other = isinstance(sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0))
-    if prediction is None or is_other or not hasattr(sampling, "sigmas"):
-        raise ConceptError(f"the model samples by {type(sampling).__name__}; allowed: "
-                           "epsilon and v prediction")
-    sigmas = sampling.sigmas.detach().double().cpu()
-    return NoiseSchedule((1 / (1 + sigmas.square())).float(), prediction)
 
 
 def without_dynamic(model):
@@ -79,15 +63,15 @@ class ComfyBackbone(Backbone):
         model = without_dynamic(model)
         self.model, self.clip, self.vae = model, clip, vae
         self.sites = find_sites(model, text_widths(clip))
-        self.layout, self.schedule = self.sites.layout, schedule_of(model)
-        self.unet = model.model.diffusion_model
+        self.layout, self.schedule = self.sites.layout, self.sites.schedule()
+        self.unet = self.sites.denoiser
         self.text = tuple(ComfyText(name, clip, self._reload) for name in encoder_names(clip))
         self.latent_channels = model.model.latent_format.latent_channels
         check_channels("the model", self.unet.in_channels, self.latent_channels)
         self.picture_multiple = _multiple(vae)
         self._is_loaded = self._was_loaded = False
         self._folds: list[_Fold] = []
-        self._patches = processor_patches(self.sites)
+        self._patches = self.sites.own_options()
         self.fingerprint = self._weight_hash()
         self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx,
                                 *(() if vae is None else (_ends(vae),)))
@@ -167,46 +151,18 @@ class ComfyBackbone(Backbone):
                 processor: AttentionProcessor | None = None) -> Tensor:
         management.throw_exception_if_processing_interrupted()      # also runs while a preview is drawn
         self.load()
-        dtype = _dtype(self.model.model)
-        hidden = context.hidden.to(dtype)
-        mean = hidden.mean(1)
         options = dict(self._patches)
         if torch.is_grad_enabled():
             options[ATTENTION] = differentiable_attention
-        if hidden.shape[1] > 1:
-            options[OFFSETS] = hidden - mean.unsqueeze(1)
         if processor is not None:
             processor.prepare(context)
             options[PROCESSOR] = processor
-        y = self._size_and_pooled(latents, context)
-        if self.unet.in_channels != self.latent_channels:
-            latents = torch.cat([latents, self._extra(latents)], 1)
-        output = self.unet(latents.to(dtype), timesteps, context=mean, y=None if y is None else y.to(dtype),
-                           transformer_options=options)
-        return output.float()
-
-    def _extra(self, latents: Tensor) -> Tensor:
-        """What an inpainting or InstructPix2Pix model reads besides latents, for a picture that is drawn from
-        text alone: what the host gives it when no picture and no mask is connected.
-        """
-        extra = self.model.model.concat_cond(noise=latents, latent_image=torch.zeros_like(latents),
-                                             device=latents.device)
-        if extra is None:
-            raise ConceptError(f"the model is a {type(self.model.model).__name__} that reads more than "
-                               "latents and text; allowed: Stable Diffusion 1.x, 2.x and SDXL checkpoints")
-        return extra
-
-    def _size_and_pooled(self, latents: Tensor, context: Context) -> Tensor | None:
-        """SDXL's vector conditioning: the pooled text and the picture's size."""
-        if getattr(self.unet, "num_classes", None) is None:
-            return None
-        height, width = (side * self.picture_multiple for side in latents.shape[-2:])
-        return self.model.model.encode_adm(pooled_output=context.pooled, device=self.device, height=height,
-                                           width=width, noise=latents, seed=0)
+        with self.sites.attached():
+            return self.sites.evaluate(latents, timesteps, context, options, self.picture_multiple).float()
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
         self.load()
-        return self.sites.project(site, projection, x.to(_dtype(self.model.model)))
+        return self.sites.project(site, projection, x.to(computation_type(self.model.model)))
 
     @contextmanager
     def folded(self, deltas: Deltas) -> Iterator[None]:
@@ -223,7 +179,7 @@ class ComfyBackbone(Backbone):
             yield
 
     def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
-        return recomputed(self.unet, _RECOMPUTED if enabled else ())
+        return recomputed(self.unet, self.sites.recomputed if enabled else ())
 
 
 def _are_loaded(*patchers) -> bool:
@@ -289,8 +245,3 @@ def _ends(vae) -> tuple:
 def _multiple(vae) -> int:
     ratio = 8 if vae is None else getattr(vae, "downscale_ratio", 8)
     return ratio if isinstance(ratio, int) else 8
-
-
-def _dtype(base) -> torch.dtype:
-    """The host's computation type, which may differ from the type of the stored weights."""
-    return base.get_dtype() if base.manual_cast_dtype is None else base.manual_cast_dtype

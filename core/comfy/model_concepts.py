@@ -22,7 +22,7 @@ from ..conditioning.routing import (
 )
 from ..model.deltas import Deltas, weighted_sum
 from .apply import KEY, drop_processor, fold, weight_patches, with_word_bound
-from .sites import UNetSites
+from .families.base import Family
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def concepts_in(model) -> tuple[Carried, ...]:
     return model.get_attachment(KEY) or ()
 
 
-def with_concepts(model, sites: UNetSites, carried: Carried, deltas: Deltas | None = None):
+def with_concepts(model, sites: Family, carried: Carried, deltas: Deltas | None = None):
     """Returns a clone of MODEL that carries these concepts too.
 
     Args:
@@ -85,7 +85,7 @@ def with_concepts(model, sites: UNetSites, carried: Carried, deltas: Deltas | No
     return clone
 
 
-def without_concepts(model, sites: UNetSites, names: Collection[str]):
+def without_concepts(model, sites: Family, names: Collection[str]):
     """Returns a clone of MODEL without these concepts; MODEL itself if none of them acts in it."""
     found = concepts_in(model)
     if not any(carried.names & set(names) for carried in found):
@@ -104,7 +104,7 @@ def without_concepts(model, sites: UNetSites, names: Collection[str]):
     return clone
 
 
-def without_prompt_activated(model, sites: UNetSites) -> tuple[object, Deltas]:
+def without_prompt_activated(model, sites: Family) -> tuple[object, Deltas]:
     """Takes the prompt-activated concepts out of a MODEL's weights.
 
     Returns:

@@ -18,8 +18,9 @@ from ..regional.found import FoundRegions
 from ..regional.observe import ObservedRegions, picture_maps
 from ..regional.processor import Part, RegionProcessor
 from ..regional.regions import Region, regions_in
+from .families.base import Family
 from .prompt_marks import MARKS, Mark
-from .sites import UNetSites, progress_of
+from .sites import progress_of
 from .token_lora import TokenLoraRun
 
 EVALUATED = "continual_concepts_evaluated"      # key in transformer_options: an `Evaluated`
@@ -55,7 +56,7 @@ class RegionRun:
         base: The host's model, to see whether hooks change its weights during a sampling.
     """
 
-    sites: UNetSites
+    sites: Family
     scene: Part
     regions: Sequence[Region]
     parts: Sequence[Part]

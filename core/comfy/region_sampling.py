@@ -29,12 +29,13 @@ from ..regional.regions import Region, masks_of
 from ..sampling.settings import SampleSettings
 from .apply import context_of, fold, with_attention_guidance, with_word_bound
 from .concept_clip import concept_clip, encode, learned_positions, log, subject_of, vocabulary_of
+from .families import find_sites
+from .families.base import Family
 from .model_concepts import KnownConcepts, added, concepts_in, without_concepts, without_prompt_activated
 from .prompt_marks import Conditioning, marked
 from .prompt_states import with_strength
 from .region_run import FoundRun, RegionRun
 from .regions import refuse_regions, whole_frame_things, with_found, with_regions
-from .sites import UNetSites, find_sites
 from .text import text_widths
 from .token_lora import code
 
@@ -52,7 +53,7 @@ class ConceptPrompts:
         tell: Takes notes on the prompts.
     """
 
-    def __init__(self, clip, model, bank: ConceptBank, sites: UNetSites, strength: float = 1.0,
+    def __init__(self, clip, model, bank: ConceptBank, sites: Family, strength: float = 1.0,
                  tell: Callable[[str], None] = log) -> None:
         self._own, self.sites, self.base = token_lora_deltas(bank, strength), sites, model.model
         self.known = KnownConcepts(bank, strength, concepts_in(model))
@@ -282,7 +283,7 @@ def apply_regions(model, clip, positive: Conditioning, negative: Conditioning | 
 def _with_regions(prepared: Prepared, run: RegionRun, noise: NoiseSettings,
                   tell: Callable[[str], None]) -> Prepared:
     model, prompts = prepared.model, [*prepared.positive, *prepared.negative]
-    whole = whole_frame_things(model.model_options, model.model, [extra for _, extra in prompts])
+    whole = whole_frame_things(model.model_options, run.sites, [extra for _, extra in prompts])
     if whole and noise.is_on and noise.area == "crop":
         raise ConceptError(f"noise_area is 'crop', but the prompt or the model carries {whole[0]}, "
                            "which belongs to the whole picture; choose noise_area 'frame'")

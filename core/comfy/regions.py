@@ -16,9 +16,10 @@ from ..regional.regions import Region, pooled_of
 from ..sampling.denoise import RegionSteps
 from .apply import KEY, Wrappers, with_processor
 from .concept_clip import log
+from .families.base import Family
 from .prompt_marks import MARKS, is_marked
 from .region_run import EVALUATED, Evaluated, FoundRun, RegionRun
-from .sites import ReplaceSelf, progress_of
+from .sites import progress_of
 
 _CROPS = f"{KEY}_crops"
 _PIXELS = 8      # pixels per cell of SDXL's latents, for ComfyUI's picture size
@@ -40,7 +41,7 @@ def with_regions(model, run: RegionRun, noise: NoiseSettings, tell: Callable[[st
     steps = _RegionSteps(run, noise, tell)
     clone.add_wrapper_with_key(Wrappers.OUTER_SAMPLE, KEY, _Sampling(run, steps))
     clone.add_wrapper_with_key(Wrappers.CALC_COND_BATCH, KEY, steps)
-    if steps.has_crops:
+    if steps.has_crops and isinstance(model.model, comfy.model_base.SDXL):
         clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, _CROPS, _CropConditioning(run, model.model))
     return clone
 
@@ -81,21 +82,18 @@ def with_pooled(extra: Mapping, regions: Sequence[Region], own: Sequence[Tensor 
     return {**extra, "pooled_output": pooled_of(regions, pooled, fitting, latent, overlap)}
 
 
-def whole_frame_things(model_options: Mapping, base, extras: Iterable[Mapping]) -> list[str]:
+def whole_frame_things(model_options: Mapping, sites: Family, extras: Iterable[Mapping]) -> list[str]:
     """Names what only fits the whole frame, such as ControlNet. Crops cannot be evaluated with it.
 
     Args:
         model_options: Of the MODEL.
-        base: The host's model.
+        sites: The MODEL's sites.
         extras: The dictionaries of the prompts.
     """
     carried = {key for extra in extras for key in _WHOLE_FRAME if key in extra}
-    replaced = model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
-    others = [patch for patch in replaced.values()
-              if not isinstance(patch, ReplaceSelf) or patch.previous is not None]
-    reads_picture = base.diffusion_model.in_channels > base.latent_format.latent_channels
-    return (sorted(carried) + ["an inpainting model's picture"] * reads_picture
-            + ["another node's self-attention"] * bool(others))
+    others = sites.has_foreign_self_attention(model_options.get("transformer_options", {}))
+    return (sorted(carried) + ["an inpainting model's picture"] * sites.reads_picture
+            + ["another node's self-attention"] * others)
 
 
 class _Sampling:
@@ -111,8 +109,8 @@ class _Sampling:
             raise ConceptError("the model has regions, but no conditioning of the node that applied them "
                                "reaches the sampler; connect its outputs positive and negative")
         if self.steps is not None:
-            base = guider.model_patcher.model
-            self.steps.begin(whole_frame_things(guider.model_options, base, conds), guider.model_options)
+            whole = whole_frame_things(guider.model_options, self.run.sites, conds)
+            self.steps.begin(whole, guider.model_options)
             for cond in conds:
                 pooled = self.run.pooled(cond["model_conds"][MARKS].cond[0])
                 size = noise.shape[-2], noise.shape[-1]
@@ -217,7 +215,7 @@ class _CropConditioning:
         options = transformer_options or {}
         evaluated, halves = options.get(EVALUATED), tuple(half for half, _ in options.get(MARKS) or ())
         alone = evaluated.alone if evaluated is not None and halves else None
-        if alone is not None and y is not None and isinstance(self.base, comfy.model_base.SDXL):
+        if alone is not None and y is not None:
             y = self._rows(x, halves, alone).to(y)
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 

@@ -77,7 +77,7 @@ def predict(model, conditioning) -> torch.Tensor:
 
 
 def sites_of(model, clip):
-    from continual_concepts.core.comfy.sites import find_sites
+    from continual_concepts.core.comfy.families import find_sites
     from continual_concepts.core.comfy.text import text_widths
 
     return find_sites(model, text_widths(clip))
@@ -179,7 +179,7 @@ def test_sdxl_loads_every_key_and_both_word_vectors(small_sdxl, make_concept, tm
     import comfy.sdxl_clip
 
     from continual_concepts.core.bank.bank import ConceptBank
-    from continual_concepts.core.comfy.sites import find_sites
+    from continual_concepts.core.comfy.families import find_sites
 
     layout = find_sites(small_sdxl, (("clip_l", 768), ("clip_g", 1280))).layout
     bank = ConceptBank(layout).add(make_concept(layout, words=3))

@@ -47,7 +47,7 @@ def patched(studio, kind: str):
         for block in (("input", 1), ("input", 2), ("middle", 0)):
             model.set_model_attn2_replace(replace, *block, *([0] if kind == "replace" else []))
     elif kind == "self":
-        from continual_concepts.core.comfy.sites import find_sites
+        from continual_concepts.core.comfy.families import find_sites
 
         for address in find_sites(model, (("clip_l", 1),)).addresses:
             model.set_model_attn1_replace(lambda q, k, v, options: v, *address)

@@ -235,7 +235,7 @@ def test_another_nodes_attention_stays_on_top(studio, word_bound):
 
 
 def find_addresses(studio):
-    from continual_concepts.core.comfy.sites import find_sites
+    from continual_concepts.core.comfy.families import find_sites
     from continual_concepts.core.comfy.text import text_widths
 
     return list(find_sites(studio.model, text_widths(studio.clip)).addresses)

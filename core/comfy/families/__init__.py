@@ -1,0 +1,23 @@
+"""One file per family of models; everything else in core/comfy is blind to them."""
+
+from __future__ import annotations
+
+from ...errors import ConceptError
+from .base import Family
+from .unet import UNet
+
+FAMILIES: tuple[type[Family], ...] = (UNet,)
+
+
+def find_sites(model, text_widths: tuple[tuple[str, int], ...]) -> Family:
+    """The sites of a MODEL. Raises ConceptError if no family knows it.
+
+    Args:
+        text_widths: Of the CLIP beside it, see `SiteLayout`.
+    """
+    for family in FAMILIES:
+        if family.knows(model):
+            return family(model, text_widths)
+    raise ConceptError(f"the model is a {type(model.model).__name__}, "
+                       "which has no text cross-attention sites; "
+                       f"allowed: {', '.join(family.names for family in FAMILIES)} checkpoints")
