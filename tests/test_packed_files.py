@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Folder -> the suffixes of its files. Files that lie directly in the root are named one by one.
-CORE_ROOMS = ("attention", "bank", "cli", "comfy", "conditioning", "data", "demo", "evaluation", "hosts",
-              "interop", "methods", "model", "neurons", "regional", "sampling", "training")
+CORE_ROOMS = ("attention", "bank", "cli", "comfy", "comfy/families", "conditioning", "data", "demo",
+              "evaluation", "hosts", "interop", "methods", "model", "neurons", "regional", "sampling",
+              "training")
 PACKAGE: dict[str, set[str]] = {
     "core": {".py"}, **{f"core/{room}": {".py"} for room in CORE_ROOMS}, "nodes": {".py"},
     "core/demo/assets": {".safetensors"}, "core/demo/assets/tokenizer": {".json", ".txt"},
