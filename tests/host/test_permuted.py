@@ -17,10 +17,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.fixture
 def entered(monkeypatch):
     """For every call of a site from here on: whether its cells were permuted, and whether it read no text."""
-    from continual_concepts.core.comfy import sites
+    from continual_concepts.core.comfy.families import unet
     from continual_concepts.core.regional import processor as processor
 
-    seen, enter, begin = {"entered": [], "no text": []}, processor.RegionProcessor.enter, sites.Begin.__call__
+    seen, enter, begin = {"entered": [], "no text": []}, processor.RegionProcessor.enter, unet.Begin.__call__
 
     def asked(self, call):
         before = call.hidden
@@ -33,7 +33,7 @@ def entered(monkeypatch):
         return inputs
 
     monkeypatch.setattr(processor.RegionProcessor, "enter", asked)
-    monkeypatch.setattr(sites.Begin, "__call__", begun)
+    monkeypatch.setattr(unet.Begin, "__call__", begun)
     return seen
 
 
@@ -48,14 +48,14 @@ def drawn(studio, kind: str, **other):
 @pytest.mark.parametrize("kind, sampler",
                          [("columns", "euler"), ("columns", "dpmpp_sde"), ("island", "euler")])
 def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
-    from continual_concepts.core.comfy import sites
+    from continual_concepts.core.comfy.families import unet
     from continual_concepts.core.regional import processor as processor
 
     one = drawn(studio, kind, sampler_name=sampler)
     assert any(entered["entered"]) and any(entered["no text"]) == (kind == "columns")
     entered["no text"].clear()
     # weights of another kind: the text is projected, and the result is not used
-    monkeypatch.setattr(sites, "_is_plain", lambda _: False)
+    monkeypatch.setattr(unet, "_is_plain", lambda _: False)
     two = drawn(studio, kind, sampler_name=sampler)
     assert not any(entered["no text"])
     monkeypatch.setattr(processor.RegionProcessor, "enter", lambda *_: None)
