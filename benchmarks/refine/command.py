@@ -51,9 +51,9 @@ def refine(options: Namespace) -> Result:
     from ...core.demo.bases import file_of
     from ...core.methods import DEFAULT, get
     from ...core.training.refinement import refinable_methods
-    from ..continual.embedded import SEEDS
-    from .halves import HELD_OUT, PHOTOS
-    from .measure import REFINED, ROWS, Refinement, limits, measure
+    from ..continual.embedded import SEEDS, settings_of
+    from .halves import HELD_OUT, VIEWS
+    from .measure import ROWS, Refinement, draw_sheet, limits, measure
 
     require_at_least(options, steps=1, replay=1)
     chosen, seeds = _concepts(options.concepts), numbers(options.seed, "seed")
@@ -61,7 +61,9 @@ def refine(options: Namespace) -> Result:
     if not get(method).method.refinable:
         raise ConceptError(f"method {method!r} cannot refine a concept; methods that can: "
                            f"{', '.join(refinable_methods())}")
-    backbone, parts = load_base(file_of(options.base)), []
+    backbone = load_base(file_of(options.base))
+    runs: list[Refinement] = []
+    parts: list[dict] = []
     folder = options.file.with_suffix(".cells") / backbone.fingerprint[:12]
     for concept in chosen:
         for seed in seeds:
@@ -69,15 +71,17 @@ def refine(options: Namespace) -> Result:
             part = {"concept": concept.name, "kind": concept.kind, "seed": seed}
             part |= load_or_make(folder / f"{concept.name}.limits.json", lambda run=run: limits(run))
             for row in ROWS:
-                number = f"-r{run.replay}" if row == REFINED else ""
-                part[row] = load_or_make(folder / f"{run.name}.{row}{number}.json",
+                part[row] = load_or_make(folder / f"{run.name_of(row)}.json",
                                          lambda run=run, row=row: measure(run, row))
                 say(f"{run.name}, {row}: old {part[row]['old']:.3f}, new {part[row]['new']:.3f}")
             parts.append(part)
-    result = {"method": method, "steps": options.steps, "replay": options.replay, "photos": PHOTOS,
+            runs.append(run)
+    result = {"method": method, "settings": settings_of(method, backbone.fingerprint), "steps": options.steps,
+              "replay": options.replay, "photos": {half: view.photos for half, view in VIEWS.items()},
               "held_out": HELD_OUT, "pictures": len(SEEDS), "base": backbone.fingerprint, "parts": parts,
               "summary": {row: _summary(parts, row) for row in ROWS}}
     write_result(options.file, result)
+    draw_sheet([run for run in runs if run.seed == seeds[0]], options.file.with_suffix(".png"))
     return result, _lines(result)
 
 

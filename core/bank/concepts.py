@@ -14,6 +14,7 @@ from .composition import Composition, Kind, of_older_file
 from .tokens import MAX_WORDS, TokenGroup, check_name, word_after
 
 KINDS = ("object", "style")
+OWN = "<>"      # stands for the concept in stored captions, so that they survive renaming
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Provenance:
         steps, seconds: How long learning took. For a refined concept these and `settings` are of the last
             run, and `images` has the photos of all runs.
         refined: Earlier runs of a refined concept, oldest first: date, steps, seconds, and number of photos.
+        captions: Different captions of the photos of all runs, with `OWN` for the concept. Refining draws
+            pictures of them.
     """
 
     base: str = ""
@@ -39,6 +42,7 @@ class Provenance:
     steps: int = 0
     seconds: float = 0.0
     refined: tuple[Mapping, ...] = ()
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,9 @@ class ConceptInfo:
 
     def to_json(self) -> dict:
         data = asdict(self)
-        if not self.provenance.refined:      # files without these fields are written without them again
-            del data["provenance"]["refined"]
+        for name in ("refined", "captions"):      # files without these fields are written without them again
+            if not data["provenance"][name]:
+                del data["provenance"][name]
         del data["composition"]
         return data if self.composition is None else {**data, "composition": self.composition.to_json()}
 
@@ -87,10 +92,13 @@ class ConceptInfo:
         """Reads what `to_json` wrote; unknown keys of a newer version are ignored."""
         names = {f.name for f in fields(Provenance)}
         origin = {key: value for key, value in data.get("provenance", {}).items() if key in names}
-        origin |= {key: tuple(origin.get(key, ())) for key in ("images", "refined")}
+        origin |= {key: tuple(origin.get(key, ())) for key in ("images", "refined", "captions")}
         if not all(isinstance(run, dict) for run in origin["refined"]):
             raise ConceptError(f"the earlier runs of concept '{data['name']}' are "
                                f"{str(origin['refined'])[:80]}; allowed: a list of objects")
+        if not all(isinstance(caption, str) for caption in origin["captions"]):
+            raise ConceptError(f"the captions of concept '{data['name']}' are "
+                               f"{str(origin['captions'])[:80]}; allowed: a list of texts")
         composition = Composition.from_json(data["composition"]) if "composition" in data else None
         return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"],
                    words=tuple(data["words"]), kind=data.get("kind", "object"),

@@ -13,11 +13,14 @@ from pathlib import Path
 import torch
 
 from ..bank.bank import ConceptBank
-from ..bank.concepts import Concept, ConceptInfo, Provenance
+from ..bank.concepts import OWN, Concept, ConceptInfo, Provenance
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..methods.base import Method, Outcome, Task, make
 from .config import TrainingConfig
+
+# Of a concept's record, so that a bank's header stays small. Longer captions are not stored.
+MOST_CAPTIONS, LONGEST_CAPTION = 32, 1000
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,15 @@ def _refuse_nan(outcome: Outcome, name: str) -> None:
                            "rates (lr, token_lr); the bank is unchanged")
 
 
+def _captions(name: str, earlier: Sequence[str], data: TrainingData) -> tuple[str, ...]:
+    """Different captions of a concept's photos, with `OWN` for the concept; evenly chosen if many."""
+    pairs = zip(data.captions, data.is_prior.tolist(), strict=True)
+    photos = [caption.replace(f"<{name}>", OWN) for caption, is_prior in pairs if not is_prior]
+    different = [text for text in dict.fromkeys((*earlier, *photos)) if len(text) <= LONGEST_CAPTION]
+    count = min(len(different), MOST_CAPTIONS)
+    return tuple(different[i * len(different) // count] for i in range(count))
+
+
 def conclude(task: Task, method: Method, data: TrainingData, config: TrainingConfig, losses: Sequence[float],
              seconds: float, thumbnail: bytes) -> Learned:
     """Finishes a run: the learned concept with its provenance, and the bank that holds it."""
@@ -171,7 +183,7 @@ def conclude(task: Task, method: Method, data: TrainingData, config: TrainingCon
     images = tuple(dict.fromkeys((*before.images, *data.digests))) if start is not None else data.digests
     origin = Provenance(base=task.backbone.fingerprint, images=images, settings=settings,
                         versions=_versions(), date=now, steps=len(losses), seconds=round(seconds, 2),
-                        refined=refined)
+                        refined=refined, captions=_captions(task.name, before.captions, data))
     info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin,
                        method.composition_of_kind(task.kind))
     thumbnail = thumbnail or (b"" if start is None else start.thumbnail)

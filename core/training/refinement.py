@@ -11,6 +11,9 @@ pictures only decide where both predictions are compared. Why drawn pictures and
 the prediction for the concept has to change, as their captions name it. LwF therefore replaces the concept in
 the captions; here there is one concept only.
 
+What is drawn: the captions of the old photos, which the concept's record holds. Where ordinary prompts are
+drawn instead, the old look is also replayed in places that the new photos show, and little is learned there.
+
 Both halves of a batch have the same weight: errors of both are measured against predictions of the same size.
 A step costs a second forward and backward pass for the drawn pictures, and one forward pass of the concept as
 it was.
@@ -28,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..bank.concepts import ConceptInfo
-from ..bank.prompts import Vocabulary
+from ..bank.concepts import OWN, ConceptInfo
+from ..bank.prompts import Prompt, Vocabulary
 from ..conditioning.encoding import TextMemory, encode_prompts
 from ..data.pictures import Picture
 from ..errors import ConceptError
@@ -37,9 +40,9 @@ from ..methods.base import METHODS, Forward, Method, Task, get, make
 from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from .config import TrainingConfig
-from .record import method_settings
+from .record import LONGEST_CAPTION, method_settings
 
-# Ordinary places and subjects, which every base knows. The bank does not store old captions.
+# Ordinary places and subjects, which every base knows, for concepts whose record has no captions.
 PROMPTS = {
     "object": ("a photo of {}", "a photo of {} on a beach", "a photo of {} in a meadow",
                "a photo of {} in the snow", "a photo of {} at night", "a photo of {} in a room"),
@@ -105,6 +108,24 @@ def notes_on_photos(info: ConceptInfo, photos: Sequence[Picture]) -> list[str]:
     return [f"<{info.name}> was learned from {known} of these {len(photos)} photos already"] if known else []
 
 
+def replay_prompts(task: Task) -> list[Prompt]:
+    """What replayed pictures show: the captions that the concept was learned from.
+
+    Captions that name a concept which the bank no longer holds are left out. If none is left, as for
+    concepts of earlier versions, ordinary prompts take their place.
+    """
+    assert task.refined is not None
+    vocabulary, own, prompts = task.refined.vocabulary, f"<{task.name}>", []
+    for caption in task.refined.infos[task.name].provenance.captions:
+        try:
+            prompt = vocabulary.parse_caption(caption.replace(OWN, own))
+        except ConceptError:
+            continue
+        if task.name in prompt.concepts and len(caption) <= LONGEST_CAPTION:      # the file may hold anything
+            prompts.append(prompt)
+    return prompts or [vocabulary.parse(text.format(own)) for text in PROMPTS[task.kind]]
+
+
 def with_replay(task: Task, pictures: Sequence[Picture], config: TrainingConfig, cfg: float,
                 before_each: Callable[[], None] = lambda: None) -> list[Picture]:
     """The pictures of a task, and behind them those that are replayed if a concept is refined.
@@ -118,8 +139,8 @@ def with_replay(task: Task, pictures: Sequence[Picture], config: TrainingConfig,
     """
     if task.refined is None or not config.replay or not config.prior_weight:
         return list(pictures)
-    prompts = [text.format(f"<{task.name}>") for text in PROMPTS[task.kind]]
-    prompts = [prompts[i % len(prompts)] for i in range(config.replay)]
+    different = replay_prompts(task)
+    prompts = [different[i % len(different)] for i in range(config.replay)]
     generator = torch.Generator().manual_seed(config.seed)
     seeds = torch.randint(2**31, (config.replay,), generator=generator).tolist()
     side = config.resolution
@@ -128,7 +149,8 @@ def with_replay(task: Task, pictures: Sequence[Picture], config: TrainingConfig,
         before_each()
         rows = slice(first, first + AT_ONCE)
         drawn += list(sample(task.backbone, task.refined, prompts[rows], seeds[rows], settings).cpu())
-    replayed = [Picture(pixels, prompt, is_prior=True) for pixels, prompt in zip(drawn, prompts, strict=True)]
+    replayed = [Picture(pixels, prompt.text, is_prior=True)
+                for pixels, prompt in zip(drawn, prompts, strict=True)]
     return [*pictures, *replayed]
 
 

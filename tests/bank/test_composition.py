@@ -125,3 +125,5 @@ def test_earlier_runs_that_are_no_objects_are_damage():
     data = ConceptInfo("rex", "dog", "slots", ("rex-1",)).to_json()
     with pytest.raises(ConceptError, match="earlier runs of concept 'rex'"):
         ConceptInfo.from_json({**data, "provenance": {"refined": ["yesterday"]}})
+    with pytest.raises(ConceptError, match="captions of concept 'rex'"):
+        ConceptInfo.from_json({**data, "provenance": {"captions": [5]}})

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+from PIL import Image
 
 from continual_concepts.benchmarks.__main__ import main
+from continual_concepts.benchmarks.continual import embedded
 from continual_concepts.benchmarks.continual.concepts import concepts
 from continual_concepts.benchmarks.refine import halves
 from continual_concepts.benchmarks.refine.command import _summary
-from continual_concepts.benchmarks.refine.halves import PHOTOS, PLACES, SUBJECTS, half_of
+from continual_concepts.benchmarks.refine.halves import VIEWS, half_of
 from continual_concepts.benchmarks.refine.measure import ROWS
+from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.demo.render import render
 from continual_concepts.core.demo.scenes import BACKGROUNDS
 
 BY_NAME = {concept.name: concept for concept in concepts()}
@@ -22,18 +29,58 @@ def few(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "shown"), [
-    ("rex", {half: [BACKGROUNDS[place] for place in PLACES[half]] for half in PLACES}),
-    ("blueprint", SUBJECTS)])
+    ("rex", {half: [BACKGROUNDS[place] for place in VIEWS[half].places] for half in VIEWS}),
+    ("blueprint", {half: VIEWS[half].subjects for half in VIEWS})])
 def test_the_halves_show_one_concept_in_different_ways(name, shown):
     old, new = (half_of(BY_NAME[name], half, 32) for half in ("old", "new"))
     assert not set(old.prompts) & set(new.prompts) and not torch.equal(old.held_out, new.held_out)
     for half, part in (("old", old), ("new", new)):
-        assert len(part.photos) == len({photo.digest for photo in part.photos}) == PHOTOS
+        assert len(part.photos) == len({photo.digest for photo in part.photos}) == VIEWS[half].photos
         assert part.held_out.shape == (5, 3, 32, 32) and len(part.prompts) == len(shown[half])
         assert all(f"<{name}>" in text for text in part.prompts)
         assert not any("<" in text for text in part.noun_prompts)
         assert all(any(words in text for text in part.prompts) for words in shown[half])
         assert torch.equal(half_of(BY_NAME[name], half, 32).held_out, part.held_out)
+
+
+@pytest.mark.parametrize("half", VIEWS)
+def test_a_thing_has_the_size_place_and_direction_of_its_half(half, monkeypatch):
+    scenes, view = [], VIEWS[half]
+    monkeypatch.setattr(halves, "render", lambda scene, side: scenes.append(scene) or render(scene, side))
+    half_of(BY_NAME["rex"], half, 32)
+    for i, scene in enumerate(scenes[:view.photos]):
+        (placed,) = scene.objects
+        across = (placed.x - 0.5 * placed.size) / (1 - placed.size)
+        assert view.sizes[0] <= placed.size <= view.sizes[1] and scene.background in view.places
+        assert view.across[0] - 1e-9 <= across <= view.across[1] + 1e-9
+        assert placed.flip == view.mirrored[i % len(view.mirrored)]
+    assert VIEWS["old"].sizes[1] < VIEWS["new"].sizes[0]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The command learns one step and draws two pictures of two steps."""
+    monkeypatch.setattr(embedded, "SEEDS", (100, 101))
+    monkeypatch.setattr(embedded, "SETTINGS", replace(embedded.SETTINGS, steps=2))
+
+
+@pytest.mark.slow
+def test_the_command_learns_every_row_once_and_draws_them(tmp_path, quick, capsys):
+    file = tmp_path / "refine.json"
+    arguments = ["refine", "--json", str(file), "--concepts", "blueprint", "--steps", "1", "--replay", "2",
+                 "--method", "lora", "--base", "embedded-64"]
+    assert main(arguments) == 0
+    table, result = capsys.readouterr().out, json.loads(file.read_text())
+    assert list(result["summary"]) == list(ROWS) and "| new only |" in table
+    assert result["photos"] == {"old": 2, "new": 6} and result["settings"]["lr"] > 0
+    learned = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(learned) == len(ROWS)
+    steps = {path.name.split(".")[1]: open_bank(path)["blueprint"].info.provenance.steps for path in learned}
+    assert steps["at_once"] == 2 and steps["before"] == 1
+    side = Image.open(file.with_suffix(".png")).size
+    assert side == (64 * (1 + len(ROWS)), 2 * 64)
+    assert main(arguments) == 0
+    assert learned == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
 def test_the_summary_compares_with_the_concept_before_and_with_all_photos_at_once():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
-from continual_concepts.core.bank.concepts import ConceptInfo
+from continual_concepts.core.bank.concepts import ConceptInfo, Provenance
 from continual_concepts.core.bank.store import add_concept, restore
 from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
@@ -16,10 +16,13 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import learn
+from continual_concepts.core.training.record import MOST_CAPTIONS
 from continual_concepts.core.training.refinement import (
+    PROMPTS,
     check_refinable,
     check_start,
     knows_all,
+    replay_prompts,
     settings_of,
     with_replay,
 )
@@ -182,6 +185,7 @@ def test_a_refined_concept_keeps_its_place_and_says_what_it_was_learned_from(tin
     assert [dict(run) for run in origin.refined] == [{
         "date": before.provenance.date, "steps": 2, "seconds": before.provenance.seconds, "photos": 3}]
     assert ConceptInfo.from_json(after.to_json()) == after and "refined" not in before.to_json()["provenance"]
+    assert "captions" not in replace(before, provenance=Provenance()).to_json()["provenance"]
     assert knows_all(after, photos(50)) and not knows_all(after, photos(51))
     twice = refine(tiny_backbone, result.bank, steps=1).bank["rex"].info.provenance
     assert [run["steps"] for run in twice.refined] == [2, 3] and twice.images == origin.images
@@ -201,7 +205,6 @@ def test_replayed_pictures_are_taught_what_the_concept_predicted(tiny_backbone, 
     """At the start the concept is still what it was. So the loss of these rows is zero."""
     task, method, data, config = start(tiny_backbone, learned(), replay=4)
     assert int(data.is_prior.sum()) == 4 and all("<rex>" in caption for caption in data.captions)
-    assert len(set(data.captions)) == 4
     trainer, rows = Trainer(task, method, data, config), []
     assert trainer.before is not None
     taught = trainer.before.taught
@@ -242,6 +245,49 @@ def test_replay_keeps_what_the_concept_knew(tiny_backbone, learned):
         return changes[0]
 
     assert change(4) < 0.75 * change(0)
+
+
+def captioned(bank, *captions):
+    """The bank with these captions in the record of <rex>."""
+    concept = bank["rex"]
+    origin = replace(concept.info.provenance, captions=captions)
+    return bank.replace(replace(concept, info=replace(concept.info, provenance=origin)))
+
+
+def test_the_record_holds_different_captions_of_all_runs(tiny_backbone, learned):
+    bank = captioned(learned(), "<> at night", "a photo of <>")
+    task, method, data, config = start(tiny_backbone, bank)
+    assert len(data.captions) == 5      # two are replayed
+    given = ("<rex> on a beach", "a photo of <rex>", "<rex> and <mimi>", *data.captions[3:])
+    origin = learn(task, method, replace(data, captions=given), config).concept.info.provenance
+    assert origin.captions == ("<> at night", "a photo of <>", "<> on a beach", "<> and <mimi>")
+    assert learned()["rex"].info.provenance.captions == ("a photo of <>",)
+
+
+def test_a_record_holds_few_captions_of_many(tiny_backbone, learned):
+    task, method, data, config = start(tiny_backbone, captioned(learned(), *(f"<> {i}" for i in range(100))))
+    kept = learn(task, method, data, config).concept.info.provenance.captions
+    assert len(kept) == len(set(kept)) == MOST_CAPTIONS and kept[0] == "<> 0" and kept[-1] == "<> 97"
+
+
+@pytest.mark.parametrize("captions, prompts", [
+    (("a photo of <> (2019)", "<> and <mimi>"), ["a photo of <rex> (2019)", "<rex> and <mimi>"]),
+    (("<> and <fido>", "a dog", "<> asleep", "<>" + 1000 * " "), ["<rex> asleep"]),
+    (("<> and <fido>",), [text.format("<rex>") for text in PROMPTS["object"]]),
+    ((), [text.format("<rex>") for text in PROMPTS["object"]])])
+def test_captions_of_the_record_are_replayed(tiny_backbone, learned, captions, prompts):
+    bank = captioned(learned(), *captions)
+    data = start(tiny_backbone, bank, replay=6)[2]
+    pairs = zip(data.captions, data.is_prior.tolist(), strict=True)
+    replayed = [caption for caption, is_prior in pairs if is_prior]
+    assert replayed == [prompts[i % len(prompts)] for i in range(6)]
+
+
+def test_captions_follow_a_renamed_concept(tiny_backbone, learned):
+    bank = captioned(learned(), "<> asleep").rename("rex", "tom")
+    info = bank.infos["tom"]
+    task = Task("tom", "dog", tiny_backbone, bank.remove("tom"), "object", info.words, refined=bank)
+    assert [prompt.text for prompt in replay_prompts(task)] == ["<tom> asleep"]
 
 
 def test_no_pictures_are_replayed_where_none_are_asked_for_or_nothing_is_refined(tiny_backbone, learned):
