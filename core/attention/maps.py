@@ -17,6 +17,36 @@ from ..model.sites import Site, grid_of
 FINEST = 256     # cells of the finest recorded grid; a sixteenth of large latents
 
 
+def finest(latent: tuple[int, int]) -> int:
+    """Cells of the finest grid whose maps are recorded, for a latent of height x width."""
+    return max(FINEST, latent[0] * latent[1] // 16)
+
+
+def coarse(site: Site, x: Tensor, latent: tuple[int, int], most: int) -> Tensor | None:
+    """Features of a site on a grid that is coarse enough to record maps.
+
+    A UNet has coarse sites, so its finer ones are left out. A transformer's sites all have one grid, which is
+    averaged over 2x2 cells until it is coarse enough.
+
+    Args:
+        site: The site.
+        x: Queries, or what they are projected from, `[B, S, c]`.
+        latent: Height and width of the latent.
+        most: Cells of the finest allowed grid.
+
+    Returns:
+        `[B, S', c]` with S' at most `most`; None for a fine site of a UNet.
+    """
+    if x.shape[1] <= most:
+        return x
+    if not site.of_transformer:
+        return None
+    grid = x.transpose(1, 2).unflatten(-1, grid_of(x.shape[1], *latent))
+    while grid.shape[-2] * grid.shape[-1] > most:
+        grid = F.avg_pool2d(grid, 2, ceil_mode=True, count_include_pad=False)
+    return grid.flatten(2).transpose(1, 2)
+
+
 def attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
     """softmax(QK^T / sqrt d), averaged over heads: query `[B, S, a]` and key `[B, N, a]` to `[B, S, N]`."""
     def split(x: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ One attention call computes this. dQ_i = U D is low rank, so `dQ_i x . k = (D x)
 extended by D x and the keys of the concept's words by U^T k. The values of its words are extended by D_o v.
 The attended columns of this extension, times U_o, are added after to_out. With rank r and K concepts, a head
 of width d becomes r K wider.
+
+Some models normalise queries and keys per head. There dK acts before the norm, as a folded delta does, and dQ
+acts behind it: dQ_i x is added to the normalised query. The norm of a query is one for all words, so a delta
+before it would need a second query for every concept.
 """
 
 from __future__ import annotations

@@ -57,6 +57,11 @@ class Site:
     width: int
     context_width: int
 
+    @property
+    def of_transformer(self) -> bool:
+        """Whether it is one of a transformer, whose sites all have the same grid."""
+        return _TRANSFORMER_SITE.fullmatch(self.name) is not None
+
     def shape(self, projection: str) -> tuple[int, int]:
         """(a, b): output and input width of a projection."""
         if projection not in PROJECTIONS:

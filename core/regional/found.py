@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.maps import FINEST, attention_maps
+from ..attention.maps import attention_maps, coarse, finest
 from ..model.backbone import Projections
 from ..model.processor import HostAttention, SiteCall
 from ..model.sites import grid_of
@@ -64,15 +64,16 @@ class FoundRegions(RegionProcessor):
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
                attention: HostAttention) -> Tensor:
-        cells, positive = query.shape[1], self.rows.bool()
+        positive = self.rows.bool()
         # before recording this step, so that the result is the same if the halves of guidance come in two
         # calls
         self.phase()
-        finest = max(FINEST, self.latent[0] * self.latent[1] // 16)
-        if self.found is None and bool(positive.any()) and cells <= finest:
-            maps = attention_maps(query[positive].float(), key[positive].float(), call.site.heads)
-            recorded = torch.stack([maps[..., list(words)].mean(-1) for words in self.words], dim=1)
-            self._sums[cells] = self._sums.get(cells, 0) + recorded
+        if self.found is None and bool(positive.any()):
+            asking = coarse(call.site, query[positive], self.latent, finest(self.latent))
+            if asking is not None:
+                maps = attention_maps(asking.float(), key[positive].float(), call.site.heads)
+                recorded = torch.stack([maps[..., list(words)].mean(-1) for words in self.words], dim=1)
+                self._sums[maps.shape[1]] = self._sums.get(maps.shape[1], 0) + recorded
         return super().attend(call, query, key, value, attention)
 
     def _masks(self) -> Tensor:

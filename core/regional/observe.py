@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.maps import FINEST
+from ..attention.maps import coarse, finest
 from ..model.processor import HostAttention, SiteCall
 from ..model.sites import Site, grid_of
 from .processor import RegionProcessor
@@ -23,8 +23,8 @@ AT_ONCE = 2**25
 class ObservedRegions(RegionProcessor):
     """A `RegionProcessor` that records, for every region, how much each cell attends to the region's words.
 
-    Only grids with at most `FINEST` cells, or a sixteenth of the latent's, are recorded. Coarse grids are
-    enough to locate concepts (Prompt-to-Prompt uses 16 x 16 of 64 x 64).
+    Only coarse grids are recorded, see `attention.maps.coarse`. They are enough to locate concepts
+    (Prompt-to-Prompt uses 16 x 16 of 64 x 64).
 
     Attributes:
         tokens: Per region, the positions of the words to observe.
@@ -39,22 +39,24 @@ class ObservedRegions(RegionProcessor):
         self.maps: dict[int, Tensor] = {}
         self._word_positions: Tensor | None = None
 
-    def _observes(self, cells: int) -> bool:
-        finest = max(FINEST, self.latent[0] * self.latent[1] // 16)
-        return self.is_observing and bool(self.parts) and cells <= finest
+    def _observes(self, site: Site, cells: int) -> bool:
+        is_coarse = site.of_transformer or cells <= finest(self.latent)
+        return self.is_observing and bool(self.parts) and is_coarse
 
     def enter(self, call: SiteCall) -> None:
-        if not self._observes(call.hidden.shape[1]):      # maps need the cells in their original order
+        if not self._observes(call.site, call.hidden.shape[1]):      # maps need the cells in their order
             super().enter(call)
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
                attention: HostAttention) -> Tensor:
-        site, cells = call.site, query.shape[1]
-        if self._observes(cells):
-            chunks = zip(self._chunks(site, call.before_norm(query)), self._chunks(site, call.hidden),
-                         strict=True)
-            shares = [self._shares(site, *chunk) for chunk in chunks]
-            self.maps[site.index] = torch.cat(shares, 1).mean(1).unflatten(-1, grid_of(cells, *self.latent))
+        site = call.site
+        if self._observes(site, query.shape[1]):
+            asking, hidden = (coarse(site, x, self.latent, finest(self.latent))
+                              for x in (call.before_norm(query), call.hidden))
+            assert asking is not None and hidden is not None
+            chunks = zip(self._chunks(site, asking), self._chunks(site, hidden), strict=True)
+            shares = torch.cat([self._shares(site, *chunk) for chunk in chunks], 1).mean(1)
+            self.maps[site.index] = shares.unflatten(-1, grid_of(shares.shape[1], *self.latent))
         return super().attend(call, query, key, value, attention)
 
     def _chunks(self, site: Site, x: Tensor) -> tuple[Tensor, ...]:

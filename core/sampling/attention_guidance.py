@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.maps import FINEST, attention_maps
+from ..attention.maps import attention_maps, coarse, finest
 from ..model.context import Context
 from ..model.processor import AttentionProcessor, HostAttention, SiteCall
 from ..model.sites import Site, grid_of
@@ -114,10 +114,15 @@ class MapRecorder(AttentionProcessor):
 
     The grid is the finest one with at most `most` cells. The first forward pass finds the sites with this
     grid; later passes end at the last of them.
+
+    Args:
+        inner: The wrapped processor.
+        latent: Height and width of the latents.
+        most: Cells; 0 = see `attention.maps.finest`.
     """
 
-    def __init__(self, inner: AttentionProcessor, most: int) -> None:
-        self.inner, self.most = inner, most
+    def __init__(self, inner: AttentionProcessor, latent: tuple[int, int], most: int = 0) -> None:
+        self.inner, self.latent, self.most = inner, latent, most or finest(latent)
         self.maps: dict[int, list[Tensor]] = {}
         self.last = self._latest = -1      # last site of that grid; last site recorded so far
 
@@ -130,11 +135,12 @@ class MapRecorder(AttentionProcessor):
 
     def attend(self, call: SiteCall, query: Tensor, key: Tensor, value: Tensor,
                attention: HostAttention) -> Tensor:
-        site, cells = call.site, query.shape[1]
-        if cells <= self.most and cells >= max(self.maps, default=0):
+        site, asking = call.site, coarse(call.site, query, self.latent, self.most)
+        cells = 0 if asking is None else asking.shape[1]
+        if asking is not None and cells >= max(self.maps, default=0):
             if cells not in self.maps:
                 self.maps = {cells: []}      # a finer grid replaces coarser ones
-            self.maps[cells].append(attention_maps(query.float(), key.float(), site.heads))
+            self.maps[cells].append(attention_maps(asking.float(), key.float(), site.heads))
             if site.index == self.last:
                 raise _Recorded
             self._latest = site.index
@@ -188,7 +194,7 @@ class AttentionGuidance:
         """
         height, width = latents.shape[-2:]
         if self._recorder is None:
-            self._recorder = MapRecorder(inner or AttentionProcessor(), max(FINEST, height * width // 16))
+            self._recorder = MapRecorder(inner or AttentionProcessor(), (height, width))
         with torch.enable_grad():
             z = latents.detach().clone().requires_grad_()
             with suppress(_Recorded):

@@ -86,6 +86,7 @@ def test_observing_costs_the_same_for_any_number_of_regions(tiny_backbone, obser
 def test_fine_grids_are_not_observed(tiny_backbone, observed):
     processor = observed(True)
     processor.latent = (64, 64)
-    assert processor._observes(256) and not processor._observes(1024)
+    site = tiny_backbone.layout.sites[0]
+    assert processor._observes(site, 256) and not processor._observes(site, 1024)
     processor.is_observing = False
-    assert not processor._observes(256)
+    assert not processor._observes(site, 256)

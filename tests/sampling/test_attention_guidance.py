@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from continual_concepts.core.attention.maps import coarse
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.prompts import Vocabulary
 from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.processor import AttentionProcessor
+from continual_concepts.core.model.sites import Site
 from continual_concepts.core.sampling import attention_guidance as module
 from continual_concepts.core.sampling.attention_guidance import (
     AttentionGuidance,
@@ -117,7 +119,7 @@ def evaluation_of(backbone, bank, prompts, t=500):
 
 
 def loss_of(evaluate, subjects, latents):
-    recorder = MapRecorder(AttentionProcessor(), module.FINEST)
+    recorder = MapRecorder(AttentionProcessor(), (8, 8))
     with torch.no_grad():
         evaluate(latents, recorder)
     return sum(sum(guidance_losses(m, s, (8, 8)).values())
@@ -180,10 +182,10 @@ def test_later_passes_end_at_the_last_recorded_site(tiny_backbone, bank):
 def test_only_coarse_grids_are_recorded(tiny_backbone, bank):
     evaluate, _ = evaluation_of(tiny_backbone, bank, [TWO])
     for most, cells in ((256, 64), (64, 64), (63, 16)):
-        recorder = MapRecorder(AttentionProcessor(), most)
+        recorder = MapRecorder(AttentionProcessor(), (8, 8), most)
         evaluate(random(1, 4, 8, 8), recorder)
         assert recorder.mean().shape[:2] == (1, cells)
-    recorder = MapRecorder(AttentionProcessor(), 3)
+    recorder = MapRecorder(AttentionProcessor(), (8, 8), 3)
     evaluate(random(1, 4, 8, 8), recorder)
     assert recorder.mean() is None
 
@@ -234,3 +236,15 @@ def test_guidance_acts_in_the_first_quarter(subject):
 def test_bad_strengths_are_refused(strength):
     with pytest.raises(ConceptError, match="artists"):
         SampleSettings(artists=strength)
+
+
+def test_the_grid_of_a_transformer_is_averaged_until_it_is_coarse():
+    """All its sites have one grid, so none could be left out."""
+    at_transformer, at_unet = (Site(0, name, 0, 1, 2, 2)
+                               for name in ("blocks.0.cross_attn", "mid_block.attn2"))
+    x = torch.arange(2 * 5 * 3 * 2.0).view(2, 15, 2)
+    assert coarse(at_transformer, x, (9, 5), 15) is x and coarse(at_unet, x, (9, 5), 14) is None
+    pooled = coarse(at_transformer, x, (9, 5), 14)
+    assert pooled.shape == (2, 6, 2) and torch.equal(pooled[:, 0], x[:, [0, 1, 3, 4]].mean(1))
+    assert torch.equal(pooled[:, 5], x[:, 14])      # 5 rows and 3 columns become 3 and 2
+    assert coarse(at_transformer, x, (9, 5), 5).shape == (2, 2, 2)
