@@ -78,7 +78,8 @@ def training(options: Namespace) -> Result:
     others = [name.removeprefix("faster_than_") for name in next(iter(result["rows"].values()))
               if name.startswith("faster_than_")]
     lines = [f"{name}: "
-             f"{row['step_seconds']:.2f} s a step, {row['step_over_forwards']:.2f} of its forward passes"
+             f"{row['step_seconds']:.2f} s a step, {row['step_over_forwards']:.2f} of its forward passes, "
+             f"{row['step_over_unet']:.2f} of the UNet's"
              + "".join(f", {row[f'faster_than_{other}']:.1f} times as fast as {other}" for other in others)
              + (f"; with 100 concepts in the bank {row['hundred_over_one']:.3f}" if "hundred_over_one" in row
                 else "")

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...core.model.context import Context
 from ...core.model.deltas import Deltas, LowRankDelta
 from ...core.model.sites import PROJECTIONS, SiteLayout
+from ...core.model.slots import SLOTS, SlotDelta
 
 _FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
 TOKENS, WIDTH = 77, 768      # shape of SD1.5's encoded prompts
@@ -41,6 +42,14 @@ def deltas_of(layout: SiteLayout, seed: int, rank: int = 4, size: float = 0.01) 
             down = torch.randn(rank, b, generator=generator) * b**-0.5
             deltas[site.index, projection] = LowRankDelta(up, down)
     return deltas
+
+
+def slots_of(layout: SiteLayout, seed: int, count: int = 8) -> Deltas:
+    """Slots at all sites."""
+    generator, shapes = torch.Generator().manual_seed(seed), [(count, site.width) for site in layout.sites]
+    return {(site.index, SLOTS): SlotDelta(torch.randn(shape, generator=generator),
+                                           0.01 * torch.randn(shape, generator=generator), site.heads)
+            for site, shape in zip(layout.sites, shapes, strict=True)}
 
 
 def context_of(batch: int, copies: int, seed: int, words: dict[str, tuple[int, ...]]

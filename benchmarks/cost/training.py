@@ -17,6 +17,7 @@ from typing import Protocol, TypedDict
 import torch
 
 from ...core.bank.bank import ConceptBank
+from ...core.bank.composition import WORDS
 from ...core.bank.concepts import Concept, ConceptInfo
 from ...core.bank.format import open_bank, save_bank
 from ...core.bank.prompts import Vocabulary
@@ -26,19 +27,22 @@ from ...core.data.training_set import TrainingSet
 from ...core.methods.base import METHODS, Task, make
 from ...core.methods.low_rank import KEYS_AND_VALUES
 from ...core.model.backbone import Backbone
+from ...core.model.deltas import Deltas
 from ...core.model.sites import PROJECTIONS, SiteLayout
 from ...core.training.config import TrainingConfig
 from ...core.training.loop import learn
 from ...core.training.memory import retained_between_steps
 from ...core.training.trainer import Trainer
-from .synthetic import deltas_of, peak_gb, seconds
+from .synthetic import deltas_of, peak_gb, seconds, slots_of
 
 NEW, NOUN = "new", "dog"
 CAPTIONS = (f"a photo of <{NEW}> in a park", f"a photo of <{NEW}> on a sofa, seen from the side")
 ROWS: dict[str, tuple[str, dict]] = {
     "bound": ("bound", {}), "bound, one copy": ("bound", {"layerwise": False}), "cidm": ("cidm", {}),
-    "cidm, one copy": ("cidm", {"layerwise": False}), "clora": ("clora", {}),
+    "cidm, one copy": ("cidm", {"layerwise": False}), "clora": ("clora", {}), "lora": ("lora", {}),
+    "slots": ("slots", {}),
 }
+APART = ("bound", "slots")      # methods whose words are encoded apart from the rest of a prompt
 CONCEPTS = (1, 100)      # number of concepts in the bank during training
 # rows measured with both banks; the others only with the first
 GROWING = ("bound", "cidm", "clora")
@@ -111,11 +115,15 @@ def random_bank(layout: SiteLayout, method: str, count: int) -> ConceptBank:
     bank, generator = ConceptBank(layout), torch.Generator().manual_seed(0)
     for i in range(count):
         name = f"old{i}"
-        tokens = tokens_of(layout, name, layout.copies, generator, NOUN if method == "bound" else "")
+        copies = 1 if method == "slots" else layout.copies
+        tokens = tokens_of(layout, name, copies, generator, NOUN if method in APART else "")
         changed = KEYS_AND_VALUES if method == "clora" else PROJECTIONS
-        deltas = {key: delta.to(dtype=torch.float16) for key, delta in deltas_of(layout, i).items()
-                  if key[1] in changed}
-        bank = bank.add(Concept(ConceptInfo(name, NOUN, method, tokens.words), tokens, deltas))
+        deltas: Deltas = {key: delta for key, delta in deltas_of(layout, i).items() if key[1] in changed}
+        deltas = slots_of(layout, i) if method == "slots" else deltas
+        deltas = {key: delta.to(dtype=torch.float16) for key, delta in deltas.items()}
+        info = ConceptInfo(name, NOUN, method, tokens.words,
+                           composition=WORDS if method == "slots" else None)
+        bank = bank.add(Concept(info, tokens, deltas))
     return bank
 
 
@@ -162,9 +170,9 @@ def _passes(host: Host, row: str) -> tuple[Callable[[], object], Callable[[], ob
     """The forward passes of a row's step: text encoder and UNet."""
     method, settings = ROWS[row]
     backbone, config = host.backbone, METHODS[method].config(**settings)
-    copies = backbone.layout.copies if config.layerwise else 1
+    copies = backbone.layout.copies if config.layerwise and method != "slots" else 1
     generator = torch.Generator().manual_seed(2)
-    tokens = tokens_of(backbone.layout, NEW, copies, generator, NOUN if method == "bound" else "")
+    tokens = tokens_of(backbone.layout, NEW, copies, generator, NOUN if method in APART else "")
     vocabulary = Vocabulary([ConceptInfo(NEW, NOUN, method, tokens.words)])
     latents = random_set(backbone, host.setup.side).latents[:1]
     time_step = torch.tensor([500], device=backbone.device)
@@ -236,7 +244,8 @@ def measure(host: Host, steps: int, rounds: int, report: Callable[[str], object]
                 rows[row] |= _grown(growth(host, row, banks, steps * rounds),
                                     [rows[row]["peak_gb"], peak_of(host, row, banks[1])])
             report(f"{row}: {rows[row]['step_seconds']:.2f} s a step, "
-                   f"{rows[row]['step_over_forwards']:.2f} of its forward passes")
+                   f"{rows[row]['step_over_forwards']:.2f} of its forward passes, "
+                   f"{rows[row]['step_over_unet']:.2f} of the UNet's")
     rivals, others = {}, {} if alone else host.rivals()
     host.release()      # the memory of other trainers must not include our model
     gc.collect()
@@ -263,6 +272,7 @@ def _row(times: Sequence[StepTimes], peak: float | None) -> dict:
     return {
         "forward_seconds": min(t.forward for t in times), "text_seconds": min(t.text for t in times),
         "step_seconds": min(t.step for t in times),
+        "step_over_unet": statistics.median(t.step / t.forward for t in times),
         "step_over_forwards": statistics.median(t.step / (t.text + t.forward) for t in times),
         "peak_gb": peak,
     }

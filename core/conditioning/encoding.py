@@ -88,15 +88,17 @@ def _row(encoder: TextEncoder, chunks: Sequence[Sequence[_Unit]], count: int) ->
 
 
 class TextMemory:
-    """Cache of encoded texts without learned words, for callers that repeat them, such as training.
+    """Cache of encoded texts, for callers that repeat them, such as training.
 
-    Each text is encoded alone, so that its states do not depend on a batch.
+    Texts with words that are being trained are not cached. Each text is encoded alone, so that its states do
+    not depend on a batch.
     """
 
     LIMIT = 512     # capacity in texts; further texts are not cached
 
     def __init__(self) -> None:
         self._encoded: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
+        self._words: dict[tuple, Tensor] = {}
 
     @torch.no_grad()
     def get(self, encoder: TextEncoder, row: _Row, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -109,6 +111,17 @@ class TextMemory:
         if len(self._encoded) < self.LIMIT:
             self._encoded[key] = encoded
         return encoded
+
+    @torch.no_grad()
+    def words(self, encoding: _EncoderPass, row: _Row, copies: int) -> Tensor:
+        """Cached or new states `[L, N, D]` of a row for its words, which are not being trained."""
+        key = encoding.encoder.name, tuple(row.ids), tuple(row.words), copies
+        if key in self._words:
+            return self._words[key]
+        states = encoding.words_only([row], copies)[0]
+        if len(self._words) < self.LIMIT:
+            self._words[key] = states
+        return states
 
 
 @dataclass(frozen=True)
@@ -172,11 +185,24 @@ class _EncoderPass:
         together = {word.concept for row in rest for word in row.words if word is not None}
         layers = max([self.tokens[name].copies for name in together], default=1)
         hidden, pooled = self.remembered(rest, layers)
-        own_states = self.words_only([rows[b].with_nouns(nouns, but=name) for b, name in apart], copies)
+        own_states = self._apart_states([rows[b].with_nouns(nouns, but=name) for b, name in apart], copies)
         states = list(hidden.expand(-1, copies, -1, -1))
         for (b, name), words in zip(apart, own_states, strict=True):
             states[b] = with_words(states[b], words, positions_of(rows[b].words)[name])
         return torch.stack(states), pooled
+
+    def _apart_states(self, rows: Sequence[_Row], copies: int) -> list[Tensor]:
+        """States `[L, N, D]` of each row for its words, from the cache where they are not being trained."""
+        memory = self.memory
+        if memory is None:
+            return list(self.words_only(rows, copies))
+        trained = [row for row in rows if self._is_trained(row)]
+        fresh = iter(self.words_only(trained, copies) if trained else ())
+        return [next(fresh) if self._is_trained(row) else memory.words(self, row, copies) for row in rows]
+
+    def _is_trained(self, row: _Row) -> bool:
+        groups = {word.concept for word in row.words if word is not None}
+        return any(self.tokens[name].vectors[self.encoder.name].requires_grad for name in groups)
 
     def words_only(self, rows: Sequence[_Row], copies: int) -> Tensor:
         """States `[B, L, N, D]` of rows for their learned words; states of other tokens may be zero."""
@@ -229,7 +255,8 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
         prompts: B parsed prompts.
         tokens: Concept -> its learned words, for all concepts in the prompts. Gradients reach their vectors.
         chunks: Minimum number of chunks per prompt.
-        memory: Cache of texts without learned words. Valid while the text encoders do not change.
+        memory: Cache of texts. Valid while the text encoders, and words that are not being trained, do not
+            change.
         by_strength: Concepts whose weights are factors on their deltas. All other weights act on states.
 
     Returns:

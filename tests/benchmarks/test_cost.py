@@ -46,13 +46,13 @@ def host(tiny_backbone):
 
 def test_training_figures(host, monkeypatch):
     monkeypatch.setattr(training_cost, "CONCEPTS", (1, 3))
-    lines, names = [], ("bound", "cidm", "cidm, one copy")
+    lines, names = [], ("bound", "cidm", "cidm, one copy", "slots")
     found = training_cost.measure(host, 2, 2, lines.append, names)
     json.dumps(found)
     row = found["rows"]["cidm"]
     assert set(found["rows"]) == set(names) and set(row["concepts"]) == {"1", "3"}
     assert row["faster_than_core"] == pytest.approx(10.0 / row["step_seconds"])
-    assert row["step_over_forwards"] > 1
+    assert all(row["step_over_unet"] > row["step_over_forwards"] > 1 for row in found["rows"].values())
     grown = {"concepts", "hundred_over_one", "peak_hundred_over_one"}
     assert found["rows"]["cidm, one copy"].keys() == row.keys() - grown
     assert found["core"] == {"step_seconds": 10.0, "peak_gb": 2.0}
