@@ -104,14 +104,15 @@ def written(parts: Iterable[Part], replacement: Callable[[str], str], brackets: 
 
     brackets: those that get a backslash in texts.
     """
-    text, follows_text = "", False
+    text, follows_text = "", False      # whether a text without parentheses stands in front
     for part, weight in parts:
         is_text = isinstance(part, str)
         new = (re.sub(f"[{brackets}]", r"\\\g<0>", part) if isinstance(part, str)
                else replacement(part.name))
         # texts that are tokenized separately stay separate
-        text += f"({new}:{weight!r})" if weight != 1.0 or (is_text and follows_text) else new
-        follows_text = is_text
+        has_own = weight != 1.0 or (is_text and follows_text)
+        text += f"({new}:{weight!r})" if has_own else new
+        follows_text = is_text and not has_own
     return text
 
 

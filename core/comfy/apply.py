@@ -12,6 +12,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..errors import ConceptError
 from ..model.context import Context, Strengths
 from ..model.deltas import Deltas, LowRankDelta
 from ..model.processor import AttentionProcessor
@@ -96,15 +97,17 @@ def with_word_bound(model, sites: Family, deltas: Mapping[str, Deltas]):
     return with_processor(model, sites, TokenLoraRun(deltas, below, model.model))
 
 
-def context_of(conditioning, copies: int, names: Sequence[str] = ()) -> Context:
+def context_of(conditioning, copies: int, names: Sequence[str] = (), sites: Family | None = None) -> Context:
     """The first entry of a CONDITIONING as a context `[1, L, N, D]`.
 
     Args:
+        sites: Of the MODEL that reads it; None = a UNet.
         conditioning: Output of ComfyUI's text nodes.
         copies: L, the layout's number of layer copies.
         names: The concepts whose word positions are read from it.
     """
     hidden, conds = carried_by(conditioning)
+    hidden = hidden if sites is None else sites.rows(hidden, conditioning[0][1])
     layers = hidden.unsqueeze(1)
     if OFFSETS in conds:
         layers = layers + fit_offsets(conds[OFFSETS].cond.to(hidden), hidden)
@@ -140,6 +143,9 @@ def with_attention_guidance(model, sites: Family, subject: Subject, strength: fl
     """
     if not AttentionGuidance([subject], strength).acts(0.0):
         return model
+    if not sites.guides_attention:
+        raise ConceptError(f"artists is {strength:g}, but a model of class {type(model.model).__name__} has "
+                           "no attention guidance; allowed: 0")
     run = _GuidanceRun(subject, strength, processor_of(model))
     clone = with_processor(without_dynamic(model), sites, run.processor)
     clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, run)

@@ -24,7 +24,7 @@ from .clip_gradients import fit_for_gradients
 from .families import find_sites
 from .families.base import computation_type
 from .sites import ATTENTION, PROCESSOR, differentiable_attention
-from .text import ComfyText, encoder_names, text_widths
+from .text import text_widths
 
 
 def without_dynamic(model):
@@ -65,7 +65,7 @@ class ComfyBackbone(Backbone):
         self.sites = find_sites(model, text_widths(clip))
         self.layout, self.schedule = self.sites.layout, self.sites.schedule()
         self.unet = self.sites.denoiser
-        self.text = tuple(ComfyText(name, clip, self._reload) for name in encoder_names(clip))
+        self.text = self.sites.text_encoders(clip, self._reload)
         self.latent_channels = model.model.latent_format.latent_channels
         check_channels("the model", self.unet.in_channels, self.latent_channels)
         self.picture_multiple = _multiple(vae)
@@ -97,14 +97,16 @@ class ComfyBackbone(Backbone):
         return digest.hexdigest()[:16]
 
     def load(self) -> None:
-        """Loads UNet and text encoders on their device, with weights that gradients can pass through. Reloads
-        them if the host has unloaded them.
+        """Loads the denoiser, and text encoders that words are learned in front of, with weights that
+        gradients can pass through. Reloads them if the host has unloaded them.
         """
-        if self._is_loaded and _are_loaded(self.model, self.clip.patcher):
+        learns_in_text = self.sites.learns_in_text
+        patchers = [self.model, *([self.clip.patcher] if learns_in_text else [])]
+        if self._is_loaded and _are_loaded(*patchers):
             return
         with torch.inference_mode(False):
-            management.load_models_gpu([self.model, self.clip.patcher], force_full_load=True)
-            for module in (self.unet, self.clip.cond_stage_model):
+            management.load_models_gpu(patchers, force_full_load=True)
+            for module in (self.unet, *([self.clip.cond_stage_model] if learns_in_text else [])):
                 plain_weights(getattr(module, "inner", module))
             for fold in self._folds:
                 fold.renew()
@@ -128,7 +130,7 @@ class ComfyBackbone(Backbone):
                 if before is not None:
                     management.in_training = True
                 self.load()
-                with fit_for_gradients(self.clip):
+                with fit_for_gradients(self.clip), self.sites.attached():
                     yield
             finally:
                 if before is not None:
@@ -138,12 +140,20 @@ class ComfyBackbone(Backbone):
         if self.vae is None:
             raise ConceptError("a VAE is needed to learn from pictures; connect one")
         pixels = ((images.float().permute(0, 2, 3, 1) + 1) / 2).cpu()
-        latents = self.vae.encode(pixels)
+        if getattr(self.vae, "latent_dim", 2) == 3:      # a VAE of video takes a batch for frames
+            latents = torch.cat([self.vae.encode(picture.unsqueeze(0)) for picture in pixels])
+        else:
+            latents = self.vae.encode(pixels)
         self._is_loaded = False     # the host may have unloaded the UNet for the VAE
-        return self.model.model.process_latent_in(latents.float()).to(self.device).clone()
+        latents = self.model.model.process_latent_in(latents.float()).to(self.device).clone()
+        return latents[:, :, 0] if latents.ndim == 5 else latents
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        pixels = self.vae.decode(self.model.model.process_latent_out(latents.detach().cpu()))
+        latents = latents.detach().cpu()
+        if getattr(self.model.model.latent_format, "latent_dimensions", 2) == 3:
+            latents = latents.unsqueeze(2)
+        pixels = self.vae.decode(self.model.model.process_latent_out(latents))
+        pixels = pixels[:, 0] if pixels.ndim == 5 else pixels
         self._is_loaded = False
         return (pixels.float().permute(0, 3, 1, 2) * 2 - 1).clamp(-1, 1)
 
@@ -163,6 +173,9 @@ class ComfyBackbone(Backbone):
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
         self.load()
         return self.sites.project(site, projection, x.to(computation_type(self.model.model)))
+
+    def normalised(self, site: Site, projection: str, y: Tensor) -> Tensor:
+        return self.sites.normalised(site, projection, y)
 
     @contextmanager
     def folded(self, deltas: Deltas) -> Iterator[None]:
@@ -243,5 +256,7 @@ def _ends(vae) -> tuple:
 
 
 def _multiple(vae) -> int:
+    """Pixels per latent cell along each side. A VAE of video has three ratios: time, height and width."""
     ratio = 8 if vae is None else getattr(vae, "downscale_ratio", 8)
+    ratio = ratio[-1] if isinstance(ratio, tuple) else ratio
     return ratio if isinstance(ratio, int) else 8

@@ -85,12 +85,15 @@ class RegionRun:
         self._maps = maps[-1] if maps else {}
 
     def __call__(self, options: dict, x: Tensor) -> AttentionProcessor:
-        """Returns the processor for a call with latents `[B, C, h, w]`.
+        """Returns the processor for a call with latents `[B, C, h, w]` or `[B, C, 1, h, w]`.
 
         Raises:
-            ConceptError: Another node evaluates the picture in parts, so that regions cannot be located.
+            ConceptError: The latent has several frames, or another node evaluates the picture in parts, so
+                that regions cannot be located.
         """
         size, marks = (x.shape[-2], x.shape[-1]), options.get(MARKS)
+        if x.ndim == 5 and x.shape[2] > 1:
+            raise ConceptError(f"the latent has {x.shape[2]} frames of video; regions need one")
         evaluated: Evaluated = options.get(EVALUATED) or Evaluated(size)
         concepts = self._scene_words.concepts(options, x)
         if marks is not None and evaluated.alone is not None:

@@ -28,15 +28,17 @@ from ..regional.processor import Part
 from ..regional.regions import Region, masks_of
 from ..sampling.settings import SampleSettings
 from .apply import context_of, fold, with_attention_guidance, with_word_bound
-from .concept_clip import concept_clip, encode, learned_positions, log, subject_of, vocabulary_of
+from .concept_clip import concept_clip, encode, learned_positions, subject_of, vocabulary_of
+from .concept_tokenizer import log
 from .families import find_sites
 from .families.base import Family
 from .model_concepts import KnownConcepts, added, concepts_in, without_concepts, without_prompt_activated
+from .noun_clip import on_all_rows
 from .prompt_marks import Conditioning, marked
 from .prompt_states import with_strength
 from .region_run import FoundRun, RegionRun
 from .regions import refuse_regions, whole_frame_things, with_found, with_regions
-from .text import text_widths
+from .text import reads_rows, text_widths
 from .token_lora import code
 
 PROPORTIONS = 0.05      # allowed relative difference between the aspect ratios of mask and picture
@@ -80,8 +82,9 @@ class ConceptPrompts:
             for name in negative_only(infos, parsed, [self.parse(positive)], "sharp"):
                 if name not in but:
                     self._in_negative.add(name)
-                    conditioning = with_strength(conditioning, code(name_on_all_words(infos[name])),
-                                                 parsed.strength_of(name))
+                    act_on_all = on_all_rows if reads_rows(self.clip) else with_strength
+                    conditioning = act_on_all(conditioning, code(name_on_all_words(infos[name])),
+                                              parsed.strength_of(name))
         return conditioning
 
     @property
@@ -156,7 +159,7 @@ class ConceptPrompts:
         return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound, base=self.base)
 
     def _context(self, conditioning: Conditioning) -> Context:
-        return context_of(conditioning, self.known.copies, tuple(self.word_bound))
+        return context_of(conditioning, self.known.copies, tuple(self.word_bound), self.sites)
 
     def _part(self, prompt: str | Prompt, negative: Context) -> Part:
         text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may have more concepts

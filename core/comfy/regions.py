@@ -15,7 +15,7 @@ from ..regional.noise import NoiseSettings
 from ..regional.regions import Region, pooled_of
 from ..sampling.denoise import RegionSteps
 from .apply import KEY, Wrappers, with_processor
-from .concept_clip import log
+from .concept_tokenizer import log
 from .families.base import Family
 from .prompt_marks import MARKS, is_marked
 from .region_run import EVALUATED, Evaluated, FoundRun, RegionRun
@@ -162,13 +162,18 @@ class _RegionSteps:
         if step is None:
             return predicted(x, conds)
 
+        # models that also make video have a time axis, here of one frame
+        has_time = x.ndim == 5
+
         def evaluate(latents: Tensor, regions: tuple[int, ...] | None) -> dict[str, Tensor]:
             """Converts denoised predictions, x - sigma * noise, into noise estimates."""
             sigma = _by_picture(timestep.repeat(len(latents) // len(x)), latents)
-            return {str(i): (latents - picture) / sigma
-                    for i, picture in enumerate(predicted(latents, regional, regions)) if regional[i]}
+            framed = latents.unsqueeze(2) if has_time else latents
+            return {str(i): (latents - picture.reshape(latents.shape)) / sigma
+                    for i, picture in enumerate(predicted(framed, regional, regions)) if regional[i]}
 
-        noises = step.estimate(x, evaluate)
+        estimates = step.estimate(x[:, :, 0] if has_time else x, evaluate)
+        noises = {name: noise.reshape(x.shape) for name, noise in estimates.items()}
         others = [None if own else cond for cond, own in zip(conds, regional, strict=True)]
         rest = predicted(x, others) if any(others) else [torch.zeros_like(x) for _ in conds]
         sigma = _by_picture(timestep, x)

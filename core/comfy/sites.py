@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import comfy.conds
 import torch
@@ -111,7 +111,7 @@ class Hooks(Protocol):
     def reads_own_text(self, options: dict) -> bool:
         """Whether no other node changes the text of the sites. Asked only if `is_alone`."""
 
-    def attached(self) -> AbstractContextManager[None]:
+    def attached(self, denoiser: Any = None) -> AbstractContextManager[None]:
         """Context manager around calls of the denoiser, in which its sites run attention processors."""
 
 
@@ -149,7 +149,7 @@ class DiffusionWrapper:
             args = *args[:2], options, *args[3:]
         else:
             kwargs["transformer_options"] = options
-        with self.hooks.attached():
+        with self.hooks.attached(getattr(executor, "class_obj", None)):
             return executor(x, timesteps, context, *args, **kwargs)
 
 

@@ -12,6 +12,9 @@ from ..errors import ConceptError
 from ..model.backbone import TextEncoder
 
 NAMES = ("clip_l", "clip_g", "clip_h")
+ROWS = "t5xxl"      # tokens of a text that is read as one row per T5 token
+_ROW_ENCODERS = ("qwen3_06b", ROWS)      # of Anima, of Cosmos Predict2
+_ROW_WIDTH = 1024      # of both; the host builds no other
 
 
 def encoder_names(clip) -> tuple[str, ...]:
@@ -19,12 +22,29 @@ def encoder_names(clip) -> tuple[str, ...]:
     names = tuple(name for name in NAMES
                   if hasattr(clip.cond_stage_model, name) and hasattr(clip.tokenizer, name))
     if not names:
-        raise ConceptError(f"the CLIP is a {type(clip.cond_stage_model).__name__}, which has no CLIP text "
-                           "encoder; allowed: the CLIP of Stable Diffusion 1.x, 2.x and SDXL checkpoints")
+        raise ConceptError(f"the CLIP's class is {type(clip.cond_stage_model).__name__}, which is not "
+                           "supported; allowed: the CLIP of a checkpoint of Stable Diffusion 1.x, 2.x, SDXL, "
+                           "Anima or Cosmos Predict2")
     return names
 
 
+def row_tokenizer(clip):
+    """The tokenizer whose tokens are the rows of a text, or None for a CLIP whose text is read otherwise."""
+    model, tokenizer = clip.cond_stage_model, clip.tokenizer
+    is_alone = not any(hasattr(model, name) for name in NAMES)
+    if not is_alone or not any(hasattr(model, name) for name in _ROW_ENCODERS):
+        return None
+    return getattr(tokenizer, ROWS, None) or getattr(tokenizer, f"clip_{ROWS}", None)
+
+
+def reads_rows(clip) -> bool:
+    """Whether the model beside a CLIP reads one row of text per T5 token."""
+    return row_tokenizer(clip) is not None
+
+
 def text_widths(clip) -> tuple[tuple[str, int], ...]:
+    if reads_rows(clip):
+        return ((ROWS, _ROW_WIDTH),)
     models = {name: getattr(clip.cond_stage_model, name) for name in encoder_names(clip)}
     return tuple((name, _embedding(model).shape[1]) for name, model in models.items())
 

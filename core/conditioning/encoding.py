@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 from ..bank.prompts import Prompt, WordRef, filled_templates
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..model.backbone import Backbone, TextEncoder
+from ..model.backbone import Backbone, TextEncoder, TextPiece, WholePromptEncoder
 from ..model.context import Context, strengths_or_none
 from .placeholder_nouns import Words, encoded_apart, noun_for, noun_ids, positions_of, with_words
+from .whole_prompts import WholePrompt, encode_whole
 
 SLOT_ID = 0     # id at the position of a learned word; not the end token, because some encoders search for it
 UNDIVIDED = 8      # shorter texts and placeholders are not divided between chunks, as in ComfyUI
@@ -99,6 +100,7 @@ class TextMemory:
     def __init__(self) -> None:
         self._encoded: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
         self._words: dict[tuple, Tensor] = {}
+        self.whole: dict[tuple[TextPiece, ...], WholePrompt] = {}
 
     @torch.no_grad()
     def get(self, encoder: TextEncoder, row: _Row, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -271,6 +273,9 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
     if missing:
         raise ConceptError(f"the words of concept '{missing[0]}' are not loaded")
     groups = {name: group for name, group in used.items() if group is not None}
+    encoder = backbone.text[0]
+    if isinstance(encoder, WholePromptEncoder):
+        return encode_whole(encoder, prompts, groups, by_strength, None if memory is None else memory.whole)
     copies = max([group.copies for group in groups.values()], default=1)
     laid_out = [[_chunks(encoder, _groups(encoder, prompt)) for prompt in prompts]
                 for encoder in backbone.text]
@@ -318,6 +323,8 @@ def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[T
 def text_positions(backbone: Backbone, prompt: Prompt) -> tuple[int, ...]:
     """Token positions of a prompt's text and words, without begin, end and padding."""
     encoder = backbone.text[-1]
+    if isinstance(encoder, WholePromptEncoder):
+        return tuple(range(len(encoder.ids(prompt.text))))
     chunks = _chunks(encoder, _groups(encoder, prompt))
     return tuple(number * encoder.length + 1 + i for number, chunk in enumerate(chunks)
                  for i in range(len(chunk)))

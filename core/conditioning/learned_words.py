@@ -76,6 +76,12 @@ class LearnedWords(Words):
                 start = initial_vectors(encoder.vectors(ids), words + 1, copies, 0.0, torch.Generator())
                 vectors.copy_(start[:, 1:])
 
+    def fix_to_noun(self, backbone: Backbone, class_noun: str) -> None:
+        """Makes the class noun the words, for good, also where the rest of a prompt is encoded."""
+        self.start_from_noun(backbone, class_noun)
+        self.requires_grad_(False)
+        self.placeholder_noun = class_noun
+
     def load(self, group: TokenGroup) -> None:
         """Sets the words to stored ones. Raises ConceptError if they do not fit."""
         for encoder, vectors in self.vectors.items():

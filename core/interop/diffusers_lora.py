@@ -30,8 +30,7 @@ def diffusers_state(layout: SiteLayout, deltas: Mapping[DeltaKey, LowRankDelta],
     strength, state = check_strength(strength), {}
     rank = max((delta.down.shape[0] for delta in deltas.values()), default=0)
     for (index, projection), delta in sorted(deltas.items()):
-        inner = "to_out.0" if projection == "to_out" else projection
-        name = f"unet.{layout.sites[index].name}.{inner}"
+        name = f"unet.{layout.sites[index].path(projection)}"
         missing = rank - delta.down.shape[0]
         down = pad(delta.down.float(), (0, 0, 0, missing))
         up = pad(delta.up.float() * (strength * delta.scale), (0, missing))

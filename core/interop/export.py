@@ -45,8 +45,8 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     Raises:
         ConceptError: Something cannot be exported or written. No files remain then.
     """
-    formats = check_formats(formats)
     strength, concept = check_strength(strength), bank.passing(name)
+    formats = formats_of(bank.layout, check_formats(formats), f"concept '{concept.name}'")
     concept.check_fits(bank.layout)
     owner, factors = f"concept '{concept.name}'", None
     tokens, lost = concept.tokens, list[str]()
@@ -61,9 +61,26 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     outputs = [OutputFile(concept.name, kind, state, partial(_metadata, kind, concept, bank.layout, state))
               for kind, state in states.items()]
     paths = write_files(owner, outputs, Folders.of(folder, words_folder))
-    notes = [f"{path.name}: {usage(kind, path, concept.name)}"
+    noun = "" if bank.layout.takes_words else concept.info.class_noun
+    notes = [f"{path.name}: {usage(kind, path, concept.name, noun)}"
              for kind, path in zip(formats, paths, strict=True)]
-    return Exported(paths, (*notes, *lost, *_losses(concept, formats, factors)))
+    return Exported(paths, (*notes, *lost, *_losses(concept, formats, factors, noun)))
+
+
+def formats_of(layout: SiteLayout, formats: tuple[str, ...], owner: str) -> tuple[str, ...]:
+    """The formats to write: none with words where words are class nouns.
+
+    Raises:
+        ConceptError: No format is left.
+    """
+    if layout.takes_words:
+        return formats
+    kept = tuple(dict.fromkeys("kohya" if kind == "bundle" else kind
+                               for kind in formats if kind != "embedding"))
+    if not kept:
+        raise ConceptError(f"the words of {owner} are class nouns on this base, so there is no embedding to "
+                           "write; allowed: the LoRA formats")
+    return kept
 
 
 def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = DEFAULT_FORMATS,
@@ -122,8 +139,10 @@ def embedding_metadata(concept: Concept, layout: SiteLayout, path: Path) -> dict
     return _metadata("embedding", concept, layout, {}, path)
 
 
-def usage(kind: str, path: Path, name: str) -> str:
-    """One sentence on how to use a concept's file."""
+def usage(kind: str, path: Path, name: str, noun: str = "") -> str:
+    """One sentence on how to use a concept's file. noun: the class noun, if that is the concept's words."""
+    if noun:
+        return f"LoRA; write '{noun}' where the concept is meant; it acts on every prompt"
     if kind == "embedding":
         return (f"goes into the embeddings folder; write embedding:{path.stem} in prompts, with a space "
                 "before and after it")
@@ -148,9 +167,10 @@ def slots_note(names: Sequence[str]) -> str:
             "other program reads slots; for other programs learn the concept with the method lora")
 
 
-def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None) -> list[str]:
+def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None,
+            noun: str = "") -> list[str]:
     notes = []
-    if not {"embedding", "bundle"} & set(formats):
+    if not noun and not {"embedding", "bundle"} & set(formats):
         notes.append("the learned words are not in these files; export the format 'embedding' as well")
     if factors is not None:
         notes += cut_notes(factors, "sparse deltas")

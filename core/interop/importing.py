@@ -67,14 +67,17 @@ def imported(name: str, class_noun: str, kind: str, layout: SiteLayout, vectors:
     """
     words = default_words(name, len(next(iter(vectors.values()))))
     tokens = TokenGroup(words, {encoder: compact(vector, f"{encoder} of {name}").unsqueeze(0)
-                                for encoder, vector in vectors.items()})
+                                for encoder, vector in vectors.items()},
+                        "" if layout.takes_words else class_noun)
     deltas = {} if taken is None else _one_rank(taken.deltas)
     origin = Provenance(base, settings={"files": list(files)})
     info = ConceptInfo(name, class_noun, METHOD, words, kind, origin)
     concept = Concept(info, tokens, deltas)
     concept.check_fits(layout)
     acting = "" if taken is None else "; it acts on all words of a prompt that names it, as a LoRA does"
-    notes = [f"<{name}> stands for {len(words)} learned word{'s' * (len(words) > 1)}{acting}"]
+    stands_for = (f"{len(words)} learned word{'s' * (len(words) > 1)}" if layout.takes_words
+                  else f"'{class_noun}' in prompts")
+    notes = [f"<{name}> stands for {stands_for}{acting}"]
     if taken is not None:
         notes += taken.notes()
         if set(taken.forms) - {LORA}:
@@ -170,7 +173,10 @@ def concept_of(name: str, class_noun: str, kind: str, layout: SiteLayout, encode
         owner = f"the embedding '{sources.files[-1]}'"
         vectors, more = embedding_vectors(sources.embedding, layout, owner, which)
         notes += more
-    if vectors is not None and trigger.strip():
+    if not layout.takes_words:      # prompts are encoded with the trigger, as they are for the LoRA alone
+        class_noun, trigger = check_class_noun(trigger) or class_noun, ""
+        vectors = {encoder: vector[-1:] for encoder, vector in trigger_vectors(encoders, class_noun).items()}
+    elif vectors is not None and trigger.strip():
         notes.append("the trigger was not used, because the file brings its own words")
     elif trigger.strip():
         vectors = trigger_vectors(encoders, trigger.strip())

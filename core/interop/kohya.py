@@ -21,10 +21,9 @@ from .factors import check_strength, compact
 
 
 def module_name(layout: SiteLayout, key: DeltaKey) -> str:
-    """`lora_unet_down_blocks_0_..._attn2_to_k`."""
+    """`lora_unet_down_blocks_0_..._attn2_to_k`, `lora_unet_blocks_0_cross_attn_k_proj`."""
     index, projection = key
-    inner = "to_out.0" if projection == "to_out" else projection
-    return "lora_unet_" + f"{layout.sites[index].name}.{inner}".replace(".", "_")
+    return "lora_unet_" + layout.sites[index].path(projection).replace(".", "_")
 
 
 def kohya_state(layout: SiteLayout, deltas: Mapping[DeltaKey, LowRankDelta],

@@ -105,7 +105,8 @@ def kind_of(module: str, is_text: bool) -> str:
 
 
 def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
-    """All names of the sites' projections: diffusers' and the original code's (`input_blocks_1_1_...`)."""
+    """All names of the sites' projections: diffusers' and the original code's (`input_blocks_1_1_...`) of a
+    UNet, the modules' of a transformer."""
     places: dict[str, DeltaKey] = {}
     original = _original_names([site.name for site in layout.sites])
     for site in layout.sites:
@@ -113,6 +114,8 @@ def site_names(layout: SiteLayout) -> dict[str, DeltaKey]:
             for projection in PROJECTIONS:
                 flat = f"{name}.{projection}".replace(".", "_")
                 places[flat] = places[f"{flat}_0"] = (site.index, projection)
+        for projection in PROJECTIONS:
+            places[site.path(projection).replace(".", "_")] = (site.index, projection)
     return places
 
 

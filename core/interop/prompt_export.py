@@ -20,7 +20,7 @@ from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.deltas import Delta, DeltaKey, projected
 from .embedding import embedding_state
-from .export import cut_notes, embedding_metadata, lora_state, slots_note, usage
+from .export import cut_notes, embedding_metadata, formats_of, lora_state, slots_note, usage
 from .factors import DEFAULT_ERROR, Factors, check_strength, low_rank_sum
 from .kohya import bundled_words
 from .metadata import aggregate_metadata
@@ -60,9 +60,10 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
     Raises:
         ConceptError: Something cannot be exported or written. No files remain then.
     """
-    formats, strength = check_formats(formats), check_strength(strength)
+    strength = check_strength(strength)
     _check(bank, mode, refit, backbone)
     prompt = bank.parse(prompt)
+    formats = formats_of(bank.layout, check_formats(formats), f"the prompt {prompt.text!r}")
     named = [bank.passing(name) for name in prompt.concepts]
     weights = {name: per_site
                for name, per_site in site_weights(backbone, bank, prompt, mode, strength).items()

@@ -151,6 +151,7 @@ class Method(ABC):
         learns_alone: whether it uses more of a forward pass than its parameters' gradients. Several
             processes, each with a share of the batch, would then disagree.
         describes_pictures: whether it uses the task's image encoder.
+        needs_words: whether it learns words and does not work with class nouns; see `check_base`.
         refinable: whether learning can go on from a stored concept, see `start_from`.
         published_mode: the paper's aggregation mode, see conditioning.routing; "sharp" for a paper without
             one. Benchmarks sample with it; users choose.
@@ -165,6 +166,7 @@ class Method(ABC):
     wants_prior: ClassVar[bool] = False
     learns_alone: ClassVar[bool] = False
     describes_pictures: ClassVar[bool] = False
+    needs_words: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
     published_mode: ClassVar[str] = "sharp"
     extra_key: ClassVar[str] = ""
@@ -200,6 +202,8 @@ class Method(ABC):
         c, self.task = self.config, task
         self.words = LearnedWords(task.backbone, task.name, task.word_names, task.class_noun, c.layerwise,
                                   c.first_std, task.generator)
+        if not task.backbone.layout.takes_words:
+            self.words.fix_to_noun(task.backbone, task.class_noun)
         self.adapters = self.make_adapters()
 
     def start_from(self, concept: Concept) -> None:
@@ -222,8 +226,9 @@ class Method(ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser, float32 whatever the base's type."""
         trained = [parameter for parameter in self.adapters.parameters() if parameter.requires_grad]
-        return [{"params": list(self.words.parameters()), "lr": self.config.token_lr},
-                {"params": trained, "lr": self.config.lr}]
+        words = [parameter for parameter in self.words.parameters() if parameter.requires_grad]
+        groups = [{"params": words, "lr": self.config.token_lr}, {"params": trained, "lr": self.config.lr}]
+        return groups if words else groups[1:]
 
     def token_group(self) -> TokenGroup:
         """The concept's words as trained so far, with gradient."""

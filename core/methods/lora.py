@@ -15,5 +15,6 @@ from .low_rank import LowRankMethod, ProjectionsConfig
 @register("lora", ProjectionsConfig, "layer-wise words and prompt-activated low-rank deltas without any "
           "penalty; the control")
 class Lora(LowRankMethod):
+    needs_words = False
     refinable = True
     config: ProjectionsConfig

@@ -102,6 +102,7 @@ class SlotAdapters(nn.Module):
 class Slots(LowRankMethod):
     composition = WORDS
     word_count = 4
+    needs_words = False
     refinable = True
     config: SlotsConfig
     words: LearnedWords
@@ -126,9 +127,8 @@ class Slots(LowRankMethod):
         c, self.task = self.config, task
         self.words = LearnedWords(task.backbone, task.name, task.word_names, task.class_noun,
                                   c.layerwise and self._learns_words, c.first_std, task.generator)
-        self.words.start_from_noun(task.backbone, task.class_noun)
+        self.words.fix_to_noun(task.backbone, task.class_noun)
         self.words.requires_grad_(self._learns_words)
-        self.words.placeholder_noun = task.class_noun
         self.slots = SlotAdapters(task.backbone.layout, c.slots, task.generator, task.backbone.device)
 
     def start_from(self, concept: Concept) -> None:

@@ -10,12 +10,15 @@ width of a projection; C, h, w channels, height and width of latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..errors import ConceptError
 from .context import Context
 from .deltas import Deltas
 from .processor import AttentionProcessor
@@ -68,6 +71,40 @@ class TextEncoder(ABC):
             The hidden states as the denoiser reads them, `[B, length, D]`, and the pooled output `[B, P]` or
             None.
         """
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """A part of a prompt for an encoder that takes no learned vectors.
+
+    Attributes:
+        text: Plain text.
+        weight: Factor on its states, as in prompts.
+        concept: The concept whose class noun the text is, repeated for each of its words; "" for other text.
+    """
+
+    text: str
+    weight: float = 1.0
+    concept: str = ""
+
+
+class WholePromptEncoder(TextEncoder):
+    """A text encoder that encodes whole prompts and takes no learned vectors. A concept is encoded as its
+    class noun, and what it has learned acts at the tokens of that noun.
+    """
+
+    takes_vectors = False
+
+    @abstractmethod
+    def encode_pieces(self, pieces: Sequence[TextPiece]) -> tuple[Tensor, Mapping[str, tuple[int, ...]]]:
+        """Encodes a prompt.
+
+        Returns:
+            The text states that the sites read, `[1, N, D]`, and for each concept the rows of its noun.
+        """
+
+    def encode(self, ids: Tensor, slots: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise ConceptError(f"the text encoder '{self.name}' takes no learned vectors")
 
 
 class Projections(Protocol):

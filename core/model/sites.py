@@ -16,6 +16,7 @@ from ..errors import ConceptError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _TRANSFORMER_SITE = re.compile(r"blocks\.(\d+)\.cross_attn")
+_TRANSFORMER_MODULES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "output_proj"}
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # fingerprints of the embedded bases, so that messages can name the base of a bank
 _EMBEDDED = {"6f395a5ccb499e4b": "embedded-64", "b9658e3c739a55e4": "embedded-128",
@@ -69,6 +70,13 @@ class Site:
         return self.width, (self.context_width if projection in ("to_k", "to_v") else self.width)
 
 
+    def path(self, projection: str) -> str:
+        """Module path of a projection: diffusers' for a UNet, Cosmos Predict2's for a transformer."""
+        if _TRANSFORMER_SITE.fullmatch(self.name):
+            return f"{self.name}.{_TRANSFORMER_MODULES[projection]}"
+        return f"{self.name}.{'to_out.0' if projection == 'to_out' else projection}"
+
+
 @dataclass(frozen=True)
 class SiteLayout:
     """All sites of a model family and the widths of its text encoders. A concept must match this layout.
@@ -95,6 +103,12 @@ class SiteLayout:
         """Short hash of all shapes. Models with the same fingerprint can share concepts."""
         shapes = [(site.name, site.copy, site.heads, site.width, site.context_width) for site in self.sites]
         return hashlib.sha256(json.dumps([shapes, self.text_widths]).encode()).hexdigest()[:16]
+
+    @property
+    def takes_words(self) -> bool:
+        """Whether words can be learned in front of its text encoders. Models that read the rows of T5 tokens
+        get class nouns instead."""
+        return all(name != "t5xxl" for name, _ in self.text_widths)
 
     def splits(self, projection: str, side: int) -> list[int]:
         """Widths of all sites on one side of a projection (0 = output, 1 = input), in site order."""

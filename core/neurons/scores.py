@@ -158,6 +158,8 @@ def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, gener
 def text_positions(backbone: Backbone, prompts: Sequence[str]) -> list[list[int]]:
     """Token positions of the text of each plain prompt, without begin, end and padding."""
     encoder = backbone.text[0]
+    if not encoder.takes_vectors:      # whole prompts have no begin
+        return [list(range(len(encoder.ids(prompt)))) for prompt in prompts]
     return [list(range(1, 1 + min(len(encoder.ids(prompt)), encoder.length - 2))) for prompt in prompts]
 
 

@@ -37,6 +37,7 @@ from ..conditioning.encoding import TextMemory, encode_prompts
 from ..data.pictures import Picture
 from ..errors import ConceptError
 from ..methods.base import METHODS, Forward, Method, Task, get, make
+from ..methods.check_base import check_base
 from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from .config import TrainingConfig
@@ -155,9 +156,10 @@ def with_replay(task: Task, pictures: Sequence[Picture], config: TrainingConfig,
 
 
 def check_start(task: Task, method: Method) -> None:
-    """Raises ConceptError if a concept that is refined does not fit the method's settings. This is cheap, and
-    drawing pictures of the concept is not.
+    """Raises ConceptError if the method does not work on the base, or if a concept that is refined does not
+    fit the method's settings. This is cheap; encoding photos and drawing pictures is not.
     """
+    check_base(method, task)
     if task.start is not None:
         Before(task.worded(method.words_of_kind(task.kind)), method)
 

@@ -22,6 +22,7 @@ from ..data.batch import Batch
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..methods.base import Method, Task
+from ..methods.check_base import check_base
 from ..model.context import Context
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig, optimizer_class
@@ -78,6 +79,7 @@ class Trainer:
         if group.size > 1 and method.learns_alone:
             raise ConceptError(f"method '{method.name}' depends on its own gradients or replays, which would "
                                f"differ between {group.size} processes; start it in one")
+        check_base(method, task)
         task = task.worded(method.words_of_kind(task.kind))
         self.task, self.method, self.data, self.config, self.group = task, method, data, config, group
         self.micro_batch_size = 0      # set once memory has run out; 0 = the whole batch

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from ...errors import ConceptError
 from .base import Family
+from .predict2 import Predict2
 from .unet import UNet
 
-FAMILIES: tuple[type[Family], ...] = (UNet,)
+FAMILIES: tuple[type[Family], ...] = (UNet, Predict2)
+
+SUPPORTED = ", ".join(family.names for family in FAMILIES)
 
 
 def find_sites(model, text_widths: tuple[tuple[str, int], ...]) -> Family:
@@ -18,6 +21,5 @@ def find_sites(model, text_widths: tuple[tuple[str, int], ...]) -> Family:
     for family in FAMILIES:
         if family.knows(model):
             return family(model, text_widths)
-    raise ConceptError(f"the model is a {type(model.model).__name__}, "
-                       "which has no text cross-attention sites; "
-                       f"allowed: {', '.join(family.names for family in FAMILIES)} checkpoints")
+    raise ConceptError(f"the model's class is {type(model.model).__name__}, which is not supported; allowed: "
+                       f"checkpoints of {SUPPORTED}")

@@ -7,16 +7,19 @@ host samples, and how the model is evaluated for learning.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ...model.backbone import TextEncoder
 from ...model.context import Context
-from ...model.schedule import NoiseSchedule
+from ...model.schedule import Schedule
 from ...model.sites import Site, SiteLayout
+
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Family(ABC):
@@ -25,6 +28,8 @@ class Family(ABC):
     Attributes:
         names: Its models, for messages.
         recomputed: The classes of the blocks that gradient checkpointing recomputes.
+        learns_in_text: Whether gradients pass through the text encoders, so that words can be learned.
+        guides_attention: Whether attention guidance knows its latents.
         model: ComfyUI's MODEL.
         denoiser: ComfyUI's module.
         layout: The sites, as in every host.
@@ -32,6 +37,8 @@ class Family(ABC):
 
     names: ClassVar[str]
     recomputed: ClassVar[tuple[str, ...]]
+    learns_in_text: ClassVar[bool] = True
+    guides_attention: ClassVar[bool] = True
     model: Any
     denoiser: Any
     layout: SiteLayout
@@ -52,8 +59,12 @@ class Family(ABC):
         """Module path of a projection inside the denoiser."""
 
     @abstractmethod
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Schedule:
         """The MODEL's schedule. Raises ConceptError for one that is not supported."""
+
+    @abstractmethod
+    def text_encoders(self, clip, load: Callable[[], None]) -> tuple[TextEncoder, ...]:
+        """The text encoders of a CLIP. load: loads their weights, before gradients pass through them."""
 
     def linear(self, site: Site, projection: str) -> nn.Linear:
         """The module of a projection."""
@@ -106,9 +117,17 @@ class Family(ABC):
         """Whether another node replaces the self-attention of the sites' blocks."""
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Context manager around calls of the denoiser, in which its sites run attention processors."""
+    def attached(self, denoiser: Any = None) -> Iterator[None]:
+        """Context manager around calls of the denoiser, in which its sites run attention processors.
+
+        Args:
+            denoiser: The module that is called; the host may have made a copy. None = this MODEL's.
+        """
         yield
+
+    def rows(self, states: Tensor, extra: Mapping[str, Any]) -> Tensor:
+        """The text that the sites read, `[B, N, D]`, from the states of a CONDITIONING and its dictionary."""
+        return states
 
     # Learning
 
@@ -136,6 +155,15 @@ class Family(ABC):
 def computation_type(base) -> torch.dtype:
     """The type in which the host computes, which may differ from the type of the stored weights."""
     return base.get_dtype() if base.manual_cast_dtype is None else base.manual_cast_dtype
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a projection is an ordinary torch linear layer. Other kinds of layers may fail on an empty
+    text.
+    """
+    weight = linear.weight
+    is_own = type(weight) in (Tensor, nn.Parameter) and weight.device.type in ("cpu", "cuda")
+    return is_own and weight.dtype in _PLAIN
 
 
 def append_once(clone, name: str, patch) -> None:

@@ -15,18 +15,19 @@ from typing import Any, ClassVar
 import comfy.model_sampling
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import ConceptError
+from ...model.backbone import TextEncoder
 from ...model.context import Context
 from ...model.processor import AttentionProcessor, HostAttention, SiteCall
 from ...model.schedule import NoiseSchedule
 from ...model.sites import Site, unet_layout
 from ..sites import ALONE, OFFSETS, PROCESSOR, host_attention
-from .base import Family, append_once, computation_type
+from ..text import ROWS, ComfyText, encoder_names
+from .base import Family, append_once, computation_type, is_plain
 
 _CALL = "continual_concepts_call"           # the SiteCall, in the options of one block call
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
 # ComfyUI's name of a transformer block: input | middle | output, number, index inside
 Address = tuple[str, int, int]
@@ -47,11 +48,14 @@ class UNet(Family):
         addresses: ComfyUI's name of each site's block -> the site.
     """
 
-    names: ClassVar[str] = "Stable Diffusion 1.x, 2.x and SDXL"
+    names: ClassVar[str] = "Stable Diffusion 1.x, 2.x, SDXL"
     recomputed: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResBlock")
 
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
+        if [name for name, _ in text_widths] == [ROWS]:
+            raise ConceptError(f"the model's class is {type(model.model).__name__}, but the CLIP has the "
+                               f"text encoder {ROWS}; connect the model's own CLIP")
         names = _site_names(model)
         attentions = {name: self.denoiser.get_submodule(f"{path}.attn2") for name, path in names.items()}
         shapes = {name: (attention.heads, attention.to_q.weight.shape[0], attention.to_k.weight.shape[1])
@@ -81,6 +85,9 @@ class UNet(Family):
                                "epsilon and v prediction")
         sigmas = sampling.sigmas.detach().double().cpu()
         return NoiseSchedule((1 / (1 + sigmas.square())).float(), prediction)
+
+    def text_encoders(self, clip, load: Callable[[], None]) -> tuple[TextEncoder, ...]:
+        return tuple(ComfyText(name, clip, load) for name in encoder_names(clip))
 
     def hook(self, clone, self_attention: bool = False) -> None:
         replaced = clone.model_options["transformer_options"].get("patches_replace", {})
@@ -189,7 +196,7 @@ class Begin:
 
     def __init__(self, sites: UNet) -> None:
         self.addresses = sites.addresses
-        self.skips_text = all(_is_plain(sites.linear(site, name)) for site in sites.layout.sites
+        self.skips_text = all(is_plain(sites.linear(site, name)) for site in sites.layout.sites
                               for name in ("to_k", "to_v"))
 
     def __call__(self, n, context, value, options):
@@ -202,15 +209,6 @@ class Begin:
         if not call.reads_text and self.skips_text:
             context, value = context[:, :0], value[:, :0]
         return call.hidden, context, value
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether a projection is an ordinary torch linear layer. Other kinds of layers may fail on an empty
-    text.
-    """
-    weight = linear.weight
-    is_own = type(weight) in (Tensor, nn.Parameter) and weight.device.type in ("cpu", "cuda")
-    return is_own and weight.dtype in _PLAIN
 
 
 def _site_of(addresses: dict[Address, Site], options: dict) -> Site | None:

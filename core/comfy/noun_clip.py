@@ -1,0 +1,236 @@
+"""CLIPs of models that read one row of text per T5 token: Anima and Cosmos Predict2.
+
+A concept is encoded as its class noun, repeated as often as it has words, by the host's own tokenizers and
+encoders. What it has learned acts at the rows of these tokens. The CONDITIONING carries which rows they are,
+beside the token ids, which the host carries there too. So no gradient passes through a text encoder, and the
+prompt's states are those of the plain CLIP for the same words.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..bank.composition import Kind
+from ..bank.grammar import Part, Placeholder, written
+from ..conditioning.whole_prompts import repeated_noun
+from ..model.backbone import TextPiece, WholePromptEncoder
+from .concept_encoder import Concepts, Wrapped
+from .concept_tokenizer import ConceptTokenizer
+from .sites import STRENGTHS, WORDS, SlotCond
+from .text import ROWS, row_tokenizer, text_widths
+from .token_lora import code
+
+ROW_COUNT = 512      # rows of a text, at least: the host fills shorter ones up
+# Noncharacters of Unicode around a noun; no prompt contains them. Tokenizers do not see them.
+_BEGIN, _END = "\ufdd5", "\ufdd6"
+
+
+class NounId(int):
+    """The id of a token of a class noun that stands for a concept."""
+
+    concept: str
+
+    @classmethod
+    def of(cls, token: int, concept: str) -> NounId:
+        made = cls(token)
+        made.concept = concept
+        return made
+
+
+def marked(noun: str) -> str:
+    """A noun whose tokens become `NounId`s, see `tokenized`."""
+    return f"{_BEGIN}{noun}{_END}"
+
+
+def tokenized(original, text: str, concepts: Sequence[str], *args, **kwargs) -> dict:
+    """What the host's tokenizer makes of a text, with `NounId`s at the marked nouns.
+
+    Args:
+        original: The CLIP's tokenizer.
+        text: With marked nouns.
+        concepts: The concept of each marked noun, in order.
+    """
+    inner, remaining = copy.copy(original), iter(concepts)
+    for name, part in vars(original).items():
+        if hasattr(part, "tokenizer"):
+            own = copy.copy(part)
+            own.tokenizer = _Unmarked(part.tokenizer, remaining if name.endswith(ROWS) else None)
+            setattr(inner, name, own)
+    return inner.tokenize_with_weights(text, *args, **kwargs)
+
+
+class _Unmarked:
+    """A tokenizer that takes marks out of texts. concepts: of the marked nouns; None = plain ids."""
+
+    def __init__(self, inner, concepts) -> None:
+        self.inner, self.concepts = inner, concepts
+
+    def __getattr__(self, name: str):
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __call__(self, text: str, *args, **kwargs):
+        plain, spans = _unmarked(text)
+        if self.concepts is None or not spans:
+            return self.inner(plain, *args, **kwargs)
+        encoded = self.inner(plain, *args, return_offsets_mapping=True, **kwargs)
+        ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
+        for start, end in spans:
+            concept = next(self.concepts)
+            for i, (first, last) in enumerate(places):
+                if max(first, start) < min(last, end):
+                    ids[i] = NounId.of(ids[i], concept)
+        return {"input_ids": ids}
+
+
+def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without marks, and the places of the nouns in it."""
+    plain, spans = "", []
+    for piece in text.split(_BEGIN):
+        noun, end, rest = piece.partition(_END)
+        if end:
+            spans.append((len(plain), len(plain) + len(noun)))
+        plain += noun + rest
+    return plain, spans
+
+
+class NounTokenizer(ConceptTokenizer):
+    """A CLIP's tokenizer with placeholders, which become class nouns. Arguments as for `ConceptTokenizer`."""
+
+    def tokenize_with_weights(self, text: str, *args, **kwargs):
+        prompt = self.vocabulary.parse(text)     # raises for an unknown placeholder
+        self._tell(prompt)
+        words = [self.vocabulary.entries[name] for name in prompt.placeholders]
+
+        def noun_of(name: str) -> str:
+            found = self.vocabulary.entries[name]
+            known = self.concepts[found[0].concept].info
+            return marked(repeated_noun(known.name, known.class_noun, len(found)))
+
+        return tokenized(self.original, prompt.substituted(noun_of), [found[0].concept for found in words],
+                         *args, **kwargs)
+
+
+class NounEncoder(Wrapped):
+    """A CLIP's text model whose CONDITIONING says at which rows concepts act.
+
+    Args:
+        inner: The CLIP's text model.
+        concepts: The concepts.
+        acting: See `concept_clip`.
+    """
+
+    def __init__(self, inner, concepts: Concepts, acting: Mapping[str, float] | None = None) -> None:
+        super().__init__(inner)
+        self.word_bound = {name for name, known in concepts.items()
+                           if known.info.composes.kind is Kind.WORDS}
+        self.by_strength = {name for name, known in concepts.items() if known.by_strength}
+        self.acting = acting
+
+    def encode_token_weights(self, tokens):
+        weights: dict[str, dict[int, float]] = {}
+        row = tokens[ROWS][0]
+        for place, (token, weight, *_) in enumerate(row):
+            if isinstance(token, NounId) and token.concept in self.word_bound:
+                weights.setdefault(token.concept, {})[place] = weight
+        output = self.inner.encode_token_weights(self._plain(tokens))
+        if not self.word_bound:
+            return output
+        extra = dict(output[2]) if len(output) > 2 else {}
+        conditions = row_conditions(weights, max(ROW_COUNT, len(row)), output[0].device)
+        return *output[:2], extra | {"model_conds": {**extra.get("model_conds", {}), **conditions}}
+
+    def _plain(self, tokens):
+        """The host's tokens. Nouns get the weight 1 where a weight is a factor on deltas."""
+        def weight_of(token, weight: float) -> float:
+            if not isinstance(token, NounId) or token.concept not in self.by_strength:
+                return weight
+            if token.concept in self.word_bound or self.acting is None:
+                return 1.0
+            return 1.0 if self.acting.get(token.concept) == weight else weight
+
+        return _plain_ids({key: [[(token, weight_of(token, weight), *rest) for token, weight, *rest in chunk]
+                                 for chunk in chunks] for key, chunks in tokens.items()})
+
+
+def row_conditions(weights: Mapping[str, Mapping[int, float]], rows: int,
+                   device: torch.device | str) -> dict[str, SlotCond]:
+    """Model conditions that say where word-bound concepts act. weights: concept -> row -> strength."""
+    codes, strengths = torch.zeros(1, 1, rows, 1, dtype=torch.long), torch.zeros(1, 1, rows, 1)
+    for name, places in weights.items():
+        for place, weight in places.items():
+            codes[0, 0, place], strengths[0, 0, place] = code(name), weight
+    return {WORDS: SlotCond(codes.to(device)), STRENGTHS: SlotCond(strengths.to(device))}
+
+
+def on_all_rows(conditioning, own_code: int, strength: float):
+    """Returns a CONDITIONING in which a concept's deltas act at every row; as `with_strength`."""
+    def changed(states: Tensor, extra: dict) -> list:
+        conditions = extra.get("model_conds", {})
+        if WORDS not in conditions:
+            conditions = {**conditions, **row_conditions({}, ROW_COUNT, states.device)}
+
+        def added(key: str, value: float) -> SlotCond:
+            values = conditions[key].cond
+            return SlotCond(torch.cat([values, torch.full_like(values[:, :1], value)], 1))
+
+        own = {WORDS: added(WORDS, own_code), STRENGTHS: added(STRENGTHS, strength)}
+        return [states, {**extra, "model_conds": {**conditions, **own}}]
+
+    return [changed(states, extra) for states, extra in conditioning]
+
+
+class RowText(WholePromptEncoder):
+    """The T5 tokens of a CLIP whose text is read as rows.
+
+    Args:
+        clip: A CLIP; with concepts or without.
+        vectors: The vectors of its tokens, `[vocabulary, D]`.
+        rows: The text that the sites read, `[B, N, D]`, from the states of a CONDITIONING and its dictionary.
+    """
+
+    def __init__(self, clip, vectors: Callable[[], Tensor],
+                 rows: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> None:
+        self.name, self.clip, self._vectors, self._rows = ROWS, clip, vectors, rows
+        (_, self.width), = text_widths(clip)
+        tokenizer = row_tokenizer(clip)
+        self.length, self.start = tokenizer.max_length, tokenizer.end_token
+        self.end, self.pad = tokenizer.end_token, tokenizer.pad_token
+
+    def ids(self, text: str) -> list[int]:
+        return row_tokenizer(self.clip).tokenizer(text)["input_ids"][:-1]
+
+    def vectors(self, ids: list[int]) -> Tensor:
+        return self._vectors()[torch.tensor(ids, dtype=torch.long)].detach().float().cpu().clone()
+
+    @torch.no_grad()
+    def encode_pieces(self, pieces: Sequence[TextPiece]) -> tuple[Tensor, dict[str, tuple[int, ...]]]:
+        parts: list[Part] = [(Placeholder(str(i)) if piece.concept else piece.text, piece.weight)
+                             for i, piece in enumerate(pieces)]
+        text = written(parts, lambda number: marked(pieces[int(number)].text))
+        original = getattr(self.clip.tokenizer, "original", self.clip.tokenizer)
+        tokens = tokenized(original, text, [piece.concept for piece in pieces if piece.concept])
+        found: dict[str, list[int]] = {}
+        for place, (token, *_) in enumerate(tokens[ROWS][0]):
+            if isinstance(token, NounId):
+                found.setdefault(token.concept, []).append(place)
+        extra = self.clip.encode_from_tokens(_plain_ids(tokens), return_dict=True)
+        states = self._rows(extra.pop("cond"), extra)
+        return states.float(), {name: tuple(places) for name, places in found.items()}
+
+
+def _plain_ids(tokens) -> dict:
+    return {key: [[(int(token) if isinstance(token, NounId) else token, *rest) for token, *rest in chunk]
+                  for chunk in chunks] for key, chunks in tokens.items()}
+
+
+def padded_rows(states: Tensor, rows: int) -> Tensor:
+    """States `[B, N, D]` with zeros behind them, `[B, rows, D]`."""
+    return pad(states, (0, 0, 0, rows - states.shape[1]))

@@ -1,0 +1,76 @@
+"""Prompts for text encoders that take no learned vectors: concepts are encoded as their class nouns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..bank.prompts import Prompt, WordRef
+from ..bank.tokens import TokenGroup
+from ..errors import ConceptError
+from ..model.backbone import TextPiece, WholePromptEncoder
+from ..model.context import Context, strengths_or_none
+
+MEMORY_LIMIT = 512     # prompts; further ones are not kept
+
+WholePrompt = tuple[Tensor, Mapping[str, tuple[int, ...]]]      # states `[1, N, D]`, concept -> positions
+
+
+def repeated_noun(concept: str, noun: str, words: int) -> str:
+    """The text that stands for a concept's words where they cannot be encoded themselves.
+
+    Raises:
+        ConceptError: There is no class noun.
+    """
+    if not noun.strip():
+        raise ConceptError(f"concept '{concept}' has no class noun, and this model encodes prompts with it; "
+                           "learn the concept with a class noun such as dog")
+    return " ".join([noun] * words)
+
+
+def pieces_of(prompt: Prompt, groups: Mapping[str, TokenGroup],
+              by_strength: Collection[str]) -> list[TextPiece]:
+    """The texts of a prompt, and one piece with class nouns for each run of a concept's words."""
+    pieces: list[TextPiece] = []
+    previous: WordRef | None = None
+    for piece, weight in prompt.weighted:
+        if isinstance(piece, str):
+            pieces.append(TextPiece(piece, weight))
+            previous = None
+            continue
+        name = piece.concept
+        text = repeated_noun(name, groups[name].placeholder_noun, 1)
+        if previous == WordRef(name, piece.position - 1):
+            text = f"{pieces.pop().text} {text}"
+        pieces.append(TextPiece(text, 1.0 if name in by_strength else weight, name))
+        previous = piece
+    return pieces
+
+
+def encode_whole(encoder: WholePromptEncoder, prompts: Sequence[Prompt], groups: Mapping[str, TokenGroup],
+                 by_strength: Collection[str],
+                 memory: dict[tuple[TextPiece, ...], WholePrompt] | None = None) -> Context:
+    """`encode_prompts` for an encoder that takes no learned vectors.
+
+    Args:
+        groups: Concept -> its words.
+        by_strength: As for `encode_prompts`.
+        memory: Prompts that were encoded already; new ones are added. No text is then encoded twice while a
+            concept is learned, because states do not depend on what is learned.
+    """
+    memory, encoded = {} if memory is None else memory, []
+    for prompt in prompts:
+        pieces = tuple(pieces_of(prompt, groups, by_strength))
+        whole = memory.get(pieces) or encoder.encode_pieces(pieces)
+        if len(memory) < MEMORY_LIMIT:
+            memory[pieces] = whole
+        encoded.append(whole)
+    longest = max(states.shape[1] for states, _ in encoded)
+    hidden = torch.cat([pad(states, (0, 0, 0, longest - states.shape[1])) for states, _ in encoded])
+    words = tuple(dict(found) for _, found in encoded)
+    strengths = tuple({name: (prompt.strength_of(name),) * len(places) for name, places in found.items()
+                       if name in by_strength} for prompt, found in zip(prompts, words, strict=True))
+    return Context(hidden.unsqueeze(1), None, words, strengths_or_none(strengths))
