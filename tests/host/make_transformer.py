@@ -25,6 +25,7 @@ class Sizes:
     width: int = 256
     adapter_layers: int = 1
     encoder_layers: int = 1
+    encoder_width: int = 256      # inside its layers
     picture_width: int = 8      # of the VAE
 
 
@@ -69,7 +70,8 @@ def reduced(sizes: Sizes):
     with pytest.MonkeyPatch.context() as patch:
         config = llama.Qwen3_06BConfig
         patch.setattr(llama, "Qwen3_06BConfig",
-                      partial(config, num_hidden_layers=sizes.encoder_layers, intermediate_size=256))
+                      partial(config, num_hidden_layers=sizes.encoder_layers,
+                              intermediate_size=sizes.encoder_width))
         import comfy.ldm.anima.model as anima
 
         patch.setattr(anima, "LLMAdapter", partial(anima.LLMAdapter, num_layers=sizes.adapter_layers))

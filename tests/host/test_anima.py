@@ -260,3 +260,38 @@ def test_what_does_not_fit_is_refused(anima, studio, learned):
     with pytest.raises(ConceptError, match="5 frames of video; regions need one"):
         anima.regional(SCENE, [anima.region("<spot>")], learned[0],
                        latent={"samples": torch.zeros(1, 16, 5, 8, 8)})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_model_that_is_loaded_in_part(anima, learned, share):
+    """As on a small graphics card: weights wait elsewhere and are fetched, with patches, when they are
+    used."""
+    import comfy.model_management as management
+
+    model, clip, positive = anima.aggregate("<ink> of <spot>", learned[0])
+    negative = anima.encode(clip, "")
+    whole = anima.ksampler(model, positive, negative)
+    management.load_models_gpu([model])
+    model.partially_unload(model.offload_device, (1 - share) * model.model_size())
+    assert model.model.model_lowvram
+    assert torch.equal(anima.ksampler(model, positive, negative), whole)
+    again = anima.learn(method="slots", steps=2)["spot"]
+    for place, delta in learned[0]["spot"].deltas.items():
+        assert all(torch.equal(*pair) for pair in zip(delta.tensors(), again.deltas[place].tensors(),
+                                                      strict=True))
+    management.unload_all_models()
+
+
+def test_weights_of_sixteen_bits(anima, pack, learned):
+    """A model in bfloat16, as it is shipped: everything runs, and neutral settings stay plain."""
+    with torch.inference_mode():
+        half = type(anima)(pack, (anima_model(dtype=torch.bfloat16), anima.clip, anima.vae), None)
+    half.side, half.latent = anima.side, anima.latent
+    bank = half.learn(method="slots", steps=2)
+    model, clip, positive = half.aggregate("a <spot>", bank)
+    changed = half.ksampler(model, positive, half.encode(clip, ""))
+    plain = half.ksampler(half.model, f"a {DOGS}", "")
+    assert torch.isfinite(changed).all() and distance(changed, plain) > 1e-3
+    full, clip, positive = anima.aggregate("a <spot>", learned[0])
+    assert distance(changed, anima.ksampler(full, positive, anima.encode(clip, ""))) < 0.1
+    assert torch.equal(half.regional(f"a {DOGS}", bank=bank), plain)
