@@ -267,6 +267,9 @@ def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, m
     elif backbone is None:
         raise ConceptError(f"aggregation mode '{mode}' encodes the prompt, and there is no text encoder; "
                            "allowed without: sharp, equal")
+    elif not bank.layout.takes_words:
+        raise ConceptError(f"aggregation mode '{mode}' compares learned words with the prompt, and on this "
+                           "base the words are class nouns; allowed: sharp, equal")
     else:
         weights = _elastic(backbone, bank, by_prompt, prompt, mode)
     factors = {name: strength * prompt.strength_of(name) for name in (*by_prompt, *word_bound)}

@@ -255,6 +255,10 @@ def test_what_does_not_fit_is_refused(anima, studio, learned):
                          ({"model": studio.model, "clip": studio.clip}, "another base")):
         with pytest.raises(ConceptError, match=message):
             anima.aggregate("<spot>", learned[0], **one)
+    for mode in ("paper", "released code"):
+        with pytest.raises(ConceptError, match="words are class nouns; allowed: sharp, equal"):
+            anima.aggregate("<ink>", learned[0], mode)
+    assert anima.aggregate("", learned[0], "equal merge")[0].patches
     with pytest.raises(ConceptError, match="artists is 0.5.*no attention guidance; allowed: 0"):
         anima.regional("<spot> and <tom>", (), learned[0], artists=0.5)
     with pytest.raises(ConceptError, match="5 frames of video; regions need one"):

@@ -1,5 +1,5 @@
-"""Four blocks of Anima at their true shape (width 2048, 16 heads of 128), with the whole adapter, text encoder
-and VAE: learn two concepts from drawn photos, two regions, save. Two minutes."""
+"""Four blocks of Anima at their true shape (width 2048, 16 heads of 128), with the whole adapter, text
+encoder and VAE: learn two concepts from drawn photos, two regions, save. Two minutes."""
 
 from __future__ import annotations
 
