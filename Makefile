@@ -13,7 +13,7 @@ TESTS ?= tests
 .PHONY: demo test test-oldest verify lint clean
 
 demo: $(READY)
-	$(BIN)/continual-concepts demo --output demo
+	$(BIN)/continual-concepts demo --output demo $(if $(BASE),--base embedded-$(BASE))
 
 # -I keeps this folder off sys.path, where nodes/ would hide ComfyUI's nodes.py.
 test: $(READY)

@@ -17,7 +17,7 @@ from .schema import Schema
 
 TRAINING = ("optimizer", "schedule", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset",
             "accumulation", "gradient_checkpointing", "precision", "framing", "flip", "prior_weight",
-            "caption_dropout", "checkpoint_every", "replay")
+            "caption_dropout", "checkpoint_every", "replay", "timestep_sampling")
 CIDM = ("rank", "scale", "layerwise", "gamma1", "gamma2", "orthogonality", "shared", "shared_rank",
         "attention_weight", "token_norm_stop")
 
@@ -35,7 +35,8 @@ class ConceptTrainingSettings(io.ComfyNode):
             description="Optional settings of the training loop, for Concept Learner's training_settings.",
             # ComfyUI can cancel at any step anyway
             inputs=setting_inputs(TrainingConfig, TRAINING, optimizer={"options": optimizers},
-                                  checkpoint_every={"default": 100}, replay={"optional": True}),
+                                  checkpoint_every={"default": 100}, replay={"optional": True},
+                                  timestep_sampling={"optional": True}),
             outputs=[types.Settings.Output(display_name="training_settings")],
         )
 

@@ -83,6 +83,22 @@ def other_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def transformer_base(tmp_path_factory, other_base) -> Path:
+    """The file of a tiny transformer of random numbers, packed as the real one will be."""
+    from continual_concepts.core.demo import base
+
+    sizes = {"transformer": {"in_channels": 6, "model_channels": 48, "num_blocks": 2, "num_heads": 2,
+                             "crossattn_emb_channels": 128, "adaln_lora_dim": 8, "rope_ratio": 0.0125},
+             "vae": base.read_sizes(other_base)["vae"], "text_encoder": base.SIZES["text_encoder"],
+             "schedule": {"kind": "flow", "shift": 2.0, "multiplier": 1000.0}, "picture_size": 32}
+    file = tmp_path_factory.mktemp("transformer") / "base.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(12)
+        base.save_base(base.build_modules(sizes), file, {"steps": 1}, sizes, packed=True)
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_base():
     """tiny_base(folder): Stable Diffusion 1's structure in diffusers' layout, pictures of 32 pixels.
 

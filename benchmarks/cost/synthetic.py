@@ -147,5 +147,5 @@ def sd15_backbone(text: tuple = ()):
     from ...core.model.schedule import NoiseSchedule, cumulative_alphas
 
     vae = nn.Module()
-    vae.config = SimpleNamespace(block_out_channels=(0,) * 4)      # no other parts are used
+    vae.config = SimpleNamespace(block_out_channels=(0,) * 4, latent_channels=4)      # nothing else is used
     return DiffusersBackbone(random_unet(), vae, text, NoiseSchedule(cumulative_alphas(0.00085, 0.012)))

@@ -16,7 +16,7 @@ def demo(options: Namespace) -> Result:
     """Runs the demo and prints its main figures."""
     from .demo import run
 
-    report = run(options.output)
+    report = run(options.output, options.base)
     cidm, finetuning = report["methods"]["cidm"], report["methods"]["finetune"]
     lines = [
         f"learned {', '.join(f'<{name}>' for name in report['concepts'])} in {report['seconds']:.0f} s",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..bank.bank import ConceptBank
 from ..bank.store import change_bank, saved_elsewhere
 from ..data.assignment import Assignment
 from ..demo.base import load_base
-from ..demo.bases import picture_size
+from ..demo.bases import EMBEDDED, file_of, picture_size
 from ..demo.judges import SceneEncoder, assignment
 from ..errors import ConceptError
 from ..evaluation import metrics
@@ -87,11 +87,12 @@ def _progress(method: str) -> Callable[[str], Callable]:
     return start
 
 
-def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: SceneEncoder) -> Reference:
+def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: SceneEncoder,
+                     settings: SampleSettings) -> Reference:
     bank, noun, real, pictures = ConceptBank(backbone.layout), [], [], []
     for task in tasks:
         prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(len(SEEDS))]
-        images = sample(backbone, bank, prompts, SEEDS, SETTINGS)
+        images = sample(backbone, bank, prompts, SEEDS, settings)
         references = encoder.features(task.references, task.kind)
         noun.append(metrics.image_alignment(encoder.features(images, task.kind), references))
         real.append(metrics.image_alignment(encoder.features(task.held_out, task.kind), references))
@@ -129,12 +130,12 @@ def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: Sc
 
 
 def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], encoder: SceneEncoder,
-            reference: Reference) -> Composition:
+            reference: Reference, settings: SampleSettings) -> Composition:
     """Samples both objects in one picture by region attention.
 
     A hit also requires a similarity above the midpoint between class noun and real pictures.
     """
-    pictures = sample_regions(backbone, bank, SCENE, REGIONS, COMPOSITION_SEEDS, SETTINGS)
+    pictures = sample_regions(backbone, bank, SCENE, REGIONS, COMPOSITION_SEEDS, settings)
     levels = [(reference.noun[i] + reference.real[i]) / 2 for i in range(2)]
     return Composition(pictures, region_hits(pictures, REGIONS, tasks[:2], encoder, levels))
 
@@ -153,22 +154,31 @@ def _method_report(record: Record, reference: Reference) -> dict:
     }
 
 
-def run(output: Path) -> dict:
-    """Writes report.png, report.json and bank.safetensors into `output`; returns the report."""
+def run(output: Path, base: str = EMBEDDED) -> dict:
+    """Writes report.png, report.json and bank.safetensors into `output`; returns the report.
+
+    Args:
+        output: A folder.
+        base: Name of an embedded base. Raises ConceptError for other names.
+    """
     from .demo_report import draw
 
+    path = file_of(base)
     check_output_folder(output)
     for name in ("bank.safetensors", "report.png", "report.json"):
         check_output(output / name, "demo's file")
     began = time.perf_counter()
-    backbone, encoder = load_base(), SceneEncoder()
-    tasks = [assignment(name, size=SIDE) for name in TASKS]
-    reference = reference_levels(backbone, tasks, encoder)
-    records = {method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, TRAINING, encoder, SETTINGS,
+    backbone, encoder = load_base(path), SceneEncoder()
+    side = backbone.picture_size
+    settings, training = replace(SETTINGS, size=(side, side)), replace(TRAINING, resolution=side)
+    tasks = [assignment(name, size=side) for name in TASKS]
+    reference = reference_levels(backbone, tasks, encoder, settings)
+    records = {method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, training, encoder, settings,
                                     SEEDS, _progress(method)) for method in METHODS}
     bank = records["cidm"].bank
-    composition = compose(backbone, bank, tasks, encoder, reference)
+    composition = compose(backbone, bank, tasks, encoder, reference, settings)
     report = {
+        "base": base,
         "concepts": list(TASKS),
         "methods": {name: _method_report(record, reference) for name, record in records.items()},
         "class_noun_alignment": reference.noun,

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..bank.concepts import KINDS
 from ..bank.tokens import typed_name
 from ..conditioning.routing import MODES
-from ..demo.bases import FILES
+from ..demo.bases import EMBEDDED, FILES, NAMES, TRANSFORMERS
 from ..interop.export import DEFAULT_FORMATS, FORMATS
 from ..interop.factors import DEFAULT_ERROR, DEFAULT_RANK
 from ..methods import DEFAULT, METHODS
@@ -41,9 +41,10 @@ KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
 
 def add_base(parser: argparse.ArgumentParser, default: str = "embedded") -> None:
     """Adds the flags that choose the base."""
+    names = ", ".join([*FILES, *TRANSFORMERS])
     parser.add_argument("--base", type=base_name, default=default,
                         help="'embedded' (a small base that ships: the one that the bank was made on, else "
-                        f"the newest; by name: {', '.join(FILES)}), or the folder of a model in diffusers' "
+                        f"the newest; by name: {names}), or the folder of a model in diffusers' "
                         "layout (SD1.5, SD2, SDXL) (default %(default)s)")
     parser.add_argument("--device", default="cpu",
                         help="torch device of the base, such as cpu or cuda (default %(default)s)")
@@ -208,6 +209,8 @@ def build_parser() -> argparse.ArgumentParser:
                                help="learn two objects and a style on the embedded base, by two methods")
     demo.add_argument("--output", type=file_path, default=Path("demo"),
                       help="folder for the report and the bank (default %(default)s)")
+    demo.add_argument("--base", default=EMBEDDED, choices=(*NAMES, *TRANSFORMERS),
+                      help="which embedded base; embedded is the newest (default %(default)s)")
     _add_learn(commands)
     _add_sample(commands)
     _add_bank(commands)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
+from PIL import Image
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import save_bank
-from continual_concepts.core.cli import backbones
+from continual_concepts.core.cli import backbones, main
 from continual_concepts.core.demo import bases
 from continual_concepts.core.demo.base import load_base
 from continual_concepts.core.demo.bases import FILES
@@ -54,6 +55,22 @@ def test_the_transformer_is_refused_until_its_file_is_there(monkeypatch, tmp_pat
             use(options)
     monkeypatch.setitem(bases.TRANSFORMERS, "embedded-dit", other_base)
     assert backbones.size_of(options) == 32 and backbones.load_backbone(options).picture_size == 32
+
+
+def test_learning_and_sampling_on_the_transformer(monkeypatch, tmp_path, transformer_base, draw_photos,
+                                                  capsys):
+    monkeypatch.setitem(bases.TRANSFORMERS, "embedded-dit", transformer_base)
+    photos, bank = draw_photos(tmp_path / "photos", "dog", 2, 40), str(tmp_path / "bank.safetensors")
+    learn = ["learn", str(photos), "--bank", bank, "--name", "rex", "--noun", "dog", "--method", "slots",
+             "--base", "embedded-dit", "--steps", "2"]
+    assert main([*learn, "--min-snr-gamma", "5"]) == 1
+    assert "'min_snr_gamma' is 5; allowed: 0" in capsys.readouterr().err
+    assert main(learn) == 0, capsys.readouterr().err
+    sample = ["sample", "a photo of <rex>", "--bank", bank, "--base", "embedded-dit", "--steps", "2",
+              "--count", "1", "--output", str(tmp_path / "pictures")]
+    assert main(sample) == 0, capsys.readouterr().err
+    picture, = (tmp_path / "pictures").glob("*.png")
+    assert Image.open(picture).size == (32, 32)
 
 
 def test_without_a_bank_the_newest_is_taken():

@@ -14,6 +14,7 @@ from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import demo
+from continual_concepts.core.demo import bases
 from continual_concepts.core.demo.judges import SceneEncoder, assignment, to_tensor
 from continual_concepts.core.demo.render import render
 from continual_concepts.core.demo.scenes import CONCEPTS, random_scene
@@ -36,6 +37,19 @@ def test_the_report_holds_both_methods_and_the_composition(tmp_path, monkeypatch
     assert report["methods"]["cidm"]["retention_per_concept"] == pytest.approx([1, 1, 1])
     assert Image.open(tmp_path / "report.png").width > 1000
     assert open_bank(tmp_path / "bank.safetensors").names == list(demo.TASKS)
+
+
+@pytest.mark.slow
+def test_it_runs_on_a_transformer(tmp_path, monkeypatch, transformer_base):
+    """Also at that base's size of pictures."""
+    monkeypatch.setitem(bases.TRANSFORMERS, "embedded-dit", transformer_base)
+    monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, steps=1, batch_size=1, warmup=0))
+    monkeypatch.setattr(demo, "SETTINGS", replace(demo.SETTINGS, steps=1))
+    monkeypatch.setattr(demo, "SEEDS", (1, 2, 3, 4, 5))
+    report = demo.run(tmp_path, "embedded-dit")
+    assert report["base"] == "embedded-dit" and report["methods"]["cidm"]["retention"] == pytest.approx(1)
+    site = open_bank(tmp_path / "bank.safetensors").layout.sites[0]
+    assert site.name == "blocks.0.cross_attn"
 
 
 def test_region_hits_tell_right_from_wrong_places():

@@ -168,22 +168,8 @@ def test_crop_denoising_and_region_noise_run(tiny_transformer, bank):
         assert torch.isfinite(picture).all() and not torch.equal(picture, plain)
 
 
-@pytest.fixture(scope="module")
-def base_file(tmp_path_factory, other_base):
-    """The file of a tiny transformer of random numbers, packed as the real one will be."""
-    sizes = {"transformer": {"in_channels": 6, "model_channels": 48, "num_blocks": 2, "num_heads": 2,
-                             "crossattn_emb_channels": 128, "adaln_lora_dim": 8, "rope_ratio": 0.0125},
-             "vae": base.read_sizes(other_base)["vae"], "text_encoder": base.SIZES["text_encoder"],
-             "schedule": {"kind": "flow", "shift": 2.0, "multiplier": 1000.0}, "picture_size": 32}
-    file = tmp_path_factory.mktemp("transformer") / "base.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(12)
-        base.save_base(base.build_modules(sizes), file, {"steps": 1}, sizes, packed=True)
-    return file
-
-
-def test_a_base_file_says_that_it_is_a_transformer(base_file):
-    backbone = base.load_base(base_file)
+def test_a_transformer_base_says_that_it_is_a_transformer(transformer_base):
+    backbone = base.load_base(transformer_base)
     assert isinstance(backbone, TransformerBackbone) and backbone.picture_size == 32
     assert [site.name for site in backbone.layout.sites] == ["blocks.0.cross_attn", "blocks.1.cross_attn"]
     assert torch.isclose(backbone.schedule.sigmas[499], torch.tensor(2 / 3)) and backbone.latent_channels == 6
@@ -191,9 +177,9 @@ def test_a_base_file_says_that_it_is_a_transformer(base_file):
     assert picture.shape == (1, 3, 32, 32) and len(backbone.known_prompts) == 32
 
 
-def test_a_transformer_runs_in_float32_only(base_file):
+def test_a_transformer_runs_in_float32_only(transformer_base):
     with pytest.raises(ConceptError, match=r"torch.float16 was asked .* allowed: torch.float32"):
-        base.load_base(base_file, dtype=torch.float16)
+        base.load_base(transformer_base, dtype=torch.float16)
 
 
 def test_a_base_of_the_true_shape_names_itself():

@@ -9,11 +9,12 @@ import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.data.batch import Batch
 from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.objective import Draw, denoising_loss, predict
+from continual_concepts.core.training.objective import Draw, denoising_loss, draw, predict
 from continual_concepts.core.training.trainer import Trainer
 
 
@@ -39,6 +40,17 @@ def begun(tiny_backbone):
         return denoising_loss(tiny_backbone, seen, config), run.method.penalty(seen)
 
     return run, batch, loss
+
+
+def test_logit_normal_timesteps_prefer_the_middle():
+    ones, generator = torch.ones(4000), torch.Generator().manual_seed(0)
+    batch = Batch(ones.view(-1, 1, 1, 1), ("",) * 4000, ones.view(-1, 1, 1, 1), ones > 1, ones)
+    even, middle = (draw(batch, 1000, TrainingConfig(timestep_sampling=kind), generator).timesteps.float()
+                    for kind in ("uniform", "logit-normal"))
+    assert abs(even.mean() - 500) < 15 and abs(even.std() - 289) < 8
+    logits = torch.logit((middle + 0.5) / 1000)
+    assert abs(logits.mean()) < 0.05 and abs(logits.std() - 1) < 0.05
+    assert middle.min() >= 0 and middle.max() <= 999
 
 
 def test_what_a_mask_hides_has_no_influence(tiny_backbone, begun, monkeypatch):
