@@ -70,7 +70,12 @@ class ConceptPhotosLoad(io.ComfyNode):
                 io.Combo.Input(
                     "folder", options=_folders() or ["put a folder of photos into ComfyUI's input folder"],
                     tooltip="A folder inside ComfyUI's input folder. name.txt beside a photo is its caption."
-                )
+                ),
+                io.Boolean.Input(
+                    "find_subject", default=False, optional=True,
+                    tooltip="Makes a mask for each photo without one: what differs from the photo's border. "
+                            "The contact sheet shows it. A node that removes backgrounds does better."
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True),
@@ -81,14 +86,14 @@ class ConceptPhotosLoad(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder):
+    def fingerprint_inputs(cls, folder, find_subject=False):
         files = sorted(f for f in _folder(folder).rglob("*") if f.is_file())
-        return str([(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files])
+        return str([find_subject, *((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)])
 
     @classmethod
-    def execute(cls, folder) -> io.NodeOutput:
+    def execute(cls, folder, find_subject=False) -> io.NodeOutput:
         path = _folder(folder)
-        photos = read_folder(path)
+        photos = read_folder(path, find_subject=find_subject)
         images = [to_image(picture.pixels.unsqueeze(0)) for picture in photos.pictures]
         masks = [torch.ones(1, *picture.size) if mask is None else weights(mask)
                  for picture in photos.pictures for mask in [picture.stored_mask()]]

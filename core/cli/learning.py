@@ -18,6 +18,7 @@ from ..bank.concepts import KINDS, Concept, ConceptInfo
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name
+from ..data.contact_sheet import contact_sheet
 from ..data.framing import Framing, frame
 from ..data.listing import file_digests
 from ..data.pictures import Picture
@@ -28,7 +29,7 @@ from ..evaluation.clip import ClipEncoder
 from ..evaluation.collisions import warnings_before
 from ..evaluation.previews import Previews, concept_prompt, similarity_to
 from ..evaluation.protocol import Encoder
-from ..files import beside, check_output, shortened
+from ..files import beside, check_output, shortened, write_atomically
 from ..images import thumbnail_of
 from ..methods import DEFAULT
 from ..methods.base import Method, Task, get, make
@@ -160,6 +161,8 @@ def learn(options: Namespace) -> Result | None:
     check_name(options.name)
     options.noun = check_class_noun(options.noun)
     file = check_output(options.bank, "bank")
+    if options.contact_sheet is not None:
+        check_output(options.contact_sheet, "contact sheet")
     # reports a damaged bank before the photos are read and the base is loaded
     stored = open_bank(file) if os.path.exists(file) else None
     refined = _chosen(options, stored)
@@ -177,6 +180,9 @@ def learn(options: Namespace) -> Result | None:
     with process_group(options.device) as group:
         if group.is_first and not options.json:
             say("\n".join(read.lines()))
+        if group.is_first and options.contact_sheet is not None:
+            sheet = contact_sheet(read.photos.report)
+            write_atomically(options.contact_sheet, lambda path: sheet.save(path, format="PNG"))
         if stored is not None and options.name in stored and options.if_known == KEEP:
             result = _known(options, stored, info_of(options, method), method, training, photos)
             return result if group.is_first else None

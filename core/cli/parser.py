@@ -71,6 +71,12 @@ def _add_learn(commands) -> None:
     parser.add_argument("--masks", type=file_path,
                         help="folder of masks: white areas are learned, black ones are not (default: the "
                         "subfolder masks, and files such as a-masklabel.png)")
+    parser.add_argument("--find-subject", action="store_true",
+                        help="make a mask for each photo that has none: what differs from the photo's border "
+                        "(--contact-sheet shows it)")
+    parser.add_argument("--contact-sheet", type=file_path,
+                        help="PNG file for a picture of all photos, their masks and captions, and what was "
+                        "not used")
     parser.add_argument("--prior", type=file_path,
                         help="folder of prior-preservation pictures; the caption of those without one is "
                         "'a photo of a NOUN'")

@@ -68,7 +68,7 @@ class TrainingPhotos:
 def read_photos(options: Namespace, resolution: int) -> TrainingPhotos:
     """Reads the photos and prior pictures that the options name."""
     photos = read_folder(options.images, options.captions, options.masks, subfolders=options.subfolders,
-                         resolution=resolution)
+                         resolution=resolution, find_subject=options.find_subject)
     prior = None
     if options.prior is not None:
         # kohya's folders of prior pictures may have subfolders (1_dog) or not

@@ -26,8 +26,9 @@ from .listing import (
 from .masks import find_masks, masks_among, read_mask
 from .pictures import Deferred, Picture, photo_digest, prior_caption
 from .quality import measure
-from .reading import SUFFIXES, Shape, is_picture, read_photo, why_unreadable
-from .report import PhotoFacts, PhotoWarning, Report, Skipped, counted, listed, small_mask
+from .reading import SUFFIXES, Photo, Shape, is_picture, read_photo, why_unreadable
+from .report import FOUND, PhotoFacts, PhotoWarning, Report, Skipped, counted, listed, small_mask
+from .saliency import subject_mask
 
 DEFERRED = 2_000_000      # photos of more pixels are read again when they are framed, to save memory
 
@@ -42,7 +43,7 @@ class Photos:
 
 def read_folder(folder: Path | str, captions: Path | str | None = None, masks: Path | str | None = None,
                 is_prior: bool = False, class_noun: str = "", subfolders: bool = False,
-                resolution: int | None = None) -> Photos:
+                resolution: int | None = None, find_subject: bool = False) -> Photos:
     """Reads all photos of a folder, sorted by name.
 
     Args:
@@ -55,6 +56,7 @@ def read_folder(folder: Path | str, captions: Path | str | None = None, masks: P
         class_noun: For the captions of prior pictures that have none.
         subfolders: Read the subfolders instead. Their names may give repeats: `10_dog`.
         resolution: Of the training pictures, at which sharpness is measured.
+        find_subject: Make a mask for each photo that has none, see `saliency.subject_mask`.
 
     Raises:
         ConceptError: A folder is missing, has no pictures, or has no captions or masks of these photos; or a
@@ -68,14 +70,16 @@ def read_folder(folder: Path | str, captions: Path | str | None = None, masks: P
             if captions is not None or masks is not None:
                 raise ConceptError("captions and masks of subfolders are read from the subfolders; give no "
                                    "other folder for them")
-            return _read_subfolders(folder, is_prior, class_noun, resolution)
+            return _read_subfolders(folder, is_prior, class_noun, resolution, find_subject)
         photos = pictures_in(folder)
     else:
         raise ConceptError(f"the picture folder '{folder}' does not exist")
-    return _Reader(folder, photos, captions, masks, is_prior, class_noun, resolution).read()
+    return _Reader(folder, photos, captions, masks, is_prior, class_noun, resolution,
+                   find_subject=find_subject).read()
 
 
-def _read_subfolders(folder: Path, is_prior: bool, class_noun: str, resolution: int | None) -> Photos:
+def _read_subfolders(folder: Path, is_prior: bool, class_noun: str, resolution: int | None,
+                     find_subject: bool) -> Photos:
     """The photos of all subfolders. The folder's own photos are not read."""
     parts = subfolders_with_pictures(folder)
     if not parts:
@@ -87,7 +91,7 @@ def _read_subfolders(folder: Path, is_prior: bool, class_noun: str, resolution: 
     warnings: list[PhotoWarning] = []
     for part in parts:
         read = _Reader(part, pictures_in(part), None, None, is_prior, class_noun, resolution,
-                       repeats_of(part)).read()
+                       repeats_of(part), find_subject).read()
         first = len(pictures)
         pictures += read.pictures
         facts += [replace(photo, name=f"{part.name}/{photo.name}") for photo in read.report.photos]
@@ -103,12 +107,12 @@ class _Reader:
 
     def __init__(self, folder: Path, photos: list[Path], captions: Path | str | None,
                  masks: Path | str | None, is_prior: bool, class_noun: str, resolution: int | None,
-                 repeats: int = 1) -> None:
+                 repeats: int = 1, find_subject: bool = False) -> None:
         self.is_single = folder.is_file()
         self.folder = folder.parent if self.is_single else folder
         self.given = folder
         self.photos, self.is_prior, self.class_noun = photos, is_prior, class_noun
-        self.resolution, self.repeats = resolution, repeats
+        self.resolution, self.repeats, self.find_subject = resolution, repeats, find_subject
         self.entries = [path for path in entries(self.folder) if path not in photos]
         self.files = [path for path in self.entries if path.is_file() and not is_hidden(path)]
         self.side_folders: list[Path] = []      # of captions and masks
@@ -199,15 +203,14 @@ class _Reader:
         width, height = photo.shape.size
         is_large = height * width > DEFERRED
         source = Deferred((height, width), partial(_levels_of, path)) if is_large else levels
-        mask: Tensor | Deferred | None = None
-        mask_shown = None
-        mask_file = self.masks.of.get(path)
-        if mask_file is not None:
-            mask, note = read_mask(mask_file, photo.shape)
-            notes.append(note)
-            mask_shown = small_mask(mask)
-            if is_large:
-                mask = Deferred((height, width), partial(_mask_of, mask_file, photo.shape))
+        mask: Tensor | Deferred | None
+        mask, mask_from, note = self._mask(path, photo)
+        notes.append(note)
+        mask_shown = small_mask(mask)
+        if is_large and mask is not None:
+            file = self.masks.of.get(path)
+            again = partial(_subject_of, path) if file is None else partial(_mask_of, file, photo.shape)
+            mask = Deferred((height, width), again)
         caption: Caption | None = self.captions.of.get(path)
         text = caption.text if caption is not None else ""
         learned_text = text
@@ -217,10 +220,21 @@ class _Reader:
         digest, quality = photo_digest(levels), measure(levels, self.resolution)
         facts = PhotoFacts(path.name, width, height, digest, quality, text,
                            self._named(caption.file) if caption is not None and text else "",
-                           self._named(mask_file) if mask_file is not None else "", self.repeats,
+                           mask_from, self.repeats,
                            ", ".join(filter(None, notes)), mask_shown)
         return Picture(source, learned_text, mask, self.is_prior, digest, f"the picture '{path}'",
                        caption.named(path) if caption is not None else "", self.repeats), facts
+
+    def _mask(self, path: Path, photo: Photo) -> tuple[Tensor | None, str, str]:
+        """A photo's mask, where it is from, and a note for the report."""
+        file = self.masks.of.get(path)
+        if file is not None:
+            mask, note = read_mask(file, photo.shape)
+            return mask, self._named(file), note
+        if not self.find_subject:
+            return None, "", ""
+        found = subject_mask(photo.levels)
+        return (None, "", "no subject found, learned whole") if found is None else (found, FOUND, "")
 
     def _named(self, file: Path) -> str:
         """A file's name for the report: relative to the folder of the photos if it is inside."""
@@ -255,13 +269,19 @@ class _Reader:
         for kind, found, text in (("caption", self.captions, "no caption; the others do"),
                                   ("mask", self.masks, "no mask and will be learned whole")):
             bare = tuple(i for i, photo in enumerate(self.photos) if photo not in found.of)
-            if found.of and bare:
+            if found.of and bare and not (kind == "mask" and self.find_subject):
                 names = listed(self.photos[i].name for i in bare)
                 yield PhotoWarning(kind, f"{names} {'has' if len(bare) == 1 else 'have'} {text}", bare)
 
 
 def _levels_of(path: Path) -> Tensor:
     return read_photo(path).levels
+
+
+def _subject_of(path: Path) -> Tensor:
+    mask = subject_mask(read_photo(path).levels)
+    assert mask is not None
+    return mask
 
 
 def _mask_of(file: Path, photo: Shape) -> Tensor:

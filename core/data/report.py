@@ -17,6 +17,7 @@ from .quality import BLURRED, THUMBNAIL, Quality, alike, measure
 FEWEST = 3      # photos of a concept
 ENLARGED = 1.25      # photos that must be enlarged by more than this factor are too small
 LISTED = 40      # photos that are listed one by one as text
+FOUND = "found"      # where a mask comes from that `saliency.subject_mask` made
 NAMED = 6      # names in a sentence
 
 
@@ -25,8 +26,9 @@ class PhotoFacts:
     """What is known about one photo.
 
     name: file name, or "picture 3"; width, height: in pixels, upright; caption: text, may be empty;
-    caption_from, mask_from: file names, "input" where they did not come from a file, empty = none; repeats:
-    how often it is drawn, relative to others; note: what was done to fit its mask; mask: a small copy of it.
+    caption_from, mask_from: file names, "input" where they did not come from a file, `FOUND` for a mask that
+    was made, empty = none; repeats: how often it is drawn, relative to others; note: what was done to fit its
+    mask; mask: a small copy of it.
     """
 
     name: str
@@ -57,7 +59,7 @@ class PhotoFacts:
 
 
 def _source(file: str) -> str:
-    return "given" if file == "input" else f"from {file}"
+    return {"input": "given", FOUND: "found in the photo"}.get(file, f"from {file}")
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,15 @@ def refused(capsys, *arguments: str) -> str:
     return sentences[0]
 
 
+def test_subjects_are_found_and_shown(photos, tmp_path, capsys):
+    bank, sheet = tmp_path / "bank.safetensors", tmp_path / "sheet.png"
+    asked = ["learn", str(photos), "--bank", str(bank), "--name", "rex", "--noun", "dog", "--find-subject"]
+    assert main([*asked, "--contact-sheet", str(sheet), *QUICK]) == 0
+    assert "mask found in the photo" in capsys.readouterr().out and Image.open(sheet).width > 300
+    assert main([*asked, "--contact-sheet", str(tmp_path), *QUICK]) == 1
+    assert "contact sheet" in capsys.readouterr().err
+
+
 def test_learn_list_sample_rename_remove(bank_file, photos, tmp_path, capsys):
     rename_in_captions(photos, "mimi")
     assert main(["learn", str(photos), "--bank", str(bank_file), "--name", "mimi", "--noun", "cat",
