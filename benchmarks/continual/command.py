@@ -1,4 +1,6 @@
-"""The commands `continual`, `tune` and `neurons`."""
+"""The commands `continual`, `tune`, `one-class`, `compose`, `large-bank` and
+`neurons`.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,8 @@ def add_commands(commands) -> None:
     add_embedded_base(parser, BASE)
     parser.set_defaults(run=tune)
     _add_one_class(commands)
+    _add_compose(commands)
+    _add_large_bank(commands)
     parser = commands.add_parser("neurons", help="how many base neurons do prompts share?")
     parser.add_argument("--json", dest="file", type=Path, required=True, help=DRAWN)
     parser.add_argument("--draws", type=int, default=16, help="gradients per prompt (default %(default)s)")
@@ -78,6 +82,57 @@ def _add_one_class(commands) -> None:
     add("--count", type=int, default=10, help="number of individuals (default %(default)s)")
     add_embedded_base(parser)
     parser.set_defaults(run=one_class)
+
+
+def _add_compose(commands) -> None:
+    parser = commands.add_parser("compose", help="a style of a thing, and a thing that wears another one")
+    add = parser.add_argument
+    add("--json", dest="file", type=Path, required=True, help="where the result goes, and pictures beside it")
+    add("--runs", type=Path, help=RUNS)
+    add("--methods", default="slots,bound,lora", help="comma separated (default %(default)s)")
+    add("--seed", default="0", help="seeds, comma separated (default %(default)s)")
+    add("--steps", type=int, default=200, help="of learning each concept (default %(default)s)")
+    add_embedded_base(parser, BASE)
+    parser.set_defaults(run=compose)
+
+
+def compose(options: Namespace) -> Result:
+    """Learns a dog, a style and a hat, and draws the style of the dog and the dog with the hat."""
+    from .compose import compose as perform
+    from .compose import lines_of
+
+    require_at_least(options, steps=1)
+    result = perform(_methods(options.methods), numbers(options.seed, "seed"), options.steps, options.file,
+                     options.runs or options.file.with_suffix(".cells"), options.base, say)
+    return result, lines_of(result)
+
+
+def _add_large_bank(commands) -> None:
+    parser = commands.add_parser("large-bank", help="many concepts in one bank: the same pictures and cost?")
+    add = parser.add_argument
+    add("--json", dest="file", type=Path, required=True, help="where the result goes")
+    add("--method", choices=("slots", "bound", "lora"), default="slots",
+        help="how the concepts are learned (default %(default)s)")
+    add("--concepts", type=int, default=200, help="in the large bank (default %(default)s)")
+    add("--steps", type=int, default=200, help="of learning each of two (default %(default)s)")
+    add("--rounds", type=int, default=5, help="measurements of everything (default %(default)s)")
+    add_embedded_base(parser, BASE)
+    parser.set_defaults(run=large_bank)
+
+
+def large_bank(options: Namespace) -> Result:
+    """Compares a bank of many concepts with one of two: pictures, and seconds."""
+    from tempfile import TemporaryDirectory
+
+    from .large_bank import large_bank as measure
+    from .large_bank import lines_of
+
+    require_at_least(options, concepts=3, steps=1, rounds=1)
+    with TemporaryDirectory() as folder:
+        result = measure(options.method, options.concepts, options.steps, options.rounds, Path(folder),
+                         options.base)
+    write_result(options.file, result)
+    return result, lines_of(result)
 
 
 def one_class(options: Namespace) -> Result:

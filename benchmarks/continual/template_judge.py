@@ -113,6 +113,13 @@ def _pixels(images: Tensor) -> Tensor:
     return (at_encoder_size(images).float().cpu().clamp(-1, 1) + 1) * 127.5
 
 
+@torch.no_grad()
+def matched(thing: Thing, images: Tensor) -> Tensor:
+    """Share `[B]` of a thing's drawing that has the right colour, where it fits best in pictures
+    `[B, 3, H, W]`."""
+    return _Individual(thing)(_pixels(images))
+
+
 class TemplateJudge:
     """Scores relative to those of the concept's training pictures: 1 = as good as these.
 
