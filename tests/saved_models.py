@@ -94,7 +94,10 @@ def transformer_base(tmp_path_factory, other_base) -> Path:
     file = tmp_path_factory.mktemp("transformer") / "base.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(12)
-        base.save_base(base.build_modules(sizes), file, {"steps": 1}, sizes, packed=True)
+        modules = base.build_modules(sizes)
+        for parameter in modules["transformer"].parameters():      # some of them start at zero
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    base.save_base(modules, file, {"steps": 1}, sizes, packed=True)
     return file
 
 

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from continual_concepts.benchmarks.__main__ import build_parser, main
-from continual_concepts.benchmarks.pretraining import command_128
+from continual_concepts.benchmarks.pretraining import command_128, progress
 from continual_concepts.benchmarks.pretraining.autoencoder import fit_linear
 from continual_concepts.benchmarks.pretraining.data import to_tensor
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.demo import base
 from continual_concepts.core.demo.autoencoder import SceneAutoencoder
 from continual_concepts.core.demo.transformer import DiffusionTransformer
+from continual_concepts.core.neurons.scores import encode_plain
+from continual_concepts.core.sampling.sampling import sample, starting_noise
+from continual_concepts.core.sampling.settings import SampleSettings
 
 AUTOENCODER = {"latent_channels": 6, "encoder_widths": (8, 8), "encoder_blocks": 1,
                "decoder_widths": (8, 8, 8), "decoder_blocks": (1, 1, 1)}
@@ -46,6 +51,19 @@ def test_text_enters_the_transformer_at_cross_attention_only():
 def test_an_untrained_transformer_predicts_nothing():
     x = torch.randn(1, 4, 4, 4)
     assert not DiffusionTransformer(**TINY)(x, torch.tensor([500.0]), torch.randn(1, 3, 16)).any()
+
+
+@torch.no_grad()
+def test_the_library_draws_what_the_training_draws(transformer_base, monkeypatch):
+    """Euler's method with many steps, and Heun's method with the schedule that the exported file names."""
+    backbone, drawn = base.load_base(transformer_base), []
+    monkeypatch.setattr(backbone, "decode_latents", lambda latents: drawn.append(latents) or latents)
+    settings = SampleSettings(steps=100, cfg=1.5, size=(32, 32))
+    sample(backbone, ConceptBank(backbone.layout), ["a dog"], [3], settings)
+    empty, text = (encode_plain(backbone, [prompt]).hidden[:, 0] for prompt in ("", "a dog"))
+    noise = starting_noise(backbone, [3], (32, 32))
+    expected = progress.flow_sample(backbone.denoiser, noise, text, empty, 50, 1.5)
+    assert (drawn[0] - expected).norm() < 0.1 * (noise - expected).norm()
 
 
 def test_the_command_line_names_the_stages(tmp_path):
