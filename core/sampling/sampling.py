@@ -1,5 +1,5 @@
 """Samples prompts that may name a bank's concepts, with classifier-free guidance and DPM-Solver++ (CIDM's
-protocol).
+protocol), or Euler's method for a base of flow matching.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class SampleSettings:
     """How pictures are sampled.
 
     Args:
-        steps: Steps of DPM-Solver++ (2M).
+        steps: Steps of DPM-Solver++ (2M), or of Euler's method for a base of flow matching.
         cfg: Guidance scale; 1 = no guidance.
         size: Height and width of the picture in pixels.
         negative: Negative prompt.
