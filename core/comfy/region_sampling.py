@@ -33,7 +33,7 @@ from .concept_tokenizer import log
 from .families import find_sites
 from .families.base import Family
 from .model_concepts import KnownConcepts, added, concepts_in, without_concepts, without_prompt_activated
-from .noun_clip import on_all_rows
+from .noun_clip import ROW_COUNT, on_all_rows
 from .prompt_marks import Conditioning, marked
 from .prompt_states import with_strength
 from .region_run import FoundRun, RegionRun
@@ -159,7 +159,12 @@ class ConceptPrompts:
         return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound, base=self.base)
 
     def _context(self, conditioning: Conditioning) -> Context:
-        return context_of(conditioning, self.known.copies, tuple(self.word_bound), self.sites)
+        context = context_of(conditioning, self.known.copies, tuple(self.word_bound), self.sites)
+        rows = context.hidden.shape[2]
+        if reads_rows(self.clip) and rows > ROW_COUNT:      # prompts of one length share a call
+            raise ConceptError(f"a prompt has {rows} tokens; with regions this model takes at most "
+                               f"{ROW_COUNT}")
+        return context
 
     def _part(self, prompt: str | Prompt, negative: Context) -> Part:
         text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may have more concepts

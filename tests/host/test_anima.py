@@ -261,6 +261,8 @@ def test_what_does_not_fit_is_refused(anima, studio, learned):
     assert anima.aggregate("", learned[0], "equal merge")[0].patches
     with pytest.raises(ConceptError, match="artists is 0.5.*no attention guidance; allowed: 0"):
         anima.regional("<spot> and <tom>", (), learned[0], artists=0.5)
+    with pytest.raises(ConceptError, match="prompt has 601 tokens; with regions.*at most 512"):
+        anima.regional("red " * 600, [anima.region("<spot>")], learned[0])
     with pytest.raises(ConceptError, match="5 frames of video; regions need one"):
         anima.regional(SCENE, [anima.region("<spot>")], learned[0],
                        latent={"samples": torch.zeros(1, 16, 5, 8, 8)})
