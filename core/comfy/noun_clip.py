@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..bank.composition import Kind
 from ..bank.grammar import Part, Placeholder, written
@@ -229,8 +228,3 @@ class RowText(WholePromptEncoder):
 def _plain_ids(tokens) -> dict:
     return {key: [[(int(token) if isinstance(token, NounId) else token, *rest) for token, *rest in chunk]
                   for chunk in chunks] for key, chunks in tokens.items()}
-
-
-def padded_rows(states: Tensor, rows: int) -> Tensor:
-    """States `[B, N, D]` with zeros behind them, `[B, rows, D]`."""
-    return pad(states, (0, 0, 0, rows - states.shape[1]))

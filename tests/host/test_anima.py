@@ -268,6 +268,20 @@ def test_what_does_not_fit_is_refused(anima, studio, learned):
                        latent={"samples": torch.zeros(1, 16, 5, 8, 8)})
 
 
+def test_nodes_that_change_conditionings_keep_the_first_prompts_words(anima, learned):
+    from continual_concepts.core.comfy.sites import WORDS
+
+    clip, stock = anima.aggregate("", learned[0])[1], anima.stock
+    one, other = (anima.encode(clip, prompt) for prompt in ("a (<spot>:0.5)", "<tom> at night"))
+    for changed in (stock.ConditioningConcat().concat(one, other)[0],
+                    stock.ConditioningZeroOut().zero_out(one)[0],
+                    stock.ConditioningAverage().addWeighted(one, other, 0.3)[0],
+                    stock.ConditioningSetTimestepRange().set_range(one, 0.0, 0.5)[0]):
+        ours, theirs = changed[0][1], one[0][1]
+        assert torch.equal(ours["t5xxl_ids"], theirs["t5xxl_ids"])
+        assert torch.equal(ours["model_conds"][WORDS].cond, theirs["model_conds"][WORDS].cond)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_model_that_is_loaded_in_part(anima, learned, share):
     """As on a small graphics card: weights wait elsewhere and are fetched, with patches, when they are

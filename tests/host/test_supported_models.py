@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 
 from .make_transformer import cosmos_clip, cosmos_model, smallest, wan_vae
@@ -79,6 +81,18 @@ def test_cosmos_predict2_learns_applies_and_draws_regions(cosmos):
     assert torch.allclose(region, whole, atol=1e-3, rtol=1e-3)
     two = [cosmos.region("<spot>", right=0.5), cosmos.region("<ink>", left=0.5)]
     assert torch.isfinite(cosmos.regional(SCENE, two, bank, solo=0.5)).all()
+
+
+def test_a_clip_of_another_model_is_refused(cosmos, studio, make_concept):
+    """Older hosts load Anima as Cosmos Predict2 with a wrong CLIP."""
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
+
+    bank = ConceptBank(ComfyBackbone(cosmos.model, cosmos.clip).layout)
+    with pytest.raises(ConceptError) as error:
+        cosmos.aggregate("a dog", bank.add(make_concept(bank.layout)), clip=studio.clip)
+    message, has_anima = str(error.value), importlib.util.find_spec("comfy.ldm.anima") is not None
+    assert "class is CosmosPredict2, but the CLIP has the text encoders clip_l" in message
+    assert message.endswith("connect the model's own CLIP" if has_anima else "update ComfyUI")
 
 
 def test_the_backbone_of_cosmos_predicts_what_the_sampler_predicts(cosmos):

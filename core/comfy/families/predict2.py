@@ -10,6 +10,7 @@ adapter is a part of the model.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,13 +29,14 @@ from ...model.context import Context
 from ...model.flow import FlowSchedule
 from ...model.processor import AttentionProcessor, HostAttention, SiteCall
 from ...model.sites import Site, transformer_layout
-from ..noun_clip import ROW_COUNT, RowText, padded_rows
+from ..noun_clip import RowText
 from ..sites import ALONE, PROCESSOR, host_attention
 from ..text import ROWS
 from .base import Family, computation_type, is_plain
 
 _NORMS = {"to_q": "q_norm", "to_k": "k_norm"}
 _PATCHES = {False: "attn2_patch", True: "attn1_patch"}      # of cross-attention and self-attention
+_HAS_ANIMA = importlib.util.find_spec("comfy.ldm.anima") is not None      # older hosts take it for Cosmos
 _COSMOS = getattr(comfy.model_sampling, "COSMOS_RFLOW", ())
 
 
@@ -51,8 +53,9 @@ class Predict2(Family):
         kind = type(model.model).__name__
         if [name for name, _ in text_widths] != [ROWS]:
             names = ", ".join(name for name, _ in text_widths)
+            hint = "" if _HAS_ANIMA else "; if it is Anima, which this ComfyUI does not know, update ComfyUI"
             raise ConceptError(f"the model's class is {kind}, but the CLIP has the text encoders {names}; "
-                               "connect the model's own CLIP")
+                               f"connect the model's own CLIP{hint}")
         if self.reads_picture or getattr(model.model, "image_to_video", False):
             raise ConceptError(f"the model's class is {kind}, for video from pictures; allowed: checkpoints "
                                f"of {self.names}")
@@ -131,16 +134,14 @@ class Predict2(Family):
                     module.forward = forward
 
     def rows(self, states: Tensor, extra: Mapping[str, Any]) -> Tensor:
-        ids = extra.get("t5xxl_ids")
+        ids, device = extra.get("t5xxl_ids"), self.model.load_device
         if ids is None:
-            return states
-        if hasattr(self.denoiser, "preprocess_text_embeds"):
-            management.load_models_gpu([self.model])
-            device, dtype = self.model.load_device, computation_type(self.model.model)
-            weights = extra["t5xxl_weights"].view(1, -1, 1).to(device, dtype)
-            return self.denoiser.preprocess_text_embeds(states.to(device, dtype), ids.unsqueeze(0).to(device),
-                                                        t5xxl_weights=weights)
-        return padded_rows(states, max(ROW_COUNT, states.shape[1]))
+            return states.to(device)
+        management.load_models_gpu([self.model])
+        dtype = computation_type(self.model.model)
+        weights = extra["t5xxl_weights"].view(1, -1, 1).to(device, dtype)
+        return self.denoiser.preprocess_text_embeds(states.to(device, dtype), ids.unsqueeze(0).to(device),
+                                                    t5xxl_weights=weights)
 
     # Learning
 
@@ -154,8 +155,9 @@ class Predict2(Family):
         if not isinstance(sampling, _COSMOS):
             times = sampling.timestep(times)
         dtype = computation_type(self.model.model)
-        output = self.denoiser(latents.unsqueeze(2).to(dtype), times.float(),
-                               context=context.hidden[:, 0].to(dtype), transformer_options=options)
+        text = context.hidden[:, 0].to(latents.device, dtype)
+        output = self.denoiser(latents.unsqueeze(2).to(dtype), times.float(), context=text,
+                               transformer_options=options)
         return output[:, :, 0]
 
 
