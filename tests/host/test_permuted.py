@@ -55,7 +55,7 @@ def test_pictures_are_the_same(studio, entered, kind, sampler, monkeypatch):
     assert any(entered["entered"]) and any(entered["no text"]) == (kind == "columns")
     entered["no text"].clear()
     # weights of another kind: the text is projected, and the result is not used
-    monkeypatch.setattr(unet, "_is_plain", lambda _: False)
+    monkeypatch.setattr(unet, "is_plain", lambda _: False)
     two = drawn(studio, kind, sampler_name=sampler)
     assert not any(entered["no text"])
     monkeypatch.setattr(processor.RegionProcessor, "enter", lambda *_: None)
