@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 
 from ...core.demo import networks, vocabulary
-from ...core.demo.bases import FILES, TOKENIZER
+from ...core.demo.bases import FILES, NEWEST, TOKENIZER
 from ..report import Result, require_at_least, write_result
 from . import autoencoder, command_128, data, diffusion
 from .export import export
@@ -51,6 +51,7 @@ def add_commands(commands) -> None:
     parser = commands.add_parser("base", help="how well the embedded base follows unseen captions")
     parser.add_argument("--json", dest="file", type=Path, help="where the result goes")
     parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--base-file", type=Path, help="a base that does not ship (default: the newest one)")
     parser.set_defaults(run=base)
     command_128.add_commands(commands)
 
@@ -76,6 +77,6 @@ def base(options: argparse.Namespace) -> Result:
     from .quality import base_quality
 
     require_at_least(options, pictures=1)
-    result = base_quality(options.pictures)
+    result = base_quality(options.base_file or FILES[NEWEST], options.pictures)
     write_result(options.file, result)
     return result, [json.dumps(result, indent=1)]

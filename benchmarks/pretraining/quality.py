@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ...core.bank.bank import ConceptBank
 from ...core.demo import scenes
 from ...core.demo.base import load_base
-from ...core.demo.bases import picture_size
-from ...core.demo.judges import SceneEncoder, at_encoder_size, held_out_prompts, load_classifier, to_tensor
+from ...core.demo.judges import SceneEncoder, load_classifier, to_tensor
 from ...core.evaluation import metrics
 from ...core.sampling.sampling import sample
 from ...core.sampling.settings import SampleSettings
+from .progress import captions_followed
 
-SIDE = picture_size()
-SETTINGS = SampleSettings(steps=20, cfg=4.0, size=(SIDE, SIDE), batch=25)
+SETTINGS = SampleSettings(steps=20, cfg=4.0, batch=25)
 REAL_PICTURES = 400
 
 
@@ -53,25 +55,26 @@ def encoder_auc(pictures: int = 40, seed: int = 32_000) -> dict:
     return result
 
 
-@torch.no_grad()
-def base_quality(pictures: int = 400) -> dict:
+def base_quality(path: Path, pictures: int = 400) -> dict:
     """Shares of pictures with the right class, the right body colour, and both, for captions of unseen
     combinations.
+
+    Args:
+        path: Of a base file, which need not ship.
+        pictures: How many are drawn, by the library's sampler.
     """
-    backbone = load_base()
-    prompts = held_out_prompts(pictures, seed=33_000)
-    images = sample(backbone, ConceptBank(backbone.layout), [text for text, _, _ in prompts],
-                    list(range(pictures)), SETTINGS)
-    named = load_classifier().name(at_encoder_size(images))
-    kinds = [k == kind for (k, _), (_, kind, _) in zip(named, prompts, strict=True)]
-    colours = [c == colour for (_, c), (_, _, colour) in zip(named, prompts, strict=True)]
-    both = [a and b for a, b in zip(kinds, colours, strict=True)]
+    backbone = load_base(path)
+    settings = replace(SETTINGS, size=(backbone.picture_size,) * 2)
+    bank = ConceptBank(backbone.layout)
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        return sample(backbone, bank, prompts, seeds, settings)
+
     return {
         "pictures": pictures,
-        "steps": SETTINGS.steps,
-        "cfg": SETTINGS.cfg,
-        "generated": {"class": sum(kinds) / pictures, "colour": sum(colours) / pictures,
-                      "both": sum(both) / pictures},
+        "steps": settings.steps,
+        "cfg": settings.cfg,
+        "generated": captions_followed(draw, pictures),
         "classifier": classifier_accuracy(),
         "encoder_auc": encoder_auc(),
     }

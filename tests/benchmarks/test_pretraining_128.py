@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from continual_concepts.benchmarks.__main__ import build_parser, main
-from continual_concepts.benchmarks.pretraining import command_128, progress
+from continual_concepts.benchmarks.pretraining import command_128, progress, quality
 from continual_concepts.benchmarks.pretraining.autoencoder import fit_linear
 from continual_concepts.benchmarks.pretraining.data import to_tensor
 from continual_concepts.core.bank.bank import ConceptBank
@@ -76,3 +78,12 @@ def test_the_command_line_names_the_stages(tmp_path):
 def test_a_base_that_was_never_trained_is_refused(kind, tmp_path, capsys):
     assert main(["pretraining-128-export", str(tmp_path), kind, str(tmp_path / "base.safetensors")]) == 1
     assert "no checkpoint" in capsys.readouterr().err and not (tmp_path / "base.safetensors").exists()
+
+
+def test_a_base_file_that_does_not_ship_can_be_judged(transformer_base, tmp_path, monkeypatch):
+    for other in ("classifier_accuracy", "encoder_auc"):      # slow, and not of this file
+        monkeypatch.setattr(quality, other, dict)
+    target = tmp_path / "quality.json"
+    assert main(["base", "--base-file", str(transformer_base), "--pictures", "2", "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert found["pictures"] == 2 and set(found["generated"]) == {"class", "colour", "both"}
