@@ -6,10 +6,11 @@ from argparse import Namespace
 
 from .banks import bank
 from .learning import learn
+from .learning_all import learn_all
 from .result import Result
 from .sampling import sample
 
-__all__ = ["bank", "demo", "learn", "sample"]
+__all__ = ["bank", "demo", "learn", "learn_all", "sample"]
 
 
 def demo(options: Namespace) -> Result:

@@ -1,4 +1,4 @@
-"""The command `continual-concepts`: demo, learn, sample, bank."""
+"""The command `continual-concepts`: demo, learn, learn-all, sample, bank."""
 
 from __future__ import annotations
 
@@ -56,8 +56,6 @@ def _add_learn(commands) -> None:
                         help="folder of pictures, or one picture; <name>.txt beside a picture is its caption")
     parser.add_argument("--subfolders", action="store_true",
                         help="learn from the pictures in all subfolders; those in 10_dog count 10 times")
-    parser.add_argument("--bank", type=file_path, required=True,
-                        help="bank file to add it to (created if missing)")
     parser.add_argument("--name", type=typed_name, required=True,
                         help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="", help="class noun: an ordinary word for it, e.g. dog")
@@ -71,12 +69,33 @@ def _add_learn(commands) -> None:
     parser.add_argument("--masks", type=file_path,
                         help="folder of masks: white areas are learned, black ones are not (default: the "
                         "subfolder masks, and files such as a-masklabel.png)")
-    parser.add_argument("--find-subject", action="store_true",
-                        help="make a mask for each photo that has none: what differs from the photo's border "
-                        "(--contact-sheet shows it)")
     parser.add_argument("--contact-sheet", type=file_path,
                         help="PNG file for a picture of all photos, their masks and captions, and what was "
                         "not used")
+    _add_learning(parser)
+
+
+def _add_learn_all(commands) -> None:
+    parser = commands.add_parser("learn-all",
+                                 help="learn a concept from each subfolder of photos into a bank")
+    parser.add_argument("folder", type=file_path,
+                        help="holds a folder of photos per concept, named 'rex dog' (name and class noun) or "
+                        "as kohya's trainers do: '10_rex dog'")
+    parser.add_argument("--table", type=file_path,
+                        help="CSV table with the columns folder, name, noun, kind, captions and masks; the "
+                        "first two are needed (default: concepts.csv in the folder, else the folders' names)")
+    parser.add_argument("--contact-sheets", type=file_path,
+                        help="folder for a picture of each concept's photos, their masks and captions, and "
+                        "what was not used")
+    _add_learning(parser)
+
+
+def _add_learning(parser: argparse.ArgumentParser) -> None:
+    """Adds what `learn` and `learn-all` have in common."""
+    parser.add_argument("--bank", type=file_path, required=True,
+                        help="bank file to add to (created if missing)")
+    parser.add_argument("--find-subject", action="store_true",
+                        help="make a mask for each photo that has none: what differs from the photo's border")
     parser.add_argument("--prior", type=file_path,
                         help="folder of prior-preservation pictures; the caption of those without one is "
                         "'a photo of a NOUN'")
@@ -218,6 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--base", default=EMBEDDED, choices=(*NAMES, *TRANSFORMERS),
                       help="which embedded base; embedded is the newest (default %(default)s)")
     _add_learn(commands)
+    _add_learn_all(commands)
     _add_sample(commands)
     _add_bank(commands)
     return parser
@@ -261,4 +281,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(json.dumps({"error": error.sentence}))
         raise
     stopped = "stopped; the same command continues learning where it stopped"
-    return run("continual-concepts", getattr(commands, options.command), options, stopped)
+    return run("continual-concepts", getattr(commands, options.command.replace("-", "_")), options, stopped)

@@ -114,6 +114,7 @@ def test_a4_sibling_prior_pictures_with_and_without_subfolders(tmp_path, place):
     photo(tmp_path / "photos" / "10_dog" / "a.png")
     photo(tmp_path / place)
     options = Namespace(images=tmp_path / "photos", captions=None, masks=None, subfolders=True, noun="dog",
+                        find_subject=False,
                         prior=tmp_path / "prior")
     assert [picture.is_prior for picture in read_photos(options, 64).pictures] == [False, True]
 
@@ -270,4 +271,5 @@ def test_json_holds_the_same(photos, run, tmp_path):
                   "--noun", "dog", "--steps", 1)
     told = json.loads(outcome.out)["photos"]
     assert [facts["file"] for facts in told["taken"]] == ["0.png", "1.png", "2.png"]
-    assert told["skipped"][0]["file"] == "x.heic" and told["warnings"] == []
+    assert told["skipped"][0]["file"] == "x.heic"
+    assert [warning["kind"] for warning in told["warnings"]] == ["small"]

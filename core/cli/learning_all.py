@@ -1,0 +1,149 @@
+"""The command `learn-all`: every subfolder of photos becomes a concept of one bank."""
+
+from __future__ import annotations
+
+import csv
+import re
+from argparse import Namespace
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..bank.concepts import KINDS
+from ..bank.tokens import check_class_noun, check_name, typed_name
+from ..data.captions import decoded
+from ..data.listing import subfolders_with_pictures
+from ..errors import ConceptError
+from .learning import learn
+from .result import Result, say
+
+TABLE = "concepts.csv"
+# `rex`, `rex dog`, and kohya's `10_rex dog`
+_FOLDER = re.compile(r"(?:\d+_)?(?P<name>\S+)(?:\s+(?P<noun>.+))?")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One concept to learn. folder: its photos; captions, masks: as of the command `learn`, None = not
+    given."""
+
+    folder: Path
+    name: str
+    noun: str = ""
+    kind: str = ""
+    captions: Path | None = None
+    masks: Path | None = None
+
+    def options(self, options: Namespace) -> Namespace:
+        """The options of `learn` for this concept."""
+        sheet = options.contact_sheets
+        own = {"images": self.folder, "name": self.name, "noun": self.noun, "kind": self.kind or None,
+               "captions": self.captions, "masks": self.masks, "words": (), "subfolders": False,
+               "contact_sheet": None if sheet is None else sheet / f"{self.name}.png"}
+        return Namespace(**{**vars(options), **own})
+
+
+COLUMNS = tuple(field.name for field in fields(Planned))
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a table. Raises ConceptError for a column that is unknown, or missing."""
+    reader = csv.DictReader(decoded(table.read_bytes(), table).splitlines(), skipinitialspace=True)
+    known = ", ".join(COLUMNS)
+    for column in reader.fieldnames or ():
+        if column not in COLUMNS:
+            raise ConceptError(f"the table '{table}' has a column '{column}'; allowed: {known}")
+    if not {"folder", "name"} <= set(reader.fieldnames or ()):
+        raise ConceptError(f"the table '{table}' needs the columns folder and name; allowed are {known}")
+    rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    return [row for row in rows if any(row.values())]
+
+
+def _inside(folder: Path, text: str, table: Path) -> Path:
+    """A path of the table, relative to it. Raises ConceptError for one that does not exist."""
+    path = folder / Path(text).expanduser()
+    if not path.exists():
+        raise ConceptError(f"the table '{table}' names '{text}', which does not exist in '{folder}'")
+    return path
+
+
+def _of_table(folder: Path, table: Path) -> list[Planned]:
+    found = []
+    for row in _rows(table):
+        paths = {key: _inside(folder, row[key], table) if row.get(key) else None
+                 for key in ("folder", "captions", "masks")}
+        if paths["folder"] is None:
+            raise ConceptError(f"the table '{table}' names no folder for '{row['name']}'")
+        found.append(Planned(paths["folder"], typed_name(row["name"]), row.get("noun", ""),
+                             row.get("kind", ""), paths["captions"], paths["masks"]))
+    return found
+
+
+def _of_names(folder: Path) -> list[Planned]:
+    """The subfolders with photos; their names say name and class noun."""
+    found = []
+    for path in subfolders_with_pictures(folder):
+        match = _FOLDER.fullmatch(path.name)
+        name, noun = (path.name, "") if match is None else (match["name"], match["noun"] or "")
+        found.append(Planned(path, typed_name(name), noun))
+    return found
+
+
+def plan(folder: Path, table: Path | None = None) -> list[Planned]:
+    """The concepts of a folder, all checked before any is learned.
+
+    Args:
+        folder: Holds a subfolder of photos per concept.
+        table: A CSV table with the columns folder and name, and if wanted noun, kind, captions and masks;
+            paths are relative to `folder`. None = the folder's concepts.csv if there is one, else the names
+            of the subfolders: `rex`, `rex dog` or `10_rex dog`.
+
+    Raises:
+        ConceptError: There are no photos; or a name, class noun or kind is missing, wrong or given twice.
+    """
+    if not folder.is_dir():
+        raise ConceptError(f"the folder '{folder}' does not exist")
+    table = table or (folder / TABLE if (folder / TABLE).exists() else None)
+    found = _of_names(folder) if table is None else _of_table(folder, table)
+    if not found:
+        raise ConceptError(f"'{table or folder}' names no folder with pictures; needed is a folder of photos "
+                           "per concept")
+    for planned in found:
+        check_name(planned.name)
+        check_class_noun(planned.noun)
+        if planned.kind not in ("", *KINDS):
+            raise ConceptError(f"kind of concept '{planned.name}' is '{planned.kind}'; allowed: "
+                               f"{', '.join(KINDS)}")
+        if not planned.noun:
+            raise ConceptError(f"concept '{planned.name}' has no class noun; name its folder '{planned.name} "
+                               f"dog', or give the column noun of {TABLE}")
+    twice = [name for name, count in Counter(planned.name for planned in found).items() if count > 1]
+    if twice:
+        raise ConceptError(f"the name '{twice[0]}' is given to more than one folder; give each its own")
+    return found
+
+
+def learn_all(options: Namespace) -> Result:
+    """Learns all concepts, one after another. A concept that fails does not stop the others.
+
+    Raises:
+        ConceptError: Some concepts were not learned. The bank holds the others.
+    """
+    found, facts, lines, failed = plan(options.folder, options.table), [], [], []
+    for number, planned in enumerate(found, start=1):
+        if not options.json:
+            say(f"{number} of {len(found)}: <{planned.name}>, {planned.noun}, from '{planned.folder}'")
+        try:
+            result = learn(planned.options(options))
+        except ConceptError as error:
+            failed.append(f"<{planned.name}>: {error}")
+            if not options.json:
+                say(f"not learned: {failed[-1]}")
+            continue
+        if result is not None:
+            facts.append(result[0])
+            lines += result[1][:1]
+    if failed:
+        raise ConceptError(f"{len(failed)} of {len(found)} concepts were not learned; the bank holds the "
+                           f"others, and the same command tries again: {'; '.join(failed)}")
+    return {"bank": str(options.bank), "concepts": facts}, lines

@@ -1,0 +1,85 @@
+"""The command learn-all: a folder of folders becomes a bank, and every fault is named before any work."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.cli import learning_all
+from continual_concepts.core.cli.parser import main
+from continual_concepts.core.demo import scenes
+from continual_concepts.core.errors import ConceptError
+
+QUICK = ["--steps", "1", "--batch-size", "1", "--base", "embedded-64"]
+
+
+def fill(folder, name="rex", count=1):
+    folder.mkdir(parents=True)
+    for i, (picture, _) in enumerate(scenes.CONCEPTS[name].pictures(count, seed=1)):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def cast(tmp_path):
+    """Photos of two things and a style."""
+    folder = tmp_path / "cast"
+    for path, name in (("rex dog", "rex"), ("5_mimi tabby cat", "mimi"), ("chalk drawing", "chalk")):
+        fill(folder / path, name)
+    return folder
+
+
+def test_names_of_folders_say_name_and_noun(cast):
+    found = {planned.name: planned.noun for planned in learning_all.plan(cast)}
+    assert found == {"rex": "dog", "mimi": "tabby cat", "chalk": "drawing"}
+
+
+def test_a_table_says_more(cast):
+    (cast / "concepts.csv").write_text("folder, name, noun, kind, captions\n"
+                                       "chalk drawing, chalk-1, drawing, style, rex dog\n\n"
+                                       "rex dog, rex, dog\n", encoding="utf-8")
+    style, thing = learning_all.plan(cast)
+    assert (style.name, style.kind, style.captions) == ("chalk-1", "style", cast / "rex dog")
+    assert (thing.name, thing.kind, thing.captions) == ("rex", "", None)
+
+
+@pytest.mark.parametrize(("table", "sentence"), [
+    ("folder,name,colour\n", "has a column 'colour'; allowed: folder, name, noun"),
+    ("folder,noun\nrex dog,dog", "needs the columns folder and name"),
+    ("folder,name,noun\nnowhere,rex,dog", "names 'nowhere', which does not exist"),
+    ("folder,name,noun\n,rex,dog", "names no folder for 'rex'"),
+    ("folder,name,noun\nrex dog,a/b,dog", "concept name 'a/b' is not allowed"),
+    ("folder,name,noun\nrex dog,rex,<dog>", "class noun '<dog>' is not allowed"),
+    ("folder,name,noun,kind\nrex dog,rex,dog,animal", "kind of concept 'rex' is 'animal'; allowed: object"),
+    ("folder,name\nrex dog,rex", "concept 'rex' has no class noun; name its folder 'rex dog'"),
+    ("folder,name,noun\nrex dog,rex,dog\n5_mimi tabby cat,rex,cat", "the name 'rex' is given to more than"),
+    ("folder,name,noun\n", "names no folder with pictures"),
+])
+def test_faults_are_named_before_any_work(cast, tmp_path, capsys, table, sentence):
+    (cast / "concepts.csv").write_text(table, encoding="utf-8")
+    bank = tmp_path / "bank.safetensors"
+    assert main(["learn-all", str(cast), "--bank", str(bank), *QUICK]) == 1
+    assert sentence in capsys.readouterr().err and not bank.exists()
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ConceptError, match="none' does not exist"):
+        learning_all.plan(tmp_path / "none")
+
+
+def test_all_are_learned_and_the_same_command_goes_on(cast, tmp_path, capsys):
+    """A concept that fails does not stop the others; what the bank holds is not learned again."""
+    (cast / "5_mimi tabby cat" / "0.png").write_bytes(b"damaged")
+    bank, sheets = tmp_path / "bank.safetensors", tmp_path / "sheets"
+    command = ["learn-all", str(cast), "--bank", str(bank), "--contact-sheets", str(sheets), *QUICK]
+    assert main(command) == 1
+    shown = capsys.readouterr()
+    assert "1 of 3 concepts were not learned" in shown.err and "<mimi>" in shown.err
+    assert sorted(open_bank(bank).names) == ["chalk", "rex"]
+    before = bank.read_bytes()
+    picture = scenes.CONCEPTS["mimi"].pictures(1, seed=1)[0][0]
+    Image.fromarray(picture).save(cast / "5_mimi tabby cat" / "0.png")
+    assert main(command) == 0
+    assert "<rex> is in" in (shown := capsys.readouterr()).out and "<mimi>" in shown.out
+    assert sorted(open_bank(bank).names) == ["chalk", "mimi", "rex"] and bank.read_bytes() != before
+    assert {path.stem for path in sheets.iterdir()} == {"chalk", "mimi", "rex"}
