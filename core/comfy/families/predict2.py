@@ -35,7 +35,7 @@ from ..text import ROWS
 from .base import Family, computation_type, is_plain
 
 _NORMS = {"to_q": "q_norm", "to_k": "k_norm"}
-_PATCHES = {False: "attn2_patch", True: "attn1_patch"}      # of cross-attention and self-attention
+_CROSS, _SELF = "attn2_patch", "attn1_patch"      # the host's keys of other nodes' patches, since 0.33
 _HAS_ANIMA = importlib.util.find_spec("comfy.ldm.anima") is not None      # older hosts take it for Cosmos
 _COSMOS = getattr(comfy.model_sampling, "COSMOS_RFLOW", ())
 
@@ -106,13 +106,13 @@ class Predict2(Family):
         """Nothing to do: all sites read the same text."""
 
     def is_alone(self, options: dict) -> bool:
-        return not options.get("patches", {}).get(_PATCHES[False])
+        return not options.get("patches", {}).get(_CROSS)
 
     def reads_own_text(self, options: dict) -> bool:
         return True
 
     def has_foreign_self_attention(self, options: dict) -> bool:
-        return bool(options.get("patches", {}).get(_PATCHES[True]))
+        return bool(options.get("patches", {}).get(_SELF))
 
     @contextmanager
     def attached(self, denoiser: Any = None) -> Iterator[None]:
@@ -218,11 +218,11 @@ class _RunSite(_Run):
 
     def _patched(self, x: Tensor, context: Tensor | None, rope_emb: Tensor | None,
                  options: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs of to_q, to_k and to_v, with other nodes' patches, which newer hosts have."""
+        """Inputs of to_q, to_k and to_v, with other nodes' patches."""
         text = x if context is None else context
         given: dict[str, Any] = {"q": x, "k": text, "v": text, "pe": rope_emb}
         more = {**options, "n_heads": self.attention.n_heads, "dim_head": self.attention.head_dim}
-        for patch in options.get("patches", {}).get(_PATCHES[False], []):
+        for patch in options.get("patches", {}).get(_CROSS, []):
             given |= patch(given["q"], given["k"], given["v"], pe=given["pe"], attn_mask=None,
                            extra_options=more)
         return given["q"], given["k"], given["v"]
