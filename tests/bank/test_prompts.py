@@ -65,7 +65,7 @@ def test_placeholders_can_be_substituted(vocabulary):
     prompt = vocabulary.parse("a <rex> and <fluffy>, (<rex>:1.2)")
     assert prompt.placeholders == ("rex", "fluffy", "rex")
     assert prompt.substituted(str.upper) == "a REX and FLUFFY, (REX:1.2)"
-    for text in ("a (red:1.3) photo of REX", "(big:1.2)(red:1.3) REX"):      # no parentheses around plain text
+    for text in ("a (red:1.3) photo of REX", "(big:1.2)(red:1.3) REX"):      # plain text stays plain
         assert vocabulary.parse(text.replace("REX", "<rex>")).substituted(str.upper) == text
 
 

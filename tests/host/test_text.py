@@ -84,7 +84,7 @@ def predictions(model, *conditionings, calls=None, sigma: float = 3.0):
 def test_the_stock_node_encodes_what_core_encodes(studio, carrying, backbone, prompt):
     ours, core = layers_of(stock(studio, carrying[1], prompt)), by_core(backbone, studio.bank, prompt).hidden
     assert distance(ours, core.expand_as(ours)) < 1e-5
-    assert "<mimi>" not in prompt or ours.shape[1] == 7
+    assert "<mimi>" not in prompt or ours.shape[1] == studio.bank.layout.copies > 1
 
 
 def test_one_word_spelled_out_is_the_concept(studio, carrying):
@@ -166,7 +166,8 @@ def test_concat_appends(studio, carrying):
     """The appended prompt keeps its mean copy, the first one all its layer copies."""
     ours = [stock(studio, carrying[1], text) for text in ("<rex>", "a red car")]
     joined = studio.stock.ConditioningConcat().concat(*ours)[0]
-    calls, layers = [], torch.cat([layers_of(one).expand(-1, 7, -1, -1) for one in ours], 2)
+    copies = studio.bank.layout.copies
+    calls, layers = [], torch.cat([layers_of(one).expand(-1, copies, -1, -1) for one in ours], 2)
     negative = stock(studio, carrying[1], "<mimi>")
     found, other = predictions(carrying[0], joined, negative, calls=calls)
     assert calls == [2] and distance(found, by_layers(studio, layers)) < 1e-4
