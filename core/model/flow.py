@@ -16,8 +16,7 @@ from .schedule import Schedule, expand
 class FlowSchedule(Schedule):
     """Noisy latents lie on a straight line from the picture to the noise: x = (1 - s) x_0 + s n.
 
-    The model predicts the velocity n - x_0. Every timestep has the loss weight 1, as in Stable Diffusion 3
-    (Esser et al. 2024) before it draws times unevenly.
+    The model predicts the velocity n - x_0. Every timestep has the loss weight 1.
 
     Attributes:
         sigmas: `[T]`, the share s of noise at each timestep; rising, above 0 and at most 1.

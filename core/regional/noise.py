@@ -4,6 +4,8 @@ The paper estimates each region's noise over the whole frame, with one more eval
 The estimate outside the region's mask is discarded, so the object may be drawn there and get cut off. Our
 variant, `area="crop"`, estimates the noise on a crop of the region's size. Its cost is proportional to the
 area, and the object must appear inside the crop.
+
+For a base of flow matching the estimates are velocities.
 """
 
 from __future__ import annotations
