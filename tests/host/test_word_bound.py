@@ -209,6 +209,20 @@ def test_learning_in_comfyui(studio, word_bound):
     assert torch.isfinite(studio.ksampler(model, positive, studio.encode(clip, ""))).all()
 
 
+@pytest.mark.parametrize("method, settings", [("slots", {}), ("bound", {"layerwise": False})])
+def test_a_bank_without_layer_wise_words_works_with_stock_nodes(studio, method, settings):
+    bank = studio.learn(name="spot", method=method, method_settings=[settings])
+    assert bank["spot"].tokens.copies == 1 < bank.layout.copies
+    model, clip, positive = studio.aggregate("a <spot>", bank)
+    negative = studio.encode(clip, "a cat")
+    drawn = studio.ksampler(model, positive, negative)
+    plain = studio.ksampler(studio.model, "a dog", "a cat")
+    assert torch.isfinite(drawn).all() and distance(drawn, plain) > 1e-4
+    model, clip, positive = studio.aggregate("a cat", bank)
+    assert torch.equal(studio.ksampler(model, positive, studio.encode(clip, "a dog")),
+                       studio.ksampler(studio.model, "a cat", "a dog"))
+
+
 def test_another_nodes_attention_stays_on_top(studio, word_bound):
     """As an image prompt adapter does it: plain attention and something more."""
     from comfy.ldm.modules.attention import optimized_attention

@@ -185,7 +185,8 @@ class AddOffsets:
         site = _site_of(self.addresses, options)
         offsets = options.get(OFFSETS)
         if offsets is not None and site is not None:
-            offset = offsets[:, site.copy].to(context)
+            copy = site.copy if offsets.shape[1] > 1 else 0      # words may be the same for all layers
+            offset = offsets[:, copy].to(context)
             value = context + offset if value is context else value + offset
             context = context + offset
         return n, context, value
