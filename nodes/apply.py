@@ -36,8 +36,8 @@ class ElasticWeightAggregate(io.ComfyNode):
             category=types.USING,
             search_aliases=["load concept", "apply concept", "EWA", "merge lora", "concept bank"],
             description="Adds a bank's concepts to a model and a CLIP. With its outputs, <rex> works in "
-                        "every CLIP Text Encode. Concepts learned with 'bound' act through their own words; "
-                        "concepts of other methods are patched into the weights once.",
+                        "every CLIP Text Encode. Things of 'slots' and concepts of 'bound' act through their "
+                        "own words; other concepts are patched into the weights once.",
             inputs=[
                 io.Model.Input("model",
                                tooltip="The checkpoint that the bank was learned on, or one of its family."),

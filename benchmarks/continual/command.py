@@ -309,9 +309,8 @@ def _summarised(options: Namespace, folder: Path) -> Result:
 
 def _summarised_earlier(options: Namespace, finished: Sequence[dict]) -> Result:
     """Summarises runs of an earlier version, which have one judge and no intervals."""
-    from ...core.methods import DEFAULT
     from .earlier_chart import draw
-    from .earlier_summary import summarise, table
+    from .earlier_summary import DEFAULT, summarise, table
 
     stored = json.loads(options.file.read_text()) if options.file.exists() else {}
     result = summarise(finished, DEFAULT, stored.get("untrained", {}))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ...core.errors import ConceptError
 
+DEFAULT = "bound"      # the default method of the version that made these runs
 PLAIN = ("multi_alignment", "multi_present", "pair_alignment", "confusion", "base_drift", "a_mmd", "f_mmd",
          "trained_share", "bytes_per_concept", "seconds_per_concept")
 PER_CONCEPT = ("image_alignment", "text_alignment", "just_learned", "forgetting")

@@ -24,6 +24,6 @@ from . import (  # noqa: F401 - importing registers them
 )
 from .base import METHODS, Method, Task, get, make
 
-DEFAULT = "bound"      # what is offered first
+DEFAULT = "slots"      # what is offered first
 
 __all__ = ["DEFAULT", "METHODS", "Method", "Task", "get", "make"]

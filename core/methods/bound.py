@@ -1,5 +1,4 @@
-"""Word-bound concepts: layer-wise words, and low-rank deltas that act only through those words. Ours, and the
-default.
+"""Word-bound concepts: layer-wise words, and low-rank deltas that act only through those words. Ours.
 
 Layer-wise tokens and rank-4 deltas on q, k, v, out of every site are trained, as in CIDM. CIDM's deltas
 change every position of a prompt that names the concept. Two concepts in one prompt then change each other,

@@ -1,4 +1,4 @@
-"""Key/value slots bound to a concept's words. Ours.
+"""Key/value slots bound to a concept's words. Ours, and the default.
 
 An object has slots at every site (model.slots has the formula): the attention that the picture pays to the
 concept's words is divided among learned keys, and their learned values are added. So an object acts only
