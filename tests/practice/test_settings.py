@@ -136,7 +136,7 @@ def test_b5_resuming_names_what_differs_and_both_ways_on(stopped, learn, photos)
     assert f"the checkpoint '{stopped}' belongs to another run" in sentence
     assert "its rank is 4, now 8; its seed is 0, now 3; " in sentence
     assert sentence.endswith("give the values of that run to resume it, or delete the file to start again")
-    assert "its method is 'bound', now 'cidm'; give" in learn(photos, "--method", "cidm").sentence
+    assert "its method is 'slots', now 'cidm'; give" in learn(photos, "--method", "cidm").sentence
     (photos / "0.txt").write_text("<rex> in the rain")
     assert "its captions number 1 is 'a photo of <rex>', now '<rex> in the rain'" in learn(photos).sentence
     (photos / "0.png").unlink()
