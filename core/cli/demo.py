@@ -1,103 +1,45 @@
-"""The demo: two methods learn two objects and a style in sequence, and then draw both objects in one picture.
-"""
+"""The demo: three ways learn two dogs and a style one after another, and draw them alone and together."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..bank.bank import ConceptBank
 from ..bank.store import change_bank, saved_elsewhere
 from ..data.assignment import Assignment
-from ..demo.base import load_base
-from ..demo.bases import EMBEDDED, file_of, picture_size
-from ..demo.judges import SceneEncoder, assignment
+from ..demo.bases import file_of
+from ..demo.judges import SceneEncoder
 from ..errors import ConceptError
 from ..evaluation import metrics
-from ..evaluation.protocol import Record, run_sequence
 from ..files import check_output, check_output_folder, write_atomically
-from ..model.backbone import Backbone
-from ..regional.regions import Region
-from ..sampling.regions import sample_regions
-from ..sampling.sampling import sample
-from ..sampling.settings import SampleSettings
-from ..training.config import TrainingConfig
+from .demo_ways import REGIONS, TASKS, WAYS, Pictures, Plan, banks_of, draw_job, learn_job, noun_job
 
-TASKS = ("rex", "mimi", "blueprint")
-METHODS = ("cidm", "finetune")
-METHOD_SETTINGS = {"lr": 2e-3, "token_lr": 2e-2}
-SIDE = picture_size()
-TRAINING = TrainingConfig(steps=500, batch_size=4, resolution=SIDE, flip=True, schedule="cosine", warmup=20,
-                          min_snr_gamma=0.0, max_grad_norm=1.0)
-SETTINGS = SampleSettings(steps=20, cfg=3.0, size=(SIDE, SIDE))
-SEEDS = tuple(range(100, 112))
-SCENE = "a photo of a dog and a cat in a meadow"
-# Each region's prompt describes the whole scene. With a single animal per prompt, both regions would draw it
-# in the middle.
-REGIONS = (
-    Region("a photo of <rex> and a cat in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
-    Region("a photo of a dog and <mimi> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
-)
-COMPOSITION_SEEDS = tuple(range(500, 508))
+FILES = ("bank.safetensors", "report.png", "report.json")
+NOUNS = "class nouns"
+PLAN = Plan()
+BOXES = tuple(region.box for region in REGIONS if region.box is not None)
 
 
 @dataclass(frozen=True)
-class Composition:
-    """Pictures with both objects in their regions; hits: share of regions that show the right individual."""
-
-    pictures: Tensor
-    hits: float
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Reference levels per concept.
-
-    Attributes:
-        noun: Image alignment of pictures of the class noun.
-        real: Image alignment of held-out real pictures.
-        noun_pictures: The pictures of the class noun, `[B, 3, H, W]` each.
-    """
+class Levels:
+    """Similarity to the photos, per concept: of pictures of the class noun, and of other real pictures."""
 
     noun: list[float]
     real: list[float]
-    noun_pictures: list[Tensor]
 
-
-def _progress(method: str) -> Callable[[str], Callable]:
-    def start(name: str):
-        bar = tqdm(total=TRAINING.steps, desc=f"{method} learns <{name}>", leave=True)
-
-        def callback(info) -> None:
-            bar.update(1)
-            bar.set_postfix(loss=f"{info.loss:.3f}", refresh=False)
-            if info.step == info.total:
-                bar.close()
-
-        return callback
-
-    return start
-
-
-def reference_levels(backbone: Backbone, tasks: list[Assignment], encoder: SceneEncoder,
-                     settings: SampleSettings) -> Reference:
-    bank, noun, real, pictures = ConceptBank(backbone.layout), [], [], []
-    for task in tasks:
-        prompts = [task.noun_prompts[i % len(task.noun_prompts)] for i in range(len(SEEDS))]
-        images = sample(backbone, bank, prompts, SEEDS, settings)
-        references = encoder.features(task.references, task.kind)
-        noun.append(metrics.image_alignment(encoder.features(images, task.kind), references))
-        real.append(metrics.image_alignment(encoder.features(task.held_out, task.kind), references))
-        pictures.append(images)
-    return Reference(noun, real, pictures)
+    def middle(self, place: int) -> float:
+        return (self.noun[place] + self.real[place]) / 2
 
 
 def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
@@ -105,93 +47,147 @@ def cut_out(pictures: Tensor, box: tuple[float, float, float, float]) -> Tensor:
     height, width = pictures.shape[-2:]
     sides = (height, width, height, width)
     top, left, bottom, right = (round(fraction * side) for fraction, side in zip(box, sides, strict=True))
-    return F.pad(pictures[..., top:bottom, left:right], (left, width - right, top, height - bottom),
-                 mode="replicate")
+    return torch.nn.functional.pad(pictures[..., top:bottom, left:right],
+                                   (left, width - right, top, height - bottom), mode="replicate")
 
 
-def region_hits(pictures: Tensor, regions, owners: list[Assignment], encoder: SceneEncoder,
-                levels: list[float]) -> float:
-    """Share of regions that show the right individual according to the metric encoder.
+def place_scores(pictures: Tensor, owners: list[Assignment], encoder: SceneEncoder) -> Tensor:
+    """Similarity of what each of the `BOXES` shows to each concept, `[B, boxes, concepts]`."""
+    features = [encoder.features(owner.references, owner.kind) for owner in owners]
+    seen = [encoder.features(cut_out(pictures, box), "object") for box in BOXES]
+    return torch.stack([torch.stack([(place @ own.T).mean(1) for own in features], dim=1) for place in seen],
+                       dim=1)
+
+
+def boxes_right(scores: Tensor, levels: list[float]) -> float:
+    """Share of boxes that show their own individual, and that more than halfway to its photos.
 
     Args:
-        pictures: `[B, 3, H, W]`.
-        regions: One per owner.
-        owners: The concepts of the regions.
-        encoder: Measures similarity.
-        levels: Per owner, the similarity that the region must exceed.
+        scores: See `place_scores`; box i belongs to concept i.
+        levels: Per concept, the similarity halfway from its class noun to its photos.
     """
-    hits = []
-    for i, region in enumerate(regions):
-        seen = encoder.features(cut_out(pictures, region.box), "object")
-        scores = torch.stack([(seen @ encoder.features(owner.references, owner.kind).T).mean(1)
-                              for owner in owners], dim=1)
-        hits.append((scores.argmax(1) == i) & (scores[:, i] > levels[i]))
-    return float(torch.stack(hits).float().mean())
+    own = scores.diagonal(dim1=1, dim2=2)
+    return float(((scores.argmax(2) == torch.arange(2)) & (own > torch.tensor(levels))).float().mean())
 
 
-def compose(backbone: Backbone, bank: ConceptBank, tasks: list[Assignment], encoder: SceneEncoder,
-            reference: Reference, settings: SampleSettings) -> Composition:
-    """Samples both objects in one picture by region attention.
-
-    A hit also requires a similarity above the midpoint between class noun and real pictures.
-    """
-    pictures = sample_regions(backbone, bank, SCENE, REGIONS, COMPOSITION_SEEDS, settings)
-    levels = [(reference.noun[i] + reference.real[i]) / 2 for i in range(2)]
-    return Composition(pictures, region_hits(pictures, REGIONS, tasks[:2], encoder, levels))
+def confused(scores: Tensor) -> float:
+    """Share of halves that are nearer to the other individual, in the order that fits the picture best."""
+    in_order = scores.diagonal(dim1=1, dim2=2).sum(1)
+    swapped = scores.flip(1).diagonal(dim1=1, dim2=2).sum(1)
+    best = torch.where((in_order >= swapped)[:, None, None], scores, scores.flip(1))
+    return float((best.argmax(2) != torch.arange(2)).float().mean())
 
 
-def _method_report(record: Record, reference: Reference) -> dict:
-    gaps = [metrics.gap_closed(record.image_alignment[j][j], reference.noun[j], reference.real[j])
-            for j in range(len(reference.noun))]
-    per_concept = record.retention
+def _alignment(encoder: SceneEncoder, pictures: Tensor, task: Assignment) -> float:
+    return metrics.image_alignment(encoder.features(pictures, task.kind),
+                                   encoder.features(task.references, task.kind))
+
+
+def figures_of(plan: Plan, pictures: Pictures, levels: Levels, encoder: SceneEncoder) -> dict:
+    """The figures of one way, for the report."""
+    tasks, objects = plan.tasks, list(plan.tasks[:2])
+    ends = [_alignment(encoder, drawn, task) for drawn, task in zip(pictures.alone, tasks, strict=True)]
+    firsts = [_alignment(encoder, drawn, tasks[0]) for drawn in pictures.first]
+    middles = [levels.middle(i) for i in range(2)]
+    pair, boxes = (place_scores(drawn, objects, encoder) for drawn in (pictures.pair, pictures.boxes))
     return {
-        "image_alignment": record.image_alignment,
-        "retention": sum(per_concept) / len(per_concept),
-        "retention_per_concept": per_concept,
-        "text_alignment": record.text_alignment,
-        "gap_closed": gaps,
-        "seconds": record.seconds,
+        "gap_closed": [metrics.gap_closed(end, levels.noun[i], levels.real[i]) for i, end in enumerate(ends)],
+        "first_concept": firsts,
+        "retained": firsts[-1] / firsts[0],
+        "confused": confused(pair),
+        "boxes_right": boxes_right(boxes, middles),
     }
 
 
-def run(output: Path, base: str = EMBEDDED) -> dict:
-    """Writes report.png, report.json and bank.safetensors into `output`; returns the report.
+class Workers:
+    """Runs jobs in processes with one thread each. Two threads of a small base wait for one another."""
 
-    Args:
-        output: A folder.
-        base: Name of an embedded base. Raises ConceptError for other names.
+    def __init__(self, count: int) -> None:
+        self.pool: ProcessPoolExecutor | ThreadPoolExecutor
+        if count > 1:
+            self.pool = ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,))
+        else:
+            self.pool = ThreadPoolExecutor(1)
+        self.running: dict[Future, tuple[str, str]] = {}
+
+    def start(self, way: str, what: str, job: Callable, *arguments) -> None:
+        """Queues `job(*arguments)`; what: "learns" or "draws"."""
+        self.running[self.pool.submit(job, *arguments)] = way, what
+
+    def finished(self) -> list[tuple[str, str, Any]]:
+        """Waits for the next jobs. Returns way, what and result of each."""
+        done, _ = wait(self.running, return_when=FIRST_COMPLETED)
+        return [(*self.running.pop(future), future.result()) for future in done]
+
+
+def draw_all(plan: Plan, folder: Path, workers: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Every way learns and draws; jobs of one way do not wait for those of another.
+
+    Returns:
+        The pictures of every way, and of the class nouns under `NOUNS`; the seconds that each way learned.
     """
-    from .demo_report import draw
+    pool, names = Workers(workers), list(TASKS)
+    parts = {way: [[name] for name in names] if WAYS[way].separate else [names] for way in WAYS}
+    for way in sorted(WAYS, key=lambda way: len(parts[way])):      # the longest job first
+        for part in parts[way]:
+            pool.start(way, "learns", learn_job, plan, way, part, folder)
+    pool.start(NOUNS, "draws", noun_job, plan)
+    left, seconds = {way: len(part) for way, part in parts.items()}, dict.fromkeys(WAYS, 0.0)
+    pictures: dict[str, Any] = {}
+    with pool.pool, tqdm(total=sum(left.values()) + len(WAYS) + 1, desc="learning and drawing") as bar:
+        while pool.running:
+            for way, what, result in pool.finished():
+                bar.update()
+                if what == "draws":
+                    pictures[way] = result
+                    continue
+                left[way], seconds[way] = left[way] - 1, seconds[way] + result
+                if not left[way]:
+                    pool.start(way, "draws", draw_job, plan, way, folder)
+    return pictures, seconds
 
-    path = file_of(base)
-    check_output_folder(output)
-    for name in ("bank.safetensors", "report.png", "report.json"):
-        check_output(output / name, "demo's file")
-    began = time.perf_counter()
-    backbone, encoder = load_base(path), SceneEncoder()
-    side = backbone.picture_size
-    settings, training = replace(SETTINGS, size=(side, side)), replace(TRAINING, resolution=side)
-    tasks = [assignment(name, size=side) for name in TASKS]
-    reference = reference_levels(backbone, tasks, encoder, settings)
-    records = {method: run_sequence(backbone, tasks, method, METHOD_SETTINGS, training, encoder, settings,
-                                    SEEDS, _progress(method)) for method in METHODS}
-    bank = records["cidm"].bank
-    composition = compose(backbone, bank, tasks, encoder, reference, settings)
-    report = {
-        "base": base,
-        "concepts": list(TASKS),
-        "methods": {name: _method_report(record, reference) for name, record in records.items()},
-        "class_noun_alignment": reference.noun,
-        "held_out_alignment": reference.real,
-        "composition": {"region_hits": composition.hits, "pictures": len(composition.pictures)},
-        "seconds": time.perf_counter() - began,
-    }
-    output.mkdir(parents=True, exist_ok=True)
+
+def levels_of(plan: Plan, nouns: list[Tensor], encoder: SceneEncoder) -> Levels:
+    pairs = list(zip(nouns, plan.tasks, strict=True))
+    return Levels([_alignment(encoder, drawn, task) for drawn, task in pairs],
+                  [_alignment(encoder, task.held_out, task) for _, task in pairs])
+
+
+def _save_bank(output: Path, folder: Path) -> None:
+    bank = banks_of("ours", folder)[-1]
     try:
         change_bank(output / "bank.safetensors", lambda _: bank)      # an earlier bank stays as a version
     except ConceptError as error:
         raise saved_elsewhere(error, output / "bank.safetensors", bank) from error
-    draw(output / "report.png", tasks, reference, records, composition)
+
+
+def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
+    """Writes report.png, report.json and bank.safetensors into `output`; returns the report.
+
+    Args:
+        output: A folder, made if it is missing.
+        plan: How much to do, on which embedded base.
+        workers: Number of processes; 1 = this one alone.
+    """
+    from .demo_report import draw
+
+    file_of(plan.base)      # raises ConceptError for a base that is not there
+    check_output_folder(output)
+    for name in FILES:
+        check_output(output / name, "demo's file")
+    began, encoder = time.perf_counter(), SceneEncoder()
+    with tempfile.TemporaryDirectory(prefix="continual-concepts-demo-") as temporary:
+        folder = Path(temporary)
+        pictures, seconds = draw_all(plan, folder, workers)
+        levels = levels_of(plan, pictures.pop(NOUNS), encoder)
+        output.mkdir(parents=True, exist_ok=True)
+        _save_bank(output, folder)
+    figures = {way: {"method": WAYS[way].method, **figures_of(plan, pictures[way], levels, encoder),
+                     "seconds": seconds[way]} for way in WAYS}
+    report = {"base": plan.base, "concepts": list(TASKS), "ways": figures, "steps": plan.steps,
+              "class_noun_alignment": levels.noun, "held_out_alignment": levels.real,
+              "seconds": time.perf_counter() - began}
+    draw(output / "report.png", plan.tasks, figures, pictures)
     write_atomically(output / "report.json",
                      lambda temporary: temporary.write_text(json.dumps(report, indent=1) + "\n"))
     return report

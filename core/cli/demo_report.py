@@ -1,101 +1,105 @@
-"""The demo's report picture: photos, and each method's pictures right after learning and at the end."""
+"""The demo's report picture: what three ways draw after they have learned the same three concepts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..data.assignment import Assignment
 from ..files import write_atomically
+from .demo_ways import PAIR, STYLED, TASKS, WAYS, Pictures
 
-INK, QUIET = "#1d1d24", "#6b6b76"
-COLUMNS = 5
+INK, QUIET, BEST = "#1d1d24", "#5f5f6a", "#0b7a3b"
+COLUMNS = 4
+TWO = "two dogs in one prompt"
 SHOWN = 192      # height of a picture in pixels, unless the pictures themselves are larger
-NAMES = {"cidm": "CIDM", "finetune": "Sequential finetuning"}
 
 
-def _strip(pictures: Tensor, columns: int) -> np.ndarray:
-    """The first `columns` pictures side by side with a white gap, `[H, W, 3]` uint8, enlarged."""
+def _strip(pictures: Tensor) -> np.ndarray:
+    """The first pictures side by side with a white gap, `[H, W, 3]` uint8, enlarged."""
     from ..images import eight_bit, upscale
 
     factor = max(1, SHOWN // pictures.shape[-2])
-    images = eight_bit(upscale(pictures[:columns], factor)).permute(0, 2, 3, 1).numpy()
+    images = eight_bit(upscale(pictures[:COLUMNS], factor)).permute(0, 2, 3, 1).numpy()
     gap = np.full((images.shape[1], 6, 3), 255, dtype=np.uint8)
     return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=1)
 
 
-def _show(axis, pictures: Tensor, columns: int, title: str = "") -> None:
-    axis.imshow(_strip(pictures, columns), interpolation="antialiased")
+def _show(axis, pictures: Tensor, text: str = "", best: bool = False) -> None:
+    axis.imshow(_strip(pictures), interpolation="antialiased")
     axis.set_axis_off()
-    if title:
-        axis.set_title(title, fontsize=10, color=INK, loc="left", pad=5)
+    axis.set_anchor("W")
+    axis.text(0, -0.05, text, transform=axis.transAxes, va="top", fontsize=11,
+              color=BEST if best else QUIET, weight="bold" if best else "normal")
 
 
-def _matrix(axis, name: str, alignment: list[list[float]], concepts: list[str],
-            retention: list[float]) -> None:
-    size = len(concepts)
-    grid = np.full((size, size), np.nan)
-    for i, row in enumerate(alignment):
-        grid[i, : len(row)] = row
-    axis.imshow(grid, vmin=0, vmax=1, cmap="viridis")
-    for i, row in enumerate(alignment):
-        for j, value in enumerate(row):
-            colour = "white" if value < 0.6 else "black"
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=10)
-    axis.set_xticks(range(size),
-                    [f"<{c}>\nretained {r:.2f}" for c, r in zip(concepts, retention, strict=True)],
-                    fontsize=8)
-    axis.set_yticks(range(size), [f"after <{c}>" for c in concepts], fontsize=8)
-    axis.set_title(f"{name}: image alignment", fontsize=10, color=INK)
-    for side in axis.spines.values():
-        side.set_visible(False)
+def _say(axis, title: str, text: str = "") -> None:
+    axis.set_axis_off()
+    axis.text(0, 0.62, title, transform=axis.transAxes, fontsize=13, color=INK, weight="bold", va="center")
+    axis.text(0, 0.42, text, transform=axis.transAxes, fontsize=11, color=QUIET, va="top", wrap=True)
 
 
-def _row(figure, cells, j: int, task, reference, records: dict) -> None:
-    """One concept: its photos and the untrained base, then every method right after learning and at the end.
+def _rows(tasks: Sequence[Assignment], figures: Mapping[str, Mapping],
+          pictures: Mapping[str, Pictures]) -> list[tuple]:
+    """Per row: title, text, the photos or None, and per way its pictures, its figure, and that in words."""
+    def row(title, text, photos, drawn, value, words):
+        cells = {way: (drawn(pictures[way]), value(figures[way]), words.format(value(figures[way])))
+                 for way in WAYS}
+        return title, text, photos, cells
+
+    kinds = {"object": "learned from five photos", "style": "a style, learned from five pictures"}
+    alone = [row(f"<{task.name}>", kinds[task.kind], task.references, lambda drawn, i=i: drawn.alone[i],
+                 lambda found, i=i: found["gap_closed"][i], "{:.0%} of the way to the photos")
+             for i, task in enumerate(tasks)]
+    return [
+        *alone,
+        row(TWO, f"“{PAIR}”", None, lambda drawn: drawn.pair,
+            lambda found: found["confused"], "{:.0%} of the dogs look like the other one"),
+        row("two dogs in two boxes", "one on the left, one on the right", None, lambda drawn: drawn.boxes,
+            lambda found: found["boxes_right"], "{:.0%} of the boxes right"),
+        row("a learned dog in a learned style", f"“{STYLED}”", None, lambda drawn: drawn.styled,
+            lambda found: 0.0, ""),
+        row("what is left of the first", f"<{TASKS[0]}> after one, two and three concepts, same seed", None,
+            lambda drawn: torch.cat(drawn.first), lambda found: found["retained"], "{:.0%} retained"),
+    ]
+
+
+def draw(path: Path, tasks: Sequence[Assignment], figures: Mapping[str, Mapping],
+         pictures: Mapping[str, Pictures]) -> None:
+    """Writes the report picture. Needs matplotlib (extra `demo`).
+
+    Args:
+        path: A PNG file.
+        tasks: The concepts.
+        figures: The figures of each way, as in the report.
+        pictures: What each way drew.
     """
-    _show(figure.add_subplot(cells[2 * j, 0]), task.references, COLUMNS,
-          f"<{task.name}>, shown to the model in task {j + 1}")
-    before = f"before: \u201c{task.noun_prompts[0]}\u201d, \u2026"
-    _show(figure.add_subplot(cells[2 * j + 1, 0]), reference.noun_pictures[j], COLUMNS, before)
-    for m, (method, record) in enumerate(records.items()):
-        name = NAMES.get(method, method)
-        for row, i, when in ((2 * j, j, "just learned"),
-                             (2 * j + 1, len(record.samples) - 1, "after all tasks")):
-            title = f"{name}: {when}  (alignment {record.image_alignment[i][j]:.2f})"
-            _show(figure.add_subplot(cells[row, 1 + m]), record.samples[i][j], COLUMNS, title)
-
-
-def _bottom(figure, cell, concepts: list[str], records: dict, composition) -> None:
-    """The pictures with two regions, and the matrix of every method."""
-    cells = cell.subgridspec(1, 2 + len(records), width_ratios=[1.8] + [0.8] * len(records) + [0.02],
-                             wspace=0.45)
-    pictures = cells[0].subgridspec(2, 1, hspace=0.12)
-    title = f"<{concepts[0]}> left, <{concepts[1]}> right, one pass (regions right: {composition.hits:.0%})"
-    for row in range(2):
-        _show(figure.add_subplot(pictures[row]), composition.pictures[4 * row :], 4, "" if row else title)
-    for m, (method, record) in enumerate(records.items()):
-        axis = figure.add_subplot(cells[1 + m])
-        _matrix(axis, NAMES.get(method, method), record.image_alignment, concepts, record.retention)
-
-
-def draw(path: Path, tasks, reference, records: dict, composition) -> None:
-    """Writes the report picture. Needs matplotlib (extra `demo`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(19, 3.2 * len(tasks) + 6.6), facecolor="white")
+    rows = _rows(tasks, figures, pictures)
+    figure = Figure(figsize=(22, 1.62 * len(rows) + 1.3), facecolor="white")
     FigureCanvasAgg(figure)
-    heights = [3.2 * len(tasks), 5.2]
-    outer = figure.add_gridspec(2, 1, height_ratios=heights, hspace=0.1, left=0.03, right=0.985, top=0.945,
-                                bottom=0.05)
-    figure.suptitle("Three concepts, one after another: what each method retains", fontsize=17, color=INK,
-                    x=0.03, ha="left", y=0.985)
-    cells = outer[0].subgridspec(2 * len(tasks), 1 + len(records), wspace=0.03, hspace=0.32)
-    for j, task in enumerate(tasks):
-        _row(figure, cells, j, task, reference, records)
-    _bottom(figure, outer[1], [task.name for task in tasks], records, composition)
-    note = "Same seeds everywhere. Alignment: mean cosine with the training pictures, by the metric encoder."
-    figure.text(0.03, 0.012, note, fontsize=9, color=QUIET)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
+    cells = figure.add_gridspec(len(rows) + 1, 1 + len(WAYS), height_ratios=[0.12] + [1] * len(rows),
+                                hspace=0.3, wspace=0.04, left=0.015, right=0.99, top=0.965, bottom=0.03)
+    figure.suptitle("Three concepts, learned one after another from five pictures each", fontsize=19,
+                    color=INK, x=0.015, ha="left", y=0.985)
+    for column, title in enumerate(("", *(way.title for way in WAYS.values()))):
+        axis = figure.add_subplot(cells[0, column])
+        _say(axis, title)
+    for number, (title, text, photos, drawn) in enumerate(rows, start=1):
+        axis = figure.add_subplot(cells[number, 0])
+        if photos is None:
+            _say(axis, title, text)
+        else:
+            _show(axis, photos, f"{title}: {text}")
+        best_of = min if title == TWO else max      # of confusions the fewest
+        aim = best_of(value for _, value, _ in drawn.values())
+        for column, (shown, value, words) in enumerate(drawn.values(), start=1):
+            best = bool(words) and abs(value - aim) < 1e-9
+            _show(figure.add_subplot(cells[number, column]), shown, words, best)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))

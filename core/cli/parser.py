@@ -231,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo",
-                               help="learn two objects and a style on the embedded base, by two methods")
+                               help="learn two objects and a style on the embedded base, in three ways")
     demo.add_argument("--output", type=file_path, default=Path("demo"),
                       help="folder for the report and the bank (default %(default)s)")
     demo.add_argument("--base", default=EMBEDDED, choices=(*NAMES, *TRANSFORMERS),

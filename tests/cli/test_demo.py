@@ -10,59 +10,75 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
-from continual_concepts.core.cli import demo
+from continual_concepts.core.cli import demo, demo_ways
 from continual_concepts.core.demo import bases
 from continual_concepts.core.demo.judges import SceneEncoder, assignment, to_tensor
 from continual_concepts.core.demo.render import render
 from continual_concepts.core.demo.scenes import CONCEPTS, random_scene
 from continual_concepts.core.evaluation import metrics
-from continual_concepts.core.regional.regions import Region
+
+QUICK = demo_ways.Plan("embedded-64", steps=2, sampler_steps=2, alone=1, together=2)
 
 
-def test_the_report_holds_both_methods_and_the_composition(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, steps=2, batch_size=1, warmup=0))
-    monkeypatch.setattr(demo, "SETTINGS", replace(demo.SETTINGS, steps=2))
-    monkeypatch.setattr(demo, "SEEDS", (1, 2, 3, 4, 5))
-    demo.run(tmp_path)
+def test_the_report_holds_three_ways_that_learned_the_same(tmp_path):
+    demo.run(tmp_path, QUICK, workers=1)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["methods"]) == {"cidm", "finetune"}
-    for result in report["methods"].values():
-        assert [len(row) for row in result["image_alignment"]] == [1, 2, 3]
-        assert len(result["text_alignment"]) == 3
-        assert result["retention"] > 0 and len(result["gap_closed"]) == 3
-    assert 0 <= report["composition"]["region_hits"] <= 1 and report["seconds"] > 0
-    assert report["methods"]["cidm"]["retention_per_concept"] == pytest.approx([1, 1, 1])
+    assert set(report["ways"]) == set(demo_ways.WAYS) and report["seconds"] > 0
+    for figures in report["ways"].values():
+        assert len(figures["gap_closed"]) == len(figures["first_concept"]) == 3 and figures["seconds"] > 0
+        assert 0 <= figures["confused"] <= 1 and 0 <= figures["boxes_right"] <= 1
+    assert report["ways"]["ours"]["retained"] == 1 != report["ways"]["sequence"]["retained"]
     assert Image.open(tmp_path / "report.png").width > 1000
-    assert open_bank(tmp_path / "bank.safetensors").names == list(demo.TASKS)
+    assert open_bank(tmp_path / "bank.safetensors").names == list(demo_ways.TASKS)
 
 
 @pytest.mark.slow
 def test_it_runs_on_a_transformer(tmp_path, monkeypatch, transformer_base):
     """Also at that base's size of pictures."""
     monkeypatch.setitem(bases.TRANSFORMERS, "embedded-dit", transformer_base)
-    monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, steps=1, batch_size=1, warmup=0))
-    monkeypatch.setattr(demo, "SETTINGS", replace(demo.SETTINGS, steps=1))
-    monkeypatch.setattr(demo, "SEEDS", (1, 2, 3, 4, 5))
-    report = demo.run(tmp_path, "embedded-dit")
-    assert report["base"] == "embedded-dit" and report["methods"]["cidm"]["retention"] == pytest.approx(1)
+    plan = replace(QUICK, base="embedded-dit", steps=1, sampler_steps=1)
+    report = demo.run(tmp_path, plan, workers=1)
+    assert report["base"] == "embedded-dit" and report["ways"]["ours"]["retained"] == pytest.approx(1)
     site = open_bank(tmp_path / "bank.safetensors").layout.sites[0]
     assert site.name == "blocks.0.cross_attn"
 
 
-def test_region_hits_tell_right_from_wrong_places():
-    """Real pictures of the two individuals side by side: both regions hit; swapped: none does."""
-    tasks, encoder, rng = [assignment("rex"), assignment("mimi")], SceneEncoder(), random.Random(6)
-    things = [CONCEPTS[name].thing for name in ("rex", "mimi")]
-    drawn = [[random_scene(rng, tuple(order), "photo") for _ in range(12)]
-             for order in (things, things[::-1])]
-    right_way, wrong_way = (to_tensor([render(scene) for scene in row]) for row in drawn)
-    regions = (Region("<rex>", box=(0.0, 0.0, 1.0, 0.5)), Region("<mimi>", box=(0.0, 0.5, 1.0, 1.0)))
+@pytest.mark.slow
+def test_processes_give_the_same_report(tmp_path):
+    one, two = (demo.run(tmp_path / str(workers), QUICK, workers) for workers in (1, 2))
+    for way in demo_ways.WAYS:
+        assert {**one["ways"][way], "seconds": 0} == pytest.approx({**two["ways"][way], "seconds": 0})
+
+
+def test_separate_concepts_are_learned_as_one_after_another(tmp_path):
+    """A concept that is stored by itself does not depend on the bank, so its jobs can run side by side."""
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    for folder, parts in ((apart, (["rex"], ["fido"])), (together, (["rex", "fido"],))):
+        folder.mkdir()
+        for names in parts:
+            demo_ways.learn_job(QUICK, "ours", names, folder)
+    one, other = (open_bank(folder / "ours-fido.safetensors")["fido"] for folder in (apart, together))
+    assert all(torch.equal(one.deltas[key].value, other.deltas[key].value) for key in one.deltas)
+
+
+def drawn_side_by_side(*order):
+    rng = random.Random(6)
+    things = [CONCEPTS[name].thing for name in order]
+    return to_tensor([render(random_scene(rng, tuple(things), "photo")) for _ in range(12)])
+
+
+def test_places_tell_right_from_wrong():
+    """Real pictures of two individuals side by side; swapped; the same individual twice."""
+    tasks, encoder = [assignment("rex"), assignment("mimi")], SceneEncoder()
+    right, swapped, same = (demo.place_scores(drawn_side_by_side(*order), tasks, encoder)
+                            for order in (("rex", "mimi"), ("mimi", "rex"), ("rex", "rex")))
     levels = [0.4, 0.4]
-    assert demo.region_hits(right_way, regions, tasks, encoder, levels) >= 0.85
-    assert demo.region_hits(wrong_way, regions, tasks, encoder, levels) <= 0.1
+    assert demo.boxes_right(right, levels) >= 0.85 and demo.boxes_right(swapped, levels) <= 0.2
+    assert max(demo.confused(right), demo.confused(swapped)) <= 0.2 and demo.confused(same) >= 0.4
 
 
 def test_retention_and_gap_follow_their_definitions():

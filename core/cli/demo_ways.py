@@ -1,0 +1,188 @@
+"""The ways that the demo compares: how each one learns the concepts, and what it draws with them.
+
+Learning and drawing are jobs that may run in processes of their own. They pass banks on as files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..bank.bank import ConceptBank
+from ..bank.format import open_bank, save_bank
+from ..data.assignment import Assignment
+from ..data.framing import Framing
+from ..data.training_set import prepare
+from ..demo.base import load_base
+from ..demo.bases import EMBEDDED, file_of
+from ..demo.judges import assignment
+from ..evaluation.protocol import words_for
+from ..hosts.modules import ModuleBackbone
+from ..methods.base import Task, make
+from ..regional.regions import Region
+from ..sampling.regions import sample_regions
+from ..sampling.sampling import sample
+from ..sampling.settings import SampleSettings
+from ..training.config import TrainingConfig
+from ..training.loop import learn
+
+TASKS = ("rex", "fido", "blueprint")      # two dogs and a style
+SEED = 100
+PAIR = "a photo of <rex> and <fido>"
+STYLED = "<blueprint> of <rex>"
+SCENE = "a photo of a dog and a dog in a meadow"
+# Each region's prompt describes the whole scene. With a single animal per prompt, both regions would draw it
+# in the middle.
+REGIONS = (
+    Region("a photo of <rex> and a dog in a meadow", box=(0.1, 0.0, 1.0, 0.5)),
+    Region("a photo of a dog and <fido> in a meadow", box=(0.1, 0.5, 1.0, 1.0)),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much the demo does.
+
+    Attributes:
+        base: Name of the embedded base.
+        steps: Of learning a concept, with two pictures each.
+        sampler_steps: Of drawing.
+        alone, together: Pictures of one concept, and of two.
+    """
+
+    base: str = EMBEDDED
+    steps: int = 100
+    sampler_steps: int = 16
+    alone: int = 4
+    together: int = 6
+
+    @property
+    def backbone(self) -> ModuleBackbone:
+        return _loaded(self.base)
+
+    @property
+    def side(self) -> int:
+        return self.backbone.picture_size
+
+    @property
+    def tasks(self) -> tuple[Assignment, ...]:
+        return _drawn(self.side)
+
+    @property
+    def training(self) -> TrainingConfig:
+        return TrainingConfig(steps=self.steps, batch_size=2, resolution=self.side, flip=True,
+                              schedule="cosine", warmup=self.steps // 10)
+
+    @property
+    def settings(self) -> SampleSettings:
+        return SampleSettings(steps=self.sampler_steps, cfg=3.0, size=(self.side, self.side))
+
+
+@cache
+def _loaded(base: str) -> ModuleBackbone:
+    return load_base(file_of(base))
+
+
+@cache
+def _drawn(side: int) -> tuple[Assignment, ...]:
+    return tuple(assignment(name, size=side) for name in TASKS)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to have three concepts.
+
+    Attributes:
+        title: What the report calls it.
+        method: Id of the method.
+        settings: Settings of the method that differ from the defaults.
+        separate: Whether each concept is learned into a bank of its own, which does not depend on others.
+    """
+
+    title: str
+    method: str
+    settings: Mapping[str, float]
+    separate: bool
+
+
+WAYS = {
+    "ours": Way("Continual Concepts", "slots", {"lr": 4e-3, "token_lr": 2e-2}, True),
+    "stacked": Way("One LoRA per concept, stacked", "lora", {"lr": 4e-3, "token_lr": 2e-2}, True),
+    "sequence": Way("One LoRA, concept after concept", "finetune", {"lr": 4e-3, "token_lr": 2e-2}, False),
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a way draws, each `[B, 3, H, W]` in -1..1.
+
+    Attributes:
+        alone: Every concept at the end.
+        first: The first concept after each task, from one seed.
+        pair, boxes: Both objects in one prompt, and in one box each.
+        styled: The first object in the learned style.
+    """
+
+    alone: list[Tensor]
+    first: list[Tensor]
+    pair: Tensor
+    boxes: Tensor
+    styled: Tensor
+
+
+def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> float:
+    """Learns concepts one after another. Writes `<way>-<name>.safetensors`, the bank after each, into
+    `folder`.
+
+    Returns:
+        The seconds that it took.
+    """
+    chosen, backbone, training = WAYS[way], plan.backbone, plan.training
+    bank, began = ConceptBank(backbone.layout), time.perf_counter()
+    for task in (task for task in plan.tasks if task.name in names):
+        data = prepare(backbone, task.pictures, task.name, task.class_noun,
+                       Framing(training.resolution, training.framing, training.flip))
+        to_learn = Task(task.name, task.class_noun, backbone, bank, task.kind,
+                        words_for(chosen.method, task), torch.Generator().manual_seed(training.seed))
+        bank = learn(to_learn, make(chosen.method, chosen.settings), data, training).bank
+        save_bank(bank, folder / f"{way}-{task.name}.safetensors")
+    return time.perf_counter() - began
+
+
+def banks_of(way: str, folder: Path) -> list[ConceptBank]:
+    """The bank of a way after each task."""
+    stored = [open_bank(folder / f"{way}-{name}.safetensors") for name in TASKS]
+    if not WAYS[way].separate:
+        return stored
+    banks = [ConceptBank(stored[0].layout)]
+    for name, own in zip(TASKS, stored, strict=True):
+        banks.append(banks[-1].add(own[name]))
+    return banks[1:]
+
+
+def _sampled(plan: Plan, bank: ConceptBank, prompts: Sequence[str], count: int) -> Tensor:
+    return sample(plan.backbone, bank, [prompts[i % len(prompts)] for i in range(count)],
+                  range(SEED, SEED + count), plan.settings)
+
+
+def draw_job(plan: Plan, way: str, folder: Path) -> Pictures:
+    """Draws with the banks that `learn_job` wrote."""
+    banks, first = banks_of(way, folder), plan.tasks[0]
+    bank, seeds = banks[-1], range(SEED, SEED + plan.together)
+    boxes = sample_regions(plan.backbone, bank, SCENE, REGIONS, seeds, plan.settings)
+    return Pictures([_sampled(plan, bank, task.prompts, plan.alone) for task in plan.tasks],
+                    [_sampled(plan, after, first.prompts, 1) for after in banks],
+                    _sampled(plan, bank, [PAIR], plan.together), boxes,
+                    _sampled(plan, bank, [STYLED], plan.alone))
+
+
+def noun_job(plan: Plan) -> list[Tensor]:
+    """Draws the class noun of every concept with the base alone."""
+    nothing = ConceptBank(plan.backbone.layout)
+    return [_sampled(plan, nothing, task.noun_prompts, plan.alone) for task in plan.tasks]
