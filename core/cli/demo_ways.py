@@ -57,10 +57,10 @@ class Plan:
     """
 
     base: str = EMBEDDED
-    steps: int = 100
+    steps: int = 150
     sampler_steps: int = 16
     alone: int = 4
-    together: int = 6
+    together: int = 8
 
     @property
     def backbone(self) -> ModuleBackbone:
