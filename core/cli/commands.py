@@ -21,7 +21,8 @@ def demo(options: Namespace) -> Result:
     lines = [f"three ways learned {', '.join(f'<{name}>' for name in report['concepts'])} in "
              f"{report['seconds']:.0f} s"]
     for way, figures in report["ways"].items():
-        lines.append(f"{WAYS[way].title}: first concept retained {figures['retained']:.0%}, dogs confused in "
-                     f"one prompt {figures['confused']:.0%}, boxes right {figures['boxes_right']:.0%}")
+        lines.append(f"{WAYS[way].title}: first concept retained {figures['retained']:.0%}, two dogs in one "
+                     f"prompt {figures['pair_closed']:.0%} of the way, boxes right "
+                     f"{figures['boxes_right']:.0%}")
     lines.append(f"wrote {options.output / 'report.png'}")
     return report, lines

@@ -70,12 +70,23 @@ def boxes_right(scores: Tensor, levels: list[float]) -> float:
     return float(((scores.argmax(2) == torch.arange(2)) & (own > torch.tensor(levels))).float().mean())
 
 
-def confused(scores: Tensor) -> float:
-    """Share of halves that are nearer to the other individual, in the order that fits the picture best."""
+def in_best_order(scores: Tensor) -> Tensor:
+    """The scores of each picture in the order of its halves that fits best, `[B, 2, 2]`."""
     in_order = scores.diagonal(dim1=1, dim2=2).sum(1)
     swapped = scores.flip(1).diagonal(dim1=1, dim2=2).sum(1)
-    best = torch.where((in_order >= swapped)[:, None, None], scores, scores.flip(1))
-    return float((best.argmax(2) != torch.arange(2)).float().mean())
+    return torch.where((in_order >= swapped)[:, None, None], scores, scores.flip(1))
+
+
+def confused(scores: Tensor) -> float:
+    """Share of halves that are nearer to the other individual."""
+    return float((in_best_order(scores).argmax(2) != torch.arange(2)).float().mean())
+
+
+def pair_closed(scores: Tensor, levels: Levels) -> float:
+    """How far the halves are on their way from class noun to photos, on average."""
+    own = in_best_order(scores).diagonal(dim1=1, dim2=2).mean(0).tolist()
+    ways = [metrics.gap_closed(own[i], levels.noun[i], levels.real[i]) for i in range(2)]
+    return sum(ways) / len(ways)
 
 
 def _alignment(encoder: SceneEncoder, pictures: Tensor, task: Assignment) -> float:
@@ -94,6 +105,7 @@ def figures_of(plan: Plan, pictures: Pictures, levels: Levels, encoder: SceneEnc
         "gap_closed": [metrics.gap_closed(end, levels.noun[i], levels.real[i]) for i, end in enumerate(ends)],
         "first_concept": firsts,
         "retained": firsts[-1] / firsts[0],
+        "pair_closed": pair_closed(pair, levels),
         "confused": confused(pair),
         "boxes_right": boxes_right(boxes, middles),
     }
