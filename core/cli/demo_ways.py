@@ -24,6 +24,7 @@ from ..demo.bases import EMBEDDED, file_of
 from ..demo.judges import assignment
 from ..evaluation.protocol import words_for
 from ..hosts.modules import ModuleBackbone
+from ..methods import DEFAULT
 from ..methods.base import Task, make
 from ..regional.regions import Region
 from ..sampling.regions import sample_regions
@@ -112,7 +113,7 @@ class Way:
 
 
 WAYS = {
-    "ours": Way("Continual Concepts", "slots", {"lr": 4e-3, "token_lr": 2e-2}, True),
+    "ours": Way("Continual Concepts", DEFAULT, {"lr": 4e-3, "token_lr": 2e-2}, True),
     "stacked": Way("One LoRA per concept, stacked", "lora", {"lr": 4e-3, "token_lr": 2e-2}, True),
     "sequence": Way("One LoRA, concept after concept", "finetune", {"lr": 4e-3, "token_lr": 2e-2}, False),
 }
