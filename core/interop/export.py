@@ -51,9 +51,7 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     owner, factors = f"concept '{concept.name}'", None
     tokens, lost = concept.tokens, list[str]()
     if formats != ("embedding",):
-        if concept.slots and not projected(concept.deltas):
-            raise ConceptError(f"{owner} was learned as slots, which no other program reads; for a LoRA file "
-                               "learn it with the method lora")
+        check_not_only_slots([concept])
         factors = low_rank(projected(concept.deltas), owner, rank, max_error)
     if {"embedding", "bundle"} & set(formats):
         tokens, lost = single_copy(concept, refit)
@@ -159,6 +157,14 @@ def cut_notes(factors: Factors, what: str) -> list[str]:
     if factors.error is None:
         return []
     return [f"{what} were cut to rank {factors.rank}, which loses {factors.error:.4f} of them (relative)"]
+
+
+def check_not_only_slots(concepts: Sequence[Concept]) -> None:
+    """Raises ConceptError if all concepts have slots and nothing else, so that a LoRA file would be empty."""
+    if concepts and all(concept.slots and not projected(concept.deltas) for concept in concepts):
+        raise ConceptError(f"concept '{concepts[0].name}' was learned as slots, which no other program "
+                           "reads; for a LoRA file learn it with the method lora; allowed: the format "
+                           "'embedding'")
 
 
 def slots_note(names: Sequence[str]) -> str:

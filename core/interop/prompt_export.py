@@ -20,7 +20,15 @@ from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.deltas import Delta, DeltaKey, projected
 from .embedding import embedding_state
-from .export import cut_notes, embedding_metadata, formats_of, lora_state, slots_note, usage
+from .export import (
+    check_not_only_slots,
+    cut_notes,
+    embedding_metadata,
+    formats_of,
+    lora_state,
+    slots_note,
+    usage,
+)
 from .factors import DEFAULT_ERROR, Factors, check_strength, low_rank_sum
 from .kohya import bundled_words
 from .metadata import aggregate_metadata
@@ -74,6 +82,8 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
         raise ConceptError(f"the prompt {prompt.text!r} names no concept of the bank, so there is nothing to "
                            f"export; it holds {names}")
     owner = f"the prompt {prompt.text!r}"
+    if loras:
+        check_not_only_slots([bank.passing(name) for name in weights])
     factors = low_rank_sum(_parts(bank, weights), owner, rank, max_error) if loras else None
     if {"embedding", "bundle"} & set(formats):
         words = [_Named(concept, *single_copy(concept, backbone if refit else None)) for concept in named]

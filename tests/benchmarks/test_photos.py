@@ -181,7 +181,7 @@ def test_the_command_on_photos(command, capsys, monkeypatch):
     # no real picture shows two of them, so nothing says how far the way is
     assert "combined" not in result["ceiling"] and "mean" not in result["methods"]["bound"]["combined"]
     assert -1 <= result["methods"]["bound"]["combined"]["cosine"] <= 1
-    assert file.with_suffix(".png").exists() and "| **bound** |" in capsys.readouterr().out
+    assert file.with_suffix(".png").exists() and "| bound |" in capsys.readouterr().out
     run = json.loads((file.parent / "photos.cells" / "bound-n2-o0-s0.json").read_text())
     assert run["concepts"] == ["dog", "duck"] and run["settings"] == {} and run["base_change"] == 0
     assert run["pictures"] == 3

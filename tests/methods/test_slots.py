@@ -12,6 +12,7 @@ from continual_concepts.core.bank.composition import Composition, Kind
 from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.interop.export import export_concept
+from continual_concepts.core.interop.prompt_export import export_prompt
 from continual_concepts.core.methods import Task, make
 from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
@@ -125,7 +126,10 @@ def test_a_record_of_no_slots_is_damage(bank):
 def test_slots_are_not_exported_as_a_lora(bank, tmp_path):
     with pytest.raises(ConceptError, match="'rex' was learned as slots, which no other program reads"):
         export_concept(bank, "rex", tmp_path)
+    with pytest.raises(ConceptError, match="'rex' was learned as slots, which no other program reads"):
+        export_prompt(bank, "a photo of <rex> and <mimi>", tmp_path)
     assert export_concept(bank, "chalk", tmp_path).files
+    assert any("slots hold most" in note for note in export_prompt(bank, "<chalk> of <rex>", tmp_path).notes)
 
 
 @pytest.mark.parametrize("count", [0, 65])

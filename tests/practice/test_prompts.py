@@ -87,7 +87,8 @@ def test_f3_a_name_without_brackets_is_told(run, learned, tmp_path):
 
 
 def test_f3_sibling_exports_for_a_prompt_tell(run, learned, tmp_path):
-    out = run("bank", "export", learned, "--prompt", "<rex> and <lora:rex:1>", "--output", tmp_path / "files")
+    out = run("bank", "export", learned, "--prompt", "<rex> and <lora:rex:1>", "--format", "embedding",
+              "--output", tmp_path / "files")
     assert out.code == 0 and "for the concept write <rex:1>" in out.out
 
 
