@@ -148,9 +148,10 @@ def one_class(options: Namespace) -> Result:
 def neurons(options: Namespace) -> Result:
     """Measures how many base neurons prompts share; writes JSON and a chart next to it."""
     from ...core.demo.base import load_base
+    from ...core.demo.bases import file_of
     from .neuron_sharing import draw, neuron_sharing
 
-    result = neuron_sharing(load_base(), draws=options.draws)
+    result = neuron_sharing(load_base(file_of(BASE)), draws=options.draws)
     write_result(options.file, result)
     draw(options.file.with_suffix(".png"), result)
     shares, half, same = result["shares"], result["general"], result["same_prompt"]

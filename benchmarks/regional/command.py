@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+from ..continual.runs import BASE
 from ..report import Result, load_or_make, require_at_least, say, write_result
 
 
@@ -31,9 +32,10 @@ def add_commands(commands) -> None:
 
 def _quality(options: Namespace, folder: Path) -> dict:
     from ...core.demo.base import load_base
+    from ...core.demo.bases import file_of
     from . import quality
 
-    backbone, steps = load_base(), options.learn_steps
+    backbone, steps = load_base(file_of(BASE)), options.learn_steps
     learned = {method: quality.bank_name(method, steps) for method in quality.RANKS}
     files = {method: folder / f"{method}-{name}.safetensors" for method, name in learned.items()}
     banks = {method: quality.learned_bank(backbone, method, file, steps, say)

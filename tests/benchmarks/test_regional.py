@@ -211,7 +211,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, expected):
 
 
 def test_a_short_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(base, "load_base", cache(base.load_base))      # both runs of the command use them
+    monkeypatch.setattr(base, "load_base", cache(base.load_base))      # both runs of the command use it
     monkeypatch.setattr(regional_quality, "_tasks", cache(regional_quality._tasks))
     monkeypatch.setattr(regional_quality, "GRIDS", {1: (1, 1), 2: (1, 2)})
     monkeypatch.setattr(regional_quality, "SETTINGS", replace(continual.SETTINGS, steps=1))

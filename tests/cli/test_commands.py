@@ -16,7 +16,7 @@ from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
 from continual_concepts.core.training import checkpoint
 
-QUICK = ["--steps", "2", "--batch-size", "2"]
+QUICK = ["--steps", "2", "--batch-size", "2", "--base", "embedded-64"]      # the smaller base is quicker
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def learn(run, tmp_path):
     """learn(folder, *more): two steps of learning <rex> into `bank.safetensors`."""
     def call(folder: object, *more: object) -> Outcome:
         return run("learn", folder, "--bank", tmp_path / "bank.safetensors", "--name", "rex", "--noun", "dog",
-                   "--steps", 2, "--batch-size", 2, *more)
+                   "--steps", 2, "--batch-size", 2, "--base", "embedded-64", *more)
 
     return call
 
@@ -73,7 +73,7 @@ def _learned_bank(tmp_path_factory) -> Path:
         Image.fromarray(picture).save(folder / "photos" / f"{i}.png")
     file = folder / "bank.safetensors"
     assert main(["learn", str(folder / "photos"), "--bank", str(file), "--name", "rex", "--noun", "dog",
-                 "--steps", "2", "--batch-size", "2"]) == 0
+                 "--steps", "2", "--batch-size", "2", "--base", "embedded-64"]) == 0
     return file
 
 

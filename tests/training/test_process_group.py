@@ -140,7 +140,7 @@ def test_two_processes_learn_what_one_does(photos, installed):
     for processes in (1, 2):
         bank = photos / f"{processes}.safetensors"
         options = ["--bank", bank, "--name", "spot", "--noun", "dog", "--steps", 3, "--batch-size", 4,
-                   "--method", "bound"]
+                   "--method", "bound", "--base", "embedded-64"]
         said[processes] = json.loads(command("--json", "learn", photos / "photos", *options,
                                              processes=processes, folder=photos))
     one, two = (open_bank(photos / f"{n}.safetensors")["spot"] for n in (1, 2))
