@@ -16,6 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = "embedded-64"      # most tests run on the smaller base; test_embedded_bases.py has all
 
 
 def find_comfyui() -> Path | None:
@@ -60,19 +61,20 @@ def own_folder(comfyui, tmp_path):
 
 @pytest.fixture(scope="session")
 def demo(comfyui):
-    """MODEL, CLIP, VAE of the embedded base, made under inference mode as ComfyUI's loaders do."""
+    """MODEL, CLIP, VAE of the smaller embedded base, made under inference mode as ComfyUI's loaders do."""
     from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode():
-        return load_demo()
+        return load_demo(name=SMALL)
 
 
 @pytest.fixture(scope="session")
 def reference():
     """The same base in the diffusers host."""
     from continual_concepts.core.demo.base import load_base
+    from continual_concepts.core.demo.bases import file_of
 
-    return load_base()
+    return load_base(file_of(SMALL))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def backbone(comfyui, request):
     from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode():
-        model, clip, vae = load_demo()
+        model, clip, vae = load_demo(name="embedded-64")
         for part in layers_of(clip):
             for linear in linears_of(part):
                 linear.__class__ = comfy.ops.manual_cast.Linear

@@ -30,7 +30,7 @@ def other_type(request, pack, studio, bank, monkeypatch):
     config = module._unet_config
     monkeypatch.setattr(module, "_unet_config", lambda shape: config(shape) | {"dtype": stored})
     monkeypatch.setattr(module._Config, "manual_cast_dtype", cast)
-    return type(studio)(pack, module.load_demo(), bank), stored
+    return type(studio)(pack, module.load_demo(name="embedded-64"), bank), stored
 
 
 @pytest.mark.parametrize("method", ["bound", "cidm", "finetune"])
@@ -40,12 +40,12 @@ def test_weights_of_eight_bits(pack, studio, bank, monkeypatch, method):
     from continual_concepts.core.comfy import demo as module
 
     config, eight = module._unet_config, torch.float8_e4m3fn
-    rounded = type(studio)(pack, module.load_demo(), bank)
+    rounded = type(studio)(pack, module.load_demo(name="embedded-64"), bank)
     for weight in rounded.model.model.diffusion_model.parameters():
         weight.data = weight.data.to(eight).float()
     monkeypatch.setattr(module, "_unet_config", lambda shape: config(shape) | {"dtype": eight})
     monkeypatch.setattr(module._Config, "manual_cast_dtype", torch.float32)
-    ours, results = type(studio)(pack, module.load_demo(), bank), []
+    ours, results = type(studio)(pack, module.load_demo(name="embedded-64"), bank), []
     before = {name: weight.clone().view(torch.uint8) for name, weight in ours.model.model.state_dict().items()
               if weight.dtype == eight}
     assert len(before) > 100

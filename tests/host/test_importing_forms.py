@@ -143,7 +143,7 @@ def test_a_base_of_half_precision(pack, studio, folder, bank, monkeypatch, form)
     config = module._unet_config
     monkeypatch.setattr(module, "_unet_config", lambda shape: config(shape) | {"dtype": torch.float16})
     monkeypatch.setattr(module._Config, "manual_cast_dtype", torch.float32)
-    half = type(studio)(pack, module.load_demo(), bank)
+    half = type(studio)(pack, module.load_demo(name="embedded-64"), bank)
     base = ComfyBackbone(half.model, half.clip)
     state, _ = written(form, base.layout, weights_of(base))
     save_file(state, folder / f"half-{form}.safetensors")

@@ -220,7 +220,7 @@ def test_no_gradient_for_frozen_weights(comfyui, studio):
     from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode(False):
-        model, clip, vae = load_demo()
+        model, clip, vae = load_demo(name="embedded-64")
     studio.learn(model=model, clip=clip, vae=vae)
     for whole in (model.model, clip.cond_stage_model, vae.first_stage_model):
         assert all(weight.grad is None for weight in whole.parameters())
