@@ -39,7 +39,7 @@ def clip(comfyui, folder):
     from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode():
-        return load_demo(embedding_directory=str(folder))[1]
+        return load_demo(str(folder), "embedded-64")[1]
 
 
 def load_lora(model, clip, file, strength: float = 1.0):

@@ -34,7 +34,7 @@ def clip(comfyui, files):
     from continual_concepts.core.comfy.demo import load_demo
 
     with torch.inference_mode():
-        return load_demo(embedding_directory=folder_paths.get_folder_paths("embeddings"))[1]
+        return load_demo(folder_paths.get_folder_paths("embeddings"), "embedded-64")[1]
 
 
 def import_of(studio, **other):
