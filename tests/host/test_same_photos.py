@@ -29,6 +29,7 @@ def learned_by_command(tmp_path):
     def learn(folder):
         file = tmp_path / "pets.safetensors"
         assert main(["--json", "learn", str(folder), "--bank", str(file), "--name", "rex", "--noun", "dog",
+                     "--base", "embedded-64",
                      "--steps", "1"]) in (0, None)
         return open_bank(file)
 
