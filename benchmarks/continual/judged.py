@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...core.bank.bank import ConceptBank
 from ...core.evaluation import metrics
-from .combined import assign_strips, strip_scores
+from ...core.evaluation.combined import assign_strips, strip_scores
 from .judges import Judge
 from .pictures import Sampler
 from .prompt_suite import PromptSuite, prompts_together

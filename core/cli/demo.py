@@ -22,6 +22,7 @@ from ..demo.bases import file_of
 from ..demo.judges import SceneEncoder
 from ..errors import ConceptError
 from ..evaluation import metrics
+from ..evaluation.combined import assign_strips
 from ..files import check_output, check_output_folder, write_atomically
 from .demo_ways import REGIONS, TASKS, WAYS, Pictures, Plan, banks_of, draw_job, learn_job, noun_job
 
@@ -70,21 +71,9 @@ def boxes_right(scores: Tensor, levels: list[float]) -> float:
     return float(((scores.argmax(2) == torch.arange(2)) & (own > torch.tensor(levels))).float().mean())
 
 
-def in_best_order(scores: Tensor) -> Tensor:
-    """The scores of each picture in the order of its halves that fits best, `[B, 2, 2]`."""
-    in_order = scores.diagonal(dim1=1, dim2=2).sum(1)
-    swapped = scores.flip(1).diagonal(dim1=1, dim2=2).sum(1)
-    return torch.where((in_order >= swapped)[:, None, None], scores, scores.flip(1))
-
-
-def confused(scores: Tensor) -> float:
-    """Share of halves that are nearer to the other individual."""
-    return float((in_best_order(scores).argmax(2) != torch.arange(2)).float().mean())
-
-
 def pair_closed(scores: Tensor, levels: Levels) -> float:
     """How far the halves are on their way from class noun to photos, on average."""
-    own = in_best_order(scores).diagonal(dim1=1, dim2=2).mean(0).tolist()
+    own = assign_strips(scores).alignment.mean(0).tolist()
     ways = [metrics.gap_closed(own[i], levels.noun[i], levels.real[i]) for i in range(2)]
     return sum(ways) / len(ways)
 
@@ -106,7 +95,7 @@ def figures_of(plan: Plan, pictures: Pictures, levels: Levels, encoder: SceneEnc
         "first_concept": firsts,
         "retained": firsts[-1] / firsts[0],
         "pair_closed": pair_closed(pair, levels),
-        "confused": confused(pair),
+        "confused": float(assign_strips(pair).confused.float().mean()),
         "boxes_right": boxes_right(boxes, middles),
     }
 

@@ -57,11 +57,8 @@ def _geodesic(colours: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Warshall). All superpixels on the border are neighbours."""
     count = len(colours)
     apparent = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
-    near = np.zeros((count, count), bool)
-    for one, other in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])):
-        near[one.ravel(), other.ravel()] = near[other.ravel(), one.ravel()] = True
     border = on_border(labels)
-    near |= border[:, None] & border[None]
+    near = _touching(labels) | (border[:, None] & border[None])
     ways = np.where(near, apparent, np.inf)
     np.fill_diagonal(ways, 0)
     for middle in range(count):
@@ -105,6 +102,7 @@ def region_saliency(colours: np.ndarray, places: np.ndarray, labels: np.ndarray)
 
 
 def _touching(labels: np.ndarray) -> np.ndarray:
+    """Which superpixels are neighbours, `[N, N]`."""
     count = labels.max() + 1
     near = np.zeros((count, count), bool)
     for one, other in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])):

@@ -87,8 +87,9 @@ class Schedule(ABC):
         """
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Min-SNR loss weights `[B]`, where `has_snr_weights`."""
-        raise NotImplementedError
+        """Min-SNR loss weights `[B]`. Raises ConceptError unless `has_snr_weights`."""
+        raise ConceptError(f"min_snr_gamma is {gamma:g}; a {type(self).__name__} has no signal-to-noise "
+                           "weights; allowed: 0")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -167,7 +168,7 @@ def _normalised(attention: Any, projection: str, y: Tensor) -> Tensor:
     return norm(y.unflatten(-1, (attention.n_heads, attention.head_dim))).flatten(-2)
 
 
-class _Run:
+class _Run(ABC):
     """Runs a module of a block. Arguments of calls as for the host's `Attention.forward`."""
 
     def __init__(self, attention: Any, site: Site) -> None:
@@ -186,9 +187,10 @@ class _Run:
         """Whether the host's own code must not run."""
         return processor is not None
 
+    @abstractmethod
     def run(self, processor: Any, x: Tensor, context: Tensor | None, rope_emb: Tensor | None,
             options: dict) -> Tensor:
-        raise NotImplementedError
+        """The module's output with a processor."""
 
     def out(self, attended: Tensor) -> Tensor:
         return self.attention.output_dropout(self.attention.output_proj(attended))

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from continual_concepts.benchmarks.continual.combined import assign_strips, strip, strip_scores
+from continual_concepts.core.evaluation.combined import assign_strips, strip, strip_scores
 
 
 def draw(*shape, seed=0):
