@@ -11,6 +11,7 @@ from ..model.deltas import Deltas, check_fits
 from ..model.sites import SiteLayout
 from ..model.slots import SLOTS
 from .composition import Composition, Kind, of_older_file
+from .grammar import PLACEHOLDER
 from .tokens import MAX_WORDS, TokenGroup, check_name, word_after
 
 KINDS = ("object", "style")
@@ -43,6 +44,30 @@ class Provenance:
     seconds: float = 0.0
     refined: tuple[Mapping, ...] = ()
     captions: tuple[str, ...] = ()
+
+
+# field of a provenance -> its JSON types, those of its entries, and what a message calls them
+_TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...], str]] = {
+    "base": ((str,), (), "a text"),
+    "date": ((str,), (), "a text"),
+    "steps": ((int,), (), "a whole number"),
+    "seconds": ((int, float), (), "a number"),
+    "settings": ((dict,), (dict,), "an object of objects"),
+    "versions": ((dict,), (str,), "an object of texts"),
+    "images": ((list,), (str,), "a list of texts"),
+    "refined": ((list,), (dict,), "a list of objects"),
+    "captions": ((list,), (str,), "a list of texts"),
+}
+
+
+def _check_origin(name: str, origin: Mapping) -> None:
+    """Raises ConceptError if a field of a provenance is of another type than `ConceptInfo.to_json` writes."""
+    for key, value in origin.items():
+        own, inner, allowed = _TYPES[key]
+        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if not isinstance(value, own) or not all(isinstance(entry, inner) for entry in entries):
+            raise ConceptError(f"provenance '{key}' of concept '{name}' is {str(value)[:80]!r}; allowed: "
+                               f"{allowed}")
 
 
 @dataclass(frozen=True)
@@ -92,17 +117,17 @@ class ConceptInfo:
         """Reads what `to_json` wrote; unknown keys of a newer version are ignored."""
         names = {f.name for f in fields(Provenance)}
         origin = {key: value for key, value in data.get("provenance", {}).items() if key in names}
+        _check_origin(str(data["name"]), origin)
         origin |= {key: tuple(origin.get(key, ())) for key in ("images", "refined", "captions")}
-        if not all(isinstance(run, dict) for run in origin["refined"]):
-            raise ConceptError(f"the earlier runs of concept '{data['name']}' are "
-                               f"{str(origin['refined'])[:80]}; allowed: a list of objects")
-        if not all(isinstance(caption, str) for caption in origin["captions"]):
-            raise ConceptError(f"the captions of concept '{data['name']}' are "
-                               f"{str(origin['captions'])[:80]}; allowed: a list of texts")
         composition = Composition.from_json(data["composition"]) if "composition" in data else None
         return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"],
                    words=tuple(data["words"]), kind=data.get("kind", "object"),
                    provenance=Provenance(**origin), composition=composition)
+
+
+def _with_words(caption: str, renamed: Mapping[str, str]) -> str:
+    """A caption with other names of words. renamed: old name -> new name."""
+    return PLACEHOLDER.sub(lambda match: f"<{renamed.get(match[1], match[1])}>", caption)
 
 
 @dataclass(frozen=True)
@@ -137,11 +162,14 @@ class Concept:
                                f"'{kind.value}'; allowed with slots: '{Kind.WORDS.value}'")
 
     def renamed(self, name: str) -> Concept:
-        """The same concept under another name; words that were named after it follow."""
+        """The same concept under another name; words that were named after it follow, in captions, too."""
         old = self.name
         words = tuple(word_after(name, word[len(old):]) if f"{word}-".startswith(f"{old}-") else word
                       for word in self.info.words)
-        info = replace(self.info, name=name, words=words)
+        captions = tuple(_with_words(caption, dict(zip(self.info.words, words, strict=True)))
+                         for caption in self.info.provenance.captions)
+        info = replace(self.info, name=name, words=words,
+                       provenance=replace(self.info.provenance, captions=captions))
         return replace(self, info=info, tokens=replace(self.tokens, words=words))
 
     def digest(self) -> str:

@@ -90,9 +90,10 @@ def _on_chunk(vocabulary: Vocabulary, typed: str, inside: str) -> Iterator[str]:
 
 
 def _names_in(vocabulary: Vocabulary, text: str) -> Iterator[str]:
-    """Placeholders whose name stands in a text as a word, whatever the case, longest first."""
+    """Placeholders whose name stands in a text as a word, whatever the case, longest first. Of names that
+    differ in case only, the one in the case of the text comes first."""
     lowered = text.casefold()
-    for name in sorted(vocabulary.entries, key=lambda name: (-len(name), name)):
+    for name in sorted(vocabulary.entries, key=lambda name: (-len(name), name not in text, name)):
         if name.casefold() not in lowered:      # fast, and true for nearly all
             continue
         word = re.escape(name.casefold())

@@ -18,7 +18,6 @@ from ..bank.concepts import KINDS, Concept, ConceptInfo
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name
-from ..data.contact_sheet import contact_sheet
 from ..data.framing import Framing, frame
 from ..data.listing import file_digests
 from ..data.pictures import Picture
@@ -29,7 +28,7 @@ from ..evaluation.clip import ClipEncoder
 from ..evaluation.collisions import warnings_before
 from ..evaluation.previews import Previews, concept_prompt, similarity_to
 from ..evaluation.protocol import Encoder
-from ..files import beside, check_output, shortened, write_atomically
+from ..files import beside, check_output, shortened
 from ..images import thumbnail_of
 from ..methods import DEFAULT
 from ..methods.base import Method, Task, get, make
@@ -54,6 +53,7 @@ from ..training.trainer import StepInfo
 from . import backbones
 from .photos import info_of, read_photos
 from .result import Result, say
+from .sheets import check_sheet, write_sheet
 
 KEEP, AGAIN, REFINE = "keep", "again", "refine"
 IF_KNOWN = (KEEP, AGAIN, REFINE)
@@ -153,6 +153,28 @@ def _warn(sentences: Iterable[str]) -> None:
         print(f"warning: {sentence}", file=sys.stderr)
 
 
+def _checked_bank(options: Namespace) -> tuple[Path, ConceptBank | None]:
+    """The bank's file, and what it holds. A damaged bank is reported before the photos are read and the base
+    is loaded."""
+    file = check_output(options.bank, "bank")
+    return file, open_bank(file) if os.path.exists(file) else None
+
+
+def check_options(options: Namespace) -> None:
+    """Checks the options that several concepts have in common, before any of them is learned.
+
+    Raises:
+        ConceptError: The bank cannot be used, a setting is wrong, or the folder of prior pictures is missing.
+    """
+    _checked_bank(options)
+    if options.if_known != REFINE:      # else each concept has a method of its own
+        chosen = Namespace(**{**vars(options), "method": options.method or DEFAULT})
+        make(chosen.method, _method_settings(chosen))
+    _training(options)
+    if options.prior is not None and not options.prior.exists():
+        raise ConceptError(f"the picture folder '{options.prior}' does not exist")
+
+
 def learn(options: Namespace) -> Result | None:
     """Adds one concept to the bank on disk. The file is replaced only when the concept is complete.
 
@@ -160,11 +182,9 @@ def learn(options: Namespace) -> Result | None:
     """
     check_name(options.name)
     options.noun = check_class_noun(options.noun)
-    file = check_output(options.bank, "bank")
+    file, stored = _checked_bank(options)
     if options.contact_sheet is not None:
-        check_output(options.contact_sheet, "contact sheet")
-    # reports a damaged bank before the photos are read and the base is loaded
-    stored = open_bank(file) if os.path.exists(file) else None
+        check_sheet(options.contact_sheet, (options.images, options.captions, options.masks, options.prior))
     refined = _chosen(options, stored)
     rates = backbones.EMBEDDED_RATES if backbones.is_embedded(options) else {}
     settings = _method_settings(options)
@@ -181,8 +201,7 @@ def learn(options: Namespace) -> Result | None:
         if group.is_first and not options.json:
             say("\n".join(read.lines()))
         if group.is_first and options.contact_sheet is not None:
-            sheet = contact_sheet(read.photos.report)
-            write_atomically(options.contact_sheet, lambda path: sheet.save(path, format="PNG"))
+            write_sheet(options.contact_sheet, read.photos.report)
         if stored is not None and options.name in stored and options.if_known == KEEP:
             result = _known(options, stored, info_of(options, method), method, training, photos)
             return result if group.is_first else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import sys
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -11,11 +13,13 @@ from pathlib import Path
 
 from ..bank.concepts import KINDS
 from ..bank.tokens import check_class_noun, check_name, typed_name
-from ..data.captions import decoded
-from ..data.listing import subfolders_with_pictures
+from ..data.captions import LARGEST_TABLE, bytes_of, csv_records, decoded
+from ..data.listing import entries, is_hidden, pictures_in, subfolders_with_pictures
+from ..data.report import Skipped
 from ..errors import ConceptError
-from .learning import learn
+from .learning import check_options, learn
 from .result import Result, say
+from .sheets import check_sheet
 
 TABLE = "concepts.csv"
 # `rex`, `rex dog`, and kohya's `10_rex dog`
@@ -47,22 +51,30 @@ COLUMNS = tuple(field.name for field in fields(Planned))
 
 
 def _rows(table: Path) -> list[dict[str, str]]:
-    """The rows of a table. Raises ConceptError for a column that is unknown, or missing."""
-    reader = csv.DictReader(decoded(table.read_bytes(), table).splitlines(), skipinitialspace=True)
+    """The rows of a table. Raises ConceptError if it cannot be read, or for a column that is unknown or
+    missing."""
+    data = bytes_of(table, "table", LARGEST_TABLE)
+    if len(data) > LARGEST_TABLE:
+        raise ConceptError(f"the table '{table}' has more than {LARGEST_TABLE} bytes")
+    text = decoded(data, table, "table")
+    try:
+        columns, records = csv_records(text, is_strict=True)
+    except (ValueError, csv.Error) as error:
+        raise ConceptError(f"the table '{table}' cannot be read: {error}") from None
     known = ", ".join(COLUMNS)
-    for column in reader.fieldnames or ():
+    for column in columns:
         if column not in COLUMNS:
             raise ConceptError(f"the table '{table}' has a column '{column}'; allowed: {known}")
-    if not {"folder", "name"} <= set(reader.fieldnames or ()):
+    if not {"folder", "name"} <= set(columns):
         raise ConceptError(f"the table '{table}' needs the columns folder and name; allowed are {known}")
-    rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    rows = [{column: value.strip() for column, value in record.items()} for record in records]
     return [row for row in rows if any(row.values())]
 
 
 def _inside(folder: Path, text: str, table: Path) -> Path:
-    """A path of the table, relative to it. Raises ConceptError for one that does not exist."""
-    path = folder / Path(text).expanduser()
-    if not path.exists():
+    """A path of the table, relative to the folder. Raises ConceptError for one that does not exist."""
+    path = folder / os.path.expanduser(text)      # leaves an unknown home folder as it is
+    if not os.path.exists(path):
         raise ConceptError(f"the table '{table}' names '{text}', which does not exist in '{folder}'")
     return path
 
@@ -74,6 +86,9 @@ def _of_table(folder: Path, table: Path) -> list[Planned]:
                  for key in ("folder", "captions", "masks")}
         if paths["folder"] is None:
             raise ConceptError(f"the table '{table}' names no folder for '{row['name']}'")
+        if paths["folder"].is_dir() and not pictures_in(paths["folder"]):
+            raise ConceptError(f"the table '{table}' names the folder '{row['folder']}', which holds no "
+                               "pictures that can be read")
         found.append(Planned(paths["folder"], typed_name(row["name"]), row.get("noun", ""),
                              row.get("kind", ""), paths["captions"], paths["masks"]))
     return found
@@ -103,7 +118,8 @@ def plan(folder: Path, table: Path | None = None) -> list[Planned]:
     """
     if not folder.is_dir():
         raise ConceptError(f"the folder '{folder}' does not exist")
-    table = table or (folder / TABLE if (folder / TABLE).exists() else None)
+    # a link that leads nowhere is a table, too, and an error
+    table = table or (folder / TABLE if os.path.lexists(folder / TABLE) else None)
     found = _of_names(folder) if table is None else _of_table(folder, table)
     if not found:
         raise ConceptError(f"'{table or folder}' names no folder with pictures; needed is a folder of photos "
@@ -123,27 +139,59 @@ def plan(folder: Path, table: Path | None = None) -> list[Planned]:
     return found
 
 
+def passed_over(folder: Path) -> list[Skipped]:
+    """What a folder without a table holds beside the folders that are learned from."""
+    parts = subfolders_with_pictures(folder)
+    return [Skipped(path.name, "a folder without pictures that can be read" if path.is_dir()
+                    else "not in a folder of its own")
+            for path in entries(folder) if path not in parts and not is_hidden(path)]
+
+
+def _check(options: Namespace, found: list[Planned]) -> None:
+    """Checks what concerns all concepts, before any is learned."""
+    check_options(options)
+    if options.contact_sheets is not None:
+        # without a table, a folder of sheets would be learned from by the next run
+        read = [options.folder, options.prior,
+                *(path for planned in found for path in (planned.folder, planned.captions, planned.masks))]
+        for planned in found:
+            check_sheet(options.contact_sheets / f"{planned.name}.png", read)
+
+
+def _sentence(failed: dict[str, list[str]], count: int) -> str:
+    """What was not learned. failed: message -> names."""
+    reasons = [f"{', '.join(f'<{name}>' for name in names)}: {why}" for why, names in failed.items()]
+    return (f"{sum(map(len, failed.values()))} of {count} concepts were not learned; the bank holds the "
+            f"others, and the same command tries again: {'; '.join(reasons)}")
+
+
 def learn_all(options: Namespace) -> Result:
     """Learns all concepts, one after another. A concept that fails does not stop the others.
 
     Raises:
         ConceptError: Some concepts were not learned. The bank holds the others.
     """
-    found, facts, lines, failed = plan(options.folder, options.table), [], [], []
+    found, facts, lines = plan(options.folder, options.table), [], []
+    failed: dict[str, list[str]] = {}
+    has_table = options.table is not None or os.path.lexists(options.folder / TABLE)
+    skipped = [] if has_table else passed_over(options.folder)
+    _check(options, found)
+    for file in skipped:
+        print(f"warning: '{file.name}' is not used: {file.reason}", file=sys.stderr)
     for number, planned in enumerate(found, start=1):
         if not options.json:
             say(f"{number} of {len(found)}: <{planned.name}>, {planned.noun}, from '{planned.folder}'")
         try:
             result = learn(planned.options(options))
         except ConceptError as error:
-            failed.append(f"<{planned.name}>: {error}")
+            failed.setdefault(str(error), []).append(planned.name)
             if not options.json:
-                say(f"not learned: {failed[-1]}")
+                say(f"not learned: <{planned.name}>: {error}")
             continue
         if result is not None:
             facts.append(result[0])
             lines += result[1][:1]
     if failed:
-        raise ConceptError(f"{len(failed)} of {len(found)} concepts were not learned; the bank holds the "
-                           f"others, and the same command tries again: {'; '.join(failed)}")
-    return {"bank": str(options.bank), "concepts": facts}, lines
+        raise ConceptError(_sentence(failed, len(found)))
+    unused = [{"name": file.name, "reason": file.reason} for file in skipped]
+    return {"bank": str(options.bank), "concepts": facts, "skipped": unused}, lines

@@ -52,8 +52,11 @@ def is_caption_file(path: Path) -> bool:
     return path.suffix.lower() in (*TEXTS, *TABLES)
 
 
-def decoded(data: bytes, file: Path) -> str:
+def decoded(data: bytes, file: Path, what: str = "caption file") -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Args:
+        what: What the file is, for messages.
 
     Raises:
         ConceptError: It is in another encoding.
@@ -64,16 +67,28 @@ def decoded(data: bytes, file: Path) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:      # also UTF-16 without a mark
-        raise ConceptError(f"the caption file '{file}' is not in UTF-8; save it as UTF-8 (UTF-16 with a byte "
+        raise ConceptError(f"the {what} '{file}' is not in UTF-8; save it as UTF-8 (UTF-16 with a byte "
                            "order mark is read as well)")
     return text
+
+
+def bytes_of(file: Path, what: str, most: int) -> bytes:
+    """The first `most` bytes of a file, and one more if it is longer.
+
+    Raises:
+        ConceptError: It cannot be read; the reason follows the first colon.
+    """
+    try:
+        with file.open("rb") as opened:
+            return opened.read(most + 1)
+    except OSError as error:
+        raise ConceptError(f"the {what} '{file}' cannot be read: {error.strerror or error}") from None
 
 
 def _text_of(file: Path) -> str:
     what = f"the caption '{file}'"
     largest = 4 * (LONGEST_CAPTION + 1)      # bytes: up to 4 per character, and the mark
-    with file.open("rb") as opened:
-        data = opened.read(largest + 1)
+    data = bytes_of(file, "caption", largest)
     if len(data) > largest:
         raise _too_long(what)
     return _checked(decoded(data, file), what)
@@ -215,12 +230,13 @@ def _rows(file: Path) -> list[tuple[str, str]]:
     Raises:
         ConceptError: It cannot be read; the reason follows the first colon.
     """
-    if file.stat().st_size > LARGEST_TABLE:
+    data = bytes_of(file, "captions", LARGEST_TABLE)
+    if len(data) > LARGEST_TABLE:
         raise ConceptError(f"the captions '{file}' cannot be read: it has more than {LARGEST_TABLE} bytes")
-    text = decoded(file.read_bytes(), file)
+    text = decoded(data, file)
     try:
         if file.suffix.lower() == ".csv":
-            return _entries(_csv_records(text))
+            return _entries(csv_records(text)[1])
         if file.suffix.lower() == ".jsonl":
             return _entries(list(_json_lines(text)))
         return _entries(json.loads(text))
@@ -229,12 +245,35 @@ def _rows(file: Path) -> list[tuple[str, str]]:
         raise ConceptError(f"the captions '{file}' cannot be read: it is no valid {kind} ({error})") from None
 
 
-def _csv_records(text: str) -> list[dict]:
-    """The rows of a CSV table by column. Spreadsheets separate columns by commas, semicolons or tabs."""
-    header = text.lstrip().partition("\n")[0]
-    separator = max(",;\t", key=header.count)
-    rows = csv.DictReader(io.StringIO(text.lstrip()), delimiter=separator, skipinitialspace=True)
-    return [{key.strip().lower(): value for key, value in row.items() if key is not None} for row in rows]
+def csv_records(text: str, is_strict: bool = False) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV table, and its rows by column. Spreadsheets separate columns by commas, semicolons
+    or tabs.
+
+    Args:
+        is_strict: Whether a quote that is not closed is an error. It would hide the rows behind it.
+
+    Raises:
+        ValueError or csv.Error: A column is there twice, or a row has more cells than there are columns.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n ")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True,
+                      strict=is_strict)
+    columns = [column.strip().lower() for column in next(rows, [])]
+    while columns and not columns[-1]:
+        columns.pop()
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the column '{twice}' is there twice")
+    records = []
+    for row in rows:
+        further = next((cell for cell in row[len(columns):] if cell.strip()), None)
+        if further is not None:
+            raise ValueError(f"line {rows.line_num} has no column for '{further[:40].strip()}'; put a text "
+                             f"with '{separator}' into double quotes")
+        if row:
+            records.append(dict(zip(columns, [*row, *[""] * (len(columns) - len(row))], strict=False)))
+    return columns, records
 
 
 def _json_lines(text: str) -> Iterator[object]:

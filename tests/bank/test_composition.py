@@ -123,7 +123,25 @@ def test_a_file_with_a_damaged_composition_is_refused(layout, make_concept, tmp_
 
 def test_earlier_runs_that_are_no_objects_are_damage():
     data = ConceptInfo("rex", "dog", "slots", ("rex-1",)).to_json()
-    with pytest.raises(ConceptError, match="earlier runs of concept 'rex'"):
+    with pytest.raises(ConceptError, match="provenance 'refined' of concept 'rex'"):
         ConceptInfo.from_json({**data, "provenance": {"refined": ["yesterday"]}})
-    with pytest.raises(ConceptError, match="captions of concept 'rex'"):
+    with pytest.raises(ConceptError, match="provenance 'captions' of concept 'rex'"):
         ConceptInfo.from_json({**data, "provenance": {"captions": [5]}})
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("captions", "abc"), ("captions", {"a": 1}), ("images", [[1]]), ("images", "abc"), ("settings", None),
+    ("settings", {"method": 5}), ("versions", []), ("steps", "many"), ("seconds", None), ("base", 5),
+    ("date", 5)])
+def test_a_provenance_of_other_types_is_damage(key, value):
+    data = ConceptInfo("rex", "dog", "slots", ("rex-1",)).to_json()
+    with pytest.raises(ConceptError, match=f"provenance '{key}' of concept 'rex' is .*; allowed: a"):
+        ConceptInfo.from_json({**data, "provenance": {key: value}})
+
+
+def test_captions_follow_a_renamed_concept(layout, make_concept):
+    concept = make_concept(layout)
+    old, word = concept.name, concept.info.words[0]
+    origin = replace(concept.info.provenance, captions=(f"<{word}> and <>", "<other>"))
+    new = replace(concept, info=replace(concept.info, provenance=origin)).renamed("fido").info
+    assert word.startswith(old) and new.provenance.captions == (f"<{new.words[0]}> and <>", "<other>")

@@ -83,3 +83,71 @@ def test_all_are_learned_and_the_same_command_goes_on(cast, tmp_path, capsys):
     assert "<rex> is in" in (shown := capsys.readouterr()).out and "<mimi>" in shown.out
     assert sorted(open_bank(bank).names) == ["chalk", "mimi", "rex"] and bank.read_bytes() != before
     assert {path.stem for path in sheets.iterdir()} == {"chalk", "mimi", "rex"}
+
+
+@pytest.mark.parametrize(("table", "sentence"), [
+    ("folder,name,noun\nrex dog,rex,dog,style\n", "line 2 has no column for 'style'"),
+    ("folder,name,noun,noun\nrex dog,rex,dog,cat\n", "the column 'noun' is there twice"),
+    ('folder,name,noun\nrex dog,rex,"dog\n5_mimi tabby cat,mimi,cat\n', "cannot be read: unexpected end"),
+    ('folder,name,noun\nrex dog,rex,"' + "d" * 200_000 + '"\n', "cannot be read: field larger"),
+    ("folder,name,noun\n" + "x" * 300 + ",rex,dog\n", "x', which does not exist"),
+    ("folder,name,noun\n~nobody-here/x,rex,dog\n", "names '~nobody-here/x', which does not exist"),
+    ("folder,name,noun\nempty,rex,dog\n", "names the folder 'empty', which holds no pictures"),
+    ("folder,name,noun\nrex dog,r\0x,dog\n", "the table '{}' is not in UTF-8"),
+])
+def test_odd_tables_are_named_in_one_sentence(cast, table, sentence):
+    (cast / "empty").mkdir()
+    (cast / "concepts.csv").write_text(table, encoding="utf-8", newline="")
+    with pytest.raises(ConceptError) as caught:
+        learning_all.plan(cast)
+    assert sentence.format(cast / "concepts.csv") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("table", [
+    "folder;name;noun\r\nrex dog;rex;dog\r\n",
+    "Folder\tName\tNoun\nrex dog\trex\tdog\n",
+    "folder,name,noun,\nrex dog,rex,dog,\n",
+    "folder,name,noun\rrex dog,rex,dog\r",
+    'folder,name,noun\n"rex dog",rex," dog "\n',
+])
+def test_tables_of_spreadsheets_are_read(cast, table):
+    (cast / "concepts.csv").write_text(table, encoding="utf-8", newline="")
+    planned, = learning_all.plan(cast)
+    assert (planned.folder, planned.name, planned.noun) == (cast / "rex dog", "rex", "dog")
+
+
+def test_a_table_that_cannot_be_read_is_named(cast, tmp_path):
+    for table, reason in ((tmp_path / "none.csv", "No such file"), (cast, "Is a directory")):
+        with pytest.raises(ConceptError, match=f"the table '{table}' cannot be read: {reason}"):
+            learning_all.plan(cast, table)
+    (cast / "concepts.csv").symlink_to(tmp_path / "none.csv")
+    with pytest.raises(ConceptError, match="concepts.csv' cannot be read: No such file"):
+        learning_all.plan(cast)
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    (["--set", "nonsense=1"], "method 'slots' has no setting 'nonsense'"),
+    (["--prior", "nowhere"], "the picture folder 'nowhere' does not exist"),
+    (["--contact-sheets", "{}/sheets"], ".png' lies in '{}', where it would be taken for a photo"),
+])
+def test_a_fault_of_all_concepts_is_named_once(cast, tmp_path, capsys, given, sentence):
+    bank = tmp_path / "bank.safetensors"
+    given = [text.format(cast) for text in given]
+    assert main(["learn-all", str(cast), "--bank", str(bank), *QUICK, *given]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.count(sentence.format(cast)) == 1 and "not learned" not in shown.err
+    assert not shown.out and not bank.exists()
+
+
+def test_one_reason_for_several_concepts_is_said_once():
+    assert learning_all._sentence({"no base": ["rex", "mimi"], "odd": ["chalk"]}, 4).endswith(
+        "<rex>, <mimi>: no base; <chalk>: odd")
+
+
+def test_what_is_not_in_a_folder_of_photos_is_named(cast):
+    (cast / "loose.png").write_bytes((cast / "rex dog" / "0.png").read_bytes())
+    (cast / "later").mkdir()
+    (cast / "gone").symlink_to("nowhere")
+    (cast / ".hidden").mkdir()
+    assert {file.name: file.reason.split(" ")[0] for file in learning_all.passed_over(cast)} == {
+        "loose.png": "not", "later": "a", "gone": "not"}

@@ -16,7 +16,7 @@ from PIL import Image, features
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
-from continual_concepts.core.data.captions import LONGEST_CAPTION
+from continual_concepts.core.data.captions import LONGEST_CAPTION, bytes_of
 from continual_concepts.core.data.folder import read_folder
 from continual_concepts.core.data.framing import Framing, Picture, frame
 from continual_concepts.core.data.reading import MOST_PIXELS
@@ -296,3 +296,19 @@ def test_warnings_are_no_surprise(photo):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert only(photo).shape == (3, 8, 8)
+
+
+def test_a_table_of_captions_loses_no_text(photo):
+    """A comma without quotes would cut a caption, and of two columns of a name one would be lost."""
+    Image.new("RGB", (8, 8), RED).save(photo)
+    table = photo.with_name("metadata.csv")
+    for text, reason in (("file_name,text\na.png,a dog, on grass\n", "line 2 has no column for 'on grass'"),
+                         ("file_name,text,Text\na.png,a dog,a cat\n", "the column 'text' is there twice")):
+        table.write_text(text, encoding="utf-8")
+        assert reason in sentence(lambda: read_folder(photo.parent))
+    table.write_text("file_name;text;\r\na.png;a dog, on grass;\r\n", encoding="utf-8", newline="")
+    assert read_folder(photo.parent).pictures[0].caption == "a dog, on grass"
+
+
+def test_a_caption_file_that_cannot_be_read_is_named(tmp_path):
+    assert "cannot be read: Is a directory" in sentence(lambda: bytes_of(tmp_path, "caption", 10))

@@ -36,6 +36,14 @@ def weights(prompt: str, *names: str) -> dict[str, tuple[float, ...]]:
     return {name: parsed.weights_of(name) for name in parsed.concepts}
 
 
+@pytest.mark.parametrize("name", ["rex", "Rex", "REX"])
+def test_a_note_names_the_concept_in_the_case_that_was_typed(name):
+    for typed, written in ((f"<{name}:nan>", f"<{name}>"), (f"<{name}:0,5>", f"<{name}:0.5>"),
+                           (name, f"<{name}>")):
+        assert notes(f"a photo of {typed}", "rex", "Rex", "REX") == [
+            f"'{typed}' is plain text in the prompt; for the concept write {written}"]
+
+
 @pytest.mark.parametrize(("typed", "weight"), [
     ("<dog:0.8>", 0.8), ("<dog >", 1.0), ("< dog >", 1.0), ("<dog: 0.8 >", 0.8), ("＜dog＞", 1.0),
     ("＜dog：0.8＞", 0.8), ("<ｄｏｇ>", 1.0), ("(<dog>:1.5)", 1.5), ("(<dog:0.8>)", 0.8),
