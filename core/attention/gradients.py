@@ -20,13 +20,23 @@ class GradientHook(AttentionProcessor):
     Args:
         keys: the observed projections.
         inner: the processor that acts at the sites.
-        note: called as `note(key, x, gradient)`, once per backward pass and projection: the input `[B, S, b]`
-            of the projection, detached, and the gradient of its output `[B, S, a]`.
+        report: takes what `note` takes; None for a subclass with a `note` of its own.
     """
 
     def __init__(self, keys: Iterable[DeltaKey], inner: AttentionProcessor,
-                 note: Callable[[DeltaKey, Tensor, Tensor], None]) -> None:
-        self.keys, self.inner, self.note = frozenset(keys), inner, note
+                 report: Callable[[DeltaKey, Tensor, Tensor], None] | None = None) -> None:
+        self.keys, self.inner, self._report = frozenset(keys), inner, report
+
+    def note(self, key: DeltaKey, x: Tensor, gradient: Tensor) -> None:
+        """Called once per backward pass and projection.
+
+        Args:
+            key: the projection.
+            x: its input `[B, S, b]`, detached.
+            gradient: the gradient of its output `[B, S, a]`.
+        """
+        if self._report is not None:
+            self._report(key, x, gradient)
 
     def prepare(self, context: Context) -> None:
         self.inner.prepare(context)

@@ -5,7 +5,8 @@ unchanged.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import comfy.model_management as management
@@ -50,6 +51,22 @@ def plain_weights(module: nn.Module) -> None:
                 part._buffers[name] = buffer.clone()
 
 
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """The method, which does nothing once its object is gone.
+
+    A part that kept its whole alive would keep the MODEL in memory until the garbage collector runs, and
+    ComfyUI would warn of a memory leak.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        found = reference()
+        if found is not None:
+            found()
+
+    return call
+
+
 class ComfyBackbone(Backbone):
     """A backbone from the outputs of ComfyUI's loaders.
 
@@ -65,7 +82,7 @@ class ComfyBackbone(Backbone):
         self.sites = find_sites(model, text_widths(clip))
         self.layout, self.schedule = self.sites.layout, self.sites.schedule()
         self.unet = self.sites.denoiser
-        self.text = self.sites.text_encoders(clip, self._reload)
+        self.text = self.sites.text_encoders(clip, _weakly(self._reload))
         self.latent_channels = model.model.latent_format.latent_channels
         check_channels("the model", self.unet.in_channels, self.latent_channels)
         self.picture_multiple = _multiple(vae)

@@ -73,8 +73,9 @@ class ConceptTokenizer(Wrapped):
 
     def _with_words(self, tokenizer, encoder: str):
         """Copies an SDTokenizer. Its `embedding:` look-up finds learned words before files."""
-        clone = copy.copy(tokenizer)
-        files = tokenizer._try_get_embedding
+        clone, files = copy.copy(tokenizer), tokenizer._try_get_embedding
+        # not `self`, which holds the copy: a cycle would keep the concepts in memory
+        vocabulary, concepts = self.vocabulary, self.concepts
         clone.embedding_directory = []
         arity = len(clone._try_get_embedding("nothing"))      # results, more since 0.33
         clone.embedding_directory = tokenizer.embedding_directory or []
@@ -83,8 +84,8 @@ class ConceptTokenizer(Wrapped):
             first, _, rest = embedding_name.partition(" ")
             if not first.startswith(_MARK):
                 return files(embedding_name)
-            words = self.vocabulary.entries[first.removeprefix(_MARK)]
-            vectors = torch.stack([word_token(self.concepts[word.concept].tokens.word(
+            words = vocabulary.entries[first.removeprefix(_MARK)]
+            vectors = torch.stack([word_token(concepts[word.concept].tokens.word(
                 word.position, encoder).float(), word) for word in words])      # [words, L + 1, D]
             return (vectors, rest.strip()) if arity == 2 else (vectors, first, rest.strip())
 

@@ -95,7 +95,9 @@ class SiteCall:
 
         Args:
             hidden: The reordered input of to_q, `[B', S', b]`.
-            attend: Replaces `AttentionProcessor.attend` in this call.
+            attend: Replaces `AttentionProcessor.attend` in this call; takes the query before the site's norm.
+                It must not keep this call alive, or the cycle of the two holds what the call computed until
+                the garbage collector runs.
             restore: Restores the original order: output of to_out `[B', S', a]` to `[B, S, a]`.
         """
         self.hidden, self._attend_reordered, self.after_out = hidden, attend, restore
@@ -121,7 +123,7 @@ class SiteCall:
         to the input of the frozen to_out, `[B, S, a]`.
         """
         if self._attend_reordered is not None:
-            self._attended = self._attend_reordered(query, key, value, attention)
+            self._attended = self._attend_reordered(self.before_norm(query), key, value, attention)
         else:
             self._attended = self.processor.attend(self, query, key, value, attention)
         return self._attended

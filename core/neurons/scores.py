@@ -100,12 +100,12 @@ class GradientProcessor(GradientHook):
     """
 
     def __init__(self, keys: Sequence[DeltaKey], inner: AttentionProcessor | None = None) -> None:
-        super().__init__(keys, inner or AttentionProcessor(), self._add)
+        super().__init__(keys, inner or AttentionProcessor())
         self.rows: Tensor | None = None
         self.sums: dict[DeltaKey, Tensor] = {}
 
     @torch.no_grad()
-    def _add(self, key: DeltaKey, x: Tensor, gradient: Tensor) -> None:
+    def note(self, key: DeltaKey, x: Tensor, gradient: Tensor) -> None:
         g = gradient.float()
         if self.rows is not None:
             g = g * self.rows.to(g.device, torch.float32).view(-1, 1, 1)

@@ -81,7 +81,7 @@ class CropProcessor(AttentionProcessor):
         rows, heads = self._rows_of(x.shape[1], x.device), call.site.heads
 
         def attend(query: Tensor, _key: Tensor, _value: Tensor, attention: HostAttention) -> Tensor:
-            return cells.attend(call.before_norm(query), rows, heads, attention)
+            return cells.attend(query, rows, heads, attention)
 
         call.reorder(cells.hidden, attend, cells.restore)
         call.reads_text = False

@@ -144,7 +144,7 @@ class RegionProcessor(AttentionProcessor):
                 own_query = self._scene_query(site, hidden, own_query)
                 return self._scene(site, own_query, hidden, key, value, attention)
 
-            return cells.attend(call.before_norm(query), self.rows, site.heads, attention,
+            return cells.attend(query, self.rows, site.heads, attention,
                                 scene if cover.needs_scene else None)
 
         call.reorder(cells.hidden, attend, cells.restore)

@@ -225,7 +225,7 @@ def test_a_step_that_is_broken_off_leaves_nothing_behind(tiny_backbone, banks):
     method.begin(Task("bear", "bear", tiny_backbone, banks[0]))
     method.on_batch(Batch(torch.zeros(1, 4, 8, 8), ("a",), torch.ones(1, 1, 8, 8), torch.tensor([False]),
                           torch.ones(1)))
-    method.gradients._add((0, "to_k"), torch.ones(1, 2, 32), torch.ones(1, 2, 32))
+    method.gradients.note((0, "to_k"), torch.ones(1, 2, 32), torch.ones(1, 2, 32))
     assert method.gradients.sums and not method.extra_state()["sums"]
 
 
