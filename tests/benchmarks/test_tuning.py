@@ -42,7 +42,7 @@ def test_every_method_has_the_same_budget_of_valid_settings():
             names = {json.dumps(trial, sort_keys=True) for trial in trials}
             assert len(names) == len(trials) and json.dumps(best, sort_keys=True) not in names
             best = trials[0]
-        assert count == tuning.BUDGET == 7
+        assert count + tuning.FINALISTS == tuning.BUDGET == 9
 
 
 def test_strengths_are_settings_of_their_methods():
@@ -71,7 +71,7 @@ def test_each_stage_starts_from_the_best_of_the_earlier_ones(tmp_path):
     usual = tuning.strength_of("ewc")[1]
     best = {"lr": 1e-3, "token_lr": 1e-2, "tie": 10 * usual, "steps": 100}
     finished = Finished(tmp_path, best)
-    for size in (4, 2, 1):
+    for size in (4, 2, 1, 2):
         assert "chosen" not in finished.tuning.to_json("abc")["methods"]["ewc"]
         wanted = finished.tuning.wanted()
         assert len(wanted) == size
@@ -90,7 +90,35 @@ def test_a_trial_that_fails_is_recorded_and_not_chosen(tmp_path):
     (tmp_path / f"{wanted[0].name}.json").write_text(json.dumps({"method": "ewc", "failed": "NaN"}))
     done, trials, _ = finished.tuning.of("ewc")
     assert done[0]["failed"] == "NaN" and "objective" not in done[0] and len(trials) == 2
-    assert all(trial["lr"] == pytest.approx(5e-4) for trial in trials)
+    assert all(trial.settings()["lr"] == pytest.approx(5e-4) for trial in trials)
+
+
+def trial(lr, objective, seed=tuning.SEED, **other):
+    return {"settings": {"lr": lr, **other}, "seed": seed, "objective": objective}
+
+
+def test_finalists_are_the_best_of_the_two_best_rates():
+    found = tuning.finalists([trial(1.0, 0.5), trial(1.0, 0.7, steps=9), trial(2.0, 0.6), trial(3.0, 0.1),
+                              {"settings": {"lr": 4.0}, "failed": "NaN"}])
+    assert found == [{"lr": 1.0, "steps": 9}, {"lr": 2.0}]
+    assert tuning.finalists([trial(1.0, 0.5)]) == [{"lr": 1.0}]
+
+
+def test_a_second_seed_decides_between_the_finalists(tmp_path):
+    finished = Finished(tmp_path, {"lr": 1e-3})
+    while any(run.seed == tuning.SEED for run in finished.tuning.wanted()):
+        finished.finish(finished.tuning.wanted())
+    first, second = finished.tuning.wanted()
+    assert first.seed == second.seed == tuning.SECOND_SEED
+    assert first.settings()["lr"] == pytest.approx(1e-3) != second.settings()["lr"]
+    worse = run("ewc", 0, 72, alone=(0.1,) * 4)
+    (tmp_path / f"{first.name}.json").write_text(json.dumps(worse))
+    assert len(finished.tuning.wanted()) == 2 and finished.tuning.of("ewc")[2] is None
+    finished.finish([second])
+    assert finished.tuning.of("ewc")[2]["lr"] == pytest.approx(second.settings()["lr"])
+    (tmp_path / f"{first.name}.json").write_text(json.dumps(run("ewc", 0, 72, alone=(0.5,) * 4)))
+    (tmp_path / f"{second.name}.json").write_text(json.dumps({"method": "ewc", "failed": "NaN"}))
+    assert finished.tuning.of("ewc")[2]["lr"] == pytest.approx(1e-3)
 
 
 def test_the_objective_is_the_mean_of_alone_and_combined_by_all_judges():
@@ -153,11 +181,11 @@ def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys)
     assert main(["tune", "--json", str(file), "--methods", "textual_inversion"]) == 0
     result = json.loads(file.read_text())
     entry = result["methods"]["textual_inversion"]
-    assert len(entry["trials"]) == result["budget"] == 7 and result["base"]
-    best = max(entry["trials"], key=lambda trial: trial["objective"])
-    assert entry["chosen"] == best["settings"]
+    assert len(entry["trials"]) == result["budget"] == 9 and result["base"]
+    repeated = [each["settings"] for each in entry["trials"] if each["seed"] == tuning.SECOND_SEED]
+    assert len(repeated) == 2 and entry["chosen"] in repeated
     monkeypatch.setattr(tuned, "FILE", file)
-    assert tuned.chosen_steps("textual_inversion", result["base"]) == best["settings"]["steps"]
+    assert tuned.chosen_steps("textual_inversion", result["base"]) == entry["chosen"]["steps"]
     capsys.readouterr()
     assert main(["tune", "--json", str(file), "--methods", "textual_inversion"]) == 0
     assert json.loads(file.read_text()) == result and "finished" not in capsys.readouterr().err
