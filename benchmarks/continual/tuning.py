@@ -41,8 +41,8 @@ STRENGTHS = {
     "scns": "risk", "stamina": "forget", "tara": "alignment",
 }
 OBJECTIVE = ("mean of alone and combined at the end of the sequence, as shares of the way that all concepts "
-             "together go from class nouns to real pictures, averaged over the judges; the mean of both seeds for "
-             "the trials of the last stage")
+             "together go from class nouns to real pictures, averaged over the judges; the mean of both "
+             "seeds for the trials of the last stage")
 Trial = dict[str, float | int]      # settings that differ from the usual ones, and `steps`
 
 
@@ -161,8 +161,8 @@ class Tuning:
         for method in self.methods:
             done, _, best = self.of(method)
             methods[method] = {**({"chosen": best} if best is not None else {}), "trials": done}
-        return {"base": base, "tasks": self.tasks, "seeds": [SEED, SECOND_SEED], "order": ORDER, "objective": OBJECTIVE,
-                "budget": BUDGET, "methods": methods}
+        return {"base": base, "tasks": self.tasks, "seeds": [SEED, SECOND_SEED], "order": ORDER,
+                "objective": OBJECTIVE, "budget": BUDGET, "methods": methods}
 
 
 def tuning_benchmark(base_name: str) -> Benchmark:
