@@ -46,17 +46,18 @@ class Provenance:
     captions: tuple[str, ...] = ()
 
 
+_LIST = (list, tuple)      # a tuple where `to_json` was not written to a file
 # field of a provenance -> its JSON types, those of its entries, and what a message calls them
 _TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...], str]] = {
     "base": ((str,), (), "a text"),
     "date": ((str,), (), "a text"),
     "steps": ((int,), (), "a whole number"),
     "seconds": ((int, float), (), "a number"),
-    "settings": ((dict,), (dict,), "an object of objects"),
+    "settings": ((dict,), (dict, list), "an object of objects and lists"),      # imported ones list files
     "versions": ((dict,), (str,), "an object of texts"),
-    "images": ((list,), (str,), "a list of texts"),
-    "refined": ((list,), (dict,), "a list of objects"),
-    "captions": ((list,), (str,), "a list of texts"),
+    "images": (_LIST, (str,), "a list of texts"),
+    "refined": (_LIST, (dict,), "a list of objects"),
+    "captions": (_LIST, (str,), "a list of texts"),
 }
 
 
@@ -64,7 +65,7 @@ def _check_origin(name: str, origin: Mapping) -> None:
     """Raises ConceptError if a field of a provenance is of another type than `ConceptInfo.to_json` writes."""
     for key, value in origin.items():
         own, inner, allowed = _TYPES[key]
-        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        entries = value.values() if isinstance(value, dict) else value if isinstance(value, _LIST) else ()
         if not isinstance(value, own) or not all(isinstance(entry, inner) for entry in entries):
             raise ConceptError(f"provenance '{key}' of concept '{name}' is {str(value)[:80]!r}; allowed: "
                                f"{allowed}")
