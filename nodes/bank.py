@@ -25,7 +25,7 @@ from .folders import (
     new_bank_file,
     register_folders,
 )
-from .images import vision
+from .images import judge
 from .schema import Schema
 
 register_folders()
@@ -215,8 +215,8 @@ class ConceptBankInspect(io.ComfyNode):
                 types.Bank.Input("bank", tooltip="The bank to show."),
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
-                    tooltip="Compares thumbnails too, for example CLIP ViT-B/32. Without it, deltas and "
-                            "words only."
+                    tooltip="Compares thumbnails too, for example CLIP ViT-B/32. Without it, the encoder for "
+                            "photos does if it is installed; else only deltas and words are compared."
                 ),
             ],
             outputs=[
@@ -228,7 +228,7 @@ class ConceptBankInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, bank, clip_vision=None) -> io.NodeOutput:
-        inspection = inspect(bank, None if clip_vision is None else vision(clip_vision))
+        inspection = inspect(bank, None if bank is None else judge(clip_vision, bank.layout))
         picture = torch.cat([to_tensor(page) for page in bank_pages(inspection)])
         text = "\n".join(lines(inspection))
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}

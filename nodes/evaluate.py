@@ -13,11 +13,12 @@ from ..core.bank.tokens import check_name, typed_name
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import check_bank, references_of
+from ..core.evaluation.photo_encoder import INSTALL
 from ..core.evaluation.sheet import lines, sheet
 from ..core.images import to_tensor
 from ..core.sampling.settings import SampleSettings
 from . import types
-from .images import pictures_of, vision
+from .images import judge, pictures_of
 from .inputs import first, lines_of
 from .progress import bar_preview
 from .schema import Schema
@@ -74,8 +75,9 @@ class ConceptEvaluate(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base, without Elastic Weight Aggregate."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Vae.Input("vae", tooltip="The same checkpoint's."),
-                io.ClipVision.Input("clip_vision",
-                                    tooltip="Compares the pictures; the papers use CLIP ViT-B/32."),
+                io.ClipVision.Input("clip_vision", optional=True,
+                                    tooltip="Compares the pictures; the papers use CLIP ViT-B/32. Without "
+                                            "it, the encoder for photos does if it is installed."),
                 types.Bank.Input("bank", tooltip="The bank to measure; it is not changed."),
                 io.String.Input(
                     "prompts",
@@ -110,10 +112,14 @@ class ConceptEvaluate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, clip_vision, bank, prompts, base_prompts, seeds, seed, steps, cfg, size,
+        cls, model, clip, vae, bank, prompts, base_prompts, seeds, seed, steps, cfg, size, clip_vision=None,
         concepts="", photos=None
     ) -> io.NodeOutput:
         names = _names(bank, concepts)
+        encode = judge(clip_vision, bank.layout)
+        if encode is None:
+            raise ConceptError("clip_vision is not connected; connect Load CLIP Vision or, for an embedded "
+                               f"base, the one of its loader; for photos, this also works: {INSTALL}")
         references = references_of(bank, names, photos or {})
         settings = SampleSettings(steps=steps, cfg=cfg, size=(size, size), batch=BATCH)
         bar = comfy.utils.ProgressBar(1)
@@ -128,7 +134,7 @@ class ConceptEvaluate(io.ComfyNode):
             references,
             lines_of([prompts]),
             lines_of([base_prompts]),
-            vision(clip_vision),
+            encode,
             range(seed, seed + seeds),
             settings,
             progress,

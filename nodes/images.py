@@ -13,6 +13,8 @@ from ..core.data.pictures import Deferred
 from ..core.errors import ConceptError
 from ..core.evaluation.bankcheck import Encode
 from ..core.evaluation.metrics import unit
+from ..core.evaluation.photo_encoder import photo_encode
+from ..core.model.sites import SiteLayout
 
 
 def _batches(value: Iterable[Tensor | None] | Tensor | None) -> list[Tensor]:
@@ -97,3 +99,10 @@ def vision(clip_vision: ClipVision) -> Encode:
         return unit(torch.cat(vectors).float().cpu())
 
     return encode
+
+
+def judge(clip_vision: ClipVision | None, layout: SiteLayout) -> Encode | None:
+    """What compares pictures: a CLIP_VISION if one is connected, else the encoder for photos if it is
+    installed. layout: of the base; an embedded one has a CLIP_VISION of its own, so it gets no other.
+    """
+    return photo_encode(layout) if clip_vision is None else vision(clip_vision)

@@ -46,7 +46,7 @@ from ..core.training.refinement import (
 )
 from . import types
 from .folders import checkpoint_file, checkpoint_folder
-from .images import deferred_pictures, masks_of, to_image, vision
+from .images import deferred_pictures, judge, masks_of, to_image
 from .inputs import first, setting_input
 from .progress import Reporter
 from .schema import Schema
@@ -143,8 +143,8 @@ class ConceptLearner(io.ComfyNode):
                                      tooltip="From Concept Training Settings; none = its defaults."),
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
-                    tooltip="Shows the similarity of every preview to your photos. The method l2dm describes "
-                            "pictures with it.",
+                    tooltip="Shows the similarity of every preview to your photos. Without it, the encoder "
+                            "for photos does if it is installed. The method l2dm describes pictures with it.",
                 ),
                 io.Int.Input(
                     "stop_after",
@@ -153,7 +153,7 @@ class ConceptLearner(io.ComfyNode):
                     min=0,
                     max=100,
                     tooltip="Stop after this many previews without a gain in similarity to the photos; 0 = "
-                            "do all steps. Needs clip_vision and preview_every.",
+                            "do all steps. Needs preview_every, and clip_vision or the encoder for photos.",
                 ),
                 io.Boolean.Input(
                     "show_older",
@@ -205,9 +205,11 @@ class ConceptLearner(io.ComfyNode):
         method = make(given["method"], settings if known is None else settings_of(known, settings))
         if first(selection) is not None:
             method.use_selection(first(selection))
-        config = _with_early_stopping(_training_config(given, first(training_settings)), given)
+        config = _training_config(given, first(training_settings))
         with torch.inference_mode(False):
             backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])
+            given["encode"] = judge(given["clip_vision"], backbone.layout)
+            config = _with_early_stopping(config, given)
             config.check_schedule(backbone.schedule)
             start = ConceptBank(backbone.layout) if first(bank) is None else first(bank)
             start.check_fits(backbone.layout)
@@ -245,8 +247,8 @@ def _with_early_stopping(config: TrainingConfig, given: dict) -> TrainingConfig:
     do not change the result.
     """
     patience, every = given["stop_after"], given["preview_every"]
-    if patience and (given["clip_vision"] is None or not every):
-        lacks = "clip_vision is not connected" if given["clip_vision"] is None else "preview_every is 0"
+    if patience and (given["encode"] is None or not every):
+        lacks = "clip_vision is not connected" if given["encode"] is None else "preview_every is 0"
         raise ConceptError(f"stop_after is {patience} but {lacks}; early stopping compares previews with the "
                            "photos; allowed without: 0")
     return replace(config, patience=patience, look_every=every) if patience else config
@@ -298,8 +300,8 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
         pictures = with_replay(task, pictures, config, settings.cfg, before_each=cancel)
         data = prepare(backbone, pictures, task.name, task.class_noun,
                        Framing(config.resolution, config.framing, config.flip))
-        encode = None if given["clip_vision"] is None else vision(given["clip_vision"])
-        if encode is not None:
+        encode = given["encode"]
+        if given["clip_vision"] is not None:      # what is learned does not depend on what is installed
             task = replace(task, encode=lambda pictures: encode(list(pictures)))
         similarity = None if encode is None else similarity_to([photo.pixels for photo in photos], encode)
         previews = Previews(backbone, concept_prompt(task.name, task.kind), settings, config.seed, similarity)

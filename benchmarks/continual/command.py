@@ -29,6 +29,7 @@ def add_commands(commands) -> None:
     parser.add_argument("--methods", default="", help="comma separated (default: all)")
     add_embedded_base(parser, BASE)
     parser.set_defaults(run=tune)
+    _add_photo_encoder(commands)
     _add_one_class(commands)
     _add_compose(commands)
     _add_large_bank(commands)
@@ -63,13 +64,34 @@ def _add_continual(commands) -> None:
     add("--data", type=Path,
         help="folder with tasks.json and photos, such as CIFC's (default: drawn pictures)")
     add("--clip", type=Path,
-        help="with --data: folder of CLIP ViT-B/32 in transformers' layout, for measuring")
+        help="with --data: folder of CLIP ViT-B/32 in transformers' layout, for measuring (default: the "
+             "encoder for photos, which measures no text alignment)")
     add("--dino", type=Path,
         help="with --data: folder of DINO ViT-S/16, which compares objects instead of CLIP")
     add("--resolution", type=int, help="with --data: side of the pictures in pixels (default 512)")
     add("--pictures", type=int,
         help="with --data: per concept and evaluation (default 100; the papers: 1000)")
     parser.set_defaults(run=continual)
+
+
+def _add_photo_encoder(commands) -> None:
+    parser = commands.add_parser("photo-encoder", help="how well the encoder for photos tells concepts apart")
+    parser.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes")
+    parser.add_argument("--data", type=Path, required=True,
+                        help="folder with tasks.json and photos, such as CIFC's")
+    parser.set_defaults(run=photo_encoder)
+
+
+def photo_encoder(options: Namespace) -> Result:
+    """Measures the encoder for photos on the concepts of a folder."""
+    from ...core.evaluation.photo_encoder import PhotoEncoder
+    from .photo_encoder import lines_of, told_apart
+    from .photos import read_tasks
+
+    tasks = read_tasks(options.data)
+    result = {"encoder": "EfficientNet-Lite2", **told_apart(PhotoEncoder(), tasks)}
+    write_result(options.file, result)
+    return result, lines_of(result)
 
 
 def _add_one_class(commands) -> None:

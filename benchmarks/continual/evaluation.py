@@ -33,10 +33,13 @@ def just_learned(sampler: Sampler, bank: ConceptBank, suite: PromptSuite,
     return alone_scores(suite, pictures, task.name), [[round(x, 5) for x in row] for row in features]
 
 
-def _text_alignment(suite: PromptSuite, bank: ConceptBank, task: Assignment, pictures: Tensor) -> float:
+def _text_alignment(suite: PromptSuite, bank: ConceptBank, task: Assignment, pictures: Tensor) -> list[float]:
+    """The text alignment of a concept's pictures, in a list; an empty list if the encoder reads no texts."""
+    if not suite.encoder.reads_texts:
+        return []
     prompts = [bank.parse(task.prompts[i % len(task.prompts)]) for i in range(len(pictures))]
     texts = suite.encoder.caption_features([prompt.plain(bank.infos) for prompt in prompts])
-    return metrics.text_alignment(suite.encoder.image_text_features(pictures), texts)
+    return [metrics.text_alignment(suite.encoder.image_text_features(pictures), texts)]
 
 
 def final_figures(sampler: Sampler, banks: Mapping[str, ConceptBank], bank: ConceptBank, suite: PromptSuite,
@@ -60,7 +63,7 @@ def final_figures(sampler: Sampler, banks: Mapping[str, ConceptBank], bank: Conc
         pictures = concept_pictures(sampler, banks[task.name], suite, task)
         rows.append(scores_of(suite, pictures, progress.names))
         last.append(features_of(suite, pictures, task.kind))
-        text.append(_text_alignment(suite, banks[task.name], task, pictures))
+        text.extend(_text_alignment(suite, banks[task.name], task, pictures))
     draw = of_bank(sampler, bank, suite) if not alone else lambda *_: None
     figures = judged(suite, progress.names, rows, draw)
     for name in suite.judges:

@@ -105,8 +105,9 @@ def floor_and_ceiling(sampler: Sampler, suite: PromptSuite) -> dict:
         pictures = sampler.sample(empty, prompts, seeds, suite.settings)
         floors.append(scores_of(suite, pictures, names))
         ceilings.append(scores_of(suite, task.held_out if len(task.held_out) else task.references, names))
-        text.append(metrics.text_alignment(suite.encoder.image_text_features(pictures),
-                                           suite.encoder.caption_features(prompts)))
+        if suite.encoder.reads_texts:
+            text.append(metrics.text_alignment(suite.encoder.image_text_features(pictures),
+                                               suite.encoder.caption_features(prompts)))
 
     def draw_nouns(group: tuple[str, ...], seeds: Sequence[int]) -> Tensor:
         prompts = prompts_together(suite, group, len(seeds), nouns=True)

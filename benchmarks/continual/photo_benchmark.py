@@ -12,6 +12,8 @@ from ...core.data.assignment import Assignment
 from ...core.demo.bases import NAMES
 from ...core.errors import ConceptError
 from ...core.evaluation.clip import ClipEncoder
+from ...core.evaluation.photo_encoder import INSTALL, PhotoEncoder, is_installed
+from ...core.evaluation.protocol import Encoder
 from ...core.model.backbone import Backbone
 from . import photos
 from .prompt_suite import Benchmark
@@ -30,9 +32,13 @@ def check_flags(options: Namespace) -> None:
             if getattr(options, name) not in usual:
                 raise ConceptError(f"--{name} is '{getattr(options, name)}', which is for photos; "
                                    "name their folder with --data as well, or leave it out")
-    elif options.clip is None:
+    elif options.clip is None and options.dino is not None:
+        raise ConceptError("--clip is missing; DINO compares objects only: give the folder of "
+                           "openai/clip-vit-base-patch32 or of another CLIP, too")
+    elif options.clip is None and not is_installed():
         raise ConceptError("--clip is missing; photos are measured with CLIP: give the folder of "
-                           "openai/clip-vit-base-patch32 or of another CLIP")
+                           "openai/clip-vit-base-patch32 or of another CLIP, or install the encoder for "
+                           f"photos: {INSTALL}")
     elif options.pictures is not None and options.pictures < 2:
         raise ConceptError(f"pictures is {options.pictures}; allowed: "
                            "2 or more per concept, the paper has 1000")
@@ -41,17 +47,21 @@ def check_flags(options: Namespace) -> None:
 def _origin(options: Namespace, backbone: Backbone, tasks: Sequence[Assignment], pictures: int,
             resolution: int) -> dict:
     """Everything besides method and training that affects the figures."""
+    encoder = "EfficientNet-Lite2"
+    if options.clip is not None:
+        encoder = "CLIP" if options.dino is None else "CLIP and DINO"
     data = json.dumps([[task.name, task.prompts, [p.digest for p in task.pictures]] for task in tasks])
     return {"base": backbone.fingerprint, "data": hashlib.sha256(data.encode()).hexdigest()[:16],
             "resolution": resolution,
-            "pictures": pictures, "encoder": "CLIP" if options.dino is None else "CLIP and DINO"}
+            "pictures": pictures, "encoder": encoder}
 
 
 def photo_benchmark(options: Namespace) -> Benchmark:
     """Loads the benchmark from disk."""
     tasks = photos.read_tasks(options.data, options.tasks)
     backbone = load_backbone(options)
-    encoder = ClipEncoder.load(options.clip, options.dino, backbone.device)
+    encoder: Encoder = (PhotoEncoder() if options.clip is None
+                        else ClipEncoder.load(options.clip, options.dino, backbone.device))
     resolution, steps = options.resolution or size_of(options), options.steps or STEPS
     pictures = options.pictures or photos.PICTURES
     suite = photos.suite_of(backbone, tasks, encoder, pictures, photos.sampling(resolution),

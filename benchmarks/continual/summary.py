@@ -171,6 +171,13 @@ def _retained(run: Mapping, levels: Mapping) -> tuple[float, float]:
     return sum(end.values()) / total if total > 0 else float("nan"), min(learned, default=float("nan"))
 
 
+def _text_alignment(rows: Sequence[Mapping]) -> float | None:
+    """Mean over rows and concepts; None if the encoder reads no texts."""
+    if not all(row["text_alignment"] for row in rows):
+        return None
+    return _mean([_mean(row["text_alignment"]) for row in rows])
+
+
 def _tfr(run: Mapping) -> float:
     just, end = (run["judges"][ENCODER][what] for what in ("just", "alone"))
     return task_forgetting_rate([[0.0] * i + [value] for i, value in enumerate(just[:-1])] + [end])
@@ -195,7 +202,7 @@ def method_row(runs: Sequence[Mapping], levels: Mapping, trials: int) -> dict:
     row |= {"retained": _known(_mean([whole for whole, _ in retained])),
             "retained_worst": _known(_mean([worst for _, worst in retained])),
             "tfr": _mean([_tfr(run) for run in runs]),
-            "text_alignment": _mean([_mean(run["text_alignment"]) for run in runs])}
+            "text_alignment": _text_alignment(runs)}
     row |= {name: _mean([run[name] for run in runs]) for name in PLAIN}
     row["seconds_per_concept"] = min(run["seconds_per_concept"] for run in runs)
     row["tuned"] = {"trials": trials, "steps": runs[0]["steps"], "settings": runs[0]["settings"]}
@@ -219,7 +226,7 @@ def level_row(levels: Mapping, which: str) -> dict:
         entry["bleed"] = bleed_of(row, levels, judge, levels["concepts"])
         found[judge] = entry
     first = found.pop(ENCODER)
-    text = {"text_alignment": _mean(row["text_alignment"])} if "text_alignment" in row else {}
+    text = {"text_alignment": _text_alignment([row])} if "text_alignment" in row else {}
     return {**first, **text, "judges": found}
 
 

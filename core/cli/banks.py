@@ -17,6 +17,7 @@ from ..bank.tokens import check_class_noun, check_name
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
 from ..evaluation.inspection import inspect
+from ..evaluation.photo_encoder import photo_encode
 from ..files import check_output
 from ..interop.importing import concept_of, read_sources
 from . import backbones
@@ -46,7 +47,7 @@ def _show(options: Namespace) -> Result:
     """Prints all facts of one concept, similar concepts and collisions."""
     bank = open_bank(options.bank)
     concept: Concept = bank[options.name]
-    info, inspection = concept.info, inspect(bank, only=concept.name)
+    info, inspection = concept.info, inspect(bank, photo_encode(bank.layout), concept.name)
     nearest = [inspection.nearest(info.name, measure) for measure in inspection.likeness]
     collisions = [collision for collision in inspection.collisions
                   if info.name in (collision.one, collision.other)]

@@ -26,6 +26,7 @@ from ..demo.judges import SceneEncoder
 from ..errors import ConceptError
 from ..evaluation.clip import ClipEncoder
 from ..evaluation.collisions import warnings_before
+from ..evaluation.photo_encoder import INSTALL, PhotoEncoder, is_installed
 from ..evaluation.previews import Previews, concept_prompt, similarity_to
 from ..evaluation.protocol import Encoder
 from ..files import beside, check_output, shortened
@@ -98,7 +99,8 @@ def _previews(options: Namespace, training: TrainingConfig, backbone: Backbone, 
     """What early stopping compares with the photos; None without early stopping."""
     if not training.patience:
         return None
-    judge, size = encoder or SceneEncoder(), (training.resolution, training.resolution)
+    size = (training.resolution, training.resolution)
+    judge = encoder or (SceneEncoder() if backbones.is_embedded(options) else PhotoEncoder())
 
     def encode(pictures: Sequence[Tensor]) -> Tensor:
         return torch.cat([judge.features(picture.unsqueeze(0), options.kind) for picture in pictures])
@@ -115,9 +117,11 @@ def _encoder(options: Namespace, training: TrainingConfig) -> Encoder | None:
     if options.encoder is not None and not is_used:
         raise ConceptError("--encoder compares pictures with the photos for early stopping; give --patience "
                            "and --look-every, too")
-    if training.patience and options.encoder is None and not backbones.is_embedded(options):
+    if (training.patience and options.encoder is None and not backbones.is_embedded(options)
+            and not is_installed()):
         raise ConceptError(f"setting 'patience' is {training.patience}; with this base it needs --encoder, "
-                           "the folder of a CLIP model that compares pictures with the photos")
+                           "the folder of a CLIP model that compares pictures with the photos, or the "
+                           f"encoder for photos: {INSTALL}")
     return None if options.encoder is None else ClipEncoder.load(options.encoder, device=options.device)
 
 

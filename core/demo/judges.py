@@ -35,6 +35,8 @@ def at_encoder_size(images: Tensor) -> Tensor:
 class SceneEncoder:
     """Features of drawn scenes, see `evaluation.protocol.Encoder`; larger ones are averaged to 64×64."""
 
+    reads_texts = True
+
     @cached_property
     def _encoder(self) -> MetricEncoder:
         return MetricEncoder.load(ASSETS / "metrics.safetensors")

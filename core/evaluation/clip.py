@@ -82,6 +82,8 @@ class ClipEncoder:
     the CPU, of unit length.
     """
 
+    reads_texts = True
+
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, dino: ViTModel | None = None) -> None:
         self.model, self.tokenizer, self.dino = model, tokenizer, dino
 

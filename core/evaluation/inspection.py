@@ -155,7 +155,7 @@ def _read(bank: ConceptBank) -> tuple[dict[str, Concept], dict[str, str]]:
     return concepts, faults
 
 
-def _crop(picture: Tensor) -> Tensor:
+def crop_of(picture: Tensor) -> Tensor:
     """The mirrored centre crop of a picture `[3, H, W]`, as a second picture of the same thing."""
     top, left = (int(side * (1 - CROP) / 2) for side in picture.shape[1:])
     return picture[:, top : picture.shape[1] - top, left : picture.shape[2] - left].flip(-1)
@@ -169,7 +169,7 @@ def _thumbnail_cosines(concepts: Sequence[Concept], encode: Encode) -> Tensor:
     opened_thumbnails = ((i, opened(concept.thumbnail)) for i, concept in enumerate(concepts))
     pictures = {i: to_pixels(picture) for i, picture in opened_thumbnails if picture is not None}
     if pictures:
-        features = encode([*pictures.values(), *map(_crop, pictures.values())]).double()
+        features = encode([*pictures.values(), *map(crop_of, pictures.values())]).double()
         if features.ndim != 2 or len(features) != 2 * len(pictures) or not features.isfinite().all():
             raise ConceptError("the vision model gives no finite vector per picture; choose another one")
         whole, crops = features.chunk(2)

@@ -12,7 +12,12 @@ from ..methods.base import METHODS
 
 
 class Encoder(Protocol):
-    """Interface of a metric encoder. All features have unit length; pictures are `[B, 3, H, W]` in -1..1."""
+    """Interface of a metric encoder. All features have unit length; pictures are `[B, 3, H, W]` in -1..1.
+
+    reads_texts: whether `caption_features` can be used.
+    """
+
+    reads_texts: bool
 
     def features(self, images: Tensor, kind: str) -> Tensor:
         """Features `[B, D]` for comparing pictures of one kind (object or style)."""

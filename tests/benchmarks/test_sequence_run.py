@@ -44,6 +44,8 @@ class ToyEncoder:
     A caption's are random from its letters.
     """
 
+    reads_texts = True
+
     def features(self, images, kind):
         coarse = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
         return metrics.unit(coarse @ draw(48, 16, seed=1 if kind == "object" else 2))

@@ -181,3 +181,28 @@ def test_photos_that_are_none(studio):
                                       (studio.photos(), "a/b", "concept name")):
         with pytest.raises(ConceptError, match=sentence):
             studio.pack.ConceptReferencePhotos.execute([images], [concept])
+
+
+def test_the_encoder_for_photos_takes_the_place_of_clip_vision(studio, evaluate, monkeypatch):
+    from continual_concepts.nodes import images
+
+    vision, seen = Colours(), []
+
+    def photo_encode(layout):
+        seen.append(layout)
+        return images.vision(vision)
+
+    monkeypatch.setattr(images, "photo_encode", photo_encode)
+    photos_of_mimi = photos(studio)
+    with_clip = evaluate(photos=photos_of_mimi)
+    assert not seen      # a model that is given is used instead
+    without = evaluate(photos=photos_of_mimi, clip_vision=None)
+    assert without[1] == with_clip[1] and seen and vision.seen
+
+
+def test_without_either_it_says_what_to_do(evaluate, monkeypatch):
+    from continual_concepts.nodes import images
+
+    monkeypatch.setattr(images, "photo_encode", lambda layout: None)
+    with pytest.raises(ConceptError, match="clip_vision is not connected.*pip install"):
+        evaluate(clip_vision=None)

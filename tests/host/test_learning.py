@@ -281,6 +281,22 @@ def test_l2dm_describes_pictures_with_the_clip_vision(judged):
     assert described.shape == (2, 3) and plain.shape[1] > 3
 
 
+def test_the_encoder_for_photos_tells_when_to_stop_and_nothing_else(judged, monkeypatch):
+    from continual_concepts.nodes import images
+
+    shown = []
+
+    def encode(pictures):
+        shown.extend(pictures)
+        return torch.nn.functional.normalize(torch.stack([p.mean((1, 2)) for p in pictures]), dim=1)
+
+    monkeypatch.setattr(images, "photo_encode", lambda layout: encode)
+    stopped = judged([], clip_vision=None, stop_after=1)[0]
+    assert shown and stopped["spot"].info.provenance.steps <= 12
+    described = judged([], clip_vision=None, method="l2dm", steps=1, stop_after=0, preview_every=0)[0]
+    assert described.shared["l2dm"]["features"].shape[1] > 3      # learned the same as without it
+
+
 @pytest.mark.parametrize("lacking", [{"clip_vision": None}, {"preview_every": 0}])
 def test_stopping_needs_something_to_tell_when(judged, lacking):
     from continual_concepts.core.errors import ConceptError
