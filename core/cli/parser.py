@@ -110,8 +110,8 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
                         "settings are then its own (default %(default)s)")
     parser.add_argument("--encoder", type=file_path,
                         help="folder of a CLIP model in transformers' layout, which compares pictures with "
-                        "the photos for --patience (the embedded base has its own; the encoder for photos takes "
-                        "its place if it is installed), and describes pictures for the method l2dm")
+                        "the photos for --patience (default: the embedded base's own, else the encoder for "
+                        "photos if it is installed), and describes pictures for the method l2dm")
     add_settings(parser, TrainingConfig, EMBEDDED_TRAINING, "the embedded base")
     add_base(parser)
 
