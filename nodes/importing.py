@@ -81,6 +81,7 @@ class ConceptImport(io.ComfyNode):
     def execute(cls, model, clip, lora, embedding, name, class_noun, kind, trigger,
                 bank=None, which="") -> io.NodeOutput:
         backbone = ComfyBackbone(model, clip)
+        backbone.layout.refuse_joint("importing files is")
         if bank is not None:
             bank.check_fits(backbone.layout)
         result = import_concept(typed_name(name), class_noun.strip(), kind, backbone.layout,

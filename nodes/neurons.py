@@ -107,6 +107,7 @@ class ConceptNeuronSelect(io.ComfyNode):
             raise ConceptError("the gradient score needs photos; connect images and vae, or choose the score "
                                "'activation'")
         backbone = ComfyBackbone(given["model"], given["clip"], first(vae))
+        backbone.layout.refuse_joint("concept neurons are")
         with backbone.training():
             prompts = tuple(lines_of(calibration_prompts)) or CALIBRATION
             selection = _select(backbone, given, photos, prompts)

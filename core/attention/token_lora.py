@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import ConceptError
 from ..model.context import Context
 from ..model.deltas import Delta, Deltas, LowRankDelta
-from ..model.processor import AttentionProcessor, HostAttention, SiteCall
+from ..model.processor import AttentionProcessor, HostAttention, JointRows, SiteCall
 from ..model.sites import Site
 from ..model.slots import SLOTS, SlotDelta, of_one_length, with_slots
 
@@ -124,7 +124,7 @@ def extended_heads(heads: int, x: Tensor, extension: Tensor | None) -> Tensor:
 
 
 def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
-                       query_extension: Tensor | None) -> tuple[Tensor, Tensor]:
+                       query_extension: Tensor | None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of extended heads.
 
     Args:
@@ -132,6 +132,7 @@ def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
         query: `[B, S, a]`.
         key, value: `[B, H, N, d + x]` and `[B, H, N, d + p]`, see `extended_heads`.
         query_extension: `[B, S, x]`, the same for every head, or None.
+        mask: As in `JointRows`.
 
     Returns:
         The attended values `[B, S, a]`, and the attended extension `[B, S, H, p]`, with p = 0 if values have
@@ -141,13 +142,14 @@ def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
     width = q.shape[-1]
     if query_extension is not None:
         q = torch.cat([q, query_extension.to(q).unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
-    attended = F.scaled_dot_product_attention(q.transpose(1, 2), key, value, scale=width**-0.5)
+    attended = F.scaled_dot_product_attention(q.transpose(1, 2), key, value, mask, scale=width**-0.5)
     attended = attended.transpose(1, 2)
     return attended[..., :width].flatten(2), attended[..., width:]
 
 
 def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                         adapters: Sequence[TokenAdapter]) -> tuple[Tensor, Tensor | None]:
+                         adapters: Sequence[TokenAdapter],
+                         joint: JointRows | None = None) -> tuple[Tensor, Tensor | None]:
     """Attention with word-bound concepts.
 
     Args:
@@ -156,6 +158,7 @@ def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor,
         query: Output of the frozen to_q, `[B, S, a]`.
         key, value: `[B, N, a]`, with the concepts' dK and dV at their words.
         adapters: The concepts.
+        joint: The picture's rows in a joint attention, which belong to no concept.
 
     Returns:
         The attended values `[B, S, a]`, the input of the frozen to_out, and the addition after to_out `[B, S,
@@ -165,7 +168,12 @@ def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor,
     longer = None if extension.query_down is None else F.linear(hidden, extension.query_down.to(hidden))
     keys = extended_heads(heads, key, extension.key)
     values = extended_heads(heads, value, extension.columns(heads))
-    attended, columns = extended_attention(heads, query, keys, values, longer)
+    if joint is None:
+        attended, columns = extended_attention(heads, query, keys, values, longer)
+    else:
+        keys, values = (torch.cat([text, _widened(heads, rows, text.shape[-1])], 2)
+                        for text, rows in ((keys, joint.key), (values, joint.value)))
+        attended, columns = extended_attention(heads, joint.query, keys, values, longer, joint.mask)
     if extension.slots:
         mass = columns[..., columns.shape[-1] - len(extension.slots):]
         attended = with_slots(heads, attended, query, mass, *of_one_length(extension.slots))
@@ -173,6 +181,12 @@ def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor,
         return attended, None
     low = columns[..., :extension.out_up.shape[1]].sum(2)
     return attended, F.linear(low, extension.out_up.to(low))
+
+
+def _widened(heads: int, x: Tensor, width: int) -> Tensor:
+    """Keys or values `[B, S, a]` as heads `[B, H, S, width]`, with zeros in the extension."""
+    split = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return F.pad(split, (0, width - split.shape[-1]))
 
 
 class TokenLora:
@@ -258,7 +272,8 @@ class TokenLoraProcessor(AttentionProcessor):
         if not self.concepts:
             return attention(query, key, value)
         adapters = self.concepts.adapters(call.site)
-        attended, added = token_lora_attention(call.site.heads, call.hidden, query, key, value, adapters)
+        attended, added = token_lora_attention(call.site.heads, call.hidden, query, key, value, adapters,
+                                               call.joint)
         if added is not None:
             call.after_out = partial(plus, added)
         others = attention.added_by_others(query, key, value)

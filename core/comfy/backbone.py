@@ -84,7 +84,7 @@ class ComfyBackbone(Backbone):
         self.unet = self.sites.denoiser
         self.text = self.sites.text_encoders(clip, _weakly(self._reload))
         self.latent_channels = model.model.latent_format.latent_channels
-        check_channels("the model", self.unet.in_channels, self.latent_channels)
+        check_channels("the model", self.sites.channels, self.latent_channels)
         self.picture_multiple = _multiple(vae)
         self._is_loaded = self._was_loaded = False
         self._folds: list[_Fold] = []

@@ -1,4 +1,4 @@
-"""CLIPs of models that read one row of text per T5 token: Anima and Cosmos Predict2.
+"""CLIPs of models that read one row of text per T5 token: Anima, Cosmos Predict2, Flux.1 and Chroma.
 
 A concept is encoded as its class noun, repeated as often as it has words, by the host's own tokenizers and
 encoders. What it has learned acts at the rows of these tokens. The CONDITIONING carries which rows they are,
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bank.composition import Kind
 from ..bank.grammar import Part, Placeholder, written
 from ..conditioning.whole_prompts import repeated_noun
-from ..model.backbone import TextPiece, WholePromptEncoder
+from ..model.backbone import TextPiece, WholePromptEncoder, WholeText
 from .concept_encoder import Concepts, Wrapped
 from .concept_tokenizer import ConceptTokenizer
 from .sites import STRENGTHS, WORDS, SlotCond
@@ -193,11 +193,13 @@ class RowText(WholePromptEncoder):
         clip: A CLIP; with concepts or without.
         vectors: The vectors of its tokens, `[vocabulary, D]`.
         rows: The text that the sites read, `[B, N, D]`, from the states of a CONDITIONING and its dictionary.
+        reads_pooled: Whether the model reads the pooled text too.
     """
 
     def __init__(self, clip, vectors: Callable[[], Tensor],
-                 rows: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> None:
+                 rows: Callable[[Tensor, Mapping[str, Any]], Tensor], reads_pooled: bool = False) -> None:
         self.name, self.clip, self._vectors, self._rows = ROWS, clip, vectors, rows
+        self.reads_pooled = reads_pooled
         (_, self.width), = text_widths(clip)
         tokenizer = row_tokenizer(clip)
         self.length, self.start = tokenizer.max_length, tokenizer.end_token
@@ -210,7 +212,7 @@ class RowText(WholePromptEncoder):
         return self._vectors()[torch.tensor(ids, dtype=torch.long)].detach().float().cpu().clone()
 
     @torch.no_grad()
-    def encode_pieces(self, pieces: Sequence[TextPiece]) -> tuple[Tensor, dict[str, tuple[int, ...]]]:
+    def encode_pieces(self, pieces: Sequence[TextPiece]) -> WholeText:
         parts: list[Part] = [(Placeholder(str(i)) if piece.concept else piece.text, piece.weight)
                              for i, piece in enumerate(pieces)]
         text = written(parts, lambda number: marked(pieces[int(number)].text))
@@ -222,7 +224,8 @@ class RowText(WholePromptEncoder):
                 found.setdefault(token.concept, []).append(place)
         extra = self.clip.encode_from_tokens(_plain_ids(tokens), return_dict=True)
         states = self._rows(extra.pop("cond"), extra)
-        return states.float(), {name: tuple(places) for name, places in found.items()}
+        pooled = extra["pooled_output"].float() if self.reads_pooled else None
+        return WholeText(states.float(), {name: tuple(places) for name, places in found.items()}, pooled)
 
 
 def _plain_ids(tokens) -> dict:

@@ -233,6 +233,9 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
     sites = find_sites(model, text_widths(clip))
     bank = ConceptBank(sites.layout) if bank is None else bank
     bank.check_fits(sites.layout)
+    regions = [region for region in regions if region.strength > 0]
+    if regions or find_regions:
+        sites.layout.refuse_joint("regions are")
     refuse_regions(model)
     model = without_concepts(model, sites, bank.names)      # the bank's act instead
     prompts = ConceptPrompts(clip, model, bank, sites, settings.strength, tell)
@@ -243,7 +246,6 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
         negative = prompts.negative(negative_prompt, scene.prompt, but=prompts.in_weights)
     deltas = prompts.scene_deltas(scene.prompt)
     model = fold(model, sites, always_on_deltas(bank), any(concept.tokens.copies > 1 for concept in bank))
-    regions = [region for region in regions if region.strength > 0]
     if regions:
         _check_masks(regions, latent)
         model, carried = without_prompt_activated(model, sites)
@@ -278,6 +280,8 @@ def apply_regions(model, clip, positive: Conditioning, negative: Conditioning | 
     """
     regions = [region for region in regions if region.strength > 0]
     sites = find_sites(model, text_widths(clip))
+    if regions:
+        sites.layout.refuse_joint("regions are")
     prompts = ConceptPrompts(clip, model, ConceptBank(sites.layout), sites, 1.0, tell)
     negative = prompts.encode("") if negative is None else negative
     if not regions:

@@ -129,9 +129,9 @@ class DiffusionWrapper:
         self.hooks, self.processor = hooks, processor
 
     def __call__(self, executor, x, timesteps, context, *args, **kwargs):
-        # UNets get the options as their sixth argument, transformers by name
-        is_sixth = len(args) > 2
-        options = dict((args[2] if is_sixth else kwargs.get("transformer_options")) or {})
+        # UNets and Flux get the options as their last argument, transformers with cross-attention by name
+        is_last = len(args) > 2
+        options = dict((args[-1] if is_last else kwargs.get("transformer_options")) or {})
         offsets = kwargs.pop(OFFSETS, None)
         if offsets is not None:
             options[OFFSETS] = fit_offsets(offsets, context)
@@ -145,8 +145,8 @@ class DiffusionWrapper:
             if options[ALONE] and self.hooks.reads_own_text(options):
                 options[TEXT] = context, *(options.get(key) for key in (OFFSETS, WORDS, STRENGTHS))
             options[PROCESSOR] = self.processor(options, x)
-        if is_sixth:
-            args = *args[:2], options, *args[3:]
+        if is_last:
+            args = *args[:-1], options
         else:
             kwargs["transformer_options"] = options
         with self.hooks.attached(getattr(executor, "class_obj", None)):

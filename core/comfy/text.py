@@ -13,8 +13,8 @@ from ..model.backbone import TextEncoder
 
 NAMES = ("clip_l", "clip_g", "clip_h")
 ROWS = "t5xxl"      # tokens of a text that is read as one row per T5 token
-_ROW_ENCODERS = ("qwen3_06b", ROWS)      # of Anima, of Cosmos Predict2
-_ROW_WIDTH = 1024      # of both; the host builds no other
+_ROW_ENCODERS = ("qwen3_06b", ROWS)      # of Anima; of Cosmos Predict2, Flux.1 and Chroma
+_POOLED = ["clip_l"]      # beside the rows of Flux.1: gives a pooled vector, and no rows
 
 
 def encoder_names(clip) -> tuple[str, ...]:
@@ -24,17 +24,20 @@ def encoder_names(clip) -> tuple[str, ...]:
     if not names:
         raise ConceptError(f"the CLIP's class is {type(clip.cond_stage_model).__name__}, which is not "
                            "supported; allowed: the CLIP of a checkpoint of Stable Diffusion 1.x, 2.x, SDXL, "
-                           "Anima or Cosmos Predict2")
+                           "Anima, Cosmos Predict2, Flux.1 or Chroma")
     return names
 
 
 def row_tokenizer(clip):
     """The tokenizer whose tokens are the rows of a text, or None for a CLIP whose text is read otherwise."""
     model, tokenizer = clip.cond_stage_model, clip.tokenizer
-    is_alone = not any(hasattr(model, name) for name in NAMES)
-    if not is_alone or not any(hasattr(model, name) for name in _ROW_ENCODERS):
+    if [name for name in NAMES if hasattr(model, name)] not in ([], _POOLED) or _row_encoder(model) is None:
         return None
     return getattr(tokenizer, ROWS, None) or getattr(tokenizer, f"clip_{ROWS}", None)
+
+
+def _row_encoder(model):
+    return next((getattr(model, name) for name in _ROW_ENCODERS if hasattr(model, name)), None)
 
 
 def reads_rows(clip) -> bool:
@@ -44,7 +47,7 @@ def reads_rows(clip) -> bool:
 
 def text_widths(clip) -> tuple[tuple[str, int], ...]:
     if reads_rows(clip):
-        return ((ROWS, _ROW_WIDTH),)
+        return ((ROWS, _embedding(_row_encoder(clip.cond_stage_model)).shape[1]),)
     models = {name: getattr(clip.cond_stage_model, name) for name in encoder_names(clip)}
     return tuple((name, _embedding(model).shape[1]) for name, model in models.items())
 

@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 from ..bank.prompts import Prompt, WordRef, filled_templates
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..model.backbone import Backbone, TextEncoder, TextPiece, WholePromptEncoder
+from ..model.backbone import Backbone, TextEncoder, TextPiece, WholePromptEncoder, WholeText
 from ..model.context import Context, strengths_or_none
 from .placeholder_nouns import Words, encoded_apart, noun_for, noun_ids, positions_of, with_words
-from .whole_prompts import WholePrompt, encode_whole
+from .whole_prompts import encode_whole
 
 SLOT_ID = 0     # id at the position of a learned word; not the end token, because some encoders search for it
 UNDIVIDED = 8      # shorter texts and placeholders are not divided between chunks, as in ComfyUI
@@ -100,7 +100,7 @@ class TextMemory:
     def __init__(self) -> None:
         self._encoded: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
         self._words: dict[tuple, Tensor] = {}
-        self.whole: dict[tuple[TextPiece, ...], WholePrompt] = {}
+        self.whole: dict[tuple[TextPiece, ...], WholeText] = {}
 
     @torch.no_grad()
     def get(self, encoder: TextEncoder, row: _Row, device: torch.device) -> tuple[Tensor, Tensor | None]:

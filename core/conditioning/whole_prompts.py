@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from ..bank.prompts import Prompt, WordRef
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
-from ..model.backbone import TextPiece, WholePromptEncoder
+from ..model.backbone import TextPiece, WholePromptEncoder, WholeText
 from ..model.context import Context, strengths_or_none
 
 MEMORY_LIMIT = 512     # prompts; further ones are not kept
-
-WholePrompt = tuple[Tensor, Mapping[str, tuple[int, ...]]]      # states `[1, N, D]`, concept -> positions
 
 
 def repeated_noun(concept: str, noun: str, words: int) -> str:
@@ -52,7 +49,7 @@ def pieces_of(prompt: Prompt, groups: Mapping[str, TokenGroup],
 
 def encode_whole(encoder: WholePromptEncoder, prompts: Sequence[Prompt], groups: Mapping[str, TokenGroup],
                  by_strength: Collection[str],
-                 memory: dict[tuple[TextPiece, ...], WholePrompt] | None = None) -> Context:
+                 memory: dict[tuple[TextPiece, ...], WholeText] | None = None) -> Context:
     """`encode_prompts` for an encoder that takes no learned vectors.
 
     Args:
@@ -64,13 +61,15 @@ def encode_whole(encoder: WholePromptEncoder, prompts: Sequence[Prompt], groups:
     memory, encoded = {} if memory is None else memory, []
     for prompt in prompts:
         pieces = tuple(pieces_of(prompt, groups, by_strength))
-        whole = memory.get(pieces) or encoder.encode_pieces(pieces)
+        whole = memory.get(pieces) or WholeText(*encoder.encode_pieces(pieces))
         if len(memory) < MEMORY_LIMIT:
             memory[pieces] = whole
         encoded.append(whole)
-    longest = max(states.shape[1] for states, _ in encoded)
-    hidden = torch.cat([pad(states, (0, 0, 0, longest - states.shape[1])) for states, _ in encoded])
-    words = tuple(dict(found) for _, found in encoded)
+    longest = max(text.states.shape[1] for text in encoded)
+    hidden = torch.cat([pad(text.states, (0, 0, 0, longest - text.states.shape[1])) for text in encoded])
+    words = tuple(dict(text.words) for text in encoded)
+    pooled = [text.pooled for text in encoded if text.pooled is not None]
     strengths = tuple({name: (prompt.strength_of(name),) * len(places) for name, places in found.items()
                        if name in by_strength} for prompt, found in zip(prompts, words, strict=True))
-    return Context(hidden.unsqueeze(1), None, words, strengths_or_none(strengths))
+    return Context(hidden.unsqueeze(1), torch.cat(pooled) if pooled else None, words,
+                   strengths_or_none(strengths))

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +88,20 @@ class TextPiece:
     concept: str = ""
 
 
+class WholeText(NamedTuple):
+    """A prompt that was encoded as a whole.
+
+    Attributes:
+        states: The text states that the sites read, `[1, N, D]`.
+        words: For each concept the rows of its noun.
+        pooled: The pooled text `[1, P]`; None if the model reads none.
+    """
+
+    states: Tensor
+    words: Mapping[str, tuple[int, ...]]
+    pooled: Tensor | None = None
+
+
 class WholePromptEncoder(TextEncoder):
     """A text encoder that encodes whole prompts and takes no learned vectors. A concept is encoded as its
     class noun, and what it has learned acts at the tokens of that noun.
@@ -96,12 +110,8 @@ class WholePromptEncoder(TextEncoder):
     takes_vectors = False
 
     @abstractmethod
-    def encode_pieces(self, pieces: Sequence[TextPiece]) -> tuple[Tensor, Mapping[str, tuple[int, ...]]]:
-        """Encodes a prompt.
-
-        Returns:
-            The text states that the sites read, `[1, N, D]`, and for each concept the rows of its noun.
-        """
+    def encode_pieces(self, pieces: Sequence[TextPiece]) -> WholeText:
+        """Encodes a prompt."""
 
     def encode(self, ids: Tensor, slots: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         raise ConceptError(f"the text encoder '{self.name}' takes no learned vectors")

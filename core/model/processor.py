@@ -48,6 +48,22 @@ class HostAttention:
         return self.replaced(query, key, value) - self.plain(query, key, value)
 
 
+@dataclass(frozen=True)
+class JointRows:
+    """The picture's own rows in a joint attention, which share a softmax with the text's.
+
+    Attributes:
+        query: `[B, S, a]`, normalised, with rotary positions.
+        key, value: `[B, S, a]`, likewise; values are plain.
+        mask: Which rows may be read, `[B or 1, 1, S or 1, N + S]`, as torch's attention takes it; None = all.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+
+
 @dataclass
 class SiteCall:
     """One call of one site. All state that a later step of the call needs is stored here.
@@ -63,6 +79,11 @@ class SiteCall:
     `norm` is that of the site's heads; most models have none. Deltas thus act before it, as they do when they
     are folded into the weights.
 
+    A host with joint attention gives the rows of the picture in `joint` and runs `attend` alone, with the
+    normalised queries of the picture and the normalised keys and values of the text. Its queries have no
+    rotary positions, which the logits take from `joint`; its keys have them. Rows of the text keep the host's
+    own attention. Otherwise every word would read the concept, and the picture would read it through them.
+
     Attributes:
         processor: The attention processor in use.
         site: The site.
@@ -72,6 +93,7 @@ class SiteCall:
         reads_text: False if `enter` found that keys and values are not needed. The host may then project an
             empty text.
         after_out: Function applied to the output of to_out; None for none.
+        joint: The rows of the picture in a joint attention; None where the text has a softmax of its own.
     """
 
     processor: AttentionProcessor
@@ -81,6 +103,7 @@ class SiteCall:
     value_text: Tensor
     reads_text: bool = True
     after_out: Callable[[Tensor], Tensor] | None = None
+    joint: JointRows | None = None
     _attend_reordered: Callable[[Tensor, Tensor, Tensor, HostAttention], Tensor] | None = None
     _attended: Tensor | None = None
     _query: Tensor | None = None

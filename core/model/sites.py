@@ -1,6 +1,7 @@
 """Sites: the text cross-attention layers of a denoiser, numbered in execution order.
 
-They are `attn2` of a UNet (down, middle, up) and `blocks.N.cross_attn` of a diffusion transformer.
+They are `attn2` of a UNet (down, middle, up), `blocks.N.cross_attn` of a diffusion transformer, and the joint
+attention of `double_blocks.N` and `single_blocks.N`, where text and picture share a softmax.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from ..errors import ConceptError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _TRANSFORMER_SITE = re.compile(r"blocks\.(\d+)\.cross_attn")
+_JOINT_SITE = re.compile(r"(double|single)_blocks\.\d+")
+_ROW_ENCODERS = ("t5xxl",)      # text encoders that take class nouns instead of learned words
 _TRANSFORMER_MODULES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "output_proj"}
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # fingerprints of the embedded bases, so that messages can name the base of a bank
@@ -44,7 +47,8 @@ class Site:
     Attributes:
         index: Its number in execution order.
         name: Its module path, the same for every host: diffusers' for a UNet (`down_blocks.0...attn2`),
-            `blocks.N.cross_attn` for a transformer.
+            `blocks.N.cross_attn` for a transformer, `double_blocks.N` or `single_blocks.N` for a joint
+            attention.
         copy: Index of its layer copy in a context. Contexts without layer-wise words have only one copy.
         heads: Number of attention heads.
         width: Features of the picture side.
@@ -61,7 +65,13 @@ class Site:
     @property
     def of_transformer(self) -> bool:
         """Whether it is one of a transformer, whose sites all have the same grid."""
-        return _TRANSFORMER_SITE.fullmatch(self.name) is not None
+        return self.is_joint or _TRANSFORMER_SITE.fullmatch(self.name) is not None
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether text and picture share one softmax there. Such a site has no projections of the text alone
+        that a delta could act on; concepts act there as slots."""
+        return _JOINT_SITE.fullmatch(self.name) is not None
 
     def shape(self, projection: str) -> tuple[int, int]:
         """(a, b): output and input width of a projection."""
@@ -71,7 +81,11 @@ class Site:
 
 
     def path(self, projection: str) -> str:
-        """Module path of a projection: diffusers' for a UNet, Cosmos Predict2's for a transformer."""
+        """Module path of a projection: diffusers' for a UNet, Cosmos Predict2's for a transformer. Raises
+        ConceptError for a joint attention, whose projections have no modules of their own."""
+        if self.is_joint:
+            raise ConceptError(f"site '{self.name}' is a joint attention of text and picture, which has no "
+                               f"module of its own for {projection}; allowed there: slots")
         if _TRANSFORMER_SITE.fullmatch(self.name):
             return f"{self.name}.{_TRANSFORMER_MODULES[projection]}"
         return f"{self.name}.{'to_out.0' if projection == 'to_out' else projection}"
@@ -108,7 +122,18 @@ class SiteLayout:
     def takes_words(self) -> bool:
         """Whether words can be learned in front of its text encoders. Models that read the rows of T5 tokens
         get class nouns instead."""
-        return all(name != "t5xxl" for name, _ in self.text_widths)
+        return all(name not in _ROW_ENCODERS for name, _ in self.text_widths)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether text and picture share one softmax at the sites."""
+        return self.sites[0].is_joint
+
+    def refuse_joint(self, what: str) -> None:
+        """Raises ConceptError for sites of joint attention. what: What does not work there."""
+        if self.is_joint:
+            raise ConceptError(f"the model has joint attention of text and picture, where {what} not "
+                               "supported; allowed: objects that are learned with 'slots', in prompts")
 
     def splits(self, projection: str, side: int) -> list[int]:
         """Widths of all sites on one side of a projection (0 = output, 1 = input), in site order."""
@@ -184,3 +209,19 @@ def transformer_layout(shapes: Mapping[str, tuple[int, int, int]],
 
     sites = [Site(index, name, 0, *shapes[name]) for index, name in enumerate(sorted(shapes, key=block))]
     return SiteLayout(tuple(sites), text_widths)
+
+
+def joint_layout(double: int, single: int, heads: int, width: int,
+                 text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
+    """The layout of a transformer with joint attention: `double_blocks.N`, then `single_blocks.N`.
+
+    All sites read the same layer copy. Text rows have the width of the picture there.
+
+    Args:
+        double, single: Numbers of blocks.
+        heads, width: Of every block.
+        text_widths: As in `SiteLayout`.
+    """
+    names = [*(f"double_blocks.{i}" for i in range(double)), *(f"single_blocks.{i}" for i in range(single))]
+    return SiteLayout(tuple(Site(index, name, 0, heads, width, width) for index, name in enumerate(names)),
+                      text_widths)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ...errors import ConceptError
 from .base import Family
+from .flux import Flux
 from .predict2 import Predict2
 from .unet import UNet
 
-FAMILIES: tuple[type[Family], ...] = (UNet, Predict2)
+FAMILIES: tuple[type[Family], ...] = (UNet, Predict2, Flux)
 
 SUPPORTED = ", ".join(family.names for family in FAMILIES)
 

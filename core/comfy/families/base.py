@@ -107,10 +107,14 @@ class Family(ABC):
         """Whether no other node changes the text of the sites. Asked only if `is_alone`."""
 
     @property
+    def channels(self) -> int:
+        """Channels of what the denoiser reads: latents, and possibly a picture."""
+        return self.denoiser.in_channels
+
+    @property
     def reads_picture(self) -> bool:
         """Whether the denoiser reads a picture beside latents and text, as an inpainting model does."""
-        base = self.model.model
-        return base.diffusion_model.in_channels > base.latent_format.latent_channels
+        return self.channels > self.model.model.latent_format.latent_channels
 
     @abstractmethod
     def has_foreign_self_attention(self, options: dict) -> bool:

@@ -1,0 +1,248 @@
+"""Transformers with joint attention of text and picture: Flux.1 and Chroma.
+
+Every double and single block is a site. Text and picture share one softmax there, and both change by it. Only
+the rows of the picture see a concept: the attention that they pay to the rows of the concept's words is
+divided among its slots. The rows of the text keep the host's attention; otherwise other words would read the
+concept.
+
+Two of the host's patches reach the blocks. `Begin` (attn1 patch) gets queries and keys after their norm and
+before their rotary positions. It computes the picture's rows with the processor and leaves those of the text
+to the host. `Finish` (attn1 output patch) puts both together. So no attention is computed twice.
+
+Projections of text and picture are rows of fused layers, and patches do not see their inputs. So deltas of
+projections are not supported. Slots need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import comfy.ldm.chroma.model
+import comfy.ldm.flux.layers
+import comfy.ldm.flux.model
+import comfy.model_sampling
+import torch
+from comfy.ldm.flux.math import apply_rope
+from torch import Tensor, nn
+
+from ...attention.token_lora import token_lora_attention
+from ...errors import ConceptError
+from ...model.backbone import TextEncoder
+from ...model.context import Context
+from ...model.flow import FlowSchedule
+from ...model.processor import AttentionProcessor, HostAttention, JointRows, SiteCall
+from ...model.sites import Site, joint_layout
+from ..noun_clip import RowText
+from ..sites import PROCESSOR
+from ..text import ROWS
+from .base import Family, append_once, computation_type
+
+_BEFORE, _AFTER = "attn1_patch", "attn1_output_patch"      # the host's keys of patches
+_PICTURE = "continual_concepts_picture"      # the attended picture, in the options of one block call
+_HAS_PATCHES = _AFTER in comfy.ldm.flux.layers.DoubleStreamBlock.forward.__code__.co_consts
+_KINDS = (comfy.ldm.flux.model.Flux, comfy.ldm.chroma.model.Chroma)
+_NEVER = -1e4      # a logit of rows that are not read
+_TIMESTEPS = 1000      # of training; the host's table may have more
+# Values of the distilled guidance while learning: 1 as other trainers of Flux.1 dev; Chroma's own is 0.
+_GUIDANCE, _CHROMA_GUIDANCE = 1.0, 0.0
+
+
+class Flux(Family):
+    """Flux.1 or Chroma, for pictures from text."""
+
+    names: ClassVar[str] = "Flux.1, Chroma (text to image)"
+    recomputed: ClassVar[tuple[str, ...]] = ("DoubleStreamBlock", "SingleStreamBlock")
+    learns_in_text: ClassVar[bool] = False
+    guides_attention: ClassVar[bool] = False
+
+    def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
+        self.model, self.denoiser = model, model.model.diffusion_model
+        kind, params = type(model.model).__name__, self.denoiser.params
+        if not _HAS_PATCHES:
+            raise ConceptError(f"the model's class is {kind}, whose blocks have no attention patches in this "
+                               "version of ComfyUI; update ComfyUI to 0.33 or newer")
+        if text_widths != ((ROWS, params.context_in_dim),):
+            names = ", ".join(f"{name} of width {width}" for name, width in text_widths)
+            raise ConceptError(f"the model's class is {kind} with texts of width {params.context_in_dim}, "
+                               f"but the CLIP has the text encoders {names}; allowed: {self.names} with T5")
+        if self.reads_picture:
+            raise ConceptError(f"the model's class is {kind}, which reads a picture beside text; allowed: "
+                               f"checkpoints of {self.names}")
+        self.layout = joint_layout(len(self.denoiser.double_blocks), len(self.denoiser.single_blocks),
+                                   params.num_heads, params.hidden_size, text_widths)
+        self._flow = self.schedule()
+
+    @classmethod
+    def knows(cls, model) -> bool:
+        # not of classes derived from them
+        return type(getattr(model.model, "diffusion_model", None)) in _KINDS
+
+    def path(self, site: Site, projection: str) -> str:
+        """Path of the fused module that contains the text's projection."""
+        if site.name.startswith("single"):
+            return f"{site.name}.{'linear2' if projection == 'to_out' else 'linear1'}"
+        return f"{site.name}.txt_attn.{'proj' if projection == 'to_out' else 'qkv'}"
+
+    def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
+        self.layout.refuse_joint("projecting text is")
+        return x
+
+    @property
+    def channels(self) -> int:
+        return self.denoiser.img_in.weight.shape[1] // self.denoiser.patch_size**2
+
+    def schedule(self) -> FlowSchedule:
+        sampling = self.model.get_model_object("model_sampling")
+        if not isinstance(sampling, comfy.model_sampling.CONST):
+            raise ConceptError(f"the model samples by {type(sampling).__name__}; allowed: a flow")
+        sigmas = sampling.sigmas.detach().float().cpu()
+        step = max(1, len(sigmas) // _TIMESTEPS)
+        return FlowSchedule(sigmas[step - 1::step].clone())
+
+    def text_encoders(self, clip, load: Callable[[], None]) -> tuple[TextEncoder, ...]:
+        def vectors() -> Tensor:
+            return getattr(clip.cond_stage_model, ROWS).transformer.get_input_embeddings().weight
+
+        reads_pooled = getattr(self.denoiser, "vector_in", None) is not None
+        return (RowText(clip, vectors, self.rows, reads_pooled),)
+
+    # Sampling
+
+    def hook(self, clone, self_attention: bool = False) -> None:
+        for name, patches in self.own_options()["patches"].items():
+            append_once(clone, name, patches[0])
+
+    def add_layer_copies(self, clone) -> None:
+        """Nothing to do: all sites read the same text."""
+
+    def is_alone(self, options: dict) -> bool:
+        return False      # the text changes from block to block, so nothing that is read from it can be kept
+
+    def reads_own_text(self, options: dict) -> bool:
+        return False
+
+    def has_foreign_self_attention(self, options: dict) -> bool:
+        return any(not isinstance(patch, Begin) for patch in options.get("patches", {}).get(_BEFORE, []))
+
+    @contextmanager
+    def attached(self, denoiser: Any = None) -> Iterator[None]:
+        """Where gradients flow, blocks and their norms run on copies of what they are given."""
+        denoiser = denoiser or self.denoiser
+        blocks = [*denoiser.double_blocks, *denoiser.single_blocks]
+        modules = [*(norm for block in blocks for norm in _norms(block)), *blocks]
+        if not torch.is_grad_enabled() or isinstance(modules[0].__dict__.get("forward"), _OnCopies):
+            yield
+            return
+        try:
+            for module in modules:
+                module.__dict__["forward"] = _OnCopies(module.forward)
+            yield
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
+
+    def rows(self, states: Tensor, extra: Mapping[str, Any]) -> Tensor:
+        return states.to(self.model.load_device)
+
+    # Learning
+
+    def own_options(self) -> Mapping[str, Any]:
+        return {"patches": {_BEFORE: [Begin(self)], _AFTER: [Finish()]}}
+
+    def evaluate(self, latents: Tensor, timesteps: Tensor, context: Context, options: dict,
+                 pixels: int) -> Tensor:
+        """As in `Family`. Rows that only fill a text up are not read."""
+        dtype, given = computation_type(self.model.model), {}
+        text = context.hidden[:, 0].to(latents.device, dtype)
+        is_text = (text != 0).any(-1)      # [B, N]
+        if not bool(is_text.all()):
+            patch = self.denoiser.patch_size
+            cells = -(-latents.shape[-2] // patch) * -(-latents.shape[-1] // patch)
+            is_read = torch.cat([is_text, is_text.new_ones(len(text), cells)], 1)[:, None, None]
+            # as numbers: not all of the host's attention functions take True and False
+            given["attention_mask"] = torch.zeros_like(is_read, dtype=dtype).masked_fill(~is_read, _NEVER)
+        if context.pooled is not None:
+            given["y"] = context.pooled.to(latents.device, dtype)
+        is_chroma = isinstance(self.denoiser, comfy.ldm.chroma.model.Chroma)
+        guidance = latents.new_full((len(latents),), _CHROMA_GUIDANCE if is_chroma else _GUIDANCE)
+        times = self.model.get_model_object("model_sampling").timestep(self._flow.sigma(timesteps))
+        return self.denoiser(latents.to(dtype), times.float(), context=text, guidance=guidance,
+                             transformer_options=options, **given)
+
+
+def _norms(block: nn.Module) -> list[nn.Module]:
+    names = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm")
+    return [getattr(block, name) for name in names if hasattr(block, name)]
+
+
+class _OnCopies:
+    """Runs a module on copies of the rows that it is given. The host's blocks write into their inputs, but
+    autograd needs what a norm has read, and recomputation what a block has read."""
+
+    def __init__(self, forward: Callable) -> None:
+        self.forward = forward
+
+    def __call__(self, *rows: Tensor, **given):
+        if not torch.is_grad_enabled():
+            return self.forward(*rows, **given)
+        given |= {name: given[name].clone() for name in ("img", "txt") if name in given}
+        return self.forward(*(row.clone() for row in rows), **given)
+
+
+class Begin:
+    """The last attn1 patch: attends from the picture's rows with the processor, and leaves the text's rows to
+    the host."""
+
+    def __init__(self, sites: Flux) -> None:
+        self.sites = {site.name: site for site in sites.layout.sites}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None = None,
+                 attn_mask: Tensor | None = None, extra_options: dict | None = None) -> dict:
+        options = extra_options or {}
+        processor: AttentionProcessor | None = options.get(PROCESSOR)
+        site = self.sites.get(f"{options.get('block_type')}_blocks.{options.get('block_index')}")
+        if processor is None or site is None:
+            return {}
+        if options["patches"][_BEFORE][-1] is not self:
+            raise ConceptError("another node patches the model's attention behind the concepts; put that "
+                               "node before Elastic Weight Aggregate")
+        count = options["img_slice"][0]
+        turned_q, turned_k = (q, k) if pe is None else apply_rope(q, k, pe)
+        for_text, for_picture = _split(attn_mask, count)
+        turned, own_key, own_value = (_flat(x[:, :, count:]) for x in (turned_q, turned_k, v))
+        joint = JointRows(turned, own_key, own_value, for_picture)
+
+        def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return token_lora_attention(site.heads, query, query, key, value, (), joint)[0]
+
+        query = _flat(q[:, :, count:])
+        key, value = _flat(turned_k[:, :, :count]), _flat(v[:, :, :count])
+        call = SiteCall(processor, site, query, key, value, joint=joint)
+        options[_PICTURE] = call.attend(query, key, value, HostAttention(plain))
+        return {"q": turned_q[:, :, :count], "k": turned_k, "pe": None, "attn_mask": for_text}
+
+
+class Finish:
+    """attn1 output patch: puts the rows of text and picture together."""
+
+    def __call__(self, attended: Tensor, options: dict) -> Tensor:
+        picture = options.pop(_PICTURE, None)
+        return attended if picture is None else torch.cat([attended, picture.to(attended)], 1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[B, H, S, d]` to `[B, S, H d]`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _split(mask: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """The host's attention mask for the rows of the text, the first `count`, and for those of the picture."""
+    if mask is None:
+        return None, None
+    mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask      # for all heads
+    if mask.shape[-2] == 1:
+        return mask, mask
+    return mask[..., :count, :], mask[..., count:, :]

@@ -1,0 +1,275 @@
+"""Flux.1 and Chroma with random weights: slots are learned and act in the picture's rows alone, nothing of
+the user's objects changes, and what does not work is refused in one sentence."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.model.context import Context
+
+from .make_flux import TEXT, Latents, chroma_model, flux_model, text_encoders
+
+pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
+SCENE = "a photo of a meadow"
+DOGS = "dog dog dog dog"      # what stands for an object of four words
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def studio_of(pack, model, clip):
+    from .conftest import Studio
+
+    made = Studio(pack, (model, clip, Latents()), None)
+    made.side = 64
+    made.latent = lambda count=1: {"samples": torch.zeros(count, 16, 8, 8)}
+    return made
+
+
+@pytest.fixture(scope="module", params=["flux", "chroma"])
+def joint(request, pack, comfyui):
+    """The studio with a tiny model, a bank with two objects, and the MODEL's weights before they were
+    learned."""
+    from continual_concepts.core.comfy.families.flux import _HAS_PATCHES
+
+    if not _HAS_PATCHES:
+        pytest.skip("this ComfyUI has no attention patches in Flux")
+    with torch.inference_mode():
+        is_flux = request.param == "flux"
+        studio = studio_of(pack, flux_model() if is_flux else chroma_model(), text_encoders(is_flux))
+        before = {name: weight.clone() for name, weight in studio.model.model.state_dict().items()}
+        bank = studio.learn(method="slots", steps=2, preview_every=2)
+        bank = studio.learn(method="slots", steps=2, name="tom", noun="teddy bear", bank=[bank],
+                            training_settings=[{"gradient_checkpointing": True}])
+    return SimpleNamespace(studio=studio, bank=bank, before=before, is_flux=is_flux)
+
+
+def test_learning_changes_nothing_of_the_users_objects(joint):
+    sites = [site.name for site in joint.bank.layout.sites]
+    assert sites == ["double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1"]
+    assert joint.bank["spot"].slots and joint.bank["spot"].thumbnail
+    model = joint.studio.model
+    after = model.model.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in joint.before.items())
+    assert not any("forward" in module.__dict__ for module in model.model.modules())
+    assert not model.patches and not model.model_options["transformer_options"]
+
+
+def test_a_prompt_is_what_the_stock_text_node_makes_of_the_class_noun(joint):
+    from continual_concepts.core.comfy.sites import WORDS
+    from continual_concepts.core.comfy.token_lora import code
+
+    studio = joint.studio
+    clip = studio.aggregate("", joint.bank)[1]
+    [[ours, extra]] = studio.encode(clip, "a photo of <tom> and <spot>")
+    bears = " ".join(["teddy bear"] * 4)
+    text = f"a photo of {bears} and {DOGS}"
+    [[theirs, plain]] = studio.encode(studio.clip, text)
+    assert torch.equal(ours, theirs)
+    if joint.is_flux:
+        assert torch.equal(extra["pooled_output"], plain["pooled_output"])
+    codes = extra["model_conds"][WORDS].cond[0, 0, :, 0]
+    tokenizer = studio.clip.tokenizer
+    rows = getattr(tokenizer, "t5xxl", None) or tokenizer.clip_t5xxl
+    ids = [token for token, *_ in studio.clip.tokenize(text)["t5xxl"][0]]
+    for name, noun in (("tom", bears), ("spot", DOGS)):
+        found = "".join(rows.inv_vocab[ids[place]] for place in (codes == code(name)).nonzero().flatten())
+        assert found.replace("▁", "") == noun.replace(" ", "")
+
+
+def test_neutral_settings_are_plain_comfyui_bit_for_bit(joint):
+    studio, bank = joint.studio, joint.bank
+    plain = studio.ksampler(studio.model, f"a photo of {DOGS}", "bad")
+    off, clip, positive = studio.aggregate("a photo of <spot>", bank, strength=0.0)
+    assert torch.equal(studio.ksampler(off, positive, studio.encode(clip, "bad")), plain)
+    on, clip, positive = studio.aggregate("a photo of <spot>", bank)
+    changed = studio.ksampler(on, positive, studio.encode(clip, "bad"))
+    assert torch.isfinite(changed).all() and distance(changed, plain) > 1e-3
+    both = studio.ksampler(on, studio.encode(clip, "a photo of <spot> and <tom>"), "bad")
+    assert distance(both, changed) > 1e-3
+    meadow = studio.ksampler(studio.model, SCENE, "")
+    assert torch.equal(studio.ksampler(on, studio.encode(clip, SCENE), studio.encode(clip, "")), meadow)
+    assert torch.equal(studio.regional(SCENE, bank=bank), meadow)
+    assert torch.equal(studio.ksampler(studio.model, f"a photo of {DOGS}", "bad"), plain)
+
+
+@pytest.fixture
+def backbone(joint):
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
+
+    return ComfyBackbone(joint.studio.model, joint.studio.clip, joint.studio.vae)
+
+
+def test_the_backbone_predicts_what_the_sampler_predicts(joint, backbone):
+    """The velocity, from the model's own `apply_model`, with the pooled text."""
+    from continual_concepts.core.model.backbone import TextPiece
+
+    with torch.inference_mode(False), backbone.training(), torch.no_grad():
+        noise = torch.randn(1, 16, 8, 6, generator=torch.Generator().manual_seed(1))
+        text, times = backbone.text[0].encode_pieces((TextPiece("a dog"),)), torch.tensor([400])
+        sigma, guidance = backbone.schedule.sigma(times), torch.tensor([1.0 if joint.is_flux else 0.0])
+        denoised = joint.studio.model.model.apply_model(noise, sigma, c_crossattn=text.states, y=text.pooled,
+                                                        guidance=guidance)
+        context = Context(text.states.unsqueeze(1), text.pooled)
+        assert distance(backbone.predict(noise, times, context),
+                        (noise - denoised) / sigma.view(-1, 1, 1, 1)) < 1e-4
+
+
+def slots_of(layout, value: float):
+    from continual_concepts.core.model.slots import SLOTS, SlotDelta
+
+    generator = torch.Generator().manual_seed(4)
+    return {(site.index, SLOTS): SlotDelta(torch.randn(3, site.width, generator=generator),
+                                           value * torch.randn(3, site.width, generator=generator),
+                                           site.heads)
+            for site in layout.sites}
+
+
+def test_slots_share_the_attention_of_their_words_in_the_joint_softmax(joint, backbone):
+    """Against the formula, at every block: the picture's rows get mass times what they read from the slots,
+    and the text's rows nothing."""
+    from comfy.ldm.flux.math import apply_rope, attention
+
+    from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
+    from continual_concepts.core.comfy.families.flux import Begin, Finish
+    from continual_concepts.core.comfy.sites import PROCESSOR
+
+    generator = torch.Generator().manual_seed(2)
+    layout, n, s = backbone.layout, 5, 6
+    deltas = slots_of(layout, 1.0)
+    processor = TokenLoraProcessor({})
+    mask = torch.tensor([[0.0, 0.0, 1.0, 0.5, 0.0]])
+    processor.concepts = TokenLora.at({"rex": mask}, {"rex": deltas})
+    begin, finish = Begin(backbone.sites), Finish()
+    q, k, v = (torch.randn(1, 2, n + s, 128, generator=generator) for _ in range(3))
+    ids = torch.zeros(1, n + s, 3)
+    ids[0, n:, 1] = torch.arange(s)
+    pe = joint.studio.model.model.diffusion_model.pe_embedder(ids)
+    turned_q, turned_k = apply_rope(q, k, pe)
+    weights = (turned_q @ turned_k.mT / 128**0.5).softmax(-1)
+    for site in layout.sites:
+        kind, _, index = site.name.partition("_blocks.")
+        options = {PROCESSOR: processor, "block_type": kind, "block_index": int(index),
+                   "img_slice": [n, n + s], "patches": {"attn1_patch": [begin]}}
+        given = begin(q, k, v, pe=pe, attn_mask=None, extra_options=options)
+        ours = finish(attention(given["q"], given["k"], v, given["pe"], given["attn_mask"]), options)
+        slots = deltas[site.index, "slots"]
+        keys, values = (x.unflatten(-1, (2, 128)).transpose(0, 1) for x in (slots.key, slots.value))
+        read = (q @ keys.mT / 128**0.5).softmax(-1) @ values
+        mass = (weights[..., :n] * mask).sum(-1, keepdim=True)
+        mass[:, :, :n] = 0
+        expected = (weights @ v + mass * read).transpose(1, 2).flatten(2)
+        assert torch.allclose(ours, expected, atol=1e-4)
+        assert not torch.allclose(ours[:, n:], (weights @ v).transpose(1, 2).flatten(2)[:, n:], atol=1e-2)
+
+
+def test_rows_that_fill_a_batch_up_are_not_read(joint, backbone):
+    """Also where a concept acts."""
+    from continual_concepts.core.attention.token_lora import TokenLoraProcessor
+
+    text = torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(5))
+    longer = torch.cat([text, torch.zeros(1, 4, TEXT)], 1)
+    noise = torch.randn(1, 16, 8, 6, generator=torch.Generator().manual_seed(6))
+    with torch.inference_mode(False), backbone.training(), torch.no_grad():
+        def predicted(rows, processor=None):
+            return backbone.predict(noise, torch.tensor([500]),
+                                    Context(rows.unsqueeze(1), None, ({"rex": (2, 3)},)), processor)
+
+        rex = TokenLoraProcessor({"rex": slots_of(backbone.layout, 2.0)})
+        plain, acting = predicted(text), predicted(text, rex)
+        assert distance(acting, plain) > 1e-3
+        assert distance(predicted(longer), plain) < 1e-5 and distance(predicted(longer, rex), acting) < 1e-5
+
+
+def test_gradients_are_those_of_the_prediction(joint, backbone):
+    """Although the host's blocks write into their inputs: with and without gradient checkpointing, against
+    finite differences."""
+    from continual_concepts.core.attention.token_lora import TokenLoraProcessor
+    from continual_concepts.core.model.slots import SLOTS, SlotDelta
+
+    text = torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(1, 16, 8, 6, generator=torch.Generator().manual_seed(6))
+    context = Context(text.unsqueeze(1), None, ({"rex": (2, 3)},))
+
+    with torch.inference_mode(False), backbone.training():
+        slots = slots_of(backbone.layout, 2.0)
+        first = slots[0, SLOTS]
+        keys, direction = first.key.clone().requires_grad_(), torch.randn(
+            first.key.shape, generator=torch.Generator().manual_seed(7))
+
+        def loss(key):
+            deltas = slots | {(0, SLOTS): SlotDelta(key, first.value, first.heads)}
+            return backbone.predict(noise, torch.tensor([500]), context,
+                                    TokenLoraProcessor({"rex": deltas})).double().square().sum()
+
+        found = []
+        for checkpointed in (False, True):
+            with torch.enable_grad(), backbone.gradient_checkpointing(checkpointed):
+                found.append((torch.autograd.grad(loss(keys), keys)[0] * direction).sum().item())
+        with torch.no_grad():
+            step = 1e-2
+            expected = (loss(keys + step * direction) - loss(keys - step * direction)).item() / (2 * step)
+    assert found[0] == pytest.approx(expected, rel=0.02) and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_what_does_not_work_is_refused_before_any_work(joint, studio, monkeypatch):
+    ours = joint.studio
+    monkeypatch.setattr(Latents, "encode", lambda *_: pytest.fail("a photo was encoded"))
+    for inputs, message in (({"method": "lora"}, "joint attention.*learning objects by method 'lora' is not"),
+                            ({"method": "cidm"}, "joint attention.*learning objects by method 'cidm'"),
+                            ({"method": "slots", "kind": "style"}, "joint attention.*learning styles by"),
+                            ({"method": "slots", "noun": ""}, "class noun of concept 'spot' is empty")):
+        with pytest.raises(ConceptError, match=message):
+            ours.learn(steps=1, **inputs)
+    with pytest.raises(ConceptError, match="joint attention.*regions are not supported"):
+        ours.regional(SCENE, [ours.region("<spot>")], joint.bank)
+    positive = ours.encode(ours.clip, SCENE)
+    with pytest.raises(ConceptError, match="joint attention.*regions are not supported"):
+        ours.apply_regions([ours.region("a dog")], positive)
+    with pytest.raises(ConceptError, match="artists is 0.5.*no attention guidance; allowed: 0"):
+        ours.regional("<spot> and <tom>", (), joint.bank, artists=0.5)
+    with pytest.raises(ConceptError, match="the CLIP has the text encoders clip_l"):
+        ours.aggregate("<spot>", joint.bank, clip=studio.clip)
+    settings = {"prompt": "a dog", "score": "activation", "unit": "weight", "share": 0.1, "quorum": 0.5,
+                "draws": 1, "resolution": 64, "seed": 0, "model": ours.model, "clip": ours.clip}
+    with pytest.raises(ConceptError, match="joint attention.*concept neurons are not supported"):
+        ours.pack.ConceptNeuronSelect.execute(**{key: [value] for key, value in settings.items()})
+
+
+def test_another_nodes_patch_behind_the_concepts_is_refused_and_before_them_acts(joint):
+    ours = joint.studio
+
+    def doubled(q, k, v, extra_options=None, **_):
+        return {"v": 2 * v}
+
+    patched = ours.model.clone()
+    patched.set_model_attn1_patch(doubled)
+    model, clip, positive = ours.aggregate("a <spot>", joint.bank, model=patched)
+    negative = ours.encode(clip, "")
+    drawn = ours.ksampler(model, positive, negative)
+    model = ours.aggregate("a <spot>", joint.bank)[0]
+    assert distance(drawn, ours.ksampler(model, positive, negative)) > 1e-3
+    model = model.clone()
+    model.set_model_attn1_patch(doubled)
+    with pytest.raises(ConceptError, match="put that node before Elastic Weight Aggregate"):
+        ours.ksampler(model, positive, negative)
+
+
+@pytest.mark.slow
+def test_one_block_of_each_kind_at_the_true_widths(pack, comfyui):
+    """Width 3072, 24 heads of 128, texts of width 4096, bfloat16."""
+    sizes = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}
+    dtype = torch.bfloat16
+    own = studio_of(pack, flux_model(dtype, **sizes), text_encoders(True))
+    plain = own.ksampler(own.model, f"a {DOGS}", "", steps=2)
+    bank = own.learn(method="slots", steps=2, training_settings=[{"gradient_checkpointing": True}])
+    assert [(site.width, site.heads) for site in bank.layout.sites] == [(3072, 24)] * 2
+    model, clip, positive = own.aggregate("a <spot>", bank)
+    changed = own.ksampler(model, positive, own.encode(clip, ""), steps=2)
+    assert torch.isfinite(changed).all() and not torch.equal(changed, plain)
+    assert torch.equal(own.ksampler(own.model, f"a {DOGS}", "", steps=2), plain)
