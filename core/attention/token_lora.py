@@ -35,6 +35,10 @@ from ..model.processor import AttentionProcessor, HostAttention, JointRows, Site
 from ..model.sites import Site
 from ..model.slots import SLOTS, SlotDelta, of_one_length, with_slots
 
+# The attention of a whole picture must run in a kernel that keeps no matrix of weights. Such kernels take
+# queries, keys and values of one width, a multiple of this.
+_ALIGNED = 8
+
 
 def word_mask(context: Context, name: str) -> Tensor:
     """`[B, N]` float: the concept's strength where a token is one of its words, 1 by default; else 0."""
@@ -142,6 +146,8 @@ def extended_attention(heads: int, query: Tensor, key: Tensor, value: Tensor,
     width = q.shape[-1]
     if query_extension is not None:
         q = torch.cat([q, query_extension.to(q).unsqueeze(2).expand(-1, -1, heads, -1)], dim=-1)
+    if key.shape[-1] > q.shape[-1]:      # keys that were filled up
+        q = F.pad(q, (0, key.shape[-1] - q.shape[-1]))
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), key, value, mask, scale=width**-0.5)
     attended = attended.transpose(1, 2)
     return attended[..., :width].flatten(2), attended[..., width:]
@@ -171,9 +177,12 @@ def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor,
     if joint is None:
         attended, columns = extended_attention(heads, query, keys, values, longer)
     else:
-        keys, values = (torch.cat([text, _widened(heads, rows, text.shape[-1])], 2)
+        added = values.shape[-1] - value.shape[-1] // heads
+        width = -(-max(keys.shape[-1], values.shape[-1]) // _ALIGNED) * _ALIGNED
+        keys, values = (torch.cat([F.pad(text, (0, width - text.shape[-1])), _heads(heads, rows, width)], 2)
                         for text, rows in ((keys, joint.key), (values, joint.value)))
         attended, columns = extended_attention(heads, joint.query, keys, values, longer, joint.mask)
+        columns = columns[..., :added]
     if extension.slots:
         mass = columns[..., columns.shape[-1] - len(extension.slots):]
         attended = with_slots(heads, attended, query, mass, *of_one_length(extension.slots))
@@ -183,8 +192,8 @@ def token_lora_attention(heads: int, hidden: Tensor, query: Tensor, key: Tensor,
     return attended, F.linear(low, extension.out_up.to(low))
 
 
-def _widened(heads: int, x: Tensor, width: int) -> Tensor:
-    """Keys or values `[B, S, a]` as heads `[B, H, S, width]`, with zeros in the extension."""
+def _heads(heads: int, x: Tensor, width: int) -> Tensor:
+    """Keys or values `[B, S, a]` as heads `[B, H, S, width]`, filled up with zeros."""
     split = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     return F.pad(split, (0, width - split.shape[-1]))
 

@@ -14,7 +14,7 @@ from ..sampling.attention_guidance import Subject
 from .concept_encoder import ConceptEncoder, KnownConcept, Wrapped
 from .concept_tokenizer import ConceptTokenizer, log
 from .noun_clip import NounEncoder, NounId, NounTokenizer
-from .text import ROWS, encoder_names, reads_rows, row_tokenizer
+from .text import ROW_NAMES, encoder_names, reads_rows, row_tokenizer, row_tokens
 
 
 def learned_positions(clip, prompt: str) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ def subject_of(clip, prompt: str) -> Subject:
 def _chunk(clip, prompt: str) -> list[tuple]:
     """The tokens and weights of a prompt's first chunk."""
     tokens = clip.tokenize(prompt)
-    return (tokens[ROWS] if ROWS in tokens else next(iter(tokens.values())))[0]
+    return row_tokens(tokens) if any(name in tokens for name in ROW_NAMES) else next(iter(tokens.values()))[0]
 
 
 def _is_word(token) -> bool:

@@ -1,4 +1,5 @@
-"""CLIPs of models that read one row of text per T5 token: Anima, Cosmos Predict2, Flux.1 and Chroma.
+"""CLIPs of models that read one row of text per T5 token: Anima, Cosmos Predict2, Flux.1 and Chroma; or per
+Qwen token: Flux.2 Klein.
 
 A concept is encoded as its class noun, repeated as often as it has words, by the host's own tokenizers and
 encoders. What it has learned acts at the rows of these tokens. The CONDITIONING carries which rows they are,
@@ -18,11 +19,12 @@ from torch import Tensor
 from ..bank.composition import Kind
 from ..bank.grammar import Part, Placeholder, written
 from ..conditioning.whole_prompts import repeated_noun
+from ..errors import ConceptError
 from ..model.backbone import TextPiece, WholePromptEncoder, WholeText
 from .concept_encoder import Concepts, Wrapped
 from .concept_tokenizer import ConceptTokenizer
 from .sites import STRENGTHS, WORDS, SlotCond
-from .text import ROWS, row_tokenizer, text_widths
+from .text import ROW_NAMES, row_name, row_tokenizer, row_tokens, text_widths
 from .token_lora import code
 
 ROW_COUNT = 512      # rows of a text, at least: the host fills shorter ones up
@@ -59,7 +61,7 @@ def tokenized(original, text: str, concepts: Sequence[str], *args, **kwargs) -> 
     for name, part in vars(original).items():
         if hasattr(part, "tokenizer"):
             own = copy.copy(part)
-            own.tokenizer = _Unmarked(part.tokenizer, remaining if name.endswith(ROWS) else None)
+            own.tokenizer = _Unmarked(part.tokenizer, remaining if name.endswith(ROW_NAMES) else None)
             setattr(inner, name, own)
     return inner.tokenize_with_weights(text, *args, **kwargs)
 
@@ -79,6 +81,9 @@ class _Unmarked:
         plain, spans = _unmarked(text)
         if self.concepts is None or not spans:
             return self.inner(plain, *args, **kwargs)
+        if not self.inner.is_fast:
+            raise ConceptError(f"the tokenizer {type(self.inner).__name__} does not tell where words are; "
+                               "update the package transformers to version 5 or newer")
         encoded = self.inner(plain, *args, return_offsets_mapping=True, **kwargs)
         ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
         for start, end in spans:
@@ -135,7 +140,7 @@ class NounEncoder(Wrapped):
 
     def encode_token_weights(self, tokens):
         weights: dict[str, dict[int, float]] = {}
-        row = tokens[ROWS][0]
+        row = row_tokens(tokens)
         for place, (token, weight, *_) in enumerate(row):
             if isinstance(token, NounId) and token.concept in self.word_bound:
                 weights.setdefault(token.concept, {})[place] = weight
@@ -187,7 +192,7 @@ def on_all_rows(conditioning, own_code: int, strength: float):
 
 
 class RowText(WholePromptEncoder):
-    """The T5 tokens of a CLIP whose text is read as rows.
+    """The tokens of a CLIP whose text is read as rows.
 
     Args:
         clip: A CLIP; with concepts or without.
@@ -198,15 +203,17 @@ class RowText(WholePromptEncoder):
 
     def __init__(self, clip, vectors: Callable[[], Tensor],
                  rows: Callable[[Tensor, Mapping[str, Any]], Tensor], reads_pooled: bool = False) -> None:
-        self.name, self.clip, self._vectors, self._rows = ROWS, clip, vectors, rows
+        self.name, self.clip, self._vectors, self._rows = row_name(clip), clip, vectors, rows
         self.reads_pooled = reads_pooled
         (_, self.width), = text_widths(clip)
         tokenizer = row_tokenizer(clip)
-        self.length, self.start = tokenizer.max_length, tokenizer.end_token
-        self.end, self.pad = tokenizer.end_token, tokenizer.pad_token
+        self.length, self.pad = tokenizer.max_length, tokenizer.pad_token
+        self.start = self.end = self.pad if tokenizer.end_token is None else tokenizer.end_token
+        self._ends = tokenizer.tokenizer_adds_end_token
 
     def ids(self, text: str) -> list[int]:
-        return row_tokenizer(self.clip).tokenizer(text)["input_ids"][:-1]
+        ids = row_tokenizer(self.clip).tokenizer(text)["input_ids"]
+        return ids[:-1] if self._ends else ids
 
     def vectors(self, ids: list[int]) -> Tensor:
         return self._vectors()[torch.tensor(ids, dtype=torch.long)].detach().float().cpu().clone()
@@ -219,7 +226,7 @@ class RowText(WholePromptEncoder):
         original = getattr(self.clip.tokenizer, "original", self.clip.tokenizer)
         tokens = tokenized(original, text, [piece.concept for piece in pieces if piece.concept])
         found: dict[str, list[int]] = {}
-        for place, (token, *_) in enumerate(tokens[ROWS][0]):
+        for place, (token, *_) in enumerate(row_tokens(tokens)):
             if isinstance(token, NounId):
                 found.setdefault(token.concept, []).append(place)
         extra = self.clip.encode_from_tokens(_plain_ids(tokens), return_dict=True)

@@ -13,7 +13,9 @@ from ..model.backbone import TextEncoder
 
 NAMES = ("clip_l", "clip_g", "clip_h")
 ROWS = "t5xxl"      # tokens of a text that is read as one row per T5 token
-_ROW_ENCODERS = ("qwen3_06b", ROWS)      # of Anima; of Cosmos Predict2, Flux.1 and Chroma
+QWEN = ("qwen3_4b", "qwen3_8b")      # the same of Qwen tokens, for Flux.2 Klein
+ROW_NAMES = (ROWS, *QWEN)
+_ROW_ENCODERS = ("qwen3_06b", *ROW_NAMES)      # of Anima; of Cosmos Predict2, Flux.1 and Chroma; of Klein
 _POOLED = ["clip_l"]      # beside the rows of Flux.1: gives a pooled vector, and no rows
 
 
@@ -24,7 +26,7 @@ def encoder_names(clip) -> tuple[str, ...]:
     if not names:
         raise ConceptError(f"the CLIP's class is {type(clip.cond_stage_model).__name__}, which is not "
                            "supported; allowed: the CLIP of a checkpoint of Stable Diffusion 1.x, 2.x, SDXL, "
-                           "Anima, Cosmos Predict2, Flux.1 or Chroma")
+                           "Anima, Cosmos Predict2, Flux.1, Flux.2 Klein or Chroma")
     return names
 
 
@@ -33,7 +35,18 @@ def row_tokenizer(clip):
     model, tokenizer = clip.cond_stage_model, clip.tokenizer
     if [name for name in NAMES if hasattr(model, name)] not in ([], _POOLED) or _row_encoder(model) is None:
         return None
-    return getattr(tokenizer, ROWS, None) or getattr(tokenizer, f"clip_{ROWS}", None)
+    name = row_name(clip)
+    return getattr(tokenizer, name, None) or getattr(tokenizer, f"clip_{name}", None)
+
+
+def row_name(clip) -> str:
+    """The name of the tokens that are read as rows, for a CLIP whose text is read as rows."""
+    return next((name for name in QWEN if hasattr(clip.cond_stage_model, name)), ROWS)
+
+
+def row_tokens(tokens) -> list:
+    """The tokens that are read as rows, from all tokens of such a CLIP."""
+    return next(tokens[name] for name in ROW_NAMES if name in tokens)[0]
 
 
 def _row_encoder(model):
@@ -41,13 +54,13 @@ def _row_encoder(model):
 
 
 def reads_rows(clip) -> bool:
-    """Whether the model beside a CLIP reads one row of text per T5 token."""
+    """Whether the model beside a CLIP reads one row of text per token of T5 or Qwen."""
     return row_tokenizer(clip) is not None
 
 
 def text_widths(clip) -> tuple[tuple[str, int], ...]:
     if reads_rows(clip):
-        return ((ROWS, _embedding(_row_encoder(clip.cond_stage_model)).shape[1]),)
+        return ((row_name(clip), _embedding(_row_encoder(clip.cond_stage_model)).shape[1]),)
     models = {name: getattr(clip.cond_stage_model, name) for name in encoder_names(clip)}
     return tuple((name, _embedding(model).shape[1]) for name, model in models.items())
 

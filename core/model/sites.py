@@ -18,7 +18,7 @@ from ..errors import ConceptError
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _TRANSFORMER_SITE = re.compile(r"blocks\.(\d+)\.cross_attn")
 _JOINT_SITE = re.compile(r"(double|single)_blocks\.\d+")
-_ROW_ENCODERS = ("t5xxl",)      # text encoders that take class nouns instead of learned words
+_ROW_ENCODERS = ("t5xxl", "qwen3_4b", "qwen3_8b")      # take class nouns instead of learned words
 _TRANSFORMER_MODULES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "output_proj"}
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # fingerprints of the embedded bases, so that messages can name the base of a bank
@@ -120,8 +120,8 @@ class SiteLayout:
 
     @property
     def takes_words(self) -> bool:
-        """Whether words can be learned in front of its text encoders. Models that read the rows of T5 tokens
-        get class nouns instead."""
+        """Whether words can be learned in front of its text encoders. Models that read one row per token of
+        T5 or Qwen get class nouns instead."""
         return all(name not in _ROW_ENCODERS for name, _ in self.text_widths)
 
     @property

@@ -1,4 +1,5 @@
-"""Flux.1 and Chroma with random weights and reduced sizes, and their CLIPs, of ComfyUI's own classes."""
+"""Flux.1, Flux.2 Klein and Chroma with random weights and reduced sizes, and their CLIPs, of ComfyUI's own
+classes."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from .make_transformer import filled
 TEXT, POOLED = 64, 32      # widths of the reduced encoders
 FLUX = {"in_channels": 16, "out_channels": 16, "vec_in_dim": POOLED, "context_in_dim": TEXT,
         "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
-        "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True}
+        "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "txt_ids_dims": []}
 CHROMA = FLUX | {
     "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 1,
-    "txt_ids_dims": [], "vec_in_dim": None}
+    "vec_in_dim": None}
 
 
 def flux_model(dtype: torch.dtype = torch.float32, distilled: bool = True, **sizes):
@@ -22,9 +23,17 @@ def flux_model(dtype: torch.dtype = torch.float32, distilled: bool = True, **siz
     import comfy.sd
 
     with torch.device("meta"):
-        shapes = flux.Flux(**FLUX | {"guidance_embed": distilled, "txt_ids_dims": []} | sizes, dtype=dtype,
+        shapes = flux.Flux(**FLUX | {"guidance_embed": distilled} | sizes, dtype=dtype,
                            device="meta", operations=comfy.ops.disable_weight_init)
     return comfy.sd.load_diffusion_model_state_dict(filled(shapes, dtype), {"dtype": dtype})
+
+
+def klein_model(dtype: torch.dtype = torch.float32, **sizes):
+    """The same of Flux.2 Klein: positions of text, no biases, one modulation for all blocks."""
+    more = {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 3 * TEXT,
+            "mlp_ratio": 3.0, "axes_dim": [32] * 4, "theta": 2000, "patch_size": 1, "qkv_bias": False,
+            "global_modulation": True, "mlp_silu_act": True, "ops_bias": False, "txt_ids_dims": [3]}
+    return flux_model(dtype, False, **more | sizes)
 
 
 def chroma_model(dtype: torch.dtype = torch.float32):
@@ -37,6 +46,34 @@ def chroma_model(dtype: torch.dtype = torch.float32):
     model = config.get_model({}, device=device)
     model.diffusion_model.load_state_dict(filled(model.diffusion_model, dtype))
     return comfy.model_patcher.ModelPatcher(model, device, device)
+
+
+def qwen():
+    """A CLIP of Flux.2 Klein with a reduced encoder."""
+    import comfy.sd
+    import comfy.sd1_clip
+    import comfy.supported_models_base
+    import comfy.text_encoders.flux as flux
+    import comfy.text_encoders.llama as llama
+
+    sizes = {"hidden_size": TEXT, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+             "num_key_value_heads": 1}
+
+    class Text(flux.Flux2TEModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
+            torch.nn.Module.__init__(self)
+            self.clip_name = self.clip = "qwen3_4b"
+            self.qwen3_4b = comfy.sd1_clip.SDClipModel(
+                device=device, layer=[1, 2, 3], textmodel_json_config=dict(sizes), dtype=torch.float32,
+                special_tokens={"pad": 151643}, layer_norm_hidden_state=False, model_class=llama.Qwen3_4B,
+                enable_attention_masks=True, return_attention_masks=True)
+            self.dtypes = {torch.float32}
+
+    target = comfy.supported_models_base.ClipTarget(flux.KleinTokenizer, Text)
+    clip = comfy.sd.CLIP(target, embedding_directory=None)
+    transformer = clip.cond_stage_model.qwen3_4b.transformer
+    transformer.load_state_dict(filled(transformer))
+    return clip
 
 
 def text_encoders(pooled: bool):
@@ -87,14 +124,17 @@ def text_encoders(pooled: bool):
 
 
 class Latents:
-    """A VAE whose latents are coarse pictures in sixteen channels."""
+    """A VAE whose latents are coarse pictures, repeated in all channels."""
 
-    downscale_ratio, latent_channels = 8, 16
+    downscale_ratio = 8
     first_stage_model = torch.nn.Identity()
+
+    def __init__(self, channels: int = 16) -> None:
+        self.latent_channels = channels
 
     def encode(self, pixels):
         coarse = torch.nn.functional.avg_pool2d(pixels[..., :3].permute(0, 3, 1, 2), 8)
-        return coarse.repeat(1, 6, 1, 1)[:, :16]
+        return coarse.repeat(1, self.latent_channels, 1, 1)[:, :self.latent_channels]
 
     def decode(self, latents):
         return torch.nn.functional.interpolate(latents[:, :3], scale_factor=8.0).permute(0, 2, 3, 1)

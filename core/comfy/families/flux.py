@@ -1,4 +1,4 @@
-"""Transformers with joint attention of text and picture: Flux.1 and Chroma.
+"""Transformers with joint attention of text and picture: Flux.1, Flux.2 Klein and Chroma.
 
 Every double and single block is a site. Text and picture share one softmax there, and both change by it. Only
 the rows of the picture see a concept: the attention that they pay to the rows of the concept's words is
@@ -36,7 +36,7 @@ from ...model.processor import AttentionProcessor, HostAttention, JointRows, Sit
 from ...model.sites import Site, joint_layout
 from ..noun_clip import RowText
 from ..sites import PROCESSOR
-from ..text import ROWS
+from ..text import QWEN, ROWS, row_name
 from .base import Family, append_once, computation_type
 
 _BEFORE, _AFTER = "attn1_patch", "attn1_output_patch"      # the host's keys of patches
@@ -44,15 +44,16 @@ _PICTURE = "continual_concepts_picture"      # the attended picture, in the opti
 _HAS_PATCHES = _AFTER in comfy.ldm.flux.layers.DoubleStreamBlock.forward.__code__.co_consts
 _KINDS = (comfy.ldm.flux.model.Flux, comfy.ldm.chroma.model.Chroma)
 _NEVER = -1e4      # a logit of rows that are not read
+_QWEN_LAYERS = 3      # whose states are one row of text, side by side
 _TIMESTEPS = 1000      # of training; the host's table may have more
 # Values of the distilled guidance while learning: 1 as other trainers of Flux.1 dev; Chroma's own is 0.
 _GUIDANCE, _CHROMA_GUIDANCE = 1.0, 0.0
 
 
 class Flux(Family):
-    """Flux.1 or Chroma, for pictures from text."""
+    """Flux.1, Flux.2 Klein or Chroma, for pictures from text."""
 
-    names: ClassVar[str] = "Flux.1, Chroma (text to image)"
+    names: ClassVar[str] = "Flux.1, Flux.2 Klein, Chroma (text to image)"
     recomputed: ClassVar[tuple[str, ...]] = ("DoubleStreamBlock", "SingleStreamBlock")
     learns_in_text: ClassVar[bool] = False
     guides_attention: ClassVar[bool] = False
@@ -63,10 +64,11 @@ class Flux(Family):
         if not _HAS_PATCHES:
             raise ConceptError(f"the model's class is {kind}, whose blocks have no attention patches in this "
                                "version of ComfyUI; update ComfyUI to 0.33 or newer")
-        if text_widths != ((ROWS, params.context_in_dim),):
-            names = ", ".join(f"{name} of width {width}" for name, width in text_widths)
+        widths = [(name, _QWEN_LAYERS * width if name in QWEN else width) for name, width in text_widths]
+        if [width for name, width in widths if name in (ROWS, *QWEN)] != [params.context_in_dim]:
+            names = ", ".join(f"{name} of width {width}" for name, width in widths)
             raise ConceptError(f"the model's class is {kind} with texts of width {params.context_in_dim}, "
-                               f"but the CLIP has the text encoders {names}; allowed: {self.names} with T5")
+                               f"but the CLIP has the text encoders {names}; connect the model's own CLIP")
         if self.reads_picture:
             raise ConceptError(f"the model's class is {kind}, which reads a picture beside text; allowed: "
                                f"checkpoints of {self.names}")
@@ -103,7 +105,7 @@ class Flux(Family):
 
     def text_encoders(self, clip, load: Callable[[], None]) -> tuple[TextEncoder, ...]:
         def vectors() -> Tensor:
-            return getattr(clip.cond_stage_model, ROWS).transformer.get_input_embeddings().weight
+            return getattr(clip.cond_stage_model, row_name(clip)).transformer.get_input_embeddings().weight
 
         reads_pooled = getattr(self.denoiser, "vector_in", None) is not None
         return (RowText(clip, vectors, self.rows, reads_pooled),)

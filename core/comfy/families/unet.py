@@ -24,7 +24,7 @@ from ...model.processor import AttentionProcessor, HostAttention, SiteCall
 from ...model.schedule import NoiseSchedule
 from ...model.sites import Site, unet_layout
 from ..sites import ALONE, OFFSETS, PROCESSOR, host_attention
-from ..text import ROWS, ComfyText, encoder_names
+from ..text import ROW_NAMES, ComfyText, encoder_names
 from .base import Family, append_once, computation_type, is_plain
 
 _CALL = "continual_concepts_call"           # the SiteCall, in the options of one block call
@@ -53,9 +53,9 @@ class UNet(Family):
 
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
-        if [name for name, _ in text_widths] == [ROWS]:
+        if text_widths[0][0] in ROW_NAMES:
             raise ConceptError(f"the model's class is {type(model.model).__name__}, but the CLIP has the "
-                               f"text encoder {ROWS}; connect the model's own CLIP")
+                               f"text encoder {text_widths[0][0]}; connect the model's own CLIP")
         names = _site_names(model)
         attentions = {name: self.denoiser.get_submodule(f"{path}.attn2") for name, path in names.items()}
         shapes = {name: (attention.heads, attention.to_q.weight.shape[0], attention.to_k.weight.shape[1])
