@@ -137,4 +137,5 @@ class Latents:
         return coarse.repeat(1, self.latent_channels, 1, 1)[:, :self.latent_channels]
 
     def decode(self, latents):
-        return torch.nn.functional.interpolate(latents[:, :3], scale_factor=8.0).permute(0, 2, 3, 1)
+        coarse = torch.sigmoid(latents[:, :3] / 8)      # random models draw large numbers
+        return torch.nn.functional.interpolate(coarse, scale_factor=8.0).permute(0, 2, 3, 1)

@@ -272,6 +272,41 @@ def test_another_nodes_patch_behind_the_concepts_is_refused_and_before_them_acts
         ours.ksampler(model, positive, negative)
 
 
+def test_a_concept_works_on_a_distilled_sibling_and_models_that_read_pictures_are_refused(joint):
+    """Shapes alone: the weights are random."""
+    from continual_concepts.core.comfy.families import find_sites
+    from continual_concepts.core.comfy.text import text_widths
+
+    if joint.kind != "flux":
+        pytest.skip("one kind is enough")
+    ours, schnell = joint.studio, flux_model(distilled=False)
+    model, clip, positive = ours.aggregate("a <spot>", joint.bank, model=schnell)
+    drawn = ours.ksampler(model, positive, ours.encode(clip, ""), steps=2)
+    assert torch.isfinite(drawn).all()
+    assert distance(drawn, ours.ksampler(schnell, f"a {DOGS}", "", steps=2)) > 1e-3
+    with pytest.raises(ConceptError, match="class is Flux, which reads a picture beside text"):
+        find_sites(flux_model(in_channels=96), text_widths(ours.clip))
+    with pytest.raises(ConceptError, match="texts of width 64, but the CLIP.*t5xxl of width 4096"):
+        find_sites(schnell, (("t5xxl", 4096),))
+
+
+def test_concepts_are_evaluated_and_saved(joint, tmp_path):
+    """Through the library's own sampler, with a bank from a file."""
+    from continual_concepts.core.bank.format import open_bank, save_bank
+    from continual_concepts.core.comfy.backbone import ComfyBackbone
+    from continual_concepts.core.sampling.sampling import SampleSettings, sample
+
+    save_bank(joint.bank, tmp_path / "bank.safetensors")
+    bank = open_bank(tmp_path / "bank.safetensors")
+    backbone = ComfyBackbone(joint.studio.model, joint.studio.clip, joint.studio.vae)
+    settings = SampleSettings(steps=2, size=(64, 64))
+    with backbone.training():
+        named = sample(backbone, bank, ["a photo of <spot> and <tom>"], [1], settings)
+        nouns = f"a photo of {DOGS} and {' '.join(['teddy bear'] * 4)}"
+        plain = sample(backbone, bank, [nouns], [1], settings)
+    assert named.shape == plain.shape == (1, 3, 64, 64) and distance(named, plain) > 1e-4
+
+
 @pytest.mark.slow
 def test_one_block_of_each_kind_at_the_true_widths(pack, comfyui):
     """Width 3072, 24 heads of 128, bfloat16; texts keep their reduced width."""
