@@ -139,3 +139,14 @@ class Latents:
     def decode(self, latents):
         coarse = torch.sigmoid(latents[:, :3] / 8)      # random models draw large numbers
         return torch.nn.functional.interpolate(coarse, scale_factor=8.0).permute(0, 2, 3, 1)
+
+
+def studio_of(pack, model, clip):
+    """Our nodes and ComfyUI's with a model, for pictures of 64 pixels."""
+    from .conftest import Studio
+
+    channels = model.model.latent_format.latent_channels
+    made = Studio(pack, (model, clip, Latents(channels)), None)
+    made.side = 64
+    made.latent = lambda count=1: {"samples": torch.zeros(count, channels, 8, 8)}
+    return made

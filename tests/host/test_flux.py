@@ -10,26 +10,18 @@ import torch
 
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.context import Context
+from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
-from .make_flux import Latents, chroma_model, flux_model, klein_model, qwen, text_encoders
+from .make_flux import FLUX, Latents, chroma_model, flux_model, klein_model, qwen, studio_of, text_encoders
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
 SCENE = "a photo of a meadow"
+TRUE = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}      # per block
 DOGS = "dog dog dog dog"      # what stands for an object of four words
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
-
-
-def studio_of(pack, model, clip):
-    from .conftest import Studio
-
-    channels = model.model.latent_format.latent_channels
-    made = Studio(pack, (model, clip, Latents(channels)), None)
-    made.side = 64
-    made.latent = lambda count=1: {"samples": torch.zeros(count, channels, 8, 8)}
-    return made
 
 
 @pytest.fixture(scope="module", params=["flux", "klein", "chroma"])
@@ -133,8 +125,6 @@ def text_of(backbone):
 
 
 def slots_of(layout, value: float):
-    from continual_concepts.core.model.slots import SLOTS, SlotDelta
-
     generator = torch.Generator().manual_seed(4)
     return {(site.index, SLOTS): SlotDelta(torch.randn(3, site.width, generator=generator),
                                            value * torch.randn(3, site.width, generator=generator),
@@ -203,7 +193,6 @@ def test_gradients_are_those_of_the_prediction(joint, backbone):
     """Although the host's blocks write into their inputs: with and without gradient checkpointing, against
     finite differences."""
     from continual_concepts.core.attention.token_lora import TokenLoraProcessor
-    from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
     text, noise = text_of(backbone), noise_of(backbone)
     context = Context(text.unsqueeze(1), None, ({"rex": (2, 3)},))
@@ -310,9 +299,7 @@ def test_concepts_are_evaluated_and_saved(joint, tmp_path):
 @pytest.mark.slow
 def test_one_block_of_each_kind_at_the_true_widths(pack, comfyui):
     """Width 3072, 24 heads of 128, bfloat16; texts keep their reduced width."""
-    sizes = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}
-    dtype = torch.bfloat16
-    own = studio_of(pack, flux_model(dtype, **sizes), text_encoders(True))
+    own = studio_of(pack, flux_model(torch.bfloat16, **TRUE), text_encoders(True))
     plain = own.ksampler(own.model, f"a {DOGS}", "", steps=2)
     bank = own.learn(method="slots", steps=2, training_settings=[{"gradient_checkpointing": True}])
     assert [(site.width, site.heads) for site in bank.layout.sites] == [(3072, 24)] * 2
@@ -320,3 +307,39 @@ def test_one_block_of_each_kind_at_the_true_widths(pack, comfyui):
     changed = own.ksampler(model, positive, own.encode(clip, ""), steps=2)
     assert torch.isfinite(changed).all() and not torch.equal(changed, plain)
     assert torch.equal(own.ksampler(own.model, f"a {DOGS}", "", steps=2), plain)
+
+
+def test_two_concepts_add_few_operations_at_the_true_widths(comfyui, monkeypatch):
+    """One block of each kind, a picture of 1024 pixels, counted without computing."""
+    import comfy.ldm.flux.model as flux
+    import comfy.model_management as management
+    import comfy.ops
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
+    from continual_concepts.core.comfy.families.flux import Begin, Finish
+    from continual_concepts.core.comfy.sites import ATTENTION, PROCESSOR, differentiable_attention
+    from continual_concepts.core.model.sites import joint_layout
+
+    monkeypatch.setattr(management, "in_training", True)      # rotary positions in torch alone
+    sizes = FLUX | TRUE | {"guidance_embed": False}
+    layout = joint_layout(1, 1, 24, 3072, (("t5xxl", 4096),))
+    hooks = {"attn1_patch": [Begin(SimpleNamespace(layout=layout))], "attn1_output_patch": [Finish()]}
+    processor = TokenLoraProcessor({})
+    with torch.device("meta"):
+        model = flux.Flux(**sizes, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+        deltas = {(site.index, "slots"): SlotDelta(torch.zeros(8, 3072), torch.zeros(8, 3072), 24)
+                  for site in layout.sites}
+        processor.concepts = TokenLora.at({name: torch.zeros(1, 256) for name in ("rex", "mimi")},
+                                          {name: deltas for name in ("rex", "mimi")})
+        given = torch.zeros(1, 16, 128, 128), torch.zeros(1), torch.zeros(1, 256, sizes["context_in_dim"])
+
+        def operations(acting) -> int:
+            options = {"patches": hooks, PROCESSOR: acting, ATTENTION: differentiable_attention}
+            with FlopCounterMode(display=False) as counter:
+                model(*given, transformer_options=options)
+            return counter.get_total_flops()
+
+        ratio = operations(processor) / operations(None)
+    print(f"operations with two concepts: {ratio:.3f} times those without")
+    assert 1.0 < ratio <= 1.06
