@@ -14,7 +14,7 @@ from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
 from .make_flux import FLUX, Latents, chroma_model, flux_model, klein_model, qwen, studio_of, text_encoders
 
-pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
+pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
 SCENE = "a photo of a meadow"
 TRUE = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}      # per block
 DOGS = "dog dog dog dog"      # what stands for an object of four words
@@ -24,14 +24,18 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.fixture(scope="module")
+def has_patches(comfyui):
+    from continual_concepts.core.comfy.families import flux
+
+    if not flux._HAS_PATCHES:
+        pytest.skip("this ComfyUI has no attention patches in Flux")
+
+
 @pytest.fixture(scope="module", params=["flux", "klein", "chroma"])
-def joint(request, pack, comfyui):
+def joint(request, pack, has_patches):
     """The studio with a tiny model, a bank with two objects, and the MODEL's weights before they were
     learned."""
-    from continual_concepts.core.comfy.families.flux import _HAS_PATCHES
-
-    if not _HAS_PATCHES:
-        pytest.skip("this ComfyUI has no attention patches in Flux")
     with torch.inference_mode():
         made = {"flux": lambda: (flux_model(), text_encoders(True)), "klein": lambda: (klein_model(), qwen()),
                 "chroma": lambda: (chroma_model(), text_encoders(False))}[request.param]()

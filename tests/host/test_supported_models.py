@@ -112,3 +112,16 @@ def test_the_backbone_of_cosmos_predicts_what_the_sampler_predicts(cosmos):
     # what the sampler calls denoised
     assert torch.allclose((1 - share) * (latents / (1 - share)) - share * velocity, denoised, atol=1e-3,
                           rtol=1e-3)
+
+
+def test_flux_in_a_comfyui_without_attention_patches_is_refused(comfyui, monkeypatch):
+    import comfy.ldm.flux.model
+
+    from continual_concepts.core.comfy.families import find_sites, flux
+
+    denoiser = comfy.ldm.flux.model.Flux.__new__(comfy.ldm.flux.model.Flux)
+    denoiser.params = None
+    monkeypatch.setattr(flux, "_HAS_PATCHES", False)
+    with pytest.raises(ConceptError, match="no attention patches in this version of ComfyUI; update"):
+        find_sites(SimpleNamespace(model=SimpleNamespace(
+            diffusion_model=denoiser, model_config=SimpleNamespace(unet_config={}))), (("t5xxl", 4096),))
