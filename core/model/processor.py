@@ -54,8 +54,8 @@ class JointRows:
 
     Attributes:
         query: `[B, S, a]`, normalised, with rotary positions.
-        key, value: `[B, S, a]`, likewise; values are plain.
-        mask: Which rows may be read, `[B or 1, 1, S or 1, N + S]`, as torch's attention takes it; None = all.
+        key, value: `[B, M, a]`, likewise; values are plain. M is S, or more if there are reference pictures.
+        mask: Which rows may be read, `[B or 1, 1, S or 1, N + M]`, as torch's attention takes it; None = all.
     """
 
     query: Tensor

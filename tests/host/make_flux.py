@@ -150,3 +150,10 @@ def studio_of(pack, model, clip):
     made.side = 64
     made.latent = lambda count=1: {"samples": torch.zeros(count, channels, 8, 8)}
     return made
+
+
+def model_and_clip(kind: str):
+    """Of a kind: flux, klein or chroma."""
+    if kind == "klein":
+        return klein_model(), qwen()
+    return (flux_model(), text_encoders(True)) if kind == "flux" else (chroma_model(), text_encoders(False))

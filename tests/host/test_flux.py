@@ -12,7 +12,7 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
-from .make_flux import FLUX, Latents, chroma_model, flux_model, klein_model, qwen, studio_of, text_encoders
+from .make_flux import FLUX, Latents, flux_model, model_and_clip, studio_of, text_encoders
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
 SCENE = "a photo of a meadow"
@@ -37,9 +37,7 @@ def joint(request, pack, has_patches):
     """The studio with a tiny model, a bank with two objects, and the MODEL's weights before they were
     learned."""
     with torch.inference_mode():
-        made = {"flux": lambda: (flux_model(), text_encoders(True)), "klein": lambda: (klein_model(), qwen()),
-                "chroma": lambda: (chroma_model(), text_encoders(False))}[request.param]()
-        studio = studio_of(pack, *made)
+        studio = studio_of(pack, *model_and_clip(request.param))
         before = {name: weight.clone() for name, weight in studio.model.model.state_dict().items()}
         bank = studio.learn(method="slots", steps=2, preview_every=2)
         bank = studio.learn(method="slots", steps=2, name="tom", noun="teddy bear", bank=[bank],
@@ -136,9 +134,10 @@ def slots_of(layout, value: float):
             for site in layout.sites}
 
 
-def test_slots_share_the_attention_of_their_words_in_the_joint_softmax(joint, backbone):
-    """Against the formula, at every block: the picture's rows get mass times what they read from the slots,
-    and the text's rows nothing."""
+@pytest.mark.parametrize("references", [0, 2])
+def test_slots_share_the_attention_of_their_words_in_the_joint_softmax(joint, backbone, references):
+    """Against the formula, also with another node's mask: the picture's rows get mass times what they read
+    from the slots, and rows of text and of reference pictures nothing."""
     from comfy.ldm.flux.math import apply_rope, attention
 
     from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
@@ -159,21 +158,24 @@ def test_slots_share_the_attention_of_their_words_in_the_joint_softmax(joint, ba
     ids[0, :n, -1] = torch.arange(n) * (joint.kind == "klein")      # the others give words no positions
     pe = denoiser.pe_embedder(ids)
     turned_q, turned_k = apply_rope(q, k, pe)
-    weights = (turned_q @ turned_k.mT / 128**0.5).softmax(-1)
+    bias = torch.randn(1, n + s, n + s, generator=generator) if references else None
+    weights = (turned_q @ turned_k.mT / 128**0.5 + (0 if bias is None else bias)).softmax(-1)
     for site in layout.sites:
         kind, _, index = site.name.partition("_blocks.")
         options = {PROCESSOR: processor, "block_type": kind, "block_index": int(index),
-                   "img_slice": [n, n + s], "patches": {"attn1_patch": [begin]}}
-        given = begin(q, k, v, pe=pe, attn_mask=None, extra_options=options)
+                   "img_slice": [n, n + s], "patches": {"attn1_patch": [begin]},
+                   "reference_image_num_tokens": [references]}
+        given = begin(q, k, v, pe=pe, attn_mask=bias, extra_options=options)
         ours = finish(attention(given["q"], given["k"], v, given["pe"], given["attn_mask"]), options)
         slots = deltas[site.index, "slots"]
         keys, values = (x.unflatten(-1, (2, 128)).transpose(0, 1) for x in (slots.key, slots.value))
         read = (q @ keys.mT / 128**0.5).softmax(-1) @ values
         mass = (weights[..., :n] * mask).sum(-1, keepdim=True)
-        mass[:, :, :n] = 0
+        mass[:, :, :n], mass[:, :, n + s - references:] = 0, 0
         expected = (weights @ v + mass * read).transpose(1, 2).flatten(2)
         assert torch.allclose(ours, expected, atol=1e-4)
-        assert not torch.allclose(ours[:, n:], (weights @ v).transpose(1, 2).flatten(2)[:, n:], atol=1e-2)
+        plain = (weights @ v).transpose(1, 2).flatten(2)
+        assert not torch.allclose(ours[:, n], plain[:, n], atol=1e-2)
 
 
 def test_rows_that_fill_a_batch_up_are_not_read(joint, backbone):

@@ -3,7 +3,7 @@
 Every double and single block is a site. Text and picture share one softmax there, and both change by it. Only
 the rows of the picture see a concept: the attention that they pay to the rows of the concept's words is
 divided among its slots. The rows of the text keep the host's attention; otherwise other words would read the
-concept.
+concept. So do those of reference pictures, which stand behind the picture's own.
 
 Two of the host's patches reach the blocks. `Begin` (attn1 patch) gets queries and keys after their norm and
 before their rotary positions. It computes the picture's rows with the processor and leaves those of the text
@@ -40,6 +40,7 @@ from ..text import QWEN, ROWS, row_name
 from .base import Family, append_once, computation_type
 
 _BEFORE, _AFTER = "attn1_patch", "attn1_output_patch"      # the host's keys of patches
+_REFERENCES = "reference_image_num_tokens"      # the host's key of their numbers of rows
 _PICTURE = "continual_concepts_picture"      # the attended picture, in the options of one block call
 _HAS_PATCHES = _AFTER in comfy.ldm.flux.layers.DoubleStreamBlock.forward.__code__.co_consts
 _KINDS = (comfy.ldm.flux.model.Flux, comfy.ldm.chroma.model.Chroma)
@@ -194,7 +195,7 @@ class _OnCopies:
 
 
 class Begin:
-    """The last attn1 patch: attends from the picture's rows with the processor, and leaves the text's rows to
+    """The last attn1 patch: attends from the picture's rows with the processor, and leaves the other rows to
     the host."""
 
     def __init__(self, sites: Flux) -> None:
@@ -212,26 +213,29 @@ class Begin:
                                "node before Elastic Weight Aggregate")
         count = options["img_slice"][0]
         turned_q, turned_k = (q, k) if pe is None else apply_rope(q, k, pe)
-        for_text, for_picture = _split(attn_mask, count)
-        turned, own_key, own_value = (_flat(x[:, :, count:]) for x in (turned_q, turned_k, v))
-        joint = JointRows(turned, own_key, own_value, for_picture)
+        end = q.shape[2] - sum(options.get(_REFERENCES) or ())
+        for_others, for_picture = _split(attn_mask, count, end)
+        own_key, own_value = (_flat(x[:, :, count:]) for x in (turned_k, v))
+        joint = JointRows(_flat(turned_q[:, :, count:end]), own_key, own_value, for_picture)
 
         def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return token_lora_attention(site.heads, query, query, key, value, (), joint)[0]
 
-        query = _flat(q[:, :, count:])
+        query = _flat(q[:, :, count:end])
         key, value = _flat(turned_k[:, :, :count]), _flat(v[:, :, :count])
         call = SiteCall(processor, site, query, key, value, joint=joint)
-        options[_PICTURE] = call.attend(query, key, value, HostAttention(plain))
-        return {"q": turned_q[:, :, :count], "k": turned_k, "pe": None, "attn_mask": for_text}
+        options[_PICTURE] = count, call.attend(query, key, value, HostAttention(plain))
+        return {"q": _without(turned_q, count, end), "k": turned_k, "pe": None, "attn_mask": for_others}
 
 
 class Finish:
-    """attn1 output patch: puts the rows of text and picture together."""
+    """attn1 output patch: puts the rows of text, picture and references together."""
 
     def __call__(self, attended: Tensor, options: dict) -> Tensor:
-        picture = options.pop(_PICTURE, None)
-        return attended if picture is None else torch.cat([attended, picture.to(attended)], 1)
+        if _PICTURE not in options:
+            return attended
+        count, picture = options.pop(_PICTURE)
+        return torch.cat([attended[:, :count], picture.to(attended), attended[:, count:]], 1)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -239,12 +243,17 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _split(mask: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
-    """The host's attention mask for the rows of the text, the first `count`, and for those of the picture."""
+def _without(x: Tensor, start: int, end: int) -> Tensor:
+    """Rows `[..., L, d]` without those from start to end."""
+    return x[..., :start, :] if end == x.shape[-2] else torch.cat([x[..., :start, :], x[..., end:, :]], -2)
+
+
+def _split(mask: Tensor | None, start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+    """The host's attention mask for all rows but those from start to end, and for these."""
     if mask is None:
         return None, None
     mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
     mask = mask.unsqueeze(1) if mask.ndim == 3 else mask      # for all heads
     if mask.shape[-2] == 1:
         return mask, mask
-    return mask[..., :count, :], mask[..., count:, :]
+    return _without(mask, start, end), mask[..., start:end, :]
