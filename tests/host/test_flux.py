@@ -49,8 +49,7 @@ def test_learning_changes_nothing_of_the_users_objects(joint):
     sites = [site.name for site in joint.bank.layout.sites]
     assert sites == ["double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1"]
     assert joint.bank["spot"].slots and joint.bank["spot"].thumbnail
-    model = joint.studio.model
-    after = model.model.state_dict()
+    model, after = joint.studio.model, joint.studio.model.model.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in joint.before.items())
     assert not any("forward" in module.__dict__ for module in model.model.modules())
     assert not model.patches and not model.model_options["transformer_options"]

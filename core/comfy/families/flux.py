@@ -138,13 +138,16 @@ class Flux(Family):
         if not torch.is_grad_enabled() or isinstance(modules[0].__dict__.get("forward"), _OnCopies):
             yield
             return
+        before = [module.__dict__.get("forward") for module in modules]
         try:
             for module in modules:
                 module.__dict__["forward"] = _OnCopies(module.forward)
             yield
         finally:
-            for module in modules:
+            for module, forward in zip(modules, before, strict=True):
                 module.__dict__.pop("forward", None)
+                if forward is not None:
+                    module.__dict__["forward"] = forward
 
     def rows(self, states: Tensor, extra: Mapping[str, Any]) -> Tensor:
         return states.to(self.model.load_device)
