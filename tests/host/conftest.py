@@ -342,3 +342,11 @@ def count_tensors():
         return len(tensors), sum(storages.values())
 
     return count
+
+
+@pytest.fixture(scope="session")
+def has_patches(comfyui):
+    from continual_concepts.core.comfy.families import flux
+
+    if not flux._HAS_PATCHES:
+        pytest.skip("this ComfyUI has no attention patches in Flux")

@@ -12,24 +12,15 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
-from .make_flux import FLUX, Latents, flux_model, model_and_clip, studio_of, text_encoders
+from .make_flux import Latents, flux_model, model_and_clip, studio_of
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
 SCENE = "a photo of a meadow"
-TRUE = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}      # per block
 DOGS = "dog dog dog dog"      # what stands for an object of four words
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.fixture(scope="module")
-def has_patches(comfyui):
-    from continual_concepts.core.comfy.families import flux
-
-    if not flux._HAS_PATCHES:
-        pytest.skip("this ComfyUI has no attention patches in Flux")
 
 
 @pytest.fixture(scope="module", params=["flux", "klein", "chroma"])
@@ -301,50 +292,34 @@ def test_concepts_are_evaluated_and_saved(joint, tmp_path):
     assert named.shape == plain.shape == (1, 3, 64, 64) and distance(named, plain) > 1e-4
 
 
-@pytest.mark.slow
-def test_one_block_of_each_kind_at_the_true_widths(pack, comfyui):
-    """Width 3072, 24 heads of 128, bfloat16; texts keep their reduced width."""
-    own = studio_of(pack, flux_model(torch.bfloat16, **TRUE), text_encoders(True))
-    plain = own.ksampler(own.model, f"a {DOGS}", "", steps=2)
-    bank = own.learn(method="slots", steps=2, training_settings=[{"gradient_checkpointing": True}])
-    assert [(site.width, site.heads) for site in bank.layout.sites] == [(3072, 24)] * 2
-    model, clip, positive = own.aggregate("a <spot>", bank)
-    changed = own.ksampler(model, positive, own.encode(clip, ""), steps=2)
-    assert torch.isfinite(changed).all() and not torch.equal(changed, plain)
-    assert torch.equal(own.ksampler(own.model, f"a {DOGS}", "", steps=2), plain)
-
-
-def test_two_concepts_add_few_operations_at_the_true_widths(comfyui, monkeypatch):
-    """One block of each kind, a picture of 1024 pixels, counted without computing."""
-    import comfy.ldm.flux.model as flux
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_model_that_is_loaded_in_part(joint, share):
+    """As on a small graphics card."""
     import comfy.model_management as management
-    import comfy.ops
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
-    from continual_concepts.core.comfy.families.flux import Begin, Finish
-    from continual_concepts.core.comfy.sites import ATTENTION, PROCESSOR, differentiable_attention
-    from continual_concepts.core.model.sites import joint_layout
+    ours = joint.studio
+    model, clip, positive = ours.aggregate("a <spot>", joint.bank)
+    negative = ours.encode(clip, "")
+    whole = ours.ksampler(model, positive, negative)
+    management.load_models_gpu([model])
+    model.partially_unload(model.offload_device, (1 - share) * model.model_size())
+    assert model.model.model_lowvram
+    assert torch.equal(ours.ksampler(model, positive, negative), whole)
+    again = ours.learn(method="slots", steps=2)["spot"]
+    for place, delta in joint.bank["spot"].deltas.items():
+        assert all(torch.equal(*pair) for pair in zip(delta.tensors(), again.deltas[place].tensors(),
+                                                      strict=True))
+    management.unload_all_models()
 
-    monkeypatch.setattr(management, "in_training", True)      # rotary positions in torch alone
-    sizes = FLUX | TRUE | {"guidance_embed": False}
-    layout = joint_layout(1, 1, 24, 3072, (("t5xxl", 4096),))
-    hooks = {"attn1_patch": [Begin(SimpleNamespace(layout=layout))], "attn1_output_patch": [Finish()]}
-    processor = TokenLoraProcessor({})
-    with torch.device("meta"):
-        model = flux.Flux(**sizes, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
-        deltas = {(site.index, "slots"): SlotDelta(torch.zeros(8, 3072), torch.zeros(8, 3072), 24)
-                  for site in layout.sites}
-        processor.concepts = TokenLora.at({name: torch.zeros(1, 256) for name in ("rex", "mimi")},
-                                          {name: deltas for name in ("rex", "mimi")})
-        given = torch.zeros(1, 16, 128, 128), torch.zeros(1), torch.zeros(1, 256, sizes["context_in_dim"])
 
-        def operations(acting) -> int:
-            options = {"patches": hooks, PROCESSOR: acting, ATTENTION: differentiable_attention}
-            with FlopCounterMode(display=False) as counter:
-                model(*given, transformer_options=options)
-            return counter.get_total_flops()
-
-        ratio = operations(processor) / operations(None)
-    print(f"operations with two concepts: {ratio:.3f} times those without")
-    assert 1.0 < ratio <= 1.06
+def test_a_reference_picture_acts_beside_a_concept(joint):
+    if joint.kind == "chroma":
+        pytest.skip("Chroma reads no reference pictures")
+    ours = joint.studio
+    model, clip, positive = ours.aggregate("a <spot>", joint.bank)
+    picture = torch.randn(ours.latent()["samples"].shape, generator=torch.Generator().manual_seed(8))
+    referring = [[states, {**extra, "reference_latents": [picture]}] for states, extra in positive]
+    negative = ours.encode(clip, "")
+    drawn = ours.ksampler(model, referring, negative)
+    assert torch.isfinite(drawn).all()
+    assert distance(drawn, ours.ksampler(model, positive, negative)) > 1e-3

@@ -1,0 +1,65 @@
+"""Flux.1 with one block of each kind at its true widths."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from continual_concepts.core.model.slots import SlotDelta
+
+from .make_flux import FLUX, flux_model, studio_of, text_encoders
+
+pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
+TRUE = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}
+DOGS = "dog dog dog dog"      # what stands for an object of four words
+
+
+@pytest.mark.slow
+def test_one_block_of_each_kind_at_the_true_widths(pack, comfyui):
+    """Width 3072, 24 heads of 128, bfloat16; texts keep their reduced width."""
+    own = studio_of(pack, flux_model(torch.bfloat16, **TRUE), text_encoders(True))
+    plain = own.ksampler(own.model, f"a {DOGS}", "", steps=2)
+    bank = own.learn(method="slots", steps=2, training_settings=[{"gradient_checkpointing": True}])
+    assert [(site.width, site.heads) for site in bank.layout.sites] == [(3072, 24)] * 2
+    model, clip, positive = own.aggregate("a <spot>", bank)
+    changed = own.ksampler(model, positive, own.encode(clip, ""), steps=2)
+    assert torch.isfinite(changed).all() and not torch.equal(changed, plain)
+    assert torch.equal(own.ksampler(own.model, f"a {DOGS}", "", steps=2), plain)
+
+
+def test_two_concepts_add_few_operations_at_the_true_widths(comfyui, monkeypatch):
+    """One block of each kind, a picture of 1024 pixels, counted without computing."""
+    import comfy.ldm.flux.model as flux
+    import comfy.model_management as management
+    import comfy.ops
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
+    from continual_concepts.core.comfy.families.flux import Begin, Finish
+    from continual_concepts.core.comfy.sites import ATTENTION, PROCESSOR, differentiable_attention
+    from continual_concepts.core.model.sites import joint_layout
+
+    monkeypatch.setattr(management, "in_training", True)      # rotary positions in torch alone
+    sizes = FLUX | TRUE | {"guidance_embed": False}
+    layout = joint_layout(1, 1, 24, 3072, (("t5xxl", 4096),))
+    hooks = {"attn1_patch": [Begin(SimpleNamespace(layout=layout))], "attn1_output_patch": [Finish()]}
+    processor = TokenLoraProcessor({})
+    with torch.device("meta"):
+        model = flux.Flux(**sizes, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+        deltas = {(site.index, "slots"): SlotDelta(torch.zeros(8, 3072), torch.zeros(8, 3072), 24)
+                  for site in layout.sites}
+        processor.concepts = TokenLora.at({name: torch.zeros(1, 256) for name in ("rex", "mimi")},
+                                          {name: deltas for name in ("rex", "mimi")})
+        given = torch.zeros(1, 16, 128, 128), torch.zeros(1), torch.zeros(1, 256, sizes["context_in_dim"])
+
+        def operations(acting) -> int:
+            options = {"patches": hooks, PROCESSOR: acting, ATTENTION: differentiable_attention}
+            with FlopCounterMode(display=False) as counter:
+                model(*given, transformer_options=options)
+            return counter.get_total_flops()
+
+        ratio = operations(processor) / operations(None)
+    print(f"operations with two concepts: {ratio:.3f} times those without")
+    assert 1.0 < ratio <= 1.06
