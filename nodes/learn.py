@@ -285,7 +285,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     warnings = [*taken.warnings, *on_captions,
                 *(prior_warnings(method.composition_of_kind(task.kind)) if len(pictures) > len(photos)
                   else [])]
-    notes = [*unusual(method.config), *unusual(config),
+    notes = [*task.backbone.learning_notes, *unusual(method.config), *unusual(config),
              *warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
              *([] if task.start is None else notes_on_photos(task.start.info, photos)),
              *(warning.text for warning in warnings)]

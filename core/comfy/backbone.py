@@ -81,7 +81,7 @@ class ComfyBackbone(Backbone):
         self.model, self.clip, self.vae = model, clip, vae
         self.sites = find_sites(model, text_widths(clip))
         self.layout, self.schedule = self.sites.layout, self.sites.schedule()
-        self.unet = self.sites.denoiser
+        self.unet, self.learning_notes = self.sites.denoiser, self.sites.learning_notes
         self.text = self.sites.text_encoders(clip, _weakly(self._reload))
         self.latent_channels = model.model.latent_format.latent_channels
         check_channels("the model", self.sites.channels, self.latent_channels)

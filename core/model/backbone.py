@@ -141,6 +141,7 @@ class Backbone(ABC):
         fingerprint: Hash of the weights. A concept stores the fingerprint of the base that it was learned on.
         known_prompts: Prompts of pictures that the model draws well, for methods that measure what it does
             without a concept; () = prompts for a general model.
+        learning_notes: What a person who learns on this model should know.
         overlay: Hash of changes to the model that the weights do not show (LoRA patches, CLIP skip); "" for
             none. A stopped run only resumes with the same overlay.
     """
@@ -152,6 +153,7 @@ class Backbone(ABC):
     picture_multiple: int
     fingerprint: str
     known_prompts: tuple[str, ...] = ()
+    learning_notes: tuple[str, ...] = ()
     overlay: str = ""
 
     @property

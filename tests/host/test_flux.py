@@ -292,6 +292,11 @@ def test_concepts_are_evaluated_and_saved(joint, tmp_path):
     assert named.shape == plain.shape == (1, 3, 64, 64) and distance(named, plain) > 1e-4
 
 
+def test_learning_on_a_distilled_model_tells_so(joint, caplog):
+    joint.studio.learn(method="slots", steps=1, name="new")
+    assert ("Flux.1 dev and schnell are distilled" in caplog.text) == (joint.kind == "flux")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_model_that_is_loaded_in_part(joint, share):
     """As on a small graphics card."""

@@ -30,6 +30,7 @@ class Family(ABC):
         recomputed: The classes of the blocks that gradient checkpointing recomputes.
         learns_in_text: Whether gradients pass through the text encoders, so that words can be learned.
         guides_attention: Whether attention guidance knows its latents.
+        learning_notes: What a person who learns on this MODEL should know.
         model: ComfyUI's MODEL.
         denoiser: ComfyUI's module.
         layout: The sites, as in every host.
@@ -39,6 +40,7 @@ class Family(ABC):
     recomputed: ClassVar[tuple[str, ...]]
     learns_in_text: ClassVar[bool] = True
     guides_attention: ClassVar[bool] = True
+    learning_notes: tuple[str, ...] = ()
     model: Any
     denoiser: Any
     layout: SiteLayout

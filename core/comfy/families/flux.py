@@ -47,6 +47,8 @@ _KINDS = (comfy.ldm.flux.model.Flux, comfy.ldm.chroma.model.Chroma)
 _NEVER = -1e4      # a logit of rows that are not read
 _QWEN_LAYERS = 3      # whose states are one row of text, side by side
 _TIMESTEPS = 1000      # of training; the host's table may have more
+_DISTILLED = ("Flux.1 dev and schnell are distilled models, and learning treats them as undistilled ones; if "
+              "the result is weak, learn on an undistilled relative such as Chroma and use the concept here")
 # Values of the distilled guidance while learning: 1 as other trainers of Flux.1 dev; Chroma's own is 0.
 _GUIDANCE, _CHROMA_GUIDANCE = 1.0, 0.0
 
@@ -76,6 +78,12 @@ class Flux(Family):
         self.layout = joint_layout(len(self.denoiser.double_blocks), len(self.denoiser.single_blocks),
                                    params.num_heads, params.hidden_size, text_widths)
         self._flow = self.schedule()
+        if params.vec_in_dim is not None and not self._is_chroma:      # Klein's weights do not show it
+            self.learning_notes = (_DISTILLED,)
+
+    @property
+    def _is_chroma(self) -> bool:
+        return isinstance(self.denoiser, comfy.ldm.chroma.model.Chroma)
 
     @classmethod
     def knows(cls, model) -> bool:
@@ -171,8 +179,7 @@ class Flux(Family):
             given["attention_mask"] = torch.zeros_like(is_read, dtype=dtype).masked_fill(~is_read, _NEVER)
         if context.pooled is not None:
             given["y"] = context.pooled.to(latents.device, dtype)
-        is_chroma = isinstance(self.denoiser, comfy.ldm.chroma.model.Chroma)
-        guidance = latents.new_full((len(latents),), _CHROMA_GUIDANCE if is_chroma else _GUIDANCE)
+        guidance = latents.new_full((len(latents),), _CHROMA_GUIDANCE if self._is_chroma else _GUIDANCE)
         times = self.model.get_model_object("model_sampling").timestep(self._flow.sigma(timesteps))
         return self.denoiser(latents.to(dtype), times.float(), context=text, guidance=guidance,
                              transformer_options=options, **given)
