@@ -15,7 +15,7 @@ from continual_concepts.core.hosts.diffusers import multi_head
 from continual_concepts.core.interop.export import export_concept
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
-from continual_concepts.core.model.processor import HostAttention, SiteCall
+from continual_concepts.core.model.processor import HostAttention, JointRows, SiteCall
 from continual_concepts.core.model.sites import Site
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 from continual_concepts.core.regional.regions import Region
@@ -253,3 +253,22 @@ def test_an_export_says_what_a_lora_cannot_hold(layout, make_concept, tmp_path):
         bank = ConceptBank(layout).add(make_concept(layout, "rex", method=method, layerwise=False))
         notes = export_concept(bank, "rex", tmp_path, ("kohya",)).notes
         assert any("acts on every word of a prompt" in note for note in notes) == is_said
+
+
+def test_in_a_joint_attention_the_mass_is_the_words_share_of_all_rows():
+    """Of text and picture together, with positions in the logits and none in what chooses among slots."""
+    query, turned, key, value, own_key, own_value = (draw(1, n, 8, seed=20 + i)
+                                                     for i, n in enumerate((4, 4, 5, 5, 6, 6)))
+    bias, mask = draw(1, 1, 4, 11, seed=30), torch.tensor([[0.0, 1.0, 0.5, 0.0, 0.0]])
+    concepts = TokenLora.at({"rex": mask}, {"rex": slots(31)})
+    ours, added = token_lora_attention(2, query, query, key, value, concepts.adapters(SITE),
+                                       JointRows(turned, own_key, own_value, bias))
+    assert added is None
+    for h in range(2):
+        part = slice(4 * h, 4 * h + 4)
+        keys, values = torch.cat([key, own_key], 1)[0, :, part], torch.cat([value, own_value], 1)[0, :, part]
+        share = (turned[0, :, part] @ keys.T / 2 + bias[0, 0]).softmax(1)
+        delta = concepts.deltas["rex"][0, SLOTS]
+        read = (query[0, :, part] @ delta.key[:, part].T / 2).softmax(1) @ (0.8 * delta.value[:, part])
+        expected = share @ values + (share[:, :5] * mask).sum(1, keepdim=True) * read
+        assert torch.allclose(ours[0, :, part], expected, atol=1e-5)

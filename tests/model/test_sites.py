@@ -9,7 +9,7 @@ import torch
 
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.checkpointing import recomputed
-from continual_concepts.core.model.sites import SiteLayout, transformer_layout, unet_layout
+from continual_concepts.core.model.sites import SiteLayout, joint_layout, transformer_layout, unet_layout
 
 WIDTHS = (("clip_l", 768),)
 
@@ -91,3 +91,15 @@ def test_without_kinds_no_block_is_recomputed():
     with recomputed(block, ()):
         block[0](torch.ones(1, requires_grad=True), options={"number": 1}).sum().backward()
     assert block[0].numbers == [1]
+
+
+def test_joint_attention_has_no_modules_of_its_own_for_the_text():
+    layout = joint_layout(2, 1, 24, 3072, (("t5xxl", 4096),))
+    assert [site.name for site in layout.sites] == ["double_blocks.0", "double_blocks.1", "single_blocks.0"]
+    assert layout.is_joint and layout.copies == 1 and not layout.takes_words
+    assert SiteLayout.from_json(layout.to_json()) == layout
+    with pytest.raises(ConceptError, match="'double_blocks.0' is a joint.*to_k; allowed there: slots"):
+        layout.sites[0].path("to_k")
+    with pytest.raises(ConceptError, match="where baking is not supported; allowed: objects.*'slots'"):
+        layout.refuse_joint("baking is")
+    unet_layout({"mid_block.attn2": (8, 320, 768)}, WIDTHS).refuse_joint("baking is")
