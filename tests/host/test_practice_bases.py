@@ -17,13 +17,13 @@ def reading(pack, studio, tiny_xl, tiny_sdxl, make_concept):
     def make(channels: int):
         from diffusers import UNet2DConditionModel
 
-        from continual_concepts.tests.host.conftest import _model
+        from continual_concepts.tests.host.make_sdxl import tiny_xl_model
 
         with torch.inference_mode(False), torch.random.fork_rng():
             torch.manual_seed(0)
             unet = UNet2DConditionModel.from_config({**tiny_sdxl.unet.config, "in_channels": channels})
         bank = ConceptBank(tiny_sdxl.layout).add(make_concept(tiny_sdxl.layout, "rex", seed=0, size=0.3))
-        small = type(studio)(pack, (_model(unet), *tiny_xl[1:]), bank)
+        small = type(studio)(pack, (tiny_xl_model(unet), *tiny_xl[1:]), bank)
         small.latent = lambda count=1: {"samples": torch.zeros(count, 4, 8, 8)}
         return small
 

@@ -36,7 +36,6 @@ from ..text import ROWS
 from .base import Family, computation_type, is_plain
 
 _NORMS = {"to_q": "q_norm", "to_k": "k_norm"}
-_TEXT_WIDTH = 1024      # of both; the host builds no other
 _CROSS, _SELF = "attn2_patch", "attn1_patch"      # the host's keys of other nodes' patches, since 0.33
 _HAS_ANIMA = importlib.util.find_spec("comfy.ldm.anima") is not None      # older hosts take it for Cosmos
 _COSMOS = getattr(comfy.model_sampling, "COSMOS_RFLOW", ())
@@ -53,7 +52,7 @@ class Predict2(Family):
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
         kind = type(model.model).__name__
-        if text_widths != ((ROWS, _TEXT_WIDTH),):
+        if text_widths != ((ROWS, self.denoiser.blocks[0].cross_attn.k_proj.weight.shape[1]),):
             names = ", ".join(name for name, _ in text_widths)
             hint = "" if _HAS_ANIMA else "; if it is Anima, which this ComfyUI does not know, update ComfyUI"
             raise ConceptError(f"the model's class is {kind}, but the CLIP has the text encoders {names}; "
