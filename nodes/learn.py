@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS, ConceptInfo
-from ..core.bank.tokens import check_class_noun, check_name, typed_name
 from ..core.charts import loss_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.framing import Framing
@@ -35,6 +34,7 @@ from ..core.methods.base import Method
 from ..core.sampling.settings import SampleSettings
 from ..core.settings import unusual
 from ..core.training.config import TrainingConfig
+from ..core.training.presets import AS_SET, NORMAL, Preset
 from ..core.training.record import check_known, run_identity, run_key
 from ..core.training.refinement import (
     check_refinable,
@@ -48,12 +48,14 @@ from . import types
 from .folders import checkpoint_file, checkpoint_folder
 from .images import deferred_pictures, judge, masks_of, to_image
 from .inputs import first, setting_input
+from .presets import checked_name, checked_noun, chosen_preset, preset_inputs, with_preset
 from .progress import Reporter
-from .schema import Schema
+from .schema import ADVANCED, Schema
 
 KEEP, AGAIN, REFINE = "keep it", "learn it again", "refine it"
 OF_TRAINING = ("steps", "batch_size", "resolution", "seed")      # inputs that are fields of TrainingConfig
-LATER = {"clip_vision": None, "stop_after": 0, "show_older": False}      # inputs that saved graphs may lack
+# inputs that saved graphs may lack
+LATER = {"clip_vision": None, "stop_after": 0, "show_older": False, "preset": AS_SET, "effort": NORMAL}
 
 
 class ConceptLearner(io.ComfyNode):
@@ -77,19 +79,20 @@ class ConceptLearner(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The same checkpoint's; it encodes the photos."),
                 io.Image.Input("images",
                                tooltip="3 to 10 photos of the concept: a batch, or a list of any sizes."),
-                io.String.Input("name", default="rex",
+                io.String.Input("name", default="",
                                 tooltip="What you type in prompts as <name>: letters, digits, - and _."),
-                io.String.Input("class_noun", default="dog",
+                io.String.Input("class_noun", default="",
                                 tooltip="What it is, in a word the model knows: dog, teddy bear, painting."),
-                io.Combo.Input("kind", options=list(KINDS), default="object",
+                io.Combo.Input("kind", options=list(KINDS), default="object", **ADVANCED,
                                tooltip="object: a thing. style: how pictures look."),
                 io.Combo.Input(
                     "method",
                     options=[DEFAULT, *sorted(set(METHODS) - {DEFAULT})],
                     default=DEFAULT,
+                    **ADVANCED,
                     tooltip="\n".join(f"{name}: {entry.summary}" for name, entry in sorted(METHODS.items())),
                 ),
-                setting_input(TrainingConfig, "steps"),
+                setting_input(TrainingConfig, "steps", **ADVANCED),
                 io.Float.Input(
                     "lr",
                     default=0.0,
@@ -97,6 +100,7 @@ class ConceptLearner(io.ComfyNode):
                     max=1.0,
                     step=1e-5,
                     round=1e-7,
+                    **ADVANCED,
                     tooltip="Learning rate of the weights; 0 = the method's own.",
                 ),
                 io.Float.Input(
@@ -106,17 +110,18 @@ class ConceptLearner(io.ComfyNode):
                     max=1.0,
                     step=1e-4,
                     round=1e-7,
+                    **ADVANCED,
                     tooltip="Learning rate of the words; 0 = the method's own.",
                 ),
-                setting_input(TrainingConfig, "resolution"),
-                setting_input(TrainingConfig, "batch_size"),
-                setting_input(TrainingConfig, "seed"),
-                io.Int.Input("preview_every", default=100, min=0, max=10_000,
+                *(setting_input(TrainingConfig, name, **ADVANCED)
+                  for name in ("resolution", "batch_size", "seed")),
+                io.Int.Input("preview_every", default=100, min=0, max=10_000, **ADVANCED,
                              tooltip="Steps between previews; 0 = none."),
                 io.Combo.Input(
                     "if_known",
                     options=[KEEP, AGAIN, REFINE],
                     default=KEEP,
+                    **ADVANCED,
                     tooltip="If the bank already holds this name: keep the concept if it was learned from "
                             "these photos and settings (otherwise an error), or replace it, or refine it: go "
                             "on from what it has learned, with further photos.",
@@ -152,6 +157,7 @@ class ConceptLearner(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100,
+                    **ADVANCED,
                     tooltip="Stop after this many previews without a gain in similarity to the photos; 0 = "
                             "do all steps. Needs preview_every, and clip_vision or the encoder for photos.",
                 ),
@@ -159,9 +165,11 @@ class ConceptLearner(io.ComfyNode):
                     "show_older",
                     optional=True,
                     default=False,
+                    **ADVANCED,
                     tooltip="Draw up to eight older concepts of the bank at the end, beside their thumbnails "
                             "from when they were learned.",
                 ),
+                *preset_inputs(),
             ],
             outputs=[
                 types.Bank.Output(display_name="bank"),
@@ -173,13 +181,14 @@ class ConceptLearner(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name, class_noun):
-        """Reports a wrong name, or a folder that cannot be written, before the graph runs. Text from another
-        node is None at this point."""
+    def validate_inputs(cls, name, class_noun, if_known):
+        """Reports a missing or wrong name, or a folder that cannot be written, before the graph runs. Text
+        from another node is None at this point."""
         try:
             if first(name) is not None:
-                check_name(typed_name(first(name)))
-            check_class_noun(first(class_noun) or "")
+                checked_name(first(name))
+            if first(class_noun) is not None:
+                checked_noun(first(class_noun), first(if_known) == REFINE)
             check_output_folder(checkpoint_folder())
         except ConceptError as error:
             return str(error)
@@ -191,13 +200,16 @@ class ConceptLearner(io.ComfyNode):
         method_settings=None, training_settings=None, **inputs
     ) -> io.NodeOutput:
         given = {key: first(value) for key, value in (LATER | inputs).items()}
-        name, noun = check_name(typed_name(given["name"])), check_class_noun(given["class_noun"])
+        name = checked_name(given["name"])
+        noun = checked_noun(given["class_noun"], given["if_known"] == REFINE)
         if given["if_known"] not in (KEEP, AGAIN, REFINE):
             raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}, {REFINE}")
         known = None
         if given["if_known"] == REFINE:
-            known = check_refinable(first(bank), name, class_noun=noun, kind=given["kind"],
-                                    method=given["method"])
+            own = {} if given["preset"] != AS_SET else {"kind": given["kind"], "method": given["method"]}
+            known = check_refinable(first(bank), name, class_noun=noun, **own)
+        chosen = chosen_preset(given, known)
+        given = given if chosen is None else with_preset(given, chosen, known)
         photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))
         prior = [Picture(p, prior_caption(noun), is_prior=True)
                  for p in deferred_pictures(prior_images, "prior_images")]
@@ -205,7 +217,7 @@ class ConceptLearner(io.ComfyNode):
         method = make(given["method"], settings if known is None else settings_of(known, settings))
         if first(selection) is not None:
             method.use_selection(first(selection))
-        config = _training_config(given, first(training_settings))
+        config = _training_config(given, first(training_settings), chosen)
         with torch.inference_mode(False):
             backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])
             given["encode"] = judge(given["clip_vision"], backbone.layout)
@@ -222,7 +234,7 @@ class ConceptLearner(io.ComfyNode):
             if name in start and given["if_known"] == KEEP:
                 return _already_learned(start, _info(task, method), method, config, photos)
             return _learn(task, method, config, [*photos, *prior], given,
-                          getattr(cls.hidden, "unique_id", None))
+                          getattr(cls.hidden, "unique_id", None), chosen)
 
 
 def _method_settings(given: dict, settings: dict | None) -> dict:
@@ -233,13 +245,15 @@ def _method_settings(given: dict, settings: dict | None) -> dict:
     return dict(settings or {}) | {rate: given[rate] for rate in rates if given[rate] > 0}
 
 
-def _training_config(given: dict, settings: dict | None) -> TrainingConfig:
+def _training_config(given: dict, settings: dict | None, chosen: Preset | None) -> TrainingConfig:
+    """Settings that are connected replace those of a preset."""
     settings = settings or {}
     unknown = sorted(set(settings) - {field.name for field in fields(TrainingConfig)})
     if unknown:
         raise ConceptError(f"training_settings holds {unknown[0]!r}, which is no setting of training; "
                            "connect Concept Training Settings")
-    return replace(TrainingConfig(**{key: given[key] for key in OF_TRAINING}), **settings)
+    usual = {} if chosen is None else chosen.training
+    return TrainingConfig(**{**usual, **{key: given[key] for key in OF_TRAINING}, **settings})
 
 
 def _with_early_stopping(config: TrainingConfig, given: dict) -> TrainingConfig:
@@ -276,7 +290,7 @@ def _unchanged(bank: ConceptBank, sentence: str) -> io.NodeOutput:
 
 
 def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Picture], given: dict,
-           node: str | None) -> io.NodeOutput:
+           node: str | None, chosen: Preset | None) -> io.NodeOutput:
     photos = [picture for picture in pictures if not picture.is_prior]
     digests = [photo.digest for photo in photos]
     on_captions = check_captions(photos, [*task.bank.infos.values(), _info(task, method)])
@@ -291,7 +305,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
              *(warning.text for warning in warnings)]
     for note in notes:      # before the minutes of training
         logging.warning("Concept Learner: %s", note)
-    notes.insert(0, taken.headline)
+    notes[:0] = [taken.headline, *([] if chosen is None else [chosen.describe()])]
     size = (config.resolution, config.resolution)
     backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)
     cancel = comfy.model_management.throw_exception_if_processing_interrupted

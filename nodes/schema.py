@@ -14,5 +14,7 @@ def Schema(**fields) -> io.Schema:  # noqa: N802 - node scanners look for a call
     return io.Schema(**{key: value for key, value in fields.items() if key in _FIELDS})
 
 
-# marks an input as advanced, so that the page hides it by default
-ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input).parameters else {}
+# Marks an input as advanced, so that the page hides it by default. Earlier ComfyUI has no argument for it,
+# but hands further options to the page, which knows this one.
+ADVANCED: dict = ({"advanced": True} if "advanced" in inspect.signature(io.Float.Input).parameters
+                  else {"extra_dict": {"advanced": True}})

@@ -11,7 +11,9 @@ import torch
 from ..bank.format import open_bank
 from ..demo.bases import EMBEDDED, NAMES, NEWEST, TRANSFORMERS, file_of, picture_size
 from ..errors import ConceptError
+from ..hosts.base_folder import BaseFolder
 from ..hosts.modules import ModuleBackbone
+from ..training import presets
 from ..training.config import TrainingConfig
 from ..training.process_group import own_device
 
@@ -20,6 +22,7 @@ EMBEDDED_TRAINING = TrainingConfig(resolution=EMBEDDED_SIZE, steps=500, batch_si
                                    warmup=20)
 EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # 200 times smaller than SD1.5: needs higher rates
 OTHER_SIZE, OTHER_CFG = 512, 7.5
+PRESETS = {"person": presets.PERSON, "object": presets.OBJECT, "style": presets.STYLE}
 
 
 def is_embedded(options: Namespace) -> bool:
@@ -40,11 +43,44 @@ def embedded_name(options: Namespace) -> str:
     return made_on if made_on in NAMES else NEWEST
 
 
+def preset_of(options: Namespace) -> presets.Preset | None:
+    """The preset that the options name, for the family of the base; None if they name none.
+
+    Raises:
+        ConceptError: `--effort` is given alone, or `--kind` is not the preset's.
+    """
+    if getattr(options, "preset", None) is None:
+        if getattr(options, "effort", None) is not None:
+            raise ConceptError(f"--effort is '{options.effort}', and no preset is given; give --preset "
+                               f"{', '.join(PRESETS)} with it")
+        return None
+    subject = PRESETS[options.preset]
+    if getattr(options, "kind", None) not in (None, presets.kind_of(subject)):
+        raise ConceptError(f"the kind is '{options.kind}', and --preset is '{options.preset}'; give one of "
+                           "them, or two that agree")
+    effort = options.effort or presets.NORMAL
+    if is_embedded(options):
+        return presets.preset(subject, effort, presets.EMBEDDED, picture_size(embedded_name(options)))
+    folder = BaseFolder(Path(options.base).expanduser())
+    return presets.preset(subject, effort, presets.family_of_width(folder.context_width))
+
+
 def training_of(options: Namespace) -> TrainingConfig:
-    """Default settings of training on the base."""
+    """Default settings of training on the base, those of the preset if one is given."""
+    chosen = preset_of(options)
+    if chosen is not None:
+        return TrainingConfig(**chosen.training)
     if not is_embedded(options):
         return TrainingConfig()
     return replace(EMBEDDED_TRAINING, resolution=picture_size(embedded_name(options)))
+
+
+def rates_of(options: Namespace) -> dict[str, float]:
+    """Default learning rates on the base, those of the preset if one is given and its method is used."""
+    chosen = preset_of(options)
+    if chosen is not None and options.method == chosen.method:
+        return dict(chosen.rates)
+    return EMBEDDED_RATES if is_embedded(options) else {}
 
 
 def guidance_of(options: Namespace) -> float:

@@ -132,7 +132,9 @@ def _chosen(options: Namespace, stored: ConceptBank | None) -> ConceptInfo | Non
         info = check_refinable(stored, options.name, class_noun=options.noun, kind=options.kind or "",
                                method=options.method or "", words=options.words)
         options.noun, options.words = info.class_noun, info.words
-    options.kind = options.kind or (KINDS[0] if info is None else info.kind)
+    preset = backbones.preset_of(options)
+    usual = KINDS[0] if preset is None else preset.kind
+    options.kind = options.kind or (usual if info is None else info.kind)
     options.method = options.method or (DEFAULT if info is None else info.method)
     return info
 
@@ -190,7 +192,7 @@ def learn(options: Namespace) -> Result | None:
     if options.contact_sheet is not None:
         check_sheet(options.contact_sheet, (options.images, options.captions, options.masks, options.prior))
     refined = _chosen(options, stored)
-    rates = backbones.EMBEDDED_RATES if backbones.is_embedded(options) else {}
+    rates = backbones.rates_of(options)
     settings = _method_settings(options)
     method = make(options.method,
                   {**rates, **settings} if refined is None else settings_of(refined, settings))
@@ -203,7 +205,8 @@ def learn(options: Namespace) -> Result | None:
     read = read.checked(options, training, stored, method)
     with process_group(options.device) as group:
         if group.is_first and not options.json:
-            say("\n".join(read.lines()))
+            chosen = backbones.preset_of(options)
+            say("\n".join([*read.lines(), *([] if chosen is None else [chosen.describe()])]))
         if group.is_first and options.contact_sheet is not None:
             write_sheet(options.contact_sheet, read.photos.report)
         if stored is not None and options.name in stored and options.if_known == KEEP:

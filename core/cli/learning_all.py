@@ -17,6 +17,7 @@ from ..data.captions import LARGEST_TABLE, bytes_of, csv_records, decoded
 from ..data.listing import entries, is_hidden, pictures_in, subfolders_with_pictures
 from ..data.report import Skipped
 from ..errors import ConceptError
+from .backbones import preset_of
 from .learning import check_options, learn
 from .result import Result, say
 from .sheets import check_sheet
@@ -150,6 +151,8 @@ def passed_over(folder: Path) -> list[Skipped]:
 def _check(options: Namespace, found: list[Planned]) -> None:
     """Checks what concerns all concepts, before any is learned."""
     check_options(options)
+    for planned in found:
+        preset_of(planned.options(options))
     if options.contact_sheets is not None:
         # without a table, a folder of sheets would be learned from by the next run
         read = [options.folder, options.prior,

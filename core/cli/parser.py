@@ -19,6 +19,7 @@ from ..methods import DEFAULT, METHODS
 from ..sampling.settings import SampleSettings
 from ..settings import FINITE, SEED, at_least, between
 from ..training.config import TrainingConfig
+from ..training.presets import EFFORTS, NORMAL
 from .arguments import (
     Parser,
     UsageError,
@@ -31,7 +32,7 @@ from .arguments import (
     with_plain_booleans,
     word_names,
 )
-from .backbones import EMBEDDED_CFG, EMBEDDED_SIZE, EMBEDDED_TRAINING, OTHER_CFG, OTHER_SIZE
+from .backbones import EMBEDDED_CFG, EMBEDDED_SIZE, EMBEDDED_TRAINING, OTHER_CFG, OTHER_SIZE, PRESETS
 from .learning import IF_KNOWN
 from .result import run, say
 
@@ -99,6 +100,12 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prior", type=file_path,
                         help="folder of prior-preservation pictures; the caption of those without one is "
                         "'a photo of a NOUN'")
+    parser.add_argument("--preset", choices=tuple(PRESETS),
+                        help="what is learned: a person or animal, an object, or a style; chooses kind, "
+                        "steps, learning rates, resolution and batch size for the base's family; flags and "
+                        "--set change single ones (default: none)")
+    parser.add_argument("--effort", choices=EFFORTS,
+                        help=f"with --preset: how long to learn (default {NORMAL})")
     parser.add_argument("--method", choices=sorted(METHODS),
                         help=f"how the concept is learned (default {DEFAULT})")
     parser.add_argument("--set", dest="settings", type=setting_pair, action="append", default=[],

@@ -25,6 +25,7 @@ class BaseFolder:
         has_two: Whether there are two text encoders (SDXL).
         suffixes: Part -> the variant of its weight files, such as "fp16"; None for files without one.
         scheduler: The scheduler's configuration.
+        context_width: Width of the text states that the UNet reads; 0 if its configuration names several.
 
     Raises:
         ConceptError: A part is missing, is of another kind, or has no weights that can be read.
@@ -46,7 +47,10 @@ class BaseFolder:
             raise ConceptError(f"base '{path}' has no subfolder {', '.join(map(repr, missing))}; {_ALLOWED}"
                                f"{hint}")
         self.scheduler = self._config("scheduler/scheduler_config.json")
-        self._check_unet(self._config("unet/config.json"), self._config("vae/config.json"))
+        unet = self._config("unet/config.json")
+        self._check_unet(unet, self._config("vae/config.json"))
+        width = unet.get("cross_attention_dim", 0)
+        self.context_width = width if isinstance(width, int) else 0
         weights = [part for part in _WEIGHTS if part != "text_encoder_2" or self.has_two]
         self.suffixes = {part: self._suffix(part) for part in weights}
 

@@ -247,3 +247,26 @@ def test_bench_says_what_to_run_instead(capsys, flag):
 def test_bench_may_be_a_name(bank_file, capsys):
     assert main(["bank", "rename", str(bank_file), "rex", "bench"]) == 0
     assert open_bank(bank_file).names == ["bench"]
+
+
+def test_a_preset_chooses_what_no_flag_says(photos, tmp_path, capsys):
+    bank = tmp_path / "bank.safetensors"
+    asked = ["learn", str(photos), "--bank", str(bank), "--name", "rex", "--noun", "dog",
+             "--preset", "person", "--effort", "quick", "--base", "embedded-64", "--batch-size", "2"]
+    assert main([*asked, "--steps", "2"]) == 0
+    assert "preset person or animal, quick, for embedded: method slots, lr 0.001" in capsys.readouterr().out
+    info = open_bank(bank).infos["rex"]
+    settings = info.provenance.settings
+    assert info.kind == "object" and settings["method"]["lr"] == 1e-3
+    assert {name: settings["training"][name] for name in ("steps", "batch_size", "resolution", "warmup")} == {
+        "steps": 2, "batch_size": 2, "resolution": 64, "warmup": 20}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--effort", "quick"], "--effort is 'quick', and no preset is given; give --preset person"),
+    (["--preset", "object", "--kind", "style"], "the kind is 'style', and --preset is 'object'")])
+def test_a_preset_that_makes_no_sense_is_refused(photos, tmp_path, capsys, flags, sentence):
+    bank = tmp_path / "bank.safetensors"
+    assert sentence in refused(capsys, "learn", str(photos), "--bank", str(bank), "--name", "rex", "--noun",
+                               "dog", *QUICK, *flags)
+    assert not bank.exists()

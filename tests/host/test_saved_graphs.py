@@ -14,7 +14,8 @@ import pytest
 BEFORE = json.loads((Path(__file__).parents[1] / "fixtures" / "before"
                      / "nodes.json").read_text(encoding="utf-8"))
 # Defaults of new nodes only: saved graphs store the value of every input that is not optional.
-NEW_DEFAULTS = {("ConceptLearner", "method"): "slots"}
+NEW_DEFAULTS = {("ConceptLearner", "method"): "slots", ("ConceptLearner", "name"): "",
+                ("ConceptLearner", "class_noun"): ""}
 # A saved graph has a link there, which a node without the need for one accepts.
 NOW_OPTIONAL = {("ConceptEvaluate", "clip_vision")}
 

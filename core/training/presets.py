@@ -1,0 +1,173 @@
+"""Presets: what to learn and how long to learn it, as settings for the base's family.
+
+Every row of `_ROWS` names where its values come from. Most values of the embedded bases are measured; those
+of published models are published ones of papers and of other trainers, mostly for other methods. No row was
+measured on a published checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..demo.bases import picture_size
+from ..errors import ConceptError
+from ..methods import DEFAULT
+from ..model.sites import SiteLayout
+
+AS_SET = "as set"      # no preset: every setting is used as it is
+PERSON, OBJECT, STYLE = SUBJECTS = ("person or animal", "object", "style")
+QUICK, NORMAL, THOROUGH = EFFORTS = ("quick", "normal", "thorough")
+EMBEDDED, SD1, SD2, SDXL, PREDICT2, OTHER = FAMILIES = (
+    "embedded", "SD1.5", "SD2", "SDXL", "Anima, Cosmos Predict2", "other")
+_BY_CONTEXT_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}      # of UNets
+
+Steps = tuple[int, int, int]      # of the three efforts
+
+
+@dataclass(frozen=True)
+class Row:
+    """Values of one family. steps: by subject; one number per effort. resolution: None = that of the base.
+    source: where the values come from."""
+
+    steps: Mapping[str, Steps]
+    lr: float
+    token_lr: float
+    resolution: int | None
+    training: Mapping[str, object]
+    source: str
+
+
+def _by_subject(person: Steps, other: Steps) -> dict[str, Steps]:
+    return {PERSON: person, OBJECT: other, STYLE: other}
+
+
+_BATCHES_OF_FOUR = {"batch_size": 4, "schedule": "cosine", "warmup": 20}
+_CIDM = ("800 steps, both rates and 512 pixels: CIDM's paper (Dong et al., NeurIPS 2024); a person or animal "
+         "gets half as many again, because Hugging Face's study of DreamBooth (2022) found 800 to 1200 steps "
+         "for faces and 400 for objects; quick and thorough are half and twice; not measured here")
+
+_ROWS: Mapping[str, Row] = {
+    EMBEDDED: Row(
+        _by_subject((100, 200, 400), (100, 200, 400)), 1e-3, 5e-3, None, _BATCHES_OF_FOUR,
+        "measured on embedded-64 by the benchmark's tuning: normal is the best of 9 trials of slots and of "
+        "lora, and quick is one of them; thorough is twice normal and was not measured"),
+    SD1: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1}, _CIDM),
+    SD2: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1},
+             f"as {SD1}, of which SD2 is the successor; {_CIDM}"),
+    SDXL: Row(
+        _by_subject((375, 750, 1500), (250, 500, 1000)), 1e-4, 1e-3, 1024,
+        {"batch_size": 1, "accumulation": 4, "schedule": "constant"},
+        "500 steps of 4 accumulated pictures, the rate and 1024 pixels: diffusers' DreamBooth example for "
+        "SDXL; a person or animal gets half as many again, quick and thorough are half and twice; not "
+        "measured here"),
+    PREDICT2: Row(
+        _by_subject((400, 800, 1600), (400, 800, 1600)), 1e-4, 1e-3, 1024, {"batch_size": 1},
+        "the rate: the guide of sd-scripts for Anima; 800 steps are its 10 epochs for 8 photos that are "
+        "repeated 10 times; quick and thorough are half and twice; not measured here"),
+    OTHER: Row(_by_subject((400, 800, 1600), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1},
+               "no values for this family are known; those of SD1.5"),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings for one subject, effort and family.
+
+    Attributes:
+        subject, effort, family: What it is for.
+        kind: The concept's kind.
+        method: How it is learned.
+        rates: Settings of the method: lr and token_lr.
+        training: Settings of training, by name.
+        source: Where the values come from.
+    """
+
+    subject: str
+    effort: str
+    family: str
+    kind: str
+    method: str
+    rates: Mapping[str, float]
+    training: Mapping[str, object]
+    source: str
+
+    def describe(self) -> str:
+        """One line with the values."""
+        training = ", ".join(f"{name} {value}" for name, value in self.training.items())
+        rates = ", ".join(f"{name} {value:g}" for name, value in self.rates.items())
+        return (f"preset {self.subject}, {self.effort}, for {self.family}: method {self.method}, {rates}, "
+                f"{training}")
+
+
+def family_of(layout: SiteLayout) -> str:
+    """The family of a base's layout, one of `FAMILIES`."""
+    if layout.embedded_base:
+        return EMBEDDED
+    if all(site.of_transformer for site in layout.sites):
+        return PREDICT2
+    return family_of_width(layout.sites[0].context_width)
+
+
+def family_of_width(context_width: int) -> str:
+    """The family of a published UNet whose text states have this width."""
+    return _BY_CONTEXT_WIDTH.get(context_width, OTHER)
+
+
+def kind_of(subject: str) -> str:
+    return "style" if subject == STYLE else "object"
+
+
+def preset(subject: str, effort: str, family: str, size: int = 0) -> Preset:
+    """Looks up a preset.
+
+    Args:
+        subject: One of `SUBJECTS`.
+        effort: One of `EFFORTS`.
+        family: One of `FAMILIES`.
+        size: Side in pixels of an embedded base's pictures; 0 = that of the newest one.
+
+    Raises:
+        ConceptError: Subject or effort is unknown.
+    """
+    for name, value, allowed in (("preset", subject, SUBJECTS), ("effort", effort, EFFORTS)):
+        if value not in allowed:
+            raise ConceptError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+    row = _ROWS[family]
+    training = {"steps": row.steps[subject][EFFORTS.index(effort)],
+                "resolution": row.resolution or size or picture_size(), **row.training}
+    return Preset(subject, effort, family, kind_of(subject), DEFAULT,
+                  {"lr": row.lr, "token_lr": row.token_lr}, training, row.source)
+
+
+def preset_for(subject: str, effort: str, layout: SiteLayout) -> Preset:
+    """The preset for a base with this layout."""
+    name = layout.embedded_base
+    return preset(subject, effort, family_of(layout), picture_size(name) if name else 0)
+
+
+def shown_values() -> dict[str, dict[str, dict[str, str]]]:
+    """Subject -> effort -> input of Concept Learner -> the values that a preset gives it, as text. Families
+    whose value differs from SD1.5's are named."""
+    return {subject: {effort: _shown(subject, effort) for effort in EFFORTS} for subject in SUBJECTS}
+
+
+def _shown(subject: str, effort: str) -> dict[str, str]:
+    by_family = {family: _values(row, subject, effort) for family, row in _ROWS.items() if family != OTHER}
+    return {name: _joined(value, {family: values[name] for family, values in by_family.items()})
+            for name, value in by_family[SD1].items()}
+
+
+def _values(row: Row, subject: str, effort: str) -> dict[str, str]:
+    steps = row.steps[subject][EFFORTS.index(effort)]
+    return {"kind": kind_of(subject), "method": DEFAULT, "steps": f"{steps}",
+            "lr": f"{row.lr:g}", "token_lr": f"{row.token_lr:g}",
+            "resolution": f"{row.resolution or 'its own'}", "batch_size": f"{row.training['batch_size']}"}
+
+
+def _joined(usual: str, by_family: Mapping[str, str]) -> str:
+    others: dict[str, list[str]] = {}
+    for family, value in by_family.items():
+        if value != usual:
+            others.setdefault(value, []).append(family)
+    return "; ".join([usual, *(f"{value} ({', '.join(families)})" for value, families in others.items())])

@@ -1,0 +1,59 @@
+// Concept Learner: a new node begins with a preset, and inputs that follow a preset show the value that they will have.
+// Without this file presets work all the same; a new node then begins without one.
+
+import { app } from "../../scripts/app.js";
+
+const NODE = "ConceptLearner";
+const AS_SET = "as set";
+const FIRST = "person or animal"; // of a new node
+
+function widgetOf(node, name) {
+    return node.widgets?.find(widget => widget.name === name);
+}
+
+/** Calls `then` after whatever `owner[name]` does. */
+function after(owner, name, then) {
+    const before = owner[name];
+    owner[name] = function (...given) {
+        const result = before?.apply(this, given);
+        then.apply(this, given);
+        return result;
+    };
+}
+
+/** Inputs that follow the preset are labelled with its values and cannot be edited. */
+function show(node, values) {
+    const chosen = values[widgetOf(node, "preset")?.value]?.[widgetOf(node, "effort")?.value];
+    const followers = Object.keys(Object.values(Object.values(values)[0])[0]);
+    for (const name of followers) {
+        const widget = widgetOf(node, name);
+        if (!widget) continue;
+        widget.plainLabel ??= widget.label ?? widget.name;
+        widget.disabled = Boolean(chosen);
+        widget.label = chosen ? `${widget.plainLabel} = ${chosen[name]}` : widget.plainLabel;
+    }
+    node.graph?.setDirtyCanvas?.(true, true);
+}
+
+app.registerExtension({
+    name: "continual-concepts.learner",
+    async nodeCreated(node) {
+        if ((node.constructor.comfyClass ?? node.comfyClass) !== NODE) return;
+        const preset = widgetOf(node, "preset");
+        const effort = widgetOf(node, "effort");
+        const given = node.constructor.nodeData?.input?.optional?.preset ?? [];
+        const values = (given[1] ?? {}).preset_values;
+        if (!preset || !effort || !values) return;
+        for (const widget of [preset, effort]) after(widget, "callback", () => show(node, values));
+        let saved = false;
+        after(node, "onConfigure", () => {
+            saved = true;
+            show(node, values);
+        });
+        // Graphs that were saved without a preset have a name, in the API's form, too: they stay as they are.
+        setTimeout(() => {
+            if (!saved && preset.value === AS_SET && !widgetOf(node, "name")?.value) preset.value = FIRST;
+            show(node, values);
+        });
+    },
+});

@@ -1,0 +1,110 @@
+"""Presets: every family has values that training accepts; the embedded bases' were measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from continual_concepts.core.demo.base import load_base
+from continual_concepts.core.demo.bases import file_of
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods import make
+from continual_concepts.core.model.sites import transformer_layout, unet_layout
+from continual_concepts.core.training.config import TrainingConfig
+from continual_concepts.core.training.presets import (
+    EFFORTS,
+    EMBEDDED,
+    FAMILIES,
+    OBJECT,
+    OTHER,
+    PERSON,
+    PREDICT2,
+    SD1,
+    SD2,
+    SDXL,
+    STYLE,
+    SUBJECTS,
+    family_of,
+    preset,
+    preset_for,
+    shown_values,
+)
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "presets.md"
+TUNING = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "tuning.json"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_every_preset_can_be_used_and_more_effort_is_more_steps(subject, family):
+    chosen = [preset(subject, effort, family) for effort in EFFORTS]
+    steps = [TrainingConfig(**each.training).steps for each in chosen]
+    assert steps[0] < steps[1] < steps[2]
+    for each in chosen:
+        assert make(each.method, each.rates).composition_of_kind(each.kind)
+        assert each.kind == ("style" if subject == STYLE else "object") and each.source
+
+
+@pytest.mark.parametrize(("width", "family"), [(768, SD1), (1024, SD2), (2048, SDXL), (4096, OTHER)])
+def test_the_family_of_a_unet_is_told_by_its_text(width, family):
+    layout = unet_layout({"mid_block.attentions.0.attn2": (8, 64, width)}, (("clip_l", 768),))
+    assert family_of(layout) == family
+
+
+def test_the_family_of_a_transformer():
+    layout = transformer_layout({"blocks.0.cross_attn": (8, 64, 1024)}, (("t5xxl", 1024),))
+    assert family_of(layout) == PREDICT2
+
+
+@pytest.mark.parametrize("name", ["embedded-64", "embedded-128"])
+def test_an_embedded_base_is_learned_in_its_own_size(name):
+    chosen = preset_for(OBJECT, "normal", load_base(file_of(name)).layout)
+    assert chosen.family == EMBEDDED and chosen.training["resolution"] == int(name.removeprefix("embedded-"))
+
+
+@pytest.mark.skipif(not TUNING.exists(), reason="the benchmark's tuning has no result in this checkout")
+@pytest.mark.parametrize("subject", [PERSON, OBJECT])
+def test_the_embedded_values_are_those_that_tuning_chose(subject):
+    best = json.loads(TUNING.read_text())["methods"]["slots"]["chosen"]
+    chosen = preset(subject, "normal", EMBEDDED)
+    assert {**chosen.rates, "steps": chosen.training["steps"]} == best
+
+
+def test_values_are_shown_with_the_families_that_differ():
+    shown = shown_values()[PERSON]["normal"]
+    assert shown["steps"].startswith("1200; ") and "750 (SDXL)" in shown["steps"]
+    assert shown["resolution"] == "512; its own (embedded); 1024 (SDXL, Anima, Cosmos Predict2)"
+    assert shown["kind"] == "object"
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    (("dog", "normal"), "preset is 'dog'; allowed: person or animal, object, style"),
+    ((OBJECT, "much"), "effort is 'much'; allowed: quick, normal, thorough")])
+def test_an_unknown_preset_is_refused(given, sentence):
+    with pytest.raises(ConceptError, match=sentence):
+        preset(*given, SD1)
+
+
+def documented() -> str:
+    """The table of docs/presets.md."""
+    rows = []
+    for family in FAMILIES:
+        chosen = preset(OBJECT, "normal", family)
+        steps = [" / ".join(str(preset(subject, effort, family).training["steps"]) for effort in EFFORTS)
+                 for subject in (PERSON, OBJECT, STYLE)]
+        rest = {key: value for key, value in chosen.training.items() if key not in ("steps", "resolution")}
+        pixels = "its own" if family == EMBEDDED else chosen.training["resolution"]
+        cells = [family, *steps, *(f"{rate:g}" for rate in chosen.rates.values()), pixels,
+                 ", ".join(f"{key} {value}" for key, value in rest.items())]
+        rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    head = "| family | steps, person or animal | object | style | lr | token_lr | pixels | training |"
+    return "\n".join([head, "|---" * 8 + "|", *rows])
+
+
+def test_the_document_has_the_values_and_their_sources():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert documented() in text
+    for family in FAMILIES:
+        assert f"* **{family}**: {preset(OBJECT, 'normal', family).source}." in text
