@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..demo.bases import picture_size
 from ..errors import ConceptError
@@ -34,7 +35,7 @@ class Row:
     lr: float
     token_lr: float
     resolution: int | None
-    training: Mapping[str, object]
+    training: Mapping[str, Any]
     source: str
 
 
@@ -89,7 +90,7 @@ class Preset:
     kind: str
     method: str
     rates: Mapping[str, float]
-    training: Mapping[str, object]
+    training: Mapping[str, Any]
     source: str
 
     def describe(self) -> str:
