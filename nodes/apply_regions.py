@@ -10,7 +10,7 @@ from ..core.sampling.settings import SampleSettings
 from . import types
 from .inputs import crop_denoising_input, isolation_input, overlap_input
 from .progress import tell
-from .schema import ADVANCED, Schema
+from .schema import Schema, with_options
 
 
 class ConceptRegionsApply(io.ComfyNode):
@@ -49,7 +49,7 @@ class ConceptRegionsApply(io.ComfyNode):
                 overlap_input(),
                 crop_denoising_input(
                     0.0, "0 = off; 0.4 for a picture from noise, 0 for tiles and second passes."),
-                isolation_input(**ADVANCED),
+                with_options(isolation_input(), advanced=True),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),

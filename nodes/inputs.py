@@ -59,9 +59,7 @@ def crop_denoising_input(default: float, advice: str) -> io.Input:
                                   f"alone, so that its concept appears. {advice}")
 
 
-def isolation_input(**changes: Any) -> io.Input:
-    """changes: keyword arguments of ComfyUI's input."""
+def isolation_input() -> io.Input:
     return io.Float.Input("isolation", default=0.0, min=0.0, max=1.0, step=0.05, optional=True,
                           tooltip="Share of the first steps in which regions do not see each other in "
-                                  "self-attention. Concepts mix less, and a step is faster. 0 = off.",
-                          **changes)
+                                  "self-attention. Concepts mix less, and a step is faster. 0 = off.")

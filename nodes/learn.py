@@ -47,13 +47,15 @@ from ..core.training.refinement import (
 from . import types
 from .folders import checkpoint_file, checkpoint_folder
 from .images import deferred_pictures, judge, masks_of, to_image
-from .inputs import first, setting_input
+from .inputs import first, setting_input, setting_inputs
 from .presets import checked_name, checked_noun, chosen_preset, preset_inputs, with_preset
 from .progress import Reporter
-from .schema import ADVANCED, Schema
+from .schema import Schema, advanced
 
 KEEP, AGAIN, REFINE = "keep it", "learn it again", "refine it"
 OF_TRAINING = ("steps", "batch_size", "resolution", "seed")      # inputs that are fields of TrainingConfig
+ADVANCED = ("kind", "method", "steps", "lr", "token_lr", "resolution", "batch_size", "seed", "preview_every",
+            "if_known", "stop_after", "show_older")
 # inputs that saved graphs may lack
 LATER = {"clip_vision": None, "stop_after": 0, "show_older": False, "preset": AS_SET, "effort": NORMAL}
 
@@ -73,7 +75,7 @@ class ConceptLearner(io.ComfyNode):
             description="Learns one concept (your dog, your painter's style) from a few photos and adds it "
                         "to a bank. The concepts in the bank stay unchanged, bit for bit, and so does the "
                         "model.",
-            inputs=[
+            inputs=advanced(ADVANCED, [
                 io.Model.Input("model", tooltip="The checkpoint to learn on; it is not changed."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Vae.Input("vae", tooltip="The same checkpoint's; it encodes the photos."),
@@ -83,16 +85,15 @@ class ConceptLearner(io.ComfyNode):
                                 tooltip="What you type in prompts as <name>: letters, digits, - and _."),
                 io.String.Input("class_noun", default="",
                                 tooltip="What it is, in a word the model knows: dog, teddy bear, painting."),
-                io.Combo.Input("kind", options=list(KINDS), default="object", **ADVANCED,
+                io.Combo.Input("kind", options=list(KINDS), default="object",
                                tooltip="object: a thing. style: how pictures look."),
                 io.Combo.Input(
                     "method",
                     options=[DEFAULT, *sorted(set(METHODS) - {DEFAULT})],
                     default=DEFAULT,
-                    **ADVANCED,
                     tooltip="\n".join(f"{name}: {entry.summary}" for name, entry in sorted(METHODS.items())),
                 ),
-                setting_input(TrainingConfig, "steps", **ADVANCED),
+                setting_input(TrainingConfig, "steps"),
                 io.Float.Input(
                     "lr",
                     default=0.0,
@@ -100,7 +101,6 @@ class ConceptLearner(io.ComfyNode):
                     max=1.0,
                     step=1e-5,
                     round=1e-7,
-                    **ADVANCED,
                     tooltip="Learning rate of the weights; 0 = the method's own.",
                 ),
                 io.Float.Input(
@@ -110,18 +110,15 @@ class ConceptLearner(io.ComfyNode):
                     max=1.0,
                     step=1e-4,
                     round=1e-7,
-                    **ADVANCED,
                     tooltip="Learning rate of the words; 0 = the method's own.",
                 ),
-                *(setting_input(TrainingConfig, name, **ADVANCED)
-                  for name in ("resolution", "batch_size", "seed")),
-                io.Int.Input("preview_every", default=100, min=0, max=10_000, **ADVANCED,
+                *setting_inputs(TrainingConfig, ("resolution", "batch_size", "seed")),
+                io.Int.Input("preview_every", default=100, min=0, max=10_000,
                              tooltip="Steps between previews; 0 = none."),
                 io.Combo.Input(
                     "if_known",
                     options=[KEEP, AGAIN, REFINE],
                     default=KEEP,
-                    **ADVANCED,
                     tooltip="If the bank already holds this name: keep the concept if it was learned from "
                             "these photos and settings (otherwise an error), or replace it, or refine it: go "
                             "on from what it has learned, with further photos.",
@@ -157,7 +154,6 @@ class ConceptLearner(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100,
-                    **ADVANCED,
                     tooltip="Stop after this many previews without a gain in similarity to the photos; 0 = "
                             "do all steps. Needs preview_every, and clip_vision or the encoder for photos.",
                 ),
@@ -165,12 +161,11 @@ class ConceptLearner(io.ComfyNode):
                     "show_older",
                     optional=True,
                     default=False,
-                    **ADVANCED,
                     tooltip="Draw up to eight older concepts of the bank at the end, beside their thumbnails "
                             "from when they were learned.",
                 ),
                 *preset_inputs(),
-            ],
+            ]),
             outputs=[
                 types.Bank.Output(display_name="bank"),
                 io.Image.Output(display_name="loss"),

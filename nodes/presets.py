@@ -10,6 +10,7 @@ from ..core.comfy.families import find_sites
 from ..core.comfy.text import text_widths
 from ..core.errors import ConceptError
 from ..core.training.presets import AS_SET, EFFORTS, NORMAL, SUBJECTS, Preset, preset_for, shown_values
+from .schema import with_options
 
 
 def preset_inputs() -> list[io.Input]:
@@ -18,11 +19,12 @@ def preset_inputs() -> list[io.Input]:
     The page fills inputs that a saved graph lacks with their defaults. So the default is no preset, and a new
     node gets its preset from web/learner.js, which also shows the values.
     """
+    subject = io.Combo.Input(
+        "preset", options=[AS_SET, *SUBJECTS], default=AS_SET, optional=True,
+        tooltip="What you teach. Chooses kind, method, steps, learning rates, resolution and batch size for "
+                f"the model's family; '{AS_SET}' uses the inputs as they are.")
     return [
-        io.Combo.Input("preset", options=[AS_SET, *SUBJECTS], default=AS_SET, optional=True,
-                       extra_dict={"preset_values": shown_values()},
-                       tooltip="What you teach. Chooses kind, method, steps, learning rates, resolution and "
-                               f"batch size for the model's family; '{AS_SET}' uses the inputs as they are."),
+        with_options(subject, preset_values=shown_values()),
         io.Combo.Input("effort", options=list(EFFORTS), default=NORMAL, optional=True,
                        tooltip=f"How long a preset learns; no effect with '{AS_SET}'."),
     ]

@@ -14,7 +14,7 @@ from ..core.sampling.settings import SampleSettings
 from . import types
 from .inputs import crop_denoising_input, isolation_input, overlap_input
 from .progress import tell
-from .schema import ADVANCED, Schema
+from .schema import Schema, advanced
 
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 
@@ -37,7 +37,7 @@ class RegionalConceptSampler(io.ComfyNode):
             ],
             description="Several concepts in one picture, each in its own region. Any number of regions "
             "needs one UNet evaluation per step. Without regions it gives KSampler's picture.",
-            inputs=[
+            inputs=advanced(("artists", "noise_area"), [
                 io.Model.Input(
                     "model",
                     tooltip="The model of a checkpoint, plain or with concepts of Elastic Weight Aggregate. "
@@ -138,7 +138,6 @@ class RegionalConceptSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Without regions, when the scene names two concepts or more: how strongly "
                     "attention guidance (L2DM's attention artists) gives attention to each of them. 0 = off.",
-                    **ADVANCED,
                 ),
                 overlap_input(),
                 io.Combo.Input(
@@ -148,7 +147,6 @@ class RegionalConceptSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Estimate region noise on the whole frame (the paper), or on a crop of the "
                     "region's size, whose cost grows with its area.",
-                    **ADVANCED,
                 ),
                 crop_denoising_input(
                     0.4, "Costs nothing more where regions cover the picture. 0 = off."),
@@ -160,7 +158,7 @@ class RegionalConceptSampler(io.ComfyNode):
                     tooltip="Without regions, when the scene names several concepts: find in the first steps "
                     "where each of them is, and keep it there. Costs nothing more.",
                 ),
-            ],
+            ]),
             outputs=[io.Latent.Output(display_name="latent"), io.Image.Output(display_name="attention")],
         )
 

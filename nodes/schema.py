@@ -1,9 +1,11 @@
-"""`Schema` and the input option `ADVANCED` for ComfyUI 0.3.64 and later. Fields that the installed version
+"""`Schema` and options of inputs for ComfyUI 0.3.64 and later. Fields that the installed version
 does not support are dropped.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import inspect
+from collections.abc import Collection, Sequence
 
 from comfy_api.latest import io
 
@@ -14,7 +16,12 @@ def Schema(**fields) -> io.Schema:  # noqa: N802 - node scanners look for a call
     return io.Schema(**{key: value for key, value in fields.items() if key in _FIELDS})
 
 
-# Marks an input as advanced, so that the page hides it by default. Earlier ComfyUI has no argument for it,
-# but hands further options to the page, which knows this one.
-ADVANCED: dict = ({"advanced": True} if "advanced" in inspect.signature(io.Float.Input).parameters
-                  else {"extra_dict": {"advanced": True}})
+def advanced(names: Collection[str], inputs: Sequence[io.Input]) -> list[io.Input]:
+    """Marks the named inputs as advanced, so that the page hides them until they are asked for."""
+    return [with_options(entry, advanced=True) if entry.id in names else entry for entry in inputs]
+
+
+def with_options(entry: io.Input, **options) -> io.Input:
+    """Adds options for the page to an input. Constructors of earlier ComfyUI take none, its inputs do."""
+    entry.extra_dict = {**entry.extra_dict, **options}
+    return entry
