@@ -288,7 +288,8 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
            node: str | None, chosen: Preset | None) -> io.NodeOutput:
     photos = [picture for picture in pictures if not picture.is_prior]
     digests = [photo.digest for photo in photos]
-    on_captions = check_captions(photos, [*task.bank.infos.values(), _info(task, method)])
+    info = _info(task, method)
+    on_captions = check_captions(photos, [*task.bank.infos.values(), info], info)
     taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
                                                          task.bank.infos, task.name)
     warnings = [*taken.warnings, *on_captions,

@@ -8,6 +8,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.bank.concepts import KINDS
 from ..core.comfy.demo import DemoVision, load_demo
 from ..core.data.contact_sheet import contact_sheet
 from ..core.data.folder import read_folder
@@ -21,6 +22,7 @@ from .images import to_image
 from .progress import say
 from .schema import Schema
 
+NONE = "none"
 FIRST = "embedded-64"      # the base of graphs that were saved before there was a choice
 
 
@@ -76,6 +78,11 @@ class ConceptPhotosLoad(io.ComfyNode):
                     tooltip="Makes a mask for each photo without one: what differs from the photo's border. "
                             "The contact sheet shows it. A node that removes backgrounds does better."
                 ),
+                io.Combo.Input(
+                    "caption_templates", options=[NONE, *KINDS], default=NONE, optional=True,
+                    tooltip="Gives each photo without a caption a short sentence for an object or a style, "
+                            "another for every photo. none: such photos are learned as 'a photo of <name>'."
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True),
@@ -86,14 +93,16 @@ class ConceptPhotosLoad(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder, find_subject=False):
+    def fingerprint_inputs(cls, folder, find_subject=False, caption_templates=NONE):
         files = sorted(f for f in _folder(folder).rglob("*") if f.is_file())
-        return str([find_subject, *((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)])
+        return str([find_subject, caption_templates,
+                    *((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)])
 
     @classmethod
-    def execute(cls, folder, find_subject=False) -> io.NodeOutput:
+    def execute(cls, folder, find_subject=False, caption_templates=NONE) -> io.NodeOutput:
         path = _folder(folder)
-        photos = read_folder(path, find_subject=find_subject)
+        photos = read_folder(path, find_subject=find_subject,
+                             templates="" if caption_templates == NONE else caption_templates)
         images = [to_image(picture.pixels.unsqueeze(0)) for picture in photos.pictures]
         masks = [torch.ones(1, *picture.size) if mask is None else weights(mask)
                  for picture in photos.pictures for mask in [picture.stored_mask()]]

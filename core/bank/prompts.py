@@ -16,6 +16,8 @@ from ..errors import ConceptError
 from .concepts import ConceptInfo
 from .grammar import PLACEHOLDER, Part, Placeholder, check_letters, parts_of, written
 
+PLACE = "{}"      # of the concept, in prompts and captions for any concept
+
 
 @dataclass(frozen=True)
 class WordRef:
@@ -218,9 +220,11 @@ def caption_with_placeholder(caption: str, info_name: str, class_noun: str) -> s
     """Makes a training caption name the concept. The placeholder replaces the class noun if the caption has
     it, else it goes in front.
 
-    A caption with placeholders is returned unchanged.
+    In a caption with {}, this is its place. A caption with placeholders is returned unchanged.
     """
     caption = unicodedata.normalize("NFC", caption)
+    if PLACE in caption:
+        return caption.replace(PLACE, f"<{info_name}>")
     if PLACEHOLDER.search(caption):
         return caption
     placeholder = f"<{info_name}>"

@@ -97,6 +97,9 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
                         help="bank file to add to (created if missing)")
     parser.add_argument("--find-subject", action="store_true",
                         help="make a mask for each photo that has none: what differs from the photo's border")
+    parser.add_argument("--caption-templates", action="store_true",
+                        help="give each photo without a caption a short sentence such as 'a close view of "
+                        "the <name>', another for every photo (default: 'a photo of <name>')")
     parser.add_argument("--prior", type=file_path,
                         help="folder of prior-preservation pictures; the caption of those without one is "
                         "'a photo of a NOUN'")

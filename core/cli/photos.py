@@ -41,8 +41,9 @@ class TrainingPhotos:
             ConceptError: A caption names an unknown concept.
         """
         infos = {} if stored is None else dict(stored.infos)
-        known = [*infos.values(), info_of(options, method)]
-        on_captions = check_captions(self.photos.pictures, known)
+        info = info_of(options, method)
+        known = [*infos.values(), info]
+        on_captions = check_captions(self.photos.pictures, known, info)
         report = self.photos.report.checked(training.resolution, training.framing != "buckets", infos,
                                             options.name)
         report = replace(report, warnings=(*report.warnings, *on_captions))
@@ -68,7 +69,8 @@ class TrainingPhotos:
 def read_photos(options: Namespace, resolution: int) -> TrainingPhotos:
     """Reads the photos and prior pictures that the options name."""
     photos = read_folder(options.images, options.captions, options.masks, subfolders=options.subfolders,
-                         resolution=resolution, find_subject=options.find_subject)
+                         resolution=resolution, find_subject=options.find_subject,
+                         templates=options.kind if options.caption_templates else "")
     prior = None
     if options.prior is not None:
         # kohya's folders of prior pictures may have subfolders (1_dog) or not

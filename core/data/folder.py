@@ -29,6 +29,7 @@ from .quality import measure
 from .reading import SUFFIXES, Photo, Shape, is_picture, read_photo, why_unreadable
 from .report import FOUND, PhotoFacts, PhotoWarning, Report, Skipped, counted, listed, small_mask
 from .saliency import subject_mask
+from .templates import template_of
 
 DEFERRED = 2_000_000      # photos of more pixels are read again when they are framed, to save memory
 
@@ -43,7 +44,7 @@ class Photos:
 
 def read_folder(folder: Path | str, captions: Path | str | None = None, masks: Path | str | None = None,
                 is_prior: bool = False, class_noun: str = "", subfolders: bool = False,
-                resolution: int | None = None, find_subject: bool = False) -> Photos:
+                resolution: int | None = None, find_subject: bool = False, templates: str = "") -> Photos:
     """Reads all photos of a folder, sorted by name.
 
     Args:
@@ -57,6 +58,8 @@ def read_folder(folder: Path | str, captions: Path | str | None = None, masks: P
         subfolders: Read the subfolders instead. Their names may give repeats: `10_dog`.
         resolution: Of the training pictures, at which sharpness is measured.
         find_subject: Make a mask for each photo that has none, see `saliency.subject_mask`.
+        templates: Kind of the concept (object or style) whose caption templates are given to photos without a
+            caption, see `templates`; "" = none.
 
     Raises:
         ConceptError: A folder is missing, has no pictures, or has no captions or masks of these photos; or a
@@ -70,16 +73,16 @@ def read_folder(folder: Path | str, captions: Path | str | None = None, masks: P
             if captions is not None or masks is not None:
                 raise ConceptError("captions and masks of subfolders are read from the subfolders; give no "
                                    "other folder for them")
-            return _read_subfolders(folder, is_prior, class_noun, resolution, find_subject)
+            return _read_subfolders(folder, is_prior, class_noun, resolution, find_subject, templates)
         photos = pictures_in(folder)
     else:
         raise ConceptError(f"the picture folder '{folder}' does not exist")
     return _Reader(folder, photos, captions, masks, is_prior, class_noun, resolution,
-                   find_subject=find_subject).read()
+                   find_subject=find_subject, templates=templates).read()
 
 
 def _read_subfolders(folder: Path, is_prior: bool, class_noun: str, resolution: int | None,
-                     find_subject: bool) -> Photos:
+                     find_subject: bool, templates: str) -> Photos:
     """The photos of all subfolders. The folder's own photos are not read."""
     parts = subfolders_with_pictures(folder)
     if not parts:
@@ -91,7 +94,7 @@ def _read_subfolders(folder: Path, is_prior: bool, class_noun: str, resolution: 
     warnings: list[PhotoWarning] = []
     for part in parts:
         read = _Reader(part, pictures_in(part), None, None, is_prior, class_noun, resolution,
-                       repeats_of(part), find_subject).read()
+                       repeats_of(part), find_subject, templates, len(pictures)).read()
         first = len(pictures)
         pictures += read.pictures
         facts += [replace(photo, name=f"{part.name}/{photo.name}") for photo in read.report.photos]
@@ -107,12 +110,14 @@ class _Reader:
 
     def __init__(self, folder: Path, photos: list[Path], captions: Path | str | None,
                  masks: Path | str | None, is_prior: bool, class_noun: str, resolution: int | None,
-                 repeats: int = 1, find_subject: bool = False) -> None:
+                 repeats: int = 1, find_subject: bool = False, templates: str = "",
+                 number: int = 0) -> None:      # number: of the first photo
         self.is_single = folder.is_file()
         self.folder = folder.parent if self.is_single else folder
         self.given = folder
         self.photos, self.is_prior, self.class_noun = photos, is_prior, class_noun
         self.resolution, self.repeats, self.find_subject = resolution, repeats, find_subject
+        self.templates, self.number = templates, number
         self.entries = [path for path in entries(self.folder) if path not in photos]
         self.files = [path for path in self.entries if path.is_file() and not is_hidden(path)]
         self.side_folders: list[Path] = []      # of captions and masks
@@ -190,14 +195,14 @@ class _Reader:
                            f"'{photo.name}' is '{photo.stem}{suffix}'")
 
     def read(self) -> Photos:
-        read = [self._read(path) for path in self.photos]
+        read = [self._read(path, number) for number, path in enumerate(self.photos, start=self.number)]
         what = "prior picture" if self.is_prior else "photo"
         report = Report(tuple(facts for _, facts in read), tuple(self._skipped()),
                         tuple(self._warnings()), what)
         return Photos([picture for picture, _ in read], report)
 
-    def _read(self, path: Path) -> tuple[Picture, PhotoFacts]:
-        """One photo with its caption and mask."""
+    def _read(self, path: Path, number: int) -> tuple[Picture, PhotoFacts]:
+        """One photo with its caption and mask. number: chooses the template of one without a caption."""
         photo = read_photo(path)
         levels, notes = photo.levels, [photo.note]
         width, height = photo.shape.size
@@ -216,6 +221,9 @@ class _Reader:
         learned_text = text
         if self.is_prior and not text:
             learned_text = prior_caption(self.class_noun)
+        elif self.templates and not text:
+            learned_text = template_of(self.templates, number)
+        if learned_text != text:
             notes.append(f"learned as '{learned_text}'")
         digest, quality = photo_digest(levels), measure(levels, self.resolution)
         facts = PhotoFacts(path.name, width, height, digest, quality, text,
@@ -269,7 +277,8 @@ class _Reader:
         for kind, found, text in (("caption", self.captions, "no caption; the others do"),
                                   ("mask", self.masks, "no mask and will be learned whole")):
             bare = tuple(i for i, photo in enumerate(self.photos) if photo not in found.of)
-            if found.of and bare and not (kind == "mask" and self.find_subject):
+            is_made = self.find_subject if kind == "mask" else bool(self.templates)
+            if found.of and bare and not is_made:
                 names = listed(self.photos[i].name for i in bare)
                 yield PhotoWarning(kind, f"{names} {'has' if len(bare) == 1 else 'have'} {text}", bare)
 

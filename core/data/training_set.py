@@ -17,6 +17,7 @@ from ..bank.prompts import Vocabulary, caption_with_placeholder
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from .batch import Batch
+from .caption_lint import caption_warnings
 from .captions import LONGEST_CAPTION
 from .framing import Framing, bucket_of, frame
 from .pictures import Picture, weights
@@ -172,8 +173,13 @@ def prepare(backbone: Backbone, pictures: Sequence[Picture], name: str, class_no
     return replace(parts[0], digests=digests) if len(parts) == 1 else BucketSet(tuple(parts), digests)
 
 
-def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo]) -> list[PhotoWarning]:
+def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo],
+                   concept: ConceptInfo | None = None) -> list[PhotoWarning]:
     """Warnings about captions that name a concept in a way that is text there, such as `<rex:0.8>`.
+
+    Args:
+        infos: The concepts that captions may name.
+        concept: What is learned from the pictures, for `caption_warnings`; None = prior pictures.
 
     Raises:
         ConceptError: A caption names a concept that is not among these.
@@ -184,7 +190,7 @@ def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo]) ->
         vocabulary.parse_caption(picture.caption, what)
         warnings += [PhotoWarning("caption", note, (i,))
                      for note in notes_on_caption(vocabulary, picture.caption, what)]
-    return warnings
+    return warnings + ([] if concept is None else caption_warnings(pictures, concept))
 
 
 def _with_fewest_repeats(pictures: Sequence[Picture]) -> list[Picture]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.prompts import PLACE
 from ..data.reading import to_pixels
 from ..errors import ConceptError
 from ..images import opened
@@ -19,7 +20,6 @@ from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from . import metrics
 
-PLACE = "{}"      # position of the concept in a prompt
 PHOTOS, THUMBNAIL = "photos", "thumbnail"
 SOURCE_IN_JSON = {PHOTOS: "photos", THUMBNAIL: "cover"}
 # pictures [3, H, W] in -1..1 of any sizes -> unit vectors [n, D]

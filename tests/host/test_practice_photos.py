@@ -96,3 +96,19 @@ def test_g10_sibling_a_concept_of_the_bank_may_be_named(studio):
     images = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ConceptError, match="caption 1 names <mimy>.*did you mean <mimi>"):
         studio.learn(images=images, captions=["<mimy> with <spot>\n<spot>"], bank=[studio.bank])
+
+
+def test_captions_by_template_have_a_place_for_the_concept(studio, folder):
+    (folder / "1.txt").write_text("asleep")
+    captions = studio.pack.ConceptPhotosLoad.execute("practice", caption_templates="style").args[1]
+    first, second, third = captions.splitlines()
+    assert "{}" in first and "{}" in third and first != third and second == "asleep"
+    with pytest.raises(ConceptError, match="caption templates are for 'face'"):
+        studio.pack.ConceptPhotosLoad.execute("practice", caption_templates="face")
+
+
+def test_the_learner_warns_of_phrases_that_most_captions_have(studio, folder, caplog):
+    images = load(studio).args[0]
+    lines = ["<spot> in a red scarf", "<spot> with a red scarf", "a red scarf and <spot>"]
+    shown = studio.learner(images=images, captions=["\n".join(lines)], steps=1).ui["text"][0]
+    assert "'red scarf' (3 of 3)" in shown and "'red scarf' (3 of 3)" in caplog.text

@@ -114,7 +114,7 @@ def test_a4_sibling_prior_pictures_with_and_without_subfolders(tmp_path, place):
     photo(tmp_path / "photos" / "10_dog" / "a.png")
     photo(tmp_path / place)
     options = Namespace(images=tmp_path / "photos", captions=None, masks=None, subfolders=True, noun="dog",
-                        find_subject=False,
+                        find_subject=False, caption_templates=False,
                         prior=tmp_path / "prior")
     assert [picture.is_prior for picture in read_photos(options, 64).pictures] == [False, True]
 
