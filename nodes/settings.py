@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from comfy_api.latest import io
 
 from ..core.methods import METHODS, make
-from ..core.training.config import EIGHT_BIT, OPTIMIZERS, TrainingConfig
+from ..core.training.config import TrainingConfig
+from ..core.training.optimizers import LIBRARIES, MATRICES, OPTIMIZERS
 from . import types
 from .inputs import setting_inputs
 from .schema import Schema
@@ -27,7 +28,8 @@ class ConceptTrainingSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        optimizers = [*OPTIMIZERS, *(EIGHT_BIT if find_spec("bitsandbytes") else ())]
+        optimizers = [*OPTIMIZERS, *MATRICES, *(name for name, (module, _) in LIBRARIES.items()
+                                                if find_spec(module.partition(".")[0]))]
         return Schema(
             node_id="ConceptTrainingSettings",
             display_name="Concept Training Settings",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
@@ -11,30 +10,11 @@ from ..data.framing import FRAMINGS
 from ..errors import ConceptError
 from ..model.schedule import Schedule
 from ..settings import SEED, at_least, check, one_of, require, setting
+from .optimizers import OPTIMIZERS, allowed_optimizers, check_with_schedule, optimizer_class
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# offered choices; other optimisers of torch.optim are accepted
-OPTIMIZERS = tuple(name for name in ("AdamW", "Adam", "SGD", "Adafactor", "NAdam", "RAdam")
-                   if hasattr(torch.optim, name))      # torch 2.4 has no Adafactor
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 LR_SCHEDULES = ("constant", "linear", "cosine")
-# from bitsandbytes, with 8-bit optimiser states
-EIGHT_BIT = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "Lion8bit")
-UNFIT = {"LBFGS": "needs closures", "SparseAdam": "needs sparse gradients", "Muon": "takes matrices only"}
-
-
-def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
-    """Looks up an optimiser by name; None if it is not installed or cannot train a concept."""
-    home: ModuleType = torch.optim
-    if name in EIGHT_BIT:
-        try:
-            from bitsandbytes import optim as eight_bit
-            home = eight_bit
-        except (ImportError, OSError, RuntimeError):      # not installed, or not built for this driver
-            return None
-    kind = getattr(home, name, None)
-    is_optimizer = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    return kind if is_optimizer and kind is not torch.optim.Optimizer and name not in UNFIT else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +31,8 @@ class TrainingConfig:
     flip: bool = setting(True,
                          "Also learn from mirrored photos. Switch it off for text and asymmetric things.")
     seed: int = setting(0, "The same seed gives the same result.", 0, 0xFFFFFFFF)
-    optimizer: str = setting("AdamW", "Optimisers of PyTorch. Names that end in 8bit need bitsandbytes.",
+    optimizer: str = setting("AdamW", "Optimisers of PyTorch, and those of installed libraries: prodigyopt, "
+                             "schedulefree, came-pytorch, bitsandbytes (8 bit).",
                              choices=OPTIMIZERS)
     weight_decay: float = setting(0.01, "Weight decay of the optimiser; 0 = none.", 0.0, 1.0, 0.001)
     schedule: str = setting("linear", "Learning-rate schedule after the warm-up.", choices=LR_SCHEDULES)
@@ -88,9 +69,8 @@ class TrainingConfig:
         require(self.look_every > 0 or self.patience == 0, "look_every", self.look_every,
                 "1 or more where patience is not 0")
         require(optimizer_class(self.optimizer) is not None, "optimizer", self.optimizer,
-                f"a class of torch.optim such as AdamW, Adam, SGD, or one of {', '.join(EIGHT_BIT)} "
-                "where bitsandbytes is installed; not "
-                + ", ".join(f"{name} ({why})" for name, why in UNFIT.items()))
+                allowed_optimizers())
+        check_with_schedule(self.optimizer, self.schedule)
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Raises ConceptError if the base cannot be trained with these settings."""

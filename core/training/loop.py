@@ -16,6 +16,7 @@ from ..methods.base import Method, Task
 from . import checkpoint
 from .config import TrainingConfig
 from .early_stopping import Evaluator
+from .optimizers import averaged
 from .process_group import ONE_PROCESS, ProcessGroup
 from .record import Learned, conclude
 from .trainer import StepInfo, Trainer
@@ -86,7 +87,8 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
     if checkpoint_file is not None:
         _save(checkpoint_file, trainer)
     seconds = time.perf_counter() - began
-    return conclude(trainer.task, method, data, config, trainer.losses, seconds, thumbnail)
+    with averaged(trainer.optimizer):
+        return conclude(trainer.task, method, data, config, trainer.losses, seconds, thumbnail)
 
 
 def _save(file: Path, trainer: Trainer) -> None:

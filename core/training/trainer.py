@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +23,12 @@ from ..methods.base import Method, Task
 from ..methods.check_base import check_base
 from ..model.context import Context
 from . import checkpoint
-from .config import PRECISIONS, TrainingConfig, optimizer_class
+from .config import PRECISIONS, TrainingConfig
 from .early_stopping import Evaluator, has_stalled
 from .memory import retained_between_steps
 from .micro_batches import OUT_OF_MEMORY, MicroBatch, micro_batches
 from .objective import denoising_loss, predict
+from .optimizers import averaged, make_optimizer
 from .process_group import ONE_PROCESS, ProcessGroup
 from .record import brief, check_same_run, run_identity
 from .refinement import Before
@@ -89,7 +88,8 @@ class Trainer:
         self.before = Before(task, method) if task.start is not None and bool(data.is_prior.any()) else None
         method.on_data(data)
         self.groups = method.parameter_groups()
-        self.optimizer = _optimizer(config, self.groups)
+        self.optimizer = make_optimizer(config.optimizer, self.groups, config.weight_decay,
+                                        type(method).after_step is not Method.after_step)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(config))
         device = task.backbone.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "float16" and device == "cuda")
@@ -163,7 +163,9 @@ class Trainer:
 
         Always-on concepts are left out, because their deltas are folded into the weights during training.
         """
-        bank, outcome = self.task.bank, self.method.finish()
+        with averaged(self.optimizer):
+            outcome = self.method.finish()
+        bank = self.task.bank
         for name in learning_names(bank, self.method.name, self.method.builds_on_sum):
             bank = bank.remove(name)
         info = replace(self.info, composition=self.method.composition_of_kind(self.task.kind))
@@ -274,15 +276,3 @@ class Trainer:
             raise ConceptError(f"the {what} became {value.item()} at step {len(self.losses) + 1} of concept "
                                f"'{self.task.name}'; lower the learning rates (lr, token_lr) or use "
                                "precision float32; the bank is unchanged")
-
-
-def _optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    kind = optimizer_class(config.optimizer)
-    assert kind is not None      # checked by the configuration
-    has_decay = "weight_decay" in inspect.signature(kind).parameters
-    decay: dict[str, Any] = {"weight_decay": config.weight_decay} if has_decay else {}
-    try:
-        return kind([dict(group) for group in groups], **decay)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConceptError(f"optimizer '{config.optimizer}' cannot train these weights ({error}); AdamW, "
-                           "Adam and SGD can") from error
