@@ -26,8 +26,8 @@ from ..demo import base, judges
 from ..demo.bases import EMBEDDED, TOKENIZER, file_of, read_sizes
 from ..demo.encoder import MetricEncoder
 from ..demo.networks import Autoencoder
+from ..demo.transformer import PATCH
 from ..demo.vocabulary import CONTEXT_LENGTH
-from ..errors import ConceptError
 
 
 def _operations(groups: int) -> type:
@@ -90,18 +90,44 @@ def _unet_config(shape: dict[str, Any]) -> dict:
     }
 
 
-def _load_model(unet: torch.nn.Module, shape: dict[str, Any], rgb: tuple[list, list]):
-    """The MODEL of a UNet of the given sizes. rgb: colours for latent previews, from `_preview`."""
-    config = _Config(_unet_config(shape))
-    config.latent_format.latent_channels = shape["in_channels"]
-    config.latent_format.latent_rgb_factors, config.latent_format.latent_rgb_factors_bias = rgb
-    config.custom_operations = _operations(shape["norm_num_groups"])
-    model = config.get_model({}, device=None)
-    names = comfy.utils.unet_to_diffusers(config.unet_config)
-    weights = {names[name]: weight for name, weight in unet.state_dict().items()}
+class _Transformer(comfy.model_base.CosmosPredict2):
+    """ComfyUI's transformer with the objective of a flow; the host's own scales the noise."""
+
+    scale_latent_inpaint = comfy.model_base.BaseModel.scale_latent_inpaint
+
+
+def _transformer_config(shape: dict[str, Any]) -> dict:
+    """The sizes of a `demo.transformer.DiffusionTransformer` as a ComfyUI configuration."""
+    ratio = shape["rope_ratio"]
+    return {**{name: size for name, size in shape.items() if name != "rope_ratio"},
+            "out_channels": shape["in_channels"], "patch_spatial": shape.get("patch_spatial", PATCH),
+            "patch_temporal": 1, "max_img_h": 240, "max_img_w": 240, "max_frames": 128,
+            "concat_padding_mask": True, "pos_emb_cls": "rope3d", "use_adaln_lora": True,
+            "rope_enable_fps_modulation": False, "rope_h_extrapolation_ratio": ratio,
+            "rope_w_extrapolation_ratio": ratio, "dtype": torch.float32}
+
+
+def _load_model(modules: dict[str, Any], sizes: dict[str, Any]):
+    """The MODEL of a base's denoiser of the given sizes."""
+    is_flow = "transformer" in modules
+    shape = sizes["transformer" if is_flow else "unet"]
+    config = _Config(_transformer_config(shape) if is_flow else _unet_config(shape))
+    latents, rgb = config.latent_format, _preview(modules["vae"])
+    latents.latent_channels = shape["in_channels"]
+    latents.latent_rgb_factors, latents.latent_rgb_factors_bias = rgb
+    if is_flow:
+        latents.latent_dimensions = 3      # a time axis of one frame
+        config.sampling_settings = {name: sizes["schedule"][name] for name in ("shift", "multiplier")}
+        model = _Transformer(config, comfy.model_base.ModelType.FLOW)
+        weights = modules["transformer"].state_dict()
+    else:
+        config.custom_operations = _operations(shape["norm_num_groups"])
+        model = config.get_model({}, device=None)
+        names = comfy.utils.unet_to_diffusers(config.unet_config)
+        weights = {names[name]: weight for name, weight in modules["unet"].state_dict().items()}
     missing, unexpected = model.diffusion_model.load_state_dict(weights, strict=False)
     if missing or unexpected:
-        raise RuntimeError(f"the embedded base does not fit this ComfyUI's UNet: missing {missing[:3]}, "
+        raise RuntimeError(f"the embedded base does not fit this ComfyUI's denoiser: missing {missing[:3]}, "
                            f"unexpected {unexpected[:3]}")
     return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(),
                                             management.unet_offload_device())
@@ -154,6 +180,7 @@ class DemoVAE(comfy.sd.VAE):
     """An embedded base's autoencoder with ComfyUI's VAE interface.
 
     It turns IMAGE `[B, H, W, 3]` in 0..1 into latents `[B, C, H/m, W/m]`, m being the side of its patches.
+    Latents of a transformer have a time axis behind the channels; every frame is decoded to a picture.
     """
 
     # ComfyUI's constructor recognises autoencoders by weight names and does not know these.
@@ -181,6 +208,8 @@ class DemoVAE(comfy.sd.VAE):
     @torch.no_grad()
     def decode(self, samples_in: Tensor, vae_options=None) -> Tensor:
         management.load_models_gpu([self.patcher])
+        if samples_in.ndim == 5:
+            samples_in = samples_in.movedim(2, 1).flatten(0, 1)
         x = self.first_stage_model.decode(samples_in.to(self.device, torch.float32)).sample
         return ((x + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).to(self.output_device)
 
@@ -234,12 +263,9 @@ def load_demo(embedding_directory=None, name: str = EMBEDDED) -> tuple:
 
 
 def load_demo_file(path: Path, embedding_directory=None) -> tuple:
-    """`load_demo` of a base file. Raises ConceptError if its denoiser is no UNet."""
+    """`load_demo` of a base file, whose denoiser is a UNet or a transformer."""
     sizes, modules = read_sizes(path), base.load_modules(path)
-    if "unet" not in modules:
-        raise ConceptError(f"base '{path.name}' is a transformer, which the library runs and ComfyUI does "
-                           "not; allowed: a UNet")
-    model = _load_model(modules["unet"], sizes["unet"], _preview(modules["vae"]))
+    model = _load_model(modules, sizes)
     text_class = _text_class(modules["text_encoder"], sizes["text_encoder"], modules["tokenizer"])
     target = comfy.supported_models_base.ClipTarget(_tokenizer_class(sizes["text_encoder"]["hidden_size"]),
                                                     text_class)

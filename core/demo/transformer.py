@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 EPSILON = 1e-6
 ROPE_THETA = 10_000.0
+PATCH = 2
 
 
 def rotary_table(head_width: int, rows: int, columns: int, ratio: float) -> tuple[Tensor, Tensor]:
@@ -179,7 +180,7 @@ class DiffusionTransformer(nn.Module):
 
     def __init__(self, in_channels: int, model_channels: int, num_blocks: int, num_heads: int,
                  crossattn_emb_channels: int, adaln_lora_dim: int, rope_ratio: float,
-                 patch_spatial: int = 2) -> None:
+                 patch_spatial: int = PATCH) -> None:
         super().__init__()
         width, self.patch, self.rope_ratio = model_channels, patch_spatial, rope_ratio
         self.head_dim, area = width // num_heads, patch_spatial**2

@@ -9,23 +9,24 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import aggregate
 from continual_concepts.core.demo.base import load_base
-from continual_concepts.core.demo.bases import FILES
+from continual_concepts.core.demo.bases import FILES, TRANSFORMERS
 
 TOLERANCE = 1e-4
-OTHER = "sizes of its own"
+OTHER, RANDOM = "sizes of its own", "a transformer of random numbers"
+TRAINED = {name: file for name, file in (FILES | TRANSFORMERS).items() if file.exists()}
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.fixture(scope="module", params=[OTHER, *FILES])
-def both(comfyui, other_base, request):
+@pytest.fixture(scope="module", params=[OTHER, RANDOM, *TRAINED])
+def both(comfyui, other_base, transformer_base, request):
     """The same file in ComfyUI and in the diffusers host, and ComfyUI's MODEL, CLIP and VAE."""
     from continual_concepts.core.comfy.backbone import ComfyBackbone
     from continual_concepts.core.comfy.demo import load_demo_file
 
-    file = other_base if request.param == OTHER else FILES[request.param]
+    file = {OTHER: other_base, RANDOM: transformer_base, **TRAINED}[request.param]
     with torch.inference_mode():
         parts = load_demo_file(file)
     return ComfyBackbone(*parts), load_base(file), parts

@@ -28,8 +28,8 @@ class Family(ABC):
     Attributes:
         names: Its models, for messages.
         recomputed: The classes of the blocks that gradient checkpointing recomputes.
-        learns_in_text: Whether gradients pass through the text encoders, so that words can be learned.
         guides_attention: Whether attention guidance knows its latents.
+        learns_in_text: Whether gradients pass through the text encoders, so that words can be learned.
         learning_notes: What a person who learns on this MODEL should know.
         model: ComfyUI's MODEL.
         denoiser: ComfyUI's module.
@@ -38,8 +38,8 @@ class Family(ABC):
 
     names: ClassVar[str]
     recomputed: ClassVar[tuple[str, ...]]
-    learns_in_text: ClassVar[bool] = True
     guides_attention: ClassVar[bool] = True
+    learns_in_text: bool = True
     learning_notes: tuple[str, ...] = ()
     model: Any
     denoiser: Any

@@ -58,8 +58,8 @@ class Flux(Family):
 
     names: ClassVar[str] = "Flux.1, Flux.2 Klein, Chroma (text to image)"
     recomputed: ClassVar[tuple[str, ...]] = ("DoubleStreamBlock", "SingleStreamBlock")
-    learns_in_text: ClassVar[bool] = False
     guides_attention: ClassVar[bool] = False
+    learns_in_text = False
 
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model

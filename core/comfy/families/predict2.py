@@ -5,7 +5,7 @@ site's module runs a function of ours during calls of the denoiser, and its own 
 Where no processor acts, ours calls the module's own. Nothing stays in the model between calls.
 
 The text of Anima is what its adapter makes of a CONDITIONING: one row per T5 token (see `noun_clip`). The
-adapter is a part of the model.
+adapter is a part of the model. The embedded transformer reads CLIP's states, as UNets do.
 """
 
 from __future__ import annotations
@@ -32,27 +32,28 @@ from ...model.processor import AttentionProcessor, HostAttention, SiteCall
 from ...model.sites import Site, transformer_layout
 from ..noun_clip import RowText
 from ..sites import ALONE, PROCESSOR, host_attention
-from ..text import ROWS
+from ..text import ROWS, ComfyText
 from .base import Family, computation_type, is_plain
 
 _NORMS = {"to_q": "q_norm", "to_k": "k_norm"}
+_EMBEDDED = "clip_l"      # text encoder of the embedded transformer; no other model has it as its only one
 _CROSS, _SELF = "attn2_patch", "attn1_patch"      # the host's keys of other nodes' patches, since 0.33
 _HAS_ANIMA = importlib.util.find_spec("comfy.ldm.anima") is not None      # older hosts take it for Cosmos
 _COSMOS = getattr(comfy.model_sampling, "COSMOS_RFLOW", ())
 
 
 class Predict2(Family):
-    """Anima or Cosmos Predict2, for pictures."""
+    """Anima, Cosmos Predict2 or the embedded transformer, for pictures."""
 
     names: ClassVar[str] = "Anima, Cosmos Predict2 (text to image)"
     recomputed: ClassVar[tuple[str, ...]] = ("Block",)
-    learns_in_text: ClassVar[bool] = False
     guides_attention: ClassVar[bool] = False
 
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
-        kind = type(model.model).__name__
-        if text_widths != ((ROWS, self.denoiser.blocks[0].cross_attn.k_proj.weight.shape[1]),):
+        kind, width = type(model.model).__name__, self.denoiser.blocks[0].cross_attn.k_proj.weight.shape[1]
+        self.learns_in_text = text_widths == ((_EMBEDDED, width),)
+        if not self.learns_in_text and text_widths != ((ROWS, width),):
             names = ", ".join(name for name, _ in text_widths)
             hint = "" if _HAS_ANIMA else "; if it is Anima, which this ComfyUI does not know, update ComfyUI"
             raise ConceptError(f"the model's class is {kind}, but the CLIP has the text encoders {names}; "
@@ -90,6 +91,9 @@ class Predict2(Family):
         raise ConceptError(f"the model samples by {type(sampling).__name__}; allowed: a flow")
 
     def text_encoders(self, clip, load: Callable[[], None]) -> tuple[TextEncoder, ...]:
+        if self.learns_in_text:
+            return (ComfyText(_EMBEDDED, clip, load),)
+
         def vectors() -> Tensor:
             adapter = getattr(self.denoiser, "llm_adapter", None)
             if adapter is not None:
