@@ -51,8 +51,8 @@ _CIDM = ("800 steps, both rates and 512 pixels: CIDM's paper (Dong et al., NeurI
 _ROWS: Mapping[str, Row] = {
     EMBEDDED: Row(
         _by_subject((100, 200, 400), (100, 200, 400)), 1e-3, 5e-3, None, _BATCHES_OF_FOUR,
-        "measured on embedded-64 by the benchmark's tuning: normal is the best of 9 trials of slots and of "
-        "lora, and quick is one of them; thorough is twice normal and was not measured"),
+        "measured on embedded-64: normal is what the benchmark's tuning chose for slots in 9 trials, and "
+        "quick is one of these; thorough is twice normal and was not measured, nor was embedded-128"),
     SD1: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1}, _CIDM),
     SD2: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1},
              f"as {SD1}, of which SD2 is the successor; {_CIDM}"),
