@@ -176,7 +176,7 @@ class ConceptLearner(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name, class_noun, if_known):
+    def validate_inputs(cls, name, class_noun, if_known=None):
         """Reports a missing or wrong name, or a folder that cannot be written, before the graph runs. Text
         from another node is None at this point."""
         try:

@@ -240,7 +240,7 @@ def test_neurons_are_selected(anima):
 
 @pytest.mark.parametrize("inputs, message", [
     ({"method": "cidm"}, "method 'cidm' learns words.*methods that work with this model: lora, slots"),
-    ({"method": "slots", "noun": ""}, "class noun of concept 'spot' is empty"),
+    ({"method": "slots", "noun": ""}, "class noun is empty"),
     ({"method": "slots", "method_settings": [{"learn_words": True}]}, "'learn_words' is True.*: False"),
 ])
 def test_methods_that_learn_words_are_refused_before_any_work(anima, monkeypatch, inputs, message):

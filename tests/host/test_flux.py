@@ -220,7 +220,7 @@ def test_what_does_not_work_is_refused_before_any_work(joint, studio, monkeypatc
     for inputs, message in (({"method": "lora"}, "joint attention.*learning objects by method 'lora' is not"),
                             ({"method": "cidm"}, "joint attention.*learning objects by method 'cidm'"),
                             ({"method": "slots", "kind": "style"}, "joint attention.*learning styles by"),
-                            ({"method": "slots", "noun": ""}, "class noun of concept 'spot' is empty")):
+                            ({"method": "slots", "noun": ""}, "class noun is empty")):
         with pytest.raises(ConceptError, match=message):
             ours.learn(steps=1, **inputs)
     with pytest.raises(ConceptError, match="joint attention.*regions are not supported"):
