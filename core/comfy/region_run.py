@@ -15,9 +15,10 @@ from ..model.deltas import Deltas
 from ..model.processor import AttentionProcessor
 from ..regional.crop_processor import CropProcessor
 from ..regional.found import FoundRegions
+from ..regional.joint import JointCrops, JointRegions
 from ..regional.observe import ObservedRegions, picture_maps
 from ..regional.processor import Part, RegionProcessor
-from ..regional.regions import Region, regions_in
+from ..regional.regions import Region, masks_of, regions_in, shares
 from .families.base import Family
 from .prompt_marks import MARKS, Mark
 from .sites import progress_of
@@ -65,8 +66,8 @@ class RegionRun:
     overlap: str = "average"
     isolation: float = 0.0
     base: Any = None
-    _frames: dict[tuple, RegionProcessor] = field(default_factory=dict)
-    _crops: dict[tuple[int, ...], CropProcessor] = field(default_factory=dict)
+    _frames: dict[tuple, RegionProcessor | JointRegions] = field(default_factory=dict)
+    _crops: dict[tuple[int, ...], CropProcessor | JointCrops] = field(default_factory=dict)
     _rows: dict[tuple, Tensor] = field(default_factory=dict)
     _maps: Mapping[int, Tensor] = field(default_factory=dict)
     _hooked: dict[tuple, bool] = field(default_factory=dict)      # whether hooks acted in the last call
@@ -113,7 +114,7 @@ class RegionRun:
         return frame
 
     def _frame(self, size: tuple[int, int], marks: tuple[Mark, ...] | None, frame: tuple[int, int],
-               x: Tensor) -> RegionProcessor:
+               x: Tensor) -> RegionProcessor | JointRegions:
         """The processor for a part of the frame: an area of the prompt's, or all of it. Prompts without marks
         have no regions.
         """
@@ -126,8 +127,7 @@ class RegionRun:
         key = marks is None, size, area, frame if area else None
         if key not in self._frames:
             if marks is None:
-                scene, _ = self._on_device_of(x)
-                self._frames[key] = RegionProcessor(self.sites, scene, [], [], _NO_ROWS, size)
+                self._frames[key] = self._without_regions(size, x)
             else:
                 regions = self.regions if area is None else regions_in(self.regions, frame, area)
                 self._frames[key] = self._frame_processor(size, regions, x)
@@ -160,7 +160,10 @@ class RegionRun:
         return [None if rows is None else rows[half:half + 1] for rows in pooled]
 
     def maps(self, size: tuple[int, int]) -> Tensor:
-        """Attention maps of the last step, one per region, `[U, H, W]` in 0..1."""
+        """Attention maps of the last step, one per region, `[U, H, W]` in 0..1. In a joint attention, whose
+        maps are not observed, the regions themselves."""
+        if self.sites.layout.is_joint:
+            return shares(masks_of(self.regions, *size), self.overlap)[0]
         return picture_maps(self._maps, self.regions, self.overlap, size)
 
     def _on_device_of(self, x: Tensor) -> tuple[Part, list[Part]]:
@@ -177,14 +180,23 @@ class RegionRun:
                  for context, part in zip(contexts, self.parts, strict=True)]
         return replace(self.scene, deltas=moved(self.scene.deltas), word_bound={}), parts
 
+    def _without_regions(self, size: tuple[int, int], x: Tensor) -> RegionProcessor | JointRegions:
+        if self.sites.layout.is_joint:
+            return JointRegions([], [], size)
+        return RegionProcessor(self.sites, self._on_device_of(x)[0], [], [], _NO_ROWS, size)
+
     def _frame_processor(self, size: tuple[int, int], regions: Sequence[Region],
-                         x: Tensor) -> RegionProcessor:
+                         x: Tensor) -> RegionProcessor | JointRegions:
         scene, parts = self._on_device_of(x)
+        if self.sites.layout.is_joint:
+            return JointRegions(regions, parts, size, self.overlap, self.isolation)
         return ObservedRegions(self.sites, scene, list(regions), parts, _NO_ROWS, size, self.overlap,
                                self.isolation, tokens=list(self.words))
 
-    def _crop_processor(self, alone: tuple[int, ...], x: Tensor) -> CropProcessor:
+    def _crop_processor(self, alone: tuple[int, ...], x: Tensor) -> CropProcessor | JointCrops:
         scene, parts = self._on_device_of(x)
+        if self.sites.layout.is_joint:
+            return JointCrops([parts[u] for u in alone])
         return CropProcessor(self.sites, scene, [parts[u] for u in alone])
 
 

@@ -140,7 +140,7 @@ class ConceptPrompts:
         parts = [self._part(region.prompt, context)
                  for region, context in zip(regions, negatives, strict=True)]
         words = [learned_positions(self.clip, region.prompt) for region in regions]
-        whole = Part(Context.cat([scene_negative, self._context(positive)]), scene)
+        whole = Part(self._both(scene_negative, positive), scene)
         return RegionRun(self.sites, whole, regions, parts, words, self.word_bound, overlap, isolation,
                          self.base)
 
@@ -153,7 +153,7 @@ class ConceptPrompts:
                      else scene_negative for prompt in prompts.values()]
         parts = [self._part(prompt, context)
                  for prompt, context in zip(prompts.values(), negatives, strict=True)]
-        whole = Part(Context.cat([scene_negative, self._context(positive)]), deltas)
+        whole = Part(self._both(scene_negative, positive), deltas)
         everywhere = [Region(name, box=(0.0, 0.0, 1.0, 1.0)) for name in prompts]
         words = subject_of(self.clip, scene).concepts
         return FoundRun(self.sites, whole, everywhere, parts, words, self.word_bound, base=self.base)
@@ -161,14 +161,18 @@ class ConceptPrompts:
     def _context(self, conditioning: Conditioning) -> Context:
         context = context_of(conditioning, self.known.copies, tuple(self.word_bound), self.sites)
         rows = context.hidden.shape[2]
-        if reads_rows(self.clip) and rows > ROW_COUNT:      # prompts of one length share a call
+        shares_calls = reads_rows(self.clip) and not self.sites.layout.is_joint      # if of one length
+        if shares_calls and rows > ROW_COUNT:
             raise ConceptError(f"a prompt has {rows} tokens; with regions this model takes at most "
                                f"{ROW_COUNT}")
         return context
 
     def _part(self, prompt: str | Prompt, negative: Context) -> Part:
         text = prompt.text if isinstance(prompt, Prompt) else prompt      # the CLIP may have more concepts
-        return Part(Context.cat([negative, self._context(self.encode(text))]), self.deltas(prompt))
+        return Part(self._both(negative, self.encode(text)), self.deltas(prompt))
+
+    def _both(self, negative: Context, positive: Conditioning) -> Context:
+        return Context.cat([negative, self._context(positive)], repeat=not self.sites.layout.is_joint)
 
 
 @dataclass(frozen=True)
@@ -234,8 +238,8 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
     bank = ConceptBank(sites.layout) if bank is None else bank
     bank.check_fits(sites.layout)
     regions = [region for region in regions if region.strength > 0]
-    if regions or find_regions:
-        sites.layout.refuse_joint("regions are")
+    if find_regions and not regions:
+        sites.layout.refuse_joint("finding regions is")
     refuse_regions(model)
     model = without_concepts(model, sites, bank.names)      # the bank's act instead
     prompts = ConceptPrompts(clip, model, bank, sites, settings.strength, tell)
@@ -280,8 +284,6 @@ def apply_regions(model, clip, positive: Conditioning, negative: Conditioning | 
     """
     regions = [region for region in regions if region.strength > 0]
     sites = find_sites(model, text_widths(clip))
-    if regions:
-        sites.layout.refuse_joint("regions are")
     prompts = ConceptPrompts(clip, model, ConceptBank(sites.layout), sites, 1.0, tell)
     negative = prompts.encode("") if negative is None else negative
     if not regions:

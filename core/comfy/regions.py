@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-import comfy.model_base
 import torch
 from torch import Tensor
 
@@ -41,7 +40,7 @@ def with_regions(model, run: RegionRun, noise: NoiseSettings, tell: Callable[[st
     steps = _RegionSteps(run, noise, tell)
     clone.add_wrapper_with_key(Wrappers.OUTER_SAMPLE, KEY, _Sampling(run, steps))
     clone.add_wrapper_with_key(Wrappers.CALC_COND_BATCH, KEY, steps)
-    if steps.has_crops and isinstance(model.model, comfy.model_base.SDXL):
+    if steps.has_crops and run.sites.reads_pooled:
         clone.add_wrapper_with_key(Wrappers.DIFFUSION_MODEL, _CROPS, _CropConditioning(run, model.model))
     return clone
 
@@ -207,22 +206,21 @@ def _skipped_on_crops(model_options: Mapping) -> list[str]:
 
 
 class _CropConditioning:
-    """ComfyUI wrapper around the UNet call with SDXL's vector conditioning for regions that are evaluated
-    alone. Each region gets its own pooled text and the size of its crop or frame.
+    """ComfyUI wrapper around the denoiser's call with SDXL's vector conditioning, or Flux.1's, for regions
+    that are evaluated alone. Each region gets its own pooled text and the size of its crop or frame.
     """
 
     def __init__(self, run: RegionRun, base) -> None:
         self.run, self.base = run, base
         self._made: dict[tuple, Tensor] = {}
 
-    def __call__(self, executor, x, timesteps, context, y=None, control=None, transformer_options=None,
-                 **kwargs):
-        options = transformer_options or {}
+    def __call__(self, executor, x, timesteps, context, y=None, *args, **kwargs):
+        options = (args[-1] if args else kwargs.get("transformer_options")) or {}
         evaluated, halves = options.get(EVALUATED), tuple(half for half, _ in options.get(MARKS) or ())
         alone = evaluated.alone if evaluated is not None and halves else None
         if alone is not None and y is not None:
             y = self._rows(x, halves, alone).to(y)
-        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+        return executor(x, timesteps, context, y, *args, **kwargs)
 
     def _rows(self, x: Tensor, halves: tuple[int, ...], alone: tuple[int, ...]) -> Tensor:
         """Pooled texts `[B, P]` of a batch, by half of guidance, then by region."""

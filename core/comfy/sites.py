@@ -144,7 +144,8 @@ class DiffusionWrapper:
             options[ALONE], options[TEXT] = self.hooks.is_alone(options), None
             if options[ALONE] and self.hooks.reads_own_text(options):
                 options[TEXT] = context, *(options.get(key) for key in (OFFSETS, WORDS, STRENGTHS))
-            options[PROCESSOR] = self.processor(options, x)
+            processor = options[PROCESSOR] = self.processor(options, x)
+            context = context if processor is None else processor.extended(context)
         if is_last:
             args = *args[:-1], options
         else:

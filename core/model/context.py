@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .sites import Site
 
@@ -67,13 +68,21 @@ class Context:
         return replace(self, words=words, strengths=strengths_or_none(strengths))
 
     @staticmethod
-    def cat(parts: list[Context]) -> Context:
-        """Joins the rows of several contexts. Repeats shorter contexts, and contexts without layer copies, to
-        match the others.
+    def cat(parts: list[Context], repeat: bool = True) -> Context:
+        """Joins the rows of several contexts. Repeats contexts without layer copies to match the others.
+
+        Args:
+            parts: The contexts.
+            repeat: Whether shorter ones are repeated to one length, too; else they are filled up with zeros.
+                Repetition changes a joint attention, whose softmax has other rows.
         """
         copies = max(part.hidden.shape[1] for part in parts)
-        length = math.lcm(*(part.hidden.shape[2] for part in parts))
-        parts = [part.repeated(length) for part in parts]
+        lengths = [part.hidden.shape[2] for part in parts]
+        if repeat:
+            parts = [part.repeated(math.lcm(*lengths)) for part in parts]
+        else:
+            parts = [replace(part, hidden=pad(part.hidden, (0, 0, 0, max(lengths) - length)))
+                     for part, length in zip(parts, lengths, strict=True)]
         pooled = [part.pooled for part in parts if part.pooled is not None]
         words = tuple(row for part in parts for row in part.words)
         strengths = tuple(row for part in parts for row in part.strengths or [{}] * len(part.words))

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .context import Context
 from .sites import Site
+
+NEVER = -1e4      # a bias of logits for what is not read; types of 16 bits hold it
 
 
 class AttentionFunction(Protocol):
@@ -168,7 +171,12 @@ class AttentionProcessor:
     A processor may store state that depends on the text or the layout alone. State of one call belongs in the
     `SiteCall`, because gradient checkpointing calls a site again in the backward pass. The second call must
     give the same result.
+
+    Attributes:
+        prompts: In a joint attention, the numbers of rows of the texts that `extended` puts side by side.
     """
+
+    prompts: tuple[int, ...] = ()
 
     @property
     def changes_self_attention(self) -> bool:
@@ -212,3 +220,18 @@ class AttentionProcessor:
                        attention: AttentionFunction) -> Tensor:
         """Self-attention in the same block as the site: query, key and value `[B, S, a]` to `[B, S, a]`."""
         return attention(query, key, value)
+
+    def extended(self, text: Tensor) -> Tensor:
+        """In a joint attention, the text states that the model reads instead of `[B, N, D]`: further texts
+        may stand behind it. Called before every forward pass."""
+        return text
+
+    def joint_bias(self, cells: int, others: int, device: torch.device) -> Tensor | None:
+        """In a joint attention, the bias on the logits of all rows, `[B or 1, 1, L or 1, L]`, in the order
+        text, cells, other rows (of reference pictures); None for none.
+
+        Args:
+            cells, others: Their numbers; the rows of the text are those that `extended` returned.
+            device: Of the bias.
+        """
+        return None

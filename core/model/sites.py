@@ -133,7 +133,7 @@ class SiteLayout:
         """Raises ConceptError for sites of joint attention. what: What does not work there."""
         if self.is_joint:
             raise ConceptError(f"the model has joint attention of text and picture, where {what} not "
-                               "supported; allowed: objects that are learned with 'slots', in prompts")
+                               "supported; allowed: objects that are learned with 'slots'")
 
     def splits(self, projection: str, side: int) -> list[int]:
         """Widths of all sites on one side of a projection (0 = output, 1 = input), in site order."""

@@ -223,11 +223,6 @@ def test_what_does_not_work_is_refused_before_any_work(joint, studio, monkeypatc
                             ({"method": "slots", "noun": ""}, "class noun is empty")):
         with pytest.raises(ConceptError, match=message):
             ours.learn(steps=1, **inputs)
-    with pytest.raises(ConceptError, match="joint attention.*regions are not supported"):
-        ours.regional(SCENE, [ours.region("<spot>")], joint.bank)
-    positive = ours.encode(ours.clip, SCENE)
-    with pytest.raises(ConceptError, match="joint attention.*regions are not supported"):
-        ours.apply_regions([ours.region("a dog")], positive)
     with pytest.raises(ConceptError, match="artists is 0.5.*no attention guidance; allowed: 0"):
         ours.regional("<spot> and <tom>", (), joint.bank, artists=0.5)
     with pytest.raises(ConceptError, match="the CLIP has the text encoders clip_l"):

@@ -30,6 +30,7 @@ class Family(ABC):
         recomputed: The classes of the blocks that gradient checkpointing recomputes.
         guides_attention: Whether attention guidance knows its latents.
         learns_in_text: Whether gradients pass through the text encoders, so that words can be learned.
+        reads_pooled: Whether the denoiser reads a pooled text.
         learning_notes: What a person who learns on this MODEL should know.
         model: ComfyUI's MODEL.
         denoiser: ComfyUI's module.
@@ -40,6 +41,7 @@ class Family(ABC):
     recomputed: ClassVar[tuple[str, ...]]
     guides_attention: ClassVar[bool] = True
     learns_in_text: bool = True
+    reads_pooled: bool = False
     learning_notes: tuple[str, ...] = ()
     model: Any
     denoiser: Any

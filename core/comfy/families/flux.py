@@ -32,7 +32,7 @@ from ...errors import ConceptError
 from ...model.backbone import TextEncoder
 from ...model.context import Context
 from ...model.flow import FlowSchedule
-from ...model.processor import AttentionProcessor, HostAttention, JointRows, SiteCall
+from ...model.processor import NEVER, AttentionProcessor, HostAttention, JointRows, SiteCall
 from ...model.sites import Site, joint_layout
 from ..noun_clip import RowText
 from ..sites import PROCESSOR
@@ -44,7 +44,6 @@ _REFERENCES = "reference_image_num_tokens"      # the host's key of their number
 _PICTURE = "continual_concepts_picture"      # the attended picture, in the options of one block call
 _HAS_PATCHES = _AFTER in comfy.ldm.flux.layers.DoubleStreamBlock.forward.__code__.co_consts
 _KINDS = (comfy.ldm.flux.model.Flux, comfy.ldm.chroma.model.Chroma)
-_NEVER = -1e4      # a logit of rows that are not read
 _QWEN_LAYERS = 3      # whose states are one row of text, side by side
 _TIMESTEPS = 1000      # of training; the host's table may have more
 _DISTILLED = ("Flux.1 dev and schnell are distilled models, and learning treats them as undistilled ones; if "
@@ -78,6 +77,7 @@ class Flux(Family):
         self.layout = joint_layout(len(self.denoiser.double_blocks), len(self.denoiser.single_blocks),
                                    params.num_heads, params.hidden_size, text_widths)
         self._flow = self.schedule()
+        self.reads_pooled = getattr(self.denoiser, "vector_in", None) is not None
         if params.vec_in_dim is not None and not self._is_chroma:      # Klein's weights do not show it
             self.learning_notes = (_DISTILLED,)
 
@@ -116,8 +116,7 @@ class Flux(Family):
         def vectors() -> Tensor:
             return getattr(clip.cond_stage_model, row_name(clip)).transformer.get_input_embeddings().weight
 
-        reads_pooled = getattr(self.denoiser, "vector_in", None) is not None
-        return (RowText(clip, vectors, self.rows, reads_pooled),)
+        return (RowText(clip, vectors, self.rows, self.reads_pooled),)
 
     # Sampling
 
@@ -176,7 +175,7 @@ class Flux(Family):
             cells = -(-latents.shape[-2] // patch) * -(-latents.shape[-1] // patch)
             is_read = torch.cat([is_text, is_text.new_ones(len(text), cells)], 1)[:, None, None]
             # as numbers: not all of the host's attention functions take True and False
-            given["attention_mask"] = torch.zeros_like(is_read, dtype=dtype).masked_fill(~is_read, _NEVER)
+            given["attention_mask"] = torch.zeros_like(is_read, dtype=dtype).masked_fill(~is_read, NEVER)
         if context.pooled is not None:
             given["y"] = context.pooled.to(latents.device, dtype)
         guidance = latents.new_full((len(latents),), _CHROMA_GUIDANCE if self._is_chroma else _GUIDANCE)
@@ -222,9 +221,9 @@ class Begin:
             raise ConceptError("another node patches the model's attention behind the concepts; put that "
                                "node before Elastic Weight Aggregate")
         count = options["img_slice"][0]
-        turned_q, turned_k = (q, k) if pe is None else apply_rope(q, k, pe)
+        turned_q, turned_k = (q, k) if pe is None else apply_rope(q, k, _restarted(pe, processor.prompts))
         end = q.shape[2] - sum(options.get(_REFERENCES) or ())
-        for_others, for_picture = _split(attn_mask, count, end)
+        for_others, for_picture = _split(_biased(processor, attn_mask, q, count, end), count, end)
         own_key, own_value = (_flat(x[:, :, count:]) for x in (turned_k, v))
         joint = JointRows(_flat(turned_q[:, :, count:end]), own_key, own_value, for_picture)
 
@@ -256,6 +255,23 @@ def _flat(x: Tensor) -> Tensor:
 def _without(x: Tensor, start: int, end: int) -> Tensor:
     """Rows `[..., L, d]` without those from start to end."""
     return x[..., :start, :] if end == x.shape[-2] else torch.cat([x[..., :start, :], x[..., end:, :]], -2)
+
+
+def _restarted(positions: Tensor, prompts: tuple[int, ...]) -> Tensor:
+    """Rotary positions `[B, 1, L, ...]` that begin anew at every text; prompts: their numbers of rows."""
+    if len(prompts) < 2:
+        return positions
+    return torch.cat([*(positions[:, :, :rows] for rows in prompts), positions[:, :, sum(prompts):]], 2)
+
+
+def _biased(processor: AttentionProcessor, mask: Tensor | None, query: Tensor, count: int,
+            end: int) -> Tensor | None:
+    """The host's attention mask, or the processor's bias instead. count, end: where the cells are."""
+    bias = processor.joint_bias(end - count, query.shape[2] - end, query.device)
+    if bias is not None and mask is not None:
+        raise ConceptError("a prompt has an attention mask, as a style model gives it; allowed with regions "
+                           "on this model: none")
+    return mask if bias is None else bias.to(query.dtype)
 
 
 def _split(mask: Tensor | None, start: int, end: int) -> tuple[Tensor | None, Tensor | None]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import comfy.model_base
 import comfy.model_sampling
 import comfy.utils
 import torch
@@ -56,6 +57,7 @@ class UNet(Family):
         if text_widths[0][0] in ROW_NAMES:
             raise ConceptError(f"the model's class is {type(model.model).__name__}, but the CLIP has the "
                                f"text encoder {text_widths[0][0]}; connect the model's own CLIP")
+        self.reads_pooled = isinstance(model.model, comfy.model_base.SDXL)
         names = _site_names(model)
         attentions = {name: self.denoiser.get_submodule(f"{path}.attn2") for name, path in names.items()}
         shapes = {name: (attention.heads, attention.to_q.weight.shape[0], attention.to_k.weight.shape[1])
