@@ -321,17 +321,6 @@ def test_an_unchanged_graph_is_not_run_again(server):
     assert set(nodes_of(graph, "ConceptLearner")) <= set(cached["nodes"])
 
 
-def test_a_mistake_in_drawn_regions_stops_the_run_before_it_starts(server):
-    drawing = {"drawing": '[{"prompt": "", "box": [0, 0, 1, 1]}]', "width": 512, "height": 512}
-    graph = {
-        "1": {"class_type": "ConceptRegionsDraw", "inputs": drawing},
-        "2": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
-        "3": {"class_type": "ConceptRegionsShow", "inputs": {"image": ["2", 0], "regions": ["1", 0]}},
-    }
-    answer = server.call("/prompt", {"prompt": graph})
-    assert "the prompt of region 1 is empty" in json.dumps(answer["node_errors"])
-
-
 def test_g12_sibling_a_name_from_another_node_waits_for_the_run(server):
     graph = shortened(api_graph("Ten-second tour"))
     (photos,), (learner,) = (nodes_of(graph, kind) for kind in ("ConceptDemoPhotos", "ConceptLearner"))
