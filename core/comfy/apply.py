@@ -38,10 +38,11 @@ Wrappers = comfy.patcher_extension.WrappersMP
 
 def weight_patches(sites: Family, deltas: Deltas) -> dict:
     """Deltas as ComfyUI's weight patches: low-rank ones as LoRA adapters, sparse ones as differences."""
-    state, keys = {}, {}
+    state: dict[str, Tensor] = {}
+    keys: dict[str, object] = {}
     for (index, projection), delta in deltas.items():
         name = f"{index}.{projection}"
-        keys[name] = sites.key(sites.layout.sites[index], projection)
+        keys[name] = sites.patch_key(sites.layout.sites[index], projection)
         if isinstance(delta, LowRankDelta):
             state[f"{name}.lora_up.weight"] = delta.up.float()
             state[f"{name}.lora_down.weight"] = delta.down.float()

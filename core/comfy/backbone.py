@@ -24,7 +24,7 @@ from ..model.sites import Site
 from .clip_gradients import fit_for_gradients
 from .families import find_sites
 from .families.base import computation_type
-from .sites import ATTENTION, PROCESSOR, differentiable_attention
+from .sites import ATTENTION, DELTAS, PROCESSOR, differentiable_attention
 from .text import text_widths
 
 
@@ -88,6 +88,7 @@ class ComfyBackbone(Backbone):
         self.picture_multiple = _multiple(vae)
         self._is_loaded = self._was_loaded = False
         self._folds: list[_Fold] = []
+        self._added: list[Deltas] = []
         self._patches = self.sites.own_options()
         self.fingerprint = self._weight_hash()
         self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx,
@@ -147,7 +148,7 @@ class ComfyBackbone(Backbone):
                 if before is not None:
                     management.in_training = True
                 self.load()
-                with fit_for_gradients(self.clip), self.sites.attached():
+                with fit_for_gradients(self.clip), self.sites.attached(learns=True):
                     yield
             finally:
                 if before is not None:
@@ -178,13 +179,13 @@ class ComfyBackbone(Backbone):
                 processor: AttentionProcessor | None = None) -> Tensor:
         management.throw_exception_if_processing_interrupted()      # also runs while a preview is drawn
         self.load()
-        options = dict(self._patches)
+        options = {**self._patches, DELTAS: tuple(self._added)}
         if torch.is_grad_enabled():
             options[ATTENTION] = differentiable_attention
         if processor is not None:
             processor.prepare(context)
             options[PROCESSOR] = processor
-        with self.sites.attached():
+        with self.sites.attached(learns=True):
             return self.sites.evaluate(latents, timesteps, context, options, self.picture_multiple).float()
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
@@ -198,6 +199,13 @@ class ComfyBackbone(Backbone):
     def folded(self, deltas: Deltas) -> Iterator[None]:
         if not deltas:
             yield
+            return
+        if self.layout.is_joint:      # folded, they would take a copy of most of the weights
+            self._added.append(deltas)
+            try:
+                yield
+            finally:
+                self._added.pop()
             return
         self.load()
         with ExitStack() as stack:

@@ -64,6 +64,7 @@ class ConceptPrompts:
             self.clip = concept_clip(self.clip, known, None, tell)
         self._in_negative: set[str] = set()      # prompt-activated concepts that act in a negative half alone
         self.in_weights = {name for carried in concepts_in(model) for name in carried.weights}
+        self.everywhere = set(self.in_weights)      # in a joint attention: those that act in regions, too
 
     def encode(self, prompt: str) -> Conditioning:
         return encode(self.clip, prompt)
@@ -81,6 +82,10 @@ class ConceptPrompts:
         if any(info.composes.acts_on_all_words for info in infos.values()):
             for name in negative_only(infos, parsed, [self.parse(positive)], "sharp"):
                 if name not in but:
+                    if self.sites.layout.is_joint:
+                        raise ConceptError(f"the negative prompt names <{name}>, which acts on every word; "
+                                           "allowed on this model: concepts that are learned as objects with "
+                                           "'slots', or that the prompt names, too")
                     self._in_negative.add(name)
                     act_on_all = on_all_rows if reads_rows(self.clip) else with_strength
                     conditioning = act_on_all(conditioning, code(name_on_all_words(infos[name])),
@@ -108,12 +113,19 @@ class ConceptPrompts:
         return self.known.vocabulary.parse(prompt)
 
     def deltas(self, prompt: str | Prompt) -> Deltas:
-        """Deltas of the prompt-activated concepts in a region's prompt."""
-        return self.known.deltas(self.parse(prompt))
+        """Deltas of the prompt-activated concepts in a region's prompt. In a joint attention these act in the
+        whole picture, so the scene must name them."""
+        if not self.sites.layout.is_joint:
+            return self.known.deltas(self.parse(prompt))
+        if self.known.deltas(self.parse(prompt), but=self.everywhere):
+            raise ConceptError(f"the region '{prompt}' names a concept that acts on the whole picture on "
+                               "this model; name it in the scene's prompt instead")
+        return {}
 
     def scene_deltas(self, scene: str) -> Deltas:
         """Deltas of the prompt-activated concepts in the scene's prompt that are not in the weights already.
         """
+        self.everywhere |= set(self.parse(scene).concepts)
         return self.known.deltas(self.parse(scene), but=self.in_weights)
 
     def named(self, scene: str) -> dict[str, Prompt]:
@@ -252,8 +264,8 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
     model = fold(model, sites, always_on_deltas(bank), any(concept.tokens.copies > 1 for concept in bank))
     if regions:
         _check_masks(regions, latent)
-        model, carried = without_prompt_activated(model, sites)
-        run = prompts.regions(added([deltas, carried]), positive, negative, regions, settings.overlap,
+        model, deltas = _apart(model, sites, deltas)
+        run = prompts.regions(deltas, positive, negative, regions, settings.overlap,
                               settings.isolation, negative_prompt)
         return _with_regions(Prepared(model, positive, negative, run), run, settings.noise, tell)
     if find_regions and prompts.named(scene.prompt):
@@ -289,9 +301,18 @@ def apply_regions(model, clip, positive: Conditioning, negative: Conditioning | 
     if not regions:
         return Prepared(model, positive, negative)
     refuse_regions(model)
-    model, carried = without_prompt_activated(model, sites)
-    run = prompts.regions(carried, positive, negative, regions, settings.overlap, settings.isolation)
+    model, deltas = _apart(model, sites, {})
+    run = prompts.regions(deltas, positive, negative, regions, settings.overlap, settings.isolation)
     return _with_regions(Prepared(model, positive, negative, run), run, settings.noise, tell)
+
+
+def _apart(model, sites: Family, deltas: Deltas) -> tuple[Any, Deltas]:
+    """MODEL and the deltas of prompt-activated concepts that act in the scene alone. In a joint attention,
+    text and picture have one weight for all regions: there the deltas stay in the weights."""
+    if sites.layout.is_joint:
+        return fold(model, sites, deltas, False), {}
+    model, carried = without_prompt_activated(model, sites)
+    return model, added([deltas, carried])
 
 
 def _with_regions(prepared: Prepared, run: RegionRun, noise: NoiseSettings,

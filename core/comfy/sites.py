@@ -26,6 +26,7 @@ WORDS = "continual_concepts_words"          # codes of the concepts at each toke
 STRENGTHS = "continual_concepts_strengths"  # factors on their deltas, `[B, S, N, 1]`
 # keys in transformer_options only:
 PROCESSOR = "continual_concepts_processor"  # the attention processor of this call
+DELTAS = "continual_concepts_deltas"        # deltas that act as if they were folded into the weights
 TEXT = "continual_concepts_text"            # prompts, offsets, words, strengths; None if not constant
 ALONE = "continual_concepts_alone"          # whether no other code reads the cells between to_q and to_out
 ATTENTION = "optimized_attention_override"  # the host's key for an attention override

@@ -152,7 +152,6 @@ class Method(ABC):
             processes, each with a share of the batch, would then disagree.
         describes_pictures: whether it uses the task's image encoder.
         needs_words: whether it learns words and does not work with class nouns; see `check_base`.
-        needs_projections: whether it learns deltas of projections of objects; see `check_base`.
         refinable: whether learning can go on from a stored concept, see `start_from`.
         published_mode: the paper's aggregation mode, see conditioning.routing; "sharp" for a paper without
             one. Benchmarks sample with it; users choose.
@@ -168,7 +167,6 @@ class Method(ABC):
     learns_alone: ClassVar[bool] = False
     describes_pictures: ClassVar[bool] = False
     needs_words: ClassVar[bool] = True
-    needs_projections: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
     published_mode: ClassVar[str] = "sharp"
     extra_key: ClassVar[str] = ""

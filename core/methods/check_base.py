@@ -7,15 +7,11 @@ from .base import METHODS, Method, Task
 
 
 def check_base(method: Method, task: Task) -> None:
-    """Checks a method on a base whose text encoder takes no learned words, or whose attention is joint.
-    Cheap; called before any work.
+    """Checks a method on a base whose text encoder takes no learned words. Cheap; called before any work.
 
     Raises:
-        ConceptError: The method or its settings need learned words, or there is no class noun instead. Or
-            the method learns deltas of projections, which a joint attention does not have.
+        ConceptError: The method or its settings need learned words, or there is no class noun instead.
     """
-    if method.needs_projections or task.kind == "style":
-        task.backbone.layout.refuse_joint(f"learning {task.kind}s by method '{method.name}' is")
     if task.backbone.layout.takes_words:
         return
     if method.needs_words:

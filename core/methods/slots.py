@@ -103,7 +103,6 @@ class Slots(LowRankMethod):
     composition = WORDS
     word_count = 4
     needs_words = False
-    needs_projections = False
     refinable = True
     config: SlotsConfig
     words: LearnedWords

@@ -19,13 +19,16 @@ def recomputed(model: nn.Module, kinds: Collection[str]) -> Iterator[None]:
         kinds: Class names of the blocks to checkpoint. If the model has none of them, nothing changes.
     """
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    before = [block.__dict__.get("forward") for block in blocks]      # a host may run blocks through its own
     try:
         for block in blocks:
             block.__dict__["forward"] = partial(_checkpointed, block.forward)
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 def _checkpointed(forward: Callable, *args, **kwargs):

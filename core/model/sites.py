@@ -69,8 +69,7 @@ class Site:
 
     @property
     def is_joint(self) -> bool:
-        """Whether text and picture share one softmax there. Such a site has no projections of the text alone
-        that a delta could act on; concepts act there as slots."""
+        """Whether text and picture share one softmax there. Its projections are parts of fused layers."""
         return _JOINT_SITE.fullmatch(self.name) is not None
 
     def shape(self, projection: str) -> tuple[int, int]:
@@ -85,7 +84,8 @@ class Site:
         ConceptError for a joint attention, whose projections have no modules of their own."""
         if self.is_joint:
             raise ConceptError(f"site '{self.name}' is a joint attention of text and picture, which has no "
-                               f"module of its own for {projection}; allowed there: slots")
+                               f"module of its own for {projection}, so its deltas have no names in other "
+                               "programs")
         if _TRANSFORMER_SITE.fullmatch(self.name):
             return f"{self.name}.{_TRANSFORMER_MODULES[projection]}"
         return f"{self.name}.{'to_out.0' if projection == 'to_out' else projection}"
@@ -133,7 +133,7 @@ class SiteLayout:
         """Raises ConceptError for sites of joint attention. what: What does not work there."""
         if self.is_joint:
             raise ConceptError(f"the model has joint attention of text and picture, where {what} not "
-                               "supported; allowed: objects that are learned with 'slots'")
+                               "supported; allowed: learning with 'slots' or 'lora', prompts, regions")
 
     def splits(self, projection: str, side: int) -> list[int]:
         """Widths of all sites on one side of a projection (0 = output, 1 = input), in site order."""

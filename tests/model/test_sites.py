@@ -98,8 +98,8 @@ def test_joint_attention_has_no_modules_of_its_own_for_the_text():
     assert [site.name for site in layout.sites] == ["double_blocks.0", "double_blocks.1", "single_blocks.0"]
     assert layout.is_joint and layout.copies == 1 and not layout.takes_words
     assert SiteLayout.from_json(layout.to_json()) == layout
-    with pytest.raises(ConceptError, match="'double_blocks.0' is a joint.*to_k; allowed there: slots"):
+    with pytest.raises(ConceptError, match="'double_blocks.0' is a joint.*to_k, so its deltas have no names"):
         layout.sites[0].path("to_k")
-    with pytest.raises(ConceptError, match="where baking is not supported; allowed: objects.*'slots'"):
+    with pytest.raises(ConceptError, match="where baking is not supported; allowed: learning with 'slots'"):
         layout.refuse_joint("baking is")
     unet_layout({"mid_block.attn2": (8, 320, 768)}, WIDTHS).refuse_joint("baking is")

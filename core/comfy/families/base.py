@@ -78,6 +78,11 @@ class Family(ABC):
         """Name of a projection's weight in a MODEL, as `add_patches` expects it."""
         return f"diffusion_model.{self.path(site, projection)}.weight"
 
+    def patch_key(self, site: Site, projection: str) -> str | tuple[str, tuple[int, int, int]]:
+        """The same for a patch, with the part of the weight: its dimension, first index, number of indices.
+        """
+        return self.key(site, projection)
+
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
         """Applies the projection's currently loaded weights: x `[..., b]` to `[..., a]`."""
         return self.linear(site, projection)(x)
@@ -125,11 +130,12 @@ class Family(ABC):
         """Whether another node replaces the self-attention of the sites' blocks."""
 
     @contextmanager
-    def attached(self, denoiser: Any = None) -> Iterator[None]:
+    def attached(self, denoiser: Any = None, learns: bool = False) -> Iterator[None]:
         """Context manager around calls of the denoiser, in which its sites run attention processors.
 
         Args:
             denoiser: The module that is called; the host may have made a copy. None = this MODEL's.
+            learns: Whether core itself calls it, with processors that may change projections.
         """
         yield
 

@@ -9,13 +9,14 @@ Two of the host's patches reach the blocks. `Begin` (attn1 patch) gets queries a
 before their rotary positions. It computes the picture's rows with the processor and leaves those of the text
 to the host. `Finish` (attn1 output patch) puts both together. So no attention is computed twice.
 
-Projections of text and picture are rows of fused layers, and patches do not see their inputs. So deltas of
-projections are not supported. Slots need none.
+Projections are rows of fused layers, and patches do not see their inputs. While learning, core calls the
+blocks itself and changes the layers' outputs (see `fused`). While the host samples, deltas are patches of a
+part of the weight. So they act whenever the MODEL runs. Slots need no projections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -33,11 +34,12 @@ from ...model.backbone import TextEncoder
 from ...model.context import Context
 from ...model.flow import FlowSchedule
 from ...model.processor import NEVER, AttentionProcessor, HostAttention, JointRows, SiteCall
-from ...model.sites import Site, joint_layout
+from ...model.sites import PROJECTIONS, Site, joint_layout
 from ..noun_clip import RowText
-from ..sites import PROCESSOR
+from ..sites import DELTAS, PROCESSOR
 from ..text import QWEN, ROWS, row_name
 from .base import Family, append_once, computation_type
+from .fused import Offset, Projection, offset_of, path_of, projecting
 
 _BEFORE, _AFTER = "attn1_patch", "attn1_output_patch"      # the host's keys of patches
 _REFERENCES = "reference_image_num_tokens"      # the host's key of their numbers of rows
@@ -91,10 +93,11 @@ class Flux(Family):
         return type(getattr(model.model, "diffusion_model", None)) in _KINDS
 
     def path(self, site: Site, projection: str) -> str:
-        """Path of the fused module that contains the text's projection."""
-        if site.name.startswith("single"):
-            return f"{site.name}.{'linear2' if projection == 'to_out' else 'linear1'}"
-        return f"{site.name}.txt_attn.{'proj' if projection == 'to_out' else 'qkv'}"
+        return path_of(site, projection)
+
+    def patch_key(self, site: Site, projection: str) -> str | tuple[str, Offset]:
+        key, offset = self.key(site, projection), offset_of(site, projection)
+        return key if offset is None else (key, offset)
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
         self.layout.refuse_joint("projecting text is")
@@ -137,21 +140,27 @@ class Flux(Family):
         return any(not isinstance(patch, Begin) for patch in options.get("patches", {}).get(_BEFORE, []))
 
     @contextmanager
-    def attached(self, denoiser: Any = None) -> Iterator[None]:
-        """Where gradients flow, blocks and their norms run on copies of what they are given."""
+    def attached(self, denoiser: Any = None, learns: bool = False) -> Iterator[None]:
+        """Where gradients flow, blocks and their norms run on copies of what they are given. Where core
+        calls the denoiser itself, blocks run the processor's projections."""
         denoiser = denoiser or self.denoiser
         blocks = [*denoiser.double_blocks, *denoiser.single_blocks]
-        modules = [*(norm for block in blocks for norm in _norms(block)), *blocks]
-        if not torch.is_grad_enabled() or isinstance(modules[0].__dict__.get("forward"), _OnCopies):
+        norms = [norm for block in blocks for norm in _norms(block)]
+        is_attached = isinstance(norms[0].__dict__.get("forward"), _OnCopies)
+        if is_attached or not (learns or torch.is_grad_enabled()):
             yield
             return
-        before = [module.__dict__.get("forward") for module in modules]
+        before = [module.__dict__.get("forward") for module in (*norms, *blocks)]
         try:
-            for module in modules:
-                module.__dict__["forward"] = _OnCopies(module.forward)
+            for norm in norms:
+                norm.__dict__["forward"] = _OnCopies(norm.forward)
+            for block, site in zip(blocks, self.layout.sites, strict=True):
+                own = [Projection(site, name, denoiser.get_submodule(path_of(site, name)))
+                       for name in PROJECTIONS]
+                block.__dict__["forward"] = _RunBlock(block.forward, own if learns else [])
             yield
         finally:
-            for module, forward in zip(modules, before, strict=True):
+            for module, forward in zip((*norms, *blocks), before, strict=True):
                 module.__dict__.pop("forward", None)
                 if forward is not None:
                     module.__dict__["forward"] = forward
@@ -201,6 +210,24 @@ class _OnCopies:
             return self.forward(*rows, **given)
         given |= {name: given[name].clone() for name in ("img", "txt") if name in given}
         return self.forward(*(row.clone() for row in rows), **given)
+
+
+class _RunBlock(_OnCopies):
+    """The same for a block, whose projections the processor of the call may change.
+
+    Args:
+        forward: The block's own.
+        projections: Those of its site; none where the host samples.
+    """
+
+    def __init__(self, forward: Callable, projections: Sequence[Projection]) -> None:
+        super().__init__(forward)
+        self.projections = projections
+
+    def __call__(self, *rows: Tensor, **given):
+        options = given.get("transformer_options") or {}
+        with projecting(self.projections, options.get(PROCESSOR), options.get(DELTAS, ())):
+            return super().__call__(*rows, **given)
 
 
 class Begin:

@@ -120,7 +120,7 @@ class Predict2(Family):
         return bool(options.get("patches", {}).get(_SELF))
 
     @contextmanager
-    def attached(self, denoiser: Any = None) -> Iterator[None]:
+    def attached(self, denoiser: Any = None, learns: bool = False) -> Iterator[None]:
         blocks = [(denoiser or self.denoiser).blocks[site.index] for site in self.layout.sites]
         modules = [module for block in blocks for module in (block.cross_attn, block.self_attn)]
         if isinstance(modules[0].__dict__.get("forward"), _Run):      # by a call around this one
