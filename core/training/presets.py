@@ -44,30 +44,31 @@ def _by_subject(person: Steps, other: Steps) -> dict[str, Steps]:
 
 
 _BATCHES_OF_FOUR = {"batch_size": 4, "schedule": "cosine", "warmup": 20}
-_CIDM = ("800 steps, both rates and 512 pixels: CIDM's paper (Dong et al., NeurIPS 2024); a person or animal "
-         "gets half as many again, because Hugging Face's study of DreamBooth (2022) found 800 to 1200 steps "
-         "for faces and 400 for objects; quick and thorough are half and twice; not measured here")
+_UNMEASURED = "Quick and thorough are half and twice. Nothing of this was measured here"
+_FACES = "A person or animal gets half as many again"
+_CIDM = ("800 steps, both rates and 512 pixels are those of CIDM's paper (Dong et al., NeurIPS 2024). "
+         f"{_FACES}: Hugging Face's study of DreamBooth (2022) found 800 to 1200 steps for faces, and 400 "
+         f"for objects. {_UNMEASURED}")
 
 _ROWS: Mapping[str, Row] = {
     EMBEDDED: Row(
         _by_subject((100, 200, 400), (100, 200, 400)), 1e-3, 5e-3, None, _BATCHES_OF_FOUR,
-        "measured on embedded-64: normal is what the benchmark's tuning chose for slots in 9 trials, and "
-        "quick is one of these; thorough is twice normal and was not measured, nor was embedded-128"),
+        "On embedded-64, normal is what the benchmark's tuning chose for slots in 9 trials. Quick is one of "
+        "these. Thorough is twice normal and was not measured. Nothing was measured on embedded-128"),
     SD1: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1}, _CIDM),
     SD2: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1},
-             f"as {SD1}, of which SD2 is the successor; {_CIDM}"),
+             f"As {SD1}, of which SD2 is the successor. {_CIDM}"),
     SDXL: Row(
         _by_subject((375, 750, 1500), (250, 500, 1000)), 1e-4, 1e-3, 1024,
         {"batch_size": 1, "accumulation": 4, "schedule": "constant"},
-        "500 steps of 4 accumulated pictures, the rate and 1024 pixels: diffusers' DreamBooth example for "
-        "SDXL; a person or animal gets half as many again, quick and thorough are half and twice; not "
-        "measured here"),
+        "500 steps of 4 accumulated pictures, the rate and 1024 pixels are those of diffusers' DreamBooth "
+        f"example for SDXL. {_FACES}. {_UNMEASURED}"),
     PREDICT2: Row(
         _by_subject((400, 800, 1600), (400, 800, 1600)), 1e-4, 1e-3, 1024, {"batch_size": 1},
-        "the rate: the guide of sd-scripts for Anima; 800 steps are its 10 epochs for 8 photos that are "
-        "repeated 10 times; quick and thorough are half and twice; not measured here"),
+        "The rate is that of sd-scripts' guide for Anima. 800 steps are its 10 epochs for 8 photos that are "
+        f"repeated 10 times. {_UNMEASURED}"),
     OTHER: Row(_by_subject((400, 800, 1600), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1},
-               "no values for this family are known; those of SD1.5"),
+               "No values for this family are known, so they are those of SD1.5"),
 }
 
 

@@ -2,24 +2,11 @@
 // Without this file presets work all the same; a new node then begins without one.
 
 import { app } from "../../scripts/app.js";
+import { after, widgetOf } from "./widgets.js";
 
 const NODE = "ConceptLearner";
 const AS_SET = "as set";
 const FIRST = "person or animal"; // of a new node
-
-function widgetOf(node, name) {
-    return node.widgets?.find(widget => widget.name === name);
-}
-
-/** Calls `then` after whatever `owner[name]` does. */
-function after(owner, name, then) {
-    const before = owner[name];
-    owner[name] = function (...given) {
-        const result = before?.apply(this, given);
-        then.apply(this, given);
-        return result;
-    };
-}
 
 /** Inputs that follow the preset are labelled with its values and cannot be edited. */
 function show(node, values) {

@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { Editor } from "./regions_editor.js";
 import { element } from "./regions_stage.js";
+import { after, widgetOf } from "./widgets.js";
 
 const NODE = "ConceptRegionsDraw";
 const LEAST = 560; // height of the editor, in the graph's pixels
@@ -11,20 +12,6 @@ const USUAL = [460, 800]; // size of a new node
 function style() {
     const href = new URL("./regions.css", import.meta.url).href;
     if (!document.querySelector(`link[href="${href}"]`)) element("link", "", document.head, { rel: "stylesheet", href });
-}
-
-function widgetOf(node, name) {
-    return node.widgets?.find(widget => widget.name === name);
-}
-
-/** Calls `then` after whatever `owner[name]` does. */
-function after(owner, name, then) {
-    const before = owner[name];
-    owner[name] = function (...given) {
-        const result = before?.apply(this, given);
-        then();
-        return result;
-    };
 }
 
 /** What the editor needs of a node. */

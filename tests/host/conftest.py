@@ -201,6 +201,25 @@ class Studio:
         return self.pack.ConceptLearner.execute(**listed)
 
 
+    def check_loaded_in_part(self, bank, prompt: str, share: float) -> None:
+        """A small graphics card holds a share of the weights; the others are fetched, with patches, when they
+        are used. Pictures, and learning `<spot>` of `bank` again, stay the same."""
+        import comfy.model_management as management
+
+        model, clip, positive = self.aggregate(prompt, bank)
+        negative = self.encode(clip, "")
+        whole = self.ksampler(model, positive, negative)
+        management.load_models_gpu([model])
+        model.partially_unload(model.offload_device, (1 - share) * model.model_size())
+        assert model.model.model_lowvram
+        assert torch.equal(self.ksampler(model, positive, negative), whole)
+        again = self.learn(method="slots", steps=2)["spot"]
+        for place, delta in bank["spot"].deltas.items():
+            assert all(torch.equal(*pair) for pair in zip(delta.tensors(), again.deltas[place].tensors(),
+                                                          strict=True))
+        management.unload_all_models()
+
+
 @pytest.fixture(scope="session")
 def studio(pack, demo, bank):
     return Studio(pack, demo, bank)

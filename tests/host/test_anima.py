@@ -284,22 +284,7 @@ def test_nodes_that_change_conditionings_keep_the_first_prompts_words(anima, lea
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_model_that_is_loaded_in_part(anima, learned, share):
-    """As on a small graphics card: weights wait elsewhere and are fetched, with patches, when they are
-    used."""
-    import comfy.model_management as management
-
-    model, clip, positive = anima.aggregate("<ink> of <spot>", learned[0])
-    negative = anima.encode(clip, "")
-    whole = anima.ksampler(model, positive, negative)
-    management.load_models_gpu([model])
-    model.partially_unload(model.offload_device, (1 - share) * model.model_size())
-    assert model.model.model_lowvram
-    assert torch.equal(anima.ksampler(model, positive, negative), whole)
-    again = anima.learn(method="slots", steps=2)["spot"]
-    for place, delta in learned[0]["spot"].deltas.items():
-        assert all(torch.equal(*pair) for pair in zip(delta.tensors(), again.deltas[place].tensors(),
-                                                      strict=True))
-    management.unload_all_models()
+    anima.check_loaded_in_part(learned[0], "<ink> of <spot>", share)
 
 
 def test_weights_of_sixteen_bits(anima, pack, learned):

@@ -292,22 +292,7 @@ def test_learning_on_a_distilled_model_tells_so(joint, caplog):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_model_that_is_loaded_in_part(joint, share):
-    """As on a small graphics card."""
-    import comfy.model_management as management
-
-    ours = joint.studio
-    model, clip, positive = ours.aggregate("a <spot>", joint.bank)
-    negative = ours.encode(clip, "")
-    whole = ours.ksampler(model, positive, negative)
-    management.load_models_gpu([model])
-    model.partially_unload(model.offload_device, (1 - share) * model.model_size())
-    assert model.model.model_lowvram
-    assert torch.equal(ours.ksampler(model, positive, negative), whole)
-    again = ours.learn(method="slots", steps=2)["spot"]
-    for place, delta in joint.bank["spot"].deltas.items():
-        assert all(torch.equal(*pair) for pair in zip(delta.tensors(), again.deltas[place].tensors(),
-                                                      strict=True))
-    management.unload_all_models()
+    joint.studio.check_loaded_in_part(joint.bank, "a <spot>", share)
 
 
 def test_a_reference_picture_acts_beside_a_concept(joint):
