@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import threading
@@ -176,9 +177,13 @@ def resident() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_a12_sibling_reading_and_framing_large_photos_takes_little_memory(tmp_path, tiny_backbone):
-    """Four photos of 6 megapixels are 72 MB as 8 bits and 288 MB as float32."""
+    """Four photos of 6 megapixels are 72 MB as 8 bits and 288 MB as float32.
+
+    The limit lies between the two. What else the process allocates or frees meanwhile must not decide.
+    """
     for i in range(4):
         photo(tmp_path / f"{i}.jpg", (3000, 2000))
+    gc.collect()
     stopped, peak, before = threading.Event(), [0], resident()
 
     def watch():
@@ -190,7 +195,7 @@ def test_a12_sibling_reading_and_framing_large_photos_takes_little_memory(tmp_pa
     prepare(tiny_backbone, read_folder(tmp_path).pictures, "rex", "dog", Framing(64))
     stopped.set()
     watcher.join()
-    assert peak[0] - before < 100e6
+    assert peak[0] - before < 200e6
 
 
 # A13
