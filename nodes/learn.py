@@ -237,7 +237,7 @@ def _method_settings(given: dict, settings: dict | None) -> dict:
     """
     config = METHODS[given["method"]].config if given["method"] in METHODS else None
     rates = {"lr", "token_lr"} & {field.name for field in fields(config)} if config is not None else set()
-    return dict(settings or {}) | {rate: given[rate] for rate in rates if given[rate] > 0}
+    return dict(settings or {}) | {rate: given[rate] for rate in rates if given[rate] != 0}
 
 
 def _training_config(given: dict, settings: dict | None, chosen: Preset | None) -> TrainingConfig:
@@ -301,7 +301,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
              *(warning.text for warning in warnings)]
     for note in notes:      # before the minutes of training
         logging.warning("Concept Learner: %s", note)
-    notes[:0] = [taken.headline, *([] if chosen is None else [chosen.describe()])]
+    notes[:0] = [taken.headline, *([] if chosen is None else [chosen.describe(method, config)])]
     size = (config.resolution, config.resolution)
     backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)
     cancel = comfy.model_management.throw_exception_if_processing_interrupted

@@ -56,8 +56,8 @@ def preset_of(options: Namespace) -> presets.Preset | None:
         return None
     subject = PRESETS[options.preset]
     if getattr(options, "kind", None) not in (None, presets.kind_of(subject)):
-        raise ConceptError(f"the kind is '{options.kind}', and --preset is '{options.preset}'; give one of "
-                           "them, or two that agree")
+        raise ConceptError(f"the kind of concept '{options.name}' is '{options.kind}', and --preset is "
+                           f"'{options.preset}'; choose a preset for this kind, or none")
     effort = options.effort or presets.NORMAL
     if is_embedded(options):
         return presets.preset(subject, effort, presets.EMBEDDED, picture_size(embedded_name(options)))

@@ -206,7 +206,8 @@ def learn(options: Namespace) -> Result | None:
     with process_group(options.device) as group:
         if group.is_first and not options.json:
             chosen = backbones.preset_of(options)
-            say("\n".join([*read.lines(), *([] if chosen is None else [chosen.describe()])]))
+            say("\n".join([*read.lines(),
+                           *([] if chosen is None else [chosen.describe(method, training)])]))
         if group.is_first and options.contact_sheet is not None:
             write_sheet(options.contact_sheet, read.photos.report)
         if stored is not None and options.name in stored and options.if_known == KEEP:

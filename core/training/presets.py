@@ -14,7 +14,9 @@ from typing import Any
 from ..demo.bases import picture_size
 from ..errors import ConceptError
 from ..methods import DEFAULT
+from ..methods.base import Method
 from ..model.sites import SiteLayout
+from .config import TrainingConfig
 
 AS_SET = "as set"      # no preset: every setting is used as it is
 PERSON, OBJECT, STYLE = SUBJECTS = ("person or animal", "object", "style")
@@ -67,8 +69,9 @@ _ROWS: Mapping[str, Row] = {
         _by_subject((400, 800, 1600), (400, 800, 1600)), 1e-4, 1e-3, 1024, {"batch_size": 1},
         "The rate is that of sd-scripts' guide for Anima. 800 steps are its 10 epochs for 8 photos that are "
         f"repeated 10 times. {_UNMEASURED}"),
-    OTHER: Row(_by_subject((400, 800, 1600), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1},
-               "No values for this family are known, so they are those of SD1.5"),
+    OTHER: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1},
+               "No values are known for Flux.1, Flux.2 Klein, Chroma and other models. These are those of "
+               f"{SD1}"),
 }
 
 
@@ -94,18 +97,22 @@ class Preset:
     training: Mapping[str, Any]
     source: str
 
-    def describe(self) -> str:
-        """One line with the values."""
-        training = ", ".join(f"{name} {value}" for name, value in self.training.items())
-        rates = ", ".join(f"{name} {value:g}" for name, value in self.rates.items())
-        return (f"preset {self.subject}, {self.effort}, for {self.family}: method {self.method}, {rates}, "
-                f"{training}")
+    def describe(self, method: Method, config: TrainingConfig) -> str:
+        """One line with the values that are used: those of the method and of the training, which may differ
+        from the preset's where single settings were given."""
+        rates = {name: f"{getattr(method.config, name):g}" for name in self.rates
+                 if hasattr(method.config, name)}
+        training = {name: getattr(config, name) for name in self.training}
+        values = ", ".join(f"{name} {value}" for name, value in {**rates, **training}.items())
+        return f"preset {self.subject}, {self.effort}, for {self.family}: method {method.name}, {values}"
 
 
 def family_of(layout: SiteLayout) -> str:
     """The family of a base's layout, one of `FAMILIES`."""
     if layout.embedded_base:
         return EMBEDDED
+    if layout.is_joint:
+        return OTHER
     if all(site.of_transformer for site in layout.sites):
         return PREDICT2
     return family_of_width(layout.sites[0].context_width)

@@ -254,7 +254,8 @@ def test_a_preset_chooses_what_no_flag_says(photos, tmp_path, capsys):
     asked = ["learn", str(photos), "--bank", str(bank), "--name", "rex", "--noun", "dog",
              "--preset", "person", "--effort", "quick", "--base", "embedded-64", "--batch-size", "2"]
     assert main([*asked, "--steps", "2"]) == 0
-    assert "preset person or animal, quick, for embedded: method slots, lr 0.001" in capsys.readouterr().out
+    assert ("preset person or animal, quick, for embedded: method slots, lr 0.001, token_lr 0.005, steps 2, "
+            "resolution 64, batch_size 2, schedule cosine, warmup 20") in capsys.readouterr().out
     info = open_bank(bank).infos["rex"]
     settings = info.provenance.settings
     assert info.kind == "object" and settings["method"]["lr"] == 1e-3
@@ -264,7 +265,8 @@ def test_a_preset_chooses_what_no_flag_says(photos, tmp_path, capsys):
 
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--effort", "quick"], "--effort is 'quick', and no preset is given; give --preset person"),
-    (["--preset", "object", "--kind", "style"], "the kind is 'style', and --preset is 'object'")])
+    (["--preset", "object", "--kind", "style"], "the kind of concept 'rex' is 'style', and --preset is "
+     "'object'; choose a preset for this kind, or none")])
 def test_a_preset_that_makes_no_sense_is_refused(photos, tmp_path, capsys, flags, sentence):
     bank = tmp_path / "bank.safetensors"
     assert sentence in refused(capsys, "learn", str(photos), "--bank", str(bank), "--name", "rex", "--noun",

@@ -62,3 +62,17 @@ def test_without_a_preset_the_inputs_are_used_as_before(studio):
 def test_an_unknown_preset_is_refused(studio):
     with pytest.raises(ConceptError, match="preset is 'dog'; allowed: as set, person or animal"):
         studio.learner(preset="dog")
+
+
+@pytest.mark.parametrize("rate", ["lr", "token_lr"])
+@pytest.mark.parametrize("value", [-0.5, float("nan")])
+def test_a_rate_that_is_no_rate_is_refused(studio, rate, value):
+    with pytest.raises(ConceptError, match=f"setting '{rate}' is {value}"):
+        studio.learner(method="lora", **{rate: value})
+
+
+def test_the_notes_name_the_values_that_are_used(studio):
+    result = studio.learner(preset=PERSON, effort="quick", training_settings={"steps": 2},
+                            method_settings={"lr": 0.002})
+    assert ("preset person or animal, quick, for embedded: method slots, lr 0.001, token_lr 0.005, steps 2, "
+            "resolution 64, batch_size 4, schedule cosine, warmup 20") in result.ui["text"][0]

@@ -11,7 +11,7 @@ from continual_concepts.core.demo.base import load_base
 from continual_concepts.core.demo.bases import file_of
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import make
-from continual_concepts.core.model.sites import transformer_layout, unet_layout
+from continual_concepts.core.model.sites import joint_layout, transformer_layout, unet_layout
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.presets import (
     EFFORTS,
@@ -56,6 +56,28 @@ def test_the_family_of_a_unet_is_told_by_its_text(width, family):
 def test_the_family_of_a_transformer():
     layout = transformer_layout({"blocks.0.cross_attn": (8, 64, 1024)}, (("t5xxl", 1024),))
     assert family_of(layout) == PREDICT2
+
+
+@pytest.mark.parametrize("width", [768, 1024, 2048, 4096])
+def test_a_joint_transformer_is_of_no_known_family_whatever_its_width(width):
+    assert family_of(joint_layout(1, 1, 8, width, (("t5xxl", 4096),))) == OTHER
+
+
+def test_the_other_values_are_those_of_sd15():
+    for subject in SUBJECTS:
+        for effort in EFFORTS:
+            other, usual = preset(subject, effort, OTHER), preset(subject, effort, SD1)
+            assert (other.training, other.rates) == (usual.training, usual.rates)
+
+
+def test_the_line_of_a_preset_has_the_values_that_are_used():
+    chosen = preset(OBJECT, "quick", SD1)
+    given = chosen.describe(make("lora", {"lr": 0.5}), TrainingConfig(**{**chosen.training, "steps": 3}))
+    assert given.startswith("preset object, quick, for SD1.5: method lora, lr 0.5, token_lr ")
+    assert given.endswith("steps 3, resolution 512, batch_size 1")
+    usual = chosen.describe(make(chosen.method, chosen.rates), TrainingConfig(**chosen.training))
+    assert usual == ("preset object, quick, for SD1.5: method slots, lr 0.0001, token_lr 0.001, steps 400, "
+                     "resolution 512, batch_size 1")
 
 
 @pytest.mark.parametrize("name", ["embedded-64", "embedded-128"])
