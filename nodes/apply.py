@@ -18,11 +18,16 @@ from ..core.errors import ConceptError
 from ..core.images import to_tensor
 from . import types
 from .progress import tell
-from .schema import Schema
+from .schema import Schema, advanced, with_options
 
 ONE = "one concept"
 MODES = {"sharp": "sharp", "paper": "paper", "released code": "released", "equal merge": "equal",
          ONE: "sharp"}
+WHICH = "which concepts act"
+# what the page shows in place of the modes
+LABELS = {"sharp": "those of the prompt (sharp)", "paper": "CIDM's elastic weights (paper)",
+          "released code": "weights of CIDM's code (released code)",
+          "equal merge": "all, equally (equal merge)"}
 
 
 class ElasticWeightAggregate(io.ComfyNode):
@@ -32,13 +37,14 @@ class ElasticWeightAggregate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return Schema(
             node_id="ElasticWeightAggregate",
-            display_name="Elastic Weight Aggregate",
-            category=types.USING,
-            search_aliases=["load concept", "apply concept", "EWA", "merge lora", "concept bank"],
+            display_name="Apply Concepts",
+            category=types.EVERYDAY,
+            search_aliases=["Elastic Weight Aggregate", "Elastic Weight Aggregation", "EWA", "load concept",
+                            "merge lora", "concept bank"],
             description="Adds a bank's concepts to a model and a CLIP. With its outputs, <rex> works in "
                         "every CLIP Text Encode. Things of 'slots' and concepts of 'bound' act through their "
                         "own words; other concepts are patched into the weights once.",
-            inputs=[
+            inputs=advanced(("mode", "concept"), [
                 io.Model.Input("model",
                                tooltip="The checkpoint that the bank was learned on, or one of its family."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's; it gets the bank's words."),
@@ -47,21 +53,23 @@ class ElasticWeightAggregate(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    default="a photo of <rex> on a beach",
+                    default="",
+                    placeholder="a photo of <rex> on a beach",
                     tooltip="Decides which concepts act. It is also encoded, as the output conditioning.",
                 ),
-                io.Combo.Input(
+                with_options(io.Combo.Input(
                     "mode",
+                    display_name=WHICH,
                     options=list(MODES),
                     default="sharp",
-                    tooltip="sharp: the concepts the prompt names, at full strength (ours). paper: CIDM's "
+                    tooltip="sharp: those that the prompt names, at full strength. paper: CIDM's "
                             "elastic weights. released code: the weights of CIDM's code. equal merge: "
                             "all with equal weights. one concept: the one named below.",
-                ),
+                ), option_labels=LABELS),
                 io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05,
                                tooltip="Factor on the deltas; 0 = the plain model."),
-                io.String.Input("concept", default="", tooltip="For mode 'one concept': its name."),
-            ],
+                io.String.Input("concept", default="", tooltip="The name, for 'one concept'."),
+            ]),
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip"),
@@ -81,8 +89,8 @@ class ElasticWeightAggregate(io.ComfyNode):
         refuse_regions(model)
         only = typed_name(concept) if mode == ONE else ""
         if mode == ONE and not only:
-            raise ConceptError(f"mode '{ONE}' needs the name of a concept; the bank holds "
-                               f"{', '.join(bank.names)}")
+            raise ConceptError(f"'{WHICH}' is '{ONE}', but 'concept' is empty; type a name there; the "
+                               f"bank holds {', '.join(bank.names)}")
         parsed = bank.parse(prompt)
         aggregation = aggregate(backbone, bank, parsed, MODES[mode], strength, only=only)
         word_bound = tuple(token_lora_deltas(bank, strength, [only] if only else None))

@@ -10,7 +10,7 @@ from ..core.sampling.settings import SampleSettings
 from . import types
 from .inputs import crop_denoising_input, isolation_input, overlap_input
 from .progress import tell
-from .schema import Schema, with_options
+from .schema import Schema, advanced
 
 
 class ConceptRegionsApply(io.ComfyNode):
@@ -21,14 +21,14 @@ class ConceptRegionsApply(io.ComfyNode):
         return Schema(
             node_id="ConceptRegionsApply",
             display_name="Apply Regions",
-            category=types.USING,
+            category=types.REGIONS,
             search_aliases=["regional prompt", "attention couple", "regional conditioning", "region model"],
             description="Adds regions to a model and its prompts, for KSampler, SamplerCustomAdvanced, "
             "upscalers and detailers. Gives the same picture as Regional Concept Sampler with the same "
             "settings.",
-            inputs=[
+            inputs=advanced(("overlap", "isolation"), [
                 io.Model.Input(
-                    "model", tooltip="From Elastic Weight Aggregate, with its concepts, or a plain model."
+                    "model", tooltip="From Apply Concepts, with its concepts, or a plain model."
                 ),
                 io.Clip.Input("clip", tooltip="From the same node. It encodes the prompts of the regions."),
                 io.Conditioning.Input(
@@ -49,8 +49,8 @@ class ConceptRegionsApply(io.ComfyNode):
                 overlap_input(),
                 crop_denoising_input(
                     0.0, "0 = off; 0.4 for a picture from noise, 0 for tiles and second passes."),
-                with_options(isolation_input(), advanced=True),
-            ],
+                isolation_input(),
+            ]),
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Conditioning.Output(display_name="positive"),

@@ -30,6 +30,8 @@ from .schema import Schema
 
 register_folders()
 
+ALLOW_FEWER = "allow removing concepts"
+
 
 class ConceptBankLoad(io.ComfyNode):
     """Loads a bank from disk, or starts a new one."""
@@ -39,7 +41,7 @@ class ConceptBankLoad(io.ComfyNode):
         return Schema(
             node_id="ConceptBankLoad",
             display_name="Load Concept Bank",
-            category=types.BANKS,
+            category=types.EVERYDAY,
             search_aliases=["load bank", "concepts"],
             description="Reads a bank of concepts. Only its header is read now; a concept's weights are read "
                         "when they are used.",
@@ -74,7 +76,7 @@ class ConceptBankSave(io.ComfyNode):
         return Schema(
             node_id="ConceptBankSave",
             display_name="Save Concept Bank",
-            category=types.BANKS,
+            category=types.EVERYDAY,
             is_output_node=True,
             description="Writes a bank to output/concept_banks. The file is replaced only when the new one "
                         "is complete on disk.",
@@ -83,6 +85,7 @@ class ConceptBankSave(io.ComfyNode):
                 io.String.Input("bank_name", default="my-concepts", tooltip="Letters, digits, - and _."),
                 io.Boolean.Input(
                     "allow_fewer",
+                    display_name=ALLOW_FEWER,
                     default=False,
                     tooltip="Off: saving fails where the stored bank holds concepts that this one lacks. On: "
                             "they are dropped.",
@@ -114,7 +117,7 @@ class ConceptBankSave(io.ComfyNode):
                 raise ConceptError(
                     f"'{path.name}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; "
                     "load that bank into Concept Learner first, choose another bank_name, or switch "
-                    "allow_fewer on"
+                    f"'{ALLOW_FEWER}' on"
                 )
             return bank
 
@@ -156,7 +159,7 @@ class ConceptBankMerge(io.ComfyNode):
                 types.Bank.Input("other",
                                  tooltip="Its concepts come last. No name may be in both banks."),
             ],
-            outputs=[types.Bank.Output(display_name="merged")],
+            outputs=[types.Bank.Output(display_name="bank")],
         )
 
     @classmethod
@@ -181,10 +184,11 @@ class ConceptBankEdit(io.ComfyNode):
                 types.Bank.Input("bank", tooltip="The bank to change. The input itself stays unchanged."),
                 io.Combo.Input("action", options=["rename", "remove"], default="rename",
                                tooltip="Give the concept another name, or remove it."),
-                io.String.Input("concept", default="rex", tooltip="Name of a concept in the bank."),
+                io.String.Input("concept", default="", placeholder="rex",
+                                tooltip="Name of a concept in the bank."),
                 io.String.Input("new_name", default="", tooltip="The new name, for 'rename'."),
             ],
-            outputs=[types.Bank.Output(display_name="edited")],
+            outputs=[types.Bank.Output(display_name="bank")],
         )
 
     @classmethod
@@ -194,6 +198,9 @@ class ConceptBankEdit(io.ComfyNode):
         if action not in ("rename", "remove"):
             raise ConceptError(f"action is {action!r}; allowed: rename, remove")
         name = typed_name(concept)
+        if not name:
+            raise ConceptError("'concept' is empty; type the name of a concept; the bank holds "
+                               f"{', '.join(bank.names)}")
         edited = bank.remove(name) if action == "remove" else bank.rename(name, typed_name(new_name))
         return io.NodeOutput(edited)
 
@@ -220,9 +227,9 @@ class ConceptBankInspect(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="covers"),
-                io.String.Output(display_name="text"),
-                io.String.Output(display_name="report"),
+                io.Image.Output(display_name="cards"),
+                io.String.Output(display_name="summary"),
+                io.String.Output(display_name="report (JSON)"),
             ],
         )
 

@@ -1,4 +1,4 @@
-"""The nodes Draw Concept Regions and Show Concept Regions."""
+"""The nodes Concept Region Editor and Show Concept Regions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .schema import Schema
 
 # prompts describe their regions completely, because crop denoising treats a region as a separate picture
 EXAMPLE = """[
-{"name": "left", "prompt": "a photo of <rex> in a meadow", "box": [0, 0.15, 0.5, 1]},
-{"name": "right", "prompt": "a photo of <mimi> in a meadow", "box": [0.5, 0.15, 1, 1]}
+{"name": "left", "prompt": "a photo of a dog in a meadow", "box": [0, 0.15, 0.5, 1]},
+{"name": "right", "prompt": "a photo of a cat in a meadow", "box": [0.5, 0.15, 1, 1]}
 ]"""
 
 
@@ -33,9 +33,9 @@ class ConceptRegionsDraw(io.ComfyNode):
 
         return Schema(
             node_id="ConceptRegionsDraw",
-            display_name="Draw Concept Regions",
-            category=types.USING,
-            search_aliases=["regional prompt", "attention couple", "area", "box", "draw regions"],
+            display_name="Concept Region Editor",
+            category=types.EVERYDAY,
+            search_aliases=["Draw Concept Regions", "regional prompt", "attention couple", "area", "box"],
             description="Defines parts of the picture with their own prompts, drawn as boxes. "
             "Connect to Regional Concept Sampler or Apply Regions.",
             inputs=[
@@ -50,7 +50,7 @@ class ConceptRegionsDraw(io.ComfyNode):
                 side("height"),
                 types.Regions.Input("regions", optional=True, tooltip="Regions before these."),
             ],
-            outputs=[types.Regions.Output(display_name="all_regions")],
+            outputs=[types.Regions.Output(display_name="regions")],
         )
 
     @classmethod
@@ -75,7 +75,7 @@ class ConceptRegionsShow(io.ComfyNode):
         return Schema(
             node_id="ConceptRegionsShow",
             display_name="Show Concept Regions",
-            category=types.USING,
+            category=types.REGIONS,
             search_aliases=["preview regions", "region overlay", "boxes"],
             description="Draws the outline of every region on a picture, with its name or its prompt.",
             inputs=[
@@ -83,7 +83,7 @@ class ConceptRegionsShow(io.ComfyNode):
                 types.Regions.Input("regions", optional=True,
                                     tooltip="Not connected = the picture unchanged."),
             ],
-            outputs=[io.Image.Output(display_name="outlined")],
+            outputs=[io.Image.Output(display_name="image")],
             is_output_node=True,
         )
 

@@ -1,4 +1,4 @@
-"""The nodes Concept Reference Photos and Concept Evaluate, which measure a bank's quality."""
+"""The nodes Concept Reference Photos and Evaluate Concepts, which measure a bank's quality."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from . import types
 from .images import judge, pictures_of
 from .inputs import first, lines_of
 from .progress import bar_preview
-from .schema import Schema
+from .schema import Schema, advanced
 
 BATCH = 4      # pictures per UNet call
 
@@ -34,17 +34,17 @@ class ConceptReferencePhotos(io.ComfyNode):
         return Schema(
             node_id="ConceptReferencePhotos",
             display_name="Concept Reference Photos",
-            category=types.EXTRAS,
+            category=types.EVALUATION,
             is_input_list=True,
-            description="Gives real photos of one concept to Concept Evaluate. Chain several "
+            description="Gives real photos of one concept to Evaluate Concepts. Chain several "
                         "through 'photos'.",
             inputs=[
                 io.Image.Input("images", tooltip="Photos of the concept: a batch, or a list of any sizes."),
-                io.String.Input("concept", default="rex", tooltip="Its name in the bank."),
+                io.String.Input("concept", default="", placeholder="rex", tooltip="Its name in the bank."),
                 types.Photos.Input("photos", optional=True,
                                    tooltip="Photos of the concepts before this one."),
             ],
-            outputs=[types.Photos.Output(display_name="all_photos")],
+            outputs=[types.Photos.Output(display_name="photos")],
         )
 
     @classmethod
@@ -64,15 +64,16 @@ class ConceptEvaluate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return Schema(
             node_id="ConceptEvaluate",
-            display_name="Concept Evaluate",
-            category=types.EXTRAS,
+            display_name="Evaluate Concepts",
+            category=types.EVALUATION,
             is_output_node=True,
-            search_aliases=["image alignment", "CLIP score", "benchmark", "forgetting", "compare concepts"],
+            search_aliases=["Concept Evaluate", "image alignment", "CLIP score", "benchmark", "forgetting",
+                            "compare concepts"],
             description="Draws every concept of a bank and measures its similarity to its own photos and to "
                         "those of the other concepts, and whether prompts without concepts still give the "
                         "base's pictures.",
-            inputs=[
-                io.Model.Input("model", tooltip="The base, without Elastic Weight Aggregate."),
+            inputs=advanced(("base_prompts", "seed", "steps", "cfg"), [
+                io.Model.Input("model", tooltip="The base, without Apply Concepts."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
                 io.Vae.Input("vae", tooltip="The same checkpoint's."),
                 io.ClipVision.Input("clip_vision", optional=True,
@@ -92,22 +93,23 @@ class ConceptEvaluate(io.ComfyNode):
                     tooltip="Prompts without concepts, a line each: drawn with the bank and without. Empty = "
                             "the base is not evaluated.",
                 ),
-                io.Int.Input("seeds", default=2, min=1, max=64, tooltip="Pictures per concept and prompt."),
+                io.Int.Input("seeds", display_name="pictures per prompt", default=2, min=1, max=64,
+                             tooltip="Pictures per concept and prompt."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF,
                              tooltip="Seed of the first picture; each further picture adds 1."),
                 io.Int.Input("steps", default=20, min=1, max=1000,
                              tooltip="Steps of DPM-Solver++; the papers use 50."),
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Guidance scale; 1 = none."),
-                io.Int.Input("size", default=512, min=16, max=2048, step=8,
+                io.Int.Input("size", display_name="picture size", default=512, min=16, max=2048, step=8,
                              tooltip="Side of the pictures in pixels."),
                 io.String.Input("concepts", default="", optional=True,
                                 tooltip="Names, comma separated; empty = all of the bank."),
                 types.Photos.Input("photos", optional=True,
                                    tooltip="From Concept Reference Photos. A concept without photos is "
                                            "compared with its thumbnail."),
-            ],
-            outputs=[io.Image.Output(display_name="sheet"), io.String.Output(display_name="figures")],
+            ]),
+            outputs=[io.Image.Output(display_name="sheet"), io.String.Output(display_name="figures (JSON)")],
         )
 
     @classmethod

@@ -49,7 +49,7 @@ class ConceptExport(io.ComfyNode):
                         "Existing files are never replaced.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank that holds it."),
-                io.String.Input("concept", default="rex",
+                io.String.Input("concept", default="", placeholder="rex",
                                 tooltip="Name of a concept in the bank; empty or * = every concept."),
                 io.Combo.Input(
                     "format", options=list(FORMATS), default="LoRA and embedding",

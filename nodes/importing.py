@@ -9,11 +9,11 @@ from comfy_api.latest import io, ui
 
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS
-from ..core.bank.tokens import typed_name
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
 from ..core.interop.importing import import_concept
 from . import types
+from .presets import checked_name
 from .schema import Schema
 
 NONE = "(none)"
@@ -58,18 +58,20 @@ class ConceptImport(io.ComfyNode):
                     "embedding", options=[NONE, *_files("embeddings")], default=NONE,
                     tooltip="An embedding from models/embeddings."
                 ),
-                io.String.Input("name", default="rex", tooltip="What you write in prompts: <rex>."),
-                io.String.Input("class_noun", default="dog", tooltip="An ordinary word for it."),
+                io.String.Input("name", default="", placeholder="rex",
+                                tooltip="What you write in prompts: <rex>."),
+                io.String.Input("class_noun", default="", placeholder="dog",
+                                tooltip="An ordinary word for it."),
                 io.Combo.Input("kind", options=list(KINDS), default=KINDS[0],
                                tooltip="object: a thing. style: how pictures look."),
                 io.String.Input(
-                    "trigger", default="",
+                    "trigger", display_name="trigger words", default="",
                     tooltip="For a LoRA without an embedding: its trigger words, such as sks dog."
                 ),
                 types.Bank.Input("bank", optional=True,
                                  tooltip="The bank to add it to; not connected = a new one."),
                 io.String.Input(
-                    "which", default="", optional=True,
+                    "which", display_name="which adapter", default="", optional=True,
                     tooltip="For a file with several adapters or embeddings: the one to import, or one of "
                             "each with a comma. If it is empty, an error lists them."
                 ),
@@ -84,7 +86,7 @@ class ConceptImport(io.ComfyNode):
         backbone.layout.refuse_joint("importing files is")
         if bank is not None:
             bank.check_fits(backbone.layout)
-        result = import_concept(typed_name(name), class_noun.strip(), kind, backbone.layout,
+        result = import_concept(checked_name(name), class_noun.strip(), kind, backbone.layout,
                                 backbone.text, _file("loras", lora),
                                 _file("embeddings", embedding), trigger, which, backbone)
         text = "\n".join(result.notes)

@@ -54,8 +54,9 @@ def overlap_input() -> io.Input:
 
 def crop_denoising_input(default: float, advice: str) -> io.Input:
     """The input `solo`. advice: the end of its tooltip."""
-    return io.Float.Input("solo", default=default, min=0.0, max=1.0, step=0.05, optional=True,
-                          tooltip="Crop denoising: share of the first steps in which each region is denoised "
+    return io.Float.Input("solo", display_name="crop denoising", default=default, min=0.0, max=1.0,
+                          step=0.05, optional=True,
+                          tooltip="Share of the first steps in which each region is denoised "
                                   f"alone, so that its concept appears. {advice}")
 
 

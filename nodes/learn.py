@@ -52,6 +52,7 @@ from .presets import checked_name, checked_noun, chosen_preset, preset_inputs, w
 from .progress import Reporter
 from .schema import Schema, advanced
 
+IF_KNOWN = "if already in bank"
 KEEP, AGAIN, REFINE = "keep it", "learn it again", "refine it"
 OF_TRAINING = ("steps", "batch_size", "resolution", "seed")      # inputs that are fields of TrainingConfig
 ADVANCED = ("kind", "method", "steps", "lr", "token_lr", "resolution", "batch_size", "seed", "preview_every",
@@ -68,7 +69,7 @@ class ConceptLearner(io.ComfyNode):
         return Schema(
             node_id="ConceptLearner",
             display_name="Concept Learner",
-            category=types.LEARNING,
+            category=types.EVERYDAY,
             is_input_list=True,
             search_aliases=["train lora", "dreambooth", "textual inversion", "continual learning", "CIDM",
                             "teach"],
@@ -94,29 +95,18 @@ class ConceptLearner(io.ComfyNode):
                     tooltip="\n".join(f"{name}: {entry.summary}" for name, entry in sorted(METHODS.items())),
                 ),
                 setting_input(TrainingConfig, "steps"),
-                io.Float.Input(
-                    "lr",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=1e-5,
-                    round=1e-7,
-                    tooltip="Learning rate of the weights; 0 = the method's own.",
-                ),
-                io.Float.Input(
-                    "token_lr",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=1e-4,
-                    round=1e-7,
-                    tooltip="Learning rate of the words; 0 = the method's own.",
-                ),
+                io.Float.Input("lr", display_name="learning rate (lr)", default=0.0, min=0.0, max=1.0,
+                               step=1e-5, round=1e-7,
+                               tooltip="Learning rate of the weights; 0 = the method's own."),
+                io.Float.Input("token_lr", display_name="word learning rate (token_lr)", default=0.0, min=0.0,
+                               max=1.0, step=1e-4, round=1e-7,
+                               tooltip="Learning rate of the words; 0 = the method's own."),
                 *setting_inputs(TrainingConfig, ("resolution", "batch_size", "seed")),
                 io.Int.Input("preview_every", default=100, min=0, max=10_000,
                              tooltip="Steps between previews; 0 = none."),
                 io.Combo.Input(
                     "if_known",
+                    display_name=IF_KNOWN,
                     options=[KEEP, AGAIN, REFINE],
                     default=KEEP,
                     tooltip="If the bank already holds this name: keep the concept if it was learned from "
@@ -138,7 +128,7 @@ class ConceptLearner(io.ComfyNode):
                 io.Image.Input("prior_images", optional=True,
                                tooltip="Other pictures of the class, so that it keeps its meaning."),
                 types.Selection.Input("selection", optional=True,
-                                      tooltip="From Concept Neuron Select; for methods that use one (cns)."),
+                                      tooltip="From Select Concept Neurons; for methods that use one (cns)."),
                 types.Settings.Input("method_settings", optional=True,
                                      tooltip="From the method's own settings node; none = its defaults."),
                 types.Settings.Input("training_settings", optional=True,
@@ -159,6 +149,7 @@ class ConceptLearner(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "show_older",
+                    display_name="draw older concepts",
                     optional=True,
                     default=False,
                     tooltip="Draw up to eight older concepts of the bank at the end, beside their thumbnails "
@@ -168,9 +159,9 @@ class ConceptLearner(io.ComfyNode):
             ]),
             outputs=[
                 types.Bank.Output(display_name="bank"),
-                io.Image.Output(display_name="loss"),
+                io.Image.Output(display_name="loss picture"),
                 io.Image.Output(display_name="previews"),
-                io.Image.Output(display_name="older"),
+                io.Image.Output(display_name="older concepts"),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -198,7 +189,7 @@ class ConceptLearner(io.ComfyNode):
         name = checked_name(given["name"])
         noun = checked_noun(given["class_noun"], given["if_known"] == REFINE)
         if given["if_known"] not in (KEEP, AGAIN, REFINE):
-            raise ConceptError(f"if_known is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}, {REFINE}")
+            raise ConceptError(f"'{IF_KNOWN}' is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}, {REFINE}")
         known = None
         if given["if_known"] == REFINE:
             own = {} if given["preset"] != AS_SET else {"kind": given["kind"], "method": given["method"]}
@@ -275,7 +266,7 @@ def _already_learned(bank: ConceptBank, info: ConceptInfo, method: Method, confi
     """
     name = info.name
     check_known(bank.infos[name], info, method, config, [photo.digest for photo in photos],
-                f"set if_known to '{AGAIN}'")
+                f"set '{IF_KNOWN}' to '{AGAIN}'")
     return _unchanged(bank, f"<{name}> is in the bank already, learned from these photos")
 
 

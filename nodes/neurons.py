@@ -1,4 +1,4 @@
-"""The node Concept Neuron Select: selects the weights that a concept depends on."""
+"""The node Select Concept Neurons: selects the weights that a concept depends on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..core.neurons.scores import (
 from . import types
 from .images import pictures_of
 from .inputs import first, lines_of
-from .schema import Schema
+from .schema import Schema, advanced
 
 
 class ConceptNeuronSelect(io.ComfyNode):
@@ -40,14 +40,14 @@ class ConceptNeuronSelect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return Schema(
             node_id="ConceptNeuronSelect",
-            display_name="Concept Neuron Select",
-            category=types.LEARNING,
+            display_name="Select Concept Neurons",
+            category=types.ADVANCED,
             is_input_list=True,
-            search_aliases=["CNS", "mask weights", "explain concept", "neurons"],
+            search_aliases=["Concept Neuron Select", "CNS", "mask weights", "explain concept", "neurons"],
             description="Finds the key and value weights that a concept depends on and that unrelated "
                         "prompts do not. For Concept Learner (method cns); on its own it shows where in the "
                         "model they lie.",
-            inputs=[
+            inputs=advanced(("unit", "draws", "quorum", "seed", "calibration_prompts"), [
                 io.Model.Input("model",
                                tooltip="The checkpoint whose neurons are scored; it is not changed."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
@@ -91,11 +91,11 @@ class ConceptNeuronSelect(io.ComfyNode):
                     default="",
                     tooltip=f"Unrelated prompts, a line each; empty = {len(CALIBRATION)} built-in ones.",
                 ),
-            ],
+            ]),
             outputs=[
                 types.Selection.Output(display_name="selection"),
-                io.Image.Output(display_name="where"),
-                io.Float.Output(display_name="share_of_unet"),
+                io.Image.Output(display_name="where they lie"),
+                io.Float.Output(display_name="share of the model"),
             ],
         )
 

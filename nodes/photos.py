@@ -64,7 +64,7 @@ class ConceptPhotosLoad(io.ComfyNode):
         return Schema(
             node_id="ConceptPhotosLoad",
             display_name="Load Concept Photos",
-            category=types.EXTRAS,
+            category=types.EVERYDAY,
             search_aliases=["load images from folder", "dataset"],
             description="Loads every photo of a folder inside ComfyUI's input folder, with captions and "
                         "masks, and shows a contact sheet of what was used and what was not.",
@@ -122,7 +122,7 @@ class ConceptDemoBase(io.ComfyNode):
         return Schema(
             node_id="ConceptDemoBase",
             display_name="Concept Demo Base",
-            category=types.EXTRAS,
+            category=types.ADVANCED,
             description="A small model that ships with this pack, for a tour without a download: small "
                         "pictures of toys and animals. An Empty Latent Image of 128 x 128 gives its usual "
                         "size.",
@@ -154,7 +154,7 @@ class ConceptDemoPhotos(io.ComfyNode):
         return Schema(
             node_id="ConceptDemoPhotos",
             display_name="Concept Demo Photos",
-            category=types.EXTRAS,
+            category=types.ADVANCED,
             description="Gives a few pictures of a concept that the demo base was not trained on.",
             inputs=[
                 io.Combo.Input("concept", options=list(CONCEPTS),

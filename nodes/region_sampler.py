@@ -16,6 +16,8 @@ from .inputs import crop_denoising_input, isolation_input, overlap_input
 from .progress import tell
 from .schema import Schema, advanced
 
+# CIDM's region noise and what few pictures need
+ADVANCED = ("region_noise", "alpha", "outside", "artists", "overlap", "noise_area", "isolation")
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 
 
@@ -27,7 +29,7 @@ class RegionalConceptSampler(io.ComfyNode):
         return Schema(
             node_id="RegionalConceptSampler",
             display_name="Regional Concept Sampler",
-            category=types.USING,
+            category=types.REGIONS,
             search_aliases=[
                 "regional prompt",
                 "ksampler",
@@ -37,10 +39,10 @@ class RegionalConceptSampler(io.ComfyNode):
             ],
             description="Several concepts in one picture, each in its own region. Any number of regions "
             "needs one UNet evaluation per step. Without regions it gives KSampler's picture.",
-            inputs=advanced(("artists", "noise_area"), [
+            inputs=advanced(ADVANCED, [
                 io.Model.Input(
                     "model",
-                    tooltip="The model of a checkpoint, plain or with concepts of Elastic Weight Aggregate. "
+                    tooltip="The model of a checkpoint, plain or with concepts of Apply Concepts. "
                     "Each concept acts once.",
                 ),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
@@ -104,14 +106,16 @@ class RegionalConceptSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "alpha",
+                    display_name="scene inside regions",
                     default=0.1,
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Share of the scene inside regions (region_noise).",
+                    tooltip="Share of the scene inside regions, for region_noise.",
                 ),
                 io.Combo.Input(
                     "outside",
+                    display_name="noise outside regions",
                     options=list(OUTSIDE),
                     default="keep",
                     tooltip="Region noise outside regions: keep the scene, or the paper's literal formula.",
@@ -131,13 +135,14 @@ class RegionalConceptSampler(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True, tooltip="Instead of 'negative_scene'."),
                 io.Float.Input(
                     "artists",
+                    display_name="attention guidance",
                     default=0.0,
                     min=0.0,
                     max=10.0,
                     step=0.1,
                     optional=True,
                     tooltip="Without regions, when the scene names two concepts or more: how strongly "
-                    "attention guidance (L2DM's attention artists) gives attention to each of them. 0 = off.",
+                    "each of them gets attention (L2DM's attention artists). 0 = off.",
                 ),
                 overlap_input(),
                 io.Combo.Input(

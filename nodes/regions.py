@@ -8,7 +8,7 @@ from ..core.errors import ConceptError
 from ..core.regional.regions import Region
 from . import types
 from .images import masks_of
-from .schema import Schema
+from .schema import Schema, advanced
 
 
 class ConceptRegion(io.ComfyNode):
@@ -22,14 +22,14 @@ class ConceptRegion(io.ComfyNode):
         return Schema(
             node_id="ConceptRegion",
             display_name="Concept Region",
-            category=types.USING,
+            category=types.REGIONS,
             search_aliases=["regional prompt", "attention couple", "area", "mask prompt"],
             description="Defines a part of the picture with its own prompt. Chain several through 'regions'.",
-            inputs=[
+            inputs=advanced(("start", "end"), [
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    default="<rex>",
+                    default="a photo of a dog in a meadow",
                     tooltip="What the region shows; concepts as <name>.",
                 ),
                 fraction("left", 0.0, "Left edge as a share of the picture's width."),
@@ -57,8 +57,8 @@ class ConceptRegion(io.ComfyNode):
                     "mask", optional=True, tooltip="In place of the box: white where the region is."
                 ),
                 types.Regions.Input("regions", optional=True, tooltip="Regions before this one."),
-            ],
-            outputs=[types.Regions.Output(display_name="all_regions")],
+            ]),
+            outputs=[types.Regions.Output(display_name="regions")],
         )
 
     @classmethod

@@ -33,7 +33,7 @@ class ConceptTrainingSettings(io.ComfyNode):
         return Schema(
             node_id="ConceptTrainingSettings",
             display_name="Concept Training Settings",
-            category=types.LEARNING,
+            category=types.ADVANCED,
             description="Optional settings of the training loop, for Concept Learner's training_settings.",
             # ComfyUI can cancel at any step anyway
             inputs=setting_inputs(TrainingConfig, TRAINING, optimizer={"options": optimizers},
@@ -56,7 +56,7 @@ class WordBoundSettings(io.ComfyNode):
         return Schema(
             node_id="WordBoundSettings",
             display_name="Word-Bound Settings",
-            category=types.LEARNING,
+            category=types.ADVANCED,
             description="Optional settings of the method 'bound', for Concept Learner's method_settings.",
             inputs=setting_inputs(METHODS["bound"].config, ("rank", "scale", "layerwise", "apart")),
             outputs=[types.Settings.Output(display_name="method_settings")],
@@ -76,7 +76,7 @@ class SlotSettings(io.ComfyNode):
         return Schema(
             node_id="SlotSettings",
             display_name="Slot Settings",
-            category=types.LEARNING,
+            category=types.ADVANCED,
             description="Optional settings of the method 'slots', for Concept Learner's method_settings.",
             inputs=setting_inputs(METHODS["slots"].config, ("slots", "learn_words", "rank")),
             outputs=[types.Settings.Output(display_name="method_settings")],
@@ -96,7 +96,7 @@ class CIDMSettings(io.ComfyNode):
         return Schema(
             node_id="CIDMSettings",
             display_name="CIDM Settings",
-            category=types.LEARNING,
+            category=types.ADVANCED,
             description="Optional settings of the method CIDM, for Concept Learner's method_settings. The "
                         "defaults are the paper's.",
             inputs=setting_inputs(METHODS["cidm"].config, CIDM),

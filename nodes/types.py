@@ -8,7 +8,9 @@ Selection = io.Custom("NEURON_SELECTION")  # core.neurons.NeuronSelection
 Photos = io.Custom("CONCEPT_PHOTOS")  # dict: concept's name -> list of pictures [3, H, W] in -1..1
 Settings = io.Custom("CONCEPT_SETTINGS")  # dict: setting name -> value, of a method or of training
 
-LEARNING = "continual concepts"
-USING = "continual concepts/use"
-BANKS = "continual concepts/bank"
-EXTRAS = "continual concepts/extras"
+# the menu: six nodes of every day on top, the others below
+EVERYDAY = "continual concepts"
+REGIONS = "continual concepts/regions"
+BANKS = "continual concepts/banks"
+EVALUATION = "continual concepts/evaluation"
+ADVANCED = "continual concepts/advanced"

@@ -145,8 +145,8 @@ def with_attention_guidance(model, sites: Family, subject: Subject, strength: fl
     if not AttentionGuidance([subject], strength).acts(0.0):
         return model
     if not sites.guides_attention:
-        raise ConceptError(f"artists is {strength:g}, but a model of class {type(model.model).__name__} has "
-                           "no attention guidance; allowed: 0")
+        raise ConceptError(f"attention guidance (artists) is {strength:g}, but a model of class "
+                           f"{type(model.model).__name__} has none; allowed: 0")
     run = _GuidanceRun(subject, strength, processor_of(model))
     clone = with_processor(without_dynamic(model), sites, run.processor)
     clone.add_wrapper_with_key(Wrappers.PREDICT_NOISE, KEY, run)

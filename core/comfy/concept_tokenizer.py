@@ -63,11 +63,11 @@ class ConceptTokenizer(Wrapped):
                 continue
             weight, acting = prompt.strength_of(name), self.acting.get(name)
             if acting is None:
-                notes.append(f"a prompt names <{name}>, but the prompt of Elastic Weight Aggregate does not, "
+                notes.append(f"a prompt names <{name}>, but the prompt of Apply Concepts does not, "
                              "so its words act without its deltas; name it there too")
             elif weight not in (1.0, acting):
                 notes.append(f"the weight {weight:g} of <{name}> acts on its words as on text; the prompt of "
-                             "Elastic Weight Aggregate decides the strength of its deltas, so give the "
+                             "Apply Concepts decides the strength of its deltas, so give the "
                              "weight there too")
         return notes
 

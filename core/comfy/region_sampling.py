@@ -108,7 +108,7 @@ class ConceptPrompts:
                    if name not in self.known.infos]
         if unknown:
             raise ConceptError(f"the prompt names <{unknown[0]}>, which the CLIP knows, but neither the bank "
-                               "nor the model holds it; connect the model of Elastic Weight Aggregate, or "
+                               "nor the model holds it; connect the model of Apply Concepts, or "
                                "the bank")
         return self.known.vocabulary.parse(prompt)
 
@@ -244,8 +244,8 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
             each other.
     """
     if find_regions and settings.artists > 0:
-        raise ConceptError(f"find_regions is on and artists is {settings.artists}; "
-                           "both part concepts without regions: use one of them")
+        raise ConceptError(f"find_regions is on and attention guidance (artists) is {settings.artists}; both "
+                           "separate concepts without regions, so use one of them")
     sites = find_sites(model, text_widths(clip))
     bank = ConceptBank(sites.layout) if bank is None else bank
     bank.check_fits(sites.layout)

@@ -57,7 +57,7 @@ def refuse_regions(model) -> None:
     """Raises ConceptError if a MODEL comes from `with_regions`."""
     if model.get_wrappers(Wrappers.CALC_COND_BATCH, KEY):
         raise ConceptError("the model has regions already; connect all regions to one Apply Regions, put "
-                           "Elastic Weight Aggregate before it, and sample with KSampler")
+                           "Apply Concepts before it, and sample with KSampler")
 
 
 def with_pooled(extra: Mapping, regions: Sequence[Region], own: Sequence[Tensor | None],

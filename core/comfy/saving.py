@@ -16,7 +16,7 @@ from typing import Any
 from ..bank.tokens import listed
 
 _listed = partial(listed, most=6)
-KEEP = "keep the bank, and apply it to the loaded model with Elastic Weight Aggregate"
+KEEP = "keep the bank, and apply it to the loaded model with Apply Concepts"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Held:
     tell: Callable[[str], None]
 
     def and_below(self, other: Held | None) -> Held:
-        """Together with what the MODEL held already, as with two Elastic Weight Aggregate nodes."""
+        """Together with what the MODEL held already, as with two Apply Concepts nodes."""
         if other is None:
             return self
         return Held(tuple(dict.fromkeys((*other.folded, *self.folded))),

@@ -1,6 +1,6 @@
 """Neurons are entries of key and value weights that a concept may change. This module selects them by score.
 
-Source: Concept Neuron Selection, CNS (Liao et al., ICCV 2025, arXiv 2510.02296). According to its project
+Source: Select Concept Neuronsion, CNS (Liao et al., ICCV 2025, arXiv 2510.02296). According to its project
 page and abstract, base neurons respond strongly to the concept, general neurons to many unrelated prompts.
 Concept neurons are base minus general, `M_con = M_base AND NOT M_gen`, in W_k and W_v of cross-attention,
 about 0.13 % of the parameters. The paper's thresholds were not available, nor whether a neuron is an entry or

@@ -1,4 +1,4 @@
-// Draw Concept Regions: puts the editor on the node. Without this file the node shows a text and two numbers.
+// Concept Region Editor: puts the editor on the node. Without this file the node shows a text and two numbers.
 
 import { app } from "../../scripts/app.js";
 import { Editor } from "./regions_editor.js";

@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused(anima, studio, learned):
         with pytest.raises(ConceptError, match="words are class nouns; allowed: sharp, equal"):
             anima.aggregate("<ink>", learned[0], mode)
     assert anima.aggregate("", learned[0], "equal merge")[0].patches
-    with pytest.raises(ConceptError, match="artists is 0.5.*no attention guidance; allowed: 0"):
+    with pytest.raises(ConceptError, match=r"\(artists\) is 0.5.*has none; allowed: 0"):
         anima.regional("<spot> and <tom>", (), learned[0], artists=0.5)
     with pytest.raises(ConceptError, match="prompt has 601 tokens; with regions.*at most 512"):
         anima.regional("red " * 600, [anima.region("<spot>")], learned[0])

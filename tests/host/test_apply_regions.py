@@ -21,7 +21,7 @@ def halves(studio) -> list:
 
 
 def applied(studio, bank, scene=SCENE, regions=None, **other):
-    """model, positive and negative behind Elastic Weight Aggregate and Apply Regions."""
+    """model, positive and negative behind Apply Concepts and Apply Regions."""
     model, clip, positive = studio.aggregate(scene, bank)
     regions = halves(studio) if regions is None else regions
     return studio.apply_regions(regions, positive, studio.encode(clip, ""), model, clip, **other)

@@ -1,5 +1,5 @@
-"""Draw Concept Regions says the same as a chain of Concept Region; Show Concept Regions leaves all pixels but
-its lines alone."""
+"""Concept Region Editor says the same as a chain of Concept Region; Show Concept Regions changes the pixels
+of its lines alone."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_a_new_node_says_can_be_read(studio):
     schema = studio.pack.ConceptRegionsDraw.define_schema()
     default = next(given.default for given in schema.inputs if given.id == "drawing")
     left, right = draw(studio, default)
-    assert "<rex>" in left.prompt and "<mimi>" in right.prompt and left.box[3] == right.box[1]
+    assert "a dog" in left.prompt and "a cat" in right.prompt and left.box[3] == right.box[1]
 
 
 @pytest.mark.parametrize("text", ["[", "{}", '[{"prompt": "a", "box": [0, 0, 2, 1]}]',

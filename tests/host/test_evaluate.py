@@ -1,4 +1,4 @@
-"""Concept Evaluate in a real ComfyUI: what it measures, on which pictures, and what it refuses."""
+"""Evaluate Concepts in a real ComfyUI: what it measures, on which pictures, and what it refuses."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def test_what_does_not_work_is_refused_before_any_work(joint, studio, monkeypatc
                             ({"method": "slots", "noun": ""}, "class noun is empty")):
         with pytest.raises(ConceptError, match=message):
             ours.learn(steps=1, **inputs)
-    with pytest.raises(ConceptError, match="artists is 0.5.*no attention guidance; allowed: 0"):
+    with pytest.raises(ConceptError, match=r"\(artists\) is 0.5.*has none; allowed: 0"):
         ours.regional("<spot> and <tom>", (), joint.bank, artists=0.5)
     with pytest.raises(ConceptError, match="the CLIP has the text encoders clip_l"):
         ours.aggregate("<spot>", joint.bank, clip=studio.clip)
@@ -246,7 +246,7 @@ def test_another_nodes_patch_behind_the_concepts_is_refused_and_before_them_acts
     assert distance(drawn, ours.ksampler(model, positive, negative)) > 1e-3
     model = model.clone()
     model.set_model_attn1_patch(doubled)
-    with pytest.raises(ConceptError, match="put that node before Elastic Weight Aggregate"):
+    with pytest.raises(ConceptError, match="put that node before Apply Concepts"):
         ours.ksampler(model, positive, negative)
 
 

@@ -47,7 +47,7 @@ def alike(bank):
 def test_the_id_and_the_places_of_inputs_and_outputs_stay(studio):
     schema = studio.pack.ConceptBankInspect.define_schema()
     assert [one.id for one in schema.inputs] == ["bank", "clip_vision"] and schema.inputs[1].optional
-    assert [one.display_name for one in schema.outputs] == ["covers", "text", "report"]
+    assert [one.display_name for one in schema.outputs] == ["cards", "summary", "report (JSON)"]
 
 
 def test_picture_text_and_report(studio, alike):

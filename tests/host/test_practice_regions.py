@@ -189,7 +189,7 @@ NAMED = "<rex> in a meadow"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_g4_a_model_that_carries_the_concepts_gives_the_same_picture(studio, of_method, kind):
-    """Elastic Weight Aggregate before the sampler, with the bank there, here, or at both: nothing twice."""
+    """Apply Concepts before the sampler, with the bank there, here, or at both: nothing twice."""
     bank = of_method(KINDS[kind])
     expected = studio.regional(NAMED, halves(studio), bank, steps=2)
     model, clip, _ = studio.aggregate(NAMED, bank)

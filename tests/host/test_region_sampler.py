@@ -211,7 +211,7 @@ def test_found_regions_on_a_low_memory_host(studio, monkeypatch):
 
 
 def test_found_regions_and_attention_guidance_exclude_each_other(studio):
-    with pytest.raises(Exception, match="find_regions is on and artists is 0.5"):
+    with pytest.raises(Exception, match=r"find_regions is on and attention guidance \(artists\) is 0.5"):
         studio.regional(BOTH, bank=studio.bank, find_regions=True, artists=0.5)
 
 

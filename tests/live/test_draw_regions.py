@@ -1,4 +1,4 @@
-"""Draw Concept Regions in a real page: with the mouse, by keyboard, in both of ComfyUI's renderers."""
+"""Concept Region Editor in a real page: with the mouse, by keyboard, in both of ComfyUI's renderers."""
 
 from __future__ import annotations
 

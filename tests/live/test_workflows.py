@@ -100,6 +100,9 @@ def test_every_node_has_a_help_page_that_names_its_inputs(server, object_info):
         assert not [key for key in inputs if f"`{key}`" not in page], f"{name}.md says nothing of an input"
         assert not [key for key in node["output_name"]
                     if f"`{key}`" not in page], f"{name}.md says nothing of an output"
+        shown = [options["display_name"] for group in node["input"].values() for _, *more in group.values()
+                 for options in more if "display_name" in options]
+        assert not [label for label in shown if f"`{label}`" not in page], f"{name}.md: names of inputs"
 
 
 def test_the_server_serves_help_and_templates(server):

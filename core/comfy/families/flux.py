@@ -246,7 +246,7 @@ class Begin:
             return {}
         if options["patches"][_BEFORE][-1] is not self:
             raise ConceptError("another node patches the model's attention behind the concepts; put that "
-                               "node before Elastic Weight Aggregate")
+                               "node before Apply Concepts")
         count = options["img_slice"][0]
         turned_q, turned_k = (q, k) if pe is None else apply_rope(q, k, _restarted(pe, processor.prompts))
         end = q.shape[2] - sum(options.get(_REFERENCES) or ())
