@@ -97,12 +97,10 @@ def test_every_node_has_a_help_page_that_names_its_inputs(server, object_info):
     for name, node in our_nodes(object_info).items():
         page = (pages / f"{name}.md").read_text(encoding="utf-8")
         inputs = [key for group in ("required", "optional") for key in node["input_order"].get(group, [])]
-        assert not [key for key in inputs if f"`{key}`" not in page], f"{name}.md says nothing of an input"
-        assert not [key for key in node["output_name"]
-                    if f"`{key}`" not in page], f"{name}.md says nothing of an output"
         shown = [options["display_name"] for group in node["input"].values() for _, *more in group.values()
                  for options in more if "display_name" in options]
-        assert not [label for label in shown if f"`{label}`" not in page], f"{name}.md: names of inputs"
+        missing = [key for key in (*inputs, *node["output_name"], *shown) if f"`{key}`" not in page]
+        assert not missing, f"{name}.md says nothing of an input or output"
 
 
 def test_the_server_serves_help_and_templates(server):
