@@ -21,6 +21,14 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", text)[0])[:3])
 
 
+def own_version() -> str:
+    """The installed version of this package; "unknown" for a clone that is not installed."""
+    try:
+        return version("continual-concepts")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def check_versions() -> None:
     """Raises ConceptError if an installed package is older than the oldest version that works."""
     old = []

@@ -35,9 +35,8 @@ class ConceptTrainingSettings(io.ComfyNode):
             display_name="Concept Training Settings",
             category=types.ADVANCED,
             description="Optional settings of the training loop, for Concept Learner's training_settings.",
-            # ComfyUI can cancel at any step anyway
             inputs=setting_inputs(TrainingConfig, TRAINING, optimizer={"options": optimizers},
-                                  checkpoint_every={"default": 100}, replay={"optional": True},
+                                  replay={"optional": True},
                                   timestep_sampling={"optional": True}),
             outputs=[types.Settings.Output(display_name="training_settings")],
         )

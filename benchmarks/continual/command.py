@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...core.cli.parser import add_base
+from ...core.cli.arguments import add_base
 from ...core.errors import ConceptError
 from ..report import Result, add_embedded_base, numbers, require_at_least, say, write_result
 from .runs import BASE, Run

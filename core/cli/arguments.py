@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..bank.tokens import typed_name
+from ..demo.bases import FILES, TRANSFORMERS
 from ..settings import Limit, read_bool, read_setting, settings_of
+
+KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
 
 
 class UsageError(SystemExit):
@@ -123,3 +126,14 @@ def with_plain_booleans(arguments: Sequence[str], config: type) -> list[str]:
         value = read_bool(text) if flag in flags else None
         rewritten.append(argument if value is None else flag if value else f"--no-{flag[2:]}")
     return rewritten
+
+
+def add_base(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds the flags that choose the base. default: None = the embedded one, and the command says so."""
+    names = ", ".join([*FILES, *TRANSFORMERS])
+    parser.add_argument("--base", type=base_name, default=default,
+                        help="the folder of a model in diffusers' layout (SD1.5, SD2, SDXL), or 'embedded' "
+                        "(a small toy base that ships: the one that the bank was made on, else the newest; "
+                        f"by name: {names}) (default {default or 'embedded, and a line says so'})")
+    parser.add_argument("--device", default="cpu",
+                        help="torch device of the base, such as cpu or cuda (default %(default)s)")

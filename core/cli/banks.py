@@ -16,7 +16,7 @@ from ..bank.store import add_concept, change_bank, restore, versions
 from ..bank.tokens import check_class_noun, check_name
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
-from ..evaluation.inspection import inspect
+from ..evaluation.inspection import Inspection, inspect
 from ..evaluation.photo_encoder import photo_encode
 from ..files import check_output
 from ..interop.importing import concept_of, read_sources
@@ -43,11 +43,9 @@ def _list(options: Namespace) -> Result:
     return facts, lines or ["the bank is empty"]
 
 
-def _show(options: Namespace) -> Result:
-    """Prints all facts of one concept, similar concepts and collisions."""
-    bank = open_bank(options.bank)
-    concept: Concept = bank[options.name]
-    info, inspection = concept.info, inspect(bank, photo_encode(bank.layout), concept.name)
+def _facts(bank: ConceptBank, concept: Concept, inspection: Inspection) -> dict:
+    """All facts of one concept as JSON values."""
+    info = concept.info
     nearest = [inspection.nearest(info.name, measure) for measure in inspection.likeness]
     collisions = [collision for collision in inspection.collisions
                   if info.name in (collision.one, collision.other)]
@@ -64,9 +62,26 @@ def _show(options: Namespace) -> Result:
         "collides_with": inspection.partners(info.name),
         "warnings": [collision.sentence for collision in collisions],
     }
-    facts = json.loads(json.dumps(facts))
-    return facts, [f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}"
-                   for key, value in facts.items()]
+    return json.loads(json.dumps(facts))
+
+
+def _lines(facts: dict) -> list[str]:
+    return [f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}"
+            for key, value in facts.items()]
+
+
+def _show(options: Namespace) -> Result:
+    """Prints all facts of one concept, similar concepts and collisions; of every concept without a name."""
+    bank = open_bank(options.bank)
+    if options.name is not None:
+        inspection = inspect(bank, photo_encode(bank.layout), bank[options.name].name)
+        facts = _facts(bank, bank[options.name], inspection)
+        return facts, _lines(facts)
+    inspection = inspect(bank, photo_encode(bank.layout))
+    every = [{"name": facts.name, "fault": facts.fault} if facts.fault
+             else _facts(bank, bank[facts.name], inspection) for facts in inspection.facts]
+    lines = [line for facts in every for line in (*_lines(facts), "")]
+    return {"concepts": every}, lines[:-1] or ["the bank is empty"]
 
 
 def _verify(options: Namespace) -> Result:

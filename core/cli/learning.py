@@ -264,12 +264,15 @@ def _saved(options: Namespace, file: Path, learned: Learned, task: Task,
 
 
 def _method_settings(options: Namespace) -> dict[str, object]:
-    """The settings given by --set. Raises ConceptError for one of training, which has a flag of its own."""
-    for name, text in options.settings:
+    """The settings given by --set, --lr and --token-lr. Raises ConceptError for one of training, which has a
+    flag of its own."""
+    rates = {"lr": options.lr, "token_lr": options.token_lr}
+    given = [*options.settings, *((name, text) for name, text in rates.items() if text is not None)]
+    for name, text in given:
         if name in (field.name for field in fields(TrainingConfig)):
             raise ConceptError(f"setting '{name}' is one of training; give --{name.replace('_', '-')} {text} "
                                "instead of --set")
-    return read_settings(get(options.method).config, options.settings)
+    return read_settings(get(options.method).config, given)
 
 
 def _show(bar: tqdm, info: StepInfo) -> None:

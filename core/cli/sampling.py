@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 from ..bank.bank import ConceptBank
 from ..bank.format import open_bank
@@ -12,47 +13,81 @@ from ..bank.prompts import NO_CONCEPTS
 from ..errors import ConceptError
 from ..files import check_output_folder, write_new
 from ..images import to_pil
+from ..regional.drawing import parse_regions
 from ..regional.noise import NoiseSettings
 from ..regional.regions import Region
+from ..sampling.found import sample_found
 from ..sampling.regions import sample_regions
 from ..sampling.settings import SampleSettings
 from ..settings import SEED, require
 from . import backbones
 from .result import Result
 
+OLD_ORDER = ("--region takes TOP,LEFT,BOTTOM,RIGHT, the order of earlier versions; --box takes "
+             "LEFT,TOP,RIGHT,BOTTOM, the order of all other places")
 
-def _region(text: str) -> Region:
-    """`TOP,LEFT,BOTTOM,RIGHT:PROMPT` as a region."""
+
+def _edges(flag: str, text: str, names: str) -> tuple[list[float], str]:
+    """Four fractions and the prompt of a region given as text. names: the order of the edges."""
     numbers, separator, prompt = text.partition(":")
     try:
-        top, left, bottom, right = (float(part) for part in numbers.split(","))
-        if not separator:
-            raise ValueError
+        edges = [float(part) for part in numbers.split(",")]
     except ValueError:
-        raise ConceptError(f"region {text!r} is not of the form TOP,LEFT,BOTTOM,RIGHT:PROMPT "
-                           "with four fractions") from None
-    return Region(prompt, box=(top, left, bottom, right))
+        edges = []
+    if len(edges) != 4 or not separator:
+        raise ConceptError(f"{flag} is {text!r}; allowed: {names}:PROMPT, with four fractions of the picture "
+                           "from 0 to 1")
+    return edges, prompt
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ConceptError(f"--regions '{file}' cannot be read ({error})") from error
+
+
+def _regions(options: Namespace) -> list[Region]:
+    """The regions of --regions, --box and --region, in this order."""
+    found: list[Region] = []
+    if options.regions is not None:
+        found += parse_regions(_text_of(options.regions))
+    for text in options.box:
+        (left, top, right, bottom), prompt = _edges("--box", text, "LEFT,TOP,RIGHT,BOTTOM")
+        found.append(Region(prompt, box=(top, left, bottom, right), feather=options.feather))
+    for text in options.region:
+        (top, left, bottom, right), prompt = _edges("--region", text, "TOP,LEFT,BOTTOM,RIGHT")
+        found.append(Region(prompt, box=(top, left, bottom, right), feather=options.feather))
+    if options.find_regions and found:
+        raise ConceptError("--find-regions finds regions by itself; give it without --box, --region and "
+                           "--regions")
+    return found
 
 
 def sample(options: Namespace) -> Result:
     """Writes `--count` pictures of the prompt, one per seed. Existing files are kept."""
     check_output_folder(options.output)
-    regions = [_region(text) for text in options.region]
+    regions = _regions(options)
     stored = open_bank(options.bank) if options.bank is not None else None
     vocabulary = NO_CONCEPTS if stored is None else stored.vocabulary
     prompts = vocabulary.parse_all([options.prompt, options.negative, *(region.prompt for region in regions)])
-    notes = notes_on(vocabulary, prompts)
+    notes = [*notes_on(vocabulary, prompts), *([OLD_ORDER] if options.region else [])]
     side = options.size or backbones.size_of(options)
     cfg = options.cfg if options.cfg is not None else backbones.guidance_of(options)
-    noise = NoiseSettings(options.region_noise, crop_denoising=options.solo)
+    noise = NoiseSettings(options.region_noise, options.alpha, options.outside, options.noise_area,
+                          options.solo)
     settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode,
-                              options.strength, noise)
+                              options.strength, noise, options.overlap, options.isolation,
+                              artists=options.attention_guidance)
     seeds = list(range(options.seed, options.seed + options.count))
     require(SEED[0](seeds[-1]), "seed", seeds[-1], f"{SEED[1]}; each picture after the first adds 1")
     backbone = backbones.load_backbone(options)
     bank = stored or ConceptBank(backbone.layout)
     bank.check_fits(backbone.layout)
-    pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
+    if options.find_regions:
+        pictures = sample_found(backbone, bank, options.prompt, seeds, settings)
+    else:
+        pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
     files = [write_new(options.output / f"sample_{seed:05d}.png", partial(to_pil(tensor).save, format="PNG"))
              for seed, tensor in zip(seeds, pictures, strict=True)]
     facts = {"prompt": options.prompt, "files": [str(file) for file in files], "notes": notes}

@@ -47,7 +47,7 @@ class TrainingConfig:
     caption_dropout: float = setting(0.0, "Share of captions replaced by empty ones; 0 = none.",
                                      0.0, 0.9, 0.05)
     checkpoint_every: int = setting(
-        0, "Steps between checkpoints of the run; 0 = only when it is cancelled or fails.", 0, 10_000)
+        100, "Steps between checkpoints of the run; 0 = only when it is cancelled or fails.", 0, 10_000)
     patience: int = setting(0, "Training stops after this many evaluations without improvement; 0 = never.",
                             0, 100)
     look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)

@@ -21,6 +21,8 @@ from .config import TrainingConfig
 
 # Of a concept's record, so that a bank's header stays small. Longer captions are not stored.
 MOST_CAPTIONS, LONGEST_CAPTION = 32, 1000
+# Settings that do not change what is learned, with the value that identities of runs have had from the start.
+WITHOUT_EFFECT = {"checkpoint_every": 0}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def run_identity(task: Task, method: Method, data: TrainingData, config: Trainin
     """Identity of a run as JSON values. A checkpoint belongs to a run if these agree."""
     return {"concept": task.name, "class noun": task.class_noun, "method": method.name,
             "words": list(task.worded(method.words_of_kind(task.kind)).word_names),
-            "settings": method_settings(method), "training": asdict(config),
+            "settings": method_settings(method), "training": {**asdict(config), **WITHOUT_EFFECT},
             "base": task.backbone.fingerprint, "overlay": task.backbone.overlay, "bank": task.bank.names,
             "images": list(data.digests), "captions": list(data.captions),
             **({"repeats": list(data.repeats)} if data.repeats else {}),
@@ -109,6 +111,8 @@ def _differences(there: Mapping, here: Mapping) -> list[str]:
     """One phrase for each value of `here` that differs from that of the same name in `there`."""
     found = []
     for name, value in here.items():
+        if name in WITHOUT_EFFECT:
+            continue
         had = there.get(name)
         if isinstance(value, dict) and isinstance(had, dict):
             found += _differences(had, value)
