@@ -74,8 +74,7 @@ class ConceptLearner(io.ComfyNode):
             search_aliases=["train lora", "dreambooth", "textual inversion", "continual learning", "CIDM",
                             "teach"],
             description="Learns one concept (your dog, your painter's style) from a few photos and adds it "
-                        "to a bank. The concepts in the bank stay unchanged, bit for bit, and so does the "
-                        "model.",
+                        "to a bank. The stored concepts stay the same, bit for bit, and so does the model.",
             inputs=advanced(ADVANCED, [
                 io.Model.Input("model", tooltip="The checkpoint to learn on; it is not changed."),
                 io.Clip.Input("clip", tooltip="The same checkpoint's."),
