@@ -1,16 +1,17 @@
-# Every target makes what it needs in .venv (test-oldest: .venv-oldest) first. That is repeated only when the list of
+# Every target makes what it needs in .venv (test-oldest: .venv-oldest, docs: .venv-docs) first. That is repeated only when the list of
 # dependencies changes.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/.ready
+DOCS_READY := .venv-docs/.ready
 # Tests run in one process per core, at most eight. Each computes with one thread, because threads of several processes block one another.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 
 TESTS ?= tests
 
-.PHONY: demo test test-oldest verify lint clean
+.PHONY: demo test test-oldest verify lint docs clean
 
 demo: $(READY)
 	$(BIN)/continual-concepts demo --output demo $(if $(BASE),--base embedded-$(BASE))
@@ -36,8 +37,13 @@ lint: $(READY)
 	@mkdir -p .venv/types && ln -sfn ../.. .venv/types/continual_concepts
 	MYPYPATH=.venv/types $(BIN)/mypy -p continual_concepts.core -p continual_concepts.nodes
 
+# The site of docs/, in site/. A link that leads nowhere is an error.
+docs: $(DOCS_READY)
+	.venv-docs/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 clean:
-	rm -rf .venv .venv-oldest demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-docs site demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define CHECK_PYTHON
@@ -50,6 +56,12 @@ $(READY): pyproject.toml setup.py
 	@echo "Setting up .venv. PyTorch is a large download: the first time takes some minutes."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,lint,test]"
+	@touch $@
+
+$(DOCS_READY): Makefile
+	$(CHECK_PYTHON)
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs-material>=9.6,<10"
 	@touch $@
 
 # uv installs, per package, the oldest allowed version that has a wheel for this Python.

@@ -50,6 +50,14 @@ def test_every_page_can_be_reached_from_the_readme():
     assert set((ROOT / "docs").glob("*.md")) <= seen
 
 
+def test_the_site_shows_every_page():
+    """`make docs` builds it, and fails for a link that leads nowhere."""
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = re.findall(r"^ +- [^:]+: (\S+\.md)$", site, re.M)
+    assert len(pages) == len(set(pages))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(pages)
+
+
 def test_the_readme_has_at_most_a_thousand_words_and_short_sentences():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.split()) <= 1000
