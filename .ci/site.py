@@ -1,5 +1,6 @@
-"""Adds files from outside docs/ to the site that mkdocs builds: the README as its first page, the help pages of
-the nodes, and the results that documents show. Links between files are changed to where they lie in the site.
+"""Adds files from outside docs/ to the site that mkdocs builds: the README as its first page, the help pages
+of the nodes, and the results that documents show. Links between files are changed to where they lie in the
+site.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "https://github.com/continual-concepts/continual-concepts/blob/main/"
-PAGES = {"README.md": "index.md", **{name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}}
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md",
+         "SECURITY.md": "SECURITY.md"}
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 
@@ -52,6 +54,7 @@ def on_page_markdown(markdown, page, config, files):
             return match[0]
         place = place_of(path)
         here = posixpath.dirname(page.file.src_uri) or "."
-        return f"{match[1]}{posixpath.relpath(place, here) if place else SOURCE + path}{hash_sign}{anchor}{match[3]}"
+        link = posixpath.relpath(place, here) if place else SOURCE + path
+        return f"{match[1]}{link}{hash_sign}{anchor}{match[3]}"
 
     return LINK.sub(changed, markdown)
