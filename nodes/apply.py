@@ -47,7 +47,7 @@ class ElasticWeightAggregate(io.ComfyNode):
             inputs=advanced(("mode", "concept"), [
                 io.Model.Input("model",
                                tooltip="The checkpoint that the bank was learned on, or one of its family."),
-                io.Clip.Input("clip", tooltip="The same checkpoint's; it gets the bank's words."),
+                io.Clip.Input("clip", tooltip="From the same checkpoint; it gets the bank's words."),
                 types.Bank.Input("bank", optional=True,
                                  tooltip="Not connected, or an empty bank = model and clip unchanged."),
                 io.String.Input(

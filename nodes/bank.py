@@ -223,7 +223,7 @@ class ConceptBankInspect(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
                     tooltip="Compares thumbnails too, for example CLIP ViT-B/32. Without it, the encoder for "
-                            "photos does if it is installed; else only deltas and words are compared."
+                            "photos is used if it is installed; else only deltas and words are compared."
                 ),
             ],
             outputs=[

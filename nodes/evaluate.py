@@ -74,11 +74,11 @@ class ConceptEvaluate(io.ComfyNode):
                         "base's pictures.",
             inputs=advanced(("base_prompts", "seed", "steps", "cfg"), [
                 io.Model.Input("model", tooltip="The base, without Apply Concepts."),
-                io.Clip.Input("clip", tooltip="The same checkpoint's."),
-                io.Vae.Input("vae", tooltip="The same checkpoint's."),
+                io.Clip.Input("clip", tooltip="From the same checkpoint."),
+                io.Vae.Input("vae", tooltip="From the same checkpoint."),
                 io.ClipVision.Input("clip_vision", optional=True,
                                     tooltip="Compares the pictures; the papers use CLIP ViT-B/32. Without "
-                                            "it, the encoder for photos does if it is installed."),
+                                            "it, the encoder for photos is used if it is installed."),
                 types.Bank.Input("bank", tooltip="The bank to measure; it is not changed."),
                 io.String.Input(
                     "prompts",

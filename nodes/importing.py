@@ -51,7 +51,7 @@ class ConceptImport(io.ComfyNode):
                         "their share.",
             inputs=[
                 io.Model.Input("model", tooltip="A checkpoint of the family that the files were made for."),
-                io.Clip.Input("clip", tooltip="The same checkpoint's."),
+                io.Clip.Input("clip", tooltip="From the same checkpoint."),
                 io.Combo.Input("lora", options=[NONE, *_files("loras")], default=NONE,
                                tooltip="A LoRA from models/loras."),
                 io.Combo.Input(

@@ -77,8 +77,8 @@ class ConceptLearner(io.ComfyNode):
                         "to a bank. The stored concepts stay the same, bit for bit, and so does the model.",
             inputs=advanced(ADVANCED, [
                 io.Model.Input("model", tooltip="The checkpoint to learn on; it is not changed."),
-                io.Clip.Input("clip", tooltip="The same checkpoint's."),
-                io.Vae.Input("vae", tooltip="The same checkpoint's; it encodes the photos."),
+                io.Clip.Input("clip", tooltip="From the same checkpoint."),
+                io.Vae.Input("vae", tooltip="From the same checkpoint; it encodes the photos."),
                 io.Image.Input("images",
                                tooltip="3 to 10 photos of the concept: a batch, or a list of any sizes."),
                 io.String.Input("name", default="",
@@ -135,7 +135,7 @@ class ConceptLearner(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
                     tooltip="Shows the similarity of every preview to your photos. Without it, the encoder "
-                            "for photos does if it is installed. The method l2dm describes pictures with it.",
+                            "for photos is used if it is installed. The method l2dm also uses it.",
                 ),
                 io.Int.Input(
                     "stop_after",

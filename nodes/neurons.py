@@ -50,7 +50,7 @@ class ConceptNeuronSelect(io.ComfyNode):
             inputs=advanced(("unit", "draws", "quorum", "seed", "calibration_prompts"), [
                 io.Model.Input("model",
                                tooltip="The checkpoint whose neurons are scored; it is not changed."),
-                io.Clip.Input("clip", tooltip="The same checkpoint's."),
+                io.Clip.Input("clip", tooltip="From the same checkpoint."),
                 io.String.Input("prompt", default="a photo of a dog",
                                 tooltip="The concept in plain words. No placeholders."),
                 io.Combo.Input(
@@ -75,8 +75,8 @@ class ConceptNeuronSelect(io.ComfyNode):
                 io.Int.Input("draws", default=64, min=1, max=10_000,
                              tooltip="Noise levels per photo set for the gradient score."),
                 io.Float.Input("quorum", default=0.5, min=0.01, max=1.0, step=0.05,
-                               tooltip="Share of the unrelated prompts from which on a neuron counts as "
-                                       "general."),
+                               tooltip="A neuron that responds to this share of the unrelated prompts counts "
+                                       "as general."),
                 io.Int.Input("resolution", default=512, min=16, max=2048, step=8,
                              tooltip="Side of the photos in pixels."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF,

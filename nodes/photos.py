@@ -81,7 +81,7 @@ class ConceptPhotosLoad(io.ComfyNode):
                 io.Combo.Input(
                     "caption_templates", options=[NONE, *KINDS], default=NONE, optional=True,
                     tooltip="Gives each photo without a caption a short sentence for an object or a style, "
-                            "another for every photo. none: such photos are learned as 'a photo of <name>'."
+                            "a different one for each photo. none: they are learned as 'a photo of <name>'."
                 ),
             ],
             outputs=[

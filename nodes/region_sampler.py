@@ -45,7 +45,7 @@ class RegionalConceptSampler(io.ComfyNode):
                     tooltip="The model of a checkpoint, plain or with concepts of Apply Concepts. "
                     "Each concept acts once.",
                 ),
-                io.Clip.Input("clip", tooltip="The same checkpoint's."),
+                io.Clip.Input("clip", tooltip="From the same checkpoint."),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="Empty, or a photo's latent for editing and style transfer (denoise below 1).",

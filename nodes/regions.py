@@ -78,7 +78,7 @@ class ConceptRegion(io.ComfyNode):
         regions=None,
     ) -> io.NodeOutput:
         if not prompt.strip():
-            raise ConceptError("the prompt of a region is empty; say what is to be there")
+            raise ConceptError("the prompt of a region is empty; say what it should show")
         masks = masks_of(mask, f"the masks of region '{prompt}'")
         if len(masks) > 1:
             raise ConceptError(

@@ -95,7 +95,7 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
                         "(default: off)")
     parser.add_argument("--caption-templates", action="store_true",
                         help="give each photo without a caption a short sentence such as 'a close view of "
-                        "the <name>', another for every photo (default: 'a photo of <name>')")
+                        "the <name>', a different one for each photo (default: 'a photo of <name>')")
     parser.add_argument("--prior", type=file_path,
                         help="folder of prior-preservation pictures; the caption of those without one is "
                         "'a photo of a NOUN' (default: none)")

@@ -81,7 +81,7 @@ def fit_offsets(offsets: Tensor, context: Tensor) -> Tensor:
     if offsets.shape[0] != context.shape[0]:
         raise ConceptError(f"layer-wise words came for {offsets.shape[0]} prompts, "
                            f"but another node made {context.shape[0]} of them; "
-                           "put that node before ElasticWeightAggregate")
+                           "put that node before Apply Concepts")
     n, length = offsets.shape[2], context.shape[1]
     times = -(-length // n)
     offsets = offsets.repeat(1, 1, times, 1)[:, :, :length]

@@ -63,7 +63,7 @@ def _read(text: str) -> object:
         return json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ConceptError(f"the drawing is no JSON that can be read: {error.msg.lower()} at {where}; "
+        raise ConceptError(f"the drawing is not readable JSON: {error.msg.lower()} at {where}; "
                            "allowed: a list of regions") from None
     except ConceptError:  # raised by _no_number
         raise
@@ -116,7 +116,7 @@ class _Item:
         if not on:
             return None
         if not prompt.strip():
-            raise ConceptError(f"the prompt of {self.which} is empty; say what is to be there")
+            raise ConceptError(f"the prompt of {self.which} is empty; say what it should show")
         box = (top, left, bottom, right)
         return DrawnRegion(prompt, box, None, negative, strength, start, end, feather, self.name, shade)
 

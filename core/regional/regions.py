@@ -50,7 +50,8 @@ class Region:
         if self.box is not None:
             top, left, bottom, right = self.box
             if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
-                raise self._wrong("box", self.box, "fractions top < bottom and left < right in 0..1")
+                edges = f"left {left:g}, top {top:g}, right {right:g}, bottom {bottom:g}"
+                raise self._wrong("box", edges, "fractions top < bottom and left < right in 0..1")
         if not 0 <= self.strength <= 1:
             raise self._wrong("strength", self.strength, "0 to 1")
         if not 0 <= self.start <= self.end <= 1:

@@ -46,8 +46,8 @@ def _by_subject(person: Steps, other: Steps) -> dict[str, Steps]:
 
 
 _BATCHES_OF_FOUR = {"batch_size": 4, "schedule": "cosine", "warmup": 20}
-_UNMEASURED = "Quick and thorough are half and twice. Nothing of this was measured here"
-_FACES = "A person or animal gets half as many again"
+_UNMEASURED = "Quick and thorough are half and twice. None of this was measured here"
+_FACES = "A person or animal gets 1.5 times as many"
 _CIDM = ("800 steps, both rates and 512 pixels are those of CIDM's paper (Dong et al., NeurIPS 2024). "
          f"{_FACES}: Hugging Face's study of DreamBooth (2022) found 800 to 1200 steps for faces, and 400 "
          f"for objects. {_UNMEASURED}")

@@ -92,7 +92,7 @@ export function parse(text) {
     try {
         items = JSON.parse(text);
     } catch (error) {
-        throw new Error(`the drawing is no JSON that can be read: ${error.message}; allowed: a list of regions`);
+        throw new Error(`the drawing is not readable JSON: ${error.message}; allowed: a list of regions`);
     }
     if (!Array.isArray(items)) throw new Error(`the drawing is ${shown(items)}; allowed: a list of regions in JSON, such as [] for none`);
     if (items.length > MOST.regions) throw new Error(`the drawing has ${items.length} regions; allowed: at most ${MOST.regions}`);

@@ -106,7 +106,7 @@ def test_a_text_that_is_no_drawing(text):
 
 def test_the_sentence_names_the_region():
     items = [{"prompt": "a", "box": BOX}, {"prompt": " ", "box": BOX, "name": "the\nsky"}]
-    assert sentence(json.dumps(items)) == "the prompt of region 2 (the sky) is empty; say what is to be there"
+    assert sentence(json.dumps(items)) == "the prompt of region 2 (the sky) is empty; say what it should show"
     assert "region 1 of the drawing has no box" in sentence('[{"prompt": "a"}]')
     assert "start of region 1 is 0.9; allowed: at most its end, 0.5" in sentence(drawing(start=0.9, end=0.5))
     assert "line 2, column 3" in sentence("[\n {'a'}]")

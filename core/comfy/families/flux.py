@@ -296,7 +296,7 @@ def _biased(processor: AttentionProcessor, mask: Tensor | None, query: Tensor, c
     """The host's attention mask, or the processor's bias instead. count, end: where the cells are."""
     bias = processor.joint_bias(end - count, query.shape[2] - end, query.device)
     if bias is not None and mask is not None:
-        raise ConceptError("a prompt has an attention mask, as a style model gives it; allowed with regions "
+        raise ConceptError("a prompt has an attention mask, which style models make; allowed with regions "
                            "on this model: none")
     return mask if bias is None else bias.to(query.dtype)
 
