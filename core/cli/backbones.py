@@ -22,7 +22,7 @@ EMBEDDED_TRAINING = TrainingConfig(resolution=EMBEDDED_SIZE, steps=500, batch_si
                                    warmup=20)
 EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # 200 times smaller than SD1.5: needs higher rates
 OTHER_SIZE, OTHER_CFG = 512, 7.5
-PRESETS = {"person": presets.PERSON, "object": presets.OBJECT, "style": presets.STYLE}
+PRESETS = presets.SHORT_NAMES
 
 
 def is_embedded(options: Namespace) -> bool:

@@ -212,8 +212,10 @@ def learn(options: Namespace) -> Result | None:
             write_sheet(options.contact_sheet, read.photos.report)
         if stored is not None and options.name in stored and options.if_known == KEEP:
             result = _known(options, stored, info_of(options, method), method, training, photos)
+            _complete(options, file, stored, checkpoint, training.resolution, group)
             return result if group.is_first else None
         if refined is not None and stored is not None and knows_all(refined, photos):
+            _complete(options, file, stored, checkpoint, training.resolution, group)
             return _unchanged(options, stored, "learned from these photos") if group.is_first else None
         backbone = backbones.load_backbone(options)
         training.check_schedule(backbone.schedule)
@@ -261,6 +263,21 @@ def _saved(options: Namespace, file: Path, learned: Learned, task: Task,
                            backbones.guidance_of(options))
     concept = replace(learned.concept, thumbnail=thumbnail)
     return concept, replace_concept(file, concept)
+
+
+def _complete(options: Namespace, file: Path, stored: ConceptBank, checkpoint: Path, size: int,
+              group: ProcessGroup) -> None:
+    """Completes a concept whose command was stopped after the concept was written: samples its thumbnail and
+    deletes the checkpoint of the finished run.
+    """
+    if not group.is_first or not checkpoints.is_finished(checkpoint, stored.infos[options.name].provenance):
+        return
+    backbone = backbones.load_backbone(options)
+    concept = stored[options.name]
+    thumbnail = _thumbnail(backbone, stored, options.name, concept.info.kind, size,
+                           backbones.guidance_of(options))
+    replace_concept(file, replace(concept, thumbnail=thumbnail))
+    checkpoint.unlink(missing_ok=True)
 
 
 def _method_settings(options: Namespace) -> dict[str, object]:

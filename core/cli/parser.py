@@ -78,8 +78,9 @@ def _add_learn_all(commands) -> None:
                         help="holds a folder of photos per concept, named 'rex dog' (name and class noun) or "
                         "as kohya's trainers do: '10_rex dog'")
     parser.add_argument("--table", type=file_path,
-                        help="CSV table with the columns folder, name, noun, kind, captions and masks; the "
-                        "first two are needed (default: concepts.csv in the folder, else the folders' names)")
+                        help="CSV table with the columns folder, name, noun, kind, captions, masks and preset; "
+                        "the first two are needed (default: concepts.csv in the folder, else the folders' "
+                        "names)")
     parser.add_argument("--contact-sheets", type=file_path,
                         help="folder for a picture of each concept's photos, their masks and captions, and "
                         "what was not used (default: none)")

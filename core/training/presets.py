@@ -21,6 +21,7 @@ from .config import TrainingConfig
 AS_SET = "as set"      # no preset: every setting is used as it is
 PERSON, OBJECT, STYLE = SUBJECTS = ("person or animal", "object", "style")
 QUICK, NORMAL, THOROUGH = EFFORTS = ("quick", "normal", "thorough")
+SHORT_NAMES = {"person": PERSON, "object": OBJECT, "style": STYLE}      # as typed in commands and tables
 EMBEDDED, SD1, SD2, SDXL, PREDICT2, OTHER = FAMILIES = (
     "embedded", "SD1.5", "SD2", "SDXL", "Anima, Cosmos Predict2", "other")
 _BY_CONTEXT_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}      # of UNets

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
-from continual_concepts.core.cli import learning_all
+from continual_concepts.core.cli import learning, learning_all
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
 from continual_concepts.core.errors import ConceptError
@@ -80,7 +80,7 @@ def test_all_are_learned_and_the_same_command_goes_on(cast, tmp_path, capsys):
     picture = scenes.CONCEPTS["mimi"].pictures(1, seed=1)[0][0]
     Image.fromarray(picture).save(cast / "5_mimi tabby cat" / "0.png")
     assert main(command) == 0
-    assert "<rex> is in" in (shown := capsys.readouterr()).out and "<mimi>" in shown.out
+    assert "holds 3 concepts; 1 were learned now, 2 were there already" in capsys.readouterr().out
     assert sorted(open_bank(bank).names) == ["chalk", "mimi", "rex"] and bank.read_bytes() != before
     assert {path.stem for path in sheets.iterdir()} == {"chalk", "mimi", "rex"}
 
@@ -151,3 +151,51 @@ def test_what_is_not_in_a_folder_of_photos_is_named(cast):
     (cast / ".hidden").mkdir()
     assert {file.name: file.reason.split(" ")[0] for file in learning_all.passed_over(cast)} == {
         "loose.png": "not", "later": "a", "gone": "not"}
+
+
+def contents(bank):
+    return [(concept.name, concept.digest(), concept.thumbnail) for concept in open_bank(bank)]
+
+
+def test_a_command_that_is_cut_twice_gives_the_same_bank(cast, tmp_path, monkeypatch):
+    """It is stopped within the second concept, and then between the concept and its thumbnail."""
+    command = ["learn-all", str(cast), *QUICK, "--steps", "3"]
+    bank = tmp_path / "cut" / "bank.safetensors"
+    shown, thumbnail = learning._show, learning._thumbnail
+
+    def stop_within(bar, info):
+        shown(bar, info)
+        if "mimi" in bar.desc and info.step == 2:
+            raise KeyboardInterrupt
+
+    def stop_behind(backbone, bank, name, *rest):
+        if name == "mimi":
+            raise KeyboardInterrupt
+        return thumbnail(backbone, bank, name, *rest)
+
+    (cast / "concepts.csv").write_text("folder,name,noun,kind\nchalk drawing,chalk,drawing,style\n"
+                                       "5_mimi tabby cat,mimi,tabby cat,\nrex dog,rex,dog,\n")
+    assert main([*command, "--bank", str(tmp_path / "whole.safetensors")]) == 0
+    for target, instead, names in (("_show", stop_within, ["chalk"]),
+                                   ("_thumbnail", stop_behind, ["chalk", "mimi"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(learning, target, instead)
+            assert main([*command, "--bank", str(bank)]) == 130
+        assert open_bank(bank).names == names
+    assert main([*command, "--bank", str(bank)]) == 0
+    assert contents(bank) == contents(tmp_path / "whole.safetensors")
+    assert all(thumbnail for _, _, thumbnail in contents(bank)) and not list(bank.parent.glob(".*checkpoint"))
+
+
+def test_a_row_of_the_table_has_a_preset_of_its_own(cast, tmp_path, capsys):
+    (cast / "concepts.csv").write_text("folder,name,noun,preset\nrex dog,rex,dog,\nchalk drawing,chalk,"
+                                       "drawing,style\n", encoding="utf-8")
+    bank = tmp_path / "bank.safetensors"
+    command = ["learn-all", str(cast), "--bank", str(bank), *QUICK]
+    assert main([*command, "--preset", "person", "--effort", "quick"]) == 0
+    assert {name: info.kind for name, info in open_bank(bank).infos.items()} == {"rex": "object",
+                                                                                 "chalk": "style"}
+    assert "holds 2 concepts; 2 were learned now, 0 were there already" in capsys.readouterr().out
+    (cast / "concepts.csv").write_text("folder,name,noun,preset\nrex dog,rex,dog,animal\n", encoding="utf-8")
+    assert main(command) == 1
+    assert "preset of concept 'rex' is 'animal'; allowed: person, object, style" in capsys.readouterr().err

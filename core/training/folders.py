@@ -1,0 +1,141 @@
+"""A folder with a folder of photos per concept: which concepts are to be learned from it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..bank.concepts import KINDS
+from ..bank.tokens import check_class_noun, check_name, typed_name
+from ..data.captions import LARGEST_TABLE, bytes_of, csv_records, decoded
+from ..data.listing import entries, is_hidden, pictures_in, subfolders_with_pictures
+from ..data.report import Skipped
+from ..errors import ConceptError
+from .presets import SHORT_NAMES
+
+TABLE = "concepts.csv"
+# `rex`, `rex dog`, and kohya's `10_rex dog`
+_FOLDER = re.compile(r"(?:\d+_)?(?P<name>\S+)(?:\s+(?P<noun>.+))?")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One concept to learn. folder: its photos; captions, masks: as of the command `learn`, None = not
+    given; kind, preset: empty = not given."""
+
+    folder: Path
+    name: str
+    noun: str = ""
+    kind: str = ""
+    captions: Path | None = None
+    masks: Path | None = None
+    preset: str = ""
+
+
+COLUMNS = tuple(field.name for field in fields(Planned))
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    """The rows of a table. Raises ConceptError if it cannot be read, or for a column that is unknown or
+    missing."""
+    data = bytes_of(table, "table", LARGEST_TABLE)
+    if len(data) > LARGEST_TABLE:
+        raise ConceptError(f"the table '{table}' has more than {LARGEST_TABLE} bytes")
+    text = decoded(data, table, "table")
+    try:
+        columns, records = csv_records(text, is_strict=True)
+    except (ValueError, csv.Error) as error:
+        raise ConceptError(f"the table '{table}' cannot be read: {error}") from None
+    known = ", ".join(COLUMNS)
+    for column in columns:
+        if column not in COLUMNS:
+            raise ConceptError(f"the table '{table}' has a column '{column}'; allowed: {known}")
+    if not {"folder", "name"} <= set(columns):
+        raise ConceptError(f"the table '{table}' needs the columns folder and name; allowed are {known}")
+    rows = [{column: value.strip() for column, value in record.items()} for record in records]
+    return [row for row in rows if any(row.values())]
+
+
+def _inside(folder: Path, text: str, table: Path) -> Path:
+    """A path of the table, relative to the folder. Raises ConceptError for one that does not exist."""
+    path = folder / os.path.expanduser(text)      # leaves an unknown home folder as it is
+    if not os.path.exists(path):
+        raise ConceptError(f"the table '{table}' names '{text}', which does not exist in '{folder}'")
+    return path
+
+
+def _of_table(folder: Path, table: Path) -> list[Planned]:
+    found = []
+    for row in _rows(table):
+        paths = {key: _inside(folder, row[key], table) if row.get(key) else None
+                 for key in ("folder", "captions", "masks")}
+        if paths["folder"] is None:
+            raise ConceptError(f"the table '{table}' names no folder for '{row['name']}'")
+        if paths["folder"].is_dir() and not pictures_in(paths["folder"]):
+            raise ConceptError(f"the table '{table}' names the folder '{row['folder']}', which holds no "
+                               "pictures that can be read")
+        found.append(Planned(paths["folder"], typed_name(row["name"]), row.get("noun", ""),
+                             row.get("kind", ""), paths["captions"], paths["masks"],
+                             row.get("preset", "")))
+    return found
+
+
+def _of_names(folder: Path) -> list[Planned]:
+    """The subfolders with photos; their names say name and class noun."""
+    found = []
+    for path in subfolders_with_pictures(folder):
+        match = _FOLDER.fullmatch(path.name)
+        name, noun = (path.name, "") if match is None else (match["name"], match["noun"] or "")
+        found.append(Planned(path, typed_name(name), noun))
+    return found
+
+
+def plan(folder: Path, table: Path | None = None) -> list[Planned]:
+    """The concepts of a folder, all checked before any is learned.
+
+    Args:
+        folder: Holds a subfolder of photos per concept.
+        table: A CSV table with the columns folder and name, and if wanted noun, kind, captions, masks
+            and preset; paths are relative to `folder`. None = the folder's concepts.csv if there is one, else the names
+            of the subfolders: `rex`, `rex dog` or `10_rex dog`.
+
+    Raises:
+        ConceptError: There are no photos; or a name, class noun, kind or preset is missing, wrong or given
+            twice.
+    """
+    if not folder.is_dir():
+        raise ConceptError(f"the folder '{folder}' does not exist")
+    # a link that leads nowhere is a table, too, and an error
+    table = table or (folder / TABLE if os.path.lexists(folder / TABLE) else None)
+    found = _of_names(folder) if table is None else _of_table(folder, table)
+    if not found:
+        raise ConceptError(f"'{table or folder}' names no folder with pictures; needed is a folder of photos "
+                           "per concept")
+    for planned in found:
+        check_name(planned.name)
+        check_class_noun(planned.noun)
+        if planned.kind not in ("", *KINDS):
+            raise ConceptError(f"kind of concept '{planned.name}' is '{planned.kind}'; allowed: "
+                               f"{', '.join(KINDS)}")
+        if planned.preset not in ("", *SHORT_NAMES):
+            raise ConceptError(f"preset of concept '{planned.name}' is '{planned.preset}'; allowed: "
+                               f"{', '.join(SHORT_NAMES)}")
+        if not planned.noun:
+            raise ConceptError(f"concept '{planned.name}' has no class noun; name its folder '{planned.name} "
+                               f"dog', or give the column noun of {TABLE}")
+    twice = [name for name, count in Counter(planned.name for planned in found).items() if count > 1]
+    if twice:
+        raise ConceptError(f"the name '{twice[0]}' is given to more than one folder; give each its own")
+    return found
+
+
+def passed_over(folder: Path) -> list[Skipped]:
+    """What a folder without a table holds beside the folders that are learned from."""
+    parts = subfolders_with_pictures(folder)
+    return [Skipped(path.name, "a folder without pictures that can be read" if path.is_dir()
+                    else "not in a folder of its own")
+            for path in entries(folder) if path not in parts and not is_hidden(path)]
