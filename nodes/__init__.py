@@ -14,6 +14,7 @@ from . import (
     export,
     importing,
     learn,
+    learn_folder,
     neurons,
     photos,
     region_sampler,
@@ -29,8 +30,8 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
         # The page shows an error as "module.class: sentence". Our module is named by its path on the disk.
         ConceptError.__module__, ConceptError.__qualname__ = "builtins", "Continual Concepts"
-        families = (photos, learn, bank, apply, draw_regions, regions, region_sampler, apply_regions,
-                    export, importing, evaluate, settings, neurons)
+        families = (photos, learn, learn_folder, bank, apply, draw_regions, regions, region_sampler,
+                    apply_regions, export, importing, evaluate, settings, neurons)
         nodes = [node for family in families for node in family.NODES]
         # The menu shows nodes and folders in this order: nodes of every day first
         return sorted(nodes, key=lambda node: node.define_schema().category != types.EVERYDAY)

@@ -53,21 +53,34 @@ def bar_preview(picture: Tensor) -> tuple[str, Image.Image, int]:
     return "JPEG", image, SHOWN
 
 
+@dataclass(frozen=True)
+class Part:
+    """One concept of several that a node learns. number: from 1; name: shown before the status."""
+
+    number: int
+    count: int
+    name: str = ""
+
+
+WHOLE = Part(1, 1)
+
+
 @dataclass
 class Reporter:
     """The training loop's callback: cancellation, progress bar, status text, and a preview every `every`
-    steps (0 = never).
+    steps (0 = never). part: of a node that learns several concepts; its parts have equal widths of the bar.
     """
 
     total: int
     every: int
     previews: Previews
     node: str | None = None
+    part: Part = WHOLE
     losses: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.bar = comfy.utils.ProgressBar(self.total)
+        self.bar = comfy.utils.ProgressBar(self.total * self.part.count)
 
     def __call__(self, info: StepInfo) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -79,12 +92,14 @@ class Reporter:
             if self.previews.last_step != info.step:
                 self.previews.draw(info.snapshot(), info.step)
             shown = bar_preview(self.previews.pictures[-1])
-        self.bar.update_absolute(info.step, self.total, shown)
+        self.bar.update_absolute((self.part.number - 1) * self.total + info.step,
+                                 self.total * self.part.count, shown)
         say(self.node, self.line(info.step))
 
     def line(self, step: int) -> str:
         """The smoothed loss, the last similarity, and the estimated remaining time, including previews."""
-        parts = [f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
+        part = [f"{self.part.number} of {self.part.count}: <{self.part.name}>"] if self.part.name else []
+        parts = [*part, f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
         if self.previews.scores:
             parts.append(f"similarity {100 * self.previews.scores[-1][1]:.1f}")
         if len(self.times) > 3 and step < self.total:

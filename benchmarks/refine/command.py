@@ -17,9 +17,11 @@ from ..report import (
     say,
     write_result,
 )
+from .variants import add_command as add_variants
 
 
 def add_commands(commands) -> None:
+    add_variants(commands)
     parser = commands.add_parser("refine", help="photos that are added later: what is retained and gained")
     parser.add_argument("--json", dest="file", type=Path, required=True,
                         help="where the result goes; finished parts are saved beside it")

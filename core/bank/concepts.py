@@ -33,6 +33,7 @@ class Provenance:
         refined: Earlier runs of a refined concept, oldest first: date, steps, seconds, and number of photos.
         captions: Different captions of the photos of all runs, with `OWN` for the concept. Refining draws
             pictures of them.
+        variant_of: Name of the concept that learning started from, as it was called then; empty for none.
     """
 
     base: str = ""
@@ -44,6 +45,7 @@ class Provenance:
     seconds: float = 0.0
     refined: tuple[Mapping, ...] = ()
     captions: tuple[str, ...] = ()
+    variant_of: str = ""
 
 
 _LIST = (list, tuple)      # a tuple where `to_json` was not written to a file
@@ -51,6 +53,7 @@ _LIST = (list, tuple)      # a tuple where `to_json` was not written to a file
 _TYPES: dict[str, tuple[tuple[type, ...], tuple[type, ...], str]] = {
     "base": ((str,), (), "a text"),
     "date": ((str,), (), "a text"),
+    "variant_of": ((str,), (), "a text"),
     "steps": ((int,), (), "a whole number"),
     "seconds": ((int, float), (), "a number"),
     "settings": ((dict,), (dict, list), "an object of objects and lists"),      # imported ones list files
@@ -107,7 +110,8 @@ class ConceptInfo:
 
     def to_json(self) -> dict:
         data = asdict(self)
-        for name in ("refined", "captions"):      # files without these fields are written without them again
+        # files without these fields are written without them again
+        for name in ("refined", "captions", "variant_of"):
             if not data["provenance"][name]:
                 del data["provenance"][name]
         del data["composition"]

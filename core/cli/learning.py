@@ -17,7 +17,7 @@ from ..bank.bank import ConceptBank
 from ..bank.concepts import KINDS, Concept, ConceptInfo
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
-from ..bank.tokens import check_class_noun, check_name
+from ..bank.tokens import check_class_noun, check_name, default_words
 from ..data.framing import Framing, frame
 from ..data.listing import file_digests
 from ..data.pictures import Picture
@@ -45,6 +45,7 @@ from ..training.record import Learned, check_known
 from ..training.refinement import (
     check_refinable,
     check_start,
+    check_variant,
     knows_all,
     notes_on_photos,
     settings_of,
@@ -81,7 +82,8 @@ def _task(options: Namespace, backbone: Backbone, stored: ConceptBank | None, se
     return Task(options.name, options.noun, backbone, bank, options.kind, options.words,
                 torch.Generator().manual_seed(seed),
                 encode=None if encoder is None else encoder.image_text_features,
-                refined=stored if options.if_known == REFINE else None)
+                refined=stored if options.if_known == REFINE else None,
+                parent=stored[options.variant_of] if stored is not None and options.variant_of else None)
 
 
 def _renew_digests(checkpoint: Path, folder: Path, photos: list[Picture]) -> None:
@@ -126,12 +128,21 @@ def _encoder(options: Namespace, training: TrainingConfig) -> Encoder | None:
 
 
 def _chosen(options: Namespace, stored: ConceptBank | None) -> ConceptInfo | None:
-    """Fills in what was not given. Returns the header of the concept that is refined; None if none is."""
+    """Fills in what was not given. Returns the header of the concept that learning goes on from; None if it
+    begins anew."""
     info = None
+    if options.if_known == REFINE and options.variant_of:
+        raise ConceptError(f"--variant-of is '{options.variant_of}', which begins a new concept, and "
+                           "--if-known is 'refine', which goes on with one; give one of them")
     if options.if_known == REFINE:
         info = check_refinable(stored, options.name, class_noun=options.noun, kind=options.kind or "",
                                method=options.method or "", words=options.words)
         options.noun, options.words = info.class_noun, info.words
+    elif options.variant_of:
+        info = check_variant(stored, options.variant_of, options.name, kind=options.kind or "",
+                             method=options.method or "").info
+        options.noun = options.noun or info.class_noun
+        options.words = options.words or default_words(options.name, len(info.words))
     preset = backbones.preset_of(options)
     usual = KINDS[0] if preset is None else preset.kind
     options.kind = options.kind or (usual if info is None else info.kind)
@@ -191,11 +202,12 @@ def learn(options: Namespace) -> Result | None:
     file, stored = _checked_bank(options)
     if options.contact_sheet is not None:
         check_sheet(options.contact_sheet, (options.images, options.captions, options.masks, options.prior))
-    refined = _chosen(options, stored)
+    start = _chosen(options, stored)
+    refined = start if options.if_known == REFINE else None
     rates = backbones.rates_of(options)
     settings = _method_settings(options)
     method = make(options.method,
-                  {**rates, **settings} if refined is None else settings_of(refined, settings))
+                  {**rates, **settings} if start is None else settings_of(start, settings))
     training = _training(options)
     read = read_photos(options, training.resolution)
     photos = read.photos.pictures

@@ -11,7 +11,7 @@ from ..errors import ConceptError
 from ..evaluation.inspection import inspect
 from ..evaluation.inspection import lines as inspection_lines
 from ..evaluation.photo_encoder import photo_encode
-from ..training.folders import TABLE, Planned, passed_over, plan
+from ..training.folders import TABLE, Planned, check_parents, headline, passed_over, plan, reasons
 from .learning import check_options, learn
 from .result import Result, say
 from .sheets import check_sheet
@@ -22,7 +22,7 @@ def _options(planned: Planned, options: Namespace) -> Namespace:
     sheet = options.contact_sheets
     own = {"images": planned.folder, "name": planned.name, "noun": planned.noun, "kind": planned.kind or None,
            "captions": planned.captions, "masks": planned.masks, "words": (), "subfolders": False,
-           "preset": planned.preset or options.preset,
+           "preset": planned.preset or options.preset, "variant_of": planned.variant_of,
            "contact_sheet": None if sheet is None else sheet / f"{planned.name}.png"}
     return Namespace(**{**vars(options), **own})
 
@@ -31,6 +31,7 @@ def _check(options: Namespace, found: list[Planned]) -> None:
     """Checks what concerns all concepts, before any is learned."""
     for planned in found:
         check_options(_options(planned, options))
+    check_parents(found, open_bank(options.bank).names if os.path.exists(options.bank) else ())
     if options.contact_sheets is not None:
         # without a table, a folder of sheets would be learned from by the next run
         read = [options.folder, options.prior,
@@ -41,9 +42,8 @@ def _check(options: Namespace, found: list[Planned]) -> None:
 
 def _sentence(failed: dict[str, list[str]], count: int) -> str:
     """What was not learned. failed: message -> names."""
-    reasons = [f"{', '.join(f'<{name}>' for name in names)}: {why}" for why, names in failed.items()]
     return (f"{sum(map(len, failed.values()))} of {count} concepts were not learned; the bank holds the "
-            f"others, and the same command tries again: {'; '.join(reasons)}")
+            f"others, and the same command tries again: {'; '.join(reasons(failed))}")
 
 
 def _report(options: Namespace, facts: list[dict]) -> list[str]:
@@ -52,9 +52,8 @@ def _report(options: Namespace, facts: list[dict]) -> list[str]:
         return []      # nothing was learned, or another process writes and reports
     bank = open_bank(options.bank)
     learned = sum(fact["learned"] for fact in facts)
-    headline = (f"{options.bank} holds {len(bank)} concepts; {learned} were learned now, "
-                f"{len(facts) - learned} were there already")
-    return [headline, *inspection_lines(inspect(bank, photo_encode(bank.layout)))]
+    return [headline(str(options.bank), len(bank), learned, len(facts) - learned),
+            *inspection_lines(inspect(bank, photo_encode(bank.layout)))]
 
 
 def learn_all(options: Namespace) -> Result:

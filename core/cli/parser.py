@@ -65,6 +65,10 @@ def _add_learn(commands) -> None:
     parser.add_argument("--masks", type=file_path,
                         help="folder of masks: white areas are learned, black ones are not (default: the "
                         "subfolder masks, and files such as a-masklabel.png)")
+    parser.add_argument("--variant-of", type=typed_name, default="", metavar="NAME",
+                        help="start from what this concept of the bank has learned, such as rex for "
+                        "rex-winter; method and its settings are then its own, and so is the noun unless it "
+                        "is given (default: begin anew)")
     parser.add_argument("--contact-sheet", type=file_path,
                         help="PNG file for a picture of all photos, their masks and captions, and what was "
                         "not used (default: none)")
@@ -78,9 +82,9 @@ def _add_learn_all(commands) -> None:
                         help="holds a folder of photos per concept, named 'rex dog' (name and class noun) or "
                         "as kohya's trainers do: '10_rex dog'")
     parser.add_argument("--table", type=file_path,
-                        help="CSV table with the columns folder, name, noun, kind, captions, masks and preset; "
-                        "the first two are needed (default: concepts.csv in the folder, else the folders' "
-                        "names)")
+                        help="CSV table with the columns folder, name, noun, kind, captions, masks, "
+                        "preset and variant_of; the first two are needed (default: concepts.csv in the "
+                        "folder, else the folders' names)")
     parser.add_argument("--contact-sheets", type=file_path,
                         help="folder for a picture of each concept's photos, their masks and captions, and "
                         "what was not used (default: none)")

@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 
 from ..bank.bank import ConceptBank
-from ..bank.concepts import ConceptInfo
+from ..bank.concepts import ConceptInfo, Provenance
 from ..bank.tokens import default_words
 from ..data.folder import Photos, read_folder
 from ..data.listing import pictures_in
@@ -20,7 +20,8 @@ from ..training.config import TrainingConfig
 def info_of(options: Namespace, method: Method) -> ConceptInfo:
     """What the options say about the concept."""
     words = options.words or default_words(options.name, method.words_of_kind(options.kind))
-    return ConceptInfo(options.name, options.noun, method.name, words, options.kind)
+    return ConceptInfo(options.name, options.noun, method.name, words, options.kind,
+                       Provenance(variant_of=options.variant_of))
 
 
 @dataclass(frozen=True)

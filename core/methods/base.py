@@ -60,7 +60,8 @@ class MethodConfig:
 class Task:
     """What to learn, on which base and bank. words: names of the learned words, empty for default ones;
     encode: the user's image encoder, pictures `[B, 3, H, W]` in -1..1 to features `[B, F]`, or None; refined:
-    the bank with the concept that learning goes on from, None for a new one. `bank` lacks the concept."""
+    the bank with the concept that learning goes on from, None for a new one; parent: for a variant, the
+    concept that it starts from. `bank` lacks the concept."""
 
     name: str
     class_noun: str
@@ -71,11 +72,14 @@ class Task:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     encode: Callable[[Tensor], Tensor] | None = None
     refined: ConceptBank | None = None
+    parent: Concept | None = None
 
     @property
     def start(self) -> Concept | None:
-        """The stored concept that learning goes on from; None for a new one."""
-        return None if self.refined is None else self.refined[self.name]
+        """The stored concept that learning goes on from, under the task's name; None for a new one."""
+        if self.refined is not None:
+            return self.refined[self.name]
+        return None if self.parent is None else self.parent.renamed(self.name)
 
     def grown(self, concept: Concept, shared: Mapping[str, Mapping[str, Tensor]]) -> ConceptBank:
         """The bank with the learned concept: at the end, or in its place if it was refined."""

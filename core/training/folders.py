@@ -6,6 +6,7 @@ import csv
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -25,7 +26,7 @@ _FOLDER = re.compile(r"(?:\d+_)?(?P<name>\S+)(?:\s+(?P<noun>.+))?")
 @dataclass(frozen=True)
 class Planned:
     """One concept to learn. folder: its photos; captions, masks: as of the command `learn`, None = not
-    given; kind, preset: empty = not given."""
+    given; kind, preset: empty = not given; variant_of: the concept that it starts from, empty = none."""
 
     folder: Path
     name: str
@@ -34,6 +35,7 @@ class Planned:
     captions: Path | None = None
     masks: Path | None = None
     preset: str = ""
+    variant_of: str = ""
 
 
 COLUMNS = tuple(field.name for field in fields(Planned))
@@ -60,18 +62,22 @@ def _rows(table: Path) -> list[dict[str, str]]:
     return [row for row in rows if any(row.values())]
 
 
-def _inside(folder: Path, text: str, table: Path) -> Path:
-    """A path of the table, relative to the folder. Raises ConceptError for one that does not exist."""
+def _inside(folder: Path, text: str, table: Path, is_confined: bool) -> Path:
+    """A path of the table, relative to the folder. Raises ConceptError for one that does not exist, or that
+    leaves the folder although it must not.
+    """
+    if is_confined and (os.path.isabs(text) or text.startswith("~") or ".." in re.split(r"[/\\]", text)):
+        raise ConceptError(f"the table '{table}' names '{text}'; allowed here: paths inside the folder")
     path = folder / os.path.expanduser(text)      # leaves an unknown home folder as it is
     if not os.path.exists(path):
         raise ConceptError(f"the table '{table}' names '{text}', which does not exist in '{folder}'")
     return path
 
 
-def _of_table(folder: Path, table: Path) -> list[Planned]:
+def _of_table(folder: Path, table: Path, is_confined: bool) -> list[Planned]:
     found = []
     for row in _rows(table):
-        paths = {key: _inside(folder, row[key], table) if row.get(key) else None
+        paths = {key: _inside(folder, row[key], table, is_confined) if row.get(key) else None
                  for key in ("folder", "captions", "masks")}
         if paths["folder"] is None:
             raise ConceptError(f"the table '{table}' names no folder for '{row['name']}'")
@@ -80,7 +86,7 @@ def _of_table(folder: Path, table: Path) -> list[Planned]:
                                "pictures that can be read")
         found.append(Planned(paths["folder"], typed_name(row["name"]), row.get("noun", ""),
                              row.get("kind", ""), paths["captions"], paths["masks"],
-                             row.get("preset", "")))
+                             row.get("preset", ""), typed_name(row.get("variant_of", ""))))
     return found
 
 
@@ -94,14 +100,15 @@ def _of_names(folder: Path) -> list[Planned]:
     return found
 
 
-def plan(folder: Path, table: Path | None = None) -> list[Planned]:
+def plan(folder: Path, table: Path | None = None, is_confined: bool = False) -> list[Planned]:
     """The concepts of a folder, all checked before any is learned.
 
     Args:
         folder: Holds a subfolder of photos per concept.
-        table: A CSV table with the columns folder and name, and if wanted noun, kind, captions, masks
-            and preset; paths are relative to `folder`. None = the folder's concepts.csv if there is one, else the names
-            of the subfolders: `rex`, `rex dog` or `10_rex dog`.
+        table: A CSV table with the columns folder and name, and if wanted noun, kind, captions, masks,
+            preset and variant_of; paths are relative to `folder`. None = the folder's concepts.csv if
+            there is one, else the names of the subfolders: `rex`, `rex dog` or `10_rex dog`.
+        is_confined: Whether the table may only name paths inside the folder, because others can write it.
 
     Raises:
         ConceptError: There are no photos; or a name, class noun, kind or preset is missing, wrong or given
@@ -111,7 +118,7 @@ def plan(folder: Path, table: Path | None = None) -> list[Planned]:
         raise ConceptError(f"the folder '{folder}' does not exist")
     # a link that leads nowhere is a table, too, and an error
     table = table or (folder / TABLE if os.path.lexists(folder / TABLE) else None)
-    found = _of_names(folder) if table is None else _of_table(folder, table)
+    found = _of_names(folder) if table is None else _of_table(folder, table, is_confined)
     if not found:
         raise ConceptError(f"'{table or folder}' names no folder with pictures; needed is a folder of photos "
                            "per concept")
@@ -124,7 +131,7 @@ def plan(folder: Path, table: Path | None = None) -> list[Planned]:
         if planned.preset not in ("", *SHORT_NAMES):
             raise ConceptError(f"preset of concept '{planned.name}' is '{planned.preset}'; allowed: "
                                f"{', '.join(SHORT_NAMES)}")
-        if not planned.noun:
+        if not planned.noun and not planned.variant_of:
             raise ConceptError(f"concept '{planned.name}' has no class noun; name its folder '{planned.name} "
                                f"dog', or give the column noun of {TABLE}")
     twice = [name for name, count in Counter(planned.name for planned in found).items() if count > 1]
@@ -133,9 +140,39 @@ def plan(folder: Path, table: Path | None = None) -> list[Planned]:
     return found
 
 
+def check_parents(found: Sequence[Planned], held: Sequence[str]) -> None:
+    """Checks that what a variant starts from is learned before it. held: names in the bank.
+
+    Raises:
+        ConceptError: It is neither in the bank nor in an earlier row.
+    """
+    known = set(held)
+    for planned in found:
+        if planned.variant_of and planned.variant_of not in known:
+            raise ConceptError(f"concept '{planned.name}' is a variant of '{planned.variant_of}', which is "
+                               "neither in the bank nor in a row above it")
+        known.add(planned.name)
+
+
 def passed_over(folder: Path) -> list[Skipped]:
     """What a folder without a table holds beside the folders that are learned from."""
     parts = subfolders_with_pictures(folder)
     return [Skipped(path.name, "a folder without pictures that can be read" if path.is_dir()
                     else "not in a folder of its own")
             for path in entries(folder) if path not in parts and not is_hidden(path)]
+
+
+def headline(where: str, held: int, learned: int, known: int) -> str:
+    """The first line of the report on a folder.
+
+    Args:
+        where: The bank, for a sentence.
+        held: How many concepts it holds now.
+        learned, known: How many of the folder were learned now, and how many it held already.
+    """
+    return f"{where} holds {held} concepts; {learned} were learned now, {known} were there already"
+
+
+def reasons(failed: Mapping[str, Sequence[str]]) -> list[str]:
+    """What was not learned, a phrase per reason. failed: message -> names."""
+    return [f"{', '.join(f'<{name}>' for name in names)}: {why}" for why, names in failed.items()]

@@ -42,7 +42,8 @@ def run_identity(task: Task, method: Method, data: TrainingData, config: Trainin
             "base": task.backbone.fingerprint, "overlay": task.backbone.overlay, "bank": task.bank.names,
             "images": list(data.digests), "captions": list(data.captions),
             **({"repeats": list(data.repeats)} if data.repeats else {}),
-            **({"refined concept": task.start.digest()} if task.start is not None else {})}
+            **({"refined concept": task.refined[task.name].digest()} if task.refined is not None else {}),
+            **({"parent": task.parent.digest()} if task.parent is not None else {})}
 
 
 def run_key(identity: dict) -> str:
@@ -77,7 +78,8 @@ def check_known(info: ConceptInfo, wanted: ConceptInfo, method: Method, config: 
         ConceptError: It was learned otherwise.
     """
     there, here = ({"class noun": " ".join(concept.class_noun.split()), "kind": concept.kind,
-                    "method": concept.method, "images": list(images)}
+                    "method": concept.method, "images": list(images),
+                    "parent": concept.provenance.variant_of}
                    for concept, images in ((info, info.provenance.images), (wanted, digests)))
     found = _differences(there, here)
     if info.method == method.name:
@@ -94,7 +96,7 @@ def check_same_run(path: Path, there: Mapping, here: Mapping) -> None:
         path: The checkpoint.
         there, here: The identities of both runs, see `run_identity`.
     """
-    there, here = ({"refined concept": "", **identity} for identity in (there, here))
+    there, here = ({"refined concept": "", "parent": "", **identity} for identity in (there, here))
     if there.get("method") == here["method"]:
         filled = _with_defaults({"method": there.get("settings", {}), "training": there.get("training", {})},
                                 str(here["method"]))
@@ -180,14 +182,15 @@ def conclude(task: Task, method: Method, data: TrainingData, config: TrainingCon
     _refuse_nan(outcome, task.name)
     settings = {"method": method_settings(method), "training": asdict(config)}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    start = task.start
+    start = None if task.refined is None else task.refined[task.name]
     before = Provenance() if start is None else start.info.provenance
     refined = () if start is None else (*before.refined, {
         "date": before.date, "steps": before.steps, "seconds": before.seconds, "photos": len(before.images)})
     images = tuple(dict.fromkeys((*before.images, *data.digests))) if start is not None else data.digests
     origin = Provenance(base=task.backbone.fingerprint, images=images, settings=settings,
                         versions=_versions(), date=now, steps=len(losses), seconds=round(seconds, 2),
-                        refined=refined, captions=_captions(task.name, before.captions, data))
+                        refined=refined, captions=_captions(task.name, before.captions, data),
+                        variant_of=before.variant_of if task.parent is None else task.parent.name)
     info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin,
                        method.composition_of_kind(task.kind))
     thumbnail = thumbnail or (b"" if start is None else start.thumbnail)

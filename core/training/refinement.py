@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..bank.concepts import OWN, ConceptInfo
+from ..bank.concepts import OWN, Concept, ConceptInfo
 from ..bank.prompts import Prompt, Vocabulary
 from ..conditioning.encoding import TextMemory, encode_prompts
 from ..data.pictures import Picture
@@ -56,27 +56,31 @@ def refinable_methods() -> list[str]:
     return sorted(name for name, entry in METHODS.items() if entry.method.refinable)
 
 
-def check_refinable(bank: ConceptBank | None, name: str, **given: str | Sequence[str]) -> ConceptInfo:
-    """Checks that a concept can be refined. Returns its header.
+def check_refinable(bank: ConceptBank | None, name: str, is_variant: bool = False,
+                    **given: str | Sequence[str]) -> ConceptInfo:
+    """Checks that a concept can be refined, or that a variant can start from it. Returns its header.
 
     Args:
         bank: The bank that should hold it; None for a new one.
         name: The concept.
+        is_variant: Whether a variant starts from it.
         given: What a person has chosen, by field of `ConceptInfo`. An empty value means the concept's own.
 
     Raises:
         ConceptError: The bank does not hold it, its method cannot, or a chosen value is not its own.
     """
+    use, keeps = (("have a variant", "a variant keeps it") if is_variant
+                  else ("be refined", "refining keeps it"))
     if bank is None or name not in bank:
         held = "none" if bank is None else ", ".join(bank.names) or "none"
-        raise ConceptError(f"the bank holds no concept '{name}' that could be refined; it holds {held}; "
+        raise ConceptError(f"the bank holds no concept '{name}' that could {use}; it holds {held}; "
                            "learn it first")
     info = bank.infos[name]
     able = refinable_methods()
     if info.method not in able:
         reason = ("its concepts share weights, are merged, or were learned on top of one another"
                   if info.method in METHODS else "it was not learned by a method of this version")
-        raise ConceptError(f"concept '{name}' of method '{info.method}' cannot be refined, because {reason}; "
+        raise ConceptError(f"concept '{name}' of method '{info.method}' cannot {use}, because {reason}; "
                            f"methods that can: {', '.join(able)}")
     for field, value in given.items():
         stored = getattr(info, field)
@@ -85,8 +89,30 @@ def check_refinable(bank: ConceptBank | None, name: str, **given: str | Sequence
         if value and value != stored:
             shown = stored if isinstance(stored, str) else ",".join(stored)
             raise ConceptError(f"the {field.replace('_', ' ')} of concept '{name}' is {shown!r}, now "
-                               f"{value!r} is given; refining keeps it, so give the same or none")
+                               f"{value!r} is given; {keeps}, so give the same or none")
     return info
+
+
+def check_variant(bank: ConceptBank | None, parent: str, name: str, **given: str) -> Concept:
+    """Checks that a concept can start from what another one has learned.
+
+    Args:
+        bank: The bank that should hold the other one; None for a new one.
+        parent: The other one.
+        name: The new concept.
+        given: As for `check_refinable`. The class noun is not among it, because a variant may have its own.
+
+    Returns:
+        The other concept.
+
+    Raises:
+        ConceptError: The bank does not hold it, its method cannot, or kind or method are not its own.
+    """
+    if parent == name:
+        raise ConceptError(f"'{name}' would be a variant of itself; give it another name, or refine it")
+    check_refinable(bank, parent, is_variant=True, **given)
+    assert bank is not None
+    return bank[parent]
 
 
 def settings_of(info: ConceptInfo, given: Mapping[str, object]) -> dict[str, object]:

@@ -85,7 +85,7 @@ class Trainer:
         method.begin(task)
         if task.start is not None:
             method.start_from(task.start)
-        self.before = Before(task, method) if task.start is not None and bool(data.is_prior.any()) else None
+        self.before = Before(task, method) if task.refined is not None and bool(data.is_prior.any()) else None
         method.on_data(data)
         self.groups = method.parameter_groups()
         self.optimizer = make_optimizer(config.optimizer, self.groups, config.weight_decay,

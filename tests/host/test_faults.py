@@ -24,10 +24,10 @@ SCENE = "a photo of a red dog on a beach"
 @pytest.fixture(autouse=True)
 def short_previews(pack, monkeypatch):
     """Of two steps."""
-    from continual_concepts.nodes import learn
+    from continual_concepts.nodes import learning
 
-    settings = learn.SampleSettings
-    monkeypatch.setattr(learn, "SampleSettings", lambda **given: settings(**given | {"steps": 2}))
+    settings = learning.SampleSettings
+    monkeypatch.setattr(learning, "SampleSettings", lambda **given: settings(**given | {"steps": 2}))
 
 
 def checkpoints(folder) -> list:
