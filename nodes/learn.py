@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..core.bank.concepts import KINDS
-from ..core.data.pictures import Picture, pair_pictures, prior_caption
+from ..core.data.pictures import pair_pictures
 from ..core.errors import ConceptError
 from ..core.files import check_output_folder
 from ..core.methods import DEFAULT, METHODS
@@ -154,8 +154,7 @@ class ConceptLearner(io.ComfyNode):
         given["name"] = checked_name(given["name"])
         given["class_noun"] = checked_noun(given["class_noun"], _goes_on(given))
         photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))
-        prior = [Picture(p, prior_caption(given["class_noun"]), is_prior=True)
-                 for p in deferred_pictures(prior_images, "prior_images")]
+        prior = deferred_pictures(prior_images, "prior_images")
         learning = learn_concept(given, first(bank), photos, prior, getattr(cls.hidden, "unique_id", None))
         return _shown(learning)
 

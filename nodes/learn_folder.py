@@ -136,7 +136,8 @@ class ConceptFolderLearner(io.ComfyNode):
         node = getattr(cls.hidden, "unique_id", None)
         notes = [] if os.path.lexists(path / TABLE) else [
             f"'{file.name}' is not used: {file.reason}" for file in passed_over(path)]
-        learned, failed = 0, {}
+        learned = 0
+        failed: dict[str, list[str]] = {}
         for number, (planned, subject) in enumerate(zip(found, subjects, strict=True), start=1):
             comfy.model_management.throw_exception_if_processing_interrupted()
             part = Part(number, len(found), planned.name)

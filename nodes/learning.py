@@ -17,7 +17,7 @@ from ..core.bank.tokens import default_words, typed_name
 from ..core.charts import loss_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.framing import Framing
-from ..core.data.pictures import Picture
+from ..core.data.pictures import Deferred, Picture, prior_caption
 from ..core.data.report import prior_warnings, report_of
 from ..core.data.training_set import check_captions, prepare
 from ..core.errors import ConceptError
@@ -79,14 +79,16 @@ class Learning:
 
 
 def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Sequence[Picture],
-                  prior: Sequence[Picture] = (), node: str | None = None, part: Part = WHOLE) -> Learning:
+                  prior: Sequence[Tensor | Deferred] = (), node: str | None = None,
+                  part: Part = WHOLE) -> Learning:
     """Learns one concept on top of a bank, or finds that the bank holds it.
 
     Args:
         given: The inputs of Concept Learner, by id, with checked name and class noun. Missing ones of
             `LATER` have their defaults.
         bank: The bank; None for a new one.
-        photos, prior: Pictures to learn from.
+        photos: Pictures to learn from.
+        prior: Other pictures of the class, `[3, H, W]` in -1..1.
         node: Id of the node that shows the progress.
         part: Which part of the node's work this is.
 
@@ -99,6 +101,7 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
         raise ConceptError(f"'{IF_KNOWN}' is {given['if_known']!r}; allowed: {KEEP}, {AGAIN}, {REFINE}")
     known, parent = _started_from(given, bank)
     before = parent.info if parent is not None else known
+    noun = noun or ("" if before is None else before.class_noun)
     chosen = chosen_preset(given, before)
     given = given if chosen is None else with_preset(given, chosen, before)
     settings = _method_settings(given, given.get("method_settings"))
@@ -120,11 +123,11 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
                 return _unchanged(start, f"<{name}> was learned from these photos already")
             task = replace(task, words=known.words, refined=start)
         if parent is not None:
-            task = replace(task, words=default_words(name, len(parent.info.words)), parent=parent,
-                           class_noun=noun or parent.info.class_noun)
+            task = replace(task, words=default_words(name, len(parent.info.words)), parent=parent)
         if name in start and given["if_known"] == KEEP:
             return _already_learned(start, _info(task, method), method, config, list(photos))
-        return _learn(task, method, config, [*photos, *prior], given, node, chosen, part)
+        others = [Picture(picture, prior_caption(noun), is_prior=True) for picture in prior]
+        return _learn(task, method, config, [*photos, *others], given, node, chosen, part)
 
 
 def _started_from(given: Mapping[str, Any], bank: ConceptBank | None

@@ -22,8 +22,9 @@ OLD_WORDS: dict[str, tuple[str, set[str]]] = {
     "standing": ("always on", set()),
     "stand": ("placeholder noun", set()),      # stand_in
     "team": ("process group", set()),
-    "variant": ("override", set()),
-    "variants": ("override", set()),
+    # of a concept, which starts from another one
+    "variant": ("override", {"variant_of", "check_variant", "is_variant", "VARIANT"}),
+    "variants": ("override", {"variants", "add_variants"}),
     "suite": ("prompt suite", {"suite", "suite_of", "prompt_suite", "PromptSuite"}),
     "drift": ("base change", set()),
     "mistaken": ("confused", set()),

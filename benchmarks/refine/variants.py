@@ -86,15 +86,15 @@ def _likeness(backbone: Backbone, bank: ConceptBank, name: str, concept: SceneCo
 
 def measure(backbone: Backbone, concept: SceneConcept, photos: int, steps: list[int], seed: int) -> dict:
     """Likeness to held-out photos of the variant, of each way and number of steps."""
-    variant = variant_of(concept)
+    winter = variant_of(concept)
     bank = _learned(backbone, ConceptBank(backbone.layout), concept, 5, embedded.STEPS, seed)
     before = bank[concept.name].digest()
-    rows: dict = {PARENT: _likeness(backbone, bank, concept.name, variant)}
+    rows: dict = {PARENT: _likeness(backbone, bank, concept.name, winter)}
     stays = True
     for way, parent in ((VARIANT, concept.name), (ANEW, "")):
         for count in steps:
-            grown = _learned(backbone, bank, variant, photos, count, seed, parent)
-            rows[f"{way}, {count} steps"] = _likeness(backbone, grown, variant.name, variant)
+            grown = _learned(backbone, bank, winter, photos, count, seed, parent)
+            rows[f"{way}, {count} steps"] = _likeness(backbone, grown, winter.name, winter)
             stays = stays and grown[concept.name].digest() == before
     return {"concept": concept.name, "seed": seed, "likeness": rows, "parent_unchanged": stays}
 

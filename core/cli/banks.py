@@ -28,8 +28,8 @@ from .result import Result
 def _line(info: ConceptInfo) -> str:
     origin = info.provenance
     kind = f"{info.class_noun:<16} {info.kind:<7} {info.method:<10}"
-    variant = f", variant of <{origin.variant_of}>" if origin.variant_of else ""
-    return f"{info.placeholder:<20} {kind} {len(origin.images)} pictures  {origin.date}{variant}"
+    parent = f", variant of <{origin.variant_of}>" if origin.variant_of else ""
+    return f"{info.placeholder:<20} {kind} {len(origin.images)} pictures  {origin.date}{parent}"
 
 
 def _list(options: Namespace) -> Result:

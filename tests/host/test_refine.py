@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from continual_concepts.core.errors import ConceptError
+
 pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
 
 
@@ -62,3 +64,21 @@ def test_a_cancelled_refinement_goes_on_exactly(studio, tmp_path, stop_at):
     resumed = studio.learn(**new)["spot"]
     assert steps == [1, 2, 3, 4]
     assert all(torch.equal(delta.up, whole.deltas[key].up) for key, delta in resumed.deltas.items())
+
+
+def test_a_variant_starts_from_another_concept(studio, pack):
+    """The class noun may be empty, as for a refined concept; the parent stays."""
+    given, replay = {"name": "rex", "method": "slots"}, [{"replay": 2}]
+    bank = studio.learn(**given)
+    grown = studio.learn(**given | {"name": "rex-winter", "noun": "", "bank": [bank], "variant_of": "<rex>"})
+    assert grown.names == ["rex", "rex-winter"] and grown["rex"] is bank["rex"]
+    info = grown.infos["rex-winter"]
+    assert (info.class_noun, info.provenance.variant_of) == ("dog", "rex")
+    for wrong, sentence in (({"variant_of": "max"}, "the bank holds no concept 'max' that could have a"),
+                            ({"variant_of": "rex", "if_known": "refine it"}, "'variant of' is 'rex', whic")):
+        with pytest.raises(ConceptError, match=sentence):
+            studio.learn(**given | {"name": "rex-winter", "bank": [bank]} | wrong)
+    assert pack.ConceptLearner.validate_inputs(["rex-winter"], [""], ["keep it"], ["rex"]) is True
+    refined = studio.learn(**given | {"noun": "", "bank": [bank], "if_known": "refine it",
+                                      "images": 1 - studio.photos(), "training_settings": replay})
+    assert refined.infos["rex"].class_noun == "dog"

@@ -23,6 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from continual_concepts.core.demo.bases import picture_size
+from continual_concepts.core.demo.scenes import CONCEPTS
 
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT = 240  # seconds
@@ -145,11 +149,20 @@ def _why_not(comfyui: Path) -> str:
     return "" if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it ends at once"])[-1]
 
 
+def _draw_cast(folder: Path) -> None:
+    """Photos of two things, for the node that learns a folder of concepts."""
+    for name, noun in (("rex", "dog"), ("mimi", "cat")):
+        (folder / f"{name} {noun}").mkdir(parents=True)
+        for i, (picture, _) in enumerate(CONCEPTS[name].pictures(3, seed=7, size=picture_size())):
+            Image.fromarray(picture).save(folder / f"{name} {noun}" / f"{i}.png")
+
+
 def _start(comfyui: Path, base: Path, *more: str, packs: tuple[Path, ...] = ()) -> Server:
     for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True)
     for name, pack in {FOLDER: ROOT, **{pack.name: pack for pack in packs}}.items():
         (base / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
+    _draw_cast(base / "input" / "cast")
     port, log = _free_port(), base / "server.log"
     options = ["--cpu", "--disable-api-nodes", "--disable-auto-launch", "--base-directory", str(base),
                "--database-url", "sqlite:///:memory:"]

@@ -44,9 +44,9 @@ SHOW_PICTURES = """types => {
     }
     app.canvas.setDirty(true, true);
 }"""
-WITH_PICTURES = ["ConceptBankInspect", "ConceptEvaluate", "ConceptLearner", "ConceptNeuronSelect",
-                 "ConceptPhotosLoad", "ConceptRegionsShow", "ElasticWeightAggregate", "PreviewImage",
-                 "RegionalConceptSampler", "SaveImage"]
+WITH_PICTURES = ["ConceptBankInspect", "ConceptEvaluate", "ConceptFolderLearner", "ConceptLearner",
+                 "ConceptNeuronSelect", "ConceptPhotosLoad", "ConceptRegionsShow", "ElasticWeightAggregate",
+                 "PreviewImage", "RegionalConceptSampler", "SaveImage"]
 HIDDEN_TEXT = """() => [...document.querySelectorAll('.comfy-markdown-content')].filter(
     note => note.scrollHeight > note.clientHeight + 2).length"""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from continual_concepts.core.demo.bases import picture_size
+from continual_concepts.core.demo.bases import EMBEDDED, picture_size
 from continual_concepts.core.demo.scenes import CONCEPTS
 
 pytestmark = pytest.mark.slow
@@ -25,6 +25,8 @@ def photos_of(graph: dict) -> list[Image.Image]:
     """One photo of each concept that is learned; two of a concept that is alone."""
     given = {node["inputs"]["concept"]: node["inputs"] for node in graph.values()
              if node["class_type"] == "ConceptDemoPhotos"}
+    if any(node["class_type"] == "ConceptFolderLearner" for node in graph.values()):
+        given = {name: {"seed": 7, "base": EMBEDDED} for name in ("rex", "mimi")}      # as in conftest.py
     each = 2 if len(given) == 1 else 1
     return [Image.fromarray(picture) for name, inputs in list(given.items())[:2]
             for picture, _ in CONCEPTS[name].pictures(each, inputs["seed"], picture_size(inputs["base"]))]

@@ -51,7 +51,7 @@ def shortened(graph: dict, learning: int = 4, sampling: int = 3) -> dict:
     """The same graph with few steps."""
     for node in graph.values():
         inputs = node["inputs"]
-        if node["class_type"] == "ConceptLearner":
+        if node["class_type"] in ("ConceptLearner", "ConceptFolderLearner"):
             inputs["steps"], inputs["preview_every"] = learning, min(inputs["preview_every"], learning // 2)
         elif node["class_type"] in ("KSampler", "BasicScheduler", "RegionalConceptSampler"):
             inputs["steps"] = sampling
