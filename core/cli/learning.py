@@ -41,7 +41,7 @@ from ..training import checkpoint as checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import learn as learn_concept
 from ..training.process_group import ProcessGroup, process_group
-from ..training.record import Learned, check_known
+from ..training.record import Learned, check_known, is_finished
 from ..training.refinement import (
     check_refinable,
     check_start,
@@ -282,7 +282,7 @@ def _complete(options: Namespace, file: Path, stored: ConceptBank, checkpoint: P
     """Completes a concept whose command was stopped after the concept was written: samples its thumbnail and
     deletes the checkpoint of the finished run.
     """
-    if not group.is_first or not checkpoints.is_finished(checkpoint, stored.infos[options.name].provenance):
+    if not group.is_first or not is_finished(checkpoint, stored.infos[options.name].provenance):
         return
     backbone = backbones.load_backbone(options)
     concept = stored[options.name]

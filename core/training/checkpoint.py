@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..bank.concepts import Provenance
 from ..errors import ConceptError, WriteError
 from ..files import write_atomically, write_elsewhere
 
@@ -79,15 +78,6 @@ def identity(path: Path) -> dict:
         return _restore(dict(structure[_DICT])["identity"], None)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
         return {}
-
-
-def is_finished(path: Path, origin: Provenance) -> bool:
-    """Whether a checkpoint is of the finished run that a concept comes from. origin: the concept's."""
-    run = identity(path)
-    if (not run or {"method": run.get("settings"), "training": run.get("training")} != dict(origin.settings)
-            or not set(run.get("images", ())) <= set(origin.images)):
-        return False
-    return len(load(path).get("losses", ())) == origin.steps
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..bank.concepts import OWN, Concept, ConceptInfo, Provenance
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..methods.base import Method, Outcome, Task, make
+from . import checkpoint
 from .config import TrainingConfig
 
 # Of a concept's record, so that a bank's header stays small. Longer captions are not stored.
@@ -87,6 +88,15 @@ def check_known(info: ConceptInfo, wanted: ConceptInfo, method: Method, config: 
     if found:
         raise ConceptError(f"the bank already holds a concept '{info.name}', learned from other photos or "
                            f"settings ({'; '.join(found)}); choose another name, or {again}")
+
+
+def is_finished(path: Path, origin: Provenance) -> bool:
+    """Whether a checkpoint is of the finished run that a concept comes from. origin: the concept's."""
+    run = checkpoint.identity(path)
+    there = {"method": run.get("settings"), "training": run.get("training")}
+    if _differences(there, dict(origin.settings)) or not set(run.get("images", ())) <= set(origin.images):
+        return False
+    return bool(run) and len(checkpoint.load(path).get("losses", ())) == origin.steps
 
 
 def check_same_run(path: Path, there: Mapping, here: Mapping) -> None:
