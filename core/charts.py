@@ -14,9 +14,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from .images import ACCENT, GRID, INK, PAPER, QUIET, Colour, colour, fitting, font, ink_on, opened
+from .images import ACCENT, GRID, INK, PAPER, QUIET, Colour, colour, fitting, font, ink_on, opened, wrapped
 
-SIMILAR = (28, 138, 84)
+SIMILAR, RAW = (16, 116, 70), (92, 102, 130)      # similarity to the photos; the loss of single steps
+SIMILARITY = "similarity to the photos"
+NODE = 400      # usual width of a node in pixels, at which texts must be readable
+
+
+def note_picture(text: str) -> Image.Image:
+    """A small picture that says why there is no other one."""
+    lines = wrapped(text, font(17), NODE - 32, 3)
+    image = Image.new("RGB", (NODE, 40 + 24 * len(lines)), PAPER)
+    draw = ImageDraw.Draw(image)
+    for i, line in enumerate(lines):
+        draw.text((16, 18 + 24 * i), line, INK, font(17))
+    return image
 
 
 def smoothed(losses: Sequence[float], window: int) -> list[float]:
@@ -27,20 +39,19 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
 
 
 def loss_picture(losses: Sequence[float], title: str, scores: Sequence[tuple[int, float]] = (),
-                 size: tuple[int, int] = (640, 320)) -> Image.Image:
-    """The loss of every step in a pale colour, and its running mean over a tenth of the steps.
+                 size: tuple[int, int] = (520, 300)) -> Image.Image:
+    """The loss of every step as a thin grey line, and its running mean over a tenth of the steps.
 
     Args:
-        losses: One per step; empty = a picture with only its title.
+        losses: One per step.
         scores: (step, similarity to the photos) of previews, drawn as points on a separate scale.
         size: Width and height in pixels.
     """
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
-    left, top, right, bottom = 64, 40, size[0] - 20, size[1] - 36
-    draw.text((left, 10), title, INK, font(15))
-    if not losses:
-        return image
+    left, top, right, bottom = 62, 46, size[0] - 16, size[1] - 36
+    room = right - left - (font(14).getlength(SIMILARITY) + 12 if scores else 0)
+    draw.text((left, 10), fitting(title, font(17), room), INK, font(17))
     low, high = 0.0, max(float(np.quantile(losses, 0.98)) * 1.1, 1e-6)
 
     def place(step: int, value: float) -> tuple[float, float]:
@@ -55,10 +66,11 @@ def loss_picture(losses: Sequence[float], title: str, scores: Sequence[tuple[int
         value = low + (high - low) * i / 4
         y = place(0, value)[1]
         draw.line([(left, y), (right, y)], GRID)
-        draw.text((8, y - 7), f"{value:.3f}", QUIET, font(12))
-    draw.text((left, bottom + 10), "step 1", QUIET, font(12))
-    draw.text((right - 70, bottom + 10), f"step {len(losses)}", QUIET, font(12))
-    curve(losses, (190, 200, 226), 1)
+        draw.text((8, y - 8), f"{value:.3f}", QUIET, font(14))
+    draw.text((left, bottom + 10), "step 1", QUIET, font(14))
+    last = f"step {len(losses)}"
+    draw.text((right - font(14).getlength(last), bottom + 10), last, QUIET, font(14))
+    curve(losses, RAW, 1)
     curve(smoothed(losses, max(1, len(losses) // 10)), ACCENT, 3)
     if scores:
         _draw_scores(draw, [(place(step - 1, 0)[0], score) for step, score in scores], (top, right, bottom))
@@ -81,33 +93,30 @@ def _draw_scores(draw: ImageDraw.ImageDraw, scores: Sequence[tuple[float, float]
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], SIMILAR)
         if i in labelled:
             text = f"{100 * value:.1f}"
-            corner = (min(x, right - draw.textlength(text, font(12))),
-                      y + (6 if value == min(values) else -20))
-            draw.text(corner, text, SIMILAR, font(12))
-    text = "similarity to the photos"
-    draw.text((right - draw.textlength(text, font(13)), 12), text, SIMILAR, font(13))
+            corner = (min(x, right - draw.textlength(text, font(14))),
+                      y + (6 if value == min(values) else -22))
+            draw.text(corner, text, SIMILAR, font(14))
+    draw.text((right - draw.textlength(SIMILARITY, font(14)), 12), SIMILARITY, SIMILAR, font(14))
 
 
 def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.Image:
     """Aggregation weights `[sites, concepts]` as a heat map, with each concept's mean."""
     sites, count = weights.shape
-    cell, label, row = max(8, min(32, 640 // max(1, sites))), 150, 30
-    image = Image.new("RGB", (max(360, label + cell * sites + 84), 62 + row * max(1, count)), PAPER)
+    cell, label, row = max(6, min(32, 320 // max(1, sites))), 130, 30
+    image = Image.new("RGB", (max(NODE, label + cell * sites + 74), 66 + row * max(1, count)), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((10, 8), title, INK, font(15))
-    draw.text((label, 34), "sites, down to up", QUIET, font(12))
-    draw.text((label + cell * sites + 14, 34), "mean", QUIET, font(12))
+    draw.text((10, 8), fitting(title, font(17), image.width - 20), INK, font(17))
+    draw.text((label, 36), "sites, down to up", QUIET, font(14))
+    draw.text((label + cell * sites + 14, 36), "mean", QUIET, font(14))
     peak = max(float(weights.abs().max()) if weights.numel() else 0.0, 1e-6)
     for j, name in enumerate(names):
-        y = 54 + j * row
-        draw.text((10, y + 7), f"<{name}>"[:20], INK, font(13))
+        y = 58 + j * row
+        draw.text((10, y + 6), fitting(f"<{name}>", font(15), label - 16), INK, font(15))
         for i in range(sites):
             share = min(1.0, abs(float(weights[i, j])) / peak)
             fill = tuple(int(p + (c - p) * share) for p, c in zip((238, 238, 240), colour(j), strict=True))
             draw.rectangle([label + i * cell, y + 2, label + (i + 1) * cell - 2, y + row - 4], fill)
-        draw.text((label + cell * sites + 14, y + 7), f"{float(weights[:, j].mean()):.2f}", INK, font(13))
-    if not names:
-        draw.text((10, 60), "the bank is empty", QUIET, font(13))
+        draw.text((label + cell * sites + 14, y + 6), f"{float(weights[:, j].mean()):.2f}", INK, font(15))
     return image
 
 
@@ -123,13 +132,16 @@ def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: in
     count, height, width = maps.shape
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = Image.new("RGB", ((size[0] + 8) * max(1, count) + 8, size[1] + 34), PAPER)
+    columns = max(1, min(count, 2))      # side by side in one row, texts would be too small on a node
+    rows = -(-max(1, count) // columns)
+    image = Image.new("RGB", ((size[0] + 8) * columns + 8, (size[1] + 34) * rows), PAPER)
     draw = ImageDraw.Draw(image)
     for u in range(count):
-        x = 8 + u * (size[0] + 8)
+        x, y = 8 + u % columns * (size[0] + 8), u // columns * (size[1] + 34)
         brightness = maps[u].numpy()[..., None]
         shade = brightness * np.array(colour(u)) + (1 - brightness) * np.array([20, 20, 26])
-        image.paste(Image.fromarray(shade.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR), (x, 28))
+        shown = Image.fromarray(shade.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+        image.paste(shown, (x, y + 28))
         mask = Image.fromarray((masks[u].numpy() * 255).astype(np.uint8))
         mask = mask.resize(size, Image.Resampling.BILINEAR)
         edge = np.array(mask) > 127
@@ -137,8 +149,8 @@ def regions_picture(masks: Tensor, maps: Tensor, labels: Sequence[str], side: in
         neighbours = edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1, 2:]
         inner[1:-1, 1:-1] = edge[1:-1, 1:-1] & neighbours
         border = Image.fromarray(((edge & ~inner) * 255).astype(np.uint8))
-        image.paste(Image.new("RGB", size, (255, 255, 255)), (x, 28), border)
-        draw.text((x, 6), labels[u][: max(8, size[0] // 8)], INK, font(13))
+        image.paste(Image.new("RGB", size, (255, 255, 255)), (x, y + 28), border)
+        draw.text((x, y + 4), fitting(labels[u], font(17), size[0]), INK, font(17))
     return image
 
 
@@ -192,7 +204,7 @@ def _tag(draw: ImageDraw.ImageDraw, left: int, top: int, label: str, shade: Colo
 
 def thumbnails_picture(thumbnails: Sequence[tuple[str, bytes]], side: int = 160,
                        columns: int = 5) -> Image.Image:
-    """Thumbnails in rows, with captions below. Missing or unreadable thumbnails become grey cards.
+    """Thumbnails in rows, with captions below. A card says where a thumbnail is missing or unreadable.
 
     Args:
         thumbnails: (caption, JPEG or PNG bytes) of each.
@@ -208,7 +220,9 @@ def thumbnails_picture(thumbnails: Sequence[tuple[str, bytes]], side: int = 160,
         picture = opened(thumbnail)
         if picture is not None:
             image.paste(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + side + 6), fitting(caption, font(14), side), INK, font(14))
+        else:
+            draw.text((x + side / 2, y + side / 2), "no thumbnail", INK, font(18), anchor="mm")
+        draw.text((x, y + side + 6), fitting(caption, font(18), side), INK, font(18))
     return image
 
 
@@ -234,18 +248,19 @@ def selection_picture(selection: Selection, sites: int, title: str, share: float
         share: Share of the UNet's weights that is selected, for the title.
     """
     projections = sorted({projection for _, projection in selection.indices})
-    cell, label, height = max(10, min(80, 720 // max(1, sites))), 64, 96
-    width = max(640, label + cell * sites + 16)      # space for the title
-    image = Image.new("RGB", (width, 62 + (height + 22) * max(1, len(projections))), PAPER)
+    cell, label, height = max(8, min(60, 420 // max(1, sites))), 64, 96
+    width = max(520, label + cell * sites + 16)      # space for the texts
+    image = Image.new("RGB", (width, 90 + (height + 22) * max(1, len(projections))), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((10, 8), f"{title}: {len(selection):,} weights, {share:.2%} of the UNet", INK, font(15))
-    draw.text((label, 34), "sites, down to up; bands are groups of outputs, darker = more of them selected",
-              QUIET, font(12))
+    draw.text((10, 8), fitting(title, font(17), width - 20), INK, font(17))
+    draw.text((10, 32), f"{len(selection):,} weights, {share:.2%} of the UNet", INK, font(15))
+    draw.text((10, 56), "left to right: sites, down to up. Bands: groups of outputs, dark = selected", QUIET,
+              font(14))
     bands = {key: _bands(selection, key) for key in selection.indices}
     peak = max([float(band.max()) for band in bands.values()], default=1.0) or 1.0
     for j, projection in enumerate(projections):
-        y = 58 + j * (height + 22)
-        draw.text((10, y + height // 2 - 8), projection, INK, font(13))
+        y = 86 + j * (height + 22)
+        draw.text((10, y + height // 2 - 9), projection, INK, font(15))
         for index in range(sites):
             if (index, projection) in bands:
                 shade = (bands[index, projection] / peak).numpy()[:, None, None]

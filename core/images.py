@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFont
 from torch import Tensor
 
-PAPER, INK, QUIET, GRID = (252, 252, 250), (29, 29, 36), (120, 120, 130), (226, 226, 230)
+PAPER, INK, QUIET, GRID = (252, 252, 250), (29, 29, 36), (98, 98, 108), (226, 226, 230)
 ACCENT, ALARM, ALARM_PAPER = (44, 86, 206), (190, 40, 30), (255, 238, 235)
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -36,9 +36,20 @@ def colour(index: int) -> Colour:
 
 
 def ink_on(shade: Colour) -> Colour:
-    """Black or white, whichever is readable on a colour."""
-    red, green, blue = shade
-    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else (255, 255, 255)
+    """Black or white, whichever has the higher contrast with a colour."""
+    black, white = (0, 0, 0), (255, 255, 255)
+    return black if contrast(black, shade) > contrast(white, shade) else white
+
+
+def contrast(one: Colour, other: Colour) -> float:
+    """Contrast of two sRGB colours, 1 to 21 (WCAG 2.2, "contrast ratio"); text needs 4.5."""
+    def luminance(shade: Colour) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+                  for c in (channel / 255 for channel in shade)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def fitting(text: str, face: Font, width: float) -> str:

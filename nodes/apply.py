@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from comfy_api.latest import io, ui
 
 from ..core.bank.composition import WORDS
 from ..core.bank.tokens import typed_name
-from ..core.charts import weights_picture
+from ..core.charts import note_picture, weights_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.comfy.concept_clip import concept_clip, encode
 from ..core.comfy.model_concepts import Carried, with_concepts
@@ -83,7 +82,7 @@ class ElasticWeightAggregate(io.ComfyNode):
         if mode not in MODES:
             raise ConceptError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
         if bank is None or not len(bank):
-            picture = to_tensor(weights_picture([], torch.zeros(1, 0), "weights: no concepts"))
+            picture = to_tensor(note_picture("The bank holds no concept; model and clip are unchanged."))
             return io.NodeOutput(model, clip, encode(clip, prompt), picture)
         backbone = ComfyBackbone(model, clip)
         refuse_regions(model)

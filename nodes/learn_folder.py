@@ -66,8 +66,8 @@ class ConceptFolderLearner(io.ComfyNode):
                         "a cancel, the next run resumes exactly where it stopped.",
             inputs=advanced(ADVANCED, [
                 io.Model.Input("model", tooltip="The checkpoint to learn on; it is not changed."),
-                io.Clip.Input("clip", tooltip="The same checkpoint's."),
-                io.Vae.Input("vae", tooltip="The same checkpoint's; it encodes the photos."),
+                io.Clip.Input("clip", tooltip="From the same checkpoint."),
+                io.Vae.Input("vae", tooltip="From the same checkpoint; it encodes the photos."),
                 io.Combo.Input(
                     "folder",
                     options=_folders() or ["put a folder of photo folders into ComfyUI's input folder"],
@@ -93,8 +93,8 @@ class ConceptFolderLearner(io.ComfyNode):
                                  tooltip="Makes a mask for each photo without one: what differs from the "
                                          "photo's border."),
                 io.Boolean.Input("caption_templates", default=False,
-                                 tooltip="Gives each photo without a caption a short sentence, another for "
-                                         "every photo. Off: such photos are learned as 'a photo of <name>'."),
+                                 tooltip="Gives each photo without a caption a short sentence, a different "
+                                         "one for each. Off: such photos are learned as 'a photo of <name>'."),
                 types.Bank.Input("bank", optional=True,
                                  tooltip="The bank to add them to; not connected = a new one."),
                 types.Settings.Input("training_settings", optional=True,
@@ -102,7 +102,7 @@ class ConceptFolderLearner(io.ComfyNode):
                 io.ClipVision.Input("clip_vision", optional=True,
                                     tooltip="Shows the similarity of every preview to the photos, and "
                                             "compares thumbnails for the report. Without it, the encoder "
-                                            "for photos does if it is installed."),
+                                            "for photos is used if it is installed."),
             ]),
             outputs=[
                 types.Bank.Output(display_name="bank"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import Concept, ConceptInfo, Provenance
 from ..core.bank.tokens import default_words, typed_name
-from ..core.charts import loss_picture, thumbnails_picture
+from ..core.charts import loss_picture, note_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.framing import Framing
 from ..core.data.pictures import Deferred, Picture, prior_caption
@@ -192,7 +192,7 @@ def _already_learned(bank: ConceptBank, info: ConceptInfo, method: Method, confi
 
 
 def _unchanged(bank: ConceptBank, sentence: str) -> Learning:
-    picture = to_tensor(loss_picture([], "the concept is known already"))
+    picture = to_tensor(note_picture(f"{sentence}."))
     return Learning(bank, picture, picture, _no_older_concepts(), (sentence,), is_new=False)
 
 
@@ -244,4 +244,4 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
 
 
 def _no_older_concepts() -> Tensor:
-    return to_tensor(loss_picture([], "older concepts were not drawn"))
+    return to_tensor(note_picture("Older concepts were not drawn; 'draw older concepts' does that."))

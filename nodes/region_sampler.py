@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import comfy.samplers
-import torch
 from comfy_api.latest import io, ui
 
 from nodes import common_ksampler  # ComfyUI's module; ours are relative imports
 
+from ..core.charts import note_picture
 from ..core.comfy.region_sampling import Scene, prepare
+from ..core.images import to_tensor
 from ..core.regional.noise import AREAS, OUTSIDE, NoiseSettings
 from ..core.sampling.settings import SampleSettings
 from . import types
@@ -215,7 +216,8 @@ class RegionalConceptSampler(io.ComfyNode):
         )[0]
         picture = prepared.picture(latent["samples"])
         if picture is None:
-            return io.NodeOutput(latent, torch.zeros(1, 64, 64, 3))
+            note = note_picture("No regions were used, so there is no attention of regions to show.")
+            return io.NodeOutput(latent, to_tensor(note))
         return io.NodeOutput(latent, picture, ui=ui.PreviewImage(picture, cls=cls))
 
 

@@ -24,10 +24,14 @@ export function colourOf(index) {
 
 export const PALETTE = [...Array(8).keys()].map(colourOf);
 
-/** Black or white, whichever can be read on a colour. */
+/** Black or white, whichever has the higher contrast with a colour (WCAG 2.2). */
 export function inkOn(colour) {
-    const [red, green, blue] = [1, 3, 5].map(at => parseInt(colour.slice(at, at + 2), 16));
-    return 0.299 * red + 0.587 * green + 0.114 * blue > 128 ? "#000000" : "#ffffff";
+    const [red, green, blue] = [1, 3, 5].map(at => {
+        const channel = parseInt(colour.slice(at, at + 2), 16) / 255;
+        return channel <= 0.04045 ? channel / 12.92 : ((channel + 0.055) / 1.055) ** 2.4;
+    });
+    const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    return (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) ? "#000000" : "#ffffff";
 }
 
 // The text
