@@ -94,7 +94,7 @@ class ConceptFolderLearner(io.ComfyNode):
                                          "photo's border."),
                 io.Boolean.Input("caption_templates", default=False,
                                  tooltip="Gives each photo without a caption a short sentence, a different "
-                                         "one for each. Off: such photos are learned as 'a photo of <name>'."),
+                                         "one for each. Off: they are learned as 'a photo of <name>'."),
                 types.Bank.Input("bank", optional=True,
                                  tooltip="The bank to add them to; not connected = a new one."),
                 types.Settings.Input("training_settings", optional=True,
