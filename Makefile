@@ -6,7 +6,7 @@ READY := .venv/.ready
 OLDEST := .venv-oldest/bin
 OLDEST_READY := .venv-oldest/.ready
 DOCS_READY := .venv-docs/.ready
-# Tests run in one process per core, at most eight. Each computes with one thread, because threads of several processes block one another.
+# Tests run in one process per core, at most eight; a file's tests stay in one, because they share fixtures. Each computes with one thread, because threads of several processes block one another.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 
 TESTS ?= tests
@@ -18,11 +18,11 @@ demo: $(READY)
 
 # -I keeps this folder off sys.path, where nodes/ would hide ComfyUI's nodes.py.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) -m "not slow and not host and not live" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not host and not live" $(TESTS)
 
 # The same with the oldest versions that pyproject.toml declares.
 test-oldest: $(OLDEST_READY)
-	OMP_NUM_THREADS=1 $(OLDEST)/python -I -m pytest -q -n $(JOBS) -m "not slow and not host and not live" $(TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not host and not live" $(TESTS)
 
 # The long form of the randomised tests: 120,000 damaged files and texts, 500 bank histories, 300 killed writers. Where there is a ComfyUI
 # (see CONTRIBUTING), also every fault at every stage and 500 queue runs in one server. Each of the two parts takes about half an hour.

@@ -13,30 +13,9 @@ from PIL import Image
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import backbones, learning
 from continual_concepts.core.cli.parser import main
-from continual_concepts.core.demo import scenes
 from continual_concepts.core.training import checkpoint
 
-QUICK = ["--steps", "2", "--batch-size", "2", "--base", "embedded-64"]      # the smaller base is quicker
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Three pictures of one individual, two of them with captions."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i, (picture, caption) in enumerate(scenes.CONCEPTS["rex"].pictures(3, seed=1)):
-        Image.fromarray(picture).save(folder / f"{i}.png")
-        if i:
-            (folder / f"{i}.txt").write_text(caption)
-    return folder
-
-
-@pytest.fixture
-def bank_file(tmp_path, photos, capsys):
-    file = tmp_path / "bank.safetensors"
-    assert main(["learn", str(photos), "--bank", str(file), "--name", "rex", "--noun", "dog", *QUICK]) == 0
-    capsys.readouterr()
-    return file
+from .conftest import QUICK
 
 
 def rename_in_captions(folder, name: str) -> None:

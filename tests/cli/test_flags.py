@@ -15,7 +15,8 @@ from continual_concepts.core.cli.parser import NO_BASE, build_parser, main
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.versions import own_version
 
-from .test_commands import QUICK, bank_file, photos, refused  # noqa: F401 - fixtures
+from .conftest import QUICK
+from .test_commands import refused
 
 
 def parsers(parser: argparse.ArgumentParser, name: str = "continual-concepts"):
@@ -49,13 +50,13 @@ def test_the_version_is_told(capsys):
 
 
 @pytest.mark.parametrize("place", [0, 1, 4])
-def test_json_may_stand_at_any_place(bank_file, capsys, place):  # noqa: F811
+def test_json_may_stand_at_any_place(bank_file, capsys, place):
     arguments = ["bank", "show", str(bank_file), "rex"]
     assert main([*arguments[:place], "--json", *arguments[place:]]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "rex"
 
 
-def test_a_bank_is_shown_without_a_name(bank_file, capsys):  # noqa: F811
+def test_a_bank_is_shown_without_a_name(bank_file, capsys):
     assert main(["bank", "show", str(bank_file), "--json"]) == 0
     every = json.loads(capsys.readouterr().out)["concepts"]
     assert main(["bank", "show", str(bank_file), "rex", "--json"]) == 0
@@ -64,7 +65,7 @@ def test_a_bank_is_shown_without_a_name(bank_file, capsys):  # noqa: F811
     assert "placeholder: <rex>" in capsys.readouterr().out
 
 
-def test_rates_have_flags(photos, tmp_path, capsys):  # noqa: F811
+def test_rates_have_flags(photos, tmp_path, capsys):
     bank = tmp_path / "bank.safetensors"
     asked = ["learn", str(photos), "--bank", str(bank), "--name", "rex", "--noun", "dog", "--method", "lora"]
     assert main([*asked, *QUICK, "--lr", "3e-4", "--token-lr", "0.002"]) == 0
@@ -75,7 +76,7 @@ def test_rates_have_flags(photos, tmp_path, capsys):  # noqa: F811
     assert "setting 'lr' is 'fast'; allowed: a number" in refused(capsys, *asked, "--lr", "fast")
 
 
-def test_a_command_without_a_base_says_that_it_uses_the_toy_base(bank_file, tmp_path, capsys):  # noqa: F811
+def test_a_command_without_a_base_says_that_it_uses_the_toy_base(bank_file, tmp_path, capsys):
     sample = ["sample", "a dog", "--bank", str(bank_file), "--steps", "1", "--count", "1", "--output",
               str(tmp_path / "pictures")]
     assert main(sample) == 0
@@ -89,7 +90,7 @@ def regions_of(*flags: str):
     return sampling._regions(options)
 
 
-def test_boxes_have_one_order_and_the_old_one_is_told(bank_file, tmp_path, capsys):  # noqa: F811
+def test_boxes_have_one_order_and_the_old_one_is_told(bank_file, tmp_path, capsys):
     (new,), (old,) = (regions_of(flag, edges) for flag, edges in (
         ("--box", "0,0.1,0.5,1:a (red:1.2) dog"), ("--region", "0.1,0,1,0.5:a (red:1.2) dog")))
     assert new == old and new.box == (0.1, 0.0, 1.0, 0.5) and new.prompt == "a (red:1.2) dog"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -270,15 +272,18 @@ def test_two_encoders(tiny_sdxl, make_concept, tmp_path):
                               embedding=tmp_path / "scripts.safetensors").concept.info.words) == 1
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     from continual_concepts.benchmarks.cost.training import random_bank
-    from continual_concepts.core.demo.base import load_base
+    from continual_concepts.core.demo import base
+    from continual_concepts.core.demo.bases import file_of
 
-    layout = load_base().layout
+    monkeypatch.setattr(base, "load_base", cache(base.load_base))      # every command uses it
+    layout = base.load_base(file_of("embedded-64"), torch.device("cpu")).layout
     few = random_bank(layout, "cidm", 1)
     files = export_concept(few, "old0", tmp_path, ("kohya", "embedding")).files
     target = tmp_path / "mine.safetensors"
-    command = ["bank", "import", str(target), "rex", "--noun", "dog", "--lora", str(files[0])]
+    command = ["bank", "import", str(target), "rex", "--noun", "dog", "--base", "embedded-64", "--lora",
+               str(files[0])]
     assert main([*command, "--embedding", str(files[1])]) == 0 and "holds <rex>" in capsys.readouterr().out
     assert main([*command[:3], "fido", *command[4:], "--trigger", "red dog"]) == 0
     assert open_bank(target).names == ["rex", "fido"]
