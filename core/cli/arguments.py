@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..bank.tokens import typed_name
-from ..demo.bases import FILES, TRANSFORMERS
+from ..demo.bases import EMBEDDED, FILES, TRANSFORMERS
 from ..settings import Limit, read_bool, read_setting, settings_of
 
 KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
@@ -128,12 +128,21 @@ def with_plain_booleans(arguments: Sequence[str], config: type) -> list[str]:
     return rewritten
 
 
+class NamedBase(argparse.Action):
+    """Stores `--base`, and that it was given."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        namespace.base, namespace.base_is_named = values, True
+
+
 def add_base(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds the flags that choose the base. default: None = the embedded one, and the command says so."""
+    parser.set_defaults(base_is_named=default is not None)
     names = ", ".join([*FILES, *TRANSFORMERS])
-    parser.add_argument("--base", type=base_name, default=default,
+    parser.add_argument("--base", type=base_name, action=NamedBase, default=default or EMBEDDED,
                         help="the folder of a model in diffusers' layout (SD1.5, SD2, SDXL), or 'embedded' "
                         "(a small toy base that ships: the one that the bank was made on, else the newest; "
-                        f"by name: {names}) (default {default or 'embedded, and a line says so'})")
+                        f"by name: {names}) (default {default or EMBEDDED})"
+                        + ("" if default else "; without this flag a line says that the toy base is used"))
     parser.add_argument("--device", default="cpu",
                         help="torch device of the base, such as cpu or cuda (default %(default)s)")

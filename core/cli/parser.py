@@ -232,10 +232,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         options.name, rest = rest[0], []
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if getattr(options, "base", EMBEDDED) is None:
-        options.base = EMBEDDED
-        if getattr(options, "action", "") != "export":      # which rarely needs a base
-            print(NO_BASE, file=sys.stderr)
+    rarely_needs_one = getattr(options, "action", "") == "export"
+    if not getattr(options, "base_is_named", True) and not rarely_needs_one:
+        print(NO_BASE, file=sys.stderr)
     return options
 
 
