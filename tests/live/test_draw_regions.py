@@ -127,7 +127,7 @@ def test_the_mouse_draws_moves_and_resizes(page, tmp_path):
 
 def test_fields_change_the_selected_region(page, tmp_path):
     page.locator(".ccr-box").nth(1).focus()
-    assert field(page, "prompt").input_value() == "a photo of <mimi> in a meadow"
+    assert field(page, "prompt").input_value() == "a photo of a cat in a meadow"
     field(page, "prompt").fill("a <img src=x onerror=alert(1)> dog")
     assert drawing(page)[1]["prompt"] == "a <img src=x onerror=alert(1)> dog"  # at every letter
     assert not page.locator(".ccr img").count()
