@@ -6,6 +6,7 @@ Drawn with Pillow, which every ComfyUI installs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -39,13 +40,15 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
 
 
 def loss_picture(losses: Sequence[float], title: str, scores: Sequence[tuple[int, float]] = (),
-                 size: tuple[int, int] = (520, 300)) -> Image.Image:
+                 size: tuple[int, int] = (520, 300), spreads: Mapping[int, float] = MappingProxyType({})
+                 ) -> Image.Image:
     """The loss of every step as a thin grey line, and its running mean over a tenth of the steps.
 
     Args:
         losses: One per step.
         scores: (step, similarity to the photos) of previews, drawn as points on a separate scale.
         size: Width and height in pixels.
+        spreads: Step -> standard error of its score, drawn as a bar through the point.
     """
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
@@ -73,13 +76,15 @@ def loss_picture(losses: Sequence[float], title: str, scores: Sequence[tuple[int
     curve(losses, RAW, 1)
     curve(smoothed(losses, max(1, len(losses) // 10)), ACCENT, 3)
     if scores:
-        _draw_scores(draw, [(place(step - 1, 0)[0], score) for step, score in scores], (top, right, bottom))
+        _draw_scores(draw, [(place(step - 1, 0)[0], score) for step, score in scores], (top, right, bottom),
+                     [spreads.get(step, 0.0) for step, _ in scores])
     return image
 
 
 def _draw_scores(draw: ImageDraw.ImageDraw, scores: Sequence[tuple[float, float]],
-                 edges: tuple[int, int, int]) -> None:
-    """Points `(x, score)` joined by a line; the last, the best and the worst carry their values.
+                 edges: tuple[int, int, int], spreads: Sequence[float]) -> None:
+    """Points `(x, score)` joined by a line, with bars of one standard error; the last, the best and the worst
+    carry their values.
 
     The scale spans at least 0.05, so that noise is not exaggerated.
     """
@@ -89,7 +94,11 @@ def _draw_scores(draw: ImageDraw.ImageDraw, scores: Sequence[tuple[float, float]
     places = [(x, bottom - 20 - (bottom - top - 40) * (value - low) / (high - low)) for x, value in scores]
     labelled = (len(values) - 1, values.index(max(values)), values.index(min(values)))
     draw.line(places * (2 if len(places) == 1 else 1), SIMILAR, 2)
+    scale = (bottom - top - 40) / (high - low)
     for i, ((x, y), value) in enumerate(zip(places, values, strict=True)):
+        if spreads[i]:
+            ends = [min(bottom, max(top, y + sign * scale * spreads[i])) for sign in (-1, 1)]
+            draw.line([(x, ends[0]), (x, ends[1])], SIMILAR, 1)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], SIMILAR)
         if i in labelled:
             text = f"{100 * value:.1f}"

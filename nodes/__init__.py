@@ -13,6 +13,7 @@ from . import (
     evaluate,
     export,
     importing,
+    judging,
     learn,
     learn_folder,
     neurons,
@@ -31,7 +32,7 @@ class Extension(ComfyExtension):
         # The page shows an error as "module.class: sentence". Our module is named by its path on the disk.
         ConceptError.__module__, ConceptError.__qualname__ = "builtins", "Continual Concepts"
         families = (photos, learn, learn_folder, bank, apply, draw_regions, regions, region_sampler,
-                    apply_regions, export, importing, evaluate, settings, neurons)
+                    apply_regions, export, importing, evaluate, settings, judging, neurons)
         nodes = [node for family in families for node in family.NODES]
         # The menu shows nodes and folders in this order: nodes of every day first
         return sorted(nodes, key=lambda node: node.define_schema().category != types.EVERYDAY)

@@ -121,12 +121,17 @@ class ConceptLearner(io.ComfyNode):
                     tooltip="Start from what this concept of the bank has learned, such as rex for a "
                             "rex-winter. Method and its settings are then its own. Empty = begin anew.",
                 ),
+                types.Settings.Input("judging", optional=True,
+                                     tooltip="From Concept Judge Settings: keeps states and proposes the "
+                                             "best; none = the last state counts."),
             ]),
             outputs=[
                 types.Bank.Output(display_name="bank"),
                 io.Image.Output(display_name="loss picture"),
                 io.Image.Output(display_name="previews"),
                 io.Image.Output(display_name="older concepts"),
+                types.Bank.Output(display_name="proposed bank"),
+                io.Image.Output(display_name="kept states"),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -168,6 +173,7 @@ def _shown(learning: Learning) -> io.NodeOutput:
     text = {"text": ("\n".join(learning.notes),)} if learning.notes else {}
     picture = ui.PreviewImage(learning.previews[-1:], cls=ConceptLearner).as_dict() if learning.is_new else {}
     return io.NodeOutput(learning.bank, learning.loss, learning.previews, learning.older,
+                         learning.proposed, learning.states,
                          ui={**picture, **text})
 
 

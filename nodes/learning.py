@@ -23,12 +23,14 @@ from ..core.data.training_set import check_captions, prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.previews import (
+    SCORED,
     Previews,
     concept_prompt,
     learn_with_previews,
     older_concepts,
     similarity_to,
 )
+from ..core.evaluation.states import Judging
 from ..core.images import to_tensor
 from ..core.methods import METHODS, Task, make
 from ..core.methods.base import Method
@@ -48,6 +50,7 @@ from ..core.training.refinement import (
 )
 from .folders import checkpoint_file
 from .images import judge, to_image
+from .judging import judged, judging_of
 from .presets import chosen_preset, with_preset
 from .progress import WHOLE, Part, Reporter
 
@@ -56,7 +59,7 @@ KEEP, AGAIN, REFINE = "keep it", "learn it again", "refine it"
 OF_TRAINING = ("steps", "batch_size", "resolution", "seed")      # inputs that are fields of TrainingConfig
 # inputs that saved graphs may lack
 LATER = {"clip_vision": None, "stop_after": 0, "show_older": False, "preset": AS_SET, "effort": NORMAL,
-         "variant_of": ""}
+         "variant_of": "", "judging": None}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Learning:
         bank: The bank with the concept.
         loss, previews, older: Pictures `[B, H, W, 3]` in 0..1.
         notes: Sentences for the person.
+        proposed: The bank with the proposed state; `bank` itself where nothing was judged.
+        states: Picture of the kept states.
         is_new: Whether the concept was learned now; if not, the bank held it already.
     """
 
@@ -75,6 +80,8 @@ class Learning:
     previews: Tensor
     older: Tensor
     notes: tuple[str, ...]
+    proposed: ConceptBank
+    states: Tensor
     is_new: bool = True
 
 
@@ -113,6 +120,7 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
         backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])
         given["encode"] = judge(given["clip_vision"], backbone.layout)
         config = _with_early_stopping(config, given)
+        given["judging"] = judging_of(given["judging"], given["encode"], name)
         config.check_schedule(backbone.schedule)
         start = ConceptBank(backbone.layout) if bank is None else bank
         start.check_fits(backbone.layout)
@@ -193,7 +201,8 @@ def _already_learned(bank: ConceptBank, info: ConceptInfo, method: Method, confi
 
 def _unchanged(bank: ConceptBank, sentence: str) -> Learning:
     picture = to_tensor(note_picture(f"{sentence}."))
-    return Learning(bank, picture, picture, _no_older_concepts(), (sentence,), is_new=False)
+    return Learning(bank, picture, picture, _no_older_concepts(), (sentence,), bank, _no_states(),
+                    is_new=False)
 
 
 def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Picture], given: dict,
@@ -226,11 +235,19 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
         if given["clip_vision"] is not None:      # what is learned does not depend on what is installed
             task = replace(task, encode=lambda pictures: encode(list(pictures)))
         similarity = None if encode is None else similarity_to([photo.pixels for photo in photos], encode)
-        previews = Previews(backbone, concept_prompt(task.name, task.kind), settings, config.seed, similarity)
+        judging: Judging | None = given["judging"]
+        previews = Previews(backbone, concept_prompt(task.name, task.kind), settings, config.seed, similarity,
+                            samples=SCORED if judging is None else judging.samples)
         report = Reporter(config.steps, given["preview_every"], previews, node, part)
         file = checkpoint_file(task.name, run_key(run_identity(task, method, data, config)))
-        bank, losses = learn_with_previews(task, method, data, config, previews, report, file,
-                                           last=given["preview_every"] > 0)
+        keep = () if judging is None else judging.steps(config.steps)
+        learned = learn_with_previews(task, method, data, config, previews, report, file,
+                                      last=given["preview_every"] > 0, keep=keep)
+        bank, losses = learned.bank, learned.losses
+        proposed, states, on_states = bank, _no_states(), list[str]()
+        if judging is not None:
+            proposed, states, on_states = judged(judging, task, learned, photos, encode, settings,
+                                                 config.seed)
         older = _no_older_concepts()
         if given["show_older"] and len(task.bank):
             rows = older_concepts(backbone, bank, task.bank.names, settings, config.seed, before_each=cancel)
@@ -238,9 +255,14 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     if len(losses) < config.steps:
         notes.append(f"ended after {len(losses)} of {config.steps} steps: the similarity to the photos no "
                      "longer grew")
-    loss = to_tensor(loss_picture(losses, f"loss of <{task.name}>", previews.scores))
+    loss = to_tensor(loss_picture(losses, f"loss of <{task.name}>", previews.scores,
+                                  spreads=previews.spreads))
     strip = to_image(torch.stack(previews.pictures)) if previews.pictures else loss
-    return Learning(bank, loss, strip, older, tuple(notes))
+    return Learning(bank, loss, strip, older, (*notes, *on_states), proposed, states)
+
+
+def _no_states() -> Tensor:
+    return to_tensor(note_picture("No states were kept: judging is not connected."))
 
 
 def _no_older_concepts() -> Tensor:

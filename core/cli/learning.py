@@ -22,11 +22,10 @@ from ..data.framing import Framing, frame
 from ..data.listing import file_digests
 from ..data.pictures import Picture
 from ..data.training_set import prepare
-from ..demo.judges import SceneEncoder
 from ..errors import ConceptError
 from ..evaluation.clip import ClipEncoder
 from ..evaluation.collisions import warnings_before
-from ..evaluation.photo_encoder import INSTALL, PhotoEncoder, is_installed
+from ..evaluation.photo_encoder import INSTALL, is_installed
 from ..evaluation.previews import Previews, concept_prompt, similarity_to
 from ..evaluation.protocol import Encoder
 from ..files import beside, check_output, shortened
@@ -56,6 +55,7 @@ from . import backbones
 from .photos import info_of, read_photos
 from .result import Result, say
 from .sheets import check_sheet, write_sheet
+from .states import judge_of, judging_of, with_proposed
 
 KEEP, AGAIN, REFINE = "keep", "again", "refine"
 IF_KNOWN = (KEEP, AGAIN, REFINE)
@@ -102,7 +102,7 @@ def _previews(options: Namespace, training: TrainingConfig, backbone: Backbone, 
     if not training.patience:
         return None
     size = (training.resolution, training.resolution)
-    judge = encoder or (SceneEncoder() if backbones.is_embedded(options) else PhotoEncoder())
+    judge = judge_of(options, encoder)
 
     def encode(pictures: Sequence[Tensor]) -> Tensor:
         return torch.cat([judge.features(picture.unsqueeze(0), options.kind) for picture in pictures])
@@ -115,7 +115,7 @@ def _previews(options: Namespace, training: TrainingConfig, backbone: Backbone, 
 
 def _encoder(options: Namespace, training: TrainingConfig) -> Encoder | None:
     """The encoder that was given. Raises ConceptError if early stopping needs one."""
-    is_used = training.patience or get(options.method).method.describes_pictures
+    is_used = training.patience or options.keep_states or get(options.method).method.describes_pictures
     if options.encoder is not None and not is_used:
         raise ConceptError("--encoder compares pictures with the photos for early stopping; give --patience "
                            "and --look-every, too")
@@ -204,6 +204,7 @@ def learn(options: Namespace) -> Result | None:
         check_sheet(options.contact_sheet, (options.images, options.captions, options.masks, options.prior))
     start = _chosen(options, stored)
     refined = start if options.if_known == REFINE else None
+    judging = judging_of(options)
     rates = backbones.rates_of(options)
     settings = _method_settings(options)
     method = make(options.method,
@@ -240,22 +241,30 @@ def learn(options: Namespace) -> Result | None:
         previews = _previews(options, training, backbone, photos, encoder)
         check_start(task, method)
         pictures = with_replay(task, read.pictures, training, backbones.guidance_of(options))
-        learned = _train(options, task, method, pictures, training, previews, checkpoint, group)
+        keep = () if judging is None else judging.steps(training.steps)
+        learned = _train(options, task, method, pictures, training, previews, checkpoint, group, keep)
         if not group.is_first:
             return None
+    states: list[dict] = []
+    on_states: list[str] = []
+    if judging is not None:
+        learned, states, on_states = with_proposed(options, judging, learned, task, training, photos, encoder)
     concept, grown = _saved(options, file, learned, task, training.resolution)
     checkpoint.unlink(missing_ok=True)
-    return _report(options, concept, grown, learned.losses, training, warnings, read.to_json())
+    facts, lines = _report(options, concept, grown, learned.losses, training, warnings, read.to_json())
+    return ({**facts, "states": states} if states else facts), [*lines, *on_states]
 
 
 def _train(options: Namespace, task: Task, method: Method, pictures: list[Picture], training: TrainingConfig,
-           previews: Previews | None, checkpoint: Path, group: ProcessGroup) -> Learned:
+           previews: Previews | None, checkpoint: Path, group: ProcessGroup,
+           keep: tuple[int, ...]) -> Learned:
     framing = Framing(training.resolution, training.framing, training.flip)
     data = prepare(task.backbone, pictures, task.name, task.class_noun, framing)
     is_quiet = options.json or not group.is_first
     with tqdm(total=training.steps, desc=f"learning <{task.name}>", disable=is_quiet) as bar:
         return learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint,
-                             group=group, evaluator=None if previews is None else previews.evaluate)
+                             group=group, evaluator=None if previews is None else previews.evaluate,
+                             keep=keep)
 
 
 def _saved(options: Namespace, file: Path, learned: Learned, task: Task,

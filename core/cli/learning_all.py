@@ -23,6 +23,7 @@ def _options(planned: Planned, options: Namespace) -> Namespace:
     own = {"images": planned.folder, "name": planned.name, "noun": planned.noun, "kind": planned.kind or None,
            "captions": planned.captions, "masks": planned.masks, "words": (), "subfolders": False,
            "preset": planned.preset or options.preset, "variant_of": planned.variant_of,
+           "keep_states": None, "sample_prompts": (), "samples": None, "states_picture": None,
            "contact_sheet": None if sheet is None else sheet / f"{planned.name}.png"}
     return Namespace(**{**vars(options), **own})
 

@@ -13,6 +13,7 @@ from ..bank.concepts import KINDS
 from ..bank.tokens import typed_name
 from ..conditioning.routing import MODES
 from ..demo.bases import EMBEDDED, NAMES, TRANSFORMERS
+from ..evaluation.states import MOST_SAMPLES, MOST_STATES
 from ..methods import DEFAULT, METHODS
 from ..regional.noise import AREAS, OUTSIDE, NoiseSettings
 from ..regional.regions import OVERLAPS
@@ -69,6 +70,18 @@ def _add_learn(commands) -> None:
                         help="start from what this concept of the bank has learned, such as rex for "
                         "rex-winter; method and its settings are then its own, and so is the noun unless it "
                         "is given (default: begin anew)")
+    parser.add_argument("--keep-states", type=whole(between(1, MOST_STATES)), metavar="COUNT",
+                        help="keep this many states, evenly spaced, compare them with the photos, and store "
+                        "the best one: nearly the best likeness, and best at following prompts (default: "
+                        "store the last)")
+    parser.add_argument("--sample-prompt", dest="sample_prompts", action="append", default=[], metavar="TEXT",
+                        help="with --keep-states: a prompt to draw, such as 'a photo of <rex> on a horse'; "
+                        "can be given several times (default: a place that no caption mentions)")
+    parser.add_argument("--samples", type=whole(between(1, MOST_SAMPLES)),
+                        help="with --keep-states: pictures of each prompt (default 4)")
+    parser.add_argument("--states-picture", type=file_path,
+                        help="with --keep-states: PNG file that shows all kept states side by side (default: "
+                        "none)")
     parser.add_argument("--contact-sheet", type=file_path,
                         help="PNG file for a picture of all photos, their masks and captions, and what was "
                         "not used (default: none)")

@@ -51,7 +51,11 @@ def _is_sheet(file: Path) -> bool:
 
 def write_sheet(sheet: Path, report: Report) -> None:
     """Draws the report on photos into a PNG file that `check_sheet` knows again."""
+    write_picture(sheet, contact_sheet(report))
+
+
+def write_picture(sheet: Path, picture: Image.Image) -> None:
+    """Writes a picture as a PNG file that `check_sheet` knows again."""
     mark = PngInfo()
     mark.add_text(KEY, MARK)
-    picture = contact_sheet(report)
     write_atomically(sheet, lambda path: picture.save(path, format="PNG", pnginfo=mark))

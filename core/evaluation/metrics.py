@@ -19,6 +19,11 @@ def image_alignment(generated: Tensor, references: Tensor) -> float:
     return float((generated @ references.T).mean())
 
 
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of `[n]` values; 0 for a single one."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
 def text_alignment(images: Tensor, texts: Tensor) -> float:
     """TA: mean of 2.5 max(cos, 0) over pairs of a picture and its prompt.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ Callback = Callable[[StepInfo], None]
 @torch.inference_mode(False)      # ComfyUI runs nodes in inference mode, whose tensors cannot be trained
 def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig,
           callback: Callback | None = None, checkpoint_file: Path | None = None, thumbnail: bytes = b"",
-          group: ProcessGroup = ONE_PROCESS, evaluator: Evaluator | None = None) -> Learned:
+          group: ProcessGroup = ONE_PROCESS, evaluator: Evaluator | None = None,
+          keep: Collection[int] = ()) -> Learned:
     """Learns one concept, or goes on with `task.refined`'s. The given base and bank do not change.
 
     Args:
@@ -44,6 +45,7 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         thumbnail: Small picture of the concept, as JPEG or PNG bytes.
         group: The processes that train together. All of them read the checkpoint; the first one writes it.
         evaluator: Scores the concept for early stopping; required if `patience` is set.
+        keep: Steps after which the state of the concept is kept. This does not change what is learned.
 
     Returns:
         The concept, the bank that holds it, and the loss of every step.
@@ -62,7 +64,7 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
     config.check_schedule(task.backbone.schedule)
     if checkpoint_file is not None and group.is_first:
         check_output(checkpoint_file, "checkpoint")
-    trainer, began = Trainer(task, method, data, config, group), time.perf_counter()
+    trainer, began = Trainer(task, method, data, config, group, keep), time.perf_counter()
     if checkpoint_file is not None and Path(checkpoint_file).exists():
         trainer.restore(checkpoint_file)
     group.wait()      # all have read the checkpoint before the first process overwrites it
@@ -88,7 +90,8 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         _save(checkpoint_file, trainer)
     seconds = time.perf_counter() - began
     with averaged(trainer.optimizer):
-        return conclude(trainer.task, method, data, config, trainer.losses, seconds, thumbnail)
+        return conclude(trainer.task, method, data, config, trainer.losses, seconds, thumbnail,
+                        trainer.kept)
 
 
 def _save(file: Path, trainer: Trainer) -> None:

@@ -7,8 +7,9 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -28,11 +29,13 @@ WITHOUT_EFFECT = {"checkpoint_every": 0}
 
 @dataclass(frozen=True)
 class Learned:
-    """The concept, the bank that holds it, and the denoising loss of every step."""
+    """The concept, the bank that holds it, the denoising loss of every step, and the states that were to be
+    kept: steps -> the concept at that step."""
 
     concept: Concept
     bank: ConceptBank
     losses: tuple[float, ...]
+    kept: Mapping[int, Concept] = field(default_factory=dict)
 
 
 def run_identity(task: Task, method: Method, data: TrainingData, config: TrainingConfig) -> dict:
@@ -186,8 +189,9 @@ def _captions(name: str, earlier: Sequence[str], data: TrainingData) -> tuple[st
 
 
 def conclude(task: Task, method: Method, data: TrainingData, config: TrainingConfig, losses: Sequence[float],
-             seconds: float, thumbnail: bytes) -> Learned:
-    """Finishes a run: the learned concept with its provenance, and the bank that holds it."""
+             seconds: float, thumbnail: bytes, kept: Mapping[int, Concept] = MappingProxyType({})) -> Learned:
+    """Finishes a run: the learned concept with its provenance, and the bank that holds it. kept: states of
+    earlier steps."""
     outcome = method.finish()
     _refuse_nan(outcome, task.name)
     settings = {"method": method_settings(method), "training": asdict(config)}
@@ -206,4 +210,6 @@ def conclude(task: Task, method: Method, data: TrainingData, config: TrainingCon
     thumbnail = thumbnail or (b"" if start is None else start.thumbnail)
     concept = Concept(info, outcome.tokens, outcome.deltas, thumbnail)
     shared = {method.name: dict(outcome.shared)} if outcome.shared else {}
-    return Learned(concept, task.grown(concept, shared), tuple(losses))
+    states = {step: replace(state, info=replace(info, provenance=replace(origin, steps=step)))
+              for step, state in kept.items()}
+    return Learned(concept, task.grown(concept, shared), tuple(losses), {**states, len(losses): concept})

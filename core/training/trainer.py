@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept, ConceptInfo
 from ..bank.prompts import Vocabulary
+from ..bank.tokens import TokenGroup
 from ..conditioning.encoding import TextMemory, encode_prompts
 from ..conditioning.routing import learning_deltas, learning_names
 from ..data.batch import Batch
@@ -22,6 +23,7 @@ from ..errors import ConceptError
 from ..methods.base import Method, Task
 from ..methods.check_base import check_base
 from ..model.context import Context
+from ..model.deltas import pack, unpack
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig
 from .early_stopping import Evaluator, has_stalled
@@ -74,7 +76,10 @@ class Trainer:
     """One training run. `state` is the content of a checkpoint. Call `step` inside `session`."""
 
     def __init__(self, task: Task, method: Method, data: TrainingData, config: TrainingConfig,
-                 group: ProcessGroup = ONE_PROCESS) -> None:
+                 group: ProcessGroup = ONE_PROCESS, keep: Collection[int] = ()) -> None:
+        if keep and type(method).shared_state is not Method.shared_state:
+            raise ConceptError(f"method '{method.name}' passes a state to later concepts, so earlier states "
+                               "of a concept cannot be kept; keep none")
         if group.size > 1 and method.learns_alone:
             raise ConceptError(f"method '{method.name}' depends on its own gradients or replays, which would "
                                f"differ between {group.size} processes; start it in one")
@@ -104,6 +109,7 @@ class Trainer:
         self.memory = TextMemory()
         self.losses: list[float] = []
         self.scores: list[float] = []      # of the evaluations so far
+        self.keep, self.kept = frozenset(keep), dict[int, Concept]()      # steps; step -> state
         self._before: Tensor | None = None      # generator state at the start of the current step
         # True while a step changes weights; the state must not be saved then
         self.is_updating = False
@@ -128,7 +134,23 @@ class Trainer:
                 "scheduler": {"last_epoch": self.scheduler.last_epoch},
                 "scaler": self.scaler.state_dict(),
                 "generator": self.generator.get_state() if self._before is None else self._before,
-                "losses": list(self.losses), "scores": list(self.scores)}
+                "losses": list(self.losses), "scores": list(self.scores),
+                **({"kept": self._packed()} if self.kept else {})}
+
+    def _packed(self) -> dict:
+        """The kept states as tensors and JSON values."""
+        states = {}
+        for step, concept in self.kept.items():
+            tensors, notes = pack(concept.deltas, self.task.backbone.layout)
+            states[step] = {"deltas": tensors, "notes": notes, "vectors": dict(concept.tokens.vectors),
+                            "noun": concept.tokens.placeholder_noun}
+        return states
+
+    def _unpacked(self, states: dict) -> dict[int, Concept]:
+        layout, info = self.task.backbone.layout, self.snapshot_info()
+        return {step: Concept(info, TokenGroup(info.words, state["vectors"], state["noun"]),
+                              unpack(state["deltas"], state["notes"], layout))
+                for step, state in states.items() if step in self.keep}
 
     def identity(self) -> dict:
         return run_identity(self.task, self.method, self.data, self.config)
@@ -150,6 +172,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
+        self.kept = self._unpacked(state.get("kept", {}))
         self.method.steps = len(self.losses)
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
@@ -168,8 +191,10 @@ class Trainer:
         bank = self.task.bank
         for name in learning_names(bank, self.method.name, self.method.builds_on_sum):
             bank = bank.remove(name)
-        info = replace(self.info, composition=self.method.composition_of_kind(self.task.kind))
-        return bank.add(Concept(info, outcome.tokens, outcome.deltas))
+        return bank.add(Concept(self.snapshot_info(), outcome.tokens, outcome.deltas))
+
+    def snapshot_info(self) -> ConceptInfo:
+        return replace(self.info, composition=self.method.composition_of_kind(self.task.kind))
 
     def evaluate(self, evaluator: Evaluator | None) -> None:
         """Scores the concept when an evaluation is due. An interrupted evaluation is repeated."""
@@ -196,6 +221,8 @@ class Trainer:
             self._refuse_nan(norm, "gradient")
         lr = self.optimizer.param_groups[-1]["lr"]
         self._update(total)
+        if len(self.losses) in self.keep:
+            self.kept[len(self.losses)] = self.snapshot()[self.task.name]
         return StepInfo(len(self.losses), self.config.steps, total, terms, lr, float(norm), self.snapshot,
                         self.method.monitors())
 

@@ -38,8 +38,9 @@ def learn(tiny_backbone, tmp_path):
         pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1)]
         data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32))
         method = make("bound", {"lr": 1e-2, "token_lr": 1e-2})
-        return learn_with_previews(task, method, data, config, previews, lambda info: None, tmp_path / "run",
-                                   last)
+        learned = learn_with_previews(task, method, data, config, previews, lambda info: None,
+                                      tmp_path / "run", last)
+        return learned.bank, learned.losses
 
     return run
 
