@@ -44,7 +44,7 @@ class ConceptJudgeSettings(io.ComfyNode):
             description="Keeps several states of a concept while it is learned, draws your sample prompts "
                         "with each, and proposes the best one, for Concept Learner's judging.",
             inputs=[
-                io.Int.Input("kept_states", default=4, min=1, max=MOST_STATES,
+                io.Int.Input("states", display_name="kept states", default=4, min=1, max=MOST_STATES,
                              tooltip="How many states are kept, evenly spaced; the last one is the end."),
                 io.String.Input("sample_prompts", default="", multiline=True,
                                 tooltip="One prompt per line with <name> in it, such as a pose or place that "
@@ -57,8 +57,8 @@ class ConceptJudgeSettings(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, kept_states, sample_prompts, samples) -> io.NodeOutput:
-        judging = Judging(kept_states, tuple(lines_of([sample_prompts])), samples)
+    def execute(cls, states, sample_prompts, samples) -> io.NodeOutput:
+        judging = Judging(states, tuple(lines_of([sample_prompts])), samples)
         return io.NodeOutput(asdict(judging))
 
 

@@ -15,11 +15,11 @@ from .folders import checkpoint_folder
 from .images import deferred_pictures, masks_of
 from .inputs import first, setting_input, setting_inputs
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
-from .presets import checked_name, checked_noun, preset_inputs
+from .presets import checked_name, checked_noun, preset_inputs, reader_input
 from .schema import Schema, advanced
 
 ADVANCED = ("kind", "method", "steps", "lr", "token_lr", "resolution", "batch_size", "seed", "preview_every",
-            "if_known", "stop_after", "show_older", "variant_of")
+            "if_known", "stop_after", "show_older", "variant_of", "readable_by")
 
 
 class ConceptLearner(io.ComfyNode):
@@ -121,6 +121,7 @@ class ConceptLearner(io.ComfyNode):
                     tooltip="Start from what this concept of the bank has learned, such as rex for a "
                             "rex-winter. Method and its settings are then its own. Empty = begin anew.",
                 ),
+                reader_input(),
                 types.Settings.Input("judging", optional=True,
                                      tooltip="From Concept Judge Settings: keeps states and proposes the "
                                              "best; none = the last state counts."),

@@ -28,10 +28,11 @@ from .folders import checkpoint_folder
 from .images import judge
 from .inputs import setting_input
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
+from .presets import reader_input
 from .progress import Part, say
 from .schema import Schema, advanced
 
-ADVANCED = ("steps", "seed", "preview_every", "if_known", "find_subject", "caption_templates")
+ADVANCED = ("steps", "seed", "preview_every", "if_known", "find_subject", "caption_templates", "readable_by")
 
 
 def _folders() -> list[str]:
@@ -95,6 +96,7 @@ class ConceptFolderLearner(io.ComfyNode):
                 io.Boolean.Input("caption_templates", default=False,
                                  tooltip="Gives each photo without a caption a short sentence, a different "
                                          "one for each. Off: they are learned as 'a photo of <name>'."),
+                reader_input(),
                 types.Bank.Input("bank", optional=True,
                                  tooltip="The bank to add them to; not connected = a new one."),
                 types.Settings.Input("training_settings", optional=True,

@@ -37,7 +37,7 @@ from ..core.methods.base import Method
 from ..core.sampling.settings import SampleSettings
 from ..core.settings import unusual
 from ..core.training.config import TrainingConfig
-from ..core.training.presets import AS_SET, NORMAL, Preset
+from ..core.training.presets import AS_SET, HERE, NORMAL, Preset
 from ..core.training.record import check_known, run_identity, run_key
 from ..core.training.refinement import (
     check_refinable,
@@ -59,7 +59,7 @@ KEEP, AGAIN, REFINE = "keep it", "learn it again", "refine it"
 OF_TRAINING = ("steps", "batch_size", "resolution", "seed")      # inputs that are fields of TrainingConfig
 # inputs that saved graphs may lack
 LATER = {"clip_vision": None, "stop_after": 0, "show_older": False, "preset": AS_SET, "effort": NORMAL,
-         "variant_of": "", "judging": None}
+         "variant_of": "", "judging": None, "readable_by": HERE}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,19 @@ from ..core.bank.tokens import check_class_noun, check_name, typed_name
 from ..core.comfy.families import find_sites
 from ..core.comfy.text import text_widths
 from ..core.errors import ConceptError
-from ..core.training.presets import AS_SET, EFFORTS, NORMAL, SUBJECTS, Preset, preset_for, shown_values
+from ..core.training.presets import (
+    AS_SET,
+    EFFORTS,
+    ELSEWHERE,
+    HERE,
+    NORMAL,
+    READERS,
+    SUBJECTS,
+    Preset,
+    for_other_programs,
+    preset_for,
+    shown_values,
+)
 from .schema import with_options
 
 
@@ -28,6 +40,15 @@ def preset_inputs() -> list[io.Input]:
         io.Combo.Input("effort", options=list(EFFORTS), default=NORMAL, optional=True,
                        tooltip=f"How long a preset learns; no effect with '{AS_SET}'."),
     ]
+
+
+def reader_input() -> io.Input:
+    """The input `readable_by`."""
+    return io.Combo.Input(
+        "readable_by", display_name="readable by", options=list(READERS), default=HERE, optional=True,
+        tooltip=f"'{ELSEWHERE}': the preset learns a plain LoRA with one vector per word, which Export "
+                "Concept writes without loss; two such concepts in one prompt mix more. No effect with "
+                f"'{AS_SET}'.")
 
 
 def checked_name(name: str) -> str:
@@ -59,6 +80,8 @@ def chosen_preset(given: dict, known: ConceptInfo | None) -> Preset | None:
     """
     if given["preset"] == AS_SET:
         return None
+    if given["readable_by"] not in READERS:
+        raise ConceptError(f"'readable by' is {given['readable_by']!r}; allowed: {', '.join(READERS)}")
     if given["preset"] not in SUBJECTS:
         raise ConceptError(f"preset is {given['preset']!r}; allowed: {', '.join((AS_SET, *SUBJECTS))}")
     layout = find_sites(given["model"], text_widths(given["clip"])).layout
@@ -66,13 +89,15 @@ def chosen_preset(given: dict, known: ConceptInfo | None) -> Preset | None:
     if known is not None and known.kind != chosen.kind:
         raise ConceptError(f"preset is {chosen.subject!r}, and the kind of concept '{known.name}' is "
                            f"{known.kind!r}; refining keeps it, so choose a preset for it, or {AS_SET!r}")
-    return chosen
+    return for_other_programs(chosen) if given["readable_by"] == ELSEWHERE else chosen
 
 
 def with_preset(given: dict, chosen: Preset, known: ConceptInfo | None) -> dict:
     """The inputs with the preset's values. A refined concept keeps its method and rates."""
     own = {"method": chosen.method, **chosen.rates}
+    further = {**chosen.settings, **(given.get("method_settings") or {})}
     if known is not None:
+        further = given.get("method_settings") or {}
         own = {"method": known.method, "lr": 0.0, "token_lr": 0.0}
     training = {name: chosen.training[name] for name in ("steps", "resolution", "batch_size")}
-    return {**given, "kind": chosen.kind, **own, **training}
+    return {**given, "kind": chosen.kind, **own, **training, "method_settings": further}

@@ -20,7 +20,7 @@ from ..training.process_group import own_device
 EMBEDDED_SIZE, EMBEDDED_CFG = picture_size(), 3.0
 EMBEDDED_TRAINING = TrainingConfig(resolution=EMBEDDED_SIZE, steps=500, batch_size=4, schedule="cosine",
                                    warmup=20)
-EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}  # 200 times smaller than SD1.5: needs higher rates
+EMBEDDED_RATES = presets.EMBEDDED_RATES
 OTHER_SIZE, OTHER_CFG = 512, 7.5
 PRESETS = presets.SHORT_NAMES
 
@@ -60,9 +60,11 @@ def preset_of(options: Namespace) -> presets.Preset | None:
                            f"'{options.preset}'; choose a preset for this kind, or none")
     effort = options.effort or presets.NORMAL
     if is_embedded(options):
-        return presets.preset(subject, effort, presets.EMBEDDED, picture_size(embedded_name(options)))
-    folder = BaseFolder(Path(options.base).expanduser())
-    return presets.preset(subject, effort, presets.family_of_width(folder.context_width))
+        chosen = presets.preset(subject, effort, presets.EMBEDDED, picture_size(embedded_name(options)))
+    else:
+        folder = BaseFolder(Path(options.base).expanduser())
+        chosen = presets.preset(subject, effort, presets.family_of_width(folder.context_width))
+    return presets.for_other_programs(chosen) if options.for_other_programs else chosen
 
 
 def training_of(options: Namespace) -> TrainingConfig:
@@ -75,12 +77,14 @@ def training_of(options: Namespace) -> TrainingConfig:
     return replace(EMBEDDED_TRAINING, resolution=picture_size(embedded_name(options)))
 
 
-def rates_of(options: Namespace) -> dict[str, float]:
-    """Default learning rates on the base, those of the preset if one is given and its method is used."""
+def method_defaults(options: Namespace) -> dict[str, object]:
+    """Default settings of the method on the base: learning rates, those of the preset if one is given and its
+    method is used, and what other programs need if they are to read the concept."""
     chosen = preset_of(options)
+    further = presets.OTHERS_SETTINGS if options.for_other_programs else {}
     if chosen is not None and options.method == chosen.method:
-        return dict(chosen.rates)
-    return EMBEDDED_RATES if is_embedded(options) else {}
+        return {**chosen.rates, **further}
+    return {**(EMBEDDED_RATES if is_embedded(options) else {}), **further}
 
 
 def guidance_of(options: Namespace) -> float:

