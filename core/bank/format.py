@@ -31,6 +31,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,11 +59,13 @@ _DAMAGE = (ConceptError, KeyError, TypeError, ValueError, IndexError, AttributeE
            RuntimeError, OSError, SafetensorError)
 
 
-def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] = lambda: None) -> None:
+def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] = lambda: None,
+              further: Mapping[str, str] = MappingProxyType({})) -> None:
     """Writes the bank atomically. It may overwrite the file that it was opened from.
 
     Args:
         before: See `files.write_atomically`.
+        further: Metadata for other readers, by key.
 
     Raises:
         ConceptError: The bank holds something that `open_bank` rejects (NaN, infinity, other types), or
@@ -90,7 +93,7 @@ def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] 
     version = VERSION if any(SLOTS in record["deltas"] for record in records) else WITHOUT_SLOTS
     header = {"version": version, "layout": bank.layout.to_json(), "concepts": records,
               "shared": sorted(bank.shared)}
-    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
+    metadata = {**further, METADATA_KEY: json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), metadata), before)
 
 

@@ -15,7 +15,8 @@ BANK_HELP, NAME_HELP = "bank file", "name of a concept in the bank"
 
 def add_bank(commands) -> None:
     bank = commands.add_parser("bank",
-                               help="list, show, remove, rename, merge, verify, export, import, restore")
+                               help="list, show, remove, rename, merge, verify, export, import, share, "
+                               "restore")
     bank = bank.add_subparsers(dest="action", required=True)
     for action, help_text in (("list", "one line per concept"), ("verify", "read and check every concept")):
         bank.add_parser(action, help=help_text).add_argument("bank", type=file_path, help=BANK_HELP)
@@ -34,6 +35,15 @@ def add_bank(commands) -> None:
     restore.add_argument("bank", type=file_path, help=BANK_HELP)
     restore.add_argument("--version", dest="number", type=whole(at_least(1)),
                          help="1 is the latest earlier version (default: list them)")
+    share = bank.add_parser("share", help="write one concept to a bank file of its own, for other people")
+    share.add_argument("bank", type=file_path, help=BANK_HELP)
+    share.add_argument("name", type=typed_name, help=NAME_HELP)
+    share.add_argument("--output", type=file_path, required=True,
+                       help="new .safetensors file; model browsers show its thumbnail and texts")
+    share.add_argument("--licence", default="",
+                       help="what others may do with it, one line, such as 'CC BY 4.0' (default: none is "
+                       "named)")
+    share.add_argument("--author", default="", help="who made it, one line (default: none is named)")
     merge = bank.add_parser("merge", help="merge two banks into one file")
     merge.add_argument("bank", type=file_path, help=BANK_HELP)
     merge.add_argument("other", type=file_path, help="bank file whose concepts come last")

@@ -1,4 +1,4 @@
-"""The command `bank`: list, show, remove, rename, merge, verify, export, import, restore."""
+"""The command `bank`: list, show, remove, rename, merge, verify, export, import, share, restore."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..evaluation.inspection import Inspection, inspect
 from ..evaluation.photo_encoder import photo_encode
 from ..files import check_output
 from ..interop.importing import concept_of, read_sources
+from ..interop.sharing import share
 from . import backbones
 from .export import export
 from .result import Result
@@ -184,8 +185,13 @@ def _names(path: Path) -> list[str]:
         return []
 
 
+def _share(options: Namespace) -> Result:
+    lines = share(open_bank(options.bank), options.name, options.output, options.licence, options.author)
+    return {"concept": options.name, "file": str(options.output), "notes": lines}, lines
+
+
 ACTIONS = {"list": _list, "show": _show, "verify": _verify, "export": _export, "import": _import,
-           "merge": _merge, "remove": _remove, "rename": _rename, "restore": _restore}
+           "share": _share, "merge": _merge, "remove": _remove, "rename": _rename, "restore": _restore}
 
 
 def bank(options: Namespace) -> Result:
