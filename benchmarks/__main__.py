@@ -10,6 +10,7 @@ from ..core.cli.arguments import Parser
 from ..core.cli.result import run
 from .continual import command as continual
 from .cost import command as cost
+from .gpu import command as gpu
 from .likeness import command as likeness
 from .pretraining import command as pretraining
 from .refine import command as refine
@@ -22,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description="Measure the figures that this project reports.")
     parser.set_defaults(json=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for room in (continual, refine, likeness, regional, cost, pretraining):
+    for room in (continual, refine, likeness, regional, cost, gpu, pretraining):
         room.add_commands(commands)
     return parser
 

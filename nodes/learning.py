@@ -226,6 +226,11 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     size = (config.resolution, config.resolution)
     backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)
     cancel = comfy.model_management.throw_exception_if_processing_interrupted
+
+    def say(line: str) -> None:
+        logging.info("Concept Learner: %s", line)
+        notes.append(line)
+
     with backbone.training():
         check_start(task, method)
         pictures = with_replay(task, pictures, config, settings.cfg, before_each=cancel)
@@ -242,7 +247,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
         file = checkpoint_file(task.name, run_key(run_identity(task, method, data, config)))
         keep = () if judging is None else judging.steps(config.steps)
         learned = learn_with_previews(task, method, data, config, previews, report, file,
-                                      last=given["preview_every"] > 0, keep=keep)
+                                      last=given["preview_every"] > 0, keep=keep, say=say)
         bank, losses = learned.bank, learned.losses
         proposed, states, on_states = bank, _no_states(), list[str]()
         if judging is not None:

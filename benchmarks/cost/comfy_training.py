@@ -13,6 +13,7 @@ import comfy.supported_models_base
 import torch
 
 from ...core.comfy.backbone import ComfyBackbone
+from ...core.model.activations import weights_of
 from ..regional.comfy_cost import SHAPES, random_model
 from .rivals import RANK, peft_rival
 from .synthetic import TOKENS, random_weights
@@ -20,12 +21,29 @@ from .training import Setup, Timing, optimizer_steps
 
 TEXTS = {"sd15": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
          "sdxl": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel)}
+BLOCKS = 28      # of Anima
 
 
-def random_clip(shape: str):
-    """A random CLIP of a checkpoint's shape."""
+def random_parts(setup: Setup) -> tuple:
+    """MODEL and CLIP of a setup. Anima's text encoder has a single layer, and that of a model with fewer
+    blocks has two.
+    """
+    if setup.shape != "anima":
+        model = random_model(setup.shape, setup.base, setup.small, setup.blocks)
+        return model, random_clip(setup.shape, setup.small or setup.blocks > 0)
+    from .anima import TINY, Sizes, anima_clip, anima_model
+
+    sizes = TINY if setup.small else Sizes(setup.blocks or BLOCKS, width=2048, adapter_layers=6)
+    return anima_model(sizes, getattr(torch, setup.base or "float32")), anima_clip()
+
+
+def random_clip(shape: str, small: bool = False):
+    """A random CLIP of a checkpoint's shape. small: with two layers."""
     target = comfy.supported_models_base.ClipTarget(*TEXTS[shape])
     clip = comfy.sd.CLIP(target)
+    for encoder in clip.cond_stage_model.children() if small else ():
+        layers = encoder.transformer.text_model.encoder.layers
+        del layers[2:]
     random_weights(clip.cond_stage_model)
     return clip
 
@@ -34,7 +52,12 @@ class ComfyHost:
     """Trains on a loaded MODEL and CLIP, like Concept Learner."""
 
     def __init__(self, setup: Setup) -> None:
-        self.backbone, self.setup = ComfyBackbone(random_model(setup.shape), random_clip(setup.shape)), setup
+        self.backbone, self.setup = ComfyBackbone(*random_parts(setup)), setup
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights of all models."""
+        return weights_of(self.backbone.unet, self.backbone.clip.cond_stage_model)[0]
 
     def training(self) -> contextlib.AbstractContextManager:
         return self.backbone.training()

@@ -1,7 +1,8 @@
-"""The commands `training`, `aggregation` and `bank`."""
+"""The commands `training`, `memory`, `aggregation` and `bank`."""
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ def add_commands(commands) -> None:
     of_aggregation = commands.add_parser("aggregation",
                                          help="the cost of many concepts between a prompt and a picture")
     of_bank = commands.add_parser("bank", help="the cost of many concepts in a file")
-    for parser, command in ((of_training, training), (of_aggregation, aggregation), (of_bank, bank)):
+    of_memory = commands.add_parser("memory", help="planned and measured memory of learning")
+    for parser, command in ((of_training, training), (of_aggregation, aggregation), (of_bank, bank),
+                            (of_memory, memory)):
         parser.set_defaults(run=command)
         parser.add_argument("--json", dest="file", type=Path, required=True, help="where the result goes")
         parser.add_argument("--comfyui", type=Path,
@@ -37,6 +40,14 @@ def add_commands(commands) -> None:
                              help='what to measure, for example "bound; cidm, one copy" (default: all)')
     of_training.add_argument("--alone", action="store_true",
                              help="no banks of a hundred concepts, no other trainers")
+    of_memory.add_argument("--shape", choices=("sd15", "sdxl", "anima"), default="sd15",
+                           help="of the checkpoint (default %(default)s); results of others stay in the file")
+    of_memory.add_argument("--base", choices=("float32", "bfloat16", "float8_e4m3fn"), default="float32",
+                           help="type of the base's weights (default %(default)s)")
+    of_memory.add_argument("--blocks", type=int, default=0,
+                           help="of a transformer, and of SDXL where it has ten (default: all)")
+    of_memory.add_argument("--steps", type=int, default=2, help="with each measure (default %(default)s)")
+    of_memory.set_defaults(checkpointing=False)
     for parser, count in ((of_aggregation, 100), (of_bank, 1000)):
         parser.add_argument("--concepts", type=int, default=count, help="in the bank (default %(default)s)")
         parser.set_defaults(shape="sd15", checkpointing=False)
@@ -46,7 +57,8 @@ def _host(options: Namespace):
     """A model with random weights, in ComfyUI if its folder is given, else in diffusers."""
     from .training import Setup
 
-    setup = Setup(options.shape, options.pixels, options.precision, options.checkpointing)
+    setup = Setup(options.shape, options.pixels, options.precision, options.checkpointing,
+                  getattr(options, "base", ""), getattr(options, "blocks", 0))
     if options.comfyui is None:
         from .rivals import DiffusersHost
 
@@ -85,6 +97,18 @@ def training(options: Namespace) -> Result:
                 else "")
              for name, row in result["rows"].items()]
     return result, lines
+
+
+def memory(options: Namespace) -> Result:
+    """Measures the peak memory of learning, and compares it with the plan."""
+    from . import memory as memory_cost
+
+    require_at_least(options, pixels=64, steps=1, blocks=0)
+    known = json.loads(options.file.read_text()) if options.file.exists() else {}
+    found = memory_cost.measure(_host(options), options.steps, say)
+    result = known | {options.shape: {"host": "diffusers" if options.comfyui is None else "ComfyUI", **found}}
+    write_result(options.file, result)
+    return result, memory_cost.table(result)
 
 
 def aggregation(options: Namespace) -> Result:

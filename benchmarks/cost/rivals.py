@@ -82,6 +82,11 @@ class DiffusersHost:
         self.backbone = sd15_backbone((ClipText("clip_l", text.to(_device()), tokenizer),))
         self.setup = setup
 
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights of all models."""
+        return self.backbone.loaded_weights(True)[0]
+
     def training(self):
         return nullcontext()
 

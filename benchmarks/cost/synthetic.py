@@ -18,6 +18,7 @@ from ...core.model.sites import PROJECTIONS, SiteLayout
 from ...core.model.slots import SLOTS, SlotDelta
 
 _FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
+DRAWN = 2**22      # random numbers of a weight at most
 TOKENS, WIDTH = 77, 768      # shape of SD1.5's encoded prompts
 # arguments of diffusers' UNet that differ from its defaults (SD1.5)
 UNETS: dict[str, dict] = {
@@ -59,14 +60,23 @@ def context_of(batch: int, copies: int, seed: int, words: dict[str, tuple[int, .
     return Context(hidden, None, ({},) * (batch - 1) + (words or {},))
 
 
-def _resident() -> float:
-    """Peak GiB of this process since the peak was reset.
+def _resident(row: str) -> float:
+    """GiB of this process: `VmRSS`, or its peak since the peak was reset, `VmHWM`.
 
     Raises OSError or KeyError if the system does not report it.
     """
     rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
                 if ":" in line)
-    return int(rows["VmHWM"].split()[0]) / 2**20
+    return int(rows[row].split()[0]) / 2**20
+
+
+def held_gb() -> float | None:
+    """GiB that this process holds, on the graphics card if there is one; None if the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**30
+    with suppress(OSError, KeyError):
+        return _resident("VmRSS")
+    return None
 
 
 def peak_gb(run: Callable[[], object]) -> float | None:
@@ -82,7 +92,7 @@ def peak_gb(run: Callable[[], object]) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")      # Linux: resets the peak
     run()
     try:
-        return _resident()
+        return _resident("VmHWM")
     except (OSError, KeyError):
         return None
 
@@ -118,6 +128,13 @@ def seconds(run: Callable[[], object], rounds: int = 2) -> float:
     return min(times)
 
 
+def normals(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Normal random numbers. Large tensors repeat their first ones, because drawing billions takes minutes.
+    """
+    few = torch.randn(min(shape.numel(), DRAWN), generator=generator)
+    return few.repeat(-(-shape.numel() // DRAWN))[:shape.numel()].view(shape)
+
+
 def random_weights(module: nn.Module) -> None:
     """Fills a module with random weights, scaled so that activations stay finite."""
     generator = torch.Generator().manual_seed(0)
@@ -125,9 +142,9 @@ def random_weights(module: nn.Module) -> None:
         if not weight.dtype.is_floating_point:      # buffers of position ids
             continue
         if "embedding" in name:
-            weight.normal_(0, 0.02, generator=generator)
+            weight.copy_(0.02 * normals(weight.shape, generator))
         elif weight.ndim > 1:
-            weight.normal_(0, weight[0].numel()**-0.5, generator=generator)
+            weight.copy_(weight[0].numel()**-0.5 * normals(weight.shape, generator))
         else:
             weight.fill_(0.0 if name.endswith("bias") else 1.0)
 

@@ -73,12 +73,18 @@ class Setup:
         pixels: Side of the pictures in pixels.
         precision: Computation type.
         checkpointing: Whether activations are recomputed instead of stored.
+        base: Type of the base's weights; "" = float32 on a processor, float16 on a graphics card.
+        blocks: Blocks of a transformer, and of SDXL where it has ten; 0 = all.
+        small: Whether the model is a narrow one of the same form, for rehearsals.
     """
 
     shape: str = "sd15"
     pixels: int = 256
     precision: str = "float32"
     checkpointing: bool = False
+    base: str = ""
+    blocks: int = 0
+    small: bool = False
 
     @property
     def side(self) -> int:
@@ -95,6 +101,9 @@ class Host(Protocol):
 
     backbone: Backbone
     setup: Setup
+
+    @property
+    def weights(self) -> int: ...
 
     def training(self) -> AbstractContextManager: ...
 

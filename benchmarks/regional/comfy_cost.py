@@ -51,23 +51,38 @@ SHAPES: dict[str, dict] = {
 }
 
 
-def random_model(shape: str = "sd15"):
-    """A MODEL of a checkpoint's shape with random weights, scaled so that activations stay finite."""
+def random_model(shape: str = "sd15", base: str = "", small: bool = False, blocks: int = 0):
+    """A MODEL of a checkpoint's shape with random weights, scaled so that activations stay finite.
+
+    Args:
+        shape: A key of `SHAPES`.
+        base: Type of the weights; "" = float32 on a processor, float16 on a graphics card.
+        small: Whether the model is narrow: 64 channels instead of 320.
+        blocks: Transformer blocks where SDXL has ten; 0 = ten.
+    """
     device = comfy.model_management.get_torch_device()
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype = getattr(torch, base or ("float32" if device.type == "cpu" else "float16"))
     family = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[shape]
-    config = family(SHAPES[shape] | {"dtype": dtype})
+    wanted = SHAPES[shape] | ({"model_channels": 64} if small else {})
+    if blocks:
+        wanted |= {name: [min(depth, blocks) for depth in wanted[name]]
+                   for name in ("transformer_depth", "transformer_depth_output")}
+        wanted["transformer_depth_middle"] = min(wanted["transformer_depth_middle"], blocks)
+    config = family(wanted | {"dtype": dtype})
     config.unet_config["dtype"] = dtype
+    if dtype.itemsize == 1:      # weights of 8 bits are cast for every product
+        config.manual_cast_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = config.get_model({}, device=torch.device("cpu"))
     random_weights(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
 
 
 class ComfyCost:
-    """Times single steps of KSampler and measures peak memory. pixels: side of the picture."""
+    """Times single steps of KSampler and measures peak memory. pixels: side of the picture; small: see
+    `random_model`."""
 
-    def __init__(self, pixels: int, steps: int) -> None:
-        self.model, self.side, self.steps = random_model(), pixels // 8, steps
+    def __init__(self, pixels: int, steps: int, small: bool = False) -> None:
+        self.model, self.side, self.steps = random_model(small=small), pixels // 8, steps
         self.counter: Operations | None = None
         self.sites = find_sites(self.model, (("clip_l", 768),))
 

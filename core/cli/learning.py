@@ -235,7 +235,7 @@ def _train(options: Namespace, task: Task, method: Method, pictures: list[Pictur
     with tqdm(total=training.steps, desc=f"learning <{task.name}>", disable=is_quiet) as bar:
         return learn_concept(task, method, data, training, lambda info: _show(bar, info), checkpoint,
                              group=group, evaluator=None if previews is None else previews.evaluate,
-                             keep=keep)
+                             keep=keep, say=(lambda line: None) if is_quiet else bar.write)
 
 
 def _saved(options: Namespace, file: Path, learned: Learned, task: Task,

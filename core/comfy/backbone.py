@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ConceptError
 from ..hosts.base_folder import check_channels
+from ..model.activations import weights_of
 from ..model.backbone import Backbone
 from ..model.checkpointing import recomputed
 from ..model.context import Context
@@ -87,6 +88,8 @@ class ComfyBackbone(Backbone):
         check_channels("the model", self.sites.channels, self.latent_channels)
         self.picture_multiple = _multiple(vae)
         self._is_loaded = self._was_loaded = False
+        self._room, self._offloads = 0, False      # see make_room
+        self.can_offload = self.device.type != "cpu"
         self._folds: list[_Fold] = []
         self._added: list[Deltas] = []
         self._patches = self.sites.own_options()
@@ -114,17 +117,41 @@ class ComfyBackbone(Backbone):
             digest.update(weight.detach().half().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def load(self) -> None:
-        """Loads the denoiser, and text encoders that words are learned in front of, with weights that
-        gradients can pass through. Reloads them if the host has unloaded them.
+    def loaded_weights(self, with_text: bool) -> tuple[int, str]:
+        """The host may unload text encoders that are not needed in every step."""
+        with_text = with_text and self.sites.learns_in_text
+        return weights_of(self.unet, *([self.clip.cond_stage_model] if with_text else []))
+
+    def free_memory(self, with_text: bool) -> int | None:
+        """What is free, and what gets free when the host unloads other models."""
+        free = management.get_free_memory(self.device)
+        if self.device.type == "cpu":      # weights of unloaded models stay in main memory
+            return free
+        needed = (self.model, self.clip.patcher) if with_text else (self.model,)
+        return free + sum(loaded.model_loaded_memory() for loaded in management.current_loaded_models
+                          if loaded.device == self.device and loaded.model is not None
+                          and not any(loaded.model is patcher for patcher in needed))
+
+    def make_room(self, size: int, offload: bool = False) -> None:
+        self._room, self._offloads, self._is_loaded = max(self._room, size), offload, False
+        if offload:      # the host decides anew how many weights it loads
+            management.free_memory(1e30, self.device)
+
+    def load(self, with_text: bool = True) -> None:
+        """Loads weights that gradients can pass through. Reloads them if the host has unloaded them.
+
+        Args:
+            with_text: Whether also to load text encoders that words are learned in front of. Otherwise the
+                host may have unloaded them.
         """
-        learns_in_text = self.sites.learns_in_text
-        patchers = [self.model, *([self.clip.patcher] if learns_in_text else [])]
+        with_text = with_text and self.sites.learns_in_text
+        patchers = [self.model, *([self.clip.patcher] if with_text else [])]
         if self._is_loaded and _are_loaded(*patchers):
             return
         with torch.inference_mode(False):
-            management.load_models_gpu(patchers, force_full_load=True)
-            for module in (self.unet, *([self.clip.cond_stage_model] if learns_in_text else [])):
+            management.load_models_gpu(patchers, memory_required=self._room,
+                                       force_full_load=not self._offloads)
+            for module in (self.unet, *([self.clip.cond_stage_model] if with_text else [])):
                 plain_weights(getattr(module, "inner", module))
             for fold in self._folds:
                 fold.renew()
@@ -178,7 +205,7 @@ class ComfyBackbone(Backbone):
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
                 processor: AttentionProcessor | None = None) -> Tensor:
         management.throw_exception_if_processing_interrupted()      # also runs while a preview is drawn
-        self.load()
+        self.load(with_text=False)
         options = {**self._patches, DELTAS: tuple(self._added)}
         if torch.is_grad_enabled():
             options[ATTENTION] = differentiable_attention

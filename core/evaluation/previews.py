@@ -96,17 +96,18 @@ class Previews:
 def learn_with_previews(task: Task, method: Method, data: TrainingData, config: TrainingConfig,
                         previews: Previews,
                         callback: Callback, checkpoint_file: Path, last: bool = True,
-                        keep: Collection[int] = ()) -> Learned:
+                        keep: Collection[int] = (), say: Callable[[str], object] | None = None) -> Learned:
     """Learns a concept. If `config.patience` is set, the similarity of its previews decides when to stop.
 
     Args:
         previews: Drawn by the callback, for early stopping, and at the end.
         last: Whether to draw a preview at the end as the concept's thumbnail.
         keep: Steps after which the state of the concept is kept.
+        say: Gets the memory plan, see `learn`.
     """
     evaluator = previews.evaluate if config.patience else None
     learned = learn(task, method, data, config, callback, checkpoint_file, evaluator=evaluator,
-                    keep=keep)
+                    keep=keep, say=say)
     if not last:
         return learned
     if previews.last_step != len(learned.losses):      # otherwise the preview that ended training is used

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConceptError
+from ..model.activations import free_memory, weights_of
 from ..model.backbone import Backbone, TextEncoder
 from ..model.deltas import Deltas
 from ..model.schedule import Schedule
@@ -64,6 +65,14 @@ class ModuleBackbone(Backbone):
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.denoiser.parameters())
+
+    def loaded_weights(self, with_text: bool) -> tuple[int, str]:
+        """All modules stay on the device, whether they are needed or not."""
+        encoders = [getattr(encoder, "model", None) for encoder in self.text]
+        return weights_of(self.denoiser, self.vae, *(model for model in encoders if model is not None))
+
+    def free_memory(self, with_text: bool) -> int | None:
+        return free_memory(self.device)
 
     def _weight_hash(self) -> str:
         """Hash of the first and last site's key weights in fp16, so that fp32 and fp16 files of a base have

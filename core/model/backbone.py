@@ -166,6 +166,29 @@ class Backbone(ABC):
     def parameter_count(self) -> int:
         """Number of weights of the denoiser."""
 
+    def loaded_weights(self, with_text: bool) -> tuple[int, str]:
+        """Bytes of the weights that are loaded while a concept is learned, and the type of most of them.
+
+        Args:
+            with_text: Whether the text encoders are needed in every step.
+        """
+        return 4 * self.parameter_count, "float32"
+
+    def free_memory(self, with_text: bool) -> int | None:
+        """Bytes that learning may still take on the device; None if that is unknown. with_text: as above."""
+        return None
+
+    can_offload: bool = False      # whether `make_room` can keep a part of the weights in main memory
+
+    def make_room(self, size: int, offload: bool = False) -> None:
+        """Keeps memory free on the device for learning. A host that manages memory unloads other models.
+
+        Args:
+            size: Bytes that learning takes beside the weights.
+            offload: Whether a part of the weights may stay in main memory.
+        """
+        return
+
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
         """Pictures `[B, 3, H, W]` in -1..1 to latents `[B, C, H/m, W/m]`, scaled for the denoiser. m is the

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+Run = Callable[..., Any]      # a block's forward function and its arguments -> the block's output
+
+_recompute: Run = partial(checkpoint, use_reentrant=False)
+_run: ContextVar[Run | None] = ContextVar("_run", default=None)      # None = _recompute
 
 
 @contextmanager
@@ -31,8 +38,19 @@ def recomputed(model: nn.Module, kinds: Collection[str]) -> Iterator[None]:
                 block.__dict__["forward"] = forward
 
 
+@contextmanager
+def blocks_run_by(run: Run) -> Iterator[None]:
+    """Context manager in which `run` calls the blocks that gradient checkpointing would recompute, so that
+    their memory can be measured."""
+    token = _run.set(run)
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
 def _checkpointed(forward: Callable, *args, **kwargs):
     """Dictionaries are copied, because a host may write the number of the next block into the same one before
     the backward pass."""
     copied = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-    return checkpoint(partial(forward, **copied), *args, use_reentrant=False)
+    return (_run.get() or _recompute)(partial(forward, **copied), *args)

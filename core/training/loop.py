@@ -17,6 +17,7 @@ from . import checkpoint
 from .config import TrainingConfig
 from .early_stopping import Evaluator
 from .optimizers import averaged
+from .planning import plan_aloud
 from .process_group import ONE_PROCESS, ProcessGroup
 from .record import Learned, conclude
 from .trainer import StepInfo, Trainer
@@ -28,7 +29,7 @@ Callback = Callable[[StepInfo], None]
 def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig,
           callback: Callback | None = None, checkpoint_file: Path | None = None, thumbnail: bytes = b"",
           group: ProcessGroup = ONE_PROCESS, evaluator: Evaluator | None = None,
-          keep: Collection[int] = ()) -> Learned:
+          keep: Collection[int] = (), say: Callable[[str], object] | None = None) -> Learned:
     """Learns one concept, or goes on with `task.refined`'s. The given base and bank do not change.
 
     Args:
@@ -46,6 +47,8 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         group: The processes that train together. All of them read the checkpoint; the first one writes it.
         evaluator: Scores the concept for early stopping; required if `patience` is set.
         keep: Steps after which the state of the concept is kept. This does not change what is learned.
+        say: Gets one line with the memory plan before the first step, and one whenever memory runs out and a
+            further measure is taken. Without it there is no plan, and such a measure is a warning.
 
     Returns:
         The concept, the bank that holds it, and the loss of every step.
@@ -64,7 +67,8 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
     config.check_schedule(task.backbone.schedule)
     if checkpoint_file is not None and group.is_first:
         check_output(checkpoint_file, "checkpoint")
-    trainer, began = Trainer(task, method, data, config, group, keep), time.perf_counter()
+    trainer = Trainer(task, method, data, config, group, keep, say or warnings.warn)
+    began = time.perf_counter()
     if checkpoint_file is not None and Path(checkpoint_file).exists():
         trainer.restore(checkpoint_file)
     group.wait()      # all have read the checkpoint before the first process overwrites it
@@ -72,6 +76,8 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         checkpoint_file = callback = None
     try:
         with trainer.session():
+            if say is not None:
+                plan_aloud(trainer, say)
             trainer.evaluate(evaluator)
             while not trainer.is_done:
                 info = trainer.step()

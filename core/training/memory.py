@@ -56,6 +56,14 @@ def _leave(library: ctypes.CDLL) -> None:
             library.malloc_trim(0)
 
 
+def return_freed_memory() -> None:
+    """Gives memory that is free in this process back to the system, so that its size can be measured. Does
+    nothing without glibc."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
 @contextmanager
 def retained_between_steps(device: torch.device) -> Iterator[None]:
     """Context manager in which freed memory stays with the process. On exit all of it is returned to the

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from . import checkpoint
 from .config import PRECISIONS, TrainingConfig
 from .early_stopping import Evaluator, has_stalled
 from .memory import retained_between_steps
+from .memory_plan import Measures
 from .micro_batches import OUT_OF_MEMORY, MicroBatch, micro_batches
 from .objective import denoising_loss, predict
 from .optimizers import averaged, make_optimizer
@@ -76,7 +78,8 @@ class Trainer:
     """One training run. `state` is the content of a checkpoint. Call `step` inside `session`."""
 
     def __init__(self, task: Task, method: Method, data: TrainingData, config: TrainingConfig,
-                 group: ProcessGroup = ONE_PROCESS, keep: Collection[int] = ()) -> None:
+                 group: ProcessGroup = ONE_PROCESS, keep: Collection[int] = (),
+                 say: Callable[[str], object] = warnings.warn) -> None:
         if keep and type(method).shared_state is not Method.shared_state:
             raise ConceptError(f"method '{method.name}' passes a state to later concepts, so earlier states "
                                "of a concept cannot be kept; keep none")
@@ -86,7 +89,8 @@ class Trainer:
         check_base(method, task)
         task = task.worded(method.words_of_kind(task.kind))
         self.task, self.method, self.data, self.config, self.group = task, method, data, config, group
-        self.micro_batch_size = 0      # set once memory has run out; 0 = the whole batch
+        self.say = say      # told when memory runs out
+        self.measures = Measures(config.gradient_checkpointing)
         method.begin(task)
         if task.start is not None:
             method.start_from(task.start)
@@ -123,9 +127,19 @@ class Trainer:
         """Prepares the base for steps: folds in always-on concepts, enables gradients."""
         backbone, method = self.task.backbone, self.method
         with (torch.enable_grad(), retained_between_steps(backbone.device),
-              backbone.folded(learning_deltas(self.task.bank, method.name, method.builds_on_sum)),
-              backbone.gradient_checkpointing(self.config.gradient_checkpointing)):
+              backbone.folded(learning_deltas(self.task.bank, method.name, method.builds_on_sum))):
             yield
+
+    @property
+    def rows(self) -> int:
+        """Pictures of a whole batch in this process."""
+        count = self.config.batch_size * (2 if bool(self.data.is_prior.any()) else 1)
+        return len(self.group.share(count))
+
+    def take(self, measures: Measures, size: int = 0) -> None:
+        """Takes measures. size: bytes that a step takes beside the weights; 0 = unknown."""
+        self.measures = measures
+        self.task.backbone.make_room(size, measures.offloads)
 
     def state(self) -> dict:
         """The content of a checkpoint."""
@@ -209,10 +223,11 @@ class Trainer:
         self._before = self.generator.get_state()
         while True:
             try:
-                total, terms = self._gradients()
+                with self.task.backbone.gradient_checkpointing(self.measures.checkpointing):
+                    total, terms = self._gradients()
                 break
-            except OUT_OF_MEMORY as error:
-                self._halve_micro_batches(error)
+            except OUT_OF_MEMORY as error:      # without the frames, which hold the step's tensors
+                self._step_down(error.with_traceback(None))
         self.group.average_gradients(self.parameters)
         total = self.group.mean(total)
         self.scaler.unscale_(self.optimizer)
@@ -226,22 +241,26 @@ class Trainer:
         return StepInfo(len(self.losses), self.config.steps, total, terms, lr, float(norm), self.snapshot,
                         self.method.monitors())
 
-    def _halve_micro_batches(self, error: Exception) -> None:
-        """Halves the micro-batch size. Raises ConceptError if it is already one picture, or with several
-        processes.
+    def _step_down(self, error: Exception) -> None:
+        """Takes a further measure and goes back to the begin of the step. Raises ConceptError if no measure
+        is left, or with several processes.
         """
-        size = self.micro_batch_size or self.config.batch_size * (2 if bool(self.data.is_prior.any()) else 1)
-        if size == 1 or self.group.size > 1:
+        rows = self.measures.rows or self.rows
+        further = self.measures.next(self.rows, self.task.backbone.can_offload)
+        if further is None or self.group.size > 1:
+            taken = self.measures.describe()
             raise ConceptError(f"memory ran out at step {len(self.losses) + 1} of concept '{self.task.name}' "
-                               f"with {size} pictures of {self.config.resolution} pixels at once; turn "
-                               "gradient_checkpointing on, or lower resolution or batch_size; the bank is "
-                               "unchanged") from error
-        self.micro_batch_size = -(-size // 2)
+                               f"with {rows} pictures of {self.config.resolution} pixels at once"
+                               f"{f' and {taken}' if taken else ''}; lower resolution or batch_size; the "
+                               "bank is unchanged") from error
         self.optimizer.zero_grad(set_to_none=True)
         assert self._before is not None
         self.generator.set_state(self._before)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        self.take(further)
+        self.say(f"memory ran out at step {len(self.losses) + 1}; learning goes on with "
+                 f"{further.describe()}")
 
     def _gradients(self) -> tuple[float, dict[str, float]]:
         """Accumulates the gradients of a step. Returns the mean denoising loss and the mean terms."""
@@ -251,7 +270,7 @@ class Trainer:
         for _ in range(config.accumulation):
             batch = self.data.draw(config.batch_size, config.prior_weight, self.generator)
             for micro_batch in micro_batches(batch, self.method, config, timesteps, self.generator,
-                                             self.group, self.micro_batch_size):
+                                             self.group, self.measures.rows):
                 share = micro_batch.weight / config.accumulation
                 loss, penalties = self._backward(micro_batch, share)
                 total += share * loss
@@ -262,10 +281,10 @@ class Trainer:
     def _backward(self, micro_batch: MicroBatch, share: float) -> tuple[float, dict[str, float]]:
         """Accumulates the gradients of one micro-batch. Returns its denoising loss and the method's terms."""
         config, backbone, batch = self.config, self.task.backbone, micro_batch.batch
-        dtype = PRECISIONS[config.precision]
-        with torch.autocast(backbone.device.type, dtype) if dtype is not None else nullcontext():
-            seen = predict(backbone, batch, self._context(batch), micro_batch.drawn, self.method.processor(),
-                           dtype)
+        with self.autocast():
+            context = self.context(batch)
+            seen = predict(backbone, batch, context, micro_batch.drawn, self.method.processor(),
+                           PRECISIONS[config.precision])
             seen = seen if self.before is None else self.before.taught(seen, self.vocabulary)
             loss = denoising_loss(backbone, seen, config)
         penalties = self.method.penalty(seen)
@@ -275,11 +294,16 @@ class Trainer:
             self.scaler.scale(whole * share).backward()
         return loss.item(), {name: value.item() for name, value in penalties.items()}
 
-    def _context(self, batch: Batch) -> Context:
+    def autocast(self) -> AbstractContextManager:
+        dtype = PRECISIONS[self.config.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.task.backbone.device.type, dtype)
+
+    def context(self, batch: Batch, memory: TextMemory | None = None) -> Context:
+        """Encodes the prompts of a batch. memory: cache of texts; None = that of the run."""
         prompts = [self.vocabulary.parse_caption(prompt) for prompt in batch.prompts]
         older = {name for prompt in prompts for name in prompt.concepts} - {self.task.name}
         tokens = self.task.bank.token_groups(older) | {self.task.name: self.method.token_group()}
-        return encode_prompts(self.task.backbone, prompts, tokens, memory=self.memory)
+        return encode_prompts(self.task.backbone, prompts, tokens, memory=memory or self.memory)
 
     def _update(self, loss: float) -> None:
         self.is_updating = True

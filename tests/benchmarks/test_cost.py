@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.cost import command
+from continual_concepts.benchmarks.cost import memory as memory_cost
 from continual_concepts.benchmarks.cost import scale as scale_cost
 from continual_concepts.benchmarks.cost import training as training_cost
 from continual_concepts.core.bank.format import open_bank
@@ -22,6 +24,10 @@ class ToyHost:
 
     def __init__(self, backbone) -> None:
         self.backbone, self.setup = backbone, training_cost.Setup(pixels=64)
+
+    @property
+    def weights(self):
+        return self.backbone.loaded_weights(True)[0]
 
     def training(self):
         return nullcontext()
@@ -59,6 +65,35 @@ def test_training_figures(host, monkeypatch):
     assert found["step_seconds"] == found["rows"]["bound"]["step_seconds"]
     assert "hundred_over_one" in row and "hundred_over_one" not in found["rows"]["cidm, one copy"]
     assert len(lines) == len(names) + 1
+
+
+def test_planned_and_measured_memory(host):
+    lines = []
+    found = memory_cost.measure(host, 1, lines.append)
+    rows = found["rows"]
+    assert list(rows) == list(memory_cost.MEASURES) and len(lines) == 3
+    assert found["batch"] == 2 and found["weights"] == host.backbone.parameter_count
+    planned = [row["planned_gb"] for row in rows.values()]
+    assert planned[0] > planned[1] > planned[2] > host.weights / 2**30
+    assert all(row["measured_gb"] is None or row["measured_gb"] > host.weights / 2**30
+               for row in rows.values())
+    assert len(memory_cost.table({"toy": found})) in (2, 5)
+
+
+def test_the_document_has_the_measured_table():
+    root = Path(__file__).resolve().parents[2]
+    result = json.loads((root / "benchmarks" / "results" / "memory.json").read_text())
+    assert "\n".join(memory_cost.table(result)) in (root / "docs" / "cost.md").read_text()
+    assert len(result) == 3
+    shares, missing = [], []
+    for shape in result.values():
+        for row in shape["rows"].values():
+            assert row["planned_over_measured"] == pytest.approx(1, abs=0.15)
+            taken = row["activations_gb"] + row["measured_gb"] - row["planned_gb"]
+            shares.append(round(100 * row["activations_gb"] / taken))
+            missing.append(round(taken - row["activations_gb"], 2))
+    text = " ".join((root / "docs" / "cost.md").read_text().split())
+    assert f"the plan has {min(shares)} to {max(shares)} %: up to {max(missing):.2f} GB are missing" in text
 
 
 def test_ratios_are_of_neighbours(host, monkeypatch):

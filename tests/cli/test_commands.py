@@ -144,14 +144,14 @@ def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, m
     assert main(["learn", str(photos), "--bank", str(whole), *arguments]) == 0
     original, count = learning.learn_concept, {"steps": 0}
 
-    def interrupted(task, method, data, training, callback, checkpoint, group, evaluator):
+    def interrupted(task, method, data, training, callback, checkpoint, **others):
         def stop(info):
             callback(info)
             if info.step == 2:
                 raise KeyboardInterrupt
 
         return original(task, method, data, training, stop if not count["steps"] else callback, checkpoint,
-                        group=group, evaluator=evaluator)
+                        **others)
 
     monkeypatch.setattr(learning, "learn_concept", interrupted)
     assert main(["learn", str(photos), "--bank", str(stopped), *arguments]) == 130

@@ -103,7 +103,7 @@ def unet(studio):
 
 
 def test_memory_runs_out_while_learning(studio, whole_run, unet, at_call, monkeypatch, untouched):
-    at_call(unet, "forward", 2, OUT_OF_MEMORY("no memory"))
+    at_call(unet, "forward", 2, OUT_OF_MEMORY("no memory"), only_once=False)
     with pytest.raises(ConceptError,
                        match="memory ran out at step 2 of concept 'spot' .*batch_size; the bank is "
                              "unchanged") as caught:
@@ -114,11 +114,28 @@ def test_memory_runs_out_while_learning(studio, whole_run, unet, at_call, monkey
     assert same(studio.learn(steps=4)["spot"], whole_run)
 
 
-def test_memory_runs_out_with_more_pictures_at_once(studio, unet, at_call, untouched):
-    """Half of them at a time then, without a word. That rounds otherwise, no more."""
-    seen = at_call(unet, "forward", 2, OUT_OF_MEMORY("no memory"))
-    pieces = studio.learn(batch_size=2)["spot"]
-    assert len(seen) == 1 + 1 + 2 * 2 and pieces.info.provenance.steps == 3
+def test_a_measure_that_helps_is_told_and_changes_nothing(studio, whole_run, unet, at_call, untouched):
+    at_call(unet, "forward", 2, OUT_OF_MEMORY("no memory"))
+    result = studio.learner(steps=4)
+    assert same(result.args[0]["spot"], whole_run)
+    assert "memory ran out at step 2; learning goes on with gradient checkpointing" in result.ui["text"][0]
+    untouched()
+
+
+def test_memory_runs_out_with_more_pictures_at_once(studio, unet, monkeypatch, untouched):
+    """If recomputed activations do not help, then half of them at a time. That rounds otherwise, no more."""
+    original, seen = unet.forward, []
+
+    def forward(self, x, *args, **kwargs):
+        seen.append(len(x))
+        if len(seen) > 1 and len(x) > 1:
+            raise OUT_OF_MEMORY("no memory")
+        return original(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(unet, "forward", forward)
+    parts = studio.learn(batch_size=2)["spot"]
+    assert seen == [2, 2, 2, 1, 1, 1, 1] and parts.info.provenance.steps == 3
+    monkeypatch.undo()
     untouched()
 
 

@@ -69,7 +69,7 @@ def test_a_later_penalty_has_gradient(tiny_backbone, run, method):
     learning = Trainer(task, make(method, settings), data, TrainingConfig(steps=2, resolution=32))
     learning.step()
     batch = data.draw(1, 1.0, torch.Generator().manual_seed(0))
-    context = learning._context(batch)
+    context = learning.context(batch)
     terms = learning.method.penalty(Forward(batch, context, *[torch.zeros(1)] * 4))
     for name in set(terms) - WITHOUT_HISTORY:
         learning.optimizer.zero_grad()

@@ -63,7 +63,7 @@ def test_the_gathered_squares_are_the_denoising_losss_alone(tiny_backbone, banks
     drawn = draw(whole, len(tiny_backbone.schedule), config, torch.Generator().manual_seed(0))
     processor = run.method.processor()
     run.method.on_batch(whole)
-    context = run._context(whole)
+    context = run.context(whole)
     seen = predict(tiny_backbone, whole, context, drawn, processor)
     (denoising_loss(tiny_backbone, seen, config) + run.method.penalty(seen)["tie"]).backward()
     noted, factors = dict(run.method.pending), run.method.factors

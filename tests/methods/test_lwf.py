@@ -53,8 +53,8 @@ def test_the_denoising_loss_is_that_of_the_batch_alone(tiny_backbone, bank):
     batch = Batch(data.latents, data.captions, data.masks, data.is_prior, torch.tensor([1.0, 1.0, 0.5]))
     added = run.method.on_batch(batch)
     drawn = draw(added, 1000, CONFIG, torch.Generator().manual_seed(0))
-    whole = predict(tiny_backbone, added, run._context(added), drawn, run.method.processor())
-    part = predict(tiny_backbone, batch, run._context(batch),
+    whole = predict(tiny_backbone, added, run.context(added), drawn, run.method.processor())
+    part = predict(tiny_backbone, batch, run.context(batch),
                    type(drawn)(drawn.timesteps[:3], drawn.noise[:3]), run.method.processor())
     assert torch.allclose(denoising_loss(tiny_backbone, whole, CONFIG),
                           denoising_loss(tiny_backbone, part, CONFIG), rtol=1e-5)
@@ -68,7 +68,7 @@ def test_the_penalty_is_the_distance_from_the_old_model(tiny_backbone, bank):
     drawn = draw(batch, 1000, CONFIG, torch.Generator().manual_seed(0))
     with tiny_backbone.folded(learning_deltas(bank, "lwf", METHODS["lwf"].method.builds_on_sum)):
         def seen():
-            return predict(tiny_backbone, batch, run._context(batch), drawn, run.method.processor())
+            return predict(tiny_backbone, batch, run.context(batch), drawn, run.method.processor())
 
         assert run.method.penalty(seen())["distil"].item() < 1e-9
         with torch.no_grad():

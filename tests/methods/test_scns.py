@@ -100,12 +100,12 @@ def test_signatures_are_what_each_step_would_lose(tiny_backbone, banks):
                            Framing(32)), TrainingConfig(resolution=32)
     run = Trainer(Task("bear", "bear", tiny_backbone, banks[0]), make("scns", QUICK), data, config)
     batch = run.method.on_batch(data.draw(2, 1.0, torch.Generator().manual_seed(0)))
-    drawn, context = draw(batch, 1000, config, torch.Generator().manual_seed(0)), run._context(batch)
+    drawn, context = draw(batch, 1000, config, torch.Generator().manual_seed(0)), run.context(batch)
     denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.processor()),
                    config).backward()
     run.method.after_step(1)
     plain = GradientProcessor(key_value_weights(tiny_backbone.layout))
-    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, run._context(batch), drawn, plain),
+    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, run.context(batch), drawn, plain),
                    config).backward()
     assert run.method.signatures.keys() == plain.sums.keys() and not run.method.gradients.sums
     for key, gradient in plain.sums.items():

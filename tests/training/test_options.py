@@ -13,6 +13,7 @@ from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.methods import METHODS, Task, make
 from continual_concepts.core.methods.base import Method
 from continual_concepts.core.training.config import TrainingConfig
+from continual_concepts.core.training.memory_plan import Measures
 from continual_concepts.core.training.trainer import Trainer
 
 # Settings with which a method's terms appear in the second step of a second task.
@@ -59,7 +60,7 @@ def trained(backbone, bank, method: str, option: str, name: str = "mimi",
                    Framing(config.resolution, config.framing, config.flip))
     settings = {"lr": 1e-2, "token_lr": 1e-2, "stored": "float32"} | QUICK.get(method, {})
     trainer, terms = Trainer(Task(name, noun, backbone, bank), make(method, settings), data, config), []
-    trainer.micro_batch_size = 1 if "micro-batches" in option else 0
+    trainer.measures = Measures(config.gradient_checkpointing, 1 if "micro-batches" in option else 0)
     with trainer.session():
         for _ in range(config.steps):
             terms.append(trainer.step().terms)

@@ -65,7 +65,7 @@ def test_a_batch_in_micro_batches_teaches_the_same(tiny_backbone, training_set, 
     sizes = in_micro_batches(tiny_backbone, 1, monkeypatch)
     for _ in range(3):
         split.step()
-    assert max(sizes[:2]) > 1 and set(sizes[4:]) == {1} and split.micro_batch_size == 1
+    assert max(sizes[:2]) > 1 and set(sizes[4:]) == {1} and split.measures.rows == 1
     assert torch.allclose(parameters(split), parameters(whole), atol=1e-5)
     assert split.losses == pytest.approx(whole.losses, rel=1e-4)
 

@@ -1,0 +1,1 @@
+"""The measurements for which a graphics card is needed, in one command of a few minutes."""

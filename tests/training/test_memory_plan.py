@@ -1,0 +1,201 @@
+"""The memory plan: what is counted is what is kept, a run that fits is left alone, and memory that runs out
+takes a further measure."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.data.framing import Framing, Picture
+from continual_concepts.core.data.training_set import prepare
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods.base import Task, make
+from continual_concepts.core.model.activations import Activations, Block, _Meter, activations_of
+from continual_concepts.core.model.checkpointing import blocks_run_by
+from continual_concepts.core.training import planning
+from continual_concepts.core.training.config import TrainingConfig
+from continual_concepts.core.training.loop import learn
+from continual_concepts.core.training.memory_plan import Measures, MemoryPlan, planned
+from continual_concepts.core.training.micro_batches import OUT_OF_MEMORY
+from continual_concepts.core.training.trainer import Trainer
+
+GIB = 2**30
+NEEDS = {Measures(): 100, Measures(True): 60, Measures(True, 2): 40, Measures(True, 1): 30,
+         Measures(True, 1, True): 30}
+
+
+@pytest.mark.parametrize(("free", "expected"), [
+    (None, Measures()), (1000, Measures()), (127, Measures()),      # (100 + 10) * 1.15 = 126.5
+    (126, Measures(True)), (70, Measures(True)), (69, Measures(True, 2)), (45, Measures(True, 1)),
+    (1, Measures(True, 1, True))])
+def test_measures_are_taken_one_after_another_until_it_fits(free, expected):
+    assert planned(Measures(), 4, free, 10, NEEDS.__getitem__, can_offload=True) == expected
+
+
+def test_measures_of_the_settings_stay_and_a_host_that_cannot_offload_does_not():
+    assert planned(Measures(True), 4, 10**6, 10, NEEDS.__getitem__, False) == Measures(True)
+    assert planned(Measures(), 4, 1, 10, NEEDS.__getitem__, False) == Measures(True, 1)
+
+
+def test_blocks_that_are_recomputed_keep_only_their_outputs():
+    """Three blocks keep 30, 50 and 20 beside outputs of 5 each. The second one takes the most."""
+    blocks = (Block(10, 36, 30), Block(45, 57, 50), Block(100, 27, 20))
+    found = Activations(kept=125, peak=127, largest=2, convolution=3, blocks=blocks)
+    assert found.bytes(False) == 127 + 2 * 2 + 2 * 3
+    assert found.bytes(True) == (45 - 30 + 57) + 2 * 2 + 2 * 3
+
+
+def plan_of(**more):
+    given = {"weights": 2 * GIB, "type": "float16", "concept": 2**20, "activations": 3 * GIB,
+             "unsaved": 3 * GIB, "free": 6 * GIB, "measures": Measures(), "reads_text": False}
+    return MemoryPlan(**(given | more))
+
+
+def test_the_line():
+    assert plan_of().line() == (
+        "memory: about 5.0 of 8.0 GB: model 2.0 in float16, activations 3.0, concept 0.001; no measures; "
+        "the text encoder works only once per caption")
+    saved = plan_of(activations=GIB, measures=Measures(True, 1), free=2 * GIB, reads_text=True)
+    assert saved.line() == (
+        "memory: about 3.0 of 4.0 GB: model 2.0 in float16, activations 1.0, concept 0.001; measures: "
+        "gradient checkpointing, micro-batches of 1 (without them 5.0 GB); the text encoder works in every "
+        "step")
+    assert plan_of(free=None).line().startswith("memory: about 5.0 GB: ")
+    assert plan_of(free=GIB).line().endswith("; it may not fit, so lower resolution")
+    assert "may not fit" not in plan_of(free=2 * GIB, measures=Measures(True, 1, True)).line()
+
+
+@pytest.fixture(scope="module")
+def training_set(tiny_backbone):
+    g = torch.Generator().manual_seed(3)
+    pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, caption)
+                for caption in ("a <spot>", "", "<spot> in a park", "")]
+    return prepare(tiny_backbone, pictures, "spot", "dog", Framing(32, flip=False))
+
+
+CONFIG = TrainingConfig(steps=2, batch_size=2, resolution=32)
+
+
+def run_of(backbone, data, method="slots", config=CONFIG):
+    task = Task("spot", "dog", backbone, ConceptBank(backbone.layout))
+    return Trainer(task, make(method), data, config)
+
+
+@pytest.mark.parametrize("method", ["slots", "bound", "lora"])
+@pytest.mark.parametrize("rows", [2, 1])
+def test_what_is_counted_without_numbers_is_what_is_kept_with_them(tiny_backbone, training_set, method, rows):
+    trainer, found = run_of(tiny_backbone, training_set, method), []
+    with trainer.session():
+        encode, forward = planning._passes(trainer, rows)
+        encode()      # states of words that are not trained are kept from now on
+        for checkpointing in (nullcontext(), tiny_backbone.gradient_checkpointing(True)):
+            meter = _Meter()
+            with checkpointing, meter:
+                text = encode()
+                loss = forward(text)
+                found.append(meter.live)
+                loss.backward()
+            del loss, text
+            trainer.optimizer.zero_grad()
+        counted = activations_of(encode, forward, tiny_backbone.gradient_checkpointing)
+    assert counted.kept == found[0] > 10**5
+    saved = sum(block.kept for block in counted.blocks)
+    # PyTorch also keeps the state of its random generator for every block
+    assert counted.kept - saved == pytest.approx(found[1], rel=0.05) and saved > 0.3 * counted.kept
+    assert all(p.grad is None for p in trainer.parameters)
+
+
+def learned(backbone, data, method="slots", say=None, **config):
+    task = Task("spot", "dog", backbone, ConceptBank(backbone.layout))
+    settings = TrainingConfig(**{"steps": 2, "batch_size": 2, "resolution": 32, **config})
+    return learn(task, make(method), data, settings, say=say)
+
+
+def tensors(result):
+    concept = result.concept
+    return [*concept.tokens.vectors.values(),
+            *(tensor for _, delta in sorted(concept.deltas.items()) for tensor in delta.tensors())]
+
+
+def same(one, two):
+    return one.losses == two.losses and all(map(torch.equal, tensors(one), tensors(two)))
+
+
+@pytest.fixture
+def planning_all(monkeypatch):
+    """Plans for small models, too."""
+    monkeypatch.setattr(planning, "LEAST", 0)
+
+
+@pytest.mark.parametrize("method", ["slots", "bound", "lora", "cns", "tara", "lwf", "l2dm", "ccdm"])
+def test_planning_changes_nothing(tiny_backbone, training_set, planning_all, method):
+    lines = []
+    planned_run = learned(tiny_backbone, training_set, method, lines.append)
+    assert same(planned_run, learned(tiny_backbone, training_set, method))
+    assert len(lines) == 1 and "no measures" in lines[0], lines
+
+
+def test_scarce_memory_is_planned_for_and_changes_no_number(tiny_backbone, training_set, planning_all,
+                                                            monkeypatch):
+    plain, lines = learned(tiny_backbone, training_set), []
+    trainer = run_of(tiny_backbone, training_set)
+    with trainer.session():
+        whole = planning.activation_bytes(trainer)(Measures()) + planning.concept_bytes(trainer)
+    monkeypatch.setattr(type(tiny_backbone), "free_memory", lambda self, with_text: whole)
+    assert same(learned(tiny_backbone, training_set, say=lines.append), plain)
+    assert "measures: gradient checkpointing (without them" in lines[0]
+
+
+def test_a_plan_that_fails_does_not_end_the_run(tiny_backbone, training_set, planning_all, monkeypatch):
+    plain, lines = learned(tiny_backbone, training_set), []
+    monkeypatch.setattr(planning, "activations_of", lambda *_: [][0])
+    assert same(learned(tiny_backbone, training_set, say=lines.append), plain)
+    assert lines == ["memory: not known for this model (IndexError: 'list index out of range')"]
+
+
+def test_small_models_have_no_plan(tiny_backbone, training_set):
+    lines = []
+    learned(tiny_backbone, training_set, say=lines.append)
+    assert lines == []
+
+
+def test_memory_that_runs_out_steps_down(tiny_backbone, training_set, monkeypatch):
+    plain, lines, predict, seen = learned(tiny_backbone, training_set), [], tiny_backbone.predict, []
+
+    def once(latents, *args):
+        seen.append(len(latents))
+        if len(seen) == 2:
+            raise OUT_OF_MEMORY("CUDA out of memory")
+        return predict(latents, *args)
+
+    monkeypatch.setattr(tiny_backbone, "predict", once)
+    assert same(learned(tiny_backbone, training_set, say=lines.append), plain)
+    assert seen == [2, 2, 2] and lines == [
+        "memory ran out at step 2; learning goes on with gradient checkpointing"]
+    seen.clear()
+    with pytest.warns(UserWarning, match="memory ran out at step 2; learning goes on with gradient"):
+        learned(tiny_backbone, training_set)
+
+
+def test_without_a_further_measure_the_sentence_names_those_that_were_taken(tiny_backbone, training_set,
+                                                                            monkeypatch):
+    def never(latents, *args):
+        raise OUT_OF_MEMORY("CUDA out of memory")
+
+    monkeypatch.setattr(tiny_backbone, "predict", never)
+    with pytest.raises(ConceptError, match="memory ran out at step 1 of concept 'spot' with 1 pictures of 32 "
+                                           "pixels at once and gradient checkpointing, micro-batches of 1; "
+                                           "lower resolution or batch_size; the bank is unchanged"):
+        learned(tiny_backbone, training_set, say=lambda line: None)
+
+
+def test_blocks_run_as_usual_after_measuring(tiny_backbone, training_set):
+    calls = []
+    with blocks_run_by(lambda forward, *args: calls.append(1) or forward(*args)):
+        learned(tiny_backbone, training_set, gradient_checkpointing=True)
+    count = len(calls)
+    learned(tiny_backbone, training_set, gradient_checkpointing=True)
+    assert count > 0 and len(calls) == count
