@@ -22,6 +22,19 @@ def write_result(path: Path | None, result: dict) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
 
 
+def read_result(path: Path) -> dict:
+    """An earlier result; empty if there is none. Raises ConceptError if the file holds something else."""
+    if not path.exists():
+        return {}
+    try:
+        result = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ConceptError(f"'{path}' is no JSON file; name another one for the result") from error
+    if not isinstance(result, dict):
+        raise ConceptError(f"'{path}' holds no result of a benchmark; name another file for the result")
+    return result
+
+
 def require_at_least(options: Namespace, **least: int) -> None:
     """Raises ConceptError for the first option below its minimum."""
     for name, value in least.items():

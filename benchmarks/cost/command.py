@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 
 from ...core.errors import ConceptError
 from ...core.files import write_atomically
-from ..report import Result, require_at_least, say, write_result
+from ..report import Result, read_result, require_at_least, say, write_result
 
 
 def add_commands(commands) -> None:
@@ -104,7 +103,7 @@ def memory(options: Namespace) -> Result:
     from . import memory as memory_cost
 
     require_at_least(options, pixels=64, steps=1, blocks=0)
-    known = json.loads(options.file.read_text()) if options.file.exists() else {}
+    known = read_result(options.file)
     found = memory_cost.measure(_host(options), options.steps, say)
     result = known | {options.shape: {"host": "diffusers" if options.comfyui is None else "ComfyUI", **found}}
     write_result(options.file, result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ...core.errors import ConceptError
-from ..report import Result, require_at_least, say, write_result
+from ..report import Result, read_result, require_at_least, say, write_result
 
 Parts = dict[str, Callable[[], dict]]
 
@@ -102,9 +101,9 @@ def _known(file: Path, settings: dict) -> dict | None:
     Raises:
         ConceptError: The file holds a result with other settings.
     """
-    if not file.exists():
+    known = read_result(file)
+    if not known:
         return None
-    known = json.loads(file.read_text())
     found = {name: known.get(name) for name in settings}
     if found != settings:
         differs = next(name for name in settings if found[name] != settings[name])

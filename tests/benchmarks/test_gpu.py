@@ -87,3 +87,13 @@ def test_a_file_of_another_device_is_not_overwritten(tmp_path, capsys, monkeypat
     file.write_text(json.dumps(fresh() | {"device": "a card"}))
     assert main(["gpu", "--json", str(file), "--comfyui", str(tmp_path), "--small"]) == 1
     assert "has a result whose device is 'a card', now it is 'cpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("no", "is no JSON file"), ("[1]", "holds no result")])
+@pytest.mark.parametrize("command", ["gpu", "memory"])
+def test_a_file_that_holds_something_else_is_refused(tmp_path, capsys, command, content, sentence):
+    file = tmp_path / "result.json"
+    file.write_text(content)
+    more = ["--comfyui", str(tmp_path), "--small"] if command == "gpu" else []
+    assert main([command, "--json", str(file), *more]) == 1
+    assert sentence in capsys.readouterr().err and file.read_text() == content
