@@ -31,6 +31,7 @@ CANDIDATES = 12      # a further individual is the least similar of this many ra
 # Classes of the tuning suite, None for a style: two of one class, neighbours of different classes.
 TUNING = ("robot", "duck toy", None, "fish", "robot", None)
 TUNING_SEED = 7700
+STYLES, STYLES_SEED = 4, 7711      # of the rates of styles
 
 
 def _difference(thing: Thing, other: Thing) -> float:
@@ -81,6 +82,12 @@ def tuning_concepts() -> list[SceneConcept]:
         sequence.append(random_style(rng, f"tuning{number}") if kind is None
                         else individual(rng, f"tuning{number}", kind, sequence))
     return sequence[50:]
+
+
+def tuning_styles() -> list[SceneConcept]:
+    """Further styles, with which the rates of styles are chosen. None of them is in `concepts(50)`."""
+    rng = random.Random(STYLES_SEED)
+    return [random_style(rng, f"tuningstyle{number}") for number in range(1, STYLES + 1)]
 
 
 def ordered(count: int, order: int) -> list[int]:

@@ -6,6 +6,8 @@ Also the progress of an unfinished run.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from ...core.settings import read_settings
 BASE = "embedded-64"      # of the drawn benchmark; on embedded-128 a run takes nearly four times as long
 # overrides that affect sampling but not training
 SAMPLING = ("mode", "strength", "artists")
-STEPS = "steps"      # the override that is no setting of the method
+# overrides that are no settings of the method
+STEPS = "steps"
+STYLE_RATE = "style_rate"      # factor on the rates of styles
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Run:
             methods.
         overrides: Changed settings, as `key=value` joined by `+`. Each combination is a separate row. Keys in
             SAMPLING change SampleSettings, so the same learned bank is sampled differently. `steps` changes
-            the number of steps.
+            the number of steps, `style_rate` multiplies the rates of styles.
     """
 
     method: str
@@ -58,12 +62,14 @@ class Run:
         return self.overrides.split("+") if self.overrides else []
 
     def settings(self) -> dict:
-        """The method's changed settings.
+        """The method's changed settings, and STYLE_RATE if it is changed.
 
         Raises ConceptError for a part that is not of the form key=value, or a key that comes twice.
         """
-        return read_settings(get(self.method).config, [pair for pair in map(_setting, self._parts)
-                                                       if pair[0] not in (*SAMPLING, STEPS)])
+        pairs = list(map(_setting, self._parts))
+        changed = read_settings(get(self.method).config, [pair for pair in pairs
+                                                          if pair[0] not in (*SAMPLING, STEPS, STYLE_RATE)])
+        return {**changed, **{name: _factor(text) for name, text in pairs if name == STYLE_RATE}}
 
     def steps(self, usual: int) -> int:
         """Steps per task. Raises ConceptError for an override that is no number of steps."""
@@ -91,6 +97,24 @@ class Run:
         facts = asdict(self)
         return {**{key: value for key, value in facts.items() if key != "overrides"}, "method": self.label,
                 "variant": self.overrides}
+
+
+def settings_for(settings: Mapping, kind: str) -> dict:
+    """The method's settings for a concept of this kind: of a style, `lr` and `token_lr` times STYLE_RATE."""
+    own = {name: value for name, value in settings.items() if name != STYLE_RATE}
+    if kind != "style" or STYLE_RATE not in settings:
+        return own
+    return own | {name: own[name] * settings[STYLE_RATE] for name in ("lr", "token_lr") if name in own}
+
+
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise ConceptError(f"override '{STYLE_RATE}={text}' is no factor on rates; allowed: numbers above 0")
+    return factor
 
 
 def _setting(part: str) -> tuple[str, str]:

@@ -31,7 +31,7 @@ from ...core.training.loop import learn
 from .evaluation import cost_figures, final_figures, just_learned, pair_pictures, with_other_pairs
 from .pictures import Sampler
 from .prompt_suite import PromptSuite
-from .runs import Progress, Run, check_same
+from .runs import Progress, Run, check_same, settings_for
 
 FIRST_PRIOR_SEED = 9000
 
@@ -73,7 +73,7 @@ def _learn(sampler: Sampler, suite: PromptSuite, run: Run, task: Assignment, ban
     data, began = prepare(backbone, pictures, task.name, task.class_noun, framing), _seconds(backbone)
     generator = torch.Generator().manual_seed(training.seed)
     words = words_for(run.method, task)
-    method = make(run.method, settings)
+    method = make(run.method, settings_for(settings, task.kind))
     task_to_learn = Task(task.name, task.class_noun, backbone, bank, task.kind, words, generator,
                          suite.encoder.image_text_features)
     try:
@@ -111,7 +111,7 @@ def learn_sequence(sampler: Sampler, suite: PromptSuite, run: Run, places: Seque
         suite: Provides the tasks.
         run: Method, order and seed.
         places: Indices of the tasks in learning order.
-        settings: Settings of the method.
+        settings: Settings of the method, and STYLE_RATE.
         training: Training configuration, with the seed.
         folder: Folder of progress and bank.
         callbacks: Name of a concept -> step callback.

@@ -3,7 +3,8 @@
 Every method gets the same number of trials, in four stages: rates, then the strength of its own main
 regulariser, then steps. A stage starts from the best trial so far. A trial learns the tuning suite once. The
 fourth stage repeats the best trials of the two best rates with a second seed, because one seed does not show
-that a rate is too low for some runs.
+that a rate is too low for some runs. At the end, further styles decide how much faster styles are learned
+(`style_rates`).
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from ...core.demo.scenes import SceneConcept
 from ...core.methods import get
 from ..report import write_result
-from .concepts import ordered, tuning_concepts
+from . import style_rates
+from .concepts import STYLES, ordered, tuning_concepts, tuning_styles
 from .embedded import STEPS, embedded_benchmark, usual_settings
 from .judged import floor_and_ceiling
 from .levels import file_of, measured
 from .pictures import Sampler
-from .prompt_suite import Benchmark
-from .runs import BASE, Run
+from .prompt_suite import Benchmark, PromptSuite
+from .runs import BASE, Run, settings_for
 from .runs import STEPS as STEPS_KEY
 from .sequence_run import LearningError, finished_run, perform
 from .sharing import is_finished, share
@@ -85,7 +88,8 @@ def finalists(results: Sequence[Mapping]) -> list[Trial]:
 
 STAGES = 3      # before the one of the finalists
 FINALISTS = 2
-BUDGET = len(RATE_FACTORS) + len(STRENGTH_FACTORS) + len(OTHER_STEPS) + FINALISTS
+BUDGET = (len(RATE_FACTORS) + len(STRENGTH_FACTORS) + len(OTHER_STEPS) + FINALISTS
+          + len(style_rates.FACTORS))
 
 
 def run_of(method: str, trial: Trial, tasks: int, seed: int = SEED) -> Run:
@@ -107,10 +111,19 @@ def figures(run: Mapping, levels: Mapping) -> dict[str, float]:
 
 
 class Tuning:
-    """The trials of some methods, and the figures of those that are finished."""
+    """The trials of some methods, and the figures of those that are finished.
 
-    def __init__(self, methods: Sequence[str], folder: Path, levels: Mapping, tasks: int) -> None:
+    Attributes:
+        methods: Whose settings are chosen.
+        folder: Folder of the trials.
+        levels: Floor and ceiling of the tuning suite, which has so many `tasks`.
+        style_levels: Those of the further styles.
+    """
+
+    def __init__(self, methods: Sequence[str], folder: Path, levels: Mapping, tasks: int,
+                 style_levels: Mapping) -> None:
         self.methods, self.folder, self.levels, self.tasks = methods, folder, levels, tasks
+        self.style_levels = style_levels
 
     def _result(self, method: str, trial: Trial, seed: int = SEED) -> dict | None:
         run = run_of(method, trial, self.tasks, seed)
@@ -122,7 +135,7 @@ class Tuning:
 
     def of(self, method: str) -> tuple[list[dict], list[Run], Trial | None]:
         """A method's finished trials, the runs of its present stage, and the chosen settings if all are
-        finished.
+        finished. Without the trials of further styles.
         """
         done: list[dict] = []
         best: Trial = {}
@@ -152,22 +165,36 @@ class Tuning:
 
         return everything, [], max(trials, key=mean)
 
+    def of_styles(self, method: str) -> tuple[list[dict], list[Run], Trial | None]:
+        """The same for the trials of further styles, which begin when all others are finished."""
+        chosen = self.of(method)[2]
+        if chosen is None:
+            return [], [], None
+        trials = style_rates.trials_of(chosen)
+        runs = [run_of(method, trial, STYLES) for trial in trials]
+        found = style_rates.results(runs, trials, self.folder, self.style_levels)
+        return [{"stage": STAGES + 1, **each} for each in found], runs, style_rates.best(found)
+
     def wanted(self) -> list[Run]:
         """The runs of the present stage of every method."""
         return [run for method in self.methods for run in self.of(method)[1]]
 
+    def wanted_styles(self) -> list[Run]:
+        return [run for method in self.methods for run in self.of_styles(method)[1]]
+
     def to_json(self, base: str) -> dict:
         methods = {}
         for method in self.methods:
-            done, _, best = self.of(method)
-            methods[method] = {**({"chosen": best} if best is not None else {}), "trials": done}
+            done = self.of(method)[0]
+            styles, _, best = self.of_styles(method)
+            methods[method] = {**({"chosen": best} if best is not None else {}), "trials": done + styles}
         return {"base": base, "tasks": self.tasks, "seeds": [SEED, SECOND_SEED], "order": ORDER,
                 "objective": OBJECTIVE, "budget": BUDGET, "methods": methods}
 
 
-def tuning_benchmark(base_name: str) -> Benchmark:
-    """The tuning suite on the embedded base, with fewer pictures than the benchmark."""
-    benchmark = embedded_benchmark(tuning_concepts(), STEPS, base_name)
+def tuning_benchmark(base_name: str, sequence: Sequence[SceneConcept]) -> Benchmark:
+    """The benchmark of a sequence for tuning on the embedded base, with fewer pictures than the benchmark."""
+    benchmark = embedded_benchmark(sequence, STEPS, base_name)
     suite = benchmark.suite
     origin = {**suite.origin, "pictures": PICTURES, "group_pictures": GROUP_PICTURES}
     return replace(benchmark, suite=replace(
@@ -181,7 +208,8 @@ def _perform(sampler: Sampler, benchmark: Benchmark, run: Run, folder: Path) -> 
     if is_finished(folder, run) and "failed" in (finished_run(file) or {}):
         return
     settings, training = benchmark.configured(run)
-    get(run.method).config(**settings)      # wrong settings are an error, not a result
+    # wrong settings are an error, not a result
+    get(run.method).config(**settings_for(settings, "object"))
     try:
         perform(sampler, benchmark.suite, run, ordered(run.tasks, run.order), settings, training, folder)
     except LearningError as error:
@@ -209,24 +237,31 @@ def tune(methods: Sequence[str], file: Path, folder: Path,
     Returns:
         The result: every trial with its figures, and the chosen settings of each method.
     """
-    benchmark = tuning_benchmark(base_name)
-    sampler, suite = Sampler(benchmark.backbone), benchmark.suite
-    levels = measured(file_of(folder, len(suite.tasks)), suite.origin,
-                      lambda: floor_and_ceiling(sampler, suite))
-    tuning = Tuning(methods, folder, levels, len(suite.tasks))
+    whole, styles = (tuning_benchmark(base_name, sequence)
+                     for sequence in (tuning_concepts(), tuning_styles()))
+    sampler, folder_of_styles = Sampler(whole.backbone), style_rates.folder_of(folder)
+    tasks = len(whole.suite.tasks)
+    tuning = Tuning(methods, folder, _levels(sampler, whole.suite, folder), tasks,
+                    _levels(sampler, styles.suite, folder_of_styles))
 
     def write() -> dict:
-        result = tuning.to_json(benchmark.backbone.fingerprint)
+        result = tuning.to_json(whole.backbone.fingerprint)
         result["methods"] = dict(sorted({**_others(file, result), **result["methods"]}.items()))
         write_result(file, result)
         return result
 
-    def trial(run: Run) -> None:
-        was_finished = is_finished(folder, run)
-        _perform(sampler, benchmark, run, folder)
+    def trial(run: Run, benchmark: Benchmark, place: Path) -> None:
+        was_finished = is_finished(place, run)
+        _perform(sampler, benchmark, run, place)
         if not was_finished:
             tell(f"{run.name}: finished")
             write()
 
-    share(folder, tuning.wanted, trial)
+    share(folder, tuning.wanted, lambda run: trial(run, whole, folder))
+    share(folder_of_styles, tuning.wanted_styles, lambda run: trial(run, styles, folder_of_styles))
     return write()
+
+
+def _levels(sampler: Sampler, suite: PromptSuite, folder: Path) -> dict:
+    return measured(file_of(folder, len(suite.tasks)), suite.origin,
+                    lambda: floor_and_ceiling(sampler, suite))

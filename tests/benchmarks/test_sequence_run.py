@@ -15,7 +15,7 @@ from continual_concepts.benchmarks.continual import sequence_run as continual
 from continual_concepts.benchmarks.continual.judges import EncoderJudge
 from continual_concepts.benchmarks.continual.pictures import Sampler
 from continual_concepts.benchmarks.continual.prompt_suite import PromptSuite
-from continual_concepts.benchmarks.continual.runs import Run
+from continual_concepts.benchmarks.continual.runs import STYLE_RATE, Run, settings_for
 from continual_concepts.benchmarks.continual.sequence_run import learn_sequence, perform, prior_pictures
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank
@@ -307,3 +307,14 @@ def test_overrides_divide_into_learning_and_sampling():
     for text in ("steps=0", "steps=x"):
         with pytest.raises(ConceptError, match=f"override '{text}' is no number of steps"):
             Run("bound", 3, 0, 0, overrides=text).steps(200)
+
+
+def test_rates_of_styles_are_multiplied():
+    settings = {"lr": 1e-3, "token_lr": 2e-2, "rank": 4, STYLE_RATE: 4.0}
+    assert settings_for(settings, "style") == {"lr": 4e-3, "token_lr": 8e-2, "rank": 4}
+    assert settings_for(settings, "object") == {"lr": 1e-3, "token_lr": 2e-2, "rank": 4}
+    assert settings_for({"rank": 4}, "style") == {"rank": 4}
+    assert Run("lora", 2, 0, 0, overrides="style_rate=4+rank=2").settings() == {"rank": 2, STYLE_RATE: 4.0}
+    for text in ("0", "-1", "nan", "inf", "four"):
+        with pytest.raises(ConceptError, match=f"override 'style_rate={text}' is no factor"):
+            Run("lora", 2, 0, 0, overrides=f"style_rate={text}").settings()

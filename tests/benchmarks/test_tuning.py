@@ -8,12 +8,14 @@ from dataclasses import fields, replace
 import pytest
 
 from continual_concepts.benchmarks.__main__ import main
-from continual_concepts.benchmarks.continual import embedded, tuned, tuning
-from continual_concepts.benchmarks.continual.concepts import tuning_concepts
-from continual_concepts.benchmarks.continual.runs import Run
+from continual_concepts.benchmarks.continual import embedded, style_rates, tuned, tuning
+from continual_concepts.benchmarks.continual.concepts import STYLES, concepts, tuning_concepts, tuning_styles
+from continual_concepts.benchmarks.continual.runs import Run, settings_for
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, get
 from continual_concepts.tests.benchmarks.runs_made import levels, run
+
+TASKS = 6      # of the tuning suite
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def test_every_method_has_the_same_budget_of_valid_settings():
             names = {json.dumps(trial, sort_keys=True) for trial in trials}
             assert len(names) == len(trials) and json.dumps(best, sort_keys=True) not in names
             best = trials[0]
-        assert count + tuning.FINALISTS == tuning.BUDGET == 9
+        styles = style_rates.trials_of(best)
+        assert styles[0] == best and styles[1] == {**best, "style_rate": 4.0}
+        assert count + tuning.FINALISTS + len(styles) == tuning.BUDGET == 11
 
 
 def test_strengths_are_settings_of_their_methods():
@@ -57,14 +61,17 @@ class Finished:
 
     def __init__(self, folder, prefer):
         self.folder, self.prefer = folder, prefer
-        self.tuning = tuning.Tuning(["ewc"], folder, levels(), 4)
+        self.tuning = tuning.Tuning(["ewc"], folder, levels(), TASKS, levels())
 
     def finish(self, runs):
         for planned in runs:
+            is_of_styles = planned.tasks == STYLES
             settings = {**planned.settings(), "steps": planned.steps(0)}
             good = sum(settings.get(name) == pytest.approx(value) for name, value in self.prefer.items())
             made = run("ewc", 0, 71, alone=(0.4 + 0.1 * good,) * 4)
-            (self.folder / f"{planned.name}.json").write_text(json.dumps(made))
+            folder = style_rates.folder_of(self.folder) if is_of_styles else self.folder
+            folder.mkdir(exist_ok=True)
+            (folder / f"{planned.name}.json").write_text(json.dumps(made))
 
 
 def test_each_stage_starts_from_the_best_of_the_earlier_ones(tmp_path):
@@ -77,10 +84,13 @@ def test_each_stage_starts_from_the_best_of_the_earlier_ones(tmp_path):
         assert len(wanted) == size
         finished.finish(wanted)
     assert finished.tuning.wanted() == []
+    assert "chosen" not in finished.tuning.to_json("abc")["methods"]["ewc"]      # styles are missing
+    finished.finish(finished.tuning.wanted_styles())
     entry = finished.tuning.to_json("abc")["methods"]["ewc"]
     assert entry["chosen"] == pytest.approx(best) and len(entry["trials"]) == tuning.BUDGET
     for trial in entry["trials"]:
-        assert {"stage", "settings", "alone", "combined", "objective"} <= set(trial)
+        needed = {"stage", "settings", "alone"} | ({"combined", "objective"} if trial["stage"] < 4 else set())
+        assert needed <= set(trial)
 
 
 def test_a_trial_that_fails_is_recorded_and_not_chosen(tmp_path):
@@ -121,6 +131,32 @@ def test_a_second_seed_decides_between_the_finalists(tmp_path):
     assert finished.tuning.of("ewc")[2]["lr"] == pytest.approx(1e-3)
 
 
+def test_the_factor_of_styles_is_the_one_whose_styles_are_more_like_real_ones(tmp_path):
+    finished = Finished(tmp_path, {"lr": 1e-3})
+    assert finished.tuning.wanted_styles() == []
+    while finished.tuning.of("ewc")[2] is None:
+        finished.finish(finished.tuning.wanted())
+    usual, faster = finished.tuning.wanted_styles()
+    assert faster.settings()["style_rate"] == 4.0 and "style_rate" not in usual.settings()
+    assert usual.tasks == faster.tasks == STYLES and usual.name != faster.name
+    for better, worse, factor in ((usual, faster, None), (faster, usual, 4.0)):
+        for planned, alone in ((better, 0.6), (worse, 0.5)):
+            path = style_rates.folder_of(tmp_path) / f"{planned.name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(run("ewc", 0, 71, alone=(alone,) * 4)))
+        entry = finished.tuning.to_json("abc")["methods"]["ewc"]
+        assert entry["chosen"].get("style_rate") == factor and len(entry["trials"]) == tuning.BUDGET
+    (style_rates.folder_of(tmp_path) / f"{faster.name}.json").write_text(
+        json.dumps({"method": "ewc", "failed": "NaN"}))
+    assert "style_rate" not in finished.tuning.to_json("abc")["methods"]["ewc"]["chosen"]
+
+
+def test_styles_for_tuning_are_not_those_of_the_benchmark():
+    known = [concept.style for concept in (*concepts(50), *tuning_concepts()) if concept.style]
+    mine = [concept.style for concept in tuning_styles()]
+    assert len(mine) == STYLES and not any(one.paper == other.paper for one in mine for other in known)
+
+
 def test_the_objective_is_the_mean_of_alone_and_combined_by_all_judges():
     found = tuning.figures(run(alone=(0.9,) * 4, combined=0.55), levels())
     assert found["alone"] == pytest.approx(1) and found["combined"] == pytest.approx(0.5)
@@ -148,7 +184,7 @@ def test_a_broken_file_is_named(file):
 
 
 def test_other_methods_of_the_file_stay(file):
-    result = tuning.Tuning([], file.parent, levels(), 4).to_json("abc")
+    result = tuning.Tuning([], file.parent, levels(), TASKS, levels()).to_json("abc")
     assert tuning._others(file, result) == {}      # tuned in another way
     stored = {**result, "methods": {"bound": {"trials": []}}}
     file.write_text(json.dumps(stored))
@@ -173,6 +209,8 @@ def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys)
     """Two concepts, one sampling step and trials of one or two steps."""
     monkeypatch.setattr(embedded, "SETTINGS", replace(embedded.SETTINGS, steps=1))
     monkeypatch.setattr(tuning, "tuning_concepts", lambda: tuning_concepts()[:2])
+    monkeypatch.setattr(tuning, "tuning_styles", lambda: tuning_styles()[:2])
+    monkeypatch.setattr(tuning, "STYLES", 2)
     monkeypatch.setattr(tuning, "STEPS", 1)
     monkeypatch.setattr(tuning, "OTHER_STEPS", (2,))
     for name in ("PICTURES", "GROUP_PICTURES", "PAIR_PICTURES"):
@@ -181,9 +219,9 @@ def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys)
     assert main(["tune", "--json", str(file), "--methods", "textual_inversion"]) == 0
     result = json.loads(file.read_text())
     entry = result["methods"]["textual_inversion"]
-    assert len(entry["trials"]) == result["budget"] == 9 and result["base"]
+    assert len(entry["trials"]) == result["budget"] == 11 and result["base"]
     repeated = [each["settings"] for each in entry["trials"] if each["seed"] == tuning.SECOND_SEED]
-    assert len(repeated) == 2 and entry["chosen"] in repeated
+    assert len(repeated) == 2 and settings_for(entry["chosen"], "object") in repeated
     monkeypatch.setattr(tuned, "FILE", file)
     assert tuned.chosen_steps("textual_inversion", result["base"]) == entry["chosen"]["steps"]
     capsys.readouterr()

@@ -1,0 +1,51 @@
+"""Chooses how much faster than objects a method learns styles.
+
+The tuning suite has two styles. That is too few: with the rates that it chose for low-rank concepts, two of
+eight random styles are not learned at all. So after all other settings, every method learns further styles
+one after another with its chosen rates, and with these rates times `FACTORS`. The factor with the largest
+*alone* at the end is chosen, averaged over both judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .runs import STYLE_RATE, Run
+from .sequence_run import finished_run
+from .tables import ALONE, overall_share
+
+FACTORS = (1.0, 4.0)
+
+
+def folder_of(folder: Path) -> Path:
+    """The folder of the trials of styles, inside that of all other trials."""
+    return folder / "styles"
+
+
+def trials_of(chosen: Mapping[str, float | int]) -> list[dict[str, float | int]]:
+    """The settings of the trials of a method whose other settings are chosen."""
+    return [{**chosen, STYLE_RATE: factor} if factor != 1.0 else dict(chosen) for factor in FACTORS]
+
+
+def results(runs: Sequence[Run], trials: Sequence[Mapping], folder: Path, levels: Mapping) -> list[dict]:
+    """The figures of the finished runs, in the order of the trials. A failed run has no *alone*."""
+    found = []
+    for run, settings in zip(runs, trials, strict=True):
+        stored = finished_run(folder_of(folder) / f"{run.name}.json")
+        if stored is None:
+            continue
+        entry = {"settings": settings, "seed": run.seed}
+        if "failed" in stored:
+            found.append({**entry, "failed": stored["failed"]})
+            continue
+        shares = [overall_share(stored, levels, ALONE, judge) for judge in stored["judges"]]
+        found.append({**entry, ALONE: sum(shares) / len(shares)})
+    return found
+
+
+def best(found: Sequence[Mapping]) -> Mapping | None:
+    """The settings of the best trial; None until all are finished. Of equal ones, the smaller factor."""
+    if len(found) < len(FACTORS):
+        return None
+    return max(found, key=lambda each: each.get(ALONE, float("-inf")))["settings"]
