@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from continual_concepts.benchmarks.continual.runs import settings_for
 from continual_concepts.core.demo.base import load_base
 from continual_concepts.core.demo.bases import file_of
 from continual_concepts.core.errors import ConceptError
@@ -87,11 +88,12 @@ def test_an_embedded_base_is_learned_in_its_own_size(name):
 
 
 @pytest.mark.skipif(not TUNING.exists(), reason="the benchmark's tuning has no result in this checkout")
-@pytest.mark.parametrize("subject", [PERSON, OBJECT])
+@pytest.mark.parametrize("subject", SUBJECTS)
 def test_the_embedded_values_are_those_that_tuning_chose(subject):
     best = json.loads(TUNING.read_text())["methods"]["slots"]["chosen"]
     chosen = preset(subject, "normal", EMBEDDED)
-    assert {**chosen.rates, "steps": chosen.training["steps"]} == best
+    steps = best.pop("steps")
+    assert (chosen.rates, chosen.training["steps"]) == (settings_for(best, chosen.kind), steps)
 
 
 def test_values_are_shown_with_the_families_that_differ():
@@ -118,7 +120,10 @@ def documented() -> str:
                  for subject in (PERSON, OBJECT, STYLE)]
         rest = {key: value for key, value in chosen.training.items() if key not in ("steps", "resolution")}
         pixels = "its own" if family == EMBEDDED else chosen.training["resolution"]
-        cells = [family, *steps, *(f"{rate:g}" for rate in chosen.rates.values()), pixels,
+        of_style = preset(STYLE, "normal", family).rates
+        rates = [f"{rate:g}" if of_style[name] == rate else f"{rate:g}, style {of_style[name]:g}"
+                 for name, rate in chosen.rates.items()]
+        cells = [family, *steps, *rates, pixels,
                  ", ".join(f"{key} {value}" for key, value in rest.items())]
         rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     head = "| family | steps, person or animal | object | style | lr | token_lr | pixels | training |"
