@@ -50,7 +50,7 @@ def test_a_preset_replaces_the_inputs_and_connected_settings_replace_the_preset(
 
 def test_a_style_is_learned_as_one(studio):
     info, settings = learned(studio, preset=STYLE, training_settings={"steps": 1})
-    assert (info.kind, settings["method"]["lr"]) == ("style", 1e-3)
+    assert (info.kind, settings["method"]["lr"]) == ("style", 4e-3)
 
 
 def test_without_a_preset_the_inputs_are_used_as_before(studio):
