@@ -258,7 +258,7 @@ def judged(studio):
 
 
 def test_it_stops_when_live_samples_get_no_better(judged):
-    bank, loss, previews, older = judged([0.1, 0.5, 0.4, 0.5])
+    bank, loss, previews, *_ = judged([0.1, 0.5, 0.4, 0.5])
     assert bank["spot"].info.provenance.steps == 8
     assert len(previews) == 4 and loss.shape[-1] == 3      # the last evaluation is not repeated
 
