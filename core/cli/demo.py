@@ -24,7 +24,19 @@ from ..errors import ConceptError
 from ..evaluation import metrics
 from ..evaluation.combined import assign_strips
 from ..files import check_output, check_output_folder, write_atomically
-from .demo_ways import REGIONS, TASKS, WAYS, Pictures, Plan, banks_of, draw_job, learn_job, noun_job
+from .demo_ways import (
+    REGIONS,
+    TASKS,
+    WAYS,
+    Pictures,
+    Plan,
+    banks_of,
+    draw_job,
+    learn_job,
+    noun_job,
+    parts_of,
+    users_of,
+)
 
 FILES = ("bank.safetensors", "report.png", "report.json")
 NOUNS = "class nouns"
@@ -109,16 +121,22 @@ class Workers:
             self.pool = ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,))
         else:
             self.pool = ThreadPoolExecutor(1)
-        self.running: dict[Future, tuple[str, str]] = {}
+        self.running: dict[Future, str | list[str]] = {}
 
-    def start(self, way: str, what: str, job: Callable, *arguments) -> None:
-        """Queues `job(*arguments)`; what: "learns" or "draws"."""
-        self.running[self.pool.submit(job, *arguments)] = way, what
+    def start(self, users: str | list[str], job: Callable, *arguments) -> None:
+        """Queues `job(*arguments)`.
 
-    def finished(self) -> list[tuple[str, str, Any]]:
-        """Waits for the next jobs. Returns way, what and result of each."""
+        Args:
+            users: The ways that use what the job learns, or the one way whose pictures it draws.
+            job: A function of a module, which other processes can find.
+            arguments: Of the function.
+        """
+        self.running[self.pool.submit(job, *arguments)] = users
+
+    def finished(self) -> list[tuple[str | list[str], Any]]:
+        """Waits for the next jobs. Returns users and result of each."""
         done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-        return [(*self.running.pop(future), future.result()) for future in done]
+        return [(self.running.pop(future), future.result()) for future in done]
 
 
 def draw_all(plan: Plan, folder: Path, workers: int) -> tuple[dict[str, Any], dict[str, float]]:
@@ -127,24 +145,23 @@ def draw_all(plan: Plan, folder: Path, workers: int) -> tuple[dict[str, Any], di
     Returns:
         The pictures of every way, and of the class nouns under `NOUNS`; the seconds that each way learned.
     """
-    pool, names = Workers(workers), list(TASKS)
-    parts = {way: [[name] for name in names] if WAYS[way].separate else [names] for way in WAYS}
-    for way in sorted(WAYS, key=lambda way: len(parts[way])):      # the longest job first
-        for part in parts[way]:
-            pool.start(way, "learns", learn_job, plan, way, part, folder)
-    pool.start(NOUNS, "draws", noun_job, plan)
-    left, seconds = {way: len(part) for way, part in parts.items()}, dict.fromkeys(WAYS, 0.0)
-    pictures: dict[str, Any] = {}
-    with pool.pool, tqdm(total=sum(left.values()) + len(WAYS) + 1, desc="learning and drawing") as bar:
+    pool, pictures, seconds = Workers(workers), {}, dict.fromkeys(WAYS, 0.0)
+    jobs = [(way, part) for way in WAYS for part in parts_of(way)]
+    left = {user: sum(user in users_of(way, part) for way, part in jobs) for user in WAYS}
+    for way, part in sorted(jobs, key=lambda job: -len(job[1])):      # the longest job first
+        pool.start(users_of(way, part), learn_job, plan, way, part, folder)
+    pool.start(NOUNS, noun_job, plan)
+    with pool.pool, tqdm(total=len(jobs) + len(WAYS) + 1, desc="learning and drawing") as bar:
         while pool.running:
-            for way, what, result in pool.finished():
+            for job, result in pool.finished():
                 bar.update()
-                if what == "draws":
-                    pictures[way] = result
+                if isinstance(job, str):
+                    pictures[job] = result
                     continue
-                left[way], seconds[way] = left[way] - 1, seconds[way] + result
-                if not left[way]:
-                    pool.start(way, "draws", draw_job, plan, way, folder)
+                for user in job:
+                    left[user], seconds[user] = left[user] - 1, seconds[user] + result
+                    if not left[user]:
+                        pool.start(user, draw_job, plan, user, folder)
     return pictures, seconds
 
 

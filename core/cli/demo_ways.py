@@ -58,7 +58,7 @@ class Plan:
     """
 
     base: str = EMBEDDED
-    steps: int = 150
+    steps: int = 110
     sampler_steps: int = 16
     alone: int = 4
     together: int = 8
@@ -119,6 +119,23 @@ WAYS = {
 }
 
 
+# The default learns a style as `lora` does, so the same settings and seed give the same concept. It is learned
+# once. Way and concept -> the way that learns it.
+ALIKE = {("stacked", "blueprint"): "ours"}
+
+
+def parts_of(way: str) -> list[list[str]]:
+    """Names of the concepts of each job that learns for this way alone."""
+    if not WAYS[way].separate:
+        return [list(TASKS)]
+    return [[name] for name in TASKS if (way, name) not in ALIKE]
+
+
+def users_of(way: str, names: Sequence[str]) -> list[str]:
+    """The ways that draw with what a job learns for `way`."""
+    return [way, *(other for (other, name), owner in ALIKE.items() if owner == way and name in names)]
+
+
 @dataclass(frozen=True)
 class Pictures:
     """What a way draws, each `[B, 3, H, W]` in -1..1.
@@ -158,7 +175,7 @@ def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> float
 
 def banks_of(way: str, folder: Path) -> list[ConceptBank]:
     """The bank of a way after each task."""
-    stored = [open_bank(folder / f"{way}-{name}.safetensors") for name in TASKS]
+    stored = [open_bank(folder / f"{ALIKE.get((way, name), way)}-{name}.safetensors") for name in TASKS]
     if not WAYS[way].separate:
         return stored
     banks = [ConceptBank(stored[0].layout)]

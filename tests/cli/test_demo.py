@@ -66,6 +66,21 @@ def test_separate_concepts_are_learned_as_one_after_another(tmp_path):
     assert all(torch.equal(one.deltas[key].value, other.deltas[key].value) for key in one.deltas)
 
 
+def test_what_two_ways_learn_alike_is_learned_once(tmp_path):
+    for (way, name), owner in demo_ways.ALIKE.items():
+        for each in (way, owner):
+            demo_ways.learn_job(QUICK, each, [name], tmp_path)
+        one, other = (open_bank(tmp_path / f"{each}-{name}.safetensors")[name] for each in (way, owner))
+        assert one.info.composes == other.info.composes and one.deltas.keys() == other.deltas.keys()
+        for key, delta in one.deltas.items():
+            assert torch.equal(delta.up, other.deltas[key].up)
+            assert torch.equal(delta.down, other.deltas[key].down)
+        assert one.tokens.words == other.tokens.words
+        for encoder, vectors in one.tokens.vectors.items():
+            assert torch.equal(vectors, other.tokens.vectors[encoder])
+        assert [name] not in demo_ways.parts_of(way) and way in demo_ways.users_of(owner, [name])
+
+
 def drawn_side_by_side(*order):
     rng = random.Random(6)
     things = [CONCEPTS[name].thing for name in order]
