@@ -119,8 +119,8 @@ WAYS = {
 }
 
 
-# The default learns a style as `lora` does, so the same settings and seed give the same concept. It is learned
-# once. Way and concept -> the way that learns it.
+# Way and concept -> the way that learns it. The default learns a style as `lora` does, so the same settings and
+# seed give the same concept.
 ALIKE = {("stacked", "blueprint"): "ours"}
 
 
