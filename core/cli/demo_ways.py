@@ -113,9 +113,9 @@ class Way:
 
 
 WAYS = {
-    "ours": Way("Continual Concepts", DEFAULT, {"lr": 4e-3, "token_lr": 2e-2}, True),
-    "stacked": Way("One LoRA per concept, stacked", "lora", {"lr": 4e-3, "token_lr": 2e-2}, True),
-    "sequence": Way("One LoRA, concept after concept", "finetune", {"lr": 4e-3, "token_lr": 2e-2}, False),
+    "ours": Way("Continual Concepts", DEFAULT, {"lr": 8e-3, "token_lr": 4e-2}, True),
+    "stacked": Way("One LoRA per concept, stacked", "lora", {"lr": 8e-3, "token_lr": 4e-2}, True),
+    "sequence": Way("One LoRA, concept after concept", "finetune", {"lr": 8e-3, "token_lr": 4e-2}, False),
 }
 
 
