@@ -119,8 +119,8 @@ WAYS = {
 }
 
 
-# Way and concept -> the way that learns it. The default learns a style as `lora` does, so the same settings and
-# seed give the same concept.
+# Way and concept -> the way that learns it. The default learns a style as `lora` does, so the same settings
+# and seed give the same concept.
 ALIKE = {("stacked", "blueprint"): "ours"}
 
 
