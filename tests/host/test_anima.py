@@ -145,9 +145,11 @@ def test_a_caption_is_encoded_once_and_the_encoder_may_be_unloaded(anima, monkey
 def test_a_cancelled_run_resumes_bit_for_bit(anima, monkeypatch):
     import comfy.model_management as management
 
-    from continual_concepts.nodes import progress
+    from continual_concepts.nodes import folders, progress
 
     whole = anima.learn(method="slots", steps=4, name="rex")["rex"]
+    for file in folders.checkpoint_folder().glob("rex-*.checkpoint"):
+        file.unlink()      # the finished run's, which the same run would take
     report = progress.Reporter.__call__
 
     def cancelling(self, info):

@@ -43,8 +43,8 @@ def test_a9_one_photo_without_a_caption(studio, folder, monkeypatch):
         seen.extend(pictures)
         raise KeyError
 
-    module = importlib.import_module(studio.pack.ConceptLearner.__module__)
-    monkeypatch.setattr(module, "prepare", prepare)
+    package = studio.pack.ConceptLearner.__module__.rpartition(".")[0]
+    monkeypatch.setattr(importlib.import_module(f"{package}.learning"), "prepare", prepare)
     with pytest.raises(KeyError):
         studio.learn(images=images, captions=[captions])
     assert [picture.caption for picture in seen] == ["first", "", "third line"]
