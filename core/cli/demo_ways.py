@@ -59,9 +59,9 @@ class Plan:
 
     base: str = EMBEDDED
     steps: int = 110
-    sampler_steps: int = 16
+    sampler_steps: int = 15
     alone: int = 4
-    together: int = 8
+    together: int = 6
 
     @property
     def backbone(self) -> ModuleBackbone:
