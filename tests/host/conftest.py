@@ -279,3 +279,12 @@ def has_patches(comfyui):
 
     if not flux._HAS_PATCHES:
         pytest.skip("this ComfyUI has no attention patches in Flux")
+
+
+@pytest.fixture
+def short_previews(pack, monkeypatch):
+    """Previews of the learner take two steps."""
+    from continual_concepts.nodes import learning
+
+    settings = learning.SampleSettings
+    monkeypatch.setattr(learning, "SampleSettings", lambda **given: settings(**given | {"steps": 2}))

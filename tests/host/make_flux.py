@@ -16,6 +16,11 @@ CHROMA = FLUX | {
     "vec_in_dim": None}
 
 
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of `a` from `b`, relative to `b`."""
+    return ((a - b).norm() / b.norm()).item()
+
+
 def flux_model(dtype: torch.dtype = torch.float32, distilled: bool = True, **sizes):
     """A MODEL as the node Load Diffusion Model gives it."""
     import comfy.ldm.flux.model as flux

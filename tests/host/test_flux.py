@@ -12,15 +12,11 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
-from .make_flux import Latents, flux_model, model_and_clip, studio_of
+from .make_flux import Latents, distance, flux_model, model_and_clip, studio_of
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
 SCENE = "a photo of a meadow"
 DOGS = "dog dog dog dog"      # what stands for an object of four words
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module", params=["flux", "klein", "chroma"])

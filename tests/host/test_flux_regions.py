@@ -10,15 +10,11 @@ import torch
 
 from continual_concepts.core.errors import ConceptError
 
-from .make_flux import model_and_clip, studio_of
+from .make_flux import distance, model_and_clip, studio_of
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
 SCENE = "a meadow"
 BEARS = "teddy bear teddy bear teddy bear teddy bear"      # what stands for an object of four words
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module", params=["flux", "klein", "chroma"])

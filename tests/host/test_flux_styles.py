@@ -14,14 +14,10 @@ from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.model.sites import PROJECTIONS
 
-from .make_flux import model_and_clip, studio_of
+from .make_flux import distance, model_and_clip, studio_of
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
 SCENE = "a photo of a meadow"
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module", params=["flux", "klein", "chroma"])

@@ -7,16 +7,7 @@ import torch
 
 from continual_concepts.core.errors import ConceptError
 
-pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
-
-
-@pytest.fixture(autouse=True)
-def short_previews(pack, monkeypatch):
-    """Of two steps."""
-    from continual_concepts.nodes import learning
-
-    settings = learning.SampleSettings
-    monkeypatch.setattr(learning, "SampleSettings", lambda **given: settings(**given | {"steps": 2}))
+pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder", "short_previews")
 
 
 @pytest.fixture

@@ -10,19 +10,10 @@ from PIL import Image
 from continual_concepts.core.demo import scenes
 from continual_concepts.core.errors import ConceptError
 
-pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
+pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder", "short_previews")
 GIVEN = {"preset": "object", "effort": "quick", "steps": 3, "seed": 0, "preview_every": 2,
          "if_known": "keep it", "find_subject": False, "caption_templates": False,
          "training_settings": {"batch_size": 1}}
-
-
-@pytest.fixture(autouse=True)
-def short_previews(pack, monkeypatch):
-    """Of two steps."""
-    from continual_concepts.nodes import learning
-
-    settings = learning.SampleSettings
-    monkeypatch.setattr(learning, "SampleSettings", lambda **given: settings(**given | {"steps": 2}))
 
 
 @pytest.fixture
