@@ -27,7 +27,6 @@ EVERYTHING_IN_SIGHT = """() => {
     app.canvas.ds.offset = [80 / scale - left, 80 / scale - top];
     app.graph.setDirtyCanvas(true, true);
 }"""
-SHOWN = "names => names.filter(name => document.querySelector(`img[alt=\"${name}\"]`)).length"
 UNKNOWN_NODES = """() =>
     app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"""
 OVERLAPS = """() => {
@@ -65,20 +64,29 @@ def browse(page) -> None:
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text("continual-concepts", exact=True).first.click()
     page.wait_for_timeout(1000)
-    for _ in range(5):      # the dialog shows twelve templates, and more where one scrolls to the last
-        if page.evaluate(SHOWN, NAMES) == len(NAMES):
+    for _ in range(5):      # a long list grows where one scrolls to its end
+        if all(title_of(page, name).count() for name in NAMES):
             return
-        page.locator("img[alt]").last.scroll_into_view_if_needed()
+        page.get_by_role("dialog").locator("img[alt]").last.scroll_into_view_if_needed()
         page.wait_for_timeout(500)
+
+
+def title_of(page, name: str):
+    """The title below the picture of a template; a note on the canvas may hold the same text."""
+    return page.get_by_role("dialog").get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$"))
+
+
+def bring_into_view(page, name: str) -> None:
+    """Scrolls to a template's card. The picture above the title is loaded only when it comes into view.
+    Therefore the title goes to the lower edge: at the upper edge, the picture would stay out of view."""
+    title_of(page, name).evaluate("title => title.scrollIntoView({block: 'end'})")
+    page.wait_for_timeout(700)
 
 
 def open_template(page, name: str) -> None:
     browse(page)
-    # the first may be in a note below the dialog
-    title = page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).last
-    title.scroll_into_view_if_needed()
-    page.wait_for_timeout(700)
-    title.click()
+    bring_into_view(page, name)
+    title_of(page, name).click()
     page.wait_for_function("name => app.graph._nodes.some(n => n.type === 'MarkdownNote' && "
                            "n.widgets[0].value.includes(name))", arg=name.split(" ", 1)[1])
     page.wait_for_timeout(1500)
@@ -96,11 +104,9 @@ def shoot(page, folder: Path, name: str) -> Path:
 def test_the_template_browser_shows_our_workflows_with_their_pictures(page, tmp_path):
     browse(page)
     for name in NAMES:
-        # a picture is loaded when its card comes into view
-        page.get_by_text(re.compile(rf"^\s*{re.escape(name)}\s*$")).last.scroll_into_view_if_needed()
+        bring_into_view(page, name)
         picture = page.locator(f'img[alt="{name}"]').first
         picture.wait_for(state="attached")
-        picture.scroll_into_view_if_needed()
         page.wait_for_function("img => img.complete", arg=picture.element_handle())
         assert picture.evaluate("img => img.naturalWidth") > 0, f"the picture of '{name}' cannot be shown"
     page.screenshot(path=str(tmp_path / "templates.png"))
