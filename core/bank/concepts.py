@@ -12,6 +12,7 @@ from ..model.sites import SiteLayout
 from ..model.slots import SLOTS
 from .composition import Composition, Kind, of_older_file
 from .grammar import PLACEHOLDER
+from .terms import Terms
 from .tokens import MAX_WORDS, TokenGroup, check_name, word_after
 
 KINDS = ("object", "style")
@@ -79,6 +80,7 @@ class ConceptInfo:
     """The part of a concept in a bank's header, enough to list the concept and to route prompts.
 
     composition: how it acts together with others; None if the file does not store it, see `composes`.
+    terms: the licence and the author.
     """
 
     name: str
@@ -88,6 +90,7 @@ class ConceptInfo:
     kind: str = "object"
     provenance: Provenance = field(default_factory=Provenance)
     composition: Composition | None = None
+    terms: Terms = Terms()
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -114,7 +117,8 @@ class ConceptInfo:
         for name in ("refined", "captions", "variant_of"):
             if not data["provenance"][name]:
                 del data["provenance"][name]
-        del data["composition"]
+        del data["composition"], data["terms"]
+        data |= self.terms.to_json()
         return data if self.composition is None else {**data, "composition": self.composition.to_json()}
 
     @classmethod
@@ -127,7 +131,7 @@ class ConceptInfo:
         composition = Composition.from_json(data["composition"]) if "composition" in data else None
         return cls(name=data["name"], class_noun=data["class_noun"], method=data["method"],
                    words=tuple(data["words"]), kind=data.get("kind", "object"),
-                   provenance=Provenance(**origin), composition=composition)
+                   provenance=Provenance(**origin), composition=composition, terms=Terms.from_json(data))
 
 
 def _with_words(caption: str, renamed: Mapping[str, str]) -> str:

@@ -7,7 +7,8 @@ A concept's record:
 - `info`: name, class noun, method, words, kind, provenance and `composition`, how the concept acts together
   with others: `{"kind": "route" | "bound" | "sum" | "average", "merged": number or null}`, see `composition`.
   Files of the first version have no `composition`; the method then determines it. Readers of the first
-  version ignore the field.
+  version ignore the field. `licence` and `author`, if they are stated; earlier versions ignore them. A share
+  file of 0.2.0 states them in its metadata only, see `terms`.
 - `deltas`: form and scale of its deltas, see `deltas.pack`. A file whose deltas include slots has format 2,
   every other one format 1, so that versions without slots refuse the former and read the latter.
 - `encoders`: names of the text encoders that its words have vectors for.
@@ -29,6 +30,7 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -45,6 +47,7 @@ from ..model.sites import SiteLayout
 from ..model.slots import SLOTS
 from .bank import ConceptBank, Entry, _Cached
 from .concepts import Concept, ConceptInfo
+from .terms import Terms
 from .tokens import TokenGroup
 
 METADATA_KEY = "continual_concepts"
@@ -97,7 +100,8 @@ def save_bank(bank: ConceptBank, path: Path | str, before: Callable[[], object] 
     write_atomically(Path(path), lambda temporary: save_file(tensors, str(temporary), metadata), before)
 
 
-def _read_header(path: Path) -> tuple[dict, list[str]]:
+def _read_header(path: Path) -> tuple[dict, list[str], Terms]:
+    """The header, the names of the tensors, and the terms in the metadata."""
     if os.path.isdir(path):
         raise ConceptError(f"the bank '{path}' is a folder; give the path of a file")
     if not os.path.isfile(path):
@@ -118,7 +122,7 @@ def _read_header(path: Path) -> tuple[dict, list[str]]:
     if version not in (WITHOUT_SLOTS, VERSION):
         raise ConceptError(f"the bank '{path}' has format version {reprlib.repr(version)}; this version of "
                            f"Continual Concepts reads {WITHOUT_SLOTS} and {VERSION}")
-    return header, keys
+    return header, keys, Terms.from_metadata(metadata)
 
 
 class _Tensors:
@@ -170,11 +174,15 @@ def open_bank(path: Path | str) -> ConceptBank:
     """Opens a bank by reading its header. Raises ConceptError for a missing, foreign, damaged or newer file.
     """
     path = Path(path)
-    header, keys = _read_header(path)
+    header, keys, terms = _read_header(path)
     file = _Tensors(path)
     try:
         layout = SiteLayout.from_json(header["layout"])
-        entries = [_entry(file, layout, i, record) for i, record in enumerate(header["concepts"])]
+        infos = [ConceptInfo.from_json(record["info"]) for record in header["concepts"]]
+        if len(infos) == 1:
+            infos = [replace(infos[0], terms=infos[0].terms.filled(terms))]
+        entries = [_entry(file, layout, i, *pair)
+                   for i, pair in enumerate(zip(infos, header["concepts"], strict=True))]
         return ConceptBank(layout, tuple(entries), _shared_states(file, keys))
     except ConceptError as error:
         raise ConceptError(f"the bank '{path}' cannot be used: {error}") from error
@@ -183,8 +191,7 @@ def open_bank(path: Path | str) -> ConceptBank:
                            f"{error})") from error
 
 
-def _entry(file: _Tensors, layout: SiteLayout, i: int, record: dict) -> Entry:
-    info = ConceptInfo.from_json(record["info"])
+def _entry(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo, record: dict) -> Entry:
     return Entry(info, _Cached(lambda: _read_concept(file, layout, i, info, record)))
 
 

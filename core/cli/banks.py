@@ -30,7 +30,8 @@ def _line(info: ConceptInfo) -> str:
     origin = info.provenance
     kind = f"{info.class_noun:<16} {info.kind:<7} {info.method:<10}"
     parent = f", variant of <{origin.variant_of}>" if origin.variant_of else ""
-    return f"{info.placeholder:<20} {kind} {len(origin.images)} pictures  {origin.date}{parent}"
+    terms = f", {info.terms}" if info.terms else ""
+    return f"{info.placeholder:<20} {kind} {len(origin.images)} pictures  {origin.date}{parent}{terms}"
 
 
 def _list(options: Namespace) -> Result:
@@ -59,6 +60,7 @@ def _facts(bank: ConceptBank, concept: Concept, inspection: Inspection) -> dict:
         "layer_copies": concept.tokens.copies,
         "cover_bytes": len(concept.thumbnail),
         "composes": composition_of(info),
+        "made_on": bank.layout.describe(),
         "most_like": {near.measure: {"name": near.name, "cosine": round(near.cosine, 4)}
                       for near in nearest if near is not None},
         "collides_with": inspection.partners(info.name),

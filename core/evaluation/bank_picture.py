@@ -49,6 +49,8 @@ def _text_of(facts: Facts, inspection: Inspection, style: CardStyle, width: floa
         return [*lines, *_lines("cannot be read", style.text, width, ALARM)]
     lines += _lines(f"{facts.way}; {facts.stores}", style.text, width, QUIET)
     lines += _lines(f"{facts.steps} steps, {facts.nbytes / 1000:,.0f} kB", style.text, width, QUIET, 1)
+    if facts.terms:
+        lines += _lines(str(facts.terms), style.text, width, QUIET)
     nearest, red = inspection.nearest(facts.name), inspection.partners(facts.name)
     if nearest is not None:
         lines += _lines(nearest_text(nearest), style.text, width, QUIET, NAME_LINES + 1)
@@ -87,6 +89,8 @@ def _heading(inspection: Inspection, shown: int, width: int) -> list[Line]:
     text = f"{count} concept{'' if count == 1 else 's'}, {size / 1e6:.2f} MB"
     text += f"; {shown} are shown, those that collide first" if shown < count else ""
     lines = [(text if count else "the bank is empty", 17, INK)]
+    if inspection.made_on:
+        lines += _lines(f"made on {inspection.made_on}", 13, width, QUIET)
     for warning in inspection.warnings[:3]:
         lines += _lines(warning, 13, width, ALARM)
     unlisted = len(inspection.warnings) - 3

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept, ConceptInfo
+from ..bank.terms import Terms
 from ..data.reading import to_pixels
 from ..errors import ConceptError
 from ..images import opened
@@ -32,7 +33,7 @@ class Facts:
 
     composes: how it acts together with others, a value of `collisions.COMPOSES`; stores: the form of its
     deltas; copies: layer copies of its words; nbytes: size of its tensors; fault: why it could not be read.
-    With a fault, fields that need the tensors are empty.
+    With a fault, fields that need the tensors are empty. terms: licence and author.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Facts:
     nbytes: int = 0
     thumbnail: bytes = b""
     fault: str = ""
+    terms: Terms = Terms()
 
     @property
     def way(self) -> str:
@@ -58,8 +60,8 @@ class Facts:
 
     def to_json(self) -> dict:
         names = {"nbytes": "bytes", "thumbnail": "cover"}
-        return {names.get(key, key): value
-                for key, value in asdict(self).items()} | {"cover": bool(self.thumbnail)}
+        facts = {names.get(key, key): value for key, value in asdict(self).items() if key != "terms"}
+        return facts | {"cover": bool(self.thumbnail)} | self.terms.to_json()
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,14 @@ class Inspection:
 
     likeness: measure (covers, deltas, words) -> cosines `[K, K]`, NaN for pairs that cannot be compared. The
     diagonal of covers compares each thumbnail with its own crop. warnings: sentences, including collisions.
+    made_on: describes the base that all concepts of the bank are for.
     """
 
     facts: tuple[Facts, ...]
     likeness: Mapping[str, Tensor]
     collisions: tuple[Collision, ...]
     warnings: tuple[str, ...]
+    made_on: str = ""
 
     def partners(self, name: str) -> list[str]:
         """The concepts that a concept collides with, without repetition."""
@@ -109,7 +113,7 @@ class Inspection:
             most_like = {n.measure: {"name": n.name, "cosine": round(n.cosine, 4)} for n in nearest}
             concepts.append({**facts.to_json(), "most_like": most_like})
         report = {"concepts": concepts, "collisions": [asdict(c) for c in self.collisions],
-                  "warnings": list(self.warnings)}
+                  "warnings": list(self.warnings), **({"made_on": self.made_on} if self.facts else {})}
         if len(self.facts) <= WHOLE:
             report["likeness"] = {measure: _table(cosines) for measure, cosines in self.likeness.items()}
         return report
@@ -137,7 +141,7 @@ def facts_of(info: ConceptInfo, concept: Concept | None = None, fault: str = "")
     origin = info.provenance
     facts = Facts(info.name, info.placeholder, str(info.class_noun), info.kind, str(info.method),
                   composition_of(info), len(info.words),
-                  len(origin.images), origin.steps, str(origin.date)[:10], fault=fault)
+                  len(origin.images), origin.steps, str(origin.date)[:10], fault=fault, terms=info.terms)
     if concept is None:
         return facts
     return replace(facts, stores=_form(concept.deltas), copies=concept.tokens.copies, nbytes=concept.nbytes(),
@@ -228,7 +232,7 @@ def inspect(bank: ConceptBank | None, encode: Encode | None = None, only: str = 
         tables[measure] = table
     collisions = collisions_of(list(bank.infos.values()), tables)
     warnings = (*faults.values(), *(collision.sentence for collision in collisions), *header_warnings(bank))
-    return Inspection(facts, tables, collisions, warnings)
+    return Inspection(facts, tables, collisions, warnings, bank.layout.describe())
 
 
 def nearest_text(nearest: Nearest) -> str:
@@ -246,6 +250,8 @@ def lines(inspection: Inspection) -> list[str]:
         nearest = inspection.nearest(facts.name)
         row = (f"{facts.placeholder}  {facts.class_noun}, {facts.kind}, {facts.way}, "
                f"{'cannot be read' if facts.fault else stores}, {facts.photos} photos, {facts.steps} steps, "
-               f"{facts.date}")
+               f"{facts.date}{f', {facts.terms}' if facts.terms else ''}")
         rows.append(row if nearest is None else f"{row}; {nearest_text(nearest)}")
-    return [*(f"warning: {warning}" for warning in inspection.warnings), *rows] or ["the bank is empty"]
+    made_on = [f"made on {inspection.made_on}"] if rows else []
+    warnings = [f"warning: {warning}" for warning in inspection.warnings]
+    return [*warnings, *rows, *made_on] or ["the bank is empty"]

@@ -62,7 +62,8 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     noun = "" if bank.layout.takes_words else concept.info.class_noun
     notes = [f"{path.name}: {usage(kind, path, concept.name, noun)}"
              for kind, path in zip(formats, paths, strict=True)]
-    return Exported(paths, (*notes, *lost, *_losses(concept, formats, factors, noun)))
+    notes += [*terms_notes([concept]), *lost, *_losses(concept, formats, factors, noun)]
+    return Exported(paths, tuple(notes))
 
 
 def formats_of(layout: SiteLayout, formats: tuple[str, ...], owner: str) -> tuple[str, ...]:
@@ -151,6 +152,11 @@ def usage(kind: str, path: Path, name: str, noun: str = "") -> str:
         return (f"LoRA and words in one file: A1111 reads both, the word is {name}; ComfyUI's LoRA loader "
                 "leaves the words out and logs 'lora key not loaded' for them")
     return "LoRA without the words, which are in the embedding file; it acts on every prompt"
+
+
+def terms_notes(concepts: Sequence[Concept]) -> list[str]:
+    """What the authors of the concepts state, which the metadata of the files repeats."""
+    return [f"{concept.info.placeholder}: {concept.info.terms}" for concept in concepts if concept.info.terms]
 
 
 def cut_notes(factors: Factors, what: str) -> list[str]:

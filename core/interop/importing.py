@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..bank.concepts import Concept, ConceptInfo, Provenance
 from ..bank.grammar import PLACEHOLDER, check_letters
+from ..bank.terms import Terms, joined
 from ..bank.tokens import TokenGroup, check_class_noun, check_name, default_words
 from ..errors import ConceptError
 from ..model.backbone import Backbone, TextEncoder
@@ -25,7 +26,7 @@ from ..model.sites import SiteLayout
 from .embedding_file import counted, embedding_vectors, read_embedding
 from .factors import compact
 from .lora_deltas import Taken, lora_deltas
-from .lora_file import LoraFile, chosen, read_lora
+from .lora_file import LoraFile, chosen, read_lora, read_tensors
 from .lora_names import LORA, shown
 
 # Not a training method. Imported concepts are prompt-activated and act on all words of the prompt, like a
@@ -105,11 +106,12 @@ def _one_rank(deltas: Mapping) -> dict:
 
 @dataclass(frozen=True)
 class Sources:
-    """What was read to make a concept. files: their names, the LoRA's first."""
+    """What was read to make a concept. files: their names, the LoRA's first; terms: what they state."""
 
     files: tuple[str, ...]
     lora: LoraFile | None = None
     embedding: Mapping[str, Tensor] | None = None
+    terms: Terms = Terms()
 
 
 def read_sources(lora: Path | str | None, embedding: Path | str | None, which: str = "") -> Sources:
@@ -130,7 +132,10 @@ def read_sources(lora: Path | str | None, embedding: Path | str | None, which: s
     if unknown:
         allowed = ", ".join(map(shown, sorted(names - {""})[:8])) or "nothing to choose from"
         raise ConceptError(f"{' and '.join(files)} holds no {min(unknown)!r}; allowed: {allowed}")
-    return Sources(files, read, tensors)
+    stated = {} if read is None else {"LoRA": read.terms}
+    if embedding is not None:
+        stated["embedding"] = Terms.from_metadata(read_tensors(Path(embedding), lambda name: False)[2])
+    return Sources(files, read, tensors, joined(stated))
 
 
 def import_concept(name: str, class_noun: str, kind: str, layout: SiteLayout,
@@ -185,4 +190,7 @@ def concept_of(name: str, class_noun: str, kind: str, layout: SiteLayout, encode
                            "are typed for it, or an embedding file")
     base = backbone.fingerprint if taken is not None and taken.used_base and backbone is not None else ""
     result = imported(name, class_noun, kind, layout, vectors, taken, sources.files, base)
-    return replace(result, notes=(*result.notes, *notes))
+    if sources.terms:
+        notes.append(f"kept with the concept: {sources.terms}")
+    concept = replace(result.concept, info=replace(result.concept.info, terms=sources.terms))
+    return Imported(concept, (*result.notes, *notes))

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..bank.format import METADATA_KEY
+from ..bank.terms import Terms
 from ..errors import ConceptError
 from .lora_names import ALPHA, Part, part_of, shown
 from .peft_config import RAW, PeftConfig, in_folder, in_header
@@ -31,6 +32,7 @@ class LoraFile:
         configs: Prefix of names -> what PEFT's configuration says about their scales.
         folders: Names of the adapters in a folder that PEFT saved.
         beside: Files of that folder that are not read.
+        terms: Licence and author in the metadata.
     """
 
     tensors: Mapping[str, Tensor]
@@ -38,6 +40,7 @@ class LoraFile:
     configs: Mapping[str, PeftConfig] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    terms: Terms = Terms()
 
     @cached_property
     def parts(self) -> list[tuple[Part, Tensor]]:
@@ -148,7 +151,7 @@ def read_lora(path: Path | str, which: str = "") -> LoraFile:
     if not any(key.startswith(RAW) for key in tensors):      # PEFT's prefix may be cut off in its folder
         configs = {"" if prefix == RAW else prefix: config for prefix, config in configs.items()}
     beside = [f"{folder}/{other.name}" for folder, other in adapters.items() if folder in _TEXT_FOLDERS]
-    return LoraFile(tensors, others, configs, tuple(adapters), tuple(beside))
+    return LoraFile(tensors, others, configs, tuple(adapters), tuple(beside), Terms.from_metadata(metadata))
 
 
 def _in_folder(folder: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..bank.concepts import Concept, ConceptInfo
+from ..bank.terms import joined
 from ..model.sites import SiteLayout
 
 THUMBNAIL_LIMIT = 1 << 20       # bytes; small, because listing a folder reads whole headers
@@ -53,7 +54,7 @@ def _date(text: str) -> datetime.datetime | None:
 
 
 def modelspec(concept: Concept, layout: SiteLayout, kind: str, usage: str) -> dict[str, str]:
-    """ModelSpec metadata of a concept's file, with the thumbnail if it is valid.
+    """ModelSpec metadata of a concept's file, with its licence, author, and the thumbnail if it is valid.
 
     Args:
         kind: `lora` or `textual-inversion`.
@@ -66,7 +67,7 @@ def modelspec(concept: Concept, layout: SiteLayout, kind: str, usage: str) -> di
     date = _date(info.provenance.date)
     dated = {} if date is None else {"modelspec.date": date.isoformat(timespec="seconds")}
     data = _described(layout, kind, info.name, description, info.name, usage)
-    return data | dated | _thumbnails([concept.thumbnail])
+    return data | dated | info.terms.to_metadata() | _thumbnails([concept.thumbnail])
 
 
 def _described(layout: SiteLayout, kind: str, title: str, description: str, trigger: str,
@@ -108,6 +109,7 @@ def aggregate_metadata(title: str, prompt: str, reading: str, named: Sequence[Co
     """
     description = f"What a bank of Continual Concepts gives for the prompt {prompt!r} ({reading})"
     data = _described(layout, "lora", title, description, prompt, usage)
+    data |= joined({concept.name: concept.info.terms for concept in named}).to_metadata()
     data |= _thumbnails([concept.thumbnail for concept in named])
     tags = {title: {concept.name: 1 for concept in named}}
     return data | _network(title, layout, state, tags, f"Continual Concepts, {reading}")

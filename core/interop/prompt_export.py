@@ -27,6 +27,7 @@ from .export import (
     formats_of,
     lora_state,
     slots_note,
+    terms_notes,
     usage,
 )
 from .factors import DEFAULT_ERROR, Factors, check_strength, low_rank_sum
@@ -94,6 +95,7 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
     outputs += [_embedding(bank, word) for word in words] if "embedding" in formats else []
     paths = write_files(owner, outputs, Folders.of(folder, words_folder))
     notes = notes_on(bank.vocabulary, [prompt]) + _uses(prompt, loras, words, paths)
+    notes += terms_notes(named)
     notes += [f"<{word.concept.name}>: {note}" for word in words for note in word.lost]
     if factors is not None:
         notes += _losses(bank, weights, prompt, mode, formats, factors)

@@ -1,31 +1,25 @@
 """A file to share: a bank with one concept, with metadata that model browsers show.
 
 It is a bank file, so Load Concept Bank and `bank merge` read it. The keys `modelspec.*` (title, description,
-trigger phrase, date, thumbnail, licence, author) are those of the SAI model metadata specification.
+trigger phrase, date, thumbnail, licence, author) are those of the SAI model metadata specification. Licence
+and author are also stored with the concept, so they stay with it in other banks.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..bank.bank import ConceptBank
 from ..bank.composition import Kind
+from ..bank.concepts import Concept
 from ..bank.format import SUFFIX, save_bank
+from ..bank.terms import Terms
 from ..errors import ConceptError
 from ..files import check_output
 from .metadata import modelspec
 
-LONGEST = 200      # characters of a licence or an author
 KIND = "concept-bank"
-
-
-def _line(text: str, what: str) -> str:
-    """One line of text. Raises ConceptError if it is too long or has several lines."""
-    text = text.strip()
-    if len(text) > LONGEST or not text.isprintable():
-        raise ConceptError(f"the {what} has {len(text)} characters or several lines; allowed: one line of up "
-                           f"to {LONGEST} characters")
-    return text
 
 
 def share(bank: ConceptBank, name: str, path: Path, licence: str = "", author: str = "") -> list[str]:
@@ -35,7 +29,7 @@ def share(bank: ConceptBank, name: str, path: Path, licence: str = "", author: s
         bank: The bank; it does not change.
         name: The concept.
         path: A new .safetensors file.
-        licence, author: One line each; empty = none.
+        licence, author: One line each; empty = what the concept states.
 
     Returns:
         Sentences on what the file holds.
@@ -49,23 +43,35 @@ def share(bank: ConceptBank, name: str, path: Path, licence: str = "", author: s
                            "it this ending")
     if file.exists():
         raise ConceptError(f"the file '{path}' exists already; choose another path")
-    licence, author = _line(licence, "licence"), _line(author, "author")
-    concept = bank[name]
-    is_sum = concept.info.composes.kind is Kind.SUM
-    alone = ConceptBank(bank.layout).add(concept)
+    given = Terms(licence.strip(), author.strip())
+    stored = bank[name]
+    concept = replace(stored, info=replace(stored.info, terms=given.filled(stored.info.terms)))
     base = bank.layout.describe()
     usage = (f"for Continual Concepts in ComfyUI: put it into models/concept_banks and choose it in Load "
              f"Concept Bank; write {concept.info.placeholder} in prompts; made on {base}")
-    further = modelspec(concept, bank.layout, KIND, usage)
-    further |= {"modelspec.license": licence} if licence else {}
-    further |= {"modelspec.author": author} if author else {}
-    save_bank(alone, file, further=further)
-    captions = len(concept.info.provenance.captions)
+    alone = ConceptBank(bank.layout).add(concept)
+    save_bank(alone, file, further=modelspec(concept, bank.layout, KIND, usage))
     return [f"{path} holds <{name}>, made on {base}; it goes into models/concept_banks, and Load Concept "
             "Bank reads it",
-            f"licence: {licence or 'none is named, so others may not know what they are allowed to do'}",
-            *([f"method {concept.info.method} adds up all concepts of a bank; alone, <{name}> may look "
-               "different"] if is_sum and len(bank) > 1 else []),
+            *_terms_notes(concept.info.terms, stored.info.terms), *_notes(concept, len(bank))]
+
+
+def _terms_notes(terms: Terms, before: Terms) -> list[str]:
+    """What the file states, and what the bank stated in its place."""
+    notes = [f"licence: {terms.licence or 'none is named, so others may not know what they may do'}"]
+    notes += [f"author: {terms.author}"] if terms.author else []
+    if before != terms and before.filled(terms) != terms:
+        notes.append(f"the bank states something else: {before}; if it is not your own work, keep that")
+    return notes
+
+
+def _notes(concept: Concept, count: int) -> list[str]:
+    """Other facts that a person should know before giving the file away. count: Concepts of the bank."""
+    info = concept.info
+    captions = len(info.provenance.captions)
+    is_sum = info.composes.kind is Kind.SUM
+    return [*([f"method {info.method} adds up all concepts of a bank; alone, <{concept.name}> may look "
+               "different"] if is_sum and count > 1 else []),
             *(["there is no thumbnail"] if not concept.thumbnail else []),
             *([f"the file holds {captions} different captions of the photos, which others can read"]
               if captions else [])]

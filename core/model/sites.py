@@ -24,6 +24,8 @@ _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # fingerprints of the embedded bases, so that messages can name the base of a bank
 _EMBEDDED = {"6f395a5ccb499e4b": "embedded-64", "b9658e3c739a55e4": "embedded-128",
              "d3a84fc032a41b4e": "embedded-dit"}
+# number of sites and context width of UNets -> their family, for messages
+_UNETS = {(16, 768): "SD1.5", (16, 1024): "SD2", (70, 2048): "SDXL"}
 # models with more than SD1.5's 16 sites have one layer copy per transformer group (SDXL: 70 sites, 11 groups)
 _LAYER_PER_GROUP_ABOVE = 16
 
@@ -146,8 +148,10 @@ class SiteLayout:
 
     def describe(self) -> str:
         widths = "/".join(str(width) for _, width in self.text_widths)
-        sites = f"{len(self)} sites with {self.sites[0].context_width}-wide context and {widths}-wide tokens"
-        return f"{sites}, as {self.embedded_base} has" if self.embedded_base else sites
+        width, is_unet = self.sites[0].context_width, not self.sites[0].of_transformer
+        sites = f"{len(self)} sites with {width}-wide context and {widths}-wide tokens"
+        known = self.embedded_base or (_UNETS.get((len(self), width)) if is_unet else "")
+        return f"{sites}, as {known} has" if known else sites
 
     def to_json(self) -> dict:
         return {"sites": [asdict(site) for site in self.sites], "text_widths": list(self.text_widths)}

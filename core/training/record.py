@@ -15,6 +15,7 @@ import torch
 
 from ..bank.bank import ConceptBank
 from ..bank.concepts import OWN, Concept, ConceptInfo, Provenance
+from ..bank.terms import Terms
 from ..data.training_set import TrainingData
 from ..errors import ConceptError
 from ..methods.base import Method, Outcome, Task, make
@@ -205,8 +206,10 @@ def conclude(task: Task, method: Method, data: TrainingData, config: TrainingCon
                         versions=_versions(), date=now, steps=len(losses), seconds=round(seconds, 2),
                         refined=refined, captions=_captions(task.name, before.captions, data),
                         variant_of=before.variant_of if task.parent is None else task.parent.name)
+    source = start if task.parent is None else task.parent
+    terms = Terms() if source is None else source.info.terms      # they hold for what is made of it, too
     info = ConceptInfo(task.name, task.class_noun, method.name, task.word_names, task.kind, origin,
-                       method.composition_of_kind(task.kind))
+                       method.composition_of_kind(task.kind), terms)
     thumbnail = thumbnail or (b"" if start is None else start.thumbnail)
     concept = Concept(info, outcome.tokens, outcome.deltas, thumbnail)
     shared = {method.name: dict(outcome.shared)} if outcome.shared else {}

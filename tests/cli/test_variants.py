@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
-from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.bank.format import open_bank, save_bank
+from continual_concepts.core.bank.terms import Terms
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
 
@@ -30,6 +33,9 @@ def learn(cast, folder, name, *more):
 def test_a_variant_is_learned_listed_kept_and_named(cast, capsys):
     bank = cast.parent / "bank.safetensors"
     assert learn(cast, "usual", "rex", "--noun", "dog", "--set", "slots=4") == 0
+    licensed = open_bank(bank)["rex"]
+    licensed = replace(licensed, info=replace(licensed.info, terms=Terms("CC BY 4.0", "Ann")))
+    save_bank(open_bank(bank).replace(licensed), bank)
     before = open_bank(bank)["rex"].digest()
     assert learn(cast, "winter", "rex-winter", "--variant-of", "rex") == 0
     stored = open_bank(bank)
@@ -42,7 +48,9 @@ def test_a_variant_is_learned_listed_kept_and_named(cast, capsys):
     assert "already, learned from these photos" in capsys.readouterr().out
     assert learn(cast, "winter", "rex-winter", "--noun", "dog", "--set", "slots=4") == 1
     assert "its parent is 'rex', now ''" in capsys.readouterr().err
+    assert stored.infos["rex-winter"].terms == Terms("CC BY 4.0", "Ann")
     assert learn(cast, "usual", "rex-winter", "--if-known", "refine", "--steps", "1") == 0
+    assert open_bank(bank).infos["rex-winter"].terms == Terms("CC BY 4.0", "Ann")      # refined
     assert open_bank(bank).infos["rex-winter"].provenance.variant_of == "rex"
     assert learn(cast, "winter", "rex", "--variant-of", "rex", "--if-known", "refine") == 1
     assert "--variant-of is 'rex', which begins a new concept" in capsys.readouterr().err

@@ -4,11 +4,13 @@ can be looked at."""
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from continual_concepts.core.bank.terms import Terms
 from continual_concepts.core.evaluation import bank_picture
 from continual_concepts.core.evaluation.bank_picture import HEIGHT, MANY, PAGES, WIDTH, bank_pages, wrapped
 from continual_concepts.core.evaluation.collisions import Collision
@@ -136,3 +138,10 @@ def test_wrapped_texts_fit_and_lose_nothing_until_the_last_line(text):
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     short = wrapped(text, font(13), 120, 2)
     assert len(short) <= 2 and (short == lines or short[-1].endswith("..."))
+
+
+def test_a_card_shows_the_licence_and_the_heading_the_base(drawn):
+    licensed = facts("rex", terms=Terms("CC BY 4.0", "Ann"))
+    bank_pages(replace(inspection([licensed, facts("mimi")]), made_on="SD1.5"))
+    texts = [what for what, _ in drawn[0]]
+    assert texts.count("licence CC BY 4.0, by Ann") == 1 and texts.count("made on SD1.5") == 1

@@ -55,7 +55,9 @@ def test_picture_text_and_report(studio, alike):
     picture, text, report = result.args
     assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[-1] == 3 and picture.min() >= 0
     assert picture.max() <= 1
-    assert [line.split("  ")[0] for line in text.splitlines()] == ["<rex>", "<mimi>", "<blueprint>"]
+    *rows, base = text.splitlines()
+    assert [line.split("  ")[0] for line in rows] == ["<rex>", "<mimi>", "<blueprint>"]
+    assert base == f"made on {bank.layout.describe()}"
     assert "warning" not in text
     told = json.loads(report)
     assert [one["name"] for one in told["concepts"]] == alike.names

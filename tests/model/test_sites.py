@@ -32,6 +32,15 @@ def test_up_to_sixteen_sites_have_a_layer_copy_each_and_more_share_one_per_group
     assert [site.index for site in layout.sites] == list(range(len(names))) and layout.text_widths == WIDTHS
 
 
+def test_a_description_names_the_family_of_a_published_unet():
+    names = [f"up_blocks.0.attentions.{i}.transformer_blocks.0.attn2" for i in range(16)]
+    layout = unet_layout({name: (8, 320, 768) for name in names}, WIDTHS)
+    assert layout.describe() == "16 sites with 768-wide context and 768-wide tokens, as SD1.5 has"
+    fewer = unet_layout({name: (8, 320, 768) for name in names[1:]}, WIDTHS)
+    blocks = transformer_layout({f"blocks.{i}.cross_attn": (8, 320, 768) for i in range(16)}, WIDTHS)
+    assert not any("as SD" in other.describe() for other in (fewer, blocks))
+
+
 def test_the_order_of_the_blocks_is_execution_order_whatever_the_host_lists_first():
     names = names_of(3, 1)
     blocks = [[name for name in names if name.startswith(block)]
