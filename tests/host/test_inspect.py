@@ -57,7 +57,7 @@ def test_picture_text_and_report(studio, alike):
     assert picture.max() <= 1
     *rows, base = text.splitlines()
     assert [line.split("  ")[0] for line in rows] == ["<rex>", "<mimi>", "<blueprint>"]
-    assert base == f"made on {bank.layout.describe()}"
+    assert base == f"made on {alike.layout.describe()}"
     assert "warning" not in text
     told = json.loads(report)
     assert [one["name"] for one in told["concepts"]] == alike.names
