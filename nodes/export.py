@@ -1,4 +1,4 @@
-"""The node Export Concept: exports concepts to files for other programs."""
+"""The nodes Export Concept and Share Concept: files for other programs, and for other people."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..core.bank.terms import Terms
 from ..core.bank.tokens import typed_name
 from ..core.errors import ConceptError
 from ..core.files import check_output_folder
 from ..core.interop.export import export_bank, export_concept
 from ..core.interop.prompt_export import export_prompt
+from ..core.interop.sharing import share_into
 from . import types
 from .schema import Schema
 
@@ -98,5 +100,62 @@ class ConceptExport(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
+class ConceptShare(io.ComfyNode):
+    """Writes one concept to a bank file of its own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return Schema(
+            node_id="ConceptShare",
+            display_name="Share Concept",
+            category=types.BANKS,
+            is_output_node=True,
+            search_aliases=["share file", "publish concept", "licence", "license"],
+            description="Writes one concept to a file of its own for other people, with its thumbnail, to "
+                        "output/shared_concepts. They drop the file onto ComfyUI's page. Existing files are "
+                        "never replaced.",
+            inputs=[
+                types.Bank.Input("bank", tooltip="The bank that holds it. It does not change."),
+                io.String.Input("concept", default="", placeholder="rex",
+                                tooltip="Name of a concept in the bank; empty = the only one."),
+                io.String.Input(
+                    "licence", default="", placeholder="CC BY 4.0",
+                    tooltip="What others may do with it, one line. It stays with the concept. Empty = the "
+                            "one that the concept has."
+                ),
+                io.String.Input("author", default="",
+                                tooltip="Who made it, one line. Empty = the author that the concept names."),
+            ],
+            outputs=[io.String.Output(display_name="notes")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, licence, author):
+        """Reports a line that is too long, or a folder that cannot be written, before the graph runs. Text
+        from another node is None at this point."""
+        try:
+            Terms((licence or "").strip(), (author or "").strip())
+            check_output_folder(_shared_folder())
+        except ConceptError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, bank, concept, licence, author) -> io.NodeOutput:
+        if bank is None or not len(bank):
+            raise ConceptError("the bank is new and holds no concept to share")
+        name = typed_name(concept)
+        if not name and len(bank) > 1:
+            raise ConceptError("'concept' is empty; type the name of the concept to share; the bank holds "
+                               f"{', '.join(bank.names)}")
+        notes = share_into(bank, name or bank.names[0], _shared_folder(), licence, author)[1]
+        text = "\n".join(notes)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def _shared_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "shared_concepts"
+
+
 register_folders()
-NODES = [ConceptExport]
+NODES = [ConceptExport, ConceptShare]

@@ -7,6 +7,7 @@ and author are also stored with the concept, so they stay with it in other banks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from ..bank.concepts import Concept
 from ..bank.format import SUFFIX, save_bank
 from ..bank.terms import Terms
 from ..errors import ConceptError
-from ..files import check_output
+from ..files import check_output, is_device, shortened, write_new
 from .metadata import modelspec
 
 KIND = "concept-bank"
+LONGEST_STEM = 200      # bytes of a file name, so that a number and an ending fit behind it
 
 
 def share(bank: ConceptBank, name: str, path: Path, licence: str = "", author: str = "") -> list[str]:
@@ -43,17 +45,36 @@ def share(bank: ConceptBank, name: str, path: Path, licence: str = "", author: s
                            "it this ending")
     if file.exists():
         raise ConceptError(f"the file '{path}' exists already; choose another path")
-    given = Terms(licence.strip(), author.strip())
+    write, notes = _prepared(bank, name, Terms(licence.strip(), author.strip()))
+    write(file)
+    return [f"{path} {notes[0]}", *notes[1:]]
+
+
+def share_into(bank: ConceptBank, name: str, folder: Path, licence: str = "",
+               author: str = "") -> tuple[Path, list[str]]:
+    """Writes one concept to `<name>.safetensors` in a folder; a number is added where a file exists.
+
+    Returns:
+        The file, and sentences on what it holds. Arguments and errors are those of `share`.
+    """
+    write, notes = _prepared(bank, name, Terms(licence.strip(), author.strip()))
+    stem = f"{name}_concept" if is_device(name) else shortened(name, LONGEST_STEM)
+    file = write_new(folder / f"{stem}{SUFFIX}", write)
+    return file, [f"{file.name} {notes[0]}", *notes[1:]]
+
+
+def _prepared(bank: ConceptBank, name: str, given: Terms) -> tuple[Callable[[Path], None], list[str]]:
+    """A function that writes the file, and sentences on it, the first one without its subject."""
     stored = bank[name]
     concept = replace(stored, info=replace(stored.info, terms=given.filled(stored.info.terms)))
     base = bank.layout.describe()
-    usage = (f"for Continual Concepts in ComfyUI: put it into models/concept_banks and choose it in Load "
-             f"Concept Bank; write {concept.info.placeholder} in prompts; made on {base}")
-    alone = ConceptBank(bank.layout).add(concept)
-    save_bank(alone, file, further=modelspec(concept, bank.layout, KIND, usage))
-    return [f"{path} holds <{name}>, made on {base}; it goes into models/concept_banks, and Load Concept "
-            "Bank reads it",
-            *_terms_notes(concept.info.terms, stored.info.terms), *_notes(concept, len(bank))]
+    usage = (f"for Continual Concepts in ComfyUI: drop it onto the page, or put it into models/concept_banks "
+             f"and choose it in Load Concept Bank; write <{name}> in prompts; made on {base}")
+    alone, further = ConceptBank(bank.layout).add(concept), modelspec(concept, bank.layout, KIND, usage)
+    notes = [f"holds <{name}>, made on {base}; others drop it onto ComfyUI's page, or put it into "
+             "models/concept_banks for Load Concept Bank",
+             *_terms_notes(concept.info.terms, stored.info.terms), *_notes(concept, len(bank))]
+    return lambda path: save_bank(alone, path, further=further), notes
 
 
 def _terms_notes(terms: Terms, before: Terms) -> list[str]:

@@ -1,0 +1,73 @@
+// A bank that is dropped onto the page, such as a share file, is stored in output/concept_banks, and a Load Concept Bank with it
+// appears. Other files go to ComfyUI. Without this file, banks are put into that folder by hand.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { bankIn, checkFile, described } from "./banks_file.js";
+import { widgetOf } from "./widgets.js";
+
+const NODE = "ConceptBankLoad";
+const FOLDER = "concept_banks";
+
+function say(severity, detail) {
+    const toast = app.extensionManager?.toast;
+    if (toast?.add) toast.add({ severity, summary: "Continual Concepts", detail, life: severity === "error" ? undefined : 8000 });
+    else if (severity === "error") window.alert(detail);
+}
+
+/** Stores the file beside the saved banks. The server never replaces another file. Returns the name that the file has there. */
+async function stored(file, name) {
+    const body = new FormData();
+    body.append("image", file, name); // the server's route for files has this field for all kinds of files
+    body.append("type", "output");
+    body.append("subfolder", FOLDER);
+    const answer = await api.fetchApi("/upload/image", { method: "POST", body });
+    if (answer.status === 413) throw new Error(`the server takes no file of this size; put '${name}' into models/${FOLDER}`);
+    if (answer.status !== 200) throw new Error(`the server does not store '${name}' (${answer.status} ${answer.statusText})`);
+    return (await answer.json()).name;
+}
+
+/** Adds a Load Concept Bank with a stored bank where the file was dropped. */
+async function addLoader(name) {
+    await app.refreshComboInNodes?.();
+    const node = window.LiteGraph.createNode(NODE);
+    const graph = app.canvas.graph ?? app.graph;
+    node.pos = [...app.canvas.graph_mouse];
+    app.canvas.emitBeforeChange?.();
+    try {
+        graph.add(node);
+        const widget = widgetOf(node, "bank_name");
+        const values = widget.options.values;
+        if (Array.isArray(values) && !values.includes(name)) values.push(name);
+        widget.value = name;
+        widget.callback?.(name);
+    } finally {
+        app.canvas.emitAfterChange?.();
+    }
+    graph.setDirtyCanvas(true, true);
+    return node;
+}
+
+async function load(file, bank) {
+    const name = await stored(file, checkFile(file, bank));
+    const node = await addLoader(name);
+    say("success", `${name} holds ${described(bank)}`);
+    return node;
+}
+
+app.registerExtension({
+    name: "continual-concepts.banks",
+    setup() {
+        const before = app.handleFile; // of files that are dropped or opened
+        if (!before) return;
+        app.handleFile = async function (file, ...given) {
+            const bank = await bankIn(file);
+            if (!bank) return before.call(this, file, ...given);
+            try {
+                given[1]?.onNodeCreated?.(await load(file, bank));
+            } catch (error) {
+                say("error", `${error.message}.`);
+            }
+        };
+    },
+});
