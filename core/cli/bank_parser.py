@@ -101,4 +101,7 @@ def _add_export(bank) -> None:
                         help="layer-wise words: fit one copy to the text encoder instead of taking their "
                         "mean; the encoder reads it more like the layer copies, pictures gain little "
                         "(default: off)")
+    export.add_argument("--compare", action="store_true",
+                        help="with NAME: draw the concept with the bank and from the files, side by side, "
+                        "into a PNG beside them (default: off)")
     add_base(export)

@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..bank.composition import Kind
 from ..bank.concepts import Concept
 from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.deltas import projected
 from ..model.sites import SiteLayout
+from .differences import differences, in_other_programs
 from .diffusers_lora import diffusers_state
 from .embedding import embedding_state
 from .factors import DEFAULT_ERROR, DEFAULT_RANK, Factors, check_strength, low_rank
@@ -62,7 +62,11 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     noun = "" if bank.layout.takes_words else concept.info.class_noun
     notes = [f"{path.name}: {usage(kind, path, concept.name, noun)}"
              for kind, path in zip(formats, paths, strict=True)]
-    notes += [*terms_notes([concept]), *lost, *_losses(concept, formats, factors, noun)]
+    of_method = sum(info.method == concept.info.method for info in bank.infos.values())
+    lost += differences(concept, of_method, formats, factors, strength, noun)
+    notes += [*terms_notes([concept]), *in_other_programs(concept.name, lost)]
+    if concept.thumbnail and thumbnail_type(concept.thumbnail) is None:
+        notes.append("the thumbnail is no JPEG or PNG of up to 1 MB and was left out")
     return Exported(paths, tuple(notes))
 
 
@@ -159,42 +163,9 @@ def terms_notes(concepts: Sequence[Concept]) -> list[str]:
     return [f"{concept.info.placeholder}: {concept.info.terms}" for concept in concepts if concept.info.terms]
 
 
-def cut_notes(factors: Factors, what: str) -> list[str]:
-    if factors.error is None:
-        return []
-    return [f"{what} were cut to rank {factors.rank}, which loses {factors.error:.4f} of them (relative)"]
-
-
 def check_not_only_slots(concepts: Sequence[Concept]) -> None:
     """Raises ConceptError if all concepts have slots and nothing else, so that a LoRA file would be empty."""
     if concepts and all(concept.slots and not projected(concept.deltas) for concept in concepts):
         raise ConceptError(f"concept '{concepts[0].name}' was learned as slots, which no other program "
                            "reads; for a LoRA file learn it with the method lora; allowed: the format "
                            "'embedding'")
-
-
-def slots_note(names: Sequence[str]) -> str:
-    """What is lost of concepts with slots."""
-    return (f"{', '.join(f'<{name}>' for name in names)}: the slots hold most of what was learned, and no "
-            "other program reads slots; for other programs learn the concept with the method lora")
-
-
-def _losses(concept: Concept, formats: tuple[str, ...], factors: Factors | None,
-            noun: str = "") -> list[str]:
-    notes = []
-    if not noun and not {"embedding", "bundle"} & set(formats):
-        notes.append("the learned words are not in these files; export the format 'embedding' as well")
-    if factors is not None:
-        notes += cut_notes(factors, "sparse deltas")
-    if concept.slots:
-        notes.append(slots_note([concept.name]))
-    kind = concept.info.composes.kind
-    if factors is not None and kind is Kind.SUM:
-        notes.append(f"method {concept.info.method} adds up the deltas of all concepts; these files hold "
-                     f"only what <{concept.name}> added")
-    if factors is not None and kind is Kind.WORDS:
-        notes.append(f"<{concept.name}> acts through its own words alone here; in other programs its LoRA "
-                     "acts on every word of a prompt")
-    if concept.thumbnail and thumbnail_type(concept.thumbnail) is None:
-        notes.append("the thumbnail is no JPEG or PNG of up to 1 MB and was left out")
-    return notes

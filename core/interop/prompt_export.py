@@ -19,14 +19,13 @@ from ..conditioning.routing import MODES, SiteWeights, site_weights, weighted_de
 from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.deltas import Delta, DeltaKey, projected
+from .differences import cut_notes, slots_note
 from .embedding import embedding_state
 from .export import (
     check_not_only_slots,
-    cut_notes,
     embedding_metadata,
     formats_of,
     lora_state,
-    slots_note,
     terms_notes,
     usage,
 )

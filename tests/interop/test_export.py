@@ -241,9 +241,34 @@ def test_names_that_windows_keeps_and_long_ones(layout, make_concept, tmp_path):
 
 
 def test_methods_that_add_up_say_so(bank, layout, make_concept, tmp_path):
-    added = ConceptBank(layout).add(make_concept(layout, method="finetune"))
-    assert any("adds up" in note for note in export_concept(added, "rex", tmp_path).notes)
+    alone = ConceptBank(layout).add(make_concept(layout, method="finetune"))
+    both = alone.add(make_concept(layout, "mimi", method="finetune"))
+    assert any("adds up" in note for note in export_concept(both, "rex", tmp_path).notes)
+    assert not any("adds up" in note for note in export_concept(alone, "rex", tmp_path).notes)
     assert not any("adds up" in note for note in export_concept(bank, "rex", tmp_path).notes)
+    averaged = both.replace(make_concept(layout, "rex", method="lora_c")).replace(
+        make_concept(layout, "mimi", method="lora_c"))
+    assert any("averages the predictions for its 2 concepts" in note
+               for note in export_concept(averaged, "rex", tmp_path).notes)
+
+
+def test_it_says_whether_other_programs_draw_the_same(bank, layout, make_concept, tmp_path):
+    def told(concept, formats=("kohya", "embedding"), strength=1.0) -> list[str]:
+        notes = export_concept(ConceptBank(layout).add(concept), "rex", tmp_path, formats, strength).notes
+        same = "other programs draw <rex> from these files as the bank does, up to rounding" in notes
+        differs = [note for note in notes if note.startswith("differs in other programs: ")]
+        assert same != bool(differs)
+        return differs
+
+    exact = make_concept(layout, layerwise=False)
+    assert not told(exact) and not told(exact, ("bundle",))
+    assert "the learned words are not in these files" in told(exact, ("kohya",))[0]
+    assert "in the weights is not in this file" in told(exact, ("embedding",))[0]
+    assert "0.5 times the strength" in told(exact, strength=0.5)[0]
+    assert "layer copies" in told(make_concept(layout))[0]
+    bound = make_concept(layout, layerwise=False, method="bound")
+    apart = replace(bound, tokens=replace(bound.tokens, placeholder_noun="dog"))
+    assert len(told(bound)) == 1 and "with 'dog' in place of the learned words" in told(apart)[1]
 
 
 def test_the_command(bank, tmp_path, capsys):
