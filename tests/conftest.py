@@ -32,7 +32,7 @@ def _load_package() -> None:
 
 
 _load_package()
-pytest_plugins = ["continual_concepts.tests.saved_models", "continual_concepts.tests.host_banks"]
+pytest_plugins = [f"continual_concepts.tests.{name}" for name in ("saved_models", "host_banks", "quick")]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,8 +10,14 @@ from PIL import Image
 
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
+from continual_concepts.tests.quick import quick
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--base", "embedded-64"]      # the smaller base is quicker
+
+
+@pytest.fixture(autouse=True)
+def quick_commands(quick_commands):
+    """For all commands here."""
 
 
 def draw_photos_into(folder: Path) -> Path:
@@ -34,7 +40,8 @@ def learned_bank(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("learned")
     file = folder / "bank.safetensors"
     asked = ["learn", str(draw_photos_into(folder / "photos")), "--bank", str(file), "--name", "rex"]
-    assert main([*asked, "--noun", "dog", *QUICK]) == 0
+    with quick():
+        assert main([*asked, "--noun", "dog", *QUICK]) == 0
     return file
 
 

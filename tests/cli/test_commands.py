@@ -140,7 +140,7 @@ def test_a_bank_of_another_base_is_refused(bank_file, photos, capsys, tiny_backb
 
 def test_an_interrupted_command_goes_on_where_it_was(photos, tmp_path, capsys, monkeypatch):
     whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
-    arguments = ["--name", "rex", "--noun", "dog", "--steps", "4", "--batch-size", "2"]
+    arguments = ["--name", "rex", "--noun", "dog", *QUICK, "--steps", "4"]
     assert main(["learn", str(photos), "--bank", str(whole), *arguments]) == 0
     original, count = learning.learn_concept, {"steps": 0}
 
@@ -171,7 +171,8 @@ def test_a_run_that_an_early_version_interrupted_goes_on(photos, tmp_path, capsy
         raise KeyboardInterrupt
 
     file, steps = tmp_path / "bank.safetensors", []
-    command = ["learn", str(photos), "--bank", str(file), "--name", "rex", "--noun", "dog", "--steps", "3"]
+    command = ["learn", str(photos), "--bank", str(file), "--name", "rex", "--noun", "dog", "--steps", "3",
+               "--batch-size", "1", "--base", "embedded-64"]
     monkeypatch.setattr(learning, "_show", stop)
     assert main(command) == 130
     capsys.readouterr()

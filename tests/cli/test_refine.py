@@ -11,22 +11,11 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
-from continual_concepts.core.cli import learning
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
-from continual_concepts.core.sampling.settings import SampleSettings
-from continual_concepts.core.training import refinement
+from continual_concepts.tests.quick import quick
 
-QUICK = ["--steps", "2", "--batch-size", "2", "--replay", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_pictures():
-    """Replayed pictures and thumbnails take two steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refinement, "STEPS", 2)
-        patch.setattr(learning, "SampleSettings", lambda **given: SampleSettings(**given | {"steps": 2}))
-        yield
+QUICK = ["--steps", "2", "--batch-size", "2", "--replay", "2", "--base", "embedded-64"]
 
 
 def drawn(folder: Path, seed: int) -> Path:
@@ -43,8 +32,9 @@ def learned(tmp_path_factory):
     file = folder / "bank.safetensors"
     for name, seed in (("rex", 1), ("mimi", 2)):
         photos, rank = drawn(folder / name, seed), ["--set", "rank=2"] if name == "rex" else []
-        assert main(["learn", str(photos), "--bank", str(file), "--name", name, "--noun", "dog", "--method",
-                     "bound", *rank, *QUICK]) == 0
+        with quick():
+            assert main(["learn", str(photos), "--bank", str(file), "--name", name, "--noun", "dog",
+                         "--method", "bound", *rank, *QUICK]) == 0
     return file
 
 

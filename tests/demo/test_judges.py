@@ -50,7 +50,7 @@ def test_sizes_fit_the_budget(encoder, classifier):
 @pytest.mark.parametrize("unseen", [False, True])
 def test_classifier_names_kind_and_colour(classifier, unseen):
     rng, things = random.Random(20_001 + unseen), []
-    while len(things) < 400:
+    while len(things) < 200:
         thing = scenes.random_thing(rng, unseen=unseen)
         if "body" in thing.names:
             things.append(thing)
@@ -64,9 +64,9 @@ def test_classifier_names_kind_and_colour(classifier, unseen):
 def concept_ranking(features, concept: scenes.SceneConcept) -> float:
     """Whether the concept's pictures lie nearer to other pictures of it than distractors do."""
     rng = random.Random(20_003)
-    known = features(stacked(picture for picture, _ in concept.pictures(40, 20_004)))
-    again = features(stacked(picture for picture, _ in concept.pictures(40, 20_005)))
-    others = features(stacked(scenes.render(concept.distractor(rng)) for _ in range(80)))
+    known = features(stacked(picture for picture, _ in concept.pictures(24, 20_004)))
+    again = features(stacked(picture for picture, _ in concept.pictures(24, 20_005)))
+    others = features(stacked(scenes.render(concept.distractor(rng)) for _ in range(48)))
     return ranking_accuracy(known @ again.T, known @ others.T)
 
 

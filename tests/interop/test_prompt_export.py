@@ -17,6 +17,7 @@ from continual_concepts.core.cli.parser import main
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import MODES, aggregate
 from continual_concepts.core.demo.base import load_base
+from continual_concepts.core.demo.bases import FILES
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.interop.embedding import embedding_state
 from continual_concepts.core.interop.export import export_bank, export_concept
@@ -206,7 +207,7 @@ def test_a_whole_bank_is_exported_but_for_what_cannot_be(layout, make_concept, t
 
 @pytest.fixture(scope="module")
 def base():
-    return load_base()
+    return load_base(FILES["embedded-64"])
 
 
 def states(base, concept, tokens, prompts):
@@ -231,10 +232,9 @@ def test_a_refitted_copy_is_read_more_like_the_layer_copies_than_their_mean(base
 def test_refitting_is_told_in_the_notes_and_leaves_single_copies_alone(base, make_concept, tmp_path):
     layered = make_concept(base.layout, size=0.1)
     bank = ConceptBank(base.layout).add(layered).add(make_concept(base.layout, "mimi", layerwise=False))
-    done = export_concept(bank, "rex", tmp_path, ["embedding"], refit=base)
-    assert torch.equal(load_file(done.files[0])["emb_params"],
-                       refit(base, layered).tokens.vectors["clip_l"][0])
-    assert any("re-fitted" in note and f"{refit(base, layered).mean:.3f}" in note for note in done.notes)
+    done, found = export_concept(bank, "rex", tmp_path, ["embedding"], refit=base), refit(base, layered)
+    assert torch.equal(load_file(done.files[0])["emb_params"], found.tokens.vectors["clip_l"][0])
+    assert any("re-fitted" in note and f"{found.mean:.3f}" in note for note in done.notes)
     single = export_concept(bank, "mimi", tmp_path, ["embedding"], refit=base)
     assert torch.equal(load_file(single.files[0])["emb_params"],
                        bank["mimi"].tokens.vectors["clip_l"][0].float())

@@ -22,6 +22,7 @@ from continual_concepts.core.training.trainer import Trainer
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
 WITHOUT_HISTORY = {"alignment", "attention", "sparsity"}      # terms that a first task may have
+SETTINGS = {"l2dm": {"generation_steps": 2}, "mix_of_show": {"passes": 3}}      # fewer steps for pictures
 
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
@@ -30,15 +31,33 @@ def method(request):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_backbone, teach, method):
-    """Two concepts in sequence, what the callbacks saw, and the base's weights before."""
+def learn(tiny_backbone, teach, method):
+    """learn(bank, name, ...): three steps of the method."""
+    def run(bank, name="mimi", noun="cat", **more):
+        return teach(tiny_backbone, bank, name, method, SETTINGS.get(method), noun=noun, **more)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tiny_backbone, learn):
+    """Two concepts in sequence, what the callbacks saw, and copies of what was there before."""
     before = {n: p.detach().clone() for n, p in tiny_backbone.unet.named_parameters()}
     infos = {"rex": [], "mimi": []}
-    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", method,
-                  callback=infos["rex"].append)
+    first = learn(ConceptBank(tiny_backbone.layout), "rex", "dog", callback=infos["rex"].append)
     stored = tensors_of(first.concept)
-    second = teach(tiny_backbone, first.bank, "mimi", method, callback=infos["mimi"].append, noun="cat")
-    return {"first": first, "second": second, "infos": infos, "before": before, "stored": stored}
+    shared = {name: {k: t.clone() for k, t in state.items()} for name, state in first.bank.shared.items()}
+    second = learn(first.bank, callback=infos["mimi"].append)
+    return {"first": first, "second": second, "infos": infos, "before": before, "stored": stored,
+            "shared": shared}
+
+
+@pytest.fixture(scope="module")
+def again(run, learn, tmp_path_factory):
+    """The second concept, learned once more from the first one's bank, which was saved and opened."""
+    file = tmp_path_factory.mktemp("first") / "bank.safetensors"
+    save_bank(run["first"].bank, file)
+    return learn(open_bank(file))
 
 
 def tensors_of(concept):
@@ -64,7 +83,7 @@ def test_a_later_penalty_has_gradient(tiny_backbone, run, method):
     """One step away from the start, where a method may have zeros, every penalty over the history reaches the
     trainables."""
     data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear", Framing(32))
-    settings = {"lr": 1e-2, "stored": "float32"}
+    settings = {"lr": 1e-2, "stored": "float32", **SETTINGS.get(method, {})}
     task = Task("bear", "bear", tiny_backbone, run["second"].bank)
     learning = Trainer(task, make(method, settings), data, TrainingConfig(steps=2, resolution=32))
     learning.step()
@@ -96,34 +115,30 @@ def test_old_concepts_and_banks_stay_as_they_were(run):
     assert equal(tensors_of(run["second"].bank["rex"]), run["stored"])
 
 
-def test_a_task_leaves_the_state_that_it_was_given(tiny_backbone, teach, run, method):
-    given = {name: {k: t.clone() for k, t in state.items()}
-             for name, state in run["first"].bank.shared.items()}
-    teach(tiny_backbone, run["first"].bank, "mimi", method, steps=2)
-    for name, state in given.items():
+def test_a_task_leaves_the_state_that_it_was_given(run):
+    assert run["shared"].keys() == run["first"].bank.shared.keys()
+    for name, state in run["shared"].items():
         assert equal(state, dict(run["first"].bank.shared[name]))
 
 
-def test_the_seed_decides_everything(tiny_backbone, teach, run, method):
-    again = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat")
+def test_the_seed_decides_everything(learn, run, again):
     assert again.losses == run["second"].losses
     assert equal(tensors_of(again.concept), tensors_of(run["second"].concept))
-    other = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", seed=1)
+    other = learn(run["first"].bank, seed=1)
+    assert other.losses != run["second"].losses
     assert not equal(tensors_of(other.concept), tensors_of(run["second"].concept))
 
 
-def test_a_stopped_second_task_resumes_bit_for_bit(tiny_backbone, teach, run, method, tmp_path):
+def test_a_stopped_second_task_resumes_bit_for_bit(learn, run, method, tmp_path):
     def stop(info):
         if info.step == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat", callback=stop,
-              checkpoint_file=tmp_path / "c")
-    again = teach(tiny_backbone, run["first"].bank, "mimi", method, noun="cat",
-                  checkpoint_file=tmp_path / "c")
-    assert equal(tensors_of(again.concept), tensors_of(run["second"].concept))
-    shared, expected = again.bank.shared.get(method, {}), run["second"].bank.shared.get(method, {})
+        learn(run["first"].bank, callback=stop, checkpoint_file=tmp_path / "c")
+    resumed = learn(run["first"].bank, checkpoint_file=tmp_path / "c")
+    assert equal(tensors_of(resumed.concept), tensors_of(run["second"].concept))
+    shared, expected = resumed.bank.shared.get(method, {}), run["second"].bank.shared.get(method, {})
     assert equal(dict(shared), dict(expected))
 
 
@@ -157,10 +172,11 @@ def test_a_saved_bank_samples_the_same(tiny_backbone, run, tmp_path):
     assert torch.equal(first, second)
 
 
-def test_learning_goes_on_from_a_saved_bank(tiny_backbone, teach, run, method, tmp_path):
-    save_bank(run["first"].bank, tmp_path / "bank.safetensors")
-    again = teach(tiny_backbone, open_bank(tmp_path / "bank.safetensors"), "mimi", method, noun="cat")
+def test_learning_goes_on_from_a_saved_bank(run, again, method):
+    assert again.bank.names == ["rex", "mimi"]
     assert equal(tensors_of(again.concept), tensors_of(run["second"].concept))
+    shared, expected = again.bank.shared.get(method, {}), run["second"].bank.shared.get(method, {})
+    assert equal(dict(shared), dict(expected))
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"lr": -1.0}, {"stored": "int8"}, {"no_such_setting": 1}])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
+from continual_concepts.tests.quick import quick
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Outcome:
         sentences = [line for line in self.err.splitlines() if line.startswith("continual-concepts")]
         assert self.code != 0 and len(sentences) == 1, (self.code, self.err)
         return sentences[0]
+
+
+@pytest.fixture(autouse=True)
+def quick_commands(quick_commands):
+    """For all commands here."""
 
 
 @pytest.fixture
@@ -72,8 +78,9 @@ def _learned_bank(tmp_path_factory) -> Path:
     for i, (picture, _) in enumerate(scenes.CONCEPTS["rex"].pictures(3, seed=1)):
         Image.fromarray(picture).save(folder / "photos" / f"{i}.png")
     file = folder / "bank.safetensors"
-    assert main(["learn", str(folder / "photos"), "--bank", str(file), "--name", "rex", "--noun", "dog",
-                 "--steps", "2", "--batch-size", "2", "--base", "embedded-64"]) == 0
+    with quick():
+        assert main(["learn", str(folder / "photos"), "--bank", str(file), "--name", "rex", "--noun", "dog",
+                     "--steps", "2", "--batch-size", "2", "--base", "embedded-64"]) == 0
     return file
 
 

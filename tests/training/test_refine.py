@@ -14,6 +14,7 @@ from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
+from continual_concepts.core.training import refinement
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import learn
 from continual_concepts.core.training.record import MOST_CAPTIONS
@@ -61,6 +62,12 @@ def tensors_of(concept):
 def same(one, two) -> bool:
     a, b = tensors_of(one), tensors_of(two)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch):
+    """Replayed pictures take two steps of the sampler."""
+    monkeypatch.setattr(refinement, "STEPS", 2)
 
 
 @pytest.fixture(scope="module")
