@@ -15,9 +15,24 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from .images import ACCENT, GRID, INK, PAPER, QUIET, Colour, colour, fitting, font, ink_on, opened, wrapped
+from .images import (
+    ACCENT,
+    EMPTY,
+    GRID,
+    INK,
+    PAPER,
+    QUIET,
+    Colour,
+    between,
+    colour,
+    fitting,
+    font,
+    ink_on,
+    opened,
+    wrapped,
+)
 
-SIMILAR, RAW = (16, 116, 70), (92, 102, 130)      # similarity to the photos; the loss of single steps
+SIMILAR, RAW = (84, 210, 148), (140, 152, 184)      # similarity to the photos; the loss of single steps
 SIMILARITY = "similarity to the photos"
 NODE = 400      # usual width of a node in pixels, at which texts must be readable
 
@@ -123,8 +138,8 @@ def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.
         draw.text((10, y + 6), fitting(f"<{name}>", font(15), label - 16), INK, font(15))
         for i in range(sites):
             share = min(1.0, abs(float(weights[i, j])) / peak)
-            fill = tuple(int(p + (c - p) * share) for p, c in zip((238, 238, 240), colour(j), strict=True))
-            draw.rectangle([label + i * cell, y + 2, label + (i + 1) * cell - 2, y + row - 4], fill)
+            draw.rectangle([label + i * cell, y + 2, label + (i + 1) * cell - 2, y + row - 4],
+                           between(EMPTY, ACCENT, share))
         draw.text((label + cell * sites + 14, y + 6), f"{float(weights[:, j].mean()):.2f}", INK, font(15))
     return image
 
@@ -250,7 +265,7 @@ def selection_picture(selection: Selection, sites: int, title: str, share: float
     """Shows the positions of selected neurons.
 
     Rows of the picture are projections and cells are sites. Each cell has 16 bands of the weight's rows. The
-    darker a band, the more of its entries are selected.
+    brighter a band, the more of its entries are selected.
 
     Args:
         sites: Number of sites of the model.
@@ -263,8 +278,8 @@ def selection_picture(selection: Selection, sites: int, title: str, share: float
     draw = ImageDraw.Draw(image)
     draw.text((10, 8), fitting(title, font(17), width - 20), INK, font(17))
     draw.text((10, 32), f"{len(selection):,} weights, {share:.2%} of the UNet", INK, font(15))
-    draw.text((10, 56), "left to right: sites, down to up. Bands: groups of outputs, dark = selected", QUIET,
-              font(14))
+    draw.text((10, 56), "left to right: sites, down to up. Bands: groups of outputs, bright = selected",
+              QUIET, font(14))
     bands = {key: _bands(selection, key) for key in selection.indices}
     peak = max([float(band.max()) for band in bands.values()], default=1.0) or 1.0
     for j, projection in enumerate(projections):
@@ -273,7 +288,7 @@ def selection_picture(selection: Selection, sites: int, title: str, share: float
         for index in range(sites):
             if (index, projection) in bands:
                 shade = (bands[index, projection] / peak).numpy()[:, None, None]
-                pixels = (np.array([238, 238, 240]) * (1 - shade) + np.array(ACCENT) * shade).astype(np.uint8)
+                pixels = (np.array(EMPTY) * (1 - shade) + np.array(ACCENT) * shade).astype(np.uint8)
                 column = Image.fromarray(pixels).resize((cell - 3, height), Image.Resampling.NEAREST)
                 image.paste(column, (label + index * cell, y))
     return image

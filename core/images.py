@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageFont
 from torch import Tensor
 
-PAPER, INK, QUIET, GRID = (252, 252, 250), (29, 29, 36), (98, 98, 108), (226, 226, 230)
-ACCENT, ALARM, ALARM_PAPER = (44, 86, 206), (190, 40, 30), (255, 238, 235)
 Colour = tuple[int, int, int]
+# Charts and cards are dark, as ComfyUI's nodes are; on a light page they are readable, too. Inks have a
+# contrast of at least 4.5 on all papers. EMPTY is the low end of heat maps.
+PAPER, CARD_PAPER, ALARM_PAPER = (30, 31, 36), (43, 44, 51), (70, 34, 34)
+INK, QUIET, ACCENT, ALARM = (236, 236, 241), (178, 180, 192), (122, 162, 255), (255, 138, 124)
+GRID, EMPTY = (62, 63, 72), (52, 53, 61)
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Item = TypeVar("Item")
 
@@ -33,6 +36,12 @@ def colour(index: int) -> Colour:
     # hue steps of the golden ratio
     red, green, blue = colorsys.hsv_to_rgb((index * 0.61803) % 1.0, 0.65, 0.86)
     return int(255 * red), int(255 * green), int(255 * blue)
+
+
+def between(low: Colour, high: Colour, share: float) -> Colour:
+    """The colour of a heat map at a share of 0 to 1."""
+    red, green, blue = (int(a + (b - a) * share) for a, b in zip(low, high, strict=True))
+    return red, green, blue
 
 
 def ink_on(shade: Colour) -> Colour:

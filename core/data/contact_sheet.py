@@ -10,6 +10,7 @@ from ..images import (
     ACCENT,
     ALARM,
     ALARM_PAPER,
+    CARD_PAPER,
     GRID,
     INK,
     PAPER,
@@ -28,8 +29,8 @@ CARD = SIDE + 2 * PAD
 TEXT, NAME, HEADING = 12, 14, 18      # font sizes
 CHIP, CHIP_GAP = 19, 4      # height of a mark, and the space between marks
 ROWS = 8      # lines of warnings, and of files that were not used
-MASK, WHITE = (16, 122, 108), (255, 255, 255)
-SHADE = 0.8      # how much of the picture a mask's black hides
+MASK = (58, 204, 182)
+FADED, SHADE = (128, 130, 140), 0.8      # what a mask's black shows in place of the picture, and its share
 CHIPS = {"duplicate": "same", "alike": "alike", "small": "small", "blurred": "blurred", "flat": "one colour",
          "bank": "in the bank"}      # kind of warning -> its mark
 Chip = tuple[str, Colour, bool]      # text, colour, whether it is filled
@@ -66,7 +67,8 @@ def _height_of_chips(chips: Sequence[Chip]) -> int:
 def _draw_chips(draw: ImageDraw.ImageDraw, left: int, top: int, chips: Sequence[Chip]) -> None:
     for (text, shade, is_filled), (x, y, width) in zip(chips, _boxes(chips), strict=True):
         x, y = left + x, top + y
-        draw.rounded_rectangle([x, y, x + width, y + CHIP], CHIP // 2, shade if is_filled else WHITE, shade)
+        fill = shade if is_filled else CARD_PAPER
+        draw.rounded_rectangle([x, y, x + width, y + CHIP], CHIP // 2, fill, shade)
         draw.text((x + width / 2, y + CHIP / 2), text, ink_on(shade) if is_filled else shade, font(TEXT),
                   anchor="mm")
 
@@ -79,7 +81,7 @@ def _thumbnail(photo: PhotoFacts) -> Image.Image:
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     if photo.mask is None:
         return picture
-    faded = Image.blend(picture, Image.new("RGB", picture.size, WHITE), SHADE)
+    faded = Image.blend(picture, Image.new("RGB", picture.size, FADED), SHADE)
     mask = photo.mask.resize(picture.size)
     masked = Image.composite(picture, faded, mask)
     inside = mask.point(lambda level: 255 * (level > 127))
@@ -110,7 +112,7 @@ def _draw_card(image: Image.Image, draw: ImageDraw.ImageDraw, report: Report, in
     left, top, height = box
     photo = report.photos[index]
     is_red = any(index in warning.photos and warning.kind in CHIPS for warning in report.warnings)
-    draw.rectangle([left, top, left + CARD - 1, top + height - 1], ALARM_PAPER if is_red else WHITE,
+    draw.rectangle([left, top, left + CARD - 1, top + height - 1], ALARM_PAPER if is_red else CARD_PAPER,
                    ALARM if is_red else GRID)
     x, y = left + PAD, top + PAD
     draw.rectangle([x, y, x + SIDE - 1, y + SIDE - 1], GRID)

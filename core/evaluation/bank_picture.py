@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageOps
 
 from ..bank.tokens import listed
-from ..images import ALARM, ALARM_PAPER, GRID, INK, PAPER, QUIET, Colour, font, opened, wrapped
+from ..images import ALARM, ALARM_PAPER, CARD_PAPER, GRID, INK, PAPER, QUIET, Colour, font, opened, wrapped
 from .inspection import Facts, Inspection, nearest_text
 
 WIDTH, HEIGHT, GAP, PAD = 1200, 1400, 10, 10      # maximum size of a page in pixels
@@ -68,7 +68,7 @@ def _card(image: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int, 
           side: int, red: bool) -> None:
     """Draws a card; place: left, top, width, height."""
     x, y, width, height = place
-    draw.rectangle([x, y, x + width - 1, y + height - 1], ALARM_PAPER if red else (255, 255, 255),
+    draw.rectangle([x, y, x + width - 1, y + height - 1], ALARM_PAPER if red else CARD_PAPER,
                    ALARM if red else GRID, 2 if red else 1)
     x, y = x + PAD, y + PAD
     draw.rectangle([x, y, x + side - 1, y + side - 1], GRID)
@@ -76,7 +76,7 @@ def _card(image: Image.Image, draw: ImageDraw.ImageDraw, place: tuple[int, int, 
     if picture is not None:
         image.paste(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS), (x, y))
     else:
-        draw.text((x + side / 2, y + side / 2), "no thumbnail", QUIET, font(11), anchor="mm")
+        draw.text((x + side / 2, y + side / 2), "no\nthumbnail", QUIET, font(11), anchor="mm", align="center")
     x += side + PAD
     for text, size, colour in lines:
         draw.text((x, y), text, colour, font(size))

@@ -5,7 +5,20 @@ from __future__ import annotations
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..images import ACCENT, ALARM, GRID, INK, PAPER, QUIET, font, spread, to_pil
+from ..images import (
+    ACCENT,
+    ALARM,
+    EMPTY,
+    GRID,
+    INK,
+    PAPER,
+    QUIET,
+    between,
+    font,
+    ink_on,
+    spread,
+    to_pil,
+)
 from .bankcheck import BankReport
 
 SIDE, GAP, LABEL = 112, 8, 170
@@ -45,11 +58,10 @@ def _matrix(draw: ImageDraw.ImageDraw, report: BankReport, cell: int, top: int) 
         for j in range(len(report.names)):
             value = float(report.confusion[i, j])
             share = (value - low) / (high - low) if high > low else 0.5
-            fill = tuple(int(p + (c - p) * share) for p, c in zip((238, 238, 240), ACCENT, strict=True))
+            fill = between(EMPTY, ACCENT, share)
             draw.rectangle([LABEL + j * cell, y, LABEL + (j + 1) * cell - 3, y + 27], fill,
                            outline=INK if i == j else GRID)
-            draw.text((LABEL + j * cell + 6, y + 6), f"{100 * value:.1f}", PAPER if share > 0.55 else INK,
-                      font(12))
+            draw.text((LABEL + j * cell + 6, y + 6), f"{100 * value:.1f}", ink_on(fill), font(12))
 
 
 def _base(change: float | None) -> str:

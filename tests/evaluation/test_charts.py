@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from continual_concepts.core import charts, images
+from continual_concepts.core.data.contact_sheet import contact_sheet
+from continual_concepts.core.data.pictures import pair_pictures
+from continual_concepts.core.data.report import report_of
+from continual_concepts.core.evaluation.bank_picture import MANY, bank_pages
+from continual_concepts.core.evaluation.bankcheck import PHOTOS, BankReport, Reference
+from continual_concepts.core.evaluation.collisions import Collision
+from continual_concepts.core.evaluation.inspection import Facts, Inspection
+from continual_concepts.core.evaluation.sheet import sheet
 
 WHITE = (255, 255, 255)
 LOWEST = 4.5      # WCAG 2.2 for texts
 SMALLEST = 10      # pixels
 
 
-@pytest.mark.parametrize("paper", [images.PAPER, WHITE, images.ALARM_PAPER])
+@pytest.mark.parametrize("paper", [images.PAPER, images.CARD_PAPER, images.ALARM_PAPER])
 @pytest.mark.parametrize("ink", [images.INK, images.QUIET, images.ACCENT, images.ALARM, charts.SIMILAR,
                                  charts.RAW])
 def test_texts_and_lines_differ_enough_from_their_paper(ink, paper):
@@ -67,3 +77,60 @@ def test_texts_can_be_read_at_the_width_of_a_node(name, monkeypatch):
     picture = PICTURES[name]()
     assert min(sizes) * min(1.0, charts.NODE / picture.width) >= SMALLEST
     assert len(picture.getcolors(1 << 24)) > 2      # nothing is an empty panel
+
+
+def jpeg(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (shade, 200, 30)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def bank_of(count: int) -> Image.Image:
+    """Cards of a bank: two concepts that collide, one that cannot be read, one without a thumbnail."""
+    facts = [Facts(f"c{i}", f"<c{i}>", "dog", "object", "slots", "summed", 2, 5, 300, "2026-01-01", "8 slots",
+                   1, 55_000, jpeg(40 * i % 256) if i != 3 else b"", fault="damaged" if i == 2 else "")
+             for i in range(count)]
+    likeness = {"deltas": torch.rand(count, count, generator=torch.Generator().manual_seed(0)).double()}
+    return bank_pages(Inspection(tuple(facts), likeness, (Collision("c0", "c1", "photos", "why"),),
+                                 ("two concepts may be one",)))[0]
+
+
+def photos() -> Image.Image:
+    """A contact sheet: two equal photos, captions, masks."""
+    g = torch.Generator().manual_seed(0)
+    pixels = [torch.rand(3, 48, 64, generator=g) * 2 - 1 for _ in range(3)]
+    masks = [(torch.arange(64) < 32).float().expand(1, 48, 64)] * 4
+    pictures = pair_pictures([*pixels, pixels[0]], ["a dog", "", "b", ""], masks)
+    return contact_sheet(report_of(pictures).checked())
+
+
+def evaluation() -> Image.Image:
+    g = torch.Generator().manual_seed(0)
+    names = ("rex", "mimi", "tom")
+    pictures = {name: torch.rand(4, 3, 32, 32, generator=g) * 2 - 1 for name in names}
+    references = {name: Reference(tuple(pictures[name][:2]), PHOTOS) for name in names}
+    confusion = torch.tensor([[0.9, 0.5, 0.2], [0.95, 0.6, 0.3], [0.4, 0.7, 0.8]])
+    return sheet(BankReport(references, pictures, confusion, 0.01))
+
+
+CARDS = {"large cards": lambda: bank_of(4), "small cards": lambda: bank_of(MANY + 1), "photos": photos,
+         "evaluation": evaluation}
+
+
+@pytest.mark.parametrize("name", [*PICTURES, *CARDS])
+def test_every_text_differs_enough_from_what_is_below_it(name, monkeypatch):
+    """Also where it stands on a mark, on a cell of a heat map or beside a thumbnail."""
+    low, draw = [], ImageDraw.ImageDraw.text
+
+    def checked(self, place, text, fill, font, anchor=None, **more):
+        box = [round(side) for side in self.textbbox(place, text, font=font, anchor=anchor)]
+        colours = self._image.crop(box).getcolors(1 << 24)
+        below = max(colours)[1]
+        if text.strip() and images.contrast(fill, below) < LOWEST:
+            low.append((text, fill, below))
+        draw(self, place, text, fill, font, anchor, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", checked)
+    picture = (PICTURES | CARDS)[name]()
+    assert not low
+    assert max(picture.getcolors(1 << 24))[1] in (images.PAPER, images.CARD_PAPER, images.GRID)      # dark
