@@ -69,9 +69,9 @@ class ConceptEvaluate(io.ComfyNode):
             is_output_node=True,
             search_aliases=["Concept Evaluate", "image alignment", "CLIP score", "benchmark", "forgetting",
                             "compare concepts"],
-            description="Draws every concept of a bank and measures its similarity to its own photos and to "
-                        "those of the other concepts, and whether prompts without concepts still give the "
-                        "base's pictures.",
+            description="Draws every concept of a bank and measures its similarity to its own photos and "
+                        "to those of the other concepts. Also measures whether prompts without concepts "
+                        "still give the base's pictures.",
             inputs=advanced(("base_prompts", "seed", "steps", "cfg"), [
                 io.Model.Input("model", tooltip="The base, without Apply Concepts."),
                 io.Clip.Input("clip", tooltip="From the same checkpoint."),

@@ -72,8 +72,9 @@ class ConceptImport(io.ComfyNode):
                                  tooltip="The bank to add it to; not connected = a new one."),
                 io.String.Input(
                     "which", display_name="which adapter", default="", optional=True,
-                    tooltip="For a file with several adapters or embeddings: the one to import, or one of "
-                            "each with a comma. If it is empty, an error lists them."
+                    tooltip="For a file with several adapters or embeddings: the one to import. For an "
+                            "adapter and an embedding, write both with a comma between them. If it is "
+                            "empty, an error lists them."
                 ),
             ],
             outputs=[types.Bank.Output(display_name="bank"), io.String.Output(display_name="notes")],

@@ -41,11 +41,12 @@ class ConceptJudgeSettings(io.ComfyNode):
             display_name="Concept Judge Settings",
             category=types.ADVANCED,
             search_aliases=["sample prompts", "checkpoints", "best epoch", "validation"],
-            description="Keeps several states of a concept while it is learned, draws your sample prompts "
-                        "with each, and proposes the best one, for Concept Learner's judging.",
+            description="Keeps several states of a concept while it is learned. Draws your sample prompts "
+                        "with each state and proposes the best one. For Concept Learner's judging.",
             inputs=[
                 io.Int.Input("states", display_name="kept states", default=4, min=1, max=MOST_STATES,
-                             tooltip="How many states are kept, evenly spaced; the last one is the end."),
+                             tooltip="How many states are kept, at equal distances; the last one is that "
+                                     "of the last step."),
                 io.String.Input("sample_prompts", default="", multiline=True,
                                 tooltip="One prompt per line with <name> in it, such as a pose or place that "
                                         "your photos lack. Empty = a place that no caption mentions."),

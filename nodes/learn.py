@@ -69,9 +69,9 @@ class ConceptLearner(io.ComfyNode):
                     display_name=IF_KNOWN,
                     options=[KEEP, AGAIN, REFINE],
                     default=KEEP,
-                    tooltip="If the bank already holds this name: keep the concept if it was learned from "
-                            "these photos and settings (otherwise an error), or replace it, or refine it: go "
-                            "on from what it has learned, with further photos.",
+                    tooltip="What happens if the bank already holds this name. keep it: nothing is "
+                            "learned; other photos or settings are an error. learn it again: the concept "
+                            "is replaced. refine it: learning continues from it with further photos.",
                 ),
                 types.Bank.Input("bank", optional=True,
                                  tooltip="The bank to add it to; not connected = a new one."),
@@ -112,14 +112,14 @@ class ConceptLearner(io.ComfyNode):
                     display_name="draw older concepts",
                     optional=True,
                     default=False,
-                    tooltip="Draw up to eight older concepts of the bank at the end, beside their thumbnails "
-                            "from when they were learned.",
+                    tooltip="At the end, draw up to eight older concepts of the bank, each beside its "
+                            "thumbnail from when it was learned.",
                 ),
                 *preset_inputs(),
                 io.String.Input(
                     "variant_of", display_name="variant of", default="", optional=True,
-                    tooltip="Start from what this concept of the bank has learned, such as rex for a "
-                            "rex-winter. Method and its settings are then its own. Empty = begin anew.",
+                    tooltip="Start from what this concept of the bank has learned: rex for a rex-winter. "
+                            "Its method and settings are used. Empty = start from nothing.",
                 ),
                 reader_input(),
                 types.Settings.Input("judging", optional=True,

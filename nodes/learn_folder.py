@@ -72,11 +72,13 @@ class ConceptFolderLearner(io.ComfyNode):
                 io.Combo.Input(
                     "folder",
                     options=_folders() or ["put a folder of photo folders into ComfyUI's input folder"],
-                    tooltip="A folder inside ComfyUI's input folder with a folder of photos per concept, "
-                            "such as 'rex dog'. A table concepts.csv in it can say more; see the help.",
+                    tooltip="A folder inside ComfyUI's input folder. It holds a folder of photos for each "
+                            "concept, such as 'rex dog'. A table concepts.csv in it can give more details; "
+                            "see the help.",
                 ),
                 io.Combo.Input("preset", options=list(SUBJECTS), default=SUBJECTS[0],
-                               tooltip="What you teach; a table can name another preset for one. Chooses "
+                               tooltip="What you teach. A table can name another preset for a concept. "
+                                       "Chooses "
                                        "method, steps, learning rates, resolution and batch size for the "
                                        "model's family."),
                 io.Combo.Input("effort", options=list(EFFORTS), default=NORMAL,
@@ -87,9 +89,10 @@ class ConceptFolderLearner(io.ComfyNode):
                 io.Int.Input("preview_every", default=100, min=0, max=10_000,
                              tooltip="Steps between previews; 0 = no previews and no thumbnails."),
                 io.Combo.Input("if_known", display_name=IF_KNOWN, options=[KEEP, AGAIN, REFINE], default=KEEP,
-                               tooltip="If the bank already holds a name: keep the concept if it was learned "
-                                       "from these photos and settings, or replace it, or refine it with "
-                                       "further photos."),
+                               tooltip="What happens if the bank already holds a name. keep it: the "
+                                       "concept stays if it was learned from these photos and settings. "
+                                       "learn it again: it is replaced. refine it: learning continues from "
+                                       "it with further photos."),
                 io.Boolean.Input("find_subject", default=False,
                                  tooltip="Makes a mask for each photo without one: what differs from the "
                                          "photo's border."),

@@ -44,9 +44,9 @@ class ConceptNeuronSelect(io.ComfyNode):
             category=types.ADVANCED,
             is_input_list=True,
             search_aliases=["Concept Neuron Select", "CNS", "mask weights", "explain concept", "neurons"],
-            description="Finds the key and value weights that a concept depends on and that unrelated "
-                        "prompts do not. For Concept Learner (method cns); on its own it shows where in the "
-                        "model they lie.",
+            description="Finds the key and value weights on which a concept depends and unrelated prompts "
+                        "do not. Concept Learner uses them (method cns). On its own, the node shows where "
+                        "in the model they are.",
             inputs=advanced(("unit", "draws", "quorum", "seed", "calibration_prompts"), [
                 io.Model.Input("model",
                                tooltip="The checkpoint whose neurons are scored; it is not changed."),

@@ -124,8 +124,8 @@ class RegionalConceptSampler(io.ComfyNode):
                 types.Bank.Input(
                     "bank",
                     optional=True,
-                    tooltip="Concepts for scene and regions; none = those that the model carries. Concepts "
-                    "of the same names in the model are replaced.",
+                    tooltip="Concepts for scene and regions. They replace concepts of the same name in the "
+                            "model. None = those of the model.",
                 ),
                 types.Regions.Input(
                     "regions", optional=True, tooltip="From the region nodes; none = KSampler's picture."
@@ -155,14 +155,14 @@ class RegionalConceptSampler(io.ComfyNode):
                     "region's size, whose cost grows with its area.",
                 ),
                 crop_denoising_input(
-                    0.4, "Costs nothing more where regions cover the picture. 0 = off."),
+                    0.4, "Takes no extra time if regions cover the picture. 0 = off."),
                 isolation_input(),
                 io.Boolean.Input(
                     "find_regions",
                     default=False,
                     optional=True,
                     tooltip="Without regions, when the scene names several concepts: find in the first steps "
-                    "where each of them is, and keep it there. Costs nothing more.",
+                    "where each of them is, and keep it there. Takes no extra time.",
                 ),
             ]),
             outputs=[io.Latent.Output(display_name="latent"), io.Image.Output(display_name="attention")],

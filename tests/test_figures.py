@@ -48,10 +48,14 @@ def of_demo() -> Iterable[tuple[str, str]]:
 
 def of_regions() -> Iterable[tuple[str, str]]:
     quality, cost = result("regional")["quality"], result("regional")["cost"]
-    names = {"ours": "**ours** (crop denoising 0.7, isolation 1)", "feathered": "the same with soft edges",
-             "one_pass": "region attention alone", "found": "`find_regions`, no boxes",
-             "prompt": "one prompt that names all", "masked": "masked conditioning",
-             "hooks": "LoRA hooks, K evaluations a step", "couple": "Attention Couple"}
+    names = {"ours": "**ours** | 0.7 / 1 | word-bound",
+             "feathered": "ours with soft edges | 0.7 / 1 | word-bound",
+             "one_pass": "region attention alone | off | word-bound",
+             "found": "`find_regions`, no boxes | off | word-bound",
+             "prompt": "one prompt that names all | off | word-bound",
+             "masked": "masked conditioning | off | CIDM's",
+             "hooks": "LoRA hooks, K evaluations a step | off | CIDM's",
+             "couple": "Attention Couple | off | CIDM's"}
     for way, name in names.items():
         cells = [f"{100 * row['hit_rate']:.0f} / {100 * row['missing']:.0f}" for row in quality[way].values()]
         border = quality[way]["4"].get("border") or 0

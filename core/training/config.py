@@ -24,7 +24,7 @@ class TrainingConfig:
     steps: int = setting(800, "Optimiser steps. CIDM's paper uses 800.", 1, 100_000)
     batch_size: int = setting(1, "Photos per forward pass. More photos make training steadier and slower.",
                               1, 64)
-    accumulation: int = setting(1, "Forward passes per optimiser step; 1 = none are accumulated.", 1, 64)
+    accumulation: int = setting(1, "Forward passes per optimiser step; 1 = no accumulation.", 1, 64)
     resolution: int = setting(512, "Side of the training pictures in pixels.", 16, 2048, 8)
     framing: str = setting("crop", "crop fills the square; pad shows the whole photo on grey; buckets keeps "
                            "each photo's shape and never enlarges it.", choices=FRAMINGS)
@@ -51,8 +51,8 @@ class TrainingConfig:
     patience: int = setting(0, "Training stops after this many evaluations without improvement; 0 = never.",
                             0, 100)
     look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)
-    replay: int = setting(16, "When a concept is refined: pictures of it as it was before, which are drawn "
-                              "first and keep what it knew; 0 = none.", 0, 256)
+    replay: int = setting(16, "When a concept is refined: how many pictures of the old concept are drawn "
+                              "first and trained on, so that it keeps what it has learned; 0 = none.", 0, 256)
     timestep_sampling: str = setting(
         "uniform", "How timesteps are drawn: evenly, or logit-normal, which prefers the middle of the base's "
         "schedule.", choices=TIMESTEP_SAMPLINGS)
