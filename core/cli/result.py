@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from ..errors import ConceptError
+from ..training.memory import lacks_memory
 
 # A JSON value, and lines of text to print without --json. Notes of the value that are no lines go to stderr.
 Result = tuple[dict, list[str]]
@@ -54,13 +55,12 @@ def failed(program: str, sentence: str, code: int, is_json: bool) -> int:
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
+def one_sentence() -> Iterator[None]:
     """Turns a lack of memory, which PyTorch reports in several ways, into a ConceptError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        lacks_memory = any(words in str(error) for words in ("out of memory", "allocate memory"))
-        if not isinstance(error, MemoryError) and not lacks_memory:
+        if not lacks_memory(error):
             raise
         raise ConceptError("there is not enough memory for this; choose a smaller size, resolution or batch "
                            "size") from error
@@ -81,7 +81,7 @@ def run(program: str, command: Callable, options: argparse.Namespace, stopped: s
     """
     print_readably()
     try:
-        with warnings.catch_warnings(), _one_sentence():      # the first restores how warnings are shown
+        with warnings.catch_warnings(), one_sentence():      # the first restores how warnings are shown
             warnings.showwarning = _show_warning
             result = command(options)
     except ConceptError as error:

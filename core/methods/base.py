@@ -157,8 +157,7 @@ class Method(ABC):
         describes_pictures: whether it uses the task's image encoder.
         needs_words: whether it learns words and does not work with class nouns; see `check_base`.
         refinable: whether learning can go on from a stored concept, see `start_from`.
-        published_mode: the paper's aggregation mode, see conditioning.routing; "sharp" for a paper without
-            one. Benchmarks sample with it; users choose.
+        published_mode: the paper's aggregation mode, see conditioning.routing; benchmarks sample with it.
         extra_key: name of `extra_state` in checkpoints, "" for a method without one.
         steps, batches: finished optimiser steps, and batches so far in this step. The trainer counts.
     """
@@ -211,11 +210,8 @@ class Method(ABC):
         self.adapters = self.make_adapters()
 
     def start_from(self, concept: Concept) -> None:
-        """Sets the parameters to those of a stored concept of this method, after `begin`.
-
-        `finish` then returns the stored tensors, bit for bit. Raises ConceptError if the concept does not
-        fit the settings. Only for methods with `refinable`.
-        """
+        """Sets the parameters to those of a stored concept, after `begin`; only with `refinable`. `finish`
+        then returns the stored tensors, bit for bit. Raises ConceptError if it does not fit the settings."""
         assert isinstance(self.words, LearnedWords)
         self.words.load(concept.tokens)
         self.adapters.load(concept.deltas)
@@ -241,6 +237,13 @@ class Method(ABC):
     def processor(self) -> AttentionProcessor:
         """The attention processor of a training forward pass."""
         return AdapterProcessor(self.adapters)
+
+    def begin_step(self) -> None:
+        """Forgets what an unfinished step has left. Runs again if a step begins anew with less memory."""
+        self.batches = 0
+
+    def end_step(self) -> None:  # noqa: B027 - a hook: most methods need none
+        """Keeps what a step has gathered, after the optimiser's step and before `after_step`."""
 
     def on_batch(self, batch: Batch) -> Batch:
         """May extend or replace a batch (replay). What it returns is trained on, unchanged."""

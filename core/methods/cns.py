@@ -51,6 +51,7 @@ from ..neurons.scores import (
     activation_scores,
     general_neurons,
     key_value_weights,
+    removal_scores,
     weight_of,
 )
 from ..neurons.sparse import SparseAdapters
@@ -97,9 +98,10 @@ class CNSConfig(MethodConfig):
 @register("cns", CNSConfig, "a few concept neurons of the keys and values, chosen per concept and tied to "
           "what earlier ones learned")
 class CNS(Method):
-    """gradients: sums them over the steps before the selection; general, earlier: general neurons, and those
-    of earlier tasks; energy: ||M_con W||^2; earlier_change: per weight `W_t-1 - W_0` at the selected neurons
-    `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1 `[k]`, of weights where some are."""
+    """gradients: sums them over a step; sums: over the finished steps before the selection; general, earlier:
+    general neurons, and those of earlier tasks; energy: ||M_con W||^2; earlier_change: per weight
+    `W_t-1 - W_0` at the selected neurons `[k]`; overlap: whether they are neurons of earlier tasks, 0 or 1
+    `[k]`, of weights where some are."""
 
     composition = SUM
     learns_alone = True      # neurons are selected by the gradients of the pictures that a process saw
@@ -125,6 +127,7 @@ class CNS(Method):
         is_known = int(state.get(_MADE_WITH, -1)) == self.made_with
         self.general = NeuronSelection.from_tensors(state, layout, _GENERAL) if is_known else None
         self.gradients = GradientProcessor(key_value_weights(layout))
+        self.sums: dict[DeltaKey, Tensor] = {}
         if self.selection is not None:
             self._choose(self.selection)
 
@@ -152,6 +155,16 @@ class CNS(Method):
             return super().processor()
         return self.gradients if self.config.score == "gradient" else AttentionProcessor()
 
+    def begin_step(self) -> None:
+        super().begin_step()
+        self.gradients.sums = {}
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        for key, gradient in self.gradients.sums.items():
+            self.sums[key] = gradient if key not in self.sums else self.sums[key].add_(gradient)
+        self.gradients.sums = {}
+
     def on_batch(self, batch: Batch) -> Batch:
         """Selects the neurons when it is time: here and not in after_step, so that a cancel loses nothing."""
         c = self.config
@@ -171,7 +184,7 @@ class CNS(Method):
         """The concept neurons by the scores of the steps so far."""
         c, backbone = self.config, self.task.backbone
         if c.score == "gradient":
-            scores = self.gradients.scores(backbone)
+            scores = removal_scores(backbone, self.sums)
         else:
             context = encode_concept(backbone, self.task.name, self.words.group(), CONCEPT_PROMPTS)
             scores = activation_scores(backbone, context, [row[self.task.name] for row in context.words])
@@ -186,7 +199,7 @@ class CNS(Method):
     def _choose(self, selection: NeuronSelection) -> None:
         """Trains these neurons from here on."""
         self.adapters.place(selection)
-        self.is_chosen, self.gradients.sums = True, {}
+        self.is_chosen, self.sums = True, {}
         self._tie()
 
     @torch.no_grad()
@@ -243,7 +256,7 @@ class CNS(Method):
         return shared
 
     def extra_state(self) -> dict[str, Any]:
-        return {"energy": self.energy, "is_chosen": self.is_chosen, "sums": by_name(self.gradients.sums),
+        return {"energy": self.energy, "is_chosen": self.is_chosen, "sums": by_name(self.sums),
                 "general": {} if self.general is None else self.general.to_tensors()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -251,6 +264,6 @@ class CNS(Method):
         self.energy, self.is_chosen = float(state["energy"]), bool(state["is_chosen"])
         if state["general"]:
             self.general = NeuronSelection.from_tensors(state["general"], backbone.layout)
-        self.gradients.sums = by_key(state["sums"], backbone.device)
+        self.sums = by_key(state["sums"], backbone.device)
         if self.is_chosen:
             self._tie()

@@ -92,6 +92,10 @@ class EWC(Finetune):
     def processor(self) -> AttentionProcessor:
         return GradientHook(self.adapters.keys, super().processor(), self._note)
 
+    def begin_step(self) -> None:
+        super().begin_step()
+        self.pending = {}
+
     def on_batch(self, batch: Batch) -> Batch:
         self.is_own = ~batch.is_prior
         return batch

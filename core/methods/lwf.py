@@ -76,6 +76,10 @@ class LwF(Finetune):
         distance = self.teacher.distillation(seen) if self.requests else None
         return {} if distance is None else {"distil": self.config.distil * distance}
 
+    def begin_step(self) -> None:
+        super().begin_step()
+        self.asked = 0
+
     def after_step(self, step: int) -> None:
         super().after_step(step)
         self.asked = 0

@@ -72,14 +72,14 @@ class SCNS(CNS):
         super().begin(task)
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        super().after_step(step)
+    def end_step(self) -> None:
+        """Signatures and squares take the place of sums."""
         for key, gradient in self.gradients.sums.items():
             if key not in self.weights:
                 self.weights[key] = weight_of(self.task.backbone, key)
             self.signatures.setdefault(key, []).append((self.weights[key] * gradient).sum(1))
             self.squares[key] = gradient.square().sum(1) + self.squares.get(key, 0)
-        self.gradients.sums = {}      # one step's own, so that an interrupted step leaves nothing behind
+        self.gradients.sums = {}
 
     @torch.no_grad()
     def select(self) -> NeuronSelection:
@@ -107,7 +107,7 @@ class SCNS(CNS):
 
     def extra_state(self) -> dict[str, Any]:
         signatures = {key: torch.stack(steps) for key, steps in self.signatures.items()}
-        return {**super().extra_state(), "sums": {}, "signatures": by_name(signatures),
+        return {**super().extra_state(), "signatures": by_name(signatures),
                 "squares": by_name(self.squares)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:

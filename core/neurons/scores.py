@@ -11,7 +11,7 @@ every host, and no frozen weight needs a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -115,8 +115,17 @@ class GradientProcessor(GradientHook):
             self.sums[key] = product if key not in self.sums else self.sums[key].add_(product)
 
     def scores(self, backbone: Backbone) -> dict[DeltaKey, Tensor]:
-        """`S_ij = |W_ij sum dL/dW_ij|`: the first-order change of the loss if the entry is removed."""
-        return {key: (weight_of(backbone, key) * gradient).abs() for key, gradient in self.sums.items()}
+        """The scores by the gradients so far."""
+        return removal_scores(backbone, self.sums)
+
+
+def removal_scores(backbone: Backbone, gradients: Mapping[DeltaKey, Tensor]) -> dict[DeltaKey, Tensor]:
+    """`S_ij = |W_ij sum dL/dW_ij|`: the first-order change of the loss if an entry is removed.
+
+    Args:
+        gradients: Weight -> summed gradient `[a, b]`.
+    """
+    return {key: (weight_of(backbone, key) * gradient).abs() for key, gradient in gradients.items()}
 
 
 @torch.inference_mode(False)

@@ -64,6 +64,15 @@ def return_freed_memory() -> None:
         library.malloc_trim(0)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out. PyTorch has a class for that on graphics cards, and only a
+    sentence on processors and other devices."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "allocate memory"))
+
+
 @contextmanager
 def retained_between_steps(device: torch.device) -> Iterator[None]:
     """Context manager in which freed memory stays with the process. On exit all of it is returned to the

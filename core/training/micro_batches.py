@@ -13,8 +13,6 @@ from .config import TrainingConfig
 from .objective import Draw, draw
 from .process_group import ProcessGroup
 
-OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -28,9 +28,9 @@ from ..model.deltas import pack, unpack
 from . import checkpoint
 from .config import PRECISIONS, TrainingConfig
 from .early_stopping import Evaluator, has_stalled
-from .memory import retained_between_steps
+from .memory import lacks_memory, retained_between_steps
 from .memory_plan import Measures
-from .micro_batches import OUT_OF_MEMORY, MicroBatch, micro_batches
+from .micro_batches import MicroBatch, micro_batches
 from .objective import denoising_loss, predict
 from .optimizers import averaged, make_optimizer
 from .process_group import ONE_PROCESS, ProcessGroup
@@ -149,6 +149,8 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "generator": self.generator.get_state() if self._before is None else self._before,
                 "losses": list(self.losses), "scores": list(self.scores),
+                # a resumed run adds up gradients in the same order
+                **({"rows": self.measures.rows} if self.measures.rows else {}),
                 **({"kept": self._packed()} if self.kept else {})}
 
     def _packed(self) -> dict:
@@ -187,6 +189,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
         self.kept = self._unpacked(state.get("kept", {}))
+        self.measures = replace(self.measures, rows=int(state.get("rows", 0)))
         self.method.steps = len(self.losses)
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
@@ -222,11 +225,15 @@ class Trainer:
         """Makes one optimiser step. If memory runs out, it restarts the step with smaller micro-batches."""
         self._before = self.generator.get_state()
         while True:
+            self.method.begin_step()
             try:
                 with self.task.backbone.gradient_checkpointing(self.measures.checkpointing):
                     total, terms = self._gradients()
                 break
-            except OUT_OF_MEMORY as error:      # without the frames, which hold the step's tensors
+            except (MemoryError, RuntimeError) as error:
+                if not lacks_memory(error):
+                    raise
+                # without the frames, which hold the step's tensors
                 self._step_down(error.with_traceback(None))
         self.group.average_gradients(self.parameters)
         total = self.group.mean(total)
@@ -319,6 +326,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.losses.append(loss)
+        self.method.end_step()
         self.method.after_step(len(self.losses))
         self._before, self.is_updating = None, False
 

@@ -13,7 +13,6 @@ from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.methods.base import Task, make
 from continual_concepts.core.training import planning
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.micro_batches import OUT_OF_MEMORY
 from continual_concepts.core.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
@@ -105,7 +104,7 @@ def test_weights_that_stay_in_main_memory_teach_the_same(studio, learned, monkey
         self.load(with_text=False)
         lines.append(self.model.model.model_lowvram)
         if not self.model.model.model_lowvram:
-            raise OUT_OF_MEMORY("no memory")
+            raise torch.cuda.OutOfMemoryError("no memory")
         return predict(self, *args)
 
     monkeypatch.setattr(management, "load_models_gpu", partly)

@@ -103,7 +103,7 @@ def test_signatures_are_what_each_step_would_lose(tiny_backbone, banks):
     drawn, context = draw(batch, 1000, config, torch.Generator().manual_seed(0)), run.context(batch)
     denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.processor()),
                    config).backward()
-    run.method.after_step(1)
+    run.method.end_step()
     plain = GradientProcessor(key_value_weights(tiny_backbone.layout))
     denoising_loss(tiny_backbone, predict(tiny_backbone, batch, run.context(batch), drawn, plain),
                    config).backward()

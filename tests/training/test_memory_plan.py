@@ -19,7 +19,6 @@ from continual_concepts.core.training import planning
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import learn
 from continual_concepts.core.training.memory_plan import Measures, MemoryPlan, planned
-from continual_concepts.core.training.micro_batches import OUT_OF_MEMORY
 from continual_concepts.core.training.trainer import Trainer
 
 GIB = 2**30
@@ -168,7 +167,7 @@ def test_memory_that_runs_out_steps_down(tiny_backbone, training_set, monkeypatc
     def once(latents, *args):
         seen.append(len(latents))
         if len(seen) == 2:
-            raise OUT_OF_MEMORY("CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return predict(latents, *args)
 
     monkeypatch.setattr(tiny_backbone, "predict", once)
@@ -183,7 +182,7 @@ def test_memory_that_runs_out_steps_down(tiny_backbone, training_set, monkeypatc
 def test_without_a_further_measure_the_sentence_names_those_that_were_taken(tiny_backbone, training_set,
                                                                             monkeypatch):
     def never(latents, *args):
-        raise OUT_OF_MEMORY("CUDA out of memory")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(tiny_backbone, "predict", never)
     with pytest.raises(ConceptError, match="memory ran out at step 1 of concept 'spot' with 1 pictures of 32 "
@@ -199,3 +198,81 @@ def test_blocks_run_as_usual_after_measuring(tiny_backbone, training_set):
     count = len(calls)
     learned(tiny_backbone, training_set, gradient_checkpointing=True)
     assert count > 0 and len(calls) == count
+
+
+ENDS = [torch.cuda.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()]
+GATHER = [("ewc", {}), ("lwf", {}), ("l2dm", {"generation_steps": 1}), ("stamina", {}),
+          ("cns", {"selection_steps": 2}), ("scns", {"selection_steps": 2})]
+BROKEN_OFF = [*((method, settings, error) for method, settings in GATHER for error in ENDS),
+              ("slots", {}, RuntimeError("DefaultCPUAllocator: can't allocate memory"))]
+
+
+def first_and_second(teach, backbone, method, settings):
+    bank = teach(backbone, ConceptBank(backbone.layout), "rex", method, settings, steps=1).bank
+
+    def second(**more):
+        return teach(backbone, bank, "mimi", method, settings, noun="cat", steps=3, accumulation=2,
+                     checkpoint_every=0, **more)
+
+    return second
+
+
+def breaking_off(backbone, error, monkeypatch):
+    """The second backward pass of the second step ends in an error, when the first one has added up."""
+    calls, backward = [], torch.Tensor.backward
+
+    def counted(tensor, *args, **more):
+        calls.append(1)
+        if len(calls) == 4:
+            raise error
+        return backward(tensor, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "backward", counted)
+
+
+@pytest.mark.filterwarnings("ignore:memory ran out at step 2")
+@pytest.mark.parametrize(("method", "settings", "error"), BROKEN_OFF)
+def test_a_step_that_is_broken_off_leaves_nothing_behind(tiny_backbone, teach, monkeypatch, tmp_path, method,
+                                                         settings, error):
+    """A second task is as without the error, whether it steps down or is resumed: no random number is drawn
+    twice and no gradient counts twice."""
+    learn_second = first_and_second(teach, tiny_backbone, method, settings)
+    whole = learn_second()
+    breaking_off(tiny_backbone, error, monkeypatch)
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            learn_second(checkpoint_file=tmp_path / "run")
+        monkeypatch.undo()
+    again = learn_second(checkpoint_file=tmp_path / "run")
+    assert same(again, whole)
+    shared, expected = (run.bank.shared.get(method, {}) for run in (again, whole))
+    assert all(torch.equal(shared[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_resumed_run_keeps_its_micro_batches(tiny_backbone, training_set, monkeypatch, tmp_path):
+    """They add up gradients in another order, so that without them the result would differ."""
+    config = TrainingConfig(steps=4, batch_size=2, resolution=32, gradient_checkpointing=True)
+    predict, seen = tiny_backbone.predict, []
+
+    def scarce(latents, *args):
+        seen.append(len(latents))
+        if len(latents) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return predict(latents, *args)
+
+    def run(**more):
+        task = Task("spot", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout))
+        return learn(task, make("slots"), training_set, config, say=lambda line: None, **more)
+
+    def stop(info):
+        if info.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_backbone, "predict", scarce)
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint_file=tmp_path / "run", callback=stop)
+    monkeypatch.setattr(tiny_backbone, "predict", lambda latents, *args: seen.append(len(latents))
+                        or predict(latents, *args))
+    seen.clear()
+    assert same(run(checkpoint_file=tmp_path / "run"), whole) and set(seen) == {1}

@@ -20,7 +20,7 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS
 from continual_concepts.core.methods.base import Task, make
 from continual_concepts.core.training.config import TrainingConfig
-from continual_concepts.core.training.micro_batches import OUT_OF_MEMORY, micro_batches
+from continual_concepts.core.training.micro_batches import micro_batches
 from continual_concepts.core.training.process_group import ProcessGroup
 from continual_concepts.core.training.trainer import Trainer
 
@@ -50,7 +50,7 @@ def in_micro_batches(backbone, limit, monkeypatch):
     def short_of_memory(latents, *args):
         sizes.append(len(latents))
         if len(latents) > limit:
-            raise OUT_OF_MEMORY("CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return predict(latents, *args)
 
     monkeypatch.setattr(backbone, "predict", short_of_memory)
