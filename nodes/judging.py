@@ -63,11 +63,11 @@ class ConceptJudgeSettings(io.ComfyNode):
         return io.NodeOutput(asdict(judging))
 
 
-def judging_of(settings: object, encode: Encode | None, name: str) -> Judging | None:
+def judging_of(settings: object, encode: Encode | None) -> Judging | None:
     """What the input `judging` holds; None if nothing is connected.
 
     Raises:
-        ConceptError: It is no judging, a prompt does not name the concept, or nothing can compare pictures.
+        ConceptError: It is no judging, or nothing can compare pictures. Prompts are not checked yet.
     """
     if settings is None:
         return None
@@ -76,9 +76,7 @@ def judging_of(settings: object, encode: Encode | None, name: str) -> Judging | 
     if encode is None:
         raise ConceptError("judging compares pictures with the photos, and clip_vision is not connected; "
                            "connect Load CLIP Vision, or install the encoder for photos")
-    judging = Judging(**settings)
-    judging.prompts_for(name, "object", ())
-    return judging
+    return Judging(**settings)
 
 
 def judged(judging: Judging, task: Task, learned: Learned, photos: Sequence[Picture], encode: Encode,

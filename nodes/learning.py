@@ -120,7 +120,7 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
         backbone = ComfyBackbone(given["model"], given["clip"], given["vae"])
         given["encode"] = judge(given["clip_vision"], backbone.layout)
         config = _with_early_stopping(config, given)
-        given["judging"] = judging_of(given["judging"], given["encode"], name)
+        given["judging"] = judging_of(given["judging"], given["encode"])
         config.check_schedule(backbone.schedule)
         start = ConceptBank(backbone.layout) if bank is None else bank
         start.check_fits(backbone.layout)
@@ -132,6 +132,8 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
             task = replace(task, words=known.words, refined=start)
         if parent is not None:
             task = replace(task, words=default_words(name, len(parent.info.words)), parent=parent)
+        if given["judging"] is not None:
+            given["judging"].check_prompts(_info(task, method), start.infos.values())
         if name in start and given["if_known"] == KEEP:
             return _already_learned(start, _info(task, method), method, config, list(photos))
         others = [Picture(picture, prior_caption(noun), is_prior=True) for picture in prior]

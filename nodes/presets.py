@@ -18,6 +18,7 @@ from ..core.training.presets import (
     READERS,
     SUBJECTS,
     Preset,
+    check_for_others,
     for_other_programs,
     preset_for,
     shown_values,
@@ -95,9 +96,11 @@ def chosen_preset(given: dict, known: ConceptInfo | None) -> Preset | None:
 def with_preset(given: dict, chosen: Preset, known: ConceptInfo | None) -> dict:
     """The inputs with the preset's values. A refined concept keeps its method and rates."""
     own = {"method": chosen.method, **chosen.rates}
-    further = {**chosen.settings, **(given.get("method_settings") or {})}
+    settings = given.get("method_settings") or {}
     if known is not None:
-        further = given.get("method_settings") or {}
         own = {"method": known.method, "lr": 0.0, "token_lr": 0.0}
+    elif chosen.settings:
+        check_for_others(settings)
+        settings = {**chosen.settings, **settings}
     training = {name: chosen.training[name] for name in ("steps", "resolution", "batch_size")}
-    return {**given, "kind": chosen.kind, **own, **training, "method_settings": further}
+    return {**given, "kind": chosen.kind, **own, **training, "method_settings": settings}

@@ -97,14 +97,26 @@ def size_of(options: Namespace) -> int:
     return picture_size(embedded_name(options)) if is_embedded(options) else OTHER_SIZE
 
 
-def load_backbone(options: Namespace) -> ModuleBackbone:
-    """Loads `--base` onto `--device`. Raises ConceptError if the device is not available."""
+def _device(options: Namespace) -> torch.device:
     try:
         device = torch.device(own_device(options.device))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()      # fails on a device whose tensors hold no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]      # PyTorch lists all of its devices
         raise ConceptError(f"device '{options.device}' cannot be used here ({reason})") from error
+    return device
+
+
+def check_base(options: Namespace) -> None:
+    """Raises ConceptError if the folder of the base or the device cannot be used. Reads no weights."""
+    _device(options)
+    if not is_embedded(options):
+        BaseFolder(Path(options.base).expanduser())
+
+
+def load_backbone(options: Namespace) -> ModuleBackbone:
+    """Loads `--base` onto `--device`. Raises ConceptError if the device is not available."""
+    device = _device(options)
     if is_embedded(options):
         from ..demo.base import load_base
 

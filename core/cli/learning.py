@@ -36,7 +36,7 @@ from ..settings import read_settings, unusual
 from ..training import checkpoint as checkpoints
 from ..training.config import TrainingConfig
 from ..training.loop import learn as learn_concept
-from ..training.presets import FOR_OTHERS
+from ..training.presets import FOR_OTHERS, check_for_others
 from ..training.process_group import ProcessGroup, process_group
 from ..training.record import Learned, check_known, is_finished
 from ..training.refinement import (
@@ -158,9 +158,12 @@ def check_options(options: Namespace) -> None:
     if options.if_known != REFINE:      # else each concept has a method of its own
         chosen = Namespace(**{**vars(options), "method": options.method or DEFAULT})
         make(chosen.method, _method_settings(chosen))
+        if options.for_other_programs:
+            check_for_others(_method_settings(chosen))
     _training(options)
     if options.prior is not None and not options.prior.exists():
         raise ConceptError(f"the picture folder '{options.prior}' does not exist")
+    backbones.check_base(options)
 
 
 def learn(options: Namespace) -> Result | None:
@@ -178,9 +181,14 @@ def learn(options: Namespace) -> Result | None:
     judging = judging_of(options)
     usual = backbones.method_defaults(options)
     settings = _method_settings(options)
+    if options.for_other_programs:
+        check_for_others(settings)
     method = make(options.method,
                   {**usual, **settings} if start is None else settings_of(start, settings))
     training = _training(options)
+    if judging is not None:
+        judging.check_prompts(info_of(options, method), () if stored is None else stored.infos.values())
+    backbones.check_base(options)
     read = read_photos(options, training.resolution)
     photos = read.photos.pictures
     checkpoint = beside(file, f".{shortened(options.name, 100)}.checkpoint")

@@ -17,27 +17,29 @@ from ..files import check_output, write_atomically
 KEY, MARK = "Software", "continual-concepts contact sheet"      # a text in the PNG file
 
 
-def check_sheet(sheet: Path, read: Iterable[Path | None]) -> None:
-    """Checks a contact sheet before any work.
+def check_sheet(sheet: Path, read: Iterable[Path | None], what: str = "contact sheet") -> None:
+    """Checks a contact sheet, or another picture, before any work.
 
     Args:
+        sheet: Its file.
         read: The folders that photos, captions and masks are read from. A sheet in one of them would be read
             as a photo by the next run. None and single files do not count.
+        what: Description of the picture, for messages.
 
     Raises:
         ConceptError: The sheet cannot be written, is no PNG file, would replace another file, or lies in one
             of these folders.
     """
-    file = check_output(sheet, "contact sheet")
+    file = check_output(sheet, what)
     if file.suffix.lower() != ".png":
-        raise ConceptError(f"the contact sheet '{sheet}' does not end in .png; give the path of a PNG file")
+        raise ConceptError(f"the {what} '{sheet}' does not end in .png; give the path of a PNG file")
     if os.path.exists(file) and not _is_sheet(file):
-        raise ConceptError(f"the contact sheet '{sheet}' would replace a file that is no contact sheet; "
+        raise ConceptError(f"the {what} '{sheet}' would replace a file that is no {what}; "
                            "choose another path")
     place = Path(os.path.realpath(file.parent))
     for folder in read:
         if folder is not None and folder.is_dir() and place.is_relative_to(os.path.realpath(folder)):
-            raise ConceptError(f"the contact sheet '{sheet}' lies in '{folder}', where it would be taken for "
+            raise ConceptError(f"the {what} '{sheet}' lies in '{folder}', where it would be taken for "
                                "a photo; choose a path outside")
 
 

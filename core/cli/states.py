@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ def judging_of(options: Namespace) -> Judging | None:
 
     Raises:
         ConceptError: A value is wrong, an option needs `--keep-states`, or nothing can compare pictures.
+            Prompts are not checked yet.
     """
     if options.keep_states is None:
         for flag, value in (("--sample-prompt", options.sample_prompts), ("--samples", options.samples),
@@ -43,10 +45,9 @@ def judging_of(options: Namespace) -> Judging | None:
         raise ConceptError("--keep-states compares pictures with the photos; with this base it needs "
                            f"--encoder, the folder of a CLIP model, or the encoder for photos: {INSTALL}")
     if options.states_picture is not None:
-        check_sheet(options.states_picture, (options.images, options.captions, options.masks, options.prior))
-    judging = Judging(options.keep_states, tuple(options.sample_prompts), options.samples or Judging.samples)
-    judging.prompts_for(options.name, options.kind or "object", ())
-    return judging
+        check_sheet(options.states_picture, (options.images, options.captions, options.masks, options.prior),
+                    "picture of states")
+    return Judging(options.keep_states, tuple(options.sample_prompts), options.samples or Judging.samples)
 
 
 def judge_of(options: Namespace, encoder: Encoder | None) -> Encoder:
@@ -75,8 +76,8 @@ def encoder_of(options: Namespace, training: TrainingConfig) -> Encoder | None:
     """The encoder that was given. Raises ConceptError if early stopping needs one."""
     is_used = training.patience or options.keep_states or get(options.method).method.describes_pictures
     if options.encoder is not None and not is_used:
-        raise ConceptError("--encoder compares pictures with the photos for early stopping; give --patience "
-                           "and --look-every, too")
+        raise ConceptError("--encoder compares pictures with the photos for early stopping or kept states; "
+                           "give --patience and --look-every, or --keep-states, too")
     if (training.patience and options.encoder is None and not backbones.is_embedded(options)
             and not is_installed()):
         raise ConceptError(f"setting 'patience' is {training.patience}; with this base it needs --encoder, "
@@ -88,7 +89,18 @@ def encoder_of(options: Namespace, training: TrainingConfig) -> Encoder | None:
 def with_proposed(options: Namespace, judging: Judging, learned: Learned, task: Task,
                   training: TrainingConfig, photos: Sequence[Picture], encoder: Encoder | None
                   ) -> tuple[Learned, list[dict], list[str]]:
-    """What was learned with the proposed state in place of the last one; facts and lines of all states."""
+    """What was learned with the proposed state in place of the last one; facts and lines of all states. A
+    failure says how to go on, because everything is learned by now."""
+    try:
+        return _with_proposed(options, judging, learned, task, training, photos, encoder)
+    except ConceptError as error:
+        raise ConceptError(f"{error}; what was learned is kept: the same command goes on from there, and "
+                           "without --keep-states it stores the last state") from error
+
+
+def _with_proposed(options: Namespace, judging: Judging, learned: Learned, task: Task,
+                   training: TrainingConfig, photos: Sequence[Picture], encoder: Encoder | None
+                   ) -> tuple[Learned, list[dict], list[str]]:
     judge = judge_of(options, encoder)
 
     def encode(pictures: Sequence[Tensor]) -> Tensor:
@@ -107,8 +119,8 @@ def with_proposed(options: Namespace, judging: Judging, learned: Learned, task: 
     if options.states_picture is not None:
         write_picture(options.states_picture, states_picture(states))
     concept = thumbnailed(states[chosen])
-    facts = [{"step": state.step, "likeness": state.likeness, "spread": state.spread,
-              "fidelity": None if state.fidelity != state.fidelity else state.fidelity,
+    facts = [{"step": state.step, **{name: None if math.isnan(value := getattr(state, name)) else value
+                                     for name in ("likeness", "spread", "fidelity")},
               "proposed": i == chosen} for i, state in enumerate(states)]
     lines = [f"{state.describe()}{', proposed and stored' if i == chosen else ''}"
              for i, state in enumerate(states)]

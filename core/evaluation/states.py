@@ -15,7 +15,7 @@ Regression Trees, 1984, section 3.4.3, with fidelity in place of a tree's size).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
-from ..bank.concepts import Concept
+from ..bank.concepts import Concept, ConceptInfo
+from ..bank.prompts import Vocabulary
 from ..charts import thumbnails_picture
 from ..errors import ConceptError
 from ..images import thumbnail_of
@@ -66,12 +67,30 @@ class Judging:
         """The steps after which a state is kept; the last one is the end."""
         return tuple(sorted({max(1, round(total * i / self.states)) for i in range(1, self.states + 1)}))
 
-    def prompts_for(self, name: str, kind: str, captions: Sequence[str]) -> tuple[str, ...]:
-        """The prompts of a concept. Raises ConceptError for one that does not name it."""
+    def check_prompts(self, info: ConceptInfo, infos: Iterable[ConceptInfo]) -> None:
+        """Checks the prompts before anything is learned.
+
+        Args:
+            info: The concept that will be learned.
+            infos: All concepts of the bank.
+
+        Raises:
+            ConceptError: A prompt does not name the concept, names a single word of it, or one that is
+                unknown.
+        """
+        vocabulary = Vocabulary([info, *(other for other in infos if other.name != info.name)])
         for prompt in self.prompts:
-            if f"<{name}>" not in prompt:
-                raise ConceptError(f"the sample prompt {prompt!r} does not name the concept; write <{name}> "
-                                   "where it should be")
+            what = f"the sample prompt {prompt!r}"
+            if info.placeholder not in prompt:
+                raise ConceptError(f"{what} does not name the concept; write {info.placeholder} where it "
+                                   "should be")
+            parsed = vocabulary.parse(prompt.replace(info.placeholder, "it"), what)
+            if info.name in parsed.concepts:      # pictures of the class noun take the place of all words
+                raise ConceptError(f"{what} names the concept in another form, too; allowed: "
+                                   f"{info.placeholder}")
+
+    def prompts_for(self, name: str, kind: str, captions: Sequence[str]) -> tuple[str, ...]:
+        """The prompts of a concept."""
         return self.prompts or (unseen_prompt(name, kind, captions),)
 
 
@@ -90,7 +109,8 @@ class State:
     Attributes:
         step: Steps that it has learned.
         concept: What it has learned.
-        likeness, spread: Mean cosine with the photos, and its standard error over the pictures.
+        likeness, spread: Mean cosine with the photos, and its standard error over the pictures; NaN for a
+            single picture, whose error is unknown.
         fidelity: Mean prompt fidelity, see above; NaN if no prompt adds anything.
         pictures: The first picture of every prompt, `[P, 3, H, W]` in -1..1.
     """
@@ -104,17 +124,22 @@ class State:
 
     def describe(self) -> str:
         """`step 200: likeness 71.2 ± 0.8, fidelity 34.0`."""
-        text = f"step {self.step}: likeness {100 * self.likeness:.1f} ± {100 * self.spread:.1f}"
+        text = f"step {self.step}: likeness {100 * self.likeness:.1f}"
+        text = text if math.isnan(self.spread) else f"{text} ± {100 * self.spread:.1f}"
         return text if math.isnan(self.fidelity) else f"{text}, fidelity {100 * self.fidelity:.1f}"
 
 
 def proposed(states: Sequence[State]) -> int:
-    """Index of the proposed state, see the module; the earlier one if two are equal."""
-    best = max(states, key=lambda state: state.likeness)
-    near = [i for i, state in enumerate(states) if state.likeness >= best.likeness - best.spread]
-    if all(math.isnan(states[i].fidelity) for i in near):
-        return states.index(best)
-    return max(near, key=lambda i: states[i].fidelity)
+    """Index of the proposed state, see the module; the earlier one if two are equal. A state whose pictures
+    hold NaN has no likeness and is not proposed; if no state has one, the last is."""
+    judged = [i for i, state in enumerate(states) if not math.isnan(state.likeness)]
+    if not judged:
+        return len(states) - 1
+    best = max(judged, key=lambda i: states[i].likeness)
+    spread = 0.0 if math.isnan(states[best].spread) else states[best].spread
+    near = [i for i in judged if states[i].likeness >= states[best].likeness - spread
+            and not math.isnan(states[i].fidelity)]
+    return max(near, key=lambda i: states[i].fidelity) if near else best
 
 
 @dataclass(frozen=True)
@@ -168,8 +193,8 @@ def judge_states(task: Task, kept: Mapping[int, Concept], prompts: Sequence[str]
                    for own, noun in zip(features[1:], usual[1:], strict=True)]
         fidelity = float(torch.stack(changes).mean()) if changes else math.nan
         pictures = torch.stack([row[0] for row in rows])
-        states.append(State(step, concept, float(likeness.mean()), standard_error(likeness), fidelity,
-                            pictures))
+        spread = standard_error(likeness) if len(likeness) > 1 else math.nan
+        states.append(State(step, concept, float(likeness.mean()), spread, fidelity, pictures))
     return states
 
 

@@ -172,6 +172,15 @@ def for_other_programs(chosen: Preset) -> Preset:
     return replace(chosen, method=FOR_OTHERS, rates=rates, settings=OTHERS_SETTINGS)
 
 
+def check_for_others(settings: Mapping[str, Any]) -> None:
+    """Raises ConceptError for a setting of the method with which other programs would not read the result
+    without loss."""
+    for name, needed in OTHERS_SETTINGS.items():
+        if settings.get(name, needed) != needed:
+            raise ConceptError(f"setting '{name}' is {settings[name]!r}; allowed for other programs: "
+                               f"{needed!r}")
+
+
 def preset_for(subject: str, effort: str, layout: SiteLayout) -> Preset:
     """The preset for a base with this layout."""
     name = layout.embedded_base

@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.cli import states
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
+from continual_concepts.core.errors import WriteError
+from continual_concepts.core.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -44,13 +47,29 @@ def test_the_proposed_state_is_stored_and_all_are_shown(learn, tmp_path, capsys)
 @pytest.mark.parametrize(("given", "sentence"), [
     (["--sample-prompt", "<rex>"], "--sample-prompt belongs to --keep-states"),
     (["--keep-states", "2", "--sample-prompt", "a dog"], "sample prompt 'a dog' does not name the concept"),
-    (["--keep-states", "2", "--states-picture", "a.jpg"], "does not end in .png"),
+    (["--keep-states", "2", "--sample-prompt", "<rex> and <mimi>"], "names <mimi>, which the bank does not"),
+    (["--keep-states", "2", "--states-picture", "a.jpg"], "the picture of states 'a.jpg' does not end in"),
+    (["--for-other-programs", "--set", "layerwise=true"], "setting 'layerwise' is True; allowed for other"),
+    (["--device", "meta"], "device 'meta' cannot be used here"),
     (["--keep-states", "2", "--method", "cidm"], "method 'cidm' passes a state to later concepts"),
     (["--for-other-programs", "--method", "bound"], "with the method 'lora', and the method is 'bound'"),
 ])
 def test_what_cannot_be_is_one_sentence(learn, tmp_path, capsys, given, sentence):
     assert learn(*given) == 1
     assert sentence in capsys.readouterr().err and not (tmp_path / "bank.safetensors").exists()
+
+
+def test_a_failure_at_the_end_loses_nothing(learn, tmp_path, capsys, monkeypatch):
+    """The picture of the states cannot be written any more; the concept is then stored without states."""
+    def full(*_):
+        raise WriteError("cannot write 'states.png': no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(states, "write_picture", full)
+        assert learn("--keep-states", "2", "--samples", "1", "--states-picture", str(tmp_path / "s.png")) == 1
+    assert "no space left on device; what was learned is kept: the same" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "step", lambda self: pytest.fail("learned again"))
+    assert learn() == 0 and "rex" in open_bank(tmp_path / "bank.safetensors")
 
 
 def test_what_is_learned_for_other_programs_is_exported_without_loss(learn, tmp_path, capsys):

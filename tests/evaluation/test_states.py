@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.concepts import ConceptInfo
 from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
@@ -85,7 +86,8 @@ def test_every_state_is_drawn_and_scored(tiny_backbone):
     assert states_picture(states).width > 2 * 220
     plain = judge_states(task, learned.kept, ["a photo of <rex>"], [PHOTO], encode,
                          SampleSettings(steps=2, size=(32, 32)), seed=5, samples=1)
-    assert math.isnan(plain[0].fidelity) and plain[0].spread == 0 and "fidelity" not in plain[0].describe()
+    assert math.isnan(plain[0].fidelity) and math.isnan(plain[0].spread)      # of one picture it is unknown
+    assert plain[0].describe() == f"step {plain[0].step}: likeness {100 * plain[0].likeness:.1f}"
 
 
 @pytest.mark.parametrize(("rows", "best"), [
@@ -93,6 +95,9 @@ def test_every_state_is_drawn_and_scored(tiny_backbone):
     ([(0.5, 0.01, 0.9), (0.7, 0.0, 0.4)], 1),
     ([(0.5, 0.01, math.nan), (0.7, 0.3, math.nan)], 1),
     ([(0.7, 0.01, 0.5), (0.7, 0.01, 0.5)], 0),
+    ([(math.nan, math.nan, 0.9), (0.7, math.nan, 0.4), (0.6, math.nan, 0.8)], 1),
+    ([(0.7, 0.01, math.nan), (0.695, 0.01, 0.4)], 1),
+    ([(math.nan, math.nan, math.nan)] * 3, 2),
 ])
 def test_the_best_fidelity_within_one_standard_error_is_proposed(rows, best):
     states = [SimpleNamespace(likeness=a, spread=b, fidelity=c) for a, b, c in rows]
@@ -114,5 +119,16 @@ def test_the_usual_prompt_shows_what_no_caption_mentions():
 def test_wrong_values_are_named(given, sentence):
     with pytest.raises(ConceptError, match=sentence):
         Judging(**given)
-    with pytest.raises(ConceptError, match="the sample prompt 'a dog' does not name the concept; write"):
-        Judging(prompts=("a dog",)).prompts_for("rex", "object", ())
+
+
+@pytest.mark.parametrize(("prompt", "sentence"), [
+    ("a dog", "the sample prompt 'a dog' does not name the concept; write <rex> where it should be"),
+    ("<rex> and <mimi>", "the sample prompt '<rex> and <mimi>' names <mimi>, which the bank does not hold"),
+    ("<rex> and <rex-1>", "the sample prompt '<rex> and <rex-1>' names the concept in another form, too"),
+    ("<rex> and <rex:0.8>", "names the concept in another form, too; allowed: <rex>"),
+])
+def test_sample_prompts_are_checked_before_anything_is_learned(prompt, sentence):
+    info, other = (ConceptInfo(name, "dog", "slots", (f"{name}-1",)) for name in ("rex", "tom"))
+    Judging(prompts=("<rex> and <tom>",)).check_prompts(info, [other, info])
+    with pytest.raises(ConceptError, match=sentence):
+        Judging(prompts=(prompt,)).check_prompts(info, [other])
