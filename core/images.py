@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFont
 from torch import Tensor
 
+LARGEST_THUMBNAIL = 2048      # pixels of a side; our own have 256
 Colour = tuple[int, int, int]
 # Charts and cards are dark, as ComfyUI's nodes are; on a light page they are readable, too. Inks have a
 # contrast of at least 4.5 on all papers. EMPTY is the low end of heat maps.
@@ -124,10 +126,13 @@ def thumbnail_of(picture: Tensor) -> bytes:
 
 
 def opened(thumbnail: bytes) -> Image.Image | None:
-    """Opens a thumbnail; None if it is empty or unreadable, because banks are untrusted."""
+    """Opens a thumbnail; None if it is empty, unreadable or large, because banks are untrusted: half a
+    megabyte can become gigabytes of pixels."""
     try:
-        with Image.open(io.BytesIO(thumbnail), formats=("JPEG", "PNG")) as picture:
-            return picture.convert("RGB")
+        with warnings.catch_warnings():      # of large pictures, which are not read
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(thumbnail), formats=("JPEG", "PNG")) as picture:
+                return picture.convert("RGB") if max(picture.size) <= LARGEST_THUMBNAIL else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 

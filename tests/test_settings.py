@@ -66,3 +66,9 @@ def test_values_of_another_type_are_refused_with_one_sentence(owner):
         for value in NOT_OF_THE_TYPE[str(entry.type)]:
             with pytest.raises(ConceptError, match=f"setting '{entry.name}' is "):
                 CONFIGS[owner](**{entry.name: value})
+
+
+def test_a_batch_has_a_largest_size():
+    """Lists of a thousand million captions would fill the memory before PyTorch could refuse."""
+    with pytest.raises(ConceptError, match="'batch_size' is 1000000000; allowed: 1 to 4096"):
+        TrainingConfig(batch_size=10**9)

@@ -94,6 +94,9 @@ class ConceptInfo:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        for what, text in (("class noun", self.class_noun), ("method", self.method)):
+            if not isinstance(text, str):
+                raise ConceptError(f"{what} of concept '{self.name}' is {str(text)[:80]!r}; allowed: a text")
         for word in self.words:
             check_name(word, "word of a concept")
         if not 1 <= len(self.words) <= MAX_WORDS or len(set(self.words)) < len(self.words):

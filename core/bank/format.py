@@ -206,7 +206,8 @@ def _read_concept(file: _Tensors, layout: SiteLayout, i: int, info: ConceptInfo,
         concept.check_fits(layout)
         return concept
     except _DAMAGE as error:
-        raise ConceptError(f"concept '{info.name}' in '{file.path}' cannot be read: {error}") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ConceptError(f"concept '{info.name}' in '{file.path}' cannot be read: {reason}") from error
 
 
 def _placeholder_noun(record: dict) -> str:

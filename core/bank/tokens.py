@@ -22,6 +22,7 @@ MAX_WORDS = 16
 LONGEST_NOUN = 64
 # In a prompt these set weights, name embeddings and placeholders, or choose at random.
 _OF_PROMPTS = set("<>()[]{}:|\\")
+_TURNS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")      # change the direction of writing
 
 
 def typed_name(text: str) -> str:
@@ -43,7 +44,8 @@ def check_class_noun(noun: str) -> str:
     raises ConceptError if it holds a sign that has a meaning in prompts."""
     noun = check_letters(" ".join(noun.split()), "the class noun")
     # full-width signs are read as the common ones
-    odd = next((sign for sign in unicodedata.normalize("NFKC", noun) if sign in _OF_PROMPTS), "")
+    odd = next((sign for sign in unicodedata.normalize("NFKC", noun)
+                if sign in _OF_PROMPTS or unicodedata.category(sign) == "Cc" or sign in _TURNS), "")
     if odd or len(noun) > LONGEST_NOUN:
         shown = noun if len(noun) <= LONGEST_NOUN else f"{noun[:40]}..."
         reason = f"it holds {odd!r}" if odd else f"it has more than {LONGEST_NOUN} letters"

@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConceptError as error:
         print(f"continual-concepts: {error}", file=sys.stderr)
         return 1
-    from .parser import main as run  # lazy: old packages may fail when they are imported
-
+    try:
+        from .parser import main as run  # lazy: old packages may fail when they are imported
+    except KeyboardInterrupt:      # importing takes seconds
+        print("continual-concepts: stopped before anything was done", file=sys.stderr)
+        return 130
     return run(arguments)

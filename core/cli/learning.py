@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -51,7 +50,7 @@ from ..training.refinement import (
 from ..training.trainer import StepInfo
 from . import backbones
 from .photos import info_of, read_photos
-from .result import Result, say
+from .result import Result, complain, say
 from .sheets import check_sheet, write_sheet
 from .states import encoder_of, judging_of, previews_of, with_proposed
 
@@ -138,7 +137,7 @@ def _unchanged(options: Namespace, stored: ConceptBank, why: str) -> Result:
 
 def _warn(sentences: Iterable[str]) -> None:
     for sentence in sentences:
-        print(f"warning: {sentence}", file=sys.stderr)
+        complain(f"warning: {sentence}")
 
 
 def _checked_bank(options: Namespace) -> tuple[Path, ConceptBank | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from argparse import Namespace
 
 from ..bank.format import open_bank
@@ -13,7 +12,7 @@ from ..evaluation.inspection import lines as inspection_lines
 from ..evaluation.photo_encoder import photo_encode
 from ..training.folders import TABLE, Planned, check_parents, headline, passed_over, plan, reasons
 from .learning import check_options, learn
-from .result import Result, say
+from .result import Result, complain, one_sentence, say
 from .sheets import check_sheet
 
 
@@ -43,8 +42,9 @@ def _check(options: Namespace, found: list[Planned]) -> None:
 
 def _sentence(failed: dict[str, list[str]], count: int) -> str:
     """What was not learned. failed: message -> names."""
-    return (f"{sum(map(len, failed.values()))} of {count} concepts were not learned; the bank holds the "
-            f"others, and the same command tries again: {'; '.join(reasons(failed))}")
+    lost = sum(map(len, failed.values()))
+    kept = "the bank holds the others, and the same command" if lost < count else "the same command"
+    return f"{lost} of {count} concepts were not learned; {kept} tries again: {'; '.join(reasons(failed))}"
 
 
 def _report(options: Namespace, facts: list[dict]) -> list[str]:
@@ -70,12 +70,13 @@ def learn_all(options: Namespace) -> Result:
     skipped = [] if has_table else passed_over(options.folder)
     _check(options, found)
     for file in skipped:
-        print(f"warning: '{file.name}' is not used: {file.reason}", file=sys.stderr)
+        complain(f"warning: '{file.name}' is not used: {file.reason}")
     for number, planned in enumerate(found, start=1):
         if not options.json:
             say(f"{number} of {len(found)}: <{planned.name}>, {planned.noun}, from '{planned.folder}'")
         try:
-            result = learn(_options(planned, options))
+            with one_sentence():
+                result = learn(_options(planned, options))
         except ConceptError as error:
             failed.setdefault(str(error), []).append(planned.name)
             if not options.json:

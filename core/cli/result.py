@@ -17,9 +17,29 @@ from ..training.memory import lacks_memory
 Result = tuple[dict, list[str]]
 
 
+# Signs that move the cursor, change colours or turn the direction of writing. Banks of others may hold them.
+_HIDDEN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+_HIDDEN |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def printable(text: str) -> str:
+    """A text for a terminal, with signs that would change more than their place as escapes."""
+    return text.translate(_HIDDEN)
+
+
+def _one_line(text: str) -> str:
+    """A line of a result. A break inside it would look like a line of its own."""
+    return text.replace("\n", "\\n")
+
+
+def complain(text: str) -> None:
+    """Prints to stderr."""
+    print(printable(text), file=sys.stderr)
+
+
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Prints a warning as one sentence, without the line of code that gave it."""
-    print(f"warning: {message}", file=sys.stderr)
+    complain(f"warning: {message}")
 
 
 def print_readably() -> None:
@@ -36,7 +56,7 @@ def say(text: str) -> bool:
         Whether the text was printed; if not, stderr says why.
     """
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except OSError as error:
         # Python writes the rest of the buffer when it ends, and would fail again
         with suppress(OSError), open(os.devnull, "w") as nowhere:
@@ -48,7 +68,7 @@ def say(text: str) -> bool:
 
 def failed(program: str, sentence: str, code: int, is_json: bool) -> int:
     """Reports a failed command on stderr, and as `{"error": sentence}` on stdout with --json."""
-    print(f"{program}: {sentence}", file=sys.stderr)
+    complain(f"{program}: {sentence}")
     if is_json:
         say(json.dumps({"error": sentence}))
     return code
@@ -94,5 +114,5 @@ def run(program: str, command: Callable, options: argparse.Namespace, stopped: s
     if not options.json:
         for note in facts.get("notes", ()):
             if note not in lines:
-                print(f"{program}: note: {note}", file=sys.stderr)
-    return 0 if say(json.dumps(facts, indent=1) if options.json else "\n".join(lines)) else 1
+                complain(f"{program}: note: {note}")
+    return 0 if say(json.dumps(facts, indent=1) if options.json else "\n".join(map(_one_line, lines))) else 1

@@ -6,6 +6,8 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ..bank.bank import ConceptBank
 from ..bank.format import open_bank
 from ..bank.hints import notes_on
@@ -72,6 +74,8 @@ def sample(options: Namespace) -> Result:
     vocabulary = NO_CONCEPTS if stored is None else stored.vocabulary
     prompts = vocabulary.parse_all([options.prompt, options.negative, *(region.prompt for region in regions)])
     notes = [*notes_on(vocabulary, prompts), *([OLD_ORDER] if options.region else [])]
+    if options.attention_guidance and (regions or options.find_regions):
+        notes.append("--attention-guidance has no effect on pictures with regions")
     side = options.size or backbones.size_of(options)
     cfg = options.cfg if options.cfg is not None else backbones.guidance_of(options)
     noise = NoiseSettings(options.region_noise, options.alpha, options.outside, options.noise_area,
@@ -88,6 +92,9 @@ def sample(options: Namespace) -> Result:
         pictures = sample_found(backbone, bank, options.prompt, seeds, settings)
     else:
         pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
+    broken = [seed for seed, tensor in zip(seeds, pictures, strict=True) if not torch.isfinite(tensor).all()]
+    notes += [f"the picture of seed {seed} holds NaN or infinite numbers; lower --cfg or --strength"
+              for seed in broken]
     files = [write_new(options.output / f"sample_{seed:05d}.png", partial(to_pil(tensor).save, format="PNG"))
              for seed, tensor in zip(seeds, pictures, strict=True)]
     facts = {"prompt": options.prompt, "files": [str(file) for file in files], "notes": notes}

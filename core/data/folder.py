@@ -150,7 +150,8 @@ class _Reader:
             found = Path(given).expanduser()
             is_table = what == "caption" and found.is_file() and found.suffix.lower() in TABLES
             if not found.is_dir() and not is_table:
-                raise ConceptError(f"the {what} folder '{found}' does not exist")
+                problem = "is not a folder" if found.exists() else "does not exist"
+                raise ConceptError(f"the {what} folder '{found}' {problem}")
         if found is not None and found.is_dir():
             self.side_folders.append(found)
         return found

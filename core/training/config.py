@@ -9,12 +9,13 @@ import torch
 from ..data.framing import FRAMINGS
 from ..errors import ConceptError
 from ..model.schedule import Schedule
-from ..settings import SEED, at_least, check, one_of, require, setting
+from ..settings import SEED, at_least, between, check, one_of, require, setting
 from .optimizers import OPTIMIZERS, allowed_optimizers, check_with_schedule, optimizer_class
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
 LR_SCHEDULES = ("constant", "linear", "cosine")
+MOST_PHOTOS = 4096      # of a batch; the lists of a much larger one would fill the memory of any machine
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         positive = dict.fromkeys(("steps", "batch_size", "accumulation", "resolution"), at_least(1))
+        positive["batch_size"] = between(1, MOST_PHOTOS)
         others = dict.fromkeys(("weight_decay", "warmup", "max_grad_norm", "min_snr_gamma", "noise_offset",
                                 "prior_weight", "checkpoint_every", "patience", "look_every", "replay"),
                                at_least(0))

@@ -115,7 +115,8 @@ def plan(folder: Path, table: Path | None = None, is_confined: bool = False) -> 
             twice.
     """
     if not folder.is_dir():
-        raise ConceptError(f"the folder '{folder}' does not exist")
+        problem = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise ConceptError(f"the folder '{folder}' {problem}")
     # a link that leads nowhere is a table, too, and an error
     table = table or (folder / TABLE if os.path.lexists(folder / TABLE) else None)
     found = _of_names(folder) if table is None else _of_table(folder, table, is_confined)
@@ -123,7 +124,7 @@ def plan(folder: Path, table: Path | None = None, is_confined: bool = False) -> 
         raise ConceptError(f"'{table or folder}' names no folder with pictures; needed is a folder of photos "
                            "per concept")
     for planned in found:
-        check_name(planned.name)
+        check_name(planned.name, f"folder '{planned.folder.name}': concept name")
         check_class_noun(planned.noun)
         if planned.kind not in ("", *KINDS):
             raise ConceptError(f"kind of concept '{planned.name}' is '{planned.kind}'; allowed: "

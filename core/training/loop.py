@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -68,7 +67,6 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
     if checkpoint_file is not None and group.is_first:
         check_output(checkpoint_file, "checkpoint")
     trainer = Trainer(task, method, data, config, group, keep, say or warnings.warn)
-    began = time.perf_counter()
     if checkpoint_file is not None and Path(checkpoint_file).exists():
         trainer.restore(checkpoint_file)
     group.wait()      # all have read the checkpoint before the first process overwrites it
@@ -94,10 +92,9 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         raise
     if checkpoint_file is not None:
         _save(checkpoint_file, trainer)
-    seconds = time.perf_counter() - began
     with averaged(trainer.optimizer):
-        return conclude(trainer.task, method, data, config, trainer.losses, seconds, thumbnail,
-                        trainer.kept)
+        return conclude(trainer.task, method, data, config, trainer.losses, trainer.seconds,
+                        thumbnail, trainer.kept)
 
 
 def _save(file: Path, trainer: Trainer) -> None:

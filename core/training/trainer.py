@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -111,6 +112,7 @@ class Trainer:
             raise ConceptError(f"no caption of concept '{task.name}' names it; write <{task.name}> where it "
                                "is in the picture, or give no captions")
         self.memory = TextMemory()
+        self.earlier, self.began = 0.0, time.perf_counter()      # seconds of a run before it was resumed
         self.losses: list[float] = []
         self.scores: list[float] = []      # of the evaluations so far
         self.keep, self.kept = frozenset(keep), dict[int, Concept]()      # steps; step -> state
@@ -141,6 +143,11 @@ class Trainer:
         self.measures = measures
         self.task.backbone.make_room(size, measures.offloads)
 
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, with all of its parts."""
+        return self.earlier + time.perf_counter() - self.began
+
     def state(self) -> dict:
         """The content of a checkpoint."""
         return {"identity": self.identity(), "modules": dict(self.method.state_dict()),
@@ -149,6 +156,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "generator": self.generator.get_state() if self._before is None else self._before,
                 "losses": list(self.losses), "scores": list(self.scores),
+                "seconds": self.seconds,
                 # a resumed run adds up gradients in the same order
                 **({"rows": self.measures.rows} if self.measures.rows else {}),
                 **({"kept": self._packed()} if self.kept else {})}
@@ -188,7 +196,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
-        self.kept = self._unpacked(state.get("kept", {}))
+        self.kept, self.earlier = self._unpacked(state.get("kept", {})), float(state.get("seconds", 0.0))
         self.measures = replace(self.measures, rows=int(state.get("rows", 0)))
         self.method.steps = len(self.losses)
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]

@@ -229,3 +229,16 @@ def test_a_foreign_stand_in_is_refused(path, value):
     save_file(tensors, str(path), {METADATA_KEY: json.dumps(header)})
     with pytest.raises(ConceptError, match="placeholder noun is"):
         open_bank(path)["rex"]
+
+
+@pytest.mark.parametrize("value", [None, 5, ["dog"], {}])
+@pytest.mark.parametrize("field", ["class_noun", "method"])
+def test_what_is_no_text_is_refused_when_the_bank_is_opened(path, field, value):
+    with safe_open(str(path), framework="pt") as file:
+        tensors, header = {key: file.get_tensor(key)
+                           for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
+    header["concepts"][0]["info"][field] = value
+    save_file(tensors, str(path), {METADATA_KEY: json.dumps(header)})
+    what = field.replace("_", " ")
+    with pytest.raises(ConceptError, match=f"{what} of concept 'rex' is .*; allowed: a text"):
+        open_bank(path)

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from continual_concepts.core.bank.concepts import ConceptInfo
-from continual_concepts.core.bank.tokens import MAX_WORDS, TokenGroup, check_name, initial_vectors, typed_name
+from continual_concepts.core.bank.tokens import (
+    MAX_WORDS,
+    TokenGroup,
+    check_class_noun,
+    check_name,
+    initial_vectors,
+    typed_name,
+)
 from continual_concepts.core.errors import ConceptError
 
 
@@ -94,3 +101,10 @@ def test_renaming_renames_the_words_that_bear_the_name(layout, make_concept):
     renamed = concept.renamed("zed")
     assert renamed.info.words == renamed.tokens.words == ("zed-1", "apple")
     assert renamed.info.placeholder == "<zed>"
+
+
+@pytest.mark.parametrize("sign", ["\x1b", "\x00", "\u202e", "\u2066", "<"])
+def test_a_class_noun_is_a_plain_word(sign):
+    assert check_class_noun(" teddy \n bear ") == "teddy bear" and check_class_noun("سگ\u200cها")
+    with pytest.raises(ConceptError, match="is not allowed, because it holds"):
+        check_class_noun(f"do{sign}g")

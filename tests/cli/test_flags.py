@@ -8,6 +8,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import backbones, sampling
@@ -146,3 +147,13 @@ def test_settings_of_regions_reach_the_sampler(tmp_path, monkeypatch, tiny_backb
     noise = settings.noise
     assert (noise.is_on, noise.alpha, noise.outside, noise.area, noise.crop_denoising) == (
         True, 0.3, "literal", "crop", 0.2)
+
+
+def test_what_has_no_effect_and_pictures_of_nan_are_told(tmp_path, monkeypatch, tiny_backbone, capsys):
+    monkeypatch.setattr(backbones, "load_backbone", lambda options: tiny_backbone)
+    monkeypatch.setattr(sampling, "sample_regions", lambda *_: torch.full((2, 3, 8, 8), torch.nan))
+    assert main(["sample", "a dog", "--base", "embedded", "--size", "64", "--output", str(tmp_path),
+                 "--count", "2", "--attention-guidance", "1", "--box", "0,0,1,1:a dog"]) == 0
+    shown = capsys.readouterr().err
+    assert "note: --attention-guidance has no effect on pictures with regions" in shown
+    assert "note: the picture of seed 1 holds NaN or infinite numbers; lower --cfg or --strength" in shown

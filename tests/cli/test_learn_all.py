@@ -48,7 +48,7 @@ def test_a_table_says_more(cast):
     ("folder,noun\nrex dog,dog", "needs the columns folder and name"),
     ("folder,name,noun\nnowhere,rex,dog", "names 'nowhere', which does not exist"),
     ("folder,name,noun\n,rex,dog", "names no folder for 'rex'"),
-    ("folder,name,noun\nrex dog,a/b,dog", "concept name 'a/b' is not allowed"),
+    ("folder,name,noun\nrex dog,a/b,dog", "folder 'rex dog': concept name 'a/b' is not allowed"),
     ("folder,name,noun\nrex dog,rex,<dog>", "class noun '<dog>' is not allowed"),
     ("folder,name,noun,kind\nrex dog,rex,dog,animal", "kind of concept 'rex' is 'animal'; allowed: object"),
     ("folder,name\nrex dog,rex", "concept 'rex' has no class noun; name its folder 'rex dog'"),
@@ -65,6 +65,25 @@ def test_faults_are_named_before_any_work(cast, tmp_path, capsys, table, sentenc
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ConceptError, match="none' does not exist"):
         learning_all.plan(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConceptError, match="file' is not a folder"):
+        learning_all.plan(tmp_path / "file")
+
+
+def test_memory_that_runs_out_for_one_does_not_stop_the_others(cast, tmp_path, capsys, monkeypatch):
+    learn, asked = learning_all.learn, []
+
+    def scarce(options):
+        asked.append(options.name)
+        if options.name == "mimi":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return learn(options)
+
+    monkeypatch.setattr(learning_all, "learn", scarce)
+    bank = tmp_path / "bank.safetensors"
+    assert main(["learn-all", str(cast), "--bank", str(bank), *QUICK]) == 1
+    assert "1 of 3 concepts were not learned; the bank holds the others" in capsys.readouterr().err
+    assert len(asked) == 3 and sorted(open_bank(bank).names) == ["chalk", "rex"]
 
 
 def test_all_are_learned_and_the_same_command_goes_on(cast, tmp_path, capsys):

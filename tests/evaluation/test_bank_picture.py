@@ -15,7 +15,7 @@ from continual_concepts.core.evaluation import bank_picture
 from continual_concepts.core.evaluation.bank_picture import HEIGHT, MANY, PAGES, WIDTH, bank_pages, wrapped
 from continual_concepts.core.evaluation.collisions import Collision
 from continual_concepts.core.evaluation.inspection import Facts, Inspection
-from continual_concepts.core.images import font
+from continual_concepts.core.images import LARGEST_THUMBNAIL, font, opened
 
 LONG = "W" * 64
 
@@ -145,3 +145,16 @@ def test_a_card_shows_the_licence_and_the_heading_the_base(drawn):
     bank_pages(replace(inspection([licensed, facts("mimi")]), made_on="SD1.5"))
     texts = [what for what, _ in drawn[0]]
     assert texts.count("licence CC BY 4.0, by Ann") == 1 and texts.count("made on SD1.5") == 1
+
+
+def test_a_small_file_with_many_pixels_is_no_thumbnail(monkeypatch):
+    """Pixels of a large picture are not even read."""
+    def png(side):
+        buffer = io.BytesIO()
+        Image.new("1", (side, side)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    assert opened(png(LARGEST_THUMBNAIL)).mode == "RGB"
+    huge = png(10_000)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("read"))
+    assert len(huge) < 20_000 and opened(huge) is None and opened(b"<svg>") is None
