@@ -123,7 +123,7 @@ def learned(backbone: DiffusersBackbone, method: str, steps: int, seed: int, fil
             data = prepare(backbone, photos, name, noun,
                            Framing(config.resolution, config.framing, config.flip))
             task = Task(name, noun, backbone, bank, kind, generator=torch.Generator().manual_seed(seed))
-            given = embedded.settings_of(method, backbone.fingerprint)
+            given = embedded.settings_of_kind(method, backbone.fingerprint, kind)
             bank = learn(task, make(method, given), data, config).bank
         file.parent.mkdir(parents=True, exist_ok=True)
         save_bank(bank, file)

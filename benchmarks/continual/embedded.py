@@ -17,7 +17,7 @@ from .concepts import concepts
 from .judges import ENCODER, TEMPLATE, EncoderJudge
 from .prompt_suite import Benchmark, PromptSuite, groups_and_pairs, unrelated_prompts
 from .real_pictures import side_by_side
-from .runs import BASE
+from .runs import BASE, settings_for
 from .template_judge import TemplateJudge
 
 STEPS = 200
@@ -45,8 +45,16 @@ def usual_settings(method: str) -> dict:
 
 
 def settings_of(method: str, fingerprint: str = "") -> dict:
-    """A method's settings: those chosen by tuning on the base with this fingerprint, where there are some."""
+    """A method's settings: those chosen by tuning on the base with this fingerprint, where there are some.
+
+    They can hold `runs.STYLE_RATE`, which is no setting of a method; see `settings_of_kind`.
+    """
     return {**usual_settings(method), **tuned.chosen_settings(method, fingerprint)}
+
+
+def settings_of_kind(method: str, fingerprint: str, kind: str) -> dict:
+    """`settings_of` for a concept of this kind, as the method takes them."""
+    return settings_for(settings_of(method, fingerprint), kind)
 
 
 def suite_of(backbone: DiffusersBackbone, sequence: Sequence[SceneConcept]) -> PromptSuite:

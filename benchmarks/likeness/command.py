@@ -43,7 +43,7 @@ def _learners(options: Namespace, backbone, subject: Subject
               ) -> Iterator[tuple[str, Callable[[int], list[Point]]]]:
     """Name of a trainer with its rate, and what returns its curve for a seed."""
     for method in (DEFAULT, CONTROL):
-        settings = embedded.settings_of(method, backbone.fingerprint)
+        settings = embedded.settings_of_kind(method, backbone.fingerprint, subject.task.kind)
         yield f"{method}", lambda seed, method=method, settings=settings: ours(
             backbone, subject, method, settings, MARKS[-1], seed, MARKS)
     if find_spec("peft"):

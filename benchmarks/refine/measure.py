@@ -69,7 +69,7 @@ def _learned(run: Refinement, photos: Sequence[Picture], start: ConceptBank | No
         steps: Of this learning; None = those of the run.
     """
     backbone, concept = run.backbone, run.concept
-    given = embedded.settings_of(run.method, backbone.fingerprint)
+    given = embedded.settings_of_kind(run.method, backbone.fingerprint, concept.kind)
     config = embedded.training(steps or run.steps, run.seed, backbone.picture_size)
     config = replace(config, flip=False, replay=replay)
     task = Task(concept.name, concept.class_noun, backbone, ConceptBank(backbone.layout), concept.kind,

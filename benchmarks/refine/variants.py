@@ -61,7 +61,7 @@ def _learned(backbone: Backbone, bank: ConceptBank, concept: SceneConcept, photo
              parent: str = "") -> ConceptBank:
     task = Task(concept.name, concept.class_noun, backbone, bank,
                 generator=torch.Generator().manual_seed(seed))
-    given = embedded.settings_of(DEFAULT, backbone.fingerprint)
+    given = embedded.settings_of_kind(DEFAULT, backbone.fingerprint, concept.kind)
     if parent:
         start = check_variant(bank, parent, concept.name)
         given = settings_of(start.info, {})

@@ -172,6 +172,15 @@ def test_the_benchmark_reads_what_was_chosen(file):
         assert tuned.chosen_steps(method, base) is None
 
 
+def test_the_rate_of_styles_reaches_methods_as_rates(file):
+    content = json.loads(file.read_text())
+    content["methods"]["bound"]["chosen"]["style_rate"] = 4.0
+    file.write_text(json.dumps(content))
+    tuned._read.cache_clear()
+    of = {kind: embedded.settings_of_kind("bound", "abc", kind) for kind in ("object", "style")}
+    assert of == {"object": {"lr": 0.001, "token_lr": 0.01}, "style": {"lr": 0.004, "token_lr": 0.04}}
+
+
 def test_without_a_file_the_usual_settings_stand(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "FILE", tmp_path / "none.json")
     assert embedded.settings_of("bound", "abc") == embedded.RATES and tuned.trials("bound", "abc") == 0
