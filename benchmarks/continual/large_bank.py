@@ -58,7 +58,8 @@ def _task(backbone: DiffusersBackbone, name: str, bank: ConceptBank, method: str
     data = prepare(backbone, pictures, name, concept.class_noun,
                    Framing(config.resolution, config.framing, config.flip))
     task = Task(name, concept.class_noun, backbone, bank, concept.kind)
-    return task, make(method, embedded.settings_of_kind(method, backbone.fingerprint, concept.kind)), data, config
+    settings = embedded.settings_of_kind(method, backbone.fingerprint, concept.kind)
+    return task, make(method, settings), data, config
 
 
 def _clock(run: Callable[[], object]) -> float:
