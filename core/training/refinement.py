@@ -14,7 +14,8 @@ the captions; here there is one concept only.
 What is drawn: the captions of the old photos, which the concept's record holds. Where ordinary prompts are
 drawn instead, the old look is also replayed in places that the new photos show, and little is learned there.
 
-Both halves of a batch have the same weight: errors of both are measured against predictions of the same size.
+Replayed pictures count REPLAY_WEIGHT times as much as new photos. With the same weight, styles lose 3 % of
+their likeness to the old photos, and nothing is gained for the new ones.
 A step costs a second forward and backward pass for the drawn pictures, and one forward pass of the concept as
 it was.
 
@@ -50,6 +51,7 @@ PROMPTS = {
     "style": ("{}", "{} of a dog", "{} of a cat", "{} of a car", "{} of a fish", "{} of a robot"),
 }
 STEPS, AT_ONCE = 25, 4      # of the sampler; pictures per batch of it
+REPLAY_WEIGHT = 2.0      # of replayed pictures, times the training's `prior_weight`
 
 
 def refinable_methods() -> list[str]:
@@ -179,6 +181,11 @@ def with_replay(task: Task, pictures: Sequence[Picture], config: TrainingConfig,
     replayed = [Picture(pixels, prompt.text, is_prior=True)
                 for pixels, prompt in zip(drawn, prompts, strict=True)]
     return [*pictures, *replayed]
+
+
+def prior_weight(task: Task, config: TrainingConfig) -> float:
+    """Loss weight of the prior pictures of a task, among them replayed ones."""
+    return config.prior_weight * (1.0 if task.refined is None else REPLAY_WEIGHT)
 
 
 def check_start(task: Task, method: Method) -> None:

@@ -23,6 +23,7 @@ from continual_concepts.core.training.refinement import (
     check_refinable,
     check_start,
     knows_all,
+    prior_weight,
     replay_prompts,
     settings_of,
     with_replay,
@@ -302,6 +303,19 @@ def test_no_pictures_are_replayed_where_none_are_asked_for_or_nothing_is_refined
     assert not start(tiny_backbone, learned(), prior_weight=0.0)[2].is_prior.any()
     new = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout))
     assert len(with_replay(new, photos(1), TrainingConfig(resolution=32), 2.0)) == 3
+
+
+def test_replayed_pictures_count_twice(tiny_backbone, learned, monkeypatch):
+    task, method, data, config = start(tiny_backbone, learned(), prior_weight=0.5)
+    weights, draw = [], type(data).draw
+
+    def recorded(self, size, weight, generator):
+        weights.append(weight)
+        return draw(self, size, weight, generator)
+
+    monkeypatch.setattr(type(data), "draw", recorded)
+    Trainer(task, method, data, config).step()
+    assert weights[-1] == 1.0 and prior_weight(replace(task, refined=None), config) == 0.5
 
 
 @pytest.mark.parametrize("method, training", [
