@@ -184,6 +184,10 @@ def learn(options: Namespace) -> Result | None:
         check_for_others(settings)
     method = make(options.method,
                   {**usual, **settings} if start is None else settings_of(start, settings))
+    words = len(options.words or ()) or method.words_of_kind(options.kind)
+    if not options.noun and words > 1:
+        raise ConceptError(f"class noun of concept '{options.name}' is empty; give with --noun an ordinary "
+                           "word for it, such as dog or painting, from which learning starts")
     training = _training(options)
     if judging is not None:
         judging.check_prompts(info_of(options, method), () if stored is None else stored.infos.values())

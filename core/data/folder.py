@@ -225,7 +225,7 @@ class _Reader:
         elif self.templates and not text:
             learned_text = template_of(self.templates, number)
         if learned_text != text:
-            notes.append(f"learned as '{learned_text}'")
+            notes.append(f"learned as '{learned_text.replace('{}', '<name>')}'")
         digest, quality = photo_digest(levels), measure(levels, self.resolution)
         facts = PhotoFacts(path.name, width, height, digest, quality, text,
                            self._named(caption.file) if caption is not None and text else "",

@@ -167,5 +167,5 @@ def check_not_only_slots(concepts: Sequence[Concept]) -> None:
     """Raises ConceptError if all concepts have slots and nothing else, so that a LoRA file would be empty."""
     if concepts and all(concept.slots and not projected(concept.deltas) for concept in concepts):
         raise ConceptError(f"concept '{concepts[0].name}' was learned as slots, which no other program "
-                           "reads; for a LoRA file learn it with the method lora; allowed: the format "
-                           "'embedding'")
+                           "reads; for a LoRA file learn it with the method lora (--for-other-programs, or "
+                           "'readable by' in Concept Learner); allowed: the format 'embedding'")

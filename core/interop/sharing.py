@@ -94,5 +94,5 @@ def _notes(concept: Concept, count: int) -> list[str]:
     return [*([f"method {info.method} adds up all concepts of a bank; alone, <{concept.name}> may look "
                "different"] if is_sum and count > 1 else []),
             *(["there is no thumbnail"] if not concept.thumbnail else []),
-            *([f"the file holds {captions} different captions of the photos, which others can read"]
-              if captions else [])]
+            *([f"the file holds {'a caption' if captions == 1 else f'{captions} different captions'} of the "
+               "photos, which others can read"] if captions else [])]

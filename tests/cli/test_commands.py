@@ -84,6 +84,8 @@ def test_bad_pictures_and_banks_are_named_and_the_bank_is_untouched(bank_file, p
     learn = ["--bank", str(bank_file), "--name", "tom", "--noun", "cat", *QUICK]
     empty = tmp_path / "empty"
     empty.mkdir()
+    without = ["--bank", str(bank_file), "--name", "tom", *QUICK]
+    assert "give with --noun an ordinary word for it" in refused(capsys, "learn", str(photos), *without)
     assert "holds no pictures" in refused(capsys, "learn", str(empty), *learn)
     assert "does not exist" in refused(capsys, "learn", str(tmp_path / "nowhere"), *learn)
     (photos / "broken.png").write_bytes(b"not a picture")

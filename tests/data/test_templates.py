@@ -47,7 +47,7 @@ def test_only_photos_without_a_caption_get_one(folder):
     assert captions == [template_of("object", 0), "rex the dog on a sofa",
                         template_of("object", 2), template_of("object", 3)]
     assert [photo.caption for photo in read.report.photos] == ["", "rex the dog on a sofa", "", ""]
-    assert f"learned as '{captions[0]}'" in read.report.photos[0].line()
+    assert f"learned as '{captions[0].format('<name>')}'" in read.report.photos[0].line()
     assert not [warning for warning in read.report.warnings if warning.kind == "caption"]
 
 
