@@ -50,7 +50,7 @@ def _text_of(facts: Facts, inspection: Inspection, style: CardStyle, width: floa
     lines += _lines(f"{facts.way}; {facts.stores}", style.text, width, QUIET)
     lines += _lines(f"{facts.steps} steps, {facts.nbytes / 1000:,.0f} kB", style.text, width, QUIET, 1)
     if facts.terms:
-        lines += _lines(str(facts.terms), style.text, width, QUIET)
+        lines += _lines(str(facts.terms), style.text, width, QUIET, NAME_LINES)
     nearest, red = inspection.nearest(facts.name), inspection.partners(facts.name)
     if nearest is not None:
         lines += _lines(nearest_text(nearest), style.text, width, QUIET, NAME_LINES + 1)
