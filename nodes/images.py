@@ -102,7 +102,10 @@ def vision(clip_vision: ClipVision) -> Encode:
 
 
 def judge(clip_vision: ClipVision | None, layout: SiteLayout) -> Encode | None:
-    """What compares pictures: a CLIP_VISION if one is connected, else the encoder for photos if it is
-    installed. layout: of the base; an embedded one has a CLIP_VISION of its own, so it gets no other.
+    """The encoder that compares pictures: a connected CLIP_VISION, else the encoder for photos if it is
+    installed.
+
+    layout: that of the base. An embedded base has a CLIP_VISION of its own, so it never gets the encoder for
+    photos.
     """
     return photo_encode(layout) if clip_vision is None else vision(clip_vision)

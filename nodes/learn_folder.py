@@ -164,7 +164,7 @@ class ConceptFolderLearner(io.ComfyNode):
 
 
 def _subject(planned: Planned, usual: str) -> str:
-    """The preset of a concept's row, else the usual one. Raises ConceptError if it is not of its kind."""
+    """The preset of a concept's row, else the node's. Raises ConceptError if it is for another kind."""
     subject = SHORT_NAMES[planned.preset] if planned.preset else usual
     if planned.kind not in ("", kind_of(subject)):
         raise ConceptError(f"the kind of concept '{planned.name}' is '{planned.kind}', and its preset is "

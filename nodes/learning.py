@@ -142,7 +142,7 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
 
 def _started_from(given: Mapping[str, Any], bank: ConceptBank | None
                   ) -> tuple[ConceptInfo | None, Concept | None]:
-    """The header of the concept that is refined, and the concept that a variant starts from; or None."""
+    """The header of the refined concept, and the parent of the variant; None for what does not apply."""
     name, parent = given["name"], typed_name(given["variant_of"])
     own = {} if given["preset"] != AS_SET else {"kind": given["kind"], "method": given["method"]}
     if given["if_known"] == REFINE:
@@ -154,8 +154,7 @@ def _started_from(given: Mapping[str, Any], bank: ConceptBank | None
 
 
 def _method_settings(given: dict, settings: dict | None) -> dict:
-    """The method's settings. Learning rates of the learner that are not 0 replace those that the method has.
-    """
+    """The method's settings. Learning rates of the learner replace the method's own, unless they are 0."""
     config = METHODS[given["method"]].config if given["method"] in METHODS else None
     rates = {"lr", "token_lr"} & {field.name for field in fields(config)} if config is not None else set()
     return dict(settings or {}) | {rate: given[rate] for rate in rates if given[rate] != 0}

@@ -1,4 +1,4 @@
-"""What Concept Learner asks of everybody: name, class noun and preset."""
+"""The inputs of Concept Learner that everybody sees: name, class noun and preset."""
 
 from __future__ import annotations
 

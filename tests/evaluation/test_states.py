@@ -25,6 +25,7 @@ from continual_concepts.core.methods import Task, make
 from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import learn
+from continual_concepts.tests.comparing import same
 
 PHOTO = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -35,22 +36,13 @@ def run(backbone, method="bound", callback=None, file=None, keep=()):
     return learn(task, make(method), data, TrainingConfig(steps=4, resolution=32), callback, file, keep=keep)
 
 
-def tensors_of(concept):
-    return [*concept.tokens.vectors.values(), *(t for _, delta in sorted(concept.deltas.items())
-                                                for t in delta.tensors())]
-
-
-def are_equal(one, other):
-    return all(map(torch.equal, tensors_of(one), tensors_of(other)))
-
-
 def test_kept_states_do_not_change_what_is_learned_and_survive_a_stop(tiny_backbone, tmp_path):
     seen = {}
     plain = run(tiny_backbone, callback=lambda info: seen.update({info.step: info.snapshot()["rex"]}))
     kept = run(tiny_backbone, keep=(2, 3, 4))
-    assert are_equal(kept.concept, plain.concept) and kept.losses == plain.losses
+    assert same(kept.concept, plain.concept) and kept.losses == plain.losses
     assert list(kept.kept) == [2, 3, 4] and list(plain.kept) == [4]
-    assert all(are_equal(kept.kept[step], seen[step]) for step in (2, 3, 4))
+    assert all(same(kept.kept[step], seen[step]) for step in (2, 3, 4))
     assert kept.kept[2].info.provenance.steps == 2
 
     def stop(info):
@@ -60,8 +52,8 @@ def test_kept_states_do_not_change_what_is_learned_and_survive_a_stop(tiny_backb
     with pytest.raises(KeyboardInterrupt):
         run(tiny_backbone, callback=stop, file=tmp_path / "run", keep=(2, 4))
     resumed = run(tiny_backbone, file=tmp_path / "run", keep=(2, 4))
-    assert list(resumed.kept) == [2, 4] and are_equal(resumed.kept[2], seen[2])
-    assert are_equal(resumed.concept, plain.concept)
+    assert list(resumed.kept) == [2, 4] and same(resumed.kept[2], seen[2])
+    assert same(resumed.concept, plain.concept)
 
 
 def test_methods_that_pass_a_state_on_keep_no_earlier_one(tiny_backbone):

@@ -27,12 +27,9 @@ from continual_concepts.core.interop.factors import low_rank
 from continual_concepts.core.interop.kohya import bundled_words, kohya_state, module_name
 from continual_concepts.core.interop.metadata import modelspec
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
+from continual_concepts.tests.comparing import distance
 
 HALF = 1.5e-3       # two factors rounded to fp16
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def kohya_dense(state, name: str) -> torch.Tensor:

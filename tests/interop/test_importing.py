@@ -21,12 +21,9 @@ from continual_concepts.core.interop.lora_deltas import lora_deltas
 from continual_concepts.core.interop.lora_file import LoraFile, read_lora
 from continual_concepts.core.interop.lora_names import part_of, site_names
 from continual_concepts.core.model.sites import PROJECTIONS, Site, SiteLayout
+from continual_concepts.tests.comparing import distance
 
 HALF = 2e-3     # factors rounded to fp16, twice
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module")

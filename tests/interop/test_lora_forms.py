@@ -15,11 +15,8 @@ from continual_concepts.core.interop.importing import import_concept
 from continual_concepts.core.interop.lora_deltas import frozen_weight, lora_deltas
 from continual_concepts.core.interop.lora_file import LoraFile, read_lora
 from continual_concepts.core.interop.lora_forms import Change, Matrix, full_rank
+from continual_concepts.tests.comparing import distance
 from continual_concepts.tests.lora_files import FORMS, Writer, module_names, written
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module")

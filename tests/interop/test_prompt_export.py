@@ -26,13 +26,10 @@ from continual_concepts.core.interop.kohya import module_name
 from continual_concepts.core.interop.prompt_export import export_prompt
 from continual_concepts.core.interop.refit import refit
 from continual_concepts.core.model.deltas import LowRankDelta, SparseDelta
+from continual_concepts.tests.comparing import distance
 
 HALF = 1.5e-3       # factors rounded to fp16
 BOTH = "a photo of <rex> and <mimi>"
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def dense(state, layout, key) -> torch.Tensor:

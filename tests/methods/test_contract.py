@@ -19,6 +19,7 @@ from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.trainer import Trainer
+from continual_concepts.tests.comparing import equal, tensors_of
 
 QUICK = SampleSettings(steps=2, cfg=2.0, size=(32, 32))
 WITHOUT_HISTORY = {"alignment", "attention", "sparsity"}      # terms that a first task may have
@@ -58,15 +59,6 @@ def again(run, learn, tmp_path_factory):
     file = tmp_path_factory.mktemp("first") / "bank.safetensors"
     save_bank(run["first"].bank, file)
     return learn(open_bank(file))
-
-
-def tensors_of(concept):
-    found = {(key, n): t.clone() for key, d in concept.deltas.items() for n, t in enumerate(d.tensors())}
-    return found | {name: t.clone() for name, t in concept.tokens.vectors.items()}
-
-
-def equal(one, two) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_the_first_task_has_no_penalty(run):

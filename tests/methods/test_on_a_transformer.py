@@ -27,6 +27,7 @@ from continual_concepts.core.sampling.settings import SampleSettings
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import learn
 from continual_concepts.core.training.refinement import with_replay
+from continual_concepts.tests.comparing import equal, tensors_of
 
 SIZE = (32, 32)
 QUICK = SampleSettings(steps=2, cfg=2.0, size=SIZE)
@@ -35,15 +36,6 @@ TWO = "a photo of <rex> and <mimi>"
 FAST = {"cns": {"selection_steps": 1, "calibration": 1}, "scns": {"selection_steps": 1},
         "l2dm": {"eta": 1, "generation_steps": 1}, "mix_of_show": {"passes": 1, "rows": 4}}
 REFINABLE = sorted(name for name, entry in METHODS.items() if entry.method.refinable)
-
-
-def tensors_of(concept):
-    found = {(*key, n): t.clone() for key, d in concept.deltas.items() for n, t in enumerate(d.tensors())}
-    return found | {name: t.clone() for name, t in concept.tokens.vectors.items()}
-
-
-def equal(one, two) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.fixture(scope="module")

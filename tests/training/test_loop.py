@@ -18,6 +18,7 @@ from continual_concepts.core.training import checkpoint
 from continual_concepts.core.training.config import OPTIMIZERS, TrainingConfig
 from continual_concepts.core.training.loop import learn
 from continual_concepts.core.training.trainer import Trainer, lr_factor
+from continual_concepts.tests.comparing import same as same_concept
 
 
 @pytest.fixture
@@ -25,14 +26,8 @@ def empty(tiny_backbone):
     return ConceptBank(tiny_backbone.layout)
 
 
-def tensors_of(concept):
-    found = {f"{i}-{p}-{n}": t for (i, p), d in concept.deltas.items() for n, t in enumerate(d.tensors())}
-    return found | dict(concept.tokens.vectors)
-
-
 def same(one, two) -> bool:
-    a, b = tensors_of(one.concept), tensors_of(two.concept)
-    return one.losses == two.losses and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return one.losses == two.losses and same_concept(one.concept, two.concept)
 
 
 def test_the_seed_decides_everything(tiny_backbone, empty, teach):

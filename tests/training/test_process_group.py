@@ -135,7 +135,7 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_two_processes_learn_what_one_does(photos, installed, capsys):
+def test_two_processes_learn_what_one_does(photos, installed, capsys, quick_commands):
     """The command itself, on the embedded base."""
     said = {}
     for processes in (1, 2):

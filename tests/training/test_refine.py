@@ -29,6 +29,7 @@ from continual_concepts.core.training.refinement import (
     with_replay,
 )
 from continual_concepts.core.training.trainer import Trainer
+from continual_concepts.tests.comparing import same
 
 REFINABLE = sorted(name for name, entry in METHODS.items() if entry.method.refinable)
 OTHERS = sorted(set(METHODS) - set(REFINABLE))
@@ -53,16 +54,6 @@ def start(backbone, bank, name="rex", settings=None, replay=2, **training):
 
 def refine(backbone, bank, *given, callback=None, checkpoint_file=None, **named):
     return learn(*start(backbone, bank, *given, **named), callback, checkpoint_file)
-
-
-def tensors_of(concept):
-    found = {(*key, n): t for key, delta in concept.deltas.items() for n, t in enumerate(delta.tensors())}
-    return found | dict(concept.tokens.vectors)
-
-
-def same(one, two) -> bool:
-    a, b = tensors_of(one), tensors_of(two)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 @pytest.fixture(autouse=True)

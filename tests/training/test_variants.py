@@ -16,6 +16,7 @@ from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import learn
 from continual_concepts.core.training.refinement import check_variant, settings_of
 from continual_concepts.core.training.trainer import Trainer
+from continual_concepts.tests.comparing import same
 
 REFINABLE = sorted(name for name, entry in METHODS.items() if entry.method.refinable)
 CONFIG = TrainingConfig(steps=3, batch_size=2, resolution=32, flip=False)
@@ -38,24 +39,15 @@ def start(backbone, bank, name, seed, method="bound", parent=None):
     return task, make(method, settings), data, CONFIG
 
 
-def tensors_of(concept):
-    return [*concept.tokens.vectors.values(), *(t for _, delta in sorted(concept.deltas.items())
-                                                for t in delta.tensors())]
-
-
-def are_equal(one, other):
-    return all(map(torch.equal, tensors_of(one), tensors_of(other)))
-
-
 @pytest.mark.parametrize("method", REFINABLE)
 def test_a_variant_starts_from_its_parent_which_stays(tiny_backbone, method):
     bank = learn(*start(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", 1, method)).bank
     before = Trainer(*start(tiny_backbone, bank, "rex-winter", 2, parent="rex")).snapshot()
-    assert are_equal(before["rex-winter"], bank["rex"])
+    assert same(before["rex-winter"], bank["rex"])
     grown = learn(*start(tiny_backbone, bank, "rex-winter", 2, parent="rex")).bank
     assert grown.names == ["rex", "rex-winter"] and grown["rex"] == bank["rex"]
     variant, origin = grown["rex-winter"], grown.infos["rex-winter"].provenance
-    assert not are_equal(variant, bank["rex"])
+    assert not same(variant, bank["rex"])
     assert variant.info.words == default_words("rex-winter", len(bank["rex"].info.words))
     assert (origin.variant_of, origin.images, origin.steps) == ("rex", ("2.0", "2.1"), 3)
     assert ConceptInfo.from_json(variant.info.to_json()).provenance.variant_of == "rex"
@@ -75,7 +67,7 @@ def test_a_stopped_variant_resumes_exactly_and_only_from_its_parent(tiny_backbon
     with pytest.raises(ConceptError, match="its parent is '[0-9a-f]{16}', now ''"):
         learn(*start(tiny_backbone, bank, "rex-winter", 2), None, tmp_path / "run")
     resumed = learn(*start(tiny_backbone, bank, "rex-winter", 2, parent="rex"), None, tmp_path / "run")
-    assert are_equal(resumed.concept, whole)
+    assert same(resumed.concept, whole)
 
 
 @pytest.mark.parametrize(("parent", "name", "given", "sentence"), [
