@@ -100,7 +100,13 @@ def is_finished(path: Path, origin: Provenance) -> bool:
     there = {"method": run.get("settings"), "training": run.get("training")}
     if _differences(there, dict(origin.settings)) or not set(run.get("images", ())) <= set(origin.images):
         return False
-    return bool(run) and len(checkpoint.load(path).get("losses", ())) == origin.steps
+    if not run:
+        return False
+    state = checkpoint.load(path)
+    count = len(state.get("losses", ()))
+    # of kept states, an earlier one may be in the bank
+    return count == origin.steps or (count == run.get("training", {}).get("steps")
+                                     and origin.steps in state.get("kept", {}))
 
 
 def check_same_run(path: Path, there: Mapping, here: Mapping) -> None:

@@ -189,6 +189,10 @@ class Trainer:
             reason = f"{type(error).__name__}: {brief(error)}"
             raise ConceptError(f"the checkpoint '{path}' is damaged ({reason}); delete it to start "
                                "again") from error
+        missing = sorted(step for step in self.keep if step <= len(self.losses) and step not in self.kept)
+        if missing and not self.is_done:
+            self.say(f"the run began without keeping states of steps {', '.join(map(str, missing))}, so they "
+                     "are not among those that are compared")
 
     def _load(self, state: dict) -> None:
         self.method.load_state_dict(state["modules"])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
-from continual_concepts.core.cli import states
+from continual_concepts.core.cli import learning, states
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
 from continual_concepts.core.errors import WriteError
@@ -70,6 +70,40 @@ def test_a_failure_at_the_end_loses_nothing(learn, tmp_path, capsys, monkeypatch
     assert "no space left on device; what was learned is kept: the same" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "step", lambda self: pytest.fail("learned again"))
     assert learn() == 0 and "rex" in open_bank(tmp_path / "bank.safetensors")
+
+
+def test_a_finished_run_leaves_no_checkpoint_whatever_state_is_stored(learn, tmp_path, monkeypatch):
+    """The command is stopped between storing an earlier state and deleting the checkpoint."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(states, "proposed", lambda found: 0)
+        patched.setattr(learning, "_thumbnail", stop)
+        assert learn("--keep-states", "2", "--samples", "1") == 130
+    file, = tmp_path.glob(".*.checkpoint")
+    assert open_bank(tmp_path / "bank.safetensors").infos["rex"].provenance.steps == 2
+    assert learn() == 0 and not file.exists()
+
+
+def test_states_that_a_run_did_not_keep_are_told(learn, tmp_path, monkeypatch, capsys):
+    step = Trainer.step
+
+    def stop(trainer):
+        if len(trainer.losses) == 2:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", stop)
+        assert learn() == 130
+    told = []
+    monkeypatch.setattr(learning.tqdm, "write", lambda bar, line: told.append(line))
+    assert main(["learn", str(tmp_path / "photos"), "--bank", str(tmp_path / "bank.safetensors"), "--name",
+                 "rex", "--noun", "dog", "--steps", "4", "--batch-size", "1", "--base", "embedded-64",
+                 "--keep-states", "2", "--samples", "1"]) == 0
+    assert told == ["the run began without keeping states of steps 2, so they are not among those that are "
+                    "compared"]
 
 
 def test_what_is_learned_for_other_programs_is_exported_without_loss(learn, tmp_path, capsys):
