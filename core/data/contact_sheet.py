@@ -24,6 +24,7 @@ from ..images import (
 from .report import PhotoFacts, Report
 
 COLUMNS, MOST = 5, 40      # cards per row, and in all
+FEW, PAIR = 6, 2      # so few cards stand in pairs, because their texts are then readable on a node
 SIDE, PAD, GAP = 192, 10, 10      # side of a thumbnail's box, in pixels
 CARD = SIDE + 2 * PAD
 TEXT, NAME, HEADING = 12, 14, 18      # font sizes
@@ -140,7 +141,7 @@ def _heading(report: Report, shown: int, width: int) -> list[Line]:
     text = report.headline + (f"; {shown} are shown" if shown < len(report.photos) else "")
     lines: list[Line] = [(line, HEADING, INK) for line in wrapped(text, font(HEADING), width, 2)]
     warnings = [(line, NAME, ALARM if warning.kind in (*CHIPS, "few") else INK) for warning in report.warnings
-                for line in wrapped(warning.text, font(NAME), width, 2)]
+                for line in wrapped(warning.text, font(NAME), width, 3)]
     return lines + _first(warnings)
 
 
@@ -166,8 +167,8 @@ def contact_sheet(report: Report) -> Image.Image:
     order = list(range(len(report.photos)))
     if len(order) > MOST:
         order = sorted(order, key=lambda i: i not in warned)[:MOST]
-    columns = max(1, min(COLUMNS, len(order)))
-    width = max(GAP + columns * (CARD + GAP), 3 * (CARD + GAP) + GAP)
+    columns = COLUMNS if len(order) > FEW else PAIR
+    width = GAP + columns * (CARD + GAP)
     heading, footing = _heading(report, len(order), width - 2 * GAP), _footing(report, width - 2 * GAP)
     rows = [order[i : i + columns] for i in range(0, len(order), columns)]
     heights = [max(2 * PAD + SIDE + 10 + _height_of_chips(_chips(report, i))

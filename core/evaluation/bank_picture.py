@@ -14,6 +14,7 @@ from ..images import ALARM, ALARM_PAPER, CARD_PAPER, GRID, INK, PAPER, QUIET, Co
 from .inspection import Facts, Inspection, nearest_text
 
 WIDTH, HEIGHT, GAP, PAD = 1200, 1400, 10, 10      # maximum size of a page in pixels
+NARROW = 406      # width of a page with one column: about that of a node, so its texts are readable there
 PAGES = 4      # maximum that stays readable in a preview
 NAME_LINES, OTHER_LINES = 4, 2      # 64 of the widest letters still fit
 
@@ -30,8 +31,9 @@ class CardStyle:
     text: int
 
 
-LARGE, SMALL = CardStyle(3, 112, (17, 15, 13), 13), CardStyle(4, 60, (14, 12, 11), 11)
-MANY = 24      # maximum number of concepts for large cards
+COLUMN, LARGE = CardStyle(1, 112, (17, 15, 13), 13), CardStyle(3, 112, (17, 15, 13), 13)
+SMALL = CardStyle(4, 60, (14, 12, 11), 11)
+FEW, MANY = 4, 24      # maximum number of concepts in one column, and on large cards
 Line = tuple[str, int, Colour]      # text, font size, colour
 
 
@@ -121,22 +123,21 @@ def bank_pages(inspection: Inspection) -> list[Image.Image]:
     Shows all concepts of banks with up to a few hundred. Of larger banks, colliding concepts come first and
     some others are left out.
     """
-    style = LARGE if len(inspection.facts) <= MANY else SMALL
-    columns = max(1, min(style.columns, len(inspection.facts)))
-    width = (WIDTH - (style.columns + 1) * GAP) // style.columns
+    count = len(inspection.facts)
+    style, wide = (COLUMN, NARROW) if count <= FEW else (LARGE if count <= MANY else SMALL, WIDTH)
+    width = (wide - (style.columns + 1) * GAP) // style.columns
     beside = width - style.side - 3 * PAD
     cards = [(facts, _text_of(facts, inspection, style, beside)) for facts in inspection.facts]
     height = max([style.side, *(_height(lines) for _, lines in cards)]) + 2 * PAD
-    heading = _heading(inspection, len(cards), WIDTH - 2 * GAP)
+    heading = _heading(inspection, len(cards), wide - 2 * GAP)
     rows = max(1, (HEIGHT - _height(heading) - 2 * GAP) // (height + GAP))
     if len(cards) > PAGES * rows * style.columns:
         # a stable sort keeps the bank's order
         cards.sort(key=lambda card: not (card[0].fault or inspection.partners(card[0].name)))
         cards = cards[: PAGES * rows * style.columns]
-        heading = _heading(inspection, len(cards), WIDTH - 2 * GAP)
-    rows = max(1, min(rows, -(-len(cards) // columns)))
-    is_full = len(inspection.facts) >= style.columns or inspection.warnings
-    wide = WIDTH if is_full else columns * (width + GAP) + GAP
-    size = (max(wide, 420), 2 * GAP + _height(heading) + rows * (height + GAP) if cards else 60)
-    parts = [cards[i : i + rows * columns] for i in range(0, len(cards), rows * columns)] or [[]]
+        heading = _heading(inspection, len(cards), wide - 2 * GAP)
+    rows = max(1, min(rows, -(-len(cards) // style.columns)))
+    size = (wide, 2 * GAP + _height(heading) + rows * (height + GAP) if cards else 60)
+    on_page = rows * style.columns
+    parts = [cards[i : i + on_page] for i in range(0, len(cards), on_page)] or [[]]
     return [_page(inspection, style, part, heading, size, (width, height)) for part in parts]

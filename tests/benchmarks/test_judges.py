@@ -79,18 +79,18 @@ def test_a_mirrored_thing_is_the_same_thing(judges, tasks):
     assert torch.allclose(there, mirrored, atol=0.05)
 
 
-def test_larger_pictures_are_judged_as_well(tasks):
+def test_larger_pictures_are_judged_as_well(judges, tasks):
     large = [assignment_of(TEN[i], seed=7 + i, size=128) for i in (0, 5)]
     judge = TemplateJudge(TEN, large)
     found = judge.scores(large[0].held_out[:6], ["rex", "blueprint"])
     assert (found[:, 0] > 0.8).all() and (found[:, 1] < 0.5).all()
-    small = TemplateJudge(TEN, tasks).scores(tasks[0].held_out[:6], ["rex"])
+    small = judges["template"].scores(tasks[0].held_out[:6], ["rex"])
     assert torch.allclose(found[:, :1], small, atol=0.1)
 
 
-def test_an_unknown_concept_is_refused(tasks):
+def test_an_unknown_concept_is_refused(judges, tasks):
     with pytest.raises(ConceptError, match="no drawing defines the concept 'tom'; known: blueprint"):
-        TemplateJudge(TEN, tasks).scores(tasks[0].held_out[:1], ["tom"])
+        judges["template"].scores(tasks[0].held_out[:1], ["tom"])
 
 
 def test_references_among_themselves(judges, tasks):

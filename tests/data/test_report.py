@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from continual_concepts.core.data.contact_sheet import COLUMNS, MOST, SIDE, contact_sheet
+from continual_concepts.core.data.contact_sheet import COLUMNS, FEW, MOST, SIDE, contact_sheet
 from continual_concepts.core.data.pictures import Picture, pair_pictures
 from continual_concepts.core.data.quality import ALIKE, BLURRED, alike, measure
 from continual_concepts.core.data.report import Report, Skipped, listed, report_of
@@ -65,7 +65,7 @@ def pixels(image: Image.Image) -> set[tuple[int, int, int]]:
 
 
 def test_the_sheet_shows_every_photo():
-    small, wide = sheet(1), sheet(COLUMNS + 1)
+    small, wide = sheet(1), sheet(FEW + 1)
     assert wide.height > 2 * SIDE and wide.width > COLUMNS * SIDE
     assert small.height < wide.height and sheet(MOST + 20).height == sheet(MOST).height
 

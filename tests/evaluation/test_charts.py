@@ -10,10 +10,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from continual_concepts.core import charts, images
-from continual_concepts.core.data.contact_sheet import contact_sheet
+from continual_concepts.core.data import contact_sheet as contact_sheets
 from continual_concepts.core.data.pictures import pair_pictures
 from continual_concepts.core.data.report import report_of
-from continual_concepts.core.evaluation.bank_picture import MANY, bank_pages
+from continual_concepts.core.evaluation import bank_picture
+from continual_concepts.core.evaluation.bank_picture import FEW, MANY, bank_pages
 from continual_concepts.core.evaluation.bankcheck import PHOTOS, BankReport, Reference
 from continual_concepts.core.evaluation.collisions import Collision
 from continual_concepts.core.evaluation.inspection import Facts, Inspection
@@ -65,18 +66,8 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_texts_can_be_read_at_the_width_of_a_node(name, monkeypatch):
-    sizes = []
-
-    def recorded(size: int):
-        sizes.append(size)
-        return images.font(size)
-
-    monkeypatch.setattr(charts, "font", recorded)
-    picture = PICTURES[name]()
-    assert min(sizes) * min(1.0, charts.NODE / picture.width) >= SMALLEST
-    assert len(picture.getcolors(1 << 24)) > 2      # nothing is an empty panel
+def commonest(picture: Image.Image) -> images.Colour:
+    return max(picture.getcolors(picture.width * picture.height))[1]
 
 
 def jpeg(shade: int) -> bytes:
@@ -101,7 +92,7 @@ def photos() -> Image.Image:
     pixels = [torch.rand(3, 48, 64, generator=g) * 2 - 1 for _ in range(3)]
     masks = [(torch.arange(64) < 32).float().expand(1, 48, 64)] * 4
     pictures = pair_pictures([*pixels, pixels[0]], ["a dog", "", "b", ""], masks)
-    return contact_sheet(report_of(pictures).checked())
+    return contact_sheets.contact_sheet(report_of(pictures).checked())
 
 
 def evaluation() -> Image.Image:
@@ -113,8 +104,9 @@ def evaluation() -> Image.Image:
     return sheet(BankReport(references, pictures, confusion, 0.01))
 
 
-CARDS = {"large cards": lambda: bank_of(4), "small cards": lambda: bank_of(MANY + 1), "photos": photos,
-         "evaluation": evaluation}
+FEW_CARDS = {"cards": lambda: bank_of(FEW), "photos": photos}
+CARDS = FEW_CARDS | {"large cards": lambda: bank_of(FEW + 1), "small cards": lambda: bank_of(MANY + 1),
+                     "evaluation": evaluation}
 
 
 @pytest.mark.parametrize("name", [*PICTURES, *CARDS])
@@ -124,8 +116,7 @@ def test_every_text_differs_enough_from_what_is_below_it(name, monkeypatch):
 
     def checked(self, place, text, fill, font, anchor=None, **more):
         box = [round(side) for side in self.textbbox(place, text, font=font, anchor=anchor)]
-        colours = self._image.crop(box).getcolors(1 << 24)
-        below = max(colours)[1]
+        below = commonest(self._image.crop(box))
         if text.strip() and images.contrast(fill, below) < LOWEST:
             low.append((text, fill, below))
         draw(self, place, text, fill, font, anchor, **more)
@@ -133,4 +124,20 @@ def test_every_text_differs_enough_from_what_is_below_it(name, monkeypatch):
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", checked)
     picture = (PICTURES | CARDS)[name]()
     assert not low
-    assert max(picture.getcolors(1 << 24))[1] in (images.PAPER, images.CARD_PAPER, images.GRID)      # dark
+    dark = (images.PAPER, images.CARD_PAPER, images.ALARM_PAPER, images.GRID)
+    assert commonest(picture) in dark
+
+
+@pytest.mark.parametrize("name", [*PICTURES, *FEW_CARDS])
+def test_texts_can_be_read_at_the_width_of_a_node(name, monkeypatch):
+    sizes = []
+
+    def recorded(size: int):
+        sizes.append(size)
+        return images.font(size)
+
+    for module in (charts, contact_sheets, bank_picture):
+        monkeypatch.setattr(module, "font", recorded)
+    picture = (PICTURES | FEW_CARDS)[name]()
+    assert min(sizes) * min(1.0, charts.NODE / picture.width) >= SMALLEST
+    assert len(picture.getcolors(picture.width * picture.height)) > 2      # nothing is an empty panel

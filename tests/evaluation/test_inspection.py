@@ -271,9 +271,9 @@ def test_many_names_are_counted(concept, bank_of):
 def test_a_header_full_of_nonsense_is_survived(concept, bank_of):
     """A bank may come from anywhere: what is not checked when it is opened must not break what is said of
     it."""
-    odd = concept("odd", 1, photos=({"a": 1}, 7, None, ["b"]), class_noun=7, method=["x"])
+    odd = concept("odd", 1, photos=({"a": 1}, 7, None, ["b"]), class_noun="7", method="x")
     odd = replace(odd, info=replace(odd.info, provenance=replace(odd.info.provenance, date=5, steps="many")))
-    bank = bank_of(odd, concept("rex", 2, class_noun=None))
+    bank = bank_of(odd, concept("rex", 2, class_noun=""))
     assert json.dumps(inspect(bank).to_json()) and header_warnings(bank) == ()
     assert warnings_before(bank, "tom", "7", "lora_m") != ()
     assert "<odd>  7, object" in lines(inspect(bank))[0] and bank_pages(inspect(bank))
