@@ -181,6 +181,24 @@ def tiny_transformer():
                                picture_size=32)
 
 
+@pytest.fixture(scope="session")
+def tiny_joint():
+    """A transformer with joint attention and random weights: two double blocks and one single block."""
+    from continual_concepts.core.demo.joint_transformer import JointTransformer
+    from continual_concepts.core.hosts.joint import JointBackbone
+    from continual_concepts.core.model.flow import FlowSchedule
+
+    def build():
+        transformer = JointTransformer(in_channels=4, hidden_size=32, depth=2, depth_single_blocks=1,
+                                       num_heads=2, context_in_dim=32, mlp_ratio=2.0, theta=50.0)
+        for parameter in transformer.parameters():      # some of them start at zero, norms at one
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return transformer
+
+    return JointBackbone(_seeded(build, 13), _seeded(_vae, 2), _text("clip_l", 3), FlowSchedule.shifted(3.0),
+                         picture_size=32)
+
+
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def any_backbone(request, tiny_backbone, tiny_backbone_v):
     return tiny_backbone if request.param == "epsilon" else tiny_backbone_v

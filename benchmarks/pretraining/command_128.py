@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ...core.demo.base import DENOISERS
 from ..report import Result, require_at_least
 from ..sheet import save_sheet
 from . import export_128, progress, stages
 from .long_run import Deadline
-
-KINDS = ("unet", "transformer")
 
 
 def add_commands(commands) -> None:
@@ -25,7 +24,7 @@ def add_commands(commands) -> None:
     parser.set_defaults(run=train)
     parser = commands.add_parser("pretraining-128-progress", help="pictures of a 128-pixel base in training")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=DENOISERS)
     parser.add_argument("--sheet", type=Path, help="where a table of pictures goes")
     parser.add_argument("--pictures", type=int, default=0,
                         help="how many pictures to classify for the share of captions that are followed")
@@ -34,7 +33,7 @@ def add_commands(commands) -> None:
     parser.set_defaults(run=show_progress)
     parser = commands.add_parser("pretraining-128-export", help="write a 128-pixel base into one file")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=DENOISERS)
     parser.add_argument("target", type=Path)
     parser.set_defaults(run=export)
 

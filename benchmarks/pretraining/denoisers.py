@@ -1,4 +1,4 @@
-"""Stages 2 and 3: a UNet by v prediction and a transformer by flow matching, each with its text encoder."""
+"""Stages 2 to 4: a UNet by v prediction and two transformers by flow matching, each with its text encoder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.demo import base, networks
+from ...core.demo.base import TRANSFORMER_CLASSES
 from ...core.demo.bases import FILES
-from ...core.demo.transformer import DiffusionTransformer
 from ...core.model.schedule import NoiseSchedule
 from .latent_set import LatentSet
 from .long_run import LongRun, Plan
@@ -75,12 +75,18 @@ def train_unet(config: dict, data: LatentSet, folder: Path, plan: Plan, stop: Ca
     return run
 
 
-def train_transformer(config: dict, time_scale: float, data: LatentSet, folder: Path, plan: Plan,
-                      stop: Callable[[], bool], batch: int = 64) -> LongRun:
-    """Flow matching: x_t = (1 - t) x + t noise, velocity noise - x; returns the run, finished or not."""
+def train_flow(kind: str, config: dict, time_scale: float, data: LatentSet, folder: Path, plan: Plan,
+               stop: Callable[[], bool], batch: int = 64) -> LongRun:
+    """Flow matching: x_t = (1 - t) x + t noise, velocity noise - x; returns the run, finished or not.
+
+    Args:
+        kind: One of `TRANSFORMER_CLASSES`, with the sizes `config`.
+        time_scale: The denoiser's time is t times this.
+        data, folder, plan, stop, batch: As for `train_unet`.
+    """
     torch.manual_seed(0)
-    modules = start_modules(DiffusionTransformer(**config))
-    run = LongRun(modules, folder, "transformer", plan, stop)
+    modules = start_modules(TRANSFORMER_CLASSES[kind](**config))
+    run = LongRun(modules, folder, kind, plan, stop)
     generator = torch.Generator().manual_seed(2003 + run.start)
     for _ in run:
         x, tokens = data.draw(batch, generator)

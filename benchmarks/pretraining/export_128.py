@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...core.demo import base, networks
-from . import progress, sizes
+from . import progress, sizes, stages
 
 
 def header(kind: str) -> dict:
-    """Sizes of the modules and the schedule, as the file stores them; `kind` is 'unet' or 'transformer'."""
+    """Sizes of the modules and the schedule, as the file stores them. kind: one of `base.DENOISERS`."""
     shared = {"vae": sizes.AUTOENCODER, "text_encoder": networks.TEXT, "picture_size": sizes.PICTURE}
     if kind == "unet":
         return shared | {"unet": sizes.UNET, "schedule": networks.SCHEDULE}
-    flow = {"kind": "flow", "shift": progress.FLOW_SHIFT, "multiplier": sizes.TIME_SCALE}
-    return shared | {"transformer": sizes.TRANSFORMER, "schedule": flow}
+    config, scale, _ = stages.FLOWS[kind]
+    flow = {"kind": "flow", "shift": progress.FLOW_SHIFT, "multiplier": scale}
+    return shared | {kind: config, "schedule": flow}
 
 
 def export(folder: Path, kind: str, target: Path) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...core.bank.bank import ConceptBank
 from ...core.demo import base, judges, networks, vocabulary
-from ...core.demo.transformer import DiffusionTransformer
 from ...core.errors import ConceptError
 from ...core.sampling.sampling import sample
 from ...core.sampling.settings import SampleSettings
@@ -42,7 +41,7 @@ def trained_modules(folder: Path, kind: str) -> tuple[dict, int]:
 
     Args:
         folder: of the training.
-        kind: 'unet' or 'transformer'.
+        kind: One of `base.DENOISERS`.
 
     Returns:
         The modules as `base.save_base` takes them, and the training step of the denoiser.
@@ -54,7 +53,7 @@ def trained_modules(folder: Path, kind: str) -> tuple[dict, int]:
     if kind == "unet":
         denoiser = networks.build_unet(sizes.UNET)
     else:
-        denoiser = DiffusionTransformer(**sizes.TRANSFORMER)
+        denoiser = base.TRANSFORMER_CLASSES[kind](**stages.FLOWS[kind][0])
     text_encoder = networks.build_text_encoder(tokenizer)
     trained = torch.nn.ModuleDict({"denoiser": denoiser, "text_encoder": text_encoder})
     step = load_average(trained, folder / "checkpoints", kind)
@@ -80,11 +79,13 @@ def shifted_times(steps: int, shift: float = FLOW_SHIFT) -> Tensor:
 
 
 @torch.no_grad()
-def flow_sample(transformer, noise: Tensor, text: Tensor, empty: Tensor, steps: int, cfg: float) -> Tensor:
+def flow_sample(transformer, time_scale: float, noise: Tensor, text: Tensor, empty: Tensor, steps: int,
+                cfg: float) -> Tensor:
     """Heun's method on the guided velocity, with one evaluation in the last step.
 
     Args:
         transformer: predicts the velocity.
+        time_scale: its times are the share of noise times this.
         noise: `[B, C, h, w]`.
         text: states of the prompts `[B, L, D]`.
         empty: states of the empty prompt, of the same shape.
@@ -96,7 +97,7 @@ def flow_sample(transformer, noise: Tensor, text: Tensor, empty: Tensor, steps: 
     """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        times = (t * sizes.TIME_SCALE).expand(2 * len(x))
+        times = (t * time_scale).expand(2 * len(x))
         unconditional, conditional = transformer(torch.cat([x, x]), times, torch.cat([empty, text])).chunk(2)
         return unconditional + cfg * (conditional - unconditional)
 
@@ -110,6 +111,8 @@ def flow_sample(transformer, noise: Tensor, text: Tensor, empty: Tensor, steps: 
 
 def draw_with_transformer(modules: dict, steps: int, cfg: float) -> Draw:
     """Draws with `flow_sample`; a seed gives the same noise as in the library's sampler."""
+    kind = next(name for name in stages.FLOWS if name in modules)
+    scale = stages.FLOWS[kind][1]
 
     def encode(texts: list[str]) -> Tensor:
         tokens = modules["tokenizer"](texts, padding="max_length", truncation=True,
@@ -124,7 +127,7 @@ def draw_with_transformer(modules: dict, steps: int, cfg: float) -> Draw:
             empty = encode([""] * len(chunk))
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + 16]]
             noise = torch.stack([torch.randn(sizes.CHANNELS, side, side, generator=g) for g in generators])
-            latents = flow_sample(modules["transformer"], noise, encode(chunk), empty, steps, cfg)
+            latents = flow_sample(modules[kind], scale, noise, encode(chunk), empty, steps, cfg)
             pictures.append(modules["vae"].decode(latents).sample.clamp(-1, 1))
         return torch.cat(pictures)
 

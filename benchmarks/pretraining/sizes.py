@@ -36,10 +36,22 @@ TRANSFORMER = {
     "adaln_lora_dim": 64,
     "rope_ratio": 0.0125,  # 1/20 to 1 radian per token, for 8 tokens a side
 }
-TIME_SCALE = 1000.0  # the transformer's times are sigma times this, ComfyUI's `multiplier`
+# The same number of weights with joint attention, in the form of Flux.2. 8 channels of a head per axis.
+JOINT = {
+    "in_channels": CHANNELS,
+    "hidden_size": 192,
+    "depth": 2,
+    "depth_single_blocks": 7,
+    "num_heads": 6,
+    "context_in_dim": networks.TEXT_WIDTH,
+    "mlp_ratio": 3.0,
+    "theta": 50.0,  # 1/19 to 1 radian per token, for 8 tokens a side
+}
+TIME_SCALE = 1000.0  # the transformer's times are sigma times this, ComfyUI's `multiplier`; JOINT: 1
 
 AUTOENCODER_PLAN = Plan(1000, 1.5e-3, decay=0.4, muon=True)
 DECODER_PLAN = Plan(6000, 1.0e-3, decay=0.6, muon=True)
 # About 2 seconds a step on one core of a shared machine: 3 and 6.5 hours.
 UNET_PLAN = Plan(5300, 1.0e-3, ema=0.9995, muon=True)
 TRANSFORMER_PLAN = Plan(12_000, 1.0e-3, ema=0.9995, muon=True)
+JOINT_PLAN = Plan(6000, 1.0e-3, ema=0.9995, muon=True)

@@ -1,6 +1,7 @@
 """Trains the 128-pixel bases stage by stage; a further call resumes where an earlier one was stopped.
 
-The stages are the autoencoder, the UNet, the transformer, the decoder, and a classifier that judges pictures.
+The stages are the autoencoder, the UNet, the transformer, the one with joint attention, the decoder, and a
+classifier that judges pictures.
 Each call renders and encodes some more shards before it trains the denoisers. The first call thus
 reaches the UNet soon, and later calls show it more pictures.
 """
@@ -14,8 +15,11 @@ import numpy as np
 
 from . import denoisers, latent_set, parts_classifier, pictures, scene_autoencoder, sizes
 
-STAGES = ("autoencoder", "unet", "transformer", "decoder", "judge")
+STAGES = ("autoencoder", "unet", "transformer", "joint", "decoder", "judge")
 SHARDS_PER_CALL = 10
+# stages of flow matching -> sizes, what times are multiplied with, plan
+FLOWS = {"transformer": (sizes.TRANSFORMER, sizes.TIME_SCALE, sizes.TRANSFORMER_PLAN),
+         "joint": (sizes.JOINT, 1.0, sizes.JOINT_PLAN)}
 
 
 def autoencoder_pictures(folder: Path) -> np.ndarray:
@@ -59,7 +63,7 @@ def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shard
         run = scene_autoencoder.train_both(sizes.AUTOENCODER, images, checkpoints, plan, stop)
         if not run.finished:
             return
-    if {"unet", "transformer"} & set(stages):
+    if {"unet", *FLOWS} & set(stages):
         add_latents(folder, images, shards)
         train_denoisers(folder, stages, stop)
     if "decoder" in stages and not stop():
@@ -69,11 +73,11 @@ def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shard
 
 
 def train_denoisers(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool]) -> None:
-    """The UNet, then the transformer, on all latents that exist."""
+    """The UNet, then the transformers, on all latents that exist."""
     data, checkpoints = latent_set.load(folder / "latents"), folder / "checkpoints"
     print(f"{len(data.latents)} pictures", flush=True)
     if "unet" in stages:
         denoisers.train_unet(sizes.UNET, data, checkpoints, sizes.UNET_PLAN, stop)
-    if "transformer" in stages and not stop():
-        plan, scale = sizes.TRANSFORMER_PLAN, sizes.TIME_SCALE
-        denoisers.train_transformer(sizes.TRANSFORMER, scale, data, checkpoints, plan, stop)
+    for kind, (config, scale, plan) in FLOWS.items():
+        if kind in stages and not stop():
+            denoisers.train_flow(kind, config, scale, data, checkpoints, plan, stop)

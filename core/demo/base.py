@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConceptError
 from ..files import write_atomically
 from ..hosts.diffusers import ClipText, DiffusersBackbone
+from ..hosts.joint import JointBackbone
 from ..hosts.modules import ModuleBackbone
 from ..hosts.text_encoder import named_as_in
 from ..hosts.transformer import TransformerBackbone
@@ -21,11 +22,14 @@ from ..model.flow import FlowSchedule
 from ..model.schedule import NoiseSchedule
 from . import networks, scenes, vocabulary
 from .bases import EMBEDDED, HEADER, TOKENIZER, file_of, read_sizes
+from .joint_transformer import JointTransformer
 from .packing import pack, unpack
 from .transformer import DiffusionTransformer
 
 BASE_FILE = file_of(EMBEDDED)
-DENOISERS = ("unet", "transformer")
+TRANSFORMER_CLASSES: dict[str, type[nn.Module]] = {"transformer": DiffusionTransformer,
+                                                  "joint": JointTransformer}
+DENOISERS = ("unet", *TRANSFORMER_CLASSES)
 PACKED = (*DENOISERS, "vae")      # parts that `save_base` can store in eight bits
 # of the base of 64 pixels
 SIZES: dict[str, Any] = {"unet": networks.UNET, "vae": networks.VAE, "text_encoder": networks.TEXT,
@@ -36,14 +40,14 @@ def build_modules(sizes: dict | None = None) -> dict[str, Any]:
     """Builds untrained modules of the given sizes, and the tokenizer under the key 'tokenizer'.
 
     Args:
-        sizes: the arguments of the denoiser, 'unet' or 'transformer', and of 'vae' and 'text_encoder', as a
-            base file's header holds them; the default is `SIZES`.
+        sizes: the arguments of the denoiser, one of `DENOISERS`, and of 'vae' and 'text_encoder', as a base
+            file's header holds them; the default is `SIZES`.
     """
     sizes, tokenizer = sizes or SIZES, vocabulary.load(TOKENIZER)
-    denoiser = ({"unet": networks.build_unet(sizes["unet"])} if "unet" in sizes else
-                {"transformer": DiffusionTransformer(**sizes["transformer"])})
+    kind = next(name for name in DENOISERS if name in sizes)
+    build = networks.build_unet if kind == "unet" else lambda shape: TRANSFORMER_CLASSES[kind](**shape)
     return {
-        **denoiser,
+        kind: build(sizes[kind]),
         "vae": networks.build_vae(sizes["vae"]),
         "text_encoder": networks.build_text_encoder(tokenizer, sizes["text_encoder"]),
         "tokenizer": tokenizer,
@@ -87,7 +91,7 @@ def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
     sizes = read_sizes(path)
     if not any(kind in sizes for kind in DENOISERS):
         raise ConceptError(f"base '{path.name}' names the parts {', '.join(sizes)}, but no denoiser; "
-                           f"allowed: {' or '.join(DENOISERS)}")
+                           f"allowed: {', '.join(DENOISERS)}")
     modules = build_modules(sizes)
     state = unpack(load_file(path))
     for part, module in _with_weights(modules).items():
@@ -112,7 +116,7 @@ def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu",
         dtype: of the modules. A transformer's must be float32.
     """
     modules, sizes = load_modules(path), read_sizes(path)
-    if dtype != torch.float32 and "transformer" in modules:
+    if dtype != torch.float32 and "unet" not in modules:
         raise ConceptError(f"type {dtype} was asked for base '{path.name}', which is a transformer; allowed: "
                            "torch.float32")
     for module in _with_weights(modules).values():
@@ -129,14 +133,14 @@ def as_backbone(modules: dict, sizes: dict | None = None) -> ModuleBackbone:
     sizes = sizes or SIZES
     text = ClipText("clip_l", modules["text_encoder"], modules["tokenizer"], length=vocabulary.CONTEXT_LENGTH)
     backbone: ModuleBackbone
-    if "transformer" in modules:
-        flow = sizes["schedule"]
-        backbone = TransformerBackbone(modules["transformer"], modules["vae"], text,
-                                       FlowSchedule.shifted(flow["shift"]), sizes["picture_size"],
-                                       flow["multiplier"])
-    else:
+    if "unet" in modules:
         schedule = NoiseSchedule(networks.alphas_cumprod(), networks.SCHEDULE["prediction_type"])
         backbone = DiffusersBackbone(modules["unet"], modules["vae"], (text,), schedule)
+    else:
+        flow, kind = sizes["schedule"], next(kind for kind in TRANSFORMER_CLASSES if kind in modules)
+        host = TransformerBackbone if kind == "transformer" else JointBackbone
+        backbone = host(modules[kind], modules["vae"], text, FlowSchedule.shifted(flow["shift"]),
+                        sizes["picture_size"], flow["multiplier"])
     rng = random.Random(0)
     backbone.known_prompts = tuple(scenes.caption(scenes.random_scene(rng), rng) for _ in range(32))
     return backbone

@@ -56,7 +56,7 @@ def test_a_base_of_other_sizes_is_built_from_its_own_header(other_base):
 def test_a_base_without_a_known_denoiser_is_refused(tmp_path):
     sizes = {part: size for part, size in base.SIZES.items() if part != "unet"} | {"mamba": {}}
     base.save_base({}, tmp_path / "base.safetensors", {}, sizes)
-    with pytest.raises(ConceptError, match="but no denoiser; allowed: unet or transformer"):
+    with pytest.raises(ConceptError, match="but no denoiser; allowed: unet, transformer, joint"):
         base.load_base(tmp_path / "base.safetensors")
 
 

@@ -28,18 +28,18 @@ import torch
 from comfy.ldm.flux.math import apply_rope
 from torch import Tensor, nn
 
-from ...attention.token_lora import token_lora_attention
+from ...attention.fused import Offset, Projection, offset_of, path_of, projecting
+from ...attention.joint_rows import attend_picture, put_together, restarted, without_picture
 from ...errors import ConceptError
 from ...model.backbone import TextEncoder
 from ...model.context import Context
 from ...model.flow import FlowSchedule
-from ...model.processor import NEVER, AttentionProcessor, HostAttention, JointRows, SiteCall
+from ...model.processor import NEVER, AttentionProcessor
 from ...model.sites import PROJECTIONS, Site, joint_layout
 from ..noun_clip import RowText
 from ..sites import DELTAS, PROCESSOR
 from ..text import QWEN, ROWS, row_name
 from .base import Family, append_once, computation_type
-from .fused import Offset, Projection, offset_of, path_of, projecting
 
 _BEFORE, _AFTER = "attn1_patch", "attn1_output_patch"      # the host's keys of patches
 _REFERENCES = "reference_image_num_tokens"      # the host's key of their numbers of rows
@@ -248,20 +248,11 @@ class Begin:
             raise ConceptError("another node patches the model's attention behind the concepts; put that "
                                "node before Apply Concepts")
         count = options["img_slice"][0]
-        turned_q, turned_k = (q, k) if pe is None else apply_rope(q, k, _restarted(pe, processor.prompts))
-        end = q.shape[2] - sum(options.get(_REFERENCES) or ())
-        for_others, for_picture = _split(_biased(processor, attn_mask, q, count, end), count, end)
-        own_key, own_value = (_flat(x[:, :, count:]) for x in (turned_k, v))
-        joint = JointRows(_flat(turned_q[:, :, count:end]), own_key, own_value, for_picture)
-
-        def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return token_lora_attention(site.heads, query, query, key, value, (), joint)[0]
-
-        query = _flat(q[:, :, count:end])
-        key, value = _flat(turned_k[:, :, :count]), _flat(v[:, :, :count])
-        call = SiteCall(processor, site, query, key, value, joint=joint)
-        options[_PICTURE] = count, call.attend(query, key, value, HostAttention(plain))
-        return {"q": _without(turned_q, count, end), "k": turned_k, "pe": None, "attn_mask": for_others}
+        rows = count, q.shape[2] - sum(options.get(_REFERENCES) or ())
+        turned_q, turned_k = (q, k) if pe is None else apply_rope(q, k, restarted(pe, processor.prompts, 2))
+        picture, mask = attend_picture(processor, site, q, (turned_q, turned_k, v), rows, attn_mask)
+        options[_PICTURE] = count, picture
+        return {"q": without_picture(turned_q, rows), "k": turned_k, "pe": None, "attn_mask": mask}
 
 
 class Finish:
@@ -271,42 +262,4 @@ class Finish:
         if _PICTURE not in options:
             return attended
         count, picture = options.pop(_PICTURE)
-        return torch.cat([attended[:, :count], picture.to(attended), attended[:, count:]], 1)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """`[B, H, S, d]` to `[B, S, H d]`."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def _without(x: Tensor, start: int, end: int) -> Tensor:
-    """Rows `[..., L, d]` without those from start to end."""
-    return x[..., :start, :] if end == x.shape[-2] else torch.cat([x[..., :start, :], x[..., end:, :]], -2)
-
-
-def _restarted(positions: Tensor, prompts: tuple[int, ...]) -> Tensor:
-    """Rotary positions `[B, 1, L, ...]` that begin anew at every text; prompts: their numbers of rows."""
-    if len(prompts) < 2:
-        return positions
-    return torch.cat([*(positions[:, :, :rows] for rows in prompts), positions[:, :, sum(prompts):]], 2)
-
-
-def _biased(processor: AttentionProcessor, mask: Tensor | None, query: Tensor, count: int,
-            end: int) -> Tensor | None:
-    """The host's attention mask, or the processor's bias instead. count, end: where the cells are."""
-    bias = processor.joint_bias(end - count, query.shape[2] - end, query.device)
-    if bias is not None and mask is not None:
-        raise ConceptError("a prompt has an attention mask, which style models make; allowed with regions "
-                           "on this model: none")
-    return mask if bias is None else bias.to(query.dtype)
-
-
-def _split(mask: Tensor | None, start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
-    """The host's attention mask for all rows but those from start to end, and for these."""
-    if mask is None:
-        return None, None
-    mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
-    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask      # for all heads
-    if mask.shape[-2] == 1:
-        return mask, mask
-    return _without(mask, start, end), mask[..., start:end, :]
+        return put_together(attended, picture, count)

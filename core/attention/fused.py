@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...attention.token_lora import with_delta
-from ...model.deltas import Deltas
-from ...model.processor import AttentionProcessor
-from ...model.sites import Site
+from ..model.deltas import Deltas
+from ..model.processor import AttentionProcessor
+from ..model.sites import Site
+from .token_lora import with_delta
 
 Offset = tuple[int, int, int]      # dimension of the weight, first index, number of indices
 Change = Callable[[Site, str, Tensor, Tensor], Tensor]      # as `AttentionProcessor.project`
@@ -64,14 +64,12 @@ def projecting(projections: Sequence[Projection], processor: AttentionProcessor 
     if processor is None and not deltas:
         yield
         return
-    changes: list[Change] = [partial(with_delta, each) for each in deltas]
-    if processor is not None:
-        changes.append(processor.project)
+    changes = changes_of(processor, deltas)
     before = {each.module: each.module.__dict__.get("forward") for each in projections}
     try:
         for module in before:
             own = [each for each in projections if each.module is module]
-            module.__dict__["forward"] = partial(_projected, module.forward, own, changes)
+            module.__dict__["forward"] = partial(projected, module.forward, own, changes)
         yield
     finally:
         for module, forward in before.items():
@@ -80,9 +78,22 @@ def projecting(projections: Sequence[Projection], processor: AttentionProcessor 
                 module.__dict__["forward"] = forward
 
 
-def _projected(forward: Callable[[Tensor], Tensor], projections: Sequence[Projection],
-               changes: Sequence[Change], x: Tensor) -> Tensor:
-    """The output of a fused layer with changed projections, in the order of its rows."""
+def changes_of(processor: AttentionProcessor | None, deltas: Sequence[Deltas] = ()) -> list[Change]:
+    """What changes the outputs of projections. Arguments as for `projecting`."""
+    changes: list[Change] = [partial(with_delta, each) for each in deltas]
+    return changes if processor is None else [*changes, processor.project]
+
+
+def projected(forward: Callable[[Tensor], Tensor], projections: Sequence[Projection],
+              changes: Sequence[Change], x: Tensor) -> Tensor:
+    """The output of a fused layer with changed projections.
+
+    Args:
+        forward: The layer.
+        projections: Those that it contains, in the order of its rows.
+        changes: Applied to every projection, in order.
+        x: Input of the layer.
+    """
     y, pieces, end = forward(x), [], 0
     for each in projections:
         dimension, start, size = offset_of(each.site, each.name) or (1, 0, x.shape[-1])

@@ -1,0 +1,99 @@
+"""The rows of a joint attention: only those of the picture see a concept.
+
+The attention that the picture's rows pay to the rows of a concept's words is divided among its slots. The
+rows of the text keep the host's attention; otherwise other words would read the concept. So do those of
+reference pictures, which stand behind the picture's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConceptError
+from ..model.processor import AttentionProcessor, HostAttention, JointRows, SiteCall
+from ..model.sites import Site
+from .token_lora import token_lora_attention
+
+
+def attend_picture(processor: AttentionProcessor, site: Site, query: Tensor,
+                   turned: tuple[Tensor, Tensor, Tensor], rows: tuple[int, int],
+                   mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Attends from the picture's rows.
+
+    Args:
+        processor: Attends from them.
+        site: The block.
+        query: `[B, H, L, d]`, normalised, without positions. Rows are text, picture, reference pictures.
+        turned: Query and key with positions, and value, each `[B, H, L, d]`.
+        rows: First row of the picture, and the row behind its last one.
+        mask: The host's attention mask; None = all rows may be read.
+
+    Returns:
+        The attended picture `[B, S, H d]`, and the mask of all other rows.
+    """
+    start, end = rows
+    turned_query, key, value = turned
+    for_others, for_picture = _split(_biased(processor, mask, query, start, end), start, end)
+    joint = JointRows(_flat(turned_query[:, :, start:end]), _flat(key[:, :, start:]),
+                      _flat(value[:, :, start:]), for_picture)
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return token_lora_attention(site.heads, query, query, key, value, (), joint)[0]
+
+    own = _flat(query[:, :, start:end])
+    text_key, text_value = _flat(key[:, :, :start]), _flat(value[:, :, :start])
+    call = SiteCall(processor, site, own, text_key, text_value, joint=joint)
+    return call.attend(own, text_key, text_value, HostAttention(plain)), for_others
+
+
+def without_picture(x: Tensor, rows: tuple[int, int]) -> Tensor:
+    """Rows `[..., L, d]` without those of the picture; rows: as in `attend_picture`."""
+    start, end = rows
+    return x[..., :start, :] if end == x.shape[-2] else torch.cat([x[..., :start, :], x[..., end:, :]], -2)
+
+
+def put_together(others: Tensor, picture: Tensor, start: int) -> Tensor:
+    """All attended rows `[B, L, a]`. others: without the picture; start: the picture's first row."""
+    return torch.cat([others[:, :start], picture.to(others), others[:, start:]], 1)
+
+
+def restarted(positions: Tensor, prompts: tuple[int, ...], dimension: int) -> Tensor:
+    """Rotary positions that begin anew at every text.
+
+    Args:
+        positions: Of all rows, along the dimension.
+        prompts: Numbers of rows of the texts; none or one changes nothing.
+        dimension: Of the rows.
+    """
+    if len(prompts) < 2:
+        return positions
+    total = sum(prompts)
+    rest = positions.narrow(dimension, total, positions.shape[dimension] - total)
+    return torch.cat([*(positions.narrow(dimension, 0, count) for count in prompts), rest], dimension)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`[B, H, S, d]` to `[B, S, H d]`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _biased(processor: AttentionProcessor, mask: Tensor | None, query: Tensor, start: int,
+            end: int) -> Tensor | None:
+    """The host's attention mask, or the processor's bias instead."""
+    bias = processor.joint_bias(end - start, query.shape[2] - end, query.device)
+    if bias is not None and mask is not None:
+        raise ConceptError("a prompt has an attention mask, which style models make; allowed with regions "
+                           "on this model: none")
+    return mask if bias is None else bias.to(query.dtype)
+
+
+def _split(mask: Tensor | None, start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+    """The attention mask for all rows but those from start to end, and for these."""
+    if mask is None:
+        return None, None
+    mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask      # for all heads
+    if mask.shape[-2] == 1:
+        return mask, mask
+    return without_picture(mask, (start, end)), mask[..., start:end, :]

@@ -1,0 +1,130 @@
+"""A backbone of a transformer with joint attention of text and picture, in the form of Flux.2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attention.fused import Projection, changes_of, offset_of, path_of, projected
+from ..attention.joint_rows import attend_picture, put_together, restarted, without_picture
+from ..errors import ConceptError
+from ..model.checkpointing import recomputed
+from ..model.context import Context
+from ..model.deltas import Deltas
+from ..model.flow import FlowSchedule
+from ..model.processor import AttentionProcessor
+from ..model.sites import PROJECTIONS, Site, joint_layout
+from .diffusers import ClipText
+from .modules import ModuleBackbone
+
+
+class JointBackbone(ModuleBackbone):
+    """A backbone of a transformer that predicts the velocity of a flow.
+
+    Args:
+        transformer: Called with latents, times, text states and a runner of its blocks, see
+            `demo.joint_transformer.JointTransformer`.
+        vae: The autoencoder.
+        text: Its text encoder. A context has one copy, because all sites read the same text.
+        schedule: The flow's schedule.
+        picture_size: Side in pixels of the pictures that it was trained on.
+        time_scale: The transformer's time is the share of noise times this.
+    """
+
+    def __init__(self, transformer: nn.Module, vae, text: ClipText, schedule: FlowSchedule, picture_size: int,
+                 time_scale: float = 1.0) -> None:
+        text.model.requires_grad_(False).eval()
+        single = transformer.get_submodule("single_blocks")
+        layout = joint_layout(len(transformer.get_submodule("double_blocks")), len(single), single[0].heads,
+                              single[0].width, ((text.name, text.width),))
+        super().__init__(transformer, vae, (text,), schedule, layout)
+        self._flow, self._picture_size, self._time_scale = schedule, picture_size, time_scale
+        self.sites = {transformer.get_submodule(site.name): site for site in layout.sites}
+        self.projections: dict[nn.Module, list[Projection]] = {}      # of every fused layer
+        for site in layout.sites:
+            for name in PROJECTIONS:
+                module = transformer.get_submodule(path_of(site, name))
+                self.projections.setdefault(module, []).append(Projection(site, name, module))
+
+    @property
+    def picture_size(self) -> int:
+        return self._picture_size
+
+    def _linear(self, site: Site, projection: str) -> nn.Linear:
+        linear = self.denoiser.get_submodule(path_of(site, projection))
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def _weight(self, site: Site, projection: str) -> Tensor:
+        """The part of a fused layer's weight that is this projection."""
+        return _part(site, projection, self._linear(site, projection).weight)
+
+    def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
+        self.layout.refuse_joint("projecting text is")
+        return x
+
+    @contextmanager
+    def folded(self, deltas: Deltas) -> Iterator[None]:
+        before: dict[nn.Linear, Tensor] = {}
+        try:
+            for (index, projection), delta in deltas.items():
+                site = self.layout.sites[index]
+                linear = self._linear(site, projection)
+                if linear not in before:
+                    before[linear] = linear.weight.data
+                    linear.weight.data = linear.weight.data.clone()
+                part = _part(site, projection, linear.weight.data)
+                if tuple(delta.shape) != tuple(part.shape):
+                    raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site "
+                                       f"{index}, which is {tuple(part.shape)}")
+                part.copy_(part.float() + delta.dense().to(part.device))
+            yield
+        finally:
+            for linear, data in before.items():
+                linear.weight.data = data
+
+    def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
+                processor: AttentionProcessor | None = None) -> Tensor:
+        dtype, text = self.dtype, context.hidden[:, 0]
+        if processor is not None:
+            processor.prepare(context)
+            text = processor.extended(text)
+        times = self._flow.sigma(timesteps) * self._time_scale
+        return self.denoiser(latents.to(dtype), times, text.to(dtype), _Run(self, processor)).float()
+
+    def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
+        return recomputed(self.denoiser, ("DoubleBlock", "SingleBlock") if enabled else ())
+
+
+def _part(site: Site, projection: str, weight: Tensor) -> Tensor:
+    offset = offset_of(site, projection)
+    return weight if offset is None else weight.narrow(*offset)
+
+
+class _Run:
+    """Runs projections and attentions of blocks with a processor, see `demo.joint_transformer.Runner`."""
+
+    def __init__(self, backbone: JointBackbone, processor: AttentionProcessor | None) -> None:
+        self.backbone, self.processor, self.changes = backbone, processor, changes_of(processor)
+
+    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
+        x, own = x.to(self.backbone.dtype), self.backbone.projections.get(module)
+        return projected(module, own, self.changes, x) if own and self.changes else module(x)
+
+    def attend(self, block: nn.Module, joint) -> Tensor:
+        if self.processor is None:
+            return joint.plain()
+        query, key = joint.turned(tuple(restarted(part, self.processor.prompts, 0) for part in joint.table))
+        rows = joint.words, query.shape[2]
+        picture, mask = attend_picture(self.processor, self.backbone.sites[block], joint.query,
+                                       (query, key, joint.value), rows)
+        others = _attended(without_picture(query, rows), key, joint.value, mask)
+        return put_together(others, picture, joint.words)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of heads `[B, H, L, d]`, with heads concatenated."""
+    return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)

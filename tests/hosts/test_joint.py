@@ -1,0 +1,108 @@
+"""The backbone of a transformer with joint attention: fused projections, slots, texts, and its base file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from continual_concepts.core.attention.adapters import AdapterProcessor, LowRankAdapters
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.prompts import NO_CONCEPTS
+from continual_concepts.core.conditioning.encoding import encode_prompts
+from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.model.processor import AttentionProcessor
+from continual_concepts.core.model.sites import PROJECTIONS
+from continual_concepts.core.sampling.sampling import sample
+from continual_concepts.core.sampling.settings import SampleSettings
+
+QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
+
+
+def inputs(backbone, *prompts):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    texts = encode_prompts(backbone, NO_CONCEPTS.parse_all(prompts or ("a red dog", "a cat")), {})
+    return latents, torch.tensor([10, 700]), texts
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture
+def adapters(tiny_joint):
+    """Low-rank deltas of all projections that are not zero."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = LowRankAdapters(tiny_joint.layout, 2, 1.0, generator, "cpu")
+    for up in deltas.up.values():
+        up.data = 0.3 * torch.randn(up.shape, generator=generator)
+    return deltas.requires_grad_(False)
+
+
+@torch.no_grad()
+def test_it_is_the_model_itself_and_a_processor_that_changes_nothing_changes_nothing(tiny_joint):
+    latents, timesteps, context = inputs(tiny_joint)
+    times = tiny_joint.schedule.sigmas[timesteps]
+    expected = tiny_joint.denoiser(latents, times, context.hidden[:, 0])
+    assert expected.any() and torch.equal(tiny_joint.predict(latents, timesteps, context), expected)
+    assert distance(tiny_joint.predict(latents, timesteps, context, AttentionProcessor()), expected) < 1e-5
+
+
+def test_a_processor_sees_all_projections_of_fused_layers(tiny_joint):
+    seen = []
+
+    class Recorder(AttentionProcessor):
+        def project(self, site, projection, x, y):
+            assert (y.shape[-1], x.shape[-1]) == site.shape(projection)
+            weight = tiny_joint._weight(site, projection)
+            if not (site.name.startswith("single") and projection == "to_out"):      # one of two summands
+                assert torch.allclose(y, x @ weight.T, atol=1e-5)
+            seen.append((site.name, projection))
+            return y
+
+    tiny_joint.predict(*inputs(tiny_joint), Recorder())
+    assert sorted(seen) == sorted((site.name, p) for site in tiny_joint.layout.sites for p in PROJECTIONS)
+
+
+@torch.no_grad()
+def test_folded_deltas_act_as_in_a_processor_and_are_taken_out_again(tiny_joint, adapters):
+    latents, timesteps, context = inputs(tiny_joint)
+    plain = tiny_joint.predict(latents, timesteps, context)
+    expected = tiny_joint.predict(latents, timesteps, context, AdapterProcessor(adapters))
+    with tiny_joint.folded(adapters.deltas()):
+        folded = tiny_joint.predict(latents, timesteps, context)
+    assert distance(folded, expected) < 1e-5 < 0.01 < distance(expected, plain)
+    assert torch.equal(tiny_joint.predict(latents, timesteps, context), plain)
+
+
+def test_gradients_are_the_same_with_checkpointing(tiny_joint, adapters):
+    adapters.requires_grad_(True)
+    found = []
+    for enabled in (False, True):
+        with tiny_joint.gradient_checkpointing(enabled):
+            tiny_joint.predict(*inputs(tiny_joint), AdapterProcessor(adapters)).square().mean().backward()
+        found.append([up.grad.clone() for up in adapters.up.values()])
+        adapters.zero_grad()
+    assert all(torch.allclose(*pair, atol=1e-7) and pair[0].any() for pair in zip(*found, strict=True))
+
+
+def test_two_concepts_are_learned_and_drawn_and_leave_other_prompts_alone(tiny_joint, teach):
+    bank = ConceptBank(tiny_joint.layout)
+    for name, noun in (("rex", "dog"), ("mimi", "cat")):
+        bank = teach(tiny_joint, bank, name, "slots", {"lr": 0.1}, noun=noun, steps=3).bank
+    texts = ["a dog", "a photo of <rex>", "a photo of <mimi>", "a photo of <rex> and <mimi>"]
+    pictures, empty = sample(tiny_joint, bank, texts, [0] * 4, QUICK), ConceptBank(tiny_joint.layout)
+    assert torch.equal(pictures[:1], sample(tiny_joint, empty, texts[:1], [0], QUICK))
+    assert torch.isfinite(pictures).all()
+    assert all(distance(pictures[i], pictures[k]) > 1e-3 for i in range(4) for k in range(i))
+
+
+def test_a_style_is_learned_as_deltas_of_fused_layers(tiny_joint, teach):
+    bank = teach(tiny_joint, ConceptBank(tiny_joint.layout), "chalk", "slots", {"lr": 0.1}, noun="drawing",
+                 kind="style", steps=3).bank
+    plain, styled = sample(tiny_joint, bank, ["drawing of a dog", "<chalk> of a dog"], [0, 0], QUICK)
+    assert distance(styled, plain) > 1e-3
+
+
+def test_text_cannot_be_projected_alone(tiny_joint):
+    with pytest.raises(ConceptError, match="projecting text is not supported"):
+        tiny_joint.project(tiny_joint.layout.sites[0], "to_k", torch.zeros(1, 32))
