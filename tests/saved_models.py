@@ -102,6 +102,25 @@ def transformer_base(tmp_path_factory, other_base) -> Path:
 
 
 @pytest.fixture(scope="session")
+def joint_base(tmp_path_factory, other_base) -> Path:
+    """The same of a transformer with joint attention."""
+    from continual_concepts.core.demo import base
+
+    sizes = {"joint": {"in_channels": 6, "hidden_size": 64, "depth": 2, "depth_single_blocks": 2,
+                       "num_heads": 2, "context_in_dim": 128, "mlp_ratio": 2.0, "theta": 50.0},
+             "vae": base.read_sizes(other_base)["vae"], "text_encoder": base.SIZES["text_encoder"],
+             "schedule": {"kind": "flow", "shift": 2.0, "multiplier": 1.0}, "picture_size": 32}
+    file = tmp_path_factory.mktemp("joint") / "base.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(12)
+        modules = base.build_modules(sizes)
+        for parameter in modules["joint"].parameters():      # some of them start at zero
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    base.save_base(modules, file, {"steps": 1}, sizes, packed=True)
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_base():
     """tiny_base(folder): Stable Diffusion 1's structure in diffusers' layout, pictures of 32 pixels.
 

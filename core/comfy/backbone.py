@@ -8,6 +8,7 @@ import hashlib
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 
 import comfy.model_management as management
 import torch
@@ -212,6 +213,8 @@ class ComfyBackbone(Backbone):
         if processor is not None:
             processor.prepare(context)
             options[PROCESSOR] = processor
+            if self.layout.is_joint:
+                context = replace(context, hidden=processor.extended(context.hidden[:, 0]).unsqueeze(1))
         with self.sites.attached(learns=True):
             return self.sites.evaluate(latents, timesteps, context, options, self.picture_multiple).float()
 

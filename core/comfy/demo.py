@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.clip_vision
 import comfy.latent_formats
+import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_management as management
 import comfy.model_patcher
@@ -25,9 +26,11 @@ from torch import Tensor
 from ..demo import base, judges
 from ..demo.bases import EMBEDDED, TOKENIZER, file_of, read_sizes
 from ..demo.encoder import MetricEncoder
+from ..demo.joint_transformer import AXES
 from ..demo.networks import Autoencoder
 from ..demo.transformer import PATCH
 from ..demo.vocabulary import CONTEXT_LENGTH
+from ..errors import ConceptError
 
 
 def _operations(groups: int) -> type:
@@ -107,19 +110,35 @@ def _transformer_config(shape: dict[str, Any]) -> dict:
             "rope_w_extrapolation_ratio": ratio, "dtype": torch.float32}
 
 
+def _joint_config(shape: dict[str, Any]) -> dict:
+    """The sizes of a `demo.joint_transformer.JointTransformer` as a ComfyUI configuration of Flux.2."""
+    if "global_modulation" not in comfy.ldm.flux.model.FluxParams.__annotations__:
+        raise ConceptError("the base is a transformer in the form of Flux.2, which this version of ComfyUI "
+                           "does not know; update ComfyUI to 0.33 or newer")
+    axis = shape["hidden_size"] // shape["num_heads"] // AXES
+    return {**shape, "out_channels": shape["in_channels"], "vec_in_dim": None, "axes_dim": [axis] * AXES,
+            "patch_size": shape.get("patch_size", PATCH), "qkv_bias": False, "guidance_embed": False,
+            "txt_ids_dims": [AXES - 1], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+            "dtype": torch.float32}
+
+
+_CONFIGS = {"unet": _unet_config, "transformer": _transformer_config, "joint": _joint_config}
+
+
 def _load_model(modules: dict[str, Any], sizes: dict[str, Any]):
     """The MODEL of a base's denoiser of the given sizes."""
-    is_flow = "transformer" in modules
-    shape = sizes["transformer" if is_flow else "unet"]
-    config = _Config(_transformer_config(shape) if is_flow else _unet_config(shape))
+    kind = next(kind for kind in base.DENOISERS if kind in modules)
+    shape = sizes[kind]
+    config = _Config(_CONFIGS[kind](shape))
     latents, rgb = config.latent_format, _preview(modules["vae"])
     latents.latent_channels = shape["in_channels"]
     latents.latent_rgb_factors, latents.latent_rgb_factors_bias = rgb
-    if is_flow:
-        latents.latent_dimensions = 3      # a time axis of one frame
+    if kind in base.TRANSFORMER_CLASSES:
+        latents.latent_dimensions = 3 if kind == "transformer" else 2      # a time axis of one frame
         config.sampling_settings = {name: sizes["schedule"][name] for name in ("shift", "multiplier")}
-        model = _Transformer(config, comfy.model_base.ModelType.FLOW)
-        weights = modules["transformer"].state_dict()
+        host = _Transformer if kind == "transformer" else comfy.model_base.Flux
+        model = host(config, comfy.model_base.ModelType.FLOW)
+        weights = modules[kind].state_dict()
     else:
         config.custom_operations = _operations(shape["norm_num_groups"])
         model = config.get_model({}, device=None)

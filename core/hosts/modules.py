@@ -80,7 +80,7 @@ class ModuleBackbone(Backbone):
         """
         digest = hashlib.sha256()
         for site in (self.layout.sites[0], self.layout.sites[-1]):
-            digest.update(self._weight(site, "to_k").detach().half().cpu().numpy().tobytes())
+            digest.update(self._linear(site, "to_k").weight.detach().half().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @abstractmethod

@@ -19,6 +19,7 @@ from ...model.context import Context
 from ...model.schedule import Schedule
 from ...model.sites import Site, SiteLayout
 
+EMBEDDED_TEXT = "clip_l"      # of embedded transformers; no other transformer has it as its only encoder
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""Transformers with joint attention of text and picture: Flux.1, Flux.2 Klein and Chroma.
+"""Transformers with joint attention of text and picture: Flux.1, Flux.2 Klein, Chroma, and the embedded one.
 
 Every double and single block is a site. Text and picture share one softmax there, and both change by it. Only
 the rows of the picture see a concept: the attention that they pay to the rows of the concept's words is
@@ -38,8 +38,8 @@ from ...model.processor import NEVER, AttentionProcessor
 from ...model.sites import PROJECTIONS, Site, joint_layout
 from ..noun_clip import RowText
 from ..sites import DELTAS, PROCESSOR
-from ..text import QWEN, ROWS, row_name
-from .base import Family, append_once, computation_type
+from ..text import QWEN, ROWS, ComfyText, row_name
+from .base import EMBEDDED_TEXT, Family, append_once, computation_type
 
 _BEFORE, _AFTER = "attn1_patch", "attn1_output_patch"      # the host's keys of patches
 _REFERENCES = "reference_image_num_tokens"      # the host's key of their numbers of rows
@@ -60,7 +60,6 @@ class Flux(Family):
     names: ClassVar[str] = "Flux.1, Flux.2 Klein, Chroma (text to image)"
     recomputed: ClassVar[tuple[str, ...]] = ("DoubleStreamBlock", "SingleStreamBlock")
     guides_attention: ClassVar[bool] = False
-    learns_in_text = False
 
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
@@ -69,7 +68,9 @@ class Flux(Family):
             raise ConceptError(f"the model's class is {kind}, whose blocks have no attention patches in this "
                                "version of ComfyUI; update ComfyUI to 0.33 or newer")
         widths = [(name, _QWEN_LAYERS * width if name in QWEN else width) for name, width in text_widths]
-        if [width for name, width in widths if name in (ROWS, *QWEN)] != [params.context_in_dim]:
+        self.learns_in_text = text_widths == ((EMBEDDED_TEXT, params.context_in_dim),)
+        read = [width for name, width in widths if name in (ROWS, *QWEN)]
+        if not self.learns_in_text and read != [params.context_in_dim]:
             names = ", ".join(f"{name} of width {width}" for name, width in widths)
             raise ConceptError(f"the model's class is {kind} with texts of width {params.context_in_dim}, "
                                f"but the CLIP has the text encoders {names}; connect the model's own CLIP")
@@ -116,6 +117,9 @@ class Flux(Family):
         return FlowSchedule(sigmas[step - 1::step].clone())
 
     def text_encoders(self, clip, load: Callable[[], None]) -> tuple[TextEncoder, ...]:
+        if self.learns_in_text:
+            return (ComfyText(EMBEDDED_TEXT, clip, load),)
+
         def vectors() -> Tensor:
             return getattr(clip.cond_stage_model, row_name(clip)).transformer.get_input_embeddings().weight
 

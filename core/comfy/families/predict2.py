@@ -33,10 +33,9 @@ from ...model.sites import Site, transformer_layout
 from ..noun_clip import RowText
 from ..sites import ALONE, PROCESSOR, host_attention
 from ..text import ROWS, ComfyText
-from .base import Family, computation_type, is_plain
+from .base import EMBEDDED_TEXT, Family, computation_type, is_plain
 
 _NORMS = {"to_q": "q_norm", "to_k": "k_norm"}
-_EMBEDDED = "clip_l"      # text encoder of the embedded transformer; no other model has it as its only one
 _CROSS, _SELF = "attn2_patch", "attn1_patch"      # the host's keys of other nodes' patches, since 0.33
 _HAS_ANIMA = importlib.util.find_spec("comfy.ldm.anima") is not None      # older hosts take it for Cosmos
 _COSMOS = getattr(comfy.model_sampling, "COSMOS_RFLOW", ())
@@ -52,7 +51,7 @@ class Predict2(Family):
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
         kind, width = type(model.model).__name__, self.denoiser.blocks[0].cross_attn.k_proj.weight.shape[1]
-        self.learns_in_text = text_widths == ((_EMBEDDED, width),)
+        self.learns_in_text = text_widths == ((EMBEDDED_TEXT, width),)
         if not self.learns_in_text and text_widths != ((ROWS, width),):
             names = ", ".join(name for name, _ in text_widths)
             hint = "" if _HAS_ANIMA else "; if it is Anima, which this ComfyUI does not know, update ComfyUI"
@@ -92,7 +91,7 @@ class Predict2(Family):
 
     def text_encoders(self, clip, load: Callable[[], None]) -> tuple[TextEncoder, ...]:
         if self.learns_in_text:
-            return (ComfyText(_EMBEDDED, clip, load),)
+            return (ComfyText(EMBEDDED_TEXT, clip, load),)
 
         def vectors() -> Tensor:
             adapter = getattr(self.denoiser, "llm_adapter", None)
