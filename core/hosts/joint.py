@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attention.fused import Projection, changes_of, offset_of, path_of, projected
-from ..attention.joint_rows import attend_picture, put_together, restarted, without_picture
 from ..errors import ConceptError
 from ..model.checkpointing import recomputed
 from ..model.context import Context
 from ..model.deltas import Deltas
 from ..model.flow import FlowSchedule
+from ..model.fused import Projection, offset_of, path_of, projected
+from ..model.joint_rows import attend_picture, flat, put_together, restarted, without_picture
 from ..model.processor import AttentionProcessor
 from ..model.sites import PROJECTIONS, Site, joint_layout
 from .diffusers import ClipText
@@ -108,11 +108,13 @@ class _Run:
     """Runs projections and attentions of blocks with a processor, see `demo.joint_transformer.Runner`."""
 
     def __init__(self, backbone: JointBackbone, processor: AttentionProcessor | None) -> None:
-        self.backbone, self.processor, self.changes = backbone, processor, changes_of(processor)
+        self.backbone, self.processor = backbone, processor
 
     def linear(self, module: nn.Module, x: Tensor) -> Tensor:
         x, own = x.to(self.backbone.dtype), self.backbone.projections.get(module)
-        return projected(module, own, self.changes, x) if own and self.changes else module(x)
+        if self.processor is None or own is None:
+            return module(x)
+        return projected(module, own, [self.processor.project], x)
 
     def attend(self, block: nn.Module, joint) -> Tensor:
         if self.processor is None:
@@ -121,10 +123,5 @@ class _Run:
         rows = joint.words, query.shape[2]
         picture, mask = attend_picture(self.processor, self.backbone.sites[block], joint.query,
                                        (query, key, joint.value), rows)
-        others = _attended(without_picture(query, rows), key, joint.value, mask)
-        return put_together(others, picture, joint.words)
-
-
-def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of heads `[B, H, L, d]`, with heads concatenated."""
-    return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+        others = F.scaled_dot_product_attention(without_picture(query, rows), key, joint.value, mask)
+        return put_together(flat(others), picture, joint.words)

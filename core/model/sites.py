@@ -122,9 +122,9 @@ class SiteLayout:
 
     @property
     def takes_words(self) -> bool:
-        """Whether words can be learned in front of its text encoders. Models that read one row per token of
-        T5 or Qwen get class nouns instead."""
-        return all(name not in _ROW_ENCODERS for name, _ in self.text_widths)
+        """Whether words can be learned in front of its text encoders. Models with joint attention, and those
+        that read one row per token of T5 or Qwen, get class nouns instead."""
+        return not self.is_joint and all(name not in _ROW_ENCODERS for name, _ in self.text_widths)
 
     @property
     def is_joint(self) -> bool:

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from continual_concepts.benchmarks.__main__ import build_parser, main
-from continual_concepts.benchmarks.pretraining import command_128, progress, quality
+from continual_concepts.benchmarks.pretraining import command_128, denoisers, progress, quality, stages
 from continual_concepts.benchmarks.pretraining.autoencoder import fit_linear
 from continual_concepts.benchmarks.pretraining.data import to_tensor
+from continual_concepts.benchmarks.pretraining.latent_set import LatentSet
+from continual_concepts.benchmarks.pretraining.long_run import Plan, never
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.demo import base
 from continual_concepts.core.demo.autoencoder import SceneAutoencoder
+from continual_concepts.core.demo.joint_transformer import JointTransformer
 from continual_concepts.core.demo.transformer import DiffusionTransformer
+from continual_concepts.core.demo.vocabulary import CONTEXT_LENGTH
 from continual_concepts.core.neurons.scores import encode_plain
 from continual_concepts.core.sampling.sampling import sample, starting_noise
 from continual_concepts.core.sampling.settings import SampleSettings
@@ -24,6 +28,8 @@ AUTOENCODER = {"latent_channels": 6, "encoder_widths": (8, 8), "encoder_blocks":
                "decoder_widths": (8, 8, 8), "decoder_blocks": (1, 1, 1)}
 TINY = {"in_channels": 4, "model_channels": 48, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 16,
         "adaln_lora_dim": 8, "rope_ratio": 0.0125}
+TINY_JOINT = {"in_channels": 4, "hidden_size": 32, "depth": 1, "depth_single_blocks": 1, "num_heads": 2,
+              "context_in_dim": 16, "mlp_ratio": 2.0, "theta": 50.0}
 
 
 def test_the_linear_code_alone_is_an_orthogonal_projection():
@@ -50,21 +56,37 @@ def test_text_enters_the_transformer_at_cross_attention_only():
     assert torch.equal(first, second) and first.shape == x.shape
 
 
-def test_an_untrained_transformer_predicts_nothing():
+@pytest.mark.parametrize("transformer, sizes", [(DiffusionTransformer, TINY), (JointTransformer, TINY_JOINT)])
+def test_an_untrained_transformer_predicts_nothing(transformer, sizes):
     x = torch.randn(1, 4, 4, 4)
-    assert not DiffusionTransformer(**TINY)(x, torch.tensor([500.0]), torch.randn(1, 3, 16)).any()
+    assert not transformer(**sizes)(x, torch.tensor([500.0]), torch.randn(1, 3, 16)).any()
+
+
+@pytest.mark.parametrize("kind", list(stages.FLOWS))
+def test_a_flow_learns_and_goes_on_where_it_stopped(kind, tmp_path):
+    """Two steps in two calls; the loss of the second step is finite and the weights have changed."""
+    sizes = TINY_JOINT if kind == "joint" else TINY
+    widths = {"in_channels": 6, "context_in_dim" if kind == "joint" else "crossattn_emb_channels": 128}
+    ids = torch.zeros(4, 1, CONTEXT_LENGTH, dtype=torch.int16)
+    data = LatentSet(torch.randn(4, 6, 4, 4).half(), ids, ids[0, 0])
+    for steps in (1, 2):
+        run = denoisers.train_flow(kind, sizes | widths, stages.FLOWS[kind][1], data, tmp_path,
+                                   Plan(steps, 1e-3, warmup=1, muon=True), never, batch=2)
+        assert run.finished and run.start == steps - 1 and np.isfinite(run.smooth)
 
 
 @torch.no_grad()
-def test_the_library_draws_what_the_training_draws(transformer_base, monkeypatch):
+@pytest.mark.parametrize("kind", list(stages.FLOWS))
+def test_the_library_draws_what_the_training_draws(request, kind, monkeypatch):
     """Euler's method with many steps, and Heun's method with the schedule that the exported file names."""
-    backbone, drawn = base.load_base(transformer_base), []
+    file = request.getfixturevalue("joint_base" if kind == "joint" else "transformer_base")
+    backbone, drawn = base.load_base(file), []
     monkeypatch.setattr(backbone, "decode_latents", lambda latents: drawn.append(latents) or latents)
     settings = SampleSettings(steps=100, cfg=1.5, size=(32, 32))
     sample(backbone, ConceptBank(backbone.layout), ["a dog"], [3], settings)
     empty, text = (encode_plain(backbone, [prompt]).hidden[:, 0] for prompt in ("", "a dog"))
     noise = starting_noise(backbone, [3], (32, 32))
-    expected = progress.flow_sample(backbone.denoiser, noise, text, empty, 50, 1.5)
+    expected = progress.flow_sample(backbone.denoiser, stages.FLOWS[kind][1], noise, text, empty, 50, 1.5)
     assert (drawn[0] - expected).norm() < 0.1 * (noise - expected).norm()
 
 
@@ -74,7 +96,7 @@ def test_the_command_line_names_the_stages(tmp_path):
     assert options.run is command_128.train and options.stages == ["unet"] and options.hours == 1.0
 
 
-@pytest.mark.parametrize("kind", command_128.KINDS)
+@pytest.mark.parametrize("kind", base.DENOISERS)
 def test_a_base_that_was_never_trained_is_refused(kind, tmp_path, capsys):
     assert main(["pretraining-128-export", str(tmp_path), kind, str(tmp_path / "base.safetensors")]) == 1
     assert "no checkpoint" in capsys.readouterr().err and not (tmp_path / "base.safetensors").exists()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import comfy.ldm.chroma.model
@@ -28,12 +29,13 @@ import torch
 from comfy.ldm.flux.math import apply_rope
 from torch import Tensor, nn
 
-from ...attention.fused import Offset, Projection, offset_of, path_of, projecting
-from ...attention.joint_rows import attend_picture, put_together, restarted, without_picture
+from ...attention.token_lora import with_delta
 from ...errors import ConceptError
 from ...model.backbone import TextEncoder
 from ...model.context import Context
 from ...model.flow import FlowSchedule
+from ...model.fused import Change, Offset, Projection, offset_of, path_of, projecting
+from ...model.joint_rows import attend_picture, put_together, restarted, without_picture
 from ...model.processor import NEVER, AttentionProcessor
 from ...model.sites import PROJECTIONS, Site, joint_layout
 from ..noun_clip import RowText
@@ -60,6 +62,7 @@ class Flux(Family):
     names: ClassVar[str] = "Flux.1, Flux.2 Klein, Chroma (text to image)"
     recomputed: ClassVar[tuple[str, ...]] = ("DoubleStreamBlock", "SingleStreamBlock")
     guides_attention: ClassVar[bool] = False
+    learns_in_text = False
 
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
@@ -68,9 +71,9 @@ class Flux(Family):
             raise ConceptError(f"the model's class is {kind}, whose blocks have no attention patches in this "
                                "version of ComfyUI; update ComfyUI to 0.33 or newer")
         widths = [(name, _QWEN_LAYERS * width if name in QWEN else width) for name, width in text_widths]
-        self.learns_in_text = text_widths == ((EMBEDDED_TEXT, params.context_in_dim),)
+        self._is_embedded = text_widths == ((EMBEDDED_TEXT, params.context_in_dim),)
         read = [width for name, width in widths if name in (ROWS, *QWEN)]
-        if not self.learns_in_text and read != [params.context_in_dim]:
+        if not self._is_embedded and read != [params.context_in_dim]:
             names = ", ".join(f"{name} of width {width}" for name, width in widths)
             raise ConceptError(f"the model's class is {kind} with texts of width {params.context_in_dim}, "
                                f"but the CLIP has the text encoders {names}; connect the model's own CLIP")
@@ -117,7 +120,7 @@ class Flux(Family):
         return FlowSchedule(sigmas[step - 1::step].clone())
 
     def text_encoders(self, clip, load: Callable[[], None]) -> tuple[TextEncoder, ...]:
-        if self.learns_in_text:
+        if self._is_embedded:
             return (ComfyText(EMBEDDED_TEXT, clip, load),)
 
         def vectors() -> Tensor:
@@ -230,7 +233,10 @@ class _RunBlock(_OnCopies):
 
     def __call__(self, *rows: Tensor, **given):
         options = given.get("transformer_options") or {}
-        with projecting(self.projections, options.get(PROCESSOR), options.get(DELTAS, ())):
+        processor: AttentionProcessor | None = options.get(PROCESSOR)
+        changes: list[Change] = [partial(with_delta, deltas) for deltas in options.get(DELTAS, ())]
+        changes += [] if processor is None else [processor.project]
+        with projecting(self.projections, changes):
             return super().__call__(*rows, **given)
 
 

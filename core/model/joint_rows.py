@@ -7,13 +7,15 @@ reference pictures, which stand behind the picture's own.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import ConceptError
-from ..model.processor import AttentionProcessor, HostAttention, JointRows, SiteCall
-from ..model.sites import Site
-from .token_lora import token_lora_attention
+from .processor import AttentionProcessor, HostAttention, JointRows, SiteCall
+from .sites import Site
 
 
 def attend_picture(processor: AttentionProcessor, site: Site, query: Tensor,
@@ -35,16 +37,13 @@ def attend_picture(processor: AttentionProcessor, site: Site, query: Tensor,
     start, end = rows
     turned_query, key, value = turned
     for_others, for_picture = _split(_biased(processor, mask, query, start, end), start, end)
-    joint = JointRows(_flat(turned_query[:, :, start:end]), _flat(key[:, :, start:]),
-                      _flat(value[:, :, start:]), for_picture)
-
-    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return token_lora_attention(site.heads, query, query, key, value, (), joint)[0]
-
-    own = _flat(query[:, :, start:end])
-    text_key, text_value = _flat(key[:, :, :start]), _flat(value[:, :, :start])
+    joint = JointRows(*(flat(x) for x in (turned_query[:, :, start:end], key[:, :, start:],
+                                          value[:, :, start:])), for_picture)
+    own, text_key, text_value = (flat(x) for x in (query[:, :, start:end], key[:, :, :start],
+                                                   value[:, :, :start]))
     call = SiteCall(processor, site, own, text_key, text_value, joint=joint)
-    return call.attend(own, text_key, text_value, HostAttention(plain)), for_others
+    plain = HostAttention(partial(_plain, site.heads, joint))
+    return call.attend(own, text_key, text_value, plain), for_others
 
 
 def without_picture(x: Tensor, rows: tuple[int, int]) -> Tensor:
@@ -73,9 +72,18 @@ def restarted(positions: Tensor, prompts: tuple[int, ...], dimension: int) -> Te
     return torch.cat([*(positions.narrow(dimension, 0, count) for count in prompts), rest], dimension)
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """`[B, H, S, d]` to `[B, S, H d]`."""
     return x.transpose(1, 2).flatten(2)
+
+
+def _plain(heads: int, joint: JointRows, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of the picture's rows without a concept. Positions are in the query of `joint`."""
+    def split(*rows: Tensor) -> Tensor:
+        return torch.cat(rows, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    return flat(F.scaled_dot_product_attention(split(joint.query), split(key, joint.key),
+                                               split(value, joint.value), joint.mask))
 
 
 def _biased(processor: AttentionProcessor, mask: Tensor | None, query: Tensor, start: int,

@@ -15,10 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..model.deltas import Deltas
-from ..model.processor import AttentionProcessor
-from ..model.sites import Site
-from .token_lora import with_delta
+from .sites import Site
 
 Offset = tuple[int, int, int]      # dimension of the weight, first index, number of indices
 Change = Callable[[Site, str, Tensor, Tensor], Tensor]      # as `AttentionProcessor.project`
@@ -52,19 +49,16 @@ class Projection:
 
 
 @contextmanager
-def projecting(projections: Sequence[Projection], processor: AttentionProcessor | None,
-               deltas: Sequence[Deltas]) -> Iterator[None]:
+def projecting(projections: Sequence[Projection], changes: Sequence[Change]) -> Iterator[None]:
     """Context manager around a call of a block, in which its projections are changed.
 
     Args:
         projections: Of the block.
-        processor: Changes them by `AttentionProcessor.project`.
-        deltas: Added before it.
+        changes: Applied to the output of every projection, in order.
     """
-    if processor is None and not deltas:
+    if not changes:
         yield
         return
-    changes = changes_of(processor, deltas)
     before = {each.module: each.module.__dict__.get("forward") for each in projections}
     try:
         for module in before:
@@ -78,12 +72,6 @@ def projecting(projections: Sequence[Projection], processor: AttentionProcessor 
                 module.__dict__["forward"] = forward
 
 
-def changes_of(processor: AttentionProcessor | None, deltas: Sequence[Deltas] = ()) -> list[Change]:
-    """What changes the outputs of projections. Arguments as for `projecting`."""
-    changes: list[Change] = [partial(with_delta, each) for each in deltas]
-    return changes if processor is None else [*changes, processor.project]
-
-
 def projected(forward: Callable[[Tensor], Tensor], projections: Sequence[Projection],
               changes: Sequence[Change], x: Tensor) -> Tensor:
     """The output of a fused layer with changed projections.
@@ -91,7 +79,7 @@ def projected(forward: Callable[[Tensor], Tensor], projections: Sequence[Project
     Args:
         forward: The layer.
         projections: Those that it contains, in the order of its rows.
-        changes: Applied to every projection, in order.
+        changes: Applied to the output of every projection, in order.
         x: Input of the layer.
     """
     y, pieces, end = forward(x), [], 0
