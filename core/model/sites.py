@@ -23,7 +23,7 @@ _TRANSFORMER_MODULES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "t
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # fingerprints of the embedded bases, so that messages can name the base of a bank
 _EMBEDDED = {"6f395a5ccb499e4b": "embedded-64", "b9658e3c739a55e4": "embedded-128",
-             "d3a84fc032a41b4e": "embedded-dit"}
+             "d3a84fc032a41b4e": "embedded-dit", "3f55204938c87f09": "embedded-joint"}
 # number of sites and context width of UNets -> their family, for messages
 _UNETS = {(16, 768): "SD1.5", (16, 1024): "SD2", (70, 2048): "SDXL"}
 # models with more than SD1.5's 16 sites have one layer copy per transformer group (SDXL: 70 sites, 11 groups)

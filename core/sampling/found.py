@@ -29,6 +29,7 @@ def sample_found(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, see
     Returns:
         `[B, 3, H, W]` in -1..1, one picture for each seed.
     """
+    backbone.layout.refuse_joint("finding regions is")
     scene, count = bank.parse(scene), len(seeds)
     prompts = scene.apart(bank.infos)
     if len(prompts) < 2:

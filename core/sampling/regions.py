@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..attention.token_lora import TokenLora
 from ..bank.bank import ConceptBank
 from ..bank.prompts import Prompt
 from ..conditioning.routing import aggregate, always_on_deltas
+from ..errors import ConceptError
 from ..model.backbone import Backbone
 from ..model.context import Context
+from ..model.deltas import Deltas
 from ..model.processor import AttentionProcessor
 from ..model.solver import denoise, guided, solver_for
 from ..regional.crop_processor import CropProcessor
+from ..regional.joint import JointCrops, JointRegions
 from ..regional.processor import Part, RegionProcessor
 from ..regional.regions import Region, pooled_of
 from .denoise import RegionSteps
@@ -36,6 +40,42 @@ def part_of(backbone: Backbone, bank: ConceptBank, prompt: Prompt, negative: Pro
 def guidance_rows(backbone: Backbone, count: int, cfg: float) -> Tensor:
     """`[B]` for the UNet's batch: 0 = the negative half of guidance, 1 = the positive one."""
     return torch.tensor([1] * count if cfg == 1.0 else [0] * count + [1] * count, device=backbone.device)
+
+
+class JointFrame(JointRegions):
+    """`JointRegions` whose scene's concepts are read from each call's prompts.
+
+    Args:
+        scene: The scene's word-bound concepts -> their deltas.
+        rows: Half of guidance of each row.
+        regions, parts, latent, settings: See `JointRegions`.
+    """
+
+    def __init__(self, scene: Mapping[str, Deltas], rows: Tensor, regions: Sequence[Region],
+                 parts: Sequence[Part], latent: tuple[int, int], settings: SampleSettings) -> None:
+        super().__init__(regions, parts, latent, settings.overlap, settings.isolation)
+        self.scene, self.rows = scene, rows
+
+    def prepare(self, context: Context) -> None:
+        self.scene_concepts = TokenLora(self.scene, context)
+
+
+def scene_weights(backbone: Backbone, scene: Part, regions: Sequence[Region],
+                  parts: Sequence[Part]) -> Deltas:
+    """What the scene's prompt adds to the weights. In a joint attention, text and picture have one weight for
+    all regions; elsewhere the processor adds deltas where they act.
+
+    Raises:
+        ConceptError: In a joint attention, a region names a concept that the scene does not name and that
+            acts on the whole picture.
+    """
+    if not backbone.layout.is_joint:
+        return {}
+    for region, part in zip(regions, parts, strict=True):
+        if set(part.deltas) - set(scene.deltas):
+            raise ConceptError(f"the region '{region.prompt}' names a concept that acts on the whole picture "
+                               "on this model; name it in the scene's prompt instead")
+    return scene.deltas
 
 
 class RegionSampling:
@@ -59,9 +99,14 @@ class RegionSampling:
             pooled = pooled_of(regions, self.scene.context.pooled, texts, latent, settings.overlap)
             self.scene = replace(self.scene, context=replace(self.scene.context, pooled=pooled))
         rows = guidance_rows(backbone, count, settings.cfg)
-        self.processor = RegionProcessor(backbone, self.scene, list(regions), self.parts, rows, latent,
-                                         settings.overlap, settings.isolation)
-        self._crops: dict[tuple[int, ...], CropProcessor] = {}
+        self.weights = scene_weights(backbone, self.scene, regions, self.parts)
+        self.processor: RegionProcessor | JointFrame
+        if backbone.layout.is_joint:
+            self.processor = JointFrame(self.scene.word_bound, rows, regions, self.parts, latent, settings)
+        else:
+            self.processor = RegionProcessor(backbone, self.scene, list(regions), self.parts, rows, latent,
+                                             settings.overlap, settings.isolation)
+        self._crops: dict[tuple[int, ...], CropProcessor | JointCrops] = {}
 
     def estimate(self, latents: Tensor, t: int, progress: float) -> Tensor:
         """The guided noise of latents `[B, C, h, w]` at a timestep."""
@@ -79,7 +124,9 @@ class RegionSampling:
 
     def _alone(self, latents: Tensor, t: int, regions: tuple[int, ...]) -> Tensor:
         if regions not in self._crops:
-            self._crops[regions] = CropProcessor(self.backbone, self.scene, [self.parts[u] for u in regions])
+            own = [self.parts[u] for u in regions]
+            self._crops[regions] = (JointCrops(own) if self.backbone.layout.is_joint
+                                    else CropProcessor(self.backbone, self.scene, own))
         processor, halves = self._crops[regions], [1] if self.settings.cfg == 1.0 else [0, 1]
         processor.take(halves, len(halves) * len(latents))
         return self._guided(latents, t, [self.parts[u] for u in regions], processor)
@@ -112,5 +159,6 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, r
         latents = starting_noise(backbone, seeds, settings.size).to(backbone.device)
         latent = (latents.shape[-2], latents.shape[-1])
         run = RegionSampling(backbone, bank, bank.parse(scene), regions, len(seeds), settings, latent)
-        latents = denoise(solver_for(backbone.schedule, settings.steps), latents, run.estimate)
+        with backbone.folded(run.weights):
+            latents = denoise(solver_for(backbone.schedule, settings.steps), latents, run.estimate)
         return backbone.decode_latents(latents)

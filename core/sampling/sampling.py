@@ -96,6 +96,7 @@ def _guidance(backbone: Backbone, prompts: Sequence[Prompt], positive: Context, 
     guidances = [AttentionGuidance(subjects, strength) for _ in processors]
     if not guidances[0].acts(0.0):
         return None
+    backbone.layout.refuse_joint("attention guidance is")
 
     def move(latents: Tensor, t: int, progress: float) -> Tensor:
         def evaluate(latents: Tensor, processor: AttentionProcessor) -> Tensor:

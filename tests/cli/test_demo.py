@@ -37,14 +37,15 @@ def test_the_report_holds_three_ways_that_learned_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_runs_on_a_transformer(tmp_path, monkeypatch, transformer_base):
+@pytest.mark.parametrize("name, file, site", [("embedded-dit", "transformer_base", "blocks.0.cross_attn"),
+                                              ("embedded-joint", "joint_base", "double_blocks.0")])
+def test_it_runs_on_a_transformer(request, tmp_path, monkeypatch, name, file, site):
     """Also at that base's size of pictures."""
-    monkeypatch.setitem(bases.TRANSFORMERS, "embedded-dit", transformer_base)
-    plan = replace(QUICK, base="embedded-dit", steps=1, sampler_steps=1)
+    monkeypatch.setitem(bases.TRANSFORMERS, name, request.getfixturevalue(file))
+    plan = replace(QUICK, base=name, steps=1, sampler_steps=1)
     report = demo.run(tmp_path, plan, workers=1)
-    assert report["base"] == "embedded-dit" and report["ways"]["ours"]["retained"] == pytest.approx(1)
-    site = open_bank(tmp_path / "bank.safetensors").layout.sites[0]
-    assert site.name == "blocks.0.cross_attn"
+    assert report["base"] == name and report["ways"]["ours"]["retained"] == pytest.approx(1)
+    assert open_bank(tmp_path / "bank.safetensors").layout.sites[0].name == site
 
 
 @pytest.mark.slow

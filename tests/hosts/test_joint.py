@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,10 @@ from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.processor import AttentionProcessor
 from continual_concepts.core.model.sites import PROJECTIONS
+from continual_concepts.core.regional.noise import NoiseSettings
+from continual_concepts.core.regional.regions import Region
+from continual_concepts.core.sampling.found import sample_found
+from continual_concepts.core.sampling.regions import sample_regions
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
@@ -85,10 +91,17 @@ def test_gradients_are_the_same_with_checkpointing(tiny_joint, adapters):
     assert all(torch.allclose(*pair, atol=1e-7) and pair[0].any() for pair in zip(*found, strict=True))
 
 
-def test_two_concepts_are_learned_and_drawn_and_leave_other_prompts_alone(tiny_joint, teach):
+@pytest.fixture(scope="module")
+def two(tiny_joint, teach):
+    """A bank with two objects."""
     bank = ConceptBank(tiny_joint.layout)
     for name, noun in (("rex", "dog"), ("mimi", "cat")):
         bank = teach(tiny_joint, bank, name, "slots", {"lr": 0.1}, noun=noun, steps=3).bank
+    return bank
+
+
+def test_two_concepts_are_learned_and_drawn_and_leave_other_prompts_alone(tiny_joint, two):
+    bank = two
     texts = ["a dog", "a photo of <rex>", "a photo of <mimi>", "a photo of <rex> and <mimi>"]
     pictures, empty = sample(tiny_joint, bank, texts, [0] * 4, QUICK), ConceptBank(tiny_joint.layout)
     assert torch.equal(pictures[:1], sample(tiny_joint, empty, texts[:1], [0], QUICK))
@@ -103,6 +116,42 @@ def test_a_style_is_learned_as_deltas_of_fused_layers(tiny_joint, teach):
     assert distance(styled, plain) > 1e-3
 
 
+def test_what_needs_a_softmax_of_the_text_alone_is_refused(tiny_joint, two):
+    with pytest.raises(ConceptError, match="finding regions is not supported"):
+        sample_found(tiny_joint, two, "a photo of <rex> and <mimi>", [0], QUICK)
+    with pytest.raises(ConceptError, match="attention guidance is not supported"):
+        sample(tiny_joint, two, ["a photo of <rex> and <mimi>"], [0], replace(QUICK, artists=1.0))
+
+
 def test_text_cannot_be_projected_alone(tiny_joint):
     with pytest.raises(ConceptError, match="projecting text is not supported"):
         tiny_joint.project(tiny_joint.layout.sites[0], "to_k", torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize("noise", [NoiseSettings(), NoiseSettings(crop_denoising=0.5), NoiseSettings(True)])
+def test_two_concepts_in_two_boxes(tiny_joint, two, noise):
+    settings = SampleSettings(steps=3, cfg=2.0, size=(32, 32), noise=noise)
+    regions = [Region(f"a photo of <{name}>", box=box)
+               for name, box in (("rex", (0.0, 0.0, 1.0, 0.5)), ("mimi", (0.0, 0.5, 1.0, 1.0)))]
+    pictures = [sample_regions(tiny_joint, two, "a photo of a meadow", chosen, [3], settings)
+                for chosen in (regions, regions[:1], regions[::-1])]
+    assert all(torch.isfinite(picture).all() for picture in pictures)
+    assert distance(pictures[0], pictures[1]) > 1e-3
+    assert distance(pictures[0], pictures[2]) < 1e-4      # their order means nothing
+
+
+def test_a_region_with_strength_zero_leaves_the_scene(tiny_joint, two):
+    region = Region("a photo of <rex>", box=(0.0, 0.0, 1.0, 0.5), strength=0.0)
+    scene = sample(tiny_joint, two, ["a photo of a meadow"], [3], QUICK)
+    drawn = sample_regions(tiny_joint, two, "a photo of a meadow", [region], [3], QUICK)
+    assert distance(drawn, scene) < 1e-4
+
+
+def test_a_style_that_only_a_region_names_is_refused(tiny_joint, two, teach):
+    bank = teach(tiny_joint, two, "chalk", "slots", {"lr": 0.1}, noun="drawing", kind="style", steps=3).bank
+    region = Region("<chalk> of a dog", box=(0.0, 0.0, 1.0, 0.5))
+    with pytest.raises(ConceptError, match="names a concept that acts on the whole picture"):
+        sample_regions(tiny_joint, bank, "a meadow", [region], [3], QUICK)
+    styled = sample_regions(tiny_joint, bank, "<chalk> of a meadow", [region], [3], QUICK)
+    assert distance(styled, sample_regions(tiny_joint, bank, "a meadow",
+                                           [Region("a dog", box=region.box)], [3], QUICK)) > 1e-3

@@ -182,10 +182,12 @@ def test_a_transformer_runs_in_float32_only(transformer_base):
         base.load_base(transformer_base, dtype=torch.float16)
 
 
-def test_a_base_of_the_true_shape_names_itself():
+@pytest.mark.parametrize("kind, name, sites", [("transformer", "embedded-dit", 10),
+                                               ("joint", "embedded-joint", 9)])
+def test_a_base_of_the_true_shape_names_itself(kind, name, sites):
     from continual_concepts.benchmarks.pretraining.export_128 import header
 
-    sizes = json.loads(json.dumps(header("transformer")))
+    sizes = json.loads(json.dumps(header(kind)))
     backbone = base.as_backbone(base.build_modules(sizes), sizes)
-    assert backbone.layout.embedded_base == "embedded-dit" and len(backbone.layout) == 10
+    assert backbone.layout.embedded_base == name and len(backbone.layout) == sites
     assert backbone.picture_size == 128 and backbone.picture_multiple == 8
