@@ -19,8 +19,8 @@ FILES = {"embedded-64": ASSETS / "base.safetensors", "embedded-128": ASSETS / "b
 NEWEST = list(FILES)[-1]
 EMBEDDED = "embedded"      # the newest one
 # diffusion transformers; a name is offered once its file is there
-TRANSFORMERS = {"embedded-dit": ASSETS / "base-dit.safetensors",
-                "embedded-joint": ASSETS / "base-joint.safetensors"}
+JOINT = "embedded-joint"      # its text takes class nouns instead of learned words
+TRANSFORMERS = {"embedded-dit": ASSETS / "base-dit.safetensors", JOINT: ASSETS / "base-joint.safetensors"}
 NAMES = (EMBEDDED, *FILES, *(name for name, file in TRANSFORMERS.items() if file.exists()))
 
 

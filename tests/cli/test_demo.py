@@ -15,6 +15,7 @@ from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import demo, demo_ways
+from continual_concepts.core.cli.parser import build_parser
 from continual_concepts.core.demo import bases
 from continual_concepts.core.demo.judges import SceneEncoder, assignment, to_tensor
 from continual_concepts.core.demo.render import render
@@ -37,15 +38,20 @@ def test_the_report_holds_three_ways_that_learned_the_same(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, file, site", [("embedded-dit", "transformer_base", "blocks.0.cross_attn"),
-                                              ("embedded-joint", "joint_base", "double_blocks.0")])
-def test_it_runs_on_a_transformer(request, tmp_path, monkeypatch, name, file, site):
+def test_it_runs_on_a_transformer(tmp_path, monkeypatch, transformer_base):
     """Also at that base's size of pictures."""
-    monkeypatch.setitem(bases.TRANSFORMERS, name, request.getfixturevalue(file))
-    plan = replace(QUICK, base=name, steps=1, sampler_steps=1)
+    monkeypatch.setitem(bases.TRANSFORMERS, "embedded-dit", transformer_base)
+    plan = replace(QUICK, base="embedded-dit", steps=1, sampler_steps=1)
     report = demo.run(tmp_path, plan, workers=1)
-    assert report["base"] == name and report["ways"]["ours"]["retained"] == pytest.approx(1)
-    assert open_bank(tmp_path / "bank.safetensors").layout.sites[0].name == site
+    assert report["base"] == "embedded-dit" and report["ways"]["ours"]["retained"] == pytest.approx(1)
+    site = open_bank(tmp_path / "bank.safetensors").layout.sites[0]
+    assert site.name == "blocks.0.cross_attn"
+
+
+def test_it_is_not_offered_on_a_base_whose_words_are_class_nouns(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["demo", "--base", "embedded-joint"])
+    assert "embedded-dit" in capsys.readouterr().err
 
 
 @pytest.mark.slow
