@@ -168,7 +168,8 @@ class DoubleBlock(nn.Module):
         words = txt.shape[1]
         parts = zip(self.txt_attn.projected(_shifted(txt, *of_txt[:2]), run),
                     self.img_attn.projected(_shifted(img, *of_img[:2]), run), strict=True)
-        attended = run.attend(self, Joint(*(torch.cat(pair, 2) for pair in parts), table, words))
+        query, key, value = (torch.cat(pair, 2) for pair in parts)
+        attended = run.attend(self, Joint(query, key, value, table, words))
         return (self._out(img, attended[:, words:], self.img_attn, self.img_mlp, of_img, run),
                 self._out(txt, attended[:, :words], self.txt_attn, self.txt_mlp, of_txt, run))
 
@@ -219,9 +220,10 @@ class _FinalLayer(nn.Module):
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, outputs, bias=False)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width, bias=False))
+        modulation = nn.Linear(width, 2 * width, bias=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
         nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.adaLN_modulation[1].weight)
+        nn.init.zeros_(modulation.weight)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return self.linear(_shifted(x, *self.adaLN_modulation(time).float().chunk(2, -1)))
@@ -246,7 +248,7 @@ class JointTransformer(nn.Module):
                  patch_size: int = PATCH) -> None:
         super().__init__()
         width, hidden, area = hidden_size, int(hidden_size * mlp_ratio), patch_size**2
-        self.patch, self.theta, self.head_dim = patch_size, theta, width // num_heads
+        self.patch, self.theta, self.heads, self.width = patch_size, theta, num_heads, width
         self.img_in = nn.Linear(in_channels * area, width, bias=False)
         self.txt_in = nn.Linear(context_in_dim, width, bias=False)
         self.time_in = _TimeEmbedding(width)
@@ -277,7 +279,7 @@ class JointTransformer(nn.Module):
         # unfold orders a patch as channel, row, column: ComfyUI's "(c ph pw)".
         img = self.img_in(F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)).float()
         txt, time = self.txt_in(context).float(), self.time_in(times)
-        cosine, sine = rotary_table(self.head_dim, words, rows, columns, self.theta)
+        cosine, sine = rotary_table(self.width // self.heads, words, rows, columns, self.theta)
         table = cosine.to(x.device), sine.to(x.device)
         of_img, of_txt = self.double_stream_modulation_img(time), self.double_stream_modulation_txt(time)
         for block in self.double_blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,12 +35,13 @@ class JointBackbone(ModuleBackbone):
         time_scale: The transformer's time is the share of noise times this.
     """
 
-    def __init__(self, transformer: nn.Module, vae, text: ClipText, schedule: FlowSchedule, picture_size: int,
+    def __init__(self, transformer: Any, vae: Any, text: ClipText, schedule: FlowSchedule, picture_size: int,
                  time_scale: float = 1.0) -> None:
         text.model.requires_grad_(False).eval()
-        single = transformer.get_submodule("single_blocks")
-        layout = joint_layout(len(transformer.get_submodule("double_blocks")), len(single), single[0].heads,
-                              single[0].width, ((text.name, text.width),))
+        double, single = (list(transformer.get_submodule(f"{kind}_blocks").children())
+                          for kind in ("double", "single"))
+        layout = joint_layout(len(double), len(single), transformer.heads, transformer.width,
+                              ((text.name, text.width),))
         super().__init__(transformer, vae, (text,), schedule, layout)
         self._flow, self._picture_size, self._time_scale = schedule, picture_size, time_scale
         self.sites = {transformer.get_submodule(site.name): site for site in layout.sites}

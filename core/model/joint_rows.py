@@ -37,8 +37,8 @@ def attend_picture(processor: AttentionProcessor, site: Site, query: Tensor,
     start, end = rows
     turned_query, key, value = turned
     for_others, for_picture = _split(_biased(processor, mask, query, start, end), start, end)
-    joint = JointRows(*(flat(x) for x in (turned_query[:, :, start:end], key[:, :, start:],
-                                          value[:, :, start:])), for_picture)
+    joint = JointRows(flat(turned_query[:, :, start:end]), flat(key[:, :, start:]),
+                      flat(value[:, :, start:]), for_picture)
     own, text_key, text_value = (flat(x) for x in (query[:, :, start:end], key[:, :, :start],
                                                    value[:, :, :start]))
     call = SiteCall(processor, site, own, text_key, text_value, joint=joint)
