@@ -5,6 +5,7 @@ Drawn with Pillow, which every ComfyUI installs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
@@ -61,10 +62,12 @@ def loss_picture(losses: Sequence[float], title: str, scores: Sequence[tuple[int
 
     Args:
         losses: One per step.
-        scores: (step, similarity to the photos) of previews, drawn as points on a separate scale.
+        scores: (step, similarity to the photos) of previews, drawn as points on a separate scale. Those that
+            are NaN, because a preview holds NaN, are left out.
         size: Width and height in pixels.
         spreads: Step -> standard error of its score, drawn as a bar through the point.
     """
+    scores = [(step, score) for step, score in scores if math.isfinite(score)]
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = 62, 46, size[0] - 16, size[1] - 36
@@ -111,7 +114,7 @@ def _draw_scores(draw: ImageDraw.ImageDraw, scores: Sequence[tuple[float, float]
     draw.line(places * (2 if len(places) == 1 else 1), SIMILAR, 2)
     scale = (bottom - top - 40) / (high - low)
     for i, ((x, y), value) in enumerate(zip(places, values, strict=True)):
-        if spreads[i]:
+        if spreads[i] > 0:
             ends = [min(bottom, max(top, y + sign * scale * spreads[i])) for sign in (-1, 1)]
             draw.line([(x, ends[0]), (x, ends[1])], SIMILAR, 1)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], SIMILAR)

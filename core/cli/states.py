@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,6 +48,10 @@ def judging_of(options: Namespace) -> Judging | None:
     if options.states_picture is not None:
         check_sheet(options.states_picture, (options.images, options.captions, options.masks, options.prior),
                     "picture of states")
+        sheet = options.contact_sheet
+        if sheet is not None and os.path.realpath(sheet) == os.path.realpath(options.states_picture):
+            raise ConceptError(f"--contact-sheet and --states-picture are both '{sheet}'; give two different "
+                               "files")
     return Judging(options.keep_states, tuple(options.sample_prompts), options.samples or Judging.samples)
 
 

@@ -124,6 +124,8 @@ class State:
 
     def describe(self) -> str:
         """`step 200: likeness 71.2 ± 0.8, fidelity 34.0`."""
+        if math.isnan(self.likeness):
+            return f"step {self.step}: no likeness, because a picture holds NaN"
         text = f"step {self.step}: likeness {100 * self.likeness:.1f}"
         text = text if math.isnan(self.spread) else f"{text} ± {100 * self.spread:.1f}"
         return text if math.isnan(self.fidelity) else f"{text}, fidelity {100 * self.fidelity:.1f}"

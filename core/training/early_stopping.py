@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from ..bank.bank import ConceptBank
@@ -11,5 +12,7 @@ Evaluator = Callable[[ConceptBank, int], float]
 
 
 def has_stalled(scores: Sequence[float], patience: int) -> bool:
-    """Whether none of the last `patience` scores exceeds all earlier ones. Never true for a patience of 0."""
-    return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
+    """Whether none of the last `patience` scores exceeds all earlier ones. NaN, the score of a picture that
+    holds NaN, exceeds none. Never true for a patience of 0."""
+    known = [-math.inf if math.isnan(score) else score for score in scores]
+    return 0 < patience < len(known) and max(known[-patience:]) <= max(known[:-patience])

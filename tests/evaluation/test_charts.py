@@ -23,6 +23,7 @@ from continual_concepts.core.evaluation.sheet import sheet
 WHITE = (255, 255, 255)
 LOWEST = 4.5      # WCAG 2.2 for texts
 SMALLEST = 10      # pixels
+NAN = float("nan")
 
 
 @pytest.mark.parametrize("paper", [images.PAPER, images.CARD_PAPER, images.ALARM_PAPER])
@@ -141,3 +142,12 @@ def test_texts_can_be_read_at_the_width_of_a_node(name, monkeypatch):
     picture = (PICTURES | FEW_CARDS)[name]()
     assert min(sizes) * min(1.0, charts.NODE / picture.width) >= SMALLEST
     assert len(picture.getcolors(picture.width * picture.height)) > 2      # nothing is an empty panel
+
+
+@pytest.mark.parametrize("scores", [[(1, NAN)], [(1, NAN), (2, 0.5), (3, 0.6)], [(1, 0.5), (2, NAN)]])
+def test_scores_of_broken_previews_are_left_out(scores):
+    """An overflow in a preview must not cost the concept that was learned."""
+    known = [(step, score) for step, score in scores if score == score]
+    drawn = charts.loss_picture([0.3, 0.2, 0.1], "loss", scores, spreads=dict(scores))
+    expected = charts.loss_picture([0.3, 0.2, 0.1], "loss", known, spreads=dict(known))
+    assert drawn.tobytes() == expected.tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,7 @@ def test_every_state_is_drawn_and_scored(tiny_backbone):
     plain = judge_states(task, learned.kept, ["a photo of <rex>"], [PHOTO], encode,
                          SampleSettings(steps=2, size=(32, 32)), seed=5, samples=1)
     assert math.isnan(plain[0].fidelity) and math.isnan(plain[0].spread)      # of one picture it is unknown
+    assert "no likeness, because a picture holds NaN" in replace(plain[0], likeness=math.nan).describe()
     assert plain[0].describe() == f"step {plain[0].step}: likeness {100 * plain[0].likeness:.1f}"
 
 

@@ -23,6 +23,7 @@ from continual_concepts.core.training.record import setting_differences
 
 CONFIG = TrainingConfig(steps=12, batch_size=1, resolution=32, patience=2, look_every=2)
 RATES = {"lr": 1e-2, "token_lr": 1e-2}
+NAN = float("nan")
 
 
 @given(st.lists(st.floats(0, 1), max_size=12), st.integers(1, 4))
@@ -128,3 +129,10 @@ def test_a_record_of_before_a_setting_existed_had_its_default():
     assert differences(method, replace(config, patience=1, look_every=1)) == [
         "its patience is 0, now 1", "its look_every is 0, now 1"]
     assert differences(make("bound", RATES | {"rank": 2}), config) == ["its rank is 4, now 2"]
+
+
+@pytest.mark.parametrize(("scores", "expected"), [
+    ([NAN] * 4, True), ([NAN, 0.5, 0.4, 0.3], True), ([0.5, NAN, NAN], True), ([0.5, NAN, 0.6], False),
+    ([NAN, NAN, 0.1], False)])
+def test_a_score_of_a_broken_picture_brings_nothing(scores, expected):
+    assert has_stalled(scores, 2) == expected
