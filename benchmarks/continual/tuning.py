@@ -1,10 +1,11 @@
 """Chooses learning rates, strength and steps of every method on concepts that the benchmark does not use.
 
-Every method gets the same number of trials, in four stages: rates, then the strength of its own main
+Every method gets the same number of trials or more, in four stages: rates, then the strength of its own main
 regulariser, then steps. A stage starts from the best trial so far. A trial learns the tuning suite once. The
 fourth stage repeats the best trials of the two best rates with a second seed, because one seed does not show
-that a rate is too low for some runs. At the end, further styles decide how much faster styles are learned
-(`style_rates`).
+that a rate is too low for some runs. If the winner has the largest or smallest rate of all trials, rates
+beyond it are tried with both seeds, until one is not better. At the end, further styles decide how much
+faster styles are learned (`style_rates`).
 """
 
 from __future__ import annotations
@@ -92,6 +93,17 @@ BUDGET = (len(RATE_FACTORS) + len(STRENGTH_FACTORS) + len(OTHER_STEPS) + FINALIS
           + len(style_rates.FACTORS))
 
 
+def beyond(trial: Trial, results: Sequence[Mapping]) -> Trial | None:
+    """The trial with twice the rates if the given one has the largest rate of all results, with half of them
+    if it has the smallest; None if its rate is between others.
+    """
+    rates = {result["settings"]["lr"] for result in results}
+    factor = 2.0 if trial["lr"] == max(rates) else 0.5 if trial["lr"] == min(rates) else None
+    if factor is None:
+        return None
+    return {**trial, "lr": trial["lr"] * factor, "token_lr": trial["token_lr"] * factor}
+
+
 def run_of(method: str, trial: Trial, tasks: int, seed: int = SEED) -> Run:
     """The run of a trial; its overrides name all that the trial sets."""
     overrides = "+".join(f"{name}={value:g}".replace("e+", "e") for name, value in sorted(trial.items()))
@@ -153,17 +165,32 @@ class Tuning:
 
     def _final(self, method: str, done: list[dict]) -> tuple[list[dict], list[Run], Trial | None]:
         """The last stage, after the trials `done`; returns what `of` returns."""
-        trials = finalists(done)
-        results = [self._result(method, trial, SECOND_SEED) for trial in trials]
-        everything = done + [{"stage": STAGES, **result} for result in results if result is not None]
-        if None in results:
-            return everything, [run_of(method, trial, self.tasks, SECOND_SEED) for trial in trials], None
+        everything = list(done)
+
+        def missing(trials: Sequence[Trial], seeds: Sequence[int]) -> list[Run]:
+            """Adds the results of trials; returns all their runs if one is not finished."""
+            found = [self._result(method, trial, seed) for trial in trials for seed in seeds]
+            everything.extend({"stage": STAGES, **result} for result in found if result is not None)
+            runs = [run_of(method, trial, self.tasks, seed) for trial in trials for seed in seeds]
+            return runs if None in found else []
 
         def mean(trial: Trial) -> float:
             found = [each.get("objective", -math.inf) for each in everything if each["settings"] == trial]
             return sum(found) / len(found)      # one that fails with the second seed comes last
 
-        return everything, [], max(trials, key=mean)
+        trials = finalists(done)
+        runs = missing(trials, [SECOND_SEED])
+        if runs:
+            return everything, runs, None
+        chosen = max(trials, key=mean)
+        while (further := beyond(chosen, everything)) is not None:
+            runs = missing([further], [SEED, SECOND_SEED])
+            if runs:
+                return everything, runs, None
+            if mean(further) <= mean(chosen):
+                break
+            chosen = further
+        return everything, [], chosen
 
     def of_styles(self, method: str) -> tuple[list[dict], list[Run], Trial | None]:
         """The same for the trials of further styles, which begin when all others are finished."""
