@@ -9,6 +9,8 @@ import { widgetOf } from "./widgets.js";
 const NODE = "ConceptBankLoad";
 const FOLDER = "concept_banks";
 
+let place; // of the last drop, in the graph's coordinates; some versions of the page do not know it
+
 function say(severity, detail) {
     const toast = app.extensionManager?.toast;
     if (toast?.add) toast.add({ severity, summary: "Continual Concepts", detail, life: severity === "error" ? undefined : 8000 });
@@ -32,7 +34,7 @@ async function addLoader(name) {
     await app.refreshComboInNodes?.();
     const node = window.LiteGraph.createNode(NODE);
     const graph = app.canvas.graph ?? app.graph;
-    node.pos = [...app.canvas.graph_mouse];
+    node.pos = [...(place ?? app.canvas.graph_mouse)];
     app.canvas.emitBeforeChange?.();
     try {
         graph.add(node);
@@ -58,13 +60,15 @@ async function load(file, bank) {
 app.registerExtension({
     name: "continual-concepts.banks",
     setup() {
+        document.addEventListener("drop", event => (place = app.canvas.convertEventToCanvasOffset?.(event)), true);
         const before = app.handleFile; // of files that are dropped or opened
         if (!before) return;
         app.handleFile = async function (file, ...given) {
             const bank = await bankIn(file);
             if (!bank) return before.call(this, file, ...given);
             try {
-                given[1]?.onNodeCreated?.(await load(file, bank));
+                const node = await load(file, bank);
+                given[1]?.onNodeCreated?.(node); // puts several ones below one another, where the page has this
             } catch (error) {
                 say("error", `${error.message}.`);
             }

@@ -82,6 +82,16 @@ def test_a_share_file_becomes_a_loader_that_runs(page, server, file, tmp_path):
     assert "licence CC BY 4.0, by Ann" in server.run(graph)["outputs"]["show"]["text"][0]
 
 
+def test_a_page_that_passes_the_file_alone_loads_it(page, server, file):
+    """As pages of ComfyUI 0.8 and older do. None of them says where the file was dropped."""
+    content = base64.b64encode(file.read_bytes()).decode()
+    page.evaluate("""content => app.handleFile(
+        new File([Uint8Array.from(atob(content), letter => letter.charCodeAt(0))],
+                 'rex.safetensors'))""", content)
+    told(page, "rex.safetensors holds <rex>")
+    assert [loader[0] for loader in page.evaluate(LOADERS)] == banks(server) == ["rex.safetensors"]
+
+
 def test_another_bank_of_the_name_is_not_replaced(page, server, file, layout, make_concept, tmp_path):
     drop(page, (file.name, file.read_bytes()))
     told(page, "rex.safetensors holds <rex>")
