@@ -97,7 +97,8 @@ def size_of(options: Namespace) -> int:
     return picture_size(embedded_name(options)) if is_embedded(options) else OTHER_SIZE
 
 
-def _device(options: Namespace) -> torch.device:
+def device_of(options: Namespace) -> torch.device:
+    """The device of `--device`. Raises ConceptError if it is not available."""
     try:
         device = torch.device(own_device(options.device))
         torch.zeros(1, device=device).item()      # fails on a device whose tensors hold no numbers
@@ -109,14 +110,14 @@ def _device(options: Namespace) -> torch.device:
 
 def check_base(options: Namespace) -> None:
     """Raises ConceptError if the folder of the base or the device cannot be used. Reads no weights."""
-    _device(options)
+    device_of(options)
     if not is_embedded(options):
         BaseFolder(Path(options.base).expanduser())
 
 
 def load_backbone(options: Namespace) -> ModuleBackbone:
     """Loads `--base` onto `--device`. Raises ConceptError if the device is not available."""
-    device = _device(options)
+    device = device_of(options)
     if is_embedded(options):
         from ..demo.base import load_base
 

@@ -191,12 +191,13 @@ def learn(options: Namespace) -> Result | None:
     training = _training(options)
     if judging is not None:
         judging.check_prompts(info_of(options, method), () if stored is None else stored.infos.values())
+    backbones.device_of(options)
+    encoder = encoder_of(options, training)
     backbones.check_base(options)
     read = read_photos(options, training.resolution)
     photos = read.photos.pictures
     checkpoint = beside(file, f".{shortened(options.name, 100)}.checkpoint")
     _renew_digests(checkpoint, options.images, photos)
-    encoder = encoder_of(options, training)
     read = read.checked(options, training, stored, method)
     with process_group(options.device) as group:
         if group.is_first and not options.json:

@@ -129,7 +129,7 @@ def test_b8_sibling_names_with_accents_of_their_own_are_accepted(run, tmp_path):
     answer = run("bank", "show", tmp_path / "none.safetensors", DECOMPOSED)
     assert "there is no bank file" in answer.sentence
     assert "holds no pictures" in run("learn", tmp_path, "--bank", tmp_path / "b.safetensors", "--name",
-                                     DECOMPOSED).sentence
+                                     DECOMPOSED, "--noun", "dog").sentence
 
 
 class _Console(io.TextIOWrapper):
