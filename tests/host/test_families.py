@@ -28,7 +28,7 @@ def other_type(request, pack, studio, bank, monkeypatch):
 
     stored, cast = TYPES[request.param]
     config = module._unet_config
-    monkeypatch.setattr(module, "_unet_config", lambda shape: config(shape) | {"dtype": stored})
+    monkeypatch.setitem(module._CONFIGS, "unet", lambda shape: config(shape) | {"dtype": stored})
     monkeypatch.setattr(module._Config, "manual_cast_dtype", cast)
     return type(studio)(pack, module.load_demo(name="embedded-64"), bank), stored
 
@@ -43,7 +43,7 @@ def test_weights_of_eight_bits(pack, studio, bank, monkeypatch, method):
     rounded = type(studio)(pack, module.load_demo(name="embedded-64"), bank)
     for weight in rounded.model.model.diffusion_model.parameters():
         weight.data = weight.data.to(eight).float()
-    monkeypatch.setattr(module, "_unet_config", lambda shape: config(shape) | {"dtype": eight})
+    monkeypatch.setitem(module._CONFIGS, "unet", lambda shape: config(shape) | {"dtype": eight})
     monkeypatch.setattr(module._Config, "manual_cast_dtype", torch.float32)
     ours, results = type(studio)(pack, module.load_demo(name="embedded-64"), bank), []
     before = {name: weight.clone().view(torch.uint8) for name, weight in ours.model.model.state_dict().items()

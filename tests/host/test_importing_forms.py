@@ -141,14 +141,14 @@ def test_a_base_of_half_precision(pack, studio, folder, bank, monkeypatch, form)
     from continual_concepts.core.comfy.backbone import ComfyBackbone
 
     config = module._unet_config
-    monkeypatch.setattr(module, "_unet_config", lambda shape: config(shape) | {"dtype": torch.float16})
+    monkeypatch.setitem(module._CONFIGS, "unet", lambda shape: config(shape) | {"dtype": torch.float16})
     monkeypatch.setattr(module._Config, "manual_cast_dtype", torch.float32)
     half = type(studio)(pack, module.load_demo(name="embedded-64"), bank)
+    assert next(half.model.model.diffusion_model.parameters()).dtype == torch.float16
     base = ComfyBackbone(half.model, half.clip)
     state, _ = written(form, base.layout, weights_of(base))
     save_file(state, folder / f"half-{form}.safetensors")
     positive = half.encode(half.clip, "a red dog")
     ours, theirs = (half.ksampler(model, positive, "", steps=1, cfg=1.0) for model in (
         imported(half, f"half-{form}.safetensors")[0], loaded(half, f"half-{form}.safetensors")))
-    print(distance(ours, theirs))
     assert distance(ours, theirs) < EXACT
