@@ -20,9 +20,9 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not host and not live" $(TESTS)
 
-# The same with the oldest versions that pyproject.toml declares.
+# The same with the oldest versions that pyproject.toml declares. That pytest cannot import the helpers of the host tests.
 test-oldest: $(OLDEST_READY)
-	OMP_NUM_THREADS=1 $(OLDEST)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not host and not live" $(TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" --ignore=tests/host --ignore=tests/live $(TESTS)
 
 # The long form of the randomised tests: 120,000 damaged files and texts, 500 bank histories, 300 killed writers. Where there is a ComfyUI
 # (see CONTRIBUTING), also every fault at every stage and 500 queue runs in one server. Each of the two parts takes about half an hour.
