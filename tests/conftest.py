@@ -182,6 +182,20 @@ def tiny_transformer():
 
 
 @pytest.fixture(scope="session")
+def teach_two(teach):
+    """teach_two(backbone, method): a bank with a dog <rex> and a cat <mimi>, learned in three steps each."""
+    from continual_concepts.core.bank.bank import ConceptBank
+
+    def run(backbone, method):
+        bank = ConceptBank(backbone.layout)
+        for name, noun in (("rex", "dog"), ("mimi", "cat")):
+            bank = teach(backbone, bank, name, method, {"lr": 0.1}, noun=noun, steps=3).bank
+        return bank
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def tiny_joint():
     """A transformer with joint attention and random weights: two double blocks and one single block."""
     from continual_concepts.core.demo.joint_transformer import JointTransformer

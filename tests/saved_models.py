@@ -82,42 +82,36 @@ def other_base(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="session")
-def transformer_base(tmp_path_factory, other_base) -> Path:
-    """The file of a tiny transformer of random numbers, packed as the real one will be."""
+def _flow_base(folder: Path, other_base: Path, kind: str, multiplier: float, **shape) -> Path:
+    """The file of a tiny transformer of random numbers, packed as the real ones."""
     from continual_concepts.core.demo import base
 
-    sizes = {"transformer": {"in_channels": 6, "model_channels": 48, "num_blocks": 2, "num_heads": 2,
-                             "crossattn_emb_channels": 128, "adaln_lora_dim": 8, "rope_ratio": 0.0125},
-             "vae": base.read_sizes(other_base)["vae"], "text_encoder": base.SIZES["text_encoder"],
-             "schedule": {"kind": "flow", "shift": 2.0, "multiplier": 1000.0}, "picture_size": 32}
-    file = tmp_path_factory.mktemp("transformer") / "base.safetensors"
+    sizes = {kind: {"in_channels": 6, **shape}, "vae": base.read_sizes(other_base)["vae"],
+             "text_encoder": base.SIZES["text_encoder"], "picture_size": 32,
+             "schedule": {"kind": "flow", "shift": 2.0, "multiplier": multiplier}}
+    file = folder / "base.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(12)
         modules = base.build_modules(sizes)
-        for parameter in modules["transformer"].parameters():      # some of them start at zero
+        for parameter in modules[kind].parameters():      # some of them start at zero
             parameter.data += 0.1 * torch.randn_like(parameter)
     base.save_base(modules, file, {"steps": 1}, sizes, packed=True)
     return file
+
+
+@pytest.fixture(scope="session")
+def transformer_base(tmp_path_factory, other_base) -> Path:
+    """The file of a tiny transformer with cross-attention."""
+    return _flow_base(tmp_path_factory.mktemp("transformer"), other_base, "transformer", 1000.0,
+                      model_channels=48, num_blocks=2, num_heads=2, crossattn_emb_channels=128,
+                      adaln_lora_dim=8, rope_ratio=0.0125)
 
 
 @pytest.fixture(scope="session")
 def joint_base(tmp_path_factory, other_base) -> Path:
     """The same of a transformer with joint attention."""
-    from continual_concepts.core.demo import base
-
-    sizes = {"joint": {"in_channels": 6, "hidden_size": 64, "depth": 2, "depth_single_blocks": 2,
-                       "num_heads": 2, "context_in_dim": 128, "mlp_ratio": 2.0, "theta": 50.0},
-             "vae": base.read_sizes(other_base)["vae"], "text_encoder": base.SIZES["text_encoder"],
-             "schedule": {"kind": "flow", "shift": 2.0, "multiplier": 1.0}, "picture_size": 32}
-    file = tmp_path_factory.mktemp("joint") / "base.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(12)
-        modules = base.build_modules(sizes)
-        for parameter in modules["joint"].parameters():      # some of them start at zero
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    base.save_base(modules, file, {"steps": 1}, sizes, packed=True)
-    return file
+    return _flow_base(tmp_path_factory.mktemp("joint"), other_base, "joint", 1.0, hidden_size=64, depth=2,
+                      depth_single_blocks=2, num_heads=2, context_in_dim=128, mlp_ratio=2.0, theta=50.0)
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConceptError
 from ..model.checkpointing import recomputed
 from ..model.context import Context
-from ..model.deltas import Deltas
 from ..model.flow import FlowSchedule
 from ..model.fused import Projection, offset_of, path_of, projected
 from ..model.joint_rows import attend_picture, flat, put_together, restarted, without_picture
@@ -60,33 +57,13 @@ class JointBackbone(ModuleBackbone):
         assert isinstance(linear, nn.Linear)
         return linear
 
-    def _weight(self, site: Site, projection: str) -> Tensor:
-        """The part of a fused layer's weight that is this projection."""
-        return _part(site, projection, self._linear(site, projection).weight)
+    def part(self, site: Site, projection: str, weight: Tensor) -> Tensor:
+        offset = offset_of(site, projection)
+        return weight if offset is None else weight.narrow(*offset)
 
     def project(self, site: Site, projection: str, x: Tensor) -> Tensor:
         self.layout.refuse_joint("projecting text is")
         return x
-
-    @contextmanager
-    def folded(self, deltas: Deltas) -> Iterator[None]:
-        before: dict[nn.Linear, Tensor] = {}
-        try:
-            for (index, projection), delta in deltas.items():
-                site = self.layout.sites[index]
-                linear = self._linear(site, projection)
-                if linear not in before:
-                    before[linear] = linear.weight.data
-                    linear.weight.data = linear.weight.data.clone()
-                part = _part(site, projection, linear.weight.data)
-                if tuple(delta.shape) != tuple(part.shape):
-                    raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site "
-                                       f"{index}, which is {tuple(part.shape)}")
-                part.copy_(part.float() + delta.dense().to(part.device))
-            yield
-        finally:
-            for linear, data in before.items():
-                linear.weight.data = data
 
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
                 processor: AttentionProcessor | None = None) -> Tensor:
@@ -99,11 +76,6 @@ class JointBackbone(ModuleBackbone):
 
     def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
         return recomputed(self.denoiser, ("DoubleBlock", "SingleBlock") if enabled else ())
-
-
-def _part(site: Site, projection: str, weight: Tensor) -> Tensor:
-    offset = offset_of(site, projection)
-    return weight if offset is None else weight.narrow(*offset)
 
 
 class _Run:

@@ -87,8 +87,9 @@ class ModuleBackbone(Backbone):
     def _linear(self, site: Site, projection: str) -> nn.Linear:
         """The module of a projection."""
 
-    def _weight(self, site: Site, projection: str) -> Tensor:
-        return self._linear(site, projection).weight
+    def part(self, site: Site, projection: str, weight: Tensor) -> Tensor:
+        """The part of its layer's weight that is a projection: all of it, unless layers are fused."""
+        return weight
 
     def encode_images(self, images: Tensor) -> Tensor:
         config = self.vae.config
@@ -106,16 +107,21 @@ class ModuleBackbone(Backbone):
 
     @contextmanager
     def folded(self, deltas: Deltas) -> Iterator[None]:
-        original: dict[tuple[int, str], Tensor] = {}
+        before: dict[nn.Linear, Tensor] = {}
         try:
             for (index, projection), delta in deltas.items():
-                weight = self._weight(self.layout.sites[index], projection)
-                if tuple(delta.shape) != tuple(weight.shape):
+                site = self.layout.sites[index]
+                linear = self._linear(site, projection)
+                shape = tuple(self.part(site, projection, linear.weight).shape)
+                if tuple(delta.shape) != shape:
                     raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site "
-                                       f"{index}, which is {tuple(weight.shape)}")
-                original[index, projection] = weight.data
-                weight.data = (weight.data.float() + delta.dense().to(weight.device)).to(weight.dtype)
+                                       f"{index}, which is {shape}")
+                if linear not in before:
+                    before[linear] = linear.weight.data
+                    linear.weight.data = linear.weight.data.clone()
+                part = self.part(site, projection, linear.weight.data)
+                part.copy_(part.float() + delta.dense().to(part.device))
             yield
         finally:
-            for (index, projection), data in original.items():
-                self._weight(self.layout.sites[index], projection).data = data
+            for linear, data in before.items():
+                linear.weight.data = data

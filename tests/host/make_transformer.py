@@ -1,5 +1,5 @@
-"""Cosmos Predict2 with random weights, through ComfyUI's own loaders, and Wan's VAE. Anima is the
-benchmarks'."""
+"""Cosmos Predict2 with random weights, through ComfyUI's own loaders, and Wan's VAE; random slots. Anima is
+the benchmarks'."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ import importlib.util
 import torch
 
 from continual_concepts.benchmarks.cost.anima import DIT, TINY, Sizes, anima_clip, anima_model, filled
+from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
-__all__ = ["Sizes", "anima_clip", "anima_model", "cosmos_clip", "cosmos_model", "filled", "smallest",
-           "wan_vae"]
+__all__ = ["Sizes", "anima_clip", "anima_model", "cosmos_clip", "cosmos_model", "filled", "slots",
+           "smallest", "wan_vae"]
+
+
+def slots(layout, seed: int):
+    """Random slots of every site."""
+    generator = torch.Generator().manual_seed(seed)
+    return {(site.index, SLOTS): SlotDelta(torch.randn(5, site.width, generator=generator),
+                                           torch.randn(5, site.width, generator=generator), site.heads)
+            for site in layout.sites}
 
 
 def smallest() -> Sizes:

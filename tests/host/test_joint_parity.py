@@ -11,12 +11,12 @@ from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraPro
 from continual_concepts.core.demo import base
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.processor import AttentionProcessor
-from continual_concepts.core.model.slots import SLOTS, SlotDelta
 from continual_concepts.core.regional.joint import JointRegions
 from continual_concepts.core.regional.processor import Part
 from continual_concepts.core.regional.regions import Region
 
 from .make_flux import distance
+from .make_transformer import slots
 
 pytestmark = pytest.mark.usefixtures("has_patches")
 TOLERANCE = 1e-4
@@ -49,13 +49,6 @@ def both(hosts):
 def context():
     states = torch.randn(2, 1, ROWS, 128, generator=torch.Generator().manual_seed(2))
     return Context(states, words=({"rex": (2, 3, 4)}, {"rex": (1, 2), "tom": (5,)}))
-
-
-def slots(layout, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    return {(site.index, SLOTS): SlotDelta(torch.randn(5, site.width, generator=generator),
-                                           torch.randn(5, site.width, generator=generator), site.heads)
-            for site in layout.sites}
 
 
 def test_the_layouts_texts_and_schedules_agree(hosts):

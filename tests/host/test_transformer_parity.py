@@ -12,9 +12,10 @@ from continual_concepts.core.attention.token_lora import TokenLoraProcessor
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.processor import AttentionProcessor
 from continual_concepts.core.model.sites import PROJECTIONS
-from continual_concepts.core.model.slots import SLOTS, SlotDelta
 from continual_concepts.core.regional.processor import Part, RegionProcessor
 from continual_concepts.core.regional.regions import Region
+
+from .make_transformer import slots
 
 TOLERANCE = 1e-4
 BATCH, ROWS = 2, 14
@@ -71,13 +72,6 @@ def both(family, tiny_transformer):
 def context():
     states = torch.randn(BATCH, 1, ROWS, 32, generator=torch.Generator().manual_seed(2))
     return Context(states, words=({"rex": (2, 3, 4)}, {"rex": (1, 2), "tom": (5,)}))
-
-
-def slots(layout, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    return {(site.index, SLOTS): SlotDelta(torch.randn(5, site.width, generator=generator),
-                                           torch.randn(5, site.width, generator=generator), site.heads)
-            for site in layout.sites}
 
 
 def test_the_layouts_agree(family, tiny_transformer):

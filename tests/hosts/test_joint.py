@@ -59,7 +59,7 @@ def test_a_processor_sees_all_projections_of_fused_layers(tiny_joint):
     class Recorder(AttentionProcessor):
         def project(self, site, projection, x, y):
             assert (y.shape[-1], x.shape[-1]) == site.shape(projection)
-            weight = tiny_joint._weight(site, projection)
+            weight = tiny_joint.part(site, projection, tiny_joint._linear(site, projection).weight)
             if not (site.name.startswith("single") and projection == "to_out"):      # one of two summands
                 assert torch.allclose(y, x @ weight.T, atol=1e-5)
             seen.append((site.name, projection))
@@ -92,18 +92,14 @@ def test_gradients_are_the_same_with_checkpointing(tiny_joint, adapters):
 
 
 @pytest.fixture(scope="module")
-def two(tiny_joint, teach):
+def two(tiny_joint, teach_two):
     """A bank with two objects."""
-    bank = ConceptBank(tiny_joint.layout)
-    for name, noun in (("rex", "dog"), ("mimi", "cat")):
-        bank = teach(tiny_joint, bank, name, "slots", {"lr": 0.1}, noun=noun, steps=3).bank
-    return bank
+    return teach_two(tiny_joint, "slots")
 
 
 def test_two_concepts_are_learned_and_drawn_and_leave_other_prompts_alone(tiny_joint, two):
-    bank = two
     texts = ["a dog", "a photo of <rex>", "a photo of <mimi>", "a photo of <rex> and <mimi>"]
-    pictures, empty = sample(tiny_joint, bank, texts, [0] * 4, QUICK), ConceptBank(tiny_joint.layout)
+    pictures, empty = sample(tiny_joint, two, texts, [0] * 4, QUICK), ConceptBank(tiny_joint.layout)
     assert torch.equal(pictures[:1], sample(tiny_joint, empty, texts[:1], [0], QUICK))
     assert torch.isfinite(pictures).all()
     assert all(distance(pictures[i], pictures[k]) > 1e-3 for i in range(4) for k in range(i))

@@ -46,12 +46,9 @@ def adapters(backbone, seed=0):
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_transformer, teach):
+def bank(tiny_transformer, teach_two):
     """Two concepts of `lora`, which acts on all four projections of every word."""
-    bank = ConceptBank(tiny_transformer.layout)
-    for name, noun in (("rex", "dog"), ("mimi", "cat")):
-        bank = teach(tiny_transformer, bank, name, "lora", {"lr": 0.1}, noun=noun, steps=3).bank
-    return bank
+    return teach_two(tiny_transformer, "lora")
 
 
 @torch.no_grad()
