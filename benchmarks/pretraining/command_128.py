@@ -21,6 +21,8 @@ def add_commands(commands) -> None:
     parser.add_argument("--stages", nargs="+", choices=stages.STAGES, default=list(stages.STAGES))
     parser.add_argument("--shards", type=int, default=stages.SHARDS_PER_CALL,
                         help="further shards of pictures to encode before training")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the transformers: steps take 0.6 times as long; needs a C++ compiler")
     parser.set_defaults(run=train)
     parser = commands.add_parser("pretraining-128-progress", help="pictures of a 128-pixel base in training")
     parser.add_argument("folder", type=Path)
@@ -41,7 +43,8 @@ def add_commands(commands) -> None:
 def train(options: argparse.Namespace) -> Result:
     """Trains the stages that are not finished until the time is over or SIGTERM comes."""
     require_at_least(options, shards=0)
-    stages.train(options.folder, tuple(options.stages), Deadline(options.hours), options.shards)
+    stages.train(options.folder, tuple(options.stages), Deadline(options.hours), options.shards,
+                 options.compile)
     return {"folder": str(options.folder)}, [f"checkpoints are in {options.folder / 'checkpoints'}"]
 
 

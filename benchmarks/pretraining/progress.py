@@ -13,7 +13,7 @@ from ...core.demo import base, judges, networks, vocabulary
 from ...core.errors import ConceptError
 from ...core.sampling.sampling import sample
 from ...core.sampling.settings import SampleSettings
-from . import scene_autoencoder, sizes, stages
+from . import sizes, stages
 from .long_run import load_average
 
 PROMPTS = (
@@ -59,9 +59,7 @@ def trained_modules(folder: Path, kind: str) -> tuple[dict, int]:
     step = load_average(trained, folder / "checkpoints", kind)
     if step == 0:
         raise ConceptError(f"{folder / 'checkpoints'} holds no checkpoint of the {kind}")
-    images = stages.autoencoder_pictures(folder)
-    vae = scene_autoencoder.load_trained(sizes.AUTOENCODER, images, folder / "checkpoints")
-    return {kind: denoiser.eval(), "vae": vae, "text_encoder": text_encoder.eval(),
+    return {kind: denoiser.eval(), "vae": stages.autoencoder_of(folder), "text_encoder": text_encoder.eval(),
             "tokenizer": tokenizer}, step
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...core.demo import base
 from ...core.demo.autoencoder import SceneAutoencoder
+from ...core.demo.bases import FILES
 from .autoencoder import fit_linear, reconstruction_loss
 from .data import to_tensor
 from .long_run import LongRun, Plan, load_average
@@ -85,6 +87,11 @@ def load_trained(config: dict, pictures: np.ndarray, folder: Path) -> SceneAutoe
     load_average(autoencoder, folder, "autoencoder")
     load_average(autoencoder.detail, folder, "decoder")
     return autoencoder.eval()
+
+
+def shipped() -> SceneAutoencoder:
+    """The autoencoder of the embedded base of 128 pixels. It spares a further base the first stage."""
+    return base.load_modules(FILES["embedded-128"])["vae"].eval()
 
 
 def train_decoder(config: dict, pictures: np.ndarray, folder: Path, plan: Plan, stop: Callable[[], bool],

@@ -3,7 +3,8 @@
 The stages are the autoencoder, the UNet, the transformer, the one with joint attention, the decoder, and a
 classifier that judges pictures.
 Each call renders and encodes some more shards before it trains the denoisers. The first call thus
-reaches the UNet soon, and later calls show it more pictures.
+reaches the UNet soon, and later calls show it more pictures. Without the first stage, a denoiser learns on
+latents of the shipped autoencoder.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ...core.demo.autoencoder import SceneAutoencoder
 from . import denoisers, latent_set, parts_classifier, pictures, scene_autoencoder, sizes
+from .long_run import newest_checkpoints
 
 STAGES = ("autoencoder", "unet", "transformer", "joint", "decoder", "judge")
 SHARDS_PER_CALL = 10
@@ -32,7 +35,15 @@ def autoencoder_pictures(folder: Path) -> np.ndarray:
                            for number in sizes.AUTOENCODER_SHARDS])
 
 
-def add_latents(folder: Path, images: np.ndarray, count: int) -> None:
+def autoencoder_of(folder: Path) -> SceneAutoencoder:
+    """The autoencoder of a folder's first stage, or the shipped one where that stage has not begun."""
+    checkpoints = folder / "checkpoints"
+    if not newest_checkpoints(checkpoints, "autoencoder"):
+        return scene_autoencoder.shipped()
+    return scene_autoencoder.load_trained(sizes.AUTOENCODER, autoencoder_pictures(folder), checkpoints)
+
+
+def add_latents(folder: Path, count: int) -> None:
     """Renders and encodes the next `count` shards that have no latents yet."""
     done = set(latent_set.finished_shards(folder / "latents"))
     rendered = [n for n in range(sizes.SHARDS) if (folder / "pictures" / f"pictures_{n:03d}.npz").exists()]
@@ -40,13 +51,13 @@ def add_latents(folder: Path, images: np.ndarray, count: int) -> None:
     numbers = list(dict.fromkeys(order))[:count]
     for number in numbers:
         pictures.render_shard(folder / "pictures", number, sizes.PICTURE)
-    autoencoder = scene_autoencoder.load_trained(sizes.AUTOENCODER, images, folder / "checkpoints")
-    scene_autoencoder.encode_shards(autoencoder, folder / "pictures", folder / "latents", numbers)
+    scene_autoencoder.encode_shards(autoencoder_of(folder), folder / "pictures", folder / "latents", numbers)
     latents = folder / "latents"
     latent_set.write_ids(folder / "pictures", latents, latent_set.finished_shards(latents))
 
 
-def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shards: int) -> None:
+def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shards: int,
+          compiled: bool = False) -> None:
     """Runs the given stages in order, each until it is finished or `stop()` is true.
 
     Args:
@@ -54,25 +65,28 @@ def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shard
         stages: some of `STAGES`.
         stop: called before every step; once it is true, the stage in progress saves and all end.
         shards: how many further shards get latents first.
+        compiled: whether the transformers are compiled, see `denoisers.train_flow`.
     """
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    images = autoencoder_pictures(folder)
+    (folder / "pictures").mkdir(exist_ok=True)
     if "autoencoder" in stages:
-        plan = sizes.AUTOENCODER_PLAN
+        images, plan = autoencoder_pictures(folder), sizes.AUTOENCODER_PLAN
         run = scene_autoencoder.train_both(sizes.AUTOENCODER, images, checkpoints, plan, stop)
         if not run.finished:
             return
     if {"unet", *FLOWS} & set(stages):
-        add_latents(folder, images, shards)
-        train_denoisers(folder, stages, stop)
+        add_latents(folder, shards)
+        train_denoisers(folder, stages, stop, compiled)
     if "decoder" in stages and not stop():
+        images = autoencoder_pictures(folder)
         scene_autoencoder.train_decoder(sizes.AUTOENCODER, images, checkpoints, sizes.DECODER_PLAN, stop)
     if "judge" in stages and not stop():
         parts_classifier.train(folder / "judge", stop=stop).save(folder / "judge" / "parts.safetensors")
 
 
-def train_denoisers(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool]) -> None:
+def train_denoisers(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool],
+                    compiled: bool = False) -> None:
     """The UNet, then the transformers, on all latents that exist."""
     data, checkpoints = latent_set.load(folder / "latents"), folder / "checkpoints"
     print(f"{len(data.latents)} pictures", flush=True)
@@ -80,4 +94,4 @@ def train_denoisers(folder: Path, stages: tuple[str, ...], stop: Callable[[], bo
         denoisers.train_unet(sizes.UNET, data, checkpoints, sizes.UNET_PLAN, stop)
     for kind, (config, scale, plan) in FLOWS.items():
         if kind in stages and not stop():
-            denoisers.train_flow(kind, config, scale, data, checkpoints, plan, stop)
+            denoisers.train_flow(kind, config, scale, data, checkpoints, plan, stop, compiled=compiled)

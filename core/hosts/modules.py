@@ -91,6 +91,10 @@ class ModuleBackbone(Backbone):
         """The part of its layer's weight that is a projection: all of it, unless layers are fused."""
         return weight
 
+    def weight(self, site: Site, projection: str) -> Tensor:
+        """The weight of a projection `[out, in]`."""
+        return self.part(site, projection, self._linear(site, projection).weight)
+
     def encode_images(self, images: Tensor) -> Tensor:
         config = self.vae.config
         parameter = next(self.vae.parameters())
@@ -112,7 +116,7 @@ class ModuleBackbone(Backbone):
             for (index, projection), delta in deltas.items():
                 site = self.layout.sites[index]
                 linear = self._linear(site, projection)
-                shape = tuple(self.part(site, projection, linear.weight).shape)
+                shape = tuple(self.weight(site, projection).shape)
                 if tuple(delta.shape) != shape:
                     raise ConceptError(f"a {tuple(delta.shape)} delta does not fit {projection} of site "
                                        f"{index}, which is {shape}")

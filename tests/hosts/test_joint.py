@@ -59,7 +59,7 @@ def test_a_processor_sees_all_projections_of_fused_layers(tiny_joint):
     class Recorder(AttentionProcessor):
         def project(self, site, projection, x, y):
             assert (y.shape[-1], x.shape[-1]) == site.shape(projection)
-            weight = tiny_joint.part(site, projection, tiny_joint._linear(site, projection).weight)
+            weight = tiny_joint.weight(site, projection)
             if not (site.name.startswith("single") and projection == "to_out"):      # one of two summands
                 assert torch.allclose(y, x @ weight.T, atol=1e-5)
             seen.append((site.name, projection))

@@ -22,7 +22,7 @@ from continual_concepts.tests.lora_files import FORMS, Writer, module_names, wri
 @pytest.fixture(scope="module")
 def weight(tiny_backbone):
     def of(site: int, projection: str) -> torch.Tensor:
-        return tiny_backbone._weight(tiny_backbone.layout.sites[site], projection).detach()
+        return tiny_backbone.weight(tiny_backbone.layout.sites[site], projection).detach()
 
     return of
 

@@ -122,11 +122,11 @@ def test_general_neurons_are_found_once(banks, tiny_backbone, teach, monkeypatch
 def test_other_weights_stay_bit_identical(banks, tiny_backbone):
     bank = banks[1]
     union, layout = stored(bank, "union."), tiny_backbone.layout
-    before = {key: tiny_backbone._weight(layout.sites[key[0]], key[1]).clone()
+    before = {key: tiny_backbone.weight(layout.sites[key[0]], key[1]).clone()
               for key in key_value_weights(layout)}
     with tiny_backbone.folded(always_on_deltas(bank)):
         for key, weight in before.items():
-            now, mask = tiny_backbone._weight(layout.sites[key[0]], key[1]), union.mask(key)
+            now, mask = tiny_backbone.weight(layout.sites[key[0]], key[1]), union.mask(key)
             assert torch.equal(now[~mask], weight[~mask]) and not torch.equal(now[mask], weight[mask])
 
 

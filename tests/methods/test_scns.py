@@ -162,11 +162,11 @@ def test_fisher_runs_with_mean_one_and_fades(banks):
 
 def test_other_weights_stay_bit_identical(banks, tiny_backbone):
     layout, rows = tiny_backbone.layout, rows_of(banks[1]["rex"]) | rows_of(banks[1]["mimi"])
-    before = {key: tiny_backbone._weight(layout.sites[key[0]], key[1]).clone()
+    before = {key: tiny_backbone.weight(layout.sites[key[0]], key[1]).clone()
               for key in key_value_weights(layout)}
     with tiny_backbone.folded(always_on_deltas(banks[1])):
         for key, weight in before.items():
-            moved = (tiny_backbone._weight(layout.sites[key[0]], key[1])
+            moved = (tiny_backbone.weight(layout.sites[key[0]], key[1])
                      != weight).any(1).nonzero().flatten().tolist()
             assert moved and all((key, row) in rows for row in moved)
 

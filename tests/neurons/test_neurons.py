@@ -150,7 +150,7 @@ def test_bad_shares_and_units_are_named(share, unit):
 @pytest.mark.parametrize("projection", ["to_k", "to_v", "to_q", "to_out"])
 def test_a_weight_is_read_through_its_projection(tiny_backbone, projection):
     for index in (0, 3):
-        real = tiny_backbone._weight(tiny_backbone.layout.sites[index], projection)
+        real = tiny_backbone.weight(tiny_backbone.layout.sites[index], projection)
         assert torch.allclose(weight_of(tiny_backbone, (index, projection)), real, atol=1e-6)
 
 
@@ -181,7 +181,7 @@ def test_gradients_are_those_of_the_frozen_weights(tiny_backbone, checkpointing)
     processor = GradientProcessor(keys, AttentionProcessor())
     with tiny_backbone.gradient_checkpointing(checkpointing):
         tiny_backbone.predict(latents, t, context, processor).square().mean().backward()
-    weights = [tiny_backbone._weight(tiny_backbone.layout.sites[index], projection)
+    weights = [tiny_backbone.weight(tiny_backbone.layout.sites[index], projection)
                for index, projection in keys]
     assert all(weight.grad is None for weight in weights)
     try:

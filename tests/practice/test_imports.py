@@ -31,7 +31,7 @@ def base():
 
 @pytest.fixture(scope="session")
 def weight(base):
-    return lambda site, projection: base._weight(base.layout.sites[site], projection).detach()
+    return lambda site, projection: base.weight(base.layout.sites[site], projection).detach()
 
 
 @pytest.fixture

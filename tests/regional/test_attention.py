@@ -111,7 +111,7 @@ def by_definition(backbone, site, bank, scene, regions, contexts, x, overlap):
             q = backbone.project(site, "to_q", x)
             k, v = (backbone.project(site, p, context.at(site)) for p in ("to_k", "to_v"))
             attended = multi_head(q, k, v, site.heads)
-            out = torch.nn.functional.linear(attended, backbone._weight(site, "to_out"))
+            out = torch.nn.functional.linear(attended, backbone.weight(site, "to_out"))
             total += share.flatten().view(1, -1, 1) * out
     return total + backbone._linear(site, "to_out").bias
 
