@@ -28,12 +28,21 @@ def trials_of(chosen: Mapping[str, float | int]) -> list[dict[str, float | int]]
     return [{**chosen, STYLE_RATE: factor} if factor != 1.0 else dict(chosen) for factor in FACTORS]
 
 
-def results(runs: Sequence[Run], trials: Sequence[Mapping], folder: Path, levels: Mapping) -> list[dict]:
-    """The figures of the finished runs, in the order of the trials. A failed run has no *alone*."""
+def results(runs: Sequence[Run], trials: Sequence[Mapping], folder: Path, levels: Mapping,
+            known: Mapping[str, Mapping]) -> list[dict]:
+    """The figures of the finished runs, in the order of the trials. A failed run has no *alone*.
+
+    Args:
+        runs, trials: One for each other.
+        folder: Folder of the trials.
+        levels: Floor and ceiling of the further styles.
+        known: Name of a run -> its entry in an earlier result.
+    """
     found = []
     for run, settings in zip(runs, trials, strict=True):
         stored = finished_run(folder_of(folder) / f"{run.name}.json")
         if stored is None:
+            found += [dict(known[run.name])] if run.name in known else []
             continue
         entry = {"settings": settings, "seed": run.seed}
         if "failed" in stored:

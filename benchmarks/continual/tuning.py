@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ...core.demo.scenes import SceneConcept
@@ -27,89 +27,27 @@ from .levels import file_of, measured
 from .pictures import Sampler
 from .prompt_suite import Benchmark, PromptSuite
 from .runs import BASE, Run, settings_for
-from .runs import STEPS as STEPS_KEY
 from .sequence_run import LearningError, finished_run, perform
 from .sharing import is_finished, share
 from .tables import ALONE, COMBINED, overall_share
+from .trials import (
+    BUDGET,
+    ORDER,
+    SECOND_SEED,
+    SEED,
+    STAGES,
+    Trial,
+    beyond,
+    finalists,
+    known_trials,
+    run_of,
+    stage_trials,
+)
 
-SEED, SECOND_SEED, ORDER = 71, 72, 0      # none is used by the benchmark
 PICTURES, GROUP_PICTURES, PAIR_PICTURES = 8, 6, 8
-RATE_FACTORS = (1.0, 0.25, 0.5, 2.0)      # on the usual rates of deltas and words
-STRENGTH_FACTORS = (0.1, 10.0)      # on the usual strength
-# for methods without a regulariser, on the rate of the words alone; textual_inversion has no other rate
-WORD_FACTORS = (0.5, 2.0)
-OTHER_STEPS = (100,)     # `STEPS` is the most that any method gets, so that all may use the same computation
-STRENGTHS = {
-    "cidm": "gamma1", "ccdm": "gamma_specific", "clora": "forget", "cns": "tie_previous",
-    "custom_diffusion_merge": "ridge", "ewc": "tie", "l2dm": "mu", "lwf": "distil", "mix_of_show": "ridge",
-    "scns": "risk", "stamina": "forget", "tara": "alignment",
-}
 OBJECTIVE = ("mean of alone and combined at the end of the sequence, as shares of the way that all concepts "
              "together go from class nouns to real pictures, averaged over the judges; the mean of both "
              "seeds for the trials of the last stage")
-Trial = dict[str, float | int]      # settings that differ from the usual ones, and `steps`
-
-
-def strength_of(method: str) -> tuple[str, float] | None:
-    """The setting that is the method's main regulariser, with its usual value; None if it has none."""
-    name = STRENGTHS.get(method)
-    if name is None or name not in {entry.name for entry in fields(get(method).config)}:
-        return None
-    value = getattr(get(method).config(**usual_settings(method)), name)
-    return (name, value) if value else None
-
-
-def _rates(method: str) -> list[Trial]:
-    config = get(method).config(**usual_settings(method))
-    return [{"lr": config.lr * factor, "token_lr": config.token_lr * factor, STEPS_KEY: STEPS}
-            for factor in RATE_FACTORS]
-
-
-def stage_trials(method: str, stage: int, best: Trial) -> list[Trial]:
-    """The trials of a stage: 0 rates, 1 strength, 2 steps. best: the best trial of earlier stages."""
-    if stage == 0:
-        return _rates(method)
-    if stage == 2:
-        return [{**best, STEPS_KEY: steps} for steps in OTHER_STEPS]
-    strength = strength_of(method)
-    if strength is None:
-        return [{**best, "token_lr": best["token_lr"] * factor} for factor in WORD_FACTORS]
-    name, usual = strength
-    return [{**best, name: usual * factor} for factor in STRENGTH_FACTORS]
-
-
-def finalists(results: Sequence[Mapping]) -> list[Trial]:
-    """The best trial of each of the two best rates of deltas, of all trials that have an objective."""
-    best: dict[float, Mapping] = {}
-    for result in sorted((each for each in results if "objective" in each),
-                         key=lambda result: -result["objective"]):
-        best.setdefault(result["settings"]["lr"], result)
-    return [result["settings"] for result in list(best.values())[:FINALISTS]]
-
-
-STAGES = 3      # before the one of the finalists
-FINALISTS = 2
-BUDGET = (len(RATE_FACTORS) + len(STRENGTH_FACTORS) + len(OTHER_STEPS) + FINALISTS
-          + len(style_rates.FACTORS))
-
-
-def beyond(trial: Trial, results: Sequence[Mapping]) -> Trial | None:
-    """The trial with twice the rates if the given one has the largest rate of all results, with half of them
-    if it has the smallest; None if its rate is between others.
-    """
-    rates = {result["settings"]["lr"] for result in results}
-    factor = 2.0 if trial["lr"] == max(rates) else 0.5 if trial["lr"] == min(rates) else None
-    if factor is None:
-        return None
-    return {**trial, "lr": trial["lr"] * factor, "token_lr": trial["token_lr"] * factor}
-
-
-def run_of(method: str, trial: Trial, tasks: int, seed: int = SEED) -> Run:
-    """The run of a trial; its overrides name all that the trial sets."""
-    overrides = "+".join(f"{name}={value:g}".replace("e+", "e") for name, value in sorted(trial.items()))
-    return Run(method, tasks, ORDER, seed, overrides=overrides)
-
-
 def figures(run: Mapping, levels: Mapping) -> dict[str, float]:
     """The figures of a trial's run, and its objective, by all judges. A failed run has no objective."""
     if "failed" in run:
@@ -130,18 +68,23 @@ class Tuning:
         folder: Folder of the trials.
         levels: Floor and ceiling of the tuning suite, which has so many `tasks`.
         style_levels: Those of the further styles.
+        known: Name of a run -> its entry in an earlier result. Such a trial needs no file.
     """
 
     def __init__(self, methods: Sequence[str], folder: Path, levels: Mapping, tasks: int,
-                 style_levels: Mapping) -> None:
+                 style_levels: Mapping, known: Mapping[str, Mapping] | None = None) -> None:
         self.methods, self.folder, self.levels, self.tasks = methods, folder, levels, tasks
-        self.style_levels = style_levels
+        self.style_levels, self.known = style_levels, known or {}
+
+    def _open(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs that are not known, whether they have a file or not."""
+        return [run for run in runs if run.name not in self.known]
 
     def _result(self, method: str, trial: Trial, seed: int = SEED) -> dict | None:
         run = run_of(method, trial, self.tasks, seed)
         stored = finished_run(self.folder / f"{run.name}.json")
         if stored is None:
-            return None
+            return dict(self.known[run.name]) if run.name in self.known else None
         failed = {"failed": stored["failed"]} if "failed" in stored else {}
         return {"settings": trial, "seed": seed, **figures(stored, self.levels), **failed}
 
@@ -156,7 +99,7 @@ class Tuning:
             results = [self._result(method, trial) for trial in trials]
             done += [{"stage": stage, **result} for result in results if result is not None]
             if None in results:
-                return done, [run_of(method, trial, self.tasks) for trial in trials], None
+                return done, self._open([run_of(method, trial, self.tasks) for trial in trials]), None
             ranked = [result for result in done if "objective" in result]
             if not ranked:      # no rate works
                 return done, [], trials[0]
@@ -172,7 +115,7 @@ class Tuning:
             found = [self._result(method, trial, seed) for trial in trials for seed in seeds]
             everything.extend({"stage": STAGES, **result} for result in found if result is not None)
             runs = [run_of(method, trial, self.tasks, seed) for trial in trials for seed in seeds]
-            return runs if None in found else []
+            return self._open(runs) if None in found else []
 
         def mean(trial: Trial) -> float:
             found = [each.get("objective", -math.inf) for each in everything if each["settings"] == trial]
@@ -199,8 +142,8 @@ class Tuning:
             return [], [], None
         trials = style_rates.trials_of(chosen)
         runs = [run_of(method, trial, STYLES) for trial in trials]
-        found = style_rates.results(runs, trials, self.folder, self.style_levels)
-        return [{"stage": STAGES + 1, **each} for each in found], runs, style_rates.best(found)
+        found = style_rates.results(runs, trials, self.folder, self.style_levels, self.known)
+        return [{"stage": STAGES + 1, **each} for each in found], self._open(runs), style_rates.best(found)
 
     def wanted(self) -> list[Run]:
         """The runs of the present stage of every method."""
@@ -243,8 +186,8 @@ def _perform(sampler: Sampler, benchmark: Benchmark, run: Run, folder: Path) -> 
         write_result(file, {**run.to_json(), "failed": str(error)})
 
 
-def _others(file: Path, result: Mapping) -> Mapping:
-    """What the file holds of other methods that were tuned in the same way on the same base."""
+def _stored(file: Path, result: Mapping) -> Mapping:
+    """What the file holds of methods that were tuned in the same way on the same base."""
     stored = json.loads(file.read_text()) if file.exists() else {}
     same = all(stored.get(name) == value for name, value in result.items() if name != "methods")
     return stored["methods"] if same else {}
@@ -256,7 +199,8 @@ def tune(methods: Sequence[str], file: Path, folder: Path,
 
     Args:
         methods: Whose settings are chosen.
-        file: The result, written after every trial. Other methods that it holds stay.
+        file: The result, written after every trial. Other methods that it holds stay. Trials that it holds
+            are not repeated, so that a copy of this file is enough to continue elsewhere.
         folder: Folder of the trials.
         tell: Reports a finished trial.
         base_name: Name of the embedded base.
@@ -271,9 +215,12 @@ def tune(methods: Sequence[str], file: Path, folder: Path,
     tuning = Tuning(methods, folder, _levels(sampler, whole.suite, folder), tasks,
                     _levels(sampler, styles.suite, folder_of_styles))
 
+    empty = tuning.to_json(whole.backbone.fingerprint)
+    tuning.known = known_trials(_stored(file, empty), tasks)
+
     def write() -> dict:
         result = tuning.to_json(whole.backbone.fingerprint)
-        result["methods"] = dict(sorted({**_others(file, result), **result["methods"]}.items()))
+        result["methods"] = dict(sorted({**_stored(file, result), **result["methods"]}.items()))
         write_result(file, result)
         return result
 

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 
 from continual_concepts.benchmarks.__main__ import main
-from continual_concepts.benchmarks.continual import embedded, style_rates, tuned, tuning
+from continual_concepts.benchmarks.continual import embedded, style_rates, trials, tuned, tuning
 from continual_concepts.benchmarks.continual.concepts import STYLES, concepts, tuning_concepts, tuning_styles
 from continual_concepts.benchmarks.continual.runs import Run, settings_for
 from continual_concepts.core.errors import ConceptError
@@ -34,26 +34,26 @@ def test_every_method_has_the_same_budget_of_valid_settings():
     for method in METHODS:
         best, count = {}, 0
         for stage in range(tuning.STAGES):
-            trials = tuning.stage_trials(method, stage, best)
-            count += len(trials)
-            for trial in trials:
+            of_stage = trials.stage_trials(method, stage, best)
+            count += len(of_stage)
+            for trial in of_stage:
                 planned = tuning.run_of(method, trial, 6)
                 settings = {**embedded.usual_settings(method), **planned.settings()}
                 config = get(method).config(**settings)
                 assert planned.steps(1) == trial["steps"] and config.token_lr > 0
-            names = {json.dumps(trial, sort_keys=True) for trial in trials}
-            assert len(names) == len(trials) and json.dumps(best, sort_keys=True) not in names
-            best = trials[0]
+            names = {json.dumps(trial, sort_keys=True) for trial in of_stage}
+            assert len(names) == len(of_stage) and json.dumps(best, sort_keys=True) not in names
+            best = of_stage[0]
         styles = style_rates.trials_of(best)
         assert styles[0] == best and styles[1] == {**best, "style_rate": 4.0}
-        assert count + tuning.FINALISTS + len(styles) == tuning.BUDGET == 11
+        assert count + trials.FINALISTS + len(styles) == tuning.BUDGET == 11
 
 
 def test_strengths_are_settings_of_their_methods():
-    for method, name in tuning.STRENGTHS.items():
+    for method, name in trials.STRENGTHS.items():
         assert method in METHODS and name in {entry.name for entry in fields(get(method).config)}
-        assert tuning.strength_of(method) is None or tuning.strength_of(method)[1] > 0
-    assert tuning.strength_of("bound") is None
+        assert trials.strength_of(method) is None or trials.strength_of(method)[1] > 0
+    assert trials.strength_of("bound") is None
 
 
 class Finished:
@@ -75,7 +75,7 @@ class Finished:
 
 
 def test_each_stage_starts_from_the_best_of_the_earlier_ones(tmp_path):
-    usual = tuning.strength_of("ewc")[1]
+    usual = trials.strength_of("ewc")[1]
     best = {"lr": 1e-3, "token_lr": 1e-2, "tie": 10 * usual, "steps": 100}
     finished = Finished(tmp_path, best)
     for size in (4, 2, 1, 2):
@@ -213,11 +213,11 @@ def test_a_broken_file_is_named(file):
 
 def test_other_methods_of_the_file_stay(file):
     result = tuning.Tuning([], file.parent, levels(), TASKS, levels()).to_json("abc")
-    assert tuning._others(file, result) == {}      # tuned in another way
+    assert tuning._stored(file, result) == {}      # tuned in another way
     stored = {**result, "methods": {"bound": {"trials": []}}}
     file.write_text(json.dumps(stored))
-    assert tuning._others(file, result) == {"bound": {"trials": []}}
-    assert tuning._others(file, {**result, "base": "xyz"}) == {}
+    assert tuning._stored(file, result) == {"bound": {"trials": []}}
+    assert tuning._stored(file, {**result, "base": "xyz"}) == {}
 
 
 @pytest.mark.parametrize(("methods", "sentence"), [
@@ -238,9 +238,10 @@ def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(embedded, "SETTINGS", replace(embedded.SETTINGS, steps=1))
     monkeypatch.setattr(tuning, "tuning_concepts", lambda: tuning_concepts()[:2])
     monkeypatch.setattr(tuning, "tuning_styles", lambda: tuning_styles()[:2])
+    monkeypatch.setattr(trials, "STYLES", 2)
     monkeypatch.setattr(tuning, "STYLES", 2)
-    monkeypatch.setattr(tuning, "STEPS", 1)
-    monkeypatch.setattr(tuning, "OTHER_STEPS", (2,))
+    monkeypatch.setattr(trials, "STEPS", 1)
+    monkeypatch.setattr(trials, "OTHER_STEPS", (2,))
     for name in ("PICTURES", "GROUP_PICTURES", "PAIR_PICTURES"):
         monkeypatch.setattr(tuning, name, 2)
     file = tmp_path / "tuning.json"
@@ -255,3 +256,27 @@ def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     assert main(["tune", "--json", str(file), "--methods", "textual_inversion"]) == 0
     assert json.loads(file.read_text()) == result and "finished" not in capsys.readouterr().err
+
+
+def test_a_result_is_enough_to_continue_in_another_folder(tmp_path):
+    finished = Finished(tmp_path, {"lr": 1e-3})
+    finished.finish(finished.tuning.wanted())
+    finished.finish(finished.tuning.wanted())
+    first = finished.tuning.to_json("abc")["methods"]
+    known = trials.known_trials(json.loads(json.dumps(first)), TASKS)
+    elsewhere = tuning.Tuning(["ewc"], tmp_path / "other", levels(), TASKS, levels(), known)
+    assert elsewhere.to_json("abc")["methods"] == first
+    assert elsewhere.wanted() == finished.tuning.wanted()
+    assert len(elsewhere.wanted()) == len(trials.OTHER_STEPS)
+
+
+def test_known_trials_of_styles_are_not_repeated(tmp_path):
+    finished = Finished(tmp_path, {"lr": 1e-3})
+    while (runs := [run for run in finished.tuning.wanted() if not (tmp_path / f"{run.name}.json").exists()]):
+        finished.finish(runs)
+    finished.finish(finished.tuning.wanted_styles())
+    first = finished.tuning.to_json("abc")["methods"]
+    elsewhere = tuning.Tuning(["ewc"], tmp_path / "other", levels(), TASKS, levels(),
+                              trials.known_trials(first, TASKS))
+    assert not elsewhere.wanted() and not elsewhere.wanted_styles()
+    assert elsewhere.to_json("abc")["methods"] == first and "chosen" in first["ewc"]
