@@ -15,8 +15,8 @@ import torch
 import torch.multiprocessing as mp
 
 from ...core.demo import networks, vocabulary
-from ...core.demo.bases import FILES, NEWEST, TOKENIZER
-from ..report import Result, require_at_least, write_result
+from ...core.demo.bases import FILES, NEWEST, TOKENIZER, file_of
+from ..report import Result, numbers, require_at_least, write_result
 from . import autoencoder, command_128, data, diffusion
 from .export import export
 
@@ -53,7 +53,19 @@ def add_commands(commands) -> None:
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--base-file", type=Path, help="a base that does not ship (default: the newest one)")
     parser.set_defaults(run=base)
+    _add_bases(commands)
     command_128.add_commands(commands)
+
+
+def _add_bases(commands) -> None:
+    parser = commands.add_parser("bases", help="the demo's concepts on several embedded bases")
+    add = parser.add_argument
+    add("--json", dest="file", type=Path, required=True, help="where the result goes")
+    add("--bases", default="embedded-128,embedded-dit", help="comma separated (default %(default)s)")
+    add("--seeds", default="0,1", help="of learning, comma separated (default %(default)s)")
+    add("--steps", type=int, help="of learning a concept (default: those of the demo on that base)")
+    add("--pictures", type=int, default=12, help="of each concept, pair and scene (default %(default)s)")
+    parser.set_defaults(run=bases)
 
 
 def pretrain(options: argparse.Namespace) -> Result:
@@ -80,3 +92,18 @@ def base(options: argparse.Namespace) -> Result:
     result = base_quality(options.base_file or FILES[NEWEST], options.pictures)
     write_result(options.file, result)
     return result, [json.dumps(result, indent=1)]
+
+
+def bases(options: argparse.Namespace) -> Result:
+    """Learns the demo's concepts on several bases; writes JSON."""
+    from .on_bases import compare, lines_of
+
+    require_at_least(options, pictures=1, **({} if options.steps is None else {"steps": 1}))
+    seeds = numbers(options.seeds, "seeds")
+    names = [name.strip() for name in options.bases.split(",") if name.strip()]
+    for name in names:
+        file_of(name)      # raises ConceptError for a base that is not there
+    cells = options.file.with_suffix(".cells")
+    result = compare(names, seeds, options.pictures, options.steps, cells)
+    write_result(options.file, result)
+    return result, lines_of(result)

@@ -15,9 +15,10 @@ __all__ = ["bank", "demo", "learn", "learn_all", "sample"]
 
 def demo(options: Namespace) -> Result:
     """Runs the demo and prints its main figures."""
-    from .demo import WAYS, Plan, run
+    from .demo import WAYS, run
+    from .demo_ways import plan_of
 
-    report = run(options.output, Plan(options.base))
+    report = run(options.output, plan_of(options.base))
     lines = [f"three ways learned {', '.join(f'<{name}>' for name in report['concepts'])} in "
              f"{report['seconds']:.0f} s"]
     for way, figures in report["ways"].items():

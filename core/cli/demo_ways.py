@@ -55,6 +55,8 @@ class Plan:
         steps: Of learning a concept, with two pictures each.
         sampler_steps: Of drawing.
         alone, together: Pictures of one concept, and of two.
+        seed: Of learning.
+        rates: Factor on the rates of all ways.
     """
 
     base: str = EMBEDDED
@@ -62,6 +64,8 @@ class Plan:
     sampler_steps: int = 15
     alone: int = 4
     together: int = 6
+    seed: int = 0
+    rates: float = 1.0
 
     @property
     def backbone(self) -> ModuleBackbone:
@@ -78,11 +82,20 @@ class Plan:
     @property
     def training(self) -> TrainingConfig:
         return TrainingConfig(steps=self.steps, batch_size=2, resolution=self.side, flip=True,
-                              schedule="cosine", warmup=self.steps // 10)
+                              schedule="cosine", warmup=self.steps // 10, seed=self.seed)
 
     @property
     def settings(self) -> SampleSettings:
         return SampleSettings(steps=self.sampler_steps, cfg=3.0, size=(self.side, self.side))
+
+
+# What differs on a base. Chosen there, with other seeds than the demo's.
+_DIFFERENCES: Mapping[str, Mapping] = {}
+
+
+def plan_of(base: str) -> Plan:
+    """The demo's plan on an embedded base."""
+    return Plan(base, **_DIFFERENCES.get(base, {}))
 
 
 @cache
@@ -102,7 +115,7 @@ class Way:
     Attributes:
         title: What the report calls it.
         method: Id of the method.
-        settings: Settings of the method that differ from the defaults.
+        settings: Rates of the method.
         separate: Whether each concept is learned into a bank of its own, which does not depend on others.
     """
 
@@ -168,7 +181,8 @@ def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> float
                        Framing(training.resolution, training.framing, training.flip))
         to_learn = Task(task.name, task.class_noun, backbone, bank, task.kind,
                         words_for(chosen.method, task), torch.Generator().manual_seed(training.seed))
-        bank = learn(to_learn, make(chosen.method, chosen.settings), data, training).bank
+        settings = {name: plan.rates * rate for name, rate in chosen.settings.items()}
+        bank = learn(to_learn, make(chosen.method, settings), data, training).bank
         save_bank(bank, folder / f"{way}-{task.name}.safetensors")
     return time.perf_counter() - began
 
