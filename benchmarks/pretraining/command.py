@@ -103,7 +103,7 @@ def bases(options: argparse.Namespace) -> Result:
     names = [name.strip() for name in options.bases.split(",") if name.strip()]
     for name in names:
         file_of(name)      # raises ConceptError for a base that is not there
-    cells = options.file.with_suffix(".cells")
-    result = compare(names, seeds, options.pictures, options.steps, cells)
+    runs = options.file.with_suffix(".cells")
+    result = compare(names, seeds, options.pictures, options.steps, runs)
     write_result(options.file, result)
     return result, lines_of(result)
