@@ -35,6 +35,7 @@ from ..bank.bank import ConceptBank
 from ..bank.concepts import OWN, Concept, ConceptInfo
 from ..bank.prompts import Prompt, Vocabulary
 from ..conditioning.encoding import TextMemory, encode_prompts
+from ..data.batch import Batch
 from ..data.pictures import Picture
 from ..errors import ConceptError
 from ..methods.base import METHODS, Forward, Method, Task, get, make
@@ -183,11 +184,6 @@ def with_replay(task: Task, pictures: Sequence[Picture], config: TrainingConfig,
     return [*pictures, *replayed]
 
 
-def prior_weight(task: Task, config: TrainingConfig) -> float:
-    """Loss weight of the prior pictures of a task, among them replayed ones."""
-    return config.prior_weight * (1.0 if task.refined is None else REPLAY_WEIGHT)
-
-
 def check_start(task: Task, method: Method) -> None:
     """Raises ConceptError if the method does not work on the base, or if a concept that is refined does not
     fit the method's settings. This is cheap; encoding photos and drawing pictures is not.
@@ -206,6 +202,12 @@ class Before:
         self.method.begin(replace(task, generator=torch.Generator().manual_seed(0)))
         assert task.start is not None
         self.method.start_from(task.start)
+
+    def weighted(self, batch: Batch, vocabulary: Vocabulary) -> Batch:
+        """The batch with `REPLAY_WEIGHT` on replayed pictures. Other prior pictures count as ever."""
+        names = [set(vocabulary.parse_caption(caption).concepts) for caption in batch.prompts]
+        is_replayed = batch.is_prior & torch.tensor([self.task.name in own for own in names])
+        return replace(batch, weights=torch.where(is_replayed, REPLAY_WEIGHT * batch.weights, batch.weights))
 
     @torch.no_grad()
     def taught(self, seen: Forward, vocabulary: Vocabulary) -> Forward:

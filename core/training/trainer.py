@@ -36,7 +36,7 @@ from .objective import denoising_loss, predict
 from .optimizers import averaged, make_optimizer
 from .process_group import ONE_PROCESS, ProcessGroup
 from .record import brief, check_same_run, run_identity
-from .refinement import Before, prior_weight
+from .refinement import Before
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,8 @@ class Trainer:
         terms: dict[str, float] = {}
         timesteps = len(self.task.backbone.schedule)
         for _ in range(config.accumulation):
-            batch = self.data.draw(config.batch_size, prior_weight(self.task, config), self.generator)
+            batch = self.data.draw(config.batch_size, config.prior_weight, self.generator)
+            batch = batch if self.before is None else self.before.weighted(batch, self.vocabulary)
             for micro_batch in micro_batches(batch, self.method, config, timesteps, self.generator,
                                              self.group, self.measures.rows):
                 share = micro_batch.weight / config.accumulation

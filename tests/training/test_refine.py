@@ -14,16 +14,16 @@ from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, Task, make
-from continual_concepts.core.training import refinement
+from continual_concepts.core.training import refinement, trainer
 from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.loop import learn
+from continual_concepts.core.training.objective import denoising_loss
 from continual_concepts.core.training.record import MOST_CAPTIONS
 from continual_concepts.core.training.refinement import (
     PROMPTS,
     check_refinable,
     check_start,
     knows_all,
-    prior_weight,
     replay_prompts,
     settings_of,
     with_replay,
@@ -296,17 +296,23 @@ def test_no_pictures_are_replayed_where_none_are_asked_for_or_nothing_is_refined
     assert len(with_replay(new, photos(1), TrainingConfig(resolution=32), 2.0)) == 3
 
 
-def test_replayed_pictures_count_twice(tiny_backbone, learned, monkeypatch):
-    task, method, data, config = start(tiny_backbone, learned(), prior_weight=0.5)
-    weights, draw = [], type(data).draw
+def test_replayed_pictures_count_twice_and_other_prior_pictures_once(tiny_backbone, learned, monkeypatch):
+    task, method, _, config = start(tiny_backbone, learned(), prior_weight=0.25, batch_size=6)
+    prior = [replace(photo, caption="a photo of a dog", is_prior=True) for photo in photos(60)]
+    pictures = with_replay(task, [*photos(50), *prior], config, 2.0)
+    data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32, "crop", False))
+    weights = {}
 
-    def recorded(self, size, weight, generator):
-        weights.append(weight)
-        return draw(self, size, weight, generator)
+    def recorded(backbone, seen, config):
+        batch = seen.batch
+        for text, is_prior, weight in zip(batch.prompts, batch.is_prior.tolist(), batch.weights.tolist(),
+                                          strict=True):
+            weights["photo" if not is_prior else "replayed" if "<rex>" in text else "other"] = weight
+        return denoising_loss(backbone, seen, config)
 
-    monkeypatch.setattr(type(data), "draw", recorded)
+    monkeypatch.setattr(trainer, "denoising_loss", recorded)
     Trainer(task, method, data, config).step()
-    assert weights[-1] == 1.0 and prior_weight(replace(task, refined=None), config) == 0.5
+    assert weights == {"photo": 1.0, "replayed": 0.5, "other": 0.25}
 
 
 @pytest.mark.parametrize("method, training", [
