@@ -21,6 +21,7 @@ from ..errors import ConceptError
 from ..methods.base import Method, Outcome, Task, make
 from . import checkpoint
 from .config import TrainingConfig
+from .early_stopping import has_stalled
 
 # Of a concept's record, so that a bank's header stays small. Longer captions are not stored.
 MOST_CAPTIONS, LONGEST_CAPTION = 32, 1000
@@ -102,11 +103,12 @@ def is_finished(path: Path, origin: Provenance) -> bool:
         return False
     if not run:
         return False
-    state = checkpoint.load(path)
+    state, training = checkpoint.load(path), run.get("training", {})
     count = len(state.get("losses", ()))
+    is_done = count == training.get("steps") or has_stalled(state.get("scores", ()),
+                                                            training.get("patience", 0))
     # of kept states, an earlier one may be in the bank
-    return count == origin.steps or (count == run.get("training", {}).get("steps")
-                                     and origin.steps in state.get("kept", {}))
+    return count == origin.steps or (is_done and origin.steps in state.get("kept", {}))
 
 
 def check_same_run(path: Path, there: Mapping, here: Mapping) -> None:

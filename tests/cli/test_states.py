@@ -14,6 +14,7 @@ from continual_concepts.core.cli import learning, states
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
 from continual_concepts.core.errors import WriteError
+from continual_concepts.core.evaluation.previews import Previews
 from continual_concepts.core.training.trainer import Trainer
 
 
@@ -85,6 +86,22 @@ def test_a_finished_run_leaves_no_checkpoint_whatever_state_is_stored(learn, tmp
     file, = tmp_path.glob(".*.checkpoint")
     assert open_bank(tmp_path / "bank.safetensors").infos["rex"].provenance.steps == 2
     assert learn() == 0 and not file.exists()
+
+
+def test_a_run_that_ended_early_leaves_no_checkpoint_whatever_state_is_stored(learn, tmp_path, monkeypatch):
+    """The same for a run that early stopping has ended."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    early = "--patience", "1", "--look-every", "1"
+    monkeypatch.setattr(Previews, "evaluate", lambda self, bank, step: -float(step))      # worse every time
+    with monkeypatch.context() as patched:
+        patched.setattr(states, "proposed", lambda found: 0)
+        patched.setattr(learning, "_thumbnail", stop)
+        assert learn("--keep-states", "4", "--samples", "1", *early) == 130
+    file, = tmp_path.glob(".*.checkpoint")
+    assert open_bank(tmp_path / "bank.safetensors").infos["rex"].provenance.steps == 1
+    assert learn(*early) == 0 and not file.exists()
 
 
 def test_states_that_a_run_did_not_keep_are_told(learn, tmp_path, monkeypatch, capsys):
