@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -54,6 +54,15 @@ def shortened(name: str, room: int) -> str:
         return name
     digest = hashlib.sha256(encoded).hexdigest()[:12]
     return f"{encoded[:room - len(digest) - 1].decode('utf-8', 'ignore')}~{digest}"
+
+
+def unique_stem(stem: str, others: Iterable[str]) -> str:
+    """The stem of a file name, with "-2" behind it until it differs from all others. Case is ignored, as some
+    disks do."""
+    taken = {other.casefold() for other in others}
+    while stem.casefold() in taken:
+        stem += "-2"
+    return stem
 
 
 def beside(path: Path, ending: str) -> Path:

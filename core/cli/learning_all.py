@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from pathlib import Path
 
 from ..bank.format import open_bank
 from ..errors import ConceptError
 from ..evaluation.inspection import inspect
 from ..evaluation.inspection import lines as inspection_lines
 from ..evaluation.photo_encoder import photo_encode
+from ..files import unique_stem
 from ..training.folders import TABLE, Planned, check_parents, headline, passed_over, plan, reasons
 from .learning import check_options, learn
 from .result import Result, complain, one_sentence, say
 from .sheets import check_sheet
 
 
-def _options(planned: Planned, options: Namespace) -> Namespace:
-    """The options of `learn` for one concept."""
-    sheet = options.contact_sheets
+def _sheets(found: list[Planned], folder: Path | None) -> list[Path | None]:
+    """The contact sheet of each concept; None without a folder of sheets. Files have different names even
+    where a disk ignores case."""
+    if folder is None:
+        return [None] * len(found)
+    stems: list[str] = []
+    for planned in found:
+        stems.append(unique_stem(planned.name, stems))
+    return [folder / f"{stem}.png" for stem in stems]
+
+
+def _options(planned: Planned, options: Namespace, sheet: Path | None = None) -> Namespace:
+    """The options of `learn` for one concept. sheet: its contact sheet."""
     own = {"images": planned.folder, "name": planned.name, "noun": planned.noun, "kind": planned.kind or None,
            "captions": planned.captions, "masks": planned.masks, "words": (), "subfolders": False,
            "preset": planned.preset or options.preset, "variant_of": planned.variant_of,
            "keep_states": None, "sample_prompts": (), "samples": None, "states_picture": None,
-           "contact_sheet": None if sheet is None else sheet / f"{planned.name}.png"}
+           "contact_sheet": sheet}
     return Namespace(**{**vars(options), **own})
 
 
-def _check(options: Namespace, found: list[Planned]) -> None:
-    """Checks what concerns all concepts, before any is learned."""
+def _check(options: Namespace, found: list[Planned], sheets: list[Path | None]) -> None:
+    """Checks what concerns all concepts, before any is learned. sheets: their contact sheets."""
     for planned in found:
         check_options(_options(planned, options))
     check_parents(found, open_bank(options.bank).names if os.path.exists(options.bank) else ())
@@ -36,8 +48,9 @@ def _check(options: Namespace, found: list[Planned]) -> None:
         # without a table, a folder of sheets would be learned from by the next run
         read = [options.folder, options.prior,
                 *(path for planned in found for path in (planned.folder, planned.captions, planned.masks))]
-        for planned in found:
-            check_sheet(options.contact_sheets / f"{planned.name}.png", read)
+        for sheet in sheets:
+            if sheet is not None:
+                check_sheet(sheet, read)
 
 
 def _sentence(failed: dict[str, list[str]], count: int) -> str:
@@ -68,15 +81,16 @@ def learn_all(options: Namespace) -> Result:
     failed: dict[str, list[str]] = {}
     has_table = options.table is not None or os.path.lexists(options.folder / TABLE)
     skipped = [] if has_table else passed_over(options.folder)
-    _check(options, found)
+    sheets = _sheets(found, options.contact_sheets)
+    _check(options, found, sheets)
     for file in skipped:
         complain(f"warning: '{file.name}' is not used: {file.reason}")
-    for number, planned in enumerate(found, start=1):
+    for number, (planned, sheet) in enumerate(zip(found, sheets, strict=True), start=1):
         if not options.json:
             say(f"{number} of {len(found)}: <{planned.name}>, {planned.noun}, from '{planned.folder}'")
         try:
             with one_sentence():
-                result = learn(_options(planned, options))
+                result = learn(_options(planned, options, sheet))
         except ConceptError as error:
             failed.setdefault(str(error), []).append(planned.name)
             if not options.json:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..bank.tokens import check_name
 from ..errors import ConceptError
-from ..files import is_device, write_atomically
+from ..files import is_device, unique_stem, write_atomically
 
 # Suffixes of file names. The embedding has none, because people type its name.
 ENDINGS = {"kohya": "_lora", "bundle": "_bundle", "diffusers": "_diffusers_lora", "embedding": ""}
@@ -141,10 +141,7 @@ def _stems(outputs: Sequence[OutputFile]) -> list[str]:
     for output in outputs:
         name = check_name(output.name)
         stem = f"{name}_concept" if is_device(name) else name
-        stem += ENDINGS[output.kind]
-        while stem.casefold() in {other.casefold() for other in stems}:
-            stem += "-2"
-        stems.append(stem)
+        stems.append(unique_stem(stem + ENDINGS[output.kind], stems))
     return stems
 
 

@@ -104,6 +104,19 @@ def test_all_are_learned_and_the_same_command_goes_on(cast, tmp_path, capsys):
     assert {path.stem for path in sheets.iterdir()} == {"chalk", "mimi", "rex"}
 
 
+def test_contact_sheets_of_names_that_differ_by_case_have_different_files(tmp_path, monkeypatch):
+    """On a disk that ignores case, too."""
+    for name in ("Rex dog", "rex cat", "REX bird"):
+        (tmp_path / "cast" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "cast" / name / "0.png")
+    asked = []
+    monkeypatch.setattr(learning_all, "learn", lambda options: asked.append(options.contact_sheet))
+    assert main(["learn-all", str(tmp_path / "cast"), "--bank", str(tmp_path / "bank.safetensors"),
+                 "--contact-sheets", str(tmp_path / "sheets"), *QUICK]) == 0
+    assert len(asked) == len({sheet.name.casefold() for sheet in asked}) == 3
+    assert {sheet.name[:3].casefold() for sheet in asked} == {"rex"}
+
+
 @pytest.mark.parametrize(("table", "sentence"), [
     ("folder,name,noun\nrex dog,rex,dog,style\n", "line 2 has no column for 'style'"),
     ("folder,name,noun,noun\nrex dog,rex,dog,cat\n", "the column 'noun' is there twice"),
