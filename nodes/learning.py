@@ -17,8 +17,14 @@ from ..core.bank.tokens import default_words, typed_name
 from ..core.charts import loss_picture, note_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.data.framing import Framing
-from ..core.data.pictures import Deferred, Picture, prior_caption
-from ..core.data.report import prior_warnings, report_of
+from ..core.data.pictures import Deferred, Picture, photo_digest, prior_caption
+from ..core.data.report import (
+    PhotoWarning,
+    Report,
+    own_photos_warnings,
+    prior_warnings,
+    report_of,
+)
 from ..core.data.training_set import check_captions, prepare
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
@@ -215,8 +221,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
                                                          task.bank.infos, task.name)
     warnings = [*taken.warnings, *on_captions,
-                *(prior_warnings(method.composition_of_kind(task.kind)) if len(pictures) > len(photos)
-                  else [])]
+                *_on_prior(task, method, taken, [picture for picture in pictures if picture.is_prior])]
     notes = [*task.backbone.learning_notes, *unusual(method.config), *unusual(config),
              *warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
              *([] if task.refined is None else notes_on_photos(task.refined.infos[task.name], photos)),
@@ -265,6 +270,17 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
                                   spreads=previews.spreads))
     strip = to_image(torch.stack(previews.pictures)) if previews.pictures else loss
     return Learning(bank, loss, strip, older, (*notes, *on_states), proposed, states)
+
+
+def _on_prior(task: Task, method: Method, photos: Report, prior: Sequence[Picture]) -> list[PhotoWarning]:
+    """Warnings about prior pictures. photos: the report on the concept's photos."""
+    if not prior:
+        return []
+    named = [replace(picture, name=f"prior picture {i + 1}", digest=photo_digest(picture.stored_pixels()))
+             for i, picture in enumerate(prior)]
+    earlier = () if task.refined is None else task.refined.infos[task.name].provenance.images
+    return [*own_photos_warnings(photos.photos, report_of(named, what="prior picture").photos, earlier),
+            *prior_warnings(method.composition_of_kind(task.kind))]
 
 
 def _no_states() -> Tensor:

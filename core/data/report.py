@@ -172,6 +172,29 @@ def prior_warnings(composition: Composition) -> list[PhotoWarning]:
                          "its own words only; its class noun keeps its meaning without them")]
 
 
+def own_photos_warnings(photos: Sequence[PhotoFacts], prior: Sequence[PhotoFacts],
+                        earlier: Iterable[str] = ()) -> list[PhotoWarning]:
+    """A warning if prior pictures are photos of the concept, or nearly alike: the class noun would then learn
+    its look.
+
+    Args:
+        photos: The concept's.
+        prior: The prior pictures.
+        earlier: Digests of photos that the concept was learned from before.
+    """
+    own, together = {*earlier, *(photo.digest for photo in photos)} - {""}, [*photos, *prior]
+    count, found = len(photos), {i for i, picture in enumerate(prior) if picture.digest in own}
+    for group in alike([facts.quality for facts in together]):
+        if group[0] < count:
+            found |= {i - count for i in group if i >= count}
+    if not found:
+        return []
+    which, is_one = listed(prior[i].name for i in sorted(found)), len(found) == 1
+    text = (f"{which} {'is a photo' if is_one else 'are photos'} of the concept, too; prior pictures should "
+            "show others of its class, because otherwise its class noun learns its look")
+    return [PhotoWarning("prior", text, tuple(sorted(found)))]
+
+
 def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 

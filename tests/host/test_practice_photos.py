@@ -84,6 +84,12 @@ def test_a11_prior_pictures_of_a_word_bound_concept(studio, folder):
     assert shown.ui["text"][0].count("prior pictures have no effect") == 1
 
 
+def test_a11_sibling_prior_pictures_that_are_photos_of_the_concept(studio, folder):
+    images = load(studio).args[0]
+    shown = studio.learner(images=images, prior_images=images[1:2], steps=1, method="lora_m").ui["text"][0]
+    assert "prior picture 1 is a photo of the concept, too; prior pictures should show others" in shown
+
+
 def test_g10_a_caption_that_names_another_concept(studio):
     images = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ConceptError) as caught:

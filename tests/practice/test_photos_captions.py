@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from PIL import Image
 
 from continual_concepts.core.bank.concepts import ConceptInfo
 from continual_concepts.core.data.folder import read_folder
@@ -146,6 +148,17 @@ def test_a11_prior_pictures_of_word_bound_concepts_are_told(photos, learn):
 def test_a11_sibling_methods_that_use_prior_pictures_say_nothing():
     silent = {name for name, entry in METHODS.items() if not prior_warnings(entry.method.composition)}
     assert "bound" not in silent and {"lora_m", "cidm", "custom_diffusion"} <= silent
+
+
+def test_a11_sibling_prior_pictures_that_are_photos_of_the_concept_are_told(photos, learn, tmp_path):
+    """Also a smaller copy, which has another digest."""
+    photo(tmp_path / "prior" / "another.png")
+    with Image.open(photos / "1.png") as image:
+        image.resize((24, 16)).save(tmp_path / "prior" / "copy.png")
+    shutil.copy(photos / "2.png", tmp_path / "prior" / "same.png")
+    outcome = learn(photos, "--prior", tmp_path / "prior", "--method", "lora_m")
+    assert outcome.code == 0
+    assert "copy.png and same.png are photos of the concept, too; prior pictures should" in outcome.out
 
 
 # F4
