@@ -120,7 +120,9 @@ def context_of(conditioning, copies: int, names: Sequence[str] = (), sites: Fami
         codes, factors = (fit_offsets(conds[key].cond.to(hidden.device), hidden)
                           for key in (WORDS, STRENGTHS))
         words, strengths = words_of(codes, factors, {code(name): name for name in names})
-    return Context(layers, conditioning[0][1].get("pooled_output"), words, strengths)
+    is_joint = sites is not None and sites.layout.is_joint
+    return Context(layers, conditioning[0][1].get("pooled_output"), words, strengths,
+                   (hidden.shape[1],) * len(hidden) if is_joint else ())
 
 
 def with_processor(model, sites: Family, processor: ProcessorSource, self_attention: bool = False):

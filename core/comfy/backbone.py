@@ -214,7 +214,8 @@ class ComfyBackbone(Backbone):
             processor.prepare(context)
             options[PROCESSOR] = processor
             if self.layout.is_joint:
-                context = replace(context, hidden=processor.extended(context.hidden[:, 0]).unsqueeze(1))
+                context = replace(context, hidden=processor.extended(context.hidden[:, 0]).unsqueeze(1),
+                                  lengths=() if processor.masks_texts else context.lengths)
         with self.sites.attached(learns=True):
             return self.sites.evaluate(latents, timesteps, context, options, self.picture_multiple).float()
 

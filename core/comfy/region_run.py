@@ -174,7 +174,7 @@ class RegionRun:
         used = {name for part in self.parts for words in part.context.words for name in words}
         word_bound = {name: moved(self.word_bound[name]) for name in used}
         contexts = [Context(part.context.hidden.to(x.device, x.dtype), None, part.context.words,
-                            part.context.strengths)
+                            part.context.strengths, part.context.lengths)
                     for part in self.parts]
         parts = [Part(context, moved(part.deltas), word_bound)
                  for context, part in zip(contexts, self.parts, strict=True)]

@@ -184,7 +184,7 @@ class ConceptPrompts:
         return Part(self._both(negative, self.encode(text)), self.deltas(prompt))
 
     def _both(self, negative: Context, positive: Conditioning) -> Context:
-        return Context.cat([negative, self._context(positive)], repeat=not self.sites.layout.is_joint)
+        return Context.cat([negative, self._context(positive)])
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,8 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
     groups = {name: group for name, group in used.items() if group is not None}
     encoder = backbone.text[0]
     if isinstance(encoder, WholePromptEncoder):
-        return encode_whole(encoder, prompts, groups, by_strength, None if memory is None else memory.whole)
+        return encode_whole(encoder, prompts, groups, by_strength, None if memory is None else memory.whole,
+                            backbone.layout.is_joint)
     copies = max([group.copies for group in groups.values()], default=1)
     laid_out = [[_chunks(encoder, _groups(encoder, prompt)) for prompt in prompts]
                 for encoder in backbone.text]
@@ -291,8 +292,9 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
     strengths = tuple({name: tuple(row.weights[place] for place in places)
                        for name, places in found.items() if name in by_strength}
                       for row, found in zip(rows, words, strict=True))
+    lengths = tuple(len(prompt) * encoder.length for prompt in laid_out[-1])
     return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words,
-                   strengths_or_none(strengths))
+                   strengths_or_none(strengths), lengths if backbone.layout.is_joint else ())
 
 
 @torch.no_grad()

@@ -49,7 +49,8 @@ def pieces_of(prompt: Prompt, groups: Mapping[str, TokenGroup],
 
 def encode_whole(encoder: WholePromptEncoder, prompts: Sequence[Prompt], groups: Mapping[str, TokenGroup],
                  by_strength: Collection[str],
-                 memory: dict[tuple[TextPiece, ...], WholeText] | None = None) -> Context:
+                 memory: dict[tuple[TextPiece, ...], WholeText] | None = None,
+                 is_joint: bool = False) -> Context:
     """`encode_prompts` for an encoder that takes no learned vectors.
 
     Args:
@@ -57,6 +58,7 @@ def encode_whole(encoder: WholePromptEncoder, prompts: Sequence[Prompt], groups:
         by_strength: As for `encode_prompts`.
         memory: Prompts that were encoded already; new ones are added. No text is then encoded twice while a
             concept is learned, because states do not depend on what is learned.
+        is_joint: Whether text and picture share one softmax, where rows that fill a text up are not read.
     """
     memory, encoded = {} if memory is None else memory, []
     for prompt in prompts:
@@ -72,4 +74,5 @@ def encode_whole(encoder: WholePromptEncoder, prompts: Sequence[Prompt], groups:
     strengths = tuple({name: (prompt.strength_of(name),) * len(places) for name, places in found.items()
                        if name in by_strength} for prompt, found in zip(prompts, words, strict=True))
     return Context(hidden.unsqueeze(1), torch.cat(pooled) if pooled else None, words,
-                   strengths_or_none(strengths))
+                   strengths_or_none(strengths),
+                   tuple(text.states.shape[1] for text in encoded) if is_joint else ())

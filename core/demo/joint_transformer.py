@@ -66,10 +66,10 @@ class Joint(NamedTuple):
         """Query and key with the positions of a table."""
         return rotate(self.query, table), rotate(self.key, table)
 
-    def plain(self) -> Tensor:
-        """The attended rows, `[B, L, width]`."""
+    def plain(self, mask: Tensor | None = None) -> Tensor:
+        """The attended rows, `[B, L, width]`. mask: A bias on the logits; None = all rows are read."""
         query, key = self.turned(self.table)
-        return attend(query, key, self.value).transpose(1, 2).flatten(2)
+        return attend(query, key, self.value, mask).transpose(1, 2).flatten(2)
 
 
 class Runner(Protocol):

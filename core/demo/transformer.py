@@ -51,10 +51,13 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of `[B, H, N, d]`. On a CPU it is faster than the fused kernel at these sizes."""
-    weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return weights.softmax(-1) @ value
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention of `[B, H, N, d]`. On a CPU it is faster than the fused kernel at these sizes.
+
+    bias: Added to the logits; None = nothing.
+    """
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return (logits if bias is None else logits + bias).softmax(-1) @ value
 
 
 class Attention(nn.Module):

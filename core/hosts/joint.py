@@ -12,7 +12,7 @@ from ..model.checkpointing import recomputed
 from ..model.context import Context
 from ..model.flow import FlowSchedule
 from ..model.fused import Projection, offset_of, path_of, projected
-from ..model.joint_rows import attend_picture, flat, put_together, restarted, without_picture
+from ..model.joint_rows import attend_picture, fill_bias, flat, put_together, restarted, without_picture
 from ..model.processor import AttentionProcessor
 from ..model.sites import PROJECTIONS, Site, joint_layout
 from .diffusers import ClipText
@@ -68,11 +68,12 @@ class JointBackbone(ModuleBackbone):
     def predict(self, latents: Tensor, timesteps: Tensor, context: Context,
                 processor: AttentionProcessor | None = None) -> Tensor:
         dtype, text = self.dtype, context.hidden[:, 0]
+        fills = None if processor is not None and processor.masks_texts else context.fills()
         if processor is not None:
             processor.prepare(context)
             text = processor.extended(text)
         times = self._flow.sigma(timesteps) * self._time_scale
-        return self.denoiser(latents.to(dtype), times, text.to(dtype), _Run(self, processor)).float()
+        return self.denoiser(latents.to(dtype), times, text.to(dtype), _Run(self, processor, fills)).float()
 
     def gradient_checkpointing(self, enabled: bool) -> AbstractContextManager[None]:
         return recomputed(self.denoiser, ("DoubleBlock", "SingleBlock") if enabled else ())
@@ -81,8 +82,9 @@ class JointBackbone(ModuleBackbone):
 class _Run:
     """Runs projections and attentions of blocks with a processor, see `demo.joint_transformer.Runner`."""
 
-    def __init__(self, backbone: JointBackbone, processor: AttentionProcessor | None) -> None:
-        self.backbone, self.processor = backbone, processor
+    def __init__(self, backbone: JointBackbone, processor: AttentionProcessor | None,
+                 fills: Tensor | None) -> None:
+        self.backbone, self.processor, self.fills = backbone, processor, fills
 
     def linear(self, module: nn.Module, x: Tensor) -> Tensor:
         x, own = x.to(self.backbone.dtype), self.backbone.projections.get(module)
@@ -91,11 +93,14 @@ class _Run:
         return projected(module, own, [self.processor.project], x)
 
     def attend(self, block: nn.Module, joint) -> Tensor:
+        mask = None
+        if self.fills is not None:
+            mask = fill_bias(self.fills, joint.query.shape[2] - joint.words).to(joint.query)
         if self.processor is None:
-            return joint.plain()
+            return joint.plain(mask)
         query, key = joint.turned(tuple(restarted(part, self.processor.prompts, 0) for part in joint.table))
         rows = joint.words, query.shape[2]
         picture, mask = attend_picture(self.processor, self.backbone.sites[block], joint.query,
-                                       (query, key, joint.value), rows)
+                                       (query, key, joint.value), rows, mask)
         others = F.scaled_dot_product_attention(without_picture(query, rows), key, joint.value, mask)
         return put_together(flat(others), picture, joint.words)

@@ -29,12 +29,15 @@ class Context:
         words: One mapping per row: concept name -> positions of the concept's words among the N tokens.
         strengths: One mapping per row: concept name -> factors on the concept's deltas at these positions.
             A missing concept has 1; an empty tuple means 1 everywhere.
+        lengths: In a joint attention, the number of rows of each prompt; those behind them only fill it up
+            and are not read. An empty tuple means that all rows are read.
     """
 
     hidden: Tensor
     pooled: Tensor | None = None
     words: tuple[dict[str, tuple[int, ...]], ...] = ()
     strengths: Strengths = ()
+    lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -46,7 +49,7 @@ class Context:
     def __getitem__(self, rows: slice) -> Context:
         """The selected rows."""
         return Context(self.hidden[rows], None if self.pooled is None else self.pooled[rows],
-                       self.words[rows], self.strengths[rows])
+                       self.words[rows], self.strengths[rows], self.lengths[rows])
 
     def repeated(self, length: int) -> Context:
         """The same prompts, repeated to `length` tokens, a multiple of N. Repetition does not change softmax
@@ -68,24 +71,32 @@ class Context:
         return replace(self, words=words, strengths=strengths_or_none(strengths))
 
     @staticmethod
-    def cat(parts: list[Context], repeat: bool = True) -> Context:
+    def cat(parts: list[Context]) -> Context:
         """Joins the rows of several contexts. Repeats contexts without layer copies to match the others.
 
-        Args:
-            parts: The contexts.
-            repeat: Whether shorter ones are repeated to one length, too; else they are filled up with zeros.
-                Repetition changes a joint attention, whose softmax has other rows.
+        Shorter ones are repeated to one length, too. Those with `lengths` are filled up with zeros instead,
+        because repetition changes a joint attention, whose softmax has other rows.
         """
         copies = max(part.hidden.shape[1] for part in parts)
-        lengths = [part.hidden.shape[2] for part in parts]
-        if repeat:
-            parts = [part.repeated(math.lcm(*lengths)) for part in parts]
+        counts, lengths = [part.hidden.shape[2] for part in parts], list[int]()
+        if any(part.lengths for part in parts):
+            lengths = [length for part, count in zip(parts, counts, strict=True)
+                       for length in part.lengths or (count,) * len(part)]
+            parts = [replace(part, hidden=pad(part.hidden, (0, 0, 0, max(counts) - count)))
+                     for part, count in zip(parts, counts, strict=True)]
         else:
-            parts = [replace(part, hidden=pad(part.hidden, (0, 0, 0, max(lengths) - length)))
-                     for part, length in zip(parts, lengths, strict=True)]
+            parts = [part.repeated(math.lcm(*counts)) for part in parts]
         pooled = [part.pooled for part in parts if part.pooled is not None]
         words = tuple(row for part in parts for row in part.words)
         strengths = tuple(row for part in parts for row in part.strengths or [{}] * len(part.words))
         hidden = torch.cat([part.hidden.expand(-1, copies, -1, -1) for part in parts])
         return Context(hidden, torch.cat(pooled) if len(pooled) == len(parts) else None, words,
-                       strengths_or_none(strengths))
+                       strengths_or_none(strengths), tuple(lengths))
+
+    def fills(self) -> Tensor | None:
+        """`[B, N]`: True at rows that only fill a prompt up; None where there are none."""
+        count = self.hidden.shape[2]
+        if all(length == count for length in self.lengths):
+            return None
+        lengths = torch.tensor(self.lengths, device=self.hidden.device)
+        return torch.arange(count, device=self.hidden.device) >= lengths[:, None]

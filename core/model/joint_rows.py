@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConceptError
-from .processor import AttentionProcessor, HostAttention, JointRows, SiteCall
+from .processor import NEVER, AttentionProcessor, HostAttention, JointRows, SiteCall
 from .sites import Site
 
 
@@ -50,6 +50,19 @@ def without_picture(x: Tensor, rows: tuple[int, int]) -> Tensor:
     """Rows `[..., L, d]` without those of the picture; rows: as in `attend_picture`."""
     start, end = rows
     return x[..., :start, :] if end == x.shape[-2] else torch.cat([x[..., :start, :], x[..., end:, :]], -2)
+
+
+def fill_bias(fills: Tensor, others: int) -> Tensor:
+    """A bias on the logits `[B, 1, 1, N + others]` by which no row reads those that fill a text up.
+
+    It holds numbers, because not all attention functions of hosts take True and False.
+
+    Args:
+        fills: `[B, N]`, see `Context.fills`.
+        others: Number of rows behind the text.
+    """
+    bias = torch.zeros(fills.shape, device=fills.device).masked_fill(fills, NEVER)
+    return F.pad(bias, (0, others))[:, None, None]
 
 
 def put_together(others: Tensor, picture: Tensor, start: int) -> Tensor:

@@ -174,9 +174,12 @@ class AttentionProcessor:
 
     Attributes:
         prompts: In a joint attention, the numbers of rows of the texts that `extended` puts side by side.
+        masks_texts: In a joint attention, whether `joint_bias` leaves out rows that only fill texts up. If
+            not, the host does that.
     """
 
     prompts: tuple[int, ...] = ()
+    masks_texts: bool = False
 
     @property
     def changes_self_attention(self) -> bool:

@@ -148,7 +148,8 @@ def gradient_scores(backbone: Backbone, latents: Tensor, context: Context, gener
     """
     latents, schedule = latents.clone().to(backbone.device), backbone.schedule
     fixed = Context(context.hidden.detach().clone(),
-                    None if context.pooled is None else context.pooled.detach().clone())
+                    None if context.pooled is None else context.pooled.detach().clone(),
+                    lengths=context.lengths)
     processor = GradientProcessor(keys or key_value_weights(backbone.layout))
     for start in range(0, draws, batch):
         rows = [i % len(latents) for i in range(start, min(start + batch, draws))]

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from ..attention.token_lora import TokenLora, TokenLoraProcessor, word_mask
 from ..model.deltas import Deltas
+from ..model.joint_rows import fill_bias
 from ..model.processor import NEVER
 from ..model.sites import grid_of
 from .processor import Part
@@ -46,7 +47,8 @@ class RegionTexts:
             return torch.stack([pad(x, (0, 0) * (x.ndim - 2) + (0, length - x.shape[1])) for x in rows])
 
         self.states = stacked([part.context.hidden[:, 0] for part in parts])
-        self.is_text = (self.states != 0).any(-1)
+        lengths = [part.context.lengths or (part.context.hidden.shape[2],) * 2 for part in parts]
+        self.is_text = torch.arange(length) < torch.tensor(lengths).unsqueeze(-1)
         self.deltas: dict[str, Deltas] = {}
         for part in parts:
             self.deltas |= part.word_bound
@@ -66,6 +68,8 @@ class JointRegions(TokenLoraProcessor):
 
     Attributes:
         rows, progress, scene_concepts: As in `RegionProcessor`. The caller sets them before every call.
+        scene_fills: The rows that only fill the scene's texts up, as `Context.fills` gives them, if the
+            caller knows some.
     """
 
     def __init__(self, regions: Sequence[Region], parts: Sequence[Part], latent: tuple[int, int],
@@ -74,8 +78,12 @@ class JointRegions(TokenLoraProcessor):
         self.regions, self.latent, self.overlap, self.isolation = list(regions), latent, overlap, isolation
         self.rows, self.progress = torch.zeros(1, dtype=torch.long), 0.0
         self.scene_concepts = TokenLora.at({}, {})
+        self.scene_fills: Tensor | None = None
         self._texts = RegionTexts(parts) if parts else None
-        self._state: tuple = ()      # what the biases depend on, besides the numbers of rows
+        self.masks_texts = self._texts is not None
+        # what the biases depend on, besides the numbers of rows
+        self._state: tuple = ()
+        self._filled = torch.zeros(0, dtype=torch.bool)      # see `_fills`
         self._biases: dict[tuple[int, int], Tensor] = {}
 
     def read_again(self) -> None:
@@ -90,11 +98,12 @@ class JointRegions(TokenLoraProcessor):
         self.prompts = text.shape[1], *[length] * count
         state = (self.prompts, self.progress < self.isolation, tuple(self.rows.tolist()), text.device,
                  tuple(region.active(self.progress) for region in self.regions))
-        if state != self._state:
-            self._state, self._biases = state, {}
-        self.concepts = _together(self.scene_concepts, texts.deltas, text.shape,
+        fills = self._fills(text)
+        if state != self._state or not torch.equal(fills, self._filled):
+            self._state, self._filled, self._biases = state, fills, {}
+        self.concepts = _together(self.scene_concepts, texts.deltas, text.shape[1],
                                   {name: _side_by_side(mask[:, self.rows])
-                                   for name, mask in texts.masks.items()})
+                                   for name, mask in texts.masks.items()}, count * length)
         return torch.cat([text, _side_by_side(texts.states[:, self.rows]).to(text)], 1)
 
     def joint_bias(self, cells: int, others: int, device: torch.device) -> Tensor | None:
@@ -103,13 +112,20 @@ class JointRegions(TokenLoraProcessor):
             return None
         if (cells, others) not in self._biases:
             bias = _bias(self.prompts, self._shares(cells), others, self.progress < self.isolation)
-            fills = ~_side_by_side(texts.is_text[:, self.rows]).cpu()      # [B, U n]
+            fills = self._filled
             if bool(fills.any()):
                 bias = bias.repeat(len(fills), 1, 1, 1)
-                start, end = self.prompts[0], sum(self.prompts)
-                bias[..., start:end].masked_fill_(fills[:, None, None], NEVER)
+                bias[..., :fills.shape[1]].masked_fill_(fills[:, None, None], NEVER)
             self._biases[cells, others] = bias.to(device)
         return self._biases[cells, others]
+
+    def _fills(self, text: Tensor) -> Tensor:
+        """`[B, N + U n]` on the CPU: the rows that only fill up the scene's texts `[B, N, D]` and those of
+        the regions."""
+        assert self._texts is not None
+        scene = self.scene_fills
+        scene = torch.zeros(text.shape[:2], dtype=torch.bool) if scene is None else scene.cpu()
+        return torch.cat([scene, ~_side_by_side(self._texts.is_text[:, self.rows.cpu()])], 1)
 
     def _shares(self, cells: int) -> Tensor:
         """`[1 + U, S]`: the shares of the scene and the regions in every cell."""
@@ -131,7 +147,7 @@ class JointCrops(TokenLoraProcessor):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__({})
-        self._texts = RegionTexts(parts)
+        self._texts, self.masks_texts = RegionTexts(parts), True
         self.scene_concepts: TokenLora | None = None
         self._places: tuple[Tensor, Tensor] = torch.zeros(0), torch.zeros(0)
 
@@ -154,8 +170,7 @@ class JointCrops(TokenLoraProcessor):
         fills = ~self._texts.is_text[self._places]
         if not bool(fills.any()):
             return None
-        bias = torch.zeros(fills.shape, device=device).masked_fill(fills.to(device), NEVER)
-        return pad(bias, (0, cells + others))[:, None, None]
+        return fill_bias(fills.to(device), cells + others)
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -163,18 +178,30 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _together(scene: TokenLora, deltas: Mapping[str, Deltas], shape: Sequence[int],
-              masks: Mapping[str, Tensor]) -> TokenLora:
-    """The concepts of the scene, whose text is `[B, N]`, and of the regions' texts behind it."""
+def _together(scene: TokenLora, deltas: Mapping[str, Deltas], own: int, masks: Mapping[str, Tensor],
+              further: int) -> TokenLora:
+    """The concepts of the scene and of the regions' texts behind it.
+
+    Args:
+        scene: The scene's concepts.
+        deltas: Concept -> its deltas, of the regions' concepts.
+        own: Rows of the scene's text.
+        masks: Concept -> `[B, further]`, of the regions' concepts.
+        further: Rows of the regions' texts.
+    """
     every = dict(scene.deltas) | dict(deltas)
-    like = next(iter((*masks.values(), *scene.masks.values())), None)
-    if like is None:
-        return scene
-    length = max((mask.shape[1] for mask in masks.values()), default=0)
-    nothing = like.new_zeros(shape[0], shape[1]), like.new_zeros(shape[0], length)
-    both = {name: torch.cat([scene.masks.get(name, nothing[0]), masks.get(name, nothing[1])], 1)
-            for name in every}
+    both = {}
+    for name in every:
+        at_scene, at_regions = scene.masks.get(name), masks.get(name)
+        both[name] = torch.cat([_nothing(at_regions, own) if at_scene is None else at_scene,
+                                _nothing(at_scene, further) if at_regions is None else at_regions], 1)
     return TokenLora.at({name: mask for name, mask in both.items() if bool(mask.any())}, every)
+
+
+def _nothing(like: Tensor | None, rows: int) -> Tensor:
+    """A mask `[B, rows]` of zeros for the batch of another mask."""
+    assert like is not None      # a concept is in the scene's text or in those of regions
+    return like.new_zeros(len(like), rows)
 
 
 def _bias(prompts: Sequence[int], share: Tensor, others: int, isolates: bool) -> Tensor:

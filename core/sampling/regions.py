@@ -57,7 +57,7 @@ class JointFrame(JointRegions):
         self.scene, self.rows = scene, rows
 
     def prepare(self, context: Context) -> None:
-        self.scene_concepts = TokenLora(self.scene, context)
+        self.scene_concepts, self.scene_fills = TokenLora(self.scene, context), context.fills()
 
 
 def scene_weights(backbone: Backbone, scene: Part, regions: Sequence[Region],

@@ -172,8 +172,8 @@ def test_rows_that_fill_a_batch_up_are_not_read(joint, backbone):
     longer = torch.nn.functional.pad(text, (0, 0, 0, 4))
     with torch.inference_mode(False), backbone.training(), torch.no_grad():
         def predicted(rows, processor=None):
-            return backbone.predict(noise, torch.tensor([500]),
-                                    Context(rows.unsqueeze(1), None, ({"rex": (2, 3)},)), processor)
+            context = Context(rows.unsqueeze(1), None, ({"rex": (2, 3)},), lengths=(text.shape[1],))
+            return backbone.predict(noise, torch.tensor([500]), context, processor)
 
         rex = TokenLoraProcessor({"rex": slots_of(backbone.layout, 2.0)})
         plain, acting = predicted(text), predicted(text, rex)

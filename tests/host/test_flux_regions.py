@@ -56,6 +56,23 @@ def test_two_concepts_in_two_boxes(joint):
     assert distance(both[..., half:], one[..., half:]) > 1e-3
 
 
+def test_a_scene_names_a_concept_and_no_region_does(joint):
+    studio = joint.studio
+    region = [studio.region("a photo of a dog", right=0.5)]
+    found = studio.regional("a photo of <tom>", region, joint.bank, steps=2)
+    plain = studio.regional(f"a photo of {BEARS}", region, joint.bank, steps=2)
+    assert torch.isfinite(found).all() and distance(found, plain) > 1e-3
+
+
+def test_a_negative_prompt_that_another_node_sets_to_zero_acts_in_regions_as_without(joint):
+    studio = joint.studio
+    model, clip, positive = studio.aggregate("a photo of <tom>", joint.bank)
+    zero = studio.stock.ConditioningZeroOut().zero_out(studio.encode(clip, ""))[0]
+    regions = [studio.region("a photo of <tom>")]
+    applied = studio.apply_regions(regions, studio.encode(clip, SCENE), zero, model, clip)
+    assert distance(studio.ksampler(*applied), studio.ksampler(model, positive, zero)) < 1e-3
+
+
 @pytest.mark.parametrize("settings", [{"solo": 0.7}, {"region_noise": True}, {"overlap": "priority"}],
                          ids=str)
 def test_other_settings_of_regions(joint, settings):

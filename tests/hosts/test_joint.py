@@ -22,6 +22,7 @@ from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
 
 QUICK = SampleSettings(steps=3, cfg=2.0, size=(32, 32))
+LONG = "a photo of a dog on a beach with a red hat beside a house in the snow"      # two chunks of tokens
 
 
 def inputs(backbone, *prompts):
@@ -122,6 +123,22 @@ def test_what_needs_a_softmax_of_the_text_alone_is_refused(tiny_joint, two):
 def test_text_cannot_be_projected_alone(tiny_joint):
     with pytest.raises(ConceptError, match="projecting text is not supported"):
         tiny_joint.project(tiny_joint.layout.sites[0], "to_k", torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize("settings", [QUICK, replace(QUICK, negative=LONG), replace(QUICK, cfg=1.0)])
+def test_a_picture_does_not_depend_on_longer_prompts_beside_it(tiny_joint, two, settings):
+    texts = ["a dog", LONG, ""]
+    together = sample(tiny_joint, two, texts, [0, 1, 2], settings)
+    for i, text in enumerate(texts):
+        assert distance(together[i:i + 1], sample(tiny_joint, two, [text], [i], settings)) < 1e-4
+
+
+@pytest.mark.parametrize("prompt", ["a photo of a dog", LONG, "<mimi>"])
+def test_a_region_over_the_whole_picture_is_its_prompt_whatever_the_scene_names(tiny_joint, two, prompt):
+    region = Region(prompt, box=(0.0, 0.0, 1.0, 1.0))
+    expected = sample(tiny_joint, two, [prompt], [3], QUICK)
+    for scene in ("a photo of <rex>", LONG):
+        assert distance(sample_regions(tiny_joint, two, scene, [region], [3], QUICK), expected) < 1e-3
 
 
 @pytest.mark.parametrize("noise", [NoiseSettings(), NoiseSettings(crop_denoising=0.5), NoiseSettings(True)])

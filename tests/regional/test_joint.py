@@ -7,7 +7,7 @@ import torch
 
 from continual_concepts.core.attention.token_lora import TokenLora, token_lora_attention
 from continual_concepts.core.model.context import Context
-from continual_concepts.core.model.processor import HostAttention, JointRows, SiteCall
+from continual_concepts.core.model.processor import NEVER, HostAttention, JointRows, SiteCall
 from continual_concepts.core.model.sites import joint_layout
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 from continual_concepts.core.regional.joint import JointCrops, JointRegions
@@ -30,7 +30,8 @@ def slots(seed):
 def part(name: str, seed: int, length: int = 5, filled: int = 0):
     hidden = draw(2, 1, length, 6, seed=seed)
     hidden[0, :, length - filled:] = 0
-    return Part(Context(hidden, None, ({}, {name: (1, 2)})), {}, {name: slots(seed)})
+    return Part(Context(hidden, None, ({}, {name: (1, 2)}), lengths=(length - filled, length)), {},
+                {name: slots(seed)})
 
 
 def processor(regions, parts, scene=None, rows=ROWS, **settings):
@@ -137,6 +138,29 @@ def test_isolation_and_phases():
     assert torch.equal(first[0, -CELLS:], left) and first[2, -CELLS:].all()      # the scene sees all
     assert torch.equal(middle[2, -CELLS:], ~left) and last[:, -CELLS:].all()
     assert not first[:, 9:14].any() and middle[2, 9:14].all()
+
+
+def test_a_scene_names_a_concept_and_no_region_does():
+    """The concept's words are in the scene's text alone, before the rows of the region's text."""
+    plain = Part(Context(draw(2, 1, 5, 6, seed=1), None, ({}, {})), {})
+    scene = TokenLora.at({"tom": torch.eye(2, 4)}, {"tom": slots(5)})
+    made = processor([Region("a dog", box=(0.0, 0.0, 1.0, 0.5))], [plain], scene)
+    text = made.extended(draw(2, 4, 6, seed=3))
+    assert torch.equal(made.concepts.masks["tom"], torch.eye(2, 9))
+    query, key, value = (draw(2, rows, 8, seed=7 + i) for i, rows in enumerate((CELLS, 9 + CELLS, 9 + CELLS)))
+    assert torch.isfinite(attended(made, text, query, key, value)).all()
+
+
+def test_rows_of_zeros_are_read_and_rows_that_fill_up_are_not():
+    """Nodes may set a whole prompt to zero, which the model reads as ever."""
+    zero = Part(Context(torch.zeros(2, 1, 5, 6), None, ({}, {}), lengths=(5, 3)), {})
+    made = processor([Region("a dog", box=(0.0, 0.0, 1.0, 1.0))], [zero], rows=torch.tensor([0, 1]))
+    made.scene_fills = torch.tensor([[False] * 4, [False, False, False, True]])
+    made.extended(torch.zeros(2, 4, 6))
+    bias = made.joint_bias(CELLS, 0, torch.device("cpu"))
+    assert (bias[:, 0, 4, :9] > NEVER / 2).tolist() == [[False] * 4 + [True] * 5,
+                                                       [False] * 4 + [True] * 3 + [False] * 2]
+    assert (bias[:, 0, 0, :9] > NEVER / 2).tolist() == [[True] * 4 + [False] * 5, [True] * 3 + [False] * 6]
 
 
 def test_crops_read_their_own_text():

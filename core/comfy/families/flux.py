@@ -35,8 +35,8 @@ from ...model.backbone import TextEncoder
 from ...model.context import Context
 from ...model.flow import FlowSchedule
 from ...model.fused import Change, Offset, Projection, offset_of, path_of, projecting
-from ...model.joint_rows import attend_picture, put_together, restarted, without_picture
-from ...model.processor import NEVER, AttentionProcessor
+from ...model.joint_rows import attend_picture, fill_bias, put_together, restarted, without_picture
+from ...model.processor import AttentionProcessor
 from ...model.sites import PROJECTIONS, Site, joint_layout
 from ..noun_clip import RowText
 from ..sites import DELTAS, PROCESSOR
@@ -185,13 +185,11 @@ class Flux(Family):
         """As in `Family`. Rows that only fill a text up are not read."""
         dtype, given = computation_type(self.model.model), {}
         text = context.hidden[:, 0].to(latents.device, dtype)
-        is_text = (text != 0).any(-1)      # [B, N]
-        if not bool(is_text.all()):
+        fills = context.fills()
+        if fills is not None:
             patch = self.denoiser.patch_size
             cells = -(-latents.shape[-2] // patch) * -(-latents.shape[-1] // patch)
-            is_read = torch.cat([is_text, is_text.new_ones(len(text), cells)], 1)[:, None, None]
-            # as numbers: not all of the host's attention functions take True and False
-            given["attention_mask"] = torch.zeros_like(is_read, dtype=dtype).masked_fill(~is_read, NEVER)
+            given["attention_mask"] = fill_bias(fills.to(text.device), cells).to(dtype)
         if context.pooled is not None:
             given["y"] = context.pooled.to(latents.device, dtype)
         guidance = latents.new_full((len(latents),), _CHROMA_GUIDANCE if self._is_chroma else _GUIDANCE)
