@@ -49,13 +49,17 @@ OBJECTIVE = ("mean of alone and combined at the end of the sequence, as shares o
              "together go from class nouns to real pictures, averaged over the judges; the mean of both "
              "seeds for the trials of the last stage")
 def figures(run: Mapping, levels: Mapping) -> dict[str, float]:
-    """The figures of a trial's run, and its objective, by all judges. A failed run has no objective."""
+    """The figures of a trial's run, and its objective, by all judges. A failed run has no objective, and
+    neither has one whose pictures hold NaN, which cannot be compared with others.
+    """
     if "failed" in run:
         return {}
     found = {}
     for figure in (ALONE, COMBINED):
         shares = [overall_share(run, levels, figure, judge) for judge in run["judges"]]
         found[figure] = sum(shares) / len(shares)
+    if not all(map(math.isfinite, found.values())):
+        return {}
     return {**found, "objective": (found[ALONE] + found[COMBINED]) / 2,
             "seconds_per_concept": run["seconds_per_concept"]}
 

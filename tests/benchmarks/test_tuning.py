@@ -150,6 +150,18 @@ def test_a_best_rate_at_the_edge_is_followed_by_rates_beyond_it(tmp_path, edge, 
     assert chosen["lr"] == pytest.approx(first) and chosen["token_lr"] == pytest.approx(10 * first)
 
 
+def test_rates_beyond_the_edge_end_where_pictures_hold_nan(tmp_path):
+    finished = Finished(tmp_path, {"lr": 4e-3})
+    while not any(run.settings()["lr"] == pytest.approx(8e-3) for run in finished.tuning.wanted()):
+        finished.finish(finished.tuning.wanted())
+    for planned in finished.tuning.wanted():
+        broken = run("ewc", 0, planned.seed, alone=(float("nan"),) * 4)
+        (tmp_path / f"{planned.name}.json").write_text(json.dumps(broken))
+    done, wanted, chosen = finished.tuning.of("ewc")
+    assert not wanted and chosen["lr"] == pytest.approx(4e-3)
+    assert [each for each in done if each["settings"]["lr"] == pytest.approx(8e-3) and "objective" in each] == []
+
+
 def test_the_factor_of_styles_is_the_one_whose_styles_are_more_like_real_ones(tmp_path):
     finished = Finished(tmp_path, {"lr": 1e-3})
     assert finished.tuning.wanted_styles() == []
