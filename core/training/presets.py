@@ -7,7 +7,7 @@ measured on a published checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -187,28 +187,32 @@ def preset_for(subject: str, effort: str, layout: SiteLayout) -> Preset:
     return preset(subject, effort, family_of(layout), picture_size(name) if name else 0)
 
 
-def shown_values() -> dict[str, dict[str, dict[str, str]]]:
-    """Subject -> effort -> input of Concept Learner -> the values that a preset gives it, as text. Families
-    whose value differs from SD1.5's are named."""
+def shown_values() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
+    """Subject -> effort -> input of Concept Learner -> the value that a preset gives it, as short text.
+
+    It is given for the embedded bases and for published models. Where published models differ, it is a range.
+    """
     return {subject: {effort: _shown(subject, effort) for effort in EFFORTS} for subject in SUBJECTS}
 
 
-def _shown(subject: str, effort: str) -> dict[str, str]:
-    by_family = {family: _values(row, subject, effort) for family, row in _ROWS.items() if family != OTHER}
-    return {name: _joined(value, {family: values[name] for family, values in by_family.items()})
-            for name, value in by_family[SD1].items()}
+def _shown(subject: str, effort: str) -> dict[str, dict[str, str]]:
+    by_family = {family: _values(row, subject, effort) for family, row in _ROWS.items()}
+    embedded = by_family.pop(EMBEDDED)
+    return {name: {"embedded": f"{embedded[name]}",
+                   "published": _joined([values[name] for values in by_family.values()])}
+            for name in embedded}
 
 
-def _values(row: Row, subject: str, effort: str) -> dict[str, str]:
+def _values(row: Row, subject: str, effort: str) -> dict[str, str | int]:
     steps = row.steps[subject][EFFORTS.index(effort)]
-    return {"kind": kind_of(subject), "method": DEFAULT, "steps": f"{steps}",
+    return {"kind": kind_of(subject), "method": DEFAULT, "steps": steps,
             **{name: f"{rate:g}" for name, rate in row.rates(subject).items()},
-            "resolution": f"{row.resolution or 'its own'}", "batch_size": f"{row.training['batch_size']}"}
+            "resolution": row.resolution or "its own", "batch_size": row.training["batch_size"]}
 
 
-def _joined(usual: str, by_family: Mapping[str, str]) -> str:
-    others: dict[str, list[str]] = {}
-    for family, value in by_family.items():
-        if value != usual:
-            others.setdefault(value, []).append(family)
-    return "; ".join([usual, *(f"{value} ({', '.join(families)})" for value, families in others.items())])
+def _joined(values: Sequence[str | int]) -> str:
+    """`800`, `512 or 1024`, or `750 to 1200, by model`. Only numbers may differ."""
+    different = sorted(set(values))
+    if len(different) > 2:
+        return f"{different[0]} to {different[-1]}, by model"
+    return " or ".join(f"{value}" for value in different)

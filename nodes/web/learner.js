@@ -1,4 +1,5 @@
 // Concept Learner: a new node begins with a preset, and inputs that follow a preset show the value that they will have.
+// What the page cannot know is given as a range: the model's family, unless the model is an embedded base.
 // Without this file presets work all the same; a new node then begins without one.
 
 import { app } from "../../scripts/app.js";
@@ -8,16 +9,29 @@ const NODE = "ConceptLearner";
 const AS_SET = "as set";
 const FIRST = "person or animal"; // of a new node
 
+/** Whether the model comes from Concept Demo Base, maybe through other nodes. */
+function isEmbedded(node) {
+    const seen = new Set();
+    while (node && !seen.has(node)) {
+        seen.add(node);
+        if ((node.constructor.comfyClass ?? node.comfyClass) === "ConceptDemoBase") return true;
+        const slot = node.inputs?.findIndex((input) => input.type === "MODEL") ?? -1;
+        node = slot < 0 ? null : node.getInputNode?.(slot);
+    }
+    return false;
+}
+
 /** Inputs that follow the preset are labelled with its values and cannot be edited. */
 function show(node, values) {
     const chosen = values[widgetOf(node, "preset")?.value]?.[widgetOf(node, "effort")?.value];
+    const family = isEmbedded(node) ? "embedded" : "published";
     const followers = Object.keys(Object.values(Object.values(values)[0])[0]);
     for (const name of followers) {
         const widget = widgetOf(node, name);
         if (!widget) continue;
         widget.plainLabel ??= widget.label ?? widget.name;
         widget.disabled = Boolean(chosen);
-        widget.label = chosen ? `${widget.plainLabel} = ${chosen[name]}` : widget.plainLabel;
+        widget.label = chosen ? `${name} = ${chosen[name][family]}` : widget.plainLabel;
     }
     node.graph?.setDirtyCanvas?.(true, true);
 }
@@ -32,6 +46,7 @@ app.registerExtension({
         const values = (given[1] ?? {}).preset_values;
         if (!preset || !effort || !values) return;
         for (const widget of [preset, effort]) after(widget, "callback", () => show(node, values));
+        after(node, "onConnectionsChange", () => show(node, values));
         let saved = false;
         after(node, "onConfigure", () => {
             saved = true;

@@ -37,7 +37,7 @@ SHOW_PICTURES = """types => {
     for (const node of app.graph._nodes.filter(node => types.includes(node.type))) {
         const id = String(node.id);
         if (node.type === 'ConceptLearner') app.api.dispatchCustomEvent('progress_text', {
-            nodeId: id, text: 'step 400 of 800, loss 0.1234, similarity 61.2, 12 min left'});
+            nodeId: id, text: 'step 400 of 800, loss 0.1234, likeness 61.2, 12 min left'});
         app.api.dispatchCustomEvent('executed', {
             node: id, display_node: id, prompt_id: 'none',
             output: {images: [{filename: 'example.png', type: 'input', subfolder: ''}]}});

@@ -96,11 +96,18 @@ def test_the_embedded_values_are_those_that_tuning_chose(subject):
     assert (chosen.rates, chosen.training["steps"]) == (settings_for(best, chosen.kind), steps)
 
 
-def test_values_are_shown_with_the_families_that_differ():
+def test_values_are_shown_for_the_embedded_bases_and_as_a_range_for_published_models():
     shown = shown_values()[PERSON]["normal"]
-    assert shown["steps"].startswith("1200; ") and "750 (SDXL)" in shown["steps"]
-    assert shown["resolution"] == "512; its own (embedded); 1024 (SDXL, Anima, Cosmos Predict2)"
-    assert shown["kind"] == "object"
+    assert shown["steps"] == {"embedded": "200", "published": "750 to 1200, by model"}
+    assert shown["resolution"] == {"embedded": "its own", "published": "512 or 1024"}
+    assert shown["kind"] == {"embedded": "object", "published": "object"}
+
+
+def test_shown_values_fit_into_a_node():
+    """A label of more than 30 characters is cut in a node of the usual width."""
+    labels = [f"{name} = {text}" for efforts in shown_values().values() for given in efforts.values()
+              for name, texts in given.items() for text in texts.values()]
+    assert not [label for label in labels if len(label) > 30]
 
 
 @pytest.mark.parametrize(("given", "sentence"), [
