@@ -41,8 +41,8 @@ class ElasticWeightAggregate(io.ComfyNode):
             search_aliases=["Elastic Weight Aggregate", "Elastic Weight Aggregation", "EWA", "load concept",
                             "merge lora", "concept bank"],
             description="Adds a bank's concepts to a model and a CLIP. With its outputs, <rex> works in "
-                        "every CLIP Text Encode. Things of 'slots' and concepts of 'bound' act through their "
-                        "own words; other concepts are patched into the weights once.",
+                        "every CLIP Text Encode. Objects of 'slots' and concepts of 'bound' act through "
+                        "their own words; other concepts are patched into the weights once.",
             inputs=advanced(("mode", "concept"), [
                 io.Model.Input("model",
                                tooltip="The checkpoint that the bank was learned on, or one of its family."),

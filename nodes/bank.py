@@ -87,8 +87,8 @@ class ConceptBankSave(io.ComfyNode):
                     "allow_fewer",
                     display_name=ALLOW_FEWER,
                     default=False,
-                    tooltip="Off: saving fails where the stored bank holds concepts that this one lacks. On: "
-                            "they are dropped.",
+                    tooltip="Off: saving stops with an error if the file holds concepts that this bank "
+                            "lacks. On: these concepts are removed from the file.",
                 ),
             ],
             outputs=[],

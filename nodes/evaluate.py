@@ -90,8 +90,8 @@ class ConceptEvaluate(io.ComfyNode):
                     "base_prompts",
                     multiline=True,
                     default="a photo of a dog on a beach",
-                    tooltip="Prompts without concepts, a line each: drawn with the bank and without. Empty = "
-                            "the base is not evaluated.",
+                    tooltip="Prompts without concepts, one per line. They are drawn with and without the "
+                            "bank. Empty = not compared.",
                 ),
                 io.Int.Input("seeds", display_name="pictures per prompt", default=2, min=1, max=64,
                              tooltip="Pictures per concept and prompt."),

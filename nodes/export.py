@@ -50,7 +50,7 @@ class ConceptExport(io.ComfyNode):
                         "ComfyUI and other programs read, to output/loras and output/embeddings. "
                         "Existing files are never replaced.",
             inputs=[
-                types.Bank.Input("bank", tooltip="The bank that holds it."),
+                types.Bank.Input("bank", tooltip="The bank that holds the concept."),
                 io.String.Input("concept", default="", placeholder="rex",
                                 tooltip="Name of a concept in the bank; empty or * = every concept."),
                 io.Combo.Input(
@@ -63,9 +63,9 @@ class ConceptExport(io.ComfyNode):
                     "prompt",
                     optional=True,
                     default="",
-                    tooltip="If given, 'concept' is ignored. Writes one LoRA with all concepts that this "
-                            "prompt names, such as a photo of <rex> and <mimi>, and the words of each. "
-                            "Empty = off.",
+                    tooltip="Writes one LoRA with all concepts that this prompt names, and their words. An "
+                            "example is: a photo of <rex> and <mimi>. 'concept' is then ignored. Empty = "
+                            "off.",
                 ),
             ],
             outputs=[io.String.Output(display_name="notes")],
@@ -115,7 +115,7 @@ class ConceptShare(io.ComfyNode):
                         "output/shared_concepts. They drop the file onto ComfyUI's page. Existing files are "
                         "never replaced.",
             inputs=[
-                types.Bank.Input("bank", tooltip="The bank that holds it. It does not change."),
+                types.Bank.Input("bank", tooltip="The bank that holds the concept. It does not change."),
                 io.String.Input("concept", default="", placeholder="rex",
                                 tooltip="Name of a concept in the bank; empty = the only one."),
                 io.String.Input(

@@ -45,10 +45,10 @@ class ConceptImport(io.ComfyNode):
             display_name="Import Concept",
             category=types.BANKS,
             search_aliases=["load lora", "textual inversion", "import lora"],
-            description="Makes a concept of a LoRA, an embedding or both and adds it to a bank; <name> in a "
-                        "prompt then activates it. Reads LoRA, DoRA, LoHa, LoKr, .diff and Custom Diffusion. "
-                        "Only their text cross-attention is imported; the notes list the omitted parts and "
-                        "their share.",
+            description="Makes a concept from a LoRA, an embedding or both and adds it to a bank; <name> in "
+                        "a prompt then activates it. Reads LoRA, DoRA, LoHa, LoKr, .diff and Custom "
+                        "Diffusion. Only their text cross-attention is imported; the notes list the omitted "
+                        "parts and their share.",
             inputs=[
                 io.Model.Input("model", tooltip="A checkpoint of the family that the files were made for."),
                 io.Clip.Input("clip", tooltip="From the same checkpoint."),
@@ -61,9 +61,9 @@ class ConceptImport(io.ComfyNode):
                 io.String.Input("name", default="", placeholder="rex",
                                 tooltip="What you write in prompts: <rex>."),
                 io.String.Input("class_noun", default="", placeholder="dog",
-                                tooltip="An ordinary word for it."),
+                                tooltip="An ordinary word for the concept."),
                 io.Combo.Input("kind", options=list(KINDS), default=KINDS[0],
-                               tooltip="object: a thing. style: how pictures look."),
+                               tooltip="object: a person, animal or thing. style: how pictures look."),
                 io.String.Input(
                     "trigger", display_name="trigger words", default="",
                     tooltip="For a LoRA without an embedding: its trigger words, such as sks dog."

@@ -45,8 +45,8 @@ class ConceptJudgeSettings(io.ComfyNode):
                         "with each state and proposes the best one. For Concept Learner's judging.",
             inputs=[
                 io.Int.Input("states", display_name="kept states", default=4, min=1, max=MOST_STATES,
-                             tooltip="How many states are kept, at equal distances; the last one is that "
-                                     "of the last step."),
+                             tooltip="How many states are kept, evenly spaced over the steps; the last one "
+                                     "is the end."),
                 io.String.Input("sample_prompts", default="", multiline=True,
                                 tooltip="One prompt per line with <name> in it, such as a pose or place that "
                                         "your photos lack. Empty = a place that no caption mentions."),

@@ -18,6 +18,7 @@ from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import checked_name, checked_noun, preset_inputs, reader_input
 from .schema import Schema, advanced
 
+NAMES = (DEFAULT, *sorted(set(METHODS) - {DEFAULT}))      # of the methods, as they are shown
 ADVANCED = ("kind", "method", "steps", "lr", "token_lr", "resolution", "batch_size", "seed", "preview_every",
             "if_known", "stop_after", "show_older", "variant_of", "readable_by")
 
@@ -47,12 +48,12 @@ class ConceptLearner(io.ComfyNode):
                 io.String.Input("class_noun", default="",
                                 tooltip="What it is, in a word the model knows: dog, teddy bear, painting."),
                 io.Combo.Input("kind", options=list(KINDS), default="object",
-                               tooltip="object: a thing. style: how pictures look."),
+                               tooltip="object: a person, animal or thing. style: how pictures look."),
                 io.Combo.Input(
                     "method",
-                    options=[DEFAULT, *sorted(set(METHODS) - {DEFAULT})],
+                    options=list(NAMES),
                     default=DEFAULT,
-                    tooltip="\n".join(f"{name}: {entry.summary}" for name, entry in sorted(METHODS.items())),
+                    tooltip="\n".join(f"{name}: {METHODS[name].summary}" for name in NAMES),
                 ),
                 setting_input(TrainingConfig, "steps"),
                 io.Float.Input("lr", display_name="learning rate (lr)", default=0.0, min=0.0, max=1.0,
@@ -86,7 +87,8 @@ class ConceptLearner(io.ComfyNode):
                 io.Mask.Input("masks", optional=True,
                               tooltip="White where the concept is, one per photo, same size."),
                 io.Image.Input("prior_images", optional=True,
-                               tooltip="Other pictures of the class, so that it keeps its meaning."),
+                               tooltip="Other pictures of the class, so that the class noun keeps its "
+                                       "meaning."),
                 types.Selection.Input("selection", optional=True,
                                       tooltip="From Select Concept Neurons; for methods that use one (cns)."),
                 types.Settings.Input("method_settings", optional=True,
@@ -95,7 +97,7 @@ class ConceptLearner(io.ComfyNode):
                                      tooltip="From Concept Training Settings; none = its defaults."),
                 io.ClipVision.Input(
                     "clip_vision", optional=True,
-                    tooltip="Shows the similarity of every preview to your photos. Without it, the encoder "
+                    tooltip="Shows the likeness of every preview to your photos. Without it, the encoder "
                             "for photos is used if it is installed. The method l2dm also uses it.",
                 ),
                 io.Int.Input(
@@ -104,7 +106,7 @@ class ConceptLearner(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100,
-                    tooltip="Stop after this many previews without a gain in similarity to the photos; 0 = "
+                    tooltip="Stop after this many previews without a gain in likeness to the photos; 0 = "
                             "do all steps. Needs preview_every, and clip_vision or the encoder for photos.",
                 ),
                 io.Boolean.Input(
@@ -118,8 +120,8 @@ class ConceptLearner(io.ComfyNode):
                 *preset_inputs(),
                 io.String.Input(
                     "variant_of", display_name="variant of", default="", optional=True,
-                    tooltip="Start from what this concept of the bank has learned: rex for a rex-winter. "
-                            "Its method and settings are used. Empty = start from nothing.",
+                    tooltip="For a variant, such as rex-winter of rex: the concept of the bank to start "
+                            "from. Its method and settings are used. Empty = start anew.",
                 ),
                 reader_input(),
                 types.Settings.Input("judging", optional=True,

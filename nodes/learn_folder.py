@@ -105,7 +105,7 @@ class ConceptFolderLearner(io.ComfyNode):
                 types.Settings.Input("training_settings", optional=True,
                                      tooltip="From Concept Training Settings; for all concepts."),
                 io.ClipVision.Input("clip_vision", optional=True,
-                                    tooltip="Shows the similarity of every preview to the photos, and "
+                                    tooltip="Shows the likeness of every preview to the photos, and "
                                             "compares thumbnails for the report. Without it, the encoder "
                                             "for photos is used if it is installed."),
             ]),

@@ -154,7 +154,8 @@ def _started_from(given: Mapping[str, Any], bank: ConceptBank | None
     if given["if_known"] == REFINE:
         if parent:
             raise ConceptError(f"'variant of' is '{parent}', which begins a new concept, and '{IF_KNOWN}' "
-                               f"is '{REFINE}', which goes on with one; empty the first or change the second")
+                               f"is '{REFINE}', which continues from one; empty the first or change the "
+                               "second")
         return check_refinable(bank, name, class_noun=given["class_noun"], **own), None
     return None, check_variant(bank, parent, name, **own) if parent else None
 
@@ -264,7 +265,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
             rows = older_concepts(backbone, bank, task.bank.names, settings, config.seed, before_each=cancel)
             older = to_tensor(thumbnails_picture(rows, columns=4))
     if len(losses) < config.steps:
-        notes.append(f"ended after {len(losses)} of {config.steps} steps: the similarity to the photos no "
+        notes.append(f"ended after {len(losses)} of {config.steps} steps: the likeness to the photos no "
                      "longer grew")
     loss = to_tensor(loss_picture(losses, f"loss of <{task.name}>", previews.scores,
                                   spreads=previews.spreads))

@@ -73,7 +73,7 @@ class ConceptNeuronSelect(io.ComfyNode):
                 io.Combo.Input("unit", options=list(UNITS), default="weight",
                                tooltip="Single weights, or whole rows of them."),
                 io.Int.Input("draws", default=64, min=1, max=10_000,
-                             tooltip="Noise levels per photo set for the gradient score."),
+                             tooltip="How many noise levels the gradient score averages over."),
                 io.Float.Input("quorum", default=0.5, min=0.01, max=1.0, step=0.05,
                                tooltip="A neuron that responds to this share of the unrelated prompts counts "
                                        "as general."),

@@ -155,7 +155,7 @@ class ConceptDemoPhotos(io.ComfyNode):
             node_id="ConceptDemoPhotos",
             display_name="Concept Demo Photos",
             category=types.ADVANCED,
-            description="Gives a few pictures of a concept that the demo base was not trained on.",
+            description="Gives a few pictures of a concept that the embedded base was not trained on.",
             inputs=[
                 io.Combo.Input("concept", options=list(CONCEPTS),
                                tooltip="Two dogs, a cat, a robot and two drawing styles of the demo."),

@@ -97,11 +97,11 @@ class Reporter:
         say(self.node, self.line(info.step))
 
     def line(self, step: int) -> str:
-        """The smoothed loss, the last similarity, and the estimated remaining time, including previews."""
+        """The smoothed loss, the last likeness, and the estimated remaining time, including previews."""
         part = [f"{self.part.number} of {self.part.count}: <{self.part.name}>"] if self.part.name else []
         parts = [*part, f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
         if self.previews.scores:
-            parts.append(f"similarity {100 * self.previews.scores[-1][1]:.1f}")
+            parts.append(f"likeness {100 * self.previews.scores[-1][1]:.1f}")
         if len(self.times) > 3 and step < self.total:
             pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
             parts.append(f"{duration(pace * (self.total - step))} left")

@@ -39,7 +39,7 @@ class RegionalConceptSampler(io.ComfyNode):
                 "region sampler",
             ],
             description="Several concepts in one picture, each in its own region. Any number of regions "
-            "needs one UNet evaluation per step. Without regions it gives KSampler's picture.",
+            "needs one evaluation of the model per step. Without regions it gives KSampler's picture.",
             inputs=advanced(ADVANCED, [
                 io.Model.Input(
                     "model",
@@ -102,8 +102,8 @@ class RegionalConceptSampler(io.ComfyNode):
                 io.Boolean.Input(
                     "region_noise",
                     default=False,
-                    tooltip="CIDM's region noise estimation: sharper regions for one more UNet evaluation "
-                    "per region and step.",
+                    tooltip="CIDM's region noise estimation: sharper regions for one more evaluation of the "
+                    "model per region and step.",
                 ),
                 io.Float.Input(
                     "alpha",

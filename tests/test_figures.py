@@ -63,8 +63,8 @@ def of_regions() -> Iterable[tuple[str, str]]:
         yield "regions.md", f"| {name} | {' | '.join(cells)} | {shown} |"
     four = {way: f"{100 * quality[way]['4']['hit_rate']:.0f} %" for way in quality}
     yield "nodes.md", (f"{four['ours']} of the regions show the right individual. LoRA hooks reach "
-                       f"{four['hooks']}, Attention Couple {four['couple']}, and one prompt that names all "
-                       f"concepts {four['prompt']}.")
+                       f"{four['hooks']}, Attention Couple reaches {four['couple']}, and one prompt that "
+                       f"names all concepts reaches {four['prompt']}.")
     regions, hooks, routed = cost["regions"], cost["hooks"], cost["routed"]["4"]["over_plain"]
     steps, peaks = (" | ".join(f"{row[key]:.2f}" for row in regions.values())
                     for key in ("over_plain", "peak_over_plain"))
@@ -77,9 +77,10 @@ def of_regions() -> Iterable[tuple[str, str]]:
                       *((covering, row) for row in regions.values())):
         relative = row.get("operations_over_plain")
         yield "regions.md", f"| {name} | {row['operations']} | {f'{relative:.2f}' if relative else 1} |"
-    yield "nodes.md", (f"as long as a plain step ({regions['4']['over_plain']:.2f} times; eight regions "
-                       f"{regions['8']['over_plain']:.2f}), and one with LoRA hooks "
-                       f"{hooks['4']['over_plain']:.1f} times as long")
+    yield "nodes.md", (f"as long as a plain step ({regions['4']['over_plain']:.2f} times; with eight "
+                       f"regions {regions['8']['over_plain']:.2f}), here without crop denoising and "
+                       f"isolation. A step with LoRA hooks takes {hooks['4']['over_plain']:.1f} times as "
+                       "long")
 
 
 def of_training() -> Iterable[tuple[str, str]]:
@@ -100,7 +101,7 @@ def of_training() -> Iterable[tuple[str, str]]:
     yield "cost.md", f"{plain['step_seconds']:.1f} s and {plain['peak_gb']:.1f} GB"
     yield "nodes.md", (f"takes {whole['step_over_forwards']:.1f} times as long as its forward passes. This "
                        f"is {whole['faster_than_core']:.1f} times as fast as ComfyUI's *Train LoRA* with its "
-                       f"defaults, {whole['faster_than_core_without_checkpointing']:.1f} times as fast")
+                       f"defaults, and {whole['faster_than_core_without_checkpointing']:.1f} times as fast")
     for name, row in result("training-words")["rows"].items():
         yield "cost.md", (f"| `{name}` | {row['forward_seconds']:.1f} + {row['text_seconds']:.1f} | "
                           f"{row['step_seconds']:.1f} | {row['step_over_unet']:.2f} | "

@@ -14,7 +14,7 @@ from ..bank.tokens import typed_name
 from ..demo.bases import EMBEDDED, FILES, TRANSFORMERS
 from ..settings import Limit, read_bool, read_setting, settings_of
 
-KIND_HELP = "object: a thing; style: how pictures look (default %(default)s)"
+KIND_HELP = "object: a person, animal or thing; style: how pictures look (default %(default)s)"
 
 
 class UsageError(SystemExit):
@@ -141,8 +141,8 @@ def add_base(parser: argparse.ArgumentParser, default: str | None = None) -> Non
     names = ", ".join([*FILES, *TRANSFORMERS])
     parser.add_argument("--base", type=base_name, action=NamedBase, default=default or EMBEDDED,
                         help="the folder of a model in diffusers' layout (SD1.5, SD2, SDXL), or 'embedded' "
-                        "(a small toy base that ships: the one that the bank was made on, else the newest; "
+                        "(a small base that ships: the one that the bank was made on, else the newest; "
                         f"by name: {names}) (default {default or EMBEDDED})"
-                        + ("" if default else "; without this flag a line says that the toy base is used"))
+                        + ("" if default else "; without it, a line says that an embedded base is used"))
     parser.add_argument("--device", default="cpu",
                         help="torch device of the base, such as cpu or cuda (default %(default)s)")

@@ -57,7 +57,7 @@ def _add_import(bank) -> None:
     parser.add_argument("bank", type=file_path, help="bank file to add it to (created if missing)")
     parser.add_argument("name", type=typed_name, help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="",
-                        help="class noun: an ordinary word for it, e.g. dog (default: none)")
+                        help="class noun: an ordinary word for the concept, e.g. dog (default: none)")
     parser.add_argument("--kind", choices=KINDS, default="object", help=KIND_HELP)
     parser.add_argument("--lora", type=file_path,
                         help=".safetensors file (LoRA, DoRA, LoHa, LoKr, .diff or Custom Diffusion; kohya's, "
@@ -98,9 +98,8 @@ def _add_export(bank) -> None:
     export.add_argument("--max-error", type=number(at_least(0)), default=DEFAULT_ERROR,
                         help="largest relative error that this rank may cause (default %(default)s)")
     export.add_argument("--refit", action="store_true",
-                        help="layer-wise words: fit one copy to the text encoder instead of taking their "
-                        "mean; the encoder reads it more like the layer copies, pictures gain little "
-                        "(default: off)")
+                        help="for layer-wise words: fit one vector to the text encoder instead of taking the "
+                        "mean of the layer copies; pictures improve little (default: off)")
     export.add_argument("--compare", action="store_true",
                         help="with NAME: draw the concept with the bank and from the files, side by side, "
                         "into a PNG beside them (default: off)")

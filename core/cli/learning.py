@@ -99,7 +99,7 @@ def _chosen(options: Namespace, stored: ConceptBank | None) -> ConceptInfo | Non
     info = None
     if options.if_known == REFINE and options.variant_of:
         raise ConceptError(f"--variant-of is '{options.variant_of}', which begins a new concept, and "
-                           "--if-known is 'refine', which goes on with one; give one of them")
+                           "--if-known is 'refine', which continues from one; give one of them")
     if options.if_known == REFINE:
         info = check_refinable(stored, options.name, class_noun=options.noun, kind=options.kind or "",
                                method=options.method or "", words=options.words)
@@ -327,6 +327,6 @@ def _report(options: Namespace, concept: Concept, bank: ConceptBank, losses: tup
     done = "refined" if options.if_known == REFINE else "learned"
     lines = [f"{done} {concept.info.placeholder} in {facts['seconds']:.0f} s; {options.bank} holds {names}"]
     if len(losses) < training.steps:
-        lines.append(f"ended after {len(losses)} of {training.steps} steps, because the similarity to the "
+        lines.append(f"ended after {len(losses)} of {training.steps} steps, because the likeness to the "
                      "photos no longer grew")
     return facts, lines

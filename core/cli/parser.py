@@ -40,7 +40,7 @@ from .bank_parser import add_bank
 from .learning import IF_KNOWN
 from .result import run, say
 
-NO_BASE = ("NO --base: USING THE EMBEDDED TOY BASE, which draws small pictures of toys and animals. For "
+NO_BASE = ("NO --base: USING AN EMBEDDED BASE, which draws small pictures of toys and animals. For "
            "photos give --base FOLDER, a model in diffusers' layout (SD1.5, SD2, SDXL). --base embedded "
            "hides this line.")
 # One of the ways that the demo compares learns words.
@@ -55,7 +55,7 @@ def _add_learn(commands) -> None:
     parser.add_argument("--name", type=typed_name, required=True,
                         help="name of the concept: <name> in prompts")
     parser.add_argument("--noun", default="",
-                        help="class noun: an ordinary word for it, e.g. dog (default: none)")
+                        help="class noun: an ordinary word for the concept, e.g. dog (default: none)")
     parser.add_argument("--words", type=word_names, default=(),
                         help="names of the learned words, comma separated, e.g. dog1,dog2 (default: as many "
                         "as the method learns)")
@@ -67,13 +67,13 @@ def _add_learn(commands) -> None:
                         help="folder of masks: white areas are learned, black ones are not (default: the "
                         "subfolder masks, and files such as a-masklabel.png)")
     parser.add_argument("--variant-of", type=typed_name, default="", metavar="NAME",
-                        help="start from what this concept of the bank has learned, such as rex for "
-                        "rex-winter; method and its settings are then its own, and so is the noun unless it "
-                        "is given (default: begin anew)")
+                        help="for a variant, such as rex-winter of rex: the concept of the bank to start "
+                        "from; its method and settings are used, and its noun unless another is given "
+                        "(default: start anew)")
     parser.add_argument("--keep-states", type=whole(between(1, MOST_STATES)), metavar="COUNT",
-                        help="keep this many states, evenly spaced, compare them with the photos, and store "
-                        "the best one: nearly the best likeness, and best at following prompts (default: "
-                        "store the last)")
+                        help="keep this many states, evenly spaced, and compare them with the photos; of the "
+                        "states with nearly the best likeness, the one that follows prompts best is stored "
+                        "(default: store the last)")
     parser.add_argument("--sample-prompt", dest="sample_prompts", action="append", default=[], metavar="TEXT",
                         help="with --keep-states: a prompt to draw, such as 'a photo of <rex> on a horse'; "
                         "can be given several times (default: a place that no caption mentions)")
@@ -126,7 +126,7 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--for-other-programs", action="store_true",
                         help=f"learn what other programs read without loss: plain low-rank deltas (method "
                         f"{FOR_OTHERS}) and one vector per word; two such concepts in one prompt mix more "
-                        "than those of the default (default: what this program does best)")
+                        "than those of the default method (default: off)")
     parser.add_argument("--method", choices=sorted(METHODS),
                         help=f"how the concept is learned (default {DEFAULT})")
     parser.add_argument("--set", dest="settings", type=setting_pair, action="append", default=[],
@@ -138,10 +138,10 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
                             help=f"learning rate of the {what}, e.g. 1e-4 (default: the preset's, else the "
                             "method's)")
     parser.add_argument("--if-known", choices=IF_KNOWN, default=IF_KNOWN[0],
-                        help="if the bank holds this name: keep the concept if it was learned from these "
-                        "photos and settings, else an error; or learn it again and replace it; or refine: "
-                        "go on from what it has learned, with further photos; noun, kind, method and its "
-                        "settings are then its own (default %(default)s)")
+                        help="if the bank holds this name: keep: nothing is learned, and other photos or "
+                        "settings are an error; again: the concept is replaced; refine: learning continues "
+                        "from it with further photos and with its noun, kind, method and settings (default "
+                        "%(default)s)")
     parser.add_argument("--encoder", type=file_path,
                         help="folder of a CLIP model in transformers' layout, which compares pictures with "
                         "the photos for --patience (default: the embedded base's own, else the encoder for "

@@ -99,7 +99,7 @@ def with_proposed(options: Namespace, judging: Judging, learned: Learned, task: 
     try:
         return _with_proposed(options, judging, learned, task, training, photos, encoder)
     except ConceptError as error:
-        raise ConceptError(f"{error}; what was learned is kept: the same command goes on from there, and "
+        raise ConceptError(f"{error}; what was learned is kept: the same command continues from there, and "
                            "without --keep-states it stores the last state") from error
 
 

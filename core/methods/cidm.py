@@ -52,14 +52,14 @@ class CIDMConfig(LowRankConfig):
     gamma1: float = setting(0.1, "Weight of the task-specific loss R1; 0 = off. Paper: 0.1.",
                             0.0, 100.0, 0.01)
     gamma2: float = setting(1.0, "Weight of the task-shared loss R2; 0 = off. Paper: 1.", 0.0, 100.0, 0.1)
-    orthogonality: str = setting("rr", "How R1 is read: rr compares r x r products (ours), aa a x a products "
+    orthogonality: str = setting("rr", "Reading of R1. rr compares r x r products (ours), aa a x a products "
                                        "(as printed), released as in the paper's code.",
                                  choices=ORTHOGONALITIES)
-    shared: str = setting("als", "How W* and H are found: als solves for them, gradient takes the paper's "
-                                 "step.", choices=SHARED)
+    shared: str = setting("als", "How the common subspace W* and H are found: als solves for them, "
+                                 "gradient takes the paper's step.", choices=SHARED)
     shared_rank: int = setting(8, "Rank of the common subspace W*: its rows per projection.", 1, 256)
     attention_weight: float = setting(0.01, "Weight of the attention regulariser; 0 = off.", 0.0, 10.0, 0.01)
-    token_norm_stop: float = setting(1.4, "Words stop learning once their mean length reaches this many "
+    token_norm_stop: float = setting(1.4, "Words are no longer trained once their mean norm is this many "
                                           "times the class noun's; 0 = never.", 0.0, 100.0, 0.1)
     gamma_lr: float = 1e-4
 

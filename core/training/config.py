@@ -41,7 +41,7 @@ class TrainingConfig:
     max_grad_norm: float = setting(1.0, "Largest norm of the gradient; 0 = no clipping.", 0.0, 100.0, 0.1)
     min_snr_gamma: float = setting(0.0, "Min-SNR weighting of the loss; 0 = off, 5 is usual.", 0.0, 20.0, 0.5)
     noise_offset: float = setting(0.0, "Offset noise; 0 = off, CIDM's code uses 0.01.", 0.0, 1.0, 0.01)
-    precision: str = setting("float32", "Arithmetic of the frozen base while training.",
+    precision: str = setting("float32", "Number format of the base's computations while training.",
                              choices=tuple(PRECISIONS))
     gradient_checkpointing: bool = setting(False, "Saves memory and takes about a third more time.")
     prior_weight: float = setting(1.0, "Loss weight of the prior pictures; 0 = ignore them.", 0.0, 10.0, 0.1)
@@ -52,8 +52,8 @@ class TrainingConfig:
     patience: int = setting(0, "Training stops after this many evaluations without improvement; 0 = never.",
                             0, 100)
     look_every: int = setting(0, "Steps between two evaluations; 0 = none.", 0, 10_000)
-    replay: int = setting(16, "When a concept is refined: how many pictures of the old concept are drawn "
-                              "first and trained on, so that it keeps what it has learned; 0 = none.", 0, 256)
+    replay: int = setting(16, "When a concept is refined, this many pictures of it are drawn first and "
+                              "trained on, so that it keeps what it has learned; 0 = none.", 0, 256)
     timestep_sampling: str = setting(
         "uniform", "How timesteps are drawn: evenly, or logit-normal, which prefers the middle of the base's "
         "schedule.", choices=TIMESTEP_SAMPLINGS)

@@ -278,7 +278,7 @@ class Trainer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.take(further)
-        self.say(f"memory ran out at step {len(self.losses) + 1}; learning goes on with "
+        self.say(f"memory ran out at step {len(self.losses) + 1}; learning continues with "
                  f"{further.describe()}")
 
     def _gradients(self) -> tuple[float, dict[str, float]]:

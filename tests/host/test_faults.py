@@ -118,7 +118,7 @@ def test_a_measure_that_helps_is_told_and_changes_nothing(studio, whole_run, une
     at_call(unet, "forward", 2, OUT_OF_MEMORY("no memory"))
     result = studio.learner(steps=4)
     assert same(result.args[0]["spot"], whole_run)
-    assert "memory ran out at step 2; learning goes on with gradient checkpointing" in result.ui["text"][0]
+    assert "memory ran out at step 2; learning continues with gradient checkpointing" in result.ui["text"][0]
     untouched()
 
 

@@ -173,9 +173,9 @@ def test_memory_that_runs_out_steps_down(tiny_backbone, training_set, monkeypatc
     monkeypatch.setattr(tiny_backbone, "predict", once)
     assert same(learned(tiny_backbone, training_set, say=lines.append), plain)
     assert seen == [2, 2, 2] and lines == [
-        "memory ran out at step 2; learning goes on with gradient checkpointing"]
+        "memory ran out at step 2; learning continues with gradient checkpointing"]
     seen.clear()
-    with pytest.warns(UserWarning, match="memory ran out at step 2; learning goes on with gradient"):
+    with pytest.warns(UserWarning, match="memory ran out at step 2; learning continues with gradient"):
         learned(tiny_backbone, training_set)
 
 
