@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from pathlib import Path
 
@@ -31,13 +32,28 @@ def bank_names() -> list[str]:
 
 
 def bank_file(name: str) -> Path:
-    """The file of an existing bank. Only names listed in the folders are accepted."""
+    """The file of an existing bank. Only names listed in the folders are accepted.
+
+    Raises:
+        ConceptError: There is none, or two folders hold different banks of this name: a dropped or saved bank
+            must not hide behind another one.
+    """
     if name not in bank_names():
         raise ConceptError(f"there is no bank {name!r}; there are {', '.join(bank_names()) or 'none yet'}")
     path = folder_paths.get_full_path(BANKS, name)
     if path is None:
         raise ConceptError(f"the bank {name!r} cannot be found any more")
+    for other in _others(Path(path), name):
+        if not filecmp.cmp(path, other, shallow=False):
+            raise ConceptError(f"'{path}' and '{other}' are two different banks of one name; rename or move "
+                               "one of them")
     return Path(path)
+
+
+def _others(path: Path, name: str) -> list[Path]:
+    """Other files that are banks of this name. path: The bank's own file, which may be missing."""
+    found = [Path(folder) / name for folder in folder_paths.get_folder_paths(BANKS)]
+    return [other for other in found if other.is_file() and not (path.exists() and other.samefile(path))]
 
 
 def output_folder() -> Path:
@@ -52,8 +68,15 @@ def check_bank_name(name: str) -> str:
 
 
 def new_bank_file(name: str) -> Path:
-    """The file for saving a bank."""
-    return output_folder() / check_bank_name(name)
+    """The file for saving a bank. Raises ConceptError if another folder holds a bank of this name, which
+    would be loaded instead."""
+    path = output_folder() / check_bank_name(name)
+    is_listed = any(Path(folder) == path.parent for folder in folder_paths.get_folder_paths(BANKS))
+    others = _others(path, path.name) if is_listed else []      # banks are loaded from listed folders alone
+    if others:
+        raise ConceptError(f"'{others[0]}' is a bank of this name already; choose another bank_name, or move "
+                           "that file away")
+    return path
 
 
 def checkpoint_folder() -> Path:

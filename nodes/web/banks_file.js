@@ -4,6 +4,7 @@ const KEY = "continual_concepts";
 export const MOST = { file: 100e6, header: 50e6, name: 120, shown: 3, line: 200 }; // bytes, letters, concepts
 const FILE = /^[\p{L}\p{N}][\p{L}\p{N}_ ().~-]*\.safetensors$/u;
 const CONCEPT = /^[\p{L}\p{N}](?:[\p{L}\p{N}_-]{0,62}[\p{L}\p{N}])?$/u;
+const ODD = /[\p{Cc}\u202a-\u202e\u2066-\u2069]+/gu; // control characters, and those that turn the direction of writing
 const DEVICE = /^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])\s*\./i; // of Windows, which cannot open such files
 
 /** The JSON in front of a .safetensors file and the position of its last byte; undefined if there is none. */
@@ -37,7 +38,7 @@ export async function bankIn(file) {
 
 /** Returns the name to store a bank's file under. Throws an error whose message is one sentence. */
 export function checkFile(file, { header, end, fault }) {
-    const name = file.name.normalize("NFC");
+    const name = file.name.normalize("NFC").replace(/\.safetensors$/i, ".safetensors"); // the server lists this ending alone
     const shown = name.length <= MOST.name ? name : `${name.slice(0, 40)}...`;
     if (name.length > MOST.name || !FILE.test(name) || DEVICE.test(name)) {
         throw new Error(`the file name '${shown}' is not allowed; rename the file: letters, digits, spaces and _ ( ) . ~ -, up to ${MOST.name} in all`);
@@ -59,7 +60,7 @@ export function described({ header, metadata }) {
     const names = infos.slice(0, MOST.shown).map(info => `<${info.name}>`);
     if (infos.length > MOST.shown) names.push(`${infos.length - MOST.shown} more`);
     if (infos.length > 1) return names.join(", ");
-    const line = text => (typeof text === "string" ? text.slice(0, MOST.line) : "");
+    const line = text => (typeof text === "string" ? text.replace(ODD, " ").trim().slice(0, MOST.line) : "");
     const licence = line(infos[0].licence ?? metadata["modelspec.license"]);
     const author = line(infos[0].author ?? metadata["modelspec.author"]);
     return [...names, ...(licence ? [`licence ${licence}`] : []), ...(author ? [`by ${author}`] : [])].join(", ");

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from continual_concepts.core import files
-from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.errors import ConceptError
 
 
@@ -51,6 +53,26 @@ def test_c1_a_bank_that_cannot_be_saved_is_kept_elsewhere(studio, bank, tmp_path
     with pytest.raises(ConceptError, match="No space left on device; .* kept in the bank '.*pets_kept.safe"):
         studio.pack.ConceptBankSave.execute(bank, "pets", False)
     assert open_bank(spare / "pets_kept.safetensors").names == bank.names
+
+
+def test_two_banks_of_one_name_do_not_hide_one_another(studio, own_folder, tmp_path_factory, monkeypatch):
+    """In the folder of models and in that of outputs, as after a bank was dropped onto the page."""
+    import folder_paths
+
+    from continual_concepts.nodes import folders
+
+    models, outputs = tmp_path_factory.mktemp("models"), folders.output_folder()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.BANKS,
+                        ([str(models), str(outputs)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    shutil.copy(outputs / "pets.safetensors", models)
+    load = studio.pack.ConceptBankLoad.execute
+    assert load("pets.safetensors")[0].names == studio.bank.names      # copies are one bank
+    save_bank(studio.bank.remove("rex"), models / "pets.safetensors")
+    with pytest.raises(ConceptError, match="are two different banks of one name; rename or move one"):
+        load("pets.safetensors")
+    assert "is a bank of this name already" in studio.pack.ConceptBankSave.validate_inputs("pets")
 
 
 def test_c3_long_names_in_four_byte_letters(studio, own_folder):

@@ -72,9 +72,9 @@ def with_header(folder: Path, text: str, name: str = "odd.safetensors", **furthe
 
 def test_a_share_file_and_a_bank_are_described(read, shared):
     max_ = json.dumps({"concepts": [{"info": {"name": "max"}}]})
-    old = with_header(shared.parent, max_, **{"modelspec.license": "MIT"})
+    old = with_header(shared.parent, max_, **{"modelspec.license": "\u202eMIT\n"})
     bank = shared.with_name("bank.safetensors")
-    files = (shared, "rex (1).safetensors", 0), (bank, "b.safetensors", 0), (old, "año.safetensors", 0)
+    files = (shared, "rex (1).SAFETENSORS", 0), (bank, "b.safetensors", 0), (old, "año.safetensors", 0)
     assert read(*files) == [
         ["rex (1).safetensors", "<rex>, licence CC BY 4.0, by Ann"],
         ["b.safetensors", "<rex>, <mimi>, <año>, 2 more"],
