@@ -60,7 +60,8 @@ def preset_of(options: Namespace) -> presets.Preset | None:
                            f"'{options.preset}'; choose a preset for this kind, or none")
     effort = options.effort or presets.NORMAL
     if is_embedded(options):
-        chosen = presets.preset(subject, effort, presets.EMBEDDED, picture_size(embedded_name(options)))
+        name = embedded_name(options)
+        chosen = presets.preset(subject, effort, presets.family_of_embedded(name), picture_size(name))
     else:
         folder = BaseFolder(Path(options.base).expanduser())
         chosen = presets.preset(subject, effort, presets.family_of_width(folder.context_width))

@@ -52,7 +52,7 @@ class Plan:
 
     Attributes:
         base: Name of the embedded base.
-        steps: Of learning a concept, with two pictures each.
+        steps: Of learning a concept, with four pictures each.
         sampler_steps: Of drawing.
         alone, together: Pictures of one concept, and of two.
         seed: Of learning.
@@ -60,7 +60,7 @@ class Plan:
     """
 
     base: str = EMBEDDED
-    steps: int = 110
+    steps: int = 75
     sampler_steps: int = 15
     alone: int = 4
     together: int = 6
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def training(self) -> TrainingConfig:
-        return TrainingConfig(steps=self.steps, batch_size=2, resolution=self.side, flip=True,
+        return TrainingConfig(steps=self.steps, batch_size=4, resolution=self.side, flip=True,
                               schedule="cosine", warmup=self.steps // 10, seed=self.seed)
 
     @property

@@ -74,5 +74,5 @@ def test_a_rate_that_is_no_rate_is_refused(studio, rate, value):
 def test_the_notes_name_the_values_that_are_used(studio):
     result = studio.learner(preset=PERSON, effort="quick", training_settings={"steps": 2},
                             method_settings={"lr": 0.002})
-    assert ("preset person or animal, quick, for embedded: method slots, lr 0.001, token_lr 0.005, steps 2, "
-            "resolution 64, batch_size 4, schedule cosine, warmup 20") in result.ui["text"][0]
+    assert ("preset person or animal, quick, for embedded-64: method slots, lr 0.001, token_lr 0.005, "
+            "steps 2, resolution 64, batch_size 4, schedule cosine, warmup 20") in result.ui["text"][0]
