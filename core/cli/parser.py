@@ -68,10 +68,10 @@ def _add_learn(commands) -> None:
                         "subfolder masks, and files such as a-masklabel.png)")
     parser.add_argument("--variant-of", type=typed_name, default="", metavar="NAME",
                         help="for a variant, such as rex-winter of rex: the concept of the bank to start "
-                        "from; its method and settings are used, and its noun unless another is given "
+                        "from. Its method and settings are used, and its noun unless another is given "
                         "(default: start anew)")
     parser.add_argument("--keep-states", type=whole(between(1, MOST_STATES)), metavar="COUNT",
-                        help="keep this many states, evenly spaced, and compare them with the photos; of the "
+                        help="keep this many states, evenly spaced, and compare them with the photos. Of the "
                         "states with nearly the best likeness, the one that follows prompts best is stored "
                         "(default: store the last)")
     parser.add_argument("--sample-prompt", dest="sample_prompts", action="append", default=[], metavar="TEXT",
@@ -118,14 +118,14 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
                         help="folder of prior-preservation pictures; the caption of those without one is "
                         "'a photo of a NOUN' (default: none)")
     parser.add_argument("--preset", choices=tuple(PRESETS),
-                        help="what is learned: a person or animal, an object, or a style; chooses kind, "
-                        "steps, learning rates, resolution and batch size for the base's family; flags and "
+                        help="what is learned: a person or animal, an object, or a style. Chooses kind, "
+                        "steps, learning rates, resolution and batch size for the base's family. Flags and "
                         "--set change single ones (default: none)")
     parser.add_argument("--effort", choices=EFFORTS,
                         help=f"with --preset: how long to learn (default {NORMAL})")
     parser.add_argument("--for-other-programs", action="store_true",
                         help=f"learn what other programs read without loss: plain low-rank deltas (method "
-                        f"{FOR_OTHERS}) and one vector per word; two such concepts in one prompt mix more "
+                        f"{FOR_OTHERS}) and one vector per word. Two such concepts in one prompt mix more "
                         "than those of the default method (default: off)")
     parser.add_argument("--method", choices=sorted(METHODS),
                         help=f"how the concept is learned (default {DEFAULT})")
@@ -138,14 +138,14 @@ def _add_learning(parser: argparse.ArgumentParser) -> None:
                             help=f"learning rate of the {what}, e.g. 1e-4 (default: the preset's, else the "
                             "method's)")
     parser.add_argument("--if-known", choices=IF_KNOWN, default=IF_KNOWN[0],
-                        help="if the bank holds this name: keep: nothing is learned, and other photos or "
-                        "settings are an error; again: the concept is replaced; refine: learning continues "
-                        "from it with further photos and with its noun, kind, method and settings (default "
+                        help="if the bank holds this name. keep: nothing is learned; other photos or "
+                        "settings are an error. again: the concept is replaced. refine: learning continues "
+                        "from it with further photos, and with its noun, kind, method and settings (default "
                         "%(default)s)")
     parser.add_argument("--encoder", type=file_path,
-                        help="folder of a CLIP model in transformers' layout, which compares pictures with "
-                        "the photos for --patience (default: the embedded base's own, else the encoder for "
-                        "photos if it is installed), and describes pictures for the method l2dm")
+                        help="folder of a CLIP model in transformers' layout. It compares pictures with the "
+                        "photos for --patience, and describes pictures for the method l2dm (default: the "
+                        "embedded base's own, else the encoder for photos if it is installed)")
     add_settings(parser, TrainingConfig, EMBEDDED_TRAINING, "the embedded base")
     add_base(parser)
 

@@ -1,7 +1,7 @@
 """A newcomer's way: photos in a folder, a template, a name, Run, a new prompt. Takes the pictures of
 docs/first-concept.
 
-The embedded base stands for the checkpoint that a person would have, with settings that fit its size.
+The embedded base stands for the checkpoint that a person would have. The preset has settings for it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ SMALL = """prompt => {
     const learner = of('ConceptLearner');
     base.connect(3, learner, learner.inputs.findIndex(input => input.name === 'clip_vision'));
     set('ConceptPhotosLoad', {folder: 'mimi'});
-    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', resolution: SIDE, batch_size: 4, steps: 400,
-                           lr: 0.002, token_lr: 0.02,
-                           preview_every: 50});
+    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', preview_every: 50});
     set('ElasticWeightAggregate', {prompt});
     set('EmptyLatentImage', {width: 128, height: 128, batch_size: 4});
     set('KSampler', {cfg: 3, steps: 16, sampler_name: 'euler', scheduler: 'normal'});
@@ -130,7 +128,7 @@ def test_a_newcomers_first_concept(page, server, steps, tmp_path):
     page.wait_for_timeout(1500)
     shoot(page, tmp_path, 1)
     steps.open_template(page, NAME)
-    page.evaluate(SMALL.replace("SIDE", str(picture_size())), PROMPTS[0])
+    page.evaluate(SMALL, PROMPTS[0])
     done("template opened")
     shoot(page, tmp_path, 2, "ConceptPhotosLoad", "ConceptDemoBase", "ConceptLearner")
     page.evaluate(SEEN)
