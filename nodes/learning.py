@@ -21,6 +21,7 @@ from ..core.data.pictures import Deferred, Picture, photo_digest, prior_caption
 from ..core.data.report import (
     PhotoWarning,
     Report,
+    counted,
     own_photos_warnings,
     prior_warnings,
     report_of,
@@ -54,6 +55,7 @@ from ..core.training.refinement import (
     settings_of,
     with_replay,
 )
+from . import progress
 from .folders import checkpoint_file
 from .images import judge, to_image
 from .judging import judged, judging_of
@@ -241,6 +243,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     with backbone.training():
         check_start(task, method)
         pictures = with_replay(task, pictures, config, settings.cfg, before_each=cancel)
+        progress.say(node, f"encoding {counted(len(pictures), 'photo')}")      # takes minutes on a processor
         data = prepare(backbone, pictures, task.name, task.class_noun,
                        Framing(config.resolution, config.framing, config.flip))
         encode = given["encode"]

@@ -150,16 +150,20 @@ def small_mask(mask: Tensor | None) -> Image.Image | None:
     return image
 
 
+def _hides_something(mask: Tensor | None) -> bool:
+    """False for a mask that is white everywhere, which nodes give where a photo has none."""
+    return mask is not None and bool((mask < (1 if mask.is_floating_point() else 255)).any())
+
+
 def report_of(pictures: Sequence[Picture], resolution: int | None = None, what: str = "photo") -> Report:
     """The report on photos that did not come from files."""
     facts = []
     for picture in pictures:
         height, width = picture.size
-        quality = measure(picture.stored_pixels(), resolution)
+        quality, mask = measure(picture.stored_pixels(), resolution), picture.stored_mask()
         facts.append(PhotoFacts(picture.name, width, height, picture.digest, quality, picture.caption,
                                 "input" if picture.caption else "",
-                                "input" if picture.mask is not None else "",
-                                mask=small_mask(picture.stored_mask())))
+                                "input" if _hides_something(mask) else "", mask=small_mask(mask)))
     return Report(tuple(facts), what=what)
 
 

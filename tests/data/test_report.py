@@ -91,6 +91,17 @@ def test_a_mask_is_seen_on_the_sheet():
     assert shown.shape == bare.shape and shown[:, :60].mean() > bare[:, :60].mean() + 30
 
 
+@pytest.mark.parametrize("white", [torch.ones(1, 128, 128), torch.full((1, 128, 128), 255).byte()])
+def test_a_mask_that_is_white_everywhere_is_none(white):
+    """ComfyUI's nodes give one for a photo without a mask. The report told of masks that nobody made."""
+    half = white.clone()
+    half[:, :, 64:] = 0
+    pictures = [Picture(blocks(i), mask=mask) for i, mask in enumerate((white, half, None))]
+    report = report_of(pictures)
+    assert [photo.mask_from for photo in report.photos] == ["", "input", ""]
+    assert "1 with masks" in report.headline
+
+
 def test_reports_of_tensors_and_files_are_one_value():
     """What ComfyUI hands over is reported in the same words."""
     pictures = pair_pictures([blocks(0), blocks(1), blocks(1)], ["a", "", "c"], [])
