@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from .placeholder_nouns import Words, encoded_apart, noun_for, noun_ids, positio
 from .whole_prompts import encode_whole
 
 SLOT_ID = 0     # id at the position of a learned word; not the end token, because some encoders search for it
+REPEATS = 4      # a prompt is repeated to the length of others at most so often, as in ComfyUI
 UNDIVIDED = 8      # shorter texts and placeholders are not divided between chunks, as in ComfyUI
 
 _Unit = tuple[int | WordRef, float]      # a token id or a learned word, and its weight
@@ -249,7 +251,9 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
                    by_strength: Collection[str] = ()) -> Context:
     """Encodes prompts as one batch.
 
-    Words with a placeholder noun are encoded separately, see `placeholder_nouns`. States of several text
+    What a site reads of a prompt does not depend on longer prompts beside it: shorter ones are repeated, or
+    filled up in a joint attention. Words with a placeholder noun are encoded separately, see
+    `placeholder_nouns`. States of several text
     encoders are concatenated (SDXL). The pooled output is the mean over layer copies, because the UNet takes
     only one.
 
@@ -280,7 +284,10 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
     copies = max([group.copies for group in groups.values()], default=1)
     laid_out = [[_chunks(encoder, _groups(encoder, prompt)) for prompt in prompts]
                 for encoder in backbone.text]
-    chunks = max([chunks, *(len(prompt) for of_encoder in laid_out for prompt in of_encoder)])
+    counts = [max(chunks, *map(len, of_prompt)) for of_prompt in zip(*laid_out, strict=True)]
+    if len(set(counts)) > 1 and (backbone.layout.is_joint or math.lcm(*counts) <= REPEATS * min(counts)):
+        return _encoded_by_length(backbone, prompts, counts, tokens, memory, by_strength)
+    chunks = max(counts)
     hiddens, pooled = [], None
     for encoder, of_encoder in zip(backbone.text, laid_out, strict=True):
         rows = [_row(encoder, prompt, chunks) for prompt in of_encoder]
@@ -292,9 +299,23 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
     strengths = tuple({name: tuple(row.weights[place] for place in places)
                        for name, places in found.items() if name in by_strength}
                       for row, found in zip(rows, words, strict=True))
-    lengths = tuple(len(prompt) * encoder.length for prompt in laid_out[-1])
-    return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words,
-                   strengths_or_none(strengths), lengths if backbone.layout.is_joint else ())
+    states = torch.cat(hiddens, dim=-1)
+    return Context(states, None if pooled is None else pooled.mean(1), words, strengths_or_none(strengths),
+                   (states.shape[2],) * len(states) if backbone.layout.is_joint else ())
+
+
+def _encoded_by_length(backbone: Backbone, prompts: Sequence[Prompt], counts: Sequence[int],
+                       tokens: Mapping[str, TokenGroup], memory: TextMemory | None,
+                       by_strength: Collection[str]) -> Context:
+    """`encode_prompts` of prompts with different numbers of chunks, each as without the others. A short
+    prompt that was filled up with empty chunks would be attended less.
+    """
+    encoded: dict[int, list[Context]] = {}
+    for count in sorted(set(counts)):
+        own = [prompt for prompt, chunks in zip(prompts, counts, strict=True) if chunks == count]
+        context = encode_prompts(backbone, own, tokens, count, memory, by_strength)
+        encoded[count] = [context[i:i + 1] for i in range(len(own))]
+    return Context.cat([encoded[count].pop(0) for count in counts])
 
 
 @torch.no_grad()

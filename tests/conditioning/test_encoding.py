@@ -119,6 +119,25 @@ def test_a_concept_is_not_divided_between_chunks(tiny_backbone, bank):
     assert torch.allclose(context.hidden[0, :, 16:], second.hidden[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("shortest", ["a dog", "<rex> and <flat>"])
+def test_a_prompt_is_encoded_as_without_longer_ones_beside_it(tiny_backbone, bank, shortest):
+    """Repeated, which changes no attention, and not filled up with empty chunks. Its words are repeated, too;
+    gradients reach them."""
+    texts = ["dog " * 15, shortest, "dog " * 15, "<mimi>"]
+    tokens = {c.name: replace(c.tokens, vectors={"clip_l": c.tokens.vectors["clip_l"].clone().requires_grad_()})
+              for c in bank}
+    together, memory = encode(tiny_backbone, bank, *texts, tokens=tokens), TextMemory()
+    remembered = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(texts),
+                                {c.name: c.tokens for c in bank}, memory=memory)
+    for i, text in enumerate(texts):
+        alone = Context.cat([encode(tiny_backbone, bank, texts[0]), encode(tiny_backbone, bank, text)])[1:]
+        expected = alone.hidden.expand(-1, together.hidden.shape[1], -1, -1)
+        for found in (together[i:i + 1], remembered[i:i + 1]):
+            assert torch.allclose(found.hidden, expected, atol=1e-5) and found.words == alone.words
+    together.hidden.square().sum().backward()
+    assert tokens["mimi"].vectors["clip_l"].grad.any()
+
+
 def test_more_chunks_on_request(tiny_backbone, bank):
     context = encode(tiny_backbone, bank, "a dog", chunks=2)
     assert torch.allclose(context.hidden[:, :, :16], encode(tiny_backbone, bank, "a dog").hidden, atol=1e-6)
