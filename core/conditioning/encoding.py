@@ -218,7 +218,6 @@ class _EncoderPass:
         short = [_Row(row.ids[:needed], row.words[:needed]) for row in rows]
         return pad(self.encode(short, copies, needed)[0], (0, 0, 0, length - needed))
 
-
     def weighed(self, hidden: Tensor, rows: Sequence[_Row], by_strength: Collection[str]) -> Tensor:
         """Moves the states of weighted tokens between those of the empty prompt and their own, as ComfyUI
         does.
@@ -251,11 +250,10 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
                    by_strength: Collection[str] = ()) -> Context:
     """Encodes prompts as one batch.
 
-    What a site reads of a prompt does not depend on longer prompts beside it: shorter ones are repeated, or
+    What a site reads of a prompt does not depend on longer ones beside it: shorter ones are repeated, or
     filled up in a joint attention. Words with a placeholder noun are encoded separately, see
-    `placeholder_nouns`. States of several text
-    encoders are concatenated (SDXL). The pooled output is the mean over layer copies, because the UNet takes
-    only one.
+    `placeholder_nouns`. States of several text encoders are concatenated (SDXL). The pooled output is the
+    mean over layer copies, because the UNet takes only one.
 
     Args:
         prompts: B parsed prompts.
@@ -299,23 +297,22 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
     strengths = tuple({name: tuple(row.weights[place] for place in places)
                        for name, places in found.items() if name in by_strength}
                       for row, found in zip(rows, words, strict=True))
-    states = torch.cat(hiddens, dim=-1)
-    return Context(states, None if pooled is None else pooled.mean(1), words, strengths_or_none(strengths),
-                   (states.shape[2],) * len(states) if backbone.layout.is_joint else ())
+    return Context(torch.cat(hiddens, dim=-1), None if pooled is None else pooled.mean(1), words,
+                   strengths_or_none(strengths),
+                   (len(rows[0].ids),) * len(rows) if backbone.layout.is_joint else ())
 
 
 def _encoded_by_length(backbone: Backbone, prompts: Sequence[Prompt], counts: Sequence[int],
                        tokens: Mapping[str, TokenGroup], memory: TextMemory | None,
                        by_strength: Collection[str]) -> Context:
-    """`encode_prompts` of prompts with different numbers of chunks, each as without the others. A short
-    prompt that was filled up with empty chunks would be attended less.
-    """
-    encoded: dict[int, list[Context]] = {}
-    for count in sorted(set(counts)):
-        own = [prompt for prompt, chunks in zip(prompts, counts, strict=True) if chunks == count]
-        context = encode_prompts(backbone, own, tokens, count, memory, by_strength)
-        encoded[count] = [context[i:i + 1] for i in range(len(own))]
-    return Context.cat([encoded[count].pop(0) for count in counts])
+    """`encode_prompts` of prompts with different numbers of chunks, each as without the others: a short
+    prompt that was filled up with empty chunks would be attended less."""
+    parts: dict[int, Context] = {}
+    for count in set(counts):
+        rows = [i for i, chunks in enumerate(counts) if chunks == count]
+        context = encode_prompts(backbone, [prompts[i] for i in rows], tokens, count, memory, by_strength)
+        parts |= {i: context[k:k + 1] for k, i in enumerate(rows)}
+    return Context.cat([parts[i] for i in range(len(prompts))])
 
 
 @torch.no_grad()

@@ -124,8 +124,8 @@ def test_a_prompt_is_encoded_as_without_longer_ones_beside_it(tiny_backbone, ban
     """Repeated, which changes no attention, and not filled up with empty chunks. Its words are repeated, too;
     gradients reach them."""
     texts = ["dog " * 15, shortest, "dog " * 15, "<mimi>"]
-    tokens = {c.name: replace(c.tokens, vectors={"clip_l": c.tokens.vectors["clip_l"].clone().requires_grad_()})
-              for c in bank}
+    vectors = {c.name: c.tokens.vectors["clip_l"].clone().requires_grad_() for c in bank}
+    tokens = {c.name: replace(c.tokens, vectors={"clip_l": vectors[c.name]}) for c in bank}
     together, memory = encode(tiny_backbone, bank, *texts, tokens=tokens), TextMemory()
     remembered = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(texts),
                                 {c.name: c.tokens for c in bank}, memory=memory)
@@ -135,7 +135,7 @@ def test_a_prompt_is_encoded_as_without_longer_ones_beside_it(tiny_backbone, ban
         for found in (together[i:i + 1], remembered[i:i + 1]):
             assert torch.allclose(found.hidden, expected, atol=1e-5) and found.words == alone.words
     together.hidden.square().sum().backward()
-    assert tokens["mimi"].vectors["clip_l"].grad.any()
+    assert vectors["mimi"].grad.any()
 
 
 def test_more_chunks_on_request(tiny_backbone, bank):
