@@ -1,5 +1,5 @@
 """CLIPs of models that read one row of text per T5 token: Anima, Cosmos Predict2, Flux.1 and Chroma; or per
-Qwen token: Flux.2 Klein.
+Qwen token: Flux.2 Klein and Krea 2.
 
 A concept is encoded as its class noun, repeated as often as it has words, by the host's own tokenizers and
 encoders. What it has learned acts at the rows of these tokens. The CONDITIONING carries which rows they are,
@@ -24,7 +24,7 @@ from ..model.backbone import TextPiece, WholePromptEncoder, WholeText
 from .concept_encoder import Concepts, Wrapped
 from .concept_tokenizer import ConceptTokenizer
 from .sites import STRENGTHS, WORDS, SlotCond
-from .text import ROW_NAMES, row_name, row_tokenizer, row_tokens, text_widths
+from .text import ROW_NAMES, cut_in_front, row_name, row_tokenizer, row_tokens, text_widths
 from .token_lora import code
 
 ROW_COUNT = 512      # rows of a text, at least: the host fills shorter ones up
@@ -139,16 +139,16 @@ class NounEncoder(Wrapped):
         self.acting = acting
 
     def encode_token_weights(self, tokens):
-        weights: dict[str, dict[int, float]] = {}
-        row = row_tokens(tokens)
-        for place, (token, weight, *_) in enumerate(row):
-            if isinstance(token, NounId) and token.concept in self.word_bound:
-                weights.setdefault(token.concept, {})[place] = weight
         output = self.inner.encode_token_weights(self._plain(tokens))
         if not self.word_bound:
             return output
+        weights: dict[str, dict[int, float]] = {}
+        cut, row = cut_in_front(tokens, output[0]), row_tokens(tokens)
+        for name, places in noun_rows(row, cut).items():
+            if name in self.word_bound:
+                weights[name] = {place: row[place + cut][1] for place in places}
         extra = dict(output[2]) if len(output) > 2 else {}
-        conditions = row_conditions(weights, max(ROW_COUNT, len(row)), output[0].device)
+        conditions = row_conditions(weights, max(ROW_COUNT, len(row) - cut), output[0].device)
         return *output[:2], extra | {"model_conds": {**extra.get("model_conds", {}), **conditions}}
 
     def _plain(self, tokens):
@@ -162,6 +162,15 @@ class NounEncoder(Wrapped):
 
         return _plain_ids({key: [[(token, weight_of(token, weight), *rest) for token, weight, *rest in chunk]
                                  for chunk in chunks] for key, chunks in tokens.items()})
+
+
+def noun_rows(row: Sequence[tuple], cut: int) -> dict[str, tuple[int, ...]]:
+    """Concept -> the rows of its noun. row: the tokens; cut: see `cut_in_front`."""
+    rows: dict[str, tuple[int, ...]] = {}
+    for place, (token, *_) in enumerate(row):
+        if isinstance(token, NounId) and place >= cut:
+            rows[token.concept] = *rows.get(token.concept, ()), place - cut
+    return rows
 
 
 def row_conditions(weights: Mapping[str, Mapping[int, float]], rows: int,
@@ -225,14 +234,12 @@ class RowText(WholePromptEncoder):
         text = written(parts, lambda number: marked(pieces[int(number)].text))
         original = getattr(self.clip.tokenizer, "original", self.clip.tokenizer)
         tokens = tokenized(original, text, [piece.concept for piece in pieces if piece.concept])
-        found: dict[str, list[int]] = {}
-        for place, (token, *_) in enumerate(row_tokens(tokens)):
-            if isinstance(token, NounId):
-                found.setdefault(token.concept, []).append(place)
         extra = self.clip.encode_from_tokens(_plain_ids(tokens), return_dict=True)
-        states = self._rows(extra.pop("cond"), extra)
+        encoded = extra.pop("cond")
+        words = noun_rows(row_tokens(tokens), cut_in_front(tokens, encoded))
+        states = self._rows(encoded, extra)
         pooled = extra["pooled_output"].float() if self.reads_pooled else None
-        return WholeText(states.float(), {name: tuple(places) for name, places in found.items()}, pooled)
+        return WholeText(states.float(), words, pooled)
 
 
 def _plain_ids(tokens) -> dict:

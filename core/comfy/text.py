@@ -13,9 +13,9 @@ from ..model.backbone import TextEncoder
 
 NAMES = ("clip_l", "clip_g", "clip_h")
 ROWS = "t5xxl"      # tokens of a text that is read as one row per T5 token
-QWEN = ("qwen3_4b", "qwen3_8b")      # the same of Qwen tokens, for Flux.2 Klein
+QWEN = ("qwen3_4b", "qwen3_8b", "qwen3vl_4b")      # the same of Qwen tokens, for Flux.2 Klein and Krea 2
 ROW_NAMES = (ROWS, *QWEN)
-_ROW_ENCODERS = ("qwen3_06b", *ROW_NAMES)      # of Anima; of Cosmos Predict2, Flux.1 and Chroma; of Klein
+_ROW_ENCODERS = ("qwen3_06b", *ROW_NAMES)      # of Anima; of Cosmos Predict2, Flux.1 and Chroma; of others
 _POOLED = ["clip_l"]      # beside the rows of Flux.1: gives a pooled vector, and no rows
 
 
@@ -26,7 +26,7 @@ def encoder_names(clip) -> tuple[str, ...]:
     if not names:
         raise ConceptError(f"the CLIP's class is {type(clip.cond_stage_model).__name__}, which is not "
                            "supported; allowed: the CLIP of a checkpoint of Stable Diffusion 1.x, 2.x, SDXL, "
-                           "Anima, Cosmos Predict2, Flux.1, Flux.2 Klein or Chroma")
+                           "Anima, Cosmos Predict2, Flux.1, Flux.2 Klein, Chroma or Krea 2")
     return names
 
 
@@ -47,6 +47,19 @@ def row_name(clip) -> str:
 def row_tokens(tokens) -> list:
     """The tokens that are read as rows, from all tokens of such a CLIP."""
     return next(tokens[name] for name in ROW_NAMES if name in tokens)[0]
+
+
+def cut_in_front(tokens, states: Tensor) -> int:
+    """How many tokens in front of a text have no row in the states: those of a template that the encoder cuts
+    off. Negative where a picture in front of the text has several rows for its one token.
+
+    Args:
+        tokens: All tokens of a CLIP whose text is read as rows.
+        states: `[B, N, D]`, what it makes of them.
+    """
+    if not any(name in tokens for name in QWEN):
+        return 0      # states of T5, or of Anima, whose rows its adapter makes
+    return len(row_tokens(tokens)) - states.shape[1]
 
 
 def _row_encoder(model):

@@ -46,7 +46,8 @@ class JointBackbone(ModuleBackbone):
         for site in layout.sites:
             for name in PROJECTIONS:
                 module = transformer.get_submodule(path_of(site, name))
-                self.projections.setdefault(module, []).append(Projection(site, name, module))
+                self.projections.setdefault(module, []).append(
+                    Projection(site, name, module, offset_of(site, name)))
 
     @property
     def picture_size(self) -> int:

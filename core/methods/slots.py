@@ -68,7 +68,7 @@ class SlotAdapters(nn.Module):
                  device: torch.device | str) -> None:
         super().__init__()
         self.heads = [site.heads for site in layout.sites]
-        shapes = [(slots, site.shape("to_k")[0]) for site in layout.sites]
+        shapes = [(slots, site.width) for site in layout.sites]
         self.key = nn.ParameterList(torch.randn(shape, generator=generator).to(device) for shape in shapes)
         self.value = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes)
 

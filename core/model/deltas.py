@@ -107,7 +107,7 @@ def check_fits(deltas: Deltas, layout: SiteLayout, owner: str) -> None:
 
 
 def _check_slots(delta: Delta, site: Site, owner: str) -> None:
-    width = site.shape("to_k")[0]
+    width = site.width
     if not delta.shape[0]:
         raise ConceptError(f"{owner} has no slots at site {site.index}, but a record of them; allowed: 1 or "
                            "more")
@@ -253,7 +253,7 @@ def _packed_slots(slots: Sequence[SlotDelta]) -> dict[str, Tensor]:
 
 def _unpack_slots(tensors: Mapping[str, Tensor], _projection: str, _note: dict, sites: list[Site],
                   scales: list[float]) -> list[Delta]:
-    widths = [site.shape("to_k")[0] for site in sites]
+    widths = [site.width for site in sites]
     keys, values = (_split(tensors[name], widths, 1, 2, name) for name in (f"{SLOTS}.key", f"{SLOTS}.value"))
     if len(tensors[f"{SLOTS}.key"]) != len(tensors[f"{SLOTS}.value"]):
         raise ConceptError(f"tensors '{SLOTS}.key' and '{SLOTS}.value' have different numbers of slots; they "

@@ -41,11 +41,18 @@ def offset_of(site: Site, projection: str) -> Offset | None:
 
 @dataclass(frozen=True)
 class Projection:
-    """A projection of a site, and the module of its layer."""
+    """A projection of a site.
+
+    Attributes:
+        site, name: Which one.
+        module: Its layer.
+        offset: Where it is in the layer's weight; None for all of it.
+    """
 
     site: Site
     name: str
     module: nn.Module
+    offset: Offset | None = None
 
 
 @contextmanager
@@ -84,7 +91,7 @@ def projected(forward: Callable[[Tensor], Tensor], projections: Sequence[Project
     """
     y, pieces, end = forward(x), [], 0
     for each in projections:
-        dimension, start, size = offset_of(each.site, each.name) or (1, 0, x.shape[-1])
+        dimension, start, size = each.offset or (1, 0, x.shape[-1])
         given, part = (x, y.narrow(-1, start, size)) if dimension == 0 else (x.narrow(-1, start, size), y)
         changed = part
         for change in changes:

@@ -27,7 +27,8 @@ def attend_picture(processor: AttentionProcessor, site: Site, query: Tensor,
         processor: Attends from them.
         site: The block.
         query: `[B, H, L, d]`, normalised, without positions. Rows are text, picture, reference pictures.
-        turned: Query and key with positions, and value, each `[B, H, L, d]`.
+        turned: Query and key with positions, and value, each `[B, H, L, d]`. Keys and values may have fewer
+            heads; each is then read by as many neighbouring heads of the query.
         rows: First row of the picture, and the row behind its last one.
         mask: The host's attention mask; None = all rows may be read.
 
@@ -35,7 +36,7 @@ def attend_picture(processor: AttentionProcessor, site: Site, query: Tensor,
         The attended picture `[B, S, H d]`, and the mask of all other rows.
     """
     start, end = rows
-    turned_query, key, value = turned
+    turned_query, key, value = turned[0], *(_for_heads(x, query.shape[1]) for x in turned[1:])
     for_others, for_picture = _split(_biased(processor, mask, query, start, end), start, end)
     joint = JointRows(flat(turned_query[:, :, start:end]), flat(key[:, :, start:]),
                       flat(value[:, :, start:]), for_picture)
@@ -83,6 +84,11 @@ def restarted(positions: Tensor, prompts: tuple[int, ...], dimension: int) -> Te
     total = sum(prompts)
     rest = positions.narrow(dimension, total, positions.shape[dimension] - total)
     return torch.cat([*(positions.narrow(dimension, 0, count) for count in prompts), rest], dimension)
+
+
+def _for_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values `[B, h, L, d]`, repeated for the heads of the query."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -176,10 +176,12 @@ class AttentionProcessor:
         prompts: In a joint attention, the numbers of rows of the texts that `extended` puts side by side.
         masks_texts: In a joint attention, whether `joint_bias` leaves out rows that only fill texts up. If
             not, the host does that.
+        fills: Where it does, these rows, as `Context.fills` gives them; None for none.
     """
 
     prompts: tuple[int, ...] = ()
     masks_texts: bool = False
+    fills: Tensor | None = None
 
     @property
     def changes_self_attention(self) -> bool:

@@ -1,7 +1,8 @@
 """Sites: the text cross-attention layers of a denoiser, numbered in execution order.
 
-They are `attn2` of a UNet (down, middle, up), `blocks.N.cross_attn` of a diffusion transformer, and the joint
-attention of `double_blocks.N` and `single_blocks.N`, where text and picture share a softmax.
+They are `attn2` of a UNet (down, middle, up), `blocks.N.cross_attn` of a diffusion transformer, and the
+joint attention of `double_blocks.N` and `single_blocks.N`, or of `blocks.N`, where text and picture share a
+softmax.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from ..errors import ConceptError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 _TRANSFORMER_SITE = re.compile(r"blocks\.(\d+)\.cross_attn")
-_JOINT_SITE = re.compile(r"(double|single)_blocks\.\d+")
-_ROW_ENCODERS = ("t5xxl", "qwen3_4b", "qwen3_8b")      # take class nouns instead of learned words
+_JOINT_SITE = re.compile(r"((double|single)_)?blocks\.\d+")
+# take class nouns instead of learned words
+_ROW_ENCODERS = ("t5xxl", "qwen3_4b", "qwen3_8b", "qwen3vl_4b")
 _TRANSFORMER_MODULES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "output_proj"}
 _EXECUTION_ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 # fingerprints of the embedded bases, so that messages can name the base of a bank
@@ -49,12 +51,13 @@ class Site:
     Attributes:
         index: Its number in execution order.
         name: Its module path, the same for every host: diffusers' for a UNet (`down_blocks.0...attn2`),
-            `blocks.N.cross_attn` for a transformer, `double_blocks.N` or `single_blocks.N` for a joint
-            attention.
+            `blocks.N.cross_attn` for a transformer; `double_blocks.N`, `single_blocks.N` or `blocks.N` for a
+            joint attention.
         copy: Index of its layer copy in a context. Contexts without layer-wise words have only one copy.
         heads: Number of attention heads.
         width: Features of the picture side.
         context_width: Features of the text side.
+        key_width: Features of keys and values, which several heads of the query may share; None = `width`.
     """
 
     index: int
@@ -63,6 +66,11 @@ class Site:
     heads: int
     width: int
     context_width: int
+    key_width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.key_width == self.width:      # said in one way only, so that equal sites are equal
+            object.__setattr__(self, "key_width", None)
 
     @property
     def of_transformer(self) -> bool:
@@ -71,23 +79,23 @@ class Site:
 
     @property
     def is_joint(self) -> bool:
-        """Whether text and picture share one softmax there. Its projections are parts of fused layers."""
+        """Whether text and picture share one softmax there."""
         return _JOINT_SITE.fullmatch(self.name) is not None
 
     def shape(self, projection: str) -> tuple[int, int]:
         """(a, b): output and input width of a projection."""
         if projection not in PROJECTIONS:
             raise ConceptError(f"projection '{projection}' is unknown; allowed: {', '.join(PROJECTIONS)}")
-        return self.width, (self.context_width if projection in ("to_k", "to_v") else self.width)
-
+        if projection in ("to_k", "to_v"):
+            return self.key_width or self.width, self.context_width
+        return self.width, self.width
 
     def path(self, projection: str) -> str:
         """Module path of a projection: diffusers' for a UNet, Cosmos Predict2's for a transformer. Raises
-        ConceptError for a joint attention, whose projections have no modules of their own."""
+        ConceptError for a joint attention, for whose projections no names are known."""
         if self.is_joint:
-            raise ConceptError(f"site '{self.name}' is a joint attention of text and picture, which has no "
-                               f"module of its own for {projection}, so its deltas have no names in other "
-                               "programs")
+            raise ConceptError(f"site '{self.name}' is a joint attention of text and picture; no name of its "
+                               f"{projection} for other programs is known, so its deltas cannot be exported")
         if _TRANSFORMER_SITE.fullmatch(self.name):
             return f"{self.name}.{_TRANSFORMER_MODULES[projection]}"
         return f"{self.name}.{'to_out.0' if projection == 'to_out' else projection}"
@@ -117,7 +125,8 @@ class SiteLayout:
     @cached_property
     def fingerprint(self) -> str:
         """Short hash of all shapes. Models with the same fingerprint can share concepts."""
-        shapes = [(site.name, site.copy, site.heads, site.width, site.context_width) for site in self.sites]
+        shapes = [(site.name, site.copy, site.heads, site.width, site.context_width,
+                   *([] if site.key_width is None else [site.key_width])) for site in self.sites]
         return hashlib.sha256(json.dumps([shapes, self.text_widths]).encode()).hexdigest()[:16]
 
     @property
@@ -154,14 +163,19 @@ class SiteLayout:
         return f"{sites}, as {known} has" if known else sites
 
     def to_json(self) -> dict:
-        return {"sites": [asdict(site) for site in self.sites], "text_widths": list(self.text_widths)}
+        sites = [asdict(site) for site in self.sites]
+        for site in sites:
+            if site["key_width"] is None:      # earlier versions know no such entry
+                del site["key_width"]
+        return {"sites": sites, "text_widths": list(self.text_widths)}
 
     @classmethod
     def from_json(cls, data: dict) -> SiteLayout:
         """Reads what `to_json` wrote. Raises ConceptError where the sites are invalid."""
         sites = tuple(Site(**site) for site in data["sites"])
         for i, site in enumerate(sites):
-            sizes = (site.heads, site.width, site.context_width)
+            sizes = (site.heads, site.width, site.context_width,
+                     1 if site.key_width is None else site.key_width)
             has_sizes = all(isinstance(n, int) and n >= 1 for n in sizes)
             if site.index != i or not isinstance(site.name, str) or not has_sizes:
                 raise ConceptError(f"site {i} of the layout is {site}; indices must run from 0, "
@@ -229,3 +243,16 @@ def joint_layout(double: int, single: int, heads: int, width: int,
     names = [*(f"double_blocks.{i}" for i in range(double)), *(f"single_blocks.{i}" for i in range(single))]
     return SiteLayout(tuple(Site(index, name, 0, heads, width, width) for index, name in enumerate(names)),
                       text_widths)
+
+
+def one_stream_layout(count: int, heads: int, width: int, key_width: int,
+                      text_widths: tuple[tuple[str, int], ...]) -> SiteLayout:
+    """The layout of a transformer with joint attention whose blocks are all alike: `blocks.N`.
+
+    Args:
+        count: Number of blocks.
+        heads, width, key_width: Of every block.
+        text_widths: As in `SiteLayout`.
+    """
+    return SiteLayout(tuple(Site(index, f"blocks.{index}", 0, heads, width, width, key_width)
+                            for index in range(count)), text_widths)

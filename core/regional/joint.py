@@ -101,6 +101,7 @@ class JointRegions(TokenLoraProcessor):
         fills = self._fills(text)
         if state != self._state or not torch.equal(fills, self._filled):
             self._state, self._filled, self._biases = state, fills, {}
+        self.fills = fills if bool(fills.any()) else None
         self.concepts = _together(self.scene_concepts, texts.deltas, text.shape[1],
                                   {name: _side_by_side(mask[:, self.rows])
                                    for name, mask in texts.masks.items()}, count * length)
@@ -112,10 +113,9 @@ class JointRegions(TokenLoraProcessor):
             return None
         if (cells, others) not in self._biases:
             bias = _bias(self.prompts, self._shares(cells), others, self.progress < self.isolation)
-            fills = self._filled
-            if bool(fills.any()):
-                bias = bias.repeat(len(fills), 1, 1, 1)
-                bias[..., :fills.shape[1]].masked_fill_(fills[:, None, None], NEVER)
+            if self.fills is not None:
+                bias = bias.repeat(len(self.fills), 1, 1, 1)
+                bias[..., :self.fills.shape[1]].masked_fill_(self.fills[:, None, None], NEVER)
             self._biases[cells, others] = bias.to(device)
         return self._biases[cells, others]
 
@@ -161,16 +161,14 @@ class JointCrops(TokenLoraProcessor):
 
     def extended(self, text: Tensor) -> Tensor:
         masks = {name: mask[self._places] for name, mask in self._texts.masks.items()}
-        self.prompts = (self._texts.states.shape[2],)
+        self.prompts, fills = (self._texts.states.shape[2],), ~self._texts.is_text[self._places]
+        self.fills = fills if bool(fills.any()) else None
         self.concepts = TokenLora.at({name: mask for name, mask in masks.items() if bool(mask.any())},
                                      self._texts.deltas)
         return self._texts.states[self._places].to(text)
 
     def joint_bias(self, cells: int, others: int, device: torch.device) -> Tensor | None:
-        fills = ~self._texts.is_text[self._places]
-        if not bool(fills.any()):
-            return None
-        return fill_bias(fills.to(device), cells + others)
+        return None if self.fills is None else fill_bias(self.fills.to(device), cells + others)
 
 
 def _side_by_side(x: Tensor) -> Tensor:

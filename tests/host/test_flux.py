@@ -127,7 +127,7 @@ def test_slots_share_the_attention_of_their_words_in_the_joint_softmax(joint, ba
     from comfy.ldm.flux.math import apply_rope, attention
 
     from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
-    from continual_concepts.core.comfy.families.flux import Begin, Finish
+    from continual_concepts.core.comfy.families.joint import Begin, Finish
     from continual_concepts.core.comfy.sites import PROCESSOR
 
     generator = torch.Generator().manual_seed(2)
@@ -136,7 +136,7 @@ def test_slots_share_the_attention_of_their_words_in_the_joint_softmax(joint, ba
     processor = TokenLoraProcessor({})
     mask = torch.tensor([[0.0, 0.0, 1.0, 0.5, 0.0]])
     processor.concepts = TokenLora.at({"rex": mask}, {"rex": deltas})
-    begin, finish = Begin(backbone.sites), Finish()
+    begin, finish = Begin(backbone.layout), Finish()
     q, k, v = (torch.randn(1, 2, n + s, 128, generator=generator) for _ in range(3))
     denoiser = joint.studio.model.model.diffusion_model
     ids = torch.zeros(1, n + s, len(denoiser.params.axes_dim))

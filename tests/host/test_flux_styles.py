@@ -155,5 +155,5 @@ def test_a_style_of_the_scene_acts_in_all_regions(joint):
 def test_exports_are_refused(joint, tmp_path):
     from continual_concepts.core.interop.export import export_concept
 
-    with pytest.raises(ConceptError, match="joint attention.*deltas have no names in other programs"):
+    with pytest.raises(ConceptError, match="joint attention.*its deltas cannot be exported"):
         export_concept(joint.bank, "ink", tmp_path)

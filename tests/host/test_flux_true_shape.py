@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -37,14 +35,14 @@ def test_two_concepts_add_few_operations_at_the_true_widths(comfyui, monkeypatch
     from torch.utils.flop_counter import FlopCounterMode
 
     from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
-    from continual_concepts.core.comfy.families.flux import Begin, Finish
+    from continual_concepts.core.comfy.families.joint import Begin, Finish
     from continual_concepts.core.comfy.sites import ATTENTION, PROCESSOR, differentiable_attention
     from continual_concepts.core.model.sites import joint_layout
 
     monkeypatch.setattr(management, "in_training", True)      # rotary positions in torch alone
     sizes = FLUX | TRUE | {"guidance_embed": False}
     layout = joint_layout(1, 1, 24, 3072, (("t5xxl", 4096),))
-    hooks = {"attn1_patch": [Begin(SimpleNamespace(layout=layout))], "attn1_output_patch": [Finish()]}
+    hooks = {"attn1_patch": [Begin(layout)], "attn1_output_patch": [Finish()]}
     processor = TokenLoraProcessor({})
     with torch.device("meta"):
         model = flux.Flux(**sizes, dtype=torch.float32, operations=comfy.ops.disable_weight_init)

@@ -327,3 +327,19 @@ def test_beginnings_of_rows_are_encoded_as_in_whole_rows(backbone):
         with pytest.raises(StopIteration):      # a place for a learned vector, and no vector
             encoder.encode(ids[:, :3], torch.ones(1, 3, dtype=torch.bool), nothing)
     assert table.weight is before
+
+
+def test_rows_of_nouns_are_counted_behind_what_the_encoder_cuts_off(comfyui):
+    """A template's prefix has no rows; a picture in front of the text has several for its one token."""
+    from continual_concepts.core.comfy.noun_clip import NounId, noun_rows
+    from continual_concepts.core.comfy.text import cut_in_front
+
+    row = [(1, 1.0), (NounId.of(2, "rex"), 1.0), (3, 1.0), (NounId.of(4, "rex"), 1.0),
+           (NounId.of(5, "tom"), 1.0), (6, 1.0)]
+    for name, rows, cut in (("qwen3vl_4b", 6, 0), ("qwen3vl_4b", 4, 2), ("qwen3vl_4b", 9, -3),
+                            ("qwen3_8b", 6, 0), ("t5xxl", 4, 0)):
+        assert cut_in_front({name: [row]}, torch.zeros(1, rows, 8)) == cut
+    assert cut_in_front({"qwen3_06b": [row[:2]], "t5xxl": [row]}, torch.zeros(1, 2, 8)) == 0      # Anima
+    assert noun_rows(row, 0) == {"rex": (1, 3), "tom": (4,)}
+    assert noun_rows(row, 2) == {"rex": (1,), "tom": (2,)}
+    assert noun_rows(row, -3) == {"rex": (4, 6), "tom": (7,)}

@@ -7,9 +7,18 @@ import random
 import pytest
 import torch
 
+from continual_concepts.core.attention.adapters import LowRankAdapters
 from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.methods.slots import SlotAdapters
 from continual_concepts.core.model.checkpointing import recomputed
-from continual_concepts.core.model.sites import SiteLayout, joint_layout, transformer_layout, unet_layout
+from continual_concepts.core.model.deltas import check_fits, pack, unpack
+from continual_concepts.core.model.sites import (
+    SiteLayout,
+    joint_layout,
+    one_stream_layout,
+    transformer_layout,
+    unet_layout,
+)
 
 WIDTHS = (("clip_l", 768),)
 
@@ -107,8 +116,38 @@ def test_joint_attention_has_no_modules_of_its_own_for_the_text():
     assert [site.name for site in layout.sites] == ["double_blocks.0", "double_blocks.1", "single_blocks.0"]
     assert layout.is_joint and layout.copies == 1 and not layout.takes_words
     assert SiteLayout.from_json(layout.to_json()) == layout
-    with pytest.raises(ConceptError, match="'double_blocks.0' is a joint.*to_k, so its deltas have no names"):
+    with pytest.raises(ConceptError, match="'double_blocks.0' is a joint.*to_k for other programs is known"):
         layout.sites[0].path("to_k")
     with pytest.raises(ConceptError, match="where baking is not supported; allowed: learning with 'slots'"):
         layout.refuse_joint("baking is")
     unet_layout({"mid_block.attn2": (8, 320, 768)}, WIDTHS).refuse_joint("baking is")
+
+
+def test_keys_and_values_may_be_narrower_where_heads_share_them():
+    layout = one_stream_layout(2, 48, 6144, 1536, (("qwen3vl_4b", 2560),))
+    assert [site.name for site in layout.sites] == ["blocks.0", "blocks.1"]
+    assert layout.is_joint and layout.sites[0].of_transformer and not layout.takes_words
+    assert layout.sites[1].shape("to_k") == layout.sites[1].shape("to_v") == (1536, 6144)
+    assert layout.sites[1].shape("to_q") == layout.sites[1].shape("to_out") == (6144, 6144)
+    assert SiteLayout.from_json(layout.to_json()) == layout
+    adapters = LowRankAdapters(layout, 2, 1.0, torch.Generator().manual_seed(0), "cpu")
+    slots = SlotAdapters(layout, 3, torch.Generator().manual_seed(0), "cpu")
+    check_fits({**adapters.stored(torch.float32), **slots.stored(torch.float32)}, layout, "the concept")
+    assert slots.key[0].shape == (3, 6144)      # they are read by all heads of the query
+    packed = pack(slots.stored(torch.float32), layout)
+    assert unpack(*packed, layout).keys() == slots.deltas().keys()
+    damaged = layout.to_json()
+    damaged["sites"][0]["key_width"] = 0
+    with pytest.raises(ConceptError, match="heads and widths be 1 or more"):
+        SiteLayout.from_json(damaged)
+
+
+def test_layouts_without_narrower_keys_are_written_and_hashed_as_before():
+    """Banks of earlier versions name these fingerprints, and earlier versions read what is written."""
+    layout = joint_layout(1, 1, 24, 3072, (("t5xxl", 4096),))
+    assert layout.fingerprint == "4f192b5c16e97166"
+    assert set(layout.to_json()["sites"][0]) == {"index", "name", "copy", "heads", "width", "context_width"}
+    alike = one_stream_layout(1, 24, 3072, 3072, (("t5xxl", 4096),))
+    assert alike.sites[0].key_width is None and "key_width" not in alike.to_json()["sites"][0]
+    narrower = one_stream_layout(1, 24, 3072, 768, (("t5xxl", 4096),))
+    assert narrower.fingerprint != alike.fingerprint
