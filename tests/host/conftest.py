@@ -281,6 +281,11 @@ def has_patches(comfyui):
         pytest.skip("this ComfyUI has no attention patches in Flux")
 
 
+@pytest.fixture(scope="session")
+def has_krea2(comfyui):
+    pytest.importorskip("comfy.ldm.krea2.model", reason="this ComfyUI has no Krea 2")
+
+
 @pytest.fixture
 def short_previews(pack, monkeypatch):
     """Previews of the learner take two steps."""

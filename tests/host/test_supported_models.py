@@ -20,7 +20,7 @@ UNETS = {"SD15", "SD20", "SD21UnclipL", "SD21UnclipH", "SDXL", "SDXLRefiner", "S
          "KOALA_700M", "KOALA_1B", "SD15_instructpix2pix", "SDXL_instructpix2pix", "LotusD", "SD_X4Upscaler",
          "Stable_Zero123", "SVD_img2vid", "SV3D_u", "SV3D_p"}
 TRANSFORMERS = {"Anima", "CosmosT2IPredict2", "CosmosI2VPredict2", "Flux", "FluxSchnell", "FluxInpaint",
-                "Flux2", "Chroma"}
+                "Flux2", "Chroma", "Krea2"}
 
 
 def without_weights(config):

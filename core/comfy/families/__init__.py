@@ -5,10 +5,11 @@ from __future__ import annotations
 from ...errors import ConceptError
 from .base import Family
 from .flux import Flux
+from .krea2 import Krea2
 from .predict2 import Predict2
 from .unet import UNet
 
-FAMILIES: tuple[type[Family], ...] = (UNet, Predict2, Flux)
+FAMILIES: tuple[type[Family], ...] = (UNet, Predict2, Flux, Krea2)
 
 SUPPORTED = ", ".join(family.names for family in FAMILIES)
 
