@@ -153,7 +153,7 @@ def _draw_cast(folder: Path) -> None:
     """Photos of two things, for the node that learns a folder of concepts."""
     for name, noun in (("rex", "dog"), ("mimi", "cat")):
         (folder / f"{name} {noun}").mkdir(parents=True)
-        for i, (picture, _) in enumerate(CONCEPTS[name].pictures(3, seed=7, size=picture_size())):
+        for i, (picture, _) in enumerate(CONCEPTS[name].pictures(5, seed=7, size=picture_size())):
             Image.fromarray(picture).save(folder / f"{name} {noun}" / f"{i}.png")
 
 
