@@ -23,6 +23,9 @@ def add_commands(commands) -> None:
                         help="further shards of pictures to encode before training")
     parser.add_argument("--compile", action="store_true",
                         help="compile the transformers: steps take 0.6 times as long; needs a C++ compiler")
+    parser.add_argument("--start", type=Path, metavar="FILE",
+                        help="base file of a transformer, such as the one that ships: its training goes on "
+                             "where the folder has no checkpoint (with one transformer in --stages)")
     parser.set_defaults(run=train)
     parser = commands.add_parser("pretraining-128-progress", help="pictures of a 128-pixel base in training")
     parser.add_argument("folder", type=Path)
@@ -44,7 +47,7 @@ def train(options: argparse.Namespace) -> Result:
     """Trains the stages that are not finished until the time is over or SIGTERM comes."""
     require_at_least(options, shards=0)
     stages.train(options.folder, tuple(options.stages), Deadline(options.hours), options.shards,
-                 options.compile)
+                 options.compile, options.start)
     return {"folder": str(options.folder)}, [f"checkpoints are in {options.folder / 'checkpoints'}"]
 
 

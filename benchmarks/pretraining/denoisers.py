@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...core.demo import base, networks
 from ...core.demo.base import TRANSFORMER_CLASSES
-from ...core.demo.bases import FILES
+from ...core.demo.bases import FILES, read_sizes
+from ...core.errors import ConceptError
 from ...core.model.schedule import NoiseSchedule
 from .latent_set import LatentSet
 from .long_run import LongRun, Plan
@@ -44,6 +45,19 @@ def start_modules(denoiser: nn.Module, known: str = "embedded-64") -> nn.ModuleD
     """The denoiser and the text encoder of the base `known`, which knows the captions already."""
     text_encoder = base.load_modules(FILES[known])["text_encoder"]
     return nn.ModuleDict({"denoiser": denoiser, "text_encoder": text_encoder}).requires_grad_(True)
+
+
+def modules_of(kind: str, file: Path) -> tuple[nn.ModuleDict, int]:
+    """The denoiser of this kind and the text encoder of a base file, and the steps that it was trained for.
+
+    Raises:
+        ConceptError: The file holds a denoiser of another kind.
+    """
+    if kind not in read_sizes(file):
+        raise ConceptError(f"the base '{file}' holds no {kind}; allowed: a base with one")
+    modules = base.load_modules(file)
+    trained = nn.ModuleDict({"denoiser": modules[kind], "text_encoder": modules["text_encoder"]})
+    return trained.requires_grad_(True), read_sizes(file)["notes"]["steps"]
 
 
 def _encode(modules: Mapping[str, nn.Module], tokens: Tensor) -> Tensor:
@@ -80,7 +94,8 @@ def train_unet(config: dict, data: LatentSet, folder: Path, plan: Plan, stop: Ca
 
 
 def train_flow(kind: str, config: dict, time_scale: float, data: LatentSet, folder: Path, plan: Plan,
-               stop: Callable[[], bool], batch: int = 64, compiled: bool = False) -> LongRun:
+               stop: Callable[[], bool], batch: int = 64, compiled: bool = False,
+               begun: Path | None = None) -> LongRun:
     """Flow matching: x_t = (1 - t) x + t noise, velocity noise - x; returns the run, finished or not.
 
     Args:
@@ -89,10 +104,14 @@ def train_flow(kind: str, config: dict, time_scale: float, data: LatentSet, fold
         data, folder, plan, stop, batch: As for `train_unet`.
         compiled: Compile the modules first. It takes two minutes and needs a C++ compiler; a step then
             takes 0.6 times as long.
+        begun: A base file that holds the training so far; used where there is no checkpoint.
     """
     torch.manual_seed(0)
-    modules = start_modules(TRANSFORMER_CLASSES[kind](**config), "embedded-128")
-    run = LongRun(modules, folder, kind, plan, stop)
+    if begun is None:
+        modules, done = start_modules(TRANSFORMER_CLASSES[kind](**config), "embedded-128"), 0
+    else:
+        modules, done = modules_of(kind, begun)
+    run = LongRun(modules, folder, kind, plan, stop, done)
     fast = _compiled(modules) if compiled else dict(modules.items())
     generator = torch.Generator().manual_seed(2003 + run.start)
     for _ in run:

@@ -98,13 +98,14 @@ class LongRun:
     """A training to iterate over, with `learn(loss)` once per step; resumes from the newest checkpoint."""
 
     def __init__(self, modules: nn.Module, folder: Path, name: str, plan: Plan,
-                 stop: Callable[[], bool] = never) -> None:
-        """`stop` is called before every step; once it returns True, the training saves and ends early."""
+                 stop: Callable[[], bool] = never, done: int = 0) -> None:
+        """`stop` is called before every step; once it returns True, the training saves and ends early.
+        done: steps that `modules` were trained for before, where there is no checkpoint."""
         self.modules, self.folder, self.name, self.plan, self.stop = modules, folder, name, plan, stop
         self.trained = {key: p for key, p in modules.named_parameters() if p.requires_grad}
         self.optimizers = self._optimizers()
         self.average = {key: p.detach().clone() for key, p in self.trained.items()}
-        self.start, self.smooth, self.saved = 0, None, time.time()
+        self.start, self.smooth, self.saved = done, None, time.time()
         state = read_newest(folder, name)
         if state is not None:
             self._restore(state)

@@ -53,5 +53,5 @@ AUTOENCODER_PLAN = Plan(1000, 1.5e-3, decay=0.4, muon=True)
 DECODER_PLAN = Plan(6000, 1.0e-3, decay=0.6, muon=True)
 # About 2 seconds a step for the UNet and 1 second for the transformers, on one core: 3, 1.6 and 1.6 hours.
 UNET_PLAN = Plan(5300, 1.0e-3, ema=0.9995, muon=True)
-TRANSFORMER_PLAN = Plan(6500, 1.0e-3, decay=0.4, ema=0.999, muon=True)
+TRANSFORMER_PLAN = Plan(7800, 1.0e-3, decay=0.28, ema=0.999, muon=True)
 JOINT_PLAN = Plan(6500, 1.0e-3, decay=0.4, ema=0.999, muon=True)

@@ -57,7 +57,7 @@ def add_latents(folder: Path, count: int) -> None:
 
 
 def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shards: int,
-          compiled: bool = False) -> None:
+          compiled: bool = False, begun: Path | None = None) -> None:
     """Runs the given stages in order, each until it is finished or `stop()` is true.
 
     Args:
@@ -65,7 +65,7 @@ def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shard
         stages: some of `STAGES`.
         stop: called before every step; once it is true, the stage in progress saves and all end.
         shards: how many further shards get latents first.
-        compiled: whether the transformers are compiled, see `denoisers.train_flow`.
+        compiled, begun: of the transformers, see `denoisers.train_flow`.
     """
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shard
             return
     if {"unet", *FLOWS} & set(stages):
         add_latents(folder, shards)
-        train_denoisers(folder, stages, stop, compiled)
+        train_denoisers(folder, stages, stop, compiled, begun)
     if "decoder" in stages and not stop():
         images = autoencoder_pictures(folder)
         scene_autoencoder.train_decoder(sizes.AUTOENCODER, images, checkpoints, sizes.DECODER_PLAN, stop)
@@ -86,7 +86,7 @@ def train(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool], shard
 
 
 def train_denoisers(folder: Path, stages: tuple[str, ...], stop: Callable[[], bool],
-                    compiled: bool = False) -> None:
+                    compiled: bool = False, begun: Path | None = None) -> None:
     """The UNet, then the transformers, on all latents that exist."""
     data, checkpoints = latent_set.load(folder / "latents"), folder / "checkpoints"
     print(f"{len(data.latents)} pictures", flush=True)
@@ -94,4 +94,5 @@ def train_denoisers(folder: Path, stages: tuple[str, ...], stop: Callable[[], bo
         denoisers.train_unet(sizes.UNET, data, checkpoints, sizes.UNET_PLAN, stop)
     for kind, (config, scale, plan) in FLOWS.items():
         if kind in stages and not stop():
-            denoisers.train_flow(kind, config, scale, data, checkpoints, plan, stop, compiled=compiled)
+            denoisers.train_flow(kind, config, scale, data, checkpoints, plan, stop, compiled=compiled,
+                                 begun=begun)

@@ -17,9 +17,11 @@ from continual_concepts.benchmarks.pretraining.long_run import Plan, never
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.demo import base
 from continual_concepts.core.demo.autoencoder import SceneAutoencoder
+from continual_concepts.core.demo.bases import read_sizes
 from continual_concepts.core.demo.joint_transformer import JointTransformer
 from continual_concepts.core.demo.transformer import DiffusionTransformer
 from continual_concepts.core.demo.vocabulary import CONTEXT_LENGTH
+from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.neurons.scores import encode_plain
 from continual_concepts.core.sampling.sampling import sample, starting_noise
 from continual_concepts.core.sampling.settings import SampleSettings
@@ -73,6 +75,22 @@ def test_a_flow_learns_and_goes_on_where_it_stopped(kind, tmp_path):
         run = denoisers.train_flow(kind, sizes | widths, stages.FLOWS[kind][1], data, tmp_path,
                                    Plan(steps, 1e-3, warmup=1, muon=True), never, batch=2)
         assert run.finished and run.start == steps - 1 and np.isfinite(run.smooth)
+
+
+def test_a_flow_goes_on_from_a_base_file(transformer_base, joint_base, tmp_path):
+    """Its weights and steps are the start where there is no checkpoint."""
+    modules, done = denoisers.modules_of("transformer", transformer_base)
+    ids, size = torch.zeros(4, 1, CONTEXT_LENGTH, dtype=torch.int16), read_sizes(transformer_base)
+    data = LatentSet(torch.randn(4, size["transformer"]["in_channels"], 4, 4).half(), ids, ids[0, 0])
+    for more in (0, 1, 2):
+        plan = Plan(done + more, 0.0, warmup=1)
+        run = denoisers.train_flow("transformer", {}, 1000.0, data, tmp_path, plan, never, batch=2,
+                                   begun=transformer_base)
+        assert run.start == max(done, done + more - 1) and run.finished
+    state = run.modules.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in modules.state_dict().items())
+    with pytest.raises(ConceptError, match="holds no transformer"):
+        denoisers.modules_of("transformer", joint_base)
 
 
 @torch.no_grad()
