@@ -151,9 +151,14 @@ def of_single_benchmarks() -> Iterable[tuple[str, str]]:
     yield "benchmark.md", f"with a probability of {photos['auc']:.3f} (AUC)"
     yield "benchmark.md", f"with the same class noun it is {photos['auc_of_one_noun']:.3f}"
     yield "benchmark.md", f"only {100 * photos['as_its_crop']['one thing']:.1f} % of the pairs of one thing"
-    drawn = result("base")["generated"]
-    yield "embedded-base.md", (f"| `embedded-128` (20 steps, guidance 4) | {drawn['class']:g} | "
-                               f"{drawn['colour']:g} | {drawn['both']:g} |")
+    for file, name in (("base", "`embedded-128` (20 steps, guidance 4)"),
+                       ("base-dit", "`embedded-dit` (the same)")):
+        drawn = result(file)["generated"]
+        yield "embedded-base.md", f"| {name} | {drawn['class']:g} | {drawn['colour']:g} | {drawn['both']:g} |"
+    for name, row in result("bases")["bases"].items():
+        shares = [*row["gap_closed"].values(), row["pair_closed"], row["boxes_right"]]
+        cells = [*(f"{share:.2f}" for share in shares), f"{row['retained']:g}", f"{row['base_change']:g}"]
+        yield "embedded-base.md", f"| `{name}`, {row['steps']} steps | {' | '.join(cells)} |"
     neurons = result("neurons")
     shares, general = neurons["shares"], neurons["general"]
     rows, entries = "activation-row", "activation-weight"
