@@ -142,7 +142,7 @@ def add_base(parser: argparse.ArgumentParser, default: str | None = None) -> Non
     parser.add_argument("--base", type=base_name, action=NamedBase, default=default or EMBEDDED,
                         help="folder of a model in diffusers' layout (SD1.5, SD2, SDXL), or an embedded "
                         f"base, a small model for drawings that ships: {names}. 'embedded' is the one that "
-                        f"the bank was made on, else the newest (default {default or EMBEDDED}"
-                        + (")" if default else "; without this flag a line says so)"))
+                        f"the bank was made on, else the newest (default {default or EMBEDDED})"
+                        + ("" if default else "; without this flag a line says so"))
     parser.add_argument("--device", default="cpu",
                         help="torch device of the base, such as cpu or cuda (default %(default)s)")
