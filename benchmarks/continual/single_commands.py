@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ...core.errors import ConceptError
@@ -66,12 +66,18 @@ def photo_encoder(options: Namespace) -> Result:
     return result, lines_of(result)
 
 
-def _add_one_class(commands) -> None:
-    parser = commands.add_parser("one-class", help="many individuals of one class in one bank, in all pairs")
+def _add_drawn(parser: ArgumentParser, methods: str) -> None:
+    """Adds the flags of a command whose methods draw pictures. methods: the default."""
     add = parser.add_argument
     add("--json", dest="file", type=Path, required=True, help="where the result goes, and pictures beside it")
     add("--runs", type=Path, help=RUNS)
-    add("--methods", default="slots,lora", help="comma separated (default %(default)s)")
+    add("--methods", default=methods, help="comma separated (default %(default)s)")
+
+
+def _add_one_class(commands) -> None:
+    parser = commands.add_parser("one-class", help="many individuals of one class in one bank, in all pairs")
+    add = parser.add_argument
+    _add_drawn(parser, "slots,lora")
     add("--class", dest="kind", default="dog", help="what they are (default %(default)s)")
     add("--count", type=int, default=10, help="number of individuals (default %(default)s)")
     add_embedded_base(parser)
@@ -91,9 +97,7 @@ def one_class(options: Namespace) -> Result:
 def _add_compose(commands) -> None:
     parser = commands.add_parser("compose", help="a style of a thing, and a thing that wears another one")
     add = parser.add_argument
-    add("--json", dest="file", type=Path, required=True, help="where the result goes, and pictures beside it")
-    add("--runs", type=Path, help=RUNS)
-    add("--methods", default="slots,bound,lora", help="comma separated (default %(default)s)")
+    _add_drawn(parser, "slots,bound,lora")
     add("--seed", default="0", help="seeds, comma separated (default %(default)s)")
     add("--steps", type=int, default=200, help="of learning each concept (default %(default)s)")
     add_embedded_base(parser, BASE)

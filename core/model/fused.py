@@ -7,7 +7,7 @@ so deltas of it act on the rows of both. In the picture that is where most of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,17 +66,27 @@ def projecting(projections: Sequence[Projection], changes: Sequence[Change]) -> 
     if not changes:
         yield
         return
-    before = {each.module: each.module.__dict__.get("forward") for each in projections}
+    forwards: dict[nn.Module, Callable] = {}
+    for module in dict.fromkeys(each.module for each in projections):
+        own = [each for each in projections if each.module is module]
+        forwards[module] = partial(projected, module.forward, own, changes)
+    with running(forwards):
+        yield
+
+
+@contextmanager
+def running(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Context manager in which modules run other functions instead of their `forward`."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
     try:
-        for module in before:
-            own = [each for each in projections if each.module is module]
-            module.__dict__["forward"] = partial(projected, module.forward, own, changes)
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for module, forward in before.items():
+        for module, own in before.items():
             module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 def projected(forward: Callable[[Tensor], Tensor], projections: Sequence[Projection],

@@ -53,11 +53,20 @@ def chroma_model(dtype: torch.dtype = torch.float32):
     return comfy.model_patcher.ModelPatcher(model, device, device)
 
 
+def clip_of(tokenizer, text, name: str):
+    """A CLIP of these classes. name: of its encoder, whose weights become random."""
+    import comfy.sd
+    import comfy.supported_models_base
+
+    clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(tokenizer, text), embedding_directory=None)
+    transformer = getattr(clip.cond_stage_model, name).transformer
+    transformer.load_state_dict(filled(transformer))
+    return clip
+
+
 def qwen():
     """A CLIP of Flux.2 Klein with a reduced encoder."""
-    import comfy.sd
     import comfy.sd1_clip
-    import comfy.supported_models_base
     import comfy.text_encoders.flux as flux
     import comfy.text_encoders.llama as llama
 
@@ -74,11 +83,7 @@ def qwen():
                 enable_attention_masks=True, return_attention_masks=True)
             self.dtypes = {torch.float32}
 
-    target = comfy.supported_models_base.ClipTarget(flux.KleinTokenizer, Text)
-    clip = comfy.sd.CLIP(target, embedding_directory=None)
-    transformer = clip.cond_stage_model.qwen3_4b.transformer
-    transformer.load_state_dict(filled(transformer))
-    return clip
+    return clip_of(flux.KleinTokenizer, Text, "qwen3_4b")
 
 
 def text_encoders(pooled: bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .make_flux import distance, studio_of
+from .make_flux import clip_of, distance, studio_of
 from .make_transformer import TINY, filled, wan_vae
 
 TEXT = 80      # width of the reduced encoder; the host splits it into 20 heads
@@ -29,9 +29,7 @@ def krea2_model(dtype: torch.dtype = torch.float32, **sizes):
 def krea2_clip():
     """A CLIP of Krea 2 with a reduced encoder, which has no vision part."""
     import comfy.ops
-    import comfy.sd
     import comfy.sd1_clip
-    import comfy.supported_models_base
     import comfy.text_encoders.krea2 as krea2
     import comfy.text_encoders.llama as llama
     import comfy.text_encoders.qwen3vl as qwen3vl
@@ -56,11 +54,7 @@ def krea2_clip():
                 enable_attention_masks=True, return_attention_masks=True)
             self.dtypes = {torch.float32}
 
-    target = comfy.supported_models_base.ClipTarget(krea2.Krea2Tokenizer, Text)
-    clip = comfy.sd.CLIP(target, embedding_directory=None)
-    transformer = clip.cond_stage_model.qwen3vl_4b.transformer
-    transformer.load_state_dict(filled(transformer))
-    return clip
+    return clip_of(krea2.Krea2Tokenizer, Text, "qwen3vl_4b")
 
 
 def krea2_studio(pack, model=None):

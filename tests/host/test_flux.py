@@ -12,6 +12,7 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
+from .joint_checks import foreign_patches_act_in_front_alone, gradients_are_those_of_the_prediction
 from .make_flux import Latents, distance, flux_model, model_and_clip, studio_of
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
@@ -184,30 +185,10 @@ def test_rows_that_fill_a_batch_up_are_not_read(joint, backbone):
 def test_gradients_are_those_of_the_prediction(joint, backbone):
     """Although the host's blocks write into their inputs: with and without gradient checkpointing, against
     finite differences."""
-    from continual_concepts.core.attention.token_lora import TokenLoraProcessor
-
-    text, noise = text_of(backbone), noise_of(backbone)
-    context = Context(text.unsqueeze(1), None, ({"rex": (2, 3)},))
-
+    context = Context(text_of(backbone).unsqueeze(1), None, ({"rex": (2, 3)},))
     with torch.inference_mode(False), backbone.training():
-        slots = slots_of(backbone.layout, 2.0)
-        first = slots[0, SLOTS]
-        keys = first.key.clone().requires_grad_()
-
-        def loss(key):
-            deltas = slots | {(0, SLOTS): SlotDelta(key, first.value, first.heads)}
-            return backbone.predict(noise, torch.tensor([500]), context,
-                                    TokenLoraProcessor({"rex": deltas})).double().square().sum()
-
-        found = []
-        for checkpointed in (False, True):
-            with torch.enable_grad(), backbone.gradient_checkpointing(checkpointed):
-                found.append(torch.autograd.grad(loss(keys), keys)[0])
-        with torch.no_grad():
-            step = 0.3 * found[0] / found[0].norm()
-            expected = (loss(keys + step) - loss(keys - step)).item() / 0.6
-    assert found[0].norm().item() == pytest.approx(expected, rel=0.01)
-    assert distance(found[1], found[0]) < 1e-4
+        gradients_are_those_of_the_prediction(backbone, slots_of(backbone.layout, 2.0),
+                                              (noise_of(backbone), torch.tensor([500]), context))
 
 
 def test_what_does_not_work_is_refused_before_any_work(joint, studio, monkeypatch):
@@ -228,22 +209,7 @@ def test_what_does_not_work_is_refused_before_any_work(joint, studio, monkeypatc
 
 
 def test_another_nodes_patch_behind_the_concepts_is_refused_and_before_them_acts(joint):
-    ours = joint.studio
-
-    def doubled(q, k, v, extra_options=None, **_):
-        return {"v": 2 * v}
-
-    patched = ours.model.clone()
-    patched.set_model_attn1_patch(doubled)
-    model, clip, positive = ours.aggregate("a <spot>", joint.bank, model=patched)
-    negative = ours.encode(clip, "")
-    drawn = ours.ksampler(model, positive, negative)
-    model = ours.aggregate("a <spot>", joint.bank)[0]
-    assert distance(drawn, ours.ksampler(model, positive, negative)) > 1e-3
-    model = model.clone()
-    model.set_model_attn1_patch(doubled)
-    with pytest.raises(ConceptError, match="put that node before Apply Concepts"):
-        ours.ksampler(model, positive, negative)
+    foreign_patches_act_in_front_alone(joint.studio, joint.bank)
 
 
 def test_a_concept_works_on_a_distilled_sibling_and_models_that_read_pictures_are_refused(joint):

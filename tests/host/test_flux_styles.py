@@ -14,6 +14,7 @@ from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.model.sites import PROJECTIONS
 
+from .joint_checks import deltas_act_alike_in_three_ways
 from .make_flux import distance, model_and_clip, studio_of
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
@@ -90,25 +91,9 @@ def adapters_of(backbone, deltas, chosen=PROJECTIONS):
 @pytest.mark.parametrize("chosen", [PROJECTIONS, *((name,) for name in PROJECTIONS)], ids=str)
 def test_deltas_while_learning_are_patches_of_the_weights(joint, backbone, chosen):
     """Three ways to the same prediction: added to outputs, as adapters, and as the host's patches."""
-    import comfy.model_management as management
-
-    from continual_concepts.core.comfy.apply import fold
-
-    model = joint.studio.model
-    with torch.inference_mode(False), backbone.training(), torch.no_grad():
-        deltas = {key: delta for key, delta in large(backbone.layout).items() if key[1] in chosen}
-        adapters, inputs = adapters_of(backbone, deltas, chosen), inputs_of(backbone)
-        plain = backbone.predict(*inputs)
-        adapted = backbone.predict(*inputs, AdapterProcessor(adapters))
-        with backbone.folded(deltas):
-            folded = backbone.predict(*inputs)
-        assert torch.equal(backbone.predict(*inputs), plain)
-    management.load_models_gpu([fold(model, backbone.sites, deltas, False)])
-    expected = backbone.sites.evaluate(*inputs, {}, 8)
-    management.load_models_gpu([model])
-    assert distance(backbone.sites.evaluate(*inputs, {}, 8), plain) < 1e-4
-    assert distance(folded, expected) < 1e-4 and distance(adapted, expected) < 1e-4
-    assert distance(plain, expected) > 1e-3
+    deltas = {key: delta for key, delta in large(backbone.layout).items() if key[1] in chosen}
+    deltas_act_alike_in_three_ways(backbone, joint.studio.model, deltas,
+                                   adapters_of(backbone, deltas, chosen), inputs_of(backbone))
 
 
 def test_gradients_reach_all_factors(joint, backbone):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.model.slots import SlotDelta
-
+from .joint_checks import two_concepts_add_few_operations
 from .make_flux import FLUX, flux_model, studio_of, text_encoders
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
@@ -30,34 +29,14 @@ def test_one_block_of_each_kind_at_the_true_widths(pack, comfyui):
 def test_two_concepts_add_few_operations_at_the_true_widths(comfyui, monkeypatch):
     """One block of each kind, a picture of 1024 pixels, counted without computing."""
     import comfy.ldm.flux.model as flux
-    import comfy.model_management as management
     import comfy.ops
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
-    from continual_concepts.core.comfy.families.joint import Begin, Finish
-    from continual_concepts.core.comfy.sites import ATTENTION, PROCESSOR, differentiable_attention
     from continual_concepts.core.model.sites import joint_layout
 
-    monkeypatch.setattr(management, "in_training", True)      # rotary positions in torch alone
     sizes = FLUX | TRUE | {"guidance_embed": False}
+
+    def make():
+        return flux.Flux(**sizes, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+
     layout = joint_layout(1, 1, 24, 3072, (("t5xxl", 4096),))
-    hooks = {"attn1_patch": [Begin(layout)], "attn1_output_patch": [Finish()]}
-    processor = TokenLoraProcessor({})
-    with torch.device("meta"):
-        model = flux.Flux(**sizes, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
-        deltas = {(site.index, "slots"): SlotDelta(torch.zeros(8, 3072), torch.zeros(8, 3072), 24)
-                  for site in layout.sites}
-        processor.concepts = TokenLora.at({name: torch.zeros(1, 256) for name in ("rex", "mimi")},
-                                          {name: deltas for name in ("rex", "mimi")})
-        given = torch.zeros(1, 16, 128, 128), torch.zeros(1), torch.zeros(1, 256, sizes["context_in_dim"])
-
-        def operations(acting) -> int:
-            options = {"patches": hooks, PROCESSOR: acting, ATTENTION: differentiable_attention}
-            with FlopCounterMode(display=False) as counter:
-                model(*given, transformer_options=options)
-            return counter.get_total_flops()
-
-        ratio = operations(processor) / operations(None)
-    print(f"operations with two concepts: {ratio:.3f} times those without")
-    assert 1.0 < ratio <= 1.06
+    two_concepts_add_few_operations(make, layout, sizes["context_in_dim"], monkeypatch)

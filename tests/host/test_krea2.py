@@ -11,6 +11,7 @@ import torch
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.sites import PROJECTIONS
 
+from .joint_checks import foreign_patches_act_in_front_alone
 from .make_krea2 import distance, krea2_model, krea2_studio
 
 pytestmark = pytest.mark.usefixtures("has_krea2", "as_in_comfyui", "own_folder")
@@ -165,22 +166,7 @@ def test_a_reference_picture_acts_beside_a_concept(krea, method):
 
 
 def test_another_nodes_patch_behind_the_concepts_is_refused_and_before_them_acts(krea):
-    ours = krea.studio
-
-    def doubled(q, k, v, extra_options=None, **_):
-        return {"v": 2 * v}
-
-    patched = ours.model.clone()
-    patched.set_model_attn1_patch(doubled)
-    model, clip, positive = ours.aggregate("a <spot>", krea.bank, model=patched)
-    negative = ours.encode(clip, "")
-    drawn = ours.ksampler(model, positive, negative)
-    model = ours.aggregate("a <spot>", krea.bank)[0]
-    assert distance(drawn, ours.ksampler(model, positive, negative)) > 1e-3
-    model = model.clone()
-    model.set_model_attn1_patch(doubled)
-    with pytest.raises(ConceptError, match="put that node before Apply Concepts"):
-        ours.ksampler(model, positive, negative)
+    foreign_patches_act_in_front_alone(krea.studio, krea.bank)
 
 
 def test_what_does_not_work_is_refused_before_any_work(krea, studio, tmp_path, monkeypatch):

@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from continual_concepts.core.attention.adapters import AdapterProcessor, LowRankAdapters
+from continual_concepts.core.attention.adapters import LowRankAdapters
 from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.deltas import LowRankDelta
 from continual_concepts.core.model.sites import PROJECTIONS
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
+from .joint_checks import (
+    deltas_act_alike_in_three_ways,
+    gradients_are_those_of_the_prediction,
+    two_concepts_add_few_operations,
+)
 from .make_krea2 import LAYERS, TEXT, distance, krea2_model, krea2_studio
 
 pytestmark = pytest.mark.usefixtures("has_krea2", "as_in_comfyui", "own_folder")
@@ -118,34 +123,14 @@ def test_rows_that_fill_a_batch_up_are_not_read(krea, backbone):
 
 def test_gradients_are_those_of_the_prediction(krea, backbone):
     """With and without gradient checkpointing, against finite differences, in a batch that is filled up."""
-    context, noise = texts_of(backbone, 7, 5), noise_of(backbone, 2)
+    inputs = noise_of(backbone, 2), torch.tensor([500, 300]), texts_of(backbone, 7, 5)
     with torch.inference_mode(False), backbone.training():
-        slots, found = slots_of(backbone.layout), []
-        first = slots[0, SLOTS]
-        keys = first.key.clone().requires_grad_()
-
-        def loss(key):
-            deltas = slots | {(0, SLOTS): SlotDelta(key, first.value, first.heads)}
-            return backbone.predict(noise, torch.tensor([500, 300]), context,
-                                    TokenLoraProcessor({"rex": deltas})).double().square().sum()
-
-        for checkpointed in (False, True):
-            with torch.enable_grad(), backbone.gradient_checkpointing(checkpointed):
-                found.append(torch.autograd.grad(loss(keys), keys)[0])
-        with torch.no_grad():
-            step = 0.3 * found[0] / found[0].norm()
-            expected = (loss(keys + step) - loss(keys - step)).item() / 0.6
-    assert found[0].norm().item() == pytest.approx(expected, rel=0.01)
-    assert distance(found[1], found[0]) < 1e-4
+        gradients_are_those_of_the_prediction(backbone, slots_of(backbone.layout), inputs)
 
 
 @pytest.mark.parametrize("chosen", [PROJECTIONS, *((name,) for name in PROJECTIONS)], ids=str)
 def test_deltas_while_learning_are_patches_of_the_weights(krea, backbone, chosen):
     """Three ways to the same prediction: added to outputs, as adapters, and as the host's patches."""
-    import comfy.model_management as management
-
-    from continual_concepts.core.comfy.apply import fold
-
     generator, model = torch.Generator().manual_seed(4), krea.model
     deltas = {(site.index, name): LowRankDelta(
         0.02 * torch.randn(site.shape(name)[0], 2, generator=generator),
@@ -154,16 +139,7 @@ def test_deltas_while_learning_are_patches_of_the_weights(krea, backbone, chosen
     adapters = LowRankAdapters(backbone.layout, 2, 1.0, generator, "cpu", chosen)
     adapters.load(deltas)
     inputs = noise_of(backbone), torch.tensor([500]), texts_of(backbone, 7)
-    with torch.inference_mode(False), backbone.training(), torch.no_grad():
-        plain, adapted = backbone.predict(*inputs), backbone.predict(*inputs, AdapterProcessor(adapters))
-        with backbone.folded(deltas):
-            folded = backbone.predict(*inputs)
-        assert torch.equal(backbone.predict(*inputs), plain)
-    management.load_models_gpu([fold(model, backbone.sites, deltas, False)])
-    expected = backbone.sites.evaluate(*inputs, {}, 8)
-    management.load_models_gpu([model])
-    assert distance(folded, expected) < 1e-4 and distance(adapted, expected) < 1e-4
-    assert distance(plain, expected) > 1e-3
+    deltas_act_alike_in_three_ways(backbone, model, deltas, adapters, inputs)
 
 
 @pytest.mark.slow
@@ -184,32 +160,13 @@ def test_one_block_at_the_true_widths(pack):
 def test_two_concepts_add_few_operations_at_the_true_widths(comfyui, monkeypatch):
     """One block, a picture of 1024 pixels, counted without computing."""
     import comfy.ldm.krea2.model as krea2
-    import comfy.model_management as management
     import comfy.ops
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from continual_concepts.core.comfy.families.joint import Begin, Finish
-    from continual_concepts.core.comfy.sites import ATTENTION, PROCESSOR, differentiable_attention
     from continual_concepts.core.model.sites import one_stream_layout
 
-    monkeypatch.setattr(management, "in_training", True)      # rotary positions in torch alone
+    def make():
+        return krea2.SingleStreamDiT(**TRUE, dtype=torch.float32, device="meta",
+                                     operations=comfy.ops.disable_weight_init)
+
     layout = one_stream_layout(1, 48, 6144, 1536, (("qwen3vl_4b", 2560),))
-    hooks = {"attn1_patch": [Begin(layout)], "attn1_output_patch": [Finish()]}
-    processor = TokenLoraProcessor({})
-    with torch.device("meta"):
-        model = krea2.SingleStreamDiT(**TRUE, dtype=torch.float32, device="meta",
-                                      operations=comfy.ops.disable_weight_init)
-        deltas = {(0, SLOTS): SlotDelta(torch.zeros(8, 6144), torch.zeros(8, 6144), 48)}
-        processor.concepts = TokenLora.at({name: torch.zeros(1, 256) for name in ("rex", "mimi")},
-                                          {name: deltas for name in ("rex", "mimi")})
-        given = torch.zeros(1, 16, 128, 128), torch.zeros(1), torch.zeros(1, 256, 12 * 2560)
-
-        def operations(acting) -> int:
-            options = {"patches": hooks, PROCESSOR: acting, ATTENTION: differentiable_attention}
-            with FlopCounterMode(display=False) as counter:
-                model(*given, transformer_options=options)
-            return counter.get_total_flops()
-
-        ratio = operations(processor) / operations(None)
-    print(f"operations with two concepts: {ratio:.3f} times those without")
-    assert 1.0 < ratio <= 1.06
+    two_concepts_add_few_operations(make, layout, 12 * 2560, monkeypatch)

@@ -30,7 +30,7 @@ from ...attention.token_lora import with_delta
 from ...errors import ConceptError
 from ...model.backbone import TextEncoder
 from ...model.flow import FlowSchedule
-from ...model.fused import Change, Offset, Projection, projecting
+from ...model.fused import Change, Offset, Projection, projecting, running
 from ...model.joint_rows import attend_picture, fill_bias, put_together, restarted, without_picture
 from ...model.processor import AttentionProcessor
 from ...model.sites import PROJECTIONS, Site, SiteLayout
@@ -112,19 +112,11 @@ class Joint(Family):
     def attached(self, denoiser: Any = None, learns: bool = False) -> Iterator[None]:
         """Modules run functions of this package, see `forwards`."""
         forwards = self.forwards(denoiser or self.denoiser, learns)
-        before = {module: module.__dict__.get("forward") for module in forwards}
-        if any(isinstance(forward, Around) for forward in before.values()):      # by a call around this one
-            yield
+        if any(isinstance(module.__dict__.get("forward"), Around) for module in forwards):
+            yield      # a call around this one attached them
             return
-        try:
-            for module, forward in forwards.items():
-                module.__dict__["forward"] = forward
+        with running(forwards):
             yield
-        finally:
-            for module, own in before.items():
-                module.__dict__.pop("forward", None)
-                if own is not None:
-                    module.__dict__["forward"] = own
 
     def forwards(self, denoiser: Any, learns: bool) -> dict[nn.Module, Around]:
         """What modules run during a call of the denoiser. Where core calls it, blocks run the processor's
