@@ -17,7 +17,9 @@ RATE_FACTORS = (1.0, 0.25, 0.5, 2.0)      # on the usual rates of deltas and wor
 STRENGTH_FACTORS = (0.1, 10.0)      # on the usual strength
 # for methods without a regulariser, on the rate of the words alone; textual_inversion has no other rate
 WORD_FACTORS = (0.5, 2.0)
-OTHER_STEPS = (100,)     # `STEPS` is the most that any method gets, so that all may use the same computation
+FIRST_STEPS = 100      # of the stages of rates and strength; half of `STEPS`, which takes half of the time
+# on the best rates, with all the steps that a method may use: more steps often want a lower rate
+MORE_STEPS_FACTORS = (1.0, 0.5)
 STRENGTHS = {
     "cidm": "gamma1", "ccdm": "gamma_specific", "clora": "forget", "cns": "tie_previous",
     "custom_diffusion_merge": "ridge", "ewc": "tie", "l2dm": "mu", "lwf": "distil", "mix_of_show": "ridge",
@@ -37,8 +39,13 @@ def strength_of(method: str) -> tuple[str, float] | None:
 
 def _rates(method: str) -> list[Trial]:
     config = get(method).config(**usual_settings(method))
-    return [{"lr": config.lr * factor, "token_lr": config.token_lr * factor, STEPS_KEY: STEPS}
-            for factor in RATE_FACTORS]
+    usual = {"lr": config.lr, "token_lr": config.token_lr, STEPS_KEY: FIRST_STEPS}
+    return [_faster(usual, factor) for factor in RATE_FACTORS]
+
+
+def _faster(trial: Trial, factor: float) -> Trial:
+    """The trial with `factor` times its rates."""
+    return {**trial, "lr": trial["lr"] * factor, "token_lr": trial["token_lr"] * factor}
 
 
 def stage_trials(method: str, stage: int, best: Trial) -> list[Trial]:
@@ -46,7 +53,7 @@ def stage_trials(method: str, stage: int, best: Trial) -> list[Trial]:
     if stage == 0:
         return _rates(method)
     if stage == 2:
-        return [{**best, STEPS_KEY: steps} for steps in OTHER_STEPS]
+        return [{**_faster(best, factor), STEPS_KEY: STEPS} for factor in MORE_STEPS_FACTORS]
     strength = strength_of(method)
     if strength is None:
         return [{**best, "token_lr": best["token_lr"] * factor} for factor in WORD_FACTORS]
@@ -65,7 +72,7 @@ def finalists(results: Sequence[Mapping]) -> list[Trial]:
 
 STAGES = 3      # before the one of the finalists
 FINALISTS = 2
-BUDGET = (len(RATE_FACTORS) + len(STRENGTH_FACTORS) + len(OTHER_STEPS) + FINALISTS
+BUDGET = (len(RATE_FACTORS) + len(STRENGTH_FACTORS) + len(MORE_STEPS_FACTORS) + FINALISTS
           + len(style_rates.FACTORS))
 
 
@@ -77,7 +84,7 @@ def beyond(trial: Trial, results: Sequence[Mapping]) -> Trial | None:
     factor = 2.0 if trial["lr"] == max(rates) else 0.5 if trial["lr"] == min(rates) else None
     if factor is None:
         return None
-    return {**trial, "lr": trial["lr"] * factor, "token_lr": trial["token_lr"] * factor}
+    return _faster(trial, factor)
 
 
 def run_of(method: str, trial: Trial, tasks: int, seed: int = SEED) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -46,7 +47,7 @@ def test_every_method_has_the_same_budget_of_valid_settings():
             best = of_stage[0]
         styles = style_rates.trials_of(best)
         assert styles[0] == best and styles[1] == {**best, "style_rate": 4.0}
-        assert count + trials.FINALISTS + len(styles) == tuning.BUDGET == 11
+        assert count + trials.FINALISTS + len(styles) == tuning.BUDGET == 12
 
 
 def test_strengths_are_settings_of_their_methods():
@@ -57,7 +58,7 @@ def test_strengths_are_settings_of_their_methods():
 
 
 class Finished:
-    """A folder of finished trials whose objective is best for given settings."""
+    """A folder of finished trials whose objective is best for given settings, and better near that rate."""
 
     def __init__(self, folder, prefer):
         self.folder, self.prefer = folder, prefer
@@ -68,7 +69,8 @@ class Finished:
             is_of_styles = planned.tasks == STYLES
             settings = {**planned.settings(), "steps": planned.steps(0)}
             good = sum(settings.get(name) == pytest.approx(value) for name, value in self.prefer.items())
-            made = run("ewc", 0, 71, alone=(0.4 + 0.1 * good,) * 4)
+            near = -0.01 * abs(math.log2(settings["lr"] / self.prefer.get("lr", settings["lr"])))
+            made = run("ewc", 0, 71, alone=(0.4 + 0.1 * good + near,) * 4)
             folder = style_rates.folder_of(self.folder) if is_of_styles else self.folder
             folder.mkdir(exist_ok=True)
             (folder / f"{planned.name}.json").write_text(json.dumps(made))
@@ -76,9 +78,9 @@ class Finished:
 
 def test_each_stage_starts_from_the_best_of_the_earlier_ones(tmp_path):
     usual = trials.strength_of("ewc")[1]
-    best = {"lr": 1e-3, "token_lr": 1e-2, "tie": 10 * usual, "steps": 100}
+    best = {"lr": 1e-3, "token_lr": 1e-2, "tie": 10 * usual, "steps": 200}
     finished = Finished(tmp_path, best)
-    for size in (4, 2, 1, 2):
+    for size in (4, 2, 2, 2):
         assert "chosen" not in finished.tuning.to_json("abc")["methods"]["ewc"]
         wanted = finished.tuning.wanted()
         assert len(wanted) == size
@@ -131,7 +133,7 @@ def test_a_second_seed_decides_between_the_finalists(tmp_path):
     assert finished.tuning.of("ewc")[2]["lr"] == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize("edge, next_ones", [(4e-3, (8e-3, 16e-3)), (5e-4, (2.5e-4, 1.25e-4))])
+@pytest.mark.parametrize("edge, next_ones", [(4e-3, (8e-3, 16e-3)), (2.5e-4, (1.25e-4, 6.25e-5))])
 def test_a_best_rate_at_the_edge_is_followed_by_rates_beyond_it(tmp_path, edge, next_ones):
     finished, first = Finished(tmp_path, {"lr": edge}), next_ones[0]
     while not any(run.settings()["lr"] == pytest.approx(first) for run in finished.tuning.wanted()):
@@ -254,14 +256,14 @@ def test_the_command_tunes_a_method_and_continues(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(trials, "STYLES", 2)
     monkeypatch.setattr(tuning, "STYLES", 2)
     monkeypatch.setattr(trials, "STEPS", 1)
-    monkeypatch.setattr(trials, "OTHER_STEPS", (2,))
+    monkeypatch.setattr(trials, "FIRST_STEPS", 2)
     for name in ("PICTURES", "GROUP_PICTURES", "PAIR_PICTURES"):
         monkeypatch.setattr(tuning, name, 2)
     file = tmp_path / "tuning.json"
     assert main(["tune", "--json", str(file), "--methods", "textual_inversion"]) == 0
     result = json.loads(file.read_text())
     entry = result["methods"]["textual_inversion"]
-    assert len(entry["trials"]) >= result["budget"] == 11 and result["base"]
+    assert len(entry["trials"]) >= result["budget"] == 12 and result["base"]
     repeated = [each["settings"] for each in entry["trials"] if each["seed"] == tuning.SECOND_SEED]
     assert len(repeated) >= 2 and settings_for(entry["chosen"], "object") in repeated
     monkeypatch.setattr(tuned, "FILE", file)
@@ -280,7 +282,7 @@ def test_a_result_is_enough_to_continue_in_another_folder(tmp_path):
     elsewhere = tuning.Tuning(["ewc"], tmp_path / "other", levels(), TASKS, levels(), known)
     assert elsewhere.to_json("abc")["methods"] == first
     assert elsewhere.wanted() == finished.tuning.wanted()
-    assert len(elsewhere.wanted()) == len(trials.OTHER_STEPS)
+    assert len(elsewhere.wanted()) == len(trials.MORE_STEPS_FACTORS)
 
 
 def test_known_trials_of_styles_are_not_repeated(tmp_path):
