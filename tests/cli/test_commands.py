@@ -236,11 +236,11 @@ def test_a_preset_chooses_what_no_flag_says(photos, tmp_path, capsys):
     asked = ["learn", str(photos), "--bank", str(bank), "--name", "rex", "--noun", "dog",
              "--preset", "person", "--effort", "quick", "--base", "embedded-64", "--batch-size", "2"]
     assert main([*asked, "--steps", "2"]) == 0
-    assert ("preset person or animal, quick, for embedded-64: method slots, lr 0.001, token_lr 0.005, "
+    assert ("preset person or animal, quick, for embedded-64: method slots, lr 0.002, token_lr 0.02, "
             "steps 2, resolution 64, batch_size 2, schedule cosine, warmup 20") in capsys.readouterr().out
     info = open_bank(bank).infos["rex"]
     settings = info.provenance.settings
-    assert info.kind == "object" and settings["method"]["lr"] == 1e-3
+    assert info.kind == "object" and settings["method"]["lr"] == 2e-3
     assert {name: settings["training"][name] for name in ("steps", "batch_size", "resolution", "warmup")} == {
         "steps": 2, "batch_size": 2, "resolution": 64, "warmup": 20}
 
