@@ -35,7 +35,7 @@ SMALL = """prompt => {
     const learner = of('ConceptLearner');
     base.connect(3, learner, learner.inputs.findIndex(input => input.name === 'clip_vision'));
     set('ConceptPhotosLoad', {folder: 'mimi'});
-    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', preview_every: 50});
+    set('ConceptLearner', {name: 'mimi', class_noun: 'cat', preview_every: 25});
     set('ElasticWeightAggregate', {prompt});
     set('EmptyLatentImage', {width: 128, height: 128, batch_size: 4});
     set('KSampler', {cfg: 3, steps: 16, sampler_name: 'euler', scheduler: 'normal'});
