@@ -23,6 +23,7 @@ from ..errors import ConceptError
 from ..model.backbone import TextPiece, WholePromptEncoder, WholeText
 from .concept_encoder import Concepts, Wrapped
 from .concept_tokenizer import ConceptTokenizer
+from .prompt_states import PromptStates, with_strength
 from .sites import STRENGTHS, WORDS, SlotCond
 from .text import ROW_NAMES, cut_in_front, row_name, row_tokenizer, row_tokens, text_widths
 from .token_lora import code
@@ -30,6 +31,7 @@ from .token_lora import code
 ROW_COUNT = 512      # rows of a text, at least: the host fills shorter ones up
 # Noncharacters of Unicode around a noun; no prompt contains them. Tokenizers do not see them.
 _BEGIN, _END = "\ufdd5", "\ufdd6"
+_ADAPTED = "t5xxl_ids"      # in the dictionary of a CONDITIONING whose rows an adapter of the model makes
 
 
 class NounId(int):
@@ -147,9 +149,13 @@ class NounEncoder(Wrapped):
         for name, places in noun_rows(row, cut).items():
             if name in self.word_bound:
                 weights[name] = {place: row[place + cut][1] for place in places}
-        extra = dict(output[2]) if len(output) > 2 else {}
-        conditions = row_conditions(weights, max(ROW_COUNT, len(row) - cut), output[0].device)
-        return *output[:2], extra | {"model_conds": {**extra.get("model_conds", {}), **conditions}}
+        states, extra = output[0], dict(output[2]) if len(output) > 2 else {}
+        conditions = row_conditions(weights, max(ROW_COUNT, len(row) - cut), states.device)
+        if weights and _ADAPTED not in extra:      # the rows of the text are those of the states
+            states = PromptStates.of(states, states.new_zeros(len(states), 0, *states.shape[1:]),
+                                     {code(name): _strengths(states, places)
+                                      for name, places in weights.items()})
+        return states, output[1], extra | {"model_conds": {**extra.get("model_conds", {}), **conditions}}
 
     def _plain(self, tokens):
         """The host's tokens. Nouns get the weight 1 where a weight is a factor on deltas."""
@@ -162,6 +168,13 @@ class NounEncoder(Wrapped):
 
         return _plain_ids({key: [[(token, weight_of(token, weight), *rest) for token, weight, *rest in chunk]
                                  for chunk in chunks] for key, chunks in tokens.items()})
+
+
+def _strengths(states: Tensor, places: Mapping[int, float]) -> Tensor:
+    """The strength of a concept at every row of states `[B, N, D]`, `[B, N]`. places: row -> strength."""
+    strengths = torch.zeros(states.shape[:2])
+    strengths[:, list(places)] = torch.tensor(list(places.values()))
+    return strengths.to(states.device)
 
 
 def noun_rows(row: Sequence[tuple], cut: int) -> dict[str, tuple[int, ...]]:
@@ -186,6 +199,8 @@ def row_conditions(weights: Mapping[str, Mapping[int, float]], rows: int,
 def on_all_rows(conditioning, own_code: int, strength: float):
     """Returns a CONDITIONING in which a concept's deltas act at every row; as `with_strength`."""
     def changed(states: Tensor, extra: dict) -> list:
+        if isinstance(states, PromptStates):
+            return with_strength([[states, extra]], own_code, strength)[0]
         conditions = extra.get("model_conds", {})
         if WORDS not in conditions:
             conditions = {**conditions, **row_conditions({}, ROW_COUNT, states.device)}

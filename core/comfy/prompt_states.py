@@ -39,7 +39,8 @@ class PromptStates(Tensor):
 
     @classmethod
     def of(cls, states: Tensor, offsets: Tensor, strengths: Mapping[int, Tensor]) -> PromptStates:
-        """offsets: layer copies minus their mean, `[B, L, N, D]`. strengths: code -> `[B, N]`."""
+        """offsets: layer copies minus their mean, `[B, L, N, D]`; L = 0 where all sites read the states.
+        strengths: code -> `[B, N]`."""
         columns = [strength.to(states).unsqueeze(-1) for strength in strengths.values()]
         carried = torch.cat([offsets.transpose(1, 2).flatten(2), *columns], -1)
         return cls._made(states, carried, tuple(strengths))
@@ -59,7 +60,8 @@ class PromptStates(Tensor):
     def offsets(self) -> Tensor:
         """`[B, L, N, D]`."""
         width = self.carried.shape[-1] - len(self.codes)
-        return self.carried[..., :width].unflatten(-1, (-1, self.shape[-1])).transpose(1, 2)
+        shape = width // self.shape[-1], self.shape[-1]
+        return self.carried[..., :width].unflatten(-1, shape).transpose(1, 2)
 
     @property
     def strengths(self) -> dict[int, Tensor]:
@@ -142,11 +144,11 @@ def conditions_of(offsets: Tensor, strengths: Mapping[int, Tensor] | None) -> di
     """Model conditions for a CONDITIONING's dictionary.
 
     Args:
-        offsets: Layer copies minus their mean, `[B, L, N, D]`.
+        offsets: Layer copies minus their mean, `[B, L, N, D]`. L = 0 where all sites read the states.
         strengths: Code of a word-bound concept -> its strength at every token, `[B, N]`. None where no
             concept is word-bound.
     """
-    conditions = {OFFSETS: OffsetCond(offsets)}
+    conditions = {OFFSETS: OffsetCond(offsets)} if offsets.shape[1] else {}
     if strengths is None:
         return conditions
     empty = offsets.new_zeros(offsets.shape[0], offsets.shape[2])

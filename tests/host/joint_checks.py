@@ -1,4 +1,4 @@
-"""Checks that every family with joint attention passes."""
+"""Checks that every family with joint attention passes; the last also others whose text is read as rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from continual_concepts.core.attention.adapters import AdapterProcessor
 from continual_concepts.core.attention.token_lora import TokenLora, TokenLoraProcessor
 from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
 from .make_flux import distance
@@ -98,3 +99,41 @@ def two_concepts_add_few_operations(make, layout, text_width: int, monkeypatch) 
         ratio = operations(processor) / operations(None)
     print(f"operations with two concepts: {ratio:.3f} times those without")
     assert 1.0 < ratio <= 1.06
+
+
+def nodes_that_compute_with_conditionings_carry_concepts_along(ours, bank) -> None:
+    """Concat, Average, Multiply and Zero Out, of a text whose rows the model reads as they are."""
+    from continual_concepts.core.comfy.apply import context_of
+    from continual_concepts.core.comfy.families import find_sites
+    from continual_concepts.core.comfy.text import text_widths
+
+    sites, stock = find_sites(ours.model, text_widths(ours.clip)), ours.stock
+    model, clip, _ = ours.aggregate("", bank)
+    one, two = (ours.encode(clip, prompt) for prompt in ("a (<spot>:0.5)", "a <tom> at night"))
+
+    def read(conditioning) -> Context:
+        return context_of(conditioning, 1, ("spot", "tom"), sites)
+
+    def of(context: Context, name: str) -> tuple[tuple[int, ...], set[float]]:
+        places = context.words[0].get(name, ())
+        return places, set(context.strengths[0][name]) if context.strengths else {1.0}
+
+    first, (places, _) = read(one), of(read(two), "tom")
+    weight, = of(first, "spot")[1]      # 1 where the host ignores weights
+    joined = read(stock.ConditioningConcat().concat(one, two)[0])
+    assert of(joined, "spot") == of(first, "spot")
+    assert of(joined, "tom") == (tuple(first.hidden.shape[2] + place for place in places), {1.0})
+    average = stock.ConditioningAverage().addWeighted(one, two, 0.25)[0]
+    kept = tuple(place for place in places if place < first.hidden.shape[2])
+    assert kept and of(read(average), "tom") == (kept, {0.75})
+    assert of(read(average), "spot") == (of(first, "spot")[0], {0.25 * weight})
+    half = read(stock.ConditioningMultiply().multiply(one, 0.5)[0])
+    assert of(half, "spot") == (of(first, "spot")[0], {0.5 * weight})
+    negative = ours.encode(clip, "")
+    plain = [[states.plain, extra] for states, extra in average]      # with the first prompt's dictionary
+    drawn = ours.ksampler(model, average, negative, steps=2)
+    assert torch.isfinite(drawn).all() and distance(ours.ksampler(model, plain, negative, steps=2), drawn) > 1e-4
+    zeros = [stock.ConditioningZeroOut().zero_out(each)[0] for each in (one, ours.encode(ours.clip, "a dog"))]
+    positive = ours.encode(clip, "a red dog")
+    if zeros[0][0][0].shape == zeros[1][0][0].shape:
+        assert distance(*(ours.ksampler(model, positive, zero, steps=2) for zero in zeros)) < 1e-4

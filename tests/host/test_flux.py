@@ -12,7 +12,11 @@ from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.context import Context
 from continual_concepts.core.model.slots import SLOTS, SlotDelta
 
-from .joint_checks import foreign_patches_act_in_front_alone, gradients_are_those_of_the_prediction
+from .joint_checks import (
+    foreign_patches_act_in_front_alone,
+    gradients_are_those_of_the_prediction,
+    nodes_that_compute_with_conditionings_carry_concepts_along,
+)
 from .make_flux import Latents, distance, flux_model, model_and_clip, studio_of
 
 pytestmark = pytest.mark.usefixtures("has_patches", "as_in_comfyui", "own_folder")
@@ -189,6 +193,10 @@ def test_gradients_are_those_of_the_prediction(joint, backbone):
     with torch.inference_mode(False), backbone.training():
         gradients_are_those_of_the_prediction(backbone, slots_of(backbone.layout, 2.0),
                                               (noise_of(backbone), torch.tensor([500]), context))
+
+
+def test_nodes_that_compute_with_conditionings_carry_concepts_along(joint):
+    nodes_that_compute_with_conditionings_carry_concepts_along(joint.studio, joint.bank)
 
 
 def test_what_does_not_work_is_refused_before_any_work(joint, studio, monkeypatch):

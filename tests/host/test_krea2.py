@@ -11,7 +11,10 @@ import torch
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.model.sites import PROJECTIONS
 
-from .joint_checks import foreign_patches_act_in_front_alone
+from .joint_checks import (
+    foreign_patches_act_in_front_alone,
+    nodes_that_compute_with_conditionings_carry_concepts_along,
+)
 from .make_krea2 import distance, krea2_model, krea2_studio
 
 pytestmark = pytest.mark.usefixtures("has_krea2", "as_in_comfyui", "own_folder")
@@ -167,6 +170,10 @@ def test_a_reference_picture_acts_beside_a_concept(krea, method):
 
 def test_another_nodes_patch_behind_the_concepts_is_refused_and_before_them_acts(krea):
     foreign_patches_act_in_front_alone(krea.studio, krea.bank)
+
+
+def test_nodes_that_compute_with_conditionings_carry_concepts_along(krea):
+    nodes_that_compute_with_conditionings_carry_concepts_along(krea.studio, krea.bank)
 
 
 def test_what_does_not_work_is_refused_before_any_work(krea, studio, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.errors import ConceptError
 
+from .joint_checks import nodes_that_compute_with_conditionings_carry_concepts_along
 from .make_transformer import cosmos_clip, cosmos_model, smallest, wan_vae
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui", "own_folder")
@@ -82,6 +83,8 @@ def test_cosmos_predict2_learns_applies_and_draws_regions(cosmos):
     assert torch.allclose(region, whole, atol=1e-3, rtol=1e-3)
     two = [cosmos.region("<spot>", right=0.5), cosmos.region("<ink>", left=0.5)]
     assert torch.isfinite(cosmos.regional(SCENE, two, bank, solo=0.5)).all()
+    bank = cosmos.learn(method="slots", steps=2, name="tom", noun="cat", bank=[bank])
+    nodes_that_compute_with_conditionings_carry_concepts_along(cosmos, bank)
 
 
 def test_a_clip_of_another_model_is_refused(cosmos, studio, make_concept):
