@@ -8,6 +8,7 @@ one after another with its chosen rates, and with these rates times `FACTORS`. T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def trials_of(chosen: Mapping[str, float | int]) -> list[dict[str, float | int]]
 
 def results(runs: Sequence[Run], trials: Sequence[Mapping], folder: Path, levels: Mapping,
             known: Mapping[str, Mapping]) -> list[dict]:
-    """The figures of the finished runs, in the order of the trials. A failed run has no *alone*.
+    """The figures of the finished runs, in the order of the trials. A failed run has no *alone*,
+    and neither has one whose pictures hold NaN.
 
     Args:
         runs, trials: One for each other.
@@ -49,7 +51,8 @@ def results(runs: Sequence[Run], trials: Sequence[Mapping], folder: Path, levels
             found.append({**entry, "failed": stored["failed"]})
             continue
         shares = [overall_share(stored, levels, ALONE, judge) for judge in stored["judges"]]
-        found.append({**entry, ALONE: sum(shares) / len(shares)})
+        alone = sum(shares) / len(shares)
+        found.append({**entry, ALONE: alone} if math.isfinite(alone) else entry)
     return found
 
 

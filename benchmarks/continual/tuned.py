@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 from ...core.errors import ConceptError
-from .runs import STEPS
+from ...core.methods import get
+from .runs import STEPS, STYLE_RATE
+from .tuning_file import is_settings
 
 FILE = Path(__file__).resolve().parents[1] / "results" / "tuning.json"
 
@@ -19,7 +22,7 @@ def _read(path: Path) -> Mapping:
         return {}
     try:
         content = json.loads(path.read_text())
-        methods = {name: dict(entry["chosen"]) for name, entry in content["methods"].items()
+        methods = {name: _numbers(entry["chosen"]) for name, entry in content["methods"].items()
                    if "chosen" in entry}      # the others are still being tuned
         return {"base": content["base"], "methods": methods,
                 "trials": {name: len(entry["trials"]) for name, entry in content["methods"].items()}}
@@ -28,10 +31,25 @@ def _read(path: Path) -> Mapping:
                            "delete it or make it again") from error
 
 
+def _numbers(chosen: object) -> dict:
+    if not is_settings(chosen):
+        raise TypeError("settings are names and numbers")
+    return dict(chosen)
+
+
 def _chosen(method: str, fingerprint: str) -> Mapping:
-    """What was chosen for a method on the base with this fingerprint; empty for another base."""
+    """What was chosen for a method on the base with this fingerprint; empty for another base.
+
+    Raises ConceptError for a setting that the method has not, such as one of an earlier version.
+    """
     tuning = _read(FILE)
-    return tuning["methods"].get(method, {}) if tuning and tuning["base"] == fingerprint else {}
+    chosen = tuning["methods"].get(method, {}) if tuning and tuning["base"] == fingerprint else {}
+    known = {STEPS, STYLE_RATE, *(entry.name for entry in fields(get(method).config))} if chosen else set()
+    for name in chosen:
+        if name not in known:
+            raise ConceptError(f"'{FILE}' sets '{name}' of method {method!r}, which has no such setting; "
+                               "tune this method again")
+    return chosen
 
 
 def chosen_settings(method: str, fingerprint: str) -> dict:

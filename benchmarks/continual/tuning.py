@@ -10,7 +10,6 @@ faster styles are learned (`style_rates`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +42,7 @@ from .trials import (
     run_of,
     stage_trials,
 )
+from .tuning_file import alone, stored_methods
 
 PICTURES, GROUP_PICTURES, PAIR_PICTURES = 8, 6, 8
 OBJECTIVE = ("mean of alone and combined at the end of the sequence, as shares of the way that all concepts "
@@ -190,13 +190,6 @@ def _perform(sampler: Sampler, benchmark: Benchmark, run: Run, folder: Path) -> 
         write_result(file, {**run.to_json(), "failed": str(error)})
 
 
-def _stored(file: Path, result: Mapping) -> Mapping:
-    """What the file holds of methods that were tuned in the same way on the same base."""
-    stored = json.loads(file.read_text()) if file.exists() else {}
-    same = all(stored.get(name) == value for name, value in result.items() if name != "methods")
-    return stored["methods"] if same else {}
-
-
 def tune(methods: Sequence[str], file: Path, folder: Path,
          tell: Callable[[str], object] = lambda _: None, base_name: str = BASE) -> dict:
     """Performs all missing trials, together with other processes of the same command.
@@ -211,21 +204,24 @@ def tune(methods: Sequence[str], file: Path, folder: Path,
 
     Returns:
         The result: every trial with its figures, and the chosen settings of each method.
+
+    Raises:
+        ConceptError: The file is damaged, or it holds a result of another base or plan.
     """
     whole, styles = (tuning_benchmark(base_name, sequence)
                      for sequence in (tuning_concepts(), tuning_styles()))
     sampler, folder_of_styles = Sampler(whole.backbone), style_rates.folder_of(folder)
-    tasks = len(whole.suite.tasks)
+    tasks, base = len(whole.suite.tasks), whole.backbone.fingerprint
+    # before levels are measured, which takes minutes
+    known = known_trials(stored_methods(file, Tuning([], folder, {}, tasks, {}).to_json(base)), tasks)
     tuning = Tuning(methods, folder, _levels(sampler, whole.suite, folder), tasks,
-                    _levels(sampler, styles.suite, folder_of_styles))
-
-    empty = tuning.to_json(whole.backbone.fingerprint)
-    tuning.known = known_trials(_stored(file, empty), tasks)
+                    _levels(sampler, styles.suite, folder_of_styles), known)
 
     def write() -> dict:
-        result = tuning.to_json(whole.backbone.fingerprint)
-        result["methods"] = dict(sorted({**_stored(file, result), **result["methods"]}.items()))
-        write_result(file, result)
+        with alone(file):
+            result = tuning.to_json(base)
+            result["methods"] = dict(sorted({**stored_methods(file, result), **result["methods"]}.items()))
+            write_result(file, result)
         return result
 
     def trial(run: Run, benchmark: Benchmark, place: Path) -> None:

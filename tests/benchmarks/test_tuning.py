@@ -12,6 +12,7 @@ from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.continual import embedded, style_rates, trials, tuned, tuning
 from continual_concepts.benchmarks.continual.concepts import STYLES, concepts, tuning_concepts, tuning_styles
 from continual_concepts.benchmarks.continual.runs import Run, settings_for
+from continual_concepts.benchmarks.continual.trials import run_of
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import METHODS, get
 from continual_concepts.tests.benchmarks.runs_made import levels, run
@@ -226,13 +227,15 @@ def test_a_broken_file_is_named(file):
         tuned._read(file.with_name("other.json"))
 
 
-def test_other_methods_of_the_file_stay(file):
-    result = tuning.Tuning([], file.parent, levels(), TASKS, levels()).to_json("abc")
-    assert tuning._stored(file, result) == {}      # tuned in another way
-    stored = {**result, "methods": {"bound": {"trials": []}}}
-    file.write_text(json.dumps(stored))
-    assert tuning._stored(file, result) == {"bound": {"trials": []}}
-    assert tuning._stored(file, {**result, "base": "xyz"}) == {}
+def test_styles_whose_pictures_hold_nan_are_not_chosen(tmp_path):
+    runs = [run_of("bound", settings, STYLES) for settings in style_rates.trials_of({"lr": 0.1})]
+    folder = style_rates.folder_of(tmp_path)
+    folder.mkdir()
+    for planned, alone_share in zip(runs, (float("nan"), 0.6), strict=True):
+        (folder / f"{planned.name}.json").write_text(json.dumps(run(alone=(alone_share,) * 4)))
+    found = style_rates.results(runs, style_rates.trials_of({"lr": 0.1}), tmp_path, levels(), {})
+    assert ["alone" in each for each in found] == [False, True]
+    assert style_rates.best(found) == {"lr": 0.1, "style_rate": 4.0}
 
 
 @pytest.mark.parametrize(("methods", "sentence"), [
