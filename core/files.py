@@ -56,6 +56,13 @@ def shortened(name: str, room: int) -> str:
     return f"{encoded[:room - len(digest) - 1].decode('utf-8', 'ignore')}~{digest}"
 
 
+def distinct(name: str) -> str:
+    """A name whose file is its own where a disk ignores case: one with capitals gets a digest behind it."""
+    if name == name.casefold():
+        return name
+    return f"{name}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+
+
 def unique_stem(stem: str, others: Iterable[str]) -> str:
     """The stem of a file name, with "-2" behind it until it differs from all others. Case is ignored, as some
     disks do."""

@@ -24,7 +24,7 @@ from ..errors import ConceptError
 from ..evaluation.collisions import warnings_before
 from ..evaluation.previews import Previews, concept_prompt
 from ..evaluation.protocol import Encoder
-from ..files import beside, check_output, shortened
+from ..files import check_output
 from ..images import thumbnail_of
 from ..methods import DEFAULT
 from ..methods.base import Method, Task, get, make
@@ -196,7 +196,7 @@ def learn(options: Namespace) -> Result | None:
     backbones.check_base(options)
     read = read_photos(options, training.resolution)
     photos = read.photos.pictures
-    checkpoint = beside(file, f".{shortened(options.name, 100)}.checkpoint")
+    checkpoint = checkpoints.file_beside(file, options.name)
     _renew_digests(checkpoint, options.images, photos)
     read = read.checked(options, training, stored, method)
     with process_group(options.device) as group:

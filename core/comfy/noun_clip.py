@@ -248,13 +248,14 @@ class RowText(WholePromptEncoder):
                              for i, piece in enumerate(pieces)]
         text = written(parts, lambda number: marked(pieces[int(number)].text))
         original = getattr(self.clip.tokenizer, "original", self.clip.tokenizer)
-        tokens = tokenized(original, text, [piece.concept for piece in pieces if piece.concept])
+        numbers = [str(i) for i, piece in enumerate(pieces) if piece.concept]
+        tokens = tokenized(original, text, numbers)
         extra = self.clip.encode_from_tokens(_plain_ids(tokens), return_dict=True)
         encoded = extra.pop("cond")
-        words = noun_rows(row_tokens(tokens), cut_in_front(tokens, encoded))
+        rows = noun_rows(row_tokens(tokens), cut_in_front(tokens, encoded))
         states = self._rows(encoded, extra)
         pooled = extra["pooled_output"].float() if self.reads_pooled else None
-        return WholeText(states.float(), words, pooled)
+        return WholeText(states.float(), tuple(rows.get(number, ()) for number in numbers), pooled)
 
 
 def _plain_ids(tokens) -> dict:

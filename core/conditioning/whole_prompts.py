@@ -69,10 +69,22 @@ def encode_whole(encoder: WholePromptEncoder, prompts: Sequence[Prompt], groups:
         encoded.append(whole)
     longest = max(text.states.shape[1] for text in encoded)
     hidden = torch.cat([pad(text.states, (0, 0, 0, longest - text.states.shape[1])) for text in encoded])
-    words = tuple(dict(text.words) for text in encoded)
+    strengths = tuple(_strengths(prompt, text, groups) for prompt, text in zip(prompts, encoded, strict=True))
     pooled = [text.pooled for text in encoded if text.pooled is not None]
-    strengths = tuple({name: (prompt.strength_of(name),) * len(places) for name, places in found.items()
-                       if name in by_strength} for prompt, found in zip(prompts, words, strict=True))
+    words = tuple({name: tuple(rows) for name, rows in found.items()} for found in strengths)
+    factors = tuple({name: tuple(rows.values()) for name, rows in found.items() if name in by_strength}
+                    for found in strengths)
     return Context(hidden.unsqueeze(1), torch.cat(pooled) if pooled else None, words,
-                   strengths_or_none(strengths),
+                   strengths_or_none(factors),
                    tuple(text.states.shape[1] for text in encoded) if is_joint else ())
+
+
+def _strengths(prompt: Prompt, text: WholeText,
+               groups: Mapping[str, TokenGroup]) -> dict[str, dict[int, float]]:
+    """Concept -> the weight at each row of its nouns. Each place where a prompt names it has its own."""
+    found: dict[str, dict[int, float]] = {}
+    named = [piece for piece in pieces_of(prompt, groups, ()) if piece.concept]
+    for piece, rows in zip(named, text.mentions, strict=True):
+        if rows:      # not cut off
+            found.setdefault(piece.concept, {}).update(dict.fromkeys(rows, piece.weight))
+    return found

@@ -10,7 +10,7 @@ width of a projection; C, h, w channels, height and width of latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -93,12 +93,12 @@ class WholeText(NamedTuple):
 
     Attributes:
         states: The text states that the sites read, `[1, N, D]`.
-        words: For each concept the rows of its noun.
+        mentions: For each piece with a concept, in order, the rows of its noun.
         pooled: The pooled text `[1, P]`; None if the model reads none.
     """
 
     states: Tensor
-    words: Mapping[str, tuple[int, ...]]
+    mentions: tuple[tuple[int, ...], ...]
     pooled: Tensor | None = None
 
 

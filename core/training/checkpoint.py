@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConceptError, WriteError
-from ..files import write_atomically, write_elsewhere
+from ..files import beside, distinct, shortened, write_atomically, write_elsewhere
 
 KEY = "continual_concepts_checkpoint"
 _TENSOR, _TUPLE, _DICT = "__tensor__", "__tuple__", "__items__"
@@ -49,6 +49,11 @@ def _writer(state: dict[str, Any]) -> Callable[[Path], None]:
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_flatten(state, tensors))
     return lambda path: save_file(tensors, str(path), {KEY: structure})
+
+
+def file_beside(bank: Path, name: str) -> Path:
+    """The checkpoint of a run that adds a concept to a bank file: a hidden file beside it."""
+    return beside(bank, f".{shortened(distinct(name), 100)}.checkpoint")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -43,14 +43,14 @@ class Letters(WholePromptEncoder):
 
     def encode_pieces(self, pieces):
         self.read.append("".join(piece.text for piece in pieces))
-        rows, places = [], {}
+        rows, mentions = [], []
         for piece in pieces:
             words = piece.text.split()
             if piece.concept:
-                places.setdefault(piece.concept, []).extend(range(len(rows), len(rows) + len(words)))
+                mentions.append(tuple(range(len(rows), len(rows) + len(words))))
             rows += [piece.weight * len(word) for word in words]
         states = torch.tensor(rows or [0.0]).view(1, -1, 1).expand(-1, -1, WIDTH)
-        return states, {name: tuple(found) for name, found in places.items()}
+        return states, tuple(mentions)
 
 
 @pytest.fixture
@@ -73,6 +73,13 @@ def test_a_weight_is_a_factor_on_deltas_or_on_states(backbone):
     context = encoded(backbone, "(big:2.0) (<rex>:0.5) (<ink>:0.5)", by_strength={"rex"})
     assert context.hidden[0, 0, :, 0].tolist() == [6, 3, 3, 3, 1.5, 4, 1.5, 4]
     assert context.strengths == ({"rex": (0.5, 0.5, 0.5)},)
+
+
+def test_each_place_where_a_concept_is_named_has_its_own_strength(backbone):
+    context = encoded(backbone, "(<rex>:0.5) and <rex>", "<rex-1> (<rex-3>:2.0)", by_strength={"rex"})
+    assert context.words == ({"rex": (0, 1, 2, 4, 5, 6)}, {"rex": (0, 1)})
+    assert context.strengths == ({"rex": (0.5, 0.5, 0.5, 1.0, 1.0, 1.0)}, {"rex": (1.0, 2.0)})
+    assert len(set(backbone.text[0].read)) == 2 and (context.hidden[0, 0, :3] == 3).all()
 
 
 def test_a_prompt_is_encoded_once(backbone):

@@ -131,8 +131,8 @@ def nodes_that_compute_with_conditionings_carry_concepts_along(ours, bank) -> No
     assert of(half, "spot") == (of(first, "spot")[0], {0.5 * weight})
     negative = ours.encode(clip, "")
     plain = [[states.plain, extra] for states, extra in average]      # with the first prompt's dictionary
-    drawn = ours.ksampler(model, average, negative, steps=2)
-    assert torch.isfinite(drawn).all() and distance(ours.ksampler(model, plain, negative, steps=2), drawn) > 1e-4
+    drawn, other = (ours.ksampler(model, each, negative, steps=2) for each in (average, plain))
+    assert torch.isfinite(drawn).all() and distance(other, drawn) > 1e-4
     zeros = [stock.ConditioningZeroOut().zero_out(each)[0] for each in (one, ours.encode(ours.clip, "a dog"))]
     positive = ours.encode(clip, "a red dog")
     if zeros[0][0][0].shape == zeros[1][0][0].shape:

@@ -265,3 +265,10 @@ def test_a_batch_of_dropped_captions_is_no_error(tiny_backbone):
     learned = learn(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("bound"), data,
                     config)
     assert len(learned.losses) == 3
+
+
+def test_names_that_differ_by_case_have_checkpoints_of_their_own_on_any_disk(tmp_path):
+    bank, names = tmp_path / "bank.safetensors", ("rex", "Rex", "REX", "R" * 200, "r" * 200)
+    files = [checkpoint.file_beside(bank, name) for name in names]
+    assert files[0].name == ".bank.safetensors.rex.checkpoint"
+    assert len({file.name.casefold() for file in files}) == len(names)
