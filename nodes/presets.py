@@ -37,7 +37,7 @@ def preset_inputs() -> list[io.Input]:
         tooltip="What you teach. Chooses kind, method, steps, learning rates, resolution and batch size for "
                 f"the model's family; '{AS_SET}' uses the inputs as they are.")
     return [
-        with_options(subject, preset_values=shown_values()),
+        with_options(subject, preset_values={reader: shown_values(reader) for reader in READERS}),
         io.Combo.Input("effort", options=list(EFFORTS), default=NORMAL, optional=True,
                        tooltip=f"How long a preset learns; no effect with '{AS_SET}'."),
     ]

@@ -23,6 +23,7 @@ _COLON = re.compile("[:：]")
 # Noncharacters of Unicode, which no text contains, replace escaped brackets and placeholders.
 _ESCAPES = {"\\(": "\ufdd0", "\\)": "\ufdd1", "\\<": "\ufdd2", "\\>": "\ufdd3"}
 _MARK = "\ufdd4"
+_MARK_ALONE = re.compile(rf"(?<!\\)\(\s*{_MARK}\s*(?:[:：]\s*[-+.\w]*\s*)?\)")      # in parentheses
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,7 @@ def parts_of(text: str, known: Callable[[str], str | None], unknown: Callable[[s
         ConceptError: A placeholder of the exact form is unknown, a weight is not finite, or parentheses are
             nested too deeply.
     """
-    found: list[tuple[Placeholder, float | None]] = []
-
-    def mask(match: re.Match) -> str:
-        typed, *rest = _COLON.split(match[1].strip(), maxsplit=1)
-        name, weight = known(typed.strip()), number_of(rest[0]) if rest else None
-        if name is None and PLACEHOLDER.fullmatch(match[0]):
-            raise ConceptError(unknown(typed))
-        if name is None or (rest and weight is None):
-            return match[0]
-        found.append((Placeholder(name), weight))
-        return _MARK
-
-    masked = _BRACKETS.sub(mask, text)
+    masked, found = _masked(text, known, unknown)
     for escape, mark in _ESCAPES.items():
         masked = masked.replace(escape, mark)
     remaining = iter(found)
@@ -97,6 +86,36 @@ def parts_of(text: str, known: Callable[[str], str | None], unknown: Callable[[s
             if piece:
                 parts.append((_shown(piece), weight))
     return parts
+
+
+def _masked(text: str, known: Callable[[str], str | None],
+            unknown: Callable[[str], str]) -> tuple[str, list[tuple[Placeholder, float | None]]]:
+    """The text with a mark in place of each placeholder, and the placeholders with their own weights.
+    Arguments and errors as for `parts_of`."""
+    found: list[tuple[Placeholder, float | None]] = []
+
+    def mask(match: re.Match) -> str:
+        typed, *rest = _COLON.split(match[1].strip(), maxsplit=1)
+        name, weight = known(typed.strip()), number_of(rest[0]) if rest else None
+        if name is None and PLACEHOLDER.fullmatch(match[0]):
+            raise ConceptError(unknown(typed))
+        if name is None or (rest and weight is None):
+            return match[0]
+        found.append((Placeholder(name), weight))
+        return _MARK
+
+    return _BRACKETS.sub(mask, text), found
+
+
+def literal(text: str, known: Callable[[str], str | None], replacement: Callable[[str], str]) -> str:
+    """A prompt as it was typed, and `replacement(name)` in place of placeholders, for encoders that take
+    parentheses and weights as text. A weight that belongs to a placeholder alone is left out."""
+    masked, found = _masked(text, known, str)
+    count = 1
+    while count:
+        masked, count = _MARK_ALONE.subn(_MARK, masked)
+    masked, remaining = re.sub(r"\\([<>])", r"\1", masked), iter(found)
+    return re.sub(_MARK, lambda _: replacement(next(remaining)[0].name), masked)
 
 
 def written(parts: Iterable[Part], replacement: Callable[[str], str], brackets: str = "()") -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ..errors import ConceptError
 from .concepts import ConceptInfo
-from .grammar import PLACEHOLDER, Part, Placeholder, check_letters, parts_of, written
+from .grammar import PLACEHOLDER, Part, Placeholder, check_letters, literal, parts_of, written
 
 PLACE = "{}"      # of the concept, in prompts and captions for any concept
 
@@ -68,6 +68,11 @@ class Prompt:
     def placeholders(self) -> tuple[str, ...]:
         """Names of the placeholders, of concepts or of single words, in order."""
         return tuple(part.name for part, _ in self.parts if isinstance(part, Placeholder))
+
+    @cached_property
+    def placeholder_weights(self) -> tuple[float, ...]:
+        """Their weights, in the same order."""
+        return tuple(weight for part, weight in self.parts if isinstance(part, Placeholder))
 
     def substituted(self, replacement: Callable[[str], str]) -> str:
         """The prompt with `replacement(name)` in place of every placeholder, and with its weights."""
@@ -172,6 +177,10 @@ class Vocabulary:
             own: tuple[Piece, ...] = self.entries[part.name] if isinstance(part, Placeholder) else (part,)
             pieces += [(piece, weight) for piece in own]
         return _prompt(prompt, pieces, parts)
+
+    def literal(self, prompt: Prompt, replacement: Callable[[str], str]) -> str:
+        """The prompt as typed, with `replacement(name)` in place of every placeholder; see `grammar`."""
+        return literal(prompt.text, self.known, replacement)
 
     def parse_caption(self, caption: str, what: str = "the prompt") -> Prompt:
         """Parses a training caption, in which everything but `<name>` is text. `what` is as for `parse`.

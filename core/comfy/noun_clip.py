@@ -25,7 +25,7 @@ from .concept_encoder import Concepts, Wrapped
 from .concept_tokenizer import ConceptTokenizer
 from .prompt_states import PromptStates, with_strength
 from .sites import STRENGTHS, WORDS, SlotCond
-from .text import ROW_NAMES, cut_in_front, row_name, row_tokenizer, row_tokens, text_widths
+from .text import QWEN, ROW_NAMES, cut_in_front, row_name, row_tokenizer, row_tokens, text_widths
 from .token_lora import code
 
 ROW_COUNT = 512      # rows of a text, at least: the host fills shorter ones up
@@ -35,14 +35,18 @@ _ADAPTED = "t5xxl_ids"      # in the dictionary of a CONDITIONING whose rows an 
 
 
 class NounId(int):
-    """The id of a token of a class noun that stands for a concept."""
+    """The id of a token of a class noun that stands for a concept.
+
+    weight: The concept's, where the host's tokenizer takes weights as text; None = the host's weight holds.
+    """
 
     concept: str
+    weight: float | None = None
 
     @classmethod
-    def of(cls, token: int, concept: str) -> NounId:
+    def of(cls, token: int, concept: str, weight: float | None = None) -> NounId:
         made = cls(token)
-        made.concept = concept
+        made.concept, made.weight = concept, weight
         return made
 
 
@@ -51,13 +55,13 @@ def marked(noun: str) -> str:
     return f"{_BEGIN}{noun}{_END}"
 
 
-def tokenized(original, text: str, concepts: Sequence[str], *args, **kwargs) -> dict:
+def tokenized(original, text: str, concepts: Sequence[tuple[str, float | None]], *args, **kwargs) -> dict:
     """What the host's tokenizer makes of a text, with `NounId`s at the marked nouns.
 
     Args:
         original: The CLIP's tokenizer.
         text: With marked nouns.
-        concepts: The concept of each marked noun, in order.
+        concepts: The concept of each marked noun, in order, and its weight as of a `NounId`.
     """
     inner, remaining = copy.copy(original), iter(concepts)
     for name, part in vars(original).items():
@@ -89,10 +93,10 @@ class _Unmarked:
         encoded = self.inner(plain, *args, return_offsets_mapping=True, **kwargs)
         ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
         for start, end in spans:
-            concept = next(self.concepts)
+            concept, weight = next(self.concepts)
             for i, (first, last) in enumerate(places):
                 if max(first, start) < min(last, end):
-                    ids[i] = NounId.of(ids[i], concept)
+                    ids[i] = NounId.of(ids[i], concept, weight)
         return {"input_ids": ids}
 
 
@@ -113,15 +117,17 @@ class NounTokenizer(ConceptTokenizer):
     def tokenize_with_weights(self, text: str, *args, **kwargs):
         prompt = self.vocabulary.parse(text)     # raises for an unknown placeholder
         self._tell(prompt)
-        words = [self.vocabulary.entries[name] for name in prompt.placeholders]
+        reads_weights = not any(hasattr(self.original, name) for name in QWEN)
+        found = [(self.vocabulary.entries[name][0].concept, None if reads_weights else weight)
+                 for name, weight in zip(prompt.placeholders, prompt.placeholder_weights, strict=True)]
 
         def noun_of(name: str) -> str:
-            found = self.vocabulary.entries[name]
-            known = self.concepts[found[0].concept].info
-            return marked(repeated_noun(known.name, known.class_noun, len(found)))
+            words = self.vocabulary.entries[name]
+            known = self.concepts[words[0].concept].info
+            return marked(repeated_noun(known.name, known.class_noun, len(words)))
 
-        return tokenized(self.original, prompt.substituted(noun_of), [found[0].concept for found in words],
-                         *args, **kwargs)
+        plain = prompt.substituted(noun_of) if reads_weights else self.vocabulary.literal(prompt, noun_of)
+        return tokenized(self.original, plain, found, *args, **kwargs)
 
 
 class NounEncoder(Wrapped):
@@ -148,7 +154,7 @@ class NounEncoder(Wrapped):
         cut, row = cut_in_front(tokens, output[0]), row_tokens(tokens)
         for name, places in noun_rows(row, cut).items():
             if name in self.word_bound:
-                weights[name] = {place: row[place + cut][1] for place in places}
+                weights[name] = {place: _weight(*row[place + cut][:2]) for place in places}
         states, extra = output[0], dict(output[2]) if len(output) > 2 else {}
         conditions = row_conditions(weights, max(ROW_COUNT, len(row) - cut), states.device)
         if weights and _ADAPTED not in extra:      # the rows of the text are those of the states
@@ -168,6 +174,11 @@ class NounEncoder(Wrapped):
 
         return _plain_ids({key: [[(token, weight_of(token, weight), *rest) for token, weight, *rest in chunk]
                                  for chunk in chunks] for key, chunks in tokens.items()})
+
+
+def _weight(token: NounId, weight: float) -> float:
+    """The weight of a noun's token. weight: the host's."""
+    return weight if token.weight is None else token.weight
 
 
 def _strengths(states: Tensor, places: Mapping[int, float]) -> Tensor:
@@ -249,7 +260,7 @@ class RowText(WholePromptEncoder):
         text = written(parts, lambda number: marked(pieces[int(number)].text))
         original = getattr(self.clip.tokenizer, "original", self.clip.tokenizer)
         numbers = [str(i) for i, piece in enumerate(pieces) if piece.concept]
-        tokens = tokenized(original, text, numbers)
+        tokens = tokenized(original, text, [(number, None) for number in numbers])
         extra = self.clip.encode_from_tokens(_plain_ids(tokens), return_dict=True)
         encoded = extra.pop("cond")
         rows = noun_rows(row_tokens(tokens), cut_in_front(tokens, encoded))

@@ -196,27 +196,31 @@ def preset_for(subject: str, effort: str, layout: SiteLayout) -> Preset:
     return preset(subject, effort, family_of(layout), picture_size(name) if name else 0)
 
 
-def shown_values() -> dict[str, dict[str, dict[str, dict[str, str]]]]:
+def shown_values(reader: str = HERE) -> dict[str, dict[str, dict[str, dict[str, str]]]]:
     """Subject -> effort -> input of Concept Learner -> the value that a preset gives it, as short text.
 
     It is given for the embedded bases and for published models. Where these differ, it is a range.
+
+    Args:
+        reader: Who reads the result, one of `READERS`.
     """
-    return {subject: {effort: _shown(subject, effort) for effort in EFFORTS} for subject in SUBJECTS}
+    return {subject: {effort: _shown(subject, effort, reader) for effort in EFFORTS} for subject in SUBJECTS}
 
 
-def _shown(subject: str, effort: str) -> dict[str, dict[str, str]]:
-    by_family = {family: _values(row, subject, effort) for family, row in _ROWS.items()}
+def _shown(subject: str, effort: str, reader: str) -> dict[str, dict[str, str]]:
+    by_family = {family: _values(subject, effort, family, reader) for family in FAMILIES}
     embedded = [by_family.pop(family) for family in (EMBEDDED, EMBEDDED_128)]
     return {name: {"embedded": _joined([values[name] for values in embedded]),
                    "published": _joined([values[name] for values in by_family.values()])}
             for name in embedded[0]}
 
 
-def _values(row: Row, subject: str, effort: str) -> dict[str, str | int]:
-    steps = row.steps[subject][EFFORTS.index(effort)]
-    return {"kind": kind_of(subject), "method": DEFAULT, "steps": steps,
-            **{name: f"{rate:g}" for name, rate in row.rates(subject).items()},
-            "resolution": row.resolution or "its own", "batch_size": row.training["batch_size"]}
+def _values(subject: str, effort: str, family: str, reader: str) -> dict[str, str | int]:
+    chosen = preset(subject, effort, family, size=1)
+    chosen = for_other_programs(chosen) if reader == ELSEWHERE else chosen
+    return {"kind": chosen.kind, "method": chosen.method, "steps": chosen.training["steps"],
+            **{name: f"{rate:g}" for name, rate in chosen.rates.items()},
+            "resolution": _ROWS[family].resolution or "its own", "batch_size": chosen.training["batch_size"]}
 
 
 def _joined(values: Sequence[str | int]) -> str:

@@ -8,6 +8,9 @@ import { after, widgetOf } from "./widgets.js";
 const NODE = "ConceptLearner";
 const AS_SET = "as set";
 const FIRST = "person or animal"; // of a new node
+const REFINE = "refine it";
+const DECIDING = ["preset", "effort", "readable_by", "if_known", "variant_of"]; // inputs that change what is shown
+const OF_CONCEPT = ["method", "lr", "token_lr"]; // what learning that goes on from a concept takes from it
 
 /** Whether the model comes from Concept Demo Base, maybe through other nodes. */
 function isEmbedded(node) {
@@ -22,8 +25,11 @@ function isEmbedded(node) {
 }
 
 /** Inputs that follow the preset are labelled with its values and cannot be edited. */
-function show(node, values) {
-    const chosen = values[widgetOf(node, "preset")?.value]?.[widgetOf(node, "effort")?.value];
+function show(node, valuesOf) {
+    const valueOf = (name) => widgetOf(node, name)?.value;
+    const values = valuesOf[valueOf("readable_by")] ?? Object.values(valuesOf)[0];
+    const chosen = values[valueOf("preset")]?.[valueOf("effort")];
+    const goesOn = valueOf("if_known") === REFINE || Boolean(valueOf("variant_of")?.trim());
     const family = isEmbedded(node) ? "embedded" : "published";
     const followers = Object.keys(Object.values(Object.values(values)[0])[0]);
     for (const name of followers) {
@@ -31,7 +37,8 @@ function show(node, values) {
         if (!widget) continue;
         widget.plainLabel ??= widget.label ?? widget.name;
         widget.disabled = Boolean(chosen);
-        widget.label = chosen ? `${name} = ${chosen[name][family]}` : widget.plainLabel;
+        const value = goesOn && OF_CONCEPT.includes(name) ? "the concept's" : chosen?.[name][family];
+        widget.label = chosen ? `${name} = ${value}` : widget.plainLabel;
     }
     node.graph?.setDirtyCanvas?.(true, true);
 }
@@ -45,7 +52,10 @@ app.registerExtension({
         const given = node.constructor.nodeData?.input?.optional?.preset ?? [];
         const values = (given[1] ?? {}).preset_values;
         if (!preset || !effort || !values) return;
-        for (const widget of [preset, effort]) after(widget, "callback", () => show(node, values));
+        for (const name of DECIDING) {
+            const widget = widgetOf(node, name);
+            if (widget) after(widget, "callback", () => show(node, values));
+        }
         after(node, "onConnectionsChange", () => show(node, values));
         let saved = false;
         after(node, "onConfigure", () => {

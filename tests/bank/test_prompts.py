@@ -64,6 +64,7 @@ def test_a_parsed_prompt_is_a_value_and_is_not_parsed_again(vocabulary):
 def test_placeholders_can_be_substituted(vocabulary):
     prompt = vocabulary.parse("a <rex> and <fluffy>, (<rex>:1.2)")
     assert prompt.placeholders == ("rex", "fluffy", "rex")
+    assert len(prompt.placeholder_weights) == 3
     assert prompt.substituted(str.upper) == "a REX and FLUFFY, (REX:1.2)"
     for text in ("a (red:1.3) photo of REX", "(big:1.2)(red:1.3) REX"):      # plain text stays plain
         assert vocabulary.parse(text.replace("REX", "<rex>")).substituted(str.upper) == text
@@ -138,3 +139,15 @@ def test_nothing_below_the_edges_parses_text(room):
     for file in sorted((core / room).glob("*.py")):
         source = file.read_text(encoding="utf-8")
         assert not re.search(r"\bVocabulary\b|\bPLACEHOLDER\b|\bparse(_all)?\(", source), file.name
+
+
+@pytest.mark.parametrize(("typed", "expected"), [
+    ("a (red) ((big)) dog", "a (red) ((big)) dog"),
+    ("(<rex>:0.8) and <rex:0.5>", "dog and dog"),
+    ("((<rex>)) in ( <rex> : 1.2 )", "dog in dog"),
+    ("(a <rex>:1.2) \\(<rex>\\)", "(a dog:1.2) \\(dog\\)"),
+    ("\\<rex\\> and <other thing>", "<rex> and <other thing>"),
+])
+def test_a_prompt_as_typed_keeps_parentheses_that_are_not_a_concepts_own(typed, expected):
+    vocabulary = Vocabulary([ConceptInfo("rex", "dog", "slots", ("rex-1",))])
+    assert vocabulary.literal(vocabulary.parse(typed), lambda name: "dog") == expected

@@ -137,3 +137,20 @@ def nodes_that_compute_with_conditionings_carry_concepts_along(ours, bank) -> No
     positive = ours.encode(clip, "a red dog")
     if zeros[0][0][0].shape == zeros[1][0][0].shape:
         assert distance(*(ours.ksampler(model, positive, zero, steps=2) for zero in zeros)) < 1e-4
+
+
+def weights_are_read_as_in_plain_comfyui_and_those_of_concepts_act(ours, bank) -> None:
+    """Also where the host's tokenizer takes parentheses and weights as text."""
+    from continual_concepts.core.comfy.apply import context_of
+    from continual_concepts.core.comfy.families import find_sites
+    from continual_concepts.core.comfy.text import text_widths
+
+    sites, clip = find_sites(ours.model, text_widths(ours.clip)), ours.aggregate("", bank)[1]
+    text = r"a (red) ((big)) (old:1.3) dog \(in snow\)"
+    assert torch.equal(ours.encode(clip, text)[0][0], ours.encode(ours.clip, text)[0][0])
+    weighted, dogs = ours.encode(clip, "a (<spot>:0.5), <spot:0.25> and <spot>"), "dog dog dog dog"
+    # a host that reads weights splits the text at parentheses
+    plain = (f"a {dogs}, {dogs} and {dogs}", f"a ({dogs}:1.0), ({dogs}:1.0) and {dogs}")
+    assert any(torch.equal(weighted[0][0], ours.encode(ours.clip, each)[0][0]) for each in plain)
+    factors = context_of(weighted, 1, ("spot",), sites).strengths[0]["spot"]
+    assert [factors.count(factor) for factor in (0.5, 0.25, 1.0)] == [4, 4, 4]

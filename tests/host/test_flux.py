@@ -16,6 +16,7 @@ from .joint_checks import (
     foreign_patches_act_in_front_alone,
     gradients_are_those_of_the_prediction,
     nodes_that_compute_with_conditionings_carry_concepts_along,
+    weights_are_read_as_in_plain_comfyui_and_those_of_concepts_act,
 )
 from .make_flux import Latents, distance, flux_model, model_and_clip, studio_of
 
@@ -197,6 +198,10 @@ def test_gradients_are_those_of_the_prediction(joint, backbone):
 
 def test_nodes_that_compute_with_conditionings_carry_concepts_along(joint):
     nodes_that_compute_with_conditionings_carry_concepts_along(joint.studio, joint.bank)
+
+
+def test_weights_are_read_as_in_plain_comfyui_and_those_of_concepts_act(joint):
+    weights_are_read_as_in_plain_comfyui_and_those_of_concepts_act(joint.studio, joint.bank)
 
 
 def test_what_does_not_work_is_refused_before_any_work(joint, studio, monkeypatch):

@@ -14,6 +14,7 @@ from continual_concepts.core.model.sites import PROJECTIONS
 from .joint_checks import (
     foreign_patches_act_in_front_alone,
     nodes_that_compute_with_conditionings_carry_concepts_along,
+    weights_are_read_as_in_plain_comfyui_and_those_of_concepts_act,
 )
 from .make_krea2 import distance, krea2_model, krea2_studio
 
@@ -174,6 +175,10 @@ def test_another_nodes_patch_behind_the_concepts_is_refused_and_before_them_acts
 
 def test_nodes_that_compute_with_conditionings_carry_concepts_along(krea):
     nodes_that_compute_with_conditionings_carry_concepts_along(krea.studio, krea.bank)
+
+
+def test_weights_are_read_as_in_plain_comfyui_and_those_of_concepts_act(krea):
+    weights_are_read_as_in_plain_comfyui_and_those_of_concepts_act(krea.studio, krea.bank)
 
 
 def test_what_does_not_work_is_refused_before_any_work(krea, studio, tmp_path, monkeypatch):

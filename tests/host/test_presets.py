@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.training.presets import AS_SET, PERSON, STYLE, shown_values
+from continual_concepts.core.training.presets import AS_SET, PERSON, READERS, STYLE, shown_values
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
 
@@ -21,7 +21,8 @@ def test_a_new_node_asks_for_name_noun_and_preset(pack):
     assert shown == ["name", "class_noun", "captions", "preset", "effort"]
     assert entries["name"].default == entries["class_noun"].default == ""
     assert entries["preset"].default == AS_SET      # what a saved graph without it gets
-    assert entries["preset"].as_dict()["preset_values"] == shown_values()
+    values = {reader: shown_values(reader) for reader in READERS}
+    assert entries["preset"].as_dict()["preset_values"] == values
     assert set(shown_values()[PERSON]["quick"]) <= set(entries)
 
 

@@ -30,6 +30,16 @@ CHOOSE = """preset => {
 }"""
 
 
+SET = """([name, value]) => {
+    const node = app.graph._nodes.find(node => node.type === 'ConceptLearner');
+    const widget = node.widgets.find(widget => widget.name === name);
+    widget.value = value;
+    widget.callback?.(value);
+}"""
+LABEL = """name => app.graph._nodes.find(node => node.type === 'ConceptLearner').widgets
+    .find(widget => widget.name === name).label"""
+
+
 @pytest.fixture(scope="module")
 def page(open_page):
     return open_page()
@@ -48,6 +58,19 @@ def test_a_new_node_begins_with_a_preset_and_shows_its_values(page, tmp_path):
     page.evaluate(CHOOSE, "as set")
     state = page.evaluate(STATE)
     assert (state["label"], state["disabled"]) == ("steps", False)
+    assert not page.errors
+
+
+def test_inputs_show_what_another_reader_and_a_concept_to_go_on_from_change(page):
+    page.evaluate(ADD)
+    page.wait_for_timeout(500)
+    for name, value, labels in (("readable_by", "other programs", {"method": "method = lora"}),
+                                ("if_known", "refine it", {"method": "method = the concept's",
+                                                           "lr": "lr = the concept's"}),
+                                ("if_known", "keep it", {"lr": "lr = 0.0001"}),
+                                ("variant_of", "rex", {"token_lr": "token_lr = the concept's"})):
+        page.evaluate(SET, [name, value])
+        assert {input: page.evaluate(LABEL, input) for input in labels} == labels
     assert not page.errors
 
 

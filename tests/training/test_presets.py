@@ -19,16 +19,19 @@ from continual_concepts.core.training.presets import (
     EMBEDDED,
     EMBEDDED_128,
     FAMILIES,
+    HERE,
     OBJECT,
     OTHER,
     PERSON,
     PREDICT2,
+    READERS,
     SD1,
     SD2,
     SDXL,
     STYLE,
     SUBJECTS,
     family_of,
+    for_other_programs,
     preset,
     preset_for,
     shown_values,
@@ -104,10 +107,22 @@ def test_values_are_shown_for_the_embedded_bases_and_as_a_range_for_published_mo
     assert shown["kind"] == {"embedded": "object", "published": "object"}
 
 
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_shown_values_are_those_that_are_used(subject, reader):
+    shown = shown_values(reader)[subject]["quick"]
+    for family, where in ((EMBEDDED_128, "embedded"), (SD1, "published"), (SDXL, "published")):
+        chosen = preset(subject, "quick", family)
+        chosen = chosen if reader == HERE else for_other_programs(chosen)
+        assert shown["method"][where] == chosen.method
+        for name, rate in chosen.rates.items():
+            assert f"{rate:g}" in shown[name][where].split(" or ")
+
+
 def test_shown_values_fit_into_a_node():
     """A label of more than 30 characters is cut in a node of the usual width."""
-    labels = [f"{name} = {text}" for efforts in shown_values().values() for given in efforts.values()
-              for name, texts in given.items() for text in texts.values()]
+    labels = [f"{name} = {text}" for reader in READERS for efforts in shown_values(reader).values()
+              for given in efforts.values() for name, texts in given.items() for text in texts.values()]
     assert not [label for label in labels if len(label) > 30]
 
 
