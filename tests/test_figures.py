@@ -169,7 +169,19 @@ def of_single_benchmarks() -> Iterable[tuple[str, str]]:
     yield "methods.md", f"half of them {halves[0]:.0f} to {halves[1]:.0f} %"
 
 
-FIGURES = [*of_demo(), *of_regions(), *of_training(), *of_many_concepts(), *of_single_benchmarks()]
+def of_likeness() -> Iterable[tuple[str, str]]:
+    def seconds(value: float | None) -> str:
+        return "not reached" if value is None else f"{value:.1f}"
+
+    for name, row in result("likeness")["trainers"].items():
+        label = {"slots": "`slots`, the default", "lora": "`lora`", "peft": "PEFT loop",
+                 "ComfyUI": "ComfyUI's *Train LoRA*"}[name]
+        yield "cost.md", (f"| {label} | {row['rate'] or 'as tuned'} | {seconds(row['seconds_to_level'])} | "
+                          f"{seconds(row['seconds_to_own'])} | {row['final']:.2f} | {row['seconds']:.0f} |")
+
+
+FIGURES = [*of_demo(), *of_likeness(), *of_regions(), *of_training(), *of_many_concepts(),
+           *of_single_benchmarks()]
 
 
 def words_of(name: str) -> str:
