@@ -7,6 +7,7 @@ import { after, widgetOf } from "./widgets.js";
 const CATEGORY = "continual concepts"; // of our nodes
 const SHOW = "Show advanced inputs";
 const HIDE = "Hide advanced inputs";
+const ALWAYS = "Comfy.Node.AlwaysShowAdvancedWidgets"; // ComfyUI's own setting
 
 /** The names of a node's advanced inputs, and of what ComfyUI adds to them (the seed's control). */
 function advancedNames(node) {
@@ -22,6 +23,11 @@ function advancedNames(node) {
 /** Whether another node gives the value of an input that has a widget. */
 function isLinked(node, name) {
     return node.inputs?.some((input) => input.widget?.name === name && input.link != null);
+}
+
+/** Whether the person has set that all nodes show their advanced inputs. Older versions have no such setting. */
+function alwaysShows() {
+    return Boolean(app.extensionManager?.setting?.get?.(ALWAYS));
 }
 
 /** `hidden` follows the node's state. Nodes 2.0 reads it for the node's height only. */
@@ -41,27 +47,28 @@ app.registerExtension({
         if (!names.size) return;
         let savedBefore = false; // by a version that showed all inputs: the graph stays as it was laid out
         let configured = false;
-        const isShown = () => savedBefore || Boolean(node.showAdvanced);
+        const isOpen = () => savedBefore || Boolean(node.showAdvanced);
         for (const widget of node.widgets ?? []) {
-            if (names.has(widget.name)) hideUnless(node, widget, isShown);
+            if (names.has(widget.name)) hideUnless(node, widget, () => isOpen() || alwaysShows());
         }
         const fit = () => {
-            button.label = isShown() ? HIDE : SHOW;
+            button.label = isOpen() ? HIDE : SHOW;
             if (!window.LiteGraph?.vueNodesMode) node.setSize([node.size[0], node.computeSize()[1]]);
             node.graph?.setDirtyCanvas?.(true, true);
         };
         const toggle = () => {
-            const shown = isShown();
+            const wasOpen = isOpen();
             savedBefore = false;
-            node.showAdvanced = !shown;
+            node.showAdvanced = !wasOpen;
             fit();
         };
         const button = node.addWidget("button", SHOW, null, toggle, { serialize: false, canvasOnly: true });
         button.serialize = false;
+        Object.defineProperty(button, "hidden", { configurable: true, get: alwaysShows, set: () => {} });
         after(node, "onConfigure", (saved) => {
             configured = true;
             savedBefore = saved?.showAdvanced === undefined;
-            button.label = isShown() ? HIDE : SHOW;
+            button.label = isOpen() ? HIDE : SHOW;
         });
         setTimeout(() => {
             if (configured) return;

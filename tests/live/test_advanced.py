@@ -68,6 +68,30 @@ def test_a_new_node_shows_its_everyday_inputs_and_a_button_shows_the_others(page
     assert not page.errors
 
 
+def test_comfyuis_own_setting_shows_all_inputs(page):
+    always = "on => app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', on)"
+    page.evaluate(always, True)
+    try:
+        shown = state_of(page, ADD)["shown"]
+        assert len(shown) == len(EVERYDAY) + 14 and "seed" in shown      # without the button
+    finally:
+        page.evaluate(always, False)
+    assert state_of(page, "() => {}")["shown"] == EVERYDAY and not page.errors
+
+
+def test_a_copied_node_shows_what_its_original_shows(page):
+    state_of(page, ADD)
+    copy = """() => {
+        const copied = app.graph._nodes[0].clone();
+        app.graph.clear();
+        app.graph.add(copied);
+    }"""
+    assert state_of(page, copy)["shown"] == EVERYDAY
+    opened = state_of(page, PRESS)["shown"]
+    assert state_of(page, copy)["shown"] == opened and len(opened) > len(EVERYDAY)
+    assert not page.errors
+
+
 def test_an_input_that_another_node_gives_is_shown(page):
     page.evaluate(ADD)
     page.wait_for_timeout(700)
