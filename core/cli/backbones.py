@@ -60,8 +60,7 @@ def preset_of(options: Namespace) -> presets.Preset | None:
                            f"'{options.preset}'; choose a preset for this kind, or none")
     effort = options.effort or presets.NORMAL
     if is_embedded(options):
-        name = embedded_name(options)
-        chosen = presets.preset(subject, effort, presets.family_of_embedded(name), picture_size(name))
+        chosen = presets.preset_for_embedded(subject, effort, embedded_name(options))
     else:
         folder = BaseFolder(Path(options.base).expanduser())
         chosen = presets.preset(subject, effort, presets.family_of_width(folder.context_width))

@@ -105,6 +105,7 @@ class Preset:
         training: Settings of training, by name.
         source: Where the values come from.
         settings: Further settings of the method.
+        base: Name of the embedded base; empty for others.
     """
 
     subject: str
@@ -116,6 +117,7 @@ class Preset:
     training: Mapping[str, Any]
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
 
     def describe(self, method: Method, config: TrainingConfig) -> str:
         """One line with the values that are used: those of the method and of the training, which may differ
@@ -124,7 +126,9 @@ class Preset:
                  if hasattr(method.config, name)}
         training = {name: getattr(config, name) for name in self.training}
         values = ", ".join(f"{name} {value}" for name, value in {**rates, **training}.items())
-        return f"preset {self.subject}, {self.effort}, for {self.family}: method {method.name}, {values}"
+        base = self.base or self.family
+        same = "" if base == self.family else f", as for {self.family}"
+        return f"preset {self.subject}, {self.effort}, for {base}{same}: method {method.name}, {values}"
 
 
 def family_of(layout: SiteLayout) -> str:
@@ -193,7 +197,12 @@ def check_for_others(settings: Mapping[str, Any]) -> None:
 def preset_for(subject: str, effort: str, layout: SiteLayout) -> Preset:
     """The preset for a base with this layout."""
     name = layout.embedded_base
-    return preset(subject, effort, family_of(layout), picture_size(name) if name else 0)
+    return preset_for_embedded(subject, effort, name) if name else preset(subject, effort, family_of(layout))
+
+
+def preset_for_embedded(subject: str, effort: str, name: str) -> Preset:
+    """The preset for the embedded base with this name."""
+    return replace(preset(subject, effort, family_of_embedded(name), picture_size(name)), base=name)
 
 
 def shown_values(reader: str = HERE) -> dict[str, dict[str, dict[str, dict[str, str]]]]:

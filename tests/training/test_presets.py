@@ -34,6 +34,7 @@ from continual_concepts.core.training.presets import (
     for_other_programs,
     preset,
     preset_for,
+    preset_for_embedded,
     shown_values,
 )
 
@@ -83,6 +84,15 @@ def test_the_line_of_a_preset_has_the_values_that_are_used():
     usual = chosen.describe(make(chosen.method, chosen.rates), TrainingConfig(**chosen.training))
     assert usual == ("preset object, quick, for SD1.5: method slots, lr 0.0001, token_lr 0.001, steps 400, "
                      "resolution 512, batch_size 1")
+
+
+def test_the_line_of_a_preset_names_the_base_and_whose_values_it_has():
+    said = {}
+    for name in ("embedded-128", "embedded-dit"):
+        chosen = preset_for_embedded(OBJECT, "quick", name)
+        said[name] = chosen.describe(make(chosen.method, chosen.rates), TrainingConfig(**chosen.training))
+    assert said["embedded-128"].startswith("preset object, quick, for embedded-128: method slots")
+    assert said["embedded-dit"].startswith("preset object, quick, for embedded-dit, as for embedded-128: ")
 
 
 @pytest.mark.parametrize("name", ["embedded-64", "embedded-128"])
