@@ -14,6 +14,7 @@ from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import backbones, learning
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.training import checkpoint
+from continual_concepts.core.training.presets import PERSON, preset_for_embedded
 
 from .conftest import QUICK
 
@@ -236,11 +237,12 @@ def test_a_preset_chooses_what_no_flag_says(photos, tmp_path, capsys):
     asked = ["learn", str(photos), "--bank", str(bank), "--name", "rex", "--noun", "dog",
              "--preset", "person", "--effort", "quick", "--base", "embedded-64", "--batch-size", "2"]
     assert main([*asked, "--steps", "2"]) == 0
-    assert ("preset person or animal, quick, for embedded-64: method slots, lr 0.002, token_lr 0.02, "
-            "steps 2, resolution 64, batch_size 2, schedule cosine, warmup 20") in capsys.readouterr().out
+    rates = preset_for_embedded(PERSON, "quick", "embedded-64").rates
+    assert (f"preset person or animal, quick, for embedded-64: method slots, lr {rates['lr']:g}, "
+            f"token_lr {rates['token_lr']:g}, steps 2, resolution 64, batch_size 2, schedule cosine, warmup 20") in capsys.readouterr().out
     info = open_bank(bank).infos["rex"]
     settings = info.provenance.settings
-    assert info.kind == "object" and settings["method"]["lr"] == 2e-3
+    assert info.kind == "object" and settings["method"]["lr"] == rates["lr"]
     assert {name: settings["training"][name] for name in ("steps", "batch_size", "resolution", "warmup")} == {
         "steps": 2, "batch_size": 2, "resolution": 64, "warmup": 20}
 

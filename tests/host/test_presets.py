@@ -5,9 +5,18 @@ from __future__ import annotations
 import pytest
 
 from continual_concepts.core.errors import ConceptError
-from continual_concepts.core.training.presets import AS_SET, PERSON, READERS, STYLE, shown_values
+from continual_concepts.core.training.presets import (
+    AS_SET,
+    PERSON,
+    READERS,
+    STYLE,
+    preset_for_embedded,
+    shown_values,
+)
 
 pytestmark = pytest.mark.usefixtures("as_in_comfyui")
+
+BASE = "embedded-64"      # that of the fixture `studio`
 
 
 def inputs_of(pack) -> dict:
@@ -51,7 +60,8 @@ def test_a_preset_replaces_the_inputs_and_connected_settings_replace_the_preset(
 
 def test_a_style_is_learned_as_one(studio):
     info, settings = learned(studio, preset=STYLE, training_settings={"steps": 1})
-    assert (info.kind, settings["method"]["lr"]) == ("style", 4e-3)
+    rates = preset_for_embedded(STYLE, "normal", BASE).rates
+    assert (info.kind, settings["method"]["lr"]) == ("style", rates["lr"])
 
 
 def test_without_a_preset_the_inputs_are_used_as_before(studio):
@@ -74,6 +84,8 @@ def test_a_rate_that_is_no_rate_is_refused(studio, rate, value):
 
 def test_the_notes_name_the_values_that_are_used(studio):
     result = studio.learner(preset=PERSON, effort="quick", training_settings={"steps": 2},
-                            method_settings={"lr": 0.002})
-    assert ("preset person or animal, quick, for embedded-64: method slots, lr 0.001, token_lr 0.005, "
-            "steps 2, resolution 64, batch_size 4, schedule cosine, warmup 20") in result.ui["text"][0]
+                            method_settings={"lr": 0.003})
+    rates = preset_for_embedded(PERSON, "quick", BASE).rates
+    said = (f"preset person or animal, quick, for {BASE}: method slots, lr {rates['lr']:g}, token_lr "
+            f"{rates['token_lr']:g}, steps 2, resolution 64, batch_size 4, schedule cosine, warmup 20")
+    assert said in result.ui["text"][0]
