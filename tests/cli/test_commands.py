@@ -238,8 +238,9 @@ def test_a_preset_chooses_what_no_flag_says(photos, tmp_path, capsys):
              "--preset", "person", "--effort", "quick", "--base", "embedded-64", "--batch-size", "2"]
     assert main([*asked, "--steps", "2"]) == 0
     rates = preset_for_embedded(PERSON, "quick", "embedded-64").rates
-    assert (f"preset person or animal, quick, for embedded-64: method slots, lr {rates['lr']:g}, "
-            f"token_lr {rates['token_lr']:g}, steps 2, resolution 64, batch_size 2, schedule cosine, warmup 20") in capsys.readouterr().out
+    said = (f"preset person or animal, quick, for embedded-64: method slots, lr {rates['lr']:g}, token_lr "
+            f"{rates['token_lr']:g}, steps 2, resolution 64, batch_size 2, schedule cosine, warmup 20")
+    assert said in capsys.readouterr().out
     info = open_bank(bank).infos["rex"]
     settings = info.provenance.settings
     assert info.kind == "object" and settings["method"]["lr"] == rates["lr"]
