@@ -40,9 +40,9 @@ from .bank_parser import add_bank
 from .learning import IF_KNOWN
 from .result import run, say
 
-NO_BASE = ("NO --base: USING AN EMBEDDED BASE, which draws small pictures of toys and animals. For "
-           "photos give --base FOLDER, a model in diffusers' layout (SD1.5, SD2, SDXL). --base embedded "
-           "hides this line.")
+NO_BASE = ("NO --base: USING AN EMBEDDED BASE, which draws small pictures of toys and animals. Real photos "
+           "cannot be learned on it: give --base FOLDER, a model in diffusers' layout (SD1.5, SD2, SDXL). "
+           "--base embedded hides this line.")
 # One of the ways that the demo compares learns words.
 DEMO_BASES = tuple(dict.fromkeys(name for name in (*NAMES, *TRANSFORMERS) if name != JOINT))
 def _add_learn(commands) -> None:

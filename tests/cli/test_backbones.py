@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
+import torch
 from PIL import Image
 
 from continual_concepts.core.bank.bank import ConceptBank
@@ -81,3 +82,14 @@ def test_without_a_bank_the_newest_is_taken():
 def test_size_and_training_are_those_of_the_base(banks):
     options = Namespace(base="embedded", bank=banks / "embedded-64.safetensors")
     assert backbones.size_of(options) == backbones.training_of(options).resolution == 64
+
+
+def test_an_embedded_base_computes_with_one_thread():
+    """On busy cores, two threads of such a small model wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        backbones.load_backbone(Namespace(base="embedded-64", bank=None, device="cpu"))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
