@@ -42,7 +42,7 @@ from .trials import (
     run_of,
     stage_trials,
 )
-from .tuning_file import alone, stored_methods
+from .tuning_file import locked, stored_methods
 
 PICTURES, GROUP_PICTURES, PAIR_PICTURES = 8, 6, 8
 OBJECTIVE = ("mean of alone and combined at the end of the sequence, as shares of the way that all concepts "
@@ -218,7 +218,7 @@ def tune(methods: Sequence[str], file: Path, folder: Path,
                     _levels(sampler, styles.suite, folder_of_styles), known)
 
     def write() -> dict:
-        with alone(file):
+        with locked(file):
             result = tuning.to_json(base)
             result["methods"] = dict(sorted({**stored_methods(file, result), **result["methods"]}.items()))
             write_result(file, result)

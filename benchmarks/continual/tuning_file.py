@@ -17,7 +17,7 @@ _LONGEST = 40      # of a value in a message
 
 
 @contextmanager
-def alone(file: Path) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
     """Context manager in which no other process reads the file in order to write it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(file.with_name(f".{file.name}.lock"))):

@@ -10,7 +10,7 @@ import pytest
 
 from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.continual import tuned, tuning
-from continual_concepts.benchmarks.continual.tuning_file import alone, stored_methods
+from continual_concepts.benchmarks.continual.tuning_file import locked, stored_methods
 from continual_concepts.core.errors import ConceptError
 
 TASKS = 6      # of the tuning suite
@@ -77,10 +77,10 @@ def test_processes_write_one_after_another(tmp_path):
     path, events = tmp_path / "new" / "tuning.json", []
 
     def write() -> None:
-        with alone(path):
+        with locked(path):
             events.append("second")
 
-    with alone(path):
+    with locked(path):
         other = threading.Thread(target=write)
         other.start()
         other.join(0.3)
