@@ -24,6 +24,7 @@ from ..interop.sharing import share
 from . import backbones
 from .export import export
 from .result import Result
+from .shown import counted, day, lines_of
 
 
 def _line(info: ConceptInfo) -> str:
@@ -31,7 +32,8 @@ def _line(info: ConceptInfo) -> str:
     kind = f"{info.class_noun:<16} {info.kind:<7} {info.method:<10}"
     parent = f", variant of <{origin.variant_of}>" if origin.variant_of else ""
     terms = f", {info.terms}" if info.terms else ""
-    return f"{info.placeholder:<20} {kind} {len(origin.images)} pictures  {origin.date}{parent}{terms}"
+    photos = counted(len(origin.images), "photo")
+    return f"{info.placeholder:<20} {kind} {photos}  {day(origin.date)}{parent}{terms}"
 
 
 def _list(options: Namespace) -> Result:
@@ -69,22 +71,17 @@ def _facts(bank: ConceptBank, concept: Concept, inspection: Inspection) -> dict:
     return json.loads(json.dumps(facts))
 
 
-def _lines(facts: dict) -> list[str]:
-    return [f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}"
-            for key, value in facts.items()]
-
-
 def _show(options: Namespace) -> Result:
     """Prints all facts of one concept, similar concepts and collisions; of every concept without a name."""
     bank = open_bank(options.bank)
     if options.name is not None:
         inspection = inspect(bank, photo_encode(bank.layout), bank[options.name].name)
         facts = _facts(bank, bank[options.name], inspection)
-        return facts, _lines(facts)
+        return facts, lines_of(facts)
     inspection = inspect(bank, photo_encode(bank.layout))
     every = [{"name": facts.name, "fault": facts.fault} if facts.fault
              else _facts(bank, bank[facts.name], inspection) for facts in inspection.facts]
-    lines = [line for facts in every for line in (*_lines(facts), "")]
+    lines = [line for facts in every for line in (*lines_of(facts), "")]
     return {"concepts": every}, lines[:-1] or ["the bank is empty"]
 
 
