@@ -26,6 +26,7 @@ from .folders import (
     register_folders,
 )
 from .images import judge
+from .inputs import valid
 from .schema import Schema
 
 register_folders()
@@ -55,6 +56,11 @@ class ConceptBankLoad(io.ComfyNode):
             ],
             outputs=[types.Bank.Output(display_name="bank")],
         )
+
+    @classmethod
+    def validate_inputs(cls, bank_name):
+        """Reports a missing bank before the graph runs. Text from another node is None at this point."""
+        return valid(lambda: bank_name in (None, NEW_BANK) or bank_file(bank_name))
 
     @classmethod
     def fingerprint_inputs(cls, bank_name):
@@ -98,12 +104,7 @@ class ConceptBankSave(io.ComfyNode):
     def validate_inputs(cls, bank_name):
         """Reports a wrong name, or a folder that cannot be written, before the graph runs. Text from another
         node is None at this point."""
-        try:
-            if bank_name is not None:
-                check_output(new_bank_file(bank_name), "bank")
-        except ConceptError as error:
-            return str(error)
-        return True
+        return valid(lambda: bank_name is None or check_output(new_bank_file(bank_name), "bank"))
 
     @classmethod
     def execute(cls, bank, bank_name, allow_fewer) -> io.NodeOutput:

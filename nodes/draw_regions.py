@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..core.errors import ConceptError
 from ..core.regional.drawing import parse_regions, with_outlines
 from . import types
+from .inputs import valid
 from .schema import Schema
 
 # prompts describe their regions completely, because crop denoising treats a region as a separate picture
@@ -56,11 +56,7 @@ class ConceptRegionsDraw(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, drawing):
         """Reports an invalid drawing before the graph runs. Text from another node is None at this point."""
-        try:
-            parse_regions(drawing or "")
-        except ConceptError as error:
-            return str(error)
-        return True
+        return valid(lambda: parse_regions(drawing or ""))
 
     @classmethod
     def execute(cls, drawing, width, height, regions=None) -> io.NodeOutput:

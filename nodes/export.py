@@ -16,6 +16,7 @@ from ..core.interop.export import export_bank, export_concept
 from ..core.interop.prompt_export import export_prompt
 from ..core.interop.sharing import share_into
 from . import types
+from .inputs import valid
 from .schema import Schema
 
 FORMATS = {
@@ -75,12 +76,9 @@ class ConceptExport(io.ComfyNode):
     def validate_inputs(cls, strength):
         """Reports folders that cannot be written before the graph runs. ComfyUI only calls it if it takes an
         input."""
-        try:
-            for folder in ("loras", "embeddings"):
-                check_output_folder(Path(folder_paths.get_output_directory()) / folder)
-        except ConceptError as error:
-            return str(error)
-        return True
+        output = Path(folder_paths.get_output_directory())
+        return valid(lambda: check_output_folder(output / "loras"),
+                     lambda: check_output_folder(output / "embeddings"))
 
     @classmethod
     def execute(cls, bank, concept, format, strength, prompt="") -> io.NodeOutput:  # noqa: A002 - an input id
@@ -133,12 +131,8 @@ class ConceptShare(io.ComfyNode):
     def validate_inputs(cls, licence, author):
         """Reports a line that is too long, or a folder that cannot be written, before the graph runs. Text
         from another node is None at this point."""
-        try:
-            Terms((licence or "").strip(), (author or "").strip())
-            check_output_folder(_shared_folder())
-        except ConceptError as error:
-            return str(error)
-        return True
+        return valid(lambda: Terms((licence or "").strip(), (author or "").strip()),
+                     lambda: check_output_folder(_shared_folder()))
 
     @classmethod
     def execute(cls, bank, concept, licence, author) -> io.NodeOutput:

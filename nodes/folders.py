@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
@@ -39,7 +40,8 @@ def bank_file(name: str) -> Path:
             must not hide behind another one.
     """
     if name not in bank_names():
-        raise ConceptError(f"there is no bank {name!r}; there are {', '.join(bank_names()) or 'none yet'}")
+        raise ConceptError(f"there is no bank {name!r}; learn a concept and save its bank under this "
+                           f"name, or choose another one: {', '.join(bank_names()) or 'there are none yet'}")
     path = folder_paths.get_full_path(BANKS, name)
     if path is None:
         raise ConceptError(f"the bank {name!r} cannot be found any more")
@@ -54,6 +56,21 @@ def _others(path: Path, name: str) -> list[Path]:
     """Other files that are banks of this name. path: The bank's own file, which may be missing."""
     found = [Path(folder) / name for folder in folder_paths.get_folder_paths(BANKS)]
     return [other for other in found if other.is_file() and not (path.exists() and other.samefile(path))]
+
+
+def missing_folder(name: str, content: str, advice: str, empty: str, others: Sequence[str]) -> str:
+    """Says that a folder inside ComfyUI's input folder is missing or has no content, and what to do.
+
+    Args:
+        name: The folder, or `empty`, which the page shows where there is no folder.
+        content: What the folder should hold.
+        advice: How to make it.
+        others: The folders that there are.
+    """
+    root = folder_paths.get_input_directory()
+    what = f"folder with {content}" if name in ("", empty) else f"folder {name!r} with {content}"
+    choice = f", or choose another one: {', '.join(others)}" if others else ""
+    return f"there is no {what} in {root!r}; {advice} and press R on the page{choice}"
 
 
 def output_folder() -> Path:

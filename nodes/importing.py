@@ -13,6 +13,7 @@ from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
 from ..core.interop.importing import import_concept
 from . import types
+from .inputs import valid
 from .presets import checked_name
 from .schema import Schema
 
@@ -30,8 +31,8 @@ def _file(kind: str, name: str) -> Path | None:
     if name == NONE:
         return None
     if name not in _files(kind):
-        raise ConceptError(f"there is no file {name!r} in {kind}; allowed: the .safetensors files that the "
-                           "list shows")
+        raise ConceptError(f"there is no file {name!r} in {kind}; put it into models/{kind} and press R on "
+                           "the page, or choose another one (.safetensors files only)")
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
@@ -79,6 +80,12 @@ class ConceptImport(io.ComfyNode):
             ],
             outputs=[types.Bank.Output(display_name="bank"), io.String.Output(display_name="notes")],
         )
+
+    @classmethod
+    def validate_inputs(cls, lora, embedding):
+        """Reports a missing file before the graph runs. Text from another node is None at this point."""
+        return valid(lambda: lora is None or _file("loras", lora),
+                     lambda: embedding is None or _file("embeddings", embedding))
 
     @classmethod
     def execute(cls, model, clip, lora, embedding, name, class_noun, kind, trigger,

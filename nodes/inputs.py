@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.errors import ConceptError
 from ..core.regional.regions import OVERLAPS
 from ..core.settings import settings_of
 
@@ -16,6 +17,18 @@ def first(value: Any) -> Any:
     lists, and as `(None,)` while another node has yet to give the value.
     """
     return value[0] if isinstance(value, list | tuple) and value else value
+
+
+def valid(*checks: Callable[[], object]) -> bool | str:
+    """What ComfyUI wants of `validate_inputs`: True, or the sentence of the first check that raises a
+    ConceptError.
+    """
+    try:
+        for check in checks:
+            check()
+    except ConceptError as error:
+        return str(error)
+    return True
 
 
 def lines_of(texts: Iterable[str] | None) -> list[str]:

@@ -24,15 +24,17 @@ from ..core.training.config import TrainingConfig
 from ..core.training.folders import TABLE, Planned, check_parents, headline, passed_over, plan, reasons
 from ..core.training.presets import EFFORTS, NORMAL, SHORT_NAMES, SUBJECTS, kind_of
 from . import types
-from .folders import checkpoint_folder
+from .folders import checkpoint_folder, missing_folder
 from .images import judge
-from .inputs import setting_input
+from .inputs import setting_input, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import reader_input
 from .progress import Part, say
 from .schema import Schema, advanced
 
 ADVANCED = ("steps", "seed", "preview_every", "if_known", "find_subject", "caption_templates", "readable_by")
+
+EMPTY = "put a folder of photo folders into ComfyUI's input folder"      # in the place of a list of folders
 
 
 def _folders() -> list[str]:
@@ -47,8 +49,8 @@ def _folders() -> list[str]:
 
 def _folder(name: str) -> Path:
     if name not in _folders():
-        raise ConceptError(f"there is no folder {name!r} with folders of photos in ComfyUI's input folder; "
-                           f"there are {', '.join(_folders()) or 'none'}")
+        raise ConceptError(missing_folder(name, "folders of photos", "make a folder of photos in it for each "
+                                          "concept, such as 'rex dog'", EMPTY, _folders()))
     return Path(folder_paths.get_input_directory()) / name
 
 
@@ -71,7 +73,7 @@ class ConceptFolderLearner(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="From the same checkpoint; it encodes the photos."),
                 io.Combo.Input(
                     "folder",
-                    options=_folders() or ["put a folder of photo folders into ComfyUI's input folder"],
+                    options=_folders() or [EMPTY],
                     tooltip="A folder inside ComfyUI's input folder. It holds a folder of photos for each "
                             "concept, such as 'rex dog'. A table concepts.csv in it can give more details; "
                             "see the help.",
@@ -118,14 +120,11 @@ class ConceptFolderLearner(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, seed):
-        """Reports a folder that cannot be written before the graph runs. ComfyUI only calls it if it takes an
-        input."""
-        try:
-            check_output_folder(checkpoint_folder())
-        except ConceptError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, folder):
+        """Reports a missing folder, or one that cannot be written, before the graph runs. Text from another
+        node is None at this point."""
+        return valid(lambda: folder is None or _folder(folder),
+                     lambda: check_output_folder(checkpoint_folder()))
 
     @classmethod
     def fingerprint_inputs(cls, folder, **others):

@@ -18,11 +18,14 @@ from ..core.demo.bases import EMBEDDED, NAMES, picture_size
 from ..core.errors import ConceptError
 from ..core.images import to_tensor
 from . import types
+from .folders import missing_folder
 from .images import to_image
+from .inputs import valid
 from .progress import say
 from .schema import Schema
 
 NONE = "none"
+EMPTY = "put a folder of photos into ComfyUI's input folder"      # in the place of a list of folders
 FIRST = "embedded-64"      # the base of graphs that were saved before there was a choice
 
 
@@ -51,8 +54,7 @@ def _folder(name: str) -> Path:
         if last.lower() == MASKS and above in _folders():
             raise ConceptError(f"the folder '{name}' holds the masks of the photos in '{above}'; choose "
                                f"'{above}'")
-        raise ConceptError(f"there is no photo folder {name!r} in ComfyUI's input folder; there are "
-                           f"{', '.join(_folders()) or 'none'}")
+        raise ConceptError(missing_folder(name, "photos", "put 3 to 10 photos into it", EMPTY, _folders()))
     return Path(folder_paths.get_input_directory()) / name
 
 
@@ -70,7 +72,7 @@ class ConceptPhotosLoad(io.ComfyNode):
                         "masks, and shows a contact sheet of what was used and what was not.",
             inputs=[
                 io.Combo.Input(
-                    "folder", options=_folders() or ["put a folder of photos into ComfyUI's input folder"],
+                    "folder", options=_folders() or [EMPTY],
                     tooltip="A folder inside ComfyUI's input folder. name.txt beside a photo is its caption."
                 ),
                 io.Boolean.Input(
@@ -91,6 +93,11 @@ class ConceptPhotosLoad(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, folder):
+        """Reports a missing folder before the graph runs. Text from another node is None at this point."""
+        return valid(lambda: folder is None or _folder(folder))
 
     @classmethod
     def fingerprint_inputs(cls, folder, find_subject=False, caption_templates=NONE):

@@ -236,5 +236,5 @@ def test_one_corrupt_photo_among_others(studio):
     (folder / "b.png").write_bytes(b"no picture")
     assert "b.png" in sentence_of_a_file(lambda: studio.pack.ConceptPhotosLoad.execute("photos"))
     for name in ("../output", "/etc", "", "other"):
-        assert "there is no photo folder" in sentence(
+        assert "there is no folder" in sentence(
             lambda name=name: studio.pack.ConceptPhotosLoad.execute(name))

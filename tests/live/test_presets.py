@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "01 Ten-second tour.json"
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "01 Tour without a download.json"
 ADD = """() => {
     app.graph.clear();
     const node = LiteGraph.createNode('ConceptLearner');

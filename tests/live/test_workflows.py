@@ -124,7 +124,7 @@ def test_g15_templates_are_numbered_in_the_order_of_learning():
     """The template browser shows file names. A number before the title says what comes next."""
     numbers, titles = zip(*(name_of(path).split(" ", 1) for path in GRAPHS), strict=True)
     assert list(numbers) == [f"{number:02d}" for number in range(1, len(GRAPHS) + 1)]
-    assert titles[:4] == ("Ten-second tour", "Learn a first concept", "Use concepts with KSampler",
+    assert titles[:4] == ("Tour without a download", "Learn a first concept", "Use concepts with KSampler",
                           "Add a second concept")
 
 
@@ -315,7 +315,7 @@ def test_inpainting_leaves_the_rest_of_the_photo_alone(server):
 
 
 def test_an_unchanged_graph_is_not_run_again(server):
-    graph = shortened(api_graph("Ten-second tour"))
+    graph = shortened(api_graph("Tour without a download"))
     server.run(graph)
     again = server.run(graph)
     cached = next(message for kind, message in again["status"]["messages"] if kind == "execution_cached")
@@ -323,14 +323,14 @@ def test_an_unchanged_graph_is_not_run_again(server):
 
 
 def test_g12_sibling_a_name_from_another_node_waits_for_the_run(server):
-    graph = shortened(api_graph("Ten-second tour"))
+    graph = shortened(api_graph("Tour without a download"))
     (photos,), (learner,) = (nodes_of(graph, kind) for kind in ("ConceptDemoPhotos", "ConceptLearner"))
     graph[learner]["inputs"]["class_noun"] = [photos, 2]
     server.run(graph)
 
 
 def test_g9_the_page_gets_the_sentence_without_a_path(server):
-    graph = shortened(api_graph("Ten-second tour"))
+    graph = shortened(api_graph("Tour without a download"))
     (learner,) = nodes_of(graph, "ConceptLearner")
     graph[learner]["inputs"] |= {"stop_after": 3, "preview_every": 0}
     entry = server.wait(server.queue(graph))
