@@ -97,7 +97,8 @@ class ElasticWeightAggregate(io.ComfyNode):
         patched = with_concepts(model, backbone.sites, carried, aggregation.deltas if strength else {})
         patched = telling_model(patched, Held(_folded(bank, aggregation), word_bound, tell))
         acting = [only] if only else parsed.concepts if MODES[mode] == "sharp" else bank.names
-        new_clip = concept_clip(clip, bank, {name: parsed.strength_of(name) for name in acting}, tell)
+        strengths = {name: parsed.strength_of(name) for name in acting}
+        new_clip = concept_clip(clip, bank, backbone.sites.reads_weights, strengths, tell)
         new_clip = telling_clip(new_clip, Held((), tuple(bank.names), tell))
         picture = to_tensor(weights_picture(aggregation.names, aggregation.weights,
                                             f"weights, {mode}, strength {strength:g}"))

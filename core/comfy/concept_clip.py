@@ -68,7 +68,7 @@ def _padding(chunk) -> int:
     return same
 
 
-def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = None,
+def concept_clip(clip, bank: ConceptBank, reads_weights: bool, acting: Mapping[str, float] | None = None,
                  tell: Callable[[str], None] = log):
     """Returns a CLIP that also accepts the bank's placeholders. If names clash with embedding files, the
     bank's concept is used.
@@ -78,6 +78,7 @@ def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = N
     Args:
         clip: A CLIP of ComfyUI.
         bank: The concepts.
+        reads_weights: As of the MODEL's `Family`; only read for a text that is read as rows.
         acting: Prompt-activated concepts whose deltas are in the MODEL -> their weight in the prompt that
             decided so. In other prompts, another weight acts on the words as on text, with a note.
             None = every prompt brings its own deltas.
@@ -97,7 +98,7 @@ def concept_clip(clip, bank: ConceptBank, acting: Mapping[str, float] | None = N
     inner = encoder.inner if isinstance(encoder, Wrapped) else encoder
     clone = clip.clone()
     if reads_rows(clip):
-        clone.tokenizer = NounTokenizer(original, (), concepts, acting, tell)
+        clone.tokenizer = NounTokenizer(original, concepts, acting, tell, reads_weights)
         clone.cond_stage_model = NounEncoder(inner, concepts, acting)
         return clone
     encoders = encoder_names(clip)

@@ -25,7 +25,7 @@ from .concept_encoder import Concepts, Wrapped
 from .concept_tokenizer import ConceptTokenizer
 from .prompt_states import PromptStates, with_strength
 from .sites import STRENGTHS, WORDS, SlotCond
-from .text import QWEN, ROW_NAMES, cut_in_front, row_name, row_tokenizer, row_tokens, text_widths
+from .text import ROW_NAMES, cut_in_front, row_name, row_tokenizer, row_tokens, text_widths
 from .token_lora import code
 
 ROW_COUNT = 512      # rows of a text, at least: the host fills shorter ones up
@@ -112,13 +112,22 @@ def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 class NounTokenizer(ConceptTokenizer):
-    """A CLIP's tokenizer with placeholders, which become class nouns. Arguments as for `ConceptTokenizer`."""
+    """A CLIP's tokenizer with placeholders, which become class nouns.
+
+    Args:
+        original, concepts, acting, tell: As for `ConceptTokenizer`.
+        reads_weights: As of a `Family`. If not, only the weights of concepts act.
+    """
+
+    def __init__(self, original, concepts: Concepts, acting: Mapping[str, float] | None,
+                 tell: Callable[[str], None], reads_weights: bool) -> None:
+        super().__init__(original, (), concepts, acting, tell)
+        self.reads_weights = reads_weights
 
     def tokenize_with_weights(self, text: str, *args, **kwargs):
         prompt = self.vocabulary.parse(text)     # raises for an unknown placeholder
         self._tell(prompt)
-        reads_weights = not any(hasattr(self.original, name) for name in QWEN)
-        found = [(self.vocabulary.entries[name][0].concept, None if reads_weights else weight)
+        found = [(self.vocabulary.entries[name][0].concept, None if self.reads_weights else weight)
                  for name, weight in zip(prompt.placeholders, prompt.placeholder_weights, strict=True)]
 
         def noun_of(name: str) -> str:
@@ -126,7 +135,8 @@ class NounTokenizer(ConceptTokenizer):
             known = self.concepts[words[0].concept].info
             return marked(repeated_noun(known.name, known.class_noun, len(words)))
 
-        plain = prompt.substituted(noun_of) if reads_weights else self.vocabulary.literal(prompt, noun_of)
+        plain = (prompt.substituted(noun_of) if self.reads_weights
+                 else self.vocabulary.literal(prompt, noun_of))
         return tokenized(self.original, plain, found, *args, **kwargs)
 
 

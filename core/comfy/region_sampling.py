@@ -61,7 +61,7 @@ class ConceptPrompts:
         self.known = KnownConcepts(bank, strength, concepts_in(model))
         self.clip = clip
         for known, _ in reversed(self.known.banks):
-            self.clip = concept_clip(self.clip, known, None, tell)
+            self.clip = concept_clip(self.clip, known, sites.reads_weights, None, tell)
         self._in_negative: set[str] = set()      # prompt-activated concepts that act in a negative half alone
         self.in_weights = {name for carried in concepts_in(model) for name in carried.weights}
         self.everywhere = set(self.in_weights)      # in a joint attention: those that act in regions, too

@@ -144,9 +144,11 @@ def weights_are_read_as_in_plain_comfyui_and_those_of_concepts_act(ours, bank) -
     """Also where the host's tokenizer takes parentheses and weights as text."""
     from continual_concepts.core.comfy.apply import context_of
     from continual_concepts.core.comfy.families import find_sites
-    from continual_concepts.core.comfy.text import text_widths
+    from continual_concepts.core.comfy.text import row_tokens, text_widths
 
     sites, clip = find_sites(ours.model, text_widths(ours.clip)), ours.aggregate("", bank)[1]
+    told = row_tokens(ours.clip.tokenize("a (red:1.3) dog"))
+    assert sites.reads_weights == any(weight != 1.0 for _, weight, *_ in told)
     text = r"a (red) ((big)) (old:1.3) dog \(in snow\)"
     assert torch.equal(ours.encode(clip, text)[0][0], ours.encode(ours.clip, text)[0][0])
     weighted, dogs = ours.encode(clip, "a (<spot>:0.5), <spot:0.25> and <spot>"), "dog dog dog dog"

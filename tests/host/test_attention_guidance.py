@@ -105,7 +105,7 @@ def test_positions_are_those_of_learning(studio, reference):
     from continual_concepts.core.comfy.concept_clip import concept_clip, subject_of
     from continual_concepts.core.conditioning.encoding import encode_prompts, text_positions
 
-    subject = subject_of(concept_clip(studio.clip, studio.bank), TWO)
+    subject = subject_of(concept_clip(studio.clip, studio.bank, True), TWO)
     tokens = {concept.name: concept.tokens for concept in studio.bank}
     words = encode_prompts(reference, studio.bank.vocabulary.parse_all([TWO]), tokens).words[0]
     assert subject.concepts == tuple(words.values())

@@ -140,7 +140,7 @@ def test_lora_and_embedding_predict_what_our_own_patches_predict(demo, clip, ban
     theirs = predict(lora, encode(loaded, PROMPT.format(f"embedding:{CONCEPT}")))
     alone = bank.remove("rex").remove("mimi")
     own = fold(demo[0], sites_of(*demo[:2]), bank[CONCEPT].deltas, False)
-    ours = predict(own, encode(concept_clip(demo[1], alone), PROMPT.format(f"<{CONCEPT}>")))
+    ours = predict(own, encode(concept_clip(demo[1], alone, True), PROMPT.format(f"<{CONCEPT}>")))
     plain = predict(demo[0], encode(demo[1], PROMPT.format("a dog")))
     assert distance(theirs, ours) < 1e-3 < 1e-2 < distance(plain, ours)
 
@@ -219,7 +219,7 @@ def test_what_a_prompt_gets_predicts_the_same_through_comfyuis_own_loader(demo, 
                        strength=0.8).deltas
     assert not warnings(caplog) and len(lora.patches) == len(deltas)
     theirs = predict(lora, encode(loaded, TWO.format(*(f"embedding:{file.stem}" for file in files[1:]))))
-    ours = predict(fold(demo[0], sites, deltas, False), encode(concept_clip(demo[1], single), prompt))
+    ours = predict(fold(demo[0], sites, deltas, False), encode(concept_clip(demo[1], single, True), prompt))
     plain = predict(demo[0], encode(demo[1], TWO.format("a dog", "a cat")))
     assert distance(theirs, ours) < 1e-3 < 1e-2 < distance(plain, ours)
 

@@ -69,7 +69,7 @@ def test_g8_sibling_both_hosts_encode_weighted_prompts_alike(studio, demo, mixed
     from continual_concepts.core.comfy.concept_clip import concept_clip
     from continual_concepts.core.sampling.sampling import encode
 
-    ours = contents(studio.encode(concept_clip(studio.clip, mixed), text))
+    ours = contents(studio.encode(concept_clip(studio.clip, mixed, True), text))
     theirs = encode(ComfyBackbone(*demo), mixed, [text])
     assert distance(ours.hidden, theirs.hidden.expand_as(ours.hidden)) < 1e-5
     named = {name: places for name, places in theirs.words[0].items() if mixed[name].info.method == "bound"}
@@ -98,7 +98,7 @@ def xl(tiny_xl, tiny_sdxl, make_concept, studio):
     for i, name in enumerate(("rex", "mimi")):
         bank = bank.add(make_concept(tiny_sdxl.layout, name, seed=i, method="bound"))
     with torch.inference_mode():
-        return concept_clip(tiny_xl[1], bank), bank
+        return concept_clip(tiny_xl[1], bank, True), bank
 
 
 def words(conditioning, bank) -> dict[str, tuple[int, ...]]:
@@ -131,7 +131,7 @@ def test_g3_sibling_each_encoder_keeps_its_words_at_its_own_places(xl, tiny_sdxl
 
     clip, bank = xl
     noun = bank.replace(replace(bank["rex"], tokens=replace(bank["rex"].tokens, placeholder_noun="dog")))
-    clip = concept_clip(clip, noun)
+    clip = concept_clip(clip, noun, True)
     width = dict(noun.layout.text_widths)["clip_l"]
     first, second = (both_texts(clip, g, "a <rex> in a park")[0][0] for g in ("a <rex> in a park", "<rex>"))
     assert torch.equal(first.plain[..., :width], second.plain[..., :width])

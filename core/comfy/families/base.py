@@ -32,6 +32,8 @@ class Family(ABC):
         guides_attention: Whether attention guidance knows its latents.
         learns_in_text: Whether gradients pass through the text encoders, so that words can be learned.
         reads_pooled: Whether the denoiser reads a pooled text.
+        reads_weights: Whether the host's tokenizer reads weights in prompts, such as `(red:1.2)`; if not,
+            they are text.
         learning_notes: What a person who learns on this MODEL should know.
         model: ComfyUI's MODEL.
         denoiser: ComfyUI's module.
@@ -43,6 +45,7 @@ class Family(ABC):
     guides_attention: ClassVar[bool] = True
     learns_in_text: bool = True
     reads_pooled: bool = False
+    reads_weights: bool = True
     learning_notes: tuple[str, ...] = ()
     model: Any
     denoiser: Any

@@ -60,6 +60,7 @@ class Flux(Joint):
                                    params.num_heads, params.hidden_size, text_widths)
         self.flow = self.schedule()
         self.reads_pooled = getattr(self.denoiser, "vector_in", None) is not None
+        self.reads_weights = not any(name in _QWEN for name, _ in text_widths)
         if params.vec_in_dim is not None and not self._is_chroma:      # Klein's weights do not show it
             self.learning_notes = (_DISTILLED,)
 

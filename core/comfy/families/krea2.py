@@ -37,6 +37,7 @@ class Krea2(Joint):
 
     names: ClassVar[str] = "Krea 2 (text to image)"
     recomputed: ClassVar[tuple[str, ...]] = ("SingleStreamBlock",)
+    reads_weights = False
 
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
