@@ -32,6 +32,11 @@ def bank_names() -> list[str]:
     return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
+def _choice(names: Sequence[str]) -> str:
+    """The end of a message on something that is missing: what there is instead."""
+    return f", or choose another one: {', '.join(names)}" if names else ""
+
+
 def bank_file(name: str) -> Path:
     """The file of an existing bank. Only names listed in the folders are accepted.
 
@@ -41,7 +46,7 @@ def bank_file(name: str) -> Path:
     """
     if name not in bank_names():
         raise ConceptError(f"there is no bank {name!r}; learn a concept and save its bank under this "
-                           f"name, or choose another one: {', '.join(bank_names()) or 'there are none yet'}")
+                           f"name{_choice(bank_names())}")
     path = folder_paths.get_full_path(BANKS, name)
     if path is None:
         raise ConceptError(f"the bank {name!r} cannot be found any more")
@@ -69,8 +74,7 @@ def missing_folder(name: str, content: str, advice: str, empty: str, others: Seq
     """
     root = folder_paths.get_input_directory()
     what = f"folder with {content}" if name in ("", empty) else f"folder {name!r} with {content}"
-    choice = f", or choose another one: {', '.join(others)}" if others else ""
-    return f"there is no {what} in {root!r}; {advice} and press R on the page{choice}"
+    return f"there is no {what} in {root!r}; {advice} and press R on the page{_choice(others)}"
 
 
 def output_folder() -> Path:

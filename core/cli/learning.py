@@ -115,8 +115,8 @@ def _chosen(options: Namespace, stored: ConceptBank | None) -> ConceptInfo | Non
     plain = FOR_OTHERS if options.for_other_programs else DEFAULT
     options.method = options.method or (plain if info is None else info.method)
     if options.for_other_programs and options.method != FOR_OTHERS:
-        raise ConceptError(f"--for-other-programs learns with the method '{FOR_OTHERS}', and the method is "
-                           f"'{options.method}'; give one of them")
+        raise ConceptError(f"--for-other-programs needs the method '{FOR_OTHERS}', but the method is "
+                           f"'{options.method}'; leave one of them out")
     return info
 
 

@@ -163,8 +163,8 @@ class _Reader:
                 self.configs[found[0].told()] = None
                 return found[0].scale(found[1], rank)
             if layer.alpha.numel() != 1 or not layer.alpha.dtype.is_floating_point:
-                raise ConceptError(f"{where} has an alpha of shape {tuple(layer.alpha.shape)}; allowed: two "
-                                   "matrices and one number")
+                raise ConceptError(f"{where} has an alpha of shape {tuple(layer.alpha.shape)} and type "
+                                   f"{layer.alpha.dtype}; allowed: one floating-point number")
             alpha = float(layer.alpha)
             self.alphas_of_zero += alpha == 0
             return 1.0 if rank is None or alpha == 0 else alpha / rank

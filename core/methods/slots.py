@@ -82,8 +82,8 @@ class SlotAdapters(nn.Module):
         for index, (key, value) in enumerate(zip(self.key, self.value, strict=True)):
             delta = deltas.get((index, SLOTS))
             if not isinstance(delta, SlotDelta) or delta.scale != 1.0:
-                raise ConceptError(f"the concept has no slots of scale 1 at site {index}, which are learned "
-                                   "further")
+                raise ConceptError(f"the concept cannot be learned further, because its deltas at site "
+                                   f"{index} are not slots of scale 1")
             load_stored(key, delta.key, f"the slots of site {index}")
             load_stored(value, delta.value, f"the slots of site {index}")
 

@@ -103,8 +103,8 @@ class NeuronSelection:
                 raise ConceptError(f"the neuron selection has {projection} of site {index}; this base has "
                                    f"{layout.describe()}")
             if tuple(size) != layout.sites[index].shape(projection):
-                raise ConceptError(f"the neuron selection has {projection} of site {index} as "
-                                   f"{size[0]}x{size[1]}; this base needs "
+                raise ConceptError(f"the neuron selection has the size {size[0]}x{size[1]} for "
+                                   f"{projection} of site {index}; this base needs "
                                    f"{'x'.join(map(str, layout.sites[index].shape(projection)))}")
 
     def to_tensors(self, prefix: str = "") -> dict[str, Tensor]:

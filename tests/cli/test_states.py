@@ -54,7 +54,7 @@ def test_the_proposed_state_is_stored_and_all_are_shown(learn, tmp_path, capsys)
     (["--keep-states", "2", "--states-picture", "a.png", "--contact-sheet", "./a.png"], "are both 'a.png'"),
     (["--device", "meta"], "device 'meta' cannot be used here"),
     (["--keep-states", "2", "--method", "cidm"], "method 'cidm' passes a state to later concepts"),
-    (["--for-other-programs", "--method", "bound"], "with the method 'lora', and the method is 'bound'"),
+    (["--for-other-programs", "--method", "bound"], "needs the method 'lora', but the method is 'bound'"),
 ])
 def test_what_cannot_be_is_one_sentence(learn, tmp_path, capsys, given, sentence):
     assert learn(*given) == 1
