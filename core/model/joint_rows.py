@@ -110,8 +110,8 @@ def _biased(processor: AttentionProcessor, mask: Tensor | None, query: Tensor, s
     """The host's attention mask, or the processor's bias instead."""
     bias = processor.joint_bias(end - start, query.shape[2] - end, query.device)
     if bias is not None and mask is not None:
-        raise ConceptError("a prompt has an attention mask, which style models make; allowed with regions "
-                           "on this model: none")
+        raise ConceptError("a prompt has an attention mask, and regions on this model allow none; take out "
+                           "the node that made it, such as Apply Style Model")
     return mask if bias is None else bias.to(query.dtype)
 
 

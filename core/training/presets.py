@@ -73,7 +73,7 @@ _ROWS: Mapping[str, Row] = {
     EMBEDDED_128: Row(
         _by_subject((50, 100, 200), (50, 100, 200)), 4e-3, 2e-2, None, _BATCHES_OF_FOUR,
         "Rates of 0.001 to 0.008 and 50 to 200 steps were tried with two objects and two styles of the "
-        "benchmark's tuning suite and one seed. 200 steps were not better than 100 by more than the noise. "
+        "benchmark's tuning suite and one seed. 200 steps were not clearly better than 100. "
         "The embedded transformers have the same values"),
     SD1: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1}, _CIDM),
     SD2: Row(_by_subject((600, 1200, 2400), (400, 800, 1600)), 1e-4, 1e-3, 512, {"batch_size": 1},
