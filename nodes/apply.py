@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..core.bank.composition import WORDS
+from ..core.bank.hints import notes_on_base
 from ..core.bank.tokens import typed_name
 from ..core.charts import note_picture, weights_picture
 from ..core.comfy.backbone import ComfyBackbone
@@ -95,6 +96,8 @@ class ElasticWeightAggregate(io.ComfyNode):
         word_bound = tuple(token_lora_deltas(bank, strength, [only] if only else None))
         carried = Carried(bank, strength, aggregation.folded if strength else {}, word_bound)
         patched = with_concepts(model, backbone.sites, carried, aggregation.deltas if strength else {})
+        for note in notes_on_base(bank.infos.values(), backbone.layout, backbone.fingerprint):
+            tell(note)
         patched = telling_model(patched, Held(_folded(bank, aggregation), word_bound, tell))
         acting = [only] if only else parsed.concepts if MODES[mode] == "sharp" else bank.names
         strengths = {name: parsed.strength_of(name) for name in acting}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import Concept, ConceptInfo, Provenance
+from ..core.bank.hints import notes_on_base
 from ..core.bank.tokens import default_words, typed_name
 from ..core.charts import loss_picture, note_picture, thumbnails_picture
 from ..core.comfy.backbone import ComfyBackbone
@@ -225,7 +226,10 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
                                                          task.bank.infos, task.name)
     warnings = [*taken.warnings, *on_captions,
                 *_on_prior(task, method, taken, [picture for picture in pictures if picture.is_prior])]
-    notes = [*task.backbone.learning_notes, *unusual(method.config), *unusual(config),
+    held = (task.refined or task.bank).infos.values()
+    notes = [*task.backbone.learning_notes,
+             *notes_on_base(held, task.backbone.layout, task.backbone.fingerprint),
+             *unusual(method.config), *unusual(config),
              *warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
              *([] if task.refined is None else notes_on_photos(task.refined.infos[task.name], photos)),
              *(warning.text for warning in warnings)]

@@ -9,7 +9,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
+from ..model.sites import SiteLayout
 from .composition import Kind
+from .concepts import ConceptInfo
 from .prompts import Prompt, Vocabulary
 
 _OPEN, _CLOSE = "<＜〈《‹«⟨", ">＞〉》›»⟩"
@@ -47,6 +49,24 @@ def notes_on_caption(vocabulary: Vocabulary, caption: str, what: str) -> list[st
     return [f"{what} has '{chunk[0]}', which is plain text in a caption; for the concept write <{name}>"
             for chunk in _CHUNK.finditer(text) if chunk[1] not in vocabulary.entries or chunk[0][0] != "<"
             for name in list(_names_in(vocabulary, chunk[1]))[:1]]
+
+
+def notes_on_base(infos: Iterable[ConceptInfo], layout: SiteLayout, fingerprint: str) -> list[str]:
+    """A note if concepts were learned on other weights of an embedded base, which a later version may train
+    further. Other models are not compared: concepts of a checkpoint are meant for its finetunes, too.
+
+    Args:
+        infos: Headers of the concepts that matter.
+        layout: Of the base that is loaded.
+        fingerprint: Of its weights, see `Backbone`.
+    """
+    others = [f"<{info.name}>" for info in infos if info.provenance.base not in ("", fingerprint)]
+    if not layout.embedded_base or not others:
+        return []
+    verb, whose, what = ("was", "its", "it") if len(others) == 1 else ("were", "their", "them")
+    more = f" and {len(others) - _SEVERAL} more" if len(others) > _SEVERAL else ""
+    return [f"{', '.join(others[:_SEVERAL])}{more} {verb} learned on other weights of {layout.embedded_base} "
+            f"than this version has, so {whose} pictures differ; learn {what} again"]
 
 
 def _ordinary_words(vocabulary: Vocabulary) -> frozenset[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..bank.tokens import typed_name
-from ..demo.bases import EMBEDDED, FILES, TRANSFORMERS
+from ..demo.bases import EMBEDDED, NAMES
 from ..settings import Limit, read_bool, read_setting, settings_of
 
 KIND_HELP = "object: a person, animal or thing; style: how pictures look (default %(default)s)"
@@ -138,7 +138,7 @@ class NamedBase(argparse.Action):
 def add_base(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds the flags that choose the base. default: None = the embedded one, and the command says so."""
     parser.set_defaults(base_is_named=default is not None)
-    names = ", ".join([*FILES, *TRANSFORMERS])
+    names = ", ".join(name for name in NAMES if name != EMBEDDED)
     parser.add_argument("--base", type=base_name, action=NamedBase, default=default or EMBEDDED,
                         help="folder of a model in diffusers' layout (SD1.5, SD2, SDXL), or an embedded "
                         f"base, a small model for drawings that ships: {names}. 'embedded' is the one that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,17 @@ def embedded_name(options: Namespace) -> str:
     return made_on if made_on in NAMES else NEWEST
 
 
+def _folder_of(options: Namespace) -> BaseFolder:
+    """The folder of a base that does not ship. Raises ConceptError if it cannot be used."""
+    path = Path(options.base).expanduser()
+    typed = options.base.strip().lower().replace("_", "-")
+    near = difflib.get_close_matches(typed, NAMES, n=1, cutoff=0.8)
+    if near and not path.exists():
+        raise ConceptError(f"base '{options.base}' does not exist; did you mean '{near[0]}'? Allowed: "
+                           f"{', '.join(NAMES)}, or SD1.5, SD2 or SDXL as a folder in diffusers' layout")
+    return BaseFolder(path)
+
+
 def preset_of(options: Namespace) -> presets.Preset | None:
     """The preset that the options name, for the family of the base; None if they name none.
 
@@ -62,7 +74,7 @@ def preset_of(options: Namespace) -> presets.Preset | None:
     if is_embedded(options):
         chosen = presets.preset_for_embedded(subject, effort, embedded_name(options))
     else:
-        folder = BaseFolder(Path(options.base).expanduser())
+        folder = _folder_of(options)
         chosen = presets.preset(subject, effort, presets.family_of_width(folder.context_width))
     return presets.for_other_programs(chosen) if options.for_other_programs else chosen
 
@@ -112,7 +124,7 @@ def check_base(options: Namespace) -> None:
     """Raises ConceptError if the folder of the base or the device cannot be used. Reads no weights."""
     device_of(options)
     if not is_embedded(options):
-        BaseFolder(Path(options.base).expanduser())
+        _folder_of(options)
 
 
 def load_backbone(options: Namespace) -> ModuleBackbone:
@@ -129,4 +141,4 @@ def load_backbone(options: Namespace) -> ModuleBackbone:
         return load_base(file_of(embedded_name(options)), device)
     from ..hosts.pretrained import load_pretrained
 
-    return load_pretrained(Path(options.base).expanduser(), device)
+    return load_pretrained(_folder_of(options).path, device)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..bank.bank import ConceptBank
 from ..bank.concepts import KINDS, Concept, ConceptInfo
 from ..bank.format import open_bank
+from ..bank.hints import notes_on_base
 from ..bank.store import add_concept, replace_concept, saved_elsewhere
 from ..bank.tokens import check_class_noun, check_name, default_words
 from ..data.framing import Framing
@@ -217,6 +218,8 @@ def learn(options: Namespace) -> Result | None:
         training.check_schedule(backbone.schedule)
         task = _task(options, backbone, stored, training.seed, encoder)
         warnings = [*unusual(method.config), *unusual(training),
+                    *([] if stored is None else notes_on_base(stored.infos.values(), backbone.layout,
+                                                              backbone.fingerprint)),
                     *warnings_before(task.bank, options.name, options.noun, options.method, options.kind,
                                      [photo.digest for photo in photos]),
                     *([] if refined is None else notes_on_photos(refined, photos))]

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+import torch
+
 from ..errors import ConceptError
 from ..training.memory import lacks_memory
 
@@ -75,6 +77,17 @@ def failed(program: str, sentence: str, code: int, is_json: bool) -> int:
 
 
 @contextmanager
+def same_threads() -> Iterator[None]:
+    """Restores the number of PyTorch's threads, which a command may change: programs call `main`, too."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def one_sentence() -> Iterator[None]:
     """Turns a lack of memory, which PyTorch reports in several ways, into a ConceptError."""
     try:
@@ -101,7 +114,8 @@ def run(program: str, command: Callable, options: argparse.Namespace, stopped: s
     """
     print_readably()
     try:
-        with warnings.catch_warnings(), one_sentence():      # the first restores how warnings are shown
+        # the first restores how warnings are shown
+        with warnings.catch_warnings(), same_threads(), one_sentence():
             warnings.showwarning = _show_warning
             result = command(options)
     except ConceptError as error:

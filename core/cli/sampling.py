@@ -10,7 +10,7 @@ import torch
 
 from ..bank.bank import ConceptBank
 from ..bank.format import open_bank
-from ..bank.hints import notes_on
+from ..bank.hints import notes_on, notes_on_base
 from ..bank.prompts import NO_CONCEPTS
 from ..errors import ConceptError
 from ..files import check_output_folder, write_new
@@ -88,6 +88,8 @@ def sample(options: Namespace) -> Result:
     backbone = backbones.load_backbone(options)
     bank = stored or ConceptBank(backbone.layout)
     bank.check_fits(backbone.layout)
+    named = dict.fromkeys(name for prompt in prompts for name in prompt.concepts)
+    notes += notes_on_base([bank.infos[name] for name in named], backbone.layout, backbone.fingerprint)
     if options.find_regions:
         pictures = sample_found(backbone, bank, options.prompt, seeds, settings)
     else:

@@ -25,7 +25,7 @@ from ..model.processor import AttentionProcessor
 from ..model.sites import Site
 from .clip_gradients import fit_for_gradients
 from .families import find_sites
-from .families.base import computation_type
+from .families.base import Family, computation_type
 from .sites import ATTENTION, DELTAS, PROCESSOR, differentiable_attention
 from .text import text_widths
 
@@ -69,6 +69,21 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
+def weight_hash(model, sites: Family) -> str:
+    """Hash of the first and last site's key weights in fp16, as in the diffusers host. Patches do not count.
+
+    Args:
+        model: A MODEL.
+        sites: Of it.
+    """
+    digest = hashlib.sha256()
+    for site in (sites.layout.sites[0], sites.layout.sites[-1]):
+        backup = model.backup.get(sites.key(site, "to_k"))
+        weight = sites.linear(site, "to_k").weight if backup is None else backup.weight
+        digest.update(weight.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class ComfyBackbone(Backbone):
     """A backbone from the outputs of ComfyUI's loaders.
 
@@ -94,7 +109,7 @@ class ComfyBackbone(Backbone):
         self._folds: list[_Fold] = []
         self._added: list[Deltas] = []
         self._patches = self.sites.own_options()
-        self.fingerprint = self._weight_hash()
+        self.fingerprint = weight_hash(model, self.sites)
         self.overlay = _overlay(model.patches, clip.patcher.patches, clip.layer_idx,
                                 *(() if vae is None else (_ends(vae),)))
 
@@ -105,18 +120,6 @@ class ComfyBackbone(Backbone):
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.unet.parameters())
-
-    def _weight_hash(self) -> str:
-        """Hash of the first and last site's key weights in fp16, as in the diffusers host. Patches do not
-        count.
-        """
-        digest = hashlib.sha256()
-        for site in (self.layout.sites[0], self.layout.sites[-1]):
-            key = self.sites.key(site, "to_k")
-            backup = self.model.backup.get(key)
-            weight = self.sites.linear(site, "to_k").weight if backup is None else backup.weight
-            digest.update(weight.detach().half().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def loaded_weights(self, with_text: bool) -> tuple[int, str]:
         """The host may unload text encoders that are not needed in every step."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.hints import notes_on_base
 from ..bank.prompts import Prompt
 from ..charts import regions_picture
 from ..conditioning.routing import (
@@ -28,6 +29,7 @@ from ..regional.processor import Part
 from ..regional.regions import Region, masks_of
 from ..sampling.settings import SampleSettings
 from .apply import context_of, fold, with_attention_guidance, with_word_bound
+from .backbone import weight_hash
 from .concept_clip import concept_clip, encode, learned_positions, subject_of, vocabulary_of
 from .concept_tokenizer import log
 from .families import find_sites
@@ -249,6 +251,9 @@ def prepare(model, clip, bank: ConceptBank | None, scene: Scene, regions: Sequen
     sites = find_sites(model, text_widths(clip))
     bank = ConceptBank(sites.layout) if bank is None else bank
     bank.check_fits(sites.layout)
+    if sites.layout.embedded_base:
+        for note in notes_on_base(bank.infos.values(), sites.layout, weight_hash(model, sites)):
+            tell(note)
     regions = [region for region in regions if region.strength > 0]
     if find_regions and not regions:
         sites.layout.refuse_joint("finding regions is")

@@ -196,7 +196,17 @@ class _Reader:
                            f"'{photo.name}' is '{photo.stem}{suffix}'")
 
     def read(self) -> Photos:
-        read = [self._read(path, number) for number, path in enumerate(self.photos, start=self.number)]
+        read, refused = [], {}
+        for number, path in enumerate(self.photos, start=self.number):
+            try:
+                read.append(self._read(path, number))
+            except ConceptError as error:
+                refused[path.name] = error
+        if refused:
+            (first, *others), further = refused, ""
+            if others:
+                further = f"; {counted(len(others), 'more picture')} cannot be used: {listed(others)}"
+            raise ConceptError(f"{refused[first]}{further}") from refused[first]
         what = "prior picture" if self.is_prior else "photo"
         report = Report(tuple(facts for _, facts in read), tuple(self._skipped()),
                         tuple(self._warnings()), what)

@@ -84,12 +84,39 @@ def test_size_and_training_are_those_of_the_base(banks):
     assert backbones.size_of(options) == backbones.training_of(options).resolution == 64
 
 
-def test_an_embedded_base_computes_with_one_thread():
-    """On busy cores, two threads of such a small model wait for one another."""
+@pytest.fixture
+def two_threads():
+    """Computes with two threads in a test."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        backbones.load_backbone(Namespace(base="embedded-64", bank=None, device="cpu"))
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_an_embedded_base_computes_with_one_thread(two_threads):
+    """On busy cores, two threads of such a small model wait for one another."""
+    backbones.load_backbone(Namespace(base="embedded-64", bank=None, device="cpu"))
+    assert torch.get_num_threads() == 1
+
+
+def test_a_program_that_calls_a_command_keeps_its_threads(two_threads, tmp_path):
+    sample = ["sample", "a dog", "--base", "embedded-64", "--steps", "1", "--count", "1", "--output"]
+    assert main([*sample, str(tmp_path)]) == 0
+    assert torch.get_num_threads() == 2
+    assert main([*sample, str(tmp_path), "--bank", str(tmp_path / "none.safetensors")]) == 1
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("typed", ["embedded_64", "Embedded-64", " embedded-64", "embeded-64"])
+def test_a_misspelt_base_is_told_with_the_names_of_all(typed):
+    for use in (backbones.load_backbone, backbones.check_base):
+        with pytest.raises(ConceptError, match="does not exist; did you mean 'embedded-64'\\? Allowed: "
+                                               "embedded, embedded-64, newer, or SD1.5"):
+            use(Namespace(base=typed, bank=None, device="cpu"))
+
+
+def test_a_folder_of_such_a_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded_64").mkdir()
+    with pytest.raises(ConceptError, match="'embedded_64' has no subfolder 'unet'"):
+        backbones.check_base(Namespace(base="embedded_64", bank=None, device="cpu"))

@@ -13,6 +13,7 @@ import torch
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import backbones, sampling
 from continual_concepts.core.cli.parser import NO_BASE, build_parser, main
+from continual_concepts.core.demo.bases import EMBEDDED, NAMES
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.versions import own_version
 
@@ -41,6 +42,14 @@ def test_every_flag_has_a_help_with_its_default():
                 assert "default" in action.help, f"{name}: {action.option_strings[0]} names no default"
         parser.format_help()      # raises for a wrong %
     assert seen > 120
+
+
+def test_help_offers_the_bases_that_ship():
+    for name, parser in parsers(build_parser()):
+        for action in parser._actions:
+            if action.dest == "base" and action.choices is None:
+                offered = set(re.findall(r"embedded-\w+", action.help))
+                assert offered == set(NAMES) - {EMBEDDED}, name
 
 
 def test_the_version_is_told(capsys):

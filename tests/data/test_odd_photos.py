@@ -167,6 +167,18 @@ def test_truncated_files_are_named(photo, suffix, share):
     assert file.name in sentence(lambda: read_folder(photo.parent))
 
 
+def test_all_pictures_that_cannot_be_read_are_named(photo):
+    """One message per run would mean a run for each."""
+    Image.new("RGB", (20, 20)).save(photo)
+    for name, content in (("b.jpg", b""), ("c.png", b"no picture"), ("d.jpg", b"\xff\xd8\xff\xe0 cut off")):
+        (photo.parent / name).write_bytes(content)
+    text = sentence(lambda: read_folder(photo.parent))
+    assert text.startswith(f"the picture '{photo.parent / 'b.jpg'}' is not a readable picture")
+    assert text.endswith("; 2 more pictures cannot be used: c.png and d.jpg")
+    (photo.parent / "d.jpg").unlink()
+    assert sentence(lambda: read_folder(photo.parent)).endswith("; 1 more picture cannot be used: c.png")
+
+
 def test_a_picture_of_nan_is_named(photo):
     as_array(np.float32, np.nan).save(photo.with_suffix(".tif"))
     assert "a.tif" in (text := sentence(lambda: read_folder(photo.parent))) and "NaN" in text
