@@ -36,6 +36,15 @@ def test_links_lead_to_files_and_headings(document):
         assert not anchor or file.suffix != ".md" or anchor in anchors_of(file), f"{document.name}: {target}"
 
 
+HELP = sorted((ROOT / "nodes" / "web" / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *HELP], ids=lambda path: path.name)
+def test_a_placeholder_is_code_in_every_text(document):
+    """Pages read `<rex>` outside of code as HTML and show nothing."""
+    assert not re.findall(r"(?<!\\)</?[A-Za-z][^>\n]*>", re.sub(r"`[^`]*`", "", text_of(document)))
+
+
 def test_every_page_can_be_reached_from_the_readme():
     seen, ahead = set(), [ROOT / "README.md"]
     while ahead:
