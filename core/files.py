@@ -72,6 +72,11 @@ def unique_stem(stem: str, others: Iterable[str]) -> str:
     return stem
 
 
+def names_in(folder: Path) -> set[str]:
+    """The names of what a folder holds, casefolded: Windows, macOS and other programs ignore case."""
+    return {entry.name.casefold() for entry in os.scandir(folder)}
+
+
 def beside(path: Path, ending: str) -> Path:
     """The hidden file `.<name><ending>` beside `path`, with a shortened name where it would be too long."""
     room = LONGEST_NAME - 1 - len(ending.encode("utf-8", "surrogateescape")) - _PARTIAL
@@ -193,7 +198,8 @@ def _remove(path: Path) -> None:
 
 
 def new_file(path: Path) -> Path:
-    """Creates an empty file that did not exist: `path`, else `<stem>_00002<suffix>` and so on.
+    """Creates an empty file that did not exist: `path`, else `<stem>_00002<suffix>` and so on. A name that
+    differs from another one only by case counts as the same.
 
     Two programs that call this at the same time get different files.
 
@@ -203,8 +209,11 @@ def new_file(path: Path) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        taken = names_in(path.parent)
         for count in range(1, _MOST + 1):
             file = path.with_stem(f"{path.stem}_{count:05d}") if count > 1 else path
+            if file.name.casefold() in taken:
+                continue
             try:
                 file.open("xb").close()
                 return file

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..bank.tokens import check_name
 from ..errors import ConceptError
-from ..files import is_device, unique_stem, write_atomically
+from ..files import is_device, names_in, unique_stem, write_atomically
 
 # Suffixes of file names. The embedding has none, because people type its name.
 ENDINGS = {"kohya": "_lora", "bundle": "_bundle", "diffusers": "_diffusers_lora", "embedding": ""}
@@ -117,12 +117,15 @@ def _new_files(owner: str, outputs: Sequence[OutputFile], folders: Folders) -> I
 
 def _reserved(outputs: Sequence[OutputFile], folders: Folders) -> tuple[Path, ...]:
     stems = _stems(outputs)
+    taken = {output.kind: names_in(folders.of_format(output.kind)) for output in outputs}
     for count in range(1, _MOST + 1):
         counter = f"_{count:05d}" if count > 1 else ""
         made: list[Path] = []
         try:
             for stem, output in zip(stems, outputs, strict=True):
                 path = folders.of_format(output.kind) / f"{stem}{counter}.safetensors"
+                if path.name.casefold() in taken[output.kind]:
+                    raise FileExistsError
                 # Fails if anything exists, even a link, so that two simultaneous exports never share a file.
                 path.open("xb").close()
                 made.append(path)

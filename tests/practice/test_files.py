@@ -226,6 +226,14 @@ def test_c4_sibling_a_picture_that_cannot_be_written_leaves_no_empty_file(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_c4_sibling_names_that_differ_only_by_case_are_one(tmp_path):
+    """On Windows and macOS the second file would be the first one, and programs load one for the other."""
+    written = [files.write_new(tmp_path / name, lambda file: file.write_text("a"))
+               for name in ("Rex.txt", "rex.txt", "REX.TXT", "rex_00002.txt")]
+    assert len({file.name.casefold() for file in written}) == 4
+    assert [file.name for file in written[:2]] == ["Rex.txt", "rex_00002.txt"]
+
+
 def test_c4_sibling_two_programs_write_different_files(tmp_path):
     def write(i):
         return files.write_new(tmp_path / "a.txt", lambda file: file.write_text(f"{i}"))
