@@ -14,7 +14,7 @@ TESTS ?= tests
 .PHONY: demo test test-oldest verify lint docs clean
 
 demo: $(READY)
-	$(BIN)/continual-concepts demo --output demo $(if $(BASE),--base embedded-$(BASE))
+	$(BIN)/continual-concepts demo --output demo $(if $(BASE),--base embedded-$(BASE:embedded-%=%))
 
 # -I keeps this folder off sys.path, where nodes/ would hide ComfyUI's nodes.py.
 test: $(READY)

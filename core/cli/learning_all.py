@@ -57,7 +57,8 @@ def _sentence(failed: dict[str, list[str]], count: int) -> str:
     """What was not learned. failed: message -> names."""
     lost = sum(map(len, failed.values()))
     kept = "the bank holds the others, and the same command" if lost < count else "the same command"
-    return f"{lost} of {count} concepts were not learned; {kept} tries again: {'; '.join(reasons(failed))}"
+    was = "was" if lost == 1 else "were"
+    return f"{lost} of {count} concepts {was} not learned; {kept} tries again: {'; '.join(reasons(failed))}"
 
 
 def _report(options: Namespace, facts: list[dict]) -> list[str]:

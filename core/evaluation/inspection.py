@@ -13,6 +13,7 @@ from ..bank.bank import ConceptBank
 from ..bank.concepts import Concept, ConceptInfo
 from ..bank.terms import Terms
 from ..data.reading import to_pixels
+from ..data.report import counted
 from ..errors import ConceptError
 from ..images import opened
 from ..model.deltas import Deltas, LowRankDelta, SparseDelta
@@ -249,7 +250,8 @@ def lines(inspection: Inspection) -> list[str]:
         stores = f"{facts.words} words in {layers}, {facts.stores}, {facts.nbytes / 1e6:.2f} MB"
         nearest = inspection.nearest(facts.name)
         row = (f"{facts.placeholder}  {facts.class_noun}, {facts.kind}, {facts.way}, "
-               f"{'cannot be read' if facts.fault else stores}, {facts.photos} photos, {facts.steps} steps, "
+               f"{'cannot be read' if facts.fault else stores}, {counted(facts.photos, 'photo')}, "
+               f"{counted(facts.steps, 'step')}, "
                f"{facts.date}{f', {facts.terms}' if facts.terms else ''}")
         rows.append(row if nearest is None else f"{row}; {nearest_text(nearest)}")
     made_on = [f"made on {inspection.made_on}"] if rows else []

@@ -14,7 +14,7 @@ from ..bank.concepts import KINDS
 from ..bank.tokens import check_class_noun, check_name, typed_name
 from ..data.captions import LARGEST_TABLE, bytes_of, csv_records, decoded
 from ..data.listing import entries, is_hidden, pictures_in, subfolders_with_pictures
-from ..data.report import Skipped
+from ..data.report import Skipped, counted
 from ..errors import ConceptError
 from .presets import SHORT_NAMES
 
@@ -171,7 +171,9 @@ def headline(where: str, held: int, learned: int, known: int) -> str:
         held: How many concepts it holds now.
         learned, known: How many of the folder were learned now, and how many it held already.
     """
-    return f"{where} holds {held} concepts; {learned} were learned now, {known} were there already"
+    was, knew = ("was" if count == 1 else "were" for count in (learned, known))
+    return (f"{where} holds {counted(held, 'concept')}; {learned} {was} learned now, "
+            f"{known} {knew} there already")
 
 
 def reasons(failed: Mapping[str, Sequence[str]]) -> list[str]:

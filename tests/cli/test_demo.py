@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from continual_concepts.core.demo.render import render
 from continual_concepts.core.demo.scenes import CONCEPTS, random_scene
 from continual_concepts.core.evaluation import metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = demo_ways.Plan("embedded-64", steps=2, sampler_steps=2, alone=1, together=2)
 
 
@@ -46,6 +51,14 @@ def test_it_runs_on_a_transformer(tmp_path, monkeypatch, transformer_base):
     assert report["base"] == "embedded-dit" and report["ways"]["ours"]["retained"] == pytest.approx(1)
     site = open_bank(tmp_path / "bank.safetensors").layout.sites[0]
     assert site.name == "blocks.0.cross_attn"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("base", ["dit", "embedded-dit"])
+def test_make_takes_the_short_and_the_whole_name_of_a_base(base):
+    asked = ["make", "--dry-run", "demo", f"BASE={base}", f"PYTHON={sys.executable}"]
+    ran = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip().endswith("continual-concepts demo --output demo --base embedded-dit")
 
 
 def test_it_is_not_offered_on_a_base_whose_words_are_class_nouns(capsys):

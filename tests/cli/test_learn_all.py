@@ -10,6 +10,7 @@ from continual_concepts.core.cli import learning, learning_all
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.demo import scenes
 from continual_concepts.core.errors import ConceptError
+from continual_concepts.core.training.folders import headline
 
 QUICK = ["--steps", "1", "--batch-size", "1", "--base", "embedded-64"]
 
@@ -82,7 +83,7 @@ def test_memory_that_runs_out_for_one_does_not_stop_the_others(cast, tmp_path, c
     monkeypatch.setattr(learning_all, "learn", scarce)
     bank = tmp_path / "bank.safetensors"
     assert main(["learn-all", str(cast), "--bank", str(bank), *QUICK]) == 1
-    assert "1 of 3 concepts were not learned; the bank holds the others" in capsys.readouterr().err
+    assert "1 of 3 concepts was not learned; the bank holds the others" in capsys.readouterr().err
     assert len(asked) == 3 and sorted(open_bank(bank).names) == ["chalk", "rex"]
 
 
@@ -93,13 +94,13 @@ def test_all_are_learned_and_the_same_command_goes_on(cast, tmp_path, capsys):
     command = ["learn-all", str(cast), "--bank", str(bank), "--contact-sheets", str(sheets), *QUICK]
     assert main(command) == 1
     shown = capsys.readouterr()
-    assert "1 of 3 concepts were not learned" in shown.err and "<mimi>" in shown.err
+    assert "1 of 3 concepts was not learned" in shown.err and "<mimi>" in shown.err
     assert sorted(open_bank(bank).names) == ["chalk", "rex"]
     before = bank.read_bytes()
     picture = scenes.CONCEPTS["mimi"].pictures(1, seed=1)[0][0]
     Image.fromarray(picture).save(cast / "5_mimi tabby cat" / "0.png")
     assert main(command) == 0
-    assert "holds 3 concepts; 1 were learned now, 2 were there already" in capsys.readouterr().out
+    assert "holds 3 concepts; 1 was learned now, 2 were there already" in capsys.readouterr().out
     assert sorted(open_bank(bank).names) == ["chalk", "mimi", "rex"] and bank.read_bytes() != before
     assert {path.stem for path in sheets.iterdir()} == {"chalk", "mimi", "rex"}
 
@@ -231,3 +232,8 @@ def test_a_row_of_the_table_has_a_preset_of_its_own(cast, tmp_path, capsys):
     (cast / "concepts.csv").write_text("folder,name,noun,preset\nrex dog,rex,dog,animal\n", encoding="utf-8")
     assert main(command) == 1
     assert "preset of concept 'rex' is 'animal'; allowed: person, object, style" in capsys.readouterr().err
+
+
+def test_the_report_counts_in_plain_words():
+    assert headline("a bank", 1, 1, 0) == "a bank holds 1 concept; 1 was learned now, 0 were there already"
+    assert headline("a bank", 3, 2, 1) == "a bank holds 3 concepts; 2 were learned now, 1 was there already"
