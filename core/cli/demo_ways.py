@@ -20,7 +20,7 @@ from ..data.assignment import Assignment
 from ..data.framing import Framing
 from ..data.training_set import prepare
 from ..demo.base import load_base
-from ..demo.bases import EMBEDDED, file_of
+from ..demo.bases import EMBEDDED, TRANSFORMERS, file_of
 from ..demo.judges import assignment
 from ..evaluation.protocol import words_for
 from ..hosts.modules import ModuleBackbone
@@ -89,13 +89,13 @@ class Plan:
         return SampleSettings(steps=self.sampler_steps, cfg=3.0, size=(self.side, self.side))
 
 
-# What differs on a base. At higher rates on the transformer, two dogs in one prompt mix more.
-_DIFFERENCES: Mapping[str, Mapping] = {"embedded-dit": {"steps": 200, "rates": 0.5}}
+# What differs on a transformer. At higher rates, two dogs in one prompt mix more.
+_ON_TRANSFORMERS: Mapping[str, float] = {"steps": 200, "rates": 0.5}
 
 
 def plan_of(base: str) -> Plan:
     """The demo's plan on an embedded base."""
-    return Plan(base, **_DIFFERENCES.get(base, {}))
+    return Plan(base, **(_ON_TRANSFORMERS if base in TRANSFORMERS else {}))
 
 
 @cache

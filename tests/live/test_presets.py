@@ -50,7 +50,7 @@ def test_a_new_node_begins_with_a_preset_and_shows_its_values(page, tmp_path):
     page.wait_for_timeout(500)
     state = page.evaluate(STATE)
     assert (state["preset"], state["name"], state["disabled"]) == ("person or animal", "", True)
-    assert state["label"] == "steps = 750 to 1200, by model"
+    assert state["label"] == "steps = 750, 800 or 1200"
     assert {"steps", "lr", "seed", "if_known"} <= set(state["advanced"])
     assert not {"name", "class_noun", "preset", "effort"} & set(state["advanced"])
     page.screenshot(path=tmp_path / "learner.png")

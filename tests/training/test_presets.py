@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from continual_concepts.core.training.presets import (
     EFFORTS,
     EMBEDDED,
     EMBEDDED_128,
+    EMBEDDED_DIT,
+    EMBEDDED_FAMILIES,
     FAMILIES,
     HERE,
     OBJECT,
@@ -88,11 +91,11 @@ def test_the_line_of_a_preset_has_the_values_that_are_used():
 
 def test_the_line_of_a_preset_names_the_base_and_whose_values_it_has():
     said = {}
-    for name in ("embedded-128", "embedded-dit"):
+    for name in ("embedded-128", "embedded-joint"):
         chosen = preset_for_embedded(OBJECT, "quick", name)
         said[name] = chosen.describe(make(chosen.method, chosen.rates), TrainingConfig(**chosen.training))
     assert said["embedded-128"].startswith("preset object, quick, for embedded-128: method slots")
-    assert said["embedded-dit"].startswith("preset object, quick, for embedded-dit, as for embedded-128: ")
+    assert said["embedded-joint"].startswith("preset object, quick, for embedded-joint, as for embedded-dit: ")
 
 
 @pytest.mark.parametrize("name", ["embedded-64", "embedded-128"])
@@ -112,7 +115,7 @@ def test_the_embedded_values_are_those_that_tuning_chose(subject):
 
 def test_values_are_shown_for_the_embedded_bases_and_as_a_range_for_published_models():
     shown = shown_values()[PERSON]["normal"]
-    assert shown["steps"] == {"embedded": "100 or 200", "published": "750 to 1200, by model"}
+    assert shown["steps"] == {"embedded": "100 or 200", "published": "750, 800 or 1200"}
     assert shown["resolution"] == {"embedded": "its own", "published": "512 or 1024"}
     assert shown["kind"] == {"embedded": "object", "published": "object"}
 
@@ -121,12 +124,12 @@ def test_values_are_shown_for_the_embedded_bases_and_as_a_range_for_published_mo
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_shown_values_are_those_that_are_used(subject, reader):
     shown = shown_values(reader)[subject]["quick"]
-    for family, where in ((EMBEDDED_128, "embedded"), (SD1, "published"), (SDXL, "published")):
+    for family, where in ((EMBEDDED_128, "embedded"), (EMBEDDED_DIT, "embedded"), (SD1, "published"), (SDXL, "published")):
         chosen = preset(subject, "quick", family)
         chosen = chosen if reader == HERE else for_other_programs(chosen)
         assert shown["method"][where] == chosen.method
         for name, rate in chosen.rates.items():
-            assert f"{rate:g}" in shown[name][where].split(" or ")
+            assert f"{rate:g}" in re.split(", | or ", shown[name][where])
 
 
 def test_shown_values_fit_into_a_node():
@@ -152,7 +155,7 @@ def documented() -> str:
         steps = [" / ".join(str(preset(subject, effort, family).training["steps"]) for effort in EFFORTS)
                  for subject in (PERSON, OBJECT, STYLE)]
         rest = {key: value for key, value in chosen.training.items() if key not in ("steps", "resolution")}
-        pixels = "its own" if family in (EMBEDDED, EMBEDDED_128) else chosen.training["resolution"]
+        pixels = "its own" if family in EMBEDDED_FAMILIES else chosen.training["resolution"]
         of_style = preset(STYLE, "normal", family).rates
         rates = [f"{rate:g}" if of_style[name] == rate else f"{rate:g}, style {of_style[name]:g}"
                  for name, rate in chosen.rates.items()]
