@@ -90,7 +90,7 @@ class Plan:
 
 
 # What differs on a transformer. At higher rates, two dogs in one prompt mix more.
-_ON_TRANSFORMERS: Mapping[str, float] = {"steps": 200, "rates": 0.5}
+_ON_TRANSFORMERS: Mapping = {"steps": 200, "rates": 0.5}
 
 
 def plan_of(base: str) -> Plan:

@@ -95,7 +95,7 @@ def test_the_line_of_a_preset_names_the_base_and_whose_values_it_has():
         chosen = preset_for_embedded(OBJECT, "quick", name)
         said[name] = chosen.describe(make(chosen.method, chosen.rates), TrainingConfig(**chosen.training))
     assert said["embedded-128"].startswith("preset object, quick, for embedded-128: method slots")
-    assert said["embedded-joint"].startswith("preset object, quick, for embedded-joint, as for embedded-dit: ")
+    assert said["embedded-joint"].startswith("preset object, quick, for embedded-joint, as for embedded-dit")
 
 
 @pytest.mark.parametrize("name", ["embedded-64", "embedded-128"])
@@ -124,7 +124,8 @@ def test_values_are_shown_for_the_embedded_bases_and_as_a_range_for_published_mo
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_shown_values_are_those_that_are_used(subject, reader):
     shown = shown_values(reader)[subject]["quick"]
-    for family, where in ((EMBEDDED_128, "embedded"), (EMBEDDED_DIT, "embedded"), (SD1, "published"), (SDXL, "published")):
+    families = ((EMBEDDED_128, "embedded"), (EMBEDDED_DIT, "embedded"), (SD1, "published"), (SDXL, "published"))
+    for family, where in families:
         chosen = preset(subject, "quick", family)
         chosen = chosen if reader == HERE else for_other_programs(chosen)
         assert shown["method"][where] == chosen.method
