@@ -124,7 +124,8 @@ def test_values_are_shown_for_the_embedded_bases_and_as_a_range_for_published_mo
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_shown_values_are_those_that_are_used(subject, reader):
     shown = shown_values(reader)[subject]["quick"]
-    families = ((EMBEDDED_128, "embedded"), (EMBEDDED_DIT, "embedded"), (SD1, "published"), (SDXL, "published"))
+    families = ((EMBEDDED_128, "embedded"), (EMBEDDED_DIT, "embedded"), (SD1, "published"),
+                (SDXL, "published"))
     for family, where in families:
         chosen = preset(subject, "quick", family)
         chosen = chosen if reader == HERE else for_other_programs(chosen)
