@@ -193,14 +193,6 @@ def test_nothing_is_overwritten_and_files_of_one_call_share_a_counter(bank, tmp_
     assert any("embedding:rex_00003" in note for note in exported.notes)
 
 
-def test_names_that_differ_only_by_case_get_files_of_their_own_on_any_disk(bank, tmp_path):
-    """Where case is ignored, `embedding:Rex` would load the words of <rex>."""
-    both = bank.add(bank.rename("rex", "Rex")["Rex"])
-    files = [file for name in ("rex", "Rex") for file in export_concept(both, name, tmp_path).files]
-    assert len({file.name.casefold() for file in files}) == 4
-    assert [file.name for file in files[2:]] == ["Rex_lora_00002.safetensors", "Rex_00002.safetensors"]
-
-
 def test_the_same_concept_gives_the_same_contents(bank, tmp_path):
     one, two = (export_concept(bank, "rex", tmp_path / folder).files for folder in ("a", "b"))
     for a, b in zip(one, two, strict=True):
