@@ -11,7 +11,6 @@ from typing import Any
 
 import comfy.clip_vision
 import comfy.latent_formats
-import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_management as management
 import comfy.model_patcher
@@ -31,6 +30,7 @@ from ..demo.networks import Autoencoder
 from ..demo.transformer import PATCH
 from ..demo.vocabulary import CONTEXT_LENGTH
 from ..errors import ConceptError
+from .families.flux import HAS_PATCHES
 
 
 def _operations(groups: int) -> type:
@@ -112,9 +112,9 @@ def _transformer_config(shape: dict[str, Any]) -> dict:
 
 def _joint_config(shape: dict[str, Any]) -> dict:
     """The sizes of a `demo.joint_transformer.JointTransformer` as a ComfyUI configuration of Flux.2."""
-    if "global_modulation" not in comfy.ldm.flux.model.FluxParams.__annotations__:
-        raise ConceptError("the base is a transformer in the form of Flux.2, which this version of ComfyUI "
-                           "does not know; update ComfyUI to 0.33 or newer")
+    if not HAS_PATCHES:
+        raise ConceptError("the base is a transformer in the form of Flux.2, whose blocks have no attention "
+                           "patches in this version of ComfyUI; update ComfyUI to 0.33 or newer")
     axis = shape["hidden_size"] // shape["num_heads"] // AXES
     return {**shape, "out_channels": shape["in_channels"], "vec_in_dim": None, "axes_dim": [axis] * AXES,
             "patch_size": shape.get("patch_size", PATCH), "qkv_bias": False, "guidance_embed": False,

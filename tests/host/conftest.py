@@ -277,7 +277,7 @@ def count_tensors():
 def has_patches(comfyui):
     from continual_concepts.core.comfy.families import flux
 
-    if not flux._HAS_PATCHES:
+    if not flux.HAS_PATCHES:
         pytest.skip("this ComfyUI has no attention patches in Flux")
 
 

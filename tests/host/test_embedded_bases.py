@@ -9,7 +9,8 @@ from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.conditioning.encoding import encode_prompts
 from continual_concepts.core.conditioning.routing import aggregate
 from continual_concepts.core.demo.base import load_base
-from continual_concepts.core.demo.bases import FILES, TRANSFORMERS
+from continual_concepts.core.demo.bases import FILES, JOINT, TRANSFORMERS
+from continual_concepts.core.errors import ConceptError
 
 TOLERANCE = 1e-4
 OTHER, RANDOM = "sizes of its own", "a transformer of random numbers"
@@ -26,10 +27,20 @@ def both(comfyui, other_base, transformer_base, request):
     from continual_concepts.core.comfy.backbone import ComfyBackbone
     from continual_concepts.core.comfy.demo import load_demo_file
 
+    if request.param == JOINT:
+        request.getfixturevalue("has_patches")
     file = {OTHER: other_base, RANDOM: transformer_base, **TRAINED}[request.param]
     with torch.inference_mode():
         parts = load_demo_file(file)
     return ComfyBackbone(*parts), load_base(file), parts
+
+
+def test_a_base_with_joint_attention_needs_attention_patches(comfyui, joint_base, monkeypatch):
+    from continual_concepts.core.comfy import demo
+
+    monkeypatch.setattr(demo, "HAS_PATCHES", False)
+    with pytest.raises(ConceptError, match="form of Flux.2, whose blocks have no .* update ComfyUI to 0.33"):
+        demo.load_demo_file(joint_base)
 
 
 def test_layout_and_sizes(both):

@@ -124,7 +124,7 @@ def test_flux_in_a_comfyui_without_attention_patches_is_refused(comfyui, monkeyp
 
     denoiser = comfy.ldm.flux.model.Flux.__new__(comfy.ldm.flux.model.Flux)
     denoiser.params = None
-    monkeypatch.setattr(flux, "_HAS_PATCHES", False)
+    monkeypatch.setattr(flux, "HAS_PATCHES", False)
     with pytest.raises(ConceptError, match="no attention patches in this version of ComfyUI; update"):
         find_sites(SimpleNamespace(model=SimpleNamespace(
             diffusion_model=denoiser, model_config=SimpleNamespace(unet_config={}))), (("t5xxl", 4096),))

@@ -24,7 +24,7 @@ from ..text import ROWS, ComfyText
 from .base import EMBEDDED_TEXT, computation_type
 from .joint import AFTER, Around, Joint
 
-_HAS_PATCHES = AFTER in comfy.ldm.flux.layers.DoubleStreamBlock.forward.__code__.co_consts
+HAS_PATCHES = AFTER in comfy.ldm.flux.layers.DoubleStreamBlock.forward.__code__.co_consts
 _KINDS = (comfy.ldm.flux.model.Flux, comfy.ldm.chroma.model.Chroma)
 _QWEN = ("qwen3_4b", "qwen3_8b")
 _QWEN_LAYERS = 3      # whose states are one row of text, side by side
@@ -43,7 +43,7 @@ class Flux(Joint):
     def __init__(self, model, text_widths: tuple[tuple[str, int], ...]) -> None:
         self.model, self.denoiser = model, model.model.diffusion_model
         kind, params = type(model.model).__name__, self.denoiser.params
-        if not _HAS_PATCHES:
+        if not HAS_PATCHES:
             raise ConceptError(f"the model's class is {kind}, whose blocks have no attention patches in this "
                                "version of ComfyUI; update ComfyUI to 0.33 or newer")
         widths = [(name, _QWEN_LAYERS * width if name in _QWEN else width) for name, width in text_widths]
