@@ -12,6 +12,7 @@ from ..bank.bank import ConceptBank
 from ..bank.format import open_bank
 from ..bank.hints import notes_on, notes_on_base
 from ..bank.prompts import NO_CONCEPTS
+from ..data.captions import decoded
 from ..errors import ConceptError
 from ..files import check_output_folder, write_new
 from ..images import to_pil
@@ -44,9 +45,10 @@ def _edges(flag: str, text: str, names: str) -> tuple[list[float], str]:
 
 def _text_of(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
-    except (OSError, ValueError) as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise ConceptError(f"--regions '{file}' cannot be read ({error})") from error
+    return decoded(data, file, "file of --regions")
 
 
 def _regions(options: Namespace) -> list[Region]:

@@ -219,7 +219,7 @@ class _Reader:
             found = ", ".join(f"{kind} ({some.layers})" for kind, some in sorted(left.items())) or "nothing"
             raise ConceptError(f"{self.owner} changes no text cross-attention of this base "
                                f"({self.layout.describe()}); it holds {found}; allowed: LoRA files "
-                               "with attn2 layers for it")
+                               f"with layers such as {self.layout.sites[0].name}")
         share = self.inside / total if total else 1.0
         return Taken(self.deltas, share, left, self.forms, self.used_base, tuple(self._remarks()))
 

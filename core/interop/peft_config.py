@@ -78,7 +78,7 @@ def in_folder(folder: Path) -> dict[str, PeftConfig]:
     try:
         if file.stat().st_size > LARGEST:
             raise ConceptError(f"'{file}' is larger than {LARGEST >> 20} MB; allowed: a PEFT configuration")
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConceptError(f"'{file}' cannot be read ({error})") from error
     return {RAW: _config(_json(text, FILE), FILE)}

@@ -119,6 +119,10 @@ def test_regions_are_read_as_the_editor_stores_them(tmp_path):
     file.write_text('[{"prompt": "a cat", "box": [0, 0, 0.5, 1], "strength": 0.8, "negative": "fog", '
                     '"feather": 0.1, "start": 0.1, "end": 0.9}, '
                     '{"prompt": "a dog", "box": [0.5, 0, 1, 1], "on": false}]')
+    regions = file.read_text()
+    for mark, encoding in (("\ufeff", "utf-8"), ("\ufeff", "utf-16-le")):      # of Windows' editor and shell
+        file.write_bytes((mark + regions).encode(encoding))
+        assert len(regions_of("--regions", str(file))) == 1
     first, second = regions_of("--regions", str(file), "--box", "0,0,1,0.5:a tree", "--feather", "0.2")
     assert (first.prompt, first.negative, first.strength, first.feather) == ("a cat", "fog", 0.8, 0.1)
     assert (first.box, first.start, first.end) == ((0.0, 0.0, 1.0, 0.5), 0.1, 0.9)

@@ -64,6 +64,11 @@ def test_bad_configurations_get_one_sentence(tmp_path, config, sentence):
             in_header({HEADER: json.dumps(flat)})
 
 
+def test_a_byte_order_mark_is_no_damage(tmp_path):
+    """Windows' editor writes one when a person corrects the file."""
+    assert read(tmp_path, "\ufeff" + json.dumps(CONFIG)).scale("a.to_k", 4) == 2
+
+
 def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / FILE).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConceptError, match="cannot be read"):
