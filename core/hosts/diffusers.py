@@ -108,7 +108,7 @@ class ClipText(TextEncoder):
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
 
     def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, truncation=False).input_ids
+        return self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
     def vectors(self, ids: list[int]) -> Tensor:
         return self.embedding.weight[torch.tensor(ids, dtype=torch.long,

@@ -170,3 +170,10 @@ def test_what_has_no_effect_and_pictures_of_nan_are_told(tmp_path, monkeypatch, 
     shown = capsys.readouterr().err
     assert "note: --attention-guidance has no effect on pictures with regions" in shown
     assert "note: the picture of seed 1 holds NaN or infinite numbers; lower --cfg or --strength" in shown
+
+
+def test_a_long_prompt_is_no_fault(tmp_path, capfd):
+    """It is encoded in parts. The tokenizer warns that it would not fit."""
+    sample = ["sample", "dog " * 80, "--base", "embedded-64", "--steps", "1", "--count", "1"]
+    assert main([*sample, "--output", str(tmp_path)]) == 0
+    assert "sequence length" not in capfd.readouterr().err
