@@ -186,7 +186,7 @@ def test_learning_shows_how_it_comes_along_and_stops_when_told(page, server, tmp
     entry = server.call("/history")[new.pop()]
     assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
     lines = page.evaluate("seen.lines")
-    assert all(re.match(r"step \d+ of 100000, loss \d", line) for line in lines)
+    assert all(re.match(r"step \d+ of 100000, loss \d|encoding \d+ photos", line) for line in lines)
     assert lines[-1].endswith(" left")
     kept = list((server.base / "output" / "concept_banks" / ".unfinished").glob("*.checkpoint"))
     assert kept      # the next run of the same goes on there

@@ -10,7 +10,7 @@ import pytest
 
 from continual_concepts.benchmarks.continual.runs import settings_for
 from continual_concepts.core.demo.base import load_base
-from continual_concepts.core.demo.bases import file_of
+from continual_concepts.core.demo.bases import JOINT, TRANSFORMERS, file_of
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.methods import make
 from continual_concepts.core.model.sites import joint_layout, transformer_layout, unet_layout
@@ -89,7 +89,8 @@ def test_the_line_of_a_preset_has_the_values_that_are_used():
                      "resolution 512, batch_size 1")
 
 
-def test_the_line_of_a_preset_names_the_base_and_whose_values_it_has():
+def test_the_line_of_a_preset_names_the_base_and_whose_values_it_has(monkeypatch):
+    monkeypatch.setitem(TRANSFORMERS, JOINT, TRANSFORMERS["embedded-dit"])      # its own file need not be there
     said = {}
     for name in ("embedded-128", "embedded-joint"):
         chosen = preset_for_embedded(OBJECT, "quick", name)
