@@ -90,7 +90,7 @@ def test_the_line_of_a_preset_has_the_values_that_are_used():
 
 
 def test_the_line_of_a_preset_names_the_base_and_whose_values_it_has(monkeypatch):
-    monkeypatch.setitem(TRANSFORMERS, JOINT, TRANSFORMERS["embedded-dit"])      # its own file need not be there
+    monkeypatch.setitem(TRANSFORMERS, JOINT, TRANSFORMERS["embedded-dit"])      # its file may be missing
     said = {}
     for name in ("embedded-128", "embedded-joint"):
         chosen = preset_for_embedded(OBJECT, "quick", name)
