@@ -9,6 +9,7 @@ import comfy.utils
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..core.bank.hints import notes_on_base
 from ..core.bank.tokens import check_name, typed_name
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
@@ -130,8 +131,10 @@ class ConceptEvaluate(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total, bar_preview(picture))
 
+        backbone = ComfyBackbone(model, clip, vae)
+        notes = notes_on_base((bank.infos[name] for name in names), backbone.layout, backbone.fingerprint)
         report = check_bank(
-            ComfyBackbone(model, clip, vae),
+            backbone,
             bank,
             references,
             lines_of([prompts]),
@@ -142,7 +145,7 @@ class ConceptEvaluate(io.ComfyNode):
             progress,
         )
         picture = to_tensor(sheet(report))
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (lines(report),)}
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": ("\n".join([*notes, lines(report)]),)}
         return io.NodeOutput(picture, json.dumps(report.to_json(), indent=1), ui=shown)
 
 

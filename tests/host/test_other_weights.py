@@ -40,3 +40,11 @@ def test_learning_tells_and_what_is_learned_now_fits(studio, earlier, caplog):
     caplog.clear()
     studio.aggregate("", ConceptBank(grown.layout).add(grown["spot"]))
     assert "other weights" not in caplog.text
+
+
+def test_evaluating_tells(studio, earlier):
+    *base, vision = studio.pack.ConceptDemoBase.execute("embedded-64").args
+    photos = studio.pack.ConceptReferencePhotos.execute([studio.photos(2, 64)], ["tom"], None)[0]
+    shown = studio.pack.ConceptEvaluate.execute(*base, earlier, "a photo of {}", "", 1, 5, 1, 3.0, 64,
+                                                clip_vision=vision, concepts="tom", photos=photos).ui
+    assert shown["text"][0].startswith("<tom> was learned on other weights of embedded-64 than this version has")
