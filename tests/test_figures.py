@@ -152,7 +152,8 @@ def of_single_benchmarks() -> Iterable[tuple[str, str]]:
     yield "benchmark.md", f"with the same class noun it is {photos['auc_of_one_noun']:.3f}"
     yield "benchmark.md", f"only {100 * photos['as_its_crop']['one thing']:.1f} % of the pairs of one thing"
     for file, name in (("base", "`embedded-128` (20 steps, guidance 4)"),
-                       ("base-dit", "`embedded-dit` (the same)")):
+                       ("base-dit", "`embedded-dit` (the same)"),
+                       ("base-joint", "`embedded-joint` (the same)")):
         drawn = result(file)["generated"]
         yield "embedded-base.md", f"| {name} | {drawn['class']:g} | {drawn['colour']:g} | {drawn['both']:g} |"
     for name, row in result("bases")["bases"].items():

@@ -61,7 +61,8 @@ def _add_bases(commands) -> None:
     parser = commands.add_parser("bases", help="the demo's concepts on several embedded bases")
     add = parser.add_argument
     add("--json", dest="file", type=Path, required=True, help="where the result goes")
-    add("--bases", default="embedded-128,embedded-dit", help="comma separated (default %(default)s)")
+    add("--bases", default="embedded-128,embedded-dit,embedded-joint",
+        help="comma separated (default %(default)s)")
     add("--seeds", default="0,1", help="of learning, comma separated (default %(default)s)")
     add("--steps", type=int, help="of learning a concept (default: those of the demo on that base)")
     add("--pictures", type=int, default=12, help="of each concept, pair and scene (default %(default)s)")

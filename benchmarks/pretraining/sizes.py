@@ -51,8 +51,9 @@ TIME_SCALE = 1000.0  # the transformer's times are sigma times this, ComfyUI's `
 
 AUTOENCODER_PLAN = Plan(1000, 1.5e-3, decay=0.4, muon=True)
 DECODER_PLAN = Plan(6000, 1.0e-3, decay=0.6, muon=True)
-# About 2 seconds a step for the UNet and 1 second for the transformers, on one core: 3, 4 and 1.4 hours.
+# About 2 seconds a step for the UNet and 1 second for the transformers, on one core: 3, 4 and 1.6 hours.
 # The transformer that ships reached 7,800 steps with a plan of so many, and went on from there with this one.
+# The one with joint attention had a plan of 4,400 steps until step 3,800.
 UNET_PLAN = Plan(5300, 1.0e-3, ema=0.9995, muon=True)
 TRANSFORMER_PLAN = Plan(14400, 1.0e-3, decay=0.28, ema=0.999, muon=True)
-JOINT_PLAN = Plan(5000, 1.0e-3, decay=0.4, ema=0.999, muon=True)
+JOINT_PLAN = Plan(6000, 1.0e-3, decay=0.4, ema=0.999, muon=True)
