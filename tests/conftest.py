@@ -247,7 +247,7 @@ def make_concept():
                    for encoder, width in layout.text_widths}
         shapes = {(site.index, p): site.shape(p) for site in layout.sites for p in PROJECTIONS}
         deltas = {key: LowRankDelta(random(a, rank), random(rank, b), 0.5) for key, (a, b) in shapes.items()}
-        origin = Provenance("abc", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"},
+        origin = Provenance("", ("11", "22"), {"method": {"rank": rank}}, {"torch": "2"},
                             "2025-01-01T00:00:00+00:00", 3, 1.5)
         info = ConceptInfo(name, "dog", method, names, provenance=origin, composition=composition)
         return Concept(info, TokenGroup(names, vectors), deltas, thumbnail)
