@@ -6,8 +6,8 @@ Its quality is the full command's business.
 from __future__ import annotations
 
 import json
-import random
 import os
+import random
 import shutil
 import subprocess
 import sys
