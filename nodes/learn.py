@@ -6,14 +6,13 @@ from comfy_api.latest import io, ui
 
 from ..core.bank.concepts import KINDS
 from ..core.data.pictures import pair_pictures
-from ..core.errors import ConceptError
 from ..core.files import check_output_folder
 from ..core.methods import DEFAULT, METHODS
 from ..core.training.config import TrainingConfig
 from . import types
 from .folders import checkpoint_folder
 from .images import deferred_pictures, masks_of
-from .inputs import first, setting_input, setting_inputs
+from .inputs import first, setting_input, setting_inputs, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import checked_name, checked_noun, preset_inputs, reader_input
 from .schema import Schema, advanced
@@ -143,16 +142,11 @@ class ConceptLearner(io.ComfyNode):
     def validate_inputs(cls, name, class_noun, if_known=None, variant_of=""):
         """Reports a missing or wrong name, or a folder that cannot be written, before the graph runs. Text
         from another node is None at this point."""
-        try:
-            if first(name) is not None:
-                checked_name(first(name))
-            if first(class_noun) is not None:
-                checked_noun(first(class_noun), _goes_on({"if_known": first(if_known),
-                                                          "variant_of": first(variant_of)}))
-            check_output_folder(checkpoint_folder())
-        except ConceptError as error:
-            return str(error)
-        return True
+        name, noun = first(name), first(class_noun)
+        goes_on = _goes_on({"if_known": first(if_known), "variant_of": first(variant_of)})
+        return valid(lambda: name is None or checked_name(name),
+                     lambda: noun is None or checked_noun(noun, goes_on),
+                     lambda: check_output_folder(checkpoint_folder()))
 
     @classmethod
     def execute(

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,15 +51,30 @@ def comfyui() -> Path:
     return path
 
 
+@contextmanager
+def _directory(kind: str, folder: Path):
+    """ComfyUI's directory of this kind, `input` or `output`, is `folder` for a while."""
+    import folder_paths
+
+    get, put = (getattr(folder_paths, f"{verb}_{kind}_directory") for verb in ("get", "set"))
+    before = get()
+    put(str(folder))
+    yield folder
+    put(before)
+
+
 @pytest.fixture
 def own_folder(comfyui, tmp_path):
     """An output folder of this test's own: checkpoints, banks and exports of one test are no other test's."""
-    import folder_paths
+    with _directory("output", tmp_path) as folder:
+        yield folder
 
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_output_directory(before)
+
+@pytest.fixture
+def own_inputs(comfyui, tmp_path):
+    """An empty input folder of this test's own."""
+    with _directory("input", tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -35,23 +35,13 @@ def test_c1_nothing_is_left_behind_by_the_check(studio, own_folder):
     assert not list(own_folder.iterdir())
 
 
-@pytest.fixture
-def inputs(pack, tmp_path):
-    """An empty input folder of this test."""
-    import folder_paths
-
-    before = folder_paths.get_input_directory()
-    folder_paths.set_input_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_input_directory(before)
-
-
-def test_missing_files_are_named_before_the_graph_runs(pack, inputs):
+def test_missing_files_are_named_before_the_graph_runs(pack, own_inputs):
     """One sentence says what is missing, where, and what to do."""
     empty = pack.ConceptPhotosLoad.define_schema().inputs[0].options[0]      # in the place of a list
     answers = {
         "rex": (pack.ConceptPhotosLoad, {"folder": "rex"}, "'rex'", "3 to 10 photos", "press R"),
-        "none": (pack.ConceptPhotosLoad, {"folder": empty}, "no folder with photos", str(inputs), "press R"),
+        "none": (pack.ConceptPhotosLoad, {"folder": empty}, "no folder with photos", str(own_inputs),
+                 "press R"),
         "cast": (pack.ConceptFolderLearner, {"folder": "cast"}, "'cast'", "'rex dog'", "press R"),
         "bank": (pack.ConceptBankLoad, {"bank_name": "pets.safetensors"}, "'pets.safetensors'",
                  "learn a concept"),
@@ -63,8 +53,8 @@ def test_missing_files_are_named_before_the_graph_runs(pack, inputs):
         assert all(text in told for text in texts), told
         assert "\n" not in told and "; " in told
         assert node.validate_inputs(**dict.fromkeys(given)) is True      # another node gives the text later
-    (inputs / "rex").mkdir()
-    Image.new("RGB", (32, 32)).save(inputs / "rex" / "1.png")
+    (own_inputs / "rex").mkdir()
+    Image.new("RGB", (32, 32)).save(own_inputs / "rex" / "1.png")
     assert pack.ConceptPhotosLoad.validate_inputs("rex") is True
     assert pack.ConceptPhotosLoad.validate_inputs("mimi").endswith("choose another one: rex")
     assert pack.ConceptBankLoad.validate_inputs("(new bank)") is True
