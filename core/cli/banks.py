@@ -14,6 +14,7 @@ from ..bank.concepts import Concept, ConceptInfo
 from ..bank.format import open_bank, verify_bank
 from ..bank.store import add_concept, change_bank, restore, versions
 from ..bank.tokens import check_class_noun, check_name
+from ..data.report import counted
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
 from ..evaluation.inspection import Inspection, inspect
@@ -24,7 +25,7 @@ from ..interop.sharing import share
 from . import backbones
 from .export import export
 from .result import Result
-from .shown import counted, day, lines_of
+from .shown import day, lines_of
 
 
 def _line(info: ConceptInfo) -> str:

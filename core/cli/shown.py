@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..bank.concepts import OWN
+from ..data.report import counted
 from ..evaluation.inspection import ACTS
 
 _MEASURES = {"covers": "thumbnail", "deltas": "deltas", "words": "words"}
@@ -20,11 +21,6 @@ def day(date: str) -> str:
         return f"{read.astimezone(timezone.utc) if read.tzinfo else read:%Y-%m-%d %H:%M} UTC"
     except (ValueError, OverflowError):      # no date, or one beyond the first or last year
         return date
-
-
-def counted(number: int, one: str) -> str:
-    """A number with its noun, such as `5 photos`."""
-    return f"{number} {one}{'' if number == 1 else 's'}"
 
 
 def _plain(value: Any) -> str:
