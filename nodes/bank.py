@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from comfy_api.latest import io, ui
@@ -10,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..core.bank.format import open_bank
 from ..core.bank.store import change_bank, saved_elsewhere
 from ..core.bank.tokens import typed_name
+from ..core.demo.base import notes_on_weights
 from ..core.errors import ConceptError, WriteError
 from ..core.evaluation.bank_picture import bank_pages
 from ..core.evaluation.inspection import inspect, lines
@@ -26,12 +28,17 @@ from .folders import (
     register_folders,
 )
 from .images import judge
-from .inputs import valid
+from .inputs import fingerprint, valid
 from .schema import Schema
 
 register_folders()
 
 ALLOW_FEWER = "allow removing concepts"
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file), status.st_mtime_ns, status.st_size
 
 
 class ConceptBankLoad(io.ComfyNode):
@@ -64,10 +71,7 @@ class ConceptBankLoad(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, bank_name):
-        if bank_name == NEW_BANK:
-            return bank_name
-        status = bank_file(bank_name).stat()
-        return f"{bank_name} {status.st_mtime_ns} {status.st_size}"
+        return fingerprint(lambda: bank_name if bank_name == NEW_BANK else _stamp(bank_file(bank_name)))
 
     @classmethod
     def execute(cls, bank_name) -> io.NodeOutput:
@@ -167,7 +171,9 @@ class ConceptBankMerge(io.ComfyNode):
     def execute(cls, bank, other) -> io.NodeOutput:
         if bank is None or other is None:
             return io.NodeOutput(other if bank is None else bank)
-        return io.NodeOutput(bank.merge(other))
+        merged = bank.merge(other)
+        notes = notes_on_weights(merged.infos.values(), merged.layout)
+        return io.NodeOutput(merged, ui=ui.PreviewText(notes[0]) if notes else None)
 
 
 class ConceptBankEdit(io.ComfyNode):

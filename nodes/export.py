@@ -73,7 +73,7 @@ class ConceptExport(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, strength):
+    def validate_inputs(cls, concept):
         """Reports folders that cannot be written before the graph runs. ComfyUI only calls it if it takes an
         input."""
         output = Path(folder_paths.get_output_directory())
@@ -131,7 +131,7 @@ class ConceptShare(io.ComfyNode):
     def validate_inputs(cls, licence, author):
         """Reports a line that is too long, or a folder that cannot be written, before the graph runs. Text
         from another node is None at this point."""
-        return valid(lambda: Terms((licence or "").strip(), (author or "").strip()),
+        return valid(lambda: Terms((licence or "").strip()), lambda: Terms(author=(author or "").strip()),
                      lambda: check_output_folder(_shared_folder()))
 
     @classmethod

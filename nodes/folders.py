@@ -16,6 +16,8 @@ from ..core.files import check_file_name, shortened
 
 BANKS = "concept_banks"
 NEW_BANK = "(new bank)"
+_SEVERAL, _LONGEST = 12, 120      # names that a message lists, and characters of a value, at most
+_DEEPEST = 2      # levels below the input folder in which the page offers folders
 
 
 def register_folders() -> None:
@@ -32,25 +34,51 @@ def bank_names() -> list[str]:
     return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
+def shown(value: object) -> str:
+    """A value of a graph for a message, shortened. Graphs are untrusted: it may be of any type and length."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SEVERAL} more" if len(names) > _SEVERAL else ""
+    return f"{', '.join(names[:_SEVERAL])}{more}"
+
+
 def _choice(names: Sequence[str]) -> str:
     """The end of a message on something that is missing: what there is instead."""
-    return f", or choose another one: {', '.join(names)}" if names else ""
+    return f", or choose another one: {_listed(names)}" if names else ""
 
 
-def bank_file(name: str) -> Path:
+def _with_slashes(name: str) -> str:
+    """A path with slashes between its parts alone: graphs made on Windows have backslashes, people type a
+    slash at the end. What begins with a slash still does."""
+    start = "/" if name.startswith(("/", "\\")) else ""
+    return start + "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def offered(name: object, names: Sequence[str]) -> str | None:
+    """The one of `names` that a graph's value means, whatever its separators; None if there is none."""
+    if not isinstance(name, str) or name in names:
+        return name if isinstance(name, str) else None
+    return next((other for other in names if _with_slashes(other) == _with_slashes(name)), None)
+
+
+def bank_file(name: object) -> Path:
     """The file of an existing bank. Only names listed in the folders are accepted.
 
     Raises:
         ConceptError: There is none, or two folders hold different banks of this name: a dropped or saved bank
             must not hide behind another one.
     """
-    if name not in bank_names():
-        raise ConceptError(f"there is no bank {name!r}; learn a concept and save its bank under this "
-                           f"name{_choice(bank_names())}")
-    path = folder_paths.get_full_path(BANKS, name)
+    names = bank_names()
+    found = offered(name, names)
+    if found is None:
+        raise ConceptError(_missing_bank(name, names))
+    path = folder_paths.get_full_path(BANKS, found)
     if path is None:
-        raise ConceptError(f"the bank {name!r} cannot be found any more")
-    for other in _others(Path(path), name):
+        raise ConceptError(f"the bank {found!r} cannot be found any more")
+    for other in _others(Path(path), found):
         if not filecmp.cmp(path, other, shallow=False):
             raise ConceptError(f"'{path}' and '{other}' are two different banks of one name; rename or move "
                                "one of them")
@@ -63,18 +91,63 @@ def _others(path: Path, name: str) -> list[Path]:
     return [other for other in found if other.is_file() and not (path.exists() and other.samefile(path))]
 
 
-def missing_folder(name: str, content: str, advice: str, empty: str, others: Sequence[str]) -> str:
-    """Says that a folder inside ComfyUI's input folder is missing or has no content, and what to do.
+def _missing_bank(name: object, names: Sequence[str]) -> str:
+    """Says that there is no bank of this name, and what to do."""
+    if not isinstance(name, str) or not name.strip():
+        return f"bank_name is {shown(name)}; allowed: {_listed([NEW_BANK, *names])}"
+    try:
+        check_bank_name(name)
+        advice = "learn a concept and save its bank under this name"
+    except ConceptError:
+        advice = f"put its file into models/{BANKS} and press R on the page"
+    return f"there is no bank {shown(name)}; {advice}{_choice(names)}"
+
+
+def input_folder(name: object, names: Sequence[str], content: str, advice: str, empty: str) -> Path:
+    """A folder inside ComfyUI's input folder. Only folders that the page offers are accepted.
 
     Args:
         name: The folder, or `empty`, which the page shows where there is no folder.
+        names: The folders that there are.
         content: What the folder should hold.
         advice: How to make it.
-        others: The folders that there are.
+
+    Raises:
+        ConceptError: It is none of them. The sentence says why, and what to do.
     """
-    root = folder_paths.get_input_directory()
-    what = f"folder with {content}" if name in ("", empty) else f"folder {name!r} with {content}"
-    return f"there is no {what} in {root!r}; {advice} and press R on the page{_choice(others)}"
+    root, found = folder_paths.get_input_directory(), offered(name, names)
+    if found is not None:
+        return Path(root) / found
+    if not isinstance(name, str) or (names and name.strip() in ("", empty)):
+        raise ConceptError(f"folder is {shown(name)}; allowed: a folder with {content} in {root!r}"
+                           + (f", such as {_listed(names)}" if names else ""))
+    if name.strip() in ("", empty):
+        raise ConceptError(f"there is no folder with {content} in {root!r}; make one, {advice}, and press R "
+                           "on the page")
+    raise ConceptError(f"{_why_not(name, root, content)}; {advice}, and press R on the page{_choice(names)}")
+
+
+def _why_not(name: str, root: str, content: str) -> str:
+    """Why a folder is not among those with content."""
+    plain, what = _with_slashes(name.strip()), shown(name)
+    parts = plain.split("/")
+    if os.path.isabs(plain) or os.path.isabs(name) or ".." in parts:
+        return f"{what} is not the name of a folder inside {root!r}"
+    path = os.path.join(root, plain)
+    if os.path.isfile(path):
+        return f"{what} in {root!r} is a file and not a folder with {content}"
+    if not os.path.isdir(path):
+        return f"there is no folder {what} with {content} in {root!r}"
+    if len(parts) > _DEEPEST or any(part.startswith(".") for part in parts):
+        return (f"the folder {what} in {root!r} is not searched for {content}, but those up to {_DEEPEST} "
+                "levels deep whose names begin with no dot")
+    return f"the folder {what} in {root!r} holds no {content}"
+
+
+def stamps_in(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, time and size of every file in a folder, so that a graph runs again after a change."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
 
 def output_folder() -> Path:

@@ -13,6 +13,7 @@ from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
 from ..core.interop.importing import import_concept
 from . import types
+from .folders import offered, shown
 from .inputs import valid
 from .presets import checked_name
 from .schema import Schema
@@ -24,16 +25,17 @@ def _files(kind: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(kind) if name.endswith(".safetensors")]
 
 
-def _file(kind: str, name: str) -> Path | None:
+def _file(kind: str, name: object) -> Path | None:
     """The file with this name. Only names listed in the folders are accepted, because workflows are
     untrusted.
     """
     if name == NONE:
         return None
-    if name not in _files(kind):
-        raise ConceptError(f"there is no file {name!r} in {kind}; put it into models/{kind} and press R on "
-                           "the page, or choose another one (.safetensors files only)")
-    return Path(folder_paths.get_full_path_or_raise(kind, name))
+    found = offered(name, _files(kind))
+    if found is None:
+        raise ConceptError(f"there is no file {shown(name)} in {kind}; put it into models/{kind} and press R "
+                           "on the page, or choose another one (.safetensors files only)")
+    return Path(folder_paths.get_full_path_or_raise(kind, found))
 
 
 class ConceptImport(io.ComfyNode):
@@ -91,7 +93,6 @@ class ConceptImport(io.ComfyNode):
     def execute(cls, model, clip, lora, embedding, name, class_noun, kind, trigger,
                 bank=None, which="") -> io.NodeOutput:
         backbone = ComfyBackbone(model, clip)
-        backbone.layout.refuse_joint("importing files is")
         if bank is not None:
             bank.check_fits(backbone.layout)
         result = import_concept(checked_name(name), class_noun.strip(), kind, backbone.layout,

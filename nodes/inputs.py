@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -20,15 +20,38 @@ def first(value: Any) -> Any:
 
 
 def valid(*checks: Callable[[], object]) -> bool | str:
-    """What ComfyUI wants of `validate_inputs`: True, or the sentence of the first check that raises a
+    """What ComfyUI wants of `validate_inputs`: True, or the sentences of all checks that raise a
     ConceptError.
+
+    ComfyUI gives the same answer to each input that the node's `validate_inputs` takes, so the sentences say
+    which input they mean.
+    """
+    sentences: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except ConceptError as error:
+            sentences[str(error)] = None
+    return "; and ".join(sentences) or True
+
+
+def fingerprint(compute: Callable[[], object]) -> str | float:
+    """What ComfyUI wants of `fingerprint_inputs`: a text that differs after a change.
+
+    It is NaN, which is never equal, while another node has yet to give the input, or where a file is gone:
+    the node then runs and says what is wrong.
     """
     try:
-        for check in checks:
-            check()
-    except ConceptError as error:
-        return str(error)
-    return True
+        return str(compute())
+    except (ConceptError, OSError):
+        return float("nan")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Checks an input that `validate_inputs` takes; ComfyUI then no longer checks it. None: another node
+    gives the value later. Raises ConceptError if it is not among the choices."""
+    if value is not None and value not in choices:
+        raise ConceptError(f"'{name}' is {value!r}; allowed: {', '.join(map(str, choices))}")
 
 
 def lines_of(texts: Iterable[str] | None) -> list[str]:

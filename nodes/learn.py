@@ -12,7 +12,7 @@ from ..core.training.config import TrainingConfig
 from . import types
 from .folders import checkpoint_folder
 from .images import deferred_pictures, masks_of
-from .inputs import first, setting_input, setting_inputs, valid
+from .inputs import check_choice, first, setting_input, setting_inputs, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import checked_name, checked_noun, preset_inputs, reader_input
 from .schema import Schema, advanced
@@ -144,7 +144,8 @@ class ConceptLearner(io.ComfyNode):
         from another node is None at this point."""
         name, noun = first(name), first(class_noun)
         goes_on = _goes_on({"if_known": first(if_known), "variant_of": first(variant_of)})
-        return valid(lambda: name is None or checked_name(name),
+        return valid(lambda: check_choice(IF_KNOWN, first(if_known), (KEEP, AGAIN, REFINE)),
+                     lambda: name is None or checked_name(name),
                      lambda: noun is None or checked_noun(noun, goes_on),
                      lambda: check_output_folder(checkpoint_folder()))
 

@@ -21,12 +21,21 @@ from ..core.files import check_output_folder
 from ..core.images import to_tensor
 from ..core.methods import DEFAULT
 from ..core.training.config import TrainingConfig
-from ..core.training.folders import TABLE, Planned, check_parents, headline, passed_over, plan, reasons
+from ..core.training.folders import (
+    TABLE,
+    Planned,
+    check_parents,
+    headline,
+    passed_over,
+    plan,
+    read_as,
+    reasons,
+)
 from ..core.training.presets import EFFORTS, NORMAL, SHORT_NAMES, SUBJECTS, kind_of
 from . import types
-from .folders import checkpoint_folder, missing_folder
+from .folders import checkpoint_folder, input_folder, stamps_in
 from .images import judge
-from .inputs import setting_input, valid
+from .inputs import fingerprint, setting_input, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import reader_input
 from .progress import Part, say
@@ -47,11 +56,9 @@ def _folders() -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in candidates if subfolders_with_pictures(path))
 
 
-def _folder(name: str) -> Path:
-    if name not in _folders():
-        raise ConceptError(missing_folder(name, "folders of photos", "make a folder of photos in it for each "
-                                          "concept, such as 'rex dog'", EMPTY, _folders()))
-    return Path(folder_paths.get_input_directory()) / name
+def _folder(name: object) -> Path:
+    return input_folder(name, _folders(), "folders of photos", "make a folder of photos in it for each "
+                        "concept, such as 'rex dog'", EMPTY)
 
 
 class ConceptFolderLearner(io.ComfyNode):
@@ -128,8 +135,7 @@ class ConceptFolderLearner(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, **others):
-        files = sorted(file for file in _folder(folder).rglob("*") if file.is_file())
-        return str([(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files])
+        return fingerprint(lambda: stamps_in(_folder(folder)))
 
     @classmethod
     def execute(cls, folder, bank=None, **given) -> io.NodeOutput:
@@ -139,7 +145,9 @@ class ConceptFolderLearner(io.ComfyNode):
         subjects = [_subject(planned, given["preset"]) for planned in found]
         node = getattr(cls.hidden, "unique_id", None)
         notes = [] if os.path.lexists(path / TABLE) else [
-            f"'{file.name}' is not used: {file.reason}" for file in passed_over(path)]
+            *read_as(found), *(f"'{file.name}' is not used: {file.reason}" for file in passed_over(path))]
+        for note in notes:      # before the minutes of learning
+            logging.warning("Learn a Folder of Concepts: %s", note)
         learned = 0
         failed: dict[str, list[str]] = {}
         for number, (planned, subject) in enumerate(zip(found, subjects, strict=True), start=1):

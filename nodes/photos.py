@@ -18,9 +18,9 @@ from ..core.demo.bases import EMBEDDED, NAMES, picture_size
 from ..core.errors import ConceptError
 from ..core.images import to_tensor
 from . import types
-from .folders import missing_folder
+from .folders import input_folder, stamps_in
 from .images import to_image
-from .inputs import valid
+from .inputs import fingerprint, valid
 from .progress import say
 from .schema import Schema
 
@@ -48,14 +48,14 @@ def _holds_masks(folder: Path) -> bool:
     return is_inside and folder.name.lower() == MASKS and holds_photos(above)
 
 
-def _folder(name: str) -> Path:
-    if name not in _folders():
-        above, _, last = name.rpartition("/")
-        if last.lower() == MASKS and above in _folders():
-            raise ConceptError(f"the folder '{name}' holds the masks of the photos in '{above}'; choose "
-                               f"'{above}'")
-        raise ConceptError(missing_folder(name, "photos", "put 3 to 10 photos into it", EMPTY, _folders()))
-    return Path(folder_paths.get_input_directory()) / name
+def _folder(name: object) -> Path:
+    names = _folders()
+    plain = name.replace("\\", "/").rstrip("/") if isinstance(name, str) else ""
+    above, _, last = plain.rpartition("/")
+    if last.lower() == MASKS and above in names:
+        raise ConceptError(f"the folder '{name}' holds the masks of the photos in '{above}'; choose "
+                           f"'{above}'")
+    return input_folder(name, names, "photos", "put 3 to 10 photos into it", EMPTY)
 
 
 class ConceptPhotosLoad(io.ComfyNode):
@@ -101,9 +101,7 @@ class ConceptPhotosLoad(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, find_subject=False, caption_templates=NONE):
-        files = sorted(f for f in _folder(folder).rglob("*") if f.is_file())
-        return str([find_subject, caption_templates,
-                    *((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)])
+        return fingerprint(lambda: [find_subject, caption_templates, *stamps_in(_folder(folder))])
 
     @classmethod
     def execute(cls, folder, find_subject=False, caption_templates=NONE) -> io.NodeOutput:

@@ -9,6 +9,7 @@ from ..core.bank.tokens import check_class_noun, check_name, typed_name
 from ..core.comfy.families import find_sites
 from ..core.comfy.text import text_widths
 from ..core.errors import ConceptError
+from ..core.interop.export import EXPORTING
 from ..core.training.presets import (
     AS_SET,
     EFFORTS,
@@ -86,6 +87,8 @@ def chosen_preset(given: dict, known: ConceptInfo | None) -> Preset | None:
     if given["preset"] not in SUBJECTS:
         raise ConceptError(f"preset is {given['preset']!r}; allowed: {', '.join((AS_SET, *SUBJECTS))}")
     layout = find_sites(given["model"], text_widths(given["clip"])).layout
+    if given["readable_by"] == ELSEWHERE:
+        layout.refuse_joint(EXPORTING)
     chosen = preset_for(given["preset"], given["effort"], layout)
     if known is not None and known.kind != chosen.kind:
         raise ConceptError(f"preset is {chosen.subject!r}, and the kind of concept '{known.name}' is "

@@ -162,8 +162,8 @@ class ConceptBank:
             ConceptError: Both banks have a concept of the same name, or they are for different bases.
         """
         if self.layout.fingerprint != other.layout.fingerprint:
-            raise ConceptError(f"the banks belong to different bases: {self.layout.describe()} and "
-                               f"{other.layout.describe()}")
+            raise ConceptError(f"the banks belong to different bases (one to {self.layout.describe()}; the "
+                               f"other to {other.layout.describe()})")
         in_both = [name for name in other.names if name in self]
         if in_both:
             names = ", ".join(map(repr, in_both))

@@ -18,6 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         from .parser import main as run  # lazy: old packages may fail when they are imported
+    except ConceptError as error:      # a file that ships is damaged
+        print(f"continual-concepts: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:      # importing takes seconds
         print("continual-concepts: stopped before anything was done", file=sys.stderr)
         return 130

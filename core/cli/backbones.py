@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from ..bank.format import open_bank
-from ..demo.bases import EMBEDDED, NAMES, NEWEST, TRANSFORMERS, file_of, picture_size
+from ..bank.format import METADATA_KEY, SUFFIX, open_bank
+from ..demo.bases import EMBEDDED, HEADER, NAMES, NEWEST, TRANSFORMERS, file_of, picture_size
 from ..errors import ConceptError
+from ..files import check_output
 from ..hosts.base_folder import BaseFolder
 from ..hosts.modules import ModuleBackbone
 from ..training import presets
@@ -47,12 +50,41 @@ def embedded_name(options: Namespace) -> str:
 def _folder_of(options: Namespace) -> BaseFolder:
     """The folder of a base that does not ship. Raises ConceptError if it cannot be used."""
     path = Path(options.base).expanduser()
-    typed = options.base.strip().lower().replace("_", "-")
-    near = difflib.get_close_matches(typed, NAMES, n=1, cutoff=0.8)
-    if near and not path.exists():
-        raise ConceptError(f"base '{options.base}' does not exist; did you mean '{near[0]}'? Allowed: "
-                           f"{', '.join(NAMES)}, or SD1.5, SD2 or SDXL as a folder in diffusers' layout")
+    if path.is_file():
+        _refuse_own_file(path, options.base)
+    if not os.path.lexists(path):
+        typed = options.base.strip().lower().replace("_", "-")
+        near = [name for name in NAMES if name.endswith(f"-{typed}")]
+        near = near or difflib.get_close_matches(typed, NAMES, n=1, cutoff=0.8)
+        hint = f"did you mean '{near[0]}'? Allowed" if near else "allowed"
+        raise ConceptError(f"base '{options.base}' does not exist; {hint}: {', '.join(NAMES)}, or SD1.5, SD2 "
+                           "or SDXL as a folder in diffusers' layout")
     return BaseFolder(path)
+
+
+def _refuse_own_file(path: Path, given: str) -> None:
+    """Raises ConceptError for a file of ours that `--base` does not take: an embedded base, or a bank."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return
+    if HEADER in metadata:
+        raise ConceptError(f"base '{given}' is the file of an embedded base; give its name: "
+                           f"{', '.join(NAMES[1:])}")
+    if METADATA_KEY in metadata:
+        raise ConceptError(f"base '{given}' is a concept bank; give it with --bank, and as base "
+                           f"{', '.join(NAMES)}, or SD1.5, SD2 or SDXL as a folder in diffusers' layout")
+
+
+def bank_output(path: Path) -> Path:
+    """The file of a bank that will be written. Raises ConceptError if it cannot be, or if a new one has
+    another ending than ComfyUI lists; files with other endings that exist are kept."""
+    file = check_output(path, "bank")
+    if file.suffix.lower() != SUFFIX and not file.exists():
+        raise ConceptError(f"the bank '{path}' does not end in {SUFFIX}, so ComfyUI would not list it; give "
+                           "it this ending")
+    return file
 
 
 def preset_of(options: Namespace) -> presets.Preset | None:
@@ -115,9 +147,16 @@ def device_of(options: Namespace) -> torch.device:
         device = torch.device(own_device(options.device))
         torch.zeros(1, device=device).item()      # fails on a device whose tensors hold no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]      # PyTorch lists all of its devices
-        raise ConceptError(f"device '{options.device}' cannot be used here ({reason})") from error
+        raise ConceptError(f"--device is '{options.device}', which cannot be used here; allowed: "
+                           f"{', '.join(_devices())}") from error
     return device
+
+
+def _devices() -> list[str]:
+    """The devices that PyTorch finds here, as `--device` takes them."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(["cuda"] if cards else []), *(f"cuda:{i}" for i in range(cards) if cards > 1),
+            *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def check_base(options: Namespace) -> None:

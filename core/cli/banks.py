@@ -15,11 +15,11 @@ from ..bank.format import open_bank, verify_bank
 from ..bank.store import add_concept, change_bank, restore, versions
 from ..bank.tokens import check_class_noun, check_name
 from ..data.report import counted
+from ..demo.base import notes_on_weights
 from ..errors import ConceptError
 from ..evaluation.collisions import collisions_of, composition_of, header_warnings
 from ..evaluation.inspection import Inspection, inspect
 from ..evaluation.photo_encoder import photo_encode
-from ..files import check_output
 from ..interop.importing import concept_of, read_sources
 from ..interop.sharing import share
 from . import backbones
@@ -100,7 +100,7 @@ def _export(options: Namespace) -> Result:
 def _import(options: Namespace) -> Result:
     check_name(options.name)
     options.noun = check_class_noun(options.noun)
-    file = check_output(options.bank, "bank")
+    file = backbones.bank_output(options.bank)
     stored = open_bank(file) if file.exists() else None
     if stored is not None and options.name in stored:
         raise ConceptError(f"the bank already holds a concept '{options.name}'; choose another name or "
@@ -122,7 +122,7 @@ def _changed(bank: ConceptBank, file: Path, change: str) -> Result:
 
 
 def _merge(options: Namespace) -> Result:
-    check_output(options.output, "bank")
+    backbones.bank_output(options.output)
     merged = open_bank(options.bank).merge(open_bank(options.other))
 
     def change(stored: ConceptBank | None) -> ConceptBank:
@@ -133,7 +133,9 @@ def _merge(options: Namespace) -> Result:
                                "choose another --output")
         return merged
 
-    return _changed(change_bank(options.output, change), options.output, "merged")
+    notes = notes_on_weights(merged.infos.values(), merged.layout)
+    facts, lines = _changed(change_bank(options.output, change), options.output, "merged")
+    return facts | {"notes": notes}, lines
 
 
 def _change(file: Path, change: Callable[[ConceptBank], ConceptBank]) -> ConceptBank:

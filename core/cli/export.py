@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..bank.bank import ConceptBank
+from ..bank.concepts import ConceptInfo
+from ..bank.hints import notes_on_base
 from ..errors import ConceptError
 from ..evaluation.previews import concept_prompt
 from ..files import check_output_folder, write_new
@@ -42,14 +44,24 @@ def export(bank: ConceptBank, options: Namespace,
     if backbone is not None:
         bank.check_fits(backbone.layout)
     result = _export(bank, options, backbone)
+    notes = [*result.notes, *([] if backbone is None else notes_on_base(_read(bank, options),
+                                                                        backbone.layout,
+                                                                        backbone.fingerprint))]
     files = [str(file) for file in result.files]
     what = ({"prompt": options.prompt, "mode": options.mode} if options.prompt is not None
             else {"concept": options.name or bank.names})
-    facts = {**what, "files": list(files), "notes": list(result.notes)}
+    facts = {**what, "files": list(files), "notes": notes}
     if backbone is not None and options.compare:
         facts["comparison"] = str(_compare(bank, options, backbone, result))
         files.append(facts["comparison"])
-    return facts, [*(f"wrote {file}" for file in files), *result.notes]
+    return facts, [*(f"wrote {file}" for file in files), *notes]
+
+
+def _read(bank: ConceptBank, options: Namespace) -> list[ConceptInfo]:
+    """The headers of the concepts that are exported."""
+    names = ([options.name] if options.name is not None else bank.names if options.prompt is None
+             else bank.parse(options.prompt).concepts)
+    return [bank.infos[name] for name in names]
 
 
 def _compare(bank: ConceptBank, options: Namespace, backbone: Backbone, exported: Exported) -> Path:

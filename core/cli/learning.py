@@ -25,8 +25,8 @@ from ..errors import ConceptError
 from ..evaluation.collisions import warnings_before
 from ..evaluation.previews import Previews, concept_prompt
 from ..evaluation.protocol import Encoder
-from ..files import check_output
 from ..images import thumbnail_of
+from ..interop.export import EXPORTING
 from ..methods import DEFAULT
 from ..methods.base import Method, Task, get, make
 from ..model.backbone import Backbone
@@ -144,7 +144,7 @@ def _warn(sentences: Iterable[str]) -> None:
 def _checked_bank(options: Namespace) -> tuple[Path, ConceptBank | None]:
     """The bank's file, and what it holds. A damaged bank is reported before the photos are read and the base
     is loaded."""
-    file = check_output(options.bank, "bank")
+    file = backbones.bank_output(options.bank)
     return file, open_bank(file) if os.path.exists(file) else None
 
 
@@ -215,8 +215,13 @@ def learn(options: Namespace) -> Result | None:
             _complete(options, file, stored, checkpoint, training.resolution, group)
             return _unchanged(options, stored, "learned from these photos") if group.is_first else None
         backbone = backbones.load_backbone(options)
+        if stored is not None:
+            stored.check_fits(backbone.layout)
+        if options.for_other_programs:
+            backbone.layout.refuse_joint(EXPORTING)
         training.check_schedule(backbone.schedule)
         task = _task(options, backbone, stored, training.seed, encoder)
+        check_start(task, method)
         warnings = [*unusual(method.config), *unusual(training),
                     *([] if stored is None else notes_on_base(stored.infos.values(), backbone.layout,
                                                               backbone.fingerprint)),
@@ -225,7 +230,6 @@ def learn(options: Namespace) -> Result | None:
                     *([] if refined is None else notes_on_photos(refined, photos))]
         _warn(warnings if group.is_first else ())
         previews = previews_of(options, training, backbone, photos, encoder)
-        check_start(task, method)
         pictures = with_replay(task, read.pictures, training, backbones.guidance_of(options))
         keep = () if judging is None else judging.steps(training.steps)
         learned = _train(options, task, method, pictures, training, previews, checkpoint, group, keep)

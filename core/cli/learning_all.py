@@ -12,7 +12,7 @@ from ..evaluation.inspection import inspect
 from ..evaluation.inspection import lines as inspection_lines
 from ..evaluation.photo_encoder import photo_encode
 from ..files import unique_stem
-from ..training.folders import TABLE, Planned, check_parents, headline, passed_over, plan, reasons
+from ..training.folders import TABLE, Planned, check_parents, headline, passed_over, plan, read_as, reasons
 from .learning import check_options, learn
 from .result import Result, complain, one_sentence, say
 from .sheets import check_sheet
@@ -84,6 +84,8 @@ def learn_all(options: Namespace) -> Result:
     skipped = [] if has_table else passed_over(options.folder)
     sheets = _sheets(found, options.contact_sheets)
     _check(options, found, sheets)
+    for note in [] if has_table else read_as(found):
+        complain(f"note: {note}")
     for file in skipped:
         complain(f"warning: '{file.name}' is not used: {file.reason}")
     for number, (planned, sheet) in enumerate(zip(found, sheets, strict=True), start=1):

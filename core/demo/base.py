@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..bank.concepts import ConceptInfo
+from ..bank.hints import notes_on_base
 from ..errors import ConceptError
 from ..files import write_atomically
 from ..hosts.diffusers import ClipText, DiffusersBackbone
@@ -20,8 +24,9 @@ from ..hosts.text_encoder import named_as_in
 from ..hosts.transformer import TransformerBackbone
 from ..model.flow import FlowSchedule
 from ..model.schedule import NoiseSchedule
+from ..model.sites import SiteLayout
 from . import networks, scenes, vocabulary
-from .bases import EMBEDDED, HEADER, TOKENIZER, file_of, read_sizes
+from .bases import EMBEDDED, HEADER, NAMES, TOKENIZER, file_of, read_sizes, whole
 from .joint_transformer import JointTransformer
 from .packing import pack, unpack
 from .transformer import DiffusionTransformer
@@ -86,14 +91,15 @@ def load_modules(path: Path = BASE_FILE) -> dict[str, Any]:
     """Loads the trained modules in float32, with the sizes in the file's header, and the tokenizer.
 
     Raises:
-        ConceptError: The header names no denoiser that is known.
+        ConceptError: The file is missing or damaged, or its header names no denoiser that is known.
     """
     sizes = read_sizes(path)
     if not any(kind in sizes for kind in DENOISERS):
         raise ConceptError(f"base '{path.name}' names the parts {', '.join(sizes)}, but no denoiser; "
                            f"allowed: {', '.join(DENOISERS)}")
     modules = build_modules(sizes)
-    state = unpack(load_file(path))
+    with whole(path):
+        state = unpack(load_file(path))
     for part, module in _with_weights(modules).items():
         weights = {key[len(part) + 1 :]: tensor for key, tensor in state.items()
                    if key.startswith(f"{part}.")}
@@ -124,6 +130,19 @@ def load_base(path: Path = BASE_FILE, device: str | torch.device = "cpu",
         if dtype != torch.float32:
             module.to(dtype)
     return as_backbone(modules, sizes)
+
+
+@cache
+def _fingerprint(name: str) -> str:
+    return load_base(file_of(name)).fingerprint
+
+
+def notes_on_weights(infos: Collection[ConceptInfo], layout: SiteLayout) -> list[str]:
+    """A note if concepts were learned on other weights of an embedded base, where no base is loaded; see
+    `hints.notes_on_base`. It loads the embedded base once per process, which takes about a second."""
+    if layout.embedded_base not in NAMES or not any(info.provenance.base for info in infos):
+        return []
+    return notes_on_base(infos, layout, _fingerprint(layout.embedded_base))
 
 
 def as_backbone(modules: dict, sizes: dict | None = None) -> ModuleBackbone:

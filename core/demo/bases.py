@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..errors import ConceptError
 
@@ -36,9 +38,24 @@ def file_of(name: str) -> Path:
     return FILES[NEWEST if name == EMBEDDED else name]
 
 
+@contextmanager
+def whole(path: Path | str) -> Iterator[None]:
+    """Turns what goes wrong while a file that ships is read into a ConceptError: the file is missing, its
+    download broke off, or Git stored a pointer in its place."""
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ConceptError(f"the file '{path}', which comes with Continual Concepts, is missing or damaged; "
+                           "install Continual Concepts again") from error
+
+
 def read_sizes(path: Path = FILES[NEWEST]) -> dict:
-    """The header of a base file: the sizes of its modules, 'schedule', 'notes' and 'picture_size'."""
-    with safe_open(str(path), framework="pt") as file:
+    """The header of a base file: the sizes of its modules, 'schedule', 'notes' and 'picture_size'.
+
+    Raises:
+        ConceptError: The file is missing or damaged.
+    """
+    with whole(path), safe_open(str(path), framework="pt") as file:
         return {"picture_size": OLD_SIZE, **json.loads(file.metadata()[HEADER])}
 
 

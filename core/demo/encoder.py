@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bases import whole
+
 DEFAULT = {
     "channels": [24, 48, 96],
     "looks": 8,
@@ -42,7 +44,7 @@ class StoredModule(nn.Module):
     @classmethod
     def load(cls, path: str | Path):
         """Loads the stored module in eval mode with frozen parameters."""
-        with safe_open(str(path), "pt") as file:
+        with whole(path), safe_open(str(path), "pt") as file:
             module = cls(json.loads(file.metadata()["config"]))
             module.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
         return module.eval().requires_grad_(False)

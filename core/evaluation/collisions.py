@@ -14,7 +14,7 @@ from ..bank.bank import ConceptBank
 from ..bank.composition import PROMPT
 from ..bank.concepts import ConceptInfo
 from ..bank.tokens import check_name, default_words, listed
-from ..methods import METHODS, make
+from ..methods import DEFAULT, METHODS, make
 
 # names in JSON reports
 COMPOSES = {"bound": "bound", "route": "routed", "sum": "summed", "average": "averaged"}
@@ -235,8 +235,8 @@ def _shared_weights(infos: Mapping[str, ConceptInfo], class_noun: str, method: s
     noun, warnings = " ".join(class_noun.split()), []
     if always:
         warnings.append(f"{listed(always)}: a {noun} as well, and the two will share the weights in every "
-                        "picture; 'bound' concepts stay separate")
+                        f"picture; concepts of the method '{DEFAULT}' stay separate")
     if together:
         warnings.append(f"{listed(together)}: a {noun} as well; named in one prompt they share the weights "
-                        "and are confused more often than 'bound' concepts")
+                        f"and are confused more often than those of the method '{DEFAULT}'")
     return warnings

@@ -24,6 +24,8 @@ from .metadata import kohya_metadata, modelspec, thumbnail_type
 from .refit import single_copy
 from .writing import DEFAULT_FORMATS, FORMATS, Exported, Folders, OutputFile, check_formats, write_files
 
+EXPORTING = "writing files for other programs is"      # what joint attention does not support
+
 __all__ = ["DEFAULT_FORMATS", "FORMATS", "Exported", "export_bank", "export_concept"]
 
 
@@ -45,13 +47,14 @@ def export_concept(bank: ConceptBank, name: str, folder: Path | str, formats: Se
     Raises:
         ConceptError: Something cannot be exported or written. No files remain then.
     """
+    bank.layout.refuse_joint(EXPORTING)
     strength, concept = check_strength(strength), bank.passing(name)
     formats = formats_of(bank.layout, check_formats(formats), f"concept '{concept.name}'")
     concept.check_fits(bank.layout)
     owner, factors = f"concept '{concept.name}'", None
     tokens, lost = concept.tokens, list[str]()
     if formats != ("embedding",):
-        check_not_only_slots([concept])
+        check_not_only_slots([concept], bank.layout)
         factors = low_rank(projected(concept.deltas), owner, rank, max_error)
     if {"embedding", "bundle"} & set(formats):
         tokens, lost = single_copy(concept, refit)
@@ -96,6 +99,7 @@ def export_bank(bank: ConceptBank, folder: Path | str, formats: Sequence[str] = 
     Raises:
         ConceptError: No concept can be exported.
     """
+    bank.layout.refuse_joint(EXPORTING)
     formats, strength = check_formats(formats), check_strength(strength)
     if not len(bank):
         raise ConceptError("the bank holds no concept to export")
@@ -163,9 +167,10 @@ def terms_notes(concepts: Sequence[Concept]) -> list[str]:
     return [f"{concept.info.placeholder}: {concept.info.terms}" for concept in concepts if concept.info.terms]
 
 
-def check_not_only_slots(concepts: Sequence[Concept]) -> None:
+def check_not_only_slots(concepts: Sequence[Concept], layout: SiteLayout) -> None:
     """Raises ConceptError if all concepts have slots and nothing else, so that a LoRA file would be empty."""
     if concepts and all(concept.slots and not projected(concept.deltas) for concept in concepts):
+        instead = "; allowed: the format 'embedding'" if layout.takes_words else ""
         raise ConceptError(f"concept '{concepts[0].name}' was learned as slots, which no other program "
                            "reads; for a LoRA file learn it with the method lora (--for-other-programs, or "
-                           "'readable by' in Concept Learner); allowed: the format 'embedding'")
+                           f"'readable by' in Concept Learner){instead}")

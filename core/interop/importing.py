@@ -163,6 +163,7 @@ def concept_of(name: str, class_noun: str, kind: str, layout: SiteLayout, encode
                sources: Sources, trigger: str = "", which: str = "",
                backbone: Backbone | None = None) -> Imported:
     """Makes a concept from files that were read, see `import_concept`."""
+    layout.refuse_joint("importing files is")
     taken: Taken | None = None
     vectors: dict[str, Tensor] | None = None
     notes: list[str] = []

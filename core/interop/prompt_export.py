@@ -22,6 +22,7 @@ from ..model.deltas import Delta, DeltaKey, projected
 from .differences import cut_notes, slots_note
 from .embedding import embedding_state
 from .export import (
+    EXPORTING,
     check_not_only_slots,
     embedding_metadata,
     formats_of,
@@ -68,6 +69,7 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
     Raises:
         ConceptError: Something cannot be exported or written. No files remain then.
     """
+    bank.layout.refuse_joint(EXPORTING)
     strength = check_strength(strength)
     _check(bank, mode, refit, backbone)
     prompt = bank.parse(prompt)
@@ -83,7 +85,7 @@ def export_prompt(bank: ConceptBank, prompt: str | Prompt, folder: Path | str,
                            f"export; it holds {names}")
     owner = f"the prompt {prompt.text!r}"
     if loras:
-        check_not_only_slots([bank.passing(name) for name in weights])
+        check_not_only_slots([bank.passing(name) for name in weights], bank.layout)
     factors = low_rank_sum(_parts(bank, weights), owner, rank, max_error) if loras else None
     if {"embedding", "bundle"} & set(formats):
         words = [_Named(concept, *single_copy(concept, backbone if refit else None)) for concept in named]

@@ -38,6 +38,7 @@ class Planned:
     variant_of: str = ""
 
 
+_EXAMPLES = 3      # folders that a note lists, at most
 COLUMNS = tuple(field.name for field in fields(Planned))
 
 
@@ -161,6 +162,18 @@ def passed_over(folder: Path) -> list[Skipped]:
     return [Skipped(path.name, "a folder without pictures that can be read" if path.is_dir()
                     else "not in a folder of its own")
             for path in entries(folder) if path not in parts and not is_hidden(path)]
+
+
+def read_as(found: Sequence[Planned]) -> list[str]:
+    """A note on folders whose names have more words than name and class noun: what was read. found: read from
+    the names of folders."""
+    read = [f"'{planned.folder.name}' is <{planned.name}>, a {planned.noun}" for planned in found
+            if " " in planned.noun]
+    if not read:
+        return []
+    more = f"; and {len(read) - _EXAMPLES} more" if len(read) > _EXAMPLES else ""
+    return [f"the first word of a folder's name is the concept's name: {'; '.join(read[:_EXAMPLES])}{more}; "
+            f"rename the folder, or make a table {TABLE}, where that is not meant"]
 
 
 def headline(where: str, held: int, learned: int, known: int) -> str:

@@ -52,7 +52,7 @@ def test_the_proposed_state_is_stored_and_all_are_shown(learn, tmp_path, capsys)
     (["--keep-states", "2", "--states-picture", "a.jpg"], "the picture of states 'a.jpg' does not end in"),
     (["--for-other-programs", "--set", "layerwise=true"], "setting 'layerwise' is True; allowed for other"),
     (["--keep-states", "2", "--states-picture", "a.png", "--contact-sheet", "./a.png"], "are both 'a.png'"),
-    (["--device", "meta"], "device 'meta' cannot be used here"),
+    (["--device", "meta"], "--device is 'meta', which cannot be used here; allowed: cpu"),
     (["--keep-states", "2", "--method", "cidm"], "method 'cidm' passes a state to later concepts"),
     (["--for-other-programs", "--method", "bound"], "needs the method 'lora', but the method is 'bound'"),
 ])

@@ -273,7 +273,7 @@ def test_d3_sibling_what_is_no_folder(run, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(1)}, file)
     for base, words in ((file, "is a single file; allowed: .*from_single_file"),
-                        (tmp_path / "nowhere", "does not exist; allowed: SD1.5, SD2 or SDXL as a folder")):
+                        (tmp_path / "nowhere", "does not exist; allowed: embedded, .*, or SD1.5, SD2 or")):
         assert re.search(words, run("sample", "a dog", "--base", base, "--output", tmp_path / "o").sentence)
 
 
