@@ -16,6 +16,7 @@ from ..core.files import check_file_name, shortened
 
 BANKS = "concept_banks"
 NEW_BANK = "(new bank)"
+PAINTED = "clipspace"      # ComfyUI's folder of painted masks, in its input folder
 _SEVERAL, _LONGEST = 12, 120      # names that a message lists, and characters of a value, at most
 _DEEPEST = 2      # levels below the input folder in which the page offers folders
 
@@ -118,9 +119,11 @@ def input_folder(name: object, names: Sequence[str], content: str, advice: str, 
     root, found = folder_paths.get_input_directory(), offered(name, names)
     if found is not None:
         return Path(root) / found
-    if not isinstance(name, str) or (names and name.strip() in ("", empty)):
+    is_unusable = not isinstance(name, str) or _with_slashes(name) == PAINTED
+    if is_unusable or (names and str(name).strip() in ("", empty)):
         raise ConceptError(f"folder is {shown(name)}; allowed: a folder with {content} in {root!r}"
                            + (f", such as {_listed(names)}" if names else ""))
+    name = str(name)
     if name.strip() in ("", empty):
         raise ConceptError(f"there is no folder with {content} in {root!r}; make one, {advice}, and press R "
                            "on the page")

@@ -33,7 +33,7 @@ from ..core.training.folders import (
 )
 from ..core.training.presets import EFFORTS, NORMAL, SHORT_NAMES, SUBJECTS, kind_of
 from . import types
-from .folders import checkpoint_folder, input_folder, stamps_in
+from .folders import PAINTED, checkpoint_folder, input_folder, stamps_in
 from .images import judge
 from .inputs import fingerprint, setting_input, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
@@ -52,7 +52,7 @@ def _folders() -> list[str]:
     if not root.is_dir():
         return []
     candidates = [path for pattern in ("*", "*/*") for path in root.glob(pattern)
-                  if path.is_dir() and not path.name.startswith(".") and path != root / "clipspace"]
+                  if path.is_dir() and not path.name.startswith(".") and path != root / PAINTED]
     return sorted(path.relative_to(root).as_posix() for path in candidates if subfolders_with_pictures(path))
 
 

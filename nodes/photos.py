@@ -18,7 +18,7 @@ from ..core.demo.bases import EMBEDDED, NAMES, picture_size
 from ..core.errors import ConceptError
 from ..core.images import to_tensor
 from . import types
-from .folders import input_folder, stamps_in
+from .folders import PAINTED, input_folder, stamps_in
 from .images import to_image
 from .inputs import fingerprint, valid
 from .progress import say
@@ -36,7 +36,7 @@ def _folders() -> list[str]:
     if not root.is_dir():
         return []
     candidates = [path for pattern in ("*", "*/*") for path in root.glob(pattern)
-                  if path.is_dir() and not path.name.startswith(".") and path != root / "clipspace"]
+                  if path.is_dir() and not path.name.startswith(".") and path != root / PAINTED]
     return sorted(path.relative_to(root).as_posix() for path in candidates
                   if holds_photos(path) and not _holds_masks(path))
 

@@ -107,5 +107,5 @@ def test_g12_folders_of_masks_are_not_offered_as_photos(pack, inputs):
 
 
 def test_g12_sibling_the_folder_of_painted_masks_is_not_offered(pack, inputs):
-    assert "there is no folder 'clipspace' with photos" in sentence(
+    assert "folder is 'clipspace'; allowed: a folder with photos in" in sentence(
         lambda: pack.ConceptPhotosLoad.execute("clipspace"))
