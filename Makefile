@@ -18,7 +18,8 @@ demo: $(READY)
 
 # -I keeps this folder off sys.path, where nodes/ would hide ComfyUI's nodes.py.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not host and not live" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not host and not live" \
+	  --ignore=tests/host --ignore=tests/live $(TESTS)
 
 # The same with the oldest versions that pyproject.toml declares. That pytest cannot import the helpers of the host tests.
 test-oldest: $(OLDEST_READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -33,6 +34,15 @@ def _load_package() -> None:
 
 _load_package()
 pytest_plugins = [f"continual_concepts.tests.{name}" for name in ("saved_models", "host_banks", "quick")]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    """What is imported and collected stays, so the garbage collector need not look at it."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -47,6 +47,7 @@ def _target(folder: list[str], name: str) -> str:
                     else [*folder, "__init__.py"])
 
 
+@pytest.fixture(scope="module")
 def graph() -> dict[str, set[str]]:
     """File -> the files of this project that it imports: also in functions, and for type checking only."""
     edges: dict[str, set[str]] = {}
@@ -60,9 +61,6 @@ def graph() -> dict[str, set[str]]:
                     folder = here[: len(here) - node.level + 1] + below
                     own.update(_target(folder, alias.name) for alias in node.names)
     return edges
-
-
-GRAPH = graph()
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
@@ -105,20 +103,20 @@ def upward(edges: dict[str, set[str]]) -> list[str]:
             if climbs(file, other)]
 
 
-def test_every_file_has_a_room():
-    assert not [file for file in GRAPH if file != "core/__init__.py" and room_of(file) not in FLOOR_OF]
+def test_every_file_has_a_room(graph):
+    assert not [file for file in graph if file != "core/__init__.py" and room_of(file) not in FLOOR_OF]
 
 
-def test_every_import_is_found():
-    assert not [other for others in GRAPH.values() for other in others if not (ROOT / other).is_file()]
+def test_every_import_is_found(graph):
+    assert not [other for others in graph.values() for other in others if not (ROOT / other).is_file()]
 
 
-def test_no_circles():
-    assert circles(GRAPH) == []
+def test_no_circles(graph):
+    assert circles(graph) == []
 
 
-def test_imports_run_downwards():
-    assert upward(GRAPH) == []
+def test_imports_run_downwards(graph):
+    assert upward(graph) == []
 
 
 @pytest.mark.parametrize("edges",
