@@ -156,6 +156,14 @@ def tiny_backbone():
 
 
 @pytest.fixture(scope="session")
+def slim_backbone():
+    """The same with one level and no middle, for tests that learn often: 3 sites."""
+    one = {"block_out_channels": (32,), "down_block_types": ("CrossAttnDownBlock2D",),
+           "up_block_types": ("CrossAttnUpBlock2D",), "mid_block_type": None}
+    return _backbone("epsilon", _seeded(lambda: _unet(32, **one), 1))
+
+
+@pytest.fixture(scope="session")
 def tiny_backbone_v():
     """The same for v prediction."""
     return _backbone("v_prediction")

@@ -15,9 +15,9 @@ SETTINGS = {"rank": 2, "shared_rank": 3, "scale": 0.5}
 
 
 @pytest.fixture(scope="module")
-def banks(tiny_backbone, teach):
-    one = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "ccdm", SETTINGS).bank
-    return one, teach(tiny_backbone, one, "mimi", "ccdm", SETTINGS, noun="cat").bank
+def banks(slim_backbone, teach):
+    one = teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "ccdm", SETTINGS).bank
+    return one, teach(slim_backbone, one, "mimi", "ccdm", SETTINGS, noun="cat").bank
 
 
 def begun(backbone, bank, **settings):
@@ -36,20 +36,20 @@ def test_a_record_is_the_shared_part_of_its_time_and_its_own(banks):
             assert torch.allclose(delta.dense(), shared + own, atol=1e-6)
 
 
-def test_the_program_is_the_record(tiny_backbone, banks):
-    method, site = begun(tiny_backbone, banks[1]), tiny_backbone.layout.sites[2]
+def test_the_program_is_the_record(slim_backbone, banks):
+    method, site = begun(slim_backbone, banks[1]), slim_backbone.layout.sites[2]
     with torch.no_grad():
         for parameter in method.adapters.parameters():
             parameter += 0.1
-    x, y = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 3, 64)
+    x, y = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 3, 32)
     expected = method.finish().deltas[2, "to_q"].apply(x)
     assert torch.allclose(method.processor().project(site, "to_q", x, y), expected,
                           atol=1e-5) and expected.any()
 
 
-def test_the_shared_part_moves_slowly(tiny_backbone, banks, teach):
+def test_the_shared_part_moves_slowly(slim_backbone, banks, teach):
     def moved(slow):
-        bank = teach(tiny_backbone, banks[0], "mimi", "ccdm", SETTINGS | {"slow": slow}, noun="cat").bank
+        bank = teach(slim_backbone, banks[0], "mimi", "ccdm", SETTINGS | {"slow": slow}, noun="cat").bank
         return sum(float((f - banks[0].shared["ccdm"][name]).abs().sum())
                    for name, f in bank.shared["ccdm"].items())
 
@@ -57,9 +57,9 @@ def test_the_shared_part_moves_slowly(tiny_backbone, banks, teach):
     assert still == 0 and 0 < slow < 0.2 * quick
 
 
-def test_the_penalties_are_their_formulas(tiny_backbone, banks):
+def test_the_penalties_are_their_formulas(slim_backbone, banks):
     """Column by column over all old concepts."""
-    method, g = begun(tiny_backbone, banks[1], gamma_shared=2.0,
+    method, g = begun(slim_backbone, banks[1], gamma_shared=2.0,
                       gamma_specific=3.0), torch.Generator().manual_seed(0)
     assert {name: term.item()
             for name, term in method.penalty(None).items()} == {"shared": 0.0, "specific": 0.0}
@@ -82,11 +82,11 @@ def test_the_penalties_are_their_formulas(tiny_backbone, banks):
     assert all(p.grad is None for p in method.shared.parameters())
 
 
-def test_penalties_keep_the_own_parts_apart(tiny_backbone, banks, teach):
+def test_penalties_keep_the_own_parts_apart(slim_backbone, banks, teach):
     overlaps = []
     for gamma in (0.0, 10.0):
         settings = SETTINGS | {"gamma_shared": gamma, "gamma_specific": gamma}
-        grown = teach(tiny_backbone, banks[1], "bear", "ccdm", settings, steps=6, noun="bear").bank
+        grown = teach(slim_backbone, banks[1], "bear", "ccdm", settings, steps=6, noun="bear").bank
         overlap = norm = 0.0
         for key, delta in grown["bear"].deltas.items():
             others = torch.cat([delta.up[:, :3], banks[1]["rex"].deltas[key].up[:, 3:],
@@ -97,16 +97,16 @@ def test_penalties_keep_the_own_parts_apart(tiny_backbone, banks, teach):
     assert overlaps[1] < 0.7 * overlaps[0]
 
 
-def test_concepts_are_routed(tiny_backbone, banks):
-    deltas = aggregate(tiny_backbone, banks[1], banks[1].parse("a <mimi>")).deltas
+def test_concepts_are_routed(slim_backbone, banks):
+    deltas = aggregate(slim_backbone, banks[1], banks[1].parse("a <mimi>")).deltas
     assert all(torch.equal(deltas[key].dense(), delta.dense())
                for key, delta in banks[1]["mimi"].deltas.items())
 
 
-def test_the_shared_rank_of_a_bank_stays(tiny_backbone, banks):
+def test_the_shared_rank_of_a_bank_stays(slim_backbone, banks):
     with pytest.raises(ConceptError, match="'shared_rank' is 2; allowed: 3"):
-        begun(tiny_backbone, banks[1], shared_rank=2)
-    assert begun(tiny_backbone, banks[1], rank=7).penalty(None)      # the own rank is free
+        begun(slim_backbone, banks[1], shared_rank=2)
+    assert begun(slim_backbone, banks[1], rank=7).penalty(None)      # the own rank is free
 
 
 @pytest.mark.parametrize("settings", [{"shared_rank": 0}, {"slow": 2.0}, {"gamma_shared": -1.0},

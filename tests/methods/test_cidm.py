@@ -29,8 +29,8 @@ def tensors_of(learned):
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_every_reading_trains_and_resumes_exactly(tiny_backbone, teach, tmp_path, reading):
-    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), settings=reading).bank
+def test_every_reading_trains_and_resumes_exactly(slim_backbone, teach, tmp_path, reading):
+    first = teach(slim_backbone, ConceptBank(slim_backbone.layout), settings=reading).bank
     given = {name: t.clone() for name, t in first.shared["cidm"].items()}
     infos = []
 
@@ -38,10 +38,10 @@ def test_every_reading_trains_and_resumes_exactly(tiny_backbone, teach, tmp_path
         if info.step == 2:
             raise KeyboardInterrupt
 
-    whole = teach(tiny_backbone, first, "mimi", settings=reading, callback=infos.append)
+    whole = teach(slim_backbone, first, "mimi", settings=reading, callback=infos.append)
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, first, "mimi", settings=reading, callback=stop, checkpoint_file=tmp_path / "c")
-    again = teach(tiny_backbone, first, "mimi", settings=reading, checkpoint_file=tmp_path / "c")
+        teach(slim_backbone, first, "mimi", settings=reading, callback=stop, checkpoint_file=tmp_path / "c")
+    again = teach(slim_backbone, first, "mimi", settings=reading, checkpoint_file=tmp_path / "c")
     expected, found = tensors_of(whole), tensors_of(again)
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
     assert set(infos[-1].terms) == {"specific", "shared"}      # the masks are full, so no attention term
@@ -50,12 +50,12 @@ def test_every_reading_trains_and_resumes_exactly(tiny_backbone, teach, tmp_path
     assert any(not torch.equal(given[name], t) for name, t in whole.bank.shared["cidm"].items())
 
 
-def test_the_gammas_hold_for_their_learning_rate(tiny_backbone, teach):
+def test_the_gammas_hold_for_their_learning_rate(slim_backbone, teach):
     """At twice the rate the penalties weigh a quarter, so their share of a loss of twice the delta stays."""
-    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout)).bank
+    first = teach(slim_backbone, ConceptBank(slim_backbone.layout)).bank
 
     def weight(**settings):
-        method = begun(tiny_backbone, first, **settings)
+        method = begun(slim_backbone, first, **settings)
         return method.matched
 
     assert weight(lr=1e-4) == weight(lr=2e-4, gamma_lr=0) == 1 and weight(lr=2e-4) == pytest.approx(0.25)
@@ -69,18 +69,18 @@ def test_the_released_loss_is_a_mean():
     torch.testing.assert_close(orthogonality_released(old, up), expected)
 
 
-def test_losses_can_be_off(tiny_backbone, teach):
+def test_losses_can_be_off(slim_backbone, teach):
     off, infos = {"orthogonality": "off", "shared": "off", "attention_weight": 0.0}, []
-    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), settings=off)
+    first = teach(slim_backbone, ConceptBank(slim_backbone.layout), settings=off)
     assert not first.bank.shared
-    teach(tiny_backbone, first.bank, "mimi", settings=off, callback=infos.append, steps=1)
+    teach(slim_backbone, first.bank, "mimi", settings=off, callback=infos.append, steps=1)
     assert infos[0].terms == {}
 
 
-def test_old_tasks_may_have_another_rank_or_reading(tiny_backbone, teach):
-    bank = ConceptBank(tiny_backbone.layout)
+def test_old_tasks_may_have_another_rank_or_reading(slim_backbone, teach):
+    bank = ConceptBank(slim_backbone.layout)
     for i, reading in enumerate(READINGS):
-        bank = teach(tiny_backbone, bank, f"c{i}", settings=reading | {"rank": 1 + i, "shared_rank": 2 + i},
+        bank = teach(slim_backbone, bank, f"c{i}", settings=reading | {"rank": 1 + i, "shared_rank": 2 + i},
                      steps=1).bank
     assert len(bank) == len(READINGS)
 
@@ -94,17 +94,17 @@ def begun(backbone, bank, **settings):
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_backbone, make_concept):
-    bank = ConceptBank(tiny_backbone.layout)
+def bank(slim_backbone, make_concept):
+    bank = ConceptBank(slim_backbone.layout)
     for i in range(3):
-        bank = bank.add(make_concept(tiny_backbone.layout, f"c{i}", i))
-    return bank.add(make_concept(tiny_backbone.layout, "other", 9, method="finetune"))
+        bank = bank.add(make_concept(slim_backbone.layout, f"c{i}", i))
+    return bank.add(make_concept(slim_backbone.layout, "other", 9, method="finetune"))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_specific_is_r1_over_all_sites_and_the_methods_own_concepts(tiny_backbone, bank, scale):
+def test_specific_is_r1_over_all_sites_and_the_methods_own_concepts(slim_backbone, bank, scale):
     """The A of old and new deltas, with their scales."""
-    method, expected = begun(tiny_backbone, bank, rank=2, scale=scale), {"rr": 0.0, "aa": 0.0}
+    method, expected = begun(slim_backbone, bank, rank=2, scale=scale), {"rr": 0.0, "aa": 0.0}
     for (index, projection), up in ((key, method.adapters.up[adapter_key(*key)].detach())
                                     for key in method.adapters.keys):
         for name in ("c0", "c1", "c2"):
@@ -112,13 +112,13 @@ def test_specific_is_r1_over_all_sites_and_the_methods_own_concepts(tiny_backbon
             expected["rr"] += scale * float((0.5 * old.up.T @ up).abs().sum())
             expected["aa"] += scale * float((0.5 * old.up @ up.T).abs().sum())
     assert method.specific().item() == pytest.approx(expected["rr"], rel=1e-4)
-    printed = begun(tiny_backbone, bank, rank=2, scale=scale, orthogonality="aa")
+    printed = begun(slim_backbone, bank, rank=2, scale=scale, orthogonality="aa")
     assert printed.specific().item() == pytest.approx(expected["aa"], rel=1e-4)
 
 
 @pytest.mark.parametrize("shared", ["als", "gradient"])
-def test_the_second_step_lowers_r2_and_leaves_the_deltas(tiny_backbone, bank, shared):
-    method = begun(tiny_backbone, bank, rank=2, shared=shared, lr=1e-3)
+def test_the_second_step_lowers_r2_and_leaves_the_deltas(slim_backbone, bank, shared):
+    method = begun(slim_backbone, bank, rank=2, shared=shared, lr=1e-3)
     before, weights = method.shared().item(), [p.clone() for p in method.adapters.parameters()]
     for step in range(5):
         method.after_step(step + 1)
@@ -126,12 +126,12 @@ def test_the_second_step_lowers_r2_and_leaves_the_deltas(tiny_backbone, bank, sh
     assert all(torch.equal(a, b) for a, b in zip(weights, method.adapters.parameters(), strict=True))
 
 
-def test_tokens_stop_at_their_length(tiny_backbone, teach):
+def test_tokens_stop_at_their_length(slim_backbone, teach):
     """Deltas go on; the run that resumes afterwards stays stopped (see the next test)."""
-    lengths, bank = [], ConceptBank(tiny_backbone.layout)
-    start = teach(tiny_backbone, bank, settings={"token_norm_stop": 1e-6}, steps=1)
-    learned = teach(tiny_backbone, bank, settings={"token_norm_stop": 1e-6}, steps=3)
-    free = teach(tiny_backbone, bank, settings={"token_norm_stop": 0.0}, steps=3)
+    lengths, bank = [], ConceptBank(slim_backbone.layout)
+    start = teach(slim_backbone, bank, settings={"token_norm_stop": 1e-6}, steps=1)
+    learned = teach(slim_backbone, bank, settings={"token_norm_stop": 1e-6}, steps=3)
+    free = teach(slim_backbone, bank, settings={"token_norm_stop": 0.0}, steps=3)
     for one in (start, learned, free):
         lengths.append(one.concept.tokens.vectors["clip_l"])
     # learning rates differ between runs of 1 and 3 steps only after the first step, in which the tokens still
@@ -140,21 +140,21 @@ def test_tokens_stop_at_their_length(tiny_backbone, teach):
     assert not torch.equal(start.concept.deltas[0, "to_q"].up, learned.concept.deltas[0, "to_q"].up)
 
 
-def test_a_resumed_run_keeps_its_tokens_stopped(tiny_backbone, teach, tmp_path):
+def test_a_resumed_run_keeps_its_tokens_stopped(slim_backbone, teach, tmp_path):
     def stop(info):
         raise KeyboardInterrupt
 
-    bank, settings = ConceptBank(tiny_backbone.layout), {"token_norm_stop": 1e-6}
-    whole = teach(tiny_backbone, bank, settings=settings)
+    bank, settings = ConceptBank(slim_backbone.layout), {"token_norm_stop": 1e-6}
+    whole = teach(slim_backbone, bank, settings=settings)
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, bank, settings=settings, callback=stop, checkpoint_file=tmp_path / "c")
-    resumed = teach(tiny_backbone, bank, settings=settings, checkpoint_file=tmp_path / "c")
+        teach(slim_backbone, bank, settings=settings, callback=stop, checkpoint_file=tmp_path / "c")
+    resumed = teach(slim_backbone, bank, settings=settings, checkpoint_file=tmp_path / "c")
     expected, found = tensors_of(whole), tensors_of(resumed)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_words_without_layers_have_one_copy(tiny_backbone, teach):
-    concept = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), settings={"layerwise": False},
+def test_words_without_layers_have_one_copy(slim_backbone, teach):
+    concept = teach(slim_backbone, ConceptBank(slim_backbone.layout), settings={"layerwise": False},
                     steps=1).concept
     assert concept.tokens.vectors["clip_l"].shape == (1, 2, 32)
 
@@ -209,8 +209,8 @@ def test_a_full_mask_does_not_change_other_samples():
 
 
 @pytest.mark.parametrize(("mask", "terms"), [(MASK, {"attention"}), (torch.ones_like(MASK), set())])
-def test_the_attention_term_needs_an_object_mask(tiny_backbone, mask, terms):
-    method = begun(tiny_backbone, ConceptBank(tiny_backbone.layout))
+def test_the_attention_term_needs_an_object_mask(slim_backbone, mask, terms):
+    method = begun(slim_backbone, ConceptBank(slim_backbone.layout))
     method.maps.maps = maps(torch.ones(4, 4), MASK)
     context = SimpleNamespace(words=({"new": (1, 2)},))
     seen = SimpleNamespace(context=context, batch=SimpleNamespace(masks=mask))
@@ -241,11 +241,11 @@ def test_maps_are_probabilities_averaged_over_heads():
                           atol=1e-6) and torch.allclose(found.sum(-1), torch.ones(2, 6))
 
 
-def test_only_the_last_forward_pass_is_kept(tiny_backbone, bank):
-    method = begun(tiny_backbone, bank)
+def test_only_the_last_forward_pass_is_kept(slim_backbone, bank):
+    method = begun(slim_backbone, bank)
     processor = method.processor()
     assert isinstance(processor, MapProcessor)
-    context = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(["a dog"]), {})
+    context = encode_prompts(slim_backbone, bank.vocabulary.parse_all(["a dog"]), {})
     for _ in range(2):
-        tiny_backbone.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), context, processor)
-    assert [m.shape[1] for m in processor.take()] == [64, 16, 16, 16, 16, 64, 64] and processor.take() == []
+        slim_backbone.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), context, processor)
+    assert [m.shape[1] for m in processor.take()] == [64] * 3 and processor.take() == []

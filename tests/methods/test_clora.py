@@ -13,10 +13,10 @@ from continual_concepts.core.methods.clora import forgetting
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_backbone, teach):
-    bank = ConceptBank(tiny_backbone.layout)
+def bank(slim_backbone, teach):
+    bank = ConceptBank(slim_backbone.layout)
     for name in ("rex", "mimi"):
-        bank = teach(tiny_backbone, bank, name, "clora", {"rank": 2, "scale": 0.5}, steps=3).bank
+        bank = teach(slim_backbone, bank, name, "clora", {"rank": 2, "scale": 0.5}, steps=3).bank
     return bank
 
 
@@ -33,9 +33,9 @@ def randomise(method):
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=g))
 
 
-def test_the_penalty_is_equation_3(tiny_backbone, bank):
+def test_the_penalty_is_equation_3(slim_backbone, bank):
     """Entry by entry, from the deltas of the bank."""
-    method = begun(tiny_backbone, bank, forget=7.0)
+    method = begun(slim_backbone, bank, forget=7.0)
     randomise(method)
     expected = 0.0
     for key in method.adapters.keys:
@@ -46,14 +46,14 @@ def test_the_penalty_is_equation_3(tiny_backbone, bank):
     assert method.penalty(None)["forget"].item() == pytest.approx(7.0 * expected, rel=1e-4)
 
 
-def test_the_past_is_what_the_weights_carry(tiny_backbone, bank):
-    past = begun(tiny_backbone, bank).past
+def test_the_past_is_what_the_weights_carry(slim_backbone, bank):
+    past = begun(slim_backbone, bank).past
     for key, delta in always_on_deltas(bank).items():
         assert torch.allclose(past[key], delta.dense().abs(), atol=1e-7) and past[key].any()
-    assert begun(tiny_backbone, bank.remove("mimi")).past.keys() == past.keys()
-    assert not begun(tiny_backbone, bank, forget=0.0).past
+    assert begun(slim_backbone, bank.remove("mimi")).past.keys() == past.keys()
+    assert not begun(slim_backbone, bank, forget=0.0).past
     other = make("stamina")      # a C-LoRA too, but with its own concepts
-    other.begin(Task("new", "dog", tiny_backbone, bank))
+    other.begin(Task("new", "dog", slim_backbone, bank))
     assert not other.past
 
 
@@ -71,9 +71,9 @@ def product_of(method):
     return lambda key: method.adapters.delta(key).dense()
 
 
-def test_the_gradient_is_the_formulas(tiny_backbone, bank):
+def test_the_gradient_is_the_formulas(slim_backbone, bank):
     """Written out for the factors; autograd's is that of the formula."""
-    method = begun(tiny_backbone, bank, scale=0.5)
+    method = begun(slim_backbone, bank, scale=0.5)
     randomise(method)
     parameters, product = list(method.adapters.parameters()), product_of(method)
     losses = method.forgotten(), forgetting(method.past, product)
@@ -90,17 +90,17 @@ def test_half_precision_does_not_reach_the_penalty():
     assert forgetting(past, lambda key: product).item() == pytest.approx(16e-20, rel=0.02)
 
 
-def test_the_penalty_holds_the_new_product_small(tiny_backbone, bank, teach):
+def test_the_penalty_holds_the_new_product_small(slim_backbone, bank, teach):
     """The paper's way to keep what is old; also its flaw."""
-    norms = [float(teach(tiny_backbone, bank, "bear", "clora", {"rank": 2, "forget": forget, "token_lr": 0.0},
+    norms = [float(teach(slim_backbone, bank, "bear", "clora", {"rank": 2, "forget": forget, "token_lr": 0.0},
                          steps=8)
                    .bank.shared["clora"]["norm.bear"]) for forget in (0.0, 1e9)]
     assert norms[1] < 0.5 * norms[0]
 
 
-def test_the_norm_is_watched_and_kept(tiny_backbone, bank, teach):
+def test_the_norm_is_watched_and_kept(slim_backbone, bank, teach):
     infos = []
-    learned = teach(tiny_backbone, bank, "bear", "clora", {"rank": 2, "scale": 0.5}, steps=3,
+    learned = teach(slim_backbone, bank, "bear", "clora", {"rank": 2, "scale": 0.5}, steps=3,
                     callback=infos.append)
     dense = [delta.dense().square().sum() for delta in learned.concept.deltas.values()]
     assert infos[-1].monitors["norm"] == pytest.approx(float(torch.stack(dense).sum().sqrt()), rel=1e-4)
@@ -111,19 +111,19 @@ def test_the_norm_is_watched_and_kept(tiny_backbone, bank, teach):
     assert float(state["norm.bear"]) == pytest.approx(infos[-1].monitors["norm"])
 
 
-def test_one_random_word_and_keys_and_values_alone(tiny_backbone, bank):
+def test_one_random_word_and_keys_and_values_alone(slim_backbone, bank):
     """The class noun changes nothing; a person's own words are kept."""
-    with_noun, without = (begun(tiny_backbone, bank, noun).token_group() for noun in ("bear", ""))
+    with_noun, without = (begun(slim_backbone, bank, noun).token_group() for noun in ("bear", ""))
     assert with_noun.words == ("bear-1",) and with_noun.vectors["clip_l"].shape[:2] == (1, 1)
     assert torch.equal(with_noun.vectors["clip_l"], without.vectors["clip_l"])
     assert {len(info.words) for info in bank.infos.values()} == {1}
     assert {projection for concept in bank for _, projection in concept.deltas} == {"to_k", "to_v"}
-    assert Task("bear", "bear", tiny_backbone, bank, words=("a", "b")).worded(1).word_names == ("a", "b")
+    assert Task("bear", "bear", slim_backbone, bank, words=("a", "b")).worded(1).word_names == ("a", "b")
 
 
-def test_other_methods_have_no_figures_to_watch(tiny_backbone, teach):
+def test_other_methods_have_no_figures_to_watch(slim_backbone, teach):
     infos = []
-    teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "finetune", steps=1, callback=infos.append)
+    teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "finetune", steps=1, callback=infos.append)
     assert infos[0].monitors == {}
-    assert len(teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "finetune",
+    assert len(teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "finetune",
                      steps=1) .concept.info.words) == 2

@@ -32,20 +32,20 @@ def method(request):
 
 
 @pytest.fixture(scope="module")
-def learn(tiny_backbone, teach, method):
+def learn(slim_backbone, teach, method):
     """learn(bank, name, ...): three steps of the method."""
     def run(bank, name="mimi", noun="cat", **more):
-        return teach(tiny_backbone, bank, name, method, SETTINGS.get(method), noun=noun, **more)
+        return teach(slim_backbone, bank, name, method, SETTINGS.get(method), noun=noun, **more)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def run(tiny_backbone, learn):
+def run(slim_backbone, learn):
     """Two concepts in sequence, what the callbacks saw, and copies of what was there before."""
-    before = {n: p.detach().clone() for n, p in tiny_backbone.unet.named_parameters()}
+    before = {n: p.detach().clone() for n, p in slim_backbone.unet.named_parameters()}
     infos = {"rex": [], "mimi": []}
-    first = learn(ConceptBank(tiny_backbone.layout), "rex", "dog", callback=infos["rex"].append)
+    first = learn(ConceptBank(slim_backbone.layout), "rex", "dog", callback=infos["rex"].append)
     stored = tensors_of(first.concept)
     shared = {name: {k: t.clone() for k, t in state.items()} for name, state in first.bank.shared.items()}
     second = learn(first.bank, callback=infos["mimi"].append)
@@ -71,12 +71,12 @@ def test_penalties_are_never_negative(run):
         assert all(value >= 0 for info in run["infos"][name] for value in info.terms.values())
 
 
-def test_a_later_penalty_has_gradient(tiny_backbone, run, method):
+def test_a_later_penalty_has_gradient(slim_backbone, run, method):
     """One step away from the start, where a method may have zeros, every penalty over the history reaches the
     trainables."""
-    data = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear", Framing(32))
+    data = prepare(slim_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear", Framing(32))
     settings = {"lr": 1e-2, "stored": "float32", **SETTINGS.get(method, {})}
-    task = Task("bear", "bear", tiny_backbone, run["second"].bank)
+    task = Task("bear", "bear", slim_backbone, run["second"].bank)
     learning = Trainer(task, make(method, settings), data, TrainingConfig(steps=2, resolution=32))
     learning.step()
     batch = data.draw(1, 1.0, torch.Generator().manual_seed(0))
@@ -88,17 +88,17 @@ def test_a_later_penalty_has_gradient(tiny_backbone, run, method):
         assert any(p.grad is not None and p.grad.any() for p in learning.parameters), name
 
 
-def test_the_outcome_fits_and_has_a_size(tiny_backbone, run, method):
+def test_the_outcome_fits_and_has_a_size(slim_backbone, run, method):
     for concept in run["second"].bank:
-        concept.check_fits(tiny_backbone.layout)
+        concept.check_fits(slim_backbone.layout)
         assert concept.info.method == method and concept.nbytes() > 0
         tensors = tensors_of(concept).values()
         assert all(torch.isfinite(t).all() and not t.requires_grad and t.device.type == "cpu"
                    for t in tensors)
 
 
-def test_the_frozen_weights_are_unchanged(tiny_backbone, run):
-    for name, parameter in tiny_backbone.unet.named_parameters():
+def test_the_frozen_weights_are_unchanged(slim_backbone, run):
+    for name, parameter in slim_backbone.unet.named_parameters():
         assert torch.equal(parameter, run["before"][name]) and parameter.grad is None, name
 
 
@@ -134,32 +134,32 @@ def test_a_stopped_second_task_resumes_bit_for_bit(learn, run, method, tmp_path)
     assert equal(dict(shared), dict(expected))
 
 
-def test_zero_strength_is_the_base(tiny_backbone, run, method):
+def test_zero_strength_is_the_base(slim_backbone, run, method):
     bank = run["second"].bank
-    found = aggregate(tiny_backbone, bank, bank.parse("a <rex>"), strength=0.0, without=averaged_names(bank))
+    found = aggregate(slim_backbone, bank, bank.parse("a <rex>"), strength=0.0, without=averaged_names(bank))
     assert found.deltas.keys() == always_on_deltas(bank).keys()
     if METHODS[method].method.composition.kind is Kind.PROMPT:
         assert not found.deltas
-        base = sample(tiny_backbone, ConceptBank(bank.layout), ["a dog"], [1], QUICK)
-        assert torch.equal(sample(tiny_backbone, bank, ["a dog"], [1], QUICK), base)
+        base = sample(slim_backbone, ConceptBank(bank.layout), ["a dog"], [1], QUICK)
+        assert torch.equal(sample(slim_backbone, bank, ["a dog"], [1], QUICK), base)
 
 
-def test_a_learned_concept_shows(tiny_backbone, run):
+def test_a_learned_concept_shows(slim_backbone, run):
     bank = run["second"].bank
-    rex, mimi = sample(tiny_backbone, bank, ["a <rex>", "a <mimi>"], [1, 1], QUICK)
+    rex, mimi = sample(slim_backbone, bank, ["a <rex>", "a <mimi>"], [1, 1], QUICK)
     assert not torch.allclose(rex, mimi, atol=1e-3)
 
 
-def test_removing_the_second_restores_the_pictures_of_the_first(tiny_backbone, run):
-    before = sample(tiny_backbone, run["first"].bank, ["a <rex>"], [1], QUICK)
-    assert torch.equal(sample(tiny_backbone, run["second"].bank.remove("mimi"), ["a <rex>"], [1], QUICK),
+def test_removing_the_second_restores_the_pictures_of_the_first(slim_backbone, run):
+    before = sample(slim_backbone, run["first"].bank, ["a <rex>"], [1], QUICK)
+    assert torch.equal(sample(slim_backbone, run["second"].bank.remove("mimi"), ["a <rex>"], [1], QUICK),
                        before)
 
 
-def test_a_saved_bank_samples_the_same(tiny_backbone, run, tmp_path):
+def test_a_saved_bank_samples_the_same(slim_backbone, run, tmp_path):
     save_bank(run["second"].bank, tmp_path / "bank.safetensors")
     again = open_bank(tmp_path / "bank.safetensors")
-    first, second = (sample(tiny_backbone, bank, ["<rex> and <mimi>", "a dog"], [1, 2], QUICK)
+    first, second = (sample(slim_backbone, bank, ["<rex> and <mimi>", "a dog"], [1, 2], QUICK)
                      for bank in (again, run["second"].bank))
     assert torch.equal(first, second)
 
@@ -178,25 +178,25 @@ def test_bad_settings_are_named(method, settings):
         make(method, settings)
 
 
-def test_an_empty_class_noun_is_refused(tiny_backbone, method):
+def test_an_empty_class_noun_is_refused(slim_backbone, method):
     with pytest.raises(ConceptError, match="'rex'"):
-        make(method).begin(Task("rex", "", tiny_backbone, ConceptBank(tiny_backbone.layout)))
+        make(method).begin(Task("rex", "", slim_backbone, ConceptBank(slim_backbone.layout)))
 
 
-def test_a_single_word_needs_no_class_noun(tiny_backbone, method):
+def test_a_single_word_needs_no_class_noun(slim_backbone, method):
     chosen = make(method)
-    chosen.begin(Task("rex", "", tiny_backbone, ConceptBank(tiny_backbone.layout), words=("rex",)))
+    chosen.begin(Task("rex", "", slim_backbone, ConceptBank(slim_backbone.layout), words=("rex",)))
     assert chosen.token_group().words == ("rex",) and chosen.finish().tokens.vectors["clip_l"].shape[1] == 1
 
 
-def test_a_neuron_selection_is_used_or_refused(tiny_backbone, method):
+def test_a_neuron_selection_is_used_or_refused(slim_backbone, method):
     """It used to be dropped without a word by methods that train everything."""
-    layout = tiny_backbone.layout
+    layout = slim_backbone.layout
     selection = NeuronSelection.of_rows({(0, "to_k"): torch.tensor([1, 2])}, layout)
     chosen = make(method)
     if method in ("cns", "scns"):
         chosen.use_selection(selection)
-        chosen.begin(Task("rex", "dog", tiny_backbone, ConceptBank(layout)))
+        chosen.begin(Task("rex", "dog", slim_backbone, ConceptBank(layout)))
         assert chosen.finish().deltas.keys() == {(0, "to_k")}
     else:
         says = f"method '{method}' cannot use a neuron selection; methods that can: cns, scns"

@@ -67,13 +67,13 @@ def test_packed_rows_come_back(layout):
                for key, r in rows.items())
 
 
-def test_text_rows_are_the_words_and_the_end(tiny_backbone):
-    layout = tiny_backbone.layout
+def test_text_rows_are_the_words_and_the_end(slim_backbone):
+    layout = slim_backbone.layout
     words = TokenGroup(("rex-1", "rex-2"), {"clip_l": random(layout.copies, 2, 32)})
-    found = text_rows(tiny_backbone, words, "rex", ("{}", "dog {}"))
+    found = text_rows(slim_backbone, words, "rex", ("{}", "dog {}"))
     vocabulary = Vocabulary([ConceptInfo("rex", "", "", words.words)])
-    context = encode_prompts(tiny_backbone, vocabulary.parse_all(["<rex>", "dog <rex>"]), {"rex": words})
-    after = 1 + len(tiny_backbone.text[0].ids("dog"))
+    context = encode_prompts(slim_backbone, vocabulary.parse_all(["<rex>", "dog <rex>"]), {"rex": words})
+    after = 1 + len(slim_backbone.text[0].ids("dog"))
     for site, rows in zip(layout.sites, found, strict=True):
         one, two = context.at(site)
         assert torch.allclose(rows, torch.cat([one[1:4], two[after:after + 3]]), atol=1e-6)

@@ -24,11 +24,11 @@ NOUNS = {"rex": "dog", "mimi": "cat"}
 
 
 @pytest.fixture(scope="module")
-def banks(tiny_backbone, teach):
+def banks(slim_backbone, teach):
     def grown(method, names):
-        bank = ConceptBank(tiny_backbone.layout)
+        bank = ConceptBank(slim_backbone.layout)
         for name in names:      # rates high enough that a wrong composition shows
-            bank = teach(tiny_backbone, bank, name, method, {"lr": 0.1}, noun=NOUNS[name], steps=4).bank
+            bank = teach(slim_backbone, bank, name, method, {"lr": 0.1}, noun=NOUNS[name], steps=4).bank
         return bank
 
     return {(m, names): grown(m, names) for m in ("lora_m", "lora_c")
@@ -76,52 +76,52 @@ def folded_estimates(backbone, bank, prompt, x, t):
 
 
 @torch.no_grad()
-def test_sampling_is_the_mean_of_the_predictions(tiny_backbone, banks):
+def test_sampling_is_the_mean_of_the_predictions(slim_backbone, banks):
     bank, prompt = banks["lora_c", ("rex", "mimi")], "a <rex> and a <mimi>"
 
     def estimate(x, t, _progress):
-        return torch.stack(list(folded_estimates(tiny_backbone, bank, prompt, x, t))).mean(0)
+        return torch.stack(list(folded_estimates(slim_backbone, bank, prompt, x, t))).mean(0)
 
-    noise = starting_noise(tiny_backbone, [7], (32, 32))
-    latents = denoise(solver_for(tiny_backbone.schedule, QUICK.steps), noise, estimate)
-    expected = tiny_backbone.decode_latents(latents)
-    found = sample(tiny_backbone, bank, [prompt], [7], QUICK)
+    noise = starting_noise(slim_backbone, [7], (32, 32))
+    latents = denoise(solver_for(slim_backbone.schedule, QUICK.steps), noise, estimate)
+    expected = slim_backbone.decode_latents(latents)
+    found = sample(slim_backbone, bank, [prompt], [7], QUICK)
     assert torch.allclose(found, expected, atol=1e-4)
-    merged = sample(tiny_backbone, as_method(bank, "lora_m"), [prompt], [7], QUICK)
-    activated = sample(tiny_backbone, as_method(bank, "cidm"), [prompt], [7], QUICK)
+    merged = sample(slim_backbone, as_method(bank, "lora_m"), [prompt], [7], QUICK)
+    activated = sample(slim_backbone, as_method(bank, "cidm"), [prompt], [7], QUICK)
     assert not torch.allclose(found, merged, atol=1e-3) and not torch.allclose(found, activated, atol=1e-3)
 
 
 @torch.no_grad()
-def test_one_prediction_is_the_mean_of_all(tiny_backbone, banks, monkeypatch):
+def test_one_prediction_is_the_mean_of_all(slim_backbone, banks, monkeypatch):
     """What the sampler is told in its first step, against the folded models, far below what pictures can
     show."""
     bank, seen = banks["lora_c", ("rex", "mimi")], []
     monkeypatch.setattr(sampling, "denoise", lambda _solver, x, estimate,
                         *_: seen.append((x, estimate(x, 500, 0.0))) or x)
-    sample(tiny_backbone, bank, ["a <rex>"], [3], QUICK)
+    sample(slim_backbone, bank, ["a <rex>"], [3], QUICK)
     x, found = seen[0]
-    each = list(folded_estimates(tiny_backbone, bank, "a <rex>", x, 500))
+    each = list(folded_estimates(slim_backbone, bank, "a <rex>", x, 500))
     assert torch.allclose(found, (each[0] + each[1]) / 2, atol=1e-5)
     assert (each[0] - each[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["rex", "mimi"])
-def test_one_concept_alone_is_as_if_it_were_activated(tiny_backbone, banks, name):
+def test_one_concept_alone_is_as_if_it_were_activated(slim_backbone, banks, name):
     for method in ("lora_m", "lora_c"):
         bank = banks[method, (name,)]
-        activated = sample(tiny_backbone, as_method(bank, "cidm"), [f"a <{name}>"], [7], QUICK)
-        assert torch.allclose(sample(tiny_backbone, bank, [f"a <{name}>"], [7], QUICK), activated, atol=1e-4)
+        activated = sample(slim_backbone, as_method(bank, "cidm"), [f"a <{name}>"], [7], QUICK)
+        assert torch.allclose(sample(slim_backbone, bank, [f"a <{name}>"], [7], QUICK), activated, atol=1e-4)
 
 
-def test_an_average_costs_one_evaluation_per_concept(tiny_backbone, banks, monkeypatch):
-    calls, plain = [], tiny_backbone.predict
-    monkeypatch.setattr(tiny_backbone, "predict", lambda *args,
+def test_an_average_costs_one_evaluation_per_concept(slim_backbone, banks, monkeypatch):
+    calls, plain = [], slim_backbone.predict
+    monkeypatch.setattr(slim_backbone, "predict", lambda *args,
                         **more: calls.append(1) or plain(*args, **more))
     counts = {}
     for method in ("lora_m", "lora_c"):
         calls.clear()
-        sample(tiny_backbone, banks[method, ("rex", "mimi")], ["a <rex>"], [7], QUICK)
+        sample(slim_backbone, banks[method, ("rex", "mimi")], ["a <rex>"], [7], QUICK)
         counts[method] = len(calls)
     assert counts == {"lora_m": QUICK.steps, "lora_c": 2 * QUICK.steps}
 

@@ -22,8 +22,8 @@ CONFIG = TrainingConfig(steps=4, batch_size=2, resolution=32)
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_backbone, teach):
-    return teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "lwf", steps=3).bank
+def bank(slim_backbone, teach):
+    return teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "lwf", steps=3).bank
 
 
 def running(backbone, bank, **settings):
@@ -33,8 +33,8 @@ def running(backbone, bank, **settings):
     return Trainer(Task("mimi", "cat", backbone, bank), make("lwf", settings), data, CONFIG), data
 
 
-def test_old_requests_come_in_turn_beside_the_batch(tiny_backbone, bank):
-    run, data = running(tiny_backbone, bank)
+def test_old_requests_come_in_turn_beside_the_batch(slim_backbone, bank):
+    run, data = running(slim_backbone, bank)
     batch = Batch(data.latents, data.captions, data.masks, data.is_prior, torch.tensor([1.0, 1.0, 0.5]))
     added = run.method.on_batch(batch)
     assert added.prompts == ("a <mimi>", "a <mimi>", "a hill", "a <rex>", "a cat")
@@ -48,34 +48,34 @@ def test_old_requests_come_in_turn_beside_the_batch(tiny_backbone, bank):
     assert run.method.on_batch(words).prompts[3] == "cat cat"
 
 
-def test_the_denoising_loss_is_that_of_the_batch_alone(tiny_backbone, bank):
-    run, data = running(tiny_backbone, bank)
+def test_the_denoising_loss_is_that_of_the_batch_alone(slim_backbone, bank):
+    run, data = running(slim_backbone, bank)
     batch = Batch(data.latents, data.captions, data.masks, data.is_prior, torch.tensor([1.0, 1.0, 0.5]))
     added = run.method.on_batch(batch)
     drawn = draw(added, 1000, CONFIG, torch.Generator().manual_seed(0))
-    whole = predict(tiny_backbone, added, run.context(added), drawn, run.method.processor())
-    part = predict(tiny_backbone, batch, run.context(batch),
+    whole = predict(slim_backbone, added, run.context(added), drawn, run.method.processor())
+    part = predict(slim_backbone, batch, run.context(batch),
                    type(drawn)(drawn.timesteps[:3], drawn.noise[:3]), run.method.processor())
-    assert torch.allclose(denoising_loss(tiny_backbone, whole, CONFIG),
-                          denoising_loss(tiny_backbone, part, CONFIG), rtol=1e-5)
+    assert torch.allclose(denoising_loss(slim_backbone, whole, CONFIG),
+                          denoising_loss(slim_backbone, part, CONFIG), rtol=1e-5)
 
 
-def test_the_penalty_is_the_distance_from_the_old_model(tiny_backbone, bank):
+def test_the_penalty_is_the_distance_from_the_old_model(slim_backbone, bank):
     """Zero before anything moved; afterwards the closed form, with gradient to the adapter and none to the
     words."""
-    run, data = running(tiny_backbone, bank, distil=2.0)
+    run, data = running(slim_backbone, bank, distil=2.0)
     batch = run.method.on_batch(data.draw(2, 1.0, torch.Generator().manual_seed(0)))
     drawn = draw(batch, 1000, CONFIG, torch.Generator().manual_seed(0))
-    with tiny_backbone.folded(learning_deltas(bank, "lwf", METHODS["lwf"].method.builds_on_sum)):
+    with slim_backbone.folded(learning_deltas(bank, "lwf", METHODS["lwf"].method.builds_on_sum)):
         def seen():
-            return predict(tiny_backbone, batch, run.context(batch), drawn, run.method.processor())
+            return predict(slim_backbone, batch, run.context(batch), drawn, run.method.processor())
 
         assert run.method.penalty(seen())["distil"].item() < 1e-9
         with torch.no_grad():
             for parameter in run.method.adapters.up.parameters():
                 parameter += 0.05
         now = seen()
-        teacher = tiny_backbone.predict(now.noisy, now.timesteps, now.context).detach()
+        teacher = slim_backbone.predict(now.noisy, now.timesteps, now.context).detach()
         term = run.method.penalty(now)["distil"]
     assert term.item() == pytest.approx(2.0 * float((now.output.detach() - teacher)[-2:].square().mean()),
                                         rel=1e-4)
@@ -85,32 +85,32 @@ def test_the_penalty_is_the_distance_from_the_old_model(tiny_backbone, bank):
     assert all(p.grad is None or not p.grad.any() for p in run.method.words.parameters())
 
 
-def test_it_keeps_old_answers(tiny_backbone, bank, teach):
+def test_it_keeps_old_answers(slim_backbone, bank, teach):
     """A strong penalty: the second task changes less of what <rex> looks like."""
     changes = []
     for distil in (0.0, 100.0):
         settings = {"distil": distil, "token_lr": 0.0, "lr": 5e-3}
-        grown = teach(tiny_backbone, bank, "mimi", "lwf", settings, steps=12, noun="cat").concept
+        grown = teach(slim_backbone, bank, "mimi", "lwf", settings, steps=12, noun="cat").concept
         changes.append(sum(float(delta.dense().square().sum()) for delta in grown.deltas.values()))
     assert changes[1] < 0.7 * changes[0]
 
 
-def test_nothing_is_asked_before_the_second_task_or_at_weight_zero(tiny_backbone, bank, teach):
-    empty = ConceptBank(tiny_backbone.layout)
-    one, other = (teach(tiny_backbone, empty, "rex", name).concept for name in ("lwf", "finetune"))
+def test_nothing_is_asked_before_the_second_task_or_at_weight_zero(slim_backbone, bank, teach):
+    empty = ConceptBank(slim_backbone.layout)
+    one, other = (teach(slim_backbone, empty, "rex", name).concept for name in ("lwf", "finetune"))
     assert all(torch.equal(one.deltas[key].up, delta.up) for key, delta in other.deltas.items())
-    run, data = running(tiny_backbone, bank, distil=0.0)
+    run, data = running(slim_backbone, bank, distil=0.0)
     batch = data.draw(2, 1.0, torch.Generator().manual_seed(0))
     assert run.method.on_batch(batch) is batch and run.method.penalty(None) == {}
 
 
-def test_it_teaches_alike_with_checkpointing_and_half_precision(tiny_backbone, bank, teach):
-    plain, again, half = (teach(tiny_backbone, bank, "mimi", "lwf", steps=2, noun="cat", **more)
+def test_it_teaches_alike_with_checkpointing_and_half_precision(slim_backbone, bank, teach):
+    plain, again, half = (teach(slim_backbone, bank, "mimi", "lwf", steps=2, noun="cat", **more)
                           for more in ({}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}))
     assert plain.losses == pytest.approx(again.losses, rel=1e-4)
     assert plain.losses == pytest.approx(half.losses, rel=0.1)
     infos = []
-    teach(tiny_backbone, bank, "mimi", "lwf", steps=1, noun="cat", precision="bfloat16",
+    teach(slim_backbone, bank, "mimi", "lwf", steps=1, noun="cat", precision="bfloat16",
           callback=infos.append)
     # the adapter has not moved: the teacher computes as the student does
     assert infos[0].terms["distil"] < 1e-3

@@ -21,18 +21,18 @@ QUICK = {"passes": 3, "rows": 24, "lr": 0.05}
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_backbone, teach):
-    bank = ConceptBank(tiny_backbone.layout)
+def bank(slim_backbone, teach):
+    bank = ConceptBank(slim_backbone.layout)
     for name, noun in (("rex", "dog"), ("mimi", "cat")):
-        bank = teach(tiny_backbone, bank, name, "mix_of_show", QUICK, noun=noun).bank
+        bank = teach(slim_backbone, bank, name, "mix_of_show", QUICK, noun=noun).bank
     return bank
 
 
 @pytest.fixture(scope="module")
-def singles(tiny_backbone, teach):
+def singles(slim_backbone, teach):
     """The same two concepts before any fusion: LoRA-M learns exactly so."""
     def single(name, noun):
-        return teach(tiny_backbone, ConceptBank(tiny_backbone.layout), name, "lora_m", {"lr": 0.05},
+        return teach(slim_backbone, ConceptBank(slim_backbone.layout), name, "lora_m", {"lr": 0.05},
                      noun=noun).concept
 
     return {"rex": single("rex", "dog"), "mimi": single("mimi", "cat")}
@@ -95,7 +95,7 @@ def test_the_first_record_has_no_more_rank_than_the_adapter(bank):
     assert all(delta.up.shape[1] <= 12 for delta in bank["mimi"].deltas.values())
 
 
-def test_recorded_moments_are_of_the_inputs(tiny_backbone):
+def test_recorded_moments_are_of_the_inputs(slim_backbone):
     """Every x that a processor sees at to_q and to_out, of both halves of guidance, and nothing else."""
     seen = {}
 
@@ -104,8 +104,8 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
             seen.setdefault((site.index, projection), []).append(x.flatten(0, -2))
             return y
 
-    context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog", "a cat"]), {})
-    recorder = record_moments(tiny_backbone, context, Watch(), (8, 8), 3, seed=0)
+    context = encode_prompts(slim_backbone, Vocabulary([]).parse_all(["", "a dog", "a cat"]), {})
+    recorder = record_moments(slim_backbone, context, Watch(), (8, 8), 3, seed=0)
     assert {key[1] for key in recorder.sums} == {"to_q", "to_out"}
     assert {key[1] for key in seen} == {"to_q", "to_k", "to_v", "to_out"}
     for key in recorder.sums:
@@ -120,34 +120,34 @@ def test_recorded_moments_are_of_the_inputs(tiny_backbone):
         assert left < values[40:].sum() + 1e-4      # what is cut off is the tail
 
 
-def test_the_recording_denoises_with_the_concept_s_own_weights(tiny_backbone):
-    context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
-    adapters = LowRankAdapters(tiny_backbone.layout, 2, 1.0, torch.Generator().manual_seed(0), "cpu")
-    plain = record_moments(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
-    base = record_moments(tiny_backbone, context, AttentionProcessor(), (8, 8), 2, seed=0)
+def test_the_recording_denoises_with_the_concept_s_own_weights(slim_backbone):
+    context = encode_prompts(slim_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
+    adapters = LowRankAdapters(slim_backbone.layout, 2, 1.0, torch.Generator().manual_seed(0), "cpu")
+    plain = record_moments(slim_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
+    base = record_moments(slim_backbone, context, AttentionProcessor(), (8, 8), 2, seed=0)
     assert torch.equal(plain.sums[0, "to_out"], base.sums[0, "to_out"])
     with torch.no_grad():
         for up in adapters.up.values():
             up.add_(0.5)
-    changed = record_moments(tiny_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
+    changed = record_moments(slim_backbone, context, AdapterProcessor(adapters), (8, 8), 2, seed=0)
     assert not torch.allclose(changed.sums[0, "to_out"], base.sums[0, "to_out"], rtol=1e-2)
-    assert not torch.equal(record_moments(tiny_backbone, context, AttentionProcessor(), (8, 8), 2,
+    assert not torch.equal(record_moments(slim_backbone, context, AttentionProcessor(), (8, 8), 2,
                                           seed=1).sums[0, "to_q"], base.sums[0, "to_q"])
 
 
-def test_the_recording_ends_at_a_clean_picture(tiny_backbone, monkeypatch):
+def test_the_recording_ends_at_a_clean_picture(slim_backbone, monkeypatch):
     """With a base that knows the noise exactly, DDIM's last latents are the clean ones whatever the
     guidance."""
-    clean, schedule, last = torch.zeros(1, 4, 8, 8) + 0.3, tiny_backbone.schedule, []
+    clean, schedule, last = torch.zeros(1, 4, 8, 8) + 0.3, slim_backbone.schedule, []
 
     def oracle(latents, t, context, processor=None):
         alpha = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
         last.append(latents)
         return (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
 
-    monkeypatch.setattr(tiny_backbone, "predict", oracle)
-    context = encode_prompts(tiny_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
-    record_moments(tiny_backbone, context, AttentionProcessor(), (8, 8), 50, seed=0)
+    monkeypatch.setattr(slim_backbone, "predict", oracle)
+    context = encode_prompts(slim_backbone, Vocabulary([]).parse_all(["", "a dog"]), {})
+    record_moments(slim_backbone, context, AttentionProcessor(), (8, 8), 50, seed=0)
     assert len(last) == 50
     alphas = schedule.alphas_cumprod[torch.linspace(999, 0, 51).long()]
     noise = [float((x[:1] - alpha.sqrt() * clean).std() / (1 - alpha).sqrt())
@@ -155,10 +155,10 @@ def test_the_recording_ends_at_a_clean_picture(tiny_backbone, monkeypatch):
     assert noise == pytest.approx([noise[0]] * 50, rel=1e-2)      # one and the same noise all the way down
 
 
-def test_finishing_twice_gives_the_same(tiny_backbone, bank):
+def test_finishing_twice_gives_the_same(slim_backbone, bank):
     """Pictures asked for in the middle of training leave no trace."""
     method = make("mix_of_show", QUICK | {"stored": "float32"})
-    method.begin(Task("new", "dog", tiny_backbone, bank))
+    method.begin(Task("new", "dog", slim_backbone, bank))
     with torch.no_grad():
         for up in method.adapters.up.values():
             up.add_(0.1)

@@ -25,8 +25,8 @@ LARGEST = torch.finfo(torch.float16).max      # 65504
 
 
 @pytest.fixture
-def empty(tiny_backbone):
-    return ConceptBank(tiny_backbone.layout)
+def empty(slim_backbone):
+    return ConceptBank(slim_backbone.layout)
 
 
 def tensors_of(concept) -> list[torch.Tensor]:
@@ -42,17 +42,17 @@ def numbers_in(state) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def spoil(monkeypatch, tiny_backbone):
+def spoil(monkeypatch, slim_backbone):
     """spoil(call, how): from that call on, what the UNet says goes through `how`."""
     def arrange(call: int, how) -> None:
-        predict, calls = tiny_backbone.predict, []
+        predict, calls = slim_backbone.predict, []
 
         def spoiled(*args, **kwargs):
             calls.append(1)
             output = predict(*args, **kwargs)
             return how(output) if len(calls) >= call else output
 
-        monkeypatch.setattr(tiny_backbone, "predict", spoiled)
+        monkeypatch.setattr(slim_backbone, "predict", spoiled)
 
     return arrange
 
@@ -76,24 +76,24 @@ WAYS = {"a loss of NaN": (lambda output: output * NAN, "the loss became nan"),
 
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_reported_at_the_step_and_nothing_is_poisoned(
-        tiny_backbone, empty, teach, tmp_path, monkeypatch, spoil, way):
+        slim_backbone, empty, teach, tmp_path, monkeypatch, spoil, way):
     file, (how, says) = tmp_path / "run.checkpoint", WAYS[way]
-    whole = teach(tiny_backbone, empty, steps=3, checkpoint_every=1)
+    whole = teach(slim_backbone, empty, steps=3, checkpoint_every=1)
     spoil(3, how)
     with pytest.raises(ConceptError, match=f"{says} at step 3 of concept 'rex'; lower .* the bank is "
                                            "unchanged") as caught:
-        teach(tiny_backbone, empty, steps=3, checkpoint_every=1, checkpoint_file=file)
+        teach(slim_backbone, empty, steps=3, checkpoint_every=1, checkpoint_file=file)
     assert "\n" not in str(caught.value) and len(empty) == 0
     state = checkpoint.load(file)
     assert len(state["losses"]) == 2 and all(torch.isfinite(tensor).all() for tensor in numbers_in(state))
     monkeypatch.undo()
-    again = teach(tiny_backbone, empty, steps=3, checkpoint_every=1, checkpoint_file=file)
+    again = teach(slim_backbone, empty, steps=3, checkpoint_every=1, checkpoint_file=file)
     assert again.losses == whole.losses
     assert all(map(torch.equal, tensors_of(again.concept), tensors_of(whole.concept)))
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_a_last_step_that_goes_too_far_is_told(tiny_backbone, empty, teach, monkeypatch, value):
+def test_a_last_step_that_goes_too_far_is_told(slim_backbone, empty, teach, monkeypatch, value):
     """No later loss would show it."""
     def too_far(optimizer, *_):
         for group in optimizer.param_groups:
@@ -103,14 +103,14 @@ def test_a_last_step_that_goes_too_far_is_told(tiny_backbone, empty, teach, monk
     monkeypatch.setattr(torch.optim.AdamW, "step", too_far)
     says = r"norm of the weights became (nan|inf) at step 1 of concept 'rex'; .*\(lr, token_lr\).* unchanged"
     with pytest.raises(ConceptError, match=says):
-        teach(tiny_backbone, empty, steps=1, settings={"shared": "off"})
+        teach(slim_backbone, empty, steps=1, settings={"shared": "off"})
     assert len(empty) == 0
 
 
 @pytest.mark.parametrize("method", ["cidm", "bound", "textual_inversion"])
-def test_words_that_grow_without_end_stay_what_they_are(tiny_backbone, empty, teach, tmp_path, method):
+def test_words_that_grow_without_end_stay_what_they_are(slim_backbone, empty, teach, tmp_path, method):
     """Beyond what float16 holds they are stored in float32."""
-    learned = teach(tiny_backbone, empty, method=method, settings={"token_lr": 1e6, "stored": "float16"},
+    learned = teach(slim_backbone, empty, method=method, settings={"token_lr": 1e6, "stored": "float16"},
                     steps=2)
     assert max(t.abs().max() for t in learned.concept.tokens.vectors.values()) > LARGEST
     save_bank(learned.bank, tmp_path / "b.safetensors")
@@ -120,15 +120,15 @@ def test_words_that_grow_without_end_stay_what_they_are(tiny_backbone, empty, te
 
 
 @pytest.fixture(scope="module")
-def run_of(tiny_backbone):
+def run_of(slim_backbone):
     """run_of(method): a run before its first step."""
     pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1,
                         digest="0")]
-    data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32, flip=False))
+    data = prepare(slim_backbone, pictures, "rex", "dog", Framing(32, flip=False))
 
     def begin(name: str) -> Trainer:
         settings = {"stored": "float16"}
-        task = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout))
+        task = Task("rex", "dog", slim_backbone, ConceptBank(slim_backbone.layout))
         return Trainer(task, make(name, settings), data, TrainingConfig(steps=2, resolution=32, flip=False))
 
     return begin
@@ -189,21 +189,21 @@ def test_what_is_no_number_does_not_become_one():
     assert wide_enough(torch.float16, []) == torch.float16 == wide_enough(torch.float16, [torch.zeros(0)])
 
 
-def test_half_precision_without_a_graphics_card(tiny_backbone, empty, teach):
+def test_half_precision_without_a_graphics_card(slim_backbone, empty, teach):
     """It learns the same as in float32, roughly; nothing of it overflows."""
-    half, full = (teach(tiny_backbone, empty, precision=name) for name in ("float16", "float32"))
+    half, full = (teach(slim_backbone, empty, precision=name) for name in ("float16", "float32"))
     assert half.losses == pytest.approx(full.losses, rel=0.05)
     assert all(torch.isfinite(tensor).all() for tensor in tensors_of(half.concept))
 
 
-def test_half_precision_that_overflows_is_told(tiny_backbone, empty, teach, spoil):
+def test_half_precision_that_overflows_is_told(slim_backbone, empty, teach, spoil):
     spoil(2, lambda output: (output * 1e6).half().float())
     with pytest.raises(ConceptError, match="the loss became (inf|nan) at step 2 of concept 'rex'; lower .* "
                                            "or use precision float32"):
-        teach(tiny_backbone, empty, precision="float16")
+        teach(slim_backbone, empty, precision="float16")
 
 
-def test_sampling_with_the_largest_numbers_of_float16_is_no_crash(tiny_backbone, empty, make_concept):
+def test_sampling_with_the_largest_numbers_of_float16_is_no_crash(slim_backbone, empty, make_concept):
     bank = empty.add(make_concept(empty.layout, "rex", size=1e4, dtype=torch.float16))
-    pictures = sample(tiny_backbone, bank, ["a photo of <rex>"], [0], SampleSettings(steps=2, size=(32, 32)))
+    pictures = sample(slim_backbone, bank, ["a photo of <rex>"], [0], SampleSettings(steps=2, size=(32, 32)))
     assert pictures.shape == (1, 3, 32, 32)

@@ -35,6 +35,9 @@ LEFT, RIGHT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)
 TWO = "a photo of <rex> and <mimi>"
 FAST = {"cns": {"selection_steps": 1, "calibration": 1}, "scns": {"selection_steps": 1},
         "l2dm": {"eta": 1, "generation_steps": 1}, "mix_of_show": {"passes": 1, "rows": 4}}
+# Every way of acting: slots, words, prompts, always on, sparse deltas.
+WAYS = ["slots", "bound", "lora", "finetune", "cns"]
+REPLAYING = ["lwf", "l2dm"]
 REFINABLE = sorted(name for name, entry in METHODS.items() if entry.method.refinable)
 
 
@@ -71,7 +74,7 @@ def test_two_concepts_are_learned_and_drawn(tiny_transformer, two_of, method, tm
                for name, p in tiny_transformer.denoiser.named_parameters())
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", [*WAYS, *REPLAYING])
 def test_a_stopped_task_resumes_bit_for_bit(tiny_transformer, teach, two_of, method, tmp_path):
     def stop(info):
         raise KeyboardInterrupt
@@ -86,9 +89,8 @@ def test_a_stopped_task_resumes_bit_for_bit(tiny_transformer, teach, two_of, met
 
 
 @pytest.mark.parametrize("noise", [NoiseSettings(), NoiseSettings(crop_denoising=0.5)])
-@pytest.mark.parametrize("method", ["slots", "bound", "lora", "finetune", "cns"])
+@pytest.mark.parametrize("method", WAYS)
 def test_each_box_draws_its_own_concept(tiny_transformer, two_of, monkeypatch, method, noise):
-    """Every way of acting: slots, words, prompts, always on, sparse deltas."""
     bank = two_of(method)[1].bank
     regions = [Region("a photo of <rex>", box=LEFT), Region("a photo of <mimi>", box=RIGHT)]
     settings = SampleSettings(steps=1, cfg=2.0, size=SIZE, noise=noise, isolation=1.0)

@@ -28,11 +28,11 @@ def empty(backbone):
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_backbone, teach):
+def bank(slim_backbone, teach):
     """Four concepts of eight columns each: all of the narrowest inputs, which are 32 wide."""
-    bank = empty(tiny_backbone)
+    bank = empty(slim_backbone)
     for name in ("rex", "mimi", "bear", "duck"):
-        bank = teach(tiny_backbone, bank, name, NAME, {"rank": 8}, steps=2).bank
+        bank = teach(slim_backbone, bank, name, NAME, {"rank": 8}, steps=2).bank
     return bank
 
 
@@ -71,7 +71,7 @@ def test_free_columns_are_drawn_first(free):
     assert len(set(drawn.tolist())) == 4 and int((~taken[drawn]).sum()) == min(free, 4)
 
 
-def test_concepts_of_a_sequence_are_orthogonal(bank, tiny_backbone):
+def test_concepts_of_a_sequence_are_orthogonal(bank, slim_backbone):
     concepts = list(bank)
     for key in concepts[0].deltas:
         downs = torch.cat([concept.deltas[key].down for concept in concepts])
@@ -87,48 +87,48 @@ def test_a_concept_does_nothing_to_inputs_in_another_s_space(bank):
         assert other.deltas[key].apply(inputs).abs().max() < 1e-5 * delta.apply(inputs).abs().max() + 1e-6
 
 
-def test_only_the_other_factor_trains(tiny_backbone, teach):
-    method = begun(tiny_backbone, empty(tiny_backbone), "rex", rank=8)
+def test_only_the_other_factor_trains(slim_backbone, teach):
+    method = begun(slim_backbone, empty(slim_backbone), "rex", rank=8)
     _, weights = method.parameter_groups()
-    assert len(weights["params"]) == 4 * len(tiny_backbone.layout)
+    assert len(weights["params"]) == 4 * len(slim_backbone.layout)
     assert all(p.requires_grad for p in weights["params"])
     assert not any(p.requires_grad for p in method.adapters.down.values())
-    learned = teach(tiny_backbone, empty(tiny_backbone), "rex", NAME, {"rank": 8}).concept
+    learned = teach(slim_backbone, empty(slim_backbone), "rex", NAME, {"rank": 8}).concept
     for key, delta in learned.deltas.items():
         assert torch.equal(delta.down, rows(method, key)) and delta.up.any()
 
 
-def test_the_columns_of_a_removed_concept_are_free_again(bank, tiny_backbone):
+def test_the_columns_of_a_removed_concept_are_free_again(bank, slim_backbone):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        method = begun(tiny_backbone, bank.remove("mimi").rename("bear", "other"), rank=8)
+        method = begun(slim_backbone, bank.remove("mimi").rename("bear", "other"), rank=8)
     overlap = rows(method) @ bank["mimi"].deltas[0, "to_k"].down.T
     assert torch.allclose(overlap.square().sum(), torch.tensor(8.0), atol=1e-4)      # the very same eight
 
 
-def test_running_out_of_columns_is_said_and_shares_with_old_ones(bank, tiny_backbone):
+def test_running_out_of_columns_is_said_and_shares_with_old_ones(bank, slim_backbone):
     with pytest.warns(UserWarning, match="finds 0 of 8 columns of width 32 free"):
-        method = begun(tiny_backbone, bank, rank=8)
+        method = begun(slim_backbone, bank, rank=8)
     assert torch.allclose(rows(method) @ rows(method).T, torch.eye(8), atol=1e-5)
     with pytest.warns(UserWarning, match="finds 8 of 12 columns"):
-        method = begun(tiny_backbone, bank.remove("duck"), rank=12)
+        method = begun(slim_backbone, bank.remove("duck"), rank=12)
     gone = bank["duck"].deltas[0, "to_k"].down
     assert torch.allclose((rows(method) @ gone.T).square().sum(), torch.tensor(8.0), atol=1e-4)
 
 
-def test_random_columns_depend_on_the_name_and_not_on_the_bank(bank, tiny_backbone):
+def test_random_columns_depend_on_the_name_and_not_on_the_bank(bank, slim_backbone):
     with warnings.catch_warnings():
         warnings.simplefilter("error")      # the paper's draw has no notion of running out
-        first = rows(begun(tiny_backbone, empty(tiny_backbone), "new", rank=8, columns="random"))
-        again = rows(begun(tiny_backbone, bank, "new", rank=8, columns="random"))
-        other = rows(begun(tiny_backbone, bank, "else", rank=8, columns="random"))
+        first = rows(begun(slim_backbone, empty(slim_backbone), "new", rank=8, columns="random"))
+        again = rows(begun(slim_backbone, bank, "new", rank=8, columns="random"))
+        other = rows(begun(slim_backbone, bank, "else", rank=8, columns="random"))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_concepts_learned_apart_draw_from_one_matrix(tiny_backbone):
+def test_concepts_learned_apart_draw_from_one_matrix(slim_backbone):
     basis = orthogonal_matrix(32)
     for name in ("rex", "mimi"):
-        hits = (rows(begun(tiny_backbone, empty(tiny_backbone), name, rank=8)) @ basis).abs() > 0.999
+        hits = (rows(begun(slim_backbone, empty(slim_backbone), name, rank=8)) @ basis).abs() > 0.999
         assert hits.sum() == 8
 
 
@@ -140,9 +140,9 @@ def test_the_merge_has_the_paper_s_weight(bank):
     assert [make(NAME).composition.share(g) for g in (1, 2, 9)] == [1.0, 0.6, 0.6]
 
 
-def test_a_rank_that_no_input_has_is_refused(tiny_backbone):
+def test_a_rank_that_no_input_has_is_refused(slim_backbone):
     with pytest.raises(ConceptError, match="'rank' is 33; allowed: 1 to 32"):
-        begun(tiny_backbone, empty(tiny_backbone), rank=33)
+        begun(slim_backbone, empty(slim_backbone), rank=33)
 
 
 @pytest.mark.parametrize("settings", [{"columns": "first"}, {"rank": 129}, {"token_lr": -1.0}])

@@ -28,9 +28,9 @@ QUICK = {"selection_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def banks(tiny_backbone, teach):
-    one = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "scns", QUICK, steps=4).bank
-    return one, teach(tiny_backbone, one, "mimi", "scns", QUICK | {"decay": 0.5}, steps=4, noun="cat").bank
+def banks(slim_backbone, teach):
+    one = teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "scns", QUICK, steps=4).bank
+    return one, teach(slim_backbone, one, "mimi", "scns", QUICK | {"decay": 0.5}, steps=4, noun="cat").bank
 
 
 def rows_of(concept):
@@ -94,30 +94,30 @@ def test_a_redundant_row_waits_and_a_risky_or_forbidden_one_stays_out():
     assert lazy_greedy(twins, [torch.zeros(3)], [1], 3, [torch.tensor([False, True, False])]) == [[1]]
 
 
-def test_signatures_are_what_each_step_would_lose(tiny_backbone, banks):
+def test_signatures_are_what_each_step_would_lose(slim_backbone, banks):
     """First order: sum of weight times gradient over a row, and its squared gradient; of own pictures."""
-    data, config = prepare(tiny_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear",
+    data, config = prepare(slim_backbone, [Picture(torch.zeros(3, 32, 32))], "bear", "bear",
                            Framing(32)), TrainingConfig(resolution=32)
-    run = Trainer(Task("bear", "bear", tiny_backbone, banks[0]), make("scns", QUICK), data, config)
+    run = Trainer(Task("bear", "bear", slim_backbone, banks[0]), make("scns", QUICK), data, config)
     batch = run.method.on_batch(data.draw(2, 1.0, torch.Generator().manual_seed(0)))
     drawn, context = draw(batch, 1000, config, torch.Generator().manual_seed(0)), run.context(batch)
-    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, context, drawn, run.method.processor()),
+    denoising_loss(slim_backbone, predict(slim_backbone, batch, context, drawn, run.method.processor()),
                    config).backward()
     run.method.end_step()
-    plain = GradientProcessor(key_value_weights(tiny_backbone.layout))
-    denoising_loss(tiny_backbone, predict(tiny_backbone, batch, run.context(batch), drawn, plain),
+    plain = GradientProcessor(key_value_weights(slim_backbone.layout))
+    denoising_loss(slim_backbone, predict(slim_backbone, batch, run.context(batch), drawn, plain),
                    config).backward()
     assert run.method.signatures.keys() == plain.sums.keys() and not run.method.gradients.sums
     for key, gradient in plain.sums.items():
         (signature,), size = run.method.signatures[key], gradient.abs().max()
-        assert torch.allclose(signature, (weight_of(tiny_backbone, key) * gradient).sum(1),
+        assert torch.allclose(signature, (weight_of(slim_backbone, key) * gradient).sum(1),
                               atol=1e-5 * float(size))
         assert torch.allclose(run.method.squares[key], gradient.square().sum(1), rtol=1e-3)
 
 
-def test_a_concept_spends_the_budget_on_whole_rows_of_any_weights(banks, tiny_backbone):
-    sizes = {key: tiny_backbone.layout.sites[key[0]].shape(key[1])
-             for key in key_value_weights(tiny_backbone.layout)}
+def test_a_concept_spends_the_budget_on_whole_rows_of_any_weights(banks, slim_backbone):
+    sizes = {key: slim_backbone.layout.sites[key[0]].shape(key[1])
+             for key in key_value_weights(slim_backbone.layout)}
     budget = sum(max(1, int(0.184 * a)) * b for a, b in sizes.values())
     # signatures of two steps are soon covered; then there is the risk
     for concept, least in zip(banks[1], (0.7, 0.2), strict=True):
@@ -125,7 +125,7 @@ def test_a_concept_spends_the_budget_on_whole_rows_of_any_weights(banks, tiny_ba
         spent = sum(d.indices.numel() for d in concept.deltas.values())
         assert spent == len(rows_of(concept)) * 32 and least * budget < spent <= budget
     counts = {key: d.indices.numel() / (d.size[0] * d.size[1]) for key, d in banks[1]["rex"].deltas.items()}
-    assert len({round(share, 3) for share in counts.values()}) > 3      # not the same share everywhere
+    assert len({round(share, 3) for share in counts.values()}) > 2      # not the same share everywhere
     assert rows_of(banks[1]["rex"]) != rows_of(banks[1]["mimi"])
 
 
@@ -134,20 +134,20 @@ def test_the_default_share_is_the_papers_of_stable_diffusion():
     assert make("scns").config.share * weights / 859.5e6 == pytest.approx(0.0041, abs=0.00005)
 
 
-def test_risk_keeps_off_what_old_concepts_need(tiny_backbone, banks, teach):
+def test_risk_keeps_off_what_old_concepts_need(slim_backbone, banks, teach):
     fisher = {key: banks[0].shared["scns"][f"fisher.{key[0]}-{key[1]}"]
-              for key in key_value_weights(tiny_backbone.layout)}
+              for key in key_value_weights(slim_backbone.layout)}
     touched = []
     for risk in (0.0, 3.0):
-        concept = teach(tiny_backbone, banks[0], "mimi", "scns", QUICK | {"risk": risk}, steps=4,
+        concept = teach(slim_backbone, banks[0], "mimi", "scns", QUICK | {"risk": risk}, steps=4,
                         noun="cat").concept
         rows = rows_of(concept)
         touched.append(sum(float(fisher[key][row]) for key, row in rows) / max(1, len(rows)))
     assert touched[1] < 0.7 * touched[0]
 
 
-def test_a_risk_beyond_every_gain_leaves_the_words(tiny_backbone, banks, teach):
-    concept = teach(tiny_backbone, banks[0], "mimi", "scns", QUICK | {"risk": 1e9}, steps=4,
+def test_a_risk_beyond_every_gain_leaves_the_words(slim_backbone, banks, teach):
+    concept = teach(slim_backbone, banks[0], "mimi", "scns", QUICK | {"risk": 1e9}, steps=4,
                     noun="cat").concept
     assert not concept.deltas and concept.tokens.vectors["clip_l"].any()
 
@@ -160,35 +160,35 @@ def test_fisher_runs_with_mean_one_and_fades(banks):
     assert all(bool((second[name] >= 0.5 * f - 1e-6).all()) for name, f in first.items())
 
 
-def test_other_weights_stay_bit_identical(banks, tiny_backbone):
-    layout, rows = tiny_backbone.layout, rows_of(banks[1]["rex"]) | rows_of(banks[1]["mimi"])
-    before = {key: tiny_backbone.weight(layout.sites[key[0]], key[1]).clone()
+def test_other_weights_stay_bit_identical(banks, slim_backbone):
+    layout, rows = slim_backbone.layout, rows_of(banks[1]["rex"]) | rows_of(banks[1]["mimi"])
+    before = {key: slim_backbone.weight(layout.sites[key[0]], key[1]).clone()
               for key in key_value_weights(layout)}
-    with tiny_backbone.folded(always_on_deltas(banks[1])):
+    with slim_backbone.folded(always_on_deltas(banks[1])):
         for key, weight in before.items():
-            moved = (tiny_backbone.weight(layout.sites[key[0]], key[1])
+            moved = (slim_backbone.weight(layout.sites[key[0]], key[1])
                      != weight).any(1).nonzero().flatten().tolist()
             assert moved and all((key, row) in rows for row in moved)
 
 
-def test_general_neurons_and_a_given_selection_are_respected(tiny_backbone, teach, monkeypatch):
-    empty = ConceptBank(tiny_backbone.layout)
-    general = {key: torch.arange(0, 32, 2) for key in key_value_weights(tiny_backbone.layout)}
-    chosen = NeuronSelection.of_rows(general, tiny_backbone.layout)
+def test_general_neurons_and_a_given_selection_are_respected(slim_backbone, teach, monkeypatch):
+    empty = ConceptBank(slim_backbone.layout)
+    general = {key: torch.arange(0, 32, 2) for key in key_value_weights(slim_backbone.layout)}
+    chosen = NeuronSelection.of_rows(general, slim_backbone.layout)
     monkeypatch.setattr("continual_concepts.core.methods.cns.general_neurons", lambda *_: chosen)
-    concept = teach(tiny_backbone, empty, "rex", "scns", QUICK | {"calibration": 2}, steps=3).concept
+    concept = teach(slim_backbone, empty, "rex", "scns", QUICK | {"calibration": 2}, steps=3).concept
     assert concept.deltas and all(row % 2 or row >= 32 for _, row in rows_of(concept))
     method = make("scns")
     method.use_selection(chosen)
-    method.begin(Task("rex", "dog", tiny_backbone, empty))
+    method.begin(Task("rex", "dog", slim_backbone, empty))
     assert method.is_chosen and method.adapters.pool.numel() == len(chosen)
     assert set(method.adapters.sizes) == set(chosen.sizes)
 
 
-def test_the_pool_is_divided_as_chosen_and_stays_so_in_a_checkpoint(tiny_backbone):
-    keys = key_value_weights(tiny_backbone.layout)
+def test_the_pool_is_divided_as_chosen_and_stays_so_in_a_checkpoint(slim_backbone):
+    keys = key_value_weights(slim_backbone.layout)
     counts = dict.fromkeys(keys, 0) | {keys[0]: 10}      # the budget is their sum
-    one, other = (SparseAdapters(tiny_backbone.layout, counts, "cpu") for _ in range(2))
+    one, other = (SparseAdapters(slim_backbone.layout, counts, "cpu") for _ in range(2))
     sizes = {key: one.all_sizes[key] for key in keys[:3]}
     places = torch.arange(4), torch.tensor([], dtype=torch.long), torch.tensor([7, 9])
     one.place(NeuronSelection(dict(zip(keys[:3], places, strict=True)), sizes))
@@ -201,16 +201,16 @@ def test_the_pool_is_divided_as_chosen_and_stays_so_in_a_checkpoint(tiny_backbon
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_resuming_is_exact_before_at_and_after_the_choice(tiny_backbone, teach, banks, tmp_path, stop_after):
+def test_resuming_is_exact_before_at_and_after_the_choice(slim_backbone, teach, banks, tmp_path, stop_after):
     def stop(info):
         if info.step == stop_after:
             raise KeyboardInterrupt
 
     settings = QUICK | {"decay": 0.5}
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, banks[0], "mimi", "scns", settings, steps=4, noun="cat", callback=stop,
+        teach(slim_backbone, banks[0], "mimi", "scns", settings, steps=4, noun="cat", callback=stop,
               checkpoint_file=tmp_path / "c")
-    again = teach(tiny_backbone, banks[0], "mimi", "scns", settings, steps=4, noun="cat",
+    again = teach(slim_backbone, banks[0], "mimi", "scns", settings, steps=4, noun="cat",
                   checkpoint_file=tmp_path / "c").bank
     assert again["mimi"].deltas.keys() == banks[1]["mimi"].deltas.keys()
     for key, delta in banks[1]["mimi"].deltas.items():
@@ -220,9 +220,9 @@ def test_resuming_is_exact_before_at_and_after_the_choice(tiny_backbone, teach, 
                for name, tensor in banks[1].shared["scns"].items())
 
 
-def test_a_step_that_is_broken_off_leaves_nothing_behind(tiny_backbone, banks):
+def test_a_step_that_is_broken_off_leaves_nothing_behind(slim_backbone, banks):
     method = make("scns", QUICK)
-    method.begin(Task("bear", "bear", tiny_backbone, banks[0]))
+    method.begin(Task("bear", "bear", slim_backbone, banks[0]))
     method.on_batch(Batch(torch.zeros(1, 4, 8, 8), ("a",), torch.ones(1, 1, 8, 8), torch.tensor([False]),
                           torch.ones(1)))
     method.gradients.note((0, "to_k"), torch.ones(1, 2, 32), torch.ones(1, 2, 32))

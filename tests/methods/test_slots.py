@@ -24,47 +24,47 @@ FAST = {"lr": 1e-2}
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_backbone, teach):
-    bank = ConceptBank(tiny_backbone.layout)
+def bank(slim_backbone, teach):
+    bank = ConceptBank(slim_backbone.layout)
     for name, noun, kind in (("rex", "dog", "object"), ("mimi", "cat", "object"),
                              ("chalk", "drawing", "style")):
-        bank = teach(tiny_backbone, bank, name, "slots", FAST, noun=noun, kind=kind, steps=4).bank
+        bank = teach(slim_backbone, bank, name, "slots", FAST, noun=noun, kind=kind, steps=4).bank
     return bank
 
 
-def test_an_object_is_slots_at_every_site(tiny_backbone, bank):
+def test_an_object_is_slots_at_every_site(slim_backbone, bank):
     deltas = bank["rex"].deltas
-    assert set(deltas) == {(site.index, SLOTS) for site in tiny_backbone.layout.sites}
+    assert set(deltas) == {(site.index, SLOTS) for site in slim_backbone.layout.sites}
     assert all(isinstance(delta, SlotDelta) and delta.shape[0] == 8 and delta.value.any()
                for delta in deltas.values())
     assert bank.infos["rex"].composes.kind is Kind.WORDS
 
 
-def test_the_words_of_an_object_are_its_class_noun(tiny_backbone, bank):
-    for encoder in tiny_backbone.text:
+def test_the_words_of_an_object_are_its_class_noun(slim_backbone, bank):
+    for encoder in slim_backbone.text:
         noun = encoder.vectors(encoder.ids("dog"))[-1].half()
         words = bank["rex"].tokens.vectors[encoder.name]
         assert words.shape[:2] == (1, 4) and torch.equal(words[0, -1].half(), noun)
 
 
-def test_words_without_a_class_noun_are_learned(tiny_backbone):
+def test_words_without_a_class_noun_are_learned(slim_backbone):
     method = make("slots")
-    method.begin(Task("rex", "", tiny_backbone, ConceptBank(tiny_backbone.layout), words=("rex-1",)))
+    method.begin(Task("rex", "", slim_backbone, ConceptBank(slim_backbone.layout), words=("rex-1",)))
     assert all(parameter.requires_grad for parameter in method.words.parameters())
     assert len(method.parameter_groups()) == 2
 
 
-def test_learned_words_change(tiny_backbone, teach):
-    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "slots",
+def test_learned_words_change(slim_backbone, teach):
+    bank = teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "slots",
                  {**FAST, "learn_words": True}, steps=2).bank
-    for encoder in tiny_backbone.text:
+    for encoder in slim_backbone.text:
         words = bank["rex"].tokens.vectors[encoder.name]
-        assert words.shape[0] == tiny_backbone.layout.copies
+        assert words.shape[0] == slim_backbone.layout.copies
         assert not torch.equal(words[0, -1], encoder.vectors(encoder.ids("dog"))[-1])
 
 
-def test_a_style_is_the_control(tiny_backbone, teach, bank):
-    control = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "chalk", "lora", noun="drawing",
+def test_a_style_is_the_control(slim_backbone, teach, bank):
+    control = teach(slim_backbone, ConceptBank(slim_backbone.layout), "chalk", "lora", noun="drawing",
                     kind="style", steps=4).bank["chalk"]
     style = bank["chalk"]
     assert style.info.composes == control.info.composes and style.info.composes.kind is Kind.PROMPT
@@ -75,40 +75,40 @@ def test_a_style_is_the_control(tiny_backbone, teach, bank):
     assert all(torch.equal(v, control.tokens.vectors[k]) for k, v in style.tokens.vectors.items())
 
 
-def test_a_saved_bank_draws_the_same_picture(tiny_backbone, bank, tmp_path):
+def test_a_saved_bank_draws_the_same_picture(slim_backbone, bank, tmp_path):
     save_bank(bank, tmp_path / "bank.safetensors")
     prompts = ["a <rex> and a <mimi>, <chalk>"]
-    again = sample(tiny_backbone, open_bank(tmp_path / "bank.safetensors"), prompts, [1], QUICK)
-    assert torch.equal(sample(tiny_backbone, bank, prompts, [1], QUICK), again)
+    again = sample(slim_backbone, open_bank(tmp_path / "bank.safetensors"), prompts, [1], QUICK)
+    assert torch.equal(sample(slim_backbone, bank, prompts, [1], QUICK), again)
 
 
-def test_a_concept_in_half_precision_draws_on_a_base_in_single_precision(tiny_backbone, bank, teach):
-    halves = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "slots",
+def test_a_concept_in_half_precision_draws_on_a_base_in_single_precision(slim_backbone, bank, teach):
+    halves = teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "slots",
                    {**FAST, "stored": "float16"}, steps=4).bank
     assert halves["rex"].deltas[0, SLOTS].key.dtype == torch.float16
-    pictures = [sample(tiny_backbone, one, ["a photo of <rex>"], [0], QUICK) for one in (bank, halves)]
+    pictures = [sample(slim_backbone, one, ["a photo of <rex>"], [0], QUICK) for one in (bank, halves)]
     assert torch.allclose(*pictures, atol=0.05)
 
 
-def test_a_picture_does_not_depend_on_the_order_of_learning(tiny_backbone, bank):
+def test_a_picture_does_not_depend_on_the_order_of_learning(slim_backbone, bank):
     other = ConceptBank(bank.layout).add(bank["mimi"]).add(bank["rex"])
-    one, two = (sample(tiny_backbone, b, ["a <rex> and a <mimi>"], [1], QUICK) for b in (bank, other))
+    one, two = (sample(slim_backbone, b, ["a <rex> and a <mimi>"], [1], QUICK) for b in (bank, other))
     assert torch.equal(one, two)
-    assert not torch.equal(one, sample(tiny_backbone, bank, ["a dog and a cat"], [1], QUICK))
+    assert not torch.equal(one, sample(slim_backbone, bank, ["a dog and a cat"], [1], QUICK))
 
 
-def test_strength_zero_is_the_base_with_the_noun(tiny_backbone, bank):
+def test_strength_zero_is_the_base_with_the_noun(slim_backbone, bank):
     settings = {strength: replace(QUICK, strength=strength) for strength in (1.0, 0.0)}
-    full, none = (sample(tiny_backbone, bank, ["a <rex>"], [1], settings[s]) for s in (1.0, 0.0))
+    full, none = (sample(slim_backbone, bank, ["a <rex>"], [1], settings[s]) for s in (1.0, 0.0))
     rex = bank["rex"]
     empty = ConceptBank(bank.layout).add(replace(rex, deltas={key: delta.scaled(0.0)
                                                               for key, delta in rex.deltas.items()}))
     assert not torch.equal(full, none)
-    assert torch.allclose(none, sample(tiny_backbone, empty, ["a <rex>"], [1], QUICK), atol=1e-6)
+    assert torch.allclose(none, sample(slim_backbone, empty, ["a <rex>"], [1], QUICK), atol=1e-6)
 
 
 @pytest.mark.parametrize("composition", [Composition(Kind.PROMPT), Composition(Kind.SUM), None])
-def test_slots_need_words(tiny_backbone, bank, composition):
+def test_slots_need_words(slim_backbone, bank, composition):
     """Slots that would be summed into weights are a damaged record."""
     rex = bank["rex"]
     with pytest.raises(ConceptError, match="has slots, which act through its words, and its composition is"):

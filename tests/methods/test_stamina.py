@@ -15,8 +15,8 @@ SETTINGS = {"rank": 2, "mask_rank": 2, "hidden": 8}
 
 
 @pytest.fixture(scope="module")
-def bank(tiny_backbone, teach):
-    return teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "stamina",
+def bank(slim_backbone, teach):
+    return teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "stamina",
                  SETTINGS | {"mask_lr": 0.3}, steps=5).bank
 
 
@@ -52,8 +52,8 @@ def test_the_gradient_goes_straight_through():
     assert torch.allclose(logits.grad, other.grad) and logits.grad.all()
 
 
-def test_the_record_is_the_product_where_logits_are_above_zero(tiny_backbone, bank):
-    method = begun(tiny_backbone, bank, scale=0.5)
+def test_the_record_is_the_product_where_logits_are_above_zero(slim_backbone, bank):
+    method = begun(slim_backbone, bank, scale=0.5)
     randomise(method)
     found, kept, entries = method.finish(), 0, 0
     for key, delta in found.deltas.items():
@@ -68,12 +68,12 @@ def test_the_record_is_the_product_where_logits_are_above_zero(tiny_backbone, ba
     assert method.monitors() == pytest.approx({"norm": float(norm), "kept": kept / entries}, rel=1e-4)
 
 
-def test_training_adds_the_masked_product(tiny_backbone, bank):
+def test_training_adds_the_masked_product(slim_backbone, bank):
     """Of this batch's noise: the same when asked again, another for the next batch, step and projection."""
-    method, key = begun(tiny_backbone, bank), (2, "to_k")
+    method, key = begun(slim_backbone, bank), (2, "to_k")
     randomise(method)
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
-    y = method.processor().project(tiny_backbone.layout.sites[2], "to_k", x, torch.zeros(1, 3, 64))
+    y = method.processor().project(slim_backbone.layout.sites[2], "to_k", x, torch.zeros(1, 3, 32))
     first = method.product(key)
     assert torch.allclose(y, x @ first.T, atol=1e-5) and torch.equal(method.product(key), first)
     method.next_batch(None)
@@ -85,8 +85,8 @@ def test_training_adds_the_masked_product(tiny_backbone, bank):
     assert not torch.equal(*zero)
 
 
-def test_the_penalties_are_their_formulas(tiny_backbone, bank):
-    method = begun(tiny_backbone, bank, forget=10.0, sparsity=3.0)
+def test_the_penalties_are_their_formulas(slim_backbone, bank):
+    method = begun(slim_backbone, bank, forget=10.0, sparsity=3.0)
     randomise(method)
     past, terms = method.past, method.penalty(None)
     assert past.keys() == bank["rex"].deltas.keys()
@@ -96,19 +96,19 @@ def test_the_penalties_are_their_formulas(tiny_backbone, bank):
     assert terms["sparsity"].item() == pytest.approx(3 * float(chance.detach().mean()), rel=1e-4)
 
 
-def test_the_sparsity_penalty_drops_entries(tiny_backbone, teach):
+def test_the_sparsity_penalty_drops_entries(slim_backbone, teach):
     shares = []
     for sparsity in (0.0, 10.0):
         infos, settings = [], SETTINGS | {"sparsity": sparsity, "mask_lr": 0.5}
-        teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "stamina", settings, steps=8,
+        teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "stamina", settings, steps=8,
               callback=infos.append)
         assert infos[0].terms.keys() == ({"sparsity"} if sparsity else set())
         shares.append(infos[-1].monitors["kept"])
     assert shares[1] < 0.5 < shares[0]
 
 
-def test_words_start_random_and_come_from_the_mlp(tiny_backbone, bank):
-    method = begun(tiny_backbone, bank)
+def test_words_start_random_and_come_from_the_mlp(slim_backbone, bank):
+    method = begun(slim_backbone, bank)
     words = method.words
     start = words.group().vectors["clip_l"]
     assert torch.equal(start, words.starts.clip_l) and start.shape[1] == 1 and start.any()
@@ -121,17 +121,17 @@ def test_words_start_random_and_come_from_the_mlp(tiny_backbone, bank):
     assert torch.allclose(moved, torch.full_like(moved, 0.01), rtol=1e-3)
 
 
-def test_a_task_of_several_batches_per_step_resumes(tiny_backbone, bank, teach, tmp_path):
+def test_a_task_of_several_batches_per_step_resumes(slim_backbone, bank, teach, tmp_path):
     def stop(info):
         if info.step == 2:
             raise KeyboardInterrupt
 
     more = {"steps": 4, "accumulation": 2, "noun": "cat"}
-    whole = teach(tiny_backbone, bank, "mimi", "stamina", SETTINGS, **more)
+    whole = teach(slim_backbone, bank, "mimi", "stamina", SETTINGS, **more)
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, bank, "mimi", "stamina", SETTINGS, callback=stop, checkpoint_file=tmp_path / "c",
+        teach(slim_backbone, bank, "mimi", "stamina", SETTINGS, callback=stop, checkpoint_file=tmp_path / "c",
               **more)
-    again = teach(tiny_backbone, bank, "mimi", "stamina", SETTINGS, checkpoint_file=tmp_path / "c", **more)
+    again = teach(slim_backbone, bank, "mimi", "stamina", SETTINGS, checkpoint_file=tmp_path / "c", **more)
     assert again.losses == whole.losses
     for key, delta in whole.concept.deltas.items():
         assert torch.equal(delta.indices, again.concept.deltas[key].indices)

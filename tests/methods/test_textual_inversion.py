@@ -24,51 +24,51 @@ def noun_vectors(backbone, noun="dog"):
     return backbone.text[0].vectors(backbone.text[0].ids(noun))
 
 
-def test_the_word_starts_as_the_class_noun(tiny_backbone):
-    vectors = begun(tiny_backbone, words=("rex",)).token_group().vectors["clip_l"]
-    assert vectors.shape == (1, 1, 32) and torch.equal(vectors[0, 0], noun_vectors(tiny_backbone)[-1])
+def test_the_word_starts_as_the_class_noun(slim_backbone):
+    vectors = begun(slim_backbone, words=("rex",)).token_group().vectors["clip_l"]
+    assert vectors.shape == (1, 1, 32) and torch.equal(vectors[0, 0], noun_vectors(slim_backbone)[-1])
 
 
-def test_several_words_start_as_the_noun_s_last_ones(tiny_backbone):
-    known = noun_vectors(tiny_backbone, "duck toy")
+def test_several_words_start_as_the_noun_s_last_ones(slim_backbone):
+    known = noun_vectors(slim_backbone, "duck toy")
     assert len(known) > 1
-    two = begun(tiny_backbone, noun="duck toy").token_group().vectors["clip_l"]
+    two = begun(slim_backbone, noun="duck toy").token_group().vectors["clip_l"]
     assert torch.equal(two[0], known[-2:])
-    many = begun(tiny_backbone, noun="dog", words=("a1", "a2", "a3")).token_group().vectors["clip_l"]
-    assert torch.equal(many[0], noun_vectors(tiny_backbone)[-1:].expand(3, -1))
+    many = begun(slim_backbone, noun="dog", words=("a1", "a2", "a3")).token_group().vectors["clip_l"]
+    assert torch.equal(many[0], noun_vectors(slim_backbone)[-1:].expand(3, -1))
 
 
-def test_a_random_start_is_not_the_noun(tiny_backbone):
-    vectors = begun(tiny_backbone, {"start": "random"}).token_group().vectors["clip_l"]
-    assert not torch.allclose(vectors[0, 0], noun_vectors(tiny_backbone)[-1], atol=1e-3)
-    assert torch.equal(vectors[0, 1], noun_vectors(tiny_backbone)[-1])
+def test_a_random_start_is_not_the_noun(slim_backbone):
+    vectors = begun(slim_backbone, {"start": "random"}).token_group().vectors["clip_l"]
+    assert not torch.allclose(vectors[0, 0], noun_vectors(slim_backbone)[-1], atol=1e-3)
+    assert torch.equal(vectors[0, 1], noun_vectors(slim_backbone)[-1])
 
 
-def test_layers_have_their_own_words_only_when_asked(tiny_backbone, teach):
+def test_layers_have_their_own_words_only_when_asked(slim_backbone, teach):
     def learned(settings):
-        found = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "textual_inversion", settings)
+        found = teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "textual_inversion", settings)
         return found.concept.tokens.vectors["clip_l"]
 
     assert learned({}).shape[0] == 1
     own = learned({"layerwise": True})
-    assert own.shape[0] == tiny_backbone.layout.copies and not torch.equal(own[0], own[1])
+    assert own.shape[0] == slim_backbone.layout.copies and not torch.equal(own[0], own[1])
 
 
-def test_nothing_but_the_words_trains(tiny_backbone, teach):
-    groups = begun(tiny_backbone, words=("rex",)).parameter_groups()
+def test_nothing_but_the_words_trains(slim_backbone, teach):
+    groups = begun(slim_backbone, words=("rex",)).parameter_groups()
     assert [sum(p.numel() for p in group["params"]) for group in groups] == [32]
-    one, other = (teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "textual_inversion",
+    one, other = (teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "textual_inversion",
                         {"lr": lr}) for lr in (0.0, 1.0))
     assert one.concept.deltas == {} and one.bank.shared == {}
     assert torch.equal(one.concept.tokens.vectors["clip_l"], other.concept.tokens.vectors["clip_l"])
-    assert not torch.equal(one.concept.tokens.vectors["clip_l"][0, 0], noun_vectors(tiny_backbone)[-1])
+    assert not torch.equal(one.concept.tokens.vectors["clip_l"][0, 0], noun_vectors(slim_backbone)[-1])
 
 
-def test_later_concepts_change_no_picture_of_earlier_ones(tiny_backbone, teach):
-    first = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", "textual_inversion").bank
-    second = teach(tiny_backbone, first, "mimi", "textual_inversion", noun="cat").bank
+def test_later_concepts_change_no_picture_of_earlier_ones(slim_backbone, teach):
+    first = teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", "textual_inversion").bank
+    second = teach(slim_backbone, first, "mimi", "textual_inversion", noun="cat").bank
     for prompt in ("a <rex>", "a dog"):
-        before, after = (sample(tiny_backbone, bank, [prompt], [1], QUICK) for bank in (first, second))
+        before, after = (sample(slim_backbone, bank, [prompt], [1], QUICK) for bank in (first, second))
         assert torch.equal(before, after)
 
 

@@ -34,13 +34,13 @@ def test_it_has_stalled_when_the_last_evaluations_brought_nothing(scores, patien
 
 
 @pytest.fixture
-def run(tiny_backbone):
+def run(slim_backbone):
     photos = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1)
               for i in range(2)]
-    data = prepare(tiny_backbone, photos, "rex", "dog", Framing(32, "crop", True))
+    data = prepare(slim_backbone, photos, "rex", "dog", Framing(32, "crop", True))
 
     def go(config=CONFIG, evaluator=None, callback=None, file=None):
-        task = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout),
+        task = Task("rex", "dog", slim_backbone, ConceptBank(slim_backbone.layout),
                     generator=torch.Generator().manual_seed(0))
         return learn(task, make("bound", RATES), data, config, callback, file, evaluator=evaluator)
 

@@ -4,6 +4,7 @@ takes a further measure."""
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -68,11 +69,11 @@ def test_the_line():
 
 
 @pytest.fixture(scope="module")
-def training_set(tiny_backbone):
+def training_set(slim_backbone):
     g = torch.Generator().manual_seed(3)
     pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, caption)
                 for caption in ("a <spot>", "", "<spot> in a park", "")]
-    return prepare(tiny_backbone, pictures, "spot", "dog", Framing(32, flip=False))
+    return prepare(slim_backbone, pictures, "spot", "dog", Framing(32, flip=False))
 
 
 CONFIG = TrainingConfig(steps=2, batch_size=2, resolution=32)
@@ -83,8 +84,7 @@ def run_of(backbone, data, method="slots", config=CONFIG):
     return Trainer(task, make(method), data, config)
 
 
-@pytest.mark.parametrize("method", ["slots", "bound", "lora"])
-@pytest.mark.parametrize("rows", [2, 1])
+@pytest.mark.parametrize(("method", "rows"), [("slots", 2), ("bound", 1), ("lora", 2)])
 def test_what_is_counted_without_numbers_is_what_is_kept_with_them(tiny_backbone, training_set, method, rows):
     trainer, found = run_of(tiny_backbone, training_set, method), []
     with trainer.session():
@@ -130,39 +130,39 @@ def planning_all(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["slots", "bound", "lora", "cns", "tara", "lwf", "l2dm", "ccdm"])
-def test_planning_changes_nothing(tiny_backbone, training_set, planning_all, method):
+def test_planning_changes_nothing(slim_backbone, training_set, planning_all, method):
     lines = []
-    planned_run = learned(tiny_backbone, training_set, method, lines.append)
-    assert same(planned_run, learned(tiny_backbone, training_set, method))
+    planned_run = learned(slim_backbone, training_set, method, lines.append)
+    assert same(planned_run, learned(slim_backbone, training_set, method))
     assert len(lines) == 1 and "no measures" in lines[0], lines
 
 
-def test_scarce_memory_is_planned_for_and_changes_no_number(tiny_backbone, training_set, planning_all,
+def test_scarce_memory_is_planned_for_and_changes_no_number(slim_backbone, training_set, planning_all,
                                                             monkeypatch):
-    plain, lines = learned(tiny_backbone, training_set), []
-    trainer = run_of(tiny_backbone, training_set)
+    plain, lines = learned(slim_backbone, training_set), []
+    trainer = run_of(slim_backbone, training_set)
     with trainer.session():
         whole = planning.activation_bytes(trainer)(Measures()) + planning.concept_bytes(trainer)
-    monkeypatch.setattr(type(tiny_backbone), "free_memory", lambda self, with_text: whole)
-    assert same(learned(tiny_backbone, training_set, say=lines.append), plain)
+    monkeypatch.setattr(type(slim_backbone), "free_memory", lambda self, with_text: whole)
+    assert same(learned(slim_backbone, training_set, say=lines.append), plain)
     assert "measures: gradient checkpointing (without them" in lines[0]
 
 
-def test_a_plan_that_fails_does_not_end_the_run(tiny_backbone, training_set, planning_all, monkeypatch):
-    plain, lines = learned(tiny_backbone, training_set), []
+def test_a_plan_that_fails_does_not_end_the_run(slim_backbone, training_set, planning_all, monkeypatch):
+    plain, lines = learned(slim_backbone, training_set), []
     monkeypatch.setattr(planning, "activations_of", lambda *_: [][0])
-    assert same(learned(tiny_backbone, training_set, say=lines.append), plain)
+    assert same(learned(slim_backbone, training_set, say=lines.append), plain)
     assert lines == ["memory: not known for this model (IndexError: 'list index out of range')"]
 
 
-def test_small_models_have_no_plan(tiny_backbone, training_set):
+def test_small_models_have_no_plan(slim_backbone, training_set):
     lines = []
-    learned(tiny_backbone, training_set, say=lines.append)
+    learned(slim_backbone, training_set, say=lines.append)
     assert lines == []
 
 
-def test_memory_that_runs_out_steps_down(tiny_backbone, training_set, monkeypatch):
-    plain, lines, predict, seen = learned(tiny_backbone, training_set), [], tiny_backbone.predict, []
+def test_memory_that_runs_out_steps_down(slim_backbone, training_set, monkeypatch):
+    plain, lines, predict, seen = learned(slim_backbone, training_set), [], slim_backbone.predict, []
 
     def once(latents, *args):
         seen.append(len(latents))
@@ -170,51 +170,59 @@ def test_memory_that_runs_out_steps_down(tiny_backbone, training_set, monkeypatc
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return predict(latents, *args)
 
-    monkeypatch.setattr(tiny_backbone, "predict", once)
-    assert same(learned(tiny_backbone, training_set, say=lines.append), plain)
+    monkeypatch.setattr(slim_backbone, "predict", once)
+    assert same(learned(slim_backbone, training_set, say=lines.append), plain)
     assert seen == [2, 2, 2] and lines == [
         "memory ran out at step 2; learning continues with gradient checkpointing"]
     seen.clear()
     with pytest.warns(UserWarning, match="memory ran out at step 2; learning continues with gradient"):
-        learned(tiny_backbone, training_set)
+        learned(slim_backbone, training_set)
 
 
-def test_without_a_further_measure_the_sentence_names_those_that_were_taken(tiny_backbone, training_set,
+def test_without_a_further_measure_the_sentence_names_those_that_were_taken(slim_backbone, training_set,
                                                                             monkeypatch):
     def never(latents, *args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tiny_backbone, "predict", never)
+    monkeypatch.setattr(slim_backbone, "predict", never)
     with pytest.raises(ConceptError, match="memory ran out at step 1 of concept 'spot' with 1 pictures of 32 "
                                            "pixels at once and gradient checkpointing, micro-batches of 1; "
                                            "lower resolution or batch_size; the bank is unchanged"):
-        learned(tiny_backbone, training_set, say=lambda line: None)
+        learned(slim_backbone, training_set, say=lambda line: None)
 
 
-def test_blocks_run_as_usual_after_measuring(tiny_backbone, training_set):
+def test_blocks_run_as_usual_after_measuring(slim_backbone, training_set):
     calls = []
     with blocks_run_by(lambda forward, *args: calls.append(1) or forward(*args)):
-        learned(tiny_backbone, training_set, gradient_checkpointing=True)
+        learned(slim_backbone, training_set, gradient_checkpointing=True)
     count = len(calls)
-    learned(tiny_backbone, training_set, gradient_checkpointing=True)
+    learned(slim_backbone, training_set, gradient_checkpointing=True)
     assert count > 0 and len(calls) == count
 
 
 ENDS = [torch.cuda.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()]
 GATHER = [("ewc", {}), ("lwf", {}), ("l2dm", {"generation_steps": 1}), ("stamina", {}),
-          ("cns", {"selection_steps": 2}), ("scns", {"selection_steps": 2})]
+          ("cns", {"selection_steps": 2, "calibration": 2}), ("scns", {"selection_steps": 2})]
 BROKEN_OFF = [*((method, settings, error) for method, settings in GATHER for error in ENDS),
               ("slots", {}, RuntimeError("DefaultCPUAllocator: can't allocate memory"))]
 
 
-def first_and_second(teach, backbone, method, settings):
-    bank = teach(backbone, ConceptBank(backbone.layout), "rex", method, settings, steps=1).bank
+@pytest.fixture(scope="module")
+def second_task(teach, slim_backbone):
+    """second_task(method, settings): a function that learns the second task, and its result without an error.
+    """
+    made = {}
 
-    def second(**more):
-        return teach(backbone, bank, "mimi", method, settings, noun="cat", steps=3, accumulation=2,
-                     checkpoint_every=0, **more)
+    def learned(method, settings):
+        if method not in made:
+            empty = ConceptBank(slim_backbone.layout)
+            bank = teach(slim_backbone, empty, "rex", method, settings, steps=1).bank
+            learn_second = partial(teach, slim_backbone, bank, "mimi", method, settings, noun="cat", steps=3,
+                                   accumulation=2, checkpoint_every=0)
+            made[method] = learn_second, learn_second()
+        return made[method]
 
-    return second
+    return learned
 
 
 def breaking_off(backbone, error, monkeypatch):
@@ -232,13 +240,12 @@ def breaking_off(backbone, error, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:memory ran out at step 2")
 @pytest.mark.parametrize(("method", "settings", "error"), BROKEN_OFF)
-def test_a_step_that_is_broken_off_leaves_nothing_behind(tiny_backbone, teach, monkeypatch, tmp_path, method,
-                                                         settings, error):
+def test_a_step_that_is_broken_off_leaves_nothing_behind(slim_backbone, second_task, monkeypatch, tmp_path,
+                                                         method, settings, error):
     """A second task is as without the error, whether it steps down or is resumed: no random number is drawn
     twice and no gradient counts twice."""
-    learn_second = first_and_second(teach, tiny_backbone, method, settings)
-    whole = learn_second()
-    breaking_off(tiny_backbone, error, monkeypatch)
+    learn_second, whole = second_task(method, settings)
+    breaking_off(slim_backbone, error, monkeypatch)
     if isinstance(error, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
             learn_second(checkpoint_file=tmp_path / "run")
@@ -249,10 +256,10 @@ def test_a_step_that_is_broken_off_leaves_nothing_behind(tiny_backbone, teach, m
     assert all(torch.equal(shared[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_resumed_run_keeps_its_micro_batches(tiny_backbone, training_set, monkeypatch, tmp_path):
+def test_a_resumed_run_keeps_its_micro_batches(slim_backbone, training_set, monkeypatch, tmp_path):
     """They add up gradients in another order, so that without them the result would differ."""
     config = TrainingConfig(steps=4, batch_size=2, resolution=32, gradient_checkpointing=True)
-    predict, seen = tiny_backbone.predict, []
+    predict, seen = slim_backbone.predict, []
 
     def scarce(latents, *args):
         seen.append(len(latents))
@@ -261,18 +268,18 @@ def test_a_resumed_run_keeps_its_micro_batches(tiny_backbone, training_set, monk
         return predict(latents, *args)
 
     def run(**more):
-        task = Task("spot", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout))
+        task = Task("spot", "dog", slim_backbone, ConceptBank(slim_backbone.layout))
         return learn(task, make("slots"), training_set, config, say=lambda line: None, **more)
 
     def stop(info):
         if info.step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny_backbone, "predict", scarce)
+    monkeypatch.setattr(slim_backbone, "predict", scarce)
     whole = run()
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint_file=tmp_path / "run", callback=stop)
-    monkeypatch.setattr(tiny_backbone, "predict", lambda latents, *args: seen.append(len(latents))
+    monkeypatch.setattr(slim_backbone, "predict", lambda latents, *args: seen.append(len(latents))
                         or predict(latents, *args))
     seen.clear()
     assert same(run(checkpoint_file=tmp_path / "run"), whole) and set(seen) == {1}

@@ -19,13 +19,13 @@ from continual_concepts.core.training.trainer import Trainer
 
 
 @pytest.fixture
-def begun(tiny_backbone):
+def begun(slim_backbone):
     """A run before its first step, its first batch, and how to get that batch's loss."""
     pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1, "")
                 for i in range(2)]
-    data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32, flip=False))
+    data = prepare(slim_backbone, pictures, "rex", "dog", Framing(32, flip=False))
     config = TrainingConfig(steps=2, batch_size=2, resolution=32)
-    run = Trainer(Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout)), make("cidm"), data,
+    run = Trainer(Task("rex", "dog", slim_backbone, ConceptBank(slim_backbone.layout)), make("cidm"), data,
                   config)
     for up in run.method.adapters.up.values():
         torch.nn.init.normal_(up, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -33,11 +33,11 @@ def begun(tiny_backbone):
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
 
     def loss(batch, config=config):
-        context = encode_prompts(tiny_backbone, run.vocabulary.parse_all(batch.prompts),
+        context = encode_prompts(slim_backbone, run.vocabulary.parse_all(batch.prompts),
                                  {"rex": run.method.token_group()})
-        seen = predict(tiny_backbone, batch, context, Draw(torch.tensor([100, 800]), noise),
+        seen = predict(slim_backbone, batch, context, Draw(torch.tensor([100, 800]), noise),
                        run.method.processor())
-        return denoising_loss(tiny_backbone, seen, config), run.method.penalty(seen)
+        return denoising_loss(slim_backbone, seen, config), run.method.penalty(seen)
 
     return run, batch, loss
 
@@ -53,12 +53,12 @@ def test_logit_normal_timesteps_prefer_the_middle():
     assert middle.min() >= 0 and middle.max() <= 999
 
 
-def test_what_a_mask_hides_has_no_influence(tiny_backbone, begun, monkeypatch):
+def test_what_a_mask_hides_has_no_influence(slim_backbone, begun, monkeypatch):
     _, batch, loss = begun
     masks = batch.masks.clone()
     masks[..., :4] = 0
-    original, change = tiny_backbone.predict, torch.zeros(2, 4, 8, 8)
-    monkeypatch.setattr(tiny_backbone, "predict", lambda *args: original(*args) + change)
+    original, change = slim_backbone.predict, torch.zeros(2, 4, 8, 8)
+    monkeypatch.setattr(slim_backbone, "predict", lambda *args: original(*args) + change)
     base = loss(replace(batch, masks=masks))[0].item()
     change[..., :4] = 100.0
     assert loss(replace(batch, masks=masks))[0].item() == pytest.approx(base)
@@ -81,15 +81,15 @@ def test_the_loss_is_a_mean_over_what_counts(begun):
     assert weighted == pytest.approx(float(gamma[0]) * first + float(gamma[1]) * second, rel=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_backbone, begun):
+def test_gradient_checkpointing_changes_nothing(slim_backbone, begun):
     run, batch, loss = begun
     masks = batch.masks.clone()
     masks[..., :masks.shape[-1] // 2] = 0      # a full mask has no attention term
     batch = replace(batch, masks=masks)
-    forward = type(tiny_backbone.unet.mid_block.resnets[0]).forward
+    forward = type(slim_backbone.unet.down_blocks[0].resnets[0]).forward
     results = []
     for enabled in (False, True):
-        with tiny_backbone.gradient_checkpointing(enabled):
+        with slim_backbone.gradient_checkpointing(enabled):
             for _ in range(2):      # twice: nothing of the first backward pass may remain
                 value, terms = loss(batch)
                 (value + 100 * terms["attention"]).backward()
@@ -99,28 +99,28 @@ def test_gradient_checkpointing_changes_nothing(tiny_backbone, begun):
     assert again == pytest.approx(plain, abs=1e-6) and again_terms == pytest.approx(plain_terms, abs=1e-6)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, checkpointed, strict=True))
     assert sum(g.abs().sum() for g in gradients) > 0
-    assert tiny_backbone.unet.mid_block.resnets[0].forward.__func__ is forward
-    assert not tiny_backbone.unet.training
+    assert slim_backbone.unet.down_blocks[0].resnets[0].forward.__func__ is forward
+    assert not slim_backbone.unet.training
 
 
-def test_checkpointing_recomputes_with_its_own_program(tiny_backbone, begun):
+def test_checkpointing_recomputes_with_its_own_program(slim_backbone, begun):
     """Another forward pass between a forward and its backward pass (distillation, replay) must not mix in."""
     run, batch, loss = begun
     gradients = []
     for between in (False, True):
-        with tiny_backbone.gradient_checkpointing(True):
+        with slim_backbone.gradient_checkpointing(True):
             value, _ = loss(batch)
             if between:
-                context = encode_prompts(tiny_backbone, run.vocabulary.parse_all(["", ""]), {})
+                context = encode_prompts(slim_backbone, run.vocabulary.parse_all(["", ""]), {})
                 with torch.no_grad():
-                    tiny_backbone.predict(batch.latents, torch.tensor([1, 2]), context)
+                    slim_backbone.predict(batch.latents, torch.tensor([1, 2]), context)
             value.backward()
         gradients.append([p.grad.clone() for p in run.parameters])
         run.optimizer.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_checkpointing_saves_activations(tiny_backbone, begun):
+def test_checkpointing_saves_activations(slim_backbone, begun):
     _, batch, loss = begun
     kept = []
     for enabled in (False, True):
@@ -131,7 +131,7 @@ def test_checkpointing_saves_activations(tiny_backbone, begun):
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-        with tiny_backbone.gradient_checkpointing(enabled), hooks:
+        with slim_backbone.gradient_checkpointing(enabled), hooks:
             loss(batch)
         kept.append(total[0])
     assert kept[1] < 0.7 * kept[0]

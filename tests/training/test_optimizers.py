@@ -24,8 +24,8 @@ ALL = [*OTHERS, "Muon", *EIGHT_BIT]
 
 
 @pytest.fixture(scope="module")
-def empty(tiny_backbone):
-    return ConceptBank(tiny_backbone.layout)
+def empty(slim_backbone):
+    return ConceptBank(slim_backbone.layout)
 
 
 def needs(name: str) -> None:
@@ -54,7 +54,7 @@ def same(left, right) -> bool:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_stopped_run_resumes_bit_for_bit(tiny_backbone, empty, teach, tmp_path, name):
+def test_a_stopped_run_resumes_bit_for_bit(slim_backbone, empty, teach, tmp_path, name):
     needs(name)
     file = tmp_path / "run.safetensors"
 
@@ -63,11 +63,11 @@ def test_a_stopped_run_resumes_bit_for_bit(tiny_backbone, empty, teach, tmp_path
         if info.step == 3:
             raise KeyboardInterrupt
 
-    whole = teach(tiny_backbone, empty, **training_with(name))
+    whole = teach(slim_backbone, empty, **training_with(name))
     with pytest.raises(KeyboardInterrupt):
-        teach(tiny_backbone, empty, callback=stop, checkpoint_file=file, **training_with(name))
+        teach(slim_backbone, empty, callback=stop, checkpoint_file=file, **training_with(name))
     steps = []
-    resumed = teach(tiny_backbone, empty, callback=lambda info: steps.append(info.step), checkpoint_file=file,
+    resumed = teach(slim_backbone, empty, callback=lambda info: steps.append(info.step), checkpoint_file=file,
                     **training_with(name))
     assert steps == [4, 5, 6] and same(resumed, whole)
     assert any(delta.value.abs().max() > 0 for delta in whole.concept.deltas.values())
@@ -112,12 +112,12 @@ def test_what_is_learned_is_the_average(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
-def test_schedule_free_optimisers_refuse_what_does_not_fit(tiny_backbone, empty, teach, name):
+def test_schedule_free_optimisers_refuse_what_does_not_fit(slim_backbone, empty, teach, name):
     needs(name)
     with pytest.raises(ConceptError, match=f"'schedule' is 'linear'; allowed with .*{name}: constant"):
         TrainingConfig(optimizer=name)
     with pytest.raises(ConceptError, match="does work of its own after every step"):
-        teach(tiny_backbone, empty, method="ewc", optimizer=name, schedule="constant")
+        teach(slim_backbone, empty, method="ewc", optimizer=name, schedule="constant")
 
 
 def test_prodigy_takes_no_learning_rates_of_the_method():
@@ -127,9 +127,9 @@ def test_prodigy_takes_no_learning_rates_of_the_method():
 
 
 @pytest.mark.skipif(not MATRICES, reason="this torch has no Muon")
-def test_muon_refuses_weights_that_are_no_matrices(tiny_backbone, empty, teach):
+def test_muon_refuses_weights_that_are_no_matrices(slim_backbone, empty, teach):
     with pytest.raises(ConceptError, match="optimizer 'Muon' cannot train these weights"):
-        teach(tiny_backbone, empty, method="textual_inversion", optimizer="Muon")
+        teach(slim_backbone, empty, method="textual_inversion", optimizer="Muon")
 
 
 @pytest.mark.parametrize("name", ["Prodigy", "CAME", "AdamWScheduleFree"])

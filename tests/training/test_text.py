@@ -13,7 +13,7 @@ from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.core.training.trainer import Trainer
 
 CAPTIONS = ("a photo of <rex>", "<rex> on a beach")
-BASES = ["tiny_backbone", "tiny_sdxl", "tiny_transformer"]
+BASES = ["slim_backbone", "tiny_sdxl", "tiny_transformer"]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_slots_encode_every_caption_once(training, base):
 
 def test_the_text_encoder_may_be_away_while_slots_are_learned(training, monkeypatch):
     """Its weights and its forward pass are not needed once every caption has been seen."""
-    trainer, _ = training("tiny_backbone", "slots")
+    trainer, _ = training("slim_backbone", "slots")
     encoder = trainer.task.backbone.text[0]
     with trainer.session():
         trainer.step()
@@ -69,7 +69,7 @@ def test_the_text_encoder_may_be_away_while_slots_are_learned(training, monkeypa
 
 @pytest.mark.parametrize(("method", "settings"), [("bound", {}), ("slots", {"learn_words": True})])
 def test_words_that_are_learned_are_encoded_in_every_step(training, method, settings):
-    trainer, passes = training("tiny_backbone", method, settings)
+    trainer, passes = training("slim_backbone", method, settings)
     counts = []
     with trainer.session():
         for _ in range(3):

@@ -40,11 +40,11 @@ def start(backbone, bank, name, seed, method="bound", parent=None):
 
 
 @pytest.mark.parametrize("method", REFINABLE)
-def test_a_variant_starts_from_its_parent_which_stays(tiny_backbone, method):
-    bank = learn(*start(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", 1, method)).bank
-    before = Trainer(*start(tiny_backbone, bank, "rex-winter", 2, parent="rex")).snapshot()
+def test_a_variant_starts_from_its_parent_which_stays(slim_backbone, method):
+    bank = learn(*start(slim_backbone, ConceptBank(slim_backbone.layout), "rex", 1, method)).bank
+    before = Trainer(*start(slim_backbone, bank, "rex-winter", 2, parent="rex")).snapshot()
     assert same(before["rex-winter"], bank["rex"])
-    grown = learn(*start(tiny_backbone, bank, "rex-winter", 2, parent="rex")).bank
+    grown = learn(*start(slim_backbone, bank, "rex-winter", 2, parent="rex")).bank
     assert grown.names == ["rex", "rex-winter"] and grown["rex"] == bank["rex"]
     variant, origin = grown["rex-winter"], grown.infos["rex-winter"].provenance
     assert not same(variant, bank["rex"])
@@ -54,19 +54,19 @@ def test_a_variant_starts_from_its_parent_which_stays(tiny_backbone, method):
     assert "variant_of" not in bank["rex"].info.to_json()["provenance"]
 
 
-def test_a_stopped_variant_resumes_exactly_and_only_from_its_parent(tiny_backbone, tmp_path):
-    bank = learn(*start(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", 1)).bank
-    whole = learn(*start(tiny_backbone, bank, "rex-winter", 2, parent="rex")).concept
+def test_a_stopped_variant_resumes_exactly_and_only_from_its_parent(slim_backbone, tmp_path):
+    bank = learn(*start(slim_backbone, ConceptBank(slim_backbone.layout), "rex", 1)).bank
+    whole = learn(*start(slim_backbone, bank, "rex-winter", 2, parent="rex")).concept
 
     def stop(info):
         if info.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learn(*start(tiny_backbone, bank, "rex-winter", 2, parent="rex"), stop, tmp_path / "run")
+        learn(*start(slim_backbone, bank, "rex-winter", 2, parent="rex"), stop, tmp_path / "run")
     with pytest.raises(ConceptError, match="its parent is '[0-9a-f]{16}', now ''"):
-        learn(*start(tiny_backbone, bank, "rex-winter", 2), None, tmp_path / "run")
-    resumed = learn(*start(tiny_backbone, bank, "rex-winter", 2, parent="rex"), None, tmp_path / "run")
+        learn(*start(slim_backbone, bank, "rex-winter", 2), None, tmp_path / "run")
+    resumed = learn(*start(slim_backbone, bank, "rex-winter", 2, parent="rex"), None, tmp_path / "run")
     assert same(resumed.concept, whole)
 
 
@@ -76,10 +76,10 @@ def test_a_stopped_variant_resumes_exactly_and_only_from_its_parent(tiny_backbon
     ("rex", "rex-2", {"kind": "style"}, "the kind of concept 'rex' is 'object', now 'style' is given; a var"),
     ("old", "old-2", {}, "concept 'old' of method 'ewc' cannot have a variant, because its concepts share"),
 ])
-def test_what_cannot_be_is_one_sentence(tiny_backbone, make_concept, parent, name, given, sentence):
-    bank = learn(*start(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", 1)).bank
+def test_what_cannot_be_is_one_sentence(slim_backbone, make_concept, parent, name, given, sentence):
+    bank = learn(*start(slim_backbone, ConceptBank(slim_backbone.layout), "rex", 1)).bank
     if parent == "old":
-        bank = learn(*start(tiny_backbone, bank, "old", 1, "ewc")).bank
+        bank = learn(*start(slim_backbone, bank, "old", 1, "ewc")).bank
     with pytest.raises(ConceptError) as caught:
         check_variant(bank, parent, name, **given)
     assert str(caught.value).startswith(sentence)
