@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -200,58 +198,30 @@ def test_many_at_once_lose_nothing(grow, path):
     assert sorted(names_of(path)) == sorted(f"c{i}{j}" for i in range(4) for j in range(5))
 
 
-WRITERS = """
-import os, sys
-from continual_concepts.core.bank.store import change_bank
-from continual_concepts.core.bank.format import open_bank
-from pathlib import Path
-path, few = Path(sys.argv[1]), open_bank(sys.argv[2])
-concept = few[few.names[0]]
-def change(now):
-    return now.add(concept.renamed(f"c{len(now)}")) if len(now) < 12 else now.first(1)
-print("ready", flush=True)
-# For every line a process that writes until it is killed; importing all this anew each time takes seconds.
-for _ in sys.stdin:
-    writer = os.fork()
-    while not writer:
-        change_bank(path, change)
-    print(writer, flush=True)
-    os.waitpid(writer, 0)
-    print("gone", flush=True)
-"""
+def kill_a_writer(path, concept, after: float) -> None:
+    """Starts a process that keeps changing the bank, and kills it after some seconds."""
+    def change(now):
+        return now.add(concept.renamed(f"c{len(now)}")) if len(now) < 12 else now.first(1)
+
+    writer = os.fork()      # a new process would have to import everything first, which takes seconds
+    if not writer:
+        try:
+            while True:
+                change_bank(path, change)
+        finally:
+            os._exit(1)
+    time.sleep(after)
+    os.kill(writer, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(writer, 0)[1]), "the writer ended by itself"
 
 
-@pytest.fixture
-def killed(installed):
-    """killed(path, few, after): starts a process that keeps changing the bank, and kills it after some
-    seconds."""
-    running = []
-
-    def kill(path, few, after: float) -> None:
-        if not running:
-            command = [sys.executable, "-I", "-c", WRITERS, str(path), str(few)]
-            running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                            bufsize=1))
-            assert running[0].stdout.readline() == "ready\n"
-        running[0].stdin.write("\n")
-        writer = int(running[0].stdout.readline())
-        time.sleep(after)
-        os.kill(writer, signal.SIGKILL)
-        assert running[0].stdout.readline() == "gone\n"
-
-    yield kill
-    for process in running:
-        process.communicate()
-
-
-def test_kill_9_never_tears_a_bank(layout, make_concept, tmp_path, trials, killed, capsys):
+def test_kill_9_never_tears_a_bank(layout, make_concept, tmp_path, trials, capsys):
     """Killed at random moments, the file and its versions are always states that were written."""
-    path, few = tmp_path / "mine.safetensors", tmp_path / "few.safetensors"
-    bank = ConceptBank(layout).add(make_concept(layout, "c0", 1))
-    save_bank(bank, few), save_bank(bank, path)
+    path, concept = tmp_path / "mine.safetensors", make_concept(layout, "c0", 1)
+    save_bank(ConceptBank(layout).add(concept), path)
     moments, count, torn, halves = random.Random(5), trials(5, 300), 0, 0
     for _ in range(count):
-        killed(path, few, moments.uniform(0.0, 0.25))
+        kill_a_writer(path, concept, moments.uniform(0.0, 0.25))
         found = names_of(path)
         torn += found != [f"c{i}" for i in range(len(found))] or not 1 <= len(found) <= 12
         for version in versions(path):

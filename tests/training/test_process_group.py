@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -26,11 +29,11 @@ from continual_concepts.core.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
-def training_set(tiny_backbone):
+def training_set(slim_backbone):
     g = torch.Generator().manual_seed(3)
     pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, caption)
                 for caption in ("a <spot>", "", "<spot> in a park", "")]
-    return prepare(tiny_backbone, pictures, "spot", "dog", Framing(32, flip=False))
+    return prepare(slim_backbone, pictures, "spot", "dog", Framing(32, flip=False))
 
 
 def run_of(backbone, data, method="bound", group=None, bank=None, **config):
@@ -58,11 +61,11 @@ def in_micro_batches(backbone, limit, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [{}, {"caption_dropout": 0.5}, {"accumulation": 2}, {"batch_size": 3}])
-def test_a_batch_in_micro_batches_teaches_the_same(tiny_backbone, training_set, monkeypatch, config):
-    whole, split = (run_of(tiny_backbone, training_set, **config) for _ in range(2))
+def test_a_batch_in_micro_batches_teaches_the_same(slim_backbone, training_set, monkeypatch, config):
+    whole, split = (run_of(slim_backbone, training_set, **config) for _ in range(2))
     for _ in range(3):
         whole.step()
-    sizes = in_micro_batches(tiny_backbone, 1, monkeypatch)
+    sizes = in_micro_batches(slim_backbone, 1, monkeypatch)
     for _ in range(3):
         split.step()
     assert max(sizes[:2]) > 1 and set(sizes[4:]) == {1} and split.measures.rows == 1
@@ -70,27 +73,27 @@ def test_a_batch_in_micro_batches_teaches_the_same(tiny_backbone, training_set, 
     assert split.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
-def test_memory_for_not_one_picture_is_told(tiny_backbone, training_set, monkeypatch):
-    run = run_of(tiny_backbone, training_set)
+def test_memory_for_not_one_picture_is_told(slim_backbone, training_set, monkeypatch):
+    run = run_of(slim_backbone, training_set)
     before = parameters(run)
-    in_micro_batches(tiny_backbone, 0, monkeypatch)
+    in_micro_batches(slim_backbone, 0, monkeypatch)
     with pytest.raises(ConceptError, match="memory ran out at step 1 of concept 'spot' with 1 pictures of 32 "
                                            "pixels"):
         run.step()
     assert torch.equal(parameters(run), before)
 
 
-def test_replay_is_added_to_every_piece(tiny_backbone, training_set, make_concept, monkeypatch):
-    bank = ConceptBank(tiny_backbone.layout).add(make_concept(tiny_backbone.layout, "rex", 1, method="lwf"))
-    run = run_of(tiny_backbone, training_set, "lwf", bank=bank)
-    sizes = in_micro_batches(tiny_backbone, 2, monkeypatch)
+def test_replay_is_added_to_every_piece(slim_backbone, training_set, make_concept, monkeypatch):
+    bank = ConceptBank(slim_backbone.layout).add(make_concept(slim_backbone.layout, "rex", 1, method="lwf"))
+    run = run_of(slim_backbone, training_set, "lwf", bank=bank)
+    sizes = in_micro_batches(slim_backbone, 2, monkeypatch)
     run.step()
     # one picture and its old request
     assert sizes[0] == 4 and 2 in sizes and torch.isfinite(parameters(run)).all()
 
 
-def test_shares_are_equal_and_make_up_the_batch(tiny_backbone, training_set):
-    run = run_of(tiny_backbone, training_set, batch_size=4)
+def test_shares_are_equal_and_make_up_the_batch(slim_backbone, training_set):
+    run = run_of(slim_backbone, training_set, batch_size=4)
     batch = training_set.draw(4, 1.0, torch.Generator().manual_seed(1))
     parts = []
     for rank in range(2):
@@ -111,20 +114,48 @@ def test_shares_are_equal_and_make_up_the_batch(tiny_backbone, training_set):
 
 @pytest.mark.parametrize("method",
                          sorted(name for name, entry in METHODS.items() if entry.method.learns_alone))
-def test_methods_that_learn_alone_say_so(tiny_backbone, training_set, method):
+def test_methods_that_learn_alone_say_so(slim_backbone, training_set, method):
     with pytest.raises(ConceptError, match=f"method '{method}' depends on its own gradients or replays"):
-        run_of(tiny_backbone, training_set, method, ProcessGroup(0, 2))
+        run_of(slim_backbone, training_set, method, ProcessGroup(0, 2))
 
 
-def command(*arguments, processes=1, folder=None):
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             str(processes)] if processes > 1 else []
-    done = subprocess.run([sys.executable, "-I", *start, "-m", "continual_concepts.core",
-                           *map(str, arguments)], cwd=folder, text=True,
-                          capture_output=True, timeout=300, check=False,
+def by_torchrun(arguments, folder):
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([sys.executable, "-I", *start, "-m", "continual_concepts.core", *arguments],
+                          cwd=folder, text=True, capture_output=True, timeout=300, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def run_rank(rank, port, arguments, folder):
+    torch.set_num_threads(1)      # a fork has none of the other threads
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+    with (folder / f"{rank}.txt").open("w") as said, redirect_stdout(said):
+        code = main(arguments)
+    sys.exit(code)
+
+
+def by_forks(arguments, folder):
+    """The same with forks of this process, in an environment like torchrun's. torchrun imports PyTorch three
+    times, which takes longer than learning."""
+    if torch.cuda.is_available():
+        pytest.skip("PyTorch cannot learn in a fork where there is a graphics card")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run_rank, args=(rank, port, arguments, folder)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    try:
+        for rank in ranks:
+            rank.join(300)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return (folder / "0.txt").read_text()
 
 
 @pytest.fixture
@@ -135,19 +166,20 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_two_processes_learn_what_one_does(photos, installed, capsys, quick_commands):
+@pytest.mark.parametrize("in_two", [by_forks, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_does(photos, installed, capsys, quick_commands, in_two):
     """The command itself, on the embedded base."""
     said = {}
     for processes in (1, 2):
         bank = photos / f"{processes}.safetensors"
         options = ["--bank", bank, "--name", "spot", "--noun", "dog", "--steps", 3, "--batch-size", 4,
                    "--method", "bound", "--base", "embedded-64"]
-        arguments = ["--json", "learn", photos / "photos", *options]
+        arguments = [*map(str, ["--json", "learn", photos / "photos", *options])]
         if processes == 1:      # here: starting a process takes longer than learning
-            assert main([*map(str, arguments)]) == 0
+            assert main(arguments) == 0
             said[1] = json.loads(capsys.readouterr().out)
         else:
-            said[2] = json.loads(command(*arguments, processes=2, folder=photos))
+            said[2] = json.loads(in_two(arguments, photos))
     one, two = (open_bank(photos / f"{n}.safetensors")["spot"] for n in (1, 2))
     for key, delta in one.deltas.items():
         assert torch.allclose(two.deltas[key].dense(), delta.dense(), atol=2e-5)
