@@ -37,7 +37,7 @@ class Life(RuleBasedStateMachine):
     def begin(self):
         self.folder = Path(tempfile.mkdtemp())
         self.path = self.folder / "mine.safetensors"
-        self.now, self.earlier, self.seed = [], [], 0
+        self.now, self.earlier, self.seed, self.made = [], [], 0, {}
         save_bank(ConceptBank(self.layout), self.path)
 
     def teardown(self):
@@ -46,7 +46,8 @@ class Life(RuleBasedStateMachine):
 
     def concept(self, name):
         self.seed += 1
-        return self.make_concept(self.layout, name, self.seed)
+        self.made[self.seed] = self.make_concept(self.layout, name, self.seed)
+        return self.made[self.seed]
 
     def changes(self, change, new):
         """The change succeeds exactly when the model allows it. new: its list then, None = refused."""
@@ -121,7 +122,7 @@ class Life(RuleBasedStateMachine):
         bank = open_bank(self.path)
         assert bank.names == [name for name, _ in self.now]
         for name, seed in self.now:
-            expected, found = self.make_concept(self.layout, name, seed), bank[name]
+            expected, found = self.made[seed], bank[name]
             assert all(torch.equal(found.tokens.vectors[encoder], vectors)
                        for encoder, vectors in expected.tokens.vectors.items())
             assert found.deltas.keys() == expected.deltas.keys()

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from continual_concepts.benchmarks.__main__ import main
+from continual_concepts.benchmarks.continual import chart
 from continual_concepts.benchmarks.continual import embedded as continual
 from continual_concepts.benchmarks.continual.concepts import TEN
 from continual_concepts.benchmarks.continual.runs import BASE
 from continual_concepts.core import methods
+from continual_concepts.core.demo import judges as drawn
 from continual_concepts.core.demo.base import load_base
 from continual_concepts.core.demo.bases import file_of
 
@@ -35,11 +37,17 @@ def loaded():
     return load_base(file_of(BASE))
 
 
+def empty_chart(path, result):
+    Image.new("RGB", (8, 8)).save(path)
+
+
 @pytest.fixture
 def quick(monkeypatch, loaded):
-    """One sampling step, few pictures, and a base that is loaded once."""
+    """One sampling step, few pictures, empty charts, and a base that is loaded once."""
+    monkeypatch.setattr(chart, "draw", empty_chart)
     monkeypatch.setattr(continual, "load_base", lambda _: loaded)
     monkeypatch.setattr(continual, "SETTINGS", replace(continual.SETTINGS, steps=1))
+    monkeypatch.setattr(drawn, "HELD_OUT_PICTURES", 4)
     monkeypatch.setattr(continual, "SEEDS", (1, 2))
     monkeypatch.setattr(continual, "GROUP_SEEDS", (3,))
     monkeypatch.setattr(continual, "PAIR_SEEDS", (3,))

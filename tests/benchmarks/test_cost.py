@@ -40,20 +40,20 @@ class ToyHost:
 
 
 @pytest.fixture(autouse=True)
-def narrow(tiny_backbone, monkeypatch):
+def narrow(slim_backbone, monkeypatch):
     monkeypatch.setattr("continual_concepts.benchmarks.cost.synthetic.WIDTH",
-                        tiny_backbone.layout.sites[0].context_width)
+                        slim_backbone.layout.sites[0].context_width)
 
 
 @pytest.fixture
-def host(tiny_backbone):
-    return ToyHost(tiny_backbone)
+def host(slim_backbone):
+    return ToyHost(slim_backbone)
 
 
 def test_training_figures(host, monkeypatch):
     monkeypatch.setattr(training_cost, "CONCEPTS", (1, 3))
-    lines, names = [], ("bound", "cidm", "cidm, one copy", "slots")
-    found = training_cost.measure(host, 2, 2, lines.append, names)
+    lines, names = [], ("slots", "cidm", "cidm, one copy")
+    found = training_cost.measure(host, 2, 1, lines.append, names)
     json.dumps(found)
     row = found["rows"]["cidm"]
     assert set(found["rows"]) == set(names) and set(row["concepts"]) == {"1", "3"}
@@ -62,13 +62,13 @@ def test_training_figures(host, monkeypatch):
     grown = {"concepts", "hundred_over_one", "peak_hundred_over_one"}
     assert found["rows"]["cidm, one copy"].keys() == row.keys() - grown
     assert found["core"] == {"step_seconds": 10.0, "peak_gb": 2.0}
-    assert found["step_seconds"] == found["rows"]["bound"]["step_seconds"]
+    assert found["step_seconds"] == found["rows"]["slots"]["step_seconds"]
     assert "hundred_over_one" in row and "hundred_over_one" not in found["rows"]["cidm, one copy"]
     assert len(lines) == len(names) + 1
 
 
-def test_planned_and_measured_memory(host):
-    lines = []
+def test_planned_and_measured_memory(tiny_backbone):
+    host, lines = ToyHost(tiny_backbone), []
     found = memory_cost.measure(host, 1, lines.append)
     rows = found["rows"]
     assert list(rows) == list(memory_cost.MEASURES) and len(lines) == 3
@@ -124,23 +124,23 @@ def test_optimiser_steps_of_other_trainers_are_counted():
     train()      # no longer counted
 
 
-def test_aggregation_figures(tiny_backbone):
-    found = scale_cost.aggregation(tiny_backbone, 4, 1)
+def test_aggregation_figures(slim_backbone):
+    found = scale_cost.aggregation(slim_backbone, 4, 1)
     assert set(found["apply_seconds"]) == {"sharp", "paper", "released", "equal"}
     assert found["sampling_over_plain"] > 0
     json.dumps(found)
 
 
-def test_the_stacked_sum_is_the_naive_one(tiny_backbone):
-    bank = training_cost.random_bank(tiny_backbone.layout, "cidm", 5)
-    deltas = aggregate(tiny_backbone, bank, bank.parse("a dog"), "equal").deltas
+def test_the_stacked_sum_is_the_naive_one(slim_backbone):
+    bank = training_cost.random_bank(slim_backbone.layout, "cidm", 5)
+    deltas = aggregate(slim_backbone, bank, bank.parse("a dog"), "equal").deltas
     for key, delta in deltas.items():
         naive = sum(concept.deltas[key].dense() for concept in bank) / 5
         assert torch.allclose(delta.dense(), naive, atol=1e-4)
 
 
-def test_bank_figures(tiny_backbone, tmp_path):
-    found = scale_cost.bank(tiny_backbone, 20, tmp_path, 1)
+def test_bank_figures(slim_backbone, tmp_path):
+    found = scale_cost.bank(slim_backbone, 20, tmp_path, 1)
     opened = open_bank(tmp_path / "bank-20.safetensors")
     assert opened.names == [f"old{i}" for i in range(20)]
     assert opened["old19"].deltas.keys() == opened["old3"].deltas.keys()
@@ -158,7 +158,9 @@ def test_bad_flags_are_named(name, flag, value, tmp_path, capsys):
 def test_the_commands_write_and_print(host, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_host", lambda options: host)
     monkeypatch.setattr(training_cost, "CONCEPTS", (1, 2))
-    monkeypatch.setattr(training_cost, "ROWS", {name: training_cost.ROWS[name] for name in ("bound", "cidm")})
+    monkeypatch.setattr(training_cost, "ROWS", {"bound": training_cost.ROWS["bound"]})
+    monkeypatch.setattr(training_cost, "profile", lambda host, row: f"{row}, one step")
+    monkeypatch.setattr(scale_cost, "_sampling_ratio", lambda *_: 1.0)
     common = {"comfyui": None, "pixels": 64, "precision": "float32", "rounds": 1}
     cases = (("aggregation", {"concepts": 3}, "from prompt to weights"), ("bank", {"concepts": 3}, "MB"),
               ("training", {"steps": 2, "profile": tmp_path / "profile.txt", "rows": None, "alone": False},
@@ -168,4 +170,9 @@ def test_the_commands_write_and_print(host, tmp_path, monkeypatch):
         result, lines = getattr(command, name)(Namespace(file=file, **common, **flags))
         assert json.loads(file.read_text()) == json.loads(json.dumps(result))
         assert any(word in line for line in lines)
-    assert (tmp_path / "profile.txt").read_text().count("one step") == 2
+    assert (tmp_path / "profile.txt").read_text() == "bound, one step\ncidm, one step"
+
+
+def test_a_profile_is_a_table_of_one_step(host):
+    first, *table = training_cost.profile(host, "bound").splitlines()
+    assert first == "bound, one step" and any("aten::" in line for line in table)

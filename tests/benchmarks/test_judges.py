@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from continual_concepts.benchmarks.continual.concepts import concepts, random_st
 from continual_concepts.benchmarks.continual.judges import EncoderJudge
 from continual_concepts.benchmarks.continual.real_pictures import side_by_side
 from continual_concepts.benchmarks.continual.template_judge import TemplateJudge
+from continual_concepts.core.demo import judges as drawn
 from continual_concepts.core.demo.judges import SceneEncoder, assignment_of, to_tensor
 from continual_concepts.core.demo.render import render
 from continual_concepts.core.demo.scenes import random_scene, random_thing
@@ -22,11 +24,19 @@ from continual_concepts.core.evaluation.metrics import area_under_curve
 TEN = concepts(10)
 NAMES = [concept.name for concept in TEN]
 LEAST = {"encoder": 0.97, "template": 0.99}
+PICTURES = 8      # of each concept
 HARD = {("encoder", "chalk"): 0.89}      # the encoder takes some drawings of other styles for chalk
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawn, "HELD_OUT_PICTURES", PICTURES)
+        yield
+
+
 @pytest.fixture(scope="module")
-def tasks():
+def tasks(few_pictures):
     return [assignment_of(concept, seed=7 + i) for i, concept in enumerate(TEN)]
 
 
@@ -35,7 +45,8 @@ def judges(tasks):
     return {"encoder": EncoderJudge(SceneEncoder(), tasks), "template": TemplateJudge(TEN, tasks)}
 
 
-def strangers(concept, count=12):
+@cache
+def strangers(concept, count=PICTURES):
     """Random things of a concept's class, or things in random styles."""
     rng, pictures = random.Random(5), []
     for i in range(count):
@@ -47,8 +58,8 @@ def strangers(concept, count=12):
 
 @pytest.mark.parametrize("name", ["encoder", "template"])
 def test_held_out_pictures_are_told_from_all_others(judges, tasks, name):
-    table = torch.cat([judges[name].scores(task.held_out[:12], NAMES) for task in tasks])
-    shown = torch.arange(len(TEN)).repeat_interleave(12)
+    table = torch.cat([judges[name].scores(task.held_out[:PICTURES], NAMES) for task in tasks])
+    shown = torch.arange(len(TEN)).repeat_interleave(PICTURES)
     for i, concept in enumerate(TEN):
         own, others = table[shown == i, i], table[shown != i, i]
         least = HARD.get((name, concept.name), LEAST[name])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
 from continual_concepts.benchmarks.__main__ import main
+from continual_concepts.benchmarks.continual import embedded
 from continual_concepts.benchmarks.likeness import command
 from continual_concepts.benchmarks.likeness.curves import Point, curve, final, seconds_until
 
@@ -78,6 +80,7 @@ def test_most_runs_have_to_reach_the_level():
 
 
 def test_the_command_compares_on_one_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embedded, "SETTINGS", replace(embedded.SETTINGS, steps=1))
     for name, marks in (("MARKS", (1, 2)), ("OTHER_MARKS", (1, 2)), ("RATES", (1e-3,)), ("PICTURES", 1)):
         monkeypatch.setattr(command, name, marks)
     file = tmp_path / "likeness.json"

@@ -30,13 +30,13 @@ def grown(backbone, method, bank, name):
 
 
 @pytest.fixture(scope="module")
-def banks(tiny_backbone):
+def banks(slim_backbone):
     """Method -> its bank of one concept, and the same with another one."""
     found = {}
     for method in ("bound", "slots", "cidm", "finetune", "lora_c"):
         torch.manual_seed(0)
-        one = grown(tiny_backbone, method, ConceptBank(tiny_backbone.layout), "rex")
-        found[method] = one, grown(tiny_backbone, method, one, "mimi")
+        one = grown(slim_backbone, method, ConceptBank(slim_backbone.layout), "rex")
+        found[method] = one, grown(slim_backbone, method, one, "mimi")
     return found
 
 
@@ -44,37 +44,37 @@ def banks(tiny_backbone):
     ("bound", "sharp", True), ("slots", "sharp", True), ("cidm", "sharp", True), ("cidm", "equal", False),
     ("cidm", "released", False), ("finetune", "sharp", False), ("lora_c", "sharp", False),
 ])
-def test_digests_are_equal_where_pictures_are(tiny_backbone, banks, method, mode, same):
+def test_digests_are_equal_where_pictures_are(slim_backbone, banks, method, mode, same):
     settings = replace(QUICK, mode=mode)
-    before, after = (sample(tiny_backbone, bank, PROMPTS, SEEDS, settings) for bank in banks[method])
-    digests = [digest_of(tiny_backbone, bank, PROMPTS, SEEDS, settings) for bank in banks[method]]
+    before, after = (sample(slim_backbone, bank, PROMPTS, SEEDS, settings) for bank in banks[method])
+    digests = [digest_of(slim_backbone, bank, PROMPTS, SEEDS, settings) for bank in banks[method]]
     assert torch.equal(before, after) == same and (digests[0] == digests[1]) == same
 
 
-def test_seeds_settings_and_prompts_are_part_of_the_digest(tiny_backbone, banks):
+def test_seeds_settings_and_prompts_are_part_of_the_digest(slim_backbone, banks):
     bank = banks["bound"][0]
-    digests = [digest_of(tiny_backbone, bank, *arguments) for arguments in (
+    digests = [digest_of(slim_backbone, bank, *arguments) for arguments in (
         (PROMPTS, SEEDS, QUICK), (PROMPTS, [1, 2, 4], QUICK), (PROMPTS[::-1], SEEDS, QUICK),
         (PROMPTS, SEEDS, replace(QUICK, cfg=3.0)), (PROMPTS, SEEDS, replace(QUICK, negative="a <rex>")))]
     assert len(set(digests)) == len(digests)
 
 
-def test_changed_words_alone_change_the_digest(tiny_backbone, banks):
+def test_changed_words_alone_change_the_digest(slim_backbone, banks):
     bank = banks["bound"][0]
     concept = bank["rex"]
     vectors = {name: vector + 1e-3 for name, vector in concept.tokens.vectors.items()}
     other = ConceptBank(bank.layout).add(replace(concept, tokens=replace(concept.tokens, vectors=vectors)))
-    before, after = (digest_of(tiny_backbone, b, PROMPTS, SEEDS, QUICK) for b in (bank, other))
+    before, after = (digest_of(slim_backbone, b, PROMPTS, SEEDS, QUICK) for b in (bank, other))
     assert before != after
 
 
-def test_the_same_pictures_are_sampled_once_and_old_ones_are_dropped(tiny_backbone, banks, monkeypatch):
+def test_the_same_pictures_are_sampled_once_and_old_ones_are_dropped(slim_backbone, banks, monkeypatch):
     calls = []
     monkeypatch.setattr(pictures, "sample", lambda *arguments: calls.append(1) or sample(*arguments))
-    sampler, (one, both) = Sampler(tiny_backbone), banks["bound"]
+    sampler, (one, both) = Sampler(slim_backbone), banks["bound"]
     first = sampler.sample(one, PROMPTS, SEEDS, QUICK)
     assert torch.equal(sampler.sample(both, PROMPTS, SEEDS, QUICK), first) and len(calls) == 1
-    assert torch.equal(first, sample(tiny_backbone, both, PROMPTS, SEEDS, QUICK))
+    assert torch.equal(first, sample(slim_backbone, both, PROMPTS, SEEDS, QUICK))
     monkeypatch.setattr(pictures, "MOST_BYTES", first.nbytes)
     sampler.sample(one, PROMPTS, [5, 6, 7], QUICK)
     sampler.sample(one, PROMPTS, SEEDS, QUICK)

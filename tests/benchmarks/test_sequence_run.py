@@ -68,10 +68,10 @@ def assignment(name, noun, kind, seed):
 
 
 @pytest.fixture(scope="module")
-def suite(tiny_backbone):
+def suite(slim_backbone):
     tasks = (assignment("rex", "dog", "object", 10), assignment("fido", "dog", "object", 20),
              assignment("chalk", "drawing", "style", 30))
-    weights = sum(p.numel() for p in tiny_backbone.unet.parameters())
+    weights = sum(p.numel() for p in slim_backbone.unet.parameters())
     encoder = ToyEncoder()
     return PromptSuite(tasks, (("rex", "mimi"),), (("rex", "fido"),), ("a photo of {}", "{} at night"),
                        ("a dog", "a cat in a room"), encoder, {"encoder": EncoderJudge(encoder, tasks)},
@@ -79,10 +79,10 @@ def suite(tiny_backbone):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_backbone, suite, tmp_path_factory):
+def run(slim_backbone, suite, tmp_path_factory):
     def go(wanted, folder=None, places=None, **other):
         arguments = {"settings": SETTINGS, "training": TRAINING} | other
-        return perform(Sampler(tiny_backbone), suite, wanted, places or PLACES, folder=folder
+        return perform(Sampler(slim_backbone), suite, wanted, places or PLACES, folder=folder
                        or tmp_path_factory.mktemp("runs"), **arguments)
     return go
 
@@ -140,13 +140,13 @@ def test_a_finished_run_is_read_and_not_run_again(whole, run, monkeypatch):
     assert run(Run("ewc", 3, 0, 0), folder) == json.loads(json.dumps(result))
 
 
-def test_more_pictures_of_pairs_come_from_the_bank(whole, run, suite, tiny_backbone, monkeypatch, tmp_path):
+def test_more_pictures_of_pairs_come_from_the_bank(whole, run, suite, slim_backbone, monkeypatch, tmp_path):
     result, folder = whole
     shutil.copytree(folder, tmp_path / "more")
     assert result["pair_pictures"] == 2
     more = replace(suite, pair_seeds=(3, 4, 5, 6))
     monkeypatch.setattr(continual, "learn", None)
-    again = perform(Sampler(tiny_backbone), more, Run("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING,
+    again = perform(Sampler(slim_backbone), more, Run("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING,
                     tmp_path / "more")
     assert again["pair_pictures"] == 4 and judged(again, "pairs") != judged(result, "pairs")
     for found in (one := json.loads(json.dumps(again)), other := json.loads(json.dumps(result))):
@@ -156,11 +156,11 @@ def test_more_pictures_of_pairs_come_from_the_bank(whole, run, suite, tiny_backb
     assert run(Run("ewc", 3, 0, 0), tmp_path / "more") == result      # and back, by the same bank
 
 
-def test_more_pictures_of_pairs_without_the_bank_are_a_new_run(whole, suite, tiny_backbone, tmp_path):
+def test_more_pictures_of_pairs_without_the_bank_are_a_new_run(whole, suite, slim_backbone, tmp_path):
     result, folder = whole
     shutil.copy(folder / "ewc-n3-o0-s0.json", tmp_path)
     more = replace(suite, pair_seeds=(3, 4, 5, 6))
-    again = perform(Sampler(tiny_backbone), more, Run("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING, tmp_path)
+    again = perform(Sampler(slim_backbone), more, Run("ewc", 3, 0, 0), PLACES, SETTINGS, TRAINING, tmp_path)
     assert again["pair_pictures"] == 4 and judged(again, "just") == judged(result, "just")
     assert (tmp_path / "ewc-n3-o0-s0.3.safetensors").exists()
 
@@ -224,7 +224,7 @@ def test_the_order_is_respected_and_the_seed_is_the_trainings(run, whole):
 
 
 @pytest.mark.parametrize("method", ["ewc"])      # in one bank its tasks would be one set of weights
-def test_alone_every_concept_is_what_it_is_on_an_empty_bank(run, tiny_backbone, suite, method):
+def test_alone_every_concept_is_what_it_is_on_an_empty_bank(run, slim_backbone, suite, method):
     result = run(Run(method, 3, 0, 0, alone=True))
     first = run(Run(method, 1, 0, 0), places=[1])      # fido as the only task
     assert judged(result, "just")[1] == judged(first, "just")[0]
@@ -235,7 +235,7 @@ def test_alone_every_concept_is_what_it_is_on_an_empty_bank(run, tiny_backbone, 
 
 
 @pytest.mark.parametrize(("method", "wants"), [("l2dm", True), ("ewc", False)])
-def test_prior_pictures_for_methods_that_want_them(tiny_backbone, suite, method, wants, monkeypatch,
+def test_prior_pictures_for_methods_that_want_them(slim_backbone, suite, method, wants, monkeypatch,
                                                    tmp_path):
     seen, original = [], continual.prepare
 
@@ -244,14 +244,14 @@ def test_prior_pictures_for_methods_that_want_them(tiny_backbone, suite, method,
         return original(backbone, pictures, *rest)
 
     monkeypatch.setattr(continual, "prepare", prepare)
-    learn_sequence(Sampler(tiny_backbone), suite, Run(method, 1, 0, 0), [0], SETTINGS, TRAINING, tmp_path)
+    learn_sequence(Sampler(slim_backbone), suite, Run(method, 1, 0, 0), [0], SETTINGS, TRAINING, tmp_path)
     assert seen == [[False] * 2 + [True] * 16 * wants]
 
 
-def test_prior_pictures_are_the_untouched_bases(tiny_backbone, suite):
-    found = prior_pictures(Sampler(tiny_backbone), suite, suite.tasks[0], 3)
+def test_prior_pictures_are_the_untouched_bases(slim_backbone, suite):
+    found = prior_pictures(Sampler(slim_backbone), suite, suite.tasks[0], 3)
     assert [p.caption for p in found] == ["a dog", "dog at night", "a dog"] and all(p.is_prior for p in found)
-    expected = sample(tiny_backbone, ConceptBank(tiny_backbone.layout), ["a dog"], [9000], QUICK)[0]
+    expected = sample(slim_backbone, ConceptBank(slim_backbone.layout), ["a dog"], [9000], QUICK)[0]
     assert torch.allclose(found[0].pixels, expected, atol=1e-4)
     assert not torch.allclose(found[0].pixels, found[2].pixels, atol=1e-3)
 

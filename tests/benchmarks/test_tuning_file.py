@@ -67,6 +67,9 @@ def test_the_committed_result_can_be_read():
 
 def test_the_command_refuses_a_damaged_file_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "_levels", lambda *_: pytest.fail("levels were measured"))
+    few = tuning.tuning_concepts()[:1]      # drawing them all takes seconds
+    for name in ("tuning_concepts", "tuning_styles"):
+        monkeypatch.setattr(tuning, name, lambda: few)
     path = tmp_path / "tuning.json"
     path.write_text("[]")
     assert main(["tune", "--json", str(path), "--methods", "bound"]) == 1

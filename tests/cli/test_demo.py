@@ -1,4 +1,4 @@
-"""The demo end to end at two steps per task: the report has what it promises.
+"""The demo end to end at two steps per task and one per picture: the report has what it promises.
 
 Its quality is the full command's business.
 """
@@ -28,7 +28,7 @@ from continual_concepts.core.demo.scenes import CONCEPTS, random_scene
 from continual_concepts.core.evaluation import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = demo_ways.Plan("embedded-64", steps=2, sampler_steps=2, alone=1, together=2)
+QUICK = demo_ways.Plan("embedded-64", steps=2, sampler_steps=1, alone=1, together=2)
 
 
 def test_the_report_holds_three_ways_that_learned_the_same(tmp_path):

@@ -30,13 +30,13 @@ QUICK = SampleSettings(steps=1, size=(32, 32))
 
 
 @pytest.fixture
-def learn(tiny_backbone, tmp_path):
+def learn(slim_backbone, tmp_path):
     """learn(previews, last, ...): bank and losses; other keywords are TrainingConfig's."""
     def run(previews, last=True, **training):
-        task = Task("rex", "dog", tiny_backbone, ConceptBank(tiny_backbone.layout))
+        task = Task("rex", "dog", slim_backbone, ConceptBank(slim_backbone.layout))
         config = TrainingConfig(**{"steps": 6, "resolution": 32} | training)
         pictures = [Picture(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1)]
-        data = prepare(tiny_backbone, pictures, "rex", "dog", Framing(32))
+        data = prepare(slim_backbone, pictures, "rex", "dog", Framing(32))
         method = make("bound", {"lr": 1e-2, "token_lr": 1e-2})
         learned = learn_with_previews(task, method, data, config, previews, lambda info: None,
                                       tmp_path / "run", last)
@@ -45,29 +45,29 @@ def learn(tiny_backbone, tmp_path):
     return run
 
 
-def test_the_last_preview_is_the_thumbnail(tiny_backbone, learn):
-    previews = Previews(tiny_backbone, concept_prompt("rex", "object"), QUICK, 3)
+def test_the_last_preview_is_the_thumbnail(slim_backbone, learn):
+    previews = Previews(slim_backbone, concept_prompt("rex", "object"), QUICK, 3)
     bank, losses = learn(previews)
     assert len(losses) == 6 and previews.last_step == 6 and len(previews.pictures) == 1
     assert not previews.scores
     assert bank["rex"].thumbnail == thumbnail_of(previews.pictures[0])
     assert Image.open(io.BytesIO(bank["rex"].thumbnail)).size == (32, 32)
-    without, same_losses = learn(Previews(tiny_backbone, "<rex>", QUICK, 3), last=False)
+    without, same_losses = learn(Previews(slim_backbone, "<rex>", QUICK, 3), last=False)
     assert without["rex"].thumbnail == b"" and same_losses == losses
 
 
-def test_learning_stops_when_the_similarity_no_longer_grows(tiny_backbone, learn):
+def test_learning_stops_when_the_similarity_no_longer_grows(slim_backbone, learn):
     scores = iter([0.1, 0.5, 0.4, 0.5])
-    previews = Previews(tiny_backbone, "a photo of <rex>", QUICK, 3, lambda pictures: next(scores))
+    previews = Previews(slim_backbone, "a photo of <rex>", QUICK, 3, lambda pictures: next(scores))
     _, losses = learn(previews, steps=20, patience=2, look_every=2)
     assert len(losses) == 8 and previews.scores == [(2, 0.1), (4, 0.5), (6, 0.4), (8, 0.5)]
     assert len(previews.pictures) == 4      # the one that ended learning is not drawn again
 
 
-def test_a_preview_that_is_scored_has_several_pictures(tiny_backbone):
+def test_a_preview_that_is_scored_has_several_pictures(slim_backbone):
     shown = []
-    previews = Previews(tiny_backbone, "a dog", QUICK, 3, lambda pictures: shown.append(len(pictures)) or 0.5)
-    assert previews.evaluate(ConceptBank(tiny_backbone.layout), 7) == 0.5
+    previews = Previews(slim_backbone, "a dog", QUICK, 3, lambda pictures: shown.append(len(pictures)) or 0.5)
+    assert previews.evaluate(ConceptBank(slim_backbone.layout), 7) == 0.5
     assert shown == [SCORED] and len(previews.pictures) == 1 and previews.last_step == 7
 
 
@@ -79,11 +79,11 @@ def test_similarity_is_image_alignment():
     assert alone(photos) == 0 and alone(photos[:1]) == 1 and alone(photos[1:]) == -1
 
 
-def test_older_concepts_are_spread_and_each_follows_its_thumbnail(tiny_backbone, make_concept):
-    bank, calls = ConceptBank(tiny_backbone.layout), []
+def test_older_concepts_are_spread_and_each_follows_its_thumbnail(slim_backbone, make_concept):
+    bank, calls = ConceptBank(slim_backbone.layout), []
     for i in range(OLDER + 3):
-        bank = bank.add(make_concept(tiny_backbone.layout, f"c{i}", i, thumbnail=bytes([i])))
-    rows = older_concepts(tiny_backbone, bank, bank.names, QUICK, 0, lambda: calls.append(1))
+        bank = bank.add(make_concept(slim_backbone.layout, f"c{i}", i, thumbnail=bytes([i])))
+    rows = older_concepts(slim_backbone, bank, bank.names, QUICK, 0, lambda: calls.append(1))
     assert len(rows) == 2 * OLDER == 2 * len(calls)
     assert rows[0] == ("<c0> when learned", b"\0") and rows[1][0] == "<c0> now"
     assert rows[-1][0] == f"<c{OLDER + 2}> now"

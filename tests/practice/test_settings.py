@@ -214,14 +214,14 @@ def test_b8_brackets_of_names_are_stripped(run, learned):
 
 
 @pytest.mark.parametrize(("method", "term"), [("lwf", "distil"), ("l2dm", "distillation")])
-def test_b9_dropped_captions_leave_distillation(tiny_backbone, teach, method, term):
+def test_b9_dropped_captions_leave_distillation(slim_backbone, teach, method, term):
     """All options with all methods: tests/training/test_options.py."""
     settings = {"lwf": {}, "l2dm": {"eta": 1, "generation_steps": 1}}[method]
-    bank = teach(tiny_backbone, ConceptBank(tiny_backbone.layout), "rex", method, settings).bank
+    bank = teach(slim_backbone, ConceptBank(slim_backbone.layout), "rex", method, settings).bank
     config = TrainingConfig(steps=2, batch_size=2, resolution=32, flip=False, caption_dropout=0.5)
     pictures = [Picture(torch.full((3, 32, 32), 0.1 * i), digest=str(i)) for i in range(2)]
-    data = prepare(tiny_backbone, pictures, "mimi", "cat", Framing(32))
-    trainer = Trainer(Task("mimi", "cat", tiny_backbone, bank), make(method, settings), data, config)
+    data = prepare(slim_backbone, pictures, "mimi", "cat", Framing(32))
+    trainer = Trainer(Task("mimi", "cat", slim_backbone, bank), make(method, settings), data, config)
     with trainer.session():
         assert all(term in trainer.step().terms for _ in range(2))
 
