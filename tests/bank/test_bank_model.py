@@ -133,5 +133,5 @@ class Life(RuleBasedStateMachine):
 def test_lives_of_a_bank(layout, make_concept, trials):
     Life.layout, Life.make_concept = layout, staticmethod(make_concept)
     run_state_machine_as_test(Life,
-                              settings=settings(max_examples=trials(25, 500), stateful_step_count=20,
+                              settings=settings(max_examples=trials(15, 500), stateful_step_count=20,
                                                 deadline=None))
