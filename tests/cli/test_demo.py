@@ -31,7 +31,15 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = demo_ways.Plan("embedded-64", steps=2, sampler_steps=1, alone=1, together=2)
 
 
-def test_the_report_holds_three_ways_that_learned_the_same(tmp_path):
+@pytest.fixture
+def single_pictures(monkeypatch):
+    """Learning takes one picture a step, for tests whose jobs run in this process."""
+    usual = demo_ways.Plan.training.fget
+    monkeypatch.setattr(demo_ways.Plan, "training",
+                        property(lambda plan: replace(usual(plan), batch_size=1, flip=False)))
+
+
+def test_the_report_holds_three_ways_that_learned_the_same(tmp_path, single_pictures):
     demo.run(tmp_path, QUICK, workers=1)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["ways"]) == set(demo_ways.WAYS) and report["seconds"] > 0
@@ -78,7 +86,7 @@ def test_processes_give_the_same_report(tmp_path):
             assert one["ways"][way][figure] == pytest.approx(two["ways"][way][figure], abs=1e-4)
 
 
-def test_separate_concepts_are_learned_as_one_after_another(tmp_path):
+def test_separate_concepts_are_learned_as_one_after_another(tmp_path, single_pictures):
     """A concept that is stored by itself does not depend on the bank, so its jobs can run side by side."""
     apart, together = tmp_path / "apart", tmp_path / "together"
     for folder, parts in ((apart, (["rex"], ["fido"])), (together, (["rex", "fido"],))):
@@ -89,7 +97,7 @@ def test_separate_concepts_are_learned_as_one_after_another(tmp_path):
     assert all(torch.equal(one.deltas[key].value, other.deltas[key].value) for key in one.deltas)
 
 
-def test_what_two_ways_learn_alike_is_learned_once(tmp_path):
+def test_what_two_ways_learn_alike_is_learned_once(tmp_path, single_pictures):
     for (way, name), owner in demo_ways.ALIKE.items():
         for each in (way, owner):
             demo_ways.learn_job(QUICK, each, [name], tmp_path)

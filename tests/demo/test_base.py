@@ -82,7 +82,7 @@ def test_the_structure_is_stable_diffusions_or_a_transformers(name, base):
 
 
 def test_the_autoencoder_keeps_pictures(base):
-    drawn = [scenes.random_scene(random.Random(i)) for i in range(16)]
+    drawn = [scenes.random_scene(random.Random(i)) for i in range(6)]
     pictures = to_tensor([scenes.render(scene, base.picture_size) for scene in drawn])
     with torch.no_grad():
         again = base.decode_latents(base.encode_images(pictures))
@@ -113,9 +113,9 @@ def test_a_scene_is_a_function_of_its_seed():
 
 def test_captions_are_followed(base):
     """A quick check, below the figures of the benchmark `base`, so that a broken file cannot pass."""
-    wishes = held_out_prompts(8, seed=5)
-    settings = SampleSettings(10, 4.0, (base.picture_size,) * 2, batch=8)
-    images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(8)), settings)
+    wishes = held_out_prompts(4, seed=5)
+    settings = SampleSettings(8, 4.0, (base.picture_size,) * 2, batch=4)
+    images = sample(base, ConceptBank(base.layout), [text for text, _, _ in wishes], list(range(4)), settings)
     with torch.no_grad():
         named = load_classifier().name(at_encoder_size(images))
-    assert sum(named[i] == wishes[i][1:] for i in range(8)) >= 6
+    assert sum(named[i] == wishes[i][1:] for i in range(4)) >= 3

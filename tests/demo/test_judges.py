@@ -50,7 +50,7 @@ def test_sizes_fit_the_budget(encoder, classifier):
 @pytest.mark.parametrize("unseen", [False, True])
 def test_classifier_names_kind_and_colour(classifier, unseen):
     rng, things = random.Random(20_001 + unseen), []
-    while len(things) < 200:
+    while len(things) < 100:
         thing = scenes.random_thing(rng, unseen=unseen)
         if "body" in thing.names:
             things.append(thing)
@@ -64,9 +64,9 @@ def test_classifier_names_kind_and_colour(classifier, unseen):
 def concept_ranking(features, concept: scenes.SceneConcept) -> float:
     """Whether the concept's pictures lie nearer to other pictures of it than distractors do."""
     rng = random.Random(20_003)
-    known = features(stacked(picture for picture, _ in concept.pictures(24, 20_004)))
-    again = features(stacked(picture for picture, _ in concept.pictures(24, 20_005)))
-    others = features(stacked(scenes.render(concept.distractor(rng)) for _ in range(48)))
+    known = features(stacked(picture for picture, _ in concept.pictures(12, 20_004)))
+    again = features(stacked(picture for picture, _ in concept.pictures(12, 20_005)))
+    others = features(stacked(scenes.render(concept.distractor(rng)) for _ in range(24)))
     return ranking_accuracy(known @ again.T, known @ others.T)
 
 
@@ -82,13 +82,13 @@ def test_style_features_tell_the_style(encoder, name):
 
 def test_a_picture_prefers_its_own_caption(encoder):
     rng = random.Random(20_006)
-    drawn = [scenes.random_scene(rng) for _ in range(200)]
+    drawn = [scenes.random_scene(rng) for _ in range(100)]
     captions = [scenes.caption(scene, rng, detail=0.8) for scene in drawn]
     tokenizer = vocabulary.load(ASSETS / "tokenizer")
     ids = torch.tensor(tokenizer(captions, padding="max_length", truncation=True, max_length=77).input_ids)
     cosines = encoder.image_text_features(stacked(map(scenes.render, drawn))) @ encoder.text_features(ids).T
-    own, other = cosines.diagonal(), cosines[torch.arange(200),
-                                             (torch.arange(200) + rng.randrange(1, 200)) % 200]
+    own, other = cosines.diagonal(), cosines[torch.arange(100),
+                                             (torch.arange(100) + rng.randrange(1, 100)) % 100]
     assert (own > other).float().mean() >= 0.95
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from continual_concepts.core.errors import ConceptError
@@ -125,6 +125,7 @@ values = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(st.text() | values.map(json.dumps) | st.lists(st.dictionaries(st.sampled_from(KEYS),
                                                                      values)).map(json.dumps))
 def test_any_text_is_regions_or_a_sentence(text):

@@ -19,7 +19,7 @@ QUICK = SampleSettings(steps=5, cfg=3.0, size=(64, 64))
 SCENE = "a photo of <rex> and <mimi> in a room"
 
 
-@pytest.fixture(params=["prompt-activated", "word-bound"])
+@pytest.fixture(scope="module", params=["prompt-activated", "word-bound"])
 def bank(request, region_bank, tiny_backbone, teach):
     if request.param == "prompt-activated":
         return region_bank
