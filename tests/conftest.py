@@ -36,6 +36,17 @@ _load_package()
 pytest_plugins = [f"continual_concepts.tests.{name}" for name in ("saved_models", "host_banks", "quick")]
 
 
+def pytest_configure() -> None:
+    """Random tests do not fail on a machine that is slow because it does other work, too."""
+    if importlib.util.find_spec("hypothesis") is None:      # some environments of host tests have none
+        return
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("patient", settings.default, deadline=None,
+                              suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_collection():
     """What is imported and collected stays, so the garbage collector need not look at it."""
