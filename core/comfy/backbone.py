@@ -194,6 +194,9 @@ class ComfyBackbone(Backbone):
         else:
             latents = self.vae.encode(pixels)
         self._is_loaded = False     # the host may have unloaded the UNet for the VAE
+        if latents.shape[1] != self.latent_channels:
+            raise ConceptError(f"the VAE gives latents of {latents.shape[1]} channels, and the model reads "
+                               f"{self.latent_channels}; connect the VAE of this model")
         latents = self.model.model.process_latent_in(latents.float()).to(self.device).clone()
         return latents[:, :, 0] if latents.ndim == 5 else latents
 

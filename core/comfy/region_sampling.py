@@ -18,6 +18,7 @@ from ..conditioning.routing import (
     always_on_deltas,
     name_on_all_words,
     negative_only,
+    refuse_negative_only,
     token_lora_deltas,
 )
 from ..errors import ConceptError
@@ -84,10 +85,7 @@ class ConceptPrompts:
         if any(info.composes.acts_on_all_words for info in infos.values()):
             for name in negative_only(infos, parsed, [self.parse(positive)], "sharp"):
                 if name not in but:
-                    if self.sites.layout.is_joint:
-                        raise ConceptError(f"the negative prompt names <{name}>, which acts on every word; "
-                                           "allowed on this model: concepts that are learned as objects with "
-                                           "'slots', or that the prompt names, too")
+                    refuse_negative_only(self.sites.layout, [name])
                     self._in_negative.add(name)
                     act_on_all = on_all_rows if reads_rows(self.clip) else with_strength
                     conditioning = act_on_all(conditioning, code(name_on_all_words(infos[name])),

@@ -18,6 +18,7 @@ from ..errors import ConceptError
 from ..model import aggregation
 from ..model.backbone import Backbone
 from ..model.deltas import Delta, DeltaKey, Deltas, weighted_sum
+from ..model.sites import SiteLayout
 from .encoding import encode_prompts, encode_words
 
 MODES = ("sharp", "paper", "released", "equal")
@@ -151,6 +152,15 @@ def negative_only(infos: Mapping[str, ConceptInfo], negative: Prompt, positive: 
     composes = {name: infos[name].composes for name in negative.concepts if name not in named}
     return [name for name, own in composes.items()
             if own.acts_on_all_words and (mode == "sharp" or own.kind is Kind.WORDS)]
+
+
+def refuse_negative_only(layout: SiteLayout, names: Sequence[str]) -> None:
+    """Raises ConceptError if the base has joint attention and there is a concept of `negative_only`: its
+    deltas would act on the rows of the picture, too."""
+    if names and layout.is_joint:
+        raise ConceptError(f"the negative prompt names <{names[0]}>, which acts on every word; allowed on "
+                           "this model: concepts that are learned as objects with 'slots', or that the "
+                           "prompt names, too")
 
 
 def name_on_all_words(info: ConceptInfo) -> str:

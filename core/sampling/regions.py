@@ -28,12 +28,13 @@ from .settings import SampleSettings
 
 
 def part_of(backbone: Backbone, bank: ConceptBank, prompt: Prompt, negative: Prompt,
-            settings: SampleSettings) -> Part:
-    """Encodes a prompt and its negative prompt and collects their deltas, on the backbone's device."""
+            settings: SampleSettings, others: Sequence[Prompt] = ()) -> Part:
+    """Encodes a prompt and its negative prompt and collects their deltas, on the backbone's device. others:
+    Prompts whose deltas act here, too."""
     deltas = aggregate(backbone, bank, prompt, settings.mode, settings.strength, always_on=False).deltas
-    context = Context.cat([encode_negative(backbone, bank, negative, [prompt], settings.mode),
+    context = Context.cat([encode_negative(backbone, bank, negative, [prompt, *others], settings.mode),
                            encode(backbone, bank, [prompt])])
-    word_bound = word_bound_deltas(backbone, bank, [prompt], negative, settings)
+    word_bound = word_bound_deltas(backbone, bank, [prompt], negative, settings, others)
     return Part(context, on_device(backbone, deltas), word_bound)
 
 
@@ -92,7 +93,9 @@ class RegionSampling:
         self.steps = RegionSteps(regions, settings.noise, settings.overlap)
         prompts = [(bank.parse(region.prompt), bank.parse(region.negative or settings.negative))
                    for region in regions]
-        self.parts = [part_of(backbone, bank, prompt, negative, settings) for prompt, negative in prompts]
+        acting = [scene] if backbone.layout.is_joint else []      # see scene_weights
+        self.parts = [part_of(backbone, bank, prompt, negative, settings, acting)
+                      for prompt, negative in prompts]
         self.scene = part_of(backbone, bank, scene, bank.parse(settings.negative), settings)
         if self.scene.context.pooled is not None:
             texts = [part.context.pooled for part in self.parts if part.context.pooled is not None]

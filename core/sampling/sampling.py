@@ -20,6 +20,7 @@ from ..conditioning.routing import (
     name_on_all_words,
     negative_only,
     prompt_deltas,
+    refuse_negative_only,
     token_lora_deltas,
 )
 from ..errors import ConceptError
@@ -59,9 +60,15 @@ def encode(backbone: Backbone, bank: ConceptBank, prompts: Sequence[str | Prompt
 
 def encode_negative(backbone: Backbone, bank: ConceptBank, negative: Prompt, positive: Sequence[Prompt],
                     mode: str) -> Context:
-    """Encodes a negative prompt. Prompt-activated concepts that only it names act at all its tokens."""
+    """Encodes a negative prompt. Prompt-activated concepts that only it names act at all its tokens.
+
+    Raises:
+        ConceptError: It names such a concept, and the base has joint attention.
+    """
+    names = negative_only(bank.infos, negative, positive, mode)
+    refuse_negative_only(backbone.layout, names)
     context = encode(backbone, bank, [negative])
-    for name in negative_only(bank.infos, negative, positive, mode):
+    for name in names:
         context = context.with_concept(name_on_all_words(bank.infos[name]), negative.strength_of(name))
     return context
 
@@ -75,11 +82,11 @@ def on_device(backbone: Backbone, deltas: Deltas) -> Deltas:
 
 
 def word_bound_deltas(backbone: Backbone, bank: ConceptBank, prompts: Sequence[Prompt], negative: Prompt,
-                      settings: SampleSettings) -> dict[str, Deltas]:
+                      settings: SampleSettings, others: Sequence[Prompt] = ()) -> dict[str, Deltas]:
     """Deltas of the word-bound concepts that the prompts name, and of those that act in the negative half
-    alone."""
+    alone. others: Prompts whose deltas act in both halves, too."""
     named = {name for prompt in (*prompts, negative) for name in prompt.concepts}
-    only = negative_only(bank.infos, negative, prompts, settings.mode)
+    only = negative_only(bank.infos, negative, (*prompts, *others), settings.mode)
     deltas = {**token_lora_deltas(bank, settings.strength, tuple(named)),
               **prompt_deltas(bank, only, settings.strength)}
     return {name: on_device(backbone, concept_deltas) for name, concept_deltas in deltas.items()}

@@ -238,3 +238,11 @@ def test_one_corrupt_photo_among_others(studio):
     for name in ("../output", "/etc", "", "other"):
         assert "there is no folder" in sentence(
             lambda name=name: studio.pack.ConceptPhotosLoad.execute(name))
+
+
+def test_a_vae_of_another_model(studio, monkeypatch):
+    """It once failed with the shapes of two matrices, within the model."""
+    encode = studio.vae.encode
+    monkeypatch.setattr(studio.vae, "encode", lambda pixels: encode(pixels)[:, :3])
+    text = sentence(lambda: studio.learn(steps=1, name="vae"))
+    assert f"the VAE gives latents of 3 channels, and the model reads {studio.channels}" in text

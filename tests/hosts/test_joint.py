@@ -168,3 +168,18 @@ def test_a_style_that_only_a_region_names_is_refused(tiny_joint, two, teach):
     styled = sample_regions(tiny_joint, bank, "<chalk> of a meadow", [region], [3], QUICK)
     assert distance(styled, sample_regions(tiny_joint, bank, "a meadow",
                                            [Region("a dog", box=region.box)], [3], QUICK)) > 1e-3
+
+
+def test_a_style_that_only_the_negative_prompt_names_is_refused(tiny_joint, two, teach):
+    """Its deltas act on every row, the picture's, too, so that they have no place in one half of guidance."""
+    bank = teach(tiny_joint, two, "chalk", "slots", {"lr": 0.1}, noun="drawing", kind="style", steps=3).bank
+    negative, regions = replace(QUICK, negative="<chalk>"), [Region("a dog", box=(0.0, 0.0, 1.0, 0.5))]
+    for draw in (lambda: sample(tiny_joint, bank, ["a meadow"], [3], negative),
+                 lambda: sample_regions(tiny_joint, bank, "a meadow", regions, [3], negative),
+                 lambda: sample_regions(tiny_joint, bank, "a meadow",
+                                        [replace(regions[0], negative="<chalk>")], [3], QUICK)):
+        with pytest.raises(ConceptError, match="negative prompt names <chalk>, which acts on every word"):
+            draw()
+    for picture in (sample(tiny_joint, bank, ["<chalk> of a meadow"], [3], negative),
+                    sample_regions(tiny_joint, bank, "<chalk> of a meadow", regions, [3], negative)):
+        assert picture.isfinite().all()
