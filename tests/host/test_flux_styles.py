@@ -140,5 +140,5 @@ def test_a_style_of_the_scene_acts_in_all_regions(joint):
 def test_exports_are_refused(joint, tmp_path):
     from continual_concepts.core.interop.export import export_concept
 
-    with pytest.raises(ConceptError, match="joint attention.*its deltas cannot be exported"):
+    with pytest.raises(ConceptError, match="joint attention.*files for other programs is not supported"):
         export_concept(joint.bank, "ink", tmp_path)

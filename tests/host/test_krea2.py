@@ -204,7 +204,7 @@ def test_what_does_not_work_is_refused_before_any_work(krea, studio, tmp_path, m
                 "draws": 1, "resolution": 64, "seed": 0, "model": ours.model, "clip": ours.clip}
     with pytest.raises(ConceptError, match="joint attention.*concept neurons are not supported"):
         ours.pack.ConceptNeuronSelect.execute(**{key: [value] for key, value in settings.items()})
-    with pytest.raises(ConceptError, match="joint attention.*its deltas cannot be exported"):
+    with pytest.raises(ConceptError, match="joint attention.*files for other programs is not supported"):
         export_concept(krea.bank, "ink", tmp_path)
 
 
