@@ -102,7 +102,7 @@ def test_faults_are_named_before_any_work(learn, cast, table, sentence):
 
 
 def test_only_listed_folders_are_read(pack, cast, studio):
-    with pytest.raises(ConceptError, match="there is no folder '../cast' with folders of photos .*: cast$"):
+    with pytest.raises(ConceptError, match="'../cast' is not the name of a folder inside .*: cast$"):
         pack.ConceptFolderLearner.execute(folder="../cast", model=None, clip=None, vae=None, **GIVEN)
     (cast / "concepts.csv").write_text("folder,name,noun,preset\nchalk drawing,chalk,drawing,style\n")
     base = {"model": studio.model, "clip": studio.clip, "vae": studio.vae}
