@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -173,7 +172,8 @@ def _summarised(options: Namespace, folder: Path) -> Result:
         raise ConceptError(f"the folder '{folder}' holds no finished run of {options.tasks} tasks")
     recent = [run for run in finished if "judges" in run]
     if not recent:
-        return _summarised_earlier(options, finished)
+        raise ConceptError(f"the folder '{folder}' holds only runs of an earlier version, which cannot be "
+                           "summarised; name another folder with --runs")
     if len(recent) < len(finished):
         say(f"{len(finished) - len(recent)} runs of an earlier version are left out")
     limits = levels.read(levels.file_of(folder, options.tasks))
@@ -188,15 +188,3 @@ def _summarised(options: Namespace, folder: Path) -> Result:
         write_sections(document, result)
     text = sections(result)
     return result, [text["main"], *filter(None, [text["claims"]])]
-
-
-def _summarised_earlier(options: Namespace, finished: Sequence[dict]) -> Result:
-    """Summarises runs of an earlier version, which have one judge and no intervals."""
-    from .earlier_chart import draw
-    from .earlier_summary import DEFAULT, summarise, table
-
-    stored = json.loads(options.file.read_text()) if options.file.exists() else {}
-    result = summarise(finished, DEFAULT, stored.get("untrained", {}))
-    write_result(options.file, result)
-    draw(options.file.with_suffix(".png"), finished, result)
-    return result, [table(result)]

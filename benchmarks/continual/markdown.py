@@ -10,7 +10,7 @@ from ...core.errors import ConceptError
 from ...core.files import write_atomically
 from .bootstrap import BETTER, FEW, SAME, WORSE
 from .judges import ENCODER
-from .plan import NAMED
+from .plan import PUBLISHED
 from .tables import ALONE, COMBINED, CONFUSED, PAIRS
 
 MARKER = re.compile(r"<!-- continual:(\w+) -->\n.*?<!-- /continual:\1 -->", re.DOTALL)
@@ -160,19 +160,37 @@ def _bleed(result: Mapping) -> str:
     return "\n".join(lines)
 
 
+def _compared(figure: str) -> Column:
+    """A mean in whole percent, with its verdict in words unless the method is worse than the default."""
+    def cell(row: Row) -> str:
+        verdict = row.get("against_default", {}).get(figure, {}).get("verdict", WORSE)
+        mean = number(row.get(figure, {}).get("mean"), digits=0)
+        return mean if verdict == WORSE else f"{mean} ({verdict})"
+    return figure, cell
+
+
+README: tuple[Column, ...] = (_compared(ALONE), _compared(COMBINED), _compared(CONFUSED),
+                              _plain("retained", "retained", digits=0))
+
+
+def _readme(result: Mapping, names: Sequence[str]) -> str:
+    """A short table of the named methods, without intervals. Its page has room for few words."""
+    counts = sorted({len(result["methods"][name]["runs"]) for name in names})
+    return (f"{result['tasks']} concepts, {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} "
+            f"runs, percent:\n\n{_lines(result, README, names, levels=False)}")
+
+
 def sections(result: Mapping) -> dict[str, str]:
     """Name -> Markdown of every section that a document can have."""
     names = ranked(result)
     others = sorted({judge for row in result["methods"].values() for judge in row["judges"]} - {ENCODER})
-    few = [*(column for column in QUALITY if column[0] in (ALONE, COMBINED, CONFUSED)), *COSTS[:3],
-           ("against the default", lambda row: verdicts(row, (ALONE, COMBINED, CONFUSED)))]
     return {
         "main": f"{setting(result)}\n\n{_lines(result, (*QUALITY, *COSTS, AGAINST), names)}",
         "papers": _lines(result, PAPERS, names),
         "judges": "\n\n".join(f"Judge `{judge}`:\n\n{_lines(result, _other_judge(judge), names)}"
                               for judge in others),
         "settings": _settings(result), "claims": _claims(result), "bleed": _bleed(result),
-        "readme": f"{setting(result)}\n\n{_lines(result, few, [name for name in names if name in NAMED])}",
+        "readme": _readme(result, [name for name in names if name in PUBLISHED or name == result["default"]]),
     }
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from continual_concepts.benchmarks.continual import earlier_summary
 from continual_concepts.benchmarks.continual.levels import file_of, read
 from continual_concepts.benchmarks.continual.markdown import MARKER, sections
 from continual_concepts.benchmarks.continual.runs import Run
@@ -33,18 +32,12 @@ def runs_of(name, tasks):
     return [finished_run(path) for path in paths]
 
 
-@pytest.mark.parametrize("name", ["continual", "continual-50", "continual-ablation"])
-def test_the_summary_of_committed_runs_is_the_committed_result(name):
-    committed = json.loads((RESULTS / f"{name}.json").read_text())
-    runs = runs_of(name, committed["tasks"])
-    if "floor" in committed:
-        trials = {method: row["tuned"]["trials"] for method, row in committed["methods"].items()}
-        levels = read(file_of(RESULTS / f"{name}.cells", committed["tasks"]))
-        found = summarise(runs, levels, committed["default"], lambda method: trials.get(method, 0))
-    else:
-        found = earlier_summary.summarise(runs, committed["default"], committed["untrained"])
-        lines = 1 + len(committed["methods"]) + bool(committed["upper_bound"])
-        assert earlier_summary.table(committed).count("\n") == lines
+def test_the_summary_of_committed_runs_is_the_committed_result():
+    committed = json.loads((RESULTS / "continual.json").read_text())
+    trials = {method: row["tuned"]["trials"] for method, row in committed["methods"].items()}
+    levels = read(file_of(RESULTS / "continual.cells", committed["tasks"]))
+    found = summarise(runs_of("continual", committed["tasks"]), levels, committed["default"],
+                      lambda method: trials.get(method, 0))
     assert flat(found) == pytest.approx(flat(committed))
 
 
@@ -53,7 +46,7 @@ def test_sections_of_documents_are_those_of_the_committed_result():
     committed = json.loads((RESULTS / "continual.json").read_text())
     for document in (ROOT / "README.md", ROOT / "docs" / "benchmark.md"):
         text = document.read_text(encoding="utf-8")
-        assert MARKER.search(text) or "floor" not in committed, f"{document.name} has no section"
+        assert MARKER.search(text), f"{document.name} has no section"
         for found in MARKER.finditer(text):
             name = found.group(1)
             assert found.group(0) == (f"<!-- continual:{name} -->\n{sections(committed)[name]}\n"
@@ -61,7 +54,7 @@ def test_sections_of_documents_are_those_of_the_committed_result():
 
 
 def test_committed_runs_have_the_names_and_keys_of_today():
-    for path in RESULTS.glob("continual*.cells/*-s*.json"):
+    for path in RESULTS.glob("continual.cells/*-s*.json"):
         stored = json.loads(path.read_text())
         method, _, overrides = stored["method"].partition("+")
         run = Run(method, stored["tasks"], stored["order"], stored["seed"], stored["alone"], overrides)

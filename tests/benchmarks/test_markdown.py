@@ -44,9 +44,13 @@ def test_differences_are_said_in_words(result):
     assert named["**bound**"] == ""
 
 
-def test_the_readme_shows_the_named_methods_alone(result):
-    found = [row["method"] for row in rows(sections(result)["readme"])]
-    assert found == ["*real pictures*", "lora", "**bound**", "*class nouns*"]
+def test_the_readme_shows_the_named_methods_alone_and_says_where_there_is_no_difference(result):
+    text = sections(result)["readme"]
+    found = {row["method"]: row for row in rows(text)}
+    assert list(found) == ["lora", "**bound**"]
+    assert found["lora"] == {"method": "lora", "alone": "86 (better)", "combined": "43",
+                             "confused": "10 (no difference)", "retained": "100"}
+    assert text.startswith("4 concepts, 3 runs, percent:")
 
 
 def test_all_sections_are_tables_of_the_same_methods(result):
