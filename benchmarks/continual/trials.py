@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
@@ -11,6 +12,7 @@ from .concepts import STYLES
 from .embedded import STEPS, usual_settings
 from .runs import STEPS as STEPS_KEY
 from .runs import Run
+from .tables import ALONE
 
 SEED, SECOND_SEED, ORDER = 71, 72, 0      # none is used by the benchmark
 RATE_FACTORS = (1.0, 0.25, 0.5, 2.0)      # on the usual rates of deltas and words
@@ -70,6 +72,22 @@ def finalists(results: Sequence[Mapping]) -> list[Trial]:
     return [result["settings"] for result in list(best.values())[:FINALISTS]]
 
 
+def mean_of(trial: Trial, results: Sequence[Mapping], figure: str = "objective") -> float:
+    """The mean figure of a trial's results over its seeds; -inf if one of them failed."""
+    found = [each.get(figure, -math.inf) for each in results if each["settings"] == trial]
+    return sum(found) / len(found)
+
+
+def winner(trials: Sequence[Trial], results: Sequence[Mapping]) -> Trial:
+    """The finalist with the largest mean objective. Those within `TIE` of it are equal: of these the one with
+    the largest *alone* wins, because the objective says little about a rate that hardly learns a concept.
+    """
+    best = max(mean_of(trial, results) for trial in trials)
+    equal = [trial for trial in trials if mean_of(trial, results) >= best - TIE]
+    return max(equal, key=lambda trial: mean_of(trial, results, ALONE)) if len(equal) > 1 else equal[0]
+
+
+TIE = 0.005      # of a mean objective; seeds of one trial differ by more
 STAGES = 3      # before the one of the finalists
 FINALISTS = 2
 BUDGET = (len(RATE_FACTORS) + len(STRENGTH_FACTORS) + len(MORE_STEPS_FACTORS) + FINALISTS

@@ -39,8 +39,10 @@ from .trials import (
     beyond,
     finalists,
     known_trials,
+    mean_of,
     run_of,
     stage_trials,
+    winner,
 )
 from .tuning_file import locked, stored_methods
 
@@ -121,20 +123,16 @@ class Tuning:
             runs = [run_of(method, trial, self.tasks, seed) for trial in trials for seed in seeds]
             return self._open(runs) if None in found else []
 
-        def mean(trial: Trial) -> float:
-            found = [each.get("objective", -math.inf) for each in everything if each["settings"] == trial]
-            return sum(found) / len(found)      # one that fails with the second seed comes last
-
         trials = finalists(done)
         runs = missing(trials, [SECOND_SEED])
         if runs:
             return everything, runs, None
-        chosen = max(trials, key=mean)
+        chosen = winner(trials, everything)
         while (further := beyond(chosen, everything)) is not None:
             runs = missing([further], [SEED, SECOND_SEED])
             if runs:
                 return everything, runs, None
-            if mean(further) <= mean(chosen):
+            if mean_of(further, everything) <= mean_of(chosen, everything):
                 break
             chosen = further
         return everything, [], chosen

@@ -117,6 +117,20 @@ def test_finalists_are_the_best_of_the_two_best_rates():
     assert tuning.finalists([trial(1.0, 0.5)]) == [{"lr": 1.0}]
 
 
+def test_of_finalists_that_cannot_be_told_apart_the_one_that_learns_more_wins():
+    """TARA: 0.417 and 0.416, where the lower rate hardly learned the concepts of the benchmark."""
+    def result(rate, objective, alone):
+        return {"settings": {"lr": rate}, "objective": objective, "alone": alone}
+
+    slow, quick = {"lr": 0.0005}, {"lr": 0.004}
+    equal = [result(0.0005, 0.441, 0.44), result(0.0005, 0.392, 0.44), result(0.004, 0.423, 0.56),
+             result(0.004, 0.408, 0.56)]
+    assert trials.winner([slow, quick], equal) == quick
+    assert trials.winner([slow, quick], [*equal, result(0.0005, 0.441, 0.44)]) == slow      # 0.425: no tie
+    failed = {"settings": quick, "failed": "diverged"}
+    assert trials.winner([slow, quick], [*equal, failed]) == slow
+
+
 def test_a_second_seed_decides_between_the_finalists(tmp_path):
     finished = Finished(tmp_path, {"lr": 1e-3})
     while any(run.seed == tuning.SEED for run in finished.tuning.wanted()):
