@@ -43,7 +43,7 @@ def of_demo() -> Iterable[tuple[str, str]]:
     yield "README.md", f"| both dogs in one prompt | {pair[0]} | {pair[1]}: their looks mix | {pair[2]} |"
     yield "README.md", f"| one dog in each of two boxes: right | {boxes[0]} | {boxes[1]} | {boxes[2]} |"
     yield "README.md", f"| a style | {style[0]} | {style[1]}: learned alike | {style[2]} |"
-    yield "README.md", f"Each concept has {result('demo')['steps']} steps"
+    yield "README.md", f"{result('demo')['steps']} steps of four pictures each"
 
 
 def of_regions() -> Iterable[tuple[str, str]]:
@@ -137,10 +137,19 @@ def of_single_benchmarks() -> Iterable[tuple[str, str]]:
         row = refined["summary"][key]
         yield "benchmark.md", (f"| {name} | {row['old']:.3f} | {row['new']:.3f} | {row['retained']:.3f} | "
                                f"{row['gained']:.3f} |")
-    kept = {name: " and ".join(f"{part['refined']['old'] / part['before']['old']:.2f}"
-                               for part in refined["parts"] if part["concept"] == name)
-            for name in ("rex", "mimi")}
+    yield "photos.md", (f"kept {refined['summary']['refined']['retained']:.2f} of their likeness to the old "
+                        "photos. Their likeness to the new photos was "
+                        f"{refined['summary']['refined']['gained']:.2f} of what")
+    names = ("rex", "mimi", "blueprint", "crimson")
+    kept, gained = ({name: " and ".join(f"{part['refined'][half] / part[whole][half]:.2f}"
+                                        for part in refined["parts"] if part["concept"] == name)
+                     for name in names} for whole, half in (("before", "old"), ("at_once", "new")))
     yield "benchmark.md", f"*retained* is {kept['rex']} for the dog, {kept['mimi']} for the cat"
+    yield "benchmark.md", f"{kept['blueprint']} for the style `<blueprint>` and {kept['crimson']} for `<crimson>`"
+    yield "benchmark.md", f"*gained* is {gained['rex']}, {gained['mimi']}"
+    yield "benchmark.md", f"{gained['blueprint']}, and {gained['crimson']}"
+    yield "benchmark.md", f"already reaches {refined['summary']['before']['gained']:.2f} of"
+    yield "benchmark.md", f"*retained* is {refined['summary']['without_replay']['retained']:.2f}"
     for method, row in result("compose")["methods"].items():
         style, thing = row["style_of_thing"], row["thing_wearing"]
         yield "benchmark.md", (f"| `{method}` | {style['object']:.2f} | {style['style']:.2f} | "
