@@ -12,6 +12,7 @@ from .tables import ALONE, COMBINED, CONFUSED
 INK, QUIET, FAINT = "#1d1d24", "#6b6b76", "#c9ced8"
 DEFAULT_COLOUR, NAMED_COLOUR, OTHER_COLOUR = "#c2410c", "#28507a", "#9aa3b2"
 FRONT_COLOUR = "#e8b08c"
+NARROWEST, EDGE = 10.0, 0.5      # of an axis in percent: its width, and what it shows beyond 0 and 100
 LETTER, LINE = 5.4, 11.0      # width of a letter and height of a line of a label, in points
 # offsets of a label from its point, in points, and its alignment; the first one that is free is taken
 PLACES = ((7, 6, "left"), (7, -6, "left"), (-7, 6, "right"), (-7, -6, "right"), (0, 13, "center"),
@@ -104,6 +105,19 @@ def _scatter(axis, result: Mapping, points: Mapping[str, Point]) -> None:
     axis.legend(fontsize=8, frameon=False, loc="upper left", labelcolor=QUIET)
 
 
+def limits(low: float, high: float) -> tuple[float, float]:
+    """The limits of an axis in percent: at least `NARROWEST` wide, or rounding errors of equal figures would
+    fill it. What is added lies between 0 and 100, if the figures do.
+    """
+    missing = NARROWEST - (high - low)
+    if missing <= 0:
+        return low, high
+    start = low - missing / 2
+    if -EDGE <= low and high <= 100 + EDGE:
+        start = min(max(start, -EDGE), 100 + EDGE - NARROWEST)
+    return start, start + NARROWEST
+
+
 def _dots(axis, result: Mapping, names: Sequence[str], figure: str, title: str) -> None:
     """A row of dots, one per method, with intervals where the figure has them."""
     _bare(axis)
@@ -121,6 +135,8 @@ def _dots(axis, result: Mapping, names: Sequence[str], figure: str, title: str) 
     axis.set_axisbelow(True)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.margins(x=0.1)
+    axis.set_xlim(*limits(*axis.get_xlim()))
+    axis.locator_params(axis="x", nbins=4, integer=True)
 
 
 def draw(path: Path, result: Mapping) -> None:

@@ -187,4 +187,4 @@ def _summarised(options: Namespace, folder: Path) -> Result:
     for document in options.write:
         write_sections(document, result)
     text = sections(result)
-    return result, [text["main"], *filter(None, [text["claims"]])]
+    return result, [text["main"], text["claims"]]

@@ -135,6 +135,8 @@ def _settings(result: Mapping) -> str:
 
 
 def _claims(result: Mapping) -> str:
+    if not result["claims"]:
+        return "No two methods of which a paper says that one is better have been run."
     sentences = []
     for entry in result["claims"]:
         better, worse, figure = entry["claim"]
@@ -162,11 +164,11 @@ def _bleed(result: Mapping) -> str:
 
 def _compared(figure: str) -> Column:
     """A mean in whole percent, with its verdict in words unless the method is worse than the default."""
-    def cell(row: Row) -> str:
+    def shown(row: Row) -> str:
         verdict = row.get("against_default", {}).get(figure, {}).get("verdict", WORSE)
         mean = number(row.get(figure, {}).get("mean"), digits=0)
         return mean if verdict == WORSE else f"{mean} ({verdict})"
-    return figure, cell
+    return figure, shown
 
 
 README: tuple[Column, ...] = (_compared(ALONE), _compared(COMBINED), _compared(CONFUSED),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from continual_concepts.benchmarks.continual.chart import draw, pareto_front
+from continual_concepts.benchmarks.continual.chart import draw, limits, pareto_front
 from continual_concepts.benchmarks.continual.summary import summarise
 from continual_concepts.tests.benchmarks.runs_made import levels, run
 
@@ -52,3 +52,10 @@ def test_the_front_holds_what_nothing_beats():
     assert pareto_front(points) == ["a", "b", "d"]
     assert pareto_front({"a": (1.0, 1.0), "b": (1.0, 1.0)}) == ["a", "b"]
     assert pareto_front({"a": (1.0, 2.0), "b": (1.0, 1.0)}) == ["a"]
+
+
+def test_rounding_errors_do_not_fill_an_axis():
+    assert limits(100 - 1e-6, 100 + 1e-6) == pytest.approx((90.5, 100.5))
+    assert limits(-0.05, 0.05) == pytest.approx((-0.5, 9.5))
+    assert limits(9.0, 11.0) == (5.0, 15.0) and limits(118.0, 120.0) == (114.0, 124.0)
+    assert limits(10.0, 80.0) == (10.0, 80.0)
