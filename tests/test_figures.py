@@ -145,7 +145,8 @@ def of_single_benchmarks() -> Iterable[tuple[str, str]]:
                                         for part in refined["parts"] if part["concept"] == name)
                      for name in names} for whole, half in (("before", "old"), ("at_once", "new")))
     yield "benchmark.md", f"*retained* is {kept['rex']} for the dog, {kept['mimi']} for the cat"
-    yield "benchmark.md", f"{kept['blueprint']} for the style `<blueprint>` and {kept['crimson']} for `<crimson>`"
+    yield "benchmark.md", (f"{kept['blueprint']} for the style `<blueprint>` and {kept['crimson']} for "
+                           "`<crimson>`")
     yield "benchmark.md", f"*gained* is {gained['rex']}, {gained['mimi']}"
     yield "benchmark.md", f"{gained['blueprint']}, and {gained['crimson']}"
     yield "benchmark.md", f"already reaches {refined['summary']['before']['gained']:.2f} of"

@@ -113,7 +113,7 @@ def limits(low: float, high: float) -> tuple[float, float]:
     if missing <= 0:
         return low, high
     start = low - missing / 2
-    if -EDGE <= low and high <= 100 + EDGE:
+    if low >= -EDGE and high <= 100 + EDGE:
         start = min(max(start, -EDGE), 100 + EDGE - NARROWEST)
     return start, start + NARROWEST
 

@@ -177,9 +177,11 @@ README: tuple[Column, ...] = (_compared(ALONE), _compared(COMBINED), _compared(C
 
 def _readme(result: Mapping, names: Sequence[str]) -> str:
     """A short table of the named methods, without intervals. Its page has room for few words."""
+    if not names:
+        return "None of the methods that are compared here has been run."
     counts = sorted({len(result["methods"][name]["runs"]) for name in names})
-    return (f"{result['tasks']} concepts, {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} "
-            f"runs, percent:\n\n{_lines(result, README, names, levels=False)}")
+    return (f"{result['tasks']} concepts, {' or '.join(map(str, counts))} runs, percent:\n\n"
+            f"{_lines(result, README, names, levels=False)}")
 
 
 def sections(result: Mapping) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -125,15 +124,14 @@ def test_runs_their_files_and_the_summary_of_finished_ones(command, quick, tmp_p
     assert command("--tasks", "2", "--merge") == 1 and "levels-n2.json' is missing" in sentence(capsys)
 
 
-def test_runs_of_an_earlier_version_are_summarised_as_before(command, tmp_path, capsys):
-    shutil.copytree(RESULTS / "continual-ablation.cells", tmp_path / "c.cells")
-    committed = json.loads((RESULTS / "continual-ablation.json").read_text())
-    (tmp_path / "c.json").write_text(json.dumps({"untrained": committed["untrained"]}))
-    assert command("--merge") == 0
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert found["methods"].keys() == committed["methods"].keys()
-    assert found["untrained"] == committed["untrained"]
-    assert "| **bound** | 75.7 |" in capsys.readouterr().out
+def test_runs_of_an_earlier_version_are_refused_in_one_sentence(command, tmp_path, capsys):
+    earlier = {"method": "bound", "tasks": 10, "order": 0, "seed": 0, "alone": False,
+               "image_alignment": [0.7]}
+    (tmp_path / "c.cells").mkdir()
+    (tmp_path / "c.cells" / "bound-n10-o0-s0.json").write_text(json.dumps(earlier))
+    assert command("--merge") == 1
+    assert "holds only runs of an earlier version" in sentence(capsys)
+    assert not (tmp_path / "c.json").exists()
 
 
 def test_nothing_to_summarise(command, quick, capsys, tmp_path):

@@ -51,6 +51,8 @@ def test_the_readme_shows_the_named_methods_alone_and_says_where_there_is_no_dif
     assert found["lora"] == {"method": "lora", "alone": "86 (better)", "combined": "43",
                              "confused": "10 (no difference)", "retained": "100"}
     assert text.startswith("4 concepts, 3 runs, percent:")
+    others = summarise([run("ewc", *place) for place in RUNS], levels(), "bound")
+    assert "None of the methods" in sections(others)["readme"]
 
 
 def test_all_sections_are_tables_of_the_same_methods(result):
