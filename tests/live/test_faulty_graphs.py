@@ -27,5 +27,5 @@ def test_what_is_missing_is_named_before_any_work(server):
     errors = server.call("/prompt", {"prompt": graph})["node_errors"]
     told = {node: [error["details"] for error in found["errors"]] for node, found in errors.items()}
     assert len(told["1"]) == 1 and "there is no folder 'rexx' with photos in" in told["1"][0]
-    assert "put 3 to 10 photos into it and press R on the page" in told["1"][0]
+    assert "put 3 to 10 photos into it, and press R on the page" in told["1"][0]
     assert len(told["3"]) == 1 and "there is no bank 'nobody.safetensors'; learn a concept" in told["3"][0]
