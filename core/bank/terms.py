@@ -14,6 +14,15 @@ LONGEST = 200      # characters of a line
 _KEYS = {"licence": "modelspec.license", "author": "modelspec.author"}      # field -> key of the metadata
 
 
+def _fault(text: object) -> str:
+    """What is wrong with a line; empty if nothing is."""
+    if not isinstance(text, str):
+        return "is no text"
+    if len(text) > LONGEST:
+        return f"has {len(text)} characters"
+    return "" if text.isprintable() else f"is {text!r}, with a sign that cannot be printed"
+
+
 @dataclass(frozen=True)
 class Terms:
     """The licence and the author of a concept; empty if nobody stated them.
@@ -28,9 +37,8 @@ class Terms:
     def __post_init__(self) -> None:
         for field in fields(self):
             text = getattr(self, field.name)
-            if not isinstance(text, str) or len(text) > LONGEST or not text.isprintable():
-                found = f"{len(text)} characters or several lines" if isinstance(text, str) else "no text"
-                raise ConceptError(f"the {field.name} has {found}; allowed: one line of up to {LONGEST} "
+            if found := _fault(text):
+                raise ConceptError(f"the {field.name} {found}; allowed: one line of up to {LONGEST} "
                                    "characters")
 
     def __bool__(self) -> bool:

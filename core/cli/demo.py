@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ..evaluation import metrics
 from ..evaluation.combined import assign_strips
 from ..files import check_output, check_output_folder, write_atomically
 from .demo_ways import (
+    DRAWN,
     REGIONS,
     TASKS,
     WAYS,
@@ -113,56 +115,73 @@ def figures_of(plan: Plan, pictures: Pictures, levels: Levels, encoder: SceneEnc
 
 
 class Workers:
-    """Runs jobs in processes with one thread each. Two threads of a small base wait for one another."""
+    """Runs jobs in processes with one thread each. Two threads of a small base wait for one another.
 
-    def __init__(self, count: int) -> None:
+    On Linux the processes are forks of this one. They share its modules and its base instead of loading them
+    again.
+    """
+
+    def __init__(self, plan: Plan, count: int) -> None:
         self.pool: ProcessPoolExecutor | ThreadPoolExecutor
         if count > 1:
-            self.pool = ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,))
+            forks = sys.platform == "linux"
+            if forks:
+                _ = plan.backbone, plan.tasks      # loaded before the fork
+            self.pool = ProcessPoolExecutor(count, get_context("fork" if forks else "spawn"),
+                                            torch.set_num_threads, (1,))
         else:
             self.pool = ThreadPoolExecutor(1)
-        self.running: dict[Future, str | list[str]] = {}
+        self.running: dict[Future, Any] = {}
 
-    def start(self, users: str | list[str], job: Callable, *arguments) -> None:
+    def start(self, purpose: Any, job: Callable, *arguments) -> None:
         """Queues `job(*arguments)`.
 
         Args:
-            users: The ways that use what the job learns, or the one way whose pictures it draws.
+            purpose: What the result is for; `finished` returns it.
             job: A function of a module, which other processes can find.
             arguments: Of the function.
         """
-        self.running[self.pool.submit(job, *arguments)] = users
+        self.running[self.pool.submit(job, *arguments)] = purpose
 
-    def finished(self) -> list[tuple[str | list[str], Any]]:
-        """Waits for the next jobs. Returns users and result of each."""
+    def finished(self) -> list[tuple[Any, Any]]:
+        """Waits for the next jobs. Returns purpose and result of each."""
         done, _ = wait(self.running, return_when=FIRST_COMPLETED)
         return [(self.running.pop(future), future.result()) for future in done]
 
 
-def draw_all(plan: Plan, folder: Path, workers: int) -> tuple[dict[str, Any], dict[str, float]]:
+def draw_all(plan: Plan, folder: Path, workers: int,
+             ) -> tuple[dict[str, Pictures], list[Tensor], dict[str, float]]:
     """Every way learns and draws; jobs of one way do not wait for those of another.
 
     Returns:
-        The pictures of every way, and of the class nouns under `NOUNS`; the seconds that each way learned.
+        The pictures of every way; those of the class nouns; the seconds that each way's concepts took.
     """
-    pool, pictures, seconds = Workers(workers), {}, dict.fromkeys(WAYS, 0.0)
+    pool, seconds = Workers(plan, workers), dict.fromkeys(WAYS, 0.0)
+    drawn: dict[str, dict[str, Any]] = {way: {} for way in WAYS}
     jobs = [(way, part) for way in WAYS for part in parts_of(way)]
-    left = {user: sum(user in users_of(way, part) for way, part in jobs) for user in WAYS}
+    waiting = {user: sum(user in users_of(way, part) for way, part in jobs) for user in WAYS}
+
+    def learned(users: dict[str, list[str]], took: dict[str, float]) -> None:
+        for user, names in users.items():
+            seconds[user] += sum(took[name] for name in names)
+            waiting[user] -= 1
+            if not waiting[user]:
+                for field in DRAWN:
+                    pool.start((user, field), draw_job, plan, user, field, folder)
+
     for way, part in sorted(jobs, key=lambda job: -len(job[1])):      # the longest job first
         pool.start(users_of(way, part), learn_job, plan, way, part, folder)
-    pool.start(NOUNS, noun_job, plan)
-    with pool.pool, tqdm(total=len(jobs) + len(WAYS) + 1, desc="learning and drawing") as bar:
+    pool.start((NOUNS, ""), noun_job, plan)
+    with pool.pool, tqdm(total=len(jobs) + len(WAYS) * len(DRAWN) + 1, desc="learning and drawing") as bar:
         while pool.running:
-            for job, result in pool.finished():
+            for purpose, result in pool.finished():
                 bar.update()
-                if isinstance(job, str):
-                    pictures[job] = result
-                    continue
-                for user in job:
-                    left[user], seconds[user] = left[user] - 1, seconds[user] + result
-                    if not left[user]:
-                        pool.start(user, draw_job, plan, user, folder)
-    return pictures, seconds
+                if isinstance(purpose, dict):
+                    learned(purpose, result)
+                else:
+                    drawn.setdefault(purpose[0], {})[purpose[1]] = result
+    nouns = drawn.pop(NOUNS)[""]
+    return {way: Pictures(**fields) for way, fields in drawn.items()}, nouns, seconds
 
 
 def levels_of(plan: Plan, nouns: list[Tensor], encoder: SceneEncoder) -> Levels:
@@ -196,8 +215,8 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
     began, encoder = time.perf_counter(), SceneEncoder()
     with tempfile.TemporaryDirectory(prefix="continual-concepts-demo-") as temporary:
         folder = Path(temporary)
-        pictures, seconds = draw_all(plan, folder, workers)
-        levels = levels_of(plan, pictures.pop(NOUNS), encoder)
+        pictures, nouns, seconds = draw_all(plan, folder, workers)
+        levels = levels_of(plan, nouns, encoder)
         output.mkdir(parents=True, exist_ok=True)
         _save_bank(output, folder)
     figures = {way: {"method": WAYS[way].method, **figures_of(plan, pictures[way], levels, encoder),

@@ -6,8 +6,8 @@ Learning and drawing are jobs that may run in processes of their own. They pass 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import ConceptBank
+from ..bank.concepts import Concept
 from ..bank.format import open_bank, save_bank
 from ..data.assignment import Assignment
 from ..data.framing import Framing
@@ -132,9 +133,9 @@ WAYS = {
 }
 
 
-# Way and concept -> the way that learns it. The default learns a style as `lora` does, so the same settings
-# and seed give the same concept.
-ALIKE = {("stacked", "blueprint"): "ours"}
+# Way and concept -> the way that learns it. The default learns a style as `lora` does, and `finetune` learns
+# its first concept as `lora` does. So the same settings and seed give the same weights.
+ALIKE = {("stacked", "blueprint"): "ours", ("stacked", TASKS[0]): "sequence"}
 
 
 def parts_of(way: str) -> list[list[str]]:
@@ -144,9 +145,10 @@ def parts_of(way: str) -> list[list[str]]:
     return [[name] for name in TASKS if (way, name) not in ALIKE]
 
 
-def users_of(way: str, names: Sequence[str]) -> list[str]:
-    """The ways that draw with what a job learns for `way`."""
-    return [way, *(other for (other, name), owner in ALIKE.items() if owner == way and name in names)]
+def users_of(way: str, names: Sequence[str]) -> dict[str, list[str]]:
+    """The ways that draw with what a job learns for `way`, and the concepts that each of them takes."""
+    borrowed = {other: [name for name in names if ALIKE.get((other, name)) == way] for other in WAYS}
+    return {way: list(names), **{other: taken for other, taken in borrowed.items() if taken}}
 
 
 @dataclass(frozen=True)
@@ -167,16 +169,17 @@ class Pictures:
     styled: Tensor
 
 
-def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> float:
+def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> dict[str, float]:
     """Learns concepts one after another. Writes `<way>-<name>.safetensors`, the bank after each, into
     `folder`.
 
     Returns:
-        The seconds that it took.
+        The seconds that each concept took.
     """
     chosen, backbone, training = WAYS[way], plan.backbone, plan.training
-    bank, began = ConceptBank(backbone.layout), time.perf_counter()
+    bank, seconds = ConceptBank(backbone.layout), {}
     for task in (task for task in plan.tasks if task.name in names):
+        began = time.perf_counter()
         data = prepare(backbone, task.pictures, task.name, task.class_noun,
                        Framing(training.resolution, training.framing, training.flip))
         to_learn = Task(task.name, task.class_noun, backbone, bank, task.kind,
@@ -184,7 +187,14 @@ def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> float
         settings = {name: plan.rates * rate for name, rate in chosen.settings.items()}
         bank = learn(to_learn, make(chosen.method, settings), data, training).bank
         save_bank(bank, folder / f"{way}-{task.name}.safetensors")
-    return time.perf_counter() - began
+        seconds[task.name] = time.perf_counter() - began
+    return seconds
+
+
+def as_of(method: str, concept: Concept) -> Concept:
+    """A concept that another method learned alike, as one of this method: it composes as this method's do."""
+    composition = make(method).composition_of_kind(concept.info.kind)
+    return replace(concept, info=replace(concept.info, method=method, composition=composition))
 
 
 def banks_of(way: str, folder: Path) -> list[ConceptBank]:
@@ -194,7 +204,7 @@ def banks_of(way: str, folder: Path) -> list[ConceptBank]:
         return stored
     banks = [ConceptBank(stored[0].layout)]
     for name, own in zip(TASKS, stored, strict=True):
-        banks.append(banks[-1].add(own[name]))
+        banks.append(banks[-1].add(as_of(WAYS[way].method, own[name]) if (way, name) in ALIKE else own[name]))
     return banks[1:]
 
 
@@ -203,15 +213,34 @@ def _sampled(plan: Plan, bank: ConceptBank, prompts: Sequence[str], count: int) 
                   range(SEED, SEED + count), plan.settings)
 
 
-def draw_job(plan: Plan, way: str, folder: Path) -> Pictures:
-    """Draws with the banks that `learn_job` wrote."""
-    banks, first = banks_of(way, folder), plan.tasks[0]
-    bank, seeds = banks[-1], range(SEED, SEED + plan.together)
-    boxes = sample_regions(plan.backbone, bank, SCENE, REGIONS, seeds, plan.settings)
-    return Pictures([_sampled(plan, bank, task.prompts, plan.alone) for task in plan.tasks],
-                    [_sampled(plan, after, first.prompts, 1) for after in banks],
-                    _sampled(plan, bank, [PAIR], plan.together), boxes,
-                    _sampled(plan, bank, [STYLED], plan.alone))
+def _boxes(plan: Plan, bank: ConceptBank) -> Tensor:
+    seeds = range(SEED, SEED + plan.together)
+    return sample_regions(plan.backbone, bank, SCENE, REGIONS, seeds, plan.settings)
+
+
+def _first(plan: Plan, banks: Sequence[ConceptBank]) -> list[Tensor]:
+    """The first concept after each task; drawn once for banks that hold the same of it."""
+    name = TASKS[0]
+    drawn: list[Tensor] = []
+    for place, bank in enumerate(banks):
+        same = place > 0 and bank[name] is banks[place - 1][name]
+        drawn.append(drawn[-1] if same else _sampled(plan, bank, plan.tasks[0].prompts, 1))
+    return drawn
+
+
+# field of `Pictures` -> how it is drawn, with the banks after each task
+DRAWN: Mapping[str, Callable] = {
+    "alone": lambda plan, banks: [_sampled(plan, banks[-1], task.prompts, plan.alone) for task in plan.tasks],
+    "first": _first,
+    "pair": lambda plan, banks: _sampled(plan, banks[-1], [PAIR], plan.together),
+    "boxes": lambda plan, banks: _boxes(plan, banks[-1]),
+    "styled": lambda plan, banks: _sampled(plan, banks[-1], [STYLED], plan.alone),
+}
+
+
+def draw_job(plan: Plan, way: str, field: str, folder: Path) -> Tensor | list[Tensor]:
+    """Draws one field of a way's `Pictures` with the banks that `learn_job` wrote."""
+    return DRAWN[field](plan, banks_of(way, folder))
 
 
 def noun_job(plan: Plan) -> list[Tensor]:

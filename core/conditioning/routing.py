@@ -276,10 +276,11 @@ def site_weights(backbone: Backbone | None, bank: ConceptBank, prompt: Prompt, m
         weights = aggregation.equal_weights(len(by_prompt), sites)
     elif backbone is None:
         raise ConceptError(f"aggregation mode '{mode}' encodes the prompt, and there is no text encoder; "
-                           "allowed without: sharp, equal")
+                           "allowed without: sharp, equal (in the node: equal merge)")
     elif not bank.layout.takes_words:
         raise ConceptError(f"aggregation mode '{mode}' compares learned words with the prompt, and on this "
-                           "base the words are class nouns; allowed: sharp, equal")
+                           "base the words are class nouns; allowed: sharp, equal (in the node: equal "
+                           "merge)")
     else:
         weights = _elastic(backbone, bank, by_prompt, prompt, mode)
     factors = {name: strength * prompt.strength_of(name) for name in (*by_prompt, *word_bound)}

@@ -55,7 +55,7 @@ def test_the_only_concept_needs_no_name_and_keeps_its_terms(share, bank, own_fol
 @pytest.mark.parametrize(("given", "sentence"), [
     ({"concept": ""}, "'concept' is empty; type the name .* the bank holds rex, mimi, blueprint"),
     ({"concept": "../rex"}, "the bank holds no concept '../rex'; it holds rex"),
-    ({"licence": "a\nb"}, "the licence has 3 characters or several lines; allowed: one line of up to 200"),
+    ({"licence": "a\nb"}, r"the licence is 'a\\nb', with a sign .* allowed: one line of up to 200"),
     ({"author": "x" * 201}, "the author has 201 characters"),
     ({"given": None}, "the bank is new and holds no concept to share"),
 ])

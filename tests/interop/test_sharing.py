@@ -43,8 +43,8 @@ def test_one_concept_with_its_licence_is_a_bank(bank_file, tmp_path, capsys):
 
 @pytest.mark.parametrize(("given", "sentence"), [
     (["max"], "the bank holds no concept 'max'; it holds rex, mimi"),
-    (["rex", "--licence", "x" * 201], "the licence has 201 characters or several lines; allowed: one line"),
-    (["rex", "--author", "a\nb"], "the author has 3 characters or several lines; allowed: one line"),
+    (["rex", "--licence", "x" * 201], "the licence has 201 characters; allowed: one line"),
+    (["rex", "--author", "a\nb"], r"the author is 'a\nb', with a sign that cannot be printed; allowed"),
 ])
 def test_what_cannot_be_shared_is_one_sentence(bank_file, tmp_path, capsys, given, sentence):
     out = tmp_path / "out.safetensors"
@@ -147,7 +147,7 @@ def test_a_damaged_line_is_refused(bank_file, tmp_path, value):
     with safe_open(str(bank_file), framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}      # noqa: SIM118 - no mapping
     save_file(tensors, damaged, {"continual_concepts": json.dumps(header)})
-    with pytest.raises(ConceptError, match="the licence has .*; allowed: one line of up to 200 characters"):
+    with pytest.raises(ConceptError, match="the licence (has|is) .*; allowed: one line of up to 200"):
         open_bank(damaged)
 
 
