@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...core.bank.bank import ConceptBank
 from ...core.cli.demo import figures_of, levels_of
-from ...core.cli.demo_ways import TASKS, WAYS, Plan, banks_of, draw_job, learn_job, noun_job, plan_of
+from ...core.cli.demo_ways import TASKS, WAYS, Plan, banks_of, learn_job, noun_job, pictures_of, plan_of
 from ...core.demo.judges import SceneEncoder
 from ...core.evaluation import metrics
 from ...core.sampling.sampling import sample
@@ -20,6 +20,7 @@ FIGURES = ("pair_closed", "confused", "boxes_right", "retained", "base_change")
 UNRELATED = ("a photo of a cat on a beach", "a photo of a red car in the snow", "a photo of a robot at night",
              "an ink drawing of a fish", "a photo of a dog in a meadow", "a neon sign of a duck toy")
 FIRST_UNRELATED_SEED = 7000
+SAMPLER_STEPS = 15      # of the committed figures; the demo takes fewer
 
 
 def base_change(plan: Plan, bank: ConceptBank) -> float:
@@ -36,8 +37,8 @@ def measured(plan: Plan) -> dict:
     levels = levels_of(plan, noun_job(plan), encoder)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        seconds = sum(learn_job(plan, WAY, [name], folder) for name in TASKS)
-        figures = figures_of(plan, draw_job(plan, WAY, folder), levels, encoder)
+        seconds = sum(learn_job(plan, WAY, TASKS, folder).values())
+        figures = figures_of(plan, pictures_of(plan, WAY, folder), levels, encoder)
         change = base_change(plan, banks_of(WAY, folder)[-1])
     return {**figures, "base_change": change, "seconds": seconds}
 
@@ -63,7 +64,8 @@ def compare(bases: Sequence[str], seeds: Sequence[int], pictures: int, steps: in
     result: dict = {"concepts": list(TASKS), "method": WAYS[WAY].method, "pictures": pictures, "bases": {}}
     for base in bases:
         plan, rows = plan_of(base), []
-        plan = replace(plan, steps=steps or plan.steps, alone=pictures, together=pictures)
+        plan = replace(plan, steps=steps or plan.steps, sampler_steps=SAMPLER_STEPS, alone=pictures,
+                       together=pictures)
         for seed in seeds:
             own = replace(plan, seed=seed)
             name = "-".join(str(value) for value in asdict(own).values())

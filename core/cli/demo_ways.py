@@ -62,7 +62,7 @@ class Plan:
 
     base: str = EMBEDDED
     steps: int = 75
-    sampler_steps: int = 15
+    sampler_steps: int = 12
     alone: int = 4
     together: int = 6
     seed: int = 0
@@ -241,6 +241,12 @@ DRAWN: Mapping[str, Callable] = {
 def draw_job(plan: Plan, way: str, field: str, folder: Path) -> Tensor | list[Tensor]:
     """Draws one field of a way's `Pictures` with the banks that `learn_job` wrote."""
     return DRAWN[field](plan, banks_of(way, folder))
+
+
+def pictures_of(plan: Plan, way: str, folder: Path) -> Pictures:
+    """All that a way draws."""
+    drawn: dict = {field: draw_job(plan, way, field, folder) for field in DRAWN}
+    return Pictures(**drawn)
 
 
 def noun_job(plan: Plan) -> list[Tensor]:

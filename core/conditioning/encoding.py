@@ -38,6 +38,10 @@ class _Row:
     def has_words(self) -> bool:
         return any(word is not None for word in self.words)
 
+    @property
+    def key(self) -> tuple:
+        return tuple(self.ids), tuple(self.words), tuple(self.weights)
+
     def with_nouns(self, nouns: Mapping[WordRef, int], but: str = "") -> _Row:
         """Replaces words that have a placeholder noun by the noun, except the words of concept `but`."""
         found_nouns = [noun_for(word, nouns, but) for word in self.words]
@@ -168,13 +172,15 @@ class _EncoderPass:
         return torch.stack(vectors).transpose(0, 1).reshape(-1, self.encoder.width)
 
     def remembered(self, rows: Sequence[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
-        """Like `encode`, but takes rows without learned words from the cache, if there is one."""
+        """Like `encode`. If there is a cache, it takes rows without learned words from there, and encodes
+        equal rows once: the captions of a few photos repeat in a batch."""
         if self.memory is None:
             return self.encode(rows, copies)
-        worded = [row for row in rows if row.has_words]
-        fresh = iter(zip(*_given(self.encode(worded, copies)), strict=True) if worded else ())
-        encoded = [next(fresh) if row.has_words else _given(self.memory.get(self.encoder, row, self.device))
-                 for row in rows]
+        worded, memory = {row.key: row for row in rows if row.has_words}, self.memory
+        fresh = zip(*_given(self.encode([*worded.values()], copies)), strict=True) if worded else ()
+        states_of = dict(zip(worded, fresh, strict=True))
+        encoded = [states_of[row.key] if row.has_words else _given(memory.get(self.encoder, row, self.device))
+                   for row in rows]
         stacked = [torch.stack([part.expand(copies, *part.shape[1:]) for part in parts])
                    for parts in zip(*encoded, strict=True)]
         return stacked[0], stacked[1] if len(stacked) > 1 else None

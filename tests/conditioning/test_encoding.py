@@ -252,6 +252,22 @@ def test_remembered_texts_change_nothing_and_are_encoded_once(tiny_backbone, ban
         assert calls.count(False) == (0 if look else {"together": 2, "apart": 3}[which])
 
 
+def test_equal_texts_with_trained_words_are_encoded_once(tiny_backbone, bank, monkeypatch):
+    """And their words get the gradient of each of them."""
+    texts, kind = ("a <mimi>", "<rex> runs", "a <mimi>", "a <mimi>"), type(tiny_backbone.text[0])
+    plainly, sizes, gradients = kind.encode, [], []
+    monkeypatch.setattr(kind, "encode", lambda self, ids, slots, own: sizes.append(len(ids)) or plainly(
+        self, ids, slots, own))
+    for memory in (None, TextMemory()):
+        vectors = {c.name: c.tokens.vectors["clip_l"].clone().requires_grad_() for c in bank}
+        tokens = {c.name: replace(c.tokens, vectors={"clip_l": vectors[c.name]}) for c in bank}
+        found = encode_prompts(tiny_backbone, bank.vocabulary.parse_all(texts), tokens, memory=memory)
+        found.hidden.square().sum().backward()
+        gradients.append(vectors["mimi"].grad)
+    assert sizes[1] == sizes[0] // 2
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
+
+
 def test_remembered_pooled_outputs(tiny_sdxl, make_concept):
     bank, memory = ConceptBank(tiny_sdxl.layout).add(make_concept(tiny_sdxl.layout, size=0.1)), TextMemory()
     expected = encode(tiny_sdxl, bank, "a <rex>", "a red dog")
