@@ -223,7 +223,8 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     info = _info(task, method)
     on_captions = check_captions(photos, [*task.bank.infos.values(), info], info)
     taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
-                                                         task.bank.infos, task.name)
+                                                         task.bank.infos, task.name,
+                                                         task.backbone.layout.embedded_base)
     warnings = [*taken.warnings, *on_captions,
                 *_on_prior(task, method, taken, [picture for picture in pictures if picture.is_prior])]
     held = (task.refined or task.bank).infos.values()

@@ -7,7 +7,7 @@ from argparse import Namespace
 from .banks import bank
 from .learning import learn
 from .learning_all import learn_all
-from .result import Result
+from .result import Result, complain
 from .sampling import sample
 
 __all__ = ["bank", "demo", "learn", "learn_all", "sample"]
@@ -16,9 +16,12 @@ __all__ = ["bank", "demo", "learn", "learn_all", "sample"]
 def demo(options: Namespace) -> Result:
     """Runs the demo and prints its main figures."""
     from .demo import WAYS, run
-    from .demo_ways import plan_of
+    from .demo_ways import Plan, plan_of
 
-    report = run(options.output, plan_of(options.base))
+    plan = plan_of(options.base)
+    minutes = "about two minutes" if plan.steps <= Plan.steps else "longer than two minutes"
+    complain(f"Three ways learn two dogs and a style, and draw them. This takes {minutes} on two free cores.")
+    report = run(options.output, plan)
     lines = [f"three ways learned {', '.join(f'<{name}>' for name in report['concepts'])} in "
              f"{report['seconds']:.0f} s"]
     for way, figures in report["ways"].items():

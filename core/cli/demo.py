@@ -33,6 +33,7 @@ from .demo_ways import (
     Pictures,
     Plan,
     banks_of,
+    begin_worker,
     draw_job,
     learn_job,
     noun_job,
@@ -42,6 +43,7 @@ from .demo_ways import (
 
 FILES = ("bank.safetensors", "report.png", "report.json")
 NOUNS = "class nouns"
+DRAWING = 15      # steps of learning that take about as long as a job that draws
 PLAN = Plan()
 BOXES = tuple(region.box for region in REGIONS if region.box is not None)
 
@@ -127,10 +129,12 @@ class Workers:
             forks = sys.platform == "linux"
             if forks:
                 _ = plan.backbone, plan.tasks      # loaded before the fork
-            self.pool = ProcessPoolExecutor(count, get_context("fork" if forks else "spawn"),
-                                            torch.set_num_threads, (1,))
+            context = get_context("fork" if forks else "spawn")
+            self.counter = context.Value("i", 0)
+            self.pool = ProcessPoolExecutor(count, context, begin_worker, (self.counter, 1))
         else:
-            self.pool = ThreadPoolExecutor(1)
+            self.counter = get_context().Value("i", 0)
+            self.pool = ThreadPoolExecutor(1, initializer=begin_worker, initargs=(self.counter,))
         self.running: dict[Future, Any] = {}
 
     def start(self, purpose: Any, job: Callable, *arguments) -> None:
@@ -144,8 +148,8 @@ class Workers:
         self.running[self.pool.submit(job, *arguments)] = purpose
 
     def finished(self) -> list[tuple[Any, Any]]:
-        """Waits for the next jobs. Returns purpose and result of each."""
-        done, _ = wait(self.running, return_when=FIRST_COMPLETED)
+        """Waits for the next jobs, a second at most. Returns purpose and result of each that is finished."""
+        done, _ = wait(self.running, timeout=1, return_when=FIRST_COMPLETED)
         return [(self.running.pop(future), future.result()) for future in done]
 
 
@@ -172,14 +176,17 @@ def draw_all(plan: Plan, folder: Path, workers: int,
     for way, part in sorted(jobs, key=lambda job: -len(job[1])):      # the longest job first
         pool.start(users_of(way, part), learn_job, plan, way, part, folder)
     pool.start((NOUNS, ""), noun_job, plan)
-    with pool.pool, tqdm(total=len(jobs) + len(WAYS) * len(DRAWN) + 1, desc="learning and drawing") as bar:
+    steps = plan.steps * sum(len(part) for _, part in jobs)
+    total = steps + DRAWING * (len(WAYS) * len(DRAWN) + 1)
+    with pool.pool, tqdm(total=total, desc="learning and drawing") as bar:
         while pool.running:
             for purpose, result in pool.finished():
-                bar.update()
                 if isinstance(purpose, dict):
                     learned(purpose, result)
                 else:
                     drawn.setdefault(purpose[0], {})[purpose[1]] = result
+            finished = pool.counter.value + DRAWING * sum(map(len, drawn.values()))
+            bar.update(finished - int(bar.n))
     nouns = drawn.pop(NOUNS)[""]
     return {way: Pictures(**fields) for way, fields in drawn.items()}, nouns, seconds
 

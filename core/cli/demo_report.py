@@ -15,6 +15,8 @@ from .demo_ways import PAIR, STYLED, TASKS, WAYS, Pictures
 
 INK, QUIET, BEST = "#1d1d24", "#5f5f6a", "#0b7a3b"
 COLUMNS = 4
+SCALE = ("100% of the way: as similar to the photos as other real pictures. 0%: no more similar than any "
+         "dog, or than pictures without the style.")
 SHOWN = 192      # height of a picture in pixels, unless the pictures themselves are larger
 
 
@@ -50,7 +52,7 @@ def _rows(tasks: Sequence[Assignment], figures: Mapping[str, Mapping],
                  for way in WAYS}
         return title, text, photos, cells
 
-    kinds = {"object": "learned from five photos", "style": "a style, learned from five pictures"}
+    kinds = {"object": "four of the five photos", "style": "four of the five pictures of a style"}
     alone = [row(f"<{task.name}>", kinds[task.kind], task.references, lambda drawn, i=i: drawn.alone[i],
                  lambda found, i=i: found["gap_closed"][i], "{:.0%} of the way to the photos")
              for i, task in enumerate(tasks)]
@@ -87,6 +89,7 @@ def draw(path: Path, tasks: Sequence[Assignment], figures: Mapping[str, Mapping]
                                 hspace=0.3, wspace=0.04, left=0.015, right=0.99, top=0.945, bottom=0.03)
     figure.suptitle("Three concepts, learned one after another from five pictures each", fontsize=19,
                     color=INK, x=0.015, ha="left", y=0.985)
+    figure.text(0.99, 0.985, SCALE, fontsize=11, color=QUIET, ha="right", va="top")
     for column, title in enumerate(("", *(way.title for way in WAYS.values()))):
         axis = figure.add_subplot(cells[0, column])
         _say(axis, title)

@@ -15,6 +15,7 @@ from ..data.report import own_photos_warnings, prior_warnings
 from ..data.training_set import check_captions
 from ..methods.base import Method
 from ..training.config import TrainingConfig
+from .backbones import embedded_name, is_embedded
 
 
 def info_of(options: Namespace, method: Method) -> ConceptInfo:
@@ -45,8 +46,9 @@ class TrainingPhotos:
         info = info_of(options, method)
         known = [*infos.values(), info]
         on_captions = check_captions(self.photos.pictures, known, info)
+        draws = embedded_name(options) if is_embedded(options) else ""
         report = self.photos.report.checked(training.resolution, training.framing != "buckets", infos,
-                                            options.name)
+                                            options.name, draws)
         report = replace(report, warnings=(*report.warnings, *on_captions))
         prior = self.prior
         if prior is not None:

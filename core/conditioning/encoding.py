@@ -15,84 +15,11 @@ from ..bank.tokens import TokenGroup
 from ..errors import ConceptError
 from ..model.backbone import Backbone, TextEncoder, TextPiece, WholePromptEncoder, WholeText
 from ..model.context import Context, strengths_or_none
-from .placeholder_nouns import Words, encoded_apart, noun_for, noun_ids, positions_of, with_words
+from .placeholder_nouns import encoded_apart, noun_ids, positions_of, with_words
+from .rows import Row, chunks_of, groups_of, row_of
 from .whole_prompts import encode_whole
 
-SLOT_ID = 0     # id at the position of a learned word; not the end token, because some encoders search for it
 REPEATS = 4      # a prompt is repeated to the length of others at most so often, as in ComfyUI
-UNDIVIDED = 8      # shorter texts and placeholders are not divided between chunks, as in ComfyUI
-
-_Unit = tuple[int | WordRef, float]      # a token id or a learned word, and its weight
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One prompt for one encoder, all chunks: the token id, the learned word and the weight at each position.
-    """
-
-    ids: list[int]
-    words: Words
-    weights: Sequence[float] = ()
-
-    @property
-    def has_words(self) -> bool:
-        return any(word is not None for word in self.words)
-
-    @property
-    def key(self) -> tuple:
-        return tuple(self.ids), tuple(self.words), tuple(self.weights)
-
-    def with_nouns(self, nouns: Mapping[WordRef, int], but: str = "") -> _Row:
-        """Replaces words that have a placeholder noun by the noun, except the words of concept `but`."""
-        found_nouns = [noun_for(word, nouns, but) for word in self.words]
-        ids = [token if noun is None else noun for token, noun in zip(self.ids, found_nouns, strict=True)]
-        words = [word if noun is None else None for word, noun in zip(self.words, found_nouns, strict=True)]
-        return _Row(ids, words, self.weights)
-
-
-def _groups(encoder: TextEncoder, prompt: Prompt) -> list[list[_Unit]]:
-    """The tokens of each text and of each run of a concept's words."""
-    groups: list[list[_Unit]] = []
-    previous: WordRef | None = None
-    for piece, weight in prompt.weighted:
-        if isinstance(piece, str):
-            groups.append([(token, weight) for token in encoder.ids(piece)])
-            previous = None
-            continue
-        if previous == WordRef(piece.concept, piece.position - 1):
-            groups[-1].append((piece, weight))
-        else:
-            groups.append([(piece, weight)])
-        previous = piece
-    return groups
-
-
-def _chunks(encoder: TextEncoder, groups: Sequence[Sequence[_Unit]]) -> list[list[_Unit]]:
-    """Distributes a prompt over chunks of at most `length - 2` units, as ComfyUI does."""
-    chunks: list[list[_Unit]] = [[]]
-    for group in groups:
-        rest = list(group)
-        while rest:
-            room = encoder.length - 2 - len(chunks[-1])
-            taken = len(rest) if len(rest) <= room else room if len(group) >= UNDIVIDED else 0
-            chunks[-1] += rest[:taken]
-            rest = rest[taken:]
-            if rest:
-                chunks.append([])
-    return chunks
-
-
-def _row(encoder: TextEncoder, chunks: Sequence[Sequence[_Unit]], count: int) -> _Row:
-    """Lays out `count` chunks, each with begin, end and padding."""
-    laid_out: list[_Unit] = []
-    for number in range(count):
-        units = chunks[number] if number < len(chunks) else []
-        laid_out += [(encoder.start, 1.0), *units, (encoder.end, 1.0)]
-        laid_out += [(encoder.pad, 1.0)] * (-len(laid_out) % encoder.length)
-    return _Row([SLOT_ID if isinstance(unit, WordRef) else unit for unit, _ in laid_out],
-                [unit if isinstance(unit, WordRef) else None for unit, _ in laid_out],
-                [weight for _, weight in laid_out])
-
 
 class TextMemory:
     """Cache of encoded texts, for callers that repeat them, such as training.
@@ -109,7 +36,7 @@ class TextMemory:
         self.whole: dict[tuple[TextPiece, ...], WholeText] = {}
 
     @torch.no_grad()
-    def get(self, encoder: TextEncoder, row: _Row, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def get(self, encoder: TextEncoder, row: Row, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Cached or new states `[1, N, D]` and pooled output `[1, P]` or None."""
         key = encoder.name, tuple(row.ids)
         if key in self._encoded:
@@ -121,7 +48,7 @@ class TextMemory:
         return encoded
 
     @torch.no_grad()
-    def words(self, encoding: _EncoderPass, row: _Row, copies: int) -> Tensor:
+    def words(self, encoding: _EncoderPass, row: Row, copies: int) -> Tensor:
         """Cached or new states `[L, N, D]` of a row for its words, which are not being trained."""
         key = encoding.encoder.name, tuple(row.ids), tuple(row.words), copies
         if key in self._words:
@@ -141,7 +68,7 @@ class _EncoderPass:
     device: torch.device
     memory: TextMemory | None = None
 
-    def encode(self, rows: Sequence[_Row], copies: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
+    def encode(self, rows: Sequence[Row], copies: int, chunk: int = 0) -> tuple[Tensor, Tensor | None]:
         """Encodes rows as they are, in one batch over rows, layer copies and chunks.
 
         Args:
@@ -164,14 +91,14 @@ class _EncoderPass:
             pooled = pooled.view(batch, copies, length // chunk, -1)[:, :, 0]
         return hidden.view(batch, copies, length, -1), pooled
 
-    def _vectors(self, row: _Row, copies: int) -> Tensor:
+    def _vectors(self, row: Row, copies: int) -> Tensor:
         """Vectors of a row's learned words in batch order: copy by copy, `[L * words, width]`."""
         words = [word for word in row.words if word is not None]
         vectors = [self.tokens[word.concept].word(word.position, self.encoder.name) for word in words]
         vectors = [vector.float().to(self.device).expand(copies, -1) for vector in vectors]
         return torch.stack(vectors).transpose(0, 1).reshape(-1, self.encoder.width)
 
-    def remembered(self, rows: Sequence[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
+    def remembered(self, rows: Sequence[Row], copies: int) -> tuple[Tensor, Tensor | None]:
         """Like `encode`. If there is a cache, it takes rows without learned words from there, and encodes
         equal rows once: the captions of a few photos repeat in a batch."""
         if self.memory is None:
@@ -185,7 +112,7 @@ class _EncoderPass:
                    for parts in zip(*encoded, strict=True)]
         return stacked[0], stacked[1] if len(stacked) > 1 else None
 
-    def apart(self, rows: Sequence[_Row], copies: int) -> tuple[Tensor, Tensor | None]:
+    def apart(self, rows: Sequence[Row], copies: int) -> tuple[Tensor, Tensor | None]:
         """Like `encode`, but encodes words with placeholder nouns separately."""
         nouns = noun_ids(self.encoder, self.tokens)
         apart = [(b, name) for b, row in enumerate(rows) for name in encoded_apart(row.words, nouns)]
@@ -201,7 +128,7 @@ class _EncoderPass:
             states[b] = with_words(states[b], words, positions_of(rows[b].words)[name])
         return torch.stack(states), pooled
 
-    def _apart_states(self, rows: Sequence[_Row], copies: int) -> list[Tensor]:
+    def _apart_states(self, rows: Sequence[Row], copies: int) -> list[Tensor]:
         """States `[L, N, D]` of each row for its words, from the cache where they are not being trained."""
         memory = self.memory
         if memory is None:
@@ -210,21 +137,21 @@ class _EncoderPass:
         fresh = iter(self.words_only(trained, copies) if trained else ())
         return [next(fresh) if self._is_trained(row) else memory.words(self, row, copies) for row in rows]
 
-    def _is_trained(self, row: _Row) -> bool:
+    def _is_trained(self, row: Row) -> bool:
         groups = {word.concept for word in row.words if word is not None}
         return any(self.tokens[name].vectors[self.encoder.name].requires_grad for name in groups)
 
-    def words_only(self, rows: Sequence[_Row], copies: int) -> Tensor:
+    def words_only(self, rows: Sequence[Row], copies: int) -> Tensor:
         """States `[B, L, N, D]` of rows for their learned words; states of other tokens may be zero."""
         length = len(rows[0].ids)
         needed = 1 + max(i for row in rows for i, word in enumerate(row.words) if word is not None)
         if not self.encoder.encodes_prefixes or length > self.encoder.length:
             return self.encode(rows, copies)[0]
         # The encoder is causal: later tokens do not reach the words.
-        short = [_Row(row.ids[:needed], row.words[:needed]) for row in rows]
+        short = [Row(row.ids[:needed], row.words[:needed]) for row in rows]
         return pad(self.encode(short, copies, needed)[0], (0, 0, 0, length - needed))
 
-    def weighed(self, hidden: Tensor, rows: Sequence[_Row], by_strength: Collection[str]) -> Tensor:
+    def weighed(self, hidden: Tensor, rows: Sequence[Row], by_strength: Collection[str]) -> Tensor:
         """Moves the states of weighted tokens between those of the empty prompt and their own, as ComfyUI
         does.
 
@@ -237,7 +164,7 @@ class _EncoderPass:
                     for word, weight in zip(row.words, row.weights, strict=True)] for row in rows]
         if all(weight == 1.0 for row in weights for weight in row):
             return hidden
-        empty = _row(self.encoder, [], 1)
+        empty = row_of(self.encoder, [], 1)
         if self.memory is None:
             plain = self.encode([empty], 1)[0]
         else:
@@ -286,7 +213,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
         return encode_whole(encoder, prompts, groups, by_strength, None if memory is None else memory.whole,
                             backbone.layout.is_joint)
     copies = max([group.copies for group in groups.values()], default=1)
-    laid_out = [[_chunks(encoder, _groups(encoder, prompt)) for prompt in prompts]
+    laid_out = [[chunks_of(encoder, groups_of(encoder, prompt)) for prompt in prompts]
                 for encoder in backbone.text]
     counts = [max(chunks, *map(len, of_prompt)) for of_prompt in zip(*laid_out, strict=True)]
     if len(set(counts)) > 1 and (backbone.layout.is_joint or math.lcm(*counts) <= REPEATS * min(counts)):
@@ -294,7 +221,7 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], tokens: Mappin
     chunks = max(counts)
     hiddens, pooled = [], None
     for encoder, of_encoder in zip(backbone.text, laid_out, strict=True):
-        rows = [_row(encoder, prompt, chunks) for prompt in of_encoder]
+        rows = [row_of(encoder, prompt, chunks) for prompt in of_encoder]
         encoding = _EncoderPass(encoder, groups, backbone.device, memory)
         hidden, own_pooled = encoding.apart(rows, copies)
         hiddens.append(encoding.weighed(hidden, rows, by_strength))
@@ -336,7 +263,7 @@ def encode_words(backbone: Backbone, tokens: Mapping[str, TokenGroup]) -> list[T
     states_of: dict[str, list[Tensor]] = {name: [] for name in tokens}
     for encoder in backbone.text:
         encoding = _EncoderPass(encoder, tokens, backbone.device)
-        rows = {name: _row(encoder, [[(WordRef(name, i), 1.0) for i in range(len(group.words))]], 1)
+        rows = {name: row_of(encoder, [[(WordRef(name, i), 1.0) for i in range(len(group.words))]], 1)
                 for name, group in tokens.items()}
         for copies in {group.copies for group in tokens.values()}:
             names = [name for name, group in tokens.items() if group.copies == copies]
@@ -351,6 +278,6 @@ def text_positions(backbone: Backbone, prompt: Prompt) -> tuple[int, ...]:
     encoder = backbone.text[-1]
     if isinstance(encoder, WholePromptEncoder):
         return tuple(range(len(encoder.ids(prompt.text))))
-    chunks = _chunks(encoder, _groups(encoder, prompt))
+    chunks = chunks_of(encoder, groups_of(encoder, prompt))
     return tuple(number * encoder.length + 1 + i for number, chunk in enumerate(chunks)
                  for i in range(len(chunk)))

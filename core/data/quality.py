@@ -24,16 +24,20 @@ SIDE = 512      # shorter side at which sharpness is measured if the resolution 
 THUMBNAIL = 192      # longer side of thumbnails
 PATTERN = 16      # photos are compared as grey pictures of this side
 FLAT = 1.5      # standard deviation of brightness, of 255
+# Mean evenness from this on. At 64 and 128 pixels, drawn scenes have 0.80 to 0.96, CIFC's photos 0.05 to 0.57.
+DRAWN = 0.7
 
 
 @dataclass(frozen=True)
 class Quality:
     """sharpness: share of the contrast that halving the picture loses; None for pictures of one colour.
-    pattern: `[256]`, brightness of the picture at 16x16, normalised. thumbnail: for contact sheets."""
+    pattern: `[256]`, brightness of the picture at 16x16, normalised. thumbnail: for contact sheets. evenness:
+    share of pixels that equal their right neighbour to one level of 255."""
 
     sharpness: float | None
     pattern: Tensor
     thumbnail: Image.Image
+    evenness: float = 1.0
 
 
 def measure(pixels: Tensor, resolution: int | None = None) -> Quality:
@@ -60,7 +64,9 @@ def measure(pixels: Tensor, resolution: int | None = None) -> Quality:
         half = grey.resize((max(1, grey.width // 2), max(1, grey.height // 2)), Image.Resampling.BOX)
         lost = _array(grey) - _array(half.resize(grey.size, Image.Resampling.BICUBIC))
         sharpness = float(lost.std() / contrast)
-    return Quality(sharpness, pattern / pattern.norm().clamp(min=1e-6), thumbnail)
+    steps = np.abs(np.diff(_array(image), axis=1)).max(-1)
+    evenness = float((steps <= 1).mean()) if steps.size else 1.0
+    return Quality(sharpness, pattern / pattern.norm().clamp(min=1e-6), thumbnail, evenness)
 
 
 def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bank.composition import WORDS, Composition
 from ..bank.concepts import ConceptInfo
 from .pictures import Picture
-from .quality import BLURRED, THUMBNAIL, Quality, alike, measure
+from .quality import BLURRED, DRAWN, THUMBNAIL, Quality, alike, measure
 
 FEWEST = 3      # photos of a concept
 ENLARGED = 1.25      # photos that must be enlarged by more than this factor are too small
@@ -74,8 +74,8 @@ class Skipped:
 class PhotoWarning:
     """Something that may spoil what is learned.
 
-    kind: "few", "duplicate", "alike", "small", "blurred", "flat", "bank", "caption", "mask" or "prior"; text:
-    a sentence; photos: indices of the photos that it is about.
+    kind: "few", "duplicate", "alike", "small", "blurred", "flat", "bank", "photos", "caption", "mask" or
+    "prior"; text: a sentence; photos: indices of the photos that it is about.
     """
 
     kind: str
@@ -93,7 +93,7 @@ class Report:
     what: str = "photo"      # or "prior picture"
 
     def checked(self, resolution: int | None = None, enlarges: bool = True,
-                infos: Mapping[str, ConceptInfo] | None = None, but: str = "") -> Report:
+                infos: Mapping[str, ConceptInfo] | None = None, but: str = "", draws: str = "") -> Report:
         """This report with warnings about its photos.
 
         Args:
@@ -101,10 +101,11 @@ class Report:
             enlarges: Whether small photos are enlarged to the resolution.
             infos: The concepts of the bank.
             but: A concept that is not compared, because it is learned again.
+            draws: Name of the base if it draws nothing but drawings; empty = any other base.
         """
         found = [*_few(self), *_duplicates(self.photos),
                  *_small(self.photos, resolution if enlarges else None),
-                 *_blurred(self.photos), *_known(self.photos, infos or {}, but)]
+                 *_blurred(self.photos), *_known(self.photos, infos or {}, but), *_no_drawings(self, draws)]
         return replace(self, warnings=(*self.warnings, *found))
 
     @property
@@ -259,6 +260,16 @@ def _blurred(photos: Sequence[PhotoFacts]) -> list[PhotoWarning]:
             names = listed(photos[i].name for i in found)
             warnings.append(PhotoWarning(kind, f"{names} {'is' if len(found) == 1 else 'are'} {text}", found))
     return warnings
+
+
+def _no_drawings(report: Report, draws: str) -> list[PhotoWarning]:
+    if not draws or not report.photos:
+        return []
+    evenness = sum(photo.quality.evenness for photo in report.photos) / len(report.photos)
+    if evenness >= DRAWN:
+        return []
+    return [PhotoWarning("photos", f"these look like photos, and the base {draws} knows only drawings: what "
+                         "it draws of them will be noise; photos need a checkpoint such as SD1.5 or SDXL")]
 
 
 def _known(photos: Sequence[PhotoFacts], infos: Mapping[str, ConceptInfo], but: str) -> list[PhotoWarning]:

@@ -111,6 +111,15 @@ def test_g13_workflows_are_laid_out(page, path, tmp_path):
     assert not page.errors
 
 
+@pytest.mark.parametrize("path", GRAPHS[:3], ids=lambda path: path.stem)
+def test_a_newcomers_workflows_can_be_read_in_a_small_window(open_page, path):
+    page = open_page(1400, 880)
+    page.evaluate(RENDER, False)
+    page.evaluate(OPEN, [json.loads(path.read_text(encoding="utf-8")), path.stem])
+    page.wait_for_timeout(1200)
+    assert 14 * page.evaluate("app.canvas.ds.scale") >= SMALLEST_FONT
+
+
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
 def test_g13_sibling_blueprints_are_laid_out(page, path, tmp_path):
     """The nodes inside, as one sees them after a double-click."""

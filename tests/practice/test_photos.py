@@ -20,6 +20,7 @@ from continual_concepts.core.data import reading
 from continual_concepts.core.data.folder import DEFERRED, read_folder
 from continual_concepts.core.data.framing import Framing, frame
 from continual_concepts.core.data.training_set import TrainingSet, prepare
+from continual_concepts.core.demo.scenes import CONCEPTS
 from continual_concepts.tests.practice.photo_files import kinds, photo, refusal, skipped
 
 # A1
@@ -230,6 +231,22 @@ def test_a13_few_photos_and_photos_of_the_bank(tmp_path):
 
 def test_a13_sibling_good_photos_raise_no_warning(photos):
     assert read_folder(photos, resolution=64).report.checked(64).warnings == ()
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_photos_are_told_from_drawings_where_a_base_knows_only_drawings(tmp_path, side):
+    """Drawn scenes, also enlarged and as JPEG, and pictures with the structure of photos."""
+    drawn, real = tmp_path / "drawn", tmp_path / "real"
+    drawn.mkdir(), real.mkdir()
+    for i, (picture, _) in enumerate(CONCEPTS["mimi"].pictures(3, 7, side)):
+        Image.fromarray(picture).resize((4 * side, 4 * side)).save(drawn / f"{i}.jpg", quality=95)
+        rough = np.random.default_rng(i).normal(size=(32, 32, 3)).cumsum(0).cumsum(1)
+        rough = (255 * (rough - rough.min()) / (rough.max() - rough.min())).astype(np.uint8)
+        Image.fromarray(rough).resize((600, 600), Image.BICUBIC).save(real / f"{i}.png")
+    drawings, photos = (read_folder(folder, resolution=side).report for folder in (drawn, real))
+    assert "photos" not in kinds(drawings.checked(side, draws="embedded-64"))
+    assert "photos" in kinds(photos.checked(side, draws="embedded-64"))
+    assert "photos" not in kinds(photos.checked(side))
 
 
 def test_a13_sibling_small_photos_are_not_enlarged_in_buckets(tmp_path):
