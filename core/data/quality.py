@@ -24,7 +24,7 @@ SIDE = 512      # shorter side at which sharpness is measured if the resolution 
 THUMBNAIL = 192      # longer side of thumbnails
 PATTERN = 16      # photos are compared as grey pictures of this side
 FLAT = 1.5      # standard deviation of brightness, of 255
-# Mean evenness from this on. At 64 and 128 pixels, drawn scenes have 0.80 to 0.96, CIFC's photos 0.05 to 0.57.
+# Mean evenness from this on. At 64 and 128 pixels, drawn scenes have 0.80 to 0.96, CIFC's photos up to 0.57.
 DRAWN = 0.7
 
 
