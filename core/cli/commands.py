@@ -19,7 +19,7 @@ def demo(options: Namespace) -> Result:
     from .demo_ways import Plan, plan_of
 
     plan = plan_of(options.base)
-    minutes = "about two minutes" if plan.steps <= Plan.steps else "longer than two minutes"
+    minutes = "about two minutes" if plan.steps <= Plan.steps else "several minutes"
     complain(f"Three ways learn two dogs and a style, and draw them. This takes {minutes} on two free cores.")
     report = run(options.output, plan)
     lines = [f"three ways learned {', '.join(f'<{name}>' for name in report['concepts'])} in "

@@ -26,7 +26,7 @@ from ..evaluation import metrics
 from ..evaluation.combined import assign_strips
 from ..files import check_output, check_output_folder, write_atomically
 from .demo_ways import (
-    DRAWN,
+    FIELDS,
     REGIONS,
     TASKS,
     WAYS,
@@ -43,7 +43,7 @@ from .demo_ways import (
 
 FILES = ("bank.safetensors", "report.png", "report.json")
 NOUNS = "class nouns"
-DRAWING = 15      # steps of learning that take about as long as a job that draws
+STEPS_PER_DRAWING = 15      # steps of learning that take about as long as one job that draws
 PLAN = Plan()
 BOXES = tuple(region.box for region in REGIONS if region.box is not None)
 
@@ -170,14 +170,14 @@ def draw_all(plan: Plan, folder: Path, workers: int,
             seconds[user] += sum(took[name] for name in names)
             waiting[user] -= 1
             if not waiting[user]:
-                for field in DRAWN:
+                for field in FIELDS:
                     pool.start((user, field), draw_job, plan, user, field, folder)
 
     for way, part in sorted(jobs, key=lambda job: -len(job[1])):      # the longest job first
         pool.start(users_of(way, part), learn_job, plan, way, part, folder)
     pool.start((NOUNS, ""), noun_job, plan)
     steps = plan.steps * sum(len(part) for _, part in jobs)
-    total = steps + DRAWING * (len(WAYS) * len(DRAWN) + 1)
+    total = steps + STEPS_PER_DRAWING * (len(WAYS) * len(FIELDS) + 1)
     with pool.pool, tqdm(total=total, desc="learning and drawing") as bar:
         while pool.running:
             for purpose, result in pool.finished():
@@ -185,7 +185,7 @@ def draw_all(plan: Plan, folder: Path, workers: int,
                     learned(purpose, result)
                 else:
                     drawn.setdefault(purpose[0], {})[purpose[1]] = result
-            finished = pool.counter.value + DRAWING * sum(map(len, drawn.values()))
+            finished = pool.counter.value + STEPS_PER_DRAWING * sum(map(len, drawn.values()))
             bar.update(finished - int(bar.n))
     nouns = drawn.pop(NOUNS)[""]
     return {way: Pictures(**fields) for way, fields in drawn.items()}, nouns, seconds

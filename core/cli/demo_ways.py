@@ -170,16 +170,13 @@ class Pictures:
     styled: Tensor
 
 
-class _Steps:
-    """Counts the steps of learning in all processes."""
+_counter: Synchronized | None = None      # of steps of learning, in all processes
 
-    counter: Synchronized | None = None
 
-    @classmethod
-    def count(cls, _: object) -> None:
-        if cls.counter is not None:
-            with cls.counter.get_lock():
-                cls.counter.value += 1
+def _count_step(_: object) -> None:
+    if _counter is not None:
+        with _counter.get_lock():
+            _counter.value += 1
 
 
 def begin_worker(counter: Synchronized | None, threads: int | None = None) -> None:
@@ -189,7 +186,8 @@ def begin_worker(counter: Synchronized | None, threads: int | None = None) -> No
         counter: Counts its steps of learning, together with those of other workers.
         threads: That PyTorch computes with; None = as it is.
     """
-    _Steps.counter = counter
+    global _counter
+    _counter = counter
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -210,7 +208,7 @@ def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> dict[
         to_learn = Task(task.name, task.class_noun, backbone, bank, task.kind,
                         words_for(chosen.method, task), torch.Generator().manual_seed(training.seed))
         settings = {name: plan.rates * rate for name, rate in chosen.settings.items()}
-        bank = learn(to_learn, make(chosen.method, settings), data, training, _Steps.count).bank
+        bank = learn(to_learn, make(chosen.method, settings), data, training, _count_step).bank
         save_bank(bank, folder / f"{way}-{task.name}.safetensors")
         seconds[task.name] = time.perf_counter() - began
     return seconds
@@ -254,7 +252,7 @@ def _first(plan: Plan, banks: Sequence[ConceptBank]) -> list[Tensor]:
 
 
 # field of `Pictures` -> how it is drawn, with the banks after each task
-DRAWN: Mapping[str, Callable] = {
+FIELDS: Mapping[str, Callable] = {
     "alone": lambda plan, banks: [_sampled(plan, banks[-1], task.prompts, plan.alone) for task in plan.tasks],
     "first": _first,
     "pair": lambda plan, banks: _sampled(plan, banks[-1], [PAIR], plan.together),
@@ -265,12 +263,12 @@ DRAWN: Mapping[str, Callable] = {
 
 def draw_job(plan: Plan, way: str, field: str, folder: Path) -> Tensor | list[Tensor]:
     """Draws one field of a way's `Pictures` with the banks that `learn_job` wrote."""
-    return DRAWN[field](plan, banks_of(way, folder))
+    return FIELDS[field](plan, banks_of(way, folder))
 
 
 def pictures_of(plan: Plan, way: str, folder: Path) -> Pictures:
     """All that a way draws."""
-    drawn: dict = {field: draw_job(plan, way, field, folder) for field in DRAWN}
+    drawn: dict = {field: draw_job(plan, way, field, folder) for field in FIELDS}
     return Pictures(**drawn)
 
 

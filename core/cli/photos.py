@@ -46,9 +46,9 @@ class TrainingPhotos:
         info = info_of(options, method)
         known = [*infos.values(), info]
         on_captions = check_captions(self.photos.pictures, known, info)
-        draws = embedded_name(options) if is_embedded(options) else ""
+        drawing_base = embedded_name(options) if is_embedded(options) else ""
         report = self.photos.report.checked(training.resolution, training.framing != "buckets", infos,
-                                            options.name, draws)
+                                            options.name, drawing_base)
         report = replace(report, warnings=(*report.warnings, *on_captions))
         prior = self.prior
         if prior is not None:

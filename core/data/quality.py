@@ -25,7 +25,7 @@ THUMBNAIL = 192      # longer side of thumbnails
 PATTERN = 16      # photos are compared as grey pictures of this side
 FLAT = 1.5      # standard deviation of brightness, of 255
 # Mean evenness from this on. At 64 and 128 pixels, drawn scenes have 0.80 to 0.96, CIFC's photos up to 0.57.
-DRAWN = 0.7
+EVEN = 0.7
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bank.composition import WORDS, Composition
 from ..bank.concepts import ConceptInfo
 from .pictures import Picture
-from .quality import BLURRED, DRAWN, THUMBNAIL, Quality, alike, measure
+from .quality import BLURRED, EVEN, THUMBNAIL, Quality, alike, measure
 
 FEWEST = 3      # photos of a concept
 ENLARGED = 1.25      # photos that must be enlarged by more than this factor are too small
@@ -93,7 +93,8 @@ class Report:
     what: str = "photo"      # or "prior picture"
 
     def checked(self, resolution: int | None = None, enlarges: bool = True,
-                infos: Mapping[str, ConceptInfo] | None = None, but: str = "", draws: str = "") -> Report:
+                infos: Mapping[str, ConceptInfo] | None = None, but: str = "",
+                drawing_base: str = "") -> Report:
         """This report with warnings about its photos.
 
         Args:
@@ -101,11 +102,12 @@ class Report:
             enlarges: Whether small photos are enlarged to the resolution.
             infos: The concepts of the bank.
             but: A concept that is not compared, because it is learned again.
-            draws: Name of the base if it draws nothing but drawings; empty = any other base.
+            drawing_base: Name of the base if it is one that knows only drawings; empty = any other base.
         """
         found = [*_few(self), *_duplicates(self.photos),
                  *_small(self.photos, resolution if enlarges else None),
-                 *_blurred(self.photos), *_known(self.photos, infos or {}, but), *_no_drawings(self, draws)]
+                 *_blurred(self.photos), *_known(self.photos, infos or {}, but),
+                 *_no_drawings(self, drawing_base)]
         return replace(self, warnings=(*self.warnings, *found))
 
     @property
@@ -262,13 +264,13 @@ def _blurred(photos: Sequence[PhotoFacts]) -> list[PhotoWarning]:
     return warnings
 
 
-def _no_drawings(report: Report, draws: str) -> list[PhotoWarning]:
-    if not draws or not report.photos:
+def _no_drawings(report: Report, base: str) -> list[PhotoWarning]:
+    if not base or not report.photos:
         return []
     evenness = sum(photo.quality.evenness for photo in report.photos) / len(report.photos)
-    if evenness >= DRAWN:
+    if evenness >= EVEN:
         return []
-    return [PhotoWarning("photos", f"these look like photos, and the base {draws} knows only drawings: what "
+    return [PhotoWarning("photos", f"these look like photos, and the base {base} knows only drawings: what "
                          "it draws of them will be noise; photos need a checkpoint such as SD1.5 or SDXL")]
 
 

@@ -15,10 +15,10 @@ features of regularisation captions. Closed form: `W = W_0 + (V - W_0 C^T) (d C^
 Ours: a record per task. `custom_diffusion` trains on the sum of earlier tasks and records the difference it
 added: exactly, as `up` = difference and `down` = identity (`kept=1`), or cut by SVD. `custom_diffusion_merge`
 trains every task on the base alone. It keeps C and V - W_0 C^T of each concept as shared state and records
-merged_t - merged_{t-1}, so that all records add up to the merged weights; a first concept's is the merge of
-one. Both inverses have a small ridge, since text features of few captions do not span a wide context. The
-captions are ours. A dense difference of each weight is trained, because the method's formula needs that a×b
-matrix in a step. Unknown: which rare word V* starts at; here a random vector with the vocabulary's spread.
+merged_t - merged_{t-1}, so that all records add up to the merged weights. The first record is the merge of
+one concept. Both inverses have a small ridge, because the text features of a few captions have fewer
+directions than the context is wide. The captions are ours. A dense difference `[a, b]` of each weight is
+trained, because a step of the method's formula needs it. Unknown: which rare word V* starts at; here a random vector with the vocabulary's spread.
 """
 
 from __future__ import annotations

@@ -244,8 +244,8 @@ def test_photos_are_told_from_drawings_where_a_base_knows_only_drawings(tmp_path
         rough = (255 * (rough - rough.min()) / (rough.max() - rough.min())).astype(np.uint8)
         Image.fromarray(rough).resize((600, 600), Image.BICUBIC).save(real / f"{i}.png")
     drawings, photos = (read_folder(folder, resolution=side).report for folder in (drawn, real))
-    assert "photos" not in kinds(drawings.checked(side, draws="embedded-64"))
-    assert "photos" in kinds(photos.checked(side, draws="embedded-64"))
+    assert "photos" not in kinds(drawings.checked(side, drawing_base="embedded-64"))
+    assert "photos" in kinds(photos.checked(side, drawing_base="embedded-64"))
     assert "photos" not in kinds(photos.checked(side))
 
 
