@@ -78,7 +78,7 @@ def _error(entry: Mapping) -> list[list[float]]:
 def _points(result: Mapping) -> dict[str, Point]:
     """Method -> its alone and combined in percent, for methods that have both."""
     return {name: (100 * row[ALONE]["mean"], 100 * row[COMBINED]["mean"])
-            for name, row in result["methods"].items()
+            for name, row in ((name, result["methods"][name]) for name in ranked(result))
             if "mean" in row.get(ALONE, {}) and "mean" in row.get(COMBINED, {})}
 
 

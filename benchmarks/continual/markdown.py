@@ -11,7 +11,7 @@ from ...core.files import write_atomically
 from .bootstrap import BETTER, FEW, SAME, WORSE
 from .judges import ENCODER
 from .plan import PUBLISHED
-from .tables import ALONE, COMBINED, CONFUSED, PAIRS
+from .tables import ALONE, COMBINED, CONFUSED, FORGOTTEN, PAIRS
 
 MARKER = re.compile(r"<!-- continual:(\w+) -->\n.*?<!-- /continual:\1 -->", re.DOTALL)
 CEILING, FLOOR = "*real pictures*", "*class nouns*"
@@ -21,12 +21,16 @@ Column = tuple[str, Callable[[Row], str]]
 
 
 def ranked(result: Mapping) -> list[str]:
-    """Methods by the mean of alone and combined, best first."""
+    """Methods by the mean of alone and combined, best first. Ablations are not among them."""
     def quality(name: str) -> float:
         row = result["methods"][name]
         means = [row[figure]["mean"] for figure in (ALONE, COMBINED) if "mean" in row.get(figure, {})]
         return sum(means) / len(means) if means else float("-inf")
-    return sorted(result["methods"], key=lambda name: (-quality(name), name))
+    return sorted(_methods(result), key=lambda name: (-quality(name), name))
+
+
+def _methods(result: Mapping) -> list[str]:
+    return [name for name in result["methods"] if "+" not in name]
 
 
 def number(value: float | None, factor: float = 100, digits: int = 1) -> str:
@@ -51,9 +55,9 @@ def _part(row: Row, name: str) -> str:
     return _interval({"mean": alone[name], "low": low, "high": high})
 
 
-def verdicts(row: Row, figures: Sequence[str] = COMPARED) -> str:
-    """`worse: alone, combined; no difference: confused`, compared with the default."""
-    found = row.get("against_default", {})
+def verdicts(row: Row, figures: Sequence[str] = COMPARED, against: str = "against_default") -> str:
+    """`worse: alone, combined; no difference: confused`, compared with the default or another method."""
+    found = row.get(against, {})
     words = {word: [name for name in figures if name in found and found[name]["verdict"] == word]
              for word in (BETTER, WORSE, SAME, FEW)}
     said = [f"{word}: {', '.join(names)}" for word, names in words.items() if names]
@@ -117,7 +121,7 @@ def _other_judge(judge: str) -> tuple[Column, ...]:
 
 def setting(result: Mapping) -> str:
     """One sentence: how many runs, with which seeds and orders, and what the brackets are."""
-    counts = sorted({len(row["runs"]) for row in result["methods"].values()}, reverse=True)
+    counts = sorted({len(result["methods"][name]["runs"]) for name in _methods(result)}, reverse=True)
     level = round(100 * result["intervals"]["level"])
     return (f"{result['tasks']} tasks; seeds {', '.join(map(str, result['seeds']))}; orders "
             f"{', '.join(map(str, result['orders']))}; {' or '.join(map(str, counts))} runs per method. "
@@ -126,7 +130,7 @@ def setting(result: Mapping) -> str:
 
 def _settings(result: Mapping) -> str:
     lines = ["| method | steps | settings | tried |", "|---|---|---|---|"]
-    for name in sorted(result["methods"]):
+    for name in sorted(_methods(result)):
         tuned = result["methods"][name]["tuned"]
         pairs = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in sorted(tuned["settings"].items()))
@@ -146,6 +150,23 @@ def _claims(result: Mapping) -> str:
         sentences.append(f"* {better} better than {worse} in *{figure}*: {holds} ({between}, "
                          f"{entry['runs']} common runs).")
     return "\n".join(sentences)
+
+
+FORGETTING: tuple[Column, ...] = (
+    ("runs", lambda row: str(len(row["runs"]))), _figure(ALONE), _figure(COMBINED), _figure(CONFUSED),
+    _plain("retained", "retained"), _plain("TFR", "tfr"), _plain("F_MMD", "f_mmd", 1e3),
+    _plain("base change", "base_change"),
+    ("against the whole method",
+     lambda row: verdicts(row, (ALONE, COMBINED, CONFUSED, FORGOTTEN), "against_whole")))
+
+
+def _ablations(result: Mapping) -> str:
+    """Methods with one change or more, each group below the method as it is."""
+    changed = sorted(name for name in result["methods"] if "+" in name)
+    if not changed:
+        return "No method has been run with a piece left out."
+    whole = sorted({name.partition("+")[0] for name in changed} & set(result["methods"]))
+    return _lines(result, FORGETTING, sorted([*changed, *whole]), levels=False)
 
 
 def _bleed(result: Mapping) -> str:
@@ -194,6 +215,7 @@ def sections(result: Mapping) -> dict[str, str]:
         "judges": "\n\n".join(f"Judge `{judge}`:\n\n{_lines(result, _other_judge(judge), names)}"
                               for judge in others),
         "settings": _settings(result), "claims": _claims(result), "bleed": _bleed(result),
+        "ablations": _ablations(result),
         "readme": _readme(result, [name for name in names if name in PUBLISHED or name == result["default"]]),
     }
 

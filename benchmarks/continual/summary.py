@@ -261,6 +261,10 @@ def summarise(runs: Sequence[Mapping], levels: Mapping, default: str,
                 target = row if judge == ENCODER else row["judges"][judge]
                 if name != default:
                     target["against_default"] = compared(tables[judge][name], tables[judge][default])
+    for name, row in methods.items():
+        whole = name.partition("+")[0]      # an ablation is named method+setting=value
+        if whole != name and whole in groups:
+            row["against_whole"] = compared(tables[ENCODER][name], tables[ENCODER][whole])
     claims = [{"claim": [better, worse, figure],
                **compared(tables[ENCODER][better], tables[ENCODER][worse]).get(figure, {})}
               for better, worse, figure in CLAIMS if better in groups and worse in groups]

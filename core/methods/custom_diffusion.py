@@ -18,7 +18,8 @@ trains every task on the base alone. It keeps C and V - W_0 C^T of each concept 
 merged_t - merged_{t-1}, so that all records add up to the merged weights. The first record is the merge of
 one concept. Both inverses have a small ridge, because the text features of a few captions have fewer
 directions than the context is wide. The captions are ours. A dense difference `[a, b]` of each weight is
-trained, because a step of the method's formula needs it. Unknown: which rare word V* starts at; here a random vector with the vocabulary's spread.
+trained, because a step of the method's formula needs it. Unknown: which rare word V* starts at; here a random
+vector with the vocabulary's spread.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ From the paper: no old data. On the new data, the outputs for the old tasks shou
 gave. That term has weight 1 there.
 
 Our reading for diffusion models (CIDM's table lists LwF without saying how): every own picture of the batch
-comes twice, the second time with its own noise and another request. In that request, one of the old concepts or
-the class noun, in turn, takes the place of the new concept. The current model should predict what the model
-before this task predicts, `distil ||eps_t-1(z_t, c_old) - eps_t(z_t, c_old)||^2`, mean over entries. The caption itself
-cannot serve, because the prediction for the new concept has to change.
+comes twice, the second time with its own noise and another request. In that request, one of the old concepts
+or the class noun, in turn, takes the place of the new concept. The current model should predict what the
+model before this task predicts, `distil ||eps_t-1(z_t, c_old) - eps_t(z_t, c_old)||^2`, mean over entries.
+The caption itself cannot serve, because the prediction for the new concept has to change.
 
 After the first task, a step costs one more forward pass of the base, and forward and backward for twice the
 pictures. What is trained and recorded is that of `finetune`.

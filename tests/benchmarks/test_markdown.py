@@ -63,6 +63,19 @@ def test_all_sections_are_tables_of_the_same_methods(result):
     assert "seeds 21, 22; orders 21, 22; 3 runs per method" in found["main"]
 
 
+def test_ablations_have_a_table_of_their_own_beside_the_whole_method(result):
+    methods = {"bound": {}, "ewc": {"alone": (0.5,) * 4}, "ewc+strength=0": {"alone": (0.3,) * 4}}
+    found = sections(summarise([run(name, *place, **figures) for name, figures in methods.items()
+                                for place in RUNS], levels(), "bound"))
+    table = {row["method"]: row for row in rows(found["ablations"])}
+    assert list(table) == ["ewc", "ewc+strength=0"]
+    assert table["ewc+strength=0"]["against the whole method"].startswith("worse: alone;")
+    assert table["ewc"]["against the whole method"] == ""
+    for name in ("main", "papers", "judges", "settings"):
+        assert "ewc" in found[name] and "ewc+" not in found[name], name
+    assert "left out" in sections(result)["ablations"]
+
+
 @pytest.mark.parametrize(("value", "text"), [
     (0.7149, "71.5"), (None, ""), (float("nan"), ""), (-1e-9, "0.0"),
 ])
@@ -84,7 +97,7 @@ def test_sections_of_a_document_are_replaced_and_the_rest_stays(result, tmp_path
 
 @pytest.mark.parametrize(("content", "sentence"), [
     ("# Title\n", "no marker"),
-    ("<!-- continual:tables -->\nx\n<!-- /continual:tables -->\n", "a section 'tables'; sections: bleed"),
+    ("<!-- continual:tables -->\nx\n<!-- /continual:tables -->\n", "a section 'tables'; sections: ablations, bleed"),
 ])
 def test_documents_without_a_known_section_are_refused(result, tmp_path, content, sentence):
     (tmp_path / "page.md").write_text(content)
