@@ -97,7 +97,7 @@ def test_sections_of_a_document_are_replaced_and_the_rest_stays(result, tmp_path
 
 @pytest.mark.parametrize(("content", "sentence"), [
     ("# Title\n", "no marker"),
-    ("<!-- continual:tables -->\nx\n<!-- /continual:tables -->\n", "a section 'tables'; sections: ablations, bleed"),
+    ("<!-- continual:tables -->\nx\n<!-- /continual:tables -->\n", "a section 'tables'; sections: ablations"),
 ])
 def test_documents_without_a_known_section_are_refused(result, tmp_path, content, sentence):
     (tmp_path / "page.md").write_text(content)
