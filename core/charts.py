@@ -133,7 +133,7 @@ def weights_picture(names: Sequence[str], weights: Tensor, title: str) -> Image.
     image = Image.new("RGB", (max(NODE, label + cell * sites + 74), 66 + row * max(1, count)), PAPER)
     draw = ImageDraw.Draw(image)
     draw.text((10, 8), fitting(title, font(17), image.width - 20), INK, font(17))
-    draw.text((label, 36), "sites, down to up", QUIET, font(14))
+    draw.text((label, 36), "weight at each text attention, first to last", QUIET, font(14))
     draw.text((label + cell * sites + 14, 36), "mean", QUIET, font(14))
     peak = max(float(weights.abs().max()) if weights.numel() else 0.0, 1e-6)
     for j, name in enumerate(names):

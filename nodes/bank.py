@@ -29,6 +29,7 @@ from .folders import (
 )
 from .images import judge
 from .inputs import fingerprint, valid
+from .progress import written_below
 from .schema import Schema
 
 register_folders()
@@ -132,7 +133,7 @@ class ConceptBankSave(io.ComfyNode):
             raise saved_elsewhere(error, path, bank) from error
         _remove_finished_runs(bank)
         names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
-        return io.NodeOutput(ui=ui.PreviewText(f"{path.name}: {names}"))
+        return io.NodeOutput(ui=written_below([f"{path.name}: {names}"]))
 
 
 def _remove_finished_runs(bank) -> None:
@@ -173,7 +174,7 @@ class ConceptBankMerge(io.ComfyNode):
             return io.NodeOutput(other if bank is None else bank)
         merged = bank.merge(other)
         notes = notes_on_weights(merged.infos.values(), merged.layout)
-        return io.NodeOutput(merged, ui=ui.PreviewText(notes[0]) if notes else None)
+        return io.NodeOutput(merged, ui=written_below(notes) or None)
 
 
 class ConceptBankEdit(io.ComfyNode):
@@ -244,7 +245,7 @@ class ConceptBankInspect(io.ComfyNode):
     def execute(cls, bank, clip_vision=None) -> io.NodeOutput:
         inspection = inspect(bank, None if bank is None else judge(clip_vision, bank.layout))
         picture = torch.cat([to_tensor(page) for page in bank_pages(inspection)])
-        text = "\n".join(lines(inspection))
+        text = "\n".join(lines(inspection))      # not written below the node: the picture shows the same
         shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
         return io.NodeOutput(picture, text, json.dumps(inspection.to_json(), indent=1), ui=shown)
 

@@ -21,7 +21,7 @@ from ..core.sampling.settings import SampleSettings
 from . import types
 from .images import judge, pictures_of
 from .inputs import first, lines_of
-from .progress import bar_preview
+from .progress import bar_preview, written_below
 from .schema import Schema, advanced
 
 BATCH = 4      # pictures per UNet call
@@ -145,7 +145,7 @@ class ConceptEvaluate(io.ComfyNode):
             progress,
         )
         picture = to_tensor(sheet(report))
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": ("\n".join([*notes, lines(report)]),)}
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **written_below(notes, [lines(report)])}
         return io.NodeOutput(picture, json.dumps(report.to_json(), indent=1), ui=shown)
 
 

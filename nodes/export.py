@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..core.bank.terms import Terms
 from ..core.bank.tokens import typed_name
@@ -17,6 +17,7 @@ from ..core.interop.prompt_export import export_prompt
 from ..core.interop.sharing import share_into
 from . import types
 from .inputs import valid
+from .progress import written_below
 from .schema import Schema
 
 FORMATS = {
@@ -94,8 +95,8 @@ class ConceptExport(io.ComfyNode):
             export = export_bank(bank, output / "loras", **settings)
         else:
             export = export_concept(bank, name, output / "loras", **settings)
-        text = "\n".join([*(f"wrote {file.name}" for file in export.files), *export.notes])
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        notes = [*(f"wrote {file.name}" for file in export.files), *export.notes]
+        return io.NodeOutput("\n".join(notes), ui=written_below(notes))
 
 
 class ConceptShare(io.ComfyNode):
@@ -110,8 +111,8 @@ class ConceptShare(io.ComfyNode):
             is_output_node=True,
             search_aliases=["share file", "publish concept", "licence", "license"],
             description="Writes one concept to a file of its own for other people, with its thumbnail, to "
-                        "output/shared_concepts. They drop the file onto ComfyUI's page. Existing files are "
-                        "never replaced.",
+                        "output/shared_concepts. To use it, they drop it onto ComfyUI's page. Existing files "
+                        "are never replaced.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank that holds the concept. It does not change."),
                 io.String.Input("concept", default="", placeholder="rex",
@@ -143,8 +144,7 @@ class ConceptShare(io.ComfyNode):
             raise ConceptError("'concept' is empty; type the name of the concept to share; the bank holds "
                                f"{', '.join(bank.names)}")
         notes = share_into(bank, name or bank.names[0], _shared_folder(), licence, author)[1]
-        text = "\n".join(notes)
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        return io.NodeOutput("\n".join(notes), ui=written_below(notes))
 
 
 def _shared_folder() -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..core.bank.bank import ConceptBank
 from ..core.bank.concepts import KINDS
@@ -16,6 +16,7 @@ from . import types
 from .folders import offered, shown
 from .inputs import valid
 from .presets import checked_name
+from .progress import written_below
 from .schema import Schema
 
 NONE = "(none)"
@@ -98,9 +99,8 @@ class ConceptImport(io.ComfyNode):
         result = import_concept(checked_name(name), class_noun.strip(), kind, backbone.layout,
                                 backbone.text, _file("loras", lora),
                                 _file("embeddings", embedding), trigger, which, backbone)
-        text = "\n".join(result.notes)
         grown = (ConceptBank(backbone.layout) if bank is None else bank).add(result.concept)
-        return io.NodeOutput(grown, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(grown, "\n".join(result.notes), ui=written_below(result.notes))
 
 
 NODES = [ConceptImport]

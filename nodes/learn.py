@@ -15,6 +15,7 @@ from .images import deferred_pictures, masks_of
 from .inputs import check_choice, first, setting_input, setting_inputs, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import checked_name, checked_noun, preset_inputs, reader_input
+from .progress import written_below
 from .schema import Schema, advanced
 
 NAMES = (DEFAULT, *sorted(set(METHODS) - {DEFAULT}))      # of the methods, as they are shown
@@ -33,7 +34,7 @@ class ConceptLearner(io.ComfyNode):
             category=types.EVERYDAY,
             is_input_list=True,
             search_aliases=["train lora", "dreambooth", "textual inversion", "continual learning", "CIDM",
-                            "teach"],
+                            "teach", "forget", "learn without forgetting"],
             description="Learns one concept (your dog, your painter's style) from a few photos and adds it "
                         "to a bank. The stored concepts stay the same, bit for bit, and so does the model.",
             inputs=advanced(ADVANCED, [
@@ -52,7 +53,8 @@ class ConceptLearner(io.ComfyNode):
                     "method",
                     options=list(NAMES),
                     default=DEFAULT,
-                    tooltip="\n".join(f"{name}: {METHODS[name].summary}" for name in NAMES),
+                    tooltip="How the concept is learned. slots is the usual one. lora is for files that "
+                            "other programs read. docs/methods.md describes all.",
                 ),
                 setting_input(TrainingConfig, "steps"),
                 io.Float.Input("lr", display_name="learning rate (lr)", default=0.0, min=0.0, max=1.0,
@@ -168,11 +170,10 @@ def _goes_on(given: dict) -> bool:
 
 
 def _shown(learning: Learning) -> io.NodeOutput:
-    text = {"text": ("\n".join(learning.notes),)} if learning.notes else {}
     picture = ui.PreviewImage(learning.previews[-1:], cls=ConceptLearner).as_dict() if learning.is_new else {}
     return io.NodeOutput(learning.bank, learning.loss, learning.previews, learning.older,
                          learning.proposed, learning.states,
-                         ui={**picture, **text})
+                         ui={**picture, **written_below(learning.notes)})
 
 
 NODES = [ConceptLearner]

@@ -38,7 +38,7 @@ from .images import judge
 from .inputs import fingerprint, setting_input, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import reader_input
-from .progress import Part, say
+from .progress import Part, say, written_below
 from .schema import Schema, advanced
 
 ADVANCED = ("steps", "seed", "preview_every", "if_known", "find_subject", "caption_templates", "readable_by")
@@ -196,9 +196,9 @@ def _learn(planned: Planned, subject: str, bank: ConceptBank | None, given: dict
 def _reported(bank: ConceptBank, clip_vision, notes: list[str]) -> io.NodeOutput:
     inspection = inspect(bank, judge(clip_vision, bank.layout))
     cards = torch.cat([to_tensor(page) for page in bank_pages(inspection)])
-    text = "\n".join([*notes, "", *lines(inspection)])
-    shown = {**ui.PreviewImage(cards, cls=ConceptFolderLearner).as_dict(), "text": (text,)}
-    return io.NodeOutput(bank, cards, text, ui=shown)
+    details = ["", *lines(inspection)]
+    shown = {**ui.PreviewImage(cards, cls=ConceptFolderLearner).as_dict(), **written_below(notes, details)}
+    return io.NodeOutput(bank, cards, "\n".join([*notes, *details]), ui=shown)
 
 
 NODES = [ConceptFolderLearner]

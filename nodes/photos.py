@@ -115,7 +115,7 @@ class ConceptPhotosLoad(io.ComfyNode):
         report = photos.report.checked()
         sheet = ui.PreviewImage(to_tensor(contact_sheet(report)), cls=cls).as_dict()
         say(getattr(cls.hidden, "unique_id", None), "\n".join(report.lines(with_photos=False)))
-        shown = {**sheet, "text": ("\n".join(report.lines()),)}
+        shown = {**sheet, "text": ("\n".join(report.lines()),)}      # the picture shows the photos' lines
         return io.NodeOutput(images, captions_text(captions), masks, ui=shown)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import comfy.model_management
@@ -29,11 +30,37 @@ def say(node: str | None, text: str) -> None:
         server.send_progress_text(text, node)
 
 
+_told: dict[str, tuple[str, list[str]]] = {}      # node -> its prompt's id, and what it was told there
+
+
 def tell(text: str) -> None:
-    """Writes a sentence to the log and under the node that runs now, which may be another pack's."""
+    """Writes a sentence to the log and under the node that runs now, which may be another pack's. What the
+    node was told before in the same run stays.
+    """
     logging.warning("Continual Concepts: %s", text)
     running = get_executing_context()
-    say(None if running is None else running.node_id, text)
+    if running is None:
+        return
+    prompt, lines = _told.get(running.node_id, ("", []))
+    lines = [*(lines if prompt == running.prompt_id else []), text]
+    _told[running.node_id] = running.prompt_id, list(dict.fromkeys(lines))
+    say(running.node_id, "\n".join(_told[running.node_id][1]))
+
+
+def written_below(notes: Sequence[str], details: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Writes notes under the node that runs now. ComfyUI's page shows the pictures of a result, but no texts.
+
+    Args:
+        notes: Lines; without any, nothing is written.
+        details: Lines that the node's picture shows as well.
+
+    Returns:
+        All lines as the text of the result, for programs that read the history.
+    """
+    running = get_executing_context()
+    if notes:
+        say(None if running is None else running.node_id, "\n".join(notes))
+    return {"text": ("\n".join([*notes, *details]),)} if notes or details else {}
 
 
 def duration(seconds: float) -> str:
@@ -104,5 +131,6 @@ class Reporter:
             parts.append(f"likeness {100 * self.previews.scores[-1][1]:.1f}")
         if len(self.times) > 3 and step < self.total:
             pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-            parts.append(f"{duration(pace * (self.total - step))} left")
+            if (left := pace * (self.total - step)) >= 0.5:
+                parts.append(f"{duration(left)} left")
         return ", ".join(parts)

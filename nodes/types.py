@@ -8,7 +8,7 @@ Selection = io.Custom("NEURON_SELECTION")  # core.neurons.NeuronSelection
 Photos = io.Custom("CONCEPT_PHOTOS")  # dict: concept's name -> list of pictures [3, H, W] in -1..1
 Settings = io.Custom("CONCEPT_SETTINGS")  # dict: setting name -> value, of a method or of training
 
-# the menu: six nodes of every day on top, the others below
+# the menu: six nodes of every day in the category itself, the others in its folders
 EVERYDAY = "continual concepts"
 REGIONS = "continual concepts/regions"
 BANKS = "continual concepts/banks"

@@ -47,13 +47,14 @@ app.registerExtension({
         if (!names.size) return;
         let savedBefore = false; // by a version that showed all inputs: the graph stays as it was laid out
         let configured = false;
+        let isNew = false; // Nodes 2.0 keeps the height of a new node, which counts the hidden inputs
         const isOpen = () => savedBefore || Boolean(node.showAdvanced);
         for (const widget of node.widgets ?? []) {
             if (names.has(widget.name)) hideUnless(node, widget, () => isOpen() || alwaysShows());
         }
         const fit = () => {
             button.label = isOpen() ? HIDE : SHOW;
-            if (!window.LiteGraph?.vueNodesMode) node.setSize([node.size[0], node.computeSize()[1]]);
+            if (!window.LiteGraph?.vueNodesMode || isNew) node.setSize([node.size[0], node.computeSize()[1]]);
             node.graph?.setDirtyCanvas?.(true, true);
         };
         const toggle = () => {
@@ -73,7 +74,9 @@ app.registerExtension({
         setTimeout(() => {
             if (configured) return;
             node.showAdvanced ??= false; // graphs store it
+            isNew = true;
             fit();
+            isNew = false;
         });
     },
 });

@@ -24,6 +24,15 @@ function isEmbedded(node) {
     return false;
 }
 
+/** The classic renderer draws a disabled input at half strength. Here its label tells the preset's value, so it is drawn in
+ * the stronger colour of values. */
+function strengthen(widget) {
+    Object.defineProperty(widget, "secondary_text_color", {
+        configurable: true,
+        get: () => window.LiteGraph?.[widget.disabled ? "WIDGET_TEXT_COLOR" : "WIDGET_SECONDARY_TEXT_COLOR"],
+    });
+}
+
 /** Inputs that follow the preset are labelled with its values and cannot be edited. */
 function show(node, valuesOf) {
     const valueOf = (name) => widgetOf(node, name)?.value;
@@ -35,7 +44,10 @@ function show(node, valuesOf) {
     for (const name of followers) {
         const widget = widgetOf(node, name);
         if (!widget) continue;
-        widget.plainLabel ??= widget.label ?? widget.name;
+        if (widget.plainLabel === undefined) {
+            widget.plainLabel = widget.label ?? widget.name;
+            strengthen(widget);
+        }
         widget.disabled = Boolean(chosen);
         const value = goesOn && OF_CONCEPT.includes(name) ? "the concept's" : chosen?.[name][family];
         widget.label = chosen ? `${name} = ${value}` : widget.plainLabel;

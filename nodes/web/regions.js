@@ -75,6 +75,9 @@ function equip(node) {
         onDraw: refresh,
     });
     widget.serialize = false;
+    widget.label = "regions";
+    // The page's panel writes its own width into widgets that it shows; the classic renderer would then keep it.
+    Object.defineProperty(widget, "width", { configurable: true, get: () => undefined, set: () => {} });
     ["drawing", "width", "height"].forEach(name => widgetOf(node, name) && after(widgetOf(node, name), "callback", refresh));
     ["onAdded", "onConfigure", "onConnectionsChange"].forEach(name => after(node, name, refresh));
     after(node, "onRemoved", () => left.set(editor.root, node.id));

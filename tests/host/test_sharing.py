@@ -20,7 +20,7 @@ def share(pack, bank, own_folder):
     """share(concept, licence, author, bank): runs the node and returns its notes."""
     def run(concept="rex", licence="", author="", given=bank) -> str:
         result = pack.ConceptShare.execute(given, concept, licence, author)
-        assert result.ui.as_dict()["text"] == (result.args[0],)
+        assert result.ui["text"] == (result.args[0],)
         return result.args[0]
 
     return run

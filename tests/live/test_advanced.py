@@ -68,6 +68,15 @@ def test_a_new_node_shows_its_everyday_inputs_and_a_button_shows_the_others(page
     assert not page.errors
 
 
+def test_a_new_node_in_nodes_2_is_as_high_as_its_visible_inputs(page):
+    page.evaluate(RENDER, True)
+    page.evaluate(ADD)
+    page.wait_for_timeout(1500)
+    captions = page.locator("[data-node-id] textarea").first.bounding_box()
+    assert captions["height"] < 120 * page.evaluate("app.canvas.ds.scale")
+    assert not page.errors
+
+
 def test_comfyuis_own_setting_shows_all_inputs(page):
     always = "on => app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', on)"
     page.evaluate(always, True)
