@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from ..training.config import TrainingConfig
 from ..training.loop import learn
+from .workers import Steps
 
 TASKS = ("rex", "fido", "blueprint")      # two dogs and a style
 SEED = 100
@@ -170,30 +170,6 @@ class Pictures:
     styled: Tensor
 
 
-class _Steps:
-    """Counts the steps of learning in all processes."""
-
-    counter: Synchronized | None = None
-
-    @classmethod
-    def count(cls, _: object) -> None:
-        if cls.counter is not None:
-            with cls.counter.get_lock():
-                cls.counter.value += 1
-
-
-def begin_worker(counter: Synchronized | None, threads: int | None = None) -> None:
-    """Prepares a worker that runs jobs.
-
-    Args:
-        counter: Counts its steps of learning, together with those of other workers.
-        threads: That PyTorch computes with; None = as it is.
-    """
-    _Steps.counter = counter
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> dict[str, float]:
     """Learns concepts one after another. Writes `<way>-<name>.safetensors`, the bank after each, into
     `folder`.
@@ -210,7 +186,7 @@ def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> dict[
         to_learn = Task(task.name, task.class_noun, backbone, bank, task.kind,
                         words_for(chosen.method, task), torch.Generator().manual_seed(training.seed))
         settings = {name: plan.rates * rate for name, rate in chosen.settings.items()}
-        bank = learn(to_learn, make(chosen.method, settings), data, training, _Steps.count).bank
+        bank = learn(to_learn, make(chosen.method, settings), data, training, Steps.count).bank
         save_bank(bank, folder / f"{way}-{task.name}.safetensors")
         seconds[task.name] = time.perf_counter() - began
     return seconds
