@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..bank.format import open_bank
 from ..bank.store import change_bank, saved_elsewhere
 from ..data.assignment import Assignment
 from ..demo.bases import file_of
@@ -38,7 +39,8 @@ from .demo_ways import (
 )
 from .workers import Workers
 
-FILES = ("bank.safetensors", "report.png", "report.json")
+BANK = "bank.safetensors"
+FILES = (BANK, "report.png", "report.json")
 NOUNS = "class nouns"
 DRAWING = 15      # steps of learning that take about as long as a job that draws
 PLAN = Plan()
@@ -162,9 +164,9 @@ def levels_of(plan: Plan, nouns: list[Tensor], encoder: SceneEncoder) -> Levels:
 def _save_bank(output: Path, folder: Path) -> None:
     bank = banks_of("ours", folder)[-1]
     try:
-        change_bank(output / "bank.safetensors", lambda _: bank)      # an earlier bank stays as a version
+        change_bank(output / BANK, lambda _: bank)      # an earlier bank stays as a version
     except ConceptError as error:
-        raise saved_elsewhere(error, output / "bank.safetensors", bank) from error
+        raise saved_elsewhere(error, output / BANK, bank) from error
 
 
 def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
@@ -176,7 +178,8 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
         workers: Number of processes; 1 = this one alone.
 
     Raises:
-        ConceptError: The base, matplotlib or memory is missing, or `output` cannot be written.
+        ConceptError: The base, matplotlib or memory is missing, `output` cannot be written, or its bank
+            cannot be read.
     """
     from .demo_report import draw
 
@@ -187,6 +190,8 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
     check_output_folder(output)
     for name in FILES:
         check_output(output / name, "demo's file")
+    if (output / BANK).exists():
+        open_bank(output / BANK)      # one that cannot be read cannot be kept as a version either
     began, encoder = time.perf_counter(), SceneEncoder()
     with tempfile.TemporaryDirectory(prefix="continual-concepts-demo-") as temporary:
         folder = Path(temporary)

@@ -88,5 +88,13 @@ def test_a_stopped_command_says_whether_it_goes_on_where_it_was(command, monkeyp
 def test_the_demo_says_at_once_that_matplotlib_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(ConceptError, match="pip install matplotlib"):
-        demo.run(tmp_path / "out", demo.PLAN)
+        demo.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_says_at_once_that_an_earlier_bank_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "draw_all", lambda *_: pytest.fail("began"))
+    (tmp_path / "bank.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ConceptError, match="not a readable"):
+        demo.run(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["bank.safetensors"]
