@@ -105,7 +105,7 @@ class Report:
         """
         found = [*_few(self), *_duplicates(self.photos),
                  *_small(self.photos, resolution if enlarges else None),
-                 *_blurred(self.photos), *_known(self.photos, infos or {}, but), *_no_drawings(self, draws)]
+                 *_blurred(self.photos), *_known(self.photos, infos or {}, but), *no_drawings(self, draws)]
         return replace(self, warnings=(*self.warnings, *found))
 
     @property
@@ -175,6 +175,23 @@ def prior_warnings(composition: Composition) -> list[PhotoWarning]:
     return [PhotoWarning("prior",
                          "prior pictures have no effect on a word-bound concept, because it acts through "
                          "its own words only; its class noun keeps its meaning without them")]
+
+
+def no_drawings(report: Report, draws: str) -> list[PhotoWarning]:
+    """A warning if pictures look like photos, and the base draws nothing but drawings.
+
+    Args:
+        report: On photos or prior pictures.
+        draws: Name of the base; empty = any other base.
+    """
+    if not draws or not report.photos:
+        return []
+    flatness = sum(photo.quality.flatness for photo in report.photos) / len(report.photos)
+    if flatness >= DRAWN:
+        return []
+    who = "these" if report.what == "photo" else f"the {report.what}s"
+    return [PhotoWarning("photos", f"{who} look like photos, and the base {draws} knows only drawings: what "
+                         "it draws of them will be noise; photos need a checkpoint such as SD1.5 or SDXL")]
 
 
 def own_photos_warnings(photos: Sequence[PhotoFacts], prior: Sequence[PhotoFacts],
@@ -260,16 +277,6 @@ def _blurred(photos: Sequence[PhotoFacts]) -> list[PhotoWarning]:
             names = listed(photos[i].name for i in found)
             warnings.append(PhotoWarning(kind, f"{names} {'is' if len(found) == 1 else 'are'} {text}", found))
     return warnings
-
-
-def _no_drawings(report: Report, draws: str) -> list[PhotoWarning]:
-    if not draws or not report.photos:
-        return []
-    evenness = sum(photo.quality.evenness for photo in report.photos) / len(report.photos)
-    if evenness >= DRAWN:
-        return []
-    return [PhotoWarning("photos", f"these look like photos, and the base {draws} knows only drawings: what "
-                         "it draws of them will be noise; photos need a checkpoint such as SD1.5 or SDXL")]
 
 
 def _known(photos: Sequence[PhotoFacts], infos: Mapping[str, ConceptInfo], but: str) -> list[PhotoWarning]:
