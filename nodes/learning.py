@@ -23,6 +23,7 @@ from ..core.data.report import (
     PhotoWarning,
     Report,
     counted,
+    no_drawings,
     own_photos_warnings,
     prior_warnings,
     report_of,
@@ -288,7 +289,9 @@ def _on_prior(task: Task, method: Method, photos: Report, prior: Sequence[Pictur
     named = [replace(picture, name=f"prior picture {i + 1}", digest=photo_digest(picture.stored_pixels()))
              for i, picture in enumerate(prior)]
     earlier = () if task.refined is None else task.refined.infos[task.name].provenance.images
-    return [*own_photos_warnings(photos.photos, report_of(named, what="prior picture").photos, earlier),
+    report = report_of(named, what="prior picture")
+    return [*own_photos_warnings(photos.photos, report.photos, earlier),
+            *no_drawings(report, task.backbone.layout.embedded_base),
             *prior_warnings(method.composition_of_kind(task.kind))]
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..bank.format import open_bank
 from ..bank.store import change_bank, saved_elsewhere
 from ..data.assignment import Assignment
 from ..demo.bases import file_of
@@ -33,17 +31,18 @@ from .demo_ways import (
     Pictures,
     Plan,
     banks_of,
-    begin_worker,
     draw_job,
     learn_job,
     noun_job,
     parts_of,
     users_of,
 )
+from .workers import Workers
 
-FILES = ("bank.safetensors", "report.png", "report.json")
+BANK = "bank.safetensors"
+FILES = (BANK, "report.png", "report.json")
 NOUNS = "class nouns"
-STEPS_PER_DRAWING = 15      # steps of learning that take about as long as one job that draws
+STEPS_PER_DRAWING = 15      # steps of learning that take about as long as a job that draws
 PLAN = Plan()
 BOXES = tuple(region.box for region in REGIONS if region.box is not None)
 
@@ -116,43 +115,6 @@ def figures_of(plan: Plan, pictures: Pictures, levels: Levels, encoder: SceneEnc
     }
 
 
-class Workers:
-    """Runs jobs in processes with one thread each. Two threads of a small base wait for one another.
-
-    On Linux the processes are forks of this one. They share its modules and its base instead of loading them
-    again.
-    """
-
-    def __init__(self, plan: Plan, count: int) -> None:
-        self.pool: ProcessPoolExecutor | ThreadPoolExecutor
-        if count > 1:
-            forks = sys.platform == "linux"
-            if forks:
-                _ = plan.backbone, plan.tasks      # loaded before the fork
-            context = get_context("fork" if forks else "spawn")
-            self.counter = context.Value("i", 0)
-            self.pool = ProcessPoolExecutor(count, context, begin_worker, (self.counter, 1))
-        else:
-            self.counter = get_context().Value("i", 0)
-            self.pool = ThreadPoolExecutor(1, initializer=begin_worker, initargs=(self.counter,))
-        self.running: dict[Future, Any] = {}
-
-    def start(self, purpose: Any, job: Callable, *arguments) -> None:
-        """Queues `job(*arguments)`.
-
-        Args:
-            purpose: What the result is for; `finished` returns it.
-            job: A function of a module, which other processes can find.
-            arguments: Of the function.
-        """
-        self.running[self.pool.submit(job, *arguments)] = purpose
-
-    def finished(self) -> list[tuple[Any, Any]]:
-        """Waits for the next jobs, a second at most. Returns purpose and result of each that is finished."""
-        done, _ = wait(self.running, timeout=1, return_when=FIRST_COMPLETED)
-        return [(self.running.pop(future), future.result()) for future in done]
-
-
 def draw_all(plan: Plan, folder: Path, workers: int,
              ) -> tuple[dict[str, Pictures], list[Tensor], dict[str, float]]:
     """Every way learns and draws; jobs of one way do not wait for those of another.
@@ -160,7 +122,8 @@ def draw_all(plan: Plan, folder: Path, workers: int,
     Returns:
         The pictures of every way; those of the class nouns; the seconds that each way's concepts took.
     """
-    pool, seconds = Workers(plan, workers), dict.fromkeys(WAYS, 0.0)
+    pool = Workers(workers, lambda: (plan.backbone, plan.tasks))
+    seconds = dict.fromkeys(WAYS, 0.0)
     drawn: dict[str, dict[str, Any]] = {way: {} for way in WAYS}
     jobs = [(way, part) for way in WAYS for part in parts_of(way)]
     waiting = {user: sum(user in users_of(way, part) for way, part in jobs) for user in WAYS}
@@ -173,20 +136,21 @@ def draw_all(plan: Plan, folder: Path, workers: int,
                 for field in FIELDS:
                     pool.start((user, field), draw_job, plan, user, field, folder)
 
-    for way, part in sorted(jobs, key=lambda job: -len(job[1])):      # the longest job first
-        pool.start(users_of(way, part), learn_job, plan, way, part, folder)
-    pool.start((NOUNS, ""), noun_job, plan)
     steps = plan.steps * sum(len(part) for _, part in jobs)
     total = steps + STEPS_PER_DRAWING * (len(WAYS) * len(FIELDS) + 1)
-    with pool.pool, tqdm(total=total, desc="learning and drawing") as bar:
-        while pool.running:
-            for purpose, result in pool.finished():
-                if isinstance(purpose, dict):
-                    learned(purpose, result)
-                else:
-                    drawn.setdefault(purpose[0], {})[purpose[1]] = result
-            finished = pool.counter.value + STEPS_PER_DRAWING * sum(map(len, drawn.values()))
-            bar.update(finished - int(bar.n))
+    with pool:
+        for way, part in sorted(jobs, key=lambda job: -len(job[1])):      # the longest job first
+            pool.start(users_of(way, part), learn_job, plan, way, part, folder)
+        pool.start((NOUNS, ""), noun_job, plan)
+        with tqdm(total=total, desc="learning and drawing") as bar:      # has a thread, so after the forks
+            while pool.running:
+                for purpose, result in pool.finished():
+                    if isinstance(purpose, dict):
+                        learned(purpose, result)
+                    else:
+                        drawn.setdefault(purpose[0], {})[purpose[1]] = result
+                finished = pool.counter.value + STEPS_PER_DRAWING * sum(map(len, drawn.values()))
+                bar.update(finished - int(bar.n))
     nouns = drawn.pop(NOUNS)[""]
     return {way: Pictures(**fields) for way, fields in drawn.items()}, nouns, seconds
 
@@ -200,9 +164,9 @@ def levels_of(plan: Plan, nouns: list[Tensor], encoder: SceneEncoder) -> Levels:
 def _save_bank(output: Path, folder: Path) -> None:
     bank = banks_of("ours", folder)[-1]
     try:
-        change_bank(output / "bank.safetensors", lambda _: bank)      # an earlier bank stays as a version
+        change_bank(output / BANK, lambda _: bank)      # an earlier bank stays as a version
     except ConceptError as error:
-        raise saved_elsewhere(error, output / "bank.safetensors", bank) from error
+        raise saved_elsewhere(error, output / BANK, bank) from error
 
 
 def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
@@ -212,13 +176,22 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
         output: A folder, made if it is missing.
         plan: How much to do, on which embedded base.
         workers: Number of processes; 1 = this one alone.
+
+    Raises:
+        ConceptError: The base, matplotlib or memory is missing, `output` cannot be written, or its bank
+            cannot be read.
     """
     from .demo_report import draw
 
+    if find_spec("matplotlib") is None:
+        raise ConceptError("the demo draws its report with matplotlib, which is not installed; install it: "
+                           "pip install matplotlib")
     file_of(plan.base)      # raises ConceptError for a base that is not there
     check_output_folder(output)
     for name in FILES:
         check_output(output / name, "demo's file")
+    if (output / BANK).exists():
+        open_bank(output / BANK)      # one that cannot be read cannot be kept as a version either
     began, encoder = time.perf_counter(), SceneEncoder()
     with tempfile.TemporaryDirectory(prefix="continual-concepts-demo-") as temporary:
         folder = Path(temporary)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from ..sampling.sampling import sample
 from ..sampling.settings import SampleSettings
 from ..training.config import TrainingConfig
 from ..training.loop import learn
+from .workers import Steps
 
 TASKS = ("rex", "fido", "blueprint")      # two dogs and a style
 SEED = 100
@@ -170,28 +170,6 @@ class Pictures:
     styled: Tensor
 
 
-_counter: Synchronized | None = None      # of steps of learning, in all processes
-
-
-def _count_step(_: object) -> None:
-    if _counter is not None:
-        with _counter.get_lock():
-            _counter.value += 1
-
-
-def begin_worker(counter: Synchronized | None, threads: int | None = None) -> None:
-    """Prepares a worker that runs jobs.
-
-    Args:
-        counter: Counts its steps of learning, together with those of other workers.
-        threads: That PyTorch computes with; None = as it is.
-    """
-    global _counter
-    _counter = counter
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> dict[str, float]:
     """Learns concepts one after another. Writes `<way>-<name>.safetensors`, the bank after each, into
     `folder`.
@@ -208,7 +186,7 @@ def learn_job(plan: Plan, way: str, names: Sequence[str], folder: Path) -> dict[
         to_learn = Task(task.name, task.class_noun, backbone, bank, task.kind,
                         words_for(chosen.method, task), torch.Generator().manual_seed(training.seed))
         settings = {name: plan.rates * rate for name, rate in chosen.settings.items()}
-        bank = learn(to_learn, make(chosen.method, settings), data, training, _count_step).bank
+        bank = learn(to_learn, make(chosen.method, settings), data, training, Steps.count).bank
         save_bank(bank, folder / f"{way}-{task.name}.safetensors")
         seconds[task.name] = time.perf_counter() - began
     return seconds
@@ -242,11 +220,13 @@ def _boxes(plan: Plan, bank: ConceptBank) -> Tensor:
 
 
 def _first(plan: Plan, banks: Sequence[ConceptBank]) -> list[Tensor]:
-    """The first concept after each task; drawn once for banks that hold the same of it."""
+    """The first concept after each task. The last picture is drawn anew in any case, because it shows what is
+    retained. Before that, banks that hold the same of the concept share a picture.
+    """
     name = TASKS[0]
     drawn: list[Tensor] = []
     for place, bank in enumerate(banks):
-        same = place > 0 and bank[name] is banks[place - 1][name]
+        same = 0 < place < len(banks) - 1 and bank[name] is banks[place - 1][name]
         drawn.append(drawn[-1] if same else _sampled(plan, bank, plan.tasks[0].prompts, 1))
     return drawn
 

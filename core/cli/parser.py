@@ -43,6 +43,7 @@ from .result import run, say
 NO_BASE = ("NO --base: USING AN EMBEDDED BASE, which draws small pictures of toys and animals. Real photos "
            "cannot be learned on it: give --base FOLDER, a model in diffusers' layout (SD1.5, SD2, SDXL). "
            "--base embedded hides this line.")
+LEARNING = ("learn", "learn-all")      # commands that save where they are when they are stopped
 # One of the ways that the demo compares learns words.
 DEMO_BASES = tuple(dict.fromkeys(name for name in (*NAMES, *TRANSFORMERS) if name != JOINT))
 def _add_learn(commands) -> None:
@@ -278,5 +279,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--json" in flags:
             say(json.dumps({"error": error.sentence}))
         raise
-    stopped = "stopped; the same command continues learning where it stopped"
+    goes_on = "continues learning where it stopped" if options.command in LEARNING else "begins anew"
+    stopped = f"stopped; the same command {goes_on}"
     return run("continual-concepts", getattr(commands, options.command.replace("-", "_")), options, stopped)

@@ -11,7 +11,7 @@ from ..bank.tokens import default_words
 from ..data.folder import Photos, read_folder
 from ..data.listing import pictures_in
 from ..data.pictures import Picture
-from ..data.report import own_photos_warnings, prior_warnings
+from ..data.report import no_drawings, own_photos_warnings, prior_warnings
 from ..data.training_set import check_captions
 from ..methods.base import Method
 from ..training.config import TrainingConfig
@@ -55,6 +55,7 @@ class TrainingPhotos:
             earlier = infos[options.name].provenance.images if options.name in infos else ()
             warnings = (*prior.report.warnings, *check_captions(prior.pictures, known),
                         *own_photos_warnings(report.photos, prior.report.photos, earlier),
+                        *no_drawings(prior.report, drawing_base),
                         *prior_warnings(method.composition_of_kind(options.kind)))
             prior = Photos(prior.pictures, replace(prior.report, warnings=warnings))
         return TrainingPhotos(Photos(self.photos.pictures, report), prior)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bank.composition import WORDS, Composition
 from ..bank.concepts import ConceptInfo
 from .pictures import Picture
-from .quality import BLURRED, EVEN, THUMBNAIL, Quality, alike, measure
+from .quality import BLURRED, DRAWN_FLATNESS, THUMBNAIL, Quality, alike, measure
 
 FEWEST = 3      # photos of a concept
 ENLARGED = 1.25      # photos that must be enlarged by more than this factor are too small
@@ -107,7 +107,7 @@ class Report:
         found = [*_few(self), *_duplicates(self.photos),
                  *_small(self.photos, resolution if enlarges else None),
                  *_blurred(self.photos), *_known(self.photos, infos or {}, but),
-                 *_no_drawings(self, drawing_base)]
+                 *no_drawings(self, drawing_base)]
         return replace(self, warnings=(*self.warnings, *found))
 
     @property
@@ -177,6 +177,23 @@ def prior_warnings(composition: Composition) -> list[PhotoWarning]:
     return [PhotoWarning("prior",
                          "prior pictures have no effect on a word-bound concept, because it acts through "
                          "its own words only; its class noun keeps its meaning without them")]
+
+
+def no_drawings(report: Report, base: str) -> list[PhotoWarning]:
+    """A warning if pictures look like photos, and the base draws nothing but drawings.
+
+    Args:
+        report: On photos or prior pictures.
+        base: Its name; empty = any other base.
+    """
+    if not base or not report.photos:
+        return []
+    flatness = sum(photo.quality.flatness for photo in report.photos) / len(report.photos)
+    if flatness >= DRAWN_FLATNESS:
+        return []
+    who = "these" if report.what == "photo" else f"the {report.what}s"
+    return [PhotoWarning("photos", f"{who} look like photos, and the base {base} knows only drawings: what "
+                         "it draws of them will be noise; photos need a checkpoint such as SD1.5 or SDXL")]
 
 
 def own_photos_warnings(photos: Sequence[PhotoFacts], prior: Sequence[PhotoFacts],
@@ -262,16 +279,6 @@ def _blurred(photos: Sequence[PhotoFacts]) -> list[PhotoWarning]:
             names = listed(photos[i].name for i in found)
             warnings.append(PhotoWarning(kind, f"{names} {'is' if len(found) == 1 else 'are'} {text}", found))
     return warnings
-
-
-def _no_drawings(report: Report, base: str) -> list[PhotoWarning]:
-    if not base or not report.photos:
-        return []
-    evenness = sum(photo.quality.evenness for photo in report.photos) / len(report.photos)
-    if evenness >= EVEN:
-        return []
-    return [PhotoWarning("photos", f"these look like photos, and the base {base} knows only drawings: what "
-                         "it draws of them will be noise; photos need a checkpoint such as SD1.5 or SDXL")]
 
 
 def _known(photos: Sequence[PhotoFacts], infos: Mapping[str, ConceptInfo], but: str) -> list[PhotoWarning]:

@@ -15,12 +15,18 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.bank.concepts import ConceptInfo
+from continual_concepts.core.cli.parser import build_parser
 from continual_concepts.core.cli.photos import read_photos
 from continual_concepts.core.data import reading
 from continual_concepts.core.data.folder import DEFERRED, read_folder
 from continual_concepts.core.data.framing import Framing, frame
+from continual_concepts.core.data.report import no_drawings
 from continual_concepts.core.data.training_set import TrainingSet, prepare
+from continual_concepts.core.demo.judges import assignment
 from continual_concepts.core.demo.scenes import CONCEPTS
+from continual_concepts.core.images import to_pil
+from continual_concepts.core.methods import make
+from continual_concepts.core.training.config import TrainingConfig
 from continual_concepts.tests.practice.photo_files import kinds, photo, refusal, skipped
 
 # A1
@@ -247,6 +253,36 @@ def test_photos_are_told_from_drawings_where_a_base_knows_only_drawings(tmp_path
     assert "photos" not in kinds(drawings.checked(side, drawing_base="embedded-64"))
     assert "photos" in kinds(photos.checked(side, drawing_base="embedded-64"))
     assert "photos" not in kinds(photos.checked(side))
+    options = build_parser().parse_args(["learn", str(drawn), "--prior", str(real), "--name", "mimi",
+                                         "--noun", "cat", "--base", "embedded-64", "--kind", "object",
+                                         "--bank", str(tmp_path / "b.safetensors")])
+    read = read_photos(options, side).checked(options, TrainingConfig(), None, make("slots"))
+    assert "photos" in kinds(read.prior.report) and "photos" not in kinds(read.photos.report)
+
+
+@pytest.mark.parametrize("side", [64, 128])
+@pytest.mark.parametrize("name", ["fido", "bolt", "blueprint"])
+def test_drawings_are_no_photos_after_jpeg_noise_and_without_colours(tmp_path, side, name):
+    rng = np.random.default_rng(0)
+    for i, picture in enumerate(to_pil(drawn) for drawn in assignment(name, size=side).references):
+        picture.convert("L" if i % 2 else "RGB").save(tmp_path / f"{i}.jpg", quality=75)
+        noise = rng.integers(-2, 3, (side, side, 3))
+        noisy = (np.asarray(picture).astype(int) + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(tmp_path / f"noisy {i}.png")
+    report = read_folder(tmp_path, resolution=side).report
+    assert "photos" not in kinds(report.checked(side, drawing_base="embedded"))
+
+
+@pytest.mark.parametrize("resolution", [64, 128, 512])
+def test_photos_are_told_at_any_resolution_and_in_grey(benchmark_photos, tmp_path, resolution):
+    """Also where they are prior pictures."""
+    for concept in sorted(folder for folder in (benchmark_photos / "images").iterdir() if folder.is_dir()):
+        report = read_folder(concept, resolution=resolution).report
+        assert "photos" in kinds(report.checked(resolution, drawing_base="embedded")), concept.name
+    for file in sorted((benchmark_photos / "images" / "cat").iterdir()):
+        Image.open(file).convert("L").save(tmp_path / file.name)
+    grey = read_folder(tmp_path, is_prior=True, class_noun="cat", resolution=resolution).report
+    assert "the prior pictures look like photos" in no_drawings(grey, "embedded")[0].text
 
 
 def test_a13_sibling_small_photos_are_not_enlarged_in_buckets(tmp_path):

@@ -1,0 +1,111 @@
+"""Runs jobs in processes, and ends these with the command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any
+
+import torch
+
+from ..errors import ConceptError
+
+
+class Steps:
+    """Counts the steps of learning in all processes."""
+
+    counter: Synchronized | None = None
+
+    @classmethod
+    def count(cls, _: object) -> None:
+        if cls.counter is not None:
+            with cls.counter.get_lock():
+                cls.counter.value += 1
+
+
+def _begin(counter: Synchronized) -> None:
+    Steps.counter = counter
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone, even if that was killed. It would wait for jobs forever."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _begin_process(counter: Synchronized) -> None:
+    """Prepares a process. Ctrl-C reaches all of them; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _begin(counter)
+
+
+class Workers:
+    """Runs jobs in processes with one thread each. Two threads of a small base wait for one another.
+
+    On Linux the processes are forks of this one. They share its modules and its base instead of loading them
+    again. A context: if it is left with an error, no further job begins, and those that run are ended.
+
+    Args:
+        count: Number of processes; 1 = this one alone.
+        load: Loads what forks share; not called where they are no forks.
+    """
+
+    def __init__(self, count: int, load: Callable[[], object]) -> None:
+        self.pool: ProcessPoolExecutor | ThreadPoolExecutor
+        self.others = active_children()
+        if count > 1:
+            forks = sys.platform == "linux"
+            if forks:
+                load()
+            context = get_context("fork" if forks else "spawn")
+            self.counter = context.Value("i", 0)
+            self.pool = ProcessPoolExecutor(count, context, _begin_process, (self.counter,))
+        else:
+            self.counter = get_context().Value("i", 0)
+            self.pool = ThreadPoolExecutor(1, initializer=_begin, initargs=(self.counter,))
+        self.running: dict[Future, Any] = {}
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for process in active_children():
+                if process not in self.others:
+                    process.terminate()
+        self.pool.shutdown(cancel_futures=kind is not None)
+
+    def start(self, purpose: Any, job: Callable, *arguments) -> None:
+        """Queues `job(*arguments)`.
+
+        Args:
+            purpose: What the result is for; `finished` returns it.
+            job: A function of a module, which other processes can find.
+            arguments: Of the function.
+        """
+        self.running[self.pool.submit(job, *arguments)] = purpose
+
+    def finished(self) -> list[tuple[Any, Any]]:
+        """Waits for the next jobs, a second at most. Returns purpose and result of each that is finished.
+
+        Raises:
+            ConceptError: A process was ended from outside.
+            Exception: What a job raised.
+        """
+        done, _ = wait(self.running, timeout=1, return_when=FIRST_COMPLETED)
+        try:
+            return [(self.running.pop(future), future.result()) for future in done]
+        except BrokenProcessPool as error:
+            raise ConceptError("a process of this command was ended from outside, as the system does where "
+                               "memory is short; close other programs and run the command again") from error
