@@ -281,7 +281,7 @@ def selection_picture(selection: Selection, sites: int, title: str, share: float
     draw = ImageDraw.Draw(image)
     draw.text((10, 8), fitting(title, font(17), width - 20), INK, font(17))
     draw.text((10, 32), f"{len(selection):,} weights, {share:.2%} of the UNet", INK, font(15))
-    draw.text((10, 56), "left to right: sites, down to up. Bands: groups of outputs, bright = selected",
+    draw.text((10, 56), "left to right: text attentions, first to last. Bright bands: selected outputs",
               QUIET, font(14))
     bands = {key: _bands(selection, key) for key in selection.indices}
     peak = max([float(band.max()) for band in bands.values()], default=1.0) or 1.0
