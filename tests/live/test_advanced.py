@@ -68,6 +68,20 @@ def test_a_new_node_shows_its_everyday_inputs_and_a_button_shows_the_others(page
     assert not page.errors
 
 
+def test_a_text_over_a_wire_takes_one_line(page):
+    boxes = """() => {
+        const node = app.graph._nodes.find(node => node.type === 'ConceptLearner');
+        return node.widgets.find(one => one.name === 'captions').computedHeight;
+    }"""
+    page.evaluate(ADD)
+    page.evaluate("() => app.graph._nodes[0].setSize([400, 900])")
+    page.wait_for_timeout(700)
+    assert page.evaluate(boxes) > 200
+    page.evaluate(LINK_SEED.replace("PrimitiveInt", "PrimitiveStringMultiline").replace("'seed'", "'captions'"))
+    page.wait_for_timeout(700)
+    assert page.evaluate(boxes) <= 24 and not page.errors
+
+
 def test_a_new_node_in_nodes_2_is_as_high_as_its_visible_inputs(page):
     page.evaluate(RENDER, True)
     page.evaluate(ADD)
