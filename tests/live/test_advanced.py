@@ -77,7 +77,8 @@ def test_a_text_over_a_wire_takes_one_line(page):
     page.evaluate("() => app.graph._nodes[0].setSize([400, 900])")
     page.wait_for_timeout(700)
     assert page.evaluate(boxes) > 200
-    page.evaluate(LINK_SEED.replace("PrimitiveInt", "PrimitiveStringMultiline").replace("'seed'", "'captions'"))
+    link = LINK_SEED.replace("PrimitiveInt", "PrimitiveStringMultiline")
+    page.evaluate(link.replace("'seed'", "'captions'"))
     page.wait_for_timeout(700)
     assert page.evaluate(boxes) <= 24 and not page.errors
 
