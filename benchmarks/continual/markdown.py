@@ -11,7 +11,7 @@ from ...core.files import write_atomically
 from .bootstrap import BETTER, FEW, SAME, WORSE
 from .judges import ENCODER
 from .plan import PUBLISHED
-from .tables import ALONE, COMBINED, CONFUSED, FORGOTTEN, PAIRS
+from .tables import ALONE, COMBINED, CONFUSED, FORGOTTEN, LOST, PAIRS
 
 MARKER = re.compile(r"<!-- continual:(\w+) -->\n.*?<!-- /continual:\1 -->", re.DOTALL)
 CEILING, FLOOR = "*real pictures*", "*class nouns*"
@@ -157,7 +157,7 @@ FORGETTING: tuple[Column, ...] = (
     _plain("retained", "retained"), _plain("TFR", "tfr"), _plain("F_MMD", "f_mmd", 1e3),
     _plain("base change", "base_change"),
     ("against the whole method",
-     lambda row: verdicts(row, (ALONE, COMBINED, CONFUSED, FORGOTTEN), "against_whole")))
+     lambda row: verdicts(row, (ALONE, COMBINED, CONFUSED, FORGOTTEN, LOST), "against_whole")))
 
 
 def _ablations(result: Mapping) -> str:

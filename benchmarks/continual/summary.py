@@ -16,6 +16,7 @@ from .tables import (
     CONFUSED,
     FORGOTTEN,
     HIGHER_IS_BETTER,
+    LOST,
     PAIRS,
     Table,
     columns_of,
@@ -30,8 +31,8 @@ KINDS = {"objects": "object", "styles": "style"}
 LEARNED = 0.2
 PLAIN = ("base_change", "a_mmd", "f_mmd", "bytes_per_concept", "trained_share")
 # claims of the papers: (method, method, figure); the first should be better
-CLAIMS = (("cidm", "lora_m", ALONE), ("clora", "finetune", FORGOTTEN), ("cns", "finetune", FORGOTTEN),
-          ("l2dm", "finetune", FORGOTTEN))
+CLAIMS = (("cidm", "lora_m", ALONE),
+          *((name, "finetune", figure) for name in ("clora", "cns", "l2dm") for figure in (FORGOTTEN, LOST)))
 
 
 def _generator() -> np.random.Generator:

@@ -13,8 +13,10 @@ import numpy as np
 
 from .judges import ENCODER
 
-ALONE, COMBINED, PAIRS, CONFUSED, FORGOTTEN = "alone", "combined", "pairs", "confused", "forgotten"
-HIGHER_IS_BETTER = {ALONE: True, COMBINED: True, PAIRS: True, CONFUSED: False, FORGOTTEN: False}
+ALONE, COMBINED, PAIRS, CONFUSED = "alone", "combined", "pairs", "confused"
+FORGOTTEN, LOST = "forgotten", "lost"      # after learning minus at the end: of the share, of the cosine
+HIGHER_IS_BETTER = {ALONE: True, COMBINED: True, PAIRS: True, CONFUSED: False, FORGOTTEN: False,
+                    LOST: False}
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def columns_of(run: Mapping, levels: Mapping, figure: str, judge: str = ENCODER)
     if figure == FORGOTTEN:
         just, end = (_single(figures, levels, judge, names, what) for what in ("just", "alone"))
         return {name: just[name].share - end[name].share for name in names}
+    if figure == LOST:
+        return {name: figures["just"][i] - figures["alone"][i] for i, name in enumerate(names)}
     return {name: way.share for name, way in _ways(run, levels, figure, judge).items()}
 
 

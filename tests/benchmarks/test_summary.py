@@ -151,7 +151,8 @@ def test_claims_are_compared_with_intervals():
                        *runs("cns"), *runs("finetune", just=(0.9,) * 4, alone=(0.5,) * 4)], levels(),
                       "bound")["claims"]
     assert {tuple(entry["claim"]): entry["verdict"] for entry in found} == {
-        ("cidm", "lora_m", "alone"): "better", ("cns", "finetune", "forgotten"): "better"}
+        ("cidm", "lora_m", "alone"): "better", ("cns", "finetune", "forgotten"): "better",
+        ("cns", "finetune", "lost"): "better"}
 
 
 def test_bleed_is_counted_beyond_that_of_real_pictures():

@@ -318,6 +318,7 @@ def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
     monkeypatch.setattr(progress, "say", lambda node, text: said.append(text))
     judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
     assert said.pop(0).startswith("encoding ")
+    assert said.pop().startswith("2 photos, ")      # at the end, the notes stand there
     assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "likeness 10.0" in said[2]
     assert said[6].endswith(" left")
     assert [progress.duration(s) for s in (7, 61, 3700)] == ["7 s", "1 min 1 s", "1 h 1 min"]
