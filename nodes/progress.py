@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 import comfy.model_management
 import comfy.utils
@@ -23,11 +24,14 @@ SHOWN = 512      # maximum longer side of a preview in pixels
 
 
 def say(node: str | None, text: str) -> None:
-    """Writes a status line under a node. Does nothing without a server or a connected page."""
+    """Writes a status line under a node. Does nothing without a server or a connected page.
+
+    The page reads the line as HTML, so names such as <rex> are escaped.
+    """
     module = sys.modules.get("server")      # importing it would start parts of a server
     server = getattr(getattr(module, "PromptServer", None), "instance", None)
     if server is not None and node is not None and getattr(server, "client_id", None) is not None:
-        server.send_progress_text(text, node)
+        server.send_progress_text(escape(text, quote=False), node)
 
 
 _told: dict[str, tuple[str, list[str]]] = {}      # node -> its prompt's id, and what it was told there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -50,3 +51,14 @@ def test_without_notes_nothing_is_written(below):
     below.run("first", "5")
     assert written_below([]) == {} and not below.texts
     assert written_below([], ["a detail"]) == {"text": ("a detail",)} and not below.texts
+
+
+def test_names_are_sent_as_the_page_reads_them(pack, monkeypatch):
+    from continual_concepts.nodes import progress
+
+    sent = []
+    page = SimpleNamespace(client_id="page", send_progress_text=lambda text, node: sent.append((text, node)))
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=page))
+    monkeypatch.setitem(sys.modules, "server", server)
+    progress.say("7", "<rex> & 'mimi'")
+    assert sent == [("&lt;rex&gt; &amp; 'mimi'", "7")]

@@ -143,7 +143,8 @@ def test_a_newcomers_first_concept(page, server, steps, tmp_path):
     page.wait_for_timeout(500)
     told = page.evaluate("seen.lines")      # what stands below the nodes
     assert any(line.startswith("5 photos") for line in told), told[-5:]
-    assert any(line == "my-concepts.safetensors: <mimi>" for line in told), told[-5:]
+    assert "my-concepts.safetensors: &lt;mimi&gt;" in told, told[-5:]
+    assert page.get_by_text("my-concepts.safetensors: <mimi>").count() == 1
     page.wait_for_timeout(2500)
     shoot(page, tmp_path, 4, "ConceptBankSave", "ConceptBankInspect", "Loss", "While it was learning")
     page.evaluate(SET, ["ElasticWeightAggregate", "prompt", PROMPTS[1]])
