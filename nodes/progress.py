@@ -34,21 +34,24 @@ def say(node: str | None, text: str) -> None:
         server.send_progress_text(escape(text, quote=False), node)
 
 
-_told: dict[str, tuple[str, list[str]]] = {}      # node -> its prompt's id, and what it was told there
+_below: dict[str, tuple[str, list[str]]] = {}      # node -> its prompt's id, and what stands below it
+
+
+def _add_below(lines: Sequence[str]) -> None:
+    """Writes lines under the node that runs now. Those that it had before in the same run stay."""
+    running = get_executing_context()
+    if running is None or not lines:
+        return
+    prompt, before = _below.get(running.node_id, ("", []))
+    written = list(dict.fromkeys([*(before if prompt == running.prompt_id else []), *lines]))
+    _below[running.node_id] = running.prompt_id, written
+    say(running.node_id, "\n".join(written))
 
 
 def tell(text: str) -> None:
-    """Writes a sentence to the log and under the node that runs now, which may be another pack's. What the
-    node was told before in the same run stays.
-    """
+    """Writes a sentence to the log and under the node that runs now, which may be another pack's."""
     logging.warning("Continual Concepts: %s", text)
-    running = get_executing_context()
-    if running is None:
-        return
-    prompt, lines = _told.get(running.node_id, ("", []))
-    lines = [*(lines if prompt == running.prompt_id else []), text]
-    _told[running.node_id] = running.prompt_id, list(dict.fromkeys(lines))
-    say(running.node_id, "\n".join(_told[running.node_id][1]))
+    _add_below([text])
 
 
 def written_below(notes: Sequence[str], details: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
@@ -61,9 +64,7 @@ def written_below(notes: Sequence[str], details: Sequence[str] = ()) -> dict[str
     Returns:
         All lines as the text of the result, for programs that read the history.
     """
-    running = get_executing_context()
-    if notes:
-        say(None if running is None else running.node_id, "\n".join(notes))
+    _add_below(notes)
     return {"text": ("\n".join([*notes, *details]),)} if notes or details else {}
 
 

@@ -2,7 +2,7 @@
 // Nodes 2.0 hides them itself. Without this file all inputs are shown.
 
 import { app } from "../../scripts/app.js";
-import { after, widgetOf } from "./widgets.js";
+import { after, isLinked, widgetOf } from "./widgets.js";
 
 const CATEGORY = "continual concepts"; // of our nodes
 const SHOW = "Show advanced inputs";
@@ -18,11 +18,6 @@ function advancedNames(node) {
     return new Set(names.flatMap((name) => [
         name, ...(widgetOf(node, name)?.linkedWidgets ?? []).map((widget) => widget.name),
     ]));
-}
-
-/** Whether another node gives the value of an input that has a widget. */
-function isLinked(node, name) {
-    return node.inputs?.some((input) => input.widget?.name === name && input.link != null);
 }
 
 /** Whether the person has set that all nodes show their advanced inputs. Older versions have no such setting. */

@@ -2,24 +2,19 @@
 // node. Here they take one line, with their name. Nodes 2.0 shows them as they are.
 
 import { app } from "../../scripts/app.js";
-import { after } from "./widgets.js";
+import { after, isLinked } from "./widgets.js";
 
 const CATEGORY = "continual concepts"; // of our nodes
 const LINE = 20; // height in the graph's pixels
 const LEFT = 20; // where names of inputs begin
 
-/** Whether another node gives the text. */
-function isLinked(node, widget) {
-    return node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null) ?? false;
-}
-
 function shrink(node, widget) {
     for (const limit of ["getMinHeight", "getMaxHeight"]) {
         const usual = widget.options[limit];
-        widget.options[limit] = () => (isLinked(node, widget) ? LINE : usual?.());
+        widget.options[limit] = () => (isLinked(node, widget.name) ? LINE : usual?.());
     }
     after(widget, "draw", (context, _node, _width, y) => {
-        if (!isLinked(node, widget) || !context || app.canvas?.low_quality) return;
+        if (!isLinked(node, widget.name) || !context || app.canvas?.low_quality) return;
         context.save();
         context.fillStyle = window.LiteGraph?.NODE_TEXT_COLOR;
         context.textAlign = "left";

@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { Editor } from "./regions_editor.js";
 import { element } from "./regions_stage.js";
-import { after, widgetOf } from "./widgets.js";
+import { after, isLinked, widgetOf } from "./widgets.js";
 
 const NODE = "ConceptRegionsDraw";
 const LEAST = 560; // height of the editor, in the graph's pixels
@@ -20,7 +20,7 @@ function hostOf(node, drawing) {
     return {
         text: () => drawing.value,
         size: () => Math.min(Math.max(number("width") / number("height"), 0.1), 10),
-        wired: () => node.inputs?.some(input => input.widget?.name === "drawing" && input.link != null) ?? false,
+        wired: () => isLinked(node, "drawing"),
         write: text => {
             if (drawing.value !== text) drawing.value = text;
             node.graph?.setDirtyCanvas?.(true, true);

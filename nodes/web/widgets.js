@@ -14,3 +14,8 @@ export function after(owner, name, then) {
         return result;
     };
 }
+
+/** Whether another node gives the value of an input that has a widget. */
+export function isLinked(node, name) {
+    return node.inputs?.some(input => input.widget?.name === name && input.link != null) ?? false;
+}

@@ -16,7 +16,7 @@ def below(studio, monkeypatch):
     found = SimpleNamespace(texts={}, running=None)
     monkeypatch.setattr(progress, "say", lambda node, text: found.texts.__setitem__(node, text))
     monkeypatch.setattr(progress, "get_executing_context", lambda: found.running)
-    monkeypatch.setattr(progress, "_told", {})
+    monkeypatch.setattr(progress, "_below", {})
 
     def run(prompt: str, node: str) -> None:
         found.running = SimpleNamespace(prompt_id=prompt, node_id=node)
@@ -43,6 +43,14 @@ def test_the_notes_of_a_result_stand_below_the_node(below, studio):
     below.run("first", "7")
     result = studio.learner(images=[studio.photos(2)], steps=1)
     assert below.texts["7"] == result.ui["text"][0] and below.texts["7"].startswith("2 photos")
+
+
+def test_the_notes_of_a_result_keep_what_was_told_before(below):
+    from continual_concepts.nodes.progress import tell, written_below
+
+    below.run("first", "6")
+    tell("told")
+    assert written_below(["result"]) == {"text": ("result",)} and below.texts["6"] == "told\nresult"
 
 
 def test_without_notes_nothing_is_written(below):
