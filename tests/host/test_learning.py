@@ -312,11 +312,14 @@ def test_older_concepts_are_drawn_beside_their_thumbnails(judged, bank):
 
 
 def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
+    from comfy_execution.utils import CurrentNodeContext
+
     from continual_concepts.nodes import progress
 
     said = []
     monkeypatch.setattr(progress, "say", lambda node, text: said.append(text))
-    judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
+    with CurrentNodeContext("prompt", "7"):
+        judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
     assert said.pop(0).startswith("encoding ")
     assert said.pop().startswith("2 photos, ")      # at the end, the notes stand there
     assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "likeness 10.0" in said[2]
