@@ -122,8 +122,8 @@ class ConceptBankSave(io.ComfyNode):
             if lost and not allow_fewer:
                 raise ConceptError(
                     f"'{path.name}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; "
-                    "load that bank into Concept Learner first, choose another bank_name, or switch "
-                    f"'{ALLOW_FEWER}' on"
+                    "join both with Load Concept Bank and Merge Concept Banks (nothing is learned again), "
+                    f"choose another bank_name, or switch '{ALLOW_FEWER}' on"
                 )
             return bank
 

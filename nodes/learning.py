@@ -235,9 +235,10 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
              *warnings_before(task.bank, task.name, task.class_noun, method.name, task.kind, digests),
              *([] if task.refined is None else notes_on_photos(task.refined.infos[task.name], photos)),
              *(warning.text for warning in warnings)]
-    for note in notes:      # before the minutes of training
+    told = tuple(notes)
+    for note in told:      # before the minutes of training
         logging.warning("Concept Learner: %s", note)
-    notes[:0] = [taken.headline, *([] if chosen is None else [chosen.describe(method, config)])]
+    notes = [taken.headline, *told, *([] if chosen is None else [chosen.describe(method, config)])]
     size = (config.resolution, config.resolution)
     backbone, settings = task.backbone, SampleSettings(steps=15, cfg=5.0, size=size, batch=1)
     cancel = comfy.model_management.throw_exception_if_processing_interrupted
@@ -249,7 +250,8 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     with backbone.training():
         check_start(task, method)
         pictures = with_replay(task, pictures, config, settings.cfg, before_each=cancel)
-        progress.say(node, f"encoding {counted(len(pictures), 'photo')}")      # takes minutes on a processor
+        encoding = f"encoding {counted(len(pictures), 'photo')}"      # takes minutes on a processor
+        progress.say(node, "\n".join([encoding, *told]))
         data = prepare(backbone, pictures, task.name, task.class_noun,
                        Framing(config.resolution, config.framing, config.flip))
         encode = given["encode"]
@@ -259,7 +261,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
         judging: Judging | None = given["judging"]
         previews = Previews(backbone, concept_prompt(task.name, task.kind), settings, config.seed, similarity,
                             samples=SCORED if judging is None else judging.samples)
-        report = Reporter(config.steps, given["preview_every"], previews, node, part)
+        report = Reporter(config.steps, given["preview_every"], previews, node, part, told)
         file = checkpoint_file(task.name, run_key(run_identity(task, method, data, config)))
         keep = () if judging is None else judging.steps(config.steps)
         learned = learn_with_previews(task, method, data, config, previews, report, file,

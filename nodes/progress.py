@@ -23,15 +23,32 @@ from ..core.training.trainer import StepInfo
 SHOWN = 512      # maximum longer side of a preview in pixels
 
 
+NOTE = "continual-concepts.note"      # the event before each text, by which notes.js knows ours
+
+
+def _send(node: str, text: str) -> None:
+    module = sys.modules.get("server")      # importing it would start parts of a server
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
+    page = getattr(server, "client_id", None)      # other pages may have a node of this id
+    if server is not None and page is not None:
+        server.send_sync(NOTE, {"node": node}, page)
+        server.send_progress_text(escape(text, quote=False), node, page)
+
+
+def _levels(node: str) -> list[str]:
+    """A node's id, then those of the subgraphs that hold it: the page shows one level at a time."""
+    parts = node.split(":")
+    return [":".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
 def say(node: str | None, text: str) -> None:
     """Writes a status line under a node. Does nothing without a server or a connected page.
 
-    The page reads the line as HTML, so names such as <rex> are escaped.
+    The page reads the line as HTML, so names such as <rex> are escaped. If the node is in a subgraph, the
+    line stands under the subgraph's node as well.
     """
-    module = sys.modules.get("server")      # importing it would start parts of a server
-    server = getattr(getattr(module, "PromptServer", None), "instance", None)
-    if server is not None and node is not None and getattr(server, "client_id", None) is not None:
-        server.send_progress_text(escape(text, quote=False), node)
+    for level in [] if node is None else _levels(node):
+        _send(level, text)
 
 
 _below: dict[str, tuple[str, list[str]]] = {}      # node -> its prompt's id, and what stands below it
@@ -42,10 +59,11 @@ def _add_below(lines: Sequence[str]) -> None:
     running = get_executing_context()
     if running is None or not lines:
         return
-    prompt, before = _below.get(running.node_id, ("", []))
-    written = list(dict.fromkeys([*(before if prompt == running.prompt_id else []), *lines]))
-    _below[running.node_id] = running.prompt_id, written
-    say(running.node_id, "\n".join(written))
+    for level in _levels(running.node_id):
+        prompt, before = _below.get(level, ("", []))
+        written = list(dict.fromkeys([*(before if prompt == running.prompt_id else []), *lines]))
+        _below[level] = running.prompt_id, written
+        _send(level, "\n".join(written))
 
 
 def tell(text: str) -> None:
@@ -101,6 +119,7 @@ WHOLE = Part(1, 1)
 class Reporter:
     """The training loop's callback: cancellation, progress bar, status text, and a preview every `every`
     steps (0 = never). part: of a node that learns several concepts; its parts have equal widths of the bar.
+    notes: lines that stay below the status.
     """
 
     total: int
@@ -108,6 +127,7 @@ class Reporter:
     previews: Previews
     node: str | None = None
     part: Part = WHOLE
+    notes: Sequence[str] = ()
     losses: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
@@ -126,7 +146,7 @@ class Reporter:
             shown = bar_preview(self.previews.pictures[-1])
         self.bar.update_absolute((self.part.number - 1) * self.total + info.step,
                                  self.total * self.part.count, shown)
-        say(self.node, self.line(info.step))
+        say(self.node, "\n".join([self.line(info.step), *self.notes]))
 
     def line(self, step: int) -> str:
         """The smoothed loss, the last likeness, and the estimated remaining time, including previews."""

@@ -1,12 +1,14 @@
 // A bank that is dropped onto the page, such as a share file, is stored in output/concept_banks, and a Load Concept Bank with it
 // appears. Other files go to ComfyUI. Without this file, banks are put into that folder by hand.
+// A bank that Save Concept Bank has written is in the lists of Load Concept Bank at once. Without this file, R is pressed first.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { bankIn, checkFile, described } from "./banks_file.js";
-import { widgetOf } from "./widgets.js";
+import { isOf, nodeOf, widgetOf } from "./widgets.js";
 
 const NODE = "ConceptBankLoad";
+const SAVE = "ConceptBankSave";
 const FOLDER = "concept_banks";
 
 let place; // of the last drop, in the graph's coordinates; some versions of the page do not know it
@@ -57,9 +59,30 @@ async function load(file, bank) {
     return node;
 }
 
+/** The list of an input in a node's definition; its two forms are those of ComfyUI's versions. */
+function listIn(definition) {
+    const [kind, more] = definition?.input?.required?.bank_name ?? [];
+    return Array.isArray(kind) ? kind : more?.options;
+}
+
+function nodesOf(graph) {
+    return (graph?._nodes ?? []).flatMap(node => [node, ...nodesOf(node.subgraph)]);
+}
+
+/** Adds new banks to the lists of present and of later nodes. */
+async function addSaved() {
+    const answer = await api.fetchApi(`/object_info/${NODE}`);
+    const found = listIn((await answer.json())[NODE]) ?? [];
+    const shown = nodesOf(app.rootGraph ?? app.graph).filter(node => isOf(node, NODE));
+    const lists = [listIn(window.LiteGraph.registered_node_types[NODE]?.nodeData),
+        ...shown.map(node => widgetOf(node, "bank_name")?.options?.values)];
+    for (const list of lists.filter(Array.isArray)) list.push(...found.filter(name => !list.includes(name)));
+}
+
 app.registerExtension({
     name: "continual-concepts.banks",
     setup() {
+        api.addEventListener("executed", ({ detail }) => isOf(nodeOf(detail.node), SAVE) && addSaved());
         document.addEventListener("drop", event => (place = app.canvas.convertEventToCanvasOffset?.(event)), true);
         const before = app.handleFile; // of files that are dropped or opened
         if (!before) return;

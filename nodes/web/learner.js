@@ -3,7 +3,7 @@
 // Without this file presets work all the same; a new node then begins without one.
 
 import { app } from "../../scripts/app.js";
-import { after, widgetOf } from "./widgets.js";
+import { after, isOf, widgetOf } from "./widgets.js";
 
 const NODE = "ConceptLearner";
 const AS_SET = "as set";
@@ -17,9 +17,10 @@ function isEmbedded(node) {
     const seen = new Set();
     while (node && !seen.has(node)) {
         seen.add(node);
-        if ((node.constructor.comfyClass ?? node.comfyClass) === "ConceptDemoBase") return true;
+        if (isOf(node, "ConceptDemoBase")) return true;
         const slot = node.inputs?.findIndex((input) => input.type === "MODEL") ?? -1;
-        node = slot < 0 ? null : node.getInputNode?.(slot);
+        // a copy in no graph, such as "Convert to Subgraph" makes, cannot be asked what it is linked to
+        node = slot < 0 || !node.graph ? null : node.getInputNode?.(slot);
     }
     return false;
 }
@@ -58,7 +59,7 @@ function show(node, valuesOf) {
 app.registerExtension({
     name: "continual-concepts.learner",
     async nodeCreated(node) {
-        if ((node.constructor.comfyClass ?? node.comfyClass) !== NODE) return;
+        if (!isOf(node, NODE)) return;
         const preset = widgetOf(node, "preset");
         const effort = widgetOf(node, "effort");
         const given = node.constructor.nodeData?.input?.optional?.preset ?? [];

@@ -317,36 +317,13 @@ def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
     from continual_concepts.nodes import progress
 
     said = []
-    monkeypatch.setattr(progress, "say", lambda node, text: said.append(text))
+    for way in ("say", "_send"):      # during the run, and of the result
+        monkeypatch.setattr(progress, way, lambda node, text: said.append(text))
     with CurrentNodeContext("prompt", "7"):
         judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
     assert said.pop(0).startswith("encoding ")
     assert said.pop().startswith("2 photos, ")      # at the end, the notes stand there
     assert len(said) == 12 and said[0].startswith("step 1 of 12, loss ") and "likeness 10.0" in said[2]
-    assert said[6].endswith(" left")
+    assert said[6].splitlines()[0].endswith(" left")
+    assert all("\nthere are only 2 photos" in line for line in said)      # a warning stays in sight
     assert [progress.duration(s) for s in (7, 61, 3700)] == ["7 s", "1 min 1 s", "1 h 1 min"]
-
-
-def test_it_warns_of_concepts_that_will_get_in_each_others_way(studio, bank, caplog):
-    from continual_concepts.core.bank.bank import ConceptBank
-
-    known = ConceptBank(bank.layout).add(bank["rex"])
-    inputs = {"model": studio.model, "clip": studio.clip, "vae": studio.vae, "images": studio.photos(),
-              "name": "rexy", "class_noun": "dog", "kind": "object", "method": "bound", "steps": 1, "lr": 0.0,
-              "token_lr": 0.0, "resolution": studio.side, "batch_size": 1, "seed": 0, "preview_every": 0,
-              "if_known": "keep it", "bank": known}
-    listed = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
-    found = studio.pack.ConceptLearner.execute(**listed)
-    assert "<rexy>" in found.ui["text"][0] and "<rexy>" in caplog.text
-
-
-def test_a_neuron_selection_for_a_method_without_neurons_is_refused(studio):
-    """It used to be dropped silently, and everything was trained."""
-    from continual_concepts.core.errors import ConceptError
-    from continual_concepts.core.neurons.neurons import NeuronSelection
-
-    selection = NeuronSelection.of_rows({(0, "to_k"): torch.tensor([1])}, studio.bank.layout)
-    says = "method 'bound' cannot use a neuron selection; methods that can: cns, scns"
-    with pytest.raises(ConceptError, match=says):
-        studio.learn(method="bound", selection=selection)
-    assert studio.learn(method="cns", selection=selection)["spot"].deltas.keys() == {(0, "to_k")}

@@ -14,7 +14,7 @@ def below(studio, monkeypatch):
     from continual_concepts.nodes import progress
 
     found = SimpleNamespace(texts={}, running=None)
-    monkeypatch.setattr(progress, "say", lambda node, text: found.texts.__setitem__(node, text))
+    monkeypatch.setattr(progress, "_send", lambda node, text: found.texts.__setitem__(node, text))
     monkeypatch.setattr(progress, "get_executing_context", lambda: found.running)
     monkeypatch.setattr(progress, "_below", {})
 
@@ -61,12 +61,42 @@ def test_without_notes_nothing_is_written(below):
     assert written_below([], ["a detail"]) == {"text": ("a detail",)} and not below.texts
 
 
-def test_names_are_sent_as_the_page_reads_them(pack, monkeypatch):
+def test_warnings_stand_before_what_the_preset_did(below, studio):
+    """They are what a person must see first."""
+    below.run("first", "7")
+    studio.learner(images=[studio.photos(2)], steps=1, preset="object", effort="quick")
+    lines = below.texts["7"].splitlines()
+    warned, preset = (next(i for i, line in enumerate(lines) if text in line)
+                      for text in ("there are only 2 photos", "preset"))
+    assert lines[0].startswith("2 photos") and warned < preset
+
+
+def test_a_note_in_a_subgraph_stands_below_the_subgraph_as_well(below):
+    """The page shows one level at a time."""
+    from continual_concepts.nodes.progress import say, tell
+
+    below.run("first", "15:4:2")
+    tell("one")
+    below.run("first", "15:4:3")
+    tell("two")
+    assert below.texts == {"15:4:2": "one", "15:4:3": "two", "15:4": "one\ntwo", "15": "one\ntwo"}
+    say("15:4:2", "step 1")
+    assert below.texts["15"] == below.texts["15:4:2"] == "step 1" and below.texts["15:4:3"] == "two"
+
+
+def test_notes_go_to_the_page_that_runs_the_graph_as_it_reads_them(pack, monkeypatch):
+    """Another page may have a node of the same id. The page reads a text as HTML."""
     from continual_concepts.nodes import progress
 
     sent = []
-    page = SimpleNamespace(client_id="page", send_progress_text=lambda text, node: sent.append((text, node)))
+    page = SimpleNamespace(
+        client_id="page", send_sync=lambda event, data, to: sent.append((event, data, to)),
+        send_progress_text=lambda text, node, to: sent.append((text, node, to)))
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=page))
     monkeypatch.setitem(sys.modules, "server", server)
     progress.say("7", "<rex> & 'mimi'")
-    assert sent == [("&lt;rex&gt; &amp; 'mimi'", "7")]
+    assert sent == [("continual-concepts.note", {"node": "7"}, "page"),
+                    ("&lt;rex&gt; &amp; 'mimi'", "7", "page")]
+    page.client_id = None
+    progress.say("7", "nobody looks")
+    assert len(sent) == 2

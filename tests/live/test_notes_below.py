@@ -9,13 +9,18 @@ import pytest
 pytestmark = pytest.mark.slow
 
 RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
-TELL = """text => {
+ADD = """type => {
     app.graph.clear();
-    const node = LiteGraph.createNode('ConceptBankSave');
+    const node = LiteGraph.createNode(type);
     app.graph.add(node);
     node.pos = [400, 200];
-    app.api.dispatchCustomEvent('progress_text', {nodeId: String(node.id), text});
+    return String(node.id);
 }"""
+EVENT = "([name, detail]) => app.api.dispatchCustomEvent(name, detail)"
+HEIGHT = "id => app.graph.getNodeById(id).size[1]"
+SAVED = "id => app.graph.serialize().nodes.find(node => String(node.id) === id).size[1]"
+LONG = "\n".join(f"warning {count}: photos in different places keep a concept apart from its background"
+                 for count in range(4))
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +28,97 @@ def tab(open_page):
     return open_page()
 
 
-@pytest.mark.parametrize("renderer", ["classic", "vue"])
-def test_names_in_notes_are_shown(tab, renderer):
-    """As `progress.say` sends them."""
-    tab.evaluate(RENDER, renderer == "vue")
-    tab.evaluate(TELL, html.escape("bank: <rex> & <mimi>\nsecond line", quote=False))
-    tab.wait_for_timeout(1500)
-    shown = tab.get_by_text("bank: <rex> & <mimi>")
-    assert shown.count() == 1 and "second line" in shown.inner_text() and not tab.errors
+@pytest.fixture(params=["classic", "vue"])
+def page(request, tab):
+    tab.evaluate(RENDER, request.param == "vue")
+    tab.wait_for_timeout(800)
+    tab.errors.clear()
+    return tab
+
+
+def add(page, kind: str) -> str:
+    node = page.evaluate(ADD, kind)
+    page.wait_for_timeout(1000)
+    return node
+
+
+def send(page, name: str, detail) -> None:
+    page.evaluate(EVENT, [name, detail])
+    page.wait_for_timeout(100)
+
+
+def write(page, node: str, text: str) -> None:
+    """As `progress.say` does."""
+    send(page, "continual-concepts.note", {"node": node})
+    send(page, "progress_text", {"nodeId": node, "text": html.escape(text, quote=False)})
+    page.wait_for_timeout(1200)
+
+
+def test_names_in_notes_are_shown(page):
+    write(page, add(page, "ConceptBankSave"), "bank: <rex> & <mimi>\nsecond line")
+    shown = page.get_by_text("bank: <rex> & <mimi>")
+    assert shown.count() == 1 and "second line" in shown.inner_text() and not page.errors
+
+
+@pytest.mark.parametrize("kind", ["ConceptBankSave", "CLIPTextEncode"])
+def test_a_note_goes_when_its_node_runs_again(page, kind):
+    """Also from a node of ComfyUI, where a sentence on its prompt may stand."""
+    node = add(page, kind)
+    before = page.evaluate(HEIGHT, node)
+    write(page, node, LONG)
+    assert page.get_by_text("warning 2").count() == 1
+    if kind == "ConceptBankSave":      # a text box gives its own room away
+        assert page.evaluate(HEIGHT, node) > before
+    assert page.evaluate(SAVED, node) == pytest.approx(before, abs=2)      # saved without it
+    send(page, "executing", node)
+    page.wait_for_timeout(800)
+    assert page.get_by_text("warning 2").count() == 0 and not page.errors
+    assert page.evaluate(HEIGHT, node) == pytest.approx(before, abs=2)
+
+
+def test_the_text_of_another_extension_stays(page):
+    node = add(page, "CLIPTextEncode")
+    send(page, "progress_text", {"nodeId": node, "text": "price: 3 credits"})
+    send(page, "executing", node)
+    send(page, "execution_interrupted", {"node_id": node})
+    page.wait_for_timeout(500)
+    assert page.get_by_text("price: 3 credits").count() == 1
+
+
+def test_a_note_has_the_height_that_it_needs(page):
+    """ComfyUI's classic renderer shows two lines."""
+    write(page, add(page, "ConceptBankSave"), LONG)
+    shown = page.get_by_text("warning 2").bounding_box()
+    whole = page.evaluate("id => app.graph._nodes[0].getBounding()", None)
+    scale, offset = page.evaluate("[app.canvas.ds.scale, [...app.canvas.ds.offset]]")
+    bottom = (whole[1] + whole[3] + offset[1]) * scale + page.evaluate(
+        "app.canvas.canvas.getBoundingClientRect().top")
+    assert shown["y"] + shown["height"] <= bottom + 2
+
+
+@pytest.mark.parametrize("ended", ["execution_interrupted", "execution_error"])
+def test_after_an_interrupted_run_no_note_speaks_of_what_did_not_happen(page, ended):
+    learner = add(page, "ConceptLearner")
+    save = page.evaluate("""() => {
+        const node = LiteGraph.createNode('ConceptBankSave'); app.graph.add(node); node.pos = [1000, 200];
+        return String(node.id);
+    }""")
+    write(page, save, "my-concepts.safetensors: <rex>")
+    send(page, "execution_start", {"prompt_id": "2"})
+    send(page, "execution_cached", {"nodes": [], "prompt_id": "2"})
+    send(page, "executing", learner)
+    write(page, learner, "step 16 of 400")
+    send(page, ended, {"node_id": learner, "prompt_id": "2", "executed": []})
+    page.wait_for_timeout(500)
+    assert page.get_by_text("my-concepts.safetensors: <rex>").count() == 0
+    assert page.get_by_text("step 16 of 400").count() == 0
+
+
+def test_notes_of_cached_nodes_stay(page):
+    node = add(page, "ConceptBankSave")
+    write(page, node, "my-concepts.safetensors: <rex>")
+    for name, detail in (("execution_start", {"prompt_id": "2"}),
+                         ("execution_cached", {"nodes": [node], "prompt_id": "2"}),
+                         ("execution_interrupted", {"node_id": "99", "prompt_id": "2", "executed": []})):
+        send(page, name, detail)
+    assert page.get_by_text("my-concepts.safetensors: <rex>").count() == 1
