@@ -54,7 +54,7 @@ endef
 
 $(READY): pyproject.toml setup.py
 	$(CHECK_PYTHON)
-	@echo "Setting up .venv. PyTorch is a large download: the first time takes some minutes."
+	@echo "Setting up .venv: downloads of some gigabytes, without further lines for some minutes. For a smaller PyTorch on Linux without a graphics card, stop and see docs/command-line.md."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,lint,test]"
 	@touch $@

@@ -81,6 +81,15 @@ def whole(limit: Limit) -> Callable[[str], int]:
     return partial(_number, int, limit)
 
 
+def width_and_height(text: str) -> tuple[int, int]:
+    """`256x128` as (256, 128), and `128` as (128, 128)."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdecimal() and int(side) >= 8 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a side or WIDTHxHEIGHT in "
+                                         "pixels, 8 or more each, such as 128 or 256x128")
+    return int(sides[0]), int(sides[-1])
+
+
 def number(limit: Limit) -> Callable[[str], float]:
     """A type for numbers within a limit."""
     return partial(_number, float, limit)

@@ -32,6 +32,7 @@ from .arguments import (
     number,
     setting_pair,
     whole,
+    width_and_height,
     with_plain_booleans,
     word_names,
 )
@@ -167,8 +168,8 @@ def _add_sample(commands) -> None:
                         help=f"guidance scale, 1 = none (default {EMBEDDED_CFG:g} for the embedded base, "
                         f"else {OTHER_CFG:g})")
     parser.add_argument("--negative", default="", help="negative prompt (default: none)")
-    parser.add_argument("--size", type=whole(at_least(8)), default=None,
-                        help=f"side in pixels (default {EMBEDDED_SIZE} for the embedded base, else "
+    parser.add_argument("--size", type=width_and_height, default=None, metavar="SIDE or WIDTHxHEIGHT",
+                        help=f"size in pixels (default {EMBEDDED_SIZE} for the embedded base, else "
                         f"{OTHER_SIZE})")
     parser.add_argument("--mode", choices=MODES, default="sharp",
                         help="how concepts are weighted (default %(default)s)")

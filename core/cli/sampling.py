@@ -78,11 +78,11 @@ def sample(options: Namespace) -> Result:
     notes = [*notes_on(vocabulary, prompts), *([OLD_ORDER] if options.region else [])]
     if options.attention_guidance and (regions or options.find_regions):
         notes.append("--attention-guidance has no effect on pictures with regions")
-    side = options.size or backbones.size_of(options)
+    width, height = options.size or (backbones.size_of(options),) * 2
     cfg = options.cfg if options.cfg is not None else backbones.guidance_of(options)
     noise = NoiseSettings(options.region_noise, options.alpha, options.outside, options.noise_area,
                           options.solo)
-    settings = SampleSettings(options.steps, cfg, (side, side), options.negative, options.mode,
+    settings = SampleSettings(options.steps, cfg, (height, width), options.negative, options.mode,
                               options.strength, noise, options.overlap, options.isolation,
                               artists=options.attention_guidance)
     seeds = list(range(options.seed, options.seed + options.count))

@@ -150,13 +150,14 @@ def test_settings_of_regions_reach_the_sampler(tmp_path, monkeypatch, tiny_backb
             raise ConceptError("seen")
 
         monkeypatch.setattr(sampling, name, note)
-    sample = ["sample", "a dog", "--base", "embedded", "--size", "64", "--output", str(tmp_path)]
+    sample = ["sample", "a dog", "--base", "embedded", "--size", "96x64", "--output", str(tmp_path)]
     flags = ["--overlap", "priority", "--isolation", "0.7", "--solo", "0.2", "--region-noise", "--alpha",
              "0.3", "--outside", "literal", "--noise-area", "crop", "--attention-guidance", "0.5"]
     assert main([*sample, "--box", "0,0,1,1:a dog", *flags]) == 1 and main([*sample, "--find-regions"]) == 1
     (which, settings), (other, _) = taken
     assert (which, other) == ("sample_regions", "sample_found")
     assert (settings.overlap, settings.isolation, settings.artists) == ("priority", 0.7, 0.5)
+    assert settings.size == (64, 96)      # height, width
     noise = settings.noise
     assert (noise.is_on, noise.alpha, noise.outside, noise.area, noise.crop_denoising) == (
         True, 0.3, "literal", "crop", 0.2)
