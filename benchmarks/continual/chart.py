@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .markdown import ranked
+from .markdown import intervals_of, performed, ranked
 from .plan import NAMED
 from .tables import ALONE, COMBINED, CONFUSED
 
@@ -162,10 +162,9 @@ def draw(path: Path, result: Mapping) -> None:
     confused.set_yticks(range(len(names)), names, fontsize=8)
     for label, name in zip(confused.get_yticklabels(), names, strict=True):
         label.set_color(_colour(name, result["default"]))
-    seeds, orders = (", ".join(map(str, result[key])) for key in ("seeds", "orders"))
-    figure.suptitle(f"{result['tasks']} tasks, seeds {seeds}, orders {orders}. Lines are "
-                    f"{round(100 * result['intervals']['level'])} % intervals over runs and concepts. "
-                    "Dotted: class nouns of the base.", fontsize=8.5, color=QUIET, x=0.01, ha="left")
+    lines = f" Lines are {intervals_of(result)}." if names else ""
+    figure.suptitle(f"{performed(result)}{lines} Dotted: class nouns of the base.", fontsize=8.5,
+                    color=QUIET, x=0.01, ha="left")
     canvas.draw()      # fixes the axes, so that labels can be placed
     _place_labels(left, points, result["default"])
     figure.savefig(path)

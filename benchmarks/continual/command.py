@@ -158,6 +158,7 @@ def _perform(options: Namespace, runs: Sequence[Run], folder: Path) -> None:
 
 
 def _summarised(options: Namespace, folder: Path) -> Result:
+    from ...core.data.report import counted
     from ...core.methods import DEFAULT
     from . import levels, tuned
     from .chart import draw
@@ -169,13 +170,13 @@ def _summarised(options: Namespace, folder: Path) -> Result:
              if not path.name.endswith(".progress.json")]
     finished = [run for path in paths if (run := finished_run(path)) is not None]
     if not finished:
-        raise ConceptError(f"the folder '{folder}' holds no finished run of {options.tasks} tasks")
+        raise ConceptError(f"the folder '{folder}' holds no finished run of {counted(options.tasks, 'task')}")
     recent = [run for run in finished if "judges" in run]
     if not recent:
         raise ConceptError(f"the folder '{folder}' holds only runs of an earlier version, which cannot be "
                            "summarised; name another folder with --runs")
     if len(recent) < len(finished):
-        say(f"{len(finished) - len(recent)} runs of an earlier version are left out")
+        say(f"left out: {counted(len(finished) - len(recent), 'run')} of an earlier version")
     limits = levels.read(levels.file_of(folder, options.tasks))
     if limits is None:
         raise ConceptError(f"'{levels.file_of(folder, options.tasks)}' is missing; run the command without "
@@ -187,4 +188,4 @@ def _summarised(options: Namespace, folder: Path) -> Result:
     for document in options.write:
         write_sections(document, result)
     text = sections(result)
-    return result, [text["main"], text["claims"]]
+    return result, [*text["main"].split("\n"), *text["claims"].split("\n")]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ...core.data.report import counted
 from ...core.errors import ConceptError
 from ...core.files import write_atomically
 from .bootstrap import BETTER, FEW, SAME, WORSE
@@ -15,6 +16,7 @@ from .tables import ALONE, COMBINED, CONFUSED, FORGOTTEN, LOST, PAIRS
 
 MARKER = re.compile(r"<!-- continual:(\w+) -->\n.*?<!-- /continual:\1 -->", re.DOTALL)
 CEILING, FLOOR = "*real pictures*", "*class nouns*"
+NO_METHOD = "No whole method has been run, only ablations."
 COMPARED = (ALONE, "objects", "styles", COMBINED, PAIRS, CONFUSED)
 Row = Mapping
 Column = tuple[str, Callable[[Row], str]]
@@ -64,11 +66,18 @@ def verdicts(row: Row, figures: Sequence[str] = COMPARED, against: str = "agains
     return "; ".join(said)
 
 
+def _titled(result: Mapping, name: str) -> str:
+    return f"**{name}**" if name == result["default"] else name
+
+
 def _lines(result: Mapping, columns: Sequence[Column], names: Sequence[str], levels: bool = True) -> str:
-    rows = [(f"**{name}**" if name == result["default"] else name, result["methods"][name])
-            for name in names]
+    rows = [(_titled(result, name), result["methods"][name]) for name in names]
     if levels:
         rows = [(CEILING, result["ceiling"]), *rows, (FLOOR, result["floor"])]
+    return _table(columns, rows)
+
+
+def _table(columns: Sequence[Column], rows: Sequence[tuple[str, Row]]) -> str:
     lines = [f"| method | {' | '.join(title for title, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {title} | {' | '.join(show(row) for _, show in columns)} |" for title, row in rows]
     return "\n".join(lines)
@@ -89,7 +98,42 @@ QUALITY: tuple[Column, ...] = (
 COSTS: tuple[Column, ...] = (
     _plain("retained", "retained"), _plain("base change", "base_change"),
     _plain("kB", "bytes_per_concept", 1e-3, 0), _plain("s", "seconds_per_concept", 1, 0))
-AGAINST: Column = ("against the default", verdicts)
+RUNS: Column = ("runs", lambda row: str(len(row["runs"])) if "runs" in row else "")
+
+
+def _against_default(result: Mapping, judge: str = ENCODER) -> Column:
+    """Verdicts over the runs that a method shares with the default; their number where one has more."""
+    default = result["methods"].get(result["default"])
+    missing = "the default has not been run" if default is None else "no common runs"
+
+    def shown(row: Row) -> str:
+        own = row if judge == ENCODER else row["judges"].get(judge, {})
+        if row is default or "runs" not in row:      # floor and ceiling have no runs
+            return ""
+        if not own.get("against_default"):
+            return missing
+        common, said = next(iter(own["against_default"].values()))["runs"], verdicts(own)
+        return said if {len(row["runs"]), len(default["runs"])} == {common} \
+            else f"{said} ({counted(common, 'common run')})"
+    return "against the default", shown
+
+
+def _counts(result: Mapping, names: Sequence[str]) -> list[int]:
+    """How many runs the named methods have, each number once, the largest first."""
+    return sorted({len(result["methods"][name]["runs"]) for name in names}, reverse=True)
+
+
+def _counted_runs(result: Mapping, names: Sequence[str], each: str = "") -> str:
+    """`7 runs`, `7 or 3 runs`, or `3 runs, not the same for all`. each: ` per method`, or nothing."""
+    counts, first = _counts(result, names), result["methods"][names[0]]["runs"]
+    said = " or ".join([*map(str, counts[:-1]), counted(counts[-1], "run")])
+    are_same = len(counts) > 1 or all(result["methods"][name]["runs"] == first for name in names)
+    return f"{said}{each}" if are_same else f"{said}{each}, not the same for all"
+
+
+def _runs_column(result: Mapping, names: Sequence[str]) -> tuple[Column, ...]:
+    """The number of runs, if methods differ in it: then their figures are not of the same runs."""
+    return (RUNS,) if len(_counts(result, names)) > 1 else ()
 
 
 def _score(figure: str) -> Callable[[Row], str]:
@@ -101,8 +145,7 @@ def _spread(which: str) -> Callable[[Row], str]:
 
 
 PAPERS: tuple[Column, ...] = (
-    ("runs", lambda row: str(len(row["runs"])) if "runs" in row else ""),
-    ("cosine alone", _score(ALONE)), ("cosine combined", _score(COMBINED)),
+    RUNS, ("cosine alone", _score(ALONE)), ("cosine combined", _score(COMBINED)),
     _plain("TA", "text_alignment"), _plain("TFR", "tfr"), _plain("retained, worst", "retained_worst"),
     _plain("A_MMD", "a_mmd", 1e3), _plain("F_MMD", "f_mmd", 1e3),
     ("bleed alone", lambda row: number(row["bleed"]["alone_excess"])),
@@ -110,25 +153,49 @@ PAPERS: tuple[Column, ...] = (
     ("std over seeds", _spread("seeds")), ("std over orders", _spread("orders")))
 
 
-def _other_judge(judge: str) -> tuple[Column, ...]:
+def _other_judge(result: Mapping, judge: str, names: Sequence[str]) -> tuple[Column, ...]:
     def of(row: Row) -> Row:
         return row["judges"].get(judge, {})
 
     figures = [(name, lambda row, name=name: _interval(of(row).get(name)))
                for name in (ALONE, COMBINED, PAIRS, CONFUSED)]
-    return (*figures, ("against the default", lambda row: verdicts(of(row))))
+    return (*_runs_column(result, names), *figures, _against_default(result, judge))
+
+
+def _numbered(noun: str, values: set[int]) -> str:
+    """`seed 21`, or `seeds 21, 22`."""
+    return f"{noun}{'s' if len(values) > 1 else ''} {', '.join(map(str, sorted(values)))}"
+
+
+def performed(result: Mapping) -> str:
+    """`10 tasks; seed 21; orders 21, 22; 2 runs per method.` Seeds and orders of ablations do not count."""
+    tasks, names = counted(result["tasks"], "task"), _methods(result)
+    if not names:
+        return f"{tasks}. {NO_METHOD}"
+    runs = [run for name in names for run in result["methods"][name]["runs"]]
+    seeds, orders = {seed for _, seed in runs}, {order for order, _ in runs}
+    return (f"{tasks}; {_numbered('seed', seeds)}; {_numbered('order', orders)}; "
+            f"{_counted_runs(result, names, ' per method')}.")
+
+
+def intervals_of(result: Mapping) -> str:
+    """`95 % intervals over runs and concepts`; those of a single run are over concepts alone."""
+    counts = _counts(result, _methods(result))
+    over = "concepts" if counts == [1] else "runs and concepts"
+    single = ", of a single run over concepts" if 1 in counts[1:] else ""
+    return f"{round(100 * result['intervals']['level'])} % intervals over {over}{single}"
 
 
 def setting(result: Mapping) -> str:
-    """One sentence: how many runs, with which seeds and orders, and what the brackets are."""
-    counts = sorted({len(result["methods"][name]["runs"]) for name in _methods(result)}, reverse=True)
-    level = round(100 * result["intervals"]["level"])
-    return (f"{result['tasks']} tasks; seeds {', '.join(map(str, result['seeds']))}; orders "
-            f"{', '.join(map(str, result['orders']))}; {' or '.join(map(str, counts))} runs per method. "
-            f"In brackets: {level} % intervals over runs and concepts.")
+    """How many runs there are, with which seeds and orders, and what the brackets are."""
+    if not _methods(result):
+        return performed(result)
+    return f"{performed(result)} In brackets: {intervals_of(result)}."
 
 
 def _settings(result: Mapping) -> str:
+    if not _methods(result):
+        return NO_METHOD
     lines = ["| method | steps | settings | tried |", "|---|---|---|---|"]
     for name in sorted(_methods(result)):
         tuned = result["methods"][name]["tuned"]
@@ -144,36 +211,57 @@ def _claims(result: Mapping) -> str:
     sentences = []
     for entry in result["claims"]:
         better, worse, figure = entry["claim"]
+        claim = f"* {better} better than {worse} in *{figure}*"
+        if "verdict" not in entry:
+            sentences.append(f"{claim}: {'cannot be compared' if entry['runs'] else 'no common runs'}.")
+            continue
         holds = {BETTER: "holds", WORSE: "**does not hold**, the reverse is true", SAME: "no difference",
                  FEW: "too few runs"}[entry["verdict"]]
         between = f"{number(entry['difference'])} [{number(entry['low'])}, {number(entry['high'])}]"
-        sentences.append(f"* {better} better than {worse} in *{figure}*: {holds} ({between}, "
-                         f"{entry['runs']} common runs).")
+        sentences.append(f"{claim}: {holds} ({between}, {counted(entry['runs'], 'common run')}).")
     return "\n".join(sentences)
 
 
 FORGETTING: tuple[Column, ...] = (
-    ("runs", lambda row: str(len(row["runs"]))), _figure(ALONE), _figure(COMBINED), _figure(CONFUSED),
+    RUNS, _figure(ALONE), _figure(COMBINED), _figure(CONFUSED),
     _plain("retained", "retained"), _plain("TFR", "tfr"), _plain("F_MMD", "f_mmd", 1e3),
     _plain("base change", "base_change"),
-    ("against the whole method",
-     lambda row: verdicts(row, (ALONE, COMBINED, CONFUSED, FORGOTTEN, LOST), "against_whole")))
+    ("against the whole method", lambda row: row.get("said", "")))
+
+
+def _ablation(result: Mapping, name: str) -> tuple[str, Row | None, Row]:
+    """The name of the whole method, its figures and those of the ablation, over the runs of both.
+
+    Without such runs the whole method has no figures here, and the ablation has those of all its runs.
+    """
+    row, whole = result["methods"][name], name.partition("+")[0]
+    both = row.get("same_runs", {})      # results of earlier versions have none
+    said = verdicts(row, (ALONE, COMBINED, CONFUSED, FORGOTTEN, LOST), "against_whole")
+    missing = "no common runs" if whole in result["methods"] else "the whole method has not been run"
+    return whole, both.get("whole"), {**both.get("ablation", row), "said": said or missing}
 
 
 def _ablations(result: Mapping) -> str:
-    """Methods with one change or more, each group below the method as it is."""
+    """Methods with one change or more, each below the method as it is in the same runs."""
     changed = sorted(name for name in result["methods"] if "+" in name)
     if not changed:
         return "No method has been run with a piece left out."
-    whole = sorted({name.partition("+")[0] for name in changed} & set(result["methods"]))
-    return _lines(result, FORGETTING, sorted([*changed, *whole]), levels=False)
+    groups: dict[tuple, list[tuple[str, Row]]] = {}      # by method, and the runs that it shares
+    for name in changed:
+        whole, as_it_is, row = _ablation(result, name)
+        if as_it_is is None:
+            groups.setdefault((whole, ()), []).append((name, row))
+        else:
+            first = [(_titled(result, whole), as_it_is)]
+            groups.setdefault((whole, tuple(map(tuple, as_it_is["runs"]))), first).append((name, row))
+    return _table(FORGETTING, [row for _, rows in sorted(groups.items()) for row in rows])
 
 
 def _bleed(result: Mapping) -> str:
     """The default's matrix beside that of real pictures: rows were asked for, columns are compared with."""
     concepts, default = result["concepts"], result["methods"].get(result["default"])
     if default is None:
-        return ""
+        return f"The default, `{result['default']}`, has not been run."
     real = result["ceiling"]["bleed"]["alone"]
     lines = [f"| asked for | {' | '.join(concepts)} |", "|---" * (len(concepts) + 1) + "|"]
     for i, name in enumerate(concepts):
@@ -183,37 +271,40 @@ def _bleed(result: Mapping) -> str:
     return "\n".join(lines)
 
 
-def _compared(figure: str) -> Column:
+def _compared(result: Mapping, figure: str) -> Column:
     """A mean in whole percent, with its verdict in words unless the method is worse than the default."""
+    default = result["methods"].get(result["default"])
+
     def shown(row: Row) -> str:
-        verdict = row.get("against_default", {}).get(figure, {}).get("verdict", WORSE)
         mean = number(row.get(figure, {}).get("mean"), digits=0)
+        if row is default or not mean:
+            return mean
+        verdict = row.get("against_default", {}).get(figure, {}).get("verdict", "not compared")
         return mean if verdict == WORSE else f"{mean} ({verdict})"
     return figure, shown
-
-
-README: tuple[Column, ...] = (_compared(ALONE), _compared(COMBINED), _compared(CONFUSED),
-                              _plain("retained", "retained", digits=0))
 
 
 def _readme(result: Mapping, names: Sequence[str]) -> str:
     """A short table of the named methods, without intervals. Its page has room for few words."""
     if not names:
         return "None of the methods that are compared here has been run."
-    counts = sorted({len(result["methods"][name]["runs"]) for name in names})
-    return (f"{result['tasks']} concepts, {' or '.join(map(str, counts))} runs, percent:\n\n"
-            f"{_lines(result, README, names, levels=False)}")
+    compared = [_compared(result, figure) for figure in (ALONE, COMBINED, CONFUSED)]
+    columns = (*_runs_column(result, names), *compared, _plain("retained", "retained", digits=0))
+    return (f"{counted(result['tasks'], 'concept')}, {_counted_runs(result, names)}, percent:\n\n"
+            f"{_lines(result, columns, names, levels=False)}")
 
 
 def sections(result: Mapping) -> dict[str, str]:
     """Name -> Markdown of every section that a document can have."""
     names = ranked(result)
     others = sorted({judge for row in result["methods"].values() for judge in row["judges"]} - {ENCODER})
+    main = (*_runs_column(result, names), *QUALITY, *COSTS, _against_default(result))
     return {
-        "main": f"{setting(result)}\n\n{_lines(result, (*QUALITY, *COSTS, AGAINST), names)}",
+        "main": f"{setting(result)}\n\n{_lines(result, main, names)}",
         "papers": _lines(result, PAPERS, names),
-        "judges": "\n\n".join(f"Judge `{judge}`:\n\n{_lines(result, _other_judge(judge), names)}"
-                              for judge in others),
+        "judges": "\n\n".join(f"Judge `{judge}`:\n\n"
+                              f"{_lines(result, _other_judge(result, judge, names), names)}"
+                              for judge in others) or "There is no other judge.",
         "settings": _settings(result), "claims": _claims(result), "bleed": _bleed(result),
         "ablations": _ablations(result),
         "readme": _readme(result, [name for name in names if name in PUBLISHED or name == result["default"]]),

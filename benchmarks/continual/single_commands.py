@@ -91,7 +91,7 @@ def one_class(options: Namespace) -> Result:
 
     result = perform(methods_of(options.methods), options.kind, options.count, options.file,
                      options.runs or options.file.with_suffix(".cells"), options.base, say)
-    return result, [table(result)]
+    return result, table(result).split("\n")
 
 
 def _add_compose(commands) -> None:

@@ -193,8 +193,8 @@ def _same(runs: Sequence[Mapping], method: str) -> None:
                                "allowed: the same for all")
 
 
-def method_row(runs: Sequence[Mapping], levels: Mapping, trials: int) -> dict:
-    """All figures of a method's runs. Of the seconds the smallest count, because other load adds to them."""
+def figures_of(runs: Sequence[Mapping], levels: Mapping) -> dict:
+    """The figures of some runs of one method: those of the metric encoder, and means over the runs."""
     retained = [_retained(run, levels) for run in runs]
     row: dict = {"runs": [[run["order"], run["seed"]] for run in runs],
                  **_judge_row(_tables(runs, levels, ENCODER))}
@@ -204,7 +204,12 @@ def method_row(runs: Sequence[Mapping], levels: Mapping, trials: int) -> dict:
             "retained_worst": _known(_mean([worst for _, worst in retained])),
             "tfr": _mean([_tfr(run) for run in runs]),
             "text_alignment": _text_alignment(runs)}
-    row |= {name: _mean([run[name] for run in runs]) for name in PLAIN}
+    return row | {name: _mean([run[name] for run in runs]) for name in PLAIN}
+
+
+def method_row(runs: Sequence[Mapping], levels: Mapping, trials: int) -> dict:
+    """All figures of a method's runs. Of the seconds the smallest count, because other load adds to them."""
+    row = figures_of(runs, levels)
     row["seconds_per_concept"] = min(run["seconds_per_concept"] for run in runs)
     row["tuned"] = {"trials": trials, "steps": runs[0]["steps"], "settings": runs[0]["settings"]}
     row["bleed"] = _bleed(runs, levels, ENCODER)
@@ -229,6 +234,40 @@ def level_row(levels: Mapping, which: str) -> dict:
     first = found.pop(ENCODER)
     text = {"text_alignment": _text_alignment([row])} if "text_alignment" in row else {}
     return {**first, **text, "judges": found}
+
+
+def _place(run: Mapping) -> tuple[int, int]:
+    return run["order"], run["seed"]
+
+
+def beside_whole(ablation: Sequence[Mapping], whole: Sequence[Mapping], levels: Mapping) -> dict:
+    """What an ablation's row says about the whole method, over the runs that both have.
+
+    An ablation often has fewer runs than its method. Their means over all runs cannot be compared, because
+    other seeds and orders can change a figure more than an ablation does.
+
+    Returns:
+        `same_runs`: the figures of both, absent without such runs. `against_whole`: the differences.
+    """
+    places = {_place(run) for run in ablation} & {_place(run) for run in whole}
+    if not places:
+        return {"against_whole": {}}
+    ours, theirs = ([run for run in runs if _place(run) in places] for runs in (ablation, whole))
+    differences = compared(_tables(ours, levels, ENCODER), _tables(theirs, levels, ENCODER))
+    return {"same_runs": {"ablation": figures_of(ours, levels), "whole": figures_of(theirs, levels)},
+            "against_whole": differences}
+
+
+def _claims(groups: Mapping[str, Sequence[Mapping]], tables: Mapping[str, Mapping[str, Table]]) -> list[dict]:
+    """The claims about methods that have been run. One that cannot be compared has `runs` alone."""
+    found = []
+    for better, worse, figure in CLAIMS:
+        if better in groups and worse in groups:
+            places = {_place(run) for run in groups[better]} & {_place(run) for run in groups[worse]}
+            differences = compared(tables[better], tables[worse])
+            found.append({"claim": [better, worse, figure],
+                          **differences.get(figure, {"runs": len(places)})})
+    return found
 
 
 def summarise(runs: Sequence[Mapping], levels: Mapping, default: str,
@@ -256,19 +295,13 @@ def summarise(runs: Sequence[Mapping], levels: Mapping, default: str,
               for judge in judges}
     methods = {name: method_row(group, levels, trials(name.partition("+")[0]))
                for name, group in groups.items()}
-    if default in groups:
-        for name, row in methods.items():
-            for judge in judges:
-                target = row if judge == ENCODER else row["judges"][judge]
-                if name != default:
-                    target["against_default"] = compared(tables[judge][name], tables[judge][default])
     for name, row in methods.items():
+        for judge in judges if default in groups and name != default else ():
+            target = row if judge == ENCODER else row["judges"][judge]
+            target["against_default"] = compared(tables[judge][name], tables[judge][default])
         whole = name.partition("+")[0]      # an ablation is named method+setting=value
         if whole != name and whole in groups:
-            row["against_whole"] = compared(tables[ENCODER][name], tables[ENCODER][whole])
-    claims = [{"claim": [better, worse, figure],
-               **compared(tables[ENCODER][better], tables[ENCODER][worse]).get(figure, {})}
-              for better, worse, figure in CLAIMS if better in groups and worse in groups]
+            row |= beside_whole(groups[name], groups[whole], levels)
     return {
         "tasks": runs[0]["tasks"], "concepts": levels["concepts"], "kinds": levels["kinds"],
         "seeds": sorted({run["seed"] for run in runs}), "orders": sorted({run["order"] for run in runs}),
@@ -276,5 +309,5 @@ def summarise(runs: Sequence[Mapping], levels: Mapping, default: str,
         "intervals": {"level": bootstrap.LEVEL, "draws": bootstrap.DRAWS, "seed": SEED,
                       "fewest_runs": bootstrap.FEWEST_RUNS},
         "methods": methods, "floor": level_row(levels, "floor"), "ceiling": level_row(levels, "ceiling"),
-        "claims": [claim for claim in claims if "verdict" in claim],
+        "claims": _claims(groups, tables[ENCODER]),
     }

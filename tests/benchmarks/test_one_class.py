@@ -46,9 +46,11 @@ def test_wrong_methods_are_one_sentence(tmp_path, capsys, methods, sentence):
 
 
 @pytest.mark.slow
-def test_the_whole_command(tmp_path):
+def test_the_whole_command(tmp_path, capsys):
     file = tmp_path / "result.json"
     assert main(["one-class", "--json", str(file), "--count", "2", "--methods", "slots"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["method", "judge"], ["slots", "encoder"], ["slots", "template"]]
     result = json.loads(file.read_text())
     assert result["individuals"] == ["dog1", "dog2"]
     assert result["methods"]["slots"]["encoder"]["confusions"][0][0] is None
