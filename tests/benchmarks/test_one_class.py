@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 
 from continual_concepts.benchmarks.__main__ import main
+from continual_concepts.benchmarks.continual import one_class
 from continual_concepts.benchmarks.continual.concepts import concepts
 from continual_concepts.benchmarks.continual.one_class import confusions, figures, individuals
 from continual_concepts.core.errors import ConceptError
@@ -45,12 +46,19 @@ def test_wrong_methods_are_one_sentence(tmp_path, capsys, methods, sentence):
     assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_the_whole_command(tmp_path, capsys):
-    file = tmp_path / "result.json"
-    assert main(["one-class", "--json", str(file), "--count", "2", "--methods", "slots"]) == 0
+def test_the_table_is_printed_line_by_line(tmp_path, capsys, monkeypatch):
+    values = {"alone": 0.9, "beside": 0.8, "confused": 0.1, "confusions": []}
+    made = {"methods": {"slots": {"steps": 200, "encoder": values, "template": values}}}
+    monkeypatch.setattr(one_class, "one_class", lambda *_: made)
+    assert main(["one-class", "--json", str(tmp_path / "r.json"), "--methods", "slots"]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
         ["method", "judge"], ["slots", "encoder"], ["slots", "template"]]
+
+
+@pytest.mark.slow
+def test_the_whole_command(tmp_path):
+    file = tmp_path / "result.json"
+    assert main(["one-class", "--json", str(file), "--count", "2", "--methods", "slots"]) == 0
     result = json.loads(file.read_text())
     assert result["individuals"] == ["dog1", "dog2"]
     assert result["methods"]["slots"]["encoder"]["confusions"][0][0] is None
