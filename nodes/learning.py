@@ -29,6 +29,7 @@ from ..core.data.report import (
     report_of,
 )
 from ..core.data.training_set import check_captions, prepare
+from ..core.demo.bases import called
 from ..core.errors import ConceptError
 from ..core.evaluation.collisions import warnings_before
 from ..core.evaluation.previews import (
@@ -225,7 +226,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     on_captions = check_captions(photos, [*task.bank.infos.values(), info], info)
     taken = report_of(photos, config.resolution).checked(config.resolution, config.framing != "buckets",
                                                          task.bank.infos, task.name,
-                                                         task.backbone.layout.embedded_base)
+                                                         called(task.backbone.layout.embedded_base))
     warnings = [*taken.warnings, *on_captions,
                 *_on_prior(task, method, taken, [picture for picture in pictures if picture.is_prior])]
     held = (task.refined or task.bank).infos.values()
@@ -293,7 +294,7 @@ def _on_prior(task: Task, method: Method, photos: Report, prior: Sequence[Pictur
     earlier = () if task.refined is None else task.refined.infos[task.name].provenance.images
     report = report_of(named, what="prior picture")
     return [*own_photos_warnings(photos.photos, report.photos, earlier),
-            *no_drawings(report, task.backbone.layout.embedded_base),
+            *no_drawings(report, called(task.backbone.layout.embedded_base)),
             *prior_warnings(method.composition_of_kind(task.kind))]
 
 

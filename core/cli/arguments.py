@@ -52,8 +52,19 @@ def base_name(text: str) -> str:
 
 
 def word_names(text: str) -> tuple[str, ...]:
-    """The names of words, comma separated; none for an empty text."""
-    return tuple(typed_name(word) for word in text.split(",")) if text.strip() else ()
+    """The names of words, comma separated."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: names, comma separated, such as "
+                                         "dog1,dog2")
+    return tuple(typed_name(word) for word in text.split(","))
+
+
+def some_name(text: str) -> str:
+    """The name of a concept. An empty text would mean that none is given."""
+    name = typed_name(text)
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: the name of a concept")
+    return name
 
 
 def setting_pair(text: str) -> tuple[str, str]:

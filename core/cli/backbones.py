@@ -47,6 +47,12 @@ def embedded_name(options: Namespace) -> str:
     return made_on if made_on in NAMES else NEWEST
 
 
+def called(options: Namespace) -> str:
+    """What the command calls its embedded base: its name as typed, and which one that is."""
+    name = embedded_name(options)
+    return name if options.base == name else f"{options.base} ({name})"
+
+
 def _folder_of(options: Namespace) -> BaseFolder:
     """The folder of a base that does not ship. Raises ConceptError if it cannot be used."""
     path = Path(options.base).expanduser()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +45,7 @@ BANK = "bank.safetensors"
 FILES = (BANK, "report.png", "report.json")
 NOUNS = "class nouns"
 STEPS_PER_DRAWING = 15      # steps of learning that take about as long as a job that draws
+NEEDED = 5      # MB of temporary files; the banks of all ways take 2
 PLAN = Plan()
 BOXES = tuple(region.box for region in REGIONS if region.box is not None)
 
@@ -169,20 +172,21 @@ def _save_bank(output: Path, folder: Path) -> None:
         raise saved_elsewhere(error, output / BANK, bank) from error
 
 
-def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
-    """Writes report.png, report.json and bank.safetensors into `output`; returns the report.
+def _check_room() -> None:
+    """Raises ConceptError if the folder for temporary files cannot hold the banks of all ways."""
+    try:
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free // 10**6
+    except OSError as error:
+        raise ConceptError("no folder for temporary files can be written; free some room, or set TMPDIR to "
+                           f"a folder with {NEEDED} MB of room") from error
+    if free < NEEDED:
+        raise ConceptError(f"the folder for temporary files '{folder}' has room for {free} MB, and the demo "
+                           f"needs {NEEDED} MB; free some room, or set TMPDIR to another folder")
 
-    Args:
-        output: A folder, made if it is missing.
-        plan: How much to do, on which embedded base.
-        workers: Number of processes; 1 = this one alone.
 
-    Raises:
-        ConceptError: The base, matplotlib or memory is missing, `output` cannot be written, or its bank
-            cannot be read.
-    """
-    from .demo_report import draw
-
+def _check(output: Path, plan: Plan) -> None:
+    """Checks all that a demo needs, before it begins. Raises ConceptError, see `run`."""
     if find_spec("matplotlib") is None:
         raise ConceptError("the demo draws its report with matplotlib, which is not installed; install it: "
                            "pip install matplotlib")
@@ -192,6 +196,27 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2) -> dict:
         check_output(output / name, "demo's file")
     if (output / BANK).exists():
         open_bank(output / BANK)      # one that cannot be read cannot be kept as a version either
+    _check_room()
+
+
+def run(output: Path, plan: Plan = PLAN, workers: int = 2,
+        begins: Callable[[], object] = lambda: None) -> dict:
+    """Writes report.png, report.json and bank.safetensors into `output`; returns the report.
+
+    Args:
+        output: A folder, made if it is missing.
+        plan: How much to do, on which embedded base.
+        workers: Number of processes; 1 = this one alone.
+        begins: Called when all is checked, before the work.
+
+    Raises:
+        ConceptError: The base, matplotlib, memory or room for temporary files is missing, `output` cannot be
+            written, or its bank cannot be read.
+    """
+    from .demo_report import draw
+
+    _check(output, plan)
+    begins()
     began, encoder = time.perf_counter(), SceneEncoder()
     with tempfile.TemporaryDirectory(prefix="continual-concepts-demo-") as temporary:
         folder = Path(temporary)

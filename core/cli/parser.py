@@ -31,6 +31,7 @@ from .arguments import (
     file_path,
     number,
     setting_pair,
+    some_name,
     whole,
     width_and_height,
     with_plain_booleans,
@@ -68,7 +69,7 @@ def _add_learn(commands) -> None:
     parser.add_argument("--masks", type=file_path,
                         help="folder of masks: white areas are learned, black ones are not (default: the "
                         "subfolder masks, and files such as a-masklabel.png)")
-    parser.add_argument("--variant-of", type=typed_name, default="", metavar="NAME",
+    parser.add_argument("--variant-of", type=some_name, metavar="NAME",
                         help="for a variant, such as rex-winter of rex: the concept of the bank to start "
                         "from. Its method and settings are used, and its noun unless another is given "
                         "(default: start anew)")

@@ -15,14 +15,14 @@ from ..data.report import no_drawings, own_photos_warnings, prior_warnings
 from ..data.training_set import check_captions
 from ..methods.base import Method
 from ..training.config import TrainingConfig
-from .backbones import embedded_name, is_embedded
+from .backbones import called, is_embedded
 
 
 def info_of(options: Namespace, method: Method) -> ConceptInfo:
     """What the options say about the concept."""
     words = options.words or default_words(options.name, method.words_of_kind(options.kind))
     return ConceptInfo(options.name, options.noun, method.name, words, options.kind,
-                       Provenance(variant_of=options.variant_of))
+                       Provenance(variant_of=options.variant_of or ""))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TrainingPhotos:
         info = info_of(options, method)
         known = [*infos.values(), info]
         on_captions = check_captions(self.photos.pictures, known, info)
-        drawing_base = embedded_name(options) if is_embedded(options) else ""
+        drawing_base = called(options) if is_embedded(options) else ""
         report = self.photos.report.checked(training.resolution, training.framing != "buckets", infos,
                                             options.name, drawing_base)
         report = replace(report, warnings=(*report.warnings, *on_captions))

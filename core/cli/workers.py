@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from copy import deepcopy
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
@@ -42,12 +44,71 @@ def _end_with_parent() -> None:
 
 
 def _begin_process(counter: Synchronized) -> None:
-    """Prepares a process. Ctrl-C reaches all of them; the first one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Prepares a process. Ctrl-C and a closed terminal reach all of them; the first one ends the others."""
+    for number in (signal.SIGINT, *_stopping()):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)      # by which the first one ends them
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _begin(counter)
+
+
+def _stopping() -> tuple[signal.Signals, ...]:
+    """The signals that end a command as Ctrl-C does: `kill`, and where there is one, a closed terminal."""
+    return tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+@contextmanager
+def stopped_as_by_ctrl_c() -> Iterator[None]:
+    """Within it, SIGTERM and SIGHUP raise KeyboardInterrupt, so that temporary files are removed.
+
+    Only the main thread may set what a signal does. A signal that is ignored, as `nohup` does, or that a
+    program handles itself stays as it is.
+    """
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    changed = [number for number in _stopping() if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _can_be_passed_on(error: BaseException) -> bool:
+    """Whether another process can rebuild an error. Copies are made in the same way, and the other process
+    finds the class by its name."""
+    try:
+        deepcopy(error)
+    except Exception:
+        return False
+    return "<locals>" not in type(error).__qualname__
+
+
+def _with_told_error(job: Callable, *arguments: object) -> object:
+    """Calls a job. An error that cannot be passed on becomes one that tells its type and text. The pool would
+    take the process for one that was ended from outside."""
+    try:
+        return job(*arguments)
+    except BaseException as error:
+        if _can_be_passed_on(error):
+            raise
+        kind = type(error)
+        raise RuntimeError(f"{kind.__module__}.{kind.__qualname__}: {error}") from error
+
+
+@contextmanager
+def _ended_from_outside() -> Iterator[None]:
+    """Turns the end of a process into a ConceptError."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ConceptError("a process of this command was ended from outside, as the system does where "
+                           "memory is short; close other programs and run the command again") from error
 
 
 class Workers:
@@ -93,19 +154,20 @@ class Workers:
             purpose: What the result is for; `finished` returns it.
             job: A function of a module, which other processes can find.
             arguments: Of the function.
+
+        Raises:
+            ConceptError: A process was ended from outside.
         """
-        self.running[self.pool.submit(job, *arguments)] = purpose
+        with _ended_from_outside():
+            self.running[self.pool.submit(_with_told_error, job, *arguments)] = purpose
 
     def finished(self) -> list[tuple[Any, Any]]:
         """Waits for the next jobs, a second at most. Returns purpose and result of each that is finished.
 
         Raises:
             ConceptError: A process was ended from outside.
-            Exception: What a job raised.
+            Exception: What a job raised; a RuntimeError that tells of it where it cannot be passed on.
         """
         done, _ = wait(self.running, timeout=1, return_when=FIRST_COMPLETED)
-        try:
+        with _ended_from_outside():
             return [(self.running.pop(future), future.result()) for future in done]
-        except BrokenProcessPool as error:
-            raise ConceptError("a process of this command was ended from outside, as the system does where "
-                               "memory is short; close other programs and run the command again") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bank.composition import WORDS, Composition
 from ..bank.concepts import ConceptInfo
 from .pictures import Picture
-from .quality import BLURRED, DRAWN_FLATNESS, THUMBNAIL, Quality, alike, measure
+from .quality import BLURRED, PHOTO_ROUGHNESS, THUMBNAIL, Quality, alike, measure
 
 FEWEST = 3      # photos of a concept
 ENLARGED = 1.25      # photos that must be enlarged by more than this factor are too small
@@ -102,7 +102,7 @@ class Report:
             enlarges: Whether small photos are enlarged to the resolution.
             infos: The concepts of the bank.
             but: A concept that is not compared, because it is learned again.
-            drawing_base: Name of the base if it is one that knows only drawings; empty = any other base.
+            drawing_base: What the user calls the base if it knows only drawings; empty = any other base.
         """
         found = [*_few(self), *_duplicates(self.photos),
                  *_small(self.photos, resolution if enlarges else None),
@@ -184,16 +184,16 @@ def no_drawings(report: Report, base: str) -> list[PhotoWarning]:
 
     Args:
         report: On photos or prior pictures.
-        base: Its name; empty = any other base.
+        base: What the user calls it; empty = any other base.
     """
     if not base or not report.photos:
         return []
-    flatness = sum(photo.quality.flatness for photo in report.photos) / len(report.photos)
-    if flatness >= DRAWN_FLATNESS:
+    roughness = sum(photo.quality.roughness for photo in report.photos) / len(report.photos)
+    if roughness < PHOTO_ROUGHNESS:
         return []
     who = "these" if report.what == "photo" else f"the {report.what}s"
     return [PhotoWarning("photos", f"{who} look like photos, and the base {base} knows only drawings: what "
-                         "it draws of them will be noise; photos need a checkpoint such as SD1.5 or SDXL")]
+                         "it draws of them may be noise; photos need a checkpoint such as SD1.5 or SDXL")]
 
 
 def own_photos_warnings(photos: Sequence[PhotoFacts], prior: Sequence[PhotoFacts],

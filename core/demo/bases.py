@@ -59,6 +59,11 @@ def read_sizes(path: Path = FILES[NEWEST]) -> dict:
         return {"picture_size": OLD_SIZE, **json.loads(file.metadata()[HEADER])}
 
 
+def called(name: str) -> str:
+    """What nodes call a base: the newest one is chosen as `embedded`."""
+    return f"{EMBEDDED} ({name})" if name == NEWEST else name
+
+
 def picture_size(name: str = EMBEDDED) -> int:
     """Side in pixels of the pictures that an embedded base draws."""
     return read_sizes(file_of(name))["picture_size"]

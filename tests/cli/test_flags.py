@@ -178,3 +178,13 @@ def test_a_long_prompt_is_no_fault(tmp_path, capfd):
     sample = ["sample", "dog " * 80, "--base", "embedded-64", "--steps", "1", "--count", "1"]
     assert main([*sample, "--output", str(tmp_path)]) == 0
     assert "sequence length" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--words", "--variant-of"])
+@pytest.mark.parametrize("text", ["", "  "])
+def test_a_name_that_is_empty_is_refused(photos, tmp_path, capsys, flag, text):
+    """It would be learned as if the flag were not there."""
+    asked = ["learn", str(photos), "--bank", str(tmp_path / "b.safetensors"), "--name", "rex", *QUICK]
+    with pytest.raises(SystemExit):
+        main([*asked, flag, text])
+    assert f"argument {flag}: {text!r} is not allowed; allowed: " in capsys.readouterr().err

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import wait
 from multiprocessing import active_children, get_context
 
 import pytest
 
 from continual_concepts.core.cli import commands, demo
 from continual_concepts.core.cli.parser import main
-from continual_concepts.core.cli.workers import Workers
+from continual_concepts.core.cli.workers import Workers, stopped_as_by_ctrl_c
 from continual_concepts.core.errors import ConceptError
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="forks need Linux")
@@ -48,6 +52,52 @@ def test_an_error_ends_running_jobs_and_begins_no_other(error, tmp_path):
 @forks
 def test_a_process_that_was_ended_from_outside_is_one_sentence():
     with pytest.raises(ConceptError, match="ended from outside"), _started([(os._exit, 9)]) as pool:
+        while pool.running:
+            pool.finished()
+
+
+@forks
+def test_other_errors_of_a_job_are_passed_on_as_they_are():
+    told = pytest.raises(FileNotFoundError, match="nowhere")
+    with told as found, _started([(os.listdir, "nowhere")]) as pool:
+        while pool.running:
+            pool.finished()
+    assert found.value.filename == "nowhere"
+
+
+@forks
+def test_a_job_that_comes_after_such_an_end_is_one_sentence_too():
+    with pytest.raises(ConceptError, match="ended from outside"), _started([(os._exit, 9)]) as pool:
+        wait(pool.running, timeout=60)
+        pool.start("late", time.sleep, 0)
+
+
+class OfALibrary(Exception):
+    """It cannot be rebuilt from its text, so no other process can receive it."""
+
+    def __init__(self, place: str, missing: str) -> None:
+        super().__init__(f"{place} lacks {missing}")
+
+
+def _fail(way):
+    class Local(Exception):
+        """No other process finds it."""
+
+    error = Exception("the graph lacks a node")
+    if way == "OfALibrary":
+        error = OfALibrary("the graph", "a node")
+    elif way == "Local":
+        error = Local(*error.args)
+    else:
+        error.lock = threading.Lock()
+    raise error
+
+
+@forks
+@pytest.mark.parametrize("way", ["OfALibrary", "Local", "Exception"])
+def test_an_error_that_cannot_be_passed_on_is_told(way):
+    told = pytest.raises(RuntimeError, match=rf"{way}: the graph lacks a node")
+    with told, _started([(_fail, way)]) as pool:
         while pool.running:
             pool.finished()
 
@@ -98,3 +148,74 @@ def test_the_demo_says_at_once_that_an_earlier_bank_cannot_be_read(tmp_path, mon
     with pytest.raises(ConceptError, match="not a readable"):
         demo.run(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+@pytest.mark.parametrize("output", ["file", "file/below", "file\0"])
+def test_a_demo_that_is_refused_promises_nothing(tmp_path, capsys, output):
+    (tmp_path / "file").write_text("not a folder")
+    assert main(["demo", "--output", str(tmp_path / output)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_demo_says_at_once_that_there_is_no_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "draw_all", lambda *_: pytest.fail("began"))
+    little = shutil.disk_usage(tmp_path)._replace(free=1_900_000)
+    monkeypatch.setattr(demo.shutil, "disk_usage", lambda folder: little)
+    with pytest.raises(ConceptError, match="has room for 1 MB, and the demo needs 5 MB"):
+        demo.run(tmp_path / "out")
+
+    def nowhere():
+        raise FileNotFoundError("no usable folder")
+
+    monkeypatch.setattr(demo.tempfile, "gettempdir", nowhere)
+    with pytest.raises(ConceptError, match="no folder for temporary files"):
+        demo.run(tmp_path / "out")
+
+
+def _demo_that_gets(name, output, temporary):
+    """A demo that receives a signal while its processes work."""
+    def draw_all(*_):
+        with _started([(time.sleep, 60), (time.sleep, 61)]) as pool:
+            pool.finished()
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(30)
+
+    tempfile.tempdir, demo.draw_all = str(temporary), draw_all
+    sys.exit(main(["demo", "--output", str(output)]))
+
+
+@forks
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_demo_that_is_ended_leaves_no_temporary_files(tmp_path, capfd, name):
+    (tmp_path / "temporary").mkdir()
+    process = get_context("fork").Process(target=_demo_that_gets,
+                                          args=(name, tmp_path / "out", tmp_path / "temporary"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 130 and not list((tmp_path / "temporary").iterdir())
+    promise, stopped = capfd.readouterr().err.splitlines()
+    assert promise.startswith("Three ways learn") and "stopped; the same command begins anew" in stopped
+
+
+@forks
+def test_signals_mean_what_they_did_before():
+    """After a demo, in other threads, and where they are ignored, as by nohup."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before, inside = [signal.getsignal(number) for number in numbers], []
+
+    def look():
+        with stopped_as_by_ctrl_c():
+            inside.append([signal.getsignal(number) for number in numbers])
+
+    other = threading.Thread(target=look)
+    other.start()
+    other.join()
+    assert inside == [before] and before == [signal.SIG_DFL] * 2
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        look()
+        assert callable(inside[1][0]) and inside[1][1] is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    look()
+    assert all(map(callable, inside[2])) and [signal.getsignal(number) for number in numbers] == before
