@@ -92,7 +92,7 @@ def base(options: argparse.Namespace) -> Result:
     require_at_least(options, pictures=1)
     result = base_quality(options.base_file or FILES[NEWEST], options.pictures)
     write_result(options.file, result)
-    return result, [json.dumps(result, indent=1)]
+    return result, json.dumps(result, indent=1).splitlines()
 
 
 def bases(options: argparse.Namespace) -> Result:
