@@ -148,7 +148,8 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
         if name in start and given["if_known"] == KEEP:
             return _already_learned(start, _info(task, method), method, config, list(photos))
         others = [Picture(picture, prior_caption(noun), is_prior=True) for picture in prior]
-        return _learn(task, method, config, [*photos, *others], given, node, chosen, part)
+        with progress.stop_told(node):
+            return _learn(task, method, config, [*photos, *others], given, node, chosen, part)
 
 
 def _started_from(given: Mapping[str, Any], bank: ConceptBank | None

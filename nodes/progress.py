@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 
@@ -41,14 +42,34 @@ def _levels(node: str) -> list[str]:
     return [":".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
+_status: dict[str | None, str] = {}      # node -> what it said last
+
+
 def say(node: str | None, text: str) -> None:
     """Writes a status line under a node. Does nothing without a server or a connected page.
 
     The page reads the line as HTML, so names such as <rex> are escaped. If the node is in a subgraph, the
     line stands under the subgraph's node as well.
     """
+    if node is not None:
+        _status[node] = text
     for level in [] if node is None else _levels(node):
         _send(level, text)
+
+
+@contextmanager
+def stop_told(node: str | None) -> Iterator[None]:
+    """If what it holds ends with an error or by Cancel, the status below the node says where it stopped.
+    ComfyUI's page would keep "step 16 of 400"."""
+    try:
+        yield
+    except BaseException:
+        if node in _status:
+            status, *notes = _status[node].splitlines()
+            say(node, "\n".join([f"stopped: {status.partition(', ')[0]}", *notes]))
+        raise
+    finally:
+        _status.pop(node, None)
 
 
 _below: dict[str, tuple[str, list[str]]] = {}      # node -> its prompt's id, and what stands below it

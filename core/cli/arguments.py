@@ -92,10 +92,14 @@ def whole(limit: Limit) -> Callable[[str], int]:
     return partial(_number, int, limit)
 
 
+def _is_side(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20 and int(text) >= 8
+
+
 def width_and_height(text: str) -> tuple[int, int]:
     """`256x128` as (256, 128), and `128` as (128, 128)."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isascii() and side.isdecimal() and int(side) >= 8 for side in sides):
+    if len(sides) > 2 or not all(_is_side(side) for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a side or WIDTHxHEIGHT in "
                                          "pixels, 8 or more each, such as 128 or 256x128")
     return int(sides[0]), int(sides[-1])

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from copy import deepcopy
 from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
@@ -80,13 +80,12 @@ def stopped_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _can_be_passed_on(error: BaseException) -> bool:
-    """Whether another process can rebuild an error. Copies are made in the same way, and the other process
-    finds the class by its name."""
+    """Whether another process can rebuild an error, in the way in which the pool passes it on."""
     try:
-        deepcopy(error)
+        ForkingPickler.loads(ForkingPickler.dumps(error))
     except Exception:
         return False
-    return "<locals>" not in type(error).__qualname__
+    return True
 
 
 def _with_told_error(job: Callable, *arguments: object) -> object:

@@ -43,7 +43,7 @@ def starting_noise(backbone: Backbone, seeds: Sequence[int], size: tuple[int, in
     """
     multiple = backbone.picture_multiple
     if any(side < multiple or side % multiple for side in size):
-        raise ConceptError(f"the picture's size is {size[0]}x{size[1]}; "
+        raise ConceptError(f"the picture's size is {size[1]}x{size[0]} (width x height); "
                            f"both sides must be multiples of {multiple}")
     shape = (backbone.latent_channels, size[0] // multiple, size[1] // multiple)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

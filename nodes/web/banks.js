@@ -82,7 +82,7 @@ async function addSaved() {
 app.registerExtension({
     name: "continual-concepts.banks",
     setup() {
-        api.addEventListener("executed", ({ detail }) => isOf(nodeOf(detail.node), SAVE) && addSaved());
+        api.addEventListener("executed", ({ detail }) => isOf(nodeOf(detail.node), SAVE) && addSaved().catch(console.warn));
         document.addEventListener("drop", event => (place = app.canvas.convertEventToCanvasOffset?.(event)), true);
         const before = app.handleFile; // of files that are dropped or opened
         if (!before) return;

@@ -88,15 +88,17 @@ def _fail(way):
         error = OfALibrary("the graph", "a node")
     elif way == "Local":
         error = Local(*error.args)
+    elif way == "Gone":
+        error = type(way, (Exception,), {})(*error.args)
     else:
-        error.lock = threading.Lock()
+        error.held = threading.Lock() if way == "Exception" else lambda: None
     raise error
 
 
 @forks
-@pytest.mark.parametrize("way", ["OfALibrary", "Local", "Exception"])
+@pytest.mark.parametrize("way", ["OfALibrary", "Local", "Gone", "Exception", "Exception with a function"])
 def test_an_error_that_cannot_be_passed_on_is_told(way):
-    told = pytest.raises(RuntimeError, match=rf"{way}: the graph lacks a node")
+    told = pytest.raises(RuntimeError, match=rf"{way.partition(' ')[0]}: the graph lacks a node")
     with told, _started([(_fail, way)]) as pool:
         while pool.running:
             pool.finished()

@@ -100,3 +100,20 @@ def test_notes_go_to_the_page_that_runs_the_graph_as_it_reads_them(pack, monkeyp
     page.client_id = None
     progress.say("7", "nobody looks")
     assert len(sent) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_node_that_stops_says_where(below, error):
+    """The page keeps the last status."""
+    from continual_concepts.nodes.progress import say, stop_told
+
+    with pytest.raises(error), stop_told("7"):
+        say("7", "step 16 of 400, loss 0.976, 2 min 40 s left\nonly 2 photos")
+        raise error
+    assert below.texts["7"] == "stopped: step 16 of 400\nonly 2 photos"
+    with stop_told("7"):
+        say("7", "step 400 of 400, loss 0.2")
+    assert below.texts["7"] == "step 400 of 400, loss 0.2"
+    with pytest.raises(error), stop_told("8"):      # it had said nothing
+        raise error
+    assert "8" not in below.texts

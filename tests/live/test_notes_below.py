@@ -96,29 +96,80 @@ def test_a_note_has_the_height_that_it_needs(page):
     assert shown["y"] + shown["height"] <= bottom + 2
 
 
+def begin_run(page, *nodes: str, cached: tuple[str, ...] = ()) -> None:
+    """A run of these nodes begins."""
+    queue = {"queue_running": [[0, "2", {node: {} for node in nodes}, {}, []]], "queue_pending": []}
+    page.route("**/api/queue", lambda route: route.fulfill(json=queue))
+    send(page, "execution_start", {"prompt_id": "2"})
+    page.wait_for_timeout(400)
+    page.unroute("**/api/queue")
+    send(page, "execution_cached", {"nodes": list(cached), "prompt_id": "2"})
+
+
 @pytest.mark.parametrize("ended", ["execution_interrupted", "execution_error"])
 def test_after_an_interrupted_run_no_note_speaks_of_what_did_not_happen(page, ended):
+    """Nodes that did not run lose their notes of earlier runs, those of other runs keep them. The node that
+    stopped says so itself."""
     learner = add(page, "ConceptLearner")
-    save = page.evaluate("""() => {
-        const node = LiteGraph.createNode('ConceptBankSave'); app.graph.add(node); node.pos = [1000, 200];
+    saves = [page.evaluate("""y => {
+        const node = LiteGraph.createNode('ConceptBankSave'); app.graph.add(node); node.pos = [1000, y];
         return String(node.id);
-    }""")
-    write(page, save, "my-concepts.safetensors: <rex>")
-    send(page, "execution_start", {"prompt_id": "2"})
-    send(page, "execution_cached", {"nodes": [], "prompt_id": "2"})
+    }""", y) for y in (100, 500, 900)]
+    for name, save in zip(("waits", "cached", "other"), saves, strict=True):
+        write(page, save, f"{name}.safetensors: <rex>")
+    begin_run(page, learner, *saves[:2], cached=(saves[1],))
     send(page, "executing", learner)
-    write(page, learner, "step 16 of 400")
+    write(page, learner, "stopped: step 16 of 400")
     send(page, ended, {"node_id": learner, "prompt_id": "2", "executed": []})
     page.wait_for_timeout(500)
-    assert page.get_by_text("my-concepts.safetensors: <rex>").count() == 0
-    assert page.get_by_text("step 16 of 400").count() == 0
+    shown = [page.get_by_text(text).count() for text in ("waits.saf", "cached.saf", "other.saf", "stopped: ")]
+    assert shown == [0, 1, 1, 1]
+
+
+def test_a_note_below_a_subgraph_goes_as_well(page):
+    node = add(page, "ConceptBankSave")
+    page.evaluate("""async id => {
+        app.canvas.deselectAll(); app.canvas.select(app.graph.getNodeById(id));
+        await app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph');
+    }""", node)
+    page.wait_for_timeout(800)
+    outer = page.evaluate("String(app.graph._nodes[0].id)")
+    inner = page.evaluate("String(app.graph._nodes[0].subgraph._nodes[0].id)")
+    before = page.evaluate(HEIGHT, outer)
+    for _ in range(2):
+        write(page, f"{outer}:{inner}", LONG)
+        write(page, outer, LONG)
+        assert page.get_by_text("warning 2").count() == 1
+        assert page.evaluate(SAVED, outer) == pytest.approx(before, abs=2)
+        send(page, "execution_start", {"prompt_id": "2"})
+        send(page, "executing", f"{outer}:{inner}")
+        page.wait_for_timeout(800)
+        assert page.get_by_text("warning 2").count() == 0 and not page.errors
+        assert page.evaluate(HEIGHT, outer) == pytest.approx(before, abs=2)
+        assert page.evaluate(SAVED, outer) == pytest.approx(before, abs=2)
+
+
+def test_a_person_may_resize_a_node_while_it_writes(page):
+    node = add(page, "ConceptBankSave")
+    before = page.evaluate(HEIGHT, node)
+    write(page, node, LONG)
+    page.evaluate("""id => { const node = app.graph.getNodeById(id);
+        node.setSize([node.size[0], node.size[1] + 150]); }""", node)
+    page.wait_for_timeout(800)
+    write(page, node, LONG + " again")
+    write(page, node, "short")
+    assert page.evaluate(SAVED, node) == pytest.approx(before + 150, abs=40)
+    send(page, "executing", node)
+    page.wait_for_timeout(800)
+    assert page.evaluate(HEIGHT, node) == pytest.approx(before + 150, abs=40)
+    send(page, "progress_text", {"nodeId": node, "text": "of another extension"})
+    page.wait_for_timeout(800)
+    assert page.evaluate(SAVED, node) >= before
 
 
 def test_notes_of_cached_nodes_stay(page):
     node = add(page, "ConceptBankSave")
     write(page, node, "my-concepts.safetensors: <rex>")
-    for name, detail in (("execution_start", {"prompt_id": "2"}),
-                         ("execution_cached", {"nodes": [node], "prompt_id": "2"}),
-                         ("execution_interrupted", {"node_id": "99", "prompt_id": "2", "executed": []})):
-        send(page, name, detail)
+    begin_run(page, node, "99", cached=(node,))
+    send(page, "execution_interrupted", {"node_id": "99", "prompt_id": "2", "executed": []})
     assert page.get_by_text("my-concepts.safetensors: <rex>").count() == 1
