@@ -63,10 +63,12 @@ def stop_told(node: str | None) -> Iterator[None]:
     ComfyUI's page would keep "step 16 of 400"."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if node in _status:
             status, *notes = _status[node].splitlines()
-            say(node, "\n".join([f"stopped: {status.partition(', ')[0]}", *notes]))
+            cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
+            resumes = "; the next run resumes there" if cancelled and status.startswith("step ") else ""
+            say(node, "\n".join([f"stopped: {status.partition(', ')[0]}{resumes}", *notes]))
         raise
     finally:
         _status.pop(node, None)

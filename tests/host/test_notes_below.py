@@ -102,15 +102,19 @@ def test_notes_go_to_the_page_that_runs_the_graph_as_it_reads_them(pack, monkeyp
     assert len(sent) == 2
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_node_that_stops_says_where(below, error):
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_node_that_stops_says_where(below, cancelled):
     """The page keeps the last status."""
+    from comfy.model_management import InterruptProcessingException
+
     from continual_concepts.nodes.progress import say, stop_told
 
+    error = InterruptProcessingException if cancelled else ValueError
     with pytest.raises(error), stop_told("7"):
         say("7", "step 16 of 400, loss 0.976, 2 min 40 s left\nonly 2 photos")
         raise error
-    assert below.texts["7"] == "stopped: step 16 of 400\nonly 2 photos"
+    where = "step 16 of 400; the next run resumes there" if cancelled else "step 16 of 400"
+    assert below.texts["7"] == f"stopped: {where}\nonly 2 photos"
     with stop_told("7"):
         say("7", "step 400 of 400, loss 0.2")
     assert below.texts["7"] == "step 400 of 400, loss 0.2"
