@@ -180,7 +180,7 @@ def test_g7_the_sentence_is_shown_on_the_node_that_runs(pack, monkeypatch):
 
     shown = []
     monkeypatch.setattr(progress, "_send", lambda node, text: shown.append((node, text)))
-    with CurrentNodeContext("prompt", "7"):
+    with CurrentNodeContext("a run of its own", "7"):
         progress.tell("one sentence")
     progress.tell("another, without a run")
     assert shown == [("7", "one sentence")]
