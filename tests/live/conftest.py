@@ -251,7 +251,7 @@ def browser(server):
 @pytest.fixture(scope="module")
 def open_page(browser, server):
     """open_page(width, height): ComfyUI's page with the settings of a new person, whatever tests before
-    changed. `errors` collects what goes wrong on the page."""
+    changed. `errors` collects what goes wrong on the page; `render(True)` switches to Nodes 2.0."""
     pages = []
 
     def open_one(width: int = 1800, height: int = 1050):
@@ -260,6 +260,8 @@ def open_page(browser, server):
         pages.append(page)
         page.set_default_timeout(60_000)
         page.errors = []
+        page.render = lambda vue: page.evaluate(
+            "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", vue)
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.goto(server.url, wait_until="load", timeout=180_000)
         page.wait_for_function(READY, timeout=180_000)

@@ -11,7 +11,6 @@ pytestmark = pytest.mark.slow
 
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 FIRST = next(path for path in WORKFLOWS if path.stem.startswith("02"))
-RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 ADD = """() => {
     app.graph.clear();
     app.graph.add(LiteGraph.createNode('ConceptLearner'));
@@ -42,7 +41,7 @@ def tab(open_page):
 
 @pytest.fixture
 def page(tab):
-    tab.evaluate(RENDER, False)
+    tab.render(False)
     tab.errors.clear()
     return tab
 
@@ -84,7 +83,7 @@ def test_a_text_over_a_wire_takes_one_line(page):
 
 
 def test_a_new_node_in_nodes_2_is_as_high_as_its_visible_inputs(page):
-    page.evaluate(RENDER, True)
+    page.render(True)
     page.evaluate(ADD)
     page.wait_for_timeout(1500)
     captions = page.locator("[data-node-id] textarea").first.bounding_box()
@@ -133,7 +132,7 @@ def test_a_graph_that_was_saved_with_all_inputs_in_sight_keeps_them(page):
 
 def test_the_learner_is_short_in_the_new_renderer_too(page):
     """The button is ComfyUI's own there. The height follows the inputs that are shown."""
-    page.evaluate(RENDER, True)
+    page.render(True)
     graph = json.loads(FIRST.read_text(encoding="utf-8"))
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.wait_for_timeout(1500)

@@ -21,7 +21,6 @@ ADD = """async empty => {
     app.graph.setDirtyCanvas(true, true);
 }"""
 NODE = "app.graph._nodes.find(n => n.type === 'ConceptRegionsDraw')"
-RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 VALUE = f"{NODE}.widgets.find(w => w.name === 'drawing').value"
 
 
@@ -34,7 +33,7 @@ def tab(open_page):
 @pytest.fixture(params=["classic", "vue"])
 def page(tab, request):
     """A new node, alone in the graph, in one of the renderers; nothing may go wrong on the page."""
-    tab.evaluate(RENDER, request.param == "vue")
+    tab.render(request.param == "vue")
     tab.evaluate(ADD, EMPTY)
     tab.renderer = request.param
     ready(tab)

@@ -13,7 +13,6 @@ from continual_concepts.core.interop.sharing import share
 
 pytestmark = pytest.mark.slow
 
-RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 DROP = """([files, x, y]) => {
     const transfer = new DataTransfer();
     for (const [name, content] of files) {
@@ -45,7 +44,7 @@ def page(tab, request, server):
     """An empty graph in one of the renderers, and no stored bank."""
     for stored in (server.base / "output" / "concept_banks").glob("*.safetensors"):
         stored.unlink()
-    tab.evaluate(RENDER, request.param == "vue")
+    tab.render(request.param == "vue")
     tab.evaluate("() => { app.graph.clear(); app.extensionManager.toast.removeAll(); }")
     tab.wait_for_function("!document.querySelector('.p-toast-message')")
     tab.errors.clear()

@@ -13,7 +13,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
-RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 OPEN = "([graph, name]) => app.loadGraphData(graph, true, true, name, {openSource: 'template'})"
 SMALLEST_FONT = 8      # below this size, the classic renderer draws grey boxes in place of words
 SMALL_WINDOW, WIDE_WINDOW = (1400, 880), (1920, 950)
@@ -66,7 +65,7 @@ def tab(open_page, server, comfyui_folder):
 
 @pytest.fixture(params=["classic", "vue"])
 def page(tab, request):
-    tab.evaluate(RENDER, request.param == "vue")
+    tab.render(request.param == "vue")
     tab.renderer = request.param
     tab.errors.clear()
     return tab
@@ -75,7 +74,7 @@ def page(tab, request):
 @pytest.fixture(scope="module")
 def small_window(open_page):
     page = open_page(*SMALL_WINDOW)
-    page.evaluate(RENDER, False)
+    page.render(False)
     return page
 
 

@@ -8,7 +8,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 ADD = """type => {
     app.graph.clear();
     const node = LiteGraph.createNode(type);
@@ -30,7 +29,7 @@ def tab(open_page):
 
 @pytest.fixture(params=["classic", "vue"])
 def page(request, tab):
-    tab.evaluate(RENDER, request.param == "vue")
+    tab.render(request.param == "vue")
     tab.wait_for_timeout(800)
     tab.errors.clear()
     return tab

@@ -9,7 +9,6 @@ from continual_concepts.core.bank.format import save_bank
 
 pytestmark = pytest.mark.slow
 
-RENDER = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 GRAPH = """name => {
     app.graph.clear();
     const [load, save] = ['ConceptBankLoad', 'ConceptBankSave'].map((type, index) => {
@@ -47,7 +46,7 @@ def tab(open_page, server, layout, make_concept):
 def page(tab, request, server):
     for stored in (server.base / "output" / "concept_banks").glob("again*"):
         stored.unlink()
-    tab.evaluate(RENDER, request.param == "vue")
+    tab.render(request.param == "vue")
     tab.evaluate("() => app.refreshComboInNodes()")
     tab.errors.clear()
     yield tab

@@ -31,7 +31,7 @@ def tab(open_page):
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 def test_each_of_our_nodes_becomes_a_subgraph(tab, vue):
-    tab.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", vue)
+    tab.render(vue)
     tab.wait_for_timeout(800)
     tab.errors.clear()
     done, failed = set(), []
