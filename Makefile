@@ -11,7 +11,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 
 TESTS ?= tests
 
-.PHONY: demo test test-oldest verify lint docs clean
+.PHONY: demo test test-slow test-oldest verify lint docs clean
 
 demo: $(READY)
 	$(BIN)/continual-concepts demo --output demo $(if $(BASE),--base embedded-$(BASE:embedded-%=%))
@@ -21,7 +21,12 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not host and not live" \
 	  --ignore=tests/host --ignore=tests/live $(TESTS)
 
-# The same with the oldest versions that pyproject.toml declares. That pytest cannot import the helpers of the host tests.
+# What make test leaves out, because it takes more than a few seconds or is one of many cases of a kind.
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "slow and not host and not live" \
+	  --ignore=tests/host --ignore=tests/live $(TESTS)
+
+# make test with the oldest versions that pyproject.toml declares. That pytest cannot import the helpers of the host tests.
 test-oldest: $(OLDEST_READY)
 	OMP_NUM_THREADS=1 $(OLDEST)/python -I -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" --ignore=tests/host --ignore=tests/live $(TESTS)
 

@@ -253,6 +253,9 @@ def pictures_of(plan: Plan, way: str, folder: Path) -> Pictures:
 
 
 def noun_job(plan: Plan) -> list[Tensor]:
-    """Draws the class noun of every concept with the base alone."""
-    nothing = ConceptBank(plan.backbone.layout)
-    return [_sampled(plan, nothing, task.noun_prompts, plan.alone) for task in plan.tasks]
+    """Draws the class noun of every concept with the base alone. Concepts of one class share pictures."""
+    nothing, drawn = ConceptBank(plan.backbone.layout), {}
+    for prompts in (task.noun_prompts for task in plan.tasks):
+        if prompts not in drawn:
+            drawn[prompts] = _sampled(plan, nothing, prompts, plan.alone)
+    return [drawn[task.noun_prompts] for task in plan.tasks]

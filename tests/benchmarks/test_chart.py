@@ -39,6 +39,7 @@ def test_a_picture_is_drawn(tmp_path, made):
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
+@pytest.mark.slow
 def test_the_same_result_gives_the_same_picture(tmp_path):
     files = [tmp_path / f"{name}.png" for name in ("one", "two", "other")]
     for file, runs in zip(files, (RUNS, RUNS, [*RUNS[:2], run("ewc")]), strict=True):

@@ -67,6 +67,7 @@ def test_training_figures(host, monkeypatch):
     assert len(lines) == len(names) + 1
 
 
+@pytest.mark.slow
 def test_planned_and_measured_memory(tiny_backbone):
     host, lines = ToyHost(tiny_backbone), []
     found = memory_cost.measure(host, 1, lines.append)

@@ -56,6 +56,7 @@ def strangers(concept, count=PICTURES):
     return to_tensor(pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["encoder", "template"])
 def test_held_out_pictures_are_told_from_all_others(judges, tasks, name):
     table = torch.cat([judges[name].scores(task.held_out[:PICTURES], NAMES) for task in tasks])
@@ -90,6 +91,7 @@ def test_a_mirrored_thing_is_the_same_thing(judges, tasks):
     assert torch.allclose(there, mirrored, atol=0.05)
 
 
+@pytest.mark.slow
 def test_larger_pictures_are_judged_as_well(judges, tasks):
     large = [assignment_of(TEN[i], seed=7 + i, size=128) for i in (0, 5)]
     judge = TemplateJudge(TEN, large)

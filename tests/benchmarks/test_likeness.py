@@ -79,6 +79,7 @@ def test_most_runs_have_to_reach_the_level():
                            )["lora"]["seconds_to_level"] is None
 
 
+@pytest.mark.slow
 def test_the_command_compares_on_one_base(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(embedded, "SETTINGS", replace(embedded.SETTINGS, steps=1))
     for name, marks in (("MARKS", (1, 2)), ("OTHER_MARKS", (1, 2)), ("RATES", (1e-3,)), ("PICTURES", 1)):

@@ -35,6 +35,7 @@ def test_equal_prompts_share_all_and_strangers_nothing():
     assert shares_of_first(strangers, 1) == ([1, 0, 0], [1, 1, 0])
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_and_a_picture(tmp_path, monkeypatch, capsys):
     few = partial(neuron_sharing.neuron_sharing,
                   prompts=("a photo of a dog", "a cat at night", "a photo of a dog"), firsts=2)

@@ -177,6 +177,7 @@ def command(folder, tmp_path, models, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_on_photos(command, capsys, monkeypatch):
     code, file = command()
     assert code == 0, capsys.readouterr().err

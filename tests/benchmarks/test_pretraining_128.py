@@ -93,6 +93,7 @@ def test_a_flow_goes_on_from_a_base_file(transformer_base, joint_base, tmp_path)
         denoisers.modules_of("transformer", joint_base)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", list(stages.FLOWS))
 def test_the_library_draws_what_the_training_draws(request, kind, monkeypatch):

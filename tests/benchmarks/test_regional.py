@@ -210,6 +210,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, expected):
     assert expected in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path, capsys, monkeypatch):
     """Two concepts on small pictures, each learned from few photos."""
     monkeypatch.setattr(base, "load_base", cache(base.load_base))      # both runs of the command use it

@@ -260,6 +260,7 @@ def test_word_bound_concepts_do_not_change_the_base(run):
     assert run(Run("bound", 1, 0, 0), places=[0])["base_change"] == 0
 
 
+@pytest.mark.slow
 def test_sampling_overrides_use_the_same_bank_without_learning_again(run, monkeypatch, tmp_path):
     """Every mode's figures from the bank of the usual run equal those of a run that learned for itself."""
     whole = run(Run("cidm", 3, 0, 0), tmp_path / "shared")
