@@ -44,10 +44,14 @@ def _end_with_parent() -> None:
 
 
 def _begin_process(counter: Synchronized) -> None:
-    """Prepares a process. Ctrl-C and a closed terminal reach all of them; the first one ends the others."""
-    for number in (signal.SIGINT, *_stopping()):
+    """Prepares a process. Ctrl-C and a closed terminal reach all of them; the first one ends the others.
+
+    That is by SIGTERM, which is ignored at no time: it may come at once, and whoever missed it would wait
+    forever for a lock of one that ended.
+    """
+    for number in {signal.SIGINT, *_stopping()} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)      # by which the first one ends them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _begin(counter)

@@ -13,10 +13,11 @@ from concurrent.futures import wait
 from multiprocessing import active_children, get_context
 
 import pytest
+import torch
 
 from continual_concepts.core.cli import commands, demo
 from continual_concepts.core.cli.parser import main
-from continual_concepts.core.cli.workers import Workers, stopped_as_by_ctrl_c
+from continual_concepts.core.cli.workers import Steps, Workers, _begin_process, stopped_as_by_ctrl_c
 from continual_concepts.core.errors import ConceptError
 
 forks = pytest.mark.skipif(sys.platform != "linux", reason="forks need Linux")
@@ -102,6 +103,17 @@ def test_an_error_that_cannot_be_passed_on_is_told(way):
     with told, _started([(_fail, way)]) as pool:
         while pool.running:
             pool.finished()
+
+
+def test_a_new_process_ignores_at_no_time_the_signal_that_ends_it(monkeypatch):
+    """One that did so for a moment lived on, and waited forever for a lock of one that ended."""
+    calls = []
+    monkeypatch.setattr(signal, "signal", lambda *call: calls.append(call))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(Steps, "counter", None)
+    _begin_process(None)
+    assert [action for number, action in calls if number == signal.SIGTERM] == [signal.SIG_DFL]
+    assert (signal.SIGINT, signal.SIG_IGN) in calls
 
 
 def _killed_parent(said):
