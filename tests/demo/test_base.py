@@ -23,6 +23,7 @@ from continual_concepts.core.demo.judges import at_encoder_size, held_out_prompt
 from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.sampling.sampling import sample
 from continual_concepts.core.sampling.settings import SampleSettings
+from continual_concepts.tests.quick import thinned
 
 SITES = {"embedded-dit": [f"blocks.{number}.cross_attn" for number in range(10)],
          "embedded-joint": ["double_blocks.0", "double_blocks.1",
@@ -111,6 +112,7 @@ def test_a_scene_is_a_function_of_its_seed():
     assert (scenes.sample(random.Random(5))[0] == scenes.sample(random.Random(5))[0]).all()
 
 
+@pytest.mark.parametrize("name", thinned(TRAINED, lambda place: place == 1), indirect=True)
 def test_captions_are_followed(base):
     """A quick check, below the figures of the benchmark `base`, so that a broken file cannot pass."""
     wishes = held_out_prompts(4, seed=5)

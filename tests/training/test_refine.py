@@ -30,6 +30,7 @@ from continual_concepts.core.training.refinement import (
 )
 from continual_concepts.core.training.trainer import Trainer
 from continual_concepts.tests.comparing import same
+from continual_concepts.tests.quick import thinned
 
 REFINABLE = sorted(name for name, entry in METHODS.items() if entry.method.refinable)
 OTHERS = sorted(set(METHODS) - set(REFINABLE))
@@ -315,9 +316,10 @@ def test_replayed_pictures_count_twice_and_other_prior_pictures_once(slim_backbo
     assert weights == {"photo": 1.0, "replayed": 0.5, "other": 0.25}
 
 
-@pytest.mark.parametrize("method, training", [
+@pytest.mark.parametrize(("method", "training"), thinned([
     ("slots", {}), ("cidm", {"batch_size": 1}), ("tara", {"caption_dropout": 0.5}),
-    ("bound", {"precision": "bfloat16", "min_snr_gamma": 5.0, "gradient_checkpointing": True})])
+    ("bound", {"precision": "bfloat16", "min_snr_gamma": 5.0, "gradient_checkpointing": True})
+], lambda place: place % 2 == 0))
 def test_a_stopped_refinement_resumes_bit_for_bit(slim_backbone, learned, tmp_path, method, training):
     file, bank = tmp_path / "run.safetensors", learned(method)
     whole = refine(slim_backbone, bank, **training)
