@@ -28,7 +28,15 @@ class UsageError(SystemExit):
 class Parser(argparse.ArgumentParser):
     """A parser whose usage errors are one sentence. Commands added to it are such parsers, too."""
 
+    below: Any = None      # what `add_subparsers` returned
+
+    def add_subparsers(self, **named: Any) -> Any:
+        self.below = super().add_subparsers(**named)
+        return self.below
+
     def error(self, message: str) -> NoReturn:
+        if self.below is not None and message.endswith(f"are required: {self.below.dest}"):
+            message += f" (one of {', '.join(self.below.choices)})"
         sentence = f"{message}; see '{self.prog} --help'"
         print(f"{self.prog}: {sentence}", file=sys.stderr)
         raise UsageError(sentence)

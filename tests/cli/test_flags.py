@@ -52,6 +52,15 @@ def test_help_offers_the_bases_that_ship():
                 assert offered == set(NAMES) - {EMBEDDED}, name
 
 
+@pytest.mark.parametrize(("typed", "missing"), [([], "command (one of demo, learn,"),
+                                                (["bank"], "action (one of list, verify,")])
+def test_a_missing_command_is_told_with_all_that_there_are(typed, missing, capsys):
+    with pytest.raises(SystemExit):
+        main(typed)
+    told = capsys.readouterr().err
+    assert f"are required: {missing}" in told and told.count("\n") == 1
+
+
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
