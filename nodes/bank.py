@@ -29,7 +29,7 @@ from .folders import (
 )
 from .images import judge
 from .inputs import fingerprint, valid
-from .progress import written_below
+from .progress import bank_saved, written_below
 from .schema import Schema
 
 register_folders()
@@ -131,6 +131,7 @@ class ConceptBankSave(io.ComfyNode):
             change_bank(path, change)
         except WriteError as error:
             raise saved_elsewhere(error, path, bank) from error
+        bank_saved()
         _remove_finished_runs(bank)
         names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
         return io.NodeOutput(ui=written_below([f"{path.name}: {names}"]))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -25,15 +26,27 @@ SHOWN = 512      # maximum longer side of a preview in pixels
 
 
 NOTE = "continual-concepts.note"      # the event before each text, by which notes.js knows ours
+SAVED = "continual-concepts.bank-saved"      # the event after which banks.js reads the lists of banks
 
 
-def _send(node: str, text: str) -> None:
+def _server() -> Any:
     module = sys.modules.get("server")      # importing it would start parts of a server
-    server = getattr(getattr(module, "PromptServer", None), "instance", None)
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def _send(node: str, text: str, by: str) -> None:
+    """Writes a text under a node. by: the node whose text it is, which may be inside of that one."""
+    server = _server()
     page = getattr(server, "client_id", None)      # other pages may have a node of this id
     if server is not None and page is not None:
-        server.send_sync(NOTE, {"node": node}, page)
+        server.send_sync(NOTE, {"node": node, "by": by}, page)
         server.send_progress_text(escape(text, quote=False), node, page)
+
+
+def bank_saved() -> None:
+    """Tells all pages, whose lists of banks then have it."""
+    if (server := _server()) is not None:
+        server.send_sync(SAVED, {})
 
 
 def _levels(node: str) -> list[str]:
@@ -42,7 +55,21 @@ def _levels(node: str) -> list[str]:
     return [":".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
-_status: dict[str | None, str] = {}      # node -> what it said last
+_status: dict[str | None, tuple[str | None, str]] = {}      # node -> its prompt's id, and what it said last
+
+
+def _prompt() -> str | None:
+    """The id of the prompt that runs now."""
+    running = get_executing_context()
+    return None if running is None else running.prompt_id
+
+
+def _stopped(status: str, is_cancelled: bool) -> str:
+    """Where a node stopped, of its last status: up to its step, if it has one."""
+    parts = status.split(", ")
+    steps = [place for place, part in enumerate(parts) if part.startswith("step ")]
+    where = ", ".join(parts[:steps[0] + 1]) if steps else parts[0]
+    return f"stopped: {where}" + ("; the next run resumes there" if steps and is_cancelled else "")
 
 
 def say(node: str | None, text: str) -> None:
@@ -51,10 +78,11 @@ def say(node: str | None, text: str) -> None:
     The page reads the line as HTML, so names such as <rex> are escaped. If the node is in a subgraph, the
     line stands under the subgraph's node as well.
     """
-    if node is not None:
-        _status[node] = text
-    for level in [] if node is None else _levels(node):
-        _send(level, text)
+    if node is None:
+        return
+    _status[node] = _prompt(), text
+    for level in _levels(node):
+        _send(level, text, node)
 
 
 @contextmanager
@@ -64,11 +92,11 @@ def stop_told(node: str | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if node in _status:
-            status, *notes = _status[node].splitlines()
-            cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
-            resumes = "; the next run resumes there" if cancelled and status.startswith("step ") else ""
-            say(node, "\n".join([f"stopped: {status.partition(', ')[0]}{resumes}", *notes]))
+        prompt, text = _status.get(node, (None, ""))
+        if text and prompt == _prompt():      # an earlier prompt may have had another node of this id
+            status, *notes = text.splitlines()
+            is_cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
+            say(node, "\n".join([_stopped(status, is_cancelled), *notes]))
         raise
     finally:
         _status.pop(node, None)
@@ -86,7 +114,7 @@ def _add_below(lines: Sequence[str]) -> None:
         prompt, before = _below.get(level, ("", []))
         written = list(dict.fromkeys([*(before if prompt == running.prompt_id else []), *lines]))
         _below[level] = running.prompt_id, written
-        _send(level, "\n".join(written))
+        _send(level, "\n".join(written), running.node_id)
 
 
 def tell(text: str) -> None:

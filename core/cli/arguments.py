@@ -16,6 +16,8 @@ from ..settings import Limit, read_bool, read_setting, settings_of
 
 KIND_HELP = "object: a person, animal or thing; style: how pictures look (default %(default)s)"
 
+LARGEST = 16384      # side of a picture in pixels, as in ComfyUI
+
 
 class UsageError(SystemExit):
     """Ends the program, because the arguments are not understood. The sentence is on stderr already."""
@@ -101,7 +103,7 @@ def whole(limit: Limit) -> Callable[[str], int]:
 
 
 def _is_side(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 20 and int(text) >= 8
+    return text.isascii() and text.isdecimal() and len(text) < 20 and 8 <= int(text) <= LARGEST
 
 
 def width_and_height(text: str) -> tuple[int, int]:
@@ -109,7 +111,7 @@ def width_and_height(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(_is_side(side) for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a side or WIDTHxHEIGHT in "
-                                         "pixels, 8 or more each, such as 128 or 256x128")
+                                         f"pixels, 8 to {LARGEST} each, such as 128 or 256x128")
     return int(sides[0]), int(sides[-1])
 
 

@@ -86,10 +86,16 @@ def stopped_as_by_ctrl_c() -> Iterator[None]:
 def _can_be_passed_on(error: BaseException) -> bool:
     """Whether another process can rebuild an error, in the way in which the pool passes it on."""
     try:
-        ForkingPickler.loads(ForkingPickler.dumps(error))
+        return isinstance(ForkingPickler.loads(ForkingPickler.dumps(error)), BaseException)
     except Exception:
         return False
-    return True
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "its text cannot be read"
 
 
 def _with_told_error(job: Callable, *arguments: object) -> object:
@@ -101,7 +107,7 @@ def _with_told_error(job: Callable, *arguments: object) -> object:
         if _can_be_passed_on(error):
             raise
         kind = type(error)
-        raise RuntimeError(f"{kind.__module__}.{kind.__qualname__}: {error}") from error
+        raise RuntimeError(f"{kind.__module__}.{kind.__qualname__}: {_text_of(error)}") from error
 
 
 @contextmanager

@@ -5,10 +5,10 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { bankIn, checkFile, described } from "./banks_file.js";
-import { isOf, nodeOf, widgetOf } from "./widgets.js";
+import { isOf, widgetOf } from "./widgets.js";
 
 const NODE = "ConceptBankLoad";
-const SAVE = "ConceptBankSave";
+const SAVED = "continual-concepts.bank-saved"; // sent by the server
 const FOLDER = "concept_banks";
 
 let place; // of the last drop, in the graph's coordinates; some versions of the page do not know it
@@ -73,16 +73,21 @@ function nodesOf(graph) {
 async function addSaved() {
     const answer = await api.fetchApi(`/object_info/${NODE}`);
     const found = listIn((await answer.json())[NODE]) ?? [];
-    const shown = nodesOf(app.rootGraph ?? app.graph).filter(node => isOf(node, NODE));
-    const lists = [listIn(window.LiteGraph.registered_node_types[NODE]?.nodeData),
-        ...shown.map(node => widgetOf(node, "bank_name")?.options?.values)];
-    for (const list of lists.filter(Array.isArray)) list.push(...found.filter(name => !list.includes(name)));
+    const later = listIn(window.LiteGraph.registered_node_types[NODE]?.nodeData) ?? [];
+    const known = new Set([...found, ...later]);
+    // a subgraph may show the input of a node in it, under a name of its own
+    const isOurs = (node, { name, options }) => isOf(node, NODE) ? name === "bank_name"
+        : node.subgraph && options?.values?.length && Array.from(options.values).every(value => known.has(value));
+    const shown = nodesOf(app.rootGraph ?? app.graph)
+        .flatMap(node => (node.widgets ?? []).filter(widget => isOurs(node, widget)))
+        .map(widget => widget.options?.values);
+    for (const list of [later, ...shown].filter(Array.isArray)) list.push(...found.filter(name => !list.includes(name)));
 }
 
 app.registerExtension({
     name: "continual-concepts.banks",
     setup() {
-        api.addEventListener("executed", ({ detail }) => isOf(nodeOf(detail.node), SAVE) && addSaved().catch(console.warn));
+        api.addEventListener(SAVED, () => addSaved().catch(console.warn));
         document.addEventListener("drop", event => (place = app.canvas.convertEventToCanvasOffset?.(event)), true);
         const before = app.handleFile; // of files that are dropped or opened
         if (!before) return;

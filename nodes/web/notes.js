@@ -14,11 +14,12 @@ const LINE = 17;
 const BORDER = 26; // above and below the lines
 const SETTLED = 400; // milliseconds after which Nodes 2.0 has measured a node
 
-// A node's id -> {node, isFresh: of the run that goes on now, grown: by how much the text made the node higher,
-// isPending: a text is not measured yet, at: the node's height before it}
+// A node's id -> {node, by: ids of the nodes whose text it is, which may be inside of this one, run: the number of the run
+// that it is of, grown: by how much the text made the node higher, isPending: a text is not measured yet, at: the node's
+// height before it, shape: stands for the room that the text takes}. Two instances of a subgraph share the notes in it.
 const notes = new Map();
 const noteOf = new WeakMap(); // node -> its note, or null; nodes in it save their size without the text
-let inRun = new Set(); // ids of all nodes of the run that goes on now
+let run = { number: 0, nodes: Promise.resolve(new Set()) }; // the one that goes on now, and the ids of all its nodes
 
 function textOf(node) {
     return node?.widgets?.find((widget) => widget.name === WIDGET);
@@ -41,8 +42,14 @@ function heightOf(text, width) {
 function measure(note) {
     const widget = textOf(note.node);
     if (!note.isPending || !widget?.options) return;
+    const isClassic = !window.LiteGraph?.vueNodesMode;
+    if (isClassic && note.node.flags?.collapsed) return; // it grows when it is opened
     note.isPending = false;
-    if (!window.LiteGraph?.vueNodesMode) {
+    const shape = heightOf(widget.value ?? "", 300);
+    const isAsBefore = note.shape === shape && (isClassic || note.grown > 0); // Nodes 2.0 may not have measured it yet
+    note.shape = shape;
+    if (isAsBefore) return; // whatever changed the height since `begin` was a person
+    if (isClassic) {
         widget.options.getMinHeight = () => heightOf(widget.value ?? "", note.node.size[0]);
         const needed = note.node.computeSize()[1];
         if (needed > note.node.size[1]) setHeight(note.node, needed);
@@ -64,12 +71,13 @@ function saveWithout(note) {
     noteOf.set(node, note);
 }
 
-function begin(id) {
+function begin(id, by) {
     const node = nodeOf(id);
     if (!node) return;
-    const known = textOf(node) && notes.get(id)?.node === node ? notes.get(id) : { node, grown: 0 };
+    const known = (textOf(node) && noteOf.get(node)) || { node, grown: 0 };
     if (!known.isPending) Object.assign(known, { isPending: true, at: node.size[1] });
-    known.isFresh = true;
+    if (known.run !== run.number) Object.assign(known, { run: run.number, by: new Set() });
+    known.by.add(by);
     notes.set(id, known);
     saveWithout(known);
 }
@@ -81,59 +89,56 @@ function shown(id) {
     else requestAnimationFrame(() => measure(note));
 }
 
-function remove(id) {
-    const note = notes.get(id);
-    notes.delete(id);
-    const widget = textOf(note?.node);
-    if (noteOf.get(note?.node) === note) noteOf.set(note.node, null);
-    if (!widget || nodeOf(id) !== note.node) return; // the page shows another workflow now
+function remove(note) {
+    const ids = [...notes.keys()].filter((id) => notes.get(id) === note);
+    for (const id of ids) notes.delete(id);
+    const widget = textOf(note.node);
+    if (noteOf.get(note.node) === note) noteOf.set(note.node, null);
+    if (!widget || !ids.some((id) => nodeOf(id) === note.node)) return; // the page shows another workflow now
     measure(note);
     if (note.node.removeWidget) note.node.removeWidget(widget);
     else note.node.widgets.splice(note.node.widgets.indexOf(widget), 1);
     if (note.grown) setHeight(note.node, Math.max(note.node.computeSize()[1], note.node.size[1] - note.grown));
 }
 
-/** The subgraphs that hold a node show its texts, too. */
-function levels(id) {
-    const parts = String(id).split(":");
-    return parts.map((_, index) => parts.slice(0, parts.length - index).join(":"));
+function removeWhere(isWrong) {
+    for (const note of new Set(notes.values())) if (isWrong(note)) remove(note);
 }
 
-function isInRun(id) {
-    return [...inRun].some((node) => levels(node).includes(id));
+/** The ids of all nodes of a run. A short one may be over when the server answers. */
+async function nodesIn(prompt) {
+    const read = async (path) => (await api.fetchApi(path)).json();
+    const running = (await read("/queue")).queue_running?.find(([, id]) => id === prompt);
+    const [, , graph] = running ?? (await read(`/history/${prompt}`))[prompt]?.prompt ?? [];
+    return new Set(Object.keys(graph ?? {}));
 }
 
-async function readRun(prompt) {
-    inRun = new Set();
-    if (!notes.size) return;
-    const queue = await (await api.fetchApi("/queue")).json();
-    const running = queue.queue_running?.find(([, id]) => id === prompt);
-    inRun = new Set(Object.keys(running?.[2] ?? {}));
+/** Notes of nodes that did not come to run would speak of an earlier run. The node that stopped says so itself. */
+async function stopped() {
+    const { number, nodes } = run;
+    const ids = await nodes;
+    removeWhere((note) => note.run < number && [...note.by].some((id) => ids.has(id)));
 }
 
 app.registerExtension({
     name: "continual-concepts.notes",
     async setup() {
         const on = (event, then) => api.addEventListener(event, ({ detail }) => then(detail));
-        on(NOTE, ({ node }) => begin(String(node)));
+        on(NOTE, ({ node, by }) => begin(String(node), String(by ?? node)));
         on("progress_text", ({ nodeId }) => shown(String(nodeId)));
         on("execution_start", ({ prompt_id }) => {
-            for (const note of notes.values()) note.isFresh = false;
-            readRun(prompt_id).catch(console.warn);
+            const unknown = (error) => (console.warn(error), new Set());
+            run = { number: run.number + 1, nodes: notes.size ? nodesIn(prompt_id).catch(unknown) : Promise.resolve(new Set()) };
         });
         on("execution_cached", ({ nodes }) => {
-            for (const id of nodes ?? []) for (const level of levels(id)) if (notes.has(level)) notes.get(level).isFresh = true;
+            const cached = new Set((nodes ?? []).map(String));
+            for (const note of notes.values()) if ([...note.by].every((id) => cached.has(id))) note.run = run.number;
         });
         on("executing", (id) => {
             if (id == null) return;
-            const [own, ...outer] = levels(id);
-            if (notes.has(own)) remove(own);
-            for (const level of outer) if (notes.has(level) && !notes.get(level).isFresh) remove(level);
+            const own = String(id);
+            removeWhere((note) => note.by.has(own) && (notes.get(own) === note || note.run < run.number));
         });
-        // Notes of nodes that did not come to run would speak of an earlier run. The node that stopped says so itself.
-        const stopped = () => {
-            for (const [id, note] of [...notes]) if (!note.isFresh && isInRun(id)) remove(id);
-        };
         on("execution_interrupted", stopped);
         on("execution_error", stopped);
     },

@@ -73,6 +73,35 @@ def test_a_job_that_comes_after_such_an_end_is_one_sentence_too():
         pool.start("late", time.sleep, 0)
 
 
+class Turned(Exception):
+    """Another process would receive something that is no error."""
+
+    def __reduce__(self):
+        return dict, ()
+
+
+class Unreadable(Exception):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = threading.Lock()
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def _fail_oddly(kind):
+    raise kind()
+
+
+@forks
+@pytest.mark.parametrize(("kind", "told"), [(Turned, "Turned: "),
+                                            (Unreadable, "Unreadable: its text cannot be read")])
+def test_odd_errors_are_told_by_their_type(kind, told):
+    with pytest.raises(RuntimeError, match=told), _started([(_fail_oddly, kind)]) as pool:
+        while pool.running:
+            pool.finished()
+
+
 class OfALibrary(Exception):
     """It cannot be rebuilt from its text, so no other process can receive it."""
 

@@ -14,7 +14,7 @@ def below(studio, monkeypatch):
     from continual_concepts.nodes import progress
 
     found = SimpleNamespace(texts={}, running=None)
-    monkeypatch.setattr(progress, "_send", lambda node, text: found.texts.__setitem__(node, text))
+    monkeypatch.setattr(progress, "_send", lambda node, text, by: found.texts.__setitem__(node, text))
     monkeypatch.setattr(progress, "get_executing_context", lambda: found.running)
     monkeypatch.setattr(progress, "_below", {})
 
@@ -95,11 +95,15 @@ def test_notes_go_to_the_page_that_runs_the_graph_as_it_reads_them(pack, monkeyp
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=page))
     monkeypatch.setitem(sys.modules, "server", server)
     progress.say("7", "<rex> & 'mimi'")
-    assert sent == [("continual-concepts.note", {"node": "7"}, "page"),
+    assert sent == [("continual-concepts.note", {"node": "7", "by": "7"}, "page"),
                     ("&lt;rex&gt; &amp; 'mimi'", "7", "page")]
     page.client_id = None
     progress.say("7", "nobody looks")
     assert len(sent) == 2
+    page.client_id, sent[:] = "page", []
+    progress.say("3:7", "inside")
+    assert [data for event, data, _ in sent if event == progress.NOTE] == [
+        {"node": "3:7", "by": "3:7"}, {"node": "3", "by": "3:7"}]
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
@@ -121,3 +125,30 @@ def test_a_node_that_stops_says_where(below, cancelled):
     with pytest.raises(error), stop_told("8"):      # it had said nothing
         raise error
     assert "8" not in below.texts
+
+
+def test_what_another_prompts_node_said_is_not_where_a_node_stopped(below):
+    """Load Concept Photos says how many there are; in another workflow, a learner may have its id."""
+    from continual_concepts.nodes.progress import say, stop_told
+
+    below.run("first", "7")
+    say("7", "5 photos")
+    below.run("second", "7")
+    below.texts.clear()
+    with pytest.raises(ValueError), stop_told("7"):
+        raise ValueError
+    assert not below.texts
+
+
+def test_a_node_that_learns_several_says_which_and_at_what_step_it_stopped(below):
+    from comfy.model_management import InterruptProcessingException
+
+    from continual_concepts.nodes.progress import say, stop_told
+
+    for status, where in (("1 of 2: <mimi>, step 5 of 300, loss 0.3, 1 min left",
+                           "1 of 2: <mimi>, step 5 of 300; the next run resumes there"),
+                          ("2 of 2: <rex>, dog", "2 of 2: <rex>"), ("encoding photos", "encoding photos")):
+        with pytest.raises(InterruptProcessingException), stop_told("7"):
+            say("7", status)
+            raise InterruptProcessingException
+        assert below.texts["7"] == f"stopped: {where}"

@@ -46,9 +46,9 @@ def send(page, name: str, detail) -> None:
     page.wait_for_timeout(100)
 
 
-def write(page, node: str, text: str) -> None:
-    """As `progress.say` does."""
-    send(page, "continual-concepts.note", {"node": node})
+def write(page, node: str, text: str, by: str | None = None) -> None:
+    """As `progress.say` does. by: the node inside of a subgraph whose text it is."""
+    send(page, "continual-concepts.note", {"node": node, "by": by or node})
     send(page, "progress_text", {"nodeId": node, "text": html.escape(text, quote=False)})
     page.wait_for_timeout(1200)
 
@@ -95,18 +95,27 @@ def test_a_note_has_the_height_that_it_needs(page):
     assert shown["y"] + shown["height"] <= bottom + 2
 
 
-def begin_run(page, *nodes: str, cached: tuple[str, ...] = ()) -> None:
-    """A run of these nodes begins."""
-    queue = {"queue_running": [[0, "2", {node: {} for node in nodes}, {}, []]], "queue_pending": []}
-    page.route("**/api/queue", lambda route: route.fulfill(json=queue))
+def answering(answer: dict):
+    return lambda route: route.fulfill(json=answer)
+
+
+def begin_run(page, *nodes: str, cached: tuple[str, ...] = (), is_short: bool = False) -> None:
+    """A run of these nodes begins. is_short: it is over before the server answers the page."""
+    run = [0, "2", {node: {} for node in nodes}, {}, []]
+    answers = {"queue": {"queue_running": [] if is_short else [run], "queue_pending": []},
+               "history/2": {"2": {"prompt": run}} if is_short else {}}
+    for path, answer in answers.items():
+        page.route(f"**/api/{path}", answering(answer))
     send(page, "execution_start", {"prompt_id": "2"})
     page.wait_for_timeout(400)
-    page.unroute("**/api/queue")
+    for path in answers:
+        page.unroute(f"**/api/{path}")
     send(page, "execution_cached", {"nodes": list(cached), "prompt_id": "2"})
 
 
-@pytest.mark.parametrize("ended", ["execution_interrupted", "execution_error"])
-def test_after_an_interrupted_run_no_note_speaks_of_what_did_not_happen(page, ended):
+@pytest.mark.parametrize(("ended", "is_short"), [("execution_interrupted", False), ("execution_error", False),
+                                                 ("execution_error", True)])
+def test_after_an_interrupted_run_no_note_speaks_of_what_did_not_happen(page, ended, is_short):
     """Nodes that did not run lose their notes of earlier runs, those of other runs keep them. The node that
     stopped says so itself."""
     learner = add(page, "ConceptLearner")
@@ -116,7 +125,7 @@ def test_after_an_interrupted_run_no_note_speaks_of_what_did_not_happen(page, en
     }""", y) for y in (100, 500, 900)]
     for name, save in zip(("waits", "cached", "other"), saves, strict=True):
         write(page, save, f"{name}.safetensors: <rex>")
-    begin_run(page, learner, *saves[:2], cached=(saves[1],))
+    begin_run(page, learner, *saves[:2], cached=(saves[1],), is_short=is_short)
     send(page, "executing", learner)
     write(page, learner, "stopped: step 16 of 400")
     send(page, ended, {"node_id": learner, "prompt_id": "2", "executed": []})
@@ -137,15 +146,37 @@ def test_a_note_below_a_subgraph_goes_as_well(page):
     before = page.evaluate(HEIGHT, outer)
     for _ in range(2):
         write(page, f"{outer}:{inner}", LONG)
-        write(page, outer, LONG)
+        write(page, outer, LONG, f"{outer}:{inner}")
         assert page.get_by_text("warning 2").count() == 1
         assert page.evaluate(SAVED, outer) == pytest.approx(before, abs=2)
-        send(page, "execution_start", {"prompt_id": "2"})
+        begin_run(page, f"{outer}:{inner}", f"{outer}:99", cached=(f"{outer}:99",))      # a loader beside it
+        send(page, "executing", f"{outer}:98")
+        page.wait_for_timeout(300)
+        assert page.get_by_text("warning 2").count() == 1
         send(page, "executing", f"{outer}:{inner}")
         page.wait_for_timeout(800)
         assert page.get_by_text("warning 2").count() == 0 and not page.errors
         assert page.evaluate(HEIGHT, outer) == pytest.approx(before, abs=2)
         assert page.evaluate(SAVED, outer) == pytest.approx(before, abs=2)
+
+
+def test_two_instances_of_a_subgraph_share_what_stands_in_it(page):
+    node = add(page, "ConceptBankSave")
+    outer, other, inner = page.evaluate("""async id => {
+        app.canvas.deselectAll(); app.canvas.select(app.graph.getNodeById(id));
+        await app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph');
+        const outer = app.graph._nodes[0], other = LiteGraph.createNode(outer.type);
+        app.graph.add(other);
+        return [outer.id, other.id, outer.subgraph._nodes[0].id].map(String);
+    }""", node)
+    height = "id => app.graph._nodes[0].subgraph.getNodeById(id).size[1]"
+    before = page.evaluate(height, inner)
+    for each in (outer, other):
+        write(page, f"{each}:{inner}", LONG)
+    for each in (outer, other):
+        send(page, "executing", f"{each}:{inner}")
+    page.wait_for_timeout(800)
+    assert page.evaluate(height, inner) == pytest.approx(before, abs=2) and not page.errors
 
 
 def test_a_person_may_resize_a_node_while_it_writes(page):
@@ -164,6 +195,43 @@ def test_a_person_may_resize_a_node_while_it_writes(page):
     send(page, "progress_text", {"nodeId": node, "text": "of another extension"})
     page.wait_for_timeout(800)
     assert page.evaluate(SAVED, node) >= before
+
+
+def test_a_resize_by_hand_between_a_text_and_its_measurement_is_kept(page):
+    """Nodes 2.0 is measured 400 ms after a text. A learner writes more often than that."""
+    node = add(page, "ConceptBankSave")
+    before = page.evaluate(HEIGHT, node)
+    write(page, node, "step 1 of 400")
+    page.evaluate("""async id => {
+        const node = app.graph.getNodeById(id), wait = ms => new Promise(done => setTimeout(done, ms));
+        for (let step = 2; step < 12; step++) {
+            app.api.dispatchCustomEvent('continual-concepts.note', {node: id, by: id});
+            app.api.dispatchCustomEvent('progress_text', {nodeId: id, text: `step ${step} of 400`});
+            node.setSize([node.size[0], node.size[1] + 20]);
+            await wait(100);
+        }
+    }""", node)
+    page.wait_for_timeout(1000)
+    assert page.evaluate(SAVED, node) == pytest.approx(before + 200, abs=40)
+
+
+def test_a_note_on_a_collapsed_node_leaves_no_height(page):
+    node = add(page, "ConceptBankSave")
+
+    def fold():
+        page.evaluate("id => { app.graph.getNodeById(id).collapse(); }", node)
+        page.wait_for_timeout(800)
+
+    fold()
+    fold()      # in Nodes 2.0 it is higher afterwards, with and without a note
+    before = page.evaluate(HEIGHT, node)
+    fold()
+    write(page, node, LONG)
+    fold()
+    send(page, "executing", node)
+    page.wait_for_timeout(800)
+    assert page.evaluate(HEIGHT, node) == pytest.approx(before, abs=2)
+    assert page.evaluate(SAVED, node) == pytest.approx(before, abs=2)
 
 
 def test_notes_of_cached_nodes_stay(page):

@@ -71,3 +71,43 @@ def test_notes_and_lists_follow_what_is_saved(page, request):
     run(page)
     assert page.get_by_text(f"{name}-2.safetensors: <rex>").count() == 1
     assert page.get_by_text(f"{name}.safetensors: <rex>").count() == 0
+
+
+def test_a_bank_is_listed_where_a_subgraph_shows_the_input(page, request):
+    """The subgraph's widget has a list of its own."""
+    name = "again-promoted-" + request.node.callspec.id
+    page.evaluate(GRAPH, name)
+    page.evaluate("""async () => {
+        const loader = LiteGraph.createNode('ConceptBankLoad');
+        app.graph.add(loader);
+        loader.pos = [300, 600];
+        app.canvas.deselectAll(); app.canvas.select(loader);
+        await app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph');
+    }""")
+    page.wait_for_timeout(800)
+    page.evaluate("""() => {
+        const outer = app.graph._nodes.find(node => node.subgraph), inner = outer.subgraph._nodes[0];
+        outer.subgraph.addInput('which', 'COMBO');
+        outer.subgraph.inputNode.slots.at(-1).connect(inner.inputs[0], inner);
+    }""")
+    page.wait_for_timeout(500)
+    lists = """() => app.graph._nodes.find(node => node.subgraph).widgets
+        .filter(widget => widget.options?.values).map(widget => [...widget.options.values])"""
+    [before] = page.evaluate(lists)
+    run(page)
+    [after] = page.evaluate(lists)
+    assert f"{name}.safetensors" not in before and set(after) == {*before, f"{name}.safetensors"}
+
+
+def test_a_bank_is_listed_when_another_workflow_was_opened_meanwhile(page, request):
+    name = "again-tab-" + request.node.callspec.id
+    page.evaluate(GRAPH, name)
+    page.evaluate("""async () => {
+        const done = new Promise(then => app.api.addEventListener('execution_success', then, {once: true}));
+        await app.queuePrompt(0);
+        await app.extensionManager.command.execute('Comfy.NewBlankWorkflow');
+        await done;
+    }""")
+    page.wait_for_timeout(1200)
+    listed = page.evaluate("[...LiteGraph.createNode('ConceptBankLoad').widgets[0].options.values]")
+    assert f"{name}.safetensors" in listed

@@ -74,7 +74,8 @@ def test_b2_sibling_a_setting_that_comes_twice_or_belongs_elsewhere(learn, photo
 @pytest.mark.parametrize("arguments", [
     ("--count", "0"), ("--count", "many"), ("--steps", "2.5"), ("--cfg", "-1"), ("--cfg", "nan"),
     ("--size", "0"), ("--size", "256x"), ("--size", "64x64x64"), ("--size", "64.5"), ("--size", "²"),
-    ("--size", "9" * 5000), ("--strength", "inf"), ("--solo", "2"), ("--seed", "-1")])
+    ("--size", "9" * 5000), ("--size", "999999999992"),
+    ("--size", "64x16385"), ("--strength", "inf"), ("--solo", "2"), ("--seed", "-1")])
 def test_b2_sibling_flags_of_sample(run, arguments):
     flag, text = arguments
     sentence = run("sample", "a dog", *arguments).sentence
