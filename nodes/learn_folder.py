@@ -38,7 +38,7 @@ from .images import judge
 from .inputs import fingerprint, setting_input, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import reader_input
-from .progress import Part, say, written_below
+from .progress import Part, say, stop_told, written_below
 from .schema import Schema, advanced
 
 ADVANCED = ("steps", "seed", "preview_every", "if_known", "find_subject", "caption_templates", "readable_by")
@@ -151,11 +151,12 @@ class ConceptFolderLearner(io.ComfyNode):
         learned = 0
         failed: dict[str, list[str]] = {}
         for number, (planned, subject) in enumerate(zip(found, subjects, strict=True), start=1):
-            comfy.model_management.throw_exception_if_processing_interrupted()
             part = Part(number, len(found), planned.name)
-            say(node, f"{number} of {len(found)}: <{planned.name}>, {planned.noun}")
             try:
-                learning = _learn(planned, subject, bank, given, node, part)
+                with stop_told(node):
+                    comfy.model_management.throw_exception_if_processing_interrupted()
+                    say(node, f"{number} of {len(found)}: <{planned.name}>, {planned.noun}")
+                    learning = _learn(planned, subject, bank, given, node, part)
             except ConceptError as error:
                 logging.warning("Learn a Folder of Concepts: <%s> was not learned: %s", planned.name, error)
                 failed.setdefault(str(error), []).append(planned.name)

@@ -44,7 +44,7 @@ def _send(node: str, text: str, by: str) -> None:
 
 
 def bank_saved() -> None:
-    """Tells all pages, whose lists of banks then have it."""
+    """Tells all pages to read the list of banks again."""
     if (server := _server()) is not None:
         server.send_sync(SAVED, {})
 
@@ -97,9 +97,8 @@ def stop_told(node: str | None) -> Iterator[None]:
             status, *notes = text.splitlines()
             is_cancelled = isinstance(error, comfy.model_management.InterruptProcessingException)
             say(node, "\n".join([_stopped(status, is_cancelled), *notes]))
+            del _status[node]      # told; a node that learns several holds this one
         raise
-    finally:
-        _status.pop(node, None)
 
 
 _below: dict[str, tuple[str, list[str]]] = {}      # node -> its prompt's id, and what stands below it

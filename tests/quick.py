@@ -12,8 +12,8 @@ import pytest
 def thinned(cases: Iterable, keep: Callable[[int], bool]) -> list:
     """Cases for `parametrize`, of which `make test` runs those whose place `keep` accepts.
 
-    The others are marked slow. It is for products, such as each method with each option, of which a part is
-    enough while one works.
+    The others are marked slow. It is for products, such as each method with each option. A part of them is
+    enough during development.
     """
     listed = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*case, marks=[] if keep(place) else pytest.mark.slow)

@@ -46,12 +46,14 @@ def _end_with_parent() -> None:
 def _begin_process(counter: Synchronized) -> None:
     """Prepares a process. Ctrl-C and a closed terminal reach all of them; the first one ends the others.
 
-    That is by SIGTERM, which is ignored at no time: it may come at once, and whoever missed it would wait
-    forever for a lock of one that ended.
+    That is by SIGTERM. It may come at once, so it is blocked until here, see `_signals_later`, and never
+    ignored. A process that missed it could wait forever for a lock of another one.
     """
     for number in {signal.SIGINT, *_stopping()} - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if _CAN_BLOCK:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, *_stopping()})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _begin(counter)
@@ -60,6 +62,23 @@ def _begin_process(counter: Synchronized) -> None:
 def _stopping() -> tuple[signal.Signals, ...]:
     """The signals that end a command as Ctrl-C does: `kill`, and where there is one, a closed terminal."""
     return tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+_CAN_BLOCK = hasattr(signal, "pthread_sigmask")      # not on Windows
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Within it, signals that end a command wait. A process that is started within it inherits that: a signal
+    that comes before the process is prepared would otherwise be lost."""
+    if not _CAN_BLOCK:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_stopping()})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -167,7 +186,7 @@ class Workers:
         Raises:
             ConceptError: A process was ended from outside.
         """
-        with _ended_from_outside():
+        with _ended_from_outside(), _signals_later():      # the first call starts the processes
             self.running[self.pool.submit(_with_told_error, job, *arguments)] = purpose
 
     def finished(self) -> list[tuple[Any, Any]]:

@@ -8,6 +8,7 @@ import { bankIn, checkFile, described } from "./banks_file.js";
 import { isOf, widgetOf } from "./widgets.js";
 
 const NODE = "ConceptBankLoad";
+const NEW_BANK = "(new bank)"; // stands in every list of banks
 const SAVED = "continual-concepts.bank-saved"; // sent by the server
 const FOLDER = "concept_banks";
 
@@ -74,10 +75,9 @@ async function addSaved() {
     const answer = await api.fetchApi(`/object_info/${NODE}`);
     const found = listIn((await answer.json())[NODE]) ?? [];
     const later = listIn(window.LiteGraph.registered_node_types[NODE]?.nodeData) ?? [];
-    const known = new Set([...found, ...later]);
     // a subgraph may show the input of a node in it, under a name of its own
     const isOurs = (node, { name, options }) => isOf(node, NODE) ? name === "bank_name"
-        : node.subgraph && options?.values?.length && Array.from(options.values).every(value => known.has(value));
+        : node.subgraph && Array.isArray(options?.values) && options.values.includes(NEW_BANK);
     const shown = nodesOf(app.rootGraph ?? app.graph)
         .flatMap(node => (node.widgets ?? []).filter(widget => isOurs(node, widget)))
         .map(widget => widget.options?.values);

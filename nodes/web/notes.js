@@ -16,9 +16,10 @@ const SETTLED = 400; // milliseconds after which Nodes 2.0 has measured a node
 
 // A node's id -> {node, by: ids of the nodes whose text it is, which may be inside of this one, run: the number of the run
 // that it is of, grown: by how much the text made the node higher, isPending: a text is not measured yet, at: the node's
-// height before it, shape: stands for the room that the text takes}. Two instances of a subgraph share the notes in it.
+// height before it, shape: stands for the room that the text takes, isKnown: measured with this shape}. Two instances of a subgraph share the notes in it.
 const notes = new Map();
 const noteOf = new WeakMap(); // node -> its note, or null; nodes in it save their size without the text
+let last = null; // id of the node that runs now
 let run = { number: 0, nodes: Promise.resolve(new Set()) }; // the one that goes on now, and the ids of all its nodes
 
 function textOf(node) {
@@ -43,12 +44,13 @@ function measure(note) {
     const widget = textOf(note.node);
     if (!note.isPending || !widget?.options) return;
     const isClassic = !window.LiteGraph?.vueNodesMode;
-    if (isClassic && note.node.flags?.collapsed) return; // it grows when it is opened
+    if (isClassic && note.node.flags?.collapsed) return; // it is measured later, when it is open
     note.isPending = false;
-    const shape = heightOf(widget.value ?? "", 300);
-    const isAsBefore = note.shape === shape && (isClassic || note.grown > 0); // Nodes 2.0 may not have measured it yet
-    note.shape = shape;
-    if (isAsBefore) return; // whatever changed the height since `begin` was a person
+    const shape = heightOf(widget.value ?? "", isClassic ? note.node.size[0] : 300);
+    const isSame = note.shape === shape;
+    const isSettled = isSame && (isClassic || note.grown > 0 || note.isKnown); // Nodes 2.0 may be late the first time
+    Object.assign(note, { shape, isKnown: isSame });
+    if (isSettled) return; // a person changed the height since `begin`, if anything did
     if (isClassic) {
         widget.options.getMinHeight = () => heightOf(widget.value ?? "", note.node.size[0]);
         const needed = note.node.computeSize()[1];
@@ -128,6 +130,7 @@ app.registerExtension({
         on("progress_text", ({ nodeId }) => shown(String(nodeId)));
         on("execution_start", ({ prompt_id }) => {
             const unknown = (error) => (console.warn(error), new Set());
+            last = null;
             run = { number: run.number + 1, nodes: notes.size ? nodesIn(prompt_id).catch(unknown) : Promise.resolve(new Set()) };
         });
         on("execution_cached", ({ nodes }) => {
@@ -137,6 +140,8 @@ app.registerExtension({
         on("executing", (id) => {
             if (id == null) return;
             const own = String(id);
+            if (own === last) return; // repeated, because the page was connected anew
+            last = own;
             removeWhere((note) => note.by.has(own) && (notes.get(own) === note || note.run < run.number));
         });
         on("execution_interrupted", stopped);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -132,6 +133,40 @@ def test_an_error_that_cannot_be_passed_on_is_told(way):
     with told, _started([(_fail, way)]) as pool:
         while pool.running:
             pool.finished()
+
+
+STOPPED_EARLY = """
+import sys, time
+from multiprocessing.process import BaseProcess
+from continual_concepts.core.cli.workers import Workers, stopped_as_by_ctrl_c
+
+begin, count = BaseProcess.start, 0
+
+def stop(process):
+    global count
+    begin(process)
+    count += 1
+    if count % 2:
+        raise KeyboardInterrupt
+
+BaseProcess.start = stop
+with stopped_as_by_ctrl_c():
+    for _ in range(12):
+        try:
+            with Workers(2, lambda: None) as pool:
+                pool.start("", time.sleep, 60)
+        except KeyboardInterrupt:
+            count = 0
+print("ended")
+"""
+
+
+@forks
+def test_a_stop_between_the_starts_of_two_processes_ends_both(installed):
+    """A new process has the signals' handling of the one that starts it, until it is prepared."""
+    done = subprocess.run([sys.executable, "-I", "-c", STOPPED_EARLY], capture_output=True, text=True,
+                          timeout=100, check=False)
+    assert done.stdout == "ended\n" and done.returncode == 0, done.stderr[-500:]
 
 
 def test_a_new_process_ignores_at_no_time_the_signal_that_ends_it(monkeypatch):

@@ -185,9 +185,10 @@ def test_learning_shows_how_it_comes_along_and_stops_when_told(page, server, tmp
         new = set(server.call("/history")) - before
     entry = server.call("/history")[new.pop()]
     assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
-    lines = page.evaluate("seen.lines")
+    *lines, last = page.evaluate("seen.lines")
     assert all(re.match(r"step \d+ of 100000, loss \d|encoding \d+ photos", line) for line in lines)
     assert lines[-1].endswith(" left")
+    assert re.fullmatch(r"stopped: step \d+ of 100000; the next run resumes there", last)
     kept = list((server.base / "output" / "concept_banks" / ".unfinished").glob("*.checkpoint"))
     assert kept      # the next run of the same goes on there
 

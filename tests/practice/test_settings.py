@@ -12,7 +12,7 @@ import torch
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import open_bank
 from continual_concepts.core.cli import backbones, learning
-from continual_concepts.core.cli.arguments import with_plain_booleans
+from continual_concepts.core.cli.arguments import width_and_height, with_plain_booleans
 from continual_concepts.core.cli.parser import build_parser
 from continual_concepts.core.data.framing import Framing, Picture
 from continual_concepts.core.data.training_set import prepare
@@ -80,6 +80,10 @@ def test_b2_sibling_flags_of_sample(run, arguments):
     flag, text = arguments
     sentence = run("sample", "a dog", *arguments).sentence
     assert f"argument {flag}: '{text}' is not allowed; allowed: a " in sentence
+
+
+def test_b2_sibling_the_largest_size_is_allowed():
+    assert width_and_height("16384x8") == (16384, 8)
 
 
 def test_b3_unusual_rates_are_told(learn, photos):
