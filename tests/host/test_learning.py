@@ -318,7 +318,7 @@ def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
 
     said = []
     for way in ("say", "_send"):      # during the run, and of the result
-        monkeypatch.setattr(progress, way, lambda node, text: said.append(text))
+        monkeypatch.setattr(progress, way, lambda node, text, by="": said.append(text))
     with CurrentNodeContext("prompt", "7"):
         judged([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], stop_after=0)
     assert said.pop(0).startswith("encoding ")

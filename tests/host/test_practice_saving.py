@@ -179,7 +179,7 @@ def test_g7_the_sentence_is_shown_on_the_node_that_runs(pack, monkeypatch):
     from continual_concepts.nodes import progress
 
     shown = []
-    monkeypatch.setattr(progress, "_send", lambda node, text: shown.append((node, text)))
+    monkeypatch.setattr(progress, "_send", lambda node, text, by: shown.append((node, text)))
     with CurrentNodeContext("a run of its own", "7"):
         progress.tell("one sentence")
     progress.tell("another, without a run")

@@ -53,6 +53,12 @@ def write(page, node: str, text: str, by: str | None = None) -> None:
     page.wait_for_timeout(1200)
 
 
+def run_again(page, node: str) -> None:
+    send(page, "execution_start", {"prompt_id": "1"})
+    send(page, "executing", node)
+    page.wait_for_timeout(800)
+
+
 def test_names_in_notes_are_shown(page):
     write(page, add(page, "ConceptBankSave"), "bank: <rex> & <mimi>\nsecond line")
     shown = page.get_by_text("bank: <rex> & <mimi>")
@@ -69,10 +75,19 @@ def test_a_note_goes_when_its_node_runs_again(page, kind):
     if kind == "ConceptBankSave":      # a text box gives its own room away
         assert page.evaluate(HEIGHT, node) > before
     assert page.evaluate(SAVED, node) == pytest.approx(before, abs=2)      # saved without it
-    send(page, "executing", node)
-    page.wait_for_timeout(800)
+    run_again(page, node)
     assert page.get_by_text("warning 2").count() == 0 and not page.errors
     assert page.evaluate(HEIGHT, node) == pytest.approx(before, abs=2)
+
+
+def test_a_node_that_is_told_twice_to_run_keeps_what_it_wrote_meanwhile(page):
+    """The server repeats it when a page connects anew."""
+    node = add(page, "ConceptBankSave")
+    run_again(page, node)
+    write(page, node, LONG)
+    send(page, "executing", node)
+    page.wait_for_timeout(500)
+    assert page.get_by_text("warning 2").count() == 1
 
 
 def test_the_text_of_another_extension_stays(page):
@@ -189,8 +204,7 @@ def test_a_person_may_resize_a_node_while_it_writes(page):
     write(page, node, LONG + " again")
     write(page, node, "short")
     assert page.evaluate(SAVED, node) == pytest.approx(before + 150, abs=40)
-    send(page, "executing", node)
-    page.wait_for_timeout(800)
+    run_again(page, node)
     assert page.evaluate(HEIGHT, node) == pytest.approx(before + 150, abs=40)
     send(page, "progress_text", {"nodeId": node, "text": "of another extension"})
     page.wait_for_timeout(800)
@@ -228,8 +242,7 @@ def test_a_note_on_a_collapsed_node_leaves_no_height(page):
     fold()
     write(page, node, LONG)
     fold()
-    send(page, "executing", node)
-    page.wait_for_timeout(800)
+    run_again(page, node)
     assert page.evaluate(HEIGHT, node) == pytest.approx(before, abs=2)
     assert page.evaluate(SAVED, node) == pytest.approx(before, abs=2)
 
