@@ -30,11 +30,10 @@ from .folders import (
 from .images import judge
 from .inputs import fingerprint, valid
 from .progress import bank_saved, written_below
+from .saving import ALLOW_FEWER, lacking
 from .schema import Schema
 
 register_folders()
-
-ALLOW_FEWER = "allow removing concepts"
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:
@@ -115,16 +114,16 @@ class ConceptBankSave(io.ComfyNode):
     def execute(cls, bank, bank_name, allow_fewer) -> io.NodeOutput:
         if bank is None:
             raise ConceptError("there is no bank to save; learn a concept first")
-        path = new_bank_file(bank_name)
+        path, replaced = new_bank_file(bank_name), list[str]()
 
         def change(stored):
             lost = [name for name in stored.names if name not in bank] if stored is not None else []
             if lost and not allow_fewer:
-                raise ConceptError(
-                    f"'{path.name}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; "
-                    "join both with Load Concept Bank and Merge Concept Banks (nothing is learned again), "
-                    f"choose another bank_name, or switch '{ALLOW_FEWER}' on"
-                )
+                raise ConceptError(lacking(path.name, lost))
+            if stored is not None:
+                old, new = stored.infos, bank.infos
+                replaced.extend(name for name in old
+                                if name in new and old[name].provenance != new[name].provenance)
             return bank
 
         try:
@@ -134,7 +133,11 @@ class ConceptBankSave(io.ComfyNode):
         bank_saved()
         _remove_finished_runs(bank)
         names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
-        return io.NodeOutput(ui=written_below([f"{path.name}: {names}"]))
+        notes = [f"{path.name}: {names}"]
+        if replaced:
+            notes.append(f"replaced: {', '.join(f'<{name}>' for name in replaced)}; the earlier file is kept "
+                         "as a version, which 'continual-concepts bank restore' brings back")
+        return io.NodeOutput(ui=written_below(notes))
 
 
 def _remove_finished_runs(bank) -> None:

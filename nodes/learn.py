@@ -16,6 +16,7 @@ from .inputs import check_choice, first, setting_input, setting_inputs, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import checked_name, checked_noun, preset_inputs, reader_input
 from .progress import written_below
+from .saving import check_saving
 from .schema import Schema, advanced
 
 NAMES = (DEFAULT, *sorted(set(METHODS) - {DEFAULT}))      # of the methods, as they are shown
@@ -137,7 +138,7 @@ class ConceptLearner(io.ComfyNode):
                 types.Bank.Output(display_name="proposed bank"),
                 io.Image.Output(display_name="kept states"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -158,9 +159,12 @@ class ConceptLearner(io.ComfyNode):
         given = {key: first(value) for key, value in inputs.items()}
         given["name"] = checked_name(given["name"])
         given["class_noun"] = checked_noun(given["class_noun"], _goes_on(given))
+        node, bank = getattr(cls.hidden, "unique_id", None), first(bank)
+        check_saving(getattr(cls.hidden, "prompt", None), node,
+                     [*(() if bank is None else bank.names), given["name"]])
         photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))
         prior = deferred_pictures(prior_images, "prior_images")
-        learning = learn_concept(given, first(bank), photos, prior, getattr(cls.hidden, "unique_id", None))
+        learning = learn_concept(given, bank, photos, prior, node)
         return _shown(learning)
 
 

@@ -39,6 +39,7 @@ from .inputs import fingerprint, setting_input, valid
 from .learning import AGAIN, IF_KNOWN, KEEP, REFINE, Learning, learn_concept
 from .presets import reader_input
 from .progress import Part, say, stop_told, written_below
+from .saving import check_saving
 from .schema import Schema, advanced
 
 ADVANCED = ("steps", "seed", "preview_every", "if_known", "find_subject", "caption_templates", "readable_by")
@@ -123,7 +124,7 @@ class ConceptFolderLearner(io.ComfyNode):
                 io.Image.Output(display_name="cards"),
                 io.String.Output(display_name="report"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -141,9 +142,11 @@ class ConceptFolderLearner(io.ComfyNode):
     def execute(cls, folder, bank=None, **given) -> io.NodeOutput:
         path = _folder(folder)
         found = plan(path, is_confined=True)
-        check_parents(found, () if bank is None else bank.names)
+        held = () if bank is None else bank.names
+        check_parents(found, held)
         subjects = [_subject(planned, given["preset"]) for planned in found]
         node = getattr(cls.hidden, "unique_id", None)
+        check_saving(getattr(cls.hidden, "prompt", None), node, [*held, *(planned.name for planned in found)])
         notes = [] if os.path.lexists(path / TABLE) else [
             *read_as(found), *(f"'{file.name}' is not used: {file.reason}" for file in passed_over(path))]
         for note in notes:      # before the minutes of learning
@@ -155,7 +158,7 @@ class ConceptFolderLearner(io.ComfyNode):
             try:
                 with stop_told(node):
                     comfy.model_management.throw_exception_if_processing_interrupted()
-                    say(node, f"{number} of {len(found)}: <{planned.name}>, {planned.noun}")
+                    say(node, part.status(planned.noun))
                     learning = _learn(planned, subject, bank, given, node, part)
             except ConceptError as error:
                 logging.warning("Learn a Folder of Concepts: <%s> was not learned: %s", planned.name, error)

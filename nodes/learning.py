@@ -252,7 +252,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
     with backbone.training():
         check_start(task, method)
         pictures = with_replay(task, pictures, config, settings.cfg, before_each=cancel)
-        encoding = f"encoding {counted(len(pictures), 'photo')}"      # takes minutes on a processor
+        encoding = part.status(f"encoding {counted(len(pictures), 'photo')}")      # minutes on a processor
         progress.say(node, "\n".join([encoding, *told]))
         data = prepare(backbone, pictures, task.name, task.class_noun,
                        Framing(config.resolution, config.framing, config.flip))

@@ -35,12 +35,24 @@ def _server() -> Any:
 
 
 def _send(node: str, text: str, by: str) -> None:
-    """Writes a text under a node. by: the node whose text it is, which may be inside of that one."""
+    """Writes a text under a node. by: the node whose text it is, which may be inside of that one.
+
+    The page may show another workflow by now, in which another node has this id.
+    """
     server = _server()
     page = getattr(server, "client_id", None)      # other pages may have a node of this id
     if server is not None and page is not None:
-        server.send_sync(NOTE, {"node": node, "by": by}, page)
+        server.send_sync(NOTE, {"node": node, "by": by, "workflow": _workflow(server)}, page)
         server.send_progress_text(escape(text, quote=False), node, page)
+
+
+def _workflow(server: Any) -> str | None:
+    """The id of the workflow that runs now; None if the page gave none."""
+    running = getattr(getattr(server, "prompt_queue", None), "currently_running", {})
+    found: Any = next((item[3] for item in list(running.values()) if item[1] == _prompt()), None)
+    for key in ("extra_pnginfo", "workflow", "id"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def bank_saved() -> None:
@@ -65,11 +77,15 @@ def _prompt() -> str | None:
 
 
 def _stopped(status: str, is_cancelled: bool) -> str:
-    """Where a node stopped, of its last status: up to its step, if it has one."""
+    """Where a node stopped, of its last status: up to its step, if it has one.
+
+    A run resumes at a step, or at a concept of several.
+    """
     parts = status.split(", ")
     steps = [place for place, part in enumerate(parts) if part.startswith("step ")]
-    where = ", ".join(parts[:steps[0] + 1]) if steps else parts[0]
-    return f"stopped: {where}" + ("; the next run resumes there" if steps and is_cancelled else "")
+    named = parts[0].endswith(">")
+    where = ", ".join(parts[:steps[0] + 1] if steps else parts[:1 + named])
+    return f"stopped: {where}" + ("; the next run resumes there" if (steps or named) and is_cancelled else "")
 
 
 def say(node: str | None, text: str) -> None:
@@ -161,6 +177,11 @@ class Part:
     count: int
     name: str = ""
 
+    def status(self, *parts: str) -> str:
+        """A status, behind which of several concepts it is about."""
+        number = [f"{self.number} of {self.count}: <{self.name}>"] if self.name else []
+        return ", ".join([*number, *parts])
+
 
 WHOLE = Part(1, 1)
 
@@ -200,12 +221,11 @@ class Reporter:
 
     def line(self, step: int) -> str:
         """The smoothed loss, the last likeness, and the estimated remaining time, including previews."""
-        part = [f"{self.part.number} of {self.part.count}: <{self.part.name}>"] if self.part.name else []
-        parts = [*part, f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
+        parts = [f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]
         if self.previews.scores:
             parts.append(f"likeness {100 * self.previews.scores[-1][1]:.1f}")
         if len(self.times) > 3 and step < self.total:
             pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
             if (left := pace * (self.total - step)) >= 0.5:
                 parts.append(f"{duration(left)} left")
-        return ", ".join(parts)
+        return self.part.status(*parts)

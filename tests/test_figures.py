@@ -42,7 +42,7 @@ def of_demo() -> Iterable[tuple[str, str]]:
     yield "README.md", f"| each dog alone | {alone[0]} | {alone[1]} | {alone[2]}: the first is forgotten |"
     yield "README.md", f"| both dogs in one prompt | {pair[0]} | {pair[1]}: their looks mix | {pair[2]} |"
     yield "README.md", f"| one dog in each of two boxes: right | {boxes[0]} | {boxes[1]} | {boxes[2]} |"
-    yield "README.md", f"| a style | {style[0]} | {style[1]}: learned alike | {style[2]} |"
+    yield "README.md", f"| a style | {style[0]} | {style[1]} | {style[2]} |"
     yield "README.md", f"{result('demo')['steps']} steps of four pictures each"
     others = result("bases")["bases"]["embedded-128"]["runs"]      # with 12 pictures and other seeds
 

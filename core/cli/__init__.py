@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -24,4 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:      # importing takes seconds
         print("continual-concepts: stopped before anything was done", file=sys.stderr)
         return 130
-    return run(arguments)
+    code = run(arguments)
+    if arguments is None and code == 130:      # the program ends now; another Ctrl-C would print a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return code

@@ -17,13 +17,11 @@ def demo(options: Namespace) -> Result:
     """Runs the demo and prints its main figures."""
     from .demo import WAYS, run
     from .demo_ways import Plan, plan_of
-    from .workers import stopped_as_by_ctrl_c
 
     plan = plan_of(options.base)
     minutes = "about two minutes" if plan.steps <= Plan.steps else "several minutes"
     promise = f"Three ways learn two dogs and a style, and draw them. This takes {minutes} on two free cores."
-    with stopped_as_by_ctrl_c():
-        report = run(options.output, plan, begins=lambda: complain(promise))
+    report = run(options.output, plan, begins=lambda: complain(promise))
     lines = [f"three ways learned {', '.join(f'<{name}>' for name in report['concepts'])} in "
              f"{report['seconds']:.0f} s"]
     for way, figures in report["ways"].items():

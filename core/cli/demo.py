@@ -6,8 +6,9 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..errors import ConceptError
 from ..evaluation import metrics
 from ..evaluation.combined import assign_strips
 from ..files import check_output, check_output_folder, write_atomically
+from ..images import to_pil
 from .demo_ways import (
     FIELDS,
     REGIONS,
@@ -43,6 +45,7 @@ from .workers import Workers
 
 BANK = "bank.safetensors"
 FILES = (BANK, "report.png", "report.json")
+PHOTOS = "photos"
 NOUNS = "class nouns"
 STEPS_PER_DRAWING = 15      # steps of learning that take about as long as a job that draws
 NEEDED = 5      # MB of temporary files; the banks of all ways take 2
@@ -172,6 +175,15 @@ def _save_bank(output: Path, folder: Path) -> None:
         raise saved_elsewhere(error, output / BANK, bank) from error
 
 
+def _save_photos(folder: Path, tasks: Sequence[Assignment]) -> None:
+    """Writes the photos of each concept into a folder of its name, for the command `learn`."""
+    for task in tasks:
+        place = folder / task.name
+        place.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(task.references, start=1):
+            write_atomically(place / f"{number}.png", partial(to_pil(picture).save, format="PNG"))
+
+
 def _check_room() -> None:
     """Raises ConceptError if the folder for temporary files cannot hold the banks of all ways."""
     try:
@@ -194,6 +206,8 @@ def _check(output: Path, plan: Plan) -> None:
     check_output_folder(output)
     for name in FILES:
         check_output(output / name, "demo's file")
+    for task in plan.tasks:
+        check_output_folder(output / PHOTOS / task.name)
     if (output / BANK).exists():
         open_bank(output / BANK)      # one that cannot be read cannot be kept as a version either
     _check_room()
@@ -201,7 +215,7 @@ def _check(output: Path, plan: Plan) -> None:
 
 def run(output: Path, plan: Plan = PLAN, workers: int = 2,
         begins: Callable[[], object] = lambda: None) -> dict:
-    """Writes report.png, report.json and bank.safetensors into `output`; returns the report.
+    """Writes report.png, report.json, bank.safetensors and the photos into `output`; returns the report.
 
     Args:
         output: A folder, made if it is missing.
@@ -224,6 +238,7 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2,
         levels = levels_of(plan, nouns, encoder)
         output.mkdir(parents=True, exist_ok=True)
         _save_bank(output, folder)
+    _save_photos(output / PHOTOS, plan.tasks)
     figures = {way: {"method": WAYS[way].method, **figures_of(plan, pictures[way], levels, encoder),
                      "seconds": seconds[way]} for way in WAYS}
     report = {"base": plan.base, "concepts": list(TASKS), "ways": figures, "steps": plan.steps,

@@ -9,11 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
 from ..errors import ConceptError
 from ..training.memory import lacks_memory
+from .workers import stopped_as_by_ctrl_c
 
 # A JSON value, and lines of text to print without --json. Notes of the value that are no lines go to stderr.
 Result = tuple[dict, list[str]]
@@ -32,6 +34,49 @@ def printable(text: str) -> str:
 def _one_line(text: str) -> str:
     """A line of a result. A break inside it would look like a line of its own."""
     return text.replace("\n", "\\n")
+
+
+class _Nowhere:
+    """Writes to a stream. If that cannot be written, what follows goes nowhere: messages and the progress bar
+    must not end a command whose work is worth more."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            _send_nowhere(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            _send_nowhere(self.stream)
+
+
+def _send_nowhere(stream: Any) -> None:
+    """Lets what is written to a stream go nowhere. When Python ends, it writes what is left in the buffer,
+    and that would fail again."""
+    with suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextmanager
+def messages_may_fail() -> Iterator[None]:
+    """Within it, a stderr that is closed or cannot be written is no error."""
+    before = sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stderr = _Nowhere(nowhere if before is None else before)
+        try:
+            yield
+        finally:
+            sys.stderr = before
 
 
 def complain(text: str) -> None:
@@ -60,9 +105,7 @@ def say(text: str) -> bool:
     try:
         print(printable(text), flush=True)
     except OSError as error:
-        # Python writes the rest of the buffer when it ends, and would fail again
-        with suppress(OSError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _send_nowhere(sys.stdout)
         print(f"warning: the output cannot be printed ({error.strerror})", file=sys.stderr)
         return False
     return True
@@ -113,20 +156,24 @@ def run(program: str, command: Callable, options: argparse.Namespace, stopped: s
         Exit code 0; 1 with one sentence on stderr for bad input; 130 when interrupted.
     """
     print_readably()
-    try:
-        # the first restores how warnings are shown
-        with warnings.catch_warnings(), same_threads(), one_sentence():
-            warnings.showwarning = _show_warning
-            result = command(options)
-    except ConceptError as error:
-        return failed(program, str(error), 1, options.json)
-    except KeyboardInterrupt:
-        return failed(program, stopped, 130, options.json)
-    if result is None:
-        return 0
+    with messages_may_fail(), stopped_as_by_ctrl_c():
+        try:
+            # the first restores how warnings are shown
+            with warnings.catch_warnings(), same_threads(), one_sentence():
+                warnings.showwarning = _show_warning
+                result = command(options)
+        except ConceptError as error:
+            return failed(program, str(error), 1, options.json)
+        except KeyboardInterrupt:
+            return failed(program, stopped, 130, options.json)
+        return 0 if result is None else _printed(program, result, options.json)
+
+
+def _printed(program: str, result: Result, is_json: bool) -> int:
+    """Prints a result. Returns the exit code."""
     facts, lines = result
-    if not options.json:
+    if not is_json:
         for note in facts.get("notes", ()):
             if note not in lines:
                 complain(f"{program}: note: {note}")
-    return 0 if say(json.dumps(facts, indent=1) if options.json else "\n".join(map(_one_line, lines))) else 1
+    return 0 if say(json.dumps(facts, indent=1) if is_json else "\n".join(map(_one_line, lines))) else 1

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -81,25 +82,42 @@ def _signals_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+GRACE = 10.0      # seconds in which a stopped command may clean up
+
+
+def _stop_once() -> Callable[..., None]:
+    """A signal's handler that raises KeyboardInterrupt. Signals soon after the first one do nothing: they
+    would break off what removes files and ends processes."""
+    first: list[float] = []
+
+    def stop(*_: object) -> None:
+        now = time.monotonic()
+        if not first or now - first[0] > GRACE:
+            first[:] = [now]
+            raise KeyboardInterrupt
+
+    return stop
+
+
 @contextmanager
 def stopped_as_by_ctrl_c() -> Iterator[None]:
-    """Within it, SIGTERM and SIGHUP raise KeyboardInterrupt, so that temporary files are removed.
+    """Within it, SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, so that temporary files are
+    removed. Further signals are ignored for `GRACE` seconds.
 
     Only the main thread may set what a signal does. A signal that is ignored, as `nohup` does, or that a
     program handles itself stays as it is.
     """
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    is_main = threading.current_thread() is threading.main_thread()
-    changed = [number for number in _stopping() if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    stop, is_main = _stop_once(), threading.current_thread() is threading.main_thread()
+    usual = {signal.SIG_DFL, signal.default_int_handler}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_stopping())} if is_main else {}
+    changed = {number: handler for number, handler in before.items() if handler in usual}
     for number in changed:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in changed.items():
+            signal.signal(number, handler)
 
 
 def _can_be_passed_on(error: BaseException) -> bool:

@@ -12,14 +12,19 @@ const MOST = 180; // height of a text in the graph's pixels; longer ones scroll
 const LETTER = 6.2; // mean width of a letter in the graph's pixels
 const LINE = 17;
 const BORDER = 26; // above and below the lines
+const GAP = 4; // between widgets in Nodes 2.0
+const LEAST = 60; // height of a text in Nodes 2.0
+const DRAGGED = 100; // milliseconds after which a node has the height that it was dragged to
 const SETTLED = 400; // milliseconds after which Nodes 2.0 has measured a node
 
 // A node's id -> {node, by: ids of the nodes whose text it is, which may be inside of this one, run: the number of the run
 // that it is of, grown: by how much the text made the node higher, isPending: a text is not measured yet, at: the node's
-// height before it, shape: stands for the room that the text takes, isKnown: measured with this shape}. Two instances of a subgraph share the notes in it.
+// height before it, held: its height when a mouse button went down, shape: stands for the room that the text takes,
+// isKnown: measured with this shape}. Two instances of a subgraph share the notes in it.
 const notes = new Map();
 const noteOf = new WeakMap(); // node -> its note, or null; nodes in it save their size without the text
 let last = null; // id of the node that runs now
+let undo = null; // undoes what ComfyUI does with the text that comes next, if another workflow's node wrote that
 let run = { number: 0, nodes: Promise.resolve(new Set()) }; // the one that goes on now, and the ids of all its nodes
 
 function textOf(node) {
@@ -39,6 +44,14 @@ function heightOf(text, width) {
     return Math.min(MOST, BORDER + LINE * lines);
 }
 
+/** The height that a text takes in Nodes 2.0, with the gap above it. Its frame fills the node, so its lines are measured. */
+function roomOf(node) {
+    const frames = document.querySelectorAll(`[data-node-id="${node.id}"] .comfy-markdown-content`);
+    const lines = [...([...frames].at(-1)?.children ?? [])];
+    if (!lines.length) return Infinity;
+    return Math.max(LEAST, lines.at(-1).offsetTop + lines.at(-1).offsetHeight - lines[0].offsetTop) + GAP;
+}
+
 /** Gives a text its height, and remembers by how much the node has grown. Nodes 2.0 gives the height by itself. */
 function measure(note) {
     const widget = textOf(note.node);
@@ -46,6 +59,7 @@ function measure(note) {
     const isClassic = !window.LiteGraph?.vueNodesMode;
     if (isClassic && note.node.flags?.collapsed) return; // it is measured later, when it is open
     note.isPending = false;
+    delete note.held;
     const shape = heightOf(widget.value ?? "", isClassic ? note.node.size[0] : 300);
     const isSame = note.shape === shape;
     const isSettled = isSame && (isClassic || note.grown > 0 || note.isKnown); // Nodes 2.0 may be late the first time
@@ -56,7 +70,16 @@ function measure(note) {
         const needed = note.node.computeSize()[1];
         if (needed > note.node.size[1]) setHeight(note.node, needed);
     }
-    note.grown = Math.max(0, note.grown + note.node.size[1] - note.at);
+    const grown = Math.max(0, note.grown + note.node.size[1] - note.at);
+    note.grown = isClassic ? grown : Math.min(grown, roomOf(note.node)); // a picture may have come meanwhile
+}
+
+/** A height that a person chose is kept when the text goes. */
+function chosen() {
+    for (const note of notes.values()) {
+        if ("held" in note && note.node.size[1] !== note.held) note.grown = 0;
+        delete note.held;
+    }
 }
 
 /** A workflow is saved without its texts, so their height is left out, too. */
@@ -91,6 +114,24 @@ function shown(id) {
     else requestAnimationFrame(() => measure(note));
 }
 
+/** Returns what gives a node its present text and height back. The node may be missing. */
+function before(node) {
+    const widget = textOf(node);
+    const [text, height] = [widget?.value, node?.size[1]];
+    return () => {
+        const written = textOf(node);
+        if (!written) return;
+        if (widget) written.value = text;
+        else removeText(node, written);
+        if (node.size[1] !== height) setHeight(node, height);
+    };
+}
+
+function removeText(node, widget) {
+    if (node.removeWidget) node.removeWidget(widget);
+    else node.widgets.splice(node.widgets.indexOf(widget), 1);
+}
+
 function remove(note) {
     const ids = [...notes.keys()].filter((id) => notes.get(id) === note);
     for (const id of ids) notes.delete(id);
@@ -98,8 +139,7 @@ function remove(note) {
     if (noteOf.get(note.node) === note) noteOf.set(note.node, null);
     if (!widget || !ids.some((id) => nodeOf(id) === note.node)) return; // the page shows another workflow now
     measure(note);
-    if (note.node.removeWidget) note.node.removeWidget(widget);
-    else note.node.widgets.splice(note.node.widgets.indexOf(widget), 1);
+    removeText(note.node, widget);
     if (note.grown) setHeight(note.node, Math.max(note.node.computeSize()[1], note.node.size[1] - note.grown));
 }
 
@@ -126,8 +166,16 @@ app.registerExtension({
     name: "continual-concepts.notes",
     async setup() {
         const on = (event, then) => api.addEventListener(event, ({ detail }) => then(detail));
-        on(NOTE, ({ node, by }) => begin(String(node), String(by ?? node)));
-        on("progress_text", ({ nodeId }) => shown(String(nodeId)));
+        on(NOTE, ({ node, by, workflow }) => {
+            const own = (app.rootGraph ?? app.graph)?.id;
+            undo = workflow && own && workflow !== own ? before(nodeOf(node)) : null;
+            if (!undo) begin(String(node), String(by ?? node));
+        });
+        on("progress_text", ({ nodeId }) => {
+            if (undo) queueMicrotask(undo); // after ComfyUI's own handler
+            else shown(String(nodeId));
+            undo = null;
+        });
         on("execution_start", ({ prompt_id }) => {
             const unknown = (error) => (console.warn(error), new Set());
             last = null;
@@ -144,6 +192,9 @@ app.registerExtension({
             last = own;
             removeWhere((note) => note.by.has(own) && (notes.get(own) === note || note.run < run.number));
         });
+        const hold = () => notes.forEach((note) => (note.held = note.node.size[1]));
+        window.addEventListener("pointerdown", hold, { capture: true });
+        window.addEventListener("pointerup", () => setTimeout(chosen, DRAGGED), { capture: true });
         on("execution_interrupted", stopped);
         on("execution_error", stopped);
     },

@@ -1,10 +1,15 @@
-"""What banks of others hold cannot change a terminal."""
+"""What banks of others hold cannot change a terminal, and a terminal that is gone ends no command."""
 
 from __future__ import annotations
 
+import os
+import sys
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import save_bank
@@ -30,3 +35,26 @@ def test_texts_of_a_bank_cannot_change_a_terminal(tmp_path, layout, make_concept
 def test_letters_of_all_scripts_stay():
     text = "r\u00e9x \u732b \u05d0\u05d1 \U0001f600 a\tb\n\u200c"
     assert result.printable(text) == text
+
+
+def _works(options):
+    result.complain("it begins")
+    with tqdm(total=1) as bar:
+        bar.update()
+        bar.write("in between", file=sys.stderr)
+    return {"notes": ["a note"]}, ["done"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("way", ["full disk", "broken pipe", "closed"])
+def test_a_command_whose_messages_cannot_be_printed_does_its_work(monkeypatch, capfd, way):
+    """A log on a full disk, or `2>&1 | head -1`, ended the learning of a concept."""
+    ends = os.pipe()
+    os.close(ends[0])
+    place = "/dev/full" if way == "full disk" else ends[1]
+    stream = None if way == "closed" else open(place, "w", buffering=1)      # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert result.run("program", _works, Namespace(json=False), "stopped") == 0
+    assert sys.stderr is stream and capfd.readouterr().out == "done\n"
+    if stream is not None:
+        stream.close()      # writes nothing that fails

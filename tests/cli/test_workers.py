@@ -16,7 +16,7 @@ from multiprocessing import active_children, get_context
 import pytest
 import torch
 
-from continual_concepts.core.cli import commands, demo
+from continual_concepts.core.cli import commands, demo, workers
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.cli.workers import Steps, Workers, _begin_process, stopped_as_by_ctrl_c
 from continual_concepts.core.errors import ConceptError
@@ -273,6 +273,33 @@ def test_a_demo_that_is_ended_leaves_no_temporary_files(tmp_path, capfd, name):
     assert process.exitcode == 130 and not list((tmp_path / "temporary").iterdir())
     promise, stopped = capfd.readouterr().err.splitlines()
     assert promise.startswith("Three ways learn") and "stopped; the same command begins anew" in stopped
+
+
+@forks
+def test_signals_that_come_together_stop_once(monkeypatch):
+    """The second one would break off what removes files and ends processes."""
+    numbers, cleaned = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}, []
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)      # a runner of tests may ignore it
+    with pytest.raises(KeyboardInterrupt), stopped_as_by_ctrl_c():
+        try:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            cleaned.append(True)
+    assert cleaned
+    monkeypatch.setattr(workers, "GRACE", 0.0)      # a clean-up that hangs can be stopped
+    with pytest.raises(KeyboardInterrupt), stopped_as_by_ctrl_c():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, usual)
 
 
 @forks

@@ -95,7 +95,7 @@ def test_notes_go_to_the_page_that_runs_the_graph_as_it_reads_them(pack, monkeyp
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=page))
     monkeypatch.setitem(sys.modules, "server", server)
     progress.say("7", "<rex> & 'mimi'")
-    assert sent == [("continual-concepts.note", {"node": "7", "by": "7"}, "page"),
+    assert sent == [("continual-concepts.note", {"node": "7", "by": "7", "workflow": None}, "page"),
                     ("&lt;rex&gt; &amp; 'mimi'", "7", "page")]
     page.client_id = None
     progress.say("7", "nobody looks")
@@ -103,7 +103,27 @@ def test_notes_go_to_the_page_that_runs_the_graph_as_it_reads_them(pack, monkeyp
     page.client_id, sent[:] = "page", []
     progress.say("3:7", "inside")
     assert [data for event, data, _ in sent if event == progress.NOTE] == [
-        {"node": "3:7", "by": "3:7"}, {"node": "3", "by": "3:7"}]
+        {"node": "3:7", "by": "3:7", "workflow": None}, {"node": "3", "by": "3:7", "workflow": None}]
+
+
+@pytest.mark.parametrize("extra, known", [
+    ({"extra_pnginfo": {"workflow": {"id": "a-b"}}}, "a-b"),
+    ({"extra_pnginfo": {"workflow": {"id": 7}}}, None),
+    ({"extra_pnginfo": {"workflow": [1]}}, None), ({"extra_pnginfo": None}, None), ({}, None), (None, None)])
+def test_a_text_says_of_which_workflow_it_is(pack, monkeypatch, extra, known):
+    """The page may show another one by now. Programs send what they like."""
+    from continual_concepts.nodes import progress
+
+    items = {0: (0, "other", {}, {"extra_pnginfo": {"workflow": {"id": "other"}}}, []),
+             1: (1, "mine", {}, extra, [])}
+    sent = []
+    page = SimpleNamespace(client_id="page", prompt_queue=SimpleNamespace(currently_running=items),
+                           send_sync=lambda event, data, to: sent.append(data["workflow"]),
+                           send_progress_text=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=page)))
+    monkeypatch.setattr(progress, "_prompt", lambda: "mine")
+    progress.say("7", "step 1")
+    assert sent == [known]
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
@@ -147,7 +167,10 @@ def test_a_node_that_learns_several_says_which_and_at_what_step_it_stopped(below
 
     for status, where in (("1 of 2: <mimi>, step 5 of 300, loss 0.3, 1 min left",
                            "1 of 2: <mimi>, step 5 of 300; the next run resumes there"),
-                          ("2 of 2: <rex>, dog", "2 of 2: <rex>"), ("encoding photos", "encoding photos")):
+                          ("2 of 2: <rex>, dog", "2 of 2: <rex>, dog; the next run resumes there"),
+                          ("2 of 2: <rex>, encoding 5 photos",
+                           "2 of 2: <rex>, encoding 5 photos; the next run resumes there"),
+                          ("encoding photos", "encoding photos")):
         with pytest.raises(InterruptProcessingException), stop_told("7"):
             say("7", status)
             raise InterruptProcessingException

@@ -229,6 +229,62 @@ def test_a_resize_by_hand_between_a_text_and_its_measurement_is_kept(page):
     assert page.evaluate(SAVED, node) == pytest.approx(before + 200, abs=40)
 
 
+def test_a_height_that_a_person_drags_is_kept_when_the_text_goes(page):
+    node = add(page, "ConceptBankSave")
+    write(page, node, LONG)
+    before = page.evaluate(HEIGHT, node)
+    x, y, scale = page.evaluate("""id => {
+        const node = app.graph.getNodeById(id), {offset: [left, top], scale} = app.canvas.ds;
+        const page = app.canvas.canvas.getBoundingClientRect();
+        return [page.left + (node.pos[0] + node.size[0] + left) * scale,
+                page.top + (node.pos[1] + node.size[1] + top) * scale, scale];
+    }""", node)
+    page.mouse.move(x - 4, y - 4)
+    page.mouse.down()
+    page.mouse.move(x - 4, y + 50, steps=5)
+    page.mouse.move(x - 4, y + 100 * scale - 4, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(600)
+    dragged = page.evaluate(HEIGHT, node)
+    assert dragged == pytest.approx(before + 100, abs=20)
+    run_again(page, node)
+    write(page, node, LONG)
+    run_again(page, node)
+    assert page.evaluate(HEIGHT, node) == page.evaluate(SAVED, node) == pytest.approx(dragged, abs=2)
+
+
+def test_a_picture_that_comes_with_a_text_is_no_part_of_its_height(page):
+    """In Nodes 2.0 a node is measured some time after the text. It stays as high when the text goes."""
+    node = add(page, "ConceptBankSave")
+    send(page, "continual-concepts.note", {"node": node, "by": node})
+    send(page, "progress_text", {"nodeId": node, "text": LONG})
+    page.evaluate("""id => {
+        const node = app.graph.getNodeById(id);
+        requestAnimationFrame(() => requestAnimationFrame(() =>
+            node.setSize([node.size[0], node.size[1] + 300])));
+    }""", node)
+    page.wait_for_timeout(1200)
+    before = page.evaluate(HEIGHT, node)
+    run_again(page, node)
+    assert before - 200 < page.evaluate(HEIGHT, node) < before - 50
+
+
+def test_a_text_of_a_workflow_that_is_not_shown_does_not_stand_below_another_node(page):
+    """A workflow runs on when the page shows another one, in which another node has the same id."""
+    node = add(page, "ConceptBankSave")
+    page.evaluate("app.rootGraph.id = '7f3c1c9e-0000-4000-8000-000000000001'")
+    for workflow, count in (("another", 0), (page.evaluate("app.rootGraph.id"), 1), (None, 1)):
+        send(page, "continual-concepts.note", {"node": node, "by": node, "workflow": workflow})
+        send(page, "progress_text", {"nodeId": node, "text": f"step of {workflow}"})
+        page.wait_for_timeout(600)
+        assert page.get_by_text(f"step of {workflow}").count() == count
+    send(page, "continual-concepts.note", {"node": node, "by": node, "workflow": "another"})
+    send(page, "progress_text", {"nodeId": node, "text": "step of another"})
+    send(page, "progress_text", {"nodeId": node, "text": "price: 3 credits"})      # of another extension
+    page.wait_for_timeout(600)
+    assert page.get_by_text("price: 3 credits").count() == 1
+
+
 def test_a_note_on_a_collapsed_node_leaves_no_height(page):
     node = add(page, "ConceptBankSave")
 

@@ -1,0 +1,63 @@
+"""Whether a bank can be saved is asked before it is learned; what a file loses is said."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from continual_concepts.core.errors import ConceptError
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+@pytest.fixture
+def graph(studio, monkeypatch):
+    """Sets what runs: a learner '7' whose bank goes to Save Concept Bank with these inputs."""
+    def run(**inputs):
+        save = {"class_type": "ConceptBankSave", "inputs": {"bank": ["7", 0], **inputs}}
+        learner = {"class_type": "ConceptLearner", "inputs": {}}
+        hidden = SimpleNamespace(unique_id="7", prompt={"7": learner, "9": save}, extra_pnginfo=None)
+        monkeypatch.setattr(studio.pack.ConceptLearner, "hidden", hidden, raising=False)
+
+    return run
+
+
+def test_a_bank_that_cannot_be_saved_is_not_learned(studio, graph, monkeypatch):
+    """It was said after the learning, which takes an hour on a slow machine."""
+    studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    graph(bank_name="pets", allow_fewer=False)
+    with pytest.raises(ConceptError, match=r"nothing was learned: 'pets.safetensors' holds <rex>.*04 Add"):
+        studio.learner(images=None, steps=10**6)
+    assert "spot" in studio.learner(bank=[studio.bank]).args[0].names      # joined with the file's concepts
+
+
+@pytest.mark.parametrize("inputs", [
+    {"bank_name": "pets", "allow_fewer": True}, {"bank_name": "others", "allow_fewer": False},
+    {"bank_name": ["3", 0], "allow_fewer": False}, {"bank_name": "pets", "allow_fewer": ["3", 0]},
+    {"bank": ["8", 0], "bank_name": "pets", "allow_fewer": False}])
+def test_what_can_be_saved_or_is_not_known_yet_is_learned(studio, graph, inputs):
+    studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    graph(**inputs)
+    assert studio.learner().args[0].names == ["spot"]
+
+
+@pytest.mark.parametrize("prompt", [None, [], {"9": None}, {"9": {"class_type": "ConceptBankSave"}},
+                                    {"9": {"class_type": "ConceptBankSave", "inputs": [1]}}])
+def test_a_graph_of_another_form_is_not_checked(pack, prompt):
+    """Programs send what they like."""
+    from continual_concepts.nodes.saving import check_saving
+
+    check_saving(prompt, "7", ["rex"])
+
+
+def test_a_concept_that_is_replaced_in_a_file_is_told(studio):
+    def saved(bank):
+        return studio.pack.ConceptBankSave.execute(bank, "pets", False).ui["text"][0]
+
+    first = studio.learner(seed=1).args[0]
+    assert "replaced" not in saved(first) and "replaced" not in saved(first)
+    both = studio.learner(name="tom", noun="cat", bank=[first]).args[0]
+    assert "replaced" not in saved(both)
+    again = studio.learner(seed=2, bank=[both], if_known="learn it again").args[0]
+    assert "replaced: <spot>; the earlier file is kept as a version" in saved(again)
