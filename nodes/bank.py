@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.bank.concepts import ConceptInfo
 from ..core.bank.format import open_bank
 from ..core.bank.store import change_bank, saved_elsewhere
 from ..core.bank.tokens import typed_name
@@ -122,8 +123,7 @@ class ConceptBankSave(io.ComfyNode):
                 raise ConceptError(lacking(path.name, lost))
             if stored is not None:
                 old, new = stored.infos, bank.infos
-                replaced.extend(name for name in old
-                                if name in new and old[name].provenance != new[name].provenance)
+                replaced.extend(name for name in old if name in new and _differ(old[name], new[name]))
             return bank
 
         try:
@@ -136,8 +136,13 @@ class ConceptBankSave(io.ComfyNode):
         notes = [f"{path.name}: {names}"]
         if replaced:
             notes.append(f"replaced: {', '.join(f'<{name}>' for name in replaced)}; the earlier file is kept "
-                         "as a version, which 'continual-concepts bank restore' brings back")
+                         "as a version, see this node's help")
         return io.NodeOutput(ui=written_below(notes))
+
+
+def _differ(old: ConceptInfo, new: ConceptInfo) -> bool:
+    """Whether two concepts of a name are of different runs. Of imported ones, only other origins are seen."""
+    return old.provenance != new.provenance
 
 
 def _remove_finished_runs(bank) -> None:

@@ -46,10 +46,18 @@ def _send(node: str, text: str, by: str) -> None:
         server.send_progress_text(escape(text, quote=False), node, page)
 
 
+def running_item(server: Any = None) -> tuple | None:
+    """What runs now, as the server queued it: number, id, graph, other data, ids of its outputs. None without
+    a server."""
+    queue = getattr(_server() if server is None else server, "prompt_queue", None)
+    items = list(getattr(queue, "currently_running", {}).values())
+    return next((item for item in items if item[1] == _prompt()), None)
+
+
 def _workflow(server: Any) -> str | None:
     """The id of the workflow that runs now; None if the page gave none."""
-    running = getattr(getattr(server, "prompt_queue", None), "currently_running", {})
-    found: Any = next((item[3] for item in list(running.values()) if item[1] == _prompt()), None)
+    item = running_item(server)
+    found: Any = None if item is None else item[3]
     for key in ("extra_pnginfo", "workflow", "id"):
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, str) else None
@@ -84,7 +92,7 @@ def _stopped(status: str, is_cancelled: bool) -> str:
     parts = status.split(", ")
     steps = [place for place, part in enumerate(parts) if part.startswith("step ")]
     named = parts[0].endswith(">")
-    where = ", ".join(parts[:steps[0] + 1] if steps else parts[:1 + named])
+    where = ", ".join(parts[:steps[0] + 1]) if steps else status if named else parts[0]
     return f"stopped: {where}" + ("; the next run resumes there" if (steps or named) and is_cancelled else "")
 
 

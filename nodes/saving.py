@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..core.bank.format import open_bank
+from ..core.bank.tokens import typed_name
 from ..core.errors import ConceptError
 from .folders import new_bank_file
+from .progress import running_item
 
 ALLOW_FEWER = "allow removing concepts"
+SAVE = "ConceptBankSave"
+LEARNER = "ConceptLearner"
+BANKS = (0, 4)      # outputs of a learner that are banks; the second one is the proposed bank
 
 
 def lacking(file: str, lost: Iterable[str]) -> str:
@@ -19,34 +24,59 @@ def lacking(file: str, lost: Iterable[str]) -> str:
             f"bank_name, or switch '{ALLOW_FEWER}' on")
 
 
-def check_saving(prompt: object, node: str | None, names: Iterable[str]) -> None:
-    """Checks the nodes Save Concept Bank that take a learner's bank.
+def check_saving(graph: object, node: str | None, names: Iterable[str]) -> None:
+    """Checks the nodes Save Concept Bank that take a learner's bank, directly or through further learners.
 
     Args:
-        prompt: The graph that runs, as the server gives it; anything else is not checked.
-        node: Id of the learner, whose first output is the bank.
+        graph: What runs: id -> type and inputs of each node, as the server gives it. Anything else is not
+            checked, and neither is what other nodes give later.
+        node: Id of the learner.
         names: What its bank will hold.
 
     Raises:
-        ConceptError: Such a node would refuse the bank, because its file holds other concepts.
+        ConceptError: Such a node would refuse the bank, because its file holds other concepts or is damaged.
     """
-    held = set(names)
-    for given in _savers(prompt, node):
-        name = given.get("bank_name")
-        if not isinstance(name, str) or given.get("allow_fewer") is not False:
-            continue      # another node gives it later, or concepts may go
+    nodes = graph if isinstance(graph, Mapping) else {}
+    held, item = set(names), running_item()
+    for saver, given in _of_type(nodes, SAVE):
+        further = _learned_between(nodes, given.get("bank"), node)
+        name, may_remove = given.get("bank_name"), given.get("allow_fewer")
+        if further is None or not isinstance(name, str) or not isinstance(may_remove, bool):
+            continue
+        if item is not None and saver not in item[4]:      # it is no output that runs
+            continue
         file = new_bank_file(name)
-        lost = [stored for stored in open_bank(file).names if stored not in held] if file.exists() else []
-        if lost:
+        stored = open_bank(file).names if file.exists() else []
+        lost = [concept for concept in stored if concept not in held and concept not in further]
+        if lost and not may_remove:
+            missing = ", ".join(f"<{concept}>" for concept in lost)
             raise ConceptError(f"this bank could not be saved, so nothing was learned: '{file.name}' holds "
-                               f"{', '.join(f'<{stored}>' for stored in lost)}; connect Load Concept Bank to "
-                               "the input 'bank' (template 04 Add a second concept shows it), choose another "
-                               f"bank_name in Save Concept Bank, or switch its '{ALLOW_FEWER}' on")
+                               f"{missing}; connect Load Concept Bank to the input 'bank' (template 04 Add a "
+                               "second concept shows it), choose another bank_name in Save Concept Bank, or "
+                               f"switch its '{ALLOW_FEWER}' on")
 
 
-def _savers(prompt: object, node: str | None) -> list[Mapping[str, Any]]:
-    """The inputs of all nodes Save Concept Bank that take a node's first output."""
-    nodes = prompt.values() if isinstance(prompt, Mapping) else ()
-    savers = [entry.get("inputs") for entry in nodes
-              if isinstance(entry, Mapping) and entry.get("class_type") == "ConceptBankSave"]
-    return [given for given in savers if isinstance(given, Mapping) and given.get("bank") == [node, 0]]
+def _of_type(nodes: Mapping, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Id and inputs of each node of a type."""
+    for number, entry in nodes.items():
+        given = entry.get("inputs") if isinstance(entry, Mapping) else None
+        if isinstance(given, Mapping) and entry.get("class_type") == kind:
+            yield str(number), given
+
+
+def _learned_between(nodes: Mapping, link: object, node: str | None) -> set[str] | None:
+    """The names that further learners add between a node's bank and a link; None if the link does not come
+    from it, or if a name is not known yet."""
+    learners, added = dict(_of_type(nodes, LEARNER)), set[str]()
+    for _ in range(len(learners) + 1):      # a chain cannot be longer
+        source, output = link if isinstance(link, (list, tuple)) and len(link) == 2 else (None, None)
+        if output not in BANKS or source is None:
+            return None
+        if str(source) == node:
+            return added
+        given = learners.get(str(source), {})
+        name, link = given.get("name"), given.get("bank")
+        if not isinstance(name, str):
+            return None
+        added.add(typed_name(name))
+    return None

@@ -25,7 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:      # importing takes seconds
         print("continual-concepts: stopped before anything was done", file=sys.stderr)
         return 130
-    code = run(arguments)
-    if arguments is None and code == 130:      # the program ends now; another Ctrl-C would print a traceback
+    return run(arguments)
+
+
+def program() -> int:
+    """`main` as a program of its own. Returns the exit code."""
+    code = main()
+    if code == 130:      # it ends now; another Ctrl-C would print a traceback
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return code

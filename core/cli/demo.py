@@ -45,7 +45,7 @@ from .workers import Workers
 
 BANK = "bank.safetensors"
 FILES = (BANK, "report.png", "report.json")
-PHOTOS = "photos"
+PHOTOS = "drawn-photos"
 NOUNS = "class nouns"
 STEPS_PER_DRAWING = 15      # steps of learning that take about as long as a job that draws
 NEEDED = 5      # MB of temporary files; the banks of all ways take 2
@@ -176,12 +176,12 @@ def _save_bank(output: Path, folder: Path) -> None:
 
 
 def _save_photos(folder: Path, tasks: Sequence[Assignment]) -> None:
-    """Writes the photos of each concept into a folder of its name, for the command `learn`."""
+    """Writes the photos of each concept into a folder of its name, for the command `learn`. Files that are
+    there stay as they are."""
     for task in tasks:
-        place = folder / task.name
-        place.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(task.references, start=1):
-            write_atomically(place / f"{number}.png", partial(to_pil(picture).save, format="PNG"))
+            if not (file := folder / task.name / f"{number}.png").exists():
+                write_atomically(file, partial(to_pil(picture).save, format="PNG"))
 
 
 def _check_room() -> None:
@@ -238,7 +238,6 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2,
         levels = levels_of(plan, nouns, encoder)
         output.mkdir(parents=True, exist_ok=True)
         _save_bank(output, folder)
-    _save_photos(output / PHOTOS, plan.tasks)
     figures = {way: {"method": WAYS[way].method, **figures_of(plan, pictures[way], levels, encoder),
                      "seconds": seconds[way]} for way in WAYS}
     report = {"base": plan.base, "concepts": list(TASKS), "ways": figures, "steps": plan.steps,
@@ -247,4 +246,5 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2,
     draw(output / "report.png", plan.tasks, figures, pictures)
     write_atomically(output / "report.json",
                      lambda temporary: temporary.write_text(json.dumps(report, indent=1) + "\n"))
+    _save_photos(output / PHOTOS, plan.tasks)      # last: nothing else is lost if it fails
     return report

@@ -40,7 +40,7 @@ from .arguments import (
 from .backbones import EMBEDDED_CFG, EMBEDDED_SIZE, EMBEDDED_TRAINING, OTHER_CFG, OTHER_SIZE, PRESETS
 from .bank_parser import add_bank
 from .learning import IF_KNOWN
-from .result import run, say
+from .result import messages_may_fail, run, say
 
 NO_BASE = ("NO --base: USING AN EMBEDDED BASE, which draws small pictures of toys and animals. Real photos "
            "cannot be learned on it: give --base FOLDER, a model in diffusers' layout (SD1.5, SD2, SDXL). "
@@ -276,7 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     flags = sorted(arguments[:end], key=lambda argument: argument != "--json")      # --json at any place
     try:
-        options = _parsed([*flags, *arguments[end:]])
+        with messages_may_fail():
+            options = _parsed([*flags, *arguments[end:]])
     except UsageError as error:
         if "--json" in flags:
             say(json.dumps({"error": error.sentence}))

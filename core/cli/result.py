@@ -36,34 +36,39 @@ def _one_line(text: str) -> str:
     return text.replace("\n", "\\n")
 
 
-class _Nowhere:
-    """Writes to a stream. If that cannot be written, what follows goes nowhere: messages and the progress bar
-    must not end a command whose work is worth more."""
+class _Messages:
+    """Writes to a stream. If that is closed or cannot be written, what follows goes nowhere: messages and the
+    progress bar must not end a command whose work is worth more."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream = stream
+        self.stream, self.fails = stream, False
 
     def __getattr__(self, name: str) -> Any:
+        if name == "stream":      # a copy has none yet
+            raise AttributeError(name)
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> int:
+    def _attempt(self, act: Callable[[], Any]) -> None:
         try:
-            return self.stream.write(text)
-        except OSError:
-            _send_nowhere(self.stream)
-            return len(text)
+            if not self.fails:
+                act()
+        except (OSError, ValueError):      # ValueError: closed
+            self.fails = True
+            if self.stream is sys.__stderr__:
+                _send_nowhere(self.stream)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            _send_nowhere(self.stream)
+        self._attempt(lambda: self.stream.flush())
 
 
 def _send_nowhere(stream: Any) -> None:
     """Lets what is written to a stream go nowhere. When Python ends, it writes what is left in the buffer,
     and that would fail again."""
-    with suppress(OSError), open(os.devnull, "w") as nowhere:
+    with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
@@ -72,11 +77,12 @@ def messages_may_fail() -> Iterator[None]:
     """Within it, a stderr that is closed or cannot be written is no error."""
     before = sys.stderr
     with open(os.devnull, "w") as nowhere:
-        sys.stderr = _Nowhere(nowhere if before is None else before)
+        sys.stderr = messages = _Messages(nowhere if before is None else before)
         try:
             yield
         finally:
-            sys.stderr = before
+            if sys.stderr is messages:      # another thread may have changed it
+                sys.stderr = before
 
 
 def complain(text: str) -> None:
@@ -158,15 +164,16 @@ def run(program: str, command: Callable, options: argparse.Namespace, stopped: s
     print_readably()
     with messages_may_fail(), stopped_as_by_ctrl_c():
         try:
-            # the first restores how warnings are shown
-            with warnings.catch_warnings(), same_threads(), one_sentence():
-                warnings.showwarning = _show_warning
-                result = command(options)
-        except ConceptError as error:
-            return failed(program, str(error), 1, options.json)
+            try:
+                # the first restores how warnings are shown
+                with warnings.catch_warnings(), same_threads(), one_sentence():
+                    warnings.showwarning = _show_warning
+                    result = command(options)
+            except ConceptError as error:
+                return failed(program, str(error), 1, options.json)
+            return 0 if result is None else _printed(program, result, options.json)
         except KeyboardInterrupt:
             return failed(program, stopped, 130, options.json)
-        return 0 if result is None else _printed(program, result, options.json)
 
 
 def _printed(program: str, result: Result, is_json: bool) -> int:

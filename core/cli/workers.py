@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import ConceptError
+from ..training.process_group import is_launched
 
 
 class Steps:
@@ -105,10 +106,12 @@ def stopped_as_by_ctrl_c() -> Iterator[None]:
     removed. Further signals are ignored for `GRACE` seconds.
 
     Only the main thread may set what a signal does. A signal that is ignored, as `nohup` does, or that a
-    program handles itself stays as it is.
+    program handles itself stays as it is. So do all where several processes learn together: each may wait
+    for another one, in code that Python cannot interrupt.
     """
     stop, is_main = _stop_once(), threading.current_thread() is threading.main_thread()
-    usual = {signal.SIG_DFL, signal.default_int_handler}
+    is_main &= not is_launched()
+    usual = (signal.SIG_DFL, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_stopping())} if is_main else {}
     changed = {number: handler for number, handler in before.items() if handler in usual}
     for number in changed:

@@ -76,20 +76,20 @@ class ProcessGroup:
 ONE_PROCESS = ProcessGroup()
 
 
-def _is_launched() -> bool:
+def is_launched() -> bool:
     """Whether torchrun, or a launcher based on it, started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def own_device(device: str) -> str:
     """Resolves `cuda` to this process's graphics card on a machine with several."""
-    return f"cuda:{dist.get_node_local_rank()}" if device == "cuda" and _is_launched() else device
+    return f"cuda:{dist.get_node_local_rank()}" if device == "cuda" and is_launched() else device
 
 
 @contextmanager
 def process_group(device: str = "cpu") -> Iterator[ProcessGroup]:
     """Joins the process group of torchrun. Without torchrun, yields a group of one process."""
-    if not _is_launched():
+    if not is_launched():
         yield ONE_PROCESS
         return
     is_on_card = device.startswith("cuda")

@@ -50,7 +50,7 @@ def test_the_report_holds_three_ways_that_learned_the_same(tmp_path, single_pict
     assert report["ways"]["ours"]["retained"] == 1 != report["ways"]["sequence"]["retained"]
     assert Image.open(tmp_path / "report.png").width > 1000
     for task in QUICK.tasks:      # for the command learn
-        written = to_tensor([np.asarray(Image.open(tmp_path / "photos" / task.name / f"{number}.png"))
+        written = to_tensor([np.asarray(Image.open(tmp_path / demo.PHOTOS / task.name / f"{number}.png"))
                              for number in range(1, len(task.references) + 1)])
         assert (written - task.references).abs().max() < 0.01
     assert open_bank(tmp_path / "bank.safetensors").names == list(demo_ways.TASKS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,8 +54,46 @@ def test_a_command_whose_messages_cannot_be_printed_does_its_work(monkeypatch, c
     os.close(ends[0])
     place = "/dev/full" if way == "full disk" else ends[1]
     stream = None if way == "closed" else open(place, "w", buffering=1)      # noqa: SIM115
-    monkeypatch.setattr(sys, "stderr", stream)
+    for name in ("stderr", "__stderr__"):
+        monkeypatch.setattr(sys, name, stream)
     assert result.run("program", _works, Namespace(json=False), "stopped") == 0
     assert sys.stderr is stream and capfd.readouterr().out == "done\n"
     if stream is not None:
         stream.close()      # writes nothing that fails
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_line_on_the_missing_base_cannot_end_a_command(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        for name in ("stderr", "__stderr__"):
+            monkeypatch.setattr(sys, name, full)
+        assert main(["sample", "a dog", "--bank", "missing.safetensors"]) == 1      # it came to the bank
+        assert sys.stderr is full
+
+
+@pytest.mark.parametrize("stream", ["no number", "closed"])
+def test_streams_of_other_kinds_may_fail_as_well(tmp_path, stream):
+    """Programs give what they like, and pytest gives its own."""
+    class Refusing:
+        def write(self, text):
+            raise OSError
+
+        flush = write
+
+    given = Refusing()
+    if stream == "closed":
+        given = (tmp_path / "log").open("w")
+        given.close()
+    messages = result._Messages(given)
+    assert messages.write("text") == 4
+    messages.flush()
+    copy(messages)
+
+
+def test_a_stop_while_the_result_is_printed_is_told(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(result, "say", stop)
+    assert result.run("program", lambda _: ({}, ["done"]), Namespace(json=False), "stopped") == 130
+    assert capsys.readouterr().err == "program: stopped\n"

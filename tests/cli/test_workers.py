@@ -303,6 +303,14 @@ def test_signals_that_come_together_stop_once(monkeypatch):
 
 
 @forks
+def test_processes_that_learn_together_keep_what_signals_do(monkeypatch):
+    """One that waits for another one in code that Python cannot interrupt would not end."""
+    monkeypatch.setattr(workers, "is_launched", lambda: True)
+    with stopped_as_by_ctrl_c():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@forks
 def test_signals_mean_what_they_did_before():
     """After a demo, in other threads, and where they are ignored, as by nohup."""
     numbers = (signal.SIGTERM, signal.SIGHUP)

@@ -42,6 +42,61 @@ def test_what_can_be_saved_or_is_not_known_yet_is_learned(studio, graph, inputs)
     assert studio.learner().args[0].names == ["spot"]
 
 
+def _graph(**savers):
+    """Two learners in a row, 7 and 8, and nodes Save Concept Bank with these links."""
+    learners = {"7": {"bank": ["3", 0], "name": "rex"}, "8": {"bank": ["7", 0], "name": "<tom>"}}
+    return {**{node: {"class_type": "ConceptLearner", "inputs": inputs} for node, inputs in learners.items()},
+            **{node: {"class_type": "ConceptBankSave",
+                      "inputs": {"bank": link, "bank_name": "pets", "allow_fewer": False}}
+               for node, link in savers.items()}}
+
+
+@pytest.mark.parametrize("link, is_checked", [(["7", 0], True), (["7", 4], True), (["8", 0], True),
+                                              (["7", 1], False), (["9", 0], False), ([], False)])
+def test_learners_in_a_row_and_proposed_banks_are_checked(studio, link, is_checked):
+    from continual_concepts.nodes.saving import check_saving
+
+    studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    held = [name for name in studio.bank.names if name != "mimi"]
+    if is_checked:
+        with pytest.raises(ConceptError, match=r"'pets.safetensors' holds <mimi>;"):
+            check_saving(_graph(s=link), "7", held)
+    else:
+        check_saving(_graph(s=link), "7", held)
+    check_saving(_graph(s=link), "7", [*held, "mimi"])
+
+
+def test_what_a_further_learner_adds_is_not_lacking(studio):
+    from continual_concepts.nodes.saving import check_saving
+
+    studio.pack.ConceptBankSave.execute(studio.learner(name="tom").args[0], "pets", False)
+    check_saving(_graph(s=["8", 0]), "7", ["rex"])
+    with pytest.raises(ConceptError, match="holds <tom>"):
+        check_saving(_graph(s=["7", 0]), "7", ["rex"])
+
+
+@pytest.mark.parametrize("outputs, is_checked", [(["s"], True), (["other"], False)])
+def test_a_node_that_does_not_run_is_not_checked(studio, monkeypatch, outputs, is_checked):
+    from continual_concepts.nodes import saving
+
+    studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    monkeypatch.setattr(saving, "running_item", lambda: (0, "id", {}, {}, outputs))
+    try:
+        saving.check_saving(_graph(s=["7", 0]), "7", ["rex"])
+        assert not is_checked
+    except ConceptError:
+        assert is_checked
+
+
+def test_a_damaged_file_is_told_before_learning(studio, graph, own_folder):
+    studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    file = own_folder / "concept_banks" / "pets.safetensors"
+    file.write_bytes(file.read_bytes()[:900])
+    graph(bank_name="pets", allow_fewer=True)
+    with pytest.raises(ConceptError, match="pets"):
+        studio.learner(steps=10**6)
+
+
 @pytest.mark.parametrize("prompt", [None, [], {"9": None}, {"9": {"class_type": "ConceptBankSave"}},
                                     {"9": {"class_type": "ConceptBankSave", "inputs": [1]}}])
 def test_a_graph_of_another_form_is_not_checked(pack, prompt):
