@@ -151,8 +151,8 @@ class RegionalConceptSampler(io.ComfyNode):
                     options=list(AREAS),
                     default="frame",
                     optional=True,
-                    tooltip="Estimate region noise on the whole frame (the paper), or on a crop of the "
-                    "region's size, whose cost grows with its area.",
+                    tooltip="Where region noise is estimated: on the whole frame (the paper), or on a "
+                    "crop of the region's size. A crop costs less for a small region.",
                 ),
                 crop_denoising_input(
                     0.4, "Takes no extra time if regions cover the picture. 0 = off."),
