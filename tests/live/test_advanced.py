@@ -74,12 +74,11 @@ def test_a_text_over_a_wire_takes_one_line(page):
     }"""
     page.evaluate(ADD)
     page.evaluate("() => app.graph._nodes[0].setSize([400, 900])")
-    page.wait_for_timeout(700)
-    assert page.evaluate(boxes) > 200
+    page.wait_for_function(f"({boxes})() > 200")      # a busy page draws late
     link = LINK_SEED.replace("PrimitiveInt", "PrimitiveStringMultiline")
     page.evaluate(link.replace("'seed'", "'captions'"))
-    page.wait_for_timeout(700)
-    assert page.evaluate(boxes) <= 24 and not page.errors
+    page.wait_for_function(f"({boxes})() <= 24")
+    assert not page.errors
 
 
 def test_a_new_node_in_nodes_2_is_as_high_as_its_visible_inputs(page):
