@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
-from ..core.bank.concepts import ConceptInfo
+from ..core.bank.bank import ConceptBank
 from ..core.bank.format import open_bank
 from ..core.bank.store import change_bank, saved_elsewhere
 from ..core.bank.tokens import typed_name
@@ -31,7 +31,7 @@ from .folders import (
 from .images import judge
 from .inputs import fingerprint, valid
 from .progress import bank_saved, written_below
-from .saving import ALLOW_FEWER, lacking
+from .saving import ALLOW_FEWER, lost_names
 from .schema import Schema
 
 register_folders()
@@ -118,12 +118,13 @@ class ConceptBankSave(io.ComfyNode):
         path, replaced = new_bank_file(bank_name), list[str]()
 
         def change(stored):
-            lost = [name for name in stored.names if name not in bank] if stored is not None else []
-            if lost and not allow_fewer:
-                raise ConceptError(lacking(path.name, lost))
             if stored is not None:
-                old, new = stored.infos, bank.infos
-                replaced.extend(name for name in old if name in new and _differ(old[name], new[name]))
+                lost = lost_names(stored.names, bank.names)
+                if lost and not allow_fewer:
+                    raise ConceptError(f"'{path.name}' holds {lost}, which this bank lacks; join both with "
+                                       "Load Concept Bank and Merge Concept Banks (nothing is learned "
+                                       f"again), choose another bank_name, or switch '{ALLOW_FEWER}' on")
+                replaced.extend(name for name in stored.names if name in bank and _differ(name, stored, bank))
             return bank
 
         try:
@@ -140,9 +141,12 @@ class ConceptBankSave(io.ComfyNode):
         return io.NodeOutput(ui=written_below(notes))
 
 
-def _differ(old: ConceptInfo, new: ConceptInfo) -> bool:
-    """Whether two concepts of a name are of different runs. Of imported ones, only other origins are seen."""
-    return old.provenance != new.provenance
+def _differ(name: str, *banks: ConceptBank) -> bool:
+    """Whether two banks hold different concepts of a name."""
+    old, new = (bank.infos[name].provenance for bank in banks)
+    if old != new or old.date:      # a date tells runs apart, and imported concepts have none
+        return old != new
+    return len({bank.passing(name).digest() for bank in banks}) > 1
 
 
 def _remove_finished_runs(bank) -> None:

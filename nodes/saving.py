@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..core.bank.format import open_bank
@@ -17,11 +17,9 @@ LEARNER = "ConceptLearner"
 BANKS = (0, 4)      # outputs of a learner that are banks; the second one is the proposed bank
 
 
-def lacking(file: str, lost: Iterable[str]) -> str:
-    """Says that a bank file holds concepts that the bank to be saved lacks, and what to do."""
-    return (f"'{file}' holds {', '.join(f'<{name}>' for name in lost)}, which this bank lacks; join both "
-            "with Load Concept Bank and Merge Concept Banks (nothing is learned again), choose another "
-            f"bank_name, or switch '{ALLOW_FEWER}' on")
+def lost_names(stored: Iterable[str], kept: Container[str]) -> str:
+    """The names of a bank file that a bank to be saved there lacks, as text; empty if it lacks none."""
+    return ", ".join(f"<{name}>" for name in stored if name not in kept)
 
 
 def check_saving(graph: object, node: str | None, names: Iterable[str]) -> None:
@@ -46,12 +44,10 @@ def check_saving(graph: object, node: str | None, names: Iterable[str]) -> None:
         if item is not None and saver not in item[4]:      # it is no output that runs
             continue
         file = new_bank_file(name)
-        stored = open_bank(file).names if file.exists() else []
-        lost = [concept for concept in stored if concept not in held and concept not in further]
+        lost = lost_names(open_bank(file).names if file.exists() else [], held | further)
         if lost and not may_remove:
-            missing = ", ".join(f"<{concept}>" for concept in lost)
             raise ConceptError(f"this bank could not be saved, so nothing was learned: '{file.name}' holds "
-                               f"{missing}; connect Load Concept Bank to the input 'bank' (template 04 Add a "
+                               f"{lost}; connect Load Concept Bank to the input 'bank' (template 04 Add a "
                                "second concept shows it), choose another bank_name in Save Concept Bank, or "
                                f"switch its '{ALLOW_FEWER}' on")
 

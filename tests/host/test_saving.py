@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -116,3 +117,19 @@ def test_a_concept_that_is_replaced_in_a_file_is_told(studio):
     assert "replaced" not in saved(both)
     again = studio.learner(seed=2, bank=[both], if_known="learn it again").args[0]
     assert "replaced: <spot>; the earlier file is kept as a version" in saved(again)
+
+
+def test_an_imported_concept_with_other_weights_is_told(studio, make_concept):
+    """Files have no date of learning; one name may have had other weights."""
+    from continual_concepts.core.bank.bank import ConceptBank
+    from continual_concepts.core.bank.concepts import Provenance
+
+    def saved(seed):
+        concept = make_concept(studio.bank.layout, "ana", seed=seed)
+        origin = Provenance(settings={"files": ["ana.safetensors"]})
+        concept = replace(concept, info=replace(concept.info, provenance=origin))
+        bank = ConceptBank(studio.bank.layout).add(concept)
+        return studio.pack.ConceptBankSave.execute(bank, "people", False).ui["text"][0]
+
+    assert "replaced" not in saved(1) and "replaced" not in saved(1)
+    assert "replaced: <ana>" in saved(2)
