@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from ..bank.bank import ConceptBank
 from ..bank.format import open_bank
@@ -16,6 +19,7 @@ from ..data.captions import decoded
 from ..errors import ConceptError
 from ..files import check_output_folder, write_new
 from ..images import to_pil
+from ..model.backbone import Backbone
 from ..regional.drawing import parse_regions
 from ..regional.noise import NoiseSettings
 from ..regional.regions import Region
@@ -68,6 +72,18 @@ def _regions(options: Namespace) -> list[Region]:
     return found
 
 
+def _drawn(options: Namespace, backbone: Backbone, bank: ConceptBank, regions: list[Region],
+           seeds: list[int], settings: SampleSettings) -> Tensor:
+    """The pictures `[B, 3, H, W]` of the prompt, with a progress bar. Only pictures without regions are drawn
+    in several batches."""
+    batches = 1 if regions else -(-len(seeds) // settings.batch)
+    with tqdm(total=batches * settings.steps, desc="drawing", disable=options.json) as bar:
+        settings = replace(settings, on_step=bar.update)
+        if options.find_regions:
+            return sample_found(backbone, bank, options.prompt, seeds, settings)
+        return sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
+
+
 def sample(options: Namespace) -> Result:
     """Writes `--count` pictures of the prompt, one per seed. Existing files are kept."""
     check_output_folder(options.output)
@@ -92,10 +108,7 @@ def sample(options: Namespace) -> Result:
     bank.check_fits(backbone.layout)
     named = dict.fromkeys(name for prompt in prompts for name in prompt.concepts)
     notes += notes_on_base([bank.infos[name] for name in named], backbone.layout, backbone.fingerprint)
-    if options.find_regions:
-        pictures = sample_found(backbone, bank, options.prompt, seeds, settings)
-    else:
-        pictures = sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
+    pictures = _drawn(options, backbone, bank, regions, seeds, settings)
     broken = [seed for seed, tensor in zip(seeds, pictures, strict=True) if not torch.isfinite(tensor).all()]
     notes += [f"the picture of seed {seed} holds NaN or infinite numbers; lower --cfg or --strength"
               for seed in broken]

@@ -94,7 +94,12 @@ def guided(backbone: Backbone, latents: Tensor, t: int, negative: Context, posit
     return unconditional + cfg * (conditional - unconditional)
 
 
-def denoise(solver: Solver, latents: Tensor, estimate: Estimate, move: Estimate | None = None) -> Tensor:
+def no_report() -> None:
+    """Reports no step."""
+
+
+def denoise(solver: Solver, latents: Tensor, estimate: Estimate, move: Estimate | None = None,
+            on_step: Callable[[], object] = no_report) -> Tensor:
     """Runs a solver from its first timestep to its last.
 
     Args:
@@ -102,9 +107,11 @@ def denoise(solver: Solver, latents: Tensor, estimate: Estimate, move: Estimate 
         estimate: Returns the guided estimate. Its argument `progress` is 0 in the first step and 1 in
             the last.
         move: Called before each estimate; returns latents that replace the given ones.
+        on_step: Called after each step.
     """
     for i, t in enumerate(solver.timesteps):
         progress = i / max(1, len(solver.timesteps) - 1)
         latents = latents if move is None else move(latents, t, progress)
         latents = solver.step(estimate(latents, t, progress), t, latents)
+        on_step()
     return latents

@@ -50,5 +50,6 @@ def sample_found(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, see
             processor.progress = progress
             return guided(backbone, x, t, negative, positive, settings.cfg, processor)
 
-        latents = denoise(solver_for(backbone.schedule, settings.steps), latents, estimate)
+        latents = denoise(solver_for(backbone.schedule, settings.steps), latents, estimate,
+                          on_step=settings.on_step)
         return backbone.decode_latents(latents)

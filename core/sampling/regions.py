@@ -163,5 +163,6 @@ def sample_regions(backbone: Backbone, bank: ConceptBank, scene: str | Prompt, r
         latent = (latents.shape[-2], latents.shape[-1])
         run = RegionSampling(backbone, bank, bank.parse(scene), regions, len(seeds), settings, latent)
         with backbone.folded(run.weights):
-            latents = denoise(solver_for(backbone.schedule, settings.steps), latents, run.estimate)
+            latents = denoise(solver_for(backbone.schedule, settings.steps), latents, run.estimate,
+                              on_step=settings.on_step)
         return backbone.decode_latents(latents)

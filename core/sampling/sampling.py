@@ -156,7 +156,8 @@ def _sample_group(backbone: Backbone, bank: ConceptBank, prompts: list[Prompt], 
             move = None
             if settings.artists:
                 move = _guidance(backbone, prompts[chunk], positive, settings.artists, processors)
-            latents = denoise(solver_for(backbone.schedule, settings.steps), latents, estimate, move)
+            latents = denoise(solver_for(backbone.schedule, settings.steps), latents, estimate, move,
+                              settings.on_step)
             pictures.append(backbone.decode_latents(latents))
     return torch.cat(pictures)
 

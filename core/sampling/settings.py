@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from ..errors import ConceptError
+from ..model.solver import no_report
 from ..regional.noise import NoiseSettings
 from ..regional.regions import OVERLAPS
 
@@ -26,6 +28,7 @@ class SampleSettings:
         batch: Pictures per batch.
         artists: Strength of attention guidance for prompts that name two concepts or more; 0 = off. It does
             nothing with regions.
+        on_step: Called after each step of each batch; it does not change the pictures.
     """
 
     steps: int = 25
@@ -39,6 +42,7 @@ class SampleSettings:
     isolation: float = 0.0
     batch: int = 16
     artists: float = 0.0
+    on_step: Callable[[], object] = field(default=no_report, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.cfg < 0:

@@ -4,6 +4,7 @@ of it."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from continual_concepts.core.regional.noise import NoiseSettings
 from continual_concepts.core.regional.regions import Region, box_mask
 from continual_concepts.core.sampling import sampling
 from continual_concepts.core.sampling.denoise import RegionSteps
+from continual_concepts.core.sampling.found import sample_found
 from continual_concepts.core.sampling.regions import RegionSampling, sample_regions
 from continual_concepts.core.sampling.sampling import sample, starting_noise
 from continual_concepts.core.sampling.settings import SampleSettings
@@ -178,3 +180,15 @@ def test_a_batch_of_crops_gives_what_crops_give_one_by_one(tiny_backbone, bank, 
 def test_the_mask_of_a_box_is_where_its_noise_goes():
     found, _ = step([Region("a", (0.25, 0.25, 0.75, 0.75))], CROPS)
     assert torch.equal(found["noise"][0, 0] == 1, box_mask((0.25, 0.25, 0.75, 0.75), 16, 16).bool())
+
+
+def test_every_step_of_every_batch_is_reported(tiny_backbone, bank):
+    """With regions, where they are found, and without any; the pictures stay as they are."""
+    steps = []
+    shown = replace(QUICK, batch=1, on_step=lambda: steps.append(1))
+    for draw in (partial(sample_regions, tiny_backbone, bank, "a dog", PROMPTS, [1, 2]),
+                 partial(sample_found, tiny_backbone, bank, "<rex> and <mimi>", [1, 2])):
+        assert torch.equal(draw(shown), draw(QUICK)) and len(steps) == QUICK.steps
+        steps.clear()
+    sample_regions(tiny_backbone, bank, "a <rex>", [], [1, 2], shown)
+    assert len(steps) == 2 * QUICK.steps
