@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,7 +94,8 @@ class ConceptBankSave(io.ComfyNode):
                         "is complete on disk.",
             inputs=[
                 types.Bank.Input("bank", tooltip="The bank to save."),
-                io.String.Input("bank_name", default="my-concepts", tooltip="Letters, digits, - and _."),
+                io.String.Input("bank_name", default="my-concepts", tooltip="Name of the file in "
+                                "output/concept_banks: letters, digits, - and _."),
                 io.Boolean.Input(
                     "allow_fewer",
                     display_name=ALLOW_FEWER,
@@ -115,11 +117,12 @@ class ConceptBankSave(io.ComfyNode):
     def execute(cls, bank, bank_name, allow_fewer) -> io.NodeOutput:
         if bank is None:
             raise ConceptError("there is no bank to save; learn a concept first")
-        path, replaced = new_bank_file(bank_name), list[str]()
+        path, replaced, renamed = new_bank_file(bank_name), list[str](), dict[str, str]()
 
         def change(stored):
             if stored is not None:
-                lost = lost_names(stored.names, bank.names)
+                renamed.update(_renamed(stored, bank))
+                lost = lost_names(stored.names, {*bank.names, *renamed})
                 if lost and not allow_fewer:
                     raise ConceptError(f"'{path.name}' holds {lost}, which this bank lacks; join both with "
                                        "Load Concept Bank and Merge Concept Banks (nothing is learned "
@@ -135,18 +138,37 @@ class ConceptBankSave(io.ComfyNode):
         _remove_finished_runs(bank)
         names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
         notes = [f"{path.name}: {names}"]
+        notes += [f"renamed: <{old}> is <{new}> now" for old, new in renamed.items()]
         if replaced:
             notes.append(f"replaced: {', '.join(f'<{name}>' for name in replaced)}; the earlier file is kept "
                          "as a version, see this node's help")
         return io.NodeOutput(ui=written_below(notes))
 
 
-def _differ(name: str, *banks: ConceptBank) -> bool:
-    """Whether two banks hold different concepts of a name."""
-    old, new = (bank.infos[name].provenance for bank in banks)
-    if old != new or old.date:      # a date tells runs apart, and imported concepts have none
+def _renamed(stored: ConceptBank, bank: ConceptBank) -> dict[str, str]:
+    """Names of a bank file that a bank lacks -> new names of the same concepts in it."""
+    gone = [name for name in stored.names if name not in bank]
+    come = [name for name in bank.names if name not in stored] if gone else []
+    known = {bank.passing(name).digest(): name for name in come}
+    digests = {name: _stored_digest(stored, name) for name in gone} if come else {}
+    return {name: known[digest] for name, digest in digests.items() if digest in known}
+
+
+def _stored_digest(stored: ConceptBank, name: str) -> str:
+    """Digest of a concept of a bank file; empty if its tensors are damaged. A save must not fail because of
+    the file that it replaces."""
+    try:
+        return stored.passing(name).digest()
+    except ConceptError:
+        return ""
+
+
+def _differ(name: str, stored: ConceptBank, bank: ConceptBank) -> bool:
+    """Whether a bank file and a bank hold different concepts of a name."""
+    old, new = (replace(info, composition=info.composes) for info in (stored.infos[name], bank.infos[name]))
+    if old != new or old.provenance.date:      # a date tells runs apart, and imported concepts have none
         return old != new
-    return len({bank.passing(name).digest() for bank in banks}) > 1
+    return _stored_digest(stored, name) != bank.passing(name).digest()
 
 
 def _remove_finished_runs(bank) -> None:
@@ -222,8 +244,13 @@ class ConceptBankEdit(io.ComfyNode):
         if not name:
             raise ConceptError("'concept' is empty; type the name of a concept; the bank holds "
                                f"{', '.join(bank.names)}")
-        edited = bank.remove(name) if action == "remove" else bank.rename(name, typed_name(new_name))
-        return io.NodeOutput(edited)
+        if action == "remove":
+            return io.NodeOutput(bank.remove(name))
+        new = typed_name(new_name)
+        if name not in bank and new in bank:      # the graph ran before, and its bank was saved
+            note = f"nothing to rename: the bank holds <{new}> and no <{name}>"
+            return io.NodeOutput(bank, ui=written_below([note]))
+        return io.NodeOutput(bank.rename(name, new))
 
 
 class ConceptBankInspect(io.ComfyNode):

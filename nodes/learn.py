@@ -160,8 +160,9 @@ class ConceptLearner(io.ComfyNode):
         given["name"] = checked_name(given["name"])
         given["class_noun"] = checked_noun(given["class_noun"], _goes_on(given))
         node, bank = getattr(cls.hidden, "unique_id", None), first(bank)
-        check_saving(getattr(cls.hidden, "prompt", None), node,
-                     [*(() if bank is None else bank.names), given["name"]])
+        known = () if bank is None else bank.names
+        if given["name"] not in known or given["if_known"] != KEEP:
+            check_saving(getattr(cls.hidden, "prompt", None), node, [*known, given["name"]])
         photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))
         prior = deferred_pictures(prior_images, "prior_images")
         learning = learn_concept(given, bank, photos, prior, node)

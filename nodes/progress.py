@@ -93,7 +93,8 @@ def _stopped(status: str, is_cancelled: bool) -> str:
     steps = [place for place, part in enumerate(parts) if part.startswith("step ")]
     named = parts[0].endswith(">")
     where = ", ".join(parts[:steps[0] + 1]) if steps else status if named else parts[0]
-    return f"stopped: {where}" + ("; the next run resumes there" if (steps or named) and is_cancelled else "")
+    resumes = "; the next run with the same photos and settings resumes there"
+    return f"stopped: {where}{resumes if (steps or named) and is_cancelled else ''}"
 
 
 def say(node: str | None, text: str) -> None:

@@ -13,6 +13,9 @@ from .progress import running_item
 
 ALLOW_FEWER = "allow removing concepts"
 SAVE = "ConceptBankSave"
+UNSAVED = "this bank could not be saved, so nothing was learned"
+WITHOUT_BANK = "connect Load Concept Bank to the input 'bank' (template 04 Add a second concept shows it)"
+WITH_BANK = "join that file and the bank at the input 'bank' with Merge Concept Banks first"
 LEARNER = "ConceptLearner"
 BANKS = (0, 4)      # outputs of a learner that are banks; the second one is the proposed bank
 
@@ -44,12 +47,14 @@ def check_saving(graph: object, node: str | None, names: Iterable[str]) -> None:
         if item is not None and saver not in item[4]:      # it is no output that runs
             continue
         file = new_bank_file(name)
-        lost = lost_names(open_bank(file).names if file.exists() else [], held | further)
+        try:
+            lost = lost_names(open_bank(file).names if file.exists() else [], held | further)
+        except ConceptError as error:
+            raise ConceptError(f"{UNSAVED}: {error}") from error
         if lost and not may_remove:
-            raise ConceptError(f"this bank could not be saved, so nothing was learned: '{file.name}' holds "
-                               f"{lost}; connect Load Concept Bank to the input 'bank' (template 04 Add a "
-                               "second concept shows it), choose another bank_name in Save Concept Bank, or "
-                               f"switch its '{ALLOW_FEWER}' on")
+            join = WITH_BANK if len(held) > 1 else WITHOUT_BANK
+            raise ConceptError(f"{UNSAVED}: '{file.name}' holds {lost}; {join}, choose another bank_name in "
+                               f"Save Concept Bank, or switch its '{ALLOW_FEWER}' on")
 
 
 def _of_type(nodes: Mapping, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

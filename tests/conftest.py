@@ -297,7 +297,7 @@ def teach():
     from continual_concepts.core.training.loop import learn
 
     def run(backbone, bank, name="rex", method="cidm", settings=None, callback=None, checkpoint_file=None,
-            pictures=None, noun="dog", kind="object", **training):
+            pictures=None, noun="dog", kind="object", say=None, **training):
         if pictures is None:
             g = torch.Generator().manual_seed(len(name))
             pictures = [Picture(torch.rand(3, 32, 32, generator=g) * 2 - 1, "", digest=f"{i}")
@@ -306,7 +306,8 @@ def teach():
         data = prepare(backbone, pictures, name, noun,
                        Framing(config.resolution, config.framing, config.flip))
         chosen = make(method, {"lr": 1e-2, "token_lr": 1e-2, "stored": "float32"} | (settings or {}))
-        return learn(Task(name, noun, backbone, bank, kind), chosen, data, config, callback, checkpoint_file)
+        return learn(Task(name, noun, backbone, bank, kind), chosen, data, config, callback, checkpoint_file,
+                     say=say)
 
     return run
 

@@ -43,14 +43,14 @@ def of_demo() -> Iterable[tuple[str, str]]:
     yield "README.md", f"| both dogs in one prompt | {pair[0]} | {pair[1]}: their looks mix | {pair[2]} |"
     yield "README.md", f"| one dog in each of two boxes: right | {boxes[0]} | {boxes[1]} | {boxes[2]} |"
     yield "README.md", f"| a style | {style[0]} | {style[1]} | {style[2]} |"
-    yield "README.md", f"{result('demo')['steps']} steps of four pictures each"
+    yield "README.md", f"{result('demo')['steps']} steps of four pictures, one seed"
     others = result("bases")["bases"]["embedded-128"]["runs"]      # with 12 pictures and other seeds
 
     def shares(way: dict) -> list[float]:
         return [*way["gap_closed"], way["pair_closed"], way["boxes_right"]]
 
     apart = max(abs(a - b) for one in others for a, b in zip(shares(one), shares(ours), strict=True))
-    yield "README.md", f"differ by up to {round(100 * apart, -1):.0f} points"
+    yield "README.md", f"changes a figure by up to {round(100 * apart, -1):.0f} points"
 
 
 def of_regions() -> Iterable[tuple[str, str]]:

@@ -30,7 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def program() -> int:
     """`main` as a program of its own. Returns the exit code."""
-    code = main()
-    if code == 130:      # it ends now; another Ctrl-C would print a traceback
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return code
+    try:
+        return main()
+    except KeyboardInterrupt:      # between a command's end and here, or while help is printed
+        print("continual-concepts: stopped", file=sys.stderr)
+        return 130
+    finally:
+        # Python takes seconds to end. A signal in this time would print a traceback or change the exit code.
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):      # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), signal.SIG_IGN)

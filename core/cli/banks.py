@@ -176,6 +176,8 @@ def _restore(options: Namespace) -> Result:
         names = _names(version.path)
         rows.append({"version": version.number, "changed": changed, "concepts": names})
         lines.append(f"{version.number}: {changed}, {', '.join(names) or 'nothing readable'}")
+    if rows:
+        lines.append(f"to restore one, add --version and its number, such as --version {rows[0]['version']}")
     return {"bank": str(options.bank), "versions": rows}, lines or ["there are no earlier versions"]
 
 

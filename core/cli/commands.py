@@ -15,7 +15,7 @@ __all__ = ["bank", "demo", "learn", "learn_all", "sample"]
 
 def demo(options: Namespace) -> Result:
     """Runs the demo and prints its main figures."""
-    from .demo import WAYS, run
+    from .demo import BANK, PHOTOS, TASKS, WAYS, run
     from .demo_ways import Plan, plan_of
 
     plan = plan_of(options.base)
@@ -28,5 +28,7 @@ def demo(options: Namespace) -> Result:
         lines.append(f"{WAYS[way].title}: first concept retained {figures['retained']:.0%}, two dogs in one "
                      f"prompt {figures['pair_closed']:.0%} of the way, boxes right "
                      f"{figures['boxes_right']:.0%}")
-    lines.append(f"wrote {options.output / 'report.png'}")
+    lines.append(f"wrote report.png, report.json, {BANK} and {PHOTOS} to {options.output}")
+    lines.append(f'draw with the bank: continual-concepts sample "a photo of <{next(iter(TASKS))}> on a '
+                 f'beach" --bank {options.output / BANK} --output pictures')
     return report, lines

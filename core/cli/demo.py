@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +177,20 @@ def _save_bank(output: Path, folder: Path) -> None:
         raise saved_elsewhere(error, output / BANK, bank) from error
 
 
-def _save_photos(folder: Path, tasks: Sequence[Assignment]) -> None:
+def _save_photos(folder: Path, tasks: Sequence[Assignment]) -> list[str]:
     """Writes the photos of each concept into a folder of its name, for the command `learn`. Files that are
-    there stay as they are."""
+    there stay as they are. Returns a note if some of them are other pictures."""
+    kept = 0
     for task in tasks:
         for number, picture in enumerate(task.references, start=1):
-            if not (file := folder / task.name / f"{number}.png").exists():
-                write_atomically(file, partial(to_pil(picture).save, format="PNG"))
+            file, photo, image = folder / task.name / f"{number}.png", BytesIO(), to_pil(picture)
+            image.save(photo, format="PNG")
+            if not os.path.lexists(file):
+                write_atomically(file, partial(image.save, format="PNG"))
+            elif not file.is_file() or file.read_bytes() != photo.getvalue():
+                kept += 1
+    return [f"{kept} files in '{folder}' are not photos of this demo and were kept; to get its photos, "
+            "delete them or choose another --output"] if kept else []
 
 
 def _check_room() -> None:
@@ -246,5 +255,5 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2,
     draw(output / "report.png", plan.tasks, figures, pictures)
     write_atomically(output / "report.json",
                      lambda temporary: temporary.write_text(json.dumps(report, indent=1) + "\n"))
-    _save_photos(output / PHOTOS, plan.tasks)      # last: nothing else is lost if it fails
-    return report
+    # last: nothing else is lost if it fails
+    return {**report, "notes": _save_photos(output / PHOTOS, plan.tasks)}

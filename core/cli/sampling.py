@@ -20,6 +20,7 @@ from ..errors import ConceptError
 from ..files import check_output_folder, write_new
 from ..images import to_pil
 from ..model.backbone import Backbone
+from ..model.solver import solver_for
 from ..regional.drawing import parse_regions
 from ..regional.noise import NoiseSettings
 from ..regional.regions import Region
@@ -77,7 +78,8 @@ def _drawn(options: Namespace, backbone: Backbone, bank: ConceptBank, regions: l
     """The pictures `[B, 3, H, W]` of the prompt, with a progress bar. Only pictures without regions are drawn
     in several batches."""
     batches = 1 if regions else -(-len(seeds) // settings.batch)
-    with tqdm(total=batches * settings.steps, desc="drawing", disable=options.json) as bar:
+    steps = len(solver_for(backbone.schedule, settings.steps).timesteps)      # a schedule may have fewer
+    with tqdm(total=batches * steps, desc="drawing", disable=options.json) as bar:
         settings = replace(settings, on_step=bar.update)
         if options.find_regions:
             return sample_found(backbone, bank, options.prompt, seeds, settings)

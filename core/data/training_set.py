@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank.concepts import ConceptInfo
+from ..bank.grammar import PLACEHOLDER
 from ..bank.hints import notes_on_caption
 from ..bank.prompts import Vocabulary, caption_with_placeholder
 from ..errors import ConceptError
@@ -187,10 +189,22 @@ def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo],
     vocabulary, warnings = Vocabulary(infos), []
     for i, picture in enumerate(pictures):
         what = picture.caption_name or "a caption"
+        if concept is not None:
+            _refuse_another_name(vocabulary, picture.caption, what, concept)
         vocabulary.parse_caption(picture.caption, what)
         warnings += [PhotoWarning("caption", note, (i,))
                      for note in notes_on_caption(vocabulary, picture.caption, what)]
     return warnings + ([] if concept is None else caption_warnings(pictures, concept))
+
+
+def _refuse_another_name(vocabulary: Vocabulary, caption: str, what: str, concept: ConceptInfo) -> None:
+    """Raises ConceptError if a caption has a name that is not one of the vocabulary's, nor nearly one."""
+    for name in PLACEHOLDER.findall(caption):
+        if name not in vocabulary.entries and not difflib.get_close_matches(name, vocabulary.entries, n=1):
+            raise ConceptError(f"{what} names <{name}>, and the concept to learn is called "
+                               f"{concept.placeholder}; if they are the same, name it {name}, or write "
+                               f"{concept.placeholder} into the captions; if not, give the bank that holds "
+                               f"<{name}>")
 
 
 def _with_fewest_repeats(pictures: Sequence[Picture]) -> list[Picture]:

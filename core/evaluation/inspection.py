@@ -80,7 +80,8 @@ class Inspection:
 
     likeness: measure (covers, deltas, words) -> cosines `[K, K]`, NaN for pairs that cannot be compared. The
     diagonal of covers compares each thumbnail with its own crop. warnings: sentences, including collisions.
-    made_on: describes the base that all concepts of the bank are for.
+    made_on: describes the base that all concepts of the bank are for. fixed_words: concepts whose words are
+    their class noun's: two dogs have the same ones, which says nothing about their likeness.
     """
 
     facts: tuple[Facts, ...]
@@ -88,6 +89,7 @@ class Inspection:
     collisions: tuple[Collision, ...]
     warnings: tuple[str, ...]
     made_on: str = ""
+    fixed_words: frozenset[str] = frozenset()
 
     def partners(self, name: str) -> list[str]:
         """The concepts that a concept collides with, without repetition."""
@@ -102,6 +104,9 @@ class Inspection:
         for chosen in [measure] if measure else list(self.likeness):
             cosines = self.likeness[chosen][row].clone().nan_to_num(-math.inf)
             cosines[row] = -math.inf
+            if chosen == "words":
+                fixed = [facts.name in self.fixed_words for facts in self.facts]
+                cosines[torch.tensor(fixed) | fixed[row]] = -math.inf
             column = int(cosines.argmax())
             if cosines[column] > -math.inf:
                 return Nearest(self.facts[column].name, chosen, float(cosines[column]))
@@ -233,7 +238,15 @@ def inspect(bank: ConceptBank | None, encode: Encode | None = None, only: str = 
         tables[measure] = table
     collisions = collisions_of(list(bank.infos.values()), tables)
     warnings = (*faults.values(), *(collision.sentence for collision in collisions), *header_warnings(bank))
-    return Inspection(facts, tables, collisions, warnings, bank.layout.describe())
+    fixed = frozenset(name for name, info in bank.infos.items() if _has_fixed_words(info))
+    return Inspection(facts, tables, collisions, warnings, bank.layout.describe(), fixed)
+
+
+def _has_fixed_words(info: ConceptInfo) -> bool:
+    """Whether an object's words are those of its class noun, as `methods.slots` leaves them by default."""
+    settings = info.provenance.settings.get("method")
+    return (info.kind != "style" and bool(info.class_noun.strip()) and isinstance(settings, Mapping)
+            and settings.get("learn_words") is False)
 
 
 def nearest_text(nearest: Nearest) -> str:

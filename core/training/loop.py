@@ -46,8 +46,9 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
         group: The processes that train together. All of them read the checkpoint; the first one writes it.
         evaluator: Scores the concept for early stopping; required if `patience` is set.
         keep: Steps after which the state of the concept is kept. This does not change what is learned.
-        say: Gets one line with the memory plan before the first step, and one whenever memory runs out and a
-            further measure is taken. Without it there is no plan, and such a measure is a warning.
+        say: Gets one line if training resumes, one with the memory plan before the first step, and one
+            whenever memory runs out and a further measure is taken. Without it there is no plan, and such a
+            measure is a warning.
 
     Returns:
         The concept, the bank that holds it, and the loss of every step.
@@ -69,6 +70,9 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
     trainer = Trainer(task, method, data, config, group, keep, say or warnings.warn)
     if checkpoint_file is not None and Path(checkpoint_file).exists():
         trainer.restore(checkpoint_file)
+        if say is not None and group.is_first:
+            at = "all steps were done before" if trainer.is_done else f"step {len(trainer.losses)}"
+            say(f"resumed: {at}")
     group.wait()      # all have read the checkpoint before the first process overwrites it
     if not group.is_first:
         checkpoint_file = callback = None

@@ -148,7 +148,7 @@ def _differences(there: Mapping, here: Mapping) -> list[str]:
 def _difference(name: str, had: object, has: object) -> str:
     if name == "images" and isinstance(had, list) and isinstance(has, list):
         common = len(set(had) & set(has))
-        return f"its images are {len(had)}, now {len(has)}, of which {common} are the same"
+        return f"it has {len(had)} images, now {len(has)}; {common or 'none'} of them are the same"
     if isinstance(had, list) and isinstance(has, list) and len(had) == len(has):
         i = next(i for i in range(len(has)) if had[i] != has[i])
         return f"its {name} number {i + 1} is {brief(had[i])}, now {brief(has[i])}"

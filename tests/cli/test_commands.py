@@ -191,7 +191,7 @@ def test_a_run_that_an_early_version_interrupted_goes_on(photos, tmp_path, capsy
     other = tmp_path / "other"
     shutil.copytree(photos, other)
     Image.new("RGB", (64, 64)).save(other / "0.png")
-    assert "images are 3, now 3, of which 0 " in refused(capsys, command[0], str(other), *command[2:])
+    assert "it has 3 images, now 3; none of them " in refused(capsys, command[0], str(other), *command[2:])
 
     monkeypatch.setattr(learning, "_show", lambda bar, info: steps.append(info.step))
     assert main(command) == 0 and steps == [2, 3]

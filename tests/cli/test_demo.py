@@ -56,6 +56,18 @@ def test_the_report_holds_three_ways_that_learned_the_same(tmp_path, single_pict
     assert open_bank(tmp_path / "bank.safetensors").names == list(demo_ways.TASKS)
 
 
+def test_photos_that_are_there_are_kept_and_told(tmp_path):
+    """Those of another base were kept without a word, and `learn` took them for this one's."""
+    tasks = QUICK.tasks[:2]
+    assert demo._save_photos(tmp_path, tasks) == [] == demo._save_photos(tmp_path, tasks)
+    photo, loop = tmp_path / tasks[0].name / "1.png", tmp_path / tasks[1].name / "2.png"
+    photo.write_bytes(b"mine")
+    loop.unlink()
+    loop.symlink_to(loop)
+    (note,) = demo._save_photos(tmp_path, tasks)
+    assert note.startswith("2 files in ") and photo.read_bytes() == b"mine"
+
+
 @pytest.mark.slow
 def test_it_runs_on_a_transformer(tmp_path, monkeypatch, transformer_base):
     """Also at that base's size of pictures."""

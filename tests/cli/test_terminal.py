@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from argparse import Namespace
 from copy import copy
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+from continual_concepts.core import cli
 from continual_concepts.core.bank.bank import ConceptBank
 from continual_concepts.core.bank.format import save_bank
 from continual_concepts.core.cli import result
@@ -97,3 +99,20 @@ def test_a_stop_while_the_result_is_printed_is_told(monkeypatch, capsys):
     monkeypatch.setattr(result, "say", stop)
     assert result.run("program", lambda _: ({}, ["done"]), Namespace(json=False), "stopped") == 130
     assert capsys.readouterr().err == "program: stopped\n"
+
+
+@pytest.mark.parametrize("way", [0, 130, "help"])
+def test_signals_while_python_ends_change_nothing(monkeypatch, capsys, way):
+    """It takes seconds, and a second signal changed the exit code of what had been done."""
+    def run():
+        if way == "help":
+            raise KeyboardInterrupt
+        return way
+
+    ignored = []
+    monkeypatch.setattr(cli, "main", run)
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: ignored.append((number, handler)))
+    assert cli.program() == (130 if way == "help" else way)
+    assert ("stopped" in capsys.readouterr().err) == (way == "help")
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    assert ignored == [(number, signal.SIG_IGN) for number in numbers]

@@ -277,3 +277,17 @@ def test_a_header_full_of_nonsense_is_survived(concept, bank_of):
     assert json.dumps(inspect(bank).to_json()) and header_warnings(bank) == ()
     assert warnings_before(bank, "tom", "7", "lora_m") != ()
     assert "<odd>  7, object" in lines(inspect(bank))[0] and bank_pages(inspect(bank))
+
+
+def test_words_of_the_class_noun_are_no_likeness(make_concept, layout, bank_of):
+    """Two dogs of `slots` have the words of "dog": every pair was "most like ... by words, cosine 1.00"."""
+    def of(name, seed, noun="dog", kind="object"):
+        made = make_concept(layout, name, seed=seed)
+        origin = replace(made.info.provenance, settings={"method": {"learn_words": False}})
+        info = replace(made.info, provenance=origin, class_noun=noun, kind=kind)
+        return replace(made, info=info, deltas={})
+
+    bank = bank_of(of("rex", 1), of("fido", 1), of("ink", 2, kind="style"), of("nia", 3, noun=""))
+    found = inspect(bank)
+    assert found.nearest("rex") is None and found.nearest("ink").name == "nia"
+    assert found.to_json()["concepts"][0]["most_like"] == {}

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+RESUMES = "; the next run with the same photos and settings resumes there"
+
 
 @pytest.fixture
 def below(studio, monkeypatch):
@@ -137,7 +139,7 @@ def test_a_node_that_stops_says_where(below, cancelled):
     with pytest.raises(error), stop_told("7"):
         say("7", "step 16 of 400, loss 0.976, 2 min 40 s left\nonly 2 photos")
         raise error
-    where = "step 16 of 400; the next run resumes there" if cancelled else "step 16 of 400"
+    where = f"step 16 of 400{RESUMES}" if cancelled else "step 16 of 400"
     assert below.texts["7"] == f"stopped: {where}\nonly 2 photos"
     with stop_told("7"):
         say("7", "step 400 of 400, loss 0.2")
@@ -166,10 +168,10 @@ def test_a_node_that_learns_several_says_which_and_at_what_step_it_stopped(below
     from continual_concepts.nodes.progress import say, stop_told
 
     for status, where in (("1 of 2: <mimi>, step 5 of 300, loss 0.3, 1 min left",
-                           "1 of 2: <mimi>, step 5 of 300; the next run resumes there"),
-                          ("2 of 2: <rex>, dog", "2 of 2: <rex>, dog; the next run resumes there"),
+                           f"1 of 2: <mimi>, step 5 of 300{RESUMES}"),
+                          ("2 of 2: <rex>, dog", f"2 of 2: <rex>, dog{RESUMES}"),
                           ("2 of 2: <rex>, encoding 5 photos",
-                           "2 of 2: <rex>, encoding 5 photos; the next run resumes there"),
+                           f"2 of 2: <rex>, encoding 5 photos{RESUMES}"),
                           ("encoding photos", "encoding photos")):
         with pytest.raises(InterruptProcessingException), stop_told("7"):
             say("7", status)

@@ -95,7 +95,8 @@ def test_g10_a_caption_that_names_another_concept(studio):
     with pytest.raises(ConceptError) as caught:
         studio.learn(images=images, captions=["a photo of <spot>\nbeside <mimi>"], bank=[None])
     text = str(caught.value)
-    assert text.startswith("caption 2 names <mimi>, which the bank does not hold") and "prompt" not in text
+    assert text.startswith("caption 2 names <mimi>, and the concept to learn is called <spot>; ")
+    assert "prompt" not in text
 
 
 def test_g10_sibling_a_concept_of_the_bank_may_be_named(studio):

@@ -27,10 +27,15 @@ def graph(studio, monkeypatch):
 def test_a_bank_that_cannot_be_saved_is_not_learned(studio, graph, monkeypatch):
     """It was said after the learning, which takes an hour on a slow machine."""
     studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    other = studio.learner(name="tom").args[0]
     graph(bank_name="pets", allow_fewer=False)
     with pytest.raises(ConceptError, match=r"nothing was learned: 'pets.safetensors' holds <rex>.*04 Add"):
         studio.learner(images=None, steps=10**6)
     assert "spot" in studio.learner(bank=[studio.bank]).args[0].names      # joined with the file's concepts
+    with pytest.raises(ConceptError, match="join that file and the bank at the input 'bank' with Merge"):
+        studio.learner(bank=[other], images=None, steps=10**6)
+    known = studio.learner(name="tom", bank=[other]).args[0]      # nothing is learned, so pictures are drawn
+    assert known.names == ["tom"]
 
 
 @pytest.mark.parametrize("inputs", [
@@ -94,7 +99,7 @@ def test_a_damaged_file_is_told_before_learning(studio, graph, own_folder):
     file = own_folder / "concept_banks" / "pets.safetensors"
     file.write_bytes(file.read_bytes()[:900])
     graph(bank_name="pets", allow_fewer=True)
-    with pytest.raises(ConceptError, match="pets"):
+    with pytest.raises(ConceptError, match="nothing was learned: .*pets"):
         studio.learner(steps=10**6)
 
 
@@ -133,3 +138,48 @@ def test_an_imported_concept_with_other_weights_is_told(studio, make_concept):
 
     assert "replaced" not in saved(1) and "replaced" not in saved(1)
     assert "replaced: <ana>" in saved(2)
+
+
+def test_a_damaged_concept_of_the_file_does_not_end_a_save(studio, make_concept, own_folder):
+    """Its tensors were read to tell whether it is replaced, and what had been learned could not be saved."""
+    from continual_concepts.core.bank.bank import ConceptBank
+    from continual_concepts.core.bank.concepts import Provenance
+
+    concept = make_concept(studio.bank.layout, "ana")
+    imported = replace(concept, info=replace(concept.info, provenance=Provenance(settings={"files": ["a"]})))
+    bank = ConceptBank(studio.bank.layout).add(imported)
+    save, file = studio.pack.ConceptBankSave.execute, own_folder / "concept_banks" / "people.safetensors"
+    for new in (bank, bank.rename("ana", "eva")):
+        save(bank, "people", True)
+        data = file.read_bytes()
+        file.write_bytes(data[:-40] + b"\xff" * 40)      # NaN
+        assert new.names[0] in save(new, "people", True).ui["text"][0]
+        file.unlink()
+
+
+def test_another_noun_of_an_imported_concept_is_told(studio, make_concept):
+    from continual_concepts.core.bank.bank import ConceptBank
+
+    def saved(noun):
+        concept = make_concept(studio.bank.layout, "pot")
+        concept = replace(concept, info=replace(concept.info, class_noun=noun))
+        bank = ConceptBank(studio.bank.layout).add(concept)
+        return studio.pack.ConceptBankSave.execute(bank, "things", False).ui["text"][0]
+
+    assert "replaced" not in saved("drawing") and "replaced" not in saved("drawing")
+    assert "replaced: <pot>" in saved("teapot")
+
+
+def test_a_renamed_concept_is_renamed_in_the_file(studio):
+    """It was refused as a loss, with the advice to merge, which would have brought the old name back."""
+    pack = studio.pack
+    pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    edited = pack.ConceptBankEdit.execute(studio.bank, "rename", "rex", "bello").args[0]
+    text = pack.ConceptBankSave.execute(edited, "pets", False).ui["text"][0]
+    assert "renamed: <rex> is <bello> now" in text and "replaced" not in text
+    again = pack.ConceptBankEdit.execute(edited, "rename", "rex", "bello")      # the graph runs again
+    assert again.args[0] is edited and "nothing to rename" in again.ui["text"][0]
+    with pytest.raises(ConceptError, match="lacks"):
+        pack.ConceptBankSave.execute(edited.remove("bello"), "pets", False)
+    with pytest.raises(ConceptError, match="'rexx'"):
+        pack.ConceptBankEdit.execute(edited, "rename", "rexx", "tom")

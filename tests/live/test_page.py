@@ -188,7 +188,8 @@ def test_learning_shows_how_it_comes_along_and_stops_when_told(page, server, tmp
     *lines, last = page.evaluate("seen.lines")
     assert all(re.match(r"step \d+ of 100000, loss \d|encoding \d+ photos", line) for line in lines)
     assert lines[-1].endswith(" left")
-    assert re.fullmatch(r"stopped: step \d+ of 100000; the next run resumes there", last)
+    assert re.fullmatch(r"stopped: step \d+ of 100000; the next run with the same photos and settings "
+                        "resumes there", last)
     kept = list((server.base / "output" / "concept_banks" / ".unfinished").glob("*.checkpoint"))
     assert kept      # the next run of the same goes on there
 

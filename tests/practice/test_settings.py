@@ -146,7 +146,7 @@ def test_b5_resuming_names_what_differs_and_both_ways_on(stopped, learn, photos)
     (photos / "0.txt").write_text("<rex> in the rain")
     assert "its captions number 1 is 'a photo of <rex>', now '<rex> in the rain'" in learn(photos).sentence
     (photos / "0.png").unlink()
-    assert "its images are 3, now 2, of which 2 are the same" in learn(photos).sentence
+    assert "it has 3 images, now 2; 2 of them are the same" in learn(photos).sentence
     stopped.unlink()
     assert learn(photos).code == 0
 

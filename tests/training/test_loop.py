@@ -64,10 +64,12 @@ def test_a_stopped_run_resumes_bit_for_bit(slim_backbone, empty, teach, tmp_path
     with pytest.raises(error):
         teach(slim_backbone, empty, callback=stop_at(2, error), checkpoint_file=file, **training)
     assert file.exists()
-    seen = []
+    seen, told = [], []
     assert same(teach(slim_backbone, empty, callback=lambda info: seen.append(info.step),
-                      checkpoint_file=file, **training), whole)
-    assert seen == list(range(3, training["steps"] + 1))
+                      checkpoint_file=file, say=told.append, **training), whole)
+    assert seen == list(range(3, training["steps"] + 1)) and told == ["resumed: step 2"]
+    teach(slim_backbone, empty, checkpoint_file=file, say=told.append, **training)
+    assert told[1:] == ["resumed: all steps were done before"]
 
 
 @pytest.mark.parametrize("where", ["predict", "optimizer", "after_step"])
