@@ -104,7 +104,7 @@ class ElasticWeightAggregate(io.ComfyNode):
         new_clip = concept_clip(clip, bank, backbone.sites.reads_weights, strengths, tell)
         new_clip = telling_clip(new_clip, Held((), tuple(bank.names), tell))
         picture = to_tensor(weights_picture(aggregation.names, aggregation.weights,
-                                            f"{LABELS.get(mode, mode)}, strength {strength:g}"))
+                                            f"{WHICH}: {LABELS.get(mode, mode)}, strength {strength:g}"))
         return io.NodeOutput(patched, new_clip, encode(new_clip, prompt), picture,
                              ui=ui.PreviewImage(picture, cls=cls))
 

@@ -268,6 +268,7 @@ def _learn(task: Task, method: Method, config: TrainingConfig, pictures: list[Pi
         keep = () if judging is None else judging.steps(config.steps)
         learned = learn_with_previews(task, method, data, config, previews, report, file,
                                       last=given["preview_every"] > 0, keep=keep, say=say)
+        report.show_last()
         bank, losses = learned.bank, learned.losses
         proposed, states, on_states = bank, _no_states(), list[str]()
         if judging is not None:

@@ -228,6 +228,12 @@ class Reporter:
                                  self.total * self.part.count, shown)
         say(self.node, "\n".join([self.line(info.step), *self.notes]))
 
+    def show_last(self) -> None:
+        """Shows the last preview. The page would keep the one before on the node."""
+        if self.every and self.previews.pictures:
+            self.bar.update_absolute(self.part.number * self.total, self.total * self.part.count,
+                                     bar_preview(self.previews.pictures[-1]))
+
     def line(self, step: int) -> str:
         """The smoothed loss, the last likeness, and the estimated remaining time, including previews."""
         parts = [f"step {step} of {self.total}", f"loss {smoothed(self.losses[-100:], 50)[-1]:.3f}"]

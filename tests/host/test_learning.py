@@ -327,3 +327,16 @@ def test_the_line_below_the_node_says_what_people_ask(judged, monkeypatch):
     assert said[6].splitlines()[0].endswith(" left")
     assert all("\nthere are only 2 photos" in line for line in said)      # a warning stays in sight
     assert [progress.duration(s) for s in (7, 61, 3700)] == ["7 s", "1 min 1 s", "1 h 1 min"]
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_the_last_preview_is_on_the_node_at_the_end(studio, monkeypatch, every):
+    """The page shows the newest preview, and not the picture that a node gives at its end."""
+    import comfy.utils
+
+    sent = []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute",
+                        lambda bar, value, total=None, preview=None: sent.append((value, preview is not None)))
+    studio.learn(steps=3, preview_every=every)
+    shown = [value for value, has_preview in sent if has_preview]
+    assert shown == ([2, 3] if every else []) and sent[-1][0] == 3
