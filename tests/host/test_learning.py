@@ -336,7 +336,7 @@ def test_the_last_preview_is_on_the_node_at_the_end(studio, monkeypatch, every):
 
     sent = []
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute",
-                        lambda bar, value, total=None, preview=None: sent.append((value, preview is not None)))
+                        lambda bar, value, total, preview=None: sent.append((value, preview is not None)))
     studio.learn(steps=3, preview_every=every)
     shown = [value for value, has_preview in sent if has_preview]
     assert shown == ([2, 3] if every else []) and sent[-1][0] == 3
