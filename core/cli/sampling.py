@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -86,6 +87,14 @@ def _drawn(options: Namespace, backbone: Backbone, bank: ConceptBank, regions: l
         return sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
 
 
+def _origin(options: Namespace, seed: int) -> PngInfo:
+    """Texts in a picture's file that say how it was drawn."""
+    info = PngInfo()
+    for key, value in (("prompt", options.prompt), ("negative", options.negative), ("seed", seed)):
+        info.add_itxt(key, str(value).encode(errors="replace").decode())      # no bytes that are no text
+    return info
+
+
 def sample(options: Namespace) -> Result:
     """Writes `--count` pictures of the prompt, one per seed. Existing files are kept."""
     check_output_folder(options.output)
@@ -114,7 +123,8 @@ def sample(options: Namespace) -> Result:
     broken = [seed for seed, tensor in zip(seeds, pictures, strict=True) if not torch.isfinite(tensor).all()]
     notes += [f"the picture of seed {seed} holds NaN or infinite numbers; lower --cfg or --strength"
               for seed in broken]
-    files = [write_new(options.output / f"sample_{seed:05d}.png", partial(to_pil(tensor).save, format="PNG"))
+    files = [write_new(options.output / f"sample_{seed:05d}.png",
+                       partial(to_pil(tensor).save, format="PNG", pnginfo=_origin(options, seed)))
              for seed, tensor in zip(seeds, pictures, strict=True)]
     facts = {"prompt": options.prompt, "files": [str(file) for file in files], "notes": notes}
     return facts, [f"wrote {file}" for file in files]

@@ -55,6 +55,8 @@ def test_learn_list_sample_rename_remove(bank_file, photos, tmp_path, capsys):
     assert main(["sample", "a photo of <rex>", "--bank", str(bank_file), "--output", str(out), "--count", "2",
                  "--steps", "2"]) == 0
     assert len(list(out.glob("*.png"))) == 2
+    written = Image.open(out / "sample_00001.png").text
+    assert written == {"prompt": "a photo of <rex>", "negative": "", "seed": "1"}
     progress = capsys.readouterr().err
     assert "drawing: 100%" in progress and "2/2" in progress
     assert main(["bank", "rename", str(bank_file), "mimi", "tom"]) == 0
