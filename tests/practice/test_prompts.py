@@ -88,7 +88,7 @@ def test_f3_a_name_without_brackets_is_told(run, learned, tmp_path):
               "--base", "embedded", "--output", tmp_path / "a")
     assert out.code == 0
     note = "'rex' is plain text in the prompt; for the concept write <rex>"
-    assert out.err == f"continual-concepts: note: {note}\n"
+    assert out.err.endswith(f"\ncontinual-concepts: note: {note}\n")
     shown = run("--json", "sample", "a dog", "--negative", "Rex", "--bank", learned, "--count", 1,
                 "--base", "embedded", "--steps", 1, "--output", tmp_path / "b")
     assert len(json.loads(shown.out)["notes"]) == 1 and not shown.err
