@@ -95,9 +95,25 @@ def test_it_is_not_offered_on_a_base_whose_words_are_class_nouns(capsys):
     assert "embedded-dit" in capsys.readouterr().err
 
 
+IN_TWO = """
+import sys
+from pathlib import Path
+from continual_concepts.core.cli import demo, demo_ways
+
+if __name__ == "__main__":
+    plan = demo_ways.Plan("embedded-64", steps=2, sampler_steps=1, alone=1, together=2)
+    demo.run(Path(sys.argv[1]), plan, 2)
+"""
+
+
 @pytest.mark.slow
-def test_processes_give_the_same_report(tmp_path):
-    one, two = (demo.run(tmp_path / str(workers), QUICK, workers) for workers in (1, 2))
+def test_processes_give_the_same_report(tmp_path, installed):
+    """Two processes belong to a fresh one: PyTorch's threads of earlier tests forbid forks that learn."""
+    one, script, two = demo.run(tmp_path / "one", QUICK, 1), tmp_path / "two.py", tmp_path / "two"
+    script.write_text(IN_TWO)
+    done = subprocess.run([sys.executable, "-I", script, two], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    two = json.loads((two / "report.json").read_text())
     for way in demo_ways.WAYS:
         for figure in ("gap_closed", "first_concept", "retained", "pair_closed", "boxes_right"):
             assert one["ways"][way][figure] == pytest.approx(two["ways"][way][figure], abs=1e-4)
