@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..core.bank.bank import ConceptBank
 from ..core.bank.format import open_bank
 from ..core.bank.store import change_bank, saved_elsewhere
 from ..core.bank.tokens import typed_name
@@ -32,7 +30,7 @@ from .folders import (
 from .images import judge
 from .inputs import fingerprint, valid
 from .progress import bank_saved, written_below
-from .saving import ALLOW_FEWER, lost_names
+from .saving import ALLOW_FEWER, differ, lost_names, renamed_in
 from .schema import Schema
 
 register_folders()
@@ -121,13 +119,13 @@ class ConceptBankSave(io.ComfyNode):
 
         def change(stored):
             if stored is not None:
-                renamed.update(_renamed(stored, bank))
+                renamed.update(renamed_in(bank, stored))
                 lost = lost_names(stored.names, {*bank.names, *renamed})
                 if lost and not allow_fewer:
                     raise ConceptError(f"'{path.name}' holds {lost}, which this bank lacks; join both with "
                                        "Load Concept Bank and Merge Concept Banks (nothing is learned "
                                        f"again), choose another bank_name, or switch '{ALLOW_FEWER}' on")
-                replaced.extend(name for name in stored.names if name in bank and _differ(name, stored, bank))
+                replaced.extend(name for name in stored.names if name in bank and differ(name, stored, bank))
             return bank
 
         try:
@@ -143,32 +141,6 @@ class ConceptBankSave(io.ComfyNode):
             notes.append(f"replaced: {', '.join(f'<{name}>' for name in replaced)}; the earlier file is kept "
                          "as a version, see this node's help")
         return io.NodeOutput(ui=written_below(notes))
-
-
-def _renamed(stored: ConceptBank, bank: ConceptBank) -> dict[str, str]:
-    """Names of a bank file that a bank lacks -> new names of the same concepts in it."""
-    gone = [name for name in stored.names if name not in bank]
-    come = [name for name in bank.names if name not in stored] if gone else []
-    known = {bank.passing(name).digest(): name for name in come}
-    digests = {name: _stored_digest(stored, name) for name in gone} if come else {}
-    return {name: known[digest] for name, digest in digests.items() if digest in known}
-
-
-def _stored_digest(stored: ConceptBank, name: str) -> str:
-    """Digest of a concept of a bank file; empty if its tensors are damaged. A save must not fail because of
-    the file that it replaces."""
-    try:
-        return stored.passing(name).digest()
-    except ConceptError:
-        return ""
-
-
-def _differ(name: str, stored: ConceptBank, bank: ConceptBank) -> bool:
-    """Whether a bank file and a bank hold different concepts of a name."""
-    old, new = (replace(info, composition=info.composes) for info in (stored.infos[name], bank.infos[name]))
-    if old != new or old.provenance.date:      # a date tells runs apart, and imported concepts have none
-        return old != new
-    return _stored_digest(stored, name) != bank.passing(name).digest()
 
 
 def _remove_finished_runs(bank) -> None:

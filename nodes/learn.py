@@ -162,7 +162,7 @@ class ConceptLearner(io.ComfyNode):
         node, bank = getattr(cls.hidden, "unique_id", None), first(bank)
         known = () if bank is None else bank.names
         if given["name"] not in known or given["if_known"] != KEEP:
-            check_saving(getattr(cls.hidden, "prompt", None), node, [*known, given["name"]])
+            check_saving(getattr(cls.hidden, "prompt", None), node, bank, [given["name"]])
         photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))
         prior = deferred_pictures(prior_images, "prior_images")
         learning = learn_concept(given, bank, photos, prior, node)

@@ -146,7 +146,8 @@ class ConceptFolderLearner(io.ComfyNode):
         check_parents(found, held)
         subjects = [_subject(planned, given["preset"]) for planned in found]
         node = getattr(cls.hidden, "unique_id", None)
-        check_saving(getattr(cls.hidden, "prompt", None), node, [*held, *(planned.name for planned in found)])
+        if given["if_known"] != KEEP or any(planned.name not in held for planned in found):
+            check_saving(getattr(cls.hidden, "prompt", None), node, bank, [planned.name for planned in found])
         notes = [] if os.path.lexists(path / TABLE) else [
             *read_as(found), *(f"'{file.name}' is not used: {file.reason}" for file in passed_over(path))]
         for note in notes:      # before the minutes of learning

@@ -1,10 +1,14 @@
-"""Whether what a node learns can be saved: asked before it is learned, not minutes later."""
+"""What a bank file would lose by a save. Learners ask before they learn whether their bank can be saved, not
+minutes later."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from ..core.bank.bank import ConceptBank
+from ..core.bank.concepts import ConceptInfo
 from ..core.bank.format import open_bank
 from ..core.bank.tokens import typed_name
 from ..core.errors import ConceptError
@@ -25,20 +29,56 @@ def lost_names(stored: Iterable[str], kept: Container[str]) -> str:
     return ", ".join(f"<{name}>" for name in stored if name not in kept)
 
 
-def check_saving(graph: object, node: str | None, names: Iterable[str]) -> None:
+def _stored_digest(stored: ConceptBank, name: str) -> str:
+    """Digest of a concept of a bank file; empty if its tensors are damaged. A save must not fail because of
+    the file that it replaces."""
+    try:
+        return stored.passing(name).digest()
+    except ConceptError:
+        return ""
+
+
+def differ(name: str, stored: ConceptBank, bank: ConceptBank) -> bool:
+    """Whether a bank file and a bank hold different concepts of a name."""
+    old, new = (replace(info, composition=info.composes) for info in (stored.infos[name], bank.infos[name]))
+    if old != new or old.provenance.date:      # a date tells runs apart, and imported concepts have none
+        return old != new
+    return _stored_digest(stored, name) != bank.passing(name).digest()
+
+
+def _identity(info: ConceptInfo, digest: str) -> tuple:
+    """What stays of a concept when it is renamed."""
+    return digest, info.class_noun, info.kind, info.method, info.composes
+
+
+def renamed_in(bank: ConceptBank, stored: ConceptBank) -> dict[str, str]:
+    """Names of a bank file that a bank lacks -> new names of the same concepts in it."""
+    gone = [name for name in stored.names if name not in bank]
+    come = [name for name in bank.names if gone and (name not in stored or differ(name, stored, bank))]
+    free = {_identity(bank.infos[name], bank.passing(name).digest()): name for name in come}
+    found = {}
+    for name in gone if come else ():
+        new = free.pop(_identity(stored.infos[name], _stored_digest(stored, name)), None)
+        if new is not None:
+            found[name] = new
+    return found
+
+
+def check_saving(graph: object, node: str | None, bank: ConceptBank | None, names: Iterable[str]) -> None:
     """Checks the nodes Save Concept Bank that take a learner's bank, directly or through further learners.
 
     Args:
         graph: What runs: id -> type and inputs of each node, as the server gives it. Anything else is not
             checked, and neither is what other nodes give later.
         node: Id of the learner.
-        names: What its bank will hold.
+        bank: The bank that it adds to; None for a new one.
+        names: What it learns.
 
     Raises:
         ConceptError: Such a node would refuse the bank, because its file holds other concepts or is damaged.
     """
     nodes = graph if isinstance(graph, Mapping) else {}
-    held, item = set(names), running_item()
+    held, item = {*names, *(() if bank is None else bank.names)}, running_item()
     for saver, given in _of_type(nodes, SAVE):
         further = _learned_between(nodes, given.get("bank"), node)
         name, may_remove = given.get("bank_name"), given.get("allow_fewer")
@@ -48,11 +88,14 @@ def check_saving(graph: object, node: str | None, names: Iterable[str]) -> None:
             continue
         file = new_bank_file(name)
         try:
-            lost = lost_names(open_bank(file).names if file.exists() else [], held | further)
+            stored = open_bank(file) if file.exists() else None
         except ConceptError as error:
             raise ConceptError(f"{UNSAVED}: {error}") from error
-        if lost and not may_remove:
-            join = WITH_BANK if len(held) > 1 else WITHOUT_BANK
+        if stored is None or may_remove:
+            continue
+        renamed = {} if bank is None else renamed_in(bank, stored)
+        if lost := lost_names(stored.names, {*held, *further, *renamed}):
+            join = WITHOUT_BANK if bank is None else WITH_BANK
             raise ConceptError(f"{UNSAVED}: '{file.name}' holds {lost}; {join}, choose another bank_name in "
                                f"Save Concept Bank, or switch its '{ALLOW_FEWER}' on")
 

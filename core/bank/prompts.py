@@ -206,13 +206,19 @@ class Vocabulary:
         """Whether every placeholder `<name>` in a text exists."""
         return all(name in self.entries for name in PLACEHOLDER.findall(text))
 
+    def near(self, name: str) -> str:
+        """The name that is most similar to this one, whatever the case of its letters; empty if none is."""
+        folded = {known.casefold(): known for known in sorted(self.entries, reverse=True)}
+        found = difflib.get_close_matches(name.casefold(), folded, n=1)
+        return folded[found[0]] if found else ""
+
     def _unknown(self, name: str, what: str) -> str:
         names = sorted(self.entries)
         if not names:
             return f"{what} names <{name}>, but no bank was given, or it holds no concept"
-        near = difflib.get_close_matches(name, names, n=1)
+        near = self.near(name)
         known = f"known: {', '.join(f'<{n}>' for n in names[:12])}"
-        hint = f"did you mean <{near[0]}>?" if near else known
+        hint = f"did you mean <{near}>?" if near else known
         return f"{what} names <{name}>, which the bank does not hold; {hint}"
 
 

@@ -11,17 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..bank.format import open_bank
 from ..bank.store import change_bank, saved_elsewhere
 from ..data.assignment import Assignment
+from ..data.report import counted
 from ..demo.bases import file_of
 from ..demo.judges import SceneEncoder
 from ..errors import ConceptError
@@ -183,14 +184,22 @@ def _save_photos(folder: Path, tasks: Sequence[Assignment]) -> list[str]:
     kept = 0
     for task in tasks:
         for number, picture in enumerate(task.references, start=1):
-            file, photo, image = folder / task.name / f"{number}.png", BytesIO(), to_pil(picture)
-            image.save(photo, format="PNG")
+            file, photo = folder / task.name / f"{number}.png", to_pil(picture)
             if not os.path.lexists(file):
-                write_atomically(file, partial(image.save, format="PNG"))
-            elif not file.is_file() or file.read_bytes() != photo.getvalue():
+                write_atomically(file, partial(photo.save, format="PNG"))
+            elif not _shows(file, photo):
                 kept += 1
-    return [f"{kept} files in '{folder}' are not photos of this demo and were kept; to get its photos, "
-            "delete them or choose another --output"] if kept else []
+    return [f"'{folder}' has {counted(kept, 'file')} of other photos, kept as they are; to get the photos of "
+            "this demo, delete them or choose another --output"] if kept else []
+
+
+def _shows(file: Path, photo: Image.Image) -> bool:
+    """Whether a file holds this picture."""
+    try:
+        with Image.open(file) as stored:
+            return stored.mode == photo.mode and stored.tobytes() == photo.tobytes()
+    except (OSError, ValueError, SyntaxError):      # what Pillow raises for files that are no pictures
+        return False
 
 
 def _check_room() -> None:

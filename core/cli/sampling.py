@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -78,7 +79,8 @@ def _drawn(options: Namespace, backbone: Backbone, bank: ConceptBank, regions: l
            seeds: list[int], settings: SampleSettings) -> Tensor:
     """The pictures `[B, 3, H, W]` of the prompt, with a progress bar. Only pictures without regions are drawn
     in several batches."""
-    batches = 1 if regions else -(-len(seeds) // settings.batch)
+    finds = options.find_regions and len(bank.parse(options.prompt).apart(bank.infos)) > 1
+    batches = 1 if regions or finds else -(-len(seeds) // settings.batch)
     steps = len(solver_for(backbone.schedule, settings.steps).timesteps)      # a schedule may have fewer
     with tqdm(total=batches * steps, desc="drawing", disable=options.json) as bar:
         settings = replace(settings, on_step=bar.update)
@@ -87,11 +89,14 @@ def _drawn(options: Namespace, backbone: Backbone, bank: ConceptBank, regions: l
         return sample_regions(backbone, bank, options.prompt, regions, seeds, settings)
 
 
-def _origin(options: Namespace, seed: int) -> PngInfo:
-    """Texts in a picture's file that say how it was drawn."""
+def _origin(options: Namespace, regions: list[Region], settings: SampleSettings, seed: int) -> PngInfo:
+    """A text in a picture's file that says how it was drawn. Its key is our own, because ComfyUI's page reads
+    the key `prompt` as a graph."""
+    drawn = {"prompt": options.prompt, "negative": options.negative, "seed": seed, "steps": settings.steps,
+             "cfg": settings.cfg, "regions": [region.prompt for region in regions],
+             "bank": None if options.bank is None else options.bank.name}
     info = PngInfo()
-    for key, value in (("prompt", options.prompt), ("negative", options.negative), ("seed", seed)):
-        info.add_itxt(key, str(value).encode(errors="replace").decode())      # no bytes that are no text
+    info.add_text("continual-concepts", json.dumps(drawn))
     return info
 
 
@@ -123,8 +128,8 @@ def sample(options: Namespace) -> Result:
     broken = [seed for seed, tensor in zip(seeds, pictures, strict=True) if not torch.isfinite(tensor).all()]
     notes += [f"the picture of seed {seed} holds NaN or infinite numbers; lower --cfg or --strength"
               for seed in broken]
-    files = [write_new(options.output / f"sample_{seed:05d}.png",
-                       partial(to_pil(tensor).save, format="PNG", pnginfo=_origin(options, seed)))
+    files = [write_new(options.output / f"sample_{seed:05d}.png", partial(
+                 to_pil(tensor).save, format="PNG", pnginfo=_origin(options, regions, settings, seed)))
              for seed, tensor in zip(seeds, pictures, strict=True)]
     facts = {"prompt": options.prompt, "files": [str(file) for file in files], "notes": notes}
     return facts, [f"wrote {file}" for file in files]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -198,9 +197,11 @@ def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo],
 
 
 def _refuse_another_name(vocabulary: Vocabulary, caption: str, what: str, concept: ConceptInfo) -> None:
-    """Raises ConceptError if a caption has a name that is not one of the vocabulary's, nor nearly one."""
-    for name in PLACEHOLDER.findall(caption):
-        if name not in vocabulary.entries and not difflib.get_close_matches(name, vocabulary.entries, n=1):
+    """Raises ConceptError if a caption has another name in place of the concept's, and not nearly one that is
+    known."""
+    names = PLACEHOLDER.findall(caption)
+    for name in names:
+        if concept.name not in names and name not in vocabulary.entries and not vocabulary.near(name):
             raise ConceptError(f"{what} names <{name}>, and the concept to learn is called "
                                f"{concept.placeholder}; if they are the same, name it {name}, or write "
                                f"{concept.placeholder} into the captions; if not, give the bank that holds "

@@ -71,8 +71,8 @@ def learn(task: Task, method: Method, data: TrainingData, config: TrainingConfig
     if checkpoint_file is not None and Path(checkpoint_file).exists():
         trainer.restore(checkpoint_file)
         if say is not None and group.is_first:
-            at = "all steps were done before" if trainer.is_done else f"step {len(trainer.losses)}"
-            say(f"resumed: {at}")
+            say("all steps were already done; nothing was trained now" if trainer.is_done
+                else f"resumed at step {len(trainer.losses)}")
     group.wait()      # all have read the checkpoint before the first process overwrites it
     if not group.is_first:
         checkpoint_file = callback = None

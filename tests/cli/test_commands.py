@@ -55,8 +55,10 @@ def test_learn_list_sample_rename_remove(bank_file, photos, tmp_path, capsys):
     assert main(["sample", "a photo of <rex>", "--bank", str(bank_file), "--output", str(out), "--count", "2",
                  "--steps", "2"]) == 0
     assert len(list(out.glob("*.png"))) == 2
-    written = Image.open(out / "sample_00001.png").text
-    assert written == {"prompt": "a photo of <rex>", "negative": "", "seed": "1"}
+    (key, text), = Image.open(out / "sample_00001.png").text.items()
+    written = json.loads(text)
+    assert key == "continual-concepts"      # ComfyUI's page reads "prompt" as a graph
+    assert (written["prompt"], written["seed"], written["bank"]) == ("a photo of <rex>", 1, bank_file.name)
     progress = capsys.readouterr().err
     assert "drawing: 100%" in progress and "2/2" in progress
     assert main(["bank", "rename", str(bank_file), "mimi", "tom"]) == 0

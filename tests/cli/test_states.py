@@ -121,7 +121,7 @@ def test_states_that_a_run_did_not_keep_are_told(learn, tmp_path, monkeypatch, c
                  "rex", "--noun", "dog", "--steps", "4", "--batch-size", "1", "--base", "embedded-64",
                  "--keep-states", "2", "--samples", "1"]) == 0
     assert told == ["the run began without keeping states of steps 2, so they are not among those that are "
-                    "compared", "resumed: step 2"]
+                    "compared", "resumed at step 2"]
 
 
 def test_what_is_learned_for_other_programs_is_exported_without_loss(learn, tmp_path, capsys):

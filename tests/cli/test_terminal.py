@@ -115,4 +115,14 @@ def test_signals_while_python_ends_change_nothing(monkeypatch, capsys, way):
     assert cli.program() == (130 if way == "help" else way)
     assert ("stopped" in capsys.readouterr().err) == (way == "help")
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    assert ignored == [(number, signal.SIG_IGN) for number in numbers]
+    assert [number for number, _ in ignored] == numbers
+    for number, act in ignored:
+        act(number, None)      # does nothing
+
+
+def test_an_end_that_hangs_can_be_ended(monkeypatch):
+    done = []
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: done.append((number, handler)))
+    monkeypatch.setattr(cli.signal, "raise_signal", done.append)
+    cli._ignored_for(-1)(signal.SIGTERM, None)
+    assert done == [(signal.SIGTERM, signal.SIG_DFL), signal.SIGTERM]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -50,6 +51,20 @@ def test_a_folder_becomes_a_bank_with_one_report(learn, cast):
     again, _, report = learn(bank=bank).args
     assert contents(again) == contents(bank)
     assert report.startswith("the bank holds 3 concepts; 0 were learned now, 3 were there already")
+
+
+def test_it_says_before_it_learns_what_could_not_be_saved(learn, studio, pack, monkeypatch):
+    bank = learn().args[0]
+    pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    graph = {"7": {"class_type": "ConceptFolderLearner", "inputs": {}},
+             "9": {"class_type": "ConceptBankSave",
+                   "inputs": {"bank": ["7", 0], "bank_name": "pets", "allow_fewer": False}}}
+    hidden = SimpleNamespace(unique_id="7", prompt=graph, extra_pnginfo=None)
+    monkeypatch.setattr(pack.ConceptFolderLearner, "hidden", hidden, raising=False)
+    assert learn(bank=bank).args[0].names == bank.names      # nothing is left to learn
+    for given, advice in ((None, "connect Load Concept Bank"), (bank.remove("chalk"), "Merge Concept Banks")):
+        with pytest.raises(ConceptError, match=f"nothing was learned: .* holds <blueprint>; .*{advice}"):
+            learn(bank=given, steps=10**6)
 
 
 def test_a_cancelled_run_resumes_exactly(learn, monkeypatch, own_folder):

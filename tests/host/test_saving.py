@@ -32,10 +32,15 @@ def test_a_bank_that_cannot_be_saved_is_not_learned(studio, graph, monkeypatch):
     with pytest.raises(ConceptError, match=r"nothing was learned: 'pets.safetensors' holds <rex>.*04 Add"):
         studio.learner(images=None, steps=10**6)
     assert "spot" in studio.learner(bank=[studio.bank]).args[0].names      # joined with the file's concepts
-    with pytest.raises(ConceptError, match="join that file and the bank at the input 'bank' with Merge"):
+    merge = "join that file and the bank at the input 'bank' with Merge"
+    with pytest.raises(ConceptError, match=merge):
         studio.learner(bank=[other], images=None, steps=10**6)
+    with pytest.raises(ConceptError, match=merge):
+        studio.learner(name="tom", bank=[other], if_known="learn it again", images=None, steps=10**6)
     known = studio.learner(name="tom", bank=[other]).args[0]      # nothing is learned, so pictures are drawn
     assert known.names == ["tom"]
+    renamed = studio.bank.rename("rex", "bello")      # the save renames it in the file
+    assert {"bello", "spot"} < set(studio.learner(bank=[renamed]).args[0].names)
 
 
 @pytest.mark.parametrize("inputs", [
@@ -66,19 +71,19 @@ def test_learners_in_a_row_and_proposed_banks_are_checked(studio, link, is_check
     held = [name for name in studio.bank.names if name != "mimi"]
     if is_checked:
         with pytest.raises(ConceptError, match=r"'pets.safetensors' holds <mimi>;"):
-            check_saving(_graph(s=link), "7", held)
+            check_saving(_graph(s=link), "7", None, held)
     else:
-        check_saving(_graph(s=link), "7", held)
-    check_saving(_graph(s=link), "7", [*held, "mimi"])
+        check_saving(_graph(s=link), "7", None, held)
+    check_saving(_graph(s=link), "7", None, [*held, "mimi"])
 
 
 def test_what_a_further_learner_adds_is_not_lacking(studio):
     from continual_concepts.nodes.saving import check_saving
 
     studio.pack.ConceptBankSave.execute(studio.learner(name="tom").args[0], "pets", False)
-    check_saving(_graph(s=["8", 0]), "7", ["rex"])
+    check_saving(_graph(s=["8", 0]), "7", None, ["rex"])
     with pytest.raises(ConceptError, match="holds <tom>"):
-        check_saving(_graph(s=["7", 0]), "7", ["rex"])
+        check_saving(_graph(s=["7", 0]), "7", None, ["rex"])
 
 
 @pytest.mark.parametrize("outputs, is_checked", [(["s"], True), (["other"], False)])
@@ -88,7 +93,7 @@ def test_a_node_that_does_not_run_is_not_checked(studio, monkeypatch, outputs, i
     studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
     monkeypatch.setattr(saving, "running_item", lambda: (0, "id", {}, {}, outputs))
     try:
-        saving.check_saving(_graph(s=["7", 0]), "7", ["rex"])
+        saving.check_saving(_graph(s=["7", 0]), "7", None, ["rex"])
         assert not is_checked
     except ConceptError:
         assert is_checked
@@ -109,7 +114,7 @@ def test_a_graph_of_another_form_is_not_checked(pack, prompt):
     """Programs send what they like."""
     from continual_concepts.nodes.saving import check_saving
 
-    check_saving(prompt, "7", ["rex"])
+    check_saving(prompt, "7", None, ["rex"])
 
 
 def test_a_concept_that_is_replaced_in_a_file_is_told(studio):
@@ -183,3 +188,26 @@ def test_a_renamed_concept_is_renamed_in_the_file(studio):
         pack.ConceptBankSave.execute(edited.remove("bello"), "pets", False)
     with pytest.raises(ConceptError, match="'rexx'"):
         pack.ConceptBankEdit.execute(edited, "rename", "rexx", "tom")
+
+
+def test_only_the_same_concept_counts_as_renamed(studio, make_concept):
+    """Each new name stands for one old one; other nouns are other concepts; names may move on in a chain."""
+    from continual_concepts.core.bank.bank import ConceptBank
+    from continual_concepts.nodes.saving import renamed_in
+
+    def bank_of(*pairs):
+        bank = ConceptBank(studio.bank.layout)
+        for name, seed, noun in pairs:
+            made = make_concept(bank.layout, "x", seed=seed)
+            origin = replace(made.info.provenance, date=f"2025-01-0{seed}")
+            info = replace(made.info, class_noun=noun, provenance=origin)
+            bank = bank.add(replace(made, info=info).renamed(name))
+        return bank
+
+    one = bank_of(("bello", 1, "dog"))
+    assert renamed_in(one, bank_of(("rex", 1, "dog"))) == {"rex": "bello"}
+    assert renamed_in(one, bank_of(("rex", 1, "dog"), ("copy", 1, "dog"))) == {"rex": "bello"}
+    assert renamed_in(one, bank_of(("rex", 1, "cat"))) == {}
+    assert renamed_in(one, bank_of(("rex", 2, "dog"))) == {}
+    stored = bank_of(("rex", 1, "dog"), ("mimi", 2, "dog"))
+    assert renamed_in(bank_of(("old", 1, "dog"), ("rex", 2, "dog")), stored) == {"mimi": "rex"}

@@ -67,9 +67,9 @@ def test_a_stopped_run_resumes_bit_for_bit(slim_backbone, empty, teach, tmp_path
     seen, told = [], []
     assert same(teach(slim_backbone, empty, callback=lambda info: seen.append(info.step),
                       checkpoint_file=file, say=told.append, **training), whole)
-    assert seen == list(range(3, training["steps"] + 1)) and told == ["resumed: step 2"]
+    assert seen == list(range(3, training["steps"] + 1)) and told == ["resumed at step 2"]
     teach(slim_backbone, empty, checkpoint_file=file, say=told.append, **training)
-    assert told[1:] == ["resumed: all steps were done before"]
+    assert told[1:] == ["all steps were already done; nothing was trained now"]
 
 
 @pytest.mark.parametrize("where", ["predict", "optimizer", "after_step"])
