@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from comfy_api.latest import io, ui
 
 from ..core.bank.concepts import KINDS
@@ -160,12 +162,10 @@ class ConceptLearner(io.ComfyNode):
         given["name"] = checked_name(given["name"])
         given["class_noun"] = checked_noun(given["class_noun"], _goes_on(given))
         node, bank = getattr(cls.hidden, "unique_id", None), first(bank)
-        known = () if bank is None else bank.names
-        if given["name"] not in known or given["if_known"] != KEEP:
-            check_saving(getattr(cls.hidden, "prompt", None), node, bank, [given["name"]])
         photos = pair_pictures(deferred_pictures(images, "images"), captions or [], masks_of(masks, "masks"))
         prior = deferred_pictures(prior_images, "prior_images")
-        learning = learn_concept(given, bank, photos, prior, node)
+        check = partial(check_saving, getattr(cls.hidden, "prompt", None), node, bank, [given["name"]])
+        learning = learn_concept(given, bank, photos, prior, node, begins=check)
         return _shown(learning)
 
 

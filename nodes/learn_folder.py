@@ -146,8 +146,9 @@ class ConceptFolderLearner(io.ComfyNode):
         check_parents(found, held)
         subjects = [_subject(planned, given["preset"]) for planned in found]
         node = getattr(cls.hidden, "unique_id", None)
-        if given["if_known"] != KEEP or any(planned.name not in held for planned in found):
-            check_saving(getattr(cls.hidden, "prompt", None), node, bank, [planned.name for planned in found])
+        learned_now = [one.name for one in found if given["if_known"] != KEEP or one.name not in held]
+        if learned_now:
+            check_saving(getattr(cls.hidden, "prompt", None), node, bank, learned_now)
         notes = [] if os.path.lexists(path / TABLE) else [
             *read_as(found), *(f"'{file.name}' is not used: {file.reason}" for file in passed_over(path))]
         for note in notes:      # before the minutes of learning

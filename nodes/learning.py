@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -98,7 +98,7 @@ class Learning:
 
 def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Sequence[Picture],
                   prior: Sequence[Tensor | Deferred] = (), node: str | None = None,
-                  part: Part = WHOLE) -> Learning:
+                  part: Part = WHOLE, begins: Callable[[], None] = lambda: None) -> Learning:
     """Learns one concept on top of a bank, or finds that the bank holds it.
 
     Args:
@@ -109,6 +109,7 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
         prior: Other pictures of the class, `[3, H, W]` in -1..1.
         node: Id of the node that shows the progress.
         part: Which part of the node's work this is.
+        begins: Called before learning, unless there is nothing to learn. It may raise a ConceptError.
 
     Raises:
         ConceptError: An input is wrong, or learning fails. The bank is unchanged.
@@ -147,6 +148,7 @@ def learn_concept(given: Mapping[str, Any], bank: ConceptBank | None, photos: Se
             given["judging"].check_prompts(_info(task, method), start.infos.values())
         if name in start and given["if_known"] == KEEP:
             return _already_learned(start, _info(task, method), method, config, list(photos))
+        begins()
         others = [Picture(picture, prior_caption(noun), is_prior=True) for picture in prior]
         with progress.stop_told(node):
             return _learn(task, method, config, [*photos, *others], given, node, chosen, part)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.bank.bank import ConceptBank
-from ..core.bank.concepts import ConceptInfo
 from ..core.bank.format import open_bank
 from ..core.bank.tokens import typed_name
 from ..core.errors import ConceptError
@@ -29,13 +28,14 @@ def lost_names(stored: Iterable[str], kept: Container[str]) -> str:
     return ", ".join(f"<{name}>" for name in stored if name not in kept)
 
 
-def _stored_digest(stored: ConceptBank, name: str) -> str:
-    """Digest of a concept of a bank file; empty if its tensors are damaged. A save must not fail because of
-    the file that it replaces."""
+def _identity(bank: ConceptBank, name: str) -> tuple | None:
+    """What stays of a concept when it is renamed; None if its tensors are damaged. A save must not fail
+    because of the file that it replaces."""
+    info = bank.infos[name]
     try:
-        return stored.passing(name).digest()
+        return bank.passing(name).digest(), info.class_noun, info.kind, info.method, info.composes
     except ConceptError:
-        return ""
+        return None
 
 
 def differ(name: str, stored: ConceptBank, bank: ConceptBank) -> bool:
@@ -43,24 +43,27 @@ def differ(name: str, stored: ConceptBank, bank: ConceptBank) -> bool:
     old, new = (replace(info, composition=info.composes) for info in (stored.infos[name], bank.infos[name]))
     if old != new or old.provenance.date:      # a date tells runs apart, and imported concepts have none
         return old != new
-    return _stored_digest(stored, name) != bank.passing(name).digest()
-
-
-def _identity(info: ConceptInfo, digest: str) -> tuple:
-    """What stays of a concept when it is renamed."""
-    return digest, info.class_noun, info.kind, info.method, info.composes
+    return _identity(stored, name) != _identity(bank, name)
 
 
 def renamed_in(bank: ConceptBank, stored: ConceptBank) -> dict[str, str]:
-    """Names of a bank file that a bank lacks -> new names of the same concepts in it."""
+    """Names of a bank file that a bank lacks -> new names of the same concepts in it.
+
+    A new name may be that of another concept of the file, if the bank holds that one under a further name.
+    """
     gone = [name for name in stored.names if name not in bank]
-    come = [name for name in bank.names if gone and (name not in stored or differ(name, stored, bank))]
-    free = {_identity(bank.infos[name], bank.passing(name).digest()): name for name in come}
+    free: dict[tuple, list[str]] = {}
+    for name in bank.names if gone else ():
+        is_free = name not in stored or differ(name, stored, bank)
+        if is_free and (identity := _identity(bank, name)) is not None:
+            free.setdefault(identity, []).append(name)
     found = {}
-    for name in gone if come else ():
-        new = free.pop(_identity(stored.infos[name], _stored_digest(stored, name)), None)
-        if new is not None:
-            found[name] = new
+    for name in gone if free else ():
+        names = free.get(_identity(stored, name) or (), [])
+        kept = [new for new in names if new not in stored or _identity(stored, new) in free]
+        if kept:
+            found[name] = kept[0]
+            names.remove(kept[0])
     return found
 
 
@@ -72,13 +75,14 @@ def check_saving(graph: object, node: str | None, bank: ConceptBank | None, name
             checked, and neither is what other nodes give later.
         node: Id of the learner.
         bank: The bank that it adds to; None for a new one.
-        names: What it learns.
+        names: What it learns, new or again.
 
     Raises:
         ConceptError: Such a node would refuse the bank, because its file holds other concepts or is damaged.
     """
     nodes = graph if isinstance(graph, Mapping) else {}
-    held, item = {*names, *(() if bank is None else bank.names)}, running_item()
+    learned, item = set(names), running_item()
+    held = learned | set(() if bank is None else bank.names)
     for saver, given in _of_type(nodes, SAVE):
         further = _learned_between(nodes, given.get("bank"), node)
         name, may_remove = given.get("bank_name"), given.get("allow_fewer")
@@ -94,7 +98,8 @@ def check_saving(graph: object, node: str | None, bank: ConceptBank | None, name
         if stored is None or may_remove:
             continue
         renamed = {} if bank is None else renamed_in(bank, stored)
-        if lost := lost_names(stored.names, {*held, *further, *renamed}):
+        kept = {old for old, new in renamed.items() if new not in learned}
+        if lost := lost_names(stored.names, {*held, *further, *kept}):
             join = WITHOUT_BANK if bank is None else WITH_BANK
             raise ConceptError(f"{UNSAVED}: '{file.name}' holds {lost}; {join}, choose another bank_name in "
                                f"Save Concept Bank, or switch its '{ALLOW_FEWER}' on")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..errors import ConceptError
 from ..versions import check_versions
-
-ENDING = 10.0      # seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,18 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(arguments)
 
 
-def _ignored_for(seconds: float) -> Callable[[int, object], None]:
-    """What a signal does while Python ends: nothing at first. If the end hangs, it acts as usual."""
-    until = time.monotonic() + seconds
-
-    def act(number: int, _frame: object) -> None:
-        if time.monotonic() > until:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    return act
-
-
 def program() -> int:
     """`main` as a program of its own. Returns the exit code."""
     try:
@@ -51,7 +36,8 @@ def program() -> int:
         print("continual-concepts: stopped", file=sys.stderr)
         return 130
     finally:
-        # Python takes seconds to end. A signal in this time would print a traceback or change the exit code.
+        # Python takes seconds to end. A signal in this time would print a traceback or change the exit code,
+        # also with a function of ours, because Python drops those when it ends.
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):      # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), _ignored_for(ENDING))
+                signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 
 from .banks import bank
@@ -30,5 +31,5 @@ def demo(options: Namespace) -> Result:
                      f"{figures['boxes_right']:.0%}")
     lines.append(f"wrote report.png, report.json, {BANK} and {PHOTOS} to {options.output}")
     lines.append(f'draw with the bank: continual-concepts sample "a photo of <{next(iter(TASKS))}> on a '
-                 f'beach" --bank {options.output / BANK} --output pictures')
+                 f'beach" --bank {shlex.quote(str(options.output / BANK))} --output pictures')
     return report, lines

@@ -189,16 +189,17 @@ def _save_photos(folder: Path, tasks: Sequence[Assignment]) -> list[str]:
                 write_atomically(file, partial(photo.save, format="PNG"))
             elif not _shows(file, photo):
                 kept += 1
-    return [f"'{folder}' has {counted(kept, 'file')} of other photos, kept as they are; to get the photos of "
-            "this demo, delete them or choose another --output"] if kept else []
+    return [f"{counted(kept, 'file')} in '{folder}' had the names of this demo's photos, hold something else "
+            "and were kept; to get the photos, delete them or choose another --output"] if kept else []
 
 
 def _shows(file: Path, photo: Image.Image) -> bool:
     """Whether a file holds this picture."""
     try:
         with Image.open(file) as stored:
-            return stored.mode == photo.mode and stored.tobytes() == photo.tobytes()
-    except (OSError, ValueError, SyntaxError):      # what Pillow raises for files that are no pictures
+            same_form = (stored.mode, stored.size) == (photo.mode, photo.size)
+            return same_form and stored.tobytes() == photo.tobytes()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):      # no picture, or a huge one
         return False
 
 

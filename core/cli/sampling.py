@@ -90,8 +90,8 @@ def _drawn(options: Namespace, backbone: Backbone, bank: ConceptBank, regions: l
 
 
 def _origin(options: Namespace, regions: list[Region], settings: SampleSettings, seed: int) -> PngInfo:
-    """A text in a picture's file that says how it was drawn. Its key is our own, because ComfyUI's page reads
-    the key `prompt` as a graph."""
+    """A text in a picture's file with its prompts, seed, steps and cfg. Its key is our own, because ComfyUI's
+    page reads the key `prompt` as a graph."""
     drawn = {"prompt": options.prompt, "negative": options.negative, "seed": seed, "steps": settings.steps,
              "cfg": settings.cfg, "regions": [region.prompt for region in regions],
              "bank": None if options.bank is None else options.bank.name}

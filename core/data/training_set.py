@@ -197,15 +197,15 @@ def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo],
 
 
 def _refuse_another_name(vocabulary: Vocabulary, caption: str, what: str, concept: ConceptInfo) -> None:
-    """Raises ConceptError if a caption has another name in place of the concept's, and not nearly one that is
-    known."""
+    """Raises ConceptError if a caption has another name in place of the concept's, and that name resembles
+    none that is known."""
     names = PLACEHOLDER.findall(caption)
     for name in names:
         if concept.name not in names and name not in vocabulary.entries and not vocabulary.near(name):
             raise ConceptError(f"{what} names <{name}>, and the concept to learn is called "
-                               f"{concept.placeholder}; if they are the same, name it {name}, or write "
-                               f"{concept.placeholder} into the captions; if not, give the bank that holds "
-                               f"<{name}>")
+                               f"{concept.placeholder}; if both are the same, name the concept {name}, or "
+                               f"write {concept.placeholder} into the captions; if not, give the bank that "
+                               f"holds <{name}>")
 
 
 def _with_fewest_repeats(pictures: Sequence[Picture]) -> list[Picture]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from copy import copy
 from dataclasses import replace
@@ -101,28 +103,38 @@ def test_a_stop_while_the_result_is_printed_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == "program: stopped\n"
 
 
-@pytest.mark.parametrize("way", [0, 130, "help"])
-def test_signals_while_python_ends_change_nothing(monkeypatch, capsys, way):
+SLOW_END = """
+import sys, time
+from continual_concepts.core.cli import program
+
+class Slow:
+    def __del__(self):
+        time.sleep(1)
+
+sys.argv, sys.modules["slow"] = ["continual-concepts", *sys.argv[1:]], Slow()
+code = program()
+print("ends", flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has other signals")
+def test_signals_while_python_ends_change_nothing(tmp_path, installed):
     """It takes seconds, and a second signal changed the exit code of what had been done."""
+    command = [sys.executable, "-I", "-c", SLOW_END, "bank", "list", str(tmp_path / "no.safetensors")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ends\n"
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) * 8:
+            process.send_signal(number)
+            time.sleep(0.05)
+        errors = process.stderr.read()
+    assert process.returncode == 1 and "Traceback" not in errors and "no.safetensors" in errors
+
+
+def test_ctrl_c_between_a_commands_end_and_the_programs_is_told(monkeypatch, capsys):
     def run():
-        if way == "help":
-            raise KeyboardInterrupt
-        return way
+        raise KeyboardInterrupt
 
-    ignored = []
     monkeypatch.setattr(cli, "main", run)
-    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: ignored.append((number, handler)))
-    assert cli.program() == (130 if way == "help" else way)
-    assert ("stopped" in capsys.readouterr().err) == (way == "help")
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    assert [number for number, _ in ignored] == numbers
-    for number, act in ignored:
-        act(number, None)      # does nothing
-
-
-def test_an_end_that_hangs_can_be_ended(monkeypatch):
-    done = []
-    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: done.append((number, handler)))
-    monkeypatch.setattr(cli.signal, "raise_signal", done.append)
-    cli._ignored_for(-1)(signal.SIGTERM, None)
-    assert done == [(signal.SIGTERM, signal.SIG_DFL), signal.SIGTERM]
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    assert cli.program() == 130 and "stopped" in capsys.readouterr().err

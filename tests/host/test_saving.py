@@ -30,17 +30,19 @@ def test_a_bank_that_cannot_be_saved_is_not_learned(studio, graph, monkeypatch):
     other = studio.learner(name="tom").args[0]
     graph(bank_name="pets", allow_fewer=False)
     with pytest.raises(ConceptError, match=r"nothing was learned: 'pets.safetensors' holds <rex>.*04 Add"):
-        studio.learner(images=None, steps=10**6)
+        studio.learner(steps=10**6)
     assert "spot" in studio.learner(bank=[studio.bank]).args[0].names      # joined with the file's concepts
     merge = "join that file and the bank at the input 'bank' with Merge"
     with pytest.raises(ConceptError, match=merge):
-        studio.learner(bank=[other], images=None, steps=10**6)
+        studio.learner(bank=[other], steps=10**6)
     with pytest.raises(ConceptError, match=merge):
-        studio.learner(name="tom", bank=[other], if_known="learn it again", images=None, steps=10**6)
+        studio.learner(name="tom", bank=[other], if_known="learn it again", steps=10**6)
     known = studio.learner(name="tom", bank=[other]).args[0]      # nothing is learned, so pictures are drawn
     assert known.names == ["tom"]
     renamed = studio.bank.rename("rex", "bello")      # the save renames it in the file
     assert {"bello", "spot"} < set(studio.learner(bank=[renamed]).args[0].names)
+    with pytest.raises(ConceptError, match="holds <rex>; "):      # what is learned again is another concept
+        studio.learner(name="bello", bank=[renamed], if_known="learn it again", steps=10**6)
 
 
 @pytest.mark.parametrize("inputs", [
@@ -211,3 +213,6 @@ def test_only_the_same_concept_counts_as_renamed(studio, make_concept):
     assert renamed_in(one, bank_of(("rex", 2, "dog"))) == {}
     stored = bank_of(("rex", 1, "dog"), ("mimi", 2, "dog"))
     assert renamed_in(bank_of(("old", 1, "dog"), ("rex", 2, "dog")), stored) == {"mimi": "rex"}
+    assert renamed_in(bank_of(("rex", 2, "dog")), stored) == {}      # that would lose the first one
+    alike = renamed_in(bank_of(("a", 1, "dog"), ("b", 1, "dog")), bank_of(("x", 1, "dog"), ("y", 1, "dog")))
+    assert alike == {"x": "a", "y": "b"}
