@@ -73,7 +73,7 @@ def test_a_text_over_a_wire_takes_one_line(page):
         return node.widgets.find(one => one.name === 'captions').computedHeight;
     }"""
     page.evaluate(ADD)
-    page.evaluate("() => app.graph._nodes[0].setSize([400, 900])")
+    page.evaluate("() => { app.graph._nodes[0].setSize([400, 900]); app.graph.setDirtyCanvas(true, true); }")
     page.wait_for_function(f"({boxes})() > 200")      # a busy page draws late
     link = LINK_SEED.replace("PrimitiveInt", "PrimitiveStringMultiline")
     page.evaluate(link.replace("'seed'", "'captions'"))
