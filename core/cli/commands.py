@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 from .banks import bank
 from .learning import learn
 from .learning_all import learn_all
 from .result import Result, complain
 from .sampling import sample
+
+NAME = "continual-concepts"
 
 __all__ = ["bank", "demo", "learn", "learn_all", "sample"]
 
@@ -30,6 +34,7 @@ def demo(options: Namespace) -> Result:
                      f"prompt {figures['pair_closed']:.0%} of the way, boxes right "
                      f"{figures['boxes_right']:.0%}")
     lines.append(f"wrote report.png, report.json, {BANK} and {PHOTOS} to {options.output}")
-    lines.append(f'draw with the bank: continual-concepts sample "a photo of <{next(iter(TASKS))}> on a '
+    own = sys.argv[0] if Path(sys.argv[0]).stem == NAME else NAME      # `make demo` runs one in a folder
+    lines.append(f'draw with the bank: {shlex.quote(own)} sample "a photo of <{next(iter(TASKS))}> on a '
                  f'beach" --bank {shlex.quote(str(options.output / BANK))} --output pictures')
     return report, lines

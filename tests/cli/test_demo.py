@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from continual_concepts.core.bank.format import open_bank
-from continual_concepts.core.cli import demo, demo_ways
+from continual_concepts.core.cli import commands, demo, demo_ways
 from continual_concepts.core.cli.parser import build_parser
 from continual_concepts.core.demo import bases
 from continual_concepts.core.demo.judges import SceneEncoder, assignment, to_tensor
@@ -89,6 +90,19 @@ def test_make_takes_the_short_and_the_whole_name_of_a_base(base):
     outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     ran = subprocess.run(asked, cwd=ROOT, env=outer, capture_output=True, text=True, check=True)
     assert ran.stdout.strip().endswith("continual-concepts demo --output demo --base embedded-dit")
+
+
+@pytest.mark.parametrize(("program", "shown"), [
+    (".venv/bin/continual-concepts", ".venv/bin/continual-concepts"), ("pytest", "continual-concepts"),
+    ("/my tools/continual-concepts.exe", "'/my tools/continual-concepts.exe'")])
+def test_what_to_try_next_is_a_command_that_runs(monkeypatch, program, shown):
+    figures = {"retained": 1.0, "pair_closed": 0.5, "boxes_right": 1.0}
+    report = {"concepts": ["rex"], "seconds": 1.0, "ways": dict.fromkeys(demo_ways.WAYS, figures)}
+    monkeypatch.setattr(demo, "run", lambda *_, **__: report)
+    monkeypatch.setattr(sys, "argv", [program])
+    *_, line = commands.demo(Namespace(base="embedded", output=Path("my demo")))[1]
+    assert line == (f'draw with the bank: {shown} sample "a photo of <rex> on a beach" --bank '
+                    "'my demo/bank.safetensors' --output pictures")
 
 
 def test_it_is_not_offered_on_a_base_whose_words_are_class_nouns(capsys):
