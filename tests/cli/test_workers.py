@@ -21,6 +21,18 @@ from continual_concepts.core.cli.parser import main
 from continual_concepts.core.cli.workers import Steps, Workers, _begin_process, stopped_as_by_ctrl_c
 from continual_concepts.core.errors import ConceptError
 
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Signals act as in a terminal. Runners of tests may ignore some, as `nohup` does."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), handler)
+              for name, handler in usual.items() if hasattr(signal, name)}      # Windows has no SIGHUP
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 forks = pytest.mark.skipif(sys.platform != "linux", reason="forks need Linux")
 
 
@@ -279,7 +291,6 @@ def test_a_demo_that_is_ended_leaves_no_temporary_files(tmp_path, capfd, name):
 def test_signals_that_come_together_stop_once(monkeypatch):
     """The second one would break off what removes files and ends processes."""
     numbers, cleaned = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}, []
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)      # a runner of tests may ignore it
     with pytest.raises(KeyboardInterrupt), stopped_as_by_ctrl_c():
         try:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -299,7 +310,6 @@ def test_signals_that_come_together_stop_once(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, usual)
 
 
 @forks
