@@ -12,6 +12,7 @@ from ..core.bank.format import open_bank
 from ..core.bank.tokens import typed_name
 from ..core.errors import ConceptError
 from .folders import new_bank_file
+from .learning import KEEP
 from .progress import running_item
 
 ALLOW_FEWER = "allow removing concepts"
@@ -49,21 +50,18 @@ def differ(name: str, stored: ConceptBank, bank: ConceptBank) -> bool:
 def renamed_in(bank: ConceptBank, stored: ConceptBank) -> dict[str, str]:
     """Names of a bank file that a bank lacks -> new names of the same concepts in it.
 
-    A new name may be that of another concept of the file, if the bank holds that one under a further name.
+    A name that the file has is never a new one: what it stood for might be lost.
     """
     gone = [name for name in stored.names if name not in bank]
-    free: dict[tuple, list[str]] = {}
+    free: dict[tuple | None, list[str]] = {}
     for name in bank.names if gone else ():
-        is_free = name not in stored or differ(name, stored, bank)
-        if is_free and (identity := _identity(bank, name)) is not None:
-            free.setdefault(identity, []).append(name)
+        if name not in stored:
+            free.setdefault(_identity(bank, name), []).append(name)
+    free.pop(None, None)      # damaged ones are equal to none
     found = {}
     for name in gone if free else ():
-        names = free.get(_identity(stored, name) or (), [])
-        kept = [new for new in names if new not in stored or _identity(stored, new) in free]
-        if kept:
-            found[name] = kept[0]
-            names.remove(kept[0])
+        if names := free.get(_identity(stored, name)):
+            found[name] = names.pop(0)
     return found
 
 
@@ -98,7 +96,7 @@ def check_saving(graph: object, node: str | None, bank: ConceptBank | None, name
         if stored is None or may_remove:
             continue
         renamed = {} if bank is None else renamed_in(bank, stored)
-        kept = {old for old, new in renamed.items() if new not in learned}
+        kept = {old for old, new in renamed.items() if new not in learned and not further.get(new)}
         if lost := lost_names(stored.names, {*held, *further, *kept}):
             join = WITHOUT_BANK if bank is None else WITH_BANK
             raise ConceptError(f"{UNSAVED}: '{file.name}' holds {lost}; {join}, choose another bank_name in "
@@ -113,10 +111,10 @@ def _of_type(nodes: Mapping, kind: str) -> Iterator[tuple[str, Mapping[str, Any]
             yield str(number), given
 
 
-def _learned_between(nodes: Mapping, link: object, node: str | None) -> set[str] | None:
-    """The names that further learners add between a node's bank and a link; None if the link does not come
-    from it, or if a name is not known yet."""
-    learners, added = dict(_of_type(nodes, LEARNER)), set[str]()
+def _learned_between(nodes: Mapping, link: object, node: str | None) -> dict[str, bool] | None:
+    """The names that further learners add between a node's bank and a link -> whether they learn a known one
+    again; None if the link does not come from it, or if a name is not known yet."""
+    learners, added = dict(_of_type(nodes, LEARNER)), dict[str, bool]()
     for _ in range(len(learners) + 1):      # a chain cannot be longer
         source, output = link if isinstance(link, (list, tuple)) and len(link) == 2 else (None, None)
         if output not in BANKS or source is None:
@@ -127,5 +125,5 @@ def _learned_between(nodes: Mapping, link: object, node: str | None) -> set[str]
         name, link = given.get("name"), given.get("bank")
         if not isinstance(name, str):
             return None
-        added.add(typed_name(name))
+        added[typed_name(name)] = given.get("if_known", KEEP) != KEEP
     return None

@@ -193,7 +193,8 @@ def test_a_renamed_concept_is_renamed_in_the_file(studio):
 
 
 def test_only_the_same_concept_counts_as_renamed(studio, make_concept):
-    """Each new name stands for one old one; other nouns are other concepts; names may move on in a chain."""
+    """Each new name stands for one old one, and other nouns are other concepts. A name that the file has is
+    not a new one: where names move on, a removed concept would be lost."""
     from continual_concepts.core.bank.bank import ConceptBank
     from continual_concepts.nodes.saving import renamed_in
 
@@ -212,7 +213,23 @@ def test_only_the_same_concept_counts_as_renamed(studio, make_concept):
     assert renamed_in(one, bank_of(("rex", 1, "cat"))) == {}
     assert renamed_in(one, bank_of(("rex", 2, "dog"))) == {}
     stored = bank_of(("rex", 1, "dog"), ("mimi", 2, "dog"))
-    assert renamed_in(bank_of(("old", 1, "dog"), ("rex", 2, "dog")), stored) == {"mimi": "rex"}
-    assert renamed_in(bank_of(("rex", 2, "dog")), stored) == {}      # that would lose the first one
+    assert renamed_in(bank_of(("rex", 2, "dog")), stored) == {}
+    three = bank_of(("rex", 1, "dog"), ("mimi", 2, "dog"), ("tom", 3, "dog"))
+    assert renamed_in(bank_of(("rex", 2, "dog"), ("mimi", 3, "dog")), three) == {}
     alike = renamed_in(bank_of(("a", 1, "dog"), ("b", 1, "dog")), bank_of(("x", 1, "dog"), ("y", 1, "dog")))
     assert alike == {"x": "a", "y": "b"}
+
+
+@pytest.mark.parametrize("if_known, is_refused", [("keep it", False), ("learn it again", True)])
+def test_a_further_learner_that_learns_a_renamed_concept_again(studio, if_known, is_refused):
+    from continual_concepts.nodes.saving import check_saving
+
+    studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    graph = _graph(s=["8", 0])
+    graph["8"]["inputs"] |= {"name": "bello", "if_known": if_known}
+    bank = studio.bank.rename("rex", "bello")
+    if is_refused:
+        with pytest.raises(ConceptError, match="holds <rex>; join"):
+            check_saving(graph, "7", bank, ["spot"])
+    else:
+        check_saving(graph, "7", bank, ["spot"])
