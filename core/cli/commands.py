@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from argparse import Namespace
@@ -34,7 +35,21 @@ def demo(options: Namespace) -> Result:
                      f"prompt {figures['pair_closed']:.0%} of the way, boxes right "
                      f"{figures['boxes_right']:.0%}")
     lines.append(f"wrote report.png, report.json, {BANK} and {PHOTOS} to {options.output}")
-    own = sys.argv[0] if Path(sys.argv[0]).stem == NAME else NAME      # `make demo` runs one in a folder
-    lines.append(f'draw with the bank: {shlex.quote(own)} sample "a photo of <{next(iter(TASKS))}> on a '
-                 f'beach" --bank {shlex.quote(str(options.output / BANK))} --output pictures')
+    lines.append(f'draw with the bank: {_own_command()} sample "a photo of <{next(iter(TASKS))}> on a beach" '
+                 f"--bank {_quoted(str(options.output / BANK))} --output pictures")
     return report, lines
+
+
+def _own_command() -> str:
+    """How this program was started, such as `.venv/bin/continual-concepts` by `make demo`."""
+    own = Path(sys.argv[0])
+    if own.name == "__main__.py":
+        return f"{_quoted(sys.executable)} -m continual_concepts.core"
+    return _quoted(sys.argv[0]) if own.stem == NAME else NAME
+
+
+def _quoted(text: str) -> str:
+    """A part of a command line. Windows knows no single quotes, and its separators need none."""
+    if os.name != "nt":
+        return shlex.quote(text)
+    return f'"{text}"' if " " in text else text

@@ -7,7 +7,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -189,14 +191,21 @@ def _save_photos(folder: Path, tasks: Sequence[Assignment]) -> list[str]:
                 write_atomically(file, partial(photo.save, format="PNG"))
             elif not _shows(file, photo):
                 kept += 1
-    return [f"{counted(kept, 'file')} in '{folder}' had the names of this demo's photos, hold something else "
-            "and were kept; to get the photos, delete them or choose another --output"] if kept else []
+    return [f"kept {counted(kept, 'file')} in '{folder}' with the names of this demo's photos but other "
+            "contents; to get the photos, delete those files or choose another --output"] if kept else []
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")      # Pillow's, about files that are none of ours
+        yield
 
 
 def _shows(file: Path, photo: Image.Image) -> bool:
     """Whether a file holds this picture."""
     try:
-        with Image.open(file) as stored:
+        with _no_warnings(), Image.open(file) as stored:
             same_form = (stored.mode, stored.size) == (photo.mode, photo.size)
             return same_form and stored.tobytes() == photo.tobytes()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):      # no picture, or a huge one

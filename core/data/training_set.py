@@ -197,8 +197,8 @@ def check_captions(pictures: Sequence[Picture], infos: Iterable[ConceptInfo],
 
 
 def _refuse_another_name(vocabulary: Vocabulary, caption: str, what: str, concept: ConceptInfo) -> None:
-    """Raises ConceptError if a caption has another name in place of the concept's, and that name resembles
-    none that is known."""
+    """Raises ConceptError if a caption lacks the concept's name and has an unknown one that is no misspelling
+    of a known one."""
     names = PLACEHOLDER.findall(caption)
     for name in names:
         if concept.name not in names and name not in vocabulary.entries and not vocabulary.near(name):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,7 +68,7 @@ def test_photos_that_are_there_are_kept_and_told(tmp_path):
     loop.unlink()
     loop.symlink_to(loop)
     (note,) = demo._save_photos(tmp_path, tasks)
-    assert note.startswith("2 files in ") and photo.read_bytes() == b"mine"
+    assert note.startswith("kept 2 files in ") and photo.read_bytes() == b"mine"
     Image.open(tmp_path / tasks[0].name / "2.png").resize((64, 63)).save(photo)
     assert demo._save_photos(tmp_path, tasks[:1])
 
@@ -94,7 +96,8 @@ def test_make_takes_the_short_and_the_whole_name_of_a_base(base):
 
 @pytest.mark.parametrize(("program", "shown"), [
     (".venv/bin/continual-concepts", ".venv/bin/continual-concepts"), ("pytest", "continual-concepts"),
-    ("/my tools/continual-concepts.exe", "'/my tools/continual-concepts.exe'")])
+    ("/my tools/continual-concepts.exe", "'/my tools/continual-concepts.exe'"),
+    ("core/__main__.py", f"{shlex.quote(sys.executable)} -m continual_concepts.core")])
 def test_what_to_try_next_is_a_command_that_runs(monkeypatch, program, shown):
     figures = {"retained": 1.0, "pair_closed": 0.5, "boxes_right": 1.0}
     report = {"concepts": ["rex"], "seconds": 1.0, "ways": dict.fromkeys(demo_ways.WAYS, figures)}
@@ -103,6 +106,13 @@ def test_what_to_try_next_is_a_command_that_runs(monkeypatch, program, shown):
     *_, line = commands.demo(Namespace(base="embedded", output=Path("my demo")))[1]
     assert line == (f'draw with the bank: {shown} sample "a photo of <rex> on a beach" --bank '
                     "'my demo/bank.safetensors' --output pictures")
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("demo\\bank.safetensors", "demo\\bank.safetensors"), ("my demo\\bank", '"my demo\\bank"')])
+def test_a_command_is_quoted_as_windows_reads_it(monkeypatch, text, shown):
+    monkeypatch.setattr(commands, "os", SimpleNamespace(name="nt"))
+    assert commands._quoted(text) == shown
 
 
 def test_it_is_not_offered_on_a_base_whose_words_are_class_nouns(capsys):
