@@ -37,7 +37,7 @@ class ConceptLearner(io.ComfyNode):
             category=types.EVERYDAY,
             is_input_list=True,
             search_aliases=["train lora", "dreambooth", "textual inversion", "continual learning", "CIDM",
-                            "teach", "forget", "learn without forgetting"],
+                            "teach", "learn without forgetting", "lora without forgetting"],
             description="Learns one concept (your dog, your painter's style) from a few photos and adds it "
                         "to a bank. The stored concepts stay the same, bit for bit, and so does the model.",
             inputs=advanced(ADVANCED, [

@@ -9,11 +9,15 @@ from collections.abc import Collection, Sequence
 
 from comfy_api.latest import io
 
+from .types import EVERYDAY
+
 _FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
 def Schema(**fields) -> io.Schema:  # noqa: N802 - node scanners look for a call of this name
-    return io.Schema(**{key: value for key, value in fields.items() if key in _FIELDS})
+    aliases = [*fields.pop("search_aliases", ()), EVERYDAY]      # the name of the extension finds all of them
+    given = fields | {"search_aliases": aliases}
+    return io.Schema(**{key: value for key, value in given.items() if key in _FIELDS})
 
 
 def advanced(names: Collection[str], inputs: Sequence[io.Input]) -> list[io.Input]:

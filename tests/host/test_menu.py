@@ -38,6 +38,13 @@ def test_a_renamed_node_is_found_by_its_earlier_name(nodes):
         assert aliases is None or earlier in aliases
 
 
+def test_the_name_of_the_extension_finds_each_node(nodes):
+    """The page looks for words in display names and aliases, not in categories."""
+    for node in nodes.values():
+        aliases = getattr(node, "search_aliases", None)      # ComfyUI 0.8 and older have none
+        assert aliases is None or TOP in aliases
+
+
 def test_no_text_shows_an_earlier_name_of_a_node():
     """Only the changes and the list of search aliases name them."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "nodes").rglob("*.md"),
