@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.bank.bank import differ, renamed_in
 from ..core.bank.format import open_bank
 from ..core.bank.store import change_bank, saved_elsewhere
 from ..core.bank.tokens import typed_name
@@ -18,6 +19,7 @@ from ..core.evaluation.inspection import inspect, lines
 from ..core.files import check_output
 from ..core.images import to_tensor
 from ..core.training import checkpoint
+from ..core.training.record import is_finished
 from . import types
 from .folders import (
     NEW_BANK,
@@ -30,7 +32,7 @@ from .folders import (
 from .images import judge
 from .inputs import fingerprint, valid
 from .progress import bank_saved, written_below
-from .saving import ALLOW_FEWER, differ, lost_names, renamed_in
+from .saving import ALLOW_FEWER, is_for_base_of, lost_names
 from .schema import Schema
 
 register_folders()
@@ -115,16 +117,19 @@ class ConceptBankSave(io.ComfyNode):
     def execute(cls, bank, bank_name, allow_fewer) -> io.NodeOutput:
         if bank is None:
             raise ConceptError("there is no bank to save; learn a concept first")
-        path, replaced, renamed = new_bank_file(bank_name), list[str](), dict[str, str]()
+        path, replaced, removed = new_bank_file(bank_name), list[str](), list[str]()
+        renamed = dict[str, str]()
 
         def change(stored):
             if stored is not None:
                 renamed.update(renamed_in(bank, stored))
                 lost = lost_names(stored.names, {*bank.names, *renamed})
                 if lost and not allow_fewer:
-                    raise ConceptError(f"'{path.name}' holds {lost}, which this bank lacks; join both with "
-                                       "Load Concept Bank and Merge Concept Banks (nothing is learned "
-                                       f"again), choose another bank_name, or switch '{ALLOW_FEWER}' on")
+                    join = ("join both with Load Concept Bank and Merge Concept Banks (nothing is learned "
+                            "again), " if is_for_base_of(bank, stored) else "its base is another one; ")
+                    raise ConceptError(f"'{path.name}' holds {lost}, which this bank lacks; {join}choose "
+                                       f"another bank_name, or switch '{ALLOW_FEWER}' on")
+                removed.extend(name for name in stored.names if name not in bank and name not in renamed)
                 replaced.extend(name for name in stored.names if name in bank and differ(name, stored, bank))
             return bank
 
@@ -137,14 +142,16 @@ class ConceptBankSave(io.ComfyNode):
         names = ", ".join(f"<{name}>" for name in bank.names) or "no concepts"
         notes = [f"{path.name}: {names}"]
         notes += [f"renamed: <{old}> is <{new}> now" for old, new in renamed.items()]
-        if replaced:
-            notes.append(f"replaced: {', '.join(f'<{name}>' for name in replaced)}; the earlier file is kept "
-                         "as a version, see this node's help")
+        for what, found in (("replaced", replaced), ("removed", removed)):
+            if found:
+                notes.append(f"{what}: {', '.join(f'<{name}>' for name in found)}; the earlier file is kept "
+                             "as a version, see this node's help")
         return io.NodeOutput(ui=written_below(notes))
 
 
 def _remove_finished_runs(bank) -> None:
-    """Deletes the checkpoints of runs whose concept is now in a bank file."""
+    """Deletes the checkpoints of runs whose concept is now in a bank file. Others may be unfinished runs that
+    learn the concept again, with other settings."""
     for file in checkpoint_folder().glob("*.checkpoint"):
         run = checkpoint.identity(file)
         info = bank.infos.get(run.get("concept"))
@@ -152,8 +159,16 @@ def _remove_finished_runs(bank) -> None:
         images = run.get("images")
         if origin is None or origin.base != run.get("base") or not isinstance(images, list):
             continue
-        if list(origin.images) == images or (origin.refined and set(images) <= set(origin.images)):
+        is_its = list(origin.images) == images or (origin.refined and set(images) <= set(origin.images))
+        if is_its and _is_finished(file, origin):
             file.unlink(missing_ok=True)
+
+
+def _is_finished(file, origin) -> bool:
+    try:
+        return is_finished(file, origin)
+    except ConceptError:      # damaged
+        return False
 
 
 class ConceptBankMerge(io.ComfyNode):
@@ -216,10 +231,15 @@ class ConceptBankEdit(io.ComfyNode):
         if not name:
             raise ConceptError("'concept' is empty; type the name of a concept; the bank holds "
                                f"{', '.join(bank.names)}")
+        # a graph that ran before, and whose bank was saved, has nothing left to do
+        if action == "remove" and name not in bank:
+            held = ", ".join(f"<{one}>" for one in bank.names) or "no concepts"
+            note = f"nothing to remove: the bank holds no <{name}>; it holds {held}"
+            return io.NodeOutput(bank, ui=written_below([note]))
         if action == "remove":
             return io.NodeOutput(bank.remove(name))
         new = typed_name(new_name)
-        if name not in bank and new in bank:      # the graph ran before, and its bank was saved
+        if name not in bank and new in bank:
             note = f"nothing to rename: the bank holds <{new}> and no <{name}>"
             return io.NodeOutput(bank, ui=written_below([note]))
         return io.NodeOutput(bank.rename(name, new))

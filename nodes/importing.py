@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..core.bank.bank import ConceptBank
+from ..core.bank.bank import ConceptBank, differ
 from ..core.bank.concepts import KINDS
 from ..core.comfy.backbone import ComfyBackbone
 from ..core.errors import ConceptError
@@ -99,8 +99,14 @@ class ConceptImport(io.ComfyNode):
         result = import_concept(checked_name(name), class_noun.strip(), kind, backbone.layout,
                                 backbone.text, _file("loras", lora),
                                 _file("embeddings", embedding), trigger, which, backbone)
-        grown = (ConceptBank(backbone.layout) if bank is None else bank).add(result.concept)
-        return io.NodeOutput(grown, "\n".join(result.notes), ui=written_below(result.notes))
+        alone, notes = ConceptBank(backbone.layout).add(result.concept), list(result.notes)
+        if bank is None:
+            bank = alone
+        elif result.concept.name in bank and not differ(result.concept.name, bank, alone):
+            notes.append(f"nothing to import: the bank holds this {result.concept.info.placeholder}")
+        else:
+            bank = bank.add(result.concept)
+        return io.NodeOutput(bank, "\n".join(notes), ui=written_below(notes))
 
 
 NODES = [ConceptImport]

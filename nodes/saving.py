@@ -4,10 +4,9 @@ minutes later."""
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from ..core.bank.bank import ConceptBank
+from ..core.bank.bank import ConceptBank, renamed_in
 from ..core.bank.format import open_bank
 from ..core.bank.tokens import typed_name
 from ..core.errors import ConceptError
@@ -27,42 +26,6 @@ BANKS = (0, 4)      # outputs of a learner that are banks; the second one is the
 def lost_names(stored: Iterable[str], kept: Container[str]) -> str:
     """The names of a bank file that a bank to be saved there lacks, as text; empty if it lacks none."""
     return ", ".join(f"<{name}>" for name in stored if name not in kept)
-
-
-def _identity(bank: ConceptBank, name: str) -> tuple | None:
-    """What stays of a concept when it is renamed; None if its tensors are damaged. A save must not fail
-    because of the file that it replaces."""
-    info = bank.infos[name]
-    try:
-        return bank.passing(name).digest(), info.class_noun, info.kind, info.method, info.composes
-    except ConceptError:
-        return None
-
-
-def differ(name: str, stored: ConceptBank, bank: ConceptBank) -> bool:
-    """Whether a bank file and a bank hold different concepts of a name."""
-    old, new = (replace(info, composition=info.composes) for info in (stored.infos[name], bank.infos[name]))
-    if old != new or old.provenance.date:      # a date tells runs apart, and imported concepts have none
-        return old != new
-    return _identity(stored, name) != _identity(bank, name)
-
-
-def renamed_in(bank: ConceptBank, stored: ConceptBank) -> dict[str, str]:
-    """Names of a bank file that a bank lacks -> new names of the same concepts in it.
-
-    A name that the file has is never a new one: what it stood for might be lost.
-    """
-    gone = [name for name in stored.names if name not in bank]
-    free: dict[tuple | None, list[str]] = {}
-    for name in bank.names if gone else ():
-        if name not in stored:
-            free.setdefault(_identity(bank, name), []).append(name)
-    free.pop(None, None)      # damaged ones are equal to none
-    found = {}
-    for name in gone if free else ():
-        if names := free.get(_identity(stored, name)):
-            found[name] = names.pop(0)
-    return found
 
 
 def check_saving(graph: object, node: str | None, bank: ConceptBank | None, names: Iterable[str]) -> None:
@@ -88,6 +51,8 @@ def check_saving(graph: object, node: str | None, bank: ConceptBank | None, name
             continue
         if item is not None and saver not in item[4]:      # it is no output that runs
             continue
+        if bank is not None:
+            _check_readable(bank, learned | {*further})
         file = new_bank_file(name)
         try:
             stored = open_bank(file) if file.exists() else None
@@ -98,9 +63,28 @@ def check_saving(graph: object, node: str | None, bank: ConceptBank | None, name
         renamed = {} if bank is None else renamed_in(bank, stored)
         kept = {old for old, new in renamed.items() if new not in learned and not further.get(new)}
         if lost := lost_names(stored.names, {*held, *further, *kept}):
-            join = WITHOUT_BANK if bank is None else WITH_BANK
-            raise ConceptError(f"{UNSAVED}: '{file.name}' holds {lost}; {join}, choose another bank_name in "
+            join = f"{WITHOUT_BANK if bank is None else WITH_BANK}, "
+            if bank is not None and not is_for_base_of(bank, stored):
+                join = "its base is another one; "
+            raise ConceptError(f"{UNSAVED}: '{file.name}' holds {lost}; {join}choose another bank_name in "
                                f"Save Concept Bank, or switch its '{ALLOW_FEWER}' on")
+
+
+def is_for_base_of(bank: ConceptBank, stored: ConceptBank) -> bool:
+    """Whether both banks are for bases of one kind, so that they can be merged."""
+    return bank.layout.fingerprint == stored.layout.fingerprint
+
+
+def _check_readable(bank: ConceptBank, replaced: Container[str]) -> None:
+    """Reads the concepts that a save would write beside the learned ones. Raises ConceptError for a damaged
+    one: no file could take the bank."""
+    for name in bank.names:
+        try:
+            if name not in replaced:
+                bank.passing(name)
+        except ConceptError as error:
+            raise ConceptError(f"{UNSAVED}: {error}; remove this concept with Edit Concept Bank before it "
+                               "learns") from error
 
 
 def _of_type(nodes: Mapping, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -123,7 +107,8 @@ def _learned_between(nodes: Mapping, link: object, node: str | None) -> dict[str
             return added
         given = learners.get(str(source), {})
         name, link = given.get("name"), given.get("bank")
-        if not isinstance(name, str):
+        if_known = given.get("if_known", KEEP)
+        if not isinstance(name, str) or not isinstance(if_known, str):      # another node gives it later
             return None
-        added[typed_name(name)] = given.get("if_known", KEEP) != KEEP
+        added[typed_name(name)] = if_known != KEEP
     return None

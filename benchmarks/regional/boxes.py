@@ -14,8 +14,11 @@ from ..cost.synthetic import context_of, deltas_of
 Measurement = dict[str, Any]      # "seconds" of every step except the first; "peak_gb", None if unknown
 
 
+QUARTERS: list[Box] = [(i / 2, j / 2, (i + 1) / 2, (j + 1) / 2) for i in range(2) for j in range(2)]
+
+
 def boxes_of(count: int) -> list[Box]:
-    """Boxes side by side that cover the whole picture."""
+    """Columns that cover the whole picture."""
     return [(0.0, i / count, 1.0, (i + 1) / count) for i in range(count)]
 
 

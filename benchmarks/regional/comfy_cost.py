@@ -116,12 +116,15 @@ class ComfyCost:
     def plain(self) -> Measurement:
         return self._sampled(self.model, self._conditioning(1), self._conditioning(0))
 
-    def regions(self, boxes: Sequence[Box], is_word_bound: bool = True) -> Measurement:
+    def regions(self, boxes: Sequence[Box], is_word_bound: bool = True, crops: bool = False,
+                isolated: bool = False) -> Measurement:
+        """crops, isolated: whether all steps use crop denoising, or self-attention isolation."""
         regions, parts, word_bound = parts_of(self.sites.layout, boxes, is_word_bound)
         parts = [replace(part, word_bound={}) for part in parts]      # the run locates them by the words
         scene, words = Part(context_of(2, 1, seed=5), {}), [(3, 4)] * len(boxes)
-        run = RegionRun(self.sites, scene, regions, parts, words, word_bound)
-        model = with_regions(self.model, run, NoiseSettings())
+        run = RegionRun(self.sites, scene, regions, parts, words, word_bound,
+                        isolation=float(isolated))
+        model = with_regions(self.model, run, NoiseSettings(crop_denoising=float(crops)))
         return self._sampled(model, marked(self._conditioning(1), 1), marked(self._conditioning(0), 0))
 
     def prompt(self, count: int) -> Measurement:

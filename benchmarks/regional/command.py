@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+from ...core.errors import ConceptError
 from ..continual.runs import BASE
 from ..report import Result, load_or_make, require_at_least, say, write_result
 
@@ -14,7 +15,9 @@ def add_commands(commands) -> None:
     parser = commands.add_parser("regional", help="what regions cost, and whether they keep concepts apart")
     parser.add_argument("--json", dest="file", type=Path, required=True,
                         help="where the result goes; finished parts are saved beside it")
-    parser.add_argument("--only", choices=("cost", "quality"), help="one of the two parts (default: both)")
+    parser.add_argument("--only", choices=("cost", "pictures", "quality"),
+                        help="one of the parts: cost of a step, cost of whole pictures (with --comfyui), "
+                             "quality (default: all)")
     parser.add_argument("--pictures", type=int, default=16,
                         help="per way and number of regions (default %(default)s)")
     parser.add_argument("--learn-steps", type=int, default=600,
@@ -54,6 +57,14 @@ def _quality(options: Namespace, folder: Path) -> dict:
     return {way: {str(count): run(way, count) for count in quality.GRIDS} for way in quality.WAYS}
 
 
+def _pictures(options: Namespace) -> dict:
+    from . import cost, pictures
+
+    host = cost.comfyui_cost(options.comfyui, options.pixels, options.steps)
+    return {"pixels": options.pixels, "rounds": options.rounds,
+            **pictures.measure(host, options.rounds, say)}
+
+
 def _cost(options: Namespace) -> dict:
     from . import cost
 
@@ -68,9 +79,13 @@ def regional(options: Namespace) -> Result:
     """Measures cost and quality of regions. Parts that are not requested stay unchanged in the file."""
     require_at_least(options, pictures=1, learn_steps=1, pixels=64, steps=2, rounds=1)
     result = json.loads(options.file.read_text()) if options.file.exists() else {}
-    if options.only != "quality":
+    if options.only == "pictures" and options.comfyui is None:
+        raise ConceptError("--only pictures needs --comfyui: the UNet alone has no crop denoising")
+    if options.only in (None, "cost"):
         result["cost"] = _cost(options)
-    if options.only != "cost":
+    if options.only in (None, "pictures") and options.comfyui is not None:
+        result["pictures"] = _pictures(options)
+    if options.only in (None, "quality"):
         result["quality"] = _quality(options, options.file.with_suffix(".cells"))
     write_result(options.file, result)
     return result, _lines(result)
@@ -81,6 +96,9 @@ def _lines(result: dict) -> list[str]:
     lines = [f"{kind} {count}: {row['over_plain']:.3f} of a plain step"
              for kind in ("regions", "routed", "prompt", "hooks")
              for count, row in result.get("cost", {}).get(kind, {}).items()]
+    for layout, costs in result.get("pictures", {}).get("pictures", {}).items():
+        figures = ", ".join(f"{cost:.2f} with {settings}" for settings, cost in costs.items())
+        lines.append(f"picture of {layout} (crop denoising / isolation): {figures} of a plain picture")
     quality = result.get("quality", {})
     if quality:
         counts = next(iter(quality.values()))

@@ -45,7 +45,11 @@ class Cost(Protocol):
 
 @runtime_checkable
 class HostCost(Cost, Protocol):
-    """A host that also supports prompts with word-bound concepts and its own kind of regions."""
+    """A host that also supports prompts with word-bound concepts, its own kind of regions, and steps with
+    crop denoising or isolation."""
+
+    def regions(self, boxes: Sequence[Box], is_word_bound: bool = True, crops: bool = False,
+                isolated: bool = False) -> Measurement: ...
 
     def prompt(self, count: int) -> Measurement: ...
 
@@ -83,7 +87,7 @@ class DiffusersCost:
         return self._stepped(scene.context, processor)
 
 
-def comfyui_cost(folder: Path, pixels: int, steps: int) -> Cost:
+def comfyui_cost(folder: Path, pixels: int, steps: int) -> HostCost:
     """The host in the ComfyUI of a folder."""
     from ..cost import standalone
 

@@ -155,20 +155,23 @@ class ConceptBank:
         return replace(self, entries=tuple(entries), shared={**self.shared, **(shared or {})})
 
     def merge(self, other: ConceptBank) -> ConceptBank:
-        """Returns the concepts of this bank, then those of the other. If both have shared state of a method,
-        this bank's is kept.
+        """Returns the concepts of this bank, then those of the other. A concept that both hold is there once.
+        If both have shared state of a method, this bank's is kept.
 
         Raises:
-            ConceptError: Both banks have a concept of the same name, or they are for different bases.
+            ConceptError: Both banks have different concepts of the same name, or they are for different
+                bases.
         """
         if self.layout.fingerprint != other.layout.fingerprint:
             raise ConceptError(f"the banks belong to different bases (one to {self.layout.describe()}; the "
                                f"other to {other.layout.describe()})")
-        in_both = [name for name in other.names if name in self]
-        if in_both:
-            names = ", ".join(map(repr, in_both))
+        differing = [name for name in other.names
+                     if name in self and differ(name, self, other, reads=True)]
+        if differing:
+            names = ", ".join(map(repr, differing))
             raise ConceptError(f"both banks hold {names}; rename in one of them before merging")
-        return replace(self, entries=(*self.entries, *other.entries), shared={**other.shared, **self.shared})
+        new = [entry for entry in other.entries if entry.info.name not in self]
+        return replace(self, entries=(*self.entries, *new), shared={**other.shared, **self.shared})
 
     def lazily(self, info: ConceptInfo, load: Callable[[], Concept]) -> ConceptBank:
         """Returns the bank with one more concept, whose tensors are read on first use."""
@@ -178,3 +181,44 @@ class ConceptBank:
         if self.layout.fingerprint != layout.fingerprint:
             raise ConceptError(f"the bank was made for another base ({self.layout.describe()}); this one has "
                                f"{layout.describe()}")
+
+
+def _identity(bank: ConceptBank, name: str) -> tuple | None:
+    """What stays of a concept when it is renamed; None if its tensors are damaged. A save must not fail
+    because of the file that it replaces."""
+    info = bank.infos[name]
+    try:
+        return bank.passing(name).digest(), info.class_noun, info.kind, info.method, info.composes
+    except ConceptError:
+        return None
+
+
+def differ(name: str, stored: ConceptBank, bank: ConceptBank, reads: bool = False) -> bool:
+    """Whether two banks hold different concepts of a name.
+
+    Args:
+        reads: Whether weights are always read and compared. Otherwise a date of learning is enough to tell
+            runs apart; imported concepts have none.
+    """
+    old, new = (replace(info, composition=info.composes) for info in (stored.infos[name], bank.infos[name]))
+    if old != new or (old.provenance.date and not reads):
+        return old != new
+    return _identity(stored, name) != _identity(bank, name)
+
+
+def renamed_in(bank: ConceptBank, stored: ConceptBank) -> dict[str, str]:
+    """Names of a bank file that a bank lacks -> new names of the same concepts in it.
+
+    A name that the file has is never a new one: what it stood for might be lost.
+    """
+    gone = [name for name in stored.names if name not in bank]
+    free: dict[tuple | None, list[str]] = {}
+    for name in bank.names if gone else ():
+        if name not in stored:
+            free.setdefault(_identity(bank, name), []).append(name)
+    free.pop(None, None)      # damaged ones are equal to none
+    found = {}
+    for name in gone if free else ():
+        if names := free.get(_identity(stored, name)):
+            found[name] = names.pop(0)
+    return found

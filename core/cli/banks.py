@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-from ..bank.bank import ConceptBank
+from ..bank.bank import ConceptBank, differ, renamed_in
 from ..bank.concepts import Concept, ConceptInfo
 from ..bank.format import open_bank, verify_bank
 from ..bank.store import add_concept, change_bank, restore, versions
@@ -124,16 +124,25 @@ def _changed(bank: ConceptBank, file: Path, change: str) -> Result:
 def _merge(options: Namespace) -> Result:
     backbones.bank_output(options.output)
     merged = open_bank(options.bank).merge(open_bank(options.other))
+    notes = notes_on_weights(merged.infos.values(), merged.layout)
 
     def change(stored: ConceptBank | None) -> ConceptBank:
-        lost = [name for name in (stored.names if stored is not None else ()) if name not in merged]
+        if stored is None:
+            return merged
+        renamed = renamed_in(merged, stored)
+        lost = [name for name in stored.names if name not in merged and name not in renamed]
         if lost:
             names = ", ".join(f"<{name}>" for name in lost)
             raise ConceptError(f"the bank '{options.output}' holds {names}, which the merged bank lacks; "
                                "choose another --output")
+        notes.extend(f"renamed: <{old}> is <{new}> now" for old, new in renamed.items())
+        replaced = [name for name in stored.names
+                    if name in merged and differ(name, stored, merged, reads=True)]
+        if replaced:
+            names = ", ".join(f"<{name}>" for name in replaced)
+            notes.append(f"replaced: {names}; the earlier file is kept as a version, see bank restore")
         return merged
 
-    notes = notes_on_weights(merged.infos.values(), merged.layout)
     facts, lines = _changed(change_bank(options.output, change), options.output, "merged")
     return facts | {"notes": notes}, lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -52,4 +53,4 @@ def _quoted(text: str) -> str:
     """A part of a command line. Windows knows no single quotes, and its separators need none."""
     if os.name != "nt":
         return shlex.quote(text)
-    return f'"{text}"' if " " in text else text
+    return text if re.fullmatch(r"[\w\\/:.-]+", text) else f'"{text}"'

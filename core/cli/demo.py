@@ -208,7 +208,7 @@ def _shows(file: Path, photo: Image.Image) -> bool:
         with _no_warnings(), Image.open(file) as stored:
             same_form = (stored.mode, stored.size) == (photo.mode, photo.size)
             return same_form and stored.tobytes() == photo.tobytes()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):      # no picture, or a huge one
+    except Exception:      # no picture, or a huge one; for damaged files Pillow raises errors of many kinds
         return False
 
 
@@ -237,7 +237,11 @@ def _check(output: Path, plan: Plan) -> None:
     for task in plan.tasks:
         check_output_folder(output / PHOTOS / task.name)
     if (output / BANK).exists():
-        open_bank(output / BANK)      # one that cannot be read cannot be kept as a version either
+        stored = open_bank(output / BANK)      # one that cannot be read cannot be kept as a version either
+        further = [f"<{name}>" for name in stored.names if name not in {task.name for task in plan.tasks}]
+        if further:
+            raise ConceptError(f"'{output / BANK}' holds {', '.join(further)}, which the demo would remove; "
+                               "choose another --output")
     _check_room()
 
 
@@ -253,7 +257,7 @@ def run(output: Path, plan: Plan = PLAN, workers: int = 2,
 
     Raises:
         ConceptError: The base, matplotlib, memory or room for temporary files is missing, `output` cannot be
-            written, or its bank cannot be read.
+            written, or its bank cannot be read or holds other concepts.
     """
     from .demo_report import draw
 

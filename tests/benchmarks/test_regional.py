@@ -14,6 +14,7 @@ from continual_concepts.benchmarks.__main__ import main
 from continual_concepts.benchmarks.continual import embedded as continual
 from continual_concepts.benchmarks.cost.synthetic import Operations, context_of, deltas_of, peak_gb
 from continual_concepts.benchmarks.regional import cost as regional_cost
+from continual_concepts.benchmarks.regional import pictures as regional_pictures
 from continual_concepts.benchmarks.regional import quality as regional_quality
 from continual_concepts.benchmarks.regional.quality import (
     NAMES,
@@ -141,6 +142,35 @@ def test_costs_are_ratios_of_neighbours():
     assert found["layouts"]["overlap"]["operations_over_plain"] == 1.1
 
 
+COSTS = {"crop denoising": 1.5, "isolation": 0.8, "region attention": 1.1}
+
+
+class ToySteps(ToyCost):
+    """Steps with crop denoising take 1.5 plain ones, steps with isolation 0.8."""
+
+    def regions(self, boxes, is_word_bound=True, crops=False, isolated=False):
+        assert not (crops and isolated)
+        return self.measured(1.5 if crops else 0.8 if isolated else 1.1)
+
+
+def test_pictures_cost_what_their_steps_cost():
+    found = regional_pictures.measure(ToySteps(), 3, lambda _: None)
+    assert set(found["steps"]) == set(found["pictures"]) == set(regional_pictures.LAYOUTS)
+    for costs in found["steps"].values():
+        assert costs == pytest.approx(COSTS, rel=1e-3)
+    for costs in found["pictures"].values():
+        expected = {"0.7 / 1": 0.7 * 1.5 + 0.3 * 0.8, "0.4 / 0": 0.4 * 1.5 + 0.6 * 1.1}
+        assert costs == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("crop_denoising", "isolation", "expected"), [
+    (0, 0, 1.1), (1, 0, 1.5), (1, 1, 1.5), (0, 1, 0.8), (0.5, 0.25, 0.75 + 0.55),
+    (0.25, 0.5, 0.375 + 0.2 + 0.55),
+])
+def test_isolation_costs_only_after_crop_denoising(crop_denoising, isolation, expected):
+    assert regional_pictures.Shares(crop_denoising, isolation).mean(COSTS) == pytest.approx(expected)
+
+
 @pytest.fixture
 def unet_cost(tiny_backbone, monkeypatch):
     """The cost on the tiny UNet, whose texts are narrower than SD1.5's."""
@@ -203,6 +233,8 @@ def test_a_peak_is_that_of_what_runs():
     (["--pictures", "0"], "pictures is 0; allowed: 1 or more"),
     (["--steps", "1"], "steps is 1; allowed: 2 or more"),
     (["--only", "cost", "--comfyui", "nowhere"], "'nowhere' is not a ComfyUI folder"),
+    (["--only", "pictures", "--comfyui", "nowhere"], "'nowhere' is not a ComfyUI folder"),
+    (["--only", "pictures"], "--only pictures needs --comfyui"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, expected):
     assert main(["regional", "--json", str(tmp_path / "r.json"), *arguments]) == 1

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.cli import backbones, learning
 from continual_concepts.core.cli.parser import main
 from continual_concepts.core.training import checkpoint
@@ -84,6 +85,26 @@ def test_merge_writes_both(bank_file, photos, tmp_path):
     assert main(["learn", str(photos), "--bank", str(other), "--name", "mimi", "--noun", "cat", *QUICK]) == 0
     assert main(["bank", "merge", str(bank_file), str(other), "--output", str(merged)]) == 0
     assert open_bank(merged).names == ["rex", "mimi"]
+
+
+def test_a_merge_tells_what_it_replaces_and_renames(tmp_path, make_concept, layout, capsys):
+    def saved(name, *concepts):
+        bank = ConceptBank(layout)
+        for concept, seed in concepts:
+            bank = bank.add(make_concept(layout, concept, seed))
+        save_bank(bank, tmp_path / name)
+        return str(tmp_path / name)
+
+    one, other = saved("a.safetensors", ("rex", 1)), saved("b.safetensors", ("mimi", 2), ("rex", 1))
+    merged = saved("c.safetensors", ("rex", 3), ("tom", 2))
+    assert main(["bank", "merge", one, other, "--output", merged]) == 0
+    told = capsys.readouterr().err
+    assert "replaced: <rex>; the earlier file is kept" in told and "renamed: <tom> is <mimi> now" in told
+    assert open_bank(merged).names == ["rex", "mimi"]
+    assert main(["bank", "merge", one, other, "--output", merged]) == 0
+    assert "replaced" not in capsys.readouterr().err
+    assert main(["bank", "merge", one, saved("d.safetensors", ("rex", 4)), "--output", merged]) == 1
+    assert "both banks hold 'rex'" in capsys.readouterr().err
 
 
 def test_bad_pictures_and_banks_are_named_and_the_bank_is_untouched(bank_file, photos, tmp_path, capsys):

@@ -22,13 +22,15 @@ import pytest
 import torch
 from PIL import Image
 
-from continual_concepts.core.bank.format import open_bank
+from continual_concepts.core.bank.bank import ConceptBank
+from continual_concepts.core.bank.format import open_bank, save_bank
 from continual_concepts.core.cli import commands, demo, demo_ways
 from continual_concepts.core.cli.parser import build_parser
 from continual_concepts.core.demo import bases
 from continual_concepts.core.demo.judges import SceneEncoder, assignment, to_tensor
 from continual_concepts.core.demo.render import render
 from continual_concepts.core.demo.scenes import CONCEPTS, random_scene
+from continual_concepts.core.errors import ConceptError
 from continual_concepts.core.evaluation import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,27 @@ def test_photos_that_are_there_are_kept_and_told(tmp_path):
     assert demo._save_photos(tmp_path, tasks[:1])
 
 
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError, NotImplementedError, MemoryError])
+def test_a_file_that_pillow_cannot_read_is_no_photo_of_the_demo(tmp_path, monkeypatch, error):
+    """Damaged files of its many forms raise errors of many kinds."""
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(demo.Image, "open", fails)
+    assert not demo._shows(tmp_path / "1.png", Image.new("RGB", (8, 8)))
+
+
+def test_a_bank_with_other_concepts_is_not_replaced(tmp_path, make_concept, layout):
+    """What a person had learned into the demo's bank was gone without a word."""
+    tasks = [task.name for task in QUICK.tasks]
+    bank = ConceptBank(layout).add(make_concept(layout, tasks[0])).add(make_concept(layout, "luna"))
+    save_bank(bank, tmp_path / demo.BANK)
+    with pytest.raises(ConceptError, match="holds <luna>, which the demo would remove; choose another"):
+        demo._check(tmp_path, QUICK)
+    save_bank(bank.remove("luna"), tmp_path / demo.BANK)
+    demo._check(tmp_path, QUICK)
+
+
 @pytest.mark.slow
 def test_it_runs_on_a_transformer(tmp_path, monkeypatch, transformer_base):
     """Also at that base's size of pictures."""
@@ -109,7 +132,8 @@ def test_what_to_try_next_is_a_command_that_runs(monkeypatch, program, shown):
 
 
 @pytest.mark.parametrize(("text", "shown"), [
-    ("demo\\bank.safetensors", "demo\\bank.safetensors"), ("my demo\\bank", '"my demo\\bank"')])
+    ("demo\\bank.safetensors", "demo\\bank.safetensors"), ("a&b\\bank", '"a&b\\bank"'),
+    ("my demo\\bank", '"my demo\\bank"')])
 def test_a_command_is_quoted_as_windows_reads_it(monkeypatch, text, shown):
     monkeypatch.setattr(commands, "os", SimpleNamespace(name="nt"))
     assert commands._quoted(text) == shown

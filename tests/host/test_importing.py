@@ -64,6 +64,10 @@ def test_a_trigger_and_a_bank_that_grows(studio, files):
     lora = files[0]
     bank = import_of(studio, lora=lora, trigger="blue drawing", name="<again>", bank=studio.bank).args[0]
     assert bank.names == [*studio.bank.names, "again"] and "again" not in studio.bank
+    twice = import_of(studio, lora=lora, trigger="blue drawing", name="<again>", bank=bank).args
+    assert twice[0].names == bank.names and "nothing to import: the bank holds this <again>" in twice[1]
+    with pytest.raises(ConceptError, match="already holds a concept 'again'"):
+        import_of(studio, lora=lora, trigger="red drawing", name="<again>", bank=bank)
     model, _, positive = studio.aggregate("a <again> of a car", bank)
     loader = studio.stock.LoraLoader()
     their_model = loader.load_lora(studio.model, studio.clip, lora, 1.0, 0.0)[0]

@@ -82,3 +82,26 @@ def test_a_variant_starts_from_another_concept(studio, pack):
     refined = studio.learn(**given | {"noun": "", "bank": [bank], "if_known": "refine it",
                                       "images": 1 - studio.photos(), "training_settings": replay})
     assert refined.infos["rex"].class_noun == "dog"
+
+
+def test_a_save_keeps_an_unfinished_run_that_learns_a_concept_again(studio, tmp_path, stop_at):
+    """Same photos, other settings: it was taken for the run of the concept in the bank."""
+    import comfy.model_management as management
+
+    save, unfinished = studio.pack.ConceptBankSave.execute, tmp_path / "concept_banks" / ".unfinished"
+
+    def again():
+        return studio.learn(seed=2, bank=[first], if_known="learn it again")
+
+    first = studio.learn(seed=1)
+    save(first, "pets", False)
+    assert not list(unfinished.glob("*.checkpoint"))      # its own run is finished
+    stop_at(1)
+    with pytest.raises(management.InterruptProcessingException):
+        again()
+    stop_at(-1)
+    both = studio.learn(name="tom", noun="cat", bank=[first])
+    save(both, "pets", False)
+    assert len(list(unfinished.glob("spot*.checkpoint"))) == 1
+    save(again().merge(both.remove("spot")), "pets", False)
+    assert not list(unfinished.glob("spot*.checkpoint"))

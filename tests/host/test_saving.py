@@ -195,8 +195,7 @@ def test_a_renamed_concept_is_renamed_in_the_file(studio):
 def test_only_the_same_concept_counts_as_renamed(studio, make_concept):
     """Each new name stands for one old one, and other nouns are other concepts. A name that the file has is
     not a new one: where names move on, a removed concept would be lost."""
-    from continual_concepts.core.bank.bank import ConceptBank
-    from continual_concepts.nodes.saving import renamed_in
+    from continual_concepts.core.bank.bank import ConceptBank, renamed_in
 
     def bank_of(*pairs):
         bank = ConceptBank(studio.bank.layout)
@@ -233,3 +232,69 @@ def test_a_further_learner_that_learns_a_renamed_concept_again(studio, if_known,
             check_saving(graph, "7", bank, ["spot"])
     else:
         check_saving(graph, "7", bank, ["spot"])
+
+
+def test_an_input_that_another_node_gives_is_not_known_yet(studio):
+    from continual_concepts.nodes.saving import check_saving
+
+    studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    for given in ({"if_known": ["4", 0]}, {"name": ["4", 0]}):
+        graph = _graph(s=["8", 0])
+        graph["8"]["inputs"] |= {"name": "bello", **given}
+        check_saving(graph, "7", studio.bank.rename("rex", "bello"), ["spot"])
+
+
+def test_a_bank_that_no_file_could_take_is_told_before_learning(studio, graph, own_folder):
+    """It was learned to the end, and then no bank_name could save it."""
+    from continual_concepts.core.bank.format import open_bank
+
+    file = own_folder / "concept_banks" / "pets.safetensors"
+    studio.pack.ConceptBankSave.execute(studio.learner().args[0], "pets", False)
+    file.write_bytes(file.read_bytes()[:-40] + b"\xff" * 40)
+    for name in ("pets", "others"):
+        graph(bank_name=name, allow_fewer=False)
+        with pytest.raises(ConceptError, match="nothing was learned: .*spot.*remove this concept"):
+            studio.learner(name="tom", bank=[open_bank(file)], steps=10**6)
+    learned = studio.learner(name="tom", bank=[open_bank(file).remove("spot")]).args[0]
+    studio.pack.ConceptBankSave.execute(learned, "others", False)
+
+
+def test_a_bank_of_another_base_is_not_to_be_merged(studio, graph, make_layout, make_concept):
+    """No merge can join them."""
+    from continual_concepts.core.bank.bank import ConceptBank
+
+    layout = make_layout(studio.bank.layout)
+    studio.pack.ConceptBankSave.execute(ConceptBank(layout).add(make_concept(layout, "ana")), "pets", False)
+    with pytest.raises(ConceptError, match="holds <ana>, which .* lacks; its base is another one; choose"):
+        studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
+    graph(bank_name="pets", allow_fewer=False)
+    with pytest.raises(ConceptError, match="holds <ana>; its base is another one; choose another bank_name"):
+        studio.learner(bank=[studio.bank], steps=10**6)
+
+
+@pytest.fixture
+def make_layout():
+    """A layout of another kind of base."""
+    return lambda layout: replace(layout, sites=layout.sites[:-1])
+
+
+def test_what_is_removed_from_a_file_is_told(studio):
+    save = studio.pack.ConceptBankSave.execute
+    save(studio.bank, "pets", False)
+    told = save(studio.bank.remove("rex").rename("mimi", "tom"), "pets", True).ui["text"][0]
+    assert "removed: <rex>; the earlier file is kept" in told and "renamed: <mimi> is <tom>" in told
+
+
+def test_a_graph_that_ran_before_has_nothing_left_to_do(studio):
+    """Its bank was saved, and Load Concept Bank gives it again."""
+    pack = studio.pack
+    once = pack.ConceptBankEdit.execute(studio.bank, "remove", "rex").args[0]
+    twice = pack.ConceptBankEdit.execute(once, "remove", "rex")
+    assert twice.args[0] is once
+    assert twice.ui["text"][0].startswith("nothing to remove: the bank holds no <rex>; it holds <mimi>")
+    other = studio.learner(name="tom").args[0]
+    merged = pack.ConceptBankMerge.execute(studio.bank, other).args[0]
+    assert pack.ConceptBankMerge.execute(merged, other).args[0].names == merged.names
+    again = studio.learner(name="tom", seed=5).args[0]
+    with pytest.raises(ConceptError, match="both banks hold 'tom'"):
+        pack.ConceptBankMerge.execute(merged, again)

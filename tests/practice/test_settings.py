@@ -297,5 +297,6 @@ def test_b12_all_clashing_names_are_told(layout, make_concept):
     bank = ConceptBank(layout)
     for i, name in enumerate(("rex", "mimi", "tom")):
         bank = bank.add(make_concept(layout, name, i))
+    other = ConceptBank(layout).add(make_concept(layout, "rex", 5)).add(make_concept(layout, "tom", 6))
     with pytest.raises(ConceptError, match="both banks hold 'rex', 'tom'; rename"):
-        bank.merge(bank.remove("mimi"))
+        bank.merge(other)
