@@ -43,7 +43,8 @@ class ElasticWeightAggregate(io.ComfyNode):
                             "merge lora", "concept bank"],
             description="Adds a bank's concepts to a model and a CLIP. With its outputs, <rex> works in "
                         "every CLIP Text Encode. Objects of 'slots' and concepts of 'bound' act through "
-                        "their own words. All other concepts change the weights once, before sampling.",
+                        "their own words. Concepts of most other methods change the weights once, before "
+                        "sampling.",
             inputs=advanced(("mode", "concept"), [
                 io.Model.Input("model",
                                tooltip="The checkpoint that the bank was learned on, or one of its family."),

@@ -38,8 +38,9 @@ class RegionalConceptSampler(io.ComfyNode):
                 "multi concept",
                 "region sampler",
             ],
-            description="Several concepts in one picture, each in its own region. Any number of regions "
-            "needs one evaluation of the model per step. Without regions it gives KSampler's picture.",
+            description="Several concepts in one picture, each in its own region. After crop "
+            "denoising, a step needs one evaluation of the model, however many regions there are. Without "
+            "regions it gives KSampler's picture.",
             inputs=advanced(ADVANCED, [
                 io.Model.Input(
                     "model",
@@ -155,7 +156,8 @@ class RegionalConceptSampler(io.ComfyNode):
                     "crop of the region's size. A crop costs less for a small region.",
                 ),
                 crop_denoising_input(
-                    0.4, "Takes no extra time if regions cover the picture. 0 = off."),
+                    0.4, "Takes extra time if regions are narrower than half the picture, or leave parts of it "
+                         "free. 0 = off."),
                 isolation_input(),
                 io.Boolean.Input(
                     "find_regions",

@@ -25,7 +25,7 @@ class RankConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class LowRankConfig(RankConfig):
-    scale: float = setting(1.0, "Factor on the deltas; 1 = none.", 0.01, 16.0, 0.05)
+    scale: float = setting(1.0, "Factor on the deltas; 1 = unchanged.", 0.01, 16.0, 0.05)
 
 
 def projections_of(letters: str) -> tuple[str, ...]:
