@@ -156,8 +156,8 @@ class RegionalConceptSampler(io.ComfyNode):
                     "crop of the region's size. A crop costs less for a small region.",
                 ),
                 crop_denoising_input(
-                    0.4, "Takes extra time if regions are narrower than half the picture, or leave parts of it "
-                         "free. 0 = off."),
+                    0.4, "Takes extra time if regions are narrower than half the picture, or leave "
+                         "parts of it free. 0 = off."),
                 isolation_input(),
                 io.Boolean.Input(
                     "find_regions",

@@ -48,8 +48,8 @@ def of_demo() -> Iterable[tuple[str, str]]:
     assert len(of_base["runs"]) == 2
     dogs = " and ".join(per_cent(of_base["gap_closed"][name]) for name in ("rex", "fido"))
     yield "README.md", "[Two seeds with more drawing steps]"
-    yield "README.md", (f"gave {dogs} % for the dogs alone, {per_cent(of_base['pair_closed'])} % for both, and "
-                        f"{per_cent(of_base['boxes_right'])} % of the boxes.")
+    yield "README.md", (f"gave {dogs} % for the dogs alone, {per_cent(of_base['pair_closed'])} % for both, "
+                        f"and {per_cent(of_base['boxes_right'])} % of the boxes.")
 
 
 def of_regions() -> Iterable[tuple[str, str]]:
