@@ -244,8 +244,9 @@ def test_c4_sibling_two_programs_write_different_files(tmp_path):
 
 def test_c4_sibling_a_merge_drops_no_concept_of_its_output(run, grow, tmp_path):
     one, other, output = (tmp_path / f"{name}.safetensors" for name in ("one", "other", "output"))
-    for file, name in ((one, "rex"), (other, "mimi"), (output, "tom")):
+    for file, name in ((one, "rex"), (other, "mimi"), (output, "buddy")):
         grow(file, name)
+    change_bank(output, lambda bank: bank.rename("buddy", "tom"))
     assert "holds <tom>, which the merged bank lacks" in run("bank", "merge", one, other, "--output",
                                                              output).sentence
     assert open_bank(output).names == ["tom"]
