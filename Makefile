@@ -59,7 +59,7 @@ endef
 
 $(READY): pyproject.toml setup.py
 	$(CHECK_PYTHON)
-	@echo "Setting up .venv: downloads of some gigabytes, without further lines for some minutes. For a smaller PyTorch on Linux without a graphics card, stop and see docs/command-line.md."
+	@.venv/bin/python -c 'import torch' 2>/dev/null || echo "Setting up .venv: downloads of some gigabytes, without further lines for some minutes. For a smaller PyTorch on Linux without a graphics card, stop and see docs/command-line.md."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,lint,test]"
 	@touch $@

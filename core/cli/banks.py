@@ -90,7 +90,7 @@ def _verify(options: Namespace) -> Result:
     """Reads every concept and checks it."""
     lines = verify_bank(options.bank)
     facts = {"bank": str(options.bank), "concepts": len(lines), "sound": True}
-    return facts, [*lines, f"{options.bank}: {len(lines)} concepts, all sound"]
+    return facts, [*lines, f"{options.bank}: {counted(len(lines), 'concept')}, all sound"]
 
 
 def _export(options: Namespace) -> Result:
