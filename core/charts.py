@@ -234,22 +234,25 @@ def thumbnails_picture(thumbnails: Sequence[tuple[str, bytes]], side: int = 160,
     """Thumbnails in rows, with captions below. A card says where a thumbnail is missing or unreadable.
 
     Args:
-        thumbnails: (caption, JPEG or PNG bytes) of each.
+        thumbnails: (caption, JPEG or PNG bytes) of each; captions have up to two lines.
         side: Side of each thumbnail in pixels.
     """
     columns = max(1, min(columns, len(thumbnails)))
     rows = -(-max(1, len(thumbnails)) // columns)
-    image = Image.new("RGB", (columns * (side + 10) + 10, rows * (side + 34) + 10), PAPER)
+    captions = [wrapped(caption, font(18), side, 2) for caption, _ in thumbnails]
+    high = side + 12 + 22 * max([1, *map(len, captions)])
+    image = Image.new("RGB", (columns * (side + 10) + 10, rows * high + 10), PAPER)
     draw = ImageDraw.Draw(image)
-    for i, (caption, thumbnail) in enumerate(thumbnails):
-        x, y = 10 + (i % columns) * (side + 10), 10 + (i // columns) * (side + 34)
+    for i, (_, thumbnail) in enumerate(thumbnails):
+        x, y = 10 + (i % columns) * (side + 10), 10 + (i // columns) * high
         draw.rectangle([x, y, x + side, y + side], GRID)
         picture = opened(thumbnail)
         if picture is not None:
             image.paste(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS), (x, y))
         else:
             draw.text((x + side / 2, y + side / 2), "no thumbnail", INK, font(18), anchor="mm")
-        draw.text((x, y + side + 6), fitting(caption, font(18), side), INK, font(18))
+        for number, line in enumerate(captions[i]):
+            draw.text((x, y + side + 6 + 22 * number), line, INK, font(18))
     return image
 
 
