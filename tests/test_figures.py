@@ -83,10 +83,17 @@ def of_regions() -> Iterable[tuple[str, str]]:
                       *((covering, row) for row in regions.values())):
         relative = row.get("operations_over_plain")
         yield "regions.md", f"| {name} | {row['operations']} | {f'{relative:.2f}' if relative else 1} |"
-    yield "nodes.md", (f"as long as a plain step ({regions['4']['over_plain']:.2f} times; with eight "
-                       f"regions {regions['8']['over_plain']:.2f}), here without crop denoising and "
-                       f"isolation. A step with LoRA hooks takes {hooks['4']['over_plain']:.1f} times as "
-                       "long")
+    pictures = result("regional")["pictures"]
+    for layout, kinds in pictures["steps"].items():
+        shown = [*kinds.values(), *pictures["pictures"][layout].values()]
+        yield "regions.md", f"| {layout} | {' | '.join(f'{value:.2f}' for value in shown)} |"
+    quarters, narrow = pictures["pictures"]["4 quarters"], pictures["pictures"]["8 columns"]
+    usual, default = "0.7 / 1", "0.4 / 0"
+    yield "nodes.md", (f"takes {quarters[usual]:.2f} times as long as a plain picture with the same "
+                       f"settings (0.7 and 1), and {quarters[default]:.2f} times with the node's defaults. "
+                       f"With eight narrow columns it takes {narrow[usual]:.2f} and {narrow[default]:.2f} "
+                       "times as long. A step with LoRA hooks in four regions takes "
+                       f"{hooks['4']['over_plain']:.1f} times as long as a plain step")
 
 
 def of_training() -> Iterable[tuple[str, str]]:
