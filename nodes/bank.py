@@ -19,7 +19,7 @@ from ..core.evaluation.inspection import inspect, lines
 from ..core.files import check_output
 from ..core.images import to_tensor
 from ..core.training import checkpoint
-from ..core.training.record import is_finished
+from ..core.training.record import is_complete, is_finished
 from . import types
 from .folders import (
     NEW_BANK,
@@ -150,8 +150,8 @@ class ConceptBankSave(io.ComfyNode):
 
 
 def _remove_finished_runs(bank) -> None:
-    """Deletes the checkpoints of runs whose concept is now in a bank file. Others may be unfinished runs that
-    learn the concept again, with other settings."""
+    """Deletes the checkpoints of runs whose concept is now in a bank file. Unfinished runs that learn it
+    again, with other settings, stay."""
     for file in checkpoint_folder().glob("*.checkpoint"):
         run = checkpoint.identity(file)
         info = bank.infos.get(run.get("concept"))
@@ -165,8 +165,9 @@ def _remove_finished_runs(bank) -> None:
 
 
 def _is_finished(file, origin) -> bool:
+    """Whether a checkpoint is of a run that came to its end, or that a stored concept comes from."""
     try:
-        return is_finished(file, origin)
+        return is_complete(file) or is_finished(file, origin)
     except ConceptError:      # damaged
         return False
 
@@ -180,12 +181,13 @@ class ConceptBankMerge(io.ComfyNode):
             node_id="ConceptBankMerge",
             display_name="Merge Concept Banks",
             category=types.BANKS,
-            description="Joins the concepts of two banks. If both hold a name, rename one of them first.",
+            description="Joins the concepts of two banks. If they hold different concepts of one name, "
+                        "rename one first.",
             inputs=[
                 types.Bank.Input("bank",
                                  tooltip="Its concepts come first, and methods continue from its state."),
                 types.Bank.Input("other",
-                                 tooltip="Its concepts come last. No name may be in both banks."),
+                                 tooltip="Its concepts come last. An equal concept is taken once."),
             ],
             outputs=[types.Bank.Output(display_name="bank")],
         )

@@ -52,7 +52,7 @@ def check_saving(graph: object, node: str | None, bank: ConceptBank | None, name
         if item is not None and saver not in item[4]:      # it is no output that runs
             continue
         if bank is not None:
-            _check_readable(bank, learned | {*further})
+            _check_readable(bank, learned | {name for name, again in further.items() if again})
         file = new_bank_file(name)
         try:
             stored = open_bank(file) if file.exists() else None
@@ -83,8 +83,8 @@ def _check_readable(bank: ConceptBank, replaced: Container[str]) -> None:
             if name not in replaced:
                 bank.passing(name)
         except ConceptError as error:
-            raise ConceptError(f"{UNSAVED}: {error}; remove this concept with Edit Concept Bank before it "
-                               "learns") from error
+            raise ConceptError(f"{UNSAVED}: {error}; if it is damaged, remove this concept with Edit "
+                               "Concept Bank before it learns") from error
 
 
 def _of_type(nodes: Mapping, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -107,8 +107,8 @@ def _learned_between(nodes: Mapping, link: object, node: str | None) -> dict[str
             return added
         given = learners.get(str(source), {})
         name, link = given.get("name"), given.get("bank")
-        if_known = given.get("if_known", KEEP)
-        if not isinstance(name, str) or not isinstance(if_known, str):      # another node gives it later
+        if not isinstance(name, str):      # another node gives it later
             return None
-        added[typed_name(name)] = if_known != KEEP
+        if_known = given.get("if_known", KEEP)
+        added[typed_name(name)] = isinstance(if_known, str) and if_known != KEEP
     return None

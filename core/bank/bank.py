@@ -156,22 +156,26 @@ class ConceptBank:
 
     def merge(self, other: ConceptBank) -> ConceptBank:
         """Returns the concepts of this bank, then those of the other. A concept that both hold is there once.
-        If both have shared state of a method, this bank's is kept.
+        If both have shared state of a method, this bank's is kept, unless the other holds all its concepts.
 
         Raises:
-            ConceptError: Both banks have different concepts of the same name, or they are for different
-                bases.
+            ConceptError: Both banks have different concepts of the same name, one of these cannot be read, or
+                the banks are for different bases.
         """
         if self.layout.fingerprint != other.layout.fingerprint:
             raise ConceptError(f"the banks belong to different bases (one to {self.layout.describe()}; the "
                                f"other to {other.layout.describe()})")
-        differing = [name for name in other.names
-                     if name in self and differ(name, self, other, reads=True)]
+        common = [name for name in other.names if name in self]
+        for bank in (self, other):
+            for name in common:
+                bank.passing(name)      # what cannot be read is no other concept
+        differing = [name for name in common if differ(name, self, other, reads=True)]
         if differing:
             names = ", ".join(map(repr, differing))
             raise ConceptError(f"both banks hold {names}; rename in one of them before merging")
         new = [entry for entry in other.entries if entry.info.name not in self]
-        return replace(self, entries=(*self.entries, *new), shared={**other.shared, **self.shared})
+        states = (self.shared, other.shared) if len(common) == len(self) else (other.shared, self.shared)
+        return replace(self, entries=(*self.entries, *new), shared={**states[0], **states[1]})
 
     def lazily(self, info: ConceptInfo, load: Callable[[], Concept]) -> ConceptBank:
         """Returns the bank with one more concept, whose tensors are read on first use."""

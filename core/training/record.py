@@ -95,6 +95,12 @@ def check_known(info: ConceptInfo, wanted: ConceptInfo, method: Method, config: 
                            f"settings ({'; '.join(found)}); choose another name, or {again}")
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint's run came to its last step. Raises ConceptError for a damaged checkpoint."""
+    training = checkpoint.identity(path).get("training", {})
+    return len(checkpoint.load(path).get("losses", ())) == training.get("steps")
+
+
 def is_finished(path: Path, origin: Provenance) -> bool:
     """Whether a checkpoint is of the finished run that a concept comes from. origin: the concept's."""
     run = checkpoint.identity(path)

@@ -78,6 +78,17 @@ def test_merging(bank, layout, make_concept):
     assert merged.names == ["rex", "mimi", "bear"]
     assert merged.shared["cidm"]["w"].all() and merged.shared["ewc"]["f"].all()
     assert merged.merge(other).names == merged.names == merged.merge(merged).names      # once each
+    grown = bank.add(make_concept(layout, "luna", 5), {"cidm": {"w": torch.full((2,), 7.0)}})
+    for one, two in ((bank, grown), (grown, bank)):      # the state that knows all concepts
+        assert (one.merge(two).shared["cidm"]["w"] == 7).all()
+
+    def damaged():
+        raise ConceptError("concept 'rex' cannot be read")
+
+    unread = ConceptBank(layout).lazily(bank["rex"].info, damaged)
+    for one, two in ((bank, unread), (unread, bank), (unread, unread)):
+        with pytest.raises(ConceptError, match="cannot be read"):
+            one.merge(two)
     for name, seed in (("bear", 4), ("rex", 3)):
         with pytest.raises(ConceptError, match=f"both banks hold '{name}'; rename"):
             merged.merge(ConceptBank(layout).add(make_concept(layout, name, seed)))

@@ -105,3 +105,12 @@ def test_a_save_keeps_an_unfinished_run_that_learns_a_concept_again(studio, tmp_
     assert len(list(unfinished.glob("spot*.checkpoint"))) == 1
     save(again().merge(both.remove("spot")), "pets", False)
     assert not list(unfinished.glob("spot*.checkpoint"))
+
+
+def test_a_save_deletes_all_finished_runs_of_a_concept(studio, tmp_path):
+    """A person tries some seeds and saves the last one."""
+    unfinished = tmp_path / "concept_banks" / ".unfinished"
+    banks = [studio.learn(seed=seed) for seed in (1, 2, 3)]
+    assert len(list(unfinished.glob("*.checkpoint"))) == 3
+    studio.pack.ConceptBankSave.execute(banks[-1], "pets", False)
+    assert not list(unfinished.glob("*.checkpoint"))

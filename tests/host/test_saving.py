@@ -238,10 +238,31 @@ def test_an_input_that_another_node_gives_is_not_known_yet(studio):
     from continual_concepts.nodes.saving import check_saving
 
     studio.pack.ConceptBankSave.execute(studio.bank, "pets", False)
-    for given in ({"if_known": ["4", 0]}, {"name": ["4", 0]}):
-        graph = _graph(s=["8", 0])
-        graph["8"]["inputs"] |= {"name": "bello", **given}
-        check_saving(graph, "7", studio.bank.rename("rex", "bello"), ["spot"])
+    graph, renamed = _graph(s=["8", 0]), studio.bank.rename("rex", "bello")
+    graph["8"]["inputs"] |= {"name": "bello", "if_known": ["4", 0]}      # perhaps it keeps it
+    check_saving(graph, "7", renamed, ["spot"])
+    with pytest.raises(ConceptError, match="holds <mimi>"):      # lost in any case
+        check_saving(graph, "7", renamed.remove("mimi"), ["spot"])
+    graph["8"]["inputs"]["name"] = ["4", 0]
+    check_saving(graph, "7", renamed.remove("mimi"), ["spot"])
+
+
+@pytest.mark.parametrize("if_known", ["keep it", "learn it again"])
+def test_only_what_is_learned_again_may_be_damaged(studio, own_folder, if_known):
+    from continual_concepts.core.bank.format import open_bank
+    from continual_concepts.nodes.saving import check_saving
+
+    file = own_folder / "concept_banks" / "pets.safetensors"
+    studio.pack.ConceptBankSave.execute(studio.learner(name="tom").args[0], "pets", False)
+    file.write_bytes(file.read_bytes()[:-40] + b"\xff" * 40)
+    graph = _graph(s=["8", 0])
+    graph["8"]["inputs"]["if_known"] = if_known
+    check_saving(graph, "7", open_bank(file), ["tom"])      # the first one learns it again
+    if if_known == "keep it":
+        with pytest.raises(ConceptError, match="tom.* if it is damaged, remove"):
+            check_saving(graph, "7", open_bank(file), ["rex"])
+    else:
+        check_saving(graph, "7", open_bank(file), ["rex"])
 
 
 def test_a_bank_that_no_file_could_take_is_told_before_learning(studio, graph, own_folder):
@@ -253,7 +274,7 @@ def test_a_bank_that_no_file_could_take_is_told_before_learning(studio, graph, o
     file.write_bytes(file.read_bytes()[:-40] + b"\xff" * 40)
     for name in ("pets", "others"):
         graph(bank_name=name, allow_fewer=False)
-        with pytest.raises(ConceptError, match="nothing was learned: .*spot.*remove this concept"):
+        with pytest.raises(ConceptError, match="nothing was learned: .*spot.*if it is damaged, remove this"):
             studio.learner(name="tom", bank=[open_bank(file)], steps=10**6)
     learned = studio.learner(name="tom", bank=[open_bank(file).remove("spot")]).args[0]
     studio.pack.ConceptBankSave.execute(learned, "others", False)
